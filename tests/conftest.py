@@ -1,0 +1,132 @@
+"""The real servers that tests talk to, started once a session: an S3 store on loopback, and the development cluster.
+
+What a test asks for by name it gets running; a test that names no fixture starts nothing.
+"""
+
+import os
+import secrets
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vpmoe.api import DistillRun
+from vpmoe.storage import Bucket
+
+
+@dataclass(frozen=True)
+class S3:
+    """A running versitygw. Its credentials and endpoint are in os.environ too, so jobs started by a test find it."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+    folder: Path
+    """Where versitygw keeps objects as plain files: tests that damage an object behind its back do it here."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    from tests.devcluster import binaries
+
+    folder = tmp_path_factory.mktemp("s3")
+    port = free_port()
+    server = S3(f"http://127.0.0.1:{port}", "test", "test-secret", folder)
+    process = subprocess.Popen(
+        [binaries.path("versitygw"), "--port", f"127.0.0.1:{port}", "posix", folder],
+        env={**os.environ, "ROOT_ACCESS_KEY": server.access_key, "ROOT_SECRET_KEY": server.secret_key},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    before = {name: os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")}
+    os.environ.update(AWS_ACCESS_KEY_ID=server.access_key, AWS_SECRET_ACCESS_KEY=server.secret_key, AWS_ENDPOINT_URL=server.endpoint)
+    try:
+        wait_until(lambda: answers(server.endpoint), "versitygw answers")
+        yield server
+    finally:
+        process.kill()
+        process.wait()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def answers(url: str) -> bool:
+    """Whether an HTTP server says anything at all there, a refusal included."""
+    try:
+        urllib.request.urlopen(url, timeout=1).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def wait_until(true: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    """Poll until `true()`, or fail the test with what was waited for."""
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            pytest.fail(f"not within {seconds:g} s: {what}")
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def run_spec(s3: S3) -> dict[str, Any]:
+    """A small valid DistillRun as a dict, on a bucket of this test's own; change what the test is about, then DistillRun.parse it."""
+    name = f"test-{secrets.token_hex(6)}"
+    (s3.folder / name).mkdir()
+    return {
+        "apiVersion": "vpmoe.dev/v1alpha1",
+        "kind": "DistillRun",
+        "metadata": {"name": "tiny-run", "namespace": "default"},
+        "spec": {
+            "dataset": {"source": f"s3://{name}/input/*.parquet", "maxLength": 512, "validFraction": 0.15, "workers": 1},
+            "teacher": {"model": f"s3://{name}/models/teacher"},
+            "student": {"shape": "tiny", "gpus": 1},
+            "training": {
+                "sequenceLength": 512,
+                "globalBatchTokens": 2048,
+                "optimizer": {"learningRate": 3.0e-3, "minLearningRate": 1.0e-4, "warmupTokens": 4096},
+                "checkpoint": {"everyTokens": 8192, "keep": 3},
+            },
+            "stages": [{"name": "vanilla", "kind": "Vanilla", "tokens": 16384}],
+            "evaluation": {"everyTokens": 8192, "documents": 16, "completions": 0},
+            "storage": {"endpoint": s3.endpoint, "bucket": name, "credentialsSecret": None},
+        },
+    }
+
+
+@pytest.fixture
+def bucket(run_spec: dict[str, Any]) -> Bucket:
+    """The bucket of `run_spec`."""
+    return Bucket.open(DistillRun.parse(run_spec).spec.storage)
+
+
+@pytest.fixture(scope="session")
+def sample_parquet(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The repository's own sample of SYNTH-like rows as three parquet shards."""
+    from tests import sample
+
+    return sample.write(tmp_path_factory.mktemp("sample"), shards=3)
+
+
+@pytest.fixture(scope="session")
+def real_parquet() -> list[Path]:
+    """Further parquet files of real SYNTH rows, named in VPMOE_TEST_PARQUET (colon-separated); none where it is unset."""
+    return [Path(name) for name in os.environ.get("VPMOE_TEST_PARQUET", "").split(":") if name]
