@@ -1,0 +1,35 @@
+# Everything that is done with a checkout. `make demo` and `make test` install what they need.
+python := .venv/bin/python
+
+.PHONY: help demo test cluster down setup lint manifests lock
+help:      ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: cluster   ## a small DistillRun from helm install to a trained student on the development cluster
+	@$(python) -m tests.demo
+
+test: lint      ## all checks and tests, on real servers
+	@$(python) -m pytest
+
+cluster: setup  ## the development cluster alone
+	@$(python) -m tests.devcluster up
+
+down: setup     ## ends the development cluster and removes its state
+	@$(python) -m tests.devcluster down
+
+setup: .venv/requirements.lock
+.venv/requirements.lock: requirements.lock .ci/venv
+	@.ci/venv
+
+lint: setup     ## ruff, mypy, import contracts, shell and Docker files
+	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+	@$(python) -m mypy
+	@PYTHONPATH=.:operator .venv/bin/lint-imports
+	@.venv/bin/shellcheck .ci/run .ci/venv
+
+manifests: setup  ## manifests/crd.yaml and the chart's copy, from vpmoe/api
+	@$(python) -m vpmoe.api.crd >manifests/crd.yaml
+
+lock: setup     ## requirements.lock, from pyproject.toml
+	@.venv/bin/uv pip compile --quiet --python-version 3.12 --all-extras --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements.lock
