@@ -1,0 +1,156 @@
+"""What every job does before its work: arguments, logging, signals, the run, its bucket, provenance; and how it ends on an error.
+
+The work itself, and anything that only one role needs, is not here.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from vpmoe import failure
+from vpmoe.api import DistillRun, load_run
+from vpmoe.provenance import Provenance, git_sha, now
+from vpmoe.storage import Bucket, paths
+from vpmoe.storage.bucket import json_bytes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a job needs to know beside its run.
+
+    step, attempt: which of the run's; bucket: the run's, proved to work; stopping: set on SIGTERM, after which the job saves what
+    another attempt needs and raises Terminated; worker: index among the pods of an Indexed Job, None where the job is alone.
+    """
+
+    step: str
+    attempt: int
+    bucket: Bucket
+    provenance: Provenance
+    stopping: threading.Event
+    worker: int | None
+
+
+def entrypoint(role: str, arguments: list[str] | None = None) -> tuple[DistillRun, Context]:
+    """Start a job: `python -m jobs.<role> --run FILE [--step NAME] [--attempt N]`.
+
+    From here on an error that ends the process is one line in the log and in the termination message, and its class is the exit
+    code (vpmoe.failure). Raises Permanent, Invalid or StorageError where the job cannot start.
+    """
+    sys.excepthook = end
+    configure_logging()
+    stopping = threading.Event()
+    signal.signal(signal.SIGTERM, lambda number, frame: stop(stopping, number, frame))
+    given = parse(role, arguments)
+    try:
+        run = load_run(given.run)
+    except OSError as error:
+        raise failure.Permanent(f"--run {given.run}: {error.strerror}. Give the file of a DistillRun.") from error
+    bucket = Bucket.open(run.spec.storage)
+    bucket.probe()
+    step = given.step or first_step(role, run, bucket)
+    if step not in run.steps():
+        raise failure.Permanent(f"--step {step}: the run has no such step. Choose one of {', '.join(run.steps())}.")
+    register(run, bucket)
+    metadata = run.metadata
+    provenance = Provenance(
+        git_sha=git_sha(), image=os.environ.get("VPMOE_IMAGE") or None, config=run.config_hash, namespace=metadata.namespace,
+        name=metadata.name, uid8=run.uid8, step=step, attempt=given.attempt, started=now())
+    index = os.environ.get("JOB_COMPLETION_INDEX")
+    log.info("%s of %s, attempt %d, at %s", step, provenance.run, given.attempt, bucket.url(paths.run(run)))
+    return run, Context(step, given.attempt, bucket, provenance, stopping, int(index) if index else None)
+
+
+def parse(role: str, arguments: list[str] | None) -> argparse.Namespace:
+    """The command line that all jobs share."""
+    parser = argparse.ArgumentParser(prog=f"python -m jobs.{role}")
+    parser.add_argument("--run", type=Path, required=True, metavar="FILE", help="the DistillRun, in YAML")
+    parser.add_argument("--step", metavar="NAME", help="which step of the run (default: the first of this role that is not finished)")
+    parser.add_argument("--attempt", type=int, default=1, metavar="N", help="recorded in provenance (default: 1)")
+    return parser.parse_args(arguments)
+
+
+def configure_logging() -> None:
+    """One line a record to stderr, times in UTC."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+class OneLine(logging.Formatter):
+    """A record is one line, tracebacks too: what follows a pod's log by lines must not lose the end of one."""
+
+    converter = staticmethod(time.gmtime)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record with its line ends shown as such."""
+        return super().format(record).replace("\n", "\\n")
+
+
+def stop(stopping: threading.Event, number: int, frame: FrameType | None) -> None:
+    """Ask the job to save and end."""
+    log.warning("Asked to stop (%s): saving", signal.Signals(number).name)
+    stopping.set()
+
+
+def first_step(role: str, run: DistillRun, bucket: Bucket) -> str:
+    """The step to do where none is named: of training the first stage that did not report success, else the role's own."""
+    if role != "train":
+        return role
+    stages = [stage.name for stage in run.spec.stages]
+    return next((name for name in stages if not succeeded(run, bucket, name)), stages[-1])
+
+
+def succeeded(run: DistillRun, bucket: Bucket, step: str) -> bool:
+    """Whether a step reported that it is finished."""
+    key = paths.progress(run, step)
+    return bucket.exists(key) and bucket.get_json(key)["state"] == "Succeeded"
+
+
+def register(run: DistillRun, bucket: Bucket) -> None:
+    """Write the resolved configuration, or prove that it is the one that the run started with. Raises Permanent where it is not."""
+    key = paths.run_json(run)
+    metadata = run.metadata
+    ours = {**run.config(), "metadata": {"name": metadata.name, "namespace": metadata.namespace, "uid": metadata.uid}}
+    if not bucket.create(key, json_bytes(ours), {"config": run.config_hash}):
+        theirs = bucket.get_json(key)
+        raise failure.Permanent(
+            f"{bucket.url(key)}: {difference(theirs, ours)}. A run's configuration does not change once it has started; start a run of "
+            "another name, or delete this one's folder.")
+
+
+def difference(stored: Any, given: Any, where: str = "") -> str | None:
+    """The first field in which two configurations differ, with both values; None where they are equal."""
+    if isinstance(stored, dict) and isinstance(given, dict):
+        names = sorted({*stored, *given})
+        fields = [(f"{where}.{name}".lstrip("."), stored.get(name, "absent"), given.get(name, "absent")) for name in names]
+    elif isinstance(stored, list) and isinstance(given, list) and len(stored) == len(given):
+        fields = [(f"{where}[{index}]", *pair) for index, pair in enumerate(zip(stored, given, strict=True))]
+    else:
+        return None if stored == given else f"{where or 'content'} is {stored!r} there and {given!r} here"
+    return next((found for name, *pair in fields if (found := difference(*pair, where=name))), None)
+
+
+def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Last word of a process (sys.excepthook): log, termination message, exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    rank = os.environ.get("RANK")
+    found = failure.classify(error, int(rank) if rank else None)
+    if found.kind == "Internal":
+        sys.__excepthook__(kind, error, trace)
+    log.error("%s: %s", found.kind, found.message)
+    path = failure.termination_log()
+    if path:
+        failure.record(found, path)
+    raise SystemExit(found.exit)

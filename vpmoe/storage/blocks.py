@@ -1,0 +1,89 @@
+"""Blocks: the unit in which content is hashed, uploaded and read back. Pure; no bucket is touched here.
+
+A hash of the whole object could not check a range read, so every object has one sha256 for each 8 MiB beside it. An upload's
+part is a block.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import BinaryIO
+
+BLOCK = 8 * 1024 * 1024
+"""Bytes in every block of an object but the last."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An object as it was written: its key below the bucket's prefix, bytes, sha256 in hex, and the sha256 of each block."""
+
+    key: str
+    size: int
+    sha256: str
+    blocks: tuple[str, ...]
+
+    def subject(self, folder: str) -> "Subject":
+        """The same object as the manifest of `folder` names it. Raises ValueError where it does not lie in that folder."""
+        name = self.key.removeprefix(folder.rstrip("/") + "/")
+        if name == self.key:
+            raise ValueError(f"{self.key} does not lie in {folder}, whose manifest is to name it")
+        return Subject(self.key, self.size, self.sha256, self.blocks, name)
+
+
+@dataclass(frozen=True)
+class Subject(Stored):
+    """An object that a manifest names; `name` is its key relative to the manifest's folder."""
+
+    name: str
+
+
+class Hasher:
+    """The whole's and each block's sha256 of content that is seen once, a block at a time."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._whole = hashlib.sha256()
+        self._blocks: list[str] = []
+
+    def add(self, block: bytes) -> None:
+        """Take the next block: BLOCK bytes, fewer only for the last."""
+        self.size += len(block)
+        self._whole.update(block)
+        self._blocks.append(hashlib.sha256(block).hexdigest())
+
+    def stored(self, key: str) -> Stored:
+        """What was seen, under the key it was written to."""
+        return Stored(key, self.size, self._whole.hexdigest(), tuple(self._blocks))
+
+
+def hash_bytes(key: str, data: bytes) -> Stored:
+    """The description of an object that holds `data`."""
+    hasher = Hasher()
+    for start in range(0, len(data), BLOCK):
+        hasher.add(data[start:start + BLOCK])
+    return hasher.stored(key)
+
+
+def read_blocks(file: BinaryIO) -> Iterator[bytes]:
+    """Consecutive blocks of an open file; the last is shorter, and there is none for an empty file."""
+    while block := file.read(BLOCK):
+        yield block
+
+
+def block_range(size: int, index: int) -> tuple[int, int]:
+    """Start and stop of block `index` in an object of `size` bytes."""
+    return index * BLOCK, min((index + 1) * BLOCK, size)
+
+
+def in_order[A, B](function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
+    """Results of `function` in the order of `items`, computed in `threads` threads; at most that many results are held."""
+    with ThreadPoolExecutor(threads) as pool:
+        running: deque[Future[B]] = deque()
+        for item in items:
+            if len(running) == threads:
+                yield running.popleft().result()
+            running.append(pool.submit(function, item))
+        while running:
+            yield running.popleft().result()

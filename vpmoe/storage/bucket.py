@@ -1,0 +1,386 @@
+"""One bucket of an S3-compatible store: what is written gets hashes, what is read is checked against them.
+
+Uses only what every store has: plain and multipart PUT, GET with ranges, HEAD, LIST, DELETE, and `If-None-Match: *` on plain PUT.
+No tags, no If-Match, no checksum trailers. Content is streamed: an upload or download holds a few blocks, whatever the size.
+What a set of objects means is the manifest's business (manifest.py).
+"""
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import ClientError
+
+from vpmoe.storage.blocks import BLOCK, Hasher, Stored, block_range, hash_bytes, in_order, read_blocks
+from vpmoe.storage.errors import StorageError, shown, status_and_code
+from vpmoe.storage.local import written_whole
+from vpmoe.storage.retries import JOB, Patience, persist
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import CompletedPartTypeDef
+
+    from vpmoe.api.storage import Storage
+
+log = logging.getLogger(__name__)
+
+THREADS = 4
+"""Blocks in flight for one upload or download: one connection alone rarely fills a network."""
+
+MAX_PARTS = 10_000
+"""S3's bound on the parts of one upload; with a part a block, 78 GiB an object."""
+
+MAX_METADATA = 2048
+"""S3's bound on an object's own metadata: bytes of all names and values."""
+
+Addressing = Literal["auto", "path", "virtual"]
+
+
+@dataclass(frozen=True, repr=False)
+class Credentials:
+    """A key pair given outright, as the operator has it from a run's Secret. Never shown: it has no repr of its own."""
+
+    access_key: str
+    secret_key: str
+
+
+@dataclass(frozen=True)
+class Object:
+    """An object as LIST shows it: its key below the bucket's prefix, bytes, ETag without quotes."""
+
+    key: str
+    size: int
+    etag: str
+
+
+class Bucket:
+    """A bucket below a prefix. All keys that go in and come out are relative to the prefix; `url` gives the whole address.
+
+    Every method raises StorageError when the store refuses, or cannot be reached until patience ends. Safe to share among threads.
+    """
+
+    def __init__(self, client: "S3Client", name: str, prefix: str, patience: Patience) -> None:
+        self.name = name
+        self.prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
+        self.endpoint = shown(client.meta.endpoint_url)
+        self._client = client
+        self._patience = patience
+
+    @classmethod
+    def open(
+        cls, spec: "Storage", *, credentials: Credentials | None = None, ca_bundle: Path | None = None, patience: Patience = JOB
+    ) -> "Bucket":
+        """The bucket that a run's `storage` describes. Nothing is sent before the first use; `probe` proves that it works.
+
+        Without `credentials` they come from where AWS tools look (environment, service account), AWS_ENDPOINT_URL wins over the
+        spec's endpoint, and AWS_CA_BUNDLE names the authority. With them the environment has no say: the operator serves many
+        runs, and must never send one run's secret to an address that the run did not name.
+        """
+        session = boto3.session.Session(
+            aws_access_key_id=credentials.access_key if credentials else None,
+            aws_secret_access_key=credentials.secret_key if credentials else None,
+        )
+        config = Config(
+            signature_version="s3v4",
+            connect_timeout=patience.connect,
+            read_timeout=patience.read,
+            retries={"total_max_attempts": 1, "mode": "standard"},  # retries.py tries again, see there
+            request_checksum_calculation="when_required",  # some stores refuse the trailers of the default
+            response_checksum_validation="when_required",
+            max_pool_connections=4 * THREADS,
+            ignore_configured_endpoint_urls=credentials is not None,  # type: ignore[call-arg]  # the stubs do not know it
+            s3={"addressing_style": spec.addressing_style, "payload_signing_enabled": True},  # the store proves each body as it comes in
+        )
+        endpoint = spec.endpoint if credentials else os.environ.get("AWS_ENDPOINT_URL") or spec.endpoint
+        client = session.client(
+            "s3", endpoint_url=endpoint, region_name=spec.region, config=config, verify=str(ca_bundle) if ca_bundle else None
+        )
+        return cls(client, spec.bucket, spec.prefix, patience)
+
+    def other(self, name: str) -> "Bucket":
+        """Another bucket of the same store, from its root: inputs lie there."""
+        return Bucket(self._client, name, "", self._patience)
+
+    def url(self, key: str) -> str:
+        """s3://bucket/prefix/key"""
+        return f"s3://{self.name}/{self.prefix}{key}"
+
+    def probe(self) -> None:
+        """Prove that credentials may write, read and delete here and that a conditional PUT holds; the object used is removed."""
+        key = f".probe/{uuid.uuid4().hex}"
+        self.create(key, b"first", {})
+        second = self.create(key, b"second", {})
+        self.delete(key)
+        if second:
+            raise StorageError(
+                f"{self.url(key)}: the store at {self.endpoint} ignores `If-None-Match: *` and overwrote an object, so two writers could "
+                "undo each other's work. Use a store that has conditional PUT.", "Refused")
+
+    # Writing
+
+    def put_bytes(self, key: str, data: bytes, metadata: Mapping[str, str]) -> Stored:
+        """Write a small object, over whatever was there. Its sha256 stands in its metadata, and `get` checks it."""
+        stored = hash_bytes(key, data)
+        self._put(key, data, self._checked(key, {**metadata, "sha256": stored.sha256}))
+        return stored
+
+    def write_json(self, key: str, value: object, metadata: Mapping[str, str] = {}) -> Stored:
+        """Write `value` as JSON, over whatever was there: for progress.json, the one object that changes."""
+        return self.put_bytes(key, json_bytes(value), metadata)
+
+    def create(self, key: str, data: bytes, metadata: Mapping[str, str]) -> bool:
+        """Write a small object unless there is one. True: it now holds `data`, by us or before; False: it holds something else."""
+        metadata = self._checked(key, {**metadata, "sha256": hashlib.sha256(data).hexdigest()})
+        try:
+            self._put(key, data, metadata, IfNoneMatch="*")
+        except AlreadyThere:
+            return self.get(key) == data  # a retry meets its own object when the first answer was lost
+        return True
+
+    def put_file(self, key: str, path: Path, metadata: Mapping[str, str]) -> Stored:
+        """Write a file of any size, over whatever was there; it is read once, a block at a time. It exists all at once or not at all.
+
+        Raises StorageError also for a file of more than MAX_PARTS blocks, OSError where the file cannot be read.
+        """
+        if path.stat().st_size > MAX_PARTS * BLOCK:
+            raise StorageError(f"{path}: {path.stat().st_size} bytes do not fit into one object. Write it as several files.", "Local")
+        with path.open("rb") as file:
+            blocks = read_blocks(file)
+            first = next(blocks, b"")
+            if len(first) < BLOCK:
+                return self.put_bytes(key, first, metadata)
+            return self._put_multipart(key, chain([first], blocks), metadata)
+
+    def _put(self, key: str, data: bytes, metadata: Mapping[str, str], **condition: Any) -> None:
+        def put() -> None:
+            try:
+                self._client.put_object(Bucket=self.name, Key=self.prefix + key, Body=data, Metadata=metadata, **condition)
+            except ClientError as error:
+                if condition and status_and_code(error)[0] == 412:
+                    raise AlreadyThere(key) from error
+                raise
+
+        self._persist("PutObject", key, put)
+
+    def _put_multipart(self, key: str, blocks: Iterable[bytes], metadata: Mapping[str, str]) -> Stored:
+        ours = uuid.uuid4().hex  # tells our object from an earlier one if the answer to the last request is lost
+        name, path = self.name, self.prefix + key
+        metadata = self._checked(key, {**metadata, "upload": ours})
+        hasher = Hasher()
+
+        def numbered() -> Iterator[tuple[int, bytes]]:
+            for number, block in enumerate(blocks, 1):
+                hasher.add(block)
+                yield number, block
+
+        def upload(part: tuple[int, bytes]) -> "CompletedPartTypeDef":
+            number, block = part
+            answer = self._persist("UploadPart", key, lambda: self._client.upload_part(
+                Bucket=name, Key=path, UploadId=upload_id, PartNumber=number, Body=block))
+            return {"ETag": answer["ETag"], "PartNumber": number}
+
+        def complete() -> None:
+            try:
+                self._client.complete_multipart_upload(Bucket=name, Key=path, UploadId=upload_id, MultipartUpload={"Parts": parts})
+            except ClientError as error:
+                if status_and_code(error)[1] != "NoSuchUpload":
+                    raise
+                if self._client.head_object(Bucket=name, Key=path)["Metadata"].get("upload") != ours:
+                    raise
+
+        created = self._persist("CreateMultipartUpload", key, lambda: self._client.create_multipart_upload(
+            Bucket=name, Key=path, Metadata=metadata))
+        upload_id = created["UploadId"]
+        try:
+            parts = list(in_order(upload, numbered(), THREADS))
+            self._persist("CompleteMultipartUpload", key, complete)
+        except BaseException:
+            self._abort(key, upload_id)
+            raise
+        return hasher.stored(key)
+
+    def _abort(self, key: str, upload_id: str) -> None:
+        """Give back the space of a failed upload; one attempt, since what made the upload fail is the error to report."""
+        once = Patience(attempts=1, connect=self._patience.connect, read=self._patience.read)
+        try:
+            persist(lambda: self._client.abort_multipart_upload(Bucket=self.name, Key=self.prefix + key, UploadId=upload_id),
+                    once, "AbortMultipartUpload", self.url(key), self.endpoint)
+        except StorageError as error:
+            log.warning("The parts of a failed upload stay until the bucket's lifecycle rule removes them: %s", error)
+
+    def _checked(self, key: str, metadata: Mapping[str, str]) -> dict[str, str]:
+        size = sum(len(name.encode()) + len(value.encode()) for name, value in metadata.items())
+        if size > MAX_METADATA:
+            raise StorageError(
+                f"{self.url(key)}: metadata of {size} bytes is above S3's {MAX_METADATA}. Shorten the image's name.", "Refused")
+        for name, value in metadata.items():
+            if not (value.isascii() and value.isprintable()):
+                raise StorageError(
+                    f"{self.url(key)}: metadata {name}={value!r} is not printable ASCII, and S3 carries nothing else.", "Refused")
+        return dict(metadata)
+
+    # Reading
+
+    def get(self, key: str) -> bytes:
+        """A whole small object, proved against the sha256 in its metadata where it has one (those of others have none)."""
+        def fetch() -> tuple[bytes, str | None]:
+            answer = self._client.get_object(Bucket=self.name, Key=self.prefix + key)
+            return answer["Body"].read(), answer["Metadata"].get("sha256")
+
+        def proved() -> tuple[bytes, str | None]:
+            data, stated = self._persist("GetObject", key, fetch)
+            found = hashlib.sha256(data).hexdigest()
+            return data, None if stated in (None, found) else f"sha256 is {found}, its metadata says {stated}"
+
+        return self._prove(key, proved)
+
+    def get_json(self, key: str) -> Any:
+        """The value of a JSON object. Raises StorageError (Altered) where it is not JSON."""
+        try:
+            return json.loads(self.get(key))
+        except ValueError as error:
+            raise StorageError(f"{self.url(key)}: not JSON ({error}). The object was altered; delete it to have it written again.",
+                               "Altered") from error
+
+    def exists(self, key: str) -> bool:
+        """Whether there is an object of this key."""
+        try:
+            self.head(key)
+        except StorageError as error:
+            if error.reason != "Missing":
+                raise
+            return False
+        return True
+
+    def list(self, prefix: str) -> Iterator[Object]:
+        """All objects whose key starts with `prefix`, in the order of their keys."""
+        after = ""
+        while True:
+            page = self._persist("ListObjectsV2", prefix, lambda: self._client.list_objects_v2(
+                Bucket=self.name, Prefix=self.prefix + prefix, StartAfter=after))  # noqa: B023 (called at once)
+            for entry in page.get("Contents", []):
+                after = entry["Key"]
+                yield Object(after.removeprefix(self.prefix), entry["Size"], entry["ETag"].strip('"'))
+            if not page["IsTruncated"]:
+                return
+
+    def download(self, stored: Stored, path: Path) -> None:
+        """Bring an object to `path`, each block proved before it is written; `path` appears whole or not at all."""
+        with written_whole(path, stored.size, self.url(stored.key)) as file:
+            for block in self.blocks(stored):
+                file.write(block)
+
+    def read(self, stored: Stored, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of an object; the blocks that they lie in are fetched whole and proved."""
+        if not 0 <= start <= stop <= stored.size:
+            raise ValueError(f"{self.url(stored.key)}: [{start}, {stop}) is not a range of its {stored.size} bytes")
+        if start == stop:
+            return b""
+        first, last = start // BLOCK, (stop - 1) // BLOCK
+        data = b"".join(in_order(lambda index: self._block(stored, index), range(first, last + 1), THREADS))
+        return data[start - first * BLOCK:stop - first * BLOCK]
+
+    def blocks(self, stored: Stored) -> Iterator[bytes]:
+        """All blocks of an object in order, each proved. Of an empty object, that it is there and empty."""
+        if stored.size == 0:
+            self._prove(stored.key, lambda: (b"", size_fault(self.head(stored.key).size, 0)))
+        return in_order(lambda index: self._block(stored, index), range(len(stored.blocks)), THREADS)
+
+    def head(self, key: str) -> Object:
+        """Size and ETag of an object. Raises StorageError (Missing) where there is none."""
+        found = self._persist("HeadObject", key, lambda: self._client.head_object(Bucket=self.name, Key=self.prefix + key))
+        return Object(key, found["ContentLength"], found["ETag"].strip('"'))
+
+    def fetch(self, wanted: Object, path: Path) -> None:
+        """Bring an object that others wrote, so without our hashes, to `path`; size and ETag of every answer must be those wanted."""
+        def block(index: int) -> bytes:
+            data, size, etag = self._range(wanted.key, *block_range(wanted.size, index))
+            if (size, etag) != (wanted.size, wanted.etag):
+                raise StorageError(
+                    f"{self.url(wanted.key)}: {size} bytes, ETag {etag}, but the run was resolved to {wanted.size} bytes, ETag "
+                    f"{wanted.etag}. The input was changed since; restore it, or start a new run.", "Altered")
+            return data
+
+        with written_whole(path, wanted.size, self.url(wanted.key)) as file:
+            for data in in_order(block, range(-(-wanted.size // BLOCK)), THREADS):
+                file.write(data)
+
+    def _block(self, stored: Stored, index: int) -> bytes:
+        def proved() -> tuple[bytes, str | None]:
+            data, size, _ = self._range(stored.key, *block_range(stored.size, index))
+            found, stated = hashlib.sha256(data).hexdigest(), stored.blocks[index]
+            return data, size_fault(size, stored.size) or (
+                None if found == stated else f"sha256 of block {index} is {found}, its manifest says {stated}")
+
+        return self._prove(stored.key, proved)
+
+    def _range(self, key: str, start: int, stop: int) -> tuple[bytes, int, str]:
+        """Bytes [start, stop) as far as there are any, the whole object's size, its ETag."""
+        def fetch() -> tuple[bytes, int, str]:
+            try:
+                answer = self._client.get_object(Bucket=self.name, Key=self.prefix + key, Range=f"bytes={start}-{stop - 1}")
+            except ClientError as error:
+                if status_and_code(error)[0] != 416:  # the object ends before `start`
+                    raise
+                found = self._client.head_object(Bucket=self.name, Key=self.prefix + key)
+                return b"", found["ContentLength"], found["ETag"].strip('"')
+            whole = answer.get("ContentRange", f"/{answer['ContentLength']}").rpartition("/")[2]
+            return answer["Body"].read(), int(whole), answer["ETag"].strip('"')
+
+        return self._persist("GetObject", key, fetch)
+
+    def _prove(self, key: str, read: Callable[[], tuple[bytes, str | None]]) -> bytes:
+        """What `read` brings with no fault. Raises StorageError (Altered) for a fault that a second reading shows again.
+
+        What it does not show again was an error on the way.
+        """
+        data, fault = read()
+        if fault:
+            data, fault = read()
+        if fault:
+            raise StorageError(
+                f"{self.url(key)}: {fault}. The object was changed after it was written; delete the manifest that names it to have it "
+                "built again.", "Altered")
+        return data
+
+    # Removing
+
+    def delete(self, key: str) -> None:
+        """Remove an object; that there is none is no error."""
+        self._persist("DeleteObject", key, lambda: self._client.delete_object(Bucket=self.name, Key=self.prefix + key))
+
+    def delete_prefix(self, folder: str) -> int:
+        """Remove everything in a folder, manifests first, so that none ever names what is gone. Returns the number of objects."""
+        if not folder.strip("/"):
+            raise ValueError("delete_prefix takes the name of a folder: an empty one would remove all runs of all people")
+        folder = folder.rstrip("/") + "/"
+        keys = [found.key for found in self.list(folder)]
+        manifests = [key for key in keys if key.endswith("/manifest.json")]
+        others = [key for key in keys if not key.endswith("/manifest.json")]
+        return sum(1 for group in (manifests, others) for _ in in_order(self.delete, group, THREADS))
+
+    def _persist[T](self, operation: str, key: str, call: Callable[[], T]) -> T:
+        return persist(call, self._patience, operation, self.url(key), self.endpoint)
+
+
+class AlreadyThere(Exception):
+    """A conditional PUT met an object."""
+
+
+def size_fault(size: int, stated: int) -> str | None:
+    """What is wrong with an object of `size` bytes whose manifest says `stated`."""
+    return None if size == stated else f"{size} bytes, its manifest says {stated}"
+
+
+def json_bytes(value: object) -> bytes:
+    """The one form in which JSON is stored: sorted keys, no spaces, UTF-8. Equal values have equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

@@ -1,0 +1,266 @@
+"""Manifests: an object without one does not exist. Parts are written first, the manifest last and once.
+
+A manifest is an in-toto Statement v1 (https://in-toto.io/Statement/v1) with a SLSA provenance v1 predicate
+(https://slsa.dev/provenance/v1): what was written, block by block, and from what. The models here are that format, and refuse
+anything else. What the facts of each kind mean is the business of who writes them.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic.alias_generators import to_camel
+
+from vpmoe.provenance import Provenance, now
+from vpmoe.storage.blocks import BLOCK, Subject
+from vpmoe.storage.bucket import Bucket, json_bytes
+from vpmoe.storage.errors import StorageError
+
+STATEMENT = "https://in-toto.io/Statement/v1"
+PREDICATE = "https://slsa.dev/provenance/v1"
+BUILDER = "https://vpmoe.dev/jobs"
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]
+BuildType = Annotated[str, StringConstraints(pattern=r"^https://vpmoe\.dev/[a-z]+/v1$")]
+Invocation = Annotated[str, StringConstraints(pattern=r"^[^/]+/[^/]+-[0-9a-f]{8}/[^/]+/[0-9]+$")]
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something that a manifest's objects were made from.
+
+    name: its role; "tokenizer" and, in everything made from a data set, "dataset" are required, others are free (an input shard's
+    key, "checkpoint"). uri: where it is. digest: by algorithm, e.g. {"sha256": …} or {"gitCommit": …}; facts: what else pins it
+    down, e.g. {"size": …, "etag": …} of an object that has no digest.
+    """
+
+    name: str
+    uri: str
+    digest: Mapping[str, str]
+    facts: Mapping[str, Any]
+
+
+class Part(BaseModel):
+    """A part of the format: names in camel case, no field more, none less, no type guessed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, alias_generator=to_camel, populate_by_name=True)
+
+
+class Sha256Digest(Part):
+    """The digest of a whole object."""
+
+    sha256: Sha256
+
+
+class SubjectFacts(Part):
+    """Bytes of an object, and the sha256 of each of its blocks."""
+
+    size: int = Field(ge=0)
+    block_size: Literal[8388608]
+    blocks: list[Sha256]
+
+
+class SubjectEntry(Part):
+    """An object, by its key relative to the manifest's folder."""
+
+    name: Name
+    digest: Sha256Digest
+    annotations: SubjectFacts
+
+
+class Dependency(Part):
+    """An input (SLSA's ResourceDescriptor)."""
+
+    name: str
+    uri: str
+    digest: dict[str, str]
+    annotations: dict[str, Any]
+
+
+class External(Part):
+    """What the user asked for: the run and the hash of its configuration."""
+
+    run: str
+    config: Sha256
+    step: str
+
+
+class BuildDefinition(Part):
+    """What was made, of what, as the user or the code decided."""
+
+    build_type: BuildType
+    external_parameters: External
+    internal_parameters: dict[str, Any]
+    resolved_dependencies: list[Dependency]
+
+
+class Version(Part):
+    """The code that ran; null by hand where it is not known."""
+
+    git_sha: str | None
+    image: str | None
+
+
+class Builder(Part):
+    """Who made it."""
+
+    id: Literal["https://vpmoe.dev/jobs"]
+    version: Version
+
+
+class Metadata(Part):
+    """Which process made it (namespace/name-uid8/step/attempt), and when (RFC 3339, UTC)."""
+
+    invocation_id: Invocation
+    started_on: str
+    finished_on: str
+
+
+class RunDetails(Part):
+    """The run of the builder."""
+
+    builder: Builder
+    metadata: Metadata
+
+
+class Predicate(Part):
+    """SLSA provenance."""
+
+    build_definition: BuildDefinition
+    run_details: RunDetails
+
+
+class Statement(Part):
+    """A whole manifest."""
+
+    type: Literal["https://in-toto.io/Statement/v1"] = Field(alias="_type")
+    subject: list[SubjectEntry] = Field(min_length=1)
+    predicate_type: Literal["https://slsa.dev/provenance/v1"]
+    predicate: Predicate
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest that was read and found well-formed.
+
+    key: where it lies; sha256: of its own bytes; kind: "dataset", "checkpoint", …; subjects, inputs: by name; facts: what the
+    writer said beside (SLSA's internalParameters); provenance: who wrote it; raw: the whole Statement.
+    """
+
+    key: str
+    sha256: str
+    kind: str
+    subjects: Mapping[str, Subject]
+    facts: Mapping[str, Any]
+    inputs: Mapping[str, Input]
+    provenance: Provenance
+    raw: Mapping[str, Any]
+
+
+def entry(subject: Subject) -> dict[str, Any]:
+    """A subject as it stands in a manifest; `subject_of` reads it back."""
+    return {
+        "name": subject.name, "digest": {"sha256": subject.sha256},
+        "annotations": {"size": subject.size, "blockSize": BLOCK, "blocks": list(subject.blocks)},
+    }
+
+
+def subject_of(found: Mapping[str, Any], folder: str) -> Subject:
+    """The subject of an entry in `folder`'s manifest. Raises ValueError where it is malformed."""
+    return _subject(SubjectEntry.model_validate(found), folder)
+
+
+def _subject(entry: SubjectEntry, folder: str) -> Subject:
+    facts = entry.annotations
+    if len(facts.blocks) != -(-facts.size // BLOCK):
+        raise ValueError(f"{entry.name}: {facts.size} bytes have {-(-facts.size // BLOCK)} blocks, not {len(facts.blocks)}")
+    return Subject(f"{folder}/{entry.name}", facts.size, entry.digest.sha256, tuple(facts.blocks), entry.name)
+
+
+def statement(
+    kind: str, subjects: Iterable[Subject], facts: Mapping[str, Any], provenance: Provenance, inputs: Sequence[Input]
+) -> dict[str, Any]:
+    """The manifest of objects that are written already.
+
+    Raises ValueError where an input that everything has to name is missing ("tokenizer"; "dataset", except of a data set itself),
+    and for whatever `load` would refuse.
+    """
+    for needed in ("tokenizer",) if kind == "dataset" else ("tokenizer", "dataset"):
+        if not any(found.name == needed and found.digest for found in inputs):
+            raise ValueError(f"a manifest of kind {kind} has to name its {needed} with a digest among its inputs")
+    made = {
+        "_type": STATEMENT,
+        "subject": [entry(subject) for subject in sorted(subjects, key=lambda subject: subject.name)],
+        "predicateType": PREDICATE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": f"https://vpmoe.dev/{kind}/v1",
+                "externalParameters": {"run": provenance.run, "config": provenance.config, "step": provenance.step},
+                "internalParameters": dict(facts),
+                "resolvedDependencies": [
+                    {"name": found.name, "uri": found.uri, "digest": dict(found.digest), "annotations": dict(found.facts)}
+                    for found in inputs
+                ],
+            },
+            "runDetails": {
+                "builder": {"id": BUILDER, "version": {"gitSha": provenance.git_sha, "image": provenance.image}},
+                "metadata": {
+                    "invocationId": f"{provenance.run}/{provenance.step}/{provenance.attempt}",
+                    "startedOn": provenance.started, "finishedOn": now(),
+                },
+            },
+        },
+    }
+    parse("", json_bytes(made))
+    return made
+
+
+def write(bucket: Bucket, key: str, made: Mapping[str, Any]) -> Manifest:
+    """Write a manifest unless there is one, and return the one that stands: the first writer's.
+
+    Whoever writes objects anew under a manifest that may exist removes that manifest first.
+    """
+    data = json_bytes(made)
+    of = parse(key, data).provenance
+    if bucket.create(key, data, of.metadata()):
+        return parse(key, data)
+    return load(bucket, key)
+
+
+def load(bucket: Bucket, key: str) -> Manifest:
+    """The manifest at `key`. Raises StorageError: Missing where there is none, Altered where it is malformed."""
+    try:
+        return parse(key, bucket.get(key))
+    except ValueError as error:
+        raise StorageError(
+            f"{bucket.url(key)}: not a manifest of ours: {error}. It was altered, or written by another version; delete it to have what it "
+            "names built again.", "Altered") from error
+
+
+def parse(key: str, data: bytes) -> Manifest:
+    """A manifest's content, checked. Raises ValueError that names the fields that are wrong."""
+    try:
+        found = Statement.model_validate_json(data)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc'])) or 'content'}: {fault['msg']}" for fault in error.errors()[:5]]
+        raise ValueError("; ".join(faults)) from error
+    folder = key.rpartition("/")[0]
+    subjects = [_subject(entry, folder) for entry in found.subject]
+    names = [subject.name for subject in subjects]
+    if len(set(names)) < len(names):
+        raise ValueError(f"subject: {next(name for name in names if names.count(name) > 1)} is named twice")
+    build, details = found.predicate.build_definition, found.predicate.run_details
+    namespace, run, step, attempt = details.metadata.invocation_id.split("/")
+    name, _, uid8 = run.rpartition("-")
+    return Manifest(
+        key=key, sha256=hashlib.sha256(data).hexdigest(), kind=build.build_type.split("/")[3],
+        subjects={subject.name: subject for subject in subjects}, facts=build.internal_parameters,
+        inputs={found.name: Input(found.name, found.uri, found.digest, found.annotations) for found in build.resolved_dependencies},
+        provenance=Provenance(
+            git_sha=details.builder.version.git_sha, image=details.builder.version.image, config=build.external_parameters.config,
+            namespace=namespace, name=name, uid8=uid8, step=step, attempt=int(attempt), started=details.metadata.started_on),
+        raw=found.model_dump(by_alias=True),
+    )

@@ -1,0 +1,122 @@
+"""Where everything lies in the bucket: one pure function a kind of key. Keys are below the bucket's prefix, which `Bucket` adds.
+
+    datasets/<id>/{train,valid}/part-00000.{tokens,spans}.{bin,idx}, …/part-00000.documents.parquet, …/manifest.json
+    datasets/<id>/census/part-00000.json                       counts of one input shard, from which sampling thresholds follow
+    datasets/<id>/parts/part-00000.json                        what was written of one input shard: this part is done
+    scores/<id>/train/part-00000.logp.{bin,idx}, …/manifest.json
+    runs/<namespace>/<name>-<uid8>/run.json                    the resolved, immutable configuration
+      …/inputs.json                                            which data set and which input objects the run was resolved to
+      …/steps/<step>/{progress.json, metrics/*.jsonl}
+      …/checkpoints/<step>/<iteration>/…, manifest.json
+      …/weights/<step>/v000012/…, manifest.json
+      …/rollouts/<step>/window-000000.{rollouts,scores}.arrow
+      …/report/index.html
+
+Folders have no slash at their end.
+"""
+
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from vpmoe.api import DistillRun
+
+Split = Literal["train", "valid"]
+PartFile = Literal["tokens.bin", "tokens.idx", "spans.bin", "spans.idx", "documents.parquet"]
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """Bucket and key of s3://bucket/key; the key may be empty. Raises ValueError for any other address."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    if not url.startswith("s3://") or not bucket:
+        raise ValueError(f"{url!r} is no address in a bucket. Write s3://bucket/key.")
+    return bucket, key
+
+
+def manifest(folder: str) -> str:
+    """The object that makes a folder's content exist."""
+    return f"{folder}/manifest.json"
+
+
+def dataset(dataset_id: str) -> str:
+    """Folder of a data set."""
+    return f"datasets/{dataset_id}"
+
+
+def dataset_part(dataset_id: str, split: Split, part: int, file: PartFile) -> str:
+    """One file of part `part`, the counterpart of input shard `part`."""
+    return f"{dataset(dataset_id)}/{split}/part-{part:05d}.{file}"
+
+
+def census(dataset_id: str, part: int) -> str:
+    """What an input shard holds, counted before anything is written."""
+    return f"{dataset(dataset_id)}/census/part-{part:05d}.json"
+
+
+def part_record(dataset_id: str, part: int) -> str:
+    """What was written of an input shard; it is there once all of its files are."""
+    return f"{dataset(dataset_id)}/parts/part-{part:05d}.json"
+
+
+def scores(scores_id: str) -> str:
+    """Folder of a teacher's scores of a data set."""
+    return f"scores/{scores_id}"
+
+
+def scores_part(scores_id: str, part: int, extension: Literal["bin", "idx"]) -> str:
+    """The teacher's log-probabilities of training part `part`."""
+    return f"{scores(scores_id)}/train/part-{part:05d}.logp.{extension}"
+
+
+def run_folder(namespace: str, name: str, uid8: str) -> str:
+    """Folder of a run, from what names it."""
+    return f"runs/{namespace}/{name}-{uid8}"
+
+
+def run(run: "DistillRun") -> str:
+    """Folder of a run."""
+    return run_folder(run.metadata.namespace, run.metadata.name, run.uid8)
+
+
+def run_json(of: "DistillRun") -> str:
+    """The configuration that the run started with."""
+    return f"{run(of)}/run.json"
+
+
+def inputs(of: "DistillRun") -> str:
+    """What the run's source was resolved to, written once."""
+    return f"{run(of)}/inputs.json"
+
+
+def progress(of: "DistillRun", step: str) -> str:
+    """What a step reports; the one object that is overwritten."""
+    return f"{run(of)}/steps/{step}/progress.json"
+
+
+def metrics(of: "DistillRun", step: str, name: str) -> str:
+    """One file of a step's metrics, a line an optimizer step."""
+    return f"{run(of)}/steps/{step}/metrics/{name}.jsonl"
+
+
+def checkpoints(of: "DistillRun", step: str) -> str:
+    """Folder of a step's checkpoints."""
+    return f"{run(of)}/checkpoints/{step}"
+
+
+def checkpoint(of: "DistillRun", step: str, iteration: int) -> str:
+    """Folder of the checkpoint after `iteration` optimizer steps; the number is not padded."""
+    return f"{checkpoints(of, step)}/{iteration}"
+
+
+def weights(of: "DistillRun", step: str, version: int) -> str:
+    """Folder of a policy version for the sampler."""
+    return f"{run(of)}/weights/{step}/v{version:06d}"
+
+
+def window(of: "DistillRun", step: str, index: int, kind: Literal["rollouts", "scores"]) -> str:
+    """An on-policy window's rollouts, or the teacher's scores of them."""
+    return f"{run(of)}/rollouts/{step}/window-{index:06d}.{kind}.arrow"
+
+
+def report(of: "DistillRun") -> str:
+    """The page that a finished run ends with."""
+    return f"{run(of)}/report/index.html"
