@@ -1,0 +1,123 @@
+"""What is wrong with a DistillRun, in words: one line a problem, each naming the field, the value and the way out."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from vpmoe.api.stages import KINDS
+
+_KIND_NAMES = tuple(kind.__name__ for kind in KINDS)
+
+
+class Invalid(ValueError):
+    """A DistillRun that cannot be run as it is written. `problems` holds a line for each thing that is wrong."""
+
+    def __init__(self, problems: Iterable[str], source: str = "DistillRun") -> None:
+        self.problems = tuple(problems)
+        super().__init__(f"{source}:\n" + "\n".join(f"  {line}" for line in self.problems))
+
+
+def problems(error: ValidationError, written: Mapping[str, Any]) -> list[str]:
+    """Every problem that pydantic found in what was `written`, once.
+
+    A value that several fields inherit is wrong in each of them; only the place where it was written is named.
+    """
+    found = [(_path(detail), detail) for detail in error.errors(include_url=False) if not _miscounted(detail)]
+    own = [(path, detail) for path, detail in found if _was_written(written, path, detail["type"])]
+    return [line for path, detail in own or found for line in _lines(_dotted(path), detail)]
+
+
+def _miscounted(detail: ErrorDetails) -> bool:
+    """pydantic counts a list's valid items: one bad stage would also be "no stages"."""
+    return detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]
+
+
+def _path(detail: ErrorDetails) -> tuple[str | int, ...]:
+    """The place of a problem without the union tags that pydantic puts behind a stage's index."""
+    loc = detail["loc"]
+    return tuple(part for i, part in enumerate(loc) if not (i and isinstance(loc[i - 1], int) and part in _KIND_NAMES))
+
+
+def _dotted(path: tuple[str | int, ...]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path if part != "[key]")
+    return text.removeprefix(".")
+
+
+def _was_written(written: Any, path: tuple[str | int, ...], kind: str) -> bool:
+    for part in path[:-1] if kind == "missing" else path:
+        known = range(len(written)) if isinstance(written, list | tuple) else written if isinstance(written, Mapping) else ()
+        if part in known:
+            written = written[part]
+        elif part != "[key]":
+            return False
+    return True
+
+
+def _lines(path: str, detail: ErrorDetails) -> list[str]:
+    context = detail.get("ctx", {})
+    if detail["type"] == "rules":
+        return [f"{'.'.join(filter(None, (path, field)))}: {words}" for field, words in context["problems"]]
+    if detail["type"] == "missing":
+        return [f"{path}: is required"]
+    return [f"{path}: {_value(detail['input'])} {_words(detail, context)}"]
+
+
+def _value(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _words(detail: ErrorDetails, context: Mapping[str, Any]) -> str:
+    match detail["type"]:
+        case "words":
+            return str(context["words"])
+        case "extra_forbidden":
+            return _unknown(str(detail["loc"][-1]))
+        case "literal_error" | "union_tag_invalid" | "enum":
+            expected = context.get("expected") or context["expected_tags"]
+            return f"must be one of {str(expected).replace(chr(39), '').replace(' or ', ', ')}"
+        case "union_tag_not_found":
+            return f"needs a kind: one of {', '.join(_KIND_NAMES)}"
+        case "greater_than_equal":
+            return f"must be at least {context['ge']}"
+        case "greater_than":
+            return f"must be more than {context['gt']}"
+        case "less_than_equal":
+            return f"must be at most {context['le']}"
+        case "less_than":
+            return f"must be less than {context['lt']}"
+        case "too_short":
+            return f"must have at least {context['min_length']} items"
+        case "too_long":
+            return f"may have at most {context['max_length']} items"
+        case "string_too_short":
+            return "may not be empty"
+        case "string_too_long":
+            return f"may not be longer than {context['max_length']} characters"
+        case "string_type":
+            return "must be a string: quote it"
+        case "int_type" | "int_from_float":
+            return "must be a whole number"
+        case "float_type" | "finite_number":
+            return "must be a number"
+        case "bool_type":
+            return "must be true or false"
+        case "dict_type" | "model_type" | "model_attributes_type":
+            return "must be a mapping"
+        case "tuple_type" | "list_type":
+            return "must be a list"
+    return detail["msg"]
+
+
+def _unknown(field: str) -> str:
+    kinds = [kind.__name__ for kind in KINDS if field in (info.alias for info in kind.model_fields.values())]
+    if kinds:
+        return f"is given, but only stages of kind {' or '.join(kinds)} have {field}"
+    return "is given, but there is no such field. Check its spelling and its indentation"

@@ -1,0 +1,66 @@
+"""How a stage is spread over GPUs and sequences: ranks, pods, and what one optimizer step is made of.
+
+Pure arithmetic over the specification. The sums that must come out are rules of Spec (spec.py), so a Spec that exists has a layout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vpmoe.api.stages import OnPolicy
+
+if TYPE_CHECKING:
+    from vpmoe.api.spec import Spec
+    from vpmoe.api.stages import StageFields
+
+EXPERTS = {"vpmoe-6b": 256, "tiny": 8}
+"""Experts of each student shape. vpmoe.model.shapes holds the shapes themselves, and a test of it compares the two."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One stage's layout."""
+
+    ranks: int
+    """Training processes, one GPU each."""
+    pods: int
+    """Training pods: the Master and pods − 1 Workers of a PyTorchJob, or the one pod of a Job."""
+    processes_per_pod: int
+    """Training processes, and GPUs, of each pod. TeacherForced stages add the teacher's process to one pod."""
+    data_parallel: int
+    """Ranks that each take their own part of a batch: all of them."""
+    expert_parallel: int
+    """Ranks that share one set of experts."""
+    sequences_per_rank: int
+    """Packed sequences that one rank takes in one optimizer step."""
+    sequences_per_step: int
+    """Packed sequences of one optimizer step, on all ranks."""
+    tokens_per_step: int
+    """Positions of one optimizer step, padding included: sequences × training.sequenceLength, at most training.globalBatchTokens."""
+
+
+def ranks(spec: Spec, stage: StageFields) -> int:
+    """Training processes of a stage: the student's GPUs, less those that an OnPolicy stage samples on."""
+    return spec.student.gpus - (stage.sampler.gpus if isinstance(stage, OnPolicy) else 0)
+
+
+def pod_size(spec: Spec, stage: StageFields) -> int:
+    """Training processes of one pod, at most gpusPerPod."""
+    return min(ranks(spec, stage), spec.student.gpus_per_pod or spec.student.gpus)
+
+
+def layout(spec: Spec, stage: StageFields) -> Layout:
+    """The layout of one stage of a specification."""
+    world, size = ranks(spec, stage), pod_size(spec, stage)
+    per_rank = spec.training.global_batch_tokens // (spec.training.sequence_length * world)
+    return Layout(
+        ranks=world,
+        pods=world // size,
+        processes_per_pod=size,
+        data_parallel=world,
+        expert_parallel=spec.student.expert_parallel,
+        sequences_per_rank=per_rank,
+        sequences_per_step=per_rank * world,
+        tokens_per_step=per_rank * world * spec.training.sequence_length,
+    )

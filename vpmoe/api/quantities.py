@@ -1,0 +1,162 @@
+"""Token counts and durations as people write them, and the types of the fields that hold them.
+
+In Python a field holds a plain int (tokens, or seconds); written out again it is the shortest text that says the same.
+"""
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Annotated, Any
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from vpmoe.api.base import cel_string
+
+MOST_TOKENS = 10**15
+"""More than anything trains on, and far below 2^53, above which CEL's doubles and JSON's numbers stop being exact."""
+
+TOKENS_WORDS = 'must be a whole number of tokens, such as 1000000, "1_000_000", "500k", "20M" or "1.5B"'
+DURATION_WORDS = 'must be a duration such as "90s", "15m", "1h30m" or "7d"'
+QUANTITY_WORDS = 'must be a quantity such as 4, "500m" or "64Gi"'
+
+_TOKENS = r"[0-9][0-9_]*(\.[0-9]+)?[kKMBT]?"
+_ZEROS = {"k": 3, "K": 3, "M": 6, "B": 9, "T": 12}
+_DURATION = r"([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?"
+_QUANTITY = r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei|e[0-9]+)?"
+_LONGEST = 24
+_SECONDS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
+
+
+def parse_tokens(value: object) -> int:
+    """A token count: a whole number, or its text with k, M, B or T for 10^3, 10^6, 10^9, 10^12. ValueError says what to write."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(TOKENS_WORDS)
+    if isinstance(value, str):
+        if len(value) > _LONGEST or re.fullmatch(_TOKENS, value) is None:
+            raise ValueError(TOKENS_WORDS)
+        number = Decimal(value.rstrip("kKMBT")).scaleb(_ZEROS.get(value[-1], 0))
+    else:
+        number = Decimal(value)
+    if not number.is_finite() or number != number.to_integral_value():
+        raise ValueError(TOKENS_WORDS)
+    return int(number)
+
+
+def format_tokens(count: int) -> str:
+    """The shortest text that parse_tokens reads as `count` exactly: 1500000 is "1.5M", 1001 is "1001"."""
+    for suffix, zeros in (("T", 12), ("B", 9), ("M", 6), ("k", 3)):
+        if count >= 10**zeros and count % 10 ** (zeros - 3) == 0:
+            return f"{Decimal(count).scaleb(-zeros).normalize():f}{suffix}"
+    return str(count)
+
+
+def parse_duration(value: object) -> int:
+    """Seconds in a text such as "1h30m", with d, h, m, s in this order. ValueError says what to write."""
+    if not isinstance(value, str) or not value or len(value) > _LONGEST or re.fullmatch(_DURATION, value) is None:
+        raise ValueError(DURATION_WORDS)
+    return sum(int(number) * _SECONDS[unit] for number, unit in re.findall(r"([0-9]+)([dhms])", value))
+
+
+def format_duration(seconds: int) -> str:
+    """The text that parse_duration reads as `seconds`: 5400 is "1h30m", 0 is "0s"."""
+    parts = []
+    for unit, size in _SECONDS.items():
+        count, seconds = divmod(seconds, size)
+        if count:
+            parts.append(f"{count}{unit}")
+    return "".join(parts) or "0s"
+
+
+def cel_tokens(value: str) -> str:
+    """CEL that gives the token count which `value` (an int-or-string that has been found well-formed) stands for, as a double."""
+    text = f"string({value}).replace('_', '')"
+    for suffix, zeros in _ZEROS.items():
+        text += f".replace('{suffix}', 'e{zeros}')"
+    return f"double({text})"
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """Annotation of an int field that holds tokens: int-or-string for the API server, parsed and bounded in Python."""
+
+    least: int
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._parse, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        well_formed = f"type(self) == int || self.matches({cel_string(f'^{_TOKENS}$')})"
+        count = cel_tokens("self")
+        return {
+            "anyOf": [{"type": "integer"}, {"type": "string"}],
+            "x-kubernetes-int-or-string": True,
+            "maxLength": _LONGEST,
+            "x-kubernetes-validations": [
+                {"rule": f"({well_formed}) && {count} == double(int({count}))", "message": TOKENS_WORDS},
+                {"rule": f"!({well_formed}) || ({count} >= {self.least}.0 && {count} <= {MOST_TOKENS}.0)", "message": self._bounds()},
+            ],
+        }
+
+    def _bounds(self) -> str:
+        return f"must be from {self.least} to {MOST_TOKENS} tokens"
+
+    def _parse(self, value: object) -> int:
+        try:
+            count = parse_tokens(value)
+        except ValueError as error:
+            raise PydanticCustomError("words", "{words}", {"words": str(error)}) from None
+        if not self.least <= count <= MOST_TOKENS:
+            raise PydanticCustomError("words", "{words}", {"words": self._bounds()})
+        return count
+
+
+class Seconds:
+    """Annotation of an int field that holds seconds and is written as a duration."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        write = core_schema.plain_serializer_function_ser_schema(format_duration)
+        return core_schema.no_info_before_validator_function(self._parse, handler(source), serialization=write)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        rule = f"self != '' && self.matches({cel_string(f'^{_DURATION}$')})"
+        return {"type": "string", "maxLength": _LONGEST, "x-kubernetes-validations": [{"rule": rule, "message": DURATION_WORDS}]}
+
+    def _parse(self, value: object) -> int:
+        try:
+            return parse_duration(value)
+        except ValueError as error:
+            raise PydanticCustomError("words", "{words}", {"words": str(error)}) from None
+
+
+class QuantityText:
+    """Annotation of a str field that holds a Kubernetes quantity: a whole number becomes its text."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._parse, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        rule = f"type(self) == int ? self >= 0 : self.matches({cel_string(f'^{_QUANTITY}$')})"
+        return {
+            "anyOf": [{"type": "integer"}, {"type": "string"}],
+            "x-kubernetes-int-or-string": True,
+            "maxLength": _LONGEST,
+            "x-kubernetes-validations": [{"rule": rule, "message": QUANTITY_WORDS}],
+        }
+
+    def _parse(self, value: object) -> str:
+        text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        if not isinstance(text, str) or len(text) > _LONGEST or re.fullmatch(_QUANTITY, text) is None:
+            raise PydanticCustomError("words", "{words}", {"words": QUANTITY_WORDS})
+        return text
+
+
+Tokens = Annotated[int, TokenCount(least=1)]
+"""A number of tokens, at least 1."""
+
+TokensOrNone = Annotated[int, TokenCount(least=0)]
+"""A number of tokens that may be 0."""
+
+Duration = Annotated[int, Seconds()]
+"""A length of time in seconds, written as "15m"."""

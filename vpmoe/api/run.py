@@ -1,0 +1,111 @@
+"""DistillRun: a whole run, read from a file or from what an API server returns, validated and with every default filled in.
+
+Status is not part of it (status.py); nor is anything that a run becomes in a cluster or a bucket.
+"""
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import ConfigDict, Field, ValidationError
+
+from vpmoe.api.base import Matches, Model
+from vpmoe.api.invalid import Invalid, problems
+from vpmoe.api.reader import read_yaml
+from vpmoe.api.spec import Spec
+from vpmoe.api.stages import Stage
+
+GROUP, VERSION, KIND, PLURAL = "vpmoe.dev", "v1alpha1", "DistillRun", "distillruns"
+API_VERSION = f"{GROUP}/{VERSION}"
+
+RUN_NAME = Matches(
+    r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?",
+    "must be at most 30 lowercase letters, digits and hyphens, from a letter to a letter or digit (pod names start with it)",
+    max_length=30,
+)
+
+
+class Metadata(Model):
+    """The part of a run's metadata that its configuration depends on; everything else that an object may carry is left out."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
+
+    name: Annotated[str, RUN_NAME]
+    """The run's name, at most 30 characters."""
+    namespace: Annotated[str, Field(min_length=1, max_length=63)] = "default"
+    """The namespace that the run's children live in."""
+    uid: Annotated[str, Field(min_length=8, max_length=64)] | None = None
+    """The object's identity in its cluster; None where a run is made by hand."""
+
+
+class DistillRun(Model):
+    """Distils a student from a teacher: preprocesses a data set, then trains the student through one or more stages."""
+
+    api_version: Literal["vpmoe.dev/v1alpha1"]
+    """vpmoe.dev/v1alpha1."""
+    kind: Literal["DistillRun"]
+    """DistillRun."""
+    metadata: Metadata
+    """Name and namespace."""
+    spec: Spec
+    """What to distil from what, on what, and how."""
+
+    @classmethod
+    def parse(cls, written: Any, source: str = "DistillRun") -> Self:
+        """A run from the mapping of its file or of an API server's answer. Invalid names everything that is wrong with it."""
+        if not isinstance(written, dict):
+            raise Invalid([f"a DistillRun is a mapping with apiVersion, kind, metadata and spec, not {type(written).__name__}"], source)
+        body = {key: value for key, value in written.items() if key != "status"}
+        try:
+            return cls.model_validate(body)
+        except ValidationError as error:
+            raise Invalid(problems(error, body), source) from None
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        spec = self.spec.model_dump(mode="json", by_alias=True, exclude={"suspend", "ttl_after_finished", "deletion_policy"})
+        del spec["runtime"]["attempts"]
+        return {"apiVersion": self.api_version, "kind": self.kind, "spec": spec}
+
+    def config(self) -> dict[str, Any]:
+        """The run's configuration with every default filled in, without what may change while it runs. Parsing it gives it again."""
+        return json.loads(json.dumps(self._config))  # type: ignore[no-any-return]
+
+    @cached_property
+    def config_hash(self) -> str:
+        """sha256, 64 hex, of the configuration as canonical JSON: keys sorted, no spaces, UTF-8."""
+        text = json.dumps(self._config, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def document(self) -> dict[str, Any]:
+        """The configuration with the metadata that it belongs to: what jobs are given as their run file."""
+        metadata = self.metadata.model_dump(mode="json", exclude_none=True)
+        config = self.config()
+        return {"apiVersion": config["apiVersion"], "kind": config["kind"], "metadata": metadata, "spec": config["spec"]}
+
+    @property
+    def uid8(self) -> str:
+        """First 8 characters of the uid, or of the configuration's hash where there is no uid: part of the run's folder in the bucket."""
+        return (self.metadata.uid or self.config_hash)[:8]
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name. KeyError names the stages that there are."""
+        for stage in self.spec.stages:
+            if stage.name == name:
+                return stage
+        raise KeyError(f"{name} is no stage of {self.metadata.name}: it has {', '.join(stage.name for stage in self.spec.stages)}")
+
+    def steps(self) -> tuple[str, ...]:
+        """The run's steps in order: preprocess, then each stage by its name."""
+        return ("preprocess", *(stage.name for stage in self.spec.stages))
+
+
+def load_run(path: str | Path) -> DistillRun:
+    """The run in a YAML or JSON file. Invalid names everything that is wrong with it, OSError what keeps the file from being read."""
+    try:
+        return DistillRun.parse(read_yaml(Path(path).read_text(encoding="utf-8")), source=str(path))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise Invalid([f"is not YAML: {error}"], str(path)) from None
