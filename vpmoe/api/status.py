@@ -1,0 +1,159 @@
+"""status: what has become of a run, as the operator writes it and kubectl shows it. Bounded in size.
+
+How it is arrived at is the operator's business. To add a field, add it here and run `python -m vpmoe.api.crd`: the API server
+drops what the CRD does not know.
+"""
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from vpmoe.api.base import Record
+from vpmoe.api.progress import CheckpointFacts, Count, DatasetFacts, HeldOut
+
+Phase = Literal["Pending", "Queued", "Running", "Suspended", "Succeeded", "Failed"]
+StepState = Literal["Pending", "Queued", "Running", "Suspended", "Retrying", "Succeeded", "Failed"]
+ConditionType = Literal["Ready", "Progressing", "Suspended", "Stalled", "Failed", "Succeeded"]
+
+MESSAGE = 1024
+"""Longest message in a status, in characters."""
+
+
+def _shortened(text: str) -> str:
+    """A status that is too long would be refused as a whole, and the run would stand still for its own message."""
+    return text if len(text) <= MESSAGE else text[: MESSAGE - 1] + "…"
+
+
+def _rounded(number: float) -> float:
+    """Four decimals: more would rewrite the status without telling anyone anything."""
+    return round(number, 4)
+
+
+Message = Annotated[str, AfterValidator(_shortened), Field(json_schema_extra={"maxLength": MESSAGE})]
+Name = Annotated[str, Field(max_length=253)]
+Hash = Annotated[str, Field(max_length=64)]
+Number = Annotated[float, AfterValidator(_rounded)]
+
+
+class Condition(Record):
+    """One aspect of the run, as `kubectl wait --for=condition=…` reads it."""
+
+    type: Annotated[str, Field(max_length=64, pattern=r"^[A-Z][A-Za-z0-9]*$")]
+    """Ready, Progressing, Suspended, Stalled, Failed or Succeeded, or a name that a job gave, such as RouterCollapse."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
+    reason: Annotated[str, Field(max_length=128, pattern=r"^[A-Z][A-Za-z0-9]*$")]
+    """Why, in one word for programs."""
+    message: Message = ""
+    """Why, in a sentence for people."""
+    observed_generation: Count = 0
+    """Generation of the DistillRun that this was found from."""
+    last_transition_time: datetime
+    """When its status last changed."""
+
+
+class Child(Record):
+    """The object that carries out an attempt of a step."""
+
+    kind: Annotated[str, Field(max_length=64)]
+    """Job or PyTorchJob."""
+    name: Name
+    """Its name: <run>-<step>-a<attempt>."""
+    uid: Annotated[str, Field(max_length=64)] | None = None
+    """Its identity, once it has been made."""
+
+
+class Step(Record):
+    """One step of the run: preprocess, or a training stage."""
+
+    name: Annotated[str, Field(max_length=16)]
+    """The step's name."""
+    state: StepState = "Pending"
+    """Pending, Queued for GPUs, Running, Suspended, Retrying after a failure, Succeeded or Failed."""
+    attempt: Count = 0
+    """Number of the latest attempt, which is part of its child's name; 0 before the first. Resuming is an attempt too."""
+    failures: Count = 0
+    """Failures in a row without a new checkpoint. runtime.attempts of them fail the step."""
+    tokens_done: Count | None = None
+    """Tokens trained on."""
+    tokens_total: Count | None = None
+    """Tokens to train on."""
+    parts_done: Count | None = None
+    """Parts of the data set written."""
+    parts_total: Count | None = None
+    """Parts of the data set to write."""
+    message: Message = ""
+    """What it is doing, or why it is not."""
+    started: datetime | None = None
+    """When its first attempt was made."""
+    finished: datetime | None = None
+    """When it succeeded or failed for good."""
+    retry_at: datetime | None = None
+    """When the next attempt is made, after a failure."""
+    child: Child | None = None
+    """The object of the latest attempt."""
+    checkpoint: CheckpointFacts | None = None
+    """Its latest checkpoint."""
+    held_out: HeldOut | None = None
+    """Held-out loss by span before its first and after its latest evaluation, in nats a token."""
+    reused: bool = False
+    """true where what it makes was in the bucket already and nothing had to be done."""
+
+
+class Provenance(Record):
+    """What the run was made by and from."""
+
+    git_sha: Annotated[str, Field(max_length=64)] | None = None
+    """Commit of this project."""
+    image: Annotated[str, Field(max_length=512)] | None = None
+    """Image of the training pods."""
+    config_hash: Hash | None = None
+    """sha256 of the resolved configuration, 64 hex."""
+    dataset: DatasetFacts | None = None
+    """The data set that it trains on."""
+    folder: Annotated[str, Field(max_length=1280)] | None = None
+    """s3:// address of the run's folder: configuration, metrics, checkpoints."""
+
+
+class Status(Record):
+    """What has become of the run. Written by the operator alone."""
+
+    observed_generation: Count = 0
+    """Generation of the DistillRun that this status was found from."""
+    phase: Phase = "Pending"
+    """Pending, Queued for GPUs, Running, Suspended, Succeeded or Failed."""
+    message: Message = ""
+    """What the run is doing, or what it waits for, in a sentence."""
+    step: Annotated[str, Field(max_length=16)] | None = None
+    """The step that is running or was last running."""
+    progress: Annotated[str, Field(max_length=32)] | None = None
+    """How much of the whole run is done, such as "42%"."""
+    tokens_per_second: Number | None = None
+    """Speed of the running step."""
+    loss: Number | None = None
+    """Loss of the latest optimizer step."""
+    config: Annotated[str, Field(max_length=16)] | None = None
+    """First 16 hex of the configuration's hash, as on the labels of everything that the run makes."""
+    checkpoint: CheckpointFacts | None = None
+    """The run's latest checkpoint."""
+    held_out: HeldOut | None = None
+    """Held-out loss by span of the step that is running or was last running, before and latest, in nats a token."""
+    started: datetime | None = None
+    """When the first step started."""
+    finished: datetime | None = None
+    """When the run succeeded or failed."""
+    conditions: Annotated[tuple[Condition, ...], Field(max_length=16, json_schema_extra={"listMapKey": "type"})] = ()
+    """Aspects of the run, each by its type."""
+    steps: Annotated[tuple[Step, ...], Field(max_length=16, json_schema_extra={"listMapKey": "name"})] = ()
+    """Steps in the order in which they run."""
+    provenance: Provenance | None = None
+    """What the run was made by and from."""
+
+    def condition(self, kind: str) -> Condition | None:
+        """The condition of that type, if it is there."""
+        return next((condition for condition in self.conditions if condition.type == kind), None)
+
+    def of(self, step: str) -> Step | None:
+        """The status of the step of that name, if it is there."""
+        return next((known for known in self.steps if known.name == step), None)
