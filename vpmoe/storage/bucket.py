@@ -301,18 +301,22 @@ class Bucket:
         return Object(key, found["ContentLength"], found["ETag"].strip('"'))
 
     def fetch(self, wanted: Object, path: Path) -> None:
-        """Bring an object that others wrote, so without our hashes, to `path`; size and ETag of every answer must be those wanted."""
+        """Bring an object that others wrote, so without our hashes, to `path`; see `fetch_range`."""
         def block(index: int) -> bytes:
-            data, size, etag = self._range(wanted.key, *block_range(wanted.size, index))
-            if (size, etag) != (wanted.size, wanted.etag):
-                raise StorageError(
-                    f"{self.url(wanted.key)}: {size} bytes, ETag {etag}, but the run was resolved to {wanted.size} bytes, ETag "
-                    f"{wanted.etag}. The input was changed since; restore it, or start a new run.", "Altered")
-            return data
+            return self.fetch_range(wanted, *block_range(wanted.size, index))
 
         with written_whole(path, wanted.size, self.url(wanted.key)) as file:
             for data in in_order(block, range(-(-wanted.size // BLOCK)), THREADS):
                 file.write(data)
+
+    def fetch_range(self, wanted: Object, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of an object that others wrote; size and ETag of the answer must be those wanted, else it is Altered."""
+        data, size, etag = self._range(wanted.key, start, stop)
+        if (size, etag) != (wanted.size, wanted.etag):
+            raise StorageError(
+                f"{self.url(wanted.key)}: {size} bytes, ETag {etag}, but the run was resolved to {wanted.size} bytes, ETag {wanted.etag}. "
+                "The input was changed since; restore it, or start a new run.", "Altered")
+        return data
 
     def _block(self, stored: Stored, index: int) -> bytes:
         def proved() -> tuple[bytes, str | None]:
