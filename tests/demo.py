@@ -1,0 +1,129 @@
+"""The demonstration: one small DistillRun from `helm install` to a trained student, on the development cluster that is up.
+
+It types what a user would type and shows it: helm, kubectl create, apply, get --watch. What it knows it reads from the run's status.
+Run it again and it deletes the run and makes it anew. Cluster and run stay up afterwards, to look at.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import boto3
+
+from tests import install, sample
+from tests.devcluster.cluster import Cluster, up
+
+NAMESPACE = "default"
+RUN = "demo"
+MANIFEST = "manifests/examples/demo.yaml"
+BUCKETS = ("corpora", "vpmoe")
+DEADLINE = 600
+"""Seconds after which a run that has not ended is shown as stuck."""
+
+
+def say(text: str = "") -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def shown(*command: str) -> None:
+    say("\n$ " + shlex.join(command))
+
+
+def upload(cluster: Cluster) -> None:
+    """The repository's sample as parquet shards in the development cluster's store."""
+    client = boto3.client(
+        "s3", endpoint_url=cluster.s3.endpoint, aws_access_key_id=cluster.s3.access_key, aws_secret_access_key=cluster.s3.secret_key,
+        region_name="us-east-1",
+    )  # fmt: skip
+    there = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
+    for bucket in BUCKETS:
+        if bucket not in there:
+            client.create_bucket(Bucket=bucket)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = sample.write(Path(folder), shards=2)
+        for shard in shards:
+            client.upload_file(str(shard), "corpora", f"demo/{shard.name}")
+        say(f"\nTraining input: {len(shards)} parquet files of the repository's sample at s3://corpora/demo/, {sample.describe()}.")
+
+
+def get(cluster: Cluster) -> dict[str, Any]:
+    run: dict[str, Any] = json.loads(cluster.kubectl("get", "distillrun", RUN, "--namespace", NAMESPACE, "--output=json"))
+    return run
+
+
+def follow(cluster: Cluster) -> dict[str, Any]:
+    """Show `kubectl get --watch` until the run has ended. Returns the run.
+
+    Raises SystemExit with `kubectl describe` where it failed or did not end in time.
+    """
+    command = ["get", "distillrun", RUN, "--namespace", NAMESPACE, "--watch"]
+    shown("kubectl", *command)
+    watch = subprocess.Popen([cluster.bin / "kubectl", "--kubeconfig", cluster.kubeconfig, *command])
+    try:
+        end = time.monotonic() + DEADLINE
+        while time.monotonic() < end:
+            run = get(cluster)
+            if run.get("status", {}).get("phase") in ("Succeeded", "Failed"):
+                time.sleep(0.5)  # the watch shows the last line too
+                break
+            time.sleep(1)
+    finally:
+        watch.terminate()
+        watch.wait()
+    phase = run.get("status", {}).get("phase")
+    if phase != "Succeeded":
+        say(cluster.kubectl("describe", "distillrun", RUN, "--namespace", NAMESPACE))
+        raise SystemExit(f"The run is {phase}, not Succeeded. Its pods: kubectl get pods --selector vpmoe.dev/run={RUN}")
+    return run
+
+
+def report(cluster: Cluster, run: dict[str, Any]) -> None:
+    """Where everything is, and what it came to."""
+    shown("kubectl", "get", "distillruns", "--output=wide")
+    say(cluster.kubectl("get", "distillruns", "--namespace", NAMESPACE, "--output=wide").rstrip())
+    status = run["status"]
+    before, after = status["heldOut"]["before"], status["heldOut"]["latest"]
+    say("\nHeld-out loss, nats a token     before    after")
+    for span in ("reasoning", "final"):
+        say(f"  {span:<26} {before[span]:>9.3f} {after[span]:>8.3f}")
+    folder = status["provenance"]["folder"]
+    say(f"\nCheckpoint   {status['checkpoint']['manifest']}")
+    say(f"Data set     {status['provenance']['dataset']['manifest']}")
+    say(f"Run          {folder}")
+    say(
+        f"""
+Look around:
+  export KUBECONFIG={cluster.kubeconfig} PATH={cluster.bin}:$PATH
+  kubectl describe distillrun {RUN}
+  kubectl get pods --selector vpmoe.dev/run={RUN}
+  kubectl logs --selector vpmoe.dev/run={RUN},vpmoe.dev/step=vanilla --tail=20
+  kubectl explain distillrun.spec.stages
+  AWS_ENDPOINT_URL={cluster.s3.endpoint} AWS_ACCESS_KEY_ID={cluster.s3.access_key} AWS_SECRET_ACCESS_KEY={cluster.s3.secret_key} \\
+    .venv/bin/python -m vpmoe.storage verify {folder}
+  make down"""
+    )
+
+
+def main() -> None:
+    started = time.monotonic()
+    cluster = up()
+    shown("helm", "upgrade", "--install", "distill-operator", "charts/distill-operator", "--values=…/values-dev.yaml", "--wait")
+    install.operator(cluster)
+    say(cluster.kubectl("get", "deployment,pods", "--namespace", install.NAMESPACE).rstrip())
+    upload(cluster)
+    install.credentials(cluster, NAMESPACE)
+    cluster.kubectl("delete", "distillrun", RUN, "--namespace", NAMESPACE, "--ignore-not-found", "--wait", "--timeout=120s")
+    shown("kubectl", "apply", "--filename", MANIFEST)
+    say(cluster.kubectl("apply", "--namespace", NAMESPACE, "--filename", MANIFEST).rstrip())
+    report(cluster, follow(cluster))
+    say(f"\n{time.monotonic() - started:.0f} s.")
+
+
+if __name__ == "__main__":
+    main()
