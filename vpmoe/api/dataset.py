@@ -57,6 +57,9 @@ class Dataset(Model):
     valid_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.001
     """Share of documents held out from training, chosen by a hash of their id. Higher makes held-out losses steadier and training
     data less."""
+    unreadable_max: Share = 0.01
+    """Largest share of the input's rows that may be unreadable (damaged row groups, text that is not UTF-8). Each is named in the
+    log and counted in the manifest; above this share preprocessing fails. Five rows are always tolerated."""
     sampling: Sampling = Sampling()
     """Which documents are kept."""
     conversation: Conversation = Conversation()
