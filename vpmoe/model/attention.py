@@ -1,0 +1,51 @@
+"""Attention inside documents: the core attention that megatron-core's layers call, for packed rows.
+
+A query sees the keys of its own document up to itself and nothing else. megatron's local attention takes no packed sequences at all and
+its other one needs Transformer Engine, so this is ours: FlashAttention by torch's variable-length interface on the GPU, one product a
+document on the CPU. Neither holds a [positions, positions] mask.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+
+
+def packing(boundaries: Tensor, longest: int) -> PackedSeqParams:
+    """How a batch's documents reach `PackedAttention` through megatron's layers. See Batch.boundaries and Batch.longest.
+
+    The format is not 'thd': with that one megatron would apply RoPE document by document, with a synchronisation for each; here the
+    rotation of every position is given, restarting at 0 with its document.
+    """
+    return PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=boundaries, max_seqlen_q=longest)
+
+
+class PackedAttention(MegatronModule):  # type: ignore[misc]
+    """softmax(q·k/√width)·v, causal, inside the runs that `packing` describes. No parameters, no dropout."""
+
+    def __init__(self, config: TransformerConfig, **_: Any) -> None:
+        super().__init__(config)
+
+    def forward(
+        self, query_SbhD: Tensor, key_SbgD: Tensor, value_SbgD: Tensor, _: None, *, packed_seq_params: PackedSeqParams, **__: Any
+    ) -> Tensor:
+        """[S, b, heads·width] from queries [S, b, heads, width] and keys and values [S, b, groups, width]."""
+        positions, rows = query_SbhD.shape[:2]
+        query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query_SbhD, key_SbgD, value_SbgD))
+        boundaries, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
+        if query.is_cuda:
+            out = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, window_size=(-1, 0), enable_gqa=True)
+        else:
+            lengths = boundaries.diff().tolist()
+            out = torch.cat([_document(*qkv) for qkv in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)])
+        return out.reshape(rows, positions, -1).transpose(0, 1)
+
+
+def _document(query_nhD: Tensor, key_ngD: Tensor, value_ngD: Tensor) -> Tensor:
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query_nhD, key_ngD, value_ngD))
+    return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).squeeze(0).transpose(0, 1)

@@ -1,0 +1,74 @@
+"""A microbatch: packed rows of documents, and everything about them that the student, the head and the objectives need.
+
+Made on the CPU, where lengths cost no synchronisation, then moved as a whole. Which documents stand in which row is the batch plan's
+business (vpmoe.training). Positions are derived here and not taken from outside, so a row cannot disagree with itself.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from vpmoe.objectives import spans
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """b rows of S tokens; T = b·S positions in row order. Make it with `of`."""
+
+    tokens: Tensor
+    """[b, S] int64"""
+    position: Tensor
+    """[b, S] int64, from 0 in every document"""
+    padding: Tensor
+    """[b, S] bool"""
+    target: Tensor
+    """[T] int64, the token that each position predicts, or spans.NO_TARGET"""
+    span: Tensor
+    """[T] uint8, the span of that token, or 0"""
+    boundaries: Tensor
+    """[documents + 1] int32 over T: where each run of one document (or of padding) starts, and T. Attention never crosses one."""
+    longest: int
+    """Length of the longest run."""
+    counts: Tensor
+    """[3] int64, always on the CPU: positions that are not padding, then targets by span number."""
+
+    @classmethod
+    def of(cls, tokens: Tensor, span_of_tokens: Tensor, documents: Tensor) -> "Batch":
+        """From CPU tensors [b, S]: tokens int64, the span of each token uint8, and int32 numbers that are constant over each document.
+
+        Neighbouring documents of a row have different numbers; negative is padding. A batch that is all padding, or has nothing to
+        learn, is legal. Raises ValueError where the shapes differ.
+        """
+        if tokens.dim() != 2 or tokens.shape != span_of_tokens.shape or tokens.shape != documents.shape:
+            raise ValueError(
+                f"tokens {list(tokens.shape)}, spans {list(span_of_tokens.shape)} and documents {list(documents.shape)} "
+                "must all be [rows, positions]."
+            )
+        starts_bS = torch.ones_like(documents, dtype=torch.bool)
+        starts_bS[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        starts = starts_bS.flatten().nonzero().squeeze(1)
+        boundaries = torch.cat([starts, torch.tensor([documents.numel()])])
+        lengths = boundaries.diff()
+        position = torch.arange(documents.numel()) - torch.repeat_interleave(starts, lengths)
+        padding = documents < 0
+        target, span = spans.targets(tokens, span_of_tokens, documents)
+        return cls(
+            tokens=tokens,
+            position=position.view(documents.shape),
+            padding=padding,
+            target=target,
+            span=span,
+            boundaries=boundaries.int(),
+            longest=int(lengths.max()),
+            counts=torch.stack([(~padding).sum(), *((span == number).sum() for number in spans.SPANS.values())]),
+        )
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on another device; `counts` stays where it is."""
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor) and field.name != "counts"
+        }
+        return Batch(**moved, longest=self.longest, counts=self.counts)

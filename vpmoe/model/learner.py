@@ -1,0 +1,184 @@
+"""A student in training: gradients of a global batch, and the step that uses them.
+
+megatron-core's DistributedDataParallel keeps gradients in flat fp32 buffers and reduces them while the last backward runs; its distributed
+optimizer keeps each rank's share of fp32 parameters and Adam moments. What is minimised is the objective's business, when the learning
+rate changes and what to do about a bad loss is the training loop's. Saved and restored by state.py.
+
+A batch goes through in an explicit loop and not through megatron's pipeline schedule, whose interface (iterators, closures over losses)
+exists for stages that this student does not have.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
+
+from vpmoe.model import distributed, state
+from vpmoe.model.batch import Batch
+from vpmoe.model.router import Load, Router, routers
+from vpmoe.model.shapes import Shape
+from vpmoe.model.student import Student, build
+from vpmoe.objectives.head import Coefficient, head_loss, logp_of
+from vpmoe.objectives.spans import SPANS
+
+BETAS = (0.9, 0.95)
+EPSILON = 1e-8
+
+Objective = Callable[[Batch], Coefficient]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a global batch came to; the same on every rank."""
+
+    loss: float
+    """Σ c·(−log p), balance loss not included; nan where nothing was minimised."""
+    cross_entropy: dict[str, float | None]
+    """Mean −log p by span, in nats a token; None where the batch has none of it."""
+    tokens: dict[str, int]
+    """Targets by span."""
+    load: Load | None
+    """None after an evaluation."""
+
+
+class Learner:
+    """The parts of a student in training. Make it with `build`; then, a step: forward_backward, look at the outcome, step."""
+
+    def __init__(self, student: Student, device: torch.device, *, weight_decay: float, gradient_clip: float) -> None:
+        self.student = student
+        self.device = device
+        self.weight_decay = weight_decay
+        self.gradient_clip = gradient_clip
+        self._routers = routers(student)
+        self._positions: Tensor | None = None
+        bf16 = student.config.bf16
+        self.ddp = DistributedDataParallel(
+            student.config,
+            # Parameters are gathered in the step and not under the next forward: it saves some hundredths of a step of seconds, and a
+            # checkpoint taken before that forward would hold stale ones.
+            DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, grad_reduce_in_fp32=True),
+            student,
+        )
+        settings = OptimizerConfig(
+            optimizer="adam", lr=0.0, weight_decay=weight_decay, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_eps=EPSILON,
+            clip_grad=gradient_clip, use_distributed_optimizer=True, bf16=bf16, params_dtype=student.config.params_dtype,
+        )  # fmt: skip
+        self.optimizer = get_megatron_optimizer(settings, [self.ddp], use_gloo_process_groups=False)
+        state.allocate_moments(self)
+        MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=device))
+
+    @classmethod
+    def build(
+        cls,
+        shape: Shape,
+        device: torch.device,
+        *,
+        sequence_length: int,
+        seed: int,
+        weight_decay: float,
+        gradient_clip: float,
+        expert_parallel: int = 1,
+    ) -> "Learner":
+        """A new student (see student.build) with an empty optimizer."""
+        student = build(shape, device, sequence_length=sequence_length, seed=seed, expert_parallel=expert_parallel)
+        return cls(student, device, weight_decay=weight_decay, gradient_clip=gradient_clip)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the optimizer so far, over all stages: what Adam's bias correction counts."""
+        return int(next(state.shards(self)).moments["step"])
+
+    def forward_backward(self, batches: Sequence[Batch], objective: Objective, positions: int) -> Outcome:
+        """Gradients of Σ c·(−log p) + balance loss over the global batch, of which this rank brings `batches` (at least one).
+
+        `positions` counts the global batch's positions that are not padding. Moves no weight: look at the outcome first, then `step`.
+        With expert parallelism every rank must bring equally many batches. Raises ValueError where `positions` is wrong.
+
+        The loss goes backward times `positions`, and step divides all gradients by it. So the balance losses, which megatron weighs by
+        positions, come out as means over positions, and gradients in bf16 keep the size that they have in ordinary training.
+        """
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = _Sums(self.device)
+        for batch in batches:
+            with self.ddp.no_sync() if batch is not batches[-1] else contextlib.nullcontext():
+                here = batch.to(self.device)
+                loss, logp_T = head_loss(self.ddp(here), self.student.output, here.target, _times(positions, objective(here)))
+                loss.backward()  # type: ignore[no-untyped-call]
+            sums.add(here, logp_T, loss.detach() / positions)
+        self._positions = torch.stack([batch.counts[0] for batch in batches]).sum()
+        return sums.outcome(positions, self._routers)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> Outcome:
+        """The cross-entropies of all ranks' batches, which may differ in number except with expert parallelism. Leaves no trace."""
+        sums = _Sums(self.device)
+        for batch in batches:
+            here = batch.to(self.device)
+            sums.add(here, logp_of(self.student(here), self.student.output, here.target))
+        return sums.outcome()
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> float:
+        """Sum the gradients over the ranks, clip them, move weights and expert biases. Returns the gradient's norm before clipping.
+
+        Raises ArithmeticError on every rank, before any weight has moved, where the norm is not finite.
+        """
+        if self._positions is None:
+            raise RuntimeError("Learner.step uses the gradients of one forward_backward, and there was none since the last step.")
+        positions, self._positions = self._positions, None
+        finalize_model_grads([self.ddp], num_tokens=positions.to(self.device))
+        for router in self._routers.values():
+            router.aux_sum.zero_()
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(norm):
+            raise ArithmeticError(f"step {self.steps + 1}: the gradient's norm is {norm}. No weight was moved.")
+        clip_grads_with_norm_(self.optimizer.get_parameters(), self.gradient_clip, torch.tensor(norm, device=self.device))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+            group["weight_decay"] = self.weight_decay * group["wd_mult"]  # 0 for norms, as megatron's scheduler would set it
+        self.optimizer.step_with_ready_grads()
+        return norm
+
+
+def _times(positions: int, coefficient: Coefficient) -> Coefficient:
+    return lambda logp_t, rows_t: coefficient(logp_t, rows_t) * positions
+
+
+class _Sums:
+    """Running sums of one global batch, on the device until all are in: nothing waits for the GPU before `outcome`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.nll = torch.zeros(len(SPANS), dtype=torch.float64, device=device)
+        self.counts = torch.zeros(1 + len(SPANS), dtype=torch.int64)
+
+    def add(self, batch: Batch, logp_T: Tensor, loss: Tensor | None = None) -> None:
+        self.loss += torch.nan if loss is None else loss
+        self.nll -= torch.stack([logp_T.where(batch.span == span, 0).double().sum() for span in SPANS.values()])
+        self.counts += batch.counts
+
+    def outcome(self, positions: int | None = None, by_layer: dict[str, Router] | None = None) -> Outcome:
+        """Sum over the ranks. Raises ValueError where the batches' positions are not those that the loss was scaled by."""
+        sums = [self.loss.unsqueeze(0), self.nll, self.counts.to(self.nll)]
+        if by_layer:
+            sums += [torch.stack([getattr(r, name) for r in by_layer.values()]).double() for name in ("local_tokens_per_expert", "aux_sum")]
+        sizes = [part.numel() for part in sums]
+        loss, nll, counts, *load = distributed.total(torch.cat([part.flatten() for part in sums])).split(sizes)
+        if positions not in (None, int(counts[0])):
+            raise ValueError(f"positions is {positions}, but the global batch holds {int(counts[0])} that are not padding.")
+        tokens = {name: int(n) for name, n in zip(SPANS, counts[1:], strict=True)}
+        return Outcome(
+            loss=float(loss),
+            cross_entropy={name: float(s) / tokens[name] if tokens[name] else None for name, s in zip(SPANS, nll, strict=True)},
+            tokens=tokens,
+            load=Load(tuple(by_layer), load[0].long().view(len(by_layer), -1), load[1] / counts[0].clamp(min=1)) if by_layer else None,
+        )

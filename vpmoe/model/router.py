@@ -1,0 +1,79 @@
+"""The router of a mixture layer, and what it tells about its load.
+
+megatron-core's sigmoid router with groups and selection bias, corrected in three places. Its product in fp32 fails without Transformer
+Engine. Its count of tokens an expert, which moves the biases, cannot be given a padding mask (the mask's shape does not fit). Its sequence
+balance loss divides by the mean length of the rows and so gives NaN for rows that are all padding, and wrong shares to uneven ones.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor, nn
+
+
+class Router(TopKRouter):  # type: ignore[misc]
+    """Chooses experts by sigmoid(x·W) + bias and weighs them by the sigmoid alone, all of it in fp32.
+
+    Buffers, all fp32 whatever the parameters are: `expert_bias` [E] is state that a checkpoint holds; `local_tokens_per_expert` [E] and
+    `aux_sum` are this rank's sums since the last step, over positions that are not padding.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("aux_sum", torch.zeros((), dtype=torch.float32, device=self.expert_bias.device), persistent=False)
+
+    def gating(self, input: Tensor) -> Tensor:
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        return nn.functional.linear(input.to(dtype), self.weight.to(dtype))
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Count the tokens of each expert. Recomputation runs a forward twice; only the one with gradients counts."""
+        if torch.is_grad_enabled():
+            assert padding_mask is not None, "the student always passes its padding"
+            self.local_tokens_per_expert += (routing_map & ~padding_mask.unsqueeze(1)).sum(0)
+
+    def _apply_seq_aux_loss(
+        self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, seq_length: int, bsz: int, with_padding_mask: bool = False
+    ) -> Tensor:
+        """Attach the balance loss of each row r: coefficient · E · Σ_e f_re · p_re, weighted by its n_r positions that are not padding.
+
+        f_re is the share of the row's choices that fell on expert e, p_re the mean of its normalised score there (DeepSeek-V3, eq. 17–20;
+        here balanced experts give 1). The gradients are later divided by the global batch's positions (Learner.step), so the coefficient
+        means the same whatever is masked, packed or padded. Padding arrives as zeros in the scores and in the map.
+        """
+        scores_rE, choices_rE = (x.view(seq_length, bsz, -1).sum(0) for x in (scores_for_aux_loss, routing_map))
+        positions_r = choices_rE.sum(1) / self.topk
+        balance_r = (scores_rE * choices_rE).sum(1) * self.num_experts / (self.topk * positions_r.clamp(min=1))  # = n_r · E · Σ f·p
+        self.aux_sum += balance_r.detach().sum()
+        return MoEAuxLossAutoScaler.apply(probs, self.get_aux_loss_coeff("seq_aux_loss") * balance_r.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Load:
+    """How one step's tokens spread over the experts, summed over all ranks. L mixture layers of E experts."""
+
+    layers: tuple[str, ...]
+    """The layers' names in the student, "layers.1" first where one layer is dense."""
+    tokens: Tensor
+    """[L, E] int64"""
+    aux: Tensor
+    """[L] float64, the balance loss without its coefficient, a mean over positions: 1 when balanced, E/experts-a-token when collapsed."""
+
+    @property
+    def max_over_mean(self) -> Tensor:
+        """[L] the busiest expert's tokens over the mean; 1 when balanced."""
+        tokens = self.tokens.double()
+        return tokens.amax(1) / tokens.mean(1).clamp(min=1 / tokens.shape[1])
+
+    @property
+    def dead(self) -> Tensor:
+        """[L] int64, experts that no token chose."""
+        return (self.tokens == 0).sum(1)
+
+
+def routers(student: nn.Module) -> dict[str, Router]:
+    """The routers by their layer's name, in order."""
+    return {name.removeprefix("decoder.").removesuffix(".mlp.router"): m for name, m in student.named_modules() if isinstance(m, Router)}

@@ -1,0 +1,146 @@
+"""What a checkpoint holds of a student in training, as named flat slices that any number of ranks can write and any other number read.
+
+A name is a kind and a parameter: "main/…" (the fp32 parameter that the optimizer moves), "exp_avg/…", "exp_avg_sq/…", and "buffer/…" for
+the experts' biases. A slice is a range of the whole tensor, flattened; experts of all expert-parallel ranks count as one tensor. The bf16
+weights are not among them: they are the main parameters rounded, bit for bit. Files, hashes and manifests are vpmoe.training's business.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from vpmoe.model.learner import Learner
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+Read = Callable[[str, int, int], Tensor]
+"""`(name, start, stop) -> fp32 tensor [stop − start]`, on any device."""
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """[start, stop) of the flattened tensor `name`. The tensor is the live one, on its device: copy it before the next step."""
+
+    name: str
+    start: int
+    stop: int
+    tensor: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """The part of one parameter that this rank's optimizer moves."""
+
+    name: str
+    start: int
+    main: Tensor
+    """fp32, flat. On the CPU it IS the weight, a view of it; on the GPU the weight is its copy in bf16."""
+    weight: Tensor
+    moments: dict[str, Any]
+    """Adam's: "step", "exp_avg", "exp_avg_sq"."""
+
+
+def shards(learner: "Learner") -> Iterator[Shard]:
+    """This rank's shards, in the optimizer's order."""
+    names = {id(parameter): name for name, parameter in learner.student.named_parameters()}
+    for part in learner.optimizer.chained_optimizers:
+        groups = zip(
+            [*part.model_fp32_groups, *part.model_float16_groups], [*part.shard_fp32_groups, *part.shard_fp32_from_float16_groups], strict=True
+        )
+        for parameters, mains in groups:
+            for parameter, main in zip(parameters, mains, strict=True):
+                held = part._get_model_param_range_map(parameter)["param"]
+                yield Shard(
+                    name=names[id(parameter)],
+                    start=held.start + _first(parameter),
+                    main=main.detach(),
+                    weight=parameter.detach().view(-1)[held.start : held.end],
+                    moments=part.optimizer.state[main],
+                )
+
+
+def allocate_moments(learner: "Learner") -> None:
+    """Give Adam its state before the first step, so that a state taken at any time has the same tensors."""
+    for shard in shards(learner):
+        shard.moments.update(step=torch.tensor(0.0), **{kind: torch.zeros_like(shard.main) for kind in MOMENTS})
+
+
+def slices(learner: "Learner") -> list[Slice]:
+    """All that this rank holds. Over all ranks the slices of a name cover it exactly once; the buffers are rank 0's."""
+    held = [
+        Slice(f"{kind}/{shard.name}", shard.start, shard.start + shard.main.numel(), tensor)
+        for shard in shards(learner)
+        for kind, tensor in [("main", shard.main), *((kind, shard.moments[kind]) for kind in MOMENTS)]
+    ]
+    if torch.distributed.get_rank() == 0:
+        held += [Slice(f"buffer/{name}", 0, bias.numel(), bias) for name, bias in _biases(learner)]
+    return held
+
+
+def sizes(learner: "Learner") -> dict[str, int]:
+    """Numbers in each name of a complete state; the same on every rank."""
+    parameters = {name: parameter.numel() * _sharers(parameter) for name, parameter in learner.student.named_parameters()}
+    return {f"{kind}/{name}": size for kind in ("main", *MOMENTS) for name, size in parameters.items()} | {
+        f"buffer/{name}": bias.numel() for name, bias in _biases(learner)
+    }
+
+
+@torch.no_grad()
+def restore(learner: "Learner", read: Read, steps: int, moments: bool = True) -> None:
+    """Take weights, expert biases and, with `moments`, Adam's state from `read`, of which every rank asks for its own slices only.
+
+    `steps` is the count of optimizer steps behind that state. All ranks call it. Raises what `read` raises, and ValueError for a slice of
+    the wrong length; a learner whose restore failed is half old and half new and must not be used.
+    """
+    for shard in shards(learner):
+        shard.moments["step"].fill_(steps if moments else 0)
+        wanted = {"main": shard.main} | ({kind: shard.moments[kind] for kind in MOMENTS} if moments else {})
+        for kind, tensor in wanted.items():
+            _fill(tensor, read, f"{kind}/{shard.name}", shard.start)
+        shard.weight.copy_(shard.main)
+    for name, bias in _biases(learner):
+        _fill(bias, read, f"buffer/{name}", 0)
+    learner.ddp.start_param_sync(force_sync=True)  # each rank has filled its own shards of the weights only
+
+
+def _fill(tensor: Tensor, read: Read, name: str, start: int) -> None:
+    values = read(name, start, start + tensor.numel())
+    if values.shape != tensor.shape or values.dtype != torch.float32:
+        raise ValueError(f"{name} [{start}, {start + tensor.numel()}): read {values.dtype} {list(values.shape)}, wanted that many of float32.")
+    tensor.copy_(values)
+
+
+def _biases(learner: "Learner") -> list[tuple[str, Tensor]]:
+    return [(name, buffer) for name, buffer in learner.student.named_buffers() if name.endswith(".expert_bias")]
+
+
+def _sharers(parameter: Tensor) -> int:
+    """Ranks over which the parameter is spread by expert parallelism: 1 unless it is a stack of experts."""
+    return 1 if getattr(parameter, "allreduce", True) else parallel_state.get_expert_model_parallel_world_size()
+
+
+def _first(parameter: Tensor) -> int:
+    """Where this rank's stack of experts begins in the whole one, flattened."""
+    return 0 if _sharers(parameter) == 1 else parallel_state.get_expert_model_parallel_rank() * parameter.numel()
+
+
+def random_state() -> dict[str, Tensor]:
+    """Every generator that this process may draw from, as bytes. Nothing draws in training (no dropout); kept so that this stays true."""
+    states = {"cpu": torch.get_rng_state(), **{f"megatron/{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_random_state(states: dict[str, Tensor]) -> None:
+    """What random_state gave, on the same kind of device."""
+    torch.set_rng_state(states["cpu"])
+    get_cuda_rng_tracker().set_states(
+        {name.removeprefix("megatron/"): state for name, state in states.items() if name.startswith("megatron/")}
+    )
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

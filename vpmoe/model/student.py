@@ -1,0 +1,202 @@
+"""The student: megatron-core's embedding and transformer layers, stopped at the last hidden state.
+
+Neither of megatron-core's whole models is used. GPTModel is deprecated in 0.19. HybridModel, its successor, hard-wires Transformer
+Engine's norm at its end, counts attention and feed-forward as layers of their own (160 for these 80, in every parameter's name), applies
+one row of rotary angles to all documents and ends in logits, which the loss head exists to avoid. What the two are made of is not
+deprecated, and this file puts it together in the place of their `__init__`: VocabParallelEmbedding, TransformerBlock with TransformerLayers
+(SelfAttention, MLP, MoELayer), RMSNorm. Ours are the parts that megatron lacks without Transformer Engine: attention inside documents,
+stacked experts, the corrected router, and an output matrix that only the loss head multiplies.
+
+No tensor, pipeline or context parallelism: the student never needs it, and at tensor parallelism 1 the vocabulary is never padded, so that
+every one of its ids is defined. Expert parallelism is megatron's.
+"""
+
+import hashlib
+import math
+from functools import partial
+from typing import cast
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from vpmoe.model.attention import PackedAttention, packing
+from vpmoe.model.batch import Batch
+from vpmoe.model.experts import StackedExperts, squared_relu
+from vpmoe.model.router import Router
+from vpmoe.model.shapes import Shape
+
+
+class Student(MegatronModule):  # type: ignore[misc]
+    """Calling it gives the normalised hidden states [T, H] of a batch; `output` [V, H] is the matrix that makes logits of them."""
+
+    def __init__(self, shape: Shape, config: TransformerConfig, sequence_length: int) -> None:
+        super().__init__(config)
+        self.shape = shape
+        self.sequence_length = sequence_length
+        self.embedding = VocabParallelEmbedding(shape.vocabulary, shape.hidden, init_method=config.init_method, config=config)
+        self.decoder = TransformerBlock(config, _layers(shape))
+        place = None if config.use_cpu_initialization else torch.cuda.current_device()
+        self.output = nn.Parameter(torch.empty((shape.vocabulary, shape.hidden), dtype=config.params_dtype, device=place))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """[T, H] for the batch's T = b·S positions, in row order. Raises ValueError where a row is longer than the student was built for."""
+        rows, positions = batch.tokens.shape
+        if positions > self.sequence_length:
+            raise ValueError(f"training.sequenceLength: a row of {positions} positions, the student was built for {self.sequence_length}.")
+        hidden_SbH = self.decoder(
+            hidden_states=self.embedding(batch.tokens).transpose(0, 1).contiguous(),
+            attention_mask=None,
+            rotary_pos_emb=self._angles(batch.position.T),
+            packed_seq_params=packing(batch.boundaries, batch.longest),
+            padding_mask=batch.padding,
+        )
+        return cast(Tensor, hidden_SbH).transpose(0, 1).reshape(rows * positions, -1)
+
+    def _angles(self, position_Sb: Tensor) -> Tensor:
+        """Angles of RoPE [S, b, 1, head width]: position · base^(−2i / width), in the half-and-half order of rotate_half."""
+        width = self.shape.head_width
+        exponent = torch.arange(0, width, 2, dtype=torch.float32, device=position_Sb.device) / width
+        angle = position_Sb.float().unsqueeze(-1) * self.shape.rope_base**-exponent
+        return torch.cat([angle, angle], dim=-1).unsqueeze(2)
+
+
+def build(shape: Shape, device: torch.device, *, sequence_length: int, seed: int, expert_parallel: int = 1) -> Student:
+    """A new student with random weights: bf16 on the GPU, fp32 on the CPU; on device "meta" without weights, to count them.
+
+    Every rank builds the same weights from the same seed, whatever the layout. Needs the process groups of distributed.start. Raises
+    ValueError where the experts do not divide by `expert_parallel`.
+    """
+    if expert_parallel < 1 or shape.experts % expert_parallel:
+        raise ValueError(f"student.expertParallel: {expert_parallel} does not divide the {shape.experts} experts of {shape.name}.")
+    student = Student(shape, _config(shape, device, expert_parallel), sequence_length)
+    if device.type != "meta":
+        student.to(device)  # megatron leaves the router's weight on the CPU
+        _initialise(student, seed)
+    return student
+
+
+def _config(shape: Shape, device: torch.device, expert_parallel: int) -> TransformerConfig:
+    bf16 = device.type == "cuda"
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv_heads,
+        kv_channels=shape.head_width,
+        ffn_hidden_size=shape.dense_width,
+        num_moe_experts=shape.experts,
+        moe_ffn_hidden_size=shape.expert_width,
+        moe_shared_expert_intermediate_size=shape.shared_width,
+        moe_router_topk=shape.experts_per_token,
+        moe_router_num_groups=shape.expert_groups,
+        moe_router_group_topk=shape.expert_groups_per_token,
+        moe_router_topk_scaling_factor=shape.routed_scaling,
+        moe_router_score_function="sigmoid",
+        moe_router_dtype="fp32",
+        moe_router_enable_expert_bias=True,
+        moe_router_bias_update_rate=shape.bias_update_rate,
+        moe_router_load_balancing_type="seq_aux_loss",
+        moe_aux_loss_coeff=shape.aux_coefficient,
+        moe_token_dispatcher_type="alltoall",
+        expert_model_parallel_size=expert_parallel,
+        expert_tensor_parallel_size=1,  # left to its default it follows tensor parallelism, and experts diverge in silence where the two differ
+        calculate_per_token_loss=True,  # gradients are sums, divided by the global batch's positions in Learner.step
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        qk_layernorm=True,
+        activation_func=squared_relu,
+        gated_linear_unit=False,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        perform_initialization=False,  # see _initialise
+        use_cpu_initialization=device.type == "meta",  # that is: on torch's default device
+        recompute_granularity="full" if shape.recompute else None,
+        recompute_method="uniform" if shape.recompute else None,
+        recompute_num_layers=1 if shape.recompute else None,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+    )
+
+
+def _rms_norm(config: TransformerConfig, hidden_size: int, eps: float) -> nn.RMSNorm:
+    return nn.RMSNorm(hidden_size, eps=eps, dtype=config.params_dtype)
+
+
+def _layers(shape: Shape) -> TransformerBlockSubmodules:
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    dense = partial(MLP.as_mlp_submodule, submodules=linears)
+    mixture = partial(
+        MoELayer,
+        submodules=MoESubmodules(
+            router=Router, experts=StackedExperts, shared_experts=partial(SharedExpertMLP, submodules=linears)
+        ),
+    )
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.padding_causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=PackedAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=_rms_norm,
+            k_layernorm=_rms_norm,
+        ),
+    )
+
+    def layer(feed_forward: object) -> ModuleSpec:
+        return ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=_rms_norm,
+                self_attention=attention,
+                self_attn_bda=get_bias_dropout_add,
+                pre_mlp_layernorm=_rms_norm,
+                mlp=feed_forward,
+                mlp_bda=get_bias_dropout_add,
+            ),
+        )
+
+    layers = [layer(dense)] * shape.dense_layers + [layer(mixture)] * shape.moe_layers
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_rms_norm)
+
+
+WRITES_TO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "experts.down")
+"""Matrices whose product is added to the residual stream: 2·layers of them add up, so each starts smaller by the root of that."""
+
+
+@torch.no_grad()
+def _initialise(student: Student, seed: int) -> None:
+    """Norms 1, matrices normal. A parameter's numbers come from (seed, name) alone, so neither order nor layout changes them."""
+    shape = student.shape
+    for name, parameter in student.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1)
+            continue
+        std = shape.init_std / (math.sqrt(2 * shape.layers) if name.endswith(WRITES_TO_RESIDUAL) else 1)
+        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
+        generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest))
+        if parameter.dim() < 3:
+            parameter.normal_(0, std, generator=generator)
+        else:  # this rank's share of the stacked experts
+            whole = torch.empty((shape.experts, *parameter.shape[1:]), dtype=parameter.dtype, device=parameter.device)
+            first = parallel_state.get_expert_model_parallel_rank() * len(parameter)
+            parameter.copy_(whole.normal_(0, std, generator=generator)[first : first + len(parameter)])
