@@ -4,6 +4,7 @@ The work itself, and anything that only one role needs, is not here.
 """
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -119,8 +120,7 @@ def succeeded(run: DistillRun, bucket: Bucket, step: str) -> bool:
 def register(run: DistillRun, bucket: Bucket) -> None:
     """Write the resolved configuration, or prove that it is the one that the run started with. Raises Permanent where it is not."""
     key = paths.run_json(run)
-    metadata = run.metadata
-    ours = {**run.config(), "metadata": {"name": metadata.name, "namespace": metadata.namespace, "uid": metadata.uid}}
+    ours = run.document()
     if not bucket.create(key, json_bytes(ours), {"config": run.config_hash}):
         theirs = bucket.get_json(key)
         raise failure.Permanent(
@@ -131,13 +131,12 @@ def register(run: DistillRun, bucket: Bucket) -> None:
 def difference(stored: Any, given: Any, where: str = "") -> str | None:
     """The first field in which two configurations differ, with both values; None where they are equal."""
     if isinstance(stored, dict) and isinstance(given, dict):
-        names = sorted({*stored, *given})
-        fields = [(f"{where}.{name}".lstrip("."), stored.get(name, "absent"), given.get(name, "absent")) for name in names]
+        fields = [(f"{where}.{name}".lstrip("."), stored.get(name), given.get(name)) for name in sorted({*stored, *given})]
     elif isinstance(stored, list) and isinstance(given, list) and len(stored) == len(given):
         fields = [(f"{where}[{index}]", *pair) for index, pair in enumerate(zip(stored, given, strict=True))]
     else:
-        return None if stored == given else f"{where or 'content'} is {stored!r} there and {given!r} here"
-    return next((found for name, *pair in fields if (found := difference(*pair, where=name))), None)
+        return None if stored == given else f"{where} is {json.dumps(stored)} there and {json.dumps(given)} here"
+    return next((found for name, *pair in fields if (found := difference(pair[0], pair[1], name))), None)
 
 
 def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

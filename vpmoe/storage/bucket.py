@@ -281,8 +281,7 @@ class Bucket:
 
     def read(self, stored: Stored, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of an object; the blocks that they lie in are fetched whole and proved."""
-        if not 0 <= start <= stop <= stored.size:
-            raise ValueError(f"{self.url(stored.key)}: [{start}, {stop}) is not a range of its {stored.size} bytes")
+        self._check_range(stored.key, start, stop, stored.size)
         if start == stop:
             return b""
         first, last = start // BLOCK, (stop - 1) // BLOCK
@@ -300,23 +299,24 @@ class Bucket:
         found = self._persist("HeadObject", key, lambda: self._client.head_object(Bucket=self.name, Key=self.prefix + key))
         return Object(key, found["ContentLength"], found["ETag"].strip('"'))
 
-    def fetch(self, wanted: Object, path: Path) -> None:
-        """Bring an object that others wrote, so without our hashes, to `path`; see `fetch_range`."""
-        def block(index: int) -> bytes:
-            return self.fetch_range(wanted, *block_range(wanted.size, index))
-
-        with written_whole(path, wanted.size, self.url(wanted.key)) as file:
-            for data in in_order(block, range(-(-wanted.size // BLOCK)), THREADS):
-                file.write(data)
-
     def fetch_range(self, wanted: Object, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of an object that others wrote; size and ETag of the answer must be those wanted, else it is Altered."""
+        """Bytes [start, stop) of an object that others wrote, so without hashes of ours, held in memory as they are asked for.
+
+        Raises StorageError (Altered) where the answer's size or ETag is not what was wanted, ValueError for no range of the object.
+        """
+        self._check_range(wanted.key, start, stop, wanted.size)
+        if start == stop:
+            return b""
         data, size, etag = self._range(wanted.key, start, stop)
         if (size, etag) != (wanted.size, wanted.etag):
             raise StorageError(
                 f"{self.url(wanted.key)}: {size} bytes, ETag {etag}, but the run was resolved to {wanted.size} bytes, ETag {wanted.etag}. "
                 "The input was changed since; restore it, or start a new run.", "Altered")
         return data
+
+    def _check_range(self, key: str, start: int, stop: int, size: int) -> None:
+        if not 0 <= start <= stop <= size:
+            raise ValueError(f"{self.url(key)}: [{start}, {stop}) is not a range of its {size} bytes")
 
     def _block(self, stored: Stored, index: int) -> bytes:
         def proved() -> tuple[bytes, str | None]:

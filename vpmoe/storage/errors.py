@@ -88,14 +88,15 @@ def explain(error: Exception, operation: str, url: str, endpoint: str, tried: st
             f"{start} failed {tried}, last with {answer}. Check that storage.endpoint is right and that {hint}.", "Unreachable")
     if code == "NoSuchBucket":
         return StorageError(f"{start}: the bucket does not exist. Create it, or correct storage.bucket and storage.endpoint.", "Missing")
-    if status == 404:
+    denied = status in (401, 403) or code == "XAdminUserNotFound"  # versitygw's word for an unknown access key, with status 404
+    if status == 404 and not denied:
         return StorageError(f"{start}: there is no such object ({answer}).", "Missing")
     if status in (301, 307) or code in ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
         return StorageError(
             f"{start}: the bucket lies in another region ({answer}). Correct storage.region or storage.endpoint.", "Refused")
     if code == "RequestTimeTooSkewed":
         return StorageError(f"{start}: this machine's clock and the store's differ too much. Set the clock.", "Denied")
-    if status in (401, 403):
+    if denied:
         return StorageError(
             f"{start} was denied ({answer}). Check that AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (in a pod: the Secret that "
             "storage.credentialsSecret names) belong to this store and may list, read, write and delete in this bucket.", "Denied")

@@ -24,6 +24,7 @@ BUILDER = "https://vpmoe.dev/jobs"
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]
+Time = Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$")]
 BuildType = Annotated[str, StringConstraints(pattern=r"^https://vpmoe\.dev/[a-z]+/v1$")]
 Invocation = Annotated[str, StringConstraints(pattern=r"^[^/]+/[^/]+-[0-9a-f]{8}/[^/]+/[0-9]+$")]
 
@@ -115,8 +116,8 @@ class Metadata(Part):
     """Which process made it (namespace/name-uid8/step/attempt), and when (RFC 3339, UTC)."""
 
     invocation_id: Invocation
-    started_on: str
-    finished_on: str
+    started_on: Time
+    finished_on: Time
 
 
 class RunDetails(Part):

@@ -1,0 +1,47 @@
+"""`python -m vpmoe.storage verify s3://bucket/prefix`: endpoint, region and credentials from the environment, as for AWS's own tools."""
+
+import argparse
+import logging
+import os
+import sys
+
+from vpmoe.api.storage import Storage
+from vpmoe.storage.bucket import Bucket
+from vpmoe.storage.errors import StorageError
+from vpmoe.storage.paths import split_url
+from vpmoe.storage.verify import verify
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit code: 0 where every manifest holds, 1 where one does not or the store fails."""
+    parser = argparse.ArgumentParser(prog="python -m vpmoe.storage")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("verify", help="prove every manifest below a prefix, block by block")
+    command.add_argument("url", type=address, metavar="s3://BUCKET/PREFIX")
+    name, prefix = parser.parse_args(arguments).url
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or Storage.model_fields["region"].default
+    try:
+        verdict = verify(Bucket.open(Storage(bucket=name, region=region)), prefix, say)
+    except StorageError as error:
+        say(f"FAILED {error}")
+        return 1
+    return 1 if verdict.failed else 0
+
+
+def address(text: str) -> tuple[str, str]:
+    """Bucket and key; a refusal in argparse's words."""
+    try:
+        return split_url(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def say(line: str) -> None:
+    """One line of the result, at once: proving a large prefix takes long."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

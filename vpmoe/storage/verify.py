@@ -1,0 +1,89 @@
+"""Prove what manifests say: that each object is there, has its size, and that every block and the whole have their sha256.
+
+Only reads. What no manifest names does not exist as far as readers are concerned, so it is noted and is no error.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vpmoe.storage import manifest
+from vpmoe.storage.blocks import Subject
+from vpmoe.storage.bucket import Bucket
+from vpmoe.storage.errors import StorageError
+
+
+@dataclass
+class Verdict:
+    """Sums over all manifests that were looked at; `failed` counts manifests."""
+
+    manifests: int = 0
+    failed: int = 0
+    objects: int = 0
+    size: int = 0
+
+
+def verify(bucket: Bucket, prefix: str, say: Callable[[str], None]) -> Verdict:
+    """Prove every manifest in the folder `prefix` ("" is the whole bucket), telling `say` a line about each.
+
+    Raises StorageError where the store itself fails, and where there is no manifest (Missing).
+    """
+    folder = prefix.strip("/") + "/" if prefix.strip("/") else ""
+    verdict = Verdict()
+    for found in bucket.list(folder):
+        if f"/{found.key}".endswith("/manifest.json"):
+            _verify_one(bucket, found.key, verdict, say)
+    if not verdict.manifests:
+        raise StorageError(
+            f"{bucket.url(folder)}: there is no manifest. Give the address of a data set, a run, or a whole prefix.", "Missing")
+    say(f"{verdict.manifests} manifests, {verdict.objects} objects, {verdict.size} bytes; {verdict.failed or 'none'} failed")
+    return verdict
+
+
+def _verify_one(bucket: Bucket, key: str, verdict: Verdict, say: Callable[[str], None]) -> None:
+    verdict.manifests += 1
+    try:
+        found = manifest.load(bucket, key)
+    except StorageError as error:
+        verdict.failed += 1
+        say(f"FAILED {_finding(error)}")
+        return
+    faults = [fault for subject in found.subjects.values() if (fault := _fault(bucket, subject))]
+    size = sum(subject.size for subject in found.subjects.values())
+    verdict.objects += len(found.subjects)
+    verdict.size += size
+    about = f"{bucket.url(key)}: {found.kind}, {len(found.subjects)} objects, {size} bytes"
+    if faults:
+        verdict.failed += 1
+        say(f"FAILED {about}, {len(faults)} objects wrong")
+    else:
+        say(f"proved {about}")
+    for fault in faults:
+        say(f"       {fault}")
+    folder = key.rpartition("manifest.json")[0]
+    named = {subject.key for subject in found.subjects.values()} | {key}
+    for other in bucket.list(folder):
+        if other.key not in named:
+            say(f"note   {bucket.url(other.key)}: {other.size} bytes that this manifest does not name")
+
+
+def _fault(bucket: Bucket, subject: Subject) -> str | None:
+    """What is wrong with an object, None where it is as its manifest says."""
+    whole = hashlib.sha256()
+    try:
+        for block in bucket.blocks(subject):
+            whole.update(block)
+    except StorageError as error:
+        return _finding(error)
+    if whole.hexdigest() != subject.sha256:
+        return (
+            f"{bucket.url(subject.key)}: sha256 is {whole.hexdigest()}, its manifest says {subject.sha256} beside blocks that are right. "
+            "The manifest was altered; delete it to have what it names built again.")
+    return None
+
+
+def _finding(error: StorageError) -> str:
+    """The words of an error about an object. One about the store ends the verification."""
+    if error.reason not in ("Altered", "Missing"):
+        raise error
+    return str(error)
