@@ -1,0 +1,15 @@
+"""Turn a run's text into a data set. All the work is vpmoe.data's; this file binds it to a pod of an Indexed Job, or to a shell."""
+
+from jobs.entrypoint import entrypoint
+
+
+def main() -> None:
+    """Preprocess what this pod is assigned."""
+    from vpmoe.data.preprocess import preprocess  # here, because each encoding process imports this module again and needs none of it
+
+    run, context = entrypoint("preprocess")
+    preprocess(run, context.bucket, context.provenance, context.stopping, context.worker)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""A data set in the bucket: its id, which input it was resolved to, the records of its parts and, last, its manifest.
+
+The id is a hash of everything that decides the bytes, so equal runs share one data set and a finished one is never built again.
+What stands in the parts is part.py's business, in what order they are made preprocess.py's.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vpmoe.api import DistillRun
+from vpmoe.data.inputs import Inputs, Shard, discover
+from vpmoe.data.part import LISTED, SPLITS
+from vpmoe.data.sampling import Thresholds
+from vpmoe.data.vocabulary import PACKAGE, TOKENIZER, VOCABULARY_SHA256
+from vpmoe.provenance import Provenance
+from vpmoe.storage import Bucket, manifest, paths
+from vpmoe.storage.bucket import json_bytes
+from vpmoe.storage.manifest import Input, Manifest
+
+WRITER = 1
+"""Version of what turns rows into bytes. Raise it with every change of rendering, filters, sampling, order or file formats."""
+
+
+@dataclass(frozen=True)
+class DatasetRef:
+    """A data set and what it is, or will be, made of; part i is made of shard i."""
+
+    id: str
+    inputs: Inputs
+
+    @property
+    def folder(self) -> str:
+        return paths.dataset(self.id)
+
+    @property
+    def manifest(self) -> str:
+        return paths.manifest(self.folder)
+
+
+def settings(run: DistillRun) -> dict[str, Any]:
+    """spec.dataset without `workers`: what of it decides the bytes."""
+    return {name: value for name, value in run.config()["spec"]["dataset"].items() if name != "workers"}
+
+
+def dataset_id(settings: Mapping[str, Any], inputs: Inputs) -> str:
+    """sha256 (hex) of the settings, the tokenizer, the writer and the input: a commit, or each object's address, size and ETag."""
+    content = inputs.commit or [[shard.url, shard.size, shard.etag] for shard in inputs.shards]
+    decides = {"dataset": settings, "tokenizer": VOCABULARY_SHA256, "writer": WRITER, "input": content}
+    return hashlib.sha256(json_bytes(decides)).hexdigest()
+
+
+def resolve(run: DistillRun, bucket: Bucket) -> DatasetRef:
+    """The run's data set. The first job to ask lists the source and writes what it found into the run; later ones read that.
+
+    So input that is added or changed while the run goes on does not become part of it. Raises what `discover` raises.
+    """
+    key = paths.inputs(run)
+    if not bucket.exists(key):
+        inputs = discover(run.spec.dataset.source, bucket)
+        found = {"dataset": dataset_id(settings(run), inputs), "inputs": inputs.as_json()}
+        bucket.create(key, json_bytes(found), {"config": run.config_hash})  # another worker may have been first: its answer holds
+    stored = bucket.get_json(key)
+    return DatasetRef(stored["dataset"], Inputs.from_json(stored["inputs"]))
+
+
+def done_parts(dataset: DatasetRef, bucket: Bucket) -> set[int]:
+    """The parts whose record is there."""
+    folder = paths.part_record(dataset.id, 0).rpartition("/")[0]
+    numbers = (found.key.rpartition("part-")[2].removesuffix(".json") for found in bucket.list(folder + "/"))
+    return {int(number) for number in numbers}
+
+
+def merge(records: Sequence[Mapping[str, Any]], shards: Sequence[Shard]) -> dict[str, Any]:
+    """What became of all rows: the sum of the parts' records, which are in the order of their shards."""
+    first = [
+        {"file": shard.url, "rows": [start, stop], "why": why}
+        for record, shard in zip(records, shards, strict=True)
+        for start, stop, why in record["unreadable"]["first"]
+    ]
+    splits = {split: _sum(record["splits"][split] for record in records) for split in SPLITS}
+    return {
+        "rows": sum(record["rows"] for record in records),
+        "dropped": dict(sum((Counter(record["dropped"]) for record in records), Counter())),
+        "unreadable": {"rows": sum(record["unreadable"]["rows"] for record in records), "first": first[:LISTED]},
+        "surrogates": sum(record["surrogates"] for record in records),
+        "splits": splits,
+        **_sum(splits.values()),
+    }
+
+
+def _sum(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Nested counts, added up field by field."""
+    added: dict[str, Any] = {}
+    for count in counts:
+        for name, value in count.items():
+            added[name] = _sum((added.get(name, {}), value)) if isinstance(value, Mapping) else added.get(name, 0) + value
+    return dict(sorted(added.items()))
+
+
+def write_manifest(
+    dataset: DatasetRef, settings: Mapping[str, Any], thresholds: Thresholds, records: Sequence[Mapping[str, Any]],
+    provenance: Provenance, bucket: Bucket,
+) -> Manifest:
+    """Make the data set exist: its manifest, from the records of all its parts. Returns the one that stands, ours or another worker's."""
+    subjects = [manifest.subject_of(entry, dataset.folder) for record in records for entry in record["files"]]
+    facts = {
+        "id": dataset.id,
+        "parts": len(records),
+        "settings": dict(settings),
+        "tokenizer": {"id": TOKENIZER, "sha256": VOCABULARY_SHA256},
+        "writer": WRITER,
+        "kept": thresholds.facts(),
+        **merge(records, dataset.inputs.shards),
+    }
+    commit = {"gitCommit": dataset.inputs.commit} if dataset.inputs.commit else {}
+    inputs = [
+        Input("tokenizer", PACKAGE, {"sha256": VOCABULARY_SHA256}, {"id": TOKENIZER}),
+        *(Input(shard.url, shard.url, commit, {"size": shard.size, "etag": shard.etag}) for shard in dataset.inputs.shards),
+    ]
+    return manifest.write(bucket, dataset.manifest, manifest.statement("dataset", subjects, facts, provenance, inputs))

@@ -1,0 +1,247 @@
+"""The preprocessing step: input shards in, a data set in the bucket out, by any number of workers that never wait for one another.
+
+Worker w of W makes the parts i ≡ w (mod W), each one whole and then its record, so a killed worker goes on at its first part
+without a record. Whoever finds all records there writes the manifest. What is in a part is part.py's business.
+"""
+
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from vpmoe.api import DistillRun
+from vpmoe.api.progress import Amount, DatasetFacts, Progress
+from vpmoe.data import census, sampling
+from vpmoe.data.dataset import DatasetRef, done_parts, merge, resolve, settings, write_manifest
+from vpmoe.data.encode import CHUNK_ROWS, COLUMNS, Chunk, Encoders, Recipe, Setting, chunk, cores
+from vpmoe.data.part import Part
+from vpmoe.data.rows import ShardReader
+from vpmoe.data.text import Unreadable
+from vpmoe.failure import Permanent, Retriable, Terminated
+from vpmoe.provenance import Provenance
+from vpmoe.storage import Bucket, manifest, paths
+from vpmoe.storage.bucket import json_bytes
+
+log = logging.getLogger(__name__)
+
+TOLERATED = 5
+"""Unreadable rows that never stop preprocessing, however small the input: one in a sample of fifty is already 2 %."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One worker's view of the step. `worker` is its index among the pods of an Indexed Job, None where it makes all parts."""
+
+    run: DistillRun
+    bucket: Bucket
+    provenance: Provenance
+    stopping: threading.Event
+    worker: int | None
+    dataset: DatasetRef
+
+    @property
+    def parts(self) -> int:
+        return len(self.dataset.inputs.shards)
+
+    def mine(self) -> range:
+        """The parts that are this worker's to make."""
+        return range(self.parts) if self.worker is None else range(self.worker, self.parts, self.run.spec.dataset.workers)
+
+    def check_stop(self) -> None:
+        """Raise Terminated once the process was asked to stop. There is nothing to save: parts that are done are in the bucket."""
+        if self.stopping.is_set():
+            raise Terminated("preprocess was asked to stop; the parts that are done are in the bucket, the next attempt makes the others.")
+
+
+def preprocess(
+    run: DistillRun, bucket: Bucket, provenance: Provenance, stopping: threading.Event, worker: int | None, processes: int | None = None
+) -> DatasetRef:
+    """Do this worker's share of the step with `processes` processes beside this one (default: one a core). Returns the data set.
+
+    Raises Permanent where the input or the configuration is at fault, StorageError, Retriable for a full disk or a killed process,
+    Terminated where it was asked to stop.
+    """
+    job = Job(run, bucket, provenance, stopping, worker, resolve(run, bucket))
+    if bucket.exists(job.dataset.manifest):
+        log.info("Reused: %s is complete", bucket.url(job.dataset.folder))
+        report_success(job, "Reused")
+        return job.dataset
+    log.info("Data set %s: %d parts from %s", bucket.url(job.dataset.folder), job.parts, job.dataset.inputs.source)
+    with Encoders(processes or cores()) as encoders:  # they start while rows are counted
+        counted = count(job)
+        recipe = make_recipe(job, counted)
+        make_parts(job, encoders, recipe, allowed_unreadable(run, counted.rows))
+    finish(job, recipe, counted.rows)
+    return job.dataset
+
+
+def count(job: Job) -> census.Census:
+    """The census of all shards: this worker's own first, then what no other worker has counted yet."""
+    report(job, "Counting rows")
+    order = [*job.mine(), *(part for part in range(job.parts) if part not in job.mine())]
+    counted = []
+    for part in order:
+        job.check_stop()
+        key = paths.census(job.dataset.id, part)
+        if job.bucket.exists(key):
+            counted.append(census.Census.from_json(job.bucket.get_json(key)))
+            continue
+        counted.append(census.take(job.dataset.inputs.shards[part], job.bucket))
+        job.bucket.create(key, json_bytes(counted[-1].as_json()), job.provenance.metadata())
+    return census.total(counted)
+
+
+def make_recipe(job: Job, counted: census.Census) -> Recipe:
+    """What all workers make the parts by, the same for each of them. Raises Permanent where sampling would keep nothing."""
+    spec = job.run.spec.dataset
+    bounds = spec.sampling
+    thresholds = sampling.thresholds(counted.rows_4B, bounds.keep, bounds.memorization_max, bounds.non_english_max)
+    kept = ", ".join(f"{name} {share:.1%}" for name, share in thresholds.facts().items())
+    log.info("%d rows; kept are: %s", counted.rows, kept)
+    said = spec.conversation
+    setting = Setting(said.identity, said.knowledge_cutoff, said.date, said.effort)
+    return Recipe(job.dataset.id, setting, spec.max_length, spec.valid_fraction, thresholds)
+
+
+def make_parts(job: Job, encoders: Encoders, recipe: Recipe, allowed: int) -> None:
+    """Make this worker's parts that have no record. A part is written and uploaded while the next one is encoded."""
+    done = done_parts(job.dataset, job.bucket)
+    missing = [part for part in job.mine() if part not in done]
+    with ThreadPoolExecutor(1) as storing:
+        before: Future[None] | None = None
+        for number in missing:
+            started = time.monotonic()
+            scratch = tempfile.TemporaryDirectory(prefix=f"vpmoe-part-{number:05d}-")
+            try:
+                part = encode_part(job, number, encoders, recipe, Path(scratch.name), allowed)
+                if before is not None:
+                    before.result()
+            except BaseException:
+                scratch.cleanup()
+                raise
+            before = storing.submit(store_part, job, number, part, scratch, started)
+        if before is not None:
+            before.result()
+
+
+def encode_part(job: Job, number: int, encoders: Encoders, recipe: Recipe, folder: Path, allowed: int) -> Part:
+    """All documents of a shard, on disk in the order of its rows. Raises Permanent above `allowed` unreadable rows."""
+    shard = job.dataset.inputs.shards[number]
+    reader = ShardReader(shard, job.bucket, COLUMNS)
+    part = Part(folder)
+    named = 0
+
+    def chunks() -> Iterator[Chunk]:
+        for batch in reader.batches(CHUNK_ROWS):
+            job.check_stop()
+            if isinstance(batch, Unreadable):
+                part.skip(batch)
+            else:
+                yield chunk(number, shard.name, batch.first, batch.columns)
+
+    with scratch_disk(folder):
+        for encoded in encoders.encode(chunks(), recipe):
+            part.add(encoded)
+            for found in part.unreadable[named:]:
+                log.warning("%s: rows [%d, %d) (from 0) cannot be read: %s", shard.url, found.first, found.stop, found.why)
+            named = len(part.unreadable)
+            if part.unreadable_rows > allowed:
+                raise too_many_unreadable(part.unreadable_rows, allowed, f"{shard.url}, last row {part.unreadable[-1].first}")
+    return part
+
+
+def store_part(job: Job, number: int, part: Part, scratch: tempfile.TemporaryDirectory[str], started: float) -> None:
+    """Write a part's files, upload them, then its record: with that it is done."""
+    dataset, bucket, metadata = job.dataset, job.bucket, {**job.provenance.metadata(), "dataset": job.dataset.id}
+    with scratch, scratch_disk(Path(scratch.name)):
+        entries = []
+        for split, files in part.write().items():
+            for file, path in files.items():
+                stored = bucket.put_file(paths.dataset_part(dataset.id, split, number, file), path, metadata)
+                entries.append(manifest.entry(stored.subject(dataset.folder)))
+    record = {"part": number, "shard": dataset.inputs.shards[number].url, **part.facts(), "files": entries}
+    if not bucket.create(paths.part_record(dataset.id, number), json_bytes(record), metadata):
+        raise Permanent(
+            f"{bucket.url(paths.part_record(dataset.id, number))}: another writer made different bytes of the same input. The libraries' "
+            "versions differ between the two; delete the data set's folder and build it with one image.")
+    tokens = sum(facts["tokens"] for facts in record["splits"].values())
+    speed = tokens / (time.monotonic() - started)
+    log.info("Part %d: %d of %d rows kept, %d tokens, %.2f M tokens/s", number,
+             sum(facts["documents"] for facts in record["splits"].values()), part.rows, tokens, speed / 1e6)
+    report(job, f"Part {number} done", speed)
+
+
+@contextmanager
+def scratch_disk(folder: Path) -> Iterator[None]:
+    """Say what to do when the scratch disk is full. Nothing of the part is in the bucket then that anything refers to."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise Retriable(
+            f"{folder}: {error.strerror}. A part needs about three times its tokens' 4 bytes on disk; point TMPDIR to more space, or raise "
+            "runtime.resources.preprocess' ephemeral storage.") from error
+
+
+def allowed_unreadable(run: DistillRun, rows: int) -> int:
+    """Unreadable rows above which the input is refused."""
+    return max(TOLERATED, int(run.spec.dataset.unreadable_max * rows))
+
+
+def too_many_unreadable(found: int, allowed: int, where: str) -> Permanent:
+    return Permanent(
+        f"dataset.source: {found} rows cannot be read ({where}), more than the {allowed} that dataset.unreadableMax allows. "
+        "Repair or leave out the files, or raise dataset.unreadableMax.")
+
+
+def finish(job: Job, recipe: Recipe, rows: int) -> None:
+    """Write the manifest where all records are there; otherwise another worker will.
+
+    Whoever ends last must leave `Succeeded` in progress.json. A worker that still finds parts missing reports first and looks for
+    the manifest afterwards, so its report cannot come after the success of the one that wrote it without its noticing.
+    """
+    dataset, bucket = job.dataset, job.bucket
+    missing = job.parts - len(done_parts(dataset, bucket))
+    if missing:
+        log.info("This worker's parts are done; others make %d more", missing)
+        report(job, f"{missing} parts missing")
+        if bucket.exists(dataset.manifest):
+            report_success(job, "Complete")
+        return
+    records = [bucket.get_json(paths.part_record(dataset.id, part)) for part in range(job.parts)]
+    facts = merge(records, dataset.inputs.shards)
+    if facts["unreadable"]["rows"] > allowed_unreadable(job.run, rows):
+        raise too_many_unreadable(facts["unreadable"]["rows"], allowed_unreadable(job.run, rows), "in all shards together")
+    if not facts["documents"]:
+        raise Permanent(f"dataset.source: none of {facts['rows']} rows is left. Dropped: {facts['dropped']}.")
+    write_manifest(dataset, settings(job.run), recipe.thresholds, records, job.provenance, bucket)
+    log.info("Complete: %d documents, %d tokens; dropped %s", facts["documents"], facts["tokens"], facts["dropped"])
+    report_success(job, "Complete")
+
+
+def report(job: Job, message: str, speed: float | None = None) -> None:
+    """Say how far the step is: all workers' parts, this worker's speed."""
+    done = len(done_parts(job.dataset, job.bucket))
+    write_progress(job, Progress(
+        step=job.provenance.step, attempt=job.provenance.attempt, state="Running", message=message, updated=datetime.now(UTC),
+        parts=Amount(done=done, total=job.parts), tokens_per_second=speed))
+
+
+def report_success(job: Job, message: str) -> None:
+    """Say that the data set is complete, and which it is."""
+    made = manifest.load(job.bucket, job.dataset.manifest)
+    facts = DatasetFacts(id=job.dataset.id, manifest=job.bucket.url(job.dataset.manifest), sha256=made.sha256)
+    write_progress(job, Progress(
+        step=job.provenance.step, attempt=job.provenance.attempt, state="Succeeded", message=message, updated=datetime.now(UTC),
+        parts=Amount(done=job.parts, total=job.parts), dataset=facts))
+
+
+def write_progress(job: Job, progress: Progress) -> None:
+    job.bucket.write_json(paths.progress(job.run, job.provenance.step), progress.dump(), job.provenance.metadata())
