@@ -22,7 +22,7 @@ class Rule:
     """One sentence that must hold between the fields of a model.
 
     `broken(model, item)` gives the values of the message's {terms} where the sentence does not hold, otherwise None; `cel` is the
-    same sentence for the API server (true where it holds) and `terms` the string-valued CEL of each {term}. With `each`, the
+    same sentence for the API server (true where it holds) and `terms` the CEL of each {term}. With `each`, the
     sentence is about every item of that list, which CEL calls `s`; without, `item` is the model itself.
     """
 
@@ -39,9 +39,24 @@ class Rule:
         found = (self.broken(model, item) for item in items)
         return [self.message.format(**{name: show(value) for name, value in terms.items()}) for terms in found if terms is not None]
 
+    def validation(self) -> dict[str, str]:
+        """The rule as an entry of x-kubernetes-validations."""
+        holds, words = self.cel, cel_format(self.message, self.terms)
+        if self.each:
+            holds = f"self.{self.each}.all(s, {self.cel})"
+            words = f"self.{self.each}.filter(s, !({self.cel})).map(s, {words})[0]"
+        entry = {"rule": holds, "messageExpression": words} if self.terms else {"rule": holds, "message": self.message}
+        return {**entry, "fieldPath": f".{self.path}"} if self.path else entry
+
+
+def cel_format(message: str, terms: Mapping[str, str]) -> str:
+    """CEL that puts the terms into the message. One format() call: of a concatenation the API server would estimate an unbounded cost."""
+    values = [terms[name] for name in re.findall(r"\{([a-z]+)\}", message)]
+    return f"{cel_string(re.sub(r'{[a-z]+}', '%s', message))}.format([{', '.join(values)}])"
+
 
 def show(value: object) -> str:
-    """A value as CEL's string() writes it: whole numbers without a fraction, everything else as Python does."""
+    """A value as CEL's format() writes it: whole numbers without a fraction, everything else as Python does."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
@@ -61,9 +76,7 @@ class Matches:
         return {**handler(schema), "maxLength": self.max_length, "x-kubernetes-validations": [{"rule": rule, "message": self.words}]}
 
     def _check(self, text: str) -> str:
-        if len(text) > self.max_length:
-            raise PydanticCustomError("words", "may not be longer than {length} characters", {"length": self.max_length})
-        if re.fullmatch(self.pattern, text) is None:
+        if len(text) > self.max_length or re.fullmatch(self.pattern, text) is None:
             raise PydanticCustomError("words", "{words}", {"words": self.words})
         return text
 
@@ -85,6 +98,13 @@ class Model(BaseModel):
         use_attribute_docstrings=True,
     )
     rules: ClassVar[tuple[Rule, ...]] = ()
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        described = handler.resolve_ref_schema(handler(schema))
+        if cls.rules:
+            described["x-kubernetes-validations"] = [rule.validation() for rule in cls.rules]
+        return described
 
     @model_validator(mode="after")
     def _rules_hold(self) -> Self:

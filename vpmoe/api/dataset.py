@@ -40,7 +40,8 @@ class Conversation(Model):
     knowledge_cutoff: Annotated[str, MONTH] = "2024-06"
     """Month that the system message names as the end of the student's knowledge, as YYYY-MM."""
     date: Annotated[str, DAY] | None = "2026-01-01"
-    """Day that the system message names as today, as YYYY-MM-DD; null leaves the line out. Pinned, for it is part of the data."""
+    """Day that the system message names as today, as YYYY-MM-DD; null leaves the line out (client-side `kubectl apply`
+    drops nulls: use --server-side). Pinned, for it is part of the data."""
     effort: Effort = "high"
     """Reasoning effort that the system message names: low, medium or high. OnPolicy stages replace it prompt by prompt."""
 

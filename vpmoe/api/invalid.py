@@ -61,6 +61,10 @@ def _lines(path: str, detail: ErrorDetails) -> list[str]:
         return [f"{'.'.join(filter(None, (path, field)))}: {words}" for field, words in context["problems"]]
     if detail["type"] == "missing":
         return [f"{path}: is required"]
+    if detail["type"] == "union_tag_not_found":
+        return [f"{path}.kind: is required. It must be one of {', '.join(_KIND_NAMES)}"]
+    if detail["type"] == "union_tag_invalid":
+        return [f'{path}.kind: "{context["tag"]}" must be one of {", ".join(_KIND_NAMES)}']
     return [f"{path}: {_value(detail['input'])} {_words(detail, context)}"]
 
 
@@ -80,11 +84,8 @@ def _words(detail: ErrorDetails, context: Mapping[str, Any]) -> str:
             return str(context["words"])
         case "extra_forbidden":
             return _unknown(str(detail["loc"][-1]))
-        case "literal_error" | "union_tag_invalid" | "enum":
-            expected = context.get("expected") or context["expected_tags"]
-            return f"must be one of {str(expected).replace(chr(39), '').replace(' or ', ', ')}"
-        case "union_tag_not_found":
-            return f"needs a kind: one of {', '.join(_KIND_NAMES)}"
+        case "literal_error" | "enum":
+            return f"must be one of {str(context['expected']).replace(chr(39), '').replace(' or ', ', ')}"
         case "greater_than_equal":
             return f"must be at least {context['ge']}"
         case "greater_than":
@@ -116,8 +117,13 @@ def _words(detail: ErrorDetails, context: Mapping[str, Any]) -> str:
     return detail["msg"]
 
 
+def only_of_kinds(kinds: list[str], field: str) -> str:
+    """What is wrong with a field in a stage of a kind that does not have it."""
+    return f"is given, but only stages of kind {' or '.join(kinds)} have {field}"
+
+
 def _unknown(field: str) -> str:
     kinds = [kind.__name__ for kind in KINDS if field in (info.alias for info in kind.model_fields.values())]
     if kinds:
-        return f"is given, but only stages of kind {' or '.join(kinds)} have {field}"
+        return only_of_kinds(kinds, field)
     return "is given, but there is no such field. Check its spelling and its indentation"

@@ -69,8 +69,13 @@ def format_duration(seconds: int) -> str:
     return "".join(parts) or "0s"
 
 
+def cel_is_tokens(value: str) -> str:
+    """CEL that holds where `value`, an int-or-string, has the form of a token count."""
+    return f"(type({value}) == int || {value}.matches({cel_string(f'^{_TOKENS}$')}))"
+
+
 def cel_tokens(value: str) -> str:
-    """CEL that gives the token count which `value` (an int-or-string that has been found well-formed) stands for, as a double."""
+    """CEL that gives the token count which `value`, an int-or-string of that form, stands for, as a double."""
     text = f"string({value}).replace('_', '')"
     for suffix, zeros in _ZEROS.items():
         text += f".replace('{suffix}', 'e{zeros}')"
@@ -87,15 +92,14 @@ class TokenCount:
         return core_schema.no_info_before_validator_function(self._parse, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        well_formed = f"type(self) == int || self.matches({cel_string(f'^{_TOKENS}$')})"
-        count = cel_tokens("self")
+        well_formed, count = cel_is_tokens("self"), cel_tokens("self")
         return {
             "anyOf": [{"type": "integer"}, {"type": "string"}],
             "x-kubernetes-int-or-string": True,
             "maxLength": _LONGEST,
             "x-kubernetes-validations": [
-                {"rule": f"({well_formed}) && {count} == double(int({count}))", "message": TOKENS_WORDS},
-                {"rule": f"!({well_formed}) || ({count} >= {self.least}.0 && {count} <= {MOST_TOKENS}.0)", "message": self._bounds()},
+                {"rule": f"{well_formed} && ({count} > {MOST_TOKENS}.0 || {count} == double(int({count})))", "message": TOKENS_WORDS},
+                {"rule": f"!{well_formed} || ({count} >= {self.least}.0 && {count} <= {MOST_TOKENS}.0)", "message": self._bounds()},
             ],
         }
 
@@ -121,7 +125,8 @@ class Seconds:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         rule = f"self != '' && self.matches({cel_string(f'^{_DURATION}$')})"
-        return {"type": "string", "maxLength": _LONGEST, "x-kubernetes-validations": [{"rule": rule, "message": DURATION_WORDS}]}
+        words = [{"rule": rule, "message": DURATION_WORDS}]
+        return {"type": "string", "unit": "seconds", "maxLength": _LONGEST, "x-kubernetes-validations": words}
 
     def _parse(self, value: object) -> int:
         try:

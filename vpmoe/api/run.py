@@ -15,7 +15,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from vpmoe.api.base import Matches, Model
 from vpmoe.api.invalid import Invalid, problems
 from vpmoe.api.reader import read_yaml
-from vpmoe.api.spec import Spec
+from vpmoe.api.spec import MUTABLE, MUTABLE_RUNTIME, Spec
 from vpmoe.api.stages import Stage
 
 GROUP, VERSION, KIND, PLURAL = "vpmoe.dev", "v1alpha1", "DistillRun", "distillruns"
@@ -66,8 +66,9 @@ class DistillRun(Model):
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        spec = self.spec.model_dump(mode="json", by_alias=True, exclude={"suspend", "ttl_after_finished", "deletion_policy"})
-        del spec["runtime"]["attempts"]
+        spec = self.spec.model_dump(mode="json", by_alias=True)
+        spec = {field: value for field, value in spec.items() if field not in MUTABLE}
+        spec["runtime"] = {field: value for field, value in spec["runtime"].items() if field not in MUTABLE_RUNTIME}
         return {"apiVersion": self.api_version, "kind": self.kind, "spec": spec}
 
     def config(self) -> dict[str, Any]:

@@ -11,24 +11,31 @@ from pydantic import Field, Strict, model_validator
 from vpmoe.api.base import Model, Rule
 from vpmoe.api.dataset import Dataset
 from vpmoe.api.layout import EXPERTS, pod_size, ranks
-from vpmoe.api.quantities import Duration, cel_tokens
+from vpmoe.api.quantities import Duration, cel_is_tokens, cel_tokens
 from vpmoe.api.runtime import Runtime
 from vpmoe.api.stages import OPTIMIZER_OF_KIND, OnPolicy, Sampler, Stage, StageFields, Vanilla
 from vpmoe.api.storage import Evaluation, Storage
 from vpmoe.api.student import S3_FOLDER, Student, Teacher
 from vpmoe.api.training import Optimizer, Training
 
+MUTABLE = ("suspend", "ttlAfterFinished", "deletionPolicy")
+"""Fields of the spec that may change after the first step has started, and so are no part of the configuration."""
+MUTABLE_RUNTIME = ("attempts",)
+"""The same of spec.runtime."""
+
 # CEL for what layout.py computes, over `self` (the spec) and `s` (a stage as the API server stores it).
 _RANKS = f"(self.student.gpus - (s.kind == 'OnPolicy' ? (has(s.sampler) && has(s.sampler.gpus) ? s.sampler.gpus : {Sampler().gpus}) : 0))"
 _POD = f"(has(self.student.gpusPerPod) && self.student.gpusPerPod < {_RANKS} ? self.student.gpusPerPod : {_RANKS})"
 _EXPERTS = "(" + " : ".join(f"self.student.shape == '{shape}' ? {experts}" for shape, experts in EXPERTS.items()) + " : 0)"
+_IS_BATCH = cel_is_tokens("self.training.globalBatchTokens")
 _BATCH = cel_tokens("self.training.globalBatchTokens")
+_COMMON_LOW, _COMMON_PEAK = "self.training.optimizer.minLearningRate", "self.training.optimizer.learningRate"
 _PEAK = (
     "(has(s.optimizer) && has(s.optimizer.learningRate) ? s.optimizer.learningRate : "
     + "".join(f"s.kind == '{kind}' ? {changed['learningRate']} : " for kind, changed in OPTIMIZER_OF_KIND.items())
-    + "self.training.optimizer.learningRate)"
+    + f"{_COMMON_PEAK})"
 )
-_LOW = "(has(s.optimizer) && has(s.optimizer.minLearningRate) ? s.optimizer.minLearningRate : self.training.optimizer.minLearningRate)"
+_LOW = f"(has(s.optimizer) && has(s.optimizer.minLearningRate) ? s.optimizer.minLearningRate : {_COMMON_LOW})"
 
 
 def fill(spec: dict[str, Any]) -> dict[str, Any]:
@@ -57,6 +64,11 @@ def _fill_optimizer(stage: Any, common: dict[str, Any]) -> Any:
 def _too_low(optimizer: Optimizer) -> dict[str, object] | None:
     low, peak = optimizer.min_learning_rate, optimizer.learning_rate
     return {"low": low, "peak": peak} if low > peak else None
+
+
+def _too_low_for_stage(spec: "Spec", stage: StageFields) -> dict[str, object] | None:
+    terms = None if _too_low(spec.training.optimizer) else _too_low(stage.optimizer)
+    return {"stage": stage.name, **terms} if terms else None
 
 
 def _repeated(spec: "Spec") -> dict[str, object] | None:
@@ -114,21 +126,21 @@ RULES = (
             if spec.dataset.max_length > spec.training.sequence_length
             else None
         ),
-        terms={"longest": "string(self.dataset.maxLength)", "length": "string(self.training.sequenceLength)"},
+        terms={"longest": "self.dataset.maxLength", "length": "self.training.sequenceLength"},
     ),
     Rule(
         "student.expertParallel",
         "{parallel} does not divide the {experts} experts of {shape}. Use 1, 2, 4, …, {experts}.",
         cel=f"{_EXPERTS} % self.student.expertParallel == 0",
         broken=lambda spec, _: _uneven_experts(spec),
-        terms={"parallel": "string(self.student.expertParallel)", "experts": f"string({_EXPERTS})", "shape": "self.student.shape"},
+        terms={"parallel": "self.student.expertParallel", "experts": f"{_EXPERTS}", "shape": "self.student.shape"},
     ),
     Rule(
         "training.optimizer",
         "minLearningRate {low} is above learningRate {peak}. Lower the one or raise the other.",
-        cel="self.training.optimizer.minLearningRate <= self.training.optimizer.learningRate",
+        cel=f"{_COMMON_LOW} <= {_COMMON_PEAK}",
         broken=lambda spec, _: _too_low(spec.training.optimizer),
-        terms={"low": "string(self.training.optimizer.minLearningRate)", "peak": "string(self.training.optimizer.learningRate)"},
+        terms={"low": _COMMON_LOW, "peak": _COMMON_PEAK},
     ),
     Rule(
         "stages",
@@ -140,17 +152,17 @@ RULES = (
     Rule(
         "stages",
         "stage {stage}: minLearningRate {low} is above learningRate {peak}. Lower the one or raise the other.",
-        cel=f"{_LOW} <= {_PEAK}",
-        broken=lambda _, stage: {"stage": stage.name, **low} if (low := _too_low(stage.optimizer)) else None,
-        terms={**_STAGE, "low": f"string({_LOW})", "peak": f"string({_PEAK})"},
+        cel=f"{_COMMON_LOW} > {_COMMON_PEAK} || {_LOW} <= {_PEAK}",
+        broken=_too_low_for_stage,
+        terms={**_STAGE, "low": f"{_LOW}", "peak": f"{_PEAK}"},
         each="stages",
     ),
     Rule(
         "stages",
         "stage {stage}: student.gpus {gpus} − sampler.gpus {sampler} leaves no GPU to train on. Lower sampler.gpus.",
-        cel=f"{_RANKS} >= 1",
+        cel=f"s.kind != 'OnPolicy' || {_RANKS} >= 1",
         broken=_no_ranks,
-        terms={**_STAGE, "gpus": "string(self.student.gpus)", "sampler": f"string(self.student.gpus - {_RANKS})"},
+        terms={**_STAGE, "gpus": "self.student.gpus", "sampler": f"self.student.gpus - {_RANKS}"},
         each="stages",
     ),
     Rule(
@@ -158,7 +170,7 @@ RULES = (
         "stage {stage}: {ranks} ranks are not a multiple of student.expertParallel {parallel}.",
         cel=f"{_RANKS} < 1 || {_RANKS} % self.student.expertParallel == 0",
         broken=_uneven_ranks,
-        terms={**_STAGE, "ranks": f"string({_RANKS})", "parallel": "string(self.student.expertParallel)"},
+        terms={**_STAGE, "ranks": f"{_RANKS}", "parallel": "self.student.expertParallel"},
         each="stages",
     ),
     Rule(
@@ -166,7 +178,7 @@ RULES = (
         "stage {stage}: {ranks} GPUs do not divide into pods of {size}. Let student.gpusPerPod divide the ranks of every stage.",
         cel=f"{_RANKS} < 1 || {_RANKS} % {_POD} == 0",
         broken=_uneven_pods,
-        terms={**_STAGE, "ranks": f"string({_RANKS})", "size": f"string({_POD})"},
+        terms={**_STAGE, "ranks": f"{_RANKS}", "size": f"{_POD}"},
         each="stages",
     ),
     Rule(
@@ -174,20 +186,20 @@ RULES = (
         "stage {stage}: {ranks} GPUs in pods of {size} are several pods, and runtime.backend Job makes one. Use PyTorchJob.",
         cel=f"self.runtime.backend != 'Job' || {_RANKS} <= {_POD}",
         broken=_several_pods,
-        terms={**_STAGE, "ranks": f"string({_RANKS})", "size": f"string({_POD})"},
+        terms={**_STAGE, "ranks": f"{_RANKS}", "size": f"{_POD}"},
         each="stages",
     ),
     Rule(
         "training.globalBatchTokens",
         "{batch} is less than one sequence on every rank of stage {stage}: {ranks} × {length} = {least}.",
-        cel=f"{_RANKS} < 1 || {_BATCH} >= double({_RANKS} * self.training.sequenceLength)",
+        cel=f"{_RANKS} < 1 || !{_IS_BATCH} || {_BATCH} >= double({_RANKS} * self.training.sequenceLength)",
         broken=_small_batch,
         terms={
             **_STAGE,
-            "batch": f"string(int({_BATCH}))",
-            "ranks": f"string({_RANKS})",
-            "length": "string(self.training.sequenceLength)",
-            "least": f"string({_RANKS} * self.training.sequenceLength)",
+            "batch": f"int({_BATCH})",
+            "ranks": f"{_RANKS}",
+            "length": "self.training.sequenceLength",
+            "least": f"{_RANKS} * self.training.sequenceLength",
         },
         each="stages",
     ),

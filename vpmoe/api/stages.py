@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Strict
 
-from vpmoe.api.base import Matches, Model, Rule, show
+from vpmoe.api.base import Matches, Model, Rule
 from vpmoe.api.dataset import PositiveShare, Share
 from vpmoe.api.quantities import Tokens
 from vpmoe.api.training import Optimizer
@@ -25,12 +25,18 @@ ADDS_UP = 1e-6
 """How far from 1 shares may add up: decimal fractions are not exact in binary."""
 
 
-def _off_one(total: float) -> bool:
-    return abs(total - 1) > ADDS_UP
+def _off_one(*shares: float) -> dict[str, object] | None:
+    """The sum, where it is not 1."""
+    total = sum(shares)
+    return {"total": round(total, 6)} if abs(total - 1) > ADDS_UP else None
 
 
 def _cel_one(total: str) -> str:
-    return f"{total} > {1 - ADDS_UP} && {total} < {1 + ADDS_UP}"
+    return f"{total} >= {1 - ADDS_UP} && {total} <= {1 + ADDS_UP}"
+
+
+def _cel_rounded(total: str) -> str:
+    return f"double(int({total} * 1000000.0 + 0.5)) / 1000000.0"
 
 
 class Stop(Model):
@@ -107,14 +113,14 @@ class Confidence(Model):
             "min {min} is above max {max}. Swap them.",
             cel="self.min <= self.max",
             broken=lambda c, _: {"min": c.min, "max": c.max} if c.min > c.max else None,
-            terms={"min": "string(self.min)", "max": "string(self.max)"},
+            terms={"min": "self.min", "max": "self.max"},
         ),
         Rule(
             "",
             "1 does not lie between min {min} and max {max}, and the mean weight is always 1. Move the bound that is on the wrong side.",
             cel="self.min > self.max || (self.min <= 1.0 && self.max >= 1.0)",
             broken=lambda c, _: {"min": c.min, "max": c.max} if c.min <= c.max and not c.min <= 1 <= c.max else None,
-            terms={"min": "string(self.min)", "max": "string(self.max)"},
+            terms={"min": "self.min", "max": "self.max"},
         ),
     )
 
@@ -215,10 +221,10 @@ class EffortShares(Model):
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "",
-            "low {low} + medium {medium} + high {high} do not add up to 1.",
+            "low, medium and high add up to {total}, not 1.",
             cel=_cel_one("self.low + self.medium + self.high"),
-            broken=lambda e, _: {"low": e.low, "medium": e.medium, "high": e.high} if _off_one(e.low + e.medium + e.high) else None,
-            terms={"low": "string(self.low)", "medium": "string(self.medium)", "high": "string(self.high)"},
+            broken=lambda effort, _: _off_one(effort.low, effort.medium, effort.high),
+            terms={"total": _cel_rounded("(self.low + self.medium + self.high)")},
         ),
     )
 
@@ -262,7 +268,8 @@ class OnPolicy(StageFields):
     publish_every: Annotated[int, Field(ge=1, le=64)] = 2
     """Windows trained for each version of the weights that the sampler is given. Lower is fresher and moves more bytes."""
     require: Require | None = Require()
-    """What must hold before the stage starts; null starts it whatever the student can do."""
+    """What must hold before the stage starts; null starts it whatever the student can do, and so does {validity: 0}, which is the way
+    to say it with `kubectl apply`: that drops nulls."""
     sampler: Sampler = Sampler()
     """The sampler's part of the student's GPUs."""
     rollout: Rollout = Rollout()
@@ -274,14 +281,10 @@ class OnPolicy(StageFields):
         *StageFields.rules,
         Rule(
             "curriculum",
-            "the shares of the phases, {shares}, do not add up to 1.",
+            "the shares of the phases add up to {total}, not 1.",
             cel=f"!has(self.curriculum) || ({_cel_one('self.curriculum.map(p, p.share).sum()')})",
-            broken=lambda stage, _: (
-                {"shares": " + ".join(show(p.share) for p in stage.curriculum)}
-                if _off_one(sum(p.share for p in stage.curriculum))
-                else None
-            ),
-            terms={"shares": "self.curriculum.map(p, string(p.share)).join(' + ')"},
+            broken=lambda stage, _: _off_one(*(phase.share for phase in stage.curriculum)),
+            terms={"total": _cel_rounded("self.curriculum.map(p, p.share).sum()")},
         ),
     )
 

@@ -75,6 +75,8 @@ class Step(Record):
     """Number of the latest attempt, which is part of its child's name; 0 before the first. Resuming is an attempt too."""
     failures: Count = 0
     """Failures in a row without a new checkpoint. runtime.attempts of them fail the step."""
+    interruptions: Count = 0
+    """Times in a row, without a new checkpoint, that it was stopped from outside: evictions, drains. They do not count as failures."""
     tokens_done: Count | None = None
     """Tokens trained on."""
     tokens_total: Count | None = None
@@ -89,6 +91,8 @@ class Step(Record):
     """When its first attempt was made."""
     finished: datetime | None = None
     """When it succeeded or failed for good."""
+    progressed: datetime | None = None
+    """When it last got on. The run is Stalled runtime.stalledAfter later."""
     retry_at: datetime | None = None
     """When the next attempt is made, after a failure."""
     child: Child | None = None

@@ -23,9 +23,9 @@ class Storage(Model):
     """The bucket. It must exist, and its service must honour conditional PUTs; a run proves both before it does anything."""
     prefix: Annotated[str, PREFIX] = ""
     """Path inside the bucket below which everything is kept; empty means its root. Runs share data sets only below one prefix."""
-    credentials_secret: Annotated[str, SECRET] | None = "vpmoe-s3"
-    """Secret of the run's namespace with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; null uses the service account's own
-    identity."""
+    credentials_secret: Annotated[str, SECRET] | None = None
+    """Secret of the run's namespace with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; null or absent uses the service account's
+    own identity."""
     region: Annotated[str, Field(min_length=1, max_length=64)] = "us-east-1"
     """Region that requests are signed for. Services other than AWS mostly ignore it."""
     addressing_style: Literal["auto", "path", "virtual"] = "auto"

@@ -1,0 +1,150 @@
+"""From pydantic's JSON schema to a structural schema, the dialect that a CRD is written in.
+
+Structural schemas know no $ref, no null, no union of objects and no exclusive bounds as numbers. The only union here is that of the
+stages: it becomes one object with the fields of every kind, whose rules say which kind has which.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from vpmoe.api.base import cel_string
+from vpmoe.api.invalid import only_of_kinds
+from vpmoe.api.quantities import format_duration, format_tokens
+
+Schema = dict[str, Any]
+
+_KEPT = (
+    "type", "format", "enum", "pattern", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "maxProperties",
+    "x-kubernetes-int-or-string", "x-kubernetes-validations",
+)  # fmt: skip
+_RULES = "x-kubernetes-validations"
+
+
+def structural(schema: Schema) -> Schema:
+    """The structural schema of what `schema`, a model's JSON schema with $defs, describes."""
+    return _node(schema, schema.get("$defs", {}))
+
+
+def without_defaults(schema: Schema) -> Schema:
+    """A structural schema in which nothing is filled in: what had a default may be absent, and then is."""
+    return _everywhere(schema, lambda node: {key: value for key, value in node.items() if key != "default"})
+
+
+def saying_defaults(schema: Schema) -> Schema:
+    """A structural schema whose descriptions name the defaults too: `kubectl explain` does not show them otherwise."""
+
+    def say(node: Schema) -> Schema:
+        if node.get("default") in (None, "", {}, []):
+            return node
+        return {**node, "description": f"{node['description']} Default: {_said(node['default'])}."}
+
+    return _everywhere(schema, say)
+
+
+def _everywhere(schema: Schema, change: Callable[[Schema], Schema]) -> Schema:
+    """A structural schema with each of its nodes changed."""
+    changed = dict(change(schema))
+    if "properties" in changed:
+        changed["properties"] = {name: _everywhere(member, change) for name, member in changed["properties"].items()}
+    for key in ("items", "additionalProperties"):
+        if key in changed:
+            changed[key] = _everywhere(changed[key], change)
+    return changed
+
+
+def _said(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _node(node: Schema, defs: dict[str, Schema]) -> Schema:
+    if "$ref" in node:
+        node = {**defs[node["$ref"].rpartition("/")[2]], **{key: value for key, value in node.items() if key != "$ref"}}
+    if "oneOf" in node:
+        return _union([_node(option, defs) for option in node["oneOf"]])
+    options = [option for option in node.get("anyOf", []) if option != {"type": "null"}]
+    nullable = len(options) < len(node.get("anyOf", []))
+    if len(options) == 1:
+        node = {**options[0], **{key: value for key, value in node.items() if key != "anyOf"}}
+        return {**_node(node, defs), "nullable": True} if nullable else _node(node, defs)
+    made: Schema = {"description": " ".join(node["description"].split())} if "description" in node else {}
+    made |= {key: node[key] for key in _KEPT if key in node}
+    if options:
+        made["anyOf"] = options
+    if "const" in node:
+        made["enum"] = [node["const"]]
+    for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+        if exclusive in node:
+            made |= {bound: node[exclusive], exclusive: True}
+    if "listMapKey" in node:
+        made |= {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [node["listMapKey"]]}
+    if "items" in node:
+        made["items"] = _node(node["items"], defs)
+    made |= _members(node, defs)
+    if node.get("default") is not None:
+        made["default"] = _default(made, node["default"], node.get("unit"))
+    return made
+
+
+def _members(node: Schema, defs: dict[str, Schema]) -> Schema:
+    if "propertyNames" in node and "enum" in node["propertyNames"]:  # a mapping with known keys
+        return {"properties": {name: _node(node["additionalProperties"], defs) for name in node["propertyNames"]["enum"]}}
+    if isinstance(node.get("additionalProperties"), dict):
+        return {"additionalProperties": _node(node["additionalProperties"], defs)}
+    if "properties" not in node:
+        return {}
+    properties, inherited = {}, []
+    for name, written in node["properties"].items():
+        properties[name] = _node(written, defs)
+        if "inherits" in written:  # filled in from another field, which the API server cannot do
+            inherited.append(name)
+            properties[name] = {key: value for key, value in without_defaults(properties[name]).items() if key != _RULES}
+    required = [name for name in node.get("required", []) if name not in inherited]
+    return {"properties": properties, **({"required": required} if required else {})}
+
+
+def _default(made: Schema, value: Any, unit: str | None) -> Any:
+    if "properties" in made:
+        return {}  # the members bring their own
+    if unit == "seconds":
+        return format_duration(value)
+    return format_tokens(value) if made.get("x-kubernetes-int-or-string") else value
+
+
+def _union(kinds: list[Schema]) -> Schema:
+    """One object for stages of all kinds. Defaults go into the descriptions: in the schema, one kind's would appear in every kind."""
+    names = [kind["properties"]["kind"]["enum"][0] for kind in kinds]
+    rules: list[Schema] = []
+    properties: dict[str, Schema] = {}
+    for field in dict.fromkeys(field for kind in kinds for field in kind["properties"]):
+        having = {name: kind["properties"][field] for name, kind in zip(names, kinds, strict=True) if field in kind["properties"]}
+        properties[field] = {**next(iter(having.values())), **_of_kinds(field, having, len(having) == len(kinds))}
+        properties[field].pop("default", None)
+        if len(having) < len(kinds):
+            is_one = " || ".join(f"self.kind == {cel_string(name)}" for name in having)
+            rules.append(
+                {"rule": f"{is_one} || !has(self.{field})", "message": only_of_kinds(list(having), field), "fieldPath": f".{field}"}
+            )
+    properties["kind"]["enum"] = names
+    for name, kind in zip(names, kinds, strict=True):
+        for rule in kind.get(_RULES, []):
+            shared = all(rule in other.get(_RULES, []) for other in kinds)
+            guarded = rule if shared else {**rule, "rule": f"self.kind != {cel_string(name)} || ({rule['rule']})"}
+            rules += [guarded] if guarded not in rules else []
+    required = [field for field in properties if all(field in kind.get("required", []) for kind in kinds)]
+    return {"type": "object", "properties": properties, "required": required, _RULES: rules}
+
+
+def _of_kinds(field: str, having: dict[str, Schema], everywhere: bool) -> Schema:
+    """The description of a stage's field: which kinds have it, and what it is where it is absent."""
+    text = next(iter(having.values()))["description"]
+    if not everywhere:
+        text = f"{' and '.join(having)} only. {text}"
+    defaults = {name: schema["default"] for name, schema in having.items() if schema.get("default") not in (None, {})}
+    if any(isinstance(value, list) for value in defaults.values()):
+        defaults = {}
+    if len(defaults) == 1:
+        text += f" Default: {_said(next(iter(defaults.values())))}."
+    elif defaults:
+        text += f" Default: {', '.join(f'{_said(value)} in {name} stages' for name, value in defaults.items())}."
+    return {"description": text}
