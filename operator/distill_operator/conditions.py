@@ -1,0 +1,87 @@
+"""From what was decided to status.conditions (KEP-1623): all six kinds always stand there, and say why they are as they are."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from distill_operator.progress import Reading
+from vpmoe.api.progress import ProgressCondition
+from vpmoe.api.status import Condition, Status
+
+REACHABLE = "StorageReachable"
+KINDS = ("Ready", "Progressing", "Suspended", "Stalled", "Failed", "Succeeded")
+MOST_OF_JOBS = 6
+"""Conditions that jobs may add; the status has room for 16."""
+
+Truth = Literal["True", "False", "Unknown"]
+
+
+@dataclass(frozen=True)
+class Said:
+    """The headline of a plan, and what else the conditions need."""
+
+    reason: str
+    message: str
+    stalled: tuple[str, str] | None = None
+    """Reason and message, where the run does not get on without help."""
+    jobs: tuple[ProgressCondition, ...] | None = None
+    """What the job says beside its progress; None where nothing new was read."""
+
+
+def kept(status: Status) -> Said:
+    """The headline as it stands: nothing new is to be said."""
+    ready, stalled = status.condition("Ready"), status.condition("Stalled")
+    return Said(
+        ready.reason if ready else status.phase,
+        status.message,
+        (stalled.reason, stalled.message) if stalled and stalled.status == "True" else None,
+    )
+
+
+def update(status: Status, before: Status, said: Said, reading: Reading, now: datetime) -> Status:
+    """`status` with its conditions; a condition whose truth is as `before` keeps its time of transition."""
+    phase, stalled = status.phase, said.stalled
+    moving = phase in ("Pending", "Running") and stalled is None
+    truth: dict[str, bool] = {
+        "Ready": phase == "Succeeded",
+        "Progressing": moving,
+        "Suspended": phase == "Suspended",
+        "Failed": phase == "Failed",
+        "Succeeded": phase == "Succeeded",
+    }
+    new: list[tuple[str, Truth, str, str]] = []
+    for kind in KINDS:
+        if kind == "Stalled":
+            new.append((kind, "True", *stalled) if stalled else (kind, "False", "NotStalled", ""))
+        else:
+            new.append((kind, "True" if truth[kind] else "False", said.reason, said.message if truth[kind] or kind == "Ready" else ""))
+    new += _storage(before, reading)
+    new += _jobs(before, said)
+    old = {condition.type: condition for condition in before.conditions}
+    return Status.model_validate(
+        {
+            **dict(status),
+            "conditions": tuple(_condition(*one, old.get(one[0]), status.observed_generation, now) for one in new),
+        }
+    )
+
+
+def _condition(kind: str, truth: Truth, reason: str, message: str, old: Condition | None, generation: int, now: datetime) -> Condition:
+    since = old.last_transition_time if old is not None and old.status == truth else now
+    return Condition(type=kind, status=truth, reason=reason, message=message, observed_generation=generation, last_transition_time=since)
+
+
+def _storage(before: Status, reading: Reading) -> list[tuple[str, Truth, str, str]]:
+    old = before.condition(REACHABLE)
+    if reading.problem:
+        return [(REACHABLE, "False", reading.reason, reading.problem)]
+    if reading.asked:
+        return [(REACHABLE, "True", "Answered", "")]
+    return [(REACHABLE, old.status, old.reason, old.message)] if old else []
+
+
+def _jobs(before: Status, said: Said) -> list[tuple[str, Truth, str, str]]:
+    """What jobs said last stays until they say otherwise."""
+    known = {c.type: (c.type, c.status, c.reason, c.message) for c in before.conditions if c.type not in (*KINDS, REACHABLE)}
+    known |= {c.type: (c.type, c.status, c.reason, c.message) for c in said.jobs or () if c.type not in (*KINDS, REACHABLE)}
+    return list(known.values())[-MOST_OF_JOBS:]

@@ -1,0 +1,64 @@
+"""The slow round: every live run gets a look, and a child that no status names is stopped.
+
+Events drive the operator; this is what makes it certain. Strays can only come from an operator that went on after it had lost its lease.
+"""
+
+import logging
+from collections import Counter
+
+from distill_operator.kube import DISTILLRUN, JOB, PYTORCHJOB, Json, Kind, KindMissing, Kube
+from distill_operator.metrics import RUNS
+from distill_operator.observe import child_state, owned, read_run
+from distill_operator.plan import running_step
+from distill_operator.reconcile import list_runs
+from distill_operator.settings import Settings
+from distill_operator.watch import Key
+from vpmoe.api import labels
+
+log = logging.getLogger(__name__)
+
+
+async def sweep(kube: Kube, settings: Settings) -> list[Key]:
+    """Stop strays; the keys of all runs that are not finished for good, or may still have something to be done."""
+    runs = await list_runs(kube, settings)
+    phases = Counter(run.get("status", {}).get("phase", "Pending") for run in runs)
+    for phase in ("Pending", "Queued", "Running", "Suspended", "Succeeded", "Failed"):
+        RUNS.labels(phase).set(phases[phase])
+    by_uid = {run["metadata"]["uid"]: run for run in runs}
+    for kind in (JOB, PYTORCHJOB):
+        for child in await _children(kube, settings, kind):
+            run = next((run for uid, run in by_uid.items() if owned(child, uid)), None)
+            if run is not None and is_stray(run, child):
+                await _stop(kube, kind, run, child)
+    return [(run["metadata"]["namespace"], run["metadata"]["name"]) for run in runs if is_live(run)]
+
+
+def is_live(run: Json) -> bool:
+    """Whether anything can still become of it by itself: a finished run only expires, or is deleted."""
+    finished = run.get("status", {}).get("phase") in ("Succeeded", "Failed")
+    expires = run["spec"].get("ttlAfterFinished") is not None
+    return not finished or expires or "deletionTimestamp" in run["metadata"]
+
+
+def is_stray(run: Json, child: Json) -> bool:
+    """Whether a child of this run is at work although the run's status does not name it."""
+    step = running_step(read_run(run).status)
+    named = step.child.name if step is not None and step.child is not None else ""
+    return child_state(child)[0] in ("Waiting", "Running") and child["metadata"]["name"] != named
+
+
+async def _children(kube: Kube, settings: Settings, kind: Kind) -> list[Json]:
+    namespaces: list[str | None] = [*settings.watch_namespaces] or [None]
+    try:
+        return [child for namespace in namespaces for child in await kube.list(kind, namespace, labels=labels.RUN)]
+    except KindMissing:
+        return []
+
+
+async def _stop(kube: Kube, kind: Kind, run: Json, child: Json) -> None:
+    """Delete a stray, unless a status that was written since names it: a status is always written before its child is made."""
+    meta = run["metadata"]
+    latest = await kube.get(DISTILLRUN, meta["namespace"], meta["name"])
+    if latest is not None and latest["metadata"]["uid"] == meta["uid"] and is_stray(latest, child):
+        log.warning("%s %s/%s is named by no status: stopping it", kind.name, meta["namespace"], child["metadata"]["name"])
+        await kube.delete(kind, meta["namespace"], child["metadata"]["name"], child["metadata"]["uid"])
