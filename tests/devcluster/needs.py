@@ -41,10 +41,14 @@ def machine(state: Path) -> None:
     """Raise ClusterError unless this machine can hold the node, whose state is to lie in `state`."""
     if sys.platform != "linux":
         raise ClusterError(f"the development cluster needs Linux, this is {sys.platform}. {ELSEWHERE}")
-    if os.geteuid() != 0:
-        raise ClusterError(f"the development cluster needs root for its namespaces and network: run it with sudo. {ELSEWHERE}")
+    root()
     packages(NODE_PACKAGES)
     disk(state, 2)
+
+
+def root() -> None:
+    if os.geteuid() != 0:
+        raise ClusterError(f"the development cluster needs root for its namespaces and network: run it with sudo. {ELSEWHERE}")
 
 
 def packages(wanted: dict[str, str]) -> None:
