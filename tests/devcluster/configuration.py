@@ -23,25 +23,29 @@ ROOT = "/run/devcluster"
 STATE = f"{ROOT}/state"
 CONFIG, PKI = f"{STATE}/config", f"{STATE}/pki"
 CONTAINERD = "/run/containerd/containerd.sock"
-CGROUP = "vpmoe-devcluster"
-"""The node's own cgroup below each hierarchy's root: what lies under it is ours to remove, a real kubelet's kubepods is not."""
 
 USERS = {
     "admin": ("kubernetes-admin", "system:masters"),
     "kubelet": (f"system:node:{NODE_NAME}", "system:nodes"),
-    "controllers": ("system:kube-controller-manager", ""),
+    "controllers": ("system:kube-controller-manager", "system:masters"),
     "scheduler": ("system:kube-scheduler", ""),
     "proxy": ("system:kube-proxy", ""),
     "apiserver-kubelet-client": ("kube-apiserver-kubelet-client", "system:masters"),
 }
-"""File name → the name and group in its client certificate, as Kubernetes' own RBAC bootstrap expects them."""
+"""File name → the name and group in its client certificate, as Kubernetes' RBAC bootstrap expects them.
+
+The controllers share one identity with all rights: with an account for each, as elsewhere, they take five seconds more to start.
+"""
 
 STUB = "docker.io/devcluster"
 IMAGES = (
     *(f"docker.io/vpmoe/{name}:dev" for name in ("operator", "trainer", "inference")),
     *(f"{STUB}/{name}:dev" for name in ("coredns", "training-operator", "training-operator-init", "pause")),
 )
-"""Every name that the one stub image carries."""
+"""Every name that the stub image carries."""
+
+STANDIN_IMAGE, STANDIN = "docker.io/vpmoe/standin:dev", "tests/cluster/standin"
+"""The same image with another PYTHONPATH: this folder's package `jobs` comes first there. Tests of the operator run it instead of training."""
 
 KERNEL_SETTINGS = (
     "vm/overcommit_memory",
@@ -85,6 +89,7 @@ class Folders:
 
 def render(folders: Folders, mounts: tuple[Mount, ...], oci_spec: Mapping[str, Any]) -> dict[str, str]:
     """Every file below .devcluster/config that the node reads, by name. `oci_spec` is containerd's own default."""
+    cgroup = cgroup_name(folders.state)
     shared = {mount.source: f"{ROOT}/shared/{number}" for number, mount in enumerate(mounts)}
     binds = {
         folders.state: STATE,
@@ -94,11 +99,11 @@ def render(folders: Folders, mounts: tuple[Mount, ...], oci_spec: Mapping[str, A
     }
     inside = tuple(Mount(shared[mount.source], mount.target) for mount in mounts)
     return {
-        "node.json": as_json({"binds": binds | shared, "daemons": [asdict(daemon) for daemon in daemons()]}),
+        "node.json": as_json({"binds": binds | shared, "cgroup": cgroup, "daemons": [asdict(daemon) for daemon in daemons()]}),
         "spec.json": as_json(container_spec(oci_spec, inside)),
         "containerd.toml": containerd(),
         "cni/10-devcluster.conflist": as_json(cni()),
-        "kubelet.yaml": as_json(kubelet()),
+        "kubelet.yaml": as_json(kubelet(cgroup)),
         "proxy.yaml": as_json(proxy()),
         "resolv.conf": "# No resolver: names outside the cluster are not for its pods.\n",
         **{f"{user}.kubeconfig": as_json(node_kubeconfig(user)) for user in ("kubelet", "controllers", "scheduler", "proxy")},
@@ -140,7 +145,6 @@ def daemons() -> tuple[Daemon, ...]:
     controllers = (
         f"{kube}/kube-controller-manager",
         *identity("controllers"),
-        "--use-service-account-credentials",
         f"--service-account-private-key-file={PKI}/service-accounts.key",
         f"--root-ca-file={PKI}/ca.crt",
     )
@@ -169,13 +173,13 @@ def identity(user: str) -> tuple[str, ...]:
     return (*(f"--{name}={kubeconfig}" for name in names), "--leader-elect=false", "--bind-address=127.0.0.1")
 
 
-def kubelet() -> dict[str, Any]:
+def kubelet(cgroup: str) -> dict[str, Any]:
     return {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
         "containerRuntimeEndpoint": f"unix://{CONTAINERD}",
         "cgroupDriver": "cgroupfs",
-        "cgroupRoot": f"/{CGROUP}",
+        "cgroupRoot": f"/{cgroup}",
         "failCgroupV1": False,  # from 1.35 on it refuses such machines by default
         "failSwapOn": False,
         "enforceNodeAllocatable": [],
@@ -247,7 +251,7 @@ def container_spec(default: Mapping[str, Any], mounts: tuple[Mount, ...]) -> dic
 
 def mounts(checkout: Path, environment: Path, interpreter: Path) -> tuple[Mount, ...]:
     """What containers see of a checkout and its virtual environment. The interpreter lies outside and must be found at its own path."""
-    code = ("vpmoe", "jobs", "operator/distill_operator")
+    code = ("vpmoe", "jobs", "operator/distill_operator", STANDIN)
     shared = [*(Mount(str(checkout / name), f"/opt/vpmoe/{name}") for name in code), Mount(str(environment), "/opt/vpmoe/.venv")]
     if not interpreter.is_relative_to("/usr"):
         shared.append(Mount(str(interpreter), str(interpreter)))
@@ -269,6 +273,11 @@ def kubeconfig(user: str, authority: Mapping[str, str], certificate: Mapping[str
         "contexts": [{"name": "devcluster", "context": {"cluster": "devcluster", "user": user}}],
         "current-context": "devcluster",
     }
+
+
+def cgroup_name(state: str) -> str:
+    """The node's own cgroup, below each hierarchy's root: what lies in it is this checkout's to remove, a real kubelet's is not."""
+    return f"vpmoe-devcluster-{hashlib.sha256(state.encode()).hexdigest()[:8]}"
 
 
 def cgroup_roots(mounts: str) -> list[str]:

@@ -72,7 +72,7 @@ def sweep(state: Path) -> None:
     if link_exists():
         ip("link", "delete", LINK)
     for root in configuration.cgroup_roots(Path("/proc/self/mounts").read_text()):
-        remove_cgroup(Path(root, configuration.CGROUP))
+        remove_cgroup(Path(root, configuration.cgroup_name(str(state))))
     for name in ("kubelet", "config", "pki", "ready.json"):
         path = state / name
         if path.is_dir():

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from tests.devcluster import configuration
 
+WORKING_FOLDER = "/opt/vpmoe"
 ENVIRONMENT = {
     "PATH": "/opt/vpmoe/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "PYTHONPATH": "/opt/vpmoe:/opt/vpmoe/operator",
     "CUDA_VISIBLE_DEVICES": "",  # the advertised GPUs are only counted: jobs run on the CPU
 }
-WORKING_FOLDER = "/opt/vpmoe"
+STANDIN_ENVIRONMENT = {**ENVIRONMENT, "PYTHONPATH": f"{WORKING_FOLDER}/{configuration.STANDIN}:{ENVIRONMENT['PYTHONPATH']}"}
 FOLDERS = ("proc", "sys", "dev", "tmp", "usr", "etc", "etc/ssl", "var", "run", "opt", "opt/vpmoe")
 LINKS = ("bin", "sbin", "lib", "lib64")
 PASSWD = "root:x:0:0:root:/root:/bin/sh\nnonroot:x:65532:65532:nonroot:/tmp:/bin/sh\n"
@@ -39,10 +40,13 @@ def archive(pause: bytes) -> bytes:
             entry("pause", pause, mode=0o755),
         ]
     )
-    config = json.dumps(image_config(layer, ENVIRONMENT)).encode()
-    config_name = f"{hashlib.sha256(config).hexdigest()}.json"
-    manifest = [{"Config": config_name, "RepoTags": list(configuration.IMAGES), "Layers": ["layer.tar"]}]
-    return tar([entry("layer.tar", layer), entry(config_name, config), entry("manifest.json", json.dumps(manifest).encode())])
+    configs, manifest = [], []
+    for names, environment in ((configuration.IMAGES, ENVIRONMENT), ((configuration.STANDIN_IMAGE,), STANDIN_ENVIRONMENT)):
+        config = json.dumps(image_config(layer, environment)).encode()
+        name = f"{hashlib.sha256(config).hexdigest()}.json"
+        configs.append(entry(name, config))
+        manifest.append({"Config": name, "RepoTags": names, "Layers": ["layer.tar"]})
+    return tar([entry("layer.tar", layer), *configs, entry("manifest.json", json.dumps(manifest).encode())])
 
 
 def image_config(layer: bytes, environment: Mapping[str, str]) -> dict[str, object]:

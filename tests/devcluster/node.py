@@ -24,7 +24,7 @@ def main(state: Path) -> None:
     os.chdir("/")
     plan = json.loads((state / "config" / "node.json").read_text())
     file_system(plan["binds"])
-    cgroups()
+    cgroups(plan["cgroup"])
     network()
     running: dict[int, str] = {}
     daemons = [configuration.Daemon(**daemon) for daemon in plan["daemons"]]
@@ -63,10 +63,10 @@ def bind(source: Path, target: Path) -> None:
     run("mount", "--rbind", str(source), str(target))
 
 
-def cgroups() -> None:
+def cgroups(name: str) -> None:
     """The node's cgroup in every hierarchy, below which the kubelet makes its pods'."""
     for root in configuration.cgroup_roots(Path("/proc/self/mounts").read_text()):
-        Path(root, configuration.CGROUP).mkdir(exist_ok=True)
+        Path(root, name).mkdir(exist_ok=True)
 
 
 def network() -> None:
