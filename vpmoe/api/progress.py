@@ -11,6 +11,8 @@ from pydantic import Field
 from vpmoe.api.base import Record
 
 Count = Annotated[int, Field(ge=0)]
+Hash = Annotated[str, Field(max_length=64)]
+Address = Annotated[str, Field(max_length=2048)]
 
 
 class Amount(Record):
@@ -43,11 +45,11 @@ class HeldOut(Record):
 class DatasetFacts(Record):
     """The data set that the step made or read."""
 
-    id: str
+    id: Hash
     """Its id, 64 hex."""
-    manifest: str
+    manifest: Address
     """s3:// address of its manifest."""
-    sha256: str
+    sha256: Hash
     """sha256 of the manifest's bytes, 64 hex."""
 
 
@@ -58,9 +60,9 @@ class CheckpointFacts(Record):
     """Optimizer steps done, over all stages."""
     tokens: Count
     """Tokens of the stage done."""
-    manifest: str
+    manifest: Address
     """s3:// address of its manifest."""
-    sha256: str
+    sha256: Hash
     """sha256 of the manifest's bytes, 64 hex."""
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from vpmoe.api.base import Record
-from vpmoe.api.progress import CheckpointFacts, Count, DatasetFacts, HeldOut
+from vpmoe.api.progress import Address, CheckpointFacts, Count, DatasetFacts, Hash, HeldOut
 
 Phase = Literal["Pending", "Queued", "Running", "Suspended", "Succeeded", "Failed"]
 StepState = Literal["Pending", "Queued", "Running", "Suspended", "Retrying", "Succeeded", "Failed"]
@@ -32,7 +32,6 @@ def _rounded(number: float) -> float:
 
 Message = Annotated[str, AfterValidator(_shortened), Field(json_schema_extra={"maxLength": MESSAGE})]
 Name = Annotated[str, Field(max_length=253)]
-Hash = Annotated[str, Field(max_length=64)]
 Number = Annotated[float, AfterValidator(_rounded)]
 
 
@@ -116,7 +115,7 @@ class Provenance(Record):
     """sha256 of the resolved configuration, 64 hex."""
     dataset: DatasetFacts | None = None
     """The data set that it trains on."""
-    folder: Annotated[str, Field(max_length=1280)] | None = None
+    folder: Address | None = None
     """s3:// address of the run's folder: configuration, metrics, checkpoints."""
 
 
