@@ -85,6 +85,7 @@ def configure_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it announces where it found its credentials, once a client
 
 
 class OneLine(logging.Formatter):
@@ -121,15 +122,17 @@ def register(run: DistillRun, bucket: Bucket) -> None:
     """Write the resolved configuration, or prove that it is the one that the run started with. Raises Permanent where it is not."""
     key = paths.run_json(run)
     ours = run.document()
-    if not bucket.create(key, json_bytes(ours), {"config": run.config_hash}):
-        theirs = bucket.get_json(key)
+    if bucket.create(key, json_bytes(ours), {"config": run.config_hash}):
+        return
+    changed = difference(bucket.get_json(key), ours)
+    if changed:
         raise failure.Permanent(
-            f"{bucket.url(key)}: {difference(theirs, ours)}. A run's configuration does not change once it has started; start a run of "
+            f"{bucket.url(key)}: {changed}. A run's configuration does not change once it has started; start a run of "
             "another name, or delete this one's folder.")
 
 
 def difference(stored: Any, given: Any, where: str = "") -> str | None:
-    """The first field in which two configurations differ, with both values; None where they are equal."""
+    """The first field in which two configurations differ, with both values; None where they are equal. Absent is the same as null."""
     if isinstance(stored, dict) and isinstance(given, dict):
         fields = [(f"{where}.{name}".lstrip("."), stored.get(name), given.get(name)) for name in sorted({*stored, *given})]
     elif isinstance(stored, list) and isinstance(given, list) and len(stored) == len(given):

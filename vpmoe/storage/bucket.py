@@ -269,7 +269,7 @@ class Bucket:
                 Bucket=self.name, Prefix=self.prefix + prefix, StartAfter=after))  # noqa: B023 (called at once)
             for entry in page.get("Contents", []):
                 after = entry["Key"]
-                yield Object(after.removeprefix(self.prefix), entry["Size"], entry["ETag"].strip('"'))
+                yield Object(after.removeprefix(self.prefix), entry["Size"], etag_of(entry))
             if not page["IsTruncated"]:
                 return
 
@@ -297,7 +297,7 @@ class Bucket:
     def head(self, key: str) -> Object:
         """Size and ETag of an object. Raises StorageError (Missing) where there is none."""
         found = self._persist("HeadObject", key, lambda: self._client.head_object(Bucket=self.name, Key=self.prefix + key))
-        return Object(key, found["ContentLength"], found["ETag"].strip('"'))
+        return Object(key, found["ContentLength"], etag_of(found))
 
     def fetch_range(self, wanted: Object, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of an object that others wrote, so without hashes of ours, held in memory as they are asked for.
@@ -336,9 +336,9 @@ class Bucket:
                 if status_and_code(error)[0] != 416:  # the object ends before `start`
                     raise
                 found = self._client.head_object(Bucket=self.name, Key=self.prefix + key)
-                return b"", found["ContentLength"], found["ETag"].strip('"')
+                return b"", found["ContentLength"], etag_of(found)
             whole = answer.get("ContentRange", f"/{answer['ContentLength']}").rpartition("/")[2]
-            return answer["Body"].read(), int(whole), answer["ETag"].strip('"')
+            return answer["Body"].read(), int(whole), etag_of(answer)
 
         return self._persist("GetObject", key, fetch)
 
@@ -383,6 +383,11 @@ class AlreadyThere(Exception):
 def size_fault(size: int, stated: int) -> str | None:
     """What is wrong with an object of `size` bytes whose manifest says `stated`."""
     return None if size == stated else f"{size} bytes, its manifest says {stated}"
+
+
+def etag_of(answer: Mapping[str, Any]) -> str:
+    """An answer's ETag without quotes; empty for an object that was laid into the store behind its back and has none."""
+    return str(answer.get("ETag", "")).strip('"')
 
 
 def json_bytes(value: object) -> bytes:
