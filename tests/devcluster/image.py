@@ -21,7 +21,11 @@ ENVIRONMENT = {
     "PYTHONPATH": "/opt/vpmoe:/opt/vpmoe/operator",
     "CUDA_VISIBLE_DEVICES": "",  # the advertised GPUs are only counted: jobs run on the CPU
 }
-STANDIN_ENVIRONMENT = {**ENVIRONMENT, "PYTHONPATH": f"{WORKING_FOLDER}/{configuration.STANDIN}:{ENVIRONMENT['PYTHONPATH']}"}
+STANDIN_ENVIRONMENT = {
+    **ENVIRONMENT,
+    "PYTHONPATH": f"{WORKING_FOLDER}/{configuration.STANDIN}:{ENVIRONMENT['PYTHONPATH']}",
+    "PYTHONSAFEPATH": "1",  # otherwise `python -m` looks into the working folder before PYTHONPATH
+}
 FOLDERS = ("proc", "sys", "dev", "tmp", "usr", "etc", "etc/ssl", "var", "run", "opt", "opt/vpmoe")
 LINKS = ("bin", "sbin", "lib", "lib64")
 PASSWD = "root:x:0:0:root:/root:/bin/sh\nnonroot:x:65532:65532:nonroot:/tmp:/bin/sh\n"
