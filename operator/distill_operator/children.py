@@ -7,13 +7,12 @@ observe.py's.
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from distill_operator.kube import CHILD_KINDS, CONFIGMAP, DISTILLRUN, JOB, PYTORCHJOB, Json, Kind
 from distill_operator.settings import Settings
 from vpmoe.api import DistillRun, Stage, labels
 from vpmoe.api.layout import layout
 from vpmoe.api.runtime import Role
+from vpmoe.api.text import write_yaml
 
 PREPROCESS = "preprocess"
 GPU = "nvidia.com/gpu"
@@ -74,7 +73,7 @@ def build_config_map(run: DistillRun, origin: Origin) -> Json:
         "kind": CONFIGMAP.name,
         "metadata": {**_identity(run, config_map_name(run)), "labels": {**MANAGED, **short}, "annotations": facts},
         "immutable": True,
-        "data": {"run.yaml": yaml.safe_dump(run.document(), sort_keys=False, allow_unicode=True)},
+        "data": {"run.yaml": write_yaml(run.document())},
     }
 
 

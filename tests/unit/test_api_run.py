@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests import manifests, refusals
 from vpmoe.api import DistillRun, Invalid, OnPolicy, Rescored, load_run
-from vpmoe.api.reader import read_yaml
+from vpmoe.api.text import read_yaml, write_yaml
 
 EXAMPLES = Path(__file__).parents[2] / "manifests" / "examples"
 FULL = EXAMPLES / "full.yaml"
@@ -209,6 +209,20 @@ def test_comments_and_style_do_not_change_the_hash(tmp_path: Path) -> None:
 def test_yaml_is_read_as_kubectl_reads_it(text: str, value: object) -> None:
     read = read_yaml(f"field: {text}")["field"]
     assert (read, type(read)) == (value, type(value))
+
+
+@given(
+    st.recursive(st.text() | st.integers() | st.booleans() | st.none(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+)
+def test_what_is_written_is_read_back(value: Any) -> None:
+    assert read_yaml(write_yaml(value)) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["3e-4", "1E9", "2026-01-01", "2024-06", "1_000", "null", "yes", "1B", ".5", "", " a", "\u2028", "a\x85b", "0x1"]
+)
+def test_a_string_that_looks_like_something_else_stays_a_string(text: str) -> None:
+    assert read_yaml(write_yaml({"field": text})) == {"field": text}
 
 
 @pytest.mark.parametrize(

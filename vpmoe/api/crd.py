@@ -6,12 +6,11 @@ The committed file is proved equal to what this prints.
 import sys
 from typing import Any
 
-import yaml
-
 from vpmoe.api.run import GROUP, KIND, PLURAL, RUN_NAME, VERSION, DistillRun
 from vpmoe.api.spec import MUTABLE, MUTABLE_RUNTIME, Spec
 from vpmoe.api.status import Status
 from vpmoe.api.structural import Schema, saying_defaults, structural, without_defaults
+from vpmoe.api.text import write_yaml
 
 COLUMNS = (
     ("Phase", "string", ".status.phase", 0, "What has become of the run."),
@@ -101,17 +100,9 @@ def crd() -> dict[str, Any]:
     }
 
 
-class _Plain(yaml.SafeDumper):
-    """YAML without anchors: equal parts are written out wherever they stand."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
 def render() -> str:
     """The text of manifests/crd.yaml."""
-    text = yaml.dump(crd(), Dumper=_Plain, sort_keys=False, width=140, allow_unicode=True)
-    return "# Made by `python -m vpmoe.api.crd`; a test proves that the two are equal.\n" + text
+    return "# Made by `python -m vpmoe.api.crd`; a test proves that the two are equal.\n" + write_yaml(crd())
 
 
 if __name__ == "__main__":

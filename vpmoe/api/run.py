@@ -14,9 +14,9 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from vpmoe.api.base import Matches, Model
 from vpmoe.api.invalid import Invalid, problems
-from vpmoe.api.reader import read_yaml
 from vpmoe.api.spec import MUTABLE, MUTABLE_RUNTIME, Spec
 from vpmoe.api.stages import Stage
+from vpmoe.api.text import read_yaml
 
 GROUP, VERSION, KIND, PLURAL = "vpmoe.dev", "v1alpha1", "DistillRun", "distillruns"
 API_VERSION = f"{GROUP}/{VERSION}"

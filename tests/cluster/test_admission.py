@@ -1,0 +1,252 @@
+"""A real API server accepts and refuses what the models accept and refuse, in the same words, and fills in the same defaults.
+
+Everything but immutability is asked with --dry-run=server against the DistillRun that the operator was installed with. Immutability
+needs a stored status, which a running operator would write over: it is tested on the same CRD under a group of its own.
+"""
+
+import json
+import os
+import re
+import secrets
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import manifests, refusals
+from tests.devcluster.access import Cluster
+from vpmoe.api import DistillRun, load_run
+from vpmoe.api.crd import crd
+from vpmoe.api.run import GROUP, PLURAL
+
+MANIFESTS = Path(__file__).parents[2] / "manifests"
+EXAMPLES = sorted((MANIFESTS / "examples").glob("*.yaml"))
+GOOD = {name: manifests.manifest(changes, f"good-{i}") for i, (name, changes) in enumerate(manifests.GOOD.items())}
+BAD = {name: manifests.manifest(bad.changes, f"bad-{i}") for i, (name, bad) in enumerate(refusals.BAD.items())}
+DROPPED = {"no gate before on-policy training", "a conversation without a date"}
+"""Where null means something else than absent: client-side apply drops it."""
+
+
+def kubectl(cluster: Cluster, *arguments: str) -> tuple[str, str]:
+    """What kubectl prints, and what it says against it."""
+    environment = {**os.environ, "KUBECONFIG": str(cluster.kubeconfig)}
+    ended = subprocess.run([cluster.kubectl_path, *arguments], env=environment, capture_output=True, text=True, check=False)
+    return ended.stdout, ended.stderr
+
+
+def files(objects: dict[str, dict[str, Any]], folder: Path) -> Path:
+    for i, body in enumerate(objects.values()):
+        (folder / f"{i:03d}.json").write_text(json.dumps(body), encoding="utf-8")
+    return folder
+
+
+def stored(printed: str) -> dict[str, dict[str, Any]]:
+    """Objects by name from kubectl's JSON: one object, or a List of them."""
+    answer = json.loads(printed)
+    return {item["metadata"]["name"]: item for item in (answer["items"] if answer["kind"] == "List" else [answer])}
+
+
+@pytest.fixture(scope="module")
+def applied(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What the API server makes of every good run, by the run's name."""
+    folder = files(GOOD, tmp_path_factory.mktemp("good"))
+    printed, complaints = kubectl(cluster, "apply", "--server-side", "--dry-run=server", "--output=json", "--filename", str(folder))
+    assert complaints == ""
+    return stored(printed)
+
+
+@pytest.fixture(scope="module")
+def refused(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the API server says against every bad run, by the case's name; no entry where it says nothing."""
+    folder = files(BAD, tmp_path_factory.mktemp("bad"))
+    _, complaints = kubectl(cluster, "apply", "--dry-run=server", "--filename", str(folder))
+    numbered = {int(found["i"]): line for line in complaints.splitlines() if (found := re.search(r"/(?P<i>\d{3})\.json\"", line))}
+    return {name: numbered[i] for i, name in enumerate(BAD) if i in numbered}
+
+
+def test_the_installed_crd_is_the_one_that_the_models_say(cluster: Cluster) -> None:
+    installed = json.loads(cluster.kubectl("get", "crd", f"{PLURAL}.{GROUP}", "--output=json"))
+    assert installed["spec"]["versions"][0]["schema"] == crd()["spec"]["versions"][0]["schema"]
+
+
+def test_client_side_apply_takes_the_crd(cluster: Cluster) -> None:
+    cluster.kubectl("apply", "--dry-run=server", "--filename", str(MANIFESTS / "crd.yaml"))
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_good_run_is_accepted_and_its_defaults_are_ours(applied: dict[str, dict[str, Any]], name: str) -> None:
+    answer = applied[GOOD[name]["metadata"]["name"]]
+    assert DistillRun.parse(answer).config() == DistillRun.parse(GOOD[name]).config()
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_run_is_refused_with_its_field_and_the_way_out(refused: dict[str, str], name: str) -> None:
+    bad = refusals.BAD[name]
+    assert name in refused, "accepted"
+    if bad.server:
+        assert bad.server in refused[name]
+    else:
+        assert f"{bad.field}: Invalid value: " in refused[name] and bad.words in refused[name]
+    assert "no such key" not in refused[name] and "evaluating rule" not in refused[name], "a rule that fails instead of answering"
+
+
+def test_null_and_absent_mean_the_same_but_where_the_field_says_so(cluster: Cluster, tmp_path: Path) -> None:
+    folder = files({name: body for name, body in GOOD.items() if name not in DROPPED}, tmp_path)
+    answers = stored(kubectl(cluster, "apply", "--dry-run=server", "--output=json", "--filename", str(folder))[0])
+    for body in GOOD.values():
+        if (answer := answers.get(body["metadata"]["name"])) is not None:
+            assert DistillRun.parse(answer).config_hash == DistillRun.parse(body).config_hash, body
+    assert len(answers) == len(GOOD) - len(DROPPED)
+
+
+AS_TEXT = """
+apiVersion: vpmoe.dev/v1alpha1
+kind: DistillRun
+metadata: {{name: {name}}}
+spec:
+  dataset: {{source: "s3://corpora/a", conversation: {{date: {date}}}}}
+  teacher: {{model: "s3://models/a"}}
+  training: {{globalBatchTokens: {tokens}, optimizer: {{learningRate: {rate}}}}}
+  storage: {{bucket: vpmoe}}
+  stages: [{{name: first, kind: Vanilla}}]
+"""
+SCALARS = {
+    "plain": AS_TEXT.format(name="plain", date='"2026-02-03"', tokens="1000000", rate="0.0003"),
+    "as-people-write": AS_TEXT.format(name="as-people-write", date="2026-02-03", tokens="1_000_000", rate="3e-4"),
+    "with-exponents": AS_TEXT.format(name="with-exponents", date="2026-02-03", tokens="1e6", rate="3.0E-4"),
+}
+
+
+@pytest.fixture(scope="module")
+def texts(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, dict[str, Any]]:
+    """Files as people write them, and what the API server makes of each."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, text in SCALARS.items():
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    paths = [*EXAMPLES, *folder.iterdir()]
+    named = [argument for path in paths for argument in ("--filename", str(path))]
+    answers = stored(cluster.kubectl("apply", "--dry-run=server", "--output=json", *named))
+    return {path: answers[load_run(path).metadata.name] for path in paths}
+
+
+def test_kubectl_reads_an_example_as_we_do(texts: dict[Path, dict[str, Any]]) -> None:
+    for path in EXAMPLES:
+        assert DistillRun.parse(texts[path]).config_hash == load_run(path).config_hash, path
+
+
+def test_kubectl_reads_dates_and_numbers_as_we_do(texts: dict[Path, dict[str, Any]]) -> None:
+    hashes = [hash for path, answer in texts.items() if path.stem in SCALARS for hash in (load_run(path).config_hash, parsed(answer))]
+    assert len(hashes) == 2 * len(SCALARS) and len(set(hashes)) == 1
+
+
+def parsed(answer: dict[str, Any]) -> str:
+    return DistillRun.parse(answer).config_hash
+
+
+def test_a_stage_reads_well_in_kubectl_explain(cluster: Cluster) -> None:
+    text = " ".join(cluster.kubectl("explain", "distillrun.spec.stages").split())
+    for said in (
+        "kind <string> -required- enum: Vanilla, Rescored, TeacherForced, OnPolicy",
+        "tokens <Object> Positions that enter the student in this stage, padding excluded",
+        'Default: "1B" in Vanilla stages, "2B" in Rescored stages, "665M" in TeacherForced stages, "8B" in OnPolicy stages.',
+        "mix <number> Rescored only. Share of batches that come from the scored subset",
+    ):
+        assert said in text
+
+
+STATUS = {
+    "phase": "Running",
+    "step": "first",
+    "progress": "42%",
+    "tokensPerSecond": 12345,
+    "loss": 2.3456,
+    "config": "0123456789abcdef",
+    "steps": [
+        {"name": "preprocess", "state": "Succeeded", "started": "2026-01-01T00:00:00Z"},
+        {"name": "first", "state": "Running", "started": "2026-01-01T00:01:00Z"},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def twin(cluster: Cluster) -> Iterator[str]:
+    """The same CRD under names that no operator watches, with an object `started` whose first step has started. Gives its resource."""
+    group = f"t{secrets.token_hex(4)}.{GROUP}"
+    resource = f"twins.{group}"
+    body = crd()
+    body["metadata"]["name"] = resource
+    body["spec"] |= {"group": group, "names": {"kind": "Twin", "plural": "twins"}}
+    cluster.kubectl("create", "--filename", "-", input=json.dumps(body))
+    try:
+        cluster.kubectl("wait", "--for=condition=Established", f"crd/{resource}", "--timeout=30s")
+        cluster.kubectl("create", "--filename", "-", input=json.dumps(run_of(group)))
+        cluster.kubectl("patch", resource, "started", "--subresource=status", "--type=merge", "--patch", json.dumps({"status": STATUS}))
+        yield resource
+    finally:
+        cluster.kubectl("delete", "crd", resource, "--timeout=60s")
+
+
+def run_of(group: str) -> dict[str, Any]:
+    changes = {"metadata.namespace": "default", "spec.stages": [*manifests.MINIMAL["spec"]["stages"], manifests.ONPOLICY]}
+    return {**manifests.manifest(changes, "started"), "apiVersion": f"{group}/v1alpha1", "kind": "Twin"}
+
+
+FROZEN = "cannot change after the first step has started: only suspend, ttlAfterFinished, deletionPolicy and runtime.attempts can."
+
+
+@pytest.mark.parametrize(
+    "field, change",
+    [
+        pytest.param("spec.dataset", {"dataset": {"validFraction": 0.5}}, id="the data set"),
+        pytest.param("spec.teacher", {"teacher": {"effort": "high"}}, id="the teacher"),
+        pytest.param("spec.student", {"student": {"gpus": 1}}, id="the layout"),
+        pytest.param("spec.training", {"training": {"seed": 1}}, id="the seed"),
+        pytest.param("spec.stages", {"stages": [{"name": "first", "kind": "Vanilla"}]}, id="the list of stages"),
+        pytest.param("spec.evaluation", {"evaluation": {"documents": 1}}, id="the evaluation"),
+        pytest.param("spec.storage", {"storage": {"prefix": "elsewhere"}}, id="the bucket"),
+        pytest.param("spec.runtime.backend", {"runtime": {"backend": "Job"}}, id="the backend"),
+        pytest.param("spec.runtime.nodeSelector", {"runtime": {"nodeSelector": {"a": "b"}}}, id="the nodes"),
+        pytest.param("spec.resumeFrom", {"resumeFrom": "s3://vpmoe/runs/default/other-01234567"}, id="where it goes on from"),
+    ],
+)
+def test_a_started_run_keeps_what_it_was_started_with(cluster: Cluster, twin: str, field: str, change: dict[str, Any]) -> None:
+    patch = json.dumps({"spec": change})
+    _, complaints = kubectl(cluster, "patch", twin, "started", "--type=merge", "--dry-run=server", "--patch", patch)
+    assert f"{field}: Invalid value: " in complaints and FROZEN in complaints
+    assert complaints.count(FROZEN) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"suspend": True}, id="suspend"),
+        pytest.param({"ttlAfterFinished": "1d"}, id="how long it is kept"),
+        pytest.param({"deletionPolicy": "Delete"}, id="what deletion removes"),
+        pytest.param({"runtime": {"attempts": 9}}, id="attempts"),
+        pytest.param({"student": {"gpus": 7}}, id="nothing, in other words"),
+    ],
+)
+def test_a_started_run_may_change_what_is_no_part_of_its_configuration(cluster: Cluster, twin: str, change: dict[str, Any]) -> None:
+    cluster.kubectl("patch", twin, "started", "--type=merge", "--dry-run=server", "--patch", json.dumps({"spec": change}))
+
+
+def test_a_run_may_change_until_its_first_step_has_started(cluster: Cluster, twin: str) -> None:
+    group = twin.partition(".")[2]
+    waiting = {**run_of(group), "metadata": {"name": "waiting", "namespace": "default"}}
+    cluster.kubectl("create", "--filename", "-", input=json.dumps(waiting))
+    queued = {"status": {"phase": "Queued", "steps": [{"name": "preprocess", "state": "Queued"}]}}
+    cluster.kubectl("patch", twin, "waiting", "--subresource=status", "--type=merge", "--patch", json.dumps(queued))
+    cluster.kubectl("patch", twin, "waiting", "--type=merge", "--patch", json.dumps({"spec": {"training": {"seed": 1}}}))
+
+
+def test_kubectl_get_shows_how_a_run_gets_on(cluster: Cluster, twin: str) -> None:
+    def columns(*arguments: str) -> dict[str, str]:
+        header, row = cluster.kubectl("get", twin, "started", *arguments).splitlines()
+        return dict(zip(header.split(), row.split(), strict=True))
+
+    shown = {"NAME": "started", "PHASE": "Running", "STEP": "first", "PROGRESS": "42%", "TOKENS/S": "12345", "LOSS": "2.3456"}
+    narrow, wide = columns(), columns("--output=wide")
+    assert {key: value for key, value in narrow.items() if key != "AGE"} == shown
+    assert {key: wide[key] for key in ("TEACHER", "CONFIG")} == {"TEACHER": "s3://models/gpt-oss-120b", "CONFIG": "0123456789abcdef"}
