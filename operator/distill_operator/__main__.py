@@ -151,6 +151,7 @@ def configure_logging(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)  # it warns that a thread gets no signals: we handle them
     log.setLevel(level.upper())
 
 

@@ -61,7 +61,8 @@ def child_kind(run: DistillRun, step: str) -> Kind:
 
 
 def config_map_name(run: DistillRun) -> str:
-    return f"{run.metadata.name}-config"
+    """With the run's uid: a kubelet never looks again at an immutable ConfigMap, and would give pods that of an earlier run of the name."""
+    return f"{run.metadata.name}-config-{run.uid8}"
 
 
 def build_config_map(run: DistillRun, origin: Origin) -> Json:

@@ -54,7 +54,8 @@ def update(status: Status, before: Status, said: Said, reading: Reading, now: da
         if kind == "Stalled":
             new.append((kind, "True", *stalled) if stalled else (kind, "False", "NotStalled", ""))
         else:
-            new.append((kind, "True" if truth[kind] else "False", said.reason, said.message if truth[kind] or kind == "Ready" else ""))
+            told = kind == "Ready" or (kind == "Failed" and truth[kind])  # once is enough for the others
+            new.append((kind, "True" if truth[kind] else "False", said.reason, said.message if told else ""))
     new += _storage(before, reading)
     new += _jobs(before, said)
     old = {condition.type: condition for condition in before.conditions}
