@@ -1,0 +1,45 @@
+"""From the batch plan to microbatches: the packed rows of one step on one rank.
+
+Positions, targets and counts are vpmoe.model.batch's business; here whole documents are laid side by side and the rest is padded.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vpmoe.model.batch import Batch
+from vpmoe.training.plan import Document
+
+Read = Callable[[Document], tuple[NDArray[np.int32], NDArray[np.uint8]]]
+
+MICROBATCH = 8192
+"""Positions of one microbatch, as far as whole rows allow: the student's longest sequence alone, or several short ones together."""
+FILLER = 199_999
+"""The token that stands where no document does (GPT-OSS's own padding id). Nothing attends to it and it is never a target."""
+
+
+def microbatches(rows: Sequence[Sequence[Document]], read: Read, sequence_length: int) -> list[Batch]:
+    """The rows in order as microbatches of about MICROBATCH positions; all but the last have the same number of rows."""
+    each = max(1, MICROBATCH // sequence_length)
+    return [assemble(rows[start : start + each], read, sequence_length) for start in range(0, len(rows), each)]
+
+
+def assemble(rows: Sequence[Sequence[Document]], read: Read, sequence_length: int) -> Batch:
+    """One microbatch of b packed rows; a row without any document is all padding. Raises ValueError where a row overflows."""
+    shape = (len(rows), sequence_length)
+    tokens_bS = np.full(shape, FILLER, np.int64)
+    spans_bS = np.zeros(shape, np.uint8)
+    documents_bS = np.full(shape, -1, np.int32)
+    for row, documents in enumerate(rows):
+        at = 0
+        for number, document in enumerate(documents):
+            tokens, spans = read(document)
+            if at + len(tokens) > sequence_length:
+                raise ValueError(f"row {row} overflows {sequence_length} positions with {document}")
+            tokens_bS[row, at : at + len(tokens)] = tokens
+            spans_bS[row, at : at + len(tokens)] = spans
+            documents_bS[row, at : at + len(tokens)] = number
+            at += len(tokens)
+    return Batch.of(torch.from_numpy(tokens_bS), torch.from_numpy(spans_bS), torch.from_numpy(documents_bS))

@@ -1,0 +1,136 @@
+"""The launcher of a stage's processes on this machine or pod: starts them, passes SIGTERM on, and ends as the first that failed.
+
+One of our own and not torch's elastic launcher, because that one ends with 1 whatever its worker's code was; has one timeout for workers
+that save a checkpoint after SIGTERM, minutes, and for those that hang in a collective because another one has failed, seconds; and needs
+torch, 300 MB and some seconds, to start a process. Restarting workers, which is what it is for, is the operator's business here.
+
+In a pod of a PyTorchJob PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT say which pod of how many this is. (RANK and
+WORLD_SIZE are set there too and count pods: they mean nothing here.) Without them all ranks are started here.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from vpmoe import failure
+from vpmoe.api.layout import Layout
+from vpmoe.failure import Failure, Permanent
+
+log = logging.getLogger(__name__)
+
+GRACE = 30.0
+"""Seconds between the first failure and the end of the others: time to fail with words of their own, or to finish an upload."""
+POLL = 0.1
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which ranks this launcher starts, and where rank 0 is met."""
+
+    ranks: int
+    first: int
+    here: int
+    address: str
+    port: int
+
+
+def place(layout: Layout, environment: Mapping[str, str]) -> Placement:
+    """Where the processes of this pod stand in the layout. Raises Permanent where the pods are not those that the layout wants."""
+    if "PET_NNODES" not in environment:
+        return Placement(layout.ranks, 0, layout.ranks, "127.0.0.1", free_port())
+    pods = int(environment["PET_NNODES"])
+    if pods != layout.pods:
+        raise Permanent(
+            f"PET_NNODES: this job has {pods} pods, but {layout.ranks} ranks, {layout.processes_per_pod} a pod, are {layout.pods}. "
+            "The job was made for another configuration; delete it."
+        )
+    node = int(environment["PET_NODE_RANK"])
+    each = layout.processes_per_pod
+    return Placement(layout.ranks, node * each, each, environment["PET_MASTER_ADDR"], int(environment["PET_MASTER_PORT"]))
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launch(placement: Placement, command: Sequence[str], stopping: threading.Event) -> int:
+    """Run `command` once a rank until all have ended; returns the exit code to end with.
+
+    0 where all succeeded, otherwise the code of the first that failed, whose words are in the termination message (vpmoe.failure): it has
+    written them itself, unless it was killed.
+    """
+    with tempfile.TemporaryDirectory(prefix="vpmoe-train-") as scratch:
+        workers = {}
+        for local in range(placement.here):
+            rank = placement.first + local
+            environment = {
+                **os.environ,
+                "RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(placement.ranks), "LOCAL_WORLD_SIZE": str(placement.here),
+                "MASTER_ADDR": placement.address, "MASTER_PORT": str(placement.port),
+                "VPMOE_SCRATCH": scratch, "VPMOE_LAUNCHER": str(os.getpid()),
+                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // placement.here))),
+            }  # fmt: skip
+            workers[rank] = subprocess.Popen(command, env=environment)
+        try:
+            return supervise(workers, stopping)
+        finally:
+            for worker in workers.values():
+                worker.kill()
+                worker.wait()
+
+
+def supervise(workers: Mapping[int, "subprocess.Popen[bytes]"], stopping: threading.Event) -> int:
+    """Wait for all workers. Those that outlive the first failure by GRACE are left to the caller to kill."""
+    told, first_failed, deadline = False, None, None
+    while True:
+        codes = {rank: worker.poll() for rank, worker in workers.items()}
+        failed = [rank for rank, code in codes.items() if code]
+        if failed and first_failed is None:
+            first_failed, deadline = failed[0], time.monotonic() + GRACE
+        if stopping.is_set() and not told:
+            told = True
+            for worker in workers.values():
+                worker.send_signal(signal.SIGTERM)
+        if None not in codes.values() or (deadline and time.monotonic() > deadline and not told):
+            break
+        time.sleep(POLL)
+    if first_failed is None:
+        return 0
+    return last_word(first_failed, codes[first_failed] or 0, told)
+
+
+def last_word(rank: int, code: int, told: bool) -> int:
+    """The exit code that a failed worker means; the words of one that was killed are said here."""
+    if code > 0:
+        log.error("Rank %d failed with exit code %d", rank, code)
+        return code
+    name = signal.Signals(-code).name
+    if told:
+        found = Failure("Terminated", rank, failure.EXIT["Terminated"], "asked to stop before training began; nothing was lost")
+    else:
+        words = f"rank {rank} was killed by {name}. Most often the container ran out of memory: raise the limit in runtime.resources.train."
+        found = Failure("Retriable", rank, failure.EXIT["Retriable"], words)
+    log.error("%s: %s", found.kind, found.message)
+    path = failure.termination_log()
+    if path:
+        failure.record(found, path)
+    return found.exit
+
+
+def die_with_launcher() -> None:
+    """Have the kernel kill this process when its launcher dies: a worker that trains on alone would write over the next attempt's work."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if str(os.getppid()) != os.environ["VPMOE_LAUNCHER"]:
+        raise SystemExit("The launcher is gone.")

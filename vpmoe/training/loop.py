@@ -1,0 +1,266 @@
+"""The trainer: one stage from where it stands to its end, the same on every rank. Rank 0 also says how it goes.
+
+It knows no algorithm: an objective turns a batch into coefficients (vpmoe.objectives), the student minimises Σ c·(−log p). All that a
+step depends on is a function of (seed, step) and of the state that a checkpoint holds, so a killed run that is resumed ends at the
+weights of one that was not.
+"""
+
+import logging
+import math
+import os
+import time
+from collections import deque
+from contextlib import ExitStack, closing
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vpmoe.api.layout import layout
+from vpmoe.api.progress import Amount, HeldOut, Progress, ProgressCondition
+from vpmoe.failure import Permanent, Terminated
+from vpmoe.model import distributed
+from vpmoe.model.batch import Batch
+from vpmoe.model.device import choose
+from vpmoe.model.learner import Learner, Outcome
+from vpmoe.model.shapes import SHAPES
+from vpmoe.objectives.vanilla import vanilla
+from vpmoe.training import gpu, metrics, stage
+from vpmoe.training.checkpoint import Checkpoints
+from vpmoe.training.collapse import Watch
+from vpmoe.training.evaluate import HeldOutDocuments
+from vpmoe.training.parts import Cache, Parts
+from vpmoe.training.position import Position, facts_of
+from vpmoe.training.report import Report
+from vpmoe.training.schedule import due, learning_rate, no_longer_improves
+from vpmoe.training.start import Start, begin
+from vpmoe.training.stream import Stream, plan_of
+from vpmoe.training.task import Task
+
+log = logging.getLogger(__name__)
+
+
+def train(task: Task) -> None:
+    """Train a stage to its end. Raises Terminated after a SIGTERM, with a checkpoint saved; Permanent where another attempt cannot help."""
+    spec = task.run.spec
+    device = choose()
+    distributed.start(device, spec.student.expert_parallel)
+    with ExitStack() as opened:
+        report = opened.enter_context(closing(Report(task, _starting(task)))) if distributed.rank() == 0 else None
+        cache = Cache(task.bucket, task.scratch / "blocks")
+        parts = opened.enter_context(closing(Parts(task.dataset, "train", cache)))
+        learner = Learner.build(
+            SHAPES[spec.student.shape], device, sequence_length=spec.training.sequence_length, seed=spec.training.seed,
+            weight_decay=task.stage.optimizer.weight_decay, gradient_clip=task.stage.optimizer.gradient_clip,
+            expert_parallel=spec.student.expert_parallel,
+        )  # fmt: skip
+        start = begin(task, learner)
+        inputs = [task.dataset.inputs["tokenizer"], stage.dataset_input(task.bucket, task.dataset), *start.sources]
+        checkpoints = opened.enter_context(closing(Checkpoints(task, inputs, report)))
+        held_out = None
+        if spec.evaluation.documents:
+            valid = opened.enter_context(closing(Parts(task.dataset, "valid", cache)))
+            held_out = HeldOutDocuments(valid, spec.evaluation.documents, spec.training.seed, spec.training.sequence_length)
+        Trainer(task, device, learner, parts, held_out, checkpoints, start, report).run()
+    distributed.stop()
+
+
+class Trainer:
+    """All that the loop of one stage uses, and the loop."""
+
+    def __init__(
+        self, task: Task, device: torch.device, learner: Learner, parts: Parts, held_out: HeldOutDocuments | None, checkpoints: Checkpoints,
+        start: Start, report: Report | None,
+    ) -> None:  # fmt: skip
+        """`report` is rank 0's alone."""
+        self.task = task
+        self.device = device
+        self.learner = learner
+        self.held_out = held_out
+        self.checkpoints = checkpoints
+        self.report = report
+        self.start = start
+        self.layout = layout(task.run.spec, task.stage)
+        self.weights = task.run.spec.training.span_weights.model_dump()
+        training = task.run.spec.training
+        self.plan = plan_of(parts, training.seed, training.sequence_length)
+        first, each = start.position.first_sequence, self.layout.sequences_per_step
+        self.seen = self.plan.steps(first, each, task.stage.tokens)
+        """[steps] tokens of the stage after each of its steps."""
+        self.stream = Stream(parts, self.plan, first, each, len(self.seen), distributed.rank(), distributed.ranks())
+        self.watch: Watch | None = None
+        self.speed: deque[tuple[int, float]] = deque(maxlen=20)
+        port = os.environ.get("VPMOE_METRICS_PORT")
+        labels = {"namespace": task.run.metadata.namespace, "run": task.run.metadata.name, "stage": task.stage.name}
+        self.prometheus = metrics.Prometheus(labels, int(port)) if report and port else None
+
+    def run(self) -> None:
+        """The loop. Each line says when it happens: what is global comes before the forward, what is final after the check."""
+        spec, stop = self.task.run.spec, self.task.stage.stop
+        position = self._begin()
+        while not position.finished:
+            step, started = position.steps, time.monotonic()
+            batches = self.stream.batches(step)  # a pure function of (seed, step)
+            counts, stopping, gpus = self._agree(batches)  # before any forward: denominators are global
+            if stopping:
+                self._stop(position)
+            outcome = self.learner.forward_backward(batches, vanilla(counts, self.weights), positions=int(counts[0]))
+            check_finite(outcome, step)  # before the optimizer can make it permanent
+            rate = self._rate(step)
+            norm = self._move(rate, step)
+            position = self._after(position)
+            self.speed.append((int(counts[0]), time.monotonic() - started))
+            lines = [self._line(position, outcome, rate, norm, gpus)] if self.report else []
+            if self.held_out and due(self.seen, step, spec.evaluation.every_tokens):
+                position = self._evaluate(position, lines)
+            early = stop is not None and no_longer_improves(position.held_out, stop)
+            position = position.model_copy(update={"finished": early or position.steps == len(self.seen)})
+            self._say(position, outcome, lines)
+            if position.finished or due(self.seen, step, spec.training.checkpoint.every_tokens):
+                self.checkpoints.save(self.learner, position)
+            self.checkpoints.check()
+        self.checkpoints.wait()
+        if self.report:
+            self.report.finish(state="Succeeded", message=f"Finished after {position.steps} steps", **_amounts(position, position.tokens))
+        log.info("Finished stage %s: %d steps, %d tokens", position.stage, position.steps, position.tokens)
+
+    def _begin(self) -> Position:
+        """The position to start from, with the held-out loss before the first step measured once."""
+        position, lines = self.start.position, []
+        words = f"{self.start.words}, {position.steps} of {len(self.seen)} steps done"
+        log.info(
+            "Training %s %s; %d ranks, %d sequences a step", position.stage, words, distributed.ranks(), self.layout.sequences_per_step
+        )
+        if self.report:
+            facts = {"from": self.start.words, "refused": list(self.start.refused), "ranks": distributed.ranks(), "steps": len(self.seen),
+                     "sequencesPerStep": self.layout.sequences_per_step, "stageTokens": int(self.seen[-1])}  # fmt: skip
+            lines = [metrics.line("start", position, self.task.provenance.attempt, facts)]
+            own = facts_of(self.task.bucket, self.start.own, position) if self.start.own else None
+            self.report.update(message=f"Training {words}", checkpoint=own, conditions=self._conditions([]))
+        if self.held_out and position.steps == 0 and position.before is None:
+            position = self._evaluate(position, lines)
+            position = position.model_copy(update={"before": position.latest})
+        if self.report:
+            self.report.update(**_amounts(position, int(self.seen[-1])))
+            self.report.log(*lines)
+        return position
+
+    def _agree(self, batches: list[Batch]) -> tuple[Tensor, bool, Tensor]:
+        """One all-reduce a step: the global counts, whether any rank wants to stop, what the GPUs do."""
+        rank, ranks = distributed.rank(), distributed.ranks()
+        counts = torch.stack([batch.counts for batch in batches]).sum(0)
+        wish = torch.tensor([float(self.task.stopping.is_set())], dtype=torch.float64)
+        total = distributed.total(torch.cat([counts.double(), wish, gpu.as_vector(gpu.read(self.device), rank, ranks)]))
+        return total[: len(counts)].long(), bool(total[len(counts)]), total[len(counts) + 1 :]
+
+    def _rate(self, step: int) -> float:
+        settings = self.task.stage.optimizer
+        return learning_rate(
+            int(self.seen[step]), int(self.seen[-1]), settings.warmup_tokens, settings.learning_rate, settings.min_learning_rate
+        )
+
+    def _move(self, rate: float, step: int) -> float:
+        try:
+            return self.learner.step(rate)
+        except ArithmeticError as error:
+            raise not_finite(f"the gradient's norm ({error})", step) from error
+
+    def _after(self, position: Position) -> Position:
+        """The position one step further."""
+        ahead = position.next_sequence + self.layout.sequences_per_step
+        return position.model_copy(update={
+            "steps": position.steps + 1, "iteration": position.iteration + 1, "tokens": int(self.seen[position.steps]),
+            "next_sequence": ahead, "epoch": self.plan.locate(ahead)[0],
+        })  # fmt: skip
+
+    def _evaluate(self, position: Position, lines: list[dict[str, Any]]) -> Position:
+        """Measure the held-out loss; its line joins the step's."""
+        assert self.held_out is not None
+        started = time.monotonic()
+        loss = self.held_out.loss(self.learner)
+        whole = metrics.weighted(loss, self.weights)
+        if not math.isfinite(whole):
+            raise not_finite("the held-out loss", position.steps - 1)
+        log.info("Held-out loss after %d steps: reasoning %s, final %s", position.steps, loss.reasoning, loss.final)
+        if self.report:
+            seconds = time.monotonic() - started
+            facts = {"heldOut": loss.model_dump(), "weighted": whole, "documents": self.held_out.documents, "seconds": seconds}
+            lines.append(metrics.line("evaluation", position, self.task.provenance.attempt, facts))
+        return position.model_copy(update={"latest": loss, "held_out": (*position.held_out, whole)})
+
+    def _line(self, position: Position, outcome: Outcome, rate: float, norm: float, gpus: Tensor) -> dict[str, Any]:
+        """The step's line of metrics."""
+        assert outcome.load is not None
+        return metrics.line("step", position, self.task.provenance.attempt, {
+            "loss": outcome.loss, "lossBySpan": outcome.cross_entropy, "targets": outcome.tokens, "learningRate": rate,
+            "gradientNorm": norm, "seconds": self.speed[-1][1], "tokensPerSecond": self._tokens_per_second(),
+            "router": metrics.router(outcome.load),
+            "exercises": self.stream.exercises(position.steps - 1), "gpu": gpu.summary(gpus),
+        })  # fmt: skip
+
+    def _say(self, position: Position, outcome: Outcome, lines: list[dict[str, Any]]) -> None:
+        """Log, metrics and progress of a step."""
+        if not self.report:
+            return
+        assert outcome.load is not None
+        self.watch = self.watch or Watch(list(outcome.load.layers), outcome.load.tokens.shape[1])
+        collapsed = self.watch.step(outcome.load.tokens.numpy(), outcome.load.max_over_mean.numpy())
+        conditions = [ProgressCondition(type="RouterCollapse", status="True", reason=c.reason, message=c.message) for c in collapsed[:3]]
+        self.report.check()
+        self.report.log(*lines)
+        if self.prometheus:
+            self.prometheus.show(lines)
+        of = f"step {position.steps} of {len(self.seen)}"
+        log.info("%s: loss %.4f, %.0f tokens/s", of, outcome.loss, self._tokens_per_second())
+        self.report.update(
+            message=f"Training, {of}", loss=outcome.loss, tokens_per_second=self._tokens_per_second(),
+            conditions=self._conditions(conditions), **_amounts(position, int(self.seen[-1])),
+        )  # fmt: skip
+
+    def _tokens_per_second(self) -> float:
+        return sum(tokens for tokens, _ in self.speed) / sum(seconds for _, seconds in self.speed)
+
+    def _conditions(self, found: list[ProgressCondition]) -> tuple[ProgressCondition, ...]:
+        """What the run's status should say, the checkpoints that were passed over first."""
+        refused = [
+            ProgressCondition(type="CheckpointRefused", status="True", reason="Altered", message=words) for words in self.start.refused[:3]
+        ]
+        return (*refused, *found)
+
+    def _stop(self, position: Position) -> None:
+        """Save where the stage stands and end the process."""
+        saved = self.checkpoints.saved == position.iteration or position.steps == self.start.position.steps
+        if not saved:
+            self.checkpoints.save(self.learner, position)
+        self.checkpoints.wait()
+        words = f"Stopped after step {position.steps} of {len(self.seen)}, saved"
+        if self.report:
+            self.report.finish(message=words)
+        raise Terminated(words)
+
+
+def check_finite(outcome: Outcome, step: int) -> None:
+    """Raise Permanent where the step's loss is not a number, the same on every rank."""
+    if not math.isfinite(outcome.loss):
+        raise not_finite(f"the loss ({outcome.loss})", step)
+
+
+def not_finite(what: str, step: int) -> Permanent:
+    """A number that ended training: data and arithmetic are the same next time, so another attempt would meet it again."""
+    return Permanent(
+        f"NonFinite: {what} is not finite at step {step + 1}; the weights were not touched. In a new run, which may resumeFrom this one's "
+        "last checkpoint, lower optimizer.learningRate or gradientClip, or lengthen warmupTokens."
+    )
+
+
+def _starting(task: Task) -> Progress:
+    made = stage.dataset_facts(task.bucket, task.dataset)
+    return Progress(
+        step=task.stage.name, attempt=task.provenance.attempt, state="Running", message="Starting", updated=datetime.now(UTC), dataset=made
+    )
+
+
+def _amounts(position: Position, total: int) -> dict[str, Any]:
+    """The parts of the progress that follow from the position."""
+    return {"tokens": Amount(done=position.tokens, total=total), "held_out": HeldOut(before=position.before, latest=position.latest)}

@@ -1,0 +1,70 @@
+"""Where a stage stands: everything beside weights and optimizer that a resumed attempt must know, and where checkpoints say it.
+
+No torch here: the launcher looks before it starts anything. The weights are restore.py's business.
+"""
+
+from pydantic import ConfigDict, ValidationError
+
+from vpmoe.api.base import Record
+from vpmoe.api.progress import CheckpointFacts, SpanLoss
+from vpmoe.storage import Bucket, StorageError, manifest, paths
+from vpmoe.storage.manifest import Manifest
+
+
+class Position(Record):
+    """A stage after some of its optimizer steps. Data order follows from it alone, so there is no data state to keep."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    stage: str
+    """The stage's name."""
+    steps: int
+    """Optimizer steps of the stage."""
+    tokens: int
+    """Positions of the stage that entered the student, padding excluded."""
+    iteration: int
+    """Optimizer steps over all stages: the checkpoint's name, and what Adam's bias correction counts."""
+    first_sequence: int
+    """Sequence of the training stream that the stage began with: the one after the last of the stage before."""
+    next_sequence: int
+    """Sequence that comes next; the stage that follows begins there."""
+    epoch: int
+    """Pass over the data that next_sequence lies in."""
+    before: SpanLoss | None = None
+    """Held-out loss before the stage's first step."""
+    latest: SpanLoss | None = None
+    """Held-out loss of the latest evaluation."""
+    held_out: tuple[float, ...] = ()
+    """Held-out loss before the first step and of each evaluation, spans weighted; what `stop` looks at."""
+    finished: bool = False
+    """Whether the stage is done. Only then may the next begin from here."""
+    objective: None = None
+    """State of the objective. Vanilla, all that there is so far, has none."""
+
+
+def iterations(bucket: Bucket, folder: str) -> list[int]:
+    """The checkpoints of a stage that exist, newest first."""
+    names = [found.key.removeprefix(folder + "/") for found in bucket.list(folder + "/")]
+    return sorted((int(name.removesuffix("/manifest.json")) for name in names if name.endswith("/manifest.json")), reverse=True)
+
+
+def end_of(bucket: Bucket, folder: str) -> tuple[Manifest, Position] | None:
+    """The newest checkpoint of a stage, if it is the stage's end; None where the stage has not finished, or its manifest is damaged."""
+    for iteration in iterations(bucket, folder)[:1]:
+        try:
+            found = manifest.load(bucket, paths.manifest(f"{folder}/{iteration}"))
+            position = Position.model_validate(found.facts.get("position"))
+        except ValidationError:
+            return None
+        except StorageError as error:
+            if error.reason != "Altered":
+                raise
+            return None
+        if position.finished:
+            return found, position
+    return None
+
+
+def facts_of(bucket: Bucket, found: Manifest, position: Position) -> CheckpointFacts:
+    """A checkpoint as progress.json names it."""
+    return CheckpointFacts(iteration=position.iteration, tokens=position.tokens, manifest=bucket.url(found.key), sha256=found.sha256)

@@ -1,0 +1,81 @@
+"""Which stage a training job is about, what it needs to be there, and whether it is done already. No torch: the launcher asks too."""
+
+from datetime import UTC, datetime
+
+from vpmoe.api import DistillRun
+from vpmoe.api.progress import Amount, DatasetFacts, HeldOut, Progress
+from vpmoe.api.stages import Vanilla
+from vpmoe.data import resolve
+from vpmoe.failure import Permanent
+from vpmoe.provenance import Provenance
+from vpmoe.storage import Bucket, manifest, paths
+from vpmoe.storage.manifest import Input, Manifest
+from vpmoe.training.position import Position, end_of, facts_of
+
+
+def trainable(run: DistillRun, name: str) -> Vanilla:
+    """The stage of that name. Raises Permanent where it asks for something that this version cannot do."""
+    if name not in [stage.name for stage in run.spec.stages]:
+        raise Permanent(f"--step {name} is no training stage. Choose one of {', '.join(stage.name for stage in run.spec.stages)}.")
+    stage = run.stage(name)
+    if not isinstance(stage, Vanilla):
+        raise Permanent(f"stage {name}: kind {stage.kind} cannot be trained by this version, only Vanilla. Leave the stage out.")
+    if stage.stop and stage.stop.min_validity > 0:
+        raise Permanent(
+            f"stage {name}: stop.minValidity is {stage.stop.min_validity}, and this version does not sample completions to measure it. Set "
+            "it to 0, or leave stop out."
+        )
+    if stage.stop and run.spec.evaluation.documents == 0:
+        raise Permanent(f"stage {name}: stop looks at the held-out loss, and evaluation.documents is 0. Raise it, or leave stop out.")
+    return stage
+
+
+def dataset(run: DistillRun, bucket: Bucket) -> Manifest:
+    """The run's data set. Raises Permanent where it has not been made, or holds nothing to train on or to evaluate with."""
+    found = resolve(run, bucket)
+    if not bucket.exists(found.manifest):
+        raise Permanent(f"{bucket.url(found.manifest)}: the run's data set is not there. Make it first: python -m jobs.preprocess.")
+    made = manifest.load(bucket, found.manifest)
+    splits = made.facts["splits"]
+    if not splits["train"]["documents"]:
+        raise Permanent(
+            f"{bucket.url(made.key)}: the data set's train split is empty, there is nothing to train on. Lower dataset.validFraction, or "
+            "give dataset.source more rows."
+        )
+    if run.spec.evaluation.documents and not splits["valid"]["documents"]:
+        raise Permanent(
+            f"{bucket.url(made.key)}: the data set's valid split is empty, so there is no held-out loss. Raise dataset.validFraction, or "
+            "set evaluation.documents to 0 to train without one."
+        )
+    return made
+
+
+def dataset_facts(bucket: Bucket, made: Manifest) -> DatasetFacts:
+    """The data set as progress.json names it."""
+    return DatasetFacts(id=made.facts["id"], manifest=bucket.url(made.key), sha256=made.sha256)
+
+
+def dataset_input(bucket: Bucket, made: Manifest) -> Input:
+    """The data set as a manifest names it among what something was made from."""
+    return Input("dataset", bucket.url(made.key), {"sha256": made.sha256}, {"id": made.facts["id"]})
+
+
+def finished(run: DistillRun, stage: Vanilla, bucket: Bucket, provenance: Provenance) -> Position | None:
+    """The stage's end where an earlier attempt reached it, None otherwise.
+
+    A killed attempt may have left its last checkpoint and no last word: then progress.json says Succeeded from here on.
+    """
+    reached = end_of(bucket, paths.checkpoints(run, stage.name))
+    if reached is None:
+        return None
+    checkpoint, position = reached
+    key = paths.progress(run, stage.name)
+    if not bucket.exists(key) or bucket.get_json(key)["state"] != "Succeeded":
+        words = f"Finished by attempt {checkpoint.provenance.attempt}"
+        said = Progress(
+            step=stage.name, attempt=provenance.attempt, state="Succeeded", message=words, updated=datetime.now(UTC),
+            tokens=Amount(done=position.tokens, total=position.tokens), held_out=HeldOut(before=position.before, latest=position.latest),
+            checkpoint=facts_of(bucket, checkpoint, position), dataset=dataset_facts(bucket, dataset(run, bucket)),
+        )  # fmt: skip
+        bucket.write_json(key, said.dump(), provenance.metadata())
+    return position
