@@ -1,6 +1,7 @@
 """Progress, status and labels: what our programs tell each other, in the form that the API server and S3 take."""
 
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -64,7 +65,7 @@ def test_a_status_finds_its_conditions_and_steps() -> None:
 
 
 def test_labels_are_short_and_annotations_whole() -> None:
-    facts = {"step": "first", "attempt": 3, "git_sha": "cd" * 20, "config": SHA, "dataset": SHA}
+    facts: dict[str, Any] = {"step": "first", "attempt": 3, "git_sha": "cd" * 20, "config": SHA, "dataset": SHA}
     short = labels.labels("run", **facts)
     assert short[labels.CONFIG] == short[labels.DATASET] == SHA[:16]
     assert short[labels.GIT_SHA] == ("cd" * 20)[:16]

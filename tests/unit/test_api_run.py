@@ -2,6 +2,7 @@
 
 import json
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,35 @@ def test_every_problem_is_named_at_once_and_each_where_it_was_written() -> None:
         "spec.stages[0].tokens",
         "spec.typo",
     ]
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        pytest.param({"apiVersion": "v1"}, 'apiVersion: "v1" must be vpmoe.dev/v1alpha1', id="another API"),
+        pytest.param({"kind": "Job"}, 'kind: "Job" must be DistillRun', id="another kind"),
+        pytest.param({"metadata": manifests.DROP}, "metadata: is required", id="no metadata"),
+        pytest.param({"spec": None}, "spec: null must be a mapping", id="null for all of it"),
+        pytest.param({"spec.stages": {}}, "spec.stages: a mapping must be a list", id="stages by name"),
+        pytest.param({"spec.stages.0": "Vanilla"}, 'spec.stages[0]: "Vanilla" must be a mapping', id="a stage that is a word"),
+        pytest.param({"spec.stages.0.optimizer": 1}, "spec.stages[0].optimizer: 1 must be a mapping", id="a number for an optimizer"),
+        pytest.param(
+            {"spec.dataset.conversation.date": date(2026, 1, 1)},
+            "spec.dataset.conversation.date: 2026-01-01 must be a string: quote it",
+            id="a date that is no text",
+        ),
+        pytest.param(
+            {"spec.training.optimizer.weightDecay": float("nan")}, "spec.training.optimizer.weightDecay: nan must be a number", id="nan"
+        ),
+        pytest.param(
+            {"spec.stages.0.optimizer": {"learningRate": -1}}, "spec.stages[0].optimizer.learningRate: -1 must be more than 0", id="a bound"
+        ),
+    ],
+)
+def test_what_no_api_server_would_pass_on_is_refused_by_hand(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(Invalid) as refused:
+        DistillRun.parse(manifests.manifest(changes))
+    assert refused.value.problems == (problem,)
 
 
 def test_a_part_that_is_malformed_is_the_only_thing_complained_of() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from vpmoe.api.base import show
 from vpmoe.api.stages import KINDS
 
 _KIND_NAMES = tuple(kind.__name__ for kind in KINDS)
@@ -85,15 +86,16 @@ def _words(detail: ErrorDetails, context: Mapping[str, Any]) -> str:
         case "extra_forbidden":
             return _unknown(str(detail["loc"][-1]))
         case "literal_error" | "enum":
-            return f"must be one of {str(context['expected']).replace(chr(39), '').replace(' or ', ', ')}"
+            expected = str(context["expected"]).replace("'", "").replace(" or ", ", ")
+            return f"must be {'one of ' * (', ' in expected)}{expected}"
         case "greater_than_equal":
-            return f"must be at least {context['ge']}"
+            return f"must be at least {show(context['ge'])}"
         case "greater_than":
-            return f"must be more than {context['gt']}"
+            return f"must be more than {show(context['gt'])}"
         case "less_than_equal":
-            return f"must be at most {context['le']}"
+            return f"must be at most {show(context['le'])}"
         case "less_than":
-            return f"must be less than {context['lt']}"
+            return f"must be less than {show(context['lt'])}"
         case "too_short":
             return f"must have at least {context['min_length']} items"
         case "too_long":
