@@ -1,0 +1,100 @@
+"""One optimizer step of a student beside the floor of its own matrix products, measured in the same run.
+
+    python benchmarks/step.py [--shape tiny] [--sequence 2048] [--sequences 2] [--steps 5]
+
+Prints the median step time, tokens/s, peak memory, and how many times the floor that is: 6 (8 where activations are computed again)
+floating-point operations a token and active parameter, at the rate of a large square product on this device. One process; on a GPU unless
+CUDA_VISIBLE_DEVICES is set and empty. Random documents of 200 to 1,200 tokens; what is learned from them is not the point.
+"""
+
+import argparse
+import resource
+import statistics
+import time
+
+import torch
+
+from vpmoe.model import device as devices
+from vpmoe.model import distributed
+from vpmoe.model.batch import Batch
+from vpmoe.model.shapes import SHAPES, Shape
+from vpmoe.objectives.vanilla import vanilla
+
+
+def active_parameters(shape: Shape) -> int:
+    """Parameters that a token is multiplied with: of the experts those that it is sent to, of the embeddings only the output's."""
+    idle = (shape.experts - shape.experts_per_token) * 2 * shape.hidden * shape.expert_width * shape.moe_layers
+    return shape.parameters() - idle - shape.vocabulary * shape.hidden
+
+
+def random_rows(shape: Shape, sequences: int, length: int, generator: torch.Generator) -> list[Batch]:
+    batches = []
+    for _ in range(sequences):
+        tokens = torch.randint(0, shape.vocabulary, (1, length), generator=generator)
+        spans, documents = torch.ones((1, length), dtype=torch.uint8), torch.full((1, length), -1, dtype=torch.int32)
+        start = number = 0
+        while start < length:
+            size = int(torch.randint(200, 1200, (), generator=generator))
+            documents[0, start : start + size] = number
+            spans[0, start : start + size // 4] = 0
+            spans[0, start + size // 2 : start + size] = 2
+            start, number = start + size, number + 1
+        batches.append(Batch.of(tokens, spans, documents))
+    return batches
+
+
+def product_rate(device: torch.device) -> float:
+    """Floating-point operations a second of a large square product, in the type that the student trains in; the median of five."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(6):
+        synchronize(device)
+        start = time.perf_counter()
+        left @ right
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[1:])
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
+    parser.add_argument("--sequence", type=int, default=2048, help="positions of a packed sequence")
+    parser.add_argument("--sequences", type=int, default=2, help="sequences of a step, each a microbatch")
+    parser.add_argument("--steps", type=int, default=5)
+    given = parser.parse_args()
+    shape = SHAPES[given.shape]
+    device = devices.choose()
+    distributed.start(device)
+    from vpmoe.model.learner import Learner
+
+    learner = Learner.build(shape, device, sequence_length=given.sequence, seed=1, weight_decay=0.1, gradient_clip=1.0)
+    batches = random_rows(shape, given.sequences, given.sequence, torch.Generator().manual_seed(1))
+    counts = torch.stack([batch.counts for batch in batches]).sum(0)
+    objective, tokens = vanilla(counts, {"reasoning": 1.0, "final": 1.0}), int(counts[0])
+    times, losses = [], []
+    for _ in range(given.steps + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        losses.append(learner.forward_backward(batches, objective, positions=tokens).loss)
+        learner.step(3e-4)
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    rate = product_rate(device)
+    step = statistics.median(times[1:])
+    floor = (8 if shape.recompute else 6) * active_parameters(shape) * tokens / rate
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"{shape.name} on {device}: {shape.parameters():,} parameters, {active_parameters(shape):,} active; {tokens:,} tokens a step")
+    print(f"step {step * 1e3:,.0f} ms, {tokens / step:,.0f} tokens/s; peak memory {peak / 2**30:.1f} GiB; loss {losses[0]:.2f} → {losses[-1]:.2f}")
+    print(f"floor of its products {floor * 1e3:,.0f} ms at {rate / 1e12:,.1f} TFLOP/s: {step / floor:.1f}×")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Whole runs on the cluster: real jobs, from parquet to a trained student, as a user applies and watches them.
+
+The same recipe twice, once as one pod of two processes and once as a Master and a Worker of one each. The runs share a data set and
+start together, so their preprocessing meets in the bucket.
+"""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import yaml
+
+from tests import sample
+from tests.conftest import wait_until
+from tests.devcluster.cluster import Cluster
+
+ROOT = Path(__file__).parent.parent.parent
+RUNS = {"one-pod": None, "two-pods": 1}
+"""Run name → student.gpusPerPod."""
+
+
+@pytest.fixture(scope="module")
+def environment(cluster: Cluster) -> dict[str, str]:
+    """What an S3 client finds the development cluster's store by."""
+    return {
+        **os.environ,
+        "AWS_ENDPOINT_URL": cluster.s3.endpoint,
+        "AWS_ACCESS_KEY_ID": cluster.s3.access_key,
+        "AWS_SECRET_ACCESS_KEY": cluster.s3.secret_key,
+    }
+
+
+@pytest.fixture(scope="module")
+def s3_client(cluster: Cluster) -> Any:
+    return boto3.client(
+        "s3", endpoint_url=cluster.s3.endpoint, aws_access_key_id=cluster.s3.access_key, aws_secret_access_key=cluster.s3.secret_key,
+        region_name="us-east-1",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(cluster: Cluster, namespace: str, s3_client: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Both runs after they have ended, by name."""
+    bucket = f"e2e-{secrets.token_hex(4)}"
+    s3_client.create_bucket(Bucket=bucket)
+    for shard in sample.write(tmp_path_factory.mktemp("shards"), shards=2):
+        s3_client.upload_file(str(shard), bucket, f"input/{shard.name}")
+    manifest = yaml.safe_load((ROOT / "manifests/examples/demo.yaml").read_text())
+    manifest["spec"]["dataset"]["source"] = f"s3://{bucket}/input/*.parquet"
+    manifest["spec"]["storage"]["bucket"] = bucket
+    manifest["spec"]["stages"][0]["tokens"] = "48k"
+    manifest["spec"]["evaluation"] = {"everyTokens": "24k", "documents": 16, "completions": 0}
+    for name, size in RUNS.items():
+        manifest["metadata"]["name"] = name
+        manifest["spec"]["student"]["gpusPerPod"] = size
+        cluster.kubectl("apply", "--namespace", namespace, "--filename", "-", input=yaml.safe_dump(manifest))
+
+    def get(name: str) -> Any:
+        return json.loads(cluster.kubectl("get", "distillrun", name, "--namespace", namespace, "--output=json"))
+
+    def ended(name: str) -> bool:
+        return get(name).get("status", {}).get("phase") in ("Succeeded", "Failed")
+
+    for name in RUNS:
+        wait_until(lambda name=name: ended(name), f"{name} ends", seconds=420)  # type: ignore[misc]
+    yield {name: get(name) for name in RUNS}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_succeeds_and_its_loss_goes_down_in_both_spans(runs: dict[str, Any], name: str) -> None:
+    status = runs[name]["status"]
+    assert status["phase"] == "Succeeded", status.get("message")
+    assert [step["state"] for step in status["steps"]] == ["Succeeded", "Succeeded"]
+    for span in ("reasoning", "final"):
+        assert status["heldOut"]["latest"][span] < status["heldOut"]["before"][span] - 0.5
+
+
+def test_a_master_and_a_worker_train_to_the_loss_of_one_pod(cluster: Cluster, namespace: str, runs: dict[str, Any]) -> None:
+    one, two = (runs[name]["status"]["heldOut"] for name in RUNS)
+    assert one == two  # the same processes, batches and order of sums: nothing may differ
+    child = runs["two-pods"]["status"]["steps"][1]["child"]["name"]
+    replicas = json.loads(cluster.kubectl("get", "pytorchjob", child, "--namespace", namespace, "--output=json"))["spec"]["pytorchReplicaSpecs"]
+    assert {role: spec["replicas"] for role, spec in replicas.items()} == {"Master": 1, "Worker": 1}
+
+
+def test_everything_in_the_bucket_is_what_its_manifests_say(runs: dict[str, Any], environment: dict[str, str]) -> None:
+    bucket = runs["one-pod"]["spec"]["storage"]["bucket"]
+    command = [sys.executable, "-m", "vpmoe.storage", "verify", f"s3://{bucket}"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_bucket_is_laid_out_as_documented(runs: dict[str, Any], s3_client: Any, namespace: str) -> None:
+    run = runs["one-pod"]
+    keys = {entry["Key"] for entry in s3_client.list_objects_v2(Bucket=run["spec"]["storage"]["bucket"])["Contents"]}
+    dataset = f"datasets/{run['status']['provenance']['dataset']['id']}"
+    folder = f"runs/{namespace}/one-pod-{run['metadata']['uid'][:8]}"
+    parts = {
+        f"{dataset}/{split}/part-{part:05d}.{file}"
+        for split in ("train", "valid")
+        for part in (0, 1)
+        for file in ("tokens.bin", "tokens.idx", "spans.bin", "spans.idx", "documents.parquet")
+    }
+    assert keys >= parts | {f"{dataset}/manifest.json", f"{folder}/run.json", f"{folder}/steps/vanilla/progress.json"}
+    assert any(key.startswith(f"{folder}/steps/vanilla/metrics/") and key.endswith(".jsonl") for key in keys)
+    assert any(key.startswith(f"{folder}/checkpoints/vanilla/") and key.endswith("/manifest.json") for key in keys)
+    assert not any(".probe/" in key for key in keys)
+
+
+def test_every_pod_says_where_it_comes_from(cluster: Cluster, namespace: str, runs: dict[str, Any]) -> None:
+    pods = json.loads(cluster.kubectl("get", "pods", "--namespace", namespace, "--output=json"))["items"]
+    assert len(pods) >= 5  # two preprocessing workers, one pod; and the other run's Master and Worker
+    for pod in pods:
+        labels, annotations = pod["metadata"]["labels"], pod["metadata"]["annotations"]
+        run = runs[labels["vpmoe.dev/run"]]
+        assert labels["vpmoe.dev/step"] in ("preprocess", "vanilla")
+        assert labels["vpmoe.dev/attempt"] == "1"
+        assert annotations["vpmoe.dev/config"].startswith(run["status"]["config"])
+        assert annotations["vpmoe.dev/git-sha"]
+        assert cluster.kubectl("logs", pod["metadata"]["name"], "--namespace", namespace).strip()
+
+
+def test_what_kubectl_shows_reads_well(cluster: Cluster, namespace: str, runs: dict[str, Any]) -> None:
+    shown = cluster.kubectl("get", "distillruns", "--namespace", namespace).splitlines()
+    assert shown[0].split() == ["NAME", "PHASE", "STEP", "PROGRESS", "TOKENS/S", "LOSS", "AGE"]
+    assert {line.split()[0]: line.split()[1:4] for line in shown[1:]} == {name: ["Succeeded", "vanilla", "100%"] for name in RUNS}
+    for column in ("TEACHER", "CONFIG"):
+        assert column in cluster.kubectl("get", "drun", "--namespace", namespace, "--output=wide")
+    described = cluster.kubectl("describe", "distillrun", "one-pod", "--namespace", namespace)
+    assert "Succeeded" in described and "Events:" in described
+    assert "OnPolicy" in cluster.kubectl("explain", "distillrun.spec.stages")
+    cluster.kubectl("wait", "--for=condition=Succeeded", "distillrun", "--all", "--namespace", namespace, "--timeout=5s")
