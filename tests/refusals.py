@@ -147,6 +147,9 @@ BAD: dict[str, Bad] = {
         {"spec.stages.0.name": "a" * 17}, "spec.stages[0].name", STAGE_NAME, "spec.stages[0].name: Too long: may not be more than 16 bytes"
     ),
     **BUILT_IN,
+    "an on-policy stage called sampler": Bad(
+        {"spec.stages": [{**ONPOLICY, "name": "sampler"}]}, "spec.stages[0].name", "sampler is the name of a built-in step. Choose another."
+    ),
     "two stages of one name": Bad(
         {"spec.stages": [{"name": "a", "kind": "Vanilla"}, {"name": "b", "kind": "Vanilla"}, {"name": "a", "kind": "Rescored"}]},
         "spec.stages",
