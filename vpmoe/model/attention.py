@@ -39,10 +39,12 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query_SbhD, key_SbgD, value_SbgD))
         boundaries, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
         if query.is_cuda:
-            out = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, window_size=(-1, 0), enable_gqa=True)
+            causal = (-1, 0)
+            out = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, window_size=causal, enable_gqa=True)
+            assert isinstance(out, Tensor), "no auxiliary results were asked for"
         else:
             lengths = boundaries.diff().tolist()
-            out = torch.cat([_document(*qkv) for qkv in zip(*(x.split(lengths) for x in (query, key, value)), strict=True)])
+            out = torch.cat([_document(*qkv) for qkv in zip(*(torch.split(x, lengths) for x in (query, key, value)), strict=True)])
         return out.reshape(rows, positions, -1).transpose(0, 1)
 
 

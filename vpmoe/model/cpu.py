@@ -48,8 +48,8 @@ class _TorchOnCpu(ModuleType):
         return getattr(torch, name)
 
     @staticmethod
-    def tensor(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
-        return torch.tensor(*args, device=_cpu_for_cuda(device), **kwargs)
+    def tensor(data: Any, *, device: Any = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.tensor(data, device=_cpu_for_cuda(device), dtype=dtype)
 
     @staticmethod
     def zeros(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:

@@ -11,21 +11,29 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 from torch import distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 TIMEOUT = timedelta(minutes=10)
 """After so long in one collective a peer is taken for dead: the process fails, and another attempt starts from the last checkpoint."""
 
 
 def start(device: torch.device, expert_parallel: int = 1) -> None:
-    """Join the other ranks: gloo on the CPU, NCCL on GPUs. Raises ValueError where the ranks do not divide by `expert_parallel`."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if expert_parallel < 1 or world % expert_parallel:
-        raise ValueError(f"student.expertParallel: {expert_parallel} does not divide the {world} ranks of this stage.")
+    """Join the other ranks: gloo on the CPU, NCCL on GPUs. Raises ValueError where the ranks do not divide by `expert_parallel`.
+
+    Once a process: a launcher's store remembers the addresses of a first group and would give them to a second.
+    """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    divide(expert_parallel)
+
+
+def divide(expert_parallel: int) -> None:
+    """Give megatron its groups of the ranks that joined: all of them data parallel, runs of `expert_parallel` sharing the experts."""
+    if expert_parallel < 1 or ranks() % expert_parallel:
+        raise ValueError(f"student.expertParallel: {expert_parallel} does not divide the {ranks()} ranks of this stage.")
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=expert_parallel,
         expert_tensor_parallel_size=1,

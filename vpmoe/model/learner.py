@@ -71,6 +71,8 @@ class Learner:
             clip_grad=gradient_clip, use_distributed_optimizer=True, bf16=bf16, params_dtype=student.config.params_dtype,
         )  # fmt: skip
         self.optimizer = get_megatron_optimizer(settings, [self.ddp], use_gloo_process_groups=False)
+        for group in self.optimizer.param_groups:
+            group["fused"] = True  # one pass over the numbers; torch's default on the CPU is ten
         state.allocate_moments(self)
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=device))
 
@@ -172,7 +174,7 @@ class _Sums:
         if by_layer:
             sums += [torch.stack([getattr(r, name) for r in by_layer.values()]).double() for name in ("local_tokens_per_expert", "aux_sum")]
         sizes = [part.numel() for part in sums]
-        loss, nll, counts, *load = distributed.total(torch.cat([part.flatten() for part in sums])).split(sizes)
+        loss, nll, counts, *load = torch.split(distributed.total(torch.cat([part.flatten() for part in sums])), sizes)
         if positions not in (None, int(counts[0])):
             raise ValueError(f"positions is {positions}, but the global batch holds {int(counts[0])} that are not padding.")
         tokens = {name: int(n) for name, n in zip(SPANS, counts[1:], strict=True)}

@@ -27,7 +27,8 @@ class Router(TopKRouter):  # type: ignore[misc]
 
     def gating(self, input: Tensor) -> Tensor:
         dtype = torch.promote_types(input.dtype, torch.float32)
-        return nn.functional.linear(input.to(dtype), self.weight.to(dtype))
+        logits: Tensor = nn.functional.linear(input.to(dtype), self.weight.to(dtype))
+        return logits
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Count the tokens of each expert. Recomputation runs a forward twice; only the one with gradients counts."""
@@ -48,7 +49,8 @@ class Router(TopKRouter):  # type: ignore[misc]
         positions_r = choices_rE.sum(1) / self.topk
         balance_r = (scores_rE * choices_rE).sum(1) * self.num_experts / (self.topk * positions_r.clamp(min=1))  # = n_r · E · Σ f·p
         self.aux_sum += balance_r.detach().sum()
-        return MoEAuxLossAutoScaler.apply(probs, self.get_aux_loss_coeff("seq_aux_loss") * balance_r.sum())
+        attached: Tensor = MoEAuxLossAutoScaler.apply(probs, self.get_aux_loss_coeff("seq_aux_loss") * balance_r.sum())
+        return attached
 
 
 @dataclass(frozen=True, eq=False)

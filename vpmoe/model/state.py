@@ -51,7 +51,9 @@ def shards(learner: "Learner") -> Iterator[Shard]:
     names = {id(parameter): name for name, parameter in learner.student.named_parameters()}
     for part in learner.optimizer.chained_optimizers:
         groups = zip(
-            [*part.model_fp32_groups, *part.model_float16_groups], [*part.shard_fp32_groups, *part.shard_fp32_from_float16_groups], strict=True
+            [*part.model_fp32_groups, *part.model_float16_groups],
+            [*part.shard_fp32_groups, *part.shard_fp32_from_float16_groups],
+            strict=True,
         )
         for parameters, mains in groups:
             for parameter, main in zip(parameters, mains, strict=True):
@@ -68,7 +70,7 @@ def shards(learner: "Learner") -> Iterator[Shard]:
 def allocate_moments(learner: "Learner") -> None:
     """Give Adam its state before the first step, so that a state taken at any time has the same tensors."""
     for shard in shards(learner):
-        shard.moments.update(step=torch.tensor(0.0), **{kind: torch.zeros_like(shard.main) for kind in MOMENTS})
+        shard.moments.update(step=torch.zeros((), device=shard.main.device), **{kind: torch.zeros_like(shard.main) for kind in MOMENTS})
 
 
 def slices(learner: "Learner") -> list[Slice]:
@@ -112,7 +114,9 @@ def restore(learner: "Learner", read: Read, steps: int, moments: bool = True) ->
 def _fill(tensor: Tensor, read: Read, name: str, start: int) -> None:
     values = read(name, start, start + tensor.numel())
     if values.shape != tensor.shape or values.dtype != torch.float32:
-        raise ValueError(f"{name} [{start}, {start + tensor.numel()}): read {values.dtype} {list(values.shape)}, wanted that many of float32.")
+        raise ValueError(
+            f"{name} [{start}, {start + tensor.numel()}): read {values.dtype} {list(values.shape)}, wanted that many of float32."
+        )
     tensor.copy_(values)
 
 

@@ -52,7 +52,7 @@ class Student(MegatronModule):  # type: ignore[misc]
         self.output = nn.Parameter(torch.empty((shape.vocabulary, shape.hidden), dtype=config.params_dtype, device=place))
 
     def forward(self, batch: Batch) -> Tensor:
-        """[T, H] for the batch's T = b·S positions, in row order. Raises ValueError where a row is longer than the student was built for."""
+        """[T, H] for the batch's T = b·S positions, in row order. ValueError where a row is longer than the student was built for."""
         rows, positions = batch.tokens.shape
         if positions > self.sequence_length:
             raise ValueError(f"training.sequenceLength: a row of {positions} positions, the student was built for {self.sequence_length}.")
@@ -112,7 +112,7 @@ def _config(shape: Shape, device: torch.device, expert_parallel: int) -> Transfo
         moe_aux_loss_coeff=shape.aux_coefficient,
         moe_token_dispatcher_type="alltoall",
         expert_model_parallel_size=expert_parallel,
-        expert_tensor_parallel_size=1,  # left to its default it follows tensor parallelism, and experts diverge in silence where the two differ
+        expert_tensor_parallel_size=1,  # the default follows tensor parallelism; where the two differ experts drift apart in silence
         calculate_per_token_loss=True,  # gradients are sums, divided by the global batch's positions in Learner.step
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_epsilon,
@@ -146,9 +146,7 @@ def _layers(shape: Shape) -> TransformerBlockSubmodules:
     dense = partial(MLP.as_mlp_submodule, submodules=linears)
     mixture = partial(
         MoELayer,
-        submodules=MoESubmodules(
-            router=Router, experts=StackedExperts, shared_experts=partial(SharedExpertMLP, submodules=linears)
-        ),
+        submodules=MoESubmodules(router=Router, experts=StackedExperts, shared_experts=partial(SharedExpertMLP, submodules=linears)),
     )
     attention = ModuleSpec(
         module=SelfAttention,

@@ -38,7 +38,7 @@ def logp_of(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
     """log p(target) [T] without gradients; NaN where there is no target. In fp32, or fp64 where hidden is."""
     logp_T = _not_scored(hidden_TH)
     for rows_t in _chunks(targets_T, weight_VH):
-        logits_tV, logp_t, _ = _softmax_(_logits(hidden_TH[rows_t], weight_VH), targets_T[rows_t])
+        _, logp_t, _ = _softmax_(_logits(hidden_TH[rows_t], weight_VH), targets_T[rows_t])
         logp_T[rows_t] = logp_t
     return logp_T
 

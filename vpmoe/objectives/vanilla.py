@@ -1,4 +1,4 @@
-"""Vanilla: cross-entropy on the data set's own tokens, with reasoning and final as two separate means (design: stage 2A, and the anchor)."""
+"""Vanilla: cross-entropy on the data set's own tokens, reasoning and final as two separate means. Also the anchor of later stages."""
 
 from collections.abc import Callable, Mapping
 

@@ -1,0 +1,120 @@
+"""The loss head beside eager torch, its peers and its floor: forward and backward of the same tokens in the same run.
+
+    python benchmarks/head.py [--tokens 8192] [--hidden 1024] [--vocabulary 201088] [--repeats 10]
+
+The floor is the head's three matrix products alone (logits, hidden's gradient, the matrix's). Memory is what is allocated beyond inputs and
+their gradients: the allocator's peak on a GPU, the largest single result elsewhere. Peers are timed where they can be imported. On a GPU
+in bf16 unless CUDA_VISIBLE_DEVICES is set and empty, then in fp32 (with fewer tokens, or be patient). The middle of the repeats.
+"""
+
+import argparse
+import importlib
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vpmoe.objectives.head import head_loss
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    share = torch.full((len(targets),), 1 / len(targets), device=targets.device)
+    return head_loss(hidden, weight, targets, lambda logp_t, rows_t: share[rows_t])[0]
+
+
+def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy((hidden @ weight.T).float(), targets)
+
+
+def peers() -> dict[str, Loss]:
+    """Other people's fused heads, by name; those that are not installed are left out."""
+    found: dict[str, Loss] = {}
+    for name, module, function in (
+        ("Liger", "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
+        ("cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy"),
+        ("quack", "quack.linear_cross_entropy", "chunked_linear_cross_entropy"),
+    ):
+        try:
+            peer = getattr(importlib.import_module(module), function)
+        except ImportError:
+            continue
+        found[name] = lambda hidden, weight, targets, peer=peer: peer(hidden, weight, targets)
+    return found
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the size of the largest result of any operation."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        self.bytes = max([self.bytes, *(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))])
+        return result
+
+
+def milliseconds(action: Callable[[], object], repeats: int, device: torch.device) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+def mebibytes(action: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with Largest() as largest:
+        action()
+    return largest.bytes / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in {"tokens": 8192, "hidden": 1024, "vocabulary": 201_088, "repeats": 10}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    hidden = torch.randn(args.tokens, args.hidden, device=device, dtype=dtype, requires_grad=True)
+    weight = (0.02 * torch.randn(args.vocabulary, args.hidden, device=device)).to(dtype).requires_grad_()
+    targets = torch.randint(0, args.vocabulary, (args.tokens,), device=device)
+    gradient = torch.randn(args.tokens, args.vocabulary, device=device, dtype=dtype)
+
+    def products() -> None:
+        torch.mm(hidden.detach(), weight.detach().T)
+        torch.mm(gradient, weight.detach())
+        torch.mm(gradient.T, hidden.detach())
+
+    floor = milliseconds(products, args.repeats, device)
+    del gradient
+    print(f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocabulary}, {dtype}, {device}; floor {floor:.1f} ms")
+    for name, loss in {"head_loss": ours, "eager torch": eager, **peers()}.items():
+
+        def step(loss: Loss = loss) -> None:
+            torch.autograd.grad(loss(hidden, weight, targets), (hidden, weight))
+
+        took = milliseconds(step, args.repeats, device)
+        print(f"{name:20} {took:9.1f} ms  {took / floor:5.2f} × the floor  {mebibytes(step, device):9.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
