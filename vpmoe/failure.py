@@ -44,9 +44,10 @@ class Failure:
 
     def line(self) -> bytes:
         """One line of JSON of at most MAX_MESSAGE bytes; a longer message loses its end."""
-        message = self.message
-        while len(line := self._json(message)) > MAX_MESSAGE:
-            message = message[:len(message) - max(1, (len(line) - MAX_MESSAGE) // 6)].rstrip("…") + "…"
+        line, kept = self._json(self.message), len(self.message)
+        while len(line) > MAX_MESSAGE:
+            kept -= max(1, (len(line) - MAX_MESSAGE) // 6)  # a character takes at most 6 bytes
+            line = self._json(self.message[:kept] + "…")
         return line
 
     def _json(self, message: str) -> bytes:

@@ -5,6 +5,7 @@ Each Fault is used up by the requests that it matches; everything else passes th
 
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -38,14 +40,23 @@ class Faulty(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, certificate: Path | None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.upstream = urlsplit(upstream).netloc
-        self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
+        self.endpoint = f"{'https' if certificate else 'http'}://127.0.0.1:{self.server_address[1]}"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate.with_suffix(".crt"), certificate.with_suffix(".key"))
+            self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.release = threading.Event()
         self._lock = threading.Lock()
+
+    def reset(self) -> None:
+        """No fault, nothing seen, nothing held."""
+        self.faults, self.requests = [], []
+        self.release.clear()
 
     def take(self, request: str) -> Kind | None:
         """The fault that this request meets."""
@@ -126,9 +137,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def faulty(upstream: str) -> Iterator[Faulty]:
-    """A proxy before `upstream` for as long as the block lasts."""
-    with Faulty(upstream) as proxy:
+def faulty(upstream: str, certificate: Path | None = None) -> Iterator[Faulty]:
+    """A proxy before `upstream` for as long as the block lasts; it speaks TLS where it is given <certificate>.crt and .key."""
+    with Faulty(upstream, certificate) as proxy:
         thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:

@@ -20,17 +20,25 @@ HASTY = Patience(attempts=4, connect=2, read=1, first_pause=0.01, longest_pause=
 DATA = random.Random(0).randbytes(2 * BLOCK + 99)
 
 
-@pytest.fixture
-def proxy(s3: S3) -> Iterator[Faulty]:
+@pytest.fixture(scope="module")
+def connected(s3: S3) -> Iterator[tuple[Faulty, Bucket]]:
+    """A proxy and one connection through it, for all tests of this module."""
     with faulty(s3.endpoint) as proxy:
-        yield proxy
+        spec = Storage(bucket="none", endpoint=proxy.endpoint)
+        yield proxy, Bucket.open(spec, credentials=Credentials(s3.access_key, s3.secret_key), patience=HASTY)
 
 
 @pytest.fixture
-def shaky(s3: S3, proxy: Faulty, bucket: Bucket) -> Bucket:
+def proxy(connected: tuple[Faulty, Bucket]) -> Faulty:
+    """The proxy, without a fault and having seen nothing."""
+    connected[0].reset()
+    return connected[0]
+
+
+@pytest.fixture
+def shaky(connected: tuple[Faulty, Bucket], bucket: Bucket) -> Bucket:
     """The test's bucket, through the proxy."""
-    spec = Storage(bucket=bucket.name, endpoint=proxy.endpoint)
-    return Bucket.open(spec, credentials=Credentials(s3.access_key, s3.secret_key), patience=HASTY)
+    return connected[1].other(bucket.name)
 
 
 @pytest.fixture
@@ -65,7 +73,7 @@ def test_an_upload_that_fails_for_good_leaves_neither_object_nor_parts(
     proxy: Faulty, shaky: Bucket, bucket: Bucket, source: Path, request_: str
 ) -> None:
     proxy.faults = [Fault("503", request_)]
-    says = rf"^{bucket.url('f')}: \w+ at {proxy.endpoint} failed 4 times in \d+ s, last with 503 .*Check that storage.endpoint is right"
+    says = rf"^{bucket.url('f')}: \w+ at {proxy.endpoint} failed 4 times in \d+ s, last with 503\. Check that storage.endpoint is right"
     with pytest.raises(StorageError, match=says) as caught:
         shaky.put_file("f", source, {})
     assert caught.value.retriable and not bucket.exists("f")

@@ -6,7 +6,8 @@ Objects and their hashes are `bucket`'s, what makes a set of objects exist is `m
 
 from vpmoe.storage import manifest, paths
 from vpmoe.storage.blocks import BLOCK, Stored, Subject
-from vpmoe.storage.bucket import Bucket, Credentials, Object
+from vpmoe.storage.bucket import Bucket, Object
+from vpmoe.storage.client import Credentials
 from vpmoe.storage.errors import StorageError
 from vpmoe.storage.retries import JOB, OPERATOR, Patience
 

@@ -8,19 +8,17 @@ What a set of objects means is the manifest's business (manifest.py).
 import hashlib
 import json
 import logging
-import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from vpmoe.storage.blocks import BLOCK, Hasher, Stored, block_range, hash_bytes, in_order, read_blocks
+from vpmoe.storage.client import Credentials, connect
 from vpmoe.storage.errors import StorageError, shown, status_and_code
 from vpmoe.storage.local import written_whole
 from vpmoe.storage.retries import JOB, Patience, persist
@@ -42,16 +40,6 @@ MAX_PARTS = 10_000
 MAX_METADATA = 2048
 """S3's bound on an object's own metadata: bytes of all names and values."""
 
-Addressing = Literal["auto", "path", "virtual"]
-
-
-@dataclass(frozen=True, repr=False)
-class Credentials:
-    """A key pair given outright, as the operator has it from a run's Secret. Never shown: it has no repr of its own."""
-
-    access_key: str
-    secret_key: str
-
 
 @dataclass(frozen=True)
 class Object:
@@ -65,7 +53,8 @@ class Object:
 class Bucket:
     """A bucket below a prefix. All keys that go in and come out are relative to the prefix; `url` gives the whole address.
 
-    Every method raises StorageError when the store refuses, or cannot be reached until patience ends. Safe to share among threads.
+    Every method raises StorageError when the store refuses, or cannot be reached until patience ends. Threads may share a bucket,
+    processes may not: open it after a fork.
     """
 
     def __init__(self, client: "S3Client", name: str, prefix: str, patience: Patience) -> None:
@@ -85,26 +74,7 @@ class Bucket:
         spec's endpoint, and AWS_CA_BUNDLE names the authority. With them the environment has no say: the operator serves many
         runs, and must never send one run's secret to an address that the run did not name.
         """
-        session = boto3.session.Session(
-            aws_access_key_id=credentials.access_key if credentials else None,
-            aws_secret_access_key=credentials.secret_key if credentials else None,
-        )
-        config = Config(
-            signature_version="s3v4",
-            connect_timeout=patience.connect,
-            read_timeout=patience.read,
-            retries={"total_max_attempts": 1, "mode": "standard"},  # retries.py tries again, see there
-            request_checksum_calculation="when_required",  # some stores refuse the trailers of the default
-            response_checksum_validation="when_required",
-            max_pool_connections=4 * THREADS,
-            ignore_configured_endpoint_urls=credentials is not None,  # type: ignore[call-arg]  # the stubs do not know it
-            s3={"addressing_style": spec.addressing_style, "payload_signing_enabled": True},  # the store proves each body as it comes in
-        )
-        endpoint = spec.endpoint if credentials else os.environ.get("AWS_ENDPOINT_URL") or spec.endpoint
-        client = session.client(
-            "s3", endpoint_url=endpoint, region_name=spec.region, config=config, verify=str(ca_bundle) if ca_bundle else None
-        )
-        return cls(client, spec.bucket, spec.prefix, patience)
+        return cls(connect(spec, credentials, ca_bundle, patience), spec.bucket, spec.prefix, patience)
 
     def other(self, name: str) -> "Bucket":
         """Another bucket of the same store, from its root: inputs lie there."""
@@ -241,7 +211,7 @@ class Bucket:
             found = hashlib.sha256(data).hexdigest()
             return data, None if stated in (None, found) else f"sha256 is {found}, its metadata says {stated}"
 
-        return self._prove(key, proved)
+        return self._prove(key, proved, "it")
 
     def get_json(self, key: str) -> Any:
         """The value of a JSON object. Raises StorageError (Altered) where it is not JSON."""
@@ -291,7 +261,7 @@ class Bucket:
     def blocks(self, stored: Stored) -> Iterator[bytes]:
         """All blocks of an object in order, each proved. Of an empty object, that it is there and empty."""
         if stored.size == 0:
-            self._prove(stored.key, lambda: (b"", size_fault(self.head(stored.key).size, 0)))
+            self._prove(stored.key, lambda: (b"", size_fault(self.head(stored.key).size, 0)), "the manifest that names it")
         return in_order(lambda index: self._block(stored, index), range(len(stored.blocks)), THREADS)
 
     def head(self, key: str) -> Object:
@@ -325,7 +295,7 @@ class Bucket:
             return data, size_fault(size, stored.size) or (
                 None if found == stated else f"sha256 of block {index} is {found}, its manifest says {stated}")
 
-        return self._prove(stored.key, proved)
+        return self._prove(stored.key, proved, "the manifest that names it")
 
     def _range(self, key: str, start: int, stop: int) -> tuple[bytes, int, str]:
         """Bytes [start, stop) as far as there are any, the whole object's size, its ETag."""
@@ -342,18 +312,18 @@ class Bucket:
 
         return self._persist("GetObject", key, fetch)
 
-    def _prove(self, key: str, read: Callable[[], tuple[bytes, str | None]]) -> bytes:
+    def _prove(self, key: str, read: Callable[[], tuple[bytes, str | None]], to_delete: str) -> bytes:
         """What `read` brings with no fault. Raises StorageError (Altered) for a fault that a second reading shows again.
 
-        What it does not show again was an error on the way.
+        What it does not show again was an error on the way. `to_delete` is the remedy: what to delete to have the object built again.
         """
         data, fault = read()
         if fault:
             data, fault = read()
         if fault:
             raise StorageError(
-                f"{self.url(key)}: {fault}. The object was changed after it was written; delete the manifest that names it to have it "
-                "built again.", "Altered")
+                f"{self.url(key)}: {fault}. The object was changed after it was written; delete {to_delete} to have it built again.",
+                "Altered")
         return data
 
     # Removing

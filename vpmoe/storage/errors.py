@@ -61,6 +61,12 @@ def status_and_code(error: Exception) -> tuple[int, str]:
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)), error.response.get("Error", {}).get("Code", "")
 
 
+def in_short(error: Exception) -> str:
+    """What went wrong, in a word or two: the store's answer, or the kind of fault."""
+    status, code = status_and_code(error)
+    return f"{status} {code}".removesuffix(f" {status}").strip() if status else type(error).__name__
+
+
 def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed a little later."""
     if isinstance(error, ClientError):
@@ -71,8 +77,7 @@ def is_transient(error: Exception) -> bool:
 
 def explain(error: Exception, operation: str, url: str, endpoint: str, tried: str) -> StorageError:
     """The last word about a failed operation. `tried` says how often and for how long, e.g. "10 times in 61 s"."""
-    status, code = status_and_code(error)
-    answer = f"{status} {code}".replace(f"{status} {status}", str(status)) if status else type(error).__name__
+    (status, code), answer = status_and_code(error), in_short(error)
     start = f"{url}: {operation} at {endpoint}"
     if isinstance(error, NO_CREDENTIALS):
         return StorageError(

@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vpmoe.storage.errors import FAULTS, explain, is_transient
+from vpmoe.storage.errors import FAULTS, explain, in_short, is_transient
 
 log = logging.getLogger(__name__)
+
+CHANCE = random.SystemRandom()
+"""Not the random module's own numbers: a retry would move on the state that training saves and resumes from."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Patience:
 
         Without the chance, the many processes of a run that lost the store together would all come back together.
         """
-        return min(self.first_pause * 2.0 ** (failures - 1), self.longest_pause) * random.uniform(0.5, 1.0)
+        return min(self.first_pause * 2.0 ** (failures - 1), self.longest_pause) * CHANCE.uniform(0.5, 1.0)
 
 
 JOB = Patience(attempts=10, connect=10, read=60)
@@ -52,6 +55,6 @@ def persist[T](call: Callable[[], T], patience: Patience, operation: str, url: s
                 times = "once" if attempt == 1 else f"{attempt} times"
                 raise explain(error, operation, url, endpoint, f"{times} in {time.monotonic() - started:.0f} s") from error
             pause = patience.pause(attempt)
-            log.warning("%s: %s failed (%s), attempt %d of %d; again in %.1f s", url, operation, type(error).__name__, attempt,
-                        patience.attempts, pause)
+            log.warning(
+                "%s: %s failed (%s), attempt %d of %d; again in %.1f s", url, operation, in_short(error), attempt, patience.attempts, pause)
             time.sleep(pause)
