@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.devcluster import ClusterError, needs
+from tests.devcluster.configuration import NODE
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Cluster:
 
 
 def call(command: list[str], kubeconfig: Path, input: str | None = None) -> str:
-    environment = {**os.environ, "KUBECONFIG": str(kubeconfig)}
+    direct = ",".join(filter(None, (os.environ.get("NO_PROXY"), NODE)))  # a proxy does not lead to the node
+    environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "NO_PROXY": direct}
     ended = subprocess.run(command, env=environment, input=input, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         shown = " ".join([Path(command[0]).name, *command[1:]])

@@ -26,6 +26,11 @@ spec:
 """
 
 
+def sources() -> dict[str, str]:
+    """All that decides what is installed, by name, apart from the programs."""
+    return {path.name: path.read_text() for path in sorted(MANIFESTS.iterdir())} | {"gpus": str(GPUS)}
+
+
 def render(cluster: Cluster, kubeflow: Path, folder: Path) -> str:
     """All manifests as one YAML stream. `kubeflow` is the module's manifests folder; kustomize wants it relative to `folder`."""
     folder.mkdir()

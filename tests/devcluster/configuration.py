@@ -45,7 +45,7 @@ IMAGES = (
 """Every name that the stub image carries."""
 
 STANDIN_IMAGE, STANDIN = "docker.io/vpmoe/standin:dev", "tests/cluster/standin"
-"""The same image with another PYTHONPATH: this folder's package `jobs` comes first there. Tests of the operator run it instead of training."""
+"""The same image with another PYTHONPATH: this folder's package `jobs` comes first. Tests of the operator run it instead of training."""
 
 KERNEL_SETTINGS = (
     "vm/overcommit_memory",

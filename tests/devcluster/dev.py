@@ -6,6 +6,7 @@ an `up` that did not finish, and the next one begins again.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import shutil
 import ssl
@@ -38,24 +39,28 @@ def up() -> Cluster:
     folders, mounts = sources()
     with one_caller():
         files = configuration.render(folders, mounts, default_container())
-        fingerprint = configuration.fingerprint(files)
-        if is_running(fingerprint):
-            return CLUSTER
-        started = time.monotonic()
-        host.sweep(STATE)
-        host.subnet_is_free()
-        prepare(folders, files)
-        node = host.start(STATE)
-        try:
-            manifests = addons.render(CLUSTER, Path(folders.kubeflow) / "manifests", STATE / "config" / "kubeflow")
-            host.wait_for(lambda: host.running() is None or (answers(f"{configuration.API}/readyz") and answers(configuration.S3_ENDPOINT)),
-                          "the API server and the store", START_SECONDS)  # fmt: skip
-            addons.install(CLUSTER, manifests)
-        except ClusterError as error:
-            raise ClusterError(f"{why_dead() or error} (logs: {STATE / 'logs'})") from error
-        (STATE / "ready.json").write_text(json.dumps({"pid": node.pid, "configuration": fingerprint}))
-    say(f"the development cluster is ready after {time.monotonic() - started:.0f} s")
+        images = image.archive(Path(folders.kube, "pause").read_bytes())
+        fingerprint = configuration.fingerprint({**files, **addons.sources(), "images": hashlib.sha256(images).hexdigest()})
+        if not is_running(fingerprint):
+            began = time.monotonic()
+            begin(folders, files, images, fingerprint)
+            say(f"the development cluster is ready after {time.monotonic() - began:.0f} s")
     return CLUSTER
+
+
+def begin(folders: configuration.Folders, files: Mapping[str, str], images: bytes, fingerprint: str) -> None:
+    """Start a cluster where none runs, and write `ready.json` when all of it answers."""
+    host.sweep(STATE)
+    host.subnet_is_free()
+    prepare(folders, files, images)
+    try:
+        node = host.start(STATE)
+        manifests = addons.render(CLUSTER, Path(folders.kubeflow) / "manifests", STATE / "config" / "kubeflow")
+        host.wait_for(is_over_or_answers, "the API server and the store", START_SECONDS)
+        addons.install(CLUSTER, manifests)
+    except ClusterError as error:
+        raise ClusterError(f"{why_dead() or error} (logs: {STATE / 'logs'})") from error
+    (STATE / "ready.json").write_text(json.dumps({"pid": node.pid, "configuration": fingerprint}))
 
 
 def down() -> None:
@@ -157,7 +162,7 @@ def default_container() -> dict[str, object]:
     return dict(json.loads(subprocess.run(["ctr", "oci", "spec"], check=True, capture_output=True, text=True, env=host.ENVIRONMENT).stdout))
 
 
-def prepare(folders: configuration.Folders, files: Mapping[str, str]) -> None:
+def prepare(folders: configuration.Folders, files: Mapping[str, str], images: bytes) -> None:
     """Write all that the node reads, and what its user does: kubeconfig and programs."""
     for name in ("bin", "logs/pods", "kubelet", "config/cni", "s3"):
         (STATE / name).mkdir(parents=True, exist_ok=True)
@@ -165,7 +170,7 @@ def prepare(folders: configuration.Folders, files: Mapping[str, str]) -> None:
         log.unlink()
     for name, text in files.items():
         (STATE / "config" / name).write_text(text)
-    image.write(STATE / "config", Path(folders.kube) / "pause")
+    (STATE / "config" / "images.tar").write_bytes(images)
     certificates.make(STATE / "pki")
     CLUSTER.kubeconfig.touch(mode=0o600)
     CLUSTER.kubeconfig.write_text(certificates.admin_kubeconfig(STATE / "pki"))
@@ -175,19 +180,24 @@ def prepare(folders: configuration.Folders, files: Mapping[str, str]) -> None:
         link.symlink_to(Path(folders.kube) / name)
 
 
+def is_over_or_answers() -> bool:
+    return host.running() is None or (answers(f"{configuration.API}/readyz") and answers(configuration.S3_ENDPOINT))
+
+
 def why_dead() -> str | None:
     """Which daemon took the node with it, and its last line; None while the node lives."""
     if host.running():
         return None
     last = host.log_of(STATE, "node")
-    return f"the node died: {last}: {host.log_of(STATE, last.split(' ')[0])}"
+    return ": ".join(filter(None, ("the node died", last, host.log_of(STATE, last.split(" ")[0]))))
 
 
 def answers(url: str, seconds: float = 1) -> bool:
     """Whether an HTTP server answers there and is not in trouble: a refusal is an answer, a 5xx is none."""
-    trusted = ssl.create_default_context(cafile=STATE / "pki" / "ca.crt")
+    trusted = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=STATE / "pki" / "ca.crt"))
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), trusted)
     try:
-        urllib.request.urlopen(url, timeout=seconds, context=trusted).close()
+        direct.open(url, timeout=seconds).close()
     except urllib.error.HTTPError as refusal:
         return refusal.code < 500
     except OSError:

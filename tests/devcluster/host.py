@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -111,7 +112,7 @@ def subnet_is_free() -> None:
 
 
 def link_exists() -> bool:
-    return Path("/sys/class/net", LINK).exists()
+    return LINK in (name for _, name in socket.if_nameindex())
 
 
 def ip(*arguments: str) -> str:

@@ -11,7 +11,6 @@ import json
 import platform
 import tarfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from tests.devcluster import configuration
 
@@ -64,10 +63,6 @@ def image_config(layer: bytes, environment: Mapping[str, str]) -> dict[str, obje
         },
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]},
     }
-
-
-def write(folder: Path, pause: Path) -> None:
-    (folder / "images.tar").write_bytes(archive(pause.read_bytes()))
 
 
 def entry(name: str, data: bytes = b"", mode: int = 0o644, kind: bytes = tarfile.REGTYPE, link: str = "") -> tuple[tarfile.TarInfo, bytes]:

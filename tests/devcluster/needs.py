@@ -60,13 +60,20 @@ def packages(wanted: dict[str, str]) -> None:
     if os.geteuid() != 0 or not found("apt-get"):
         raise ClusterError(f"missing here: {', '.join(missing)}. Install them (Debian and Ubuntu: sudo {command}). {ELSEWHERE}")
     say(f"installing {' '.join(missing)}")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for step in (["apt-get", "update", "--quiet"], [*command.split(), "--quiet", "--no-install-recommends"]):
-        ended = subprocess.run(step, env=environment, capture_output=True, text=True, check=False)
-        if ended.returncode != 0:
-            raise ClusterError(f"{' '.join(step)} failed: {last_lines(ended.stderr or ended.stdout)} {ELSEWHERE}")
+    install = [*command.split(), "--quiet", "--no-install-recommends"]
+    if run_apt(install) and (
+        failure := run_apt(["apt-get", "update", "--quiet"]) or run_apt(install)
+    ):  # first the package lists that are there
+        raise ClusterError(f"{command}: {failure} {ELSEWHERE}")
     if still := sorted(program for program in wanted if not found(program)):
         raise ClusterError(f"installed {' '.join(missing)}, and {', '.join(still)} is not there. {ELSEWHERE}")
+
+
+def run_apt(command: list[str]) -> str:
+    """What it said where it failed, otherwise nothing."""
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return last_lines(ended.stderr or ended.stdout) if ended.returncode else ""
 
 
 def go() -> dict[str, str]:

@@ -64,8 +64,14 @@ def bind(source: Path, target: Path) -> None:
 
 
 def cgroups(name: str) -> None:
-    """The node's cgroup in every hierarchy, below which the kubelet makes its pods'."""
+    """The node's cgroup in every hierarchy, below which the kubelet makes its pods'. In version 2 it wants every controller there."""
     for root in configuration.cgroup_roots(Path("/proc/self/mounts").read_text()):
+        controllers, enabled = Path(root, "cgroup.controllers"), Path(root, "cgroup.subtree_control")
+        if controllers.exists():
+            try:
+                enabled.write_text(" ".join(f"+{controller}" for controller in controllers.read_text().split()))
+            except OSError as error:
+                sys.exit(f"{enabled}: {error.strerror}: in a container, first move the processes in {root} to a cgroup below it")
         Path(root, name).mkdir(exist_ok=True)
 
 

@@ -1,0 +1,194 @@
+"""The development cluster's life, on a machine of its own: namespaces in which this checkout's running cluster is neither seen nor hurt.
+
+What the machine holds that a node could change (processes, mounts, links, packet rules, kernel settings, cgroups) is looked at before
+the first start and after the end.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.devcluster import addons, configuration, host
+
+NAMESPACES = ("--mount", "--mount-proc", "--pid", "--fork", "--net", "--kill-child=SIGKILL")
+FIRST_PROCESS = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); signal.pause()"  # leaves no orphan unreaped
+KERNEL_SETTINGS = " ".join(f"/proc/sys/{name}" for name in configuration.KERNEL_SETTINGS)
+TRACES = {
+    "processes": "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline | cut -c1-100; done | grep -v 'sh -c' | sort",
+    "mounts": "cut -d' ' -f1,2,3 /proc/self/mounts",
+    "links and addresses": "ip -oneline address show | cut -c1-60",
+    "routes": "ip route show table all",
+    "packet rules": "iptables-save; ip6tables-save",
+    "kernel settings": f"grep . {KERNEL_SETTINGS}",
+    "folders of a node": "ls -d /var/lib/kubelet /var/lib/cni /var/lib/etcd /var/log/pods /var/log/containers /tmp/containerd* 2>/dev/null",
+}
+
+
+@dataclass
+class Machine:
+    """Namespaces with their own processes, mounts, network and /run, and a copy of the checkout to start a cluster from."""
+
+    checkout: Path
+    first: int
+    """Its first process, as the host numbers it."""
+    before: dict[str, str] = field(default_factory=dict)
+
+    def start(self, *command: str | Path, checkout: Path | None = None) -> subprocess.Popen[str]:
+        enter = ("nsenter", f"--target={self.first}", "--mount", "--pid", "--net", f"--wd={checkout or self.checkout}")
+        environment = {**os.environ, "CLUSTER": "dev"}
+        return subprocess.Popen([*enter, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def run(self, *command: str | Path, checkout: Path | None = None) -> tuple[int, str, str]:
+        process = self.start(*command, checkout=checkout)
+        said, errors = process.communicate()
+        return process.returncode, said, errors
+
+    def cluster(self, command: str, checkout: Path | None = None) -> tuple[int, str, str]:
+        return self.run(sys.executable, "-m", "tests.devcluster", command, checkout=checkout)
+
+    def up(self) -> str:
+        """Bring the cluster up and return what was said on the way."""
+        status, said, errors = self.cluster("up")
+        assert status == 0, errors
+        assert said.splitlines()[-1] == f"export KUBECONFIG={self.state}/kubeconfig"
+        return errors
+
+    def kubectl(self, *arguments: str) -> tuple[int, str, str]:
+        return self.run("env", f"KUBECONFIG={self.state}/kubeconfig", self.state / "bin" / "kubectl", *arguments)
+
+    def kill(self, argument: str) -> None:
+        """SIGKILL for every process that has this argument."""
+        self.run("env", f"killed={argument}", "sh", "-c", 'kill -KILL $(grep -lzxF -- "$killed" /proc/[0-9]*/cmdline | cut -d/ -f3)')
+
+    def traces(self) -> dict[str, str]:
+        found = {name: self.run("sh", "-c", command)[1] for name, command in TRACES.items()}
+        return found | {"cgroups": "\n".join(map(str, Path("/sys/fs/cgroup").glob(f"**/{configuration.cgroup_name(str(self.state))}")))}
+
+    def node(self) -> int | None:
+        """Pid of the node's first process in this machine's numbering."""
+        code = "from tests.devcluster import host; print(getattr(host.running(), 'pid', ''))"
+        said = self.run(sys.executable, "-c", code)[1].strip()
+        return int(said) if said else None
+
+    @property
+    def state(self) -> Path:
+        return self.checkout / ".devcluster"
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    checkout = tmp_path_factory.mktemp("checkout")
+    for name in ("vpmoe", "jobs", "operator", "tests"):
+        shutil.copytree(host.CHECKOUT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    private_run = 'mount --make-rprivate / && mount -t tmpfs tmpfs /run && ip link set lo up && exec "$@"'
+    outer = subprocess.Popen(["unshare", *NAMESPACES, "sh", "-c", private_run, "sh", sys.executable, "-c", FIRST_PROCESS])
+    children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
+    host.wait_for(lambda: FIRST_PROCESS in command_line(children.read_text().strip()), "the machine's first process", 10)
+    machine = Machine(checkout, int(children.read_text()))
+    machine.before = machine.traces()
+    yield machine
+    machine.cluster("down")
+    outer.kill()
+    outer.wait()
+
+
+def command_line(pid: str) -> str:
+    return Path("/proc", pid, "cmdline").read_bytes().replace(b"\0", b" ").decode() if pid else ""
+
+
+def test_a_taken_subnet_is_named(machine: Machine) -> None:
+    machine.cluster("down")
+    machine.run("ip", "link", "add", "podman1", "type", "veth", "peer", "name", "podman1-end")
+    machine.run("ip", "address", "add", configuration.SUBNET, "dev", "podman1")
+    machine.run("ip", "link", "set", "podman1", "up")
+    status, _, errors = machine.cluster("up")
+    machine.run("ip", "link", "delete", "podman1")
+    assert (status, "10.89.0.0/24 is taken by podman1" in errors) == (1, True)
+
+
+def test_a_second_up_finds_the_first_ones_node(machine: Machine) -> None:
+    machine.up()
+    node = machine.node()
+    assert node
+    assert machine.up() == ""
+    assert machine.node() == node
+    status, said, _ = machine.cluster("status")
+    assert (status, f"process {node}," in said) == (0, True)
+
+
+def test_gpus_are_allocatable_and_pytorchjobs_are_judged_once_up_returns(machine: Machine) -> None:
+    machine.up()
+    assert machine.kubectl("get", "node", "--output=jsonpath={.items[*].status.allocatable.nvidia\\.com/gpu}")[1] == "8"
+    two_masters = machine.checkout / "two-masters.yaml"
+    two_masters.write_text(addons.PROBE.replace("replicas: 1", "replicas: 2"))
+    status, _, errors = machine.kubectl("create", "--dry-run=server", f"--filename={two_masters}")
+    assert (status, "spec.pytorchReplicaSpecs[Master].replicas: Forbidden: must be 1" in errors) == (1, True)
+
+
+@pytest.mark.parametrize("command", ["up", "down", "status"])
+def test_another_checkouts_cluster_is_named_and_left_alone(machine: Machine, command: str) -> None:
+    machine.up()
+    node = machine.node()
+    status, _, errors = machine.cluster(command, checkout=host.CHECKOUT)
+    assert status == 1
+    assert f"process {node}" in errors
+    assert f"{machine.state}/kubeconfig" in errors
+    assert machine.node() == node
+
+
+@pytest.mark.parametrize(
+    "file, old, new",
+    [
+        pytest.param("configuration.py", '"failSwapOn": False', '"failSwapOn": True', id="a daemon's settings"),
+        pytest.param("configuration.py", "GPUS = 8", "GPUS = 4", id="GPUs"),
+        pytest.param("image.py", "nonroot:/tmp", "nonroot:/home", id="the image"),
+        pytest.param("manifests/coredns.yaml", "ttl 1", "ttl 2", id="add-ons"),
+    ],
+)
+def test_a_cluster_of_other_sources_is_not_taken_for_this_ones(machine: Machine, file: str, old: str, new: str) -> None:
+    machine.up()
+    path = machine.checkout / "tests" / "devcluster" / file
+    source = path.read_text()
+    path.write_text(source.replace(old, new))
+    status, _, errors = machine.cluster("up")
+    path.write_text(source)
+    assert source != source.replace(old, new)
+    assert (status, "started from other sources" in errors) == (1, True)
+
+
+def test_a_daemon_that_dies_takes_the_node_along_and_is_named(machine: Machine) -> None:
+    machine.up()
+    machine.kill("/run/devcluster/kube/kube-scheduler")
+    host.wait_for(lambda: machine.node() is None, "the node's end", 10)
+    assert (machine.state / "logs" / "node.log").read_text() == "scheduler ended with status -9\n"
+
+
+def test_up_begins_again_after_a_killed_node_and_a_killed_up_and_keeps_the_bucket(machine: Machine) -> None:
+    machine.kill("tests.devcluster.node")  # where the test before has left one
+    kept, log = machine.state / "s3" / "kept", machine.state / "logs" / "apiserver.log"
+    kept.mkdir(parents=True)
+    log.unlink(missing_ok=True)
+    interrupted = machine.start(sys.executable, "-m", "tests.devcluster", "up")
+    host.wait_for(log.exists, "the interrupted start", 30)
+    machine.kill("up")
+    interrupted.communicate()
+    assert "was not finished" in machine.up()
+    assert kept.is_dir()
+    assert machine.kubectl("get", "nodes", "--output=name") == (0, "node/node0\n", "")
+
+
+def test_down_leaves_nothing(machine: Machine) -> None:
+    machine.up()
+    during = machine.traces()
+    for name in ("processes", "links and addresses", "cgroups"):
+        assert during[name] != machine.before[name], f"the cluster shows in its {name}"
+    assert machine.cluster("down")[0] == 0
+    assert machine.traces() == machine.before
+    assert not machine.state.exists()
+    assert machine.cluster("down") == (0, "", "no development cluster is running\n")

@@ -1,0 +1,158 @@
+"""The launcher's parts by themselves: what is compiled once, what is missing on a machine, what the programs are told."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.devcluster import ClusterError, access, binaries, cluster, configuration, dev, host, image, needs
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "vpmoe" / "devcluster"
+
+
+def small(source: str) -> binaries.Target:
+    """A target that Go compiles in a second."""
+
+    def build(into: Path, log: Path) -> None:
+        (into / "main.go").write_text(source)
+        binaries.run_logged(["go", "build", "-o", str(into / "small"), str(into / "main.go")], log, dict(os.environ))
+
+    return binaries.Target("small", ("small",), source.encode, build, minutes=0)
+
+
+HELLO = 'package main\n\nfunc main() { print("hello") }\n'
+
+
+def test_a_target_is_compiled_once_and_again_when_its_sources_change(cache: Path) -> None:
+    first = binaries.folder(small(HELLO))
+    compiled = (first / "small").stat()
+    assert binaries.folder(small(HELLO)) == first
+    assert (first / "small").stat() == compiled
+    assert binaries.folder(small(HELLO + "\n")) != first
+
+
+def test_a_killed_build_is_not_taken_for_done(cache: Path) -> None:
+    code = f"from tests.devcluster import test_parts as t; t.binaries.folder(t.small({HELLO!r}))"
+    killed = subprocess.Popen([sys.executable, "-c", code], cwd=host.CHECKOUT, stderr=subprocess.DEVNULL)
+    host.wait_for(lambda: any(cache.glob("*.building/main.go")), "the build", 20)
+    killed.kill()
+    killed.wait()
+    assert not any(path.is_dir() and path.suffix != ".building" for path in cache.iterdir())
+    assert (binaries.folder(small(HELLO)) / "small").exists()
+    assert not any(cache.glob("*.building"))
+
+
+def test_what_the_compiler_says_against_it_is_told_with_its_log(cache: Path) -> None:
+    with pytest.raises(ClusterError, match=r"go build failed with status 1: .*undefined: missing.*\.log"):
+        binaries.folder(small("package main\n\nfunc main() { missing() }\n"))
+
+
+def test_an_unknown_program_is_refused_by_name() -> None:
+    with pytest.raises(KeyError, match=r"docker: none of kube, pause, etcd"):
+        binaries.path("docker")
+
+
+@pytest.mark.parametrize(
+    "patch, message",
+    [
+        pytest.param(
+            ("sys.platform", "darwin"), "needs Linux, this is darwin. Or use a cluster that you have: CLUSTER=current", id="no Linux"
+        ),
+        pytest.param(("os.geteuid", lambda: 1000), "needs root .* run it with sudo. .*CLUSTER=current", id="no root"),
+        pytest.param(("shutil.disk_usage", lambda _: SimpleNamespace(free=1e9)), "1.0 GB free, 2 GB are needed", id="no room"),
+    ],
+)
+def test_what_the_machine_lacks_is_named_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patch: tuple[str, object], message: str
+) -> None:
+    monkeypatch.setattr(*patch)
+    with pytest.raises(ClusterError, match=message):
+        needs.machine(tmp_path)
+
+
+def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(
+        ClusterError, match=r"missing here: containerd, runc\. .*sudo apt-get install --yes containerd runc\).*CLUSTER=current"
+    ):
+        needs.packages({"no-such-containerd": "containerd", "no-such-runc": "runc", "/usr": "base-files"})
+
+
+@pytest.mark.parametrize(
+    "chosen, message",
+    [
+        pytest.param("kind", "CLUSTER=kind is not available yet", id="kind"),
+        pytest.param("minikube", "CLUSTER=minikube: dev .* or current", id="unknown"),
+        pytest.param("current", "AWS_ENDPOINT_URL", id="current without a store"),
+    ],
+)
+def test_what_cluster_cannot_be_is_refused_with_the_choices(monkeypatch: pytest.MonkeyPatch, chosen: str, message: str) -> None:
+    monkeypatch.setenv("CLUSTER", chosen)
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    monkeypatch.setenv("PATH", f"{dev.up().kubectl_path.parent}:{os.environ['PATH']}")
+    with pytest.raises(ClusterError, match=message):
+        cluster.up()
+
+
+def test_the_users_cluster_is_named_first_pinned_and_never_taken_down(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running = dev.up()
+    monkeypatch.setenv("CLUSTER", "current")
+    monkeypatch.setenv("KUBECONFIG", str(running.kubeconfig))
+    monkeypatch.setenv("PATH", f"{running.kubectl_path.parent}:{os.environ['PATH']}")
+    for name, value in (("ENDPOINT_URL", "http://store"), ("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    users = cluster.up()
+    assert "CLUSTER=current: context devcluster at https://10.89.0.2:6443" in capsys.readouterr().err
+    assert users.s3 == access.S3("http://store", "a", "b")
+    assert users.kubectl("get", "nodes", "--output=name") == "node/node0\n"
+    assert cluster.status()[0].startswith("NAME")
+    with pytest.raises(ClusterError, match="your own cluster, down does not touch it"):
+        cluster.down()
+    assert host.running()
+
+
+@pytest.mark.parametrize(
+    "mounts, roots",
+    [
+        pytest.param("cgroup2 /sys/fs/cgroup cgroup2 rw 0 0", ["/sys/fs/cgroup"], id="version 2"),
+        pytest.param("cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\nproc /proc proc rw 0 0", ["/sys/fs/cgroup/cpu"], id="version 1"),
+        pytest.param("cgroup /c/cpu cgroup rw 0 0\ncgroup2 /c/unified cgroup2 rw 0 0", ["/c/cpu", "/c/unified"], id="hybrid"),
+    ],
+)
+def test_every_cgroup_hierarchy_is_found(mounts: str, roots: list[str]) -> None:
+    assert configuration.cgroup_roots(mounts) == roots
+
+
+def test_of_the_host_containers_see_programs_and_code_and_nothing_else() -> None:
+    mounts = configuration.mounts(Path("/checkout"), Path("/checkout/.venv"), Path("/opt/python"))
+    assert {mount.source: mount.target for mount in mounts} == {
+        "/checkout/vpmoe": "/opt/vpmoe/vpmoe",
+        "/checkout/jobs": "/opt/vpmoe/jobs",
+        "/checkout/operator/distill_operator": "/opt/vpmoe/operator/distill_operator",
+        "/checkout/tests/cluster/standin": "/opt/vpmoe/tests/cluster/standin",
+        "/checkout/.venv": "/opt/vpmoe/.venv",
+        "/opt/python": "/opt/python",
+    }
+    spec = configuration.container_spec({"process": {"rlimits": []}, "mounts": []}, mounts)
+    assert [mount["destination"] for mount in spec["mounts"][:4]] == ["/usr", "/etc/ssl", "/coredns", "/manager"]
+    assert all("ro" in mount["options"] for mount in spec["mounts"])
+
+
+def test_the_systems_own_interpreter_needs_no_mount() -> None:
+    assert "/usr" not in [mount.source for mount in configuration.mounts(Path("/checkout"), Path("/checkout/.venv"), Path("/usr"))]
+
+
+def test_the_image_is_the_same_bytes_each_time() -> None:
+    first = image.archive(b"pause")
+    time.sleep(0.01)
+    assert image.archive(b"pause") == first
