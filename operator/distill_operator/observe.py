@@ -133,10 +133,10 @@ def child_state(obj: Json) -> tuple[State, str]:
     for condition in ("Complete", "Succeeded"):
         if condition in true:
             return "Succeeded", true[condition]
-    if "Failed" in true:
-        return "Failed", true["Failed"]
     if "deletionTimestamp" in obj["metadata"]:
         return "Ending", "it is being deleted"
+    if "Failed" in true:
+        return "Failed", true["Failed"]
     if "FailureTarget" in true:  # a Job that has failed and waits for its last pods to end
         return "Ending", true["FailureTarget"]
     return ("Running" if _all_run(obj) else "Waiting"), ""

@@ -124,6 +124,8 @@ def _advance(draft: Draft, run: DistillRun) -> None:
     elif step.state == "Running":
         if watch(draft, run, step):
             _advance(draft, run)
+        elif draft.status.phase == "Failed":
+            _expire(draft, run)
     elif run.spec.suspend:
         suspend(draft, step)
     elif step.state == "Retrying" and holds_gpus(draft.status) and step.retry_at and step.retry_at > draft.now:

@@ -1,0 +1,167 @@
+"""A DistillRun and a cluster as values, for tests of the operator's decisions: nothing here talks to anything.
+
+`World` applies a plan's actions to the children it holds, and lets time pass; what the real API server does is tests/cluster's business.
+"""
+
+import copy
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from distill_operator import observe
+from distill_operator.actions import ClearBucket, Create, Delete, DeleteRun, Finalizer, KeepBucket
+from distill_operator.children import child_kind, child_name
+from distill_operator.draft import Plan
+from distill_operator.gpus import Verdict
+from distill_operator.observe import Child, Live, Observed
+from distill_operator.plan import holds_gpus, plan, running_step
+from distill_operator.pods import Failure
+from distill_operator.progress import Reading
+from distill_operator.settings import Settings
+
+from vpmoe.api.progress import Amount, CheckpointFacts, DatasetFacts, Progress
+from vpmoe.api.status import Status
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+UID = "0a1b2c3d-0000-4000-8000-000000000001"
+SHA = "a" * 40
+ADMITTED = Verdict(True, "fits")
+
+SETTINGS = Settings.model_validate(
+    {
+        "gitSha": SHA,
+        "images": {"trainer": "vpmoe/trainer:1", "inference": "vpmoe/inference:1"},
+        "lease": {"name": "distill-operator"},
+        "resources": {"train": {"requests": {"cpu": "4"}}},
+        "backoff": {"baseSeconds": 10, "limitSeconds": 60},
+    }
+)
+
+
+def manifest(**spec: Any) -> dict[str, Any]:
+    """A DistillRun as the API server returns it; keywords replace parts of its spec."""
+    return {
+        "apiVersion": "vpmoe.dev/v1alpha1",
+        "kind": "DistillRun",
+        "metadata": {
+            "name": "first", "namespace": "team", "uid": UID, "generation": 1, "creationTimestamp": "2026-01-01T00:00:00Z",
+            "resourceVersion": "1", "managedFields": [],
+        },
+        "spec": {
+            "dataset": {"source": "s3://corpora/*.parquet", "maxLength": 512, "workers": 2},
+            "teacher": {"model": "s3://models/teacher"},
+            "student": {"shape": "tiny", "gpus": 2},
+            "training": {"sequenceLength": 512, "globalBatchTokens": 2048},
+            "stages": [{"name": "vanilla", "kind": "Vanilla", "tokens": 1000}],
+            "storage": {"endpoint": "http://s3:9000", "bucket": "vpmoe", "prefix": "here"},
+            **copy.deepcopy(spec),
+        },
+    }  # fmt: skip
+
+
+def live(status: Status | None = None, deleting: bool = False, finalizers: tuple[str, ...] = (), **spec: Any) -> Live:
+    """That run as it was read, with this status."""
+    obj = manifest(**spec)
+    if status is not None:
+        obj["status"] = status.dump()
+    return replace(observe.read_run(obj), deleting=deleting, finalizers=finalizers)
+
+
+def progress(step: str, attempt: int = 1, state: str = "Running", iteration: int = 0, done: int = 0, **more: Any) -> Reading:
+    """What a step says: `iteration` of its last checkpoint, `done` tokens (preprocessing: parts)."""
+    address = "s3://vpmoe/somewhere/manifest.json"
+    amount = {"parts": Amount(done=done, total=4)} if step == "preprocess" else {"tokens": Amount(done=done, total=1000)}
+    checkpoint = CheckpointFacts(iteration=iteration, tokens=done, manifest=address, sha256="c" * 64) if iteration else None
+    dataset = DatasetFacts(id="d" * 64, manifest=address, sha256="e" * 64)
+    told = {"step": step, "attempt": attempt, "state": state, "updated": START, "checkpoint": checkpoint, "dataset": dataset}
+    return Reading(Progress.model_validate({**told, **amount, **more}), asked=True)
+
+
+AWAY = Reading(asked=True, problem="s3://vpmoe: GetObject failed", reason="Unreachable")
+
+
+@dataclass
+class World:
+    """One run, its children, its bucket's last word, and the time."""
+
+    spec: dict[str, Any] = field(default_factory=dict)
+    status: Status = field(default_factory=Status)
+    children: dict[str, Child] = field(default_factory=dict)
+    reading: Reading = field(default_factory=Reading)
+    verdict: Verdict = ADMITTED
+    now: datetime = START
+    deleting: bool = False
+    finalizer: bool = False
+    bucket_cleared: bool = False
+    run_deleted: bool = False
+    backend_missing: bool = False
+    made: list[str] = field(default_factory=list)
+    last: Plan | None = None
+
+    def decide(self) -> Plan:
+        """A plan from the world as it is. Nothing changes."""
+        finalizers = ("vpmoe.dev/delete-from-bucket",) if self.finalizer else ()
+        seen_run = live(self.status, self.deleting, finalizers, **self.spec)
+        step = running_step(self.status)
+        child = self.children.get(step.child.name) if step is not None and step.child is not None else None
+        seen = Observed(child=child, backend_missing=self.backend_missing)
+        reading = self.reading if step is not None else Reading()
+        verdict = None if holds_gpus(self.status) else self.verdict
+        return plan(seen_run, seen, reading, verdict, SETTINGS, self.now)
+
+    def look(self, crash_after: int | None = None) -> Plan:
+        """Decide, write the status, act; with `crash_after`, only so many of the actions."""
+        self.last = decided = self.decide()
+        self.status = Status.model_validate(decided.status.dump())
+        for action in decided.actions[:crash_after]:
+            self._act(action)
+        return decided
+
+    def settle(self, looks: int = 5) -> Plan:
+        """Look a few times, as watches make the operator do."""
+        for _ in range(looks):
+            decided = self.look()
+        return decided
+
+    def becomes(self, state: observe.State, failure: Failure | None = None, **more: Any) -> None:
+        """The running step's child changes."""
+        name = self.child().name
+        self.children[name] = replace(self.children[name], state=state, failure=failure, **more)
+
+    def child(self) -> Child:
+        """The running step's child."""
+        step = running_step(self.status)
+        assert step is not None
+        assert step.child is not None
+        return self.children[step.child.name]
+
+    def wait(self, seconds: float) -> None:
+        self.now += timedelta(seconds=seconds)
+
+    def alive(self) -> list[str]:
+        return [child.name for child in self.children.values() if child.alive]
+
+    def _act(self, action: Any) -> None:
+        run = live(**self.spec).run
+        assert run is not None
+        match action:
+            case Create(step, attempt):
+                name = child_name(run, step, attempt)
+                if name not in self.children:
+                    self.made.append(name)
+                    self.children[name] = Child(child_kind(run, step).name, name, f"uid-{len(self.made)}", "Waiting")
+            case Delete(named):
+                child = self.children.get(named.name)
+                if child is not None and child.alive and named.uid in (None, child.uid):
+                    self.children[named.name] = replace(child, state="Ending", deleting=True)
+                elif child is not None:
+                    del self.children[named.name]
+            case Finalizer(present):
+                self.finalizer = present
+            case ClearBucket():
+                assert not self.alive(), "the bucket is cleared under a living child"
+                self.bucket_cleared = True
+            case KeepBucket():
+                pass
+            case DeleteRun():
+                self.run_deleted = True

@@ -1,0 +1,198 @@
+"""The objects that the operator makes: what stands in them, that any run's names fit, and that the restricted standard holds."""
+
+import re
+from typing import Any
+
+import pytest
+import yaml
+from distill_operator.children import Attempt, Origin, build_child, build_config_map
+from distill_operator.settings import Settings
+
+from tests.unit.operator_world import SETTINGS, SHA, UID, live
+from vpmoe.api import DistillRun, Invalid
+
+ORIGIN = Origin(SHA, "b" * 64, "d" * 64)
+EVERYWHERE = {"nodeSelector": {"pool": "a"}, "tolerations": [{"key": "gpu", "operator": "Exists", "tolerationSeconds": 5}]}
+
+
+def run(**spec: Any) -> DistillRun:
+    parsed = live(**spec).run
+    assert parsed is not None, live(**spec).invalid
+    return parsed
+
+
+def child(step: str = "vanilla", number: int = 2, settings: Settings = SETTINGS, **spec: Any) -> dict[str, Any]:
+    return build_child(Attempt(run(**spec), step, number, ORIGIN, settings))
+
+
+def templates(obj: dict[str, Any]) -> list[dict[str, Any]]:
+    if obj["kind"] == "Job":
+        return [obj["spec"]["template"]]
+    return [replica["template"] for replica in obj["spec"]["pytorchReplicaSpecs"].values()]
+
+
+CHILDREN = [
+    pytest.param("preprocess", {}, id="preprocess"),
+    pytest.param("vanilla", {}, id="PyTorchJob"),
+    pytest.param("vanilla", {"student": {"shape": "tiny", "gpus": 4, "gpusPerPod": 1}}, id="PyTorchJob of several pods"),
+    pytest.param("vanilla", {"runtime": {"backend": "Job"}}, id="Job"),
+]
+
+
+@pytest.mark.parametrize("step, spec", CHILDREN)
+def test_every_pod_satisfies_the_restricted_standard(step: str, spec: dict[str, Any]) -> None:
+    for template in templates(child(step, **spec)):
+        pod, container = template["spec"], template["spec"]["containers"][0]
+        security = pod["securityContext"]
+        assert security["runAsNonRoot"] is True
+        assert security["runAsUser"] == security["runAsGroup"] == 65532
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}
+        }  # fmt: skip
+        assert pod["automountServiceAccountToken"] is False
+        written = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+        assert written == {"/tmp", "/dev/shm"}
+        assert {"name": "shm", "emptyDir": {"medium": "Memory"}} in pod["volumes"]
+        assert pod["terminationGracePeriodSeconds"] == 300
+        assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
+@pytest.mark.parametrize("step, spec", CHILDREN)
+def test_child_and_pods_say_where_they_come_from(step: str, spec: dict[str, Any]) -> None:
+    obj = child(step, **spec)
+    for metadata in [obj["metadata"], *(template["metadata"] for template in templates(obj))]:
+        short, whole = metadata["labels"], metadata["annotations"]
+        assert (short["vpmoe.dev/run"], short["vpmoe.dev/step"], short["vpmoe.dev/attempt"]) == ("first", step, "2")
+        assert (short["vpmoe.dev/git-sha"], short["vpmoe.dev/config"], short["vpmoe.dev/dataset"]) == (SHA[:16], "b" * 16, "d" * 16)
+        assert (whole["vpmoe.dev/git-sha"], whole["vpmoe.dev/config"], whole["vpmoe.dev/dataset"]) == (SHA, "b" * 64, "d" * 64)
+
+
+@pytest.mark.parametrize("step, spec", CHILDREN)
+def test_children_are_owned_by_their_run(step: str, spec: dict[str, Any]) -> None:
+    parsed = run(**spec)
+    for obj in (child(step, **spec), build_config_map(parsed, ORIGIN)):
+        assert obj["metadata"]["namespace"] == "team"
+        (owner,) = obj["metadata"]["ownerReferences"]
+        assert (owner["uid"], owner["kind"], owner["controller"], owner["blockOwnerDeletion"]) == (UID, "DistillRun", True, True)
+
+
+@pytest.mark.parametrize("step, spec", CHILDREN)
+def test_the_command_names_run_step_and_attempt(step: str, spec: dict[str, Any]) -> None:
+    module = "jobs.preprocess" if step == "preprocess" else "jobs.train"
+    for template in templates(child(step, **spec)):
+        container = template["spec"]["containers"][0]
+        command = ["python", "-m", module, "--run", "/etc/vpmoe/run.yaml", "--step", step, "--attempt", "2"]
+        assert (container["command"], container["workingDir"]) == (command, "/opt/vpmoe")
+
+
+def test_the_config_map_holds_the_very_run_and_is_of_this_run_alone() -> None:
+    parsed = run(suspend=True, deletionPolicy="Delete")
+    config_map = build_config_map(parsed, ORIGIN)
+    read = DistillRun.parse(yaml.safe_load(config_map["data"]["run.yaml"]))
+    assert (read.config_hash, read.uid8, read.metadata) == (parsed.config_hash, "0a1b2c3d", parsed.metadata)
+    assert config_map["immutable"] is True
+    assert config_map["metadata"]["name"] == "first-config-0a1b2c3d", "kubelets keep an immutable ConfigMap of the same name"
+
+
+def test_preprocessing_is_an_indexed_job_of_as_many_pods_as_workers() -> None:
+    spec = child("preprocess", dataset={"source": "s3://corpora/*.parquet", "maxLength": 512, "workers": 5})["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 5, 5)
+    assert (spec["backoffLimit"], spec["podReplacementPolicy"], spec["template"]["spec"]["restartPolicy"]) == (0, "Failed", "Never")
+    assert "nvidia.com/gpu" not in str(spec)
+
+
+@pytest.mark.parametrize(
+    "student, replicas, processes",
+    [
+        pytest.param({"gpus": 7}, {"Master": 1}, 7, id="one pod"),
+        pytest.param({"gpus": 2, "gpusPerPod": 1}, {"Master": 1, "Worker": 1}, 1, id="two pods of one"),
+        pytest.param({"gpus": 8, "gpusPerPod": 2}, {"Master": 1, "Worker": 3}, 2, id="four pods of two"),
+    ],
+)
+def test_a_pytorchjob_has_one_master_and_the_rest_as_workers(student: dict[str, Any], replicas: dict[str, int], processes: int) -> None:
+    training = {"sequenceLength": 512, "globalBatchTokens": 8192}
+    spec = child(student={"shape": "tiny", **student}, training=training)["spec"]
+    assert {role: replica["replicas"] for role, replica in spec["pytorchReplicaSpecs"].items()} == replicas
+    assert spec["nprocPerNode"] == str(processes)
+    assert spec["runPolicy"] == {"cleanPodPolicy": "Running"}
+    assert "elasticPolicy" not in spec
+    for replica in spec["pytorchReplicaSpecs"].values():
+        (container,) = replica["template"]["spec"]["containers"]
+        assert container["name"] == "pytorch"
+        assert container["resources"]["limits"] == {"nvidia.com/gpu": processes}
+        assert replica["restartPolicy"] == "Never"
+
+
+def test_a_job_has_all_processes_in_one_pod() -> None:
+    spec = child(runtime={"backend": "Job"}, student={"shape": "tiny", "gpus": 4})["spec"]
+    assert (spec["parallelism"], spec["backoffLimit"]) == (1, 0)
+    assert spec["template"]["spec"]["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 4}
+
+
+@pytest.mark.parametrize(
+    "given, resources",
+    [
+        pytest.param({}, {"requests": {"cpu": "4"}, "limits": {"nvidia.com/gpu": 2}}, id="the chart's"),
+        pytest.param(
+            {"train": {"requests": {"memory": "1Gi"}, "limits": {"memory": "2Gi"}}},
+            {"requests": {"memory": "1Gi"}, "limits": {"memory": "2Gi", "nvidia.com/gpu": 2}},
+            id="the run's",
+        ),
+    ],
+)
+def test_resources_are_the_runs_own_or_the_charts(given: dict[str, Any], resources: dict[str, Any]) -> None:
+    assert templates(child(runtime={"resources": given}))[0]["spec"]["containers"][0]["resources"] == resources
+
+
+@pytest.mark.parametrize("secret", ["vpmoe-s3", None])
+def test_credentials_come_from_the_runs_secret_or_from_the_service_account(secret: str | None) -> None:
+    storage = {"bucket": "vpmoe", "credentialsSecret": secret}
+    env = templates(child(storage=storage))[0]["spec"]["containers"][0]["env"]
+    from_secrets = {entry["name"]: entry["valueFrom"]["secretKeyRef"] for entry in env if "valueFrom" in entry}
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if secret else ()
+    assert from_secrets == {name: {"name": "vpmoe-s3", "key": name} for name in names}
+    assert {entry["name"]: entry.get("value") for entry in env}["VPMOE_GIT_SHA"] == SHA
+
+
+def test_the_certificates_of_the_store_are_mounted_and_named() -> None:
+    pod = templates(child(storage={"bucket": "vpmoe", "caSecret": "authority"}))[0]["spec"]
+    assert {"name": "AWS_CA_BUNDLE", "value": "/etc/vpmoe-ca/ca.crt"} in pod["containers"][0]["env"]
+    assert any(volume.get("secret", {}).get("secretName") == "authority" for volume in pod["volumes"])
+
+
+def test_runtime_reaches_every_pod() -> None:
+    runtime = {**EVERYWHERE, "serviceAccountName": "writer", "priorityClassName": "high", "imagePullSecrets": [{"name": "registry"}]}
+    for template in templates(child(runtime=runtime, student={"shape": "tiny", "gpus": 2, "gpusPerPod": 1})):
+        pod = template["spec"]
+        assert (pod["serviceAccountName"], pod["priorityClassName"], pod["imagePullSecrets"]) == ("writer", "high", [{"name": "registry"}])
+        assert (pod["nodeSelector"], pod["tolerations"]) == (EVERYWHERE["nodeSelector"], EVERYWHERE["tolerations"])
+
+
+def test_a_queue_is_a_label_of_the_child_and_its_only_sign() -> None:
+    assert child(runtime={"queueName": "team"})["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+    assert "kueue.x-k8s.io/queue-name" not in child()["metadata"]["labels"]
+
+
+def test_torchrun_loses_patience_before_the_kubelet_does() -> None:
+    pod = templates(child())[0]["spec"]
+    env = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
+    assert int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+
+
+def test_the_longest_names_fit_where_kubernetes_puts_them() -> None:
+    stages = [{"name": "s" * 16, "kind": "Vanilla", "tokens": 1000}]
+    long = DistillRun.parse({**live_manifest("r" * 30), "spec": {**live_manifest("x")["spec"], "stages": stages}})
+    for step in ("preprocess", "s" * 16):
+        obj = build_child(Attempt(long, step, 9999, ORIGIN, SETTINGS))
+        assert len(obj["metadata"]["name"]) <= 54, "the training operator's pods are <name>-master-0"
+        assert all(re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", v) for v in obj["metadata"]["labels"].values())
+    with pytest.raises(Invalid):
+        DistillRun.parse(live_manifest("r" * 31))
+
+
+def live_manifest(name: str) -> dict[str, Any]:
+    from tests.unit.operator_world import manifest
+
+    obj = manifest()
+    return {**obj, "metadata": {**obj["metadata"], "name": name}}

@@ -1,0 +1,494 @@
+"""The operator's decisions: each line of plan()'s docstring, and what follows from failures, suspensions, deletions and finds."""
+
+import random
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from distill_operator.actions import ClearBucket, Create, Delete, DeleteRun, Finalizer, KeepBucket
+from distill_operator.draft import Plan
+from distill_operator.gpus import Verdict
+from distill_operator.observe import Observed, Stranger
+from distill_operator.plan import plan
+from distill_operator.pods import Failure
+from distill_operator.progress import Reading
+
+from tests.unit.operator_world import ADMITTED, AWAY, SETTINGS, START, World, live, progress
+from vpmoe.api.status import MESSAGE, Status
+
+ERROR = Failure("Error", "pod x, container pytorch, exit 137 (killed)")
+EVICTED = Failure("Interrupted", "pod x was stopped from outside (EvictionByEvictionAPI: drained)")
+PERMANENT = Failure("Permanent", "pod x, exit 65")
+RETRIABLE = Failure("Retriable", "pod x, exit 75")
+
+
+def training(**spec: Any) -> World:
+    """A world in which preprocessing is done and training runs, with its first checkpoint still to come."""
+    world = World(spec)
+    world.look()
+    world.becomes("Succeeded")
+    world.reading = progress("preprocess", state="Succeeded", done=4)
+    world.look()
+    world.becomes("Running")
+    world.reading = progress("vanilla")
+    world.look()
+    return world
+
+
+def told(decided: Plan, kind: str) -> tuple[str, str]:
+    """Status and reason of a condition."""
+    condition = decided.status.condition(kind)
+    assert condition is not None
+    return condition.status, condition.reason
+
+
+def test_a_run_goes_from_its_first_look_to_succeeded() -> None:
+    world = World()
+    assert world.look().actions == (Create("preprocess", 1),)
+    assert (world.status.phase, world.status.step, world.status.steps[0].state) == ("Running", "preprocess", "Running")
+    world.becomes("Succeeded")
+    world.reading = progress("preprocess", state="Succeeded", done=4)
+    assert world.look().actions == (Create("vanilla", 1),)
+    assert world.status.provenance is not None
+    assert world.status.provenance.dataset is not None
+    assert world.status.provenance.folder == "s3://vpmoe/here/runs/team/first-0a1b2c3d"
+    world.becomes("Running")
+    world.reading = progress("vanilla", iteration=3, done=500, tokensPerSecond=10.0, loss=2.5)
+    world.look()
+    assert (world.status.progress, world.status.loss, world.status.tokens_per_second) == ("52%", 2.5, 10.0)
+    world.becomes("Succeeded")
+    world.reading = progress("vanilla", state="Succeeded", iteration=6, done=1000, loss=2.0)
+    decided = world.look()
+    assert (world.status.phase, world.status.progress, world.made) == ("Succeeded", "100%", ["first-preprocess-a1", "first-vanilla-a1"])
+    assert told(decided, "Succeeded") == ("True", "Succeeded")
+    assert told(decided, "Progressing")[0] == "False"
+
+
+def test_the_status_says_all_six_conditions_with_the_generation() -> None:
+    conditions = World().look().status.conditions
+    assert [c.type for c in conditions] == ["Ready", "Progressing", "Suspended", "Stalled", "Failed", "Succeeded"]
+    assert {c.observed_generation for c in conditions} == {1}
+
+
+def test_a_step_that_has_finished_is_never_made_again_even_when_its_child_is_gone() -> None:
+    world = training()
+    world.becomes("Succeeded")
+    world.reading = progress("vanilla", state="Succeeded", iteration=6, done=1000)
+    world.look()
+    world.children.clear()
+    world.settle()
+    assert (world.status.phase, len(world.made)) == ("Succeeded", 2)
+
+
+def test_a_step_whose_child_went_before_its_success_was_seen_is_not_made_again() -> None:
+    world = training()
+    world.children.clear()
+    world.reading = progress("vanilla", state="Succeeded", iteration=6, done=1000)
+    world.look()
+    assert (world.status.phase, len(world.made)) == ("Succeeded", 2)
+
+
+def test_no_child_is_made_before_status_names_it() -> None:
+    world = World()
+    decided = world.look(crash_after=0)
+    assert world.status.steps[0].child is not None
+    assert world.status.steps[0].child.name == "first-preprocess-a1"
+    assert decided.actions == world.look().actions == (Create("preprocess", 1),), "the next look carries out what was intended"
+
+
+@pytest.mark.parametrize(
+    "verdict, phase", [pytest.param(ADMITTED, "Running", id="fits"), pytest.param(Verdict(False, "no"), "Queued", id="not")]
+)
+def test_no_child_is_made_unless_the_run_is_admitted(verdict: Verdict, phase: str) -> None:
+    world = World(verdict=verdict)
+    decided = world.look()
+    assert (decided.status.phase, bool(decided.actions)) == (phase, verdict.admitted)
+    assert decided.status.message == ("no" if phase == "Queued" else decided.status.message)
+
+
+def test_a_run_that_can_never_fit_says_so() -> None:
+    decided = World(verdict=Verdict(False, "16 of 8", hopeless=True)).look()
+    assert told(decided, "Stalled") == ("True", "PoolTooSmall")
+    assert decided.status.phase == "Queued"
+
+
+@pytest.mark.parametrize("ending", [True, False])
+def test_no_child_is_made_while_another_object_has_its_name(ending: bool) -> None:
+    world = World()
+    world.look(crash_after=0)
+    stranger = Stranger("Job first-preprocess-a1 was not made by the operator", ending)
+    decided = plan(live(world.status), Observed(stranger=stranger), Reading(), None, SETTINGS, START)
+    assert decided.actions == ()
+    assert told(decided, "Stalled") == (("False", "NotStalled") if ending else ("True", "NameTaken"))
+    assert "Job first-preprocess-a1 was not made by the operator" in decided.status.message
+
+
+@pytest.mark.parametrize(
+    "spec, reason, words",
+    [
+        pytest.param({"nonsense": 1}, "Invalid", "nonsense", id="invalid"),
+        pytest.param(
+            {"stages": [{"name": "on", "kind": "OnPolicy", "sampler": {"gpus": 1}}]}, "Unsupported", "on (OnPolicy)", id="OnPolicy"
+        ),
+        pytest.param({"stages": [{"name": "r", "kind": "Rescored"}]}, "Unsupported", "r (Rescored)", id="Rescored"),
+        pytest.param({"stages": [{"name": "t", "kind": "TeacherForced"}]}, "Unsupported", "t (TeacherForced)", id="TeacherForced"),
+    ],
+)
+def test_a_run_that_cannot_be_carried_out_never_starts(spec: dict[str, Any], reason: str, words: str) -> None:
+    world = World(spec)
+    decided = world.settle()
+    assert (decided.status.phase, decided.actions, decided.status.started) == ("Failed", (), None)
+    assert told(decided, "Failed") == ("True", reason)
+    assert words in decided.status.message
+    world.spec = {}
+    assert world.look().actions == (Create("preprocess", 1),), "mended before it started, it runs"
+    assert world.status.finished is None
+
+
+def test_a_run_that_becomes_invalid_while_it_runs_keeps_its_child() -> None:
+    world = training()
+    world.spec = {"nonsense": 1}
+    decided = world.look()
+    assert (decided.status.phase, decided.actions) == ("Running", ())
+    assert told(decided, "Stalled") == ("True", "Invalid")
+
+
+def test_a_finished_run_stays_as_it_is_except_that_a_failed_one_goes_on_when_attempts_is_raised() -> None:
+    world = training(runtime={"attempts": 1})
+    world.becomes("Failed", ERROR)
+    world.look()
+    failed = world.status
+    assert failed.phase == "Failed"
+    world.wait(3600)
+    assert world.settle().actions == ()
+    assert world.status == failed
+    world.spec = {"runtime": {"attempts": 2}}
+    assert world.look().actions == (Create("vanilla", 2),)
+    assert (world.status.phase, world.status.finished) == ("Running", None)
+
+
+def test_the_bucket_is_cleared_only_when_nothing_can_write_to_it_any_more() -> None:
+    world = training(deletionPolicy="Delete")
+    assert world.finalizer, "the finalizer is there before the first child"
+    world.deleting = True
+    child = world.child()
+    assert [type(action) for action in world.look().actions] == [Delete]
+    assert world.look().actions == (), "its pods are ending"
+    del world.children[child.name]
+    assert world.look().actions == (ClearBucket(), Finalizer(False))
+
+
+def test_every_message_fits_into_the_status() -> None:
+    world = training()
+    world.becomes("Failed", Failure("Error", "x" * 5000))
+    decided = world.look()
+    assert max(len(c.message) for c in decided.status.conditions) <= MESSAGE
+    assert len(decided.status.message) <= MESSAGE
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_at_most_one_child_is_alive_and_it_is_the_one_that_status_names(seed: int) -> None:
+    """Children that do as they like, an operator that dies anywhere, a user who suspends and resumes: and it always finishes."""
+    chance = random.Random(seed)
+    world = World({"runtime": {"attempts": 100}})
+    iteration = 0
+    for turn in range(240):
+        calm = turn > 140
+        world.verdict = ADMITTED if calm or chance.random() < 0.7 else Verdict(False, "no")
+        world.spec["suspend"] = not calm and chance.random() < 0.2
+        world.look(crash_after=None if calm or chance.random() < 0.7 else 0)
+        assert len(world.alive()) <= 1
+        assert not world.alive() or world.alive() == [world.child().name]
+        if world.status.phase == "Succeeded":
+            break
+        for name, child in list(world.children.items()):
+            if child.state == "Ending" and chance.random() < 0.5:
+                del world.children[name]
+            elif child.state == "Waiting":
+                world.becomes("Running")
+            elif child.state == "Running":
+                step = next(step for step in world.status.steps if step.child is not None and step.child.name == name)
+                what = chance.choice(["run", "save", "fail", "evict", "vanish"]) if not calm else "succeed"
+                iteration += what == "save"
+                world.reading = progress(step.name, step.attempt, iteration=iteration, done=min(iteration, 4))
+                if what == "fail":
+                    world.becomes("Failed", ERROR)
+                elif what == "evict":
+                    world.becomes("Failed", EVICTED)
+                elif what == "vanish":
+                    del world.children[name]
+                elif what == "succeed":
+                    world.becomes("Succeeded")
+        world.wait(70 if calm else chance.choice([0, 10, 70]))
+    assert world.status.phase == "Succeeded"
+    assert len(world.made) == len(set(world.made))
+
+
+def test_failures_are_counted_and_wait_longer_each_time() -> None:
+    world = training()
+    pauses = []
+    for attempt in (1, 2):
+        world.becomes("Failed", ERROR)
+        decided = world.look()
+        assert decided.again is not None
+        pauses.append((decided.again - world.now).total_seconds())
+        assert decided.status.steps[1].state == "Retrying"
+        assert world.look().actions == (), "not before its time"
+        world.wait(60)
+        assert world.look().actions == (Create("vanilla", attempt + 1),)
+    world.becomes("Failed", ERROR)
+    decided = world.look()
+    assert pauses == [10, 20]
+    assert (decided.status.phase, told(decided, "Failed")) == ("Failed", ("True", "AttemptsExhausted"))
+    assert "attempt 3 of 3" in decided.status.message
+    assert "exit 137 (killed)" in decided.status.message
+
+
+def test_a_new_checkpoint_clears_the_failures() -> None:
+    world = training()
+    for attempt in range(1, 8):
+        world.becomes("Failed", ERROR)
+        world.reading = progress("vanilla", attempt, iteration=attempt)
+        world.look()
+        world.wait(60)
+        world.look()
+    assert (world.status.phase, world.status.steps[1].attempt, world.status.steps[1].failures) == ("Running", 8, 1)
+
+
+def test_a_new_part_clears_the_failures_of_preprocessing() -> None:
+    world = World()
+    world.look()
+    for attempt in range(1, 5):
+        world.becomes("Failed", ERROR)
+        world.reading = progress("preprocess", attempt, done=attempt)
+        world.look()
+        world.wait(60)
+        world.look()
+    assert world.status.steps[0].failures == 1
+
+
+def test_interruptions_do_not_count_and_the_first_one_waits_for_nothing() -> None:
+    world = training(runtime={"attempts": 1})
+    pauses = []
+    for _ in range(4):
+        world.becomes("Failed", EVICTED)
+        decided = world.look()
+        assert decided.again is not None
+        pauses.append((decided.again - world.now).total_seconds())
+        world.wait(60)
+        world.look()
+    assert pauses == [0, 20, 40, 60]
+    assert (world.status.phase, world.status.steps[1].failures, world.status.steps[1].interruptions) == ("Running", 0, 4)
+
+
+def test_a_permanent_failure_is_not_retried_until_attempts_is_raised() -> None:
+    world = training()
+    world.becomes("Failed", PERMANENT)
+    decided = world.look()
+    assert told(decided, "Failed") == ("True", "PermanentFailure")
+    world.spec = {"runtime": {"attempts": 4}}
+    assert world.look().actions == (Create("vanilla", 2),)
+
+
+@pytest.mark.parametrize("reading, failures", [pytest.param(AWAY, 0, id="away"), pytest.param(Reading(asked=True), 1, id="answers")])
+def test_a_job_that_gave_up_on_the_bucket_counts_only_while_the_bucket_answers_us(reading: Reading, failures: int) -> None:
+    world = training()
+    world.becomes("Failed", RETRIABLE)
+    world.reading = reading
+    world.look()
+    assert world.status.steps[1].failures == failures
+
+
+def test_a_bucket_that_is_away_changes_nothing_but_a_condition() -> None:
+    world = training()
+    world.reading = progress("vanilla", iteration=3, done=500, loss=2.5)
+    known = world.look().status
+    world.reading = AWAY
+    decided = world.look()
+    assert told(decided, "StorageReachable") == ("False", "Unreachable")
+    assert (decided.status.phase, decided.status.loss, decided.status.steps) == ("Running", known.loss, known.steps)
+    world.reading = progress("vanilla", iteration=3, done=500, loss=2.5)
+    assert told(world.look(), "StorageReachable") == ("True", "Answered")
+
+
+def test_a_child_that_succeeds_while_the_bucket_is_away_succeeds_when_it_is_back() -> None:
+    world = training()
+    world.becomes("Succeeded")
+    world.reading = AWAY
+    assert world.look().status.phase == "Running"
+    world.reading = progress("vanilla", state="Succeeded", iteration=6, done=1000)
+    assert world.look().status.phase == "Succeeded"
+
+
+def test_suspend_deletes_the_child_and_is_done_when_it_is_gone() -> None:
+    world = training()
+    name = world.child().name
+    world.spec = {"suspend": True}
+    assert [type(action) for action in world.look().actions] == [Delete]
+    assert (world.status.phase, told(world.look(), "Suspended")[0]) == ("Running", "False"), "its GPUs are not free yet"
+    del world.children[name]
+    decided = world.look()
+    assert (decided.status.phase, told(decided, "Suspended")) == ("Suspended", ("True", "Suspended"))
+    assert world.settle().actions == ()
+
+
+def test_resume_is_a_new_attempt_that_does_not_count_and_waits_for_gpus() -> None:
+    world = training(runtime={"attempts": 1}, suspend=False)
+    world.spec["suspend"] = True
+    world.look()
+    world.children.clear()
+    world.look()
+    world.spec["suspend"] = False
+    world.verdict = Verdict(False, "others hold them")
+    assert world.look().status.phase == "Queued"
+    world.verdict = ADMITTED
+    assert world.look().actions == (Create("vanilla", 2),)
+    assert world.status.steps[1].failures == 0
+
+
+def test_resumed_while_it_still_stops_it_goes_on_as_soon_as_the_old_child_is_gone() -> None:
+    world = training()
+    name = world.child().name
+    world.spec = {"suspend": True}
+    world.look()
+    world.spec = {}
+    assert world.look().actions == (), "the old child still writes its checkpoint"
+    del world.children[name]
+    world.look()
+    assert world.look().actions == (Create("vanilla", 2),)
+    assert world.status.steps[1].failures == 0
+
+
+@pytest.mark.parametrize("phase", ["fresh", "queued", "between attempts"])
+def test_suspend_holds_a_run_that_has_no_child(phase: str) -> None:
+    world = World(verdict=Verdict(False, "no")) if phase == "queued" else World() if phase == "fresh" else training()
+    if phase == "between attempts":
+        world.becomes("Failed", ERROR)
+    if phase != "fresh":
+        world.look()
+    world.spec = {"suspend": True}
+    assert world.look().status.phase == "Suspended"
+    world.wait(3600)
+    assert world.settle().actions == ()
+
+
+def test_a_failed_child_whose_pods_still_live_is_waited_for() -> None:
+    world = training()
+    world.becomes("Ending", why="pod first-vanilla-a1-worker-0 is ending")
+    decided = world.look()
+    assert (decided.actions, decided.status.phase) == ((), "Running")
+    assert "worker-0 is ending" in decided.status.message
+
+
+@pytest.mark.parametrize(
+    "state, reading, reason",
+    [
+        pytest.param("Running", progress("vanilla"), "NoProgress", id="hangs"),
+        pytest.param("Running", AWAY, "StorageUnreachable", id="bucket away"),
+        pytest.param("Waiting", Reading(asked=True), "PodPending", id="pod pending"),
+    ],
+)
+def test_stalled_says_why_a_step_does_not_get_on(state: Any, reading: Reading, reason: str) -> None:
+    world = training(runtime={"stalledAfter": "10m"})
+    world.becomes(state, why="pod x cannot be placed: 0/1 nodes" if state == "Waiting" else "")
+    world.reading = reading
+    assert world.look().again == world.now + timedelta(minutes=10)
+    world.wait(599)
+    assert told(world.look(), "Stalled")[0] == "False"
+    world.wait(1)
+    decided = world.look()
+    assert told(decided, "Stalled") == ("True", reason)
+    assert told(decided, "Progressing")[0] == "False"
+    assert state != "Waiting" or "0/1 nodes" in decided.status.message
+    world.becomes("Running", why="")
+    world.reading = progress("vanilla", done=10)
+    assert told(world.look(), "Stalled")[0] == "False"
+
+
+def test_a_missing_kubeflow_stops_a_run_before_anything_is_spent_and_never_switches_the_backend() -> None:
+    world = World(backend_missing=True)
+    decided = world.look()
+    assert (decided.actions, decided.status.phase, told(decided, "Stalled")) == ((), "Pending", ("True", "KubeflowMissing"))
+    world.backend_missing = False
+    assert world.look().actions == (Create("preprocess", 1),)
+
+
+def test_the_finalizer_follows_the_deletion_policy() -> None:
+    world = World({"deletionPolicy": "Delete"})
+    assert world.look().actions == (Finalizer(True), Create("preprocess", 1))
+    world.spec = {"deletionPolicy": "Retain"}
+    assert world.look().actions == (Finalizer(False),)
+
+
+@pytest.mark.parametrize(
+    "spec, actions",
+    [
+        pytest.param({"deletionPolicy": "Retain"}, (Finalizer(False),), id="changed to Retain while deleting"),
+        pytest.param({"deletionPolicy": "Delete"}, (ClearBucket(), Finalizer(False)), id="Delete"),
+    ],
+)
+def test_a_deleted_run_without_a_living_child(spec: dict[str, Any], actions: tuple[Any, ...]) -> None:
+    world = World(spec, deleting=True, finalizer=True)
+    assert world.look().actions == actions
+
+
+def test_a_deleted_run_that_cannot_be_read_goes_without_its_bucket() -> None:
+    world = World({"nonsense": 1}, deleting=True, finalizer=True)
+    assert [type(action) for action in world.decide().actions] == [KeepBucket, Finalizer]
+
+
+def test_a_deleted_run_without_finalizer_is_left_to_garbage_collection() -> None:
+    world = training()
+    world.deleting = True
+    assert world.look().actions == ()
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_finished_run_is_deleted_when_its_time_has_come(failed: bool) -> None:
+    world = training(ttlAfterFinished="1h", runtime={"attempts": 1})
+    world.becomes("Failed" if failed else "Succeeded", ERROR if failed else None)
+    world.reading = progress("vanilla", state="Succeeded", iteration=6, done=1000)
+    assert world.look().again == world.now + timedelta(hours=1)
+    world.wait(3600)
+    assert world.look().actions == (DeleteRun(),)
+
+
+def test_children_of_old_attempts_are_removed() -> None:
+    world = training()
+    for attempt in range(1, 6):
+        world.becomes("Failed", ERROR)
+        world.reading = progress("vanilla", attempt, iteration=attempt)
+        world.look()
+        world.wait(60)
+        world.look()
+    kept = sorted(name for name in world.children if "vanilla" in name)
+    assert kept == ["first-vanilla-a4", "first-vanilla-a5", "first-vanilla-a6"]
+
+
+def test_kueue_admits_where_there_is_a_queue() -> None:
+    world = World({"runtime": {"queueName": "team", "backend": "Job"}})
+    world.look()
+    world.becomes("Waiting", held=True, why="Job first-preprocess-a1 is suspended by its queue")
+    assert world.look().status.phase == "Queued"
+    world.becomes("Running", held=False, why="")
+    assert world.look().status.phase == "Running"
+
+
+def test_what_a_job_reports_becomes_a_condition_and_stays_until_it_says_otherwise() -> None:
+    world = training()
+    said = {"type": "RouterCollapse", "status": "True", "reason": "DeadExpert", "message": "layer 7"}
+    world.reading = progress("vanilla", conditions=[said])
+    assert told(world.look(), "RouterCollapse") == ("True", "DeadExpert")
+    world.reading = AWAY
+    assert told(world.look(), "RouterCollapse")[0] == "True"
+    world.reading = progress("vanilla", conditions=[{**said, "status": "False"}])
+    assert told(world.look(), "RouterCollapse")[0] == "False"
+
+
+def test_a_look_that_finds_nothing_new_changes_no_byte_of_the_status() -> None:
+    world = training()
+    world.reading = progress("vanilla", iteration=3, done=500, loss=2.5)
+    before = world.look().status
+    world.wait(5)
+    assert world.look().status == before
+    assert Status.model_validate(before.dump()) == before
