@@ -49,6 +49,8 @@ def entrypoint(role: str, arguments: list[str] | None = None) -> tuple[DistillRu
     """
     sys.excepthook = end
     configure_logging()
+    if "LOCAL_RANK" not in os.environ and (message := failure.termination_log()):
+        message.write_bytes(b"")  # an earlier process's last word, by hand; ranks share their launcher's file
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: stop(stopping, number, frame))
     given = parse(role, arguments)

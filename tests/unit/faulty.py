@@ -36,7 +36,7 @@ class Fault:
 
 
 class Faulty(ThreadingHTTPServer):
-    """The proxy; `requests` is what it was asked, as "METHOD path?query"."""
+    """The proxy; `requests` is what it was asked, as "METHOD path?query", and `headers` each request's header fields in lower case."""
 
     daemon_threads = True
 
@@ -50,12 +50,13 @@ class Faulty(ThreadingHTTPServer):
             self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self.headers: list[dict[str, str]] = []
         self.release = threading.Event()
         self._lock = threading.Lock()
 
     def reset(self) -> None:
         """No fault, nothing seen, nothing held."""
-        self.faults, self.requests = [], []
+        self.faults, self.requests, self.headers = [], [], []
         self.release.clear()
 
     def take(self, request: str) -> Kind | None:
@@ -85,6 +86,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Any method."""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
         fault = self.server.take(f"{self.command} {self.path}")
         if fault == "503":
             self.answer(503, [("Content-Length", "0")], b"")

@@ -73,7 +73,7 @@ def test_an_altered_object_is_refused(s3: S3, bucket: Bucket, tmp_path: Path, si
     lies_at(s3, bucket, "things/one").write_bytes(change(data))
     for read in (lambda: bucket.download(stored, tmp_path / "target"), lambda: bucket.read(stored, size - 1, size)):
         with pytest.raises(StorageError, match=f"^{bucket.url('things/one')}: {says}. The object was changed after it was written; delete"
-                           " the manifest that names it to have it built again.$") as caught:
+                           " the folder whose manifest names it to have it built again.$") as caught:
             read()
         assert caught.value.reason == "Altered" and not caught.value.retriable
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -283,6 +283,17 @@ def test_the_environment_has_no_say_beside_credentials_of_ones_own(s3: S3, bucke
     assert os.environ["AWS_ACCESS_KEY_ID"] == "another"
     nowhere = Bucket.open(Storage(bucket=bucket.name), credentials=Credentials("a", "b"), patience=HASTY)
     assert nowhere.endpoint == "https://s3.amazonaws.com"
+
+
+@pytest.mark.parametrize("style, address", [
+    ("path", "https://s3.example.com/vpmoe/k"), ("virtual", "https://vpmoe.s3.example.com/k"), ("auto", "https://s3.example.com/vpmoe/k"),
+])
+def test_addressing_and_region_are_the_run_s(style: str, address: str) -> None:
+    spec = Storage.model_validate(
+        {"endpoint": "https://s3.example.com", "bucket": "vpmoe", "region": "eu-central-7", "addressingStyle": style})
+    client = Bucket.open(spec, credentials=Credentials("a", "b"))._client
+    url, _, query = client.generate_presigned_url("get_object", {"Bucket": "vpmoe", "Key": "k"}).partition("?")
+    assert url == address and "%2Feu-central-7%2Fs3%2F" in query
 
 
 def test_credentials_are_never_shown() -> None:

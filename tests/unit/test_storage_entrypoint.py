@@ -70,6 +70,16 @@ def test_a_job_alone_has_no_worker_index(start: Start, monkeypatch: pytest.Monke
     assert start()[1].worker is None
 
 
+def test_a_new_process_clears_an_old_last_word_and_a_rank_does_not(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "termination").write_text("old")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    start("train")
+    assert (tmp_path / "termination").read_text() == "old"
+    monkeypatch.delenv("LOCAL_RANK")
+    start("train")
+    assert (tmp_path / "termination").read_text() == ""
+
+
 @pytest.mark.parametrize("error, code, kind", [
     (Permanent("no\nway"), 65, "Permanent"), (Retriable("later"), 75, "Retriable"), (Terminated("saved"), 143, "Terminated"),
     (StorageError("away", "Unreachable"), 75, "Retriable"), (ZeroDivisionError("by zero"), 70, "Internal"),

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -146,6 +147,21 @@ def test_what_is_refused_is_not_tried_again(proxy: Faulty, shaky: Bucket) -> Non
     with pytest.raises(StorageError, match="there is no such object"):
         shaky.get("not-there")
     assert proxy.count("GET") == 1
+
+
+def test_no_request_asks_for_what_some_store_lacks(proxy: Faulty, shaky: Bucket, source: Path, tmp_path: Path) -> None:
+    shaky.probe()
+    stored = shaky.put_file("d/f", source, {"step": "x"})
+    shaky.download(stored, tmp_path / "target")
+    shaky.write_json("d/progress.json", {})
+    shaky.delete_prefix("d")
+    assert {request.partition(" ")[0] for request in proxy.requests} == {"PUT", "POST", "GET", "DELETE"}
+    for request, headers in zip(proxy.requests, proxy.headers, strict=True):
+        extra = [name for name in headers if re.match("x-amz-(checksum|trailer|sdk-checksum|tagging)|if-match|content-encoding", name)]
+        assert not extra, request
+        assert re.fullmatch(r"[0-9a-f]{64}", headers["x-amz-content-sha256"]), "the store is told what each body must be"
+        assert "if-none-match" not in headers or re.match(r"PUT [^?]*/\.probe/", request), request
+    assert not proxy.count(r"\?delete"), "removal of many at once wants a checksum that stores disagree on"
 
 
 UPLOADER = """

@@ -46,7 +46,7 @@ def test_sound_manifests_are_proved_and_strangers_noted(bucket: Bucket, tmp_path
 
 
 @pytest.mark.parametrize("name, data, says", [
-    pytest.param("train/large", b"x" * (BLOCK + 7), "sha256 of block 0 is .*, its manifest says .*delete the manifest", id="altered"),
+    pytest.param("train/large", b"x" * (BLOCK + 7), "sha256 of block 0 is .*, its manifest says .*delete the folder", id="altered"),
     pytest.param("train/small", b"x", "1 bytes, its manifest says 3", id="truncated"),
     pytest.param("empty", b"x", "1 bytes, its manifest says 0", id="grown"),
     pytest.param("train/small", None, "there is no such object", id="gone"),

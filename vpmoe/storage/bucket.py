@@ -40,6 +40,9 @@ MAX_PARTS = 10_000
 MAX_METADATA = 2048
 """S3's bound on an object's own metadata: bytes of all names and values."""
 
+FOLDER = "the folder whose manifest names it"
+"""What to delete where an object in it was altered. Its manifest alone is not enough: records beside it say that its parts are done."""
+
 
 @dataclass(frozen=True)
 class Object:
@@ -261,7 +264,7 @@ class Bucket:
     def blocks(self, stored: Stored) -> Iterator[bytes]:
         """All blocks of an object in order, each proved. Of an empty object, that it is there and empty."""
         if stored.size == 0:
-            self._prove(stored.key, lambda: (b"", size_fault(self.head(stored.key).size, 0)), "the manifest that names it")
+            self._prove(stored.key, lambda: (b"", size_fault(self.head(stored.key).size, 0)), FOLDER)
         return in_order(lambda index: self._block(stored, index), range(len(stored.blocks)), THREADS)
 
     def head(self, key: str) -> Object:
@@ -295,7 +298,7 @@ class Bucket:
             return data, size_fault(size, stored.size) or (
                 None if found == stated else f"sha256 of block {index} is {found}, its manifest says {stated}")
 
-        return self._prove(stored.key, proved, "the manifest that names it")
+        return self._prove(stored.key, proved, FOLDER)
 
     def _range(self, key: str, start: int, stop: int) -> tuple[bytes, int, str]:
         """Bytes [start, stop) as far as there are any, the whole object's size, its ETag."""
