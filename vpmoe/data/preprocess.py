@@ -172,8 +172,8 @@ def store_part(job: Job, number: int, part: Part, scratch: tempfile.TemporaryDir
             "versions differ between the two; delete the data set's folder and build it with one image.")
     tokens = sum(facts["tokens"] for facts in record["splits"].values())
     speed = tokens / (time.monotonic() - started)
-    log.info("Part %d: %d of %d rows kept, %d tokens, %.2f M tokens/s", number,
-             sum(facts["documents"] for facts in record["splits"].values()), part.rows, tokens, speed / 1e6)
+    kept = sum(facts["documents"] for facts in record["splits"].values())
+    log.info(f"Part {number}: {kept:,} of {part.rows:,} rows kept, {tokens:,} tokens, {speed:,.0f} tokens/s")
     report(job, f"Part {number} done", speed)
 
 
@@ -222,7 +222,8 @@ def finish(job: Job, recipe: Recipe, rows: int) -> None:
     if not facts["documents"]:
         raise Permanent(f"dataset.source: none of {facts['rows']} rows is left. Dropped: {facts['dropped']}.")
     write_manifest(dataset, settings(job.run), recipe.thresholds, records, job.provenance, bucket)
-    log.info("Complete: %d documents, %d tokens; dropped %s", facts["documents"], facts["tokens"], facts["dropped"])
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in facts["dropped"].items()) or "none"
+    log.info(f"Complete: {facts['documents']:,} documents, {facts['tokens']:,} tokens; rows dropped: {dropped}")
     report_success(job, "Complete")
 
 

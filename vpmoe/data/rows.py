@@ -4,11 +4,9 @@ A shard is streamed a row group at a time, so one that is damaged costs only its
 how they become text is text.py's business, and what is made of them encode.py's.
 """
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import datasets
 import fsspec
@@ -18,7 +16,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from vpmoe.data.inputs import Shard
-from vpmoe.data.shard_files import address
+from vpmoe.data.shard_files import Source
 from vpmoe.data.text import Unreadable
 from vpmoe.failure import Permanent, Retriable
 from vpmoe.storage import Bucket
@@ -57,7 +55,8 @@ class ShardReader:
 
     def __init__(self, shard: Shard, bucket: Bucket, columns: Sequence[str]) -> None:
         self.shard = shard
-        self._url, self._options = address(shard, bucket)
+        self._source = None if shard.url.startswith("hf://") else Source(shard, bucket)
+        self._url = shard.url if self._source is None else self._source.url
         footer = self._footer()
         self._columns = _present(shard, footer.schema.to_arrow_schema(), columns)
         self._groups = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
@@ -71,23 +70,27 @@ class ShardReader:
         """
         if not self.rows:
             return
-        stream = self._stream(size)
-        first = 0
-        for group, rows in enumerate(self._groups):
-            row = first
-            try:
-                for table in stream.shard(len(self._groups), group).iter(batch_size=size):
-                    for batch in table.combine_chunks().to_batches():
-                        yield Batch(row, batch)
-                        row += batch.num_rows
-            except (pa.ArrowException, OSError, httpx2.HTTPError) as error:
-                self._raise_unless_damage(error)
-                yield Unreadable(row, first + rows, f"row group {group} is damaged: {error}")
-            first += rows
+        with tempfile.TemporaryDirectory(prefix="vpmoe-datasets-") as cache:
+            stream = self._stream(size, cache)
+            first = 0
+            for group, rows in enumerate(self._groups):
+                yield from self._group(stream, group, first, size)
+                first += rows
 
-    def _stream(self, size: int) -> datasets.IterableDataset:
-        """The data set that is this one file, with one shard for each row group."""
-        cache = Path(tempfile.gettempdir()) / f"vpmoe-datasets-{os.getuid()}"  # for the library's lock files; rows are not cached
+    def _group(self, stream: datasets.IterableDataset, group: int, first: int, size: int) -> Iterator[Batch | Unreadable]:
+        """The rows of one row group, the first of which is row `first` of the file."""
+        row, stop = first, first + self._groups[group]
+        try:
+            for table in stream.shard(len(self._groups), group).iter(batch_size=size):
+                for batch in table.combine_chunks().to_batches():
+                    yield Batch(row, batch)
+                    row += batch.num_rows
+        except (pa.ArrowException, OSError, httpx2.HTTPError) as error:
+            self._raise_unless_damage(error)
+            yield Unreadable(row, stop, f"row group {group} is damaged: {error}")
+
+    def _stream(self, size: int, cache: str) -> datasets.IterableDataset:
+        """The data set that is this one file, with one shard for each row group; `cache` is for the library's lock files, not for rows."""
         stream = datasets.load_dataset(
             "parquet",
             data_files=[self._url],
@@ -95,15 +98,15 @@ class ShardReader:
             streaming=True,
             columns=self._columns,
             batch_size=size,
-            fragment_scan_options=pads.ParquetFragmentScanOptions(use_buffered_stream=True, buffer_size=BUFFER, pre_buffer=False),
-            storage_options={self._url.partition("://")[0]: self._options},
-            cache_dir=str(cache),
+            fragment_scan_options=pads.ParquetFragmentScanOptions(
+                use_buffered_stream=True, buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True),
+            cache_dir=cache,
         )
         return stream.reshard().with_format("arrow")
 
     def _footer(self) -> pq.FileMetaData:
         try:
-            with fsspec.open(self._url, "rb", **self._options) as file:
+            with fsspec.open(self._url, "rb") as file:
                 return pq.read_metadata(file)
         except (pa.ArrowException, OSError, httpx2.HTTPError) as error:
             self._raise_unless_damage(error)

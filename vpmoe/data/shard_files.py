@@ -4,7 +4,9 @@ S3 shards get a file system of their own over vpmoe.storage: one way to reach th
 come from the very object that was listed. Files of a Hugging Face data set have fsspec's hf://, at the commit that was resolved.
 """
 
+import uuid
 from typing import Any
+from weakref import WeakValueDictionary
 
 import fsspec
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
@@ -18,11 +20,21 @@ FOOTER = 1 << 16
 """Bytes at a file's end that Arrow asks for first, once for each row group that is read."""
 
 
+OPEN: "WeakValueDictionary[str, Source]" = WeakValueDictionary()
+"""Open shards by their path. Handing a Source over as an option of the file system would read the wrong shard: the datasets library
+opens every file in a process with the options of the data set that was loaded last."""
+
+
 class Source:
-    """Where the ranges of one S3 shard come from. Its end is kept, since every opening of the shard begins there."""
+    """Where the ranges of one S3 shard come from, open for fsspec under `url` as long as it lives.
+
+    The shard's end is kept, since every opening begins there.
+    """
 
     def __init__(self, shard: Shard, bucket: Bucket) -> None:
         name, key = paths.split_url(shard.url)
+        self.url = f"{PROTOCOL}://{uuid.uuid4().hex}/{name}/{key}"
+        OPEN[InputFileSystem._strip_protocol(self.url)] = self
         self.size = shard.size
         self._store = bucket.other(name)
         self._object = Object(key, shard.size, shard.etag)
@@ -39,20 +51,17 @@ class Source:
 
 
 class InputFileSystem(AbstractFileSystem):  # type: ignore[misc]
-    """The part of fsspec's interface that reading a known object needs."""
+    """The part of fsspec's interface that reading an open shard needs."""
 
     protocol = PROTOCOL
-    cachable = False  # instances hold a Source
-
-    def __init__(self, source: Source, **options: Any) -> None:
-        super().__init__(**options)
-        self._source = source
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
-        return {"name": self._strip_protocol(path), "size": self._source.size, "type": "file"}
+        """Size of an open shard."""
+        path = self._strip_protocol(path)
+        return {"name": path, "size": OPEN[path].size, "type": "file"}
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> "InputFile":
-        return InputFile(self, path, self._source)
+        return InputFile(self, path, OPEN[self._strip_protocol(path)])
 
 
 class InputFile(AbstractBufferedFile):  # type: ignore[misc]
@@ -67,10 +76,3 @@ class InputFile(AbstractBufferedFile):  # type: ignore[misc]
 
 
 fsspec.register_implementation(PROTOCOL, InputFileSystem, clobber=True)
-
-
-def address(shard: Shard, bucket: Bucket) -> tuple[str, dict[str, Any]]:
-    """What fsspec opens for a shard: a URL, and the options of that URL's protocol."""
-    if shard.url.startswith("hf://"):
-        return shard.url, {}
-    return f"{PROTOCOL}://{shard.url.removeprefix('s3://')}", {"source": Source(shard, bucket)}
