@@ -23,6 +23,9 @@ def main() -> int:
     except ClusterError as error:
         say(f"error: {error}")
         return 1
+    except KeyboardInterrupt:
+        say("interrupted: what was begun is cleaned up by the next up or down")
+        return 130
     return 0
 
 

@@ -64,9 +64,13 @@ def folder(target: Target) -> Path:
 
 
 def compile_whole(target: Target, done: Path) -> None:
-    """Compile beside `done` and rename. The caller holds the target's lock, so what lies beside it is a killed build's."""
-    building, log = done.with_suffix(".building"), done.with_suffix(".log")
-    shutil.rmtree(building, ignore_errors=True)
+    """Compile beside `done` and rename. The caller holds the target's lock, so what lies beside it is a killed build's.
+
+    A killed build's compiler may still be writing: this build has a folder of its own.
+    """
+    for left in cache().glob(f"{done.name}.building-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    building, log = cache() / f"{done.name}.building-{os.getpid()}", done.with_suffix(".log")
     log.unlink(missing_ok=True)
     building.mkdir()
     needs.disk(cache(), 1)

@@ -35,7 +35,7 @@ START_SECONDS = 60
 
 def up() -> Cluster:
     """Start the cluster unless it runs. Raises ClusterError with the remedy where it cannot."""
-    needs.machine(STATE)
+    needs.machine()
     folders, mounts = sources()
     with one_caller():
         files = configuration.render(folders, mounts, default_container())
@@ -50,6 +50,7 @@ def up() -> Cluster:
 
 def begin(folders: configuration.Folders, files: Mapping[str, str], images: bytes, fingerprint: str) -> None:
     """Start a cluster where none runs, and write `ready.json` when all of it answers."""
+    needs.disk(STATE, 2)
     host.sweep(STATE)
     host.subnet_is_free()
     prepare(folders, files, images)
@@ -75,6 +76,7 @@ def down() -> None:
             if not abandoned(node) and node.state != STATE:
                 raise ClusterError(elsewhere(node))
             host.end(node)
+            host.sweep(node.state)
         host.sweep(STATE)
         if STATE.exists():
             shutil.rmtree(STATE)
@@ -107,6 +109,7 @@ def is_running(fingerprint: str) -> bool:
     if abandoned(node):
         say(f"ending process {node.pid}, a cluster whose checkout is gone ({node.state})")
         host.end(node)
+        host.sweep(node.state)
         return False
     if node.state != STATE:
         raise ClusterError(elsewhere(node))
@@ -164,10 +167,10 @@ def default_container() -> dict[str, object]:
 
 def prepare(folders: configuration.Folders, files: Mapping[str, str], images: bytes) -> None:
     """Write all that the node reads, and what its user does: kubeconfig and programs."""
+    if (STATE / "logs").exists():  # those of a node that was killed were there to be read until now
+        shutil.rmtree(STATE / "logs")
     for name in ("bin", "logs/pods", "kubelet", "config/cni", "s3"):
         (STATE / name).mkdir(parents=True, exist_ok=True)
-    for log in STATE.glob("logs/*.log"):
-        log.unlink()
     for name, text in files.items():
         (STATE / "config" / name).write_text(text)
     (STATE / "config" / "images.tar").write_bytes(images)

@@ -37,13 +37,12 @@ GO = (1, 26)
 """What the newest module in kube/go.mod asks for. From 1.21 on, an older Go fetches this one by itself."""
 
 
-def machine(state: Path) -> None:
-    """Raise ClusterError unless this machine can hold the node, whose state is to lie in `state`."""
+def machine() -> None:
+    """Raise ClusterError unless this machine can hold the node. Packages are installed where that is possible."""
     if sys.platform != "linux":
         raise ClusterError(f"the development cluster needs Linux, this is {sys.platform}. {ELSEWHERE}")
     root()
     packages(NODE_PACKAGES)
-    disk(state, 2)
 
 
 def root() -> None:

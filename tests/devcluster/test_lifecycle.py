@@ -20,7 +20,7 @@ NAMESPACES = ("--mount", "--mount-proc", "--pid", "--fork", "--net", "--kill-chi
 FIRST_PROCESS = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); signal.pause()"  # leaves no orphan unreaped
 KERNEL_SETTINGS = " ".join(f"/proc/sys/{name}" for name in configuration.KERNEL_SETTINGS)
 TRACES = {
-    "processes": "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline | cut -c1-100; done | grep -v 'sh -c' | sort",
+    "processes": "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline; echo; done",  # no pipe: its processes would be among them
     "mounts": "cut -d' ' -f1,2,3 /proc/self/mounts",
     "links and addresses": "ip -oneline address show | cut -c1-60",
     "routes": "ip route show table all",
