@@ -103,6 +103,7 @@ def build_pytorchjob(attempt: Attempt, stage: Stage) -> Json:
     """A PyTorchJob of one Master and as many Workers as the layout has further pods."""
     shape = layout(attempt.run.spec, stage)
     pod = _pod(attempt, role="train", container="pytorch", gpus=shape.processes_per_pod)
+    pod["spec"].pop("restartPolicy")  # here it is the replica's; in both places the training operator warns
     replica = {"restartPolicy": "Never", "template": pod}
     replicas = {"Master": {"replicas": 1, **replica}}
     if shape.pods > 1:

@@ -1,0 +1,158 @@
+"""A namespace and a bucket for runs of stand-in jobs: apply, look, wait. The jobs are tests/cluster/standin's, everything else is real."""
+
+import copy
+import json
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import yaml
+
+from tests import install
+from tests.devcluster import ClusterError
+from tests.devcluster.access import Cluster
+
+ROOT = Path(__file__).parents[2]
+IMAGE = "vpmoe/standin:dev"
+FAST = ["--set", "resyncSeconds=1", "--set", "backoff.baseSeconds=1", "--set", f"images.trainer={IMAGE}"]
+"""Helm values with which the operator runs stand-ins, and users do not wait."""
+
+
+def operator(cluster: Cluster, *arguments: str) -> None:
+    """The installed operator with other values."""
+    place = ["distill-operator", "charts/distill-operator", "--namespace", install.NAMESPACE]
+    cluster.helm("upgrade", *place, "--reuse-values", *arguments, "--wait", "--timeout", "2m")
+
+
+def restore(cluster: Cluster) -> None:
+    """The operator as its users install it."""
+    install.operator(cluster)
+
+
+@dataclass
+class Team:
+    """A namespace with the storage Secret, and a bucket of its own."""
+
+    cluster: Cluster
+    namespace: str
+    bucket: str
+    s3: Any
+
+    @classmethod
+    def create(cls, cluster: Cluster, namespace: str) -> "Team":
+        store = cluster.s3
+        client = boto3.client(
+            "s3", endpoint_url=store.endpoint, aws_access_key_id=store.access_key, aws_secret_access_key=store.secret_key,
+            region_name="us-east-1",
+        )  # fmt: skip
+        bucket = f"team-{secrets.token_hex(4)}"
+        client.create_bucket(Bucket=bucket)
+        return cls(cluster, namespace, bucket, client)
+
+    def kubectl(self, *arguments: str, input: str | None = None) -> str:
+        return self.cluster.kubectl("--namespace", self.namespace, *arguments, input=input)
+
+    def manifest(self, name: str, words: str = "", **changes: Any) -> dict[str, Any]:
+        """A run of one GPU; `words` are its stand-ins' script, `changes` replace parts of its spec."""
+        spec = {
+            "dataset": {"source": f"s3://{self.bucket}/none", "maxLength": 512, "workers": 1, "conversation": {"identity": words or "-"}},
+            "teacher": {"model": "s3://models/none", "gpus": 0},
+            "student": {"shape": "tiny", "gpus": 1},
+            "training": {"sequenceLength": 512, "globalBatchTokens": 4096},
+            "stages": [{"name": "vanilla", "kind": "Vanilla", "tokens": 6000}],
+            "storage": self.storage(install.SECRET),
+            **copy.deepcopy(changes),
+        }
+        return {"apiVersion": "vpmoe.dev/v1alpha1", "kind": "DistillRun", "metadata": {"name": name}, "spec": spec}
+
+    def apply(self, name: str, words: str = "", **changes: Any) -> None:
+        self.kubectl("apply", "--filename", "-", input=yaml.safe_dump(self.manifest(name, words, **changes)))
+
+    def patch(self, name: str, **spec: Any) -> None:
+        self.kubectl("patch", "distillrun", name, "--type=merge", "--patch", json.dumps({"spec": spec}))
+
+    def get(self, name: str) -> dict[str, Any]:
+        """The run; empty where there is none."""
+        found = self.kubectl("get", "distillrun", name, "--ignore-not-found", "--output=json")
+        return json.loads(found) if found else {}
+
+    def status(self, name: str) -> dict[str, Any]:
+        return dict(self.get(name).get("status", {}))
+
+    def step(self, name: str, step: str = "vanilla") -> dict[str, Any]:
+        """Status of a step; empty before there is one."""
+        return next((found for found in self.status(name).get("steps", []) if found["name"] == step), {})
+
+    def condition(self, name: str, kind: str) -> dict[str, Any]:
+        return next((found for found in self.status(name).get("conditions", []) if found["type"] == kind), {})
+
+    def until(self, name: str, true: Callable[[], bool], what: str, seconds: float = 240) -> None:
+        """Wait until it is so, or fail with what the run says."""
+        end = time.monotonic() + seconds
+        while not true():
+            if time.monotonic() > end:
+                pytest.fail(f"not within {seconds:g} s: {what}\n{self.kubectl('describe', 'distillrun', name)}")
+            time.sleep(0.3)
+
+    def phase(self, name: str, *phases: str, seconds: float = 240) -> dict[str, Any]:
+        """Wait for one of the phases; the status then."""
+        self.until(name, lambda: self.status(name).get("phase") in phases, f"{name} is {' or '.join(phases)}", seconds)
+        return self.status(name)
+
+    def trains(self, name: str) -> None:
+        """Wait until training has reported a checkpoint of its latest attempt."""
+        self.until(name, lambda: self.step(name).get("checkpoint", {}).get("iteration", 0) > 0, f"{name} has a checkpoint")
+
+    def secret(self, name: str) -> dict[str, Any]:
+        """The storage of a run whose credentials are in another Secret, which is made."""
+        store = self.cluster.s3
+        keys = [f"--from-literal=AWS_ACCESS_KEY_ID={store.access_key}", f"--from-literal=AWS_SECRET_ACCESS_KEY={store.secret_key}"]
+        self.kubectl("create", "secret", "generic", name, *keys)
+        return self.storage(name)
+
+    def storage(self, secret: str, endpoint: str = "") -> dict[str, Any]:
+        """A run's storage with those credentials, at that address."""
+        return {"endpoint": endpoint or self.cluster.s3.endpoint, "bucket": self.bucket, "credentialsSecret": secret}
+
+    def objects(self, kind: str, name: str) -> list[dict[str, Any]]:
+        """Objects of a run by its label."""
+        listed = self.kubectl("get", kind, "--selector", f"vpmoe.dev/run={name}", "--output=json")
+        return list(json.loads(listed)["items"])
+
+    def children(self, name: str) -> list[str]:
+        """Names of all Jobs and PyTorchJobs of a run."""
+        return sorted(found["metadata"]["name"] for found in self.objects("jobs,pytorchjobs", name))
+
+    def reasons(self, name: str) -> list[str]:
+        """Reasons of the Events about a run."""
+        listed = json.loads(self.kubectl("get", "events", "--field-selector", f"involvedObject.name={name}", "--output=json"))["items"]
+        return [event["reason"] for event in sorted(listed, key=lambda event: event["firstTimestamp"] or "")]
+
+    def starts(self, name: str) -> list[tuple[int, int]]:
+        """(attempt, first step) of each training process that started, in order."""
+        folder = f"{self.folder(name)}/standin/vanilla/"
+        keys = [found["Key"] for found in self.s3.list_objects_v2(Bucket=self.bucket, Prefix=folder).get("Contents", [])]
+        found = [json.loads(self.s3.get_object(Bucket=self.bucket, Key=key)["Body"].read()) for key in keys]
+        return sorted((one["attempt"], one["from"]) for one in found)
+
+    def folder(self, name: str) -> str:
+        """The run's folder in the bucket."""
+        return str(self.status(name)["provenance"]["folder"]).removeprefix(f"s3://{self.bucket}/")
+
+    def kept(self, folder: str) -> bool:
+        """Whether there is anything in a folder of the bucket."""
+        return bool(self.s3.list_objects_v2(Bucket=self.bucket, Prefix=folder + "/").get("Contents"))
+
+
+def refused(command: Callable[[], object]) -> str:
+    """What is said against a command that must not succeed."""
+    try:
+        command()
+    except ClusterError as error:
+        return str(error)
+    raise AssertionError("it was accepted")

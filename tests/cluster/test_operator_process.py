@@ -1,0 +1,112 @@
+"""The operator's process on a real control plane: killed at every write, two at a time, cut off from its lease, without Kubeflow."""
+
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import install
+from tests.cluster import team as teams
+from tests.cluster.gate import Gate, Process, children
+from tests.cluster.team import Team
+from tests.conftest import wait_until
+from tests.devcluster.access import Cluster
+
+
+@pytest.fixture(scope="module")
+def team(cluster: Cluster, namespace: str) -> Iterator[Team]:
+    """The installed operator steps aside: these tests run their own."""
+    teams.operator(cluster, "--set", "replicas=0")
+    cluster.kubectl("wait", "--for=delete", "pod", "--selector=app.kubernetes.io/name=distill-operator", f"--namespace={install.NAMESPACE}")
+    yield Team.create(cluster, namespace)
+    teams.restore(cluster)
+
+
+@pytest.fixture
+def gate(cluster: Cluster, team: Team) -> Iterator[Gate]:
+    cluster.kubectl("delete", "lease", "distill-operator", "--ignore-not-found", f"--namespace={install.NAMESPACE}")
+    with Gate(cluster) as gate:
+        yield gate
+
+
+def test_killed_at_every_write_of_a_run_it_never_makes_a_duplicate_and_always_finishes(team: Team, gate: Gate, tmp_path: Path) -> None:
+    """Each process makes one write, which takes effect, and dies before it hears so: the state before and after every write is met."""
+    operator = Process(gate, tmp_path, team.namespace)
+    died: list[str] = []
+
+    def die(method: str, path: str) -> None:
+        if "/leases" not in path:
+            operator.kill()
+            died.append(f"{method} {path}")
+
+    team.apply("mortal", "steps=4 every=2 pause=0 kill=1:2", deletionPolicy="Delete")
+    gate.after_write = die
+    for _ in range(80):
+        operator.start()
+        wait_until(lambda: operator.process.poll() is not None or team.status("mortal").get("phase") == "Succeeded", "one more write", 240)
+        if team.status("mortal").get("phase") == "Succeeded":
+            break
+    operator.kill()
+    assert team.phase("mortal", "Succeeded", seconds=1)["phase"] == "Succeeded", died
+    assert sorted(children(gate.written)) == ["jobs", "pytorchjobs", "pytorchjobs"]
+    assert team.children("mortal") == ["mortal-preprocess-a1", "mortal-vanilla-a1", "mortal-vanilla-a2"]
+    assert team.starts("mortal") == [(1, 0), (2, 2)]
+    assert len(died) > 10, "it wrote its status, its finalizer, Events, a ConfigMap and children, and died each time"
+    team.patch("mortal", deletionPolicy="Retain")
+    gate.after_write = lambda method, path: None
+    operator.start()
+    team.kubectl("delete", "distillrun", "mortal", "--timeout=60s")
+    assert operator.stop() == 0
+
+
+def test_a_standby_is_healthy_and_takes_over_when_the_holder_dies(team: Team, gate: Gate, tmp_path: Path) -> None:
+    first, second = (Process(gate, tmp_path, team.namespace, identity) for identity in ("first", "second"))
+    first.start()
+    wait_until(first.leads, "the first leads")
+    second.start()
+    for process in (first, second):
+        for probe in ("healthz", "readyz"):
+            assert urllib.request.urlopen(f"http://127.0.0.1:{process.port()}/{probe}").read() == b"ok\n"
+    assert "vpmoe_operator_leading 0.0" in metrics(second)
+    assert "vpmoe_operator_leading 1.0" in metrics(first)
+    first.kill()
+    wait_until(second.leads, "the second leads", 60)
+    team.apply("handed", "steps=1")
+    team.phase("handed", "Succeeded")
+    assert "vpmoe_operator_reconciles_total" in metrics(second)
+    assert second.stop() == 0
+    holder = team.cluster.kubectl(
+        "get", "lease", "distill-operator", f"--namespace={install.NAMESPACE}", "--output=jsonpath={.spec.holderIdentity}"
+    )
+    assert holder == "", "asked to stop, it lets the next one in at once"
+
+
+def metrics(process: Process) -> str:
+    return str(urllib.request.urlopen(f"http://127.0.0.1:{process.port()}/metrics").read().decode())
+
+
+def test_an_operator_that_has_lost_its_lease_ends_on_the_spot(team: Team, gate: Gate, tmp_path: Path) -> None:
+    operator = Process(gate, tmp_path, team.namespace)
+    operator.start()
+    wait_until(operator.leads, "it leads")
+    thief = '{"spec":{"holderIdentity":"thief"}}'
+    team.cluster.kubectl("patch", "lease", "distill-operator", f"--namespace={install.NAMESPACE}", "--type=merge", "--patch", thief)
+    assert operator.process.wait(timeout=30) == 70
+    assert "another process has taken it" in operator.log.read_text()
+
+
+def test_a_missing_kubeflow_is_said_and_never_worked_around(team: Team, gate: Gate, tmp_path: Path) -> None:
+    gate.rename = lambda path: path.replace("/apis/kubeflow.org/", "/apis/absent.kubeflow.org/")
+    operator = Process(gate, tmp_path, team.namespace)
+    operator.start()
+    team.apply("early", "steps=1")
+    team.apply("plain", "steps=1", runtime={"backend": "Job"})
+    team.until("early", lambda: team.condition("early", "Stalled").get("reason") == "KubeflowMissing", "early says what is missing")
+    assert "install the Kubeflow training operator" in team.status("early")["message"]
+    team.phase("plain", "Succeeded")
+    assert team.children("early") == []
+    gate.rename = lambda path: path
+    team.phase("early", "Succeeded")
+    assert team.children("early") == ["early-preprocess-a1", "early-vanilla-a1"]
+    assert operator.stop() == 0

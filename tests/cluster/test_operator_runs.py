@@ -1,0 +1,226 @@
+"""The operator against a real control plane, with real pods that run stand-ins of the jobs: one run a promise, all of them at once."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.cluster import team as teams
+from tests.cluster.relay import Relay
+from tests.cluster.team import Team, refused
+from tests.devcluster.access import Cluster
+from tests.devcluster.configuration import HOST
+
+LONG = "steps=200 pause=0.3 every=2"
+"""Trains for a minute: long enough to be stopped."""
+
+
+@pytest.fixture(scope="module")
+def relay(cluster: Cluster) -> Iterator[Relay]:
+    with Relay(cluster.s3.endpoint, HOST) as relay:
+        yield relay
+
+
+@pytest.fixture(scope="module")
+def team(cluster: Cluster, namespace: str, relay: Relay) -> Iterator[Team]:
+    """All runs of this module are applied at once, so that they share the time that pods take to start."""
+    teams.operator(cluster, *teams.FAST)
+    team = Team.create(cluster, namespace)
+    team.kubectl("apply", "--filename", "-", input=json.dumps(stranger("taken-preprocess-a1")))
+    team.apply("killed", "steps=6 every=2 kill=1:4")
+    team.apply("unkillable", "fail=1:0,2:0", runtime={"attempts": 2})
+    team.apply("refusing", "refuse=1:0")
+    team.apply("pair", "steps=3", student={"shape": "tiny", "gpus": 2, "gpusPerPod": 1})
+    team.apply("plain", "steps=3", runtime={"backend": "Job"}, ttlAfterFinished="1s")
+    team.apply("rescored", "", teacher={"model": "s3://models/none", "gpus": 1}, stages=[{"name": "later", "kind": "Rescored"}])
+    team.apply("taken", "steps=1")
+    team.apply("keyless", "steps=1", storage=team.storage("to-come"))
+    yield team
+    teams.restore(cluster)
+
+
+def stranger(name: str) -> dict[str, Any]:
+    """A Job of somebody else's, which never starts a pod."""
+    pod = {"restartPolicy": "Never", "containers": [{"name": "main", "image": teams.IMAGE}]}
+    spec = {"suspend": True, "template": {"spec": pod}}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": spec}
+
+
+def test_a_pod_that_is_killed_mid_training_resumes_from_its_checkpoint_as_attempt_2(team: Team) -> None:
+    status = team.phase("killed", "Succeeded", "Failed")
+    assert status["phase"] == "Succeeded", status["message"]
+    assert team.starts("killed") == [(1, 0), (2, 4)]
+    assert team.children("killed") == ["killed-preprocess-a1", "killed-vanilla-a1", "killed-vanilla-a2"]
+    assert {"StepStarted", "StepRetrying", "StepSucceeded", "RunSucceeded"} <= set(team.reasons("killed"))
+    events = team.kubectl("get", "events", "--field-selector", "involvedObject.name=killed,reason=StepRetrying", "--output=json")
+    message = json.loads(events)["items"][0]["message"]
+    assert message.startswith("step vanilla failed (attempt 1 of 3): pod killed-vanilla-a1-master-0, container pytorch, exit 137 (killed)")
+    team.kubectl("wait", "--for=condition=Succeeded", "distillrun/killed", "--timeout=5s")
+
+
+def test_failures_in_a_row_fail_the_run_and_raising_attempts_revives_it(team: Team) -> None:
+    status = team.phase("unkillable", "Failed", "Succeeded")
+    assert status["phase"] == "Failed"
+    assert "attempt 2 of 2" in status["message"]
+    assert "stand-in fails at step 0" in status["message"]
+    assert team.condition("unkillable", "Failed")["reason"] == "AttemptsExhausted"
+    team.kubectl("wait", "--for=condition=Failed", "distillrun/unkillable", "--timeout=5s")
+    team.patch("unkillable", runtime={"attempts": 3})
+    assert team.phase("unkillable", "Succeeded")["phase"] == "Succeeded"
+    assert team.step("unkillable")["attempt"] == 3
+
+
+def test_a_permanent_failure_is_not_tried_again(team: Team) -> None:
+    status = team.phase("refusing", "Failed", "Succeeded")
+    assert status["phase"] == "Failed"
+    assert "stand-in refuses at step 0" in status["message"]
+    assert team.condition("refusing", "Failed")["reason"] == "PermanentFailure"
+    assert team.children("refusing") == ["refusing-preprocess-a1", "refusing-vanilla-a1"]
+
+
+def test_one_gpu_a_pod_makes_a_master_and_a_worker(team: Team) -> None:
+    team.phase("pair", "Succeeded")
+    pods = [pod for pod in team.objects("pods", "pair") if pod["metadata"]["labels"]["vpmoe.dev/step"] == "vanilla"]
+    assert {pod["metadata"]["labels"]["training.kubeflow.org/replica-type"] for pod in pods} == {"master", "worker"}
+    assert {pod["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] for pod in pods} == {"1"}
+
+
+def test_the_job_backend_needs_no_kubeflow_and_a_finished_run_expires(team: Team) -> None:
+    team.until("plain", lambda: not team.get("plain") and not team.children("plain"), "plain and its children are gone")
+    assert "RunSucceeded" in team.reasons("plain")
+
+
+def test_a_run_with_stages_to_come_says_so_and_spends_nothing(team: Team) -> None:
+    status = team.phase("rescored", "Failed")
+    assert team.condition("rescored", "Failed")["reason"] == "Unsupported"
+    assert "later (Rescored)" in status["message"]
+    assert team.children("rescored") == []
+
+
+def test_a_strangers_object_is_never_adopted(team: Team) -> None:
+    team.until("taken", lambda: team.condition("taken", "Stalled").get("reason") == "NameTaken", "taken is stalled")
+    assert "Job taken-preprocess-a1 was not made by the operator" in team.status("taken")["message"]
+    team.kubectl("delete", "job", "taken-preprocess-a1")
+    team.phase("taken", "Succeeded")
+
+
+def test_a_pod_that_cannot_start_says_why_and_starts_once_it_can(team: Team) -> None:
+    team.until("keyless", lambda: 'secret "to-come" not found' in team.status("keyless").get("message", ""), "keyless says what it lacks")
+    assert team.condition("keyless", "StorageReachable")["reason"] == "SecretMissing"
+    keys = [
+        f"--from-literal=AWS_ACCESS_KEY_ID={team.cluster.s3.access_key}",
+        f"--from-literal=AWS_SECRET_ACCESS_KEY={team.cluster.s3.secret_key}",
+    ]
+    team.kubectl("create", "secret", "generic", "to-come", *keys)
+    team.phase("keyless", "Succeeded")
+
+
+def test_suspend_stops_at_a_checkpoint_and_resume_goes_on_from_it(team: Team) -> None:
+    team.apply("suspended", "steps=30 pause=0.3 every=10")
+    team.until("suspended", lambda: (team.step("suspended").get("tokensDone") or 0) > 0, "suspended trains")
+    team.patch("suspended", suspend=True)
+    team.phase("suspended", "Suspended")
+    assert team.condition("suspended", "Suspended")["status"] == "True"
+    pods = [pod["metadata"]["name"] for pod in team.objects("pods", "suspended")]
+    assert not any("vanilla" in name for name in pods), "its pods are gone, and with them its GPUs"
+    saved = team.step("suspended")["checkpoint"]["iteration"] if "checkpoint" in team.step("suspended") else 0
+    team.patch("suspended", suspend=False)
+    team.phase("suspended", "Succeeded")
+    assert team.step("suspended")["failures"] == 0
+    (_, first), (attempt, second) = team.starts("suspended")
+    assert (first, attempt) == (0, 2)
+    assert second >= max(saved, 1), "it saved on SIGTERM, between two regular checkpoints"
+
+
+def test_an_evicted_pod_is_an_interruption_and_counts_nothing(team: Team) -> None:
+    team.apply("evicted", LONG.replace("200", "20"), runtime={"attempts": 1})
+    team.trains("evicted")
+    eviction = {
+        "apiVersion": "policy/v1",
+        "kind": "Eviction",
+        "metadata": {"name": "evicted-vanilla-a1-master-0", "namespace": team.namespace},
+    }
+    path = f"/api/v1/namespaces/{team.namespace}/pods/evicted-vanilla-a1-master-0/eviction"
+    team.cluster.kubectl("create", "--raw", path, "--filename", "-", input=json.dumps(eviction))
+    status = team.phase("evicted", "Succeeded", "Failed")
+    assert status["phase"] == "Succeeded", status["message"]
+    assert len(team.starts("evicted")) == 2
+    assert team.starts("evicted")[1][1] > 0
+
+
+def test_what_a_started_run_means_cannot_be_edited(team: Team) -> None:
+    team.apply("fixed", LONG)
+    team.until("fixed", lambda: "started" in team.status("fixed"), "fixed has started")
+    message = refused(lambda: team.patch("fixed", training={"seed": 2}))
+    assert "cannot change after the first step has started" in message
+    team.patch("fixed", ttlAfterFinished="1h")
+    team.kubectl("delete", "distillrun", "fixed", "--wait=false")
+
+
+def test_a_store_that_is_away_for_a_while_costs_nothing_but_time(team: Team, relay: Relay) -> None:
+    team.apply("away", "steps=12 pause=0.3 every=2", storage=team.storage(teams.install.SECRET, relay.endpoint))
+    team.trains("away")
+    loss = team.status("away")["loss"]
+    relay.cut()
+    team.until("away", lambda: team.condition("away", "StorageReachable").get("status") == "False", "the operator notices")
+    status = team.status("away")
+    assert (status["phase"], status["loss"] <= loss) == ("Running", True), "the last that is known stays"
+    relay.open()
+    team.phase("away", "Succeeded")
+    assert team.condition("away", "StorageReachable")["status"] == "True"
+    assert team.step("away")["failures"] == 0
+    assert {"StorageUnreachable", "StorageReachable"} <= set(team.reasons("away"))
+
+
+@pytest.mark.parametrize("policy", ["Retain", "Delete"])
+def test_a_run_deleted_while_it_trains_leaves_nothing_but_what_it_should(team: Team, policy: str) -> None:
+    name = f"deleted-{policy.lower()}"
+    team.apply(name, LONG, deletionPolicy=policy)
+    team.trains(name)
+    folder = team.folder(name)
+    team.kubectl("delete", "distillrun", name, "--timeout=60s")
+    team.until(name, lambda: not team.children(name) and not team.objects("pods", name), "its children and pods are gone")
+    assert team.kept(folder) is (policy == "Retain")
+
+
+def test_a_run_that_is_deleted_with_its_secret_gone_leaves_its_bucket_and_says_so(team: Team) -> None:
+    keys = [
+        f"--from-literal=AWS_ACCESS_KEY_ID={team.cluster.s3.access_key}",
+        f"--from-literal=AWS_SECRET_ACCESS_KEY={team.cluster.s3.secret_key}",
+    ]
+    team.kubectl("create", "secret", "generic", "brief", *keys)
+    storage = {"endpoint": team.cluster.s3.endpoint, "bucket": team.bucket, "credentialsSecret": "brief"}
+    team.apply("orphan", "steps=1", deletionPolicy="Delete", storage=storage)
+    team.phase("orphan", "Succeeded")
+    folder = team.folder("orphan")
+    team.kubectl("delete", "secret", "brief")
+    team.kubectl("delete", "distillrun", "orphan", "--timeout=60s")
+    assert team.kept(folder)
+    assert "BucketKept" in team.reasons("orphan")
+
+
+def test_two_runs_of_8_gpus_go_one_after_the_other(team: Team) -> None:
+    eight = {"teacher": {"model": "s3://models/none", "gpus": 1}, "student": {"shape": "tiny", "gpus": 7}}
+    for name in ("eight-a", "eight-b"):
+        team.apply(name, "steps=4 pause=0.5", **eight)
+    team.until("eight-b", lambda: {team.status(n).get("phase") for n in ("eight-a", "eight-b")} == {"Running", "Queued"}, "one waits")
+    first, second = sorted(("eight-a", "eight-b"), key=lambda name: team.status(name)["phase"] != "Running")
+    message = team.status(second)["message"]
+    assert message.startswith("needs 8 GPUs (1 teacher + 7 student); the pool has 8 on 1 ready node, of which")
+    assert f"{team.namespace}/{first} (8)" in message
+    assert team.children(second) == []
+    team.phase(first, "Succeeded")
+    team.phase(second, "Succeeded")
+
+
+def test_every_pod_and_child_says_where_it_comes_from(team: Team) -> None:
+    team.phase("killed", "Succeeded")
+    status = team.status("killed")
+    for found in team.objects("jobs,pytorchjobs,pods", "killed"):
+        labels, annotations = found["metadata"]["labels"], found["metadata"]["annotations"]
+        assert labels["vpmoe.dev/config"] == status["config"]
+        assert annotations["vpmoe.dev/config"] == status["provenance"]["configHash"]
+        assert annotations["vpmoe.dev/git-sha"] == status["provenance"]["gitSha"]
+        if labels["vpmoe.dev/step"] == "vanilla":
+            assert annotations["vpmoe.dev/dataset"] == status["provenance"]["dataset"]["id"]
