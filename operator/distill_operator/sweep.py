@@ -34,10 +34,12 @@ async def sweep(kube: Kube, settings: Settings) -> list[Key]:
 
 
 def is_live(run: Json) -> bool:
-    """Whether anything can still become of it by itself: a finished run only expires, or is deleted."""
-    finished = run.get("status", {}).get("phase") in ("Succeeded", "Failed")
-    expires = run["spec"].get("ttlAfterFinished") is not None
-    return not finished or expires or "deletionTimestamp" in run["metadata"]
+    """Whether anything may still be to do: a finished run expires, is deleted, or has been edited since it was looked at."""
+    meta, status = run["metadata"], run.get("status", {})
+    if status.get("phase") not in ("Succeeded", "Failed"):
+        return True
+    edited = status.get("observedGeneration") != meta["generation"]
+    return edited or "deletionTimestamp" in meta or run["spec"].get("ttlAfterFinished") is not None
 
 
 def is_stray(run: Json, child: Json) -> bool:

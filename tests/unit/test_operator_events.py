@@ -90,8 +90,11 @@ def test_a_living_child_that_no_status_names_is_a_stray(name: str, finished: boo
     [
         pytest.param({**manifest(), "status": {"phase": "Running"}}, True, id="running"),
         pytest.param(manifest(), True, id="new"),
-        pytest.param({**manifest(), "status": {"phase": "Succeeded"}}, False, id="finished"),
-        pytest.param({**manifest(ttlAfterFinished="1h"), "status": {"phase": "Failed"}}, True, id="finished, and expires"),
+        pytest.param({**manifest(), "status": {"phase": "Succeeded", "observedGeneration": 1}}, False, id="finished"),
+        pytest.param({**manifest(), "status": {"phase": "Failed", "observedGeneration": 0}}, True, id="finished, and edited since"),
+        pytest.param(
+            {**manifest(ttlAfterFinished="1h"), "status": {"phase": "Failed", "observedGeneration": 1}}, True, id="finished, and expires"
+        ),
     ],
 )
 def test_finished_runs_are_left_alone_unless_they_expire(obj: dict[str, Any], expected: bool) -> None:
