@@ -36,15 +36,23 @@ class Node:
 
 
 def running() -> Node | None:
-    """The node that runs on this machine, whichever checkout started it. Addresses are fixed, so there is at most one."""
+    """The node that runs on this machine, whichever checkout started it. Addresses are fixed, so there is at most one.
+
+    One inside a container of this machine is not this machine's: the node's pid namespace lies directly below the caller's.
+    """
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             arguments = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-        except OSError:  # it has just ended
+            if arguments[1:3] == ["-m", "tests.devcluster.node"] and len(status_of(folder, "NSpid")) == 2:
+                return Node(int(folder.name), Path(arguments[3]))
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
             continue
-        if arguments[1:3] == ["-m", "tests.devcluster.node"]:
-            return Node(int(folder.name), Path(arguments[3]))
     return None
+
+
+def status_of(process: Path, key: str) -> list[str]:
+    """The values of one line of /proc/PID/status."""
+    return next(line for line in (process / "status").read_text().splitlines() if line.startswith(f"{key}:")).split()[1:]
 
 
 def start(state: Path) -> Node:
@@ -63,9 +71,22 @@ def start(state: Path) -> Node:
 
 
 def end(node: Node) -> None:
-    """Kill the node and wait until its last process is gone."""
-    os.kill(node.pid, signal.SIGKILL)
-    wait_for(lambda: running() is None, f"the end of process {node.pid}", 30)
+    """Kill the node and wait until its last process is gone, which is the one that made its namespaces."""
+    process = Path("/proc", str(node.pid))
+    try:
+        maker = Path("/proc", status_of(process, "PPid")[0])
+        os.kill(node.pid, signal.SIGKILL)
+    except (FileNotFoundError, ProcessLookupError):  # by itself
+        return
+    wait_for(lambda: not alive(process) and not alive(maker), f"the end of process {node.pid}", 30)
+
+
+def alive(process: Path) -> bool:
+    """Whether it is there and not merely waiting for somebody else to take note of its end."""
+    try:
+        return status_of(process, "State")[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def sweep(state: Path) -> None:

@@ -89,7 +89,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     private_run = 'mount --make-rprivate / && mount -t tmpfs tmpfs /run && ip link set lo up && exec "$@"'
     outer = subprocess.Popen(["unshare", *NAMESPACES, "sh", "-c", private_run, "sh", sys.executable, "-c", FIRST_PROCESS])
     children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
-    host.wait_for(lambda: FIRST_PROCESS in command_line(children.read_text().strip()), "the machine's first process", 10)
+    host.wait_for(lambda: command_line(children.read_text().strip()).startswith(sys.executable), "the machine's first process", 10)
     machine = Machine(checkout, int(children.read_text()))
     machine.before = machine.traces()
     yield machine
