@@ -1,6 +1,8 @@
 """Rows out of parquet on a real S3 store: what is read, what is named as unreadable, what stops everything; and what rows become."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import sample
-from vpmoe.data import encode, hub, text, vocabulary
+from tests.unit import hub
+from vpmoe.data import encode, text, vocabulary
 from vpmoe.data.encode import COLUMNS, Recipe, Setting, chunk
 from vpmoe.data.harmony import Renderer
 from vpmoe.data.inputs import Shard, discover
 from vpmoe.data.rows import Batch, ShardReader
 from vpmoe.data.sampling import BINS, Thresholds
 from vpmoe.data.text import Unreadable, decode
-from vpmoe.failure import Permanent, Retriable
+from vpmoe.failure import Permanent
 from vpmoe.storage import Bucket, StorageError
 
+ROOT = Path(__file__).parents[2]
 SETTING = Setting("You are vpMoE, a large language model.", "2024-06", "2026-01-01", "high")
 RECIPE = Recipe("0" * 64, SETTING, 400, 0.2, Thresholds((BINS,) * 4))
 
@@ -151,10 +155,49 @@ def test_shards_are_in_the_order_of_their_keys(bucket: Bucket, tmp_path: Path) -
     assert [shard.name for shard in discover(bucket.url("input/*.parquet"), bucket).shards] == ["a.parquet", "b.parquet", "c.parquet"]
 
 
-def test_the_hub_out_of_reach_is_said_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(Retriable, match=r"SYNTH@main: the Hugging Face hub does not answer .* copy the parquet files to a bucket"):
-        hub.parquet_files("hf://PleIAs/SYNTH@main")
+ON_THE_HUB = """
+import sys
+from vpmoe.data import rows
+from vpmoe.data.inputs import discover
+from vpmoe.data.text import decode
+for source in sys.argv[1:]:
+    try:
+        inputs = discover(source, None)
+        print(inputs.commit, [(shard.url, shard.size) for shard in inputs.shards])
+        reader = rows.ShardReader(inputs.shards[0], None, rows.METADATA)
+        print([name for batch in reader.batches(10) for name in decode(batch.columns, ["synth_id"]).columns["synth_id"]])
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def on_the_hub(endpoint: str, *sources: str) -> list[str]:
+    """What comes of sources at a hub, in a process of its own: the hub's client reads its endpoint when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", ON_THE_HUB, *sources], cwd=ROOT, env={**os.environ, "HF_ENDPOINT": endpoint}, capture_output=True, text=True,
+        check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_data_set_of_the_hub_is_read_at_the_commit_that_its_revision_was(sample_parquet: list[Path]) -> None:
+    files = {"README.md": b"#", "synth_002.parquet": b"-", "synth_001.parquet": sample_parquet[0].read_bytes()}
+    with hub.serve("PleIAs/SYNTH", files) as (endpoint, asked):
+        listed, ids, newest, _, revision, name = on_the_hub(
+            endpoint, "hf://PleIAs/SYNTH@main", "hf://PleIAs/SYNTH", "hf://PleIAs/SYNTH@v9", "hf://PleIAs/OTHER")
+    url = f"hf://datasets/PleIAs/SYNTH@{hub.COMMIT}"
+    assert listed == f"{hub.COMMIT} {[(f'{url}/synth_001.parquet', len(files['synth_001.parquet'])), (f'{url}/synth_002.parquet', 1)]}"
+    assert newest == listed
+    assert ids == str([row["synth_id"] for row in pq.read_table(sample_parquet[0]).to_pylist()])
+    assert all(hub.COMMIT in path for path in asked if "/resolve/" in path)
+    assert revision.startswith("Permanent dataset.source: hf://PleIAs/SYNTH@v9: the Hugging Face hub has no such data set or revision")
+    assert name.startswith("Permanent dataset.source: hf://PleIAs/OTHER: the Hugging Face hub has no such data set or revision")
+
+
+def test_the_hub_out_of_reach_is_said_with_a_way_out() -> None:
+    (said,) = on_the_hub("http://127.0.0.1:9", "hf://PleIAs/SYNTH@main")
+    assert said.startswith("Retriable dataset.source: hf://PleIAs/SYNTH@main: the Hugging Face hub does not answer")
+    assert "copy the parquet files to a bucket" in said
 
 
 def test_text_keeps_everything_but_surrogates_and_garbage() -> None:
