@@ -47,7 +47,7 @@ def test_what_is_done_every_so_many_tokens_is_done_once_for_each_and_at_the_end(
     ],
 )
 def test_a_stage_ends_early_only_when_its_evaluations_together_bring_too_little(held_out, ends):
-    assert no_longer_improves(held_out, Stop(evaluations=2, min_improvement=0.01, min_validity=0.0)) is ends
+    assert no_longer_improves(held_out, Stop.model_validate({"evaluations": 2, "minImprovement": 0.01, "minValidity": 0.0})) is ends
 
 
 def loads(dead: int | None = None, busy: int = 0) -> np.ndarray:

@@ -1,0 +1,262 @@
+"""Training as jobs do it, by hand on this machine: a killed run ends at the same bits as one that was left alone, with 1 and 2 processes.
+
+One data set, from the sample and further real rows; runs of a few steps. What each process costs is its imports, some ten seconds: so every
+test looks at runs that several share, and the runs are made in the order in which they need each other.
+"""
+
+import json
+import os
+import random
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import S3
+from vpmoe.api import DistillRun
+from vpmoe.api.progress import Progress
+from vpmoe.model.shapes import SHAPES
+from vpmoe.storage import Bucket, manifest, paths
+
+ROOT = Path(__file__).parents[2]
+STEPS = 5
+
+
+@dataclass
+class Hand:
+    """A shell in which jobs are run by hand on one bucket."""
+
+    bucket: Bucket
+    folder: Path
+    spec: dict[str, Any]
+
+    def run_file(self, name: str, **student: int) -> Path:
+        """The file of a run of that name, with changes to spec.student."""
+        path = self.folder / f"{name}.yaml"
+        spec = {**self.spec, "student": {**self.spec["student"], **student}}
+        path.write_text(
+            yaml.safe_dump({"apiVersion": "vpmoe.dev/v1alpha1", "kind": "DistillRun", "metadata": {"name": name}, "spec": spec})
+        )
+        return path
+
+    def start(self, job: str, file: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", f"jobs.{job}", "--run", str(file), *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder), **environment},
+            start_new_session=True,
+        )  # fmt: skip
+
+    def finish(self, job: str, file: Path, *arguments: str) -> str:
+        """Run a job to its success; returns its log."""
+        process = self.start(job, file, *arguments)
+        _, log = process.communicate(timeout=200)
+        assert process.returncode == 0, log
+        return log
+
+
+@pytest.fixture(scope="module")
+def hand(s3: S3, sample_parquet: list[Path], real_parquet: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hand]:
+    """A bucket with a prepared data set."""
+    name = f"by-hand-{secrets.token_hex(4)}"
+    (s3.folder / name).mkdir()
+    spec = {
+        "dataset": {"source": f"s3://{name}/input/*.parquet", "maxLength": 512, "validFraction": 0.15, "workers": 1},
+        "teacher": {"model": f"s3://{name}/models/teacher"},
+        "student": {"shape": "tiny", "gpus": 1},
+        "training": {
+            "sequenceLength": 512,
+            "globalBatchTokens": 1024,
+            "optimizer": {"learningRate": 1.0e-2, "minLearningRate": 1.0e-3, "warmupTokens": 1000},
+            "checkpoint": {"everyTokens": 1, "keep": 3},
+        },
+        "stages": [{"name": "vanilla", "kind": "Vanilla", "tokens": 4100}, {"name": "second", "kind": "Vanilla", "tokens": 1000}],
+        "evaluation": {"everyTokens": "1M", "documents": 8, "completions": 0},
+        "storage": {"endpoint": s3.endpoint, "bucket": name, "credentialsSecret": None},
+    }
+    it = Hand(None, tmp_path_factory.mktemp("by-hand"), spec)  # type: ignore[arg-type]
+    file = it.run_file("prepare")
+    it.bucket = Bucket.open(DistillRun.parse(yaml.safe_load(file.read_text())).spec.storage)
+    for number, path in enumerate([*sample_parquet, *real_parquet]):
+        it.bucket.put_file(f"input/{number:03d}.parquet", path, {})
+    it.finish("preprocess", file)
+    yield it
+    shutil.rmtree(s3.folder / name)  # checkpoints of the vocabulary's size, 300 MB each
+
+
+def run_of(file: Path) -> DistillRun:
+    return DistillRun.parse(yaml.safe_load(file.read_text()))
+
+
+def progress(hand: Hand, file: Path, step: str = "vanilla") -> Progress:
+    return Progress.model_validate(hand.bucket.get_json(paths.progress(run_of(file), step)))
+
+
+def lines(hand: Hand, file: Path, event: str, step: str = "vanilla") -> list[dict[str, Any]]:
+    keys = [found.key for found in hand.bucket.list(f"{paths.run(run_of(file))}/steps/{step}/metrics/")]
+    every = [json.loads(text) for key in keys for text in hand.bucket.get(key).decode().splitlines()]
+    return [line for line in every if line["event"] == event]
+
+
+def end(hand: Hand, file: Path) -> dict[str, str]:
+    """sha256 of every file of the last checkpoint: weights, moments, expert biases and random state."""
+    found = manifest.load(hand.bucket, paths.manifest(paths.checkpoint(run_of(file), "vanilla", STEPS)))
+    return {name: subject.sha256 for name, subject in found.subjects.items()}
+
+
+def stop_after(process: "subprocess.Popen[str]", pattern: str, stop: Callable[[], None]) -> str:
+    """Call `stop` when the log matches; returns the whole log once the process has ended."""
+    assert process.stderr is not None
+    log = ""
+    for line in process.stderr:
+        log += line
+        if re.search(pattern, line):
+            stop()
+            break
+    log += process.stderr.read()
+    process.wait()
+    return log
+
+
+def kill_somewhere(hand: Hand, file: Path, *arguments: str, first: int = 1) -> None:
+    """Start training and kill -9 all of its processes at a random moment of a random step."""
+    seed = secrets.randbelow(1 << 32)
+    sys.stdout.write(f"killed by seed {seed}\n")
+    chosen = random.Random(seed)
+    step, delay = chosen.randint(first, STEPS - 1), chosen.uniform(0, 1.0)
+    process = hand.start("train", file, "--step", "vanilla", *arguments)
+
+    def kill() -> None:
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGKILL)
+
+    stop_after(process, rf"step {step} of {STEPS}:", kill)
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def left_alone(hand: Hand) -> Path:
+    """One process, both stages, never disturbed."""
+    file = hand.run_file("alone")
+    hand.finish("train", file)
+    hand.finish("train", file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def two_pods(hand: Hand) -> Path:
+    """Two processes, each started as a pod of a PyTorchJob is: a Master and a Worker."""
+    file = hand.run_file("pods", gpus=2, gpusPerPod=1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    pods = [
+        hand.start("train", file, "--step", "vanilla", PET_NNODES="2", PET_NODE_RANK=str(node), PET_MASTER_ADDR="127.0.0.1",
+                   PET_MASTER_PORT=port, RANK=str(node), WORLD_SIZE="2")
+        for node in range(2)
+    ]  # fmt: skip
+    logs = [pod.communicate(timeout=200)[1] for pod in pods]
+    assert [pod.returncode for pod in pods] == [0, 0], logs
+    return file
+
+
+def test_the_loss_goes_down_on_real_rows_in_both_spans(hand: Hand, left_alone: Path) -> None:
+    said = progress(hand, left_alone)
+    assert said.state == "Succeeded" and said.held_out is not None and said.checkpoint is not None and said.dataset is not None
+    before, after = said.held_out.before, said.held_out.latest
+    assert before is not None and after is not None
+    assert after.reasoning < before.reasoning - 0.5 and after.final < before.final - 0.5  # type: ignore[operator]
+    losses = [line["loss"] for line in lines(hand, left_alone, "step")]
+    assert len(losses) == STEPS and losses[-1] < losses[0] - 1
+    assert said.tokens is not None and said.tokens.done == said.tokens.total >= 4100
+
+
+def test_a_line_of_metrics_has_everything_that_is_always_logged(hand: Hand, left_alone: Path) -> None:
+    line = lines(hand, left_alone, "step")[-1]
+    assert {"loss", "lossBySpan", "learningRate", "gradientNorm", "tokensPerSecond", "router", "exercises", "gpu", "epoch"} <= set(line)
+    assert sum(line["exercises"].values()) == pytest.approx(1) and line["learningRate"] == pytest.approx(1e-3)
+    assert line["gpu"] == {"utilisation": None, "memoryHeadroom": None, "reason": "computed on the CPU"}
+    assert sum(line["router"]["histogram"]["experts"]) == SHAPES["tiny"].moe_layers * SHAPES["tiny"].experts
+    assert set(line["router"]["maxOverMean"]) == {"layers.1", "layers.2"}
+    assert [(found["step"], found["heldOut"]["final"] > 0) for found in lines(hand, left_alone, "evaluation")] == [(0, True), (STEPS, True)]
+
+
+def test_the_next_stage_goes_on_where_the_one_before_ended(hand: Hand, left_alone: Path) -> None:
+    ended = manifest.load(hand.bucket, paths.manifest(paths.checkpoint(run_of(left_alone), "vanilla", STEPS)))
+    (begun,) = lines(hand, left_alone, "start", "second")
+    first = lines(hand, left_alone, "step", "second")[0]
+    assert begun["from"] == "where stage vanilla ended" and first["iteration"] == STEPS + 1 and first["step"] == 1
+    assert first["loss"] < lines(hand, left_alone, "step")[0]["loss"] - 1
+    second = progress(hand, left_alone, "second")
+    assert second.held_out is not None and second.held_out.before == progress(hand, left_alone).held_out.latest  # type: ignore[union-attr]
+    last = manifest.load(hand.bucket, paths.manifest(paths.checkpoint(run_of(left_alone), "second", second.checkpoint.iteration)))  # type: ignore[union-attr]
+    assert last.facts["position"]["firstSequence"] == ended.facts["position"]["nextSequence"]
+    assert last.inputs["checkpoint"].digest == {"sha256": ended.sha256}
+
+
+def test_a_finished_stage_is_not_trained_again(hand: Hand, left_alone: Path) -> None:
+    before = end(hand, left_alone)
+    hand.bucket.delete(paths.progress(run_of(left_alone), "vanilla"))  # killed before its last word
+    assert f"Stage vanilla is finished already: {STEPS} steps" in hand.finish("train", left_alone, "--step", "vanilla", "--attempt", "2")
+    said = progress(hand, left_alone)
+    assert said.state == "Succeeded" and said.message == "Finished by attempt 1" and said.held_out is not None
+    assert end(hand, left_alone) == before and len(lines(hand, left_alone, "step")) == STEPS
+
+
+def test_a_killed_run_ends_at_the_same_bits_and_so_does_one_that_lost_a_checkpoint(hand: Hand, left_alone: Path, s3: S3) -> None:
+    file = hand.run_file("killed")
+    kill_somewhere(hand, file)
+    hand.finish("train", file, "--step", "vanilla", "--attempt", "2")
+    assert end(hand, file) == end(hand, left_alone)
+    assert [line["step"] for line in lines(hand, file, "step")] == [1, 2, 3, 4, 5]
+
+    folder = paths.checkpoints(run_of(file), "vanilla")
+    hand.bucket.delete_prefix(f"{folder}/{STEPS}")  # as if killed again before its end
+    newest = max(int(found.key.split("/")[-2]) for found in hand.bucket.list(f"{folder}/") if found.key.endswith("manifest.json"))
+    damaged = s3.folder / hand.bucket.name / folder / str(newest) / "rank-00000.safetensors"
+    with damaged.open("r+b") as content:
+        content.seek(10**8)
+        content.write(b"damage")
+    log = hand.finish("train", file, "--step", "vanilla", "--attempt", "3")
+    assert re.search(rf"ERROR .*REFUSED: checkpoint .*/checkpoints/vanilla/{newest} cannot be used.*sha256 of block 11 is", log)
+    assert [condition.type for condition in progress(hand, file).conditions] == ["CheckpointRefused"]
+    assert end(hand, file) == end(hand, left_alone)
+
+
+def test_two_processes_stopped_and_killed_end_at_the_same_bits_as_two_pods(hand: Hand, two_pods: Path) -> None:
+    file = hand.run_file("stopped", gpus=2)
+    termination = hand.folder / "termination-log"
+    termination.touch()
+    process = hand.start("train", file, "--step", "vanilla", VPMOE_TERMINATION_LOG=str(termination))
+    stop_after(process, f"step 1 of {STEPS}:", lambda: process.send_signal(signal.SIGTERM))
+    said = json.loads(termination.read_bytes())
+    assert process.returncode == 143 and (said["class"], said["exit"]) == ("Terminated", 143)
+    stopped = progress(hand, file)
+    assert (
+        stopped.state == "Running" and stopped.checkpoint is not None and f"after step {stopped.checkpoint.iteration} of" in said["message"]
+    )
+
+    kill_somewhere(hand, file, "--attempt", "2", first=stopped.checkpoint.iteration + 1)
+    hand.finish("train", file, "--step", "vanilla", "--attempt", "3")
+    assert end(hand, file) == end(hand, two_pods)
+    assert set(end(hand, file)) == {"buffers.safetensors", "rank-00000.safetensors", "rank-00001.safetensors"}
+    assert [line["step"] for line in lines(hand, file, "step")] == [1, 2, 3, 4, 5]
+
+
+def test_two_ranks_lose_what_one_does(hand: Hand, left_alone: Path, two_pods: Path) -> None:
+    """Span means are over the whole global batch, so how it is spread over ranks does not change them."""
+    one, two = lines(hand, left_alone, "step"), lines(hand, two_pods, "step")
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours["targets"] == theirs["targets"] and ours["exercises"] == theirs["exercises"] and ours["tokens"] == theirs["tokens"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-4)
+        assert ours["gradientNorm"] == pytest.approx(theirs["gradientNorm"], rel=1e-2)

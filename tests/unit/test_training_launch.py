@@ -1,0 +1,109 @@
+"""The launcher: where ranks are placed, and how it ends, with small programs in the place of training."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vpmoe import failure
+from vpmoe.api import DistillRun
+from vpmoe.api.layout import layout
+from vpmoe.failure import Permanent
+from vpmoe.training import launch
+from vpmoe.training.launch import Placement
+
+POD = {
+    "PET_NNODES": "2",
+    "PET_NODE_RANK": "1",
+    "PET_MASTER_ADDR": "job-master-0",
+    "PET_MASTER_PORT": "23456",
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+}
+
+
+def spec(run_spec: dict[str, Any], **student: int) -> DistillRun:
+    run_spec["spec"]["student"] |= student
+    run_spec["spec"]["training"]["globalBatchTokens"] = 8192
+    return DistillRun.parse(run_spec)
+
+
+@pytest.mark.parametrize(
+    "student, environment, first, here",
+    [
+        pytest.param({"gpus": 1}, {}, 0, 1, id="one-by-hand"),
+        pytest.param({"gpus": 4}, {}, 0, 4, id="four-by-hand"),
+        pytest.param({"gpus": 4, "gpusPerPod": 2}, {}, 0, 4, id="two-pods-worth-by-hand"),
+        pytest.param({"gpus": 4, "gpusPerPod": 2}, POD, 2, 2, id="second-of-two-pods"),
+        pytest.param({"gpus": 4, "gpusPerPod": 2}, {**POD, "PET_NODE_RANK": "0"}, 0, 2, id="first-of-two-pods"),
+    ],
+)
+def test_each_pod_starts_its_own_ranks(
+    run_spec: dict[str, Any], student: dict[str, int], environment: dict[str, str], first: int, here: int
+) -> None:
+    run = spec(run_spec, **student)
+    placed = launch.place(layout(run.spec, run.spec.stages[0]), environment)
+    assert (placed.ranks, placed.first, placed.here) == (student["gpus"], first, here)
+    assert placed.address == environment.get("PET_MASTER_ADDR", "127.0.0.1")
+
+
+def test_a_job_of_other_pods_than_the_layout_is_refused(run_spec: dict[str, Any]) -> None:
+    run = spec(run_spec, gpus=4, gpusPerPod=1)
+    with pytest.raises(Permanent, match="has 2 pods, but 4 ranks, 1 a pod, are 4"):
+        launch.place(layout(run.spec, run.spec.stages[0]), POD)
+
+
+FAIL_BY_RANK = (
+    "import os, sys, time; rank = int(os.environ['RANK']); time.sleep(0 if rank == 1 else {others}); sys.exit({code} if rank == 1 else 0)"
+)
+KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+SAVES = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print('ready', flush=True); time.sleep(60)"
+TELL = "import os; assert os.environ['WORLD_SIZE'] == '3' and os.environ['LOCAL_RANK'] == str(int(os.environ['RANK']) - 1)"
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, log: Path, program: str, stopping: threading.Event | None = None, here: int = 2) -> int:
+    log.touch()
+    monkeypatch.setenv("VPMOE_TERMINATION_LOG", str(log))
+    monkeypatch.setattr(launch, "GRACE", 0.3)
+    return launch.launch(Placement(3, 1, here, "127.0.0.1", 1), [sys.executable, "-c", program], stopping or threading.Event())
+
+
+@pytest.mark.parametrize(
+    "program, code, words",
+    [
+        pytest.param(TELL, 0, None, id="all-succeed"),
+        pytest.param(FAIL_BY_RANK.format(code=65, others=0.2), 65, None, id="one-fails"),
+        pytest.param(FAIL_BY_RANK.format(code=75, others=60), 75, None, id="the-others-hang"),
+        pytest.param(KILLED, 75, "rank 1 was killed by SIGKILL", id="killed"),
+    ],
+)
+def test_it_ends_as_the_first_worker_that_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, code: int, words: str | None
+) -> None:
+    assert ended(monkeypatch, tmp_path / "log", program) == code
+    found = failure.read(tmp_path / "log")
+    assert found is None if words is None else found is not None and found.message.startswith(words) and found.exit == code
+
+
+def test_sigterm_reaches_every_worker_and_their_code_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stopping = threading.Event()
+    threading.Timer(1.0, stopping.set).start()
+    assert ended(monkeypatch, tmp_path / "log", SAVES, stopping) == 143
+
+
+def test_workers_die_with_their_launcher(tmp_path: Path) -> None:
+    worker = "from vpmoe.training import launch; launch.die_with_launcher(); print('ready', flush=True); import time; time.sleep(60)"
+    launcher = (
+        "import sys, threading; from vpmoe.training import launch; from vpmoe.training.launch import Placement;"
+        f"launch.launch(Placement(1, 0, 1, '127.0.0.1', 1), [sys.executable, '-c', {worker!r}], threading.Event())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."})
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGKILL)
+    assert process.stdout.read() == b"", "the pipe closes when its last writer, the worker, is gone"
+    process.wait()
