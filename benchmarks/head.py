@@ -86,6 +86,18 @@ def mebibytes(action: Callable[[], object], device: torch.device) -> float:
     return largest.bytes / 2**20
 
 
+def products(hidden: Tensor, weight: Tensor, repeats: int) -> float:
+    """Milliseconds of the three matrix products that no head can do without."""
+    gradient = torch.randn(len(hidden), len(weight), device=hidden.device, dtype=hidden.dtype)
+
+    def step() -> None:
+        torch.mm(hidden, weight.T)
+        torch.mm(gradient, weight)
+        torch.mm(gradient.T, hidden)
+
+    return milliseconds(step, repeats, hidden.device)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in {"tokens": 8192, "hidden": 1024, "vocabulary": 201_088, "repeats": 10}.items():
@@ -97,15 +109,7 @@ def main() -> None:
     hidden = torch.randn(args.tokens, args.hidden, device=device, dtype=dtype, requires_grad=True)
     weight = (0.02 * torch.randn(args.vocabulary, args.hidden, device=device)).to(dtype).requires_grad_()
     targets = torch.randint(0, args.vocabulary, (args.tokens,), device=device)
-    gradient = torch.randn(args.tokens, args.vocabulary, device=device, dtype=dtype)
-
-    def products() -> None:
-        torch.mm(hidden.detach(), weight.detach().T)
-        torch.mm(gradient, weight.detach())
-        torch.mm(gradient.T, hidden.detach())
-
-    floor = milliseconds(products, args.repeats, device)
-    del gradient
+    floor = products(hidden.detach(), weight.detach(), args.repeats)
     print(f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocabulary}, {dtype}, {device}; floor {floor:.1f} ms")
     for name, loss in {"head_loss": ours, "eager torch": eager, **peers()}.items():
 

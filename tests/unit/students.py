@@ -16,7 +16,7 @@ SMALL = replace(SHAPES["tiny"], name="small", vocabulary=512, hidden=32, dense_w
 
 def new_seed() -> int:
     seed = secrets.randbelow(1 << 32)
-    print(f"seed {seed}")  # noqa: T201  (shown with a failure)
+    print(f"seed {seed}")
     return seed
 
 

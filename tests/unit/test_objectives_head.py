@@ -1,5 +1,9 @@
 """The loss head against eager float64, and that it never holds [tokens, vocabulary]."""
 
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 
 import pytest
@@ -110,3 +114,23 @@ def test_no_tensor_is_ever_as_large_as_tokens_by_vocabulary(monkeypatch: pytest.
         loss.backward()
         logp_of(hidden, weight, targets)
     assert largest.numbers == 8 * vocabulary
+
+
+def test_the_gpus_kernels_are_float64s_too() -> None:
+    """The same kernels under Triton's interpreter: rows of several blocks and a rest, extreme logits, coefficients of both signs."""
+    code = f"""
+        import torch
+        from vpmoe.objectives import kernels
+        torch.manual_seed({new_seed()})
+        kernels.BLOCK = 64
+        logits, targets, c = torch.randn(5, 150) * 30, torch.randint(0, 150, (5,)), torch.randn(5)
+        logits[1], targets[1], targets[2] = -200.0, 149, 0
+        lse, logp = kernels.log_sum_exp(logits, targets)
+        exact = logits.double().requires_grad_()
+        want = torch.log_softmax(exact, 1)[torch.arange(5), targets]
+        torch.testing.assert_close(logp.double(), want, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(lse.double(), exact.logsumexp(1), rtol=1e-5, atol=1e-4)
+        (-(c.double() * want).sum()).backward()
+        torch.testing.assert_close(kernels.gradient(logits, targets, lse, c, torch.float32).double(), exact.grad, rtol=1e-4, atol=1e-5)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True, timeout=120)

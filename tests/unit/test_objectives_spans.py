@@ -5,6 +5,7 @@ import torch
 
 from tests.unit.students import SMALL, learner, new_seed, ragged
 from vpmoe.model.batch import Batch
+from vpmoe.model.student import build
 from vpmoe.objectives import spans
 from vpmoe.objectives.head import head_loss
 from vpmoe.objectives.vanilla import vanilla
@@ -57,7 +58,7 @@ def test_weights_are_for_exactly_the_spans(weights: dict[str, float]) -> None:
 
 def test_no_gradient_comes_from_a_prompt_token(device: torch.device) -> None:
     """Neither the hidden state that predicts a prompt token nor that token's row of the output matrix is touched on its account."""
-    student = learner(device).student
+    student = build(SMALL, device, sequence_length=30, seed=1234)
     tokens = torch.arange(30).unsqueeze(0)  # every token once, so that a row of the matrix belongs to one position
     span = torch.zeros(1, 30, dtype=torch.uint8)
     span[0, 10:20], span[0, 20:25] = 1, 2

@@ -2,7 +2,7 @@
 
 megatron-core without Transformer Engine computes its experts one after another: 256 of them cost some 700 times what their arithmetic
 does. Stacked, they are two parameters whatever their number, which also makes a checkpoint of one expert-parallel layout a slice of
-another's. Routing, exchange between ranks and combination stay megatron's (MoELayer).
+another's. Who goes to which expert is router.py's and dispatch.py's business.
 """
 
 import torch

@@ -43,6 +43,9 @@ class Shape:
     norm_epsilon: float = 1e-6
     init_std: float = 0.02
     """Standard deviation of every matrix at the start; those that write to the residual stream get it over √(2·layers)."""
+    embedding_std: float = 0.02
+    """That of the embeddings. What many layers add must not drown the token in what all tokens share: their routers would then choose
+    the same few experts for every token before anything is learned (arXiv 2312.16903 says why else 1 is good)."""
     recompute: bool = False
     """Compute each layer's activations again in the backward: a third more arithmetic for one stored tensor a layer."""
 
@@ -77,6 +80,7 @@ SHAPES = {
             shared_width=512,
             expert_groups=8,
             expert_groups_per_token=4,
+            embedding_std=1.0,
             recompute=True,
         ),
         # The same code, small enough for a laptop: what it cannot shrink is the vocabulary, so that token ids are the real ones.

@@ -5,7 +5,7 @@ Engine's norm at its end, counts attention and feed-forward as layers of their o
 one row of rotary angles to all documents and ends in logits, which the loss head exists to avoid. What the two are made of is not
 deprecated, and this file puts it together in the place of their `__init__`: VocabParallelEmbedding, TransformerBlock with TransformerLayers
 (SelfAttention, MLP, MoELayer), RMSNorm. Ours are the parts that megatron lacks without Transformer Engine: attention inside documents,
-stacked experts, the corrected router, and an output matrix that only the loss head multiplies.
+stacked experts and the way to them, the corrected router, and an output matrix that only the loss head multiplies.
 
 No tensor, pipeline or context parallelism: the student never needs it, and at tensor parallelism 1 the vocabulary is never padded, so that
 every one of its ids is defined. Expert parallelism is megatron's.
@@ -24,7 +24,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from vpmoe.model.attention import PackedAttention, packing
 from vpmoe.model.batch import Batch
+from vpmoe.model.dispatch import Mixture
 from vpmoe.model.experts import StackedExperts, squared_relu
 from vpmoe.model.router import Router
 from vpmoe.model.shapes import Shape
@@ -145,7 +146,7 @@ def _layers(shape: Shape) -> TransformerBlockSubmodules:
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     dense = partial(MLP.as_mlp_submodule, submodules=linears)
     mixture = partial(
-        MoELayer,
+        Mixture,
         submodules=MoESubmodules(router=Router, experts=StackedExperts, shared_experts=partial(SharedExpertMLP, submodules=linears)),
     )
     attention = ModuleSpec(
@@ -189,7 +190,9 @@ def _initialise(student: Student, seed: int) -> None:
         if parameter.dim() == 1:
             parameter.fill_(1)
             continue
-        std = shape.init_std / (math.sqrt(2 * shape.layers) if name.endswith(WRITES_TO_RESIDUAL) else 1)
+        std = shape.embedding_std if name == "embedding.weight" else shape.init_std
+        if name.endswith(WRITES_TO_RESIDUAL):
+            std /= math.sqrt(2 * shape.layers)
         digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
         generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest))
         if parameter.dim() < 3:

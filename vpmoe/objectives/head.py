@@ -38,7 +38,7 @@ def logp_of(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
     """log p(target) [T] without gradients; NaN where there is no target. In fp32, or fp64 where hidden is."""
     logp_T = _not_scored(hidden_TH)
     for rows_t in _chunks(targets_T, weight_VH):
-        _, logp_t, _ = _softmax_(_logits(hidden_TH[rows_t], weight_VH), targets_T[rows_t])
+        _, logp_t = _log_sum_exp(_logits(hidden_TH[rows_t], weight_VH), targets_T[rows_t])
         logp_T[rows_t] = logp_t
     return logp_T
 
@@ -52,12 +52,11 @@ class _Head(torch.autograd.Function):
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=logp_T.dtype)
         for rows_t in _chunks(targets_T, weight_VH):
             hidden_tH, targets_t = hidden_TH[rows_t], targets_T[rows_t]
-            scaled_tV, logp_t, sum_t = _softmax_(_logits(hidden_tH, weight_VH), targets_t)
+            logits_tV = _logits(hidden_tH, weight_VH)
+            lse_t, logp_t = _log_sum_exp(logits_tV, targets_t)
             c_t = coefficient(logp_t, rows_t).to(logp_t.dtype)
             loss -= (c_t * logp_t).sum()
-            grad_tV = scaled_tV.mul_((c_t / sum_t).unsqueeze(1))
-            grad_tV[torch.arange(len(rows_t), device=rows_t.device), targets_t] -= c_t
-            grad_tV = grad_tV.to(hidden_TH.dtype)
+            grad_tV = _gradient_(logits_tV, targets_t, lse_t, c_t, hidden_TH.dtype)
             grad_hidden_TH[rows_t] = grad_tV @ weight_VH
             _add_product_(grad_weight_VH, grad_tV.T, hidden_tH)
             logp_T[rows_t] = logp_t
@@ -90,12 +89,25 @@ def _logits(hidden_tH: Tensor, weight_VH: Tensor) -> Tensor:
     return hidden_tH @ weight_VH.T
 
 
-def _softmax_(logits_tV: Tensor, targets_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(exp(logits − their maximum) in the place of the logits, log p of the targets [t], the sums of the exponentials [t])."""
-    logits_tV -= logits_tV.amax(1, keepdim=True)
-    target_t = logits_tV.gather(1, targets_t.unsqueeze(1)).squeeze(1)
-    sum_t = logits_tV.exp_().sum(1)
-    return logits_tV, target_t - sum_t.log(), sum_t
+def _log_sum_exp(logits_tV: Tensor, targets_t: Tensor) -> tuple[Tensor, Tensor]:
+    """(log Σ exp(logits) [t], log p of the targets [t])."""
+    if logits_tV.is_cuda:
+        from vpmoe.objectives import kernels  # Triton, which only a GPU needs
+
+        return kernels.log_sum_exp(logits_tV, targets_t)
+    lse_t = logits_tV.logsumexp(1)
+    return lse_t, logits_tV.gather(1, targets_t.unsqueeze(1)).squeeze(1) - lse_t
+
+
+def _gradient_(logits_tV: Tensor, targets_t: Tensor, lse_t: Tensor, c_t: Tensor, dtype: torch.dtype) -> Tensor:
+    """c·(softmax − onehot) [t, V] in `dtype`. On the CPU in the place of the logits."""
+    if logits_tV.is_cuda:
+        from vpmoe.objectives import kernels
+
+        return kernels.gradient(logits_tV, targets_t, lse_t, c_t, dtype)
+    grad_tV = logits_tV.sub_(lse_t.unsqueeze(1)).exp_().mul_(c_t.unsqueeze(1))
+    grad_tV[torch.arange(len(targets_t), device=targets_t.device), targets_t] -= c_t
+    return grad_tV
 
 
 def _add_product_(sum_VH: Tensor, left_Vt: Tensor, right_tH: Tensor) -> None:

@@ -1,0 +1,126 @@
+"""How tokens reach their experts and come back, over one rank or several.
+
+megatron-core's own dispatcher, without Transformer Engine, cuts its input into one tensor an expert and joins those again, four times a
+layer and again in the backward: at 256 experts that was two fifths of a training step on a GPU. Here every choice (a token and one of its
+experts) is a row, and one permutation brings the rows into the experts' order. Coming back is the inverse permutation and a sum over each
+token's choices, which is also the gradient of going: so neither direction scatters, and both give the same bits every time.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import all_to_all
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch import distributed as dist
+
+
+class Mixture(MoELayer):  # type: ignore[misc]
+    """megatron's mixture layer (router, experts, shared expert) with the dispatcher below."""
+
+    def __init__(self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection, **kwargs: Any) -> None:
+        super().__init__(config, pg_collection=pg_collection, **kwargs)
+        self.token_dispatcher = Dispatcher(config, pg_collection)
+
+
+class Dispatcher(MoETokenDispatcher):  # type: ignore[misc]
+    """The steps of a mixture layer's forward, in the order in which megatron calls them. N tokens of K choices make C = N·K rows."""
+
+    def dispatch_preprocess(self, hidden: Tensor, chosen_NE: Tensor, weight_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows [C, H], weights [C]), one a choice, sorted by expert."""
+        self.shape = hidden.shape
+        self.choices = self.config.moe_router_topk
+        # Every token has exactly K choices, so the size is known and nothing waits for the GPU.
+        expert_C = torch.nonzero_static(chosen_NE, size=len(chosen_NE) * self.choices)[:, 1]
+        self.order, self.inverse = _sorted(expert_C)
+        self.tokens_E = chosen_NE.sum(0)
+        weight_C = weight_NE.gather(1, expert_C.view(len(chosen_NE), self.choices)).flatten()
+        rows_CH = spread(hidden.view(-1, self.shape[-1]), self.order, self.inverse, self.choices)
+        return rows_CH, spread(weight_C, self.order, self.inverse, 1)
+
+    def token_dispatch(self, rows_CH: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
+        """What the other expert-parallel ranks send to this rank's experts: by rank, then by expert."""
+        if self.ep_size == 1:
+            return rows_CH, weight_C
+        all_tokens = self.tokens_E.new_empty(self.ep_size * len(self.tokens_E))
+        dist.all_gather_single(all_tokens, self.tokens_E, group=self.ep_group)
+        self.received_Re = all_tokens.view(self.ep_size, -1).chunk(self.ep_size, dim=1)[self.ep_rank]
+        self.sends, self.receives = self.tokens_E.view(self.ep_size, -1).sum(1).tolist(), self.received_Re.sum(1).tolist()
+        exchanged = (all_to_all(self.ep_group, x, self.receives, self.sends) for x in (rows_CH, weight_C))
+        return next(exchanged), next(exchanged)
+
+    def dispatch_postprocess(self, rows_CH: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(rows sorted by this rank's experts, tokens for each of them, weights)."""
+        if self.ep_size == 1:
+            return rows_CH, self.tokens_E, weight_C
+        expert_e = torch.arange(self.received_Re.shape[1], device=rows_CH.device).repeat(self.ep_size)
+        here, back = self.here, self.back = _sorted(expert_e.repeat_interleave(self.received_Re.flatten()))
+        return spread(rows_CH, here, back, 1), self.received_Re.sum(0), spread(weight_C, here, back, 1)
+
+    def combine_preprocess(self, rows_CH: Tensor) -> Tensor:
+        """The experts' outputs as they were received."""
+        return rows_CH if self.ep_size == 1 else collect(rows_CH, self.here, self.back, 1)
+
+    def token_combine(self, rows_CH: Tensor) -> Tensor:
+        """Sent back to where their tokens are."""
+        sent: Tensor = rows_CH if self.ep_size == 1 else all_to_all(self.ep_group, rows_CH, self.sends, self.receives)
+        return sent
+
+    def combine_postprocess(self, rows_CH: Tensor) -> Tensor:
+        """Each token's sum over its choices, in the shape that came in."""
+        return collect(rows_CH, self.order, self.inverse, self.choices).view(self.shape)
+
+
+def _sorted(key_C: Tensor) -> tuple[Tensor, Tensor]:
+    """(the stable order that sorts the keys, its inverse)."""
+    order = key_C.argsort(stable=True)
+    return order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+
+
+def spread(tokens: Tensor, order: Tensor, inverse: Tensor, choices: int) -> Tensor:
+    """`choices` copies of every token, in `order`. Its gradient is `collect`."""
+    copies: Tensor = _Spread.apply(tokens, order, inverse, choices)  # type: ignore[no-untyped-call]
+    return copies
+
+
+def collect(rows: Tensor, order: Tensor, inverse: Tensor, choices: int) -> Tensor:
+    """The sum of every token's `choices` rows, which stand in `order`. Its gradient is `spread`."""
+    sums: Tensor = _Collect.apply(rows, order, inverse, choices)  # type: ignore[no-untyped-call]
+    return sums
+
+
+def _spread(tokens: Tensor, order: Tensor, choices: int) -> Tensor:
+    return tokens.index_select(0, order // choices)
+
+
+def _collect(rows: Tensor, inverse: Tensor, choices: int) -> Tensor:
+    return rows.index_select(0, inverse).view(-1, choices, *rows.shape[1:]).sum(1)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor, choices: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.choices = choices
+        return _spread(tokens, order, choices)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return _collect(gradient, inverse, ctx.choices), None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, choices: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.choices = choices
+        return _collect(rows, inverse, choices)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (order,) = ctx.saved_tensors
+        return _spread(gradient, order, ctx.choices), None, None, None

@@ -1,0 +1,58 @@
+"""The head's two passes over a chunk of logits on a GPU: everything between its matrix products, reading each logit twice.
+
+In torch's own operations the same takes some ten readings and writings of [chunk, vocabulary] and more time than the products. Triton
+compiles these on first use and needs a C compiler on the machine for it. head.py holds the formulas, and does them in torch on the CPU.
+"""
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+BLOCK = 4096
+"""Logits that a program holds at once."""
+
+
+def log_sum_exp(logits_tV: Tensor, targets_t: Tensor) -> tuple[Tensor, Tensor]:
+    """(log Σ exp of each row [t], log softmax at its target [t]) of fp32 logits, in fp32."""
+    lse_t = torch.empty(len(logits_tV), dtype=torch.float32, device=logits_tV.device)
+    logp_t = torch.empty_like(lse_t)
+    _log_sum_exp[(len(logits_tV),)](logits_tV, targets_t, lse_t, logp_t, logits_tV.shape[1], BLOCK=BLOCK, num_warps=8)
+    return lse_t, logp_t
+
+
+def gradient(logits_tV: Tensor, targets_t: Tensor, lse_t: Tensor, c_t: Tensor, dtype: torch.dtype) -> Tensor:
+    """c · (softmax − onehot) [t, V] in `dtype`: the gradient of −c·logp with respect to the logits."""
+    grad_tV = torch.empty(logits_tV.shape, dtype=dtype, device=logits_tV.device)
+    width = logits_tV.shape[1]
+    _gradient[(len(logits_tV), triton.cdiv(width, BLOCK))](logits_tV, targets_t, lse_t, c_t, grad_tV, width, BLOCK=BLOCK, num_warps=8)
+    return grad_tV
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _log_sum_exp(logits, targets, lse, logp, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)  # lane by lane: one reduction over lanes at the end instead of one a block
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        x = tl.load(logits + row * width + start + columns, mask=start + columns < width, other=float("-inf"))
+        above = tl.maximum(highest, x)
+        # A lane that has seen nothing but masked columns holds −inf, and −inf − −inf would be no number.
+        total = tl.where(above == float("-inf"), 0.0, total * tl.exp(highest - above) + tl.exp(x - above))
+        highest = above
+    top = tl.max(highest, 0)
+    result = top + tl.log(tl.sum(total * tl.exp(highest - top), 0))
+    tl.store(lse + row, result)
+    tl.store(logp + row, tl.load(logits + row * width + tl.load(targets + row)) - result)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gradient(logits, targets, lse, c, grad, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    x = tl.load(logits + row * width + columns, mask=inside, other=0.0)
+    softmax = tl.exp(x - tl.load(lse + row))
+    onehot = tl.where(columns == tl.load(targets + row), 1.0, 0.0)
+    tl.store(grad + row * width + columns, (tl.load(c + row) * (softmax - onehot)).to(grad.dtype.element_ty), mask=inside)
