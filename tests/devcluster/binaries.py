@@ -150,7 +150,7 @@ def run_go(arguments: list[str], log: Path, cwd: Path = Path("/"), **variables: 
 
 
 def run_logged(command: list[str], log: Path, environment: dict[str, str], cwd: Path = Path("/")) -> None:
-    """Run a compiler with its output in `log`, saying every half minute how far it is. Raises ClusterError with its last lines."""
+    """Run a compiler with its output in `log`, saying every minute how far it is. Raises ClusterError with its last lines."""
     compiled, said, started = 0, time.monotonic(), time.monotonic()
     with (
         log.open("a") as file,
@@ -159,7 +159,7 @@ def run_logged(command: list[str], log: Path, environment: dict[str, str], cwd: 
         for line in process.stderr or ():
             file.write(line)
             compiled += not line.startswith("go: ")
-            if time.monotonic() - said > 30:
+            if time.monotonic() - said > 60:
                 said = time.monotonic()
                 say(f"  {compiled} packages so far, {(said - started) / 60:.1f} min")
     if process.returncode != 0:
