@@ -177,6 +177,14 @@ def test_input_that_comes_later_does_not_join_a_run_that_has_started(spec: dict[
     assert dataset.resolve(DistillRun.parse(spec), bucket).id != dataset.resolve(run, bucket).id
 
 
+def test_a_run_that_another_writer_began_is_not_gone_on_with(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = DistillRun.parse(spec)
+    began = dataset.resolve(run, open_bucket(spec)).id
+    monkeypatch.setattr(dataset, "WRITER", dataset.WRITER + 1)
+    with pytest.raises(Permanent, match=f"the run began the data set {began}, of which this code would make"):
+        do(spec)
+
+
 def by_hand(spec: dict[str, Any], folder: Path, **environment: str) -> subprocess.Popen[str]:
     """The step as a user starts it."""
     path = folder / "run.yaml"
@@ -196,7 +204,7 @@ def wait_for(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 def test_a_worker_killed_anywhere_goes_on_at_its_first_missing_part(spec: dict[str, Any], tmp_path: Path) -> None:
     undisturbed = do(elsewhere(spec, "undisturbed"))
     seed = random.randrange(2**32)
-    print("seed", seed)  # noqa: T201
+    print("seed", seed)
     chance = random.Random(seed)
     killed = elsewhere(spec, "killed")
     bucket, run = open_bucket(killed), DistillRun.parse(killed)

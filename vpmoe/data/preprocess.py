@@ -18,7 +18,7 @@ from pathlib import Path
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, DatasetFacts, Progress
 from vpmoe.data import census, sampling
-from vpmoe.data.dataset import DatasetRef, done_parts, merge, resolve, settings, write_manifest
+from vpmoe.data.dataset import DatasetRef, dataset_id, done_parts, merge, resolve, settings, write_manifest
 from vpmoe.data.encode import CHUNK_ROWS, COLUMNS, Chunk, Encoders, Recipe, Setting, chunk, cores
 from vpmoe.data.part import Part
 from vpmoe.data.rows import ShardReader
@@ -75,6 +75,7 @@ def preprocess(
         log.info("Reused: %s is complete", bucket.url(job.dataset.folder))
         report_success(job, "Reused")
         return job.dataset
+    check_writer(job)
     log.info("Data set %s: %d parts from %s", bucket.url(job.dataset.folder), job.parts, job.dataset.inputs.source)
     with Encoders(processes or cores()) as encoders:  # they start while rows are counted
         counted = count(job)
@@ -82,6 +83,15 @@ def preprocess(
         make_parts(job, encoders, recipe, allowed_unreadable(run, counted.rows))
     finish(job, recipe, counted.rows)
     return job.dataset
+
+
+def check_writer(job: Job) -> None:
+    """Raise Permanent where this code would make another data set of the input than the run was resolved to, and so mix two in one."""
+    ours = dataset_id(settings(job.run), job.dataset.inputs)
+    if ours != job.dataset.id:
+        raise Permanent(
+            f"{job.bucket.url(paths.inputs(job.run))}: the run began the data set {job.dataset.id}, of which this code would make {ours}: "
+            "its writer or tokenizer changed since. Go on with the image that the run began with, or start a new run.")
 
 
 def count(job: Job) -> census.Census:
