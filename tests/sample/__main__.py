@@ -10,4 +10,4 @@ parser.add_argument("folder", type=Path)
 parser.add_argument("--shards", type=int, default=3)
 given = parser.parse_args()
 for path in write(given.folder, given.shards):
-    print(path)  # noqa: T201
+    print(path)
