@@ -91,7 +91,8 @@ def main() -> None:
     floor = (8 if shape.recompute else 6) * active_parameters(shape) * tokens / rate
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"{shape.name} on {device}: {shape.parameters():,} parameters, {active_parameters(shape):,} active; {tokens:,} tokens a step")
-    print(f"step {step * 1e3:,.0f} ms, {tokens / step:,.0f} tokens/s; peak memory {peak / 2**30:.1f} GiB; loss {losses[0]:.2f} → {losses[-1]:.2f}")
+    print(f"step {step * 1e3:,.0f} ms, {tokens / step:,.0f} tokens/s; peak memory {peak / 2**30:.1f} GiB")
+    print(f"loss {losses[0]:.2f} → {losses[-1]:.2f}")
     print(f"floor of its products {floor * 1e3:,.0f} ms at {rate / 1e12:,.1f} TFLOP/s: {step / floor:.1f}×")
     distributed.stop()
 

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
-from vpmoe.api import DistillRun
+from tests import install
+from tests.devcluster.cluster import Cluster, up
+from vpmoe.api.storage import Storage
 from vpmoe.storage import Bucket
 
 
@@ -112,10 +114,16 @@ def run_spec(s3: S3) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="session")
+def store(s3: S3) -> Bucket:
+    """One connection for all tests: making a client costs more than most tests do."""
+    return Bucket.open(Storage(endpoint=s3.endpoint, bucket="none"))
+
+
 @pytest.fixture
-def bucket(run_spec: dict[str, Any]) -> Bucket:
+def bucket(run_spec: dict[str, Any], store: Bucket) -> Bucket:
     """The bucket of `run_spec`."""
-    return Bucket.open(DistillRun.parse(run_spec).spec.storage)
+    return store.other(run_spec["spec"]["storage"]["bucket"])
 
 
 @pytest.fixture(scope="session")
@@ -130,3 +138,22 @@ def sample_parquet(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def real_parquet() -> list[Path]:
     """Further parquet files of real SYNTH rows, named in VPMOE_TEST_PARQUET (colon-separated); none where it is unset."""
     return [Path(name) for name in os.environ.get("VPMOE_TEST_PARQUET", "").split(":") if name]
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Cluster:
+    """The development cluster, up, with the operator installed from this checkout as its users install it."""
+    running = up()
+    install.operator(running)
+    return running
+
+
+@pytest.fixture(scope="module")
+def namespace(cluster: Cluster) -> Iterator[str]:
+    """A namespace of this test module's own with the storage Secret in it; it goes with all that is in it."""
+    name = f"test-{secrets.token_hex(4)}"
+    cluster.kubectl("create", "namespace", name)
+    install.credentials(cluster, name)
+    yield name
+    cluster.kubectl("delete", "distillruns", "--all", "--namespace", name, "--timeout=120s")
+    cluster.kubectl("delete", "namespace", name, "--timeout=120s")

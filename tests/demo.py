@@ -49,7 +49,9 @@ def upload(cluster: Cluster) -> None:
         shards = sample.write(Path(folder), shards=2)
         for shard in shards:
             client.upload_file(str(shard), "corpora", f"demo/{shard.name}")
-        say(f"\nTraining input: {len(shards)} parquet files of the repository's sample at s3://corpora/demo/, {sample.describe()}.")
+    rows = sample.rows()
+    languages = sorted({row["language"] for row in rows if row["language"]})
+    say(f"\nTraining input: {len(rows)} documents in {', '.join(languages)}, as {len(shards)} parquet files at s3://corpora/demo/")
 
 
 def get(cluster: Cluster) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def follow(cluster: Cluster) -> dict[str, Any]:
     """
     command = ["get", "distillrun", RUN, "--namespace", NAMESPACE, "--watch"]
     shown("kubectl", *command)
-    watch = subprocess.Popen([cluster.bin / "kubectl", "--kubeconfig", cluster.kubeconfig, *command])
+    watch = subprocess.Popen([cluster.kubectl_path, "--kubeconfig", cluster.kubeconfig, *command])
     try:
         end = time.monotonic() + DEADLINE
         while time.monotonic() < end:
@@ -99,7 +101,7 @@ def report(cluster: Cluster, run: dict[str, Any]) -> None:
     say(
         f"""
 Look around:
-  export KUBECONFIG={cluster.kubeconfig} PATH={cluster.bin}:$PATH
+  export KUBECONFIG={cluster.kubeconfig} PATH={cluster.kubectl_path.parent}:$PATH
   kubectl describe distillrun {RUN}
   kubectl get pods --selector vpmoe.dev/run={RUN}
   kubectl logs --selector vpmoe.dev/run={RUN},vpmoe.dev/step=vanilla --tail=20

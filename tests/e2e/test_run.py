@@ -86,8 +86,8 @@ def test_a_master_and_a_worker_train_to_the_loss_of_one_pod(cluster: Cluster, na
     one, two = (runs[name]["status"]["heldOut"] for name in RUNS)
     assert one == two  # the same processes, batches and order of sums: nothing may differ
     child = runs["two-pods"]["status"]["steps"][1]["child"]["name"]
-    replicas = json.loads(cluster.kubectl("get", "pytorchjob", child, "--namespace", namespace, "--output=json"))["spec"]["pytorchReplicaSpecs"]
-    assert {role: spec["replicas"] for role, spec in replicas.items()} == {"Master": 1, "Worker": 1}
+    job = json.loads(cluster.kubectl("get", "pytorchjob", child, "--namespace", namespace, "--output=json"))
+    assert {role: spec["replicas"] for role, spec in job["spec"]["pytorchReplicaSpecs"].items()} == {"Master": 1, "Worker": 1}
 
 
 def test_everything_in_the_bucket_is_what_its_manifests_say(runs: dict[str, Any], environment: dict[str, str]) -> None:
