@@ -35,8 +35,7 @@ def settings() -> kopf.OperatorSettings:
     chosen.watching.connect_timeout = 10
     chosen.watching.server_timeout = 240
     chosen.watching.client_timeout = 300
-    chosen.persistence.finalizer = labels.FINALIZER
-    chosen.persistence.progress_storage = kopf.StatusProgressStorage(field="status.kopf")
+    chosen.persistence.finalizer = "vpmoe.dev/kopf"  # never set. Kopf takes its own off wherever it finds it: this must not be ours
     for kind in (JOB, PYTORCHJOB):
         chosen.watching.label_selectors[kind.group, kind.version, kind.plural] = labels.RUN
     return chosen

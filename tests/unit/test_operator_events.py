@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from distill_operator import watch
 from distill_operator.events import event_name, transitions
 from distill_operator.gpus import Verdict
 from distill_operator.pods import Failure
@@ -14,6 +15,7 @@ from distill_operator.settings import load_settings
 from distill_operator.sweep import is_live, is_stray
 
 from tests.unit.operator_world import AWAY, World, manifest, progress
+from vpmoe.api import labels
 
 
 def reasons(world: World) -> list[str]:
@@ -116,6 +118,17 @@ def test_settings_that_are_wrong_name_file_and_field(tmp_path: Path, text: str, 
     with pytest.raises(ValueError, match=r"operator\.yaml") as error:
         load_settings(file)
     assert words in str(error.value)
+
+
+def test_kopf_only_watches() -> None:
+    """It takes its own finalizer off wherever it finds it, so that one must not be ours."""
+    chosen = watch.settings()
+    assert chosen.persistence.finalizer != labels.FINALIZER
+    assert (chosen.posting.enabled, chosen.scanning.disabled) == (False, True)
+    assert chosen.watching.server_timeout and chosen.networking.request_timeout, "nothing hangs without an end"
+    registry = watch.handlers(lambda key: None)
+    for kind in (registry._changing, registry._spawning, registry._indexing):
+        assert not kind.get_all_handlers(), "any of these would annotate objects or hold them by a finalizer"
 
 
 def test_the_operator_loads_no_tensor_library() -> None:
