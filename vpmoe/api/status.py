@@ -26,8 +26,8 @@ def _shortened(text: str) -> str:
 
 
 def _rounded(number: float) -> float:
-    """Four decimals: more would rewrite the status without telling anyone anything."""
-    return round(number, 4)
+    """Four decimals, one from a hundred on: more would rewrite the status without telling anyone anything."""
+    return round(number, 4 if abs(number) < 100 else 1)
 
 
 Message = Annotated[str, AfterValidator(_shortened), Field(json_schema_extra={"maxLength": MESSAGE})]
