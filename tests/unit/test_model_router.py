@@ -56,7 +56,7 @@ def test_biases_rise_for_the_underused_and_fall_for_the_overused(device: torch.d
 
 
 def test_routing_is_group_limited_and_weighs_by_the_scores_alone(device: torch.device) -> None:
-    """Biases choose; weights are the chosen sigmoids, normalised, times 2.5. Groups by the sum of their two best, then experts in them."""
+    """Biases choose; weights are the chosen sigmoids, normalised, times 2.5. Groups by their best, then experts in them."""
     torch.manual_seed(new_seed())
     router = routers(learner(device).student)["layers.2"]
     router.expert_bias.normal_(0, 0.1)
@@ -65,7 +65,9 @@ def test_routing_is_group_limited_and_weighs_by_the_scores_alone(device: torch.d
     scores = torch.sigmoid(inputs[:, 0].double() @ router.weight.double().T)
     for n in range(50):
         biased = (scores[n] + router.expert_bias).view(SMALL.expert_groups, -1)
-        groups = biased.topk(2).values.sum(1).topk(SMALL.expert_groups_per_token).indices
+        groups = (
+            biased.topk(SMALL.experts_per_token // SMALL.expert_groups_per_token).values.sum(1).topk(SMALL.expert_groups_per_token).indices
+        )
         masked = torch.full_like(biased, -torch.inf)
         masked[groups] = biased[groups]
         want = masked.flatten().topk(SMALL.experts_per_token).indices

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.unit.students import SMALL, documents, learner, new_seed, ragged
+from vpmoe.api.layout import EXPERTS
 from vpmoe.model.attention import PackedAttention, packing
 from vpmoe.model.batch import Batch
 from vpmoe.model.experts import StackedExperts
@@ -51,8 +52,12 @@ def test_tiny_is_the_same_code_with_the_same_vocabulary(device: torch.device) ->
     assert sum(p.numel() for p in built.parameters()) == shape.parameters() and shape.vocabulary == VOCABULARY
 
 
+def test_the_api_knows_every_shape_and_its_experts() -> None:
+    assert {name: shape.experts for name, shape in SHAPES.items()} == EXPERTS
+
+
 def test_experts_that_do_not_divide_are_refused(device: torch.device) -> None:
-    with pytest.raises(ValueError, match=r"student\.expertParallel: 3 does not divide the 16 experts of small"):
+    with pytest.raises(ValueError, match=r"student\.expertParallel: 3 does not divide the 8 experts of small"):
         build(SMALL, device, sequence_length=8, seed=0, expert_parallel=3)
 
 
@@ -124,6 +129,33 @@ def test_experts_are_the_sequential_ones_of_float64(device: torch.device) -> Non
     want.backward(direction.double())
     for have, wanted in zip((inputs, weight_n, experts.up, experts.down), exact, strict=True):
         torch.testing.assert_close(have.grad.double(), wanted.grad, rtol=1e-4, atol=2e-2)
+
+
+def test_a_mixture_layer_is_the_weighted_sum_of_its_experts_and_the_shared_one(device: torch.device) -> None:
+    """Tokens find their experts and come back: output and gradients against a float64 sum over every expert for every token."""
+    torch.manual_seed(new_seed())
+    layer = student(device, WITHOUT_AUX).decoder.layers[1].mlp
+    for weight in (layer.experts.up, layer.experts.down, layer.router.weight):
+        torch.nn.init.normal_(weight, std=0.3)
+    inputs = torch.randn(23, 2, SMALL.hidden, requires_grad=True)
+    weights, chosen = layer.router(inputs, padding_mask=torch.zeros(23, 2, dtype=torch.bool))
+    got, _ = layer(inputs, padding_mask=torch.zeros(2, 23, dtype=torch.bool))
+    exact = {name: parameter.detach().double().requires_grad_() for name, parameter in layer.named_parameters()}
+    x = inputs.detach().double().requires_grad_()
+    rows = x.view(46, -1)
+    scores = torch.sigmoid(rows @ exact["router.weight"].T) * chosen
+    weights_exact = SMALL.routed_scaling * scores / scores.sum(1, keepdim=True)
+    torch.testing.assert_close(weights.double(), weights_exact, rtol=1e-4, atol=1e-6)
+    inner = torch.einsum("nh,ewh->new", rows, exact["experts.up"]).relu() ** 2
+    routed = torch.einsum("new,ehw,ne->nh", inner, exact["experts.down"], weights_exact)
+    shared = ((rows @ exact["shared_experts.linear_fc1.weight"].T).relu() ** 2) @ exact["shared_experts.linear_fc2.weight"].T
+    want = (routed + shared).view_as(got)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    direction = torch.randn_like(got)
+    got.backward(direction)
+    want.backward(direction.double())
+    for have, wanted in [(inputs, x), *((parameter, exact[name]) for name, parameter in layer.named_parameters())]:
+        torch.testing.assert_close(have.grad.double(), wanted.grad, rtol=1e-3, atol=1e-3)
 
 
 def test_recomputing_activations_changes_no_bit_and_counts_no_token_twice(device: torch.device) -> None:

@@ -77,23 +77,27 @@ def test_no_gradient_comes_from_a_prompt_token(device: torch.device) -> None:
 
 
 def test_span_normalisation_over_ragged_microbatches_is_float64s(device: torch.device) -> None:
-    """Loss and cross-entropies of a step of several uneven microbatches, against one float64 mean a span over all of them at once."""
+    """Loss, cross-entropies and the output matrix's gradient of several uneven microbatches: one float64 mean a span over all at once."""
     generator = torch.Generator().manual_seed(new_seed())
     it = learner(device)
     batches = ragged(generator, 5)
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     weights = {"reasoning": 0.7, "final": 1.6}
     nll = []
+    output = it.student.output.detach().double().requires_grad_()
     for batch in batches:
         with torch.no_grad():
-            logits = it.student(batch).double() @ it.student.output.double().T
-        nll.append(-torch.log_softmax(logits, 1).gather(1, batch.target.clamp(min=0).unsqueeze(1)).squeeze(1))
+            hidden = it.student(batch).double()
+        nll.append(-torch.log_softmax(hidden @ output.T, 1).gather(1, batch.target.clamp(min=0).unsqueeze(1)).squeeze(1))
     all_nll, all_span = torch.cat(nll), torch.cat([batch.span for batch in batches])
-    means = {name: float(all_nll[all_span == number].mean()) for name, number in spans.SPANS.items()}
+    exact = {name: all_nll[all_span == number].mean() for name, number in spans.SPANS.items()}
+    sum(weights[name] * mean for name, mean in exact.items()).backward()
+    means = {name: float(mean) for name, mean in exact.items()}
     outcome = it.forward_backward(batches, vanilla(counts, weights), int(counts[0]))
     assert outcome.cross_entropy == pytest.approx(means, rel=1e-6)
     assert outcome.loss == pytest.approx(sum(weights[name] * mean for name, mean in means.items()), rel=1e-6)
     assert outcome.tokens == {"reasoning": int((all_span == 1).sum()), "final": int((all_span == 2).sum())}
+    torch.testing.assert_close(it.student.output.main_grad.double() / int(counts[0]), output.grad, rtol=1e-4, atol=1e-8)
     assert it.evaluate(batches).cross_entropy == pytest.approx(means, rel=1e-6)
 
 

@@ -30,7 +30,7 @@ class Shape:
     shared_width: int
     """Width of the expert that every token of a mixture layer passes."""
     expert_groups: int
-    """The router first chooses `expert_groups_per_token` groups by the sum of their best scores, then experts inside them."""
+    """The router first chooses `expert_groups_per_token` groups by their best experts' scores, then experts inside them."""
     expert_groups_per_token: int
     vocabulary: int = VOCABULARY
     routed_scaling: float = 2.5
@@ -93,8 +93,8 @@ SHAPES = {
             kv_heads=2,
             head_width=16,
             dense_width=256,
-            experts=16,
-            experts_per_token=4,
+            experts=8,
+            experts_per_token=2,
             expert_width=32,
             shared_width=64,
             expert_groups=4,
