@@ -5,10 +5,12 @@ from jobs.entrypoint import entrypoint
 
 def main() -> None:
     """Preprocess what this pod is assigned."""
-    from vpmoe.data.preprocess import preprocess  # here, because each encoding process imports this module again and needs none of it
+    from vpmoe.data.encode import Encoders  # here, because each encoding process imports this module again and needs none of it
+    from vpmoe.data.preprocess import preprocess
 
     run, context = entrypoint("preprocess")
-    preprocess(run, context.bucket, context.provenance, context.stopping, context.worker)
+    with Encoders() as encoders:
+        preprocess(run, context.bucket, context.provenance, context.stopping, context.worker, encoders)
 
 
 if __name__ == "__main__":

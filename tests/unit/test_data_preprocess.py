@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import yaml
 from tests import sample
 from vpmoe.api import DistillRun
 from vpmoe.data import dataset, filters, preprocess, sampling, vocabulary
-from vpmoe.data.encode import Setting
+from vpmoe.data.encode import Encoders, Setting
 from vpmoe.data.harmony import Renderer, spans
 from vpmoe.data.index import read_index
 from vpmoe.failure import Permanent, Terminated
@@ -31,6 +31,7 @@ from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Manifest
 
 ROOT = Path(__file__).parents[2]
+ONE: Encoders
 
 
 @pytest.fixture
@@ -54,14 +55,22 @@ def elsewhere(spec: dict[str, Any], folder: str) -> dict[str, Any]:
     return changed
 
 
+@pytest.fixture(scope="module", autouse=True)
+def encoders() -> Iterator[None]:
+    """One encoding process for all tests of this module; loading the vocabulary takes longer than the sample does."""
+    global ONE
+    with Encoders(1) as ONE:
+        yield
+
+
 def do(
-    spec: dict[str, Any], worker: int | None = None, processes: int = 1, stopping: threading.Event | None = None
+    spec: dict[str, Any], worker: int | None = None, stopping: threading.Event | None = None, encoders: Encoders | None = None
 ) -> tuple[Bucket, DistillRun]:
     """The step in this process."""
     run = DistillRun.parse(spec)
     bucket = Bucket.open(run.spec.storage)
     provenance = Provenance(None, None, run.config_hash, "default", run.metadata.name, run.uid8, "preprocess", 1, "2026-01-01T00:00:00Z")
-    preprocess.preprocess(run, bucket, provenance, stopping or threading.Event(), worker, processes)
+    preprocess.preprocess(run, bucket, provenance, stopping or threading.Event(), worker, encoders or ONE)
     return bucket, run
 
 
@@ -139,7 +148,8 @@ def test_every_kept_row_is_in_its_split_token_for_token(spec: dict[str, Any], tm
 
 
 def test_workers_and_processes_do_not_change_a_byte(spec: dict[str, Any]) -> None:
-    alone = do(elsewhere(spec, "alone"), processes=2)
+    with Encoders(2) as two_processes:
+        alone = do(elsewhere(spec, "alone"), encoders=two_processes)
     spec["spec"]["dataset"]["workers"] = 2
     for worker in (1, 0):
         two = do(elsewhere(spec, "two"), worker)

@@ -160,14 +160,18 @@ def cores() -> int:
 
 
 class Encoders:
-    """Processes that encode chunks. They start at once and end with the `with` block, or with this process, however it ends."""
+    """Processes that encode chunks, one a core unless told otherwise. They end with the `with` block, or with this process, however
+    that ends."""
 
-    def __init__(self, processes: int) -> None:
+    def __init__(self, processes: int | None = None) -> None:
+        self.processes = processes or cores()
         context = get_context("forkserver")  # this process has threads, and sockets that a forked child would hold open
         context.set_forkserver_preload([__name__])
-        self._ahead = CHUNKS_AHEAD * processes
-        self._pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start)
-        for _ in range(processes):
+        self._pool = ProcessPoolExecutor(self.processes, mp_context=context, initializer=_start)
+
+    def start(self) -> None:
+        """Let the processes start and load the vocabulary (seconds) while there is something else to do."""
+        for _ in range(self.processes):
             self._pool.submit(os.getpid)
 
     def __enter__(self) -> "Encoders":
@@ -181,7 +185,7 @@ class Encoders:
         running: deque[Future[Encoded]] = deque()
         try:
             for each in chunks:
-                if len(running) == self._ahead:
+                if len(running) == CHUNKS_AHEAD * self.processes:
                     yield running.popleft().result()
                 running.append(self._pool.submit(encode, each, recipe))
             while running:

@@ -19,7 +19,7 @@ from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, DatasetFacts, Progress
 from vpmoe.data import census, sampling
 from vpmoe.data.dataset import DatasetRef, dataset_id, done_parts, merge, resolve, settings, write_manifest
-from vpmoe.data.encode import CHUNK_ROWS, COLUMNS, Chunk, Encoders, Recipe, Setting, chunk, cores
+from vpmoe.data.encode import CHUNK_ROWS, COLUMNS, Chunk, Encoders, Recipe, Setting, chunk
 from vpmoe.data.part import Part
 from vpmoe.data.rows import ShardReader
 from vpmoe.data.text import Unreadable
@@ -63,9 +63,9 @@ class Job:
 
 
 def preprocess(
-    run: DistillRun, bucket: Bucket, provenance: Provenance, stopping: threading.Event, worker: int | None, processes: int | None = None
+    run: DistillRun, bucket: Bucket, provenance: Provenance, stopping: threading.Event, worker: int | None, encoders: Encoders
 ) -> DatasetRef:
-    """Do this worker's share of the step with `processes` processes beside this one (default: one a core). Returns the data set.
+    """Do this worker's share of the step; the processes of `encoders` encode, this one reads and writes. Returns the data set.
 
     Raises Permanent where the input or the configuration is at fault, StorageError, Retriable for a full disk or a killed process,
     Terminated where it was asked to stop.
@@ -77,10 +77,10 @@ def preprocess(
         return job.dataset
     check_writer(job)
     log.info("Data set %s: %d parts from %s", bucket.url(job.dataset.folder), job.parts, job.dataset.inputs.source)
-    with Encoders(processes or cores()) as encoders:  # they start while rows are counted
-        counted = count(job)
-        recipe = make_recipe(job, counted)
-        make_parts(job, encoders, recipe, allowed_unreadable(run, counted.rows))
+    encoders.start()
+    counted = count(job)
+    recipe = make_recipe(job, counted)
+    make_parts(job, encoders, recipe, allowed_unreadable(run, counted.rows))
     finish(job, recipe, counted.rows)
     return job.dataset
 
