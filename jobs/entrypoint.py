@@ -66,8 +66,16 @@ def entrypoint(role: str, arguments: list[str] | None = None) -> tuple[DistillRu
     register(run, bucket)
     metadata = run.metadata
     provenance = Provenance(
-        git_sha=git_sha(), image=os.environ.get("VPMOE_IMAGE") or None, config=run.config_hash, namespace=metadata.namespace,
-        name=metadata.name, uid8=run.uid8, step=step, attempt=given.attempt, started=now())
+        git_sha=git_sha(),
+        image=os.environ.get("VPMOE_IMAGE") or None,
+        config=run.config_hash,
+        namespace=metadata.namespace,
+        name=metadata.name,
+        uid8=run.uid8,
+        step=step,
+        attempt=given.attempt,
+        started=now(),
+    )
     index = os.environ.get("JOB_COMPLETION_INDEX")
     log.info("%s of %s, attempt %d, at %s", step, provenance.run, given.attempt, bucket.url(paths.run(run)))
     return run, Context(step, given.attempt, bucket, provenance, stopping, int(index) if index else None)
@@ -130,7 +138,8 @@ def register(run: DistillRun, bucket: Bucket) -> None:
     if changed:
         raise failure.Permanent(
             f"{bucket.url(key)}: {changed}. A run's configuration does not change once it has started; start a run of "
-            "another name, or delete this one's folder.")
+            "another name, or delete this one's folder."
+        )
 
 
 def difference(stored: Any, given: Any, where: str = "") -> str | None:

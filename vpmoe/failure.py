@@ -52,7 +52,8 @@ class Failure:
 
     def _json(self, message: str) -> bytes:
         return json.dumps({"class": self.kind, "rank": self.rank, "exit": self.exit, "message": message}, ensure_ascii=False).encode(
-            errors="replace")
+            errors="replace"
+        )
 
 
 def classify(error: BaseException, rank: int | None = None) -> Failure:

@@ -39,8 +39,14 @@ class Provenance:
 
     def metadata(self) -> dict[str, str]:
         """The same in short, for an object's metadata; what is not known is left out."""
-        facts = {"git-sha": self.git_sha, "image": self.image, "config": self.config, "run": self.run, "step": self.step,
-                 "attempt": str(self.attempt)}
+        facts = {
+            "git-sha": self.git_sha,
+            "image": self.image,
+            "config": self.config,
+            "run": self.run,
+            "step": self.step,
+            "attempt": str(self.attempt),
+        }
         return {name: value for name, value in facts.items() if value is not None}
 
 

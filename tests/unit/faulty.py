@@ -108,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = half
-        self.answer(response.status, response.getheaders(), content[:len(content) // 2] if half else content)
+        self.answer(response.status, response.getheaders(), content[: len(content) // 2] if half else content)
 
     do_PUT = do_POST = do_HEAD = do_DELETE = do_GET
 

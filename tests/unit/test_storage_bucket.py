@@ -40,7 +40,7 @@ def lies_at(s3: S3, bucket: Bucket, key: str) -> Path:
 def test_what_is_written_comes_back(bucket: Bucket, tmp_path: Path, size: int) -> None:
     stored, data = put(bucket, tmp_path, size)
     assert (stored.key, stored.size, stored.sha256) == ("things/one", size, hashlib.sha256(data).hexdigest())
-    assert list(stored.blocks) == [hashlib.sha256(data[start:start + BLOCK]).hexdigest() for start in range(0, size, BLOCK)]
+    assert list(stored.blocks) == [hashlib.sha256(data[start : start + BLOCK]).hexdigest() for start in range(0, size, BLOCK)]
     bucket.download(stored, tmp_path / "target")
     assert (tmp_path / "target").read_bytes() == data
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
@@ -62,18 +62,24 @@ def test_a_range_outside_of_the_object_is_a_mistake_of_the_caller(bucket: Bucket
 
 
 @pytest.mark.parametrize("size", [5, BLOCK + 5])
-@pytest.mark.parametrize("change, says", [
-    pytest.param(lambda data: data[:-1] + bytes([data[-1] ^ 1]), r"sha256 of block \d is \w{64}, its manifest says \w{64}", id="bit"),
-    pytest.param(lambda data: data[:-3], r"\d+ bytes, its manifest says \d+", id="truncated"),
-    pytest.param(lambda data: data + b"x", r"\d+ bytes, its manifest says \d+", id="longer"),
-    pytest.param(lambda data: b"", r"0 bytes, its manifest says \d+", id="emptied"),
-])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        pytest.param(lambda data: data[:-1] + bytes([data[-1] ^ 1]), r"sha256 of block \d is \w{64}, its manifest says \w{64}", id="bit"),
+        pytest.param(lambda data: data[:-3], r"\d+ bytes, its manifest says \d+", id="truncated"),
+        pytest.param(lambda data: data + b"x", r"\d+ bytes, its manifest says \d+", id="longer"),
+        pytest.param(lambda data: b"", r"0 bytes, its manifest says \d+", id="emptied"),
+    ],
+)
 def test_an_altered_object_is_refused(s3: S3, bucket: Bucket, tmp_path: Path, size: int, change, says: str) -> None:
     stored, data = put(bucket, tmp_path, size)
     lies_at(s3, bucket, "things/one").write_bytes(change(data))
     for read in (lambda: bucket.download(stored, tmp_path / "target"), lambda: bucket.read(stored, size - 1, size)):
-        with pytest.raises(StorageError, match=f"^{bucket.url('things/one')}: {says}. The object was changed after it was written; delete"
-                           " the folder whose manifest names it to have it built again.$") as caught:
+        with pytest.raises(
+            StorageError,
+            match=f"^{bucket.url('things/one')}: {says}. The object was changed after it was written; delete"
+            " the folder whose manifest names it to have it built again.$",
+        ) as caught:
             read()
         assert caught.value.reason == "Altered" and not caught.value.retriable
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -127,11 +133,14 @@ def test_of_many_writers_at_once_one_wins(bucket: Bucket) -> None:
     assert won.count(True) == 1 and bucket.get("race") == b"%d" % won.index(True)
 
 
-@pytest.mark.parametrize("metadata, says", [
-    pytest.param({"image": "x" * 2048}, r"metadata of \d+ bytes is above S3's 2048", id="too-long"),
-    pytest.param({"image": "naïve"}, "metadata image='naïve' is not printable ASCII", id="not-ascii"),
-    pytest.param({"image": "a\nb"}, "is not printable ASCII", id="line-end"),
-])
+@pytest.mark.parametrize(
+    "metadata, says",
+    [
+        pytest.param({"image": "x" * 2048}, r"metadata of \d+ bytes is above S3's 2048", id="too-long"),
+        pytest.param({"image": "naïve"}, "metadata image='naïve' is not printable ASCII", id="not-ascii"),
+        pytest.param({"image": "a\nb"}, "is not printable ASCII", id="line-end"),
+    ],
+)
 @pytest.mark.parametrize("size", [1, BLOCK])
 def test_metadata_that_s3_cannot_carry_is_refused(bucket: Bucket, tmp_path: Path, metadata: dict[str, str], says: str, size: int) -> None:
     (tmp_path / "f").write_bytes(bytes(size))
@@ -147,9 +156,14 @@ def test_metadata_stands_on_small_and_large_objects(bucket: Bucket, tmp_path: Pa
         assert found["step"] == "test"
 
 
-@pytest.mark.parametrize("prefix, below", [
-    pytest.param("", "", id="root"), pytest.param("a/b", "a/b/", id="bare"), pytest.param("a/b/", "a/b/", id="slash"),
-])
+@pytest.mark.parametrize(
+    "prefix, below",
+    [
+        pytest.param("", "", id="root"),
+        pytest.param("a/b", "a/b/", id="bare"),
+        pytest.param("a/b/", "a/b/", id="slash"),
+    ],
+)
 def test_keys_are_relative_to_the_prefix(s3: S3, bucket: Bucket, tmp_path: Path, prefix: str, below: str) -> None:
     spec = Storage(bucket=bucket.name, endpoint=s3.endpoint).model_copy(update={"prefix": prefix})
     under = Bucket.open(spec)
@@ -242,13 +256,18 @@ def opened(s3: S3, bucket: Bucket, spec: dict[str, str]) -> Bucket:
     return Bucket.open(Storage.model_validate({"bucket": bucket.name, "endpoint": s3.endpoint, **spec}), patience=HASTY)
 
 
-@pytest.mark.parametrize("environment, spec, says", [
-    pytest.param({"AWS_SECRET_ACCESS_KEY": "hunter2"}, {}, r"denied \(403 SignatureDoesNotMatch\). Check that AWS_", id="wrong-secret"),
-    pytest.param({"AWS_ACCESS_KEY_ID": "nobody"}, {}, r"denied \(404 XAdminUserNotFound\).*storage.credentialsSecret", id="wrong-key"),
-    pytest.param({}, {"bucket": "not-there"}, "the bucket does not exist. Create it, or correct storage.bucket", id="no-bucket"),
-    pytest.param({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, {}, r"failed 3 times in \d+ s.*storage.endpoint is right", id="nobody-there"),
-    pytest.param({"AWS_ENDPOINT_URL": "http://me:hunter2@127.0.0.1:9"}, {}, r"at http://127.0.0.1:9 failed", id="password-in-endpoint"),
-])
+@pytest.mark.parametrize(
+    "environment, spec, says",
+    [
+        pytest.param({"AWS_SECRET_ACCESS_KEY": "hunter2"}, {}, r"denied \(403 SignatureDoesNotMatch\). Check that AWS_", id="wrong-secret"),
+        pytest.param({"AWS_ACCESS_KEY_ID": "nobody"}, {}, r"denied \(404 XAdminUserNotFound\).*storage.credentialsSecret", id="wrong-key"),
+        pytest.param({}, {"bucket": "not-there"}, "the bucket does not exist. Create it, or correct storage.bucket", id="no-bucket"),
+        pytest.param(
+            {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, {}, r"failed 3 times in \d+ s.*storage.endpoint is right", id="nobody-there"
+        ),
+        pytest.param({"AWS_ENDPOINT_URL": "http://me:hunter2@127.0.0.1:9"}, {}, r"at http://127.0.0.1:9 failed", id="password-in-endpoint"),
+    ],
+)
 def test_a_probe_says_what_is_wrong(
     s3: S3, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], spec: dict[str, str], says: str
 ) -> None:
@@ -285,12 +304,18 @@ def test_the_environment_has_no_say_beside_credentials_of_ones_own(s3: S3, bucke
     assert nowhere.endpoint == "https://s3.amazonaws.com"
 
 
-@pytest.mark.parametrize("style, address", [
-    ("path", "https://s3.example.com/vpmoe/k"), ("virtual", "https://vpmoe.s3.example.com/k"), ("auto", "https://s3.example.com/vpmoe/k"),
-])
+@pytest.mark.parametrize(
+    "style, address",
+    [
+        ("path", "https://s3.example.com/vpmoe/k"),
+        ("virtual", "https://vpmoe.s3.example.com/k"),
+        ("auto", "https://s3.example.com/vpmoe/k"),
+    ],
+)
 def test_addressing_and_region_are_the_run_s(style: str, address: str) -> None:
     spec = Storage.model_validate(
-        {"endpoint": "https://s3.example.com", "bucket": "vpmoe", "region": "eu-central-7", "addressingStyle": style})
+        {"endpoint": "https://s3.example.com", "bucket": "vpmoe", "region": "eu-central-7", "addressingStyle": style}
+    )
     client = Bucket.open(spec, credentials=Credentials("a", "b"))._client
     url, _, query = client.generate_presigned_url("get_object", {"Bucket": "vpmoe", "Key": "k"}).partition("?")
     assert url == address and "%2Feu-central-7%2Fs3%2F" in query

@@ -40,10 +40,12 @@ def untouched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 @pytest.fixture
 def start(tmp_path: Path, run_spec: dict[str, Any]) -> Start:
     """Start a job on the test's run as it stands now."""
+
     def start(role: str = "preprocess", *arguments: str) -> tuple[DistillRun, Context]:
         file = tmp_path / "any-name.yaml"
         file.write_text(yaml.safe_dump(run_spec))
         return entrypoint(role, ["--run", str(file), *arguments])
+
     return start
 
 
@@ -80,12 +82,24 @@ def test_a_new_process_clears_an_old_last_word_and_a_rank_does_not(start: Start,
     assert (tmp_path / "termination").read_text() == ""
 
 
-@pytest.mark.parametrize("error, code, kind", [
-    (Permanent("no\nway"), 65, "Permanent"), (Retriable("later"), 75, "Retriable"), (Terminated("saved"), 143, "Terminated"),
-    (StorageError("away", "Unreachable"), 75, "Retriable"), (ZeroDivisionError("by zero"), 70, "Internal"),
-], ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "")
+@pytest.mark.parametrize(
+    "error, code, kind",
+    [
+        (Permanent("no\nway"), 65, "Permanent"),
+        (Retriable("later"), 75, "Retriable"),
+        (Terminated("saved"), 143, "Terminated"),
+        (StorageError("away", "Unreachable"), 75, "Retriable"),
+        (ZeroDivisionError("by zero"), 70, "Internal"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
 def test_an_error_ends_the_job_with_its_code_and_one_line(
-    error: Exception, code: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    code: int,
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("RANK", "5")
@@ -98,10 +112,13 @@ def test_an_error_ends_the_job_with_its_code_and_one_line(
     assert (type(error).__name__ in capsys.readouterr().err) == (kind == "Internal")
 
 
-@pytest.mark.parametrize("arguments, says", [
-    pytest.param(["--step", "rescored"], "--step rescored: the run has no such step. Choose one of preprocess, vanilla.", id="step"),
-    pytest.param(["--run", "/no.yaml"], "--run /no.yaml: No such file or directory. Give the file of a DistillRun.", id="no-file"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        pytest.param(["--step", "rescored"], "--step rescored: the run has no such step. Choose one of preprocess, vanilla.", id="step"),
+        pytest.param(["--run", "/no.yaml"], "--run /no.yaml: No such file or directory. Give the file of a DistillRun.", id="no-file"),
+    ],
+)
 def test_a_job_that_cannot_start_says_why(start: Start, bucket: Bucket, arguments: list[str], says: str) -> None:
     with pytest.raises(Permanent, match=re.escape(says)):
         start("preprocess", *arguments)
@@ -127,14 +144,18 @@ def test_a_run_s_configuration_does_not_change_once_it_has_started(start: Start,
         start()
 
 
-@pytest.mark.parametrize("stored, given, says", [
-    ({"a": {"b": [1, {"c": 2}]}}, {"a": {"b": [1, {"c": 3}]}}, "a.b[1].c is 2 there and 3 here"),
-    ({"b": 1, "a": 1}, {"a": 2, "b": 2}, "a is 1 there and 2 here"),
-    ({"a": [1]}, {"a": [1, 2]}, "a is [1] there and [1, 2] here"),
-    ({"a": 1}, {}, "a is 1 there and null here"),
-    ({"a": {"b": 1}}, {"a": None}, 'a is {"b": 1} there and null here'),
-    ({"a": None}, {}, None), ({"a": [{"b": 1}]}, {"a": [{"b": 1}]}, None),
-])
+@pytest.mark.parametrize(
+    "stored, given, says",
+    [
+        ({"a": {"b": [1, {"c": 2}]}}, {"a": {"b": [1, {"c": 3}]}}, "a.b[1].c is 2 there and 3 here"),
+        ({"b": 1, "a": 1}, {"a": 2, "b": 2}, "a is 1 there and 2 here"),
+        ({"a": [1]}, {"a": [1, 2]}, "a is [1] there and [1, 2] here"),
+        ({"a": 1}, {}, "a is 1 there and null here"),
+        ({"a": {"b": 1}}, {"a": None}, 'a is {"b": 1} there and null here'),
+        ({"a": None}, {}, None),
+        ({"a": [{"b": 1}]}, {"a": [{"b": 1}]}, None),
+    ],
+)
 def test_the_first_difference_is_named(stored: object, given: object, says: str | None) -> None:
     assert difference(stored, given) == says
 
@@ -161,12 +182,21 @@ raise Terminated("saved at step 7")
 def test_a_job_that_is_asked_to_stop_saves_and_says_so(run_spec: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_spec))
     process = subprocess.Popen(
-        [sys.executable, "-c", JOB, "--run", str(tmp_path / "run.yaml")], cwd=CHECKOUT, env={**os.environ},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        [sys.executable, "-c", JOB, "--run", str(tmp_path / "run.yaml")],
+        cwd=CHECKOUT,
+        env={**os.environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143
     assert all(LINE.fullmatch(line) for line in err.splitlines()) and "Asked to stop (SIGTERM): saving" in err
     assert json.loads((tmp_path / "termination").read_bytes()) == {
-        "class": "Terminated", "rank": None, "exit": 143, "message": "saved at step 7"}
+        "class": "Terminated",
+        "rank": None,
+        "exit": 143,
+        "message": "saved at step 7",
+    }

@@ -12,17 +12,21 @@ from vpmoe.failure import Failure, Permanent, Retriable, Terminated
 from vpmoe.storage import StorageError
 
 
-@pytest.mark.parametrize("error, kind, code, message", [
-    (Permanent("no such field"), "Permanent", 65, "no such field"),
-    (Invalid(["spec.x: 1 is wrong"]), "Permanent", 65, "DistillRun:\n  spec.x: 1 is wrong"),
-    (StorageError("altered", "Altered"), "Permanent", 65, "altered"),
-    (StorageError("denied", "Denied"), "Permanent", 65, "denied"),
-    (StorageError("away", "Unreachable"), "Retriable", 75, "away"),
-    (StorageError("disk full", "Local"), "Retriable", 75, "disk full"),
-    (Retriable("later"), "Retriable", 75, "later"),
-    (Terminated("saved"), "Terminated", 143, "saved"),
-    (ZeroDivisionError("division by zero"), "Internal", 70, "ZeroDivisionError: division by zero"),
-], ids=lambda value: f"{type(value).__name__}-{value.reason}" if isinstance(value, StorageError) else None)
+@pytest.mark.parametrize(
+    "error, kind, code, message",
+    [
+        (Permanent("no such field"), "Permanent", 65, "no such field"),
+        (Invalid(["spec.x: 1 is wrong"]), "Permanent", 65, "DistillRun:\n  spec.x: 1 is wrong"),
+        (StorageError("altered", "Altered"), "Permanent", 65, "altered"),
+        (StorageError("denied", "Denied"), "Permanent", 65, "denied"),
+        (StorageError("away", "Unreachable"), "Retriable", 75, "away"),
+        (StorageError("disk full", "Local"), "Retriable", 75, "disk full"),
+        (Retriable("later"), "Retriable", 75, "later"),
+        (Terminated("saved"), "Terminated", 143, "saved"),
+        (ZeroDivisionError("division by zero"), "Internal", 70, "ZeroDivisionError: division by zero"),
+    ],
+    ids=lambda value: f"{type(value).__name__}-{value.reason}" if isinstance(value, StorageError) else None,
+)
 def test_each_error_has_its_class_and_code(error: Exception, kind: str, code: int, message: str) -> None:
     assert failure.classify(error, rank=3) == Failure(kind, 3, code, message)
 
@@ -42,7 +46,11 @@ def test_the_line_fits_kubernetes_whatever_the_message() -> None:
 
 def test_a_message_that_fits_is_whole() -> None:
     assert json.loads(Failure("Permanent", None, 65, "x" * 4000).line()) == {
-        "class": "Permanent", "rank": None, "exit": 65, "message": "x" * 4000}
+        "class": "Permanent",
+        "rank": None,
+        "exit": 65,
+        "message": "x" * 4000,
+    }
 
 
 def test_the_first_failure_of_a_container_has_the_word(tmp_path: Path) -> None:

@@ -82,8 +82,11 @@ def test_an_upload_that_fails_for_good_leaves_neither_object_nor_parts(
 
 
 READ = [
-    pytest.param("503", id="503"), pytest.param("lost", id="no-answer"), pytest.param("reset", id="reset-in-the-body"),
-    pytest.param("truncated", id="body-ends-early"), pytest.param("stalled", id="stalls"),
+    pytest.param("503", id="503"),
+    pytest.param("lost", id="no-answer"),
+    pytest.param("reset", id="reset-in-the-body"),
+    pytest.param("truncated", id="body-ends-early"),
+    pytest.param("stalled", id="stalls"),
     pytest.param("flipped", id="bit-flips-on-the-way"),
 ]
 
@@ -99,11 +102,16 @@ def test_a_read_survives_a_fault(proxy: Faulty, shaky: Bucket, bucket: Bucket, s
     assert proxy.count("GET .*/f") == 3 + 2 and proxy.count("GET .*/small") == 2
 
 
-@pytest.mark.parametrize("kind, reason, says", [
-    pytest.param("503", "Unreachable", "GetObject at .* failed 4 times in .* last with 503", id="503"),
-    pytest.param("truncated", "Unreachable", "failed 4 times in .* last with (ResponseStreamingError|IncompleteReadError)", id="truncated"),
-    pytest.param("flipped", "Altered", "sha256 of block 0 is .*, its manifest says", id="flipped"),
-])
+@pytest.mark.parametrize(
+    "kind, reason, says",
+    [
+        pytest.param("503", "Unreachable", "GetObject at .* failed 4 times in .* last with 503", id="503"),
+        pytest.param(
+            "truncated", "Unreachable", "failed 4 times in .* last with (ResponseStreamingError|IncompleteReadError)", id="truncated"
+        ),
+        pytest.param("flipped", "Altered", "sha256 of block 0 is .*, its manifest says", id="flipped"),
+    ],
+)
 def test_a_read_that_fails_for_good_leaves_no_file(
     proxy: Faulty, shaky: Bucket, bucket: Bucket, source: Path, tmp_path: Path, kind: Kind, reason: str, says: str
 ) -> None:

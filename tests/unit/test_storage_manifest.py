@@ -24,7 +24,12 @@ SUBJECTS = [hash_bytes(f"{FOLDER}/{name}", data).subject(FOLDER) for name, data 
 
 def made(**changes: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = {
-        "kind": "checkpoint", "subjects": SUBJECTS, "facts": {"tokens": 7}, "provenance": WHO, "inputs": [TOKENIZER, DATASET]}
+        "kind": "checkpoint",
+        "subjects": SUBJECTS,
+        "facts": {"tokens": 7},
+        "provenance": WHO,
+        "inputs": [TOKENIZER, DATASET],
+    }
     return manifest.statement(**{**arguments, **changes})
 
 
@@ -37,9 +42,15 @@ def test_a_statement_says_what_was_made_of_what_by_whom() -> None:
         "_type": "https://in-toto.io/Statement/v1",
         "subject": [
             {"name": "a", "digest": {"sha256": hashlib.sha256().hexdigest()}, "annotations": {"size": 0, "blockSize": BLOCK, "blocks": []}},
-            {"name": "b/rank-1", "digest": {"sha256": hashlib.sha256(bytes(BLOCK + 1)).hexdigest()}, "annotations": {
-                "size": BLOCK + 1, "blockSize": BLOCK,
-                "blocks": [hashlib.sha256(bytes(BLOCK)).hexdigest(), hashlib.sha256(b"\0").hexdigest()]}},
+            {
+                "name": "b/rank-1",
+                "digest": {"sha256": hashlib.sha256(bytes(BLOCK + 1)).hexdigest()},
+                "annotations": {
+                    "size": BLOCK + 1,
+                    "blockSize": BLOCK,
+                    "blocks": [hashlib.sha256(bytes(BLOCK)).hexdigest(), hashlib.sha256(b"\0").hexdigest()],
+                },
+            },
         ],
         "predicateType": "https://slsa.dev/provenance/v1",
         "predicate": {
@@ -70,8 +81,14 @@ def test_what_is_written_is_what_is_loaded(bucket: Bucket) -> None:
     assert found.subjects == {subject.name: subject for subject in SUBJECTS}
     assert found.subjects["b/rank-1"].key == f"{FOLDER}/b/rank-1"
     assert bucket._client.head_object(Bucket=bucket.name, Key=KEY)["Metadata"] == {
-        "git-sha": WHO.git_sha, "image": "vpmoe/trainer:1", "config": HEX, "run": "team/first-run-0123abcd", "step": "vanilla",
-        "attempt": "2", "sha256": found.sha256}
+        "git-sha": WHO.git_sha,
+        "image": "vpmoe/trainer:1",
+        "config": HEX,
+        "run": "team/first-run-0123abcd",
+        "step": "vanilla",
+        "attempt": "2",
+        "sha256": found.sha256,
+    }
 
 
 def test_the_first_manifest_stands(bucket: Bucket) -> None:
@@ -86,15 +103,18 @@ def test_a_manifest_survives_unknown_code_and_image() -> None:
     assert found.provenance == by_hand and "git-sha" not in by_hand.metadata() and "image" not in by_hand.metadata()
 
 
-@pytest.mark.parametrize("changes, says", [
-    pytest.param({"inputs": [DATASET]}, "checkpoint has to name its tokenizer with a digest", id="no-tokenizer"),
-    pytest.param({"inputs": [TOKENIZER]}, "checkpoint has to name its dataset with a digest", id="no-dataset"),
-    pytest.param({"inputs": [Input("tokenizer", "x", {}, {}), DATASET]}, "has to name its tokenizer", id="no-digest"),
-    pytest.param({"subjects": []}, "subject: List should have at least 1 item", id="empty"),
-    pytest.param({"subjects": [SUBJECTS[0], SUBJECTS[0]]}, "subject: b/rank-1 is named twice", id="twice"),
-    pytest.param({"kind": "Check point"}, "buildType", id="kind"),
-    pytest.param({"facts": {"loss": float("nan")}}, "not JSON compliant", id="nan"),
-])
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        pytest.param({"inputs": [DATASET]}, "checkpoint has to name its tokenizer with a digest", id="no-tokenizer"),
+        pytest.param({"inputs": [TOKENIZER]}, "checkpoint has to name its dataset with a digest", id="no-dataset"),
+        pytest.param({"inputs": [Input("tokenizer", "x", {}, {}), DATASET]}, "has to name its tokenizer", id="no-digest"),
+        pytest.param({"subjects": []}, "subject: List should have at least 1 item", id="empty"),
+        pytest.param({"subjects": [SUBJECTS[0], SUBJECTS[0]]}, "subject: b/rank-1 is named twice", id="twice"),
+        pytest.param({"kind": "Check point"}, "buildType", id="kind"),
+        pytest.param({"facts": {"loss": float("nan")}}, "not JSON compliant", id="nan"),
+    ],
+)
 def test_a_statement_that_would_not_load_is_not_made(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         made(**changes)
@@ -112,6 +132,7 @@ def test_a_subject_lies_in_its_manifest_s_folder() -> None:
 
 def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     """A change of one field, `path` with dots, the value None taking it away."""
+
     def apply(found: Any) -> None:
         *folders, last = path.split(".")
         for name in folders:
@@ -120,25 +141,35 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
             del found[last]
         else:
             found[last] = value
+
     return apply
 
 
-@pytest.mark.parametrize("alter, says", [
-    pytest.param(change("_type", "https://in-toto.io/Statement/v0.1"), "_type: Input should be", id="type"),
-    pytest.param(change("predicateType", None), "predicateType: Field required", id="no-predicate-type"),
-    pytest.param(change("subject.0.digest.sha256", "abc"), "subject.0.digest.sha256: String should match", id="digest"),
-    pytest.param(change("subject.0.annotations.size", -1), "subject.0.annotations.size: .*greater than or equal to 0", id="size"),
-    pytest.param(change("subject.0.annotations.size", "5"), "subject.0.annotations.size: Input should be a valid integer", id="size-text"),
-    pytest.param(change("subject.0.annotations.blockSize", 1024), "blockSize: Input should be 8388608", id="block-size"),
-    pytest.param(change("subject.1.annotations.blocks", [HEX]), f"b/rank-1: {BLOCK + 1} bytes have 2 blocks, not 1", id="a-block-short"),
-    pytest.param(change("subject.0.name", "../elsewhere"), "subject.0.name: String should match", id="outside"),
-    pytest.param(change("subject.0.name", "/a"), "subject.0.name: String should match", id="absolute"),
-    pytest.param(change("surprise", 1), "surprise: Extra inputs are not permitted", id="unknown-field"),
-    pytest.param(change("predicate.buildDefinition.buildType", "https://example.com/x"), "buildType: String should match", id="build-type"),
-    pytest.param(change("predicate.runDetails.metadata.invocationId", "x"), "invocationId: String should match", id="invocation"),
-    pytest.param(change("predicate.runDetails.metadata.startedOn", "today"), "startedOn: String should match", id="time"),
-    pytest.param(change("predicate.runDetails.builder.version.gitSha", None), "gitSha: Field required", id="no-git-sha"),
-])
+@pytest.mark.parametrize(
+    "alter, says",
+    [
+        pytest.param(change("_type", "https://in-toto.io/Statement/v0.1"), "_type: Input should be", id="type"),
+        pytest.param(change("predicateType", None), "predicateType: Field required", id="no-predicate-type"),
+        pytest.param(change("subject.0.digest.sha256", "abc"), "subject.0.digest.sha256: String should match", id="digest"),
+        pytest.param(change("subject.0.annotations.size", -1), "subject.0.annotations.size: .*greater than or equal to 0", id="size"),
+        pytest.param(
+            change("subject.0.annotations.size", "5"), "subject.0.annotations.size: Input should be a valid integer", id="size-text"
+        ),
+        pytest.param(change("subject.0.annotations.blockSize", 1024), "blockSize: Input should be 8388608", id="block-size"),
+        pytest.param(
+            change("subject.1.annotations.blocks", [HEX]), f"b/rank-1: {BLOCK + 1} bytes have 2 blocks, not 1", id="a-block-short"
+        ),
+        pytest.param(change("subject.0.name", "../elsewhere"), "subject.0.name: String should match", id="outside"),
+        pytest.param(change("subject.0.name", "/a"), "subject.0.name: String should match", id="absolute"),
+        pytest.param(change("surprise", 1), "surprise: Extra inputs are not permitted", id="unknown-field"),
+        pytest.param(
+            change("predicate.buildDefinition.buildType", "https://example.com/x"), "buildType: String should match", id="build-type"
+        ),
+        pytest.param(change("predicate.runDetails.metadata.invocationId", "x"), "invocationId: String should match", id="invocation"),
+        pytest.param(change("predicate.runDetails.metadata.startedOn", "today"), "startedOn: String should match", id="time"),
+        pytest.param(change("predicate.runDetails.builder.version.gitSha", None), "gitSha: Field required", id="no-git-sha"),
+    ],
+)
 def test_a_malformed_manifest_is_refused_by_field(bucket: Bucket, alter: Callable[[dict[str, Any]], None], says: str) -> None:
     found = made()
     alter(found)

@@ -24,14 +24,19 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("commands", [
-    pytest.param([], id="branch"),
-    pytest.param([["pack-refs", "--all"]], id="packed"),
-    pytest.param(
-        [["tag", "-a", "t", "-m", "t"], ["pack-refs", "--all"], ["commit", "-q", "--allow-empty", "-m", "second"]], id="packed-then-loose"),
-    pytest.param([["checkout", "-q", "--detach"]], id="detached"),
-    pytest.param([["checkout", "-q", "-b", "a/deep/branch"]], id="branch-with-slashes"),
-])
+@pytest.mark.parametrize(
+    "commands",
+    [
+        pytest.param([], id="branch"),
+        pytest.param([["pack-refs", "--all"]], id="packed"),
+        pytest.param(
+            [["tag", "-a", "t", "-m", "t"], ["pack-refs", "--all"], ["commit", "-q", "--allow-empty", "-m", "second"]],
+            id="packed-then-loose",
+        ),
+        pytest.param([["checkout", "-q", "--detach"]], id="detached"),
+        pytest.param([["checkout", "-q", "-b", "a/deep/branch"]], id="branch-with-slashes"),
+    ],
+)
 def test_the_checkout_s_head_is_found(checkout: Path, commands: list[list[str]]) -> None:
     for command in commands:
         git(checkout, *command)
@@ -56,7 +61,8 @@ def test_no_checkout_is_null_with_one_warning(tmp_path: Path, caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         assert git_sha({}, tmp_path) is None
     assert [record.getMessage() for record in caplog.records] == [
-        f"No git sha: VPMOE_GIT_SHA is not set and {tmp_path} is no git checkout. Provenance will say null."]
+        f"No git sha: VPMOE_GIT_SHA is not set and {tmp_path} is no git checkout. Provenance will say null."
+    ]
 
 
 def test_a_repository_without_a_commit_is_null(tmp_path: Path) -> None:

@@ -45,12 +45,15 @@ def test_sound_manifests_are_proved_and_strangers_noted(bucket: Bucket, tmp_path
     assert verified(capsys, f"{root}/deep/datasets/b") == (0, [b, f"1 manifests, 3 objects, {BLOCK + 10} bytes; none failed"])
 
 
-@pytest.mark.parametrize("name, data, says", [
-    pytest.param("train/large", b"x" * (BLOCK + 7), "sha256 of block 0 is .*, its manifest says .*delete the folder", id="altered"),
-    pytest.param("train/small", b"x", "1 bytes, its manifest says 3", id="truncated"),
-    pytest.param("empty", b"x", "1 bytes, its manifest says 0", id="grown"),
-    pytest.param("train/small", None, "there is no such object", id="gone"),
-])
+@pytest.mark.parametrize(
+    "name, data, says",
+    [
+        pytest.param("train/large", b"x" * (BLOCK + 7), "sha256 of block 0 is .*, its manifest says .*delete the folder", id="altered"),
+        pytest.param("train/small", b"x", "1 bytes, its manifest says 3", id="truncated"),
+        pytest.param("empty", b"x", "1 bytes, its manifest says 0", id="grown"),
+        pytest.param("train/small", None, "there is no such object", id="gone"),
+    ],
+)
 def test_what_differs_is_named(
     s3: S3, bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, data: bytes | None, says: str
 ) -> None:

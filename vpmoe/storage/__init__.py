@@ -12,5 +12,16 @@ from vpmoe.storage.errors import StorageError
 from vpmoe.storage.retries import JOB, OPERATOR, Patience
 
 __all__ = [
-    "BLOCK", "JOB", "OPERATOR", "Bucket", "Credentials", "Object", "Patience", "StorageError", "Stored", "Subject", "manifest", "paths",
+    "BLOCK",
+    "JOB",
+    "OPERATOR",
+    "Bucket",
+    "Credentials",
+    "Object",
+    "Patience",
+    "StorageError",
+    "Stored",
+    "Subject",
+    "manifest",
+    "paths",
 ]

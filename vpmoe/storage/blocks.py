@@ -62,7 +62,7 @@ def hash_bytes(key: str, data: bytes) -> Stored:
     """The description of an object that holds `data`."""
     hasher = Hasher()
     for start in range(0, len(data), BLOCK):
-        hasher.add(data[start:start + BLOCK])
+        hasher.add(data[start : start + BLOCK])
     return hasher.stored(key)
 
 

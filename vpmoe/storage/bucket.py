@@ -96,7 +96,9 @@ class Bucket:
         if second:
             raise StorageError(
                 f"{self.url(key)}: the store at {self.endpoint} ignores `If-None-Match: *` and overwrote an object, so two writers could "
-                "undo each other's work. Use a store that has conditional PUT.", "Refused")
+                "undo each other's work. Use a store that has conditional PUT.",
+                "Refused",
+            )
 
     # Writing
 
@@ -157,8 +159,11 @@ class Bucket:
 
         def upload(part: tuple[int, bytes]) -> "CompletedPartTypeDef":
             number, block = part
-            answer = self._persist("UploadPart", key, lambda: self._client.upload_part(
-                Bucket=name, Key=path, UploadId=upload_id, PartNumber=number, Body=block))
+            answer = self._persist(
+                "UploadPart",
+                key,
+                lambda: self._client.upload_part(Bucket=name, Key=path, UploadId=upload_id, PartNumber=number, Body=block),
+            )
             return {"ETag": answer["ETag"], "PartNumber": number}
 
         def complete() -> None:
@@ -170,8 +175,9 @@ class Bucket:
                 if self._client.head_object(Bucket=name, Key=path)["Metadata"].get("upload") != ours:
                     raise
 
-        created = self._persist("CreateMultipartUpload", key, lambda: self._client.create_multipart_upload(
-            Bucket=name, Key=path, Metadata=metadata))
+        created = self._persist(
+            "CreateMultipartUpload", key, lambda: self._client.create_multipart_upload(Bucket=name, Key=path, Metadata=metadata)
+        )
         upload_id = created["UploadId"]
         try:
             parts = list(in_order(upload, numbered(), THREADS))
@@ -185,8 +191,13 @@ class Bucket:
         """Give back the space of a failed upload; one attempt, since what made the upload fail is the error to report."""
         once = Patience(attempts=1, connect=self._patience.connect, read=self._patience.read)
         try:
-            persist(lambda: self._client.abort_multipart_upload(Bucket=self.name, Key=self.prefix + key, UploadId=upload_id),
-                    once, "AbortMultipartUpload", self.url(key), self.endpoint)
+            persist(
+                lambda: self._client.abort_multipart_upload(Bucket=self.name, Key=self.prefix + key, UploadId=upload_id),
+                once,
+                "AbortMultipartUpload",
+                self.url(key),
+                self.endpoint,
+            )
         except StorageError as error:
             log.warning("The parts of a failed upload stay until the bucket's lifecycle rule removes them: %s", error)
 
@@ -194,17 +205,20 @@ class Bucket:
         size = sum(len(name.encode()) + len(value.encode()) for name, value in metadata.items())
         if size > MAX_METADATA:
             raise StorageError(
-                f"{self.url(key)}: metadata of {size} bytes is above S3's {MAX_METADATA}. Shorten the image's name.", "Refused")
+                f"{self.url(key)}: metadata of {size} bytes is above S3's {MAX_METADATA}. Shorten the image's name.", "Refused"
+            )
         for name, value in metadata.items():
             if not (value.isascii() and value.isprintable()):
                 raise StorageError(
-                    f"{self.url(key)}: metadata {name}={value!r} is not printable ASCII, and S3 carries nothing else.", "Refused")
+                    f"{self.url(key)}: metadata {name}={value!r} is not printable ASCII, and S3 carries nothing else.", "Refused"
+                )
         return dict(metadata)
 
     # Reading
 
     def get(self, key: str) -> bytes:
         """A whole small object, proved against the sha256 in its metadata where it has one (those of others have none)."""
+
         def fetch() -> tuple[bytes, str | None]:
             answer = self._client.get_object(Bucket=self.name, Key=self.prefix + key)
             return answer["Body"].read(), answer["Metadata"].get("sha256")
@@ -221,8 +235,9 @@ class Bucket:
         try:
             return json.loads(self.get(key))
         except ValueError as error:
-            raise StorageError(f"{self.url(key)}: not JSON ({error}). The object was altered; delete it to have it written again.",
-                               "Altered") from error
+            raise StorageError(
+                f"{self.url(key)}: not JSON ({error}). The object was altered; delete it to have it written again.", "Altered"
+            ) from error
 
     def exists(self, key: str) -> bool:
         """Whether there is an object of this key."""
@@ -238,8 +253,11 @@ class Bucket:
         """All objects whose key starts with `prefix`, in the order of their keys."""
         after = ""
         while True:
-            page = self._persist("ListObjectsV2", prefix, lambda: self._client.list_objects_v2(
-                Bucket=self.name, Prefix=self.prefix + prefix, StartAfter=after))  # noqa: B023 (called at once)
+            page = self._persist(
+                "ListObjectsV2",
+                prefix,
+                lambda: self._client.list_objects_v2(Bucket=self.name, Prefix=self.prefix + prefix, StartAfter=after),
+            )  # noqa: B023 (called at once)
             for entry in page.get("Contents", []):
                 after = entry["Key"]
                 yield Object(after.removeprefix(self.prefix), entry["Size"], etag_of(entry))
@@ -259,7 +277,7 @@ class Bucket:
             return b""
         first, last = start // BLOCK, (stop - 1) // BLOCK
         data = b"".join(in_order(lambda index: self._block(stored, index), range(first, last + 1), THREADS))
-        return data[start - first * BLOCK:stop - first * BLOCK]
+        return data[start - first * BLOCK : stop - first * BLOCK]
 
     def blocks(self, stored: Stored) -> Iterator[bytes]:
         """All blocks of an object in order, each proved. Of an empty object, that it is there and empty."""
@@ -284,7 +302,9 @@ class Bucket:
         if (size, etag) != (wanted.size, wanted.etag):
             raise StorageError(
                 f"{self.url(wanted.key)}: {size} bytes, ETag {etag}, but the run was resolved to {wanted.size} bytes, ETag {wanted.etag}. "
-                "The input was changed since; restore it, or start a new run.", "Altered")
+                "The input was changed since; restore it, or start a new run.",
+                "Altered",
+            )
         return data
 
     def _check_range(self, key: str, start: int, stop: int, size: int) -> None:
@@ -296,12 +316,14 @@ class Bucket:
             data, size, _ = self._range(stored.key, *block_range(stored.size, index))
             found, stated = hashlib.sha256(data).hexdigest(), stored.blocks[index]
             return data, size_fault(size, stored.size) or (
-                None if found == stated else f"sha256 of block {index} is {found}, its manifest says {stated}")
+                None if found == stated else f"sha256 of block {index} is {found}, its manifest says {stated}"
+            )
 
         return self._prove(stored.key, proved, FOLDER)
 
     def _range(self, key: str, start: int, stop: int) -> tuple[bytes, int, str]:
         """Bytes [start, stop) as far as there are any, the whole object's size, its ETag."""
+
         def fetch() -> tuple[bytes, int, str]:
             try:
                 answer = self._client.get_object(Bucket=self.name, Key=self.prefix + key, Range=f"bytes={start}-{stop - 1}")
@@ -326,7 +348,8 @@ class Bucket:
         if fault:
             raise StorageError(
                 f"{self.url(key)}: {fault}. The object was changed after it was written; delete {to_delete} to have it built again.",
-                "Altered")
+                "Altered",
+            )
         return data
 
     # Removing

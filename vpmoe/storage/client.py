@@ -45,6 +45,9 @@ def connect(spec: "Storage", credentials: Credentials | None, ca_bundle: Path | 
         s3={"addressing_style": spec.addressing_style, "payload_signing_enabled": True},  # the store proves each body as it comes in
     )
     return session.client(
-        "s3", region_name=spec.region, config=config, verify=str(ca_bundle) if ca_bundle else None,
+        "s3",
+        region_name=spec.region,
+        config=config,
+        verify=str(ca_bundle) if ca_bundle else None,
         endpoint_url=spec.endpoint if credentials else os.environ.get("AWS_ENDPOINT_URL") or spec.endpoint,
     )

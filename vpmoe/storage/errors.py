@@ -82,7 +82,9 @@ def explain(error: Exception, operation: str, url: str, endpoint: str, tried: st
     if isinstance(error, NO_CREDENTIALS):
         return StorageError(
             f"{start}: no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; a pod has them from the Secret that "
-            "storage.credentialsSecret names, or from its service account's identity.", "Denied")
+            "storage.credentialsSecret names, or from its service account's identity.",
+            "Denied",
+        )
     if not status and not is_transient(error):
         return StorageError(f"{start} could not be asked for ({answer}: {error}).", "Refused")
     if is_transient(error):
@@ -90,7 +92,8 @@ def explain(error: Exception, operation: str, url: str, endpoint: str, tried: st
         if isinstance(error, SSLError):
             hint = "storage.caSecret (or AWS_CA_BUNDLE) holds the certificate of its authority"
         return StorageError(
-            f"{start} failed {tried}, last with {answer}. Check that storage.endpoint is right and that {hint}.", "Unreachable")
+            f"{start} failed {tried}, last with {answer}. Check that storage.endpoint is right and that {hint}.", "Unreachable"
+        )
     if code == "NoSuchBucket":
         return StorageError(f"{start}: the bucket does not exist. Create it, or correct storage.bucket and storage.endpoint.", "Missing")
     denied = status in (401, 403) or code == "XAdminUserNotFound"  # versitygw's word for an unknown access key, with status 404
@@ -98,13 +101,18 @@ def explain(error: Exception, operation: str, url: str, endpoint: str, tried: st
         return StorageError(f"{start}: there is no such object ({answer}).", "Missing")
     if status in (301, 307) or code in ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
         return StorageError(
-            f"{start}: the bucket lies in another region ({answer}). Correct storage.region or storage.endpoint.", "Refused")
+            f"{start}: the bucket lies in another region ({answer}). Correct storage.region or storage.endpoint.", "Refused"
+        )
     if code == "RequestTimeTooSkewed":
         return StorageError(f"{start}: this machine's clock and the store's differ too much. Set the clock.", "Denied")
     if denied:
         return StorageError(
             f"{start} was denied ({answer}). Check that AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (in a pod: the Secret that "
-            "storage.credentialsSecret names) belong to this store and may list, read, write and delete in this bucket.", "Denied")
+            "storage.credentialsSecret names) belong to this store and may list, read, write and delete in this bucket.",
+            "Denied",
+        )
     return StorageError(
         f"{start} was refused ({answer}). The store may lack what we use: plain and multipart PUT, ranged GET, HEAD, LIST, DELETE, "
-        "If-None-Match on PUT; storage.addressingStyle may be wrong for it.", "Refused")
+        "If-None-Match on PUT; storage.addressingStyle may be wrong for it.",
+        "Refused",
+    )

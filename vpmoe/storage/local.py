@@ -27,7 +27,9 @@ def written_whole(path: Path, size: int, source: str) -> Iterator[BinaryIO]:
     except OSError as error:
         raise StorageError(
             f"{source}: its {size} bytes cannot be written to {path}: {error.strerror}. Free space there, or point TMPDIR (in a pod: "
-            "runtime.resources' ephemeral storage) to more.", "Local") from error
+            "runtime.resources' ephemeral storage) to more.",
+            "Local",
+        ) from error
     finally:
         if temporary:
             temporary.unlink(missing_ok=True)

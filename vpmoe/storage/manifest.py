@@ -164,7 +164,8 @@ class Manifest:
 def entry(subject: Subject) -> dict[str, Any]:
     """A subject as it stands in a manifest; `subject_of` reads it back."""
     return {
-        "name": subject.name, "digest": {"sha256": subject.sha256},
+        "name": subject.name,
+        "digest": {"sha256": subject.sha256},
         "annotations": {"size": subject.size, "blockSize": BLOCK, "blocks": list(subject.blocks)},
     }
 
@@ -210,7 +211,8 @@ def statement(
                 "builder": {"id": BUILDER, "version": {"gitSha": provenance.git_sha, "image": provenance.image}},
                 "metadata": {
                     "invocationId": f"{provenance.run}/{provenance.step}/{provenance.attempt}",
-                    "startedOn": provenance.started, "finishedOn": now(),
+                    "startedOn": provenance.started,
+                    "finishedOn": now(),
                 },
             },
         },
@@ -238,7 +240,9 @@ def load(bucket: Bucket, key: str) -> Manifest:
     except ValueError as error:
         raise StorageError(
             f"{bucket.url(key)}: not a manifest of ours: {error}. It was altered, or written by another version; delete it to have what it "
-            "names built again.", "Altered") from error
+            "names built again.",
+            "Altered",
+        ) from error
 
 
 def parse(key: str, data: bytes) -> Manifest:
@@ -257,11 +261,22 @@ def parse(key: str, data: bytes) -> Manifest:
     namespace, run, step, attempt = details.metadata.invocation_id.split("/")
     name, _, uid8 = run.rpartition("-")
     return Manifest(
-        key=key, sha256=hashlib.sha256(data).hexdigest(), kind=build.build_type.split("/")[3],
-        subjects={subject.name: subject for subject in subjects}, facts=build.internal_parameters,
+        key=key,
+        sha256=hashlib.sha256(data).hexdigest(),
+        kind=build.build_type.split("/")[3],
+        subjects={subject.name: subject for subject in subjects},
+        facts=build.internal_parameters,
         inputs={found.name: Input(found.name, found.uri, found.digest, found.annotations) for found in build.resolved_dependencies},
         provenance=Provenance(
-            git_sha=details.builder.version.git_sha, image=details.builder.version.image, config=build.external_parameters.config,
-            namespace=namespace, name=name, uid8=uid8, step=step, attempt=int(attempt), started=details.metadata.started_on),
+            git_sha=details.builder.version.git_sha,
+            image=details.builder.version.image,
+            config=build.external_parameters.config,
+            namespace=namespace,
+            name=name,
+            uid8=uid8,
+            step=step,
+            attempt=int(attempt),
+            started=details.metadata.started_on,
+        ),
         raw=found.model_dump(by_alias=True),
     )

@@ -56,5 +56,6 @@ def persist[T](call: Callable[[], T], patience: Patience, operation: str, url: s
                 raise explain(error, operation, url, endpoint, f"{times} in {time.monotonic() - started:.0f} s") from error
             pause = patience.pause(attempt)
             log.warning(
-                "%s: %s failed (%s), attempt %d of %d; again in %.1f s", url, operation, in_short(error), attempt, patience.attempts, pause)
+                "%s: %s failed (%s), attempt %d of %d; again in %.1f s", url, operation, in_short(error), attempt, patience.attempts, pause
+            )
             time.sleep(pause)

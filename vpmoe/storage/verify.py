@@ -35,7 +35,8 @@ def verify(bucket: Bucket, prefix: str, say: Callable[[str], None]) -> Verdict:
             _verify_one(bucket, found.key, verdict, say)
     if not verdict.manifests:
         raise StorageError(
-            f"{bucket.url(folder)}: there is no manifest. Give the address of a data set, a run, or a whole prefix.", "Missing")
+            f"{bucket.url(folder)}: there is no manifest. Give the address of a data set, a run, or a whole prefix.", "Missing"
+        )
     say(f"{verdict.manifests} manifests, {verdict.objects} objects, {verdict.size} bytes; {verdict.failed or 'none'} failed")
     return verdict
 
@@ -78,7 +79,8 @@ def _fault(bucket: Bucket, subject: Subject) -> str | None:
     if whole.hexdigest() != subject.sha256:
         return (
             f"{bucket.url(subject.key)}: sha256 is {whole.hexdigest()}, its manifest says {subject.sha256} beside blocks that are right. "
-            "The manifest was altered; delete it to have what it names built again.")
+            "The manifest was altered; delete it to have what it names built again."
+        )
     return None
 
 
