@@ -256,8 +256,8 @@ class Bucket:
             page = self._persist(
                 "ListObjectsV2",
                 prefix,
-                lambda: self._client.list_objects_v2(Bucket=self.name, Prefix=self.prefix + prefix, StartAfter=after),
-            )  # noqa: B023 (called at once)
+                lambda: self._client.list_objects_v2(Bucket=self.name, Prefix=self.prefix + prefix, StartAfter=after),  # noqa: B023 (called at once)
+            )
             for entry in page.get("Contents", []):
                 after = entry["Key"]
                 yield Object(after.removeprefix(self.prefix), entry["Size"], etag_of(entry))
