@@ -11,7 +11,6 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 from torch import distributed as dist
-from torch._C._distributed_c10d import HashStore
 
 TIMEOUT = timedelta(minutes=10)
 """After so long in one collective a peer is taken for dead: the process fails, and another attempt starts from the last checkpoint."""
@@ -26,7 +25,8 @@ def start(device: torch.device, expert_parallel: int = 1) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
     else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
     divide(expert_parallel)
 
 
