@@ -17,9 +17,9 @@ from distill_operator.kube import Kube, KubeError
 from distill_operator.lease import Lease, LeaseLost
 from distill_operator.progress import Buckets, SecretMissing
 from distill_operator.queue import KeyQueue
-from distill_operator.reconcile import Reconciler
+from distill_operator.reconcile import Reconciler, list_runs
 from distill_operator.settings import Settings, load_settings
-from distill_operator.sweep import sweep
+from distill_operator.sweep import live_keys, stop_strays
 from distill_operator.watch import Key, Watcher
 from vpmoe.storage import StorageError
 
@@ -46,8 +46,8 @@ class Operator:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        runner, port = await probes.serve(self._settings.port, self._diagnose, self._refresh)
-        log.info("probes and metrics on port %d", port)
+        runner = await probes.serve(self._settings.port, self._diagnose, self._refresh)
+        log.info("probes and metrics on port %d", self._settings.port)
         stopping = asyncio.create_task(stop.wait(), name="stop")
         acquiring = asyncio.create_task(self._lease.acquire(), name="lease")
         await asyncio.wait({stopping, acquiring}, return_when=asyncio.FIRST_COMPLETED)
@@ -126,8 +126,10 @@ class Operator:
         while True:
             self._round.clear()
             try:
-                for key in await sweep(self._kube, self._settings):
+                runs = await list_runs(self._kube, self._settings)
+                for key in live_keys(runs):
                     self._queue.put(key)
+                await stop_strays(self._kube, self._settings, runs)
             except KubeError as error:
                 log.warning("round: %s", error)
             try:

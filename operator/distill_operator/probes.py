@@ -23,10 +23,10 @@ def stuck(leading: bool, queue_age: float, since_answer: float, limit: float) ->
     return ""
 
 
-async def serve(port: int, diagnose: Callable[[], str], refresh: Callable[[], None]) -> tuple[web.AppRunner, int]:
+async def serve(port: int, diagnose: Callable[[], str], refresh: Callable[[], None]) -> web.AppRunner:
     """Answer probes until the runner is cleaned up. `diagnose` says what is wrong, `refresh` brings gauges up to date.
 
-    Returns the runner and the port that it listens on. OSError where the port is taken.
+    OSError where the port is taken.
     """
 
     async def health(request: web.Request) -> web.Response:
@@ -43,9 +43,8 @@ async def serve(port: int, diagnose: Callable[[], str], refresh: Callable[[], No
     app.add_routes([web.get("/healthz", health), web.get("/readyz", health), web.get("/metrics", metrics)])
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    site = web.TCPSite(runner, port=port)
-    await site.start()
-    return runner, runner.addresses[0][1]
+    await web.TCPSite(runner, port=port).start()
+    return runner
 
 
 def since(moment: float) -> float:

@@ -131,12 +131,16 @@ class Reconciler:
         return False
 
     async def _claims(self) -> list[gpus.Claim]:
-        """What every live run asks of the pool, read at this moment: statuses written before are in it."""
+        """What every live run asks of the pool, read at this moment: statuses written before are in it.
+
+        A run that waits for something other than GPUs is left out: it must not hold up those behind it.
+        """
         claims = []
         for obj in await list_runs(self.kube, self.settings):
             live = read_run(obj)
-            if live.run is not None and (holds_gpus(live.status) or needs_gpus(live)):
-                claims.append(claim(live.run, live))
+            run = live.run
+            if run is not None and (holds_gpus(live.status) or (needs_gpus(live) and not await self._backend_missing(run))):
+                claims.append(claim(run, live))
         return claims
 
     async def _apply(self, action: Action, live: Live, status: Status, obj: Json) -> Json:

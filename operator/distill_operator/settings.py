@@ -59,7 +59,7 @@ class Settings(Part):
     """The probes turn red when a due run has not been looked at for so long, or the API server has not answered for so long."""
     backoff: Backoff = Backoff()
     port: int = 8080
-    """Where /healthz, /readyz and /metrics are served; 0 takes any free port."""
+    """Where /healthz, /readyz and /metrics are served."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 

@@ -5,32 +5,38 @@ Events drive the operator; this is what makes it certain. Strays can only come f
 
 import logging
 from collections import Counter
+from typing import get_args
 
 from distill_operator.kube import DISTILLRUN, JOB, PYTORCHJOB, Json, Kind, KindMissing, Kube
 from distill_operator.metrics import RUNS
 from distill_operator.observe import child_state, owned, read_run
 from distill_operator.plan import running_step
-from distill_operator.reconcile import list_runs
 from distill_operator.settings import Settings
 from distill_operator.watch import Key
 from vpmoe.api import labels
+from vpmoe.api.status import Phase
 
 log = logging.getLogger(__name__)
 
+PHASES = get_args(Phase)
 
-async def sweep(kube: Kube, settings: Settings) -> list[Key]:
-    """Stop strays; the keys of all runs that are not finished for good, or may still have something to be done."""
-    runs = await list_runs(kube, settings)
+
+def live_keys(runs: list[Json]) -> list[Key]:
+    """Keys of all runs that something may still be to do for; counts the runs on the way."""
     phases = Counter(run.get("status", {}).get("phase", "Pending") for run in runs)
-    for phase in ("Pending", "Queued", "Running", "Suspended", "Succeeded", "Failed"):
+    for phase in PHASES:
         RUNS.labels(phase).set(phases[phase])
+    return [(run["metadata"]["namespace"], run["metadata"]["name"]) for run in runs if is_live(run)]
+
+
+async def stop_strays(kube: Kube, settings: Settings, runs: list[Json]) -> None:
+    """Delete every child at work that the status of its run, one of `runs`, does not name. Raises KubeError."""
     by_uid = {run["metadata"]["uid"]: run for run in runs}
     for kind in (JOB, PYTORCHJOB):
         for child in await _children(kube, settings, kind):
             run = next((run for uid, run in by_uid.items() if owned(child, uid)), None)
             if run is not None and is_stray(run, child):
                 await _stop(kube, kind, run, child)
-    return [(run["metadata"]["namespace"], run["metadata"]["name"]) for run in runs if is_live(run)]
 
 
 def is_live(run: Json) -> bool:
