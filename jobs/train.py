@@ -38,7 +38,12 @@ def start(run: DistillRun, context: Context) -> int:
 
 def work(run: DistillRun, context: Context) -> None:
     """What each process does."""
-    from vpmoe.training.loop import train  # seconds of torch and megatron-core, which the launcher does without
+    import torch  # some seconds with megatron-core, which the launcher does without
+
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        torch.compiler.set_default_backend("eager")  # megatron-core, when imported, would load a compiler for functions that nobody calls
+
+    from vpmoe.training.loop import train
     from vpmoe.training.task import Task
 
     logging.getLogger().setLevel(logging.INFO if os.environ["RANK"] == "0" else logging.WARNING)

@@ -74,21 +74,29 @@ def launch(placement: Placement, command: Sequence[str], stopping: threading.Eve
     with tempfile.TemporaryDirectory(prefix="vpmoe-train-") as scratch:
         workers = {}
         for local in range(placement.here):
-            rank = placement.first + local
-            environment = {
-                **os.environ,
-                "RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(placement.ranks), "LOCAL_WORLD_SIZE": str(placement.here),
-                "MASTER_ADDR": placement.address, "MASTER_PORT": str(placement.port),
-                "VPMOE_SCRATCH": scratch, "VPMOE_LAUNCHER": str(os.getpid()),
-                "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // placement.here))),
-            }  # fmt: skip
-            workers[rank] = subprocess.Popen(command, env=environment)
+            environment = {**os.environ, **settings(placement, local, os.environ), "VPMOE_SCRATCH": scratch}
+            workers[placement.first + local] = subprocess.Popen(command, env=environment)
         try:
             return supervise(workers, stopping)
         finally:
             for worker in workers.values():
                 worker.kill()
                 worker.wait()
+
+
+def settings(placement: Placement, local: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """What the environment of the `local`-th process here says beside what this one's says."""
+    threads = max(1, (os.cpu_count() or 1) // placement.here)
+    found = {
+        "RANK": str(placement.first + local), "LOCAL_RANK": str(local),
+        "WORLD_SIZE": str(placement.ranks), "LOCAL_WORLD_SIZE": str(placement.here),
+        "MASTER_ADDR": placement.address, "MASTER_PORT": str(placement.port),
+        "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", str(threads)), "VPMOE_LAUNCHER": str(os.getpid()),
+    }  # fmt: skip
+    if environment.get("CUDA_VISIBLE_DEVICES") == "":
+        # Keep memory that is freed: a chunk of logits is 256 MB, and to have each zeroed by the kernel anew is a third of a step of `tiny`.
+        found |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    return found
 
 
 def supervise(workers: Mapping[int, "subprocess.Popen[bytes]"], stopping: threading.Event) -> int:

@@ -230,11 +230,10 @@ class Trainer:
 
     def _stop(self, position: Position) -> None:
         """Save where the stage stands and end the process."""
-        saved = self.checkpoints.saved == position.iteration or position.steps == self.start.position.steps
-        if not saved:
+        if position.steps > self.start.position.steps and self.checkpoints.saved != position.iteration:
             self.checkpoints.save(self.learner, position)
         self.checkpoints.wait()
-        words = f"Stopped after step {position.steps} of {len(self.seen)}, saved"
+        words = f"Stopped after step {position.steps} of {len(self.seen)}, all of it saved"
         if self.report:
             self.report.finish(message=words)
         raise Terminated(words)
