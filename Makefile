@@ -28,8 +28,8 @@ lint: setup     ## ruff, mypy, import contracts, shell and Docker files
 	@PYTHONPATH=.:operator .venv/bin/lint-imports
 	@.venv/bin/shellcheck .ci/run .ci/venv
 
-manifests: setup  ## manifests/crd.yaml and the chart's copy, from vpmoe/api
-	@$(python) -m vpmoe.api.crd | tee charts/distill-operator/crds/distillruns.yaml >manifests/crd.yaml
+manifests: setup  ## manifests/crd.yaml, from vpmoe/api
+	@$(python) -m vpmoe.api.crd >manifests/crd.yaml
 
 lock: setup     ## requirements.lock, from pyproject.toml
 	@.venv/bin/uv pip compile --quiet --python-version 3.12 --all-extras --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements.lock

@@ -1,7 +1,6 @@
-"""`python -m distill_operator.crd`: bring the cluster's CRD to this version, over whatever put it there before.
+"""`python -m distill_operator.crd`: bring the cluster's CRD to this version, whatever put it there before; the init container runs it.
 
-Helm installs a chart's crds/ once and never upgrades it, and will not take over what kubectl has applied; so the operator's
-init container does both, by server-side apply.
+Not Helm: a templated CRD cannot be taken over from kubectl, and crds/ is never upgraded, nor installed over another version.
 """
 
 import asyncio
