@@ -314,6 +314,27 @@ def test_a_row_that_cannot_be_read_is_named_and_the_rest_goes_on(
     assert "input/synth_bad.parquet: rows [17, 18) (from 0) cannot be read" in caplog.text
 
 
+def test_a_record_is_the_same_for_any_number_of_processes(spec: dict[str, Any], tmp_path: Path) -> None:
+    """Also where a damaged row group is found while rows before it, some of them unreadable, are still being encoded."""
+    with_bad_rows(spec, tmp_path, bad=4)
+    path = tmp_path / "bad.parquet"
+    column = pq.read_metadata(path).row_group(5).column(1)
+    data = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start:start + 16] = b"\xff" * 16
+    path.write_bytes(data)
+    open_bucket(spec).put_file("input/synth_bad.parquet", path, {})
+    spec["spec"]["dataset"]["unreadableMax"] = 0.5
+    records = []
+    for number in (1, 3):
+        changed = elsewhere(spec, f"with-{number}")
+        with Encoders(number) as encoders:
+            bucket, run = do(changed, encoders=encoders)
+        records.append(bucket.get(paths.part_record(dataset.resolve(run, bucket).id, 3)))
+    assert records[0] == records[1]
+    assert [found[:2] for found in json.loads(records[0])["unreadable"]["first"]] == [[17, 18], [20, 21], [23, 24], [26, 27], [500, 600]]
+
+
 def test_more_unreadable_rows_than_the_stated_share_stop_the_step(spec: dict[str, Any], tmp_path: Path) -> None:
     with_bad_rows(spec, tmp_path, bad=7)
     with pytest.raises(Permanent, match=r"7 rows cannot be read .*synth_bad.parquet.* more than the 6 that dataset.unreadableMax allows"):

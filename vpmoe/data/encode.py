@@ -69,8 +69,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Encoded:
-    """D documents of T tokens altogether, in the order of their rows, and the rows that became none."""
+    """What became of a chunk of `part`: D documents of T tokens altogether, in the order of their rows, and the rows that are none."""
 
+    part: int
     ids_T: Ids
     lengths_D3: NDArray[np.int64]
     """Tokens of prompt, reasoning and final message; a document has one more."""
@@ -132,6 +133,7 @@ def encode(chunk: Chunk, recipe: Recipe) -> Encoded:
         labels.append((row_id, language, exercise))
         order.append(_order(recipe.dataset_id, chunk.part, row))
     return Encoded(
+        part=chunk.part,
         ids_T=np.concatenate([document.ids for document in documents]) if documents else np.empty(0, np.int32),
         lengths_D3=np.array([(d.prompt, d.reasoning, d.final) for d in documents], np.int64).reshape(-1, 3),
         valid_D=np.array([sampling.is_valid(row_id, recipe.valid_fraction) for row_id, _, _ in labels], np.bool_),

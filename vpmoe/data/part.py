@@ -5,6 +5,7 @@ So memory holds no more than the documents' lengths and labels (some 30 MB of a 
 twice, or thrice while the next part is encoded. Where the files go is dataset.py's business.
 """
 
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -50,30 +51,35 @@ class SplitDocuments:
 
 
 class Part:
-    """One part in the making, in a scratch folder that must exist and is its alone."""
+    """One part in the making, in a scratch folder of its own below TMPDIR, until it is discarded."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, number: int) -> None:
+        self._scratch = tempfile.TemporaryDirectory(prefix=f"vpmoe-part-{number:05d}-")
+        self._folder = Path(self._scratch.name)
         self._splits = {split: SplitDocuments() for split in SPLITS}
-        self._arrived = {split: (folder / f"{split}.arrived").open("wb") for split in SPLITS}
+        self._arrived = {split: (self._folder / f"{split}.arrived").open("wb") for split in SPLITS}
         self.rows = 0
         self.dropped: Counter[str] = Counter()
         self.unreadable: list[Unreadable] = []
         self.surrogates = 0
+        self._named = 0
+
+    def discard(self) -> None:
+        """Remove the scratch folder; counts stay."""
+        for file in self._arrived.values():
+            file.close()
+        self._scratch.cleanup()
 
     def add(self, encoded: Encoded) -> None:
         """Take the next documents. Raises OSError where the disk is full."""
-        ends_D = np.cumsum(encoded.lengths_D3.sum(axis=1) + 1)
-        pieces = np.split(encoded.ids_T, ends_D[:-1]) if len(ends_D) else []
+        valid_T = np.repeat(encoded.valid_D, encoded.lengths_D3.sum(axis=1) + 1)
         for split, wanted in zip(SPLITS, (False, True), strict=True):
             chosen_D = encoded.valid_D == wanted
             documents = self._splits[split]
             documents.lengths.append(encoded.lengths_D3[chosen_D])
             documents.order.append(encoded.order_D[chosen_D])
             documents.labels.extend(label for label, chosen in zip(encoded.labels_D, chosen_D, strict=True) if chosen)
-            for piece, chosen in zip(pieces, chosen_D, strict=True):
-                if chosen:
-                    self._arrived[split].write(piece)
+            self._arrived[split].write(encoded.ids_T[valid_T == wanted])
         self.rows += encoded.rows
         self.dropped += encoded.dropped
         self.unreadable += [Unreadable(row, row + 1, why) for row, why in sorted(encoded.unreadable.items())]
@@ -83,6 +89,12 @@ class Part:
         """Count rows that never became text."""
         self.rows += unreadable.stop - unreadable.first
         self.unreadable.append(unreadable)
+
+    def unnamed(self) -> list[Unreadable]:
+        """Unreadable rows that were not asked for yet."""
+        new = self.unreadable[self._named:]
+        self._named = len(self.unreadable)
+        return new
 
     @property
     def unreadable_rows(self) -> int:
@@ -101,10 +113,11 @@ class Part:
 
     def facts(self) -> dict[str, Any]:
         """What became of the shard's rows, for the part's record. `dataset.merge` adds these up."""
+        unreadable = sorted(self.unreadable, key=lambda rows: rows.first)  # damaged row groups are known before the rows ahead of them
         return {
             "rows": self.rows,
             "dropped": dict(sorted(self.dropped.items())),
-            "unreadable": {"rows": self.unreadable_rows, "first": [[u.first, u.stop, u.why] for u in self.unreadable[:LISTED]]},
+            "unreadable": {"rows": self.unreadable_rows, "first": [[u.first, u.stop, u.why] for u in unreadable[:LISTED]]},
             "surrogates": self.surrogates,
             "splits": {split: split_facts(self._splits[split]) for split in SPLITS},
         }
@@ -132,7 +145,7 @@ def write_split(documents: SplitDocuments, arrived: Path, files: dict[PartFile, 
     order_D = np.argsort(together(documents.order, (0,), np.uint64), kind="stable")
     tokens_D = lengths_D3.sum(axis=1) + 1
     starts_D = np.cumsum(tokens_D) - tokens_D
-    ids_T = np.memmap(arrived, dtype="<i4", mode="r") if len(order_D) else np.empty(0, np.int32)
+    ids_T = np.memmap(arrived, dtype="<i4", mode="r").view(np.ndarray) if len(order_D) else np.empty(0, np.int32)
     with files["tokens.bin"].open("wb") as tokens_file, files["spans.bin"].open("wb") as spans_file:
         for chosen in runs(order_D, tokens_D):
             tokens_file.write(np.concatenate([ids_T[start:start + n] for start, n in zip(starts_D[chosen], tokens_D[chosen], strict=True)]))

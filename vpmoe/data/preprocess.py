@@ -9,11 +9,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, DatasetFacts, Progress
@@ -123,76 +122,89 @@ def make_recipe(job: Job, counted: census.Census) -> Recipe:
 
 
 def make_parts(job: Job, encoders: Encoders, recipe: Recipe, allowed: int) -> None:
-    """Make this worker's parts that have no record. A part is written and uploaded while the next one is encoded."""
+    """Make this worker's parts that have no record. Encoding never pauses: the chunks of one part follow those of another, and a
+    part is written and uploaded while the next are encoded. Raises Permanent above `allowed` unreadable rows in one shard.
+    """
     done = done_parts(job.dataset, job.bucket)
     missing = [part for part in job.mine() if part not in done]
+    opened: dict[int, Part] = {}  # read from or encoded, in order; few, since reading is only some chunks ahead
     with ThreadPoolExecutor(1) as storing:
-        before: Future[None] | None = None
-        for number in missing:
-            started = time.monotonic()
-            scratch = tempfile.TemporaryDirectory(prefix=f"vpmoe-part-{number:05d}-")
-            try:
-                part = encode_part(job, number, encoders, recipe, Path(scratch.name), allowed)
-                if before is not None:
-                    before.result()
-            except BaseException:
-                scratch.cleanup()
-                raise
-            before = storing.submit(store_part, job, number, part, scratch, started)
-        if before is not None:
-            before.result()
+        stored = storing.submit(lambda: None)
+        mark = time.monotonic()
+
+        def store(number: int) -> None:
+            nonlocal stored, mark
+            stored.result()
+            seconds, mark = time.monotonic() - mark, time.monotonic()
+            stored = storing.submit(store_part, job, number, opened.pop(number), seconds)
+
+        try:
+            for encoded in encoders.encode(read_parts(job, missing, opened, allowed), recipe):
+                for number in [number for number in opened if number < encoded.part]:
+                    store(number)
+                with scratch_disk():
+                    opened[encoded.part].add(encoded)
+                name_unreadable(job, encoded.part, opened[encoded.part], allowed)
+            for number in list(opened):
+                store(number)
+            stored.result()
+        finally:
+            for part in opened.values():
+                part.discard()
 
 
-def encode_part(job: Job, number: int, encoders: Encoders, recipe: Recipe, folder: Path, allowed: int) -> Part:
-    """All documents of a shard, on disk in the order of its rows. Raises Permanent above `allowed` unreadable rows."""
-    shard = job.dataset.inputs.shards[number]
-    reader = ShardReader(shard, job.bucket, COLUMNS)
-    part = Part(folder)
-    named = 0
-
-    def chunks() -> Iterator[Chunk]:
+def read_parts(job: Job, numbers: list[int], opened: dict[int, Part], allowed: int) -> Iterator[Chunk]:
+    """The chunks of some shards, one shard after the other; each is entered into `opened` when its reading begins."""
+    for number in numbers:
+        shard = job.dataset.inputs.shards[number]
+        reader = ShardReader(shard, job.bucket, COLUMNS)
+        with scratch_disk():
+            opened[number] = part = Part(number)
         for batch in reader.batches(READ_ROWS):
             job.check_stop()
             if isinstance(batch, Unreadable):
                 part.skip(batch)
+                name_unreadable(job, number, part, allowed)
                 continue
             for first in range(0, batch.columns.num_rows, CHUNK_ROWS):
                 yield chunk(number, shard.name, batch.first + first, batch.columns.slice(first, CHUNK_ROWS))
 
-    with scratch_disk(folder):
-        for encoded in encoders.encode(chunks(), recipe):
-            part.add(encoded)
-            for found in part.unreadable[named:]:
-                log.warning("%s: rows [%d, %d) (from 0) cannot be read: %s", shard.url, found.first, found.stop, found.why)
-            named = len(part.unreadable)
-            if part.unreadable_rows > allowed:
-                raise too_many_unreadable(part.unreadable_rows, allowed, f"{shard.url}, last row {part.unreadable[-1].first}")
-    return part
+
+def name_unreadable(job: Job, number: int, part: Part, allowed: int) -> None:
+    """Log a part's unreadable rows that have not been logged yet. Raises Permanent where there are more than `allowed`."""
+    shard = job.dataset.inputs.shards[number]
+    for found in part.unnamed():
+        log.warning("%s: rows [%d, %d) (from 0) cannot be read: %s", shard.url, found.first, found.stop, found.why)
+    if part.unreadable_rows > allowed:
+        raise too_many_unreadable(part.unreadable_rows, allowed, f"{shard.url}, last row {part.unreadable[-1].first}")
 
 
-def store_part(job: Job, number: int, part: Part, scratch: tempfile.TemporaryDirectory[str], started: float) -> None:
-    """Write a part's files, upload them, then its record: with that it is done."""
+def store_part(job: Job, number: int, part: Part, seconds: float) -> None:
+    """Write a part's files, upload them, then its record: with that it is done. `seconds` is what its encoding took."""
     dataset, bucket, metadata = job.dataset, job.bucket, {**job.provenance.metadata(), "dataset": job.dataset.id}
-    with scratch, scratch_disk(Path(scratch.name)):
+    try:
         entries = []
-        for split, files in part.write().items():
+        with scratch_disk():
+            written = part.write()
+        for split, files in written.items():
             for file, path in files.items():
                 stored = bucket.put_file(paths.dataset_part(dataset.id, split, number, file), path, metadata)
                 entries.append(manifest.entry(stored.subject(dataset.folder)))
+    finally:
+        part.discard()
     record = {"part": number, "shard": dataset.inputs.shards[number].url, **part.facts(), "files": entries}
     if not bucket.create(paths.part_record(dataset.id, number), json_bytes(record), metadata):
         raise Permanent(
             f"{bucket.url(paths.part_record(dataset.id, number))}: another writer made different bytes of the same input. The libraries' "
             "versions differ between the two; delete the data set's folder and build it with one image.")
     tokens = sum(facts["tokens"] for facts in record["splits"].values())
-    speed = tokens / (time.monotonic() - started)
     kept = sum(facts["documents"] for facts in record["splits"].values())
-    log.info(f"Part {number}: {kept:,} of {part.rows:,} rows kept, {tokens:,} tokens, {speed:,.0f} tokens/s")
-    report(job, f"Part {number} done", speed)
+    log.info(f"Part {number}: {kept:,} of {part.rows:,} rows kept, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")
+    report(job, f"Part {number} done", tokens / seconds)
 
 
 @contextmanager
-def scratch_disk(folder: Path) -> Iterator[None]:
+def scratch_disk() -> Iterator[None]:
     """Say what to do when the scratch disk is full. Nothing of the part is in the bucket then that anything refers to."""
     try:
         yield
@@ -200,8 +212,8 @@ def scratch_disk(folder: Path) -> Iterator[None]:
         if error.errno is None:
             raise
         raise Retriable(
-            f"{folder}: {error.strerror}. A part needs about three times its tokens' 4 bytes on disk; point TMPDIR to more space, or raise "
-            "runtime.resources.preprocess' ephemeral storage.") from error
+            f"{tempfile.gettempdir()}: {error.strerror}. A part needs about three times its tokens' 4 bytes on disk; point TMPDIR to more "
+            "space, or raise runtime.resources.preprocess' ephemeral storage.") from error
 
 
 def allowed_unreadable(run: DistillRun, rows: int) -> int:

@@ -59,6 +59,8 @@ class ShardReader:
         self._url = shard.url if self._source is None else self._source.url
         footer = self._footer()
         self._columns = _present(shard, footer.schema.to_arrow_schema(), columns)
+        if self._source is not None:
+            self._source.in_blocks = 2 * _bytes(footer, self._columns) > shard.size
         self._groups = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
         self.rows = sum(self._groups)
 
@@ -122,6 +124,12 @@ class ShardReader:
         if self.shard.url.startswith("hf://"):
             raise Retriable(f"{self.shard.url} cannot be fetched from the Hugging Face hub ({type(error).__name__}: {error}).") from error
         raise error
+
+
+def _bytes(footer: pq.FileMetaData, columns: Sequence[str]) -> int:
+    """Bytes that some columns take of a file."""
+    chunks = (footer.row_group(group).column(number) for group in range(footer.num_row_groups) for number in range(footer.num_columns))
+    return sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema in columns)
 
 
 def _present(shard: Shard, schema: pa.Schema, columns: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ come from the very object that was listed. Files of a Hugging Face data set have
 """
 
 import uuid
+from functools import lru_cache
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -19,6 +20,11 @@ PROTOCOL = "vpmoe-input"
 FOOTER = 1 << 16
 """Bytes at a file's end that Arrow asks for first, once for each row group that is read."""
 
+BLOCK = 8 << 20
+"""Bytes of one request where most of a shard is read: its many small columns and row groups would be a request each."""
+
+KEPT_BLOCKS = 12
+"""Blocks of a shard in memory, 96 MB: one for each column that is read, where a row group is longer than a block, and some ahead."""
 
 OPEN: "WeakValueDictionary[str, Source]" = WeakValueDictionary()
 """Open shards by their path. Handing a Source over as an option of the file system would read the wrong shard: the datasets library
@@ -26,9 +32,10 @@ opens every file in a process with the options of the data set that was loaded l
 
 
 class Source:
-    """Where the ranges of one S3 shard come from, open for fsspec under `url` as long as it lives.
+    """Where the bytes of one S3 shard come from, open for fsspec under `url` as long as it lives.
 
-    The shard's end is kept, since every opening begins there.
+    The shard's end is kept, since every opening begins there. With `in_blocks` everything else is fetched and kept in blocks;
+    otherwise a request brings what was asked for.
     """
 
     def __init__(self, shard: Shard, bucket: Bucket) -> None:
@@ -36,18 +43,26 @@ class Source:
         self.url = f"{PROTOCOL}://{uuid.uuid4().hex}/{name}/{key}"
         OPEN[InputFileSystem._strip_protocol(self.url)] = self
         self.size = shard.size
+        self.in_blocks = False
         self._store = bucket.other(name)
         self._object = Object(key, shard.size, shard.etag)
+        self._block = lru_cache(KEPT_BLOCKS)(self._fetch_block)
         self._end = b""
 
     def fetch(self, start: int, stop: int) -> bytes:
         """Bytes [start, stop). Raises StorageError also where the object is no longer the one that was listed."""
-        if start < self.size - FOOTER:
+        end = max(0, self.size - FOOTER)
+        if start >= end:
+            self._end = self._end or self._store.fetch_range(self._object, end, self.size)
+            return self._end[start - end:stop - end]
+        if not self.in_blocks:
             return self._store.fetch_range(self._object, start, stop)
-        first = max(0, self.size - FOOTER)
-        if not self._end:
-            self._end = self._store.fetch_range(self._object, first, self.size)
-        return self._end[start - first:stop - first]
+        first = start // BLOCK
+        data = b"".join(self._block(number) for number in range(first, (stop - 1) // BLOCK + 1))
+        return data[start - first * BLOCK:stop - first * BLOCK]
+
+    def _fetch_block(self, number: int) -> bytes:
+        return self._store.fetch_range(self._object, number * BLOCK, min((number + 1) * BLOCK, self.size))
 
 
 class InputFileSystem(AbstractFileSystem):  # type: ignore[misc]
