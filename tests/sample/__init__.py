@@ -15,8 +15,19 @@ import pyarrow.parquet as pq
 ROWS = Path(__file__).with_name("rows.jsonl")
 
 COLUMNS = (
-    "synth_id", "language", "exercise", "model", "query", "query_seed_url", "query_seed_text", "additional_seed_url", "seed_license",
-    "constraints", "script", "synthetic_reasoning", "synthetic_answer",
+    "synth_id",
+    "language",
+    "exercise",
+    "model",
+    "query",
+    "query_seed_url",
+    "query_seed_text",
+    "additional_seed_url",
+    "seed_license",
+    "constraints",
+    "script",
+    "synthetic_reasoning",
+    "synthetic_answer",
 )
 SCHEMA = pa.schema([*((name, pa.string()) for name in COLUMNS), ("words", pa.int64())])
 

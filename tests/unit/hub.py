@@ -28,7 +28,7 @@ def serve(name: str, files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]
                 self.answer(200, [{"type": "file", **blob} for blob in blobs])
             elif path.startswith(f"/datasets/{name}/resolve/{COMMIT}/"):
                 start, stop = re.findall(r"\d+", self.headers["Range"])
-                self.answer(206, files[path.rpartition("/")[2]][int(start):int(stop) + 1])
+                self.answer(206, files[path.rpartition("/")[2]][int(start) : int(stop) + 1])
             else:
                 self.answer(404, {"error": "Not found"}, "RevisionNotFound" if "/revision/" in path else "RepoNotFound")
 

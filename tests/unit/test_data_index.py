@@ -52,14 +52,18 @@ def test_our_reader_gives_lengths_and_byte_offsets(tmp_path: Path) -> None:
     assert (index.lengths.tolist(), index.offsets.tolist()) == ([3, 0, 2], [0, 12, 12])
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda data: b"", "does not begin"),
-    (lambda data: b"PAR1" + data[4:], "does not begin"),
-    (lambda data: data[:-1], "expected version 1"),
-    (lambda data: data + b"\0", "expected version 1"),
-    (lambda data: data[:9] + b"\2" + data[10:], "version 2"),
-    (lambda data: data[:17] + b"\7" + data[18:], "type code 7"),
-], ids=["empty", "other", "short", "long", "version", "type"])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda data: b"", "does not begin"),
+        (lambda data: b"PAR1" + data[4:], "does not begin"),
+        (lambda data: data[:-1], "expected version 1"),
+        (lambda data: data + b"\0", "expected version 1"),
+        (lambda data: data[:9] + b"\2" + data[10:], "version 2"),
+        (lambda data: data[:17] + b"\7" + data[18:], "type code 7"),
+    ],
+    ids=["empty", "other", "short", "long", "version", "type"],
+)
 def test_a_file_that_is_no_index_is_named(tmp_path: Path, damage, message: str) -> None:
     path = tmp_path / "bad.idx"
     path.write_bytes(damage(index_bytes(np.array([3, 2]), np.int32)))
@@ -67,9 +71,14 @@ def test_a_file_that_is_no_index_is_named(tmp_path: Path, damage, message: str) 
         read_index(path)
 
 
-@pytest.mark.parametrize("lengths, dtype, message", [
-    ([1], np.float64, "float64: an IndexedDataset"), ([2**31], np.int32, "do not fit into int32"), ([-1], np.int32, "do not fit"),
-])
+@pytest.mark.parametrize(
+    "lengths, dtype, message",
+    [
+        ([1], np.float64, "float64: an IndexedDataset"),
+        ([2**31], np.int32, "do not fit into int32"),
+        ([-1], np.int32, "do not fit"),
+    ],
+)
 def test_what_the_format_cannot_hold_is_refused(lengths: list[int], dtype: type, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         index_bytes(np.array(lengths), dtype)

@@ -104,9 +104,9 @@ def documents(bucket: Bucket, found: Manifest, split: str, folder: Path) -> dict
         assert [row["tokens"] for row in table] == index.lengths.tolist()
         for row, offset, length in zip(table, index.offsets, index.lengths, strict=True):
             start = offset // 4
-            span = of_token[start:start + length]
+            span = of_token[start : start + length]
             assert (int((span == 1).sum()), int((span == 2).sum())) == (row["reasoning"], row["final"])
-            read[row["synth_id"]] = (tokens[start:start + length].tolist(), span.tolist())
+            read[row["synth_id"]] = (tokens[start : start + length].tolist(), span.tolist())
     return read
 
 
@@ -200,8 +200,12 @@ def by_hand(spec: dict[str, Any], folder: Path, **environment: str) -> subproces
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(spec))
     return subprocess.Popen(
-        [sys.executable, "-m", "jobs.preprocess", "--run", str(path)], cwd=ROOT, env={**os.environ, **environment}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, "-m", "jobs.preprocess", "--run", str(path)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -274,8 +278,12 @@ def test_a_full_disk_is_said_and_leaves_nothing_that_counts(spec: dict[str, Any]
     vocabulary.install(tmp_path / f"vpmoe-vocabulary-{os.getuid()}")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(spec))
     done = subprocess.run(
-        [sys.executable, "-m", "jobs.preprocess", "--run", str(tmp_path / "run.yaml")], cwd=ROOT, text=True, capture_output=True,
-        env={**os.environ, "TMPDIR": str(tmp_path), "VPMOE_TERMINATION_LOG": str(tmp_path / "end")}, check=False,
+        [sys.executable, "-m", "jobs.preprocess", "--run", str(tmp_path / "run.yaml")],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "TMPDIR": str(tmp_path), "VPMOE_TERMINATION_LOG": str(tmp_path / "end")},
+        check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
     )
     assert done.returncode == 75, done.stderr
@@ -307,8 +315,10 @@ def test_a_row_that_cannot_be_read_is_named_and_the_rest_goes_on(
     facts = made(bucket, run).facts
     assert facts["unreadable"]["rows"] == 6
     assert facts["unreadable"]["first"][0] == {
-        "file": f"s3://{bucket.name}/input/synth_bad.parquet", "rows": [17, 18],
-        "why": "synthetic_answer is not UTF-8: byte 5 of 7 is 0xe2"}
+        "file": f"s3://{bucket.name}/input/synth_bad.parquet",
+        "rows": [17, 18],
+        "why": "synthetic_answer is not UTF-8: byte 5 of 7 is 0xe2",
+    }
     assert facts["surrogates"] == 1
     assert facts["rows"] == 672 == facts["documents"] + 6 + sum(facts["dropped"].values())
     assert "input/synth_bad.parquet: rows [17, 18) (from 0) cannot be read" in caplog.text
@@ -321,7 +331,7 @@ def test_a_record_is_the_same_for_any_number_of_processes(spec: dict[str, Any], 
     column = pq.read_metadata(path).row_group(5).column(1)
     data = bytearray(path.read_bytes())
     start = column.dictionary_page_offset or column.data_page_offset
-    data[start:start + 16] = b"\xff" * 16
+    data[start : start + 16] = b"\xff" * 16
     path.write_bytes(data)
     open_bucket(spec).put_file("input/synth_bad.parquet", path, {})
     spec["spec"]["dataset"]["unreadableMax"] = 0.5

@@ -73,8 +73,9 @@ def test_only_the_wanted_columns_are_fetched(bucket: Bucket, tmp_path: Path, mon
     shard = put(bucket, numbered(tmp_path, 2000, 1000, synthetic_answer=long))
     fetched = []
     original = Bucket.fetch_range
-    monkeypatch.setattr(Bucket, "fetch_range", lambda self, wanted, start, stop: (
-        fetched.append(stop - start), original(self, wanted, start, stop))[1])
+    monkeypatch.setattr(
+        Bucket, "fetch_range", lambda self, wanted, start, stop: (fetched.append(stop - start), original(self, wanted, start, stop))[1]
+    )
     assert sum(batch.columns.num_rows for batch in ShardReader(shard, bucket, ("synth_id", "language")).batches(500)) == 2000
     assert sum(fetched) < shard.size / 4
 
@@ -84,7 +85,7 @@ def test_a_damaged_row_group_costs_only_its_rows(bucket: Bucket, tmp_path: Path)
     column = pq.read_metadata(path).row_group(2).column(5)
     data = bytearray(path.read_bytes())
     middle = column.data_page_offset + column.total_compressed_size // 2
-    data[middle:middle + 8] = bytes(byte ^ 0xFF for byte in data[middle:middle + 8])
+    data[middle : middle + 8] = bytes(byte ^ 0xFF for byte in data[middle : middle + 8])
     path.write_bytes(data)
     shard = put(bucket, path)
     found = list(ShardReader(shard, bucket, COLUMNS).batches(64))
@@ -95,7 +96,8 @@ def test_a_damaged_row_group_costs_only_its_rows(bucket: Bucket, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"not parquet at all", b"PAR1 and then nothing", b"\0" * 200_000], ids=["empty", "text", "torn", "zeros"])
+    "content", [b"", b"not parquet at all", b"PAR1 and then nothing", b"\0" * 200_000], ids=["empty", "text", "torn", "zeros"]
+)
 def test_a_file_that_is_no_parquet_is_named(bucket: Bucket, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "f").write_bytes(content)
     with pytest.raises(Permanent, match=r"input/synth_001.parquet: not a parquet file"):
@@ -174,8 +176,13 @@ for source in sys.argv[1:]:
 def on_the_hub(endpoint: str, *sources: str) -> list[str]:
     """What comes of sources at a hub, in a process of its own: the hub's client reads its endpoint when it is imported."""
     done = subprocess.run(
-        [sys.executable, "-c", ON_THE_HUB, *sources], cwd=ROOT, env={**os.environ, "HF_ENDPOINT": endpoint}, capture_output=True, text=True,
-        check=False)
+        [sys.executable, "-c", ON_THE_HUB, *sources],
+        cwd=ROOT,
+        env={**os.environ, "HF_ENDPOINT": endpoint},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -184,7 +191,8 @@ def test_a_data_set_of_the_hub_is_read_at_the_commit_that_its_revision_was(sampl
     files = {"README.md": b"#", "synth_002.parquet": b"-", "synth_001.parquet": sample_parquet[0].read_bytes()}
     with hub.serve("PleIAs/SYNTH", files) as (endpoint, asked):
         listed, ids, newest, _, revision, name = on_the_hub(
-            endpoint, "hf://PleIAs/SYNTH@main", "hf://PleIAs/SYNTH", "hf://PleIAs/SYNTH@v9", "hf://PleIAs/OTHER")
+            endpoint, "hf://PleIAs/SYNTH@main", "hf://PleIAs/SYNTH", "hf://PleIAs/SYNTH@v9", "hf://PleIAs/OTHER"
+        )
     url = f"hf://datasets/PleIAs/SYNTH@{hub.COMMIT}"
     assert listed == f"{hub.COMMIT} {[(f'{url}/synth_001.parquet', len(files['synth_001.parquet'])), (f'{url}/synth_002.parquet', 1)]}"
     assert newest == listed
@@ -213,26 +221,30 @@ def test_a_surrogate_becomes_what_the_tokenizer_itself_makes_of_it() -> None:
     values = [b"a \xed\xb0\x80 b", b"\xed\xa0\xbd\xed\xb8\x80", b"\xed\xb8\x80\xed\xa0\xbd"]
     for value, whole in zip(values, text.decode(pa.record_batch({"q": strings(*values)}), ["q"]).columns["q"], strict=True):
         assert vocabulary.encoding().encode_ordinary(whole or "") == vocabulary.encoding().encode_ordinary(
-            value.decode("utf-8", "surrogatepass"))
+            value.decode("utf-8", "surrogatepass")
+        )
 
 
 def rows_batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
-    return pa.RecordBatch.from_pylist([{name: row.get(name) for name in COLUMNS} for row in rows],
-                                      schema=pa.schema([(name, pa.string()) for name in COLUMNS]))
+    return pa.RecordBatch.from_pylist(
+        [{name: row.get(name) for name in COLUMNS} for row in rows], schema=pa.schema([(name, pa.string()) for name in COLUMNS])
+    )
 
 
 def test_a_chunk_becomes_documents_and_counts_of_everything_else() -> None:
     good = {"synth_id": "good", "query": "q", "synthetic_reasoning": "r", "synthetic_answer": "a", "language": "en", "exercise": "mcq"}
-    batch = rows_batch([
-        good,
-        {**good, "synthetic_answer": " "},
-        {**good, "constraints": "result: Failed after maximum attempts"},
-        {**good, "synthetic_answer": "41", "constraints": "result: 42"},
-        {**good, "query": "word " * 500},
-        {**good, "query": None},
-        {**good, "synth_id": None, "synthetic_reasoning": None, "language": None, "exercise": None},
-        {**good, "query": " " * 1_000_000},
-    ])
+    batch = rows_batch(
+        [
+            good,
+            {**good, "synthetic_answer": " "},
+            {**good, "constraints": "result: Failed after maximum attempts"},
+            {**good, "synthetic_answer": "41", "constraints": "result: 42"},
+            {**good, "query": "word " * 500},
+            {**good, "query": None},
+            {**good, "synth_id": None, "synthetic_reasoning": None, "language": None, "exercise": None},
+            {**good, "query": " " * 1_000_000},
+        ]
+    )
     got = encode.encode(chunk(2, "x.parquet", 100, batch), RECIPE)
     assert got.rows == 8
     assert got.labels_D == [("good", "en", "mcq"), ("x.parquet#106", None, None)]
@@ -248,8 +260,11 @@ def test_a_chunk_becomes_documents_and_counts_of_everything_else() -> None:
 
 def test_a_document_as_long_as_the_bound_is_kept_and_one_longer_is_dropped() -> None:
     row = sample.rows()[0]
-    length = len(Renderer(vocabulary.encoding(), SETTING).render(
-        row["query"], row["query_seed_text"], row["synthetic_reasoning"], row["synthetic_answer"]).ids)
+    length = len(
+        Renderer(vocabulary.encoding(), SETTING)
+        .render(row["query"], row["query_seed_text"], row["synthetic_reasoning"], row["synthetic_answer"])
+        .ids
+    )
     for bound, kept in ((length, 1), (length - 1, 0)):
         got = encode.encode(chunk(0, "x", 0, rows_batch([row])), Recipe("0" * 64, SETTING, bound, 0.0, Thresholds((BINS,) * 4)))
         assert (len(got.labels_D), got.dropped["tooLong"]) == (kept, 1 - kept)

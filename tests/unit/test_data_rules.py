@@ -14,44 +14,89 @@ from vpmoe.data.sampling import BINS, FOREIGN, MEMORIZATION, Thresholds, row_cla
 from vpmoe.failure import Permanent
 
 
-@pytest.mark.parametrize("answer, constraints, reason", [
-    ("Paris.", None, None),
-    ("Paris.", "", None),
-    (None, None, "blankAnswer"),
-    ("", None, "blankAnswer"),
-    (" \n\t", "result: 4", "blankAnswer"),
-    ("42", "result:Failed after maximum attempts", "failedGeneration"),
-    ("42", "attempts: 5\nRESULT:  failed AFTER maximum Attempts", "failedGeneration"),
-    ("41", "result: 42", "contradictedResult"),
-    ("B) Paris", "result: C", "contradictedResult"),
-    ("A guide said that the mission failed after maximum attempts", "<source_1>failed after maximum attempts</source_1>", None),
-])
+@pytest.mark.parametrize(
+    "answer, constraints, reason",
+    [
+        ("Paris.", None, None),
+        ("Paris.", "", None),
+        (None, None, "blankAnswer"),
+        ("", None, "blankAnswer"),
+        (" \n\t", "result: 4", "blankAnswer"),
+        ("42", "result:Failed after maximum attempts", "failedGeneration"),
+        ("42", "attempts: 5\nRESULT:  failed AFTER maximum Attempts", "failedGeneration"),
+        ("41", "result: 42", "contradictedResult"),
+        ("B) Paris", "result: C", "contradictedResult"),
+        ("A guide said that the mission failed after maximum attempts", "<source_1>failed after maximum attempts</source_1>", None),
+    ],
+)
 def test_rows_are_dropped_for_one_stated_reason(answer: str | None, constraints: str | None, reason: str | None) -> None:
     assert quality(answer, constraints) == reason
 
 
-@pytest.mark.parametrize("result, line, contradicts", [
-    ("B", "B", False), ("B", "b", False), ("B", "**B**", False), ("B", "(B)", False), ("B", "B) Paris", False), ("B", "B. Paris", False),
-    ("B", "Answer: B", False), ("B", "The correct answer is B.", False), ("(b)", "The answer is **(B)** Paris", False),
-    ("B", "C", True), ("B", "c)", False), ("B", "C) Rome", True), ("B", "Answer: C", True), ("B", "The correct option is (C)", True),
-    ("B", "\\boxed{C}", True),
-    ("B", "Paris", False), ("B", "A good start is to compare both.", False), ("A", "I think so", False),
-    ("42", "42", False), ("42", "**42**", False), ("42", "The answer is 42.", False), ("42", "x = 42 apples", False), ("42.0", "42", False),
-    ("42", "41", True), ("42", "The answer is 41.", True), ("42", "420", True), ("-3", "3", True), ("-3", "−3", False),
-    ("42", "First, 6 boxes of 7: 42", False), ("42", "It cannot be said.", False),
-    ("1,234", "1234", False), ("1234.5", "1.234,5", False), ("3,5", "3.5", False), ("25 %", "25 percent", False),
-    ("$20", "20 dollars", False),
-    ("1/2", "0.7", False), ("a long explanation with 7", "8", False), ("yes", "no", False),
-])
+@pytest.mark.parametrize(
+    "result, line, contradicts",
+    [
+        ("B", "B", False),
+        ("B", "b", False),
+        ("B", "**B**", False),
+        ("B", "(B)", False),
+        ("B", "B) Paris", False),
+        ("B", "B. Paris", False),
+        ("B", "Answer: B", False),
+        ("B", "The correct answer is B.", False),
+        ("(b)", "The answer is **(B)** Paris", False),
+        ("B", "C", True),
+        ("B", "c)", False),
+        ("B", "C) Rome", True),
+        ("B", "Answer: C", True),
+        ("B", "The correct option is (C)", True),
+        ("B", "\\boxed{C}", True),
+        ("B", "Paris", False),
+        ("B", "A good start is to compare both.", False),
+        ("A", "I think so", False),
+        ("42", "42", False),
+        ("42", "**42**", False),
+        ("42", "The answer is 42.", False),
+        ("42", "x = 42 apples", False),
+        ("42.0", "42", False),
+        ("42", "41", True),
+        ("42", "The answer is 41.", True),
+        ("42", "420", True),
+        ("-3", "3", True),
+        ("-3", "−3", False),
+        ("42", "First, 6 boxes of 7: 42", False),
+        ("42", "It cannot be said.", False),
+        ("1,234", "1234", False),
+        ("1234.5", "1.234,5", False),
+        ("3,5", "3.5", False),
+        ("25 %", "25 percent", False),
+        ("$20", "20 dollars", False),
+        ("1/2", "0.7", False),
+        ("a long explanation with 7", "8", False),
+        ("yes", "no", False),
+    ],
+)
 def test_a_result_contradicts_only_a_clear_choice_or_number_of_the_first_line(result: str, line: str, contradicts: bool) -> None:
     assert contradicted(f"steps: 3\nresult: {result}", f"{line}\n\nLater lines may say C or 17.") is contradicts
 
 
-@pytest.mark.parametrize("language, exercise, expected", [
-    (None, None, 0), ("", " ", 0), ("en", "mcq", 0), ("EN", None, 0), ("English", None, 0), ("en-GB", None, 0),
-    ("de", None, FOREIGN), ("German", "rag", FOREIGN), ("la", "", FOREIGN),
-    ("en", "memorization", MEMORIZATION), (None, " Memorization ", MEMORIZATION), ("fr", "memorization", FOREIGN | MEMORIZATION),
-])
+@pytest.mark.parametrize(
+    "language, exercise, expected",
+    [
+        (None, None, 0),
+        ("", " ", 0),
+        ("en", "mcq", 0),
+        ("EN", None, 0),
+        ("English", None, 0),
+        ("en-GB", None, 0),
+        ("de", None, FOREIGN),
+        ("German", "rag", FOREIGN),
+        ("la", "", FOREIGN),
+        ("en", "memorization", MEMORIZATION),
+        (None, " Memorization ", MEMORIZATION),
+        ("fr", "memorization", FOREIGN | MEMORIZATION),
+    ],
+)
 def test_a_row_without_language_or_exercise_counts_as_neither(language: str | None, exercise: str | None, expected: int) -> None:
     assert row_class(language, exercise) == expected
 
@@ -65,10 +110,21 @@ def kept(rows_4B: sampling.Histogram, chosen: Thresholds) -> list[int]:
     return [int(rows_4B[number, :bins].sum()) for number, bins in enumerate(chosen.bins)]
 
 
-@pytest.mark.parametrize("rows", [
-    (1000, 0, 0, 0), (1000, 1000, 1000, 1000), (100, 900, 0, 0), (100, 0, 900, 0), (10, 10, 10, 970), (300_000, 900_000, 300_000, 900_000),
-    (200_000, 700_000, 60_000, 240_000), (3, 7, 1, 1), (500, 300, 0, 200),
-], ids=str)
+@pytest.mark.parametrize(
+    "rows",
+    [
+        (1000, 0, 0, 0),
+        (1000, 1000, 1000, 1000),
+        (100, 900, 0, 0),
+        (100, 0, 900, 0),
+        (10, 10, 10, 970),
+        (300_000, 900_000, 300_000, 900_000),
+        (200_000, 700_000, 60_000, 240_000),
+        (3, 7, 1, 1),
+        (500, 300, 0, 200),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("keep", [1.0, 0.3])
 def test_shares_are_never_above_their_bounds_and_hardly_below_where_they_bind(rows: tuple[int, int, int, int], keep: float) -> None:
     rows_4B = census(sum(rows), *rows)
@@ -90,9 +146,14 @@ def test_everything_is_kept_where_no_bound_binds() -> None:
     assert thresholds(census(3, 0, 0, 0, 0), 1.0, 0.7, 0.3).bins == (BINS,) * 4
 
 
-@pytest.mark.parametrize("rows, message", [
-    ((0, 9, 0, 0), "9 are memorization .memorizationMax 0.7."), ((0, 0, 9, 0), "9 are not English .nonEnglishMax 0.3."),
-], ids=["all-memorization", "all-foreign"])
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ((0, 9, 0, 0), "9 are memorization .memorizationMax 0.7."),
+        ((0, 0, 9, 0), "9 are not English .nonEnglishMax 0.3."),
+    ],
+    ids=["all-memorization", "all-foreign"],
+)
 def test_a_bound_that_would_drop_everything_is_an_error(rows: tuple[int, int, int, int], message: str) -> None:
     with pytest.raises(Permanent, match=message):
         thresholds(census(1, *rows), 1.0, 0.7, 0.3)
@@ -122,13 +183,16 @@ def test_a_row_without_id_is_known_by_its_place() -> None:
     assert identity(None, "a.parquet", 3) == identity(" ", "a.parquet", 3) == "a.parquet#3"
 
 
-@pytest.mark.parametrize("glob, matching, others", [
-    ("synth/*.parquet", ["synth/a.parquet", "synth/.parquet"], ["synth/x/a.parquet", "synth/a.parquet.tmp", "other/a.parquet"]),
-    ("synth/**/*.parquet", ["synth/a.parquet", "synth/x/y/a.parquet"], ["a.parquet"]),
-    ("synth/synth_00?.parquet", ["synth/synth_001.parquet"], ["synth/synth_010.parquet", "synth/synth_00/.parquet"]),
-    ("synth/synth_[12]*.parquet", ["synth/synth_100.parquet"], ["synth/synth_300.parquet"]),
-    ("a+b/(x).parquet", ["a+b/(x).parquet"], ["aab/(x).parquet"]),
-])
+@pytest.mark.parametrize(
+    "glob, matching, others",
+    [
+        ("synth/*.parquet", ["synth/a.parquet", "synth/.parquet"], ["synth/x/a.parquet", "synth/a.parquet.tmp", "other/a.parquet"]),
+        ("synth/**/*.parquet", ["synth/a.parquet", "synth/x/y/a.parquet"], ["a.parquet"]),
+        ("synth/synth_00?.parquet", ["synth/synth_001.parquet"], ["synth/synth_010.parquet", "synth/synth_00/.parquet"]),
+        ("synth/synth_[12]*.parquet", ["synth/synth_100.parquet"], ["synth/synth_300.parquet"]),
+        ("a+b/(x).parquet", ["a+b/(x).parquet"], ["aab/(x).parquet"]),
+    ],
+)
 def test_a_glob_stays_within_a_folder_unless_doubled(glob: str, matching: list[str], others: list[str]) -> None:
     pattern = glob_pattern(glob)
     assert all(pattern.fullmatch(key) for key in matching)

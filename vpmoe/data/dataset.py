@@ -101,8 +101,12 @@ def _sum(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def write_manifest(
-    dataset: DatasetRef, settings: Mapping[str, Any], thresholds: Thresholds, records: Sequence[Mapping[str, Any]],
-    provenance: Provenance, bucket: Bucket,
+    dataset: DatasetRef,
+    settings: Mapping[str, Any],
+    thresholds: Thresholds,
+    records: Sequence[Mapping[str, Any]],
+    provenance: Provenance,
+    bucket: Bucket,
 ) -> Manifest:
     """Make the data set exist: its manifest, from the records of all its parts. Returns the one that stands, ours or another worker's."""
     subjects = [manifest.subject_of(entry, dataset.folder) for record in records for entry in record["files"]]

@@ -42,12 +42,14 @@ def index_bytes(lengths_B: NDArray[np.integer], dtype: DTypeLike) -> bytes:
         raise ValueError(f"lengths from {lengths_B.min()} to {lengths_B.max()} do not fit into int32")
     ends_B = np.cumsum(lengths_B, dtype=np.int64)
     offsets_B = (ends_B - lengths_B) * dtype.itemsize
-    return b"".join((
-        HEADER.pack(MAGIC, 1, CODES[dtype], documents, documents + 1),
-        lengths_B.astype("<i4").tobytes(),
-        offsets_B.astype("<i8").tobytes(),
-        np.arange(documents + 1, dtype="<i8").tobytes(),
-    ))
+    return b"".join(
+        (
+            HEADER.pack(MAGIC, 1, CODES[dtype], documents, documents + 1),
+            lengths_B.astype("<i4").tobytes(),
+            offsets_B.astype("<i8").tobytes(),
+            np.arange(documents + 1, dtype="<i8").tobytes(),
+        )
+    )
 
 
 def read_index(path: Path) -> Index:

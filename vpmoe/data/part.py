@@ -35,10 +35,16 @@ LISTED = 100
 UNKNOWN = "unknown"
 """What rows without a language or an exercise are counted under."""
 
-DOCUMENTS = pa.schema([
-    ("synth_id", pa.string()), ("language", pa.string()), ("exercise", pa.string()),
-    ("tokens", pa.int32()), ("reasoning", pa.int32()), ("final", pa.int32()),
-])
+DOCUMENTS = pa.schema(
+    [
+        ("synth_id", pa.string()),
+        ("language", pa.string()),
+        ("exercise", pa.string()),
+        ("tokens", pa.int32()),
+        ("reasoning", pa.int32()),
+        ("final", pa.int32()),
+    ]
+)
 
 
 @dataclass
@@ -92,7 +98,7 @@ class Part:
 
     def unnamed(self) -> list[Unreadable]:
         """Unreadable rows that were not asked for yet."""
-        new = self.unreadable[self._named:]
+        new = self.unreadable[self._named :]
         self._named = len(self.unreadable)
         return new
 
@@ -134,8 +140,11 @@ def split_facts(documents: SplitDocuments) -> dict[str, Any]:
             entry["documents"] += 1
             entry["tokens"] += tokens
     return {
-        "documents": len(tokens_D), "tokens": int(tokens_D.sum()),
-        "reasoning": int(lengths_D3[:, 1].sum()), "final": int(lengths_D3[:, 2].sum()), **by,
+        "documents": len(tokens_D),
+        "tokens": int(tokens_D.sum()),
+        "reasoning": int(lengths_D3[:, 1].sum()),
+        "final": int(lengths_D3[:, 2].sum()),
+        **by,
     }
 
 
@@ -148,14 +157,19 @@ def write_split(documents: SplitDocuments, arrived: Path, files: dict[PartFile, 
     ids_T = np.memmap(arrived, dtype="<i4", mode="r").view(np.ndarray) if len(order_D) else np.empty(0, np.int32)
     with files["tokens.bin"].open("wb") as tokens_file, files["spans.bin"].open("wb") as spans_file:
         for chosen in runs(order_D, tokens_D):
-            tokens_file.write(np.concatenate([ids_T[start:start + n] for start, n in zip(starts_D[chosen], tokens_D[chosen], strict=True)]))
+            tokens_file.write(
+                np.concatenate([ids_T[start : start + n] for start, n in zip(starts_D[chosen], tokens_D[chosen], strict=True)])
+            )
             spans_file.write(spans(lengths_D3[chosen]))
     files["tokens.idx"].write_bytes(index_bytes(tokens_D[order_D], np.int32))
     files["spans.idx"].write_bytes(index_bytes(tokens_D[order_D], np.uint8))
     ids, languages, exercises = zip(*(documents.labels[d] for d in order_D), strict=True) if len(order_D) else ((), (), ())
     columns = [ids, languages, exercises, *(values[order_D].astype(np.int32) for values in (tokens_D, lengths_D3[:, 1], lengths_D3[:, 2]))]
-    pq.write_table(pa.table([pa.array(c, f.type) for c, f in zip(columns, DOCUMENTS, strict=True)], schema=DOCUMENTS),
-                   files["documents.parquet"], compression="zstd")
+    pq.write_table(
+        pa.table([pa.array(c, f.type) for c, f in zip(columns, DOCUMENTS, strict=True)], schema=DOCUMENTS),
+        files["documents.parquet"],
+        compression="zstd",
+    )
 
 
 def runs(order_D: NDArray[np.intp], tokens_D: NDArray[np.int64]) -> Iterator[NDArray[np.intp]]:

@@ -90,7 +90,8 @@ def check_writer(job: Job) -> None:
     if ours != job.dataset.id:
         raise Permanent(
             f"{job.bucket.url(paths.inputs(job.run))}: the run began the data set {job.dataset.id}, of which this code would make {ours}: "
-            "its writer or tokenizer changed since. Go on with the image that the run began with, or start a new run.")
+            "its writer or tokenizer changed since. Go on with the image that the run began with, or start a new run."
+        )
 
 
 def count(job: Job) -> census.Census:
@@ -196,7 +197,8 @@ def store_part(job: Job, number: int, part: Part, seconds: float) -> None:
     if not bucket.create(paths.part_record(dataset.id, number), json_bytes(record), metadata):
         raise Permanent(
             f"{bucket.url(paths.part_record(dataset.id, number))}: another writer made different bytes of the same input. The libraries' "
-            "versions differ between the two; delete the data set's folder and build it with one image.")
+            "versions differ between the two; delete the data set's folder and build it with one image."
+        )
     tokens = sum(facts["tokens"] for facts in record["splits"].values())
     kept = sum(facts["documents"] for facts in record["splits"].values())
     log.info(f"Part {number}: {kept:,} of {part.rows:,} rows kept, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s")
@@ -213,7 +215,8 @@ def scratch_disk() -> Iterator[None]:
             raise
         raise Retriable(
             f"{tempfile.gettempdir()}: {error.strerror}. A part needs about three times its tokens' 4 bytes on disk; point TMPDIR to more "
-            "space, or raise runtime.resources.preprocess' ephemeral storage.") from error
+            "space, or raise runtime.resources.preprocess' ephemeral storage."
+        ) from error
 
 
 def allowed_unreadable(run: DistillRun, rows: int) -> int:
@@ -224,7 +227,8 @@ def allowed_unreadable(run: DistillRun, rows: int) -> int:
 def too_many_unreadable(found: int, allowed: int, where: str) -> Permanent:
     return Permanent(
         f"dataset.source: {found} rows cannot be read ({where}), more than the {allowed} that dataset.unreadableMax allows. "
-        "Repair or leave out the files, or raise dataset.unreadableMax.")
+        "Repair or leave out the files, or raise dataset.unreadableMax."
+    )
 
 
 def finish(job: Job, recipe: Recipe, rows: int) -> None:
@@ -256,18 +260,36 @@ def finish(job: Job, recipe: Recipe, rows: int) -> None:
 def report(job: Job, message: str, speed: float | None = None) -> None:
     """Say how far the step is: all workers' parts, this worker's speed."""
     done = len(done_parts(job.dataset, job.bucket))
-    write_progress(job, Progress(
-        step=job.provenance.step, attempt=job.provenance.attempt, state="Running", message=message, updated=datetime.now(UTC),
-        parts=Amount(done=done, total=job.parts), tokens_per_second=speed))
+    write_progress(
+        job,
+        Progress(
+            step=job.provenance.step,
+            attempt=job.provenance.attempt,
+            state="Running",
+            message=message,
+            updated=datetime.now(UTC),
+            parts=Amount(done=done, total=job.parts),
+            tokens_per_second=speed,
+        ),
+    )
 
 
 def report_success(job: Job, message: str) -> None:
     """Say that the data set is complete, and which it is."""
     made = manifest.load(job.bucket, job.dataset.manifest)
     facts = DatasetFacts(id=job.dataset.id, manifest=job.bucket.url(job.dataset.manifest), sha256=made.sha256)
-    write_progress(job, Progress(
-        step=job.provenance.step, attempt=job.provenance.attempt, state="Succeeded", message=message, updated=datetime.now(UTC),
-        parts=Amount(done=job.parts, total=job.parts), dataset=facts))
+    write_progress(
+        job,
+        Progress(
+            step=job.provenance.step,
+            attempt=job.provenance.attempt,
+            state="Succeeded",
+            message=message,
+            updated=datetime.now(UTC),
+            parts=Amount(done=job.parts, total=job.parts),
+            dataset=facts,
+        ),
+    )
 
 
 def write_progress(job: Job, progress: Progress) -> None:

@@ -101,7 +101,8 @@ class ShardReader:
             columns=self._columns,
             batch_size=size,
             fragment_scan_options=pads.ParquetFragmentScanOptions(
-                use_buffered_stream=True, buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True),
+                use_buffered_stream=True, buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True
+            ),
             cache_dir=cache,
         )
         return stream.reshard().with_format("arrow")

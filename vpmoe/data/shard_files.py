@@ -54,12 +54,12 @@ class Source:
         end = max(0, self.size - FOOTER)
         if start >= end:
             self._end = self._end or self._store.fetch_range(self._object, end, self.size)
-            return self._end[start - end:stop - end]
+            return self._end[start - end : stop - end]
         if not self.in_blocks:
             return self._store.fetch_range(self._object, start, stop)
         first = start // BLOCK
         data = b"".join(self._block(number) for number in range(first, (stop - 1) // BLOCK + 1))
-        return data[start - first * BLOCK:stop - first * BLOCK]
+        return data[start - first * BLOCK : stop - first * BLOCK]
 
     def _fetch_block(self, number: int) -> bytes:
         return self._store.fetch_range(self._object, number * BLOCK, min((number + 1) * BLOCK, self.size))
