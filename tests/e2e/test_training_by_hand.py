@@ -82,7 +82,7 @@ def hand(s3: S3, sample_parquet: list[Path], real_parquet: list[Path], tmp_path_
             "checkpoint": {"everyTokens": 1300, "keep": 3},
         },
         "stages": [{"name": "vanilla", "kind": "Vanilla", "tokens": 4100}, {"name": "second", "kind": "Vanilla", "tokens": 1000}],
-        "evaluation": {"everyTokens": "1M", "documents": 8, "completions": 0},
+        "evaluation": {"everyTokens": "1M", "documents": 4, "completions": 0},
         "storage": {"endpoint": s3.endpoint, "bucket": name, "credentialsSecret": None},
     }
     it = Hand(None, tmp_path_factory.mktemp("by-hand"), spec)  # type: ignore[arg-type]

@@ -96,6 +96,21 @@ def test_sigterm_reaches_every_worker_and_their_code_is_passed_on(monkeypatch: p
     assert ended(monkeypatch, tmp_path / "log", SAVES, stopping) == 143
 
 
+def test_a_worker_that_fails_while_the_others_save_does_not_hold_them_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stopping = threading.Event()
+    threading.Timer(1.0, stopping.set).start()
+    hangs = "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(70) if os.environ['RANK'] == '1' else None); "
+    assert ended(monkeypatch, tmp_path / "log", hangs + "time.sleep(3); time.sleep(60)", stopping) == 70
+
+
+def test_workers_that_do_not_listen_yet_are_stopped_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stopping = threading.Event()
+    threading.Timer(0.5, stopping.set).start()
+    assert ended(monkeypatch, tmp_path / "log", "import time; time.sleep(60)", stopping) == 143
+    found = failure.read(tmp_path / "log")
+    assert found is not None and found.kind == "Terminated"
+
+
 def test_workers_die_with_their_launcher(tmp_path: Path) -> None:
     worker = "from vpmoe.training import launch; launch.die_with_launcher(); print('ready', flush=True); import time; time.sleep(60)"
     launcher = (

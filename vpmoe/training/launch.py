@@ -10,6 +10,7 @@ WORLD_SIZE are set there too and count pods: they mean nothing here.) Without th
 
 import ctypes
 import logging
+import math
 import os
 import signal
 import socket
@@ -100,36 +101,46 @@ def settings(placement: Placement, local: int, environment: Mapping[str, str]) -
 
 
 def supervise(workers: Mapping[int, "subprocess.Popen[bytes]"], stopping: threading.Event) -> int:
-    """Wait for all workers. Those that outlive the first failure by GRACE are left to the caller to kill."""
-    told, first_failed, deadline = False, None, None
+    """Wait for all workers. Those that outlive the first failure by GRACE are left to the caller to kill.
+
+    To stop is no failure: after SIGTERM the workers have as long as their checkpoint takes.
+    """
+    told, failed, deadline = False, None, math.inf
     while True:
         codes = {rank: worker.poll() for rank, worker in workers.items()}
-        failed = [rank for rank, code in codes.items() if code]
-        if failed and first_failed is None:
-            first_failed, deadline = failed[0], time.monotonic() + GRACE
+        if failed is None and (ended := [rank for rank, code in codes.items() if code and not stopped(code, told)]):
+            failed, deadline = ended[0], time.monotonic() + GRACE
         if stopping.is_set() and not told:
             told = True
             for worker in workers.values():
                 worker.send_signal(signal.SIGTERM)
-        if None not in codes.values() or (deadline and time.monotonic() > deadline and not told):
+        if None not in codes.values() or time.monotonic() > deadline:
             break
         time.sleep(POLL)
-    if first_failed is None:
-        return 0
-    return last_word(first_failed, codes[first_failed] or 0, told)
+    if failed is not None:
+        return last_word(failed, codes[failed] or 0)
+    if any(codes.values()):
+        return say(Failure("Terminated", None, failure.EXIT["Terminated"], "asked to stop before training began; nothing was lost"))
+    return 0
 
 
-def last_word(rank: int, code: int, told: bool) -> int:
+def stopped(code: int, told: bool) -> bool:
+    """Whether a worker ended because all of them were to stop; before it listens for SIGTERM, that signal itself ends it."""
+    return code == failure.EXIT["Terminated"] or (told and code == -signal.SIGTERM)
+
+
+def last_word(rank: int, code: int) -> int:
     """The exit code that a failed worker means; the words of one that was killed are said here."""
     if code > 0:
         log.error("Rank %d failed with exit code %d", rank, code)
         return code
     name = signal.Signals(-code).name
-    if told:
-        found = Failure("Terminated", rank, failure.EXIT["Terminated"], "asked to stop before training began; nothing was lost")
-    else:
-        words = f"rank {rank} was killed by {name}. Most often the container ran out of memory: raise the limit in runtime.resources.train."
-        found = Failure("Retriable", rank, failure.EXIT["Retriable"], words)
+    words = f"rank {rank} was killed by {name}. Most often the container ran out of memory: raise the limit in runtime.resources.train."
+    return say(Failure("Retriable", rank, failure.EXIT["Retriable"], words))
+
+
+def say(found: Failure) -> int:
+    """Log a failure and leave it as the termination message, unless a worker has left one; returns its exit code."""
     log.error("%s: %s", found.kind, found.message)
     path = failure.termination_log()
     if path:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vpmoe.api.layout import layout
-from vpmoe.api.progress import Amount, HeldOut, Progress, ProgressCondition
+from vpmoe.api.progress import Amount, Progress, ProgressCondition
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model import distributed
 from vpmoe.model.batch import Batch
@@ -31,7 +31,7 @@ from vpmoe.training.checkpoint import Checkpoints
 from vpmoe.training.collapse import Watch
 from vpmoe.training.evaluate import HeldOutDocuments
 from vpmoe.training.parts import Cache, Parts
-from vpmoe.training.position import Position, facts_of
+from vpmoe.training.position import Position, facts_of, held_out
 from vpmoe.training.report import Report
 from vpmoe.training.schedule import due, learning_rate, no_longer_improves
 from vpmoe.training.start import Start, begin
@@ -262,4 +262,4 @@ def _starting(task: Task) -> Progress:
 
 def _amounts(position: Position, total: int) -> dict[str, Any]:
     """The parts of the progress that follow from the position."""
-    return {"tokens": Amount(done=position.tokens, total=total), "held_out": HeldOut(before=position.before, latest=position.latest)}
+    return {"tokens": Amount(done=position.tokens, total=total), "held_out": held_out(position)}

@@ -6,7 +6,7 @@ No torch here: the launcher looks before it starts anything. The weights are res
 from pydantic import ConfigDict, ValidationError
 
 from vpmoe.api.base import Record
-from vpmoe.api.progress import CheckpointFacts, SpanLoss
+from vpmoe.api.progress import CheckpointFacts, HeldOut, SpanLoss
 from vpmoe.storage import Bucket, StorageError, manifest, paths
 from vpmoe.storage.manifest import Manifest
 
@@ -63,6 +63,11 @@ def end_of(bucket: Bucket, folder: str) -> tuple[Manifest, Position] | None:
         if position.finished:
             return found, position
     return None
+
+
+def held_out(position: Position) -> HeldOut | None:
+    """The held-out losses as progress.json has them; None where none is measured."""
+    return HeldOut(before=position.before, latest=position.latest) if position.latest else None
 
 
 def facts_of(bucket: Bucket, found: Manifest, position: Position) -> CheckpointFacts:

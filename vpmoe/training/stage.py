@@ -3,14 +3,14 @@
 from datetime import UTC, datetime
 
 from vpmoe.api import DistillRun
-from vpmoe.api.progress import Amount, DatasetFacts, HeldOut, Progress
+from vpmoe.api.progress import Amount, DatasetFacts, Progress
 from vpmoe.api.stages import Vanilla
 from vpmoe.data import resolve
 from vpmoe.failure import Permanent
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Input, Manifest
-from vpmoe.training.position import Position, end_of, facts_of
+from vpmoe.training.position import Position, end_of, facts_of, held_out
 
 
 def trainable(run: DistillRun, name: str) -> Vanilla:
@@ -74,7 +74,7 @@ def finished(run: DistillRun, stage: Vanilla, bucket: Bucket, provenance: Proven
         words = f"Finished by attempt {checkpoint.provenance.attempt}"
         said = Progress(
             step=stage.name, attempt=provenance.attempt, state="Succeeded", message=words, updated=datetime.now(UTC),
-            tokens=Amount(done=position.tokens, total=position.tokens), held_out=HeldOut(before=position.before, latest=position.latest),
+            tokens=Amount(done=position.tokens, total=position.tokens), held_out=held_out(position),
             checkpoint=facts_of(bucket, checkpoint, position), dataset=dataset_facts(bucket, dataset(run, bucket)),
         )  # fmt: skip
         bucket.write_json(key, said.dump(), provenance.metadata())
