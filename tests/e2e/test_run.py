@@ -22,6 +22,8 @@ from tests.conftest import wait_until
 from tests.devcluster.cluster import Cluster
 
 ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.timeout(1800)  # the first test waits for both runs
+
 RUNS = {"one-pod": None, "two-pods": 1}
 """Run name → student.gpusPerPod."""
 
@@ -69,7 +71,7 @@ def runs(cluster: Cluster, namespace: str, s3_client: Any, tmp_path_factory: pyt
         return get(name).get("status", {}).get("phase") in ("Succeeded", "Failed")
 
     for name in RUNS:
-        wait_until(lambda name=name: ended(name), f"{name} ends", seconds=420)  # type: ignore[misc]
+        wait_until(lambda name=name: ended(name), f"{name} ends", seconds=840)  # type: ignore[misc]
     yield {name: get(name) for name in RUNS}
 
 
