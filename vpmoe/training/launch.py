@@ -119,6 +119,8 @@ def supervise(workers: Mapping[int, "subprocess.Popen[bytes]"], stopping: thread
         time.sleep(POLL)
     if failed is not None:
         return last_word(failed, codes[failed] or 0)
+    if failure.EXIT["Terminated"] in codes.values():
+        return failure.EXIT["Terminated"]
     if any(codes.values()):
         return say(Failure("Terminated", None, failure.EXIT["Terminated"], "asked to stop before training began; nothing was lost"))
     return 0
