@@ -22,7 +22,7 @@ def documents_of_epoch(batches: BatchPlan, epoch: int) -> list[tuple[int, int]]:
     return found
 
 
-@settings(max_examples=60, deadline=None, print_blob=True)
+@settings(max_examples=30, deadline=None, print_blob=True)
 @given(arrays, st.integers(0, 2**31), st.integers(0, 2))
 def test_every_document_stands_whole_in_exactly_one_sequence_of_an_epoch(lengths, seed, epoch):
     batches = BatchPlan(lengths, seed, SEQUENCE)
@@ -36,7 +36,7 @@ def test_every_document_stands_whole_in_exactly_one_sequence_of_an_epoch(lengths
         number += 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 6), st.integers(0, 50))
 def test_ranks_partition_the_step_and_their_number_does_not_change_it(first, ranks, each, step):
     whole = list(slice_of(0, 1, first, ranks * each, step))
@@ -44,7 +44,7 @@ def test_ranks_partition_the_step_and_their_number_does_not_change_it(first, ran
     assert slice_of(0, 1, first, ranks * each, step + 1).start == whole[-1] + 1
 
 
-@settings(max_examples=60, deadline=None, print_blob=True)
+@settings(max_examples=30, deadline=None, print_blob=True)
 @given(arrays, st.integers(0, 2**31), st.integers(0, 40), st.integers(1, 9), st.integers(1, 20_000))
 def test_a_stage_ends_with_the_first_step_that_reaches_its_tokens(lengths, seed, first, sequences_per_step, tokens):
     batches = BatchPlan(lengths, seed, SEQUENCE)

@@ -123,9 +123,12 @@ class Checkpoints:
 
 
 def prune(bucket: Bucket, folder: str, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints of a stage, of which its last is always one."""
-    for iteration in iterations(bucket, folder)[keep:]:
-        bucket.delete_prefix(f"{folder}/{iteration}")
+    """Remove all but the `keep` newest checkpoints of a stage, of which its last is always one, and what killed attempts left before it."""
+    kept = iterations(bucket, folder)[:keep]
+    there = {int(found.key.removeprefix(folder + "/").split("/")[0]) for found in bucket.list(folder + "/")}
+    for iteration in sorted(there - set(kept)):
+        if iteration < kept[0]:
+            bucket.delete_prefix(f"{folder}/{iteration}")
 
 
 def _fault(action: Callable[[], object]) -> str | None:
