@@ -1,13 +1,14 @@
 """Preprocessing end to end beside the raw tokenizer: tokens per second of both, on the same text, in the same run.
 
-    python -m benchmarks.preprocess [--parquet FILE …] [--tokens 8M] [--repeats 3]
+    python -m benchmarks.preprocess [--parquet FILE …] [--tokens 20M] [--repeats 3]
 
 End to end is the whole step as a pod does it, from parquet shards in an S3 store (a versitygw on this machine, which costs CPU too)
 to parts, records and manifest in it: census, reading, filters, Harmony assembly, shuffling, index files, hashing, upload. Raw is
 `encode_ordinary` over the same user, reasoning and answer texts, in the same number of processes, with nothing around it. Both count
 the text's tokens only, not the system message and wrappers that every document also has, and neither counts the seconds in which its
 processes start. "Processes" are those that encode; the step has one more that reads and writes. The two take turns, so that a noisy
-machine hits both; medians are printed.
+machine hits both; medians are printed. On a machine that does other work too, the CPU time of each tells more than the clock: the
+step's is that of all its processes, without the store's.
 """
 
 import argparse
@@ -42,7 +43,7 @@ from vpmoe.data.preprocess import preprocess
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket
 
-SHARDS = 3
+SHARDS = 2
 
 
 def texts_of(row: dict[str, Any]) -> list[str]:
@@ -60,16 +61,30 @@ def enough(rows: list[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
     return [{**row, "synth_id": f"{row['synth_id']}-{turn}"} for turn in range(-(-tokens // once)) for row in rows]
 
 
+def cpu_seconds(store: int) -> float:
+    """CPU time so far of this process and all below it, the store's apart."""
+    total, queue = 0.0, [os.getpid()]
+    while queue:
+        process = Path("/proc") / str(queue.pop())
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
+        total += sum(int(ticks) for ticks in fields[11:13]) / os.sysconf("SC_CLK_TCK")
+        children = [int(child) for task in (process / "task").iterdir() for child in (task / "children").read_text().split()]
+        queue += [child for child in children if child != store]
+    return total
+
+
 def encode_all(texts: list[str], pipe: Connection) -> None:
     """One raw process: count the tokens once it is told to start."""
     encoding = vocabulary.encoding()
     pipe.send("ready")
     pipe.recv()
-    pipe.send(sum(len(encoding.encode_ordinary(text)) for text in texts))
+    before = time.process_time()
+    tokens = sum(len(encoding.encode_ordinary(text)) for text in texts)
+    pipe.send((tokens, time.process_time() - before))
 
 
-def raw(texts: list[str], processes: int) -> tuple[int, float]:
-    """Tokens of all texts, and the seconds that so many processes take for them, each its share."""
+def raw(texts: list[str], processes: int) -> tuple[int, float, float]:
+    """Tokens of all texts, the seconds that so many processes take for them, each its share, and the CPU seconds of all."""
     context = get_context("forkserver")
     pipes, running = [], []
     for number in range(processes):
@@ -82,38 +97,47 @@ def raw(texts: list[str], processes: int) -> tuple[int, float]:
     started = time.perf_counter()
     for pipe in pipes:
         pipe.send("go")
-    tokens = sum(pipe.recv() for pipe in pipes)
+    counted = [pipe.recv() for pipe in pipes]
     seconds = time.perf_counter() - started
     for process in running:
         process.join()
-    return tokens, seconds
+    return sum(tokens for tokens, _ in counted), seconds, sum(cpu for _, cpu in counted)
 
 
-def whole(endpoint: str, source: str, encoders: Encoders) -> float:
-    """Seconds of the step, into a prefix where nothing is yet."""
-    run = DistillRun.parse({
-        "apiVersion": "vpmoe.dev/v1alpha1", "kind": "DistillRun", "metadata": {"name": "benchmark"},
-        "spec": {
-            "dataset": {"source": source, "maxLength": 1 << 17, "workers": 1, "sampling": {"memorizationMax": 1.0, "nonEnglishMax": 1.0}},
-            "teacher": {"model": "s3://none/none"},
-            "student": {"shape": "tiny", "gpus": 1},
-            "training": {"sequenceLength": 1 << 17, "globalBatchTokens": 1 << 17},
-            "stages": [{"name": "vanilla", "kind": "Vanilla", "tokens": 1 << 17}],
-            "storage": {"endpoint": endpoint, "bucket": "benchmark", "prefix": secrets.token_hex(8), "credentialsSecret": None},
-        },
-    })
+def whole(endpoint: str, store: int, source: str, encoders: Encoders) -> tuple[float, float]:
+    """Seconds and CPU seconds of the step, into a prefix where nothing is yet."""
+    run = DistillRun.parse(
+        {
+            "apiVersion": "vpmoe.dev/v1alpha1",
+            "kind": "DistillRun",
+            "metadata": {"name": "benchmark"},
+            "spec": {
+                "dataset": {
+                    "source": source,
+                    "maxLength": 1 << 17,
+                    "workers": 1,
+                    "sampling": {"memorizationMax": 1.0, "nonEnglishMax": 1.0},
+                },
+                "teacher": {"model": "s3://none/none"},
+                "student": {"shape": "tiny", "gpus": 1},
+                "training": {"sequenceLength": 1 << 17, "globalBatchTokens": 1 << 17},
+                "stages": [{"name": "vanilla", "kind": "Vanilla", "tokens": 1 << 17}],
+                "storage": {"endpoint": endpoint, "bucket": "benchmark", "prefix": secrets.token_hex(8), "credentialsSecret": None},
+            },
+        }
+    )
     bucket = Bucket.open(run.spec.storage)
     provenance = Provenance(None, None, run.config_hash, "default", "benchmark", run.uid8, "preprocess", 1, "2026-01-01T00:00:00Z")
-    started = time.perf_counter()
+    started, before = time.perf_counter(), cpu_seconds(store)
     preprocess(run, bucket, provenance, threading.Event(), None, encoders)
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, cpu_seconds(store) - before
     bucket.delete_prefix("datasets")
-    return seconds
+    return seconds, cpu
 
 
 @contextmanager
-def store() -> Iterator[tuple[str, Path]]:
-    """A versitygw on loopback: its endpoint, and the folder in which buckets are folders."""
+def store() -> Iterator[tuple[str, int, Path]]:
+    """A versitygw on loopback: its endpoint, its process, and the folder in which buckets are folders."""
     with tempfile.TemporaryDirectory(prefix="vpmoe-benchmark-") as folder:
         port = free_port()
         endpoint = f"http://127.0.0.1:{port}"
@@ -121,11 +145,13 @@ def store() -> Iterator[tuple[str, Path]]:
         (Path(folder) / "benchmark").mkdir()
         server = subprocess.Popen(
             [binaries.path("versitygw"), "--port", f"127.0.0.1:{port}", "posix", folder],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            env={**os.environ, "ROOT_ACCESS_KEY": "benchmark", "ROOT_SECRET_KEY": "benchmark"})
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "ROOT_ACCESS_KEY": "benchmark", "ROOT_SECRET_KEY": "benchmark"},
+        )
         try:
             wait_until(lambda: answers(endpoint), "versitygw answers")
-            yield endpoint, Path(folder)
+            yield endpoint, server.pid, Path(folder)
         finally:
             server.kill()
             server.wait()
@@ -135,7 +161,7 @@ def main() -> None:
     """Take turns, and print each turn and the medians."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.preprocess")
     parser.add_argument("--parquet", type=Path, nargs="+", help="files with SYNTH's columns (default: the sample in tests/sample)")
-    parser.add_argument("--tokens", type=parse_tokens, default=8_000_000, help="text to process in each turn (default: 8M)")
+    parser.add_argument("--tokens", type=parse_tokens, default=20_000_000, help="text to process in each turn (default: 20M)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     given = parser.parse_args()
@@ -144,7 +170,7 @@ def main() -> None:
     rows = enough(rows, given.tokens)
     texts = [text for row in rows for text in texts_of(row)]
     source = "s3://benchmark/input/*.parquet"
-    with store() as (endpoint, folder):
+    with store() as (endpoint, server, folder):
         (folder / "benchmark" / "input").mkdir()
         for number in range(SHARDS):
             table = pa.Table.from_pylist(rows[number::SHARDS], schema=sample.SCHEMA)
@@ -152,15 +178,19 @@ def main() -> None:
         for processes in given.processes:
             turns = []
             with Encoders(processes) as encoders:
-                whole(endpoint, source, encoders)  # not counted: the processes start, and load the vocabulary
+                whole(endpoint, server, "s3://benchmark/input/*001.parquet", encoders)  # not counted: the processes start
                 for turn in range(given.repeats):
-                    tokens, seconds = raw(texts, processes)
-                    total = whole(endpoint, source, encoders)
-                    turns.append((tokens / seconds / 1e6, tokens / total / 1e6, seconds / total))
-                    say(f"{processes} process(es), turn {turn + 1}: {len(rows):,} rows, {tokens / 1e6:.1f} M tokens: "
-                        f"raw {turns[-1][0]:.2f}, end to end {turns[-1][1]:.2f} M tokens/s, {turns[-1][2]:.0%} of raw\n")
-            median = [statistics.median(values) for values in zip(*turns, strict=True)]
-            say(f"{processes} process(es), median: raw {median[0]:.2f}, end to end {median[1]:.2f} M tokens/s, {median[2]:.0%} of raw\n")
+                    tokens, raw_seconds, raw_cpu = raw(texts, processes)
+                    seconds, cpu = whole(endpoint, server, source, encoders)
+                    turns.append((tokens / raw_seconds / 1e6, tokens / seconds / 1e6, raw_seconds / seconds, raw_cpu / cpu))
+                    say(f"{processes} process(es), turn {turn + 1}, {len(rows):,} rows, {tokens / 1e6:.1f} M tokens: {line(turns[-1])}\n")
+            say(f"{processes} process(es), median: {line(tuple(statistics.median(values) for values in zip(*turns, strict=True)))}\n")
+
+
+def line(figures: tuple[float, ...]) -> str:
+    """The figures of one turn, or the medians of all."""
+    raw_speed, speed, of_raw, of_raw_cpu = figures
+    return f"raw {raw_speed:.2f}, end to end {speed:.2f} M tokens/s, {of_raw:.0%} of raw; by CPU time {of_raw_cpu:.0%} of raw"
 
 
 if __name__ == "__main__":

@@ -380,6 +380,18 @@ def test_a_failed_child_whose_pods_still_live_is_waited_for() -> None:
     assert "worker-0 is ending" in decided.status.message
 
 
+def test_a_pod_that_is_removed_while_it_runs_ends_the_attempt_and_counts_nothing() -> None:
+    world = training(runtime={"attempts": 1})
+    world.becomes("Waiting", lost="first-vanilla-a1-master-0")
+    assert [type(action) for action in world.look().actions] == [Delete]
+    assert world.look().actions == ()
+    del world.children["first-vanilla-a1"]
+    world.look()
+    assert world.look().actions == (Create("vanilla", 2),)
+    world.becomes("Waiting", lost="first-vanilla-a2-master-0")
+    assert world.look().actions == (), "this one has not run yet"
+
+
 @pytest.mark.parametrize(
     "state, reading, reason",
     [

@@ -145,6 +145,20 @@ def test_a_failed_child_whose_pods_still_live_is_ending() -> None:
     assert describe(obj, "Failed", "", [pod("master", main=ended(1))], []).state == "Failed"
 
 
+@pytest.mark.parametrize(
+    "phases, lost",
+    [
+        pytest.param({"j-master-0": "Running", "j-worker-0": "Running"}, "", id="all run"),
+        pytest.param({"j-master-0": "Succeeded", "j-worker-0": "Running"}, "", id="one has ended"),
+        pytest.param({"j-master-0": "Running"}, "j-worker-0", id="one is gone"),
+        pytest.param({"j-master-0": "Pending", "j-worker-0": "Running"}, "j-master-0", id="another stands in its place"),
+    ],
+)
+def test_a_pod_of_a_pytorchjob_that_does_not_run_is_named(phases: dict[str, str], lost: str) -> None:
+    its_pods = [pod(name, phase) for name, phase in phases.items()]
+    assert describe(pytorchjob(("Running", "True"), workers=1), "Waiting", "", its_pods, []).lost == lost
+
+
 def test_a_child_that_kueue_holds_says_so() -> None:
     held = {**job(), "spec": {"parallelism": 2, "suspend": True}}
     assert describe(held, "Waiting", "", [], []).held
