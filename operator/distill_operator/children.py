@@ -149,6 +149,7 @@ def _pod(attempt: Attempt, *, role: Role, container: str, gpus: int) -> Json:
         "spec": {
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": GRACE_SECONDS,
+            "shareProcessNamespace": True,  # as process 1 a job that is still importing would be deaf to SIGTERM, and run on
             "automountServiceAccountToken": False,  # jobs never touch the Kubernetes API
             "enableServiceLinks": False,
             "securityContext": {

@@ -52,6 +52,8 @@ class Child:
     deleting: bool = False
     held: bool = False
     """Kueue, or somebody else, has suspended it: it waits without pods."""
+    lost: str = ""
+    """A Waiting PyTorchJob's pod that is not there, or not running yet: where all have run before, somebody removed it."""
     why: str = ""
     failure: pods.Failure | None = None
 
@@ -146,8 +148,9 @@ def describe(obj: Json, state: State, said: str, its_pods: list[Json], warnings:
     """A child that does not simply run or has not simply succeeded."""
     meta, spec = obj["metadata"], obj.get("spec", {})
     held = bool(spec.get("suspend") or spec.get("runPolicy", {}).get("suspend"))
-    why, failure = "", None
+    why, lost, failure = "", "", None
     if state == "Waiting":
+        lost = _lost(obj, its_pods)
         why = f"{obj['kind']} {meta['name']} is suspended by its queue" if held else pods.why_waiting(its_pods, warnings)
     elif state == "Failed" and any(pods.alive(pod) for pod in its_pods):
         state = "Ending"  # the survivors may still be writing: a PyTorchJob says Failed before they have ended
@@ -156,7 +159,17 @@ def describe(obj: Json, state: State, said: str, its_pods: list[Json], warnings:
     if state == "Ending":
         last = [pod["metadata"]["name"] for pod in its_pods if pods.alive(pod)]
         why = f"pod {last[0]} is ending" if last else said
-    return Child(obj["kind"], meta["name"], meta["uid"], state, "deletionTimestamp" in meta, held, why, failure)
+    return Child(obj["kind"], meta["name"], meta["uid"], state, "deletionTimestamp" in meta, held, lost, why, failure)
+
+
+def _lost(obj: Json, its_pods: list[Json]) -> str:
+    """The first pod of a PyTorchJob that should run and does not. A Job counts its lost pods as failed by itself."""
+    if obj["kind"] != PYTORCHJOB.name:
+        return ""
+    begun = {pod["metadata"]["name"] for pod in its_pods if pod.get("status", {}).get("phase") in ("Running", "Succeeded", "Failed")}
+    replicas = obj["spec"]["pytorchReplicaSpecs"].items()
+    names = [f"{obj['metadata']['name']}-{role.lower()}-{index}" for role, spec in replicas for index in range(spec.get("replicas", 1))]
+    return next((name for name in names if name not in begun), "")
 
 
 def _all_run(obj: Json) -> bool:

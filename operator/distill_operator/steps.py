@@ -60,6 +60,7 @@ def _give_way(draft: Draft, step: Step, stranger: Stranger) -> None:
 def _accompany(draft: Draft, run: DistillRun, step: Step, child: Child) -> None:
     """A child that is alive."""
     named = ChildName(kind=child.kind, name=child.name, uid=child.uid)
+    before = draft.live.status.condition("Progressing")
     if run.spec.suspend:
         if not child.deleting:
             draft.actions.append(Delete(named))
@@ -67,10 +68,17 @@ def _accompany(draft: Draft, run: DistillRun, step: Step, child: Child) -> None:
         draft.step(step.name, child=named, message=message)
         draft.say("Running", "Stopping", message)
         return
+    if child.lost and before is not None and before.reason == "Running":
+        # The training operator puts a new pod in its place, and would count this as the same attempt; the others may wait for ever.
+        draft.actions.append(Delete(named))
+        draft.step(step.name, child=named, message=f"pod {child.lost} was removed while it ran")
+        draft.say(
+            "Running", "Ending", f"{step.name}: pod {child.lost} was removed while it ran; the others stop, and the next attempt goes on"
+        )
+        return
     reason = {"Waiting": "Held" if child.held else "PodPending", "Ending": "Ending"}.get(child.state, "Running")
     progress = draft.reading.progress
     doing = child.why or (progress.message if progress else "") or f"attempt {step.attempt} is running"
-    before = draft.live.status.condition("Progressing")
     moved = {"progressed": draft.now} if before is None or before.reason != reason else {}
     step = draft.step(step.name, child=named, message=doing, **moved)
     queued = child.held and run.spec.runtime.queue_name  # Kueue has not admitted it: it holds nothing

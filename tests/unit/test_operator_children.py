@@ -55,6 +55,7 @@ def test_every_pod_satisfies_the_restricted_standard(step: str, spec: dict[str, 
         assert written == {"/tmp", "/dev/shm"}
         assert {"name": "shm", "emptyDir": {"medium": "Memory"}} in pod["volumes"]
         assert pod["terminationGracePeriodSeconds"] == 300
+        assert pod["shareProcessNamespace"] is True, "process 1 gets no SIGTERM before it has a handler"
         assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
 
 
