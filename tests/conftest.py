@@ -79,13 +79,13 @@ def answers(url: str) -> bool:
     return True
 
 
-def wait_until(true: Callable[[], bool], what: str, seconds: float = 30) -> None:
-    """Poll until `true()`, or fail the test with what was waited for."""
+def wait_until(true: Callable[[], bool], what: str, seconds: float = 30, every: float = 0.05) -> None:
+    """Ask every so many seconds until `true()`, or fail the test with what was waited for."""
     end = time.monotonic() + seconds
     while not true():
         if time.monotonic() > end:
             pytest.fail(f"not within {seconds:g} s: {what}")
-        time.sleep(0.05)
+        time.sleep(every)
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def follow(cluster: Cluster) -> dict[str, Any]:
             if run.get("status", {}).get("phase") in ("Succeeded", "Failed"):
                 time.sleep(0.5)  # the watch shows the last line too
                 break
-            time.sleep(1)
+            time.sleep(2)
     finally:
         watch.terminate()
         watch.wait()

@@ -71,7 +71,7 @@ def runs(cluster: Cluster, namespace: str, s3_client: Any, tmp_path_factory: pyt
         return get(name).get("status", {}).get("phase") in ("Succeeded", "Failed")
 
     for name in RUNS:
-        wait_until(lambda name=name: ended(name), f"{name} ends", seconds=840)  # type: ignore[misc]
+        wait_until(lambda name=name: ended(name), f"{name} ends", seconds=840, every=3)  # type: ignore[misc]
     yield {name: get(name) for name in RUNS}
 
 
