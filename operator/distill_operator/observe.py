@@ -80,6 +80,8 @@ class Observed:
     stranger: Stranger | None = None
     backend_missing: bool = False
     """The resource type of runtime.backend is not installed."""
+    refused: str = ""
+    """What the API server said when the child was last to be made: a quota, a webhook, a right that is missing."""
 
 
 def read_run(obj: Json) -> Live:

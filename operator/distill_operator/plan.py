@@ -140,12 +140,15 @@ def _start(draft: Draft, run: DistillRun, step: Step) -> None:
     if draft.seen.backend_missing:
         miss_backend(draft, "Running" if holds_gpus(draft.status) else "Pending")
         return
-    if not holds_gpus(draft.status) and draft.verdict is not None and not draft.verdict.admitted:
-        draft.step(step.name, state="Queued")
-        draft.say("Queued", "Queued", draft.verdict.arithmetic)
-        if draft.verdict.hopeless:
-            draft.stall("PoolTooSmall", draft.verdict.arithmetic)
-        return
+    if not holds_gpus(draft.status) and not run.spec.runtime.queue_name:
+        if draft.verdict is None:
+            raise ValueError(f"{run.metadata.name} is to start, and nobody has asked whether its GPUs are free")
+        if not draft.verdict.admitted:
+            draft.step(step.name, state="Queued")
+            draft.say("Queued", "Queued", draft.verdict.arithmetic)
+            if draft.verdict.hopeless:
+                draft.stall("PoolTooSmall", draft.verdict.arithmetic)
+            return
     attempt = step.attempt + 1
     child = ChildName(kind=child_kind(run, step.name).name, name=child_name(run, step.name, attempt))
     message = f"{step.name}: attempt {attempt} is being made as {child.kind} {child.name}"

@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 TRIES = 5
 """Looks in a row at a run that changes under our hands, before the queue's backoff."""
 BACKEND_KNOWN_SECONDS = 60.0
+REFUSALS = (400, 403, 413, 422)
+"""Answers that another try alone does not change."""
 
 
 class NameTaken(KubeError):
@@ -62,6 +64,7 @@ class Reconciler:
     def __post_init__(self) -> None:
         self._admission = asyncio.Lock()  # two runs must not both be admitted to the same GPUs
         self._backend_seen = float("-inf")
+        self._refused: dict[Key, str] = {}
 
     async def reconcile(self, key: Key) -> float | None:
         """Look at the run and do what is to be done. Seconds after which to look again even if nothing stirs; None: no need.
@@ -78,6 +81,7 @@ class Reconciler:
     async def _once(self, key: Key) -> float | None:
         obj = await self.kube.get(DISTILLRUN, *key)
         if obj is None:
+            self._refused.pop(key, None)
             self.freed()
             return None
         live = read_run(obj)
@@ -119,7 +123,8 @@ class Reconciler:
         except KindMissing:
             return Observed(backend_missing=True), Reading()
         reading = Reading() if live.deleting else await self.buckets.read(run, step.name)
-        return Observed(seen.child, seen.stranger, backend_missing), reading
+        refused = self._refused.get((live.namespace, live.name), "")
+        return Observed(seen.child, seen.stranger, backend_missing, refused), reading
 
     async def _backend_missing(self, run: DistillRun) -> bool:
         """Whether a resource type that the run needs is not installed. That it is, is remembered for a while; that it is not, never."""
@@ -149,7 +154,7 @@ class Reconciler:
         match action:
             case Create(step, attempt):
                 assert live.run is not None
-                await self._create(live.run, Attempt(live.run, step, attempt, origin(status), self.settings))
+                await self._make(live.run, Attempt(live.run, step, attempt, origin(status), self.settings))
             case Delete(child):
                 await self._delete(live, child.kind, child.name, child.uid)
             case Finalizer(present):
@@ -165,11 +170,17 @@ class Reconciler:
                 await self.kube.delete(DISTILLRUN, live.namespace, live.name, live.uid, "Background")
         return obj
 
-    async def _create(self, run: DistillRun, attempt: Attempt) -> None:
-        """The ConfigMap, then the child. What is there already is ours, or in the way."""
-        namespace, uid = run.metadata.namespace, run.metadata.uid or ""
-        await self._ensure(CONFIGMAP, build_config_map(run, attempt.origin), namespace, uid)
-        await self._ensure(child_kind(run, attempt.step), build_child(attempt), namespace, uid)
+    async def _make(self, run: DistillRun, attempt: Attempt) -> None:
+        """The ConfigMap, then the child. What is there already is ours, or in the way. A refusal is kept for the next look to tell."""
+        namespace, uid, key = run.metadata.namespace, run.metadata.uid or "", (run.metadata.namespace, run.metadata.name)
+        try:
+            await self._ensure(CONFIGMAP, build_config_map(run, attempt.origin), namespace, uid)
+            await self._ensure(child_kind(run, attempt.step), build_child(attempt), namespace, uid)
+        except KubeError as error:
+            if error.code in REFUSALS:
+                self._refused[key] = str(error)
+            raise
+        self._refused.pop(key, None)
 
     async def _ensure(self, kind: Kind, wanted: Json, namespace: str, uid: str) -> None:
         try:

@@ -33,8 +33,7 @@ def watch(draft: Draft, run: DistillRun, step: Step) -> bool:
     elif child is None and run.spec.suspend:
         suspend(draft, step)
     elif child is None and step.child is not None and step.child.uid is None:
-        draft.say("Running", "Starting", step.message)
-        draft.actions.append(Create(step.name, step.attempt))
+        _make(draft, step)
     elif child is None:
         gone = f"{step.child.kind} {step.child.name} was deleted" if step.child else "its child was deleted"
         _fail(draft, run, step, Failure("Interrupted", gone))
@@ -45,6 +44,16 @@ def watch(draft: Draft, run: DistillRun, step: Step) -> bool:
     else:
         _accompany(draft, run, step, child)
     return False
+
+
+def _make(draft: Draft, step: Step) -> None:
+    """Status names the child, and it is not there: make it, again if need be."""
+    draft.actions.append(Create(step.name, step.attempt))
+    if draft.seen.refused:
+        draft.say("Running", "ChildRefused", f"{step.name}: the API server refuses its child: {draft.seen.refused}. It is asked again.")
+        draft.stall("ChildRefused", draft.status.message)
+    else:
+        draft.say("Running", "Starting", step.message)
 
 
 def _give_way(draft: Draft, step: Step, stranger: Stranger) -> None:

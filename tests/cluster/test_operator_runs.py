@@ -116,6 +116,17 @@ def test_a_pod_that_cannot_start_says_why_and_starts_once_it_can(team: Team) -> 
     team.phase("keyless", "Succeeded")
 
 
+def test_a_child_that_a_quota_refuses_is_told_and_made_once_it_may_be(team: Team) -> None:
+    hard = {"hard": {"count/pytorchjobs.kubeflow.org": "0"}}
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": hard}
+    team.kubectl("apply", "--filename", "-", input=json.dumps(quota))
+    team.apply("refused", "steps=1")
+    team.until("refused", lambda: team.condition("refused", "Stalled").get("reason") == "ChildRefused", "refused says so")
+    assert "exceeded quota: none" in team.status("refused")["message"]
+    team.kubectl("delete", "resourcequota", "none")
+    team.phase("refused", "Succeeded")
+
+
 def test_suspend_stops_at_a_checkpoint_and_resume_goes_on_from_it(team: Team) -> None:
     team.apply("suspended", LONG.replace("every=2", "every=500"))
     team.until("suspended", lambda: (team.step("suspended").get("tokensDone") or 0) > 0, "suspended trains")

@@ -123,6 +123,21 @@ def test_no_child_is_made_while_another_object_has_its_name(ending: bool) -> Non
     assert "Job first-preprocess-a1 was not made by the operator" in decided.status.message
 
 
+def test_a_child_that_the_api_server_refuses_is_told_and_asked_for_again() -> None:
+    world = World()
+    world.look(crash_after=0)
+    seen = Observed(refused="POST …/jobs: 403 exceeded quota")
+    decided = plan(live(world.status), seen, Reading(), None, SETTINGS, START)
+    assert told(decided, "Stalled") == ("True", "ChildRefused")
+    assert "exceeded quota" in decided.status.message
+    assert decided.actions == (Create("preprocess", 1),)
+
+
+def test_a_run_never_starts_without_the_pools_word() -> None:
+    with pytest.raises(ValueError, match="nobody has asked"):
+        plan(live(), Observed(), Reading(), None, SETTINGS, START)
+
+
 @pytest.mark.parametrize(
     "spec, reason, words",
     [
