@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Hand:
     bucket: Bucket
     folder: Path
     spec: dict[str, Any]
+    started: list["subprocess.Popen[str]"] = field(default_factory=list)
 
     def run_file(self, name: str, **student: int) -> Path:
         """The file of a run of that name, with changes to spec.student."""
@@ -52,11 +53,13 @@ class Hand:
         return path
 
     def start(self, job: str, file: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", f"jobs.{job}", "--run", str(file), *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder), **environment},
             start_new_session=True,
         )  # fmt: skip
+        self.started.append(process)
+        return process
 
     def finish(self, job: str, file: Path, *arguments: str) -> str:
         """Run a job to its success; returns its log."""
@@ -92,6 +95,9 @@ def hand(s3: S3, sample_parquet: list[Path], real_parquet: list[Path], tmp_path_
         it.bucket.put_file(f"input/{number:03d}.parquet", path, {})
     it.finish("preprocess", file)
     yield it
+    for process in it.started:
+        if process.poll() is None:  # a test failed while it ran
+            os.killpg(process.pid, signal.SIGKILL)
     shutil.rmtree(s3.folder / name)  # checkpoints of the vocabulary's size, 300 MB each
 
 
