@@ -87,12 +87,12 @@ def launch(placement: Placement, command: Sequence[str], stopping: threading.Eve
 
 def settings(placement: Placement, local: int, environment: Mapping[str, str]) -> dict[str, str]:
     """What the environment of the `local`-th process here says beside what this one's says."""
-    threads = max(1, (os.cpu_count() or 1) // placement.here)
     found = {
         "RANK": str(placement.first + local), "LOCAL_RANK": str(local),
         "WORLD_SIZE": str(placement.ranks), "LOCAL_WORLD_SIZE": str(placement.here),
         "MASTER_ADDR": placement.address, "MASTER_PORT": str(placement.port),
-        "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", str(threads)), "VPMOE_LAUNCHER": str(os.getpid()),
+        # One thread wherever nothing else is asked for: sums depend on how many share them, and bits must not depend on the machine.
+        "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"), "VPMOE_LAUNCHER": str(os.getpid()),
     }  # fmt: skip
     if environment.get("CUDA_VISIBLE_DEVICES") == "":
         # Keep memory that is freed: a chunk of logits is 256 MB, and to have each zeroed by the kernel anew is a third of a step of `tiny`.
