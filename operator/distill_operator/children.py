@@ -20,8 +20,9 @@ USER = 65532
 RUN_FILE = "/etc/vpmoe/run.yaml"
 CA_FOLDER = "/etc/vpmoe-ca"
 GRACE_SECONDS = 300
-"""Time for the last checkpoint after SIGTERM. torchrun's own patience must end before it: see ELASTIC_SHUTDOWN_SECONDS."""
-ELASTIC_SHUTDOWN_SECONDS = 280
+"""Time for the last checkpoint after SIGTERM."""
+METRICS_PORT = 9090
+"""Where a training pod serves Prometheus."""
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
 MANAGED = {"app.kubernetes.io/managed-by": "distill-operator", "app.kubernetes.io/part-of": "vpmoe"}
 
@@ -180,8 +181,9 @@ def _container(attempt: Attempt, *, role: Role, name: str, gpus: int) -> Json:
             {"name": "VPMOE_IMAGE", "value": settings.images.trainer},
             {"name": "TMPDIR", "value": "/tmp"},
             {"name": "HOME", "value": "/tmp"},
-            *([] if role == PREPROCESS else [{"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": str(ELASTIC_SHUTDOWN_SECONDS)}]),
+            *([{"name": "VPMOE_METRICS_PORT", "value": str(METRICS_PORT)}] if role == "train" else []),
         ],
+        **({"ports": [{"name": "metrics", "containerPort": METRICS_PORT}]} if role == "train" else {}),
         "resources": _resources(attempt, role, gpus),
         "securityContext": {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}},
         "terminationMessagePolicy": "FallbackToLogsOnError",

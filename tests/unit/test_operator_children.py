@@ -175,10 +175,10 @@ def test_a_queue_is_a_label_of_the_child_and_its_only_sign() -> None:
     assert "kueue.x-k8s.io/queue-name" not in child()["metadata"]["labels"]
 
 
-def test_torchrun_loses_patience_before_the_kubelet_does() -> None:
+def test_training_pods_serve_metrics_on_the_port_that_they_name() -> None:
     pod = templates(child())[0]["spec"]
     env = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
-    assert int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
+    assert env["VPMOE_METRICS_PORT"] == str(pod["containers"][0]["ports"][0]["containerPort"])
 
 
 def test_the_longest_names_fit_where_kubernetes_puts_them() -> None:
