@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import httpx2
 import pytest
 import yaml
+from distill_operator.kube import DISTILLRUN, EVENT, JOB, PYTORCHJOB, Kind
+from lightkube.config import client_adapter
+from lightkube.config.kubeconfig import KubeConfig
 
 from tests import install
 from tests.devcluster import ClusterError
@@ -42,6 +46,8 @@ class Team:
     namespace: str
     bucket: str
     s3: Any
+    api: httpx2.Client
+    """For looks at the cluster: kubectl, which tests act with, costs too much to be asked all the time."""
 
     @classmethod
     def create(cls, cluster: Cluster, namespace: str) -> "Team":
@@ -52,7 +58,8 @@ class Team:
         )  # fmt: skip
         bucket = f"team-{secrets.token_hex(4)}"
         client.create_bucket(Bucket=bucket)
-        return cls(cluster, namespace, bucket, client)
+        api = client_adapter.Client(KubeConfig.from_file(cluster.kubeconfig).get(), client_adapter.ConnectionParams())
+        return cls(cluster, namespace, bucket, client, api)
 
     def kubectl(self, *arguments: str, input: str | None = None) -> str:
         return self.cluster.kubectl("--namespace", self.namespace, *arguments, input=input)
@@ -76,10 +83,14 @@ class Team:
     def patch(self, name: str, **spec: Any) -> None:
         self.kubectl("patch", "distillrun", name, "--type=merge", "--patch", json.dumps({"spec": spec}))
 
+    def read(self, kind: Kind, name: str = "", **query: str) -> dict[str, Any]:
+        """An object, or a list; empty where there is no such object."""
+        answer = self.api.get(kind.path(self.namespace, name), params=query)
+        return {} if answer.status_code == 404 else dict(answer.raise_for_status().json())
+
     def get(self, name: str) -> dict[str, Any]:
         """The run; empty where there is none."""
-        found = self.kubectl("get", "distillrun", name, "--ignore-not-found", "--output=json")
-        return json.loads(found) if found else {}
+        return self.read(DISTILLRUN, name)
 
     def status(self, name: str) -> dict[str, Any]:
         return dict(self.get(name).get("status", {}))
@@ -119,19 +130,18 @@ class Team:
         """A run's storage with those credentials, at that address."""
         return {"endpoint": endpoint or self.cluster.s3.endpoint, "bucket": self.bucket, "credentialsSecret": secret}
 
-    def objects(self, kind: str, name: str) -> list[dict[str, Any]]:
+    def objects(self, name: str, *kinds: Kind) -> list[dict[str, Any]]:
         """Objects of a run by its label."""
-        listed = self.kubectl("get", kind, "--selector", f"vpmoe.dev/run={name}", "--output=json")
-        return list(json.loads(listed)["items"])
+        return [found for kind in kinds for found in self.read(kind, labelSelector=f"vpmoe.dev/run={name}")["items"]]
 
     def children(self, name: str) -> list[str]:
         """Names of all Jobs and PyTorchJobs of a run."""
-        return sorted(found["metadata"]["name"] for found in self.objects("jobs,pytorchjobs", name))
+        return sorted(found["metadata"]["name"] for found in self.objects(name, JOB, PYTORCHJOB))
 
-    def reasons(self, name: str) -> list[str]:
-        """Reasons of the Events about a run."""
-        listed = json.loads(self.kubectl("get", "events", "--field-selector", f"involvedObject.name={name}", "--output=json"))["items"]
-        return [event["reason"] for event in sorted(listed, key=lambda event: event["firstTimestamp"] or "")]
+    def events(self, name: str) -> dict[str, str]:
+        """Messages of the Events about a run, by reason."""
+        listed = self.read(EVENT, fieldSelector=f"involvedObject.kind=DistillRun,involvedObject.name={name}")["items"]
+        return {event["reason"]: event["message"] for event in listed}
 
     def starts(self, name: str) -> list[tuple[int, int]]:
         """(attempt, first step) of each training process that started, in order."""

@@ -3,7 +3,7 @@
 steps   optimizer steps of the stage (parts of preprocessing: as many as workers)
 pause   seconds that each takes
 every   steps between checkpoints
-hurry   attempt from which on nothing pauses
+hurry   attempt from which on a single step does all that is left
 kill    attempt:step at which the process kills itself, as the kernel would; several with commas
 fail    attempt:step at which it raises an error that another attempt may mend; several with commas
 refuse  attempt:step at which it raises Permanent
@@ -33,6 +33,10 @@ class Script:
     def number(self, name: str, otherwise: float) -> float:
         return float(self.words.get(name, otherwise))
 
+    @property
+    def hurries(self) -> bool:
+        return self.attempt >= self.number("hurry", 1000)
+
     def reach(self, step: int) -> None:
         """What happens at this step of this attempt."""
         here = f"{self.attempt}:{step}"
@@ -42,5 +46,4 @@ class Script:
             raise RuntimeError(f"stand-in fails at step {step}")
         if here in self.words.get("refuse", "").split(","):
             raise Permanent(f"stand-in refuses at step {step}")
-        if self.attempt < self.number("hurry", 1000):
-            time.sleep(self.number("pause", 0.1))
+        time.sleep(self.number("pause", 0.1))

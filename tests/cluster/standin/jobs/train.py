@@ -28,7 +28,7 @@ def main() -> None:
         return
     report(run, context, first, steps, first)
     saved = first
-    for step in range(first, steps):
+    for step in range(steps - 1 if script.hurries else first, steps):
         script.reach(step)
         if (step + 1) % every == 0 or step + 1 == steps or context.stopping.is_set():
             saved = step + 1
