@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests import install
 from tests.devcluster.cluster import Cluster, up
 from vpmoe.api.storage import Storage
 from vpmoe.storage import Bucket
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # no test asserts a time: machines here are busy
+hypothesis.settings.load_profile("untimed")
 
 
 @dataclass(frozen=True)
