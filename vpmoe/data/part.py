@@ -78,14 +78,15 @@ class Part:
 
     def add(self, encoded: Encoded) -> None:
         """Take the next documents. Raises OSError where the disk is full."""
-        valid_T = np.repeat(encoded.valid_D, encoded.lengths_D3.sum(axis=1) + 1)
+        tokens_D = encoded.lengths_D3.sum(axis=1) + 1
         for split, wanted in zip(SPLITS, (False, True), strict=True):
             chosen_D = encoded.valid_D == wanted
             documents = self._splits[split]
             documents.lengths.append(encoded.lengths_D3[chosen_D])
             documents.order.append(encoded.order_D[chosen_D])
             documents.labels.extend(label for label, chosen in zip(encoded.labels_D, chosen_D, strict=True) if chosen)
-            self._arrived[split].write(encoded.ids_T[valid_T == wanted])
+            if chosen_D.any():
+                self._arrived[split].write(encoded.ids_T if chosen_D.all() else encoded.ids_T[np.repeat(chosen_D, tokens_D)])
         self.rows += encoded.rows
         self.dropped += encoded.dropped
         self.unreadable += [Unreadable(row, row + 1, why) for row, why in sorted(encoded.unreadable.items())]
