@@ -92,7 +92,8 @@ def test_one_gpu_a_pod_makes_a_master_and_a_worker(team: Team) -> None:
     (job,) = team.objects("pair", PYTORCHJOB)
     replicas = job["spec"]["pytorchReplicaSpecs"]
     assert {role: spec["replicas"] for role, spec in replicas.items()} == {"Master": 1, "Worker": 1}
-    assert team.starts("pair") == [(1, 0), (1, 0)], "two processes"
+    # The Worker waits for its init container, and the stand-in's Master does not wait for it: only the attempts are certain.
+    assert [attempt for attempt, _ in team.starts("pair")] == [1, 1], "two processes"
 
 
 def test_the_job_backend_needs_no_kubeflow_and_a_finished_run_expires(team: Team) -> None:
