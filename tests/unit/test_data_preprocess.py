@@ -364,6 +364,18 @@ def test_an_empty_split_is_a_legal_part(spec: dict[str, Any], tmp_path: Path, fr
     assert documents(bucket, found, empty, tmp_path) == {}
 
 
+def test_a_shard_without_rows_makes_an_empty_part_in_its_place(spec: dict[str, Any], tmp_path: Path) -> None:
+    empty = tmp_path / "empty.parquet"
+    pq.write_table(pa.Table.from_pylist([], schema=sample.SCHEMA), empty)
+    for name in ("synth_000.parquet", "synth_002b.parquet", "synth_999.parquet"):
+        open_bucket(spec).put_file(f"input/{name}", empty, {})
+    bucket, run = do(spec)
+    found = made(bucket, run)
+    sizes = [found.subjects[f"train/part-{part:05d}.tokens.bin"].size for part in range(6)]
+    assert [size > 0 for size in sizes] == [False, True, True, False, True, False]
+    assert found.facts["rows"] == 72
+
+
 def test_documents_are_shuffled_inside_a_part(spec: dict[str, Any], tmp_path: Path, sample_parquet: list[Path]) -> None:
     spec["spec"]["dataset"]["validFraction"] = 0.0
     bucket, run = do(spec)
