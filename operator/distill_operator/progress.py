@@ -48,6 +48,7 @@ class Buckets:
         self._kube = kube
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="storage")
         self._open: OrderedDict[tuple[str, ...], Bucket] = OrderedDict()
+        self._opening = asyncio.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="ca-")  # boto3 reads certificates from files, at every connection
 
     async def read(self, run: DistillRun, step: str) -> Reading:
@@ -77,8 +78,9 @@ class Buckets:
         ca = await self._secret(namespace, storage.ca_secret, ("ca.crt",))
         versions = [found["metadata"]["resourceVersion"] if found else "" for found in (secret, ca)]
         key = (namespace, storage.model_dump_json(), *versions)
-        if key not in self._open:
-            self._open[key] = await self._in_thread(_open, run, secret, ca, Path(self._folder.name))
+        async with self._opening:  # a fifth of a second of CPU: once is enough for runs that share a bucket
+            if key not in self._open:
+                self._open[key] = await self._in_thread(_open, run, secret, ca, Path(self._folder.name))
         self._open.move_to_end(key)
         while len(self._open) > OPEN_BUCKETS:
             self._open.popitem(last=False)

@@ -38,7 +38,7 @@ class LeaseSettings(Part):
     """The Lease that says who is the operator."""
 
     name: str
-    seconds: Annotated[int, Field(ge=2)] = 15
+    seconds: Annotated[int, Field(ge=2)] = 30
     """How long it outlives its holder."""
 
 

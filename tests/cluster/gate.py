@@ -34,7 +34,6 @@ HOP_BY_HOP = {"transfer-encoding", "connection", "content-length", "content-enco
 SETTINGS = {
     "gitSha": "f" * 40,
     "images": {"trainer": teams.IMAGE, "inference": teams.IMAGE},
-    "lease": {"name": "distill-operator", "seconds": 8},
     "resyncSeconds": 1,
     "backoff": {"baseSeconds": 0.5, "limitSeconds": 5},
 }
@@ -115,6 +114,7 @@ class Process:
     folder: Path
     namespace: str
     identity: str = "one"
+    lease_seconds: int = 60
     port: int = field(default_factory=free_port)
 
     def start(self) -> None:
@@ -126,7 +126,8 @@ class Process:
             "contexts": [{"name": "gate", "context": {"cluster": "gate", "user": "gate"}}],
         }  # fmt: skip
         (self.folder / "kubeconfig").write_text(json.dumps(kubeconfig))
-        settings = {**SETTINGS, "watchNamespaces": [self.namespace], "port": self.port}
+        lease = {"name": "distill-operator", "seconds": self.lease_seconds}
+        settings = {**SETTINGS, "watchNamespaces": [self.namespace], "port": self.port, "lease": lease}
         (self.folder / "operator.yaml").write_text(yaml.safe_dump(settings))
         command = ["--config", str(self.folder / "operator.yaml"), "--namespace", install.NAMESPACE, "--identity", self.identity]
         environment = {**os.environ, "PYTHONPATH": ".:operator", "KUBECONFIG": str(self.folder / "kubeconfig")}

@@ -23,7 +23,7 @@ from tests.devcluster.access import Cluster
 
 ROOT = Path(__file__).parents[2]
 IMAGE = "vpmoe/standin:dev"
-FAST = ["--set", "resyncSeconds=1", "--set", "backoff.baseSeconds=1", "--set", f"images.trainer={IMAGE}"]
+FAST = ["--set", "resyncSeconds=2", "--set", "backoff.baseSeconds=1", "--set", f"images.trainer={IMAGE}"]
 """Helm values with which the operator runs stand-ins, and users do not wait."""
 
 

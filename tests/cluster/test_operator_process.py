@@ -61,7 +61,7 @@ def test_killed_at_every_write_of_a_run_it_never_makes_a_duplicate_and_always_fi
 
 
 def test_a_standby_is_healthy_and_takes_over_when_the_holder_dies(team: Team, gate: Gate, tmp_path: Path) -> None:
-    first, second = (Process(gate, tmp_path, team.namespace, identity) for identity in ("first", "second"))
+    first, second = (Process(gate, tmp_path, team.namespace, identity, lease_seconds=10) for identity in ("first", "second"))
     first.start()
     wait_until(first.leads, "the first leads")
     second.start()
@@ -88,7 +88,7 @@ def metrics(process: Process) -> str:
 
 
 def test_an_operator_that_has_lost_its_lease_ends_on_the_spot(team: Team, gate: Gate, tmp_path: Path) -> None:
-    operator = Process(gate, tmp_path, team.namespace)
+    operator = Process(gate, tmp_path, team.namespace, lease_seconds=10)
     operator.start()
     wait_until(operator.leads, "it leads")
     thief = '{"spec":{"holderIdentity":"thief"}}'
