@@ -15,7 +15,8 @@ from tests.unit.students import documents, learner, ragged, reading, saved, whol
 from vpmoe.model import distributed, state
 from vpmoe.model.batch import Batch
 from vpmoe.model.device import choose
-from vpmoe.model.learner import Learner, Objective, Outcome
+from vpmoe.model.learner import Learner, Outcome
+from vpmoe.objectives.objective import Objective, Weighted
 from vpmoe.objectives.vanilla import vanilla
 
 WEIGHTS = {"reasoning": 0.7, "final": 1.6}
@@ -77,7 +78,7 @@ def layout(device: torch.device, folder: Path, expert_parallel: int) -> dict[str
     before = weights(it)
     broken = global_batch(0)
     objective, positions = objective_of(broken)
-    nan: Objective = lambda batch: lambda logp_t, rows_t: logp_t * torch.nan  # noqa: E731
+    nan = Weighted(lambda batch: lambda logp_t, rows_t: logp_t * torch.nan)
     outcome = it.forward_backward(broken[mine], nan if rank == 1 else objective, positions)
     raised = fails(lambda: it.step(1e-2))
     unmoved = all(torch.equal(before[name], weight) for name, weight in weights(it).items())

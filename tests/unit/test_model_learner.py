@@ -8,8 +8,9 @@ import torch
 from tests.unit.students import SMALL, learner, new_seed, ragged, reading, saved, whole
 from vpmoe.model import state
 from vpmoe.model.batch import Batch
-from vpmoe.model.learner import Learner, Objective
+from vpmoe.model.learner import Learner
 from vpmoe.model.student import Student, _config, _initialise
+from vpmoe.objectives.objective import Objective
 from vpmoe.objectives.vanilla import vanilla
 
 EVEN = {"reasoning": 1.0, "final": 1.0}

@@ -10,8 +10,9 @@ exists for stages that this student does not have.
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -25,13 +26,12 @@ from vpmoe.model.batch import Batch
 from vpmoe.model.router import Load, Router, routers
 from vpmoe.model.shapes import Shape
 from vpmoe.model.student import Student, build
-from vpmoe.objectives.head import Coefficient, head_loss, logp_of
+from vpmoe.objectives.head import logp_of
+from vpmoe.objectives.objective import Objective
 from vpmoe.objectives.spans import SPANS
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
-
-Objective = Callable[[Batch], Coefficient]
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,15 @@ class Outcome:
     """What a global batch came to; the same on every rank."""
 
     loss: float
-    """Σ c·(−log p), balance loss not included; nan where nothing was minimised."""
+    """What the objective came to, balance loss not included; nan where nothing was minimised."""
     cross_entropy: dict[str, float | None]
     """Mean −log p by span, in nats a token; None where the batch has none of it."""
     tokens: dict[str, int]
     """Targets by span."""
     load: Load | None
     """None after an evaluation."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the objective measured."""
 
 
 class Learner:
@@ -98,7 +100,7 @@ class Learner:
         return int(next(state.shards(self)).moments["step"])
 
     def forward_backward(self, batches: Sequence[Batch], objective: Objective, positions: int) -> Outcome:
-        """Gradients of Σ c·(−log p) + balance loss over the global batch, of which this rank brings `batches` (at least one).
+        """Gradients of the objective + balance loss over the global batch, of which this rank brings `batches` (at least one).
 
         `positions` counts the global batch's positions that are not padding. Moves no weight: look at the outcome first, then `step`.
         With expert parallelism every rank must bring equally many batches. Raises ValueError where `positions` is wrong.
@@ -112,11 +114,11 @@ class Learner:
         for batch in batches:
             with self.ddp.no_sync() if batch is not batches[-1] else contextlib.nullcontext():
                 here = batch.to(self.device)
-                loss, logp_T = head_loss(self.ddp(here), self.student.output, here.target, _times(positions, objective(here)))
+                loss, logp_T = objective.loss(here, self.ddp(here), self.student, positions)
                 loss.backward()  # type: ignore[no-untyped-call]
             sums.add(here, logp_T, loss.detach() / positions)
         self._positions = torch.stack([batch.counts[0] for batch in batches]).sum()
-        return sums.outcome(positions, self._routers)
+        return sums.outcome(positions, self._routers, objective)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Outcome:
@@ -151,10 +153,6 @@ class Learner:
         return norm
 
 
-def _times(positions: int, coefficient: Coefficient) -> Coefficient:
-    return lambda logp_t, rows_t: coefficient(logp_t, rows_t) * positions
-
-
 class _Sums:
     """Running sums of one global batch, on the device until all are in: nothing waits for the GPU before `outcome`."""
 
@@ -168,13 +166,16 @@ class _Sums:
         self.nll -= torch.stack([logp_T.where(batch.span == span, 0).double().sum() for span in SPANS.values()])
         self.counts += batch.counts
 
-    def outcome(self, positions: int | None = None, by_layer: dict[str, Router] | None = None) -> Outcome:
+    def outcome(
+        self, positions: int | None = None, by_layer: dict[str, Router] | None = None, objective: Objective | None = None
+    ) -> Outcome:
         """Sum over the ranks. Raises ValueError where the batches' positions are not those that the loss was scaled by."""
-        sums = [self.loss.unsqueeze(0), self.nll, self.counts.to(self.nll)]
+        measured = objective.sums().to(self.nll) if objective else self.nll[:0]
+        sums = [self.loss.unsqueeze(0), self.nll, self.counts.to(self.nll), measured]
         if by_layer:
             sums += [torch.stack([getattr(r, name) for r in by_layer.values()]).double() for name in ("local_tokens_per_expert", "aux_sum")]
         sizes = [part.numel() for part in sums]
-        loss, nll, counts, *load = torch.split(distributed.total(torch.cat([part.flatten() for part in sums])), sizes)
+        loss, nll, counts, measured, *load = torch.split(distributed.total(torch.cat([part.flatten() for part in sums])), sizes)
         if positions not in (None, int(counts[0])):
             raise ValueError(f"positions is {positions}, but the global batch holds {int(counts[0])} that are not padding.")
         tokens = {name: int(n) for name, n in zip(SPANS, counts[1:], strict=True)}
@@ -183,4 +184,5 @@ class _Sums:
             cross_entropy={name: float(s) / tokens[name] if tokens[name] else None for name, s in zip(SPANS, nll, strict=True)},
             tokens=tokens,
             load=Load(tuple(by_layer), load[0].long().view(len(by_layer), -1), load[1] / counts[0].clamp(min=1)) if by_layer else None,
+            facts=objective.facts(measured) if objective else {},
         )

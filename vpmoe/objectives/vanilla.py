@@ -1,25 +1,26 @@
 """Vanilla: cross-entropy on the data set's own tokens, reasoning and final as two separate means. Also the anchor of later stages."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from vpmoe.model.batch import Batch
 from vpmoe.objectives.head import Coefficient
-from vpmoe.objectives.spans import weights_by_span
+from vpmoe.objectives.objective import Weighted
+from vpmoe.objectives.spans import share_by_span
 
 
-def vanilla(counts: Tensor, weights: Mapping[str, float]) -> Callable[[Batch], Coefficient]:
+def vanilla(counts: Tensor, weights: Mapping[str, float]) -> Weighted:
     """Coefficients c = w_span / N_span, and 0 where N_span is 0. `counts` is [positions, N_reasoning, N_final], as in Batch.counts.
 
     N counts the GLOBAL batch, all ranks and microbatches of the step: with counts of one microbatch this would be a mean of means, in
     which the lone token of a short microbatch outweighs a thousand of another.
     """
-    by_span = [weight / max(int(n), 1) for weight, n in zip(weights_by_span(weights), counts, strict=True)]
+    by_span = share_by_span(counts, weights)
 
     def of(batch: Batch) -> Coefficient:
         c_T = torch.tensor(by_span, dtype=torch.float32, device=batch.span.device)[batch.span.long()]
         return lambda logp_t, rows_t: c_T[rows_t]
 
-    return of
+    return Weighted(of)
