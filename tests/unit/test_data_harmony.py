@@ -25,6 +25,7 @@ from tests import sample
 from vpmoe.data import harmony, vocabulary
 from vpmoe.data.encode import Setting
 from vpmoe.data.harmony import Renderer, spans, user_text
+from vpmoe.data.tokenizer import tokenizer
 
 SETTING = Setting("You are vpMoE, a large language model.", "2024-06", "2026-01-01", "high")
 EFFORT = {"low": ReasoningEffort.LOW, "medium": ReasoningEffort.MEDIUM, "high": ReasoningEffort.HIGH}
@@ -39,7 +40,7 @@ def oracle() -> HarmonyEncoding:
 
 @pytest.fixture(scope="module")
 def renderer() -> Renderer:
-    return Renderer(vocabulary.encoding(), SETTING)
+    return Renderer(tokenizer(), SETTING)
 
 
 def expected(oracle: HarmonyEncoding, setting: Setting, user: str, reasoning: str | None, answer: str) -> tuple[list[int], list[int]]:
@@ -148,7 +149,7 @@ def test_any_text_is_rendered_like_openai_harmony(
 )
 def test_the_system_message_is_openai_harmonys(oracle: HarmonyEncoding, change: dict[str, str]) -> None:
     setting = replace(SETTING, **change)
-    check(oracle, Renderer(vocabulary.encoding(), setting), "q", None, "r", "a", setting)
+    check(oracle, Renderer(tokenizer(), setting), "q", None, "r", "a", setting)
 
 
 @pytest.mark.parametrize("reasoning", [None, "", "  \n\t "], ids=["null", "empty", "blank"])

@@ -25,6 +25,7 @@ from vpmoe.data import dataset, filters, preprocess, sampling, vocabulary
 from vpmoe.data.encode import Encoders, Setting
 from vpmoe.data.harmony import Renderer, spans
 from vpmoe.data.index import read_index
+from vpmoe.data.tokenizer import tokenizer
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
@@ -114,7 +115,7 @@ def test_every_kept_row_is_in_its_split_token_for_token(spec: dict[str, Any], tm
     bucket, run = do(spec)
     found = made(bucket, run)
     said = run.spec.dataset.conversation
-    renderer = Renderer(vocabulary.encoding(), Setting(said.identity, said.knowledge_cutoff, said.date, said.effort))
+    renderer = Renderer(tokenizer(), Setting(said.identity, said.knowledge_cutoff, said.date, said.effort))
     dropped: dict[str, int] = {}
     wanted: dict[str, dict[str, tuple[list[int], list[int]]]] = {"train": {}, "valid": {}}
     for row in sample.rows():

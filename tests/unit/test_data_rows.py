@@ -20,6 +20,7 @@ from vpmoe.data.inputs import Shard, discover
 from vpmoe.data.rows import Batch, ShardReader
 from vpmoe.data.sampling import BINS, Thresholds
 from vpmoe.data.text import Unreadable, decode
+from vpmoe.data.tokenizer import tokenizer
 from vpmoe.failure import Permanent
 from vpmoe.storage import Bucket, StorageError
 
@@ -242,7 +243,7 @@ def test_a_chunk_becomes_documents_and_counts_of_everything_else() -> None:
             {**good, "query": "word " * 500},
             {**good, "query": None},
             {**good, "synth_id": None, "synthetic_reasoning": None, "language": None, "exercise": None},
-            {**good, "query": " " * 1_000_000},
+            {**good, "query": " " * 1_000_000 + "\U00032718"},
         ]
     )
     got = encode.encode(chunk(2, "x.parquet", 100, batch), RECIPE)
@@ -252,7 +253,7 @@ def test_a_chunk_becomes_documents_and_counts_of_everything_else() -> None:
     assert list(got.unreadable) == [105, 107]
     assert got.unreadable[105] == "query is null"
     assert got.lengths_D3[1, 1] == 0
-    renderer = Renderer(vocabulary.encoding(), SETTING)
+    renderer = Renderer(tokenizer(), SETTING)
     both = [renderer.render("q", None, "r", "a").ids, renderer.render("q", None, None, "a").ids]
     assert got.ids_T.tolist() == np.concatenate(both).tolist()
     assert len(set(got.order_D.tolist())) == 2
@@ -261,9 +262,7 @@ def test_a_chunk_becomes_documents_and_counts_of_everything_else() -> None:
 def test_a_document_as_long_as_the_bound_is_kept_and_one_longer_is_dropped() -> None:
     row = sample.rows()[0]
     length = len(
-        Renderer(vocabulary.encoding(), SETTING)
-        .render(row["query"], row["query_seed_text"], row["synthetic_reasoning"], row["synthetic_answer"])
-        .ids
+        Renderer(tokenizer(), SETTING).render(row["query"], row["query_seed_text"], row["synthetic_reasoning"], row["synthetic_answer"]).ids
     )
     for bound, kept in ((length, 1), (length - 1, 0)):
         got = encode.encode(chunk(0, "x", 0, rows_batch([row])), Recipe("0" * 64, SETTING, bound, 0.0, Thresholds((BINS,) * 4)))

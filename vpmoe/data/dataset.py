@@ -20,7 +20,7 @@ from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.bucket import json_bytes
 from vpmoe.storage.manifest import Input, Manifest
 
-WRITER = 1
+WRITER = 2
 """Version of what turns rows into bytes. Raise it with every change of rendering, filters, sampling, order or file formats."""
 
 

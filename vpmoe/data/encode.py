@@ -21,10 +21,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from vpmoe.data import sampling, vocabulary
+from vpmoe.data import sampling
 from vpmoe.data.filters import quality
-from vpmoe.data.harmony import Document, Ids, Renderer
+from vpmoe.data.harmony import Document, Renderer
 from vpmoe.data.text import decode
+from vpmoe.data.tokenizer import Ids, tokenizer
 from vpmoe.failure import Retriable
 
 COLUMNS = ("synth_id", "query", "query_seed_text", "constraints", "synthetic_reasoning", "synthetic_answer", "language", "exercise")
@@ -172,7 +173,7 @@ class Encoders:
         self._pool = ProcessPoolExecutor(self.processes, mp_context=context, initializer=_start)
 
     def start(self) -> None:
-        """Let the processes start and load the vocabulary (seconds) while there is something else to do."""
+        """Let the processes start and load the tokenizer (seconds) while there is something else to do."""
         for _ in range(self.processes):
             self._pool.submit(os.getpid)
 
@@ -199,12 +200,12 @@ class Encoders:
 
 
 def _start() -> None:
-    """Begin life as an encoding process: load the vocabulary, leave Ctrl-C to the parent, and end when the parent does."""
+    """Begin life as an encoding process: load the tokenizer, leave Ctrl-C to the parent, and end when the parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    vocabulary.encoding()
+    tokenizer()
 
 
 def _end_with(sentinel: int) -> None:
@@ -215,7 +216,7 @@ def _end_with(sentinel: int) -> None:
 
 @cache
 def _renderer(setting: Setting) -> Renderer:
-    return Renderer(vocabulary.encoding(), setting)
+    return Renderer(tokenizer(), setting)
 
 
 def _order(dataset_id: str, part: int, row: int) -> int:

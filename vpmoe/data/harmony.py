@@ -1,7 +1,7 @@
 """One SYNTH row as a Harmony conversation: token ids, and how many of them belong to each span.
 
-Ids are assembled by hand around the tokenizer, which is six times faster than openai-harmony; the tests hold every id and span
-against openai-harmony. Only what training needs is rendered: one system, one user and one or two assistant messages, no tools.
+Ids are assembled by hand around the tokenizer, which is far faster than openai-harmony; the tests hold every id and span against
+openai-harmony. Only what training needs is rendered: one system, one user and one or two assistant messages, no tools.
 Which rows are rendered at all is decided in filters.py and sampling.py.
 """
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import tiktoken
 from numpy.typing import NDArray
+
+from vpmoe.data.tokenizer import Ids, Tokenizer
 
 END_OF_DOCUMENT = 199999
 RETURN = 200002
@@ -32,8 +33,6 @@ NOT_SUPERVISED, REASONING, ANSWER = 0, 1, 2
 """Span of a token, stored against the token itself: the prompt and the end of document, the analysis message, the final message."""
 
 CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be included for every message."
-
-Ids = NDArray[np.int32]
 
 
 class Setting(Protocol):
@@ -81,9 +80,9 @@ def user_text(query: str, seed_text: str | None) -> str:
 class Renderer:
     """Renders rows below one system message, which is tokenized once."""
 
-    def __init__(self, encoding: tiktoken.Encoding, setting: Setting) -> None:
-        self._encoding = encoding
-        system = encoding.encode_ordinary(system_text(setting))
+    def __init__(self, tokenizer: Tokenizer, setting: Setting) -> None:
+        self._encode = tokenizer.encode
+        system = tokenizer.encode(system_text(setting))
         self._before_user = _ids(START, SYSTEM, MESSAGE, *system, END, START, USER, MESSAGE)
         self._before_reasoning = _ids(END, START, ASSISTANT, CHANNEL, ANALYSIS, MESSAGE)
         self._before_final = _ids(END, START, ASSISTANT, CHANNEL, FINAL, MESSAGE)
@@ -92,7 +91,7 @@ class Renderer:
     def render(self, query: str, seed_text: str | None, reasoning: str | None, answer: str) -> Document:
         """The conversation of one row. Text is taken as it is, specials in it as ordinary text; blank reasoning makes no message.
 
-        Raises ValueError when the tokenizer cannot take a text (a run of a million blanks), UnicodeEncodeError for a lone surrogate.
+        Raises what Tokenizer.encode raises.
         """
         pieces = [self._before_user, self._encode(user_text(query, seed_text))]
         reasoning_tokens = 0
@@ -103,10 +102,6 @@ class Renderer:
         pieces += self._before_final, self._encode(answer), self._after_final
         final_tokens = len(self._before_final) - 1 + len(pieces[-2]) + 1
         return Document(np.concatenate(pieces), reasoning_tokens, final_tokens)
-
-    def _encode(self, text: str) -> Ids:
-        """Ids of ordinary text; the same as encode_ordinary's, in an array from the start instead of a list of Python integers."""
-        return self._encoding.encode_to_numpy(text, disallowed_special=()).view(np.int32)
 
 
 def spans(lengths_D3: NDArray[np.int64]) -> NDArray[np.uint8]:

