@@ -15,6 +15,7 @@ from vpmoe.data.inputs import Inputs, Shard, discover
 from vpmoe.data.part import LISTED, SPLITS
 from vpmoe.data.sampling import Thresholds
 from vpmoe.data.vocabulary import PACKAGE, TOKENIZER, VOCABULARY_SHA256
+from vpmoe.failure import Permanent
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.bucket import json_bytes
@@ -66,10 +67,22 @@ def resolve(run: DistillRun, bucket: Bucket) -> DatasetRef:
     return DatasetRef(stored["dataset"], Inputs.from_json(stored["inputs"]))
 
 
+def load(run: DistillRun, bucket: Bucket) -> Manifest:
+    """The run's data set. Raises Permanent where it has not been made."""
+    found = resolve(run, bucket)
+    if not bucket.exists(found.manifest):
+        raise Permanent(f"{bucket.url(found.manifest)}: the run's data set is not there. Make it first: python -m jobs.preprocess.")
+    return manifest.load(bucket, found.manifest)
+
+
 def done_parts(dataset: DatasetRef, bucket: Bucket) -> set[int]:
     """The parts whose record is there."""
-    folder = paths.part_record(dataset.id, 0).rpartition("/")[0]
-    numbers = (found.key.rpartition("part-")[2].removesuffix(".json") for found in bucket.list(folder + "/"))
+    return recorded(bucket, paths.part_record(dataset.id, 0))
+
+
+def recorded(bucket: Bucket, record: str) -> set[int]:
+    """The numbers of the parts whose record is there, beside `record`, the key of any of them."""
+    numbers = (found.key.rpartition("part-")[2].removesuffix(".json") for found in bucket.list(record.rpartition("/")[0] + "/"))
     return {int(number) for number in numbers}
 
 
@@ -80,23 +93,23 @@ def merge(records: Sequence[Mapping[str, Any]], shards: Sequence[Shard]) -> dict
         for record, shard in zip(records, shards, strict=True)
         for start, stop, why in record["unreadable"]["first"]
     ]
-    splits = {split: _sum(record["splits"][split] for record in records) for split in SPLITS}
+    splits = {split: sum_counts(record["splits"][split] for record in records) for split in SPLITS}
     return {
         "rows": sum(record["rows"] for record in records),
         "dropped": dict(sum((Counter(record["dropped"]) for record in records), Counter())),
         "unreadable": {"rows": sum(record["unreadable"]["rows"] for record in records), "first": first[:LISTED]},
         "surrogates": sum(record["surrogates"] for record in records),
         "splits": splits,
-        **_sum(splits.values()),
+        **sum_counts(splits.values()),
     }
 
 
-def _sum(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def sum_counts(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Nested counts, added up field by field."""
     added: dict[str, Any] = {}
     for count in counts:
         for name, value in count.items():
-            added[name] = _sum((added.get(name, {}), value)) if isinstance(value, Mapping) else added.get(name, 0) + value
+            added[name] = sum_counts((added.get(name, {}), value)) if isinstance(value, Mapping) else added.get(name, 0) + value
     return dict(sorted(added.items()))
 
 

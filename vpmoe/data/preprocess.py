@@ -5,24 +5,22 @@ without a record. Whoever finds all records there writes the manifest. What is i
 """
 
 import logging
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from vpmoe.api import DistillRun
-from vpmoe.api.progress import Amount, DatasetFacts, Progress
+from vpmoe.api.progress import DatasetFacts
 from vpmoe.data import census, sampling
 from vpmoe.data.dataset import DatasetRef, dataset_id, done_parts, merge, resolve, settings, write_manifest
 from vpmoe.data.encode import CHUNK_ROWS, COLUMNS, Chunk, Encoders, Recipe, Setting, chunk
 from vpmoe.data.part import Part
 from vpmoe.data.rows import ShardReader
 from vpmoe.data.text import Unreadable
-from vpmoe.failure import Permanent, Retriable, Terminated
+from vpmoe.data.worker import Worker, scratch_disk
+from vpmoe.failure import Permanent
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.bucket import json_bytes
@@ -36,15 +34,14 @@ TOLERATED = 5
 """Unreadable rows that never stop preprocessing, however small the input: one in a sample of fifty is already 2 %."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One worker's view of the step. `worker` is its index among the pods of an Indexed Job, None where it makes all parts."""
+NEEDS = "about three times its tokens' 4 bytes"
+"""What a part takes of the scratch disk."""
 
-    run: DistillRun
-    bucket: Bucket
-    provenance: Provenance
-    stopping: threading.Event
-    worker: int | None
+
+@dataclass(frozen=True)
+class Job(Worker):
+    """One worker's view of the step."""
+
     dataset: DatasetRef
 
     @property
@@ -53,12 +50,7 @@ class Job:
 
     def mine(self) -> range:
         """The parts that are this worker's to make."""
-        return range(self.parts) if self.worker is None else range(self.worker, self.parts, self.run.spec.dataset.workers)
-
-    def check_stop(self) -> None:
-        """Raise Terminated once the process was asked to stop. There is nothing to save: parts that are done are in the bucket."""
-        if self.stopping.is_set():
-            raise Terminated("preprocess was asked to stop; the parts that are done are in the bucket, the next attempt makes the others.")
+        return self.share(self.parts, self.run.spec.dataset.workers)
 
 
 def preprocess(
@@ -143,7 +135,7 @@ def make_parts(job: Job, encoders: Encoders, recipe: Recipe, allowed: int) -> No
             for encoded in encoders.encode(read_parts(job, missing, opened, allowed), recipe):
                 for number in [number for number in opened if number < encoded.part]:
                     store(number)
-                with scratch_disk():
+                with scratch_disk("preprocess", NEEDS):
                     opened[encoded.part].add(encoded)
                 name_unreadable(job, encoded.part, opened[encoded.part], allowed)
             for number in list(opened):
@@ -159,7 +151,7 @@ def read_parts(job: Job, numbers: list[int], opened: dict[int, Part], allowed: i
     for number in numbers:
         shard = job.dataset.inputs.shards[number]
         reader = ShardReader(shard, job.bucket, COLUMNS)
-        with scratch_disk():
+        with scratch_disk("preprocess", NEEDS):
             opened[number] = part = Part(number)
         for batch in reader.batches(READ_ROWS):
             job.check_stop()
@@ -185,7 +177,7 @@ def store_part(job: Job, number: int, part: Part, seconds: float) -> None:
     dataset, bucket, metadata = job.dataset, job.bucket, {**job.provenance.metadata(), "dataset": job.dataset.id}
     try:
         entries = []
-        with scratch_disk():
+        with scratch_disk("preprocess", NEEDS):
             written = part.write()
         for split, files in written.items():
             for file, path in files.items():
@@ -205,20 +197,6 @@ def store_part(job: Job, number: int, part: Part, seconds: float) -> None:
     report(job, f"Part {number} done", tokens / seconds)
 
 
-@contextmanager
-def scratch_disk() -> Iterator[None]:
-    """Say what to do when the scratch disk is full. Nothing of the part is in the bucket then that anything refers to."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise Retriable(
-            f"{tempfile.gettempdir()}: {error.strerror}. A part needs about three times its tokens' 4 bytes on disk; point TMPDIR to more "
-            "space, or raise runtime.resources.preprocess' ephemeral storage."
-        ) from error
-
-
 def allowed_unreadable(run: DistillRun, rows: int) -> int:
     """Unreadable rows above which the input is refused."""
     return max(TOLERATED, int(run.spec.dataset.unreadable_max * rows))
@@ -232,11 +210,7 @@ def too_many_unreadable(found: int, allowed: int, where: str) -> Permanent:
 
 
 def finish(job: Job, recipe: Recipe, rows: int) -> None:
-    """Write the manifest where all records are there; otherwise another worker will.
-
-    Whoever ends last must leave `Succeeded` in progress.json. A worker that still finds parts missing reports first and looks for
-    the manifest afterwards, so its report cannot come after the success of the one that wrote it without its noticing.
-    """
+    """Write the manifest where all records are there; otherwise another worker will."""
     dataset, bucket = job.dataset, job.bucket
     missing = job.parts - len(done_parts(dataset, bucket))
     if missing:
@@ -258,39 +232,12 @@ def finish(job: Job, recipe: Recipe, rows: int) -> None:
 
 
 def report(job: Job, message: str, speed: float | None = None) -> None:
-    """Say how far the step is: all workers' parts, this worker's speed."""
-    done = len(done_parts(job.dataset, job.bucket))
-    write_progress(
-        job,
-        Progress(
-            step=job.provenance.step,
-            attempt=job.provenance.attempt,
-            state="Running",
-            message=message,
-            updated=datetime.now(UTC),
-            parts=Amount(done=done, total=job.parts),
-            tokens_per_second=speed,
-        ),
-    )
+    """Say how far the step is."""
+    job.report(message, len(done_parts(job.dataset, job.bucket)), job.parts, speed)
 
 
 def report_success(job: Job, message: str) -> None:
     """Say that the data set is complete, and which it is."""
     made = manifest.load(job.bucket, job.dataset.manifest)
     facts = DatasetFacts(id=job.dataset.id, manifest=job.bucket.url(job.dataset.manifest), sha256=made.sha256)
-    write_progress(
-        job,
-        Progress(
-            step=job.provenance.step,
-            attempt=job.provenance.attempt,
-            state="Succeeded",
-            message=message,
-            updated=datetime.now(UTC),
-            parts=Amount(done=job.parts, total=job.parts),
-            dataset=facts,
-        ),
-    )
-
-
-def write_progress(job: Job, progress: Progress) -> None:
-    job.bucket.write_json(paths.progress(job.run, job.provenance.step), progress.dump(), job.provenance.metadata())
+    job.report_success(message, job.parts, facts)

@@ -3,9 +3,12 @@
     datasets/<id>/{train,valid}/part-00000.{tokens,spans}.{bin,idx}, …/part-00000.documents.parquet, …/manifest.json
     datasets/<id>/census/part-00000.json                       counts of one input shard, from which sampling thresholds follow
     datasets/<id>/parts/part-00000.json                        what was written of one input shard: this part is done
-    scores/<id>/train/part-00000.logp.{bin,idx}, …/manifest.json
+    scores/<id>/train/part-00000.logp.{bin,idx}, …/part-00000.documents.parquet, …/manifest.json
+    scores/<id>/origin.json                                    what is scored by whom, written before the first part
+    scores/<id>/parts/part-00000.json                          what was written of one part of the data set: this part is done
     runs/<namespace>/<name>-<uid8>/run.json                    the resolved, immutable configuration
       …/inputs.json                                            which data set and which input objects the run was resolved to
+      …/teacher.json                                           which files the run's teacher was resolved to
       …/steps/<step>/{progress.json, metrics/*.jsonl}
       …/checkpoints/<step>/<iteration>/…, manifest.json
       …/weights/<step>/v000012/…, manifest.json
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "valid"]
 PartFile = Literal["tokens.bin", "tokens.idx", "spans.bin", "spans.idx", "documents.parquet"]
+ScoresFile = Literal["logp.bin", "logp.idx", "documents.parquet"]
 
 
 def split_url(url: str) -> tuple[str, str]:
@@ -62,9 +66,19 @@ def scores(scores_id: str) -> str:
     return f"scores/{scores_id}"
 
 
-def scores_part(scores_id: str, part: int, extension: Literal["bin", "idx"]) -> str:
-    """The teacher's log-probabilities of training part `part`."""
-    return f"{scores(scores_id)}/train/part-{part:05d}.logp.{extension}"
+def scores_part(scores_id: str, part: int, file: ScoresFile) -> str:
+    """One file of the teacher's log-probabilities of training part `part`."""
+    return f"{scores(scores_id)}/train/part-{part:05d}.{file}"
+
+
+def scores_origin(scores_id: str) -> str:
+    """What the scores are of: the very data set, teacher, effort and subset. Whoever goes on with them compares."""
+    return f"{scores(scores_id)}/origin.json"
+
+
+def scores_record(scores_id: str, part: int) -> str:
+    """What was written of a part of the data set; it is there once all of its files are."""
+    return f"{scores(scores_id)}/parts/part-{part:05d}.json"
 
 
 def run_folder(namespace: str, name: str, uid8: str) -> str:
@@ -85,6 +99,11 @@ def run_json(of: "DistillRun") -> str:
 def inputs(of: "DistillRun") -> str:
     """What the run's source was resolved to, written once."""
     return f"{run(of)}/inputs.json"
+
+
+def teacher(of: "DistillRun") -> str:
+    """What the run's teacher was resolved to, written once."""
+    return f"{run(of)}/teacher.json"
 
 
 def progress(of: "DistillRun", step: str) -> str:

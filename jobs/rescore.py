@@ -1,0 +1,15 @@
+"""Score a data set's chosen documents with the teacher. All the work is vpmoe.teacher's; this file binds it to a pod, or to a shell."""
+
+from jobs.entrypoint import entrypoint
+from vpmoe.teacher.rescore import rescore
+from vpmoe.teacher.scorer import Scorer
+
+
+def main() -> None:
+    """Score what this pod is assigned."""
+    run, context = entrypoint("rescore")
+    rescore(run, context.bucket, context.provenance, context.stopping, context.worker, Scorer)
+
+
+if __name__ == "__main__":
+    main()
