@@ -1,7 +1,18 @@
-"""Tiny random GPT-OSS checkpoints: the whole architecture (experts, sinks, sliding window, YaRN) and vocabulary, none of the size."""
+"""Tiny random GPT-OSS checkpoints, the whole architecture (experts, sinks, sliding window, YaRN) and vocabulary in 100 MB; and one of
+them behind vLLM in a process of its own.
+"""
 
 import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Client, Listener
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vpmoe.teacher.scorer import BATCH_TOKENS, Scorer, batches
 
 TINY = {
     "num_hidden_layers": 2,
@@ -44,3 +55,43 @@ def write(folder: Path, seed: int = 0, dtype: str = "float32", **changes: object
     if said.get("dtype") != dtype:
         raise ValueError(f"{folder}/config.json says dtype {said.get('dtype')}, not {dtype}")
     return folder
+
+
+class Remote:
+    """A scorer in another process (`python -m tests.teachers`), asked over a socket: the same interface as vpmoe.teacher.scorer.Scorer.
+
+    So vLLM, whose start takes longest, is started once for all tests, outlives those that kill whoever asks it, and leaves torch's
+    process groups to the tests of the trainer. `sequences` counts what it was asked to score.
+    """
+
+    def __init__(self, address: str, longest: int) -> None:
+        self.longest = longest
+        self.sequences = 0
+        self._connection = Client(address)
+
+    def score(self, sequences: Iterable[NDArray[np.int32]], check_stop: Callable[[], None] = lambda: None) -> Iterator[NDArray[np.float32]]:
+        for batch in batches(sequences, BATCH_TOKENS):
+            check_stop()
+            self._connection.send(batch)
+            answer = self._connection.recv()
+            if isinstance(answer, Exception):
+                raise answer
+            self.sequences += len(batch)
+            yield from answer
+
+
+def serve(address: str, directory: Path, longest: int) -> None:
+    """Load a teacher and answer one asker after another until the process is ended."""
+    scorer = Scorer(directory, longest)
+    with Listener(address) as listener:
+        while True:
+            with listener.accept() as asker, suppress(EOFError, ConnectionError):
+                while batch := asker.recv():
+                    try:
+                        asker.send(list(scorer.score(batch)))
+                    except ValueError as error:
+                        asker.send(error)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

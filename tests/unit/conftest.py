@@ -1,13 +1,23 @@
-"""What the unit tests of the student share: the CPU as device and a world of one rank, started once a session."""
+"""What the unit tests share, started once a session: for the student the CPU as device and a world of one rank, a teacher behind vLLM."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.conftest import wait_until
+
 if TYPE_CHECKING:
     import torch
+
+    from tests.teachers import Remote
+
+LONGEST = 640
+"""Tokens that the shared teacher takes at once."""
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +35,47 @@ def device() -> "Iterator[torch.device]":
     del os.environ["CUDA_VISIBLE_DEVICES"]
     if before is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny random GPT-OSS in float32."""
+    from tests import teachers
+
+    return teachers.write(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="session")
+def teacher_address(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where that teacher answers, loaded once by vpmoe.teacher.scorer.
+
+    Its process is what a pod's is: a user without name and home, who may read what there is and write below TMPDIR alone.
+    """
+    scratch = tmp_path_factory.mktemp("scorer")
+    scratch.chmod(0o777)
+    address = str(scratch / "socket")
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    user = ["setpriv", "--reuid=65532", "--regid=65532", "--clear-groups", "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    with (scratch / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*user, sys.executable, "-m", "tests.teachers", address, str(teacher), str(LONGEST)],
+            cwd=Path(__file__).parents[2],
+            env={**kept, "HOME": "/nonexistent", "TMPDIR": str(scratch), "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_until(lambda: Path(address).exists() or process.poll() is not None, "the teacher is loaded", 240, every=0.2)
+        assert process.poll() is None, (scratch / "log").read_text()
+        yield address
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def scorer(teacher_address: str) -> "Remote":
+    """The shared teacher, asked by this test."""
+    from tests.teachers import Remote
+
+    return Remote(teacher_address, LONGEST)

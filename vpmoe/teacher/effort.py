@@ -1,0 +1,51 @@
+"""The reasoning effort that the teacher is told: another system message before the same document, and the way back to its own tokens.
+
+Effort is a line of the system message and nothing else, so what comes after that message is sent as it is. No model here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vpmoe.data import vocabulary
+from vpmoe.data.encode import Setting
+from vpmoe.data.harmony import END, END_OF_DOCUMENT, MESSAGE, START, SYSTEM, Ids, system_text
+from vpmoe.failure import Permanent
+
+
+class Effort:
+    """How documents of one data set are put to a teacher that is told `effort`."""
+
+    def __init__(self, conversation: Mapping[str, Any], effort: str) -> None:
+        """`conversation` is the data set's own, from its manifest: settings.conversation."""
+        said = (conversation["identity"], conversation["knowledgeCutoff"], conversation["date"])
+        self._own = system_message(Setting(*said, conversation["effort"]))
+        self._told = system_message(Setting(*said, effort))
+
+    @property
+    def longer(self) -> int:
+        """Tokens that a document grows by when it is sent; negative where it shrinks. Its end-of-document token is not sent."""
+        return len(self._told) - len(self._own) - 1
+
+    def sent(self, ids_T: Ids) -> Ids:
+        """The ids to send for a document. Raises Permanent where it does not begin with the data set's system message."""
+        if not np.array_equal(ids_T[: len(self._own)], self._own) or ids_T[-1] != END_OF_DOCUMENT:
+            raise Permanent(
+                "a document does not begin with the system message of its data set's settings.conversation, or has no end-of-document "
+                "token. It was not written by preprocess; delete the data set's folder to have it made again."
+            )
+        return np.concatenate([self._told, ids_T[len(self._own) : -1]])
+
+    def back(self, logp_S: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Log-probabilities of the ids sent, stored against the document's own tokens [T]; NaN for its system message and its end."""
+        after = logp_S[len(self._told) :]
+        logp_T = np.full(len(self._own) + len(after) + 1, np.nan, np.float32)
+        logp_T[len(self._own) : -1] = after
+        return logp_T
+
+
+def system_message(setting: Setting) -> Ids:
+    """Ids of the whole message, its wrapper included."""
+    return np.array([START, SYSTEM, MESSAGE, *vocabulary.encoding().encode_ordinary(system_text(setting)), END], np.int32)

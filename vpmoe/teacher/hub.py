@@ -1,0 +1,30 @@
+"""A teacher on the Hugging Face hub: the commit that its revision is now, that commit's files, and bringing them to disk."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+
+from vpmoe.data.hub import TIMEOUT, asking
+from vpmoe.failure import Retriable
+
+INSTEAD = "copy the model directory to a bucket and name it as s3://bucket/path"
+
+
+def commit_and_files(model: str) -> tuple[str, list[tuple[str, int, str]]]:
+    """The commit that the revision of hf://owner/name@revision (none: the newest) is now; each file's (name, size, content id).
+
+    Raises Permanent where the hub knows no such model or revision, Retriable where it does not answer.
+    """
+    repository, _, revision = model.removeprefix("hf://").partition("@")
+    with asking(f"teacher.model: {model}", "model", INSTEAD):
+        found = HfApi().model_info(repository, revision=revision or None, files_metadata=True, timeout=TIMEOUT)
+    if found.sha is None:
+        raise Retriable(f"teacher.model: {model}: the Hugging Face hub names no commit.")
+    return found.sha, [(file.rfilename, file.size or 0, file.blob_id or "") for file in found.siblings or []]
+
+
+def download(model: str, commit: str, names: list[str], folder: Path) -> None:
+    """Bring these files of a commit into `folder`; what is there already stays. Raises as commit_and_files does."""
+    repository = model.removeprefix("hf://").partition("@")[0]
+    with asking(f"teacher.model: {model}", "model", INSTEAD):
+        snapshot_download(repository, revision=commit, local_dir=folder, allow_patterns=names)

@@ -1,0 +1,150 @@
+"""A teacher's scores of a data set: their id, what they are of, the records of their parts and, last, their manifest.
+
+The id is a hash of everything that is asked for, so equal stages share one set of scores and a finished one is never made again. No
+torch and no vLLM: the trainer asks too. What stands in a part is part.py's business, in what order they are made rescore.py's.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vpmoe.api import DistillRun
+from vpmoe.api.stages import Rescored, Subset
+from vpmoe.data.dataset import recorded, sum_counts
+from vpmoe.failure import Permanent
+from vpmoe.provenance import Provenance
+from vpmoe.storage import Bucket, manifest, paths
+from vpmoe.storage.bucket import json_bytes
+from vpmoe.storage.manifest import Input, Manifest
+from vpmoe.teacher.histogram import CODES, dense, mean, sparse
+from vpmoe.teacher.model import TeacherRef, resolve_teacher
+
+SCORES_WRITER = 1
+"""Version of what turns a teacher's opinion into bytes. Raise it with every change of picking, prompting, clamping or file formats."""
+
+SPANS = ("reasoning", "final")
+
+
+@dataclass(frozen=True)
+class ScoresRef:
+    """One set of scores: whose, of what, of which documents."""
+
+    dataset: str
+    """The data set's id."""
+    content: str
+    """The data set's `content_of`."""
+    teacher: TeacherRef
+    effort: str
+    subset: Subset
+
+    @property
+    def id(self) -> str:
+        """sha256 (hex) of the data set, the teacher, the effort, the subset and the writer."""
+        decides = {
+            "dataset": self.dataset,
+            "teacher": self.teacher.sha256,
+            "effort": self.effort,
+            "subset": self.subset.model_dump(mode="json", by_alias=True),
+            "writer": SCORES_WRITER,
+        }
+        return hashlib.sha256(json_bytes(decides)).hexdigest()
+
+    @property
+    def folder(self) -> str:
+        return paths.scores(self.id)
+
+    @property
+    def manifest(self) -> str:
+        return paths.manifest(self.folder)
+
+    def origin(self) -> dict[str, Any]:
+        """What the scores are of; part of every record and of the manifest's facts."""
+        return {
+            "id": self.id,
+            "dataset": {"id": self.dataset, "content": self.content},
+            "teacher": {"model": self.teacher.model, "sha256": self.teacher.sha256},
+            "effort": self.effort,
+            "subset": self.subset.model_dump(mode="json", by_alias=True),
+            "writer": SCORES_WRITER,
+        }
+
+
+def resolve(run: DistillRun, stage: Rescored, bucket: Bucket, dataset: Manifest) -> ScoresRef:
+    """The scores that a stage trains on. Raises what `resolve_teacher` raises."""
+    teacher = resolve_teacher(run, bucket)
+    return ScoresRef(dataset.facts["id"], content_of(dataset), teacher, run.spec.teacher.effort, stage.subset)
+
+
+def resolve_all(run: DistillRun, bucket: Bucket, dataset: Manifest) -> list[ScoresRef]:
+    """The scores of all stages of the run, each set once, in the order of the stages."""
+    found = [resolve(run, stage, bucket, dataset) for stage in run.spec.stages if isinstance(stage, Rescored)]
+    return list({scores.id: scores for scores in found}.values())
+
+
+def content_of(dataset: Manifest) -> str:
+    """sha256 (hex) of a data set's training tokens and spans: the sorted (name, sha256) of their files."""
+    files = [
+        [name, s.sha256]
+        for name, s in dataset.subjects.items()
+        if name.startswith("train/") and name.endswith((".tokens.bin", ".spans.bin"))
+    ]
+    return hashlib.sha256(json_bytes(sorted(files))).hexdigest()
+
+
+def load(scores: ScoresRef, bucket: Bucket) -> Manifest:
+    """The manifest of finished scores. Raises Permanent where they are of another content, StorageError (Missing) where there is none."""
+    made = manifest.load(bucket, scores.manifest)
+    check_content(scores, made.facts["dataset"]["content"], bucket.url(made.key), bucket)
+    return made
+
+
+def claim(scores: ScoresRef, bucket: Bucket, provenance: Provenance) -> None:
+    """Write down what the scores are of, before the first part; or prove that whoever began them had the same in mind.
+
+    Raises Permanent where the data set under this id was another one then.
+    """
+    key = paths.scores_origin(scores.id)
+    if not bucket.create(key, json_bytes(scores.origin()), provenance.metadata()):
+        check_content(scores, bucket.get_json(key)["dataset"]["content"], bucket.url(key), bucket)
+
+
+def check_content(scores: ScoresRef, content: str, where: str, bucket: Bucket) -> None:
+    """Raise Permanent where `content`, stated at `where`, is not that of the data set as it is now."""
+    if content != scores.content:
+        raise Permanent(
+            f"{where}: the scores are of content {content}, but data set {scores.dataset} is now of content {scores.content}: it was "
+            f"deleted and made again with other bytes. Delete {bucket.url(scores.folder)} to have it scored again."
+        )
+
+
+def done_parts(scores: ScoresRef, bucket: Bucket) -> set[int]:
+    """The parts whose record is there."""
+    return recorded(bucket, paths.scores_record(scores.id, 0))
+
+
+def merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What was scored altogether: the sum of the parts' records."""
+    counts = {span: sum((dense(record["histogram"][span]) for record in records), np.zeros(CODES, np.int64)) for span in SPANS}
+    kept = ("documents", "tokens", "languages", "exercises")
+    return {
+        **sum_counts({name: record[name] for name in kept} for record in records),
+        "mean": {span: mean(counts[span]) for span in SPANS},
+        "histogram": {span: sparse(counts[span]) for span in SPANS},
+    }
+
+
+def write_manifest(
+    scores: ScoresRef, dataset: Manifest, records: Sequence[Mapping[str, Any]], provenance: Provenance, bucket: Bucket
+) -> Manifest:
+    """Make the scores exist: their manifest, from the records of all parts. Returns the one that stands, ours or another worker's."""
+    subjects = [manifest.subject_of(entry, scores.folder) for record in records for entry in record["files"]]
+    facts = {**scores.origin(), "parts": len(records), **merge(records)}
+    inputs = [
+        dataset.inputs["tokenizer"],
+        Input("dataset", bucket.url(dataset.key), {"sha256": dataset.sha256}, {"id": dataset.facts["id"], "content": scores.content}),
+        Input("teacher", scores.teacher.model, {"sha256": scores.teacher.sha256}, {"files": len(scores.teacher.files)}),
+    ]
+    return manifest.write(bucket, scores.manifest, manifest.statement("scores", subjects, facts, provenance, inputs))
