@@ -223,6 +223,49 @@ def test_a_damaged_end_of_the_stage_before_is_not_replaced_by_an_earlier_checkpo
         begin(following(task), filled(device, 2.0))
 
 
+def projecting(device: torch.device, number: float, width: int = 24) -> Learner:
+    """`filled`, with a projection to a teacher's width."""
+    it = students.learner(device, teacher_width=width)
+    for piece in state.slices(it):
+        piece.tensor.copy_(torch.arange(piece.start, piece.stop) / 1000 + number)
+    return it
+
+
+def without_projection(learner: Learner) -> dict[str, list[tuple[int, torch.Tensor]]]:
+    return {name: of for name, of in saved(learner).items() if not name.endswith("/projection")}
+
+
+def equal(one: dict[str, list[tuple[int, torch.Tensor]]], other: dict[str, list[tuple[int, torch.Tensor]]]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name][0][1], other[name][0][1]) for name in one)
+
+
+@pytest.mark.parametrize("width", [pytest.param(None, id="without-one"), pytest.param(20, id="of-another-width")])
+def test_a_projection_begins_anew_where_the_stage_before_had_none(task: Task, device: torch.device, width: int | None) -> None:
+    written = filled(device, 1.0) if width is None else projecting(device, 1.0, width)
+    save(task, written, at(5, finished=True))
+    new, learner = students.learner(device, teacher_width=24), students.learner(device, teacher_width=24)
+    begin(following(task), learner)
+    assert equal(without_projection(learner), without_projection(written)) and learner.steps == 5
+    begun = saved(learner)
+    assert torch.equal(begun["main/projection"][0][1], saved(new)["main/projection"][0][1]) and (begun["main/projection"][0][1] != 0).any()
+    assert all((begun[f"{kind}/projection"][0][1] == 0).all() for kind in state.MOMENTS)
+
+
+def test_a_projection_is_passed_on_and_a_stage_without_one_leaves_it_out(task: Task, device: torch.device) -> None:
+    written = projecting(device, 1.0)
+    save(task, written, at(5, finished=True))
+    learner, without = projecting(device, 2.0), filled(device, 2.0)
+    begin(following(task), learner)
+    begin(following(task), without)
+    assert same(learner, written) and equal(saved(without), without_projection(written))
+
+
+def test_a_stage_does_not_go_on_without_its_own_projection(task: Task, device: torch.device) -> None:
+    save(task, filled(device, 1.0), at(5))
+    with pytest.raises(Permanent, match="It holds 0 of the 768 numbers of main/projection"):
+        begin(task, projecting(device, 2.0))
+
+
 @pytest.mark.parametrize("field", ["init", "resumeFrom"])
 def test_a_first_stage_may_begin_from_another_run(
     task: Task, run_spec: dict[str, Any], device: torch.device, tmp_path: Path, field: str

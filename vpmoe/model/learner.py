@@ -89,9 +89,12 @@ class Learner:
         weight_decay: float,
         gradient_clip: float,
         expert_parallel: int = 1,
+        teacher_width: int | None = None,
     ) -> "Learner":
         """A new student (see student.build) with an empty optimizer."""
-        student = build(shape, device, sequence_length=sequence_length, seed=seed, expert_parallel=expert_parallel)
+        student = build(
+            shape, device, sequence_length=sequence_length, seed=seed, expert_parallel=expert_parallel, teacher_width=teacher_width
+        )
         return cls(student, device, weight_decay=weight_decay, gradient_clip=gradient_clip)
 
     @property

@@ -5,7 +5,7 @@ the experts' biases. A slice is a range of the whole tensor, flattened; experts 
 weights are not among them: they are the main parameters rounded, bit for bit. Files, hashes and manifests are vpmoe.training's business.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vpmoe.model.learner import Learner
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+NOT_EVERY_STAGES = ("projection",)
+"""Parameters that a student has in some stages only (TeacherForced): a state of another stage is whole without them."""
 
 Read = Callable[[str, int, int], Tensor]
 """`(name, start, stop) -> fp32 tensor [stop − start]`, on any device."""
@@ -94,14 +96,17 @@ def sizes(learner: "Learner") -> dict[str, int]:
 
 
 @torch.no_grad()
-def restore(learner: "Learner", read: Read, steps: int, moments: bool = True) -> None:
+def restore(learner: "Learner", read: Read, steps: int, moments: bool = True, anew: Collection[str] = ()) -> None:
     """Take weights, expert biases and, with `moments`, Adam's state from `read`, of which every rank asks for its own slices only.
 
-    `steps` is the count of optimizer steps behind that state. All ranks call it. Raises what `read` raises, and ValueError for a slice of
-    the wrong length; a learner whose restore failed is half old and half new and must not be used.
+    `steps` is the count of optimizer steps behind that state. The parameters named in `anew` stay as they were built, with empty moments;
+    they share the others' count of steps. All ranks call it. Raises what `read` raises, and ValueError for a slice of the wrong length; a
+    learner whose restore failed is half old and half new and must not be used.
     """
     for shard in shards(learner):
         shard.moments["step"].fill_(steps if moments else 0)
+        if shard.name in anew:
+            continue
         wanted = {"main": shard.main} | ({kind: shard.moments[kind] for kind in MOMENTS} if moments else {})
         for kind, tensor in wanted.items():
             _fill(tensor, read, f"{kind}/{shard.name}", shard.start)

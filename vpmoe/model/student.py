@@ -41,9 +41,13 @@ from vpmoe.model.shapes import Shape
 
 
 class Student(MegatronModule):  # type: ignore[misc]
-    """Calling it gives the normalised hidden states [T, H] of a batch; `output` [V, H] is the matrix that makes logits of them."""
+    """Calling it gives the normalised hidden states [T, H] of a batch; `output` [V, H] is the matrix that makes logits of them.
 
-    def __init__(self, shape: Shape, config: TransformerConfig, sequence_length: int) -> None:
+    `projection` [G, H] brings hidden states to a teacher's width G, for the objective that compares the two; None where there is no
+    teacher, or one that is as wide.
+    """
+
+    def __init__(self, shape: Shape, config: TransformerConfig, sequence_length: int, teacher_width: int | None = None) -> None:
         super().__init__(config)
         self.shape = shape
         self.sequence_length = sequence_length
@@ -51,6 +55,9 @@ class Student(MegatronModule):  # type: ignore[misc]
         self.decoder = TransformerBlock(config, _layers(shape))
         place = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.output = nn.Parameter(torch.empty((shape.vocabulary, shape.hidden), dtype=config.params_dtype, device=place))
+        self.projection: nn.Parameter | None = None
+        if teacher_width not in (None, shape.hidden):
+            self.projection = nn.Parameter(torch.empty((teacher_width, shape.hidden), dtype=config.params_dtype, device=place))
 
     def forward(self, batch: Batch) -> Tensor:
         """[T, H] for the batch's T = b·S positions, in row order. ValueError where a row is longer than the student was built for."""
@@ -74,15 +81,18 @@ class Student(MegatronModule):  # type: ignore[misc]
         return torch.cat([angle, angle], dim=-1).unsqueeze(2)
 
 
-def build(shape: Shape, device: torch.device, *, sequence_length: int, seed: int, expert_parallel: int = 1) -> Student:
+def build(
+    shape: Shape, device: torch.device, *, sequence_length: int, seed: int, expert_parallel: int = 1, teacher_width: int | None = None
+) -> Student:
     """A new student with random weights: bf16 on the GPU, fp32 on the CPU; on device "meta" without weights, to count them.
 
+    `teacher_width` is that of the hidden states that it is to be compared with; None where there is no such teacher.
     Every rank builds the same weights from the same seed, whatever the layout. Needs the process groups of distributed.start. Raises
     ValueError where the experts do not divide by `expert_parallel`.
     """
     if expert_parallel < 1 or shape.experts % expert_parallel:
         raise ValueError(f"student.expertParallel: {expert_parallel} does not divide the {shape.experts} experts of {shape.name}.")
-    student = Student(shape, _config(shape, device, expert_parallel), sequence_length)
+    student = Student(shape, _config(shape, device, expert_parallel), sequence_length, teacher_width)
     if device.type != "meta":
         student.to(device)  # megatron leaves the router's weight on the CPU
         _initialise(student, seed)

@@ -54,6 +54,8 @@ class Checkpoint:
     """By tensor, in order, without gaps."""
     files: dict[str, Path]
     """By the sha256 of the file's content."""
+    anew: frozenset[str]
+    """Parameters that it does not have and need not have."""
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Numbers [start, stop) of a tensor, flat."""
@@ -74,15 +76,18 @@ class Reader:
         self._learner = learner
         self._talk = Talk(PATIENCE)
 
-    def restore(self, bucket: Bucket, folder: str, *, moments: bool) -> tuple[Manifest, Position]:
+    def restore(self, bucket: Bucket, folder: str, *, moments: bool, begins: bool = False) -> tuple[Manifest, Position]:
         """Take the weights, and with `moments` the optimizer and random state, of the checkpoint in `folder`.
+
+        Where a stage `begins` from it, parameters that not every stage has (state.NOT_EVERY_STAGES) stay as they were built, with empty
+        moments, if it has none of that size.
 
         Raises Refused, on every rank and with the learner untouched, where any rank cannot have what it needs; StorageError where the
         store does not answer.
         """
         fault, found = None, None
         try:
-            found = self._prove(bucket, folder, moments)
+            found = self._prove(bucket, folder, moments, begins)
         except StorageError as error:
             if error.reason not in ("Altered", "Missing"):
                 raise
@@ -93,7 +98,7 @@ class Reader:
         if faults or found is None:
             said = " ".join(f"Rank {rank}: {word}" for word, rank in faults.items())
             raise Refused(f"checkpoint {bucket.url(folder)} cannot be used. {said}")
-        state.restore(self._learner, found.read, found.position.iteration if moments else 0, moments)
+        state.restore(self._learner, found.read, found.position.iteration if moments else 0, moments, found.anew)
         own = f"random/{distributed.rank()}/"
         if moments and found.manifest.facts["ranks"] == distributed.ranks():
             names = [name for name in found.pieces if name.startswith(own)]
@@ -103,19 +108,22 @@ class Reader:
             path.unlink(missing_ok=True)
         return found.manifest, found.position
 
-    def _prove(self, bucket: Bucket, folder: str, moments: bool) -> Checkpoint:
+    def _prove(self, bucket: Bucket, folder: str, moments: bool, begins: bool) -> Checkpoint:
         """The checkpoint, with every file that this rank needs brought here and proved."""
         stored = manifest.load(bucket, paths.manifest(folder))
         position = Position.model_validate(stored.facts.get("position"))
         pieces = _pieces(bucket, stored.subjects.values())
         sizes = {name: size for name, size in state.sizes(self._learner).items() if moments or name.startswith(("main/", "buffer/"))}
+        optional = {name: sizes[f"main/{name}"] for name in state.NOT_EVERY_STAGES if begins and f"main/{name}" in sizes}
+        anew = frozenset(name for name, size in optional.items() if _total(pieces.get(f"main/{name}", [])) != size)
+        sizes = {name: size for name, size in sizes.items() if name.partition("/")[2] not in anew}
         for name, size in sizes.items():
             _check_covers(name, pieces.get(name, []), size)
         ranges = [(held.name, held.start, held.stop) for held in state.slices(self._learner) if held.name in sizes]
         ranges += [(name, 0, size) for name, size in sizes.items() if name.startswith("buffer/")]
         ranges += [(name, 0, of[-1].stop) for name, of in pieces.items() if name.startswith(f"random/{distributed.rank()}/")]
         needed = {piece.file for name, start, stop in ranges for piece in pieces[name] if piece.start < stop and start < piece.stop}
-        return Checkpoint(stored, position, pieces, {file.sha256: self._bring(bucket, file) for file in needed})
+        return Checkpoint(stored, position, pieces, {file.sha256: self._bring(bucket, file) for file in needed}, anew)
 
     def _bring(self, bucket: Bucket, file: Subject) -> Path:
         """A file of the checkpoint on this pod's disk; the first rank that wants it fetches it."""
@@ -138,6 +146,10 @@ def _pieces(bucket: Bucket, files: Iterable[Subject]) -> dict[str, list[Piece]]:
     for of in pieces.values():
         of.sort()
     return pieces
+
+
+def _total(pieces: list[Piece]) -> int:
+    return sum(piece.stop - piece.start for piece in pieces)
 
 
 def _check_covers(name: str, pieces: list[Piece], size: int) -> None:

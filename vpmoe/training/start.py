@@ -77,7 +77,7 @@ def _origin(task: Task, reader: Reader) -> Start:
         return _go_on(task, reader, run.spec.resume_from)
     if run.spec.student.init:
         name, key = paths.split_url(run.spec.student.init)
-        found, _ = reader.restore(bucket.other(name), key.rstrip("/"), moments=False)
+        found, _ = reader.restore(bucket.other(name), key.rstrip("/"), moments=False, begins=True)
         return Start(first(stage.name), f"from the weights of {run.spec.student.init}", _sources(bucket.other(name), found))
     return Start(first(stage.name), f"from random weights of seed {run.spec.training.seed}")
 
@@ -88,7 +88,7 @@ def _after(task: Task, reader: Reader, before: str) -> Start:
     found = iterations(task.bucket, folder)[:1]
     if not found:
         raise Permanent(f"stage {task.stage.name} follows {before}, which has no checkpoint. Train that first: --step {before}.")
-    checkpoint, position = reader.restore(task.bucket, f"{folder}/{found[0]}", moments=True)
+    checkpoint, position = reader.restore(task.bucket, f"{folder}/{found[0]}", moments=True, begins=True)
     if not position.finished:
         raise Permanent(
             f"stage {task.stage.name} follows {before}, which stands at {position.tokens} tokens. Train that first: --step {before}."
@@ -104,7 +104,7 @@ def _go_on(task: Task, reader: Reader, url: str) -> Start:
     newest = max(((iteration, stage) for stage in stages for iteration in iterations(bucket, f"{folder}/{stage}")), default=None)
     if newest is None:
         raise Permanent(f"resumeFrom: {url} has no checkpoint. Name the folder of a run that has trained, s3://…/runs/namespace/name-uid.")
-    found, position = reader.restore(bucket, f"{folder}/{newest[1]}/{newest[0]}", moments=True)
+    found, position = reader.restore(bucket, f"{folder}/{newest[1]}/{newest[0]}", moments=True, begins=True)
     if found.inputs["dataset"].digest != {"sha256": task.dataset.sha256}:
         position = position.model_copy(update={"next_sequence": 0, "epoch": 0})
     return Start(follow(position, task.stage.name), f"where {url} stands", _sources(bucket, found))
