@@ -36,9 +36,9 @@ def head_loss(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, coefficie
 @torch.no_grad()
 def logp_of(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
     """log p(target) [T] without gradients; NaN where there is no target. In fp32, or fp64 where hidden is."""
-    logp_T = _not_scored(hidden_TH)
-    for rows_t in _chunks(targets_T, weight_VH):
-        _, logp_t = _log_sum_exp(_logits(hidden_TH[rows_t], weight_VH), targets_T[rows_t])
+    logp_T = not_scored(hidden_TH)
+    for rows_t in chunks(targets_T, _longest(weight_VH)):
+        _, logp_t = _log_sum_exp(logits_of(hidden_TH[rows_t], weight_VH), targets_T[rows_t])
         logp_T[rows_t] = logp_t
     return logp_T
 
@@ -46,19 +46,19 @@ def logp_of(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, coefficient: Coefficient) -> tuple[Tensor, Tensor]:
-        logp_T = _not_scored(hidden_TH)
+        logp_T = not_scored(hidden_TH)
         loss = logp_T.new_zeros(())
         grad_hidden_TH = torch.zeros_like(hidden_TH)
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=logp_T.dtype)
-        for rows_t in _chunks(targets_T, weight_VH):
+        for rows_t in chunks(targets_T, _longest(weight_VH)):
             hidden_tH, targets_t = hidden_TH[rows_t], targets_T[rows_t]
-            logits_tV = _logits(hidden_tH, weight_VH)
+            logits_tV = logits_of(hidden_tH, weight_VH)
             lse_t, logp_t = _log_sum_exp(logits_tV, targets_t)
             c_t = coefficient(logp_t, rows_t).to(logp_t.dtype)
             loss -= (c_t * logp_t).sum()
             grad_tV = _gradient_(logits_tV, targets_t, lse_t, c_t, hidden_TH.dtype)
             grad_hidden_TH[rows_t] = grad_tV @ weight_VH
-            _add_product_(grad_weight_VH, grad_tV.T, hidden_tH)
+            add_product_(grad_weight_VH, grad_tV.T, hidden_tH)
             logp_T[rows_t] = logp_t
         ctx.save_for_backward(grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype))
         ctx.mark_non_differentiable(logp_T)
@@ -71,19 +71,25 @@ class _Head(torch.autograd.Function):
         return grad_hidden_TH * grad_loss.to(grad_hidden_TH.dtype), grad_weight_VH * grad_loss.to(grad_weight_VH.dtype), None, None
 
 
-def _not_scored(hidden_TH: Tensor) -> Tensor:
+def not_scored(hidden_TH: Tensor) -> Tensor:
+    """[T] of NaN, in fp32 or, where hidden is, fp64."""
     return torch.full((len(hidden_TH),), torch.nan, dtype=torch.promote_types(hidden_TH.dtype, torch.float32), device=hidden_TH.device)
 
 
-def _chunks(targets_T: Tensor, weight_VH: Tensor) -> Iterator[Tensor]:
-    """Row numbers of the positions that have a target, in pieces whose logits stay inside CHUNK_BYTES and which are about equally long."""
+def _longest(weight_VH: Tensor) -> int:
+    """Positions whose logits stay inside CHUNK_BYTES."""
+    return max(1, CHUNK_BYTES[weight_VH.device.type] // (4 * len(weight_VH)))
+
+
+def chunks(targets_T: Tensor, longest: int) -> Iterator[Tensor]:
+    """Row numbers of the positions that have a target, in pieces of at most `longest` that are about equally long."""
     rows_T = (targets_T != NO_TARGET).nonzero().squeeze(1)
-    longest = max(1, CHUNK_BYTES[weight_VH.device.type] // (4 * len(weight_VH)))
     pieces = -(-len(rows_T) // longest)
     yield from rows_T.tensor_split(pieces) if pieces else ()
 
 
-def _logits(hidden_tH: Tensor, weight_VH: Tensor) -> Tensor:
+def logits_of(hidden_tH: Tensor, weight_VH: Tensor) -> Tensor:
+    """[t, V], in fp32 where hidden is bf16."""
     if hidden_tH.dtype == torch.bfloat16:  # the product's own fp32 accumulator, instead of one rounded to 8 bits and widened again
         return torch.mm(hidden_tH, weight_VH.T, out_dtype=torch.float32)
     return hidden_tH @ weight_VH.T
@@ -110,7 +116,7 @@ def _gradient_(logits_tV: Tensor, targets_t: Tensor, lse_t: Tensor, c_t: Tensor,
     return grad_tV
 
 
-def _add_product_(sum_VH: Tensor, left_Vt: Tensor, right_tH: Tensor) -> None:
+def add_product_(sum_VH: Tensor, left_Vt: Tensor, right_tH: Tensor) -> None:
     """sum += left @ right, with the sum in fp32 even where the factors are bf16."""
     if left_Vt.dtype == sum_VH.dtype:
         sum_VH.addmm_(left_Vt, right_tH)
