@@ -1,16 +1,19 @@
 """Train one stage of a run. All the work is vpmoe.training's; this file binds it to a pod, or to a shell.
 
-Without LOCAL_RANK in the environment it is the launcher, which starts this same file once a rank.
+Without LOCAL_RANK in the environment it is the launcher, which starts this same file once a rank, and once as the teacher of a
+TeacherForced stage.
 """
 
 import logging
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from jobs.entrypoint import Context, entrypoint
 from vpmoe.api import DistillRun
 from vpmoe.api.layout import layout
+from vpmoe.api.stages import TeacherForced
 from vpmoe.training import launch, stage
 
 log = logging.getLogger(__name__)
@@ -19,7 +22,7 @@ log = logging.getLogger(__name__)
 def main() -> None:
     if "LOCAL_RANK" in os.environ:
         launch.die_with_launcher()
-        work(*entrypoint("train"))
+        (teach if os.environ.get("VPMOE_PART") == "teacher" else work)(*entrypoint("train"))
     else:
         raise SystemExit(start(*entrypoint("train")))
 
@@ -31,7 +34,7 @@ def start(run: DistillRun, context: Context) -> int:
         log.info("Stage %s is finished already: %d steps, %d tokens", chosen.name, done.steps, done.tokens)
         return 0
     stage.dataset(run, context.bucket)
-    placement = launch.place(layout(run.spec, chosen), os.environ)
+    placement = launch.place(layout(run.spec, chosen), os.environ, isinstance(chosen, TeacherForced))
     command = [sys.executable, "-m", "jobs.train", *sys.argv[1:], "--step", chosen.name]
     return launch.launch(placement, command, context.stopping)
 
@@ -51,6 +54,14 @@ def work(run: DistillRun, context: Context) -> None:
     made = stage.dataset(run, context.bucket)
     scratch = Path(os.environ["VPMOE_SCRATCH"])
     train(Task(run, chosen, context.bucket, made, context.provenance, context.stopping, scratch))
+
+
+def teach(run: DistillRun, context: Context) -> None:
+    """What the teacher's process does."""
+    from vpmoe.training.forced.serve import teach as serve
+
+    students, address, port = int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"], int(os.environ["VPMOE_TEACHER_PORT"])
+    serve(run, context.bucket, students, address, port, Path(tempfile.gettempdir()) / "vpmoe-teacher", context.stopping)
 
 
 if __name__ == "__main__":

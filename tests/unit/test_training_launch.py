@@ -52,6 +52,26 @@ def test_each_pod_starts_its_own_ranks(
     assert placed.address == environment.get("PET_MASTER_ADDR", "127.0.0.1")
 
 
+@pytest.mark.parametrize(
+    "environment, teaches, port",
+    [
+        pytest.param({}, True, None, id="by-hand"),
+        pytest.param({**POD, "PET_NODE_RANK": "0"}, True, launch.TEACHER_PORT, id="first-pod"),
+        pytest.param(POD, False, launch.TEACHER_PORT, id="second-pod"),
+    ],
+)
+def test_the_first_pod_starts_the_teacher_on_the_gpu_after_its_ranks(
+    run_spec: dict[str, Any], environment: dict[str, str], teaches: bool, port: int | None
+) -> None:
+    run = spec(run_spec, gpus=4, gpusPerPod=2)
+    placed = launch.place(layout(run.spec, run.spec.stages[0]), environment, teacher=True)
+    assert placed.teaches is teaches and (placed.teacher_port == port if port else placed.teacher_port != placed.port)
+    student, teacher = (launch.settings(placed, local, environment) for local in (0, placed.here))
+    assert teacher["LOCAL_RANK"] == str(placed.here) and teacher["VPMOE_PART"] == "teacher" and not teacher["RANK"]
+    assert "VPMOE_PART" not in student and student["VPMOE_TEACHER_PORT"] == teacher["VPMOE_TEACHER_PORT"]
+    assert not launch.place(layout(run.spec, run.spec.stages[0]), environment).teaches
+
+
 def test_a_job_of_other_pods_than_the_layout_is_refused(run_spec: dict[str, Any]) -> None:
     run = spec(run_spec, gpus=4, gpusPerPod=1)
     with pytest.raises(Permanent, match="has 2 pods, but 4 ranks, 1 a pod, are 4"):
@@ -66,11 +86,17 @@ SAVES = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.
 TELL = "import os; assert os.environ['WORLD_SIZE'] == '3' and os.environ['LOCAL_RANK'] == str(int(os.environ['RANK']) - 1)"
 
 
-def ended(monkeypatch: pytest.MonkeyPatch, log: Path, program: str, stopping: threading.Event | None = None, here: int = 2) -> int:
+def ended(monkeypatch: pytest.MonkeyPatch, log: Path, program: str, stopping: threading.Event | None = None, grace: float = 0.3) -> int:
+    return end_of(monkeypatch, log, program, Placement(3, 1, 2, "127.0.0.1", 1), stopping, grace)
+
+
+def end_of(
+    monkeypatch: pytest.MonkeyPatch, log: Path, program: str, placement: Placement, stopping: threading.Event | None, grace: float
+) -> int:
     log.touch()
     monkeypatch.setenv("VPMOE_TERMINATION_LOG", str(log))
-    monkeypatch.setattr(launch, "GRACE", 0.3)
-    return launch.launch(Placement(3, 1, here, "127.0.0.1", 1), [sys.executable, "-c", program], stopping or threading.Event())
+    monkeypatch.setattr(launch, "GRACE", grace)
+    return launch.launch(placement, [sys.executable, "-c", program], stopping or threading.Event())
 
 
 @pytest.mark.parametrize(
@@ -88,6 +114,27 @@ def test_it_ends_as_the_first_worker_that_failed(
     assert ended(monkeypatch, tmp_path / "log", program) == code
     found = failure.read(tmp_path / "log")
     assert found is None if words is None else found is not None and found.message.startswith(words) and found.exit == code
+
+
+BY_PART = "import os, signal, sys, time; teacher = os.environ.get('VPMOE_PART') == 'teacher'; "
+
+
+@pytest.mark.parametrize(
+    "program, grace, code, words",
+    [
+        pytest.param("sys.exit(0)", 60, 0, None, id="all-succeed"),
+        pytest.param("time.sleep(60 if teacher else 0); sys.exit(65)", 60, 65, None, id="the-teacher-outlives-failed-ranks"),
+        pytest.param("time.sleep(0 if teacher else 60); sys.exit(65)", 0.3, 65, None, id="the-teacher-fails"),
+        pytest.param("os.kill(os.getpid(), 9) if teacher else time.sleep(60)", 0.3, 75, "the teacher was killed by SIGKILL", id="killed"),
+    ],
+)
+def test_ranks_and_their_teacher_end_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, grace: float, code: int, words: str | None
+) -> None:
+    placed = Placement(3, 0, 2, "127.0.0.1", 1, teacher_port=2)
+    assert end_of(monkeypatch, tmp_path / "log", BY_PART + program, placed, None, grace) == code
+    found = failure.read(tmp_path / "log")
+    assert found is None if words is None else found is not None and found.message.startswith(words) and found.rank is None
 
 
 def test_sigterm_reaches_every_worker_and_their_code_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -7,15 +7,16 @@ import torch
 from vpmoe.failure import Permanent
 
 
-def choose() -> torch.device:
-    """cuda:LOCAL_RANK; or the CPU, only where CUDA_VISIBLE_DEVICES is set and empty (then megatron-core is prepared for it too).
+def choose(megatron: bool = True) -> torch.device:
+    """cuda:LOCAL_RANK; or the CPU, only where CUDA_VISIBLE_DEVICES is set and empty (then megatron-core is prepared for it, where asked).
 
     Raises Permanent where there is no such GPU: a run must not end up a thousand times slower than asked without a word.
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        from vpmoe.model import cpu  # loads megatron-core, which those who only ask for a GPU need not wait for
+        if megatron:
+            from vpmoe.model import cpu  # loads megatron-core, which those who do without need not wait for
 
-        cpu.install()
+            cpu.install()
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():

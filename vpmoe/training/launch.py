@@ -4,6 +4,8 @@ One of our own and not torch's elastic launcher, because that one ends with 1 wh
 that save a checkpoint after SIGTERM, minutes, and for those that hang in a collective because another one has failed, seconds; and needs
 torch, 300 MB and some seconds, to start a process. Restarting workers, which is what it is for, is the operator's business here.
 
+A TeacherForced stage has one process more, the teacher's, which the first pod's launcher starts beside its ranks on the GPU after theirs.
+
 In a pod of a PyTorchJob PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT say which pod of how many this is. (RANK and
 WORLD_SIZE are set there too and count pods: they mean nothing here.) Without them all ranks are started here.
 """
@@ -30,6 +32,10 @@ log = logging.getLogger(__name__)
 GRACE = 30.0
 """Seconds between the first failure and the end of the others: time to fail with words of their own, or to finish an upload."""
 POLL = 0.1
+TEACHER = -1
+"""Stands for the teacher's process where others have their rank."""
+TEACHER_PORT = 23457
+"""Where a pod's teacher is met: beside PyTorchJob's own 23456, and like it on the first pod's address, which no service filters."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -42,12 +48,22 @@ class Placement:
     here: int
     address: str
     port: int
+    teacher_port: int | None = None
+    """Where the teacher is met, at the same address; None in a stage without one."""
+
+    @property
+    def teaches(self) -> bool:
+        """Whether the teacher's process is this launcher's to start."""
+        return self.teacher_port is not None and self.first == 0
 
 
-def place(layout: Layout, environment: Mapping[str, str]) -> Placement:
-    """Where the processes of this pod stand in the layout. Raises Permanent where the pods are not those that the layout wants."""
+def place(layout: Layout, environment: Mapping[str, str], teacher: bool = False) -> Placement:
+    """Where the processes of this pod stand in the layout, and with `teacher` the teacher's.
+
+    Raises Permanent where the pods are not those that the layout wants.
+    """
     if "PET_NNODES" not in environment:
-        return Placement(layout.ranks, 0, layout.ranks, "127.0.0.1", free_port())
+        return Placement(layout.ranks, 0, layout.ranks, "127.0.0.1", free_port(), free_port() if teacher else None)
     pods = int(environment["PET_NNODES"])
     if pods != layout.pods:
         raise Permanent(
@@ -56,7 +72,8 @@ def place(layout: Layout, environment: Mapping[str, str]) -> Placement:
         )
     node = int(environment["PET_NODE_RANK"])
     each = layout.processes_per_pod
-    return Placement(layout.ranks, node * each, each, environment["PET_MASTER_ADDR"], int(environment["PET_MASTER_PORT"]))
+    address, port = environment["PET_MASTER_ADDR"], int(environment["PET_MASTER_PORT"])
+    return Placement(layout.ranks, node * each, each, address, port, TEACHER_PORT if teacher else None)
 
 
 def free_port() -> int:
@@ -67,16 +84,17 @@ def free_port() -> int:
 
 
 def launch(placement: Placement, command: Sequence[str], stopping: threading.Event) -> int:
-    """Run `command` once a rank until all have ended; returns the exit code to end with.
+    """Run `command` once a rank, and once for the teacher that this pod may have, until all have ended; returns the exit code to end with.
 
     0 where all succeeded, otherwise the code of the first that failed, whose words are in the termination message (vpmoe.failure): it has
     written them itself, unless it was killed.
     """
     with tempfile.TemporaryDirectory(prefix="vpmoe-train-") as scratch:
         workers = {}
-        for local in range(placement.here):
+        for local in range(placement.here + placement.teaches):
             environment = {**os.environ, **settings(placement, local, os.environ), "VPMOE_SCRATCH": scratch}
-            workers[placement.first + local] = subprocess.Popen(command, env=environment)
+            rank = placement.first + local if local < placement.here else TEACHER
+            workers[rank] = subprocess.Popen(command, env=environment)
         try:
             return supervise(workers, stopping)
         finally:
@@ -86,7 +104,7 @@ def launch(placement: Placement, command: Sequence[str], stopping: threading.Eve
 
 
 def settings(placement: Placement, local: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """What the environment of the `local`-th process here says beside what this one's says."""
+    """What the environment of the `local`-th process here says beside what this one's says. The teacher's is the one after the ranks'."""
     found = {
         "RANK": str(placement.first + local), "LOCAL_RANK": str(local),
         "WORLD_SIZE": str(placement.ranks), "LOCAL_WORLD_SIZE": str(placement.here),
@@ -94,6 +112,10 @@ def settings(placement: Placement, local: int, environment: Mapping[str, str]) -
         # One thread wherever nothing else is asked for: sums depend on how many share them, and bits must not depend on the machine.
         "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"), "VPMOE_LAUNCHER": str(os.getpid()),
     }  # fmt: skip
+    if placement.teacher_port is not None:
+        found["VPMOE_TEACHER_PORT"] = str(placement.teacher_port)
+        if local == placement.here:
+            found |= {"VPMOE_PART": "teacher", "RANK": ""}  # it has none among the ranks
     if environment.get("CUDA_VISIBLE_DEVICES") == "":
         # Keep memory that is freed: a chunk of logits is 256 MB, and to have each zeroed by the kernel anew is a third of a step of `tiny`.
         found |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
@@ -103,17 +125,25 @@ def settings(placement: Placement, local: int, environment: Mapping[str, str]) -
 def supervise(workers: Mapping[int, "subprocess.Popen[bytes]"], stopping: threading.Event) -> int:
     """Wait for all workers. Those that outlive the first failure by GRACE are left to the caller to kill.
 
-    To stop is no failure: after SIGTERM the workers have as long as their checkpoint takes.
+    To stop is no failure: after SIGTERM the workers have as long as their checkpoint takes. The teacher is nobody's reason to wait: where
+    all ranks have ended and one of them failed, or all were to stop, it gets no more than GRACE.
     """
     told, failed, deadline = False, None, math.inf
     while True:
         codes = {rank: worker.poll() for rank, worker in workers.items()}
         if failed is None and (ended := [rank for rank, code in codes.items() if code and not stopped(code, told)]):
             failed, deadline = ended[0], time.monotonic() + GRACE
+            if (codes[failed] or 0) < 0:
+                killed(failed, codes[failed] or 0)  # before others say that they miss it
         if stopping.is_set() and not told:
             told = True
             for worker in workers.values():
                 worker.send_signal(signal.SIGTERM)
+        if all(code is not None for rank, code in codes.items() if rank != TEACHER):
+            if failed is not None:
+                break
+            if told:
+                deadline = min(deadline, time.monotonic() + GRACE)
         if None not in codes.values() or time.monotonic() > deadline:
             break
         time.sleep(POLL)
@@ -132,13 +162,23 @@ def stopped(code: int, told: bool) -> bool:
 
 
 def last_word(rank: int, code: int) -> int:
-    """The exit code that a failed worker means; the words of one that was killed are said here."""
+    """The exit code that a failed worker means."""
     if code > 0:
-        log.error("Rank %d failed with exit code %d", rank, code)
+        log.error("%s failed with exit code %d", called(rank).capitalize(), code)
         return code
+    return failure.EXIT["Retriable"]
+
+
+def killed(rank: int, code: int) -> int:
+    """Say the words of a worker that was killed and could not."""
     name = signal.Signals(-code).name
-    words = f"rank {rank} was killed by {name}. Most often the container ran out of memory: raise the limit in runtime.resources.train."
-    return say(Failure("Retriable", rank, failure.EXIT["Retriable"], words))
+    words = f"{called(rank)} was killed by {name}. Most often the container ran out of memory: raise the limit in runtime.resources.train."
+    return say(Failure("Retriable", None if rank == TEACHER else rank, failure.EXIT["Retriable"], words))
+
+
+def called(rank: int) -> str:
+    """A worker's name."""
+    return "the teacher" if rank == TEACHER else f"rank {rank}"
 
 
 def say(found: Failure) -> int:

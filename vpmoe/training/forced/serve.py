@@ -1,0 +1,77 @@
+"""The teacher's process: waits for the students, brings the model to disk, checks and loads it, and answers until nobody asks any more.
+
+It has no part in the students' collectives and keeps nothing: what it answers follows from the question alone, so a run that is resumed
+hears the same again. SIGTERM does not end it while students are at work: they finish a step and save first, then say that they are done.
+"""
+
+import logging
+import threading
+from pathlib import Path
+
+import torch
+
+from vpmoe.api import DistillRun
+from vpmoe.failure import Permanent, Terminated
+from vpmoe.model.device import choose
+from vpmoe.model.shapes import VOCABULARY
+from vpmoe.storage import Bucket
+from vpmoe.teacher.model import check, fetch, resolve_teacher
+from vpmoe.training.forced import teacher
+from vpmoe.training.forced.channel import Channel, CheckStop, host
+from vpmoe.training.forced.question import read
+from vpmoe.training.forced.remote import WIRE
+
+log = logging.getLogger(__name__)
+
+
+def teach(run: DistillRun, bucket: Bucket, students: int, address: str, port: int, folder: Path, stopping: threading.Event) -> None:
+    """Be the teacher of one attempt at a stage. Returns when every student has said that it is done.
+
+    `folder` is where models are kept on this pod's disk. Raises Permanent where the model is none that these students can learn from,
+    Retriable where a student is gone, Terminated where the process should stop before training began.
+    """
+    device = choose(megatron=False)
+    check_stop = stop_check(stopping)
+    channel = host(address, port, students, device, check_stop)
+    directory = fetch(resolve_teacher(run, bucket), bucket, folder, check_stop)
+    check(directory)
+    channel.note("width", teacher.width(directory))
+    output_VG = teacher.output_matrix(directory)
+    if len(output_VG) != VOCABULARY:
+        raise Permanent(
+            f"teacher.model: its output matrix has {len(output_VG)} rows, the vocabulary {VOCABULARY}. Give a whole checkpoint."
+        )
+    model = teacher.load(directory, device)
+    log.info("Teacher %s: %s, hidden states %d wide, on %s", run.spec.teacher.model, model.dtype, teacher.width(directory), device)
+    channel.note("loaded", 1)
+    output_VG = output_VG.to(device, WIRE[device.type])
+    for student in range(students):
+        channel.send(student, output_VG)
+    answer(channel, model)
+
+
+def answer(channel: Channel, model: torch.nn.Module) -> None:
+    """Answer the students by turns, each question as it comes, until all are done: they ask equally often."""
+    asking = list(range(channel.students))
+    while asking:
+        for student in tuple(asking):
+            header = channel.hear(student, 2, torch.int64)
+            positions, documents = header.tolist()
+            if not positions:
+                asking.remove(student)
+                continue
+            question = read(header, channel.hear(student, positions + 2 * documents, torch.int32))
+            hidden_TG = teacher.hidden_states(model, question.tokens.to(channel.device), question.documents)
+            channel.tell(student, header[:1])
+            channel.send(student, hidden_TG.to(WIRE[channel.device.type]))
+    channel.flush()
+
+
+def stop_check(stopping: threading.Event) -> CheckStop:
+    """What ends a wait when the process should stop."""
+
+    def check_stop() -> None:
+        if stopping.is_set():
+            raise Terminated("asked to stop before training began; nothing was lost")
+
+    return check_stop
