@@ -14,10 +14,10 @@ from tests.unit.students import documents, new_seed
 from vpmoe.failure import Permanent, Retriable, Terminated
 from vpmoe.model.batch import Batch
 from vpmoe.training.forced import channel, teacher
-from vpmoe.training.forced.channel import Channel, host, join
+from vpmoe.training.forced.channel import Channel, host, join, stop_check
 from vpmoe.training.forced.question import Question, Run, question_of, read
 from vpmoe.training.forced.remote import RemoteTeacher
-from vpmoe.training.forced.serve import answer, stop_check
+from vpmoe.training.forced.serve import answer
 from vpmoe.training.launch import free_port
 
 VOCABULARY = 1000
@@ -106,7 +106,7 @@ def together(*ends: Callable[[], object]) -> list[object]:
     def caught(end: Callable[[], object]) -> object:
         try:
             return end()
-        except Exception as error:  # noqa: BLE001: looked at by the test
+        except Exception as error:  # noqa: BLE001 (the test looks at it)
             return error
 
     with ThreadPoolExecutor(len(ends)) as pool:

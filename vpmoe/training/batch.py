@@ -20,9 +20,14 @@ FILLER = 199_999
 """The token that stands where no document does (GPT-OSS's own padding id). Nothing attends to it and it is never a target."""
 
 
+def rows_each(sequence_length: int) -> int:
+    """Rows of one microbatch."""
+    return max(1, MICROBATCH // sequence_length)
+
+
 def microbatches(rows: Sequence[Sequence[Document]], read: Read, sequence_length: int) -> list[Batch]:
     """The rows in order as microbatches of about MICROBATCH positions; all but the last have the same number of rows."""
-    each = max(1, MICROBATCH // sequence_length)
+    each = rows_each(sequence_length)
     return [assemble(rows[start : start + each], read, sequence_length) for start in range(0, len(rows), each)]
 
 

@@ -19,17 +19,21 @@ from torch import Tensor
 
 from vpmoe.api.layout import layout
 from vpmoe.api.progress import Amount, Progress, ProgressCondition
+from vpmoe.api.stages import TeacherForced
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model import distributed
 from vpmoe.model.batch import Batch
 from vpmoe.model.device import choose
 from vpmoe.model.learner import Learner, Outcome
 from vpmoe.model.shapes import SHAPES
+from vpmoe.objectives.forced import teacher_forced
+from vpmoe.objectives.objective import Objective
 from vpmoe.objectives.vanilla import vanilla
 from vpmoe.training import gpu, metrics, stage
 from vpmoe.training.checkpoint import Checkpoints
 from vpmoe.training.collapse import Watch
 from vpmoe.training.evaluate import HeldOutDocuments
+from vpmoe.training.forced.remote import RemoteTeacher, meet
 from vpmoe.training.parts import Cache, Parts
 from vpmoe.training.position import Position, facts_of, held_out
 from vpmoe.training.report import Report
@@ -50,19 +54,22 @@ def train(task: Task) -> None:
         report = opened.enter_context(closing(Report(task, _starting(task)))) if distributed.rank() == 0 else None
         cache = Cache(task.bucket, task.scratch / "blocks")
         parts = opened.enter_context(closing(Parts(task.dataset, "train", cache)))
+        teacher = meet(task, device) if isinstance(task.stage, TeacherForced) else None
         learner = Learner.build(
             SHAPES[spec.student.shape], device, sequence_length=spec.training.sequence_length, seed=spec.training.seed,
             weight_decay=task.stage.optimizer.weight_decay, gradient_clip=task.stage.optimizer.gradient_clip,
-            expert_parallel=spec.student.expert_parallel,
+            expert_parallel=spec.student.expert_parallel, teacher_width=teacher.width if teacher else None,
         )  # fmt: skip
         start = begin(task, learner)
         inputs = [task.dataset.inputs["tokenizer"], stage.dataset_input(task.bucket, task.dataset), *start.sources]
+        if teacher:
+            inputs.append(stage.teacher_input(task.run, task.bucket))
         checkpoints = opened.enter_context(closing(Checkpoints(task, inputs, report)))
         held_out = None
         if spec.evaluation.documents:
             valid = opened.enter_context(closing(Parts(task.dataset, "valid", cache)))
             held_out = HeldOutDocuments(valid, spec.evaluation.documents, spec.training.seed, spec.training.sequence_length)
-        Trainer(task, device, learner, parts, held_out, checkpoints, start, report).run()
+        Trainer(task, device, learner, parts, held_out, checkpoints, start, report, teacher).run()
     distributed.stop()
 
 
@@ -71,9 +78,9 @@ class Trainer:
 
     def __init__(
         self, task: Task, device: torch.device, learner: Learner, parts: Parts, held_out: HeldOutDocuments | None, checkpoints: Checkpoints,
-        start: Start, report: Report | None,
+        start: Start, report: Report | None, teacher: RemoteTeacher | None = None,
     ) -> None:  # fmt: skip
-        """`report` is rank 0's alone."""
+        """`report` is rank 0's alone; `teacher` a TeacherForced stage's."""
         self.task = task
         self.device = device
         self.learner = learner
@@ -81,6 +88,8 @@ class Trainer:
         self.checkpoints = checkpoints
         self.report = report
         self.start = start
+        self.teacher = teacher
+        self.teacher_output = teacher.output(SHAPES[task.run.spec.student.shape].vocabulary) if teacher else None
         self.layout = layout(task.run.spec, task.stage)
         self.weights = task.run.spec.training.span_weights.model_dump()
         training = task.run.spec.training
@@ -102,10 +111,12 @@ class Trainer:
         while not position.finished:
             step, started = position.steps, time.monotonic()
             batches = self.stream.batches(step)  # a pure function of (seed, step)
+            if self.teacher:
+                self.teacher.begin(batches, self.stream.first(step + 1))  # it is ahead by one microbatch
             counts, stopping, gpus = self._agree(batches)  # before any forward: denominators are global
             if stopping:
                 self._stop(position)
-            outcome = self.learner.forward_backward(batches, vanilla(counts, self.weights), positions=int(counts[0]))
+            outcome = self.learner.forward_backward(batches, self._objective(counts), positions=int(counts[0]))
             check_finite(outcome, step)  # before the optimizer can make it permanent
             rate = self._rate(step)
             norm = self._move(rate, step)
@@ -120,6 +131,7 @@ class Trainer:
             if position.finished or due(self.seen, step, spec.training.checkpoint.every_tokens):
                 self.checkpoints.save(self.learner, position)
             self.checkpoints.check()
+        self._dismiss()
         self.checkpoints.wait()
         if self.report:
             self.report.finish(state="Succeeded", message=f"Finished after {position.steps} steps", **_amounts(position, position.tokens))
@@ -153,6 +165,17 @@ class Trainer:
         wish = torch.tensor([float(self.task.stopping.is_set())], dtype=torch.float64)
         total = distributed.total(torch.cat([counts.double(), wish, gpu.as_vector(gpu.read(self.device), rank, ranks)]))
         return total[: len(counts)].long(), bool(total[len(counts)]), total[len(counts) + 1 :]
+
+    def _objective(self, counts: Tensor) -> Objective:
+        """What a step of this stage minimises."""
+        if isinstance(self.task.stage, TeacherForced):
+            assert self.teacher is not None and self.teacher_output is not None
+            return teacher_forced(counts, self.weights, self.task.stage.loss, self.teacher_output, self.teacher.hidden_of)
+        return vanilla(counts, self.weights)
+
+    def _dismiss(self) -> None:
+        if self.teacher:
+            self.teacher.dismiss()
 
     def _rate(self, step: int) -> float:
         settings = self.task.stage.optimizer
@@ -196,7 +219,7 @@ class Trainer:
             "loss": outcome.loss, "lossBySpan": outcome.cross_entropy, "targets": outcome.tokens, "learningRate": rate,
             "gradientNorm": norm, "seconds": self.speed[-1][1], "tokensPerSecond": self._tokens_per_second(),
             "router": metrics.router(outcome.load),
-            "exercises": self.stream.exercises(position.steps - 1), "gpu": gpu.summary(gpus),
+            "exercises": self.stream.exercises(position.steps - 1), "gpu": gpu.summary(gpus), **outcome.facts,
         })  # fmt: skip
 
     def _say(self, position: Position, outcome: Outcome, lines: list[dict[str, Any]]) -> None:
@@ -230,6 +253,7 @@ class Trainer:
 
     def _stop(self, position: Position) -> None:
         """Save where the stage stands and end the process."""
+        self._dismiss()
         if position.steps > self.start.position.steps and self.checkpoints.saved != position.iteration:
             self.checkpoints.save(self.learner, position)
         self.checkpoints.wait()

@@ -4,22 +4,27 @@ from datetime import UTC, datetime
 
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, DatasetFacts, Progress
-from vpmoe.api.stages import Vanilla
+from vpmoe.api.stages import TeacherForced, Vanilla
 from vpmoe.data import resolve
 from vpmoe.failure import Permanent
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Input, Manifest
+from vpmoe.teacher.model import resolve_teacher
 from vpmoe.training.position import Position, end_of, facts_of, held_out
 
+Trainable = Vanilla | TeacherForced
+"""The kinds of stages that this version trains."""
 
-def trainable(run: DistillRun, name: str) -> Vanilla:
+
+def trainable(run: DistillRun, name: str) -> Trainable:
     """The stage of that name. Raises Permanent where it asks for something that this version cannot do."""
     if name not in [stage.name for stage in run.spec.stages]:
         raise Permanent(f"--step {name} is no training stage. Choose one of {', '.join(stage.name for stage in run.spec.stages)}.")
     stage = run.stage(name)
-    if not isinstance(stage, Vanilla):
-        raise Permanent(f"stage {name}: kind {stage.kind} cannot be trained by this version, only Vanilla. Leave the stage out.")
+    if not isinstance(stage, Trainable):
+        kinds = "Vanilla and TeacherForced"
+        raise Permanent(f"stage {name}: kind {stage.kind} cannot be trained by this version, only {kinds}. Leave the stage out.")
     if stage.stop and stage.stop.min_validity > 0:
         raise Permanent(
             f"stage {name}: stop.minValidity is {stage.stop.min_validity}, and this version does not sample completions to measure it. Set "
@@ -60,7 +65,13 @@ def dataset_input(bucket: Bucket, made: Manifest) -> Input:
     return Input("dataset", bucket.url(made.key), {"sha256": made.sha256}, {"id": made.facts["id"]})
 
 
-def finished(run: DistillRun, stage: Vanilla, bucket: Bucket, provenance: Provenance) -> Position | None:
+def teacher_input(run: DistillRun, bucket: Bucket) -> Input:
+    """The teacher as a manifest names it among what something was made from."""
+    found = resolve_teacher(run, bucket)
+    return Input("teacher", found.model, {"sha256": found.sha256}, {"files": len(found.files)})
+
+
+def finished(run: DistillRun, stage: Trainable, bucket: Bucket, provenance: Provenance) -> Position | None:
     """The stage's end where an earlier attempt reached it, None otherwise.
 
     A killed attempt may have left its last checkpoint and no last word: then progress.json says Succeeded from here on.

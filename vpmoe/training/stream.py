@@ -2,7 +2,7 @@
 
 from vpmoe.failure import Permanent
 from vpmoe.model.batch import Batch
-from vpmoe.training.batch import microbatches
+from vpmoe.training.batch import microbatches, rows_each
 from vpmoe.training.parts import Parts
 from vpmoe.training.plan import BatchPlan, Document, slice_of
 
@@ -29,6 +29,13 @@ class Stream:
             self._parts.prefetch(document for row in self._rows(ahead, self._rank, self._ranks) for document in row)
             self._fetched = ahead
         return microbatches(self._rows(step, self._rank, self._ranks), self._parts.read, self._plan.sequence_length)
+
+    def first(self, step: int) -> Batch | None:
+        """The first of this rank's microbatches of a step; None after the last step."""
+        if step >= self._steps:
+            return None
+        rows = self._rows(step, self._rank, self._ranks)[: rows_each(self._plan.sequence_length)]
+        return microbatches(rows, self._parts.read, self._plan.sequence_length)[0]
 
     def exercises(self, step: int) -> dict[str, float]:
         """Share of each exercise in the whole step, all ranks together, by tokens."""

@@ -8,6 +8,7 @@ The store stands in the teacher's process. Students have the ranks that they hav
 Whatever takes minutes is waited for at the store, where a process that should stop can look up.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from vpmoe.failure import Retriable
+from vpmoe.failure import Retriable, Terminated
 
 PATIENCE = timedelta(hours=1)
 """How long one end may keep the other waiting: for the teacher to be fetched and loaded, for students that evaluate and save."""
@@ -120,6 +121,16 @@ def join(address: str, port: int, rank: int, students: int, device: torch.device
     store.set(f"student {rank}", "")
     _await(store, ["all are here"], check_stop)
     return Channel(store, rank, students, device)
+
+
+def stop_check(stopping: threading.Event) -> CheckStop:
+    """What ends a wait when the process should stop."""
+
+    def check_stop() -> None:
+        if stopping.is_set():
+            raise Terminated("asked to stop before training began; nothing was lost")
+
+    return check_stop
 
 
 def _await(store: dist.Store, names: list[str], check_stop: CheckStop) -> None:

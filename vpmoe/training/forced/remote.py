@@ -1,17 +1,27 @@
 """What a student sees of the teacher: its width, its output matrix, and hidden states that it asks for one microbatch ahead."""
 
+import os
 from collections import deque
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from vpmoe.model import distributed
 from vpmoe.model.batch import Batch
-from vpmoe.training.forced.channel import Channel, CheckStop
+from vpmoe.training.forced.channel import Channel, CheckStop, join, stop_check
 from vpmoe.training.forced.question import NO_MORE, question_of
+from vpmoe.training.task import Task
 
 WIRE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 """The type in which hidden states and output matrix travel: that of the students' weights."""
+
+
+def meet(task: Task, device: torch.device) -> "RemoteTeacher":
+    """The teacher of a stage, from a process of the students' group. Raises Terminated where the process should stop while it waits."""
+    check_stop = stop_check(task.stopping)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["VPMOE_TEACHER_PORT"])
+    return RemoteTeacher(join(address, port, distributed.rank(), distributed.ranks(), device, check_stop), check_stop)
 
 
 class RemoteTeacher:

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from vpmoe.api import DistillRun
-from vpmoe.failure import Permanent, Terminated
+from vpmoe.failure import Permanent
 from vpmoe.model.device import choose
 from vpmoe.model.shapes import VOCABULARY
 from vpmoe.storage import Bucket
 from vpmoe.teacher.model import check, fetch, resolve_teacher
 from vpmoe.training.forced import teacher
-from vpmoe.training.forced.channel import Channel, CheckStop, host
+from vpmoe.training.forced.channel import Channel, host, stop_check
 from vpmoe.training.forced.question import read
 from vpmoe.training.forced.remote import WIRE
 
@@ -38,9 +38,7 @@ def teach(run: DistillRun, bucket: Bucket, students: int, address: str, port: in
     channel.note("width", teacher.width(directory))
     output_VG = teacher.output_matrix(directory)
     if len(output_VG) != VOCABULARY:
-        raise Permanent(
-            f"teacher.model: its output matrix has {len(output_VG)} rows, the vocabulary {VOCABULARY}. Give a whole checkpoint."
-        )
+        raise Permanent(f"teacher.model: its output matrix has {len(output_VG)} rows, not {VOCABULARY}. Give a whole checkpoint.")
     model = teacher.load(directory, device)
     log.info("Teacher %s: %s, hidden states %d wide, on %s", run.spec.teacher.model, model.dtype, teacher.width(directory), device)
     channel.note("loaded", 1)
@@ -65,13 +63,3 @@ def answer(channel: Channel, model: torch.nn.Module) -> None:
             channel.tell(student, header[:1])
             channel.send(student, hidden_TG.to(WIRE[channel.device.type]))
     channel.flush()
-
-
-def stop_check(stopping: threading.Event) -> CheckStop:
-    """What ends a wait when the process should stop."""
-
-    def check_stop() -> None:
-        if stopping.is_set():
-            raise Terminated("asked to stop before training began; nothing was lost")
-
-    return check_stop

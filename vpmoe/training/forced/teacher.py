@@ -51,7 +51,7 @@ def output_matrix(directory: Path) -> Tensor:
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in names:
-                if name in file.keys():  # noqa: SIM118: it is no dictionary
+                if name in file.keys():  # noqa: SIM118 (it is no dictionary)
                     return file.get_tensor(name)
     raise Permanent(f"teacher.model: no *.safetensors file holds {' or '.join(names)}. Give a whole Hugging Face checkpoint.")
 
