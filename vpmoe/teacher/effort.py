@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from vpmoe.data import vocabulary
 from vpmoe.data.encode import Setting
-from vpmoe.data.harmony import END, END_OF_DOCUMENT, MESSAGE, START, SYSTEM, Ids, system_text
+from vpmoe.data.harmony import END, END_OF_DOCUMENT, MESSAGE, START, SYSTEM, system_text
+from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Permanent
 
 

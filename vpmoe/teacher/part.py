@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vpmoe.data.harmony import ANSWER, REASONING, Ids
+from vpmoe.data.harmony import ANSWER, REASONING
 from vpmoe.data.index import index_bytes, read_index
 from vpmoe.data.part import UNKNOWN
+from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Permanent
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.manifest import Manifest

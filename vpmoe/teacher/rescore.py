@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import DatasetFacts
 from vpmoe.data.dataset import load
-from vpmoe.data.harmony import Ids
+from vpmoe.data.tokenizer import Ids
 from vpmoe.data.worker import Worker, scratch_disk
 from vpmoe.failure import Permanent
 from vpmoe.provenance import Provenance

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vpmoe.data.harmony import VOCABULARY, Ids
+from vpmoe.data.harmony import VOCABULARY
+from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Permanent
 from vpmoe.teacher import model
 
