@@ -33,7 +33,7 @@ def start(run: DistillRun, context: Context) -> int:
     if done := stage.finished(run, chosen, context.bucket, context.provenance):
         log.info("Stage %s is finished already: %d steps, %d tokens", chosen.name, done.steps, done.tokens)
         return 0
-    stage.dataset(run, context.bucket)
+    stage.scores(run, chosen, context.bucket, stage.dataset(run, context.bucket))
     placement = launch.place(layout(run.spec, chosen), os.environ, isinstance(chosen, TeacherForced))
     command = [sys.executable, "-m", "jobs.train", *sys.argv[1:], "--step", chosen.name]
     return launch.launch(placement, command, context.stopping)
@@ -53,7 +53,8 @@ def work(run: DistillRun, context: Context) -> None:
     chosen = stage.trainable(run, context.step)
     made = stage.dataset(run, context.bucket)
     scratch = Path(os.environ["VPMOE_SCRATCH"])
-    train(Task(run, chosen, context.bucket, made, context.provenance, context.stopping, scratch))
+    scores = stage.scores(run, chosen, context.bucket, made)
+    train(Task(run, chosen, context.bucket, made, context.provenance, context.stopping, scratch, scores))
 
 
 def teach(run: DistillRun, context: Context) -> None:

@@ -16,6 +16,7 @@ from vpmoe.data.index import index_bytes
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest
 from vpmoe.storage.manifest import Input, Manifest
+from vpmoe.teacher.scores import content_of
 from vpmoe.training.stage import trainable
 from vpmoe.training.task import Task
 
@@ -58,7 +59,33 @@ def write(bucket: Bucket, train: Sequence[Documents], valid: Sequence[Documents]
     return manifest.write(bucket, f"{folder}/manifest.json", made)
 
 
-def task(bucket: Bucket, spec: dict[str, Any], scratch: Path, dataset: Manifest, stage: str = "vanilla") -> Task:
+def score(bucket: Bucket, dataset: Manifest, train: Sequence[Documents], random: np.random.Generator) -> Manifest:
+    """Scores as rescoring writes them: every second document, its supervised tokens between −6 and 0."""
+    folder, subjects, of_span = f"scores/{HEX}", [], {1: [], 2: []}  # type: ignore[var-annotated]
+    for number, documents in enumerate(train):
+        logp = []
+        for place, (_, spans) in enumerate(documents):
+            values = np.where((spans > 0) & (place % 2 == 0), -6 * random.random(len(spans)), np.nan).astype("<f2")
+            logp.append(values)
+            for span, found in of_span.items():
+                found.append(values[(spans == span) & ~np.isnan(values)])
+        parquet = io.BytesIO()
+        pq.write_table(pa.table({"scored": [place % 2 == 0 for place in range(len(documents))]}), parquet)
+        files = {"logp.bin": b"".join(values.tobytes() for values in logp), "documents.parquet": parquet.getvalue()}
+        for file, data in files.items():
+            subjects.append(bucket.put_bytes(f"{folder}/train/part-{number:05d}.{file}", data, {}).subject(folder))
+    histogram = {}
+    for name, span in (("reasoning", 1), ("final", 2)):
+        bits, counts = np.unique(np.concatenate(of_span[span]).view(np.uint16), return_counts=True)
+        histogram[name] = [[int(b), int(c)] for b, c in zip(bits, counts, strict=True)]
+    inputs = [TOKENIZER, Input("dataset", "s3://x", {"sha256": dataset.sha256}, {})]
+    facts = {"id": HEX, "dataset": {"id": HEX, "content": content_of(dataset)}, "histogram": histogram}
+    return manifest.write(bucket, f"{folder}/manifest.json", manifest.statement("scores", subjects, facts, WHO, inputs))
+
+
+def task(
+    bucket: Bucket, spec: dict[str, Any], scratch: Path, dataset: Manifest, stage: str = "vanilla", scores: Manifest | None = None
+) -> Task:
     """An attempt at a stage of the run of `spec`."""
     run = DistillRun.parse(spec)
-    return Task(run, trainable(run, stage), bucket, dataset, WHO, threading.Event(), scratch)
+    return Task(run, trainable(run, stage), bucket, dataset, WHO, threading.Event(), scratch, scores)

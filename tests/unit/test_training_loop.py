@@ -21,9 +21,10 @@ from vpmoe.storage.manifest import Input
 from vpmoe.training import batch, collapse
 from vpmoe.training.checkpoint import Checkpoints
 from vpmoe.training.evaluate import HeldOutDocuments
-from vpmoe.training.loop import Trainer
+from vpmoe.training.loop import Trainer, course
 from vpmoe.training.parts import Cache, Parts
 from vpmoe.training.position import end_of, iterations
+from vpmoe.training.scored import ScoredParts
 from vpmoe.training.start import begin
 from vpmoe.training.task import Task
 
@@ -77,7 +78,10 @@ def trainer(bucket: Bucket, spec: dict[str, Any], tmp_path: Path, device: torch.
         cache = Cache(bucket, tmp_path / "blocks")
         inputs = [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})]
         held_out = HeldOutDocuments(Parts(dataset, "valid", cache), 9, 1234, 64)
-        return Trainer(task, device, learner, Parts(dataset, "train", cache), held_out, Checkpoints(task, inputs, report), started, report)
+        train = Parts(dataset, "train", cache)
+        scored = ScoredParts(train, task.scores, cache) if task.scores else None
+        checkpoints = Checkpoints(task, inputs, report)
+        return Trainer(task, device, learner, course(task, train, scored, started), held_out, checkpoints, started, report)
 
     return make
 

@@ -28,6 +28,13 @@ def targets(tokens_bS: Tensor, spans_bS: Tensor, documents_bS: Tensor) -> tuple[
     return token_bS.flatten(), span_bS.flatten()
 
 
+def of_targets(values_bS: Tensor, target_T: Tensor) -> Tensor:
+    """What is known of each token (floating point), as known of each position's target [T]; NaN where there is none."""
+    shifted_bS = torch.full_like(values_bS, torch.nan)
+    shifted_bS[:, :-1] = values_bS[:, 1:]
+    return shifted_bS.flatten().where(target_T != NO_TARGET, torch.nan)
+
+
 def weights_by_span(weights: Mapping[str, float]) -> list[float]:
     """The weights as a list indexed by span number; span 0 weighs nothing."""
     if set(weights) != set(SPANS):

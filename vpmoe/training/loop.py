@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vpmoe.api.layout import layout
 from vpmoe.api.progress import Amount, Progress, ProgressCondition
-from vpmoe.api.stages import TeacherForced
+from vpmoe.api.stages import Rescored, TeacherForced
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model import distributed
 from vpmoe.model.batch import Batch
@@ -28,18 +28,20 @@ from vpmoe.model.learner import Learner, Outcome
 from vpmoe.model.shapes import SHAPES
 from vpmoe.objectives.forced import teacher_forced
 from vpmoe.objectives.objective import Objective
+from vpmoe.objectives.rescored import rescored
 from vpmoe.objectives.vanilla import vanilla
 from vpmoe.training import gpu, metrics, stage
 from vpmoe.training.checkpoint import Checkpoints
 from vpmoe.training.collapse import Watch
+from vpmoe.training.course import Course
 from vpmoe.training.evaluate import HeldOutDocuments
 from vpmoe.training.forced.remote import RemoteTeacher, meet
 from vpmoe.training.parts import Cache, Parts
 from vpmoe.training.position import Position, facts_of, held_out
 from vpmoe.training.report import Report
 from vpmoe.training.schedule import due, learning_rate, no_longer_improves
+from vpmoe.training.scored import ScoredParts
 from vpmoe.training.start import Start, begin
-from vpmoe.training.stream import Stream, plan_of
 from vpmoe.training.task import Task
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ def train(task: Task) -> None:
         report = opened.enter_context(closing(Report(task, _starting(task)))) if distributed.rank() == 0 else None
         cache = Cache(task.bucket, task.scratch / "blocks")
         parts = opened.enter_context(closing(Parts(task.dataset, "train", cache)))
+        scored = ScoredParts(parts, task.scores, cache) if task.scores else None
         teacher = meet(task, device) if isinstance(task.stage, TeacherForced) else None
         learner = Learner.build(
             SHAPES[spec.student.shape], device, sequence_length=spec.training.sequence_length, seed=spec.training.seed,
@@ -64,21 +67,33 @@ def train(task: Task) -> None:
         inputs = [task.dataset.inputs["tokenizer"], stage.dataset_input(task.bucket, task.dataset), *start.sources]
         if teacher:
             inputs.append(stage.teacher_input(task.run, task.bucket))
+        if task.scores:
+            inputs.append(stage.scores_input(task.bucket, task.scores))
         checkpoints = opened.enter_context(closing(Checkpoints(task, inputs, report)))
         held_out = None
         if spec.evaluation.documents:
             valid = opened.enter_context(closing(Parts(task.dataset, "valid", cache)))
             held_out = HeldOutDocuments(valid, spec.evaluation.documents, spec.training.seed, spec.training.sequence_length)
-        Trainer(task, device, learner, parts, held_out, checkpoints, start, report, teacher).run()
+        Trainer(task, device, learner, course(task, parts, scored, start), held_out, checkpoints, start, report, teacher).run()
     distributed.stop()
+
+
+def course(task: Task, parts: Parts, scored: ScoredParts | None, start: Start) -> Course:
+    """What this rank trains on in the stage."""
+    training, stage = task.run.spec.training, task.stage
+    return Course(
+        parts, scored, start.position, share=stage.mix if isinstance(stage, Rescored) else 0.0, tokens=stage.tokens,
+        sequences_per_step=layout(task.run.spec, stage).sequences_per_step, seed=training.seed, sequence_length=training.sequence_length,
+        rank=distributed.rank(), ranks=distributed.ranks(),
+    )  # fmt: skip
 
 
 class Trainer:
     """All that the loop of one stage uses, and the loop."""
 
     def __init__(
-        self, task: Task, device: torch.device, learner: Learner, parts: Parts, held_out: HeldOutDocuments | None, checkpoints: Checkpoints,
-        start: Start, report: Report | None, teacher: RemoteTeacher | None = None,
+        self, task: Task, device: torch.device, learner: Learner, course: Course, held_out: HeldOutDocuments | None,
+        checkpoints: Checkpoints, start: Start, report: Report | None, teacher: RemoteTeacher | None = None,
     ) -> None:  # fmt: skip
         """`report` is rank 0's alone; `teacher` a TeacherForced stage's."""
         self.task = task
@@ -92,12 +107,8 @@ class Trainer:
         self.teacher_output = teacher.output(SHAPES[task.run.spec.student.shape].vocabulary) if teacher else None
         self.layout = layout(task.run.spec, task.stage)
         self.weights = task.run.spec.training.span_weights.model_dump()
-        training = task.run.spec.training
-        self.plan = plan_of(parts, training.seed, training.sequence_length)
-        first, each = start.position.first_sequence, self.layout.sequences_per_step
-        self.seen = self.plan.steps(first, each, task.stage.tokens)
-        """[steps] tokens of the stage after each of its steps."""
-        self.stream = Stream(parts, self.plan, first, each, len(self.seen), distributed.rank(), distributed.ranks())
+        self.course = course
+        self.seen = course.seen
         self.watch: Watch | None = None
         self.speed: deque[tuple[int, float]] = deque(maxlen=20)
         port = os.environ.get("VPMOE_METRICS_PORT")
@@ -110,13 +121,13 @@ class Trainer:
         position = self._begin()
         while not position.finished:
             step, started = position.steps, time.monotonic()
-            batches = self.stream.batches(step)  # a pure function of (seed, step)
+            batches = self.course.batches(step)  # a pure function of (seed, step)
             if self.teacher:
-                self.teacher.begin(batches, self.stream.first(step + 1))  # it is ahead by one microbatch
+                self.teacher.begin(batches, self.course.first(step + 1))  # it is ahead by one microbatch
             counts, stopping, gpus = self._agree(batches)  # before any forward: denominators are global
             if stopping:
                 self._stop(position)
-            outcome = self.learner.forward_backward(batches, self._objective(counts), positions=int(counts[0]))
+            outcome = self.learner.forward_backward(batches, self._objective(step, counts), positions=int(counts[0]))
             check_finite(outcome, step)  # before the optimizer can make it permanent
             rate = self._rate(step)
             norm = self._move(rate, step)
@@ -146,7 +157,8 @@ class Trainer:
         )
         if self.report:
             facts = {"from": self.start.words, "refused": list(self.start.refused), "ranks": distributed.ranks(), "steps": len(self.seen),
-                     "sequencesPerStep": self.layout.sequences_per_step, "stageTokens": int(self.seen[-1])}  # fmt: skip
+                     "sequencesPerStep": self.layout.sequences_per_step, "stageTokens": int(self.seen[-1]),
+                     "centre": position.objective.model_dump() if position.objective else None}  # fmt: skip
             lines = [metrics.line("start", position, self.task.provenance.attempt, facts)]
             own = facts_of(self.task.bucket, self.start.own, position) if self.start.own else None
             self.report.update(message=f"Training {words}", checkpoint=own, conditions=self._conditions([]))
@@ -166,11 +178,16 @@ class Trainer:
         total = distributed.total(torch.cat([counts.double(), wish, gpu.as_vector(gpu.read(self.device), rank, ranks)]))
         return total[: len(counts)].long(), bool(total[len(counts)]), total[len(counts) + 1 :]
 
-    def _objective(self, counts: Tensor) -> Objective:
+    def _objective(self, step: int, counts: Tensor) -> Objective:
         """What a step of this stage minimises."""
-        if isinstance(self.task.stage, TeacherForced):
+        stage = self.task.stage
+        if isinstance(stage, TeacherForced):
             assert self.teacher is not None and self.teacher_output is not None
-            return teacher_forced(counts, self.weights, self.task.stage.loss, self.teacher_output, self.teacher.hidden_of)
+            return teacher_forced(counts, self.weights, stage.loss, self.teacher_output, self.teacher.hidden_of)
+        if isinstance(stage, Rescored) and self.course.is_scored(step):
+            centre = self.start.position.objective
+            assert centre is not None
+            return rescored(counts, self.weights, stage.confidence, centre.model_dump())
         return vanilla(counts, self.weights)
 
     def _dismiss(self) -> None:
@@ -191,10 +208,9 @@ class Trainer:
 
     def _after(self, position: Position) -> Position:
         """The position one step further."""
-        ahead = position.next_sequence + self.layout.sequences_per_step
         return position.model_copy(update={
             "steps": position.steps + 1, "iteration": position.iteration + 1, "tokens": int(self.seen[position.steps]),
-            "next_sequence": ahead, "epoch": self.plan.locate(ahead)[0],
+            **self.course.after(position),
         })  # fmt: skip
 
     def _evaluate(self, position: Position, lines: list[dict[str, Any]]) -> Position:
@@ -215,11 +231,14 @@ class Trainer:
     def _line(self, position: Position, outcome: Outcome, rate: float, norm: float, gpus: Tensor) -> dict[str, Any]:
         """The step's line of metrics."""
         assert outcome.load is not None
+        kind = self.task.stage.kind
+        if kind == "Rescored" and not self.course.is_scored(position.steps - 1):
+            kind = "Vanilla"
         return metrics.line("step", position, self.task.provenance.attempt, {
-            "loss": outcome.loss, "lossBySpan": outcome.cross_entropy, "targets": outcome.tokens, "learningRate": rate,
+            "kind": kind, "loss": outcome.loss, "lossBySpan": outcome.cross_entropy, "targets": outcome.tokens, "learningRate": rate,
             "gradientNorm": norm, "seconds": self.speed[-1][1], "tokensPerSecond": self._tokens_per_second(),
             "router": metrics.router(outcome.load),
-            "exercises": self.stream.exercises(position.steps - 1), "gpu": gpu.summary(gpus), **outcome.facts,
+            "exercises": self.course.exercises(position.steps - 1), "gpu": gpu.summary(gpus), **outcome.facts,
         })  # fmt: skip
 
     def _say(self, position: Position, outcome: Outcome, lines: list[dict[str, Any]]) -> None:

@@ -67,6 +67,12 @@ class Prometheus:
         }
         self._span = gauge("span_loss", "Loss of the latest step by span, nats a token", ["span"])
         self._held_out = gauge("held_out_loss", "Held-out loss by span, nats a token", ["span"])
+        self._of_span = {
+            ("teacherLogp",): gauge("teacher_logp", "Teacher's mean log-probability in the latest scored step by span, nats", ["span"]),
+            ("weight", "mean"): gauge("weight_mean", "Mean confidence weight in the latest scored step by span", ["span"]),
+            ("weight", "saturationLow"): gauge("weight_saturation_low_ratio", "Share of weights at confidence.min by span", ["span"]),
+            ("weight", "saturationHigh"): gauge("weight_saturation_high_ratio", "Share of weights at confidence.max by span", ["span"]),
+        }
         self._max_over_mean = gauge("router_max_over_mean", "Busiest expert's load over the mean, the worst layer's")
         self._dead = gauge("router_dead_experts", "Experts without a token in the latest step, all layers")
         self._aux = gauge("router_aux_loss", "Balance loss of the router, 1 when balanced")
@@ -86,6 +92,13 @@ class Prometheus:
                 spans.labels(**self._labels, span=span).set(value)
         if line["event"] != "step":
             return
+        for path, by_span in self._of_span.items():
+            measured: Any = line
+            for name in path:
+                measured = measured.get(name, {})
+            for span, value in measured.items():
+                if value is not None:
+                    by_span.labels(**self._labels, span=span).set(value)
         found = {
             **{gauge: line[name] for name, gauge in self._of_step.items()},
             self._max_over_mean: max(line["router"]["maxOverMean"].values()),

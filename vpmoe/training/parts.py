@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -122,21 +122,34 @@ class Parts:
 
     def read(self, document: Document) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """(tokens, span of each token) of one document."""
-        start, stop = (int(at) for at in self._starts[document.part][document.number : document.number + 2])
+        start, stop = self.tokens_of(document)
         tokens = self._cache.read(self._subject(document.part, "tokens.bin"), 4 * start, 4 * stop)
         spans = self._cache.read(self._subject(document.part, "spans.bin"), start, stop)
         return np.frombuffer(tokens, "<i4"), np.frombuffer(spans, np.uint8)
 
     def prefetch(self, documents: Iterable[Document]) -> None:
         """Begin to fetch the blocks that these documents lie in. A block that cannot be had is met again, and reported, when it is read."""
+        documents = list(documents)
+        self.prefetch_of(documents, lambda part: self._subject(part, "tokens.bin"), 4)
+        self.prefetch_of(documents, lambda part: self._subject(part, "spans.bin"), 1)
+
+    def prefetch_of(self, documents: Iterable[Document], file_of: Callable[[int], Subject], width: int) -> None:
+        """The same of a file that has `width` bytes for each token of a part, such as the teacher's scores."""
         wanted = set()
         for document in documents:
-            start, stop = (int(at) for at in self._starts[document.part][document.number : document.number + 2])
-            for file, width in (("tokens.bin", 4), ("spans.bin", 1)):
-                subject = self._subject(document.part, file)
-                wanted |= {(subject, index) for index in range(width * start // BLOCK, -(-width * stop // BLOCK))}
-        for subject, index in wanted:
-            self._pool.submit(self._cache.bring, subject, index)
+            start, stop = self.tokens_of(document)
+            wanted |= {(document.part, index) for index in range(width * start // BLOCK, -(-width * stop // BLOCK))}
+        for part, index in wanted:
+            self._pool.submit(self._cache.bring, file_of(part), index)
+
+    def tokens_of(self, document: Document) -> tuple[int, int]:
+        """[start, stop) of the document's tokens in its part."""
+        start, stop = self._starts[document.part][document.number : document.number + 2]
+        return int(start), int(stop)
+
+    def stem(self, part: int) -> str:
+        """What the names of a part's files begin with, below the data set's folder."""
+        return self._stems[part]
 
     def exercise_shares(self, documents: Iterable[Document]) -> dict[str, float]:
         """Share of the documents' tokens that belong to each exercise, "unknown" where a row names none."""

@@ -11,6 +11,28 @@ from vpmoe.storage import Bucket, StorageError, manifest, paths
 from vpmoe.storage.manifest import Manifest
 
 
+class ScoredStream(Record):
+    """Where a stage stands among the documents that the teacher has scored."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    scores: str
+    """Id of the scores: of others this is no position."""
+    first_sequence: int
+    """Sequence of the scored documents' stream that the stage began with."""
+    next_sequence: int
+    """Sequence of it that comes next, in this stage or in a later one with the same scores."""
+
+
+class Centre(Record):
+    """What a Rescored stage weighs by: the teacher's log-probability that weighs 1, in nats, by span."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    reasoning: float
+    final: float
+
+
 class Position(Record):
     """A stage after some of its optimizer steps. Data order follows from it alone, so there is no data state to keep."""
 
@@ -38,8 +60,10 @@ class Position(Record):
     """Held-out loss before the first step and of each evaluation, spans weighted; what `stop` looks at."""
     finished: bool = False
     """Whether the stage is done. Only then may the next begin from here."""
-    objective: None = None
-    """State of the objective. Vanilla, all that there is so far, has none."""
+    scored: ScoredStream | None = None
+    """Where the scored documents stand; None where no stage so far has read any."""
+    objective: Centre | None = None
+    """State of the objective, fixed when the stage begins. Only Rescored has one."""
 
 
 def iterations(bucket: Bucket, folder: str) -> list[int]:

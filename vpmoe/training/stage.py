@@ -4,16 +4,17 @@ from datetime import UTC, datetime
 
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, DatasetFacts, Progress
-from vpmoe.api.stages import TeacherForced, Vanilla
+from vpmoe.api.stages import Rescored, TeacherForced, Vanilla
 from vpmoe.data import resolve
 from vpmoe.failure import Permanent
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Input, Manifest
+from vpmoe.teacher import scores as teacher_scores
 from vpmoe.teacher.model import resolve_teacher
 from vpmoe.training.position import Position, end_of, facts_of, held_out
 
-Trainable = Vanilla | TeacherForced
+Trainable = Vanilla | Rescored | TeacherForced
 """The kinds of stages that this version trains."""
 
 
@@ -23,7 +24,7 @@ def trainable(run: DistillRun, name: str) -> Trainable:
         raise Permanent(f"--step {name} is no training stage. Choose one of {', '.join(stage.name for stage in run.spec.stages)}.")
     stage = run.stage(name)
     if not isinstance(stage, Trainable):
-        kinds = "Vanilla and TeacherForced"
+        kinds = "Vanilla, Rescored and TeacherForced"
         raise Permanent(f"stage {name}: kind {stage.kind} cannot be trained by this version, only {kinds}. Leave the stage out.")
     if stage.stop and stage.stop.min_validity > 0:
         raise Permanent(
@@ -55,6 +56,22 @@ def dataset(run: DistillRun, bucket: Bucket) -> Manifest:
     return made
 
 
+def scores(run: DistillRun, stage: Trainable, bucket: Bucket, made: Manifest) -> Manifest | None:
+    """The teacher's scores of the data set that a Rescored stage trains on; None for other stages, and where mix is 0.
+
+    Raises Permanent where they have not been made, or are of another content than the data set's.
+    """
+    if not isinstance(stage, Rescored) or stage.mix == 0:
+        return None
+    found = teacher_scores.resolve(run, stage, bucket, made)
+    if not bucket.exists(found.manifest):
+        raise Permanent(
+            f"{bucket.url(found.manifest)}: the teacher's scores that stage {stage.name} trains on are not there. Make them first: "
+            "python -m jobs.rescore."
+        )
+    return teacher_scores.load(found, bucket)
+
+
 def dataset_facts(bucket: Bucket, made: Manifest) -> DatasetFacts:
     """The data set as progress.json names it."""
     return DatasetFacts(id=made.facts["id"], manifest=bucket.url(made.key), sha256=made.sha256)
@@ -63,6 +80,11 @@ def dataset_facts(bucket: Bucket, made: Manifest) -> DatasetFacts:
 def dataset_input(bucket: Bucket, made: Manifest) -> Input:
     """The data set as a manifest names it among what something was made from."""
     return Input("dataset", bucket.url(made.key), {"sha256": made.sha256}, {"id": made.facts["id"]})
+
+
+def scores_input(bucket: Bucket, made: Manifest) -> Input:
+    """The scores as a manifest names them among what something was made from."""
+    return Input("scores", bucket.url(made.key), {"sha256": made.sha256}, {"id": made.facts["id"]})
 
 
 def teacher_input(run: DistillRun, bucket: Bucket) -> Input:

@@ -6,16 +6,19 @@ unknown. Where a stage has to begin from one certain checkpoint, there is no sec
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from vpmoe.api.stages import Rescored
 from vpmoe.failure import Permanent
 from vpmoe.model import distributed
 from vpmoe.model.learner import Learner
+from vpmoe.objectives.confidence import centre
+from vpmoe.objectives.spans import SPANS
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.manifest import Input, Manifest
-from vpmoe.training.position import Position, iterations
+from vpmoe.training.position import Centre, Position, ScoredStream, iterations
 from vpmoe.training.restore import Reader, Refused
 from vpmoe.training.task import Task
 
@@ -53,6 +56,7 @@ def begin(task: Task, learner: Learner) -> Start:
             log.error("REFUSED: %s", refusal)
             refused.append(str(refusal))
             continue
+        check_scores(task, position)
         return Start(position, f"from its checkpoint {iteration}", _sources(bucket, found), tuple(refused), found)
     if refused:
         raise Permanent(
@@ -64,7 +68,7 @@ def begin(task: Task, learner: Learner) -> Start:
     except Refused as refusal:
         raise Permanent(f"stage {stage.name} cannot begin: {refusal}") from refusal
     seed_random(task.run.spec.training.seed, stage.name, distributed.rank())
-    return start
+    return replace(start, position=prepared(task, start.position))
 
 
 def _origin(task: Task, reader: Reader) -> Start:
@@ -106,7 +110,7 @@ def _go_on(task: Task, reader: Reader, url: str) -> Start:
         raise Permanent(f"resumeFrom: {url} has no checkpoint. Name the folder of a run that has trained, s3://…/runs/namespace/name-uid.")
     found, position = reader.restore(bucket, f"{folder}/{newest[1]}/{newest[0]}", moments=True, begins=True)
     if found.inputs["dataset"].digest != {"sha256": task.dataset.sha256}:
-        position = position.model_copy(update={"next_sequence": 0, "epoch": 0})
+        position = position.model_copy(update={"next_sequence": 0, "epoch": 0, "scored": None})
     return Start(follow(position, task.stage.name), f"where {url} stands", _sources(bucket, found))
 
 
@@ -118,7 +122,32 @@ def first(stage: str) -> Position:
 def follow(before: Position, stage: str) -> Position:
     """The beginning of a stage after another: the count of optimizer steps and the data stream go on."""
     at = before.next_sequence
-    return Position(stage=stage, steps=0, tokens=0, iteration=before.iteration, first_sequence=at, next_sequence=at, epoch=before.epoch)
+    return Position(
+        stage=stage, steps=0, tokens=0, iteration=before.iteration, first_sequence=at, next_sequence=at, epoch=before.epoch,
+        scored=before.scored,
+    )  # fmt: skip
+
+
+def prepared(task: Task, begins: Position) -> Position:
+    """The beginning of a stage with what is fixed there: for Rescored, its place among the scored documents and what weighs 1."""
+    if task.scores is None or not isinstance(task.stage, Rescored):
+        return begins
+    scores, before = task.scores.facts["id"], begins.scored
+    at = before.next_sequence if before is not None and before.scores == scores else 0
+    found = {span: centre(task.scores.facts["histogram"][span], task.stage.confidence) for span in SPANS}
+    log.info("Rescored: a token weighs 1 where the teacher's log-probability is %s", found)
+    scored = ScoredStream(scores=scores, first_sequence=at, next_sequence=at)
+    return begins.model_copy(update={"scored": scored, "objective": Centre(**found)})
+
+
+def check_scores(task: Task, position: Position) -> None:
+    """Raise Permanent where a stage that has begun would go on with other scores than it began with."""
+    ours, began = task.scores.facts["id"] if task.scores else None, position.scored.scores if position.scored else None
+    if ours is not None and ours != began:
+        raise Permanent(
+            f"stage {task.stage.name} began with the teacher's scores {began}, and would go on with {ours}: what scores are made of has "
+            "changed with the code. Go on with the image that the stage began with, or start a new run."
+        )
 
 
 def seed_random(seed: int, stage: str, rank: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import distributed as dist
 
 from vpmoe.api import DistillRun
-from vpmoe.api.stages import TeacherForced, Vanilla
+from vpmoe.api.stages import Rescored, TeacherForced, Vanilla
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket
 from vpmoe.storage.manifest import Manifest
@@ -19,7 +19,7 @@ class Task:
     """One attempt at one stage."""
 
     run: DistillRun
-    stage: Vanilla | TeacherForced
+    stage: Vanilla | Rescored | TeacherForced
     bucket: Bucket
     dataset: Manifest
     provenance: Provenance
@@ -27,6 +27,8 @@ class Task:
     """Set on SIGTERM: this process wants to stop. All stop after the same step."""
     scratch: Path
     """A folder on the pod's disk that all its processes share and that goes when they do."""
+    scores: Manifest | None = None
+    """The teacher's scores that a Rescored stage trains on."""
 
 
 class Talk:
