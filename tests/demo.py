@@ -15,14 +15,15 @@ from typing import Any
 
 import boto3
 
-from tests import install, sample
+from tests import install, sample, teachers
 from tests.devcluster.cluster import Cluster, up
 
 NAMESPACE = "default"
 RUN = "demo"
 MANIFEST = "manifests/examples/demo.yaml"
-BUCKETS = ("corpora", "vpmoe")
-DEADLINE = 600
+BUCKETS = ("corpora", "models", "vpmoe")
+TEACHER = "tiny-gpt-oss"
+DEADLINE = 900
 """Seconds after which a run that has not ended is shown as stuck."""
 
 
@@ -35,23 +36,34 @@ def shown(*command: str) -> None:
     say("\n$ " + shlex.join(command))
 
 
-def upload(cluster: Cluster) -> None:
-    """The repository's sample as parquet shards in the development cluster's store."""
-    client = boto3.client(
+def client(cluster: Cluster) -> Any:
+    """The development cluster's store."""
+    return boto3.client(
         "s3", endpoint_url=cluster.s3.endpoint, aws_access_key_id=cluster.s3.access_key, aws_secret_access_key=cluster.s3.secret_key,
         region_name="us-east-1",
     )  # fmt: skip
-    there = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
+
+
+def upload(store: Any) -> None:
+    """The repository's sample as parquet shards, and a teacher: a random GPT-OSS of a few million parameters beside its vocabulary."""
+    there = {bucket["Name"] for bucket in store.list_buckets()["Buckets"]}
     for bucket in BUCKETS:
         if bucket not in there:
-            client.create_bucket(Bucket=bucket)
+            store.create_bucket(Bucket=bucket)
     with tempfile.TemporaryDirectory() as folder:
         shards = sample.write(Path(folder), shards=2)
         for shard in shards:
-            client.upload_file(str(shard), "corpora", f"demo/{shard.name}")
+            store.upload_file(str(shard), "corpora", f"demo/{shard.name}")
     rows = sample.rows()
     languages = sorted({row["language"] for row in rows if row["language"]})
     say(f"\nTraining input: {len(rows)} documents in {', '.join(languages)}, as {len(shards)} parquet files at s3://corpora/demo/")
+    if not store.list_objects_v2(Bucket="models", Prefix=f"{TEACHER}/model.safetensors").get("KeyCount"):  # the last of its files
+        with tempfile.TemporaryDirectory() as folder:
+            for file in sorted(
+                teachers.write(Path(folder)).iterdir(), key=lambda file: file.name == "config.json"
+            ):  # last: then it is whole
+                store.upload_file(str(file), "models", f"{TEACHER}/{file.name}")
+    say(f"Teacher: a tiny GPT-OSS with random weights, made here, at s3://models/{TEACHER}/")
 
 
 def get(cluster: Cluster) -> dict[str, Any]:
@@ -85,18 +97,24 @@ def follow(cluster: Cluster) -> dict[str, Any]:
     return run
 
 
-def report(cluster: Cluster, run: dict[str, Any]) -> None:
+def report(cluster: Cluster, store: Any, run: dict[str, Any]) -> None:
     """Where everything is, and what it came to."""
     shown("kubectl", "get", "distillruns", "--output=wide")
     say(cluster.kubectl("get", "distillruns", "--namespace", NAMESPACE, "--output=wide").rstrip())
     status = run["status"]
-    before, after = status["heldOut"]["before"], status["heldOut"]["latest"]
-    say("\nHeld-out loss, nats a token     before    after")
-    for span in ("reasoning", "final"):
-        say(f"  {span:<26} {before[span]:>9.3f} {after[span]:>8.3f}")
+    say("\nHeld-out loss, nats a token             before    after")
+    for step in (step for step in status["steps"] if "heldOut" in step):
+        before, after = step["heldOut"]["before"], step["heldOut"]["latest"]
+        for span in ("reasoning", "final"):
+            say(f"  {step['name']:<12} {span:<21} {before[span]:>9.3f} {after[span]:>8.3f}")
     folder = status["provenance"]["folder"]
     say(f"\nCheckpoint   {status['checkpoint']['manifest']}")
     say(f"Data set     {status['provenance']['dataset']['manifest']}")
+    checkpoint = json.loads(
+        store.get_object(Bucket="vpmoe", Key=status["checkpoint"]["manifest"].removeprefix("s3://vpmoe/"))["Body"].read()
+    )
+    made_from = checkpoint["predicate"]["buildDefinition"]["resolvedDependencies"]
+    say(f"Scores       {next(found['uri'] for found in made_from if found['name'] == 'scores')}")
     say(f"Run          {folder}")
     say(
         f"""
@@ -104,7 +122,7 @@ Look around:
   export KUBECONFIG={cluster.kubeconfig} PATH={cluster.kubectl_path.parent}:$PATH
   kubectl describe distillrun {RUN}
   kubectl get pods --selector vpmoe.dev/run={RUN}
-  kubectl logs --selector vpmoe.dev/run={RUN},vpmoe.dev/step=vanilla --tail=20
+  kubectl logs --selector vpmoe.dev/run={RUN},vpmoe.dev/step=rescored --tail=20
   kubectl explain distillrun.spec.stages
   AWS_ENDPOINT_URL={cluster.s3.endpoint} AWS_ACCESS_KEY_ID={cluster.s3.access_key} AWS_SECRET_ACCESS_KEY={cluster.s3.secret_key} \\
     .venv/bin/python -m vpmoe.storage verify {folder}
@@ -118,12 +136,13 @@ def main() -> None:
     shown("helm", "upgrade", "--install", "distill-operator", "charts/distill-operator", "--values=…/values-dev.yaml", "--wait")
     install.operator(cluster)
     say(cluster.kubectl("get", "deployment,pods", "--namespace", install.NAMESPACE).rstrip())
-    upload(cluster)
+    store = client(cluster)
+    upload(store)
     install.credentials(cluster, NAMESPACE)
     cluster.kubectl("delete", "distillrun", RUN, "--namespace", NAMESPACE, "--ignore-not-found", "--wait", "--timeout=120s")
     shown("kubectl", "apply", "--filename", MANIFEST)
     say(cluster.kubectl("apply", "--namespace", NAMESPACE, "--filename", MANIFEST).rstrip())
-    report(cluster, follow(cluster))
+    report(cluster, store, follow(cluster))
     say(f"\n{time.monotonic() - started:.0f} s.")
 
 
