@@ -20,25 +20,28 @@ def of(changes: dict[str, Any], stage: str = "first") -> Layout:
 @pytest.mark.parametrize(
     "changes, stage, expected",
     [
-        pytest.param({}, "first", Layout(7, 1, 7, 7, 1, 17, 119, 119 * 8192), id="seven GPUs in one pod"),
+        pytest.param({}, "first", Layout(7, 1, 7, 7, 7, 1, 17, 119, 119 * 8192), id="seven GPUs in one pod"),
         pytest.param(
-            {"spec.stages": [manifests.ONPOLICY]}, "onpolicy", Layout(6, 1, 6, 6, 1, 20, 120, 120 * 8192), id="one GPU goes to the sampler"
+            {"spec.stages": [manifests.ONPOLICY]},
+            "onpolicy",
+            Layout(6, 1, 6, 6, 6, 1, 20, 120, 120 * 8192),
+            id="one GPU goes to the sampler",
         ),
-        pytest.param({"spec.student.gpusPerPod": 1}, "first", Layout(7, 7, 1, 7, 1, 17, 119, 119 * 8192), id="a pod for each GPU"),
+        pytest.param({"spec.student.gpusPerPod": 1}, "first", Layout(7, 7, 1, 1, 7, 1, 17, 119, 119 * 8192), id="a pod for each GPU"),
         pytest.param(
             {"spec.student": {"gpus": 16, "gpusPerPod": 8, "expertParallel": 4}, "spec.training.globalBatchTokens": "131072"},
             "first",
-            Layout(16, 2, 8, 16, 4, 1, 16, 131_072),
+            Layout(16, 2, 8, 8, 16, 4, 1, 16, 131_072),
             id="two nodes, experts over four ranks, the smallest batch",
         ),
         pytest.param(
             {"spec.student": {"gpus": 8, "gpusPerPod": 8}, "spec.stages": [manifests.ONPOLICY]},
             "onpolicy",
-            Layout(7, 1, 7, 7, 1, 17, 119, 119 * 8192),
+            Layout(7, 1, 7, 7, 7, 1, 17, 119, 119 * 8192),
             id="a pod is no larger than the stage",
         ),
         pytest.param(
-            {"spec.stages": [manifests.FORCED]}, "forced", Layout(7, 1, 7, 7, 1, 17, 119, 119 * 8192), id="the teacher is no rank"
+            {"spec.stages": [manifests.FORCED]}, "forced", Layout(7, 1, 7, 8, 7, 1, 17, 119, 119 * 8192), id="the teacher is no rank"
         ),
     ],
 )

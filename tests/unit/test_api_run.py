@@ -123,8 +123,44 @@ def test_defaults_are_those_of_the_plan() -> None:
         (0.3, 2, None),
     ]
     assert [stage.optimizer.learning_rate for stage in (vanilla, rescored, forced, onpolicy)] == [3e-4, 3e-4, 3e-4, 2e-5]
-    assert run.steps() == ("preprocess", "first", "rescored", "forced", "onpolicy")
+    assert run.steps() == ("preprocess", "rescore", "first", "rescored", "forced", "onpolicy")
     assert run.stage("forced") is forced
+
+
+@pytest.mark.parametrize(
+    "kinds, needs",
+    [
+        pytest.param(["Vanilla", "Vanilla"], {"preprocess": [], "s0": ["preprocess"], "s1": ["s0"]}, id="no scores, no rescoring"),
+        pytest.param(
+            ["Vanilla", "Vanilla", "Rescored", "Vanilla"],
+            {
+                "preprocess": [], "rescore": ["preprocess"], "s0": ["preprocess"], "s1": ["s0"], "s2": ["s1", "rescore"], "s3": ["s2"]
+            },
+            id="rescoring beside Vanilla",
+        ),
+        pytest.param(
+            ["TeacherForced", "Rescored", "OnPolicy"],
+            {
+                "preprocess": [], "rescore": ["preprocess"], "s0": ["preprocess", "rescore"], "s1": ["s0", "rescore"],
+                "s2": ["s1", "rescore"],
+            },
+            id="the teacher's GPUs",
+        ),
+        pytest.param(["Vanilla", "TeacherForced"], {"preprocess": [], "s0": ["preprocess"], "s1": ["s0"]}, id="a teacher without scores"),
+    ],
+)  # fmt: skip
+def test_a_step_needs_what_it_goes_on_from_its_scores_and_the_teachers_gpus(kinds: list[str], needs: dict[str, list[str]]) -> None:
+    stages = [{"name": f"s{i}", "kind": kind, "tokens": 1000} for i, kind in enumerate(kinds)]
+    run = DistillRun.parse(manifests.manifest({"spec.stages": stages}))
+    assert run.steps() == tuple(needs)
+    assert {step: list(run.needs(step)) for step in run.steps()} == needs
+
+
+def test_a_step_that_the_run_does_not_have_is_refused() -> None:
+    run = DistillRun.parse(manifests.manifest({}))
+    for name in ("rescore", "other"):
+        with pytest.raises(KeyError, match="it has first"):
+            run.needs(name)
 
 
 @pytest.mark.parametrize(

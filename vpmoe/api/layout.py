@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vpmoe.api.stages import OnPolicy
+from vpmoe.api.stages import OnPolicy, TeacherForced
 
 if TYPE_CHECKING:
     from vpmoe.api.spec import Spec
@@ -27,7 +27,10 @@ class Layout:
     pods: int
     """Training pods: the Master and pods − 1 Workers of a PyTorchJob, or the one pod of a Job."""
     processes_per_pod: int
-    """Training processes, and GPUs, of each pod. TeacherForced stages add the teacher's process to one pod."""
+    """Training processes of each pod, one GPU each."""
+    first_pod_gpus: int
+    """GPUs of the first pod, which is the Master or the one pod of a Job. In a TeacherForced stage one more than processes: the teacher's
+    own process stands there, on the GPU after theirs, however many GPUs teacher.gpus has for rescoring."""
     data_parallel: int
     """Ranks that each take their own part of a batch: all of them."""
     expert_parallel: int
@@ -58,6 +61,7 @@ def layout(spec: Spec, stage: StageFields) -> Layout:
         ranks=world,
         pods=world // size,
         processes_per_pod=size,
+        first_pod_gpus=size + isinstance(stage, TeacherForced),
         data_parallel=world,
         expert_parallel=spec.student.expert_parallel,
         sequences_per_rank=per_rank,

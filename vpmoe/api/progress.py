@@ -83,7 +83,7 @@ class Progress(Record):
     """State of one step, overwritten as it goes on."""
 
     step: str
-    """preprocess, or the stage's name."""
+    """preprocess, rescore, or the stage's name."""
     attempt: Annotated[int, Field(ge=1)]
     """Which attempt wrote this."""
     state: Literal["Running", "Succeeded"]
@@ -95,7 +95,7 @@ class Progress(Record):
     tokens: Amount | None = None
     """Tokens trained on in this stage, and planned."""
     parts: Amount | None = None
-    """Parts of the data set written, and to write."""
+    """Parts written and to write, of the data set or of the scores."""
     tokens_per_second: float | None = None
     """Speed over the last while, padding excluded."""
     loss: float | None = None

@@ -15,11 +15,14 @@ from pydantic import ConfigDict, Field, ValidationError
 from vpmoe.api.base import Matches, Model
 from vpmoe.api.invalid import Invalid, problems
 from vpmoe.api.spec import MUTABLE, MUTABLE_RUNTIME, Spec
-from vpmoe.api.stages import Stage
+from vpmoe.api.stages import Rescored, Stage, Vanilla
 from vpmoe.api.text import read_yaml
 
 GROUP, VERSION, KIND, PLURAL = "vpmoe.dev", "v1alpha1", "DistillRun", "distillruns"
 API_VERSION = f"{GROUP}/{VERSION}"
+
+PREPROCESS, RESCORE = "preprocess", "rescore"
+"""Steps that are no stages."""
 
 RUN_NAME = Matches(
     r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?",
@@ -100,8 +103,26 @@ class DistillRun(Model):
         raise KeyError(f"{name} is no stage of {self.metadata.name}: it has {', '.join(stage.name for stage in self.spec.stages)}")
 
     def steps(self) -> tuple[str, ...]:
-        """The run's steps in order: preprocess, then each stage by its name."""
-        return ("preprocess", *(stage.name for stage in self.spec.stages))
+        """The run's steps in order: preprocess, rescore where a stage is Rescored, then each stage by its name."""
+        rescore = (RESCORE,) if any(isinstance(stage, Rescored) for stage in self.spec.stages) else ()
+        return (PREPROCESS, *rescore, *(stage.name for stage in self.spec.stages))
+
+    def needs(self, step: str) -> tuple[str, ...]:
+        """The steps that must have succeeded before this one may start. KeyError where the run has no such step.
+
+        Each stage goes on from the one before. Rescoring needs the data set alone, and a Vanilla stage leaves the teacher's GPUs idle:
+        so the two run side by side. Stages of every other kind wait for rescoring: a Rescored one for its scores, a TeacherForced or
+        OnPolicy one for the GPUs. What may be alive at once thus never asks for more than teacher.gpus + student.gpus.
+        """
+        if step == PREPROCESS:
+            return ()
+        if step == RESCORE and RESCORE in self.steps():
+            return (PREPROCESS,)
+        stage = self.stage(step)
+        position = self.spec.stages.index(stage)
+        before = self.spec.stages[position - 1].name if position else PREPROCESS
+        waits = RESCORE in self.steps() and not isinstance(stage, Vanilla)
+        return (before, RESCORE) if waits else (before,)
 
 
 def load_run(path: str | Path) -> DistillRun:

@@ -64,7 +64,7 @@ class Child(Record):
 
 
 class Step(Record):
-    """One step of the run: preprocess, or a training stage."""
+    """One step of the run: preprocess, rescore, or a training stage."""
 
     name: Annotated[str, Field(max_length=16)]
     """The step's name."""
@@ -81,9 +81,11 @@ class Step(Record):
     tokens_total: Count | None = None
     """Tokens to train on."""
     parts_done: Count | None = None
-    """Parts of the data set written."""
+    """Parts written, of the data set or of the scores."""
     parts_total: Count | None = None
-    """Parts of the data set to write."""
+    """Parts to write, of the data set or of the scores."""
+    reason: Annotated[str, Field(max_length=128)] = ""
+    """What it is doing or why it is not, in one word for programs, as in the run's conditions: two steps may be at work at once."""
     message: Message = ""
     """What it is doing, or why it is not."""
     started: datetime | None = None
@@ -129,11 +131,11 @@ class Status(Record):
     message: Message = ""
     """What the run is doing, or what it waits for, in a sentence."""
     step: Annotated[str, Field(max_length=16)] | None = None
-    """The step that is running or was last running."""
+    """The step that is running or was last running; of two, the training stage."""
     progress: Annotated[str, Field(max_length=32)] | None = None
     """How much of the whole run is done, such as "42%"."""
     tokens_per_second: Number | None = None
-    """Speed of the running step."""
+    """Speed of that step."""
     loss: Number | None = None
     """Loss of the latest optimizer step."""
     config: Annotated[str, Field(max_length=16)] | None = None
@@ -141,7 +143,7 @@ class Status(Record):
     checkpoint: CheckpointFacts | None = None
     """The run's latest checkpoint."""
     held_out: HeldOut | None = None
-    """Held-out loss by span of the step that is running or was last running, before and latest, in nats a token."""
+    """Held-out loss by span of the training stage that is running or was last running, before and latest, in nats a token."""
     started: datetime | None = None
     """When the first step started."""
     finished: datetime | None = None
@@ -149,7 +151,7 @@ class Status(Record):
     conditions: Annotated[tuple[Condition, ...], Field(max_length=16, json_schema_extra={"listMapKey": "type"})] = ()
     """Aspects of the run, each by its type."""
     steps: Annotated[tuple[Step, ...], Field(max_length=16, json_schema_extra={"listMapKey": "name"})] = ()
-    """Steps in the order in which they run."""
+    """Steps in the order in which they start; rescore runs beside Vanilla stages."""
     provenance: Provenance | None = None
     """What the run was made by and from."""
 
