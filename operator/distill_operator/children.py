@@ -11,10 +11,10 @@ from distill_operator.kube import CHILD_KINDS, CONFIGMAP, DISTILLRUN, JOB, PYTOR
 from distill_operator.settings import Settings
 from vpmoe.api import DistillRun, Stage, labels
 from vpmoe.api.layout import layout
+from vpmoe.api.run import PREPROCESS, RESCORE
 from vpmoe.api.runtime import Role
 from vpmoe.api.text import write_yaml
 
-PREPROCESS = "preprocess"
 GPU = "nvidia.com/gpu"
 USER = 65532
 RUN_FILE = "/etc/vpmoe/run.yaml"
@@ -57,8 +57,8 @@ def child_name(run: DistillRun, step: str, attempt: int) -> str:
 
 
 def child_kind(run: DistillRun, step: str) -> Kind:
-    """What a step's child is: preprocessing always a Job, training what runtime.backend says."""
-    return JOB if step == PREPROCESS else CHILD_KINDS[run.spec.runtime.backend]
+    """What a step's child is: preprocessing and rescoring always a Job, training what runtime.backend says."""
+    return JOB if step in (PREPROCESS, RESCORE) else CHILD_KINDS[run.spec.runtime.backend]
 
 
 def config_map_name(run: DistillRun) -> str:
@@ -83,32 +83,34 @@ def build_child(attempt: Attempt) -> Json:
     """The Job or PyTorchJob that carries out this attempt."""
     if attempt.step == PREPROCESS:
         return build_preprocess(attempt)
+    if attempt.step == RESCORE:
+        return build_rescore(attempt)
     stage = attempt.run.stage(attempt.step)
     return build_pytorchjob(attempt, stage) if attempt.run.spec.runtime.backend == PYTORCHJOB.name else build_train_job(attempt, stage)
 
 
 def build_preprocess(attempt: Attempt) -> Json:
     """An Indexed Job of dataset.workers pods, each of which does its share of the input shards."""
-    workers = attempt.run.spec.dataset.workers
-    indexed = {"completionMode": "Indexed", "completions": workers, "parallelism": workers}
-    return _job(attempt, indexed, _pod(attempt, role="preprocess", container="preprocess", gpus=0))
+    return _job(attempt, _indexed(attempt.run.spec.dataset.workers), _pod(attempt, role="preprocess", container="preprocess", gpus=0))
+
+
+def build_rescore(attempt: Attempt) -> Json:
+    """An Indexed Job of teacher.gpus pods of one GPU, each of which holds a teacher and scores its share of the parts."""
+    return _job(attempt, _indexed(attempt.run.spec.teacher.gpus), _pod(attempt, role="rescore", container="rescore", gpus=1))
 
 
 def build_train_job(attempt: Attempt, stage: Stage) -> Json:
-    """A Job of one pod with all of the stage's processes."""
-    gpus = layout(attempt.run.spec, stage).processes_per_pod
+    """A Job of one pod with all of the stage's processes, the teacher's of a TeacherForced stage included."""
+    gpus = layout(attempt.run.spec, stage).first_pod_gpus
     return _job(attempt, {"completions": 1, "parallelism": 1}, _pod(attempt, role="train", container="train", gpus=gpus))
 
 
 def build_pytorchjob(attempt: Attempt, stage: Stage) -> Json:
-    """A PyTorchJob of one Master and as many Workers as the layout has further pods."""
+    """A PyTorchJob of one Master, where a TeacherForced stage's teacher stands too, and as many Workers as there are further pods."""
     shape = layout(attempt.run.spec, stage)
-    pod = _pod(attempt, role="train", container="pytorch", gpus=shape.processes_per_pod)
-    pod["spec"].pop("restartPolicy")  # here it is the replica's; in both places the training operator warns
-    replica = {"restartPolicy": "Never", "template": pod}
-    replicas = {"Master": {"replicas": 1, **replica}}
+    replicas = {"Master": _replica(attempt, 1, shape.first_pod_gpus)}
     if shape.pods > 1:
-        replicas["Worker"] = {"replicas": shape.pods - 1, **replica}
+        replicas["Worker"] = _replica(attempt, shape.pods - 1, shape.processes_per_pod)
     return {
         "apiVersion": PYTORCHJOB.api_version,
         "kind": PYTORCHJOB.name,
@@ -119,6 +121,16 @@ def build_pytorchjob(attempt: Attempt, stage: Stage) -> Json:
             "pytorchReplicaSpecs": replicas,
         },
     }
+
+
+def _replica(attempt: Attempt, count: int, gpus: int) -> Json:
+    pod = _pod(attempt, role="train", container="pytorch", gpus=gpus)
+    pod["spec"].pop("restartPolicy")  # here it is the replica's; in both places the training operator warns
+    return {"replicas": count, "restartPolicy": "Never", "template": pod}
+
+
+def _indexed(pods: int) -> Json:
+    return {"completionMode": "Indexed", "completions": pods, "parallelism": pods}
 
 
 def _job(attempt: Attempt, shape: Json, pod: Json) -> Json:
@@ -168,17 +180,18 @@ def _pod(attempt: Attempt, *, role: Role, container: str, gpus: int) -> Json:
 
 
 def _container(attempt: Attempt, *, role: Role, name: str, gpus: int) -> Json:
-    run, settings = attempt.run, attempt.settings
+    run, images = attempt.run, attempt.settings.images
+    image = images.inference if role == "rescore" else images.trainer
     command = ["python", "-m", f"jobs.{role}", "--run", RUN_FILE, "--step", attempt.step, "--attempt", str(attempt.number)]
     return {
         "name": name,
-        "image": settings.images.trainer,
+        "image": image,
         "command": command,
         "workingDir": "/opt/vpmoe",
         "env": [
             *_credentials(run),
             {"name": "VPMOE_GIT_SHA", "value": attempt.origin.git_sha},
-            {"name": "VPMOE_IMAGE", "value": settings.images.trainer},
+            {"name": "VPMOE_IMAGE", "value": image},
             {"name": "TMPDIR", "value": "/tmp"},
             {"name": "HOME", "value": "/tmp"},
             *([{"name": "VPMOE_METRICS_PORT", "value": str(METRICS_PORT)}] if role == "train" else []),

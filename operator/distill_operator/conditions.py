@@ -1,11 +1,11 @@
 """From what was decided to status.conditions (KEP-1623): all six kinds always stand there, and say why they are as they are."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
 from distill_operator.progress import Reading
-from vpmoe.api.progress import ProgressCondition
 from vpmoe.api.status import Condition, Status
 
 REACHABLE = "StorageReachable"
@@ -24,8 +24,6 @@ class Said:
     message: str
     stalled: tuple[str, str] | None = None
     """Reason and message, where the run does not get on without help."""
-    jobs: tuple[ProgressCondition, ...] | None = None
-    """What the job says beside its progress; None where nothing new was read."""
 
 
 def kept(status: Status) -> Said:
@@ -38,8 +36,8 @@ def kept(status: Status) -> Said:
     )
 
 
-def update(status: Status, before: Status, said: Said, reading: Reading, now: datetime) -> Status:
-    """`status` with its conditions; a condition whose truth is as `before` keeps its time of transition."""
+def update(status: Status, before: Status, said: Said, readings: Collection[Reading], now: datetime) -> Status:
+    """`status` with its conditions; a condition whose truth is as `before` keeps its time of transition. `readings`: a step each."""
     phase, stalled = status.phase, said.stalled
     moving = phase in ("Pending", "Running") and stalled is None
     truth: dict[str, bool] = {
@@ -56,8 +54,8 @@ def update(status: Status, before: Status, said: Said, reading: Reading, now: da
         else:
             told = kind == "Ready" or (kind == "Failed" and truth[kind])  # once is enough for the others
             new.append((kind, "True" if truth[kind] else "False", said.reason, said.message if told else ""))
-    new += _storage(before, reading)
-    new += _jobs(before, said)
+    new += _storage(before, readings)
+    new += _jobs(before, readings)
     old = {condition.type: condition for condition in before.conditions}
     return Status.model_validate(
         {
@@ -72,17 +70,19 @@ def _condition(kind: str, truth: Truth, reason: str, message: str, old: Conditio
     return Condition(type=kind, status=truth, reason=reason, message=message, observed_generation=generation, last_transition_time=since)
 
 
-def _storage(before: Status, reading: Reading) -> list[tuple[str, Truth, str, str]]:
+def _storage(before: Status, readings: Collection[Reading]) -> list[tuple[str, Truth, str, str]]:
     old = before.condition(REACHABLE)
-    if reading.problem:
-        return [(REACHABLE, "False", reading.reason, reading.problem)]
-    if reading.asked:
+    for reading in readings:
+        if reading.problem:
+            return [(REACHABLE, "False", reading.reason, reading.problem)]
+    if any(reading.asked for reading in readings):
         return [(REACHABLE, "True", "Answered", "")]
     return [(REACHABLE, old.status, old.reason, old.message)] if old else []
 
 
-def _jobs(before: Status, said: Said) -> list[tuple[str, Truth, str, str]]:
+def _jobs(before: Status, readings: Collection[Reading]) -> list[tuple[str, Truth, str, str]]:
     """What jobs said last stays until they say otherwise."""
-    known = {c.type: (c.type, c.status, c.reason, c.message) for c in before.conditions if c.type not in (*KINDS, REACHABLE)}
-    known |= {c.type: (c.type, c.status, c.reason, c.message) for c in said.jobs or () if c.type not in (*KINDS, REACHABLE)}
-    return list(known.values())[-MOST_OF_JOBS:]
+    known = {c.type: (c.type, c.status, c.reason, c.message) for c in before.conditions}
+    for reading in readings:
+        known |= {c.type: (c.type, c.status, c.reason, c.message) for c in (reading.progress.conditions if reading.progress else ())}
+    return [said for kind, said in known.items() if kind not in (*KINDS, REACHABLE)][-MOST_OF_JOBS:]

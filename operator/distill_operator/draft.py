@@ -1,8 +1,9 @@
 """A plan in the making: what is known, what has been decided so far, and how it becomes a status.
 
-Nothing is decided here: plan.py and steps.py do that, by calling these few verbs.
+Nothing is decided here: plan.py and steps.py do that, by calling these few verbs. A Draft is about the whole run, a Work about one step.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 from distill_operator import conditions
 from distill_operator.actions import Action
 from distill_operator.gpus import Verdict
-from distill_operator.observe import Live, Observed
+from distill_operator.observe import Live, Observed, Sight
 from distill_operator.progress import Reading
 from distill_operator.settings import Settings
+from vpmoe.api import DistillRun
 from vpmoe.api.status import Phase, Status, Step
 
 
@@ -25,18 +27,31 @@ class Plan:
     again: datetime | None
 
 
+@dataclass(frozen=True)
+class Word:
+    """What one step has to say about the run: the phase and the headline that it asks for, and whether it is stalled."""
+
+    phase: Phase
+    reason: str
+    message: str
+    stalled: tuple[str, str] | None = None
+    """Reason and message, where the step does not get on without help."""
+
+
 @dataclass
 class Draft:
     """A plan in the making: what is known, and what has been decided so far."""
 
     live: Live
     seen: Observed
-    reading: Reading
+    readings: Mapping[str, Reading]
     verdict: Verdict | None
     settings: Settings
     now: datetime
     status: Status = field(init=False)
     said: conditions.Said = field(init=False)
+    words: dict[str, Word] = field(default_factory=dict)
+    """By step, of those that are at work or could be."""
     actions: list[Action] = field(default_factory=list)
     wakes: list[datetime] = field(default_factory=list)
 
@@ -46,12 +61,6 @@ class Draft:
 
     def set(self, **changes: Any) -> None:
         self.status = changed(self.status, **changes)
-
-    def step(self, name: str, **changes: Any) -> Step:
-        """Change a step, and return it."""
-        steps = tuple(changed(step, **changes) if step.name == name else step for step in self.status.steps)
-        self.set(steps=steps)
-        return next(step for step in steps if step.name == name)
 
     def say(self, phase: Phase, reason: str, message: str) -> None:
         """The headline: what the run is doing, or what it waits for."""
@@ -63,8 +72,59 @@ class Draft:
 
     def seal(self) -> Plan:
         status = changed(self.status, observed_generation=self.live.generation)
-        status = conditions.update(status, self.live.status, self.said, self.reading, self.now)
+        status = conditions.update(status, self.live.status, self.said, list(self.readings.values()), self.now)
         return Plan(status, tuple(self.actions), min(self.wakes, default=None))
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step of a draft: what is known of it, and what is decided about it."""
+
+    draft: Draft
+    run: DistillRun
+    name: str
+
+    @property
+    def step(self) -> Step:
+        """Its status as decided so far."""
+        return next(step for step in self.draft.status.steps if step.name == self.name)
+
+    @property
+    def before(self) -> Step:
+        """Its status as this look found it."""
+        return self.draft.live.status.of(self.name) or Step(name=self.name)
+
+    @property
+    def sight(self) -> Sight:
+        return self.draft.seen.children.get(self.name, Sight())
+
+    @property
+    def reading(self) -> Reading:
+        return self.draft.readings.get(self.name, Reading())
+
+    @property
+    def lacking(self) -> list[str]:
+        """The steps that must succeed before it may start."""
+        done = {step.name for step in self.draft.status.steps if step.state == "Succeeded"}
+        return [name for name in self.run.needs(self.name) if name not in done]
+
+    def set(self, **changes: Any) -> Step:
+        """Change its status, and return it."""
+        steps = self.draft.status.steps
+        self.draft.set(steps=tuple(changed(step, **changes) if step.name == self.name else step for step in steps))
+        return self.step
+
+    def say(self, reason: str, message: str, phase: Phase = "Running") -> None:
+        """What it would have the run say."""
+        self.set(reason=reason)
+        self.draft.words[self.name] = Word(phase, reason, message)
+
+    def stall(self, reason: str, message: str) -> None:
+        """Said already, and that it needs help."""
+        self.draft.words[self.name] = replace(self.draft.words[self.name], stalled=(reason, message))
+
+    def ask(self, action: Action) -> None:
+        self.draft.actions.append(action)
 
 
 def changed[Record: (Status, Step)](record: Record, **changes: Any) -> Record:

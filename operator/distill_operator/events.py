@@ -47,8 +47,8 @@ def _of_phase(before: Status, after: Status) -> Iterator[Happening]:
         return
     ready = after.condition("Ready")
     if after.phase == "Failed":
-        failed = [step.name for step in after.steps if step.state == "Failed"]  # which have Events of their own
-        yield Happening("Warning", "RunFailed", f"{ready.reason if ready else ''}: {f'step {failed[0]}' if failed else after.message}")
+        of_a_step = any(step.state == "Failed" for step in after.steps)  # which has an Event of its own
+        yield Happening("Warning", "RunFailed", f"{ready.reason if ready else ''}: {f'step {after.step}' if of_a_step else after.message}")
     elif after.phase in TOLD_OF_PHASE:
         yield Happening("Normal", TOLD_OF_PHASE[after.phase], after.message)
     elif after.phase == "Running" and before.phase == "Suspended":

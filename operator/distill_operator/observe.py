@@ -1,9 +1,10 @@
-"""From live objects to what plan.py decides by: the run as it stands, and the one child that its status names.
+"""From live objects to what plan.py decides by: the run as it stands, and the children that its status names.
 
 Everything is read from the API server at the time of asking, never from a cache; nothing is decided here.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
@@ -73,15 +74,23 @@ class Stranger:
 
 
 @dataclass(frozen=True)
-class Observed:
-    """One look at the cluster."""
+class Sight:
+    """What has become of the child that one step names."""
 
     child: Child | None = None
     stranger: Stranger | None = None
-    backend_missing: bool = False
-    """The resource type of runtime.backend is not installed."""
     refused: str = ""
     """What the API server said when the child was last to be made: a quota, a webhook, a right that is missing."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One look at the cluster."""
+
+    children: Mapping[str, Sight] = field(default_factory=dict)
+    """By step, of the steps that are Running."""
+    backend_missing: bool = False
+    """The resource type of runtime.backend is not installed."""
 
 
 def read_run(obj: Json) -> Live:
@@ -106,23 +115,23 @@ def read_run(obj: Json) -> Live:
     )
 
 
-async def look(kube: Kube, live: Live, kind: Kind, name: str, config_map: str) -> Observed:
+async def look(kube: Kube, live: Live, kind: Kind, name: str, config_map: str) -> Sight:
     """See what has become of the child `name`. Before it was ever made, also whether `config_map` is free for it."""
     obj = await kube.get(kind, live.namespace, name)
     if obj is None:
         taken = await kube.get(CONFIGMAP, live.namespace, config_map)
         foreign = taken is not None and not owned(taken, live.uid)
-        return Observed(stranger=_stranger(taken, live, CONFIGMAP) if taken is not None and foreign else None)
+        return Sight(stranger=_stranger(taken, live, CONFIGMAP) if taken is not None and foreign else None)
     if not owned(obj, live.uid):
-        return Observed(stranger=_stranger(obj, live, kind))
+        return Sight(stranger=_stranger(obj, live, kind))
     state, said = child_state(obj)
     if state in ("Running", "Succeeded"):
-        return Observed(child=Child(kind.name, name, obj["metadata"]["uid"], state))
+        return Sight(child=Child(kind.name, name, obj["metadata"]["uid"], state))
     listed = await kube.list(POD, live.namespace, labels=f"{POD_LABEL[kind.name]}={name}")
     its_pods = [pod for pod in listed if owned(pod, obj["metadata"]["uid"])]
     uids = {obj["metadata"]["uid"], *(pod["metadata"]["uid"] for pod in its_pods)}
     warnings = await _warnings(kube, live.namespace, uids) if state == "Waiting" else []
-    return Observed(child=describe(obj, state, said, its_pods, warnings))
+    return Sight(child=describe(obj, state, said, its_pods, warnings))
 
 
 def owned(obj: Json, uid: str) -> bool:

@@ -1,47 +1,54 @@
 """What to do next about one DistillRun, from one look at the cluster and the bucket. No I/O and no clock.
 
-reconcile.py looks, writes the status that is decided here, and only then carries out the actions. Conditions are conditions.py's.
+reconcile.py looks, writes the status that is decided here, and only then carries out the actions. What becomes of a step is steps.py's
+business, what the steps make of the run headline.py's, and conditions are conditions.py's.
 """
 
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 
 from distill_operator import conditions
 from distill_operator.actions import ClearBucket, Create, Delete, DeleteRun, Finalizer, KeepBucket
-from distill_operator.children import PREPROCESS, child_kind, child_name
-from distill_operator.draft import Draft, Plan, changed
+from distill_operator.children import child_kind, child_name
+from distill_operator.draft import Draft, Plan, Work, changed
 from distill_operator.gpus import Verdict
+from distill_operator.headline import conclude, failing
 from distill_operator.observe import Live, Observed
 from distill_operator.progress import Reading
 from distill_operator.settings import Settings
-from distill_operator.steps import miss_backend, suspend, watch
+from distill_operator.steps import accompany, halt, miss_backend, settle, suspend
 from vpmoe.api import DistillRun
+from vpmoe.api.run import PREPROCESS, RESCORE
 from vpmoe.api.status import Child as ChildName
 from vpmoe.api.status import Provenance, Status, Step
 from vpmoe.storage import paths
 
-EXECUTABLE = ("Vanilla",)
+EXECUTABLE = ("Vanilla", "Rescored", "TeacherForced")
 """Kinds of stages that there are jobs for."""
 
 KEPT_ATTEMPTS = 3
 """Children of a step that stay for their logs, the latest included."""
 
 
-def plan(live: Live, seen: Observed, reading: Reading, verdict: Verdict | None, settings: Settings, now: datetime) -> Plan:
-    """Decide. `seen` is the child that the running step names, `reading` that step's progress, `verdict` the pool's word on a run
+def plan(live: Live, seen: Observed, readings: Mapping[str, Reading], verdict: Verdict | None, settings: Settings, now: datetime) -> Plan:
+    """Decide. `seen` are the children that Running steps name, `readings` what those steps say, `verdict` the pool's word on a run
     that holds no GPUs (None where it holds them, or will not start anyway).
 
     Always true, and each line has a test of the same name:
       a step that has finished is never made again, even when its child is gone;
-      at most one child is alive, and it is the one that status names;
+      at most one child a step is alive, and it is the one that status names;
+      the GPUs of all living children are at most teacher.gpus + student.gpus;
+      no step starts before the steps that it needs have succeeded;
       no child is made before status names it;
       no child is made unless the run is admitted;
       no child is made while another object has its name;
       a run that cannot be carried out never starts;
+      a run that fails has failed once nothing of it is alive, with its first cause;
       a finished run stays as it is, except that a failed one goes on when attempts is raised;
       the bucket is cleared only when nothing can write to it any more;
       every message fits into the status.
     """
-    draft = Draft(live, seen, reading, verdict, settings, now)
+    draft = Draft(live, seen, readings, verdict, settings, now)
     if live.deleting:
         _end(draft)
     elif live.run is None:
@@ -60,11 +67,6 @@ def unsupported(run: DistillRun) -> str:
     if not others:
         return ""
     return f"this version carries out stages of kind {', '.join(EXECUTABLE)} only, not {', '.join(others)}. Remove them, or upgrade."
-
-
-def running_step(status: Status) -> Step | None:
-    """The step whose child is, or should be, alive."""
-    return next((step for step in status.steps if step.state == "Running"), None)
 
 
 def holds_gpus(status: Status) -> bool:
@@ -94,7 +96,6 @@ def _prepare(draft: Draft, run: DistillRun) -> None:
         storage = spec.storage
         folder = "/".join(part for part in ("s3:/", storage.bucket, storage.prefix, paths.run(run)) if part)
         draft.set(
-            finished=None,
             config=run.config_hash[:16],
             provenance=Provenance(
                 git_sha=draft.settings.git_sha, image=draft.settings.images.trainer, config_hash=run.config_hash, folder=folder
@@ -107,53 +108,69 @@ def _prepare(draft: Draft, run: DistillRun) -> None:
 
 
 def _planned(run: DistillRun, step: str) -> int | None:
-    return None if step == PREPROCESS else run.stage(step).tokens
+    return None if step in (PREPROCESS, RESCORE) else run.stage(step).tokens
 
 
 def _advance(draft: Draft, run: DistillRun) -> None:
-    """Carry the run as far as this one look allows."""
-    step = next((step for step in draft.status.steps if step.state != "Succeeded"), None)
-    if step is None:
-        if draft.status.phase != "Succeeded":
-            draft.set(finished=draft.now, progress="100%", tokens_per_second=None)
-        draft.say("Succeeded", "Succeeded", _result(draft.status))
-        _expire(draft, run)
-    elif step.state == "Failed" and step.failures >= run.spec.runtime.attempts:
+    """Carry the run as far as this one look allows: first see what has ended, then say of every step what is to become of it."""
+    failed = draft.status.phase == "Failed" and failing(draft.status, run) is not None
+    if failed or draft.status.phase == "Succeeded":
         draft.said = conditions.kept(draft.status)
-        _expire(draft, run)
-    elif step.state == "Running":
-        if watch(draft, run, step):
-            _advance(draft, run)
-        elif draft.status.phase == "Failed":
-            _expire(draft, run)
-    elif run.spec.suspend:
-        suspend(draft, step)
-    elif step.state == "Retrying" and holds_gpus(draft.status) and step.retry_at and step.retry_at > draft.now:
-        draft.wakes.append(step.retry_at)
-        draft.say("Running", "Retrying", step.message)
     else:
-        _start(draft, run, step)
+        works = [Work(draft, run, name) for name in run.steps()]
+        for work in works:
+            if work.step.state == "Running":
+                settle(work)
+        stopping = run.spec.suspend or failing(draft.status, run) is not None
+        for work in works:
+            _carry(work, stopping)
+        conclude(draft, run, works)
+    if draft.status.phase in ("Succeeded", "Failed"):
+        _expire(draft, run)
 
 
-def _start(draft: Draft, run: DistillRun, step: Step) -> None:
-    """Make the next attempt, unless something it needs is not there."""
-    if draft.seen.backend_missing:
-        miss_backend(draft, "Running" if holds_gpus(draft.status) else "Pending")
+def _carry(work: Work, stopping: bool) -> None:
+    """One step, after all have been seen. `stopping`: the run is suspended or fails, so that nothing starts and what is alive ends."""
+    step, draft = work.step, work.draft
+    if step.state == "Succeeded" or (step.state == "Failed" and step.failures >= work.run.spec.runtime.attempts):
         return
-    if not holds_gpus(draft.status) and not run.spec.runtime.queue_name:
+    if step.state == "Running":
+        (halt if stopping else accompany)(work)
+    elif work.lacking:
+        work.set(message=f"waits for {' and '.join(work.lacking)}")
+    elif stopping:
+        suspend(work)
+    elif step.state == "Retrying" and step.retry_at and _pauses(work, step.retry_at):
+        draft.wakes.append(step.retry_at)
+        work.say("Retrying", step.message)
+    else:
+        _start(work)
+
+
+def _pauses(work: Work, until: datetime) -> bool:
+    """Whether a step that Retries waits. What has ended just now is told before it starts anew, even where there is nothing to wait for."""
+    return holds_gpus(work.draft.live.status) and (until > work.draft.now or work.before.state != "Retrying")
+
+
+def _start(work: Work) -> None:
+    """Make the next attempt, unless something it needs is not there."""
+    draft, run, step = work.draft, work.run, work.step
+    if draft.seen.backend_missing:
+        miss_backend(work, "Running" if holds_gpus(draft.live.status) else "Pending")
+        return
+    if not holds_gpus(draft.live.status) and not run.spec.runtime.queue_name:
         if draft.verdict is None:
             raise ValueError(f"{run.metadata.name} is to start, and nobody has asked whether its GPUs are free")
         if not draft.verdict.admitted:
-            draft.step(step.name, state="Queued")
-            draft.say("Queued", "Queued", draft.verdict.arithmetic)
+            work.set(state="Queued")
+            work.say("Queued", draft.verdict.arithmetic, "Queued")
             if draft.verdict.hopeless:
-                draft.stall("PoolTooSmall", draft.verdict.arithmetic)
+                work.stall("PoolTooSmall", draft.verdict.arithmetic)
             return
     attempt = step.attempt + 1
     child = ChildName(kind=child_kind(run, step.name).name, name=child_name(run, step.name, attempt))
     message = f"{step.name}: attempt {attempt} is being made as {child.kind} {child.name}"
-    draft.step(
-        step.name,
+    work.set(
         state="Running",
         attempt=attempt,
         child=child,
@@ -163,12 +180,12 @@ def _start(draft: Draft, run: DistillRun, step: Step) -> None:
         retry_at=None,
         finished=None,
     )
-    draft.set(started=draft.status.started or draft.now, finished=None, step=step.name)
-    draft.say("Running", "Starting", message)
-    draft.actions.append(Create(step.name, attempt))
+    draft.set(started=draft.status.started or draft.now)
+    work.say("Starting", message)
+    work.ask(Create(step.name, attempt))
     if attempt > KEPT_ATTEMPTS:
         old = child_name(run, step.name, attempt - KEPT_ATTEMPTS)
-        draft.actions.append(Delete(ChildName(kind=child.kind, name=old)))
+        work.ask(Delete(ChildName(kind=child.kind, name=old)))
 
 
 def _expire(draft: Draft, run: DistillRun) -> None:
@@ -185,7 +202,8 @@ def _expire(draft: Draft, run: DistillRun) -> None:
 
 def _end(draft: Draft) -> None:
     """The DistillRun is being deleted. Without our finalizer it goes by itself, and garbage collection takes its children."""
-    live, child = draft.live, draft.seen.child
+    live, sights = draft.live, draft.seen.children.values()
+    alive = [sight.child for sight in sights if sight.child is not None and sight.child.alive]
     draft.said = conditions.kept(draft.status)
     if not live.finalizer:
         return
@@ -193,14 +211,9 @@ def _end(draft: Draft) -> None:
         draft.actions += [KeepBucket(f"the run's spec cannot be read ({live.invalid})"), Finalizer(False)]
     elif live.run.spec.deletion_policy == "Retain":
         draft.actions.append(Finalizer(False))
-    elif child is not None and child.alive:
-        draft.say(draft.status.phase, "Deleting", f"waiting for {child.kind} {child.name} to end before the bucket is cleared")
-        if not child.deleting:
-            draft.actions.append(Delete(ChildName(kind=child.kind, name=child.name, uid=child.uid)))
+    elif alive:
+        names = " and ".join(f"{child.kind} {child.name}" for child in alive)
+        draft.say(draft.status.phase, "Deleting", f"waiting for {names} to end before the bucket is cleared")
+        draft.actions += [Delete(ChildName(kind=child.kind, name=child.name, uid=child.uid)) for child in alive if not child.deleting]
     else:
         draft.actions += [ClearBucket(), Finalizer(False)]
-
-
-def _result(status: Status) -> str:
-    where = f"; {status.checkpoint.manifest} describes the last checkpoint" if status.checkpoint else ""
-    return f"all {len(status.steps)} steps have succeeded{where}"

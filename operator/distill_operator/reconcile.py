@@ -7,12 +7,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from distill_operator import events, gpus
 from distill_operator.actions import Action, ClearBucket, Create, Delete, DeleteRun, Finalizer, KeepBucket
 from distill_operator.children import Attempt, Origin, build_child, build_config_map, child_kind, config_map_name
+from distill_operator.claims import claim_of, needs_gpus
 from distill_operator.draft import Plan
 from distill_operator.events import Happening
 from distill_operator.kube import (
@@ -28,13 +29,12 @@ from distill_operator.kube import (
     Kube,
     KubeError,
 )
-from distill_operator.observe import Live, Observed, look, owned, read_run
-from distill_operator.plan import holds_gpus, plan, running_step, unsupported
+from distill_operator.observe import Live, Observed, Sight, look, owned, read_run
+from distill_operator.plan import holds_gpus, plan
 from distill_operator.progress import Buckets, Reading, SecretMissing
 from distill_operator.settings import Settings
 from distill_operator.watch import Key
 from vpmoe.api import DistillRun, labels
-from vpmoe.api.layout import layout
 from vpmoe.api.status import Status
 from vpmoe.storage import StorageError
 
@@ -64,7 +64,7 @@ class Reconciler:
     def __post_init__(self) -> None:
         self._admission = asyncio.Lock()  # two runs must not both be admitted to the same GPUs
         self._backend_seen = float("-inf")
-        self._refused: dict[Key, str] = {}
+        self._refused: dict[Key, dict[str, str]] = {}
 
     async def reconcile(self, key: Key) -> float | None:
         """Look at the run and do what is to be done. Seconds after which to look again even if nothing stirs; None: no need.
@@ -88,7 +88,7 @@ class Reconciler:
         if needs_gpus(live):
             async with self._admission:
                 claims, nodes = await self._claims(), gpus.nodes(await self.kube.list(NODE))
-                mine = claim(live.run, live) if live.run else None
+                mine = claim_of(live.run, live) if live.run else None
                 verdict = gpus.admit(mine, claims, nodes) if mine else None
                 decided, written = await self._decide(obj, live, verdict)
         else:
@@ -96,35 +96,48 @@ class Reconciler:
         now = _now()
         for happening in events.transitions(live.status, decided.status):
             await events.post(self.kube, written, happening, now)
+        refused: KubeError | None = None
         for action in decided.actions:
-            written = await self._apply(action, live, decided.status, written)
+            try:
+                written = await self._apply(action, live, decided.status, written)
+            except KubeError as error:
+                if not isinstance(action, Create):
+                    raise
+                refused = error  # which keeps no other step's child from being made
+        if refused is not None:
+            raise refused
         if holds_gpus(live.status) and not holds_gpus(decided.status):
             self.freed()
         return None if decided.again is None else max(0.0, (decided.again - _now()).total_seconds())
 
     async def _decide(self, obj: Json, live: Live, verdict: gpus.Verdict | None) -> tuple[Plan, Json]:
         """The plan, with its status written; and the object as it stands then."""
-        seen, reading = await self._look(live)
-        decided = plan(live, seen, reading, verdict, self.settings, _now())
+        seen, readings = await self._look(live)
+        decided = plan(live, seen, readings, verdict, self.settings, _now())
         status = decided.status.dump()
         if status == obj.get("status"):
             return decided, obj
         return decided, await self.kube.replace(DISTILLRUN, {**obj, "status": status}, "status")
 
-    async def _look(self, live: Live) -> tuple[Observed, Reading]:
-        run, step = live.run, running_step(live.status)
+    async def _look(self, live: Live) -> tuple[Observed, dict[str, Reading]]:
+        """The children of the steps that are Running, and what those steps say."""
+        run, sights, readings = live.run, dict[str, Sight](), dict[str, Reading]()
         if run is None or live.status.phase == "Succeeded":
-            return Observed(), Reading()
+            return Observed(), {}
         backend_missing = not live.deleting and await self._backend_missing(run)
-        if step is None or step.child is None:
-            return Observed(backend_missing=backend_missing), Reading()
-        try:
-            seen = await look(self.kube, live, CHILD_KINDS[step.child.kind], step.child.name, config_map_name(run))
-        except KindMissing:
-            return Observed(backend_missing=True), Reading()
-        reading = Reading() if live.deleting else await self.buckets.read(run, step.name)
-        refused = self._refused.get((live.namespace, live.name), "")
-        return Observed(seen.child, seen.stranger, backend_missing, refused), reading
+        refused = self._refused.get((live.namespace, live.name), {})
+        for step in live.status.running:
+            if step.child is None:
+                continue
+            try:
+                sight = await look(self.kube, live, CHILD_KINDS[step.child.kind], step.child.name, config_map_name(run))
+            except KindMissing:
+                backend_missing = True
+                continue
+            sights[step.name] = replace(sight, refused=refused.get(step.name, ""))
+            if not live.deleting:
+                readings[step.name] = await self.buckets.read(run, step.name)
+        return Observed(sights, backend_missing), readings
 
     async def _backend_missing(self, run: DistillRun) -> bool:
         """Whether a resource type that the run needs is not installed. That it is, is remembered for a while; that it is not, never."""
@@ -145,7 +158,7 @@ class Reconciler:
             live = read_run(obj)
             run = live.run
             if run is not None and (holds_gpus(live.status) or (needs_gpus(live) and not await self._backend_missing(run))):
-                claims.append(claim(run, live))
+                claims.append(claim_of(run, live))
         return claims
 
     async def _apply(self, action: Action, live: Live, status: Status, obj: Json) -> Json:
@@ -172,15 +185,16 @@ class Reconciler:
 
     async def _make(self, run: DistillRun, attempt: Attempt) -> None:
         """The ConfigMap, then the child. What is there already is ours, or in the way. A refusal is kept for the next look to tell."""
-        namespace, uid, key = run.metadata.namespace, run.metadata.uid or "", (run.metadata.namespace, run.metadata.name)
+        namespace, uid = run.metadata.namespace, run.metadata.uid or ""
+        refused = self._refused.setdefault((namespace, run.metadata.name), {})
         try:
             await self._ensure(CONFIGMAP, build_config_map(run, attempt.origin), namespace, uid)
             await self._ensure(child_kind(run, attempt.step), build_child(attempt), namespace, uid)
         except KubeError as error:
             if error.code in REFUSALS:
-                self._refused[key] = str(error)
+                refused[attempt.step] = str(error)
             raise
-        self._refused.pop(key, None)
+        refused.pop(attempt.step, None)
 
     async def _ensure(self, kind: Kind, wanted: Json, namespace: str, uid: str) -> None:
         try:
@@ -223,30 +237,6 @@ class Reconciler:
 def bucket_kept(why: str) -> Happening:
     """What people are told when a run that should have been removed from the bucket was not."""
     return Happening("Warning", "BucketKept", f"the run's folder stays in the bucket: {why}")
-
-
-def needs_gpus(live: Live) -> bool:
-    """Whether the run waits for GPUs, or would if it were looked at now."""
-    run, status = live.run, live.status
-    if run is None or live.deleting or holds_gpus(status) or run.spec.suspend or run.spec.runtime.queue_name or unsupported(run):
-        return False
-    failed = next((step for step in status.steps if step.state == "Failed"), None)
-    return status.phase != "Succeeded" and (failed is None or failed.failures < run.spec.runtime.attempts)
-
-
-def claim(run: DistillRun, live: Live) -> gpus.Claim:
-    """What a run asks of the pool for its whole life."""
-    spec = run.spec
-    return gpus.Claim(
-        name=f"{live.namespace}/{live.name}",
-        uid=live.uid,
-        created=live.created,
-        teacher=spec.teacher.gpus,
-        student=spec.student.gpus,
-        per_pod=max(layout(spec, stage).processes_per_pod for stage in spec.stages),
-        selector=spec.runtime.node_selector,
-        admitted=holds_gpus(live.status),
-    )
 
 
 def origin(status: Status) -> Origin:

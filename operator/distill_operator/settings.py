@@ -24,7 +24,7 @@ class Images(Part):
     trainer: str
     """Preprocessing and training."""
     inference: str
-    """Teacher and sampler."""
+    """Rescoring, teacher and sampler."""
 
 
 class Backoff(Part):

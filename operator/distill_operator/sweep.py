@@ -10,7 +10,6 @@ from typing import get_args
 from distill_operator.kube import DISTILLRUN, JOB, PYTORCHJOB, Json, Kind, KindMissing, Kube
 from distill_operator.metrics import RUNS
 from distill_operator.observe import child_state, owned
-from distill_operator.plan import running_step
 from distill_operator.settings import Settings
 from distill_operator.watch import Key
 from vpmoe.api import labels
@@ -50,9 +49,9 @@ def is_live(run: Json) -> bool:
 
 def is_stray(run: Json, child: Json) -> bool:
     """Whether a child of this run is at work although the run's status does not name it."""
-    step = running_step(Status.model_validate(run.get("status") or {}))
-    named = step.child.name if step is not None and step.child is not None else ""
-    return child_state(child)[0] in ("Waiting", "Running") and child["metadata"]["name"] != named
+    steps = Status.model_validate(run.get("status") or {}).running
+    named = [step.child.name for step in steps if step.child is not None]
+    return child_state(child)[0] in ("Waiting", "Running") and child["metadata"]["name"] not in named
 
 
 async def _children(kube: Kube, settings: Settings, kind: Kind) -> list[Json]:

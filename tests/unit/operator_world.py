@@ -10,17 +10,17 @@ from typing import Any
 
 from distill_operator import observe
 from distill_operator.actions import ClearBucket, Create, Delete, DeleteRun, Finalizer, KeepBucket
-from distill_operator.children import child_kind, child_name
+from distill_operator.children import Attempt, Origin, build_child, child_kind, child_name
 from distill_operator.draft import Plan
 from distill_operator.gpus import Verdict
-from distill_operator.observe import Child, Live, Observed
-from distill_operator.plan import holds_gpus, plan, running_step
+from distill_operator.observe import Child, Live, Observed, Sight
+from distill_operator.plan import holds_gpus, plan
 from distill_operator.pods import Failure
 from distill_operator.progress import Reading
 from distill_operator.settings import Settings
 
 from vpmoe.api.progress import Amount, CheckpointFacts, DatasetFacts, Progress
-from vpmoe.api.status import Status
+from vpmoe.api.status import Status, Step
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 UID = "0a1b2c3d-0000-4000-8000-000000000001"
@@ -32,7 +32,7 @@ SETTINGS = Settings.model_validate(
         "gitSha": SHA,
         "images": {"trainer": "vpmoe/trainer:1", "inference": "vpmoe/inference:1"},
         "lease": {"name": "distill-operator"},
-        "resources": {"train": {"requests": {"cpu": "4"}}},
+        "resources": {"train": {"requests": {"cpu": "4"}}, "rescore": {"requests": {"memory": "2Gi"}}},
         "backoff": {"baseSeconds": 10, "limitSeconds": 60},
     }
 )
@@ -68,15 +68,38 @@ def live(status: Status | None = None, deleting: bool = False, finalizers: tuple
 
 
 def progress(step: str, attempt: int = 1, state: str = "Running", iteration: int = 0, done: int = 0, **more: Any) -> Reading:
-    """What a step says: `iteration` of its last checkpoint, `done` tokens (preprocessing: parts)."""
+    """What a step says: `iteration` of its last checkpoint, `done` tokens (preprocessing and rescoring: parts)."""
     address = "s3://vpmoe/somewhere/manifest.json"
-    amount = {"parts": Amount(done=done, total=4)} if step == "preprocess" else {"tokens": Amount(done=done, total=1000)}
+    amount = {"parts": Amount(done=done, total=4)} if step in ("preprocess", "rescore") else {"tokens": Amount(done=done, total=1000)}
     checkpoint = CheckpointFacts(iteration=iteration, tokens=done, manifest=address, sha256="c" * 64) if iteration else None
     dataset = DatasetFacts(id="d" * 64, manifest=address, sha256="e" * 64)
     told = {"step": step, "attempt": attempt, "state": state, "updated": START, "checkpoint": checkpoint, "dataset": dataset}
     return Reading(Progress.model_validate({**told, **amount, **more}), asked=True)
 
 
+def templates(child: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """How many pods of which template a Job or PyTorchJob has."""
+    spec = child["spec"]
+    if child["kind"] == "Job":
+        return [(spec["parallelism"], spec["template"])]
+    return [(replica["replicas"], replica["template"]) for replica in spec["pytorchReplicaSpecs"].values()]
+
+
+def gpus(child: dict[str, Any]) -> int:
+    """GPUs of all pods of a Job or PyTorchJob."""
+    limits = [(count, template["spec"]["containers"][0]["resources"].get("limits", {})) for count, template in templates(child)]
+    return sum(count * limit.get("nvidia.com/gpu", 0) for count, limit in limits)
+
+
+ALL_KINDS = [
+    {"name": "vanilla", "kind": "Vanilla", "tokens": 1000},
+    {"name": "rescored", "kind": "Rescored", "tokens": 1000},
+    {"name": "forced", "kind": "TeacherForced", "tokens": 1000},
+]
+ERROR = Failure("Error", "pod x, container pytorch, exit 137 (killed)")
+EVICTED = Failure("Interrupted", "pod x was stopped from outside (EvictionByEvictionAPI: drained)")
+PERMANENT = Failure("Permanent", "pod x, exit 65")
+RETRIABLE = Failure("Retriable", "pod x, exit 75")
 AWAY = Reading(asked=True, problem="s3://vpmoe: GetObject failed", reason="Unreachable")
 
 
@@ -87,7 +110,9 @@ class World:
     spec: dict[str, Any] = field(default_factory=dict)
     status: Status = field(default_factory=Status)
     children: dict[str, Child] = field(default_factory=dict)
-    reading: Reading = field(default_factory=Reading)
+    readings: dict[str, Reading] = field(default_factory=dict)
+    otherwise: Reading = field(default_factory=Reading)
+    """What is read of a step that has told nothing."""
     verdict: Verdict = ADMITTED
     now: datetime = START
     deleting: bool = False
@@ -96,18 +121,19 @@ class World:
     run_deleted: bool = False
     backend_missing: bool = False
     made: list[str] = field(default_factory=list)
+    asked: dict[str, int] = field(default_factory=dict)
+    """GPUs by child."""
     last: Plan | None = None
 
     def decide(self) -> Plan:
         """A plan from the world as it is. Nothing changes."""
         finalizers = ("vpmoe.dev/delete-from-bucket",) if self.finalizer else ()
         seen_run = live(self.status, self.deleting, finalizers, **self.spec)
-        step = running_step(self.status)
-        child = self.children.get(step.child.name) if step is not None and step.child is not None else None
-        seen = Observed(child=child, backend_missing=self.backend_missing)
-        reading = self.reading if step is not None else Reading()
+        named = {step.name: step.child.name for step in self.status.running if step.child is not None}
+        seen = Observed({step: Sight(self.children.get(name)) for step, name in named.items()}, self.backend_missing)
+        readings = {step: self.readings.get(step, self.otherwise) for step in named}
         verdict = None if holds_gpus(self.status) else self.verdict
-        return plan(seen_run, seen, reading, verdict, SETTINGS, self.now)
+        return plan(seen_run, seen, readings, verdict, SETTINGS, self.now)
 
     def look(self, crash_after: int | None = None) -> Plan:
         """Decide, write the status, act; with `crash_after`, only so many of the actions."""
@@ -123,17 +149,35 @@ class World:
             decided = self.look()
         return decided
 
-    def becomes(self, state: observe.State, failure: Failure | None = None, **more: Any) -> None:
-        """The running step's child changes."""
-        name = self.child().name
+    def becomes(self, state: observe.State, failure: Failure | None = None, step: str = "", **more: Any) -> None:
+        """The child of that step changes; of the running one that is furthest on, where none is named."""
+        name = self.child(step).name
         self.children[name] = replace(self.children[name], state=state, failure=failure, **more)
 
-    def child(self) -> Child:
-        """The running step's child."""
-        step = running_step(self.status)
-        assert step is not None
-        assert step.child is not None
-        return self.children[step.child.name]
+    def child(self, step: str = "") -> Child:
+        """The child of that step, or of the running one that is furthest on."""
+        found = self.status.of(step) if step else self.status.running[-1]
+        assert found is not None
+        assert found.child is not None
+        return self.children[found.child.name]
+
+    def ends(self, *steps: str) -> None:
+        """The children of these steps, or all, are gone, with their pods."""
+        for name in [self.child(step).name for step in steps] or list(self.children):
+            del self.children[name]
+
+    def tells(self, reading: Reading) -> None:
+        """From now on the step that this is about says so; what is about no step is read of every one."""
+        if reading.progress is None:
+            self.readings, self.otherwise = {}, reading
+        else:
+            self.readings[reading.progress.step] = reading
+
+    def step(self, name: str) -> Step:
+        """A step's status."""
+        found = self.status.of(name)
+        assert found is not None
+        return found
 
     def wait(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
@@ -141,15 +185,22 @@ class World:
     def alive(self) -> list[str]:
         return [child.name for child in self.children.values() if child.alive]
 
+    def gpus(self) -> int:
+        """GPUs that the living children ask for."""
+        return sum(self.asked[name] for name in self.alive())
+
     def _act(self, action: Any) -> None:
         run = live(**self.spec).run
         assert run is not None
         match action:
             case Create(step, attempt):
                 name = child_name(run, step, attempt)
+                assert all(self.step(needed).state == "Succeeded" for needed in run.needs(step)), f"{name} is made too early"
                 if name not in self.children:
                     self.made.append(name)
+                    self.asked[name] = gpus(build_child(Attempt(run, step, attempt, Origin(SHA, "b" * 64, None), SETTINGS)))
                     self.children[name] = Child(child_kind(run, step).name, name, f"uid-{len(self.made)}", "Waiting")
+                assert self.gpus() <= run.spec.teacher.gpus + run.spec.student.gpus, self.alive()
             case Delete(named):
                 child = self.children.get(named.name)
                 if child is not None and child.alive and named.uid in (None, child.uid):
@@ -165,3 +216,29 @@ class World:
                 pass
             case DeleteRun():
                 self.run_deleted = True
+
+
+def training(**spec: Any) -> World:
+    """A world in which preprocessing is done and training runs, with its first checkpoint still to come."""
+    world = World(spec)
+    world.look()
+    world.becomes("Succeeded")
+    world.tells(progress("preprocess", state="Succeeded", done=4))
+    world.look()
+    for step in world.status.running:
+        world.becomes("Running", step=step.name)
+        world.tells(progress(step.name))
+    world.look()
+    return world
+
+
+def beside(**spec: Any) -> World:
+    """A world in which rescoring runs beside Vanilla; a Rescored and a TeacherForced stage are still to come."""
+    return training(**{"stages": ALL_KINDS, **spec})
+
+
+def told(decided: Plan, kind: str) -> tuple[str, str]:
+    """Status and reason of a condition."""
+    condition = decided.status.condition(kind)
+    assert condition is not None
+    return condition.status, condition.reason

@@ -8,10 +8,13 @@ import yaml
 from distill_operator.children import Attempt, Origin, build_child, build_config_map
 from distill_operator.settings import Settings
 
-from tests.unit.operator_world import SETTINGS, SHA, UID, live
+from tests.unit import operator_world
+from tests.unit.operator_world import SETTINGS, SHA, UID, live, manifest
 from vpmoe.api import DistillRun, Invalid
 
 ORIGIN = Origin(SHA, "b" * 64, "d" * 64)
+RESCORED = [{"name": "rescored", "kind": "Rescored", "tokens": 1000}]
+FORCED = [{"name": "forced", "kind": "TeacherForced", "tokens": 1000}]
 EVERYWHERE = {"nodeSelector": {"pool": "a"}, "tolerations": [{"key": "gpu", "operator": "Exists", "tolerationSeconds": 5}]}
 
 
@@ -26,9 +29,7 @@ def child(step: str = "vanilla", number: int = 2, settings: Settings = SETTINGS,
 
 
 def templates(obj: dict[str, Any]) -> list[dict[str, Any]]:
-    if obj["kind"] == "Job":
-        return [obj["spec"]["template"]]
-    return [replica["template"] for replica in obj["spec"]["pytorchReplicaSpecs"].values()]
+    return [template for _, template in operator_world.templates(obj)]
 
 
 CHILDREN = [
@@ -36,7 +37,11 @@ CHILDREN = [
     pytest.param("vanilla", {}, id="PyTorchJob"),
     pytest.param("vanilla", {"student": {"shape": "tiny", "gpus": 4, "gpusPerPod": 1}}, id="PyTorchJob of several pods"),
     pytest.param("vanilla", {"runtime": {"backend": "Job"}}, id="Job"),
+    pytest.param("rescore", {"stages": RESCORED}, id="rescore"),
+    pytest.param("forced", {"stages": FORCED, "student": {"shape": "tiny", "gpus": 4, "gpusPerPod": 1}}, id="TeacherForced"),
 ]
+ROLES = {"preprocess": "preprocess", "rescore": "rescore"}
+"""Steps whose pods are not of the role train."""
 
 
 @pytest.mark.parametrize("step, spec", CHILDREN)
@@ -80,7 +85,7 @@ def test_children_are_owned_by_their_run(step: str, spec: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("step, spec", CHILDREN)
 def test_the_command_names_run_step_and_attempt(step: str, spec: dict[str, Any]) -> None:
-    module = "jobs.preprocess" if step == "preprocess" else "jobs.train"
+    module = f"jobs.{ROLES.get(step, 'train')}"
     for template in templates(child(step, **spec)):
         container = template["spec"]["containers"][0]
         command = ["python", "-m", module, "--run", "/etc/vpmoe/run.yaml", "--step", step, "--attempt", "2"]
@@ -125,10 +130,38 @@ def test_a_pytorchjob_has_one_master_and_the_rest_as_workers(student: dict[str, 
         assert replica["restartPolicy"] == "Never"
 
 
-def test_a_job_has_all_processes_in_one_pod() -> None:
-    spec = child(runtime={"backend": "Job"}, student={"shape": "tiny", "gpus": 4})["spec"]
+@pytest.mark.parametrize("stage, step, gpus", [(None, "vanilla", 4), (FORCED, "forced", 5)], ids=["students", "and their teacher"])
+def test_a_job_has_all_processes_in_one_pod(stage: list[Any] | None, step: str, gpus: int) -> None:
+    spec = child(step, runtime={"backend": "Job"}, student={"shape": "tiny", "gpus": 4}, **({"stages": stage} if stage else {}))["spec"]
     assert (spec["parallelism"], spec["backoffLimit"]) == (1, 0)
-    assert spec["template"]["spec"]["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 4}
+    assert spec["template"]["spec"]["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": gpus}
+
+
+@pytest.mark.parametrize(
+    "student, master, worker",
+    [pytest.param({"gpus": 7}, 8, None, id="one pod"), pytest.param({"gpus": 4, "gpusPerPod": 2}, 3, 2, id="two pods")],
+)
+def test_a_teacher_that_forces_has_a_gpu_of_the_master_beyond_the_processes(
+    student: dict[str, Any], master: int, worker: int | None
+) -> None:
+    training = {"sequenceLength": 512, "globalBatchTokens": 8192}
+    teacher = {"model": "s3://models/teacher", "gpus": 2}
+    spec = child("forced", stages=FORCED, student={"shape": "tiny", **student}, training=training, teacher=teacher)["spec"]
+    gpus = {
+        role: replica["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+        for role, replica in spec["pytorchReplicaSpecs"].items()
+    }
+    assert gpus == {"Master": master, **({"Worker": worker} if worker else {})}
+    assert spec["nprocPerNode"] == str(student.get("gpusPerPod", student["gpus"])), "the launcher starts the teacher, torchrun the ranks"
+
+
+def test_rescoring_is_an_indexed_job_of_a_teacher_a_pod_in_the_inference_image() -> None:
+    spec = child("rescore", stages=RESCORED, teacher={"model": "s3://models/teacher", "gpus": 3})["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"], spec["backoffLimit"]) == ("Indexed", 3, 3, 0)
+    (container,) = spec["template"]["spec"]["containers"]
+    assert (container["name"], container["image"]) == ("rescore", "vpmoe/inference:1")
+    assert {"name": "VPMOE_IMAGE", "value": "vpmoe/inference:1"} in container["env"], "provenance names the image that it runs in"
+    assert container["resources"] == {"requests": {"memory": "2Gi"}, "limits": {"nvidia.com/gpu": 1}}
 
 
 @pytest.mark.parametrize(
@@ -182,9 +215,9 @@ def test_training_pods_serve_metrics_on_the_port_that_they_name() -> None:
 
 
 def test_the_longest_names_fit_where_kubernetes_puts_them() -> None:
-    stages = [{"name": "s" * 16, "kind": "Vanilla", "tokens": 1000}]
+    stages = [{"name": "s" * 16, "kind": "Rescored", "tokens": 1000}]
     long = DistillRun.parse({**live_manifest("r" * 30), "spec": {**live_manifest("x")["spec"], "stages": stages}})
-    for step in ("preprocess", "s" * 16):
+    for step in ("preprocess", "rescore", "s" * 16):
         obj = build_child(Attempt(long, step, 9999, ORIGIN, SETTINGS))
         assert len(obj["metadata"]["name"]) <= 54, "the training operator's pods are <name>-master-0"
         assert all(re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", v) for v in obj["metadata"]["labels"].values())
@@ -193,7 +226,5 @@ def test_the_longest_names_fit_where_kubernetes_puts_them() -> None:
 
 
 def live_manifest(name: str) -> dict[str, Any]:
-    from tests.unit.operator_world import manifest
-
     obj = manifest()
     return {**obj, "metadata": {**obj["metadata"], "name": name}}

@@ -14,7 +14,7 @@ from distill_operator.pods import Failure
 from distill_operator.settings import load_settings
 from distill_operator.sweep import is_live, is_stray
 
-from tests.unit.operator_world import AWAY, World, manifest, progress
+from tests.unit.operator_world import AWAY, PERMANENT, World, beside, manifest, progress
 from vpmoe.api import labels
 
 
@@ -29,14 +29,14 @@ def test_every_transition_of_a_run_is_told_once() -> None:
     assert reasons(world) == ["StepStarted"]
     assert reasons(world) == []
     world.becomes("Succeeded")
-    world.reading = progress("preprocess", state="Succeeded", done=4)
+    world.tells(progress("preprocess", state="Succeeded", done=4))
     assert reasons(world) == ["StepSucceeded", "StepStarted"]
     world.becomes("Running")
-    world.reading = progress("vanilla", done=100)
+    world.tells(progress("vanilla", done=100))
     assert reasons(world) == []
-    world.reading = AWAY
+    world.tells(AWAY)
     assert reasons(world) == ["StorageUnreachable"]
-    world.reading = progress("vanilla", done=200, conditions=[{"type": "RouterCollapse", "status": "True", "reason": "DeadExpert"}])
+    world.tells(progress("vanilla", done=200, conditions=[{"type": "RouterCollapse", "status": "True", "reason": "DeadExpert"}]))
     assert reasons(world) == ["StorageReachable", "RouterCollapse"]
     world.becomes("Failed", Failure("Error", "exit 1"))
     assert reasons(world) == ["StepRetrying"]
@@ -50,6 +50,19 @@ def test_every_transition_of_a_run_is_told_once() -> None:
     assert reasons(world) == ["StepStarted", "Resumed"]
     world.becomes("Failed", Failure("Permanent", "exit 65"))
     assert reasons(world) == ["StepFailed", "RunFailed"]
+
+
+def test_events_name_the_step_that_they_are_about() -> None:
+    world = beside()
+    world.becomes("Failed", PERMANENT, "vanilla")
+    before = world.status
+    assert [(h.reason, h.message.split()[1]) for h in transitions(before, world.look().status)] == [("StepFailed", "vanilla")]
+    world.becomes("Failed", PERMANENT, "rescore")
+    world.wait(1)
+    before = world.status
+    told = transitions(before, world.look().status)
+    assert [happening.reason for happening in told] == ["StepFailed", "RunFailed"]
+    assert told[1].message == "PermanentFailure: step vanilla", "the first cause"
 
 
 def test_a_run_that_waits_or_cannot_start_is_told() -> None:
@@ -77,11 +90,13 @@ def test_equal_events_have_one_name() -> None:
         pytest.param("first-preprocess-a1", False, False, id="the one that status names"),
         pytest.param("first-preprocess-a2", False, True, id="another that lives"),
         pytest.param("first-preprocess-a0", True, False, id="an earlier one that has ended"),
+        pytest.param("first-rescore-a1", False, False, id="the first of two that status names"),
+        pytest.param("first-vanilla-a1", False, False, id="the second of two"),
+        pytest.param("first-rescored-a1", False, True, id="beside two"),
     ],
 )
 def test_a_living_child_that_no_status_names_is_a_stray(name: str, finished: bool, stray: bool) -> None:
-    world = World()
-    status = world.look().status.dump()
+    status = beside().status.dump() if "preprocess" not in name else World().look().status.dump()
     conditions = [{"type": "Failed", "status": "True"}] if finished else []
     child: dict[str, Any] = {"kind": "Job", "metadata": {"name": name}, "spec": {}, "status": {"conditions": conditions}}
     assert is_stray({**manifest(), "status": status}, child) is stray

@@ -4,7 +4,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from distill_operator.claims import claim_of
 from distill_operator.gpus import Claim, Node, Verdict, admit, nodes
+
+from tests.unit.operator_world import ALL_KINDS, live
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 POOL = [Node("a", {"pool": "x"}, 8)]
@@ -79,3 +82,18 @@ def node(name: str, gpus: str | None = "8", ready: str = "True", **spec: Any) ->
 def test_only_ready_schedulable_nodes_are_in_the_pool() -> None:
     objects = [node("good"), node("cordoned", unschedulable=True), node("lost", ready="Unknown"), node("cpu", None)]
     assert [(found.name, found.gpus) for found in nodes(objects)] == [("good", 8), ("cpu", 0)]
+
+
+@pytest.mark.parametrize(
+    "stages, student, per_pod",
+    [
+        pytest.param(ALL_KINDS[:2], {"gpus": 4}, 4, id="students"),
+        pytest.param(ALL_KINDS, {"gpus": 4}, 5, id="students and the teacher's process"),
+        pytest.param(ALL_KINDS, {"gpus": 4, "gpusPerPod": 1}, 2, id="a student a pod, and the teacher's process beside one"),
+    ],
+)
+def test_a_run_claims_what_its_steps_can_ever_ask_for_at_once(stages: list[dict[str, Any]], student: dict[str, Any], per_pod: int) -> None:
+    run = live(stages=stages, student={"shape": "tiny", **student}, teacher={"model": "s3://models/t", "gpus": 2})
+    assert run.run is not None
+    found = claim_of(run.run, run)
+    assert (found.teacher, found.student, found.gpus, found.per_pod) == (2, 4, 6, per_pod)

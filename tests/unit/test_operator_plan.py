@@ -6,40 +6,30 @@ from typing import Any
 
 import pytest
 from distill_operator.actions import ClearBucket, Create, Delete, DeleteRun, Finalizer, KeepBucket
-from distill_operator.draft import Plan
 from distill_operator.gpus import Verdict
-from distill_operator.observe import Observed, Stranger
+from distill_operator.observe import Observed, Sight, Stranger
 from distill_operator.plan import plan
 from distill_operator.pods import Failure
 from distill_operator.progress import Reading
 
-from tests.unit.operator_world import ADMITTED, AWAY, SETTINGS, START, World, live, progress
+from tests.unit.operator_world import (
+    ADMITTED,
+    ALL_KINDS,
+    AWAY,
+    ERROR,
+    EVICTED,
+    PERMANENT,
+    RETRIABLE,
+    SETTINGS,
+    START,
+    World,
+    beside,
+    live,
+    progress,
+    told,
+    training,
+)
 from vpmoe.api.status import MESSAGE, Status
-
-ERROR = Failure("Error", "pod x, container pytorch, exit 137 (killed)")
-EVICTED = Failure("Interrupted", "pod x was stopped from outside (EvictionByEvictionAPI: drained)")
-PERMANENT = Failure("Permanent", "pod x, exit 65")
-RETRIABLE = Failure("Retriable", "pod x, exit 75")
-
-
-def training(**spec: Any) -> World:
-    """A world in which preprocessing is done and training runs, with its first checkpoint still to come."""
-    world = World(spec)
-    world.look()
-    world.becomes("Succeeded")
-    world.reading = progress("preprocess", state="Succeeded", done=4)
-    world.look()
-    world.becomes("Running")
-    world.reading = progress("vanilla")
-    world.look()
-    return world
-
-
-def told(decided: Plan, kind: str) -> tuple[str, str]:
-    """Status and reason of a condition."""
-    condition = decided.status.condition(kind)
-    assert condition is not None
-    return condition.status, condition.reason
 
 
 def test_a_run_goes_from_its_first_look_to_succeeded() -> None:
@@ -47,17 +37,17 @@ def test_a_run_goes_from_its_first_look_to_succeeded() -> None:
     assert world.look().actions == (Create("preprocess", 1),)
     assert (world.status.phase, world.status.step, world.status.steps[0].state) == ("Running", "preprocess", "Running")
     world.becomes("Succeeded")
-    world.reading = progress("preprocess", state="Succeeded", done=4)
+    world.tells(progress("preprocess", state="Succeeded", done=4))
     assert world.look().actions == (Create("vanilla", 1),)
     assert world.status.provenance is not None
     assert world.status.provenance.dataset is not None
     assert world.status.provenance.folder == "s3://vpmoe/here/runs/team/first-0a1b2c3d"
     world.becomes("Running")
-    world.reading = progress("vanilla", iteration=3, done=500, tokensPerSecond=10.0, loss=2.5)
+    world.tells(progress("vanilla", iteration=3, done=500, tokensPerSecond=10.0, loss=2.5))
     world.look()
     assert (world.status.progress, world.status.loss, world.status.tokens_per_second) == ("52%", 2.5, 10.0)
     world.becomes("Succeeded")
-    world.reading = progress("vanilla", state="Succeeded", iteration=6, done=1000, loss=2.0)
+    world.tells(progress("vanilla", state="Succeeded", iteration=6, done=1000, loss=2.0))
     decided = world.look()
     assert (world.status.phase, world.status.progress, world.made) == ("Succeeded", "100%", ["first-preprocess-a1", "first-vanilla-a1"])
     assert told(decided, "Succeeded") == ("True", "Succeeded")
@@ -73,7 +63,7 @@ def test_the_status_says_all_six_conditions_with_the_generation() -> None:
 def test_a_step_that_has_finished_is_never_made_again_even_when_its_child_is_gone() -> None:
     world = training()
     world.becomes("Succeeded")
-    world.reading = progress("vanilla", state="Succeeded", iteration=6, done=1000)
+    world.tells(progress("vanilla", state="Succeeded", iteration=6, done=1000))
     world.look()
     world.children.clear()
     world.settle()
@@ -83,7 +73,7 @@ def test_a_step_that_has_finished_is_never_made_again_even_when_its_child_is_gon
 def test_a_step_whose_child_went_before_its_success_was_seen_is_not_made_again() -> None:
     world = training()
     world.children.clear()
-    world.reading = progress("vanilla", state="Succeeded", iteration=6, done=1000)
+    world.tells(progress("vanilla", state="Succeeded", iteration=6, done=1000))
     world.look()
     assert (world.status.phase, len(world.made)) == ("Succeeded", 2)
 
@@ -117,7 +107,7 @@ def test_no_child_is_made_while_another_object_has_its_name(ending: bool) -> Non
     world = World()
     world.look(crash_after=0)
     stranger = Stranger("Job first-preprocess-a1 was not made by the operator", ending)
-    decided = plan(live(world.status), Observed(stranger=stranger), Reading(), None, SETTINGS, START)
+    decided = plan(live(world.status), Observed({"preprocess": Sight(stranger=stranger)}), {}, None, SETTINGS, START)
     assert decided.actions == ()
     assert told(decided, "Stalled") == (("False", "NotStalled") if ending else ("True", "NameTaken"))
     assert "Job first-preprocess-a1 was not made by the operator" in decided.status.message
@@ -126,8 +116,8 @@ def test_no_child_is_made_while_another_object_has_its_name(ending: bool) -> Non
 def test_a_child_that_the_api_server_refuses_is_told_and_asked_for_again() -> None:
     world = World()
     world.look(crash_after=0)
-    seen = Observed(refused="POST …/jobs: 403 exceeded quota")
-    decided = plan(live(world.status), seen, Reading(), None, SETTINGS, START)
+    seen = Observed({"preprocess": Sight(refused="POST …/jobs: 403 exceeded quota")})
+    decided = plan(live(world.status), seen, {}, None, SETTINGS, START)
     assert told(decided, "Stalled") == ("True", "ChildRefused")
     assert "exceeded quota" in decided.status.message
     assert decided.actions == (Create("preprocess", 1),)
@@ -135,7 +125,7 @@ def test_a_child_that_the_api_server_refuses_is_told_and_asked_for_again() -> No
 
 def test_a_run_never_starts_without_the_pools_word() -> None:
     with pytest.raises(ValueError, match="nobody has asked"):
-        plan(live(), Observed(), Reading(), None, SETTINGS, START)
+        plan(live(), Observed(), {}, None, SETTINGS, START)
 
 
 @pytest.mark.parametrize(
@@ -145,8 +135,6 @@ def test_a_run_never_starts_without_the_pools_word() -> None:
         pytest.param(
             {"stages": [{"name": "on", "kind": "OnPolicy", "sampler": {"gpus": 1}}]}, "Unsupported", "on (OnPolicy)", id="OnPolicy"
         ),
-        pytest.param({"stages": [{"name": "r", "kind": "Rescored"}]}, "Unsupported", "r (Rescored)", id="Rescored"),
-        pytest.param({"stages": [{"name": "t", "kind": "TeacherForced"}]}, "Unsupported", "t (TeacherForced)", id="TeacherForced"),
     ],
 )
 def test_a_run_that_cannot_be_carried_out_never_starts(spec: dict[str, Any], reason: str, words: str) -> None:
@@ -201,42 +189,126 @@ def test_every_message_fits_into_the_status() -> None:
     assert len(decided.status.message) <= MESSAGE
 
 
-@pytest.mark.parametrize("seed", range(24))
-def test_at_most_one_child_is_alive_and_it_is_the_one_that_status_names(seed: int) -> None:
-    """Children that do as they like, an operator that dies anywhere, a user who suspends and resumes: and it always finishes."""
-    chance = random.Random(seed)
-    world = World({"runtime": {"attempts": 100}})
+STAGES = {
+    "Vanilla": [],
+    "all kinds": ALL_KINDS,
+    "the teacher first": [ALL_KINDS[2], ALL_KINDS[0], ALL_KINDS[1]],
+}
+
+
+@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize("seed", range(16))
+def test_at_most_one_child_a_step_is_alive_and_it_is_the_one_that_status_names(seed: int, stages: str) -> None:
+    """Children that do as they like, an operator that dies anywhere, a user who suspends and resumes: and it always finishes.
+
+    On the way no step starts before those that it needs, the living never ask for more GPUs than the run has (the world looks after
+    both), and a run that has failed has nothing alive.
+    """
+    chance = random.Random(f"{stages}-{seed}")
+    world = World({"runtime": {"attempts": 50}, **({"stages": STAGES[stages]} if STAGES[stages] else {})})
     iteration = 0
-    for turn in range(240):
-        calm = turn > 140
+    for turn in range(400):
+        calm = turn > 240
         world.verdict = ADMITTED if calm or chance.random() < 0.7 else Verdict(False, "no")
         world.spec["suspend"] = not calm and chance.random() < 0.2
-        world.look(crash_after=None if calm or chance.random() < 0.7 else 0)
-        assert len(world.alive()) <= 1
-        assert not world.alive() or world.alive() == [world.child().name]
+        world.look(crash_after=None if calm or chance.random() < 0.6 else chance.randrange(3))
+        assert set(world.alive()) <= {step.child.name for step in world.status.running if step.child is not None}
         if world.status.phase == "Succeeded":
             break
-        for name, child in list(world.children.items()):
+        if world.status.phase == "Failed":
+            assert not world.alive()
+            world.spec["runtime"]["attempts"] += 1
+        for step in world.status.steps:
+            child = world.children.get(step.child.name) if step.child is not None else None
+            if child is None or not child.alive:
+                continue
             if child.state == "Ending" and chance.random() < 0.5:
-                del world.children[name]
+                world.ends(step.name)
             elif child.state == "Waiting":
-                world.becomes("Running")
+                world.becomes("Running", step=step.name)
             elif child.state == "Running":
-                step = next(step for step in world.status.steps if step.child is not None and step.child.name == name)
-                what = chance.choice(["run", "save", "fail", "evict", "vanish"]) if not calm else "succeed"
+                what = chance.choice(["run", "save", "save", "fail", "evict", "refuse", "vanish", "end"]) if not calm else "end"
+                what = "run" if what == "end" and not calm and chance.random() < 0.8 else what
                 iteration += what == "save"
-                world.reading = progress(step.name, step.attempt, iteration=iteration, done=min(iteration, 4))
-                if what == "fail":
-                    world.becomes("Failed", ERROR)
-                elif what == "evict":
-                    world.becomes("Failed", EVICTED)
+                state = "Succeeded" if what == "end" else "Running"
+                world.tells(progress(step.name, step.attempt, state, iteration=iteration, done=min(iteration, 4)))
+                if what in (ends := {"fail": ERROR, "evict": EVICTED, "refuse": PERMANENT}):
+                    world.becomes("Failed", ends[what], step.name)
                 elif what == "vanish":
-                    del world.children[name]
-                elif what == "succeed":
-                    world.becomes("Succeeded")
+                    world.ends(step.name)
+                elif what == "end":
+                    world.becomes("Succeeded", step=step.name)
         world.wait(70 if calm else chance.choice([0, 10, 70]))
     assert world.status.phase == "Succeeded"
     assert len(world.made) == len(set(world.made))
+
+
+SHAPES = [
+    pytest.param({}, {"rescore", "vanilla"}, 3, id="a teacher and two students"),
+    pytest.param({"teacher": {"model": "s3://models/t", "gpus": 3}}, {"rescore", "vanilla"}, 5, id="three teachers"),
+    pytest.param({"student": {"shape": "tiny", "gpus": 4, "gpusPerPod": 1}}, {"rescore", "vanilla"}, 5, id="four pods"),
+    pytest.param({"stages": [ALL_KINDS[2], ALL_KINDS[1]]}, {"forced"}, 3, id="the teacher's process and the students"),
+    pytest.param({"stages": [ALL_KINDS[1]], "student": {"shape": "tiny", "gpus": 4}}, {"rescored"}, 4, id="never beside what needs it"),
+]
+
+
+@pytest.mark.parametrize("spec, most, gpus", SHAPES)
+def test_the_gpus_of_all_living_children_are_at_most_teacher_gpus_and_student_gpus(spec: dict[str, Any], most: set[str], gpus: int) -> None:
+    world = World({"stages": ALL_KINDS, **spec})
+    seen: dict[int, set[str]] = {}
+    while world.status.phase != "Succeeded":
+        world.look()
+        seen.setdefault(world.gpus(), {step.name for step in world.status.running})
+        for step in world.status.running[::-1][:1]:  # the ones before stay alive beside it as long as may be
+            world.becomes("Succeeded", step=step.name)
+            world.tells(progress(step.name, step.attempt, "Succeeded", iteration=6, done=4))
+    assert (max(seen), seen[max(seen)]) == (gpus, most)
+    run = live(**world.spec).run
+    assert run is not None
+    assert max(seen) <= run.spec.teacher.gpus + run.spec.student.gpus
+
+
+@pytest.mark.parametrize(
+    "done, started",
+    [
+        pytest.param([], ["preprocess"], id="nothing is there"),
+        pytest.param(["preprocess"], ["rescore", "vanilla"], id="the data set"),
+        pytest.param(["preprocess", "vanilla"], ["rescore"], id="a student without scores"),
+        pytest.param(["preprocess", "rescore"], ["vanilla"], id="scores without a student"),
+        pytest.param(["preprocess", "rescore", "vanilla"], ["rescored"], id="both"),
+        pytest.param(["preprocess", "rescore", "vanilla", "rescored"], ["forced"], id="all but the last"),
+    ],
+)
+def test_no_step_starts_before_the_steps_that_it_needs_have_succeeded(done: list[str], started: list[str]) -> None:
+    fresh = World({"stages": ALL_KINDS}, verdict=Verdict(False, "no")).look().status
+    steps = [{**step.dump(), **({"state": "Succeeded"} if step.name in done else {})} for step in fresh.steps]
+    world = World({"stages": ALL_KINDS}, status=Status.model_validate({**fresh.dump(), "steps": steps}))
+    assert [action.step for action in world.look().actions if isinstance(action, Create)] == started
+
+
+@pytest.mark.parametrize("first, other", [("rescore", "vanilla"), ("vanilla", "rescore")])
+def test_a_run_that_fails_has_failed_once_nothing_of_it_is_alive_with_its_first_cause(first: str, other: str) -> None:
+    world = beside()
+    world.becomes("Failed", PERMANENT, first)
+    decided = world.look()
+    assert [(type(action), action.child.name) for action in decided.actions] == [(Delete, world.child(other).name)]
+    assert (decided.status.phase, told(decided, "Progressing")) == ("Running", ("True", "Stopping"))
+    assert decided.status.message.startswith(f"{other}: stopping at a checkpoint, because step {first} failed (attempt 1): pod x, exit 65")
+    assert world.look().actions == (), "it saves its checkpoint"
+    if other == "rescore":
+        world.becomes("Failed", ERROR, other)
+        world.spec["runtime"] = {"attempts": 1}
+    else:
+        world.ends(other)
+    world.wait(1)
+    decided = world.look()
+    assert (decided.status.phase, decided.status.step, told(decided, "Failed")) == ("Failed", first, ("True", "PermanentFailure"))
+    assert decided.status.message == world.step(first).message
+    assert world.step(other).state == ("Failed" if other == "rescore" else "Suspended")
+    assert world.settle().actions == ()
+    world.spec["runtime"] = {"attempts": 9}
+    assert {action.step for action in world.look().actions if isinstance(action, Create)} == {first, other}
+    assert (world.status.phase, world.status.finished, world.step(other).attempt) == ("Running", None, 2)
 
 
 def test_failures_are_counted_and_wait_longer_each_time() -> None:
@@ -263,7 +335,7 @@ def test_a_new_checkpoint_clears_the_failures() -> None:
     world = training()
     for attempt in range(1, 8):
         world.becomes("Failed", ERROR)
-        world.reading = progress("vanilla", attempt, iteration=attempt)
+        world.tells(progress("vanilla", attempt, iteration=attempt))
         world.look()
         world.wait(60)
         world.look()
@@ -275,7 +347,7 @@ def test_a_new_part_clears_the_failures_of_preprocessing() -> None:
     world.look()
     for attempt in range(1, 5):
         world.becomes("Failed", ERROR)
-        world.reading = progress("preprocess", attempt, done=attempt)
+        world.tells(progress("preprocess", attempt, done=attempt))
         world.look()
         world.wait(60)
         world.look()
@@ -309,29 +381,29 @@ def test_a_permanent_failure_is_not_retried_until_attempts_is_raised() -> None:
 def test_a_job_that_gave_up_on_the_bucket_counts_only_while_the_bucket_answers_us(reading: Reading, failures: int) -> None:
     world = training()
     world.becomes("Failed", RETRIABLE)
-    world.reading = reading
+    world.tells(reading)
     world.look()
     assert world.status.steps[1].failures == failures
 
 
 def test_a_bucket_that_is_away_changes_nothing_but_a_condition() -> None:
     world = training()
-    world.reading = progress("vanilla", iteration=3, done=500, loss=2.5)
+    world.tells(progress("vanilla", iteration=3, done=500, loss=2.5))
     known = world.look().status
-    world.reading = AWAY
+    world.tells(AWAY)
     decided = world.look()
     assert told(decided, "StorageReachable") == ("False", "Unreachable")
     assert (decided.status.phase, decided.status.loss, decided.status.steps) == ("Running", known.loss, known.steps)
-    world.reading = progress("vanilla", iteration=3, done=500, loss=2.5)
+    world.tells(progress("vanilla", iteration=3, done=500, loss=2.5))
     assert told(world.look(), "StorageReachable") == ("True", "Answered")
 
 
 def test_a_child_that_succeeds_while_the_bucket_is_away_succeeds_when_it_is_back() -> None:
     world = training()
     world.becomes("Succeeded")
-    world.reading = AWAY
+    world.tells(AWAY)
     assert world.look().status.phase == "Running"
-    world.reading = progress("vanilla", state="Succeeded", iteration=6, done=1000)
+    world.tells(progress("vanilla", state="Succeeded", iteration=6, done=1000))
     assert world.look().status.phase == "Succeeded"
 
 
@@ -418,7 +490,7 @@ def test_a_pod_that_is_removed_while_it_runs_ends_the_attempt_and_counts_nothing
 def test_stalled_says_why_a_step_does_not_get_on(state: Any, reading: Reading, reason: str) -> None:
     world = training(runtime={"stalledAfter": "10m"})
     world.becomes(state, why="pod x cannot be placed: 0/1 nodes" if state == "Waiting" else "")
-    world.reading = reading
+    world.tells(reading)
     assert world.look().again == world.now + timedelta(minutes=10)
     world.wait(599)
     assert told(world.look(), "Stalled")[0] == "False"
@@ -428,7 +500,7 @@ def test_stalled_says_why_a_step_does_not_get_on(state: Any, reading: Reading, r
     assert told(decided, "Progressing")[0] == "False"
     assert state != "Waiting" or "0/1 nodes" in decided.status.message
     world.becomes("Running", why="")
-    world.reading = progress("vanilla", done=10)
+    world.tells(progress("vanilla", done=10))
     assert told(world.look(), "Stalled")[0] == "False"
 
 
@@ -474,7 +546,7 @@ def test_a_deleted_run_without_finalizer_is_left_to_garbage_collection() -> None
 def test_a_finished_run_is_deleted_when_its_time_has_come(failed: bool) -> None:
     world = training(ttlAfterFinished="1h", runtime={"attempts": 1})
     world.becomes("Failed" if failed else "Succeeded", ERROR if failed else None)
-    world.reading = progress("vanilla", state="Succeeded", iteration=6, done=1000)
+    world.tells(progress("vanilla", state="Succeeded", iteration=6, done=1000))
     assert world.look().again == world.now + timedelta(hours=1)
     world.wait(3600)
     assert world.look().actions == (DeleteRun(),)
@@ -484,7 +556,7 @@ def test_children_of_old_attempts_are_removed() -> None:
     world = training()
     for attempt in range(1, 6):
         world.becomes("Failed", ERROR)
-        world.reading = progress("vanilla", attempt, iteration=attempt)
+        world.tells(progress("vanilla", attempt, iteration=attempt))
         world.look()
         world.wait(60)
         world.look()
@@ -504,17 +576,17 @@ def test_kueue_admits_where_there_is_a_queue() -> None:
 def test_what_a_job_reports_becomes_a_condition_and_stays_until_it_says_otherwise() -> None:
     world = training()
     said = {"type": "RouterCollapse", "status": "True", "reason": "DeadExpert", "message": "layer 7"}
-    world.reading = progress("vanilla", conditions=[said])
+    world.tells(progress("vanilla", conditions=[said]))
     assert told(world.look(), "RouterCollapse") == ("True", "DeadExpert")
-    world.reading = AWAY
+    world.tells(AWAY)
     assert told(world.look(), "RouterCollapse")[0] == "True"
-    world.reading = progress("vanilla", conditions=[{**said, "status": "False"}])
+    world.tells(progress("vanilla", conditions=[{**said, "status": "False"}]))
     assert told(world.look(), "RouterCollapse")[0] == "False"
 
 
 def test_a_look_that_finds_nothing_new_changes_no_byte_of_the_status() -> None:
     world = training()
-    world.reading = progress("vanilla", iteration=3, done=500, loss=2.5)
+    world.tells(progress("vanilla", iteration=3, done=500, loss=2.5))
     before = world.look().status
     world.wait(5)
     assert world.look().status == before

@@ -159,6 +159,11 @@ class Status(Record):
         """The condition of that type, if it is there."""
         return next((condition for condition in self.conditions if condition.type == kind), None)
 
+    @property
+    def running(self) -> tuple[Step, ...]:
+        """The steps whose children are, or should be, alive."""
+        return tuple(step for step in self.steps if step.state == "Running")
+
     def of(self, step: str) -> Step | None:
         """The status of the step of that name, if it is there."""
         return next((known for known in self.steps if known.name == step), None)
