@@ -76,10 +76,15 @@ def termination_log(environment: Mapping[str, str] = os.environ) -> Path | None:
     return path if wanted and os.access(path if path.exists() else path.parent, os.W_OK) else None
 
 
-def record(failure: Failure, path: Path) -> None:
-    """Write the termination message. The first process of a container to fail has the word: the others fail because it did."""
+def record(failure: Failure, path: Path, instead: bool = False) -> None:
+    """Write the termination message. The first process of a container to fail has the word: the others fail because it did.
+
+    `instead` takes the word from whoever had it: for one that failed before them and could not say so.
+    """
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        if instead:
+            file.truncate(0)
         if file.seek(0, os.SEEK_END) == 0:
             file.write(failure.line())
 

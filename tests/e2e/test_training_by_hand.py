@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,15 @@ class Hand:
 
 @pytest.fixture(scope="module")
 def hand(s3: S3, sample_parquet: list[Path], real_parquet: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hand]:
-    """A bucket with a prepared data set."""
+    """A bucket with a prepared data set, for two Vanilla stages."""
+    stages = [{"name": "vanilla", "kind": "Vanilla", "tokens": 4100}, {"name": "second", "kind": "Vanilla", "tokens": 1000}]
+    with prepared(s3, [*sample_parquet, *real_parquet], tmp_path_factory.mktemp("by-hand"), stages) as it:
+        yield it
+
+
+@contextmanager
+def prepared(s3: S3, rows: list[Path], folder: Path, stages: list[dict[str, Any]]) -> Iterator[Hand]:
+    """A bucket with the data set of these rows, for runs of these stages."""
     name = f"by-hand-{secrets.token_hex(4)}"
     (s3.folder / name).mkdir()
     spec = {
@@ -84,14 +93,14 @@ def hand(s3: S3, sample_parquet: list[Path], real_parquet: list[Path], tmp_path_
             "optimizer": {"learningRate": 1.0e-2, "minLearningRate": 1.0e-3, "warmupTokens": 1000},
             "checkpoint": {"everyTokens": 1300, "keep": 3},
         },
-        "stages": [{"name": "vanilla", "kind": "Vanilla", "tokens": 4100}, {"name": "second", "kind": "Vanilla", "tokens": 1000}],
+        "stages": stages,
         "evaluation": {"everyTokens": "1M", "documents": 4, "completions": 0},
         "storage": {"endpoint": s3.endpoint, "bucket": name, "credentialsSecret": None},
     }
-    it = Hand(None, tmp_path_factory.mktemp("by-hand"), spec)  # type: ignore[arg-type]
+    it = Hand(None, folder, spec)  # type: ignore[arg-type]
     file = it.run_file("prepare")
     it.bucket = Bucket.open(DistillRun.parse(yaml.safe_load(file.read_text())).spec.storage)
-    for number, path in enumerate([*sample_parquet, *real_parquet]):
+    for number, path in enumerate(rows):
         it.bucket.put_file(f"input/{number:03d}.parquet", path, {})
     it.finish("preprocess", file)
     yield it
@@ -122,14 +131,14 @@ def last(hand: Hand, file: Path, step: str = "vanilla") -> Manifest:
     return reached[0]
 
 
-def end(hand: Hand, file: Path) -> dict[str, str]:
-    """sha256 of every file of the first stage's last checkpoint: weights, moments, expert biases and random state."""
-    return {name: subject.sha256 for name, subject in last(hand, file).subjects.items()}
+def end(hand: Hand, file: Path, step: str = "vanilla") -> dict[str, str]:
+    """sha256 of every file of a stage's last checkpoint: weights, moments, expert biases and random state."""
+    return {name: subject.sha256 for name, subject in last(hand, file, step).subjects.items()}
 
 
-def logged(hand: Hand, file: Path) -> list[int]:
+def logged(hand: Hand, file: Path, step: str = "vanilla") -> list[int]:
     """The steps that have a line of metrics, in order."""
-    return [line["step"] for line in lines(hand, file, "step")]
+    return [line["step"] for line in lines(hand, file, "step", step)]
 
 
 def stop_after(process: "subprocess.Popen[str]", pattern: str, stop: Callable[[], None]) -> str:

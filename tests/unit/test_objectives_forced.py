@@ -95,7 +95,7 @@ def test_loss_parts_and_gradients_are_eager_float64s(
     terms: Loss, width: int, chunk: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = inputs(dtype, new_seed(), width=width)
-    monkeypatch.setitem(forced_head.CHUNK_BYTES, "cpu", chunk * (4 + given.output.element_size()) * VOCABULARY)
+    monkeypatch.setitem(forced_head.CHUNK_BYTES, "cpu", chunk * given.output.element_size() * VOCABULARY)
     exact = given.exact()
     found, wanted = forced_loss(*given, terms), eager(exact, terms)
     (found.loss * 3).backward()  # a gradient from above that is not 1
@@ -149,7 +149,7 @@ def test_a_missing_projection_is_said() -> None:
 def test_no_tensor_is_ever_as_large_as_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for the logits of 8 tokens, the largest result is one of those: for one token more it would not fit."""
     vocabulary, tokens = 1000, 200
-    monkeypatch.setitem(forced_head.CHUNK_BYTES, "cpu", 8 * 8 * vocabulary)
+    monkeypatch.setitem(forced_head.CHUNK_BYTES, "cpu", 8 * 4 * vocabulary)
     hidden, output = torch.randn(tokens, 4, requires_grad=True), torch.randn(vocabulary, 4, requires_grad=True)
     projection = torch.randn(6, 4, requires_grad=True)
     teacher = Teacher(torch.randn(tokens, 6), torch.randn(vocabulary, 6))
@@ -202,22 +202,25 @@ def test_each_span_is_a_mean_of_its_own_over_the_global_batch() -> None:
 
 
 def test_the_gpus_kernels_are_float64s_too() -> None:
-    """The same kernels under Triton's interpreter: rows of several blocks and a rest, extreme logits, shares of several sizes."""
+    """The same kernels under Triton's interpreter: several tiles and rests each way, extreme logits, shares of several sizes."""
     code = f"""
         import torch
         from vpmoe.api.stages import Loss
-        from vpmoe.objectives import forced_kernels
+        from vpmoe.objectives import forced_kernels, kernels
         torch.manual_seed({new_seed()})
-        forced_kernels.BLOCK = 64
+        kernels.TILE, kernels.BAND = (16, 32, 16), 2
         terms = Loss(ce=0.3, kl=0.5, hidden=0.0, temperature=2.5)
-        x, y, targets, share = torch.randn(5, 150) * 30, torch.randn(5, 150) * 10, torch.randint(0, 150, (5,)), torch.rand(5)
-        x[1], targets[1], targets[2] = -200.0, 149, 0
+        hidden, output = torch.randn(37, 40), 3 * torch.randn(150, 40)
+        y, targets, share = torch.randn(37, 150) * 10, torch.randint(0, 150, (37,)), torch.rand(37)
+        hidden[1] *= 10
+        hidden[2], targets[1], targets[2] = 0, 149, 0
+        x = hidden.double() @ output.double().T
         y[3] = x[3]
-        exact, teacher = x.double().requires_grad_(), y.double()
+        exact, teacher = x.requires_grad_(), y.double()
         q, p = (exact / 2.5).log_softmax(1), (teacher / 2.5).log_softmax(1)
-        want_kl, want = (p.exp() * (p - q)).sum(1), torch.log_softmax(exact, 1)[torch.arange(5), targets]
+        want_kl, want = (p.exp() * (p - q)).sum(1), torch.log_softmax(exact, 1)[torch.arange(37), targets]
         (share.double() * (0.5 * 2.5**2 * want_kl - 0.3 * want)).sum().backward()
-        logp, kl, grad = forced_kernels.compare_(x, y, targets, share, terms)
+        logp, kl, grad = forced_kernels.compare_(hidden, output, y, targets, share, terms)
         torch.testing.assert_close(logp.double(), want.detach(), rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(kl.double(), want_kl.detach(), rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(grad.double(), exact.grad, rtol=1e-4, atol=1e-5)

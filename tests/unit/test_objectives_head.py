@@ -130,6 +130,10 @@ def test_the_gpus_kernels_are_float64s_too() -> None:
         want = torch.log_softmax(exact, 1)[torch.arange(5), targets]
         torch.testing.assert_close(logp.double(), want, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(lse.double(), exact.logsumexp(1), rtol=1e-5, atol=1e-4)
+        kernels.TILE, kernels.BAND = (16, 32, 16), 2
+        hidden, weight, chosen = torch.randn(37, 40), 3 * torch.randn(150, 40), torch.randint(0, 150, (37,))
+        wanted = torch.log_softmax(hidden.double() @ weight.double().T, 1)[torch.arange(37), chosen]
+        torch.testing.assert_close(kernels.logp(hidden, weight, chosen).double(), wanted, rtol=1e-5, atol=1e-4)
         (-(c.double() * want).sum()).backward()
         torch.testing.assert_close(kernels.gradient(logits, targets, lse, c, torch.float32).double(), exact.grad, rtol=1e-4, atol=1e-5)
     """

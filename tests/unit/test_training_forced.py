@@ -13,7 +13,7 @@ from tests import teachers
 from tests.unit.students import documents, new_seed
 from vpmoe.failure import Permanent, Retriable, Terminated
 from vpmoe.model.batch import Batch
-from vpmoe.training.forced import channel, teacher
+from vpmoe.training.forced import teacher
 from vpmoe.training.forced.channel import Channel, host, join, stop_check
 from vpmoe.training.forced.question import Question, Run, question_of, read
 from vpmoe.training.forced.remote import RemoteTeacher
@@ -155,8 +155,7 @@ def test_whoever_waits_for_the_others_can_be_stopped() -> None:
     assert [type(end) for end in together(hosting, joining)] == [Terminated, Terminated]
 
 
-def test_an_end_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel, "LAST_WORDS", 0.0)
+def test_an_end_that_is_gone_is_named() -> None:
     port = free_port()
     ends: list[Channel | None] = [None, None]
 

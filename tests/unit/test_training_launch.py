@@ -137,6 +137,19 @@ def test_ranks_and_their_teacher_end_together(
     assert found is None if words is None else found is not None and found.message.startswith(words) and found.rank is None
 
 
+def test_who_was_killed_has_the_word_before_those_that_miss_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rank 2 says that its peer is gone while rank 1's death is not known to the launcher yet."""
+    log = tmp_path / "log"
+    complains = f"open({str(log)!r}, 'w').write('rank 2 misses rank 1'); os.kill(int(open('{tmp_path}/1').read()), 9)"
+    program = (
+        f"import os, sys, time; rank = os.environ['RANK']; open('{tmp_path}/' + rank, 'w').write(str(os.getpid())); time.sleep(0.5); "
+        f"rank == '2' and exec({complains!r}); time.sleep(0 if rank == '2' else 60); sys.exit(70)"
+    )
+    assert ended(monkeypatch, log, program, grace=5) == 75
+    found = failure.read(log)
+    assert found is not None and found.message.startswith("rank 1 was killed by SIGKILL") and found.rank == 1
+
+
 def test_sigterm_reaches_every_worker_and_their_code_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stopping = threading.Event()
     threading.Timer(1.0, stopping.set).start()

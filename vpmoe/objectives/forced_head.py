@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 from vpmoe.api.stages import Loss
 from vpmoe.objectives.head import add_product_, chunks, logits_of, not_scored
 
-CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 600 << 20}
-"""Bound on one chunk's logits, student's and teacher's together. With the fp32 sum of the weight's gradient (0.8 GiB at hidden 1,024) the
-peak on a GPU stays below 1 GiB; shorter chunks would read and write that sum more often."""
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 550 << 20}
+"""Bound on the teacher's logits of one chunk. With the fp32 sum of the matrix's gradient (0.8 GiB at hidden 1,024) the peak on a GPU stays
+below 1 GiB beside the gradients themselves; shorter chunks would read and write that sum more often."""
 EPSILON = 1e-8
 """Least length of a hidden state in the cosine, as in torch.nn.functional.cosine_similarity."""
 
@@ -77,8 +77,8 @@ class _Head(torch.autograd.Function):
             hidden_tH, targets_t, share_t = hidden_TH[rows_t], targets_T[rows_t], share_T[rows_t].to(loss.dtype)
             teacher_tG = teacher.hidden_TG[rows_t]
             cosine_t, grad_cosine_tG = _cosine(_project(hidden_tH, projection_GH), teacher_tG)
-            logits_tV, teacher_tV = logits_of(hidden_tH, output_VH), teacher_tG @ teacher.output_VG.T
-            logp_t, kl_t, grad_tV = _compare_(logits_tV, teacher_tV, targets_t, share_t, terms)
+            teacher_tV = teacher_tG @ teacher.output_VG.T
+            logp_t, kl_t, grad_tV = _compare_(hidden_tH, output_VH, teacher_tV, targets_t, share_t, terms)
             loss += (share_t * (terms.kl * terms.temperature**2 * kl_t - terms.ce * logp_t + terms.hidden * (1 - cosine_t))).sum()
             add_product_(grad_output_VH, grad_tV.T, hidden_tH)
             grad_hidden_tH = grad_tV @ output_VH
@@ -87,7 +87,7 @@ class _Head(torch.autograd.Function):
                 add_product_(grad_projection_GH, grad_tG.T, hidden_tH)
             grad_hidden_TH[rows_t] = grad_hidden_tH + (grad_tG if projection_GH is None else grad_tG @ projection_GH)
             logp_T[rows_t], kl_T[rows_t], cosine_T[rows_t] = logp_t, kl_t, cosine_t
-            del logits_tV, teacher_tV, grad_tV  # before the next chunk's are made
+            del teacher_tV, grad_tV  # before the next chunk's are made
         grad_projection_GH = None if grad_projection_GH is None else grad_projection_GH.to(hidden_TH.dtype)
         ctx.save_for_backward(grad_hidden_TH, grad_output_VH.to(output_VH.dtype), grad_projection_GH)
         ctx.mark_non_differentiable(logp_T, kl_T, cosine_T)
@@ -100,8 +100,8 @@ class _Head(torch.autograd.Function):
 
 
 def _longest(output_VH: Tensor) -> int:
-    """Positions whose logits, the student's in fp32 and the teacher's in the matrix's type, stay inside CHUNK_BYTES."""
-    return max(1, CHUNK_BYTES[output_VH.device.type] // ((4 + output_VH.element_size()) * len(output_VH)))
+    """Positions whose logits, in the matrix's type, stay inside CHUNK_BYTES."""
+    return max(1, CHUNK_BYTES[output_VH.device.type] // (output_VH.element_size() * len(output_VH)))
 
 
 def _project(hidden_tH: Tensor, projection_GH: Tensor | None) -> Tensor:
@@ -120,15 +120,18 @@ def _cosine(student_tG: Tensor, teacher_tG: Tensor) -> tuple[Tensor, Tensor]:
     return cosine_t1.squeeze(1), (teacher_tG - cosine_t1 * student_tG) / length_t1
 
 
-def _compare_(logits_tV: Tensor, teacher_tV: Tensor, targets_t: Tensor, share_t: Tensor, terms: Loss) -> tuple[Tensor, Tensor, Tensor]:
+def _compare_(
+    hidden_tH: Tensor, output_VH: Tensor, teacher_tV: Tensor, targets_t: Tensor, share_t: Tensor, terms: Loss
+) -> tuple[Tensor, Tensor, Tensor]:
     """(log p of the targets [t], KL(teacher‖student) [t], gradient of the loss with respect to the student's logits [t, V]).
 
-    On the GPU in two passes, and the gradient takes the place of the teacher's logits.
+    On the GPU the student's logits stay where they are made, and the gradient takes the place of the teacher's.
     """
-    if logits_tV.is_cuda:
+    if hidden_tH.is_cuda:
         from vpmoe.objectives import forced_kernels  # Triton, which only a GPU needs
 
-        return forced_kernels.compare_(logits_tV, teacher_tV, targets_t, share_t, terms)
+        return forced_kernels.compare_(hidden_tH, output_VH, teacher_tV, targets_t, share_t, terms)
+    logits_tV = logits_of(hidden_tH, output_VH)
     rows_t = torch.arange(len(targets_t))
     student_tV, teacher_tV = (logits_tV / terms.temperature).log_softmax(1), teacher_tV.div_(terms.temperature).log_softmax(1)
     p_tV = teacher_tV.exp()

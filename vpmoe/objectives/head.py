@@ -38,8 +38,7 @@ def logp_of(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
     """log p(target) [T] without gradients; NaN where there is no target. In fp32, or fp64 where hidden is."""
     logp_T = not_scored(hidden_TH)
     for rows_t in chunks(targets_T, _longest(weight_VH)):
-        _, logp_t = _log_sum_exp(logits_of(hidden_TH[rows_t], weight_VH), targets_T[rows_t])
-        logp_T[rows_t] = logp_t
+        logp_T[rows_t] = _logp(hidden_TH[rows_t], weight_VH, targets_T[rows_t])
     return logp_T
 
 
@@ -93,6 +92,15 @@ def logits_of(hidden_tH: Tensor, weight_VH: Tensor) -> Tensor:
     if hidden_tH.dtype == torch.bfloat16:  # the product's own fp32 accumulator, instead of one rounded to 8 bits and widened again
         return torch.mm(hidden_tH, weight_VH.T, out_dtype=torch.float32)
     return hidden_tH @ weight_VH.T
+
+
+def _logp(hidden_tH: Tensor, weight_VH: Tensor, targets_t: Tensor) -> Tensor:
+    """log p of the targets [t]. On the GPU without logits."""
+    if hidden_tH.is_cuda:
+        from vpmoe.objectives import kernels  # Triton, which only a GPU needs
+
+        return kernels.logp(hidden_tH, weight_VH, targets_t)
+    return _log_sum_exp(logits_of(hidden_tH, weight_VH), targets_t)[1]
 
 
 def _log_sum_exp(logits_tV: Tensor, targets_t: Tensor) -> tuple[Tensor, Tensor]:

@@ -87,7 +87,7 @@ def launch(placement: Placement, command: Sequence[str], stopping: threading.Eve
     """Run `command` once a rank, and once for the teacher that this pod may have, until all have ended; returns the exit code to end with.
 
     0 where all succeeded, otherwise the code of the first that failed, whose words are in the termination message (vpmoe.failure): it has
-    written them itself, unless it was killed.
+    written them itself, unless it was killed; then the launcher does, over what those wrote that failed because of it.
     """
     with tempfile.TemporaryDirectory(prefix="vpmoe-train-") as scratch:
         workers = {}
@@ -132,9 +132,9 @@ def supervise(workers: Mapping[int, "subprocess.Popen[bytes]"], stopping: thread
     while True:
         codes = {rank: worker.poll() for rank, worker in workers.items()}
         if failed is None and (ended := [rank for rank, code in codes.items() if code and not stopped(code, told)]):
-            failed, deadline = ended[0], time.monotonic() + GRACE
+            failed, deadline = min(ended, key=lambda rank: (codes[rank] or 0) > 0), time.monotonic() + GRACE
             if (codes[failed] or 0) < 0:
-                killed(failed, codes[failed] or 0)  # before others say that they miss it
+                killed(failed, codes[failed] or 0)
         if stopping.is_set() and not told:
             told = True
             for worker in workers.values():
@@ -170,10 +170,10 @@ def last_word(rank: int, code: int) -> int:
 
 
 def killed(rank: int, code: int) -> int:
-    """Say the words of a worker that was killed and could not."""
+    """Say the words of a worker that was killed, in the place of what those say that miss it."""
     name = signal.Signals(-code).name
     words = f"{called(rank)} was killed by {name}. Most often the container ran out of memory: raise the limit in runtime.resources.train."
-    return say(Failure("Retriable", None if rank == TEACHER else rank, failure.EXIT["Retriable"], words))
+    return say(Failure("Retriable", None if rank == TEACHER else rank, failure.EXIT["Retriable"], words), instead=True)
 
 
 def called(rank: int) -> str:
@@ -181,12 +181,12 @@ def called(rank: int) -> str:
     return "the teacher" if rank == TEACHER else f"rank {rank}"
 
 
-def say(found: Failure) -> int:
-    """Log a failure and leave it as the termination message, unless a worker has left one; returns its exit code."""
+def say(found: Failure, instead: bool = False) -> int:
+    """Log a failure and leave it as the termination message, unless a worker has left one that it is not to replace; returns its code."""
     log.error("%s: %s", found.kind, found.message)
     path = failure.termination_log()
     if path:
-        failure.record(found, path)
+        failure.record(found, path, instead)
     return found.exit
 
 

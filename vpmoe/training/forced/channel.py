@@ -13,10 +13,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from vpmoe.failure import Retriable, Terminated
 
@@ -24,8 +26,6 @@ PATIENCE = timedelta(hours=1)
 """How long one end may keep the other waiting: for the teacher to be fetched and loaded, for students that evaluate and save."""
 POLL = 0.2
 """Seconds between looks at the store."""
-LAST_WORDS = 1.0
-"""Seconds before an end says that the other is gone: the launcher, who knows how a process died, has the first word."""
 IN_FLIGHT = 4
 """Messages of a kind that may be under way to one peer."""
 
@@ -36,18 +36,19 @@ CheckStop = Callable[[], None]
 class Channel:
     """One end of the way. Make it with `host` in the teacher's process and with `join` in a student's."""
 
-    def __init__(self, store: dist.Store, rank: int, students: int, device: torch.device) -> None:
+    def __init__(self, store: Store, rank: int, students: int, device: torch.device) -> None:
         self.students = students
         self.teacher = students
         """The teacher's rank."""
         self.device = device
         self._store = store
         size = students + 1
-        self._words = self._tensors = dist.ProcessGroupGloo(dist.PrefixStore("words", store), rank, size, PATIENCE)
+        self._words: Any = dist.ProcessGroupGloo(PrefixStore("words", store), rank, size, PATIENCE)
+        self._tensors: Any = self._words
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = PATIENCE
-            self._tensors = dist.ProcessGroupNCCL(dist.PrefixStore("tensors", store), rank, size, options)
+            self._tensors = dist.ProcessGroupNCCL(PrefixStore("tensors", store), rank, size, options)
         self._going: dict[tuple[str, int], deque[tuple[dist.Work, Tensor]]] = {}
 
     def note(self, name: str, number: int) -> None:
@@ -100,7 +101,7 @@ class Channel:
 
 def host(address: str, port: int, students: int, device: torch.device, check_stop: CheckStop) -> Channel:
     """The teacher's end; returns when all students have come. Raises Retriable where the port is taken or a student does not come."""
-    store = _attempt("a student", lambda: dist.TCPStore(address, port, is_master=True, timeout=PATIENCE, wait_for_workers=False))
+    store = _attempt("a student", lambda: TCPStore(address, port, is_master=True, timeout=PATIENCE, wait_for_workers=False))
     _await(store, [f"student {rank}" for rank in range(students)], check_stop)
     store.set("all are here", "")
     return Channel(store, students, students, device)
@@ -112,7 +113,7 @@ def join(address: str, port: int, rank: int, students: int, device: torch.device
     while True:
         check_stop()
         try:
-            store = dist.TCPStore(address, port, timeout=timedelta(seconds=5), wait_for_workers=False)
+            store = TCPStore(address, port, timeout=timedelta(seconds=5), wait_for_workers=False)
             break
         except RuntimeError as error:
             if time.monotonic() > deadline:
@@ -133,7 +134,7 @@ def stop_check(stopping: threading.Event) -> CheckStop:
     return check_stop
 
 
-def _await(store: dist.Store, names: list[str], check_stop: CheckStop) -> None:
+def _await(store: Store, names: list[str], check_stop: CheckStop) -> None:
     """Return when all of the names stand at the store."""
     deadline = time.monotonic() + PATIENCE.total_seconds()
     while not _attempt("the teacher", lambda: store.check(names)):
@@ -147,7 +148,6 @@ def _attempt[T](peer: str, action: Callable[[], T]) -> T:
     try:
         return action()
     except RuntimeError as error:
-        time.sleep(LAST_WORDS)
         raise Retriable(f"{peer} is gone, or does not answer: {_line(error)}.") from error
 
 

@@ -47,5 +47,5 @@ def question_of(batch: Batch) -> Question:
 
 def read(header: Tensor, body: Tensor) -> Question:
     """The question that these two are."""
-    tokens, documents = body.split([int(header[0]), 2 * int(header[1])])
+    tokens, documents = torch.split(body, [int(header[0]), 2 * int(header[1])])
     return Question(tokens, [Run(start, length) for start, length in documents.view(-1, 2).tolist()])

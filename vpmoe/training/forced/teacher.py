@@ -26,7 +26,10 @@ PADDING = 0
 def load(directory: Path, device: torch.device) -> torch.nn.Module:
     """The model, ready to be asked. Raises Permanent where transformers cannot make one of the directory."""
     from transformers import AutoModel, Mxfp4Config  # here, because it takes seconds
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # it finds it remarkable that a model is loaded without its output matrix
+    logging.disable_progress_bar()
     packed = _config(directory).get("quantization_config", {}).get("quant_method") == "mxfp4"
     # Attention with sinks is an [L, L] matrix a head in "eager"; on a GPU flex_attention does without.
     attention = "flex_attention" if device.type == "cuda" else "eager"
@@ -52,7 +55,8 @@ def output_matrix(directory: Path) -> Tensor:
         with safe_open(path, framework="pt") as file:
             for name in names:
                 if name in file.keys():  # noqa: SIM118 (it is no dictionary)
-                    return file.get_tensor(name)
+                    found: Tensor = file.get_tensor(name)
+                    return found
     raise Permanent(f"teacher.model: no *.safetensors file holds {' or '.join(names)}. Give a whole Hugging Face checkpoint.")
 
 
