@@ -8,18 +8,21 @@ respect to the student's logits is T·(q − p). Nothing goes backward to the te
 Where the hidden states come from, and what is done with what is measured here, is not this file's business.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vpmoe.api.stages import Loss
 from vpmoe.objectives.head import add_product_, chunks, logits_of, not_scored
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 550 << 20}
-"""Bound on the teacher's logits of one chunk. With the fp32 sum of the matrix's gradient (0.8 GiB at hidden 1,024) the peak on a GPU stays
-below 1 GiB beside the gradients themselves; shorter chunks would read and write that sum more often."""
+if TYPE_CHECKING:
+    from vpmoe.api.stages import Loss
+
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 400 << 20}
+"""Bound on the teacher's logits of one chunk; on a GPU the student's are half as much again. With the fp32 sum of the matrix's gradient
+(0.8 GiB at hidden 1,024) the peak stays below 1 GiB beside the gradients themselves; shorter chunks would read and write that sum more
+often."""
 EPSILON = 1e-8
 """Least length of a hidden state in the cosine, as in torch.nn.functional.cosine_similarity."""
 
@@ -47,13 +50,13 @@ class Forced(NamedTuple):
 
 
 def forced_loss(
-    hidden_TH: Tensor, output_VH: Tensor, projection_GH: Tensor | None, teacher: Teacher, targets_T: Tensor, share_T: Tensor, terms: Loss
+    hidden_TH: Tensor, output_VH: Tensor, projection_GH: Tensor | None, teacher: Teacher, targets_T: Tensor, share_T: Tensor, terms: "Loss"
 ) -> Forced:
     """The loss of one microbatch, differentiable in hidden, output and projection. Positions whose target is NO_TARGET cost nothing.
 
     `share_T` is each token's weight, w_span / N_span. `projection_GH` brings the student's hidden states to the teacher's width; None where
-    both are as wide. On the GPU everything that comes in is bf16; the student's logits and all sums are fp32, the teacher's logits bf16,
-    as the teacher itself makes them. Elsewhere all is in the type of hidden. Raises ValueError where a projection is missing.
+    both are as wide. On the GPU everything that comes in is bf16, sums are fp32 (logits: see forced_kernels). Elsewhere all is in the type
+    of hidden. Raises ValueError where a projection is missing.
     """
     if projection_GH is None and hidden_TH.shape[1] != teacher.hidden_TG.shape[1]:
         raise ValueError(
@@ -66,7 +69,7 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_TH: Tensor, output_VH: Tensor, projection_GH: Tensor | None, teacher: Teacher, targets_T: Tensor, share_T: Tensor,
-        terms: Loss,
+        terms: "Loss",
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         logp_T, kl_T, cosine_T = (not_scored(hidden_TH) for _ in range(3))
         loss = logp_T.new_zeros(())
@@ -121,11 +124,11 @@ def _cosine(student_tG: Tensor, teacher_tG: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _compare_(
-    hidden_tH: Tensor, output_VH: Tensor, teacher_tV: Tensor, targets_t: Tensor, share_t: Tensor, terms: Loss
+    hidden_tH: Tensor, output_VH: Tensor, teacher_tV: Tensor, targets_t: Tensor, share_t: Tensor, terms: "Loss"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log p of the targets [t], KL(teacher‖student) [t], gradient of the loss with respect to the student's logits [t, V]).
 
-    On the GPU the student's logits stay where they are made, and the gradient takes the place of the teacher's.
+    On the GPU the gradient takes the place of the teacher's logits.
     """
     if hidden_tH.is_cuda:
         from vpmoe.objectives import forced_kernels  # Triton, which only a GPU needs

@@ -42,7 +42,8 @@ def logp(hidden_tH: Tensor, weight_VH: Tensor, targets_t: Tensor) -> Tensor:
         hidden_tH, weight_VH, high_nt, total_nt, rows, width, hidden_tH.shape[1], *TILE, BAND, num_warps=8, num_stages=3
     )
     target_t = (hidden_tH.float() * weight_VH[targets_t].float()).sum(1)
-    return target_t - (high_nt + total_nt.log()).logsumexp(0)
+    lse_t: Tensor = (high_nt + total_nt.log()).logsumexp(0)
+    return target_t - lse_t
 
 
 def tiles(rows: int, width: int) -> tuple[int]:
