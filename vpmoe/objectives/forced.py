@@ -15,7 +15,7 @@ from vpmoe.objectives.spans import SPANS, share_by_span
 if TYPE_CHECKING:
     from vpmoe.model.student import Student
 
-MEASURES = ("kl", "crossEntropy", "cosine")
+MEASURES = ("kl", "cosine")
 
 
 @dataclass
@@ -36,7 +36,7 @@ class TeacherForced:
         share_T = torch.tensor(self.share, dtype=torch.float32, device=batch.span.device)[batch.span.long()] * scale
         teacher = Teacher(self.hidden_of(batch), self.output_VG)
         found = forced_loss(hidden_TH, student.output, student.projection, teacher, batch.target, share_T, self.terms)
-        parts = (found.kl_T, -found.logp_T, found.cosine_T)
+        parts = (found.kl_T, found.cosine_T)
         by_span = [torch.stack([part.where(batch.span == span, 0).double().sum() for part in parts]) for span in SPANS.values()]
         counts = batch.counts[1:].to(by_span[0]).unsqueeze(1)
         self._sums.append(torch.cat([torch.stack(by_span), counts], dim=1).flatten())
@@ -47,13 +47,12 @@ class TeacherForced:
         return torch.stack(self._sums).sum(0)
 
     def facts(self, total: Tensor) -> dict[str, Any]:
-        """See Objective: means by span, null where the batch has none of it. KL is at the loss's temperature, without the T²."""
+        """See Objective: each measure's mean by span, null where the batch has none of it. KL is the loss's, without the T²."""
         table = total.view(len(SPANS), len(MEASURES) + 1).tolist()
-        means = {
-            span: {name: value / row[-1] if row[-1] else None for name, value in zip(MEASURES, row[:-1], strict=True)}
-            for span, row in zip(SPANS, table, strict=True)
+        return {
+            name: {span: row[place] / row[-1] if row[-1] else None for span, row in zip(SPANS, table, strict=True)}
+            for place, name in enumerate(MEASURES)
         }
-        return {"teacherForced": means}
 
 
 def teacher_forced(

@@ -79,13 +79,13 @@ class _Head(torch.autograd.Function):
         for rows_t in chunks(targets_T, _longest(output_VH)):
             hidden_tH, targets_t, share_t = hidden_TH[rows_t], targets_T[rows_t], share_T[rows_t].to(loss.dtype)
             teacher_tG = teacher.hidden_TG[rows_t]
-            cosine_t, grad_cosine_tG = _cosine(_project(hidden_tH, projection_GH), teacher_tG)
+            cosine_t, grad_tG = _cosine(_project(hidden_tH, projection_GH), teacher_tG)
+            grad_tG = grad_tG.mul_((-terms.hidden * share_t).unsqueeze(1)).to(hidden_TH.dtype)
             teacher_tV = teacher_tG @ teacher.output_VG.T
             logp_t, kl_t, grad_tV = _compare_(hidden_tH, output_VH, teacher_tV, targets_t, share_t, terms)
             loss += (share_t * (terms.kl * terms.temperature**2 * kl_t - terms.ce * logp_t + terms.hidden * (1 - cosine_t))).sum()
             add_product_(grad_output_VH, grad_tV.T, hidden_tH)
             grad_hidden_tH = grad_tV @ output_VH
-            grad_tG = ((-terms.hidden * share_t).unsqueeze(1) * grad_cosine_tG).to(hidden_TH.dtype)
             if grad_projection_GH is not None:
                 add_product_(grad_projection_GH, grad_tG.T, hidden_tH)
             grad_hidden_TH[rows_t] = grad_hidden_tH + (grad_tG if projection_GH is None else grad_tG @ projection_GH)

@@ -72,6 +72,8 @@ class Prometheus:
             ("weight", "mean"): gauge("weight_mean", "Mean confidence weight in the latest scored step by span", ["span"]),
             ("weight", "saturationLow"): gauge("weight_saturation_low_ratio", "Share of weights at confidence.min by span", ["span"]),
             ("weight", "saturationHigh"): gauge("weight_saturation_high_ratio", "Share of weights at confidence.max by span", ["span"]),
+            ("kl",): gauge("teacher_kl", "KL(teacher‖student) at the stage's temperature in the latest step by span, nats", ["span"]),
+            ("cosine",): gauge("teacher_cosine", "Cosine of student's and teacher's hidden states in the latest step by span", ["span"]),
         }
         self._max_over_mean = gauge("router_max_over_mean", "Busiest expert's load over the mean, the worst layer's")
         self._dead = gauge("router_dead_experts", "Experts without a token in the latest step, all layers")
