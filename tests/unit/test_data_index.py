@@ -32,6 +32,19 @@ def test_megatron_reads_what_we_write(tmp_path: Path, dtype: type, lengths: list
             assert dataset[number].tolist() == document.tolist()
 
 
+def test_megatron_reads_float16_as_the_uint16_of_its_bits(tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+
+    assert not hasattr(DType, "float16"), "megatron has a code of its own by now: write that"
+    documents = [np.array([-0.5, np.nan, -100, -0.0, 6e-8], np.float16), np.array([], np.float16), np.full(300, np.nan, np.float16)]
+    dataset = IndexedDataset(str(write(tmp_path, "logp", documents, np.float16)))
+    assert dataset.sequence_lengths.tolist() == [5, 0, 300]
+    for number, document in enumerate(documents):
+        assert dataset[number].dtype == np.uint16
+        assert dataset[number].view(np.float16).tobytes() == document.tobytes()
+    assert read_index(tmp_path / "logp.idx").dtype == np.float16
+
+
 def test_we_read_what_megatron_writes(tmp_path: Path) -> None:
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
