@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +69,13 @@ class Remote:
         self.longest = longest
         self.sequences = 0
         self._connection = Client(address)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Let the next one ask."""
+        self._connection.close()
 
     def score(self, sequences: Iterable[NDArray[np.int32]], check_stop: Callable[[], None] = lambda: None) -> Iterator[NDArray[np.float32]]:
         for batch in batches(sequences, BATCH_TOKENS):

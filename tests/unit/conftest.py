@@ -74,8 +74,9 @@ def teacher_address(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def scorer(teacher_address: str) -> "Remote":
+def scorer(teacher_address: str) -> Iterator["Remote"]:
     """The shared teacher, asked by this test."""
     from tests.teachers import Remote
 
-    return Remote(teacher_address, LONGEST)
+    with Remote(teacher_address, LONGEST) as remote:
+        yield remote

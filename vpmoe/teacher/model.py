@@ -14,7 +14,7 @@ from typing import Any
 
 from vpmoe.api import DistillRun
 from vpmoe.data.harmony import VOCABULARY
-from vpmoe.data.vocabulary import VOCABULARY_SHA256
+from vpmoe.data.vocabulary import RANKS, VOCABULARY_SHA256
 from vpmoe.failure import Permanent
 from vpmoe.storage import BLOCK, Bucket, Object, paths
 from vpmoe.storage.blocks import block_range, in_order
@@ -23,9 +23,6 @@ from vpmoe.storage.local import written_whole
 
 THREADS = 8
 """Blocks of a file in flight while it is fetched."""
-
-MERGEABLE = 199_998
-"""Ids below this are o200k's merges; above are Harmony's specials, which a tokenizer.json lists apart."""
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Names of floating-point types in a safetensors header, and torch's."""
@@ -150,7 +147,7 @@ def tiktoken_file(tokenizer: Path) -> bytes:
     """The .tiktoken file of the merges in a tokenizer.json: a line a token, its bytes in base64 and its rank. Empty where it has none."""
     try:
         vocabulary: Mapping[str, int] = json.loads(tokenizer.read_bytes())["model"]["vocab"]
-        ranks = sorted((rank, token) for token, rank in vocabulary.items() if rank < MERGEABLE)
+        ranks = sorted((rank, token) for token, rank in vocabulary.items() if rank < RANKS)
         byte = byte_of_character()
         return b"".join(b"%s %d\n" % (base64.b64encode(bytes(byte[c] for c in token)), rank) for rank, token in ranks)
     except (ValueError, KeyError, TypeError, AttributeError):
