@@ -74,6 +74,9 @@ class Remote:
         return self
 
     def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         """Let the next one ask."""
         self._connection.close()
 

@@ -1,0 +1,155 @@
+"""The scorer beside a plain transformers forward, on the same model and documents in the same run: scored tokens a second, peak memory.
+
+    python -m benchmarks.scorer [--model DIRECTORY] [--tokens 8192] [--repeats 3]
+
+Rows: the scorer (vLLM, several documents a forward); transformers with whole logits and their float32 log-softmax, a document at a time;
+transformers' hidden states with log p by the chunked head, which never holds [tokens, vocabulary]; the floor, the product of the output
+projection alone. Each in a process of its own, the middle of the repeats; memory is what is taken beyond the loaded model (the peak of a
+GPU's allocator, elsewhere of the process). Without --model a tiny random GPT-OSS, whose time is nearly all vocabulary. On a GPU unless
+CUDA_VISIBLE_DEVICES is set and empty. Documents of 200 to 1,200 random ids.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from vpmoe.data.harmony import VOCABULARY
+from vpmoe.data.tokenizer import Ids
+from vpmoe.teacher import model
+
+LONGEST = 1200
+
+Score = Callable[[list[Ids]], None]
+
+
+def documents(tokens: int) -> list[Ids]:
+    random = np.random.default_rng(0)
+    made: list[Ids] = []
+    while tokens > 0:
+        made.append(random.integers(0, VOCABULARY, min(tokens, int(random.integers(200, LONGEST))), np.int32))
+        tokens -= len(made[-1])
+    return made
+
+
+def scorer(directory: Path) -> Score:
+    from vpmoe.teacher.scorer import Scorer
+
+    teacher = Scorer(directory, LONGEST)
+    return lambda batch: [None for _ in teacher.score(batch)].clear()
+
+
+def transformers(directory: Path, whole: bool) -> Score:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from vpmoe.objectives.head import logp_of
+
+    device = "cpu" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else "cuda"
+    dtype = getattr(torch, model.dtype(directory))
+    teacher = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").to(device).eval()
+
+    @torch.no_grad()
+    def score(batch: list[Ids]) -> None:
+        for ids in batch:
+            ids_T = torch.from_numpy(ids.astype(np.int64)).to(device)
+            if whole:
+                logp_TV = teacher(ids_T[None]).logits[0, :-1].float().log_softmax(1)
+                logp_TV.gather(1, ids_T[1:, None]).cpu()
+            else:
+                logp_of(teacher.model(ids_T[None]).last_hidden_state[0, :-1], teacher.lm_head.weight, ids_T[1:]).cpu()
+
+    return score
+
+
+def floor(directory: Path) -> Score:
+    import torch
+
+    device = "cpu" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else "cuda"
+    hidden = int(model.config(directory)["hidden_size"])
+    weight_VH = torch.randn(VOCABULARY, hidden, device=device, dtype=getattr(torch, model.dtype(directory)))
+
+    def score(batch: list[Ids]) -> None:
+        for ids in batch:
+            torch.randn(len(ids), hidden, device=device, dtype=weight_VH.dtype) @ weight_VH.T
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return score
+
+
+CONTENDERS: dict[str, Callable[[Path], Score]] = {
+    "scorer": scorer,
+    "transformers, whole logits": lambda directory: transformers(directory, whole=True),
+    "transformers, chunked head": lambda directory: transformers(directory, whole=False),
+    "floor": floor,
+}
+
+
+def measure(name: str, directory: Path, tokens: int, repeats: int) -> dict[str, float]:
+    """Median seconds of scoring so many tokens, and bytes taken for it."""
+    score = CONTENDERS[name](directory)
+    batch = documents(tokens)
+    loaded = memory()
+    score(batch[:1])
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        score(batch)
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(seconds), "bytes": memory() - loaded}
+
+
+def memory() -> int:
+    """Peak so far, in bytes."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.only:
+        print(json.dumps(measure(given.only, given.model, given.tokens, given.repeats)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        directory = given.model or tiny(Path(folder))
+        name = directory.name if given.model else "tiny random GPT-OSS"
+        print(f"{name}, {model.dtype(directory)}, {given.tokens:,} tokens, {given.repeats} repeats")
+        results = {}
+        for name in CONTENDERS:
+            arguments = ["--model", str(directory), "--tokens", str(given.tokens), "--repeats", str(given.repeats), "--only", name]
+            done = subprocess.run([sys.executable, "-m", "benchmarks.scorer", *arguments], stdout=subprocess.PIPE, text=True, check=True)
+            results[name] = json.loads(done.stdout.splitlines()[-1])
+            took, taken = results[name]["seconds"], results[name]["bytes"]
+            faster = took / results["scorer"]["seconds"]
+            print(
+                f"{name:28} {given.tokens / took:9,.0f} tokens/s   {taken / 2**20:7,.0f} MiB   {faster:5.2f} × the scorer's time",
+                flush=True,
+            )
+
+
+def tiny(folder: Path) -> Path:
+    from tests import teachers
+
+    return teachers.write(folder / "teacher")
+
+
+if __name__ == "__main__":
+    main()
