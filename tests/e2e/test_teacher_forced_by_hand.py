@@ -16,6 +16,7 @@ from tests import teachers
 from tests.conftest import S3
 from tests.e2e.test_training_by_hand import Hand, end, last, lines, logged, prepared, progress, stop_after
 from vpmoe.model.shapes import SHAPES
+from vpmoe.training.launch import free_port
 
 WIDTH = 96
 """Of the teacher's hidden states: not the student's, so there is a projection."""
@@ -75,6 +76,19 @@ def stop_one(hand: Hand, file: Path, who: str, first: int, steps: int, attempt: 
     return process.returncode, json.loads(termination.read_bytes())
 
 
+def test_two_pods_of_which_the_first_has_the_teacher_end_at_the_same_bits(hand: Hand, left_alone: Path) -> None:
+    file = hand.run_file("pods", gpus=2, gpusPerPod=1)
+    port = str(free_port())
+    pods = [
+        hand.start("train", file, "--step", "forced", PET_NNODES="2", PET_NODE_RANK=str(node), PET_MASTER_ADDR="127.0.0.1",
+                   PET_MASTER_PORT=port, RANK=str(node), WORLD_SIZE="2")
+        for node in range(2)
+    ]  # fmt: skip
+    logs = [pod.communicate(timeout=200)[1] for pod in pods]
+    assert [pod.returncode for pod in pods] == [0, 0], logs
+    assert end(hand, file, "forced") == end(hand, left_alone, "forced")
+
+
 def test_the_student_comes_nearer_to_its_teacher(hand: Hand, left_alone: Path) -> None:
     steps = lines(hand, left_alone, "step", "forced")
     first, newest = steps[0], steps[-1]
@@ -85,6 +99,21 @@ def test_the_student_comes_nearer_to_its_teacher(hand: Hand, left_alone: Path) -
     # the loss is what it says: the spans' weights are 1, the terms' those of the stage
     terms = [0.1 * newest["lossBySpan"][span] + 2 * 4 * newest["kl"][span] + 0.5 * (1 - newest["cosine"][span]) for span in newest["kl"]]
     assert newest["loss"] == pytest.approx(sum(terms), rel=1e-5)
+
+
+def test_a_teacher_of_another_vocabulary_ends_the_stage_before_its_first_step(hand: Hand, tmp_path: Path) -> None:
+    name = hand.spec["teacher"]["model"]
+    for path in teachers.write(tmp_path, vocab_size=1000, pad_token_id=0, eos_token_id=1).iterdir():
+        hand.bucket.put_file(f"models/other/{path.name}", path, {})
+    hand.spec["teacher"]["model"] = f"s3://{hand.bucket.name}/models/other"
+    file = hand.run_file("other", gpus=1)
+    hand.spec["teacher"]["model"] = name
+    termination = hand.folder / "termination-other"
+    process = hand.start("train", file, "--step", "forced", VPMOE_TERMINATION_LOG=str(termination))
+    _, log = process.communicate(timeout=200)
+    said = json.loads(termination.read_bytes())
+    assert process.returncode == 65 and said["class"] == "Permanent" and said["rank"] is None, log
+    assert said["message"].startswith("teacher.model: config.json says vocab_size 1000") and not logged(hand, file, "forced")
 
 
 def test_checkpoints_name_the_teacher_and_the_stage_after_needs_neither(hand: Hand, left_alone: Path) -> None:

@@ -56,8 +56,8 @@ def test_each_pod_starts_its_own_ranks(
     "environment, teaches, port",
     [
         pytest.param({}, True, None, id="by-hand"),
-        pytest.param({**POD, "PET_NODE_RANK": "0"}, True, launch.TEACHER_PORT, id="first-pod"),
-        pytest.param(POD, False, launch.TEACHER_PORT, id="second-pod"),
+        pytest.param({**POD, "PET_NODE_RANK": "0"}, True, 23457, id="first-pod"),
+        pytest.param(POD, False, 23457, id="second-pod"),
     ],
 )
 def test_the_first_pod_starts_the_teacher_on_the_gpu_after_its_ranks(

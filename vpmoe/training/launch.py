@@ -34,8 +34,8 @@ GRACE = 30.0
 POLL = 0.1
 TEACHER = -1
 """Stands for the teacher's process where others have their rank."""
-TEACHER_PORT = 23457
-"""Where a pod's teacher is met: beside PyTorchJob's own 23456, and like it on the first pod's address, which no service filters."""
+TEACHER_PORT = 1
+"""Where the teacher of pods is met: so far behind PET_MASTER_PORT, which is 23456 everywhere, at the first pod's own address."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -73,7 +73,7 @@ def place(layout: Layout, environment: Mapping[str, str], teacher: bool = False)
     node = int(environment["PET_NODE_RANK"])
     each = layout.processes_per_pod
     address, port = environment["PET_MASTER_ADDR"], int(environment["PET_MASTER_PORT"])
-    return Placement(layout.ranks, node * each, each, address, port, TEACHER_PORT if teacher else None)
+    return Placement(layout.ranks, node * each, each, address, port, port + TEACHER_PORT if teacher else None)
 
 
 def free_port() -> int:
