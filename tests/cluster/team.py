@@ -3,9 +3,10 @@
 import copy
 import json
 import secrets
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import boto3
 import httpx2
 import pytest
 import yaml
-from distill_operator.kube import DISTILLRUN, EVENT, JOB, PYTORCHJOB, Kind
+from distill_operator.kube import DISTILLRUN, EVENT, JOB, POD, PYTORCHJOB, Kind
 from lightkube.config import client_adapter
 from lightkube.config.kubeconfig import KubeConfig
 
@@ -23,7 +24,8 @@ from tests.devcluster.access import Cluster
 
 ROOT = Path(__file__).parents[2]
 IMAGE = "vpmoe/standin:dev"
-FAST = ["--set", "resyncSeconds=2", "--set", "backoff.baseSeconds=1", "--set", f"images.trainer={IMAGE}"]
+IMAGES = ["--set", f"images.trainer={IMAGE}", "--set", f"images.inference={IMAGE}"]
+FAST = ["--set", "resyncSeconds=2", "--set", "backoff.baseSeconds=1", *IMAGES]
 """Helm values with which the operator runs stand-ins, and users do not wait."""
 
 
@@ -38,6 +40,10 @@ def restore(cluster: Cluster) -> None:
     install.operator(cluster)
 
 
+STAGES = [{"name": kind.lower(), "kind": kind, "tokens": 6000} for kind in ("Vanilla", "Rescored", "TeacherForced")]
+"""One stage of each kind that can be carried out."""
+
+
 @dataclass
 class Team:
     """A namespace with the storage Secret, and a bucket of its own."""
@@ -48,6 +54,8 @@ class Team:
     s3: Any
     api: httpx2.Client
     """For looks at the cluster: kubectl, which tests act with, costs too much to be asked all the time."""
+    witnesses: "dict[str, Witness]" = field(default_factory=dict)
+    """By the run that they look at."""
 
     @classmethod
     def create(cls, cluster: Cluster, namespace: str) -> "Team":
@@ -79,6 +87,10 @@ class Team:
 
     def apply(self, name: str, words: str = "", **changes: Any) -> None:
         self.kubectl("apply", "--filename", "-", input=yaml.safe_dump(self.manifest(name, words, **changes)))
+
+    def watch(self, name: str) -> None:
+        """Have a witness of that run from now on."""
+        self.witnesses[name] = Witness(self, name)
 
     def patch(self, name: str, **spec: Any) -> None:
         self.kubectl("patch", "distillrun", name, "--type=merge", "--patch", json.dumps({"spec": spec}))
@@ -143,9 +155,9 @@ class Team:
         listed = self.read(EVENT, fieldSelector=f"involvedObject.kind=DistillRun,involvedObject.name={name}")["items"]
         return {event["reason"]: event["message"] for event in listed}
 
-    def starts(self, name: str) -> list[tuple[int, int]]:
-        """(attempt, first step) of each training process that started, in order."""
-        folder = f"{self.folder(name)}/standin/vanilla/"
+    def starts(self, name: str, step: str = "vanilla") -> list[tuple[int, int]]:
+        """(attempt, first step or parts found) of each process of a step that started, in order."""
+        folder = f"{self.folder(name)}/standin/{step}/"
         keys = [found["Key"] for found in self.s3.list_objects_v2(Bucket=self.bucket, Prefix=folder).get("Contents", [])]
         found = [json.loads(self.s3.get_object(Bucket=self.bucket, Key=key)["Body"].read()) for key in keys]
         return sorted((one["attempt"], one["from"]) for one in found)
@@ -157,6 +169,31 @@ class Team:
     def kept(self, folder: str) -> bool:
         """Whether there is anything in a folder of the bucket."""
         return bool(self.s3.list_objects_v2(Bucket=self.bucket, Prefix=folder + "/").get("Contents"))
+
+
+class Witness:
+    """Looks at a run's pods over and over, from now until it is asked: what was alive at the same time is history by then."""
+
+    def __init__(self, team: Team, name: str) -> None:
+        self._team, self._name, self._over = team, name, threading.Event()
+        self._together: set[frozenset[str]] = set()
+        self._gpus = 0
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def told(self) -> tuple[set[frozenset[str]], int]:
+        """Which steps' containers ran at once, and how many GPUs the pods that were alive had at most. It looks no more."""
+        self._over.set()
+        self._thread.join()
+        return self._together, self._gpus
+
+    def _look(self) -> None:
+        while not self._over.wait(0.3):
+            alive = [pod for pod in self._team.objects(self._name, POD) if pod["status"].get("phase") in ("Pending", "Running")]
+            ready = [pod for pod in alive if any("running" in one["state"] for one in pod["status"].get("containerStatuses", []))]
+            self._together.add(frozenset(pod["metadata"]["labels"]["vpmoe.dev/step"] for pod in ready))
+            limits = [pod["spec"]["containers"][0]["resources"].get("limits", {}) for pod in alive]
+            self._gpus = max(self._gpus, sum(int(limit.get("nvidia.com/gpu", 0)) for limit in limits))
 
 
 def refused(command: Callable[[], object]) -> str:

@@ -9,7 +9,7 @@ import pytest
 from tests import install
 from tests.cluster import team as teams
 from tests.cluster.gate import Gate, Process, children
-from tests.cluster.team import Team
+from tests.cluster.team import STAGES, Team
 from tests.conftest import answers, wait_until
 from tests.devcluster.access import Cluster
 
@@ -40,19 +40,27 @@ def test_killed_at_every_write_of_a_run_it_never_makes_a_duplicate_and_always_fi
             operator.kill()
             died.append(f"{method} {path}")
 
-    team.apply("mortal", "steps=4 every=2 pause=0 kill=1:2", deletionPolicy="Delete")
+    two = {"teacher": {"model": "s3://models/none", "gpus": 1}, "stages": STAGES}
+    team.apply("mortal", "steps=4 every=2 pause=0 parts=2 kill=vanilla@1:2,rescore@1:-102", deletionPolicy="Delete", **two)
     gate.after_write = die
-    for _ in range(80):
+    for _ in range(160):
         operator.start()
         wait_until(lambda: operator.process.poll() is not None or team.status("mortal").get("phase") == "Succeeded", "one more write", 240)
         if team.status("mortal").get("phase") == "Succeeded":
             break
     operator.kill()
     assert team.phase("mortal", "Succeeded", seconds=1)["phase"] == "Succeeded", died
-    assert sorted(children(gate.written)) == ["jobs", "pytorchjobs", "pytorchjobs"]
-    assert team.children("mortal") == ["mortal-preprocess-a1", "mortal-vanilla-a1", "mortal-vanilla-a2"]
+    made = [
+        *(f"{step}-a{attempt}" for step in ("rescore", "vanilla") for attempt in (1, 2)),
+        "preprocess-a1",
+        "rescored-a1",
+        "teacherforced-a1",
+    ]
+    assert team.children("mortal") == sorted(f"mortal-{child}" for child in made)
+    assert sorted(children(gate.written)) == ["jobs"] * 3 + ["pytorchjobs"] * 4
     assert team.starts("mortal") == [(1, 0), (2, 2)]
-    assert len(died) > 10, "it wrote its status, its finalizer, Events, a ConfigMap and children, and died each time"
+    assert team.starts("mortal", "rescore") == [(1, 0), (2, 1)]
+    assert len(died) > 20, "it wrote its status, its finalizer, Events, a ConfigMap and children, and died each time"
     team.patch("mortal", deletionPolicy="Retain")
     gate.after_write = lambda method, path: None
     operator.start()

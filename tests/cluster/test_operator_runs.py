@@ -9,12 +9,16 @@ from distill_operator.kube import JOB, POD, PYTORCHJOB
 
 from tests.cluster import team as teams
 from tests.cluster.relay import Relay
-from tests.cluster.team import Team, refused
+from tests.cluster.team import STAGES, Team, refused
 from tests.devcluster.access import Cluster
 from tests.devcluster.configuration import HOST
 
 LONG = "steps=3000 pause=0.3 every=2 hurry=2"
 """Trains for a quarter of an hour, long enough to be stopped; the attempt after that ends at once."""
+WHOLE = "steps=8 every=4 pause=0.5 parts=6 beside=vanilla kill=rescore@1:-103,rescored@1:5"
+"""Rescoring that is killed once and scores beside a Vanilla stage of four seconds; the Rescored stage is killed once too."""
+THREE: dict[str, Any] = {"teacher": {"model": "s3://models/none", "gpus": 2}, "stages": STAGES}
+"""Three GPUs: two teachers that score, then one of the two beside the student in stage teacherforced."""
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +33,14 @@ def team(cluster: Cluster, namespace: str, relay: Relay) -> Iterator[Team]:
     teams.operator(cluster, *teams.FAST)
     team = Team.create(cluster, namespace)
     team.kubectl("apply", "--filename", "-", input=json.dumps(stranger("taken-preprocess-a1")))
+    team.apply("whole", WHOLE, **THREE)
+    team.watch("whole")
     team.apply("killed", "steps=6 every=2 kill=1:4")
     team.apply("unkillable", "fail=1:0,2:0", runtime={"attempts": 2})
     team.apply("refusing", "refuse=1:0")
     team.apply("pair", "steps=3", student={"shape": "tiny", "gpus": 2, "gpusPerPod": 1})
     team.apply("plain", "steps=3", runtime={"backend": "Job"}, ttlAfterFinished="1s")
-    team.apply("rescored", "", teacher={"model": "s3://models/none", "gpus": 1}, stages=[{"name": "later", "kind": "Rescored"}])
+    team.apply("onpolicy", "", **{**THREE, "student": {"shape": "tiny", "gpus": 2}, "stages": [{"name": "later", "kind": "OnPolicy"}]})
     team.apply("taken", "steps=1")
     team.apply("keyless", "steps=1", storage=team.storage("to-come"))
     team.apply("suspended", LONG.replace("every=2", "every=2500"))
@@ -65,6 +71,22 @@ def test_a_pod_that_is_killed_mid_training_resumes_from_its_checkpoint_as_attemp
     words = "step vanilla failed (attempt 1 of 3): pod killed-vanilla-a1-master-0, container pytorch, exit 137 (killed)"
     assert events["StepRetrying"].startswith(words)
     team.kubectl("wait", "--for=condition=Succeeded", "distillrun/killed", "--timeout=5s")
+
+
+def test_a_run_of_all_kinds_succeeds_and_scores_beside_vanilla(team: Team) -> None:
+    status = team.phase("whole", "Succeeded", "Failed")
+    assert status["phase"] == "Succeeded", status["message"]
+    together, gpus = team.witnesses["whole"].told()
+    assert frozenset({"rescore", "vanilla"}) in together
+    assert all(len(steps) <= 1 or steps == {"rescore", "vanilla"} for steps in together), together
+    assert gpus == 3, "two teachers and a student: never more than teacher.gpus + student.gpus"
+    steps = ["preprocess-a1", "rescore-a1", "rescore-a2", "rescored-a1", "rescored-a2", "teacherforced-a1", "vanilla-a1"]
+    assert team.children("whole") == [f"whole-{step}" for step in steps]
+    assert team.starts("whole", "rescored") == [(1, 0), (2, 4)]
+    assert [attempt for attempt, _ in team.starts("whole", "rescore")].count(2) == 2
+    (forced,) = [job for job in team.objects("whole", PYTORCHJOB) if job["metadata"]["name"] == "whole-teacherforced-a1"]
+    (container,) = forced["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 2, "a student and its teacher"
 
 
 def test_failures_in_a_row_fail_the_run_and_raising_attempts_revives_it(team: Team) -> None:
@@ -102,10 +124,10 @@ def test_the_job_backend_needs_no_kubeflow_and_a_finished_run_expires(team: Team
 
 
 def test_a_run_with_stages_to_come_says_so_and_spends_nothing(team: Team) -> None:
-    status = team.phase("rescored", "Failed")
-    assert team.condition("rescored", "Failed")["reason"] == "Unsupported"
-    assert "later (Rescored)" in status["message"]
-    assert team.children("rescored") == []
+    status = team.phase("onpolicy", "Failed")
+    assert team.condition("onpolicy", "Failed")["reason"] == "Unsupported"
+    assert "later (OnPolicy)" in status["message"]
+    assert team.children("onpolicy") == []
 
 
 def test_a_strangers_object_is_never_adopted(team: Team) -> None:
@@ -122,13 +144,17 @@ def test_a_pod_that_cannot_start_says_why_and_starts_once_it_can(team: Team) -> 
     team.phase("keyless", "Succeeded")
 
 
-def test_a_child_that_a_quota_refuses_is_told_and_made_once_it_may_be(team: Team) -> None:
-    hard = {"hard": {"count/pytorchjobs.kubeflow.org": "0"}}
+def test_a_child_that_a_quota_refuses_is_told_keeps_no_other_waiting_and_is_made_once_it_may_be(team: Team) -> None:
+    hard = {"hard": {"count/jobs.batch": "0"}}
     quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": hard}
+    team.apply("refused", "steps=1 pause=4", teacher={"model": "s3://models/none", "gpus": 1}, stages=STAGES[:2])
+    team.until("refused", lambda: team.children("refused") == ["refused-preprocess-a1"], "it preprocesses")
     team.kubectl("apply", "--filename", "-", input=json.dumps(quota))
-    team.apply("refused", "steps=1")
     team.until("refused", lambda: team.condition("refused", "Stalled").get("reason") == "ChildRefused", "refused says so")
-    assert "exceeded quota: none" in team.status("refused")["message"]
+    assert "exceeded quota: none" in team.condition("refused", "Stalled")["message"]
+    team.until("refused", lambda: team.step("refused").get("state") == "Succeeded", "training is made and goes on")
+    assert team.children("refused") == ["refused-preprocess-a1", "refused-vanilla-a1"]
+    assert team.step("refused", "rescored")["message"] == "waits for rescore"
     team.kubectl("delete", "resourcequota", "none")
     team.phase("refused", "Succeeded")
 
@@ -223,6 +249,14 @@ def test_two_runs_of_8_gpus_go_one_after_the_other(team: Team) -> None:
     assert team.children(second) == []
     team.phase(first, "Succeeded")
     team.phase(second, "Succeeded")
+
+
+def test_a_run_on_the_data_and_teacher_of_another_reuses_its_scores_and_says_so(team: Team) -> None:
+    team.phase("whole", "Succeeded")
+    team.apply("again", WHOLE, **{**THREE, "stages": STAGES[:2]})
+    team.until("again", lambda: team.step("again", "rescore").get("state") == "Succeeded", "again has scores")
+    assert [team.step(name, "rescore")["reused"] for name in ("whole", "again")] == [False, True]
+    assert team.step("again", "rescore")["message"] == "Reused"
 
 
 def test_every_pod_and_child_says_where_it_comes_from(team: Team) -> None:

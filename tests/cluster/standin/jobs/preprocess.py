@@ -11,7 +11,7 @@ from vpmoe.storage import paths
 
 def main() -> None:
     run, context = entrypoint("preprocess")
-    script = Script.of(run, context.attempt)
+    script = Script.of(run, context)
     made = hashlib.sha256(run.config_hash.encode()).hexdigest()
     facts = DatasetFacts(id=made, manifest=context.bucket.url(paths.manifest(paths.dataset(made))), sha256=made)
     total = run.spec.dataset.workers

@@ -18,7 +18,7 @@ from vpmoe.storage import paths
 
 def main() -> None:
     run, context = entrypoint("train")
-    script = Script.of(run, context.attempt)
+    script = Script.of(run, context)
     steps, every = int(script.number("steps", 6)), int(script.number("every", 2))
     first = last_checkpoint(run, context)
     pod = f"{paths.run(run)}/standin/{context.step}/{socket.gethostname()}.json"
