@@ -1,5 +1,8 @@
 """Score a data set's chosen documents with the teacher. All the work is vpmoe.teacher's; this file binds it to a pod, or to a shell."""
 
+import tempfile
+from pathlib import Path
+
 from jobs.entrypoint import entrypoint
 from vpmoe.teacher.rescore import rescore
 from vpmoe.teacher.scorer import Scorer
@@ -8,7 +11,8 @@ from vpmoe.teacher.scorer import Scorer
 def main() -> None:
     """Score what this pod is assigned."""
     run, context = entrypoint("rescore")
-    rescore(run, context.bucket, context.provenance, context.stopping, context.worker, Scorer)
+    scratch = Path(tempfile.gettempdir()) / "vpmoe-teacher"
+    rescore(run, context.bucket, context.provenance, context.stopping, context.worker, Scorer, scratch)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,14 @@ from vpmoe.teacher.effort import Effort
 from vpmoe.teacher.part import FLOOR, stored
 
 ROOT = Path(__file__).parents[2]
+SCRATCH: Path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where the teacher's files are brought to, once for all tests of this module."""
+    global SCRATCH
+    SCRATCH = tmp_path_factory.mktemp("scratch")
 
 
 @pytest.fixture
@@ -68,7 +76,7 @@ def do(
         assert scorer and (directory / "model.safetensors").stat().st_size > 1e8 and longest <= scorer.longest
         return scorer
 
-    return rescore.rescore(run, Bucket.open(run.spec.storage), provenance(run), stopping or threading.Event(), worker, load)
+    return rescore.rescore(run, Bucket.open(run.spec.storage), provenance(run), stopping or threading.Event(), worker, load, SCRATCH)
 
 
 def made(spec: dict[str, Any], scorer: Remote | None) -> Manifest:
@@ -212,6 +220,12 @@ def test_what_decides_the_scores_is_their_id(spec: dict[str, Any], bucket: Bucke
     assert resolved() != before
 
 
+def test_a_stage_that_mixes_in_no_scores_needs_none(spec: dict[str, Any], bucket: Bucket) -> None:
+    spec["spec"]["stages"][1]["mix"] = 0.0
+    assert do(spec, None) == []
+    assert (progress(spec, bucket)["state"], progress(spec, bucket)["message"]) == ("Succeeded", "No stage trains on scores")
+
+
 def test_stages_with_the_same_subset_share_their_scores(spec: dict[str, Any], bucket: Bucket, scorer: Remote) -> None:
     stage = spec["spec"]["stages"][1]
     spec["spec"]["stages"] += [stage | {"name": "again"}, stage | {"name": "other", "subset": {"fraction": 0.6, "prefer": "none"}}]
@@ -233,11 +247,11 @@ def test_workers_do_not_change_a_byte_and_the_last_one_says_so(spec: dict[str, A
 
 
 KILLED = """
-import sys, threading
+import pathlib, sys, yaml
 from tests.teachers import Remote
-from tests.unit.test_teacher_rescore import do
-import yaml
-do(yaml.safe_load(open(sys.argv[1])), Remote(sys.argv[2], 640))
+from tests.unit import test_teacher_rescore as here
+here.SCRATCH = pathlib.Path(sys.argv[3])
+here.do(yaml.safe_load(open(sys.argv[1])), Remote(sys.argv[2], 640))
 """
 
 
@@ -252,7 +266,7 @@ def test_a_worker_killed_at_any_record_goes_on_there_with_the_same_bytes(
     chance = np.random.default_rng(new_seed())
     records: dict[int, str] = {}
     for already in range(3):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "run.yaml"), teacher_address], cwd=ROOT)
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "run.yaml"), teacher_address, str(SCRATCH)], cwd=ROOT)
         try:
             wait_for(lambda n=already: bucket.exists(paths.scores_origin(found.id)) and len(scores.done_parts(found, bucket)) >= n, process)
             time.sleep(chance.uniform(0, 0.5))
@@ -374,7 +388,7 @@ def test_the_job_ends_when_told_goes_on_when_started_again_and_has_nothing_to_do
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and bucket.exists(found.manifest), said
     assert f"Part {min(kept)}:" not in said, "a part that is done is not made again"
-    assert not list(tmp_path.glob("vpmoe-teacher-*")), "the teacher's files go with the job"
+    assert not list(tmp_path.glob("vpmoe-scores-*")), "no part's files are left"
     process = start()
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "Reused" in said and "Loading the teacher" not in said

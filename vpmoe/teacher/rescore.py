@@ -102,27 +102,31 @@ class Job(Worker):
 
 
 def rescore(
-    run: DistillRun, bucket: Bucket, provenance: Provenance, stopping: threading.Event, worker: int | None, load_teacher: Load
+    run: DistillRun,
+    bucket: Bucket,
+    provenance: Provenance,
+    stopping: threading.Event,
+    worker: int | None,
+    load_teacher: Load,
+    scratch: Path,
 ) -> list[ScoresRef]:
     """Do this worker's share of the step. Returns the sets of scores that the run's stages train on.
 
-    Raises Permanent where the configuration, the teacher or the data set is at fault, StorageError, Retriable for a full disk,
-    Terminated where it was asked to stop.
+    The teacher's files are brought below `scratch`, and stay there for whoever asks next. Raises Permanent where the configuration, the
+    teacher or the data set is at fault, StorageError, Retriable for a full disk, Terminated where it was asked to stop.
     """
     dataset = load(run, bucket)
-    scores = resolve_all(run, bucket, dataset)
-    with tempfile.TemporaryDirectory(prefix="vpmoe-teacher-") as scratch:
-        job = Job(run, bucket, provenance, stopping, worker, dataset, scores, load_teacher, Path(scratch))
-        if job.complete():
-            for one in scores:
-                load_scores(one, bucket)
-                log.info("Reused: %s is complete", bucket.url(one.folder))
-            job.report_success("Reused", job.total, job.facts())
-            return scores
-        for one in scores:
-            make(job, one)
+    job = Job(run, bucket, provenance, stopping, worker, dataset, resolve_all(run, bucket, dataset), load_teacher, scratch)
+    if job.complete():
+        for scores in job.scores:
+            load_scores(scores, bucket)
+            log.info("Reused: %s is complete", bucket.url(scores.folder))
+        job.report_success("Reused" if job.scores else "No stage trains on scores", job.total, job.facts())
+        return list(job.scores)
+    for scores in job.scores:
+        make(job, scores)
     finish(job)
-    return scores
+    return list(job.scores)
 
 
 def make(job: Job, scores: ScoresRef) -> None:
@@ -185,7 +189,7 @@ def score_part(job: Job, scores: ScoresRef, number: int, picked_D: NDArray[np.bo
     log.info(
         f"Part {number}: {record['documents']:,} of {len(picked_D):,} documents scored, {tokens:,} supervised tokens, {seconds:,.0f} s"
     )
-    job.report(f"Part {number} done", job.done(), job.total)
+    job.report(f"Part {number} done", job.done(), job.total, tokens / seconds if tokens else None)
 
 
 def add_scores(job: Job, part: ScoredPart) -> None:

@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 BATCH_TOKENS = 1 << 15
 """Tokens that are handed to vLLM at once: seconds of work on a GPU, after which a job that was asked to stop does."""
 
-STEP_TOKENS = 2048
-"""Tokens of one forward. vLLM holds their logits whole, [2048, 201088] in float32 twice and once in the model's dtype: 4 GB at most."""
+STEP_TOKENS = {"cpu": 512, "cuda": 2048}
+"""Tokens of one forward; longer sequences are computed in pieces. vLLM holds their logits whole, [2048, 201088] in float32 twice and once
+in the model's dtype, which is 4 GB; and of 512 in float32 0.8 GB."""
 
 SEQUENCES = 32
 """Sequences of one forward, at most."""
@@ -59,15 +60,16 @@ class Scorer:
         prepare_environment()
         import vllm
 
-        check_device()
+        device = check_device()
         log.info("Loading the teacher, in %s", model.dtype(directory))
         self._llm = vllm.LLM(
             str(directory),
             skip_tokenizer_init=True,
             dtype=model.dtype(directory),
             max_model_len=longest + 1,  # vLLM cannot score without generating a token
-            max_num_batched_tokens=max(STEP_TOKENS, SEQUENCES),
+            max_num_batched_tokens=STEP_TOKENS[device],
             max_num_seqs=SEQUENCES,
+            enable_chunked_prefill=True,
             gpu_memory_utilization=GPU_MEMORY,
             enforce_eager=True,
             enable_prefix_caching=False,
@@ -127,13 +129,16 @@ def batches(sequences: Iterable[Ids], tokens: int) -> Iterator[list[Ids]]:
         yield batch
 
 
-def check_device() -> None:
-    """Raise Permanent where there is no GPU, unless CUDA_VISIBLE_DEVICES is set and empty, which alone means the CPU."""
+def check_device() -> str:
+    """Where the teacher computes: on "cuda", or on the "cpu" only where CUDA_VISIBLE_DEVICES is set and empty.
+
+    Raises Permanent where there is no GPU, or vLLM was not built for one.
+    """
     import torch
     from vllm.platforms import current_platform
 
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return
+        return "cpu"
     if not torch.cuda.device_count():
         raise Permanent(
             "this pod finds no CUDA device for the teacher. Give it one (spec.teacher.gpus), install the driver, or set "
@@ -142,6 +147,7 @@ def check_device() -> None:
     if not current_platform.is_cuda():
         found = current_platform.device_type
         raise Permanent(f"the installed vLLM computes on {found}, not on CUDA. Use the inference image for GPUs, which has package vllm.")
+    return "cuda"
 
 
 def prepare_environment() -> None:

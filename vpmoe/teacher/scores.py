@@ -79,8 +79,8 @@ def resolve(run: DistillRun, stage: Rescored, bucket: Bucket, dataset: Manifest)
 
 
 def resolve_all(run: DistillRun, bucket: Bucket, dataset: Manifest) -> list[ScoresRef]:
-    """The scores of all stages of the run, each set once, in the order of the stages."""
-    found = [resolve(run, stage, bucket, dataset) for stage in run.spec.stages if isinstance(stage, Rescored)]
+    """The scores of all stages of the run that train on some, each set once, in the order of the stages."""
+    found = [resolve(run, stage, bucket, dataset) for stage in run.spec.stages if isinstance(stage, Rescored) and stage.mix > 0]
     return list({scores.id: scores for scores in found}.values())
 
 

@@ -5,10 +5,10 @@ from datetime import UTC, datetime
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, DatasetFacts, Progress
 from vpmoe.api.stages import Rescored, TeacherForced, Vanilla
-from vpmoe.data import resolve
+from vpmoe.data.dataset import load
 from vpmoe.failure import Permanent
 from vpmoe.provenance import Provenance
-from vpmoe.storage import Bucket, manifest, paths
+from vpmoe.storage import Bucket, paths
 from vpmoe.storage.manifest import Input, Manifest
 from vpmoe.teacher import scores as teacher_scores
 from vpmoe.teacher.model import resolve_teacher
@@ -38,10 +38,7 @@ def trainable(run: DistillRun, name: str) -> Trainable:
 
 def dataset(run: DistillRun, bucket: Bucket) -> Manifest:
     """The run's data set. Raises Permanent where it has not been made, or holds nothing to train on or to evaluate with."""
-    found = resolve(run, bucket)
-    if not bucket.exists(found.manifest):
-        raise Permanent(f"{bucket.url(found.manifest)}: the run's data set is not there. Make it first: python -m jobs.preprocess.")
-    made = manifest.load(bucket, found.manifest)
+    made = load(run, bucket)
     splits = made.facts["splits"]
     if not splits["train"]["documents"]:
         raise Permanent(
