@@ -13,7 +13,10 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from vpmoe.teacher.scorer import BATCH_TOKENS, Scorer, batches
+from vpmoe.teacher import scorer
+from vpmoe.teacher.scorer import Scorer, batches
+
+BATCH_TOKENS = scorer.BATCH_TOKENS["cpu"]
 
 TINY = {
     "num_hidden_layers": 2,
@@ -93,13 +96,13 @@ class Remote:
 
 def serve(address: str, directory: Path, longest: int) -> None:
     """Load a teacher and answer one asker after another until the process is ended."""
-    scorer = Scorer(directory, longest)
+    teacher = Scorer(directory, longest)
     with Listener(address) as listener:
         while True:
             with listener.accept() as asker, suppress(EOFError, ConnectionError):
                 while batch := asker.recv():
                     try:
-                        asker.send(list(scorer.score(batch)))
+                        asker.send(list(teacher.score(batch)))
                     except ValueError as error:
                         asker.send(error)
 

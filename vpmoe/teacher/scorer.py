@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BATCH_TOKENS = 1 << 15
-"""Tokens that are handed to vLLM at once: seconds of work on a GPU, after which a job that was asked to stop does."""
+BATCH_TOKENS = {"cpu": 1 << 11, "cuda": 1 << 15}
+"""Tokens that are handed to vLLM at once: seconds of work, after which a job that was asked to stop does."""
 
 STEP_TOKENS = {"cpu": 512, "cuda": 2048}
 """Tokens of one forward; longer sequences are computed in pieces. vLLM holds their logits whole, [2048, 201088] in float32 twice and once
@@ -60,14 +60,14 @@ class Scorer:
         prepare_environment()
         import vllm
 
-        device = check_device()
+        self.device = check_device()
         log.info("Loading the teacher, in %s", model.dtype(directory))
         self._llm = vllm.LLM(
             str(directory),
             skip_tokenizer_init=True,
             dtype=model.dtype(directory),
             max_model_len=longest + 1,  # vLLM cannot score without generating a token
-            max_num_batched_tokens=STEP_TOKENS[device],
+            max_num_batched_tokens=STEP_TOKENS[self.device],
             max_num_seqs=SEQUENCES,
             enable_chunked_prefill=True,
             gpu_memory_utilization=GPU_MEMORY,
@@ -88,7 +88,7 @@ class Scorer:
         Sequences are taken as they are asked for, BATCH_TOKENS at a time, and `check_stop`, which may raise, is called before each
         time. Raises ValueError for a sequence that is longer than `longest`, or has an id that the vocabulary does not have.
         """
-        for batch in batches(sequences, BATCH_TOKENS):
+        for batch in batches(sequences, BATCH_TOKENS[self.device]):
             check_stop()
             yield from self._score(batch)
 
