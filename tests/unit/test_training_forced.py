@@ -1,5 +1,6 @@
 """The teacher beside its students: the same hidden states as a forward a document, and the way between the processes."""
 
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests import teachers
 from tests.unit.students import documents, new_seed
@@ -168,3 +169,24 @@ def test_an_end_that_is_gone_is_named() -> None:
     ends[1] = None  # the student's end closes with it
     with pytest.raises(Retriable, match="rank 0 is gone, or does not answer"):
         ends[0].hear(0, 2, torch.int64)  # type: ignore[union-attr]
+
+
+def test_experts_in_mxfp4_are_widened_without_further_packages(directory: Path, tmp_path: Path) -> None:
+    """As gpt-oss is released: experts as blocks of 32 four-bit numbers that share a scale (OCP Microscaling, E2M1 and E8M0)."""
+    torch.manual_seed(new_seed())
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(directory / "model.safetensors").items()}
+    wanted = {}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inner, outer = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, outer, inner // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(120, 126, (experts, outer, inner // 32), dtype=torch.uint8)
+        numbers = values[torch.stack([blocks & 15, blocks >> 4], dim=-1).long()].flatten(3) * 2.0 ** (scales.float() - 127).unsqueeze(-1)
+        wanted[name.removeprefix("model.")] = numbers.flatten(2).transpose(1, 2).bfloat16()
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text()) | {"dtype": "bfloat16"}
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = dict(teacher.load(tmp_path, CPU).named_parameters())
+    assert wanted and all(torch.equal(found[name], numbers) and found[name].dtype == torch.bfloat16 for name, numbers in wanted.items())

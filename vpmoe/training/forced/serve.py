@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from vpmoe.api import DistillRun
-from vpmoe.failure import Permanent
+from vpmoe.failure import Permanent, Retriable, Terminated
 from vpmoe.model.device import choose
 from vpmoe.model.shapes import VOCABULARY
 from vpmoe.storage import Bucket
 from vpmoe.teacher.model import check, fetch, resolve_teacher
 from vpmoe.training.forced import teacher
-from vpmoe.training.forced.channel import Channel, host, stop_check
+from vpmoe.training.forced.channel import Channel, CheckStop, host, stop_check
 from vpmoe.training.forced.question import read
 from vpmoe.training.forced.remote import WIRE
 
@@ -28,10 +28,18 @@ def teach(run: DistillRun, bucket: Bucket, students: int, address: str, port: in
     """Be the teacher of one attempt at a stage. Returns when every student has said that it is done.
 
     `folder` is where models are kept on this pod's disk. Raises Permanent where the model is none that these students can learn from,
-    Retriable where a student is gone, Terminated where the process should stop before training began.
+    Retriable where a student is gone, Terminated where the process should stop: before training began, or because students did.
     """
+    try:
+        _teach(run, bucket, students, address, port, folder, stop_check(stopping))
+    except Retriable as error:
+        if stopping.is_set():
+            raise Terminated(f"asked to stop, and so were the students: {error}") from error
+        raise
+
+
+def _teach(run: DistillRun, bucket: Bucket, students: int, address: str, port: int, folder: Path, check_stop: CheckStop) -> None:
     device = choose(megatron=False)
-    check_stop = stop_check(stopping)
     channel = host(address, port, students, device, check_stop)
     directory = fetch(resolve_teacher(run, bucket), bucket, folder, check_stop)
     check(directory)
