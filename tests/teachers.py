@@ -46,7 +46,9 @@ def write(folder: Path, seed: int = 0, dtype: str = "float32", **changes: object
     """
     import torch
     from transformers import GptOssConfig, GptOssForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     config = GptOssConfig(**{**TINY, **changes}, dtype=dtype)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
