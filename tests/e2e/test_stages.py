@@ -1,0 +1,212 @@
+"""Whole runs through Vanilla, Rescored and TeacherForced on the cluster, with a real teacher: one left alone, one killed again and again.
+
+Both have the same recipe, source and teacher, and a bucket of their own, so that nothing of the one is reused by the other. What they end
+with must be the same bits: rescorer, trainer and operator of the second are killed at moments that a seed draws.
+"""
+
+import json
+import os
+import random
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import yaml
+
+from tests import install, sample, teachers
+from tests.conftest import wait_until
+from tests.devcluster import ClusterError
+from tests.devcluster.cluster import Cluster
+
+ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.timeout(2400)  # the first test waits for both runs
+
+STAGES = [
+    {"name": "vanilla", "kind": "Vanilla", "tokens": "24k"},
+    {"name": "rescored", "kind": "Rescored", "tokens": "16k", "subset": {"fraction": 0.6}, "mix": 0.65},
+    {"name": "forced", "kind": "TeacherForced", "tokens": "8k"},
+]
+STEPS = ("preprocess", "rescore", "vanilla", "rescored", "forced")
+KILL_EVERYTHING = "import os; os.kill(-1, 9)"
+
+
+class Bench:
+    """The runs of this module, in their namespace, and the store."""
+
+    def __init__(self, cluster: Cluster, namespace: str) -> None:
+        self.cluster = cluster
+        self.namespace = namespace
+        self.name = f"stages-{secrets.token_hex(4)}"
+        self.client: Any = boto3.client(
+            "s3", endpoint_url=cluster.s3.endpoint, aws_access_key_id=cluster.s3.access_key, aws_secret_access_key=cluster.s3.secret_key,
+            region_name="us-east-1",
+        )  # fmt: skip
+
+    def kubectl(self, *arguments: str, input: str | None = None) -> str:
+        return self.cluster.kubectl("--namespace", self.namespace, *arguments, input=input)
+
+    def apply(self, name: str, bucket: str, stages: list[dict[str, Any]]) -> None:
+        manifest = yaml.safe_load((ROOT / "manifests/examples/demo.yaml").read_text())
+        spec = manifest["spec"]
+        manifest["metadata"]["name"] = name
+        spec["dataset"]["source"] = f"s3://{self.name}-source/input/*.parquet"
+        spec["teacher"]["model"] = f"s3://{self.name}-source/teacher"
+        spec["student"]["gpus"] = 1
+        spec["training"] |= {"globalBatchTokens": 2048, "checkpoint": {"everyTokens": "6k", "keep": 2}}
+        spec["stages"] = stages
+        spec["evaluation"] = {"everyTokens": "12k", "documents": 16, "completions": 0}
+        spec["storage"]["bucket"] = bucket
+        spec["runtime"] = {"attempts": 20}
+        self.kubectl("apply", "--filename", "-", input=yaml.safe_dump(manifest))
+
+    def get(self, name: str) -> dict[str, Any]:
+        run: dict[str, Any] = json.loads(self.kubectl("get", "distillrun", name, "--output=json"))
+        return run
+
+    def step(self, name: str, step: str) -> dict[str, Any]:
+        return next((of for of in self.get(name).get("status", {}).get("steps", []) if of["name"] == step), {})
+
+    def ended(self, name: str) -> bool:
+        return self.get(name).get("status", {}).get("phase") in ("Succeeded", "Failed")
+
+    def object(self, bucket: str, key: str) -> Any:
+        return json.loads(self.client.get_object(Bucket=bucket, Key=key)["Body"].read())
+
+    def manifest(self, url: str) -> Any:
+        bucket, _, key = url.removeprefix("s3://").partition("/")
+        return self.object(bucket, key)
+
+    def running_pod(self, run: str, step: str) -> dict[str, Any] | None:
+        selector = f"vpmoe.dev/run={run},vpmoe.dev/step={step}"
+        pods = json.loads(self.kubectl("get", "pods", "--selector", selector, "--field-selector=status.phase=Running", "--output=json"))
+        return next((pod for pod in pods["items"] if "deletionTimestamp" not in pod["metadata"]), None)
+
+    def kill_pod(self, run: str, step: str) -> bool:
+        """kill -9 of everything in a pod of the step; whether there was one to kill."""
+        pod = self.running_pod(run, step)
+        if pod is None:
+            return False
+        container = pod["spec"]["containers"][0]["name"]
+        with suppress(ClusterError):  # the connection breaks with the container; or the pod has ended meanwhile
+            self.kubectl("exec", pod["metadata"]["name"], "--container", container, "--", "python", "-c", KILL_EVERYTHING)
+        return True
+
+    def kill_operator(self) -> None:
+        self.cluster.kubectl(
+            "delete", "pods", "--namespace", install.NAMESPACE, "--selector", "app.kubernetes.io/name=distill-operator", "--force",
+            "--grace-period=0",
+        )  # fmt: skip
+
+
+def harry(bench: Bench, run: str, draw: random.Random, over: threading.Event, done: list[str]) -> None:
+    """Kill a pod of each step once, unless it has ended by then, and the operator now and then, at random moments after they have begun."""
+    pauses = {"preprocess": 2.0, "rescore": 40.0, "vanilla": 20.0, "rescored": 20.0, "forced": 20.0}
+    moments = [(step, draw.uniform(0, most)) for step, most in pauses.items()]
+    due: dict[str, float] = {}
+    operator = time.monotonic() + draw.uniform(5, 40)
+    while not over.wait(0.5):
+        with suppress(ClusterError):
+            for step, pause in moments:
+                if step not in due and bench.running_pod(run, step):
+                    due[step] = time.monotonic() + pause
+                elif step not in done and step in due and time.monotonic() > due[step] and bench.kill_pod(run, step):
+                    done.append(step)
+            if time.monotonic() > operator:
+                bench.kill_operator()
+                done.append("operator")
+                operator = time.monotonic() + draw.uniform(30, 90)
+
+
+@pytest.fixture(scope="module")
+def bench(cluster: Cluster, namespace: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """Both runs after they have ended: "calm" and "harried"."""
+    it = Bench(cluster, namespace)
+    for bucket in ("source", "calm", "harried"):
+        it.client.create_bucket(Bucket=f"{it.name}-{bucket}")
+    folder = tmp_path_factory.mktemp("stages")
+    for shard in sample.write(folder / "shards", shards=2):
+        it.client.upload_file(str(shard), f"{it.name}-source", f"input/{shard.name}")
+    for file in teachers.write(folder / "teacher").iterdir():
+        it.client.upload_file(str(file), f"{it.name}-source", f"teacher/{file.name}")
+    seed = secrets.randbelow(1 << 32)
+    print(f"seed {seed}")
+    over, killed = threading.Event(), list[str]()
+    killer = threading.Thread(target=harry, args=(it, "harried", random.Random(seed), over, killed))
+    for name in ("calm", "harried"):
+        it.apply(name, f"{it.name}-{name}", STAGES)
+    killer.start()
+    try:
+        for name in ("calm", "harried"):
+            wait_until(lambda name=name: it.ended(name), f"{name} ends", seconds=1500, every=3)  # type: ignore[misc]
+    finally:
+        over.set()
+        killer.join()
+        print(f"killed: {killed}")
+    assert "operator" in killed and len(set(killed)) >= 3, f"seed {seed}: only {killed} were met alive"
+    yield it
+
+
+@pytest.mark.parametrize("name", ["calm", "harried"])
+def test_a_run_through_three_kinds_of_stages_succeeds(bench: Bench, name: str) -> None:
+    status = bench.get(name)["status"]
+    assert status["phase"] == "Succeeded", status.get("message")
+    assert [(step["name"], step["state"]) for step in status["steps"]] == [(step, "Succeeded") for step in STEPS]
+    if name == "harried":
+        assert sum(step["attempt"] for step in status["steps"]) >= len(STEPS) + 2, "what was killed alive began anew"
+    else:
+        assert [step["attempt"] for step in status["steps"]] == [1] * len(STEPS)
+
+
+def test_rescoring_ran_beside_vanilla_and_before_what_needs_it(bench: Bench) -> None:
+    step = {name: bench.step("calm", name) for name in STEPS}
+    assert step["rescore"]["started"] < step["vanilla"]["finished"]
+    assert step["rescored"]["started"] >= max(step["rescore"]["finished"], step["vanilla"]["finished"])
+    assert step["forced"]["started"] >= step["rescored"]["finished"]
+
+
+@pytest.mark.parametrize("stage", ["vanilla", "rescored", "forced"])
+def test_whatever_was_killed_the_weights_are_the_same_bits(bench: Bench, stage: str) -> None:
+    """Weights, both moments, expert biases and random state, file by file."""
+    ends = [bench.manifest(bench.step(name, stage)["checkpoint"]["manifest"]) for name in ("calm", "harried")]
+    calm, harried = ({subject["name"]: subject["digest"] for subject in end["subject"]} for end in ends)
+    assert calm == harried
+    assert "rank-00000.safetensors" in calm
+
+
+def test_whatever_was_killed_the_scores_are_the_same_bytes(bench: Bench) -> None:
+    made = []
+    for name in ("calm", "harried"):
+        bucket = f"{bench.name}-{name}"
+        keys = [entry["Key"] for entry in bench.client.list_objects_v2(Bucket=bucket, Prefix="scores/")["Contents"]]
+        (key,) = [key for key in keys if key.endswith("/manifest.json")]
+        found = bench.object(bucket, key)
+        made.append((key, {subject["name"]: subject["digest"] for subject in found["subject"]}))
+        assert found["predicate"]["buildDefinition"]["internalParameters"]["documents"] > 10
+    assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("name", ["calm", "harried"])
+def test_every_byte_is_what_its_manifest_says(bench: Bench, cluster: Cluster, name: str) -> None:
+    environment = {
+        **os.environ, "AWS_ENDPOINT_URL": cluster.s3.endpoint, "AWS_ACCESS_KEY_ID": cluster.s3.access_key,
+        "AWS_SECRET_ACCESS_KEY": cluster.s3.secret_key,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "vpmoe.storage", "verify", f"s3://{bench.name}-{name}"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_a_second_run_of_the_same_data_and_teacher_reuses_both_and_says_so(bench: Bench) -> None:
+    bench.apply("again", f"{bench.name}-calm", [STAGES[0], {**STAGES[1], "mix": 0.3}])
+    wait_until(lambda: bench.step("again", "rescore").get("state") in ("Succeeded", "Failed"), "again has scores", seconds=180, every=1)
+    for step in ("preprocess", "rescore"):
+        assert (bench.step("again", step)["reused"], bench.step("again", step)["message"]) == (True, "Reused")
+    bench.kubectl("delete", "distillrun", "again", "--timeout=120s")
