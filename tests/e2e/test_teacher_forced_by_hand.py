@@ -15,6 +15,7 @@ import pytest
 from tests import teachers
 from tests.conftest import S3
 from tests.e2e.test_training_by_hand import Hand, end, last, lines, logged, prepared, progress, stop_after
+from tests.unit.students import new_seed
 from vpmoe.model.shapes import SHAPES
 from vpmoe.training.launch import free_port
 
@@ -114,6 +115,16 @@ def test_a_teacher_of_another_vocabulary_ends_the_stage_before_its_first_step(ha
     said = json.loads(termination.read_bytes())
     assert process.returncode == 65 and said["class"] == "Permanent" and said["rank"] is None, log
     assert said["message"].startswith("teacher.model: config.json says vocab_size 1000") and not logged(hand, file, "forced")
+
+
+def test_students_and_teacher_that_are_stopped_while_they_wait_for_each_other_say_so(hand: Hand) -> None:
+    """Wherever they are: some not started, the teacher loading, or all at work."""
+    delay = random.Random(new_seed()).uniform(0.5, 8)
+    process = hand.start("train", hand.run_file("early", gpus=2), "--step", "forced")
+    time.sleep(delay)
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=200)
+    assert process.returncode in (143, -signal.SIGTERM), f"after {delay} s: {log}"  # the signal itself, before the launcher listens
 
 
 def test_checkpoints_name_the_teacher_and_the_stage_after_needs_neither(hand: Hand, left_alone: Path) -> None:
