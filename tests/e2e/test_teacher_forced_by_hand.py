@@ -53,15 +53,15 @@ def processes(launcher: int) -> tuple[list[psutil.Process], psutil.Process]:
     return sorted((one for one in found if one != teacher), key=lambda one: one.environ()["RANK"]), teacher
 
 
-def stop_one(hand: Hand, file: Path, who: str, first: int, steps: int, attempt: int) -> tuple[int, dict[str, Any]]:
-    """Train until the teacher or a student is killed -9, or the launcher told to stop, at a random moment of a random step.
+def stop_one(hand: Hand, file: Path, who: str, within: range, steps: int, attempt: int) -> tuple[int, dict[str, Any]]:
+    """Train until the teacher or a student is killed -9, or the launcher told to stop, at a random moment after a random step of `within`.
 
     Returns the launcher's exit code and its last word.
     """
     seed = secrets.randbelow(1 << 32)
     print(f"{who}: seed {seed}")
     chosen = random.Random(seed)
-    step, delay = chosen.randint(first, max(first, steps - 2)), chosen.uniform(0, 0.5)
+    step, delay = chosen.choice(within), chosen.uniform(0, 0.5)
     termination = hand.folder / f"termination-{who}"
     process = hand.start("train", file, "--step", "forced", "--attempt", str(attempt), VPMOE_TERMINATION_LOG=str(termination))
 
@@ -146,7 +146,9 @@ def test_whoever_is_killed_or_stopped_the_run_ends_at_the_same_bits(hand: Hand, 
     }
     for attempt, (who, (code, kind, words)) in enumerate(ends.items(), start=1):
         saved = progress(hand, file, "forced").checkpoint if attempt > 1 else None
-        found, said = stop_one(hand, file, who, saved.iteration + 1 if saved else 1, steps, attempt)
+        first = saved.iteration + 1 if saved else 1
+        last = max(first, steps * attempt // 4)  # so that enough steps are left for those who come after, and for one that is told to stop
+        found, said = stop_one(hand, file, who, range(first, last + 1), steps, attempt)
         assert (found, said["class"]) == (code, kind) and said["message"].startswith(words)
     hand.finish("train", file, "--step", "forced", "--attempt", "4")
     assert end(hand, file, "forced") == end(hand, left_alone, "forced")
