@@ -34,14 +34,23 @@ class Batch:
     """[3] int64, always on the CPU: positions that are not padding, then targets by span number."""
     teacher_logp: Tensor | None = None
     """[T] fp32, the teacher's stored log p of each position's target, NaN where there is none; None in a batch without scores."""
+    sampler_logp: Tensor | None = None
+    """[T] fp32, the log p with which the sampler drew each position's target, NaN where there is none; None where nothing was sampled."""
 
     @classmethod
-    def of(cls, tokens: Tensor, span_of_tokens: Tensor, documents: Tensor, logp_of_tokens: Tensor | None = None) -> "Batch":
+    def of(
+        cls,
+        tokens: Tensor,
+        span_of_tokens: Tensor,
+        documents: Tensor,
+        logp_of_tokens: Tensor | None = None,
+        sampler_logp_of_tokens: Tensor | None = None,
+    ) -> "Batch":
         """From CPU tensors [b, S]: tokens int64, the span of each token uint8, and int32 numbers that are constant over each document.
 
-        Neighbouring documents of a row have different numbers; negative is padding. `logp_of_tokens` fp32 are the teacher's, each stored
-        against the token that it scores. A batch that is all padding, or has nothing to learn, is legal. Raises ValueError where the
-        shapes differ.
+        Neighbouring documents of a row have different numbers; negative is padding. `logp_of_tokens` fp32 are the teacher's and
+        `sampler_logp_of_tokens` the sampler's, each stored against the token that it is of. A batch that is all padding, or has nothing
+        to learn, is legal. Raises ValueError where the shapes differ.
         """
         if tokens.dim() != 2 or tokens.shape != span_of_tokens.shape or tokens.shape != documents.shape:
             raise ValueError(
@@ -66,6 +75,7 @@ class Batch:
             longest=int(lengths.max()),
             counts=torch.stack([(~padding).sum(), *((span == number).sum() for number in spans.SPANS.values())]),
             teacher_logp=None if logp_of_tokens is None else spans.of_targets(logp_of_tokens, target),
+            sampler_logp=None if sampler_logp_of_tokens is None else spans.of_targets(sampler_logp_of_tokens, target),
         )
 
     def to(self, device: torch.device) -> "Batch":

@@ -1,7 +1,7 @@
 """What a training step asks of an objective, and the one form that all objectives but TeacherForced's have: a coefficient for each token.
 
 The trainer is blind to the algorithm: it brings hidden states, takes back a loss to go backward from, and adds up over the ranks what
-the objective has measured on the way. Which coefficients those are stands in vanilla.py and rescored.py.
+the objective has measured on the way. Which coefficients those are stands in vanilla.py, rescored.py and onpolicy.py.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class Objective(Protocol):
         """What the ranks' sums say, for the step's line of metrics."""
 
 
-def _nothing(batch: Batch) -> Tensor:
+def _nothing(batch: Batch, logp_T: Tensor) -> Tensor:
     return torch.zeros(0, dtype=torch.float64)
 
 
@@ -40,8 +40,8 @@ class Weighted:
     """Σ c·(−log p), where `of` gives a batch's coefficients c."""
 
     of: Callable[[Batch], Coefficient]
-    measure: Callable[[Batch], Tensor] = _nothing
-    """A microbatch's sums [M] float64."""
+    measure: Callable[[Batch, Tensor], Tensor] = _nothing
+    """A microbatch's sums [M] float64, from the batch and the student's log p of its targets [T], NaN where there is none."""
     told: Callable[[Tensor], dict[str, Any]] = lambda total: {}
     _sums: list[Tensor] = field(default_factory=list)
 
@@ -51,8 +51,9 @@ class Weighted:
     def loss(self, batch: Batch, hidden_TH: Tensor, student: "Student", scale: float) -> tuple[Tensor, Tensor]:
         """See Objective. The coefficient is scaled and not the loss: a factor on gradients that are bf16 already would be rounded to it."""
         coefficient = self.of(batch)
-        self._sums.append(self.measure(batch))
-        return head_loss(hidden_TH, student.output, batch.target, lambda logp_t, rows_t: coefficient(logp_t, rows_t) * scale)
+        loss, logp_T = head_loss(hidden_TH, student.output, batch.target, lambda logp_t, rows_t: coefficient(logp_t, rows_t) * scale)
+        self._sums.append(self.measure(batch, logp_T))
+        return loss, logp_T
 
     def sums(self) -> Tensor:
         """See Objective."""

@@ -39,7 +39,7 @@ def rescored(counts: Tensor, weights: Mapping[str, float], confidence: Confidenc
         c_T = torch.where(batch.span > 0, c_T * weight(batch), 0)
         return lambda logp_t, rows_t: c_T[rows_t]
 
-    def measure(batch: Batch) -> Tensor:
+    def measure(batch: Batch, logp_T: Tensor) -> Tensor:
         """[spans · MEASURED] float64 sums over the microbatch."""
         w_T = weight(batch)
         found_5T = torch.stack(
