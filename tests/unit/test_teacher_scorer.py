@@ -144,7 +144,7 @@ def test_a_document_of_another_conversation_is_refused() -> None:
     )
     assert sent.tolist() == harmony(ReasoningEffort.LOW), "there and back"
     for ids in ([*harmony(ReasoningEffort.MEDIUM), END_OF_DOCUMENT], harmony(ReasoningEffort.HIGH), [END_OF_DOCUMENT]):
-        with pytest.raises(Permanent, match=r"settings.conversation, or has no end-of-document"):
+        with pytest.raises(Permanent, match=r"its data set.s settings.conversation\.|has no end-of-document"):
             effort.sent(np.array(ids, np.int32))
 
 

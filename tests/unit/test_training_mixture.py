@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from vpmoe.training.mixture import is_scored, mix
+from vpmoe.training.mixture import interleave, mix
 from vpmoe.training.plan import BatchPlan
 
 SHARES = [0.0, 0.01, 0.1, 0.29, 1 / 3, 0.5, 0.57, 0.65, 0.7, 0.999999, 1.0]
@@ -13,7 +13,7 @@ SHARES = [0.0, 0.01, 0.1, 0.29, 1 / 3, 0.5, 0.57, 0.65, 0.7, 0.999999, 1.0]
 
 @pytest.mark.parametrize("share", SHARES)
 def test_after_n_steps_the_share_of_them_were_scored(share: float) -> None:
-    kind = is_scored(10_000, share)
+    kind = interleave(10_000, share)
     exact = Fraction(1, 3) if share == 1 / 3 else Fraction(str(share))
     for n in (1, 2, 3, 7, 100, 700, 1000, 9_999, 10_000):
         assert kind[:n].sum() == n * exact.numerator // exact.denominator
@@ -38,7 +38,7 @@ def test_a_stage_ends_with_the_step_that_reaches_its_tokens_and_each_stream_is_r
         turns[kind] += 1
         assert mixed.seen[step] == total
     assert total >= tokens
-    assert np.array_equal(mixed.scored, is_scored(len(mixed.seen), share))
+    assert np.array_equal(mixed.scored, interleave(len(mixed.seen), share))
 
 
 def test_a_stage_without_scores_is_its_own_stream() -> None:

@@ -20,7 +20,7 @@ from vpmoe.storage.manifest import Input, Manifest
 from vpmoe.training import batch, start
 from vpmoe.training.checkpoint import Checkpoints
 from vpmoe.training.loop import Trainer, course
-from vpmoe.training.mixture import is_scored
+from vpmoe.training.mixture import interleave
 from vpmoe.training.parts import Cache, Parts
 from vpmoe.training.plan import Document
 from vpmoe.training.position import Position, end_of
@@ -101,7 +101,7 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits_and_the_mix_is_exact(
     assert reached(bucket, whole.task) == reached(bucket, resumed.task)
     assert isinstance(whole.report, Listening) and isinstance(resumed.report, Listening)
     steps = [line for line in whole.report.lines if line["event"] == "step"]
-    assert [line["kind"] == "Rescored" for line in steps] == is_scored(len(steps), 0.6).tolist()
+    assert [line["kind"] == "Rescored" for line in steps] == interleave(len(steps), 0.6).tolist()
     for line in steps:
         assert ("weight" in line) == (line["kind"] == "Rescored")
     again = [line for line in resumed.report.lines if line["event"] == "step"]

@@ -1,7 +1,8 @@
 """Which data each step of a stage takes: the whole training split, or the documents that the teacher has scored. Pure.
 
 A step is of one kind, and which steps are of which follows from the stage's share alone, exactly: after n steps ⌊n·share⌋ of them were
-scored ones. Each kind reads a stream of its own, which goes on where it was left. What stands in a stream is plan.py's business.
+scored ones. Each kind reads a stream of its own, which goes on where it was left. What stands in a stream is plan.py's business. The
+anchor steps of an OnPolicy stage come by the same rule (vpmoe.rollout.curriculum).
 """
 
 from dataclasses import dataclass
@@ -31,12 +32,14 @@ class Mixture:
         return steps - scored, scored
 
 
-def is_scored(steps: int, share: float) -> NDArray[np.bool_]:
-    """[steps] whether step n is a scored one: iff ⌊(n + 1)·share⌋ > ⌊n·share⌋, with the share as it is written, to a millionth.
+def as_written(share: float) -> Fraction:
+    """A share as it is written, to a millionth. In binary 100 × 0.29 is a little less than 29, and a step would come too late."""
+    return Fraction(str(share)).limit_denominator(1_000_000)
 
-    In binary 100 × 0.29 is a little less than 29, and a step would come too late.
-    """
-    exact = Fraction(str(share)).limit_denominator(1_000_000)
+
+def interleave(steps: int, share: float) -> NDArray[np.bool_]:
+    """[steps] whether step n is of the kind that has this share of them: iff ⌊(n + 1)·share⌋ > ⌊n·share⌋, in exact arithmetic."""
+    exact = as_written(share)
     reached = np.arange(steps + 1, dtype=np.int64) * exact.numerator // exact.denominator
     found: NDArray[np.bool_] = np.diff(reached) > 0
     return found
@@ -48,7 +51,7 @@ def mix(plain: NDArray[np.int64], scored: NDArray[np.int64], share: float, token
     `plain`, `scored`: tokens seen after each step of either stream alone, up to the step that reaches `tokens` (BatchPlan.steps); one that
     the share never asks for may be empty.
     """
-    kind = is_scored(len(plain) + len(scored), share)
+    kind = interleave(len(plain) + len(scored), share)
     each = np.empty(len(kind), np.int64)
     whole = len(kind)
     for alone, chosen in ((plain, ~kind), (scored, kind)):
