@@ -1,0 +1,155 @@
+"""What a window asks for and when it is trained, as tables; and what must hold for every stage."""
+
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import manifests
+from vpmoe.api import DistillRun
+from vpmoe.api.stages import OnPolicy
+from vpmoe.failure import Permanent
+from vpmoe.rollout.curriculum import Curriculum
+from vpmoe.training.mixture import as_written, interleave
+
+
+def stage(**changes: Any) -> OnPolicy:
+    run = DistillRun.parse(manifests.manifest({"spec.stages": [{**manifests.ONPOLICY, **changes}]}))
+    found = run.stage("onpolicy")
+    assert isinstance(found, OnPolicy)
+    return found
+
+
+SHARES = st.integers(0, 999).map(lambda thousandths: thousandths / 1000)
+STAGES = st.builds(
+    lambda anchor, staleness, every: stage(anchor=anchor, staleness=staleness, publishEvery=every, tokens=10_000),
+    SHARES, st.integers(0, 9), st.integers(1, 9),
+)  # fmt: skip
+LENGTHS = st.lists(st.integers(1, 900), min_size=60, max_size=60)
+
+THREE = [
+    {"share": 0.3, "effort": {"low": 0.7, "medium": 0.3}},
+    {"share": 0.4, "effort": {"low": 0.2, "medium": 0.6, "high": 0.2}, "rolloutsPerPromptAtEnd": 2},
+    {"share": 0.3, "effort": {"low": 0.1, "medium": 0.3, "high": 0.6}, "rolloutsPerPrompt": 4, "rolloutsPerPromptAtEnd": 2},
+]
+
+
+@pytest.mark.parametrize(
+    "tokens, phase, rollouts",
+    [
+        pytest.param(0, 0, 1, id="the-beginning"),
+        pytest.param(299, 0, 1, id="the-last-token-of-a-phase"),
+        pytest.param(300, 1, 1, id="the-first-of-the-next"),
+        pytest.param(600, 1, 1, id="where-the-last-quarter-begins"),
+        pytest.param(650, 1, Fraction(3, 2), id="half-way-up"),
+        pytest.param(699, 1, Fraction(199, 100), id="nearly-there"),
+        pytest.param(700, 2, 4, id="the-last-phase"),
+        pytest.param(925, 2, 4, id="where-it-begins-to-fall"),
+        pytest.param(970, 2, Fraction(14, 5), id="falling"),
+        pytest.param(1000, 2, 2, id="the-end"),
+        pytest.param(9999, 2, 2, id="beyond-the-end"),
+    ],
+)
+def test_where_the_curriculum_stands(tokens: int, phase: int, rollouts: Fraction) -> None:
+    level = Curriculum(stage(tokens=1000, curriculum=THREE)).at(tokens)
+    assert (level.phase, level.rollouts) == (phase, rollouts)
+    assert level.effort == tuple(Fraction(str(THREE[phase]["effort"].get(name, 0))) for name in ("low", "medium", "high"))  # type: ignore
+
+
+def test_shares_of_many_digits_add_up_exactly() -> None:
+    """The API takes sums within a millionth of 1, and a share is read to a millionth."""
+    effort = {"low": 0.1234567, "medium": 0.3333333, "high": 0.5432102}
+    curriculum = Curriculum(stage(tokens=3000, curriculum=[{"share": 0.3333333, "effort": effort}] * 3))
+    assert [curriculum.at(tokens).phase for tokens in (999, 1000, 1999, 2000, 2999, 3000)] == [0, 1, 1, 2, 2, 2]
+    assert sum(curriculum.at(0).effort) == 1 and curriculum.at(0).effort[1] != Fraction("0.3333333")
+
+
+@pytest.mark.parametrize(
+    "staleness, every, versions",
+    [
+        pytest.param(0, 1, [0, 1, 2, 3, 4, 5, 6], id="by-turns"),
+        pytest.param(2, 1, [0, 0, 0, 1, 2, 3, 4], id="ahead"),
+        pytest.param(0, 3, [0, 0, 0, 3, 3, 3, 6], id="rarely-published"),
+        pytest.param(2, 2, [0, 0, 0, 0, 2, 2, 4], id="the-defaults"),
+        pytest.param(5, 4, [0, 0, 0, 0, 0, 0, 0], id="far-ahead"),
+    ],
+)
+def test_the_version_that_a_window_is_sampled_from(staleness: int, every: int, versions: list[int]) -> None:
+    curriculum = Curriculum(stage(staleness=staleness, publishEvery=every))
+    assert [curriculum.version_of(window) for window in range(7)] == versions
+
+
+@given(STAGES, st.integers(0, 10_000))
+def test_a_version_is_never_from_the_future_and_never_staler_than_allowed(stage: OnPolicy, window: int) -> None:
+    curriculum = Curriculum(stage)
+    version = curriculum.version_of(window)
+    assert version % stage.publish_every == 0, "it is published"
+    assert version <= max(0, window - stage.staleness), "the trainer need not have come closer than the staleness"
+    assert window - version < stage.staleness + stage.publish_every
+    assert curriculum.published_after(version) <= curriculum.step_of(window), "its steps come before the window's"
+    assert version <= curriculum.version_of(window + 1)
+
+
+@given(SHARES)
+def test_windows_and_anchor_steps_alternate_as_a_mixtures_do(anchor: float) -> None:
+    curriculum = Curriculum(stage(anchor=anchor))
+    kind = interleave(400, anchor)
+    windows = np.flatnonzero(~kind)
+    assert [curriculum.step_of(window) for window in range(len(windows))] == windows.tolist()
+    assert [curriculum.is_window(step) for step in range(400)] == (~kind).tolist()
+
+
+@pytest.mark.parametrize("anchor", [0.0, 0.1, 0.15, 0.29, 0.57, 0.999999])
+def test_the_anchors_share_is_exact_however_far_the_stage_is(anchor: float) -> None:
+    curriculum, exact = Curriculum(stage(anchor=anchor)), as_written(anchor)
+    for window in (0, 1, 2, 6, 99, 12_345, 10**9 + 7):
+        step = curriculum.step_of(window)
+        assert curriculum.is_window(step) and step - window == step * exact.numerator // exact.denominator
+
+
+@given(STAGES, LENGTHS, LENGTHS)
+def test_the_tokens_seen_are_those_of_the_steps_in_their_order(stage: OnPolicy, windows: list[int], anchors: list[int]) -> None:
+    curriculum = Curriculum(stage)
+    seen = curriculum.seen(windows, anchors).tolist()
+    left = {True: iter(windows), False: iter(anchors)}
+    for step, (before, after) in enumerate(pairwise(seen)):
+        assert after - before == next(left[curriculum.is_window(step)])
+    assert next(left[curriculum.is_window(len(seen) - 1)], None) is None, "it goes as far as it can be known"
+
+
+@given(STAGES, LENGTHS, LENGTHS, st.data())
+def test_a_window_is_decided_by_what_its_version_was_trained_on_and_by_nothing_later(
+    stage: OnPolicy, windows: list[int], anchors: list[int], data: st.DataObject
+) -> None:
+    curriculum = Curriculum(stage)
+    seen = curriculum.seen(windows, anchors)
+    window = data.draw(st.integers(0, 59).filter(lambda k: curriculum.published_after(curriculum.version_of(k)) < len(seen)))
+    version = curriculum.version_of(window)
+    known = curriculum.seen(windows[:version], anchors)[: curriculum.published_after(version) + 1]
+    later = curriculum.seen([*windows[:version], *(7 * n for n in windows[version:])], anchors)
+    assert curriculum.of(window, seen) == curriculum.of(window, known) == curriculum.of(window, later)
+    assert curriculum.of(window, seen) == curriculum.at(int(known[-1]))
+
+
+def test_a_stage_ends_with_the_step_that_reaches_its_tokens() -> None:
+    curriculum = Curriculum(stage(anchor=0.5, tokens=100))  # by turns, a window first
+    seen = curriculum.seen([30, 30, 30, 30], [20, 20, 20])
+    assert seen.tolist() == [0, 30, 50, 80, 100, 130, 150, 180]
+    assert [curriculum.belongs(window, seen) for window in range(3)] == [True, True, False]
+
+
+@pytest.mark.parametrize("windows", [3, 0])
+def test_tokens_that_are_not_known_yet_are_refused(windows: int) -> None:
+    curriculum = Curriculum(stage(staleness=2, publishEvery=2, anchor=0))
+    seen = curriculum.seen([5] * windows, [])
+    with pytest.raises(ValueError, match=f"known after {windows} steps, and wanted after 4"):
+        curriculum.of(6, seen)
+
+
+def test_a_stage_of_anchor_steps_alone_is_refused() -> None:
+    with pytest.raises(Permanent, match="stage onpolicy: anchor is 1, so no step would train on a rollout"):
+        Curriculum(stage(anchor=1.0))
