@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Client, Listener
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,18 +96,18 @@ class Remote:
             yield from answer
 
 
-def serve(address: str, directory: Path, longest: int) -> None:
-    """Load a teacher and answer one asker after another until the process is ended."""
-    teacher = Scorer(directory, longest)
+def serve(address: str, answer: Callable[[Any], object]) -> None:
+    """Answer one asker after another until the process is ended. A ValueError is an answer."""
     with Listener(address) as listener:
         while True:
             with listener.accept() as asker, suppress(EOFError, ConnectionError):
-                while batch := asker.recv():
+                while question := asker.recv():
                     try:
-                        asker.send(list(teacher.score(batch)))
+                        asker.send(answer(question))
                     except ValueError as error:
                         asker.send(error)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    teacher = Scorer(Path(sys.argv[2]), int(sys.argv[3]))
+    serve(sys.argv[1], lambda batch: list(teacher.score(batch)))

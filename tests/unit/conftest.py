@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,32 +46,38 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return teachers.write(tmp_path_factory.mktemp("teacher"))
 
 
-@pytest.fixture(scope="session")
-def teacher_address(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where that teacher answers, loaded once by vpmoe.teacher.scorer.
+@contextmanager
+def behind_vllm(module: str, model: Path, scratch: Path) -> Iterator[str]:
+    """Where a model answers that `python -m module` has loaded into vLLM.
 
     Its process is what a pod's is: a user without name and home, who may read what there is and write below TMPDIR alone.
     """
-    scratch = tmp_path_factory.mktemp("scorer")
     scratch.chmod(0o777)
     address = str(scratch / "socket")
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     user = ["setpriv", "--reuid=65532", "--regid=65532", "--clear-groups", "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
     with (scratch / "log").open("wb") as log:
         process = subprocess.Popen(
-            [*user, sys.executable, "-m", "tests.teachers", address, str(teacher), str(LONGEST)],
+            [*user, sys.executable, "-m", module, address, str(model), str(LONGEST)],
             cwd=Path(__file__).parents[2],
             env={**kept, "HOME": "/nonexistent", "TMPDIR": str(scratch), "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
     try:
-        wait_until(lambda: Path(address).exists() or process.poll() is not None, "the teacher is loaded", 240, every=0.2)
+        wait_until(lambda: Path(address).exists() or process.poll() is not None, f"{module} has loaded its model", 240, every=0.2)
         assert process.poll() is None, (scratch / "log").read_text()
         yield address
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="session")
+def teacher_address(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where that teacher answers, loaded once by vpmoe.teacher.scorer."""
+    with behind_vllm("tests.teachers", teacher, tmp_path_factory.mktemp("scorer")) as address:
+        yield address
 
 
 @pytest.fixture

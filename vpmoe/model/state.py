@@ -116,6 +116,18 @@ def restore(learner: "Learner", read: Read, steps: int, moments: bool = True, an
     learner.ddp.start_param_sync(force_sync=True)  # each rank has filled its own shards of the weights only
 
 
+def current(learner: "Learner") -> Read:
+    """The weights and expert biases as they are, under the names of a state, from this rank alone. On the GPU the weights are bf16.
+
+    Raises ValueError with expert parallelism, where no rank has them all.
+    """
+    if parallel_state.get_expert_model_parallel_world_size() > 1:
+        raise ValueError("student.expertParallel: one rank does not have all experts. Read the weights from a checkpoint, or set it to 1.")
+    tensors = {f"main/{name}": parameter.detach() for name, parameter in learner.student.named_parameters()}
+    tensors |= {f"buffer/{name}": bias for name, bias in _biases(learner)}
+    return lambda name, start, stop: tensors[name].reshape(-1)[start:stop].float()
+
+
 def _fill(tensor: Tensor, read: Read, name: str, start: int) -> None:
     values = read(name, start, start + tensor.numel())
     if values.shape != tensor.shape or values.dtype != torch.float32:

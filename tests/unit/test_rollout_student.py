@@ -1,0 +1,271 @@
+"""The student is the same function of its ids in the trainer, in transformers and in vLLM; and what is not a whole export is refused."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from tests.samplers import Sampler
+from tests.unit.conftest import LONGEST, behind_vllm
+from tests.unit.students import SMALL, documents, learner, new_seed, reading, saved, whole
+from vpmoe.data.encode import Setting
+from vpmoe.data.harmony import Renderer
+from vpmoe.data.tokenizer import Tokenizer
+from vpmoe.failure import Permanent
+from vpmoe.model import state
+from vpmoe.model.batch import Batch
+from vpmoe.model.learner import Learner
+from vpmoe.model.shapes import SHAPES
+from vpmoe.objectives.head import logp_of
+from vpmoe.objectives.vanilla import vanilla
+from vpmoe.rollout import transformers_model, weights
+
+TINY = SHAPES["tiny"]
+TOLERANCE = 1e-4
+"""Nats. All compute in float32 and sum in other orders, over up to 600 positions and 201,088 logits."""
+
+
+def packed(sequences: list[NDArray[np.int32]]) -> Batch:
+    """One row of the sequences, each a document whose tokens are all learned."""
+    ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64))[None]
+    number = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor([len(ids_T) for ids_T in sequences]))[None]
+    return Batch.of(ids, torch.full_like(ids, 1, dtype=torch.uint8), number.int())
+
+
+def harmony(random: np.random.Generator) -> list[NDArray[np.int32]]:
+    """Documents as data sets hold them, of several lengths up to nearly what the sampler takes at once."""
+    render = Renderer(Tokenizer(), Setting("You are vpMoE.", "2024-06", "2026-01-01", "high")).render
+    words = [f"pond ≈ {n} m, ⟨H≈0.4⟩" for n in range(100)]
+
+    def text(length: int) -> str:
+        return " ".join(random.choice(words, length))
+
+    sizes = ((3, 2), (1, 9), (12, 4), (19, 6))
+    return [np.array(render(text(4), None, text(reasoning), text(final)).ids, np.int32) for reasoning, final in sizes]
+
+
+@pytest.fixture(scope="module")
+def trained(device: torch.device) -> Learner:
+    """A tiny student after a step, every part of it large enough to matter: norms apart from 1, and biases that change what is chosen."""
+    torch.manual_seed(new_seed())
+    it = Learner.build(TINY, device, sequence_length=4096, seed=1234, weight_decay=0.1, gradient_clip=1.0)
+    with torch.no_grad():
+        for name, parameter in it.student.named_parameters():
+            parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(std=0.3 if name == "embedding.weight" else 0.15)
+        for name, buffer in it.student.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.normal_(std=0.2)
+    batch = Batch.of(*documents(torch.Generator().manual_seed(1), [60, 40], 128, TINY.vocabulary))
+    it.forward_backward([batch], vanilla(batch.counts, {"reasoning": 1.0, "final": 1.0}), int(batch.counts[0]))
+    it.step(1e-2)
+    return it
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Learner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("student")
+    weights.export(folder, TINY, 4096, state.sizes(trained), state.current(trained), torch.float32)
+    return folder
+
+
+def trainers(trained: Learner, sequences: list[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
+    """[T - 1] each: what the trainer's student says of each id given those before it, all sequences packed into one row."""
+    batch = packed(sequences)
+    with torch.no_grad():
+        logp = logp_of(trained.student(batch), trained.student.output, batch.target)
+    return [part[:-1].numpy() for part in logp.split([len(ids_T) for ids_T in sequences])]
+
+
+def test_transformers_agrees_at_every_position(trained: Learner, exported: Path) -> None:
+    sequences = harmony(np.random.default_rng(new_seed()))
+    model = transformers_model.load(exported, TINY)
+    for ids_T, wanted in zip(sequences, trainers(trained, sequences), strict=True):
+        ids = torch.from_numpy(ids_T.astype(np.int64))
+        with torch.no_grad():
+            logits_TV = model(ids[None]).logits[0]
+        got = logits_TV[:-1].double().log_softmax(1).gather(1, ids[1:, None])[:, 0].numpy()
+        assert np.abs(got - wanted).max() <= TOLERANCE
+        assert wanted.std() > 0.5, "a model to which all tokens are alike would prove nothing"
+
+
+def test_the_biases_change_what_is_chosen(trained: Learner, exported: Path) -> None:
+    """Else the agreement would not show that they are exported."""
+    (ids_T, *_) = harmony(np.random.default_rng(new_seed()))
+    model = transformers_model.load(exported, TINY)
+    ids = torch.from_numpy(ids_T.astype(np.int64))[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        for layer in model.model.layers[TINY.dense_layers :]:
+            layer.mlp.gate.e_score_correction_bias.zero_()
+        assert (model(ids).logits - before).abs().max() > 0.1
+
+
+def test_generating_with_a_cache_is_the_same_model(exported: Path) -> None:
+    model = transformers_model.load(exported, TINY)
+    ids = torch.from_numpy(harmony(np.random.default_rng(new_seed()))[0].astype(np.int64))[None]
+    out = model.generate(ids[:, :20], max_new_tokens=8, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        logits = model(out).logits[0]
+    assert torch.equal(logits[19:-1].argmax(1), out[0, 20:])
+
+
+@pytest.fixture(scope="module")
+def sampler(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sampler]:
+    with behind_vllm("tests.samplers", exported, tmp_path_factory.mktemp("sampler")) as address, Sampler(address, LONGEST) as asked:
+        yield asked
+
+
+def test_vllm_agrees_at_every_position(trained: Learner, sampler: Sampler) -> None:
+    sequences = harmony(np.random.default_rng(new_seed()))
+    assert max(map(len, sequences)) > 512, "longer than one forward: some are computed in pieces"
+    for got, wanted in zip(sampler.score(sequences), trainers(trained, sequences), strict=True):
+        assert np.isnan(got[0]) and np.abs(got[1:] - wanted).max() <= TOLERANCE
+
+
+def test_sampling_repeats_with_its_seed_and_its_log_probabilities_are_the_trainers(trained: Learner, sampler: Sampler) -> None:
+    seed = new_seed() >> 1
+    prompts = [ids_T[:length] for ids_T, length in zip(harmony(np.random.default_rng(seed)), (30, 41, 64, 50), strict=True)]
+    prompts.append(prompts[0])
+    first, again, other = (sampler.sample(prompts, 24, which) for which in (seed, seed, seed + 1000))
+    for (ids, logp), (same_ids, same_logp), (other_ids, _) in zip(first, again, other, strict=True):
+        assert ids.tobytes() == same_ids.tobytes() and logp.tobytes() == same_logp.tobytes()
+        assert ids.tolist() != other_ids.tolist()
+    assert first[0][0].tolist() != first[-1][0].tolist(), "the same prompt under another seed"
+    whole_sequences = [np.concatenate([prompt, ids]) for prompt, (ids, _) in zip(prompts, first, strict=True)]
+    for (_, logp), wanted in zip(first, trainers(trained, whole_sequences), strict=True):
+        assert np.abs(logp - wanted[-24:]).max() <= TOLERANCE
+
+
+def test_vllm_takes_other_weights_into_the_running_engine(trained: Learner, exported: Path, sampler: Sampler, tmp_path: Path) -> None:
+    sequences = harmony(np.random.default_rng(new_seed()))
+    before = trainers(trained, sequences)
+    kept = {name: parameter.detach().clone() for name, parameter in trained.student.named_parameters()}
+    with torch.no_grad():
+        for parameter in trained.student.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    weights.export(tmp_path, TINY, 4096, state.sizes(trained), state.current(trained), torch.float32)
+    after = trainers(trained, sequences)
+    try:
+        assert sampler.load(tmp_path) == len(weights.parts(TINY))
+        for got, wanted, old in zip(sampler.score(sequences), after, before, strict=True):
+            assert np.abs(got[1:] - wanted).max() <= TOLERANCE and np.abs(wanted - old).max() > 0.1
+    finally:
+        with torch.no_grad():
+            for name, parameter in trained.student.named_parameters():
+                parameter.copy_(kept[name])
+        sampler.load(exported)
+
+
+def test_vllm_refuses_weights_by_name(exported: Path, sampler: Sampler, tmp_path: Path) -> None:
+    """Behind weights.check, which knows more: whatever is handed to the model itself."""
+    held = load_file(exported / "model-00001.safetensors")
+    norm = held.pop("model.norm.weight")
+    for change, message in [
+        ({}, "model.norm.weight is missing"),
+        ({"model.norm.weight": norm, "extra": norm.clone()}, "extra is not a part of this student"),
+        ({"model.norm.weight": norm[1:].contiguous()}, r"model.norm.weight is \[63\], wanted \[64\]"),
+    ]:
+        save_file(held | change, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            sampler.load(tmp_path)
+    sampler.load(exported)
+
+
+def test_an_export_from_a_checkpoint_is_the_learners(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, in as many files as it takes; what TeacherForced adds to a student stays behind."""
+    it = learner(device, teacher_width=48)
+    sizes = state.sizes(it)
+    weights.export(tmp_path / "live", SMALL, 256, sizes, state.current(it), torch.float32)
+    monkeypatch.setattr(weights, "FILE_BYTES", 10_000)
+    weights.export(tmp_path / "read", SMALL, 256, sizes, reading(whole([saved(it)], sizes)), torch.float32)
+    files = sorted((tmp_path / "read").glob("*.safetensors"))
+    assert len(files) > 3
+    read = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    live = load_file(tmp_path / "live" / "model-00001.safetensors")
+    assert set(live) == set(read) == set(weights.parts(SMALL)) and all(torch.equal(live[name], read[name]) for name in live)
+    assert sum(tensor.numel() for tensor in live.values()) == SMALL.parameters() + SMALL.moe_layers * SMALL.experts
+    weights.check(tmp_path / "read", SMALL)
+
+
+def test_bf16_is_the_trainers_rounding_and_biases_keep_theirs(device: torch.device, tmp_path: Path) -> None:
+    it = learner(device)
+    weights.export(tmp_path, SMALL, 256, state.sizes(it), state.current(it), torch.bfloat16)
+    held = load_file(tmp_path / "model-00001.safetensors")
+    assert torch.equal(held["lm_head.weight"], it.student.output.detach().bfloat16())
+    assert {name for name, tensor in held.items() if tensor.dtype == torch.float32} == {name for name in held if name.endswith("_bias")}
+    model = transformers_model.load(tmp_path, SMALL)
+    assert model.lm_head.weight.dtype == torch.bfloat16 and model.model.layers[1].mlp.gate.e_score_correction_bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        pytest.param(lambda sizes: sizes.pop("main/output"), "main/output is missing", id="missing"),
+        pytest.param(lambda sizes: sizes.update({"main/new.weight": 3}), "main/new.weight is not a part of this student", id="extra"),
+        pytest.param(lambda sizes: sizes.update({"main/output": 3}), "main/output is 3, wanted 16384", id="size"),
+    ],
+)
+def test_a_state_that_is_not_accounted_for_is_not_exported(
+    device: torch.device, tmp_path: Path, change: Callable[[dict[str, int]], object], message: str
+) -> None:
+    it = learner(device)
+    sizes = dict(state.sizes(it))
+    change(sizes)
+    with pytest.raises(Permanent, match=f"the state to export as small: {message}"):
+        weights.export(tmp_path / "out", SMALL, 256, sizes, state.current(it), torch.float32)
+    assert not (tmp_path / "out").exists()
+
+
+def rename(held: dict[str, torch.Tensor]) -> None:
+    held["model.layers.1.mlp.gate.bias"] = held.pop("model.layers.1.mlp.gate.e_score_correction_bias")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        pytest.param(lambda held: held.pop("model.layers.2.mlp.experts.down"), r"layers.2.mlp.experts.down is missing", id="missing"),
+        pytest.param(
+            lambda held: held.update(extra=torch.zeros(2)), "extra is not a part of this student. Export the student again", id="extra"
+        ),
+        pytest.param(
+            lambda held: held.update({"model.norm.weight": torch.ones(31)}),
+            r"model.norm.weight is \('F32', \[31\]\), wanted \('F32', \[32\]\)",
+            id="misshapen",
+        ),
+        pytest.param(lambda held: held.update({"lm_head.weight": held["lm_head.weight"].half()}), "lm_head.weight is .'F16'", id="type"),
+        pytest.param(rename, "gate.bias is not a part of this student", id="renamed"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused(
+    device: torch.device, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    it = learner(device)
+    weights.export(tmp_path, SMALL, 256, state.sizes(it), state.current(it), torch.float32)
+    file = tmp_path / "model-00001.safetensors"
+    held = load_file(file)
+    change(held)
+    save_file(held, file)
+    with pytest.raises(Permanent, match=message):
+        transformers_model.load(tmp_path, SMALL)
+
+
+def test_what_is_no_export_of_this_shape_is_refused(device: torch.device, tmp_path: Path) -> None:
+    it = learner(device)
+    weights.export(tmp_path, SMALL, 256, state.sizes(it), state.current(it), torch.float32)
+    with pytest.raises(Permanent, match=r"config.json, not a other: moe_intermediate_size is 16, wanted 24"):
+        weights.check(tmp_path, replace(SMALL, name="other", expert_width=24))
+    said = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(said | {"dtype": "float16"}))
+    with pytest.raises(Permanent, match="dtype is float16"):
+        weights.check(tmp_path, SMALL)
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    file = tmp_path / "model-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(Permanent, match="is no whole checkpoint"):
+        weights.check(tmp_path, SMALL)
