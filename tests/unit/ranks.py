@@ -48,7 +48,7 @@ def weights(it: Learner) -> dict[str, torch.Tensor]:
 def fails(action: Any) -> str:
     try:
         action()
-    except ArithmeticError as error:
+    except (ArithmeticError, ValueError) as error:
         return str(error)
     return "nothing was raised"
 
@@ -74,6 +74,7 @@ def layout(device: torch.device, folder: Path, expert_parallel: int) -> dict[str
     other = learner(device, expert_parallel=expert_parallel)
     state.restore(other, reading(torch.load(folder / "one.pt")), steps=2)
     taken_over = saved(other), weights(other)
+    exported = fails(lambda: state.current(other))
 
     before = weights(it)
     broken = global_batch(0)
@@ -84,7 +85,7 @@ def layout(device: torch.device, folder: Path, expert_parallel: int) -> dict[str
     unmoved = all(torch.equal(before[name], weight) for name, weight in weights(it).items())
     return {
         "told": told, "state": state_after_two, "steps": again.steps, "third": third, "repeated": repeated, "taken_over": taken_over,
-        "broken_loss": outcome.loss, "raised": raised, "unmoved": unmoved,
+        "exported": exported, "broken_loss": outcome.loss, "raised": raised, "unmoved": unmoved,
     }  # fmt: skip
 
 

@@ -88,6 +88,12 @@ def test_two_ranks_take_over_the_state_of_one_process(one: dict[str, Any], two: 
             assert torch.equal(weight.flatten(), wanted), name
 
 
+def test_a_rank_without_all_experts_exports_nothing(two: list[Any]) -> None:
+    for rank in range(2):
+        assert two[rank][1]["exported"] == "nothing was raised"
+        assert two[rank][2]["exported"].startswith("student.expertParallel: one rank does not have all experts.")
+
+
 @layouts
 def test_a_nan_on_one_rank_stops_both_before_any_weight_moves(two: list[Any], expert_parallel: int) -> None:
     for rank in range(2):
