@@ -1,4 +1,4 @@
-"""The on-policy data plane: what the student is asked, how its answers are read, which of them make up a window; and the student that answers.
+"""The on-policy data plane: what the student is asked, how its answers are read, which make up a window; and the student that answers.
 
 What must be the same for sampler, teacher and trainer is a pure function of the run and of what the bucket holds already: curriculum.py,
 windows.py, prompt.py. Nobody sends a schedule to anybody. weights.py writes the student as a Hugging Face checkpoint, in the trainer, and
