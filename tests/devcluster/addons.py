@@ -50,7 +50,7 @@ def install(cluster: Cluster, manifests: str) -> None:
     cluster.kubectl("wait", "--for=condition=Ready", f"node/{NODE_NAME}", "--timeout=60s")
     cluster.kubectl("wait", f"--for=jsonpath={{.status.allocatable.nvidia\\.com/gpu}}={GPUS}", f"node/{NODE_NAME}", "--timeout=60s")
     for namespace, name in (("kube-system", "coredns"), ("kubeflow", "training-operator")):
-        cluster.kubectl("--namespace", namespace, "rollout", "status", f"deployment/{name}", "--timeout=120s")
+        cluster.kubectl("--namespace", namespace, "rollout", "status", f"deployment/{name}", "--timeout=300s")
     probe_webhook(cluster, time.monotonic() + 30)
 
 

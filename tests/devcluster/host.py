@@ -78,7 +78,7 @@ def end(node: Node) -> None:
         os.kill(node.pid, signal.SIGKILL)
     except (FileNotFoundError, ProcessLookupError):  # by itself
         return
-    wait_for(lambda: not alive(process) and not alive(maker), f"the end of process {node.pid}", 30)
+    wait_for(lambda: not alive(process) and not alive(maker), f"the end of process {node.pid}", 120)
 
 
 def alive(process: Path) -> bool:
@@ -107,7 +107,7 @@ def remove_cgroup(top: Path) -> None:
     """Remove a cgroup and all below it. Their processes are dead, but the kernel may take a moment to notice."""
     folders = sorted((Path(folder) for folder, _, _ in os.walk(top)), key=lambda path: len(path.parts), reverse=True)
     for folder in folders:
-        wait_for(functools.partial(removed, folder), f"{folder} to become empty", 10)
+        wait_for(functools.partial(removed, folder), f"{folder} to become empty", 60)
 
 
 def removed(folder: Path) -> bool:
