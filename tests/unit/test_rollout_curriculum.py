@@ -151,5 +151,5 @@ def test_tokens_that_are_not_known_yet_are_refused(windows: int) -> None:
 
 
 def test_a_stage_of_anchor_steps_alone_is_refused() -> None:
-    with pytest.raises(Permanent, match="stage onpolicy: anchor is 1, so no step would train on a rollout"):
-        Curriculum(stage(anchor=1.0))
+    with pytest.raises(Permanent, match="stage onpolicy: anchor is 1 to a millionth, so no step would train on a rollout"):
+        Curriculum(stage(anchor=0.9999999))

@@ -76,7 +76,7 @@ def test_the_table_says_what_it_assumes(tmp_path: Path, capsys: pytest.CaptureFi
     "changes, arguments, message",
     [
         pytest.param({}, [], "spec.stages has no OnPolicy stage", id="no-such-stage"),
-        pytest.param({"spec.stages": [{**manifests.ONPOLICY, "anchor": 1}]}, [], "anchor is 1, so no step", id="anchor-alone"),
+        pytest.param({"spec.stages": [{**manifests.ONPOLICY, "anchor": 1}]}, [], "anchor: 1 leaves no step", id="anchor-alone"),
         pytest.param({"spec.stages": [manifests.ONPOLICY]}, ["--prompt", "8192"], "leaves no room for an answer", id="long-prompt"),
         pytest.param({"spec.stages": [{**manifests.ONPOLICY, "anchor": 2}]}, [], "spec.stages[0].anchor", id="invalid"),
     ],

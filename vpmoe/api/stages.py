@@ -253,6 +253,15 @@ CURRICULUM = tuple(
 """The phases of an OnPolicy stage that names none."""
 
 
+class BackPressure(Model):
+    """When less is asked of the sampler because the trainer waits: first shorter completions, then fewer at high effort."""
+
+    waiting: PositiveShare = 0.5
+    """Share of its time, between 0 and 1, above which a trainer that waits for rollouts or scores turns a knob. 1 turns none."""
+    windows: Annotated[int, Field(ge=1, le=1_000_000)] = 50
+    """Windows over which that share is taken, and after which the next knob may be turned. Lower reacts sooner, to chance too."""
+
+
 class OnPolicy(StageFields):
     """Training on what the student itself samples, each token moved by how much likelier the teacher finds it."""
 
@@ -270,6 +279,11 @@ class OnPolicy(StageFields):
     require: Require | None = Require()
     """What must hold before the stage starts; null starts it whatever the student can do, and so does {validity: 0}, which is the way
     to say it with `kubectl apply`: that drops nulls."""
+    max_sampler_kl: Annotated[float, Field(gt=0, le=100)] = 0.1
+    """KL(sampler‖trainer) of a window's tokens, in nats a token, that ten windows in a row must not be above: then the sampler computes
+    another student than the trainer, and the stage fails. What the student has learned since the sampled version is part of it."""
+    back_pressure: BackPressure = BackPressure()
+    """When less is asked of the sampler because the trainer waits."""
     sampler: Sampler = Sampler()
     """The sampler's part of the student's GPUs."""
     rollout: Rollout = Rollout()
@@ -279,6 +293,12 @@ class OnPolicy(StageFields):
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *StageFields.rules,
+        Rule(
+            "anchor",
+            "1 leaves no step that trains on a rollout. Lower it, or make the stage Vanilla.",
+            cel="!has(self.anchor) || self.anchor < 1.0",
+            broken=lambda stage, _: {} if stage.anchor >= 1 else None,
+        ),
         Rule(
             "curriculum",
             "the shares of the phases add up to {total}, not 1.",

@@ -42,7 +42,9 @@ class Curriculum:
         self.stage = stage
         self._anchor = as_written(stage.anchor)
         if self._anchor == 1:
-            raise Permanent(f"stage {stage.name}: anchor is 1, so no step would train on a rollout. Lower it, or make the stage Vanilla.")
+            raise Permanent(
+                f"stage {stage.name}: anchor is 1 to a millionth, so no step would train on a rollout. Lower it, or make the stage Vanilla."
+            )
         self._ends = [end * stage.tokens for end in accumulate(_to_one([phase.share for phase in stage.curriculum]))]
         self._efforts = [_to_one([getattr(phase.effort, name) for name in EFFORTS]) for phase in stage.curriculum]
 

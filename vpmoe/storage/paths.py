@@ -12,7 +12,7 @@
       …/steps/<step>/{progress.json, metrics/*.jsonl}
       …/checkpoints/<step>/<iteration>/…, manifest.json
       …/weights/<step>/v000012/…, manifest.json
-      …/rollouts/<step>/window-000000.{rollouts,scores}.arrow
+      …/rollouts/<step>/window-000000.{rollouts,scores}.arrow, turn-000001.json
       …/report/index.html
 
 Folders have no slash at their end.
@@ -134,6 +134,11 @@ def weights(of: "DistillRun", step: str, version: int) -> str:
 def window(of: "DistillRun", step: str, index: int, kind: Literal["rollouts", "scores"]) -> str:
     """An on-policy window's rollouts, or the teacher's scores of them."""
     return f"{run(of)}/rollouts/{step}/window-{index:06d}.{kind}.arrow"
+
+
+def turn(of: "DistillRun", step: str, number: int) -> str:
+    """What less is asked of the sampler from some window on."""
+    return f"{run(of)}/rollouts/{step}/turn-{number:06d}.json"
 
 
 def report(of: "DistillRun") -> str:
