@@ -1,15 +1,23 @@
 # Everything that is done with a checkout. `make demo` and `make test` install what they need.
 python := .venv/bin/python
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
+lines := sed --unbuffered ''
+# two test runs side by side share the screen by whole lines
 
-.PHONY: help demo test cluster down setup lint manifests lock
+.PHONY: help demo test test-unit test-cluster cluster down setup lint manifests lock
 help:      ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: cluster   ## a small DistillRun from helm install to a trained student on the development cluster
 	@$(python) -m tests.demo
 
-test: lint      ## all checks and tests, on real servers
-	@$(python) -m pytest
+test: lint      ## all checks and tests, on real servers; those on the cluster mostly wait, so the others run beside them
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-unit test-cluster
+test-unit: setup
+	@$(python) -m pytest tests/unit | $(lines)
+test-cluster: setup
+	@$(python) -m pytest tests/devcluster tests/cluster tests/e2e | $(lines)
 
 cluster: setup  ## the development cluster alone
 	@$(python) -m tests.devcluster up

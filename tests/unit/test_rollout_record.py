@@ -19,18 +19,10 @@ def rollouts(random: np.random.Generator, count: int = 5) -> list[Rollout]:
     made = []
     for number in range(count):
         asked, sampled = random.integers(1, 9), random.integers(1, 30)
-        made.append(
-            Rollout(
-                number // 2,
-                number % 2,
-                int(random.integers(1000)),
-                "low",
-                VALIDITIES[number % 5],
-                random.integers(201_088, size=asked + sampled, dtype=np.int32),
-                random.integers(1, 3, size=sampled, dtype=np.uint8),
-                -random.exponential(3, size=sampled).astype(np.float32),
-            )  # fmt: skip
-        )
+        ids_T = random.integers(201_088, size=asked + sampled, dtype=np.int32)
+        span_C, logp_C = random.integers(1, 3, size=sampled, dtype=np.uint8), -random.exponential(3, size=sampled).astype(np.float32)
+        document, validity = int(random.integers(1000)), VALIDITIES[number % 5]
+        made.append(Rollout(number // 2, number % 2, document, "low", validity, ids_T, span_C, logp_C))
     return made
 
 
