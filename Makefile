@@ -2,8 +2,8 @@
 python := .venv/bin/python
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
-lines := sed --unbuffered ''
 # two test runs side by side share the screen by whole lines
+lines := sed --unbuffered ''
 
 .PHONY: help demo test test-unit test-cluster cluster down setup lint manifests lock
 help:      ## this list
