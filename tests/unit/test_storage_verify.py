@@ -45,6 +45,24 @@ def test_sound_manifests_are_proved_and_strangers_noted(bucket: Bucket, tmp_path
     assert verified(capsys, f"{root}/deep/datasets/b") == (0, [b, f"1 manifests, 3 objects, {BLOCK + 10} bytes; none failed"])
 
 
+def test_a_policy_version_may_have_lost_its_weights_and_nothing_else_its_objects(
+    bucket: Bucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = [TOKENIZER, manifest.Input("dataset", "s3://x/datasets/x/manifest.json", {"sha256": "0" * 64}, {})]
+    for kind in ("weights", "checkpoint"):
+        subjects = []
+        for name in ("model-00001.safetensors", "model-00002.safetensors", "config.json"):
+            (tmp_path / "source").write_bytes(os.urandom(9))
+            subjects.append(bucket.put_file(f"{kind}/{name}", tmp_path / "source", {}).subject(kind))
+        manifest.write(bucket, f"{kind}/manifest.json", manifest.statement(kind, subjects, {}, WHO, inputs))
+        bucket.delete(f"{kind}/model-00001.safetensors")
+        code, said = verified(capsys, f"s3://{bucket.name}/{kind}")
+        assert code == 1 and "there is no such object" in said[1], "half of the weights are none"
+        bucket.delete(f"{kind}/model-00002.safetensors")
+        code, said = verified(capsys, f"s3://{bucket.name}/{kind}")
+        assert (code, "removed since no window" in said[0]) == ((0, True) if kind == "weights" else (1, False))
+
+
 @pytest.mark.parametrize(
     "name, data, says",
     [
