@@ -63,6 +63,8 @@ def entrypoint(role: str, arguments: list[str] | None = None) -> tuple[DistillRu
     step = given.step or first_step(role, run, bucket)
     if step not in run.steps():
         raise failure.Permanent(f"--step {step}: the run has no such step. Choose one of {', '.join(run.steps())}.")
+    if run.role(step) != role:
+        raise failure.Permanent(f"--step {step} is no work of jobs.{role}. Start jobs.{run.role(step)}.")
     register(run, bucket)
     metadata = run.metadata
     provenance = Provenance(
@@ -115,11 +117,11 @@ def stop(stopping: threading.Event, number: int, frame: FrameType | None) -> Non
 
 
 def first_step(role: str, run: DistillRun, bucket: Bucket) -> str:
-    """The step to do where none is named: of training the first stage that did not report success, else the role's own."""
-    if role != "train":
-        return role
-    stages = [stage.name for stage in run.spec.stages]
-    return next((name for name in stages if not succeeded(run, bucket, name)), stages[-1])
+    """The step to do where none is named: the first of the role that did not report success, or its last where all did."""
+    steps = [step for step in run.steps() if run.role(step) == role]
+    if not steps:
+        raise failure.Permanent(f"jobs.{role} has nothing to do: the run's steps are {', '.join(run.steps())}. Start another job.")
+    return next((step for step in steps if not succeeded(run, bucket, step)), steps[-1])
 
 
 def succeeded(run: DistillRun, bucket: Bucket, step: str) -> bool:

@@ -53,6 +53,7 @@ def manifest(**spec: Any) -> dict[str, Any]:
             "student": {"shape": "tiny", "gpus": 2},
             "training": {"sequenceLength": 512, "globalBatchTokens": 2048},
             "stages": [{"name": "vanilla", "kind": "Vanilla", "tokens": 1000}],
+            "evaluation": {"completions": 0},
             "storage": {"endpoint": "http://s3:9000", "bucket": "vpmoe", "prefix": "here"},
             **copy.deepcopy(spec),
         },

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests import manifests, refusals
 from vpmoe.api import DistillRun, Invalid, OnPolicy, Rescored, load_run
+from vpmoe.api.run import STEP_NAME
 from vpmoe.api.text import read_yaml, write_yaml
 
 EXAMPLES = Path(__file__).parents[2] / "manifests" / "examples"
@@ -123,16 +124,24 @@ def test_defaults_are_those_of_the_plan() -> None:
         (0.3, 2, None),
     ]
     assert [stage.optimizer.learning_rate for stage in (vanilla, rescored, forced, onpolicy)] == [3e-4, 3e-4, 3e-4, 2e-5]
-    assert run.steps() == ("preprocess", "rescore", "first", "rescored", "forced", "onpolicy")
+    assert run.steps() == (
+        "preprocess", "rescore", "first", "first-evaluate", "rescored", "rescored-evaluate", "forced", "forced-evaluate",
+        "onpolicy-sampler", "onpolicy-teacher", "onpolicy", "onpolicy-evaluate",
+    )  # fmt: skip
     assert run.stage("forced") is forced
 
 
+NOTHING = {"completions": 0}
+OF_KIND = {"OnPolicy": {"require": {"validity": 0}}}
+
+
 @pytest.mark.parametrize(
-    "kinds, needs",
+    "kinds, evaluation, needs",
     [
-        pytest.param(["Vanilla", "Vanilla"], {"preprocess": [], "s0": ["preprocess"], "s1": ["s0"]}, id="no scores, no rescoring"),
+        pytest.param(["Vanilla", "Vanilla"], NOTHING, {"preprocess": [], "s0": ["preprocess"], "s1": ["s0"]}, id="no scores, no rescoring"),
         pytest.param(
             ["Vanilla", "Vanilla", "Rescored", "Vanilla"],
+            NOTHING,
             {
                 "preprocess": [], "rescore": ["preprocess"], "s0": ["preprocess"], "s1": ["s0"], "s2": ["s1", "rescore"], "s3": ["s2"]
             },
@@ -140,27 +149,77 @@ def test_defaults_are_those_of_the_plan() -> None:
         ),
         pytest.param(
             ["TeacherForced", "Rescored", "OnPolicy"],
+            NOTHING,
             {
                 "preprocess": [], "rescore": ["preprocess"], "s0": ["preprocess", "rescore"], "s1": ["s0", "rescore"],
-                "s2": ["s1", "rescore"],
+                "s2-sampler": ["s1", "rescore"], "s2-teacher": ["s1", "rescore"], "s2": ["s1", "rescore"],
             },
             id="the teacher's GPUs",
         ),
-        pytest.param(["Vanilla", "TeacherForced"], {"preprocess": [], "s0": ["preprocess"], "s1": ["s0"]}, id="a teacher without scores"),
+        pytest.param(
+            ["Vanilla", "TeacherForced"], NOTHING, {"preprocess": [], "s0": ["preprocess"], "s1": ["s0"]}, id="a teacher without scores"
+        ),
+        pytest.param(
+            ["OnPolicy", "Vanilla"],
+            NOTHING,
+            {
+                "preprocess": [], "s0-sampler": ["preprocess"], "s0-teacher": ["preprocess"], "s0": ["preprocess"],
+                "s1": ["s0-sampler", "s0-teacher", "s0"],
+            },
+            id="all of an on-policy stage",
+        ),
+        pytest.param(
+            ["Rescored", "OnPolicy", "OnPolicy"],
+            {"completions": 8},
+            {
+                "preprocess": [], "rescore": ["preprocess"], "s0": ["preprocess", "rescore"], "s0-evaluate": ["s0"],
+                "s1-sampler": ["s0-evaluate", "rescore"], "s1-teacher": ["s0-evaluate", "rescore"], "s1": ["s0-evaluate", "rescore"],
+                "s1-evaluate": ["s1-sampler", "s1-teacher", "s1"],
+                "s2-sampler": ["s1-evaluate", "rescore"], "s2-teacher": ["s1-evaluate", "rescore"], "s2": ["s1-evaluate", "rescore"],
+                "s2-evaluate": ["s2-sampler", "s2-teacher", "s2"],
+            },
+            id="each stage is evaluated first",
+        ),
+        pytest.param(
+            ["Vanilla"],
+            {"completions": 0, "canary": "s3://corpora/canary.txt"},
+            {"preprocess": [], "s0": ["preprocess"], "s0-evaluate": ["s0"]},
+            id="a canary is a reason to evaluate",
+        ),
     ],
 )  # fmt: skip
-def test_a_step_needs_what_it_goes_on_from_its_scores_and_the_teachers_gpus(kinds: list[str], needs: dict[str, list[str]]) -> None:
-    stages = [{"name": f"s{i}", "kind": kind, "tokens": 1000} for i, kind in enumerate(kinds)]
-    run = DistillRun.parse(manifests.manifest({"spec.stages": stages}))
+def test_a_step_needs_what_it_goes_on_from_its_scores_and_the_teachers_gpus(
+    kinds: list[str], evaluation: dict[str, Any], needs: dict[str, list[str]]
+) -> None:
+    stages = [{"name": f"s{i}", "kind": kind, "tokens": 1000, **OF_KIND.get(kind, {})} for i, kind in enumerate(kinds)]
+    run = DistillRun.parse(manifests.manifest({"spec.stages": stages, "spec.evaluation": evaluation}))
     assert run.steps() == tuple(needs)
     assert {step: list(run.needs(step)) for step in run.steps()} == needs
 
 
 def test_a_step_that_the_run_does_not_have_is_refused() -> None:
     run = DistillRun.parse(manifests.manifest({}))
-    for name in ("rescore", "other"):
-        with pytest.raises(KeyError, match="it has first"):
-            run.needs(name)
+    for name in ("rescore", "other", "first-sampler", "other-evaluate", "-evaluate", "first-"):
+        for ask in (run.needs, run.role, run.stage_of):
+            with pytest.raises(KeyError, match=f"{name} is no step of minimal: it has preprocess, first, first-evaluate"):
+                ask(name)
+
+
+def test_a_step_knows_its_role_and_its_stage() -> None:
+    run = DistillRun.parse(manifests.manifest(manifests.GOOD["stages of all kinds"]))
+    assert {step: run.role(step) for step in run.steps()} == {
+        "preprocess": "preprocess", "rescore": "rescore", "first": "train", "first-evaluate": "evaluate", "rescored": "train",
+        "rescored-evaluate": "evaluate", "forced": "train", "forced-evaluate": "evaluate", "onpolicy-sampler": "sampler",
+        "onpolicy-teacher": "teacher", "onpolicy": "train", "onpolicy-evaluate": "evaluate",
+    }  # fmt: skip
+    assert [run.stage_of(step) for step in ("preprocess", "rescore")] == [None, None]
+    for stage in run.spec.stages:
+        assert {run.stage_of(step) for step in run.steps_of(stage)} == {stage}
+
+
+def test_the_longest_step_has_the_longest_name() -> None:
+    run = DistillRun.parse(manifests.manifest({"spec.stages": [{**manifests.ONPOLICY, "name": "a" * 16, "require": {"validity": 0}}]}))
+    assert max(len(step) for step in run.steps()) == STEP_NAME
 
 
 @pytest.mark.parametrize(

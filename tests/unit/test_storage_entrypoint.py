@@ -116,6 +116,7 @@ def test_an_error_ends_the_job_with_its_code_and_one_line(
     "arguments, says",
     [
         pytest.param(["--step", "rescored"], "--step rescored: the run has no such step. Choose one of preprocess, vanilla.", id="step"),
+        pytest.param(["--step", "vanilla"], "--step vanilla is no work of jobs.preprocess. Start jobs.train.", id="role"),
         pytest.param(["--run", "/no.yaml"], "--run /no.yaml: No such file or directory. Give the file of a DistillRun.", id="no-file"),
     ],
 )
@@ -160,13 +161,25 @@ def test_the_first_difference_is_named(stored: object, given: object, says: str 
     assert difference(stored, given) == says
 
 
-def test_training_goes_on_with_the_first_unfinished_stage(start: Start, bucket: Bucket, run_spec: dict[str, Any]) -> None:
-    run_spec["spec"]["stages"].append({"name": "more", "kind": "Vanilla", "tokens": 16384})
+@pytest.mark.parametrize("role, of", [("train", ""), ("sampler", "-sampler"), ("teacher", "-teacher"), ("evaluate", "-evaluate")])
+def test_a_job_goes_on_with_the_first_unfinished_step_of_its_role(
+    start: Start, bucket: Bucket, run_spec: dict[str, Any], role: str, of: str
+) -> None:
+    stages = [{"name": name, "kind": "OnPolicy", "tokens": 16384, "require": {"validity": 0}} for name in ("one", "two")]
+    run_spec["spec"] |= {"stages": stages, "evaluation": {"completions": 1}, "student": {"shape": "tiny", "gpus": 2}}
+    run_spec["spec"]["training"].pop("optimizer")
     run = DistillRun.parse(run_spec)
-    assert start("train")[1].step == "vanilla"
-    for reported, state, step in (("vanilla", "Running", "vanilla"), ("vanilla", "Succeeded", "more"), ("more", "Succeeded", "more")):
+    first, second = f"one{of}", f"two{of}"
+    assert start(role)[1].step == first
+    for reported, state, step in ((first, "Running", first), (first, "Succeeded", second), (second, "Succeeded", second)):
         bucket.write_json(paths.progress(run, reported), {"state": state})
-        assert start("train")[1].step == step
+        assert start(role)[1].step == step
+    assert start(role, "--step", first)[1].provenance.step == first
+
+
+def test_a_job_that_the_run_has_no_step_for_says_so(start: Start) -> None:
+    with pytest.raises(Permanent, match=r"jobs\.sampler has nothing to do: the run's steps are preprocess, vanilla\."):
+        start("sampler")
 
 
 JOB = """

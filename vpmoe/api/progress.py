@@ -83,7 +83,7 @@ class Progress(Record):
     """State of one step, overwritten as it goes on."""
 
     step: str
-    """preprocess, rescore, or the stage's name."""
+    """Which step of the run."""
     attempt: Annotated[int, Field(ge=1)]
     """Which attempt wrote this."""
     state: Literal["Running", "Succeeded"]

@@ -14,15 +14,20 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from vpmoe.api.base import Matches, Model
 from vpmoe.api.invalid import Invalid, problems
+from vpmoe.api.runtime import Role
 from vpmoe.api.spec import MUTABLE, MUTABLE_RUNTIME, Spec
-from vpmoe.api.stages import Rescored, Stage, Vanilla
+from vpmoe.api.stages import OnPolicy, Rescored, Stage, Vanilla
 from vpmoe.api.text import read_yaml
 
 GROUP, VERSION, KIND, PLURAL = "vpmoe.dev", "v1alpha1", "DistillRun", "distillruns"
 API_VERSION = f"{GROUP}/{VERSION}"
 
 PREPROCESS, RESCORE = "preprocess", "rescore"
-"""Steps that are no stages."""
+"""Steps that belong to no stage."""
+SAMPLER, TEACHER, EVALUATE = "sampler", "teacher", "evaluate"
+"""A stage's steps beside the one that trains: <stage>-<this>. A stage's name has no hyphen, nor is it one of these."""
+STEP_NAME = 25
+"""Longest name of a step, in characters: a stage's sixteen, a hyphen, and evaluate."""
 
 RUN_NAME = Matches(
     r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?",
@@ -103,26 +108,50 @@ class DistillRun(Model):
         raise KeyError(f"{name} is no stage of {self.metadata.name}: it has {', '.join(stage.name for stage in self.spec.stages)}")
 
     def steps(self) -> tuple[str, ...]:
-        """The run's steps in order: preprocess, rescore where a stage is Rescored, then each stage by its name."""
+        """The run's steps in order: preprocess, rescore where a stage is Rescored, then each stage's (steps_of)."""
         rescore = (RESCORE,) if any(isinstance(stage, Rescored) for stage in self.spec.stages) else ()
-        return (PREPROCESS, *rescore, *(stage.name for stage in self.spec.stages))
+        return (PREPROCESS, *rescore, *(step for stage in self.spec.stages for step in self.steps_of(stage)))
+
+    def steps_of(self, stage: Stage) -> tuple[str, ...]:
+        """A stage's steps in order. Its own name is the step that trains. An OnPolicy stage's sampler and teacher are at work beside it,
+        and where completions or a canary are to be measured, evaluate follows."""
+        evaluation = self.spec.evaluation
+        beside = (f"{stage.name}-{SAMPLER}", f"{stage.name}-{TEACHER}") if isinstance(stage, OnPolicy) else ()
+        after = (f"{stage.name}-{EVALUATE}",) if evaluation.completions or evaluation.canary else ()
+        return (*beside, stage.name, *after)
+
+    def stage_of(self, step: str) -> Stage | None:
+        """The stage that a step belongs to; None for preprocess and rescore. KeyError where the run has no such step."""
+        if step not in self.steps():
+            raise KeyError(f"{step} is no step of {self.metadata.name}: it has {', '.join(self.steps())}")
+        return None if step in (PREPROCESS, RESCORE) else self.stage(step.partition("-")[0])
+
+    def role(self, step: str) -> Role:
+        """What the pods of a step do. KeyError where the run has no such step."""
+        stage = self.stage_of(step)
+        if stage is None:
+            return "preprocess" if step == PREPROCESS else "rescore"
+        roles: dict[str, Role] = {"": "train", SAMPLER: "sampler", TEACHER: "teacher", EVALUATE: "evaluate"}
+        return roles[step.partition("-")[2]]
 
     def needs(self, step: str) -> tuple[str, ...]:
         """The steps that must have succeeded before this one may start. KeyError where the run has no such step.
 
-        Each stage goes on from the one before. Rescoring needs the data set alone, and a Vanilla stage leaves the teacher's GPUs idle:
-        so the two run side by side. Stages of every other kind wait for rescoring: a Rescored one for its scores, a TeacherForced or
-        OnPolicy one for the GPUs. What may be alive at once thus never asks for more than teacher.gpus + student.gpus.
+        Each stage goes on from the one before, once that has been evaluated; the steps of an OnPolicy stage start together. Rescoring
+        needs the data set alone, and a Vanilla stage leaves the teacher's GPUs idle: so the two run side by side. Stages of every other
+        kind wait for rescoring: a Rescored one for its scores, a TeacherForced or OnPolicy one for the GPUs. What may be alive at once
+        thus never asks for more than teacher.gpus + student.gpus.
         """
-        if step == PREPROCESS:
-            return ()
-        if step == RESCORE and RESCORE in self.steps():
-            return (PREPROCESS,)
-        stage = self.stage(step)
+        stage, role = self.stage_of(step), self.role(step)
+        if stage is None:
+            return () if role == "preprocess" else (PREPROCESS,)
+        if role == "evaluate":
+            return self.steps_of(stage)[:-1]
         position = self.spec.stages.index(stage)
-        before = self.spec.stages[position - 1].name if position else PREPROCESS
+        before = self.steps_of(self.spec.stages[position - 1]) if position else (PREPROCESS,)
+        last = before[-1:] if self.role(before[-1]) == "evaluate" else before
         waits = RESCORE in self.steps() and not isinstance(stage, Vanilla)
-        return (before, RESCORE) if waits else (before,)
+        return (*last, RESCORE) if waits else last
 
 
 def load_run(path: str | Path) -> DistillRun:

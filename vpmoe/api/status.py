@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field
 
 from vpmoe.api.base import Record
 from vpmoe.api.progress import Address, CheckpointFacts, Count, DatasetFacts, Hash, HeldOut
+from vpmoe.api.run import STEP_NAME
 
 Phase = Literal["Pending", "Queued", "Running", "Suspended", "Succeeded", "Failed"]
 StepState = Literal["Pending", "Queued", "Running", "Suspended", "Retrying", "Succeeded", "Failed"]
@@ -18,6 +19,8 @@ ConditionType = Literal["Ready", "Progressing", "Suspended", "Stalled", "Failed"
 
 MESSAGE = 1024
 """Longest message in a status, in characters."""
+MOST_STEPS = 34
+"""Steps of a run at most: preprocess, rescore, and four of each of eight stages."""
 
 
 def _shortened(text: str) -> str:
@@ -32,6 +35,7 @@ def _rounded(number: float) -> float:
 
 Message = Annotated[str, AfterValidator(_shortened), Field(json_schema_extra={"maxLength": MESSAGE})]
 Name = Annotated[str, Field(max_length=253)]
+StepName = Annotated[str, Field(max_length=STEP_NAME)]
 Number = Annotated[float, AfterValidator(_rounded)]
 
 
@@ -64,10 +68,10 @@ class Child(Record):
 
 
 class Step(Record):
-    """One step of the run: preprocess, rescore, or a training stage."""
+    """One step of the run: preprocess, rescore, or one of a stage's."""
 
-    name: Annotated[str, Field(max_length=16)]
-    """The step's name."""
+    name: StepName
+    """The step's name: preprocess, rescore, a stage's name for what trains it, or <stage>-sampler, <stage>-teacher, <stage>-evaluate."""
     state: StepState = "Pending"
     """Pending, Queued for GPUs, Running, Suspended, Retrying after a failure, Succeeded or Failed."""
     attempt: Count = 0
@@ -130,7 +134,7 @@ class Status(Record):
     """Pending, Queued for GPUs, Running, Suspended, Succeeded or Failed."""
     message: Message = ""
     """What the run is doing, or what it waits for, in a sentence."""
-    step: Annotated[str, Field(max_length=16)] | None = None
+    step: StepName | None = None
     """The step that is running or was last running; of two, the training stage."""
     progress: Annotated[str, Field(max_length=32)] | None = None
     """How much of the whole run is done, such as "42%"."""
@@ -150,8 +154,8 @@ class Status(Record):
     """When the run succeeded or failed."""
     conditions: Annotated[tuple[Condition, ...], Field(max_length=16, json_schema_extra={"listMapKey": "type"})] = ()
     """Aspects of the run, each by its type."""
-    steps: Annotated[tuple[Step, ...], Field(max_length=16, json_schema_extra={"listMapKey": "name"})] = ()
-    """Steps in the order in which they start; rescore runs beside Vanilla stages."""
+    steps: Annotated[tuple[Step, ...], Field(max_length=MOST_STEPS, json_schema_extra={"listMapKey": "name"})] = ()
+    """Steps in the order in which they start; rescore runs beside Vanilla stages, and an OnPolicy stage's sampler and teacher beside it."""
     provenance: Provenance | None = None
     """What the run was made by and from."""
 
