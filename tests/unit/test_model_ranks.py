@@ -88,10 +88,11 @@ def test_two_ranks_take_over_the_state_of_one_process(one: dict[str, Any], two: 
             assert torch.equal(weight.flatten(), wanted), name
 
 
-def test_a_rank_without_all_experts_exports_nothing(two: list[Any]) -> None:
-    for rank in range(2):
-        assert two[rank][1]["exported"] == "nothing was raised"
-        assert two[rank][2]["exported"].startswith("student.expertParallel: one rank does not have all experts.")
+@layouts
+def test_rank_0_has_the_weights_of_all_ranks_to_export(one: dict[str, Any], two: list[Any], expert_parallel: int) -> None:
+    exported = two[0][expert_parallel]["exported"]
+    wanted = {name for name in one["state"] if name.startswith(("main/", "buffer/"))}
+    assert exported.keys() == wanted and all(torch.equal(exported[name], one["state"][name]) for name in wanted)
 
 
 @layouts

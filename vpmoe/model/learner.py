@@ -133,6 +133,12 @@ class Learner:
         return sums.outcome()
 
     @torch.no_grad()
+    def logp(self, batch: Batch) -> Tensor:
+        """log p of each position's target [T] fp32 on the CPU, NaN where there is none. All ranks call it with the same batch."""
+        here = batch.to(self.device)
+        return logp_of(self.student(here), self.student.output, here.target).cpu()
+
+    @torch.no_grad()
     def step(self, learning_rate: float) -> float:
         """Sum the gradients over the ranks, clip them, move weights and expert biases. Returns the gradient's norm before clipping.
 

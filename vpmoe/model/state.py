@@ -116,16 +116,22 @@ def restore(learner: "Learner", read: Read, steps: int, moments: bool = True, an
     learner.ddp.start_param_sync(force_sync=True)  # each rank has filled its own shards of the weights only
 
 
+@torch.no_grad()
 def current(learner: "Learner") -> Read:
-    """The weights and expert biases as they are, under the names of a state, from this rank alone. On the GPU the weights are bf16.
+    """A copy of the weights and expert biases as they are, on the CPU and under the names of a state. On the GPU the weights are bf16.
 
-    Raises ValueError with expert parallelism, where no rank has them all.
+    All ranks call it, because with expert parallelism no rank has all experts; rank 0's is the one to read, the others' is empty.
     """
-    if parallel_state.get_expert_model_parallel_world_size() > 1:
-        raise ValueError("student.expertParallel: one rank does not have all experts. Read the weights from a checkpoint, or set it to 1.")
-    tensors = {f"main/{name}": parameter.detach() for name, parameter in learner.student.named_parameters()}
-    tensors |= {f"buffer/{name}": bias for name, bias in _biases(learner)}
-    return lambda name, start, stop: tensors[name].reshape(-1)[start:stop].float()
+    tensors = {}
+    parameters = [(f"main/{name}", parameter) for name, parameter in learner.student.named_parameters()]
+    for name, tensor in [*parameters, *((f"buffer/{name}", bias) for name, bias in _biases(learner))]:
+        pieces = [tensor.flatten()]
+        if (sharers := _sharers(tensor)) > 1:
+            pieces = [torch.empty_like(pieces[0]) for _ in range(sharers)]
+            torch.distributed.all_gather(pieces, tensor.flatten(), group=parallel_state.get_expert_model_parallel_group())
+        if torch.distributed.get_rank() == 0:
+            tensors[name] = torch.cat(pieces).to("cpu", copy=True)
+    return lambda name, start, stop: tensors[name][start:stop].float()
 
 
 def _fill(tensor: Tensor, read: Read, name: str, start: int) -> None:

@@ -33,6 +33,23 @@ class Centre(Record):
     final: float
 
 
+class WindowStream(Record):
+    """Where a stage stands among the windows of what the student itself samples."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    first_prompt: int
+    """Prompts that the stages before have used."""
+    next_prompt: int
+    """Prompts used so far; an OnPolicy stage that follows begins there."""
+    trained: int = 0
+    """Windows of the stage that have been trained. In the steps of the stage behind a position each was trained once."""
+    digest: str = ""
+    """sha256 (hex) over the files of all windows trained: of the digest before, the rollouts' sha256 and the scores', one after another."""
+    beyond: int = 0
+    """Windows in a row, the latest among them, whose KL(sampler‖trainer) was above maxSamplerKl."""
+
+
 class Position(Record):
     """A stage after some of its optimizer steps. Data order follows from it alone, so there is no data state to keep."""
 
@@ -62,6 +79,8 @@ class Position(Record):
     """Whether the stage is done. Only then may the next begin from here."""
     scored: ScoredStream | None = None
     """Where the scored documents stand; None where no stage so far has read any."""
+    windows: WindowStream | None = None
+    """Where the windows stand; None where no stage so far was OnPolicy."""
     objective: Centre | None = None
     """State of the objective, fixed when the stage begins. Only Rescored has one."""
 
