@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vpmoe.api.stages import OnPolicy
 from vpmoe.failure import Permanent
-from vpmoe.training.mixture import as_written, interleave
+from vpmoe.training.mixture import as_written
 
 EFFORTS = ("low", "medium", "high")
 
@@ -49,7 +49,7 @@ class Curriculum:
         self._efforts = [_to_one([getattr(phase.effort, name) for name in EFFORTS]) for phase in stage.curriculum]
 
     def step_of(self, window: int) -> int:
-        """The step that trains a window. Before it come the windows before it, and step − window anchor steps."""
+        """The step that trains a window: behind the windows before it and the anchor steps between them."""
         return int(window / (1 - self._anchor))
 
     def is_window(self, step: int) -> bool:
@@ -68,33 +68,18 @@ class Curriculum:
         """Steps of the stage that a version has been trained for: up to its last window's, and none beyond."""
         return self.step_of(version - 1) + 1 if version else 0
 
-    def seen(self, windows: Sequence[int], anchors: Sequence[int]) -> NDArray[np.int64]:
-        """[steps + 1] tokens of the stage after its first 0, 1, … steps, as far as both are known.
+    def after(self, window: int, seen: int, tokens: int, anchors: Sequence[int] | NDArray[np.int64]) -> int:
+        """The stage's tokens before the step of the window after this one. The stage has no such window iff they reach its `tokens`.
 
-        `windows`, `anchors`: tokens, padding excluded, of each window from the first on, and of each anchor step.
+        `seen`: the same of this window; `tokens`: of this window itself, prompts and completions; `anchors[n]`: of the stage's first n + 1
+        anchor steps together, up to the one that alone would reach the stage's end (BatchPlan.steps). Padding is not counted anywhere.
         """
-        kind = interleave(len(windows) + len(anchors), self.stage.anchor)
-        each, whole = np.empty(len(kind), np.int64), len(kind)
-        for known, chosen in ((windows, ~kind), (anchors, kind)):
-            places = np.flatnonzero(chosen)
-            each[places[: len(known)]] = known[: len(places)]
-            if len(places) > len(known):
-                whole = min(whole, int(places[len(known)]))
-        return np.concatenate([[0], np.cumsum(each[:whole])])
+        reached = [int(anchors[min(steps, len(anchors)) - 1]) if steps else 0 for steps in (self.anchors(window), self.anchors(window + 1))]
+        return seen + tokens + reached[1] - reached[0]
 
-    def belongs(self, window: int, seen: Sequence[int] | NDArray[np.int64]) -> bool:
-        """Whether the stage has this window: it ends with the step that reaches its tokens. Raises ValueError where `seen` is too short.
-
-        Whoever has sampled the windows before this one knows, however far behind the trainer is.
-        """
-        return _at(seen, self.step_of(window)) < self.stage.tokens
-
-    def of(self, window: int, seen: Sequence[int] | NDArray[np.int64]) -> Level:
-        """What a window asks for: by the tokens that its version was trained on, and by no later ones.
-
-        `seen[n]` are the stage's tokens after n steps; raises ValueError where it ends before the version was published.
-        """
-        return self.at(_at(seen, self.published_after(self.version_of(window))))
+    def anchors(self, window: int) -> int:
+        """Anchor steps before the step of a window."""
+        return self.step_of(window) - window
 
     def at(self, tokens: int) -> Level:
         """What stands where the stage has seen so many tokens; beyond its end, what stands at its end."""
@@ -112,9 +97,3 @@ def _to_one(shares: Sequence[float]) -> tuple[Fraction, ...]:
     """Shares as they are written, made to add up to exactly 1: the API lets them be a millionth off."""
     exact = [as_written(share) for share in shares]
     return tuple(share / sum(exact) for share in exact)
-
-
-def _at(seen: Sequence[int] | NDArray[np.int64], steps: int) -> int:
-    if steps >= len(seen):
-        raise ValueError(f"tokens of the stage are known after {len(seen) - 1} steps, and wanted after {steps}")
-    return int(seen[steps])

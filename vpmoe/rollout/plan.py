@@ -61,26 +61,25 @@ def expect(spec: Spec, stage: OnPolicy, assumed: Assumed) -> list[Expected]:
     each = [assumed.prompt + min(assumed.completion[name], bounds[name]) for name in EFFORTS]
     anchor_tokens = layout(spec, stage).tokens_per_step
     prompts = stage.rollout.prompts_per_window
-    phase, window, seen = phases[0], 0, [0]
-    while seen[-1] < stage.tokens:
-        if curriculum.is_window(len(seen) - 1):
-            level = curriculum.of(window, seen)
-            phase = phases[level.phase]
-            sampled = int(prompts * level.rollouts)
-            tokens = round(sampled * sum(share * length for share, length in zip(level.effort, each, strict=True)))
-            phase.windows += 1
-            phase.on_policy += tokens
-            phase.prompts += prompts
-            phase.rollouts += sampled
-            phase.versions.add(curriculum.version_of(window))
-            for name, share in zip(EFFORTS, level.effort, strict=True):
-                phase.effort[name] += float(share) * prompts
-                phase.longest = max(phase.longest, bounds[name] if share else 0)
-            window += 1
-        else:
-            tokens = anchor_tokens
-            phase.anchor += tokens
-        seen.append(seen[-1] + tokens)
+    window, seen, published = 0, 0, {0: 0}
+    while seen < stage.tokens:
+        level = curriculum.at(published[curriculum.version_of(window)])
+        phase = phases[level.phase]
+        sampled = int(prompts * level.rollouts)
+        tokens = round(sampled * sum(share * length for share, length in zip(level.effort, each, strict=True)))
+        phase.windows += 1
+        phase.on_policy += tokens
+        phase.prompts += prompts
+        phase.rollouts += sampled
+        phase.versions.add(curriculum.version_of(window))
+        for name, share in zip(EFFORTS, level.effort, strict=True):
+            phase.effort[name] += float(share) * prompts
+            phase.longest = max(phase.longest, bounds[name] if share else 0)
+        window += 1
+        published[window] = seen = seen + tokens
+        anchors = min(curriculum.anchors(window) - curriculum.anchors(window - 1), -(-max(0, stage.tokens - seen) // anchor_tokens))
+        phase.anchor += anchors * anchor_tokens
+        seen += anchors * anchor_tokens
     return phases
 
 

@@ -1,8 +1,7 @@
 """Windows of prompts: which prompts, efforts, rollouts and seeds belong to window k, and which version of the policy answers them.
 
-A pure function of (stage, seed, documents, tokens realised before the version): sampler, teacher and trainer each compute it for
-themselves and agree, so nothing about the schedule is stored or sent. What happened to a window is the bucket's business; how a document
-becomes a prompt is prompt.py's.
+A pure function of (stage, seed, documents, tokens of the version, turns): whoever samples a window, whenever, comes to the same, so nothing
+about the schedule is stored or sent. What happened to a window is the bucket's business; how a document becomes a prompt is prompt.py's.
 """
 
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from vpmoe.api.stages import MaxTokens, OnPolicy
 from vpmoe.rollout.curriculum import EFFORTS, Curriculum, Level
+from vpmoe.rollout.turns import Turn, heeded
 from vpmoe.training.plan import order
 
 
@@ -42,6 +42,10 @@ class Window:
     """The policy version that all of it is sampled from."""
     phase: int
     """The curriculum's phase, from 0."""
+    turns: int
+    """Turns of knobs that hold for it."""
+    max_tokens: MaxTokens
+    """Longest completions after these turns."""
     prompts: tuple[Prompt, ...]
 
 
@@ -63,15 +67,19 @@ class Windows:
         # a window may straddle two epochs; 20 million documents take seconds to order and 80 MB to keep
         self._order = lru_cache(2)(lambda epoch: order(documents_in_part, seed, epoch))
 
-    def window(self, number: int, seen: Sequence[int] | NDArray[np.int64]) -> Window:
-        """Window `number`. `seen[n]` are the stage's tokens after n steps (Curriculum.seen), known at least up to the window's version;
-        what came after it changes nothing. Raises ValueError where they are not known so far."""
-        level = self.curriculum.of(number, seen)
+    def window(self, number: int, tokens: int, turns: Sequence[Turn] = ()) -> Window:
+        """Window `number`. `tokens` are the stage's when the window's version was published (version.Version.tokens), `turns` all so far:
+        those of later windows change nothing."""
+        turns = heeded(turns, number)
+        level = self.curriculum.at(tokens)
+        level = level._replace(effort=turned_effort(level.effort, turns))
         prompts = zip(self.documents(number).tolist(), rollouts(level, self._each), strict=True)
         return Window(
             number,
             self.curriculum.version_of(number),
             level.phase,
+            len(turns),
+            turned_bounds(self.curriculum.stage.rollout.max_tokens, turns),
             tuple(
                 Prompt(
                     place,
@@ -89,6 +97,21 @@ class Windows:
         places = np.arange(start, start + self._each)
         epochs, within = places // self._documents, places % self._documents
         return np.concatenate([self._order(int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)])
+
+
+def turned_effort(shares: tuple[Fraction, ...], turns: Sequence[Turn]) -> tuple[Fraction, ...]:
+    """Shares of EFFORTS after these turns: each of effort gives half of high's share to medium."""
+    low, medium, high = shares
+    for _ in (turn for turn in turns if turn.knob == "effort"):
+        medium, high = medium + high / 2, high / 2
+    return low, medium, high
+
+
+def turned_bounds(max_tokens: MaxTokens, turns: Sequence[Turn]) -> MaxTokens:
+    """Longest completions after these turns: each of maxTokens makes three quarters of every one, rounded down, and at least 1."""
+    for _ in (turn for turn in turns if turn.knob == "maxTokens"):
+        max_tokens = MaxTokens(**{name: max(1, getattr(max_tokens, name) * 3 // 4) for name in EFFORTS})
+    return max_tokens
 
 
 def rollouts(level: Level, prompts: int) -> list[int]:
