@@ -20,7 +20,7 @@ from vpmoe.training.plan import Document
 
 def held_out_rows(lengths: Sequence[NDArray[np.int32]], documents: int, seed: int, sequence_length: int) -> list[list[Document]]:
     """The first `documents` documents of the split in the plan's order for epoch 0, packed into rows. All of them where there are fewer."""
-    visited = plan.order([len(part) for part in lengths], seed, 0)[:documents]
+    visited = plan.held_out(lengths, documents, seed)
     first_document = plan.firsts([len(part) for part in lengths])
     places, starts = plan.pack(np.concatenate(lengths)[visited], sequence_length)
     return [plan.documents(visited[places[start:stop]], first_document, lengths) for start, stop in pairwise(starts)]

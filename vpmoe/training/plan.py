@@ -72,6 +72,11 @@ def order(documents_in_part: Sequence[int], seed: int, epoch: int) -> NDArray[np
     return np.concatenate(result)
 
 
+def held_out(lengths: Sequence[NDArray[np.int32]], documents: int, seed: int) -> NDArray[np.int32]:
+    """The first `documents` documents of a split in the order of epoch 0, all of them where there are fewer; numbers over all parts."""
+    return order([len(part) for part in lengths], seed, 0)[:documents]
+
+
 def pack(lengths_D: NDArray[np.int32], sequence_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Put whole documents into sequences: (places_D, starts_N), sequence i holding documents `places_D[starts_N[i]:starts_N[i + 1]]`.
 

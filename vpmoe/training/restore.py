@@ -5,14 +5,9 @@ weight is touched. What to do about one that is refused is start.py's business, 
 """
 
 import fcntl
-import json
-import re
-import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -23,25 +18,12 @@ from vpmoe.model import distributed, state
 from vpmoe.model.learner import Learner
 from vpmoe.storage import Bucket, StorageError, Subject, manifest, paths
 from vpmoe.storage.manifest import Manifest
+from vpmoe.training.pieces import WEIGHTS, Piece, Refused, check_covers, pieces_in, total
 from vpmoe.training.position import Position
 from vpmoe.training.task import Talk
 
 PATIENCE = timedelta(hours=1)
 """How much longer one rank may read than another."""
-KEY = re.compile(r"(.+)\[(\d+):(\d+)\]")
-
-
-class Refused(Exception):
-    """A checkpoint that is not what it was when it was written, or of another student. Said on every rank in the same words."""
-
-
-class Piece(NamedTuple):
-    """Numbers [start, stop) of a tensor, under `key` in `file`."""
-
-    start: int
-    stop: int
-    file: Subject
-    key: str
 
 
 @dataclass(frozen=True)
@@ -112,13 +94,13 @@ class Reader:
         """The checkpoint, with every file that this rank needs brought here and proved."""
         stored = manifest.load(bucket, paths.manifest(folder))
         position = Position.model_validate(stored.facts.get("position"))
-        pieces = _pieces(bucket, stored.subjects.values())
-        sizes = {name: size for name, size in state.sizes(self._learner).items() if moments or name.startswith(("main/", "buffer/"))}
+        pieces = pieces_in(bucket, stored.subjects.values())
+        sizes = {name: size for name, size in state.sizes(self._learner).items() if moments or name.startswith(WEIGHTS)}
         optional = {name: sizes[f"main/{name}"] for name in state.NOT_EVERY_STAGES if begins and f"main/{name}" in sizes}
-        anew = frozenset(name for name, size in optional.items() if _total(pieces.get(f"main/{name}", [])) != size)
+        anew = frozenset(name for name, size in optional.items() if total(pieces.get(f"main/{name}", [])) != size)
         sizes = {name: size for name, size in sizes.items() if name.partition("/")[2] not in anew}
         for name, size in sizes.items():
-            _check_covers(name, pieces.get(name, []), size)
+            check_covers(name, pieces.get(name, []), size)
         ranges = [(held.name, held.start, held.stop) for held in state.slices(self._learner) if held.name in sizes]
         ranges += [(name, 0, size) for name, size in sizes.items() if name.startswith("buffer/")]
         ranges += [(name, 0, of[-1].stop) for name, of in pieces.items() if name.startswith(f"random/{distributed.rank()}/")]
@@ -133,31 +115,3 @@ class Reader:
             if not path.exists():
                 bucket.download(file, path)
         return path
-
-
-def _pieces(bucket: Bucket, files: Iterable[Subject]) -> dict[str, list[Piece]]:
-    """What stands where, from the files' headers (safetensors: 8 bytes of length, then JSON)."""
-    pieces: dict[str, list[Piece]] = {}
-    for file in files:
-        (length,) = struct.unpack("<Q", bucket.read(file, 0, 8))
-        for key in json.loads(bucket.read(file, 8, 8 + length)):
-            if parsed := KEY.fullmatch(key):
-                pieces.setdefault(parsed[1], []).append(Piece(int(parsed[2]), int(parsed[3]), file, key))
-    for of in pieces.values():
-        of.sort()
-    return pieces
-
-
-def _total(pieces: list[Piece]) -> int:
-    return sum(piece.stop - piece.start for piece in pieces)
-
-
-def _check_covers(name: str, pieces: list[Piece], size: int) -> None:
-    """Raises Refused where the pieces are not [0, size) without gap or overlap."""
-    at = 0
-    for piece in pieces:
-        if piece.start != at:
-            break
-        at = piece.stop
-    if at != size or (pieces and pieces[-1].stop != size):
-        raise Refused(f"It holds {at} of the {size} numbers of {name}: it is of another student, or of another version.")

@@ -18,8 +18,9 @@ from vpmoe.objectives.confidence import centre
 from vpmoe.objectives.spans import SPANS
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.manifest import Input, Manifest
+from vpmoe.training.pieces import Refused
 from vpmoe.training.position import Centre, Position, ScoredStream, iterations
-from vpmoe.training.restore import Reader, Refused
+from vpmoe.training.restore import Reader
 from vpmoe.training.task import Task
 
 log = logging.getLogger(__name__)
