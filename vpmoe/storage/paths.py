@@ -10,6 +10,7 @@
       …/inputs.json                                            which data set and which input objects the run was resolved to
       …/teacher.json                                           which files the run's teacher was resolved to
       …/steps/<step>/{progress.json, metrics/*.jsonl}
+      …/steps/<stage>-evaluate/evaluation.json                 what the student can do after the stage
       …/checkpoints/<step>/<iteration>/…, manifest.json
       …/weights/<step>/v000012/…, manifest.json
       …/rollouts/<step>/window-000000.{rollouts,scores}.arrow, turn-000001.json
@@ -114,6 +115,11 @@ def progress(of: "DistillRun", step: str) -> str:
 def metrics(of: "DistillRun", step: str, name: str) -> str:
     """One file of a step's metrics, a line an optimizer step."""
     return f"{run(of)}/steps/{step}/metrics/{name}.jsonl"
+
+
+def evaluation(of: "DistillRun", stage: str) -> str:
+    """What was measured of the student at the end of a stage, written once."""
+    return f"{run(of)}/steps/{stage}-evaluate/evaluation.json"
 
 
 def checkpoints(of: "DistillRun", step: str) -> str:

@@ -1,0 +1,45 @@
+"""Whether an OnPolicy stage may begin: what its `require` asks of the student that the stage before left. No torch.
+
+The stage's sampler, teacher and trainer each ask at their start and hear the same, for the evaluation does not change once it is written.
+"""
+
+from typing import get_args
+
+from vpmoe.api import DistillRun
+from vpmoe.api.dataset import Effort
+from vpmoe.api.stages import OnPolicy, Stage
+from vpmoe.evaluation import record
+from vpmoe.failure import Permanent
+from vpmoe.storage import Bucket, paths
+
+
+def check(run: DistillRun, stage: Stage, bucket: Bucket) -> None:
+    """Raise Permanent, with the number and the remedy, unless the student before an OnPolicy stage answers validly often enough.
+
+    Stages of other kinds, and `require` of null or validity 0, ask for nothing. A stage before whose validity was not measured is as one
+    that fell short. Raises StorageError.
+    """
+    if not isinstance(stage, OnPolicy) or stage.require is None or stage.require.validity == 0:
+        return
+    asks = f"stage {stage.name}: require.validity is {stage.require.validity:g}"
+    waive = "set require to {validity: 0}"
+    number = [one.name for one in run.spec.stages].index(stage.name)
+    if not number:
+        raise Permanent(f"{asks}, and it has no stage before it whose student was measured. In a new run give it one, or {waive}.")
+    before = run.spec.stages[number - 1].name
+    if not run.spec.evaluation.completions:
+        raise Permanent(f"{asks}, and evaluation.completions is 0, so it is not measured. In a new run raise that, or {waive}.")
+    found = record.load(run, before, bucket)
+    if found is None or found.valid is None:
+        raise Permanent(
+            f"{asks}, and {bucket.url(paths.evaluation(run, before))} does not say what it is after stage {before}. Measure it first: "
+            f"python -m jobs.evaluate --step {before}-evaluate."
+        )
+    if found.valid < stage.require.validity:
+        efforts = [(effort, found.efforts[effort]) for effort in get_args(Effort) if effort in found.efforts]
+        by_effort = ", ".join(f"{effort} {record.share(of.validity):.3f}" for effort, of in efforts)
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.validity.items(), key=lambda kind: -kind[1]) if count)
+        raise Permanent(
+            f"{asks}, and after stage {before} it is {found.valid:.3f} ({by_effort}; of {found.completions} completions {kinds}). In a new "
+            f"run, which may resumeFrom this one, train longer before {stage.name}, lower require.validity, or {waive}."
+        )
