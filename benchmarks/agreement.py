@@ -5,9 +5,9 @@
 Builds the trainer's student with random weights, exports it as a policy version is exported, loads that with transformers, and asks both
 for the log-probability of the same random ids. Prints mean, 99th percentile and largest |Δ|, and the KL that `samplerKl` would show (k3) on
 ids that the exported one drew itself; beside them the floor: what the trainer's student differs from itself when the same sequences are
-packed in another order. Then the seconds of the export, beside writing the same bytes to the same disk, and of loading it. On a GPU in bf16
-unless CUDA_VISIBLE_DEVICES is set and empty, then in fp32. `--spread` is the standard deviation of the logits: trained models are sharper
-than random ones, and a sharper one differs more.
+packed in another order. Then the seconds of the copy, for which training waits, of the export, beside writing the same bytes to the same
+disk, and of loading it. On a GPU in bf16 unless CUDA_VISIBLE_DEVICES is set and empty, then in fp32. `--spread` is the standard deviation
+of the logits: trained models are sharper than random ones, and a sharper one differs more.
 """
 
 import argparse
@@ -107,8 +107,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         started = time.monotonic()
-        weights.export(folder, shape, ids_NT.numel(), state.sizes(held), state.current(held), dtype)
-        exported = time.monotonic() - started
+        read = state.current(held)
+        copied = time.monotonic() - started
+        weights.export(folder, shape, ids_NT.numel(), state.sizes(held), read, dtype)
+        exported = time.monotonic() - started - copied
         size = sum(file.stat().st_size for file in folder.iterdir())
         written = written_again(folder)
         started = time.monotonic()
@@ -129,7 +131,8 @@ def main() -> None:
     ratio = torch.cat(ratios)
     print(f"KL(exported‖trainer) of ids that the exported one draws, k3: {(ratio.expm1() - ratio).mean():.2e} nats a token")
     print(
-        f"export {size / 2**30:.2f} GiB in {exported:.1f} s, {exported / written:.2f}× the writing of these bytes; loaded in {loaded:.1f} s"
+        f"{size / 2**30:.2f} GiB: copied in {copied:.1f} s, exported in {exported:.1f} s ({exported / written:.2f}× the writing of these "
+        f"bytes), loaded in {loaded:.1f} s"
     )
     distributed.stop()
 
