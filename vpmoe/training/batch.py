@@ -14,8 +14,8 @@ from vpmoe.training.plan import Document
 
 Read = Callable[[Document], tuple[NDArray[np.int32], NDArray[np.uint8]]]
 """(token ids, span of each) of a document."""
-Logp = Callable[[Document], NDArray[np.float16]]
-"""The teacher's log-probability of each token of a document, NaN where it gave none."""
+Logp = Callable[[Document], NDArray[np.floating]]
+"""A log-probability of each token of a document, the teacher's or the sampler's, NaN where there is none."""
 
 MICROBATCH = 8192
 """Positions of one microbatch, as far as whole rows allow: the student's longest sequence alone, or several short ones together."""
@@ -28,33 +28,39 @@ def rows_each(sequence_length: int) -> int:
     return max(1, MICROBATCH // sequence_length)
 
 
-def microbatches(rows: Sequence[Sequence[Document]], read: Read, sequence_length: int, logp: Logp | None = None) -> list[Batch]:
+def microbatches(
+    rows: Sequence[Sequence[Document]], read: Read, sequence_length: int, logp: Logp | None = None, sampler_logp: Logp | None = None
+) -> list[Batch]:
     """The rows in order as microbatches of about MICROBATCH positions; all but the last have the same number of rows. See `assemble`."""
     each = rows_each(sequence_length)
-    return [assemble(rows[start : start + each], read, sequence_length, logp) for start in range(0, len(rows), each)]
+    return [assemble(rows[start : start + each], read, sequence_length, logp, sampler_logp) for start in range(0, len(rows), each)]
 
 
-def assemble(rows: Sequence[Sequence[Document]], read: Read, sequence_length: int, logp: Logp | None = None) -> Batch:
+def assemble(
+    rows: Sequence[Sequence[Document]], read: Read, sequence_length: int, logp: Logp | None = None, sampler_logp: Logp | None = None
+) -> Batch:
     """One microbatch of b packed rows; a row without any document is all padding. Raises ValueError where a row overflows.
 
-    With `logp` the batch has the teacher's log-probabilities.
+    With `logp` the batch has the teacher's log-probabilities, with `sampler_logp` the sampler's.
     """
     shape = (len(rows), sequence_length)
     tokens_bS = np.full(shape, FILLER, np.int64)
     spans_bS = np.zeros(shape, np.uint8)
     documents_bS = np.full(shape, -1, np.int32)
-    logp_bS = np.full(shape, np.nan, np.float32)
+    known = [(of, np.full(shape, np.nan, np.float32)) for of in (logp, sampler_logp)]
     for row, documents in enumerate(rows):
         at = 0
         for number, document in enumerate(documents):
             tokens, spans = read(document)
             if at + len(tokens) > sequence_length:
                 raise ValueError(f"row {row} overflows {sequence_length} positions with {document}")
-            tokens_bS[row, at : at + len(tokens)] = tokens
-            spans_bS[row, at : at + len(tokens)] = spans
-            documents_bS[row, at : at + len(tokens)] = number
-            if logp is not None:
-                logp_bS[row, at : at + len(tokens)] = logp(document)
+            place = (row, slice(at, at + len(tokens)))
+            tokens_bS[place] = tokens
+            spans_bS[place] = spans
+            documents_bS[place] = number
+            for of, logp_bS in known:
+                if of is not None:
+                    logp_bS[place] = of(document)
             at += len(tokens)
-    teacher = None if logp is None else torch.from_numpy(logp_bS)
-    return Batch.of(torch.from_numpy(tokens_bS), torch.from_numpy(spans_bS), torch.from_numpy(documents_bS), teacher)
+    teacher, sampler = (None if of is None else torch.from_numpy(logp_bS) for of, logp_bS in known)
+    return Batch.of(torch.from_numpy(tokens_bS), torch.from_numpy(spans_bS), torch.from_numpy(documents_bS), teacher, sampler)
