@@ -1,74 +1,47 @@
-"""A student behind vLLM in a process of its own (`python -m tests.samplers`), loaded as a teacher is: it scores, and it samples."""
+"""What samplers are tested with: a tiny student of which every part matters, and its publication as a policy version."""
 
-import sys
-import tomllib
-from importlib.metadata import EntryPoint
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 
-from tests.teachers import Remote, serve
-from vpmoe.teacher.scorer import Scorer, prepare_environment
+from vpmoe.model import state
+from vpmoe.model.batch import Batch
+from vpmoe.model.learner import Learner
+from vpmoe.model.shapes import SHAPES
+from vpmoe.objectives.head import logp_of
+from vpmoe.rollout import weights
 
-Samples = list[tuple[NDArray[np.int32], NDArray[np.float32]]]
-"""For each prompt the sampled ids, and vLLM's own log-probability of each."""
-
-
-class Sampler(Remote):
-    """Asks that process. A list of sequences is a question for scores, a tuple one for samples, a path one to load what lies there."""
-
-    def sample(self, prompts: list[NDArray[np.int32]], tokens: int, seed: int) -> Samples:
-        """`tokens` tokens after each prompt, at temperature 1, the n-th prompt's with seed `seed` + n."""
-        return self._ask((prompts, tokens, seed))
-
-    def load(self, folder: Path) -> int:
-        """Take the weights in `folder` into the running engine; returns how many tensors."""
-        return self._ask(folder)
-
-    def _ask(self, question: object) -> Any:
-        self._connection.send(question)
-        answer = self._connection.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+TINY = SHAPES["tiny"]
+Ids = NDArray[np.int32]
 
 
-class Student(Scorer):
-    def sample(self, prompts: list[NDArray[np.int32]], tokens: int, seed: int) -> Samples:
-        import vllm
-
-        always = {"max_tokens": tokens, "temperature": 1.0, "top_p": 1.0, "logprobs": 0, "detokenize": False, "ignore_eos": True}
-        settings = [vllm.SamplingParams(**always, seed=seed + n) for n in range(len(prompts))]
-        made = []
-        for answer in self._llm.generate([{"prompt_token_ids": ids.tolist()} for ids in prompts], settings, use_tqdm=False):
-            (out,) = answer.outputs
-            logp = [by_id[token].logprob for by_id, token in zip(out.logprobs, out.token_ids, strict=True)]
-            made.append((np.array(out.token_ids, np.int32), np.array(logp, np.float32)))
-        return made
-
-    def load(self, folder: Path) -> int:
-        """Take other weights into the running engine; returns how many tensors."""
-        held = [item for file in sorted(folder.glob("*.safetensors")) for item in load_file(file).items()]
-        (loaded,) = self._llm.apply_model(lambda model: len(model.load_weights(held)))
-        return loaded
+def learner(device: torch.device, seed: int) -> Learner:
+    """A tiny student, every part of it large enough to matter: norms apart from 1, and biases that change what is chosen."""
+    torch.manual_seed(seed)
+    it = Learner.build(TINY, device, sequence_length=4096, seed=1234, weight_decay=0.1, gradient_clip=1.0)
+    with torch.no_grad():
+        for name, parameter in it.student.named_parameters():
+            parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(std=0.3 if name == "embedding.weight" else 0.15)
+        for name, buffer in it.student.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.normal_(std=0.2)
+    return it
 
 
-def answer(student: Student, asked: Any) -> object:
-    match asked:
-        case Path():
-            return student.load(asked)
-        case tuple():
-            return student.sample(*asked)
-    return list(student.score(asked))
+def export(folder: Path, it: Learner) -> Path:
+    """The student's checkpoint, in float32."""
+    weights.export(folder, TINY, 4096, state.sizes(it), state.current(it), torch.float32)
+    return folder
 
 
-if __name__ == "__main__":
-    prepare_environment()
-    plugins = tomllib.loads(Path("pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
-    for name, value in plugins.items():  # as vLLM does where this repository is installed
-        EntryPoint(name, value, "vllm.general_plugins").load()()
-    student = Student(Path(sys.argv[2]), int(sys.argv[3]))
-    serve(sys.argv[1], lambda asked: answer(student, asked))
+def trainers(it: Learner, sequences: Sequence[Ids]) -> list[NDArray[np.float32]]:
+    """[T − 1] each: what the trainer's student says of each id given those before it, all sequences packed into one row."""
+    ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64))[None]
+    number = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor([len(ids_T) for ids_T in sequences]))[None]
+    batch = Batch.of(ids, torch.full_like(ids, 1, dtype=torch.uint8), number.int())
+    with torch.no_grad():
+        logp = logp_of(it.student(batch), it.student.output, batch.target)
+    return [part[:-1].numpy() for part in logp.split([len(ids_T) for ids_T in sequences])]

@@ -1,4 +1,5 @@
-"""What the unit tests share, started once a session: for the student the CPU as device and a world of one rank, a teacher behind vLLM."""
+"""What the unit tests share, started once a session: the CPU as device and a world of one rank for the
+student, a teacher and a sampler behind vLLM."""
 
 import os
 import subprocess
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
     import torch
 
     from tests.teachers import Remote
+    from vpmoe.rollout.engines import Engines
 
 LONGEST = 640
-"""Tokens that the shared teacher takes at once."""
+"""Tokens that the shared teacher and the shared sampler take at once."""
 
 
 @pytest.fixture(scope="session")
@@ -87,3 +89,12 @@ def scorer(teacher_address: str) -> Iterator["Remote"]:
 
     with Remote(teacher_address, LONGEST) as remote:
         yield remote
+
+
+@pytest.fixture(scope="session")
+def engines(device: "torch.device") -> "Iterator[Engines]":
+    """The sampler's engine for `tiny`, started by the first test that loads weights into it."""
+    from vpmoe.rollout.engines import Engines
+
+    with Engines(1, "tiny", LONGEST) as started:
+        yield started

@@ -1,7 +1,13 @@
 """The student is the same function of its ids in the trainer, in transformers and in vLLM; and what is not a whole export is refused."""
 
 import json
-from collections.abc import Callable, Iterator
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from tests.samplers import Sampler
-from tests.unit.conftest import LONGEST, behind_vllm
+from tests import samplers
+from tests.samplers import TINY, trainers
 from tests.unit.students import SMALL, documents, learner, new_seed, reading, saved, whole
 from vpmoe.data.encode import Setting
 from vpmoe.data.harmony import Renderer
@@ -21,21 +27,13 @@ from vpmoe.failure import Permanent
 from vpmoe.model import state
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
-from vpmoe.model.shapes import SHAPES
-from vpmoe.objectives.head import logp_of
 from vpmoe.objectives.vanilla import vanilla
 from vpmoe.rollout import transformers_model, weights
+from vpmoe.rollout.engines import Engines, Request
 
-TINY = SHAPES["tiny"]
+ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
 """Nats. All compute in float32 and sum in other orders, over up to 600 positions and 201,088 logits."""
-
-
-def packed(sequences: list[NDArray[np.int32]]) -> Batch:
-    """One row of the sequences, each a document whose tokens are all learned."""
-    ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64))[None]
-    number = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor([len(ids_T) for ids_T in sequences]))[None]
-    return Batch.of(ids, torch.full_like(ids, 1, dtype=torch.uint8), number.int())
 
 
 def harmony(random: np.random.Generator) -> list[NDArray[np.int32]]:
@@ -52,15 +50,8 @@ def harmony(random: np.random.Generator) -> list[NDArray[np.int32]]:
 
 @pytest.fixture(scope="module")
 def trained(device: torch.device) -> Learner:
-    """A tiny student after a step, every part of it large enough to matter: norms apart from 1, and biases that change what is chosen."""
-    torch.manual_seed(new_seed())
-    it = Learner.build(TINY, device, sequence_length=4096, seed=1234, weight_decay=0.1, gradient_clip=1.0)
-    with torch.no_grad():
-        for name, parameter in it.student.named_parameters():
-            parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(std=0.3 if name == "embedding.weight" else 0.15)
-        for name, buffer in it.student.named_buffers():
-            if name.endswith("expert_bias"):
-                buffer.normal_(std=0.2)
+    """A tiny student after a step."""
+    it = samplers.learner(device, new_seed())
     batch = Batch.of(*documents(torch.Generator().manual_seed(1), [60, 40], 128, TINY.vocabulary))
     it.forward_backward([batch], vanilla(batch.counts, {"reasoning": 1.0, "final": 1.0}), int(batch.counts[0]))
     it.step(1e-2)
@@ -69,17 +60,7 @@ def trained(device: torch.device) -> Learner:
 
 @pytest.fixture(scope="module")
 def exported(trained: Learner, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("student")
-    weights.export(folder, TINY, 4096, state.sizes(trained), state.current(trained), torch.float32)
-    return folder
-
-
-def trainers(trained: Learner, sequences: list[NDArray[np.int32]]) -> list[NDArray[np.float32]]:
-    """[T - 1] each: what the trainer's student says of each id given those before it, all sequences packed into one row."""
-    batch = packed(sequences)
-    with torch.no_grad():
-        logp = logp_of(trained.student(batch), trained.student.output, batch.target)
-    return [part[:-1].numpy() for part in logp.split([len(ids_T) for ids_T in sequences])]
+    return samplers.export(tmp_path_factory.mktemp("student"), trained)
 
 
 def test_transformers_agrees_at_every_position(trained: Learner, exported: Path) -> None:
@@ -115,66 +96,82 @@ def test_generating_with_a_cache_is_the_same_model(exported: Path) -> None:
     assert torch.equal(logits[19:-1].argmax(1), out[0, 20:])
 
 
-@pytest.fixture(scope="module")
-def sampler(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sampler]:
-    with behind_vllm("tests.samplers", exported, tmp_path_factory.mktemp("sampler")) as address, Sampler(address, LONGEST) as asked:
-        yield asked
-
-
-def test_vllm_agrees_at_every_position(trained: Learner, sampler: Sampler) -> None:
+def test_vllm_agrees_at_every_position(trained: Learner, exported: Path, engines: Engines) -> None:
     sequences = harmony(np.random.default_rng(new_seed()))
-    assert max(map(len, sequences)) > 512, "longer than one forward: some are computed in pieces"
-    for got, wanted in zip(sampler.score(sequences), trainers(trained, sequences), strict=True):
-        assert np.isnan(got[0]) and np.abs(got[1:] - wanted).max() <= TOLERANCE
+    assert max(map(len, sequences)) > 512
+    engines.load(exported)
+    (found,) = engines.score(sequences)
+    for got, wanted in zip(found, trainers(trained, sequences), strict=True):
+        assert np.abs(got - wanted).max() <= TOLERANCE
 
 
-def test_sampling_repeats_with_its_seed_and_its_log_probabilities_are_the_trainers(trained: Learner, sampler: Sampler) -> None:
+def test_sampling_repeats_with_its_seed_and_its_log_probabilities_are_the_trainers(
+    trained: Learner, exported: Path, engines: Engines
+) -> None:
     seed = new_seed() >> 1
     prompts = [ids_T[:length] for ids_T, length in zip(harmony(np.random.default_rng(seed)), (30, 41, 64, 50), strict=True)]
     prompts.append(prompts[0])
-    first, again, other = (sampler.sample(prompts, 24, which) for which in (seed, seed, seed + 1000))
-    for (ids, logp), (same_ids, same_logp), (other_ids, _) in zip(first, again, other, strict=True):
-        assert ids.tobytes() == same_ids.tobytes() and logp.tobytes() == same_logp.tobytes()
-        assert ids.tolist() != other_ids.tolist()
-    assert first[0][0].tolist() != first[-1][0].tolist(), "the same prompt under another seed"
-    whole_sequences = [np.concatenate([prompt, ids]) for prompt, (ids, _) in zip(prompts, first, strict=True)]
-    for (_, logp), wanted in zip(first, trainers(trained, whole_sequences), strict=True):
-        assert np.abs(logp - wanted[-24:]).max() <= TOLERANCE
+    engines.load(exported)
+    first, again, other = (
+        engines.sample([Request(ids_P, start + n, 24) for n, ids_P in enumerate(prompts)]) for start in (seed, seed, seed + 1000)
+    )
+    for one, same, another in zip(first, again, other, strict=True):
+        assert one.ids_C.tobytes() == same.ids_C.tobytes() and one.logp_C.tobytes() == same.logp_C.tobytes()
+        assert len(one.ids_C) == 24 and one.ids_C.tolist() != another.ids_C.tolist()
+    assert first[0].ids_C.tolist() != first[-1].ids_C.tolist(), "the same prompt under another seed"
+    whole_sequences = [np.concatenate([prompt, one.ids_C]) for prompt, one in zip(prompts, first, strict=True)]
+    for one, wanted in zip(first, trainers(trained, whole_sequences), strict=True):
+        assert np.abs(one.logp_C - wanted[-24:]).max() <= TOLERANCE
 
 
-def test_vllm_takes_other_weights_into_the_running_engine(trained: Learner, exported: Path, sampler: Sampler, tmp_path: Path) -> None:
+def test_vllm_takes_other_weights_into_the_running_engine(trained: Learner, exported: Path, engines: Engines, tmp_path: Path) -> None:
     sequences = harmony(np.random.default_rng(new_seed()))
     before = trainers(trained, sequences)
     kept = {name: parameter.detach().clone() for name, parameter in trained.student.named_parameters()}
+    engines.load(exported)
     with torch.no_grad():
         for parameter in trained.student.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    weights.export(tmp_path, TINY, 4096, state.sizes(trained), state.current(trained), torch.float32)
     after = trainers(trained, sequences)
-    try:
-        assert sampler.load(tmp_path) == len(weights.parts(TINY))
-        for got, wanted, old in zip(sampler.score(sequences), after, before, strict=True):
-            assert np.abs(got[1:] - wanted).max() <= TOLERANCE and np.abs(wanted - old).max() > 0.1
-    finally:
-        with torch.no_grad():
-            for name, parameter in trained.student.named_parameters():
-                parameter.copy_(kept[name])
-        sampler.load(exported)
+    engines.load(samplers.export(tmp_path, trained))
+    (found,) = engines.score(sequences)
+    with torch.no_grad():
+        for name, parameter in trained.student.named_parameters():
+            parameter.copy_(kept[name])
+    for got, wanted, old in zip(found, after, before, strict=True):
+        assert np.abs(got - wanted).max() <= TOLERANCE and np.abs(wanted - old).max() > 0.1
 
 
-def test_vllm_refuses_weights_by_name(exported: Path, sampler: Sampler, tmp_path: Path) -> None:
-    """Behind weights.check, which knows more: whatever is handed to the model itself."""
+def test_vllm_finds_the_student_where_this_repository_is_installed() -> None:
+    """By the entry point, which a checkout does without: engines call register() themselves."""
+    (value,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"].values()
+    code = f"""
+        from importlib.metadata import EntryPoint
+        EntryPoint("vpmoe", {value!r}, "vllm.general_plugins").load()()
+        from vllm import ModelRegistry
+        assert "VpmoeForCausalLM" in ModelRegistry.get_supported_archs()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=True)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "misshapen"])
+def test_vllm_is_given_no_weights_that_are_not_whole(exported: Path, engines: Engines, tmp_path: Path, change: str) -> None:
+    """An engine goes on with what it has."""
+    sequence = harmony(np.random.default_rng(0))[0]
+    engines.load(exported)
+    before = engines.score([sequence])
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
     held = load_file(exported / "model-00001.safetensors")
     norm = held.pop("model.norm.weight")
-    for change, message in [
-        ({}, "model.norm.weight is missing"),
-        ({"model.norm.weight": norm, "extra": norm.clone()}, "extra is not a part of this student"),
-        ({"model.norm.weight": norm[1:].contiguous()}, r"model.norm.weight is \[63\], wanted \[64\]"),
-    ]:
-        save_file(held | change, tmp_path / "model.safetensors")
-        with pytest.raises(ValueError, match=message):
-            sampler.load(tmp_path)
-    sampler.load(exported)
+    put = {"missing": {}, "extra": {"model.norm.weight": norm, "extra": norm.clone()}, "misshapen": {"model.norm.weight": norm[1:].clone()}}
+    save_file(held | put[change], tmp_path / "model-00001.safetensors")
+    said = {
+        "missing": "model.norm.weight is missing", "extra": "extra is not a part of this student",
+        "misshapen": r"model.norm.weight is \('F32', \[63\]\), wanted \('F32', \[64\]\)",
+    }  # fmt: skip
+    with pytest.raises(Permanent, match=f"engine 0: {tmp_path}: {said[change]}"):
+        engines.load(tmp_path)
+    assert np.array_equal(engines.score([sequence]), before)
 
 
 def test_an_export_from_a_checkpoint_is_the_learners(device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,10 +129,10 @@ def batches(sequences: Iterable[Ids], tokens: int) -> Iterator[list[Ids]]:
         yield batch
 
 
-def check_device() -> str:
-    """Where the teacher computes: on "cuda", or on the "cpu" only where CUDA_VISIBLE_DEVICES is set and empty.
+def check_device(whose: str = "the teacher", field: str = "spec.teacher.gpus") -> str:
+    """Where vLLM computes: on "cuda", or on the "cpu" only where CUDA_VISIBLE_DEVICES is set and empty.
 
-    Raises Permanent where there is no GPU, or vLLM was not built for one.
+    Raises Permanent where there is no GPU, of which `field` gives `whose` process one, or vLLM was not built for one.
     """
     import torch
     from vllm.platforms import current_platform
@@ -141,8 +141,8 @@ def check_device() -> str:
         return "cpu"
     if not torch.cuda.device_count():
         raise Permanent(
-            "this pod finds no CUDA device for the teacher. Give it one (spec.teacher.gpus), install the driver, or set "
-            "CUDA_VISIBLE_DEVICES to the empty string to compute on the CPU."
+            f"this pod finds no CUDA device for {whose}. Give it one ({field}), install the driver, or set CUDA_VISIBLE_DEVICES to the "
+            "empty string to compute on the CPU."
         )
     if not current_platform.is_cuda():
         found = current_platform.device_type

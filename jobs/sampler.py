@@ -1,0 +1,23 @@
+"""Sample the windows of an OnPolicy stage. All the work is vpmoe.rollout's; this file binds it to a pod, or to a shell."""
+
+import tempfile
+from pathlib import Path
+from typing import cast
+
+from jobs.entrypoint import entrypoint
+from vpmoe.api.stages import OnPolicy
+from vpmoe.rollout.engines import Engines
+from vpmoe.rollout.sampler import sample
+
+
+def main() -> None:
+    """Sample what no attempt before has sampled."""
+    run, context = entrypoint("sampler")
+    stage = cast(OnPolicy, run.stage_of(context.step))
+    scratch = Path(tempfile.gettempdir()) / "vpmoe-sampler"
+    with Engines(stage.sampler.gpus, run.spec.student.shape, run.spec.training.sequence_length) as engines:
+        sample(run, stage, context.bucket, context.provenance, context.stopping, engines, scratch)
+
+
+if __name__ == "__main__":
+    main()
