@@ -185,7 +185,8 @@ def test_a_listing_of_several_pages_is_whole_and_in_order(s3: S3, bucket: Bucket
         (folder / f"{number:05d}").touch()
     assert [found.key for found in bucket.list("many/")] == [f"many/{number:05d}" for number in range(2100)]
     assert [found.key for found in bucket.list("many/0209")] == [f"many/{number:05d}" for number in range(2090, 2100)]
-    assert not list(bucket.list("none/"))
+    assert [found.key for found in bucket.list("many/", after="many/00998")] == [f"many/{number:05d}" for number in range(999, 2100)]
+    assert not list(bucket.list("none/")) and not list(bucket.list("many/", after="many/02099"))
 
 
 def test_a_folder_goes_and_its_namesakes_stay(bucket: Bucket) -> None:

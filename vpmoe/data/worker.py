@@ -37,11 +37,16 @@ class Worker:
             step = self.provenance.step
             raise Terminated(f"{step} was asked to stop; the parts that are done are in the bucket, the next attempt makes the others.")
 
+    def pause(self, seconds: float) -> None:
+        """Wait so long; raise Terminated as soon as the process is asked to stop."""
+        self.stopping.wait(seconds)
+        self.check_stop()
+
     def report(self, message: str, done: int, parts: int, speed: float | None = None) -> None:
         """Say how far the step is: all workers' parts, this worker's tokens a second."""
         self._write("Running", message, done, parts, speed, None)
 
-    def report_success(self, message: str, parts: int, dataset: DatasetFacts) -> None:
+    def report_success(self, message: str, parts: int, dataset: DatasetFacts | None = None) -> None:
         """Say that everything is there. Whoever ends last must leave this word: a worker that finds parts missing reports that first
         and looks for the manifest afterwards, so its report cannot come after the success of another without its noticing.
         """
@@ -61,6 +66,12 @@ class Worker:
             }
         )
         self.bucket.write_json(paths.progress(self.run, self.provenance.step), said.dump(), self.provenance.metadata())
+
+
+def succeeded(run: DistillRun, bucket: Bucket, step: str) -> bool:
+    """Whether a step of the run has reported that it is finished."""
+    key = paths.progress(run, step)
+    return bucket.exists(key) and bucket.get_json(key)["state"] == "Succeeded"
 
 
 @contextmanager

@@ -249,9 +249,9 @@ class Bucket:
             return False
         return True
 
-    def list(self, prefix: str) -> Iterator[Object]:
-        """All objects whose key starts with `prefix`, in the order of their keys."""
-        after = ""
+    def list(self, prefix: str, after: str = "") -> Iterator[Object]:
+        """All objects whose key starts with `prefix`, in the order of their keys; only those beyond the key `after` where it is given."""
+        after = after and self.prefix + after
         while True:
             page = self._persist(
                 "ListObjectsV2",
