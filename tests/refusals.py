@@ -269,6 +269,6 @@ BAD: dict[str, Bad] = {
     "GPUs among the resources": Bad(
         {"spec.runtime.resources": {"train": {"limits": {"nvidia.com/gpu": 1}}}},
         "spec.runtime.resources.train",
-        "nvidia.com/gpu is not set here: student.gpus, student.gpusPerPod and teacher.gpus say how many GPUs a pod has.",
+        "nvidia.com/gpu is not set here: student.gpus, student.gpusPerPod, sampler.gpus and teacher.gpus say how many GPUs a pod has.",
     ),
 }

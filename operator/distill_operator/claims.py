@@ -3,15 +3,15 @@
 from distill_operator.gpus import Claim
 from distill_operator.headline import failing
 from distill_operator.observe import Live
-from distill_operator.plan import holds_gpus, unsupported
+from distill_operator.plan import holds_gpus
 from vpmoe.api import DistillRun
-from vpmoe.api.layout import layout
+from vpmoe.api.layout import largest_pod
 
 
 def needs_gpus(live: Live) -> bool:
     """Whether the run waits for GPUs, or would if it were looked at now."""
     run, status = live.run, live.status
-    if run is None or live.deleting or holds_gpus(status) or run.spec.suspend or run.spec.runtime.queue_name or unsupported(run):
+    if run is None or live.deleting or holds_gpus(status) or run.spec.suspend or run.spec.runtime.queue_name:
         return False
     return status.phase != "Succeeded" and failing(status, run) is None
 
@@ -25,7 +25,7 @@ def claim_of(run: DistillRun, live: Live) -> Claim:
         created=live.created,
         teacher=spec.teacher.gpus,
         student=spec.student.gpus,
-        per_pod=max(layout(spec, stage).first_pod_gpus for stage in spec.stages),
+        per_pod=max(largest_pod(spec, stage) for stage in spec.stages),
         selector=spec.runtime.node_selector,
         admitted=holds_gpus(live.status),
     )

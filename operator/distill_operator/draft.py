@@ -108,6 +108,18 @@ class Work:
         done = {step.name for step in self.draft.status.steps if step.state == "Succeeded"}
         return [name for name in self.run.needs(self.name) if name not in done]
 
+    @property
+    def dispensable(self) -> bool:
+        """Whether it works beside training, as an OnPolicy stage's sampler and teacher do, and that has succeeded."""
+        stage = self.run.stage_of(self.name)
+        trained = self.draft.status.of(stage.name) if stage is not None else None
+        return self.beside and trained is not None and trained.state == "Succeeded"
+
+    @property
+    def beside(self) -> bool:
+        """Whether it is the sampler or the teacher of an OnPolicy stage."""
+        return self.run.role(self.name) in ("sampler", "teacher")
+
     def set(self, **changes: Any) -> Step:
         """Change its status, and return it."""
         steps = self.draft.status.steps

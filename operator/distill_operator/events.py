@@ -8,12 +8,14 @@ from datetime import datetime
 from typing import Literal
 
 from distill_operator.kube import DISTILLRUN, EVENT, Conflict, Json, Kube, KubeError
-from vpmoe.api.status import MESSAGE, Status, Step
+from vpmoe.api.status import MESSAGE, Condition, Status, Step
 
 log = logging.getLogger(__name__)
 
 COMPONENT = "distill-operator"
 TOLD_OF_PHASE = {"Queued": "Queued", "Suspended": "Suspended", "Succeeded": "RunSucceeded"}
+EACH_TIME = ("TrainerStarved",)
+"""Conditions of jobs of which every new message is an Event: another knob was turned, and it may be the same as the last."""
 BASIC = ("Ready", "Progressing", "Suspended", "Failed", "Succeeded")
 
 
@@ -56,10 +58,10 @@ def _of_phase(before: Status, after: Status) -> Iterator[Happening]:
 
 
 def _of_conditions(before: Status, after: Status) -> Iterator[Happening]:
-    """Stalled, StorageReachable, and what jobs report, when they turn."""
+    """Stalled, StorageReachable, and what jobs report, when they turn. What jobs report also when it has another reason."""
     for new in after.conditions:
         old = before.condition(new.type)
-        if new.type in BASIC or (old.status if old else None) == new.status:
+        if new.type in BASIC or (old is not None and old.status == new.status and not _another(old, new)):
             continue
         if new.type == "StorageReachable":
             if new.status == "False":
@@ -70,6 +72,13 @@ def _of_conditions(before: Status, after: Status) -> Iterator[Happening]:
             yield Happening("Warning", new.reason if new.type == "Stalled" else new.type, new.message or new.reason)
         elif new.type == "Stalled" and old is not None:
             yield Happening("Normal", "GetsOn", after.message)
+
+
+def _another(old: Condition, new: Condition) -> bool:
+    """Whether a job's condition that still holds says something new. Its message may hold figures that change all the time."""
+    if new.type in ("Stalled", "StorageReachable"):
+        return False
+    return old.reason != new.reason or (new.type in EACH_TIME and old.message != new.message)
 
 
 def event_name(run: Json, happening: Happening) -> str:

@@ -70,7 +70,9 @@ def admit(claim: Claim, others: Iterable[Claim], pool: Iterable[Node]) -> Verdic
         return Verdict(False, f"{wants}; {has}: it can never start there. Add nodes, or ask for fewer GPUs.", hopeless=True)
     if claim.per_pod > largest:
         words = f"{wants} in pods of {claim.per_pod}; the largest node of the pool has {largest}"
-        return Verdict(False, f"{words}: it can never start there. Lower student.gpusPerPod, or add larger nodes.", hopeless=True)
+        return Verdict(
+            False, f"{words}: it can never start there. Lower student.gpusPerPod or sampler.gpus, or add larger nodes.", hopeless=True
+        )
     names = {node.name for node in mine}
     rivals = [other for other in others if other.uid != claim.uid and names & {node.name for node in _matching(other, pool)}]
     holders = sorted((other for other in rivals if other.admitted), key=_age)

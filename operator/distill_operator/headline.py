@@ -1,7 +1,7 @@
 """What the steps of a run make of it together: phase, message and columns, and how it ends. Part of plan.py's decision, as pure as that.
 
-Two steps may be at work at once. The run then speaks of the training stage, whose speed and loss people watch, and is Stalled where
-either of them is.
+Several steps may be at work at once. The run then speaks of the one that trains, whose speed and loss people watch, and is Stalled where
+any of them is.
 """
 
 from collections.abc import Sequence
@@ -43,6 +43,8 @@ def _lead(draft: Draft, cause: Step | None, spoken: list[tuple[Work, Word]]) -> 
         message += f", because {cause.message}"
     elif waiting := _waiting(draft, work):
         message += f"; {waiting} waits for it"
+    elif word.reason == "Running":
+        message += "".join(f"; {other.message}" for beside, other in at_work if beside.beside and other.reason != "Running")
     draft.say(word.phase, word.reason, message)
     stalled = [found.stalled for _, found in [(work, word), *spoken] if found.stalled is not None]
     draft.said = replace(draft.said, stalled=stalled[0] if stalled else None)
@@ -53,7 +55,8 @@ def _waiting(draft: Draft, work: Work) -> str:
     """The stage that could train were it not for rescoring, which is at `work` alone; empty where it is not so."""
     if work.name != RESCORE:
         return ""
-    stages = [replace(work, name=step.name) for step in draft.status.steps if step.state == "Pending"]
+    pending = [step.name for step in draft.status.steps if step.state == "Pending"]
+    stages = [replace(work, name=name) for name in pending if work.run.role(name) == "train"]
     return next((stage.name for stage in stages if stage.lacking == [RESCORE]), "")
 
 

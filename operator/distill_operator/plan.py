@@ -9,22 +9,18 @@ from datetime import datetime, timedelta
 
 from distill_operator import conditions
 from distill_operator.actions import ClearBucket, Create, Delete, DeleteRun, Finalizer, KeepBucket
-from distill_operator.children import child_kind, child_name
+from distill_operator.attempt import child_kind, child_name
 from distill_operator.draft import Draft, Plan, Work, changed
 from distill_operator.gpus import Verdict
 from distill_operator.headline import conclude, failing
 from distill_operator.observe import Live, Observed
 from distill_operator.progress import Reading
 from distill_operator.settings import Settings
-from distill_operator.steps import accompany, halt, miss_backend, settle, suspend
+from distill_operator.steps import accompany, dismiss, halt, miss_backend, settle, suspend
 from vpmoe.api import DistillRun
-from vpmoe.api.run import PREPROCESS, RESCORE
 from vpmoe.api.status import Child as ChildName
 from vpmoe.api.status import Provenance, Status, Step
 from vpmoe.storage import paths
-
-EXECUTABLE = ("Vanilla", "Rescored", "TeacherForced")
-"""Kinds of stages that there are jobs for."""
 
 KEPT_ATTEMPTS = 3
 """Children of a step that stay for their logs, the latest included."""
@@ -42,6 +38,7 @@ def plan(live: Live, seen: Observed, readings: Mapping[str, Reading], verdict: V
       no child is made before status names it;
       no child is made unless the run is admitted;
       no child is made while another object has its name;
+      what worked beside training that has succeeded ends, and counts as succeeded once it has;
       a run that cannot be carried out never starts;
       a run that fails has failed once nothing of it is alive, with its first cause;
       a finished run stays as it is, except that a failed one goes on when attempts is raised;
@@ -52,21 +49,11 @@ def plan(live: Live, seen: Observed, readings: Mapping[str, Reading], verdict: V
     if live.deleting:
         _end(draft)
     elif live.run is None:
-        _refuse(draft, "Invalid", live.invalid)
-    elif unsupported(live.run):
-        _refuse(draft, "Unsupported", unsupported(live.run))
+        _refuse(draft, live.invalid)
     else:
         _prepare(draft, live.run)
         _advance(draft, live.run)
     return draft.seal()
-
-
-def unsupported(run: DistillRun) -> str:
-    """Why a valid run cannot be carried out by this version; empty where it can."""
-    others = [f"{stage.name} ({stage.kind})" for stage in run.spec.stages if stage.kind not in EXECUTABLE]
-    if not others:
-        return ""
-    return f"this version carries out stages of kind {', '.join(EXECUTABLE)} only, not {', '.join(others)}. Remove them, or upgrade."
 
 
 def holds_gpus(status: Status) -> bool:
@@ -74,19 +61,17 @@ def holds_gpus(status: Status) -> bool:
     return status.phase == "Running"
 
 
-def _refuse(draft: Draft, reason: str, message: str) -> None:
-    """A run that cannot be carried out. Before its first step that is a failure, which mending the spec undoes."""
+def _refuse(draft: Draft, message: str) -> None:
+    """A run whose spec cannot be read. Before its first step that is a failure, which mending the spec undoes."""
     status = draft.status
     if status.started is None:
         draft.set(finished=status.finished or draft.now)
-        draft.say("Failed", reason, message)
+        draft.say("Failed", "Invalid", message)
     elif status.phase in ("Succeeded", "Failed"):
         draft.said = conditions.kept(status)
     else:
-        draft.say(status.phase, reason, message)
-        draft.stall(reason, message)
-    if draft.live.run is not None and draft.status.phase in ("Succeeded", "Failed"):
-        _expire(draft, draft.live.run)
+        draft.say(status.phase, "Invalid", message)
+        draft.stall("Invalid", message)
 
 
 def _prepare(draft: Draft, run: DistillRun) -> None:
@@ -108,7 +93,7 @@ def _prepare(draft: Draft, run: DistillRun) -> None:
 
 
 def _planned(run: DistillRun, step: str) -> int | None:
-    return None if step in (PREPROCESS, RESCORE) else run.stage(step).tokens
+    return run.stage(step).tokens if run.role(step) == "train" else None
 
 
 def _advance(draft: Draft, run: DistillRun) -> None:
@@ -121,6 +106,9 @@ def _advance(draft: Draft, run: DistillRun) -> None:
         for work in works:
             if work.step.state == "Running":
                 settle(work)
+        for work in works:
+            if work.dispensable and work.step.state != "Succeeded":
+                dismiss(work)
         stopping = run.spec.suspend or failing(draft.status, run) is not None
         for work in works:
             _carry(work, stopping)
@@ -132,7 +120,7 @@ def _advance(draft: Draft, run: DistillRun) -> None:
 def _carry(work: Work, stopping: bool) -> None:
     """One step, after all have been seen. `stopping`: the run is suspended or fails, so that nothing starts and what is alive ends."""
     step, draft = work.step, work.draft
-    if step.state == "Succeeded" or (step.state == "Failed" and step.failures >= work.run.spec.runtime.attempts):
+    if step.state == "Succeeded" or work.dispensable or (step.state == "Failed" and step.failures >= work.run.spec.runtime.attempts):
         return
     if step.state == "Running":
         (halt if stopping else accompany)(work)

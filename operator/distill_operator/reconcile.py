@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 
 from distill_operator import events, gpus
 from distill_operator.actions import Action, ClearBucket, Create, Delete, DeleteRun, Finalizer, KeepBucket
-from distill_operator.children import Attempt, Origin, build_child, build_config_map, child_kind, config_map_name
+from distill_operator.attempt import Attempt, Origin, child_kind, config_map_name
+from distill_operator.children import build_child, build_config_map
 from distill_operator.claims import claim_of, needs_gpus
 from distill_operator.draft import Plan
 from distill_operator.events import Happening

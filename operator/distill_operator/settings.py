@@ -24,7 +24,7 @@ class Images(Part):
     trainer: str
     """Preprocessing and training."""
     inference: str
-    """Rescoring, teacher and sampler."""
+    """Rescoring, teacher, sampler and evaluation."""
 
 
 class Backoff(Part):

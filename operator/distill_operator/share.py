@@ -1,18 +1,20 @@
 """How much of a whole run is done, as one percentage for people."""
 
+from collections.abc import Mapping
+
 from vpmoe.api import DistillRun, Stage
-from vpmoe.api.run import PREPROCESS, RESCORE
+from vpmoe.api.runtime import Role
 from vpmoe.api.status import Status
 
-FIXED = {PREPROCESS: 0.05, RESCORE: 0.05}
-"""What these steps count for where the run has them; the stages share the rest by their tokens."""
+FIXED: Mapping[Role, float] = {"preprocess": 0.05, "rescore": 0.05, "evaluate": 0.01}
+"""What each step of these roles counts for; the stages share the rest by their tokens."""
 
 
 def share(run: DistillRun, status: Status) -> str:
     """Done part of the whole run as a percentage, rounded down: 100% is for a finished run."""
     planned = sum(stage.tokens for stage in run.spec.stages)
     done = sum(_tokens_done(stage, status) for stage in run.spec.stages) / planned
-    fixed = {name: part for name, part in FIXED.items() if name in run.steps()}
+    fixed = {step: FIXED[role] for step in run.steps() if (role := run.role(step)) in FIXED}
     whole = sum(part * _parts_done(name, status) for name, part in fixed.items()) + (1 - sum(fixed.values())) * done
     return f"{min(99, int(100 * whole))}%"
 

@@ -76,6 +76,18 @@ def halt(work: Work) -> None:
         _delete(work, child)
 
 
+def dismiss(work: Work) -> None:
+    """The training that the step works beside has succeeded: nothing is lost with what it has not done, or could not do."""
+    child = work.sight.child
+    if work.step.state == "Running" and child is not None and child.alive:
+        work.set(message="training has succeeded: it ends")
+        work.say("Ending", f"{work.name}: {work.step.message}")
+        _delete(work, child)
+    else:
+        words = {"message": "training has succeeded", "reason": "Succeeded"}
+        work.set(state="Succeeded", finished=work.draft.now, failures=0, interruptions=0, retry_at=None, **words)
+
+
 def suspend(work: Work) -> None:
     """Nothing of the step is alive, and nothing is made: going on is another attempt, which does not count."""
     step = work.set(state="Suspended", retry_at=None)
@@ -150,7 +162,8 @@ def _watch(work: Work, child: Child) -> None:
     work.set(child=ChildName(kind=child.kind, name=child.name, uid=child.uid), message=doing, **moved)
     queued = child.held and work.run.spec.runtime.queue_name  # Kueue has not admitted it: it holds nothing
     work.say(reason, f"{step.name}: {doing}", "Queued" if queued else "Running")
-    if not child.held:
+    waits = work.beside and child.state == "Running"  # sampler, teacher and trainer wait for each other: the trainer's time is all three's
+    if not child.held and not waits:
         _mind_time(work, "NoProgress" if child.state == "Running" else "PodPending", doing)
 
 
@@ -169,7 +182,7 @@ def _mind_time(work: Work, reason: str, words: str) -> None:
 
 
 def _fold(work: Work) -> None:
-    """Take over what the step says about itself. A new checkpoint (of preprocessing and rescoring: a new part) clears its failures."""
+    """Take over what the step says about itself. A new checkpoint (a new part or window, where there are none) clears its failures."""
     progress, step, draft = work.reading.progress, work.step, work.draft
     if progress is None:
         return
@@ -182,6 +195,8 @@ def _fold(work: Work) -> None:
         changes["checkpoint"] = progress.checkpoint
     if progress.held_out is not None:
         changes["held_out"] = progress.held_out
+    if progress.validity is not None:
+        changes["validity"] = progress.validity
     if any(dict(step)[name] != value for name, value in changes.items()):
         changes["progressed"] = draft.now
     after = work.set(**changes)
@@ -191,13 +206,14 @@ def _fold(work: Work) -> None:
         loss=progress.loss if progress.loss is not None else draft.status.loss,
         checkpoint=after.checkpoint or draft.status.checkpoint,
         held_out=after.held_out or draft.status.held_out,
+        validity=after.validity if progress.validity is not None else draft.status.validity,
     )
     if progress.dataset is not None and draft.status.provenance is not None:
         draft.set(provenance=Provenance.model_validate({**dict(draft.status.provenance), "dataset": progress.dataset}))
 
 
 def _saved(step: Step) -> int:
-    """How far another attempt would start from: optimizer steps of training, parts of preprocessing and rescoring."""
+    """How far another attempt would start from: optimizer steps of training, parts or windows of everything else."""
     return step.checkpoint.iteration if step.checkpoint else step.parts_done or 0
 
 

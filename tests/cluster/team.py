@@ -80,6 +80,7 @@ class Team:
             "student": {"shape": "tiny", "gpus": 1},
             "training": {"sequenceLength": 512, "globalBatchTokens": 4096},
             "stages": [{"name": "vanilla", "kind": "Vanilla", "tokens": 6000}],
+            "evaluation": {"completions": 0},
             "storage": self.storage(install.SECRET),
             **copy.deepcopy(changes),
         }

@@ -41,7 +41,6 @@ def team(cluster: Cluster, namespace: str, relay: Relay) -> Iterator[Team]:
     team.apply("refusing", "refuse=1:0")
     team.apply("pair", "steps=3", student={"shape": "tiny", "gpus": 2, "gpusPerPod": 1})
     team.apply("plain", "steps=3", runtime={"backend": "Job"}, ttlAfterFinished="1s")
-    team.apply("onpolicy", "", **{**THREE, "student": {"shape": "tiny", "gpus": 2}, "stages": [{"name": "later", "kind": "OnPolicy"}]})
     team.apply("taken", "steps=1")
     team.apply("keyless", "steps=1", storage=team.storage("to-come"))
     team.apply("suspended", LONG.replace("every=2", "every=2500"))
@@ -120,13 +119,6 @@ def test_one_gpu_a_pod_makes_a_master_and_a_worker(team: Team) -> None:
 def test_the_job_backend_needs_no_kubeflow_and_a_finished_run_expires(team: Team) -> None:
     team.until("plain", lambda: not team.get("plain") and not team.children("plain"), "plain and its children are gone")
     assert "RunSucceeded" in team.events("plain")
-
-
-def test_a_run_with_stages_to_come_says_so_and_spends_nothing(team: Team) -> None:
-    status = team.phase("onpolicy", "Failed")
-    assert team.condition("onpolicy", "Failed")["reason"] == "Unsupported"
-    assert "later (OnPolicy)" in status["message"]
-    assert team.children("onpolicy") == []
 
 
 def test_a_strangers_object_is_never_adopted(team: Team) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from distill_operator import observe
 from distill_operator.actions import ClearBucket, Create, Delete, DeleteRun, Finalizer, KeepBucket
-from distill_operator.children import Attempt, Origin, build_child, child_kind, child_name
+from distill_operator.attempt import Attempt, Origin, child_kind, child_name
+from distill_operator.children import build_child
 from distill_operator.draft import Plan
 from distill_operator.gpus import Verdict
 from distill_operator.observe import Child, Live, Observed, Sight
@@ -69,9 +70,10 @@ def live(status: Status | None = None, deleting: bool = False, finalizers: tuple
 
 
 def progress(step: str, attempt: int = 1, state: str = "Running", iteration: int = 0, done: int = 0, **more: Any) -> Reading:
-    """What a step says: `iteration` of its last checkpoint, `done` tokens (preprocessing and rescoring: parts)."""
+    """What a step says: `iteration` of its last checkpoint, `done` tokens (what does not train: parts, or windows)."""
     address = "s3://vpmoe/somewhere/manifest.json"
-    amount = {"parts": Amount(done=done, total=4)} if step in ("preprocess", "rescore") else {"tokens": Amount(done=done, total=1000)}
+    trains = step not in ("preprocess", "rescore") and "-" not in step
+    amount = {"tokens": Amount(done=done, total=1000)} if trains else {"parts": Amount(done=done, total=4)}
     checkpoint = CheckpointFacts(iteration=iteration, tokens=done, manifest=address, sha256="c" * 64) if iteration else None
     dataset = DatasetFacts(id="d" * 64, manifest=address, sha256="e" * 64)
     told = {"step": step, "attempt": attempt, "state": state, "updated": START, "checkpoint": checkpoint, "dataset": dataset}
@@ -97,6 +99,8 @@ ALL_KINDS = [
     {"name": "rescored", "kind": "Rescored", "tokens": 1000},
     {"name": "forced", "kind": "TeacherForced", "tokens": 1000},
 ]
+ONPOLICY = {"name": "onpolicy", "kind": "OnPolicy", "tokens": 1000, "require": {"validity": 0}}
+EVALUATED = {"completions": 8}
 ERROR = Failure("Error", "pod x, container pytorch, exit 137 (killed)")
 EVICTED = Failure("Interrupted", "pod x was stopped from outside (EvictionByEvictionAPI: drained)")
 PERMANENT = Failure("Permanent", "pod x, exit 65")
@@ -195,7 +199,10 @@ class World:
         assert run is not None
         match action:
             case Create(step, attempt):
-                name = child_name(run, step, attempt)
+                name, stage = child_name(run, step, attempt), run.stage_of(step)
+                assert stage is None or step == stage.name or run.role(step) == "evaluate" or self.step(stage.name).state != "Succeeded", (
+                    name
+                )
                 assert all(self.step(needed).state == "Succeeded" for needed in run.needs(step)), f"{name} is made too early"
                 if name not in self.children:
                     self.made.append(name)
@@ -236,6 +243,11 @@ def training(**spec: Any) -> World:
 def beside(**spec: Any) -> World:
     """A world in which rescoring runs beside Vanilla; a Rescored and a TeacherForced stage are still to come."""
     return training(**{"stages": ALL_KINDS, **spec})
+
+
+def together(**spec: Any) -> World:
+    """A world in which the three of an OnPolicy stage are at work; where it is evaluated, that is still to come."""
+    return training(**{"stages": [ONPOLICY], **spec})
 
 
 def told(decided: Plan, kind: str) -> tuple[str, str]:

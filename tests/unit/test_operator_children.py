@@ -1,20 +1,29 @@
 """The objects that the operator makes: what stands in them, that any run's names fit, and that the restricted standard holds."""
 
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
 import yaml
-from distill_operator.children import Attempt, Origin, build_child, build_config_map
+from distill_operator.attempt import Attempt, Origin, child_name
+from distill_operator.children import build_child, build_config_map
 from distill_operator.settings import Settings
 
 from tests.unit import operator_world
-from tests.unit.operator_world import SETTINGS, SHA, UID, live, manifest
+from tests.unit.operator_world import EVALUATED, ONPOLICY, SETTINGS, SHA, UID, live, manifest
 from vpmoe.api import DistillRun, Invalid
 
 ORIGIN = Origin(SHA, "b" * 64, "d" * 64)
 RESCORED = [{"name": "rescored", "kind": "Rescored", "tokens": 1000}]
 FORCED = [{"name": "forced", "kind": "TeacherForced", "tokens": 1000}]
+EVALUATED_ONPOLICY = {
+    "stages": [{**ONPOLICY, "sampler": {"gpus": 3}}],
+    "student": {"shape": "tiny", "gpus": 7},
+    "teacher": {"model": "s3://models/teacher", "gpus": 2},
+    "training": {"sequenceLength": 512, "globalBatchTokens": 8192},
+    "evaluation": EVALUATED,
+}
 EVERYWHERE = {"nodeSelector": {"pool": "a"}, "tolerations": [{"key": "gpu", "operator": "Exists", "tolerationSeconds": 5}]}
 
 
@@ -39,8 +48,12 @@ CHILDREN = [
     pytest.param("vanilla", {"runtime": {"backend": "Job"}}, id="Job"),
     pytest.param("rescore", {"stages": RESCORED}, id="rescore"),
     pytest.param("forced", {"stages": FORCED, "student": {"shape": "tiny", "gpus": 4, "gpusPerPod": 1}}, id="TeacherForced"),
+    *(pytest.param(f"onpolicy{of}", EVALUATED_ONPOLICY, id=f"OnPolicy{of}") for of in ("-sampler", "-teacher", "", "-evaluate")),
 ]
-ROLES = {"preprocess": "preprocess", "rescore": "rescore"}
+ROLES = {
+    "preprocess": "preprocess", "rescore": "rescore", "onpolicy-sampler": "sampler", "onpolicy-teacher": "teacher",
+    "onpolicy-evaluate": "evaluate",
+}  # fmt: skip
 """Steps whose pods are not of the role train."""
 
 
@@ -165,6 +178,36 @@ def test_rescoring_is_an_indexed_job_of_a_teacher_a_pod_in_the_inference_image()
 
 
 @pytest.mark.parametrize(
+    "step, pods, gpus, image",
+    [
+        pytest.param("onpolicy-sampler", {"completions": 1, "parallelism": 1}, 3, "vpmoe/inference:1", id="one pod of sampler.gpus"),
+        pytest.param(
+            "onpolicy-teacher",
+            {"completionMode": "Indexed", "completions": 2, "parallelism": 2},
+            1,
+            "vpmoe/inference:1",
+            id="a pod for each of teacher.gpus",
+        ),
+        pytest.param("onpolicy", {"completions": 1, "parallelism": 1}, 4, "vpmoe/trainer:1", id="what the sampler leaves"),
+        pytest.param("onpolicy-evaluate", {"completions": 1, "parallelism": 1}, 1, "vpmoe/inference:1", id="one GPU"),
+    ],
+)
+def test_the_jobs_of_an_on_policy_stage_share_the_runs_gpus(step: str, pods: dict[str, Any], gpus: int, image: str) -> None:
+    job = child(step, **EVALUATED_ONPOLICY, runtime={"backend": "Job"})
+    spec, role = job["spec"], ROLES.get(step, "train")
+    assert (job["kind"], {key: spec[key] for key in pods}, spec["backoffLimit"]) == ("Job", pods, 0)
+    assert ("completionMode" in spec) == ("completionMode" in pods)
+    (container,) = spec["template"]["spec"]["containers"]
+    assert (container["name"], container["image"], container["resources"]["limits"]) == (role, image, {"nvidia.com/gpu": gpus})
+    assert {"name": "VPMOE_IMAGE", "value": image} in container["env"]
+
+
+def test_only_what_trains_is_a_pytorchjob() -> None:
+    kinds = {step: child(step, **EVALUATED_ONPOLICY)["kind"] for step in run(**EVALUATED_ONPOLICY).steps()}
+    assert {step for step, kind in kinds.items() if kind == "PyTorchJob"} == {"onpolicy"}
+
+
+@pytest.mark.parametrize(
     "given, resources",
     [
         pytest.param({}, {"requests": {"cpu": "4"}, "limits": {"nvidia.com/gpu": 2}}, id="the chart's"),
@@ -208,21 +251,38 @@ def test_a_queue_is_a_label_of_the_child_and_its_only_sign() -> None:
     assert "kueue.x-k8s.io/queue-name" not in child()["metadata"]["labels"]
 
 
-def test_training_pods_serve_metrics_on_the_port_that_they_name() -> None:
-    pod = templates(child())[0]["spec"]
-    env = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
-    assert env["VPMOE_METRICS_PORT"] == str(pod["containers"][0]["ports"][0]["containerPort"])
+@pytest.mark.parametrize("step, spec", CHILDREN)
+def test_training_pods_alone_serve_metrics_on_the_port_that_they_name(step: str, spec: dict[str, Any]) -> None:
+    for template in templates(child(step, **spec)):
+        container = template["spec"]["containers"][0]
+        env = {entry["name"]: entry.get("value") for entry in container["env"]}
+        ports = [str(port["containerPort"]) for port in container.get("ports", [])]
+        assert ports == [env[name] for name in ("VPMOE_METRICS_PORT",) if name in env]
+        assert len(ports) == (step not in ROLES)
 
 
 def test_the_longest_names_fit_where_kubernetes_puts_them() -> None:
-    stages = [{"name": "s" * 16, "kind": "Rescored", "tokens": 1000}]
-    long = DistillRun.parse({**live_manifest("r" * 30), "spec": {**live_manifest("x")["spec"], "stages": stages}})
-    for step in ("preprocess", "rescore", "s" * 16):
+    stages = [{"name": "q" * 16, "kind": "Rescored", "tokens": 1000}, {**ONPOLICY, "name": "s" * 16}]
+    spec = {**live_manifest("x")["spec"], "stages": stages, "evaluation": EVALUATED}
+    long = DistillRun.parse({**live_manifest("r" * 30), "spec": spec})
+    for step in long.steps():
         obj = build_child(Attempt(long, step, 9999, ORIGIN, SETTINGS))
-        assert len(obj["metadata"]["name"]) <= 54, "the training operator's pods are <name>-master-0"
+        most = 54 if obj["kind"] == "PyTorchJob" else 61 if "completionMode" in obj["spec"] else 63
+        assert len(obj["metadata"]["name"]) <= most, "host names of 63 characters: <name>-master-0, <name>-0"
         assert all(re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", v) for v in obj["metadata"]["labels"].values())
     with pytest.raises(Invalid):
         DistillRun.parse(live_manifest("r" * 31))
+
+
+def test_no_two_runs_have_children_of_one_name() -> None:
+    """A stage is called neither sampler nor teacher nor evaluate, so where a run's name ends can be told from what follows."""
+    names = Counter[str]()
+    for name in ("a", "a-b", "a-b-c", "a-sampler", "a-b-sampler", "a-evaluate"):
+        stages = [{**ONPOLICY, "name": stage} for stage in ("b", "c", "a1", "bsampler")]
+        spec = {**live_manifest("x")["spec"], "stages": stages, "evaluation": EVALUATED}
+        parsed = DistillRun.parse({**live_manifest(name), "spec": spec})
+        names.update(child_name(parsed, step, attempt) for step in parsed.steps() for attempt in (1, 11))
+    assert {name for name, count in names.items() if count > 1} == set()
 
 
 def live_manifest(name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from distill_operator.pods import Failure
 from distill_operator.settings import load_settings
 from distill_operator.sweep import is_live, is_stray
 
-from tests.unit.operator_world import AWAY, PERMANENT, World, beside, manifest, progress
+from tests.unit.operator_world import AWAY, PERMANENT, World, beside, manifest, progress, together
 from vpmoe.api import labels
 
 
@@ -76,6 +76,35 @@ def test_a_run_that_gets_on_again_is_told() -> None:
     world.look()
     world.backend_missing = False
     assert reasons(world) == ["StepStarted", "GetsOn"]
+
+
+def test_each_turn_of_a_knob_is_told() -> None:
+    world = together()
+
+    def starved(reason: str, message: str, status: str = "True") -> list[str]:
+        condition = {"type": "TrainerStarved", "status": status, "reason": reason, "message": message}
+        world.tells(progress("onpolicy", done=100, conditions=[condition]))
+        before = world.status
+        return [f"{happening.kind}: {happening.message}" for happening in transitions(before, world.look().status)]
+
+    assert starved("MaxTokensLowered", "turn 1") == ["Warning: turn 1"]
+    assert starved("MaxTokensLowered", "turn 1") == []
+    assert starved("MaxTokensLowered", "turn 2") == ["Warning: turn 2"], "the same knob again"
+    assert starved("HighEffortLowered", "turn 3") == ["Warning: turn 3"]
+    assert starved("HighEffortLowered", "turn 3", "False") == []
+
+
+def test_what_a_job_found_is_told_again_with_another_reason_but_not_with_other_figures() -> None:
+    world = beside()
+
+    def collapsed(reason: str, message: str) -> list[str]:
+        condition = {"type": "RouterCollapse", "status": "True", "reason": reason, "message": message}
+        world.tells(progress("vanilla", done=100, conditions=[condition]))
+        return reasons(world)
+
+    assert collapsed("DeadExpert", "for 100 steps") == ["RouterCollapse"]
+    assert collapsed("DeadExpert", "for 101 steps") == []
+    assert collapsed("Imbalance", "for 102 steps") == ["RouterCollapse"]
 
 
 def test_equal_events_have_one_name() -> None:

@@ -7,7 +7,7 @@ import pytest
 from distill_operator.claims import claim_of
 from distill_operator.gpus import Claim, Node, Verdict, admit, nodes
 
-from tests.unit.operator_world import ALL_KINDS, live
+from tests.unit.operator_world import ALL_KINDS, ONPOLICY, live
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 POOL = [Node("a", {"pool": "x"}, 8)]
@@ -90,6 +90,7 @@ def test_only_ready_schedulable_nodes_are_in_the_pool() -> None:
         pytest.param(ALL_KINDS[:2], {"gpus": 4}, 4, id="students"),
         pytest.param(ALL_KINDS, {"gpus": 4}, 5, id="students and the teacher's process"),
         pytest.param(ALL_KINDS, {"gpus": 4, "gpusPerPod": 1}, 2, id="a student a pod, and the teacher's process beside one"),
+        pytest.param([{**ONPOLICY, "sampler": {"gpus": 3}}], {"gpus": 4, "gpusPerPod": 1}, 3, id="all that samples in one pod"),
     ],
 )
 def test_a_run_claims_what_its_steps_can_ever_ask_for_at_once(stages: list[dict[str, Any]], student: dict[str, Any], per_pod: int) -> None:

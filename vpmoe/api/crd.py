@@ -14,7 +14,7 @@ from vpmoe.api.text import write_yaml
 
 COLUMNS = (
     ("Phase", "string", ".status.phase", 0, "What has become of the run."),
-    ("Step", "string", ".status.step", 0, "The step that is running or was last running; of two, the training stage."),
+    ("Step", "string", ".status.step", 0, "The step that is running or was last running; of several, the one that trains."),
     ("Progress", "string", ".status.progress", 0, "How much of the whole run is done."),
     ("Tokens/s", "number", ".status.tokensPerSecond", 0, "Speed of that step."),
     ("Loss", "number", ".status.loss", 0, "Loss of the latest optimizer step."),

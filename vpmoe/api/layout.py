@@ -68,3 +68,8 @@ def layout(spec: Spec, stage: StageFields) -> Layout:
         sequences_per_step=per_rank * world,
         tokens_per_step=per_rank * world * spec.training.sequence_length,
     )
+
+
+def largest_pod(spec: Spec, stage: StageFields) -> int:
+    """GPUs of the stage's largest pod: of its first that trains, or of the one that samples for an OnPolicy stage."""
+    return max(layout(spec, stage).first_pod_gpus, stage.sampler.gpus if isinstance(stage, OnPolicy) else 0)

@@ -95,13 +95,15 @@ class Progress(Record):
     tokens: Amount | None = None
     """Tokens trained on in this stage, and planned."""
     parts: Amount | None = None
-    """Parts written and to write, of the data set or of the scores."""
+    """Parts written and to write, of the data set or of the scores; windows sampled or scored, and those that are known to be."""
     tokens_per_second: float | None = None
     """Speed over the last while, padding excluded."""
     loss: float | None = None
     """Loss of the latest optimizer step."""
     held_out: HeldOut | None = None
     """Held-out loss by span."""
+    validity: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of sampled completions that are valid Harmony, of all efforts."""
     dataset: DatasetFacts | None = None
     """The data set that the step made or read."""
     checkpoint: CheckpointFacts | None = None

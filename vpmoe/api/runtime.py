@@ -30,7 +30,7 @@ class Resources(Model):
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "",
-            f"{GPU} is not set here: student.gpus, student.gpusPerPod and teacher.gpus say how many GPUs a pod has.",
+            f"{GPU} is not set here: student.gpus, student.gpusPerPod, sampler.gpus and teacher.gpus say how many GPUs a pod has.",
             cel=f"!('{GPU}' in self.requests) && !('{GPU}' in self.limits)",
             broken=lambda r, _: {} if GPU in r.requests or GPU in r.limits else None,
         ),
@@ -66,8 +66,8 @@ class Runtime(Model):
     """What a training stage is made as: PyTorchJob of the Kubeflow training operator, on one node or several; or Job, a plain batch/v1
     Job on one node, which needs nothing installed."""
     attempts: Annotated[int, Field(ge=1, le=100)] = 3
-    """Failures in a row without a new checkpoint after which a step fails for good. Evictions, drains and suspensions do not count. It may
-    be raised on a failed run, which then goes on."""
+    """Failures in a row without a new checkpoint, part or window after which a step fails for good. Evictions, drains and suspensions do
+    not count. It may be raised on a failed run, which then goes on."""
     stalled_after: Duration = 900
     """Time without progress after which the run's Stalled condition turns True, as "15m". It stops nothing."""
     resources: dict[Role, Resources] = Field(default={})

@@ -77,17 +77,18 @@ class Step(Record):
     attempt: Count = 0
     """Number of the latest attempt, which is part of its child's name; 0 before the first. Resuming is an attempt too."""
     failures: Count = 0
-    """Failures in a row without a new checkpoint. runtime.attempts of them fail the step."""
+    """Failures in a row without a new checkpoint, part or window. runtime.attempts of them fail the step."""
     interruptions: Count = 0
-    """Times in a row, without a new checkpoint, that it was stopped from outside: evictions, drains. They do not count as failures."""
+    """Times in a row, without a new checkpoint, part or window, that it was stopped from outside: evictions, drains. They do not count as
+    failures."""
     tokens_done: Count | None = None
     """Tokens trained on."""
     tokens_total: Count | None = None
     """Tokens to train on."""
     parts_done: Count | None = None
-    """Parts written, of the data set or of the scores."""
+    """Parts written, of the data set or of the scores; windows sampled or scored."""
     parts_total: Count | None = None
-    """Parts to write, of the data set or of the scores."""
+    """Parts to write, of the data set or of the scores; windows that are known to come."""
     reason: Annotated[str, Field(max_length=128)] = ""
     """What it is doing or why it is not, in one word for programs, as in the run's conditions: two steps may be at work at once."""
     message: Message = ""
@@ -106,6 +107,8 @@ class Step(Record):
     """Its latest checkpoint."""
     held_out: HeldOut | None = None
     """Held-out loss by span before its first and after its latest evaluation, in nats a token."""
+    validity: Number | None = None
+    """Share of the completions sampled after its stage that are valid Harmony."""
     reused: bool = False
     """true where what it makes was in the bucket already and nothing had to be done."""
 
@@ -135,7 +138,7 @@ class Status(Record):
     message: Message = ""
     """What the run is doing, or what it waits for, in a sentence."""
     step: StepName | None = None
-    """The step that is running or was last running; of two, the training stage."""
+    """The step that is running or was last running; of several, the one that trains."""
     progress: Annotated[str, Field(max_length=32)] | None = None
     """How much of the whole run is done, such as "42%"."""
     tokens_per_second: Number | None = None
@@ -148,6 +151,8 @@ class Status(Record):
     """The run's latest checkpoint."""
     held_out: HeldOut | None = None
     """Held-out loss by span of the training stage that is running or was last running, before and latest, in nats a token."""
+    validity: Number | None = None
+    """Share of the completions sampled after the latest stage that are valid Harmony."""
     started: datetime | None = None
     """When the first step started."""
     finished: datetime | None = None
