@@ -21,7 +21,10 @@ MINIMAL: dict[str, Any] = {
 }
 RESCORED = {"name": "rescored", "kind": "Rescored"}
 FORCED = {"name": "forced", "kind": "TeacherForced"}
-ONPOLICY = {"name": "onpolicy", "kind": "OnPolicy"}
+ONPOLICY = {"name": "onpolicy", "kind": "OnPolicy", "require": {"validity": 0}}
+"""One that may come first."""
+GATED = {"name": "gated", "kind": "OnPolicy"}
+"""One that asks for an evaluation of the stage before."""
 
 
 def phases(*shares: float) -> list[dict[str, Any]]:
@@ -71,7 +74,9 @@ GOOD: dict[str, Changes] = {
             {**ONPOLICY, "rollout": {"maxTokens": {"high": 8192}}, "sampler": {}, "require": {}, "staleness": 0},
         ],
     },
-    "no gate before on-policy training": {"spec.stages": [{**ONPOLICY, "require": None}]},
+    "no gate before on-policy training": {"spec.stages": [{**GATED, "require": None}], "spec.evaluation.completions": 0},
+    "a gate after another stage": {"spec.stages": [ONPOLICY, GATED]},
+    "a low gate": {"spec.stages": [RESCORED, {**GATED, "require": {"validity": 0.01}}], "spec.evaluation.completions": 1},
     "shares that are not exact in binary": {"spec.stages": [{**ONPOLICY, "curriculum": phases(*[0.1] * 7, 0.3)}]},
     "confidence that moves nothing": {"spec.stages": [{**RESCORED, "confidence": {"min": 1, "max": 1}}]},
     "resources by role": {

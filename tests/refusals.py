@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from tests.manifests import DROP, FORCED, MINIMAL, ONPOLICY, RESCORED, Changes, phases
+from tests.manifests import DROP, FORCED, GATED, MINIMAL, ONPOLICY, RESCORED, Changes, phases
 from vpmoe.api.stages import BUILT_IN_STEPS
 
 
@@ -260,6 +260,25 @@ BAD: dict[str, Bad] = {
         {"spec.training.globalBatchTokens": "57343"},
         "spec.training.globalBatchTokens",
         "57343 is less than one sequence on every rank of stage first: 7 × 8192 = 57344.",
+    ),
+    "a gate before which nothing is trained": Bad(
+        {"spec.stages": [GATED, RESCORED]},
+        "spec.stages",
+        "stage gated: require.validity 0.8 is about the student of the stage before, and there is none. Put one before it, or set "
+        "require.validity to 0.",
+    ),
+    "a higher gate before which nothing is trained": Bad(
+        {"spec.stages": [{**GATED, "require": {"validity": 0.95}}]},
+        "spec.stages",
+        "stage gated: require.validity 0.95 is about the student",
+    ),
+    "an empty gate before which nothing is trained": Bad(
+        {"spec.stages": [{**GATED, "require": {}}]}, "spec.stages", "stage gated: require.validity 0.8 is about the student"
+    ),
+    "a gate that nobody measures": Bad(
+        {"spec.stages": [*MINIMAL["spec"]["stages"], GATED], "spec.evaluation.completions": 0},
+        "spec.stages",
+        "stage gated: require.validity 0.8 is not measured where evaluation.completions is 0. Raise that, or set require.validity to 0.",
     ),
     "no teacher where one is needed": Bad(
         {"spec.teacher.gpus": 0, "spec.stages": [*MINIMAL["spec"]["stages"], RESCORED]},

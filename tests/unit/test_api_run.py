@@ -235,7 +235,7 @@ def test_the_longest_step_has_the_longest_name() -> None:
 def test_a_stage_takes_from_training_what_its_optimizer_does_not_say(
     common: dict[str, Any], own: dict[str, Any], kind: str, expected: tuple[float, float, int]
 ) -> None:
-    stage = {"name": "only", "kind": kind, **({"optimizer": own} if own else {})}
+    stage = {"name": "only", "kind": kind, **OF_KIND.get(kind, {}), **({"optimizer": own} if own else {})}
     optimizer = DistillRun.parse(manifests.manifest({"spec.training.optimizer": common, "spec.stages": [stage]})).spec.stages[0].optimizer
     assert (optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_tokens) == expected
 
