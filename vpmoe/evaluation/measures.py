@@ -1,0 +1,77 @@
+"""From what the student said to figures: loss by span, validity and lengths by effort, bits per byte. Pure arithmetic, in float64."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vpmoe.api.progress import SpanLoss
+from vpmoe.data.harmony import ANSWER, REASONING
+from vpmoe.data.tokenizer import Ids
+from vpmoe.evaluation.record import OfEffort
+from vpmoe.failure import Permanent
+from vpmoe.rollout.curriculum import EFFORTS
+from vpmoe.rollout.prompt import VALIDITIES, validity
+
+
+@dataclass
+class SpanSums:
+    """Running sums over documents of −log p and tokens, by span."""
+
+    nll: dict[int, float] = field(default_factory=lambda: {REASONING: 0.0, ANSWER: 0.0})
+    tokens: dict[int, int] = field(default_factory=lambda: {REASONING: 0, ANSWER: 0})
+
+    def add(self, logp: NDArray[np.float32], spans: NDArray[np.uint8]) -> None:
+        """Count a document's tokens but its first: the log-probability of each given those before it, and its span.
+
+        Raises Permanent where a token that counts has no finite one.
+        """
+        for span in self.nll:
+            of_span = logp[spans == span].astype(np.float64)
+            check_finite(of_span, "the held-out loss")
+            self.nll[span] -= float(of_span.sum())
+            self.tokens[span] += len(of_span)
+
+    def loss(self) -> SpanLoss:
+        """Mean by span over all documents' tokens, in nats: what the trainer calls the same."""
+        mean = {span: self.nll[span] / tokens if tokens else None for span, tokens in self.tokens.items()}
+        return SpanLoss(reasoning=mean[REASONING], final=mean[ANSWER])
+
+
+def check_finite(logp: NDArray[np.float64], what: str) -> None:
+    """Raise Permanent where a log-probability is missing or not finite."""
+    if not np.isfinite(logp).all():
+        raise Permanent(
+            f"NonFinite: {what}: the student gives a token the log-probability {logp[~np.isfinite(logp)][0]}. The weights of the last "
+            "checkpoint are not finite, or too large for their type. Lower optimizer.learningRate in a new run."
+        )
+
+
+def of_efforts(answers: Iterable[tuple[str, Ids]]) -> dict[str, OfEffort]:
+    """By effort, in the order of EFFORTS, the validity and the lengths of (effort, completion's ids [C])."""
+    lengths: dict[str, list[int]] = {effort: [] for effort in EFFORTS}
+    counts: dict[str, Counter[str]] = {effort: Counter() for effort in EFFORTS}
+    for effort, ids_C in answers:
+        lengths[effort].append(len(ids_C))
+        counts[effort][validity(ids_C)] += 1
+    return {
+        effort: OfEffort(validity={kind: counts[effort][kind] for kind in VALIDITIES}, mean_tokens=sum(of) / len(of), most_tokens=max(of))
+        for effort, of in lengths.items()
+        if of
+    }
+
+
+def of_all(efforts: Iterable[OfEffort]) -> dict[str, int]:
+    """The validity counts of all efforts together."""
+    found = list(efforts)
+    return {kind: sum(of.validity[kind] for of in found) for kind in VALIDITIES} if found else {}
+
+
+def bits(logp: NDArray[np.float32]) -> float:
+    """−Σ log2 p, given natural logarithms. Raises Permanent where one is missing or not finite."""
+    of = logp.astype(np.float64)
+    check_finite(of, "the canary")
+    return -float(of.sum()) / math.log(2)
