@@ -14,6 +14,7 @@ from jobs.entrypoint import Context, entrypoint
 from vpmoe.api import DistillRun
 from vpmoe.api.layout import layout
 from vpmoe.api.stages import TeacherForced
+from vpmoe.evaluation import require
 from vpmoe.training import launch, stage
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def start(run: DistillRun, context: Context) -> int:
     if done := stage.finished(run, chosen, context.bucket, context.provenance):
         log.info("Stage %s is finished already: %d steps, %d tokens", chosen.name, done.steps, done.tokens)
         return 0
+    require.check(run, chosen, context.bucket)
     stage.scores(run, chosen, context.bucket, stage.dataset(run, context.bucket))
     placement = launch.place(layout(run.spec, chosen), os.environ, isinstance(chosen, TeacherForced))
     command = [sys.executable, "-m", "jobs.train", *sys.argv[1:], "--step", chosen.name]

@@ -97,7 +97,7 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(trainer: Make, bucket
     spec["metadata"]["name"] = "stopped"
     stopped: list[Trainer] = []
     stopped.append(trainer(Listening(stop_after(3, lambda: stopped[0].task))))
-    with pytest.raises(Terminated, match=f"Stopped after step 3 of {len(whole.seen)}, all of it saved"):
+    with pytest.raises(Terminated, match=f"Stopped after step 3 of {whole.course.steps}, all of it saved"):
         stopped[0].run()
     assert iterations(bucket, paths.checkpoints(stopped[0].task.run, "vanilla"))[0] == 3
     resumed = trainer(Listening())
@@ -152,6 +152,6 @@ def test_prometheus_shows_the_latest_step_where_it_is_asked_to(trainer: Make, mo
     it = trainer(Listening())
     it.run()
     shown = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
-    assert f'vpmoe_train_step{{namespace="default",run="tiny-run",stage="vanilla"}} {len(it.seen)}.0' in shown
+    assert f'vpmoe_train_step{{namespace="default",run="tiny-run",stage="vanilla"}} {it.course.steps}.0' in shown
     assert 'vpmoe_train_held_out_loss{namespace="default",run="tiny-run",span="final",stage="vanilla"}' in shown
     assert "vpmoe_train_gpu_utilisation_ratio{" not in shown, "no GPU, no number"

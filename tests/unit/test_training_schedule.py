@@ -1,11 +1,18 @@
-"""Learning rates, the rhythm of checkpoints and evaluations, and the router's watch."""
+"""Learning rates, the rhythm of checkpoints and evaluations, early ends, starving and drift, and the router's watch."""
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from vpmoe.api.stages import Stop
-from vpmoe.training import collapse
-from vpmoe.training.schedule import due, learning_rate, no_longer_improves
+from vpmoe.failure import Permanent
+from vpmoe.rollout.turns import ORDER
+from vpmoe.training import collapse, pressure
+from vpmoe.training.position import WindowStream
+from vpmoe.training.pressure import Starvation, beyond, next_turn, sampler_kl, starved
+from vpmoe.training.schedule import due, ends_early, learning_rate, no_longer_improves
+from vpmoe.training.start import first
 
 
 @pytest.mark.parametrize(
@@ -28,13 +35,13 @@ def test_the_rate_rises_to_its_peak_and_falls_to_its_lowest_at_the_end(seen, tot
     "seen, every, steps",
     [
         pytest.param([10, 20, 30, 40], 20, [1, 3], id="multiples"),
-        pytest.param([7, 14, 21, 28, 35], 20, [2, 4], id="first-step-past-it"),
+        pytest.param([7, 14, 21, 28, 35], 20, [2], id="first-step-past-it"),
         pytest.param([100, 200], 10, [0, 1], id="more-often-than-steps"),
-        pytest.param([10, 20], 10**9, [1], id="longer-than-the-stage"),
+        pytest.param([10, 20], 10**9, [], id="longer-than-the-stage"),
     ],
 )
-def test_what_is_done_every_so_many_tokens_is_done_once_for_each_and_at_the_end(seen, every, steps):
-    assert [step for step in range(len(seen)) if due(np.asarray(seen), step, every)] == steps
+def test_what_is_done_every_so_many_tokens_is_done_once_for_each(seen, every, steps):
+    assert [step for step, (before, after) in enumerate(pairwise([0, *seen])) if due(before, after, every)] == steps
 
 
 @pytest.mark.parametrize(
@@ -48,6 +55,63 @@ def test_what_is_done_every_so_many_tokens_is_done_once_for_each_and_at_the_end(
 )
 def test_a_stage_ends_early_only_when_its_evaluations_together_bring_too_little(held_out, ends):
     assert no_longer_improves(held_out, Stop.model_validate({"evaluations": 2, "minImprovement": 0.01, "minValidity": 0.0})) is ends
+
+
+@pytest.mark.parametrize(
+    "reverse_kl, validity, ends",
+    [
+        pytest.param((5.0, 4.99, 4.99), 0.96, True, id="falls-no-more-and-valid"),
+        pytest.param((5.0, 4.99, 4.99), 0.94, False, id="not-valid-enough"),
+        pytest.param((5.0, 4.0, 3.0), 1.0, False, id="still-falls"),
+        pytest.param((5.0, 4.99), 1.0, False, id="too-few-evaluations"),
+    ],
+)
+def test_an_onpolicy_stage_ends_early_by_its_own_rollouts(reverse_kl, validity, ends):
+    stop = Stop.model_validate({"evaluations": 2, "minImprovement": 0.01, "minValidity": 0.95})
+    windows = WindowStream(first_prompt=0, next_prompt=8, trained=2, reverse_kl=reverse_kl, validity=validity)
+    position = first("onpolicy").model_copy(update={"windows": windows, "held_out": (9.0, 9.0, 9.0)})
+    assert ends_early(position, stop, on_policy=True) is ends
+
+
+@pytest.mark.parametrize(
+    "steps, share",
+    [
+        pytest.param([(1, 4), (3, 4)], 0.5, id="windows-alone"),
+        pytest.param([(9, 9), (1, 4), (3, 4)], 0.5, id="the-last-ones"),
+        pytest.param([(1, 3), (None, 1), (3, 4)], 0.5, id="anchor-steps-count-as-time"),
+        pytest.param([(None, 7), (1, 4), (3, 4), (None, 8)], 0.25, id="anchor-steps-at-the-ends"),
+        pytest.param([(4, 4)], None, id="too-few-windows"),
+    ],
+)
+def test_starving_is_the_share_of_waiting_over_the_last_windows(steps, share):
+    it = Starvation(2)
+    for waited, seconds in steps:
+        it.anchor(seconds) if waited is None else it.window(waited, seconds)
+    assert it.share == share
+    it.forget()
+    assert it.share is None
+
+
+def test_knobs_turn_in_their_order_and_no_further():
+    turned = []
+    for window in range(8):
+        assert next_turn(turned, 0.5, 0.5, window) is None and next_turn(turned, None, 0.5, window) is None
+        if turn := next_turn(turned, 0.51, 0.5, window):
+            turned.append(turn)
+    assert [(turn.number, turn.window, turn.knob) for turn in turned] == [(n + 1, n, knob) for n, knob in enumerate(ORDER)]
+    reasons = [starved(turn).reason for turn in turned]
+    assert reasons == ["MaxTokensLowered"] * 2 + ["HighEffortLowered"] * 2 + ["SecondTeacherAdvised"]
+
+
+def test_drift_is_many_windows_in_a_row():
+    count = 0
+    for _ in range(pressure.PATIENCE - 1):
+        count = beyond(count, 0.2, 0.1, 7)
+    assert count == pressure.PATIENCE - 1 and beyond(count, 0.1, 0.1, 7) == 0
+    with pytest.raises(Permanent, match=r"SamplerDrift: .* above maxSamplerKl 0.1 for 10 windows in a row, 0.2 nats a token in window 7"):
+        beyond(count, 0.2, 0.1, 7)
+    assert sampler_kl({"reasoning": 0.4, "final": None}, {"reasoning": 30, "final": 0}) == 0.4
+    assert sampler_kl({"reasoning": 0.4, "final": 0.1}, {"reasoning": 10, "final": 20}) == pytest.approx(0.2)
 
 
 def loads(dead: int | None = None, busy: int = 0) -> np.ndarray:

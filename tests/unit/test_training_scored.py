@@ -133,7 +133,7 @@ def test_the_next_stage_goes_on_in_both_streams(trainer: Make, bucket: Bucket) -
     assert at.scored is not None and end.scored is not None
     assert (at.first_sequence, at.scored.first_sequence) == (end.next_sequence, end.scored.next_sequence)
     assert at.first_sequence > 0 and at.scored.first_sequence > 0
-    plain, scored = first.course.mixture.turns(len(first.seen))
+    plain, scored = first.course.mixture.turns(first.course.steps)
     assert (at.first_sequence, at.scored.first_sequence) == (plain * 4, scored * 4)
 
 
@@ -146,13 +146,13 @@ def test_scored_steps_hold_scored_documents_alone_with_their_scores(
         for place, (tokens, _) in enumerate(part):
             kinds["picked" if place % 2 == 0 else "other"].add(tuple(tokens.tolist()))
     seen = 0
-    for step in range(len(it.seen)):
+    for step in range(it.course.steps):
         for one in it.course.batches(step):
             documents = [
                 tuple(row.tolist()) for row in one.tokens.flatten().tensor_split(one.boundaries[1:-1].tolist()) if tuple(row.tolist())
             ]
             real = [document for document in documents if document in kinds["picked"] | kinds["other"]]
-            if it.course.is_scored(step):
+            if it.course.kind(step) == "Rescored":
                 assert set(real) <= kinds["picked"] and one.teacher_logp is not None
                 assert not one.teacher_logp[one.span > 0].isnan().any()
                 seen += len(real)

@@ -21,11 +21,12 @@ class Course:
     """The steps of one stage, on one rank."""
 
     def __init__(
-        self, parts: Parts, scored: ScoredParts | None, start: Position, *, share: float, tokens: int, sequences_per_step: int, seed: int,
-        sequence_length: int, rank: int, ranks: int,
+        self, parts: Parts, scored: ScoredParts | None, start: Position, *, kind: str, share: float, tokens: int, sequences_per_step: int,
+        seed: int, sequence_length: int, rank: int, ranks: int,
     ) -> None:  # fmt: skip
-        """`share` of the steps are of the scored documents, from where `start` says that the stage began. Raises Permanent where there is
-        nothing to train on."""
+        """`kind` is the stage's. `share` of the steps are of the scored documents, from where `start` says that the stage
+        began. Raises Permanent where there is nothing to train on."""
+        self._kind = kind
         self._each = sequences_per_step
         self.plan = plan_of(parts, seed, sequence_length)
         first = start.first_sequence
@@ -38,6 +39,9 @@ class Course:
         self.mixture = mix(alone[0], alone[1], share if scored is not None else 0.0, tokens)
         self.seen = self.mixture.seen
         """[steps] tokens of the stage after each of its steps."""
+        self.steps = len(self.seen)
+        self.total = int(self.seen[-1])
+        """Tokens by which the learning rate goes: those of the last step."""
         plain, of_scored = self.mixture.turns(len(self.seen))
         self._streams = [Stream(parts, self.plan, first, self._each, plain, rank, ranks)]
         if scored is not None and plan is not None:
@@ -51,9 +55,9 @@ class Course:
         """The first of this rank's microbatches of a step; None after the last step."""
         return self._stream(step).first(self.mixture.turn(step)) if step < len(self.seen) else None
 
-    def is_scored(self, step: int) -> bool:
-        """Whether a step's batches have the teacher's scores."""
-        return bool(self.mixture.scored[step])
+    def kind(self, step: int) -> str:
+        """How a step trains; those of a Rescored stage that are not of the scored documents are Vanilla."""
+        return self._kind if self._kind != "Rescored" or self.mixture.scored[step] else "Vanilla"
 
     def exercises(self, step: int) -> dict[str, float]:
         """Share of each exercise in the whole step, all ranks together, by tokens."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vpmoe.api.layout import layout
 from vpmoe.api.progress import Amount, Progress, ProgressCondition
-from vpmoe.api.stages import Rescored, TeacherForced
+from vpmoe.api.stages import OnPolicy, Rescored, TeacherForced
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model import distributed
 from vpmoe.model.batch import Batch
@@ -28,6 +28,7 @@ from vpmoe.model.learner import Learner, Outcome
 from vpmoe.model.shapes import SHAPES
 from vpmoe.objectives.forced import teacher_forced
 from vpmoe.objectives.objective import Objective
+from vpmoe.objectives.onpolicy import on_policy
 from vpmoe.objectives.rescored import rescored
 from vpmoe.objectives.vanilla import vanilla
 from vpmoe.training import gpu, metrics, stage
@@ -35,11 +36,14 @@ from vpmoe.training.checkpoint import Checkpoints
 from vpmoe.training.collapse import Watch
 from vpmoe.training.course import Course
 from vpmoe.training.evaluate import HeldOutDocuments
+from vpmoe.training.exchange import Exchange
 from vpmoe.training.forced.remote import RemoteTeacher, meet
+from vpmoe.training.onpolicy import OnPolicyCourse
 from vpmoe.training.parts import Cache, Parts
 from vpmoe.training.position import Position, facts_of, held_out
+from vpmoe.training.publish import Publisher, probed
 from vpmoe.training.report import Report
-from vpmoe.training.schedule import due, learning_rate, no_longer_improves
+from vpmoe.training.schedule import due, ends_early, learning_rate
 from vpmoe.training.scored import ScoredParts
 from vpmoe.training.start import Start, begin
 from vpmoe.training.task import Task
@@ -65,7 +69,7 @@ def train(task: Task) -> None:
         )  # fmt: skip
         start = begin(task, learner)
         inputs = [task.dataset.inputs["tokenizer"], stage.dataset_input(task.bucket, task.dataset), *start.sources]
-        if teacher:
+        if isinstance(task.stage, TeacherForced | OnPolicy):
             inputs.append(stage.teacher_input(task.run, task.bucket))
         if task.scores:
             inputs.append(stage.scores_input(task.bucket, task.scores))
@@ -74,17 +78,25 @@ def train(task: Task) -> None:
         if spec.evaluation.documents:
             valid = opened.enter_context(closing(Parts(task.dataset, "valid", cache)))
             held_out = HeldOutDocuments(valid, spec.evaluation.documents, spec.training.seed, spec.training.sequence_length)
-        Trainer(task, device, learner, course(task, parts, scored, start), held_out, checkpoints, start, report, teacher).run()
+        steps, exchange = course(task, parts, scored, start), None
+        if isinstance(steps, OnPolicyCourse):
+            exchange = Exchange(task, steps, opened.enter_context(closing(Publisher(task, inputs, probed(parts)))))
+        Trainer(task, device, learner, steps, held_out, checkpoints, start, report, teacher, exchange).run()
     distributed.stop()
 
 
-def course(task: Task, parts: Parts, scored: ScoredParts | None, start: Start) -> Course:
+def course(task: Task, parts: Parts, scored: ScoredParts | None, start: Start) -> Course | OnPolicyCourse:
     """What this rank trains on in the stage."""
     training, stage = task.run.spec.training, task.stage
+    sequences, rank, ranks = layout(task.run.spec, stage).sequences_per_step, distributed.rank(), distributed.ranks()
+    if isinstance(stage, OnPolicy):
+        return OnPolicyCourse(
+            task, parts, start.position, sequences_per_step=sequences, seed=training.seed, sequence_length=training.sequence_length,
+            rank=rank, ranks=ranks,
+        )  # fmt: skip
     return Course(
-        parts, scored, start.position, share=stage.mix if isinstance(stage, Rescored) else 0.0, tokens=stage.tokens,
-        sequences_per_step=layout(task.run.spec, stage).sequences_per_step, seed=training.seed, sequence_length=training.sequence_length,
-        rank=distributed.rank(), ranks=distributed.ranks(),
+        parts, scored, start.position, kind=stage.kind, share=stage.mix if isinstance(stage, Rescored) else 0.0, tokens=stage.tokens,
+        sequences_per_step=sequences, seed=training.seed, sequence_length=training.sequence_length, rank=rank, ranks=ranks,
     )  # fmt: skip
 
 
@@ -92,10 +104,11 @@ class Trainer:
     """All that the loop of one stage uses, and the loop."""
 
     def __init__(
-        self, task: Task, device: torch.device, learner: Learner, course: Course, held_out: HeldOutDocuments | None,
+        self, task: Task, device: torch.device, learner: Learner, course: Course | OnPolicyCourse, held_out: HeldOutDocuments | None,
         checkpoints: Checkpoints, start: Start, report: Report | None, teacher: RemoteTeacher | None = None,
+        exchange: Exchange | None = None,
     ) -> None:  # fmt: skip
-        """`report` is rank 0's alone; `teacher` a TeacherForced stage's."""
+        """`report` is rank 0's alone; `teacher` a TeacherForced stage's, `exchange` an OnPolicy one's."""
         self.task = task
         self.device = device
         self.learner = learner
@@ -104,11 +117,11 @@ class Trainer:
         self.report = report
         self.start = start
         self.teacher = teacher
+        self.exchange = exchange
         self.teacher_output = teacher.output(SHAPES[task.run.spec.student.shape].vocabulary) if teacher else None
         self.layout = layout(task.run.spec, task.stage)
         self.weights = task.run.spec.training.span_weights.model_dump()
         self.course = course
-        self.seen = course.seen
         self.watch: Watch | None = None
         self.speed: deque[tuple[int, float]] = deque(maxlen=20)
         port = os.environ.get("VPMOE_METRICS_PORT")
@@ -117,56 +130,72 @@ class Trainer:
 
     def run(self) -> None:
         """The loop. Each line says when it happens: what is global comes before the forward, what is final after the check."""
-        spec, stop = self.task.run.spec, self.task.stage.stop
+        every, stop = self.task.run.spec.evaluation.every_tokens, self.task.stage.stop
         position = self._begin()
         while not position.finished:
-            step, started = position.steps, time.monotonic()
-            batches = self.course.batches(step)  # a pure function of (seed, step)
+            step, started, before = position.steps, time.monotonic(), position.tokens
+            if self.exchange and not self.exchange.ready(position, self._waiting):  # the step's window may not be there yet
+                self._stop(position)
+            batches = self.course.batches(step)  # a pure function of (seed, step), and of the window
             if self.teacher:
+                assert isinstance(self.course, Course)
                 self.teacher.begin(batches, self.course.first(step + 1))  # it is ahead by one microbatch
             counts, stopping, gpus = self._agree(batches)  # before any forward: denominators are global
             if stopping:
                 self._stop(position)
             outcome = self.learner.forward_backward(batches, self._objective(step, counts), positions=int(counts[0]))
             check_finite(outcome, step)  # before the optimizer can make it permanent
-            rate = self._rate(step)
+            if self.exchange:
+                position = self.exchange.judge(position, outcome)
+            rate = self._rate(before + int(counts[0]))
             norm = self._move(rate, step)
-            position = self._after(position)
+            position = self._after(position, int(counts[0]))
             self.speed.append((int(counts[0]), time.monotonic() - started))
             lines = [self._line(position, outcome, rate, norm, gpus)] if self.report else []
-            if self.held_out and due(self.seen, step, spec.evaluation.every_tokens):
+            if self.exchange:
+                self.exchange.took(self.speed[-1][1])
+                self.exchange.publish(self.learner, position)  # before an anchor step moves the weights
+            ends = position.tokens >= self.task.stage.tokens
+            if (self.held_out or self.exchange) and (ends or due(before, position.tokens, every)):
                 position = self._evaluate(position, lines)
-            early = stop is not None and no_longer_improves(position.held_out, stop)
-            position = position.model_copy(update={"finished": early or position.steps == len(self.seen)})
+            early = stop is not None and ends_early(position, stop, self.exchange is not None)
+            position = position.model_copy(update={"finished": early or ends})
             self._say(position, outcome, lines)
-            if position.finished or due(self.seen, step, spec.training.checkpoint.every_tokens):
-                self.checkpoints.save(self.learner, position)
+            if position.finished or due(before, position.tokens, self.task.run.spec.training.checkpoint.every_tokens):
+                self._save(position)
             self.checkpoints.check()
         self._dismiss()
         self.checkpoints.wait()
         if self.report:
             self.report.finish(state="Succeeded", message=f"Finished after {position.steps} steps", **_amounts(position, position.tokens))
+        if self.exchange:
+            self.exchange.finish(early=position.tokens < self.task.stage.tokens)
         log.info("Finished stage %s: %d steps, %d tokens", position.stage, position.steps, position.tokens)
 
     def _begin(self) -> Position:
         """The position to start from, with the held-out loss before the first step measured once."""
         position, lines = self.start.position, []
-        words = f"{self.start.words}, {position.steps} of {len(self.seen)} steps done"
+        steps = self.course.steps
+        words = f"{self.start.words}, {position.steps}{f' of {steps}' if steps else ''} steps done"
         log.info(
             "Training %s %s; %d ranks, %d sequences a step", position.stage, words, distributed.ranks(), self.layout.sequences_per_step
         )
         if self.report:
-            facts = {"from": self.start.words, "refused": list(self.start.refused), "ranks": distributed.ranks(), "steps": len(self.seen),
-                     "sequencesPerStep": self.layout.sequences_per_step, "stageTokens": int(self.seen[-1]),
+            facts = {"from": self.start.words, "refused": list(self.start.refused), "ranks": distributed.ranks(), "steps": steps,
+                     "sequencesPerStep": self.layout.sequences_per_step, "stageTokens": self.course.total,
                      "centre": position.objective.model_dump() if position.objective else None}  # fmt: skip
+            if self.exchange and position.windows:
+                facts |= {"windows": position.windows.trained, "firstPrompt": position.windows.first_prompt}
             lines = [metrics.line("start", position, self.task.provenance.attempt, facts)]
             own = facts_of(self.task.bucket, self.start.own, position) if self.start.own else None
             self.report.update(message=f"Training {words}", checkpoint=own, conditions=self._conditions([]))
+        if self.exchange:
+            self.exchange.publish(self.learner, position)  # version 0: the sampler waits for it
         if self.held_out and position.steps == 0 and position.before is None:
             position = self._evaluate(position, lines)
             position = position.model_copy(update={"before": position.latest})
         if self.report:
-            self.report.update(**_amounts(position, int(self.seen[-1])))
+            self.report.update(**_amounts(position, self.course.total))
             self.report.log(*lines)
         return position
 
@@ -180,25 +209,24 @@ class Trainer:
 
     def _objective(self, step: int, counts: Tensor) -> Objective:
         """What a step of this stage minimises."""
-        stage = self.task.stage
+        stage, kind = self.task.stage, self.course.kind(step)
         if isinstance(stage, TeacherForced):
             assert self.teacher is not None and self.teacher_output is not None
             return teacher_forced(counts, self.weights, stage.loss, self.teacher_output, self.teacher.hidden_of)
-        if isinstance(stage, Rescored) and self.course.is_scored(step):
+        if isinstance(stage, Rescored) and kind == stage.kind:
             centre = self.start.position.objective
             assert centre is not None
             return rescored(counts, self.weights, stage.confidence, centre.model_dump())
-        return vanilla(counts, self.weights)
+        return on_policy(counts, self.weights) if kind == "OnPolicy" else vanilla(counts, self.weights)
 
     def _dismiss(self) -> None:
         if self.teacher:
             self.teacher.dismiss()
 
-    def _rate(self, step: int) -> float:
-        settings = self.task.stage.optimizer
-        return learning_rate(
-            int(self.seen[step]), int(self.seen[-1]), settings.warmup_tokens, settings.learning_rate, settings.min_learning_rate
-        )
+    def _rate(self, seen: int) -> float:
+        """Of the step after which the stage has seen so many tokens; the last step of an OnPolicy one may go beyond its total."""
+        settings, total = self.task.stage.optimizer, self.course.total
+        return learning_rate(min(seen, total), total, settings.warmup_tokens, settings.learning_rate, settings.min_learning_rate)
 
     def _move(self, rate: float, step: int) -> float:
         try:
@@ -206,39 +234,46 @@ class Trainer:
         except ArithmeticError as error:
             raise not_finite(f"the gradient's norm ({error})", step) from error
 
-    def _after(self, position: Position) -> Position:
-        """The position one step further."""
+    def _after(self, position: Position, tokens: int) -> Position:
+        """The position one step, of so many tokens, further."""
         return position.model_copy(update={
-            "steps": position.steps + 1, "iteration": position.iteration + 1, "tokens": int(self.seen[position.steps]),
+            "steps": position.steps + 1, "iteration": position.iteration + 1, "tokens": position.tokens + tokens,
             **self.course.after(position),
         })  # fmt: skip
 
     def _evaluate(self, position: Position, lines: list[dict[str, Any]]) -> Position:
-        """Measure the held-out loss; its line joins the step's."""
-        assert self.held_out is not None
+        """Measure the held-out loss, and what an OnPolicy stage's windows came to; its line joins the step's."""
         started = time.monotonic()
-        loss = self.held_out.loss(self.learner)
-        whole = metrics.weighted(loss, self.weights)
-        if not math.isfinite(whole):
-            raise not_finite("the held-out loss", position.steps - 1)
-        log.info("Held-out loss after %d steps: reasoning %s, final %s", position.steps, loss.reasoning, loss.final)
+        facts: dict[str, Any] = {}
+        if self.held_out:
+            loss = self.held_out.loss(self.learner)
+            whole = metrics.weighted(loss, self.weights)
+            if not math.isfinite(whole):
+                raise not_finite("the held-out loss", position.steps - 1)
+            log.info("Held-out loss after %d steps: reasoning %s, final %s", position.steps, loss.reasoning, loss.final)
+            facts |= {"heldOut": loss.model_dump(), "weighted": whole, "documents": self.held_out.documents}
+            position = position.model_copy(update={"latest": loss, "held_out": (*position.held_out, whole)})
+        if self.exchange:
+            position = self.exchange.evaluate(position, self.weights)
+            windows = position.windows
+            if windows and windows.reverse_kl:
+                facts |= {"reverseKl": windows.reverse_kl[-1], "validity": windows.validity}
         if self.report:
-            seconds = time.monotonic() - started
-            facts = {"heldOut": loss.model_dump(), "weighted": whole, "documents": self.held_out.documents, "seconds": seconds}
+            facts["seconds"] = time.monotonic() - started
             lines.append(metrics.line("evaluation", position, self.task.provenance.attempt, facts))
-        return position.model_copy(update={"latest": loss, "held_out": (*position.held_out, whole)})
+        return position
 
     def _line(self, position: Position, outcome: Outcome, rate: float, norm: float, gpus: Tensor) -> dict[str, Any]:
         """The step's line of metrics."""
         assert outcome.load is not None
-        kind = self.task.stage.kind
-        if kind == "Rescored" and not self.course.is_scored(position.steps - 1):
-            kind = "Vanilla"
+        step = position.steps - 1
         return metrics.line("step", position, self.task.provenance.attempt, {
-            "kind": kind, "loss": outcome.loss, "lossBySpan": outcome.cross_entropy, "targets": outcome.tokens, "learningRate": rate,
+            "kind": self.course.kind(step), "loss": outcome.loss, "lossBySpan": outcome.cross_entropy, "targets": outcome.tokens,
+            "learningRate": rate,
             "gradientNorm": norm, "seconds": self.speed[-1][1], "tokensPerSecond": self._tokens_per_second(),
             "router": metrics.router(outcome.load),
-            "exercises": self.course.exercises(position.steps - 1), "gpu": gpu.summary(gpus), **outcome.facts,
+            "exercises": self.course.exercises(step), "gpu": gpu.summary(gpus), **outcome.facts,
+            **(self.exchange.facts() if self.exchange else {}),
         })  # fmt: skip
 
     def _say(self, position: Position, outcome: Outcome, lines: list[dict[str, Any]]) -> None:
@@ -253,12 +288,22 @@ class Trainer:
         self.report.log(*lines)
         if self.prometheus:
             self.prometheus.show(lines)
-        of = f"step {position.steps} of {len(self.seen)}"
+        of = self._step(position)
         log.info("%s: loss %.4f, %.0f tokens/s", of, outcome.loss, self._tokens_per_second())
         self.report.update(
             message=f"Training, {of}", loss=outcome.loss, tokens_per_second=self._tokens_per_second(),
-            conditions=self._conditions(conditions), **_amounts(position, int(self.seen[-1])),
+            conditions=self._conditions(conditions), **_amounts(position, self.course.total),
         )  # fmt: skip
+
+    def _waiting(self, words: str) -> None:
+        """Say what is waited for; the loop lives on, and an upload that fails is not waited for."""
+        self.checkpoints.check()
+        if self.report:
+            self.report.check()
+            self.report.update(message=words, conditions=self._conditions([]))
+
+    def _step(self, position: Position) -> str:
+        return f"step {position.steps}" + (f" of {self.course.steps}" if self.course.steps else "")
 
     def _tokens_per_second(self) -> float:
         return sum(tokens for tokens, _ in self.speed) / sum(seconds for _, seconds in self.speed)
@@ -268,15 +313,21 @@ class Trainer:
         refused = [
             ProgressCondition(type="CheckpointRefused", status="True", reason="Altered", message=words) for words in self.start.refused[:3]
         ]
-        return (*refused, *found)
+        return (*refused, *(self.exchange.conditions() if self.exchange else []), *found)
+
+    def _save(self, position: Position) -> None:
+        """Save where the stage stands, once the versions before it exist: a resumed attempt cannot make them."""
+        if self.exchange:
+            self.exchange.wait()
+        self.checkpoints.save(self.learner, position)
 
     def _stop(self, position: Position) -> None:
         """Save where the stage stands and end the process."""
         self._dismiss()
         if position.steps > self.start.position.steps and self.checkpoints.saved != position.iteration:
-            self.checkpoints.save(self.learner, position)
+            self._save(position)
         self.checkpoints.wait()
-        words = f"Stopped after step {position.steps} of {len(self.seen)}, all of it saved"
+        words = f"Stopped after {self._step(position)}, all of it saved"
         if self.report:
             self.report.finish(message=words)
         raise Terminated(words)

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
 from vpmoe.api.progress import SpanLoss
 from vpmoe.model.router import Load
+from vpmoe.rollout.prompt import VALID
 from vpmoe.training.position import Position
 
 LOADS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
@@ -73,8 +74,22 @@ class Prometheus:
             ("weight", "saturationLow"): gauge("weight_saturation_low_ratio", "Share of weights at confidence.min by span", ["span"]),
             ("weight", "saturationHigh"): gauge("weight_saturation_high_ratio", "Share of weights at confidence.max by span", ["span"]),
             ("kl",): gauge("teacher_kl", "KL(teacher‖student) at the stage's temperature in the latest step by span, nats", ["span"]),
+            ("reverseKl",): gauge(
+                "reverse_kl", "KL(student‖teacher) over the latest window's sampled tokens by span, nats a token", ["span"]
+            ),
+            ("samplerKl",): gauge(
+                "sampler_kl", "KL(sampler‖trainer) over the latest window's sampled tokens by span, nats a token", ["span"]
+            ),
             ("cosine",): gauge("teacher_cosine", "Cosine of student's and teacher's hidden states in the latest step by span", ["span"]),
         }
+        self._of_window = {
+            "window": gauge("window", "Latest window that was trained"),
+            "staleness": gauge("window_staleness", "Windows trained since the version that the latest one was sampled from"),
+            "waitRollouts": gauge("wait_rollouts_seconds", "Seconds for which the latest window's rollouts were waited for"),
+            "waitScores": gauge("wait_scores_seconds", "Seconds for which the latest window's scores were waited for"),
+        }
+        self._buffer = gauge("buffer_windows", "Windows that were ready ahead of the trainer, sampled and scored", ["kind"])
+        self._valid = gauge("valid_ratio", "Share of the latest window's rollouts that are valid Harmony by effort", ["effort"])
         self._max_over_mean = gauge("router_max_over_mean", "Busiest expert's load over the mean, the worst layer's")
         self._dead = gauge("router_dead_experts", "Experts without a token in the latest step, all layers")
         self._aux = gauge("router_aux_loss", "Balance loss of the router, 1 when balanced")
@@ -101,7 +116,13 @@ class Prometheus:
             for span, value in measured.items():
                 if value is not None:
                     by_span.labels(**self._labels, span=span).set(value)
+        if "window" in line:
+            for kind, count in line["buffer"].items():
+                self._buffer.labels(**self._labels, kind=kind).set(count)
+            for effort, shares in line["validity"].items():
+                self._valid.labels(**self._labels, effort=effort).set(shares.get(VALID, 0))
         found = {
+            **{gauge: line[name] for name, gauge in self._of_window.items() if name in line},
             **{gauge: line[name] for name, gauge in self._of_step.items()},
             self._max_over_mean: max(line["router"]["maxOverMean"].values()),
             self._dead: sum(line["router"]["dead"].values()),

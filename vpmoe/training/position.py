@@ -3,7 +3,7 @@
 No torch here: the launcher looks before it starts anything. The weights are restore.py's business.
 """
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from vpmoe.api.base import Record
 from vpmoe.api.progress import CheckpointFacts, HeldOut, SpanLoss
@@ -33,6 +33,20 @@ class Centre(Record):
     final: float
 
 
+class Since(Record):
+    """What the windows since the evaluation before came to."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rollouts: int = 0
+    valid: int = 0
+    """Of the rollouts, those that are valid Harmony."""
+    gap: dict[str, float] = Field(default_factory=dict)
+    """By span, the sum over sampled tokens of the student's log-probability less the teacher's."""
+    tokens: dict[str, int] = Field(default_factory=dict)
+    """By span, the sampled tokens."""
+
+
 class WindowStream(Record):
     """Where a stage stands among the windows of what the student itself samples."""
 
@@ -48,6 +62,11 @@ class WindowStream(Record):
     """sha256 (hex) over the files of all windows trained: of the digest before, the rollouts' sha256 and the scores', one after another."""
     beyond: int = 0
     """Windows in a row, the latest among them, whose KL(sampler‖trainer) was above maxSamplerKl."""
+    since: Since = Since()
+    reverse_kl: tuple[float, ...] = ()
+    """At each evaluation of the stage, spans weighted: the estimate of KL(student‖teacher) over the windows since the one before."""
+    validity: float = 0.0
+    """At the latest evaluation: share of valid rollouts since the one before."""
 
 
 class Position(Record):

@@ -79,7 +79,7 @@ class Publisher:
 
     def prune(self, below: int) -> None:
         """Take the weights of all versions below `below`: no window that is still to be sampled can ask for them."""
-        for number in sorted(old for old in self._whole if old < below):
+        for number in [old for old in list(self._whole) if old < below]:  # the upload's thread adds to it
             folder = paths.weights(self._task.run, self._task.stage.name, number)
             for found in self._task.bucket.list(folder + "/"):
                 if found.key != paths.manifest(folder):

@@ -3,10 +3,8 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
 from vpmoe.api.stages import Stop
+from vpmoe.training.position import Position
 
 
 def learning_rate(seen: int, total: int, warmup: int, peak: float, lowest: float) -> float:
@@ -22,18 +20,31 @@ def learning_rate(seen: int, total: int, warmup: int, peak: float, lowest: float
     return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * (seen - warmup) / (total - warmup)))
 
 
-def due(seen_T: NDArray[np.int64], step: int, every: int) -> bool:
-    """Whether what happens every `every` tokens is due after `step` (from 0): its tokens passed a multiple. The last step is always due.
+def due(before: int, after: int, every: int) -> bool:
+    """Whether what happens every `every` tokens is due after a step that took the stage from `before` tokens to `after`.
 
-    seen_T: tokens seen after each step. Of several multiples passed by one step, one counts.
+    Of several multiples passed by one step, one counts.
     """
-    before = int(seen_T[step - 1]) if step else 0
-    return step == len(seen_T) - 1 or int(seen_T[step]) // every > before // every
+    return after // every > before // every
 
 
-def no_longer_improves(held_out: Sequence[float], stop: Stop) -> bool:
-    """Whether the last `stop.evaluations` evaluations together improved the held-out loss by less than `stop.min_improvement` of it."""
-    if len(held_out) <= stop.evaluations:
+def no_longer_improves(measured: Sequence[float], stop: Stop) -> bool:
+    """Whether the last `stop.evaluations` evaluations together lowered what is measured by less than `stop.min_improvement` of it.
+
+    That is the held-out loss; of an OnPolicy stage the reverse KL over the windows since the evaluation before.
+    """
+    if len(measured) <= stop.evaluations:
         return False
-    before, latest = held_out[-1 - stop.evaluations], held_out[-1]
+    before, latest = measured[-1 - stop.evaluations], measured[-1]
     return before - latest < stop.min_improvement * before
+
+
+def ends_early(position: Position, stop: Stop, on_policy: bool) -> bool:
+    """Whether a stage that stands there ends before its tokens are spent. It follows from the evaluations in its position alone.
+
+    `stop.min_validity` is of an OnPolicy stage: the share of valid rollouts in the windows since the evaluation before, at the latest one.
+    """
+    if not on_policy:
+        return no_longer_improves(position.held_out, stop)
+    windows = position.windows
+    return windows is not None and windows.validity >= stop.min_validity and no_longer_improves(windows.reverse_kl, stop)

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, DatasetFacts, Progress
-from vpmoe.api.stages import Rescored, TeacherForced, Vanilla
+from vpmoe.api.stages import OnPolicy, Rescored, TeacherForced, Vanilla
 from vpmoe.data.dataset import load
 from vpmoe.failure import Permanent
 from vpmoe.provenance import Provenance
@@ -14,24 +14,23 @@ from vpmoe.teacher import scores as teacher_scores
 from vpmoe.teacher.model import resolve_teacher
 from vpmoe.training.position import Position, end_of, facts_of, held_out
 
-Trainable = Vanilla | Rescored | TeacherForced
-"""The kinds of stages that this version trains."""
+Trainable = Vanilla | Rescored | TeacherForced | OnPolicy
+"""A stage of any kind."""
 
 
 def trainable(run: DistillRun, name: str) -> Trainable:
-    """The stage of that name. Raises Permanent where it asks for something that this version cannot do."""
+    """The stage of that name. Raises Permanent where it asks for something that cannot be done."""
     if name not in [stage.name for stage in run.spec.stages]:
         raise Permanent(f"--step {name} is no training stage. Choose one of {', '.join(stage.name for stage in run.spec.stages)}.")
     stage = run.stage(name)
-    if not isinstance(stage, Trainable):
-        kinds = "Vanilla, Rescored and TeacherForced"
-        raise Permanent(f"stage {name}: kind {stage.kind} cannot be trained by this version, only {kinds}. Leave the stage out.")
-    if stage.stop and stage.stop.min_validity > 0:
+    if isinstance(stage, OnPolicy) or not stage.stop:
+        return stage
+    if stage.stop.min_validity > 0:
         raise Permanent(
-            f"stage {name}: stop.minValidity is {stage.stop.min_validity}, and this version does not sample completions to measure it. Set "
-            "it to 0, or leave stop out."
+            f"stage {name}: stop.minValidity is {stage.stop.min_validity}, and a stage of kind {stage.kind} does not sample completions to "
+            "measure it. Set it to 0, or leave stop out."
         )
-    if stage.stop and run.spec.evaluation.documents == 0:
+    if run.spec.evaluation.documents == 0:
         raise Permanent(f"stage {name}: stop looks at the held-out loss, and evaluation.documents is 0. Raise it, or leave stop out.")
     return stage
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vpmoe.api.stages import Rescored
+from vpmoe.api.stages import OnPolicy, Rescored
 from vpmoe.failure import Permanent
 from vpmoe.model import distributed
 from vpmoe.model.learner import Learner
@@ -19,7 +19,7 @@ from vpmoe.objectives.spans import SPANS
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.manifest import Input, Manifest
 from vpmoe.training.pieces import Refused
-from vpmoe.training.position import Centre, Position, ScoredStream, iterations
+from vpmoe.training.position import Centre, Position, ScoredStream, WindowStream, iterations
 from vpmoe.training.restore import Reader
 from vpmoe.training.task import Task
 
@@ -111,7 +111,7 @@ def _go_on(task: Task, reader: Reader, url: str) -> Start:
         raise Permanent(f"resumeFrom: {url} has no checkpoint. Name the folder of a run that has trained, s3://…/runs/namespace/name-uid.")
     found, position = reader.restore(bucket, f"{folder}/{newest[1]}/{newest[0]}", moments=True, begins=True)
     if found.inputs["dataset"].digest != {"sha256": task.dataset.sha256}:
-        position = position.model_copy(update={"next_sequence": 0, "epoch": 0, "scored": None})
+        position = position.model_copy(update={"next_sequence": 0, "epoch": 0, "scored": None, "windows": None})
     return Start(follow(position, task.stage.name), f"where {url} stands", _sources(bucket, found))
 
 
@@ -121,16 +121,20 @@ def first(stage: str) -> Position:
 
 
 def follow(before: Position, stage: str) -> Position:
-    """The beginning of a stage after another: the count of optimizer steps and the data stream go on."""
+    """The beginning of a stage after another: the count of optimizer steps and the data streams go on."""
     at = before.next_sequence
     return Position(
         stage=stage, steps=0, tokens=0, iteration=before.iteration, first_sequence=at, next_sequence=at, epoch=before.epoch,
-        scored=before.scored,
+        scored=before.scored, windows=before.windows,
     )  # fmt: skip
 
 
 def prepared(task: Task, begins: Position) -> Position:
-    """The beginning of a stage with what is fixed there: for Rescored, its place among the scored documents and what weighs 1."""
+    """The beginning of a stage with what is fixed there: for Rescored, its place among the scored documents and what weighs 1; for
+    OnPolicy its first prompt."""
+    if isinstance(task.stage, OnPolicy):
+        at = begins.windows.next_prompt if begins.windows else 0
+        return begins.model_copy(update={"windows": WindowStream(first_prompt=at, next_prompt=at)})
     if task.scores is None or not isinstance(task.stage, Rescored):
         return begins
     scores, before = task.scores.facts["id"], begins.scored
