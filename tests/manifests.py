@@ -74,7 +74,7 @@ GOOD: dict[str, Changes] = {
             {**ONPOLICY, "rollout": {"maxTokens": {"high": 8192}}, "sampler": {}, "require": {}, "staleness": 0},
         ],
     },
-    "no gate before on-policy training": {"spec.stages": [{**GATED, "require": None}], "spec.evaluation.completions": 0},
+    "no gate before on-policy training": {"spec.stages": [ONPOLICY], "spec.evaluation.completions": 0},
     "a gate after another stage": {"spec.stages": [ONPOLICY, GATED]},
     "a low gate": {"spec.stages": [RESCORED, {**GATED, "require": {"validity": 0.01}}], "spec.evaluation.completions": 1},
     "shares that are not exact in binary": {"spec.stages": [{**ONPOLICY, "curriculum": phases(*[0.1] * 7, 0.3)}]},

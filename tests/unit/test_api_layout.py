@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests import manifests
 from vpmoe.api import DistillRun, Invalid
-from vpmoe.api.layout import EXPERTS, Layout, layout
+from vpmoe.api.layout import EXPERTS, Layout, largest_pod, layout
 from vpmoe.api.student import Student
 
 
@@ -78,6 +78,20 @@ def test_a_run_is_accepted_exactly_where_its_sums_come_out(
     assert found.sequences_per_step == found.sequences_per_rank * ranks > 0
     assert found.tokens_per_step == found.sequences_per_step * length
     assert found.tokens_per_step <= batch < found.tokens_per_step + length * ranks
+
+
+@pytest.mark.parametrize(
+    "stage, gpus",
+    [
+        pytest.param(manifests.MINIMAL["spec"]["stages"][0], 2, id="what trains"),
+        pytest.param(manifests.FORCED, 3, id="with the teacher's process"),
+        pytest.param({**manifests.ONPOLICY, "sampler": {"gpus": 4}}, 4, id="what samples"),
+        pytest.param({**manifests.ONPOLICY, "sampler": {"gpus": 2}}, 2, id="both"),
+    ],
+)
+def test_a_node_must_hold_the_largest_pod(stage: dict[str, Any], gpus: int) -> None:
+    run = DistillRun.parse(manifests.manifest({"spec.student": {"gpus": 8, "gpusPerPod": 2}, "spec.stages": [stage]}))
+    assert largest_pod(run.spec, run.spec.stages[0]) == gpus
 
 
 def test_every_shape_has_its_number_of_experts() -> None:

@@ -1,14 +1,17 @@
 """Progress, status and labels: what our programs tell each other, in the form that the API server and S3 take."""
 
+import json
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from vpmoe.api import labels
+from tests import manifests
+from vpmoe.api import DistillRun, labels
 from vpmoe.api.progress import Amount, CheckpointFacts, HeldOut, Progress, SpanLoss
-from vpmoe.api.status import MESSAGE, Condition, Status, Step
+from vpmoe.api.run import STEP_NAME
+from vpmoe.api.status import MESSAGE, MOST_STEPS, Child, Condition, Status, Step
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SHA = "ab" * 32
@@ -52,6 +55,20 @@ def test_a_message_longer_than_a_status_may_be_is_shortened_and_not_refused() ->
     step = Step(name="first", message="x" * 5000)
     condition = Condition(type="Ready", status="False", reason="Because", message="y" * 5000, last_transition_time=NOW)
     assert (len(step.message), step.message[-1], len(condition.message)) == (MESSAGE, "…", MESSAGE)
+
+
+def test_the_longest_status_of_the_longest_run_stays_far_below_what_etcd_takes() -> None:
+    stages = [{**manifests.ONPOLICY, "name": f"{i}".rjust(16, "b")} for i in range(8)]
+    steps = DistillRun.parse(manifests.manifest({"spec.stages": stages})).steps()
+    assert (len(steps), max(map(len, steps))) == (MOST_STEPS, STEP_NAME)
+    facts = CheckpointFacts(iteration=10**9, tokens=10**15, manifest="s3://" + "m" * 2043, sha256=SHA)
+    child = Child(kind="PyTorchJob", name="n" * 63, uid="u" * 36)
+    full = [Step(name=name, state="Succeeded", message="é" * MESSAGE, started=NOW, child=child, checkpoint=facts) for name in steps]
+    conditions = [
+        Condition(type=f"T{i}", status="True", reason="R" * 128, message="é" * MESSAGE, last_transition_time=NOW) for i in range(16)
+    ]
+    status = Status(message="é" * MESSAGE, steps=tuple(full), conditions=tuple(conditions))
+    assert len(json.dumps(status.dump(), ensure_ascii=False).encode()) < 250_000, "etcd refuses 1.5 MB"
 
 
 def test_a_status_finds_its_conditions_and_steps() -> None:

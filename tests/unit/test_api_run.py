@@ -60,6 +60,9 @@ def test_every_problem_is_named_at_once_and_each_where_it_was_written() -> None:
         pytest.param({"metadata": manifests.DROP}, "metadata: is required", id="no metadata"),
         pytest.param({"spec": None}, "spec: null must be a mapping", id="null for all of it"),
         pytest.param({"spec.stages": {}}, "spec.stages: a mapping must be a list", id="stages by name"),
+        pytest.param(
+            {"spec.stages.0": {**manifests.ONPOLICY, "require": None}}, "spec.stages[0].require: null must be a mapping", id="no gate"
+        ),
         pytest.param({"spec.stages.0": "Vanilla"}, 'spec.stages[0]: "Vanilla" must be a mapping', id="a stage that is a word"),
         pytest.param({"spec.stages.0.optimizer": 1}, "spec.stages[0].optimizer: 1 must be a mapping", id="a number for an optimizer"),
         pytest.param(

@@ -27,11 +27,7 @@ _PEAK = (
     + f"{_COMMON_PEAK})"
 )
 _LOW = f"(has(s.optimizer) && has(s.optimizer.minLearningRate) ? s.optimizer.minLearningRate : {_COMMON_LOW})"
-_REQUIRED = (
-    "(s.kind != 'OnPolicy' ? 0.0 : "
-    f"!has(s.require) ? {Require().validity} : s.require == null ? 0.0 : "
-    f"has(s.require.validity) ? s.require.validity : {Require().validity})"
-)
+_REQUIRED = f"(s.kind != 'OnPolicy' ? 0.0 : has(s.require) && has(s.require.validity) ? s.require.validity : {Require().validity})"
 
 
 def _too_low(optimizer: Optimizer) -> dict[str, object] | None:
@@ -99,7 +95,7 @@ def _not_measured(spec: "Spec", stage: StageFields) -> dict[str, object] | None:
 
 def _required(stage: StageFields) -> float:
     """Validity that must have been measured before the stage starts; 0 where none is asked for."""
-    return stage.require.validity if isinstance(stage, OnPolicy) and stage.require is not None else 0.0
+    return stage.require.validity if isinstance(stage, OnPolicy) else 0.0
 
 
 _STAGE = {"stage": "s.name"}

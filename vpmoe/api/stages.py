@@ -178,7 +178,8 @@ class Require(Model):
     """What a student must be able to do before it learns from its own samples."""
 
     validity: Share = 0.8
-    """Share of valid Harmony completions, between 0 and 1. Lower starts earlier, on samples of which more are garbage."""
+    """Share of valid Harmony completions, between 0 and 1. Lower starts earlier, on samples of which more are garbage; 0 starts whatever
+    the student can do, and needs no evaluation."""
 
 
 class Sampler(Model):
@@ -276,9 +277,8 @@ class OnPolicy(StageFields):
     samples."""
     publish_every: Annotated[int, Field(ge=1, le=64)] = 2
     """Windows trained for each version of the weights that the sampler is given. Lower is fresher and moves more bytes."""
-    require: Require | None = Require()
-    """What must hold before the stage starts, as the evaluation of the stage before has found it; null starts it whatever the student can
-    do, and so does {validity: 0}, which is the way to say it with `kubectl apply`: that drops nulls."""
+    require: Require = Require()
+    """What must hold before the stage starts, as the evaluation of the stage before has found it."""
     max_sampler_kl: Annotated[float, Field(gt=0, le=100)] = 0.1
     """KL(sampler‖trainer) of a window's tokens, in nats a token, that ten windows in a row must not be above: then the sampler computes
     another student than the trainer, and the stage fails. What the student has learned since the sampled version is part of it."""

@@ -19,8 +19,8 @@ ConditionType = Literal["Ready", "Progressing", "Suspended", "Stalled", "Failed"
 
 MESSAGE = 1024
 """Longest message in a status, in characters."""
-MOST_STEPS = 34
-"""Steps of a run at most: preprocess, rescore, and four of each of eight stages."""
+MOST_STEPS = 33
+"""Steps of a run at most: preprocess, and four of each of eight OnPolicy stages. With rescore there are fewer, for its stage has two."""
 
 
 def _shortened(text: str) -> str:
