@@ -1,4 +1,4 @@
-"""What a plan asks for, as data. reconcile.py carries it out, in order, once the status that intends it is written."""
+"""What a plan asks for, as data. hands.py carries it out, in order, once the status that intends it is written."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,7 @@
 """One look at one DistillRun: live reads, a plan, ONE status write, then only what the status just written intends.
 
-A crash anywhere leaves a status whose intent the next look carries out, or none. What to intend is plan.py's business.
+A crash anywhere leaves a status whose intent the next look carries out, or none. What to intend is plan.py's business, how each action is
+carried out hands.py's.
 """
 
 import asyncio
@@ -11,45 +12,24 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from distill_operator import events, gpus
-from distill_operator.actions import Action, ClearBucket, Create, Delete, DeleteRun, Finalizer, KeepBucket
-from distill_operator.attempt import Attempt, Origin, child_kind, config_map_name
-from distill_operator.children import build_child, build_config_map
+from distill_operator.actions import Create
+from distill_operator.attempt import config_map_name
 from distill_operator.claims import claim_of, needs_gpus
 from distill_operator.draft import Plan
-from distill_operator.events import Happening
-from distill_operator.kube import (
-    CHILD_KINDS,
-    CONFIGMAP,
-    DISTILLRUN,
-    NODE,
-    PYTORCHJOB,
-    Conflict,
-    Json,
-    Kind,
-    KindMissing,
-    Kube,
-    KubeError,
-)
-from distill_operator.observe import Live, Observed, Sight, look, owned, read_run
+from distill_operator.hands import Hands
+from distill_operator.kube import CHILD_KINDS, DISTILLRUN, NODE, PYTORCHJOB, Conflict, Json, KindMissing, Kube, KubeError
+from distill_operator.observe import Live, Observed, Sight, look, read_run
 from distill_operator.plan import holds_gpus, plan
-from distill_operator.progress import Buckets, Reading, SecretMissing
+from distill_operator.progress import Buckets, Reading
 from distill_operator.settings import Settings
 from distill_operator.watch import Key
-from vpmoe.api import DistillRun, labels
-from vpmoe.api.status import Status
-from vpmoe.storage import StorageError
+from vpmoe.api import DistillRun
 
 log = logging.getLogger(__name__)
 
 TRIES = 5
 """Looks in a row at a run that changes under our hands, before the queue's backoff."""
 BACKEND_KNOWN_SECONDS = 60.0
-REFUSALS = (400, 403, 413, 422)
-"""Answers that another try alone does not change."""
-
-
-class NameTaken(KubeError):
-    """An object was in the way of a child: the next look says whose."""
 
 
 @dataclass
@@ -65,7 +45,7 @@ class Reconciler:
     def __post_init__(self) -> None:
         self._admission = asyncio.Lock()  # two runs must not both be admitted to the same GPUs
         self._backend_seen = float("-inf")
-        self._refused: dict[Key, dict[str, str]] = {}
+        self._hands = Hands(self.kube, self.buckets, self.settings)
 
     async def reconcile(self, key: Key) -> float | None:
         """Look at the run and do what is to be done. Seconds after which to look again even if nothing stirs; None: no need.
@@ -82,7 +62,7 @@ class Reconciler:
     async def _once(self, key: Key) -> float | None:
         obj = await self.kube.get(DISTILLRUN, *key)
         if obj is None:
-            self._refused.pop(key, None)
+            self._hands.forget(key)
             self.freed()
             return None
         live = read_run(obj)
@@ -100,7 +80,7 @@ class Reconciler:
         refused: KubeError | None = None
         for action in decided.actions:
             try:
-                written = await self._apply(action, live, decided.status, written)
+                written = await self._hands.carry_out(action, live, decided.status, written)
             except KubeError as error:
                 if not isinstance(action, Create):
                     raise
@@ -126,7 +106,7 @@ class Reconciler:
         if run is None or live.status.phase == "Succeeded":
             return Observed(), {}
         backend_missing = not live.deleting and await self._backend_missing(run)
-        refused = self._refused.get((live.namespace, live.name), {})
+        refused = self._hands.refused((live.namespace, live.name))
         for step in live.status.running:
             if step.child is None:
                 continue
@@ -161,91 +141,6 @@ class Reconciler:
             if run is not None and (holds_gpus(live.status) or (needs_gpus(live) and not await self._backend_missing(run))):
                 claims.append(claim_of(run, live))
         return claims
-
-    async def _apply(self, action: Action, live: Live, status: Status, obj: Json) -> Json:
-        """Carry out one action; the DistillRun as it stands afterwards."""
-        log.info("%s/%s: %s", live.namespace, live.name, action)
-        match action:
-            case Create(step, attempt):
-                assert live.run is not None
-                await self._make(live.run, Attempt(live.run, step, attempt, origin(status), self.settings))
-            case Delete(child):
-                await self._delete(live, child.kind, child.name, child.uid)
-            case Finalizer(present):
-                return await self._set_finalizer(obj, present)
-            case ClearBucket():
-                assert live.run is not None
-                await self._clear(live.run, obj)
-            case KeepBucket(why):
-                await events.post(
-                    self.kube, obj, Happening("Warning", "BucketKept", f"the run's folder stays in the bucket: {why}"), _now()
-                )
-            case DeleteRun():
-                await self.kube.delete(DISTILLRUN, live.namespace, live.name, live.uid, "Background")
-        return obj
-
-    async def _make(self, run: DistillRun, attempt: Attempt) -> None:
-        """The ConfigMap, then the child. What is there already is ours, or in the way. A refusal is kept for the next look to tell."""
-        namespace, uid = run.metadata.namespace, run.metadata.uid or ""
-        refused = self._refused.setdefault((namespace, run.metadata.name), {})
-        try:
-            await self._ensure(CONFIGMAP, build_config_map(run, attempt.origin), namespace, uid)
-            await self._ensure(child_kind(run, attempt.step), build_child(attempt), namespace, uid)
-        except KubeError as error:
-            if error.code in REFUSALS:
-                refused[attempt.step] = str(error)
-            raise
-        refused.pop(attempt.step, None)
-
-    async def _ensure(self, kind: Kind, wanted: Json, namespace: str, uid: str) -> None:
-        try:
-            await self.kube.create(kind, wanted)
-        except Conflict as error:
-            there = await self.kube.get(kind, namespace, wanted["metadata"]["name"])
-            if there is None or not owned(there, uid):
-                raise NameTaken(str(error), error.code, error.reason) from error
-
-    async def _delete(self, live: Live, kind: str, name: str, uid: str | None) -> None:
-        """Foreground: the child stays, Ending, until its pods have written their checkpoint and are gone."""
-        if uid is None:
-            there = await self.kube.get(CHILD_KINDS[kind], live.namespace, name)
-            if there is None or not owned(there, live.uid):
-                return
-            uid = there["metadata"]["uid"]
-        await self.kube.delete(CHILD_KINDS[kind], live.namespace, name, uid)
-
-    async def _set_finalizer(self, obj: Json, present: bool) -> Json:
-        meta = obj["metadata"]
-        others = [name for name in meta.get("finalizers", []) if name != labels.FINALIZER]
-        change = {"finalizers": [*others, labels.FINALIZER] if present else others, "resourceVersion": meta["resourceVersion"]}
-        return await self.kube.patch(DISTILLRUN, meta["namespace"], meta["name"], {"metadata": change})
-
-    async def _clear(self, run: DistillRun, obj: Json) -> None:
-        """Empty the run's folder, or say that it stays where nobody has the key any more. A bucket that is away is tried again."""
-        try:
-            count = await self.buckets.clear(run)
-        except SecretMissing as error:
-            happening = bucket_kept(str(error))
-        except StorageError as error:
-            words = f"{error} Deletion waits for it; set deletionPolicy to Retain to let the run go without."
-            await events.post(self.kube, obj, Happening("Warning", "BucketNotCleared", words), _now())
-            raise
-        else:
-            happening = Happening("Normal", "BucketCleared", f"{count} objects of the run were removed from the bucket")
-        await events.post(self.kube, obj, happening, _now())
-
-
-def bucket_kept(why: str) -> Happening:
-    """What people are told when a run that should have been removed from the bucket was not."""
-    return Happening("Warning", "BucketKept", f"the run's folder stays in the bucket: {why}")
-
-
-def origin(status: Status) -> Origin:
-    """What a run's children say about where they come from: what its status froze when it started."""
-    found = status.provenance
-    if found is None or found.git_sha is None or found.config_hash is None:
-        raise KubeError("status.provenance was lost: nobody but the operator may write the status")
-    return Origin(found.git_sha, found.config_hash, found.dataset.id if found.dataset else None)
 
 
 async def list_runs(kube: Kube, settings: Settings) -> list[Json]:
