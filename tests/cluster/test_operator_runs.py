@@ -17,6 +17,15 @@ LONG = "steps=3000 pause=0.3 every=2 hurry=2"
 """Trains for a quarter of an hour, long enough to be stopped; the attempt after that ends at once."""
 WHOLE = "steps=8 every=4 pause=0.5 parts=6 beside=vanilla kill=rescore@1:-103,rescored@1:5"
 """Rescoring that is killed once and scores beside a Vanilla stage of four seconds; the Rescored stage is killed once too."""
+ENDLESS = "steps=6 every=2 pause=0.5 windows=3000 kill=onpolicy-sampler@1:-203"
+"""A sampler that is killed once, and that would, like its teacher, go on long after the stage is trained."""
+TOGETHER: dict[str, Any] = {
+    "teacher": {"model": "s3://models/none", "gpus": 2},
+    "student": {"shape": "tiny", "gpus": 2},
+    "stages": [STAGES[0], {"name": "onpolicy", "kind": "OnPolicy", "tokens": 6000, "require": {"validity": 0.8}}],
+    "evaluation": {"completions": 8},
+}
+"""Four GPUs: two teachers, one that samples, one that trains."""
 THREE: dict[str, Any] = {"teacher": {"model": "s3://models/none", "gpus": 2}, "stages": STAGES}
 """Three GPUs: two teachers that score, then one of the two beside the student in stage teacherforced."""
 
@@ -36,6 +45,8 @@ def team(cluster: Cluster, namespace: str, relay: Relay) -> Iterator[Team]:
     team.kubectl("apply", "--filename", "-", input=json.dumps(stranger("taken-preprocess-a1")))
     team.apply("whole", WHOLE, **THREE)
     team.watch("whole")
+    team.apply("onpolicy", ENDLESS, **TOGETHER)
+    team.watch("onpolicy")
     team.apply("killed", "steps=6 every=2 kill=1:4")
     team.apply("unkillable", "fail=1:0,2:0", runtime={"attempts": 2})
     team.apply("refusing", "refuse=1:0")
@@ -64,8 +75,9 @@ def test_a_pod_that_is_killed_mid_training_resumes_from_its_checkpoint_as_attemp
     assert status["phase"] == "Succeeded", status["message"]
     assert team.starts("killed") == [(1, 0), (2, 4)]
     assert team.children("killed") == ["killed-preprocess-a1", "killed-vanilla-a1", "killed-vanilla-a2"]
+    told = {"StepStarted", "StepRetrying", "StepSucceeded", "RunSucceeded"}
+    team.until("killed", lambda: told <= set(team.events("killed")), "all of it is told")  # the status is written first
     events = team.events("killed")
-    assert {"StepStarted", "StepRetrying", "StepSucceeded", "RunSucceeded"} <= set(events)
     words = "step vanilla failed (attempt 1 of 3): pod killed-vanilla-a1-master-0, container pytorch, exit 137 (killed)"
     assert events["StepRetrying"].startswith(words)
     team.kubectl("wait", "--for=condition=Succeeded", "distillrun/killed", "--timeout=5s")
@@ -85,6 +97,27 @@ def test_a_run_of_all_kinds_succeeds_and_scores_beside_vanilla(team: Team) -> No
     (forced,) = [job for job in team.objects("whole", PYTORCHJOB) if job["metadata"]["name"] == "whole-teacherforced-a1"]
     (container,) = forced["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 2, "a student and its teacher"
+
+
+def test_the_three_of_an_on_policy_stage_start_together_are_tried_again_alone_and_end_together(team: Team) -> None:
+    status = team.phase("onpolicy", "Succeeded", "Failed")
+    assert status["phase"] == "Succeeded", status["message"]
+    together, gpus = team.witnesses["onpolicy"].told()
+    trio = {"onpolicy-sampler", "onpolicy-teacher", "onpolicy"}
+    assert frozenset(trio) in together
+    assert all(len(steps) <= 1 or steps <= trio for steps in together), together
+    assert gpus == 4, "two teachers, a sampler and a trainer: never more than teacher.gpus + student.gpus"
+    steps = {step["name"]: (step["state"], step["attempt"], step["failures"]) for step in status["steps"]}
+    assert steps == {step: ("Succeeded", 1 + (step == "onpolicy-sampler"), 0) for step in steps}
+    assert list(steps) == ["preprocess", "vanilla", "vanilla-evaluate", *sorted(trio - {"onpolicy"}), "onpolicy", "onpolicy-evaluate"]
+    for step in ("onpolicy-sampler", "onpolicy-teacher"):
+        assert team.step("onpolicy", step)["message"] == "training has succeeded"
+        assert 0 < team.step("onpolicy", step)["partsDone"] < 3000
+    left = {name for name in team.children("onpolicy") if "-onpolicy-" in name}
+    assert left == {"onpolicy-onpolicy-sampler-a1", "onpolicy-onpolicy-a1", "onpolicy-onpolicy-evaluate-a1"}, "the others were stopped"
+    assert (status["validity"], team.step("onpolicy", "onpolicy-evaluate")["message"]) == (0.83, "validity 83 %")
+    words = "step onpolicy-sampler failed (attempt 1 of 3): pod onpolicy-onpolicy-sampler-a1"
+    assert team.events("onpolicy")["StepRetrying"].startswith(words)
 
 
 def test_failures_in_a_row_fail_the_run_and_raising_attempts_revives_it(team: Team) -> None:

@@ -1,4 +1,4 @@
-"""Stands in front of the real `jobs` in pods of the image vpmoe/standin:dev: its own preprocess, rescore, train; the real entrypoint."""
+"""Stands in front of the real `jobs` in pods of the image vpmoe/standin:dev: its own of each role; the real entrypoint."""
 
 from pkgutil import extend_path
 

@@ -1,6 +1,7 @@
 """What a stand-in is to do, from the run itself: `dataset.conversation.identity` holds words such as "steps=6 pause=0.2 kill=1:3".
 
 steps   optimizer steps of each stage (parts of preprocessing: as many as workers)
+windows windows that an OnPolicy stage's sampler and teacher work at; as many as steps where it does not say
 parts   parts of rescoring; as many as pods where it does not say
 beside  the step that must have reported before anything is scored
 pause   seconds that each step or part takes
@@ -10,7 +11,8 @@ kill    attempt:step at which the process kills itself, as the kernel would; sev
 fail    attempt:step at which it raises an error that another attempt may mend; several with commas
 refuse  attempt:step at which it raises Permanent
 
-Steps count from 0, parts of preprocessing are -1, -2, …, and parts of rescoring -101, -102, …; `vanilla@1:3` is about stage vanilla alone.
+Steps count from 0, parts of preprocessing are -1, -2, …, parts of rescoring -101, -102, …, windows sampled
+-201, -202, …, and windows scored -301, -302, …; `vanilla@1:3` is about step vanilla alone.
 """
 
 import os

@@ -9,7 +9,8 @@ import time
 
 from jobs.entrypoint import Context, entrypoint
 from jobs.script import Script
-from vpmoe.api import DistillRun
+from jobs.windows import wait_for
+from vpmoe.api import DistillRun, OnPolicy
 from vpmoe.api.progress import Amount, CheckpointFacts, HeldOut, Progress, SpanLoss
 from vpmoe.failure import Terminated
 from vpmoe.provenance import now
@@ -29,6 +30,8 @@ def main() -> None:
     report(run, context, first, steps, first)
     saved = first
     for step in range(steps - 1 if script.hurries else first, steps):
+        if isinstance(run.stage(context.step), OnPolicy):  # each step trains a window
+            wait_for(run, context, step, "scores")
         script.reach(step)
         if (step + 1) % every == 0 or step + 1 == steps or context.stopping.is_set():
             saved = step + 1
