@@ -108,11 +108,11 @@ def report(cluster: Cluster, store: Any, run: dict[str, Any]) -> None:
         for span in ("reasoning", "final"):
             say(f"  {step['name']:<12} {span:<21} {before[span]:>9.3f} {after[span]:>8.3f}")
     folder = status["provenance"]["folder"]
+    say("\n" + "\n".join(on_policy(store, folder.removeprefix("s3://vpmoe/"))))
     say(f"\nCheckpoint   {status['checkpoint']['manifest']}")
     say(f"Data set     {status['provenance']['dataset']['manifest']}")
-    checkpoint = json.loads(
-        store.get_object(Bucket="vpmoe", Key=status["checkpoint"]["manifest"].removeprefix("s3://vpmoe/"))["Body"].read()
-    )
+    rescored = next(step for step in status["steps"] if step["name"] == "rescored")["checkpoint"]["manifest"]
+    checkpoint = json.loads(store.get_object(Bucket="vpmoe", Key=rescored.removeprefix("s3://vpmoe/"))["Body"].read())
     made_from = checkpoint["predicate"]["buildDefinition"]["resolvedDependencies"]
     say(f"Scores       {next(found['uri'] for found in made_from if found['name'] == 'scores')}")
     say(f"Run          {folder}")
@@ -122,12 +122,25 @@ Look around:
   export KUBECONFIG={cluster.kubeconfig} PATH={cluster.kubectl_path.parent}:$PATH
   kubectl describe distillrun {RUN}
   kubectl get pods --selector vpmoe.dev/run={RUN}
-  kubectl logs --selector vpmoe.dev/run={RUN},vpmoe.dev/step=rescored --tail=20
+  kubectl logs --selector vpmoe.dev/run={RUN},vpmoe.dev/step=onpolicy-sampler --tail=20
   kubectl explain distillrun.spec.stages
   AWS_ENDPOINT_URL={cluster.s3.endpoint} AWS_ACCESS_KEY_ID={cluster.s3.access_key} AWS_SECRET_ACCESS_KEY={cluster.s3.secret_key} \\
     .venv/bin/python -m vpmoe.storage verify {folder}
   make down"""
     )
+
+
+def on_policy(store: Any, folder: str) -> list[str]:
+    """What the OnPolicy stage came to, from its metrics."""
+    found = store.list_objects_v2(Bucket="vpmoe", Prefix=f"{folder}/steps/onpolicy/metrics/")["Contents"]
+    text = "".join(store.get_object(Bucket="vpmoe", Key=entry["Key"])["Body"].read().decode() for entry in found)
+    windows = [line for line in map(json.loads, text.splitlines()) if line.get("kind") == "OnPolicy"]
+    versions = sorted({line["version"] for line in windows})
+    said = [f"{len(windows)} windows of the student's own completions, from its versions {', '.join(map(str, versions))}"]
+    for span in ("reasoning", "final"):
+        if measured := [line["reverseKl"][span] for line in windows if line["reverseKl"][span] is not None]:
+            said.append(f"  KL(student‖teacher), nats a token  {span:<9} {measured[0]:>8.3f} {measured[-1]:>8.3f}")
+    return said
 
 
 def main() -> None:

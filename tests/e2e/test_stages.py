@@ -1,10 +1,12 @@
-"""Whole runs through Vanilla, Rescored and TeacherForced on the cluster, with a real teacher: one left alone, one killed again and again.
+"""Whole runs through all four kinds of stages on the cluster, with a real teacher: one left alone, one killed again and again.
 
 Both have the same recipe, source and teacher, and a bucket of their own, so that nothing of the one is reused by the other. What they end
-with must be the same bits: rescorer, trainer and operator of the second are killed at moments that a seed draws.
+with must be the same bits: every job and the operator of the second are killed at moments that a seed draws, the three roles of the
+OnPolicy stage twice each.
 """
 
 import json
+import math
 import os
 import random
 import secrets
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import pyarrow as pa
 import pytest
 import yaml
 
@@ -33,8 +36,18 @@ STAGES = [
     {"name": "vanilla", "kind": "Vanilla", "tokens": "24k"},
     {"name": "rescored", "kind": "Rescored", "tokens": "16k", "subset": {"fraction": 0.6}, "mix": 0.65},
     {"name": "forced", "kind": "TeacherForced", "tokens": "8k"},
-]
-STEPS = ("preprocess", "rescore", "vanilla", "rescored", "forced")
+    {
+        "name": "onpolicy", "kind": "OnPolicy", "tokens": "14k", "anchor": 0.2, "staleness": 1, "require": {"validity": 0},
+        "rollout": {"promptsPerWindow": 6, "maxTokens": {"low": 24, "medium": 32, "high": 48}}, "maxSamplerKl": 1.0,
+    },
+]  # fmt: skip
+ROLES = ("onpolicy-sampler", "onpolicy-teacher", "onpolicy")
+STEPS = ("preprocess", "rescore", "vanilla", "rescored", "forced", *ROLES)
+MOST_PAUSES = {
+    "preprocess": [2.0], "rescore": [40.0], "vanilla": [20.0], "rescored": [20.0], "forced": [20.0],
+    "onpolicy-sampler": [60.0, 60.0], "onpolicy-teacher": [60.0, 60.0], "onpolicy": [40.0, 40.0],
+}  # fmt: skip
+"""Seconds after which a pod of each step is killed at the latest, once or twice. Loading vLLM is most of such a minute."""
 KILL_EVERYTHING = "import os; os.kill(-1, 9)"
 
 
@@ -59,7 +72,7 @@ class Bench:
         manifest["metadata"]["name"] = name
         spec["dataset"]["source"] = f"s3://{self.name}-source/input/*.parquet"
         spec["teacher"]["model"] = f"s3://{self.name}-source/teacher"
-        spec["student"]["gpus"] = 1
+        spec["student"]["gpus"] = 2
         spec["training"] |= {"globalBatchTokens": 2048, "checkpoint": {"everyTokens": "6k", "keep": 2}}
         spec["stages"] = stages
         spec["evaluation"] = {"everyTokens": "12k", "documents": 16, "completions": 0}
@@ -107,18 +120,18 @@ class Bench:
 
 
 def harry(bench: Bench, run: str, draw: random.Random, over: threading.Event, done: list[str]) -> None:
-    """Kill a pod of each step once, unless it has ended by then, and the operator now and then, at random moments after they have begun."""
-    pauses = {"preprocess": 2.0, "rescore": 40.0, "vanilla": 20.0, "rescored": 20.0, "forced": 20.0}
-    moments = [(step, draw.uniform(0, most)) for step, most in pauses.items()]
+    """Kill pods of each step, at random moments after one of it has begun, unless it has ended by then; and the operator now and then."""
+    pauses = {step: [draw.uniform(0, most) for most in each] for step, each in MOST_PAUSES.items()}
     due: dict[str, float] = {}
     operator = time.monotonic() + draw.uniform(5, 40)
     while not over.wait(0.5):
         with suppress(ClusterError):
-            for step, pause in moments:
+            for step in [step for step, left in pauses.items() if left]:
                 if step not in due and bench.running_pod(run, step):
-                    due[step] = time.monotonic() + pause
-                elif step not in done and step in due and time.monotonic() > due[step] and bench.kill_pod(run, step):
+                    due[step] = time.monotonic() + pauses[step][0]
+                elif time.monotonic() > due.get(step, math.inf) and bench.kill_pod(run, step):
                     done.append(step)
+                    del due[step], pauses[step][0]
             if time.monotonic() > operator:
                 bench.kill_operator()
                 done.append("operator")
@@ -150,12 +163,12 @@ def bench(cluster: Cluster, namespace: str, tmp_path_factory: pytest.TempPathFac
         over.set()
         killer.join()
         print(f"killed: {killed}")
-    assert "operator" in killed and len(set(killed)) >= 3, f"seed {seed}: only {killed} were met alive"
+    assert {"operator", *ROLES} <= set(killed), f"seed {seed}: only {killed} were met alive"
     yield it
 
 
 @pytest.mark.parametrize("name", ["calm", "harried"])
-def test_a_run_through_three_kinds_of_stages_succeeds(bench: Bench, name: str) -> None:
+def test_a_run_through_all_kinds_of_stages_succeeds(bench: Bench, name: str) -> None:
     status = bench.get(name)["status"]
     assert status["phase"] == "Succeeded", status.get("message")
     assert [(step["name"], step["state"]) for step in status["steps"]] == [(step, "Succeeded") for step in STEPS]
@@ -172,7 +185,13 @@ def test_rescoring_ran_beside_vanilla_and_before_what_needs_it(bench: Bench) -> 
     assert step["forced"]["started"] >= step["rescored"]["finished"]
 
 
-@pytest.mark.parametrize("stage", ["vanilla", "rescored", "forced"])
+def test_the_three_roles_started_together_and_ended_with_the_trainer(bench: Bench) -> None:
+    step = {name: bench.step("calm", name) for name in ROLES}
+    assert len({found["started"] for found in step.values()}) == 1
+    assert step["onpolicy-sampler"]["partsDone"] == step["onpolicy-teacher"]["partsDone"] >= 4
+
+
+@pytest.mark.parametrize("stage", ["vanilla", "rescored", "forced", "onpolicy"])
 def test_whatever_was_killed_the_weights_are_the_same_bits(bench: Bench, stage: str) -> None:
     """Weights, both moments, expert biases and random state, file by file."""
     ends = [bench.manifest(bench.step(name, stage)["checkpoint"]["manifest"]) for name in ("calm", "harried")]
@@ -191,6 +210,23 @@ def test_whatever_was_killed_the_scores_are_the_same_bytes(bench: Bench) -> None
         made.append((key, {subject["name"]: subject["digest"] for subject in found["subject"]}))
         assert found["predicate"]["buildDefinition"]["internalParameters"]["documents"] > 10
     assert made[0] == made[1]
+
+
+def test_whatever_was_killed_the_windows_are_the_same_bits(bench: Bench) -> None:
+    """Rollouts and scores, but for the run's name: each is a function of the weights that it was sampled from, and of the teacher."""
+    made = []
+    for name in ("calm", "harried"):
+        bucket = f"{bench.name}-{name}"
+        keys = [entry["Key"] for entry in bench.client.list_objects_v2(Bucket=bucket, Prefix="runs/")["Contents"]]
+        files = sorted(key for key in keys if "/rollouts/onpolicy/window-" in key)
+        tables = [pa.ipc.open_file(bench.client.get_object(Bucket=bucket, Key=key)["Body"].read()).read_all() for key in files]
+        said = [json.loads(table.schema.metadata[b"vpmoe"]) for table in tables]
+        own = [{key: value for key, value in about.items() if key not in ("run", "config", "rollouts")} for about in said]
+        versions = {key.split("/")[-2] for key in keys if "/weights/onpolicy/" in key and key.endswith("/manifest.json")}
+        made.append(([file.rpartition("/")[2] for file in files], own, [table.to_pydict() for table in tables], versions))
+    assert made[0] == made[1]
+    assert len(made[0][0]) == 2 * bench.step("calm", "onpolicy-sampler")["partsDone"]
+    assert len(made[0][3]) >= 2
 
 
 @pytest.mark.parametrize("name", ["calm", "harried"])
