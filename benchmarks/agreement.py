@@ -103,11 +103,13 @@ def main() -> None:
     print(f"{shape.name} on {device} in {dtype}: {given.sequences} × {given.length} ids")
     as_it_is, reversed_order = torch.arange(given.sequences), torch.arange(given.sequences).flip(0)
     wanted = trainers(student, ids_NT, as_it_is, device)
-    held: Any = SimpleNamespace(student=student)
+    held: Any = SimpleNamespace(student=student, device=device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        memory: dict[str, Tensor] = {}
+        state.current(held, memory)  # the first time its memory is made
         started = time.monotonic()
-        read = state.current(held)
+        read = state.current(held, memory)
         copied = time.monotonic() - started
         weights.export(folder, shape, ids_NT.numel(), state.sizes(held), read, dtype)
         exported = time.monotonic() - started - copied

@@ -15,6 +15,7 @@ from itertools import islice
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vpmoe.data.tokenizer import Ids
 from vpmoe.model import distributed, state
@@ -53,6 +54,8 @@ class Publisher:
         self._talk = Talk(PATIENCE)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._upload: Future[None] | None = None
+        self._copy: dict[str, Tensor] = {}
+        """Memory of the weights that are being uploaded."""
         folder = paths.weights(task.run, task.stage.name, 0).rpartition("/")[0]
         found = task.bucket.list(folder + "/") if distributed.rank() == 0 else ()
         self._whole = {int(match[1]) for one in found if (match := FOLDER.search(one.key))}
@@ -67,7 +70,7 @@ class Publisher:
         self.wait()
         assert position.windows is not None
         student = learner.student
-        read, sizes = state.current(learner), state.sizes(learner)
+        read, sizes = state.current(learner, self._copy), state.sizes(learner)
         facts = Version(
             version=position.windows.trained, steps=position.steps, tokens=position.tokens, iteration=position.iteration,
             first_sequence=position.first_sequence, first_prompt=position.windows.first_prompt, probe=probe(learner, self._probed),
