@@ -2,7 +2,13 @@
 bit and trains nothing twice, drift, starving, the end."""
 
 import contextlib
+import json
+import os
+import pickle
 import random
+import signal
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +20,15 @@ import torch
 
 from tests.conftest import free_port
 from tests.unit import datasets, students
+from tests.unit.onpolicy_ranks import INPUTS, Asking
 from tests.unit.partner import Partner
 from tests.unit.students import new_seed
 from tests.unit.test_training_checkpoint import same
-from tests.unit.test_training_loop import Listening
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model.learner import Learner
 from vpmoe.rollout import turns, version
 from vpmoe.storage import Bucket, paths
-from vpmoe.storage.manifest import Input, Manifest
+from vpmoe.storage.manifest import Manifest
 from vpmoe.training import batch, pressure, publish, waiting
 from vpmoe.training.checkpoint import Checkpoints
 from vpmoe.training.evaluate import HeldOutDocuments
@@ -35,6 +41,7 @@ from vpmoe.training.position import Position, end_of, iterations
 from vpmoe.training.publish import Publisher, probed
 from vpmoe.training.start import begin
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("device")
 TOKENS, ANCHOR, STALENESS, EVERY = 1500, 0.3, 1, 2
 ONPOLICY = {
@@ -71,17 +78,6 @@ def dataset(bucket: Bucket, train: list[datasets.Documents]) -> Manifest:
     return datasets.write(bucket, train, [datasets.random_documents(np.random.default_rng(5), 9)])
 
 
-class Asking(Listening):
-    """A report that has the partner go on while the trainer waits."""
-
-    partner: Partner
-
-    def update(self, **changes: Any) -> None:
-        super().update(**changes)
-        if changes.get("message", "").startswith("Waiting"):
-            self.partner.advance()
-
-
 Make = Callable[..., Trainer]
 
 
@@ -100,11 +96,10 @@ def trainer(
         cache = Cache(bucket, tmp_path / "blocks")
         parts = Parts(dataset, "train", cache)
         held_out = HeldOutDocuments(Parts(dataset, "valid", cache), 9, 1234, 64)
-        inputs = [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})]
-        checkpoints = Checkpoints(task, inputs, report)
+        checkpoints = Checkpoints(task, INPUTS, report)
         steps = course(task, parts, None, started)
         assert isinstance(steps, OnPolicyCourse)
-        exchange = Exchange(task, steps, Publisher(task, inputs, probed(parts)))
+        exchange = Exchange(task, steps, Publisher(task, INPUTS, probed(parts)))
         return Trainer(task, device, learner, steps, held_out, checkpoints, started, report, None, exchange)
 
     return make
@@ -318,3 +313,52 @@ def test_a_stage_ends_early_where_reverse_kl_no_longer_falls_and_rollouts_are_va
     it = trainer()
     it.run()
     assert reached(it).tokens >= TOKENS
+
+
+@pytest.fixture
+def two(
+    bucket: Bucket, spec: dict[str, Any], train: list[datasets.Documents], dataset: Manifest, tmp_path: Path
+) -> Callable[..., list[Any]]:
+    """Runs the stage as two ranks; what each came to, or their exit codes where one is to be killed. See onpolicy_ranks.py."""
+
+    def run(name: str, kill: str = "") -> list[Any]:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        spec["metadata"]["name"], spec["spec"]["student"]["gpus"] = name, 3
+        (folder / "task.json").write_text(json.dumps({"spec": spec, "dataset": dataset.key}))
+        (folder / "documents").write_bytes(pickle.dumps(train))
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "KILL": kill}
+        environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        command = [sys.executable, "-m", "tests.unit.onpolicy_ranks", str(folder)]
+        processes = [subprocess.Popen(command, cwd=ROOT, env={**environment, "RANK": str(rank)}) for rank in range(2)]
+        try:
+            codes = [process.wait(timeout=240) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        if kill:
+            return codes
+        assert codes == [0, 0]
+        return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
+
+    return run
+
+
+def test_two_ranks_train_as_one_does_and_one_that_is_killed_changes_no_bit(trainer: Make, spec: dict[str, Any], two: Any) -> None:
+    spec["spec"]["stages"][0]["tokens"] = 700
+    alone = trainer()
+    alone.run()
+    whole = two("two")
+    own = lines_of(alone)
+    for ours, theirs in zip(own[:4], whole[0]["lines"], strict=False):  # windows of version 0, and an anchor step
+        assert (ours["kind"], ours["tokens"], ours["targets"]) == (theirs["kind"], theirs["tokens"], theirs["targets"])
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4) and theirs["gradientNorm"] == pytest.approx(
+            ours["gradientNorm"], rel=1e-3
+        )
+    chance = random.Random(new_seed())
+    assert -signal.SIGKILL in two("killed", kill=f"{chance.randrange(2)}:{chance.randrange(1, len(whole[0]['lines']))}")
+    again = two("killed")
+    for rank in range(2):
+        assert again[rank]["position"] == whole[rank]["position"], "every window once, in order, the same bytes"
+        for name, of in whole[rank]["state"].items():
+            assert all(torch.equal(now[1], then[1]) for now, then in zip(again[rank]["state"][name], of, strict=True)), name

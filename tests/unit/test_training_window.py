@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 from tests.unit import datasets
-from tests.unit.students import new_seed
+from tests.unit.students import learner, new_seed
 from vpmoe.failure import Permanent
 from vpmoe.model.batch import Batch
+from vpmoe.objectives.onpolicy import on_policy
 from vpmoe.rollout.record import AboutRollouts, AboutScores, Rollout, Sampled, read_rollouts, rollouts_bytes, scores_bytes
 from vpmoe.storage import Bucket, paths
 from vpmoe.training import waiting, window
@@ -85,6 +87,37 @@ def test_every_rollout_stands_in_one_row_of_one_rank_with_its_numbers(ranks: int
     assert counts.tolist() == [
         sum(len(one.ids_T) for one in held), *(sum(int((one.span_C == span).sum()) for one in held) for span in (1, 2)),
     ]  # fmt: skip
+
+
+def test_loss_and_gradient_of_a_window_over_ranks_are_float64s_of_its_rollouts_one_by_one(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference knows no rows: each rollout alone, each token by design §6. Tolerance: coefficients of both signs nearly cancel in
+    sums over some hundred tokens, which fp32 adds up to 1e-6 of their size."""
+    monkeypatch.setattr("vpmoe.training.batch.FILLER", 0)  # the small vocabulary has no other
+    random = np.random.default_rng(new_seed())
+    held, weights, it = rollouts(random, 17), {"reasoning": 0.7, "final": 1.6}, learner(device)
+    teacher = [-random.exponential(12, size=len(one.logp_C)).astype(np.float32) for one in held]
+    batches = [made for rank in range(3) for made in window.batches(Window(sampled(held), teacher, ("", "")), LENGTH, rank, 3)]
+    counts = torch.stack([batch.counts for batch in batches]).sum(0)
+    outcome = it.forward_backward(batches, on_policy(counts, weights), int(counts[0]))
+    gradient = it.student.output.main_grad.clone() / int(counts[0])
+    output = it.student.output.detach().double().requires_grad_()
+    loss, tokens = torch.zeros((), dtype=torch.float64), {span: sum(int((one.span_C == span).sum()) for one in held) for span in (1, 2)}
+    for one, teacher_C in zip(held, teacher, strict=True):
+        ids = torch.from_numpy(one.ids_T.astype(np.int64))[None]
+        with torch.no_grad():
+            hidden = it.student(Batch.of(ids, torch.ones_like(ids).byte(), torch.zeros_like(ids).int())).double()
+        logp_CV = (hidden @ output.T).log_softmax(1)[one.asked - 1 : -1]
+        for place, logp_V in enumerate(logp_CV):
+            logp = logp_V[one.ids_T[one.asked + place]]
+            advantage = min(max(float(teacher_C[place]) - logp.item(), -20), 20)
+            ratio = min(math.exp(logp.item() - float(one.logp_C[place])), 2)
+            span = int(one.span_C[place])
+            loss = loss - (0.0, 0.7, 1.6)[span] / tokens[span] * ratio * advantage * logp
+    loss.backward()
+    assert outcome.loss == pytest.approx(loss.item(), rel=1e-4, abs=1e-3)
+    torch.testing.assert_close(gradient.double(), output.grad, rtol=2e-4, atol=2e-6)
 
 
 def test_no_more_rows_than_it_takes() -> None:

@@ -1,0 +1,103 @@
+"""What test_training_onpolicy.py runs twice at once, as two ranks of a stage: `RANK=… python -m tests.unit.onpolicy_ranks FOLDER`.
+
+FOLDER/task.json says which run, data set and documents; with KILL=rank:step that rank kills itself in the midst of that step. What rank r
+came to it writes to FOLDER/rank-<r>.pt.
+"""
+
+import json
+import os
+import pickle
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.unit import datasets, students
+from tests.unit.partner import Partner
+from tests.unit.students import saved
+from tests.unit.test_training_loop import Listening
+from vpmoe.api import DistillRun
+from vpmoe.model import distributed
+from vpmoe.model.device import choose
+from vpmoe.storage import Bucket, manifest
+from vpmoe.storage.manifest import Input
+from vpmoe.training import batch, waiting
+from vpmoe.training.checkpoint import Checkpoints
+from vpmoe.training.exchange import Exchange
+from vpmoe.training.loop import Trainer, course
+from vpmoe.training.onpolicy import OnPolicyCourse
+from vpmoe.training.parts import Cache, Parts
+from vpmoe.training.position import Position
+from vpmoe.training.publish import Publisher, probed
+from vpmoe.training.start import begin
+
+INPUTS = [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})]
+
+
+class Asking(Listening):
+    """A report that has the partner go on while the trainer waits."""
+
+    partner: Partner
+
+    def update(self, **changes: Any) -> None:
+        super().update(**changes)
+        if changes.get("message", "").startswith("Waiting"):
+            self.partner.advance()
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    batch.FILLER = 0  # the small vocabulary has no other
+    waiting.POLL = 0.02
+    told = json.loads((folder / "task.json").read_text())
+    run = DistillRun.parse(told["spec"])
+    bucket = Bucket.open(run.spec.storage)
+    scratch = folder / f"{os.getpid()}"
+    scratch.mkdir()
+    device = choose()
+    distributed.start(device)
+    task = datasets.task(bucket, told["spec"], scratch, manifest.load(bucket, told["dataset"]), "onpolicy")
+    report = Asking() if distributed.rank() == 0 else None
+    if report:
+        report.partner = Partner(task, pickle.loads((folder / "documents").read_bytes()), scratch)
+    learner = students.learner(device)
+    started = begin(task, learner)
+    parts = Parts(task.dataset, "train", Cache(bucket, scratch / "blocks"))
+    checkpoints = Checkpoints(task, INPUTS, report)
+    steps = course(task, parts, None, started)
+    assert isinstance(steps, OnPolicyCourse)
+    it = Trainer(
+        task,
+        device,
+        learner,
+        steps,
+        None,
+        checkpoints,
+        started,
+        report,
+        None,
+        Exchange(task, steps, Publisher(task, INPUTS, probed(parts))),
+    )
+    reached: list[Position] = []
+    after, step = it._after, learner.step
+
+    def keeping(position: Position, tokens: int) -> Position:
+        reached.append(after(position, tokens))
+        return reached[-1]
+
+    def dying(rate: float) -> float:
+        if os.environ.get("KILL") == f"{distributed.rank()}:{learner.steps}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(rate)
+
+    it._after, learner.step = keeping, dying  # type: ignore[method-assign]
+    it.run()
+    lines = [line for line in report.lines if line["event"] == "step"] if report else []
+    torch.save({"state": saved(learner), "position": reached[-1].dump(), "lines": lines}, folder / f"rank-{distributed.rank()}.pt")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
