@@ -87,6 +87,9 @@ def _prepare(draft: Draft, run: DistillRun) -> None:
             ),
             steps=tuple(changed(status.of(name) or Step(name=name), tokens_total=_planned(run, name)) for name in run.steps()),
         )
+    elif status.phase != "Succeeded":  # the version that started it may have known of fewer steps
+        known = [status.of(name) or Step(name=name, tokens_total=_planned(run, name)) for name in run.steps()]
+        draft.set(steps=tuple(known))
     wanted = spec.deletion_policy == "Delete"
     if draft.live.finalizer != wanted:
         draft.actions.append(Finalizer(wanted))

@@ -142,6 +142,15 @@ def test_a_run_that_cannot_be_carried_out_never_starts() -> None:
     assert world.status.finished is None
 
 
+def test_a_run_that_was_started_by_a_version_with_fewer_steps_goes_on_with_all() -> None:
+    world = training(evaluation=EVALUATED)
+    world.status = Status.model_validate({**world.status.dump(), "steps": [step.dump() for step in world.status.steps[:2]]})
+    assert [step.name for step in world.look().status.steps] == ["preprocess", "vanilla", "vanilla-evaluate"]
+    world.becomes("Succeeded")
+    world.tells(progress("vanilla", state="Succeeded", iteration=6, done=1000))
+    assert world.look().actions == (Create("vanilla-evaluate", 1),)
+
+
 def test_a_run_that_becomes_invalid_while_it_runs_keeps_its_child() -> None:
     world = training()
     world.spec = {"nonsense": 1}
