@@ -280,6 +280,16 @@ BAD: dict[str, Bad] = {
         "spec.stages",
         "stage gated: require.validity 0.8 is not measured where evaluation.completions is 0. Raise that, or set require.validity to 0.",
     ),
+    "an early end by what is not sampled": Bad(
+        {"spec.stages": [{**MINIMAL["spec"]["stages"][0], "stop": {"minValidity": 0.9}}]},
+        "spec.stages",
+        "stop.minValidity is above 0, and a stage of kind Vanilla samples nothing to measure it. Set it to 0.",
+    ),
+    "an early end by what is not measured": Bad(
+        {"spec.stages": [{**MINIMAL["spec"]["stages"][0], "stop": {}}], "spec.evaluation.documents": 0},
+        "spec.stages",
+        "stop looks at the held-out loss, and evaluation.documents is 0. Raise that, or leave stop out.",
+    ),
     "no teacher where one is needed": Bad(
         {"spec.teacher.gpus": 0, "spec.stages": [*MINIMAL["spec"]["stages"], RESCORED]},
         "spec.teacher.gpus",

@@ -79,6 +79,16 @@ def _small_batch(spec: "Spec", stage: StageFields) -> dict[str, object] | None:
     return {"batch": batch, "stage": stage.name, "ranks": world, "length": length, "least": world * length}
 
 
+def _nothing_sampled(spec: "Spec", stage: Stage) -> dict[str, object] | None:
+    asks = stage.stop is not None and stage.stop.min_validity > 0 and not isinstance(stage, OnPolicy)
+    return {"stage": stage.name, "kind": stage.kind} if asks else None
+
+
+def _nothing_held_out(spec: "Spec", stage: Stage) -> dict[str, object] | None:
+    asks = stage.stop is not None and not isinstance(stage, OnPolicy)
+    return {"stage": stage.name} if asks and spec.evaluation.documents == 0 else None
+
+
 def _no_teacher(spec: "Spec", stage: Stage) -> dict[str, object] | None:
     return {"stage": stage.name, "kind": stage.kind} if spec.teacher.gpus == 0 and not isinstance(stage, Vanilla) else None
 
@@ -203,6 +213,22 @@ RULES = (
         cel=f"{_REQUIRED} == 0.0 || self.evaluation.completions > 0",
         broken=_not_measured,
         terms={**_STAGE, "validity": f"{_REQUIRED}"},
+        each="stages",
+    ),
+    Rule(
+        "stages",
+        "stage {stage}: stop.minValidity is above 0, and a stage of kind {kind} samples nothing to measure it. Set it to 0.",
+        cel="s.kind == 'OnPolicy' || !has(s.stop) || !has(s.stop.minValidity) || s.stop.minValidity == 0.0",
+        broken=_nothing_sampled,
+        terms={**_STAGE, "kind": "s.kind"},
+        each="stages",
+    ),
+    Rule(
+        "stages",
+        "stage {stage}: stop looks at the held-out loss, and evaluation.documents is 0. Raise that, or leave stop out.",
+        cel="s.kind == 'OnPolicy' || !has(s.stop) || self.evaluation.documents > 0",
+        broken=_nothing_held_out,
+        terms=_STAGE,
         each="stages",
     ),
     Rule(

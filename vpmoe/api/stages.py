@@ -47,8 +47,9 @@ class Stop(Model):
     min_improvement: Annotated[float, Field(ge=0, lt=1)] = 0.002
     """Share by which those evaluations together must improve the held-out loss (reasoning and final, weighted by spanWeights; OnPolicy:
     the reverse KL) for the stage to go on. Higher ends earlier."""
-    min_validity: Share = 0.95
-    """Share of valid Harmony completions that must be reached before the stage may end early; 0 does not ask."""
+    min_validity: Share = 0.0
+    """Share of valid Harmony completions that must be reached before the stage may end early; 0 does not ask. Only OnPolicy stages sample as
+    they train, so only there may it be above 0."""
 
 
 class StageFields(Model):

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, DatasetFacts, Progress
-from vpmoe.api.stages import OnPolicy, Rescored, TeacherForced, Vanilla
+from vpmoe.api.stages import Rescored, Stage
 from vpmoe.data.dataset import load
 from vpmoe.failure import Permanent
 from vpmoe.provenance import Provenance
@@ -14,25 +14,12 @@ from vpmoe.teacher import scores as teacher_scores
 from vpmoe.teacher.model import resolve_teacher
 from vpmoe.training.position import Position, end_of, facts_of, held_out
 
-Trainable = Vanilla | Rescored | TeacherForced | OnPolicy
-"""A stage of any kind."""
 
-
-def trainable(run: DistillRun, name: str) -> Trainable:
-    """The stage of that name. Raises Permanent where it asks for something that cannot be done."""
+def trainable(run: DistillRun, name: str) -> Stage:
+    """The stage of that name. Raises Permanent where there is none."""
     if name not in [stage.name for stage in run.spec.stages]:
         raise Permanent(f"--step {name} is no training stage. Choose one of {', '.join(stage.name for stage in run.spec.stages)}.")
-    stage = run.stage(name)
-    if isinstance(stage, OnPolicy) or not stage.stop:
-        return stage
-    if stage.stop.min_validity > 0:
-        raise Permanent(
-            f"stage {name}: stop.minValidity is {stage.stop.min_validity}, and a stage of kind {stage.kind} does not sample completions to "
-            "measure it. Set it to 0, or leave stop out."
-        )
-    if run.spec.evaluation.documents == 0:
-        raise Permanent(f"stage {name}: stop looks at the held-out loss, and evaluation.documents is 0. Raise it, or leave stop out.")
-    return stage
+    return run.stage(name)
 
 
 def dataset(run: DistillRun, bucket: Bucket) -> Manifest:
@@ -52,7 +39,7 @@ def dataset(run: DistillRun, bucket: Bucket) -> Manifest:
     return made
 
 
-def scores(run: DistillRun, stage: Trainable, bucket: Bucket, made: Manifest) -> Manifest | None:
+def scores(run: DistillRun, stage: Stage, bucket: Bucket, made: Manifest) -> Manifest | None:
     """The teacher's scores of the data set that a Rescored stage trains on; None for other stages, and where mix is 0.
 
     Raises Permanent where they have not been made, or are of another content than the data set's.
@@ -89,7 +76,7 @@ def teacher_input(run: DistillRun, bucket: Bucket) -> Input:
     return Input("teacher", found.model, {"sha256": found.sha256}, {"files": len(found.files)})
 
 
-def finished(run: DistillRun, stage: Trainable, bucket: Bucket, provenance: Provenance) -> Position | None:
+def finished(run: DistillRun, stage: Stage, bucket: Bucket, provenance: Provenance) -> Position | None:
     """The stage's end where an earlier attempt reached it, None otherwise.
 
     A killed attempt may have left its last checkpoint and no last word: then progress.json says Succeeded from here on.

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import distributed as dist
 
 from vpmoe.api import DistillRun
-from vpmoe.api.stages import OnPolicy, Rescored, TeacherForced, Vanilla
+from vpmoe.api.stages import Stage
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket
 from vpmoe.storage.manifest import Manifest
@@ -19,7 +19,7 @@ class Task:
     """One attempt at one stage."""
 
     run: DistillRun
-    stage: Vanilla | Rescored | TeacherForced | OnPolicy
+    stage: Stage
     bucket: Bucket
     dataset: Manifest
     provenance: Provenance
