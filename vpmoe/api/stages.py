@@ -48,8 +48,8 @@ class Stop(Model):
     """Share by which those evaluations together must improve the held-out loss (reasoning and final, weighted by spanWeights; OnPolicy:
     the reverse KL) for the stage to go on. Higher ends earlier."""
     min_validity: Share = 0.0
-    """Share of valid Harmony completions that must be reached before the stage may end early; 0 does not ask. Only OnPolicy stages sample as
-    they train, so only there may it be above 0."""
+    """Share of valid Harmony completions that must be reached before the stage may end early; 0 does not ask. Only OnPolicy stages sample
+    while they train, so only there may it be above 0."""
 
 
 class StageFields(Model):
