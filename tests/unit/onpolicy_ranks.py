@@ -57,12 +57,12 @@ def main() -> None:
     scratch = folder / f"{os.getpid()}"
     scratch.mkdir()
     device = choose()
-    distributed.start(device)
+    distributed.start(device, run.spec.student.expert_parallel)
     task = datasets.task(bucket, told["spec"], scratch, manifest.load(bucket, told["dataset"]), "onpolicy")
     report = Asking() if distributed.rank() == 0 else None
     if report:
         report.partner = Partner(task, pickle.loads((folder / "documents").read_bytes()), scratch)
-    learner = students.learner(device)
+    learner = students.learner(device, expert_parallel=run.spec.student.expert_parallel)
     started = begin(task, learner)
     parts = Parts(task.dataset, "train", Cache(bucket, scratch / "blocks"))
     checkpoints = Checkpoints(task, INPUTS, report)

@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("device")
 TOKENS, ANCHOR, STALENESS, EVERY = 1500, 0.3, 1, 2
 ONPOLICY = {
-    "kind": "OnPolicy", "tokens": TOKENS, "anchor": ANCHOR, "staleness": STALENESS, "publishEvery": EVERY, "require": None,
+    "kind": "OnPolicy", "tokens": TOKENS, "anchor": ANCHOR, "staleness": STALENESS, "publishEvery": EVERY, "require": {"validity": 0},
     "optimizer": {"learningRate": 3e-3, "minLearningRate": 1e-4, "warmupTokens": 0},
     "rollout": {"promptsPerWindow": 4, "maxTokens": {"low": 8, "medium": 12, "high": 16}},
     "curriculum": [
@@ -321,10 +321,11 @@ def two(
 ) -> Callable[..., list[Any]]:
     """Runs the stage as two ranks; what each came to, or their exit codes where one is to be killed. See onpolicy_ranks.py."""
 
-    def run(name: str, kill: str = "") -> list[Any]:
+    def run(name: str, kill: str = "", expert_parallel: int = 1) -> list[Any]:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        spec["metadata"]["name"], spec["spec"]["student"]["gpus"] = name, 3
+        spec["metadata"]["name"] = name
+        spec["spec"]["student"] |= {"gpus": 3, "expertParallel": expert_parallel}
         (folder / "task.json").write_text(json.dumps({"spec": spec, "dataset": dataset.key}))
         (folder / "documents").write_bytes(pickle.dumps(train))
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "KILL": kill}
@@ -362,3 +363,14 @@ def test_two_ranks_train_as_one_does_and_one_that_is_killed_changes_no_bit(train
         assert again[rank]["position"] == whole[rank]["position"], "every window once, in order, the same bytes"
         for name, of in whole[rank]["state"].items():
             assert all(torch.equal(now[1], then[1]) for now, then in zip(again[rank]["state"][name], of, strict=True)), name
+
+
+def test_ranks_that_share_the_experts_publish_whole_students(trainer: Make, spec: dict[str, Any], two: Any) -> None:
+    """The partner loads each version and proves it; the first windows are those of one rank alone."""
+    spec["spec"]["stages"][0]["tokens"] = 400
+    alone = trainer()
+    alone.run()
+    for ours, theirs in zip(lines_of(alone)[:4], two("shared", expert_parallel=2)[0]["lines"], strict=False):
+        assert (ours["kind"], ours["targets"]) == (theirs["kind"], theirs["targets"])
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+        assert theirs.get("staleness") != 0 or all((kl or 0) < 1e-6 for kl in theirs["samplerKl"].values())

@@ -300,7 +300,7 @@ class Trainer:
         self.checkpoints.check()
         if self.report:
             self.report.check()
-            self.report.update(message=words, conditions=self._conditions([]))
+            self.report.update(message=words)
 
     def _step(self, position: Position) -> str:
         return f"step {position.steps}" + (f" of {self.course.steps}" if self.course.steps else "")
