@@ -25,7 +25,7 @@ def fill(run: DistillRun, context: Context, kind: Kind, worker: int, workers: in
         if kind == "scores":
             wait_for(run, context, window, "rollouts")
         script.reach(-(201 if kind == "rollouts" else 301) - window)
-        context.bucket.create(key, b"%d" % window)
+        context.bucket.create(key, b"%d" % window, {})
         if worker == 0:
             report(run, context, kind, total)
         if context.stopping.is_set():
