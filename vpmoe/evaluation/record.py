@@ -5,11 +5,13 @@ business.
 """
 
 from collections.abc import Mapping
+from typing import get_args
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from vpmoe.api import DistillRun
 from vpmoe.api.base import Record
+from vpmoe.api.dataset import Effort
 from vpmoe.api.progress import SpanLoss
 from vpmoe.failure import Permanent
 from vpmoe.storage import Bucket, paths
@@ -58,15 +60,15 @@ class Evaluation(Record):
     """Optimizer steps over all stages: the checkpoint's name."""
     checkpoint: str
     """sha256 of the checkpoint's manifest."""
-    documents: int
+    documents: int = 0
     """Held-out documents scored."""
     held_out: SpanLoss | None = None
     """Their mean negative log-likelihood by span, in nats a token; None where none was scored."""
-    completions: int
+    completions: int = 0
     """Completions sampled."""
-    validity: dict[str, int]
+    validity: dict[str, int] = Field(default_factory=dict)
     """How many of them are each of prompt.VALIDITIES; empty where none was sampled."""
-    efforts: dict[str, OfEffort]
+    efforts: dict[str, OfEffort] = Field(default_factory=dict)
     """The same, and their lengths, by reasoning effort."""
     canary: Canary | None = None
     """None where evaluation.canary is not set."""
@@ -75,6 +77,10 @@ class Evaluation(Record):
     def valid(self) -> float | None:
         """Share of valid completions, None where none was sampled."""
         return share(self.validity) if self.completions else None
+
+    def shares(self) -> dict[str, float]:
+        """Share of valid completions by effort, from low to high."""
+        return {effort: share(self.efforts[effort].validity) for effort in get_args(Effort) if effort in self.efforts}
 
 
 def share(validity: Mapping[str, int]) -> float:

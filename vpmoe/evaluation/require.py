@@ -3,10 +3,7 @@
 The stage's sampler, teacher and trainer each ask at their start and hear the same, for the evaluation does not change once it is written.
 """
 
-from typing import get_args
-
 from vpmoe.api import DistillRun
-from vpmoe.api.dataset import Effort
 from vpmoe.api.stages import OnPolicy, Stage
 from vpmoe.evaluation import record
 from vpmoe.failure import Permanent
@@ -22,13 +19,7 @@ def check(run: DistillRun, stage: Stage, bucket: Bucket) -> None:
     if not isinstance(stage, OnPolicy) or stage.require is None or stage.require.validity == 0:
         return
     asks = f"stage {stage.name}: require.validity is {stage.require.validity:g}"
-    waive = "set require to {validity: 0}"
-    number = [one.name for one in run.spec.stages].index(stage.name)
-    if not number:
-        raise Permanent(f"{asks}, and it has no stage before it whose student was measured. In a new run give it one, or {waive}.")
-    before = run.spec.stages[number - 1].name
-    if not run.spec.evaluation.completions:
-        raise Permanent(f"{asks}, and evaluation.completions is 0, so it is not measured. In a new run raise that, or {waive}.")
+    before = run.spec.stages[run.spec.stages.index(stage) - 1].name  # a rule of Spec: there is one, and completions are sampled after it
     found = record.load(run, before, bucket)
     if found is None or found.valid is None:
         raise Permanent(
@@ -36,10 +27,9 @@ def check(run: DistillRun, stage: Stage, bucket: Bucket) -> None:
             f"python -m jobs.evaluate --step {before}-evaluate."
         )
     if found.valid < stage.require.validity:
-        efforts = [(effort, found.efforts[effort]) for effort in get_args(Effort) if effort in found.efforts]
-        by_effort = ", ".join(f"{effort} {record.share(of.validity):.3f}" for effort, of in efforts)
+        by_effort = ", ".join(f"{effort} {share:.3f}" for effort, share in found.shares().items())
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.validity.items(), key=lambda kind: -kind[1]) if count)
         raise Permanent(
             f"{asks}, and after stage {before} it is {found.valid:.3f} ({by_effort}; of {found.completions} completions {kinds}). In a new "
-            f"run, which may resumeFrom this one, train longer before {stage.name}, lower require.validity, or {waive}."
+            f"run, which may resumeFrom this one, train longer before {stage.name}, or lower require.validity; 0 asks for none."
         )

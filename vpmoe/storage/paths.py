@@ -10,7 +10,7 @@
       …/inputs.json                                            which data set and which input objects the run was resolved to
       …/teacher.json                                           which files the run's teacher was resolved to
       …/steps/<step>/{progress.json, metrics/*.jsonl}
-      …/steps/<stage>-evaluate/evaluation.json                 what the student can do after the stage
+      …/steps/<stage>-evaluate/evaluation.json, parts/<part>-<checkpoint>.json     what the student can do after the stage
       …/checkpoints/<step>/<iteration>/…, manifest.json
       …/weights/<step>/v000012/…, manifest.json
       …/rollouts/<step>/window-000000.{rollouts,scores}.arrow, turn-000001.json
@@ -120,6 +120,11 @@ def metrics(of: "DistillRun", step: str, name: str) -> str:
 def evaluation(of: "DistillRun", stage: str) -> str:
     """What was measured of the student at the end of a stage, written once."""
     return f"{run(of)}/steps/{stage}-evaluate/evaluation.json"
+
+
+def evaluation_part(of: "DistillRun", stage: str, part: str, checkpoint: str) -> str:
+    """A part of that, written once it is measured; `checkpoint` is the sha256 of the checkpoint's manifest."""
+    return f"{run(of)}/steps/{stage}-evaluate/parts/{part}-{checkpoint[:16]}.json"
 
 
 def checkpoints(of: "DistillRun", step: str) -> str:

@@ -1,0 +1,18 @@
+"""Measure the student at the end of a stage. All the work is vpmoe.evaluation's; this file binds it to a pod, or to a shell."""
+
+from jobs.entrypoint import entrypoint
+from vpmoe.evaluation.evaluate import evaluate
+from vpmoe.rollout.engines import Engines
+
+
+def main() -> None:
+    """Measure what no attempt before has measured."""
+    run, context = entrypoint("evaluate")
+    stage = run.stage_of(context.step)
+    assert stage is not None, "entrypoint refuses steps of other roles"
+    with Engines(1, run.spec.student.shape, run.spec.training.sequence_length + 1) as engines:
+        evaluate(run, stage, context.bucket, context.provenance, context.stopping, engines)
+
+
+if __name__ == "__main__":
+    main()

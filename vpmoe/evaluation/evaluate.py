@@ -1,0 +1,172 @@
+"""The evaluation step: the student of a stage's last checkpoint in, evaluation.json in the bucket out, once.
+
+What is asked is questions.py's and canary.py's business, how it is counted measures.py's, how the student comes here student.py's.
+"""
+
+import json
+import logging
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vpmoe.api import DistillRun, Stage
+from vpmoe.data.dataset import load as load_dataset
+from vpmoe.data.tokenizer import Ids
+from vpmoe.evaluation import canary, measures, questions, record
+from vpmoe.evaluation.job import Job
+from vpmoe.evaluation.record import Canary, Evaluation
+from vpmoe.evaluation.student import Student
+from vpmoe.failure import Permanent
+from vpmoe.provenance import Provenance
+from vpmoe.rollout.engines import Request
+from vpmoe.rollout.prompt import Prompts
+from vpmoe.rollout.proof import Loadable
+from vpmoe.rollout.windows import longest
+from vpmoe.storage import Bucket, paths
+from vpmoe.storage.bucket import json_bytes
+from vpmoe.training.parts import Cache, Parts
+from vpmoe.training.position import end_of
+
+log = logging.getLogger(__name__)
+
+SCORED_AT_ONCE = 64
+"""Sequences that are scored between two looks at how far the step is."""
+SAMPLED_AT_ONCE = 256
+"""Completions that are sampled between two: the engine needs many at the same time."""
+
+
+def evaluate(
+    run: DistillRun, stage: Stage, bucket: Bucket, provenance: Provenance, stopping: threading.Event, engines: Loadable
+) -> Evaluation:
+    """Measure the student at the end of a stage, unless it has been measured; returns what evaluation.json says.
+
+    `engines` as Student has them; they are started only if something is to be asked. Raises Permanent where the stage has not ended, its
+    last checkpoint is damaged, or there is nothing to measure by; StorageError, Retriable for a full disk, Terminated where it was asked
+    to stop.
+    """
+    job = Job(run, stage, bucket, provenance, stopping, load_dataset(run, bucket))
+    if found := record.load(run, stage.name, bucket):
+        check_current(job, found)
+        log.info("Reused: %s: %s", bucket.url(paths.evaluation(run, stage.name)), summary(found))
+        job.say("Reused", "Succeeded", found.valid)
+        return found
+    with tempfile.TemporaryDirectory(prefix="vpmoe-evaluate-") as scratch:
+        measured = measure(job, engines, Path(scratch))
+    line = {"event": "evaluation", "time": datetime.now(UTC).isoformat(timespec="milliseconds"), "attempt": provenance.attempt}
+    text = json.dumps({**line, "seconds": job.seconds, **measured.dump()}, ensure_ascii=False, allow_nan=False) + "\n"
+    bucket.create(paths.metrics(run, provenance.step, "000000"), text.encode(), provenance.metadata())  # once, whoever was killed here
+    key = paths.evaluation(run, stage.name)
+    if not bucket.create(key, json_bytes(measured.dump()), provenance.metadata()):
+        raise Permanent(f"{bucket.url(key)} was written meanwhile, of another checkpoint. Delete it to have the stage measured again.")
+    log.info("Stage %s: %s", stage.name, summary(measured))
+    job.say(summary(measured), "Succeeded", measured.valid)
+    return measured
+
+
+def check_current(job: Job, found: Evaluation) -> None:
+    """Raise Permanent where the stage has ended with another checkpoint than was measured."""
+    end = end_of(job.bucket, paths.checkpoints(job.run, job.stage.name))
+    if end is not None and end[0].sha256 != found.checkpoint:
+        raise Permanent(
+            f"{job.bucket.url(paths.evaluation(job.run, job.stage.name))} is not of {job.bucket.url(end[0].key)}: the stage was trained "
+            "again since. Delete it to have it measured again."
+        )
+
+
+def measure(job: Job, engines: Loadable, scratch: Path) -> Evaluation:
+    """All that the run asks for. `scratch` holds the exported student and the documents that are asked."""
+    student = Student(job, engines, scratch)
+    checkpoint, found = student.checkpoint, dict[str, Any]()
+    with closing(Parts(job.dataset, "valid", Cache(job.bucket, scratch / "blocks"))) as valid:
+        parts = asked(job, student, valid)
+        job.parts = len(parts)
+        for name, part in parts.items():
+            found |= job.part(name, checkpoint.manifest, part)
+    return Evaluation.model_validate({
+        "run": job.provenance.run, "config": job.provenance.config, "stage": job.stage.name,
+        "iteration": checkpoint.position.iteration, "checkpoint": checkpoint.manifest.sha256, **found,
+    })  # fmt: skip
+
+
+def asked(job: Job, student: Student, valid: Parts) -> dict[str, Callable[[], dict[str, Any]]]:
+    """The parts of the evaluation by name. Raises Permanent where there are no documents for them."""
+    wanted = job.run.spec.evaluation
+    if not sum(map(len, valid.lengths)) and wanted.documents + wanted.completions:
+        raise Permanent(
+            f"{job.bucket.url(job.dataset.key)}: the data set's valid split is empty. Raise dataset.validFraction, or set "
+            "evaluation.documents and completions to 0."
+        )
+    parts: dict[str, Callable[[], dict[str, Any]]] = {}
+    if wanted.documents:
+        parts["heldOut"] = partial(score_documents, job, student, valid)
+    if wanted.completions:
+        parts["completions"] = partial(sample_completions, job, student, valid)
+    if wanted.canary is not None:
+        parts["canary"] = partial(score_texts, job, student, wanted.canary)
+    return parts
+
+
+def score_documents(job: Job, student: Student, valid: Parts) -> dict[str, Any]:
+    """Held-out loss by span."""
+    documents = questions.held_out(valid.lengths, job.run.spec.evaluation.documents, job.run.spec.training.seed)
+    valid.prefetch(documents)
+    sums = measures.SpanSums()
+    student.load()
+    with job.timed("heldOut"):
+        for some in job.batches(documents, SCORED_AT_ONCE, "Scoring held-out documents"):
+            read = [valid.read(document) for document in some]
+            for (_, span_T), logp in zip(read, student.score([ids_T for ids_T, _ in read]), strict=True):
+                sums.add(logp, span_T[1:])
+    return {"documents": len(documents), "heldOut": sums.loss().dump()}
+
+
+def sample_completions(job: Job, student: Student, valid: Parts) -> dict[str, Any]:
+    """Validity and lengths of completions, by effort."""
+    training = job.run.spec.training
+    wanted = questions.questions(valid.lengths, job.run.spec.evaluation.completions, training.seed)
+    prompts = Prompts(job.dataset.facts["settings"]["conversation"])
+    bounds = questions.max_tokens(job.run, job.stage.name)
+    answers: list[tuple[str, Ids]] = []
+    student.load()
+    with job.timed("completions"):
+        for some in job.batches(wanted, SAMPLED_AT_ONCE, "Sampling completions"):
+            requests = []
+            for one in some:
+                ids_P = prompts.ids(*valid.read(one.document), one.effort)
+                requests.append(Request(ids_P, one.seed, longest(len(ids_P), one.effort, bounds, training.sequence_length)))
+            answers += zip([one.effort for one in some], student.sample(requests), strict=True)
+    efforts = measures.of_efforts(answers)
+    of_effort = {effort: found.dump() for effort, found in efforts.items()}
+    return {"completions": len(wanted), "validity": measures.of_all(efforts.values()), "efforts": of_effort}
+
+
+def score_texts(job: Job, student: Student, url: str) -> dict[str, Any]:
+    """Bits per byte of the canary at an address."""
+    texts, length = canary.texts(url, job.bucket), job.run.spec.training.sequence_length
+    windows = [(text.ids_T, window) for text in texts for window in canary.windows(len(text.ids_T), length)]
+    bits, size = 0.0, sum(text.size for text in texts)
+    student.load()
+    with job.timed("canary"):
+        for some in job.batches(windows, SCORED_AT_ONCE, "Scoring windows of the canary"):
+            found = student.score([ids_T[window.start : window.stop] for ids_T, window in some])
+            bits += sum(measures.bits(logp[window.first - window.start - 1 :]) for (_, window), logp in zip(some, found, strict=True))
+    return {"canary": Canary(bits_per_byte=bits / size, bytes=size, sha256=canary.content_of(texts)).dump()}
+
+
+def summary(found: Evaluation) -> str:
+    """The figures in a line."""
+    said = []
+    if found.held_out:
+        spans = {name: loss for name, loss in found.held_out.dump().items() if loss is not None}
+        said.append("held-out loss " + ", ".join(f"{name} {loss:.3f}" for name, loss in spans.items()))
+    if found.valid is not None:
+        by_effort = ", ".join(f"{effort} {share:.1%}" for effort, share in found.shares().items())
+        said.append(f"{found.valid:.1%} of {found.completions} completions valid ({by_effort})")
+    if found.canary:
+        said.append(f"canary {found.canary.bits_per_byte:.3f} bits per byte")
+    return "; ".join(said)

@@ -1,0 +1,98 @@
+"""The student that is measured: a stage's last checkpoint, exported to this machine's disk and loaded when there is something to ask it."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from vpmoe.data.tokenizer import Ids
+from vpmoe.evaluation.job import Job
+from vpmoe.failure import Permanent, Retriable
+from vpmoe.model.shapes import SHAPES
+from vpmoe.rollout import weights
+from vpmoe.rollout.engines import Request
+from vpmoe.rollout.proof import Loadable
+from vpmoe.storage import paths
+from vpmoe.training.pieces import Refused, Weights, weights_in
+from vpmoe.training.position import iterations
+
+
+class Student:
+    """One student. `engines` is one engine, which takes sequences of training.sequenceLength and a token more: a score takes that."""
+
+    def __init__(self, job: Job, engines: Loadable, scratch: Path) -> None:
+        """Looks at the checkpoint only. Raises as `last_checkpoint` does."""
+        self.checkpoint = last_checkpoint(job)
+        self._job = job
+        self._engines = engines
+        self._folder = scratch / "student"
+        self._loaded = False
+
+    def load(self) -> None:
+        """Have the engine compute with it, unless it does. Raises as `export` does, and what the engine says."""
+        if self._loaded:
+            return
+        with self._job.timed("export", f"Exporting checkpoint {self.checkpoint.position.iteration}"):
+            export(self._job, self.checkpoint, self._folder)
+        with self._job.timed("load", "Loading the student"):
+            self._engines.load(self._folder, self._job.check_stop)
+        self._loaded = True
+
+    def score(self, sequences: Sequence[Ids]) -> list[NDArray[np.float32]]:
+        """For each sequence [T − 1] the log-probability of all its ids but the first, given those before."""
+        (found,) = self._engines.score(sequences, self._job.check_stop)
+        return found
+
+    def sample(self, requests: Sequence[Request]) -> list[Ids]:
+        """The completion of each request, [C]."""
+        return [completion.ids_C for completion in self._engines.sample(requests, self._job.check_stop)]
+
+
+def last_checkpoint(job: Job) -> Weights:
+    """The checkpoint that the stage ended with. Raises Permanent where it has not ended, or that checkpoint is damaged."""
+    name, folder = job.stage.name, paths.checkpoints(job.run, job.stage.name)
+    newest = iterations(job.bucket, folder)[:1]
+    if not newest:
+        raise Permanent(f"{job.bucket.url(folder)}: stage {name} has no checkpoint. Train it first: python -m jobs.train --step {name}.")
+    try:
+        found = weights_in(job.bucket, f"{folder}/{newest[0]}")
+    except Refused as refusal:
+        raise Permanent(
+            f"stage {name} cannot be evaluated: {refusal} Restore its objects, or delete its folder and train the last steps again: "
+            f"python -m jobs.train --step {name}."
+        ) from refusal
+    if not found.position.finished:
+        raise Permanent(f"stage {name} stands at {found.position.tokens} tokens. Train it to its end: python -m jobs.train --step {name}.")
+    return found
+
+
+def export(job: Job, checkpoint: Weights, folder: Path) -> None:
+    """Write the student into `folder`, in the type that it is trained in where this process computes, and prove what was written.
+
+    Raises Permanent where the checkpoint is of another shape, StorageError where it is damaged, Retriable for a full disk.
+    """
+    training, shape = job.run.spec.training, SHAPES[job.run.spec.student.shape]
+    dtype = torch.float32 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else torch.bfloat16
+
+    def read(name: str, start: int, stop: int) -> torch.Tensor:
+        job.check_stop()
+        return checkpoint.read(name, start, stop)
+
+    needed = sum(checkpoint.sizes.values()) * dtype.itemsize
+    try:
+        if (free := shutil.disk_usage(folder.parent).free) < needed:
+            raise OSError(f"{free} bytes are free")
+        # one position more than the student was trained on, as a score takes
+        weights.export(folder, shape, training.sequence_length + 1, checkpoint.sizes, read, dtype)
+    except (OSError, SafetensorError) as error:
+        raise Retriable(
+            f"{tempfile.gettempdir()}: {error}. The exported student needs {needed} bytes there; point TMPDIR to more space, or raise "
+            "runtime.resources.evaluate's ephemeral storage."
+        ) from error
+    weights.check(folder, shape)
