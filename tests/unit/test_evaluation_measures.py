@@ -69,8 +69,8 @@ def test_a_seed_is_what_it_was_when_this_was_written() -> None:
 )
 def test_completions_are_bounded_as_an_on_policy_stage_bounds_them(run_spec: dict[str, Any], stage: str, low: int) -> None:
     def on_policy(name: str, low: int) -> dict[str, Any]:
-        optimizer = {"minLearningRate": 1e-6}
-        return {"name": name, "kind": "OnPolicy", "tokens": 4096, "optimizer": optimizer, "rollout": {"maxTokens": {"low": low}}}
+        settings = {"optimizer": {"minLearningRate": 1e-6}, "require": {"validity": 0}, "rollout": {"maxTokens": {"low": low}}}
+        return {"name": name, "kind": "OnPolicy", "tokens": 4096, **settings}
 
     spec = run_spec["spec"]
     spec["student"]["gpus"] = 2

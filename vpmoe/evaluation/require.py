@@ -13,10 +13,10 @@ from vpmoe.storage import Bucket, paths
 def check(run: DistillRun, stage: Stage, bucket: Bucket) -> None:
     """Raise Permanent, with the number and the remedy, unless the student before an OnPolicy stage answers validly often enough.
 
-    Stages of other kinds, and `require` of null or validity 0, ask for nothing. A stage before whose validity was not measured is as one
-    that fell short. Raises StorageError.
+    Stages of other kinds, and require.validity 0, ask for nothing. A stage before whose validity was not measured is as one that fell
+    short. Raises StorageError.
     """
-    if not isinstance(stage, OnPolicy) or stage.require is None or stage.require.validity == 0:
+    if not isinstance(stage, OnPolicy) or stage.require.validity == 0:
         return
     asks = f"stage {stage.name}: require.validity is {stage.require.validity:g}"
     before = run.spec.stages[run.spec.stages.index(stage) - 1].name  # a rule of Spec: there is one, and completions are sampled after it
