@@ -319,13 +319,14 @@ def test_a_stage_ends_early_where_reverse_kl_no_longer_falls_and_rollouts_are_va
 def two(
     bucket: Bucket, spec: dict[str, Any], train: list[datasets.Documents], dataset: Manifest, tmp_path: Path
 ) -> Callable[..., list[Any]]:
-    """Runs the stage as two ranks; what each came to, or their exit codes where one is to be killed. See onpolicy_ranks.py."""
+    """Runs the stage as two ranks that share the experts; what each came to, or their exit codes where one is to be killed. See
+    onpolicy_ranks.py."""
 
-    def run(name: str, kill: str = "", expert_parallel: int = 1) -> list[Any]:
+    def run(name: str, kill: str = "") -> list[Any]:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         spec["metadata"]["name"] = name
-        spec["spec"]["student"] |= {"gpus": 3, "expertParallel": expert_parallel}
+        spec["spec"]["student"] |= {"gpus": 3, "expertParallel": 2}
         (folder / "task.json").write_text(json.dumps({"spec": spec, "dataset": dataset.key}))
         (folder / "documents").write_bytes(pickle.dumps(train))
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "KILL": kill}
@@ -346,16 +347,16 @@ def two(
 
 
 def test_two_ranks_train_as_one_does_and_one_that_is_killed_changes_no_bit(trainer: Make, spec: dict[str, Any], two: Any) -> None:
-    spec["spec"]["stages"][0]["tokens"] = 700
+    """The partner proves each version, so what ranks that share the experts publish is the whole student."""
+    spec["spec"]["stages"][0]["tokens"] = 500
     alone = trainer()
     alone.run()
     whole = two("two")
-    own = lines_of(alone)
-    for ours, theirs in zip(own[:4], whole[0]["lines"], strict=False):  # windows of version 0, and an anchor step
+    for ours, theirs in zip(lines_of(alone)[:4], whole[0]["lines"], strict=False):  # windows of version 0, and an anchor step
         assert (ours["kind"], ours["tokens"], ours["targets"]) == (theirs["kind"], theirs["tokens"], theirs["targets"])
-        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4) and theirs["gradientNorm"] == pytest.approx(
-            ours["gradientNorm"], rel=1e-3
-        )
+        for name, tolerance in (("loss", 1e-4), ("gradientNorm", 1e-3)):
+            assert theirs[name] == pytest.approx(ours[name], rel=tolerance)
+    assert max(line.get("version", 0) for line in whole[0]["lines"]) > 0
     chance = random.Random(new_seed())
     assert -signal.SIGKILL in two("killed", kill=f"{chance.randrange(2)}:{chance.randrange(1, len(whole[0]['lines']))}")
     again = two("killed")
@@ -363,14 +364,3 @@ def test_two_ranks_train_as_one_does_and_one_that_is_killed_changes_no_bit(train
         assert again[rank]["position"] == whole[rank]["position"], "every window once, in order, the same bytes"
         for name, of in whole[rank]["state"].items():
             assert all(torch.equal(now[1], then[1]) for now, then in zip(again[rank]["state"][name], of, strict=True)), name
-
-
-def test_ranks_that_share_the_experts_publish_whole_students(trainer: Make, spec: dict[str, Any], two: Any) -> None:
-    """The partner loads each version and proves it; the first windows are those of one rank alone."""
-    spec["spec"]["stages"][0]["tokens"] = 400
-    alone = trainer()
-    alone.run()
-    for ours, theirs in zip(lines_of(alone)[:4], two("shared", expert_parallel=2)[0]["lines"], strict=False):
-        assert (ours["kind"], ours["targets"]) == (theirs["kind"], theirs["targets"])
-        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
-        assert theirs.get("staleness") != 0 or all((kl or 0) < 1e-6 for kl in theirs["samplerKl"].values())
