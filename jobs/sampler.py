@@ -2,10 +2,10 @@
 
 import tempfile
 from pathlib import Path
-from typing import cast
 
 from jobs.entrypoint import entrypoint
 from vpmoe.api.stages import OnPolicy
+from vpmoe.evaluation import require
 from vpmoe.rollout.engines import Engines
 from vpmoe.rollout.sampler import sample
 
@@ -13,7 +13,9 @@ from vpmoe.rollout.sampler import sample
 def main() -> None:
     """Sample what no attempt before has sampled."""
     run, context = entrypoint("sampler")
-    stage = cast(OnPolicy, run.stage_of(context.step))
+    stage = run.stage_of(context.step)
+    assert isinstance(stage, OnPolicy), "no other stage has a step of this role"
+    require.check(run, stage, context.bucket)
     scratch = Path(tempfile.gettempdir()) / "vpmoe-sampler"
     with Engines(stage.sampler.gpus, run.spec.student.shape, run.spec.training.sequence_length) as engines:
         sample(run, stage, context.bucket, context.provenance, context.stopping, engines, scratch)
