@@ -95,6 +95,11 @@ def wait_until(true: Callable[[], bool], what: str, seconds: float = 30, every: 
 @pytest.fixture
 def run_spec(s3: S3) -> dict[str, Any]:
     """A small valid DistillRun as a dict, on a bucket of this test's own; change what the test is about, then DistillRun.parse it."""
+    return small_run(s3)
+
+
+def small_run(s3: S3) -> dict[str, Any]:
+    """The same, on a bucket of its own."""
     name = f"test-{secrets.token_hex(6)}"
     (s3.folder / name).mkdir()
     return {

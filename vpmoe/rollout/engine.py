@@ -136,24 +136,24 @@ def _completion(answer: "RequestOutput") -> Completion:
 
 
 def main() -> None:
-    """Answer whoever started this process: (name of a method of Engine, its arguments) → what it returns, or failure.Failure."""
+    """Answer whoever started this process: (number, name of a method of Engine, its arguments) → (number, what it returns or Failure)."""
     die_with_launcher()
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, signal.SIG_IGN)  # when to end is the word of who started it
     connection, engine = Connection(int(sys.argv[1])), None
     while True:
         try:
-            name, arguments = connection.recv()
+            number, name, arguments = connection.recv()
         except EOFError:
             return
         try:
             engine = engine or Engine(SHAPES[sys.argv[2]], int(sys.argv[3]))
-            connection.send(getattr(engine, name)(*arguments))
+            connection.send((number, getattr(engine, name)(*arguments)))
         except Exception as error:  # noqa: BLE001 (who asked ends as this error says)
             found = failure.classify(error)
             if found.kind == "Internal":
                 sys.__excepthook__(type(error), error, error.__traceback__)
-            connection.send(found)
+            connection.send((number, found))
 
 
 if __name__ == "__main__":

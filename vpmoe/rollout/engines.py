@@ -49,7 +49,8 @@ class Completion(NamedTuple):
 class Engines:
     """The engines of one process. They are started by the first `load` and end with the `with` block, or with this process.
 
-    `check_stop`, which may raise, is called again and again while they work. After any error they are of no more use.
+    `check_stop`, which may raise, is called again and again while they work. Whoever calls `load` first lives as long as they are to: they
+    end with that thread.
     """
 
     def __init__(self, gpus: int, shape: str, longest: int) -> None:
@@ -63,6 +64,8 @@ class Engines:
         self._arguments = (shape, str(longest))
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
+        self._asked = 0
+        """Times that they were asked anything: the answer to what was given up is not taken for another's."""
 
     def __enter__(self) -> Self:
         return self
@@ -105,21 +108,25 @@ class Engines:
     def _ask(self, name: str, arguments: Sequence[tuple[Any, ...]], check_stop: CheckStop) -> list[Any]:
         """Each engine's answer to its own arguments. Raises what the first that fails says, Retriable where it ends without a word."""
         answers: dict[int, Any] = {}
+        self._asked += 1
         number = 0
         try:
             for number, connection in enumerate(self._connections):
-                connection.send((name, arguments[number]))
+                connection.send((self._asked, name, arguments[number]))
             while len(answers) < len(self._connections):
                 ready = wait([each for number, each in enumerate(self._connections) if number not in answers], POLL)
                 for number in [number for number, each in enumerate(self._connections) if each in ready]:
-                    answers[number] = self._connections[number].recv()
-                    if isinstance(answers[number], Failure):
-                        raise error_of(number, answers[number])
+                    asked, answer = self._connections[number].recv()
+                    if asked == self._asked:
+                        answers[number] = answer
                 check_stop()
         except (EOFError, ConnectionError):
             check_stop()  # who asks this process to stop may have asked its engines too
             raise _gone(number, self._processes[number].wait()) from None
-        return [answers[number] for number in range(len(self._connections))]
+        for number in sorted(answers):
+            if isinstance(answers[number], Failure):
+                raise error_of(number, answers[number])
+        return [answers[number] for number in sorted(answers)]
 
 
 def _gone(number: int, code: int) -> Retriable:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Permanent, Retriable
 from vpmoe.rollout.engines import CheckStop, Completion, Request
+from vpmoe.rollout.record import LEAST_LOGP
 from vpmoe.rollout.version import Probe, Version
 from vpmoe.storage import Bucket
 from vpmoe.storage.manifest import Manifest
@@ -84,8 +85,9 @@ def prove(probe: Probe, logp: Sequence[NDArray[np.float32]], exact: bool, fresh:
 
     `exact`: whether the weights are float32; `fresh`: whether nothing was loaded before. Raises as `load` does, with the worst token.
     """
-    wanted = [np.array(of_sequence, np.float64) for of_sequence in probe.logp]
-    off = np.concatenate([np.abs(found - one) for found, one in zip(logp, wanted, strict=True)])
+    wanted = np.concatenate([np.array(of_sequence, np.float64) for of_sequence in probe.logp])
+    found = np.maximum(np.concatenate(logp), LEAST_LOGP)  # as the trainer writes them
+    off = np.abs(found - wanted)
     measured, bound, how = (float(off.max()), EXACT, "at most") if exact else (float(off.mean()), ROUNDED, "on average")
     if measured <= bound:  # and not where it is no number
         return float(off.max())
@@ -93,8 +95,8 @@ def prove(probe: Probe, logp: Sequence[NDArray[np.float32]], exact: bool, fresh:
     ids = [token for sequence in probe.ids for token in sequence[1:]]
     said = (
         f"{where} computes another student than the trainer that published it: the log-probabilities of the probe differ by {measured:.3g} "
-        f"nats {how}, and {bound:g} is allowed; most of all that of token {ids[place]}, {np.concatenate(logp)[place]:.4f} here and "
-        f"{np.concatenate(wanted)[place]:.4f} there. "
+        f"nats {how}, and {bound:g} is allowed; most of all that of token {ids[place]}, {found[place]:.4f} here and "
+        f"{wanted[place]:.4f} there. "
     )
     if not fresh:
         raise Retriable(f"{said}Another attempt loads it into new engines.")

@@ -10,7 +10,8 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,12 +23,12 @@ from vpmoe.api import DistillRun
 from vpmoe.api.layout import layout
 from vpmoe.api.stages import OnPolicy
 from vpmoe.data.worker import Worker
+from vpmoe.evaluation import require
 from vpmoe.failure import Permanent
 from vpmoe.provenance import Provenance
 from vpmoe.rollout import prompt, turns, version
-from vpmoe.rollout.curriculum import Curriculum
+from vpmoe.rollout.curriculum import EFFORTS, Curriculum
 from vpmoe.rollout.engines import Completion, Request
-from vpmoe.rollout.measure import by_effort
 from vpmoe.rollout.proof import Load, Loadable, load
 from vpmoe.rollout.record import AboutRollouts, Rollout, read_rollouts, rollouts_bytes
 from vpmoe.rollout.version import Version
@@ -120,10 +121,12 @@ def sample(
 ) -> None:
     """Sample every window of the stage that has no rollouts yet, as its version is published; ends with the last, or when training has.
 
-    Files are kept below `scratch`. Raises Permanent where the data set, a version or a window is at fault, Retriable where engines took
-    other weights wrongly, StorageError, Terminated where it was asked to stop; a window is in the bucket whole or not at all.
+    Files are kept below `scratch`. Raises Permanent where the stage may not begin, or the data set, a version or a window is at fault;
+    Retriable where engines took other weights wrongly; StorageError; Terminated where it was asked to stop. A window is in the bucket whole
+    or not at all.
     """
     job = Job(run, bucket, provenance, stopping, None, stage, engines, scratch)
+    require.check(run, stage, bucket)
     made = dataset(run, bucket)
     curriculum = Curriculum(stage)
     before, source, loaded = job.newest(), None, None
@@ -206,6 +209,17 @@ def rollout_of(asked: Prompt, number: int, request: Request, completion: Complet
         asked.place, number, asked.document, asked.effort, prompt.validity(ids_C), np.concatenate([request.ids_P, ids_C]),
         prompt.spans(ids_C), completion.logp_C,
     )  # fmt: skip
+
+
+def by_effort(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """By the effort that was asked for: how many rollouts, how many of each validity, and how long completions are in tokens."""
+    of = {name: found for name in EFFORTS if (found := [one for one in rollouts if one.effort == name])}
+    lengths = {name: [len(one.logp_C) for one in found] for name, found in of.items()}
+    return {
+        "effort": {name: len(found) for name, found in of.items()},
+        "validity": {name: dict(sorted(Counter(one.validity for one in found).items())) for name, found in of.items()},
+        "lengths": {name: {"mean": sum(found) / len(found), "max": max(found)} for name, found in lengths.items()},
+    }
 
 
 def write_metrics(job: Job, line: dict[str, Any]) -> None:
