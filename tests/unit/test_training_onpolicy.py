@@ -301,6 +301,30 @@ def test_a_trainer_that_starves_turns_a_knob_before_it_publishes(
     assert again.exchange is not None and again.exchange.conditions() == [pressure.starved(found[-1])], "another attempt knows"
 
 
+def test_a_turn_is_written_once_though_its_writer_dies_before_it_publishes(trainer: Make, spec: dict[str, Any]) -> None:
+    spec["spec"]["stages"][0] |= {"tokens": 600, "backPressure": {"waiting": 1e-6, "windows": 2}}
+    dying = trainer()
+    assert dying.exchange is not None
+    publisher = dying.exchange._publisher
+    publishes = publisher.publish
+
+    def publish_or_die(learner: Learner, position: Position) -> None:
+        if position.windows is not None and position.windows.trained == 2:
+            raise Killed
+        publishes(learner, position)
+
+    publisher.publish = publish_or_die  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        dying.run()
+    first = turns.read(dying.task.bucket, dying.task.run, "onpolicy")
+    assert [(turn.number, turn.window) for turn in first] == [(1, 2 + STALENESS)] and not publisher.exists(2)
+    it = trainer()
+    it.run()
+    found = turns.read(it.task.bucket, it.task.run, "onpolicy")
+    assert found[:1] == first and [turn.window for turn in found] == sorted({turn.window for turn in found})
+    assert version.find(it.task.bucket, it.task.run, "onpolicy", 2) is not None
+
+
 def test_a_stage_ends_early_where_reverse_kl_no_longer_falls_and_rollouts_are_valid(trainer: Make, spec: dict[str, Any]) -> None:
     spec["spec"]["evaluation"]["everyTokens"] = 300
     spec["spec"]["stages"][0]["stop"] = {"evaluations": 1, "minImprovement": 0.9, "minValidity": 0.0}

@@ -54,7 +54,7 @@ class Exchange:
         number = position.windows.trained
 
         def waiting(missing: Kind) -> None:
-            self._publisher.check()
+            self.check()
             meanwhile(f"Waiting for the {missing} of window {number}")
 
         waits = self._waiting.wait(number, waiting)

@@ -164,6 +164,8 @@ class Trainer:
             if position.finished or due(before, position.tokens, self.task.run.spec.training.checkpoint.every_tokens):
                 self._save(position)
             self.checkpoints.check()
+            if self.exchange:
+                self.exchange.check()
         self._dismiss()
         self.checkpoints.wait()
         if self.report:
@@ -269,11 +271,9 @@ class Trainer:
         step = position.steps - 1
         return metrics.line("step", position, self.task.provenance.attempt, {
             "kind": self.course.kind(step), "loss": outcome.loss, "lossBySpan": outcome.cross_entropy, "targets": outcome.tokens,
-            "learningRate": rate,
-            "gradientNorm": norm, "seconds": self.speed[-1][1], "tokensPerSecond": self._tokens_per_second(),
-            "router": metrics.router(outcome.load),
-            "exercises": self.course.exercises(step), "gpu": gpu.summary(gpus), **outcome.facts,
-            **(self.exchange.facts() if self.exchange else {}),
+            "learningRate": rate, "gradientNorm": norm, "seconds": self.speed[-1][1], "tokensPerSecond": self._tokens_per_second(),
+            "router": metrics.router(outcome.load), "exercises": self.course.exercises(step), "gpu": gpu.summary(gpus),
+            **outcome.facts, **(self.exchange.facts() if self.exchange else {}),
         })  # fmt: skip
 
     def _say(self, position: Position, outcome: Outcome, lines: list[dict[str, Any]]) -> None:
