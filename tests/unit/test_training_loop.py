@@ -103,8 +103,8 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(trainer: Make, bucket
     resumed = trainer(Listening())
     resumed.run()
     assert resumed.start.position.steps == 3 and same(resumed.learner, whole.learner)
-    assert isinstance(resumed.report, Listening) and isinstance(whole.report, Listening)
-    assert resumed.report.said["held_out"] == whole.report.said["held_out"], "the loss before the first step is remembered"
+    assert isinstance(resumed.telling.report, Listening) and isinstance(whole.telling.report, Listening)
+    assert resumed.telling.report.said["held_out"] == whole.telling.report.said["held_out"], "the loss before the first step is remembered"
     ends = [end_of(bucket, paths.checkpoints(one.task.run, "vanilla")) for one in (whole, resumed)]
     assert ends[0] is not None and ends[1] is not None and ends[0][1] == ends[1][1]
 
@@ -130,10 +130,10 @@ def test_a_collapsed_router_is_a_condition_that_names_the_layer(
     routers(learner.student)["layers.2"].expert_bias[3] = -1e6
     it = trainer(Listening(), learner)
     it.run()
-    assert isinstance(it.report, Listening)
-    found = {condition.message.split(":")[0]: condition for condition in it.report.said["conditions"]}
+    assert isinstance(it.telling.report, Listening)
+    found = {condition.message.split(":")[0]: condition for condition in it.telling.report.said["conditions"]}
     assert found["layers.2"].type == "RouterCollapse" and found["layers.2"].reason == "DeadExpert"
-    assert all(line["router"]["dead"]["layers.2"] >= 1 for line in it.report.lines if line["event"] == "step")
+    assert all(line["router"]["dead"]["layers.2"] >= 1 for line in it.telling.report.lines if line["event"] == "step")
 
 
 def test_a_stage_ends_early_where_its_evaluations_bring_too_little(trainer: Make, bucket: Bucket, spec: dict[str, Any]) -> None:
@@ -142,8 +142,8 @@ def test_a_stage_ends_early_where_its_evaluations_bring_too_little(trainer: Make
     it.run()
     reached = end_of(bucket, paths.checkpoints(it.task.run, "vanilla"))
     assert reached is not None and 800 <= reached[1].tokens < 2000
-    assert isinstance(it.report, Listening) and it.report.said["state"] == "Succeeded"
-    assert it.report.said["tokens"].done == it.report.said["tokens"].total == reached[1].tokens
+    assert isinstance(it.telling.report, Listening) and it.telling.report.said["state"] == "Succeeded"
+    assert it.telling.report.said["tokens"].done == it.telling.report.said["tokens"].total == reached[1].tokens
 
 
 def test_prometheus_shows_the_latest_step_where_it_is_asked_to(trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,8 +112,8 @@ def reached(it: Trainer) -> Position:
 
 
 def lines_of(it: Trainer, event: str = "step") -> list[dict[str, Any]]:
-    assert isinstance(it.report, Asking)
-    return [line for line in it.report.lines if line["event"] == event]
+    assert isinstance(it.telling.report, Asking)
+    return [line for line in it.telling.report.lines if line["event"] == event]
 
 
 def objects(it: Trainer, folder: str) -> dict[str, str]:
@@ -232,7 +232,7 @@ def test_the_next_stage_goes_on_with_the_prompts(trainer: Make) -> None:
     first.run()
     second = trainer(stage="again")
     position = second.start.position
-    assert position.windows is not None and first.report is not None
+    assert position.windows is not None and first.telling.report is not None
     assert position.windows.first_prompt == position.windows.next_prompt == reached(first).windows.next_prompt  # type: ignore[union-attr]
     assert (position.windows.trained, position.windows.digest) == (0, "")
     second.run()
@@ -293,7 +293,7 @@ def test_a_trainer_that_starves_turns_a_knob_before_it_publishes(
         ]
     windows = {line["window"]: line for line in lines_of(it) if line["kind"] == "OnPolicy"}
     assert all(line["turns"] == len(turns.heeded(found, number)) for number, line in windows.items())
-    shown = [condition for condition in it.report.said["conditions"] if condition.type == "TrainerStarved"]  # type: ignore[union-attr]
+    shown = [condition for condition in it.telling.report.said["conditions"] if condition.type == "TrainerStarved"]  # type: ignore[union-attr]
     assert [condition.reason for condition in shown] == [
         pressure.SAID[found[-1].knob][0]
     ] and f"from window {found[-1].window} on" in shown[0].message

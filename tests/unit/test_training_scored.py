@@ -99,12 +99,12 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits_and_the_mix_is_exact(
     resumed.run()
     assert same(resumed.learner, whole.learner)
     assert reached(bucket, whole.task) == reached(bucket, resumed.task)
-    assert isinstance(whole.report, Listening) and isinstance(resumed.report, Listening)
-    steps = [line for line in whole.report.lines if line["event"] == "step"]
+    assert isinstance(whole.telling.report, Listening) and isinstance(resumed.telling.report, Listening)
+    steps = [line for line in whole.telling.report.lines if line["event"] == "step"]
     assert [line["kind"] == "Rescored" for line in steps] == interleave(len(steps), 0.6).tolist()
     for line in steps:
         assert ("weight" in line) == (line["kind"] == "Rescored")
-    again = [line for line in resumed.report.lines if line["event"] == "step"]
+    again = [line for line in resumed.telling.report.lines if line["event"] == "step"]
     for line in (*steps, *again):
         for name in ("time", "seconds", "tokensPerSecond", "attempt"):
             line.pop(name)

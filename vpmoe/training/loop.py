@@ -1,15 +1,13 @@
-"""The trainer: one stage from where it stands to its end, the same on every rank. Rank 0 also says how it goes.
+"""The trainer: one stage from where it stands to its end, the same on every rank. What rank 0 says of it is telling.py's business.
 
 It knows no algorithm: an objective turns a batch into coefficients (vpmoe.objectives), the student minimises Σ c·(−log p). All that a
-step depends on is a function of (seed, step) and of the state that a checkpoint holds, so a killed run that is resumed ends at the
-weights of one that was not.
+step depends on is a function of (seed, step), of the state that a checkpoint holds and, in an OnPolicy stage, of its window in the bucket:
+so a killed run that is resumed ends at the weights of one that was not.
 """
 
 import logging
 import math
-import os
 import time
-from collections import deque
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vpmoe.api.layout import layout
-from vpmoe.api.progress import Amount, Progress, ProgressCondition
+from vpmoe.api.progress import Progress
 from vpmoe.api.stages import OnPolicy, Rescored, TeacherForced
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model import distributed
@@ -33,20 +31,20 @@ from vpmoe.objectives.rescored import rescored
 from vpmoe.objectives.vanilla import vanilla
 from vpmoe.training import gpu, metrics, stage
 from vpmoe.training.checkpoint import Checkpoints
-from vpmoe.training.collapse import Watch
 from vpmoe.training.course import Course
 from vpmoe.training.evaluate import HeldOutDocuments
 from vpmoe.training.exchange import Exchange
 from vpmoe.training.forced.remote import RemoteTeacher, meet
 from vpmoe.training.onpolicy import OnPolicyCourse
 from vpmoe.training.parts import Cache, Parts
-from vpmoe.training.position import Position, facts_of, held_out
+from vpmoe.training.position import Position
 from vpmoe.training.publish import Publisher, probed
 from vpmoe.training.report import Report
 from vpmoe.training.schedule import due, ends_early, learning_rate
 from vpmoe.training.scored import ScoredParts
 from vpmoe.training.start import Start, begin
 from vpmoe.training.task import Task
+from vpmoe.training.telling import Telling
 
 log = logging.getLogger(__name__)
 
@@ -114,19 +112,13 @@ class Trainer:
         self.learner = learner
         self.held_out = held_out
         self.checkpoints = checkpoints
-        self.report = report
         self.start = start
         self.teacher = teacher
         self.exchange = exchange
         self.teacher_output = teacher.output(SHAPES[task.run.spec.student.shape].vocabulary) if teacher else None
-        self.layout = layout(task.run.spec, task.stage)
         self.weights = task.run.spec.training.span_weights.model_dump()
         self.course = course
-        self.watch: Watch | None = None
-        self.speed: deque[tuple[int, float]] = deque(maxlen=20)
-        port = os.environ.get("VPMOE_METRICS_PORT")
-        labels = {"namespace": task.run.metadata.namespace, "run": task.run.metadata.name, "stage": task.stage.name}
-        self.prometheus = metrics.Prometheus(labels, int(port)) if report and port else None
+        self.telling = Telling(task, start, course, exchange, report)
 
     def run(self) -> None:
         """The loop. Each line says when it happens: what is global comes before the forward, what is final after the check."""
@@ -150,17 +142,17 @@ class Trainer:
             rate = self._rate(before + int(counts[0]))
             norm = self._move(rate, step)
             position = self._after(position, int(counts[0]))
-            self.speed.append((int(counts[0]), time.monotonic() - started))
-            lines = [self._line(position, outcome, rate, norm, gpus)] if self.report else []
+            seconds = time.monotonic() - started
+            self.telling.measured(position, outcome, rate, norm, gpus, int(counts[0]), seconds)
             if self.exchange:
-                self.exchange.took(self.speed[-1][1])
+                self.exchange.took(seconds)
                 self.exchange.publish(self.learner, position)  # before an anchor step moves the weights
             ends = position.tokens >= self.task.stage.tokens
             if (self.held_out or self.exchange) and (ends or due(before, position.tokens, every)):
-                position = self._evaluate(position, lines)
+                position = self._evaluate(position)
             early = stop is not None and ends_early(position, stop, self.exchange is not None)
             position = position.model_copy(update={"finished": early or ends})
-            self._say(position, outcome, lines)
+            self.telling.say(position, outcome)
             if position.finished or due(before, position.tokens, self.task.run.spec.training.checkpoint.every_tokens):
                 self._save(position)
             self.checkpoints.check()
@@ -168,37 +160,20 @@ class Trainer:
                 self.exchange.check()
         self._dismiss()
         self.checkpoints.wait()
-        if self.report:
-            self.report.finish(state="Succeeded", message=f"Finished after {position.steps} steps", **_amounts(position, position.tokens))
+        self.telling.finished(position)
         if self.exchange:
             self.exchange.finish(early=position.tokens < self.task.stage.tokens)
-        log.info("Finished stage %s: %d steps, %d tokens", position.stage, position.steps, position.tokens)
 
     def _begin(self) -> Position:
         """The position to start from, with the held-out loss before the first step measured once."""
-        position, lines = self.start.position, []
-        steps = self.course.steps
-        words = f"{self.start.words}, {position.steps}{f' of {steps}' if steps else ''} steps done"
-        log.info(
-            "Training %s %s; %d ranks, %d sequences a step", position.stage, words, distributed.ranks(), self.layout.sequences_per_step
-        )
-        if self.report:
-            facts = {"from": self.start.words, "refused": list(self.start.refused), "ranks": distributed.ranks(), "steps": steps,
-                     "sequencesPerStep": self.layout.sequences_per_step, "stageTokens": self.course.total,
-                     "centre": position.objective.model_dump() if position.objective else None}  # fmt: skip
-            if self.exchange and position.windows:
-                facts |= {"windows": position.windows.trained, "firstPrompt": position.windows.first_prompt}
-            lines = [metrics.line("start", position, self.task.provenance.attempt, facts)]
-            own = facts_of(self.task.bucket, self.start.own, position) if self.start.own else None
-            self.report.update(message=f"Training {words}", checkpoint=own, conditions=self._conditions([]))
+        position = self.start.position
+        self.telling.begin(position)
         if self.exchange:
             self.exchange.publish(self.learner, position)  # version 0: the sampler waits for it
         if self.held_out and position.steps == 0 and position.before is None:
-            position = self._evaluate(position, lines)
+            position = self._evaluate(position)
             position = position.model_copy(update={"before": position.latest})
-        if self.report:
-            self.report.update(**_amounts(position, self.course.total))
-            self.report.log(*lines)
+        self.telling.begun(position)
         return position
 
     def _agree(self, batches: list[Batch]) -> tuple[Tensor, bool, Tensor]:
@@ -243,7 +218,7 @@ class Trainer:
             **self.course.after(position),
         })  # fmt: skip
 
-    def _evaluate(self, position: Position, lines: list[dict[str, Any]]) -> Position:
+    def _evaluate(self, position: Position) -> Position:
         """Measure the held-out loss, and what an OnPolicy stage's windows came to; its line joins the step's."""
         started = time.monotonic()
         facts: dict[str, Any] = {}
@@ -260,60 +235,13 @@ class Trainer:
             windows = position.windows
             if windows and windows.reverse_kl:
                 facts |= {"reverseKl": windows.reverse_kl[-1], "validity": windows.validity}
-        if self.report:
-            facts["seconds"] = time.monotonic() - started
-            lines.append(metrics.line("evaluation", position, self.task.provenance.attempt, facts))
+        self.telling.add("evaluation", position, {**facts, "seconds": time.monotonic() - started})
         return position
 
-    def _line(self, position: Position, outcome: Outcome, rate: float, norm: float, gpus: Tensor) -> dict[str, Any]:
-        """The step's line of metrics."""
-        assert outcome.load is not None
-        step = position.steps - 1
-        return metrics.line("step", position, self.task.provenance.attempt, {
-            "kind": self.course.kind(step), "loss": outcome.loss, "lossBySpan": outcome.cross_entropy, "targets": outcome.tokens,
-            "learningRate": rate, "gradientNorm": norm, "seconds": self.speed[-1][1], "tokensPerSecond": self._tokens_per_second(),
-            "router": metrics.router(outcome.load), "exercises": self.course.exercises(step), "gpu": gpu.summary(gpus),
-            **outcome.facts, **(self.exchange.facts() if self.exchange else {}),
-        })  # fmt: skip
-
-    def _say(self, position: Position, outcome: Outcome, lines: list[dict[str, Any]]) -> None:
-        """Log, metrics and progress of a step."""
-        if not self.report:
-            return
-        assert outcome.load is not None
-        self.watch = self.watch or Watch(list(outcome.load.layers), outcome.load.tokens.shape[1])
-        collapsed = self.watch.step(outcome.load.tokens.numpy(), outcome.load.max_over_mean.numpy())
-        conditions = [ProgressCondition(type="RouterCollapse", status="True", reason=c.reason, message=c.message) for c in collapsed[:3]]
-        self.report.check()
-        self.report.log(*lines)
-        if self.prometheus:
-            self.prometheus.show(lines)
-        of = self._step(position)
-        log.info("%s: loss %.4f, %.0f tokens/s", of, outcome.loss, self._tokens_per_second())
-        self.report.update(
-            message=f"Training, {of}", loss=outcome.loss, tokens_per_second=self._tokens_per_second(),
-            conditions=self._conditions(conditions), **_amounts(position, self.course.total),
-        )  # fmt: skip
-
     def _waiting(self, words: str) -> None:
-        """Say what is waited for; the loop lives on, and an upload that fails is not waited for."""
+        """While a window is waited for: an upload that fails is not."""
         self.checkpoints.check()
-        if self.report:
-            self.report.check()
-            self.report.update(message=words)
-
-    def _step(self, position: Position) -> str:
-        return f"step {position.steps}" + (f" of {self.course.steps}" if self.course.steps else "")
-
-    def _tokens_per_second(self) -> float:
-        return sum(tokens for tokens, _ in self.speed) / sum(seconds for _, seconds in self.speed)
-
-    def _conditions(self, found: list[ProgressCondition]) -> tuple[ProgressCondition, ...]:
-        """What the run's status should say, the checkpoints that were passed over first."""
-        refused = [
-            ProgressCondition(type="CheckpointRefused", status="True", reason="Altered", message=words) for words in self.start.refused[:3]
-        ]
-        return (*refused, *(self.exchange.conditions() if self.exchange else []), *found)
+        self.telling.waiting(words)
 
     def _save(self, position: Position) -> None:
         """Save where the stage stands, once the versions before it exist: a resumed attempt cannot make them."""
@@ -327,9 +255,8 @@ class Trainer:
         if position.steps > self.start.position.steps and self.checkpoints.saved != position.iteration:
             self._save(position)
         self.checkpoints.wait()
-        words = f"Stopped after {self._step(position)}, all of it saved"
-        if self.report:
-            self.report.finish(message=words)
+        words = f"Stopped after {self.telling.step(position)}, all of it saved"
+        self.telling.stopped(words)
         raise Terminated(words)
 
 
@@ -352,8 +279,3 @@ def _starting(task: Task) -> Progress:
     return Progress(
         step=task.stage.name, attempt=task.provenance.attempt, state="Running", message="Starting", updated=datetime.now(UTC), dataset=made
     )
-
-
-def _amounts(position: Position, total: int) -> dict[str, Any]:
-    """The parts of the progress that follow from the position."""
-    return {"tokens": Amount(done=position.tokens, total=total), "held_out": held_out(position)}
