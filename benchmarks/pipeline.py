@@ -34,16 +34,16 @@ MEASURED = {
     "microbatch": (0.72, "seconds of a microbatch of one row of sequenceLength on one GPU: vpmoe-6b, 8,192, an H200; docs/distillation.md"),
     "step": (0.12, "seconds of an optimizer step beside its microbatches; same place"),
     "spread": (0.34, "standard deviation of the logarithm of a completion's length at one effort; that of SYNTH's rows"),
+    "decode": (0.190, "seconds of a forward that draws a token of each sequence, without CUDA graphs (0.023 with): benchmarks.decode, H100"),
+    "decode-token": (7.5e-5, "seconds that each sequence in flight adds to it, context 512; same place"),
 }  # fmt: skip
 ASSUMED = {
-    "decode": (0.030, "seconds of a forward of the sampler that draws one token of each sequence, for its weights and launches alone"),
-    "decode-token": (5e-5, "seconds that each sequence in flight adds to it: its KV cache, its logits, its own seeded draw"),
     "prefill": (30_000.0, "tokens of prompts a second on one GPU of the sampler"),
     "runaway": (0.01, "share of completions that do not stop before their bound"),
-    "score": (15_000.0, "tokens a second that one teacher scores: gpt-oss-120b on one GPU"),
+    "score": (15_000.0, "tokens a second that one teacher scores; gpt-oss-20b in transformers and bf16 makes 16,800 on an H100"),
     "copy": (1.5, "seconds for which training waits while the weights are copied to the host"),
-    "publish": (20.0, "seconds from there until the version is in the bucket: 12 GB written to disk, then uploaded at 1 GB/s"),
-    "load": (18.0, "seconds in which the sampler fetches a version at 1 GB/s, takes it into its engines and proves it"),
+    "publish": (20.0, "seconds from there until the version is in the bucket: benchmarks.publication at 1 GB/s"),
+    "load": (18.0, "seconds in which the sampler fetches a version, takes it into its engines and proves it: same place"),
     "poll": (1.0, "seconds between two looks for an object; half of it is lost at each"),
 }  # fmt: skip
 
