@@ -34,16 +34,16 @@ MEASURED = {
     "microbatch": (0.72, "seconds of a microbatch of one row of sequenceLength on one GPU: vpmoe-6b, 8,192, an H200; docs/distillation.md"),
     "step": (0.12, "seconds of an optimizer step beside its microbatches; same place"),
     "spread": (0.34, "standard deviation of the logarithm of a completion's length at one effort; that of SYNTH's rows"),
-    "decode": (0.190, "seconds of a forward that draws a token of each sequence, without CUDA graphs (0.023 with): benchmarks.decode, H100"),
+    "decode": (0.190, "seconds of a forward that draws a token of each sequence, no CUDA graph (with one 0.023): benchmarks.decode, H100"),
     "decode-token": (7.5e-5, "seconds that each sequence in flight adds to it, context 512; same place"),
 }  # fmt: skip
 ASSUMED = {
     "prefill": (30_000.0, "tokens of prompts a second on one GPU of the sampler"),
     "runaway": (0.01, "share of completions that do not stop before their bound"),
     "score": (15_000.0, "tokens a second that one teacher scores; gpt-oss-20b in transformers and bf16 makes 16,800 on an H100"),
-    "copy": (1.5, "seconds for which training waits while the weights are copied to the host"),
-    "publish": (20.0, "seconds from there until the version is in the bucket: benchmarks.publication at 1 GB/s"),
-    "load": (18.0, "seconds in which the sampler fetches a version, takes it into its engines and proves it: same place"),
+    "copy": (0.8, "seconds for which training waits while a version is copied and probed: benchmarks.publication"),
+    "publish": (22.0, "seconds from there until it is in the bucket, at 1 GB/s: same place"),
+    "load": (22.5, "seconds in which the sampler fetches it, takes it into its engines and proves it: same place"),
     "poll": (1.0, "seconds between two looks for an object; half of it is lost at each"),
 }  # fmt: skip
 
