@@ -299,6 +299,10 @@ def test_whoever_measures_a_part_first_is_right(stage: Task, engines: Engines) -
     found = do(stage, Watched(engines, lambda: stage.bucket.create(key, json_bytes(others), {})))
     assert found.held_out is not None and found.held_out.dump() == others["heldOut"]
     assert load(stage.run, "vanilla", stage.bucket) == found
+    forget(stage, "evaluation.json")
+    stage.bucket.put_bytes(key, json_bytes({"documents": 8, "loss": 1.5}), {})
+    with pytest.raises(Permanent, match=r"vanilla-evaluate/parts: loss: .*written by another version; delete it to have it measured again"):
+        do(stage, Unasked(), attempt=2)
 
 
 @pytest.mark.parametrize(

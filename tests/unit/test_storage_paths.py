@@ -42,6 +42,11 @@ FOLDER = "runs/team/first-run-0123abcd"
         (paths.teacher(RUN), f"{FOLDER}/teacher.json"),
         (paths.progress(RUN, "vanilla"), f"{FOLDER}/steps/vanilla/progress.json"),
         (paths.metrics(RUN, "vanilla", "00000001"), f"{FOLDER}/steps/vanilla/metrics/00000001.jsonl"),
+        (paths.evaluation(RUN, "vanilla"), f"{FOLDER}/steps/vanilla-evaluate/evaluation.json"),
+        (
+            paths.evaluation_part(RUN, "vanilla", "canary", "0123456789abcdef" * 4),
+            f"{FOLDER}/steps/vanilla-evaluate/parts/canary-0123456789abcdef.json",
+        ),
         (paths.checkpoints(RUN, "vanilla"), f"{FOLDER}/checkpoints/vanilla"),
         (paths.checkpoint(RUN, "vanilla", 100), f"{FOLDER}/checkpoints/vanilla/100"),
         (paths.weights(RUN, "onpolicy", 12), f"{FOLDER}/weights/onpolicy/v000012"),

@@ -87,10 +87,11 @@ def measure(job: Job, engines: Loadable, scratch: Path) -> Evaluation:
         job.parts = len(parts)
         for name, part in parts.items():
             found |= job.part(name, checkpoint.manifest, part)
-    return Evaluation.model_validate({
+    said = {
         "run": job.provenance.run, "config": job.provenance.config, "stage": job.stage.name,
         "iteration": checkpoint.position.iteration, "checkpoint": checkpoint.manifest.sha256, **found,
-    })  # fmt: skip
+    }  # fmt: skip
+    return record.read(said, job.stage.name, job.bucket.url(paths.evaluation_parts(job.run, job.stage.name)))
 
 
 def asked(job: Job, student: Student, valid: Parts) -> dict[str, Callable[[], dict[str, Any]]]:

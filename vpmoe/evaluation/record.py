@@ -5,7 +5,7 @@ business.
 """
 
 from collections.abc import Mapping
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -91,13 +91,16 @@ def share(validity: Mapping[str, int]) -> float:
 def load(run: DistillRun, stage: str, bucket: Bucket) -> Evaluation | None:
     """A stage's evaluation, None where it has not been made. Raises Permanent where the object is none, StorageError."""
     key = paths.evaluation(run, stage)
-    if not bucket.exists(key):
-        return None
+    return read(bucket.get_json(key), stage, bucket.url(key)) if bucket.exists(key) else None
+
+
+def read(said: Any, stage: str, where: str) -> Evaluation:
+    """An evaluation from its JSON; `where` is its address, for people. Raises Permanent where it is none."""
     try:
-        return Evaluation.model_validate(bucket.get_json(key))
+        return Evaluation.model_validate(said)
     except ValidationError as error:
         fault = error.errors()[0]
         raise Permanent(
-            f"{bucket.url(key)}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}. It was altered, or written by another version; delete "
-            f"it to have it measured again: python -m jobs.evaluate --step {stage}-evaluate."
+            f"{where}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}. It was altered, or written by another version; delete it to "
+            f"have it measured again: python -m jobs.evaluate --step {stage}-evaluate."
         ) from error

@@ -122,9 +122,14 @@ def evaluation(of: "DistillRun", stage: str) -> str:
     return f"{run(of)}/steps/{stage}-evaluate/evaluation.json"
 
 
+def evaluation_parts(of: "DistillRun", stage: str) -> str:
+    """Folder of the parts of that which are measured."""
+    return f"{run(of)}/steps/{stage}-evaluate/parts"
+
+
 def evaluation_part(of: "DistillRun", stage: str, part: str, checkpoint: str) -> str:
-    """A part of that, written once it is measured; `checkpoint` is the sha256 of the checkpoint's manifest."""
-    return f"{run(of)}/steps/{stage}-evaluate/parts/{part}-{checkpoint[:16]}.json"
+    """One part, written once it is measured; `checkpoint` is the sha256 of the checkpoint's manifest."""
+    return f"{evaluation_parts(of, stage)}/{part}-{checkpoint[:16]}.json"
 
 
 def checkpoints(of: "DistillRun", step: str) -> str:
