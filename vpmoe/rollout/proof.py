@@ -27,8 +27,9 @@ log = logging.getLogger(__name__)
 
 EXACT = 1e-3
 """Nats by which any token of a probe may differ in float32: other orders of summation give some 1e-5, another student gives more."""
-ROUNDED = 0.05
-"""Nats by which a probe's tokens may differ on average in bfloat16, where a single one may be off by a quarter."""
+ROUNDED = 0.2
+"""Nats by which a probe's tokens may differ on average in bfloat16: vpmoe-6b with logits of spread 3 gives 0.04 and 0.3 at a single token
+(benchmarks/agreement.py), another student gives more than 1."""
 
 
 class Loadable(Protocol):
