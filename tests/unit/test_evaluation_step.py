@@ -346,11 +346,14 @@ def test_a_block_that_is_damaged_further_on_is_refused_by_name(stage: Task, s3: 
     assert not getattr(refused.value, "retriable", True)
 
 
-def run_job(run_file: Path, attempt: int, log: Path) -> "subprocess.Popen[bytes]":
+def run_job(run_file: Path, attempt: int, scratch: Path) -> "subprocess.Popen[bytes]":
+    """The job as its pod runs it: a user without name and home, who may read what there is and write below TMPDIR alone."""
+    user = ["setpriv", "--reuid=65532", "--regid=65532", "--clear-groups", "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
     command = [sys.executable, "-m", "jobs.evaluate", "--run", str(run_file), "--step", STEP, "--attempt", str(attempt)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "VPMOE_TERMINATION_LOG": str(log.with_suffix(".termination"))}
-    with log.open("wb") as file:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    kept = {name: value for name, value in os.environ.items() if name.startswith("AWS_") or name in ("PATH", "LD_LIBRARY_PATH")}
+    own = {"HOME": "/nonexistent", "TMPDIR": str(scratch), "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    with (scratch / f"{attempt}.log").open("wb") as file:
+        return subprocess.Popen([*user, *command], cwd=ROOT, env={**kept, **own}, stdout=file, stderr=subprocess.STDOUT)
 
 
 def test_a_killed_job_is_done_by_the_next_attempt_to_the_same_bytes(
@@ -359,6 +362,7 @@ def test_a_killed_job_is_done_by_the_next_attempt_to_the_same_bytes(
     do(stage, engines)
     wanted = written(stage)
     forget(stage, "")
+    tmp_path.chmod(0o777)
     run_file = tmp_path / "run.yaml"
     run_file.write_text(yaml.safe_dump(spec))
     key = paths.progress(stage.run, STEP)
@@ -366,15 +370,15 @@ def test_a_killed_job_is_done_by_the_next_attempt_to_the_same_bytes(
     def loading() -> bool:
         return stage.bucket.exists(key) and progress(stage)["message"] == "Loading the student"
 
-    killed = run_job(run_file, 1, tmp_path / "1.log")
+    killed = run_job(run_file, 1, tmp_path)
     wait_until(loading, "the student is being loaded", 120, every=0.1)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert load(stage.run, "vanilla", stage.bucket) is None
-    stopped = run_job(run_file, 2, tmp_path / "2.log")
+    stopped = run_job(run_file, 2, tmp_path)
     wait_until(lambda: loading() and progress(stage)["attempt"] == 2, "the next attempt loads it", 120, every=0.1)
     stopped.send_signal(signal.SIGTERM)
     assert stopped.wait(60) == 143, (tmp_path / "2.log").read_text()
-    last = run_job(run_file, 3, tmp_path / "3.log")
+    last = run_job(run_file, 3, tmp_path)
     assert last.wait(400) == 0, (tmp_path / "3.log").read_text()
     assert written(stage) == wanted and progress(stage)["state"] == "Succeeded"
