@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import samplers
 from tests.conftest import S3, small_run, wait_until
+from tests.unit.conftest import LONGEST
 from tests.unit.students import new_seed
 from vpmoe.api import DistillRun
 from vpmoe.api.stages import MaxTokens, OnPolicy
@@ -46,7 +47,7 @@ ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4
 """Nats. All compute in float32 and sum in other orders."""
 FIRST_PROMPT = 7
-TOKENS = 5_200
+TOKENS = 5_600
 
 STAGE = {
     "name": "onpolicy", "kind": "OnPolicy", "tokens": TOKENS, "anchor": 0.25, "staleness": 1, "publishEvery": 2, "require": {"validity": 0},
@@ -134,6 +135,10 @@ def spec(s3: S3, sample_parquet: list[Path]) -> dict[str, Any]:
     """A run whose data set is made. Others in its bucket share that."""
     made = small_run(s3)
     made["spec"]["student"]["gpus"] = 2
+    made["spec"]["training"] |= {
+        "sequenceLength": LONGEST,
+        "globalBatchTokens": 4 * LONGEST,
+    }  # as the shared engine's: batches depend on it
     made["spec"]["stages"].append(STAGE)
     run = DistillRun.parse(made)
     bucket = Bucket.open(run.spec.storage)
