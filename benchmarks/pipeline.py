@@ -152,8 +152,11 @@ def rows(requests: Asked, sequence_length: int) -> int:
     return len(pack(np.array([requests.prompt + length for length in requests.sampled], np.int32), sequence_length)[1]) - 1
 
 
-def simulate(run: DistillRun, stage: OnPolicy, mean: dict[str, int], prompt: int, slots: int, times: Times) -> Result:
-    """The stage, window by window: each role begins as soon as it is free and what it needs is there."""
+def simulate(run: DistillRun, stage: OnPolicy, mean: dict[str, int], prompt: int, slots: int, together: bool, times: Times) -> Result:
+    """The stage, window by window: each role begins as soon as it is free and what it needs is there.
+
+    `together`: the sampler takes all windows of a version as one batch, which is there when the last of its completions is.
+    """
     spec = run.spec
     plan, bound, teachers = layout(spec, stage), spec.training.sequence_length, spec.teacher.gpus
     windows = Windows(stage, spec.training.seed, [DOCUMENTS])
@@ -169,11 +172,17 @@ def simulate(run: DistillRun, stage: OnPolicy, mean: dict[str, int], prompt: int
     out = Result(f"{teachers} + {stage.sampler.gpus} + {plan.ranks}", trainer=times.copy)
     while seen < stage.tokens:
         version = course.version_of(number)
-        window = requests(windows, number, seen_at[version], mean, prompt, bound, times)
-        begins = max(sampled, published[version] + lost) + (times.load if version != loaded else 0.0)
-        loaded, takes = version, sampling(window, stage.sampler.gpus, slots, times)
-        sampled = begins + takes
-        out.sampler += takes
+        window, *others = [
+            requests(windows, each, seen_at[version], mean, prompt, bound, times)
+            for each in range(number, number + (stage.staleness + stage.publish_every if together else 1))
+            if course.version_of(each) == version
+        ]
+        if not together or version != loaded:
+            begins = max(sampled, published[version] + lost) + (times.load if version != loaded else 0.0)
+            batch = Asked(prompt, sum((each.sampled for each in others), window.sampled))
+            loaded, takes = version, sampling(batch, stage.sampler.gpus, slots, times)
+            sampled = begins + takes
+            out.sampler += takes
 
         takes = window.tokens / times.score
         scored[number % teachers] = max(scored[number % teachers], sampled + lost) + takes
@@ -228,6 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=parse_tokens, default=parse_tokens("100M"), help="tokens that are simulated (100M)")
     parser.add_argument("--prompt", type=int, default=PROMPT, help=f"tokens of a prompt ({PROMPT})")
     parser.add_argument("--completion", type=lengths, default=lengths("low=300,medium=700,high=1500"), help="mean tokens by effort")
+    parser.add_argument("--prompts", type=int, help="prompts of a window (default: the run's)")
+    parser.add_argument("--together", action="store_true", help="what if the windows of a version were sampled as one batch")
     parser.add_argument("--slots", type=int, default=256, help="sequences of one engine in flight (256: vpmoe.rollout.engine)")
     for kind, known in (("measured", MEASURED), ("assumed", ASSUMED)):
         for name, (value, what) in known.items():
@@ -235,9 +246,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     run = load_run(given.run)
     (stage,) = (stage for stage in run.spec.stages if isinstance(stage, OnPolicy))
-    how = (given.completion, given.prompt, given.slots, Times(**{name: getattr(given, name) for name in Times._fields}))
+    rollout = stage.rollout.model_dump(mode="json", by_alias=True)
+    each = rollout["promptsPerWindow"] = given.prompts or stage.rollout.prompts_per_window
+    how = (given.completion, given.prompt, given.slots, given.together, Times(**{name: getattr(given, name) for name in Times._fields}))
     mean = ", ".join(f"{effort} {length:,}" for effort, length in given.completion.items())
-    print(f"{given.tokens:,} tokens, {stage.rollout.prompts_per_window:,} prompts a window, {given.slots} sequences an engine at once.")
+    together = ", the windows of a version as one batch" if given.together else ""
+    print(f"{given.tokens:,} tokens, {each:,} prompts a window{together}, {given.slots} sequences an engine at once.")
     print(f"Prompts of {given.prompt} tokens, completions of {mean}; anchor {stage.anchor:g}.")
     for kind, known in (("Measured", MEASURED), ("Assumed", ASSUMED)):
         print(f"{kind}: " + ", ".join(f"{name} {getattr(given, name.replace('-', '_')):g}" for name in known))
@@ -246,16 +260,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{teachers} teacher(s), the best split:\n{header('staleness', 'every')}")
         for staleness in range(5):
             for every in (1, 2):
-                found = best(run, teachers, how, tokens=given.tokens, staleness=staleness, publishEvery=every)
+                found = best(run, teachers, how, tokens=given.tokens, staleness=staleness, publishEvery=every, rollout=rollout)
                 print(row(found, staleness, every), flush=True)
         print(f"\n{teachers} teacher(s), as the run has it, all splits:\n{header()}")
-        for found in splits(run, teachers, how, tokens=given.tokens):
+        for found in splits(run, teachers, how, tokens=given.tokens, rollout=rollout):
             print(row(found), flush=True)
     print(f"\nLarger windows, 1 teacher, the best split:\n{header('prompts')}")
-    for times in (1, 2, 4, 8):
-        rollout = stage.rollout.model_dump(mode="json", by_alias=True) | {"promptsPerWindow": stage.rollout.prompts_per_window * times}
-        found = best(run, 1, how, tokens=given.tokens * times, rollout=rollout)
-        print(row(found, rollout["promptsPerWindow"]), flush=True)
+    for times in (1, 2, 4):
+        found = best(run, 1, how, tokens=given.tokens * times, rollout=rollout | {"promptsPerWindow": each * times})
+        print(row(found, each * times), flush=True)
 
 
 if __name__ == "__main__":
