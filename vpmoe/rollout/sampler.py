@@ -23,7 +23,6 @@ from vpmoe.api import DistillRun
 from vpmoe.api.layout import layout
 from vpmoe.api.stages import OnPolicy
 from vpmoe.data.worker import Worker
-from vpmoe.evaluation import require
 from vpmoe.failure import Permanent
 from vpmoe.provenance import Provenance
 from vpmoe.rollout import prompt, turns, version
@@ -121,12 +120,10 @@ def sample(
 ) -> None:
     """Sample every window of the stage that has no rollouts yet, as its version is published; ends with the last, or when training has.
 
-    Files are kept below `scratch`. Raises Permanent where the stage may not begin, or the data set, a version or a window is at fault;
-    Retriable where engines took other weights wrongly; StorageError; Terminated where it was asked to stop. A window is in the bucket whole
-    or not at all.
+    Files are kept below `scratch`. Raises Permanent where the data set, a version or a window is at fault, Retriable where engines took
+    other weights wrongly, StorageError, Terminated where it was asked to stop. A window is in the bucket whole or not at all.
     """
     job = Job(run, bucket, provenance, stopping, None, stage, engines, scratch)
-    require.check(run, stage, bucket)
     made = dataset(run, bucket)
     curriculum = Curriculum(stage)
     before, source, loaded = job.newest(), None, None
