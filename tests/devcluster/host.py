@@ -91,8 +91,7 @@ def alive(process: Path) -> bool:
 
 def sweep(state: Path) -> None:
     """Remove what a node leaves behind that has ended: its link, its cgroups and what the kubelet kept on disk. The bucket stays."""
-    if link_exists():
-        ip("link", "delete", LINK)
+    remove_link()
     for root in configuration.cgroup_roots(Path("/proc/self/mounts").read_text()):
         remove_cgroup(Path(root, configuration.cgroup_name(str(state))))
     for name in ("kubelet", "config", "pki", "ready.json"):
@@ -101,6 +100,16 @@ def sweep(state: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def remove_link() -> None:
+    """Remove the link to the node. The kernel does it too, once nobody is left in the node's network: perhaps between our look and our word."""
+    try:
+        if link_exists():
+            ip("link", "delete", LINK)
+    except ClusterError:
+        if link_exists():
+            raise
 
 
 def remove_cgroup(top: Path) -> None:

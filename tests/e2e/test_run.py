@@ -58,7 +58,7 @@ def runs(cluster: Cluster, namespace: str, s3_client: Any, tmp_path_factory: pyt
     manifest["spec"]["dataset"]["source"] = f"s3://{bucket}/input/*.parquet"
     manifest["spec"]["storage"]["bucket"] = bucket
     manifest["spec"]["stages"] = [{**manifest["spec"]["stages"][0], "tokens": "48k"}]  # the Vanilla one; test_stages.py has the others
-    manifest["spec"]["evaluation"] = {"everyTokens": "24k", "documents": 16, "completions": 0}
+    manifest["spec"]["evaluation"] = {"everyTokens": "24k", "documents": 16, "completions": 6}
     for name, size in RUNS.items():
         manifest["metadata"]["name"] = name
         manifest["spec"]["student"]["gpusPerPod"] = size
@@ -79,7 +79,8 @@ def runs(cluster: Cluster, namespace: str, s3_client: Any, tmp_path_factory: pyt
 def test_a_run_succeeds_and_its_loss_goes_down_in_both_spans(runs: dict[str, Any], name: str) -> None:
     status = runs[name]["status"]
     assert status["phase"] == "Succeeded", status.get("message")
-    assert [step["state"] for step in status["steps"]] == ["Succeeded", "Succeeded"]
+    steps = [(step["name"], step["state"]) for step in status["steps"]]
+    assert steps == [("preprocess", "Succeeded"), ("vanilla", "Succeeded"), ("vanilla-evaluate", "Succeeded")]
     for span in ("reasoning", "final"):
         assert status["heldOut"]["latest"][span] < status["heldOut"]["before"][span] - 0.5
 
@@ -90,6 +91,20 @@ def test_a_master_and_a_worker_train_to_the_loss_of_one_pod(cluster: Cluster, na
     child = runs["two-pods"]["status"]["steps"][1]["child"]["name"]
     job = json.loads(cluster.kubectl("get", "pytorchjob", child, "--namespace", namespace, "--output=json"))
     assert {role: spec["replicas"] for role, spec in job["spec"]["pytorchReplicaSpecs"].items()} == {"Master": 1, "Worker": 1}
+
+
+def test_the_student_is_evaluated_after_the_stage_as_the_trainer_measures_it(runs: dict[str, Any], s3_client: Any, namespace: str) -> None:
+    found = []
+    for name, run in runs.items():
+        key = f"runs/{namespace}/{name}-{run['metadata']['uid'][:8]}/steps/vanilla-evaluate/evaluation.json"
+        evaluation = json.loads(s3_client.get_object(Bucket=run["spec"]["storage"]["bucket"], Key=key)["Body"].read())
+        trainers = run["status"]["steps"][1]["heldOut"]["latest"]
+        for span in ("reasoning", "final"):
+            assert evaluation["heldOut"][span] == pytest.approx(trainers[span], abs=1e-4)  # vLLM's sums in other orders, float32
+        assert sum(evaluation["validity"].values()) == evaluation["completions"] == 6
+        assert run["status"]["steps"][2]["validity"] == evaluation["validity"].get("valid", 0) / 6
+        found.append({field: value for field, value in evaluation.items() if field not in ("run", "config", "checkpoint")})
+    assert found[0] == found[1], "the same weights answer the same"
 
 
 def test_everything_in_the_bucket_is_what_its_manifests_say(runs: dict[str, Any], environment: dict[str, str]) -> None:
@@ -122,7 +137,7 @@ def test_every_pod_says_where_it_comes_from(cluster: Cluster, namespace: str, ru
     for pod in pods:
         labels, annotations = pod["metadata"]["labels"], pod["metadata"]["annotations"]
         run = runs[labels["vpmoe.dev/run"]]
-        assert labels["vpmoe.dev/step"] in ("preprocess", "vanilla")
+        assert labels["vpmoe.dev/step"] in ("preprocess", "vanilla", "vanilla-evaluate")
         assert labels["vpmoe.dev/attempt"] == "1"
         assert annotations["vpmoe.dev/config"].startswith(run["status"]["config"])
         assert annotations["vpmoe.dev/git-sha"]
@@ -132,7 +147,7 @@ def test_every_pod_says_where_it_comes_from(cluster: Cluster, namespace: str, ru
 def test_what_kubectl_shows_reads_well(cluster: Cluster, namespace: str, runs: dict[str, Any]) -> None:
     shown = cluster.kubectl("get", "distillruns", "--namespace", namespace).splitlines()
     assert shown[0].split() == ["NAME", "PHASE", "STEP", "PROGRESS", "TOKENS/S", "LOSS", "AGE"]
-    assert {line.split()[0]: line.split()[1:4] for line in shown[1:]} == {name: ["Succeeded", "vanilla", "100%"] for name in RUNS}
+    assert {line.split()[0]: line.split()[1:4] for line in shown[1:]} == {name: ["Succeeded", "vanilla-evaluate", "100%"] for name in RUNS}
     for column in ("TEACHER", "CONFIG"):
         assert column in cluster.kubectl("get", "drun", "--namespace", namespace, "--output=wide")
     described = cluster.kubectl("describe", "distillrun", "one-pod", "--namespace", namespace)

@@ -39,6 +39,7 @@ STAGES = [
     {
         "name": "onpolicy", "kind": "OnPolicy", "tokens": "14k", "anchor": 0.2, "staleness": 1, "require": {"validity": 0},
         "rollout": {"promptsPerWindow": 6, "maxTokens": {"low": 24, "medium": 32, "high": 48}}, "maxSamplerKl": 1.0,
+        "optimizer": {"learningRate": 3.0e-4, "warmupTokens": "2k"},
     },
 ]  # fmt: skip
 ROLES = ("onpolicy-sampler", "onpolicy-teacher", "onpolicy")
