@@ -61,7 +61,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def spec(run_spec: dict[str, Any], bucket: Bucket, teacher: Path) -> dict[str, Any]:
     """A run with an OnPolicy stage, whose teacher is in the bucket."""
     run_spec["spec"]["student"]["gpus"] = 2
-    run_spec["spec"]["stages"].append({"name": "onpolicy", "kind": "OnPolicy", "tokens": 4096, "require": None})
+    run_spec["spec"]["stages"].append({"name": "onpolicy", "kind": "OnPolicy", "tokens": 4096, "require": {"validity": 0}})
     run_spec["spec"]["stages"][1]["optimizer"] = {"minLearningRate": 1.0e-6}
     for path in teacher.iterdir():
         bucket.put_file(f"models/teacher/{path.name}", path, {})
@@ -191,15 +191,22 @@ def test_every_sampled_token_has_the_log_probability_that_transformers_gives_it(
     assert all(line["seconds"] > 0 and line["tokensPerSecond"] == line["tokens"] / line["seconds"] for line in lines)
 
 
-def test_windows_are_scored_as_they_appear_and_waits_are_measured(spec: dict[str, Any], bucket: Bucket, scorer: Remote) -> None:
+def test_windows_are_scored_as_they_appear_and_waits_are_measured(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "REPORT_SECONDS", 0.0)
     random = np.random.default_rng(new_seed())
+    waited = []
     with beside(spec, scorer) as ended:
+        wait_until(lambda: bucket.exists(paths.progress(DistillRun.parse(spec), "onpolicy-teacher")), "it has begun")
         for window in range(3):
-            time.sleep(0.3)
+            wait_until(lambda window=window: progress(spec, bucket)["message"] == f"Waiting for window {window}", "it waits")
+            since = time.monotonic()
             sample(spec, bucket, window, random, last=window == 2)
+            waited.append(time.monotonic() - since)
             wait_until(lambda window=window: bucket.exists(key(spec, window, "scores")), "it is scored")
     assert ended == [3]
-    assert all(line["waitRollouts"] > 0.1 for line in metrics(spec, bucket))
+    assert all(line["waitRollouts"] >= least for line, least in zip(metrics(spec, bucket), waited, strict=True))
 
 
 def test_two_workers_take_turns_and_the_bytes_are_one_workers(spec: dict[str, Any], bucket: Bucket, scorer: Remote) -> None:
