@@ -424,7 +424,7 @@ def plot(results: Sequence[dict[str, list[tuple[int, dict[str, float]]]]]) -> st
         line = [at(t, statistics.mean(v)) for t, v in zip(tokens, values, strict=True)]
         drawn.append(f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.2"/>')
         drawn.append(f'<polyline points="{" ".join(line)}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        drawn.append(f'<text x="{wide - edge - 90}" y="{edge + 18 * number}" fill="{colour}">{kind}</text>')
+        drawn.append(f'<text x="{edge + 16}" y="{high - edge - 52 + 18 * number}" fill="{colour}">{kind}</text>')
     for share in (0, 0.25, 0.5, 0.75, 1):
         x, y = at(share * most, 0).split(",")
         drawn.append(f'<text x="{x}" y="{float(y) + 18}" text-anchor="middle">{share * most / 1000:.0f}k</text>')
