@@ -18,6 +18,7 @@ from typing import Any
 
 from vpmoe import failure
 from vpmoe.api import DistillRun, load_run
+from vpmoe.data.worker import succeeded
 from vpmoe.provenance import Provenance, git_sha, now
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.bucket import json_bytes
@@ -122,12 +123,6 @@ def first_step(role: str, run: DistillRun, bucket: Bucket) -> str:
     if not steps:
         raise failure.Permanent(f"jobs.{role} has nothing to do: the run's steps are {', '.join(run.steps())}. Start another job.")
     return next((step for step in steps if not succeeded(run, bucket, step)), steps[-1])
-
-
-def succeeded(run: DistillRun, bucket: Bucket, step: str) -> bool:
-    """Whether a step reported that it is finished."""
-    key = paths.progress(run, step)
-    return bucket.exists(key) and bucket.get_json(key)["state"] == "Succeeded"
 
 
 def register(run: DistillRun, bucket: Bucket) -> None:
