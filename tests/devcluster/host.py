@@ -103,7 +103,7 @@ def sweep(state: Path) -> None:
 
 
 def remove_link() -> None:
-    """Remove the link to the node. The kernel does too, once nobody is left in the node's network: perhaps between our look and our word."""
+    """Remove the link to the node. So does the kernel, once nobody is left in its network: perhaps between our look and our word."""
     try:
         if link_exists():
             ip("link", "delete", LINK)

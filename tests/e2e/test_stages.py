@@ -136,7 +136,7 @@ def harry(bench: Bench, run: str, draw: random.Random, over: threading.Event, do
             if time.monotonic() > operator:
                 bench.kill_operator()
                 done.append("operator")
-                operator = time.monotonic() + draw.uniform(30, 90)
+                operator = time.monotonic() + draw.uniform(90, 200)  # the next has to wait for the lease of one that dies: a minute
 
 
 @pytest.fixture(scope="module")
