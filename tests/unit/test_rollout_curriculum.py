@@ -94,6 +94,16 @@ def test_a_version_is_never_from_the_future_and_never_staler_than_allowed(stage:
     assert version <= curriculum.version_of(window + 1)
 
 
+@given(STAGES, st.integers(0, 200))
+def test_the_windows_of_a_version_are_those_that_are_sampled_from_it(stage: OnPolicy, published: int) -> None:
+    curriculum, version = Curriculum(stage), published * stage.publish_every
+    found = curriculum.windows_of(version)
+    around = range(max(0, found[0] - 30), found[-1] + 30)
+    assert list(found) == [window for window in around if curriculum.version_of(window) == version]
+    assert curriculum.windows_of(version + stage.publish_every)[0] == found[-1] + 1, "none is left out"
+    assert version or found[0] == 0
+
+
 @given(SHARES)
 def test_windows_and_anchor_steps_alternate_as_a_mixtures_do(anchor: float) -> None:
     curriculum = Curriculum(stage(anchor=anchor))

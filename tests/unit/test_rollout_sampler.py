@@ -253,7 +253,8 @@ def test_a_stage_is_sampled_to_its_end_from_the_versions_that_it_must_be_sampled
     ]
     assert [line["load"] is not None for line in lines] == [True, False, False, True, False]
     assert all(line["load"]["probe"] <= 1e-4 for line in lines if line["load"])
-    assert lines[3]["waitWeights"] > lines[1]["waitWeights"] >= 0
+    assert [line["together"] for line in lines] == [3, 3, 3, 2, 2] and len({line["seconds"] for line in lines}) == 2
+    assert lines[3]["waitWeights"] > lines[1]["waitWeights"] == lines[4]["waitWeights"] == 0
     for number, line in enumerate(lines):
         window = world.window(number)
         assert (line["rollouts"], line["tokens"]) == (len(window.rollouts), window.about.tokens) and line["tokensPerSecond"] > 0
@@ -279,30 +280,55 @@ def wait_for(true: Callable[[], bool], process: "subprocess.Popen[str]", what: s
     assert process.poll() is None, process.communicate()[0]
 
 
-def test_a_window_sampled_again_has_the_same_bytes_and_the_job_ends_when_it_is_told(world: World, s3: S3) -> None:
+def test_an_attempt_that_begins_within_a_version_makes_what_is_missing_to_the_same_bytes(world: World) -> None:
     """By the running engine, which has had other weights in between, and by a job whose engine is new; and that waits, samples, stops."""
     world.publish(0)
     world.publish(2, 700)
     world.sample()
     kept = {number: world.bucket.get(world.key(number)) for number in world.windows()}
     assert len(kept) >= 4
-    world.bucket.delete(world.key(1))
-    untouched = world.bucket.head(world.key(0)).etag
-    world.sample()
-    assert world.bucket.get(world.key(1)) == kept[1], "after version 2, version 0 in the same engine"
-    assert world.bucket.head(world.key(0)).etag == untouched
+    metrics = [paths.metrics(world.run, "onpolicy-sampler", f"{number:06d}") for number in (0, 1)]
+    left = {key: world.bucket.head(key).etag for key in (world.key(0), world.key(1), *metrics)}
     for number in kept:
-        world.bucket.delete(world.key(number))
+        if number > 1:
+            world.bucket.delete(world.key(number))
+    engines = Meddled(world.engines)
+    world.sample(engines=engines)
+    assert engines.requests == [15, 20], "all windows of a version, however few are missing"
+    assert {number: world.bucket.get(world.key(number)) for number in world.windows()} == kept
+    assert {key: world.bucket.head(key).etag for key in left} == left, "what is there is left alone"
+    for number in kept:
+        if number > 0:
+            world.bucket.delete(world.key(number))
     world.bucket.delete(paths.manifest(paths.weights(world.run, "onpolicy", 2)))
     world.bucket.delete(paths.progress(world.run, "onpolicy-sampler"))
     process = job(world)
     wait_for(lambda: "Waiting for version 2" in world.progress()["message"], process, "the job waits")
-    assert all(world.bucket.get(world.key(number)) == kept[number] for number in (0, 1, 2)), "from a fresh engine"
+    assert {number: world.bucket.get(world.key(number)) for number in world.windows()} == {n: kept[n] for n in (0, 1, 2)}
     (engine,) = children(process.pid)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 143 and json.loads((world.file.parent / "end").read_text())["class"] == "Terminated", said
     wait_until(lambda: not alive(engine), "the engine has ended with its job")
+
+
+def test_what_comes_after_the_stages_end_is_not_written(world: World) -> None:
+    """It was sampled all the same: a batch is a function of its version, and the end is not known before."""
+    world.run = changed(world.run, tokens=10)
+    world.publish(0)
+    engines = Meddled(world.engines)
+    world.sample(engines=engines)
+    assert engines.requests == [15] and world.windows() == [0] and world.window(0).about.last
+    assert (world.progress()["message"], world.progress()["parts"]) == ("Complete", {"done": 1, "total": 1})
+    folder = paths.metrics(world.run, "onpolicy-sampler", "").removesuffix(".jsonl")
+    assert len(list(world.bucket.list(folder))) == 1
+
+
+def changed(run: DistillRun, **fields: Any) -> DistillRun:
+    """The run with other fields in its OnPolicy stage, and a folder of its own."""
+    document = run.document()
+    document["spec"]["stages"][-1] |= fields
+    return DistillRun.parse(document)
 
 
 def children(pid: int) -> list[int]:
@@ -315,10 +341,10 @@ def alive(pid: int) -> bool:
 
 
 class Meddled:
-    """Engines, and what happens before they sample."""
+    """Engines, and what happens before and after they sample."""
 
-    def __init__(self, engines: Engines, meddle: Callable[[], None]) -> None:
-        self._engines, self._meddle = engines, meddle
+    def __init__(self, engines: Engines, before: Callable[[], object] = lambda: None, after: Callable[[], object] = lambda: None) -> None:
+        self._engines, self._before, self._after = engines, before, after
         self.load, self.score = engines.load, engines.score
         self.requests: list[int] = []
 
@@ -327,32 +353,33 @@ class Meddled:
         return self._engines.loaded
 
     def sample(self, requests: list[Request], check_stop: Callable[[], None]) -> list[Completion]:
-        self._meddle()
+        self._before()
         self.requests.append(len(requests))
-        return self._engines.sample(requests, check_stop)
+        found = self._engines.sample(requests, check_stop)
+        self._after()
+        return found
 
 
 def test_whoever_writes_a_window_first_is_right(world: World) -> None:
     """And the one that comes too late goes on from what is there."""
     world.publish(0)
-    world.sample(engines=stop_after(world, 1))
-    first = world.window(0)
+    world.sample(engines=once(world))
+    first, second = world.window(0), world.window(1)
     fewer = first.about.model_copy(update={"tokens": sum(len(one.ids_T) for one in first.rollouts[:4])})
     theirs = rollouts_bytes(fewer, first.rollouts[:4])
-    world.bucket.delete(world.key(0))
-    world.sample(engines=stop_after(world, 2, lambda: world.bucket.create(world.key(0), theirs, {})))
+    for number in range(3):
+        world.bucket.delete(world.key(number))
+    world.sample(engines=once(world, lambda: world.bucket.create(world.key(0), theirs, {})))
     assert world.bucket.get(world.key(0)) == theirs
-    assert world.window(1).about.seen == fewer.tokens
+    assert world.window(1).about == second.about.model_copy(update={"seen": fewer.tokens})
 
 
-def stop_after(world: World, windows: int, meddle: Callable[[], object] = lambda: None) -> Meddled:
-    """Engines that sample so many windows; then the stage is over."""
-    counted = iter(range(99))
+def once(world: World, meddle: Callable[[], object] = lambda: None) -> Meddled:
+    """Engines that sample one version; then the stage is over."""
 
     def before() -> None:
         meddle()
-        if next(counted) == windows - 1:
-            succeed(world)
+        succeed(world)
 
     world.bucket.delete(paths.progress(world.run, "onpolicy"))
     return Meddled(world.engines, before)
@@ -369,12 +396,9 @@ def test_a_stage_that_has_ended_early_is_sampled_no_further(world: World) -> Non
     world.sample()
     assert world.windows() == []
     assert (world.progress()["state"], world.progress()["message"]) == ("Succeeded", "The stage has ended")
-    engines = stop_after(world, 2)
+    engines = once(world)
     world.sample(engines=engines)
-    assert world.windows() == [0, 1] and len(engines.requests) == 2
-    engines = stop_after(world, 1)
-    world.sample(engines=engines)
-    assert world.windows() == [0, 1, 2] and len(engines.requests) == 1, "it goes on at the first window that is missing"
+    assert world.windows() == [0, 1, 2] and engines.requests == [15]
 
 
 def test_asked_to_stop_it_stops_at_once_and_leaves_no_window(world: World) -> None:
@@ -383,7 +407,15 @@ def test_asked_to_stop_it_stops_at_once_and_leaves_no_window(world: World) -> No
     with pytest.raises(Terminated, match="onpolicy-sampler was asked to stop"):
         world.sample(stopping, Meddled(world.engines, stopping.set))
     assert world.windows() == []
-    world.engines.score([np.arange(5, dtype=np.int32)])  # its answer to the window that was given up is not taken for this one's
+    world.engines.score([np.arange(5, dtype=np.int32)])  # its answer to the windows that were given up is not taken for this one's
+
+
+def test_what_was_sampled_when_it_is_asked_to_stop_is_written_first(world: World) -> None:
+    world.publish(0)
+    stopping = threading.Event()
+    with pytest.raises(Terminated, match="onpolicy-sampler was asked to stop"):
+        world.sample(stopping, Meddled(world.engines, after=stopping.set))
+    assert world.windows() == [0, 1, 2]
 
 
 def test_another_student_than_the_trainers_is_found_out_by_its_probe(world: World, tmp_path: Path) -> None:
@@ -411,9 +443,9 @@ def test_another_student_than_the_trainers_is_found_out_by_its_probe(world: Worl
 def test_an_object_that_was_cut_off_is_named(world: World, s3: S3, what: str) -> None:
     world.publish(0)
     if what == "window":
-        world.sample(engines=stop_after(world, 1))
+        world.sample(engines=once(world))
         world.bucket.delete(paths.progress(world.run, "onpolicy"))
-    key = world.key(0) if what == "window" else f"{paths.weights(world.run, 'onpolicy', 0)}/model-00001.safetensors"
+    key = world.key(2) if what == "window" else f"{paths.weights(world.run, 'onpolicy', 0)}/model-00001.safetensors"
     file = s3.folder / world.bucket.name / key
     os.truncate(file, file.stat().st_size // 2)
     with pytest.raises((StorageError, Permanent), match=rf"{world.bucket.url(key)}: .*delete"):
@@ -422,10 +454,10 @@ def test_an_object_that_was_cut_off_is_named(world: World, s3: S3, what: str) ->
 
 def test_a_window_of_another_configuration_is_refused(world: World) -> None:
     world.publish(0)
-    world.sample(engines=stop_after(world, 1))
-    found = world.window(0)
-    world.bucket.delete(world.key(0))
+    world.sample(engines=once(world))
+    found = world.window(2)
+    world.bucket.delete(world.key(2))
     data = rollouts_bytes(found.about.model_copy(update={"config": "0" * 64}), found.rollouts)
-    world.bucket.create(world.key(0), data, {})
-    with pytest.raises(Permanent, match=r"window-000000.rollouts.arrow: it is window 0 of stage onpolicy of .*, configuration 0000"):
+    world.bucket.create(world.key(2), data, {})
+    with pytest.raises(Permanent, match=r"window-000002.rollouts.arrow: it is window 2 of stage onpolicy of .*, configuration 0000"):
         world.sample()

@@ -64,6 +64,14 @@ class Curriculum:
         every = self.stage.publish_every
         return max(0, window - self.stage.staleness) // every * every
 
+    def windows_of(self, version: int) -> range:
+        """All windows that are sampled from a version that is published: those of which version_of says it.
+
+        The stage may end before the last of them.
+        """
+        staleness, every = self.stage.staleness, self.stage.publish_every
+        return range(version + staleness if version else 0, version + staleness + every)
+
     def published_after(self, version: int) -> int:
         """Steps of the stage that a version has been trained for: up to its last window's, and none beyond."""
         return self.step_of(version - 1) + 1 if version else 0

@@ -1,8 +1,8 @@
-"""The sampler of an OnPolicy stage: window after window, sampled from exactly the version that it has to be sampled from.
+"""The sampler of an OnPolicy stage: version after version, all windows that have to be sampled from it.
 
 It has no state: it goes on at the first window without rollouts, whoever sampled those before, and whoever writes a window's rollouts
-first is right. What a window asks for is windows.py's business, how completions come about engine.py's; what becomes of them the teacher's
-and the trainer's.
+first is right. What a window asks for is windows.py's business, how they are sampled batch.py's; what becomes of them the teacher's and the
+trainer's.
 """
 
 import json
@@ -11,31 +11,26 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vpmoe.api import DistillRun
-from vpmoe.api.layout import layout
 from vpmoe.api.stages import OnPolicy
 from vpmoe.data.worker import Worker
 from vpmoe.failure import Permanent
 from vpmoe.provenance import Provenance
-from vpmoe.rollout import prompt, turns, version
+from vpmoe.rollout import turns, version
+from vpmoe.rollout.batch import Batch, Source, draw
 from vpmoe.rollout.curriculum import EFFORTS, Curriculum
-from vpmoe.rollout.engines import Completion, Request
 from vpmoe.rollout.proof import Load, Loadable, load
 from vpmoe.rollout.record import AboutRollouts, Rollout, read_rollouts, rollouts_bytes
 from vpmoe.rollout.version import Version
-from vpmoe.rollout.windows import Prompt, Window, Windows, longest
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.manifest import Manifest
-from vpmoe.training.parts import Cache, Parts
-from vpmoe.training.plan import BatchPlan, documents, firsts
+from vpmoe.training.parts import Cache
 from vpmoe.training.stage import dataset, dataset_facts
 
 log = logging.getLogger(__name__)
@@ -82,37 +77,11 @@ class Job(Worker):
         first = next(number for number in range(len(there) + 1) if number not in there)
         return self.read(first - 1) if first else None
 
-    def say(self, message: str, done: int, seen: int, speed: float | None = None) -> None:
-        """Report how many windows are done, `seen` tokens of the stage with them; as many are expected as these let expect."""
+    def say(self, message: str, before: AboutRollouts | None, speed: float | None = None) -> None:
+        """Report the windows up to `before` as done; as many are expected as the stage's tokens with them let expect."""
+        done, seen = (before.window + 1, before.seen + before.tokens) if before else (0, 0)
         expected = -(-done * self.stage.tokens // seen) if seen else 0
         self.report(message, done, max(done, expected), speed)
-
-
-class Source:
-    """What the windows of a stage are made of: the data set's documents, and where the stage began in their order."""
-
-    def __init__(self, job: Job, made: Manifest, began: Version) -> None:
-        run, stage = job.run, job.stage
-        training = run.spec.training
-        self.parts = Parts(made, "train", Cache(job.bucket, job.scratch / "blocks"))
-        self._first_document = firsts([len(lengths) for lengths in self.parts.lengths])
-        self._prompts = prompt.Prompts(made.facts["settings"]["conversation"])
-        self._bound = training.sequence_length
-        self.windows = Windows(stage, training.seed, [len(lengths) for lengths in self.parts.lengths], began.first_prompt)
-        plan = BatchPlan(self.parts.lengths, training.seed, training.sequence_length)
-        self.anchors = plan.steps(began.first_sequence, layout(run.spec, stage).sequences_per_step, stage.tokens)
-        """[steps] tokens of the stage's anchor steps up to each: Curriculum.after."""
-
-    def requests(self, window: Window) -> Iterator[tuple[Prompt, int, Request]]:
-        """All that is asked in a window: of which prompt, which of its rollouts, and how."""
-        numbers = np.array([asked.document for asked in window.prompts], np.int32)
-        found = documents(numbers, self._first_document, self.parts.lengths)
-        self.parts.prefetch(found)
-        for asked, document in zip(window.prompts, found, strict=True):
-            ids_P = self._prompts.ids(*self.parts.read(document), asked.effort)
-            bound = longest(len(ids_P), asked.effort, window.max_tokens, self._bound)
-            for rollout, seed in enumerate(asked.seeds):
-                yield asked, rollout, Request(ids_P, seed, bound)
 
 
 def sample(
@@ -126,24 +95,23 @@ def sample(
     job = Job(run, bucket, provenance, stopping, None, stage, engines, scratch)
     made = dataset(run, bucket)
     curriculum = Curriculum(stage)
-    before, source, loaded = job.newest(), None, None
-    number = before.window + 1 if before else 0
+    before, source = job.newest(), None
     while before is None or not before.last:
         waiting = time.monotonic()
-        found = await_version(job, curriculum.version_of(number), before)
+        found = await_version(job, curriculum.version_of(before.window + 1 if before else 0), before)
         if found is None:
             break
         (published, facts), waited = found, time.monotonic() - waiting
-        source = source or Source(job, made, facts)
-        seen = curriculum.after(before.window, before.seen, before.tokens, source.anchors) if before else 0
-        loading = None
-        if loaded != facts.version:
-            job.say(f"Loading version {facts.version}", number, seen)
-            loading, loaded = load(bucket, published, facts, engines, scratch, job.check_stop), facts.version
-        job.say(f"Sampling window {number} from version {facts.version}", number, seen)
-        before = make(job, source, published, facts, number, seen, waited, loading)
-        number += 1
-    job.report_success("Complete" if before and before.last else "The stage has ended", number, dataset_facts(bucket, made))
+        source = source or Source(run, stage, made, facts, Cache(bucket, scratch / "blocks"))
+        job.say(f"Loading version {facts.version}", before)
+        loading = load(bucket, published, facts, engines, scratch, job.check_stop)
+        first, *others = curriculum.windows_of(facts.version)
+        asked = f"windows {first} to {others[-1]}" if others else f"window {first}"
+        job.say(f"Sampling {asked} from version {facts.version}", before)
+        batch = draw(source, facts, turns.read(bucket, run, stage.name), engines, job.check_stop)
+        before = write(job, source, published, facts, batch, before, waited, loading)
+    done = before.window + 1 if before else 0
+    job.report_success("Complete" if before and before.last else "The stage has ended", done, dataset_facts(bucket, made))
 
 
 def await_version(job: Job, number: int, before: AboutRollouts | None) -> tuple[Manifest, Version] | None:
@@ -154,58 +122,54 @@ def await_version(job: Job, number: int, before: AboutRollouts | None) -> tuple[
             return found
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
-            job.say(f"Waiting for version {number}", before.window + 1 if before else 0, before.seen + before.tokens if before else 0)
+            job.say(f"Waiting for version {number}", before)
         job.stopping.wait(POLL)
         job.check_stop()
     return None
 
 
-def make(
-    job: Job, source: Source, published: Manifest, facts: Version, number: int, seen: int, waited: float, loading: Load | None
+def write(
+    job: Job, source: Source, published: Manifest, facts: Version, batch: Batch, before: AboutRollouts | None, waited: float, loading: Load
 ) -> AboutRollouts:
-    """Sample window `number`, before whose step the stage has `seen` tokens, and write it; returns what the window in the bucket says."""
-    window = source.windows.window(number, facts.tokens, turns.read(job.bucket, job.run, job.stage.name))
-    started = time.monotonic()
-    asked = list(source.requests(window))
-    completions = job.engines.sample([request for _, _, request in asked], job.check_stop)
-    rollouts = [rollout_of(*one, completion) for one, completion in zip(asked, completions, strict=True)]
-    tokens = sum(len(one.ids_T) for one in rollouts)
-    about = AboutRollouts(
-        run=job.provenance.run,
-        config=job.run.config_hash,
-        stage=job.stage.name,
-        window=number,
-        version=facts.version,
-        weights=version.content_of(published),
-        phase=window.phase,
-        seen=seen,
-        tokens=tokens,
-        last=source.windows.curriculum.after(number, seen, tokens, source.anchors) >= job.stage.tokens,
-        turns=window.turns,
-    )
-    seconds = time.monotonic() - started
-    speed = sum(len(one.logp_C) for one in rollouts) / seconds
-    line = {
-        "window": number, "version": facts.version, "seconds": seconds, "waitWeights": waited, "tokens": tokens, "tokensPerSecond": speed,
-        "rollouts": len(rollouts), "load": {"seconds": loading.seconds, "probe": loading.probe} if loading else None, **by_effort(rollouts),
-    }  # fmt: skip
-    write_metrics(job, line)
-    key = paths.window(job.run, job.stage.name, number, "rollouts")
-    if not job.bucket.create(key, rollouts_bytes(about, rollouts), job.provenance.metadata()):
-        log.warning("%s was written by another sampler: going on from that", job.url(number))
-        return job.read(number)
-    log.info(f"Window {number} from version {facts.version}: {len(rollouts):,} rollouts, {tokens:,} tokens, {seconds:,.1f} s")
-    job.say(f"Window {number} sampled", number + 1, seen + tokens, speed)
-    return about
+    """Write the windows of a batch that come after `before`, up to the stage's last; returns what the last of them in the bucket says.
 
-
-def rollout_of(asked: Prompt, number: int, request: Request, completion: Completion) -> Rollout:
-    """A completion as it is stored: with its prompt, the span of each token, and what it is as a Harmony answer."""
-    ids_C = completion.ids_C
-    return Rollout(
-        asked.place, number, asked.document, asked.effort, prompt.validity(ids_C), np.concatenate([request.ids_P, ids_C]),
-        prompt.spans(ids_C), completion.logp_C,
-    )  # fmt: skip
+    Not even a request to stop comes between them: to write all takes seconds, and to sample them again minutes.
+    """
+    after, load_line = source.windows.curriculum.after, {"seconds": loading.seconds, "probe": loading.probe}
+    missing = [(window, rollouts) for window, rollouts in batch.windows if before is None or window.number > before.window]
+    for place, (window, rollouts) in enumerate(missing):
+        seen = after(before.window, before.seen, before.tokens, source.anchors) if before else 0
+        tokens = sum(len(one.ids_T) for one in rollouts)
+        before = AboutRollouts(
+            run=job.provenance.run,
+            config=job.run.config_hash,
+            stage=job.stage.name,
+            window=window.number,
+            version=facts.version,
+            weights=version.content_of(published),
+            phase=window.phase,
+            seen=seen,
+            tokens=tokens,
+            last=after(window.number, seen, tokens, source.anchors) >= job.stage.tokens,
+            turns=window.turns,
+        )
+        line = {
+            "window": window.number, "version": facts.version, "together": len(batch.windows), "seconds": batch.seconds,
+            "waitWeights": 0.0 if place else waited, "tokens": tokens, "tokensPerSecond": batch.speed, "rollouts": len(rollouts),
+            "load": None if place else load_line, **by_effort(rollouts),
+        }  # fmt: skip
+        write_metrics(job, line)
+        key = paths.window(job.run, job.stage.name, window.number, "rollouts")
+        if job.bucket.create(key, rollouts_bytes(before, rollouts), job.provenance.metadata()):
+            log.info(f"Window {window.number} from version {facts.version}: {len(rollouts):,} rollouts, {tokens:,} tokens")
+        else:
+            log.warning("%s was written by another sampler: going on from that", job.url(window.number))
+            before = job.read(window.number)
+        job.say(f"Window {window.number} sampled", before, batch.speed)
+        if before.last:
+            break
+    assert before, "a version has a window, and it was asked for because one is missing"
+    return before
 
 
 def by_effort(rollouts: Sequence[Rollout]) -> dict[str, Any]:
