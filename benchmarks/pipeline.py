@@ -2,10 +2,12 @@
 
     python -m benchmarks.pipeline [--run manifests/examples/full.yaml] [--tokens 200M] [--completion low=300,medium=700,high=1500] …
 
-The stage's own rules (which window from which version, anchor steps, efforts, rollouts, packing) run for so many tokens, with the run's
-phases in proportion; how long things take is given below, each with where its default comes from. Prints by staleness and publishEvery
-the split with the shortest stage, and for each role the share of the time for which it works; then the splits beside one another. The
-floor is the time of the role with most work, if it never waited. A trainer that copies weights works; a sampler that loads them does not.
+The stage's own rules (which windows from which version, anchor steps, efforts, rollouts, packing) run for so many tokens, with the run's
+phases in proportion; how long things take is given below, each with where its default comes from. Prints by staleness and publishEvery,
+then by promptsPerWindow, the split with most tokens a second, and for each role the share of the time for which it works; then all splits.
+tokens/s are the stage's, on-policy those of windows alone: anchor steps have globalBatchTokens however small windows are.
+The floor is the time of the role with most work, if it never waited. A trainer that copies weights works; a sampler that loads them does
+not. A completion that vLLM sets aside because keys and values find no room, to compute it again, is not in it.
 """
 
 import argparse
@@ -24,11 +26,14 @@ from vpmoe.api.layout import layout
 from vpmoe.api.quantities import parse_tokens
 from vpmoe.api.stages import OnPolicy
 from vpmoe.rollout.__main__ import PROMPT, lengths
+from vpmoe.rollout.engine import SEQUENCES
 from vpmoe.rollout.windows import Window, Windows, longest
 from vpmoe.training.plan import pack
 
 GPUS = 8
 DOCUMENTS = 1_000_000
+PACES = [(staleness, every) for staleness in range(5) for every in (1, 2)] + [(4, 4), (8, 8)]
+"""(staleness, publishEvery) of the tables."""
 
 MEASURED = {
     "microbatch": (0.72, "seconds of a microbatch of one row of sequenceLength on one GPU: vpmoe-6b, 8,192, an H200; docs/distillation.md"),
@@ -67,7 +72,7 @@ class Times(NamedTuple):
 
 @dataclass
 class Result:
-    """One simulated stage: seconds of it, and for which of them each role works. `seen`: its tokens, anchor steps included."""
+    """One simulated stage: seconds of it, and for which of them each role works. `seen`: its tokens; `rolled`: those of windows."""
 
     split: str
     total: float = 0.0
@@ -76,6 +81,7 @@ class Result:
     teacher: float = 0.0
     windows: int = 0
     seen: int = 0
+    rolled: int = 0
 
     @property
     def floor(self) -> float:
@@ -152,10 +158,10 @@ def rows(requests: Asked, sequence_length: int) -> int:
     return len(pack(np.array([requests.prompt + length for length in requests.sampled], np.int32), sequence_length)[1]) - 1
 
 
-def simulate(run: DistillRun, stage: OnPolicy, mean: dict[str, int], prompt: int, slots: int, together: bool, times: Times) -> Result:
+def simulate(run: DistillRun, stage: OnPolicy, mean: dict[str, int], prompt: int, slots: int, times: Times) -> Result:
     """The stage, window by window: each role begins as soon as it is free and what it needs is there.
 
-    `together`: the sampler takes all windows of a version as one batch, which is there when the last of its completions is.
+    The sampler takes all windows of a version as one batch; they are there when the last of its completions is.
     """
     spec = run.spec
     plan, bound, teachers = layout(spec, stage), spec.training.sequence_length, spec.teacher.gpus
@@ -172,17 +178,13 @@ def simulate(run: DistillRun, stage: OnPolicy, mean: dict[str, int], prompt: int
     out = Result(f"{teachers} + {stage.sampler.gpus} + {plan.ranks}", trainer=times.copy)
     while seen < stage.tokens:
         version = course.version_of(number)
-        window, *others = [
-            requests(windows, each, seen_at[version], mean, prompt, bound, times)
-            for each in range(number, number + (stage.staleness + stage.publish_every if together else 1))
-            if course.version_of(each) == version
-        ]
-        if not together or version != loaded:
-            begins = max(sampled, published[version] + lost) + (times.load if version != loaded else 0.0)
-            batch = Asked(prompt, sum((each.sampled for each in others), window.sampled))
-            loaded, takes = version, sampling(batch, stage.sampler.gpus, slots, times)
-            sampled = begins + takes
+        batch = [requests(windows, each, seen_at[version], mean, prompt, bound, times) for each in course.windows_of(version)]
+        window = batch[number - course.windows_of(version)[0]]
+        if version != loaded:
+            takes = sampling(Asked(prompt, sum((each.sampled for each in batch), ())), stage.sampler.gpus, slots, times)
+            sampled = max(sampled, published[version] + lost) + times.load + takes
             out.sampler += takes
+            loaded = version
 
         takes = window.tokens / times.score
         scored[number % teachers] = max(scored[number % teachers], sampled + lost) + takes
@@ -196,6 +198,7 @@ def simulate(run: DistillRun, stage: OnPolicy, mean: dict[str, int], prompt: int
         step += 1
         after = course.after(number, seen, window.tokens, anchors)
         out.windows += 1
+        out.rolled += window.tokens
         number += 1
         if number % stage.publish_every == 0:
             trained = max(trained, uploaded) + times.copy  # one upload goes on at a time
@@ -213,17 +216,18 @@ def splits(run: DistillRun, teachers: int, how: Sequence[Any], **changes: object
 
 
 def row(result: Result, *first: object) -> str:
-    """A line of a table: shares of the time for which each role works, seconds of a window, tokens a second."""
+    """A line of a table: shares of the time for which each role works, seconds of a window, tokens and those of windows a second."""
     total = result.total
     shares = "  ".join(f"{busy / total:7.1%}" for busy in (total - result.trainer, result.trainer, result.sampler, result.teacher))
-    head = "  ".join(f"{cell!s:>9}" for cell in first)
-    return f"{head}  {result.split:>9}  {shares}  {total / result.windows:7.1f}  {result.seen / total:9,.0f}  {total / result.floor:6.2f}"
+    head = "  ".join(f"{cell!s:>9}" for cell in (*first, result.split))
+    speeds = f"{result.seen / total:9,.0f}  {result.rolled / total:9,.0f}"
+    return f"{head}  {shares}  {total / result.windows:7.1f}  {speeds}  {total / result.floor:6.2f}"
 
 
 def header(*first: str) -> str:
-    head = "  ".join(f"{cell:>9}" for cell in first)
+    head = "  ".join(f"{cell:>9}" for cell in (*first, "T + S + t"))
     roles = f"{'t idle':>7}  {'t busy':>7}  {'S busy':>7}  {'T busy':>7}"
-    return f"{head}  {'T + S + t':>9}  {roles}  {'s/win':>7}  {'tokens/s':>9}  {'/floor':>6}"
+    return f"{head}  {roles}  {'s/win':>7}  {'tokens/s':>9}  {'on-policy':>9}  {'/floor':>6}"
 
 
 def best(run: DistillRun, teachers: int, how: Sequence[Any], **changes: object) -> Result:
@@ -238,8 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=PROMPT, help=f"tokens of a prompt ({PROMPT})")
     parser.add_argument("--completion", type=lengths, default=lengths("low=300,medium=700,high=1500"), help="mean tokens by effort")
     parser.add_argument("--prompts", type=int, help="prompts of a window (default: the run's)")
-    parser.add_argument("--together", action="store_true", help="what if the windows of a version were sampled as one batch")
-    parser.add_argument("--slots", type=int, default=256, help="sequences of one engine in flight (256: vpmoe.rollout.engine)")
+    parser.add_argument("--slots", type=int, default=SEQUENCES["cuda"], help=f"sequences of one engine in flight ({SEQUENCES['cuda']})")
     for kind, known in (("measured", MEASURED), ("assumed", ASSUMED)):
         for name, (value, what) in known.items():
             parser.add_argument(f"--{name}", type=float, default=value, metavar="X", help=f"{what} ({kind}: {value:g})")
@@ -248,27 +251,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (stage,) = (stage for stage in run.spec.stages if isinstance(stage, OnPolicy))
     rollout = stage.rollout.model_dump(mode="json", by_alias=True)
     each = rollout["promptsPerWindow"] = given.prompts or stage.rollout.prompts_per_window
-    how = (given.completion, given.prompt, given.slots, given.together, Times(**{name: getattr(given, name) for name in Times._fields}))
+    how = (given.completion, given.prompt, given.slots, Times(**{name: getattr(given, name) for name in Times._fields}))
     mean = ", ".join(f"{effort} {length:,}" for effort, length in given.completion.items())
-    together = ", the windows of a version as one batch" if given.together else ""
-    print(f"{given.tokens:,} tokens, {each:,} prompts a window{together}, {given.slots} sequences an engine at once.")
+    print(f"{given.tokens:,} tokens, {each:,} prompts a window, {given.slots} sequences an engine at once.")
     print(f"Prompts of {given.prompt} tokens, completions of {mean}; anchor {stage.anchor:g}.")
     for kind, known in (("Measured", MEASURED), ("Assumed", ASSUMED)):
         print(f"{kind}: " + ", ".join(f"{name} {getattr(given, name.replace('-', '_')):g}" for name in known))
     print("GPUs of the teacher (T), the sampler (S) and the trainer (t); /floor is the time over that of the role with most work.")
     for teachers in (1, 2):
         print(f"\n{teachers} teacher(s), the best split:\n{header('staleness', 'every')}")
-        for staleness in range(5):
-            for every in (1, 2):
-                found = best(run, teachers, how, tokens=given.tokens, staleness=staleness, publishEvery=every, rollout=rollout)
-                print(row(found, staleness, every), flush=True)
+        for staleness, every in PACES:
+            found = best(run, teachers, how, tokens=given.tokens, staleness=staleness, publishEvery=every, rollout=rollout)
+            print(row(found, staleness, every), flush=True)
         print(f"\n{teachers} teacher(s), as the run has it, all splits:\n{header()}")
         for found in splits(run, teachers, how, tokens=given.tokens, rollout=rollout):
             print(row(found), flush=True)
-    print(f"\nLarger windows, 1 teacher, the best split:\n{header('prompts')}")
-    for times in (1, 2, 4):
-        found = best(run, 1, how, tokens=given.tokens * times, rollout=rollout | {"promptsPerWindow": each * times})
-        print(row(found, each * times), flush=True)
+        print(f"\n{teachers} teacher(s), larger windows, the best split:\n{header('prompts', 'staleness', 'every')}")
+        for times in (2, 4, 8):
+            tokens, size = given.tokens * min(times, 4), rollout | {"promptsPerWindow": each * times}  # so many that the ends weigh little
+            for staleness, every in ((1, 1), (2, 1), (2, 2), (4, 4)):
+                found = best(run, teachers, how, tokens=tokens, staleness=staleness, publishEvery=every, rollout=size)
+                print(row(found, each * times, staleness, every), flush=True)
 
 
 if __name__ == "__main__":
