@@ -232,7 +232,7 @@ BAD: dict[str, Bad] = {
         {"spec.student.expertParallel": 2}, "spec.stages", "stage first: 7 ranks are not a multiple of student.expertParallel 2."
     ),
     "a sampler that leaves an odd number of ranks": Bad(
-        {"spec.student": {"gpus": 8, "expertParallel": 2}, "spec.stages": [ONPOLICY]},
+        {"spec.student": {"gpus": 8, "expertParallel": 2}, "spec.stages": [{**ONPOLICY, "sampler": {"gpus": 1}}]},
         "spec.stages",
         "stage onpolicy: 7 ranks are not a multiple of student.expertParallel 2.",
     ),

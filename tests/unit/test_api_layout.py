@@ -24,8 +24,8 @@ def of(changes: dict[str, Any], stage: str = "first") -> Layout:
         pytest.param(
             {"spec.stages": [manifests.ONPOLICY]},
             "onpolicy",
-            Layout(6, 1, 6, 6, 6, 1, 20, 120, 120 * 8192),
-            id="one GPU goes to the sampler",
+            Layout(3, 1, 3, 3, 3, 1, 40, 120, 120 * 8192),
+            id="half of the GPUs, rounded up, go to the sampler",
         ),
         pytest.param({"spec.student.gpusPerPod": 1}, "first", Layout(7, 7, 1, 1, 7, 1, 17, 119, 119 * 8192), id="a pod for each GPU"),
         pytest.param(
@@ -35,7 +35,7 @@ def of(changes: dict[str, Any], stage: str = "first") -> Layout:
             id="two nodes, experts over four ranks, the smallest batch",
         ),
         pytest.param(
-            {"spec.student": {"gpus": 8, "gpusPerPod": 8}, "spec.stages": [manifests.ONPOLICY]},
+            {"spec.student": {"gpus": 8, "gpusPerPod": 8}, "spec.stages": [{**manifests.ONPOLICY, "sampler": {"gpus": 1}}]},
             "onpolicy",
             Layout(7, 1, 7, 7, 7, 1, 17, 119, 119 * 8192),
             id="a pod is no larger than the stage",

@@ -18,8 +18,11 @@ from vpmoe.training.mixture import interleave
 ASSUMED = Assumed(prompt=100, completion={"low": 300, "medium": 700, "high": 9999})
 
 
+SMALL = {"tokens": "300M", "rollout": {"promptsPerWindow": 512}}
+
+
 def run(**changes: Any) -> DistillRun:
-    return DistillRun.parse(manifests.manifest({"spec.stages": [{**manifests.ONPOLICY, "tokens": "300M", **changes}]}))
+    return DistillRun.parse(manifests.manifest({"spec.stages": [{**manifests.ONPOLICY, **SMALL, **changes}]}))
 
 
 def expected(run: DistillRun) -> tuple[OnPolicy, list[Expected], Expected]:

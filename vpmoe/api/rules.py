@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING
 from vpmoe.api.base import Rule
 from vpmoe.api.layout import EXPERTS, pod_size, ranks
 from vpmoe.api.quantities import cel_is_tokens, cel_tokens
-from vpmoe.api.stages import OPTIMIZER_OF_KIND, OnPolicy, Require, Sampler, Stage, StageFields, Vanilla
+from vpmoe.api.stages import OPTIMIZER_OF_KIND, OnPolicy, Require, Stage, StageFields, Vanilla
 from vpmoe.api.training import Optimizer
 
 if TYPE_CHECKING:
     from vpmoe.api.spec import Spec
 
 # CEL for what layout.py computes, over `self` (the spec) and `s` (a stage as the API server stores it).
-_RANKS = f"(self.student.gpus - (s.kind == 'OnPolicy' ? (has(s.sampler) && has(s.sampler.gpus) ? s.sampler.gpus : {Sampler().gpus}) : 0))"
+_SAMPLER = "(has(s.sampler) && has(s.sampler.gpus) ? s.sampler.gpus : (self.student.gpus + 1) / 2)"
+_RANKS = f"(self.student.gpus - (s.kind == 'OnPolicy' ? {_SAMPLER} : 0))"
 _POD = f"(has(self.student.gpusPerPod) && self.student.gpusPerPod < {_RANKS} ? self.student.gpusPerPod : {_RANKS})"
 _EXPERTS = "(" + " : ".join(f"self.student.shape == '{shape}' ? {experts}" for shape, experts in EXPERTS.items()) + " : 0)"
 _IS_BATCH = cel_is_tokens("self.training.globalBatchTokens")

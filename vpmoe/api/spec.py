@@ -32,7 +32,8 @@ def fill(spec: dict[str, Any]) -> dict[str, Any]:
         length = training.get("sequenceLength", Training.model_fields["sequence_length"].default)
         filled["dataset"] = {"maxLength": length} | spec["dataset"]
     if isinstance(spec.get("stages"), list):
-        filled["stages"] = [_fill_optimizer(stage, _mapping(training.get("optimizer"))) for stage in spec["stages"]]
+        gpus = _mapping(spec.get("student")).get("gpus", Student.model_fields["gpus"].default)
+        filled["stages"] = [_fill_sampler(_fill_optimizer(stage, _mapping(training.get("optimizer"))), gpus) for stage in spec["stages"]]
     return filled
 
 
@@ -45,6 +46,14 @@ def _fill_optimizer(stage: Any, common: dict[str, Any]) -> Any:
         return stage
     of_kind = OPTIMIZER_OF_KIND.get(str(stage.get("kind")), {})
     return stage | {"optimizer": common | of_kind | stage.get("optimizer", {})}
+
+
+def _fill_sampler(stage: Any, gpus: Any) -> Any:
+    """Sampler and trainer keep each other busy where each has about half of the GPUs (benchmarks/pipeline.py)."""
+    if not isinstance(stage, dict) or stage.get("kind") != "OnPolicy" or not isinstance(gpus, int):
+        return stage
+    sampler = stage.get("sampler", {})
+    return stage | {"sampler": {"gpus": (gpus + 1) // 2} | sampler} if isinstance(sampler, dict) else stage
 
 
 class Spec(Model):

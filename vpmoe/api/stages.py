@@ -186,8 +186,9 @@ class Require(Model):
 class Sampler(Model):
     """The sampler's part of the student's GPUs."""
 
-    gpus: Annotated[int, Field(ge=1, le=1024)] = 1
-    """GPUs that sample, out of student.gpus; the others train. More when the trainer waits for rollouts."""
+    gpus: Annotated[int, Field(ge=1, le=1024, json_schema_extra={"inherits": "student.gpus"})]
+    """GPUs that sample, out of student.gpus; the others train. More when the trainer waits for rollouts. Half of student.gpus, rounded up,
+    is the default."""
 
 
 class MaxTokens(Model):
@@ -204,7 +205,7 @@ class MaxTokens(Model):
 class Rollout(Model):
     """How much is sampled, and how long it may be."""
 
-    prompts_per_window: Annotated[int, Field(ge=1, le=1_048_576)] = 512
+    prompts_per_window: Annotated[int, Field(ge=1, le=1_048_576)] = 2048
     """Prompts of one window, which is one on-policy optimizer step. More makes steps smoother and longer."""
     max_tokens: MaxTokens = MaxTokens()
     """Longest completion of each reasoning effort."""
@@ -285,7 +286,7 @@ class OnPolicy(StageFields):
     another student than the trainer, and the stage fails. What the student has learned since the sampled version is part of it."""
     back_pressure: BackPressure = BackPressure()
     """When less is asked of the sampler because the trainer waits."""
-    sampler: Sampler = Sampler()
+    sampler: Annotated[Sampler, Field(json_schema_extra={"inherits": "student.gpus"})]
     """The sampler's part of the student's GPUs."""
     rollout: Rollout = Rollout()
     """How much is sampled, and how long it may be."""
