@@ -4,6 +4,8 @@ SHELL := bash
 .SHELLFLAGS := -o pipefail -c
 # two test runs side by side share the screen by whole lines
 lines := sed --unbuffered ''
+# whole runs that need no cluster
+by_hand := $(wildcard tests/e2e/*_by_hand.py)
 
 .PHONY: help demo test test-unit test-cluster cluster down setup lint manifests lock
 help:      ## this list
@@ -15,9 +17,9 @@ demo: cluster   ## a small DistillRun from helm install to a trained student on 
 test: lint      ## all checks and tests, on real servers; those on the cluster mostly wait, so the others run beside them
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-unit test-cluster
 test-unit: setup
-	@$(python) -m pytest tests/unit | $(lines)
+	@$(python) -m pytest tests/unit $(by_hand) | $(lines)
 test-cluster: setup
-	@$(python) -m pytest tests/devcluster tests/cluster tests/e2e | $(lines)
+	@$(python) -m pytest tests/devcluster tests/cluster tests/e2e $(by_hand:%=--ignore=%) | $(lines)
 
 cluster: setup  ## the development cluster alone
 	@$(python) -m tests.devcluster up

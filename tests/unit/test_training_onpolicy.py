@@ -350,7 +350,7 @@ def two(
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         spec["metadata"]["name"] = name
-        spec["spec"]["student"] |= {"gpus": 3, "expertParallel": 2}
+        spec["spec"]["student"] |= {"gpus": 4, "expertParallel": 2}  # half of them would sample
         (folder / "task.json").write_text(json.dumps({"spec": spec, "dataset": dataset.key}))
         (folder / "documents").write_bytes(pickle.dumps(train))
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "KILL": kill}
