@@ -91,7 +91,7 @@ def scorer(teacher_address: str) -> Iterator["Remote"]:
         yield remote
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engines(device: "torch.device") -> "Iterator[Engines]":
     """The sampler's engine for `tiny`, started by the first test that loads weights into it."""
     from vpmoe.rollout.engines import Engines
