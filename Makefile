@@ -2,10 +2,9 @@
 python := .venv/bin/python
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
-# two test runs side by side share the screen by whole lines
+# the tests of cluster and operator mostly wait, so the unit tests run beside them and share the screen by whole lines; whole runs do not
+# wait, and take more memory than would be left beside others
 lines := sed --unbuffered ''
-# whole runs that need no cluster
-by_hand := $(wildcard tests/e2e/*_by_hand.py)
 
 .PHONY: help demo test test-unit test-cluster cluster down setup lint manifests lock
 help:      ## this list
@@ -14,12 +13,13 @@ help:      ## this list
 demo: cluster   ## a small DistillRun from helm install to a trained student on the development cluster
 	@$(python) -m tests.demo
 
-test: lint      ## all checks and tests, on real servers; those on the cluster mostly wait, so the others run beside them
+test: lint      ## all checks and tests, on real servers
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-unit test-cluster
+	@$(python) -m pytest tests/e2e
 test-unit: setup
-	@$(python) -m pytest tests/unit $(by_hand) | $(lines)
+	@$(python) -m pytest tests/unit | $(lines)
 test-cluster: setup
-	@$(python) -m pytest tests/devcluster tests/cluster tests/e2e $(by_hand:%=--ignore=%) | $(lines)
+	@$(python) -m pytest tests/devcluster tests/cluster | $(lines)
 
 cluster: setup  ## the development cluster alone
 	@$(python) -m tests.devcluster up
