@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests import sample
-from tests.conftest import answers, free_port, wait_until
+from tests.conftest import answers, wait_until
 from tests.devcluster import binaries
 from vpmoe.api import DistillRun
 from vpmoe.api.quantities import parse_tokens
@@ -43,6 +43,7 @@ from vpmoe.data.harmony import user_text
 from vpmoe.data.preprocess import preprocess
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket
+from vpmoe.training.launch import free_port
 
 SHARDS = 2
 JOINED = 4

@@ -5,7 +5,6 @@ What a test asks for by name it gets running; a test that names no fixture start
 
 import os
 import secrets
-import socket
 import subprocess
 import time
 import urllib.error
@@ -22,6 +21,7 @@ from tests import install
 from tests.devcluster.cluster import Cluster, up
 from vpmoe.api.storage import Storage
 from vpmoe.storage import Bucket
+from vpmoe.training.launch import free_port
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # no test asserts a time: machines here are busy
 hypothesis.settings.load_profile("untimed")
@@ -36,12 +36,6 @@ class S3:
     secret_key: str
     folder: Path
     """Where versitygw keeps objects as plain files: tests that damage an object behind its back do it here."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,8 @@ from aiohttp import web
 
 from tests import install
 from tests.cluster import team as teams
-from tests.conftest import free_port
 from tests.devcluster.access import Cluster
+from vpmoe.training.launch import free_port
 
 WRITES = ("POST", "PUT", "PATCH", "DELETE")
 HOP_BY_HOP = {"transfer-encoding", "connection", "content-length", "content-encoding", "host", "authorization"}

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import free_port
 from tests.unit import ranks
 from tests.unit.students import learner, reading, saved, whole
 from vpmoe.model import state
 from vpmoe.model.learner import Learner
+from vpmoe.training.launch import free_port
 
 ROOT = Path(__file__).parents[2]
 

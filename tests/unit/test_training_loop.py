@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import free_port
 from tests.unit import datasets, students
 from tests.unit.students import saved
 from tests.unit.test_training_checkpoint import Quiet, same
@@ -21,6 +20,7 @@ from vpmoe.storage.manifest import Input
 from vpmoe.training import batch, collapse
 from vpmoe.training.checkpoint import Checkpoints
 from vpmoe.training.evaluate import HeldOutDocuments
+from vpmoe.training.launch import free_port
 from vpmoe.training.loop import Trainer, course
 from vpmoe.training.parts import Cache, Parts
 from vpmoe.training.position import end_of, iterations

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import free_port
 from tests.unit import datasets, students
 from tests.unit.onpolicy_ranks import INPUTS, Asking
 from tests.unit.partner import Partner
@@ -33,6 +32,7 @@ from vpmoe.training import batch, pressure, publish, waiting
 from vpmoe.training.checkpoint import Checkpoints
 from vpmoe.training.evaluate import HeldOutDocuments
 from vpmoe.training.exchange import Exchange
+from vpmoe.training.launch import free_port
 from vpmoe.training.loop import Trainer, course
 from vpmoe.training.mixture import interleave
 from vpmoe.training.onpolicy import OnPolicyCourse

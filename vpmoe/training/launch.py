@@ -14,6 +14,7 @@ import ctypes
 import logging
 import math
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from vpmoe import failure
@@ -36,6 +38,8 @@ TEACHER = -1
 """Stands for the teacher's process where others have their rank."""
 TEACHER_PORT = 1
 """Where the teacher of pods is met: so far behind PET_MASTER_PORT, which is 23456 everywhere, at the first pod's own address."""
+OWN_PORTS = range(20_000, 30_000)
+"""Where processes of one machine meet. Linux gives outgoing connections those from 32768 on."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -77,10 +81,15 @@ def place(layout: Layout, environment: Mapping[str, str], teacher: bool = False)
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of the loopback that nobody listens on now, of those that the kernel gives to no outgoing connection.
+
+    Rank 0 listens on it once it has imported all it needs, and many connections are made until then. Raises Permanent where there is none.
+    """
+    for port in random.sample(OWN_PORTS, len(OWN_PORTS)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise Permanent(f"no port from {OWN_PORTS.start} to {OWN_PORTS.stop - 1} is free to meet at. End some of what listens there.")
 
 
 def launch(placement: Placement, command: Sequence[str], stopping: threading.Event) -> int:

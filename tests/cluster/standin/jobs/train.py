@@ -33,12 +33,13 @@ def main() -> None:
         if isinstance(run.stage(context.step), OnPolicy):  # each step trains a window
             wait_for(run, context, step, "scores")
         script.reach(step)
-        if (step + 1) % every == 0 or step + 1 == steps or context.stopping.is_set():
+        stopping = context.stopping.is_set()  # once a step: what is asked for while it saves is the next one's business
+        if (step + 1) % every == 0 or step + 1 == steps or stopping:
             saved = step + 1
             key = paths.manifest(paths.checkpoint(run, context.step, saved))
             context.bucket.write_json(key, {"iteration": saved})
         report(run, context, step + 1, steps, saved)
-        if context.stopping.is_set() and step + 1 < steps:
+        if stopping and step + 1 < steps:
             raise Terminated(f"checkpoint {saved} is saved")
 
 
