@@ -11,7 +11,7 @@ help:      ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: cluster   ## a small DistillRun from helm install to a trained student on the development cluster
-	@$(python) -m tests.demo
+	@$(python) -m demo
 
 test: lint      ## all checks and tests, on real servers
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-unit test-cluster
@@ -22,10 +22,10 @@ test-cluster: setup
 	@$(python) -m pytest tests/devcluster tests/cluster | $(lines)
 
 cluster: setup  ## the development cluster alone
-	@$(python) -m tests.devcluster up
+	@$(python) -m devcluster up
 
 down: setup     ## ends the development cluster and removes its state
-	@$(python) -m tests.devcluster down
+	@$(python) -m devcluster down
 
 setup: .venv/requirements.lock
 .venv/requirements.lock: requirements.lock .ci/venv

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vpmoe.inference import hf_model
 from vpmoe.model import device as devices
-from vpmoe.model import distributed
+from vpmoe.model import distributed, hf_export
 from vpmoe.model.batch import Batch
+from vpmoe.model.head import logp_of
 from vpmoe.model.shapes import SHAPES
-from vpmoe.objectives.head import logp_of
-from vpmoe.rollout import transformers_model, weights
 
 
 def packed(ids_NT: Tensor, order: Tensor) -> Batch:
@@ -50,14 +50,20 @@ def trainers(student: Any, ids_NT: Tensor, order: Tensor, device: torch.device) 
 def others(model: Any, ids_NT: Tensor) -> Tensor:
     """[N, T − 1] the same, one sequence at a time."""
     return torch.stack(
-        [model(ids_T[None]).logits[0, :-1].float().log_softmax(1).gather(1, ids_T[1:, None])[:, 0] for ids_T in ids_NT.unbind()]
+        [
+            model(ids_T[None]).logits[0, :-1].float().log_softmax(1).gather(1, ids_T[1:, None])[:, 0]
+            for ids_T in ids_NT.unbind()
+        ]
     )
 
 
 @torch.no_grad()
 def drawn(model: Any, ids_NT: Tensor) -> Tensor:
     """[N, T − 1] at each position an id that the exported student draws there: what a sampler would have sampled after that much."""
-    rows = [torch.multinomial(model(ids_T[None]).logits[0, :-1].float().softmax(1), 1)[:, 0] for ids_T in ids_NT.unbind()]
+    rows = [
+        torch.multinomial(model(ids_T[None]).logits[0, :-1].float().softmax(1), 1)[:, 0]
+        for ids_T in ids_NT.unbind()
+    ]
     return torch.stack(rows)
 
 
@@ -68,7 +74,9 @@ def of_drawn(logits_TV: Tensor, drawn_T: Tensor) -> Tensor:
 
 def say(name: str, one: Tensor, other: Tensor) -> None:
     off = (one - other).abs().flatten().double()
-    print(f"{name}: |Δ| mean {off.mean():.2e}, 99th percentile {off.quantile(0.99):.2e}, largest {off.max():.2e} nats")
+    print(
+        f"{name}: |Δ| mean {off.mean():.2e}, 99th percentile {off.quantile(0.99):.2e}, largest {off.max():.2e} nats"
+    )
 
 
 def written_again(folder: Path) -> float:
@@ -99,7 +107,9 @@ def main() -> None:
     dtype = student.output.dtype
     with torch.no_grad():
         student.output.normal_(std=given.spread / math.sqrt(shape.hidden))
-    ids_NT = torch.randint(shape.vocabulary, (given.sequences, given.length), generator=torch.Generator().manual_seed(1)).to(device)
+    ids_NT = torch.randint(
+        shape.vocabulary, (given.sequences, given.length), generator=torch.Generator().manual_seed(1)
+    ).to(device)
     print(f"{shape.name} on {device} in {dtype}: {given.sequences} × {given.length} ids")
     as_it_is, reversed_order = torch.arange(given.sequences), torch.arange(given.sequences).flip(0)
     wanted = trainers(student, ids_NT, as_it_is, device)
@@ -111,16 +121,20 @@ def main() -> None:
         started = time.monotonic()
         read = state.current(held, memory)
         copied = time.monotonic() - started
-        weights.export(folder, shape, ids_NT.numel(), state.sizes(held), read, dtype)
+        hf_export.export(folder, shape, ids_NT.numel(), state.sizes(held), read, dtype)
         exported = time.monotonic() - started - copied
         size = sum(file.stat().st_size for file in folder.iterdir())
         written = written_again(folder)
         started = time.monotonic()
-        model = transformers_model.load(folder, shape).to(device)
+        model = hf_model.load(folder, shape).to(device)
         loaded = time.monotonic() - started
     got = others(model, ids_NT)
     say("exported and loaded, against the trainer", got, wanted)
-    say("the trainer in another order, against itself", trainers(student, ids_NT, reversed_order, device), wanted)
+    say(
+        "the trainer in another order, against itself",
+        trainers(student, ids_NT, reversed_order, device),
+        wanted,
+    )
     drawn_NT = drawn(model, ids_NT)
     ratios = []
     for ids_T, drawn_T in zip(ids_NT.unbind(), drawn_NT.unbind(), strict=True):
@@ -131,7 +145,9 @@ def main() -> None:
             trainer_T = of_drawn(hidden_TH @ student.output.T, drawn_T)
         ratios.append((trainer_T - sampler_T).double())
     ratio = torch.cat(ratios)
-    print(f"KL(exported‖trainer) of ids that the exported one draws, k3: {(ratio.expm1() - ratio).mean():.2e} nats a token")
+    print(
+        f"KL(exported‖trainer) of ids that the exported one draws, k3: {(ratio.expm1() - ratio).mean():.2e} nats a token"
+    )
     print(
         f"{size / 2**30:.2f} GiB: copied in {copied:.1f} s, exported in {exported:.1f} s ({exported / written:.2f}× the writing of these "
         f"bytes), loaded in {loaded:.1f} s"

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from vpmoe.training import plan
+from vpmoe.data import packing
 
 
 def main() -> None:
@@ -17,17 +17,19 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=8192)
     arguments = parser.parse_args()
     random = np.random.default_rng(0)
-    lengths_D = np.clip(np.exp(random.normal(6.8, 0.7, arguments.documents)), 40, arguments.sequence_length).astype(np.int32)
+    lengths_D = np.clip(
+        np.exp(random.normal(6.8, 0.7, arguments.documents)), 40, arguments.sequence_length
+    ).astype(np.int32)
     lengths = np.array_split(lengths_D, arguments.parts)
 
     started = time.perf_counter()
     np.sort(lengths_D, kind="stable")
     floor = time.perf_counter() - started
     started = time.perf_counter()
-    visited = plan.order([len(part) for part in lengths], 1234, 0)
+    visited = packing.order([len(part) for part in lengths], 1234, 0)
     ordered = time.perf_counter() - started
     started = time.perf_counter()
-    epoch = plan.build(lengths, 1234, 0, arguments.sequence_length)
+    epoch = packing.build(lengths, 1234, 0, arguments.sequence_length)
     whole = time.perf_counter() - started
     empty = 1 - epoch.tokens_N.sum() / (len(epoch.tokens_N) * arguments.sequence_length)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -2,7 +2,7 @@
 
     python -m benchmarks.decode [--shape vpmoe-6b] [--context 512] [--sequences 1,16,64,128,256]
 
-The repository's layers outside of the trainer (vpmoe.rollout.layers, and transformers' attention of one token a sequence before a full
+The repository's layers outside of the trainer (vpmoe.inference.layers, and transformers' attention of one token a sequence before a full
 cache), in bf16 with random weights: launched from Python, as an eager engine does, and as one CUDA graph. Then the draw of a token of each
 from its float32 logits, each with a generator of its own. Last a line through the times by N: what a forward costs and what a sequence
 adds, benchmarks.pipeline's decode and decode-token. Needs a GPU.
@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from vpmoe.inference.hf_config import StudentConfig
+from vpmoe.inference.hf_model import VpmoeForCausalLM
+from vpmoe.model import hf_export
 from vpmoe.model.shapes import SHAPES, Shape
-from vpmoe.rollout import weights
-from vpmoe.rollout.transformers_config import StudentConfig
-from vpmoe.rollout.transformers_model import VpmoeForCausalLM
 
 
 def student(shape: Shape, positions: int) -> Any:
     """Random weights, on the GPU."""
-    config = weights.config(shape, positions, torch.bfloat16)
+    config = hf_export.config(shape, positions, torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model: Any = VpmoeForCausalLM(StudentConfig(**config))
@@ -99,10 +99,16 @@ def graph(call: Callable[[], object]) -> Callable[[], object]:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES, default="vpmoe-6b")
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--sequences", type=lambda text: [int(count) for count in text.split(",")], default=[1, 16, 64, 128, 256])
+    parser.add_argument(
+        "--sequences",
+        type=lambda text: [int(count) for count in text.split(",")],
+        default=[1, 16, 64, 128, 256],
+    )
     given = parser.parse_args()
     shape = SHAPES[given.shape]
     model = student(shape, given.context)
@@ -110,14 +116,25 @@ def main() -> None:
     half = torch.empty(held // 2, dtype=torch.bfloat16, device="cuda")
     floor = seconds(half.clone)  # half of the weights, read and written
     del half
-    print(f"{torch.cuda.get_device_name()}, {given.shape}, context {given.context}; floor {floor * 1e3:.1f} ms")
-    print(f"{'N':>5}  {'eager ms':>9}  {'graph ms':>9}  {'draw ms':>8}  {'tokens/s, eager':>15}  {'graph':>8}")
+    print(
+        f"{torch.cuda.get_device_name()}, {given.shape}, context {given.context}; floor {floor * 1e3:.1f} ms"
+    )
+    print(
+        f"{'N':>5}  {'eager ms':>9}  {'graph ms':>9}  {'draw ms':>8}  {'tokens/s, eager':>15}  {'graph':>8}"
+    )
     found = []
     for count in given.sequences:
         ids_N = torch.randint(0, shape.vocabulary, (count,), device="cuda")
         cache = torch.randn(
-            shape.layers, 2, count, shape.kv_heads, given.context, shape.head_width, dtype=torch.bfloat16, device="cuda"
-        )  # fmt: skip
+            shape.layers,
+            2,
+            count,
+            shape.kv_heads,
+            given.context,
+            shape.head_width,
+            dtype=torch.bfloat16,
+            device="cuda",
+        )
         generators = [torch.Generator("cuda").manual_seed(seed) for seed in range(count)]
         eager = seconds(lambda ids_N=ids_N, cache=cache: forward(model, shape, ids_N, cache))
         logits_NV = forward(model, shape, ids_N, cache)
@@ -126,7 +143,8 @@ def main() -> None:
         found.append((count, eager + drawn, captured + drawn))
         speeds = count / (eager + drawn), count / (captured + drawn)
         print(
-            f"{count:5}  {eager * 1e3:9.1f}  {captured * 1e3:9.1f}  {drawn * 1e3:8.2f}  {speeds[0]:15,.0f}  {speeds[1]:8,.0f}", flush=True
+            f"{count:5}  {eager * 1e3:9.1f}  {captured * 1e3:9.1f}  {drawn * 1e3:8.2f}  {speeds[0]:15,.0f}  {speeds[1]:8,.0f}",
+            flush=True,
         )
         del cache
     counts, *times = zip(*found, strict=True)

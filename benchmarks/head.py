@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vpmoe.objectives.head import head_loss
+from vpmoe.model.head import head_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -56,7 +56,9 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
-        self.bytes = max([self.bytes, *(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))])
+        self.bytes = max(
+            [self.bytes, *(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))]
+        )
         return result
 
 
@@ -110,14 +112,18 @@ def main() -> None:
     weight = (0.02 * torch.randn(args.vocabulary, args.hidden, device=device)).to(dtype).requires_grad_()
     targets = torch.randint(0, args.vocabulary, (args.tokens,), device=device)
     floor = products(hidden.detach(), weight.detach(), args.repeats)
-    print(f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocabulary}, {dtype}, {device}; floor {floor:.1f} ms")
+    print(
+        f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocabulary}, {dtype}, {device}; floor {floor:.1f} ms"
+    )
     for name, loss in {"head_loss": ours, "eager torch": eager, **peers()}.items():
 
         def step(loss: Loss = loss) -> None:
             torch.autograd.grad(loss(hidden, weight, targets), (hidden, weight))
 
         took = milliseconds(step, args.repeats, device)
-        print(f"{name:20} {took:9.1f} ms  {took / floor:5.2f} × the floor  {mebibytes(step, device):9.0f} MiB")
+        print(
+            f"{name:20} {took:9.1f} ms  {took / floor:5.2f} × the floor  {mebibytes(step, device):9.0f} MiB"
+        )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.head import mebibytes, milliseconds
-from vpmoe.objectives.forced_head import Teacher, forced_loss
-from vpmoe.objectives.head import logp_of
+from vpmoe.model.head import logp_of
+from vpmoe.objectives.teacher_forced_head import Teacher, forced_loss
 
 TERMS = SimpleNamespace(ce=0.2, kl=0.2, hidden=0.6, temperature=2.0)
 """The defaults of a TeacherForced stage's loss. vpmoe.api would want pydantic, which a machine with a GPU may not have."""
@@ -65,11 +65,20 @@ def ours(given: Inputs) -> Tensor:
 def eager(given: Inputs) -> Tensor:
     """All three terms in torch's own functions, logits in fp32."""
     t = TERMS.temperature
-    logits, teacher = (given.hidden @ given.output.T).float(), (given.teacher.hidden_TG @ given.teacher.output_VG.T).float()
-    kl = functional.kl_div((logits / t).log_softmax(1), (teacher / t).log_softmax(1), reduction="batchmean", log_target=True)
+    logits, teacher = (
+        (given.hidden @ given.output.T).float(),
+        (given.teacher.hidden_TG @ given.teacher.output_VG.T).float(),
+    )
+    kl = functional.kl_div(
+        (logits / t).log_softmax(1), (teacher / t).log_softmax(1), reduction="batchmean", log_target=True
+    )
     projected = given.hidden if given.projection is None else given.hidden @ given.projection.T
     cosine = functional.cosine_similarity(projected.float(), given.teacher.hidden_TG.float(), dim=1).mean()
-    return TERMS.ce * functional.cross_entropy(logits, given.targets) + TERMS.kl * t**2 * kl + TERMS.hidden * (1 - cosine)
+    return (
+        TERMS.ce * functional.cross_entropy(logits, given.targets)
+        + TERMS.kl * t**2 * kl
+        + TERMS.hidden * (1 - cosine)
+    )
 
 
 def imported(module: str, name: str) -> Callable[..., Tensor] | None:
@@ -97,10 +106,14 @@ def products(given: Inputs, repeats: int) -> tuple[float, float]:
         torch.mm(gradient, output)
         torch.mm(gradient.T, hidden)
 
-    return milliseconds(four, repeats, hidden.device), milliseconds(lambda: torch.mm(hidden, output.T), repeats, hidden.device)
+    return milliseconds(four, repeats, hidden.device), milliseconds(
+        lambda: torch.mm(hidden, output.T), repeats, hidden.device
+    )
 
 
-def told(name: str, floor: float, action: Callable[[], object], given: Inputs, repeats: int, asked: int = 0) -> None:
+def told(
+    name: str, floor: float, action: Callable[[], object], given: Inputs, repeats: int, asked: int = 0
+) -> None:
     """Time and memory of one of them; `asked`: bytes of the gradients that it returns."""
     device = given.hidden.device
     try:
@@ -116,8 +129,10 @@ def told(name: str, floor: float, action: Callable[[], object], given: Inputs, r
 def measure(given: Inputs, repeats: int) -> None:
     four, one = products(given, repeats)
     tokens, hidden = given.hidden.shape
-    print(f"{tokens} tokens, hidden {hidden}, teacher {given.teacher.hidden_TG.shape[1]}, vocabulary {len(given.output)}, "
-          f"{given.hidden.dtype}, {given.hidden.device}")  # fmt: skip
+    print(
+        f"{tokens} tokens, hidden {hidden}, teacher {given.teacher.hidden_TG.shape[1]}, vocabulary {len(given.output)}, "
+        f"{given.hidden.dtype}, {given.hidden.device}"
+    )
     losses: dict[str, Callable[[Inputs], Tensor]] = {"forced_loss": ours, "eager torch": eager}
     if jsd := imported("liger_kernel.transformers.functional", "liger_fused_linear_jsd"):
         losses["Liger fused linear KL"] = lambda given: liger(jsd, given)
@@ -132,7 +147,11 @@ def measure(given: Inputs, repeats: int) -> None:
     plain = given._replace(hidden=given.hidden.detach(), output=given.output.detach())
     scores: dict[str, Callable[[], object]] = {
         "logp_of": lambda: logp_of(plain.hidden, plain.output, plain.targets),
-        "eager torch": lambda: -functional.cross_entropy((plain.hidden @ plain.output.T).float(), plain.targets, reduction="none"),
+        "eager torch": lambda: (
+            -functional.cross_entropy(
+                (plain.hidden @ plain.output.T).float(), plain.targets, reduction="none"
+            )
+        ),
     }
     if cce := imported("cut_cross_entropy", "linear_cross_entropy"):
         scores["cut-cross-entropy"] = lambda: cce(plain.hidden, plain.output, plain.targets, reduction="none")
@@ -142,7 +161,13 @@ def measure(given: Inputs, repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {"tokens": None, "hidden": 1024, "teacher": 2880, "vocabulary": 201_088, "repeats": 10}.items():
+    for name, default in {
+        "tokens": None,
+        "hidden": 1024,
+        "teacher": 2880,
+        "vocabulary": 201_088,
+        "repeats": 10,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -35,25 +35,35 @@ from torch import Tensor
 from vpmoe.api.quantities import parse_tokens
 from vpmoe.api.stages import Confidence
 from vpmoe.data import harmony, vocabulary
+from vpmoe.data.mixture import interleave
+from vpmoe.data.packing import pack
+from vpmoe.inference import hf_model
 from vpmoe.model import device as devices
-from vpmoe.model import distributed, state
+from vpmoe.model import distributed, hf_export, state
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import SHAPES, Shape
+from vpmoe.model.spans import SPANS
 from vpmoe.objectives.confidence import centre
 from vpmoe.objectives.onpolicy import on_policy
 from vpmoe.objectives.rescored import rescored
-from vpmoe.objectives.spans import SPANS
 from vpmoe.objectives.vanilla import vanilla
-from vpmoe.rollout import prompt, transformers_model, weights
+from vpmoe.rollout import prompts
 from vpmoe.teacher.histogram import CODES, sparse
-from vpmoe.training.mixture import interleave
-from vpmoe.training.plan import pack
 
 SPECIALS = (
-    harmony.END_OF_DOCUMENT, harmony.RETURN, harmony.CALL, harmony.CHANNEL, harmony.START, harmony.END, harmony.MESSAGE, harmony.USER,
-    harmony.ASSISTANT, harmony.ANALYSIS, harmony.FINAL,
-)  # fmt: skip
+    harmony.END_OF_DOCUMENT,
+    harmony.RETURN,
+    harmony.CALL,
+    harmony.CHANNEL,
+    harmony.START,
+    harmony.END,
+    harmony.MESSAGE,
+    harmony.USER,
+    harmony.ASSISTANT,
+    harmony.ANALYSIS,
+    harmony.FINAL,
+)
 ROW = 512
 WEIGHTS = {"reasoning": 1.0, "final": 1.0}
 QUESTION, REASONING, ANSWER = 24, 40, 28
@@ -98,12 +108,17 @@ def rows() -> list[tuple[str, str, str]]:
         import pyarrow.parquet as pq
 
         names = ["query", "synthetic_reasoning", "synthetic_answer"]
-        found = [row for file in files for row in pq.read_table(file, columns=names).slice(0, 2000).to_pylist()]
+        found = [
+            row for file in files for row in pq.read_table(file, columns=names).slice(0, 2000).to_pylist()
+        ]
     else:
-        from tests import sample
+        from demo import sample
 
         found = sample.rows()
-    texts = [tuple(row[name] or "" for name in ("query", "synthetic_reasoning", "synthetic_answer")) for row in found]
+    texts = [
+        tuple(row[name] or "" for name in ("query", "synthetic_reasoning", "synthetic_answer"))
+        for row in found
+    ]
     return [text for text in texts if all(part.strip() for part in text)]  # type: ignore[misc]
 
 
@@ -118,13 +133,17 @@ def documents(words: Vocabulary, row: tuple[list[int], ...]) -> Iterator[Documen
         if min(len(thought), len(said)) < 8:
             continue
         completion = words.small([harmony.CHANNEL, harmony.ANALYSIS, harmony.MESSAGE]) + thought
-        completion += words.small([harmony.END, harmony.START, harmony.ASSISTANT, harmony.CHANNEL, harmony.FINAL, harmony.MESSAGE])
+        completion += words.small(
+            [harmony.END, harmony.START, harmony.ASSISTANT, harmony.CHANNEL, harmony.FINAL, harmony.MESSAGE]
+        )
         completion += said + words.small([harmony.RETURN])
         yield document(words, np.array(asked), np.array(completion))
 
 
-def document(words: Vocabulary, asked: NDArray[np.int64], completion: NDArray[np.int64], **scores: Any) -> Document:
-    span = np.concatenate([np.zeros(len(asked), np.uint8), prompt.spans(words.real(completion))])
+def document(
+    words: Vocabulary, asked: NDArray[np.int64], completion: NDArray[np.int64], **scores: Any
+) -> Document:
+    span = np.concatenate([np.zeros(len(asked), np.uint8), prompts.spans(words.real(completion))])
     return Document(np.concatenate([asked, completion]), len(asked), span, **scores)
 
 
@@ -144,7 +163,8 @@ def batch_of(held: Sequence[Document]) -> Batch:
                 if logp is not None:
                     scores[which, row, to] = logp
     given = [
-        None if getattr(held[0], name) is None else torch.from_numpy(logp) for name, logp in zip(("logp", "drawn"), scores, strict=True)
+        None if getattr(held[0], name) is None else torch.from_numpy(logp)
+        for name, logp in zip(("logp", "drawn"), scores, strict=True)
     ]
     return Batch.of(torch.from_numpy(tokens), torch.from_numpy(span), torch.from_numpy(number), *given)
 
@@ -167,29 +187,43 @@ def distributions(model: Any, sequences: Sequence[NDArray[np.int64]], device: to
     return logits.float().log_softmax(2)
 
 
-def logp_of(model: Any, sequences: Sequence[NDArray[np.int64]], device: torch.device) -> list[NDArray[np.float32]]:
+def logp_of(
+    model: Any, sequences: Sequence[NDArray[np.int64]], device: torch.device
+) -> list[NDArray[np.float32]]:
     """The log-probability of each token of each sequence but its first, which has NaN."""
     found = []
     for start in range(0, len(sequences), 64):
         some = sequences[start : start + 64]
         logp_NTV = distributions(model, some, device)
         chosen = logp_NTV.gather(2, padded(some)[0][:, 1:, None].to(device)).squeeze(2).cpu().numpy()
-        found += [np.concatenate([[np.float32(np.nan)], chosen[row, : len(one) - 1]]) for row, one in enumerate(some)]
+        found += [
+            np.concatenate([[np.float32(np.nan)], chosen[row, : len(one) - 1]])
+            for row, one in enumerate(some)
+        ]
     return found
 
 
-def sample(words: Vocabulary, model: Any, asked: Sequence[NDArray[np.int64]], device: torch.device) -> list[Document]:
+def sample(
+    words: Vocabulary, model: Any, asked: Sequence[NDArray[np.int64]], device: torch.device
+) -> list[Document]:
     """A completion of each prompt at temperature 1, with the log-probability of each of its tokens."""
     made = []
-    stops = words.small(prompt.STOP)
+    stops = words.small(prompts.STOP)
     for start in range(0, len(asked), 64):
         some = asked[start : start + 64]
         ids, mask = padded(some, left=True)
         with torch.no_grad():
             out = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                max_new_tokens=BOUND, eos_token_id=stops, pad_token_id=0,
-            )  # fmt: skip
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=BOUND,
+                eos_token_id=stops,
+                pad_token_id=0,
+            )
         for question, answer in zip(some, out[:, ids.shape[1] :].cpu().numpy(), strict=True):
             ends = np.flatnonzero(np.isin(answer, stops))
             made.append(document(words, question, answer[: ends[0] + 1] if len(ends) else answer))
@@ -203,15 +237,24 @@ def teacher_of(words: Vocabulary, held: Sequence[Document], steps: int, device: 
 
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=len(words.ids_V), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=ROW, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=len(words.ids_V),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=ROW,
+        tie_word_embeddings=False,
+    )
     model: Any = Qwen3ForCausalLM(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     random = np.random.default_rng(0)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 40) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = (
+                2e-3 * min(1, (step + 1) / 40) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+            )
         some = [held[place] for place in random.choice(len(held), 32)]
         ids, mask = padded([one.ids for one in some])
         span, _ = padded([one.span.astype(np.int64) for one in some])
@@ -238,13 +281,18 @@ class Toy:
         self.words = Vocabulary([part for row in texts for part in row], given.vocabulary)
         order = np.random.default_rng(0).permutation(len(texts))
         held_out = max(8, len(texts) // 8)
-        cut = [[one for place in places for one in documents(self.words, texts[place])] for places in (order[held_out:], order[:held_out])]
+        cut = [
+            [one for place in places for one in documents(self.words, texts[place])]
+            for places in (order[held_out:], order[:held_out])
+        ]
         self.train, self.valid = cut
         started = time.perf_counter()
         self.teacher = teacher_of(self.words, self.train, given.teacher, device)
         logp = logp_of(self.teacher, [one.ids for one in self.train], device)
         self.train = [replace(one, logp=found) for one, found in zip(self.train, logp, strict=True)]
-        self.asked = [one.ids[: one.asked] for one in self.valid[:: max(1, len(self.valid) // given.completions)]][: given.completions]
+        self.asked = [
+            one.ids[: one.asked] for one in self.valid[:: max(1, len(self.valid) // given.completions)]
+        ][: given.completions]
         tokens = sum(len(one.ids) for one in self.train)
         print(
             f"{len(texts)} rows, {len(self.train):,} documents of {tokens / len(self.train):.0f} tokens to train on, {len(self.asked)} "
@@ -257,7 +305,9 @@ class Toy:
         """Where the teacher's confidence weighs 1, as a Rescored stage finds it from its scores' histogram."""
         found = {}
         for name, span in SPANS.items():
-            values = np.concatenate([one.logp[one.span == span] for one in self.train if one.logp is not None]).astype(np.float16)
+            values = np.concatenate(
+                [one.logp[one.span == span] for one in self.train if one.logp is not None]
+            ).astype(np.float16)
             found[name] = centre(sparse(np.bincount(values.view(np.uint16), minlength=CODES)), Confidence())
         return found
 
@@ -265,8 +315,15 @@ class Toy:
         """The learner's student in transformers, by the repository's export."""
         with tempfile.TemporaryDirectory() as folder:
             shape = learner.student.shape
-            weights.export(Path(folder), shape, ROW, state.sizes(learner), state.current(learner), learner.student.config.params_dtype)
-            return transformers_model.load(Path(folder), shape).to(self.device)
+            hf_export.export(
+                Path(folder),
+                shape,
+                ROW,
+                state.sizes(learner),
+                state.current(learner),
+                learner.student.config.params_dtype,
+            )
+            return hf_model.load(Path(folder), shape).to(self.device)
 
     def measure(self, learner: Learner) -> dict[str, float]:
         """What the student's answers to the held-out questions come to."""
@@ -278,17 +335,22 @@ class Toy:
         kl = {name: [0.0, 0] for name in SPANS}
         for start in range(0, len(answers), 64):
             some = answers[start : start + 64]
-            ours, theirs = (distributions(it, [one.ids for one in some], self.device) for it in (model, self.teacher))
+            ours, theirs = (
+                distributions(it, [one.ids for one in some], self.device) for it in (model, self.teacher)
+            )
             kl_NT = (ours.exp() * (ours - theirs)).sum(2).cpu().numpy()
             for row, one in enumerate(some):
                 for name, span in SPANS.items():
                     at = np.flatnonzero(one.span == span) - 1
                     kl[name][0] += float(kl_NT[row, at].sum())
                     kl[name][1] += len(at)
-        valid = [prompt.validity(self.words.real(one.ids[one.asked :])) == prompt.VALID for one in answers]
+        valid = [prompts.validity(self.words.real(one.ids[one.asked :])) == prompts.VALID for one in answers]
         total, tokens = (sum(values) for values in zip(*kl.values(), strict=True))
         held = self.valid[:: max(1, len(self.valid) // 128)]
-        learned = [logp[one.asked :] for one, logp in zip(held, logp_of(model, [one.ids for one in held], self.device), strict=True)]
+        learned = [
+            logp[one.asked :]
+            for one, logp in zip(held, logp_of(model, [one.ids for one in held], self.device), strict=True)
+        ]
         return {
             "KL": total / tokens,
             **{f"KL {name}": nats / max(1, count) for name, (nats, count) in kl.items()},
@@ -365,8 +427,13 @@ def experiment(toy: Toy, seed: int) -> dict[str, list[tuple[int, dict[str, float
     """One seed: a student, warmed, and its three branches. Each list begins with the warmed student."""
     given = toy.given
     learner = Learner.build(
-        shape_of(len(toy.words.ids_V)), toy.device, sequence_length=ROW, seed=seed, weight_decay=0.1, gradient_clip=1.0
-    )  # fmt: skip
+        shape_of(len(toy.words.ids_V)),
+        toy.device,
+        sequence_length=ROW,
+        seed=seed,
+        weight_decay=0.1,
+        gradient_clip=1.0,
+    )
     stream = Stream(toy.train, 1000 + seed)
     for number in range(given.warm):
         batch = batch_of(stream.take(given.prompts))
@@ -379,14 +446,21 @@ def experiment(toy: Toy, seed: int) -> dict[str, list[tuple[int, dict[str, float
         found[kind] = [(0, warmed), *branch(toy, learner, kind, seed)]
         last = found[kind][-1][1]
         kl, valid = (f"{warmed[name]:.3f} → {last[name]:.3f}" for name in ("KL", "valid"))
-        print(f"seed {seed}, {kind:8}: reverse KL {kl} nats, valid {valid}, {time.perf_counter() - started:.0f} s", flush=True)
+        print(
+            f"seed {seed}, {kind:8}: reverse KL {kl} nats, valid {valid}, {time.perf_counter() - started:.0f} s",
+            flush=True,
+        )
     return found
 
 
 COLUMNS: dict[str, Callable[[float], str]] = {
-    "KL": "{:.3f}".format, "KL reasoning": "{:.3f}".format, "KL final": "{:.3f}".format, "valid": "{:.1%}".format, "CE": "{:.3f}".format,
+    "KL": "{:.3f}".format,
+    "KL reasoning": "{:.3f}".format,
+    "KL final": "{:.3f}".format,
+    "valid": "{:.1%}".format,
+    "CE": "{:.3f}".format,
     "length": "{:.0f}".format,
-}  # fmt: skip
+}
 
 
 def table(results: Sequence[dict[str, list[tuple[int, dict[str, float]]]]], teacher: dict[str, float]) -> str:
@@ -394,14 +468,19 @@ def table(results: Sequence[dict[str, list[tuple[int, dict[str, float]]]]], teac
         said = []
         for name, form in COLUMNS.items():
             values = [one[name] for one in measured]
-            said.append(form(statistics.mean(values)) + (f" ± {form(statistics.stdev(values))}" if len(values) > 1 else ""))
+            said.append(
+                form(statistics.mean(values))
+                + (f" ± {form(statistics.stdev(values))}" if len(values) > 1 else "")
+            )
         return said
 
     lines = [["", *COLUMNS], ["warmed", *cells([result["Vanilla"][0][1] for result in results])]]
     lines += [[kind, *cells([result[kind][-1][1] for result in results])] for kind in BRANCHES]
     lines += [["teacher", *cells([teacher])]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines
+    )
 
 
 def plot(results: Sequence[dict[str, list[tuple[int, dict[str, float]]]]]) -> str:
@@ -411,47 +490,63 @@ def plot(results: Sequence[dict[str, list[tuple[int, dict[str, float]]]]]) -> st
     top = 1.05 * max(one["KL"] for result in results for told in result.values() for _, one in told)
 
     def at(tokens: float, kl: float) -> str:
-        return f"{edge + (wide - 2 * edge) * tokens / most:.1f},{high - edge - (high - 2 * edge) * kl / top:.1f}"
+        return (
+            f"{edge + (wide - 2 * edge) * tokens / most:.1f},{high - edge - (high - 2 * edge) * kl / top:.1f}"
+        )
 
     drawn = []
     for number, (kind, colour) in enumerate(zip(BRANCHES, colours, strict=True)):
         points = list(zip(*(result[kind] for result in results), strict=True))
         tokens = [statistics.mean(one[0] for one in point) for point in points]
         values = [[one[1]["KL"] for one in point] for point in points]
-        band = [at(t, max(v)) for t, v in zip(tokens, values, strict=True)] + [at(t, min(v)) for t, v in zip(tokens, values, strict=True)][
-            ::-1
-        ]
+        band = [at(t, max(v)) for t, v in zip(tokens, values, strict=True)] + [
+            at(t, min(v)) for t, v in zip(tokens, values, strict=True)
+        ][::-1]
         line = [at(t, statistics.mean(v)) for t, v in zip(tokens, values, strict=True)]
         drawn.append(f'<polygon points="{" ".join(band)}" fill="{colour}" opacity="0.2"/>')
         drawn.append(f'<polyline points="{" ".join(line)}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        drawn.append(f'<text x="{edge + 16}" y="{high - edge - 52 + 18 * number}" fill="{colour}">{kind}</text>')
+        drawn.append(
+            f'<text x="{edge + 16}" y="{high - edge - 52 + 18 * number}" fill="{colour}">{kind}</text>'
+        )
     for share in (0, 0.25, 0.5, 0.75, 1):
         x, y = at(share * most, 0).split(",")
-        drawn.append(f'<text x="{x}" y="{float(y) + 18}" text-anchor="middle">{share * most / 1000:.0f}k</text>')
+        drawn.append(
+            f'<text x="{x}" y="{float(y) + 18}" text-anchor="middle">{share * most / 1000:.0f}k</text>'
+        )
         x, y = at(0, share * top).split(",")
         drawn.append(f'<text x="{float(x) - 6}" y="{y}" text-anchor="end">{share * top:.2f}</text>')
     axes = f'<polyline points="{at(0, top)} {at(0, 0)} {at(most, 0)}" fill="none" stroke="black"/>'
     words = f'<text x="{edge}" y="{edge - 20}">KL(student‖teacher) on held-out questions, nats a sampled token</text>'
     words += f'<text x="{wide / 2}" y="{high - 12}" text-anchor="middle">positions trained after the warm-up</text>'
     inner = "\n".join([axes, words, *drawn])
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="13">\n{inner}\n</svg>\n'
-    )
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="13">\n{inner}\n</svg>\n'
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--warm", type=int, default=300, help="Vanilla steps that all three begin with")
-    parser.add_argument("--tokens", type=parse_tokens, default=300_000, help="positions that each of the three trains on then")
+    parser.add_argument(
+        "--tokens", type=parse_tokens, default=300_000, help="positions that each of the three trains on then"
+    )
     parser.add_argument("--teacher", type=int, default=220, help="steps of the teacher, 32 documents each")
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--prompts", type=int, default=48, help="documents or rollouts of a step")
-    parser.add_argument("--completions", type=int, default=192, help="held-out questions answered at each measurement")
+    parser.add_argument(
+        "--completions", type=int, default=192, help="held-out questions answered at each measurement"
+    )
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of the warm-up")
-    parser.add_argument("--branch-rate", type=float, default=1e-3, help="learning rate of all three; falls to a tenth")
-    parser.add_argument("--mix", type=float, default=0.65, help="Rescored: share of its steps that are weighted")
-    parser.add_argument("--anchor", type=float, default=0.15, help="OnPolicy: share of its steps that are Vanilla")
+    parser.add_argument(
+        "--branch-rate", type=float, default=1e-3, help="learning rate of all three; falls to a tenth"
+    )
+    parser.add_argument(
+        "--mix", type=float, default=0.65, help="Rescored: share of its steps that are weighted"
+    )
+    parser.add_argument(
+        "--anchor", type=float, default=0.15, help="OnPolicy: share of its steps that are Vanilla"
+    )
     parser.add_argument("--staleness", type=int, default=2, help="OnPolicy: windows that sampling is ahead")
     parser.add_argument("--plot", type=Path, help="where to write the plot, as SVG")
     return parser.parse_args()

@@ -25,10 +25,10 @@ from vpmoe.api import DistillRun, load_run
 from vpmoe.api.layout import layout
 from vpmoe.api.quantities import parse_tokens
 from vpmoe.api.stages import OnPolicy
+from vpmoe.data.packing import pack
+from vpmoe.inference.engine import SEQUENCES
 from vpmoe.rollout.__main__ import PROMPT, lengths
-from vpmoe.rollout.engine import SEQUENCES
 from vpmoe.rollout.windows import Window, Windows, longest
-from vpmoe.training.plan import pack
 
 GPUS = 8
 DOCUMENTS = 1_000_000
@@ -36,21 +36,39 @@ PACES = [(staleness, every) for staleness in range(5) for every in (1, 2)] + [(4
 """(staleness, publishEvery) of the tables."""
 
 MEASURED = {
-    "microbatch": (0.72, "seconds of a microbatch of one row of sequenceLength on one GPU: vpmoe-6b, 8,192, an H200; docs/distillation.md"),
+    "microbatch": (
+        0.72,
+        "seconds of a microbatch of one row of sequenceLength on one GPU: vpmoe-6b, 8,192, an H200; docs/distillation.md",
+    ),
     "step": (0.12, "seconds of an optimizer step beside its microbatches; same place"),
-    "spread": (0.34, "standard deviation of the logarithm of a completion's length at one effort; that of SYNTH's rows"),
-    "decode": (0.190, "seconds of a forward that draws a token of each sequence, no CUDA graph (with one 0.023): benchmarks.decode, H100"),
+    "spread": (
+        0.34,
+        "standard deviation of the logarithm of a completion's length at one effort; that of SYNTH's rows",
+    ),
+    "decode": (
+        0.190,
+        "seconds of a forward that draws a token of each sequence, no CUDA graph (with one 0.023): benchmarks.decode, H100",
+    ),
     "decode-token": (7.5e-5, "seconds that each sequence in flight adds to it, context 512; same place"),
-}  # fmt: skip
+}
 ASSUMED = {
     "prefill": (30_000.0, "tokens of prompts a second on one GPU of the sampler"),
     "runaway": (0.01, "share of completions that do not stop before their bound"),
-    "score": (15_000.0, "tokens a second that one teacher scores; gpt-oss-20b in transformers and bf16 makes 16,800 on an H100"),
-    "copy": (0.8, "seconds for which training waits while a version is copied and probed: benchmarks.publication"),
+    "score": (
+        15_000.0,
+        "tokens a second that one teacher scores; gpt-oss-20b in transformers and bf16 makes 16,800 on an H100",
+    ),
+    "copy": (
+        0.8,
+        "seconds for which training waits while a version is copied and probed: benchmarks.publication",
+    ),
     "publish": (22.0, "seconds from there until it is in the bucket, at 1 GB/s: same place"),
-    "load": (22.5, "seconds in which the sampler fetches it, takes it into its engines and proves it: same place"),
+    "load": (
+        22.5,
+        "seconds in which the sampler fetches it, takes it into its engines and proves it: same place",
+    ),
     "poll": (1.0, "seconds between two looks for an object; half of it is lost at each"),
-}  # fmt: skip
+}
 
 
 class Times(NamedTuple):
@@ -116,7 +134,9 @@ KNOWN: dict[tuple[object, ...], Asked] = {}
 """By number, level and prompts of a window: what is the same in many simulations is worked out once."""
 
 
-def requests(windows: Windows, number: int, tokens: int, mean: dict[str, int], prompt: int, bound: int, times: Times) -> Asked:
+def requests(
+    windows: Windows, number: int, tokens: int, mean: dict[str, int], prompt: int, bound: int, times: Times
+) -> Asked:
     """What window `number` comes to where its version has seen so many tokens."""
     key = (number, windows.curriculum.at(tokens), windows.curriculum.stage.rollout)
     if key not in KNOWN:
@@ -148,40 +168,66 @@ def sampling(requests: Asked, engines: int, slots: int, times: Times) -> float:
         for length in mine[slots:]:
             heapq.heapreplace(busy, busy[0] + length)
         steps = max(busy, default=0)
-        slowest = max(slowest, steps * times.decode + sum(mine) * times.decode_token + len(mine) * requests.prompt / times.prefill)
+        slowest = max(
+            slowest,
+            steps * times.decode
+            + sum(mine) * times.decode_token
+            + len(mine) * requests.prompt / times.prefill,
+        )
     return slowest
 
 
 @lru_cache(None)
 def rows(requests: Asked, sequence_length: int) -> int:
     """Packed rows that the trainer makes of a window."""
-    return len(pack(np.array([requests.prompt + length for length in requests.sampled], np.int32), sequence_length)[1]) - 1
+    return (
+        len(
+            pack(
+                np.array([requests.prompt + length for length in requests.sampled], np.int32), sequence_length
+            )[1]
+        )
+        - 1
+    )
 
 
-def simulate(run: DistillRun, stage: OnPolicy, mean: dict[str, int], prompt: int, slots: int, times: Times) -> Result:
+def simulate(
+    run: DistillRun, stage: OnPolicy, mean: dict[str, int], prompt: int, slots: int, times: Times
+) -> Result:
     """The stage, window by window: each role begins as soon as it is free and what it needs is there.
 
     The sampler takes all windows of a version as one batch; they are there when the last of its completions is.
     """
     spec = run.spec
-    plan, bound, teachers = layout(spec, stage), spec.training.sequence_length, spec.teacher.gpus
+    plan, bound, teachers = (
+        layout(spec.student, spec.training, stage),
+        spec.training.sequence_length,
+        spec.teacher.gpus,
+    )
     windows = Windows(stage, spec.training.seed, [DOCUMENTS])
     course = windows.curriculum
     anchor_tokens = plan.tokens_per_step
     anchors = np.arange(1, -(-stage.tokens // anchor_tokens) + 1) * anchor_tokens
     anchor_seconds = plan.sequences_per_rank * times.microbatch + times.step
     lost = times.poll / 2
-    published, seen_at = {0: times.copy + times.publish}, {0: 0}  # by version: when it is there, the stage's tokens at it
+    published, seen_at = (
+        {0: times.copy + times.publish},
+        {0: 0},
+    )  # by version: when it is there, the stage's tokens at it
     trained = uploaded = published[0]
     sampled, scored = 0.0, [0.0] * teachers
     loaded, seen, number, step = -1, 0, 0, 0
     out = Result(f"{teachers} + {stage.sampler.gpus} + {plan.ranks}", trainer=times.copy)
     while seen < stage.tokens:
         version = course.version_of(number)
-        batch = [requests(windows, each, seen_at[version], mean, prompt, bound, times) for each in course.windows_of(version)]
+        batch = [
+            requests(windows, each, seen_at[version], mean, prompt, bound, times)
+            for each in course.windows_of(version)
+        ]
         window = batch[number - course.windows_of(version)[0]]
         if version != loaded:
-            takes = sampling(Asked(prompt, sum((each.sampled for each in batch), ())), stage.sampler.gpus, slots, times)
+            takes = sampling(
+                Asked(prompt, sum((each.sampled for each in batch), ())), stage.sampler.gpus, slots, times
+            )
             sampled = max(sampled, published[version] + lost) + times.load + takes
             out.sampler += takes
             loaded = version
@@ -212,13 +258,18 @@ def simulate(run: DistillRun, stage: OnPolicy, mean: dict[str, int], prompt: int
 
 def splits(run: DistillRun, teachers: int, how: Sequence[Any], **changes: object) -> list[Result]:
     """Every split of the student's GPUs between sampler and trainer."""
-    return [simulate(*stage_of(run, teachers, number, **changes), *how) for number in range(1, GPUS - teachers)]
+    return [
+        simulate(*stage_of(run, teachers, number, **changes), *how) for number in range(1, GPUS - teachers)
+    ]
 
 
 def row(result: Result, *first: object) -> str:
     """A line of a table: shares of the time for which each role works, seconds of a window, tokens and those of windows a second."""
     total = result.total
-    shares = "  ".join(f"{busy / total:7.1%}" for busy in (total - result.trainer, result.trainer, result.sampler, result.teacher))
+    shares = "  ".join(
+        f"{busy / total:7.1%}"
+        for busy in (total - result.trainer, result.trainer, result.sampler, result.teacher)
+    )
     head = "  ".join(f"{cell!s:>9}" for cell in (*first, result.split))
     speeds = f"{result.seen / total:9,.0f}  {result.rolled / total:9,.0f}"
     return f"{head}  {shares}  {total / result.windows:7.1f}  {speeds}  {total / result.floor:6.2f}"
@@ -236,41 +287,79 @@ def best(run: DistillRun, teachers: int, how: Sequence[Any], **changes: object) 
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, default=Path("manifests/examples/full.yaml"))
-    parser.add_argument("--tokens", type=parse_tokens, default=parse_tokens("100M"), help="tokens that are simulated (100M)")
+    parser.add_argument(
+        "--tokens", type=parse_tokens, default=parse_tokens("100M"), help="tokens that are simulated (100M)"
+    )
     parser.add_argument("--prompt", type=int, default=PROMPT, help=f"tokens of a prompt ({PROMPT})")
-    parser.add_argument("--completion", type=lengths, default=lengths("low=300,medium=700,high=1500"), help="mean tokens by effort")
+    parser.add_argument(
+        "--completion",
+        type=lengths,
+        default=lengths("low=300,medium=700,high=1500"),
+        help="mean tokens by effort",
+    )
     parser.add_argument("--prompts", type=int, help="prompts of a window (default: the run's)")
-    parser.add_argument("--slots", type=int, default=SEQUENCES["cuda"], help=f"sequences of one engine in flight ({SEQUENCES['cuda']})")
+    parser.add_argument(
+        "--slots",
+        type=int,
+        default=SEQUENCES["cuda"],
+        help=f"sequences of one engine in flight ({SEQUENCES['cuda']})",
+    )
     for kind, known in (("measured", MEASURED), ("assumed", ASSUMED)):
         for name, (value, what) in known.items():
-            parser.add_argument(f"--{name}", type=float, default=value, metavar="X", help=f"{what} ({kind}: {value:g})")
+            parser.add_argument(
+                f"--{name}", type=float, default=value, metavar="X", help=f"{what} ({kind}: {value:g})"
+            )
     given = parser.parse_args(arguments)
     run = load_run(given.run)
     (stage,) = (stage for stage in run.spec.stages if isinstance(stage, OnPolicy))
     rollout = stage.rollout.model_dump(mode="json", by_alias=True)
     each = rollout["promptsPerWindow"] = given.prompts or stage.rollout.prompts_per_window
-    how = (given.completion, given.prompt, given.slots, Times(**{name: getattr(given, name) for name in Times._fields}))
+    how = (
+        given.completion,
+        given.prompt,
+        given.slots,
+        Times(**{name: getattr(given, name) for name in Times._fields}),
+    )
     mean = ", ".join(f"{effort} {length:,}" for effort, length in given.completion.items())
     print(f"{given.tokens:,} tokens, {each:,} prompts a window, {given.slots} sequences an engine at once.")
     print(f"Prompts of {given.prompt} tokens, completions of {mean}; anchor {stage.anchor:g}.")
     for kind, known in (("Measured", MEASURED), ("Assumed", ASSUMED)):
         print(f"{kind}: " + ", ".join(f"{name} {getattr(given, name.replace('-', '_')):g}" for name in known))
-    print("GPUs of the teacher (T), the sampler (S) and the trainer (t); /floor is the time over that of the role with most work.")
+    print(
+        "GPUs of the teacher (T), the sampler (S) and the trainer (t); /floor is the time over that of the role with most work."
+    )
     for teachers in (1, 2):
         print(f"\n{teachers} teacher(s), the best split:\n{header('staleness', 'every')}")
         for staleness, every in PACES:
-            found = best(run, teachers, how, tokens=given.tokens, staleness=staleness, publishEvery=every, rollout=rollout)
+            found = best(
+                run,
+                teachers,
+                how,
+                tokens=given.tokens,
+                staleness=staleness,
+                publishEvery=every,
+                rollout=rollout,
+            )
             print(row(found, staleness, every), flush=True)
         print(f"\n{teachers} teacher(s), as the run has it, all splits:\n{header()}")
         for found in splits(run, teachers, how, tokens=given.tokens, rollout=rollout):
             print(row(found), flush=True)
-        print(f"\n{teachers} teacher(s), larger windows, the best split:\n{header('prompts', 'staleness', 'every')}")
+        print(
+            f"\n{teachers} teacher(s), larger windows, the best split:\n{header('prompts', 'staleness', 'every')}"
+        )
         for times in (2, 4, 8):
-            tokens, size = given.tokens * min(times, 4), rollout | {"promptsPerWindow": each * times}  # so many that the ends weigh little
+            tokens, size = (
+                given.tokens * min(times, 4),
+                rollout | {"promptsPerWindow": each * times},
+            )  # so many that the ends weigh little
             for staleness, every in ((1, 1), (2, 1), (2, 2), (4, 4)):
-                found = best(run, teachers, how, tokens=tokens, staleness=staleness, publishEvery=every, rollout=size)
+                found = best(
+                    run, teachers, how, tokens=tokens, staleness=staleness, publishEvery=every, rollout=size
+                )
                 print(row(found, each * times, staleness, every), flush=True)
 
 

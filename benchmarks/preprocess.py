@@ -31,19 +31,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests import sample
+from demo import sample
+from devcluster import binaries
 from tests.conftest import answers, wait_until
-from tests.devcluster import binaries
 from vpmoe.api import DistillRun
 from vpmoe.api.quantities import parse_tokens
 from vpmoe.data import vocabulary
-from vpmoe.data.encode import Encoders
-from vpmoe.data.filters import quality
 from vpmoe.data.harmony import user_text
-from vpmoe.data.preprocess import preprocess
+from vpmoe.data.preprocess.encode import Encoders
+from vpmoe.data.preprocess.filters import quality
+from vpmoe.data.preprocess.preprocess import preprocess
+from vpmoe.process.launcher import free_port
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket
-from vpmoe.training.launch import free_port
 
 SHARDS = 2
 JOINED = 4
@@ -54,7 +54,11 @@ def texts_of(row: dict[str, Any]) -> list[str]:
     """What of a row is tokenized; nothing of a row that is dropped."""
     if quality(row["synthetic_answer"], row["constraints"]):
         return []
-    texts = [user_text(row["query"], row["query_seed_text"]), row["synthetic_reasoning"] or "", row["synthetic_answer"]]
+    texts = [
+        user_text(row["query"], row["query_seed_text"]),
+        row["synthetic_reasoning"] or "",
+        row["synthetic_answer"],
+    ]
     return [text for text in texts if text.strip()]
 
 
@@ -64,14 +68,18 @@ def as_long_as_synths(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     texts = ("query", "synthetic_reasoning", "synthetic_answer")
     groups = [kept[start : start + JOINED] for start in range(0, len(kept) - JOINED + 1, JOINED)]
     joined = [{name: "\n\n".join(row[name] or "" for row in group) for name in texts} for group in groups]
-    return [{**group[0], "constraints": None, **of_group} for group, of_group in zip(groups, joined, strict=True)]
+    return [
+        {**group[0], "constraints": None, **of_group} for group, of_group in zip(groups, joined, strict=True)
+    ]
 
 
 def enough(rows: list[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
     """The rows, repeated under ids of their own until they hold so many tokens."""
     encoding = vocabulary.encoding()
     once = sum(len(encoding.encode_ordinary(text)) for row in rows for text in texts_of(row))
-    return [{**row, "synth_id": f"{row['synth_id']}-{turn}"} for turn in range(-(-tokens // once)) for row in rows]
+    return [
+        {**row, "synth_id": f"{row['synth_id']}-{turn}"} for turn in range(-(-tokens // once)) for row in rows
+    ]
 
 
 def cpu_seconds(store: int) -> float:
@@ -81,7 +89,11 @@ def cpu_seconds(store: int) -> float:
         process = Path("/proc") / str(queue.pop())
         fields = (process / "stat").read_text().rpartition(")")[2].split()
         total += sum(int(ticks) for ticks in fields[11:13]) / os.sysconf("SC_CLK_TCK")
-        children = [int(child) for task in (process / "task").iterdir() for child in (task / "children").read_text().split()]
+        children = [
+            int(child)
+            for task in (process / "task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
         queue += [child for child in children if child != store]
     return total
 
@@ -135,12 +147,19 @@ def whole(endpoint: str, store: int, source: str, encoders: Encoders) -> tuple[f
                 "student": {"shape": "tiny", "gpus": 1},
                 "training": {"sequenceLength": 1 << 17, "globalBatchTokens": 1 << 17},
                 "stages": [{"name": "vanilla", "kind": "Vanilla", "tokens": 1 << 17}],
-                "storage": {"endpoint": endpoint, "bucket": "benchmark", "prefix": secrets.token_hex(8), "credentialsSecret": None},
+                "storage": {
+                    "endpoint": endpoint,
+                    "bucket": "benchmark",
+                    "prefix": secrets.token_hex(8),
+                    "credentialsSecret": None,
+                },
             },
         }
     )
     bucket = Bucket.open(run.spec.storage)
-    provenance = Provenance(None, None, run.config_hash, "default", "benchmark", run.uid8, "preprocess", 1, "2026-01-01T00:00:00Z")
+    provenance = Provenance(
+        None, None, run.config_hash, "default", "benchmark", run.uid8, "preprocess", 1, "2026-01-01T00:00:00Z"
+    )
     started, before = time.perf_counter(), cpu_seconds(store)
     preprocess(run, bucket, provenance, threading.Event(), None, encoders)
     seconds, cpu = time.perf_counter() - started, cpu_seconds(store) - before
@@ -154,7 +173,9 @@ def store() -> Iterator[tuple[str, int, Path]]:
     with tempfile.TemporaryDirectory(prefix="vpmoe-benchmark-") as folder:
         port = free_port()
         endpoint = f"http://127.0.0.1:{port}"
-        os.environ.update(AWS_ACCESS_KEY_ID="benchmark", AWS_SECRET_ACCESS_KEY="benchmark", AWS_ENDPOINT_URL=endpoint)
+        os.environ.update(
+            AWS_ACCESS_KEY_ID="benchmark", AWS_SECRET_ACCESS_KEY="benchmark", AWS_ENDPOINT_URL=endpoint
+        )
         (Path(folder) / "benchmark").mkdir()
         server = subprocess.Popen(
             [binaries.path("versitygw"), "--port", f"127.0.0.1:{port}", "posix", folder],
@@ -173,13 +194,24 @@ def store() -> Iterator[tuple[str, int, Path]]:
 def main() -> None:
     """Take turns, and print each turn and the medians."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.preprocess")
-    parser.add_argument("--parquet", type=Path, nargs="+", help="files with SYNTH's columns (default: the sample, rows joined)")
-    parser.add_argument("--tokens", type=parse_tokens, default=60_000_000, help="text to process in each turn (default: 60M)")
+    parser.add_argument(
+        "--parquet",
+        type=Path,
+        nargs="+",
+        help="files with SYNTH's columns (default: the sample, rows joined)",
+    )
+    parser.add_argument(
+        "--tokens", type=parse_tokens, default=60_000_000, help="text to process in each turn (default: 60M)"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     given = parser.parse_args()
     say = sys.stdout.write
-    rows = [row for path in given.parquet for row in pq.read_table(path).to_pylist()] if given.parquet else as_long_as_synths(sample.rows())
+    rows = (
+        [row for path in given.parquet for row in pq.read_table(path).to_pylist()]
+        if given.parquet
+        else as_long_as_synths(sample.rows())
+    )
     rows = enough(rows, given.tokens)
     texts = [text for row in rows for text in texts_of(row)]
     source = "s3://benchmark/input/*.parquet"
@@ -187,17 +219,32 @@ def main() -> None:
         (folder / "benchmark" / "input").mkdir()
         for number in range(SHARDS):
             table = pa.Table.from_pylist(rows[number::SHARDS], schema=sample.SCHEMA)
-            pq.write_table(table, folder / "benchmark" / "input" / f"synth_{number + 1:03d}.parquet", row_group_size=1000)
+            pq.write_table(
+                table, folder / "benchmark" / "input" / f"synth_{number + 1:03d}.parquet", row_group_size=1000
+            )
         for processes in given.processes:
             turns = []
             with Encoders(processes) as encoders:
-                whole(endpoint, server, "s3://benchmark/input/*001.parquet", encoders)  # not counted: the processes start
+                whole(
+                    endpoint, server, "s3://benchmark/input/*001.parquet", encoders
+                )  # not counted: the processes start
                 for turn in range(given.repeats):
                     tokens, raw_seconds, raw_cpu = raw(texts, processes)
                     seconds, cpu = whole(endpoint, server, source, encoders)
-                    turns.append((tokens / raw_seconds / 1e6, tokens / seconds / 1e6, raw_seconds / seconds, raw_cpu / cpu))
-                    say(f"{processes} process(es), turn {turn + 1}, {len(rows):,} rows, {tokens / 1e6:.1f} M tokens: {line(turns[-1])}\n")
-            say(f"{processes} process(es), median: {line(tuple(statistics.median(values) for values in zip(*turns, strict=True)))}\n")
+                    turns.append(
+                        (
+                            tokens / raw_seconds / 1e6,
+                            tokens / seconds / 1e6,
+                            raw_seconds / seconds,
+                            raw_cpu / cpu,
+                        )
+                    )
+                    say(
+                        f"{processes} process(es), turn {turn + 1}, {len(rows):,} rows, {tokens / 1e6:.1f} M tokens: {line(turns[-1])}\n"
+                    )
+            say(
+                f"{processes} process(es), median: {line(tuple(statistics.median(values) for values in zip(*turns, strict=True)))}\n"
+            )
 
 
 def line(figures: tuple[float, ...]) -> str:

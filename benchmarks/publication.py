@@ -27,18 +27,19 @@ import torch
 from benchmarks.preprocess import store
 from vpmoe.api import DistillRun
 from vpmoe.api.stages import OnPolicy
+from vpmoe.checkpoint.train_state import TrainState, WindowStream
+from vpmoe.inference import verify
+from vpmoe.inference.engine_pool import Engines
 from vpmoe.model import device as devices
 from vpmoe.model import distributed
 from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import SHAPES
 from vpmoe.provenance import Provenance
-from vpmoe.rollout import proof, version
-from vpmoe.rollout.engines import Engines
+from vpmoe.rollout import policy_version
 from vpmoe.storage import Bucket
 from vpmoe.storage.manifest import Input
-from vpmoe.training.position import Position, WindowStream
-from vpmoe.training.publish import PROBED, PROBED_TOKENS, Publisher
-from vpmoe.training.task import Task
+from vpmoe.trainer.context import StageContext
+from vpmoe.trainer.onpolicy.publisher import PROBED, PROBED_TOKENS, Publisher
 
 SHAPE = "tiny"
 LONGEST = 256
@@ -62,7 +63,12 @@ def run_of(endpoint: str) -> DistillRun:
                 "teacher": {"model": "s3://none/none"},
                 "student": {"shape": SHAPE, "gpus": 2},
                 "stages": [{"name": "onpolicy", "kind": "OnPolicy", "require": {"validity": 0}}],
-                "storage": {"endpoint": endpoint, "bucket": "benchmark", "prefix": secrets.token_hex(8), "credentialsSecret": None},
+                "storage": {
+                    "endpoint": endpoint,
+                    "bucket": "benchmark",
+                    "prefix": secrets.token_hex(8),
+                    "credentialsSecret": None,
+                },
             },
         }
     )
@@ -74,12 +80,19 @@ def measure(endpoint: str, versions: int, scratch: Path) -> tuple[list[tuple[flo
     distributed.start(device)
     (stage,) = run.spec.stages
     assert isinstance(stage, OnPolicy)
-    provenance = Provenance(None, None, run.config_hash, "default", "benchmark", run.uid8, stage.name, 1, "2026-01-01T00:00:00Z")
+    provenance = Provenance(
+        None, None, run.config_hash, "default", "benchmark", run.uid8, stage.name, 1, "2026-01-01T00:00:00Z"
+    )
     bucket = Bucket.open(run.spec.storage)
     no_dataset: Any = None  # publication asks for none
-    task = Task(run, stage, bucket, no_dataset, provenance, threading.Event(), scratch / "trainer")
-    learner = Learner.build(SHAPES[SHAPE], device, sequence_length=LONGEST, seed=1, weight_decay=0.1, gradient_clip=1.0)
-    probed = [np.random.default_rng(n).integers(0, SHAPES[SHAPE].vocabulary, PROBED_TOKENS, np.int32) for n in range(PROBED)]
+    task = StageContext(run, stage, bucket, no_dataset, provenance, threading.Event(), scratch / "trainer")
+    learner = Learner.build(
+        SHAPES[SHAPE], device, sequence_length=LONGEST, seed=1, weight_decay=0.1, gradient_clip=1.0
+    )
+    probed = [
+        np.random.default_rng(n).integers(0, SHAPES[SHAPE].vocabulary, PROBED_TOKENS, np.int32)
+        for n in range(PROBED)
+    ]
     inputs = [Input(name, "s3://none/none", {"sha256": "0" * 64}, {}) for name in ("tokenizer", "dataset")]
     publisher = Publisher(task, inputs, probed)
     found = []
@@ -87,22 +100,34 @@ def measure(endpoint: str, versions: int, scratch: Path) -> tuple[list[tuple[flo
         for number in range(versions + 1):
             with torch.no_grad():
                 learner.student.output.add_(0.01)  # as a step would
-            position = Position(
-                stage=stage.name, steps=number, tokens=number, iteration=number, first_sequence=0, next_sequence=0, epoch=0,
+            position = TrainState(
+                stage=stage.name,
+                steps=number,
+                tokens=number,
+                iteration=number,
+                first_sequence=0,
+                next_sequence=0,
+                epoch=0,
                 windows=WindowStream(first_prompt=0, next_prompt=number, trained=number),
-            )  # fmt: skip
+            )
             begun = time.perf_counter()
             publisher.publish(learner, position)
             copied = time.perf_counter()
             publisher.wait()
             published = time.perf_counter()
-            of = version.find(bucket, run, stage.name, number)
+            of = policy_version.find(bucket, run, stage.name, number)
             assert of is not None
-            loaded = proof.load(bucket, *of, engines, scratch / "sampler", lambda: None)
+            loaded = verify.load(bucket, *of, engines, scratch / "sampler", lambda: None)
             ended = time.perf_counter()
-            fetched = timed(lambda of=of: proof.fetch(bucket, of[0], scratch / "again", lambda: None))
-            found.append((copied - begun, published - copied, fetched, ended - published - fetched, ended - begun))
-            print(row(f"version {number}{'' if number else ', new engine'}", found[-1]) + f"  probe {loaded.probe:.1e} nats", flush=True)
+            fetched = timed(lambda of=of: verify.fetch(bucket, of[0], scratch / "again", lambda: None))
+            found.append(
+                (copied - begun, published - copied, fetched, ended - published - fetched, ended - begun)
+            )
+            print(
+                row(f"version {number}{'' if number else ', new engine'}", found[-1])
+                + f"  probe {loaded.probe:.1e} nats",
+                flush=True,
+            )
             size = sum(subject.size for subject in of[0].subjects.values())
         floor(bucket, size, scratch)
     publisher.close()
@@ -135,12 +160,25 @@ def at_size(size: int, bucket: float, disk: float, pcie: float, probe: float) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--versions", type=int, default=3)
-    parser.add_argument("--disk", type=float, default=1.2, help="GB/s that a pod's disk takes and gives (1.2)")
-    parser.add_argument("--pcie", type=float, default=25.0, help="GB/s between GPU and host (25; pinned memory takes 50)")
-    parser.add_argument("--probe", type=float, default=0.3, help="seconds of a forward of the probe (assumed: 0.3)")
-    parser.add_argument("--bucket", type=lambda text: [float(rate) for rate in text.split(",")], default=[0.25, 1.0, 3.0], help="GB/s")
+    parser.add_argument(
+        "--disk", type=float, default=1.2, help="GB/s that a pod's disk takes and gives (1.2)"
+    )
+    parser.add_argument(
+        "--pcie", type=float, default=25.0, help="GB/s between GPU and host (25; pinned memory takes 50)"
+    )
+    parser.add_argument(
+        "--probe", type=float, default=0.3, help="seconds of a forward of the probe (assumed: 0.3)"
+    )
+    parser.add_argument(
+        "--bucket",
+        type=lambda text: [float(rate) for rate in text.split(",")],
+        default=[0.25, 1.0, 3.0],
+        help="GB/s",
+    )
     given = parser.parse_args()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     head = f"{'':>22}  " + "  ".join(f"{name:>14}" for name in COLUMNS)
@@ -149,10 +187,14 @@ def main() -> None:
             (Path(folder) / name).mkdir()
         print(f"Measured, {SHAPE}, seconds:\n{head}")
         found, size = measure(endpoint, given.versions, Path(folder))
-        print(row("median of reloads", tuple(statistics.median(each) for each in zip(*found[1:], strict=True))))
+        print(
+            row("median of reloads", tuple(statistics.median(each) for each in zip(*found[1:], strict=True)))
+        )
         print(f"{size / 1e6:.1f} MB a version")
     size = 2 * SHAPES["vpmoe-6b"].parameters()
-    print(f"\nBy arithmetic, vpmoe-6b, {size / 1e9:.1f} GB, disk {given.disk:g} GB/s, PCIe {given.pcie:g} GB/s, seconds:\n{head}")
+    print(
+        f"\nBy arithmetic, vpmoe-6b, {size / 1e9:.1f} GB, disk {given.disk:g} GB/s, PCIe {given.pcie:g} GB/s, seconds:\n{head}"
+    )
     for rate in given.bucket:
         print(row(f"bucket at {rate:g} GB/s", at_size(size, rate, given.disk, given.pcie, given.probe)))
         print(row("floor", (0.0, size / 1e9 / rate, size / 1e9 / rate, 0.0, 2 * size / 1e9 / rate)))

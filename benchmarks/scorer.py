@@ -42,7 +42,7 @@ def documents(tokens: int) -> list[Ids]:
 
 
 def scorer(directory: Path) -> Score:
-    from vpmoe.teacher.scorer import Scorer
+    from vpmoe.inference.teacher_engine import Scorer
 
     teacher = Scorer(directory, LONGEST)
     return lambda batch: [None for _ in teacher.score(batch)].clear()
@@ -52,11 +52,15 @@ def transformers(directory: Path, whole: bool) -> Score:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from vpmoe.objectives.head import logp_of
+    from vpmoe.model.head import logp_of
 
     device = "cpu" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else "cuda"
     dtype = getattr(torch, model.dtype(directory))
-    teacher = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").to(device).eval()
+    teacher = (
+        AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
+        .to(device)
+        .eval()
+    )
 
     @torch.no_grad()
     def score(batch: list[Ids]) -> None:
@@ -66,7 +70,9 @@ def transformers(directory: Path, whole: bool) -> Score:
                 logp_TV = teacher(ids_T[None]).logits[0, :-1].float().log_softmax(1)
                 logp_TV.gather(1, ids_T[1:, None]).cpu()
             else:
-                logp_of(teacher.model(ids_T[None]).last_hidden_state[0, :-1], teacher.lm_head.weight, ids_T[1:]).cpu()
+                logp_of(
+                    teacher.model(ids_T[None]).last_hidden_state[0, :-1], teacher.lm_head.weight, ids_T[1:]
+                ).cpu()
 
     return score
 
@@ -107,7 +113,11 @@ def measure(name: str, directory: Path, tokens: int, repeats: int) -> dict[str, 
         score(batch)
         seconds.append(time.perf_counter() - start)
         processor.append(time.process_time() - used)
-    return {"seconds": statistics.median(seconds), "processor": statistics.median(processor), "bytes": memory() - loaded}
+    return {
+        "seconds": statistics.median(seconds),
+        "processor": statistics.median(processor),
+        "bytes": memory() - loaded,
+    }
 
 
 def memory() -> int:
@@ -120,7 +130,9 @@ def memory() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3)
@@ -135,8 +147,22 @@ def main() -> None:
         print(f"{name}, {model.dtype(directory)}, {given.tokens:,} tokens, {given.repeats} repeats")
         results = {}
         for name in CONTENDERS:
-            arguments = ["--model", str(directory), "--tokens", str(given.tokens), "--repeats", str(given.repeats), "--only", name]
-            done = subprocess.run([sys.executable, "-m", "benchmarks.scorer", *arguments], stdout=subprocess.PIPE, text=True, check=True)
+            arguments = [
+                "--model",
+                str(directory),
+                "--tokens",
+                str(given.tokens),
+                "--repeats",
+                str(given.repeats),
+                "--only",
+                name,
+            ]
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.scorer", *arguments],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
             results[name] = json.loads(done.stdout.splitlines()[-1])
             took, used, taken = (results[name][what] for what in ("seconds", "processor", "bytes"))
             times = took / results["scorer"]["seconds"], used / results["scorer"]["processor"]
@@ -148,9 +174,9 @@ def main() -> None:
 
 
 def tiny(folder: Path) -> Path:
-    from tests import teachers
+    from tests.fakes import tiny_teacher
 
-    return teachers.write(folder / "teacher")
+    return tiny_teacher.write(folder / "teacher")
 
 
 if __name__ == "__main__":

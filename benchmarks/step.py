@@ -19,15 +19,17 @@ from vpmoe.api.stages import Confidence
 from vpmoe.model import device as devices
 from vpmoe.model import distributed
 from vpmoe.model.batch import Batch
+from vpmoe.model.objective import Objective
 from vpmoe.model.shapes import SHAPES, Shape
-from vpmoe.objectives.objective import Objective
 from vpmoe.objectives.rescored import rescored
 from vpmoe.objectives.vanilla import vanilla
 
 
 def active_parameters(shape: Shape) -> int:
     """Parameters that a token is multiplied with: of the experts those that it is sent to, of the embeddings only the output's."""
-    idle = (shape.experts - shape.experts_per_token) * 2 * shape.hidden * shape.expert_width * shape.moe_layers
+    idle = (
+        (shape.experts - shape.experts_per_token) * 2 * shape.hidden * shape.expert_width * shape.moe_layers
+    )
     return shape.parameters() - idle - shape.vocabulary * shape.hidden
 
 
@@ -35,7 +37,10 @@ def random_rows(shape: Shape, sequences: int, length: int, generator: torch.Gene
     batches = []
     for _ in range(sequences):
         tokens = torch.randint(0, shape.vocabulary, (1, length), generator=generator)
-        spans, documents = torch.ones((1, length), dtype=torch.uint8), torch.full((1, length), -1, dtype=torch.int32)
+        spans, documents = (
+            torch.ones((1, length), dtype=torch.uint8),
+            torch.full((1, length), -1, dtype=torch.int32),
+        )
         start = number = 0
         while start < length:
             size = int(torch.randint(200, 1200, (), generator=generator))
@@ -79,13 +84,19 @@ def main() -> None:
     distributed.start(device)
     from vpmoe.model.learner import Learner
 
-    learner = Learner.build(shape, device, sequence_length=given.sequence, seed=1, weight_decay=0.1, gradient_clip=1.0)
+    learner = Learner.build(
+        shape, device, sequence_length=given.sequence, seed=1, weight_decay=0.1, gradient_clip=1.0
+    )
     batches = random_rows(shape, given.sequences, given.sequence, torch.Generator().manual_seed(1))
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     tokens, even = int(counts[0]), {"reasoning": 1.0, "final": 1.0}
 
     def made(kind: str) -> Objective:
-        return vanilla(counts, even) if kind == "Vanilla" else rescored(counts, even, Confidence(), {"reasoning": -1.0, "final": -1.0})
+        return (
+            vanilla(counts, even)
+            if kind == "Vanilla"
+            else rescored(counts, even, Confidence(), {"reasoning": -1.0, "final": -1.0})
+        )
 
     times: dict[str, list[float]] = {"Vanilla": [], "Rescored": []}
     losses = []
@@ -100,8 +111,14 @@ def main() -> None:
     rate = product_rate(device)
     step, of_rescored = (statistics.median(of_kind[1:]) for of_kind in times.values())
     floor = (8 if shape.recompute else 6) * active_parameters(shape) * tokens / rate
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"{shape.name} on {device}: {shape.parameters():,} parameters, {active_parameters(shape):,} active; {tokens:,} tokens a step")
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    print(
+        f"{shape.name} on {device}: {shape.parameters():,} parameters, {active_parameters(shape):,} active; {tokens:,} tokens a step"
+    )
     print(f"step {step * 1e3:,.0f} ms, {tokens / step:,.0f} tokens/s; peak memory {peak / 2**30:.1f} GiB")
     print(f"loss {losses[0]:.2f} → {losses[-2]:.2f}")
     print(f"floor of its products {floor * 1e3:,.0f} ms at {rate / 1e12:,.1f} TFLOP/s: {step / floor:.1f}×")

@@ -18,7 +18,7 @@ from typing import Any
 
 from vpmoe import failure
 from vpmoe.api import DistillRun, load_run
-from vpmoe.data.worker import succeeded
+from vpmoe.process.step_worker import succeeded
 from vpmoe.provenance import Provenance, git_sha, now
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.bucket import json_bytes
@@ -58,12 +58,16 @@ def entrypoint(role: str, arguments: list[str] | None = None) -> tuple[DistillRu
     try:
         run = load_run(given.run)
     except OSError as error:
-        raise failure.Permanent(f"--run {given.run}: {error.strerror}. Give the file of a DistillRun.") from error
+        raise failure.Permanent(
+            f"--run {given.run}: {error.strerror}. Give the file of a DistillRun."
+        ) from error
     bucket = Bucket.open(run.spec.storage)
     bucket.probe()
     step = given.step or first_step(role, run, bucket)
     if step not in run.steps():
-        raise failure.Permanent(f"--step {step}: the run has no such step. Choose one of {', '.join(run.steps())}.")
+        raise failure.Permanent(
+            f"--step {step}: the run has no such step. Choose one of {', '.join(run.steps())}."
+        )
     if run.role(step) != role:
         raise failure.Permanent(f"--step {step} is no work of jobs.{role}. Start jobs.{run.role(step)}.")
     register(run, bucket)
@@ -88,17 +92,27 @@ def parse(role: str, arguments: list[str] | None) -> argparse.Namespace:
     """The command line that all jobs share."""
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{role}")
     parser.add_argument("--run", type=Path, required=True, metavar="FILE", help="the DistillRun, in YAML")
-    parser.add_argument("--step", metavar="NAME", help="which step of the run (default: the first of this role that is not finished)")
-    parser.add_argument("--attempt", type=int, default=1, metavar="N", help="recorded in provenance (default: 1)")
+    parser.add_argument(
+        "--step",
+        metavar="NAME",
+        help="which step of the run (default: the first of this role that is not finished)",
+    )
+    parser.add_argument(
+        "--attempt", type=int, default=1, metavar="N", help="recorded in provenance (default: 1)"
+    )
     return parser.parse_args(arguments)
 
 
 def configure_logging() -> None:
     """One line a record to stderr, times in UTC."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLine("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S"))
+    handler.setFormatter(
+        OneLine("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
+    )
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("botocore").setLevel(logging.WARNING)  # it announces where it found its credentials, once a client
+    logging.getLogger("botocore").setLevel(
+        logging.WARNING
+    )  # it announces where it found its credentials, once a client
 
 
 class OneLine(logging.Formatter):
@@ -121,7 +135,9 @@ def first_step(role: str, run: DistillRun, bucket: Bucket) -> str:
     """The step to do where none is named: the first of the role that did not report success, or its last where all did."""
     steps = [step for step in run.steps() if run.role(step) == role]
     if not steps:
-        raise failure.Permanent(f"jobs.{role} has nothing to do: the run's steps are {', '.join(run.steps())}. Start another job.")
+        raise failure.Permanent(
+            f"jobs.{role} has nothing to do: the run's steps are {', '.join(run.steps())}. Start another job."
+        )
     return next((step for step in steps if not succeeded(run, bucket, step)), steps[-1])
 
 
@@ -142,11 +158,16 @@ def register(run: DistillRun, bucket: Bucket) -> None:
 def difference(stored: Any, given: Any, where: str = "") -> str | None:
     """The first field in which two configurations differ, with both values; None where they are equal. Absent is the same as null."""
     if isinstance(stored, dict) and isinstance(given, dict):
-        fields = [(f"{where}.{name}".lstrip("."), stored.get(name), given.get(name)) for name in sorted({*stored, *given})]
+        fields = [
+            (f"{where}.{name}".lstrip("."), stored.get(name), given.get(name))
+            for name in sorted({*stored, *given})
+        ]
     elif isinstance(stored, list) and isinstance(given, list) and len(stored) == len(given):
         fields = [(f"{where}[{index}]", *pair) for index, pair in enumerate(zip(stored, given, strict=True))]
     else:
-        return None if stored == given else f"{where} is {json.dumps(stored)} there and {json.dumps(given)} here"
+        return (
+            None if stored == given else f"{where} is {json.dumps(stored)} there and {json.dumps(given)} here"
+        )
     return next((found for name, *pair in fields if (found := difference(pair[0], pair[1], name))), None)
 
 

@@ -2,7 +2,7 @@
 
 from jobs.entrypoint import entrypoint
 from vpmoe.evaluation.evaluate import evaluate
-from vpmoe.rollout.engines import Engines
+from vpmoe.inference.engine_pool import Engines
 
 
 def main() -> None:

@@ -5,8 +5,10 @@ from jobs.entrypoint import entrypoint
 
 def main() -> None:
     """Preprocess what this pod is assigned."""
-    from vpmoe.data.encode import Encoders  # here, because each encoding process imports this module again and needs none of it
-    from vpmoe.data.preprocess import preprocess
+    from vpmoe.data.preprocess.encode import (
+        Encoders,  # here, because each encoding process imports this module again and needs none of it
+    )
+    from vpmoe.data.preprocess.preprocess import preprocess
 
     run, context = entrypoint("preprocess")
     with Encoders() as encoders:

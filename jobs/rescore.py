@@ -4,8 +4,8 @@ import tempfile
 from pathlib import Path
 
 from jobs.entrypoint import entrypoint
+from vpmoe.inference.teacher_engine import Scorer
 from vpmoe.teacher.rescore import rescore
-from vpmoe.teacher.scorer import Scorer
 
 
 def main() -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from jobs.entrypoint import entrypoint
 from vpmoe.api.stages import OnPolicy
-from vpmoe.evaluation import require
-from vpmoe.rollout.engines import Engines
-from vpmoe.rollout.sampler import sample
+from vpmoe.inference.engine_pool import Engines
+from vpmoe.rollout import gate
+from vpmoe.sampler.sampler import sample
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
     run, context = entrypoint("sampler")
     stage = run.stage_of(context.step)
     assert isinstance(stage, OnPolicy), "no other stage has a step of this role"
-    require.check(run, stage, context.bucket)
+    gate.check(run, stage, context.bucket)
     scratch = Path(tempfile.gettempdir()) / "vpmoe-sampler"
     with Engines(stage.sampler.gpus, run.spec.student.shape, run.spec.training.sequence_length) as engines:
         sample(run, stage, context.bucket, context.provenance, context.stopping, engines, scratch)

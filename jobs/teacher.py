@@ -5,9 +5,9 @@ from pathlib import Path
 
 from jobs.entrypoint import entrypoint
 from vpmoe.api.stages import OnPolicy
-from vpmoe.evaluation import require
-from vpmoe.teacher.scorer import Scorer
-from vpmoe.teacher.windows import score_windows
+from vpmoe.inference.teacher_engine import Scorer
+from vpmoe.rollout import gate
+from vpmoe.teacher.score_windows import score_windows
 
 
 def main() -> None:
@@ -15,9 +15,11 @@ def main() -> None:
     run, context = entrypoint("teacher")
     stage = run.stage_of(context.step)
     assert isinstance(stage, OnPolicy), "no other stage has a step of this role"
-    require.check(run, stage, context.bucket)
+    gate.check(run, stage, context.bucket)
     scratch = Path(tempfile.gettempdir()) / "vpmoe-teacher"
-    score_windows(run, stage, context.bucket, context.provenance, context.stopping, context.worker, Scorer, scratch)
+    score_windows(
+        run, stage, context.bucket, context.provenance, context.stopping, context.worker, Scorer, scratch
+    )
 
 
 if __name__ == "__main__":

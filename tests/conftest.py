@@ -17,13 +17,15 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tests import install
-from tests.devcluster.cluster import Cluster, up
+from devcluster import install
+from devcluster.cluster import Cluster, up
 from vpmoe.api.storage import Storage
+from vpmoe.process.launcher import free_port
 from vpmoe.storage import Bucket
-from vpmoe.training.launch import free_port
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # no test asserts a time: machines here are busy
+hypothesis.settings.register_profile(
+    "untimed", deadline=None
+)  # no test asserts a time: machines here are busy
 hypothesis.settings.load_profile("untimed")
 
 
@@ -40,7 +42,7 @@ class S3:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    from tests.devcluster import binaries
+    from devcluster import binaries
 
     folder = tmp_path_factory.mktemp("s3")
     port = free_port()
@@ -51,8 +53,15 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    before = {name: os.environ.get(name) for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")}
-    os.environ.update(AWS_ACCESS_KEY_ID=server.access_key, AWS_SECRET_ACCESS_KEY=server.secret_key, AWS_ENDPOINT_URL=server.endpoint)
+    before = {
+        name: os.environ.get(name)
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL")
+    }
+    os.environ.update(
+        AWS_ACCESS_KEY_ID=server.access_key,
+        AWS_SECRET_ACCESS_KEY=server.secret_key,
+        AWS_ENDPOINT_URL=server.endpoint,
+    )
     try:
         wait_until(lambda: answers(server.endpoint), "versitygw answers")
         yield server
@@ -101,7 +110,12 @@ def small_run(s3: S3) -> dict[str, Any]:
         "kind": "DistillRun",
         "metadata": {"name": "tiny-run", "namespace": "default"},
         "spec": {
-            "dataset": {"source": f"s3://{name}/input/*.parquet", "maxLength": 512, "validFraction": 0.15, "workers": 1},
+            "dataset": {
+                "source": f"s3://{name}/input/*.parquet",
+                "maxLength": 512,
+                "validFraction": 0.15,
+                "workers": 1,
+            },
             "teacher": {"model": f"s3://{name}/models/teacher"},
             "student": {"shape": "tiny", "gpus": 1},
             "training": {
@@ -132,7 +146,7 @@ def bucket(run_spec: dict[str, Any], store: Bucket) -> Bucket:
 @pytest.fixture(scope="session")
 def sample_parquet(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The repository's own sample of SYNTH-like rows as three parquet shards."""
-    from tests import sample
+    from demo import sample
 
     return sample.write(tmp_path_factory.mktemp("sample"), shards=3)
 

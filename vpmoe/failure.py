@@ -51,9 +51,9 @@ class Failure:
         return line
 
     def _json(self, message: str) -> bytes:
-        return json.dumps({"class": self.kind, "rank": self.rank, "exit": self.exit, "message": message}, ensure_ascii=False).encode(
-            errors="replace"
-        )
+        return json.dumps(
+            {"class": self.kind, "rank": self.rank, "exit": self.exit, "message": message}, ensure_ascii=False
+        ).encode(errors="replace")
 
 
 def classify(error: BaseException, rank: int | None = None) -> Failure:

@@ -65,7 +65,10 @@ def git_sha(environment: Mapping[str, str] = os.environ, checkout: Path = CHECKO
         return stated
     found = head(checkout / ".git")
     if found is None:
-        log.warning("No git sha: VPMOE_GIT_SHA is not set and %s is no git checkout. Provenance will say null.", checkout)
+        log.warning(
+            "No git sha: VPMOE_GIT_SHA is not set and %s is no git checkout. Provenance will say null.",
+            checkout,
+        )
     return found
 
 
@@ -82,7 +85,10 @@ def head(git: Path) -> str | None:
         if SHA.fullmatch(value):
             return value
         name = value.removeprefix("ref:").strip()
-        value = next((text for folder in (git, shared) if (text := loose(folder / name))), packed(shared / "packed-refs", name))
+        value = next(
+            (text for folder in (git, shared) if (text := loose(folder / name))),
+            packed(shared / "packed-refs", name),
+        )
     return None
 
 

@@ -12,15 +12,15 @@ import sys
 import time
 from pathlib import Path
 
-from distill_operator import metrics, probes
+from distill_operator import health, metrics
 from distill_operator.kube import Kube, KubeError
-from distill_operator.lease import Lease, LeaseLost
-from distill_operator.progress import Buckets, SecretMissing
-from distill_operator.queue import KeyQueue
+from distill_operator.leader_election import Lease, LeaseLost
+from distill_operator.orphans import live_keys, stop_strays
 from distill_operator.reconcile import Reconciler, list_runs
 from distill_operator.settings import Settings, load_settings
-from distill_operator.sweep import live_keys, stop_strays
+from distill_operator.step_progress import Buckets, SecretMissing
 from distill_operator.watch import Key, Watcher
+from distill_operator.workqueue import KeyQueue
 from vpmoe.storage import StorageError
 
 log = logging.getLogger("distill_operator")
@@ -46,7 +46,7 @@ class Operator:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        runner = await probes.serve(self._settings.port, self._diagnose, self._refresh)
+        runner = await health.serve(self._settings.port, self._diagnose, self._refresh)
         log.info("probes and metrics on port %d", self._settings.port)
         stopping = asyncio.create_task(stop.wait(), name="stop")
         acquiring = asyncio.create_task(self._lease.acquire(), name="lease")
@@ -63,7 +63,11 @@ class Operator:
         metrics.LEADING.set(1)
         gone = asyncio.Event()
         loop = asyncio.get_running_loop()
-        watcher = Watcher(self._queue.put_from_thread, self._settings.watch_namespaces, lambda: loop.call_soon_threadsafe(gone.set))
+        watcher = Watcher(
+            self._queue.put_from_thread,
+            self._settings.watch_namespaces,
+            lambda: loop.call_soon_threadsafe(gone.set),
+        )
         tasks = {
             asyncio.create_task(self._lease.hold(), name="lease"),
             asyncio.create_task(self._rounds(), name="rounds"),
@@ -75,7 +79,12 @@ class Operator:
         failed = [task for task in ended if task is not stopping]
         for task in failed:
             error = task.exception()
-            log.critical("%s has ended: %s", task.get_name(), error, exc_info=error if not isinstance(error, LeaseLost) else None)
+            log.critical(
+                "%s has ended: %s",
+                task.get_name(),
+                error,
+                exc_info=error if not isinstance(error, LeaseLost) else None,
+            )
         if failed:  # at once, with whatever is in flight: somebody else may be the operator already
             logging.shutdown()
             os._exit(LOST)
@@ -139,7 +148,12 @@ class Operator:
                 continue
 
     def _diagnose(self) -> str:
-        return probes.stuck(self._leading, self._queue.oldest_age(), probes.since(self._kube.last_answer), self._settings.stuck_seconds)
+        return health.stuck(
+            self._leading,
+            self._queue.oldest_age(),
+            health.since(self._kube.last_answer),
+            self._settings.stuck_seconds,
+        )
 
     def _refresh(self) -> None:
         metrics.QUEUE_DEPTH.set(len(self._queue))
@@ -148,20 +162,28 @@ class Operator:
 
 def configure_logging(level: str) -> None:
     """One line a record to stderr, times in UTC. Kopf and the HTTP libraries speak up from warnings on."""
-    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter = logging.Formatter(
+        "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S"
+    )
     formatter.converter = time.gmtime
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)  # it warns that a thread gets no signals: we handle them
+    logging.getLogger("kopf._core.reactor.running").setLevel(
+        logging.ERROR
+    )  # it warns that a thread gets no signals: we handle them
     log.setLevel(level.upper())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m distill_operator", description="Runs DistillRuns.")
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="settings, as the chart writes them")
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="FILE", help="settings, as the chart writes them"
+    )
     parser.add_argument("--namespace", required=True, metavar="NS", help="where the Lease is")
-    parser.add_argument("--identity", required=True, metavar="NAME", help="who holds the Lease: the pod's name")
+    parser.add_argument(
+        "--identity", required=True, metavar="NAME", help="who holds the Lease: the pod's name"
+    )
     given = parser.parse_args()
     try:
         settings = load_settings(given.config)

@@ -54,7 +54,12 @@ def config_map_name(run: DistillRun) -> str:
 
 def identity(run: DistillRun, name: str) -> Json:
     """Name, namespace, and the owner with whom the object is garbage-collected."""
-    owner = {"apiVersion": DISTILLRUN.api_version, "kind": DISTILLRUN.name, "name": run.metadata.name, "uid": run.metadata.uid}
+    owner = {
+        "apiVersion": DISTILLRUN.api_version,
+        "kind": DISTILLRUN.name,
+        "name": run.metadata.name,
+        "uid": run.metadata.uid,
+    }
     return {
         "name": name,
         "namespace": run.metadata.namespace,
@@ -74,4 +79,10 @@ def whole_facts(attempt: Attempt) -> dict[str, str]:
 
 def _facts(attempt: Attempt) -> Any:
     origin = attempt.origin
-    return {"step": attempt.step, "attempt": attempt.number, "git_sha": origin.git_sha, "config": origin.config, "dataset": origin.dataset}
+    return {
+        "step": attempt.step,
+        "attempt": attempt.number,
+        "git_sha": origin.git_sha,
+        "config": origin.config,
+        "dataset": origin.dataset,
+    }

@@ -3,9 +3,17 @@
 What a pod of them looks like is template.py's business, when to make what plan.py's, and what happened to it observe.py's.
 """
 
-from distill_operator.attempt import MANAGED, Attempt, Origin, config_map_name, identity, short_facts, whole_facts
+from distill_operator.attempt import (
+    MANAGED,
+    Attempt,
+    Origin,
+    config_map_name,
+    identity,
+    short_facts,
+    whole_facts,
+)
 from distill_operator.kube import CONFIGMAP, JOB, PYTORCHJOB, Json
-from distill_operator.template import build_pod
+from distill_operator.pod_template import build_pod
 from vpmoe.api import DistillRun, OnPolicy, Stage, labels
 from vpmoe.api.layout import layout
 from vpmoe.api.text import write_yaml
@@ -17,11 +25,19 @@ ALONE: Json = {"completions": 1, "parallelism": 1}
 def build_config_map(run: DistillRun, origin: Origin) -> Json:
     """The resolved run as every pod mounts it. Immutable: what a run means does not change under its pods."""
     facts = {labels.RUN: run.metadata.name, labels.GIT_SHA: origin.git_sha, labels.CONFIG: origin.config}
-    short = {**facts, labels.GIT_SHA: origin.git_sha[: labels.SHORT], labels.CONFIG: origin.config[: labels.SHORT]}
+    short = {
+        **facts,
+        labels.GIT_SHA: origin.git_sha[: labels.SHORT],
+        labels.CONFIG: origin.config[: labels.SHORT],
+    }
     return {
         "apiVersion": CONFIGMAP.api_version,
         "kind": CONFIGMAP.name,
-        "metadata": {**identity(run, config_map_name(run)), "labels": {**MANAGED, **short}, "annotations": facts},
+        "metadata": {
+            **identity(run, config_map_name(run)),
+            "labels": {**MANAGED, **short},
+            "annotations": facts,
+        },
         "immutable": True,
         "data": {"run.yaml": write_yaml(run.document())},
     }
@@ -32,23 +48,32 @@ def build_child(attempt: Attempt) -> Json:
     spec, role, stage = attempt.run.spec, attempt.run.role(attempt.step), attempt.run.stage_of(attempt.step)
     if role == "preprocess":  # each pod does its share of the input shards
         return _job(attempt, _indexed(spec.dataset.workers), build_pod(attempt, 0))
-    if role in ("rescore", "teacher"):  # each holds a teacher and scores its share of the parts, or of the windows
+    if role in (
+        "rescore",
+        "teacher",
+    ):  # each holds a teacher and scores its share of the parts, or of the windows
         return _job(attempt, _indexed(spec.teacher.gpus), build_pod(attempt, 1))
     if stage is not None and role == "train":
-        return build_pytorchjob(attempt, stage) if spec.runtime.backend == PYTORCHJOB.name else build_train_job(attempt, stage)
+        return (
+            build_pytorchjob(attempt, stage)
+            if spec.runtime.backend == PYTORCHJOB.name
+            else build_train_job(attempt, stage)
+        )
     gpus = stage.sampler.gpus if isinstance(stage, OnPolicy) and role == "sampler" else 1
-    return _job(attempt, ALONE, build_pod(attempt, gpus))  # the sampler's one process a GPU, or what evaluates
+    return _job(
+        attempt, ALONE, build_pod(attempt, gpus)
+    )  # the sampler's one process a GPU, or what evaluates
 
 
 def build_train_job(attempt: Attempt, stage: Stage) -> Json:
     """A Job of one pod with all of the stage's processes, the teacher's of a TeacherForced stage included."""
-    gpus = layout(attempt.run.spec, stage).first_pod_gpus
+    gpus = layout(attempt.run.spec.student, attempt.run.spec.training, stage).first_pod_gpus
     return _job(attempt, ALONE, build_pod(attempt, gpus))
 
 
 def build_pytorchjob(attempt: Attempt, stage: Stage) -> Json:
     """A PyTorchJob of one Master, where a TeacherForced stage's teacher stands too, and as many Workers as there are further pods."""
-    shape = layout(attempt.run.spec, stage)
+    shape = layout(attempt.run.spec.student, attempt.run.spec.training, stage)
     replicas = {"Master": _replica(attempt, 1, shape.first_pod_gpus)}
     if shape.pods > 1:
         replicas["Worker"] = _replica(attempt, shape.pods - 1, shape.processes_per_pod)
@@ -58,7 +83,9 @@ def build_pytorchjob(attempt: Attempt, stage: Stage) -> Json:
         "metadata": _metadata(attempt),
         "spec": {
             "nprocPerNode": str(shape.processes_per_pod),
-            "runPolicy": {"cleanPodPolicy": "Running"},  # with None, pods that survive a failure would keep their GPUs
+            "runPolicy": {
+                "cleanPodPolicy": "Running"
+            },  # with None, pods that survive a failure would keep their GPUs
             "pytorchReplicaSpecs": replicas,
         },
     }

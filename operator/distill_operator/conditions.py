@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from distill_operator.progress import Reading
+from distill_operator.step_progress import ProgressReading
 from vpmoe.api.status import Condition, Status
 
 REACHABLE = "StorageReachable"
@@ -17,7 +17,7 @@ Truth = Literal["True", "False", "Unknown"]
 
 
 @dataclass(frozen=True)
-class Said:
+class Headline:
     """The headline of a plan, and what else the conditions need."""
 
     reason: str
@@ -26,17 +26,19 @@ class Said:
     """Reason and message, where the run does not get on without help."""
 
 
-def kept(status: Status) -> Said:
+def kept(status: Status) -> Headline:
     """The headline as it stands: nothing new is to be said."""
     ready, stalled = status.condition("Ready"), status.condition("Stalled")
-    return Said(
+    return Headline(
         ready.reason if ready else status.phase,
         status.message,
         (stalled.reason, stalled.message) if stalled and stalled.status == "True" else None,
     )
 
 
-def update(status: Status, before: Status, said: Said, readings: Collection[Reading], now: datetime) -> Status:
+def update(
+    status: Status, before: Status, said: Headline, readings: Collection[ProgressReading], now: datetime
+) -> Status:
     """`status` with its conditions; a condition whose truth is as `before` keeps its time of transition. `readings`: a step each."""
     phase, stalled = status.phase, said.stalled
     moving = phase in ("Pending", "Running") and stalled is None
@@ -60,17 +62,28 @@ def update(status: Status, before: Status, said: Said, readings: Collection[Read
     return Status.model_validate(
         {
             **dict(status),
-            "conditions": tuple(_condition(*one, old.get(one[0]), status.observed_generation, now) for one in new),
+            "conditions": tuple(
+                _condition(*one, old.get(one[0]), status.observed_generation, now) for one in new
+            ),
         }
     )
 
 
-def _condition(kind: str, truth: Truth, reason: str, message: str, old: Condition | None, generation: int, now: datetime) -> Condition:
+def _condition(
+    kind: str, truth: Truth, reason: str, message: str, old: Condition | None, generation: int, now: datetime
+) -> Condition:
     since = old.last_transition_time if old is not None and old.status == truth else now
-    return Condition(type=kind, status=truth, reason=reason, message=message, observed_generation=generation, last_transition_time=since)
+    return Condition(
+        type=kind,
+        status=truth,
+        reason=reason,
+        message=message,
+        observed_generation=generation,
+        last_transition_time=since,
+    )
 
 
-def _storage(before: Status, readings: Collection[Reading]) -> list[tuple[str, Truth, str, str]]:
+def _storage(before: Status, readings: Collection[ProgressReading]) -> list[tuple[str, Truth, str, str]]:
     old = before.condition(REACHABLE)
     for reading in readings:
         if reading.problem:
@@ -80,9 +93,12 @@ def _storage(before: Status, readings: Collection[Reading]) -> list[tuple[str, T
     return [(REACHABLE, old.status, old.reason, old.message)] if old else []
 
 
-def _jobs(before: Status, readings: Collection[Reading]) -> list[tuple[str, Truth, str, str]]:
+def _jobs(before: Status, readings: Collection[ProgressReading]) -> list[tuple[str, Truth, str, str]]:
     """What jobs said last stays until they say otherwise."""
     known = {c.type: (c.type, c.status, c.reason, c.message) for c in before.conditions}
     for reading in readings:
-        known |= {c.type: (c.type, c.status, c.reason, c.message) for c in (reading.progress.conditions if reading.progress else ())}
+        known |= {
+            c.type: (c.type, c.status, c.reason, c.message)
+            for c in (reading.progress.conditions if reading.progress else ())
+        }
     return [said for kind, said in known.items() if kind not in (*KINDS, REACHABLE)][-MOST_OF_JOBS:]

@@ -23,11 +23,16 @@ async def apply() -> None:
     await kube.apply(CRD, wanted)
     for _ in range(PATIENCE_SECONDS * 5):
         there = await kube.get(CRD, None, name) or {}
-        if any(c["type"] == "Established" and c["status"] == "True" for c in there.get("status", {}).get("conditions", [])):
+        if any(
+            c["type"] == "Established" and c["status"] == "True"
+            for c in there.get("status", {}).get("conditions", [])
+        ):
             log.info("%s is served", name)
             return
         await asyncio.sleep(0.2)
-    raise KubeError(f"the API server did not establish {name} within {PATIENCE_SECONDS} s; kubectl describe crd {name} says why")
+    raise KubeError(
+        f"the API server did not establish {name} within {PATIENCE_SECONDS} s; kubectl describe crd {name} says why"
+    )
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ BASIC = ("Ready", "Progressing", "Suspended", "Failed", "Succeeded")
 
 
 @dataclass(frozen=True)
-class Happening:
+class EventSpec:
     """What an Event says."""
 
     kind: Literal["Normal", "Warning"]
@@ -28,36 +28,44 @@ class Happening:
     message: str
 
 
-def transitions(before: Status, after: Status) -> list[Happening]:
+def events_between(before: Status, after: Status) -> list[EventSpec]:
     """What has happened between two statuses of a run, in the order in which to tell it. Mere progress is not worth an Event."""
     return [*_of_steps(before, after), *_of_phase(before, after), *_of_conditions(before, after)]
 
 
-def _of_steps(before: Status, after: Status) -> Iterator[Happening]:
+def _of_steps(before: Status, after: Status) -> Iterator[EventSpec]:
     for step in after.steps:
         old = before.of(step.name) or Step(name=step.name)
         if step.state in ("Retrying", "Failed") and old.state != step.state:
-            yield Happening("Warning", f"Step{step.state}", step.message)
+            yield EventSpec("Warning", f"Step{step.state}", step.message)
         if step.attempt > old.attempt and step.child is not None:
-            yield Happening("Normal", "StepStarted", f"step {step.name}: attempt {step.attempt} is {step.child.kind} {step.child.name}")
+            yield EventSpec(
+                "Normal",
+                "StepStarted",
+                f"step {step.name}: attempt {step.attempt} is {step.child.kind} {step.child.name}",
+            )
         if step.state == "Succeeded" and old.state != "Succeeded":
-            yield Happening("Normal", "StepSucceeded", f"step {step.name} has succeeded: {step.message}")
+            yield EventSpec("Normal", "StepSucceeded", f"step {step.name} has succeeded: {step.message}")
 
 
-def _of_phase(before: Status, after: Status) -> Iterator[Happening]:
+def _of_phase(before: Status, after: Status) -> Iterator[EventSpec]:
     if after.phase == before.phase:
         return
     ready = after.condition("Ready")
     if after.phase == "Failed":
         of_a_step = any(step.state == "Failed" for step in after.steps)  # which has an Event of its own
-        yield Happening("Warning", "RunFailed", f"{ready.reason if ready else ''}: {f'step {after.step}' if of_a_step else after.message}")
+        yield EventSpec(
+            "Warning",
+            "RunFailed",
+            f"{ready.reason if ready else ''}: {f'step {after.step}' if of_a_step else after.message}",
+        )
     elif after.phase in TOLD_OF_PHASE:
-        yield Happening("Normal", TOLD_OF_PHASE[after.phase], after.message)
+        yield EventSpec("Normal", TOLD_OF_PHASE[after.phase], after.message)
     elif after.phase == "Running" and before.phase == "Suspended":
-        yield Happening("Normal", "Resumed", after.message)
+        yield EventSpec("Normal", "Resumed", after.message)
 
 
-def _of_conditions(before: Status, after: Status) -> Iterator[Happening]:
+def _of_conditions(before: Status, after: Status) -> Iterator[EventSpec]:
     """Stalled, StorageReachable, and what jobs report, when they turn. What jobs report also when it has another reason."""
     for new in after.conditions:
         old = before.condition(new.type)
@@ -65,13 +73,15 @@ def _of_conditions(before: Status, after: Status) -> Iterator[Happening]:
             continue
         if new.type == "StorageReachable":
             if new.status == "False":
-                yield Happening("Warning", "StorageUnreachable", new.message)
+                yield EventSpec("Warning", "StorageUnreachable", new.message)
             elif old is not None:
-                yield Happening("Normal", "StorageReachable", "the bucket answers again")
+                yield EventSpec("Normal", "StorageReachable", "the bucket answers again")
         elif new.status == "True":
-            yield Happening("Warning", new.reason if new.type == "Stalled" else new.type, new.message or new.reason)
+            yield EventSpec(
+                "Warning", new.reason if new.type == "Stalled" else new.type, new.message or new.reason
+            )
         elif new.type == "Stalled" and old is not None:
-            yield Happening("Normal", "GetsOn", after.message)
+            yield EventSpec("Normal", "GetsOn", after.message)
 
 
 def _another(old: Condition, new: Condition) -> bool:
@@ -81,13 +91,13 @@ def _another(old: Condition, new: Condition) -> bool:
     return old.reason != new.reason or (new.type in EACH_TIME and old.message != new.message)
 
 
-def event_name(run: Json, happening: Happening) -> str:
+def event_name(run: Json, happening: EventSpec) -> str:
     """Equal happenings of one run have one name, so that the API server itself finds the Event to count up."""
     text = "\0".join((run["metadata"]["uid"], happening.kind, happening.reason, happening.message))
     return f"{run['metadata']['name']}.{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-async def post(kube: Kube, run: Json, happening: Happening, now: datetime) -> None:
+async def post(kube: Kube, run: Json, happening: EventSpec, now: datetime) -> None:
     """Tell it, or count it up. What goes wrong is logged: an Event is for people, and the status has said it already."""
     meta, time = run["metadata"], now.strftime("%Y-%m-%dT%H:%M:%SZ")
     name = event_name(run, happening)
@@ -116,6 +126,14 @@ async def post(kube: Kube, run: Json, happening: Happening, now: datetime) -> No
             await kube.create(EVENT, event)
         except Conflict:
             known = await kube.get(EVENT, meta["namespace"], name) or {}
-            await kube.patch(EVENT, meta["namespace"], name, {"count": known.get("count", 1) + 1, "lastTimestamp": time})
+            await kube.patch(
+                EVENT, meta["namespace"], name, {"count": known.get("count", 1) + 1, "lastTimestamp": time}
+            )
     except KubeError as error:
-        log.warning("Event %s about %s/%s was not posted: %s", happening.reason, meta["namespace"], meta["name"], error)
+        log.warning(
+            "Event %s about %s/%s was not posted: %s",
+            happening.reason,
+            meta["namespace"],
+            meta["name"],
+            error,
+        )

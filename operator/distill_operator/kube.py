@@ -41,7 +41,9 @@ class Kind:
         parts = ["apis", self.group, self.version] if self.group else ["api", self.version]
         if self.namespaced and namespace is not None:
             parts += ["namespaces", namespace]
-        return "/" + "/".join(quote(part, safe="") for part in [*parts, self.plural, name, subresource] if part)
+        return "/" + "/".join(
+            quote(part, safe="") for part in [*parts, self.plural, name, subresource] if part
+        )
 
 
 DISTILLRUN = Kind("vpmoe.dev", "v1alpha1", "distillruns", "DistillRun")
@@ -53,7 +55,9 @@ POD = Kind("", "v1", "pods", "Pod")
 NODE = Kind("", "v1", "nodes", "Node", namespaced=False)
 EVENT = Kind("", "v1", "events", "Event")
 LEASE = Kind("coordination.k8s.io", "v1", "leases", "Lease")
-CRD = Kind("apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition", namespaced=False)
+CRD = Kind(
+    "apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition", namespaced=False
+)
 CHILD_KINDS = {kind.name: kind for kind in (JOB, PYTORCHJOB)}
 
 
@@ -101,12 +105,16 @@ class Kube:
                 return None
             raise
 
-    async def list(self, kind: Kind, namespace: str | None = None, labels: str = "", fields: str = "") -> list[Json]:
+    async def list(
+        self, kind: Kind, namespace: str | None = None, labels: str = "", fields: str = ""
+    ) -> list[Json]:
         """All objects, of every namespace where `namespace` is None, with apiVersion and kind filled in."""
         items: list[Json] = []
         query = {"limit": str(PAGE), "labelSelector": labels, "fieldSelector": fields, "continue": ""}
         while True:
-            page = await self._call("GET", kind.path(namespace), params={key: value for key, value in query.items() if value})
+            page = await self._call(
+                "GET", kind.path(namespace), params={key: value for key, value in query.items() if value}
+            )
             items += [{"apiVersion": kind.api_version, "kind": kind.name, **item} for item in page["items"]]
             query["continue"] = page["metadata"].get("continue", "")
             if not query["continue"]:
@@ -123,7 +131,9 @@ class Kube:
 
     async def patch(self, kind: Kind, namespace: str | None, name: str, change: Json) -> Json:
         """A JSON merge patch; Conflict where `change` holds a resourceVersion that is not the latest."""
-        return await self._call("PATCH", kind.path(namespace, name), body=change, content_type="application/merge-patch+json")
+        return await self._call(
+            "PATCH", kind.path(namespace, name), body=change, content_type="application/merge-patch+json"
+        )
 
     async def apply(self, kind: Kind, obj: Json) -> Json:
         """Server-side apply with force: our fields become ours whoever wrote them before."""
@@ -136,9 +146,16 @@ class Kube:
             content_type="application/apply-patch+yaml",
         )
 
-    async def delete(self, kind: Kind, namespace: str | None, name: str, uid: str, propagation: str = "Foreground") -> None:
+    async def delete(
+        self, kind: Kind, namespace: str | None, name: str, uid: str, propagation: str = "Foreground"
+    ) -> None:
         """Delete that very object, by uid; done where it is gone already. Foreground: it stays until its pods have ended."""
-        options = {"kind": "DeleteOptions", "apiVersion": "v1", "propagationPolicy": propagation, "preconditions": {"uid": uid}}
+        options = {
+            "kind": "DeleteOptions",
+            "apiVersion": "v1",
+            "propagationPolicy": propagation,
+            "preconditions": {"uid": uid},
+        }
         try:
             await self._call("DELETE", kind.path(namespace, name), body=options)
         except Conflict:  # the uid differs: what we meant is gone
@@ -168,7 +185,11 @@ class Kube:
     ) -> Json:
         try:
             answer = await self._http.request(
-                method, path, params=params, json=body, headers={"Content-Type": content_type} if body is not None else None
+                method,
+                path,
+                params=params,
+                json=body,
+                headers={"Content-Type": content_type} if body is not None else None,
             )
         except httpx2.HTTPError as error:
             API_CALLS.labels(method, "0").inc()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from distill_operator import pods
+from distill_operator import pod_diagnosis
 from distill_operator.kube import CONFIGMAP, EVENT, JOB, POD, PYTORCHJOB, Json, Kind, Kube
 from vpmoe.api import DistillRun, Invalid, labels
 from vpmoe.api.status import Status
@@ -19,7 +19,7 @@ State = Literal["Waiting", "Running", "Ending", "Succeeded", "Failed"]
 
 
 @dataclass(frozen=True)
-class Live:
+class ObservedRun:
     """A DistillRun as it was read. `run` is None where its spec is `invalid`, which then says why."""
 
     name: str
@@ -56,7 +56,7 @@ class Child:
     lost: str = ""
     """A Waiting PyTorchJob's pod that is not there, or not running yet: where all have run before, somebody removed it."""
     why: str = ""
-    failure: pods.Failure | None = None
+    failure: pod_diagnosis.Failure | None = None
 
     @property
     def alive(self) -> bool:
@@ -65,7 +65,7 @@ class Child:
 
 
 @dataclass(frozen=True)
-class Stranger:
+class NameConflict:
     """An object that has a name which we need, and does not belong to this run."""
 
     words: str
@@ -74,11 +74,11 @@ class Stranger:
 
 
 @dataclass(frozen=True)
-class Sight:
+class ChildObservation:
     """What has become of the child that one step names."""
 
     child: Child | None = None
-    stranger: Stranger | None = None
+    stranger: NameConflict | None = None
     refused: str = ""
     """What the API server said when the child was last to be made: a quota, a webhook, a right that is missing."""
 
@@ -87,13 +87,13 @@ class Sight:
 class Observed:
     """One look at the cluster."""
 
-    children: Mapping[str, Sight] = field(default_factory=dict)
+    children: Mapping[str, ChildObservation] = field(default_factory=dict)
     """By step, of the steps that are Running."""
     backend_missing: bool = False
     """The resource type of runtime.backend is not installed."""
 
 
-def read_run(obj: Json) -> Live:
+def read_run(obj: Json) -> ObservedRun:
     """A DistillRun from what the API server returned."""
     meta = obj["metadata"]
     run, invalid = None, ""
@@ -101,7 +101,7 @@ def read_run(obj: Json) -> Live:
         run = DistillRun.parse(obj)
     except Invalid as error:
         invalid = "; ".join(error.problems)
-    return Live(
+    return ObservedRun(
         name=meta["name"],
         namespace=meta["namespace"],
         uid=meta["uid"],
@@ -115,34 +115,43 @@ def read_run(obj: Json) -> Live:
     )
 
 
-async def look(kube: Kube, live: Live, kind: Kind, name: str, config_map: str) -> Sight:
+async def look(kube: Kube, live: ObservedRun, kind: Kind, name: str, config_map: str) -> ChildObservation:
     """See what has become of the child `name`. Before it was ever made, also whether `config_map` is free for it."""
     obj = await kube.get(kind, live.namespace, name)
     if obj is None:
         taken = await kube.get(CONFIGMAP, live.namespace, config_map)
         foreign = taken is not None and not owned(taken, live.uid)
-        return Sight(stranger=_stranger(taken, live, CONFIGMAP) if taken is not None and foreign else None)
+        return ChildObservation(
+            stranger=_stranger(taken, live, CONFIGMAP) if taken is not None and foreign else None
+        )
     if not owned(obj, live.uid):
-        return Sight(stranger=_stranger(obj, live, kind))
+        return ChildObservation(stranger=_stranger(obj, live, kind))
     state, said = child_state(obj)
     if state in ("Running", "Succeeded"):
-        return Sight(child=Child(kind.name, name, obj["metadata"]["uid"], state))
+        return ChildObservation(child=Child(kind.name, name, obj["metadata"]["uid"], state))
     listed = await kube.list(POD, live.namespace, labels=f"{POD_LABEL[kind.name]}={name}")
     its_pods = [pod for pod in listed if owned(pod, obj["metadata"]["uid"])]
     uids = {obj["metadata"]["uid"], *(pod["metadata"]["uid"] for pod in its_pods)}
     warnings = await _warnings(kube, live.namespace, uids) if state == "Waiting" else []
-    return Sight(child=describe(obj, state, said, its_pods, warnings))
+    return ChildObservation(child=describe(obj, state, said, its_pods, warnings))
 
 
 def owned(obj: Json, uid: str) -> bool:
     """Whether the object of that uid is its controller."""
-    return any(owner["uid"] == uid and owner.get("controller") for owner in obj["metadata"].get("ownerReferences", []))
+    return any(
+        owner["uid"] == uid and owner.get("controller")
+        for owner in obj["metadata"].get("ownerReferences", [])
+    )
 
 
 def child_state(obj: Json) -> tuple[State, str]:
     """A Job's or PyTorchJob's state by its conditions that are True, whatever their order, and what the telling one says."""
     status = obj.get("status", {})
-    true = {c["type"]: f"{c.get('reason', '')}: {c.get('message', '')}" for c in status.get("conditions", []) if c["status"] == "True"}
+    true = {
+        c["type"]: f"{c.get('reason', '')}: {c.get('message', '')}"
+        for c in status.get("conditions", [])
+        if c["status"] == "True"
+    }
     for condition in ("Complete", "Succeeded"):
         if condition in true:
             return "Succeeded", true[condition]
@@ -162,24 +171,40 @@ def describe(obj: Json, state: State, said: str, its_pods: list[Json], warnings:
     why, lost, failure = "", "", None
     if state == "Waiting":
         lost = _lost(obj, its_pods)
-        why = f"{obj['kind']} {meta['name']} is suspended by its queue" if held else pods.why_waiting(its_pods, warnings)
-    elif state == "Failed" and any(pods.alive(pod) for pod in its_pods):
-        state = "Ending"  # the survivors may still be writing: a PyTorchJob says Failed before they have ended
+        why = (
+            f"{obj['kind']} {meta['name']} is suspended by its queue"
+            if held
+            else pod_diagnosis.why_waiting(its_pods, warnings)
+        )
+    elif state == "Failed" and any(pod_diagnosis.alive(pod) for pod in its_pods):
+        state = (
+            "Ending"  # the survivors may still be writing: a PyTorchJob says Failed before they have ended
+        )
     elif state == "Failed":
-        failure = pods.why_failed(its_pods, said)
+        failure = pod_diagnosis.why_failed(its_pods, said)
     if state == "Ending":
-        last = [pod["metadata"]["name"] for pod in its_pods if pods.alive(pod)]
+        last = [pod["metadata"]["name"] for pod in its_pods if pod_diagnosis.alive(pod)]
         why = f"pod {last[0]} is ending" if last else said
-    return Child(obj["kind"], meta["name"], meta["uid"], state, "deletionTimestamp" in meta, held, lost, why, failure)
+    return Child(
+        obj["kind"], meta["name"], meta["uid"], state, "deletionTimestamp" in meta, held, lost, why, failure
+    )
 
 
 def _lost(obj: Json, its_pods: list[Json]) -> str:
     """The first pod of a PyTorchJob that should run and does not. A Job counts its lost pods as failed by itself."""
     if obj["kind"] != PYTORCHJOB.name:
         return ""
-    begun = {pod["metadata"]["name"] for pod in its_pods if pod.get("status", {}).get("phase") in ("Running", "Succeeded", "Failed")}
+    begun = {
+        pod["metadata"]["name"]
+        for pod in its_pods
+        if pod.get("status", {}).get("phase") in ("Running", "Succeeded", "Failed")
+    }
     replicas = obj["spec"]["pytorchReplicaSpecs"].items()
-    names = [f"{obj['metadata']['name']}-{role.lower()}-{index}" for role, spec in replicas for index in range(spec.get("replicas", 1))]
+    names = [
+        f"{obj['metadata']['name']}-{role.lower()}-{index}"
+        for role, spec in replicas
+        for index in range(spec.get("replicas", 1))
+    ]
     return next((name for name in names if name not in begun), "")
 
 
@@ -191,19 +216,22 @@ def _all_run(obj: Json) -> bool:
     replicas = obj["spec"]["pytorchReplicaSpecs"]
     counts: Any = status.get("replicaStatuses") or {}
     return all(
-        (counts.get(role) or {}).get("active", 0) + (counts.get(role) or {}).get("succeeded", 0) >= spec.get("replicas", 1)
+        (counts.get(role) or {}).get("active", 0) + (counts.get(role) or {}).get("succeeded", 0)
+        >= spec.get("replicas", 1)
         for role, spec in replicas.items()
     )
 
 
-def _stranger(obj: Json, live: Live, kind: Kind) -> Stranger:
+def _stranger(obj: Json, live: ObservedRun, kind: Kind) -> NameConflict:
     meta = obj["metadata"]
     owners = [owner for owner in meta.get("ownerReferences", []) if owner.get("controller")]
     predecessor = any(owner["kind"] == "DistillRun" and owner["name"] == live.name for owner in owners)
-    whose = f"belongs to {owners[0]['kind']} {owners[0]['name']}" if owners else "was not made by the operator"
+    whose = (
+        f"belongs to {owners[0]['kind']} {owners[0]['name']}" if owners else "was not made by the operator"
+    )
     if predecessor:
         whose = "belongs to a deleted run of the same name"
-    return Stranger(f"{kind.name} {meta['name']} {whose}", predecessor or "deletionTimestamp" in meta)
+    return NameConflict(f"{kind.name} {meta['name']} {whose}", predecessor or "deletionTimestamp" in meta)
 
 
 async def _warnings(kube: Kube, namespace: str, uids: set[str]) -> list[Json]:

@@ -10,13 +10,13 @@ from datetime import datetime, timedelta
 from distill_operator import conditions
 from distill_operator.actions import ClearBucket, Create, Delete, DeleteRun, Finalizer, KeepBucket
 from distill_operator.attempt import child_kind, child_name
-from distill_operator.draft import Draft, Plan, Work, changed
-from distill_operator.gpus import Verdict
-from distill_operator.headline import conclude, failing
-from distill_operator.observe import Live, Observed
-from distill_operator.progress import Reading
+from distill_operator.gpu_scheduler import Decision
+from distill_operator.observe import Observed, ObservedRun
+from distill_operator.plan_builder import Plan, PlanBuilder, StepContext, changed
+from distill_operator.run_status import conclude, failing
 from distill_operator.settings import Settings
-from distill_operator.steps import accompany, dismiss, halt, miss_backend, settle, suspend
+from distill_operator.step_logic import accompany, dismiss, halt, miss_backend, settle, suspend
+from distill_operator.step_progress import ProgressReading
 from vpmoe.api import DistillRun
 from vpmoe.api.status import Child as ChildName
 from vpmoe.api.status import Provenance, Status, Step
@@ -26,7 +26,14 @@ KEPT_ATTEMPTS = 3
 """Children of a step that stay for their logs, the latest included."""
 
 
-def plan(live: Live, seen: Observed, readings: Mapping[str, Reading], verdict: Verdict | None, settings: Settings, now: datetime) -> Plan:
+def plan(
+    live: ObservedRun,
+    seen: Observed,
+    readings: Mapping[str, ProgressReading],
+    verdict: Decision | None,
+    settings: Settings,
+    now: datetime,
+) -> Plan:
     """Decide. `seen` are the children that Running steps name, `readings` what those steps say, `verdict` the pool's word on a run
     that holds no GPUs (None where it holds them, or will not start anyway).
 
@@ -45,7 +52,7 @@ def plan(live: Live, seen: Observed, readings: Mapping[str, Reading], verdict: V
       the bucket is cleared only when nothing can write to it any more;
       every message fits into the status.
     """
-    draft = Draft(live, seen, readings, verdict, settings, now)
+    draft = PlanBuilder(live, seen, readings, verdict, settings, now)
     if live.deleting:
         _end(draft)
     elif live.run is None:
@@ -61,7 +68,7 @@ def holds_gpus(status: Status) -> bool:
     return status.phase == "Running"
 
 
-def _refuse(draft: Draft, message: str) -> None:
+def _refuse(draft: PlanBuilder, message: str) -> None:
     """A run whose spec cannot be read. Before its first step that is a failure, which mending the spec undoes."""
     status = draft.status
     if status.started is None:
@@ -74,7 +81,7 @@ def _refuse(draft: Draft, message: str) -> None:
         draft.stall("Invalid", message)
 
 
-def _prepare(draft: Draft, run: DistillRun) -> None:
+def _prepare(draft: PlanBuilder, run: DistillRun) -> None:
     """What holds for every valid run: its steps, its provenance, our finalizer."""
     status, spec = draft.status, run.spec
     if status.started is None:
@@ -83,9 +90,15 @@ def _prepare(draft: Draft, run: DistillRun) -> None:
         draft.set(
             config=run.config_hash[:16],
             provenance=Provenance(
-                git_sha=draft.settings.git_sha, image=draft.settings.images.trainer, config_hash=run.config_hash, folder=folder
+                git_sha=draft.settings.git_sha,
+                image=draft.settings.images.trainer,
+                config_hash=run.config_hash,
+                folder=folder,
             ),
-            steps=tuple(changed(status.of(name) or Step(name=name), tokens_total=_planned(run, name)) for name in run.steps()),
+            steps=tuple(
+                changed(status.of(name) or Step(name=name), tokens_total=_planned(run, name))
+                for name in run.steps()
+            ),
         )
     elif status.phase != "Succeeded":  # the version that started it may have known of fewer steps
         known = [status.of(name) or Step(name=name, tokens_total=_planned(run, name)) for name in run.steps()]
@@ -99,13 +112,13 @@ def _planned(run: DistillRun, step: str) -> int | None:
     return run.stage(step).tokens if run.role(step) == "train" else None
 
 
-def _advance(draft: Draft, run: DistillRun) -> None:
+def _advance(draft: PlanBuilder, run: DistillRun) -> None:
     """Carry the run as far as this one look allows: first see what has ended, then say of every step what is to become of it."""
     failed = draft.status.phase == "Failed" and failing(draft.status, run) is not None
     if failed or draft.status.phase == "Succeeded":
         draft.said = conditions.kept(draft.status)
     else:
-        works = [Work(draft, run, name) for name in run.steps()]
+        works = [StepContext(draft, run, name) for name in run.steps()]
         for work in works:
             if work.step.state == "Running":
                 settle(work)
@@ -120,10 +133,14 @@ def _advance(draft: Draft, run: DistillRun) -> None:
         _expire(draft, run)
 
 
-def _carry(work: Work, stopping: bool) -> None:
+def _carry(work: StepContext, stopping: bool) -> None:
     """One step, after all have been seen. `stopping`: the run is suspended or fails, so that nothing starts and what is alive ends."""
     step, draft = work.step, work.draft
-    if step.state == "Succeeded" or work.dispensable or (step.state == "Failed" and step.failures >= work.run.spec.runtime.attempts):
+    if (
+        step.state == "Succeeded"
+        or work.dispensable
+        or (step.state == "Failed" and step.failures >= work.run.spec.runtime.attempts)
+    ):
         return
     if step.state == "Running":
         (halt if stopping else accompany)(work)
@@ -138,12 +155,12 @@ def _carry(work: Work, stopping: bool) -> None:
         _start(work)
 
 
-def _pauses(work: Work, until: datetime) -> bool:
+def _pauses(work: StepContext, until: datetime) -> bool:
     """Whether a step that Retries waits. What has ended just now is told before it starts anew, even where there is nothing to wait for."""
     return holds_gpus(work.draft.live.status) and (until > work.draft.now or work.before.state != "Retrying")
 
 
-def _start(work: Work) -> None:
+def _start(work: StepContext) -> None:
     """Make the next attempt, unless something it needs is not there."""
     draft, run, step = work.draft, work.run, work.step
     if draft.seen.backend_missing:
@@ -151,7 +168,9 @@ def _start(work: Work) -> None:
         return
     if not holds_gpus(draft.live.status) and not run.spec.runtime.queue_name:
         if draft.verdict is None:
-            raise ValueError(f"{run.metadata.name} is to start, and nobody has asked whether its GPUs are free")
+            raise ValueError(
+                f"{run.metadata.name} is to start, and nobody has asked whether its GPUs are free"
+            )
         if not draft.verdict.admitted:
             work.set(state="Queued")
             work.say("Queued", draft.verdict.arithmetic, "Queued")
@@ -179,7 +198,7 @@ def _start(work: Work) -> None:
         work.ask(Delete(ChildName(kind=child.kind, name=old)))
 
 
-def _expire(draft: Draft, run: DistillRun) -> None:
+def _expire(draft: PlanBuilder, run: DistillRun) -> None:
     """Delete a finished run when its time has come."""
     ttl, finished = run.spec.ttl_after_finished, draft.status.finished
     if ttl is None or finished is None:
@@ -191,7 +210,7 @@ def _expire(draft: Draft, run: DistillRun) -> None:
         draft.wakes.append(end)
 
 
-def _end(draft: Draft) -> None:
+def _end(draft: PlanBuilder) -> None:
     """The DistillRun is being deleted. Without our finalizer it goes by itself, and garbage collection takes its children."""
     live, sights = draft.live, draft.seen.children.values()
     alive = [sight.child for sight in sights if sight.child is not None and sight.child.alive]
@@ -205,6 +224,10 @@ def _end(draft: Draft) -> None:
     elif alive:
         names = " and ".join(f"{child.kind} {child.name}" for child in alive)
         draft.say(draft.status.phase, "Deleting", f"waiting for {names} to end before the bucket is cleared")
-        draft.actions += [Delete(ChildName(kind=child.kind, name=child.name, uid=child.uid)) for child in alive if not child.deleting]
+        draft.actions += [
+            Delete(ChildName(kind=child.kind, name=child.name, uid=child.uid))
+            for child in alive
+            if not child.deleting
+        ]
     else:
         draft.actions += [ClearBucket(), Finalizer(False)]

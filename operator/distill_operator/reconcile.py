@@ -11,17 +11,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from distill_operator import events, gpus
+from distill_operator import events, gpu_scheduler
 from distill_operator.actions import Create
 from distill_operator.attempt import config_map_name
 from distill_operator.claims import claim_of, needs_gpus
-from distill_operator.draft import Plan
-from distill_operator.hands import Hands
-from distill_operator.kube import CHILD_KINDS, DISTILLRUN, NODE, PYTORCHJOB, Conflict, Json, KindMissing, Kube, KubeError
-from distill_operator.observe import Live, Observed, Sight, look, read_run
+from distill_operator.executor import ActionExecutor
+from distill_operator.kube import (
+    CHILD_KINDS,
+    DISTILLRUN,
+    NODE,
+    PYTORCHJOB,
+    Conflict,
+    Json,
+    KindMissing,
+    Kube,
+    KubeError,
+)
+from distill_operator.observe import ChildObservation, Observed, ObservedRun, look, read_run
 from distill_operator.plan import holds_gpus, plan
-from distill_operator.progress import Buckets, Reading
+from distill_operator.plan_builder import Plan
 from distill_operator.settings import Settings
+from distill_operator.step_progress import Buckets, ProgressReading
 from distill_operator.watch import Key
 from vpmoe.api import DistillRun
 
@@ -45,7 +55,7 @@ class Reconciler:
     def __post_init__(self) -> None:
         self._admission = asyncio.Lock()  # two runs must not both be admitted to the same GPUs
         self._backend_seen = float("-inf")
-        self._hands = Hands(self.kube, self.buckets, self.settings)
+        self._hands = ActionExecutor(self.kube, self.buckets, self.settings)
 
     async def reconcile(self, key: Key) -> float | None:
         """Look at the run and do what is to be done. Seconds after which to look again even if nothing stirs; None: no need.
@@ -68,14 +78,14 @@ class Reconciler:
         live = read_run(obj)
         if needs_gpus(live):
             async with self._admission:
-                claims, nodes = await self._claims(), gpus.nodes(await self.kube.list(NODE))
+                claims, nodes = await self._claims(), gpu_scheduler.nodes(await self.kube.list(NODE))
                 mine = claim_of(live.run, live) if live.run else None
-                verdict = gpus.admit(mine, claims, nodes) if mine else None
+                verdict = gpu_scheduler.admit(mine, claims, nodes) if mine else None
                 decided, written = await self._decide(obj, live, verdict)
         else:
             decided, written = await self._decide(obj, live, None)
         now = _now()
-        for happening in events.transitions(live.status, decided.status):
+        for happening in events.events_between(live.status, decided.status):
             await events.post(self.kube, written, happening, now)
         refused: KubeError | None = None
         for action in decided.actions:
@@ -91,7 +101,9 @@ class Reconciler:
             self.freed()
         return None if decided.again is None else max(0.0, (decided.again - _now()).total_seconds())
 
-    async def _decide(self, obj: Json, live: Live, verdict: gpus.Verdict | None) -> tuple[Plan, Json]:
+    async def _decide(
+        self, obj: Json, live: ObservedRun, verdict: gpu_scheduler.Decision | None
+    ) -> tuple[Plan, Json]:
         """The plan, with its status written; and the object as it stands then."""
         seen, readings = await self._look(live)
         decided = plan(live, seen, readings, verdict, self.settings, _now())
@@ -100,9 +112,9 @@ class Reconciler:
             return decided, obj
         return decided, await self.kube.replace(DISTILLRUN, {**obj, "status": status}, "status")
 
-    async def _look(self, live: Live) -> tuple[Observed, dict[str, Reading]]:
+    async def _look(self, live: ObservedRun) -> tuple[Observed, dict[str, ProgressReading]]:
         """The children of the steps that are Running, and what those steps say."""
-        run, sights, readings = live.run, dict[str, Sight](), dict[str, Reading]()
+        run, sights, readings = live.run, dict[str, ChildObservation](), dict[str, ProgressReading]()
         if run is None or live.status.phase == "Succeeded":
             return Observed(), {}
         backend_missing = not live.deleting and await self._backend_missing(run)
@@ -111,7 +123,9 @@ class Reconciler:
             if step.child is None:
                 continue
             try:
-                sight = await look(self.kube, live, CHILD_KINDS[step.child.kind], step.child.name, config_map_name(run))
+                sight = await look(
+                    self.kube, live, CHILD_KINDS[step.child.kind], step.child.name, config_map_name(run)
+                )
             except KindMissing:
                 backend_missing = True
                 continue
@@ -122,14 +136,17 @@ class Reconciler:
 
     async def _backend_missing(self, run: DistillRun) -> bool:
         """Whether a resource type that the run needs is not installed. That it is, is remembered for a while; that it is not, never."""
-        if run.spec.runtime.backend != PYTORCHJOB.name or time.monotonic() - self._backend_seen < BACKEND_KNOWN_SECONDS:
+        if (
+            run.spec.runtime.backend != PYTORCHJOB.name
+            or time.monotonic() - self._backend_seen < BACKEND_KNOWN_SECONDS
+        ):
             return False
         if not await self.kube.serves(PYTORCHJOB):
             return True
         self._backend_seen = time.monotonic()
         return False
 
-    async def _claims(self) -> list[gpus.Claim]:
+    async def _claims(self) -> list[gpu_scheduler.GpuRequest]:
         """What every live run asks of the pool, read at this moment: statuses written before are in it.
 
         A run that waits for something other than GPUs is left out: it must not hold up those behind it.
@@ -138,7 +155,9 @@ class Reconciler:
         for obj in await list_runs(self.kube, self.settings):
             live = read_run(obj)
             run = live.run
-            if run is not None and (holds_gpus(live.status) or (needs_gpus(live) and not await self._backend_missing(run))):
+            if run is not None and (
+                holds_gpus(live.status) or (needs_gpus(live) and not await self._backend_missing(run))
+            ):
                 claims.append(claim_of(run, live))
         return claims
 

@@ -15,7 +15,9 @@ Seconds = Annotated[float, Field(gt=0)]
 class Part(BaseModel):
     """camelCase, nothing unknown."""
 
-    model_config = ConfigDict(alias_generator=to_camel, validate_by_name=True, validate_by_alias=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        alias_generator=to_camel, validate_by_name=True, validate_by_alias=True, extra="forbid", frozen=True
+    )
 
 
 class Images(Part):
@@ -68,5 +70,9 @@ def load_settings(path: Path) -> Settings:
     try:
         return Settings.model_validate(yaml.safe_load(path.read_text()))
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}" for e in error.errors())
-        raise ValueError(f"{path}: {problems}. The chart writes this file from its values: see values.yaml.") from None
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}" for e in error.errors()
+        )
+        raise ValueError(
+            f"{path}: {problems}. The chart writes this file from its values: see values.yaml."
+        ) from None

@@ -15,7 +15,10 @@ def share(run: DistillRun, status: Status) -> str:
     planned = sum(stage.tokens for stage in run.spec.stages)
     done = sum(_tokens_done(stage, status) for stage in run.spec.stages) / planned
     fixed = {step: FIXED[role] for step in run.steps() if (role := run.role(step)) in FIXED}
-    whole = sum(part * _parts_done(name, status) for name, part in fixed.items()) + (1 - sum(fixed.values())) * done
+    whole = (
+        sum(part * _parts_done(name, status) for name, part in fixed.items())
+        + (1 - sum(fixed.values())) * done
+    )
     return f"{min(99, int(100 * whole))}%"
 
 

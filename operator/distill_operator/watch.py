@@ -35,7 +35,9 @@ def settings() -> kopf.OperatorSettings:
     chosen.watching.connect_timeout = 10
     chosen.watching.server_timeout = 240
     chosen.watching.client_timeout = 300
-    chosen.persistence.finalizer = "vpmoe.dev/kopf"  # never set. Kopf takes its own off wherever it finds it: this must not be ours
+    chosen.persistence.finalizer = (
+        "vpmoe.dev/kopf"  # never set. Kopf takes its own off wherever it finds it: this must not be ours
+    )
     for kind in (JOB, PYTORCHJOB):
         chosen.watching.label_selectors[kind.group, kind.version, kind.plural] = labels.RUN
     return chosen
@@ -60,14 +62,18 @@ def handlers(put: Callable[[Key], None]) -> kopf.OperatorRegistry:
         put((namespace or "", labels[RUN_LABEL]))
 
     for kind in (JOB, PYTORCHJOB):
-        kopf.on.event(kind.group, kind.version, kind.plural, labels={RUN_LABEL: kopf.PRESENT}, registry=registry)(child_stirred)
+        kopf.on.event(
+            kind.group, kind.version, kind.plural, labels={RUN_LABEL: kopf.PRESENT}, registry=registry
+        )(child_stirred)
     return registry
 
 
 class Watcher:
     """Kopf in its own thread. It ends when asked; `ended` is called when it does, for whatever reason."""
 
-    def __init__(self, put: Callable[[Key], None], namespaces: list[str], ended: Callable[[], object]) -> None:
+    def __init__(
+        self, put: Callable[[Key], None], namespaces: list[str], ended: Callable[[], object]
+    ) -> None:
         self._stop = threading.Event()
         self._put, self._namespaces, self._ended = put, namespaces, ended
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)

@@ -15,16 +15,22 @@ from typing import Any
 
 import pytest
 
-from tests import manifests, refusals
-from tests.devcluster.access import Cluster
+from devcluster.access import Cluster
+from tests.fakes import invalid_specs, valid_specs
 from vpmoe.api import DistillRun, load_run
 from vpmoe.api.crd import crd
 from vpmoe.api.run import GROUP, PLURAL
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 EXAMPLES = sorted((MANIFESTS / "examples").glob("*.yaml"))
-GOOD = {name: manifests.manifest(changes, f"good-{i}") for i, (name, changes) in enumerate(manifests.GOOD.items())}
-BAD = {name: manifests.manifest(bad.changes, f"bad-{i}") for i, (name, bad) in enumerate(refusals.BAD.items())}
+GOOD = {
+    name: valid_specs.manifest(changes, f"good-{i}")
+    for i, (name, changes) in enumerate(valid_specs.GOOD.items())
+}
+BAD = {
+    name: valid_specs.manifest(bad.changes, f"bad-{i}")
+    for i, (name, bad) in enumerate(invalid_specs.BAD.items())
+}
 DROPPED = {"a conversation without a date"}
 """Where null means something else than absent: client-side apply drops it."""
 
@@ -32,7 +38,9 @@ DROPPED = {"a conversation without a date"}
 def kubectl(cluster: Cluster, *arguments: str) -> tuple[str, str]:
     """What kubectl prints, and what it says against it."""
     environment = {**os.environ, "KUBECONFIG": str(cluster.kubeconfig)}
-    ended = subprocess.run([cluster.kubectl_path, *arguments], env=environment, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [cluster.kubectl_path, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
     return ended.stdout, ended.stderr
 
 
@@ -45,14 +53,18 @@ def files(objects: dict[str, dict[str, Any]], folder: Path) -> Path:
 def stored(printed: str) -> dict[str, dict[str, Any]]:
     """Objects by name from kubectl's JSON: one object, or a List of them."""
     answer = json.loads(printed)
-    return {item["metadata"]["name"]: item for item in (answer["items"] if answer["kind"] == "List" else [answer])}
+    return {
+        item["metadata"]["name"]: item for item in (answer["items"] if answer["kind"] == "List" else [answer])
+    }
 
 
 @pytest.fixture(scope="module")
 def applied(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What the API server makes of every good run, by the run's name."""
     folder = files(GOOD, tmp_path_factory.mktemp("good"))
-    printed, complaints = kubectl(cluster, "apply", "--server-side", "--dry-run=server", "--output=json", "--filename", str(folder))
+    printed, complaints = kubectl(
+        cluster, "apply", "--server-side", "--dry-run=server", "--output=json", "--filename", str(folder)
+    )
     assert complaints == ""
     return stored(printed)
 
@@ -62,7 +74,11 @@ def refused(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """What the API server says against every bad run, by the case's name; no entry where it says nothing."""
     folder = files(BAD, tmp_path_factory.mktemp("bad"))
     _, complaints = kubectl(cluster, "apply", "--dry-run=server", "--filename", str(folder))
-    numbered = {int(found["i"]): line for line in complaints.splitlines() if (found := re.search(r"/(?P<i>\d{3})\.json\"", line))}
+    numbered = {
+        int(found["i"]): line
+        for line in complaints.splitlines()
+        if (found := re.search(r"/(?P<i>\d{3})\.json\"", line))
+    }
     return {name: numbered[i] for i, name in enumerate(BAD) if i in numbered}
 
 
@@ -76,25 +92,31 @@ def test_client_side_apply_takes_the_crd(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_a_good_run_is_accepted_and_its_defaults_are_ours(applied: dict[str, dict[str, Any]], name: str) -> None:
+def test_a_good_run_is_accepted_and_its_defaults_are_ours(
+    applied: dict[str, dict[str, Any]], name: str
+) -> None:
     answer = applied[GOOD[name]["metadata"]["name"]]
     assert DistillRun.parse(answer).config() == DistillRun.parse(GOOD[name]).config()
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_run_is_refused_with_its_field_and_the_way_out(refused: dict[str, str], name: str) -> None:
-    bad = refusals.BAD[name]
+    bad = invalid_specs.BAD[name]
     assert name in refused, "accepted"
     if bad.server:
         assert bad.server in refused[name]
     else:
         assert f"{bad.field}: Invalid value: " in refused[name] and bad.words in refused[name]
-    assert "no such key" not in refused[name] and "evaluating rule" not in refused[name], "a rule that fails instead of answering"
+    assert "no such key" not in refused[name] and "evaluating rule" not in refused[name], (
+        "a rule that fails instead of answering"
+    )
 
 
 def test_null_and_absent_mean_the_same_but_where_the_field_says_so(cluster: Cluster, tmp_path: Path) -> None:
     folder = files({name: body for name, body in GOOD.items() if name not in DROPPED}, tmp_path)
-    answers = stored(kubectl(cluster, "apply", "--dry-run=server", "--output=json", "--filename", str(folder))[0])
+    answers = stored(
+        kubectl(cluster, "apply", "--dry-run=server", "--output=json", "--filename", str(folder))[0]
+    )
     for body in GOOD.values():
         if (answer := answers.get(body["metadata"]["name"])) is not None:
             assert DistillRun.parse(answer).config_hash == DistillRun.parse(body).config_hash, body
@@ -114,7 +136,9 @@ spec:
 """
 SCALARS = {
     "plain": AS_TEXT.format(name="plain", date='"2026-02-03"', tokens="1000000", rate="0.0003"),
-    "as-people-write": AS_TEXT.format(name="as-people-write", date="2026-02-03", tokens="1_000_000", rate="3e-4"),
+    "as-people-write": AS_TEXT.format(
+        name="as-people-write", date="2026-02-03", tokens="1_000_000", rate="3e-4"
+    ),
     "with-exponents": AS_TEXT.format(name="with-exponents", date="2026-02-03", tokens="1e6", rate="3.0E-4"),
 }
 
@@ -137,7 +161,12 @@ def test_kubectl_reads_an_example_as_we_do(texts: dict[Path, dict[str, Any]]) ->
 
 
 def test_kubectl_reads_dates_and_numbers_as_we_do(texts: dict[Path, dict[str, Any]]) -> None:
-    hashes = [hash for path, answer in texts.items() if path.stem in SCALARS for hash in (load_run(path).config_hash, parsed(answer))]
+    hashes = [
+        hash
+        for path, answer in texts.items()
+        if path.stem in SCALARS
+        for hash in (load_run(path).config_hash, parsed(answer))
+    ]
     assert len(hashes) == 2 * len(SCALARS) and len(set(hashes)) == 1
 
 
@@ -182,15 +211,26 @@ def twin(cluster: Cluster) -> Iterator[str]:
     try:
         cluster.kubectl("wait", "--for=condition=Established", f"crd/{resource}", "--timeout=30s")
         cluster.kubectl("create", "--filename", "-", input=json.dumps(run_of(group)))
-        cluster.kubectl("patch", resource, "started", "--subresource=status", "--type=merge", "--patch", json.dumps({"status": STATUS}))
+        cluster.kubectl(
+            "patch",
+            resource,
+            "started",
+            "--subresource=status",
+            "--type=merge",
+            "--patch",
+            json.dumps({"status": STATUS}),
+        )
         yield resource
     finally:
         cluster.kubectl("delete", "crd", resource, "--timeout=60s")
 
 
 def run_of(group: str) -> dict[str, Any]:
-    changes = {"metadata.namespace": "default", "spec.stages": [*manifests.MINIMAL["spec"]["stages"], manifests.ONPOLICY]}
-    return {**manifests.manifest(changes, "started"), "apiVersion": f"{group}/v1alpha1", "kind": "Twin"}
+    changes = {
+        "metadata.namespace": "default",
+        "spec.stages": [*valid_specs.MINIMAL["spec"]["stages"], valid_specs.ONPOLICY],
+    }
+    return {**valid_specs.manifest(changes, "started"), "apiVersion": f"{group}/v1alpha1", "kind": "Twin"}
 
 
 FROZEN = "cannot change after the first step has started: only suspend, ttlAfterFinished, deletionPolicy and runtime.attempts can."
@@ -203,17 +243,27 @@ FROZEN = "cannot change after the first step has started: only suspend, ttlAfter
         pytest.param("spec.teacher", {"teacher": {"effort": "high"}}, id="the teacher"),
         pytest.param("spec.student", {"student": {"gpus": 1}}, id="the layout"),
         pytest.param("spec.training", {"training": {"seed": 1}}, id="the seed"),
-        pytest.param("spec.stages", {"stages": [{"name": "first", "kind": "Vanilla"}]}, id="the list of stages"),
+        pytest.param(
+            "spec.stages", {"stages": [{"name": "first", "kind": "Vanilla"}]}, id="the list of stages"
+        ),
         pytest.param("spec.evaluation", {"evaluation": {"documents": 1}}, id="the evaluation"),
         pytest.param("spec.storage", {"storage": {"prefix": "elsewhere"}}, id="the bucket"),
         pytest.param("spec.runtime.backend", {"runtime": {"backend": "Job"}}, id="the backend"),
         pytest.param("spec.runtime.nodeSelector", {"runtime": {"nodeSelector": {"a": "b"}}}, id="the nodes"),
-        pytest.param("spec.resumeFrom", {"resumeFrom": "s3://vpmoe/runs/default/other-01234567"}, id="where it goes on from"),
+        pytest.param(
+            "spec.resumeFrom",
+            {"resumeFrom": "s3://vpmoe/runs/default/other-01234567"},
+            id="where it goes on from",
+        ),
     ],
 )
-def test_a_started_run_keeps_what_it_was_started_with(cluster: Cluster, twin: str, field: str, change: dict[str, Any]) -> None:
+def test_a_started_run_keeps_what_it_was_started_with(
+    cluster: Cluster, twin: str, field: str, change: dict[str, Any]
+) -> None:
     patch = json.dumps({"spec": change})
-    _, complaints = kubectl(cluster, "patch", twin, "started", "--type=merge", "--dry-run=server", "--patch", patch)
+    _, complaints = kubectl(
+        cluster, "patch", twin, "started", "--type=merge", "--dry-run=server", "--patch", patch
+    )
     assert f"{field}: Invalid value: " in complaints and FROZEN in complaints
     assert complaints.count(FROZEN) == 1
 
@@ -228,8 +278,12 @@ def test_a_started_run_keeps_what_it_was_started_with(cluster: Cluster, twin: st
         pytest.param({"student": {"gpus": 7}}, id="nothing, in other words"),
     ],
 )
-def test_a_started_run_may_change_what_is_no_part_of_its_configuration(cluster: Cluster, twin: str, change: dict[str, Any]) -> None:
-    cluster.kubectl("patch", twin, "started", "--type=merge", "--dry-run=server", "--patch", json.dumps({"spec": change}))
+def test_a_started_run_may_change_what_is_no_part_of_its_configuration(
+    cluster: Cluster, twin: str, change: dict[str, Any]
+) -> None:
+    cluster.kubectl(
+        "patch", twin, "started", "--type=merge", "--dry-run=server", "--patch", json.dumps({"spec": change})
+    )
 
 
 def test_a_run_may_change_until_its_first_step_has_started(cluster: Cluster, twin: str) -> None:
@@ -237,8 +291,12 @@ def test_a_run_may_change_until_its_first_step_has_started(cluster: Cluster, twi
     waiting = {**run_of(group), "metadata": {"name": "waiting", "namespace": "default"}}
     cluster.kubectl("create", "--filename", "-", input=json.dumps(waiting))
     queued = {"status": {"phase": "Queued", "steps": [{"name": "preprocess", "state": "Queued"}]}}
-    cluster.kubectl("patch", twin, "waiting", "--subresource=status", "--type=merge", "--patch", json.dumps(queued))
-    cluster.kubectl("patch", twin, "waiting", "--type=merge", "--patch", json.dumps({"spec": {"training": {"seed": 1}}}))
+    cluster.kubectl(
+        "patch", twin, "waiting", "--subresource=status", "--type=merge", "--patch", json.dumps(queued)
+    )
+    cluster.kubectl(
+        "patch", twin, "waiting", "--type=merge", "--patch", json.dumps({"spec": {"training": {"seed": 1}}})
+    )
 
 
 def test_kubectl_get_shows_how_a_run_gets_on(cluster: Cluster, twin: str) -> None:
@@ -246,7 +304,17 @@ def test_kubectl_get_shows_how_a_run_gets_on(cluster: Cluster, twin: str) -> Non
         header, row = cluster.kubectl("get", twin, "started", *arguments).splitlines()
         return dict(zip(header.split(), row.split(), strict=True))
 
-    shown = {"NAME": "started", "PHASE": "Running", "STEP": "first", "PROGRESS": "42%", "TOKENS/S": "12345", "LOSS": "2.3456"}
+    shown = {
+        "NAME": "started",
+        "PHASE": "Running",
+        "STEP": "first",
+        "PROGRESS": "42%",
+        "TOKENS/S": "12345",
+        "LOSS": "2.3456",
+    }
     narrow, wide = columns(), columns("--output=wide")
     assert {key: value for key, value in narrow.items() if key != "AGE"} == shown
-    assert {key: wide[key] for key in ("TEACHER", "CONFIG")} == {"TEACHER": "s3://models/gpt-oss-120b", "CONFIG": "0123456789abcdef"}
+    assert {key: wide[key] for key in ("TEACHER", "CONFIG")} == {
+        "TEACHER": "s3://models/gpt-oss-120b",
+        "CONFIG": "0123456789abcdef",
+    }

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from distill_operator.kube import JOB, POD, PYTORCHJOB
 
-from tests.cluster import team as teams
-from tests.cluster.relay import Relay
-from tests.cluster.team import STAGES, Team, refused
-from tests.devcluster.access import Cluster
-from tests.devcluster.configuration import HOST
+from devcluster.access import Cluster
+from devcluster.configuration import HOST
+from tests.fakes import run_harness as teams
+from tests.fakes.run_harness import STAGES, Team, refused
+from tests.fakes.s3_proxy import Relay
 
 LONG = "steps=3000 pause=0.3 every=2 hurry=2"
 """Trains for a quarter of an hour, long enough to be stopped; the attempt after that ends at once."""
@@ -22,7 +22,10 @@ ENDLESS = "steps=6 every=2 pause=0.5 windows=3000 kill=onpolicy-sampler@1:-203"
 TOGETHER: dict[str, Any] = {
     "teacher": {"model": "s3://models/none", "gpus": 2},
     "student": {"shape": "tiny", "gpus": 2},
-    "stages": [STAGES[0], {"name": "onpolicy", "kind": "OnPolicy", "tokens": 6000, "require": {"validity": 0.8}}],
+    "stages": [
+        STAGES[0],
+        {"name": "onpolicy", "kind": "OnPolicy", "tokens": 6000, "require": {"validity": 0.8}},
+    ],
     "evaluation": {"completions": 8},
 }
 """Four GPUs: two teachers, one that samples, one that trains."""
@@ -76,7 +79,9 @@ def test_a_pod_that_is_killed_mid_training_resumes_from_its_checkpoint_as_attemp
     assert team.starts("killed") == [(1, 0), (2, 4)]
     assert team.children("killed") == ["killed-preprocess-a1", "killed-vanilla-a1", "killed-vanilla-a2"]
     told = {"StepStarted", "StepRetrying", "StepSucceeded", "RunSucceeded"}
-    team.until("killed", lambda: told <= set(team.events("killed")), "all of it is told")  # the status is written first
+    team.until(
+        "killed", lambda: told <= set(team.events("killed")), "all of it is told"
+    )  # the status is written first
     events = team.events("killed")
     words = "step vanilla failed (attempt 1 of 3): pod killed-vanilla-a1-master-0, container pytorch, exit 137 (killed)"
     assert events["StepRetrying"].startswith(words)
@@ -90,16 +95,30 @@ def test_a_run_of_all_kinds_succeeds_and_scores_beside_vanilla(team: Team) -> No
     assert frozenset({"rescore", "vanilla"}) in together
     assert all(len(steps) <= 1 or steps == {"rescore", "vanilla"} for steps in together), together
     assert gpus == 3, "two teachers and a student: never more than teacher.gpus + student.gpus"
-    steps = ["preprocess-a1", "rescore-a1", "rescore-a2", "rescored-a1", "rescored-a2", "teacherforced-a1", "vanilla-a1"]
+    steps = [
+        "preprocess-a1",
+        "rescore-a1",
+        "rescore-a2",
+        "rescored-a1",
+        "rescored-a2",
+        "teacherforced-a1",
+        "vanilla-a1",
+    ]
     assert team.children("whole") == [f"whole-{step}" for step in steps]
     assert team.starts("whole", "rescored") == [(1, 0), (2, 4)]
     assert [attempt for attempt, _ in team.starts("whole", "rescore")].count(2) == 2
-    (forced,) = [job for job in team.objects("whole", PYTORCHJOB) if job["metadata"]["name"] == "whole-teacherforced-a1"]
+    (forced,) = [
+        job
+        for job in team.objects("whole", PYTORCHJOB)
+        if job["metadata"]["name"] == "whole-teacherforced-a1"
+    ]
     (container,) = forced["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 2, "a student and its teacher"
 
 
-def test_the_three_of_an_on_policy_stage_start_together_are_tried_again_alone_and_end_together(team: Team) -> None:
+def test_the_three_of_an_on_policy_stage_start_together_are_tried_again_alone_and_end_together(
+    team: Team,
+) -> None:
     status = team.phase("onpolicy", "Succeeded", "Failed")
     assert status["phase"] == "Succeeded", status["message"]
     together, gpus = team.witnesses["onpolicy"].told()
@@ -109,13 +128,27 @@ def test_the_three_of_an_on_policy_stage_start_together_are_tried_again_alone_an
     assert gpus == 4, "two teachers, a sampler and a trainer: never more than teacher.gpus + student.gpus"
     steps = {step["name"]: (step["state"], step["attempt"], step["failures"]) for step in status["steps"]}
     assert steps == {step: ("Succeeded", 1 + (step == "onpolicy-sampler"), 0) for step in steps}
-    assert list(steps) == ["preprocess", "vanilla", "vanilla-evaluate", *sorted(trio - {"onpolicy"}), "onpolicy", "onpolicy-evaluate"]
+    assert list(steps) == [
+        "preprocess",
+        "vanilla",
+        "vanilla-evaluate",
+        *sorted(trio - {"onpolicy"}),
+        "onpolicy",
+        "onpolicy-evaluate",
+    ]
     for step in ("onpolicy-sampler", "onpolicy-teacher"):
         assert team.step("onpolicy", step)["message"] == "training has succeeded"
         assert 0 < team.step("onpolicy", step)["partsDone"] < 3000
     left = {name for name in team.children("onpolicy") if "-onpolicy-" in name}
-    assert left == {"onpolicy-onpolicy-sampler-a1", "onpolicy-onpolicy-a1", "onpolicy-onpolicy-evaluate-a1"}, "the others were stopped"
-    assert (status["validity"], team.step("onpolicy", "onpolicy-evaluate")["message"]) == (0.83, "validity 83 %")
+    assert left == {
+        "onpolicy-onpolicy-sampler-a1",
+        "onpolicy-onpolicy-a1",
+        "onpolicy-onpolicy-evaluate-a1",
+    }, "the others were stopped"
+    assert (status["validity"], team.step("onpolicy", "onpolicy-evaluate")["message"]) == (
+        0.83,
+        "validity 83 %",
+    )
     words = "step onpolicy-sampler failed (attempt 1 of 3): pod onpolicy-onpolicy-sampler-a1"
     assert team.events("onpolicy")["StepRetrying"].startswith(words)
 
@@ -150,33 +183,53 @@ def test_one_gpu_a_pod_makes_a_master_and_a_worker(team: Team) -> None:
 
 
 def test_the_job_backend_needs_no_kubeflow_and_a_finished_run_expires(team: Team) -> None:
-    team.until("plain", lambda: not team.get("plain") and not team.children("plain"), "plain and its children are gone")
+    team.until(
+        "plain",
+        lambda: not team.get("plain") and not team.children("plain"),
+        "plain and its children are gone",
+    )
     assert "RunSucceeded" in team.events("plain")
 
 
 def test_a_strangers_object_is_never_adopted(team: Team) -> None:
-    team.until("taken", lambda: team.condition("taken", "Stalled").get("reason") == "NameTaken", "taken is stalled")
+    team.until(
+        "taken", lambda: team.condition("taken", "Stalled").get("reason") == "NameTaken", "taken is stalled"
+    )
     assert "Job taken-preprocess-a1 was not made by the operator" in team.status("taken")["message"]
     team.kubectl("delete", "job", "taken-preprocess-a1")
     team.phase("taken", "Succeeded")
 
 
 def test_a_pod_that_cannot_start_says_why_and_starts_once_it_can(team: Team) -> None:
-    team.until("keyless", lambda: 'secret "to-come" not found' in team.status("keyless").get("message", ""), "keyless says what it lacks")
+    team.until(
+        "keyless",
+        lambda: 'secret "to-come" not found' in team.status("keyless").get("message", ""),
+        "keyless says what it lacks",
+    )
     assert team.condition("keyless", "StorageReachable")["reason"] == "SecretMissing"
     team.secret("to-come")
     team.phase("keyless", "Succeeded")
 
 
-def test_a_child_that_a_quota_refuses_is_told_keeps_no_other_waiting_and_is_made_once_it_may_be(team: Team) -> None:
+def test_a_child_that_a_quota_refuses_is_told_keeps_no_other_waiting_and_is_made_once_it_may_be(
+    team: Team,
+) -> None:
     hard = {"hard": {"count/jobs.batch": "0"}}
     quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": hard}
-    team.apply("refused", "steps=1 pause=4", teacher={"model": "s3://models/none", "gpus": 1}, stages=STAGES[:2])
+    team.apply(
+        "refused", "steps=1 pause=4", teacher={"model": "s3://models/none", "gpus": 1}, stages=STAGES[:2]
+    )
     team.until("refused", lambda: team.children("refused") == ["refused-preprocess-a1"], "it preprocesses")
     team.kubectl("apply", "--filename", "-", input=json.dumps(quota))
-    team.until("refused", lambda: team.condition("refused", "Stalled").get("reason") == "ChildRefused", "refused says so")
+    team.until(
+        "refused",
+        lambda: team.condition("refused", "Stalled").get("reason") == "ChildRefused",
+        "refused says so",
+    )
     assert "exceeded quota: none" in team.condition("refused", "Stalled")["message"]
-    team.until("refused", lambda: team.step("refused").get("state") == "Succeeded", "training is made and goes on")
+    team.until(
+        "refused", lambda: team.step("refused").get("state") == "Succeeded", "training is made and goes on"
+    )
     assert team.children("refused") == ["refused-preprocess-a1", "refused-vanilla-a1"]
     assert team.step("refused", "rescored")["message"] == "waits for rescore"
     team.kubectl("delete", "resourcequota", "none")
@@ -233,11 +286,19 @@ def test_a_store_that_is_away_for_a_while_costs_nothing_but_time(team: Team, rel
     team.trains("away")
     loss = team.status("away")["loss"]
     relay.cut()
-    team.until("away", lambda: team.condition("away", "StorageReachable").get("status") == "False", "the operator notices")
+    team.until(
+        "away",
+        lambda: team.condition("away", "StorageReachable").get("status") == "False",
+        "the operator notices",
+    )
     status = team.status("away")
     assert (status["phase"], status["loss"] <= loss) == ("Running", True), "the last that is known stays"
     relay.open()
-    team.until("away", lambda: team.condition("away", "StorageReachable").get("status") == "True", "the operator notices")
+    team.until(
+        "away",
+        lambda: team.condition("away", "StorageReachable").get("status") == "True",
+        "the operator notices",
+    )
     done = team.step("away")["tokensDone"]
     team.until("away", lambda: team.step("away")["tokensDone"] > done, "it goes on")
     assert (team.step("away")["attempt"], team.step("away")["failures"]) == (1, 0)
@@ -246,11 +307,17 @@ def test_a_store_that_is_away_for_a_while_costs_nothing_but_time(team: Team, rel
 
 
 @pytest.mark.parametrize("name, kept", [("retained", True), ("deleted", False)])
-def test_a_run_deleted_while_it_trains_leaves_nothing_but_what_it_should(team: Team, name: str, kept: bool) -> None:
+def test_a_run_deleted_while_it_trains_leaves_nothing_but_what_it_should(
+    team: Team, name: str, kept: bool
+) -> None:
     team.trains(name)
     folder = team.folder(name)
     team.kubectl("delete", "distillrun", name, "--timeout=120s")
-    team.until(name, lambda: not team.children(name) and not team.objects(name, POD), "its children and pods are gone")
+    team.until(
+        name,
+        lambda: not team.children(name) and not team.objects(name, POD),
+        "its children and pods are gone",
+    )
     assert team.kept(folder) is kept
 
 
@@ -267,10 +334,16 @@ def test_two_runs_of_8_gpus_go_one_after_the_other(team: Team) -> None:
     eight = {"teacher": {"model": "s3://models/none", "gpus": 1}, "student": {"shape": "tiny", "gpus": 7}}
     for name in ("eight-a", "eight-b"):
         team.apply(name, "steps=4 pause=0.5", **eight)
-    team.until("eight-b", lambda: {team.status(n).get("phase") for n in ("eight-a", "eight-b")} == {"Running", "Queued"}, "one waits")
+    team.until(
+        "eight-b",
+        lambda: {team.status(n).get("phase") for n in ("eight-a", "eight-b")} == {"Running", "Queued"},
+        "one waits",
+    )
     first, second = sorted(("eight-a", "eight-b"), key=lambda name: team.status(name)["phase"] != "Running")
     message = team.status(second)["message"]
-    assert message.startswith("needs 8 GPUs (1 teacher + 7 student); the pool has 8 on 1 ready node, of which")
+    assert message.startswith(
+        "needs 8 GPUs (1 teacher + 7 student); the pool has 8 on 1 ready node, of which"
+    )
     assert f"{team.namespace}/{first} (8)" in message
     assert team.children(second) == []
     team.phase(first, "Succeeded")

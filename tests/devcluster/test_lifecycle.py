@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.devcluster import addons, configuration, host
+from devcluster import addons, configuration, host
 
 NAMESPACES = ("--mount", "--mount-proc", "--pid", "--fork", "--net", "--kill-child=SIGKILL")
 FIRST_PROCESS = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); signal.pause()"  # leaves no orphan unreaped
@@ -40,9 +40,18 @@ class Machine:
     before: dict[str, str] = field(default_factory=dict)
 
     def start(self, *command: str | Path, checkout: Path | None = None) -> subprocess.Popen[str]:
-        enter = ("nsenter", f"--target={self.first}", "--mount", "--pid", "--net", f"--wd={checkout or self.checkout}")
+        enter = (
+            "nsenter",
+            f"--target={self.first}",
+            "--mount",
+            "--pid",
+            "--net",
+            f"--wd={checkout or self.checkout}",
+        )
         environment = {**os.environ, "CLUSTER": "dev"}
-        return subprocess.Popen([*enter, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [*enter, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     def run(self, *command: str | Path, checkout: Path | None = None) -> tuple[int, str, str]:
         process = self.start(*command, checkout=checkout)
@@ -50,7 +59,7 @@ class Machine:
         return process.returncode, said, errors
 
     def cluster(self, command: str, checkout: Path | None = None) -> tuple[int, str, str]:
-        return self.run(sys.executable, "-m", "tests.devcluster", command, checkout=checkout)
+        return self.run(sys.executable, "-m", "devcluster", command, checkout=checkout)
 
     def up(self) -> str:
         """Bring the cluster up and return what was said on the way."""
@@ -60,19 +69,31 @@ class Machine:
         return errors
 
     def kubectl(self, *arguments: str) -> tuple[int, str, str]:
-        return self.run("env", f"KUBECONFIG={self.state}/kubeconfig", self.state / "bin" / "kubectl", *arguments)
+        return self.run(
+            "env", f"KUBECONFIG={self.state}/kubeconfig", self.state / "bin" / "kubectl", *arguments
+        )
 
     def kill(self, argument: str) -> None:
         """SIGKILL for every process that has this argument."""
-        self.run("env", f"killed={argument}", "sh", "-c", 'kill -KILL $(grep -lzxF -- "$killed" /proc/[0-9]*/cmdline | cut -d/ -f3)')
+        self.run(
+            "env",
+            f"killed={argument}",
+            "sh",
+            "-c",
+            'kill -KILL $(grep -lzxF -- "$killed" /proc/[0-9]*/cmdline | cut -d/ -f3)',
+        )
 
     def traces(self) -> dict[str, str]:
         found = {name: self.run("sh", "-c", command)[1] for name, command in TRACES.items()}
-        return found | {"cgroups": "\n".join(map(str, Path("/sys/fs/cgroup").glob(f"**/{configuration.cgroup_name(str(self.state))}")))}
+        return found | {
+            "cgroups": "\n".join(
+                map(str, Path("/sys/fs/cgroup").glob(f"**/{configuration.cgroup_name(str(self.state))}"))
+            )
+        }
 
     def node(self) -> int | None:
         """Pid of the node's first process in this machine's numbering."""
-        code = "from tests.devcluster import host; print(getattr(host.running(), 'pid', ''))"
+        code = "from devcluster import host; print(getattr(host.running(), 'pid', ''))"
         said = self.run(sys.executable, "-c", code)[1].strip()
         return int(said) if said else None
 
@@ -87,9 +108,15 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     for name in ("vpmoe", "jobs", "operator", "tests"):
         shutil.copytree(host.CHECKOUT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     private_run = 'mount --make-rprivate / && mount -t tmpfs tmpfs /run && ip link set lo up && exec "$@"'
-    outer = subprocess.Popen(["unshare", *NAMESPACES, "sh", "-c", private_run, "sh", sys.executable, "-c", FIRST_PROCESS])
+    outer = subprocess.Popen(
+        ["unshare", *NAMESPACES, "sh", "-c", private_run, "sh", sys.executable, "-c", FIRST_PROCESS]
+    )
     children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
-    host.wait_for(lambda: command_line(children.read_text().strip()).startswith(sys.executable), "the machine's first process", 10)
+    host.wait_for(
+        lambda: command_line(children.read_text().strip()).startswith(sys.executable),
+        "the machine's first process",
+        10,
+    )
     machine = Machine(checkout, int(children.read_text()))
     machine.before = machine.traces()
     yield machine
@@ -124,7 +151,10 @@ def test_a_second_up_finds_the_first_ones_node(machine: Machine) -> None:
 
 def test_gpus_are_allocatable_and_pytorchjobs_are_judged_once_up_returns(machine: Machine) -> None:
     machine.up()
-    assert machine.kubectl("get", "node", "--output=jsonpath={.items[*].status.allocatable.nvidia\\.com/gpu}")[1] == "8"
+    assert (
+        machine.kubectl("get", "node", "--output=jsonpath={.items[*].status.allocatable.nvidia\\.com/gpu}")[1]
+        == "8"
+    )
     two_masters = machine.checkout / "two-masters.yaml"
     two_masters.write_text(addons.PROBE.replace("replicas: 1", "replicas: 2"))
     status, _, errors = machine.kubectl("create", "--dry-run=server", f"--filename={two_masters}")
@@ -145,13 +175,17 @@ def test_another_checkouts_cluster_is_named_and_left_alone(machine: Machine, com
 @pytest.mark.parametrize(
     "file, old, new",
     [
-        pytest.param("configuration.py", '"failSwapOn": False', '"failSwapOn": True', id="a daemon's settings"),
+        pytest.param(
+            "configuration.py", '"failSwapOn": False', '"failSwapOn": True', id="a daemon's settings"
+        ),
         pytest.param("configuration.py", "GPUS = 8", "GPUS = 4", id="GPUs"),
         pytest.param("image.py", "nonroot:/tmp", "nonroot:/home", id="the image"),
         pytest.param("manifests/coredns.yaml", "ttl 1", "ttl 2", id="add-ons"),
     ],
 )
-def test_a_cluster_of_other_sources_is_not_taken_for_this_ones(machine: Machine, file: str, old: str, new: str) -> None:
+def test_a_cluster_of_other_sources_is_not_taken_for_this_ones(
+    machine: Machine, file: str, old: str, new: str
+) -> None:
     machine.up()
     path = machine.checkout / "tests" / "devcluster" / file
     source = path.read_text()
@@ -170,11 +204,11 @@ def test_a_daemon_that_dies_takes_the_node_along_and_is_named(machine: Machine) 
 
 
 def test_up_begins_again_after_a_killed_node_and_a_killed_up_and_keeps_the_bucket(machine: Machine) -> None:
-    machine.kill("tests.devcluster.node")  # where the test before has left one
+    machine.kill("devcluster.node")  # where the test before has left one
     kept, log = machine.state / "s3" / "kept", machine.state / "logs" / "apiserver.log"
     kept.mkdir(parents=True)
     log.unlink(missing_ok=True)
-    interrupted = machine.start(sys.executable, "-m", "tests.devcluster", "up")
+    interrupted = machine.start(sys.executable, "-m", "devcluster", "up")
     host.wait_for(log.exists, "the interrupted start", 30)
     machine.kill("up")
     interrupted.communicate()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.devcluster import ClusterError, access, binaries, cluster, configuration, dev, host, image, needs
+from devcluster import ClusterError, access, binaries, cluster, configuration, dev, host, image, needs
 
 
 @pytest.fixture
@@ -27,7 +27,9 @@ def small(source: str) -> binaries.Target:
     def build(into: Path, log: Path) -> None:
         (into / "main.go").write_text(source)
         binaries.run_logged(
-            ["go", "build", *binaries.FLAGS, "-s -w", "-o", str(into / "small"), str(into / "main.go")], log, dict(os.environ)
+            ["go", "build", *binaries.FLAGS, "-s -w", "-o", str(into / "small"), str(into / "main.go")],
+            log,
+            dict(os.environ),
         )
 
     return binaries.Target("small", ("small",), source.encode, build, minutes=0)
@@ -45,7 +47,7 @@ def test_a_target_is_compiled_once_and_again_when_its_sources_change(cache: Path
 
 
 def test_a_killed_build_is_not_taken_for_done(cache: Path) -> None:
-    code = f"from tests.devcluster import test_parts as t; t.binaries.folder(t.small({HELLO!r}))"
+    code = f"from devcluster import test_parts as t; t.binaries.folder(t.small({HELLO!r}))"
     killed = subprocess.Popen([sys.executable, "-c", code], cwd=host.CHECKOUT, stderr=subprocess.DEVNULL)
     host.wait_for(lambda: any(cache.glob("*.building-*/main.go")), "the build", 20)
     killed.kill()
@@ -69,12 +71,18 @@ def test_an_unknown_program_is_refused_by_name() -> None:
     "patch, message",
     [
         pytest.param(
-            ("sys.platform", "darwin"), "needs Linux, this is darwin. Or use a cluster that you have: CLUSTER=current", id="no Linux"
+            ("sys.platform", "darwin"),
+            "needs Linux, this is darwin. Or use a cluster that you have: CLUSTER=current",
+            id="no Linux",
         ),
-        pytest.param(("os.geteuid", lambda: 1000), "needs root .* run it with sudo. .*CLUSTER=current", id="no root"),
+        pytest.param(
+            ("os.geteuid", lambda: 1000), "needs root .* run it with sudo. .*CLUSTER=current", id="no root"
+        ),
     ],
 )
-def test_what_the_machine_lacks_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch, patch: tuple[str, object], message: str) -> None:
+def test_what_the_machine_lacks_is_named_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, patch: tuple[str, object], message: str
+) -> None:
     monkeypatch.setattr(*patch)
     with pytest.raises(ClusterError, match=message):
         needs.machine()
@@ -89,7 +97,8 @@ def test_a_full_disk_is_named_before_it_is_filled(tmp_path: Path) -> None:
 def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     with pytest.raises(
-        ClusterError, match=r"missing here: containerd, runc\. .*sudo apt-get install --yes containerd runc\).*CLUSTER=current"
+        ClusterError,
+        match=r"missing here: containerd, runc\. .*sudo apt-get install --yes containerd runc\).*CLUSTER=current",
     ):
         needs.packages({"no-such-containerd": "containerd", "no-such-runc": "runc", "/usr": "base-files"})
 
@@ -102,7 +111,9 @@ def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyP
         pytest.param("current", "AWS_ENDPOINT_URL", id="current without a store"),
     ],
 )
-def test_what_cluster_cannot_be_is_refused_with_the_choices(monkeypatch: pytest.MonkeyPatch, chosen: str, message: str) -> None:
+def test_what_cluster_cannot_be_is_refused_with_the_choices(
+    monkeypatch: pytest.MonkeyPatch, chosen: str, message: str
+) -> None:
     monkeypatch.setenv("CLUSTER", chosen)
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     monkeypatch.setenv("PATH", f"{dev.up().kubectl_path.parent}:{os.environ['PATH']}")
@@ -133,8 +144,16 @@ def test_the_users_cluster_is_named_first_pinned_and_never_taken_down(
     "mounts, roots",
     [
         pytest.param("cgroup2 /sys/fs/cgroup cgroup2 rw 0 0", ["/sys/fs/cgroup"], id="version 2"),
-        pytest.param("cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\nproc /proc proc rw 0 0", ["/sys/fs/cgroup/cpu"], id="version 1"),
-        pytest.param("cgroup /c/cpu cgroup rw 0 0\ncgroup2 /c/unified cgroup2 rw 0 0", ["/c/cpu", "/c/unified"], id="hybrid"),
+        pytest.param(
+            "cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\nproc /proc proc rw 0 0",
+            ["/sys/fs/cgroup/cpu"],
+            id="version 1",
+        ),
+        pytest.param(
+            "cgroup /c/cpu cgroup rw 0 0\ncgroup2 /c/unified cgroup2 rw 0 0",
+            ["/c/cpu", "/c/unified"],
+            id="hybrid",
+        ),
     ],
 )
 def test_every_cgroup_hierarchy_is_found(mounts: str, roots: list[str]) -> None:
@@ -147,17 +166,25 @@ def test_of_the_host_containers_see_programs_and_code_and_nothing_else() -> None
         "/checkout/vpmoe": "/opt/vpmoe/vpmoe",
         "/checkout/jobs": "/opt/vpmoe/jobs",
         "/checkout/operator/distill_operator": "/opt/vpmoe/operator/distill_operator",
-        "/checkout/tests/cluster/standin": "/opt/vpmoe/tests/cluster/standin",
+        "/checkout/tests/fakes/standin": "/opt/vpmoe/tests/fakes/standin",
         "/checkout/.venv": "/opt/vpmoe/.venv",
         "/opt/python": "/opt/python",
     }
     spec = configuration.container_spec({"process": {"rlimits": []}, "mounts": []}, mounts)
-    assert [mount["destination"] for mount in spec["mounts"][:4]] == ["/usr", "/etc/ssl", "/coredns", "/manager"]
+    assert [mount["destination"] for mount in spec["mounts"][:4]] == [
+        "/usr",
+        "/etc/ssl",
+        "/coredns",
+        "/manager",
+    ]
     assert all("ro" in mount["options"] for mount in spec["mounts"])
 
 
 def test_the_systems_own_interpreter_needs_no_mount() -> None:
-    assert "/usr" not in [mount.source for mount in configuration.mounts(Path("/checkout"), Path("/checkout/.venv"), Path("/usr"))]
+    assert "/usr" not in [
+        mount.source
+        for mount in configuration.mounts(Path("/checkout"), Path("/checkout/.venv"), Path("/usr"))
+    ]
 
 
 def test_the_image_is_the_same_bytes_each_time() -> None:

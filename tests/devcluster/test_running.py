@@ -9,12 +9,16 @@ from typing import Any
 import boto3
 import pytest
 
-from tests.devcluster import ClusterError, configuration, dev
-from tests.devcluster.access import Cluster
+from devcluster import ClusterError, configuration, dev
+from devcluster.access import Cluster
 
 FOREVER = ["sleep", "infinity"]
 RESTRICTED = {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}}
-LOCKED_DOWN = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+LOCKED_DOWN = {
+    "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
+    "capabilities": {"drop": ["ALL"]},
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,12 @@ class Namespace:
         return self.cluster.kubectl("--namespace", self.name, *arguments, input=input)
 
     def start(self, name: str, command: list[str], gpus: int = 0, **metadata: Any) -> None:
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, **metadata}, "spec": pod_spec(command, gpus)}
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": name, **metadata},
+            "spec": pod_spec(command, gpus),
+        }
         self.kubectl("create", "--filename=-", input=json.dumps(pod))
 
     def wait(self, name: str, path: str, value: str) -> None:
@@ -54,7 +63,9 @@ def pod_spec(command: list[str], gpus: int = 0, container: str = "main") -> dict
 def pods() -> Iterator[Namespace]:
     namespace = Namespace(dev.up(), f"devcluster-{secrets.token_hex(4)}")
     namespace.cluster.kubectl("create", "namespace", namespace.name)
-    namespace.cluster.kubectl("label", "namespace", namespace.name, "pod-security.kubernetes.io/enforce=restricted")
+    namespace.cluster.kubectl(
+        "label", "namespace", namespace.name, "pod-security.kubernetes.io/enforce=restricted"
+    )
     yield namespace
     namespace.cluster.kubectl("delete", "namespace", namespace.name, "--wait=false")
 
@@ -64,8 +75,15 @@ def test_a_pod_waits_until_its_gpus_are_free(pods: Namespace) -> None:
     pods.wait("first", "{.status.phase}", "Running")
     pods.start("second", FOREVER, gpus=7)
     pods.wait("second", '{.status.conditions[?(@.type=="PodScheduled")].reason}', "Unschedulable")
-    events = pods.kubectl("get", "events", "--field-selector=involvedObject.name=second,reason=FailedScheduling", "--output=name")
-    message = pods.kubectl("get", "pod", "second", '--output=jsonpath={.status.conditions[?(@.type=="PodScheduled")].message}')
+    events = pods.kubectl(
+        "get",
+        "events",
+        "--field-selector=involvedObject.name=second,reason=FailedScheduling",
+        "--output=name",
+    )
+    message = pods.kubectl(
+        "get", "pod", "second", '--output=jsonpath={.status.conditions[?(@.type=="PodScheduled")].message}'
+    )
     assert events
     assert "Insufficient nvidia.com/gpu" in message
     pods.delete("first")
@@ -76,17 +94,32 @@ def test_a_pod_waits_until_its_gpus_are_free(pods: Namespace) -> None:
 def test_exit_code_and_log_of_a_failed_pod_are_kept(pods: Namespace) -> None:
     pods.start("fails", ["sh", "-c", "echo what it said; exit 75"])
     pods.wait("fails", "{.status.phase}", "Failed")
-    assert pods.kubectl("get", "pod", "fails", "--output=jsonpath={.status.containerStatuses[0].state.terminated.exitCode}") == "75"
+    assert (
+        pods.kubectl(
+            "get",
+            "pod",
+            "fails",
+            "--output=jsonpath={.status.containerStatuses[0].state.terminated.exitCode}",
+        )
+        == "75"
+    )
     assert pods.kubectl("logs", "fails") == "what it said\n"
 
 
 def test_a_deleted_pod_gets_sigterm_and_its_grace_period(pods: Namespace) -> None:
     saves = "trap 'sleep 1; echo saved > /dev/termination-log; exit 143' TERM; while true; do sleep 0.1; done"
-    pods.start("saves", ["sh", "-c", saves], finalizers=["vpmoe.dev/test"])  # with it the pod can be looked at after its end
+    pods.start(
+        "saves", ["sh", "-c", saves], finalizers=["vpmoe.dev/test"]
+    )  # with it the pod can be looked at after its end
     pods.wait("saves", "{.status.phase}", "Running")
     pods.kubectl("delete", "pod", "saves", "--grace-period=30", "--wait=false")
     pods.wait("saves", "{.status.containerStatuses[0].state.terminated.exitCode}", "143")
-    assert pods.kubectl("get", "pod", "saves", "--output=jsonpath={.status.containerStatuses[0].state.terminated.message}") == "saved\n"
+    assert (
+        pods.kubectl(
+            "get", "pod", "saves", "--output=jsonpath={.status.containerStatuses[0].state.terminated.message}"
+        )
+        == "saved\n"
+    )
     pods.kubectl("patch", "pod", "saves", "--type=merge", '--patch={"metadata":{"finalizers":null}}')
 
 
@@ -103,17 +136,39 @@ def shell(pods: Namespace) -> str:
     [
         pytest.param(["id", "-un"], "nonroot", id="another user than root"),
         pytest.param(["pwd"], "/opt/vpmoe", id="working folder"),
-        pytest.param(["ls", "-A", "/opt/vpmoe"], ".venv jobs operator tests vpmoe", id="of the checkout only what jobs need"),
-        pytest.param(["sh", "-c", "echo ${CUDA_VISIBLE_DEVICES-unset}"], "", id="no GPU is seen, jobs run on the CPU"),
-        pytest.param(["sh", "-c", "touch /opt/vpmoe/vpmoe/x 2>&1 || true"], "Read-only file system", id="code is read-only"),
         pytest.param(
-            ["python", "-c", "import vpmoe.api, sys; print(sys.version_info[:2])"], "(3, 12)", id="the checkout's interpreter and code"
+            ["ls", "-A", "/opt/vpmoe"],
+            ".venv jobs operator tests vpmoe",
+            id="of the checkout only what jobs need",
         ),
         pytest.param(
-            ["python", "-c", "import ssl; print(ssl.create_default_context().cert_store_stats()['x509_ca'] > 0)"], "True", id="CA bundle"
+            ["sh", "-c", "echo ${CUDA_VISIBLE_DEVICES-unset}"], "", id="no GPU is seen, jobs run on the CPU"
+        ),
+        pytest.param(
+            ["sh", "-c", "touch /opt/vpmoe/vpmoe/x 2>&1 || true"],
+            "Read-only file system",
+            id="code is read-only",
+        ),
+        pytest.param(
+            ["python", "-c", "import vpmoe.api, sys; print(sys.version_info[:2])"],
+            "(3, 12)",
+            id="the checkout's interpreter and code",
+        ),
+        pytest.param(
+            [
+                "python",
+                "-c",
+                "import ssl; print(ssl.create_default_context().cert_store_stats()['x509_ca'] > 0)",
+            ],
+            "True",
+            id="CA bundle",
         ),
         pytest.param(["getent", "hosts", "kubernetes.default"], "10.96.0.1", id="cluster DNS, short name"),
-        pytest.param(["getent", "hosts", "kube-dns.kube-system.svc.cluster.local"], configuration.DNS, id="cluster DNS, full name"),
+        pytest.param(
+            ["getent", "hosts", "kube-dns.kube-system.svc.cluster.local"],
+            configuration.DNS,
+            id="cluster DNS, full name",
+        ),
     ],
 )
 def test_a_pod_finds(pods: Namespace, shell: str, command: list[str], expected: str) -> None:
@@ -127,7 +182,12 @@ def test_a_name_outside_the_cluster_is_an_error(pods: Namespace, shell: str) -> 
 
 def test_host_and_pods_reach_the_store_at_one_address(pods: Namespace, shell: str) -> None:
     store = pods.cluster.s3
-    client = boto3.client("s3", endpoint_url=store.endpoint, aws_access_key_id=store.access_key, aws_secret_access_key=store.secret_key)
+    client = boto3.client(
+        "s3",
+        endpoint_url=store.endpoint,
+        aws_access_key_id=store.access_key,
+        aws_secret_access_key=store.secret_key,
+    )
     bucket = pods.name
     client.create_bucket(Bucket=bucket)
     client.put_object(Bucket=bucket, Key="from-host", Body=b"written on the host")
@@ -138,7 +198,10 @@ def test_host_and_pods_reach_the_store_at_one_address(pods: Namespace, shell: st
         f"s3.put_object(Bucket='{bucket}', Key='from-pod', Body=body + b', read in a pod')"
     )
     pods.kubectl("exec", shell, "--", "python", "-c", copy)
-    assert client.get_object(Bucket=bucket, Key="from-pod")["Body"].read() == b"written on the host, read in a pod"
+    assert (
+        client.get_object(Bucket=bucket, Key="from-pod")["Body"].read()
+        == b"written on the host, read in a pod"
+    )
     for key in ("from-host", "from-pod"):
         client.delete_object(Bucket=bucket, Key=key)
     client.delete_bucket(Bucket=bucket)
@@ -164,10 +227,19 @@ while True:
 
 def test_master_and_worker_of_a_pytorchjob_meet_and_succeed(pods: Namespace) -> None:
     replicas = {
-        role: {"replicas": 1, "restartPolicy": "Never", "template": {"spec": pod_spec(["python", "-c", code], gpus=1, container="pytorch")}}
+        role: {
+            "replicas": 1,
+            "restartPolicy": "Never",
+            "template": {"spec": pod_spec(["python", "-c", code], gpus=1, container="pytorch")},
+        }
         for role, code in (("Master", MASTER), ("Worker", WORKER))
     }
-    job = {"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "metadata": {"name": "pair"}, "spec": {"pytorchReplicaSpecs": replicas}}
+    job = {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": {"name": "pair"},
+        "spec": {"pytorchReplicaSpecs": replicas},
+    }
     pods.kubectl("create", "--filename=-", input=json.dumps(job))
     pods.kubectl("wait", "pytorchjob/pair", "--for=condition=Succeeded", "--timeout=60s")
     assert pods.kubectl("logs", "pair-master-0") == "rank 1 of 2\n"

@@ -17,9 +17,9 @@ import boto3
 import pytest
 import yaml
 
-from tests import sample
+from demo import sample
+from devcluster.cluster import Cluster
 from tests.conftest import wait_until
-from tests.devcluster.cluster import Cluster
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.timeout(1800)  # the first test waits for both runs
@@ -42,13 +42,18 @@ def environment(cluster: Cluster) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def s3_client(cluster: Cluster) -> Any:
     return boto3.client(
-        "s3", endpoint_url=cluster.s3.endpoint, aws_access_key_id=cluster.s3.access_key, aws_secret_access_key=cluster.s3.secret_key,
+        "s3",
+        endpoint_url=cluster.s3.endpoint,
+        aws_access_key_id=cluster.s3.access_key,
+        aws_secret_access_key=cluster.s3.secret_key,
         region_name="us-east-1",
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
-def runs(cluster: Cluster, namespace: str, s3_client: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def runs(
+    cluster: Cluster, namespace: str, s3_client: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Any]]:
     """Both runs after they have ended, by name."""
     bucket = f"e2e-{secrets.token_hex(4)}"
     s3_client.create_bucket(Bucket=bucket)
@@ -57,7 +62,9 @@ def runs(cluster: Cluster, namespace: str, s3_client: Any, tmp_path_factory: pyt
     manifest = yaml.safe_load((ROOT / "manifests/examples/demo.yaml").read_text())
     manifest["spec"]["dataset"]["source"] = f"s3://{bucket}/input/*.parquet"
     manifest["spec"]["storage"]["bucket"] = bucket
-    manifest["spec"]["stages"] = [{**manifest["spec"]["stages"][0], "tokens": "48k"}]  # the Vanilla one; test_stages.py has the others
+    manifest["spec"]["stages"] = [
+        {**manifest["spec"]["stages"][0], "tokens": "48k"}
+    ]  # the Vanilla one; test_stages.py has the others
     manifest["spec"]["evaluation"] = {"everyTokens": "24k", "documents": 16, "completions": 6}
     for name, size in RUNS.items():
         manifest["metadata"]["name"] = name
@@ -65,7 +72,9 @@ def runs(cluster: Cluster, namespace: str, s3_client: Any, tmp_path_factory: pyt
         cluster.kubectl("apply", "--namespace", namespace, "--filename", "-", input=yaml.safe_dump(manifest))
 
     def get(name: str) -> Any:
-        return json.loads(cluster.kubectl("get", "distillrun", name, "--namespace", namespace, "--output=json"))
+        return json.loads(
+            cluster.kubectl("get", "distillrun", name, "--namespace", namespace, "--output=json")
+        )
 
     def ended(name: str) -> bool:
         return get(name).get("status", {}).get("phase") in ("Succeeded", "Failed")
@@ -85,29 +94,48 @@ def test_a_run_succeeds_and_its_loss_goes_down_in_both_spans(runs: dict[str, Any
         assert status["heldOut"]["latest"][span] < status["heldOut"]["before"][span] - 0.5
 
 
-def test_a_master_and_a_worker_train_to_the_loss_of_one_pod(cluster: Cluster, namespace: str, runs: dict[str, Any]) -> None:
+def test_a_master_and_a_worker_train_to_the_loss_of_one_pod(
+    cluster: Cluster, namespace: str, runs: dict[str, Any]
+) -> None:
     one, two = (runs[name]["status"]["heldOut"] for name in RUNS)
     assert one == two  # the same processes, batches and order of sums: nothing may differ
     child = runs["two-pods"]["status"]["steps"][1]["child"]["name"]
     job = json.loads(cluster.kubectl("get", "pytorchjob", child, "--namespace", namespace, "--output=json"))
-    assert {role: spec["replicas"] for role, spec in job["spec"]["pytorchReplicaSpecs"].items()} == {"Master": 1, "Worker": 1}
+    assert {role: spec["replicas"] for role, spec in job["spec"]["pytorchReplicaSpecs"].items()} == {
+        "Master": 1,
+        "Worker": 1,
+    }
 
 
-def test_the_student_is_evaluated_after_the_stage_as_the_trainer_measures_it(runs: dict[str, Any], s3_client: Any, namespace: str) -> None:
+def test_the_student_is_evaluated_after_the_stage_as_the_trainer_measures_it(
+    runs: dict[str, Any], s3_client: Any, namespace: str
+) -> None:
     found = []
     for name, run in runs.items():
         key = f"runs/{namespace}/{name}-{run['metadata']['uid'][:8]}/steps/vanilla-evaluate/evaluation.json"
-        evaluation = json.loads(s3_client.get_object(Bucket=run["spec"]["storage"]["bucket"], Key=key)["Body"].read())
+        evaluation = json.loads(
+            s3_client.get_object(Bucket=run["spec"]["storage"]["bucket"], Key=key)["Body"].read()
+        )
         trainers = run["status"]["steps"][1]["heldOut"]["latest"]
         for span in ("reasoning", "final"):
-            assert evaluation["heldOut"][span] == pytest.approx(trainers[span], abs=1e-4)  # vLLM's sums in other orders, float32
+            assert evaluation["heldOut"][span] == pytest.approx(
+                trainers[span], abs=1e-4
+            )  # vLLM's sums in other orders, float32
         assert sum(evaluation["validity"].values()) == evaluation["completions"] == 6
         assert run["status"]["steps"][2]["validity"] == evaluation["validity"].get("valid", 0) / 6
-        found.append({field: value for field, value in evaluation.items() if field not in ("run", "config", "checkpoint")})
+        found.append(
+            {
+                field: value
+                for field, value in evaluation.items()
+                if field not in ("run", "config", "checkpoint")
+            }
+        )
     assert found[0] == found[1], "the same weights answer the same"
 
 
-def test_everything_in_the_bucket_is_what_its_manifests_say(runs: dict[str, Any], environment: dict[str, str]) -> None:
+def test_everything_in_the_bucket_is_what_its_manifests_say(
+    runs: dict[str, Any], environment: dict[str, str]
+) -> None:
     bucket = runs["one-pod"]["spec"]["storage"]["bucket"]
     command = [sys.executable, "-m", "vpmoe.storage", "verify", f"s3://{bucket}"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -116,7 +144,10 @@ def test_everything_in_the_bucket_is_what_its_manifests_say(runs: dict[str, Any]
 
 def test_the_bucket_is_laid_out_as_documented(runs: dict[str, Any], s3_client: Any, namespace: str) -> None:
     run = runs["one-pod"]
-    keys = {entry["Key"] for entry in s3_client.list_objects_v2(Bucket=run["spec"]["storage"]["bucket"])["Contents"]}
+    keys = {
+        entry["Key"]
+        for entry in s3_client.list_objects_v2(Bucket=run["spec"]["storage"]["bucket"])["Contents"]
+    }
     dataset = f"datasets/{run['status']['provenance']['dataset']['id']}"
     folder = f"runs/{namespace}/one-pod-{run['metadata']['uid'][:8]}"
     parts = {
@@ -125,9 +156,15 @@ def test_the_bucket_is_laid_out_as_documented(runs: dict[str, Any], s3_client: A
         for part in (0, 1)
         for file in ("tokens.bin", "tokens.idx", "spans.bin", "spans.idx", "documents.parquet")
     }
-    assert keys >= parts | {f"{dataset}/manifest.json", f"{folder}/run.json", f"{folder}/steps/vanilla/progress.json"}
+    assert keys >= parts | {
+        f"{dataset}/manifest.json",
+        f"{folder}/run.json",
+        f"{folder}/steps/vanilla/progress.json",
+    }
     assert any(key.startswith(f"{folder}/steps/vanilla/metrics/") and key.endswith(".jsonl") for key in keys)
-    assert any(key.startswith(f"{folder}/checkpoints/vanilla/") and key.endswith("/manifest.json") for key in keys)
+    assert any(
+        key.startswith(f"{folder}/checkpoints/vanilla/") and key.endswith("/manifest.json") for key in keys
+    )
     assert not any(".probe/" in key for key in keys)
 
 
@@ -147,10 +184,14 @@ def test_every_pod_says_where_it_comes_from(cluster: Cluster, namespace: str, ru
 def test_what_kubectl_shows_reads_well(cluster: Cluster, namespace: str, runs: dict[str, Any]) -> None:
     shown = cluster.kubectl("get", "distillruns", "--namespace", namespace).splitlines()
     assert shown[0].split() == ["NAME", "PHASE", "STEP", "PROGRESS", "TOKENS/S", "LOSS", "AGE"]
-    assert {line.split()[0]: line.split()[1:4] for line in shown[1:]} == {name: ["Succeeded", "vanilla-evaluate", "100%"] for name in RUNS}
+    assert {line.split()[0]: line.split()[1:4] for line in shown[1:]} == {
+        name: ["Succeeded", "vanilla-evaluate", "100%"] for name in RUNS
+    }
     for column in ("TEACHER", "CONFIG"):
         assert column in cluster.kubectl("get", "drun", "--namespace", namespace, "--output=wide")
     described = cluster.kubectl("describe", "distillrun", "one-pod", "--namespace", namespace)
     assert "Succeeded" in described and "Events:" in described
     assert "OnPolicy" in cluster.kubectl("explain", "distillrun.spec.stages")
-    cluster.kubectl("wait", "--for=condition=Succeeded", "distillrun", "--all", "--namespace", namespace, "--timeout=5s")
+    cluster.kubectl(
+        "wait", "--for=condition=Succeeded", "distillrun", "--all", "--namespace", namespace, "--timeout=5s"
+    )

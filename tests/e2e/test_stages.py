@@ -24,10 +24,11 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from tests import install, sample, teachers
+from demo import sample
+from devcluster import ClusterError, install
+from devcluster.cluster import Cluster
 from tests.conftest import wait_until
-from tests.devcluster import ClusterError
-from tests.devcluster.cluster import Cluster
+from tests.fakes import tiny_teacher
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.timeout(2400)  # the first test waits for both runs
@@ -37,17 +38,29 @@ STAGES = [
     {"name": "rescored", "kind": "Rescored", "tokens": "16k", "subset": {"fraction": 0.6}, "mix": 0.65},
     {"name": "forced", "kind": "TeacherForced", "tokens": "8k"},
     {
-        "name": "onpolicy", "kind": "OnPolicy", "tokens": "14k", "anchor": 0.2, "staleness": 1, "require": {"validity": 0},
-        "rollout": {"promptsPerWindow": 6, "maxTokens": {"low": 24, "medium": 32, "high": 48}}, "maxSamplerKl": 1.0,
+        "name": "onpolicy",
+        "kind": "OnPolicy",
+        "tokens": "14k",
+        "anchor": 0.2,
+        "staleness": 1,
+        "require": {"validity": 0},
+        "rollout": {"promptsPerWindow": 6, "maxTokens": {"low": 24, "medium": 32, "high": 48}},
+        "maxSamplerKl": 1.0,
         "optimizer": {"learningRate": 3.0e-4, "warmupTokens": "2k"},
     },
-]  # fmt: skip
+]
 ROLES = ("onpolicy-sampler", "onpolicy-teacher", "onpolicy")
 STEPS = ("preprocess", "rescore", "vanilla", "rescored", "forced", *ROLES)
 MOST_PAUSES = {
-    "preprocess": [2.0], "rescore": [40.0], "vanilla": [20.0], "rescored": [20.0], "forced": [20.0],
-    "onpolicy-sampler": [60.0, 60.0], "onpolicy-teacher": [60.0, 60.0], "onpolicy": [40.0, 40.0],
-}  # fmt: skip
+    "preprocess": [2.0],
+    "rescore": [40.0],
+    "vanilla": [20.0],
+    "rescored": [20.0],
+    "forced": [20.0],
+    "onpolicy-sampler": [60.0, 60.0],
+    "onpolicy-teacher": [60.0, 60.0],
+    "onpolicy": [40.0, 40.0],
+}
 """Seconds after which a pod of each step is killed at the latest, once or twice. Loading vLLM is most of such a minute."""
 KILL_EVERYTHING = "import os; os.kill(-1, 9)"
 
@@ -60,9 +73,12 @@ class Bench:
         self.namespace = namespace
         self.name = f"stages-{secrets.token_hex(4)}"
         self.client: Any = boto3.client(
-            "s3", endpoint_url=cluster.s3.endpoint, aws_access_key_id=cluster.s3.access_key, aws_secret_access_key=cluster.s3.secret_key,
+            "s3",
+            endpoint_url=cluster.s3.endpoint,
+            aws_access_key_id=cluster.s3.access_key,
+            aws_secret_access_key=cluster.s3.secret_key,
             region_name="us-east-1",
-        )  # fmt: skip
+        )
 
     def kubectl(self, *arguments: str, input: str | None = None) -> str:
         return self.cluster.kubectl("--namespace", self.namespace, *arguments, input=input)
@@ -86,7 +102,9 @@ class Bench:
         return run
 
     def step(self, name: str, step: str) -> dict[str, Any]:
-        return next((of for of in self.get(name).get("status", {}).get("steps", []) if of["name"] == step), {})
+        return next(
+            (of for of in self.get(name).get("status", {}).get("steps", []) if of["name"] == step), {}
+        )
 
     def ended(self, name: str) -> bool:
         return self.get(name).get("status", {}).get("phase") in ("Succeeded", "Failed")
@@ -100,7 +118,16 @@ class Bench:
 
     def running_pod(self, run: str, step: str) -> dict[str, Any] | None:
         selector = f"vpmoe.dev/run={run},vpmoe.dev/step={step}"
-        pods = json.loads(self.kubectl("get", "pods", "--selector", selector, "--field-selector=status.phase=Running", "--output=json"))
+        pods = json.loads(
+            self.kubectl(
+                "get",
+                "pods",
+                "--selector",
+                selector,
+                "--field-selector=status.phase=Running",
+                "--output=json",
+            )
+        )
         return next((pod for pod in pods["items"] if "deletionTimestamp" not in pod["metadata"]), None)
 
     def kill_pod(self, run: str, step: str) -> bool:
@@ -109,15 +136,32 @@ class Bench:
         if pod is None:
             return False
         container = pod["spec"]["containers"][0]["name"]
-        with suppress(ClusterError):  # the connection breaks with the container; or the pod has ended meanwhile
-            self.kubectl("exec", pod["metadata"]["name"], "--container", container, "--", "python", "-c", KILL_EVERYTHING)
+        with suppress(
+            ClusterError
+        ):  # the connection breaks with the container; or the pod has ended meanwhile
+            self.kubectl(
+                "exec",
+                pod["metadata"]["name"],
+                "--container",
+                container,
+                "--",
+                "python",
+                "-c",
+                KILL_EVERYTHING,
+            )
         return True
 
     def kill_operator(self) -> None:
         self.cluster.kubectl(
-            "delete", "pods", "--namespace", install.NAMESPACE, "--selector", "app.kubernetes.io/name=distill-operator", "--force",
+            "delete",
+            "pods",
+            "--namespace",
+            install.NAMESPACE,
+            "--selector",
+            "app.kubernetes.io/name=distill-operator",
+            "--force",
             "--grace-period=0",
-        )  # fmt: skip
+        )
 
 
 def harry(bench: Bench, run: str, draw: random.Random, over: threading.Event, done: list[str]) -> None:
@@ -136,7 +180,9 @@ def harry(bench: Bench, run: str, draw: random.Random, over: threading.Event, do
             if time.monotonic() > operator:
                 bench.kill_operator()
                 done.append("operator")
-                operator = time.monotonic() + draw.uniform(90, 200)  # the next has to wait for the lease of one that dies: a minute
+                operator = time.monotonic() + draw.uniform(
+                    90, 200
+                )  # the next has to wait for the lease of one that dies: a minute
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +194,7 @@ def bench(cluster: Cluster, namespace: str, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("stages")
     for shard in sample.write(folder / "shards", shards=2):
         it.client.upload_file(str(shard), f"{it.name}-source", f"input/{shard.name}")
-    for file in teachers.write(folder / "teacher").iterdir():
+    for file in tiny_teacher.write(folder / "teacher").iterdir():
         it.client.upload_file(str(file), f"{it.name}-source", f"teacher/{file.name}")
     seed = secrets.randbelow(1 << 32)
     print(f"seed {seed}")
@@ -172,9 +218,13 @@ def bench(cluster: Cluster, namespace: str, tmp_path_factory: pytest.TempPathFac
 def test_a_run_through_all_kinds_of_stages_succeeds(bench: Bench, name: str) -> None:
     status = bench.get(name)["status"]
     assert status["phase"] == "Succeeded", status.get("message")
-    assert [(step["name"], step["state"]) for step in status["steps"]] == [(step, "Succeeded") for step in STEPS]
+    assert [(step["name"], step["state"]) for step in status["steps"]] == [
+        (step, "Succeeded") for step in STEPS
+    ]
     if name == "harried":
-        assert sum(step["attempt"] for step in status["steps"]) >= len(STEPS) + 2, "what was killed alive began anew"
+        assert sum(step["attempt"] for step in status["steps"]) >= len(STEPS) + 2, (
+            "what was killed alive began anew"
+        )
     else:
         assert [step["attempt"] for step in status["steps"]] == [1] * len(STEPS)
 
@@ -205,7 +255,10 @@ def test_whatever_was_killed_the_scores_are_the_same_bytes(bench: Bench) -> None
     made = []
     for name in ("calm", "harried"):
         bucket = f"{bench.name}-{name}"
-        keys = [entry["Key"] for entry in bench.client.list_objects_v2(Bucket=bucket, Prefix="scores/")["Contents"]]
+        keys = [
+            entry["Key"]
+            for entry in bench.client.list_objects_v2(Bucket=bucket, Prefix="scores/")["Contents"]
+        ]
         (key,) = [key for key in keys if key.endswith("/manifest.json")]
         found = bench.object(bucket, key)
         made.append((key, {subject["name"]: subject["digest"] for subject in found["subject"]}))
@@ -218,13 +271,32 @@ def test_whatever_was_killed_the_windows_are_the_same_bits(bench: Bench) -> None
     made = []
     for name in ("calm", "harried"):
         bucket = f"{bench.name}-{name}"
-        keys = [entry["Key"] for entry in bench.client.list_objects_v2(Bucket=bucket, Prefix="runs/")["Contents"]]
+        keys = [
+            entry["Key"] for entry in bench.client.list_objects_v2(Bucket=bucket, Prefix="runs/")["Contents"]
+        ]
         files = sorted(key for key in keys if "/rollouts/onpolicy/window-" in key)
-        tables = [pa.ipc.open_file(bench.client.get_object(Bucket=bucket, Key=key)["Body"].read()).read_all() for key in files]
+        tables = [
+            pa.ipc.open_file(bench.client.get_object(Bucket=bucket, Key=key)["Body"].read()).read_all()
+            for key in files
+        ]
         said = [json.loads(table.schema.metadata[b"vpmoe"]) for table in tables]
-        own = [{key: value for key, value in about.items() if key not in ("run", "config", "rollouts")} for about in said]
-        versions = {key.split("/")[-2] for key in keys if "/weights/onpolicy/" in key and key.endswith("/manifest.json")}
-        made.append(([file.rpartition("/")[2] for file in files], own, [table.to_pydict() for table in tables], versions))
+        own = [
+            {key: value for key, value in about.items() if key not in ("run", "config", "rollouts")}
+            for about in said
+        ]
+        versions = {
+            key.split("/")[-2]
+            for key in keys
+            if "/weights/onpolicy/" in key and key.endswith("/manifest.json")
+        }
+        made.append(
+            (
+                [file.rpartition("/")[2] for file in files],
+                own,
+                [table.to_pydict() for table in tables],
+                versions,
+            )
+        )
     assert made[0] == made[1]
     assert len(made[0][0]) == 2 * bench.step("calm", "onpolicy-sampler")["partsDone"]
     assert len(made[0][3]) >= 2
@@ -233,9 +305,11 @@ def test_whatever_was_killed_the_windows_are_the_same_bits(bench: Bench) -> None
 @pytest.mark.parametrize("name", ["calm", "harried"])
 def test_every_byte_is_what_its_manifest_says(bench: Bench, cluster: Cluster, name: str) -> None:
     environment = {
-        **os.environ, "AWS_ENDPOINT_URL": cluster.s3.endpoint, "AWS_ACCESS_KEY_ID": cluster.s3.access_key,
+        **os.environ,
+        "AWS_ENDPOINT_URL": cluster.s3.endpoint,
+        "AWS_ACCESS_KEY_ID": cluster.s3.access_key,
         "AWS_SECRET_ACCESS_KEY": cluster.s3.secret_key,
-    }  # fmt: skip
+    }
     command = [sys.executable, "-m", "vpmoe.storage", "verify", f"s3://{bench.name}-{name}"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -243,7 +317,12 @@ def test_every_byte_is_what_its_manifest_says(bench: Bench, cluster: Cluster, na
 
 def test_a_second_run_of_the_same_data_and_teacher_reuses_both_and_says_so(bench: Bench) -> None:
     bench.apply("again", f"{bench.name}-calm", [STAGES[0], {**STAGES[1], "mix": 0.3}])
-    wait_until(lambda: bench.step("again", "rescore").get("state") in ("Succeeded", "Failed"), "again has scores", seconds=180, every=1)
+    wait_until(
+        lambda: bench.step("again", "rescore").get("state") in ("Succeeded", "Failed"),
+        "again has scores",
+        seconds=180,
+        every=1,
+    )
     for step in ("preprocess", "rescore"):
         assert (bench.step("again", step)["reused"], bench.step("again", step)["message"]) == (True, "Reused")
     bench.kubectl("delete", "distillrun", "again", "--timeout=120s")

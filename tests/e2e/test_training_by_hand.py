@@ -27,10 +27,10 @@ import yaml
 from tests.conftest import S3
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Progress
+from vpmoe.checkpoint.train_state import end_of, iterations
 from vpmoe.model.shapes import SHAPES
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.manifest import Manifest
-from vpmoe.training.position import end_of, iterations
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,16 +49,32 @@ class Hand:
         path = self.folder / f"{name}.yaml"
         spec = {**self.spec, "student": {**self.spec["student"], **student}}
         path.write_text(
-            yaml.safe_dump({"apiVersion": "vpmoe.dev/v1alpha1", "kind": "DistillRun", "metadata": {"name": name}, "spec": spec})
+            yaml.safe_dump(
+                {
+                    "apiVersion": "vpmoe.dev/v1alpha1",
+                    "kind": "DistillRun",
+                    "metadata": {"name": name},
+                    "spec": spec,
+                }
+            )
         )
         return path
 
     def start(self, job: str, file: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
         process = subprocess.Popen(
-            [sys.executable, "-m", f"jobs.{job}", "--run", str(file), *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder), **environment},
+            [sys.executable, "-m", f"jobs.{job}", "--run", str(file), *arguments],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "CUDA_VISIBLE_DEVICES": "",
+                "OMP_NUM_THREADS": "1",
+                "TMPDIR": str(self.folder),
+                **environment,
+            },
             start_new_session=True,
-        )  # fmt: skip
+        )
         self.started.append(process)
         return process
 
@@ -71,9 +87,14 @@ class Hand:
 
 
 @pytest.fixture(scope="module")
-def hand(s3: S3, sample_parquet: list[Path], real_parquet: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hand]:
+def hand(
+    s3: S3, sample_parquet: list[Path], real_parquet: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Hand]:
     """A bucket with a prepared data set, for two Vanilla stages."""
-    stages = [{"name": "vanilla", "kind": "Vanilla", "tokens": 4100}, {"name": "second", "kind": "Vanilla", "tokens": 1000}]
+    stages = [
+        {"name": "vanilla", "kind": "Vanilla", "tokens": 4100},
+        {"name": "second", "kind": "Vanilla", "tokens": 1000},
+    ]
     with prepared(s3, [*sample_parquet, *real_parquet], tmp_path_factory.mktemp("by-hand"), stages) as it:
         yield it
 
@@ -84,7 +105,12 @@ def prepared(s3: S3, rows: list[Path], folder: Path, stages: list[dict[str, Any]
     name = f"by-hand-{secrets.token_hex(4)}"
     (s3.folder / name).mkdir()
     spec = {
-        "dataset": {"source": f"s3://{name}/input/*.parquet", "maxLength": 512, "validFraction": 0.15, "workers": 1},
+        "dataset": {
+            "source": f"s3://{name}/input/*.parquet",
+            "maxLength": 512,
+            "validFraction": 0.15,
+            "workers": 1,
+        },
         "teacher": {"model": f"s3://{name}/models/teacher"},
         "student": {"shape": "tiny", "gpus": 1},
         "training": {
@@ -188,10 +214,20 @@ def two_pods(hand: Hand) -> Path:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     pods = [
-        hand.start("train", file, "--step", "vanilla", PET_NNODES="2", PET_NODE_RANK=str(node), PET_MASTER_ADDR="127.0.0.1",
-                   PET_MASTER_PORT=port, RANK=str(node), WORLD_SIZE="2")
+        hand.start(
+            "train",
+            file,
+            "--step",
+            "vanilla",
+            PET_NNODES="2",
+            PET_NODE_RANK=str(node),
+            PET_MASTER_ADDR="127.0.0.1",
+            PET_MASTER_PORT=port,
+            RANK=str(node),
+            WORLD_SIZE="2",
+        )
         for node in range(2)
-    ]  # fmt: skip
+    ]
     logs = [pod.communicate(timeout=200)[1] for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], logs
     return file
@@ -199,35 +235,60 @@ def two_pods(hand: Hand) -> Path:
 
 def test_the_loss_goes_down_on_real_rows_in_both_spans(hand: Hand, left_alone: Path) -> None:
     said = progress(hand, left_alone)
-    assert said.state == "Succeeded" and said.held_out is not None and said.checkpoint is not None and said.dataset is not None
+    assert (
+        said.state == "Succeeded"
+        and said.held_out is not None
+        and said.checkpoint is not None
+        and said.dataset is not None
+    )
     before, after = said.held_out.before, said.held_out.latest
     assert before is not None and after is not None
     # 0.88 and 0.49 nats in the four steps of this recipe on the sample and real rows together
     assert after.reasoning < before.reasoning - 0.25 and after.final < before.final - 0.25  # type: ignore[operator]
     losses = [line["loss"] for line in lines(hand, left_alone, "step")]
-    assert len(losses) >= 4 and losses[-1] < losses[0] - 0.5  # 0.88 to 1.7: the order of the documents is another in every bucket
+    assert (
+        len(losses) >= 4 and losses[-1] < losses[0] - 0.5
+    )  # 0.88 to 1.7: the order of the documents is another in every bucket
     assert said.tokens is not None and said.tokens.done == said.tokens.total >= 4100
 
 
 def test_a_line_of_metrics_has_everything_that_is_always_logged(hand: Hand, left_alone: Path) -> None:
     line = lines(hand, left_alone, "step")[-1]
-    assert {"loss", "lossBySpan", "learningRate", "gradientNorm", "tokensPerSecond", "router", "exercises", "gpu", "epoch"} <= set(line)
+    assert {
+        "loss",
+        "lossBySpan",
+        "learningRate",
+        "gradientNorm",
+        "tokensPerSecond",
+        "router",
+        "exercises",
+        "gpu",
+        "epoch",
+    } <= set(line)
     assert sum(line["exercises"].values()) == pytest.approx(1) and line["learningRate"] == pytest.approx(1e-3)
     assert line["gpu"] == {"utilisation": None, "memoryHeadroom": None, "reason": "computed on the CPU"}
     assert sum(line["router"]["histogram"]["experts"]) == SHAPES["tiny"].moe_layers * SHAPES["tiny"].experts
     assert set(line["router"]["maxOverMean"]) == {"layers.1", "layers.2"}
     first, second = lines(hand, left_alone, "evaluation")
-    assert (first["step"], second["step"]) == (0, line["step"]) and second["heldOut"]["final"] < first["heldOut"]["final"]
+    assert (first["step"], second["step"]) == (0, line["step"]) and second["heldOut"]["final"] < first[
+        "heldOut"
+    ]["final"]
 
 
 def test_the_next_stage_goes_on_where_the_one_before_ended(hand: Hand, left_alone: Path) -> None:
     ended = last(hand, left_alone)
     (begun,) = lines(hand, left_alone, "start", "second")
     first = lines(hand, left_alone, "step", "second")[0]
-    assert begun["from"] == "where stage vanilla ended" and first["iteration"] == logged(hand, left_alone)[-1] + 1 and first["step"] == 1
+    assert (
+        begun["from"] == "where stage vanilla ended"
+        and first["iteration"] == logged(hand, left_alone)[-1] + 1
+        and first["step"] == 1
+    )
     assert first["loss"] < lines(hand, left_alone, "step")[0]["loss"] - 0.5
     second = progress(hand, left_alone, "second")
-    assert second.held_out is not None and second.held_out.before == progress(hand, left_alone).held_out.latest  # type: ignore[union-attr]
+    assert (
+        second.held_out is not None and second.held_out.before == progress(hand, left_alone).held_out.latest
+    )  # type: ignore[union-attr]
     reached = last(hand, left_alone, "second")
     assert reached.facts["position"]["firstSequence"] == ended.facts["position"]["nextSequence"]
     assert reached.inputs["checkpoint"].digest == {"sha256": ended.sha256}
@@ -244,7 +305,9 @@ def test_a_finished_stage_is_not_trained_again(hand: Hand, left_alone: Path) -> 
     assert end(hand, left_alone) == before and logged(hand, left_alone) == steps
 
 
-def test_a_killed_run_ends_at_the_same_bits_and_so_does_one_that_lost_a_checkpoint(hand: Hand, left_alone: Path, s3: S3) -> None:
+def test_a_killed_run_ends_at_the_same_bits_and_so_does_one_that_lost_a_checkpoint(
+    hand: Hand, left_alone: Path, s3: S3
+) -> None:
     file = hand.run_file("killed")
     steps = len(logged(hand, left_alone))
     kill_somewhere(hand, file, 1, steps)
@@ -260,12 +323,17 @@ def test_a_killed_run_ends_at_the_same_bits_and_so_does_one_that_lost_a_checkpoi
         content.seek(10**8)
         content.write(b"damage")
     log = hand.finish("train", file, "--step", "vanilla", "--attempt", "3")
-    assert re.search(rf"ERROR .*REFUSED: checkpoint .*/checkpoints/vanilla/{newest} cannot be used.*sha256 of block 11 is", log)
+    assert re.search(
+        rf"ERROR .*REFUSED: checkpoint .*/checkpoints/vanilla/{newest} cannot be used.*sha256 of block 11 is",
+        log,
+    )
     assert [condition.type for condition in progress(hand, file).conditions] == ["CheckpointRefused"]
     assert end(hand, file) == end(hand, left_alone)
 
 
-def test_two_processes_stopped_and_killed_end_at_the_same_bits_as_two_pods(hand: Hand, two_pods: Path) -> None:
+def test_two_processes_stopped_and_killed_end_at_the_same_bits_as_two_pods(
+    hand: Hand, two_pods: Path
+) -> None:
     file = hand.run_file("stopped", gpus=2)
     termination = hand.folder / "termination-log"
     termination.touch()
@@ -276,7 +344,9 @@ def test_two_processes_stopped_and_killed_end_at_the_same_bits_as_two_pods(hand:
     assert process.returncode == 143 and (said["class"], said["exit"]) == ("Terminated", 143)
     stopped = progress(hand, file)
     assert (
-        stopped.state == "Running" and stopped.checkpoint is not None and f"after step {stopped.checkpoint.iteration} of" in said["message"]
+        stopped.state == "Running"
+        and stopped.checkpoint is not None
+        and f"after step {stopped.checkpoint.iteration} of" in said["message"]
     )
 
     kill_somewhere(hand, file, stopped.checkpoint.iteration + 1, steps, "--attempt", "2")
@@ -290,6 +360,10 @@ def test_two_ranks_lose_what_one_does(hand: Hand, left_alone: Path, two_pods: Pa
     """Span means are over the whole global batch, so how it is spread over ranks does not change them."""
     one, two = lines(hand, left_alone, "step"), lines(hand, two_pods, "step")
     for ours, theirs in zip(two, one, strict=True):
-        assert ours["targets"] == theirs["targets"] and ours["exercises"] == theirs["exercises"] and ours["tokens"] == theirs["tokens"]
+        assert (
+            ours["targets"] == theirs["targets"]
+            and ours["exercises"] == theirs["exercises"]
+            and ours["tokens"] == theirs["tokens"]
+        )
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-4)
         assert ours["gradientNorm"] == pytest.approx(theirs["gradientNorm"], rel=1e-2)

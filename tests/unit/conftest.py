@@ -16,8 +16,8 @@ from tests.conftest import wait_until
 if TYPE_CHECKING:
     import torch
 
-    from tests.teachers import Remote
-    from vpmoe.rollout.engines import Engines
+    from tests.fakes.tiny_teacher import Remote
+    from vpmoe.inference.engine_pool import Engines
 
 LONGEST = 640
 """Tokens that the shared teacher and the shared sampler take at once."""
@@ -43,9 +43,9 @@ def device() -> "Iterator[torch.device]":
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a tiny random GPT-OSS in float32."""
-    from tests import teachers
+    from tests.fakes import tiny_teacher
 
-    return teachers.write(tmp_path_factory.mktemp("teacher"))
+    return tiny_teacher.write(tmp_path_factory.mktemp("teacher"))
 
 
 @contextmanager
@@ -57,17 +57,35 @@ def behind_vllm(module: str, model: Path, scratch: Path) -> Iterator[str]:
     scratch.chmod(0o777)
     address = str(scratch / "socket")
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-    user = ["setpriv", "--reuid=65532", "--regid=65532", "--clear-groups", "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    user = [
+        "setpriv",
+        "--reuid=65532",
+        "--regid=65532",
+        "--clear-groups",
+        "--inh-caps=+dac_read_search",
+        "--ambient-caps=+dac_read_search",
+    ]
     with (scratch / "log").open("wb") as log:
         process = subprocess.Popen(
             [*user, sys.executable, "-m", module, address, str(model), str(LONGEST)],
             cwd=Path(__file__).parents[2],
-            env={**kept, "HOME": "/nonexistent", "TMPDIR": str(scratch), "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"},
+            env={
+                **kept,
+                "HOME": "/nonexistent",
+                "TMPDIR": str(scratch),
+                "CUDA_VISIBLE_DEVICES": "",
+                "PYTHONDONTWRITEBYTECODE": "1",
+            },
             stdout=log,
             stderr=subprocess.STDOUT,
         )
     try:
-        wait_until(lambda: Path(address).exists() or process.poll() is not None, f"{module} has loaded its model", 240, every=0.2)
+        wait_until(
+            lambda: Path(address).exists() or process.poll() is not None,
+            f"{module} has loaded its model",
+            240,
+            every=0.2,
+        )
         assert process.poll() is None, (scratch / "log").read_text()
         yield address
     finally:
@@ -77,15 +95,15 @@ def behind_vllm(module: str, model: Path, scratch: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def teacher_address(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where that teacher answers, loaded once by vpmoe.teacher.scorer."""
-    with behind_vllm("tests.teachers", teacher, tmp_path_factory.mktemp("scorer")) as address:
+    """Where that teacher answers, loaded once by vpmoe.inference.teacher_engine."""
+    with behind_vllm("tests.fakes.tiny_teacher", teacher, tmp_path_factory.mktemp("scorer")) as address:
         yield address
 
 
 @pytest.fixture
 def scorer(teacher_address: str) -> Iterator["Remote"]:
     """The shared teacher, asked by this test."""
-    from tests.teachers import Remote
+    from tests.fakes.tiny_teacher import Remote
 
     with Remote(teacher_address, LONGEST) as remote:
         yield remote
@@ -94,7 +112,7 @@ def scorer(teacher_address: str) -> Iterator["Remote"]:
 @pytest.fixture(scope="module")
 def engines(device: "torch.device") -> "Iterator[Engines]":
     """The sampler's engine for `tiny`, started by the first test that loads weights into it."""
-    from vpmoe.rollout.engines import Engines
+    from vpmoe.inference.engine_pool import Engines
 
     with Engines(1, "tiny", LONGEST) as started:
         yield started

@@ -8,4 +8,15 @@ from vpmoe.api.run import DistillRun, load_run
 from vpmoe.api.spec import Spec
 from vpmoe.api.stages import OnPolicy, Rescored, Stage, StageFields, TeacherForced, Vanilla
 
-__all__ = ["DistillRun", "Invalid", "OnPolicy", "Rescored", "Spec", "Stage", "StageFields", "TeacherForced", "Vanilla", "load_run"]
+__all__ = [
+    "DistillRun",
+    "Invalid",
+    "OnPolicy",
+    "Rescored",
+    "Spec",
+    "Stage",
+    "StageFields",
+    "TeacherForced",
+    "Vanilla",
+    "load_run",
+]

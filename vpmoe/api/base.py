@@ -37,7 +37,11 @@ class Rule:
     def problems(self, model: BaseModel) -> list[str]:
         items = getattr(model, self.each) if self.each else (model,)
         found = (self.broken(model, item) for item in items)
-        return [self.message.format(**{name: show(value) for name, value in terms.items()}) for terms in found if terms is not None]
+        return [
+            self.message.format(**{name: show(value) for name, value in terms.items()})
+            for terms in found
+            if terms is not None
+        ]
 
     def validation(self) -> dict[str, str]:
         """The rule as an entry of x-kubernetes-validations."""
@@ -45,7 +49,11 @@ class Rule:
         if self.each:
             holds = f"self.{self.each}.all(s, {self.cel})"
             words = f"self.{self.each}.filter(s, !({self.cel})).map(s, {words})[0]"
-        entry = {"rule": holds, "messageExpression": words} if self.terms else {"rule": holds, "message": self.message}
+        entry = (
+            {"rule": holds, "messageExpression": words}
+            if self.terms
+            else {"rule": holds, "message": self.message}
+        )
         return {**entry, "fieldPath": f".{self.path}"} if self.path else entry
 
 
@@ -71,9 +79,15 @@ class Matches:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
         rule = f"self.matches({cel_string(f'^(?:{self.pattern})$')})"
-        return {**handler(schema), "maxLength": self.max_length, "x-kubernetes-validations": [{"rule": rule, "message": self.words}]}
+        return {
+            **handler(schema),
+            "maxLength": self.max_length,
+            "x-kubernetes-validations": [{"rule": rule, "message": self.words}],
+        }
 
     def _check(self, text: str) -> str:
         if len(text) > self.max_length or re.fullmatch(self.pattern, text) is None:
@@ -100,7 +114,9 @@ class Model(BaseModel):
     rules: ClassVar[tuple[Rule, ...]] = ()
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
         described = handler.resolve_ref_schema(handler(schema))
         if cls.rules:
             described["x-kubernetes-validations"] = [rule.validation() for rule in cls.rules]

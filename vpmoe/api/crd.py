@@ -14,7 +14,13 @@ from vpmoe.api.text import write_yaml
 
 COLUMNS = (
     ("Phase", "string", ".status.phase", 0, "What has become of the run."),
-    ("Step", "string", ".status.step", 0, "The step that is running or was last running; of several, the one that trains."),
+    (
+        "Step",
+        "string",
+        ".status.step",
+        0,
+        "The step that is running or was last running; of several, the one that trains.",
+    ),
     ("Progress", "string", ".status.progress", 0, "How much of the whole run is done."),
     ("Tokens/s", "number", ".status.tokensPerSecond", 0, "Speed of that step."),
     ("Loss", "number", ".status.loss", 0, "Loss of the latest optimizer step."),
@@ -26,9 +32,14 @@ COLUMNS = (
 
 def immutable(spec: Schema) -> list[dict[str, str]]:
     """Once the first step has started, only what is in MUTABLE may change. They read status, so they are rules of the whole object."""
-    started = "has(oldSelf.status) && has(oldSelf.status.steps) && oldSelf.status.steps.exists(s, has(s.started))"
+    started = (
+        "has(oldSelf.status) && has(oldSelf.status.steps) && oldSelf.status.steps.exists(s, has(s.started))"
+    )
     only = "cannot change after the first step has started: only suspend, ttlAfterFinished, deletionPolicy and runtime.attempts can. "
-    parts = [("spec", spec, (*MUTABLE, "runtime")), ("spec.runtime", spec["properties"]["runtime"], MUTABLE_RUNTIME)]
+    parts = [
+        ("spec", spec, (*MUTABLE, "runtime")),
+        ("spec.runtime", spec["properties"]["runtime"], MUTABLE_RUNTIME),
+    ]
     return [
         {
             "rule": f"!({started}) || {_same(parent, field, schema)}",
@@ -53,7 +64,11 @@ def crd() -> dict[str, Any]:
     """The whole CustomResourceDefinition."""
     spec = saying_defaults(structural(Spec.model_json_schema()))
     status = without_defaults(structural(Status.model_json_schema()))
-    named = {"rule": f"self.metadata.name.matches('^(?:{RUN_NAME.pattern})$')", "message": RUN_NAME.words, "fieldPath": ".metadata.name"}
+    named = {
+        "rule": f"self.metadata.name.matches('^(?:{RUN_NAME.pattern})$')",
+        "message": RUN_NAME.words,
+        "fieldPath": ".metadata.name",
+    }
     schema = {
         "type": "object",
         "description": DistillRun.__doc__,
@@ -68,7 +83,13 @@ def crd() -> dict[str, Any]:
         "x-kubernetes-validations": [named, *immutable(spec)],
     }
     columns = [
-        {"name": name.upper(), "type": kind, "jsonPath": path, "priority": priority, "description": description}
+        {
+            "name": name.upper(),
+            "type": kind,
+            "jsonPath": path,
+            "priority": priority,
+            "description": description,
+        }
         for name, kind, path, priority, description in COLUMNS
     ]
     return {

@@ -16,7 +16,9 @@ SOURCE = Matches(
     max_length=1024,
 )
 MONTH = Matches(r"[0-9]{4}-(0[1-9]|1[0-2])", "must be a month as a string, such as 2024-06")
-DAY = Matches(r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])", 'must be a day as a string, such as "2026-01-01"')
+DAY = Matches(
+    r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])", 'must be a day as a string, such as "2026-01-01"'
+)
 
 
 class Sampling(Model):
@@ -52,7 +54,9 @@ class Dataset(Model):
     source: Annotated[str, SOURCE]
     """Parquet shards in the SYNTH columns: s3://bucket/path/*.parquet on the endpoint of spec.storage, or hf://owner/name@revision of
     a Hugging Face data set (no revision: the newest, resolved to its commit once and written into the run)."""
-    max_length: Annotated[int, Field(ge=16, le=1_048_576, json_schema_extra={"inherits": "training.sequenceLength"})]
+    max_length: Annotated[
+        int, Field(ge=16, le=1_048_576, json_schema_extra={"inherits": "training.sequenceLength"})
+    ]
     """Longest document in tokens, its end-of-document token included; longer ones are dropped and counted. At most
     training.sequenceLength, which is the default. Lower drops more text."""
     valid_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.001

@@ -38,7 +38,9 @@ def _miscounted(detail: ErrorDetails) -> bool:
 def _path(detail: ErrorDetails) -> tuple[str | int, ...]:
     """The place of a problem without the union tags that pydantic puts behind a stage's index."""
     loc = detail["loc"]
-    return tuple(part for i, part in enumerate(loc) if not (i and isinstance(loc[i - 1], int) and part in _KIND_NAMES))
+    return tuple(
+        part for i, part in enumerate(loc) if not (i and isinstance(loc[i - 1], int) and part in _KIND_NAMES)
+    )
 
 
 def _dotted(path: tuple[str | int, ...]) -> str:
@@ -48,7 +50,13 @@ def _dotted(path: tuple[str | int, ...]) -> str:
 
 def _was_written(written: Any, path: tuple[str | int, ...], kind: str) -> bool:
     for part in path[:-1] if kind == "missing" else path:
-        known = range(len(written)) if isinstance(written, list | tuple) else written if isinstance(written, Mapping) else ()
+        known = (
+            range(len(written))
+            if isinstance(written, list | tuple)
+            else written
+            if isinstance(written, Mapping)
+            else ()
+        )
         if part in known:
             written = written[part]
         elif part != "[key]":

@@ -22,11 +22,15 @@ _VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 def label_value(key: str, value: str) -> str:
     """`value`, if Kubernetes takes it as the value of a label. ValueError otherwise."""
     if _VALUE.fullmatch(value) is None:
-        raise ValueError(f"label {key}: {value!r} is not a label value (at most 63 letters, digits, '-', '_' and '.')")
+        raise ValueError(
+            f"label {key}: {value!r} is not a label value (at most 63 letters, digits, '-', '_' and '.')"
+        )
     return value
 
 
-def labels(run: str, *, step: str, attempt: int, git_sha: str, config: str, dataset: str | None = None) -> dict[str, str]:
+def labels(
+    run: str, *, step: str, attempt: int, git_sha: str, config: str, dataset: str | None = None
+) -> dict[str, str]:
     """Labels of an object of a run's step: hashes by their first 16 hex digits; no dataset label before the data set is known."""
     facts = {RUN: run, STEP: step, ATTEMPT: str(attempt), GIT_SHA: git_sha[:SHORT], CONFIG: config[:SHORT]}
     if dataset is not None:
@@ -34,7 +38,9 @@ def labels(run: str, *, step: str, attempt: int, git_sha: str, config: str, data
     return {key: label_value(key, value) for key, value in facts.items()}
 
 
-def annotations(run: str, *, step: str, attempt: int, git_sha: str, config: str, dataset: str | None = None) -> dict[str, str]:
+def annotations(
+    run: str, *, step: str, attempt: int, git_sha: str, config: str, dataset: str | None = None
+) -> dict[str, str]:
     """The same facts in full."""
     facts = {RUN: run, STEP: step, ATTEMPT: str(attempt), GIT_SHA: git_sha, CONFIG: config}
     if dataset is not None:

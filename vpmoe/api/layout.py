@@ -3,16 +3,11 @@
 Pure arithmetic over the specification. The sums that must come out are rules of Spec (spec.py), so a Spec that exists has a layout.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from vpmoe.api.stages import OnPolicy, TeacherForced
-
-if TYPE_CHECKING:
-    from vpmoe.api.spec import Spec
-    from vpmoe.api.stages import StageFields
+from vpmoe.api.stages import OnPolicy, StageFields, TeacherForced
+from vpmoe.api.student import Student
+from vpmoe.api.training import Training
 
 EXPERTS = {"vpmoe-6b": 256, "tiny": 8}
 """Experts of each student shape. vpmoe.model.shapes holds the shapes themselves, and a test of it compares the two."""
@@ -43,33 +38,36 @@ class Layout:
     """Positions of one optimizer step, padding included: sequences × training.sequenceLength, at most training.globalBatchTokens."""
 
 
-def ranks(spec: Spec, stage: StageFields) -> int:
+def ranks(student: Student, stage: StageFields) -> int:
     """Training processes of a stage: the student's GPUs, less those that an OnPolicy stage samples on."""
-    return spec.student.gpus - (stage.sampler.gpus if isinstance(stage, OnPolicy) else 0)
+    return student.gpus - (stage.sampler.gpus if isinstance(stage, OnPolicy) else 0)
 
 
-def pod_size(spec: Spec, stage: StageFields) -> int:
+def pod_size(student: Student, stage: StageFields) -> int:
     """Training processes of one pod, at most gpusPerPod."""
-    return min(ranks(spec, stage), spec.student.gpus_per_pod or spec.student.gpus)
+    return min(ranks(student, stage), student.gpus_per_pod or student.gpus)
 
 
-def layout(spec: Spec, stage: StageFields) -> Layout:
+def layout(student: Student, training: Training, stage: StageFields) -> Layout:
     """The layout of one stage of a specification."""
-    world, size = ranks(spec, stage), pod_size(spec, stage)
-    per_rank = spec.training.global_batch_tokens // (spec.training.sequence_length * world)
+    world, size = ranks(student, stage), pod_size(student, stage)
+    per_rank = training.global_batch_tokens // (training.sequence_length * world)
     return Layout(
         ranks=world,
         pods=world // size,
         processes_per_pod=size,
         first_pod_gpus=size + isinstance(stage, TeacherForced),
         data_parallel=world,
-        expert_parallel=spec.student.expert_parallel,
+        expert_parallel=student.expert_parallel,
         sequences_per_rank=per_rank,
         sequences_per_step=per_rank * world,
-        tokens_per_step=per_rank * world * spec.training.sequence_length,
+        tokens_per_step=per_rank * world * training.sequence_length,
     )
 
 
-def largest_pod(spec: Spec, stage: StageFields) -> int:
+def largest_pod(student: Student, stage: StageFields) -> int:
     """GPUs of the stage's largest pod: of its first that trains, or of the one that samples for an OnPolicy stage."""
-    return max(layout(spec, stage).first_pod_gpus, stage.sampler.gpus if isinstance(stage, OnPolicy) else 0)
+    return max(
+        pod_size(student, stage) + isinstance(stage, TeacherForced),
+        stage.sampler.gpus if isinstance(stage, OnPolicy) else 0,
+    )

@@ -54,7 +54,12 @@ def format_tokens(count: int) -> str:
 
 def parse_duration(value: object) -> int:
     """Seconds in a text such as "1h30m", with d, h, m, s in this order. ValueError says what to write."""
-    if not isinstance(value, str) or not value or len(value) > _LONGEST or re.fullmatch(_DURATION, value) is None:
+    if (
+        not isinstance(value, str)
+        or not value
+        or len(value) > _LONGEST
+        or re.fullmatch(_DURATION, value) is None
+    ):
         raise ValueError(DURATION_WORDS)
     return sum(int(number) * _SECONDS[unit] for number, unit in re.findall(r"([0-9]+)([dhms])", value))
 
@@ -91,15 +96,23 @@ class TokenCount:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self._parse, handler(source))
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
         well_formed, count = cel_is_tokens("self"), cel_tokens("self")
         return {
             "anyOf": [{"type": "integer"}, {"type": "string"}],
             "x-kubernetes-int-or-string": True,
             "maxLength": _LONGEST,
             "x-kubernetes-validations": [
-                {"rule": f"{well_formed} && ({count} > {MOST_TOKENS}.0 || {count} == double(int({count})))", "message": TOKENS_WORDS},
-                {"rule": f"!{well_formed} || ({count} >= {self.least}.0 && {count} <= {MOST_TOKENS}.0)", "message": self._bounds()},
+                {
+                    "rule": f"{well_formed} && ({count} > {MOST_TOKENS}.0 || {count} == double(int({count})))",
+                    "message": TOKENS_WORDS,
+                },
+                {
+                    "rule": f"!{well_formed} || ({count} >= {self.least}.0 && {count} <= {MOST_TOKENS}.0)",
+                    "message": self._bounds(),
+                },
             ],
         }
 
@@ -121,9 +134,13 @@ class Seconds:
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         write = core_schema.plain_serializer_function_ser_schema(format_duration)
-        return core_schema.no_info_before_validator_function(self._parse, handler(source), serialization=write)
+        return core_schema.no_info_before_validator_function(
+            self._parse, handler(source), serialization=write
+        )
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
         rule = f"self != '' && self.matches({cel_string(f'^{_DURATION}$')})"
         words = [{"rule": rule, "message": DURATION_WORDS}]
         return {"type": "string", "unit": "seconds", "maxLength": _LONGEST, "x-kubernetes-validations": words}
@@ -141,7 +158,9 @@ class QuantityText:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self._parse, handler(source))
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
         rule = f"type(self) == int ? self >= 0 : self.matches({cel_string(f'^{_QUANTITY}$')})"
         return {
             "anyOf": [{"type": "integer"}, {"type": "string"}],

@@ -3,28 +3,30 @@
 What a Rule is, is base.py's business; how a problem is worded around its sentence, invalid.py's.
 """
 
-from typing import TYPE_CHECKING
-
 from vpmoe.api.base import Rule
 from vpmoe.api.layout import EXPERTS, pod_size, ranks
 from vpmoe.api.quantities import cel_is_tokens, cel_tokens
+from vpmoe.api.spec_fields import SpecFields
 from vpmoe.api.stages import OPTIMIZER_OF_KIND, OnPolicy, Require, Stage, StageFields, Vanilla
 from vpmoe.api.training import Optimizer
-
-if TYPE_CHECKING:
-    from vpmoe.api.spec import Spec
 
 # CEL for what layout.py computes, over `self` (the spec) and `s` (a stage as the API server stores it).
 _SAMPLER = "(has(s.sampler) && has(s.sampler.gpus) ? s.sampler.gpus : (self.student.gpus + 1) / 2)"
 _RANKS = f"(self.student.gpus - (s.kind == 'OnPolicy' ? {_SAMPLER} : 0))"
 _POD = f"(has(self.student.gpusPerPod) && self.student.gpusPerPod < {_RANKS} ? self.student.gpusPerPod : {_RANKS})"
-_EXPERTS = "(" + " : ".join(f"self.student.shape == '{shape}' ? {experts}" for shape, experts in EXPERTS.items()) + " : 0)"
+_EXPERTS = (
+    "("
+    + " : ".join(f"self.student.shape == '{shape}' ? {experts}" for shape, experts in EXPERTS.items())
+    + " : 0)"
+)
 _IS_BATCH = cel_is_tokens("self.training.globalBatchTokens")
 _BATCH = cel_tokens("self.training.globalBatchTokens")
 _COMMON_LOW, _COMMON_PEAK = "self.training.optimizer.minLearningRate", "self.training.optimizer.learningRate"
 _PEAK = (
     "(has(s.optimizer) && has(s.optimizer.learningRate) ? s.optimizer.learningRate : "
-    + "".join(f"s.kind == '{kind}' ? {changed['learningRate']} : " for kind, changed in OPTIMIZER_OF_KIND.items())
+    + "".join(
+        f"s.kind == '{kind}' ? {changed['learningRate']} : " for kind, changed in OPTIMIZER_OF_KIND.items()
+    )
     + f"{_COMMON_PEAK})"
 )
 _LOW = f"(has(s.optimizer) && has(s.optimizer.minLearningRate) ? s.optimizer.minLearningRate : {_COMMON_LOW})"
@@ -36,72 +38,98 @@ def _too_low(optimizer: Optimizer) -> dict[str, object] | None:
     return {"low": low, "peak": peak} if low > peak else None
 
 
-def _too_low_for_stage(spec: "Spec", stage: StageFields) -> dict[str, object] | None:
+def _too_low_for_stage(spec: SpecFields, stage: StageFields) -> dict[str, object] | None:
     terms = None if _too_low(spec.training.optimizer) else _too_low(stage.optimizer)
     return {"stage": stage.name, **terms} if terms else None
 
 
-def _repeated(spec: "Spec") -> dict[str, object] | None:
+def _repeated(spec: SpecFields) -> dict[str, object] | None:
     names = [stage.name for stage in spec.stages]
     twice = [name for i, name in enumerate(names) if name in names[:i]]
     return {"name": twice[0]} if twice else None
 
 
-def _uneven_experts(spec: "Spec") -> dict[str, object] | None:
+def _uneven_experts(spec: SpecFields) -> dict[str, object] | None:
     shape, parallel = spec.student.shape, spec.student.expert_parallel
-    return {"parallel": parallel, "experts": EXPERTS[shape], "shape": shape} if EXPERTS[shape] % parallel else None
+    return (
+        {"parallel": parallel, "experts": EXPERTS[shape], "shape": shape}
+        if EXPERTS[shape] % parallel
+        else None
+    )
 
 
-def _no_ranks(spec: "Spec", stage: StageFields) -> dict[str, object] | None:
-    if not isinstance(stage, OnPolicy) or ranks(spec, stage) >= 1:
+def _no_ranks(spec: SpecFields, stage: StageFields) -> dict[str, object] | None:
+    if not isinstance(stage, OnPolicy) or ranks(spec.student, stage) >= 1:
         return None
     return {"stage": stage.name, "gpus": spec.student.gpus, "sampler": stage.sampler.gpus}
 
 
-def _uneven_ranks(spec: "Spec", stage: StageFields) -> dict[str, object] | None:
-    world, parallel = ranks(spec, stage), spec.student.expert_parallel
-    return {"stage": stage.name, "ranks": world, "parallel": parallel} if world > 0 and world % parallel else None
+def _uneven_ranks(spec: SpecFields, stage: StageFields) -> dict[str, object] | None:
+    world, parallel = ranks(spec.student, stage), spec.student.expert_parallel
+    return (
+        {"stage": stage.name, "ranks": world, "parallel": parallel}
+        if world > 0 and world % parallel
+        else None
+    )
 
 
-def _uneven_pods(spec: "Spec", stage: StageFields) -> dict[str, object] | None:
-    world, size = ranks(spec, stage), pod_size(spec, stage)
+def _uneven_pods(spec: SpecFields, stage: StageFields) -> dict[str, object] | None:
+    world, size = ranks(spec.student, stage), pod_size(spec.student, stage)
     return {"stage": stage.name, "ranks": world, "size": size} if world > 0 and world % size else None
 
 
-def _several_pods(spec: "Spec", stage: StageFields) -> dict[str, object] | None:
-    world, size = ranks(spec, stage), pod_size(spec, stage)
-    return {"stage": stage.name, "ranks": world, "size": size} if spec.runtime.backend == "Job" and world > size else None
+def _several_pods(spec: SpecFields, stage: StageFields) -> dict[str, object] | None:
+    world, size = ranks(spec.student, stage), pod_size(spec.student, stage)
+    return (
+        {"stage": stage.name, "ranks": world, "size": size}
+        if spec.runtime.backend == "Job" and world > size
+        else None
+    )
 
 
-def _small_batch(spec: "Spec", stage: StageFields) -> dict[str, object] | None:
-    world, length, batch = ranks(spec, stage), spec.training.sequence_length, spec.training.global_batch_tokens
+def _small_batch(spec: SpecFields, stage: StageFields) -> dict[str, object] | None:
+    world, length, batch = (
+        ranks(spec.student, stage),
+        spec.training.sequence_length,
+        spec.training.global_batch_tokens,
+    )
     if world < 1 or batch >= world * length:
         return None
     return {"batch": batch, "stage": stage.name, "ranks": world, "length": length, "least": world * length}
 
 
-def _nothing_sampled(spec: "Spec", stage: Stage) -> dict[str, object] | None:
+def _nothing_sampled(spec: SpecFields, stage: Stage) -> dict[str, object] | None:
     asks = stage.stop is not None and stage.stop.min_validity > 0 and not isinstance(stage, OnPolicy)
     return {"stage": stage.name, "kind": stage.kind} if asks else None
 
 
-def _nothing_held_out(spec: "Spec", stage: Stage) -> dict[str, object] | None:
+def _nothing_held_out(spec: SpecFields, stage: Stage) -> dict[str, object] | None:
     asks = stage.stop is not None and not isinstance(stage, OnPolicy)
     return {"stage": stage.name} if asks and spec.evaluation.documents == 0 else None
 
 
-def _no_teacher(spec: "Spec", stage: Stage) -> dict[str, object] | None:
-    return {"stage": stage.name, "kind": stage.kind} if spec.teacher.gpus == 0 and not isinstance(stage, Vanilla) else None
+def _no_teacher(spec: SpecFields, stage: Stage) -> dict[str, object] | None:
+    return (
+        {"stage": stage.name, "kind": stage.kind}
+        if spec.teacher.gpus == 0 and not isinstance(stage, Vanilla)
+        else None
+    )
 
 
-def _nothing_before(spec: "Spec", stage: StageFields) -> dict[str, object] | None:
+def _nothing_before(spec: SpecFields, stage: StageFields) -> dict[str, object] | None:
     required = _required(stage)
-    return {"stage": stage.name, "validity": required} if required and stage.name == spec.stages[0].name else None
+    return (
+        {"stage": stage.name, "validity": required}
+        if required and stage.name == spec.stages[0].name
+        else None
+    )
 
 
-def _not_measured(spec: "Spec", stage: StageFields) -> dict[str, object] | None:
+def _not_measured(spec: SpecFields, stage: StageFields) -> dict[str, object] | None:
     required = _required(stage)
-    return {"stage": stage.name, "validity": required} if required and spec.evaluation.completions == 0 else None
+    return (
+        {"stage": stage.name, "validity": required} if required and spec.evaluation.completions == 0 else None
+    )
 
 
 def _required(stage: StageFields) -> float:
@@ -128,7 +156,11 @@ RULES = (
         "{parallel} does not divide the {experts} experts of {shape}. Use 1, 2, 4, …, {experts}.",
         cel=f"{_EXPERTS} % self.student.expertParallel == 0",
         broken=lambda spec, _: _uneven_experts(spec),
-        terms={"parallel": "self.student.expertParallel", "experts": f"{_EXPERTS}", "shape": "self.student.shape"},
+        terms={
+            "parallel": "self.student.expertParallel",
+            "experts": f"{_EXPERTS}",
+            "shape": "self.student.shape",
+        },
     ),
     Rule(
         "training.optimizer",

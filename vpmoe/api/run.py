@@ -65,7 +65,12 @@ class DistillRun(Model):
     def parse(cls, written: Any, source: str = "DistillRun") -> Self:
         """A run from the mapping of its file or of an API server's answer. Invalid names everything that is wrong with it."""
         if not isinstance(written, dict):
-            raise Invalid([f"a DistillRun is a mapping with apiVersion, kind, metadata and spec, not {type(written).__name__}"], source)
+            raise Invalid(
+                [
+                    f"a DistillRun is a mapping with apiVersion, kind, metadata and spec, not {type(written).__name__}"
+                ],
+                source,
+            )
         body = {key: value for key, value in written.items() if key != "status"}
         try:
             return cls.model_validate(body)
@@ -76,7 +81,9 @@ class DistillRun(Model):
     def _config(self) -> dict[str, Any]:
         spec = self.spec.model_dump(mode="json", by_alias=True)
         spec = {field: value for field, value in spec.items() if field not in MUTABLE}
-        spec["runtime"] = {field: value for field, value in spec["runtime"].items() if field not in MUTABLE_RUNTIME}
+        spec["runtime"] = {
+            field: value for field, value in spec["runtime"].items() if field not in MUTABLE_RUNTIME
+        }
         return {"apiVersion": self.api_version, "kind": self.kind, "spec": spec}
 
     def config(self) -> dict[str, Any]:
@@ -93,7 +100,12 @@ class DistillRun(Model):
         """The configuration with the metadata that it belongs to: what jobs are given as their run file."""
         metadata = self.metadata.model_dump(mode="json", exclude_none=True)
         config = self.config()
-        return {"apiVersion": config["apiVersion"], "kind": config["kind"], "metadata": metadata, "spec": config["spec"]}
+        return {
+            "apiVersion": config["apiVersion"],
+            "kind": config["kind"],
+            "metadata": metadata,
+            "spec": config["spec"],
+        }
 
     @property
     def uid8(self) -> str:
@@ -105,7 +117,9 @@ class DistillRun(Model):
         for stage in self.spec.stages:
             if stage.name == name:
                 return stage
-        raise KeyError(f"{name} is no stage of {self.metadata.name}: it has {', '.join(stage.name for stage in self.spec.stages)}")
+        raise KeyError(
+            f"{name} is no stage of {self.metadata.name}: it has {', '.join(stage.name for stage in self.spec.stages)}"
+        )
 
     def steps(self) -> tuple[str, ...]:
         """The run's steps in order: preprocess, rescore where a stage is Rescored, then each stage's (steps_of)."""

@@ -10,7 +10,9 @@ from vpmoe.api.storage import SECRET
 
 Role = Literal["preprocess", "rescore", "train", "teacher", "sampler", "evaluate", "report"]
 
-NAME = Matches(r"|[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", "must be the name of an object in the cluster, or empty", 253)
+NAME = Matches(
+    r"|[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", "must be the name of an object in the cluster, or empty", 253
+)
 LabelKey = Annotated[str, Field(max_length=317)]
 LabelValue = Annotated[str, Field(max_length=63)]
 Quantity = Annotated[str, QuantityText()]

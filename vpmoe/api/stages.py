@@ -13,7 +13,17 @@ from vpmoe.api.dataset import PositiveShare, Share
 from vpmoe.api.quantities import Tokens
 from vpmoe.api.training import Optimizer
 
-BUILT_IN_STEPS = ("preprocess", "rescore", "score", "teacher", "sampler", "evaluate", "report", "train", "config")
+BUILT_IN_STEPS = (
+    "preprocess",
+    "rescore",
+    "score",
+    "teacher",
+    "sampler",
+    "evaluate",
+    "report",
+    "train",
+    "config",
+)
 """Names of steps, children and volumes that a stage may not take: its children would be called like theirs."""
 
 STAGE_NAME = Matches(
@@ -92,9 +102,13 @@ class Subset(Model):
     """Share of the data set's assistant tokens to score at most, between 0 and 1. The smaller of this and tokens wins."""
     prefer: Literal["longReasoning", "none"] = "longReasoning"
     """Which documents come first: longReasoning, those with the most reasoning tokens; none, in a seeded order."""
-    exercises: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=64)], ...], Strict(False), Field(max_length=32)] = ()
+    exercises: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=64)], ...], Strict(False), Field(max_length=32)
+    ] = ()
     """Exercises to choose from, balanced; empty means all of them."""
-    languages: Annotated[tuple[Annotated[str, Field(min_length=1, max_length=64)], ...], Strict(False), Field(max_length=32)] = ()
+    languages: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=64)], ...], Strict(False), Field(max_length=32)
+    ] = ()
     """Languages to choose from, balanced; empty means all of them."""
 
 
@@ -120,7 +134,9 @@ class Confidence(Model):
             "",
             "1 does not lie between min {min} and max {max}, and the mean weight is always 1. Move the bound that is on the wrong side.",
             cel="self.min > self.max || (self.min <= 1.0 && self.max >= 1.0)",
-            broken=lambda c, _: {"min": c.min, "max": c.max} if c.min <= c.max and not c.min <= 1 <= c.max else None,
+            broken=lambda c, _: (
+                {"min": c.min, "max": c.max} if c.min <= c.max and not c.min <= 1 <= c.max else None
+            ),
             terms={"min": "self.min", "max": "self.max"},
         ),
     )

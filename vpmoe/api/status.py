@@ -157,9 +157,13 @@ class Status(Record):
     """When the first step started."""
     finished: datetime | None = None
     """When the run succeeded or failed."""
-    conditions: Annotated[tuple[Condition, ...], Field(max_length=16, json_schema_extra={"listMapKey": "type"})] = ()
+    conditions: Annotated[
+        tuple[Condition, ...], Field(max_length=16, json_schema_extra={"listMapKey": "type"})
+    ] = ()
     """Aspects of the run, each by its type."""
-    steps: Annotated[tuple[Step, ...], Field(max_length=MOST_STEPS, json_schema_extra={"listMapKey": "name"})] = ()
+    steps: Annotated[
+        tuple[Step, ...], Field(max_length=MOST_STEPS, json_schema_extra={"listMapKey": "name"})
+    ] = ()
     """Steps in the order in which they start; rescore runs beside Vanilla stages, and an OnPolicy stage's sampler and teacher beside it."""
     provenance: Provenance | None = None
     """What the run was made by and from."""

@@ -9,9 +9,19 @@ from vpmoe.api.quantities import Tokens
 from vpmoe.api.student import S3_FOLDER
 
 ENDPOINT = Matches(r"https?://[^/?#\s]+/?", "must be https://host or http://host:port, without a path")
-BUCKET = Matches(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", "must be a bucket name: 3 to 63 lowercase letters, digits, dots and hyphens", 63)
-PREFIX = Matches(r"|[^/\s][^\s]*[^/\s]|[^/\s]", "must be a path inside the bucket without a slash at either end, or empty", 512)
-SECRET = Matches(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", "must be the name of a Secret in the run's namespace", 253)
+BUCKET = Matches(
+    r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]",
+    "must be a bucket name: 3 to 63 lowercase letters, digits, dots and hyphens",
+    63,
+)
+PREFIX = Matches(
+    r"|[^/\s][^\s]*[^/\s]|[^/\s]",
+    "must be a path inside the bucket without a slash at either end, or empty",
+    512,
+)
+SECRET = Matches(
+    r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", "must be the name of a Secret in the run's namespace", 253
+)
 
 
 class Storage(Model):

@@ -15,9 +15,20 @@ from vpmoe.api.quantities import format_duration, format_tokens
 Schema = dict[str, Any]
 
 _KEPT = (
-    "type", "format", "enum", "pattern", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "maxProperties",
-    "x-kubernetes-int-or-string", "x-kubernetes-validations",
-)  # fmt: skip
+    "type",
+    "format",
+    "enum",
+    "pattern",
+    "minimum",
+    "maximum",
+    "minLength",
+    "maxLength",
+    "minItems",
+    "maxItems",
+    "maxProperties",
+    "x-kubernetes-int-or-string",
+    "x-kubernetes-validations",
+)
 _RULES = "x-kubernetes-validations"
 
 
@@ -46,7 +57,9 @@ def _everywhere(schema: Schema, change: Callable[[Schema], Schema]) -> Schema:
     """A structural schema with each of its nodes changed."""
     changed = dict(change(schema))
     if "properties" in changed:
-        changed["properties"] = {name: _everywhere(member, change) for name, member in changed["properties"].items()}
+        changed["properties"] = {
+            name: _everywhere(member, change) for name, member in changed["properties"].items()
+        }
     for key in ("items", "additionalProperties"):
         if key in changed:
             changed[key] = _everywhere(changed[key], change)
@@ -59,7 +72,10 @@ def _said(value: Any) -> str:
 
 def _node(node: Schema, defs: dict[str, Schema]) -> Schema:
     if "$ref" in node:
-        node = {**defs[node["$ref"].rpartition("/")[2]], **{key: value for key, value in node.items() if key != "$ref"}}
+        node = {
+            **defs[node["$ref"].rpartition("/")[2]],
+            **{key: value for key, value in node.items() if key != "$ref"},
+        }
     if "oneOf" in node:
         return _union([_node(option, defs) for option in node["oneOf"]])
     options = [option for option in node.get("anyOf", []) if option != {"type": "null"}]
@@ -88,7 +104,11 @@ def _node(node: Schema, defs: dict[str, Schema]) -> Schema:
 
 def _members(node: Schema, defs: dict[str, Schema]) -> Schema:
     if "propertyNames" in node and "enum" in node["propertyNames"]:  # a mapping with known keys
-        return {"properties": {name: _node(node["additionalProperties"], defs) for name in node["propertyNames"]["enum"]}}
+        return {
+            "properties": {
+                name: _node(node["additionalProperties"], defs) for name in node["propertyNames"]["enum"]
+            }
+        }
     if isinstance(node.get("additionalProperties"), dict):
         return {"additionalProperties": _node(node["additionalProperties"], defs)}
     if "properties" not in node:
@@ -98,7 +118,9 @@ def _members(node: Schema, defs: dict[str, Schema]) -> Schema:
         properties[name] = _node(written, defs)
         if "inherits" in written:  # filled in from another field, which the API server cannot do
             inherited.append(name)
-            properties[name] = {key: value for key, value in without_defaults(properties[name]).items() if key != _RULES}
+            properties[name] = {
+                key: value for key, value in without_defaults(properties[name]).items() if key != _RULES
+            }
     required = [name for name in node.get("required", []) if name not in inherited]
     return {"properties": properties, **({"required": required} if required else {})}
 
@@ -117,19 +139,32 @@ def _union(kinds: list[Schema]) -> Schema:
     rules: list[Schema] = []
     properties: dict[str, Schema] = {}
     for field in dict.fromkeys(field for kind in kinds for field in kind["properties"]):
-        having = {name: kind["properties"][field] for name, kind in zip(names, kinds, strict=True) if field in kind["properties"]}
-        properties[field] = {**next(iter(having.values())), **_of_kinds(field, having, len(having) == len(kinds))}
+        having = {
+            name: kind["properties"][field]
+            for name, kind in zip(names, kinds, strict=True)
+            if field in kind["properties"]
+        }
+        properties[field] = {
+            **next(iter(having.values())),
+            **_of_kinds(field, having, len(having) == len(kinds)),
+        }
         properties[field].pop("default", None)
         if len(having) < len(kinds):
             is_one = " || ".join(f"self.kind == {cel_string(name)}" for name in having)
             rules.append(
-                {"rule": f"{is_one} || !has(self.{field})", "message": only_of_kinds(list(having), field), "fieldPath": f".{field}"}
+                {
+                    "rule": f"{is_one} || !has(self.{field})",
+                    "message": only_of_kinds(list(having), field),
+                    "fieldPath": f".{field}",
+                }
             )
     properties["kind"]["enum"] = names
     for name, kind in zip(names, kinds, strict=True):
         for rule in kind.get(_RULES, []):
             shared = all(rule in other.get(_RULES, []) for other in kinds)
-            guarded = rule if shared else {**rule, "rule": f"self.kind != {cel_string(name)} || ({rule['rule']})"}
+            guarded = (
+                rule if shared else {**rule, "rule": f"self.kind != {cel_string(name)} || ({rule['rule']})"}
+            )
             rules += [guarded] if guarded not in rules else []
     required = [field for field in properties if all(field in kind.get("required", []) for kind in kinds)]
     return {"type": "object", "properties": properties, "required": required, _RULES: rules}
@@ -140,11 +175,15 @@ def _of_kinds(field: str, having: dict[str, Schema], everywhere: bool) -> Schema
     text = next(iter(having.values()))["description"]
     if not everywhere:
         text = f"{' and '.join(having)} only. {text}"
-    defaults = {name: schema["default"] for name, schema in having.items() if schema.get("default") not in (None, {})}
+    defaults = {
+        name: schema["default"] for name, schema in having.items() if schema.get("default") not in (None, {})
+    }
     if any(isinstance(value, list) for value in defaults.values()):
         defaults = {}
     if len(defaults) == 1:
         text += f" Default: {_said(next(iter(defaults.values())))}."
     elif defaults:
-        text += f" Default: {', '.join(f'{_said(value)} in {name} stages' for name, value in defaults.items())}."
+        text += (
+            f" Default: {', '.join(f'{_said(value)} in {name} stages' for name, value in defaults.items())}."
+        )
     return {"description": text}

@@ -15,7 +15,11 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's numbers, without dates, and with equal keys refused."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own class attribute)
-        first: [(tag, regex) for tag, regex in found if tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")]
+        first: [
+            (tag, regex)
+            for tag, regex in found
+            if tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")
+        ]
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -23,7 +27,9 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} stands twice in one mapping", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value} stands twice in one mapping", key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

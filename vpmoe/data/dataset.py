@@ -5,21 +5,23 @@ What stands in the parts is part.py's business, in what order they are made prep
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vpmoe.api import DistillRun
-from vpmoe.data.inputs import Inputs, Shard, discover
-from vpmoe.data.part import LISTED, SPLITS
-from vpmoe.data.sampling import Thresholds
-from vpmoe.data.vocabulary import PACKAGE, TOKENIZER, VOCABULARY_SHA256
+from vpmoe.data.inputs import Inputs, discover
+from vpmoe.data.vocabulary import VOCABULARY_SHA256
 from vpmoe.failure import Permanent
-from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.bucket import json_bytes
-from vpmoe.storage.manifest import Input, Manifest
+from vpmoe.storage.manifest import Manifest
+from vpmoe.storage.paths import Split
+
+SPLITS: tuple[Split, Split] = ("train", "valid")
+
+UNKNOWN = "unknown"
+"""What rows without a language or an exercise are counted under."""
 
 WRITER = 2
 """Version of what turns rows into bytes. Raise it with every change of rendering, filters, sampling, order or file formats."""
@@ -62,7 +64,9 @@ def resolve(run: DistillRun, bucket: Bucket) -> DatasetRef:
     if not bucket.exists(key):
         inputs = discover(run.spec.dataset.source, bucket)
         found = {"dataset": dataset_id(settings(run), inputs), "inputs": inputs.as_json()}
-        bucket.create(key, json_bytes(found), {"config": run.config_hash})  # another worker may have been first: its answer holds
+        bucket.create(
+            key, json_bytes(found), {"config": run.config_hash}
+        )  # another worker may have been first: its answer holds
     stored = bucket.get_json(key)
     return DatasetRef(stored["dataset"], Inputs.from_json(stored["inputs"]))
 
@@ -71,7 +75,9 @@ def load(run: DistillRun, bucket: Bucket) -> Manifest:
     """The run's data set. Raises Permanent where it has not been made."""
     found = resolve(run, bucket)
     if not bucket.exists(found.manifest):
-        raise Permanent(f"{bucket.url(found.manifest)}: the run's data set is not there. Make it first: python -m jobs.preprocess.")
+        raise Permanent(
+            f"{bucket.url(found.manifest)}: the run's data set is not there. Make it first: python -m jobs.preprocess."
+        )
     return manifest.load(bucket, found.manifest)
 
 
@@ -82,26 +88,11 @@ def done_parts(dataset: DatasetRef, bucket: Bucket) -> set[int]:
 
 def recorded(bucket: Bucket, record: str) -> set[int]:
     """The numbers of the parts whose record is there, beside `record`, the key of any of them."""
-    numbers = (found.key.rpartition("part-")[2].removesuffix(".json") for found in bucket.list(record.rpartition("/")[0] + "/"))
+    numbers = (
+        found.key.rpartition("part-")[2].removesuffix(".json")
+        for found in bucket.list(record.rpartition("/")[0] + "/")
+    )
     return {int(number) for number in numbers}
-
-
-def merge(records: Sequence[Mapping[str, Any]], shards: Sequence[Shard]) -> dict[str, Any]:
-    """What became of all rows: the sum of the parts' records, which are in the order of their shards."""
-    first = [
-        {"file": shard.url, "rows": [start, stop], "why": why}
-        for record, shard in zip(records, shards, strict=True)
-        for start, stop, why in record["unreadable"]["first"]
-    ]
-    splits = {split: sum_counts(record["splits"][split] for record in records) for split in SPLITS}
-    return {
-        "rows": sum(record["rows"] for record in records),
-        "dropped": dict(sum((Counter(record["dropped"]) for record in records), Counter())),
-        "unreadable": {"rows": sum(record["unreadable"]["rows"] for record in records), "first": first[:LISTED]},
-        "surrogates": sum(record["surrogates"] for record in records),
-        "splits": splits,
-        **sum_counts(splits.values()),
-    }
 
 
 def sum_counts(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -109,32 +100,9 @@ def sum_counts(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     added: dict[str, Any] = {}
     for count in counts:
         for name, value in count.items():
-            added[name] = sum_counts((added.get(name, {}), value)) if isinstance(value, Mapping) else added.get(name, 0) + value
+            added[name] = (
+                sum_counts((added.get(name, {}), value))
+                if isinstance(value, Mapping)
+                else added.get(name, 0) + value
+            )
     return dict(sorted(added.items()))
-
-
-def write_manifest(
-    dataset: DatasetRef,
-    settings: Mapping[str, Any],
-    thresholds: Thresholds,
-    records: Sequence[Mapping[str, Any]],
-    provenance: Provenance,
-    bucket: Bucket,
-) -> Manifest:
-    """Make the data set exist: its manifest, from the records of all its parts. Returns the one that stands, ours or another worker's."""
-    subjects = [manifest.subject_of(entry, dataset.folder) for record in records for entry in record["files"]]
-    facts = {
-        "id": dataset.id,
-        "parts": len(records),
-        "settings": dict(settings),
-        "tokenizer": {"id": TOKENIZER, "sha256": VOCABULARY_SHA256},
-        "writer": WRITER,
-        "kept": thresholds.facts(),
-        **merge(records, dataset.inputs.shards),
-    }
-    commit = {"gitCommit": dataset.inputs.commit} if dataset.inputs.commit else {}
-    inputs = [
-        Input("tokenizer", PACKAGE, {"sha256": VOCABULARY_SHA256}, {"id": TOKENIZER}),
-        *(Input(shard.url, shard.url, commit, {"size": shard.size, "etag": shard.etag}) for shard in dataset.inputs.shards),
-    ]
-    return manifest.write(bucket, dataset.manifest, manifest.statement("dataset", subjects, facts, provenance, inputs))

@@ -6,7 +6,6 @@ Which rows are rendered at all is decided in filters.py and sampling.py.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,17 +34,14 @@ NOT_SUPERVISED, REASONING, ANSWER = 0, 1, 2
 CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be included for every message."
 
 
-class Setting(Protocol):
+@dataclass(frozen=True)
+class Setting:
     """What the system message says: `spec.dataset.conversation`. All of it is pinned, because it is part of the data."""
 
-    @property
-    def identity(self) -> str: ...
-    @property
-    def knowledge_cutoff(self) -> str: ...
-    @property
-    def date(self) -> str | None: ...
-    @property
-    def effort(self) -> str: ...
+    identity: str
+    knowledge_cutoff: str
+    date: str | None
+    effort: str
 
 
 @dataclass(frozen=True)

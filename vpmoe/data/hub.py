@@ -5,16 +5,33 @@ Needs the network; everything else about inputs is in inputs.py. Environment: HF
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import httpx2
 from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
-from vpmoe.data.inputs import Shard
 from vpmoe.failure import Permanent, Retriable
 
 TIMEOUT = 30.0
 """Seconds that one request may take."""
+
+
+class HubFile(NamedTuple):
+    """One file of a data set on the hub."""
+
+    url: str
+    """hf://datasets/owner/name@commit/path."""
+    size: int
+    """Bytes."""
+    content_id: str
+    """The hub's id of its content."""
 
 
 @contextmanager
@@ -36,16 +53,24 @@ def asking(what: str, kind: str, instead: str) -> Iterator[None]:
         ) from error
 
 
-def parquet_files(source: str) -> tuple[str, list[Shard]]:
+def parquet_files(source: str) -> tuple[str, list[HubFile]]:
     """The commit that the revision of hf://owner/name@revision (none: the newest) is now, and that commit's parquet files.
 
     Raises Permanent where the hub knows no such data set or revision, Retriable where it does not answer.
     """
     repository, _, revision = source.removeprefix("hf://").partition("@")
-    with asking(f"dataset.source: {source}", "data set", "copy the parquet files to a bucket and name them as s3://bucket/path/*.parquet"):
-        found = HfApi().dataset_info(repository, revision=revision or None, files_metadata=True, timeout=TIMEOUT)
+    with asking(
+        f"dataset.source: {source}",
+        "data set",
+        "copy the parquet files to a bucket and name them as s3://bucket/path/*.parquet",
+    ):
+        found = HfApi().dataset_info(
+            repository, revision=revision or None, files_metadata=True, timeout=TIMEOUT
+        )
     if found.sha is None:
         raise Retriable(f"dataset.source: {source}: the Hugging Face hub names no commit.")
     root = f"hf://datasets/{repository}@{found.sha}"
     files = [file for file in found.siblings or [] if file.rfilename.endswith(".parquet")]
-    return found.sha, [Shard(f"{root}/{file.rfilename}", file.size or 0, file.blob_id or "") for file in files]
+    return found.sha, [
+        HubFile(f"{root}/{file.rfilename}", file.size or 0, file.blob_id or "") for file in files
+    ]

@@ -14,7 +14,11 @@ from numpy.typing import DTypeLike, NDArray
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-CODES: dict[np.dtype[np.generic], int] = {np.dtype(np.uint8): 1, np.dtype(np.int32): 4, np.dtype(np.float16): 8}
+CODES: dict[np.dtype[np.generic], int] = {
+    np.dtype(np.uint8): 1,
+    np.dtype(np.int32): 4,
+    np.dtype(np.float16): 8,
+}
 """Megatron's codes of the element types that we write. It has none for float16: 8 is its uint16, which gives it the bits (view them as
 float16), and nothing of ours holds real uint16."""
 

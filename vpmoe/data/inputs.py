@@ -36,7 +36,11 @@ class Inputs:
     shards: tuple[Shard, ...]
 
     def as_json(self) -> dict[str, Any]:
-        return {"source": self.source, "commit": self.commit, "shards": [asdict(shard) for shard in self.shards]}
+        return {
+            "source": self.source,
+            "commit": self.commit,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "Inputs":
@@ -50,13 +54,18 @@ def discover(source: str, bucket: Bucket) -> Inputs:
     StorageError where the store cannot be listed.
     """
     if source.startswith("hf://"):
-        from vpmoe.data import hub  # here, because few runs need it and importing the hub's client takes seconds
+        from vpmoe.data import (
+            hub,  # here, because few runs need it and importing the hub's client takes seconds
+        )
 
-        commit, shards = hub.parquet_files(source)
+        commit, files = hub.parquet_files(source)
+        shards = [Shard(*file) for file in files]
     else:
         commit, shards = None, _in_a_bucket(source, bucket)
     if not shards:
-        raise Permanent(f"dataset.source: {source} stands for no parquet file. Check the path (* does not cross a slash, ** does).")
+        raise Permanent(
+            f"dataset.source: {source} stands for no parquet file. Check the path (* does not cross a slash, ** does)."
+        )
     return Inputs(source, commit, tuple(sorted(shards, key=lambda shard: shard.url)))
 
 
@@ -65,11 +74,20 @@ def _in_a_bucket(source: str, bucket: Bucket) -> list[Shard]:
     store = bucket.other(name)
     fixed = re.split(r"[*?\[]", glob, maxsplit=1)[0]
     wanted = glob_pattern(glob)
-    return [Shard(store.url(found.key), found.size, found.etag) for found in store.list(fixed) if wanted.fullmatch(found.key)]
+    return [
+        Shard(store.url(found.key), found.size, found.etag)
+        for found in store.list(fixed)
+        if wanted.fullmatch(found.key)
+    ]
 
 
 def glob_pattern(glob: str) -> re.Pattern[str]:
     """A glob of object keys: `*` and `?` stay within a folder, `**` crosses folders, `[abc]` is one of these characters."""
     tokens = re.split(r"(\*\*/?|\*|\?|\[[^\]]+\])", glob)
     meaning = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*", "?": r"[^/]"}
-    return re.compile("".join(meaning.get(token) or (token if token.startswith("[") else re.escape(token)) for token in tokens), re.DOTALL)
+    return re.compile(
+        "".join(
+            meaning.get(token) or (token if token.startswith("[") else re.escape(token)) for token in tokens
+        ),
+        re.DOTALL,
+    )

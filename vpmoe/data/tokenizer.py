@@ -28,7 +28,9 @@ class Tokenizer:
     def __init__(self) -> None:
         """Takes about a second: both tokenizers read the vocabulary."""
         self._tiktoken = vocabulary.encoding()
-        self._gigatoken = gigatoken.Tokenizer.from_tiktoken(vocabulary.install() / vocabulary.FOR_HARMONY, "o200k", {})
+        self._gigatoken = gigatoken.Tokenizer.from_tiktoken(
+            vocabulary.install() / vocabulary.FOR_HARMONY, "o200k", {}
+        )
         contents = [self._tiktoken.decode_single_token_bytes(token) for token in range(vocabulary.RANKS)]
         self._piece_V = np.array([_is_piece(content) for content in contents])
         self._texts = 0

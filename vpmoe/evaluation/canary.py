@@ -53,7 +53,9 @@ def texts(url: str, bucket: Bucket) -> list[Text]:
     """
     name, key = paths.split_url(url)
     of, key = bucket.other(name), key.rstrip("/")
-    found = [_text(of, entry.key) for entry in of.list(key) if entry.key == key or entry.key.startswith(f"{key}/")]
+    found = [
+        _text(of, entry.key) for entry in of.list(key) if entry.key == key or entry.key.startswith(f"{key}/")
+    ]
     if not sum(text.size for text in found):
         raise Permanent(
             f"evaluation.canary: there is no text at {url}. Put UTF-8 text there, an object or a folder of them, or drop the field."
@@ -71,6 +73,8 @@ def _text(bucket: Bucket, key: str) -> Text:
     try:
         ids_T = tokenizer().encode(data.decode())
     except ValueError as error:
-        raise Permanent(f"evaluation.canary: {bucket.url(key)} cannot be encoded as text ({error}). Give UTF-8 text.") from error
+        raise Permanent(
+            f"evaluation.canary: {bucket.url(key)} cannot be encoded as text ({error}). Give UTF-8 text."
+        ) from error
     first = len(vocabulary.encoding().decode_single_token_bytes(int(ids_T[0]))) if len(ids_T) else 0
     return Text(hashlib.sha256(data).hexdigest(), ids_T, len(data) - first)

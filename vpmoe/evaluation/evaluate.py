@@ -15,22 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from vpmoe.api import DistillRun, Stage
+from vpmoe.checkpoint.train_state import end_of
 from vpmoe.data.dataset import load as load_dataset
+from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.data.tokenizer import Ids
-from vpmoe.evaluation import canary, measures, questions, record
+from vpmoe.evaluation import canary, measures, questions
 from vpmoe.evaluation.job import Job
-from vpmoe.evaluation.record import Canary, Evaluation
 from vpmoe.evaluation.student import Student
 from vpmoe.failure import Permanent
+from vpmoe.inference.engine_pool import Request
+from vpmoe.inference.verify import InferenceEngines
 from vpmoe.provenance import Provenance
-from vpmoe.rollout.engines import Request
-from vpmoe.rollout.prompt import Prompts
-from vpmoe.rollout.proof import Loadable
+from vpmoe.rollout import evaluation_record
+from vpmoe.rollout.evaluation_record import Canary, EvaluationRecord
+from vpmoe.rollout.prompts import Prompts
 from vpmoe.rollout.windows import longest
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.bucket import json_bytes
-from vpmoe.training.parts import Cache, Parts
-from vpmoe.training.position import end_of
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,13 @@ SAMPLED_AT_ONCE = 256
 
 
 def evaluate(
-    run: DistillRun, stage: Stage, bucket: Bucket, provenance: Provenance, stopping: threading.Event, engines: Loadable
-) -> Evaluation:
+    run: DistillRun,
+    stage: Stage,
+    bucket: Bucket,
+    provenance: Provenance,
+    stopping: threading.Event,
+    engines: InferenceEngines,
+) -> EvaluationRecord:
     """Measure the student at the end of a stage, unless it has been measured; returns what evaluation.json says.
 
     `engines` as Student has them; they are started only if something is to be asked. Raises Permanent where the stage has not ended, its
@@ -50,25 +56,36 @@ def evaluate(
     to stop.
     """
     job = Job(run, stage, bucket, provenance, stopping, load_dataset(run, bucket))
-    if found := record.load(run, stage.name, bucket):
+    if found := evaluation_record.load(run, stage.name, bucket):
         check_current(job, found)
         log.info("Reused: %s: %s", bucket.url(paths.evaluation(run, stage.name)), summary(found))
         job.say("Reused", "Succeeded", found.valid)
         return found
     with tempfile.TemporaryDirectory(prefix="vpmoe-evaluate-") as scratch:
         measured = measure(job, engines, Path(scratch))
-    line = {"event": "evaluation", "time": datetime.now(UTC).isoformat(timespec="milliseconds"), "attempt": provenance.attempt}
-    text = json.dumps({**line, "seconds": job.seconds, **measured.dump()}, ensure_ascii=False, allow_nan=False) + "\n"
-    bucket.create(paths.metrics(run, provenance.step, "000000"), text.encode(), provenance.metadata())  # once, whoever was killed here
+    line = {
+        "event": "evaluation",
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "attempt": provenance.attempt,
+    }
+    text = (
+        json.dumps({**line, "seconds": job.seconds, **measured.dump()}, ensure_ascii=False, allow_nan=False)
+        + "\n"
+    )
+    bucket.create(
+        paths.metrics(run, provenance.step, "000000"), text.encode(), provenance.metadata()
+    )  # once, whoever was killed here
     key = paths.evaluation(run, stage.name)
     if not bucket.create(key, json_bytes(measured.dump()), provenance.metadata()):
-        raise Permanent(f"{bucket.url(key)} was written meanwhile, of another checkpoint. Delete it to have the stage measured again.")
+        raise Permanent(
+            f"{bucket.url(key)} was written meanwhile, of another checkpoint. Delete it to have the stage measured again."
+        )
     log.info("Stage %s: %s", stage.name, summary(measured))
     job.say(summary(measured), "Succeeded", measured.valid)
     return measured
 
 
-def check_current(job: Job, found: Evaluation) -> None:
+def check_current(job: Job, found: EvaluationRecord) -> None:
     """Raise Permanent where the stage has ended with another checkpoint than was measured."""
     end = end_of(job.bucket, paths.checkpoints(job.run, job.stage.name))
     if end is not None and end[0].sha256 != found.checkpoint:
@@ -78,23 +95,29 @@ def check_current(job: Job, found: Evaluation) -> None:
         )
 
 
-def measure(job: Job, engines: Loadable, scratch: Path) -> Evaluation:
+def measure(job: Job, engines: InferenceEngines, scratch: Path) -> EvaluationRecord:
     """All that the run asks for. `scratch` holds the exported student and the documents that are asked."""
     student = Student(job, engines, scratch)
     checkpoint, found = student.checkpoint, dict[str, Any]()
-    with closing(Parts(job.dataset, "valid", Cache(job.bucket, scratch / "blocks"))) as valid:
+    with closing(DatasetReader(job.dataset, "valid", BlockCache(job.bucket, scratch / "blocks"))) as valid:
         parts = asked(job, student, valid)
         job.parts = len(parts)
         for name, part in parts.items():
             found |= job.part(name, checkpoint.manifest, part)
     said = {
-        "run": job.provenance.run, "config": job.provenance.config, "stage": job.stage.name,
-        "iteration": checkpoint.position.iteration, "checkpoint": checkpoint.manifest.sha256, **found,
-    }  # fmt: skip
-    return record.read(said, job.stage.name, job.bucket.url(paths.evaluation_parts(job.run, job.stage.name)))
+        "run": job.provenance.run,
+        "config": job.provenance.config,
+        "stage": job.stage.name,
+        "iteration": checkpoint.position.iteration,
+        "checkpoint": checkpoint.manifest.sha256,
+        **found,
+    }
+    return evaluation_record.read(
+        said, job.stage.name, job.bucket.url(paths.evaluation_parts(job.run, job.stage.name))
+    )
 
 
-def asked(job: Job, student: Student, valid: Parts) -> dict[str, Callable[[], dict[str, Any]]]:
+def asked(job: Job, student: Student, valid: DatasetReader) -> dict[str, Callable[[], dict[str, Any]]]:
     """The parts of the evaluation by name. Raises Permanent where there are no documents for them."""
     wanted = job.run.spec.evaluation
     if not sum(map(len, valid.lengths)) and wanted.documents + wanted.completions:
@@ -112,9 +135,11 @@ def asked(job: Job, student: Student, valid: Parts) -> dict[str, Callable[[], di
     return parts
 
 
-def score_documents(job: Job, student: Student, valid: Parts) -> dict[str, Any]:
+def score_documents(job: Job, student: Student, valid: DatasetReader) -> dict[str, Any]:
     """Held-out loss by span."""
-    documents = questions.held_out(valid.lengths, job.run.spec.evaluation.documents, job.run.spec.training.seed)
+    documents = questions.held_out(
+        valid.lengths, job.run.spec.evaluation.documents, job.run.spec.training.seed
+    )
     valid.prefetch(documents)
     sums = measures.SpanSums()
     student.load()
@@ -126,7 +151,7 @@ def score_documents(job: Job, student: Student, valid: Parts) -> dict[str, Any]:
     return {"documents": len(documents), "heldOut": sums.loss().dump()}
 
 
-def sample_completions(job: Job, student: Student, valid: Parts) -> dict[str, Any]:
+def sample_completions(job: Job, student: Student, valid: DatasetReader) -> dict[str, Any]:
     """Validity and lengths of completions, by effort."""
     training = job.run.spec.training
     wanted = questions.questions(valid.lengths, job.run.spec.evaluation.completions, training.seed)
@@ -139,7 +164,11 @@ def sample_completions(job: Job, student: Student, valid: Parts) -> dict[str, An
             requests = []
             for one in some:
                 ids_P = prompts.ids(*valid.read(one.document), one.effort)
-                requests.append(Request(ids_P, one.seed, longest(len(ids_P), one.effort, bounds, training.sequence_length)))
+                requests.append(
+                    Request(
+                        ids_P, one.seed, longest(len(ids_P), one.effort, bounds, training.sequence_length)
+                    )
+                )
             answers += zip([one.effort for one in some], student.sample(requests), strict=True)
     efforts = measures.of_efforts(answers)
     of_effort = {effort: found.dump() for effort, found in efforts.items()}
@@ -155,11 +184,14 @@ def score_texts(job: Job, student: Student, url: str) -> dict[str, Any]:
     with job.timed("canary"):
         for some in job.batches(windows, SCORED_AT_ONCE, "Scoring windows of the canary"):
             found = student.score([ids_T[window.start : window.stop] for ids_T, window in some])
-            bits += sum(measures.bits(logp[window.first - window.start - 1 :]) for (_, window), logp in zip(some, found, strict=True))
+            bits += sum(
+                measures.bits(logp[window.first - window.start - 1 :])
+                for (_, window), logp in zip(some, found, strict=True)
+            )
     return {"canary": Canary(bits_per_byte=bits / size, bytes=size, sha256=canary.content_of(texts)).dump()}
 
 
-def summary(found: Evaluation) -> str:
+def summary(found: EvaluationRecord) -> str:
     """The figures in a line."""
     said = []
     if found.held_out:

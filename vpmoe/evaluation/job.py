@@ -44,19 +44,31 @@ class Job:
     def check_stop(self) -> None:
         """Raise Terminated once the process was asked to stop."""
         if self.stopping.is_set():
-            raise Terminated(f"{self.provenance.step} was asked to stop; the parts that are measured are in the bucket.")
+            raise Terminated(
+                f"{self.provenance.step} was asked to stop; the parts that are measured are in the bucket."
+            )
 
     def say(self, message: str, state: str = "Running", validity: float | None = None) -> None:
         """Write the step's progress."""
         self._reported = time.monotonic()
         made = self.dataset
-        said = Progress.model_validate({
-            "step": self.provenance.step, "attempt": self.provenance.attempt, "state": state, "message": message,
-            "updated": datetime.now(UTC), "parts": Amount(done=self.done, total=self.parts) if self.parts else None,
-            "validity": validity,
-            "dataset": DatasetFacts(id=made.facts["id"], manifest=self.bucket.url(made.key), sha256=made.sha256),
-        })  # fmt: skip
-        self.bucket.write_json(paths.progress(self.run, self.provenance.step), said.dump(), self.provenance.metadata())
+        said = Progress.model_validate(
+            {
+                "step": self.provenance.step,
+                "attempt": self.provenance.attempt,
+                "state": state,
+                "message": message,
+                "updated": datetime.now(UTC),
+                "parts": Amount(done=self.done, total=self.parts) if self.parts else None,
+                "validity": validity,
+                "dataset": DatasetFacts(
+                    id=made.facts["id"], manifest=self.bucket.url(made.key), sha256=made.sha256
+                ),
+            }
+        )
+        self.bucket.write_json(
+            paths.progress(self.run, self.provenance.step), said.dump(), self.provenance.metadata()
+        )
 
     @contextmanager
     def timed(self, name: str, message: str = "") -> Iterator[None]:

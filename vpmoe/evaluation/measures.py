@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from vpmoe.api.progress import SpanLoss
 from vpmoe.data.harmony import ANSWER, REASONING
 from vpmoe.data.tokenizer import Ids
-from vpmoe.evaluation.record import OfEffort
 from vpmoe.failure import Permanent
 from vpmoe.rollout.curriculum import EFFORTS
-from vpmoe.rollout.prompt import VALIDITIES, validity
+from vpmoe.rollout.evaluation_record import OfEffort
+from vpmoe.rollout.prompts import VALIDITIES, validity
 
 
 @dataclass
@@ -58,7 +58,11 @@ def of_efforts(answers: Iterable[tuple[str, Ids]]) -> dict[str, OfEffort]:
         lengths[effort].append(len(ids_C))
         counts[effort][validity(ids_C)] += 1
     return {
-        effort: OfEffort(validity={kind: counts[effort][kind] for kind in VALIDITIES}, mean_tokens=sum(of) / len(of), most_tokens=max(of))
+        effort: OfEffort(
+            validity={kind: counts[effort][kind] for kind in VALIDITIES},
+            mean_tokens=sum(of) / len(of),
+            most_tokens=max(of),
+        )
         for effort, of in lengths.items()
         if of
     }

@@ -13,25 +13,27 @@ from numpy.typing import NDArray
 
 from vpmoe.api import DistillRun
 from vpmoe.api.stages import MaxTokens, OnPolicy
+from vpmoe.data import packing
+from vpmoe.data.packing import PackedDocument
 from vpmoe.rollout.curriculum import EFFORTS
-from vpmoe.training import plan
-from vpmoe.training.plan import Document
 
 
 @dataclass(frozen=True)
 class Question:
     """One completion to sample."""
 
-    document: Document
+    document: PackedDocument
     """The held-out document that the prompt is made of."""
     effort: str
     seed: int
     """The sampling request's, of 63 bits."""
 
 
-def held_out(lengths: Sequence[NDArray[np.int32]], documents: int, seed: int) -> list[Document]:
+def held_out(lengths: Sequence[NDArray[np.int32]], documents: int, seed: int) -> list[PackedDocument]:
     """The documents that the trainer measures its held-out loss on. `lengths[p]` are the lengths in tokens of part p's documents."""
-    return plan.documents(plan.held_out(lengths, documents, seed), plan.firsts([len(part) for part in lengths]), lengths)
+    return packing.documents(
+        packing.held_out(lengths, documents, seed), packing.firsts([len(part) for part in lengths]), lengths
+    )
 
 
 def questions(lengths: Sequence[NDArray[np.int32]], completions: int, seed: int) -> list[Question]:
@@ -44,14 +46,23 @@ def questions(lengths: Sequence[NDArray[np.int32]], completions: int, seed: int)
         raise ValueError("there is no document in any part to make prompts of")
     documents = held_out(lengths, -(-completions // len(EFFORTS)), seed)
     return [
-        Question(documents[number // len(EFFORTS) % len(documents)], EFFORTS[number % len(EFFORTS)], request_seed(seed, number))
+        Question(
+            documents[number // len(EFFORTS) % len(documents)],
+            EFFORTS[number % len(EFFORTS)],
+            request_seed(seed, number),
+        )
         for number in range(completions)
     ]
 
 
 def request_seed(seed: int, number: int) -> int:
     """The seed that a completion is sampled with: vLLM's generators take no more than 63 bits."""
-    return int.from_bytes(blake2b(f"{seed}/{number}".encode(), digest_size=8, person=b"vpmoe.evaluation").digest()) >> 1
+    return (
+        int.from_bytes(
+            blake2b(f"{seed}/{number}".encode(), digest_size=8, person=b"vpmoe.evaluation").digest()
+        )
+        >> 1
+    )
 
 
 def max_tokens(run: DistillRun, stage: str) -> MaxTokens:

@@ -11,22 +11,22 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
+from vpmoe.checkpoint.format import CheckpointRejected, Weights, weights_in
+from vpmoe.checkpoint.train_state import iterations
 from vpmoe.data.tokenizer import Ids
 from vpmoe.evaluation.job import Job
 from vpmoe.failure import Permanent, Retriable
+from vpmoe.inference.engine_pool import Request
+from vpmoe.inference.verify import InferenceEngines
+from vpmoe.model import hf_export
 from vpmoe.model.shapes import SHAPES
-from vpmoe.rollout import weights
-from vpmoe.rollout.engines import Request
-from vpmoe.rollout.proof import Loadable
 from vpmoe.storage import paths
-from vpmoe.training.pieces import Refused, Weights, weights_in
-from vpmoe.training.position import iterations
 
 
 class Student:
     """One student. `engines` is one engine, which takes sequences of training.sequenceLength and a token more: a score takes that."""
 
-    def __init__(self, job: Job, engines: Loadable, scratch: Path) -> None:
+    def __init__(self, job: Job, engines: InferenceEngines, scratch: Path) -> None:
         """Looks at the checkpoint only. Raises as `last_checkpoint` does."""
         self.checkpoint = last_checkpoint(job)
         self._job = job
@@ -59,16 +59,20 @@ def last_checkpoint(job: Job) -> Weights:
     name, folder = job.stage.name, paths.checkpoints(job.run, job.stage.name)
     newest = iterations(job.bucket, folder)[:1]
     if not newest:
-        raise Permanent(f"{job.bucket.url(folder)}: stage {name} has no checkpoint. Train it first: python -m jobs.train --step {name}.")
+        raise Permanent(
+            f"{job.bucket.url(folder)}: stage {name} has no checkpoint. Train it first: python -m jobs.train --step {name}."
+        )
     try:
         found = weights_in(job.bucket, f"{folder}/{newest[0]}")
-    except Refused as refusal:
+    except CheckpointRejected as refusal:
         raise Permanent(
             f"stage {name} cannot be evaluated: {refusal} Restore its objects, or delete its folder and train the last steps again: "
             f"python -m jobs.train --step {name}."
         ) from refusal
     if not found.position.finished:
-        raise Permanent(f"stage {name} stands at {found.position.tokens} tokens. Train it to its end: python -m jobs.train --step {name}.")
+        raise Permanent(
+            f"stage {name} stands at {found.position.tokens} tokens. Train it to its end: python -m jobs.train --step {name}."
+        )
     return found
 
 
@@ -89,10 +93,10 @@ def export(job: Job, checkpoint: Weights, folder: Path) -> None:
         if (free := shutil.disk_usage(folder.parent).free) < needed:
             raise OSError(f"{free} bytes are free")
         # one position more than the student was trained on, as a score takes
-        weights.export(folder, shape, training.sequence_length + 1, checkpoint.sizes, read, dtype)
+        hf_export.export(folder, shape, training.sequence_length + 1, checkpoint.sizes, read, dtype)
     except (OSError, SafetensorError) as error:
         raise Retriable(
             f"{tempfile.gettempdir()}: {error}. The exported student needs {needed} bytes there; point TMPDIR to more space, or raise "
             "runtime.resources.evaluate's ephemeral storage."
         ) from error
-    weights.check(folder, shape)
+    hf_export.check(folder, shape)

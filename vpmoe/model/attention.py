@@ -32,7 +32,14 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         super().__init__(config)
 
     def forward(
-        self, query_SbhD: Tensor, key_SbgD: Tensor, value_SbgD: Tensor, _: None, *, packed_seq_params: PackedSeqParams, **__: Any
+        self,
+        query_SbhD: Tensor,
+        key_SbgD: Tensor,
+        value_SbgD: Tensor,
+        _: None,
+        *,
+        packed_seq_params: PackedSeqParams,
+        **__: Any,
     ) -> Tensor:
         """[S, b, heads·width] from queries [S, b, heads, width] and keys and values [S, b, groups, width]."""
         positions, rows = query_SbhD.shape[:2]
@@ -40,14 +47,33 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         boundaries, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
         if query.is_cuda:
             causal = (-1, 0)
-            out = varlen_attn(query, key, value, boundaries, boundaries, longest, longest, window_size=causal, enable_gqa=True)
+            out = varlen_attn(
+                query,
+                key,
+                value,
+                boundaries,
+                boundaries,
+                longest,
+                longest,
+                window_size=causal,
+                enable_gqa=True,
+            )
             assert isinstance(out, Tensor), "no auxiliary results were asked for"
         else:
             lengths = boundaries.diff().tolist()
-            out = torch.cat([_document(*qkv) for qkv in zip(*(torch.split(x, lengths) for x in (query, key, value)), strict=True)])
+            out = torch.cat(
+                [
+                    _document(*qkv)
+                    for qkv in zip(*(torch.split(x, lengths) for x in (query, key, value)), strict=True)
+                ]
+            )
         return out.reshape(rows, positions, -1).transpose(0, 1)
 
 
 def _document(query_nhD: Tensor, key_ngD: Tensor, value_ngD: Tensor) -> Tensor:
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query_nhD, key_ngD, value_ngD))
-    return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).squeeze(0).transpose(0, 1)
+    return (
+        scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        .squeeze(0)
+        .transpose(0, 1)
+    )

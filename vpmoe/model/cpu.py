@@ -41,7 +41,9 @@ def _cpu_for_cuda(device: Any) -> Any:
 def install() -> None:
     """Prepare torch and megatron-core for the CPU. Idempotent. Raises RuntimeError where CUDA is there: it would be lied to."""
     if torch.cuda.is_available():
-        raise RuntimeError("vpmoe.model.cpu is for machines without CUDA. Set CUDA_VISIBLE_DEVICES to the empty string to hide the GPUs.")
+        raise RuntimeError(
+            "vpmoe.model.cpu is for machines without CUDA. Set CUDA_VISIBLE_DEVICES to the empty string to hide the GPUs."
+        )
     cuda: Any = torch.cuda
     if cuda.Stream is _Stream:
         return
@@ -53,9 +55,15 @@ def install() -> None:
     import megatron.core.tensor_parallel.random
     import megatron.core.utils
 
-    for module in (megatron.core.optimizer.optimizer, megatron.core.optimizer.clip_grads, megatron.core.utils):
+    for module in (
+        megatron.core.optimizer.optimizer,
+        megatron.core.optimizer.clip_grads,
+        megatron.core.utils,
+    ):
         module.torch = _TorchOnCpu("torch")
-    generator: Any = megatron.core.tensor_parallel.random  # recomputation saves and restores it around every layer
+    generator: Any = (
+        megatron.core.tensor_parallel.random
+    )  # recomputation saves and restores it around every layer
     generator._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     generator._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     _name_types_for_megatron()
@@ -70,6 +78,8 @@ def _name_types_for_megatron() -> None:
             return type_of(self, dtype, *args, **kwargs)
         asks = sys._getframe(1).f_globals.get("__name__", "")
         name = type_of(self)
-        return name.replace("torch.", "torch.cuda.", 1) if asks.startswith("megatron.core.optimizer") else name
+        return (
+            name.replace("torch.", "torch.cuda.", 1) if asks.startswith("megatron.core.optimizer") else name
+        )
 
     torch.Tensor.type = named  # type: ignore[method-assign, assignment]

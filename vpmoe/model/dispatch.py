@@ -21,7 +21,9 @@ from torch import distributed as dist
 class Mixture(MoELayer):  # type: ignore[misc]
     """megatron's mixture layer (router, experts, shared expert) with the dispatcher below."""
 
-    def __init__(self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection, **kwargs: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection, **kwargs: Any
+    ) -> None:
         super().__init__(config, pg_collection=pg_collection, **kwargs)
         self.token_dispatcher = Dispatcher(config, pg_collection)
 
@@ -29,7 +31,9 @@ class Mixture(MoELayer):  # type: ignore[misc]
 class Dispatcher(MoETokenDispatcher):  # type: ignore[misc]
     """The steps of a mixture layer's forward, in the order in which megatron calls them. N tokens of K choices make C = N·K rows."""
 
-    def dispatch_preprocess(self, hidden: Tensor, chosen_NE: Tensor, weight_NE: Tensor) -> tuple[Tensor, Tensor]:
+    def dispatch_preprocess(
+        self, hidden: Tensor, chosen_NE: Tensor, weight_NE: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(rows [C, H], weights [C]), one a choice, sorted by expert."""
         self.shape = hidden.shape
         self.choices = self.config.moe_router_topk
@@ -48,7 +52,10 @@ class Dispatcher(MoETokenDispatcher):  # type: ignore[misc]
         all_tokens = self.tokens_E.new_empty(self.ep_size * len(self.tokens_E))
         dist.all_gather_single(all_tokens, self.tokens_E, group=self.ep_group)
         self.received_Re = all_tokens.view(self.ep_size, -1).chunk(self.ep_size, dim=1)[self.ep_rank]
-        self.sends, self.receives = self.tokens_E.view(self.ep_size, -1).sum(1).tolist(), self.received_Re.sum(1).tolist()
+        self.sends, self.receives = (
+            self.tokens_E.view(self.ep_size, -1).sum(1).tolist(),
+            self.received_Re.sum(1).tolist(),
+        )
         exchanged = (all_to_all(self.ep_group, x, self.receives, self.sends) for x in (rows_CH, weight_C))
         return next(exchanged), next(exchanged)
 
@@ -66,7 +73,9 @@ class Dispatcher(MoETokenDispatcher):  # type: ignore[misc]
 
     def token_combine(self, rows_CH: Tensor) -> Tensor:
         """Sent back to where their tokens are."""
-        sent: Tensor = rows_CH if self.ep_size == 1 else all_to_all(self.ep_group, rows_CH, self.sends, self.receives)
+        sent: Tensor = (
+            rows_CH if self.ep_size == 1 else all_to_all(self.ep_group, rows_CH, self.sends, self.receives)
+        )
         return sent
 
     def combine_postprocess(self, rows_CH: Tensor) -> Tensor:

@@ -33,7 +33,9 @@ def start(device: torch.device, expert_parallel: int = 1) -> None:
 def divide(expert_parallel: int) -> None:
     """Give megatron its groups of the ranks that joined: all of them data parallel, runs of `expert_parallel` sharing the experts."""
     if expert_parallel < 1 or ranks() % expert_parallel:
-        raise ValueError(f"student.expertParallel: {expert_parallel} does not divide the {ranks()} ranks of this stage.")
+        raise ValueError(
+            f"student.expertParallel: {expert_parallel} does not divide the {ranks()} ranks of this stage."
+        )
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=expert_parallel,
         expert_tensor_parallel_size=1,

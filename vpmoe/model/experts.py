@@ -21,14 +21,23 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
     """This rank's experts: down_e(squared_relu(up_e(x)) · p) for the tokens sorted by expert, p being the token's weight for it."""
 
     def __init__(
-        self, experts: int, config: TransformerConfig, *, pg_collection: ProcessGroupCollection | None = None, name: str | None = None
+        self,
+        experts: int,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(config)
         shape = (experts, config.moe_ffn_hidden_size, config.hidden_size)
         place = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.up = nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=place))
-        self.down = nn.Parameter(torch.empty((shape[0], shape[2], shape[1]), dtype=config.params_dtype, device=place))
-        for weight in self.parameters():  # megatron's name for "reduced over the ranks that hold the same experts, not over all"
+        self.down = nn.Parameter(
+            torch.empty((shape[0], shape[2], shape[1]), dtype=config.params_dtype, device=place)
+        )
+        for weight in (
+            self.parameters()
+        ):  # megatron's name for "reduced over the ranks that hold the same experts, not over all"
             weight.allreduce = config.expert_model_parallel_size == 1
 
     def forward(self, input_nH: Tensor, tokens_E: Tensor, weight_n: Tensor) -> tuple[Tensor, None]:

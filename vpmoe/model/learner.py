@@ -15,7 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
@@ -23,12 +27,12 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from vpmoe.model import distributed, state
 from vpmoe.model.batch import Batch
+from vpmoe.model.head import logp_of
+from vpmoe.model.objective import Objective
 from vpmoe.model.router import Load, Router, routers
 from vpmoe.model.shapes import Shape
+from vpmoe.model.spans import SPANS
 from vpmoe.model.student import Student, build
-from vpmoe.objectives.head import logp_of
-from vpmoe.objectives.objective import Objective
-from vpmoe.objectives.spans import SPANS
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
@@ -53,7 +57,9 @@ class Outcome:
 class Learner:
     """The parts of a student in training. Make it with `build`; then, a step: forward_backward, look at the outcome, step."""
 
-    def __init__(self, student: Student, device: torch.device, *, weight_decay: float, gradient_clip: float) -> None:
+    def __init__(
+        self, student: Student, device: torch.device, *, weight_decay: float, gradient_clip: float
+    ) -> None:
         self.student = student
         self.device = device
         self.weight_decay = weight_decay
@@ -65,13 +71,23 @@ class Learner:
             student.config,
             # Parameters are gathered in the step and not under the next forward: it saves some hundredths of a step of seconds, and a
             # checkpoint taken before that forward would hold stale ones.
-            DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True, grad_reduce_in_fp32=True),
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=True, overlap_grad_reduce=True, grad_reduce_in_fp32=True
+            ),
             student,
         )
         settings = OptimizerConfig(
-            optimizer="adam", lr=0.0, weight_decay=weight_decay, adam_beta1=BETAS[0], adam_beta2=BETAS[1], adam_eps=EPSILON,
-            clip_grad=gradient_clip, use_distributed_optimizer=True, bf16=bf16, params_dtype=student.config.params_dtype,
-        )  # fmt: skip
+            optimizer="adam",
+            lr=0.0,
+            weight_decay=weight_decay,
+            adam_beta1=BETAS[0],
+            adam_beta2=BETAS[1],
+            adam_eps=EPSILON,
+            clip_grad=gradient_clip,
+            use_distributed_optimizer=True,
+            bf16=bf16,
+            params_dtype=student.config.params_dtype,
+        )
         self.optimizer = get_megatron_optimizer(settings, [self.ddp], use_gloo_process_groups=False)
         for group in self.optimizer.param_groups:
             group["fused"] = True  # one pass over the numbers; torch's default on the CPU is ten
@@ -93,7 +109,12 @@ class Learner:
     ) -> "Learner":
         """A new student (see student.build) with an empty optimizer."""
         student = build(
-            shape, device, sequence_length=sequence_length, seed=seed, expert_parallel=expert_parallel, teacher_width=teacher_width
+            shape,
+            device,
+            sequence_length=sequence_length,
+            seed=seed,
+            expert_parallel=expert_parallel,
+            teacher_width=teacher_width,
         )
         return cls(student, device, weight_decay=weight_decay, gradient_clip=gradient_clip)
 
@@ -145,7 +166,9 @@ class Learner:
         Raises ArithmeticError on every rank, before any weight has moved, where the norm is not finite.
         """
         if self._positions is None:
-            raise RuntimeError("Learner.step uses the gradients of one forward_backward, and there was none since the last step.")
+            raise RuntimeError(
+                "Learner.step uses the gradients of one forward_backward, and there was none since the last step."
+            )
         positions, self._positions = self._positions, None
         finalize_model_grads([self.ddp], num_tokens=positions.to(self.device))
         for router in self._routers.values():
@@ -153,11 +176,17 @@ class Learner:
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
-            raise ArithmeticError(f"step {self.steps + 1}: the gradient's norm is {norm}. No weight was moved.")
-        clip_grads_with_norm_(self.optimizer.get_parameters(), self.gradient_clip, torch.tensor(norm, device=self.device))
+            raise ArithmeticError(
+                f"step {self.steps + 1}: the gradient's norm is {norm}. No weight was moved."
+            )
+        clip_grads_with_norm_(
+            self.optimizer.get_parameters(), self.gradient_clip, torch.tensor(norm, device=self.device)
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-            group["weight_decay"] = self.weight_decay * group["wd_mult"]  # 0 for norms, as megatron's scheduler would set it
+            group["weight_decay"] = (
+                self.weight_decay * group["wd_mult"]
+            )  # 0 for norms, as megatron's scheduler would set it
         self.optimizer.step_with_ready_grads()
         return norm
 
@@ -172,26 +201,45 @@ class _Sums:
 
     def add(self, batch: Batch, logp_T: Tensor, loss: Tensor | None = None) -> None:
         self.loss += torch.nan if loss is None else loss
-        self.nll -= torch.stack([logp_T.where(batch.span == span, 0).double().sum() for span in SPANS.values()])
+        self.nll -= torch.stack(
+            [logp_T.where(batch.span == span, 0).double().sum() for span in SPANS.values()]
+        )
         self.counts += batch.counts
 
     def outcome(
-        self, positions: int | None = None, by_layer: dict[str, Router] | None = None, objective: Objective | None = None
+        self,
+        positions: int | None = None,
+        by_layer: dict[str, Router] | None = None,
+        objective: Objective | None = None,
     ) -> Outcome:
         """Sum over the ranks. Raises ValueError where the batches' positions are not those that the loss was scaled by."""
         measured = objective.sums().to(self.nll) if objective else self.nll[:0]
         sums = [self.loss.unsqueeze(0), self.nll, self.counts.to(self.nll), measured]
         if by_layer:
-            sums += [torch.stack([getattr(r, name) for r in by_layer.values()]).double() for name in ("local_tokens_per_expert", "aux_sum")]
+            sums += [
+                torch.stack([getattr(r, name) for r in by_layer.values()]).double()
+                for name in ("local_tokens_per_expert", "aux_sum")
+            ]
         sizes = [part.numel() for part in sums]
-        loss, nll, counts, measured, *load = torch.split(distributed.total(torch.cat([part.flatten() for part in sums])), sizes)
+        loss, nll, counts, measured, *load = torch.split(
+            distributed.total(torch.cat([part.flatten() for part in sums])), sizes
+        )
         if positions not in (None, int(counts[0])):
-            raise ValueError(f"positions is {positions}, but the global batch holds {int(counts[0])} that are not padding.")
+            raise ValueError(
+                f"positions is {positions}, but the global batch holds {int(counts[0])} that are not padding."
+            )
         tokens = {name: int(n) for name, n in zip(SPANS, counts[1:], strict=True)}
         return Outcome(
             loss=float(loss),
-            cross_entropy={name: float(s) / tokens[name] if tokens[name] else None for name, s in zip(SPANS, nll, strict=True)},
+            cross_entropy={
+                name: float(s) / tokens[name] if tokens[name] else None
+                for name, s in zip(SPANS, nll, strict=True)
+            },
             tokens=tokens,
-            load=Load(tuple(by_layer), load[0].long().view(len(by_layer), -1), load[1] / counts[0].clamp(min=1)) if by_layer else None,
+            load=Load(
+                tuple(by_layer), load[0].long().view(len(by_layer), -1), load[1] / counts[0].clamp(min=1)
+            )
+            if by_layer
+            else None,
             facts=objective.facts(measured) if objective else {},
         )

@@ -23,7 +23,9 @@ class Router(TopKRouter):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.register_buffer("aux_sum", torch.zeros((), dtype=torch.float32, device=self.expert_bias.device), persistent=False)
+        self.register_buffer(
+            "aux_sum", torch.zeros((), dtype=torch.float32, device=self.expert_bias.device), persistent=False
+        )
 
     def gating(self, input: Tensor) -> Tensor:
         dtype = torch.promote_types(input.dtype, torch.float32)
@@ -37,7 +39,13 @@ class Router(TopKRouter):  # type: ignore[misc]
             self.local_tokens_per_expert += (routing_map & ~padding_mask.unsqueeze(1)).sum(0)
 
     def _apply_seq_aux_loss(
-        self, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, seq_length: int, bsz: int, with_padding_mask: bool = False
+        self,
+        probs: Tensor,
+        scores_for_aux_loss: Tensor,
+        routing_map: Tensor,
+        seq_length: int,
+        bsz: int,
+        with_padding_mask: bool = False,
     ) -> Tensor:
         """Attach the balance loss of each row r: coefficient · E · Σ_e f_re · p_re, weighted by its n_r positions that are not padding.
 
@@ -45,11 +53,17 @@ class Router(TopKRouter):  # type: ignore[misc]
         here balanced experts give 1). The gradients are later divided by the global batch's positions (Learner.step), so the coefficient
         means the same whatever is masked, packed or padded. Padding arrives as zeros in the scores and in the map.
         """
-        scores_rE, choices_rE = (x.view(seq_length, bsz, -1).sum(0) for x in (scores_for_aux_loss, routing_map))
+        scores_rE, choices_rE = (
+            x.view(seq_length, bsz, -1).sum(0) for x in (scores_for_aux_loss, routing_map)
+        )
         positions_r = choices_rE.sum(1) / self.topk
-        balance_r = (scores_rE * choices_rE).sum(1) * self.num_experts / (self.topk * positions_r.clamp(min=1))  # = n_r · E · Σ f·p
+        balance_r = (
+            (scores_rE * choices_rE).sum(1) * self.num_experts / (self.topk * positions_r.clamp(min=1))
+        )  # = n_r · E · Σ f·p
         self.aux_sum += balance_r.detach().sum()
-        attached: Tensor = MoEAuxLossAutoScaler.apply(probs, self.get_aux_loss_coeff("seq_aux_loss") * balance_r.sum())
+        attached: Tensor = MoEAuxLossAutoScaler.apply(
+            probs, self.get_aux_loss_coeff("seq_aux_loss") * balance_r.sum()
+        )
         return attached
 
 
@@ -78,4 +92,8 @@ class Load:
 
 def routers(student: nn.Module) -> dict[str, Router]:
     """The routers by their layer's name, in order."""
-    return {name.removeprefix("decoder.").removesuffix(".mlp.router"): m for name, m in student.named_modules() if isinstance(m, Router)}
+    return {
+        name.removeprefix("decoder.").removesuffix(".mlp.router"): m
+        for name, m in student.named_modules()
+        if isinstance(m, Router)
+    }

@@ -55,9 +55,17 @@ class Shape:
 
     def parameters(self) -> int:
         """All trainable numbers. Expert biases are not among them: the router moves those itself."""
-        attention = self.hidden * self.head_width * (2 * self.heads + 2 * self.kv_heads) + 2 * self.head_width + self.hidden
+        attention = (
+            self.hidden * self.head_width * (2 * self.heads + 2 * self.kv_heads)
+            + 2 * self.head_width
+            + self.hidden
+        )
         dense = 2 * self.hidden * self.dense_width + self.hidden
-        mixture = 2 * self.hidden * (self.experts * self.expert_width + self.shared_width) + self.hidden * self.experts + self.hidden
+        mixture = (
+            2 * self.hidden * (self.experts * self.expert_width + self.shared_width)
+            + self.hidden * self.experts
+            + self.hidden
+        )
         ends = 2 * self.vocabulary * self.hidden + self.hidden
         return self.layers * attention + self.dense_layers * dense + self.moe_layers * mixture + ends
 

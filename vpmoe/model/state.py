@@ -7,15 +7,15 @@ weights are not among them: they are the main parameters rounded, bit for bit. F
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from vpmoe.model.learner import Learner
+from vpmoe.model.student import Student
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NOT_EVERY_STAGES = ("projection",)
@@ -23,6 +23,15 @@ NOT_EVERY_STAGES = ("projection",)
 
 Read = Callable[[str, int, int], Tensor]
 """`(name, start, stop) -> fp32 tensor [stop − start]`, on any device."""
+
+
+class Stateful(Protocol):
+    """The parts of a Learner that hold its state."""
+
+    student: Student
+    device: torch.device
+    ddp: DistributedDataParallel
+    optimizer: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +57,7 @@ class Shard:
     """Adam's: "step", "exp_avg", "exp_avg_sq"."""
 
 
-def shards(learner: "Learner") -> Iterator[Shard]:
+def shards(learner: Stateful) -> Iterator[Shard]:
     """This rank's shards, in the optimizer's order."""
     names = {id(parameter): name for name, parameter in learner.student.named_parameters()}
     for part in learner.optimizer.chained_optimizers:
@@ -69,13 +78,16 @@ def shards(learner: "Learner") -> Iterator[Shard]:
                 )
 
 
-def allocate_moments(learner: "Learner") -> None:
+def allocate_moments(learner: Stateful) -> None:
     """Give Adam its state before the first step, so that a state taken at any time has the same tensors."""
     for shard in shards(learner):
-        shard.moments.update(step=torch.zeros((), device=shard.main.device), **{kind: torch.zeros_like(shard.main) for kind in MOMENTS})
+        shard.moments.update(
+            step=torch.zeros((), device=shard.main.device),
+            **{kind: torch.zeros_like(shard.main) for kind in MOMENTS},
+        )
 
 
-def slices(learner: "Learner") -> list[Slice]:
+def slices(learner: Stateful) -> list[Slice]:
     """All that this rank holds. Over all ranks the slices of a name cover it exactly once; the buffers are rank 0's."""
     held = [
         Slice(f"{kind}/{shard.name}", shard.start, shard.start + shard.main.numel(), tensor)
@@ -87,16 +99,21 @@ def slices(learner: "Learner") -> list[Slice]:
     return held
 
 
-def sizes(learner: "Learner") -> dict[str, int]:
+def sizes(learner: Stateful) -> dict[str, int]:
     """Numbers in each name of a complete state; the same on every rank."""
-    parameters = {name: parameter.numel() * _sharers(parameter) for name, parameter in learner.student.named_parameters()}
+    parameters = {
+        name: parameter.numel() * _sharers(parameter)
+        for name, parameter in learner.student.named_parameters()
+    }
     return {f"{kind}/{name}": size for kind in ("main", *MOMENTS) for name, size in parameters.items()} | {
         f"buffer/{name}": bias.numel() for name, bias in _biases(learner)
     }
 
 
 @torch.no_grad()
-def restore(learner: "Learner", read: Read, steps: int, moments: bool = True, anew: Collection[str] = ()) -> None:
+def restore(
+    learner: Stateful, read: Read, steps: int, moments: bool = True, anew: Collection[str] = ()
+) -> None:
     """Take weights, expert biases and, with `moments`, Adam's state from `read`, of which every rank asks for its own slices only.
 
     `steps` is the count of optimizer steps behind that state. The parameters named in `anew` stay as they were built, with empty moments;
@@ -117,7 +134,7 @@ def restore(learner: "Learner", read: Read, steps: int, moments: bool = True, an
 
 
 @torch.no_grad()
-def current(learner: "Learner", into: dict[str, Tensor] | None = None) -> Read:
+def current(learner: Stateful, into: dict[str, Tensor] | None = None) -> Read:
     """A copy of the weights and expert biases as they are, on the CPU and under the names of a state. On the GPU the weights are bf16.
 
     All ranks call it, because with expert parallelism no rank has all experts; rank 0's is the one to read, the others' is empty. `into`
@@ -130,7 +147,9 @@ def current(learner: "Learner", into: dict[str, Tensor] | None = None) -> Read:
         pieces = [tensor.flatten()]
         if (sharers := _sharers(tensor)) > 1:
             pieces = [torch.empty_like(pieces[0]) for _ in range(sharers)]
-            torch.distributed.all_gather(pieces, tensor.flatten(), group=parallel_state.get_expert_model_parallel_group())
+            torch.distributed.all_gather(
+                pieces, tensor.flatten(), group=parallel_state.get_expert_model_parallel_group()
+            )
         if torch.distributed.get_rank() == 0:
             whole = torch.cat(pieces)
             if name not in held:
@@ -150,23 +169,32 @@ def _fill(tensor: Tensor, read: Read, name: str, start: int) -> None:
     tensor.copy_(values)
 
 
-def _biases(learner: "Learner") -> list[tuple[str, Tensor]]:
-    return [(name, buffer) for name, buffer in learner.student.named_buffers() if name.endswith(".expert_bias")]
+def _biases(learner: Stateful) -> list[tuple[str, Tensor]]:
+    return [
+        (name, buffer) for name, buffer in learner.student.named_buffers() if name.endswith(".expert_bias")
+    ]
 
 
 def _sharers(parameter: Tensor) -> int:
     """Ranks over which the parameter is spread by expert parallelism: 1 unless it is a stack of experts."""
-    return 1 if getattr(parameter, "allreduce", True) else parallel_state.get_expert_model_parallel_world_size()
+    return (
+        1 if getattr(parameter, "allreduce", True) else parallel_state.get_expert_model_parallel_world_size()
+    )
 
 
 def _first(parameter: Tensor) -> int:
     """Where this rank's stack of experts begins in the whole one, flattened."""
-    return 0 if _sharers(parameter) == 1 else parallel_state.get_expert_model_parallel_rank() * parameter.numel()
+    return (
+        0 if _sharers(parameter) == 1 else parallel_state.get_expert_model_parallel_rank() * parameter.numel()
+    )
 
 
 def random_state() -> dict[str, Tensor]:
     """Every generator that this process may draw from, as bytes. Nothing draws in training (no dropout); kept so that this stays true."""
-    states = {"cpu": torch.get_rng_state(), **{f"megatron/{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}}
+    states = {
+        "cpu": torch.get_rng_state(),
+        **{f"megatron/{name}": state for name, state in get_cuda_rng_tracker().get_states().items()},
+    }
     return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
@@ -174,7 +202,11 @@ def set_random_state(states: dict[str, Tensor]) -> None:
     """What random_state gave, on the same kind of device."""
     torch.set_rng_state(states["cpu"])
     get_cuda_rng_tracker().set_states(
-        {name.removeprefix("megatron/"): state for name, state in states.items() if name.startswith("megatron/")}
+        {
+            name.removeprefix("megatron/"): state
+            for name, state in states.items()
+            if name.startswith("megatron/")
+        }
     )
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

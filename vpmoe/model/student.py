@@ -19,7 +19,11 @@ from typing import cast
 import torch
 from megatron.core import parallel_state
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -47,23 +51,33 @@ class Student(MegatronModule):  # type: ignore[misc]
     teacher, or one that is as wide.
     """
 
-    def __init__(self, shape: Shape, config: TransformerConfig, sequence_length: int, teacher_width: int | None = None) -> None:
+    def __init__(
+        self, shape: Shape, config: TransformerConfig, sequence_length: int, teacher_width: int | None = None
+    ) -> None:
         super().__init__(config)
         self.shape = shape
         self.sequence_length = sequence_length
-        self.embedding = VocabParallelEmbedding(shape.vocabulary, shape.hidden, init_method=config.init_method, config=config)
+        self.embedding = VocabParallelEmbedding(
+            shape.vocabulary, shape.hidden, init_method=config.init_method, config=config
+        )
         self.decoder = TransformerBlock(config, _layers(shape))
         place = None if config.use_cpu_initialization else torch.cuda.current_device()
-        self.output = nn.Parameter(torch.empty((shape.vocabulary, shape.hidden), dtype=config.params_dtype, device=place))
+        self.output = nn.Parameter(
+            torch.empty((shape.vocabulary, shape.hidden), dtype=config.params_dtype, device=place)
+        )
         self.projection: nn.Parameter | None = None
         if teacher_width not in (None, shape.hidden):
-            self.projection = nn.Parameter(torch.empty((teacher_width, shape.hidden), dtype=config.params_dtype, device=place))
+            self.projection = nn.Parameter(
+                torch.empty((teacher_width, shape.hidden), dtype=config.params_dtype, device=place)
+            )
 
     def forward(self, batch: Batch) -> Tensor:
         """[T, H] for the batch's T = b·S positions, in row order. ValueError where a row is longer than the student was built for."""
         rows, positions = batch.tokens.shape
         if positions > self.sequence_length:
-            raise ValueError(f"training.sequenceLength: a row of {positions} positions, the student was built for {self.sequence_length}.")
+            raise ValueError(
+                f"training.sequenceLength: a row of {positions} positions, the student was built for {self.sequence_length}."
+            )
         hidden_SbH = self.decoder(
             hidden_states=self.embedding(batch.tokens).transpose(0, 1).contiguous(),
             attention_mask=None,
@@ -82,7 +96,13 @@ class Student(MegatronModule):  # type: ignore[misc]
 
 
 def build(
-    shape: Shape, device: torch.device, *, sequence_length: int, seed: int, expert_parallel: int = 1, teacher_width: int | None = None
+    shape: Shape,
+    device: torch.device,
+    *,
+    sequence_length: int,
+    seed: int,
+    expert_parallel: int = 1,
+    teacher_width: int | None = None,
 ) -> Student:
     """A new student with random weights: bf16 on the GPU, fp32 on the CPU; on device "meta" without weights, to count them.
 
@@ -91,7 +111,9 @@ def build(
     ValueError where the experts do not divide by `expert_parallel`.
     """
     if expert_parallel < 1 or shape.experts % expert_parallel:
-        raise ValueError(f"student.expertParallel: {expert_parallel} does not divide the {shape.experts} experts of {shape.name}.")
+        raise ValueError(
+            f"student.expertParallel: {expert_parallel} does not divide the {shape.experts} experts of {shape.name}."
+        )
     student = Student(shape, _config(shape, device, expert_parallel), sequence_length, teacher_width)
     if device.type != "meta":
         student.to(device)  # megatron leaves the router's weight on the CPU
@@ -157,7 +179,9 @@ def _layers(shape: Shape) -> TransformerBlockSubmodules:
     dense = partial(MLP.as_mlp_submodule, submodules=linears)
     mixture = partial(
         Mixture,
-        submodules=MoESubmodules(router=Router, experts=StackedExperts, shared_experts=partial(SharedExpertMLP, submodules=linears)),
+        submodules=MoESubmodules(
+            router=Router, experts=StackedExperts, shared_experts=partial(SharedExpertMLP, submodules=linears)
+        ),
     )
     attention = ModuleSpec(
         module=SelfAttention,
@@ -208,6 +232,8 @@ def _initialise(student: Student, seed: int) -> None:
         if parameter.dim() < 3:
             parameter.normal_(0, std, generator=generator)
         else:  # this rank's share of the stacked experts
-            whole = torch.empty((shape.experts, *parameter.shape[1:]), dtype=parameter.dtype, device=parameter.device)
+            whole = torch.empty(
+                (shape.experts, *parameter.shape[1:]), dtype=parameter.dtype, device=parameter.device
+            )
             first = parallel_state.get_expert_model_parallel_rank() * len(parameter)
             parameter.copy_(whole.normal_(0, std, generator=generator)[first : first + len(parameter)])

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from vpmoe.model.batch import Batch
-from vpmoe.objectives.head import Coefficient
-from vpmoe.objectives.objective import Weighted
-from vpmoe.objectives.spans import SPANS, share_by_span
+from vpmoe.model.head import Coefficient
+from vpmoe.model.objective import Weighted
+from vpmoe.model.spans import SPANS, share_by_span
 
 MOST_ADVANTAGE = 20.0
 """Nats by which the teacher's opinion of one token may count, either way."""
@@ -53,7 +53,9 @@ def on_policy(counts: Tensor, weights: Mapping[str, float]) -> Weighted:
 def stored(batch: Batch) -> tuple[Tensor, Tensor]:
     """The teacher's and the sampler's log p of each position's target, both [T] fp32. Raises ValueError for a batch without them."""
     if batch.teacher_logp is None or batch.sampler_logp is None:
-        raise ValueError("an OnPolicy step wants a batch with the teacher's and the sampler's log-probabilities")
+        raise ValueError(
+            "an OnPolicy step wants a batch with the teacher's and the sampler's log-probabilities"
+        )
     return batch.teacher_logp, batch.sampler_logp
 
 
@@ -66,7 +68,14 @@ def _measure(batch: Batch, logp_T: Tensor) -> Tensor:
     teacher_T, sampler_T = (logp.double() for logp in stored(batch))
     gap_T, log_ratio_T = logp_T.double() - teacher_T, logp_T.double() - sampler_T
     bounded = (gap_T.abs() > MOST_ADVANTAGE, log_ratio_T.exp() > MOST_RATIO)
-    found_5T = torch.stack([torch.ones_like(gap_T), gap_T, log_ratio_T.expm1() - log_ratio_T, *(which.double() for which in bounded)])
+    found_5T = torch.stack(
+        [
+            torch.ones_like(gap_T),
+            gap_T,
+            log_ratio_T.expm1() - log_ratio_T,
+            *(which.double() for which in bounded),
+        ]
+    )
     return torch.cat([found_5T.where(batch.span == span, 0).sum(1) for span in SPANS.values()])
 
 

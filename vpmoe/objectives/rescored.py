@@ -12,15 +12,17 @@ from torch import Tensor
 
 from vpmoe.api.stages import Confidence
 from vpmoe.model.batch import Batch
-from vpmoe.objectives.head import Coefficient
-from vpmoe.objectives.objective import Weighted
-from vpmoe.objectives.spans import SPANS, share_by_span
+from vpmoe.model.head import Coefficient
+from vpmoe.model.objective import Weighted
+from vpmoe.model.spans import SPANS, share_by_span
 
 MEASURED = 5
 """Numbers that are summed for each span: tokens, weights, weights at the lower and at the upper bound, the teacher's log-probabilities."""
 
 
-def rescored(counts: Tensor, weights: Mapping[str, float], confidence: Confidence, centre: Mapping[str, float]) -> Weighted:
+def rescored(
+    counts: Tensor, weights: Mapping[str, float], confidence: Confidence, centre: Mapping[str, float]
+) -> Weighted:
     """Coefficients c = w_span / N_span · clip(exp((logp_teacher − m_span) / T), min, max).
 
     `counts` is [positions, N_reasoning, N_final] of the GLOBAL batch, `centre` m by span in nats. The batch has the teacher's log p of
@@ -32,7 +34,9 @@ def rescored(counts: Tensor, weights: Mapping[str, float], confidence: Confidenc
     def weight(batch: Batch) -> Tensor:
         """[T] fp32; what stands where there is no target means nothing."""
         m_T = torch.tensor(m_by_span, dtype=torch.float32, device=batch.span.device)[batch.span.long()]
-        return ((teacher_logp(batch) - m_T) / confidence.temperature).exp().clamp(confidence.min, confidence.max)
+        return (
+            ((teacher_logp(batch) - m_T) / confidence.temperature).exp().clamp(confidence.min, confidence.max)
+        )
 
     def of(batch: Batch) -> Coefficient:
         c_T = torch.tensor(by_span, dtype=torch.float32, device=batch.span.device)[batch.span.long()]
@@ -43,7 +47,13 @@ def rescored(counts: Tensor, weights: Mapping[str, float], confidence: Confidenc
         """[spans · MEASURED] float64 sums over the microbatch."""
         w_T = weight(batch)
         found_5T = torch.stack(
-            [torch.ones_like(w_T), w_T, (w_T <= confidence.min).float(), (w_T >= confidence.max).float(), teacher_logp(batch)]
+            [
+                torch.ones_like(w_T),
+                w_T,
+                (w_T <= confidence.min).float(),
+                (w_T >= confidence.max).float(),
+                teacher_logp(batch),
+            ]
         ).double()
         return torch.cat([found_5T.where(batch.span == span, 0).sum(1) for span in SPANS.values()])
 

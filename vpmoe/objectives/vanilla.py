@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from vpmoe.model.batch import Batch
-from vpmoe.objectives.head import Coefficient
-from vpmoe.objectives.objective import Weighted
-from vpmoe.objectives.spans import share_by_span
+from vpmoe.model.head import Coefficient
+from vpmoe.model.objective import Weighted
+from vpmoe.model.spans import share_by_span
 
 
 def vanilla(counts: Tensor, weights: Mapping[str, float]) -> Weighted:

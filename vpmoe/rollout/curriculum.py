@@ -1,7 +1,7 @@
 """The course of an OnPolicy stage: which of its steps are windows, which version a window is sampled from, and what it asks for.
 
 Pure, and in exact arithmetic: sampler, teacher and trainer each work it out and must come to the same. Windows and anchor steps alternate
-as the steps of a Rescored stage do (vpmoe.training.mixture). What a phase holds follows from the tokens that the stage had realised when
+as the steps of a Rescored stage do (vpmoe.data.mixture). What a phase holds follows from the tokens that the stage had realised when
 the version was published, which every role can add up; how they are spread over prompts is windows.py's business.
 """
 
@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpmoe.api.stages import OnPolicy
+from vpmoe.data.mixture import as_written
 from vpmoe.failure import Permanent
-from vpmoe.training.mixture import as_written
 
 EFFORTS = ("low", "medium", "high")
 
@@ -45,8 +45,12 @@ class Curriculum:
             raise Permanent(
                 f"stage {stage.name}: anchor is 1 to a millionth, so no step would train on a rollout. Lower it, or make the stage Vanilla."
             )
-        self._ends = [end * stage.tokens for end in accumulate(_to_one([phase.share for phase in stage.curriculum]))]
-        self._efforts = [_to_one([getattr(phase.effort, name) for name in EFFORTS]) for phase in stage.curriculum]
+        self._ends = [
+            end * stage.tokens for end in accumulate(_to_one([phase.share for phase in stage.curriculum]))
+        ]
+        self._efforts = [
+            _to_one([getattr(phase.effort, name) for name in EFFORTS]) for phase in stage.curriculum
+        ]
 
     def step_of(self, window: int) -> int:
         """The step that trains a window: behind the windows before it and the anchor steps between them."""
@@ -82,7 +86,10 @@ class Curriculum:
         `seen`: the same of this window; `tokens`: of this window itself, prompts and completions; `anchors[n]`: of the stage's first n + 1
         anchor steps together, up to the one that alone would reach the stage's end (BatchPlan.steps). Padding is not counted anywhere.
         """
-        reached = [int(anchors[min(steps, len(anchors)) - 1]) if steps else 0 for steps in (self.anchors(window), self.anchors(window + 1))]
+        reached = [
+            int(anchors[min(steps, len(anchors)) - 1]) if steps else 0
+            for steps in (self.anchors(window), self.anchors(window + 1))
+        ]
         return seen + tokens + reached[1] - reached[0]
 
     def anchors(self, window: int) -> int:
@@ -95,7 +102,11 @@ class Curriculum:
         start, end = self._ends[phase - 1] if phase else Fraction(0), self._ends[phase]
         left = max(Fraction(0), (end - tokens) / (end - start))
         asked = self.stage.curriculum[phase]
-        goes_to = asked.rollouts_per_prompt if asked.rollouts_per_prompt_at_end is None else asked.rollouts_per_prompt_at_end
+        goes_to = (
+            asked.rollouts_per_prompt
+            if asked.rollouts_per_prompt_at_end is None
+            else asked.rollouts_per_prompt_at_end
+        )
         risen = max(Fraction(0), 1 - left / RISING)
         rollouts = asked.rollouts_per_prompt + risen * (goes_to - asked.rollouts_per_prompt)
         return Level(phase, self._efforts[phase], rollouts)

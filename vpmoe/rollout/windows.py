@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpmoe.api.stages import MaxTokens, OnPolicy
+from vpmoe.data.packing import order
+from vpmoe.rollout.back_pressure import Adjustment, heeded
 from vpmoe.rollout.curriculum import EFFORTS, Curriculum, Level
-from vpmoe.rollout.turns import Turn, heeded
-from vpmoe.training.plan import order
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Windows:
         # a window may straddle two epochs; 20 million documents take seconds to order and 80 MB to keep
         self._order = lru_cache(2)(lambda epoch: order(documents_in_part, seed, epoch))
 
-    def window(self, number: int, tokens: int, turns: Sequence[Turn] = ()) -> Window:
+    def window(self, number: int, tokens: int, turns: Sequence[Adjustment] = ()) -> Window:
         """Window `number`. `tokens` are the stage's when the window's version was published (version.Version.tokens), `turns` all so far:
         those of later windows change nothing."""
         turns = heeded(turns, number)
@@ -96,10 +96,12 @@ class Windows:
         start = self._first + number * self._each
         places = np.arange(start, start + self._each)
         epochs, within = places // self._documents, places % self._documents
-        return np.concatenate([self._order(int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)])
+        return np.concatenate(
+            [self._order(int(epoch))[within[epochs == epoch]] for epoch in np.unique(epochs)]
+        )
 
 
-def turned_effort(shares: tuple[Fraction, ...], turns: Sequence[Turn]) -> tuple[Fraction, ...]:
+def turned_effort(shares: tuple[Fraction, ...], turns: Sequence[Adjustment]) -> tuple[Fraction, ...]:
     """Shares of EFFORTS after these turns: each of effort gives half of high's share to medium."""
     low, medium, high = shares
     for _ in (turn for turn in turns if turn.knob == "effort"):
@@ -107,7 +109,7 @@ def turned_effort(shares: tuple[Fraction, ...], turns: Sequence[Turn]) -> tuple[
     return low, medium, high
 
 
-def turned_bounds(max_tokens: MaxTokens, turns: Sequence[Turn]) -> MaxTokens:
+def turned_bounds(max_tokens: MaxTokens, turns: Sequence[Adjustment]) -> MaxTokens:
     """Longest completions after these turns: each of maxTokens makes three quarters of every one, rounded down, and at least 1."""
     for _ in (turn for turn in turns if turn.knob == "maxTokens"):
         max_tokens = MaxTokens(**{name: max(1, getattr(max_tokens, name) * 3 // 4) for name in EFFORTS})
@@ -141,7 +143,9 @@ def longest(prompt: int, effort: str, max_tokens: MaxTokens, sequence_length: in
     """Tokens that may be sampled after a prompt of so many. Raises ValueError where there is room for none."""
     bound = min(getattr(max_tokens, effort), sequence_length - prompt)
     if bound < 1:
-        raise ValueError(f"a prompt of {prompt} tokens leaves no room for an answer in a sequence of {sequence_length}")
+        raise ValueError(
+            f"a prompt of {prompt} tokens leaves no room for an answer in a sequence of {sequence_length}"
+        )
     return int(bound)
 
 

@@ -20,7 +20,11 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("url", type=address, metavar="s3://BUCKET/PREFIX")
     name, prefix = parser.parse_args(arguments).url
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or Storage.model_fields["region"].default
+    region = (
+        os.environ.get("AWS_REGION")
+        or os.environ.get("AWS_DEFAULT_REGION")
+        or Storage.model_fields["region"].default
+    )
     try:
         verdict = verify(Bucket.open(Storage(bucket=name, region=region)), prefix, say)
     except StorageError as error:

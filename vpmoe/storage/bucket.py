@@ -69,7 +69,12 @@ class Bucket:
 
     @classmethod
     def open(
-        cls, spec: "Storage", *, credentials: Credentials | None = None, ca_bundle: Path | None = None, patience: Patience = JOB
+        cls,
+        spec: "Storage",
+        *,
+        credentials: Credentials | None = None,
+        ca_bundle: Path | None = None,
+        patience: Patience = JOB,
     ) -> "Bucket":
         """The bucket that a run's `storage` describes. Nothing is sent before the first use; `probe` proves that it works.
 
@@ -127,7 +132,10 @@ class Bucket:
         Raises StorageError also for a file of more than MAX_PARTS blocks, OSError where the file cannot be read.
         """
         if path.stat().st_size > MAX_PARTS * BLOCK:
-            raise StorageError(f"{path}: {path.stat().st_size} bytes do not fit into one object. Write it as several files.", "Local")
+            raise StorageError(
+                f"{path}: {path.stat().st_size} bytes do not fit into one object. Write it as several files.",
+                "Local",
+            )
         with path.open("rb") as file:
             blocks = read_blocks(file)
             first = next(blocks, b"")
@@ -138,7 +146,9 @@ class Bucket:
     def _put(self, key: str, data: bytes, metadata: Mapping[str, str], **condition: Any) -> None:
         def put() -> None:
             try:
-                self._client.put_object(Bucket=self.name, Key=self.prefix + key, Body=data, Metadata=metadata, **condition)
+                self._client.put_object(
+                    Bucket=self.name, Key=self.prefix + key, Body=data, Metadata=metadata, **condition
+                )
             except ClientError as error:
                 if condition and status_and_code(error)[0] == 412:
                     raise AlreadyThere(key) from error
@@ -147,7 +157,9 @@ class Bucket:
         self._persist("PutObject", key, put)
 
     def _put_multipart(self, key: str, blocks: Iterable[bytes], metadata: Mapping[str, str]) -> Stored:
-        ours = uuid.uuid4().hex  # tells our object from an earlier one if the answer to the last request is lost
+        ours = (
+            uuid.uuid4().hex
+        )  # tells our object from an earlier one if the answer to the last request is lost
         name, path = self.name, self.prefix + key
         metadata = self._checked(key, {**metadata, "upload": ours})
         hasher = Hasher()
@@ -162,13 +174,17 @@ class Bucket:
             answer = self._persist(
                 "UploadPart",
                 key,
-                lambda: self._client.upload_part(Bucket=name, Key=path, UploadId=upload_id, PartNumber=number, Body=block),
+                lambda: self._client.upload_part(
+                    Bucket=name, Key=path, UploadId=upload_id, PartNumber=number, Body=block
+                ),
             )
             return {"ETag": answer["ETag"], "PartNumber": number}
 
         def complete() -> None:
             try:
-                self._client.complete_multipart_upload(Bucket=name, Key=path, UploadId=upload_id, MultipartUpload={"Parts": parts})
+                self._client.complete_multipart_upload(
+                    Bucket=name, Key=path, UploadId=upload_id, MultipartUpload={"Parts": parts}
+                )
             except ClientError as error:
                 if status_and_code(error)[1] != "NoSuchUpload":
                     raise
@@ -176,7 +192,9 @@ class Bucket:
                     raise
 
         created = self._persist(
-            "CreateMultipartUpload", key, lambda: self._client.create_multipart_upload(Bucket=name, Key=path, Metadata=metadata)
+            "CreateMultipartUpload",
+            key,
+            lambda: self._client.create_multipart_upload(Bucket=name, Key=path, Metadata=metadata),
         )
         upload_id = created["UploadId"]
         try:
@@ -192,25 +210,31 @@ class Bucket:
         once = Patience(attempts=1, connect=self._patience.connect, read=self._patience.read)
         try:
             persist(
-                lambda: self._client.abort_multipart_upload(Bucket=self.name, Key=self.prefix + key, UploadId=upload_id),
+                lambda: self._client.abort_multipart_upload(
+                    Bucket=self.name, Key=self.prefix + key, UploadId=upload_id
+                ),
                 once,
                 "AbortMultipartUpload",
                 self.url(key),
                 self.endpoint,
             )
         except StorageError as error:
-            log.warning("The parts of a failed upload stay until the bucket's lifecycle rule removes them: %s", error)
+            log.warning(
+                "The parts of a failed upload stay until the bucket's lifecycle rule removes them: %s", error
+            )
 
     def _checked(self, key: str, metadata: Mapping[str, str]) -> dict[str, str]:
         size = sum(len(name.encode()) + len(value.encode()) for name, value in metadata.items())
         if size > MAX_METADATA:
             raise StorageError(
-                f"{self.url(key)}: metadata of {size} bytes is above S3's {MAX_METADATA}. Shorten the image's name.", "Refused"
+                f"{self.url(key)}: metadata of {size} bytes is above S3's {MAX_METADATA}. Shorten the image's name.",
+                "Refused",
             )
         for name, value in metadata.items():
             if not (value.isascii() and value.isprintable()):
                 raise StorageError(
-                    f"{self.url(key)}: metadata {name}={value!r} is not printable ASCII, and S3 carries nothing else.", "Refused"
+                    f"{self.url(key)}: metadata {name}={value!r} is not printable ASCII, and S3 carries nothing else.",
+                    "Refused",
                 )
         return dict(metadata)
 
@@ -236,7 +260,8 @@ class Bucket:
             return json.loads(self.get(key))
         except ValueError as error:
             raise StorageError(
-                f"{self.url(key)}: not JSON ({error}). The object was altered; delete it to have it written again.", "Altered"
+                f"{self.url(key)}: not JSON ({error}). The object was altered; delete it to have it written again.",
+                "Altered",
             ) from error
 
     def exists(self, key: str) -> bool:
@@ -256,7 +281,11 @@ class Bucket:
             page = self._persist(
                 "ListObjectsV2",
                 prefix,
-                lambda: self._client.list_objects_v2(Bucket=self.name, Prefix=self.prefix + prefix, StartAfter=after),  # noqa: B023 (called at once)
+                lambda: self._client.list_objects_v2(
+                    Bucket=self.name,
+                    Prefix=self.prefix + prefix,
+                    StartAfter=after,  # noqa: B023 (called at once)
+                ),
             )
             for entry in page.get("Contents", []):
                 after = entry["Key"]
@@ -287,7 +316,9 @@ class Bucket:
 
     def head(self, key: str) -> Object:
         """Size and ETag of an object. Raises StorageError (Missing) where there is none."""
-        found = self._persist("HeadObject", key, lambda: self._client.head_object(Bucket=self.name, Key=self.prefix + key))
+        found = self._persist(
+            "HeadObject", key, lambda: self._client.head_object(Bucket=self.name, Key=self.prefix + key)
+        )
         return Object(key, found["ContentLength"], etag_of(found))
 
     def fetch_range(self, wanted: Object, start: int, stop: int) -> bytes:
@@ -326,7 +357,9 @@ class Bucket:
 
         def fetch() -> tuple[bytes, int, str]:
             try:
-                answer = self._client.get_object(Bucket=self.name, Key=self.prefix + key, Range=f"bytes={start}-{stop - 1}")
+                answer = self._client.get_object(
+                    Bucket=self.name, Key=self.prefix + key, Range=f"bytes={start}-{stop - 1}"
+                )
             except ClientError as error:
                 if status_and_code(error)[0] != 416:  # the object ends before `start`
                     raise
@@ -356,12 +389,16 @@ class Bucket:
 
     def delete(self, key: str) -> None:
         """Remove an object; that there is none is no error."""
-        self._persist("DeleteObject", key, lambda: self._client.delete_object(Bucket=self.name, Key=self.prefix + key))
+        self._persist(
+            "DeleteObject", key, lambda: self._client.delete_object(Bucket=self.name, Key=self.prefix + key)
+        )
 
     def delete_prefix(self, folder: str) -> int:
         """Remove everything in a folder, manifests first, so that none ever names what is gone. Returns the number of objects."""
         if not folder.strip("/"):
-            raise ValueError("delete_prefix takes the name of a folder: an empty one would remove all runs of all people")
+            raise ValueError(
+                "delete_prefix takes the name of a folder: an empty one would remove all runs of all people"
+            )
         folder = folder.rstrip("/") + "/"
         keys = [found.key for found in self.list(folder)]
         manifests = [key for key in keys if key.endswith("/manifest.json")]
@@ -388,4 +425,6 @@ def etag_of(answer: Mapping[str, Any]) -> str:
 
 def json_bytes(value: object) -> bytes:
     """The one form in which JSON is stored: sorted keys, no spaces, UTF-8. Equal values have equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()

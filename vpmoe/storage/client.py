@@ -27,7 +27,9 @@ class Credentials:
     secret_key: str
 
 
-def connect(spec: "Storage", credentials: Credentials | None, ca_bundle: Path | None, patience: Patience) -> "S3Client":
+def connect(
+    spec: "Storage", credentials: Credentials | None, ca_bundle: Path | None, patience: Patience
+) -> "S3Client":
     """A client of the store that `spec` names; see Bucket.open for where credentials and endpoint come from. Sends nothing."""
     session = boto3.session.Session(
         aws_access_key_id=credentials.access_key if credentials else None,
@@ -42,7 +44,10 @@ def connect(spec: "Storage", credentials: Credentials | None, ca_bundle: Path | 
         response_checksum_validation="when_required",
         max_pool_connections=CONNECTIONS,
         ignore_configured_endpoint_urls=credentials is not None,  # type: ignore[call-arg]  # the stubs do not know it
-        s3={"addressing_style": spec.addressing_style, "payload_signing_enabled": True},  # the store proves each body as it comes in
+        s3={
+            "addressing_style": spec.addressing_style,
+            "payload_signing_enabled": True,
+        },  # the store proves each body as it comes in
     )
     return session.client(
         "s3",

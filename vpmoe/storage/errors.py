@@ -26,8 +26,22 @@ Reason = Literal["Unreachable", "Denied", "Missing", "Refused", "Altered", "Loca
 FAULTS = (BotoCoreError, ClientError, ResponseParserError, HTTPError)
 """Everything that a call of boto3, or reading the body that it returned, raises."""
 
-TRANSIENT = (ConnectionError, HTTPClientError, IncompleteReadError, CredentialRetrievalError, ResponseParserError, HTTPError)
-TRANSIENT_CODES = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "ConditionalRequestConflict", "OperationAborted"}
+TRANSIENT = (
+    ConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    CredentialRetrievalError,
+    ResponseParserError,
+    HTTPError,
+)
+TRANSIENT_CODES = {
+    "RequestTimeout",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "ConditionalRequestConflict",
+    "OperationAborted",
+}
 NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError)
 
 
@@ -58,7 +72,9 @@ def status_and_code(error: Exception) -> tuple[int, str]:
     """HTTP status and S3 error code of an answer, (0, "") of anything that is not an answer. HEAD has the status as its code."""
     if not isinstance(error, ClientError):
         return 0, ""
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)), error.response.get("Error", {}).get("Code", "")
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)), error.response.get(
+        "Error", {}
+    ).get("Code", "")
 
 
 def in_short(error: Exception) -> str:
@@ -92,19 +108,28 @@ def explain(error: Exception, operation: str, url: str, endpoint: str, tried: st
         if isinstance(error, SSLError):
             hint = "storage.caSecret (or AWS_CA_BUNDLE) holds the certificate of its authority"
         return StorageError(
-            f"{start} failed {tried}, last with {answer}. Check that storage.endpoint is right and that {hint}.", "Unreachable"
+            f"{start} failed {tried}, last with {answer}. Check that storage.endpoint is right and that {hint}.",
+            "Unreachable",
         )
     if code == "NoSuchBucket":
-        return StorageError(f"{start}: the bucket does not exist. Create it, or correct storage.bucket and storage.endpoint.", "Missing")
-    denied = status in (401, 403) or code == "XAdminUserNotFound"  # versitygw's word for an unknown access key, with status 404
+        return StorageError(
+            f"{start}: the bucket does not exist. Create it, or correct storage.bucket and storage.endpoint.",
+            "Missing",
+        )
+    denied = (
+        status in (401, 403) or code == "XAdminUserNotFound"
+    )  # versitygw's word for an unknown access key, with status 404
     if status == 404 and not denied:
         return StorageError(f"{start}: there is no such object ({answer}).", "Missing")
     if status in (301, 307) or code in ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
         return StorageError(
-            f"{start}: the bucket lies in another region ({answer}). Correct storage.region or storage.endpoint.", "Refused"
+            f"{start}: the bucket lies in another region ({answer}). Correct storage.region or storage.endpoint.",
+            "Refused",
         )
     if code == "RequestTimeTooSkewed":
-        return StorageError(f"{start}: this machine's clock and the store's differ too much. Set the clock.", "Denied")
+        return StorageError(
+            f"{start}: this machine's clock and the store's differ too much. Set the clock.", "Denied"
+        )
     if denied:
         return StorageError(
             f"{start} was denied ({answer}). Check that AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (in a pod: the Secret that "

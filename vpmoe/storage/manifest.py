@@ -47,7 +47,9 @@ class Input:
 class Part(BaseModel):
     """A part of the format: names in camel case, no field more, none less, no type guessed."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, alias_generator=to_camel, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, alias_generator=to_camel, populate_by_name=True
+    )
 
 
 class Sha256Digest(Part):
@@ -178,12 +180,18 @@ def subject_of(found: Mapping[str, Any], folder: str) -> Subject:
 def _subject(entry: SubjectEntry, folder: str) -> Subject:
     facts = entry.annotations
     if len(facts.blocks) != -(-facts.size // BLOCK):
-        raise ValueError(f"{entry.name}: {facts.size} bytes have {-(-facts.size // BLOCK)} blocks, not {len(facts.blocks)}")
+        raise ValueError(
+            f"{entry.name}: {facts.size} bytes have {-(-facts.size // BLOCK)} blocks, not {len(facts.blocks)}"
+        )
     return Subject(f"{folder}/{entry.name}", facts.size, entry.digest.sha256, tuple(facts.blocks), entry.name)
 
 
 def statement(
-    kind: str, subjects: Iterable[Subject], facts: Mapping[str, Any], provenance: Provenance, inputs: Sequence[Input]
+    kind: str,
+    subjects: Iterable[Subject],
+    facts: Mapping[str, Any],
+    provenance: Provenance,
+    inputs: Sequence[Input],
 ) -> dict[str, Any]:
     """The manifest of objects that are written already.
 
@@ -192,7 +200,9 @@ def statement(
     """
     for needed in ("tokenizer",) if kind == "dataset" else ("tokenizer", "dataset"):
         if not any(found.name == needed and found.digest for found in inputs):
-            raise ValueError(f"a manifest of kind {kind} has to name its {needed} with a digest among its inputs")
+            raise ValueError(
+                f"a manifest of kind {kind} has to name its {needed} with a digest among its inputs"
+            )
     made = {
         "_type": STATEMENT,
         "subject": [entry(subject) for subject in sorted(subjects, key=lambda subject: subject.name)],
@@ -200,15 +210,27 @@ def statement(
         "predicate": {
             "buildDefinition": {
                 "buildType": f"https://vpmoe.dev/{kind}/v1",
-                "externalParameters": {"run": provenance.run, "config": provenance.config, "step": provenance.step},
+                "externalParameters": {
+                    "run": provenance.run,
+                    "config": provenance.config,
+                    "step": provenance.step,
+                },
                 "internalParameters": dict(facts),
                 "resolvedDependencies": [
-                    {"name": found.name, "uri": found.uri, "digest": dict(found.digest), "annotations": dict(found.facts)}
+                    {
+                        "name": found.name,
+                        "uri": found.uri,
+                        "digest": dict(found.digest),
+                        "annotations": dict(found.facts),
+                    }
                     for found in inputs
                 ],
             },
             "runDetails": {
-                "builder": {"id": BUILDER, "version": {"gitSha": provenance.git_sha, "image": provenance.image}},
+                "builder": {
+                    "id": BUILDER,
+                    "version": {"gitSha": provenance.git_sha, "image": provenance.image},
+                },
                 "metadata": {
                     "invocationId": f"{provenance.run}/{provenance.step}/{provenance.attempt}",
                     "startedOn": provenance.started,
@@ -250,7 +272,9 @@ def parse(key: str, data: bytes) -> Manifest:
     try:
         found = Statement.model_validate_json(data)
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc'])) or 'content'}: {fault['msg']}" for fault in error.errors()[:5]]
+        faults = [
+            f"{'.'.join(map(str, fault['loc'])) or 'content'}: {fault['msg']}" for fault in error.errors()[:5]
+        ]
         raise ValueError("; ".join(faults)) from error
     folder = key.rpartition("/")[0]
     subjects = [_subject(entry, folder) for entry in found.subject]
@@ -266,7 +290,10 @@ def parse(key: str, data: bytes) -> Manifest:
         kind=build.build_type.split("/")[3],
         subjects={subject.name: subject for subject in subjects},
         facts=build.internal_parameters,
-        inputs={found.name: Input(found.name, found.uri, found.digest, found.annotations) for found in build.resolved_dependencies},
+        inputs={
+            found.name: Input(found.name, found.uri, found.digest, found.annotations)
+            for found in build.resolved_dependencies
+        },
         provenance=Provenance(
             git_sha=details.builder.version.git_sha,
             image=details.builder.version.image,

@@ -53,9 +53,17 @@ def persist[T](call: Callable[[], T], patience: Patience, operation: str, url: s
         except FAULTS as error:
             if not is_transient(error) or attempt >= patience.attempts:
                 times = "once" if attempt == 1 else f"{attempt} times"
-                raise explain(error, operation, url, endpoint, f"{times} in {time.monotonic() - started:.0f} s") from error
+                raise explain(
+                    error, operation, url, endpoint, f"{times} in {time.monotonic() - started:.0f} s"
+                ) from error
             pause = patience.pause(attempt)
             log.warning(
-                "%s: %s failed (%s), attempt %d of %d; again in %.1f s", url, operation, in_short(error), attempt, patience.attempts, pause
+                "%s: %s failed (%s), attempt %d of %d; again in %.1f s",
+                url,
+                operation,
+                in_short(error),
+                attempt,
+                patience.attempts,
+                pause,
             )
             time.sleep(pause)

@@ -36,9 +36,12 @@ def verify(bucket: Bucket, prefix: str, say: Callable[[str], None]) -> Verdict:
             _verify_one(bucket, found.key, verdict, say)
     if not verdict.manifests:
         raise StorageError(
-            f"{bucket.url(folder)}: there is no manifest. Give the address of a data set, a run, or a whole prefix.", "Missing"
+            f"{bucket.url(folder)}: there is no manifest. Give the address of a data set, a run, or a whole prefix.",
+            "Missing",
         )
-    say(f"{verdict.manifests} manifests, {verdict.objects} objects, {verdict.size} bytes; {verdict.failed or 'none'} failed")
+    say(
+        f"{verdict.manifests} manifests, {verdict.objects} objects, {verdict.size} bytes; {verdict.failed or 'none'} failed"
+    )
     return verdict
 
 

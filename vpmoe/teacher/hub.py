@@ -17,7 +17,9 @@ def commit_and_files(model: str) -> tuple[str, list[tuple[str, int, str]]]:
     """
     repository, _, revision = model.removeprefix("hf://").partition("@")
     with asking(f"teacher.model: {model}", "model", INSTEAD):
-        found = HfApi().model_info(repository, revision=revision or None, files_metadata=True, timeout=TIMEOUT)
+        found = HfApi().model_info(
+            repository, revision=revision or None, files_metadata=True, timeout=TIMEOUT
+        )
     if found.sha is None:
         raise Retriable(f"teacher.model: {model}: the Hugging Face hub names no commit.")
     return found.sha, [(file.rfilename, file.size or 0, file.blob_id or "") for file in found.siblings or []]

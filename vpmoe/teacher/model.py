@@ -67,7 +67,9 @@ def resolve_teacher(run: DistillRun, bucket: Bucket) -> TeacherRef:
     key = paths.teacher(run)
     if not bucket.exists(key):
         found = discover(run.spec.teacher.model, bucket)
-        bucket.create(key, json_bytes(found.as_json()), {"config": run.config_hash})  # of two jobs the first one's answer holds
+        bucket.create(
+            key, json_bytes(found.as_json()), {"config": run.config_hash}
+        )  # of two jobs the first one's answer holds
     return TeacherRef.from_json(bucket.get_json(key))
 
 
@@ -85,8 +87,13 @@ def discover(model: str, bucket: Bucket) -> TeacherRef:
     else:
         name, key = paths.split_url(model)
         folder = key.rstrip("/") + "/"
-        found = [File(seen.key.removeprefix(folder), seen.size, seen.etag) for seen in bucket.other(name).list(folder)]
-    files = tuple(sorted((file for file in found if file.name and "/" not in file.name), key=lambda file: file.name))
+        found = [
+            File(seen.key.removeprefix(folder), seen.size, seen.etag)
+            for seen in bucket.other(name).list(folder)
+        ]
+    files = tuple(
+        sorted((file for file in found if file.name and "/" not in file.name), key=lambda file: file.name)
+    )
     if not any(file.name == "config.json" for file in files):
         raise Permanent(
             f"teacher.model: {model} has no config.json. Name a Hugging Face model directory, as save_pretrained writes it: "
@@ -95,7 +102,9 @@ def discover(model: str, bucket: Bucket) -> TeacherRef:
     return TeacherRef(model, commit, files)
 
 
-def fetch(teacher: TeacherRef, bucket: Bucket, folder: Path, check_stop: Callable[[], None] = lambda: None) -> Path:
+def fetch(
+    teacher: TeacherRef, bucket: Bucket, folder: Path, check_stop: Callable[[], None] = lambda: None
+) -> Path:
     """Bring the model to disk, into a directory of its own below `folder`, and return that. What is there already stays.
 
     `check_stop` is called before every block and may raise. Raises StorageError (Altered) where a file is no longer the one that
@@ -135,7 +144,9 @@ def check(directory: Path) -> None:
             "o200k_harmony vocabulary, such as GPT-OSS."
         )
     for path in sorted([*directory.glob("tokenizer.json"), *directory.glob("*.tiktoken")]):
-        found = hashlib.sha256(path.read_bytes() if path.suffix == ".tiktoken" else tiktoken_file(path)).hexdigest()
+        found = hashlib.sha256(
+            path.read_bytes() if path.suffix == ".tiktoken" else tiktoken_file(path)
+        ).hexdigest()
         if found != VOCABULARY_SHA256:
             raise Permanent(
                 f"teacher.model: {path.name}: its tokens are another vocabulary (sha256 {found}) than the data sets' o200k "
@@ -149,7 +160,9 @@ def tiktoken_file(tokenizer: Path) -> bytes:
         vocabulary: Mapping[str, int] = json.loads(tokenizer.read_bytes())["model"]["vocab"]
         ranks = sorted((rank, token) for token, rank in vocabulary.items() if rank < RANKS)
         byte = byte_of_character()
-        return b"".join(b"%s %d\n" % (base64.b64encode(bytes(byte[c] for c in token)), rank) for rank, token in ranks)
+        return b"".join(
+            b"%s %d\n" % (base64.b64encode(bytes(byte[c] for c in token)), rank) for rank, token in ranks
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         return b""
 
@@ -166,7 +179,9 @@ def config(directory: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads((directory / "config.json").read_bytes())
     except ValueError as error:
-        raise Permanent(f"teacher.model: config.json is not JSON ({error}). Write the model's directory again.") from error
+        raise Permanent(
+            f"teacher.model: config.json is not JSON ({error}). Write the model's directory again."
+        ) from error
     return found
 
 
@@ -186,4 +201,6 @@ def dtype(directory: Path) -> str:
         for name in ("lm_head.weight", "model.embed_tokens.weight"):
             if header.get(name, {}).get("dtype") in DTYPES:
                 return DTYPES[header[name]["dtype"]]
-    raise Permanent("teacher.model: config.json names no dtype, and no *.safetensors file has an lm_head.weight. Add dtype to config.json.")
+    raise Permanent(
+        "teacher.model: config.json names no dtype, and no *.safetensors file has an lm_head.weight. Add dtype to config.json."
+    )

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from vpmoe.data.dataset import UNKNOWN
 from vpmoe.data.harmony import ANSWER, REASONING
 from vpmoe.data.index import index_bytes, read_index
-from vpmoe.data.part import UNKNOWN
 from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Permanent
 from vpmoe.storage import Bucket, paths
@@ -44,17 +44,23 @@ DOCUMENTS = pa.schema(
 class ScoredPart:
     """Part `number` of the scores in the making, in `folder`. `picked_D` says which of its documents will be scored."""
 
-    def __init__(self, dataset: Manifest, number: int, picked_D: NDArray[np.bool_], bucket: Bucket, folder: Path) -> None:
+    def __init__(
+        self, dataset: Manifest, number: int, picked_D: NDArray[np.bool_], bucket: Bucket, folder: Path
+    ) -> None:
         """Brings the data set's part to disk. Raises StorageError where it is not what its manifest says, OSError for a full disk."""
         self._folder = folder
         self.number = number
         wanted: list[PartFile] = ["tokens.idx", "documents.parquet", "spans.bin"]
         for file in [*wanted, "tokens.bin"] if picked_D.any() else wanted[:2]:
-            name = paths.dataset_part(dataset.facts["id"], "train", number, file).removeprefix(paths.dataset(dataset.facts["id"]) + "/")
+            name = paths.dataset_part(dataset.facts["id"], "train", number, file).removeprefix(
+                paths.dataset(dataset.facts["id"]) + "/"
+            )
             bucket.download(dataset.subjects[name], folder / file)
         lengths_D = read_index(folder / "tokens.idx").lengths
         self._starts = np.concatenate([[0], np.cumsum(lengths_D, dtype=np.int64)])
-        self._labels = pq.read_table(folder / "documents.parquet", columns=["synth_id", "language", "exercise"])
+        self._labels = pq.read_table(
+            folder / "documents.parquet", columns=["synth_id", "language", "exercise"]
+        )
         if not len(lengths_D) == len(picked_D) == self._labels.num_rows:
             raise Permanent(
                 f"{dataset.key}: training part {number} has {len(lengths_D)} documents in its index and {self._labels.num_rows} rows. It "
@@ -74,7 +80,11 @@ class ScoredPart:
     def _mapped(self, file: PartFile, dtype: type[np.generic]) -> NDArray[Any]:
         """A file's values without reading it; of a file that is empty, or was not needed, none."""
         path = self._folder / file
-        return np.memmap(path, dtype, "r").view(np.ndarray) if path.exists() and path.stat().st_size else np.empty(0, dtype)
+        return (
+            np.memmap(path, dtype, "r").view(np.ndarray)
+            if path.exists() and path.stat().st_size
+            else np.empty(0, dtype)
+        )
 
     @property
     def picked(self) -> Sequence[int]:
@@ -113,7 +123,10 @@ class ScoredPart:
         (self._folder / "logp.idx").write_bytes(index_bytes(np.diff(self._starts), np.float16))
         means = [pa.array(values, pa.float32(), mask=np.isnan(values)) for values in self._means_D.values()]
         columns = [*self._labels.columns, pa.array(self._picked_D), *means]
-        table = pa.table([column.cast(field.type) for column, field in zip(columns, DOCUMENTS, strict=True)], schema=DOCUMENTS)
+        table = pa.table(
+            [column.cast(field.type) for column, field in zip(columns, DOCUMENTS, strict=True)],
+            schema=DOCUMENTS,
+        )
         pq.write_table(table, self._folder / "scores.parquet", compression="zstd")
         return {
             "logp.bin": self._folder / "logp.bin",

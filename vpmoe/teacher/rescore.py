@@ -23,16 +23,16 @@ from numpy.typing import NDArray
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import DatasetFacts
 from vpmoe.data.dataset import load
+from vpmoe.data.system_message import EffortSubstitution
 from vpmoe.data.tokenizer import Ids
-from vpmoe.data.worker import Worker, scratch_disk
 from vpmoe.failure import Permanent
+from vpmoe.process.step_worker import Worker, scratch_disk
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.blocks import in_order
 from vpmoe.storage.bucket import json_bytes
 from vpmoe.storage.manifest import Manifest
 from vpmoe.teacher import model, subset
-from vpmoe.teacher.effort import Effort
 from vpmoe.teacher.part import ScoredPart
 from vpmoe.teacher.scores import ScoresRef, claim, done_parts, resolve_all, write_manifest
 from vpmoe.teacher.scores import load as load_scores
@@ -52,7 +52,9 @@ THREADS = 8
 class Teacher(Protocol):
     """A teacher that is loaded: scorer.Scorer."""
 
-    def score(self, sequences: Iterable[Ids], check_stop: Callable[[], None]) -> Iterator[NDArray[np.float32]]: ...
+    def score(
+        self, sequences: Iterable[Ids], check_stop: Callable[[], None]
+    ) -> Iterator[NDArray[np.float32]]: ...
 
 
 Load = Callable[[Path, int], Teacher]
@@ -86,12 +88,18 @@ class Job(Worker):
         return all(self.bucket.exists(scores.manifest) for scores in self.scores)
 
     def facts(self) -> DatasetFacts:
-        return DatasetFacts(id=self.dataset.facts["id"], manifest=self.bucket.url(self.dataset.key), sha256=self.dataset.sha256)
+        return DatasetFacts(
+            id=self.dataset.facts["id"],
+            manifest=self.bucket.url(self.dataset.key),
+            sha256=self.dataset.sha256,
+        )
 
     @cached_property
-    def effort(self) -> Effort:
+    def effort(self) -> EffortSubstitution:
         """How documents are put to the teacher."""
-        return Effort(self.dataset.facts["settings"]["conversation"], self.run.spec.teacher.effort)
+        return EffortSubstitution(
+            self.dataset.facts["settings"]["conversation"], self.run.spec.teacher.effort
+        )
 
     @cached_property
     def teacher(self) -> Teacher:
@@ -116,7 +124,17 @@ def rescore(
     teacher or the data set is at fault, StorageError, Retriable for a full disk, Terminated where it was asked to stop.
     """
     dataset = load(run, bucket)
-    job = Job(run, bucket, provenance, stopping, worker, dataset, resolve_all(run, bucket, dataset), load_teacher, scratch)
+    job = Job(
+        run,
+        bucket,
+        provenance,
+        stopping,
+        worker,
+        dataset,
+        resolve_all(run, bucket, dataset),
+        load_teacher,
+        scratch,
+    )
     if job.complete():
         for scores in job.scores:
             load_scores(scores, bucket)
@@ -148,14 +166,19 @@ def pick(job: Job, scores: ScoresRef) -> list[NDArray[np.bool_]]:
     parts = list(in_order(lambda part: labels(job, part), range(job.parts), THREADS))
     picked = subset.pick(parts, scores.subset, scores.dataset)
     documents = sum(int(of_part.sum()) for of_part in picked)
-    tokens = sum(int(part.assistant_D[of_part].sum(dtype=np.int64)) for part, of_part in zip(parts, picked, strict=True))
+    tokens = sum(
+        int(part.assistant_D[of_part].sum(dtype=np.int64))
+        for part, of_part in zip(parts, picked, strict=True)
+    )
     if not documents:
         raise Permanent(
             f"subset: no document is picked. There is none of the exercises and languages listed, or the first of each is longer than its "
             f"share of min(tokens {scores.subset.tokens}, fraction {scores.subset.fraction:g} of all). Raise these, or correct the lists; "
             f"{job.bucket.url(job.dataset.key)} has the names."
         )
-    log.info(f"Scores {job.bucket.url(scores.folder)}: {documents:,} documents picked, {tokens:,} tokens of reasoning and answers")
+    log.info(
+        f"Scores {job.bucket.url(scores.folder)}: {documents:,} documents picked, {tokens:,} tokens of reasoning and answers"
+    )
     return picked
 
 
@@ -163,12 +186,18 @@ def labels(job: Job, part: int) -> subset.Documents:
     """What picking looks at of one part."""
     job.check_stop()
     content = b"".join(job.bucket.blocks(job.dataset.subjects[f"train/part-{part:05d}.documents.parquet"]))
-    return subset.documents(pq.read_table(pa.BufferReader(content), columns=["language", "exercise", "reasoning", "final"]))
+    return subset.documents(
+        pq.read_table(pa.BufferReader(content), columns=["language", "exercise", "reasoning", "final"])
+    )
 
 
 def score_part(job: Job, scores: ScoresRef, number: int, picked_D: NDArray[np.bool_]) -> None:
     """Score a part's picked documents, upload its files, then its record: with that it is done."""
-    bucket, metadata, started = job.bucket, {**job.provenance.metadata(), "dataset": scores.dataset}, time.monotonic()
+    bucket, metadata, started = (
+        job.bucket,
+        {**job.provenance.metadata(), "dataset": scores.dataset},
+        time.monotonic(),
+    )
     with tempfile.TemporaryDirectory(prefix=f"vpmoe-scores-{number:05d}-") as folder:
         with scratch_disk("rescore", NEEDS):
             part = ScoredPart(job.dataset, number, picked_D, bucket, Path(folder))
@@ -197,12 +226,19 @@ def add_scores(job: Job, part: ScoredPart) -> None:
     teacher, documents = job.teacher, part.picked
     sent = (job.effort.sent(part.ids(document)) for document in documents)
     tokens, since, reported = 0, time.monotonic(), time.monotonic()
-    for count, (document, logp_S) in enumerate(zip(documents, teacher.score(sent, job.check_stop), strict=True), 1):
+    for count, (document, logp_S) in enumerate(
+        zip(documents, teacher.score(sent, job.check_stop), strict=True), 1
+    ):
         part.add(document, job.effort.back(logp_S))
         tokens += len(logp_S)
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
-            job.report(f"Part {part.number}: {count:,} of {len(documents):,} documents", job.done(), job.total, tokens / (reported - since))
+            job.report(
+                f"Part {part.number}: {count:,} of {len(documents):,} documents",
+                job.done(),
+                job.total,
+                tokens / (reported - since),
+            )
 
 
 def finish(job: Job) -> None:
@@ -211,7 +247,9 @@ def finish(job: Job) -> None:
         if len(done_parts(scores, job.bucket)) == job.parts and not job.bucket.exists(scores.manifest):
             records = [job.bucket.get_json(paths.scores_record(scores.id, part)) for part in range(job.parts)]
             made = write_manifest(scores, job.dataset, records, job.provenance, job.bucket)
-            means = ", ".join(f"{span} {mean:.3f}" for span, mean in made.facts["mean"].items() if mean is not None)
+            means = ", ".join(
+                f"{span} {mean:.3f}" for span, mean in made.facts["mean"].items() if mean is not None
+            )
             log.info("Complete: %s; mean log-probability: %s", job.bucket.url(scores.folder), means)
     missing = job.total - job.done()
     if missing:

@@ -80,7 +80,11 @@ def resolve(run: DistillRun, stage: Rescored, bucket: Bucket, dataset: Manifest)
 
 def resolve_all(run: DistillRun, bucket: Bucket, dataset: Manifest) -> list[ScoresRef]:
     """The scores of all stages of the run that train on some, each set once, in the order of the stages."""
-    found = [resolve(run, stage, bucket, dataset) for stage in run.spec.stages if isinstance(stage, Rescored) and stage.mix > 0]
+    found = [
+        resolve(run, stage, bucket, dataset)
+        for stage in run.spec.stages
+        if isinstance(stage, Rescored) and stage.mix > 0
+    ]
     return list({scores.id: scores for scores in found}.values())
 
 
@@ -127,7 +131,10 @@ def done_parts(scores: ScoresRef, bucket: Bucket) -> set[int]:
 
 def merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What was scored altogether: the sum of the parts' records."""
-    counts = {span: sum((dense(record["histogram"][span]) for record in records), np.zeros(CODES, np.int64)) for span in SPANS}
+    counts = {
+        span: sum((dense(record["histogram"][span]) for record in records), np.zeros(CODES, np.int64))
+        for span in SPANS
+    }
     kept = ("documents", "tokens", "languages", "exercises")
     return {
         **sum_counts({name: record[name] for name in kept} for record in records),
@@ -137,14 +144,30 @@ def merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def write_manifest(
-    scores: ScoresRef, dataset: Manifest, records: Sequence[Mapping[str, Any]], provenance: Provenance, bucket: Bucket
+    scores: ScoresRef,
+    dataset: Manifest,
+    records: Sequence[Mapping[str, Any]],
+    provenance: Provenance,
+    bucket: Bucket,
 ) -> Manifest:
     """Make the scores exist: their manifest, from the records of all parts. Returns the one that stands, ours or another worker's."""
     subjects = [manifest.subject_of(entry, scores.folder) for record in records for entry in record["files"]]
     facts = {**scores.origin(), "parts": len(records), **merge(records)}
     inputs = [
         dataset.inputs["tokenizer"],
-        Input("dataset", bucket.url(dataset.key), {"sha256": dataset.sha256}, {"id": dataset.facts["id"], "content": scores.content}),
-        Input("teacher", scores.teacher.model, {"sha256": scores.teacher.sha256}, {"files": len(scores.teacher.files)}),
+        Input(
+            "dataset",
+            bucket.url(dataset.key),
+            {"sha256": dataset.sha256},
+            {"id": dataset.facts["id"], "content": scores.content},
+        ),
+        Input(
+            "teacher",
+            scores.teacher.model,
+            {"sha256": scores.teacher.sha256},
+            {"files": len(scores.teacher.files)},
+        ),
     ]
-    return manifest.write(bucket, scores.manifest, manifest.statement("scores", subjects, facts, provenance, inputs))
+    return manifest.write(
+        bucket, scores.manifest, manifest.statement("scores", subjects, facts, provenance, inputs)
+    )

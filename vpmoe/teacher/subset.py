@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vpmoe.api.stages import Subset
-from vpmoe.data.part import UNKNOWN
+from vpmoe.data.dataset import UNKNOWN
 
 Label = tuple[str, str]
 """(language, exercise); a document without one has the value "unknown" there."""
@@ -36,13 +36,20 @@ class Documents:
 
 def documents(table: pa.Table) -> Documents:
     """What picking looks at, from the columns language, exercise, reasoning and final of a part's documents.parquet."""
-    language, exercise = (table[name].combine_chunks().fill_null(UNKNOWN).dictionary_encode() for name in ("language", "exercise"))
+    language, exercise = (
+        table[name].combine_chunks().fill_null(UNKNOWN).dictionary_encode()
+        for name in ("language", "exercise")
+    )
     languages, exercises = language.dictionary.to_pylist(), exercise.dictionary.to_pylist()
     both_D = language.indices.to_numpy().astype(np.int64) * len(exercises) + exercise.indices.to_numpy()
     occurring, label_D = np.unique(both_D, return_inverse=True)
-    labels = [(languages[both // len(exercises)], exercises[both % len(exercises)]) for both in occurring.tolist()]
+    labels = [
+        (languages[both // len(exercises)], exercises[both % len(exercises)]) for both in occurring.tolist()
+    ]
     reasoning_D, final_D = (table[name].to_numpy() for name in ("reasoning", "final"))
-    return Documents(labels, label_D.astype(np.min_scalar_type(len(labels))), reasoning_D, reasoning_D + final_D)
+    return Documents(
+        labels, label_D.astype(np.min_scalar_type(len(labels))), reasoning_D, reasoning_D + final_D
+    )
 
 
 def pick(parts: Sequence[Documents], subset: Subset, seed: str) -> list[NDArray[np.bool_]]:
@@ -60,7 +67,9 @@ def pick(parts: Sequence[Documents], subset: Subset, seed: str) -> list[NDArray[
     number = {label: group for group, label in enumerate(groups)}
     nowhere = len(groups)
     kind = np.min_scalar_type(nowhere)
-    groups_of = [np.array([number.get(label, nowhere) for label in part.labels], kind)[part.label_D] for part in parts]
+    groups_of = [
+        np.array([number.get(label, nowhere) for label in part.labels], kind)[part.label_D] for part in parts
+    ]
     supply = np.zeros(nowhere + 1)  # sums below 2^53, so exact
     for of_D, part in zip(groups_of, parts, strict=True):
         supply += np.bincount(of_D, part.assistant_D, nowhere + 1)
@@ -79,7 +88,9 @@ def pick(parts: Sequence[Documents], subset: Subset, seed: str) -> list[NDArray[
 def wanted(label: Label, subset: Subset) -> bool:
     """Whether documents of this label may be picked."""
     language, exercise = label
-    return (not subset.languages or language in subset.languages) and (not subset.exercises or exercise in subset.exercises)
+    return (not subset.languages or language in subset.languages) and (
+        not subset.exercises or exercise in subset.exercises
+    )
 
 
 def ranks(part: Documents, subset: Subset, seed: str, place: int) -> NDArray[np.uint32]:

@@ -1,0 +1,1 @@
+"""The demonstration: one small DistillRun on the development cluster, from helm install to its results."""

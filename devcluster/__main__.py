@@ -1,0 +1,33 @@
+"""`python -m devcluster up|down|status`: the development cluster by hand.
+
+What is happening goes to stderr. `up` ends with the line for the shell on stdout, so `eval "$(… up)"` sets it.
+"""
+
+import argparse
+import sys
+
+from devcluster import ClusterError, cluster, say
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m devcluster", description=__doc__)
+    parser.add_argument("command", choices=("up", "down", "status"))
+    command = parser.parse_args().command
+    try:
+        if command == "up":
+            sys.stdout.write(f"export KUBECONFIG={cluster.up().kubeconfig}\n")
+        elif command == "down":
+            cluster.down()
+        else:
+            sys.stdout.write("\n".join(cluster.status()) + "\n")
+    except ClusterError as error:
+        say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted: what was begun is cleaned up by the next up or down")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""The cluster's programs, compiled once from pinned Go modules into a cache that outlives checkouts.
+
+Each target has a folder named by the hash of what it is made from (sources or module versions, and the flags), so two checkouts share a
+build exactly when they ask for the same one. The folder appears by rename and therefore whole: a build that was killed is not taken for
+done. Nothing is fetched as a binary, and old builds stay until their folder is deleted by hand.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from devcluster import ClusterError, needs, say
+
+SOURCES = Path(__file__).parent / "kube"
+VERSITYGW = "github.com/versity/versitygw/cmd/versitygw@v1.8.0"
+TRAINING_OPERATOR = "github.com/kubeflow/training-operator/cmd/training-operator.v1@v1.9.3"
+FLAGS = ("-v", "-trimpath", "-ldflags")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is compiled in one go."""
+
+    name: str
+    programs: tuple[str, ...]
+    """File names in its folder; all of them are there once the folder is."""
+    made_from: Callable[[], bytes]
+    """All that decides what comes out; its hash names the folder."""
+    build: Callable[[Path, Path], None]
+    """Compile into a folder, logging to a file."""
+    minutes: int
+    """How long a first compilation takes on two cores, to be told to whoever waits for it."""
+
+
+def path(name: str) -> Path:
+    """The file of a compiled program, compiled now if it is missing. KeyError for a name that no target has."""
+    target = next((target for target in TARGETS if name in target.programs), None)
+    if target is None:
+        raise KeyError(f"{name}: none of {', '.join(name for target in TARGETS for name in target.programs)}")
+    return folder(target) / name
+
+
+def folder(target: Target) -> Path:
+    """The folder of a compiled target, compiled now if it is missing. Raises ClusterError with the compiler's last words."""
+    done = cache() / f"{target.name}-{hashlib.sha256(target.made_from()).hexdigest()[:16]}"
+    if done.exists():
+        return done
+    cache().mkdir(parents=True, exist_ok=True)
+    with (cache() / f"{target.name}.lock").open("w") as lock:
+        if not taken(lock.fileno()):
+            say(f"{target.name} is being compiled by another process: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            compile_whole(target, done)
+    return done
+
+
+def compile_whole(target: Target, done: Path) -> None:
+    """Compile beside `done` and rename. The caller holds the target's lock, so what lies beside it is a killed build's.
+
+    A killed build's compiler may still be writing: this build has a folder of its own.
+    """
+    for left in cache().glob(f"{done.name}.building-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    building, log = cache() / f"{done.name}.building-{os.getpid()}", done.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    building.mkdir()
+    needs.disk(cache(), 1)
+    say(
+        f"compiling {target.name}, about {target.minutes} min if Go's cache does not have it yet (log: {log})"
+    )
+    started = time.monotonic()
+    target.build(building, log)
+    if missing := [program for program in target.programs if not (building / program).exists()]:
+        raise ClusterError(f"compiling {target.name} made no {', '.join(missing)}: see {log}")
+    building.rename(done)
+    say(f"compiled {target.name} in {time.monotonic() - started:.0f} s")
+
+
+def cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vpmoe" / "devcluster"
+
+
+def kubernetes_version() -> str:
+    """What kube/go.mod pins, such as 1.36.3."""
+    found = re.search(r"k8s\.io/kubernetes v(\S+)", (SOURCES / "go.mod").read_text())
+    assert found, "kube/go.mod requires k8s.io/kubernetes"
+    return found[1]
+
+
+def kube_linker_flags() -> str:
+    """Strip symbols, and say the version that `kubectl version` and the node's status show."""
+    version = kubernetes_version()
+    major, minor, _ = version.split(".")
+    stamp = {
+        "k8s.io/component-base/version.gitVersion": f"v{version}",
+        "k8s.io/component-base/version.gitMajor": major,
+        "k8s.io/component-base/version.gitMinor": minor,
+        "k8s.io/client-go/pkg/version.gitVersion": f"v{version}",
+    }
+    return " ".join(["-s -w", *(f"-X {name}={value}" for name, value in stamp.items())])
+
+
+def kube_made_from() -> bytes:
+    files = [(SOURCES / name).read_bytes() for name in ("main.go", "go.mod", "go.sum")]
+    return b"\0".join([*files, kube_linker_flags().encode()])
+
+
+def build_kube(into: Path, log: Path) -> None:
+    """Kubernetes, etcd, CoreDNS, kubectl and helm as one file under many names, and the static `pause` of Kubernetes' own source."""
+    needs.packages(needs.COMPILER_PACKAGES)
+    run_go(["build", *FLAGS, kube_linker_flags(), "-o", str(into / "kube"), "."], log, cwd=SOURCES)
+    for name in KUBE_PROGRAMS:
+        (into / name).symlink_to("kube")
+    source = (
+        module_folder(f"k8s.io/kubernetes@v{kubernetes_version()}") / "build" / "pause" / "linux" / "pause.c"
+    )
+    run_logged(
+        ["gcc", "-Os", "-static", "-DVERSION=dev", "-o", str(into / "pause"), str(source)],
+        log,
+        dict(os.environ),
+    )
+
+
+def build_versitygw(into: Path, log: Path) -> None:
+    run_go(["install", *FLAGS, "-s -w", VERSITYGW], log, GOBIN=str(into))
+
+
+def build_training_operator(into: Path, log: Path) -> None:
+    """The program, and beside it the module's own manifests: once compiled, `up` needs neither Go nor its module cache."""
+    run_go(["install", *FLAGS, "-s -w", TRAINING_OPERATOR], log, GOBIN=str(into))
+    (into / "training-operator.v1").rename(into / "training-operator")
+    module, version = TRAINING_OPERATOR.split("/cmd/")[0], TRAINING_OPERATOR.split("@")[1]
+    shutil.copytree(module_folder(f"{module}@{version}") / "manifests", into / "manifests")
+    for copied in (into / "manifests", *(into / "manifests").rglob("*")):
+        copied.chmod(
+            0o755 if copied.is_dir() else 0o644
+        )  # the module cache is read-only, this cache is the user's
+
+
+def module_folder(module: str) -> Path:
+    """Where Go unpacked a module, fetched now if it is missing."""
+    found = subprocess.run(
+        ["go", "mod", "download", "-json", module],
+        env=needs.go(),
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if found.returncode != 0:
+        raise ClusterError(f"go mod download {module}: {needs.last_lines(found.stdout + found.stderr, 6)}")
+    return Path(json.loads(found.stdout)["Dir"])
+
+
+def run_go(arguments: list[str], log: Path, cwd: Path = Path("/"), **variables: str) -> None:
+    needs.disk(cache(), 6)  # modules and compiled packages of a first build
+    run_logged(["go", *arguments], log, {**needs.go(), **variables}, cwd)
+
+
+def run_logged(command: list[str], log: Path, environment: dict[str, str], cwd: Path = Path("/")) -> None:
+    """Run a compiler with its output in `log`, saying every minute how far it is. Raises ClusterError with its last lines."""
+    compiled, said, started = 0, time.monotonic(), time.monotonic()
+    with (
+        log.open("a") as file,
+        subprocess.Popen(
+            command, cwd=cwd, env=environment, stdout=file, stderr=subprocess.PIPE, text=True
+        ) as process,
+    ):
+        for line in process.stderr or ():
+            file.write(line)
+            compiled += not line.startswith("go: ")
+            if time.monotonic() - said > 60:
+                said = time.monotonic()
+                say(f"  {compiled} packages so far, {(said - started) / 60:.1f} min")
+    if process.returncode != 0:
+        end = needs.last_lines(log.read_text(), 6)
+        raise ClusterError(
+            f"{command[0]} {command[1]} failed with status {process.returncode}: {end} (whole log: {log})"
+        )
+
+
+def taken(descriptor: int) -> bool:
+    """Take the lock if it is free; whether it was."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
+KUBE_PROGRAMS = (*CONTROL_PLANE, "kubelet", "kube-proxy", "coredns", "kubectl", "helm")
+KUBE = Target("kube", ("kube", "pause", *KUBE_PROGRAMS), kube_made_from, build_kube, minutes=6)
+S3 = Target("versitygw", ("versitygw",), lambda: VERSITYGW.encode(), build_versitygw, minutes=1)
+KUBEFLOW = Target(
+    "training-operator",
+    ("training-operator", "manifests"),
+    lambda: TRAINING_OPERATOR.encode(),
+    build_training_operator,
+    minutes=2,
+)
+TARGETS = (KUBE, S3, KUBEFLOW)

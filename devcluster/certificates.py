@@ -1,0 +1,111 @@
+"""The cluster's certificate authority, and one key and certificate for each of its programs, made anew with every cluster.
+
+openssl is called because nothing that this project depends on makes certificates.
+"""
+
+import base64
+import ipaddress
+import subprocess
+from pathlib import Path
+
+from devcluster import ClusterError, configuration, needs
+
+DAYS = 365
+ELLIPTIC, RSA = ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"), ("rsa:2048",)
+
+
+def make(folder: Path) -> None:
+    """Write ca, apiserver, service-accounts and every user of configuration.USERS as .crt and .key files (0600)."""
+    folder.mkdir(mode=0o700)
+    first_service = next(
+        ipaddress.ip_network(configuration.SERVICES).hosts()
+    )  # what `kubernetes.default` resolves to
+    names = [
+        "kubernetes",
+        "kubernetes.default",
+        "kubernetes.default.svc",
+        "kubernetes.default.svc.cluster.local",
+        "localhost",
+    ]
+    server = [
+        *(f"DNS:{name}" for name in names),
+        *(f"IP:{address}" for address in ("127.0.0.1", configuration.NODE, first_service)),
+    ]
+    authority(folder, "devcluster-ca")
+    certificate(folder, "service-accounts", "/CN=service-accounts")
+    certificate(folder, "apiserver", "/CN=kube-apiserver", f"subjectAltName={','.join(server)}")
+    for user, (name, group) in configuration.USERS.items():
+        certificate(
+            folder, user, f"/O={group}/CN={name}" if group else f"/CN={name}", "extendedKeyUsage=clientAuth"
+        )
+
+
+def make_webhook(folder: Path) -> None:
+    """Write ca and tls for the training operator's webhook, as the operator would itself.
+
+    Where it finds none it makes some, and then waits a minute and a half until the kubelet shows it its own Secret.
+    """
+    authority(
+        folder, "training-operator-ca", "subjectAltName=DNS:training-operator-ca", key=RSA
+    )  # checked under this name
+    run(
+        "rsa", "-traditional", "-in", f"{folder}/ca.key", "-out", f"{folder}/ca.key"
+    )  # the one format that it can read
+    certificate(folder, "tls", "/CN=training-operator", "subjectAltName=DNS:training-operator.kubeflow.svc")
+
+
+def authority(folder: Path, name: str, *extensions: str, key: tuple[str, ...] = ELLIPTIC) -> None:
+    """ca.crt and ca.key, signed by itself."""
+    request(folder, "ca", f"/CN={name}", key, "basicConstraints=critical,CA:TRUE", *extensions)
+
+
+def certificate(folder: Path, name: str, subject: str, *extensions: str) -> None:
+    """Signed by the authority in the same folder."""
+    signer = ("-CA", f"{folder}/ca.crt", "-CAkey", f"{folder}/ca.key")
+    request(folder, name, subject, ELLIPTIC, "basicConstraints=CA:FALSE", *extensions, signer=signer)
+
+
+def request(
+    folder: Path,
+    name: str,
+    subject: str,
+    key: tuple[str, ...],
+    *extensions: str,
+    signer: tuple[str, ...] = (),
+) -> None:
+    files = ("-keyout", f"{folder}/{name}.key", "-out", f"{folder}/{name}.crt")
+    added = [argument for extension in extensions for argument in ("-addext", extension)]
+    run(
+        "req",
+        "-x509",
+        "-newkey",
+        *key,
+        "-nodes",
+        *files,
+        "-days",
+        str(DAYS),
+        "-subj",
+        subject,
+        *signer,
+        *added,
+    )
+
+
+def run(*arguments: str) -> None:
+    ended = subprocess.run(["openssl", *arguments], capture_output=True, text=True, check=False)
+    if ended.returncode != 0:
+        raise ClusterError(
+            f"openssl {' '.join(arguments)} failed (version 3 is needed): {needs.last_lines(ended.stderr)}"
+        )
+
+
+def admin_kubeconfig(folder: Path) -> str:
+    """The user's kubeconfig, complete in itself so that it works wherever it is copied."""
+    data = {
+        suffix: base64.b64encode((folder / suffix).read_bytes()).decode()
+        for suffix in ("ca.crt", "admin.crt", "admin.key")
+    }
+    certificate = {"client-certificate-data": data["admin.crt"], "client-key-data": data["admin.key"]}
+    return configuration.as_json(
+        configuration.kubeconfig("admin", {"certificate-authority-data": data["ca.crt"]}, certificate)
+    )

@@ -1,0 +1,61 @@
+"""CLUSTER=current: the cluster that the user's kubectl talks to. It is named before anything is asked of it, and only looked at.
+
+Its kubectl, helm, training operator and bucket store are the user's own; what is missing is named, never installed.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from devcluster import ClusterError, host, say
+from devcluster.access import S3, Cluster, call
+
+KUBECONFIG = host.CHECKOUT / ".devcluster" / "current.kubeconfig"
+"""The context as it was at `up`, alone: a change of context in another terminal does not move a running test to another cluster."""
+PYTORCHJOBS = "pytorchjobs.kubeflow.org"
+
+
+def up() -> Cluster:
+    """The user's cluster, once it is seen to answer and to know PyTorchJobs. Raises ClusterError with the remedy otherwise."""
+    kubectl, helm, store = program("kubectl"), program("helm"), s3()
+    users = Path(
+        os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config"
+    )  # a list of files passes through as it is
+    context = call([str(kubectl), "config", "current-context"], users).strip()
+    pinned = call([str(kubectl), "config", "view", "--minify", "--flatten", "--raw"], users)
+    server = call(
+        [str(kubectl), "config", "view", "--minify", "--output=jsonpath={.clusters[0].cluster.server}"], users
+    )
+    say(f"CLUSTER=current: context {context} at {server}")
+    KUBECONFIG.parent.mkdir(exist_ok=True)
+    KUBECONFIG.touch(mode=0o600)
+    KUBECONFIG.write_text(pinned)
+    cluster = Cluster(KUBECONFIG, kubectl, helm, store)
+    cluster.kubectl("get", "--raw=/readyz", "--request-timeout=10s")
+    known = cluster.kubectl("get", "customresourcedefinitions", "--output=name")
+    if PYTORCHJOBS not in known:
+        raise ClusterError(
+            f"context {context} has no {PYTORCHJOBS}: install the Kubeflow training operator (v1.9) there first."
+        )
+    return cluster
+
+
+def status() -> list[str]:
+    cluster = up()
+    return [cluster.kubectl("get", "nodes").rstrip()]
+
+
+def program(name: str) -> Path:
+    found = shutil.which(name)
+    if not found:
+        raise ClusterError(f"CLUSTER=current uses your own {name}, and it is not on PATH.")
+    return Path(found)
+
+
+def s3() -> S3:
+    names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    if missing := [name for name in names if not os.environ.get(name)]:
+        raise ClusterError(
+            f"CLUSTER=current needs an S3 store that this machine and its pods reach: set {', '.join(missing)}."
+        )
+    return S3(*(os.environ[name] for name in names))

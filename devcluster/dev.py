@@ -1,0 +1,234 @@
+"""Bring the development cluster up and down: needs, programs, configuration, node and add-ons in their order, and nothing done twice.
+
+One lock makes concurrent callers wait for each other. `ready.json` in the state folder is written last: a node without one was started by
+an `up` that did not finish, and the next one begins again.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from devcluster import ClusterError, addons, binaries, certificates, configuration, host, image, needs, say
+from devcluster.access import S3, Cluster
+
+STATE = host.CHECKOUT / ".devcluster"
+LOCK = Path("/run/vpmoe-devcluster.lock")
+CLUSTER = Cluster(
+    STATE / "kubeconfig",
+    STATE / "bin" / "kubectl",
+    STATE / "bin" / "helm",
+    S3(configuration.S3_ENDPOINT, configuration.S3_ACCESS_KEY, configuration.S3_SECRET_KEY),
+)
+START_SECONDS = 60
+"""How long the API server and the store may take before it is called a failure. About 3 s is usual."""
+
+
+def up() -> Cluster:
+    """Start the cluster unless it runs. Raises ClusterError with the remedy where it cannot."""
+    needs.machine()
+    folders, mounts = sources()
+    with one_caller():
+        files = configuration.render(folders, mounts, default_container())
+        images = image.archive(Path(folders.kube, "pause").read_bytes())
+        fingerprint = configuration.fingerprint(
+            {**files, **addons.sources(), "images": hashlib.sha256(images).hexdigest()}
+        )
+        if not is_running(fingerprint):
+            began = time.monotonic()
+            begin(folders, files, images, fingerprint)
+            say(f"the development cluster is ready after {time.monotonic() - began:.0f} s")
+    return CLUSTER
+
+
+def begin(folders: configuration.Folders, files: Mapping[str, str], images: bytes, fingerprint: str) -> None:
+    """Start a cluster where none runs, and write `ready.json` when all of it answers."""
+    needs.disk(STATE, 2)
+    host.sweep(STATE)
+    host.subnet_is_free()
+    prepare(folders, files, images)
+    try:
+        node = host.start(STATE)
+        manifests = addons.render(
+            CLUSTER, Path(folders.kubeflow) / "manifests", STATE / "config" / "kubeflow"
+        )
+        host.wait_for(is_over_or_answers, "the API server and the store", START_SECONDS)
+        addons.install(CLUSTER, manifests)
+    except ClusterError as error:
+        raise ClusterError(f"{why_dead() or error} (logs: {STATE / 'logs'})") from error
+    (STATE / "ready.json").write_text(json.dumps({"pid": node.pid, "configuration": fingerprint}))
+
+
+def down() -> None:
+    """End this checkout's cluster and remove its state, the store's data included. Raises ClusterError where another's is running."""
+    node = host.running()
+    if node is None and not STATE.exists() and not host.link_exists():
+        say("no development cluster is running")
+        return
+    needs.root()
+    with one_caller():
+        if node := host.running():
+            if not abandoned(node) and node.state != STATE:
+                raise ClusterError(elsewhere(node))
+            host.end(node)
+            host.sweep(node.state)
+        host.sweep(STATE)
+        if STATE.exists():
+            shutil.rmtree(STATE)
+    say("the development cluster and its state are gone")
+
+
+def status() -> list[str]:
+    """What runs and where. Raises ClusterError where nothing does, or another checkout's does."""
+    node = host.running()
+    if node is None:
+        raise ClusterError("no development cluster is running: start it with `make cluster`")
+    if node.state != STATE:
+        raise ClusterError(elsewhere(node))
+    if ready(node) is None:
+        raise ClusterError(f"process {node.pid} is starting, or its start failed (logs: {STATE / 'logs'})")
+    api, store = (answers(url) for url in (f"{configuration.API}/readyz", configuration.S3_ENDPOINT))
+    return [
+        f"node   process {node.pid}, state and logs in {STATE}",
+        f"API    {configuration.API} {'answers' if api else 'does not answer'}",
+        f"S3     {configuration.S3_ENDPOINT} {'answers' if store else 'does not answer'}"
+        f" (access key {configuration.S3_ACCESS_KEY}, secret key {configuration.S3_SECRET_KEY})",
+    ]
+
+
+def is_running(fingerprint: str) -> bool:
+    """Whether the cluster of this configuration runs, ready to use. Ends an unfinished or abandoned one; others are the user's to end."""
+    node = host.running()
+    if node is None:
+        return False
+    if abandoned(node):
+        say(f"ending process {node.pid}, a cluster whose checkout is gone ({node.state})")
+        host.end(node)
+        host.sweep(node.state)
+        return False
+    if node.state != STATE:
+        raise ClusterError(elsewhere(node))
+    built = ready(node)
+    if built is None:
+        say(f"ending process {node.pid}, a cluster whose start was not finished")
+        host.end(node)
+        return False
+    if built != fingerprint:
+        raise ClusterError(
+            "the running cluster was started from other sources. Renew it: `make down` (its runs and its bucket go), then again."
+        )
+    if not answers(f"{configuration.API}/readyz", seconds=20):
+        raise ClusterError(
+            f"the cluster runs (process {node.pid}) and its API does not answer: see {STATE / 'logs'}, then `make down`."
+        )
+    return True
+
+
+def abandoned(node: host.Node) -> bool:
+    return not node.state.exists()
+
+
+def elsewhere(node: host.Node) -> str:
+    return (
+        f"the development cluster of another checkout is running (process {node.pid}), and there is one set of addresses: "
+        f"use it with export KUBECONFIG={node.state}/kubeconfig, or end it with `make down` in {node.state.parent}."
+    )
+
+
+def ready(node: host.Node) -> str | None:
+    """The fingerprint of the configuration that this node was completely started with, or None."""
+    path = STATE / "ready.json"
+    if not path.exists():
+        return None
+    built = json.loads(path.read_text())
+    return str(built["configuration"]) if built["pid"] == node.pid else None
+
+
+def sources() -> tuple[configuration.Folders, tuple[configuration.Mount, ...]]:
+    """What the node is made of, compiled where it must be. Raises ClusterError for a part of the checkout that pods could not read."""
+    if sys.prefix == sys.base_prefix:
+        raise ClusterError(
+            f"{sys.executable} is no virtual environment's, and pods get it as theirs: use .venv/bin/python"
+        )
+    mounts = configuration.mounts(host.CHECKOUT, Path(sys.prefix), Path(sys.base_prefix))
+    for mount in mounts:
+        path = Path(mount.source)
+        if not path.is_dir() or path.stat().st_mode & 0o005 != 0o005:
+            raise ClusterError(
+                f"{path}: pods run as another user and need to read this folder. Check it out, or chmod -R o+rX it."
+            )
+    built = [binaries.folder(target) for target in (binaries.KUBE, binaries.S3, binaries.KUBEFLOW)]
+    return configuration.Folders(str(STATE), *(str(folder.resolve()) for folder in built)), mounts
+
+
+def default_container() -> dict[str, object]:
+    """containerd's default OCI specification; no daemon is asked."""
+    return dict(
+        json.loads(
+            subprocess.run(
+                ["ctr", "oci", "spec"], check=True, capture_output=True, text=True, env=host.ENVIRONMENT
+            ).stdout
+        )
+    )
+
+
+def prepare(folders: configuration.Folders, files: Mapping[str, str], images: bytes) -> None:
+    """Write all that the node reads, and what its user does: kubeconfig and programs."""
+    if (STATE / "logs").exists():  # those of a node that was killed were there to be read until now
+        shutil.rmtree(STATE / "logs")
+    for name in ("bin", "logs/pods", "kubelet", "config/cni", "s3"):
+        (STATE / name).mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (STATE / "config" / name).write_text(text)
+    (STATE / "config" / "images.tar").write_bytes(images)
+    certificates.make(STATE / "pki")
+    CLUSTER.kubeconfig.touch(mode=0o600)
+    CLUSTER.kubeconfig.write_text(certificates.admin_kubeconfig(STATE / "pki"))
+    for name in ("kubectl", "helm"):
+        link = STATE / "bin" / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(Path(folders.kube) / name)
+
+
+def is_over_or_answers() -> bool:
+    return host.running() is None or (
+        answers(f"{configuration.API}/readyz") and answers(configuration.S3_ENDPOINT)
+    )
+
+
+def why_dead() -> str | None:
+    """Which daemon took the node with it, and its last line; None while the node lives."""
+    if host.running():
+        return None
+    last = host.log_of(STATE, "node")
+    return ": ".join(filter(None, ("the node died", last, host.log_of(STATE, last.split(" ")[0]))))
+
+
+def answers(url: str, seconds: float = 1) -> bool:
+    """Whether an HTTP server answers there and is not in trouble: a refusal is an answer, a 5xx is none."""
+    trusted = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=STATE / "pki" / "ca.crt"))
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), trusted)
+    try:
+        direct.open(url, timeout=seconds).close()
+    except urllib.error.HTTPError as refusal:
+        return refusal.code < 500
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def one_caller() -> Iterator[None]:
+    """Hold the machine's lock on the development cluster."""
+    with LOCK.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,189 @@
+"""The node as the host sees it: finding it, starting it, ending it, and what outlives it when it is killed.
+
+One process is the node (node.py). The namespaces take nearly everything along when it ends; the kernel may keep the link for minutes,
+and cgroups and files stay: `sweep` removes those.
+"""
+
+import functools
+import ipaddress
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from devcluster import ClusterError, configuration, needs
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+LINK = "vpmoe-dev"
+NAMESPACES = ("--mount", "--mount-proc", "--pid", "--fork", "--net", "--uts", "--ipc", "--kill-child=SIGKILL")
+ENVIRONMENT = {"PATH": needs.PATH, "LANG": "C.UTF-8", "HOME": "/"}
+"""The node's programs get no proxy, credential or setting of whoever started it."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A running node: its pid 1 as the host numbers it, and its state folder."""
+
+    pid: int
+    state: Path
+
+
+def running() -> Node | None:
+    """The node that runs on this machine, whichever checkout started it. Addresses are fixed, so there is at most one.
+
+    One inside a container of this machine is not this machine's: the node's pid namespace lies directly below the caller's.
+    """
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if arguments[1:3] == ["-m", "devcluster.node"] and len(status_of(folder, "NSpid")) == 2:
+                return Node(int(folder.name), Path(arguments[3]))
+        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+            continue
+    return None
+
+
+def status_of(process: Path, key: str) -> list[str]:
+    """The values of one line of /proc/PID/status."""
+    return next(
+        line for line in (process / "status").read_text().splitlines() if line.startswith(f"{key}:")
+    ).split()[1:]
+
+
+def start(state: Path) -> Node:
+    """Start the node whose configuration lies in `state` and put its end of the link into it. Its programs are still starting then."""
+    command = [
+        "setsid",
+        "--fork",
+        "unshare",
+        *NAMESPACES,
+        sys.executable,
+        "-m",
+        "devcluster.node",
+        str(state),
+    ]
+    with (state / "logs" / "node.log").open("wb") as log:
+        subprocess.run(
+            command,
+            cwd=CHECKOUT,
+            env=ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            check=True,
+        )
+    wait_for(lambda: running() is not None or log_of(state, "node") != "", "the node's first process", 10)
+    node = running()
+    if node is None:
+        raise ClusterError(f"the node did not start: {log_of(state, 'node')}")
+    ip("link", "add", LINK, "type", "veth", "peer", "name", "eth0", "netns", str(node.pid))
+    ip("address", "add", f"{configuration.HOST}/24", "dev", LINK)
+    ip("link", "set", LINK, "up")
+    return node
+
+
+def end(node: Node) -> None:
+    """Kill the node and wait until its last process is gone, which is the one that made its namespaces."""
+    process = Path("/proc", str(node.pid))
+    try:
+        maker = Path("/proc", status_of(process, "PPid")[0])
+        os.kill(node.pid, signal.SIGKILL)
+    except (FileNotFoundError, ProcessLookupError):  # by itself
+        return
+    wait_for(lambda: not alive(process) and not alive(maker), f"the end of process {node.pid}", 120)
+
+
+def alive(process: Path) -> bool:
+    """Whether it is there and not merely waiting for somebody else to take note of its end."""
+    try:
+        return status_of(process, "State")[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def sweep(state: Path) -> None:
+    """Remove what a node leaves behind that has ended: its link, its cgroups and what the kubelet kept on disk. The bucket stays."""
+    remove_link()
+    for root in configuration.cgroup_roots(Path("/proc/self/mounts").read_text()):
+        remove_cgroup(Path(root, configuration.cgroup_name(str(state))))
+    for name in ("kubelet", "config", "pki", "ready.json"):
+        path = state / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def remove_link() -> None:
+    """Remove the link to the node. So does the kernel, once nobody is left in its network: perhaps between our look and our word."""
+    try:
+        if link_exists():
+            ip("link", "delete", LINK)
+    except ClusterError:
+        if link_exists():
+            raise
+
+
+def remove_cgroup(top: Path) -> None:
+    """Remove a cgroup and all below it. Their processes are dead, but the kernel may take a moment to notice."""
+    folders = sorted(
+        (Path(folder) for folder, _, _ in os.walk(top)), key=lambda path: len(path.parts), reverse=True
+    )
+    for folder in folders:
+        wait_for(functools.partial(removed, folder), f"{folder} to become empty", 60)
+
+
+def removed(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:  # busy
+        return False
+    return True
+
+
+def subnet_is_free() -> None:
+    """Raise ClusterError where another link of this machine already leads into the node's subnet."""
+    wanted = ipaddress.IPv4Network(configuration.SUBNET)
+    for route in json.loads(ip("-json", "-4", "route")):
+        if route["dst"] == "default" or route.get("dev") == LINK:
+            continue
+        there = ipaddress.IPv4Network(route["dst"])
+        if there.subnet_of(wanted):  # a wider route gives way to the node's
+            link = route.get("dev")
+            raise ClusterError(
+                f"{configuration.SUBNET} is taken by {link} ({there}): remove that network, or use CLUSTER=current."
+            )
+
+
+def link_exists() -> bool:
+    return LINK in (name for _, name in socket.if_nameindex())
+
+
+def ip(*arguments: str) -> str:
+    ended = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    if ended.returncode != 0:
+        raise ClusterError(f"ip {' '.join(arguments)}: {needs.last_lines(ended.stderr)}")
+    return ended.stdout
+
+
+def log_of(state: Path, name: str) -> str:
+    """The last line of a log of the node, empty where there is none."""
+    path = state / "logs" / f"{name}.log"
+    return needs.last_lines(path.read_text(errors="replace"), 1) if path.exists() else ""
+
+
+def wait_for(true: Callable[[], bool], what: str, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > deadline:
+            raise ClusterError(f"waited {seconds:g} s for {what}")
+        time.sleep(0.02)

@@ -1,0 +1,84 @@
+"""The stub image: one small file tree under the name of every image that runs on the development cluster.
+
+It holds mount points, users and the static `pause`; programs and code are mounted from the host (configuration.container_spec), so pods
+run with production's commands, users and security contexts, and no image of several gigabytes is ever built. What real images add on
+top is docker/'s business.
+"""
+
+import hashlib
+import io
+import json
+import platform
+import tarfile
+from collections.abc import Iterable, Mapping
+
+from devcluster import configuration
+
+WORKING_FOLDER = "/opt/vpmoe"
+ENVIRONMENT = {
+    "PATH": "/opt/vpmoe/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "PYTHONPATH": "/opt/vpmoe:/opt/vpmoe/operator",
+    "CUDA_VISIBLE_DEVICES": "",  # the advertised GPUs are only counted: jobs run on the CPU
+}
+STANDIN_ENVIRONMENT = {
+    **ENVIRONMENT,
+    "PYTHONPATH": f"{WORKING_FOLDER}/{configuration.STANDIN}:{ENVIRONMENT['PYTHONPATH']}",
+    "PYTHONSAFEPATH": "1",  # otherwise `python -m` looks into the working folder before PYTHONPATH
+}
+FOLDERS = ("proc", "sys", "dev", "tmp", "usr", "etc", "etc/ssl", "var", "run", "opt", "opt/vpmoe")
+LINKS = ("bin", "sbin", "lib", "lib64")
+PASSWD = "root:x:0:0:root:/root:/bin/sh\nnonroot:x:65532:65532:nonroot:/tmp:/bin/sh\n"
+GROUP = "root:x:0:\nnonroot:x:65532:\n"
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+
+
+def archive(pause: bytes) -> bytes:
+    """A tar that `ctr images import` reads. The sandbox container gets no mounts, hence `pause` inside."""
+    files = {"etc/passwd": PASSWD.encode(), "etc/group": GROUP.encode(), "coredns": b"", "manager": b""}
+    layer = tar(
+        [
+            *(entry(name, kind=tarfile.DIRTYPE, mode=0o1777 if name == "tmp" else 0o755) for name in FOLDERS),
+            *(entry(name, kind=tarfile.SYMTYPE, link=f"usr/{name}") for name in LINKS),
+            *(entry(name, data) for name, data in files.items()),
+            entry("pause", pause, mode=0o755),
+        ]
+    )
+    configs, manifest = [], []
+    for names, environment in (
+        (configuration.IMAGES, ENVIRONMENT),
+        ((configuration.STANDIN_IMAGE,), STANDIN_ENVIRONMENT),
+    ):
+        config = json.dumps(image_config(layer, environment)).encode()
+        name = f"{hashlib.sha256(config).hexdigest()}.json"
+        configs.append(entry(name, config))
+        manifest.append({"Config": name, "RepoTags": names, "Layers": ["layer.tar"]})
+    return tar([entry("layer.tar", layer), *configs, entry("manifest.json", json.dumps(manifest).encode())])
+
+
+def image_config(layer: bytes, environment: Mapping[str, str]) -> dict[str, object]:
+    return {
+        "architecture": ARCHITECTURES[platform.machine()],
+        "os": "linux",
+        "config": {
+            "Env": [f"{name}={value}" for name, value in environment.items()],
+            "WorkingDir": WORKING_FOLDER,
+            "Cmd": ["/pause"],
+        },
+        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]},
+    }
+
+
+def entry(
+    name: str, data: bytes = b"", mode: int = 0o644, kind: bytes = tarfile.REGTYPE, link: str = ""
+) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.type, info.linkname = len(data), mode, kind, link
+    return info, data
+
+
+def tar(entries: Iterable[tuple[tarfile.TarInfo, bytes]]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
+        for info, data in entries:
+            file.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Stand-ins, test data and test harnesses that several test modules share."""

@@ -1,0 +1,168 @@
+"""Sampler and teacher of an OnPolicy stage in one, for the tests of its trainer: small, in this process, and asked to go on by the test.
+
+It takes the versions from the bucket through transformers, proves each with its probe, and really samples from it. The teacher is a
+function of the ids. What the real ones do beside that is not imitated.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from tests.fakes.datasets import Documents
+from tests.fakes.students import SMALL
+from vpmoe.api.layout import layout
+from vpmoe.api.stages import OnPolicy
+from vpmoe.data.packing import BatchPlan
+from vpmoe.inference import hf_model
+from vpmoe.rollout import back_pressure, policy_version
+from vpmoe.rollout.policy_version import Version
+from vpmoe.rollout.window_files import (
+    Rollout,
+    RolloutHeader,
+    ScoresHeader,
+    read_rollouts,
+    rollouts_bytes,
+    scores_bytes,
+)
+from vpmoe.rollout.windows import Prompt, Windows, longest
+from vpmoe.storage import paths
+from vpmoe.trainer.context import StageContext
+
+PROBE = 1e-4
+"""Nats by which trainer and transformers may differ: both compute in float32 and sum in other orders."""
+
+
+class Partner:
+    """What it does next follows from the bucket alone, so a new one goes on where another was left."""
+
+    def __init__(self, task: StageContext, train: list[Documents], scratch: Path) -> None:
+        assert isinstance(task.stage, OnPolicy)
+        self.task, self.stage = task, task.stage
+        self.documents = [document for part in train for document in part]
+        self.parts = [len(part) for part in train]
+        spec = task.run.spec.training
+        self.length, self.seed = spec.sequence_length, spec.seed
+        lengths = [np.asarray([len(ids) for ids, _ in part], np.int32) for part in train]
+        self.plan = BatchPlan(lengths, self.seed, self.length)
+        self.each = layout(task.run.spec.student, task.run.spec.training, task.stage).sequences_per_step
+        self.scratch = scratch
+        self.loaded: tuple[int, PreTrainedModel] | None = None
+        self.sampler_logp: Callable[[NDArray[np.float32]], NDArray[np.float32]] = lambda logp_C: logp_C
+        self.says: Callable[[RolloutHeader], RolloutHeader] = lambda about: about
+
+    def key(self, window: int, kind: str) -> str:
+        return paths.window(self.task.run, self.stage.name, window, kind)  # type: ignore[arg-type]
+
+    def advance(self) -> bool:
+        """Sample and score the next window; whether there was something to do."""
+        bucket = self.task.bucket
+        window = next(number for number in range(10**6) if not bucket.exists(self.key(number, "scores")))
+        if not bucket.exists(self.key(window, "rollouts")) and not self.sample(window):
+            return False
+        data = bucket.get(self.key(window, "rollouts"))
+        found = read_rollouts(data, "partner")
+        about = ScoresHeader(
+            run=found.about.run, stage=self.stage.name, window=window, rollouts=found.sha256, teacher="t" * 64
+        )
+        bucket.create(
+            self.key(window, "scores"),
+            scores_bytes(about, [teacher(one.ids_T)[one.asked :] for one in found.rollouts]),
+            {},
+        )
+        return True
+
+    def sample(self, number: int) -> bool:
+        """Sample a window; False where its version is not there yet, or the stage has no such window."""
+        bucket, run, stage = self.task.bucket, self.task.run, self.stage
+        windows = Windows(stage, self.seed, self.parts)
+        found = policy_version.find(bucket, run, stage.name, windows.curriculum.version_of(number))
+        if found is None:
+            return False
+        published, facts = found
+        anchors = self.plan.steps(facts.first_sequence, self.each, stage.tokens)
+        seen = 0
+        if number:
+            before = read_rollouts(bucket.get(self.key(number - 1, "rollouts")), "partner").about
+            seen = windows.curriculum.after(number - 1, before.seen, before.tokens, anchors)
+        if seen >= stage.tokens:
+            return False
+        model = self.load(published, facts)
+        windows = Windows(stage, self.seed, self.parts, facts.first_prompt)
+        asked = windows.window(number, facts.tokens, back_pressure.read(bucket, run, stage.name))
+        rollouts = [
+            self.rollout(
+                model,
+                prompt,
+                rollout,
+                longest(self.asked(prompt), prompt.effort, asked.max_tokens, self.length),
+            )
+            for prompt in asked.prompts
+            for rollout in range(len(prompt.seeds))
+        ]
+        tokens = sum(len(one.ids_T) for one in rollouts)
+        about = RolloutHeader(
+            run=self.task.provenance.run,
+            config=self.task.provenance.config,
+            stage=stage.name,
+            window=number,
+            version=facts.version,
+            weights=policy_version.content_of(published),
+            phase=asked.phase,
+            seen=seen,
+            tokens=tokens,
+            last=windows.curriculum.after(number, seen, tokens, anchors) >= stage.tokens,
+            turns=asked.turns,
+        )
+        return bucket.create(self.key(number, "rollouts"), rollouts_bytes(self.says(about), rollouts), {})
+
+    def asked(self, prompt: Prompt) -> int:
+        return int((self.documents[prompt.document][1] == 0).sum())
+
+    def rollout(self, model: PreTrainedModel, prompt: Prompt, number: int, bound: int) -> Rollout:
+        """One completion, really sampled at temperature 1 from the request's seed; the third id in a hundred ends it."""
+        generator = torch.Generator().manual_seed(prompt.seeds[number])
+        ids = self.documents[prompt.document][0][: self.asked(prompt)].tolist()
+        logp = []
+        for _ in range(bound):
+            with torch.no_grad():
+                logp_V = model(torch.tensor([ids])).logits[0, -1].float().log_softmax(0)
+            ids.append(int(torch.multinomial(logp_V.exp(), 1, generator=generator)))
+            logp.append(float(logp_V[ids[-1]]))
+            if ids[-1] % 100 == 3:
+                break
+        sampled = np.asarray(ids, np.int32)
+        span = 1 + (np.arange(len(logp)) >= len(logp) // 2).astype(np.uint8)
+        validity = "valid" if ids[-1] % 100 == 3 else "truncated"
+        own = self.sampler_logp(np.asarray(logp, np.float32))
+        return Rollout(prompt.place, number, prompt.document, prompt.effort, validity, sampled, span, own)
+
+    def load(self, published: policy_version.Manifest, facts: Version) -> PreTrainedModel:
+        """A version, proved with its probe."""
+        if self.loaded is None or self.loaded[0] != facts.version:
+            folder = self.scratch / f"sampler-{facts.version}"
+            folder.mkdir(exist_ok=True)
+            for name, subject in published.subjects.items():
+                self.task.bucket.download(subject, folder / name)
+            model = hf_model.load(folder, SMALL)
+            for ids, wanted in zip(facts.probe.ids, facts.probe.logp, strict=True):
+                with torch.no_grad():
+                    logp = (
+                        model(torch.tensor([ids]))
+                        .logits[0, :-1]
+                        .log_softmax(1)
+                        .gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+                    )
+                assert (logp - torch.tensor(wanted)).abs().max() <= PROBE
+            self.loaded = facts.version, model
+        return self.loaded[1]
+
+
+def teacher(ids_T: NDArray[np.int32]) -> NDArray[np.float32]:
+    """[T] log-probabilities that depend on the ids before too."""
+    random = np.random.default_rng(int.from_bytes(hashlib.sha256(ids_T.tobytes()).digest()[:8]))
+    return (-8 - random.exponential(5, len(ids_T))).astype(np.float32)

@@ -1,0 +1,107 @@
+"""What test_training_onpolicy.py runs twice at once, as two ranks of a stage: `RANK=… python -m tests.fakes.onpolicy_ranks FOLDER`.
+
+FOLDER/task.json says which run, data set and documents; with KILL=rank:step that rank kills itself in the midst of that step. What rank r
+came to it writes to FOLDER/rank-<r>.pt.
+"""
+
+import json
+import os
+import pickle
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.fakes import datasets, students
+from tests.fakes.fake_onpolicy_peers import Partner
+from tests.fakes.students import saved
+from tests.unit.trainer.test_trainer import Listening
+from vpmoe.api import DistillRun
+from vpmoe.checkpoint.train_state import TrainState
+from vpmoe.data.reader import BlockCache, DatasetReader
+from vpmoe.model import distributed
+from vpmoe.model.device import choose
+from vpmoe.storage import Bucket, manifest
+from vpmoe.storage.manifest import Input
+from vpmoe.trainer.checkpoint.resume import begin
+from vpmoe.trainer.checkpoint.writer import Checkpoints
+from vpmoe.trainer.data import collate
+from vpmoe.trainer.onpolicy import window_wait
+from vpmoe.trainer.onpolicy.coordinator import Exchange
+from vpmoe.trainer.onpolicy.publisher import Publisher, probed
+from vpmoe.trainer.onpolicy.step_plan import OnPolicyCourse
+from vpmoe.trainer.trainer import Trainer, course
+
+INPUTS = [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})]
+
+
+class Asking(Listening):
+    """A report that has the partner go on while the trainer waits."""
+
+    partner: Partner
+
+    def update(self, **changes: Any) -> None:
+        super().update(**changes)
+        if changes.get("message", "").startswith("Waiting"):
+            self.partner.advance()
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    collate.FILLER = 0  # the small vocabulary has no other
+    window_wait.POLL = 0.02
+    told = json.loads((folder / "task.json").read_text())
+    run = DistillRun.parse(told["spec"])
+    bucket = Bucket.open(run.spec.storage)
+    scratch = folder / f"{os.getpid()}"
+    scratch.mkdir()
+    device = choose()
+    distributed.start(device, run.spec.student.expert_parallel)
+    task = datasets.task(bucket, told["spec"], scratch, manifest.load(bucket, told["dataset"]), "onpolicy")
+    report = Asking() if distributed.rank() == 0 else None
+    if report:
+        report.partner = Partner(task, pickle.loads((folder / "documents").read_bytes()), scratch)
+    learner = students.learner(device, expert_parallel=run.spec.student.expert_parallel)
+    started = begin(task, learner)
+    parts = DatasetReader(task.dataset, "train", BlockCache(bucket, scratch / "blocks"))
+    checkpoints = Checkpoints(task, INPUTS, report)
+    steps = course(task, parts, None, started)
+    assert isinstance(steps, OnPolicyCourse)
+    it = Trainer(
+        task,
+        device,
+        learner,
+        steps,
+        None,
+        checkpoints,
+        started,
+        report,
+        None,
+        Exchange(task, steps, Publisher(task, INPUTS, probed(parts))),
+    )
+    reached: list[TrainState] = []
+    after, step = it._after, learner.step
+
+    def keeping(position: TrainState, tokens: int) -> TrainState:
+        reached.append(after(position, tokens))
+        return reached[-1]
+
+    def dying(rate: float) -> float:
+        if os.environ.get("KILL") == f"{distributed.rank()}:{learner.steps}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(rate)
+
+    it._after, learner.step = keeping, dying  # type: ignore[method-assign]
+    it.run()
+    lines = [line for line in report.lines if line["event"] == "step"] if report else []
+    torch.save(
+        {"state": saved(learner), "position": reached[-1].dump(), "lines": lines},
+        folder / f"rank-{distributed.rank()}.pt",
+    )
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

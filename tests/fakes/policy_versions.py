@@ -1,0 +1,137 @@
+"""What samplers are tested with: a tiny student of which every part matters, and its publication as a policy version."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vpmoe.api import DistillRun
+from vpmoe.data import vocabulary
+from vpmoe.data.dataset import load
+from vpmoe.data.harmony import CALL, CHANNEL, END, MESSAGE, RETURN
+from vpmoe.model import hf_export, state
+from vpmoe.model.batch import Batch
+from vpmoe.model.head import logp_of
+from vpmoe.model.learner import Learner
+from vpmoe.model.shapes import SHAPES
+from vpmoe.provenance import Provenance
+from vpmoe.rollout import policy_version
+from vpmoe.rollout.policy_version import Version
+from vpmoe.storage import Bucket, manifest, paths
+from vpmoe.storage.manifest import Manifest
+from vpmoe.trainer.onpolicy.publisher import probe
+from vpmoe.trainer.stage_inputs import dataset_input
+
+TINY = SHAPES["tiny"]
+ANALYSIS, FINAL = (vocabulary.encoding().encode_ordinary(name)[0] for name in ("analysis", "final"))
+Ids = NDArray[np.int32]
+
+
+def learner(device: torch.device, seed: int) -> Learner:
+    """A tiny student, every part of it large enough to matter: norms apart from 1, and biases that change what is chosen."""
+    torch.manual_seed(seed)
+    it = Learner.build(TINY, device, sequence_length=4096, seed=1234, weight_decay=0.1, gradient_clip=1.0)
+    with torch.no_grad():
+        for name, parameter in it.student.named_parameters():
+            parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(
+                std=0.3 if name == "embedding.weight" else 0.15
+            )
+        for name, buffer in it.student.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.normal_(std=0.2)
+    return it
+
+
+def export(folder: Path, it: Learner) -> Path:
+    """The student's checkpoint, in float32."""
+    hf_export.export(folder, TINY, 4096, state.sizes(it), state.current(it), torch.float32)
+    return folder
+
+
+def trainers(it: Learner, sequences: Sequence[Ids]) -> list[NDArray[np.float32]]:
+    """[T − 1] each: what the trainer's student says of each id given those before it, all sequences packed into one row."""
+    ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64))[None]
+    number = torch.repeat_interleave(
+        torch.arange(len(sequences)), torch.tensor([len(ids_T) for ids_T in sequences])
+    )[None]
+    batch = Batch.of(ids, torch.full_like(ids, 1, dtype=torch.uint8), number.int())
+    with torch.no_grad():
+        logp = logp_of(it.student(batch), it.student.output, batch.target)
+    return [part[:-1].numpy() for part in logp.split([len(ids_T) for ids_T in sequences])]
+
+
+def ending(it: Learner) -> Learner:
+    """The same student, whose completions mostly end after some ten tokens: one number of the hidden state is always large, no layer writes
+    to it, and it asks for the tokens that end messages."""
+    with torch.no_grad():
+        for name, parameter in it.student.named_parameters():
+            if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+                parameter[0] = 0.0
+            elif name.endswith("experts.down"):
+                parameter[:, 0] = 0.0
+            elif name == "decoder.final_layernorm.weight":
+                parameter[0] = 1.0
+        it.student.embedding.weight[:, 0] = 100.0
+        it.student.output[:, 0] = 0.0
+        for token, logit in (
+            (RETURN, 1.3),
+            (CALL, 1.25),
+            (END, 1.3),
+            (CHANNEL, 1.3),
+            (MESSAGE, 1.3),
+            (ANALYSIS, 1.3),
+            (FINAL, 1.3),
+        ):
+            it.student.output[token] = 0.0
+            it.student.output[token, 0] = logit
+    return it
+
+
+def publish(
+    bucket: Bucket,
+    run: DistillRun,
+    folder: Path,
+    it: Learner,
+    number: int,
+    tokens: int,
+    *,
+    first_prompt: int = 0,
+    says: Version | None = None,
+) -> Manifest:
+    """Publish the student in `folder` as a version, as the trainer does; with `says` under facts of another."""
+    made, key = load(run, bucket), paths.weights(run, "onpolicy", number)
+    ids = [
+        tuple(np.random.default_rng(length).integers(0, TINY.vocabulary, length).tolist())
+        for length in (5, 40, 64)
+    ]
+    facts = says or Version(
+        version=number,
+        steps=number,
+        tokens=tokens,
+        iteration=number,
+        first_sequence=0,
+        first_prompt=first_prompt,
+        probe=probe(it, [np.array(of, np.int32) for of in ids]),
+    )
+    subjects = [
+        bucket.put_file(f"{key}/{file.name}", file, {}).subject(key) for file in sorted(folder.iterdir())
+    ]
+    who = Provenance(
+        None,
+        None,
+        run.config_hash,
+        "default",
+        run.metadata.name,
+        run.uid8,
+        "onpolicy",
+        1,
+        "2026-01-01T00:00:00Z",
+    )
+    inputs = [made.inputs["tokenizer"], dataset_input(bucket, made)]
+    return manifest.write(
+        bucket,
+        paths.manifest(key),
+        manifest.statement(policy_version.KIND, subjects, facts.dump(), who, inputs),
+    )

@@ -1,0 +1,72 @@
+"""Rescoring that only counts: a record a part, kept for every run of the same data and teacher; progress, SIGTERM, and its script.
+
+Each attempt's pod leaves `standin/rescore/<pod>.json` with the number of parts that it found.
+"""
+
+import hashlib
+import socket
+import time
+
+from jobs.entrypoint import Context, entrypoint
+from jobs.script import Script
+from vpmoe.api import DistillRun
+from vpmoe.api.progress import Amount, Progress
+from vpmoe.failure import Terminated
+from vpmoe.provenance import now
+from vpmoe.storage import paths
+
+
+def main() -> None:
+    run, context = entrypoint("rescore")
+    script, workers = Script.of(run, context), run.spec.teacher.gpus
+    total, worker = int(script.number("parts", workers)), context.worker or 0
+    found = done(run, context)
+    pod = f"{paths.run(run)}/standin/rescore/{socket.gethostname()}.json"
+    context.bucket.write_json(pod, {"attempt": context.attempt, "from": found})
+    if found == total:
+        report(run, context, total, total, "Reused")
+        return
+    report(run, context, found, total)
+    wait_for(script.words.get("beside", ""), run, context)
+    for part in range(worker, total, workers):
+        key = f"{scores(run)}/{part}.json"
+        if not context.bucket.exists(key):
+            script.reach(-101 - part)
+            context.bucket.write_json(key, {"part": part})
+            report(run, context, done(run, context), total)
+        if context.stopping.is_set():
+            raise Terminated(f"part {part} is written")
+    report(run, context, done(run, context), total)  # whoever comes last finds all of them
+
+
+def scores(run: DistillRun) -> str:
+    """Folder of the records, by what they depend on."""
+    text = run.spec.dataset.model_dump_json() + run.spec.teacher.model_dump_json()
+    return f"scores/{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def done(run: DistillRun, context: Context) -> int:
+    return len(list(context.bucket.list(scores(run) + "/")))
+
+
+def report(run: DistillRun, context: Context, count: int, total: int, message: str = "") -> None:
+    """progress.json, as the real job writes it."""
+    progress = Progress(
+        step=context.step,
+        attempt=context.attempt,
+        state="Succeeded" if count == total else "Running",
+        message=message or f"{count} of {total} parts",
+        updated=now(),
+        parts=Amount(done=count, total=total),
+    )
+    context.bucket.write_json(paths.progress(run, context.step), progress.dump())
+
+
+def wait_for(step: str, run: DistillRun, context: Context) -> None:
+    """Until that step has reported: what is scored after that is scored beside it."""
+    while step and not context.stopping.is_set() and not context.bucket.exists(paths.progress(run, step)):
+        time.sleep(0.2)
+
+
+if __name__ == "__main__":
+    main()

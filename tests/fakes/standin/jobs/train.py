@@ -1,0 +1,96 @@
+"""Training that only counts: checkpoints that hold a number, progress, SIGTERM, and whatever its script says.
+
+Each attempt leaves `standin/<step>/<pod>.json` with the step that it started from.
+"""
+
+import os
+import socket
+import time
+
+from jobs.entrypoint import Context, entrypoint
+from jobs.script import Script
+from jobs.windows import wait_for
+from vpmoe.api import DistillRun, OnPolicy
+from vpmoe.api.progress import Amount, CheckpointFacts, HeldOut, Progress, SpanLoss
+from vpmoe.failure import Terminated
+from vpmoe.provenance import now
+from vpmoe.storage import paths
+
+
+def main() -> None:
+    run, context = entrypoint("train")
+    script = Script.of(run, context)
+    steps, every = int(script.number("steps", 6)), int(script.number("every", 2))
+    first = last_checkpoint(run, context)
+    pod = f"{paths.run(run)}/standin/{context.step}/{socket.gethostname()}.json"
+    context.bucket.write_json(
+        pod, {"attempt": context.attempt, "from": first, "rank": os.environ.get("RANK", "0")}
+    )
+    if os.environ.get("RANK", "0") != "0":  # a Worker of a PyTorchJob
+        wait_for_master(run, context)
+        return
+    report(run, context, first, steps, first)
+    saved = first
+    for step in range(steps - 1 if script.hurries else first, steps):
+        if isinstance(run.stage(context.step), OnPolicy):  # each step trains a window
+            wait_for(run, context, step, "scores")
+        script.reach(step)
+        stopping = (
+            context.stopping.is_set()
+        )  # once a step: what is asked for while it saves is the next one's business
+        if (step + 1) % every == 0 or step + 1 == steps or stopping:
+            saved = step + 1
+            key = paths.manifest(paths.checkpoint(run, context.step, saved))
+            context.bucket.write_json(key, {"iteration": saved})
+        report(run, context, step + 1, steps, saved)
+        if stopping and step + 1 < steps:
+            raise Terminated(f"checkpoint {saved} is saved")
+
+
+def last_checkpoint(run: DistillRun, context: Context) -> int:
+    """The step to go on from."""
+    folder = paths.checkpoints(run, context.step) + "/"
+    return max(
+        (int(found.key.removeprefix(folder).split("/")[0]) for found in context.bucket.list(folder)),
+        default=0,
+    )
+
+
+def report(run: DistillRun, context: Context, done: int, steps: int, saved: int) -> None:
+    """progress.json, as the real job writes it."""
+    tokens = run.stage(context.step).tokens
+    folder = paths.checkpoint(run, context.step, saved)
+    facts = CheckpointFacts(
+        iteration=saved,
+        tokens=tokens * saved // steps,
+        manifest=context.bucket.url(paths.manifest(folder)),
+        sha256="0" * 64,
+    )
+    progress = Progress(
+        step=context.step,
+        attempt=context.attempt,
+        state="Succeeded" if done == steps else "Running",
+        message=f"step {done} of {steps}",
+        updated=now(),
+        tokens=Amount(done=tokens * done // steps, total=tokens),
+        tokens_per_second=1000.0,
+        loss=9.0 - done / 10,
+        checkpoint=facts if saved else None,
+        held_out=HeldOut(
+            before=SpanLoss(reasoning=9.0, final=8.0), latest=SpanLoss(reasoning=8.0, final=7.0)
+        ),
+    )
+    context.bucket.write_json(paths.progress(run, context.step), progress.dump())
+
+
+def wait_for_master(run: DistillRun, context: Context) -> None:
+    """A Worker ends when the Master has."""
+    while not context.stopping.is_set():
+        key = paths.progress(run, context.step)
+        if context.bucket.exists(key) and context.bucket.get_json(key)["state"] == "Succeeded":
+            return
+        time.sleep(0.3)
+
+
+if __name__ == "__main__":
+    main()

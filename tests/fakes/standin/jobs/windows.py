@@ -1,0 +1,63 @@
+"""What a stand-in sampler and teacher share: windows that are objects with a number in them, written in order, each once."""
+
+import time
+from typing import Literal
+
+from jobs.entrypoint import Context
+from jobs.script import Script
+from vpmoe.api import DistillRun
+from vpmoe.api.progress import Amount, Progress
+from vpmoe.failure import Terminated
+from vpmoe.provenance import now
+from vpmoe.storage import paths
+
+Kind = Literal["rollouts", "scores"]
+
+
+def fill(run: DistillRun, context: Context, kind: Kind, worker: int, workers: int) -> None:
+    """Write every window of this worker's that is not there yet, scores once there are rollouts; the first worker reports for all."""
+    script, stage = Script.of(run, context), stage_of(run, context)
+    total = int(script.number("windows", script.number("steps", 6)))
+    for window in range(worker, total, workers):
+        key = paths.window(run, stage, window, kind)
+        if context.bucket.exists(key):
+            continue
+        if kind == "scores":
+            wait_for(run, context, window, "rollouts")
+        script.reach(-(201 if kind == "rollouts" else 301) - window)
+        context.bucket.create(key, b"%d" % window, {})
+        if worker == 0:
+            report(run, context, kind, total)
+        if context.stopping.is_set():
+            raise Terminated(f"window {window} is written")
+    report(run, context, kind, total)  # whoever comes last finds all of them
+
+
+def wait_for(run: DistillRun, context: Context, window: int, kind: Kind) -> None:
+    """Until that window is there."""
+    while not context.bucket.exists(paths.window(run, stage_of(run, context), window, kind)):
+        if context.stopping.is_set():
+            raise Terminated(f"waited for {kind} of window {window}")
+        time.sleep(0.2)
+
+
+def stage_of(run: DistillRun, context: Context) -> str:
+    """Name of the stage that the step belongs to."""
+    stage = run.stage_of(context.step)
+    assert stage is not None
+    return stage.name
+
+
+def report(run: DistillRun, context: Context, kind: Kind, total: int) -> None:
+    """progress.json, as the real job writes it."""
+    folder = paths.window(run, stage_of(run, context), 0, kind).rpartition("/")[0]
+    count = sum(found.key.endswith(f".{kind}.arrow") for found in context.bucket.list(folder + "/"))
+    progress = Progress(
+        step=context.step,
+        attempt=context.attempt,
+        state="Succeeded" if count == total else "Running",
+        message=f"{kind} of {count} windows",
+        updated=now(),
+        parts=Amount(done=count, total=total),
+    )
+    context.bucket.write_json(paths.progress(run, context.step), progress.dump())

@@ -1,0 +1,90 @@
+"""Small students and ragged random batches for the tests of model and objectives."""
+
+import secrets
+from dataclasses import replace
+
+import torch
+
+from vpmoe.model import state
+from vpmoe.model.batch import Batch
+from vpmoe.model.learner import Learner
+from vpmoe.model.shapes import SHAPES, Shape
+
+SMALL = replace(
+    SHAPES["tiny"], name="small", vocabulary=512, hidden=32, dense_width=64, expert_width=16, shared_width=32
+)
+"""`tiny` with nothing left that costs time; the same layers, experts and groups."""
+
+
+def new_seed() -> int:
+    seed = secrets.randbelow(1 << 32)
+    print(f"seed {seed}")
+    return seed
+
+
+def learner(device: torch.device, shape: Shape = SMALL, **kwargs: int) -> Learner:
+    return Learner.build(
+        shape, device, sequence_length=256, seed=1234, weight_decay=0.1, gradient_clip=1.0, **kwargs
+    )
+
+
+def documents(
+    generator: torch.Generator, lengths: list[int], row: int, vocabulary: int = SMALL.vocabulary
+) -> tuple[torch.Tensor, ...]:
+    """One row [1, row] of random tokens and spans: documents of the given lengths, then padding. A third of each is prompt (span 0)."""
+    tokens = torch.randint(0, vocabulary, (1, row), generator=generator)
+    numbers = torch.full((1, row), -1, dtype=torch.int32)
+    spans = torch.zeros((1, row), dtype=torch.uint8)
+    start = 0
+    for number, length in enumerate(lengths):
+        numbers[0, start : start + length] = number
+        learned = torch.randint(1, 3, (length,), generator=generator, dtype=torch.uint8)
+        learned[: length // 3 + 1] = 0
+        spans[0, start : start + length] = learned
+        start += length
+    return tokens, spans, numbers
+
+
+def ragged(generator: torch.Generator, microbatches: int, vocabulary: int = SMALL.vocabulary) -> list[Batch]:
+    """Microbatches of 1 to 3 rows of different lengths, documents and padding."""
+    batches = []
+    for _ in range(microbatches):
+        rows, row = (
+            int(torch.randint(1, 4, (), generator=generator)),
+            int(torch.randint(20, 60, (), generator=generator)),
+        )
+        packed = []
+        for _ in range(rows):
+            lengths: list[int] = []
+            while sum(lengths) < row - 15:
+                lengths.append(int(torch.randint(1, 15, (), generator=generator)))
+            packed.append(documents(generator, lengths, row, vocabulary))
+        batches.append(Batch.of(*(torch.cat(parts) for parts in zip(*packed, strict=True))))
+    return batches
+
+
+def saved(learner: Learner) -> dict[str, list[tuple[int, torch.Tensor]]]:
+    """A copy of this rank's slices: by name, where each begins and its numbers."""
+    copied: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for piece in state.slices(learner):
+        assert piece.stop - piece.start == piece.tensor.numel()
+        copied.setdefault(piece.name, []).append((piece.start, piece.tensor.clone()))
+    return copied
+
+
+def whole(
+    ranks: list[dict[str, list[tuple[int, torch.Tensor]]]], sizes: dict[str, int]
+) -> dict[str, torch.Tensor]:
+    """All ranks' slices put together. Fails where they do not cover each name exactly once."""
+    tensors = {}
+    assert {name for rank in ranks for name in rank} == set(sizes)
+    for name, size in sizes.items():
+        pieces = sorted((piece for rank in ranks for piece in rank.get(name, [])), key=lambda piece: piece[0])
+        ends = [0, *(start + len(numbers) for start, numbers in pieces)]
+        assert [start for start, _ in pieces] == ends[:-1] and ends[-1] == size, name
+        tensors[name] = torch.cat([numbers for _, numbers in pieces])
+    return tensors
+
+
+def reading(tensors: dict[str, torch.Tensor]) -> state.Read:
+    return lambda name, start, stop: tensors[name][start:stop]

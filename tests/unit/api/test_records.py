@@ -1,0 +1,125 @@
+"""Progress, status and labels: what our programs tell each other, in the form that the API server and S3 take."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tests.fakes import valid_specs
+from vpmoe.api import DistillRun, labels
+from vpmoe.api.progress import Amount, CheckpointFacts, HeldOut, Progress, SpanLoss
+from vpmoe.api.run import STEP_NAME
+from vpmoe.api.status import MESSAGE, MOST_STEPS, Child, Condition, Status, Step
+
+NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+SHA = "ab" * 32
+
+
+def test_progress_survives_the_bucket() -> None:
+    progress = Progress(
+        step="first",
+        attempt=2,
+        state="Running",
+        updated=NOW,
+        tokens=Amount(done=5, total=10),
+        tokens_per_second=1.5,
+        held_out=HeldOut(before=SpanLoss(reasoning=2.0)),
+        checkpoint=CheckpointFacts(iteration=7, tokens=5, manifest="s3://b/m.json", sha256=SHA),
+    )
+    written = progress.dump()
+    assert written["tokensPerSecond"] == 1.5
+    assert written["heldOut"] == {"before": {"reasoning": 2.0}}
+    assert written["updated"] == "2026-01-02T03:04:05Z"
+    assert Progress.model_validate(written) == progress
+
+
+def test_progress_of_a_newer_writer_is_read() -> None:
+    written = Progress(step="first", attempt=1, state="Succeeded", updated=NOW).dump() | {"mood": "fine"}
+    assert Progress.model_validate(written).state == "Succeeded"
+
+
+@pytest.mark.parametrize(
+    "broken", [{"attempt": 0}, {"state": "Failed"}, {"updated": "soon"}, {"loss": float("nan")}]
+)
+def test_progress_that_means_nothing_is_refused(broken: dict[str, object]) -> None:
+    good = {"step": "first", "attempt": 1, "state": "Running", "updated": NOW}
+    with pytest.raises(ValidationError):
+        Progress.model_validate(good | broken)
+
+
+def test_a_status_leaves_out_what_is_not_known() -> None:
+    assert Status().dump() == {
+        "observedGeneration": 0,
+        "phase": "Pending",
+        "message": "",
+        "conditions": [],
+        "steps": [],
+    }
+
+
+def test_a_message_longer_than_a_status_may_be_is_shortened_and_not_refused() -> None:
+    step = Step(name="first", message="x" * 5000)
+    condition = Condition(
+        type="Ready", status="False", reason="Because", message="y" * 5000, last_transition_time=NOW
+    )
+    assert (len(step.message), step.message[-1], len(condition.message)) == (MESSAGE, "…", MESSAGE)
+
+
+def test_the_longest_status_of_the_longest_run_stays_far_below_what_etcd_takes() -> None:
+    stages = [{**valid_specs.ONPOLICY, "name": f"{i}".rjust(16, "b")} for i in range(8)]
+    steps = DistillRun.parse(valid_specs.manifest({"spec.stages": stages})).steps()
+    assert (len(steps), max(map(len, steps))) == (MOST_STEPS, STEP_NAME)
+    facts = CheckpointFacts(iteration=10**9, tokens=10**15, manifest="s3://" + "m" * 2043, sha256=SHA)
+    child = Child(kind="PyTorchJob", name="n" * 63, uid="u" * 36)
+    full = [
+        Step(name=name, state="Succeeded", message="é" * MESSAGE, started=NOW, child=child, checkpoint=facts)
+        for name in steps
+    ]
+    conditions = [
+        Condition(
+            type=f"T{i}", status="True", reason="R" * 128, message="é" * MESSAGE, last_transition_time=NOW
+        )
+        for i in range(16)
+    ]
+    status = Status(message="é" * MESSAGE, steps=tuple(full), conditions=tuple(conditions))
+    assert len(json.dumps(status.dump(), ensure_ascii=False).encode()) < 250_000, "etcd refuses 1.5 MB"
+
+
+def test_a_status_finds_its_conditions_and_steps() -> None:
+    ready = Condition(type="Ready", status="True", reason="Trained", last_transition_time=NOW)
+    status = Status(conditions=(ready,), steps=(Step(name="preprocess"), Step(name="first", attempt=2)))
+    found = status.of("first")
+    assert found is not None and found.attempt == 2
+    assert status.of("second") is None
+    assert (status.condition("Ready"), status.condition("Stalled")) == (ready, None)
+    assert Status.model_validate(status.dump()) == status
+
+
+def test_labels_are_short_and_annotations_whole() -> None:
+    facts: dict[str, Any] = {
+        "step": "first",
+        "attempt": 3,
+        "git_sha": "cd" * 20,
+        "config": SHA,
+        "dataset": SHA,
+    }
+    short = labels.labels("run", **facts)
+    assert short[labels.CONFIG] == short[labels.DATASET] == SHA[:16]
+    assert short[labels.GIT_SHA] == ("cd" * 20)[:16]
+    assert short[labels.ATTEMPT] == "3"
+    assert labels.annotations("run", **facts) | short == {**labels.annotations("run", **facts), **short}
+    assert labels.annotations("run", **facts)[labels.CONFIG] == SHA
+
+
+def test_a_data_set_that_is_not_known_yet_is_not_labelled() -> None:
+    assert labels.DATASET not in labels.labels(
+        "run", step="preprocess", attempt=1, git_sha="cd" * 20, config=SHA
+    )
+
+
+@pytest.mark.parametrize("value", ["a b", "-a", "a" * 64, "é", "a/b"])
+def test_what_kubernetes_refuses_as_a_label_is_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=r"label vpmoe.dev/run: .* is not a label value"):
+        labels.label_value(labels.RUN, value)

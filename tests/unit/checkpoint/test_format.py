@@ -1,0 +1,144 @@
+"""The weights of a checkpoint, read by name from the bucket: the learner's own bits, whatever files they lie in, or a refusal."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.conftest import S3
+from tests.fakes import datasets
+from tests.fakes.students import SMALL, learner, new_seed
+from tests.unit.trainer.test_checkpoint import altered, at, filled, save, truncated
+from vpmoe.checkpoint.format import WEIGHTS, CheckpointRejected, weights_in
+from vpmoe.model import hf_export, state
+from vpmoe.storage import Bucket, manifest, paths
+from vpmoe.storage.manifest import Input
+from vpmoe.trainer.checkpoint.writer import BUFFERS, rank_file
+from vpmoe.trainer.context import StageContext
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+@pytest.fixture
+def task(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path) -> StageContext:
+    return datasets.task(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
+
+
+def test_the_weights_read_are_the_learners(task: StageContext, device: torch.device) -> None:
+    it = filled(device, 1.0)
+    save(task, it, at(3, finished=True))
+    found = weights_in(task.bucket, paths.checkpoint(task.run, "vanilla", 3))
+    assert found.position == at(3, finished=True)
+    assert found.sizes == {name: size for name, size in state.sizes(it).items() if name.startswith(WEIGHTS)}
+    live = state.current(it)
+    for name, size in found.sizes.items():
+        assert torch.equal(found.read(name, 0, size), live(name, 0, size))
+    assert torch.equal(found.read("main/output", 5, 700), live("main/output", 5, 700))
+
+
+def in_files(bucket: Bucket, folder: str, files: list[dict[str, torch.Tensor]], scratch: Path) -> None:
+    """A checkpoint of these files in `folder`."""
+    subjects = []
+    for number, tensors in enumerate(files):
+        save_file(tensors, scratch / "file")
+        subjects.append(
+            bucket.put_file(f"{folder}/{rank_file(number)}", scratch / "file", {}).subject(folder)
+        )
+    inputs = [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})]
+    made = manifest.statement(
+        "checkpoint", subjects, {"ranks": len(files), "position": at(1).dump()}, datasets.WHO, inputs
+    )
+    manifest.write(bucket, paths.manifest(folder), made)
+
+
+def test_pieces_of_many_files_are_put_together(bucket: Bucket, tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(new_seed())
+    whole = torch.randn(3_000_000, generator=random)  # over more than one block
+    cuts = [0, 7, 1_000_000, 1_000_001, 2_999_999, 3_000_000]
+    files: list[dict[str, torch.Tensor]] = [
+        {"exp_avg/a[0:2]": torch.zeros(2), "random/0/cpu[0:3]": torch.zeros(3, dtype=torch.uint8)}
+    ]
+    files += [{f"main/a[{start}:{stop}]": whole[start:stop].clone()} for start, stop in pairwise(cuts)]
+    in_files(bucket, "c/1", files[::-1], tmp_path)
+    found = weights_in(bucket, "c/1")
+    assert found.sizes == {"main/a": 3_000_000}
+    for start, stop in [(0, 3_000_000), (3, 9), (7, 1_000_000), (999_998, 1_000_003), (2_999_999, 3_000_000)]:
+        assert torch.equal(found.read("main/a", start, stop), whole[start:stop])
+
+
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        pytest.param(
+            [{"main/a[0:2]": torch.zeros(2)}, {"main/a[3:5]": torch.zeros(2)}],
+            "holds 2 of the 5 numbers of main/a",
+            id="gap",
+        ),
+        pytest.param(
+            [{"main/a[0:2]": torch.zeros(2)}, {"main/a[1:5]": torch.zeros(4)}],
+            "holds 2 of the 5 numbers of main/a",
+            id="overlap",
+        ),
+        pytest.param(
+            [{"main/a[0:2]": torch.zeros(2)}, {"main/a[0:2]": torch.zeros(2)}],
+            "holds 2 of the 2 numbers",
+            id="twice",
+        ),
+        pytest.param(
+            [{"main/a[0:2]": torch.zeros(2).half()}], "main/a is F16, wanted F32", id="another-type"
+        ),
+    ],
+)
+def test_tensors_that_are_not_whole_are_refused(
+    bucket: Bucket, tmp_path: Path, files: list[dict[str, torch.Tensor]], words: str
+) -> None:
+    in_files(bucket, "c/1", files, tmp_path)
+    with pytest.raises(CheckpointRejected, match=f"checkpoint s3://.*/c/1 cannot be used.*{words}"):
+        weights_in(bucket, "c/1")
+
+
+@pytest.mark.parametrize(
+    "file, damage, words",
+    [
+        pytest.param(rank_file(0), altered, "sha256 of block 0 is", id="a-bit-of-a-shard"),
+        pytest.param(BUFFERS, truncated, "bytes, its manifest says", id="truncated-buffers"),
+        pytest.param(rank_file(0), Path.unlink, "there is no such object", id="lost-shard"),
+        pytest.param("manifest.json", truncated, "sha256 is", id="truncated-manifest"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(
+    task: StageContext, device: torch.device, s3: S3, file: str, damage: Callable[[Path], None], words: str
+) -> None:
+    save(task, filled(device, 1.0), at(3))
+    folder = paths.checkpoint(task.run, "vanilla", 3)
+    damage(s3.folder / task.bucket.name / folder / file)
+    with pytest.raises(CheckpointRejected, match=f"checkpoints/vanilla/3 cannot be used. .*{file}.*{words}"):
+        weights_in(task.bucket, folder)
+
+
+def test_an_export_needs_no_learner(task: StageContext, device: torch.device, tmp_path: Path) -> None:
+    """Bit for bit the export of the learner; what TeacherForced and the optimizer add stays behind."""
+    it = learner(device, teacher_width=48)
+    save(task, it, at(3))
+    found = weights_in(task.bucket, paths.checkpoint(task.run, "vanilla", 3))
+    hf_export.export(tmp_path / "read", SMALL, 256, found.sizes, found.read, torch.bfloat16)
+    hf_export.export(tmp_path / "live", SMALL, 256, state.sizes(it), state.current(it), torch.bfloat16)
+    files = [sorted(folder.iterdir()) for folder in (tmp_path / "read", tmp_path / "live")]
+    assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
+    hf_export.check(tmp_path / "read", SMALL)
+
+
+def test_it_is_read_without_megatron() -> None:
+    code = "import sys, vpmoe.checkpoint.format; print([name for name in sys.modules if name.split('.')[0] in ('megatron', 'vllm')])"
+    assert (
+        subprocess.check_output(
+            [sys.executable, "-c", code], cwd=Path(__file__).parents[3], text=True
+        ).strip()
+        == "[]"
+    )

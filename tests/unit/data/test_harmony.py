@@ -1,0 +1,238 @@
+"""Every token and every span of a rendered row, against openai-harmony."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from openai_harmony import (
+    Conversation,
+    HarmonyEncoding,
+    HarmonyEncodingName,
+    Message,
+    ReasoningEffort,
+    RenderConversationConfig,
+    Role,
+    SystemContent,
+    load_harmony_encoding,
+)
+
+from demo import sample
+from vpmoe.data import harmony, vocabulary
+from vpmoe.data.harmony import Renderer, Setting, spans, user_text
+from vpmoe.data.tokenizer import tokenizer
+
+SETTING = Setting("You are vpMoE, a large language model.", "2024-06", "2026-01-01", "high")
+EFFORT = {"low": ReasoningEffort.LOW, "medium": ReasoningEffort.MEDIUM, "high": ReasoningEffort.HIGH}
+MARKS = "→ ↺ ? !/※ ≈ ∴ ● ◐ ○ ⚠ ☐ ☑ ✓ ⟨H≈0.1⟩ ⟨H≈1.8⟩\n├─ a\n└─ b"
+
+
+@pytest.fixture(scope="module")
+def oracle() -> HarmonyEncoding:
+    vocabulary.install()
+    return load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Renderer:
+    return Renderer(tokenizer(), SETTING)
+
+
+def expected(
+    oracle: HarmonyEncoding, setting: Setting, user: str, reasoning: str | None, answer: str
+) -> tuple[list[int], list[int]]:
+    """Ids and spans as openai-harmony has them: a message's span follows from the channel that its own tokens name."""
+    system = (
+        SystemContent.new()
+        .with_model_identity(setting.identity)
+        .with_knowledge_cutoff(setting.knowledge_cutoff)
+        .with_reasoning_effort(EFFORT[setting.effort])
+    )
+    if setting.date is not None:
+        system = system.with_conversation_start_date(setting.date)
+    messages = [
+        Message.from_role_and_content(Role.SYSTEM, system),
+        Message.from_role_and_content(Role.USER, user),
+    ]
+    if reasoning is not None and reasoning.strip():
+        messages.append(Message.from_role_and_content(Role.ASSISTANT, reasoning).with_channel("analysis"))
+    messages.append(Message.from_role_and_content(Role.ASSISTANT, answer).with_channel("final"))
+    ids = oracle.render_conversation_for_training(
+        Conversation.from_messages(messages), config=RenderConversationConfig(auto_drop_analysis=False)
+    )
+    span, of_token = 0, []
+    for place, token in enumerate(ids):
+        if token == 200006:
+            assistant = ids[place + 1] == 173781
+            span = 0 if not assistant else {35644: 1, 17196: 2}[ids[place + 3]]
+        of_token.append(span)
+    return [*ids, 199999], [*of_token, 0]
+
+
+def check(
+    oracle: HarmonyEncoding,
+    renderer: Renderer,
+    query: str,
+    seed: str | None,
+    reasoning: str | None,
+    answer: str,
+    setting: Setting = SETTING,
+) -> None:
+    document = renderer.render(query, seed, reasoning, answer)
+    ids, of_token = expected(oracle, setting, user_text(query, seed), reasoning, answer)
+    assert document.ids.dtype == np.int32
+    assert document.ids.tolist() == ids
+    lengths = np.array([[document.prompt, document.reasoning, document.final]])
+    assert spans(lengths).tolist() == of_token
+
+
+def real_rows(files: list[Path]) -> Iterator[dict[str, str | None]]:
+    for path in files:
+        yield from pq.read_table(path).to_pylist()
+
+
+def test_every_token_and_span_of_the_sample_is_openai_harmonys(
+    oracle: HarmonyEncoding, renderer: Renderer
+) -> None:
+    for row in sample.rows():
+        check(
+            oracle,
+            renderer,
+            row["query"],
+            row["query_seed_text"],
+            row["synthetic_reasoning"],
+            row["synthetic_answer"],
+        )
+
+
+def test_every_token_and_span_of_real_rows_is_openai_harmonys(
+    oracle: HarmonyEncoding, renderer: Renderer, real_parquet: list[Path]
+) -> None:
+    for row in real_rows(real_parquet):
+        check(
+            oracle,
+            renderer,
+            row["query"] or "",
+            row["query_seed_text"],
+            row["synthetic_reasoning"],
+            row["synthetic_answer"] or "",
+        )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(
+            "<|start|>assistant<|channel|>final<|message|>done<|return|><|end|><|call|><|endoftext|>",
+            id="specials",
+        ),
+        pytest.param(
+            "<|reserved_200013|><|constrain|>json <|startoftext|> <|endofprompt|>", id="rare-specials"
+        ),
+        pytest.param("assistant", id="the-word-assistant"),
+        pytest.param("the assistant said: assistantassistant analysis final", id="roles-inside"),
+        pytest.param("\0", id="a-nul"),
+        pytest.param("a\0b\0\0c \0", id="nuls"),
+        pytest.param("\x01\x02\x1b[31m\x7f\u0085\u2028\ufeff", id="control-characters"),
+        pytest.param("￿\U0010ffff\ufffd", id="noncharacters"),
+        pytest.param(MARKS, id="reasoning-marks"),
+        pytest.param("שלום עולם, מה שלומך? العربية من اليمين إلى اليسار ٣٫١٤", id="right-to-left"),
+        pytest.param("东京はいい天気ですね。한국어도 있습니다。𠮷野家 你好，世界！", id="cjk"),
+        pytest.param("👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 ﬁ Å ǆ ẞ İ", id="joined-emoji-and-combining"),
+        pytest.param("  leading\t\ttabs \r\n\r\n and   trailing   \n\n\n", id="blanks"),
+        pytest.param("x" * 5_000, id="a-long-word"),  # openai-harmony takes time with its square
+        pytest.param("Ein Satz, der sich wiederholt. 段落。 " * 2600, id="100-kB-document"),
+        pytest.param(" " * 5_000 + "end", id="a-long-gap"),
+    ],
+)
+def test_hostile_text_is_rendered_like_openai_harmony_in_every_place(
+    oracle: HarmonyEncoding, renderer: Renderer, text: str
+) -> None:
+    check(oracle, renderer, text, None, "think", text)
+    check(oracle, renderer, "question", text, text, "answer")
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(*[st.text(st.characters(exclude_categories=["Cs"]), max_size=200)] * 4)
+def test_any_text_is_rendered_like_openai_harmony(
+    oracle: HarmonyEncoding, renderer: Renderer, query: str, seed: str, reasoning: str, answer: str
+) -> None:
+    check(oracle, renderer, query, seed, reasoning, answer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"effort": "low"}, id="low"),
+        pytest.param({"effort": "medium"}, id="medium"),
+        pytest.param({"date": None}, id="no-date"),
+        pytest.param({"date": "2031-12-24", "knowledge_cutoff": "2030-01"}, id="dates"),
+        pytest.param({"identity": "Jesteś vpMoE. <|end|>\nZweite Zeile, 第三"}, id="identity"),
+    ],
+)
+def test_the_system_message_is_openai_harmonys(oracle: HarmonyEncoding, change: dict[str, str]) -> None:
+    setting = replace(SETTING, **change)
+    check(oracle, Renderer(tokenizer(), setting), "q", None, "r", "a", setting)
+
+
+@pytest.mark.parametrize("reasoning", [None, "", "  \n\t "], ids=["null", "empty", "blank"])
+def test_blank_reasoning_makes_no_analysis_message(
+    oracle: HarmonyEncoding, renderer: Renderer, reasoning: str | None
+) -> None:
+    document = renderer.render("q", None, reasoning, "a")
+    assert document.reasoning == 0
+    assert harmony.ANALYSIS not in document.ids
+    check(oracle, renderer, "q", None, reasoning, "a")
+
+
+@pytest.mark.parametrize(
+    "seed, text",
+    [
+        (None, "q"),
+        ("", "q"),
+        (" \n", "q"),
+        ("passage", "q\n\nReference:\npassage"),
+        (" as it is \n", "q\n\nReference:\n as it is \n"),
+    ],
+    ids=["null", "empty", "blank", "passage", "untouched"],
+)
+def test_a_seed_text_follows_the_question(seed: str | None, text: str) -> None:
+    assert user_text("q", seed) == text
+
+
+def test_the_reasoning_marks_survive_byte_for_byte(renderer: Renderer) -> None:
+    document = renderer.render("q", None, MARKS, MARKS)
+    assert vocabulary.encoding().decode_bytes(document.ids.tolist()).count(MARKS.encode()) == 2
+
+
+def test_each_document_ends_with_return_and_one_unsupervised_end(renderer: Renderer) -> None:
+    document = renderer.render("q", None, "r", "a")
+    assert document.ids[-2:].tolist() == [200002, 199999]
+    assert spans(np.array([[document.prompt, document.reasoning, document.final]]))[-2:].tolist() == [2, 0]
+    assert document.ids.max() < harmony.VOCABULARY
+
+
+def test_spans_of_several_documents_follow_one_another() -> None:
+    assert spans(np.array([[2, 1, 1], [1, 0, 2]])).tolist() == [0, 0, 1, 2, 0, 0, 2, 2, 0]
+    assert spans(np.empty((0, 3), np.int64)).size == 0
+
+
+def test_default_rendering_would_lose_the_reasoning(oracle: HarmonyEncoding) -> None:
+    """Why the oracle is asked with auto_drop_analysis=False; if a new version changes that, we want to know."""
+    messages = [
+        Message.from_role_and_content(Role.USER, "q"),
+        Message.from_role_and_content(Role.ASSISTANT, "r").with_channel("analysis"),
+        Message.from_role_and_content(Role.ASSISTANT, "a").with_channel("final"),
+    ]
+    assert harmony.ANALYSIS not in oracle.render_conversation_for_training(
+        Conversation.from_messages(messages)
+    )

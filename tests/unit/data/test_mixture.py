@@ -1,0 +1,49 @@
+"""Which steps are of which kind: exactly the share, at any moment, whatever the share's binary digits."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from vpmoe.data.mixture import interleave, mix
+from vpmoe.data.packing import BatchPlan
+
+SHARES = [0.0, 0.01, 0.1, 0.29, 1 / 3, 0.5, 0.57, 0.65, 0.7, 0.999999, 1.0]
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_after_n_steps_the_share_of_them_were_scored(share: float) -> None:
+    kind = interleave(10_000, share)
+    exact = Fraction(1, 3) if share == 1 / 3 else Fraction(str(share))
+    for n in (1, 2, 3, 7, 100, 700, 1000, 9_999, 10_000):
+        assert kind[:n].sum() == n * exact.numerator // exact.denominator
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("tokens", [1, 999, 20_000])
+def test_a_stage_ends_with_the_step_that_reaches_its_tokens_and_each_stream_is_read_in_order(
+    share: float, tokens: int
+) -> None:
+    random = np.random.default_rng(3)
+    all_documents = BatchPlan([random.integers(5, 60, 400, dtype=np.int32)], seed=1, sequence_length=64)
+    few_documents = BatchPlan([random.integers(40, 64, 9, dtype=np.int32)], seed=1, sequence_length=64)
+    alone = [all_documents.steps(8, 4, tokens), few_documents.steps(0, 4, tokens)]
+    mixed = mix(*alone, share, tokens)
+    each = [np.diff(of, prepend=0) for of in alone]
+    total = 0
+    turns = [0, 0]
+    for step in range(len(mixed.seen)):
+        assert total < tokens, "the stage was over before this step"
+        kind = int(mixed.scored[step])
+        assert mixed.turn(step) == turns[kind] and mixed.turns(step) == tuple(turns)
+        total += each[kind][turns[kind]]
+        turns[kind] += 1
+        assert mixed.seen[step] == total
+    assert total >= tokens
+    assert np.array_equal(mixed.scored, interleave(len(mixed.seen), share))
+
+
+def test_a_stage_without_scores_is_its_own_stream() -> None:
+    alone = BatchPlan([np.full(50, 20, np.int32)], seed=1, sequence_length=64).steps(0, 2, 3000)
+    mixed = mix(alone, alone[:0], 0.0, 3000)
+    assert np.array_equal(mixed.seen, alone) and not mixed.scored.any()

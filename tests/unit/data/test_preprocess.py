@@ -1,0 +1,465 @@
+"""The whole step on a real S3 store: same bytes for any workers, processes and accidents; everything counted; nothing half-written."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from demo import sample
+from vpmoe.api import DistillRun
+from vpmoe.data import dataset, vocabulary
+from vpmoe.data.harmony import Renderer, Setting, spans
+from vpmoe.data.index import read_index
+from vpmoe.data.preprocess import filters, preprocess, sampling
+from vpmoe.data.preprocess.encode import Encoders
+from vpmoe.data.tokenizer import tokenizer
+from vpmoe.failure import Permanent, Terminated
+from vpmoe.provenance import Provenance
+from vpmoe.storage import Bucket, manifest, paths
+from vpmoe.storage.manifest import Manifest
+
+ROOT = Path(__file__).parents[3]
+ONE: Encoders
+
+
+@pytest.fixture
+def spec(run_spec: dict[str, Any], sample_parquet: list[Path]) -> dict[str, Any]:
+    """A run whose source is the sample, in this test's bucket."""
+    bucket = open_bucket(run_spec)
+    for path in sample_parquet:
+        bucket.put_file(f"input/{path.name}", path, {})
+    run_spec["spec"]["dataset"]["sampling"] = {"nonEnglishMax": 0.6}
+    return run_spec
+
+
+def open_bucket(spec: dict[str, Any]) -> Bucket:
+    return Bucket.open(DistillRun.parse(spec).spec.storage)
+
+
+def elsewhere(spec: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The same run with its results below another prefix of the bucket: the same data set, not yet built there."""
+    changed: dict[str, Any] = json.loads(json.dumps(spec))
+    changed["spec"]["storage"]["prefix"] = folder
+    return changed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def encoders() -> Iterator[None]:
+    """One encoding process for all tests of this module; loading the vocabulary takes longer than the sample does."""
+    global ONE
+    with Encoders(1) as ONE:
+        yield
+
+
+def do(
+    spec: dict[str, Any],
+    worker: int | None = None,
+    stopping: threading.Event | None = None,
+    encoders: Encoders | None = None,
+) -> tuple[Bucket, DistillRun]:
+    """The step in this process."""
+    run = DistillRun.parse(spec)
+    bucket = Bucket.open(run.spec.storage)
+    provenance = Provenance(
+        None,
+        None,
+        run.config_hash,
+        "default",
+        run.metadata.name,
+        run.uid8,
+        "preprocess",
+        1,
+        "2026-01-01T00:00:00Z",
+    )
+    preprocess.preprocess(run, bucket, provenance, stopping or threading.Event(), worker, encoders or ONE)
+    return bucket, run
+
+
+def made(bucket: Bucket, run: DistillRun) -> Manifest:
+    return manifest.load(bucket, dataset.resolve(run, bucket).manifest)
+
+
+def bytes_of(found: Manifest) -> dict[str, str]:
+    return {name: subject.sha256 for name, subject in found.subjects.items()}
+
+
+def progress(bucket: Bucket, run: DistillRun) -> dict[str, Any]:
+    told: dict[str, Any] = bucket.get_json(paths.progress(run, "preprocess"))
+    return told
+
+
+def documents(
+    bucket: Bucket, found: Manifest, split: str, folder: Path
+) -> dict[str, tuple[list[int], list[int]]]:
+    """Ids and spans of every document of a split, by synth_id, read back from the bucket."""
+    read: dict[str, tuple[list[int], list[int]]] = {}
+    for part in range(found.facts["parts"]):
+        stem = f"{split}/part-{part:05d}"
+        files = {}
+        for name in ("tokens.bin", "tokens.idx", "spans.bin", "spans.idx", "documents.parquet"):
+            files[name] = folder / f"{split}-{part}.{name}"
+            bucket.download(found.subjects[f"{stem}.{name}"], files[name])
+        index, span_index = read_index(files["tokens.idx"]), read_index(files["spans.idx"])
+        assert index.lengths.tolist() == span_index.lengths.tolist()
+        tokens = np.fromfile(files["tokens.bin"], np.int32)
+        of_token = np.fromfile(files["spans.bin"], np.uint8)
+        table = pq.read_table(files["documents.parquet"]).to_pylist()
+        assert [row["tokens"] for row in table] == index.lengths.tolist()
+        for row, offset, length in zip(table, index.offsets, index.lengths, strict=True):
+            start = offset // 4
+            span = of_token[start : start + length]
+            assert (int((span == 1).sum()), int((span == 2).sum())) == (row["reasoning"], row["final"])
+            read[row["synth_id"]] = (tokens[start : start + length].tolist(), span.tolist())
+    return read
+
+
+def test_every_kept_row_is_in_its_split_token_for_token(spec: dict[str, Any], tmp_path: Path) -> None:
+    bucket, run = do(spec)
+    found = made(bucket, run)
+    said = run.spec.dataset.conversation
+    renderer = Renderer(tokenizer(), Setting(said.identity, said.knowledge_cutoff, said.date, said.effort))
+    dropped: dict[str, int] = {}
+    wanted: dict[str, dict[str, tuple[list[int], list[int]]]] = {"train": {}, "valid": {}}
+    for row in sample.rows():
+        reason: str | None = filters.quality(row["synthetic_answer"], row["constraints"])
+        document = renderer.render(
+            row["query"], row["query_seed_text"], row["synthetic_reasoning"], row["synthetic_answer"]
+        )
+        if reason is None and len(document.ids) > run.spec.dataset.max_length:
+            reason = "tooLong"
+        if reason:
+            dropped[reason] = dropped.get(reason, 0) + 1
+            continue
+        split = "valid" if sampling.is_valid(row["synth_id"], run.spec.dataset.valid_fraction) else "train"
+        lengths = np.array([[document.prompt, document.reasoning, document.final]])
+        wanted[split][row["synth_id"]] = (document.ids.tolist(), spans(lengths).tolist())
+    got = {split: documents(bucket, found, split, tmp_path) for split in wanted}
+    assert got == wanted
+    assert len(got["valid"]) > 3
+    facts = found.facts
+    assert facts["dropped"] == dropped
+    assert facts["rows"] == 72 == facts["documents"] + sum(dropped.values())
+    assert facts["tokens"] == sum(len(ids) for split in got.values() for ids, _ in split.values())
+    assert facts["reasoning"] == sum(span.count(1) for split in got.values() for _, span in split.values())
+    assert facts["splits"]["valid"]["documents"] == len(got["valid"])
+    assert facts["languages"]["la"]["documents"] == 5
+    assert facts["languages"]["unknown"]["documents"] == facts["exercises"]["unknown"]["documents"] + 1 == 2
+    assert facts["tokenizer"] == {"id": "o200k_harmony", "sha256": vocabulary.VOCABULARY_SHA256}
+    assert facts["settings"]["conversation"]["date"] == "2026-01-01"
+    assert found.inputs[f"s3://{bucket.name}/input/synth_002.parquet"].facts["size"] > 0
+    assert progress(bucket, run)["state"] == "Succeeded"
+    assert progress(bucket, run)["parts"] == {"done": 3, "total": 3}
+    assert progress(bucket, run)["dataset"]["sha256"] == found.sha256
+
+
+def test_workers_and_processes_do_not_change_a_byte(spec: dict[str, Any]) -> None:
+    with Encoders(2) as two_processes:
+        alone = do(elsewhere(spec, "alone"), encoders=two_processes)
+    spec["spec"]["dataset"]["workers"] = 2
+    for worker in (1, 0):
+        two = do(elsewhere(spec, "two"), worker)
+    spec["spec"]["dataset"]["workers"] = 7
+    threads = [
+        threading.Thread(target=do, args=(elsewhere(spec, "seven"), worker)) for worker in (6, 1, 0, 2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seven = (open_bucket(elsewhere(spec, "seven")), DistillRun.parse(elsewhere(spec, "seven")))
+    expected = bytes_of(made(*alone))
+    assert len(expected) == 30
+    assert bytes_of(made(*two)) == expected
+    assert bytes_of(made(*seven)) == expected
+    assert progress(*two)["state"] == progress(*seven)["state"] == "Succeeded"
+
+
+def test_a_finished_data_set_is_reused(spec: dict[str, Any]) -> None:
+    first = do(spec)
+    before = made(*first).sha256
+    spec["metadata"]["name"] = "another-run"
+    spec["spec"]["dataset"]["workers"] = 5
+    second = do(spec, worker=3)
+    assert made(*second).sha256 == before
+    assert progress(*second)["message"] == "Reused"
+    assert progress(*second)["dataset"] == progress(*first)["dataset"]
+
+
+def test_input_that_comes_later_does_not_join_a_run_that_has_started(
+    spec: dict[str, Any], sample_parquet: list[Path]
+) -> None:
+    bucket, run = do(spec)
+    bucket.put_file("input/synth_000.parquet", sample_parquet[0], {})
+    assert len(dataset.resolve(run, bucket).inputs.shards) == 3
+    spec["metadata"]["name"] = "later"
+    assert len(dataset.resolve(DistillRun.parse(spec), bucket).inputs.shards) == 4
+    assert dataset.resolve(DistillRun.parse(spec), bucket).id != dataset.resolve(run, bucket).id
+
+
+def test_a_run_that_another_writer_began_is_not_gone_on_with(
+    spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = DistillRun.parse(spec)
+    began = dataset.resolve(run, open_bucket(spec)).id
+    monkeypatch.setattr(dataset, "WRITER", dataset.WRITER + 1)
+    with pytest.raises(Permanent, match=f"the run began the data set {began}, of which this code would make"):
+        do(spec)
+
+
+def by_hand(spec: dict[str, Any], folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """The step as a user starts it."""
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.preprocess", "--run", str(path)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def wait_for(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while not true():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def test_a_worker_killed_anywhere_goes_on_at_its_first_missing_part(
+    spec: dict[str, Any], tmp_path: Path
+) -> None:
+    undisturbed = do(elsewhere(spec, "undisturbed"))
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    chance = random.Random(seed)
+    killed = elsewhere(spec, "killed")
+    bucket, run = open_bucket(killed), DistillRun.parse(killed)
+    found = dataset.resolve(run, bucket)
+    parts = chance.randrange(3)
+    process = by_hand(killed, tmp_path)
+    try:
+        wait_for(
+            lambda: (
+                len(dataset.done_parts(found, bucket)) >= parts and bucket.exists(paths.census(found.id, 2))
+            ),
+            process,
+        )
+        time.sleep(chance.uniform(0, 0.2))
+        children = children_of(process.pid)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    deadline = time.monotonic() + 20
+    while any(alive(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [child for child in children if alive(child)], "encoding processes outlive the worker"
+    done = dataset.done_parts(found, bucket)
+    record = {part: bucket.head(paths.part_record(found.id, part)).etag for part in done}
+    if bucket.exists(found.manifest):
+        bucket.delete(found.manifest)  # killed too late: take the last act back
+    again = do(killed)
+    assert bytes_of(made(*again)) == bytes_of(made(*undisturbed))
+    assert {part: bucket.head(paths.part_record(found.id, part)).etag for part in done} == record
+
+
+def children_of(pid: int) -> list[int]:
+    """All processes below `pid`."""
+    found, queue = [], [pid]
+    while queue:
+        tasks = Path(f"/proc/{queue.pop()}/task")
+        listed = [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+        found += listed
+        queue += listed
+    return found
+
+
+def alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_worker_that_is_asked_to_stop_says_so_and_leaves_no_half_part(spec: dict[str, Any]) -> None:
+    stopping = threading.Event()
+    stopping.set()
+    with pytest.raises(Terminated, match="the parts that are done are in the bucket"):
+        do(spec, stopping=stopping)
+    bucket, run = open_bucket(spec), DistillRun.parse(spec)
+    assert not list(bucket.list(f"{dataset.resolve(run, bucket).folder}/parts/"))
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_that_counts(spec: dict[str, Any], tmp_path: Path) -> None:
+    """A file-size limit of the kernel stands for the full disk: the same OSError from the same write."""
+    vocabulary.install(tmp_path / f"vpmoe-vocabulary-{os.getuid()}")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(spec))
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.preprocess", "--run", str(tmp_path / "run.yaml")],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "TMPDIR": str(tmp_path), "VPMOE_TERMINATION_LOG": str(tmp_path / "end")},
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
+    )
+    assert done.returncode == 75, done.stderr
+    assert (
+        "File too large. A part needs about three times"
+        in json.loads((tmp_path / "end").read_text())["message"]
+    )
+    bucket, run = open_bucket(spec), DistillRun.parse(spec)
+    folder = dataset.resolve(run, bucket).folder
+    assert not [found.key for found in bucket.list(folder) if "/census/" not in found.key]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("vpmoe-part-")]
+
+
+def with_bad_rows(spec: dict[str, Any], folder: Path, bad: int, rows: int = 600) -> None:
+    """A second shard with `bad` rows that are not UTF-8, and one with a surrogate."""
+    answers = [f"answer {row}".encode() for row in range(rows)]
+    for row in range(bad):
+        answers[row * 3 + 17] = b"torn \xe2\x86"
+    answers[5] = b"lone \xed\xa0\x80"
+    raw = pa.array(answers, pa.binary())
+    column = pa.StringArray.from_buffers(rows, raw.buffers()[1], raw.buffers()[2])
+    plain = {
+        name: [f"{name} {row}" for row in range(rows)]
+        for name in ("synth_id", "query", "synthetic_reasoning")
+    }
+    pq.write_table(
+        pa.table({**plain, "synthetic_answer": column}), folder / "bad.parquet", row_group_size=100
+    )
+    open_bucket(spec).put_file("input/synth_bad.parquet", folder / "bad.parquet", {})
+
+
+def test_a_row_that_cannot_be_read_is_named_and_the_rest_goes_on(
+    spec: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_bad_rows(spec, tmp_path, bad=6)
+    bucket, run = do(spec)
+    facts = made(bucket, run).facts
+    assert facts["unreadable"]["rows"] == 6
+    assert facts["unreadable"]["first"][0] == {
+        "file": f"s3://{bucket.name}/input/synth_bad.parquet",
+        "rows": [17, 18],
+        "why": "synthetic_answer is not UTF-8: byte 5 of 7 is 0xe2",
+    }
+    assert facts["surrogates"] == 1
+    assert facts["rows"] == 672 == facts["documents"] + 6 + sum(facts["dropped"].values())
+    assert "input/synth_bad.parquet: rows [17, 18) (from 0) cannot be read" in caplog.text
+
+
+def test_a_record_is_the_same_for_any_number_of_processes(spec: dict[str, Any], tmp_path: Path) -> None:
+    """Also where a damaged row group is found while rows before it, some of them unreadable, are still being encoded."""
+    with_bad_rows(spec, tmp_path, bad=4)
+    path = tmp_path / "bad.parquet"
+    column = pq.read_metadata(path).row_group(5).column(1)
+    data = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    data[start : start + 16] = b"\xff" * 16
+    path.write_bytes(data)
+    open_bucket(spec).put_file("input/synth_bad.parquet", path, {})
+    spec["spec"]["dataset"]["unreadableMax"] = 0.5
+    records = []
+    for number in (1, 3):
+        changed = elsewhere(spec, f"with-{number}")
+        with Encoders(number) as encoders:
+            bucket, run = do(changed, encoders=encoders)
+        records.append(bucket.get(paths.part_record(dataset.resolve(run, bucket).id, 3)))
+    assert records[0] == records[1]
+    assert [found[:2] for found in json.loads(records[0])["unreadable"]["first"]] == [
+        [17, 18],
+        [20, 21],
+        [23, 24],
+        [26, 27],
+        [500, 600],
+    ]
+
+
+def test_more_unreadable_rows_than_the_stated_share_stop_the_step(
+    spec: dict[str, Any], tmp_path: Path
+) -> None:
+    with_bad_rows(spec, tmp_path, bad=7)
+    with pytest.raises(
+        Permanent,
+        match=r"7 rows cannot be read .*synth_bad.parquet.* more than the 6 that dataset.unreadableMax allows",
+    ):
+        do(spec)
+    spec["spec"]["dataset"]["unreadableMax"] = 0.02
+    spec["metadata"]["name"] = "lenient"
+    assert made(*do(spec)).facts["unreadable"]["rows"] == 7
+
+
+@pytest.mark.parametrize("fraction, empty", [(0.0, "valid"), (0.9999999, "train")])
+def test_an_empty_split_is_a_legal_part(
+    spec: dict[str, Any], tmp_path: Path, fraction: float, empty: str
+) -> None:
+    spec["spec"]["dataset"]["validFraction"] = fraction
+    bucket, run = do(spec)
+    found = made(bucket, run)
+    assert found.facts["splits"][empty]["documents"] == 0
+    assert found.subjects[f"{empty}/part-00002.tokens.bin"].size == 0
+    assert documents(bucket, found, empty, tmp_path) == {}
+
+
+def test_a_shard_without_rows_makes_an_empty_part_in_its_place(spec: dict[str, Any], tmp_path: Path) -> None:
+    empty = tmp_path / "empty.parquet"
+    pq.write_table(pa.Table.from_pylist([], schema=sample.SCHEMA), empty)
+    for name in ("synth_000.parquet", "synth_002b.parquet", "synth_999.parquet"):
+        open_bucket(spec).put_file(f"input/{name}", empty, {})
+    bucket, run = do(spec)
+    found = made(bucket, run)
+    sizes = [found.subjects[f"train/part-{part:05d}.tokens.bin"].size for part in range(6)]
+    assert [size > 0 for size in sizes] == [False, True, True, False, True, False]
+    assert found.facts["rows"] == 72
+
+
+def test_documents_are_shuffled_inside_a_part(
+    spec: dict[str, Any], tmp_path: Path, sample_parquet: list[Path]
+) -> None:
+    spec["spec"]["dataset"]["validFraction"] = 0.0
+    bucket, run = do(spec)
+    written = list(documents(bucket, made(bucket, run), "train", tmp_path))[:20]
+    arrived = [
+        row["synth_id"] for row in pq.read_table(sample_parquet[0]).to_pylist() if row["synth_id"] in written
+    ]
+    assert written != arrived
+    assert len(set(written) & set(arrived)) == len(written)
+
+
+def test_input_of_which_nothing_is_left_is_an_error(spec: dict[str, Any]) -> None:
+    spec["spec"]["dataset"]["maxLength"] = 16
+    with pytest.raises(Permanent, match=r"none of 72 rows is left. Dropped: .*tooLong"):
+        do(spec)
+
+
+def test_the_preprocessing_path_imports_no_torch() -> None:
+    """Not even when rows are read: the datasets library would import it as soon as it streams."""
+    code = (
+        "import sys, jobs.preprocess, vpmoe.data.preprocess.preprocess, vpmoe.data.hub, demo.sample, pathlib, tempfile\n"
+        "from vpmoe.data.inputs import Shard; from vpmoe.data import rows, shard_files\n"
+        "path = demo.sample.write(pathlib.Path(tempfile.mkdtemp()))[0]\n"
+        "class Local:\n"
+        "    def other(self, name): return self\n"
+        "    def fetch_range(self, wanted, start, stop): return path.read_bytes()[start:stop]\n"
+        "reader = rows.ShardReader(Shard('s3://b/k', path.stat().st_size, ''), Local(), rows.METADATA)\n"
+        "assert sum(batch.columns.num_rows for batch in reader.batches(10)) == 24\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,201 @@
+"""What is asked of the student, and what its answers come to: choices that follow from the seed, figures that can be counted by hand."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fakes.students import new_seed
+from tests.unit.rollout.test_prompts import OPEN, SAID, SAY, THINK, ids
+from vpmoe.api import DistillRun
+from vpmoe.data import vocabulary
+from vpmoe.evaluation import canary, measures, questions
+from vpmoe.failure import Permanent
+from vpmoe.rollout import evaluation_record
+from vpmoe.rollout.prompts import VALIDITIES
+from vpmoe.storage import Bucket
+from vpmoe.trainer.data.held_out import held_out_rows
+
+
+def lengths(random: np.random.Generator, parts: int) -> list[np.ndarray]:
+    return [random.integers(1, 65, random.integers(0, 30)).astype(np.int32) for _ in range(parts)]
+
+
+def test_the_held_out_documents_are_the_trainers() -> None:
+    random = np.random.default_rng(new_seed())
+    for documents in (1, 7, 1000):
+        of_parts = [*lengths(random, 4), np.array([5], np.int32)]
+        rows = held_out_rows(of_parts, documents, 1234, 64)
+        assert sorted(questions.held_out(of_parts, documents, 1234)) == sorted(
+            document for row in rows for document in row
+        )
+
+
+def test_each_document_is_asked_at_each_effort() -> None:
+    of_parts = [np.array([9, 8, 7], np.int32), np.array([6, 5], np.int32)]
+    asked = questions.questions(of_parts, 12, 1234)
+    assert [one.effort for one in asked] == ["low", "medium", "high"] * 4
+    assert (
+        [one.document for one in asked[::3]]
+        == [one.document for one in asked[1::3]]
+        == [one.document for one in asked[2::3]]
+    )
+    assert [one.document for one in asked[::3]] == questions.held_out(of_parts, 4, 1234)
+    assert asked[:7] == questions.questions(of_parts, 7, 1234)[:7], (
+        "more completions are the same and further ones"
+    )
+    assert questions.questions(of_parts, 7, 1235)[0].seed != asked[0].seed
+
+
+def test_documents_that_do_not_suffice_come_again_under_other_seeds() -> None:
+    asked = questions.questions([np.array([9, 8], np.int32)], 100, 7)
+    assert set(Counter(one.document for one in asked).values()) <= {48, 49, 50, 51, 52}
+    assert Counter(one.effort for one in asked) == {"low": 34, "medium": 33, "high": 33}
+    assert len({one.seed for one in asked}) == 100 and all(0 <= one.seed < 1 << 63 for one in asked)
+    with pytest.raises(ValueError, match="no document"):
+        questions.questions([np.array([], np.int32)], 1, 7)
+    assert questions.questions([np.array([], np.int32)], 0, 7) == []
+
+
+def test_a_seed_is_what_it_was_when_this_was_written() -> None:
+    """Else the stages of a run that is resumed with other code would not be compared by the same draws."""
+    assert questions.request_seed(1234, 0) == 5724229415998475180
+
+
+@pytest.mark.parametrize(
+    "stage, low",
+    [
+        pytest.param("first", 11, id="the-next"),
+        pytest.param("second", 11, id="its-own"),
+        pytest.param("third", 22, id="the-next-of-two"),
+        pytest.param("fourth", 22, id="its-own-of-two"),
+        pytest.param("fifth", 22, id="the-one-before"),
+    ],
+)
+def test_completions_are_bounded_as_an_on_policy_stage_bounds_them(
+    run_spec: dict[str, Any], stage: str, low: int
+) -> None:
+    def on_policy(name: str, low: int) -> dict[str, Any]:
+        settings = {
+            "optimizer": {"minLearningRate": 1e-6},
+            "require": {"validity": 0},
+            "rollout": {"maxTokens": {"low": low}},
+        }
+        return {"name": name, "kind": "OnPolicy", "tokens": 4096, **settings}
+
+    spec = run_spec["spec"]
+    spec["student"]["gpus"] = 2
+    vanilla = [{"name": name, "kind": "Vanilla", "tokens": 4096} for name in ("first", "third", "fifth")]
+    spec["stages"] = [vanilla[0], on_policy("second", 11), vanilla[1], on_policy("fourth", 22), vanilla[2]]
+    assert questions.max_tokens(DistillRun.parse(run_spec), stage).low == low
+    spec["stages"] = vanilla
+    assert questions.max_tokens(DistillRun.parse(run_spec), "first").low == 1024
+
+
+def test_validity_and_lengths_are_counted_by_effort() -> None:
+    """A set made by hand: what each completion is stands in test_rollout_prompt.py."""
+    answers = [
+        ("low", THINK + OPEN + SAY),
+        ("low", SAY),
+        ("low", SAID),
+        ("high", "<|channel|>analysis<|message|>hm<|return|>"),
+        ("high", THINK + "<|return|>"),
+        ("high", SAID + OPEN + SAY),
+        ("high", THINK + OPEN + SAY),
+    ]
+    found = measures.of_efforts((effort, ids(text)) for effort, text in answers)
+    assert list(found) == ["low", "high"], "an effort without completions has no counts"
+    assert found["low"].validity == dict.fromkeys(VALIDITIES, 0) | {"valid": 2, "truncated": 1}
+    assert found["high"].validity == {
+        "valid": 1,
+        "noFinal": 1,
+        "unclosedReasoning": 1,
+        "wrongOrder": 1,
+        "truncated": 0,
+    }
+    of_low = [len(ids(text)) for effort, text in answers if effort == "low"]
+    assert (found["low"].mean_tokens, found["low"].most_tokens) == (sum(of_low) / 3, max(of_low))
+    assert measures.of_all(found.values()) == {
+        "valid": 3,
+        "noFinal": 1,
+        "unclosedReasoning": 1,
+        "wrongOrder": 1,
+        "truncated": 1,
+    }
+    assert evaluation_record.share(found["low"].validity) == 2 / 3
+    assert measures.of_all([]) == {}
+
+
+def test_the_loss_is_a_mean_over_all_tokens_of_a_span() -> None:
+    sums = measures.SpanSums()
+    sums.add(np.array([np.nan, -1.0, -2.0, -4.0], np.float32), np.array([0, 1, 1, 2], np.uint8))
+    sums.add(np.array([-8.0], np.float32), np.array([1], np.uint8))
+    assert sums.loss().dump() == {"reasoning": (1 + 2 + 8) / 3, "final": 4.0}
+    assert measures.SpanSums().loss().dump() == {}
+
+
+@pytest.mark.parametrize("worst", [-math.inf, math.nan, math.inf])
+def test_a_log_probability_that_is_none_ends_the_step(worst: float) -> None:
+    logp = np.array([-1.0, worst], np.float32)
+    with pytest.raises(Permanent, match=r"NonFinite: the held-out loss.*log-probability -?(inf|nan)"):
+        measures.SpanSums().add(logp, np.array([1, 2], np.uint8))
+    with pytest.raises(Permanent, match=r"NonFinite: the canary"):
+        measures.bits(logp)
+
+
+@given(st.integers(0, 200), st.integers(2, 70))
+def test_every_token_of_a_text_counts_once_with_half_a_window_before_it(tokens: int, longest: int) -> None:
+    found = canary.windows(tokens, longest)
+    counted = [token for window in found for token in range(window.first, window.stop)]
+    assert counted == list(range(1, tokens))
+    for window in found:
+        assert 0 <= window.start < window.first < window.stop <= window.start + longest
+        assert window.start == 0 or window.first - window.start >= longest // 2
+
+
+def test_texts_are_an_object_or_a_folder_of_them(bucket: Bucket) -> None:
+    texts = {
+        "canary.txt": "A pond.",
+        "canary.txt.old": "no",
+        "canary/b.txt": "≈ 3 m <|end|>",
+        "canary/deep/a": "ab",
+        "canary/none": "",
+    }
+    for key, text in texts.items():
+        bucket.put_bytes(key, text.encode(), {})
+    (alone,) = canary.texts(f"s3://{bucket.name}/canary.txt", bucket)
+    assert (
+        alone.size == len(b"A pond.") - len(b"A")
+        and vocabulary.encoding().decode(alone.ids_T.tolist()) == "A pond."
+    )
+    found = canary.texts(f"s3://{bucket.name}/canary/", bucket)
+    assert [vocabulary.encoding().decode(text.ids_T.tolist()) for text in found] == [
+        "≈ 3 m <|end|>",
+        "ab",
+        "",
+    ]
+    assert max(found[0].ids_T) < vocabulary.RANKS, "specials in a text are text"
+    assert [text.size for text in found] == [len("≈ 3 m <|end|>".encode()) - len("≈".encode()), 0, 0]
+    before = canary.content_of(found)
+    bucket.put_bytes("canary/b.txt", b"another text", {})
+    assert canary.content_of(canary.texts(f"s3://{bucket.name}/canary", bucket)) != before
+
+
+@pytest.mark.parametrize(
+    "key, data, message",
+    [
+        pytest.param(
+            "other", b"text", "there is no text at s3://.*/canary. Put UTF-8 text there", id="nothing-there"
+        ),
+        pytest.param("canary", b"a", "there is no text at", id="one-token"),
+        pytest.param("canary/x", b"\xff\xfe\x00", "/canary/x cannot be encoded as text", id="binary"),
+    ],
+)
+def test_a_canary_that_is_no_text_is_refused(bucket: Bucket, key: str, data: bytes, message: str) -> None:
+    bucket.put_bytes(key, data, {})
+    with pytest.raises(Permanent, match=f"evaluation.canary: .*{message}"):
+        canary.texts(f"s3://{bucket.name}/canary", bucket)

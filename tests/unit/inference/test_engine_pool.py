@@ -1,0 +1,152 @@
+"""Engines as processes: who gets which device and which request, and what becomes of both ends when one of them dies; and the proof."""
+
+import signal
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import wait_until
+from tests.fakes.students import new_seed
+from vpmoe.failure import Failure, Permanent, Retriable
+from vpmoe.inference.engine_pool import Engines, Request, error_of, settings
+from vpmoe.inference.verify import verify_against_probe
+from vpmoe.rollout.policy_version import Probe
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.mark.parametrize(
+    "visible, devices",
+    [("", [None, None]), (None, ["0", "1"]), ("4,7", ["4", "7"]), ("GPU-1,GPU-2,GPU-3", ["GPU-1", "GPU-2"])],
+    ids=["cpu", "all", "some", "more-than-needed"],
+)
+def test_each_engine_has_a_device_of_its_own(visible: str | None, devices: list[str | None]) -> None:
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    found = [settings(environment, number, 2) for number in range(2)]
+    assert [of.get("CUDA_VISIBLE_DEVICES") for of in found] == devices
+    assert {of["OMP_NUM_THREADS"] for of in found} == {"1"}
+    assert settings({"OMP_NUM_THREADS": "3"}, 0, 1)["OMP_NUM_THREADS"] == "3"
+
+
+def test_fewer_devices_than_engines_are_refused() -> None:
+    with pytest.raises(
+        Permanent,
+        match=r"CUDA_VISIBLE_DEVICES is 3: 1 devices for 2 engines\. Name as many as stages\[\]\.sampler\.gpus",
+    ):
+        settings({"CUDA_VISIBLE_DEVICES": "3"}, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "kind, error", [("Permanent", Permanent), ("Retriable", Retriable), ("Internal", RuntimeError)]
+)
+def test_an_engines_error_keeps_its_class(kind: str, error: type[Exception]) -> None:
+    found = error_of(3, Failure(kind, None, 1, "no memory"))
+    assert type(found) is error and str(found) == "engine 3: no memory"
+
+
+def test_weights_that_are_none_are_the_askers_error(tmp_path: Path) -> None:
+    with (
+        Engines(1, "tiny", 64) as engines,
+        pytest.raises(Permanent, match=f"engine 0: {tmp_path} is no whole checkpoint"),
+    ):
+        engines.load(tmp_path)
+
+
+def test_an_engine_that_is_killed_is_said_and_may_be_tried_again(tmp_path: Path) -> None:
+    def kill() -> None:
+        wait_until(lambda: bool(engines._processes), "the engines are started")
+        engines._processes[1].kill()
+
+    with Engines(2, "tiny", 64) as engines, ThreadPoolExecutor(1) as beside:
+        killed = beside.submit(kill)
+        with pytest.raises(Retriable, match=r"engine 1 was killed by SIGKILL.*runtime\.resources\.sampler"):
+            engines.load(tmp_path)
+        killed.result()
+    assert all(process.poll() is not None for process in engines._processes), "the other has ended too"
+
+
+def test_engines_die_with_whoever_started_them(tmp_path: Path) -> None:
+    code = f"""
+        import sys
+        from pathlib import Path
+        from vpmoe.inference.engine_pool import Engines
+        def say():
+            print(engines._processes[0].pid, flush=True)
+        with Engines(1, "tiny", 64) as engines:
+            engines.load(Path({str(tmp_path)!r}), say)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, text=True, stdout=subprocess.PIPE
+    )
+    assert process.stdout
+    engine = int(process.stdout.readline())
+    assert Path(f"/proc/{engine}").exists()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_until(
+        lambda: (
+            not Path(f"/proc/{engine}").exists() or "State:\tZ" in Path(f"/proc/{engine}/status").read_text()
+        ),
+        "it is gone",
+    )
+
+
+def test_two_engines_share_the_requests_and_give_them_back_in_their_order(
+    tmp_path: Path, device: object
+) -> None:
+    from tests.fakes import policy_versions
+
+    folder = policy_versions.export(tmp_path, policy_versions.learner(device, new_seed()))  # type: ignore[arg-type]
+    random = np.random.default_rng(new_seed())
+    asked = [Request(random.integers(0, 1000, 5 + n, dtype=np.int32), n, 1 + n) for n in range(5)]
+    with Engines(2, "tiny", 64) as engines:
+        engines.load(folder)
+        found = engines.sample(asked)
+        again = engines.sample(asked)
+        alone = engines.sample(asked[::2])[:1]
+        scores = engines.score([asked[4].ids_P])
+    assert [len(one.ids_C) for one in found] == [1, 2, 3, 4, 5]
+    assert all(np.array_equal(one.logp_C, other.logp_C) for one, other in zip(found, again, strict=True))
+    assert np.array_equal(alone[0].ids_C, found[0].ids_C)
+    assert len(scores) == 2 and np.array_equal(scores[0][0], scores[1][0]), "each is asked for its own proof"
+
+
+PROBE = Probe(ids=((5, 6, 7), (8, 9)), logp=((-1.0, -2.0), (-100.0,)))
+
+
+@pytest.mark.parametrize(
+    "off, exact, passes",
+    [
+        pytest.param((0.0, 0.0, 0.0), True, True, id="the-same"),
+        pytest.param((9e-4, -9e-4, 0.0), True, True, id="within"),
+        pytest.param((2e-3, 0.0, 0.0), True, False, id="one-token"),
+        pytest.param((0.5, 0.0, -0.01), False, True, id="rounded"),
+        pytest.param((0.5, 0.2, 0.0), False, False, id="rounded-too-far"),
+        pytest.param((np.nan, 0.0, 0.0), True, False, id="no-number"),
+        pytest.param((np.nan, 0.0, 0.0), False, False, id="no-number-rounded"),
+        pytest.param((0.0, 0.0, -900.0), True, True, id="impossible-to-both"),
+    ],
+)
+def test_what_proves_a_version(off: tuple[float, ...], exact: bool, passes: bool) -> None:
+    found = [np.float32([-1.0 + off[0], -2.0 + off[1]]), np.float32([-100.0 + off[2]])]
+    if passes:
+        assert verify_against_probe(PROBE, found, exact, True, "here") <= 0.51
+        return
+    with pytest.raises(
+        Permanent, match=r"here computes another student than the trainer .* most of all that of token 6, "
+    ):
+        verify_against_probe(PROBE, found, exact, True, "here")
+    with pytest.raises(
+        Retriable, match=r"here computes another student .* Another attempt loads it into new engines"
+    ):
+        verify_against_probe(PROBE, found, exact, False, "here")

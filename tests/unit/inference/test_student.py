@@ -1,0 +1,322 @@
+"""The student is the same function of its ids in the trainer, in transformers and in vLLM; and what is not a whole export is refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import tomllib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from tests.fakes import policy_versions
+from tests.fakes.policy_versions import TINY, trainers
+from tests.fakes.students import SMALL, documents, learner, new_seed, reading, saved, whole
+from vpmoe.data.harmony import Renderer, Setting
+from vpmoe.data.tokenizer import Tokenizer
+from vpmoe.failure import Permanent
+from vpmoe.inference import hf_model
+from vpmoe.inference.engine_pool import Engines, Request
+from vpmoe.model import hf_export, state
+from vpmoe.model.batch import Batch
+from vpmoe.model.learner import Learner
+from vpmoe.objectives.vanilla import vanilla
+
+ROOT = Path(__file__).parents[3]
+TOLERANCE = 1e-4
+"""Nats. All compute in float32 and sum in other orders, over up to 600 positions and 201,088 logits."""
+
+
+def harmony(random: np.random.Generator) -> list[NDArray[np.int32]]:
+    """Documents as data sets hold them, of several lengths up to nearly what the sampler takes at once."""
+    render = Renderer(Tokenizer(), Setting("You are vpMoE.", "2024-06", "2026-01-01", "high")).render
+    words = [f"pond ≈ {n} m, ⟨H≈0.4⟩" for n in range(100)]
+
+    def text(length: int) -> str:
+        return " ".join(random.choice(words, length))
+
+    sizes = ((3, 2), (1, 9), (12, 4), (19, 6))
+    return [
+        np.array(render(text(4), None, text(reasoning), text(final)).ids, np.int32)
+        for reasoning, final in sizes
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(device: torch.device) -> Learner:
+    """A tiny student after a step."""
+    it = policy_versions.learner(device, new_seed())
+    batch = Batch.of(*documents(torch.Generator().manual_seed(1), [60, 40], 128, TINY.vocabulary))
+    it.forward_backward(
+        [batch], vanilla(batch.counts, {"reasoning": 1.0, "final": 1.0}), int(batch.counts[0])
+    )
+    it.step(1e-2)
+    return it
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Learner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return policy_versions.export(tmp_path_factory.mktemp("student"), trained)
+
+
+def test_transformers_agrees_at_every_position(trained: Learner, exported: Path) -> None:
+    sequences = harmony(np.random.default_rng(new_seed()))
+    model = hf_model.load(exported, TINY)
+    for ids_T, wanted in zip(sequences, trainers(trained, sequences), strict=True):
+        ids = torch.from_numpy(ids_T.astype(np.int64))
+        with torch.no_grad():
+            logits_TV = model(ids[None]).logits[0]
+        got = logits_TV[:-1].double().log_softmax(1).gather(1, ids[1:, None])[:, 0].numpy()
+        assert np.abs(got - wanted).max() <= TOLERANCE
+        assert wanted.std() > 0.5, "a model to which all tokens are alike would prove nothing"
+
+
+def test_the_biases_change_what_is_chosen(trained: Learner, exported: Path) -> None:
+    """Else the agreement would not show that they are exported."""
+    (ids_T, *_) = harmony(np.random.default_rng(new_seed()))
+    model = hf_model.load(exported, TINY)
+    ids = torch.from_numpy(ids_T.astype(np.int64))[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        for layer in model.model.layers[TINY.dense_layers :]:
+            layer.mlp.gate.e_score_correction_bias.zero_()
+        assert (model(ids).logits - before).abs().max() > 0.1
+
+
+def test_generating_with_a_cache_is_the_same_model(exported: Path) -> None:
+    model = hf_model.load(exported, TINY)
+    ids = torch.from_numpy(harmony(np.random.default_rng(new_seed()))[0].astype(np.int64))[None]
+    out = model.generate(ids[:, :20], max_new_tokens=8, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        logits = model(out).logits[0]
+    assert torch.equal(logits[19:-1].argmax(1), out[0, 20:])
+
+
+def test_vllm_agrees_at_every_position(trained: Learner, exported: Path, engines: Engines) -> None:
+    sequences = harmony(np.random.default_rng(new_seed()))
+    assert max(map(len, sequences)) > 512
+    engines.load(exported)
+    (found,) = engines.score(sequences)
+    for got, wanted in zip(found, trainers(trained, sequences), strict=True):
+        assert np.abs(got - wanted).max() <= TOLERANCE
+
+
+def test_sampling_repeats_with_its_seed_and_its_log_probabilities_are_the_trainers(
+    trained: Learner, exported: Path, engines: Engines
+) -> None:
+    seed = new_seed() >> 1
+    prompts = [
+        ids_T[:length]
+        for ids_T, length in zip(harmony(np.random.default_rng(seed)), (30, 41, 64, 50), strict=True)
+    ]
+    prompts.append(prompts[0])
+    engines.load(exported)
+    first, again, other = (
+        engines.sample([Request(ids_P, start + n, 24) for n, ids_P in enumerate(prompts)])
+        for start in (seed, seed, seed + 1000)
+    )
+    for one, same, another in zip(first, again, other, strict=True):
+        assert one.ids_C.tobytes() == same.ids_C.tobytes() and one.logp_C.tobytes() == same.logp_C.tobytes()
+        assert len(one.ids_C) == 24 and one.ids_C.tolist() != another.ids_C.tolist()
+    assert first[0].ids_C.tolist() != first[-1].ids_C.tolist(), "the same prompt under another seed"
+    whole_sequences = [
+        np.concatenate([prompt, one.ids_C]) for prompt, one in zip(prompts, first, strict=True)
+    ]
+    for one, wanted in zip(first, trainers(trained, whole_sequences), strict=True):
+        assert np.abs(one.logp_C - wanted[-24:]).max() <= TOLERANCE
+
+
+def test_vllm_takes_other_weights_into_the_running_engine(
+    trained: Learner, exported: Path, engines: Engines, tmp_path: Path
+) -> None:
+    sequences = harmony(np.random.default_rng(new_seed()))
+    before = trainers(trained, sequences)
+    kept = {name: parameter.detach().clone() for name, parameter in trained.student.named_parameters()}
+    engines.load(exported)
+    with torch.no_grad():
+        for parameter in trained.student.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    after = trainers(trained, sequences)
+    engines.load(policy_versions.export(tmp_path, trained))
+    (found,) = engines.score(sequences)
+    with torch.no_grad():
+        for name, parameter in trained.student.named_parameters():
+            parameter.copy_(kept[name])
+    for got, wanted, old in zip(found, after, before, strict=True):
+        assert np.abs(got - wanted).max() <= TOLERANCE and np.abs(wanted - old).max() > 0.1
+
+
+def test_vllm_finds_the_student_where_this_repository_is_installed() -> None:
+    """By the entry point, which a checkout does without: engines call register() themselves."""
+    (value,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
+        "vllm.general_plugins"
+    ].values()
+    code = f"""
+        from importlib.metadata import EntryPoint
+        EntryPoint("vpmoe", {value!r}, "vllm.general_plugins").load()()
+        from vllm import ModelRegistry
+        assert "VpmoeForCausalLM" in ModelRegistry.get_supported_archs()
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        check=True,
+    )
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "misshapen"])
+def test_vllm_is_given_no_weights_that_are_not_whole(
+    exported: Path, engines: Engines, tmp_path: Path, change: str
+) -> None:
+    """An engine goes on with what it has."""
+    sequence = harmony(np.random.default_rng(0))[0]
+    engines.load(exported)
+    before = engines.score([sequence])
+    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
+    held = load_file(exported / "model-00001.safetensors")
+    norm = held.pop("model.norm.weight")
+    put = {
+        "missing": {},
+        "extra": {"model.norm.weight": norm, "extra": norm.clone()},
+        "misshapen": {"model.norm.weight": norm[1:].clone()},
+    }
+    save_file(held | put[change], tmp_path / "model-00001.safetensors")
+    said = {
+        "missing": "model.norm.weight is missing",
+        "extra": "extra is not a part of this student",
+        "misshapen": r"model.norm.weight is \('F32', \[63\]\), wanted \('F32', \[64\]\)",
+    }
+    with pytest.raises(Permanent, match=f"engine 0: {tmp_path}: {said[change]}"):
+        engines.load(tmp_path)
+    assert np.array_equal(engines.score([sequence]), before)
+
+
+def test_an_export_from_a_checkpoint_is_the_learners(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, in as many files as it takes; what TeacherForced adds to a student stays behind."""
+    it = learner(device, teacher_width=48)
+    sizes = state.sizes(it)
+    hf_export.export(tmp_path / "live", SMALL, 256, sizes, state.current(it), torch.float32)
+    monkeypatch.setattr(hf_export, "FILE_BYTES", 10_000)
+    hf_export.export(tmp_path / "read", SMALL, 256, sizes, reading(whole([saved(it)], sizes)), torch.float32)
+    files = sorted((tmp_path / "read").glob("*.safetensors"))
+    assert len(files) > 3
+    read = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    live = load_file(tmp_path / "live" / "model-00001.safetensors")
+    assert set(live) == set(read) == set(hf_export.parts(SMALL)) and all(
+        torch.equal(live[name], read[name]) for name in live
+    )
+    assert (
+        sum(tensor.numel() for tensor in live.values())
+        == SMALL.parameters() + SMALL.moe_layers * SMALL.experts
+    )
+    hf_export.check(tmp_path / "read", SMALL)
+
+
+def test_bf16_is_the_trainers_rounding_and_biases_keep_theirs(device: torch.device, tmp_path: Path) -> None:
+    it = learner(device)
+    hf_export.export(tmp_path, SMALL, 256, state.sizes(it), state.current(it), torch.bfloat16)
+    held = load_file(tmp_path / "model-00001.safetensors")
+    assert torch.equal(held["lm_head.weight"], it.student.output.detach().bfloat16())
+    assert {name for name, tensor in held.items() if tensor.dtype == torch.float32} == {
+        name for name in held if name.endswith("_bias")
+    }
+    model = hf_model.load(tmp_path, SMALL)
+    assert (
+        model.lm_head.weight.dtype == torch.bfloat16
+        and model.model.layers[1].mlp.gate.e_score_correction_bias.dtype == torch.float32
+    )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        pytest.param(lambda sizes: sizes.pop("main/output"), "main/output is missing", id="missing"),
+        pytest.param(
+            lambda sizes: sizes.update({"main/new.weight": 3}),
+            "main/new.weight is not a part of this student",
+            id="extra",
+        ),
+        pytest.param(
+            lambda sizes: sizes.update({"main/output": 3}), "main/output is 3, wanted 16384", id="size"
+        ),
+    ],
+)
+def test_a_state_that_is_not_accounted_for_is_not_exported(
+    device: torch.device, tmp_path: Path, change: Callable[[dict[str, int]], object], message: str
+) -> None:
+    it = learner(device)
+    sizes = dict(state.sizes(it))
+    change(sizes)
+    with pytest.raises(Permanent, match=f"the state to export as small: {message}"):
+        hf_export.export(tmp_path / "out", SMALL, 256, sizes, state.current(it), torch.float32)
+    assert not (tmp_path / "out").exists()
+
+
+def rename(held: dict[str, torch.Tensor]) -> None:
+    held["model.layers.1.mlp.gate.bias"] = held.pop("model.layers.1.mlp.gate.e_score_correction_bias")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        pytest.param(
+            lambda held: held.pop("model.layers.2.mlp.experts.down"),
+            r"layers.2.mlp.experts.down is missing",
+            id="missing",
+        ),
+        pytest.param(
+            lambda held: held.update(extra=torch.zeros(2)),
+            "extra is not a part of this student. Export the student again",
+            id="extra",
+        ),
+        pytest.param(
+            lambda held: held.update({"model.norm.weight": torch.ones(31)}),
+            r"model.norm.weight is \('F32', \[31\]\), wanted \('F32', \[32\]\)",
+            id="misshapen",
+        ),
+        pytest.param(
+            lambda held: held.update({"lm_head.weight": held["lm_head.weight"].half()}),
+            "lm_head.weight is .'F16'",
+            id="type",
+        ),
+        pytest.param(rename, "gate.bias is not a part of this student", id="renamed"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused(
+    device: torch.device, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+) -> None:
+    it = learner(device)
+    hf_export.export(tmp_path, SMALL, 256, state.sizes(it), state.current(it), torch.float32)
+    file = tmp_path / "model-00001.safetensors"
+    held = load_file(file)
+    change(held)
+    save_file(held, file)
+    with pytest.raises(Permanent, match=message):
+        hf_model.load(tmp_path, SMALL)
+
+
+def test_what_is_no_export_of_this_shape_is_refused(device: torch.device, tmp_path: Path) -> None:
+    it = learner(device)
+    hf_export.export(tmp_path, SMALL, 256, state.sizes(it), state.current(it), torch.float32)
+    with pytest.raises(Permanent, match=r"config.json, not a other: moe_intermediate_size is 16, wanted 24"):
+        hf_export.check(tmp_path, replace(SMALL, name="other", expert_width=24))
+    said = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(said | {"dtype": "float16"}))
+    with pytest.raises(Permanent, match="dtype is float16"):
+        hf_export.check(tmp_path, SMALL)
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    file = tmp_path / "model-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(Permanent, match="is no whole checkpoint"):
+        hf_export.check(tmp_path, SMALL)

@@ -1,0 +1,231 @@
+"""What the teacher says through vLLM is what its checkpoint says through transformers, token by token."""
+
+import pwd
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from openai_harmony import (
+    Conversation,
+    HarmonyEncodingName,
+    Message,
+    ReasoningEffort,
+    RenderConversationConfig,
+    Role,
+    SystemContent,
+    load_harmony_encoding,
+)
+
+from tests.fakes.students import new_seed
+from tests.fakes.tiny_teacher import Remote
+from vpmoe.data import vocabulary
+from vpmoe.data.harmony import END_OF_DOCUMENT, Renderer, Setting
+from vpmoe.data.system_message import EffortSubstitution
+from vpmoe.data.tokenizer import Tokenizer
+from vpmoe.failure import Permanent
+from vpmoe.inference import teacher_engine as module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TOLERANCE = 1e-4
+"""Nats. Both compute in float32, sum in other orders over up to 600 positions and 201,088 logits; 6e-6 is what they differ by."""
+
+LENGTHS = (2, 3, 17, 40, 300, 640, 600)
+"""Shorter and longer than the sliding window of 16, up to the longest that the teacher takes, which is more than one forward does: some
+are computed in pieces."""
+
+
+@pytest.fixture(scope="module")
+def reference(teacher: Path) -> "PreTrainedModel":
+    """The checkpoint in transformers, eager and in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        teacher, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def expected(reference: "PreTrainedModel", ids_T: NDArray[np.int32]) -> NDArray[np.float64]:
+    """[T] log-probability of each id given those before it by transformers, the softmax in float64; NaN for the first."""
+    import torch
+
+    with torch.no_grad():
+        logits_TV = reference(torch.from_numpy(ids_T.astype(np.int64))[None]).logits[0]
+    logp_T = np.full(len(ids_T), np.nan)
+    targets = torch.from_numpy(ids_T[1:].astype(np.int64))[:, None]
+    logp_T[1:] = logits_TV[:-1].double().log_softmax(1).gather(1, targets)[:, 0].numpy()
+    return logp_T
+
+
+def test_every_position_agrees_with_transformers(scorer: Remote, reference: "PreTrainedModel") -> None:
+    random = np.random.default_rng(new_seed())
+    sequences = [random.integers(0, 201_088, length, np.int32) for length in LENGTHS]
+    for ids_T, logp_T in zip(sequences, scorer.score(sequences), strict=True):
+        assert logp_T.dtype == np.float32 and np.isnan(logp_T[0])
+        wanted_T = expected(reference, ids_T)
+        assert np.abs(logp_T - wanted_T)[1:].max() <= TOLERANCE
+        assert len(ids_T) < 40 or wanted_T[1:].std() > 0.5, (
+            "a model to which all tokens are alike would prove nothing"
+        )
+
+
+def test_the_same_sequences_in_the_same_order_have_the_same_bits(scorer: Remote) -> None:
+    random = np.random.default_rng(new_seed())
+    sequences = [random.integers(0, 201_088, random.integers(1, 200), np.int32) for _ in range(12)]
+    first, second = list(scorer.score(sequences)), list(scorer.score(sequences))
+    assert [logp_T.tobytes() for logp_T in first] == [logp_T.tobytes() for logp_T in second]
+
+
+def test_a_sequence_without_a_second_token_has_no_score(scorer: Remote) -> None:
+    empty, one, two = scorer.score([np.array(ids, np.int32) for ids in ([], [5], [5, 6])])
+    assert len(empty) == 0
+    assert np.isnan(one).tolist() == [True] and np.isnan(two).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        ([1] * 641, "641 ids, and the teacher was loaded for 640"),
+        ([5, 201_088], "ids from 5 to 201088"),
+        ([-1, 5], "ids from -1 to 5"),
+    ],
+    ids=["long", "beyond", "negative"],
+)
+def test_what_cannot_be_scored_is_refused(scorer: Remote, ids: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        list(scorer.score([np.array(ids, np.int32)]))
+
+
+def conversation(effort: str) -> dict[str, str | None]:
+    """A data set's settings.conversation."""
+    return {
+        "identity": "You are vpMoE, a large language model.",
+        "knowledgeCutoff": "2024-06",
+        "date": "2026-01-01",
+        "effort": effort,
+    }
+
+
+REASONING = "The pond is ≈ 40 m wide. ⟨H≈0.4⟩ ☑"
+ANSWER = "About forty metres, <|end|> included."
+
+
+def harmony(effort: ReasoningEffort) -> list[int]:
+    """openai-harmony's own rendering of the document that the next tests score."""
+    vocabulary.install()
+    system = (
+        SystemContent.new()
+        .with_model_identity("You are vpMoE, a large language model.")
+        .with_reasoning_effort(effort)
+    )
+    said = [
+        Message.from_role_and_content(
+            Role.SYSTEM, system.with_knowledge_cutoff("2024-06").with_conversation_start_date("2026-01-01")
+        ),
+        Message.from_role_and_content(Role.USER, "How wide is the pond?"),
+        Message.from_role_and_content(Role.ASSISTANT, REASONING).with_channel("analysis"),
+        Message.from_role_and_content(Role.ASSISTANT, ANSWER).with_channel("final"),
+    ]
+    encoding = load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)
+    config = RenderConversationConfig(auto_drop_analysis=False)
+    ids: list[int] = encoding.render_conversation_for_training(Conversation.from_messages(said), config)
+    return ids
+
+
+@pytest.mark.parametrize("told", list(ReasoningEffort), ids=lambda effort: effort.name.lower())
+def test_a_teacher_told_another_effort_scores_the_document_rendered_with_that_effort(
+    scorer: Remote, reference: "PreTrainedModel", told: ReasoningEffort
+) -> None:
+    own = conversation("high")
+    setting = Setting(str(own["identity"]), str(own["knowledgeCutoff"]), own["date"], "high")
+    document = Renderer(Tokenizer(), setting).render("How wide is the pond?", None, REASONING, ANSWER)
+    effort = EffortSubstitution(own, told.name.lower())
+    sent_S = effort.sent(document.ids)
+    rendered = harmony(told)
+    assert sent_S.tolist() == rendered and len(sent_S) == len(document.ids) + effort.longer
+    logp_T = effort.back(next(scorer.score([sent_S])))
+    assert len(logp_T) == len(document.ids) and np.isnan(logp_T[-1])
+    supervised = document.reasoning + document.final
+    wanted_S = expected(reference, np.array(rendered, np.int32))
+    assert np.abs(logp_T[document.prompt : -1] - wanted_S[-supervised:]).max() <= TOLERANCE
+
+
+def test_a_document_of_another_conversation_is_refused() -> None:
+    effort = EffortSubstitution(conversation("high"), "low")
+    sent = effort.sent(
+        np.append(
+            EffortSubstitution(conversation("low"), "high").sent(
+                np.append(harmony(ReasoningEffort.LOW), END_OF_DOCUMENT)
+            ),
+            END_OF_DOCUMENT,
+        )
+    )
+    assert sent.tolist() == harmony(ReasoningEffort.LOW), "there and back"
+    for ids in (
+        [*harmony(ReasoningEffort.MEDIUM), END_OF_DOCUMENT],
+        harmony(ReasoningEffort.HIGH),
+        [END_OF_DOCUMENT],
+    ):
+        with pytest.raises(Permanent, match=r"its data set.s settings.conversation\.|has no end-of-document"):
+            effort.sent(np.array(ids, np.int32))
+
+
+def test_batches_are_consecutive_and_bounded() -> None:
+    random = np.random.default_rng(new_seed())
+    sequences = [np.zeros(length, np.int32) for length in random.integers(1, 120, 50)]
+    made = list(module.batches(sequences, 100))
+    assert [id(ids_T) for batch in made for ids_T in batch] == [id(ids_T) for ids_T in sequences]
+    assert all(len(batch) == 1 or sum(map(len, batch)) <= 100 for batch in made)
+    assert all(sum(map(len, batch)) + len(after[0]) > 100 for batch, after in pairwise(made)), (
+        "none could be fuller"
+    )
+
+
+def test_asking_to_stop_is_looked_at_before_every_batch(
+    scorer: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.fakes.tiny_teacher.BATCH_TOKENS", 10)
+    asked = 0
+
+    def stop_at_the_third() -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 3:
+            raise InterruptedError
+
+    taken = []
+    with pytest.raises(InterruptedError):
+        for logp_T in scorer.score([np.arange(8, dtype=np.int32)] * 5, stop_at_the_third):
+            taken.append(logp_T)
+    assert len(taken) == 2
+
+
+def test_no_gpu_is_an_error_and_never_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(
+        Permanent, match=r"no CUDA device for the teacher\. .* CUDA_VISIBLE_DEVICES to the empty string"
+    ):
+        module.check_device()
+
+
+def test_a_context_that_is_too_short_is_refused_before_anything_is_loaded(teacher: Path) -> None:
+    with pytest.raises(
+        Permanent, match="max_position_embeddings is 4096, and the longest document is 4096 tokens"
+    ):
+        module.Scorer(teacher, 4096)
+
+
+def test_a_user_without_name_and_home_can_score(scorer: Remote, teacher_address: str) -> None:
+    """As in a pod. All tests here ask such a one's process, which may write below its TMPDIR alone."""
+    user = Path(teacher_address).stat().st_uid
+    with pytest.raises(KeyError):
+        pwd.getpwuid(user)
+    assert user != 0 and len(list(scorer.score([np.array([1, 2], np.int32)]))) == 1

@@ -1,0 +1,270 @@
+"""How a job starts and ends: what it knows, what it refuses, its exit code, log and termination message."""
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs.entrypoint import Context, difference, end, entrypoint
+from vpmoe.api import DistillRun, Invalid
+from vpmoe.failure import Permanent, Retriable, Terminated
+from vpmoe.provenance import CHECKOUT
+from vpmoe.storage import Bucket, StorageError, paths
+
+LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z [A-Z]+ [\w.]+: .*")
+Start = Callable[..., tuple[DistillRun, Context]]
+
+
+@pytest.fixture(autouse=True)
+def untouched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """What a job sets for its process is put back; its termination message goes to a file of the test's."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setenv("VPMOE_TERMINATION_LOG", str(tmp_path / "termination"))
+    root, handler = logging.getLogger(), signal.getsignal(signal.SIGTERM)
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def start(tmp_path: Path, run_spec: dict[str, Any]) -> Start:
+    """Start a job on the test's run as it stands now."""
+
+    def start(role: str = "preprocess", *arguments: str) -> tuple[DistillRun, Context]:
+        file = tmp_path / "any-name.yaml"
+        file.write_text(yaml.safe_dump(run_spec))
+        return entrypoint(role, ["--run", str(file), *arguments])
+
+    return start
+
+
+def test_a_job_knows_its_run_step_and_bucket(
+    start: Start,
+    bucket: Bucket,
+    run_spec: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in {"VPMOE_IMAGE": "img", "VPMOE_GIT_SHA": "sha", "JOB_COMPLETION_INDEX": "3"}.items():
+        monkeypatch.setenv(name, value)
+    run, context = start("preprocess", "--attempt", "2")
+    assert run == DistillRun.parse(run_spec)
+    assert (context.step, context.attempt, context.worker, context.stopping.is_set()) == (
+        "preprocess",
+        2,
+        3,
+        False,
+    )
+    who = context.provenance
+    assert (who.run, who.config, who.step, who.attempt) == (
+        f"default/tiny-run-{run.config_hash[:8]}",
+        run.config_hash,
+        "preprocess",
+        2,
+    )
+    assert (who.git_sha, who.image) == ("sha", "img")
+    assert context.bucket.get_json(paths.run_json(run)) == run.document()
+    assert [found.key for found in bucket.list("")] == [paths.run_json(run)]
+    logging.getLogger("some.module").warning("two\nlines")
+    lines = capsys.readouterr().err.splitlines()
+    assert all(LINE.fullmatch(line) for line in lines) and lines[-1].endswith(
+        r"Z WARNING some.module: two\nlines"
+    )
+
+
+def test_a_job_alone_has_no_worker_index(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
+    assert start()[1].worker is None
+
+
+def test_a_new_process_clears_an_old_last_word_and_a_rank_does_not(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "termination").write_text("old")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    start("train")
+    assert (tmp_path / "termination").read_text() == "old"
+    monkeypatch.delenv("LOCAL_RANK")
+    start("train")
+    assert (tmp_path / "termination").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "error, code, kind",
+    [
+        (Permanent("no\nway"), 65, "Permanent"),
+        (Retriable("later"), 75, "Retriable"),
+        (Terminated("saved"), 143, "Terminated"),
+        (StorageError("away", "Unreachable"), 75, "Retriable"),
+        (ZeroDivisionError("by zero"), 70, "Internal"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_an_error_ends_the_job_with_its_code_and_one_line(
+    error: Exception,
+    code: int,
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", "5")
+    with pytest.raises(SystemExit) as exit:
+        end(type(error), error, None)
+    assert exit.value.code == code
+    message = json.loads((tmp_path / "termination").read_bytes())
+    assert (
+        message == {"class": kind, "rank": 5, "exit": code, "message": message["message"]}
+        and str(error) in message["message"]
+    )
+    assert [record.getMessage() for record in caplog.records] == [f"{kind}: {message['message']}"]
+    assert (type(error).__name__ in capsys.readouterr().err) == (kind == "Internal")
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        pytest.param(
+            ["--step", "rescored"],
+            "--step rescored: the run has no such step. Choose one of preprocess, vanilla.",
+            id="step",
+        ),
+        pytest.param(
+            ["--step", "vanilla"],
+            "--step vanilla is no work of jobs.preprocess. Start jobs.train.",
+            id="role",
+        ),
+        pytest.param(
+            ["--run", "/no.yaml"],
+            "--run /no.yaml: No such file or directory. Give the file of a DistillRun.",
+            id="no-file",
+        ),
+    ],
+)
+def test_a_job_that_cannot_start_says_why(
+    start: Start, bucket: Bucket, arguments: list[str], says: str
+) -> None:
+    with pytest.raises(Permanent, match=re.escape(says)):
+        start("preprocess", *arguments)
+    assert not list(bucket.list(""))
+
+
+def test_an_invalid_run_is_refused_before_the_store_is_asked(
+    start: Start, run_spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    run_spec["spec"]["dataset"]["maxLength"] = -1
+    with pytest.raises(Invalid, match=r"spec\.dataset\.maxLength"):
+        start()
+
+
+def test_a_run_s_configuration_does_not_change_once_it_has_started(
+    start: Start, run_spec: dict[str, Any]
+) -> None:
+    run_spec["metadata"]["uid"] = "01234567-89ab-cdef-0123-456789abcdef"
+    start()
+    run_spec["spec"]["suspend"] = True
+    start()
+    run_spec["spec"]["training"]["seed"] = 7
+    with pytest.raises(
+        Permanent,
+        match=r"run.json: spec.training.seed is 1234 there and 7 here. A run's configuration does not change",
+    ):
+        start()
+
+
+@pytest.mark.parametrize(
+    "stored, given, says",
+    [
+        ({"a": {"b": [1, {"c": 2}]}}, {"a": {"b": [1, {"c": 3}]}}, "a.b[1].c is 2 there and 3 here"),
+        ({"b": 1, "a": 1}, {"a": 2, "b": 2}, "a is 1 there and 2 here"),
+        ({"a": [1]}, {"a": [1, 2]}, "a is [1] there and [1, 2] here"),
+        ({"a": 1}, {}, "a is 1 there and null here"),
+        ({"a": {"b": 1}}, {"a": None}, 'a is {"b": 1} there and null here'),
+        ({"a": None}, {}, None),
+        ({"a": [{"b": 1}]}, {"a": [{"b": 1}]}, None),
+    ],
+)
+def test_the_first_difference_is_named(stored: object, given: object, says: str | None) -> None:
+    assert difference(stored, given) == says
+
+
+@pytest.mark.parametrize(
+    "role, of", [("train", ""), ("sampler", "-sampler"), ("teacher", "-teacher"), ("evaluate", "-evaluate")]
+)
+def test_a_job_goes_on_with_the_first_unfinished_step_of_its_role(
+    start: Start, bucket: Bucket, run_spec: dict[str, Any], role: str, of: str
+) -> None:
+    stages = [
+        {"name": name, "kind": "OnPolicy", "tokens": 16384, "require": {"validity": 0}}
+        for name in ("one", "two")
+    ]
+    run_spec["spec"] |= {
+        "stages": stages,
+        "evaluation": {"completions": 1},
+        "student": {"shape": "tiny", "gpus": 2},
+    }
+    run_spec["spec"]["training"].pop("optimizer")
+    run = DistillRun.parse(run_spec)
+    first, second = f"one{of}", f"two{of}"
+    assert start(role)[1].step == first
+    for reported, state, step in (
+        (first, "Running", first),
+        (first, "Succeeded", second),
+        (second, "Succeeded", second),
+    ):
+        bucket.write_json(paths.progress(run, reported), {"state": state})
+        assert start(role)[1].step == step
+    assert start(role, "--step", first)[1].provenance.step == first
+
+
+def test_a_job_that_the_run_has_no_step_for_says_so(start: Start) -> None:
+    with pytest.raises(
+        Permanent, match=r"jobs\.sampler has nothing to do: the run's steps are preprocess, vanilla\."
+    ):
+        start("sampler")
+
+
+JOB = """
+from jobs.entrypoint import entrypoint
+from vpmoe.failure import Terminated
+run, context = entrypoint("preprocess")
+print("ready", flush=True)
+context.stopping.wait(30)
+raise Terminated("saved at step 7")
+"""
+
+
+def test_a_job_that_is_asked_to_stop_saves_and_says_so(run_spec: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_spec))
+    process = subprocess.Popen(
+        [sys.executable, "-c", JOB, "--run", str(tmp_path / "run.yaml")],
+        cwd=CHECKOUT,
+        env={**os.environ},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert all(LINE.fullmatch(line) for line in err.splitlines()) and "Asked to stop (SIGTERM): saving" in err
+    assert json.loads((tmp_path / "termination").read_bytes()) == {
+        "class": "Terminated",
+        "rank": None,
+        "exit": 143,
+        "message": "saved at step 7",
+    }

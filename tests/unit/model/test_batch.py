@@ -1,0 +1,68 @@
+"""What a batch derives from its rows: positions, boundaries, padding, counts."""
+
+import pytest
+import torch
+
+from vpmoe.model.batch import Batch
+
+
+def batch_of(*documents: list[int]) -> Batch:
+    numbers = torch.tensor(documents, dtype=torch.int32)
+    return Batch.of(
+        torch.zeros_like(numbers, dtype=torch.int64), torch.ones_like(numbers, dtype=torch.uint8), numbers
+    )
+
+
+@pytest.mark.parametrize(
+    "documents, position, boundaries, longest, counts",
+    [
+        pytest.param([[0, 0, 0, 0]], [[0, 1, 2, 3]], [0, 4], 4, [4, 3, 0], id="one-document"),
+        pytest.param([[0, 0, 1, 1]], [[0, 1, 0, 1]], [0, 2, 4], 2, [4, 2, 0], id="positions-restart"),
+        pytest.param(
+            [[7, 3, 3, -1]], [[0, 0, 1, 0]], [0, 1, 3, 4], 2, [3, 1, 0], id="any-numbers-and-padding"
+        ),
+        pytest.param(
+            [[0, 0], [0, 0]],
+            [[0, 1], [0, 1]],
+            [0, 2, 4],
+            2,
+            [4, 2, 0],
+            id="rows-are-apart-though-numbers-repeat",
+        ),
+        pytest.param([[-1, -1], [-1, -1]], [[0, 1], [0, 1]], [0, 2, 4], 2, [0, 0, 0], id="all-padding"),
+    ],
+)
+def test_derived(
+    documents: list[list[int]],
+    position: list[list[int]],
+    boundaries: list[int],
+    longest: int,
+    counts: list[int],
+) -> None:
+    batch = batch_of(*documents)
+    assert (
+        batch.position.tolist() == position
+        and batch.boundaries.tolist() == boundaries
+        and batch.longest == longest
+    )
+    assert batch.counts.tolist() == counts and batch.padding.tolist() == [
+        [number < 0 for number in row] for row in documents
+    ]
+    assert batch.boundaries.dtype == torch.int32
+
+
+def test_moving_leaves_the_counts_on_the_cpu() -> None:
+    moved = batch_of([0, 0, -1]).to(torch.device("meta"))
+    assert moved.tokens.is_meta and moved.boundaries.is_meta and moved.counts.device.type == "cpu"
+
+
+def test_rows_of_different_shapes_are_refused() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"tokens \[1, 3\], spans \[1, 2\] and documents \[1, 3\] must all be \[rows, positions\]",
+    ):
+        Batch.of(
+            torch.zeros(1, 3, dtype=torch.int64),
+            torch.zeros(1, 2, dtype=torch.uint8),
+            torch.zeros(1, 3, dtype=torch.int32),
+        )

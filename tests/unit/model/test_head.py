@@ -1,0 +1,180 @@
+"""The loss head against eager float64, and that it never holds [tokens, vocabulary]."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.fakes.students import new_seed
+from vpmoe.model import head
+from vpmoe.model.head import Coefficient, head_loss, logp_of
+from vpmoe.model.spans import NO_TARGET
+
+TOKENS, VOCABULARY, HIDDEN = 57, 131, 19
+
+
+def inputs(dtype: torch.dtype, seed: int, learned: float = 0.7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden, weight (both ask for gradients), targets with NO_TARGETs among them, numbers to make coefficients of."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = (
+        torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    )
+    targets = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+    targets[torch.rand(TOKENS, generator=generator) >= learned] = NO_TARGET
+    return hidden, weight, targets, torch.randn(TOKENS, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def known(numbers: Tensor) -> Coefficient:
+    return lambda logp_t, rows_t: numbers[rows_t]
+
+
+def on_policy(numbers: Tensor) -> Coefficient:
+    """As on-policy training has it: a bounded advantage and a truncated ratio, both made of this very logp."""
+    return lambda logp_t, rows_t: (
+        (numbers[rows_t] - logp_t).clamp(-2, 2) * (logp_t - numbers[rows_t]).exp().clamp(max=2)
+    )
+
+
+def eager(hidden: Tensor, weight: Tensor, targets: Tensor, coefficient: Coefficient) -> tuple[Tensor, Tensor]:
+    rows = (targets != NO_TARGET).nonzero().squeeze(1)
+    logp = torch.log_softmax(hidden[rows] @ weight.T, dim=1).gather(1, targets[rows].unsqueeze(1)).squeeze(1)
+    all_logp = torch.full((len(hidden),), torch.nan, dtype=hidden.dtype)
+    all_logp[rows] = logp.detach()
+    return -(coefficient(logp.detach(), rows) * logp).sum(), all_logp
+
+
+@pytest.mark.parametrize(
+    "make", [pytest.param(known, id="coefficients-known"), pytest.param(on_policy, id="coefficients-of-logp")]
+)
+@pytest.mark.parametrize(
+    "chunk",
+    [pytest.param(1, id="token-by-token"), pytest.param(10, id="chunks"), pytest.param(1000, id="one-chunk")],
+)
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [pytest.param(torch.float64, 1e-12, id="fp64"), pytest.param(torch.float32, 2e-5, id="fp32")],
+)
+def test_loss_and_gradients_are_eager_float64s(
+    make: Callable[[Tensor], Coefficient],
+    chunk: int,
+    dtype: torch.dtype,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", chunk * 4 * VOCABULARY)
+    hidden, weight, targets, numbers = inputs(dtype, new_seed())
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    loss, logp = head_loss(hidden, weight, targets, make(numbers))
+    wanted, wanted_logp = eager(*exact, targets, make(numbers.double()))
+    (loss * 3).backward()  # a gradient from above that is not 1
+    (wanted * 3).backward()
+    for got, want in [
+        (loss, wanted),
+        (logp, wanted_logp),
+        (hidden.grad, exact[0].grad),
+        (weight.grad, exact[1].grad),
+    ]:
+        assert got is not None and want is not None
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance, equal_nan=True)
+    torch.testing.assert_close(
+        logp_of(hidden, weight, targets).double(), wanted_logp, rtol=tolerance, atol=tolerance, equal_nan=True
+    )
+
+
+def test_positions_without_a_target_leave_no_trace() -> None:
+    hidden, weight, targets, numbers = inputs(torch.float64, new_seed())
+    loss, logp = head_loss(hidden, weight, targets, known(numbers))
+    loss.backward()
+    kept = targets != NO_TARGET
+    fewer = [hidden.detach()[kept].requires_grad_(), weight.detach().clone().requires_grad_()]
+    loss_fewer, _ = head_loss(*fewer, targets[kept], known(numbers[kept]))
+    loss_fewer.backward()
+    assert loss == loss_fewer and logp[~kept].isnan().all() and (hidden.grad[~kept] == 0).all()
+    assert torch.equal(hidden.grad[kept], fewer[0].grad) and torch.equal(weight.grad, fewer[1].grad)
+
+
+def test_nothing_to_learn_gives_a_loss_of_zero_that_can_go_backward() -> None:
+    hidden, weight, targets, numbers = inputs(torch.float32, 0, learned=0)
+    loss, logp = head_loss(hidden, weight, targets, known(numbers))
+    loss.backward()
+    assert loss == 0 and logp.isnan().all() and (hidden.grad == 0).all() and (weight.grad == 0).all()
+
+
+def test_extreme_logits_stay_finite() -> None:
+    hidden, weight = (
+        torch.full((3, 1), 200.0, requires_grad=True),
+        torch.linspace(-200, 200, 7).unsqueeze(1).requires_grad_(),
+    )
+    loss, logp = head_loss(hidden, weight, torch.tensor([0, 3, 6]), known(torch.ones(3)))
+    loss.backward()
+    assert (
+        logp.tolist() == [-80000.0, -40000.0, 0.0]
+        and hidden.grad.isfinite().all()
+        and weight.grad.isfinite().all()
+    )
+
+
+class Largest(TorchDispatchMode):
+    """Watches every operation below autograd and keeps the most numbers that one of its results held."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        self.numbers = max(
+            [self.numbers, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))]
+        )
+        return result
+
+
+def test_no_tensor_is_ever_as_large_as_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for 8 tokens' logits, the largest result is those or the weight's gradient: for one token more it would not fit."""
+    vocabulary, tokens = 1000, 200
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 8 * 4 * vocabulary)
+    hidden, weight = (
+        torch.randn(tokens, 4, requires_grad=True),
+        torch.randn(vocabulary, 4, requires_grad=True),
+    )
+    targets = torch.randint(0, vocabulary, (tokens,))
+    with Largest() as largest:
+        loss, _ = head_loss(hidden, weight, targets, known(torch.ones(tokens)))
+        loss.backward()
+        logp_of(hidden, weight, targets)
+    assert largest.numbers == 8 * vocabulary
+
+
+def test_the_gpus_kernels_are_float64s_too() -> None:
+    """The same kernels under Triton's interpreter: rows of several blocks and a rest, extreme logits, coefficients of both signs."""
+    code = f"""
+        import torch
+        from vpmoe.objectives import kernels
+        torch.manual_seed({new_seed()})
+        kernels.BLOCK = 64
+        logits, targets, c = torch.randn(5, 150) * 30, torch.randint(0, 150, (5,)), torch.randn(5)
+        logits[1], targets[1], targets[2] = -200.0, 149, 0
+        lse, logp = kernels.log_sum_exp(logits, targets)
+        exact = logits.double().requires_grad_()
+        want = torch.log_softmax(exact, 1)[torch.arange(5), targets]
+        torch.testing.assert_close(logp.double(), want, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(lse.double(), exact.logsumexp(1), rtol=1e-5, atol=1e-4)
+        kernels.TILE, kernels.BAND = (16, 32, 16), 2
+        hidden, weight, chosen = torch.randn(37, 40), 3 * torch.randn(150, 40), torch.randint(0, 150, (37,))
+        wanted = torch.log_softmax(hidden.double() @ weight.double().T, 1)[torch.arange(37), chosen]
+        torch.testing.assert_close(kernels.logp(hidden, weight, chosen).double(), wanted, rtol=1e-5, atol=1e-4)
+        (-(c.double() * want).sum()).backward()
+        torch.testing.assert_close(kernels.gradient(logits, targets, lse, c, torch.float32).double(), exact.grad, rtol=1e-4, atol=1e-5)
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        check=True,
+        timeout=120,
+    )

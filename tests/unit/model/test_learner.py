@@ -1,0 +1,157 @@
+"""The step and the state of one process: what is refused, what decays, and bf16 weights that follow their fp32 originals bit for bit."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.fakes.students import SMALL, learner, new_seed, ragged, reading, saved, whole
+from vpmoe.model import state
+from vpmoe.model.batch import Batch
+from vpmoe.model.learner import Learner
+from vpmoe.model.objective import Objective
+from vpmoe.model.student import Student, _config, _initialise
+from vpmoe.objectives.vanilla import vanilla
+
+EVEN = {"reasoning": 1.0, "final": 1.0}
+
+
+@pytest.fixture
+def batches() -> list[Batch]:
+    return ragged(torch.Generator().manual_seed(new_seed()), 2)
+
+
+def objective_of(batches: list[Batch]) -> tuple[Objective, int]:
+    counts = torch.stack([batch.counts for batch in batches]).sum(0)
+    return vanilla(counts, EVEN), int(counts[0])
+
+
+def in_bf16(device: torch.device) -> Learner:
+    """A learner as it is on a GPU, on the CPU: bf16 weights, fp32 main parameters."""
+    student = Student(SMALL, _config(SMALL, torch.device("cuda"), 1), sequence_length=64)
+    _initialise(student, 1)
+    return Learner(student, device, weight_decay=0.1, gradient_clip=1.0)
+
+
+def stepped(it: Learner) -> Learner:
+    """One step on random gradients: the head has no bf16 products on a CPU."""
+    it.ddp.zero_grad_buffer()
+    for parameter in it.student.parameters():
+        parameter.main_grad.normal_(generator=torch.Generator().manual_seed(3))
+    it._positions = torch.tensor(1)
+    it.step(1e-2)
+    return it
+
+
+def test_a_step_without_gradients_of_its_own_is_refused(device: torch.device, batches: list[Batch]) -> None:
+    it = learner(device)
+    it.forward_backward(batches, *objective_of(batches))
+    it.step(1e-3)
+    with pytest.raises(RuntimeError, match="there was none since the last step"):
+        it.step(1e-3)
+
+
+def test_positions_that_do_not_add_up_are_refused(device: torch.device, batches: list[Batch]) -> None:
+    objective, positions = objective_of(batches)
+    with pytest.raises(
+        ValueError, match=f"positions is {positions + 1}, but the global batch holds {positions}"
+    ):
+        learner(device).forward_backward(batches, objective, positions + 1)
+
+
+def test_gradients_are_clipped_to_the_norm_and_the_norm_is_told_unclipped(
+    device: torch.device, batches: list[Batch]
+) -> None:
+    """Adam hides the length of a single gradient, its first moment does not: a tenth of what it was given."""
+    it = learner(device)
+    counts = torch.stack([batch.counts for batch in batches]).sum(0)
+    positions = int(counts[0])
+    it.forward_backward(batches, vanilla(counts, {"reasoning": 9.0, "final": 9.0}), positions)
+    gradient = torch.cat([p.main_grad.flatten() for p in it.student.parameters()]) / positions
+    norm = it.step(1e-3)
+    moments = torch.cat([shard.moments["exp_avg"] for shard in state.shards(it)])
+    assert norm == pytest.approx(gradient.norm().item(), rel=1e-5) and norm > 1
+    assert moments.norm().item() == pytest.approx(0.1 * min(norm, 1.0), rel=1e-4)
+
+
+def test_matrices_decay_and_norms_do_not(device: torch.device) -> None:
+    """With gradients of zero only decay moves weights: by 1 − rate · decay, and norms by nothing."""
+    it = learner(device)
+    before = {name: parameter.detach().clone() for name, parameter in it.student.named_parameters()}
+    it.ddp.zero_grad_buffer()
+    it._positions = torch.tensor(1)
+    assert it.step(0.5) == 0
+    for name, parameter in it.student.named_parameters():
+        torch.testing.assert_close(parameter, before[name] * (1 if parameter.dim() == 1 else 1 - 0.5 * 0.1))
+
+
+def test_evaluation_moves_nothing(device: torch.device, batches: list[Batch]) -> None:
+    it, untouched = learner(device), learner(device)
+    it.evaluate(batches)
+    results = []
+    for each in (it, untouched):
+        results.append((each.forward_backward(batches, *objective_of(batches)).loss, each.step(1e-2)))
+    assert results[0] == results[1] and it.evaluate([]).cross_entropy == {"reasoning": None, "final": None}
+
+
+def test_bf16_weights_are_their_main_parameters_rounded(device: torch.device) -> None:
+    """After a step and after a restore; and a restored learner steps to the same bits, though rounding lost what bf16 cannot hold."""
+    it = stepped(in_bf16(device))
+    tensors = whole([saved(it)], state.sizes(it))
+    again = in_bf16(device)
+    state.restore(again, reading(tensors), steps=1)
+    for each in (it, again):
+        for name, weight in each.student.named_parameters():
+            main = tensors[f"main/{name}"]
+            assert weight.dtype == torch.bfloat16 and main.dtype == torch.float32
+            assert torch.equal(weight.flatten(), main.bfloat16())
+    assert any(
+        not torch.equal(main, main.bfloat16().float())
+        for name, main in tensors.items()
+        if name.startswith("main/")
+    )
+    twice = [whole([saved(stepped(each))], state.sizes(each)) for each in (it, again)]
+    assert all(torch.equal(tensor, twice[1][name]) for name, tensor in twice[0].items()) and again.steps == 2
+
+
+def test_weights_alone_start_a_new_count(device: torch.device, batches: list[Batch]) -> None:
+    it = learner(device)
+    it.forward_backward(batches, *objective_of(batches))
+    it.step(1e-2)
+    tensors = whole([saved(it)], state.sizes(it))
+    fresh = learner(device)
+    state.restore(
+        fresh,
+        reading({name: tensor for name, tensor in tensors.items() if name.startswith(("main/", "buffer/"))}),
+        1,
+        moments=False,
+    )
+    assert fresh.steps == 0 and fresh.evaluate(batches).cross_entropy == it.evaluate(batches).cross_entropy
+    assert all(shard.moments["exp_avg"].eq(0).all() for shard in state.shards(fresh))
+    assert any(
+        bias.ne(0).any() for name, bias in fresh.student.named_buffers() if name.endswith("expert_bias")
+    )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda read: lambda name, start, stop: read(name, start, stop - 1), id="too-short"),
+        pytest.param(
+            lambda read: lambda name, start, stop: read(name, start, stop).bfloat16(), id="another-type"
+        ),
+    ],
+)
+def test_a_slice_that_is_not_what_was_asked_for_is_refused(
+    device: torch.device, damage: Callable[[state.Read], state.Read]
+) -> None:
+    it = learner(device)
+    with pytest.raises(ValueError, match=r"main/.* \[0, \d+\): read torch\."):
+        state.restore(it, damage(reading(whole([saved(it)], state.sizes(it)))), steps=0)
+
+
+def test_random_state_comes_back(device: torch.device) -> None:
+    kept = state.random_state()
+    first = torch.rand(3)
+    state.set_random_state(kept)
+    assert torch.equal(torch.rand(3), first)

@@ -1,0 +1,158 @@
+"""Targets, spans and denominators: what is learned, from where, and how much each token weighs."""
+
+import pytest
+import torch
+
+from tests.fakes.students import SMALL, learner, new_seed, ragged
+from vpmoe.model import spans
+from vpmoe.model.batch import Batch
+from vpmoe.model.head import head_loss
+from vpmoe.model.student import build
+from vpmoe.objectives.vanilla import vanilla
+
+EVEN = {"reasoning": 1.0, "final": 1.0}
+
+
+@pytest.mark.parametrize(
+    "documents, span_of_tokens, target, span",
+    [
+        pytest.param(
+            [0, 0, 0, 0],
+            [0, 0, 1, 2],
+            [-1, 12, 13, -1],
+            [0, 1, 2, 0],
+            id="one-document-predicts-the-next-token",
+        ),
+        pytest.param([0, 0, 1, 1], [0, 1, 1, 1], [11, -1, 13, -1], [1, 0, 1, 0], id="never-across-documents"),
+        pytest.param([0, 0, -1, -1], [0, 2, 0, 0], [11, -1, -1, -1], [2, 0, 0, 0], id="never-padding"),
+        pytest.param(
+            [0, 0, 0, -1], [1, 0, 2, 2], [-1, 12, -1, -1], [0, 2, 0, 0], id="the-target's-span-decides"
+        ),
+        pytest.param([-1, -1, -1, -1], [1, 1, 1, 1], [-1] * 4, [0] * 4, id="all-padding"),
+        pytest.param([0, 1, 2, 3], [1, 2, 1, 2], [-1] * 4, [0] * 4, id="documents-of-one-token"),
+    ],
+)
+def test_targets(documents: list[int], span_of_tokens: list[int], target: list[int], span: list[int]) -> None:
+    tokens = torch.tensor([[10, 11, 12, 13]])
+    got = spans.targets(
+        tokens,
+        torch.tensor([span_of_tokens], dtype=torch.uint8),
+        torch.tensor([documents], dtype=torch.int32),
+    )
+    assert got[0].tolist() == target and got[1].tolist() == span
+
+
+def test_rows_do_not_reach_into_each_other() -> None:
+    target, _ = spans.targets(
+        torch.tensor([[1, 2], [3, 4]]),
+        torch.ones(2, 2, dtype=torch.uint8),
+        torch.zeros(2, 2, dtype=torch.int32),
+    )
+    assert target.tolist() == [2, -1, 4, -1]
+
+
+def test_coefficients_are_the_weight_over_the_whole_batchs_count() -> None:
+    tokens, span, documents = (
+        torch.arange(6).unsqueeze(0),
+        torch.tensor([[0, 1, 1, 1, 2, 0]], dtype=torch.uint8),
+        torch.zeros(1, 6).int(),
+    )
+    batch = Batch.of(tokens, span, documents)
+    assert batch.counts.tolist() == [6, 3, 1]
+    coefficient = vanilla(torch.tensor([60, 30, 5]), {"reasoning": 1.0, "final": 2.0})(batch)
+    assert coefficient(torch.zeros(6), torch.arange(6)).tolist() == pytest.approx(
+        [1 / 30, 1 / 30, 1 / 30, 2 / 5, 0, 0]
+    )
+
+
+def test_a_span_that_is_nowhere_contributes_nothing() -> None:
+    tokens, span, documents = (
+        torch.arange(4).unsqueeze(0),
+        torch.tensor([[0, 1, 1, 1]], dtype=torch.uint8),
+        torch.zeros(1, 4).int(),
+    )
+    batch = Batch.of(tokens, span, documents)
+    c_T = vanilla(batch.counts, EVEN)(batch)(torch.zeros(4), torch.arange(4))
+    assert c_T.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{"reasoning": 1.0}, {"reasoning": 1.0, "final": 1.0, "prompt": 1.0}],
+    ids=["missing", "unknown"],
+)
+def test_weights_are_for_exactly_the_spans(weights: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"training\.spanWeights"):
+        vanilla(torch.tensor([1, 1, 1]), weights)
+
+
+def test_no_gradient_comes_from_a_prompt_token(device: torch.device) -> None:
+    """Neither the hidden state that predicts a prompt token nor that token's row of the output matrix is touched on its account."""
+    student = build(SMALL, device, sequence_length=30, seed=1234)
+    tokens = torch.arange(30).unsqueeze(
+        0
+    )  # every token once, so that a row of the matrix belongs to one position
+    span = torch.zeros(1, 30, dtype=torch.uint8)
+    span[0, 10:20], span[0, 20:25] = 1, 2
+    batch = Batch.of(tokens, span, torch.zeros(1, 30, dtype=torch.int32))
+    hidden = student(batch).detach().requires_grad_()
+    loss, _ = head_loss(hidden, student.output, batch.target, vanilla(batch.counts, EVEN)(batch))
+    loss.backward()
+    learned = torch.zeros(30, dtype=torch.bool)
+    learned[9:24] = True
+    assert (hidden.grad[~learned] == 0).all() and (hidden.grad[learned] != 0).any(1).all()
+    # The row of a token that is only ever a prompt's is pushed away from the learned positions by their softmax, and pulled by nothing.
+    exact = hidden.detach().double()
+    c_T = vanilla(batch.counts, EVEN)(batch)(torch.zeros(30), torch.arange(30)).double()
+    pushed = ((exact @ student.output.detach().double().T).softmax(1) * c_T.unsqueeze(1)).T @ exact
+    torch.testing.assert_close(student.output.grad[:10].double(), pushed[:10], rtol=1e-5, atol=1e-8)
+
+
+def test_span_normalisation_over_ragged_microbatches_is_float64s(device: torch.device) -> None:
+    """Loss, cross-entropies and the output matrix's gradient of several uneven microbatches: one float64 mean a span over all at once."""
+    generator = torch.Generator().manual_seed(new_seed())
+    it = learner(device)
+    batches = ragged(generator, 5)
+    counts = torch.stack([batch.counts for batch in batches]).sum(0)
+    weights = {"reasoning": 0.7, "final": 1.6}
+    nll = []
+    output = it.student.output.detach().double().requires_grad_()
+    for batch in batches:
+        with torch.no_grad():
+            hidden = it.student(batch).double()
+        nll.append(
+            -torch.log_softmax(hidden @ output.T, 1)
+            .gather(1, batch.target.clamp(min=0).unsqueeze(1))
+            .squeeze(1)
+        )
+    all_nll, all_span = torch.cat(nll), torch.cat([batch.span for batch in batches])
+    exact = {name: all_nll[all_span == number].mean() for name, number in spans.SPANS.items()}
+    sum(weights[name] * mean for name, mean in exact.items()).backward()
+    means = {name: float(mean) for name, mean in exact.items()}
+    outcome = it.forward_backward(batches, vanilla(counts, weights), int(counts[0]))
+    assert outcome.cross_entropy == pytest.approx(means, rel=1e-6)
+    assert outcome.loss == pytest.approx(sum(weights[name] * mean for name, mean in means.items()), rel=1e-6)
+    assert outcome.tokens == {"reasoning": int((all_span == 1).sum()), "final": int((all_span == 2).sum())}
+    torch.testing.assert_close(
+        it.student.output.main_grad.double() / int(counts[0]), output.grad, rtol=1e-4, atol=1e-8
+    )
+    assert it.evaluate(batches).cross_entropy == pytest.approx(means, rel=1e-6)
+
+
+def test_how_a_step_is_cut_into_microbatches_does_not_change_its_gradient(device: torch.device) -> None:
+    """Two rows as one microbatch or as two: the same up to rounding. A mean of means would differ at first sight: the rows are uneven."""
+    generator = torch.Generator().manual_seed(new_seed())
+    row = torch.randint(0, SMALL.vocabulary, (2, 40), generator=generator)
+    span = torch.zeros(2, 40, dtype=torch.uint8)
+    span[0, 5:], span[1, 38:] = 1, 1
+    documents = torch.zeros(2, 40, dtype=torch.int32)
+    documents[1, 39:] = -1
+    gradients = []
+    for cuts in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
+        it = learner(device)
+        batches = [Batch.of(row[cut], span[cut], documents[cut]) for cut in cuts]
+        counts = torch.stack([batch.counts for batch in batches]).sum(0)
+        it.forward_backward(batches, vanilla(counts, EVEN), int(counts[0]))
+        gradients.append(torch.cat([p.main_grad.flatten() / int(counts[0]) for p in it.student.parameters()]))
+    assert gradients[0].norm() > 0.01
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)

@@ -1,0 +1,256 @@
+"""On-policy coefficients against float64, what a step does to a token's probability, and what must never enter a coefficient."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.fakes.students import learner, new_seed, ragged
+from vpmoe.model.batch import Batch
+from vpmoe.model.head import logp_of
+from vpmoe.model.learner import Learner
+from vpmoe.model.spans import SPANS
+from vpmoe.objectives.onpolicy import on_policy
+from vpmoe.objectives.vanilla import vanilla
+
+WEIGHTS = {"reasoning": 0.7, "final": 1.6}
+
+
+def logp(it: Learner, batch: Batch) -> Tensor:
+    """The student's log p of the batch's targets [T], NaN where there is none."""
+    with torch.no_grad():
+        return logp_of(it.student(batch), it.student.output, batch.target)
+
+
+def rollouts(it: Learner, generator: torch.Generator, microbatches: int) -> list[Batch]:
+    """Ragged microbatches. The sampler is a few nats off the student either way, the teacher as far as 60."""
+    batches = []
+    for batch in ragged(generator, microbatches):
+        own_T = logp(it, batch)
+        off_2T = torch.randn(2, len(own_T), generator=generator)
+        batches.append(replace(batch, teacher_logp=own_T + 15 * off_2T[0], sampler_logp=own_T + off_2T[1]))
+    return batches
+
+
+def counted(batches: list[Batch]) -> Tensor:
+    return torch.stack([batch.counts for batch in batches]).sum(0)
+
+
+def worth(logp_s: float, teacher: float, sampler: float) -> float:
+    """ρ · a as design §6 writes them."""
+    return min(math.exp(logp_s - sampler), 2) * min(max(teacher - logp_s, -20), 20)
+
+
+def reference(batches: list[Batch], logits: list[Tensor], counts: Tensor) -> Tensor:
+    """The loss in float64, token by token."""
+    names = {number: name for name, number in SPANS.items()}
+    loss = torch.zeros((), dtype=torch.float64)
+    for batch, logits_TV in zip(batches, logits, strict=True):
+        assert batch.teacher_logp is not None and batch.sampler_logp is not None
+        for t in (batch.span > 0).nonzero().squeeze(1).tolist():
+            span = int(batch.span[t])
+            logp_s = logits_TV[t].log_softmax(0)[batch.target[t]]
+            c = (
+                WEIGHTS[names[span]]
+                / int(counts[span])
+                * worth(logp_s.item(), float(batch.teacher_logp[t]), float(batch.sampler_logp[t]))
+            )
+            loss = loss - c * logp_s
+    return loss
+
+
+def test_loss_and_gradients_are_float64s_over_ragged_microbatches(device: torch.device) -> None:
+    """Tolerance: coefficients of both signs nearly cancel in sums over some hundred tokens, which fp32 adds up to 1e-6 of their size."""
+    it = learner(device)
+    batches = rollouts(it, torch.Generator().manual_seed(new_seed()), 3)
+    counts = counted(batches)
+    outcome = it.forward_backward(batches, on_policy(counts, WEIGHTS), int(counts[0]))
+    gradient = it.student.output.main_grad.clone() / int(counts[0])
+    with torch.no_grad():
+        hidden = [it.student(batch).double() for batch in batches]
+    output = it.student.output.detach().double().requires_grad_()
+    loss = reference(batches, [h @ output.T for h in hidden], counts)
+    loss.backward()
+    assert outcome.loss == pytest.approx(loss.item(), rel=1e-4, abs=1e-3)
+    assert output.grad is not None
+    torch.testing.assert_close(gradient.double(), output.grad, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "liking", [pytest.param(3.0, id="the-teacher-likes-it-more"), pytest.param(-3.0, id="less")]
+)
+@pytest.mark.parametrize(
+    "sampler", [pytest.param(0.0, id="sampled-by-this-student"), pytest.param(0.5, id="by-an-older-one")]
+)
+def test_a_token_that_the_teacher_likes_more_gains_probability_and_one_that_it_likes_less_loses(
+    liking: float, sampler: float, device: torch.device
+) -> None:
+    it = learner(device)
+    (batch,) = ragged(torch.Generator().manual_seed(new_seed()), 1)
+    before_T = logp(it, batch)
+    chosen = int((batch.span > 0).nonzero()[0])
+    teacher_T = before_T.clone()
+    teacher_T[chosen] += liking
+    rollout = replace(batch, teacher_logp=teacher_T, sampler_logp=before_T + sampler)
+    it.forward_backward([rollout], on_policy(batch.counts, WEIGHTS), int(batch.counts[0]))
+    it.step(1e-4)
+    assert (logp(it, batch)[chosen] - before_T[chosen]).sign() == math.copysign(1, liking)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(device: torch.device) -> None:
+    """Up to the rounding of fp32: a Vanilla step on the same batch has a gradient a million times as large."""
+    it = learner(device)
+    batches = [
+        replace(b, teacher_logp=logp(it, b), sampler_logp=logp(it, b))
+        for b in ragged(torch.Generator().manual_seed(new_seed()), 3)
+    ]
+    counts = counted(batches)
+    norms = []
+    for objective in (on_policy(counts, WEIGHTS), vanilla(counts, WEIGHTS)):
+        outcome = it.forward_backward(batches, objective, int(counts[0]))
+        norms.append(float(it.student.output.main_grad.norm()))
+        if outcome.facts:
+            assert outcome.loss == pytest.approx(0, abs=1e-5)
+            assert all(
+                abs(outcome.facts[name][span]) < 1e-6 for name in ("reverseKl", "samplerKl") for span in SPANS
+            )
+    assert norms[0] < 1e-6 * norms[1]
+
+
+def two(sampler: list[float], teacher: list[float]) -> Batch:
+    """One row of a prompt token and sampled ones, reasoning and final by turns."""
+    length = len(sampler) + 1
+    spans = torch.tensor([[0, *(1 + i % 2 for i in range(length - 1))]], dtype=torch.uint8)
+    stored = (torch.tensor([[math.nan, *values]]) for values in (teacher, sampler))
+    return Batch.of(
+        torch.arange(length).view(1, -1), spans, torch.zeros(1, length, dtype=torch.int32), *stored
+    )
+
+
+def coefficients(
+    batch: Batch, logp_s: list[float], counts: Tensor | None = None, weights: dict[str, float] = WEIGHTS
+) -> list[float]:
+    rows_t = torch.arange(len(logp_s))
+    found = on_policy(batch.counts if counts is None else counts, weights)(batch)(
+        torch.tensor(logp_s), rows_t
+    )
+    return [float(c) for c in found]
+
+
+@pytest.mark.parametrize(
+    "logp_s, teacher, sampler, value",
+    [
+        pytest.param(-2.0, -1.5, -2.0, 0.5, id="plain"),
+        pytest.param(-2.0, -2.0, -2.0, 0.0, id="agreed"),
+        pytest.param(-1.0, -100.0, -1.0, -20.0, id="advantage-at-its-lower-bound"),
+        pytest.param(-100.0, -0.5, -100.0, 20.0, id="at-its-upper"),
+        pytest.param(-21.0, -1.0, -21.0, 20.0, id="exactly-at-its-bound"),
+        pytest.param(-1.0, -2.0, -3.0, -2.0, id="ratio-at-its-bound"),
+        pytest.param(-1.0, -2.0, -100.0, -2.0, id="ratio-beyond-the-exponents-of-fp32"),
+        pytest.param(-3.0, -2.0, -1.0, math.exp(-2), id="ratio-has-no-lower-bound"),
+        pytest.param(-1.0, -100.0, -100.0, -40.0, id="both-bounds"),
+        pytest.param(-1.0, -math.inf, -1.0, -20.0, id="impossible-for-the-teacher"),
+    ],
+)
+def test_the_worth_of_a_token(logp_s: float, teacher: float, sampler: float, value: float) -> None:
+    assert worth(logp_s, teacher, sampler) == pytest.approx(value)
+    batch = two([sampler, -1.0], [teacher, -1.0])
+    assert coefficients(batch, [logp_s, -1.0]) == pytest.approx([WEIGHTS["reasoning"] * value, 0.0], rel=1e-6)
+
+
+def test_spans_have_their_own_weights_and_counts() -> None:
+    batch = two([-2.0] * 3, [-1.0] * 3)  # reasoning, final, reasoning
+    assert coefficients(batch, [-2.0] * 3) == pytest.approx([0.35, 1.6, 0.35])
+    assert coefficients(batch, [-2.0] * 3, weights={"reasoning": 1.0, "final": 0.0}) == pytest.approx(
+        [0.5, 0.0, 0.5]
+    )
+    assert coefficients(batch, [-2.0] * 3, counts=torch.tensor([99, 70, 16])) == pytest.approx(
+        [0.01, 0.1, 0.01]
+    )
+    assert coefficients(batch, [-2.0] * 3, counts=torch.tensor([99, 2, 0])) == pytest.approx(
+        [0.35, 1.6, 0.35]
+    )
+
+
+def test_another_document_changes_a_coefficient_through_the_count_alone() -> None:
+    """No mean, no deviation, no rank of the batch is in it: with the counts held, the bits stay."""
+    seed = new_seed()
+    generator = torch.Generator().manual_seed(seed)
+    sampler, teacher, own = ((-8 * torch.rand(6, generator=generator)).tolist() for _ in range(3))
+    alone = two(sampler[:4], teacher[:4])
+    longer = two([*sampler[:4], *sampler], [*teacher[:4], *(5 * value for value in teacher)])
+    held = coefficients(alone, own[:4], counts=torch.tensor([9, 4, 4]))
+    assert coefficients(longer, [*own[:4], *own], counts=torch.tensor([9, 4, 4]))[:4] == held
+    scaled = [c * 5 / 2 for c in coefficients(longer, [*own[:4], *own])[:4]]
+    assert coefficients(alone, own[:4]) == pytest.approx(scaled, rel=1e-6)
+
+
+@pytest.mark.parametrize("whose", ["teacher_logp", "sampler_logp"])
+def test_a_nan_is_never_a_number(whose: str, device: torch.device) -> None:
+    """What was not scored is not worth 0: the loss is NaN, and training stops before the step. Positions without a target do not matter."""
+    it = learner(device)
+    (batch,) = rollouts(it, torch.Generator().manual_seed(new_seed()), 1)
+    assert math.isfinite(
+        it.forward_backward([batch], on_policy(batch.counts, WEIGHTS), int(batch.counts[0])).loss
+    )
+    holed = getattr(batch, whose).clone()
+    holed[(batch.span > 0).nonzero()[0]] = math.nan
+    broken = replace(batch, **{whose: holed})
+    assert math.isnan(
+        it.forward_backward([broken], on_policy(batch.counts, WEIGHTS), int(batch.counts[0])).loss
+    )
+
+
+def test_what_it_measures_is_the_mean_over_the_global_batch(device: torch.device) -> None:
+    it = learner(device)
+    batches = rollouts(it, torch.Generator().manual_seed(new_seed()), 4)
+    counts = counted(batches)
+    facts = it.forward_backward(batches, on_policy(counts, WEIGHTS), int(counts[0])).facts
+    own, teacher, sampler, span = (
+        torch.cat([values(batch) for batch in batches]).double()
+        for values in (
+            lambda b: logp(it, b),
+            lambda b: b.teacher_logp,
+            lambda b: b.sampler_logp,
+            lambda b: b.span,
+        )
+    )
+    for name, number in SPANS.items():
+        gap, ratio = (own - teacher)[span == number], (own - sampler)[span == number].exp()
+        assert facts["reverseKl"][name] == pytest.approx(gap.mean().item(), rel=1e-5, abs=1e-5)
+        assert facts["samplerKl"][name] == pytest.approx((ratio - 1 - ratio.log()).mean().item(), rel=1e-5)
+        assert facts["bounded"]["advantage"][name] == pytest.approx(
+            (gap.abs() > 20).double().mean().item(), abs=1e-9
+        )
+        assert facts["bounded"]["ratio"][name] == pytest.approx((ratio > 2).double().mean().item(), abs=1e-9)
+    assert 0 < facts["bounded"]["advantage"]["final"] < 1 and 0 < facts["bounded"]["ratio"]["final"] < 1
+
+
+def test_a_span_that_is_absent_measures_null(device: torch.device) -> None:
+    batch = two([-2.0], [-1.0])
+    facts = learner(device).forward_backward([batch], on_policy(batch.counts, WEIGHTS), 2).facts
+    assert (
+        facts["reverseKl"]["final"] is None
+        and facts["bounded"]["ratio"]["final"] is None
+        and facts["reverseKl"]["reasoning"] < 0
+    )
+
+
+def test_a_batch_that_was_not_sampled_is_refused(device: torch.device) -> None:
+    (batch,) = ragged(torch.Generator().manual_seed(1), 1)
+    scored = replace(batch, teacher_logp=torch.zeros(len(batch.span)))
+    for each in (batch, scored):
+        with pytest.raises(
+            ValueError, match="wants a batch with the teacher's and the sampler's log-probabilities"
+        ):
+            learner(device).forward_backward([each], on_policy(batch.counts, WEIGHTS), int(batch.counts[0]))
+
+
+def test_the_samplers_log_p_stands_against_the_position_that_predicts_its_token() -> None:
+    batch = two([-1.0, -2.0], [-3.0, -4.0])
+    assert batch.sampler_logp is not None and batch.teacher_logp is not None
+    assert batch.sampler_logp.nan_to_num(9).tolist() == [-1, -2, 9] and batch.teacher_logp.nan_to_num(
+        9
+    ).tolist() == [-3, -4, 9]

@@ -1,0 +1,271 @@
+"""The head of teacher-forced training against eager float64, and that it never holds [tokens, vocabulary]."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tests.fakes.students import new_seed
+from tests.unit.model.test_head import Largest
+from vpmoe.api.stages import Loss
+from vpmoe.model.batch import Batch
+from vpmoe.model.spans import NO_TARGET
+from vpmoe.objectives import teacher_forced_head
+from vpmoe.objectives.teacher_forced import teacher_forced
+from vpmoe.objectives.teacher_forced_head import Forced, Teacher, forced_loss
+
+TOKENS, VOCABULARY, HIDDEN, TEACHER = 57, 131, 19, 23
+
+
+class Inputs(NamedTuple):
+    """Arguments of forced_loss but the terms; the first three ask for gradients."""
+
+    hidden: Tensor
+    output: Tensor
+    projection: Tensor | None
+    teacher: Teacher
+    targets: Tensor
+    share: Tensor
+
+    def exact(self) -> "Inputs":
+        leaves = [None if leaf is None else leaf.detach().double().requires_grad_() for leaf in self[:3]]
+        return Inputs(
+            *leaves, Teacher(*(tensor.double() for tensor in self.teacher)), self.targets, self.share.double()
+        )  # type: ignore[arg-type]
+
+
+def inputs(dtype: torch.dtype, seed: int, *, width: int = TEACHER, learned: float = 0.7) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    chosen = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+    chosen[torch.rand(TOKENS, generator=generator) >= learned] = NO_TARGET
+    return Inputs(
+        normal(TOKENS, HIDDEN).requires_grad_(),
+        normal(VOCABULARY, HIDDEN).requires_grad_(),
+        normal(width, HIDDEN).requires_grad_() if width != HIDDEN else None,
+        Teacher(normal(TOKENS, width), normal(VOCABULARY, width)),
+        chosen,
+        normal(TOKENS).abs(),
+    )
+
+
+def eager(given: Inputs, terms: Loss) -> Forced:
+    """What torch's own functions make of it, in one piece."""
+    rows, t = (given.targets != NO_TARGET).nonzero().squeeze(1), terms.temperature
+    hidden, teacher_hidden = given.hidden[rows], given.teacher.hidden_TG[rows]
+    logits, teacher = hidden @ given.output.T, teacher_hidden @ given.teacher.output_VG.T
+    nll = functional.cross_entropy(logits, given.targets[rows], reduction="none")
+    soft, soft_teacher = (logits / t).log_softmax(1), (teacher / t).log_softmax(1)
+    kl = functional.kl_div(soft, soft_teacher, reduction="none", log_target=True).sum(1)
+    projected = hidden if given.projection is None else hidden @ given.projection.T
+    cosine = functional.cosine_similarity(projected, teacher_hidden, dim=1)
+    loss = (given.share[rows] * (terms.ce * nll + terms.kl * t**2 * kl + terms.hidden * (1 - cosine))).sum()
+
+    def spread(part: Tensor) -> Tensor:
+        whole = torch.full((TOKENS,), torch.nan, dtype=part.dtype)
+        whole[rows] = part.detach()
+        return whole
+
+    return Forced(loss, spread(-nll), spread(kl), spread(cosine))
+
+
+ALL = Loss(ce=0.3, kl=0.5, hidden=0.7, temperature=2.5)
+TERMS = [
+    pytest.param(ALL, id="all-terms"),
+    pytest.param(Loss(ce=1, kl=0, hidden=0), id="ce"),
+    pytest.param(Loss(ce=0, kl=1, hidden=0, temperature=1), id="kl-at-1"),
+    pytest.param(Loss(ce=0, kl=1, hidden=0, temperature=4), id="kl-at-4"),
+    pytest.param(Loss(ce=0, kl=0, hidden=1), id="cosine"),
+]
+
+
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("width", [pytest.param(TEACHER, id="projected"), pytest.param(HIDDEN, id="as-wide")])
+@pytest.mark.parametrize(
+    "chunk",
+    [pytest.param(1, id="token-by-token"), pytest.param(10, id="chunks"), pytest.param(1000, id="one-chunk")],
+)
+# What fp32 leaves of sums over 131 logits of size 4 and 57 tokens; float64 leaves nothing that matters.
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [pytest.param(torch.float64, 1e-12, id="fp64"), pytest.param(torch.float32, 5e-5, id="fp32")],
+)
+def test_loss_parts_and_gradients_are_eager_float64s(
+    terms: Loss, width: int, chunk: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = inputs(dtype, new_seed(), width=width)
+    monkeypatch.setitem(
+        teacher_forced_head.CHUNK_BYTES, "cpu", chunk * given.output.element_size() * VOCABULARY
+    )
+    exact = given.exact()
+    found, wanted = forced_loss(*given, terms), eager(exact, terms)
+    (found.loss * 3).backward()  # a gradient from above that is not 1
+    (wanted.loss * 3).backward()
+    pairs = [*zip(found, wanted, strict=True)]
+    for got, want in zip(given[:3], exact[:3], strict=True):
+        if got is not None and want is not None:
+            pairs.append((got.grad, torch.zeros_like(want) if want.grad is None else want.grad))  # type: ignore[arg-type]
+    for got, want in pairs:
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def test_a_student_that_is_its_teacher_diverges_by_nothing() -> None:
+    given = inputs(torch.float32, new_seed(), width=HIDDEN)
+    itself = given._replace(teacher=Teacher(given.hidden.detach(), given.output.detach()))
+    found = forced_loss(*itself, Loss(ce=0, kl=1, hidden=0, temperature=2))
+    found.loss.backward()
+    supervised = itself.targets != NO_TARGET
+    assert found.loss == 0 and (found.kl_T[supervised] == 0).all()
+    assert (itself.hidden.grad == 0).all() and (itself.output.grad == 0).all()  # type: ignore[union-attr]
+    # 1 up to the rounding of a sum of 19 squares
+    torch.testing.assert_close(
+        found.cosine_T[supervised], torch.ones(int(supervised.sum())), rtol=0, atol=1e-6
+    )
+
+
+def test_positions_without_a_target_leave_no_trace() -> None:
+    given = inputs(torch.float64, new_seed())
+    found = forced_loss(*given, ALL)
+    found.loss.backward()
+    kept = given.targets != NO_TARGET
+    unlearned = inputs(torch.float64, 0, learned=0)
+    nothing = forced_loss(*unlearned, ALL)
+    nothing.loss.backward()
+    assert (given.hidden.grad[~kept] == 0).all() and all(part[~kept].isnan().all() for part in found[1:])  # type: ignore[index]
+    assert nothing.loss == 0 and all((leaf.grad == 0).all() for leaf in unlearned[:3])  # type: ignore[union-attr]
+
+
+def test_hidden_states_of_zero_length_have_no_direction_and_stay_finite() -> None:
+    given = inputs(torch.float32, new_seed())
+    zero = given._replace(hidden=torch.zeros_like(given.hidden).requires_grad_())
+    found = forced_loss(*zero, ALL)
+    found.loss.backward()
+    assert (
+        found.loss.isfinite() and zero.hidden.grad.isfinite().all() and zero.projection.grad.isfinite().all()
+    )  # type: ignore[union-attr]
+
+
+def test_a_missing_projection_is_said() -> None:
+    given = inputs(torch.float32, 0)
+    with pytest.raises(ValueError, match="19 wide, the teacher's 23: a projection is missing"):
+        forced_loss(*given._replace(projection=None), ALL)
+
+
+def test_no_tensor_is_ever_as_large_as_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for the logits of 8 tokens, the largest result is one of those: for one token more it would not fit."""
+    vocabulary, tokens = 1000, 200
+    monkeypatch.setitem(teacher_forced_head.CHUNK_BYTES, "cpu", 8 * 4 * vocabulary)
+    hidden, output = (
+        torch.randn(tokens, 4, requires_grad=True),
+        torch.randn(vocabulary, 4, requires_grad=True),
+    )
+    projection = torch.randn(6, 4, requires_grad=True)
+    teacher = Teacher(torch.randn(tokens, 6), torch.randn(vocabulary, 6))
+    with Largest() as largest:
+        found = forced_loss(
+            hidden,
+            output,
+            projection,
+            teacher,
+            torch.randint(0, vocabulary, (tokens,)),
+            torch.ones(tokens),
+            ALL,
+        )
+        found.loss.backward()
+    assert largest.numbers == 8 * vocabulary
+
+
+class Linear(NamedTuple):
+    """All that the objective asks of a student."""
+
+    output: Tensor
+    projection: Tensor | None
+
+
+def test_each_span_is_a_mean_of_its_own_over_the_global_batch() -> None:
+    """Two microbatches of unlike sizes come to what one eager mean over all of their tokens does, and the facts are those means."""
+    generator = torch.Generator().manual_seed(new_seed())
+    given = inputs(torch.float32, new_seed())
+    student = Linear(given.output, given.projection)
+    batches = []
+    for length in (9, 40):
+        tokens = torch.randint(0, VOCABULARY, (1, length), generator=generator)
+        spans = torch.randint(0, 3, (1, length), generator=generator, dtype=torch.uint8)
+        batches.append(Batch.of(tokens, spans, torch.zeros((1, length), dtype=torch.int32)))
+    counts = torch.stack([batch.counts for batch in batches]).sum(0)
+    weights = {"reasoning": 0.7, "final": 1.6}
+    hidden = dict(zip((9, 40), given.hidden.detach()[:49].split([9, 40]), strict=True))
+    teacher_hidden = dict(zip((9, 40), given.teacher.hidden_TG[:49].split([9, 40]), strict=True))
+    objective = teacher_forced(
+        counts, weights, ALL, given.teacher.output_VG, lambda batch: teacher_hidden[batch.tokens.numel()]
+    )
+    loss = sum(
+        float(objective.loss(batch, hidden[batch.tokens.numel()], student, 10.0)[0].detach())
+        for batch in batches
+    )  # type: ignore[arg-type]
+
+    exact, wanted, means = given.exact(), 0.0, objective.facts(objective.sums())
+    for number, (name, weight) in enumerate(weights.items(), start=1):
+        found = []
+        for batch in batches:
+            size = batch.tokens.numel()
+            chosen = torch.full((TOKENS,), NO_TARGET)
+            offset = 0 if size == 9 else 9
+            chosen[offset : offset + size] = batch.target.where(batch.span == number, NO_TARGET)
+            found.append(
+                eager(exact._replace(targets=chosen, share=torch.ones(TOKENS, dtype=torch.float64)), ALL)
+            )
+        n = sum(int((batch.span == number).sum()) for batch in batches)
+        wanted += weight / n * sum(float(part.loss.detach()) for part in found)
+        kl = sum(float(part.kl_T.nansum()) for part in found) / n
+        assert means["kl"][name] == pytest.approx(kl, rel=1e-5)
+        assert means["cosine"][name] == pytest.approx(
+            sum(float(part.cosine_T.nansum()) for part in found) / n, abs=1e-6
+        )
+    assert loss / 10 == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_gpus_kernels_are_float64s_too() -> None:
+    """The same kernels under Triton's interpreter: several tiles and rests each way, extreme logits, shares of several sizes."""
+    code = f"""
+        import torch
+        from vpmoe.api.stages import Loss
+        from vpmoe.objectives import forced_kernels, kernels
+        torch.manual_seed({new_seed()})
+        kernels.TILE, kernels.BAND, forced_kernels.BLOCK = (16, 32, 16), 2, 64
+        terms = Loss(ce=0.3, kl=0.5, hidden=0.0, temperature=2.5)
+        hidden, output = torch.randn(37, 40), 3 * torch.randn(150, 40)
+        y, targets, share = torch.randn(37, 150) * 10, torch.randint(0, 150, (37,)), torch.rand(37)
+        hidden[1] *= 10
+        hidden[2], targets[1], targets[2] = 0, 149, 0
+        x = hidden.double() @ output.double().T
+        y[3] = x[3]
+        exact, teacher = x.requires_grad_(), y.double()
+        q, p = (exact / 2.5).log_softmax(1), (teacher / 2.5).log_softmax(1)
+        want_kl, want = (p.exp() * (p - q)).sum(1), torch.log_softmax(exact, 1)[torch.arange(37), targets]
+        (share.double() * (0.5 * 2.5**2 * want_kl - 0.3 * want)).sum().backward()
+        logp, kl, grad = forced_kernels.compare_(hidden, output, y, targets, share, terms)
+        # fp16 rounds a logit by at most 2**-11 of its size, so a logit less its log-sum-exp by twice that of the row's largest: d. A KL at
+        # temperature T moves by d / T at most, a probability by the factor exp(d), or exp(d / T); 1e-4 is for sums in fp32.
+        d = 2**-10 * exact.detach().abs().amax(1) + 1e-4
+        assert ((logp.double() - want.detach()).abs() <= d).all(), logp.double() - want.detach()
+        assert ((kl.double() - want_kl.detach()).abs() <= d / 2.5 + 1e-4).all(), kl.double() - want_kl.detach()
+        q, s = q.detach().exp(), exact.detach().softmax(1)
+        bound = share.double()[:, None] * (0.5 * 2.5 * q * (d / 2.5).expm1()[:, None] + 0.3 * s * d.expm1()[:, None]) + 1e-4
+        assert ((grad.double() - exact.grad).abs() <= bound).all(), ((grad.double() - exact.grad).abs() / bound).max()
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        check=True,
+        timeout=120,
+    )

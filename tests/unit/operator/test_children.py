@@ -1,0 +1,398 @@
+"""The objects that the operator makes: what stands in them, that any run's names fit, and that the restricted standard holds."""
+
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+import yaml
+from distill_operator.attempt import Attempt, Origin, child_name
+from distill_operator.children import build_child, build_config_map
+from distill_operator.settings import Settings
+
+from tests.fakes import simulated_cluster
+from tests.fakes.simulated_cluster import EVALUATED, ONPOLICY, SETTINGS, SHA, UID, live, manifest
+from vpmoe.api import DistillRun, Invalid
+
+ORIGIN = Origin(SHA, "b" * 64, "d" * 64)
+RESCORED = [{"name": "rescored", "kind": "Rescored", "tokens": 1000}]
+FORCED = [{"name": "forced", "kind": "TeacherForced", "tokens": 1000}]
+EVALUATED_ONPOLICY = {
+    "stages": [{**ONPOLICY, "sampler": {"gpus": 3}}],
+    "student": {"shape": "tiny", "gpus": 7},
+    "teacher": {"model": "s3://models/teacher", "gpus": 2},
+    "training": {"sequenceLength": 512, "globalBatchTokens": 8192},
+    "evaluation": EVALUATED,
+}
+EVERYWHERE = {
+    "nodeSelector": {"pool": "a"},
+    "tolerations": [{"key": "gpu", "operator": "Exists", "tolerationSeconds": 5}],
+}
+
+
+def run(**spec: Any) -> DistillRun:
+    parsed = live(**spec).run
+    assert parsed is not None, live(**spec).invalid
+    return parsed
+
+
+def child(
+    step: str = "vanilla", number: int = 2, settings: Settings = SETTINGS, **spec: Any
+) -> dict[str, Any]:
+    return build_child(Attempt(run(**spec), step, number, ORIGIN, settings))
+
+
+def templates(obj: dict[str, Any]) -> list[dict[str, Any]]:
+    return [template for _, template in simulated_cluster.templates(obj)]
+
+
+CHILDREN = [
+    pytest.param("preprocess", {}, id="preprocess"),
+    pytest.param("vanilla", {}, id="PyTorchJob"),
+    pytest.param(
+        "vanilla", {"student": {"shape": "tiny", "gpus": 4, "gpusPerPod": 1}}, id="PyTorchJob of several pods"
+    ),
+    pytest.param("vanilla", {"runtime": {"backend": "Job"}}, id="Job"),
+    pytest.param("rescore", {"stages": RESCORED}, id="rescore"),
+    pytest.param(
+        "forced",
+        {"stages": FORCED, "student": {"shape": "tiny", "gpus": 4, "gpusPerPod": 1}},
+        id="TeacherForced",
+    ),
+    *(
+        pytest.param(f"onpolicy{of}", EVALUATED_ONPOLICY, id=f"OnPolicy{of}")
+        for of in ("-sampler", "-teacher", "", "-evaluate")
+    ),
+]
+ROLES = {
+    "preprocess": "preprocess",
+    "rescore": "rescore",
+    "onpolicy-sampler": "sampler",
+    "onpolicy-teacher": "teacher",
+    "onpolicy-evaluate": "evaluate",
+}
+"""Steps whose pods are not of the role train."""
+
+
+@pytest.mark.parametrize("step, spec", CHILDREN)
+def test_every_pod_satisfies_the_restricted_standard(step: str, spec: dict[str, Any]) -> None:
+    for template in templates(child(step, **spec)):
+        pod, container = template["spec"], template["spec"]["containers"][0]
+        security = pod["securityContext"]
+        assert security["runAsNonRoot"] is True
+        assert security["runAsUser"] == security["runAsGroup"] == 65532
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert pod["automountServiceAccountToken"] is False
+        written = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+        assert written == {"/tmp", "/dev/shm"}
+        assert {"name": "shm", "emptyDir": {"medium": "Memory"}} in pod["volumes"]
+        assert pod["terminationGracePeriodSeconds"] == 300
+        assert pod["shareProcessNamespace"] is True, "process 1 gets no SIGTERM before it has a handler"
+        assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
+@pytest.mark.parametrize("step, spec", CHILDREN)
+def test_child_and_pods_say_where_they_come_from(step: str, spec: dict[str, Any]) -> None:
+    obj = child(step, **spec)
+    for metadata in [obj["metadata"], *(template["metadata"] for template in templates(obj))]:
+        short, whole = metadata["labels"], metadata["annotations"]
+        assert (short["vpmoe.dev/run"], short["vpmoe.dev/step"], short["vpmoe.dev/attempt"]) == (
+            "first",
+            step,
+            "2",
+        )
+        assert (short["vpmoe.dev/git-sha"], short["vpmoe.dev/config"], short["vpmoe.dev/dataset"]) == (
+            SHA[:16],
+            "b" * 16,
+            "d" * 16,
+        )
+        assert (whole["vpmoe.dev/git-sha"], whole["vpmoe.dev/config"], whole["vpmoe.dev/dataset"]) == (
+            SHA,
+            "b" * 64,
+            "d" * 64,
+        )
+
+
+@pytest.mark.parametrize("step, spec", CHILDREN)
+def test_children_are_owned_by_their_run(step: str, spec: dict[str, Any]) -> None:
+    parsed = run(**spec)
+    for obj in (child(step, **spec), build_config_map(parsed, ORIGIN)):
+        assert obj["metadata"]["namespace"] == "team"
+        (owner,) = obj["metadata"]["ownerReferences"]
+        assert (owner["uid"], owner["kind"], owner["controller"], owner["blockOwnerDeletion"]) == (
+            UID,
+            "DistillRun",
+            True,
+            True,
+        )
+
+
+@pytest.mark.parametrize("step, spec", CHILDREN)
+def test_the_command_names_run_step_and_attempt(step: str, spec: dict[str, Any]) -> None:
+    module = f"jobs.{ROLES.get(step, 'train')}"
+    for template in templates(child(step, **spec)):
+        container = template["spec"]["containers"][0]
+        command = ["python", "-m", module, "--run", "/etc/vpmoe/run.yaml", "--step", step, "--attempt", "2"]
+        assert (container["command"], container["workingDir"]) == (command, "/opt/vpmoe")
+
+
+def test_the_config_map_holds_the_very_run_and_is_of_this_run_alone() -> None:
+    parsed = run(suspend=True, deletionPolicy="Delete")
+    config_map = build_config_map(parsed, ORIGIN)
+    read = DistillRun.parse(yaml.safe_load(config_map["data"]["run.yaml"]))
+    assert (read.config_hash, read.uid8, read.metadata) == (parsed.config_hash, "0a1b2c3d", parsed.metadata)
+    assert config_map["immutable"] is True
+    assert config_map["metadata"]["name"] == "first-config-0a1b2c3d", (
+        "kubelets keep an immutable ConfigMap of the same name"
+    )
+
+
+def test_preprocessing_is_an_indexed_job_of_as_many_pods_as_workers() -> None:
+    spec = child("preprocess", dataset={"source": "s3://corpora/*.parquet", "maxLength": 512, "workers": 5})[
+        "spec"
+    ]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 5, 5)
+    assert (
+        spec["backoffLimit"],
+        spec["podReplacementPolicy"],
+        spec["template"]["spec"]["restartPolicy"],
+    ) == (0, "Failed", "Never")
+    assert "nvidia.com/gpu" not in str(spec)
+
+
+@pytest.mark.parametrize(
+    "student, replicas, processes",
+    [
+        pytest.param({"gpus": 7}, {"Master": 1}, 7, id="one pod"),
+        pytest.param({"gpus": 2, "gpusPerPod": 1}, {"Master": 1, "Worker": 1}, 1, id="two pods of one"),
+        pytest.param({"gpus": 8, "gpusPerPod": 2}, {"Master": 1, "Worker": 3}, 2, id="four pods of two"),
+    ],
+)
+def test_a_pytorchjob_has_one_master_and_the_rest_as_workers(
+    student: dict[str, Any], replicas: dict[str, int], processes: int
+) -> None:
+    training = {"sequenceLength": 512, "globalBatchTokens": 8192}
+    spec = child(student={"shape": "tiny", **student}, training=training)["spec"]
+    assert {role: replica["replicas"] for role, replica in spec["pytorchReplicaSpecs"].items()} == replicas
+    assert spec["nprocPerNode"] == str(processes)
+    assert spec["runPolicy"] == {"cleanPodPolicy": "Running"}
+    assert "elasticPolicy" not in spec
+    for replica in spec["pytorchReplicaSpecs"].values():
+        (container,) = replica["template"]["spec"]["containers"]
+        assert container["name"] == "pytorch"
+        assert container["resources"]["limits"] == {"nvidia.com/gpu": processes}
+        assert replica["restartPolicy"] == "Never"
+
+
+@pytest.mark.parametrize(
+    "stage, step, gpus", [(None, "vanilla", 4), (FORCED, "forced", 5)], ids=["students", "and their teacher"]
+)
+def test_a_job_has_all_processes_in_one_pod(stage: list[Any] | None, step: str, gpus: int) -> None:
+    spec = child(
+        step,
+        runtime={"backend": "Job"},
+        student={"shape": "tiny", "gpus": 4},
+        **({"stages": stage} if stage else {}),
+    )["spec"]
+    assert (spec["parallelism"], spec["backoffLimit"]) == (1, 0)
+    assert spec["template"]["spec"]["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": gpus}
+
+
+@pytest.mark.parametrize(
+    "student, master, worker",
+    [
+        pytest.param({"gpus": 7}, 8, None, id="one pod"),
+        pytest.param({"gpus": 4, "gpusPerPod": 2}, 3, 2, id="two pods"),
+    ],
+)
+def test_a_teacher_that_forces_has_a_gpu_of_the_master_beyond_the_processes(
+    student: dict[str, Any], master: int, worker: int | None
+) -> None:
+    training = {"sequenceLength": 512, "globalBatchTokens": 8192}
+    teacher = {"model": "s3://models/teacher", "gpus": 2}
+    spec = child(
+        "forced", stages=FORCED, student={"shape": "tiny", **student}, training=training, teacher=teacher
+    )["spec"]
+    gpus = {
+        role: replica["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+        for role, replica in spec["pytorchReplicaSpecs"].items()
+    }
+    assert gpus == {"Master": master, **({"Worker": worker} if worker else {})}
+    assert spec["nprocPerNode"] == str(student.get("gpusPerPod", student["gpus"])), (
+        "the launcher starts the teacher, torchrun the ranks"
+    )
+
+
+def test_rescoring_is_an_indexed_job_of_a_teacher_a_pod_in_the_inference_image() -> None:
+    spec = child("rescore", stages=RESCORED, teacher={"model": "s3://models/teacher", "gpus": 3})["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"], spec["backoffLimit"]) == (
+        "Indexed",
+        3,
+        3,
+        0,
+    )
+    (container,) = spec["template"]["spec"]["containers"]
+    assert (container["name"], container["image"]) == ("rescore", "vpmoe/inference:1")
+    assert {"name": "VPMOE_IMAGE", "value": "vpmoe/inference:1"} in container["env"], (
+        "provenance names the image that it runs in"
+    )
+    assert container["resources"] == {"requests": {"memory": "2Gi"}, "limits": {"nvidia.com/gpu": 1}}
+
+
+@pytest.mark.parametrize(
+    "step, pods, gpus, image",
+    [
+        pytest.param(
+            "onpolicy-sampler",
+            {"completions": 1, "parallelism": 1},
+            3,
+            "vpmoe/inference:1",
+            id="one pod of sampler.gpus",
+        ),
+        pytest.param(
+            "onpolicy-teacher",
+            {"completionMode": "Indexed", "completions": 2, "parallelism": 2},
+            1,
+            "vpmoe/inference:1",
+            id="a pod for each of teacher.gpus",
+        ),
+        pytest.param(
+            "onpolicy",
+            {"completions": 1, "parallelism": 1},
+            4,
+            "vpmoe/trainer:1",
+            id="what the sampler leaves",
+        ),
+        pytest.param(
+            "onpolicy-evaluate", {"completions": 1, "parallelism": 1}, 1, "vpmoe/inference:1", id="one GPU"
+        ),
+    ],
+)
+def test_the_jobs_of_an_on_policy_stage_share_the_runs_gpus(
+    step: str, pods: dict[str, Any], gpus: int, image: str
+) -> None:
+    job = child(step, **EVALUATED_ONPOLICY, runtime={"backend": "Job"})
+    spec, role = job["spec"], ROLES.get(step, "train")
+    assert (job["kind"], {key: spec[key] for key in pods}, spec["backoffLimit"]) == ("Job", pods, 0)
+    assert ("completionMode" in spec) == ("completionMode" in pods)
+    (container,) = spec["template"]["spec"]["containers"]
+    assert (container["name"], container["image"], container["resources"]["limits"]) == (
+        role,
+        image,
+        {"nvidia.com/gpu": gpus},
+    )
+    assert {"name": "VPMOE_IMAGE", "value": image} in container["env"]
+
+
+def test_only_what_trains_is_a_pytorchjob() -> None:
+    kinds = {step: child(step, **EVALUATED_ONPOLICY)["kind"] for step in run(**EVALUATED_ONPOLICY).steps()}
+    assert {step for step, kind in kinds.items() if kind == "PyTorchJob"} == {"onpolicy"}
+
+
+@pytest.mark.parametrize(
+    "given, resources",
+    [
+        pytest.param({}, {"requests": {"cpu": "4"}, "limits": {"nvidia.com/gpu": 2}}, id="the chart's"),
+        pytest.param(
+            {"train": {"requests": {"memory": "1Gi"}, "limits": {"memory": "2Gi"}}},
+            {"requests": {"memory": "1Gi"}, "limits": {"memory": "2Gi", "nvidia.com/gpu": 2}},
+            id="the run's",
+        ),
+    ],
+)
+def test_resources_are_the_runs_own_or_the_charts(given: dict[str, Any], resources: dict[str, Any]) -> None:
+    assert (
+        templates(child(runtime={"resources": given}))[0]["spec"]["containers"][0]["resources"] == resources
+    )
+
+
+@pytest.mark.parametrize("secret", ["vpmoe-s3", None])
+def test_credentials_come_from_the_runs_secret_or_from_the_service_account(secret: str | None) -> None:
+    storage = {"bucket": "vpmoe", "credentialsSecret": secret}
+    env = templates(child(storage=storage))[0]["spec"]["containers"][0]["env"]
+    from_secrets = {
+        entry["name"]: entry["valueFrom"]["secretKeyRef"] for entry in env if "valueFrom" in entry
+    }
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if secret else ()
+    assert from_secrets == {name: {"name": "vpmoe-s3", "key": name} for name in names}
+    assert {entry["name"]: entry.get("value") for entry in env}["VPMOE_GIT_SHA"] == SHA
+
+
+def test_the_certificates_of_the_store_are_mounted_and_named() -> None:
+    pod = templates(child(storage={"bucket": "vpmoe", "caSecret": "authority"}))[0]["spec"]
+    assert {"name": "AWS_CA_BUNDLE", "value": "/etc/vpmoe-ca/ca.crt"} in pod["containers"][0]["env"]
+    assert any(volume.get("secret", {}).get("secretName") == "authority" for volume in pod["volumes"])
+
+
+def test_runtime_reaches_every_pod() -> None:
+    runtime = {
+        **EVERYWHERE,
+        "serviceAccountName": "writer",
+        "priorityClassName": "high",
+        "imagePullSecrets": [{"name": "registry"}],
+    }
+    for template in templates(child(runtime=runtime, student={"shape": "tiny", "gpus": 2, "gpusPerPod": 1})):
+        pod = template["spec"]
+        assert (pod["serviceAccountName"], pod["priorityClassName"], pod["imagePullSecrets"]) == (
+            "writer",
+            "high",
+            [{"name": "registry"}],
+        )
+        assert (pod["nodeSelector"], pod["tolerations"]) == (
+            EVERYWHERE["nodeSelector"],
+            EVERYWHERE["tolerations"],
+        )
+
+
+def test_a_queue_is_a_label_of_the_child_and_its_only_sign() -> None:
+    assert child(runtime={"queueName": "team"})["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+    assert "kueue.x-k8s.io/queue-name" not in child()["metadata"]["labels"]
+
+
+@pytest.mark.parametrize("step, spec", CHILDREN)
+def test_training_pods_alone_serve_metrics_on_the_port_that_they_name(
+    step: str, spec: dict[str, Any]
+) -> None:
+    for template in templates(child(step, **spec)):
+        container = template["spec"]["containers"][0]
+        env = {entry["name"]: entry.get("value") for entry in container["env"]}
+        ports = [str(port["containerPort"]) for port in container.get("ports", [])]
+        assert ports == [env[name] for name in ("VPMOE_METRICS_PORT",) if name in env]
+        assert len(ports) == (step not in ROLES)
+
+
+def test_the_longest_names_fit_where_kubernetes_puts_them() -> None:
+    stages = [{"name": "q" * 16, "kind": "Rescored", "tokens": 1000}, {**ONPOLICY, "name": "s" * 16}]
+    spec = {**live_manifest("x")["spec"], "stages": stages, "evaluation": EVALUATED}
+    long = DistillRun.parse({**live_manifest("r" * 30), "spec": spec})
+    for step in long.steps():
+        obj = build_child(Attempt(long, step, 9999, ORIGIN, SETTINGS))
+        most = 54 if obj["kind"] == "PyTorchJob" else 61 if "completionMode" in obj["spec"] else 63
+        assert len(obj["metadata"]["name"]) <= most, "host names of 63 characters: <name>-master-0, <name>-0"
+        assert all(
+            re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", v)
+            for v in obj["metadata"]["labels"].values()
+        )
+    with pytest.raises(Invalid):
+        DistillRun.parse(live_manifest("r" * 31))
+
+
+def test_no_two_runs_have_children_of_one_name() -> None:
+    """A stage is called neither sampler nor teacher nor evaluate, so where a run's name ends can be told from what follows."""
+    names = Counter[str]()
+    for name in ("a", "a-b", "a-b-c", "a-sampler", "a-b-sampler", "a-evaluate"):
+        stages = [{**ONPOLICY, "name": stage} for stage in ("b", "c", "a1", "bsampler")]
+        spec = {**live_manifest("x")["spec"], "stages": stages, "evaluation": EVALUATED}
+        parsed = DistillRun.parse({**live_manifest(name), "spec": spec})
+        names.update(child_name(parsed, step, attempt) for step in parsed.steps() for attempt in (1, 11))
+    assert {name for name, count in names.items() if count > 1} == set()
+
+
+def live_manifest(name: str) -> dict[str, Any]:
+    obj = manifest()
+    return {**obj, "metadata": {**obj["metadata"], "name": name}}

@@ -1,0 +1,156 @@
+"""Which runs fit the pool together, in whose order, and what those are told that wait."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from distill_operator.claims import claim_of
+from distill_operator.gpu_scheduler import Decision, GpuRequest, Node, admit, nodes
+
+from tests.fakes.simulated_cluster import ALL_KINDS, ONPOLICY, live
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+POOL = [Node("a", {"pool": "x"}, 8)]
+
+
+def claim(
+    name: str,
+    gpus: int = 8,
+    age: int = 0,
+    admitted: bool = False,
+    per_pod: int | None = None,
+    **selector: str,
+) -> GpuRequest:
+    """A run of `gpus`, one of them the teacher's; the higher its age, the older it is."""
+    return GpuRequest(
+        name,
+        f"uid-{name}",
+        START - timedelta(seconds=age),
+        1,
+        gpus - 1,
+        per_pod or gpus - 1,
+        selector,
+        admitted,
+    )
+
+
+def verdict(mine: GpuRequest, *others: GpuRequest, pool: list[Node] = POOL) -> Decision:
+    return admit(mine, [mine, *others], pool)
+
+
+@pytest.mark.parametrize(
+    "mine, others, admitted",
+    [
+        pytest.param(claim("a"), [], True, id="alone"),
+        pytest.param(claim("a", 4), [claim("b", 4, admitted=True)], True, id="beside another"),
+        pytest.param(claim("a"), [claim("b", 1, admitted=True)], False, id="one GPU short"),
+        pytest.param(claim("a"), [claim("b", age=9)], False, id="an older one waits"),
+        pytest.param(claim("a"), [claim("b", age=-9)], True, id="a younger one waits"),
+        pytest.param(claim("a"), [claim("b")], True, id="same age: by name"),
+        pytest.param(claim("b"), [claim("a")], False, id="same age: by name, the other way"),
+        pytest.param(
+            claim("a", 2),
+            [claim("b", age=9), claim("c", 6, admitted=True)],
+            False,
+            id="a small young one does not slip through",
+        ),
+        pytest.param(
+            claim("a"), [claim("b", 16, age=9)], True, id="an older one that can never fit does not block"
+        ),
+        pytest.param(
+            claim("a"),
+            [claim("b", age=9, pool="elsewhere")],
+            True,
+            id="an older one of another pool does not block",
+        ),
+    ],
+)
+def test_the_oldest_goes_first_and_only_into_free_gpus(
+    mine: GpuRequest, others: list[GpuRequest], admitted: bool
+) -> None:
+    assert verdict(mine, *others).admitted is admitted
+
+
+def test_the_arithmetic_is_in_the_message() -> None:
+    words = verdict(claim("second"), claim("team/first", admitted=True)).arithmetic
+    assert words == (
+        "needs 8 GPUs (1 teacher + 7 student); the pool has 8 on 1 ready node, of which 8 are held by team/first (8): 0 are left."
+    )
+
+
+@pytest.mark.parametrize(
+    "mine, pool, words",
+    [
+        pytest.param(
+            claim("a", 16), POOL, "the pool has 8 on 1 ready node: it can never start there", id="too many"
+        ),
+        pytest.param(claim("a"), [], "the pool has 0 on 0 ready nodes", id="no node"),
+        pytest.param(
+            claim("a", 8, per_pod=7),
+            [Node("a", {}, 4), Node("b", {}, 4)],
+            "the largest node of the pool has 4",
+            id="small nodes",
+        ),
+        pytest.param(
+            claim("a", pool="y"), POOL, "0 ready nodes matching runtime.nodeSelector", id="no such pool"
+        ),
+    ],
+)
+def test_a_run_that_can_never_fit_says_so(mine: GpuRequest, pool: list[Node], words: str) -> None:
+    found = verdict(mine, pool=pool)
+    assert (found.admitted, found.hopeless) == (False, True)
+    assert words in found.arithmetic
+
+
+def test_pools_that_share_no_node_do_not_count_each_other() -> None:
+    pool = [Node("a", {"pool": "x"}, 8), Node("b", {"pool": "y"}, 8)]
+    other = claim("other", admitted=True, pool="y")
+    assert verdict(claim("mine", pool="x"), other, pool=pool).admitted
+    assert verdict(claim("anywhere", 8), other, pool=pool).admitted, "16 in all"
+    assert not verdict(claim("mine", pool="y"), other, pool=pool).admitted
+
+
+def node(name: str, gpus: str | None = "8", ready: str = "True", **spec: Any) -> dict[str, Any]:
+    allocatable = {"nvidia.com/gpu": gpus} if gpus else {}
+    status = {"allocatable": allocatable, "conditions": [{"type": "Ready", "status": ready}]}
+    return {"metadata": {"name": name, "labels": {}}, "spec": spec, "status": status}
+
+
+def test_only_ready_schedulable_nodes_are_in_the_pool() -> None:
+    objects = [
+        node("good"),
+        node("cordoned", unschedulable=True),
+        node("lost", ready="Unknown"),
+        node("cpu", None),
+    ]
+    assert [(found.name, found.gpus) for found in nodes(objects)] == [("good", 8), ("cpu", 0)]
+
+
+@pytest.mark.parametrize(
+    "stages, student, per_pod",
+    [
+        pytest.param(ALL_KINDS[:2], {"gpus": 4}, 4, id="students"),
+        pytest.param(ALL_KINDS, {"gpus": 4}, 5, id="students and the teacher's process"),
+        pytest.param(
+            ALL_KINDS,
+            {"gpus": 4, "gpusPerPod": 1},
+            2,
+            id="a student a pod, and the teacher's process beside one",
+        ),
+        pytest.param(
+            [{**ONPOLICY, "sampler": {"gpus": 3}}],
+            {"gpus": 4, "gpusPerPod": 1},
+            3,
+            id="all that samples in one pod",
+        ),
+    ],
+)
+def test_a_run_claims_what_its_steps_can_ever_ask_for_at_once(
+    stages: list[dict[str, Any]], student: dict[str, Any], per_pod: int
+) -> None:
+    run = live(
+        stages=stages, student={"shape": "tiny", **student}, teacher={"model": "s3://models/t", "gpus": 2}
+    )
+    assert run.run is not None
+    found = claim_of(run.run, run)
+    assert (found.teacher, found.student, found.gpus, found.per_pod) == (2, 4, 6, per_pod)

@@ -1,0 +1,237 @@
+"""The launcher: where ranks are placed, and how it ends, with small programs in the place of training."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vpmoe import failure
+from vpmoe.api import DistillRun
+from vpmoe.api.layout import layout
+from vpmoe.failure import Permanent
+from vpmoe.process import launcher
+from vpmoe.process.launcher import Placement
+
+POD = {
+    "PET_NNODES": "2",
+    "PET_NODE_RANK": "1",
+    "PET_MASTER_ADDR": "job-master-0",
+    "PET_MASTER_PORT": "23456",
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+}
+
+
+def spec(run_spec: dict[str, Any], **student: int) -> DistillRun:
+    run_spec["spec"]["student"] |= student
+    run_spec["spec"]["training"]["globalBatchTokens"] = 8192
+    return DistillRun.parse(run_spec)
+
+
+@pytest.mark.parametrize(
+    "student, environment, first, here",
+    [
+        pytest.param({"gpus": 1}, {}, 0, 1, id="one-by-hand"),
+        pytest.param({"gpus": 4}, {}, 0, 4, id="four-by-hand"),
+        pytest.param({"gpus": 4, "gpusPerPod": 2}, {}, 0, 4, id="two-pods-worth-by-hand"),
+        pytest.param({"gpus": 4, "gpusPerPod": 2}, POD, 2, 2, id="second-of-two-pods"),
+        pytest.param(
+            {"gpus": 4, "gpusPerPod": 2}, {**POD, "PET_NODE_RANK": "0"}, 0, 2, id="first-of-two-pods"
+        ),
+    ],
+)
+def test_each_pod_starts_its_own_ranks(
+    run_spec: dict[str, Any], student: dict[str, int], environment: dict[str, str], first: int, here: int
+) -> None:
+    run = spec(run_spec, **student)
+    placed = launcher.place(layout(run.spec.student, run.spec.training, run.spec.stages[0]), environment)
+    assert (placed.ranks, placed.first, placed.here) == (student["gpus"], first, here)
+    assert placed.address == environment.get("PET_MASTER_ADDR", "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    "environment, teaches, port",
+    [
+        pytest.param({}, True, None, id="by-hand"),
+        pytest.param({**POD, "PET_NODE_RANK": "0"}, True, 23457, id="first-pod"),
+        pytest.param(POD, False, 23457, id="second-pod"),
+    ],
+)
+def test_the_first_pod_starts_the_teacher_on_the_gpu_after_its_ranks(
+    run_spec: dict[str, Any], environment: dict[str, str], teaches: bool, port: int | None
+) -> None:
+    run = spec(run_spec, gpus=4, gpusPerPod=2)
+    placed = launcher.place(
+        layout(run.spec.student, run.spec.training, run.spec.stages[0]), environment, teacher=True
+    )
+    assert placed.teaches is teaches and (
+        placed.teacher_port == port if port else placed.teacher_port != placed.port
+    )
+    student, teacher = (launcher.settings(placed, local, environment) for local in (0, placed.here))
+    assert (
+        teacher["LOCAL_RANK"] == str(placed.here)
+        and teacher["VPMOE_PART"] == "teacher"
+        and not teacher["RANK"]
+    )
+    assert "VPMOE_PART" not in student and student["VPMOE_TEACHER_PORT"] == teacher["VPMOE_TEACHER_PORT"]
+    assert not launcher.place(
+        layout(run.spec.student, run.spec.training, run.spec.stages[0]), environment
+    ).teaches
+
+
+def test_a_job_of_other_pods_than_the_layout_is_refused(run_spec: dict[str, Any]) -> None:
+    run = spec(run_spec, gpus=4, gpusPerPod=1)
+    with pytest.raises(Permanent, match="has 2 pods, but 4 ranks, 1 a pod, are 4"):
+        launcher.place(layout(run.spec.student, run.spec.training, run.spec.stages[0]), POD)
+
+
+FAIL_BY_RANK = "import os, sys, time; rank = int(os.environ['RANK']); time.sleep(0 if rank == 1 else {others}); sys.exit({code} if rank == 1 else 0)"
+KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+SAVES = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print('ready', flush=True); time.sleep(60)"
+TELL = "import os; assert os.environ['WORLD_SIZE'] == '3' and os.environ['LOCAL_RANK'] == str(int(os.environ['RANK']) - 1)"
+
+
+def ended(
+    monkeypatch: pytest.MonkeyPatch,
+    log: Path,
+    program: str,
+    stopping: threading.Event | None = None,
+    grace: float = 0.3,
+) -> int:
+    return end_of(monkeypatch, log, program, Placement(3, 1, 2, "127.0.0.1", 1), stopping, grace)
+
+
+def end_of(
+    monkeypatch: pytest.MonkeyPatch,
+    log: Path,
+    program: str,
+    placement: Placement,
+    stopping: threading.Event | None,
+    grace: float,
+) -> int:
+    log.touch()
+    monkeypatch.setenv("VPMOE_TERMINATION_LOG", str(log))
+    monkeypatch.setattr(launcher, "GRACE", grace)
+    return launcher.launch(placement, [sys.executable, "-c", program], stopping or threading.Event())
+
+
+@pytest.mark.parametrize(
+    "program, code, words",
+    [
+        pytest.param(TELL, 0, None, id="all-succeed"),
+        pytest.param(FAIL_BY_RANK.format(code=65, others=0.2), 65, None, id="one-fails"),
+        pytest.param(FAIL_BY_RANK.format(code=75, others=60), 75, None, id="the-others-hang"),
+        pytest.param(KILLED, 75, "rank 1 was killed by SIGKILL", id="killed"),
+    ],
+)
+def test_it_ends_as_the_first_worker_that_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, code: int, words: str | None
+) -> None:
+    assert ended(monkeypatch, tmp_path / "log", program) == code
+    found = failure.read(tmp_path / "log")
+    assert (
+        found is None
+        if words is None
+        else found is not None and found.message.startswith(words) and found.exit == code
+    )
+
+
+BY_PART = "import os, signal, sys, time; teacher = os.environ.get('VPMOE_PART') == 'teacher'; "
+
+
+@pytest.mark.parametrize(
+    "program, grace, code, words",
+    [
+        pytest.param("sys.exit(0)", 60, 0, None, id="all-succeed"),
+        pytest.param(
+            "time.sleep(60 if teacher else 0); sys.exit(65)",
+            60,
+            65,
+            None,
+            id="the-teacher-outlives-failed-ranks",
+        ),
+        pytest.param("time.sleep(0 if teacher else 60); sys.exit(65)", 0.3, 65, None, id="the-teacher-fails"),
+        pytest.param(
+            "os.kill(os.getpid(), 9) if teacher else time.sleep(60)",
+            0.3,
+            75,
+            "the teacher was killed by SIGKILL",
+            id="killed",
+        ),
+    ],
+)
+def test_ranks_and_their_teacher_end_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, grace: float, code: int, words: str | None
+) -> None:
+    placed = Placement(3, 0, 2, "127.0.0.1", 1, teacher_port=2)
+    assert end_of(monkeypatch, tmp_path / "log", BY_PART + program, placed, None, grace) == code
+    found = failure.read(tmp_path / "log")
+    assert (
+        found is None
+        if words is None
+        else found is not None and found.message.startswith(words) and found.rank is None
+    )
+
+
+def test_who_was_killed_has_the_word_before_those_that_miss_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Rank 2 says that its peer is gone while rank 1's death is not known to the launcher yet."""
+    log = tmp_path / "log"
+    complains = (
+        f"open({str(log)!r}, 'w').write('rank 2 misses rank 1'); os.kill(int(open('{tmp_path}/1').read()), 9)"
+    )
+    program = (
+        f"import os, sys, time; rank = os.environ['RANK']; open('{tmp_path}/' + rank, 'w').write(str(os.getpid())); time.sleep(0.5); "
+        f"rank == '2' and exec({complains!r}); time.sleep(0 if rank == '2' else 60); sys.exit(70)"
+    )
+    assert ended(monkeypatch, log, program, grace=5) == 75
+    found = failure.read(log)
+    assert found is not None and found.message.startswith("rank 1 was killed by SIGKILL") and found.rank == 1
+
+
+def test_sigterm_reaches_every_worker_and_their_code_is_passed_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stopping = threading.Event()
+    threading.Timer(1.0, stopping.set).start()
+    assert ended(monkeypatch, tmp_path / "log", SAVES, stopping) == 143
+
+
+def test_a_worker_that_fails_while_the_others_save_does_not_hold_them_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stopping = threading.Event()
+    threading.Timer(1.0, stopping.set).start()
+    hangs = "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(70) if os.environ['RANK'] == '1' else None); "
+    assert ended(monkeypatch, tmp_path / "log", hangs + "time.sleep(3); time.sleep(60)", stopping) == 70
+
+
+def test_workers_that_do_not_listen_yet_are_stopped_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stopping = threading.Event()
+    threading.Timer(0.5, stopping.set).start()
+    assert ended(monkeypatch, tmp_path / "log", "import time; time.sleep(60)", stopping) == 143
+    found = failure.read(tmp_path / "log")
+    assert found is not None and found.kind == "Terminated"
+
+
+def test_workers_die_with_their_launcher(tmp_path: Path) -> None:
+    worker = "from vpmoe.training import launch; launch.die_with_launcher(); print('ready', flush=True); import time; time.sleep(60)"
+    launcher = (
+        "import sys, threading; from vpmoe.training import launch; from vpmoe.process.launcher import Placement;"
+        f"launch.launch(Placement(1, 0, 1, '127.0.0.1', 1), [sys.executable, '-c', {worker!r}], threading.Event())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGKILL)
+    assert process.stdout.read() == b"", "the pipe closes when its last writer, the worker, is gone"
+    process.wait()

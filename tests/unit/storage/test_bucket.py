@@ -1,0 +1,431 @@
+"""The bucket against a real S3 server: what is written comes back proved, and what was altered is refused in plain words."""
+
+import hashlib
+import os
+import random
+import resource
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from devcluster import certificates
+from tests.conftest import S3
+from tests.fakes.fault_proxy import faulty
+from vpmoe.api.storage import Storage
+from vpmoe.storage import BLOCK, Bucket, Credentials, Patience, StorageError, Stored
+
+MIB = 2**20
+HASTY = Patience(attempts=3, connect=2, read=1, first_pause=0.01, longest_pause=0.02)
+
+
+def some_bytes(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def put(bucket: Bucket, folder: Path, size: int, key: str = "things/one") -> tuple[Stored, bytes]:
+    data = some_bytes(size)
+    (folder / "source").write_bytes(data)
+    return bucket.put_file(key, folder / "source", {"step": "test"}), data
+
+
+def lies_at(s3: S3, bucket: Bucket, key: str) -> Path:
+    """The file in which the server keeps an object."""
+    return s3.folder / bucket.name / (bucket.prefix + key)
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 20 * MIB])
+def test_what_is_written_comes_back(bucket: Bucket, tmp_path: Path, size: int) -> None:
+    stored, data = put(bucket, tmp_path, size)
+    assert (stored.key, stored.size, stored.sha256) == ("things/one", size, hashlib.sha256(data).hexdigest())
+    assert list(stored.blocks) == [
+        hashlib.sha256(data[start : start + BLOCK]).hexdigest() for start in range(0, size, BLOCK)
+    ]
+    bucket.download(stored, tmp_path / "target")
+    assert (tmp_path / "target").read_bytes() == data
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
+def test_any_range_comes_back(bucket: Bucket, tmp_path: Path) -> None:
+    seed = random.randrange(2**32)
+    chance = random.Random(seed)
+    stored, data = put(bucket, tmp_path, 2 * BLOCK + chance.randrange(BLOCK))
+    borders = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, stored.size - 1, stored.size]
+    for _ in range(12):
+        start, stop = sorted(chance.choice([*borders, chance.randrange(stored.size)]) for _ in range(2))
+        assert bucket.read(stored, start, stop) == data[start:stop], (seed, start, stop)
+
+
+def test_a_range_outside_of_the_object_is_a_mistake_of_the_caller(bucket: Bucket) -> None:
+    with pytest.raises(ValueError, match=r"\[3, 9\) is not a range of its 5 bytes"):
+        bucket.read(Stored("x", 5, "", ("",)), 3, 9)
+
+
+@pytest.mark.parametrize("size", [5, BLOCK + 5])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        pytest.param(
+            lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+            r"sha256 of block \d is \w{64}, its manifest says \w{64}",
+            id="bit",
+        ),
+        pytest.param(lambda data: data[:-3], r"\d+ bytes, its manifest says \d+", id="truncated"),
+        pytest.param(lambda data: data + b"x", r"\d+ bytes, its manifest says \d+", id="longer"),
+        pytest.param(lambda data: b"", r"0 bytes, its manifest says \d+", id="emptied"),
+    ],
+)
+def test_an_altered_object_is_refused(
+    s3: S3, bucket: Bucket, tmp_path: Path, size: int, change, says: str
+) -> None:
+    stored, data = put(bucket, tmp_path, size)
+    lies_at(s3, bucket, "things/one").write_bytes(change(data))
+    for read in (
+        lambda: bucket.download(stored, tmp_path / "target"),
+        lambda: bucket.read(stored, size - 1, size),
+    ):
+        with pytest.raises(
+            StorageError,
+            match=f"^{bucket.url('things/one')}: {says}. The object was changed after it was written; delete"
+            " the folder whose manifest names it to have it built again.$",
+        ) as caught:
+            read()
+        assert caught.value.reason == "Altered" and not caught.value.retriable
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_empty_object_that_grew_is_refused(s3: S3, bucket: Bucket, tmp_path: Path) -> None:
+    stored, _ = put(bucket, tmp_path, 0)
+    lies_at(s3, bucket, "things/one").write_bytes(b"x")
+    with pytest.raises(StorageError, match="1 bytes, its manifest says 0"):
+        bucket.download(stored, tmp_path / "target")
+
+
+@pytest.mark.parametrize("size", [0, 5, BLOCK + 5])
+def test_an_object_that_is_gone_is_named(bucket: Bucket, tmp_path: Path, size: int) -> None:
+    stored, _ = put(bucket, tmp_path, size)
+    bucket.delete(stored.key)
+    with pytest.raises(StorageError, match=f"{bucket.url(stored.key)}: .* there is no such object") as caught:
+        bucket.download(stored, tmp_path / "target")
+    assert caught.value.reason == "Missing"
+
+
+def test_a_small_object_is_proved_by_its_metadata(s3: S3, bucket: Bucket) -> None:
+    bucket.put_bytes("small", b"right", {})
+    assert bucket.get("small") == b"right"
+    lies_at(s3, bucket, "small").write_bytes(b"wrong")
+    with pytest.raises(
+        StorageError,
+        match=r"small: sha256 is \w{64}, its metadata says \w{64}\. .*; delete it to have it built",
+    ) as caught:
+        bucket.get("small")
+    assert caught.value.reason == "Altered"
+
+
+def test_json_is_the_same_bytes_for_the_same_value(bucket: Bucket) -> None:
+    bucket.write_json("j", {"b": [1, 2.5, None], "a": "ü"})
+    assert bucket.get("j") == '{"a":"ü","b":[1,2.5,null]}'.encode()
+    assert bucket.get_json("j") == {"a": "ü", "b": [1, 2.5, None]}
+    bucket.put_bytes("j", b"{", {})
+    with pytest.raises(StorageError, match=f"{bucket.url('j')}: not JSON") as caught:
+        bucket.get_json("j")
+    assert caught.value.reason == "Altered"
+
+
+def test_the_first_writer_wins(bucket: Bucket) -> None:
+    assert bucket.create("once", b"mine", {})
+    assert bucket.create("once", b"mine", {})
+    assert not bucket.create("once", b"another's", {})
+    assert bucket.get("once") == b"mine"
+
+
+def test_of_many_writers_at_once_one_wins(bucket: Bucket) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda n: bucket.create("race", b"%d" % n, {}), range(8)))
+    assert won.count(True) == 1 and bucket.get("race") == b"%d" % won.index(True)
+
+
+@pytest.mark.parametrize(
+    "metadata, says",
+    [
+        pytest.param({"image": "x" * 2048}, r"metadata of \d+ bytes is above S3's 2048", id="too-long"),
+        pytest.param({"image": "naïve"}, "metadata image='naïve' is not printable ASCII", id="not-ascii"),
+        pytest.param({"image": "a\nb"}, "is not printable ASCII", id="line-end"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, BLOCK])
+def test_metadata_that_s3_cannot_carry_is_refused(
+    bucket: Bucket, tmp_path: Path, metadata: dict[str, str], says: str, size: int
+) -> None:
+    (tmp_path / "f").write_bytes(bytes(size))
+    with pytest.raises(StorageError, match=says):
+        bucket.put_file("x", tmp_path / "f", metadata)
+    assert not bucket.exists("x")
+
+
+def test_metadata_stands_on_small_and_large_objects(bucket: Bucket, tmp_path: Path) -> None:
+    for size in (1, BLOCK + 1):
+        stored, _ = put(bucket, tmp_path, size)
+        found = bucket._client.head_object(Bucket=bucket.name, Key=bucket.prefix + stored.key)["Metadata"]
+        assert found["step"] == "test"
+
+
+@pytest.mark.parametrize(
+    "prefix, below",
+    [
+        pytest.param("", "", id="root"),
+        pytest.param("a/b", "a/b/", id="bare"),
+        pytest.param("a/b/", "a/b/", id="slash"),
+    ],
+)
+def test_keys_are_relative_to_the_prefix(
+    s3: S3, bucket: Bucket, tmp_path: Path, prefix: str, below: str
+) -> None:
+    spec = Storage(bucket=bucket.name, endpoint=s3.endpoint).model_copy(update={"prefix": prefix})
+    under = Bucket.open(spec)
+    under.probe()
+    stored, data = put(under, tmp_path, BLOCK + 1, "runs/x")
+    assert under.url("runs/x") == f"s3://{bucket.name}/{below}runs/x"
+    assert [found.key for found in under.list("runs/")] == ["runs/x"]
+    assert [found.key for found in bucket.list("")] == [f"{below}runs/x"]
+    assert under.read(stored, 0, stored.size) == data
+    assert under.exists("runs/x") and under.head("runs/x").size == BLOCK + 1
+    assert under.other(bucket.name).get(f"{below}runs/x") == data
+    assert under.delete_prefix("runs") == 1 and not list(bucket.list(""))
+
+
+def test_a_listing_of_several_pages_is_whole_and_in_order(s3: S3, bucket: Bucket) -> None:
+    folder = s3.folder / bucket.name / "many"
+    folder.mkdir()
+    for number in range(2100):
+        (folder / f"{number:05d}").touch()
+    assert [found.key for found in bucket.list("many/")] == [f"many/{number:05d}" for number in range(2100)]
+    assert [found.key for found in bucket.list("many/0209")] == [
+        f"many/{number:05d}" for number in range(2090, 2100)
+    ]
+    assert [found.key for found in bucket.list("many/", after="many/00998")] == [
+        f"many/{number:05d}" for number in range(999, 2100)
+    ]
+    assert not list(bucket.list("none/")) and not list(bucket.list("many/", after="many/02099"))
+
+
+def test_a_folder_goes_and_its_namesakes_stay(bucket: Bucket) -> None:
+    for key in ("runs/a-1/x", "runs/a-1/deep/y", "runs/a-12/z", "runs/a-1"):
+        if key != "runs/a-1":
+            bucket.put_bytes(key, b"", {})
+    assert bucket.delete_prefix("runs/a-1") == 2
+    assert [found.key for found in bucket.list("")] == ["runs/a-12/z"]
+    assert bucket.delete_prefix("runs/a-1/") == 0
+    for folder in ("", "/"):
+        with pytest.raises(ValueError, match="would remove all runs"):
+            bucket.delete_prefix(folder)
+
+
+def test_manifests_go_before_what_they_name(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("d/a", "d/manifest.json", "d/z", "d/e/manifest.json", "d/e/part"):
+        bucket.put_bytes(key, b"", {})
+    order: list[str] = []
+    delete = bucket.delete
+    monkeypatch.setattr(bucket, "delete", lambda key: (order.append(key), delete(key)))
+    bucket.delete_prefix("d")
+    assert set(order[:2]) == {"d/manifest.json", "d/e/manifest.json"} and not list(bucket.list(""))
+
+
+def test_ranges_of_an_input_come_from_what_was_listed(bucket: Bucket, tmp_path: Path) -> None:
+    _, data = put(bucket, tmp_path, BLOCK + 3, "input/rows")
+    [listed] = bucket.list("input/")
+    for start, stop in ((0, 4), (7, 7), (BLOCK - 1, BLOCK + 3), (0, BLOCK + 3)):
+        assert bucket.fetch_range(listed, start, stop) == data[start:stop]
+    bucket.put_bytes("input/rows", some_bytes(9, seed=1), {})
+    for start in (0, BLOCK):
+        with pytest.raises(
+            StorageError, match=rf"rows: 9 bytes, ETag .*resolved to {BLOCK + 3} bytes.*start a new run"
+        ) as caught:
+            bucket.fetch_range(listed, start, start + 1)
+        assert caught.value.reason == "Altered"
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """No file of this process grows above 10 MiB: what a full disk looks like, without filling one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 * MIB, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_named_and_nothing_is_left_half_written(
+    bucket: Bucket, tmp_path: Path, small_disk: None
+) -> None:
+    with (tmp_path / "source").open("wb") as file:
+        file.truncate(10 * MIB)
+    stored = bucket.put_file("big", tmp_path / "source", {})
+    (tmp_path / "old").write_bytes(b"before")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9 * MIB, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    with pytest.raises(
+        StorageError,
+        match=f"{bucket.url('big')}: its {10 * MIB} bytes cannot be written to {tmp_path}/old: .*Free space",
+    ):
+        bucket.download(stored, tmp_path / "old")
+    assert (tmp_path / "old").read_bytes() == b"before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "source"]
+
+
+def test_a_file_too_large_for_one_object_is_refused_before_it_is_read(bucket: Bucket, tmp_path: Path) -> None:
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(10_000 * BLOCK + 1)
+    with pytest.raises(
+        StorageError, match=r"huge: 83886080001 bytes do not fit into one object. Write it as several files."
+    ):
+        bucket.put_file("huge", tmp_path / "huge", {})
+
+
+def opened(s3: S3, bucket: Bucket, spec: dict[str, str]) -> Bucket:
+    return Bucket.open(
+        Storage.model_validate({"bucket": bucket.name, "endpoint": s3.endpoint, **spec}), patience=HASTY
+    )
+
+
+@pytest.mark.parametrize(
+    "environment, spec, says",
+    [
+        pytest.param(
+            {"AWS_SECRET_ACCESS_KEY": "hunter2"},
+            {},
+            r"denied \(403 SignatureDoesNotMatch\). Check that AWS_",
+            id="wrong-secret",
+        ),
+        pytest.param(
+            {"AWS_ACCESS_KEY_ID": "nobody"},
+            {},
+            r"denied \(404 XAdminUserNotFound\).*storage.credentialsSecret",
+            id="wrong-key",
+        ),
+        pytest.param(
+            {},
+            {"bucket": "not-there"},
+            "the bucket does not exist. Create it, or correct storage.bucket",
+            id="no-bucket",
+        ),
+        pytest.param(
+            {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
+            {},
+            r"failed 3 times in \d+ s.*storage.endpoint is right",
+            id="nobody-there",
+        ),
+        pytest.param(
+            {"AWS_ENDPOINT_URL": "http://me:hunter2@127.0.0.1:9"},
+            {},
+            r"at http://127.0.0.1:9 failed",
+            id="password-in-endpoint",
+        ),
+    ],
+)
+def test_a_probe_says_what_is_wrong(
+    s3: S3,
+    bucket: Bucket,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    spec: dict[str, str],
+    says: str,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StorageError, match=says) as caught:
+        opened(s3, bucket, spec).probe()
+    assert "hunter2" not in str(caught.value) and s3.secret_key not in str(caught.value)
+    assert caught.value.retriable == ("AWS_ENDPOINT_URL" in environment)
+
+
+def test_no_credentials_are_named(s3: S3, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    with pytest.raises(
+        StorageError, match=r"no credentials\. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; a pod"
+    ):
+        opened(s3, bucket, {}).probe()
+
+
+def test_a_probe_leaves_nothing_behind(bucket: Bucket) -> None:
+    bucket.probe()
+    assert not list(bucket.list(""))
+
+
+def test_the_environment_has_no_say_beside_credentials_of_ones_own(
+    s3: S3, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    spec = Storage(bucket=bucket.name, endpoint=s3.endpoint)
+    Bucket.open(spec, credentials=Credentials(s3.access_key, s3.secret_key), patience=HASTY).probe()
+    assert os.environ["AWS_ACCESS_KEY_ID"] == "another"
+    nowhere = Bucket.open(Storage(bucket=bucket.name), credentials=Credentials("a", "b"), patience=HASTY)
+    assert nowhere.endpoint == "https://s3.amazonaws.com"
+
+
+@pytest.mark.parametrize(
+    "style, address",
+    [
+        ("path", "https://s3.example.com/vpmoe/k"),
+        ("virtual", "https://vpmoe.s3.example.com/k"),
+        ("auto", "https://s3.example.com/vpmoe/k"),
+    ],
+)
+def test_addressing_and_region_are_the_run_s(style: str, address: str) -> None:
+    spec = Storage.model_validate(
+        {
+            "endpoint": "https://s3.example.com",
+            "bucket": "vpmoe",
+            "region": "eu-central-7",
+            "addressingStyle": style,
+        }
+    )
+    client = Bucket.open(spec, credentials=Credentials("a", "b"))._client
+    url, _, query = client.generate_presigned_url("get_object", {"Bucket": "vpmoe", "Key": "k"}).partition(
+        "?"
+    )
+    assert url == address and "%2Feu-central-7%2Fs3%2F" in query
+
+
+def test_credentials_are_never_shown() -> None:
+    assert "hunter2" not in f"{Credentials('me', 'hunter2')!r} {Credentials('me', 'hunter2')}"
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an authority of our own (ca) and a certificate for 127.0.0.1 (store)."""
+    folder = tmp_path_factory.mktemp("tls")
+    certificates.authority(folder, "test")
+    certificates.certificate(folder, "store", "/CN=store", "subjectAltName=IP:127.0.0.1")
+    return folder
+
+
+@pytest.mark.parametrize("way", ["AWS_CA_BUNDLE", "argument"])
+def test_a_store_with_an_authority_of_its_own_is_trusted_once_it_is_named(
+    s3: S3, bucket: Bucket, authority: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    with faulty(s3.endpoint, certificate=authority / "store") as store:
+        spec = Storage(bucket=bucket.name, endpoint=store.endpoint)
+        given = Credentials(s3.access_key, s3.secret_key)
+        with pytest.raises(
+            StorageError,
+            match=r"last with SSLError. .*storage.caSecret \(or AWS_CA_BUNDLE\) holds the certificate",
+        ):
+            Bucket.open(spec, credentials=given, patience=HASTY).probe()
+        if way == "AWS_CA_BUNDLE":
+            monkeypatch.setenv("AWS_CA_BUNDLE", str(authority / "ca.crt"))
+            monkeypatch.delenv("AWS_ENDPOINT_URL")
+            Bucket.open(spec, patience=HASTY).probe()
+        else:
+            Bucket.open(spec, credentials=given, ca_bundle=authority / "ca.crt", patience=HASTY).probe()
+
+
+def test_the_environment_s_endpoint_wins_over_the_file_s(s3: S3, bucket: Bucket) -> None:
+    Bucket.open(Storage(bucket=bucket.name, endpoint="http://127.0.0.1:9"), patience=HASTY).probe()

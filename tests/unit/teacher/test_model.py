@@ -1,0 +1,255 @@
+"""Which model a run's teacher is stays what it was when the run began; and it has to speak the data sets' vocabulary."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
+
+from tests.fakes import fake_hub
+from vpmoe.api import DistillRun
+from vpmoe.data import vocabulary
+from vpmoe.failure import Permanent, Terminated
+from vpmoe.storage import BLOCK, Bucket, StorageError, paths
+from vpmoe.teacher import model
+
+ROOT = Path(__file__).parents[3]
+FILES = {
+    "config.json": b'{"vocab_size": 201088}',
+    "model.safetensors": os.urandom(2 * BLOCK + 7),
+    "empty.txt": b"",
+    "original/model.safetensors": b"the same again",
+}
+
+
+@pytest.fixture
+def run(run_spec: dict[str, Any], bucket: Bucket) -> DistillRun:
+    """A run whose teacher is FILES."""
+    for name, data in FILES.items():
+        bucket.put_bytes(f"models/teacher/{name}", data, {})
+    return DistillRun.parse(run_spec)
+
+
+def test_a_model_is_its_directory_s_own_files(run: DistillRun, bucket: Bucket) -> None:
+    found = model.resolve_teacher(run, bucket)
+    assert [(file.name, file.size) for file in found.files] == [
+        (name, len(FILES[name])) for name in sorted(FILES) if "/" not in name
+    ]
+    assert bucket.get_json(paths.teacher(run))["files"][0]["name"] == "config.json"
+
+
+def test_what_comes_later_does_not_change_a_run_s_teacher(run: DistillRun, bucket: Bucket) -> None:
+    before = model.resolve_teacher(run, bucket)
+    bucket.put_bytes("models/teacher/generation_config.json", b"{}", {})
+    assert model.resolve_teacher(run, bucket) == before
+    assert model.discover(run.spec.teacher.model, bucket).sha256 != before.sha256
+
+
+def test_the_same_files_elsewhere_are_the_same_teacher(run: DistillRun, bucket: Bucket) -> None:
+    for name, data in FILES.items():
+        bucket.put_bytes(f"copy/{name}", data, {})
+    copy = model.discover(f"s3://{bucket.name}/copy/", bucket)
+    assert copy.sha256 == model.resolve_teacher(run, bucket).sha256 and copy.model != run.spec.teacher.model
+
+
+def test_a_folder_that_is_no_model_is_refused(run: DistillRun, bucket: Bucket) -> None:
+    with pytest.raises(Permanent, match=r"teacher.model: s3://.*/models/teach has no config.json"):
+        model.discover(
+            f"s3://{bucket.name}/models/teach", bucket
+        )  # a prefix of the folder's name is not the folder
+
+
+def test_fetching_brings_the_files_and_goes_on_where_it_ended(
+    run: DistillRun, bucket: Bucket, tmp_path: Path
+) -> None:
+    found = model.resolve_teacher(run, bucket)
+    asked = 0
+
+    def stop_after_some() -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 2:
+            raise Terminated("asked to stop")
+
+    with pytest.raises(Terminated):
+        model.fetch(found, bucket, tmp_path, stop_after_some)
+    assert not list(tmp_path.glob("*/.model*")) and not list(tmp_path.glob("*/model*"))
+    kept = (tmp_path / found.sha256[:16] / "config.json").stat()
+    directory = model.fetch(found, bucket, tmp_path)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == {
+        name: FILES[name] for name in FILES if "/" not in name
+    }
+    assert (directory / "config.json").stat().st_mtime_ns == kept.st_mtime_ns
+
+
+def test_a_file_that_was_changed_since_is_refused(run: DistillRun, bucket: Bucket, tmp_path: Path) -> None:
+    found = model.resolve_teacher(run, bucket)
+    bucket.put_bytes("models/teacher/config.json", b'{"vocab_size": 201089}', {})
+    with pytest.raises(
+        StorageError, match=r"models/teacher/config.json: .* the run was resolved to 22 bytes"
+    ):
+        model.fetch(found, bucket, tmp_path)
+
+
+def on_the_hub(endpoint: str, code: str, folder: Path) -> str:
+    """What a process prints whose hub is `endpoint`: the hub's client reads that when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"from pathlib import Path\nfrom vpmoe.teacher import model\n{code}"],
+        cwd=ROOT,
+        env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "FOLDER": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_model_of_the_hub_is_the_commit_that_its_revision_was(tmp_path: Path) -> None:
+    with fake_hub.serve("openai/gpt-oss-20b", FILES, kind="models") as (endpoint, asked):
+        code = f"""
+import os
+found = model.discover("hf://openai/gpt-oss-20b@main", None)
+assert found.sha256 == model.discover("hf://openai/gpt-oss-20b@{fake_hub.COMMIT}", None).sha256
+directory = model.fetch(found, None, Path(os.environ["FOLDER"]) / "models")
+print(found.commit, sorted(path.name for path in directory.iterdir() if path.is_file()), directory)
+try:
+    model.discover("hf://openai/gpt-oss-20b@v9", None)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+        fetched, refused = on_the_hub(endpoint, code, tmp_path).splitlines()
+    assert fetched.startswith(f"{fake_hub.COMMIT} ['config.json', 'empty.txt', 'model.safetensors'] ")
+    assert (Path(fetched.split()[-1]) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+    assert refused.startswith(
+        "Permanent teacher.model: hf://openai/gpt-oss-20b@v9: the Hugging Face hub has no such model or revision"
+    )
+    assert not [path for path in asked if "original" in path]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json() -> dict[str, Any]:
+    """What a tokenizer.json of the o200k_harmony vocabulary says, as the tokenizers library writes it."""
+    character = {byte: c for c, byte in model.byte_of_character().items()}
+    merges = vocabulary.encoding()._mergeable_ranks
+    tokenizer = Tokenizer(
+        BPE({"".join(character[byte] for byte in token): rank for token, rank in merges.items()}, [])
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken("<|startoftext|>", special=True), AddedToken("<|endoftext|>", special=True)]
+    )
+    said: dict[str, Any] = json.loads(tokenizer.to_str())
+    return said
+
+
+def directory(folder: Path, config: dict[str, Any], **files: bytes) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, data in files.items():
+        (folder / name.replace("_", ".")).write_bytes(data)
+    return folder
+
+
+def test_bytes_are_written_as_characters_as_transformers_does() -> None:
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    assert model.byte_of_character() == {c: byte for byte, c in bytes_to_unicode().items()}
+
+
+def test_the_vocabulary_of_the_data_sets_is_taken(tmp_path: Path, tokenizer_json: dict[str, Any]) -> None:
+    files = {"tokenizer_json": json.dumps(tokenizer_json).encode(), "o200k_tiktoken": vocabulary.packaged()}
+    model.check(directory(tmp_path, {"vocab_size": 201088}, **files))
+
+
+def test_a_directory_without_tokenizer_files_is_fine(tmp_path: Path) -> None:
+    model.check(directory(tmp_path, {"vocab_size": 201088}))
+
+
+def swapped(said: dict[str, Any]) -> None:
+    """Two tokens with each other's ids."""
+    said["model"]["vocab"]["a"], said["model"]["vocab"]["b"] = (
+        said["model"]["vocab"]["b"],
+        said["model"]["vocab"]["a"],
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(swapped, id="two-ids-swapped"),
+        pytest.param(lambda said: said["model"]["vocab"].pop("hello"), id="one-token-less"),
+        pytest.param(lambda said: said["model"]["vocab"].update({"▁the": 5}), id="not-byte-level"),
+        pytest.param(lambda said: said.update(model={"type": "WordPiece"}), id="another-kind"),
+    ],
+)
+def test_another_tokenizer_json_is_refused(
+    tmp_path: Path, tokenizer_json: dict[str, Any], change: Callable[[dict[str, Any]], None]
+) -> None:
+    said = json.loads(json.dumps(tokenizer_json))
+    change(said)
+    directory(tmp_path, {"vocab_size": 201088}, tokenizer_json=json.dumps(said).encode())
+    with pytest.raises(
+        Permanent,
+        match=r"tokenizer.json: its tokens are another vocabulary .* Give a model with GPT-OSS' tokenizer",
+    ):
+        model.check(tmp_path)
+
+
+def test_another_tiktoken_file_is_refused(tmp_path: Path) -> None:
+    directory(tmp_path, {"vocab_size": 201088}, cl100k_tiktoken=vocabulary.packaged()[:-20])
+    with pytest.raises(Permanent, match=r"cl100k.tiktoken: its tokens are another vocabulary"):
+        model.check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config", [{"vocab_size": 201089}, {"vocab_size": 32000}, {}], ids=["one-more", "small", "none"]
+)
+def test_another_vocabulary_size_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+    with pytest.raises(
+        Permanent, match=rf"config.json says vocab_size {config.get('vocab_size')}, .* such as GPT-OSS"
+    ):
+        model.check(directory(tmp_path, config))
+
+
+@pytest.mark.parametrize(
+    "config, saved, expected",
+    [
+        pytest.param({"dtype": "float32"}, "bfloat16", "float32", id="what-it-says"),
+        pytest.param({"torch_dtype": "bfloat16"}, "float32", "bfloat16", id="in-old-words"),
+        pytest.param({}, "bfloat16", "bfloat16", id="what-it-is"),
+        pytest.param(
+            {"quantization_config": {"quant_method": "mxfp4"}}, "float16", "float16", id="quantised"
+        ),
+    ],
+)
+def test_the_dtype_is_the_checkpoint_s(
+    tmp_path: Path, config: dict[str, Any], saved: str, expected: str
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    weights = {
+        "lm_head.weight": torch.zeros(2, 2, dtype=getattr(torch, saved)),
+        "blocks": torch.zeros(3, dtype=torch.uint8),
+    }
+    save_file(weights, directory(tmp_path, config) / "model-00002-of-00002.safetensors")
+    save_file({"blocks": torch.zeros(3, dtype=torch.uint8)}, tmp_path / "model-00001-of-00002.safetensors")
+    assert model.dtype(tmp_path) == expected
+
+
+def test_a_checkpoint_that_declares_no_dtype_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Permanent, match=r"Add dtype to config.json"):
+        model.dtype(directory(tmp_path, {}))
+
+
+def test_asking_about_the_teacher_imports_neither_torch_nor_vllm() -> None:
+    code = (
+        "import sys, vpmoe.teacher.model, vpmoe.teacher.scores, vpmoe.teacher.subset, vpmoe.teacher.rescore\n"
+    )
+    code += "assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,630 @@
+"""The teacher of an OnPolicy stage on a real S3 store with real vLLM: what is sampled is scored, once, as transformers would."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import yaml
+from numpy.typing import NDArray
+
+from tests.conftest import S3, wait_until
+from tests.fakes.students import new_seed
+from tests.fakes.tiny_teacher import Remote
+from tests.unit.inference.test_teacher_engine import TOLERANCE, expected
+from vpmoe.api import DistillRun
+from vpmoe.api.stages import OnPolicy
+from vpmoe.failure import Permanent, Terminated
+from vpmoe.provenance import Provenance
+from vpmoe.rollout.window_files import (
+    Rollout,
+    RolloutHeader,
+    Sampled,
+    ScoresHeader,
+    read_rollouts,
+    read_scores,
+    rollouts_bytes,
+    scores_bytes,
+)
+from vpmoe.storage import Bucket, StorageError, paths
+from vpmoe.teacher import model, score_windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ROOT = Path(__file__).parents[3]
+SCRATCH: Path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where the teacher's files are brought to, once for all tests of this module."""
+    global SCRATCH
+    SCRATCH = tmp_path_factory.mktemp("scratch")
+
+
+@pytest.fixture(scope="module")
+def reference(teacher: Path) -> "PreTrainedModel":
+    """The checkpoint in transformers, eager and in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        teacher, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_windows, "POLL_SECONDS", 0.02)
+
+
+@pytest.fixture
+def spec(run_spec: dict[str, Any], bucket: Bucket, teacher: Path) -> dict[str, Any]:
+    """A run with an OnPolicy stage, whose teacher is in the bucket."""
+    run_spec["spec"]["student"]["gpus"] = 2
+    run_spec["spec"]["stages"].append(
+        {"name": "onpolicy", "kind": "OnPolicy", "tokens": 4096, "require": {"validity": 0}}
+    )
+    run_spec["spec"]["stages"][1]["optimizer"] = {"minLearningRate": 1.0e-6}
+    for path in teacher.iterdir():
+        bucket.put_file(f"models/teacher/{path.name}", path, {})
+    return run_spec
+
+
+def provenance(run: DistillRun, attempt: int = 1) -> Provenance:
+    return Provenance(
+        None,
+        None,
+        run.config_hash,
+        "default",
+        run.metadata.name,
+        run.uid8,
+        "onpolicy-teacher",
+        attempt,
+        "2026-01-01T00:00:00Z",
+    )
+
+
+def do(
+    spec: dict[str, Any],
+    scorer: Remote | None,
+    worker: int | None = None,
+    stopping: threading.Event | None = None,
+    attempt: int = 1,
+) -> int:
+    """The role in this process, with the shared teacher; with None, where none may be loaded."""
+    run = DistillRun.parse(spec)
+    stage = run.stage("onpolicy")
+    assert isinstance(stage, OnPolicy)
+
+    def load(directory: Path, longest: int) -> Remote:
+        assert (
+            scorer
+            and (directory / "model.safetensors").stat().st_size > 1e8
+            and longest == 512 <= scorer.longest
+        )
+        return scorer
+
+    bucket = Bucket.open(run.spec.storage)
+    return score_windows.score_windows(
+        run, stage, bucket, provenance(run, attempt), stopping or threading.Event(), worker, load, SCRATCH
+    )
+
+
+def about(spec: dict[str, Any], window: int, last: bool = False) -> RolloutHeader:
+    run = DistillRun.parse(spec)
+    return RolloutHeader(
+        run=provenance(run).run,
+        config=run.config_hash,
+        stage="onpolicy",
+        window=window,
+        version=0,
+        weights="w" * 64,
+        phase=0,
+        seen=0,
+        tokens=1,
+        last=last,
+        turns=0,
+    )
+
+
+def rollouts(random: np.random.Generator, count: int = 3) -> list[Rollout]:
+    """Prompts and completions of random ids, one of them as long as can be."""
+    made = []
+    for prompt in range(count):
+        asked, sampled = (int(length) for length in random.integers(1, 60, 2))
+        if prompt == 1:
+            sampled = 512 - asked
+        ids_T = random.integers(0, 201_088, asked + sampled, np.int32)
+        logp_C = np.full(sampled, -1, np.float32)
+        made.append(Rollout(prompt, 0, 7, "low", "valid", ids_T, np.full(sampled, 1, np.uint8), logp_C))
+    return made
+
+
+def key(spec: dict[str, Any], window: int, kind: str) -> str:
+    return paths.window(DistillRun.parse(spec), "onpolicy", window, kind)  # type: ignore[arg-type]
+
+
+def sample(
+    spec: dict[str, Any], bucket: Bucket, window: int, random: np.random.Generator, last: bool = False
+) -> Sampled:
+    """Put a window's rollouts where the sampler does."""
+    data = rollouts_bytes(about(spec, window, last), rollouts(random))
+    assert bucket.create(key(spec, window, "rollouts"), data, {})
+    return read_rollouts(data, "here")
+
+
+def scored(spec: dict[str, Any], bucket: Bucket, held: Sampled) -> list[NDArray[np.float32]]:
+    where = key(spec, held.about.window, "scores")
+    return read_scores(bucket.get(where), where, held)
+
+
+def bytes_of(spec: dict[str, Any], bucket: Bucket, count: int) -> list[bytes]:
+    return [bucket.get(key(spec, window, "scores")) for window in range(count)]
+
+
+def forget(spec: dict[str, Any], bucket: Bucket, count: int) -> None:
+    """As if no window had ever been scored."""
+    for window in range(count):
+        bucket.delete(key(spec, window, "scores"))
+
+
+def progress(spec: dict[str, Any], bucket: Bucket, step: str = "onpolicy-teacher") -> dict[str, Any]:
+    told: dict[str, Any] = bucket.get_json(paths.progress(DistillRun.parse(spec), step))
+    return told
+
+
+def finish_stage(spec: dict[str, Any], bucket: Bucket) -> None:
+    """As the trainer does in the end."""
+    bucket.write_json(paths.progress(DistillRun.parse(spec), "onpolicy"), {"state": "Succeeded"})
+
+
+def metrics(spec: dict[str, Any], bucket: Bucket) -> list[dict[str, Any]]:
+    folder = paths.metrics(DistillRun.parse(spec), "onpolicy-teacher", "").removesuffix(".jsonl")
+    return [bucket.get_json(found.key) for found in bucket.list(folder)]
+
+
+@contextmanager
+def beside(*arguments: Any, **more: Any) -> Iterator[list[object]]:
+    """The role in a thread, while this goes on; its result or its error is in the list in the end."""
+    ended: list[object] = []
+
+    def work() -> None:
+        try:
+            ended.append(do(*arguments, **more))
+        except (Permanent, Terminated) as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield ended
+    finally:
+        thread.join(timeout=120)
+        assert not thread.is_alive()
+
+
+def test_every_sampled_token_has_the_log_probability_that_transformers_gives_it(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, reference: "PreTrainedModel"
+) -> None:
+    random = np.random.default_rng(new_seed())
+    held = [sample(spec, bucket, window, random, last=window == 1) for window in range(2)]
+    assert do(spec, scorer) == 2
+    for one in held:
+        for rollout, logp_C in zip(one.rollouts, scored(spec, bucket, one), strict=True):
+            wanted_T = expected(reference, rollout.ids_T)
+            assert np.abs(logp_C - wanted_T[rollout.asked :]).max() <= TOLERANCE
+    said = progress(spec, bucket)
+    assert (said["state"], said["parts"]) == ("Succeeded", {"done": 2, "total": 2})
+    lines = metrics(spec, bucket)
+    assert [(line["event"], line["window"], line["tokens"]) for line in lines] == [
+        ("window", window, sum(len(rollout.ids_T) for rollout in one.rollouts))
+        for window, one in enumerate(held)
+    ]
+    assert all(
+        line["seconds"] > 0 and line["tokensPerSecond"] == line["tokens"] / line["seconds"] for line in lines
+    )
+
+
+def test_windows_are_scored_as_they_appear_and_waits_are_measured(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score_windows, "REPORT_SECONDS", 0.0)
+    random = np.random.default_rng(new_seed())
+    waited = []
+    with beside(spec, scorer) as ended:
+        wait_until(
+            lambda: bucket.exists(paths.progress(DistillRun.parse(spec), "onpolicy-teacher")), "it has begun"
+        )
+        for window in range(3):
+            wait_until(
+                lambda window=window: progress(spec, bucket)["message"] == f"Waiting for window {window}",
+                "it waits",
+            )
+            since = time.monotonic()
+            sample(spec, bucket, window, random, last=window == 2)
+            waited.append(time.monotonic() - since)
+            wait_until(lambda window=window: bucket.exists(key(spec, window, "scores")), "it is scored")
+    assert ended == [3]
+    assert all(
+        line["waitRollouts"] >= least for line, least in zip(metrics(spec, bucket), waited, strict=True)
+    )
+
+
+def test_two_workers_take_turns_and_the_bytes_are_one_workers(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote
+) -> None:
+    random = np.random.default_rng(new_seed())
+    held = [sample(spec, bucket, window, random, last=window == 4) for window in range(5)]
+    do(spec, scorer)
+    alone = bytes_of(spec, bucket, 5)
+    spec["spec"]["teacher"]["gpus"] = 2
+    spec["metadata"]["name"] = "two"
+    for one in held:
+        bucket.create(
+            key(spec, one.about.window, "rollouts"), rollouts_bytes(renamed(spec, one), one.rollouts), {}
+        )
+    assert do(spec, scorer, worker=0) == 3
+    assert progress(spec, bucket)["state"] == "Running" and progress(spec, bucket)["parts"] == {
+        "done": 3,
+        "total": 5,
+    }
+    assert [window for window in range(5) if bucket.exists(key(spec, window, "scores"))] == [0, 2, 4]
+    assert do(spec, scorer, worker=1) == 2
+    assert progress(spec, bucket)["state"] == "Succeeded" and progress(spec, bucket)["parts"] == {
+        "done": 5,
+        "total": 5,
+    }
+    for one, other in zip(bytes_of(spec, bucket, 5), alone, strict=True):
+        assert numbers(one) == numbers(other), "but for what they say about the run"
+    assert do(spec, None, worker=0) == do(spec, None, worker=1) == 0, (
+        "and no teacher is loaded where nothing is left"
+    )
+
+
+def renamed(spec: dict[str, Any], held: Sampled) -> RolloutHeader:
+    ours = about(spec, held.about.window, held.about.last)
+    return held.about.model_copy(update={"run": ours.run, "config": ours.config})
+
+
+def numbers(data: bytes) -> list[bytes]:
+    import pyarrow as pa
+
+    return [
+        row.values.to_numpy().tobytes() for row in pa.ipc.open_file(pa.BufferReader(data)).read_all()["logp"]
+    ]
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+@pytest.mark.parametrize("windows_of_it", [1, 2, 3, 4])
+def test_a_worker_ends_wherever_the_last_window_is_anothers_or_its_own(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, worker: int, windows_of_it: int
+) -> None:
+    spec["spec"]["teacher"]["gpus"] = 3
+    random = np.random.default_rng(new_seed())
+    for window in range(windows_of_it):
+        sample(spec, bucket, window, random, last=window == windows_of_it - 1)
+    own = len(range(worker, windows_of_it, 3))
+    assert do(spec, scorer if own else None, worker=worker) == own
+
+
+def test_a_stage_that_has_ended_early_needs_no_more_scores(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote
+) -> None:
+    random = np.random.default_rng(new_seed())
+    sample(spec, bucket, 0, random)
+    with beside(spec, scorer) as ended:
+        wait_until(lambda: bucket.exists(key(spec, 0, "scores")), "it is scored")
+        finish_stage(spec, bucket)
+    assert ended == [1] and progress(spec, bucket)["state"] == "Succeeded"
+    sample(spec, bucket, 1, random)
+    assert do(spec, None) == 0
+
+
+KILLED = """
+import pathlib, sys, yaml
+from tests.fakes.tiny_teacher import Remote
+from tests.unit import test_teacher_windows as here
+here.SCRATCH = pathlib.Path(sys.argv[3])
+here.windows.POLL_SECONDS = 0.02
+here.do(yaml.safe_load(open(sys.argv[1])), Remote(sys.argv[2], 640), attempt=int(sys.argv[4]))
+"""
+
+
+def test_a_teacher_killed_anywhere_goes_on_at_its_first_window_without_scores_with_the_same_bytes(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, teacher_address: str, tmp_path: Path
+) -> None:
+    seed = new_seed()
+    random, chance = np.random.default_rng(seed), np.random.default_rng(seed + 1)
+    for window in range(6):
+        sample(spec, bucket, window, random, last=window == 5)
+    do(spec, scorer)
+    undisturbed = bytes_of(spec, bucket, 6)
+    forget(spec, bucket, 6)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(spec))
+    scorer.close()  # the teacher answers one at a time
+    etags: dict[int, str] = {}
+    for attempt, already in enumerate((0, 1, 3), 1):
+        command = [
+            sys.executable,
+            "-c",
+            KILLED,
+            str(tmp_path / "run.yaml"),
+            teacher_address,
+            str(SCRATCH),
+            str(attempt),
+        ]
+        process = subprocess.Popen(command, cwd=ROOT)
+        try:
+            wait_until(
+                lambda n=already: bucket.exists(key(spec, n, "scores")), "a window is scored", 120, every=0.01
+            )
+            time.sleep(chance.uniform(0, 0.3))
+        finally:
+            process.kill()
+            process.wait()
+        for window, etag in etags.items():
+            assert bucket.head(key(spec, window, "scores")).etag == etag, (
+                "what is scored is not written again"
+            )
+        etags = {
+            window: bucket.head(where).etag
+            for window in range(6)
+            if bucket.exists(where := key(spec, window, "scores"))
+        }
+    with Remote(teacher_address, scorer.longest) as after:
+        assert do(spec, after, attempt=4) == 6 - len(etags)
+    assert bytes_of(spec, bucket, 6) == undisturbed
+    assert [line["window"] for line in metrics(spec, bucket)] == list(range(6)), (
+        "each window has one line, whoever scored it"
+    )
+
+
+def test_a_hole_is_filled_and_what_is_beyond_it_is_left_as_it_is(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote
+) -> None:
+    random = np.random.default_rng(new_seed())
+    held = [sample(spec, bucket, window, random, last=window == 3) for window in range(4)]
+    do(spec, scorer)
+    before = bytes_of(spec, bucket, 4)
+    bucket.delete(key(spec, 1, "scores"))
+    assert do(spec, scorer) == 1 and bytes_of(spec, bucket, 4) == before
+    assert len(scored(spec, bucket, held[1])) == len(held[1].rollouts)
+
+
+def test_the_first_writer_of_a_windows_scores_wins_and_the_other_goes_on(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An attempt that was believed dead: here it writes between our last look and our PUT, and its GPU rounds otherwise than ours."""
+    random = np.random.default_rng(new_seed())
+    held = [sample(spec, bucket, window, random, last=window == 1) for window in range(2)]
+    asked = scorer.score
+    theirs = [np.full(len(one.logp_C), -2, np.float32) for one in held[0].rollouts]
+    said = ScoresHeader(
+        run=held[0].about.run, stage="onpolicy", window=0, rollouts=held[0].sha256, teacher="t" * 64
+    )
+
+    def score(*arguments: Any) -> Iterator[NDArray[np.float32]]:
+        yield from asked(*arguments)
+        bucket.create(key(spec, 0, "scores"), scores_bytes(said, theirs), {})
+
+    monkeypatch.setattr(scorer, "score", score)
+    assert do(spec, scorer) == 2
+    assert all((one == other).all() for one, other in zip(scored(spec, bucket, held[0]), theirs, strict=True))
+    assert progress(spec, bucket)["state"] == "Succeeded"
+
+
+def test_scores_of_other_rollouts_in_the_way_are_refused(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = sample(spec, bucket, 0, np.random.default_rng(new_seed()), last=True)
+    asked = scorer.score
+    said = ScoresHeader(run=held.about.run, stage="onpolicy", window=0, rollouts="0" * 64, teacher="t" * 64)
+
+    def score(*arguments: Any) -> Iterator[NDArray[np.float32]]:
+        yield from asked(*arguments)
+        bucket.create(key(spec, 0, "scores"), scores_bytes(said, [one.logp_C for one in held.rollouts]), {})
+
+    monkeypatch.setattr(scorer, "score", score)
+    with pytest.raises(
+        Permanent, match=r"s3://.*window-000000\.scores\.arrow: it is of other rollouts .* delete it"
+    ):
+        do(spec, scorer)
+
+
+def changed(held: Sequence[Rollout], **changes: Any) -> list[Rollout]:
+    return [replace(held[0], **changes), *held[1:]]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        pytest.param(
+            lambda a, r: (a.model_copy(update={"run": "default/other-01234567"}), r),
+            "run is default/other-01234567",
+            id="run",
+        ),
+        pytest.param(
+            lambda a, r: (a.model_copy(update={"config": "c" * 64}), r),
+            "config is c{64} there and",
+            id="config",
+        ),
+        pytest.param(
+            lambda a, r: (a.model_copy(update={"stage": "other"}), r),
+            "stage is other there and onpolicy here",
+            id="stage",
+        ),
+        pytest.param(
+            lambda a, r: (a.model_copy(update={"window": 3}), r), "window is 3 there and 0 here", id="window"
+        ),
+        pytest.param(
+            lambda a, r: (a, changed(r, ids_T=np.zeros(513, np.int32))),
+            r"rollout 0 of prompt 0 has 513 tokens, .* is 512",
+            id="long",
+        ),
+        pytest.param(
+            lambda a, r: (a, changed(r, ids_T=np.append(r[0].ids_T, np.int32(201_088)))),
+            "rollout 0 of prompt 0 has ids from .* to 201088",
+            id="vocabulary",
+        ),
+    ],
+)
+def test_rollouts_of_another_hand_are_refused_by_name(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, change: Any, message: str
+) -> None:
+    said, held = change(about(spec, 0, True), rollouts(np.random.default_rng(new_seed())))
+    bucket.create(key(spec, 0, "rollouts"), rollouts_bytes(said, held), {})
+    before = scorer.sequences
+    with pytest.raises(Permanent, match=rf"s3://.*/window-000000\.rollouts\.arrow: {message}.* delete it"):
+        do(spec, scorer)
+    assert scorer.sequences == before and not bucket.exists(key(spec, 0, "scores"))
+
+
+def test_a_truncated_file_of_rollouts_is_refused_by_name(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, s3: S3
+) -> None:
+    data = rollouts_bytes(about(spec, 0, True), rollouts(np.random.default_rng(new_seed())))
+    bucket.create(key(spec, 0, "rollouts"), data[: len(data) // 2], {})
+    with pytest.raises(Permanent, match=r"s3://.*/window-000000\.rollouts\.arrow: .* delete it"):
+        do(spec, scorer)
+    bucket.delete(key(spec, 0, "rollouts"))
+    bucket.create(key(spec, 0, "rollouts"), data, {})
+    path = s3.folder / bucket.name / key(spec, 0, "rollouts")
+    path.write_bytes(data[:-1])  # behind the store's back
+    with pytest.raises(
+        StorageError, match=r"s3://.*/window-000000\.rollouts\.arrow: sha256 is .* delete it"
+    ) as refused:
+        do(spec, scorer)
+    assert not refused.value.retriable
+
+
+def test_a_token_without_a_probability_is_refused(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that overflow; no small real model can be made to do so at one position of one rollout."""
+    sample(spec, bucket, 0, np.random.default_rng(new_seed()), last=True)
+    asked = scorer.score
+    monkeypatch.setattr(
+        scorer,
+        "score",
+        lambda *given: (np.where(np.arange(len(p)) == len(p) - 1, np.nan, p) for p in asked(*given)),
+    )
+    with pytest.raises(
+        Permanent,
+        match=r"teacher.model: rollout 0 of prompt 0 of window 0: the teacher gave 1 of its tokens no prob",
+    ):
+        do(spec, scorer)
+    assert not bucket.exists(key(spec, 0, "scores"))
+
+
+def test_a_teacher_that_is_asked_to_stop_while_it_waits_does_so_at_once(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score_windows, "POLL_SECONDS", 3600.0)
+    stopping = threading.Event()
+    with beside(spec, scorer, stopping=stopping) as ended:
+        wait_until(
+            lambda: bucket.exists(paths.progress(DistillRun.parse(spec), "onpolicy-teacher")), "it has begun"
+        )
+        time.sleep(0.2)
+        stopping.set()
+    (error,) = ended
+    assert isinstance(error, Terminated) and "onpolicy-teacher was asked to stop" in str(error)
+
+
+def test_a_teacher_that_is_asked_to_stop_does_so_before_the_next_batch_and_writes_nothing(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.fakes.tiny_teacher.BATCH_TOKENS", 10)
+    sample(spec, bucket, 0, np.random.default_rng(new_seed()), last=True)
+    stopping = threading.Event()
+    asked = scorer.score
+
+    def score(*arguments: Any) -> Iterator[NDArray[np.float32]]:
+        for logp_T in asked(*arguments):
+            stopping.set()
+            yield logp_T
+
+    monkeypatch.setattr(scorer, "score", score)
+    before = scorer.sequences
+    with pytest.raises(Terminated):
+        do(spec, scorer, stopping=stopping)
+    assert scorer.sequences == before + 1 and not bucket.exists(key(spec, 0, "scores"))
+
+
+def test_a_stage_that_may_not_begin_has_no_teacher(spec: dict[str, Any]) -> None:
+    spec["spec"]["stages"][1]["require"] = {"validity": 0.9}
+    spec["spec"]["evaluation"]["completions"] = 8
+    with pytest.raises(
+        Permanent,
+        match=r"stage onpolicy: require\.validity is 0\.9, and s3://.* does not say what it is after stage vanilla",
+    ):
+        do(spec, None)
+
+
+def test_another_teacher_in_the_bucket_is_refused(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, tmp_path: Path
+) -> None:
+    """What the run was resolved to holds for all its steps."""
+    sample(spec, bucket, 0, np.random.default_rng(new_seed()), last=True)
+    run = DistillRun.parse(spec)
+    model.resolve_teacher(run, bucket)
+    bucket.put_bytes("models/teacher/config.json", b"{}", {})
+    global SCRATCH
+    SCRATCH = tmp_path
+    with pytest.raises(StorageError, match=r"config\.json: .* was changed since"):
+        do(spec, scorer)
+
+
+def test_the_job_ends_when_told_and_goes_on_when_started_again(
+    spec: dict[str, Any], bucket: Bucket, tmp_path: Path
+) -> None:
+    """As a pod runs it, with a vLLM of its own; without one where there is nothing to do."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(spec))
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "TMPDIR": str(tmp_path),
+        "JOB_COMPLETION_INDEX": "0",
+    }
+
+    def start() -> "subprocess.Popen[str]":
+        command = [
+            sys.executable,
+            "-m",
+            "jobs.teacher",
+            "--run",
+            str(tmp_path / "run.yaml"),
+            "--step",
+            "onpolicy-teacher",
+        ]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    random = np.random.default_rng(new_seed())
+    sample(spec, bucket, 0, random)
+    process = start()
+    wait_until(
+        lambda: bucket.exists(key(spec, 0, "scores")) or process.poll() is not None, "it is scored", 240
+    )
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, said
+    sample(spec, bucket, 1, random, last=True)
+    process = start()
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 0 and "Window 1: 3 rollouts" in said and "Window 0:" not in said, said
+    process = start()
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "Loading the teacher" not in said, said

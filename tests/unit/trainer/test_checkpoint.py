@@ -1,0 +1,371 @@
+"""Checkpoints on a real store: the same bits back, damage refused aloud, stages that follow each other. The student is a small one."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import S3
+from tests.fakes import datasets, students
+from tests.fakes.students import saved
+from vpmoe.checkpoint.train_state import TrainState, end_of, iterations
+from vpmoe.failure import Permanent
+from vpmoe.model import state
+from vpmoe.model.learner import Learner
+from vpmoe.storage import Bucket, manifest, paths
+from vpmoe.storage.manifest import Input
+from vpmoe.trainer.checkpoint.resume import begin, first
+from vpmoe.trainer.checkpoint.writer import BUFFERS, Checkpoints, rank_file
+from vpmoe.trainer.context import StageContext
+from vpmoe.trainer.reporting.uploader import ProgressUploader
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+class Quiet(ProgressUploader):
+    """A report that writes nothing: what it says is test_training_report's business."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, Any] = {}
+
+    def update(self, **changes: Any) -> None:
+        self.said |= changes
+
+    def flush_metrics(self) -> None:
+        pass
+
+
+@pytest.fixture
+def task(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path) -> StageContext:
+    run_spec["spec"]["stages"] = [
+        {"name": name, "kind": "Vanilla", "tokens": 1000} for name in ("vanilla", "second")
+    ]
+    run_spec["spec"]["training"]["checkpoint"]["keep"] = 4
+    return datasets.task(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
+
+
+def at(iteration: int, **changes: Any) -> TrainState:
+    return first("vanilla").model_copy(
+        update={"iteration": iteration, "steps": iteration, "tokens": 100 * iteration, **changes}
+    )
+
+
+def filled(device: torch.device, number: float) -> Learner:
+    """A student whose every number is `number`, plus its place in the tensor: so two of them differ everywhere."""
+    it = students.learner(device)
+    for piece in state.slices(it):
+        piece.tensor.copy_(torch.arange(piece.start, piece.stop) / 1000 + number)
+    return it
+
+
+def save(task: StageContext, learner: Learner, *positions: TrainState) -> Quiet:
+    report = Quiet()
+    checkpoints = Checkpoints(
+        task, [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})], report
+    )
+    for position in positions:
+        checkpoints.save(learner, position)
+    checkpoints.wait()
+    checkpoints.close()
+    return report
+
+
+def same(one: Learner, other: Learner) -> bool:
+    pairs = zip(sorted(saved(one).items()), sorted(saved(other).items()), strict=True)
+    return all(
+        a[0] == b[0] and all(torch.equal(x[1], y[1]) for x, y in zip(a[1], b[1], strict=True))
+        for a, b in pairs
+    )
+
+
+def test_a_stage_goes_on_from_its_newest_checkpoint_with_the_same_bits(
+    task: StageContext, device: torch.device
+) -> None:
+    written = filled(device, 1.0)
+    report = save(task, filled(device, 0.5), at(3))
+    torch.manual_seed(17)
+    report = save(task, written, at(4, next_sequence=8))
+    expected = torch.rand(3)
+    learner = filled(device, 2.0)
+    started = begin(task, learner)
+    assert same(learner, written) and learner.steps == 4
+    assert started.position == at(4, next_sequence=8) and not started.refused
+    assert torch.equal(torch.rand(3), expected), "the random state comes back too"
+    assert report.said["checkpoint"].iteration == 4 and report.said["checkpoint"].manifest.endswith(
+        "/checkpoints/vanilla/4/manifest.json"
+    )
+    assert not list(task.scratch.glob("*.safetensors"))
+
+
+def altered(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    "file, damage, words",
+    [
+        pytest.param(rank_file(0), altered, "sha256 of block 0 is", id="a-bit-of-a-shard"),
+        pytest.param(rank_file(0), truncated, "bytes, its manifest says", id="truncated-shard"),
+        pytest.param(rank_file(0), emptied, "bytes, its manifest says", id="empty-shard"),
+        pytest.param(rank_file(0), Path.unlink, "there is no such object", id="lost-shard"),
+        pytest.param(BUFFERS, altered, "sha256 of block 0 is", id="a-bit-of-the-buffers"),
+        pytest.param("manifest.json", truncated, "sha256 is", id="truncated-manifest"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_aloud_and_the_one_before_it_used(
+    task: StageContext,
+    device: torch.device,
+    s3: S3,
+    caplog: pytest.LogCaptureFixture,
+    file: str,
+    damage: Callable[[Path], None],
+    words: str,
+) -> None:
+    good = filled(device, 1.0)
+    save(task, good, at(1))
+    save(task, filled(device, 1.5), at(2))
+    damage(s3.folder / task.bucket.name / paths.checkpoint(task.run, "vanilla", 2) / file)
+    learner = filled(device, 2.0)
+    started = begin(task, learner)
+    assert same(learner, good) and started.position == at(1)
+    (refused,) = started.refused
+    assert "/checkpoints/vanilla/2" in refused and words in refused
+    assert [record.levelname for record in caplog.records if record.message == f"REFUSED: {refused}"] == [
+        "ERROR"
+    ]
+
+
+def test_where_no_checkpoint_is_usable_the_stage_does_not_start_over_in_silence(
+    task: StageContext, device: torch.device, s3: S3
+) -> None:
+    save(task, filled(device, 1.0), at(1), at(2))
+    for iteration in (1, 2):
+        altered(
+            s3.folder / task.bucket.name / paths.checkpoint(task.run, "vanilla", iteration) / rank_file(0)
+        )
+    learner = filled(device, 2.0)
+    with pytest.raises(
+        Permanent, match=r"none of its 2 checkpoints can be used.*delete s3://.*/checkpoints/vanilla to train"
+    ):
+        begin(task, learner)
+    assert same(learner, filled(device, 2.0)), "nothing of them was taken"
+
+
+def test_another_student_is_refused(task: StageContext, device: torch.device) -> None:
+    save(task, filled(device, 1.0), at(1))
+    other = students.learner(device, replace(students.SMALL, dense_width=32))
+    with pytest.raises(Permanent, match="it is of another student, or of another version"):
+        begin(task, other)
+
+
+def test_the_newest_are_kept_and_what_a_killed_attempt_left_is_replaced(
+    task: StageContext, device: torch.device
+) -> None:
+    leftover = f"{paths.checkpoint(task.run, 'vanilla', 6)}/rank-00007.safetensors"
+    for key in (leftover, leftover.replace("/6/", "/0/")):
+        task.bucket.put_bytes(key, b"half", {})
+    learner = filled(device, 1.0)
+    save(task, learner, *(at(iteration) for iteration in range(1, 7)))
+    folder = paths.checkpoints(task.run, "vanilla")
+    assert iterations(task.bucket, folder) == [6, 5, 4, 3]
+    assert {found.key.split("/")[-2] for found in task.bucket.list(folder + "/")} == {"3", "4", "5", "6"}
+    assert not task.bucket.exists(leftover)
+
+
+def test_a_checkpoint_of_other_ranks_is_read_by_its_ranges(
+    task: StageContext, device: torch.device, tmp_path: Path
+) -> None:
+    """A checkpoint of three ranks, made of one rank's by cutting every tensor at uneven places, comes out whole."""
+    written = filled(device, 1.0)
+    save(task, written, at(1))
+    folder = paths.checkpoint(task.run, "vanilla", 1)
+    whole = manifest.load(task.bucket, paths.manifest(folder))
+    task.bucket.download(whole.subjects[rank_file(0)], tmp_path / "whole")
+    cut: list[dict[str, torch.Tensor]] = [{}, {}, {}]
+    for key, tensor in load_file(tmp_path / "whole").items():
+        ends = [0, len(tensor) // 5, len(tensor) // 3, len(tensor)]
+        for rank in range(3):
+            start, stop = ends[rank], ends[rank + 1]
+            cut[rank][f"{key.partition('[')[0]}[{start}:{stop}]"] = tensor[start:stop].clone()
+    stored = [task.bucket.put_bytes(f"{folder}/{BUFFERS}", task.bucket.get(f"{folder}/{BUFFERS}"), {})]
+    for rank in range(3):
+        save_file(cut[rank], tmp_path / "part")
+        stored.append(task.bucket.put_file(f"{folder}/{rank_file(rank)}", tmp_path / "part", {}))
+    task.bucket.delete(paths.manifest(folder))
+    facts = {**whole.facts, "ranks": 3}
+    made = manifest.statement(
+        "checkpoint",
+        [one.subject(folder) for one in stored],
+        facts,
+        whole.provenance,
+        list(whole.inputs.values()),
+    )
+    manifest.write(task.bucket, paths.manifest(folder), made)
+    learner = filled(device, 2.0)
+    begin(task, learner)
+    assert same(learner, written)
+
+
+def following(task: StageContext) -> StageContext:
+    return StageContext(
+        task.run,
+        task.run.spec.stages[1],
+        task.bucket,
+        task.dataset,
+        task.provenance,
+        task.stopping,
+        task.scratch,
+    )  # type: ignore[arg-type]
+
+
+def test_a_stage_begins_where_the_one_before_ended(task: StageContext, device: torch.device) -> None:
+    written = filled(device, 1.0)
+    save(task, written, at(5, next_sequence=20, epoch=2, finished=True))
+    learner = filled(device, 2.0)
+    started = begin(following(task), learner)
+    assert same(learner, written) and learner.steps == 5
+    position = started.position
+    assert (position.stage, position.steps, position.tokens, position.iteration) == ("second", 0, 0, 5)
+    assert (position.first_sequence, position.next_sequence, position.epoch, position.before) == (
+        20,
+        20,
+        2,
+        None,
+    )
+    assert started.sources[0].uri.endswith("/checkpoints/vanilla/5/manifest.json")
+
+
+@pytest.mark.parametrize(
+    "positions, words",
+    [
+        pytest.param([], "follows vanilla, which has no checkpoint. Train that first", id="nothing-there"),
+        pytest.param([at(5)], "follows vanilla, which stands at 500 tokens", id="not-finished"),
+    ],
+)
+def test_a_stage_does_not_begin_before_its_predecessor_ended(
+    task: StageContext, device: torch.device, positions: list[TrainState], words: str
+) -> None:
+    learner = filled(device, 1.0)
+    save(task, learner, *positions)
+    with pytest.raises(Permanent, match=words):
+        begin(following(task), learner)
+
+
+def test_a_damaged_end_of_the_stage_before_is_not_replaced_by_an_earlier_checkpoint(
+    task: StageContext, device: torch.device, s3: S3
+) -> None:
+    save(task, filled(device, 1.0), at(4), at(5, finished=True))
+    altered(s3.folder / task.bucket.name / paths.checkpoint(task.run, "vanilla", 5) / rank_file(0))
+    with pytest.raises(
+        Permanent, match=r"stage second cannot begin: checkpoint .*/checkpoints/vanilla/5 cannot be used"
+    ):
+        begin(following(task), filled(device, 2.0))
+
+
+def projecting(device: torch.device, number: float, width: int = 24) -> Learner:
+    """`filled`, with a projection to a teacher's width."""
+    it = students.learner(device, teacher_width=width)
+    for piece in state.slices(it):
+        piece.tensor.copy_(torch.arange(piece.start, piece.stop) / 1000 + number)
+    return it
+
+
+def without_projection(learner: Learner) -> dict[str, list[tuple[int, torch.Tensor]]]:
+    return {name: of for name, of in saved(learner).items() if not name.endswith("/projection")}
+
+
+def equal(
+    one: dict[str, list[tuple[int, torch.Tensor]]], other: dict[str, list[tuple[int, torch.Tensor]]]
+) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name][0][1], other[name][0][1]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "width", [pytest.param(None, id="without-one"), pytest.param(20, id="of-another-width")]
+)
+def test_a_projection_begins_anew_where_the_stage_before_had_none(
+    task: StageContext, device: torch.device, width: int | None
+) -> None:
+    written = filled(device, 1.0) if width is None else projecting(device, 1.0, width)
+    save(task, written, at(5, finished=True))
+    new, learner = students.learner(device, teacher_width=24), students.learner(device, teacher_width=24)
+    begin(following(task), learner)
+    assert equal(without_projection(learner), without_projection(written)) and learner.steps == 5
+    begun = saved(learner)
+    assert (
+        torch.equal(begun["main/projection"][0][1], saved(new)["main/projection"][0][1])
+        and (begun["main/projection"][0][1] != 0).any()
+    )
+    assert all((begun[f"{kind}/projection"][0][1] == 0).all() for kind in state.MOMENTS)
+
+
+def test_a_projection_is_passed_on_and_a_stage_without_one_leaves_it_out(
+    task: StageContext, device: torch.device
+) -> None:
+    written = projecting(device, 1.0)
+    save(task, written, at(5, finished=True))
+    learner, without = projecting(device, 2.0), filled(device, 2.0)
+    begin(following(task), learner)
+    begin(following(task), without)
+    assert same(learner, written) and equal(saved(without), without_projection(written))
+
+
+def test_a_stage_does_not_go_on_without_its_own_projection(task: StageContext, device: torch.device) -> None:
+    save(task, filled(device, 1.0), at(5))
+    with pytest.raises(Permanent, match="It holds 0 of the 768 numbers of main/projection"):
+        begin(task, projecting(device, 2.0))
+
+
+@pytest.mark.parametrize("field", ["init", "resumeFrom"])
+def test_a_first_stage_may_begin_from_another_run(
+    task: StageContext, run_spec: dict[str, Any], device: torch.device, tmp_path: Path, field: str
+) -> None:
+    """student.init takes the weights alone; resumeFrom the optimizer and, of the same data set, the data position too."""
+    written = filled(device, 1.0)
+    save(task, written, at(3), at(4, next_sequence=8))
+    folder = paths.checkpoint(task.run, "vanilla", 4) if field == "init" else paths.run(task.run)
+    (run_spec["spec"]["student"] if field == "init" else run_spec["spec"])[field] = task.bucket.url(folder)
+    run_spec["metadata"]["name"] = "another"
+    learner = filled(device, 2.0)
+    started = begin(datasets.task(task.bucket, run_spec, tmp_path, task.dataset), learner)
+    weights, others = (
+        {name: of for name, of in saved(it).items() if name.startswith(("main/", "buffer/"))}
+        for it in (learner, written)
+    )
+    assert all(torch.equal(weights[name][0][1], others[name][0][1]) for name in others)
+    assert started.position.steps == 0 and started.position.iteration == learner.steps == (
+        0 if field == "init" else 4
+    )
+    assert same(learner, written) is (field == "resumeFrom")
+
+
+def test_the_end_of_a_stage_is_known_without_its_weights(
+    task: StageContext, device: torch.device, s3: S3
+) -> None:
+    folder = paths.checkpoints(task.run, "vanilla")
+    assert end_of(task.bucket, folder) is None
+    save(task, filled(device, 1.0), at(1))
+    assert end_of(task.bucket, folder) is None
+    save(task, filled(device, 1.0), at(2, finished=True))
+    reached = end_of(task.bucket, folder)
+    assert reached is not None and reached[1].tokens == 200
+    path = s3.folder / task.bucket.name / paths.manifest(paths.checkpoint(task.run, "vanilla", 2))
+    content = json.loads(path.read_bytes())
+    del content["predicate"]["buildDefinition"]["internalParameters"]["position"]
+    task.bucket.put_bytes(paths.manifest(f"{folder}/2"), json.dumps(content).encode(), {})
+    assert end_of(task.bucket, folder) is None

@@ -1,0 +1,221 @@
+"""The teacher beside its students: the same hidden states as a forward a document, and the way between the processes."""
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.fakes import tiny_teacher
+from tests.fakes.students import documents, new_seed
+from vpmoe.failure import Permanent, Retriable, Terminated
+from vpmoe.model.batch import Batch
+from vpmoe.process.launcher import free_port
+from vpmoe.trainer.teacher_forced import model
+from vpmoe.trainer.teacher_forced.channel import Channel, host, join, stop_check
+from vpmoe.trainer.teacher_forced.client import RemoteTeacher
+from vpmoe.trainer.teacher_forced.protocol import Question, Run, question_of, read
+from vpmoe.trainer.teacher_forced.server import answer
+
+VOCABULARY = 1000
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_teacher.write(
+        tmp_path_factory.mktemp("teacher"), vocab_size=VOCABULARY, pad_token_id=0, eos_token_id=1
+    )
+
+
+@pytest.fixture(scope="module")
+def teacher(directory: Path) -> torch.nn.Module:
+    return model.load(directory, CPU)
+
+
+def batch(seed: int, *rows: list[int]) -> Batch:
+    """Packed rows [len(rows), 80] of random documents of the given lengths, then padding."""
+    generator = torch.Generator().manual_seed(seed)
+    packed = [documents(generator, lengths, 80, VOCABULARY) for lengths in rows]
+    return Batch.of(*(torch.cat(parts) for parts in zip(*packed, strict=True)))
+
+
+def test_a_question_names_documents_and_no_padding() -> None:
+    packed = batch(new_seed(), [5, 30, 1], [], [80])
+    asked = question_of(packed)
+    assert asked.documents == [Run(0, 5), Run(5, 30), Run(35, 1), Run(160, 80)]
+    heard = read(asked.header, asked.body)
+    assert torch.equal(heard.tokens, packed.tokens.flatten().int()) and heard.documents == asked.documents
+
+
+@pytest.mark.parametrize(
+    "room",
+    [pytest.param(1, id="one-by-one"), pytest.param(64, id="some"), pytest.param(10_000, id="all-at-once")],
+)
+def test_hidden_states_are_those_of_a_forward_a_document(teacher: torch.nn.Module, room: int) -> None:
+    """Documents longer than the sliding window of 16 among them. Tolerance: fp32 products of other shapes, values of size 1 to 10."""
+    from transformers import GptOssForCausalLM
+
+    asked = question_of(batch(new_seed(), [5, 30, 1, 33], [], [80]))
+    found = model.hidden_states(teacher, asked.tokens, asked.documents, room)
+    lm = GptOssForCausalLM.from_pretrained(teacher.config._name_or_path, dtype=torch.float32)
+    outside = torch.ones(len(asked.tokens), dtype=torch.bool)
+    for start, length in asked.documents:
+        alone = lm.model(
+            input_ids=asked.tokens[start : start + length].long().unsqueeze(0)
+        ).last_hidden_state[0]
+        torch.testing.assert_close(found[start : start + length], alone, rtol=1e-4, atol=1e-4)
+        outside[start : start + length] = False
+    assert (found[outside] == 0).all() and outside.any()
+
+
+def test_no_document_sees_another_or_padding(teacher: torch.nn.Module) -> None:
+    """Whatever stands in the other documents of its row and batch, a document's hidden states move by rounding at most: experts take
+    tokens of all documents together, so products have other shapes."""
+    first, second = (question_of(batch(seed, [10, 30], [40])) for seed in (1, 2))
+    kept = Run(10, 30)
+    mixed = Question(second.tokens.clone(), second.documents)
+    mixed.tokens[10:40] = first.tokens[10:40]
+    one, other = (model.hidden_states(teacher, it.tokens, it.documents) for it in (first, mixed))
+    torch.testing.assert_close(
+        one[kept.start :][: kept.length], other[kept.start :][: kept.length], rtol=1e-5, atol=1e-5
+    )
+    assert not torch.allclose(one[:10], other[:10], atol=0.1)
+
+
+def test_batches_are_of_like_lengths_and_bounded() -> None:
+    documents = [Run(0, 3), Run(3, 50), Run(53, 4), Run(57, 200), Run(257, 49)]
+    made = list(model.batches(documents, 100))
+    assert made == [[Run(57, 200)], [Run(3, 50), Run(257, 49)], [Run(53, 4), Run(0, 3)]]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_the_output_matrix_is_read(tmp_path: Path, tied: bool) -> None:
+    wanted = torch.randn(7, 3)
+    names = {"model.embed_tokens.weight": wanted if tied else torch.zeros(7, 3)} | (
+        {} if tied else {"lm_head.weight": wanted}
+    )
+    for number, (name, tensor) in enumerate(names.items()):
+        save_file({name: tensor}, tmp_path / f"model-{number}.safetensors")
+    (tmp_path / "config.json").write_text(f'{{"hidden_size": 3, "tie_word_embeddings": {str(tied).lower()}}}')
+    assert torch.equal(model.output_matrix(tmp_path), wanted) and model.width(tmp_path) == 3
+    (tmp_path / f"model-{len(names) - 1}.safetensors").unlink()
+    with pytest.raises(Permanent, match=r"no \*.safetensors file holds lm_head.weight"):
+        model.output_matrix(tmp_path)
+
+
+def never() -> None:
+    pass
+
+
+def together(*ends: Callable[[], object]) -> list[object]:
+    """Run all ends at once; their results, or what they raised."""
+
+    def caught(end: Callable[[], object]) -> object:
+        try:
+            return end()
+        except Exception as error:  # noqa: BLE001 (the test looks at it)
+            return error
+
+    with ThreadPoolExecutor(len(ends)) as pool:
+        return list(pool.map(caught, ends))
+
+
+def test_students_get_answers_to_their_own_questions_one_ahead(teacher: torch.nn.Module) -> None:
+    """Two students, three steps of two microbatches, the next step's first asked ahead; one of them stops with a question open."""
+    port, seed = free_port(), new_seed()
+    steps = [
+        [
+            [batch(seed + 10 * rank + 2 * step + i, [7, 20 + rank], [40]) for i in range(2)]
+            for step in range(3)
+        ]
+        for rank in range(2)
+    ]
+    wanted = [
+        [[model.hidden_states(teacher, q.tokens, q.documents) for q in map(question_of, s)] for s in of]
+        for of in steps
+    ]
+
+    def teaching() -> None:
+        end = host("127.0.0.1", port, 2, CPU, never)
+        end.note("width", teacher.config.hidden_size)
+        end.note("loaded", 1)
+        for student in range(2):
+            end.send(student, torch.full((VOCABULARY, teacher.config.hidden_size), float(student)))
+        answer(end, teacher)
+
+    def learning(rank: int) -> object:
+        remote = RemoteTeacher(join("127.0.0.1", port, rank, 2, CPU, never), never)
+        assert remote.width == 64 and (remote.output(VOCABULARY) == rank).all()
+        heard = []
+        for step, batches in enumerate(steps[rank][:2]):
+            remote.begin(batches, steps[rank][step + 1][0])
+            heard.append([remote.hidden_of(one) for one in batches])
+        remote.dismiss()
+        return heard
+
+    done = together(teaching, lambda: learning(0), lambda: learning(1))
+    assert done[0] is None
+    for rank in range(2):
+        assert isinstance(done[1 + rank], list), done[1 + rank]
+        for heard, want in zip(done[1 + rank], wanted[rank], strict=False):  # type: ignore[arg-type]
+            assert all(torch.equal(h, w) for h, w in zip(heard, want, strict=True))
+
+
+def test_whoever_waits_for_the_others_can_be_stopped() -> None:
+    stopping, port = threading.Event(), free_port()
+    threading.Timer(0.5, stopping.set).start()
+    hosting, joining = (
+        lambda: host("127.0.0.1", port, 2, CPU, stop_check(stopping)),
+        lambda: join("127.0.0.1", port, 0, 2, CPU, stop_check(stopping)),
+    )
+    assert [type(end) for end in together(hosting, joining)] == [Terminated, Terminated]
+
+
+def test_an_end_that_is_gone_is_named() -> None:
+    port = free_port()
+    ends: list[Channel | None] = [None, None]
+
+    def make(number: int, end: Callable[[], Channel]) -> None:
+        ends[number] = end()
+
+    assert together(
+        lambda: make(0, lambda: host("127.0.0.1", port, 1, CPU, never)),
+        lambda: make(1, lambda: join("127.0.0.1", port, 0, 1, CPU, never)),
+    ) == [None, None]
+    ends[1] = None  # the student's end closes with it
+    with pytest.raises(Retriable, match="rank 0 is gone, or does not answer"):
+        ends[0].hear(0, 2, torch.int64)  # type: ignore[union-attr]
+
+
+def test_experts_in_mxfp4_are_widened_without_further_packages(directory: Path, tmp_path: Path) -> None:
+    """As gpt-oss is released: experts as blocks of 32 four-bit numbers that share a scale (OCP Microscaling, E2M1 and E8M0)."""
+    torch.manual_seed(new_seed())
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(directory / "model.safetensors").items()}
+    wanted = {}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inner, outer = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, outer, inner // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(120, 126, (experts, outer, inner // 32), dtype=torch.uint8)
+        numbers = values[torch.stack([blocks & 15, blocks >> 4], dim=-1).long()].flatten(3) * 2.0 ** (
+            scales.float() - 127
+        ).unsqueeze(-1)
+        wanted[name.removeprefix("model.")] = numbers.flatten(2).transpose(1, 2).bfloat16()
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text()) | {"dtype": "bfloat16"}
+    config["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = dict(model.load(tmp_path, CPU).named_parameters())
+    assert wanted and all(
+        torch.equal(found[name], numbers) and found[name].dtype == torch.bfloat16
+        for name, numbers in wanted.items()
+    )

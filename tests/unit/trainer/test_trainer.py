@@ -1,0 +1,203 @@
+"""The loop itself, in this process and with a small student: what stops it, what it says, and that a pause changes no bit."""
+
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.fakes import datasets, students
+from tests.fakes.students import saved
+from tests.unit.trainer.test_checkpoint import Quiet, same
+from vpmoe.checkpoint.train_state import end_of, iterations
+from vpmoe.data.reader import BlockCache, DatasetReader
+from vpmoe.failure import Permanent, Terminated
+from vpmoe.model.learner import Learner
+from vpmoe.model.router import routers
+from vpmoe.process.launcher import free_port
+from vpmoe.storage import Bucket, paths
+from vpmoe.storage.manifest import Input
+from vpmoe.trainer.checkpoint.resume import begin
+from vpmoe.trainer.checkpoint.writer import Checkpoints
+from vpmoe.trainer.context import StageContext
+from vpmoe.trainer.data import collate
+from vpmoe.trainer.data.held_out import HeldOutDocuments
+from vpmoe.trainer.data.scored_documents import ScoredDocuments
+from vpmoe.trainer.reporting import router_monitor
+from vpmoe.trainer.trainer import Trainer, course
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+class Listening(Quiet):
+    """A report that keeps the lines, and may do something after each step."""
+
+    def __init__(self, after: Callable[[int], None] = lambda step: None) -> None:
+        super().__init__()
+        self.lines: list[dict[str, Any]] = []
+        self._after = after
+
+    def log(self, *lines: dict[str, Any]) -> None:
+        self.lines += lines
+        self._after(lines[-1]["step"])
+
+    def check(self) -> None:
+        pass
+
+    def finish(self, **changes: Any) -> None:
+        self.update(**changes)
+
+
+@pytest.fixture
+def spec(run_spec: dict[str, Any]) -> dict[str, Any]:
+    run_spec["spec"]["dataset"]["maxLength"] = 64
+    run_spec["spec"]["training"] |= {
+        "sequenceLength": 64,
+        "globalBatchTokens": 256,
+        "checkpoint": {"everyTokens": 400, "keep": 9},
+    }
+    run_spec["spec"]["stages"] = [{"name": "vanilla", "kind": "Vanilla", "tokens": 2000}]
+    run_spec["spec"]["evaluation"] |= {"everyTokens": 800}
+    return run_spec
+
+
+Make = Callable[..., Trainer]
+
+
+@pytest.fixture
+def trainer(
+    bucket: Bucket,
+    spec: dict[str, Any],
+    tmp_path: Path,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Make:
+    """A trainer that stands where the bucket says the stage stands."""
+    monkeypatch.setattr(collate, "FILLER", 0)  # the small vocabulary has no other
+    random = np.random.default_rng(11)
+    dataset = datasets.write(
+        bucket,
+        [datasets.random_documents(random, 60), datasets.random_documents(random, 40)],
+        [datasets.random_documents(random, 9)],
+    )
+
+    def make(report: Listening, learner: Learner | None = None) -> Trainer:
+        task = datasets.task(bucket, spec, tmp_path, dataset)
+        learner = learner or students.learner(device)
+        started = begin(task, learner)
+        cache = BlockCache(bucket, tmp_path / "blocks")
+        inputs = [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})]
+        held_out = HeldOutDocuments(DatasetReader(dataset, "valid", cache), 9, 1234, 64)
+        train = DatasetReader(dataset, "train", cache)
+        scored = ScoredDocuments(train, task.scores, cache) if task.scores else None
+        checkpoints = Checkpoints(task, inputs, report)
+        return Trainer(
+            task,
+            device,
+            learner,
+            course(task, train, scored, started),
+            held_out,
+            checkpoints,
+            started,
+            report,
+        )
+
+    return make
+
+
+def stop_after(step: int, task: Callable[[], StageContext]) -> Callable[[int], None]:
+    return lambda done: task().stopping.set() if done == step else None
+
+
+def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(
+    trainer: Make, bucket: Bucket, spec: dict[str, Any]
+) -> None:
+    spec["metadata"]["name"] = "alone"
+    whole = trainer(Listening())
+    whole.run()
+    spec["metadata"]["name"] = "stopped"
+    stopped: list[Trainer] = []
+    stopped.append(trainer(Listening(stop_after(3, lambda: stopped[0].task))))
+    with pytest.raises(Terminated, match=f"Stopped after step 3 of {whole.course.steps}, all of it saved"):
+        stopped[0].run()
+    assert iterations(bucket, paths.checkpoints(stopped[0].task.run, "vanilla"))[0] == 3
+    resumed = trainer(Listening())
+    resumed.run()
+    assert resumed.start.position.steps == 3 and same(resumed.learner, whole.learner)
+    assert isinstance(resumed.telling.report, Listening) and isinstance(whole.telling.report, Listening)
+    assert resumed.telling.report.said["held_out"] == whole.telling.report.said["held_out"], (
+        "the loss before the first step is remembered"
+    )
+    ends = [end_of(bucket, paths.checkpoints(one.task.run, "vanilla")) for one in (whole, resumed)]
+    assert ends[0] is not None and ends[1] is not None and ends[0][1] == ends[1][1]
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_weight_has_moved(
+    trainer: Make, bucket: Bucket, device: torch.device
+) -> None:
+    learner = students.learner(device)
+    with torch.no_grad():
+        learner.student.output[7] = torch.inf
+    before = saved(learner)
+    it = trainer(Listening(), learner)
+    it.held_out = None
+    with pytest.raises(
+        Permanent, match=r"NonFinite: the loss .* is not finite at step 1; the weights were not touched"
+    ):
+        it.run()
+    assert all(
+        torch.equal(now[1], then[1])
+        for name, of in saved(learner).items()
+        for now, then in zip(of, before[name], strict=True)
+    )
+    assert learner.steps == 0 and not iterations(bucket, paths.checkpoints(it.task.run, "vanilla"))
+
+
+def test_a_collapsed_router_is_a_condition_that_names_the_layer(
+    trainer: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_monitor, "PATIENCE", 2)
+    learner = students.learner(device)
+    routers(learner.student)["layers.2"].expert_bias[3] = -1e6
+    it = trainer(Listening(), learner)
+    it.run()
+    assert isinstance(it.telling.report, Listening)
+    found = {condition.message.split(":")[0]: condition for condition in it.telling.report.said["conditions"]}
+    assert found["layers.2"].type == "RouterCollapse" and found["layers.2"].reason == "DeadExpert"
+    assert all(
+        line["router"]["dead"]["layers.2"] >= 1 for line in it.telling.report.lines if line["event"] == "step"
+    )
+
+
+def test_a_stage_ends_early_where_its_evaluations_bring_too_little(
+    trainer: Make, bucket: Bucket, spec: dict[str, Any]
+) -> None:
+    spec["spec"]["stages"][0]["stop"] = {"evaluations": 1, "minImprovement": 0.9, "minValidity": 0.0}
+    it = trainer(Listening())
+    it.run()
+    reached = end_of(bucket, paths.checkpoints(it.task.run, "vanilla"))
+    assert reached is not None and 800 <= reached[1].tokens < 2000
+    assert isinstance(it.telling.report, Listening) and it.telling.report.said["state"] == "Succeeded"
+    assert (
+        it.telling.report.said["tokens"].done == it.telling.report.said["tokens"].total == reached[1].tokens
+    )
+
+
+def test_prometheus_shows_the_latest_step_where_it_is_asked_to(
+    trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    monkeypatch.setenv("VPMOE_METRICS_PORT", str(port))
+    it = trainer(Listening())
+    it.run()
+    shown = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    assert (
+        f'vpmoe_train_step{{namespace="default",run="tiny-run",stage="vanilla"}} {it.course.steps}.0' in shown
+    )
+    assert (
+        'vpmoe_train_held_out_loss{namespace="default",run="tiny-run",span="final",stage="vanilla"}' in shown
+    )
+    assert "vpmoe_train_gpu_utilisation_ratio{" not in shown, "no GPU, no number"

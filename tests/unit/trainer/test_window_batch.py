@@ -1,0 +1,286 @@
+"""A window on its way into batches: every rollout once with its numbers, other windows refused by name, waits measured and ended."""
+
+import dataclasses
+import hashlib
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.fakes import datasets
+from tests.fakes.students import learner, new_seed
+from vpmoe.failure import Permanent
+from vpmoe.model.batch import Batch
+from vpmoe.objectives.onpolicy import on_policy
+from vpmoe.rollout.window_files import (
+    Rollout,
+    RolloutHeader,
+    Sampled,
+    ScoresHeader,
+    read_rollouts,
+    rollouts_bytes,
+    scores_bytes,
+)
+from vpmoe.storage import Bucket, paths
+from vpmoe.trainer.context import StageContext
+from vpmoe.trainer.onpolicy import window_batch, window_wait
+from vpmoe.trainer.onpolicy.window_batch import Due, Window
+from vpmoe.trainer.onpolicy.window_wait import Waiting, buffer
+
+LENGTH = 64
+DUE = Due(
+    run="default/r-01234567",
+    config="c" * 64,
+    stage="vanilla",
+    window=3,
+    version=2,
+    weights="w" * 64,
+    seen=500,
+    last_from=1 << 40,
+)
+
+
+def rollouts(random: np.random.Generator, count: int) -> list[Rollout]:
+    made = []
+    for number in range(count):
+        asked, sampled = random.integers(1, 20), random.integers(1, LENGTH - 20)
+        ids, span = (
+            random.integers(500, size=asked + sampled, dtype=np.int32),
+            random.integers(1, 3, size=sampled, dtype=np.uint8),
+        )
+        logp = -random.exponential(3, size=sampled).astype(np.float32)
+        effort, validity = ("low", "high")[number % 2], ("valid", "truncated", "valid")[number % 3]
+        made.append(Rollout(number // 2, number % 2, number, effort, validity, ids, span, logp))
+    return made
+
+
+def about(held: list[Rollout], **changes: Any) -> RolloutHeader:
+    said = {name: value for name, value in dataclasses.asdict(DUE).items() if name != "last_from"}
+    tokens = sum(len(one.ids_T) for one in held)
+    return RolloutHeader.model_validate(
+        said | {"phase": 1, "tokens": tokens, "last": False, "turns": 0} | changes
+    )
+
+
+def sampled(held: list[Rollout], **changes: Any) -> Sampled:
+    return read_rollouts(rollouts_bytes(about(held, **changes), held), "here")
+
+
+def documents_of(batch: Batch) -> list[tuple[list[int], list[list[float]]]]:
+    """The documents of a batch, by its positions alone: ids, and for each token but the first (span, teacher's log p, sampler's)."""
+    assert batch.teacher_logp is not None and batch.sampler_logp is not None
+    tokens, position, padding = batch.tokens.flatten(), batch.position.flatten(), batch.padding.flatten()
+    found: list[tuple[list[int], list[list[float]]]] = []
+    for place in range(len(tokens)):
+        if padding[place]:
+            assert batch.span[place] == 0 and batch.target[place] == -1
+            continue
+        if position[place] == 0:
+            found.append(([], []))
+        if found[-1][0]:
+            found[-1][1].append(
+                [
+                    float(numbers[place - 1])
+                    for numbers in (batch.span, batch.teacher_logp, batch.sampler_logp)
+                ]
+            )
+        found[-1][0].append(int(tokens[place]))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_every_rollout_stands_in_one_row_of_one_rank_with_its_numbers(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vpmoe.trainer.data.collate.MICROBATCH", 2 * LENGTH)
+    random = np.random.default_rng(new_seed())
+    held = rollouts(random, int(random.integers(1, 40)))
+    teacher = [-random.exponential(3, size=len(one.logp_C)).astype(np.float32) for one in held]
+    whole = Window(sampled(held), teacher, ("", ""))
+    each = [window_batch.batches(whole, LENGTH, rank, ranks) for rank in range(ranks)]
+    assert len({tuple(batch.tokens.shape for batch in of) for of in each}) == 1, (
+        "expert parallel ranks work in step"
+    )
+    found = [document for of in each for batch in of for document in documents_of(batch)]
+    wanted = []
+    for one, teacher_C in zip(held, teacher, strict=True):
+        numbers = np.full((len(one.ids_T) - 1, 3), [0, np.nan, np.nan])
+        numbers[one.asked - 1 :] = np.stack([one.span_C, teacher_C, one.logp_C], axis=1)
+        wanted.append((one.ids_T.tolist(), numbers.tolist()))
+    assert sorted(map(str, found)) == sorted(map(str, wanted))
+    counts = torch.stack([batch.counts for of in each for batch in of]).sum(0)
+    assert counts.tolist() == [
+        sum(len(one.ids_T) for one in held),
+        *(sum(int((one.span_C == span).sum()) for one in held) for span in (1, 2)),
+    ]
+
+
+def test_loss_and_gradient_of_a_window_over_ranks_are_float64s_of_its_rollouts_one_by_one(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference knows no rows: each rollout alone, each token by design §6. Tolerance: coefficients of both signs nearly cancel in
+    sums over some hundred tokens, which fp32 adds up to 1e-6 of their size."""
+    monkeypatch.setattr("vpmoe.trainer.data.collate.FILLER", 0)  # the small vocabulary has no other
+    random = np.random.default_rng(new_seed())
+    held, weights, it = rollouts(random, 17), {"reasoning": 0.7, "final": 1.6}, learner(device)
+    teacher = [-random.exponential(12, size=len(one.logp_C)).astype(np.float32) for one in held]
+    batches = [
+        made
+        for rank in range(3)
+        for made in window_batch.batches(Window(sampled(held), teacher, ("", "")), LENGTH, rank, 3)
+    ]
+    counts = torch.stack([batch.counts for batch in batches]).sum(0)
+    outcome = it.forward_backward(batches, on_policy(counts, weights), int(counts[0]))
+    gradient = it.student.output.main_grad.clone() / int(counts[0])
+    output = it.student.output.detach().double().requires_grad_()
+    loss, tokens = (
+        torch.zeros((), dtype=torch.float64),
+        {span: sum(int((one.span_C == span).sum()) for one in held) for span in (1, 2)},
+    )
+    for one, teacher_C in zip(held, teacher, strict=True):
+        ids = torch.from_numpy(one.ids_T.astype(np.int64))[None]
+        with torch.no_grad():
+            hidden = it.student(
+                Batch.of(ids, torch.ones_like(ids).byte(), torch.zeros_like(ids).int())
+            ).double()
+        logp_CV = (hidden @ output.T).log_softmax(1)[one.asked - 1 : -1]
+        for place, logp_V in enumerate(logp_CV):
+            logp = logp_V[one.ids_T[one.asked + place]]
+            advantage = min(max(float(teacher_C[place]) - logp.item(), -20), 20)
+            ratio = min(math.exp(logp.item() - float(one.logp_C[place])), 2)
+            span = int(one.span_C[place])
+            loss = loss - (0.0, 0.7, 1.6)[span] / tokens[span] * ratio * advantage * logp
+    loss.backward()
+    assert outcome.loss == pytest.approx(loss.item(), rel=1e-4, abs=1e-3)
+    torch.testing.assert_close(gradient.double(), output.grad, rtol=2e-4, atol=2e-6)
+
+
+def test_no_more_rows_than_it_takes() -> None:
+    random = np.random.default_rng(new_seed())
+    lengths = random.integers(1, LENGTH + 1, 500).tolist()
+    packed = [row for rank in range(4) for row in window_batch.rows(lengths, LENGTH, rank, 4)]
+    assert sorted(number for row in packed for number in row) == list(range(500))
+    assert all(sum(lengths[number] for number in row) <= LENGTH for row in packed)
+    assert len(packed) <= 1.25 * sum(lengths) / LENGTH, (
+        "of documents that are half a sequence long some space stays empty"
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        pytest.param({"weights": "x" * 64}, f"weights is {'x' * 64}, not {'w' * 64}", id="other-weights"),
+        pytest.param({"seen": 501}, "seen is 501, not 500", id="other-tokens-before"),
+        pytest.param(
+            {"run": "default/other-01234567"},
+            "run is default/other-01234567, not default/r-01234567",
+            id="another-run",
+        ),
+        pytest.param({"config": "d" * 64}, f"config is {'d' * 64}", id="another-configuration"),
+        pytest.param({"stage": "other"}, "stage is other, not vanilla", id="another-stage"),
+        pytest.param({"window": 4}, "window is 4, not 3", id="another-window"),
+        pytest.param({"version": 0}, "version is 0, not 2", id="another-version"),
+        pytest.param({"last": True}, "last is True, not False", id="not-the-last"),
+        pytest.param({"tokens": 7}, "it says 7 tokens and holds", id="other-tokens"),
+    ],
+)
+def test_a_window_that_is_not_due_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    held = rollouts(np.random.default_rng(3), 5)
+    window_batch.check(sampled(held), DUE, LENGTH, "s3://here")
+    with pytest.raises(
+        Permanent, match=rf"s3://here: .*{words}.*Delete it, its scores and all later windows"
+    ):
+        window_batch.check(sampled(held, **changes), DUE, LENGTH, "s3://here")
+
+
+def test_a_window_that_cannot_be_trained_on_is_refused() -> None:
+    held = rollouts(np.random.default_rng(3), 3)
+    with pytest.raises(Permanent, match="tokens for a sequence of 5"):
+        window_batch.check(sampled(held), DUE, 5, "s3://here")
+    held[1].span_C[0] = 0
+    with pytest.raises(Permanent, match=r"rollout 1 of prompt 0 has .* or a sampled token of no span"):
+        window_batch.check(sampled(held), DUE, LENGTH, "s3://here")
+    with pytest.raises(Permanent, match="it says 0 tokens and holds 0"):
+        window_batch.check(sampled([]), DUE, LENGTH, "s3://here")
+
+
+@pytest.fixture
+def task(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path, device: torch.device) -> StageContext:
+    return datasets.task(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
+
+
+def put(task: StageContext, number: int, **changes: Any) -> list[Rollout]:
+    """A window's two files."""
+    held = rollouts(np.random.default_rng(number), 4)
+    data = rollouts_bytes(about(held, window=number, **changes), held)
+    task.bucket.create(paths.window(task.run, "vanilla", number, "rollouts"), data, {})
+    of = ScoresHeader(
+        run=DUE.run,
+        stage="vanilla",
+        window=number,
+        rollouts=hashlib.sha256(data).hexdigest(),
+        teacher="t" * 64,
+    )
+    task.bucket.create(
+        paths.window(task.run, "vanilla", number, "scores"),
+        scores_bytes(of, [one.logp_C for one in held]),
+        {},
+    )
+    return held
+
+
+def test_a_window_is_read_with_its_scores(task: StageContext) -> None:
+    held = put(task, 3)
+    found = window_batch.read(task.bucket, task.run, DUE, LENGTH)
+    for one, teacher_C in zip(held, found.teacher, strict=True):
+        assert (one.logp_C == teacher_C).all()
+    files = [task.bucket.get(paths.window(task.run, "vanilla", 3, kind)) for kind in ("rollouts", "scores")]  # type: ignore[arg-type]
+    assert found.sha256 == tuple(hashlib.sha256(data).hexdigest() for data in files)
+    facts = window_batch.facts(found)
+    assert (facts["version"], facts["staleness"], facts["rollouts"]) == (2, 1, {"high": 2, "low": 2})
+    assert facts["validity"] == {"high": {"truncated": 0.5, "valid": 0.5}, "low": {"valid": 1.0}}
+    assert facts["lengths"]["low"]["max"] == max(len(held[0].logp_C), len(held[2].logp_C))
+
+
+@pytest.mark.parametrize("kind", ["rollouts", "scores"])
+def test_a_truncated_file_is_refused_by_name(task: StageContext, kind: Any) -> None:
+    put(task, 3)
+    key = paths.window(task.run, "vanilla", 3, kind)
+    task.bucket.put_bytes(key, task.bucket.get(key)[:-100], {})
+    with pytest.raises(Permanent, match=rf"window-000003.{kind}.arrow: it is no file of ours"):
+        window_batch.read(task.bucket, task.run, DUE, LENGTH)
+
+
+def test_waits_are_measured_by_what_is_missing(task: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window_wait, "POLL", 0.01)
+    it, heard = Waiting(task), []
+
+    def meanwhile(missing: window_wait.Kind) -> None:
+        heard.append(missing)
+        if len(heard) in (3, 5):
+            task.bucket.create(paths.window(task.run, "vanilla", 0, missing), b"x", {})
+
+    waits = it.wait(0, meanwhile)
+    assert waits is not None and heard == ["rollouts"] * 3 + ["scores"] * 2 and min(waits) > 0
+    again = it.wait(0, meanwhile)
+    assert again == (0, 0) and len(heard) == 5, "what is there is not waited for"
+
+
+def test_who_waits_can_be_stopped(task: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window_wait, "POLL", 60.0)
+    threading.Timer(0.2, task.stopping.set).start()
+    assert Waiting(task).wait(0, lambda missing: None) is None
+
+
+def test_the_buffer_counts_windows_in_a_row(task: StageContext) -> None:
+    for number in (1, 2, 3, 5):
+        put(task, number)
+    task.bucket.delete(paths.window(task.run, "vanilla", 2, "scores"))
+    assert buffer(task, 1, 4) == {"sampled": 3, "scored": 1} and buffer(task, 0, 4) == {
+        "sampled": 0,
+        "scored": 0,
+    }

@@ -1,0 +1,1 @@
+"""Preprocessing: input shards to a dataset of tokens and spans."""

@@ -1,0 +1,1 @@
+"""Inference engines: the student and the teacher in vLLM and transformers. No megatron-core."""

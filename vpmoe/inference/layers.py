@@ -1,0 +1,103 @@
+"""The student's feed-forward parts in plain torch, named as in its Hugging Face checkpoint, for transformers and vLLM alike.
+
+The same arithmetic as the trainer's (vpmoe.model), without gradients, balance losses and expert parallelism. Nothing waits for the GPU.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import grouped_mm, linear
+
+from vpmoe.inference.hf_config import StudentConfig
+
+
+class Dense(nn.Module):
+    """down(relu(up(x))²): the first layers' feed-forward part, and the expert that every token passes."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(hidden, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(torch.relu(self.up_proj(hidden)).square())
+        return out
+
+
+class Gate(nn.Module):
+    """Chooses K experts a token by sigmoid(x·W) + bias, inside the groups that it chose before, and weighs them by the sigmoid; in fp32.
+
+    A group counts by the sum of its K / (groups a token) best experts, as megatron-core does (group_limited_topk); vLLM's and
+    transformers' own group routers take the best two whatever K is.
+    """
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__()
+        self.choices, self.scaling = config.num_experts_per_tok, config.routed_scaling_factor
+        self.groups, self.chosen_groups = config.n_group, config.topk_group
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.e_score_correction_bias = nn.Parameter(
+            torch.empty(config.n_routed_experts, dtype=torch.float32), requires_grad=False
+        )
+
+    def forward(self, hidden_NH: Tensor) -> tuple[Tensor, Tensor]:
+        """(experts [N, K] int64, their weights [N, K] fp32)."""
+        score_NE = torch.sigmoid(linear(hidden_NH.float(), self.weight.float()))
+        biased_NE = score_NE + self.e_score_correction_bias
+        by_group = biased_NE.view(len(biased_NE), self.groups, -1)
+        group_NG = by_group.topk(self.choices // self.chosen_groups, dim=2).values.sum(2)
+        left_out_NG = torch.ones_like(group_NG, dtype=torch.bool).scatter_(
+            1, group_NG.topk(self.chosen_groups, dim=1).indices, False
+        )
+        expert_NK = (
+            by_group.masked_fill(left_out_NG.unsqueeze(2), -torch.inf)
+            .flatten(1)
+            .topk(self.choices, dim=1)
+            .indices
+        )
+        weight_NK = score_NE.gather(1, expert_NK)
+        return expert_NK, weight_NK / (weight_NK.sum(1, keepdim=True) + 1e-20) * self.scaling
+
+
+class Experts(nn.Module):
+    """Σ_k down_e(relu(up_e(x))² · weight), e the token's k-th expert: rows sorted by expert and two grouped products."""
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__()
+        experts, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
+        self.up = nn.Parameter(torch.empty(experts, width, hidden))
+        self.down = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, hidden_NH: Tensor, expert_NK: Tensor, weight_NK: Tensor) -> Tensor:
+        expert_C, order = expert_NK.flatten().sort(stable=True)
+        numbers_E = torch.arange(len(self.up), device=expert_C.device)
+        ends_E = torch.searchsorted(expert_C, numbers_E, right=True, out_int32=True)
+        rows_CH = hidden_NH[order // expert_NK.shape[1]]
+        inner_CW = torch.relu(grouped_mm(rows_CH, self.up.transpose(1, 2), offs=ends_E)).square()
+        inner_CW = (inner_CW * weight_NK.flatten()[order].unsqueeze(1)).to(hidden_NH.dtype)
+        out_CH = grouped_mm(inner_CW, self.down.transpose(1, 2), offs=ends_E)
+        return out_CH[order.argsort()].view(*expert_NK.shape, -1).sum(1)
+
+
+class Mixture(nn.Module):
+    """Routed experts and the shared one."""
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__()
+        self.gate = Gate(config)
+        self.experts = Experts(config)
+        self.shared_expert = Dense(config.hidden_size, config.shared_expert_intermediate_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden_NH = hidden.flatten(0, -2)
+        routed: Tensor = self.experts(hidden_NH, *self.gate(hidden_NH))
+        shared: Tensor = self.shared_expert(hidden)
+        return routed.view_as(hidden) + shared
+
+
+def feed_forward(config: StudentConfig, layer: int) -> Dense | Mixture:
+    """What stands behind attention in this layer. The one place to choose others for a kind of machine."""
+    return (
+        Dense(config.hidden_size, config.intermediate_size)
+        if layer < config.first_k_dense_replace
+        else Mixture(config)
+    )

@@ -1,0 +1,150 @@
+"""The loss head: from hidden states to log p(target), loss and gradients, without ever holding [tokens, vocabulary].
+
+The gradient of Σ c·(−log p) with respect to the logits is c·(softmax − onehot), and everything in it is known once a chunk's
+log-sum-exp is: so it is formed in the forward, chunk by chunk over tokens, and the backward only scales it. Nothing is computed twice and
+three matrix products are all that is left. Holds for coefficients that depend on logp too, as long as they are detached from it.
+
+Left out: label smoothing, z-loss, tensor parallelism over the vocabulary, second derivatives; teacher-forced training has its own head.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vpmoe.model.spans import NO_TARGET
+
+Coefficient = Callable[[Tensor, Tensor], Tensor]
+"""`(logp_t [t] detached, rows_t [t] int64) -> c_t [t]`: the coefficients of a chunk's targets; rows_t are positions in the batch."""
+
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
+"""Bound on one chunk's logits in fp32: at a vocabulary of 201,088 that is 166 and 2,669 tokens."""
+
+
+def head_loss(
+    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, coefficient: Coefficient
+) -> tuple[Tensor, Tensor]:
+    """(Σ c·(−log p), log p [T] detached). Positions whose target is NO_TARGET cost nothing; their log p is NaN: not scored, never 0.
+
+    Differentiable in hidden and weight. On the GPU hidden and weight are bf16, logits, sums and the weight's gradient fp32; elsewhere all
+    is in the type of hidden (fp32, or fp64 in tests). Both gradients are returned to autograd in their parameter's type.
+    """
+    loss, logp_T = _Head.apply(hidden_TH, weight_VH, targets_T, coefficient)  # type: ignore[no-untyped-call]
+    return loss, logp_T
+
+
+@torch.no_grad()
+def logp_of(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+    """log p(target) [T] without gradients; NaN where there is no target. In fp32, or fp64 where hidden is."""
+    logp_T = not_scored(hidden_TH)
+    for rows_t in chunks(targets_T, _longest(weight_VH)):
+        logp_T[rows_t] = _logp(hidden_TH[rows_t], weight_VH, targets_T[rows_t])
+    return logp_T
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, coefficient: Coefficient
+    ) -> tuple[Tensor, Tensor]:
+        logp_T = not_scored(hidden_TH)
+        loss = logp_T.new_zeros(())
+        grad_hidden_TH = torch.zeros_like(hidden_TH)
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=logp_T.dtype)
+        for rows_t in chunks(targets_T, _longest(weight_VH)):
+            hidden_tH, targets_t = hidden_TH[rows_t], targets_T[rows_t]
+            logits_tV = logits_of(hidden_tH, weight_VH)
+            lse_t, logp_t = _log_sum_exp(logits_tV, targets_t)
+            c_t = coefficient(logp_t, rows_t).to(logp_t.dtype)
+            loss -= (c_t * logp_t).sum()
+            grad_tV = _gradient_(logits_tV, targets_t, lse_t, c_t, hidden_TH.dtype)
+            grad_hidden_TH[rows_t] = grad_tV @ weight_VH
+            add_product_(grad_weight_VH, grad_tV.T, hidden_tH)
+            logp_T[rows_t] = logp_t
+        ctx.save_for_backward(grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype))
+        ctx.mark_non_differentiable(logp_T)
+        return loss, logp_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden_TH, grad_weight_VH = ctx.saved_tensors
+        return (
+            grad_hidden_TH * grad_loss.to(grad_hidden_TH.dtype),
+            grad_weight_VH * grad_loss.to(grad_weight_VH.dtype),
+            None,
+            None,
+        )
+
+
+def not_scored(hidden_TH: Tensor) -> Tensor:
+    """[T] of NaN, in fp32 or, where hidden is, fp64."""
+    return torch.full(
+        (len(hidden_TH),),
+        torch.nan,
+        dtype=torch.promote_types(hidden_TH.dtype, torch.float32),
+        device=hidden_TH.device,
+    )
+
+
+def _longest(weight_VH: Tensor) -> int:
+    """Positions whose logits stay inside CHUNK_BYTES."""
+    return max(1, CHUNK_BYTES[weight_VH.device.type] // (4 * len(weight_VH)))
+
+
+def chunks(targets_T: Tensor, longest: int) -> Iterator[Tensor]:
+    """Row numbers of the positions that have a target, in pieces of at most `longest` that are about equally long."""
+    rows_T = (targets_T != NO_TARGET).nonzero().squeeze(1)
+    pieces = -(-len(rows_T) // longest)
+    yield from rows_T.tensor_split(pieces) if pieces else ()
+
+
+def logits_of(hidden_tH: Tensor, weight_VH: Tensor) -> Tensor:
+    """[t, V], in fp32 where hidden is bf16."""
+    if (
+        hidden_tH.dtype == torch.bfloat16
+    ):  # the product's own fp32 accumulator, instead of one rounded to 8 bits and widened again
+        return torch.mm(hidden_tH, weight_VH.T, out_dtype=torch.float32)
+    return hidden_tH @ weight_VH.T
+
+
+def _logp(hidden_tH: Tensor, weight_VH: Tensor, targets_t: Tensor) -> Tensor:
+    """log p of the targets [t]. On the GPU without logits."""
+    if hidden_tH.is_cuda:
+        from vpmoe.model import kernels  # Triton, which only a GPU needs
+
+        return kernels.logp(hidden_tH, weight_VH, targets_t)
+    return _log_sum_exp(logits_of(hidden_tH, weight_VH), targets_t)[1]
+
+
+def _log_sum_exp(logits_tV: Tensor, targets_t: Tensor) -> tuple[Tensor, Tensor]:
+    """(log Σ exp(logits) [t], log p of the targets [t])."""
+    if logits_tV.is_cuda:
+        from vpmoe.model import kernels  # Triton, which only a GPU needs
+
+        return kernels.log_sum_exp(logits_tV, targets_t)
+    lse_t = logits_tV.logsumexp(1)
+    return lse_t, logits_tV.gather(1, targets_t.unsqueeze(1)).squeeze(1) - lse_t
+
+
+def _gradient_(
+    logits_tV: Tensor, targets_t: Tensor, lse_t: Tensor, c_t: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """c·(softmax − onehot) [t, V] in `dtype`. On the CPU in the place of the logits."""
+    if logits_tV.is_cuda:
+        from vpmoe.model import kernels
+
+        return kernels.gradient(logits_tV, targets_t, lse_t, c_t, dtype)
+    grad_tV = logits_tV.sub_(lse_t.unsqueeze(1)).exp_().mul_(c_t.unsqueeze(1))
+    grad_tV[torch.arange(len(targets_t), device=targets_t.device), targets_t] -= c_t
+    return grad_tV
+
+
+def add_product_(sum_VH: Tensor, left_Vt: Tensor, right_tH: Tensor) -> None:
+    """sum += left @ right, with the sum in fp32 even where the factors are bf16."""
+    if left_Vt.dtype == sum_VH.dtype:
+        sum_VH.addmm_(left_Vt, right_tH)
+    else:
+        torch.addmm(sum_VH, left_Vt, right_tH, out_dtype=torch.float32, out=sum_VH)

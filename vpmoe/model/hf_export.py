@@ -1,0 +1,230 @@
+"""The student as a Hugging Face checkpoint: config.json, safetensors and their index, written by name and checked by name.
+
+`parts` is the one table of what becomes of each parameter; writing and checking both go through it, and what it does not know is an
+error. Knows neither megatron-core nor transformers: the trainer writes, the sampler and the evaluation check. How a checkpoint comes to
+the bucket is not its business.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vpmoe.data.harmony import CALL, RETURN
+from vpmoe.failure import Permanent
+from vpmoe.model.shapes import Shape
+
+MODEL_TYPE = "vpmoe"
+ARCHITECTURE = "VpmoeForCausalLM"
+INDEX = "model.safetensors.index.json"
+
+FILE_BYTES = 2 << 30
+"""A file is closed when it holds this much: what the writer has in memory, and one read of the sampler."""
+
+ONLY_IN_TRAINING = ("main/projection",)
+"""Of the state's parameters those that no sampler needs: TeacherForced's way to the teacher's width."""
+
+BIAS = ".e_score_correction_bias"
+"""The experts' selection biases: fp32 whatever the weights are, as in training."""
+
+Read = Callable[[str, int, int], Tensor]
+"""`(name in the state, start, stop) -> fp32 [stop − start]`, as vpmoe.model.state restores by."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a tensor of the checkpoint comes from: `source`, a name of vpmoe.model.state, seen as `view`, and of that [:, pick]."""
+
+    source: str
+    shape: tuple[int, ...]
+    view: tuple[int, ...]
+    pick: slice | None = None
+
+    def of(self, flat: Tensor) -> Tensor:
+        whole = flat.view(self.view)
+        return (whole if self.pick is None else whole[:, self.pick]).reshape(self.shape)
+
+
+def parts(shape: Shape) -> dict[str, Part]:
+    """All tensors of a checkpoint by name.
+
+    megatron-core keeps queries, keys and values in one matrix: for each key-value head its queries' rows, then its key's and its value's.
+    """
+    table: dict[str, Part] = {}
+
+    def add(name: str, source: str, *size: int, kind: str = "main") -> None:
+        table[name] = Part(f"{kind}/{source}", size, size)
+
+    hidden, width = shape.hidden, shape.head_width
+    share = shape.heads // shape.kv_heads
+    add("model.embed_tokens.weight", "embedding.weight", shape.vocabulary, hidden)
+    add("model.norm.weight", "decoder.final_layernorm.weight", hidden)
+    add("lm_head.weight", "output", shape.vocabulary, hidden)
+    for number in range(shape.layers):
+        to, of = f"model.layers.{number}", f"decoder.layers.{number}"
+        add(f"{to}.input_layernorm.weight", f"{of}.input_layernorm.weight", hidden)
+        picks = {"q": slice(0, share), "k": slice(share, share + 1), "v": slice(share + 1, share + 2)}
+        for letter, pick in picks.items():
+            rows = shape.kv_heads * (pick.stop - pick.start) * width
+            table[f"{to}.self_attn.{letter}_proj.weight"] = Part(
+                f"main/{of}.self_attention.linear_qkv.weight",
+                (rows, hidden),
+                (shape.kv_heads, share + 2, width * hidden),
+                pick,
+            )
+        add(f"{to}.self_attn.q_norm.weight", f"{of}.self_attention.q_layernorm.weight", width)
+        add(f"{to}.self_attn.k_norm.weight", f"{of}.self_attention.k_layernorm.weight", width)
+        add(
+            f"{to}.self_attn.o_proj.weight",
+            f"{of}.self_attention.linear_proj.weight",
+            hidden,
+            shape.heads * width,
+        )
+        add(f"{to}.post_attention_layernorm.weight", f"{of}.pre_mlp_layernorm.weight", hidden)
+        if number < shape.dense_layers:
+            add(f"{to}.mlp.up_proj.weight", f"{of}.mlp.linear_fc1.weight", shape.dense_width, hidden)
+            add(f"{to}.mlp.down_proj.weight", f"{of}.mlp.linear_fc2.weight", hidden, shape.dense_width)
+            continue
+        add(f"{to}.mlp.gate.weight", f"{of}.mlp.router.weight", shape.experts, hidden)
+        add(f"{to}.mlp.gate{BIAS}", f"{of}.mlp.router.expert_bias", shape.experts, kind="buffer")
+        add(f"{to}.mlp.experts.up", f"{of}.mlp.experts.up", shape.experts, shape.expert_width, hidden)
+        add(f"{to}.mlp.experts.down", f"{of}.mlp.experts.down", shape.experts, hidden, shape.expert_width)
+        add(
+            f"{to}.mlp.shared_expert.up_proj.weight",
+            f"{of}.mlp.shared_experts.linear_fc1.weight",
+            shape.shared_width,
+            hidden,
+        )
+        add(
+            f"{to}.mlp.shared_expert.down_proj.weight",
+            f"{of}.mlp.shared_experts.linear_fc2.weight",
+            hidden,
+            shape.shared_width,
+        )
+    return table
+
+
+def config(shape: Shape, positions: int, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json: the shape in transformers' words. `positions` is the longest sequence that the student was trained on."""
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": [ARCHITECTURE],
+        "dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": shape.vocabulary,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "first_k_dense_replace": shape.dense_layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_width,
+        "intermediate_size": shape.dense_width,
+        "n_routed_experts": shape.experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "moe_intermediate_size": shape.expert_width,
+        "shared_expert_intermediate_size": shape.shared_width,
+        "n_group": shape.expert_groups,
+        "topk_group": shape.expert_groups_per_token,
+        "routed_scaling_factor": shape.routed_scaling,
+        "hidden_act": "relu2",
+        "rms_norm_eps": shape.norm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(shape.rope_base)},
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": positions,
+        "bos_token_id": None,
+        "eos_token_id": [RETURN, CALL],
+        "pad_token_id": None,  # transformers would treat its embedding apart, and every id of ours is an ordinary one
+    }
+
+
+def export(
+    folder: Path, shape: Shape, positions: int, sizes: Mapping[str, int], read: Read, dtype: torch.dtype
+) -> None:
+    """Write the student into `folder`, config.json last.
+
+    `sizes` names the state's tensors with their numbers (state.sizes, or a checkpoint's), of which "main" and "buffer" are exported, and
+    `read` gives them; in `dtype` bfloat16 they are rounded as the trainer's own weights are. Raises Permanent where the state and the
+    shape do not account for each other, tensor by tensor.
+    """
+    table = parts(shape)
+    wanted = {part.source: math.prod(part.view) for part in table.values()}
+    held = {
+        name: size
+        for name, size in sizes.items()
+        if name.startswith(("main/", "buffer/")) and name not in ONLY_IN_TRAINING
+    }
+    _same(held, wanted, f"the state to export as {shape.name}", "Give the shape that it was trained with.")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    weight_map: dict[str, str] = {}
+    waiting: dict[str, Tensor] = {}
+    files = 0
+    for name, part in table.items():
+        flat = read(part.source, 0, wanted[part.source])
+        waiting[name] = part.of(flat).to("cpu", torch.float32 if name.endswith(BIAS) else dtype, copy=True)
+        if name == next(reversed(table)) or sum(tensor.nbytes for tensor in waiting.values()) >= FILE_BYTES:
+            files += 1
+            file = f"model-{files:05}.safetensors"
+            save_file(waiting, folder / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(waiting, file)
+            waiting = {}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
+    (folder / "config.json").write_text(json.dumps(config(shape, positions, dtype), indent=1))
+
+
+def check(folder: Path, shape: Shape) -> None:
+    """Raise Permanent, with the field's or the tensor's name, unless `folder` holds exactly a student of this shape.
+
+    Before transformers or vLLM load it: where a tensor is missing the one warns and draws random numbers. Reads headers only.
+    """
+    try:
+        said = json.loads((folder / "config.json").read_bytes())
+        files = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+        dtype = getattr(torch, str(said.get("dtype")), None)
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise Permanent(
+                f"{folder}/config.json: dtype is {said.get('dtype')}. Students are exported in float32 or bfloat16."
+            )
+        found = {name: held for file in files for name, held in _header(folder / file).items()}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise Permanent(
+            f"{folder} is no whole checkpoint ({type(error).__name__}: {error}). Export the student again."
+        ) from error
+    fields = config(shape, said.get("max_position_embeddings"), dtype)
+    _same(
+        {name: said.get(name) for name in fields},
+        fields,
+        f"{folder}/config.json, not a {shape.name}",
+        "Export the student again.",
+    )
+    type_of = {torch.float32: "F32", torch.bfloat16: "BF16"}
+    wanted = {
+        name: (type_of[torch.float32 if name.endswith(BIAS) else dtype], list(part.shape))
+        for name, part in parts(shape).items()
+    }
+    _same(found, wanted, str(folder), "Export the student again.")
+
+
+def _header(file: Path) -> dict[str, tuple[str, list[int]]]:
+    with safe_open(file, "pt") as opened:
+        return {
+            name: ((held := opened.get_slice(name)).get_dtype(), held.get_shape())
+            for name in opened.keys()  # noqa: SIM118 (a safetensors file is no mapping)
+        }
+
+
+def _same(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str, remedy: str) -> None:
+    for name in sorted({*found, *wanted}):
+        if name not in found:
+            raise Permanent(f"{where}: {name} is missing. {remedy}")
+        if name not in wanted:
+            raise Permanent(f"{where}: {name} is not a part of this student. {remedy}")
+        if found[name] != wanted[name]:
+            raise Permanent(f"{where}: {name} is {found[name]}, wanted {wanted[name]}. {remedy}")

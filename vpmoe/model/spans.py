@@ -1,0 +1,53 @@
+"""Spans: which tokens are learned and under which of the two means. The one place where targets are shifted against positions.
+
+Position t predicts the token at t + 1 of the same document. The span of that predicted token decides: 0 (system, user, markers of other
+turns) is never learned, so it is no target at all. A document's last position, and padding, predict nothing.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+SPANS = {"reasoning": 1, "final": 2}
+"""Numbers as stored in the data sets; 0 is everything else."""
+
+NO_TARGET = -1
+
+
+def targets(tokens_bS: Tensor, spans_bS: Tensor, documents_bS: Tensor) -> tuple[Tensor, Tensor]:
+    """What each position predicts: (token [T] int64 or NO_TARGET, its span [T] uint8 or 0), with T = b·S in row order.
+
+    `documents_bS` numbers the documents inside a row; negative is padding. A document is a contiguous run of one number.
+    """
+    token_bS = torch.full_like(tokens_bS, NO_TARGET)
+    span_bS = torch.zeros_like(spans_bS)
+    same = (documents_bS[:, 1:] == documents_bS[:, :-1]) & (documents_bS[:, 1:] >= 0) & (spans_bS[:, 1:] > 0)
+    token_bS[:, :-1] = torch.where(same, tokens_bS[:, 1:], NO_TARGET)
+    span_bS[:, :-1] = torch.where(same, spans_bS[:, 1:], 0)
+    return token_bS.flatten(), span_bS.flatten()
+
+
+def of_targets(values_bS: Tensor, target_T: Tensor) -> Tensor:
+    """What is known of each token (floating point), as known of each position's target [T]; NaN where there is none."""
+    shifted_bS = torch.full_like(values_bS, torch.nan)
+    shifted_bS[:, :-1] = values_bS[:, 1:]
+    return shifted_bS.flatten().where(target_T != NO_TARGET, torch.nan)
+
+
+def weights_by_span(weights: Mapping[str, float]) -> list[float]:
+    """The weights as a list indexed by span number; span 0 weighs nothing."""
+    if set(weights) != set(SPANS):
+        raise ValueError(
+            f"training.spanWeights: {sorted(weights)} are not the spans {sorted(SPANS)}. Give each exactly one weight."
+        )
+    by_span = [0.0] * (max(SPANS.values()) + 1)
+    for name, span in SPANS.items():
+        by_span[span] = float(weights[name])
+    return by_span
+
+
+def share_by_span(counts: Tensor, weights: Mapping[str, float]) -> list[float]:
+    """w_span / N_span indexed by span number, 0 for span 0 and where N_span is 0; `counts` is [positions, N_reasoning, N_final] of the
+    GLOBAL batch."""
+    return [weight / max(int(n), 1) for weight, n in zip(weights_by_span(weights), counts, strict=True)]

@@ -1,0 +1,78 @@
+"""TeacherForced: towards the teacher's distribution and hidden states, token by token, with some cross-entropy beside it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vpmoe.api.stages import Loss
+from vpmoe.model.batch import Batch
+from vpmoe.model.spans import SPANS, share_by_span
+from vpmoe.objectives.teacher_forced_head import Teacher, forced_loss
+
+if TYPE_CHECKING:
+    from vpmoe.model.student import Student
+
+MEASURES = ("kl", "cosine")
+
+
+@dataclass
+class TeacherForced:
+    """Σ over spans w/N · Σ [ce · nll + kl · T² · KL(teacher‖student at T) + hidden · (1 − cosine)]: an Objective."""
+
+    terms: Loss
+    share: list[float]
+    """w_span / N_span by span number, N of the GLOBAL batch."""
+    output_VG: Tensor
+    """The teacher's output matrix."""
+    hidden_of: Callable[[Batch], Tensor]
+    """The teacher's final hidden states [T, G] of a microbatch, in the order of its positions."""
+    _sums: list[Tensor] = field(default_factory=list)
+
+    def loss(
+        self, batch: Batch, hidden_TH: Tensor, student: "Student", scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """See Objective. The share is scaled and not the loss: a factor on gradients that are bf16 already would be rounded to it."""
+        share_T = (
+            torch.tensor(self.share, dtype=torch.float32, device=batch.span.device)[batch.span.long()] * scale
+        )
+        teacher = Teacher(self.hidden_of(batch), self.output_VG)
+        found = forced_loss(
+            hidden_TH, student.output, student.projection, teacher, batch.target, share_T, self.terms
+        )
+        parts = (found.kl_T, found.cosine_T)
+        by_span = [
+            torch.stack([part.where(batch.span == span, 0).double().sum() for part in parts])
+            for span in SPANS.values()
+        ]
+        counts = batch.counts[1:].to(by_span[0]).unsqueeze(1)
+        self._sums.append(torch.cat([torch.stack(by_span), counts], dim=1).flatten())
+        return found.loss, found.logp_T
+
+    def sums(self) -> Tensor:
+        """See Objective: for each span the sums of MEASURES, then its targets."""
+        return torch.stack(self._sums).sum(0)
+
+    def facts(self, total: Tensor) -> dict[str, Any]:
+        """See Objective: each measure's mean by span, null where the batch has none of it. KL is the loss's, without the T²."""
+        table = total.view(len(SPANS), len(MEASURES) + 1).tolist()
+        return {
+            name: {
+                span: row[place] / row[-1] if row[-1] else None
+                for span, row in zip(SPANS, table, strict=True)
+            }
+            for place, name in enumerate(MEASURES)
+        }
+
+
+def teacher_forced(
+    counts: Tensor,
+    weights: Mapping[str, float],
+    terms: Loss,
+    output_VG: Tensor,
+    hidden_of: Callable[[Batch], Tensor],
+) -> TeacherForced:
+    """The objective of one step. `counts` is [positions, N_reasoning, N_final] of the GLOBAL batch, as in Batch.counts."""
+    return TeacherForced(terms, share_by_span(counts, weights), output_VG, hidden_of)

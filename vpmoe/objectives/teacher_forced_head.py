@@ -1,0 +1,184 @@
+"""The head of teacher-forced training: cross-entropy, divergence from the teacher, cosine of hidden states; never [tokens, vocabulary].
+
+As in head.py the gradients are formed in the forward, chunk by chunk over tokens, and the backward only scales them. A chunk needs the
+student's logits and the teacher's, which the teacher's final hidden states give through its own output matrix: four matrix products in
+all. With p and q the teacher's and the student's distribution at temperature T, the gradient of T²·KL(p‖q) = T²·Σ p·(log p − log q) with
+respect to the student's logits is T·(q − p). Nothing goes backward to the teacher.
+
+Where the hidden states come from, and what is done with what is measured here, is not this file's business.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vpmoe.model.head import add_product_, chunks, logits_of, not_scored
+
+if TYPE_CHECKING:
+    from vpmoe.api.stages import Loss
+
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 400 << 20}
+"""Bound on the teacher's logits of one chunk; on a GPU the student's are half as much again. With the fp32 sum of the matrix's gradient
+(0.8 GiB at hidden 1,024) the peak stays below 1 GiB beside the gradients themselves; shorter chunks would read and write that sum more
+often."""
+EPSILON = 1e-8
+"""Least length of a hidden state in the cosine, as in torch.nn.functional.cosine_similarity."""
+
+
+class Teacher(NamedTuple):
+    """What the student is compared with: no gradient, never logits."""
+
+    hidden_TG: Tensor
+    """The teacher's final hidden states at the batch's positions, G wide."""
+    output_VG: Tensor
+    """The matrix that makes its logits of them."""
+
+
+class Forced(NamedTuple):
+    """What a microbatch came to. The parts are measures only, NaN where there is no target."""
+
+    loss: Tensor
+    """Σ share · [ce · nll + kl · T² · KL + hidden · (1 − cosine)]"""
+    logp_T: Tensor
+    """log p of the targets, at temperature 1."""
+    kl_T: Tensor
+    """KL(teacher‖student) at temperature T, in nats, without the T²."""
+    cosine_T: Tensor
+    """Cosine of the projected student's hidden state and the teacher's."""
+
+
+def forced_loss(
+    hidden_TH: Tensor,
+    output_VH: Tensor,
+    projection_GH: Tensor | None,
+    teacher: Teacher,
+    targets_T: Tensor,
+    share_T: Tensor,
+    terms: "Loss",
+) -> Forced:
+    """The loss of one microbatch, differentiable in hidden, output and projection. Positions whose target is NO_TARGET cost nothing.
+
+    `share_T` is each token's weight, w_span / N_span. `projection_GH` brings the student's hidden states to the teacher's width; None where
+    both are as wide. On the GPU everything that comes in is bf16, sums are fp32 (logits: see forced_kernels). Elsewhere all is in the type
+    of hidden. Raises ValueError where a projection is missing.
+    """
+    if projection_GH is None and hidden_TH.shape[1] != teacher.hidden_TG.shape[1]:
+        raise ValueError(
+            f"hidden states are {hidden_TH.shape[1]} wide, the teacher's {teacher.hidden_TG.shape[1]}: a projection is missing."
+        )
+    return Forced(*_Head.apply(hidden_TH, output_VH, projection_GH, teacher, targets_T, share_T, terms))  # type: ignore[no-untyped-call]
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TH: Tensor,
+        output_VH: Tensor,
+        projection_GH: Tensor | None,
+        teacher: Teacher,
+        targets_T: Tensor,
+        share_T: Tensor,
+        terms: "Loss",
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        logp_T, kl_T, cosine_T = (not_scored(hidden_TH) for _ in range(3))
+        loss = logp_T.new_zeros(())
+        grad_hidden_TH = torch.zeros_like(hidden_TH)
+        grad_output_VH = torch.zeros_like(output_VH, dtype=logp_T.dtype)
+        grad_projection_GH = (
+            None if projection_GH is None else torch.zeros_like(projection_GH, dtype=logp_T.dtype)
+        )
+        for rows_t in chunks(targets_T, _longest(output_VH)):
+            hidden_tH, targets_t, share_t = (
+                hidden_TH[rows_t],
+                targets_T[rows_t],
+                share_T[rows_t].to(loss.dtype),
+            )
+            teacher_tG = teacher.hidden_TG[rows_t]
+            cosine_t, grad_tG = _cosine(_project(hidden_tH, projection_GH), teacher_tG)
+            grad_tG = grad_tG.mul_((-terms.hidden * share_t).unsqueeze(1)).to(hidden_TH.dtype)
+            teacher_tV = teacher_tG @ teacher.output_VG.T
+            logp_t, kl_t, grad_tV = _compare_(hidden_tH, output_VH, teacher_tV, targets_t, share_t, terms)
+            loss += (
+                share_t
+                * (terms.kl * terms.temperature**2 * kl_t - terms.ce * logp_t + terms.hidden * (1 - cosine_t))
+            ).sum()
+            add_product_(grad_output_VH, grad_tV.T, hidden_tH)
+            grad_hidden_tH = grad_tV @ output_VH
+            if grad_projection_GH is not None:
+                add_product_(grad_projection_GH, grad_tG.T, hidden_tH)
+            grad_hidden_TH[rows_t] = grad_hidden_tH + (
+                grad_tG if projection_GH is None else grad_tG @ projection_GH
+            )
+            logp_T[rows_t], kl_T[rows_t], cosine_T[rows_t] = logp_t, kl_t, cosine_t
+            del teacher_tV, grad_tV  # before the next chunk's are made
+        grad_projection_GH = None if grad_projection_GH is None else grad_projection_GH.to(hidden_TH.dtype)
+        ctx.save_for_backward(grad_hidden_TH, grad_output_VH.to(output_VH.dtype), grad_projection_GH)
+        ctx.mark_non_differentiable(logp_T, kl_T, cosine_T)
+        return loss, logp_T, kl_T, cosine_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return (
+            *(None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _longest(output_VH: Tensor) -> int:
+    """Positions whose logits, in the matrix's type, stay inside CHUNK_BYTES."""
+    return max(1, CHUNK_BYTES[output_VH.device.type] // (output_VH.element_size() * len(output_VH)))
+
+
+def _project(hidden_tH: Tensor, projection_GH: Tensor | None) -> Tensor:
+    if projection_GH is None:
+        return hidden_tH.to(torch.promote_types(hidden_tH.dtype, torch.float32))
+    return logits_of(hidden_tH, projection_GH)
+
+
+def _cosine(student_tG: Tensor, teacher_tG: Tensor) -> tuple[Tensor, Tensor]:
+    """(cosine [t], its gradient with respect to the student's [t, G]): with unit vectors û and v̂, (v̂ − cosine·û) / |u|."""
+    teacher_tG = teacher_tG.to(student_tG.dtype)
+    teacher_tG = teacher_tG / teacher_tG.norm(dim=1, keepdim=True).clamp(min=EPSILON)
+    length_t1 = student_tG.norm(dim=1, keepdim=True).clamp(min=EPSILON)
+    student_tG = student_tG / length_t1
+    cosine_t1 = (student_tG * teacher_tG).sum(1, keepdim=True)
+    return cosine_t1.squeeze(1), (teacher_tG - cosine_t1 * student_tG) / length_t1
+
+
+def _compare_(
+    hidden_tH: Tensor,
+    output_VH: Tensor,
+    teacher_tV: Tensor,
+    targets_t: Tensor,
+    share_t: Tensor,
+    terms: "Loss",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p of the targets [t], KL(teacher‖student) [t], gradient of the loss with respect to the student's logits [t, V]).
+
+    On the GPU the gradient takes the place of the teacher's logits.
+    """
+    if hidden_tH.is_cuda:
+        from vpmoe.objectives import teacher_forced_kernels  # Triton, which only a GPU needs
+
+        return teacher_forced_kernels.compare_(hidden_tH, output_VH, teacher_tV, targets_t, share_t, terms)
+    logits_tV = logits_of(hidden_tH, output_VH)
+    rows_t = torch.arange(len(targets_t))
+    student_tV, teacher_tV = (
+        (logits_tV / terms.temperature).log_softmax(1),
+        teacher_tV.div_(terms.temperature).log_softmax(1),
+    )
+    p_tV = teacher_tV.exp()
+    kl_t = teacher_tV.sub_(student_tV).mul_(p_tV).sum(1)
+    grad_tV = student_tV.exp_().sub_(p_tV).mul_(terms.kl * terms.temperature)
+    logp_tV = logits_tV.log_softmax(1)
+    logp_t = logp_tV[rows_t, targets_t]
+    grad_tV.add_(logp_tV.exp_(), alpha=terms.ce)
+    grad_tV[rows_t, targets_t] -= terms.ce
+    return logp_t, kl_t, grad_tV.mul_(share_t.unsqueeze(1))

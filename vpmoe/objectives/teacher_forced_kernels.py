@@ -1,0 +1,172 @@
+"""The passes over a chunk of student's and teacher's logits on a GPU: each logit is read twice, and one bf16 gradient written.
+
+The student's logits are fp16: of the usual 16 bits the finest (2⁻¹¹ of a number), rounded less than the gradient that is made of them. The
+teacher's are bf16, as it makes them itself, and the gradient takes their place. forced_head.py holds the formulas, and does them in torch
+on the CPU; see kernels.py for why torch's own operations are not enough.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from vpmoe.model import kernels
+from vpmoe.model.kernels import product
+
+if TYPE_CHECKING:
+    from vpmoe.api.stages import Loss
+
+BLOCK = 2048
+"""Logits of either that a program holds at once."""
+PARTS = 2
+"""Pieces of a chunk whose student's logits are in memory one after the other: products with the teacher's matrix and with gradients want
+long chunks."""
+LARGEST = tl.constexpr(65504.0)
+"""Of fp16. A logit beyond it is no sensible one; that it should not become infinite is what counts."""
+
+
+def compare_(
+    hidden_tH: Tensor,
+    output_VH: Tensor,
+    teacher_tV: Tensor,
+    targets_t: Tensor,
+    share_t: Tensor,
+    terms: "Loss",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log p of the targets [t], KL(teacher‖student) at the terms' temperature [t], gradient of the loss with respect to logits [t, V]).
+
+    The gradient is written over `teacher_tV` and is in its type.
+    """
+    rows, width = teacher_tV.shape
+    each = -(-rows // PARTS)
+    logits_uV = torch.empty(each, width, dtype=torch.float16, device=teacher_tV.device)
+    sums_4t = torch.empty(4, rows, dtype=torch.float32, device=teacher_tV.device)
+    inverse = 1.0 / terms.temperature
+    for start in range(0, rows, each):
+        part = slice(start, start + each)
+        hidden_uH, teacher_uV, (lse_u, soft_u, soft_teacher_u, kl_u) = (
+            hidden_tH[part],
+            teacher_tV[part],
+            sums_4t[:, part],
+        )
+        here = len(hidden_uH)
+        _logits[kernels.tiles(here, width)](
+            hidden_uH,
+            output_VH,
+            logits_uV,
+            here,
+            width,
+            hidden_tH.shape[1],
+            *kernels.TILE,
+            kernels.BAND,
+            num_warps=8,
+            num_stages=3,
+        )
+        _measure[(here,)](
+            logits_uV,
+            teacher_uV,
+            lse_u,
+            soft_u,
+            soft_teacher_u,
+            kl_u,
+            width,
+            inverse,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
+        _gradient_[(here, triton.cdiv(width, BLOCK))](
+            logits_uV,
+            teacher_uV,
+            targets_t[part],
+            lse_u,
+            soft_u,
+            soft_teacher_u,
+            share_t[part],
+            width,
+            inverse,
+            terms.ce,
+            terms.kl * terms.temperature,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
+    return (hidden_tH.float() * output_VH[targets_t].float()).sum(1) - sums_4t[0], sums_4t[3], teacher_tV
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _logits(  # type: ignore[no-untyped-def]
+    hidden,
+    output,
+    logits,
+    rows,
+    width,
+    H: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BAND: tl.constexpr,
+):
+    x, row, column, _ = product(hidden, output, rows, width, H, M, N, K, BAND)
+    x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST).to(logits.dtype.element_ty)
+    tl.store(
+        logits + row.to(tl.int64)[:, None] * width + column[None, :],
+        x,
+        mask=(row < rows)[:, None] & (column < width)[None, :],
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _measure(logits, teacher, lse, soft, soft_teacher, kl, width, inverse, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of the student's x and the teacher's y: log Σ exp of x, x/T and y/T, and KL = Σ p·(y − x)/T + log Σ exp(x/T) − log Σ exp(y/T)."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    high_x = -1e30  # stands where there is no logit: finite, so that −1e30 − −1e30 is a number
+    high_y = -1e30
+    total = tl.zeros((BLOCK,), tl.float32)
+    total_x = tl.zeros((BLOCK,), tl.float32)
+    total_y = tl.zeros((BLOCK,), tl.float32)
+    apart = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        inside = start + columns < width
+        x = tl.load(logits + row * width + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        y = tl.load(teacher + row * width + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        above_x = tl.maximum(high_x, tl.max(x, 0))
+        above_y = tl.maximum(high_y, tl.max(y, 0))
+        if above_x > high_x:
+            total *= tl.exp(high_x - above_x)
+            total_x *= tl.exp((high_x - above_x) * inverse)
+        if above_y > high_y:
+            total_y *= tl.exp((high_y - above_y) * inverse)
+            apart *= tl.exp((high_y - above_y) * inverse)
+        p = tl.exp((y - above_y) * inverse)
+        total += tl.exp(x - above_x)
+        total_x += tl.exp((x - above_x) * inverse)
+        total_y += p
+        apart += tl.where(inside, p * (y - x), 0.0)
+        high_x = above_x
+        high_y = above_y
+    soft_x = high_x * inverse + tl.log(tl.sum(total_x, 0))
+    mass = tl.sum(total_y, 0)
+    soft_y = high_y * inverse + tl.log(mass)
+    tl.store(lse + row, high_x + tl.log(tl.sum(total, 0)))
+    tl.store(soft + row, soft_x)
+    tl.store(soft_teacher + row, soft_y)
+    tl.store(kl + row, tl.sum(apart, 0) / mass * inverse + soft_x - soft_y)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gradient_(  # type: ignore[no-untyped-def]
+    logits, teacher, targets, lse, soft, soft_teacher, share, width, inverse, ce, kl, BLOCK: tl.constexpr
+):
+    """share · [ce·(softmax(x) − onehot) + kl·T·(softmax(x/T) − softmax(y/T))], over y; `kl` here is the term's weight times T."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    x = tl.load(logits + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(teacher + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    onehot = tl.where(columns == tl.load(targets + row), 1.0, 0.0)
+    hard = tl.exp(x - tl.load(lse + row)) - onehot
+    gap = tl.exp(x * inverse - tl.load(soft + row)) - tl.exp(y * inverse - tl.load(soft_teacher + row))
+    gradient = tl.load(share + row) * (ce * hard + kl * gap)
+    tl.store(teacher + row * width + columns, gradient.to(teacher.dtype.element_ty), mask=inside)

@@ -1,0 +1,1 @@
+"""What each optimizer step trains on."""

@@ -1,0 +1,83 @@
+"""From the batch plan to microbatches: the packed rows of one step on one rank.
+
+Positions, targets and counts are vpmoe.model.batch's business; here whole documents are laid side by side and the rest is padded.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vpmoe.data.packing import PackedDocument
+from vpmoe.model.batch import Batch
+
+Read = Callable[[PackedDocument], tuple[NDArray[np.int32], NDArray[np.uint8]]]
+"""(token ids, span of each) of a document."""
+Logp = Callable[[PackedDocument], NDArray[np.floating]]
+"""A log-probability of each token of a document, the teacher's or the sampler's, NaN where there is none."""
+
+MICROBATCH = 8192
+"""Positions of one microbatch, as far as whole rows allow: the student's longest sequence alone, or several short ones together."""
+FILLER = 199_999
+"""The token that stands where no document does (GPT-OSS's own padding id). Nothing attends to it and it is never a target."""
+
+
+def rows_each(sequence_length: int) -> int:
+    """Rows of one microbatch."""
+    return max(1, MICROBATCH // sequence_length)
+
+
+def microbatches(
+    rows: Sequence[Sequence[PackedDocument]],
+    read: Read,
+    sequence_length: int,
+    logp: Logp | None = None,
+    sampler_logp: Logp | None = None,
+) -> list[Batch]:
+    """The rows in order as microbatches of about MICROBATCH positions; all but the last have the same number of rows. See `assemble`."""
+    each = rows_each(sequence_length)
+    return [
+        assemble(rows[start : start + each], read, sequence_length, logp, sampler_logp)
+        for start in range(0, len(rows), each)
+    ]
+
+
+def assemble(
+    rows: Sequence[Sequence[PackedDocument]],
+    read: Read,
+    sequence_length: int,
+    logp: Logp | None = None,
+    sampler_logp: Logp | None = None,
+) -> Batch:
+    """One microbatch of b packed rows; a row without any document is all padding. Raises ValueError where a row overflows.
+
+    With `logp` the batch has the teacher's log-probabilities, with `sampler_logp` the sampler's.
+    """
+    shape = (len(rows), sequence_length)
+    tokens_bS = np.full(shape, FILLER, np.int64)
+    spans_bS = np.zeros(shape, np.uint8)
+    documents_bS = np.full(shape, -1, np.int32)
+    known = [(of, np.full(shape, np.nan, np.float32)) for of in (logp, sampler_logp)]
+    for row, documents in enumerate(rows):
+        at = 0
+        for number, document in enumerate(documents):
+            tokens, spans = read(document)
+            if at + len(tokens) > sequence_length:
+                raise ValueError(f"row {row} overflows {sequence_length} positions with {document}")
+            place = (row, slice(at, at + len(tokens)))
+            tokens_bS[place] = tokens
+            spans_bS[place] = spans
+            documents_bS[place] = number
+            for of, logp_bS in known:
+                if of is not None:
+                    logp_bS[place] = of(document)
+            at += len(tokens)
+    teacher, sampler = (None if of is None else torch.from_numpy(logp_bS) for of, logp_bS in known)
+    return Batch.of(
+        torch.from_numpy(tokens_bS),
+        torch.from_numpy(spans_bS),
+        torch.from_numpy(documents_bS),
+        teacher,
+        sampler,
+    )

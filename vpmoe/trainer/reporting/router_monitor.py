@@ -1,0 +1,55 @@
+"""Whether the router has collapsed: an expert without a token for long, or one that gets far more than its share for long.
+
+Pure: loads in, a finding out. Counting the loads is the model's business, saying it in progress.json the loop's. The watch starts anew
+with every attempt: what it counts is recent by definition.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+PATIENCE = 100
+"""Steps in a row after which a bad load is a collapse. A young router is uneven for some steps; the expert bias mends that."""
+BOUND = 16.0
+"""Busiest expert's tokens over the mean expert's, above which a layer is bad: at top-4 of 256 no expert can pass 64."""
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """One layer that has been bad for PATIENCE steps."""
+
+    layer: str
+    reason: str
+    """DeadExpert or Imbalance: the condition's reason."""
+    message: str
+
+
+class RouterMonitor:
+    """Steps in a row for which each expert was dead, and each layer out of balance."""
+
+    def __init__(self, layers: list[str], experts: int) -> None:
+        self.layers = layers
+        self._dead_LE = np.zeros((len(layers), experts), np.int64)
+        self._uneven_L = np.zeros(len(layers), np.int64)
+
+    def step(self, load_LE: NDArray[np.int64], ratio_L: NDArray[np.float64]) -> list[Collapse]:
+        """Count one step's global load and return the layers that are collapsed after it, one reason each.
+
+        load_LE: tokens of each expert; ratio_L: the busiest expert's load over the mean.
+        """
+        self._dead_LE = np.where(load_LE == 0, self._dead_LE + 1, 0)
+        self._uneven_L = np.where(ratio_L > BOUND, self._uneven_L + 1, 0)
+        found = []
+        for number, layer in enumerate(self.layers):
+            dead = np.flatnonzero(self._dead_LE[number] >= PATIENCE)
+            if len(dead):
+                steps = int(self._dead_LE[number].max())
+                experts = ", ".join(str(expert) for expert in dead[:8]) + (", …" if len(dead) > 8 else "")
+                words = f"{layer}: {len(dead)} experts without a token, for up to {steps} steps: {experts}"
+                found.append(Collapse(layer, "DeadExpert", words))
+            elif self._uneven_L[number] >= PATIENCE:
+                steps = int(self._uneven_L[number])
+                words = f"{layer}: the busiest expert has had more than {BOUND:g} times the mean load for {steps} steps"
+                found.append(Collapse(layer, "Imbalance", words))
+        return found
