@@ -115,7 +115,7 @@ def test_a_node_must_hold_the_largest_pod(stage: dict[str, Any], gpus: int) -> N
     run = DistillRun.parse(
         valid_specs.manifest({"spec.student": {"gpus": 8, "gpusPerPod": 2}, "spec.stages": [stage]})
     )
-    assert largest_pod(run.spec, run.spec.stages[0]) == gpus
+    assert largest_pod(run.spec.student, run.spec.stages[0]) == gpus
 
 
 def test_every_shape_has_its_number_of_experts() -> None:
