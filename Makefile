@@ -31,11 +31,13 @@ setup: .venv/requirements.lock
 .venv/requirements.lock: requirements.lock .ci/venv
 	@.ci/venv
 
-lint: setup     ## ruff, mypy, import contracts, shell and Docker files
+lint: setup     ## ruff, mypy, import layers, declared dependencies, shell scripts, links in the documentation
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
 	@$(python) -m mypy
 	@PYTHONPATH=.:operator .venv/bin/lint-imports
+	@$(python) -m deptry .
+	@$(python) docs/check_links.py
 	@.venv/bin/shellcheck .ci/run .ci/venv
 
 manifests: setup  ## manifests/crd.yaml, from vpmoe/api
