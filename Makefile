@@ -40,8 +40,9 @@ lint: setup     ## ruff, mypy, import layers, declared dependencies, shell scrip
 	@$(python) docs/check_links.py
 	@.venv/bin/shellcheck .ci/run .ci/venv
 
-manifests: setup  ## manifests/crd.yaml, from vpmoe/api
+manifests: setup  ## manifests/crd.yaml and docs/reference/api.md, from vpmoe/api
 	@$(python) -m vpmoe.api.crd >manifests/crd.yaml
+	@$(python) -m vpmoe.api.reference >docs/reference/api.md
 
 lock: setup     ## requirements.lock, from pyproject.toml
 	@.venv/bin/uv pip compile --quiet --python-version 3.12 --all-extras --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements.lock
