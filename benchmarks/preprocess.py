@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 
 from demo import sample
 from devcluster import binaries
-from tests.conftest import answers, wait_until
+from tests.fakes.waiting import answers, wait_until
 from vpmoe.api import DistillRun
 from vpmoe.api.quantities import parse_tokens
 from vpmoe.data import vocabulary

@@ -6,11 +6,7 @@ What a test asks for by name it gets running; a test that names no fixture start
 import os
 import secrets
 import subprocess
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,8 @@ import pytest
 
 from devcluster import install
 from devcluster.cluster import Cluster, up
+from tests.fakes.store import S3, small_run
+from tests.fakes.waiting import answers, wait_until
 from vpmoe.api.storage import Storage
 from vpmoe.process.launcher import free_port
 from vpmoe.storage import Bucket
@@ -27,17 +25,6 @@ hypothesis.settings.register_profile(
     "untimed", deadline=None
 )  # no test asserts a time: machines here are busy
 hypothesis.settings.load_profile("untimed")
-
-
-@dataclass(frozen=True)
-class S3:
-    """A running versitygw. Its credentials and endpoint are in os.environ too, so jobs started by a test find it."""
-
-    endpoint: str
-    access_key: str
-    secret_key: str
-    folder: Path
-    """Where versitygw keeps objects as plain files: tests that damage an object behind its back do it here."""
 
 
 @pytest.fixture(scope="session")
@@ -75,60 +62,10 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
                 os.environ[name] = value
 
 
-def answers(url: str) -> bool:
-    """Whether an HTTP server says anything at all there, a refusal included."""
-    try:
-        urllib.request.urlopen(url, timeout=1).close()
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
-
-
-def wait_until(true: Callable[[], bool], what: str, seconds: float = 30, every: float = 0.05) -> None:
-    """Ask every so many seconds until `true()`, or fail the test with what was waited for."""
-    end = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > end:
-            pytest.fail(f"not within {seconds:g} s: {what}")
-        time.sleep(every)
-
-
 @pytest.fixture
 def run_spec(s3: S3) -> dict[str, Any]:
     """A small valid DistillRun as a dict, on a bucket of this test's own; change what the test is about, then DistillRun.parse it."""
     return small_run(s3)
-
-
-def small_run(s3: S3) -> dict[str, Any]:
-    """The same, on a bucket of its own."""
-    name = f"test-{secrets.token_hex(6)}"
-    (s3.folder / name).mkdir()
-    return {
-        "apiVersion": "vpmoe.dev/v1alpha1",
-        "kind": "DistillRun",
-        "metadata": {"name": "tiny-run", "namespace": "default"},
-        "spec": {
-            "dataset": {
-                "source": f"s3://{name}/input/*.parquet",
-                "maxLength": 512,
-                "validFraction": 0.15,
-                "workers": 1,
-            },
-            "teacher": {"model": f"s3://{name}/models/teacher"},
-            "student": {"shape": "tiny", "gpus": 1},
-            "training": {
-                "sequenceLength": 512,
-                "globalBatchTokens": 2048,
-                "optimizer": {"learningRate": 3.0e-3, "minLearningRate": 1.0e-4, "warmupTokens": 4096},
-                "checkpoint": {"everyTokens": 8192, "keep": 3},
-            },
-            "stages": [{"name": "vanilla", "kind": "Vanilla", "tokens": 16384}],
-            "evaluation": {"everyTokens": 8192, "documents": 16, "completions": 0},
-            "storage": {"endpoint": s3.endpoint, "bucket": name, "credentialsSecret": None},
-        },
-    }
 
 
 @pytest.fixture(scope="session")

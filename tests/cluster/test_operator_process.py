@@ -8,10 +8,10 @@ import pytest
 
 from devcluster import install
 from devcluster.access import Cluster
-from tests.conftest import answers, wait_until
 from tests.fakes import run_harness as teams
 from tests.fakes.api_proxy import Gate, Process, children
 from tests.fakes.run_harness import STAGES, Team
+from tests.fakes.waiting import answers, wait_until
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import yaml
 
 from demo import sample
 from devcluster.cluster import Cluster
-from tests.conftest import wait_until
+from tests.fakes.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.timeout(1800)  # the first test waits for both runs

@@ -27,8 +27,8 @@ import yaml
 from demo import sample
 from devcluster import ClusterError, install
 from devcluster.cluster import Cluster
-from tests.conftest import wait_until
 from tests.fakes import tiny_teacher
+from tests.fakes.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.timeout(2400)  # the first test waits for both runs

@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import S3
-from tests.e2e.test_training_by_hand import Hand, end, last, lines, logged, prepared, progress, stop_after
 from tests.fakes import tiny_teacher
+from tests.fakes.local_jobs import Hand, end, last, lines, logged, prepared, progress, stop_after
+from tests.fakes.store import S3
 from tests.fakes.students import new_seed
 from vpmoe.model.shapes import SHAPES
 from vpmoe.process.launcher import free_port

@@ -16,8 +16,8 @@ import torch
 
 from tests.fakes import datasets, students
 from tests.fakes.fake_onpolicy_peers import Partner
+from tests.fakes.reporters import RecordingReporter
 from tests.fakes.students import saved
-from tests.unit.trainer.test_trainer import Listening
 from vpmoe.api import DistillRun
 from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.data.reader import BlockCache, DatasetReader
@@ -37,7 +37,7 @@ from vpmoe.trainer.trainer import Trainer, course
 INPUTS = [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})]
 
 
-class Asking(Listening):
+class Asking(RecordingReporter):
     """A report that has the partner go on while the trainer waits."""
 
     partner: Partner

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from vpmoe.inference import teacher_engine
 from vpmoe.inference.teacher_engine import Scorer, batches
 
+LONGEST = 640
+"""Tokens that the shared teacher and the shared sampler take at once."""
+
 BATCH_TOKENS = teacher_engine.BATCH_TOKENS["cpu"]
 
 TINY = {

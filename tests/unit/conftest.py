@@ -11,16 +11,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.conftest import wait_until
+from tests.fakes.waiting import wait_until
 
 if TYPE_CHECKING:
     import torch
 
     from tests.fakes.tiny_teacher import Remote
     from vpmoe.inference.engine_pool import Engines
-
-LONGEST = 640
-"""Tokens that the shared teacher and the shared sampler take at once."""
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +51,8 @@ def behind_vllm(module: str, model: Path, scratch: Path) -> Iterator[str]:
 
     Its process is what a pod's is: a user without name and home, who may read what there is and write below TMPDIR alone.
     """
+    from tests.fakes.tiny_teacher import LONGEST
+
     scratch.chmod(0o777)
     address = str(scratch / "socket")
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
@@ -103,7 +102,7 @@ def teacher_address(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def scorer(teacher_address: str) -> Iterator["Remote"]:
     """The shared teacher, asked by this test."""
-    from tests.fakes.tiny_teacher import Remote
+    from tests.fakes.tiny_teacher import LONGEST, Remote
 
     with Remote(teacher_address, LONGEST) as remote:
         yield remote
@@ -112,6 +111,7 @@ def scorer(teacher_address: str) -> Iterator["Remote"]:
 @pytest.fixture(scope="module")
 def engines(device: "torch.device") -> "Iterator[Engines]":
     """The sampler's engine for `tiny`, started by the first test that loads weights into it."""
+    from tests.fakes.tiny_teacher import LONGEST
     from vpmoe.inference.engine_pool import Engines
 
     with Engines(1, "tiny", LONGEST) as started:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.conftest import S3
 from tests.fakes import datasets
+from tests.fakes.checkpoints import altered, at, filled, save, truncated
+from tests.fakes.store import S3
 from tests.fakes.students import SMALL, learner, new_seed
-from tests.unit.trainer.test_checkpoint import altered, at, filled, save, truncated
 from vpmoe.checkpoint.format import WEIGHTS, CheckpointRejected, weights_in
 from vpmoe.model import hf_export, state
 from vpmoe.storage import Bucket, manifest, paths

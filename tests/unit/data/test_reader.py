@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import S3
 from tests.fakes import datasets
+from tests.fakes.store import S3
 from vpmoe.data.packing import PackedDocument
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.storage import BLOCK, Bucket, StorageError

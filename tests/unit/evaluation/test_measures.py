@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fakes.completions import OPEN, SAID, SAY, THINK, ids
 from tests.fakes.students import new_seed
-from tests.unit.rollout.test_prompts import OPEN, SAID, SAY, THINK, ids
 from vpmoe.api import DistillRun
 from vpmoe.data import vocabulary
 from vpmoe.evaluation import canary, measures, questions

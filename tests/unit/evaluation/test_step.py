@@ -21,10 +21,11 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from tests.conftest import S3, wait_until
+from tests.fakes.checkpoints import altered, at, save
+from tests.fakes.store import S3
 from tests.fakes.students import documents, learner
-from tests.unit.conftest import LONGEST
-from tests.unit.trainer.test_checkpoint import altered, at, save
+from tests.fakes.tiny_teacher import LONGEST
+from tests.fakes.waiting import wait_until
 from vpmoe.api import DistillRun
 from vpmoe.data import dataset, vocabulary
 from vpmoe.data.harmony import RETURN

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import wait_until
 from tests.fakes.students import new_seed
+from tests.fakes.waiting import wait_until
 from vpmoe.failure import Failure, Permanent, Retriable
 from vpmoe.inference.engine_pool import Engines, Request, error_of, settings
 from vpmoe.inference.verify import verify_against_probe

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from openai_harmony import (
     Conversation,
     HarmonyEncodingName,
@@ -19,6 +18,7 @@ from openai_harmony import (
     load_harmony_encoding,
 )
 
+from tests.fakes.reference_scores import TOLERANCE, expected
 from tests.fakes.students import new_seed
 from tests.fakes.tiny_teacher import Remote
 from vpmoe.data import vocabulary
@@ -31,8 +31,6 @@ from vpmoe.inference import teacher_engine as module
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOLERANCE = 1e-4
-"""Nats. Both compute in float32, sum in other orders over up to 600 positions and 201,088 logits; 6e-6 is what they differ by."""
 
 LENGTHS = (2, 3, 17, 40, 300, 640, 600)
 """Shorter and longer than the sliding window of 16, up to the longest that the teacher takes, which is more than one forward does: some
@@ -48,18 +46,6 @@ def reference(teacher: Path) -> "PreTrainedModel":
     return AutoModelForCausalLM.from_pretrained(
         teacher, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-
-
-def expected(reference: "PreTrainedModel", ids_T: NDArray[np.int32]) -> NDArray[np.float64]:
-    """[T] log-probability of each id given those before it by transformers, the softmax in float64; NaN for the first."""
-    import torch
-
-    with torch.no_grad():
-        logits_TV = reference(torch.from_numpy(ids_T.astype(np.int64))[None]).logits[0]
-    logp_T = np.full(len(ids_T), np.nan)
-    targets = torch.from_numpy(ids_T[1:].astype(np.int64))[:, None]
-    logp_T[1:] = logits_TV[:-1].double().log_softmax(1).gather(1, targets)[:, 0].numpy()
-    return logp_T
 
 
 def test_every_position_agrees_with_transformers(scorer: Remote, reference: "PreTrainedModel") -> None:

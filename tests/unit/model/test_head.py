@@ -9,9 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tests.fakes.largest_tensor import Largest
 from tests.fakes.students import new_seed
 from vpmoe.model import head
 from vpmoe.model.head import Coefficient, head_loss, logp_of
@@ -122,19 +121,6 @@ def test_extreme_logits_stay_finite() -> None:
     )
 
 
-class Largest(TorchDispatchMode):
-    """Watches every operation below autograd and keeps the most numbers that one of its results held."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        self.numbers = max(
-            [self.numbers, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))]
-        )
-        return result
-
-
 def test_no_tensor_is_ever_as_large_as_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for 8 tokens' logits, the largest result is those or the weight's gradient: for one token more it would not fit."""
     vocabulary, tokens = 1000, 200
@@ -155,7 +141,7 @@ def test_the_gpus_kernels_are_float64s_too() -> None:
     """The same kernels under Triton's interpreter: rows of several blocks and a rest, extreme logits, coefficients of both signs."""
     code = f"""
         import torch
-        from vpmoe.objectives import kernels
+        from vpmoe.model import kernels
         torch.manual_seed({new_seed()})
         kernels.BLOCK = 64
         logits, targets, c = torch.randn(5, 150) * 30, torch.randint(0, 150, (5,)), torch.randn(5)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tests.fakes.largest_tensor import Largest
 from tests.fakes.students import new_seed
-from tests.unit.model.test_head import Largest
 from vpmoe.api.stages import Loss
 from vpmoe.model.batch import Batch
 from vpmoe.model.spans import NO_TARGET

@@ -2,29 +2,18 @@
 
 from fractions import Fraction
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fakes import valid_specs
-from vpmoe.api import DistillRun
+from tests.fakes.curricula import SHARES, THREE, stage
 from vpmoe.api.stages import OnPolicy
 from vpmoe.data.mixture import as_written, interleave
 from vpmoe.failure import Permanent
 from vpmoe.rollout.curriculum import Curriculum
 
-
-def stage(**changes: Any) -> OnPolicy:
-    run = DistillRun.parse(valid_specs.manifest({"spec.stages": [{**valid_specs.ONPOLICY, **changes}]}))
-    found = run.stage("onpolicy")
-    assert isinstance(found, OnPolicy)
-    return found
-
-
-SHARES = st.integers(0, 999).map(lambda thousandths: thousandths / 1000)
 STAGES = st.builds(
     lambda anchor, staleness, every: stage(
         anchor=anchor, staleness=staleness, publishEvery=every, tokens=10_000
@@ -34,17 +23,6 @@ STAGES = st.builds(
     st.integers(1, 9),
 )
 LENGTHS = st.lists(st.integers(1, 900), min_size=60, max_size=60)
-
-THREE = [
-    {"share": 0.3, "effort": {"low": 0.7, "medium": 0.3}},
-    {"share": 0.4, "effort": {"low": 0.2, "medium": 0.6, "high": 0.2}, "rolloutsPerPromptAtEnd": 2},
-    {
-        "share": 0.3,
-        "effort": {"low": 0.1, "medium": 0.3, "high": 0.6},
-        "rolloutsPerPrompt": 4,
-        "rolloutsPerPromptAtEnd": 2,
-    },
-]
 
 
 @pytest.mark.parametrize(

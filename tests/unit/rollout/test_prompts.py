@@ -21,6 +21,7 @@ from openai_harmony import (
 )
 
 from demo import sample
+from tests.fakes.completions import OPEN, SAID, SAY, THINK, ids
 from vpmoe.data import harmony, vocabulary
 from vpmoe.data.harmony import Renderer, Setting, user_text
 from vpmoe.data.tokenizer import tokenizer
@@ -123,15 +124,6 @@ def test_a_document_of_another_data_set_is_refused(renderer: Renderer) -> None:
         Prompts(OWN | {"effort": "low"}).ids(ids, of_token, "high")
     with pytest.raises(ValueError, match="without a supervised token"):
         Prompts(OWN).ids(ids, np.zeros_like(of_token), "high")
-
-
-def ids(text: str) -> np.ndarray:
-    """Ids of a text in which specials mean themselves."""
-    return np.array(vocabulary.encoding().encode(text, allowed_special="all"), np.int32)
-
-
-THINK, OPEN = "<|channel|>analysis<|message|>hm<|end|>", "<|start|>assistant"
-SAY, SAID = "<|channel|>final<|message|>yes<|return|>", "<|channel|>final<|message|>yes<|end|>"
 
 
 @pytest.mark.parametrize(

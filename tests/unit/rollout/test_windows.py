@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -14,28 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fakes.curricula import A_STEP, PARTS, SHARES, at, stage, windows
 from tests.fakes.students import new_seed
-from tests.unit.rollout.test_curriculum import SHARES, THREE, stage
 from vpmoe.api.stages import MaxTokens
 from vpmoe.data.packing import order
 from vpmoe.rollout.back_pressure import ORDER, Adjustment
 from vpmoe.rollout.curriculum import EFFORTS, Curriculum, Level
-from vpmoe.rollout.windows import Window, Windows, effort, longest, request_seed, rollouts
+from vpmoe.rollout.windows import Windows, effort, longest, request_seed, rollouts
 
-PARTS = [5, 0, 17, 3]
-A_STEP = 400
-"""Tokens of a step, in the stages of these tests."""
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-def windows(seed: int = 1234, prompts: int = 4, first: int = 0, **changes: object) -> Windows:
-    asked = {"rollout": {"promptsPerWindow": prompts}, "curriculum": THREE, "tokens": 100_000}
-    return Windows(stage(**(asked | changes)), seed, PARTS, first)
-
-
-def at(it: Windows, number: int, turns: Sequence[Adjustment] = ()) -> Window:
-    """Window `number` where each step before its version had A_STEP tokens."""
-    return it.window(number, A_STEP * it.curriculum.published_after(it.curriculum.version_of(number)), turns)
 
 
 @given(SEEDS, st.permutations(range(30)), SHARES)
@@ -51,7 +37,7 @@ def test_every_role_computes_the_same_in_whatever_order_it_asks(
 def test_another_process_computes_the_same() -> None:
     code = """
         import dataclasses, json
-        from tests.unit.rollout.test_windows import at, windows
+        from tests.fakes.curricula import at, windows
         found = [at(windows(), number) for number in (0, 7, 100)]
         print(json.dumps([dataclasses.asdict(window) | {"max_tokens": 0} for window in found]))
     """

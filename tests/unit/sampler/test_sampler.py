@@ -20,10 +20,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import S3, small_run, wait_until
 from tests.fakes import policy_versions
+from tests.fakes.store import S3, small_run
 from tests.fakes.students import new_seed
-from tests.unit.conftest import LONGEST
+from tests.fakes.tiny_teacher import LONGEST
+from tests.fakes.waiting import wait_until
 from vpmoe.api import DistillRun
 from vpmoe.api.stages import MaxTokens, OnPolicy
 from vpmoe.data.dataset import load

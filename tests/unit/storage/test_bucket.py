@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from devcluster import certificates
-from tests.conftest import S3
 from tests.fakes.fault_proxy import faulty
+from tests.fakes.store import S3
 from vpmoe.api.storage import Storage
 from vpmoe.storage import BLOCK, Bucket, Credentials, Patience, StorageError, Stored
 

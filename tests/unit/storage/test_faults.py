@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import S3, wait_until
 from tests.fakes.fault_proxy import Fault, Faulty, Kind, faulty
+from tests.fakes.store import S3
+from tests.fakes.waiting import wait_until
 from vpmoe.api.storage import Storage
 from vpmoe.storage import BLOCK, Bucket, Credentials, Patience, StorageError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import S3
+from tests.fakes.store import S3
 from vpmoe.provenance import Provenance
 from vpmoe.storage import BLOCK, Bucket, __main__, manifest
 from vpmoe.storage.bucket import json_bytes

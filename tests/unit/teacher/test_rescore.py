@@ -19,6 +19,7 @@ import yaml
 from numpy.typing import NDArray
 
 from tests.fakes.students import new_seed
+from tests.fakes.teacher_steps import provenance, rescore_here
 from tests.fakes.tiny_teacher import Remote
 from vpmoe.api import DistillRun
 from vpmoe.api.stages import Rescored
@@ -28,11 +29,10 @@ from vpmoe.data.preprocess.encode import Encoders
 from vpmoe.data.preprocess.preprocess import preprocess
 from vpmoe.data.system_message import EffortSubstitution
 from vpmoe.failure import Permanent, Terminated
-from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Manifest
 from vpmoe.storage.verify import verify
-from vpmoe.teacher import histogram, rescore, scores
+from vpmoe.teacher import histogram, scores
 from vpmoe.teacher.part import FLOOR, stored
 
 ROOT = Path(__file__).parents[3]
@@ -60,22 +60,8 @@ def spec(run_spec: dict[str, Any], sample_parquet: list[Path], teacher: Path) ->
     for path in teacher.iterdir():
         bucket.put_file(f"models/teacher/{path.name}", path, {})
     with Encoders(1) as encoders:
-        preprocess(run, bucket, provenance(run), threading.Event(), None, encoders)
+        preprocess(run, bucket, provenance(run, "rescore"), threading.Event(), None, encoders)
     return run_spec
-
-
-def provenance(run: DistillRun) -> Provenance:
-    return Provenance(
-        None,
-        None,
-        run.config_hash,
-        "default",
-        run.metadata.name,
-        run.uid8,
-        "rescore",
-        1,
-        "2026-01-01T00:00:00Z",
-    )
 
 
 def do(
@@ -84,22 +70,7 @@ def do(
     worker: int | None = None,
     stopping: threading.Event | None = None,
 ) -> list[scores.ScoresRef]:
-    """The step in this process, with the shared teacher; with None, where none may be loaded."""
-    run = DistillRun.parse(spec)
-
-    def load(directory: Path, longest: int) -> Remote:
-        assert scorer and (directory / "model.safetensors").stat().st_size > 1e8 and longest <= scorer.longest
-        return scorer
-
-    return rescore.rescore(
-        run,
-        Bucket.open(run.spec.storage),
-        provenance(run),
-        stopping or threading.Event(),
-        worker,
-        load,
-        SCRATCH,
-    )
+    return rescore_here(spec, scorer, SCRATCH, worker, stopping)
 
 
 def made(spec: dict[str, Any], scorer: Remote | None) -> Manifest:
@@ -253,7 +224,7 @@ def test_what_decides_the_scores_is_their_id(
     def resolved() -> str:
         run = DistillRun.parse(spec)
         with Encoders(1) as encoders:
-            preprocess(run, bucket, provenance(run), threading.Event(), None, encoders)
+            preprocess(run, bucket, provenance(run, "rescore"), threading.Event(), None, encoders)
         (stage,) = (stage for stage in run.spec.stages if isinstance(stage, Rescored))
         return scores.resolve(run, stage, bucket, dataset.load(run, bucket)).id
 
@@ -307,9 +278,8 @@ def test_workers_do_not_change_a_byte_and_the_last_one_says_so(
 KILLED = """
 import pathlib, sys, yaml
 from tests.fakes.tiny_teacher import Remote
-from tests.unit import test_teacher_rescore as here
-here.SCRATCH = pathlib.Path(sys.argv[3])
-here.do(yaml.safe_load(open(sys.argv[1])), Remote(sys.argv[2], 640))
+from tests.fakes.teacher_steps import rescore_here
+rescore_here(yaml.safe_load(open(sys.argv[1])), Remote(sys.argv[2], 640), pathlib.Path(sys.argv[3]))
 """
 
 

@@ -17,14 +17,14 @@ import pytest
 import yaml
 from numpy.typing import NDArray
 
-from tests.conftest import S3, wait_until
+from tests.fakes.reference_scores import TOLERANCE, expected
+from tests.fakes.store import S3
 from tests.fakes.students import new_seed
+from tests.fakes.teacher_steps import provenance, score_windows_here
 from tests.fakes.tiny_teacher import Remote
-from tests.unit.inference.test_teacher_engine import TOLERANCE, expected
+from tests.fakes.waiting import wait_until
 from vpmoe.api import DistillRun
-from vpmoe.api.stages import OnPolicy
 from vpmoe.failure import Permanent, Terminated
-from vpmoe.provenance import Provenance
 from vpmoe.rollout.window_files import (
     Rollout,
     RolloutHeader,
@@ -81,20 +81,6 @@ def spec(run_spec: dict[str, Any], bucket: Bucket, teacher: Path) -> dict[str, A
     return run_spec
 
 
-def provenance(run: DistillRun, attempt: int = 1) -> Provenance:
-    return Provenance(
-        None,
-        None,
-        run.config_hash,
-        "default",
-        run.metadata.name,
-        run.uid8,
-        "onpolicy-teacher",
-        attempt,
-        "2026-01-01T00:00:00Z",
-    )
-
-
 def do(
     spec: dict[str, Any],
     scorer: Remote | None,
@@ -102,29 +88,13 @@ def do(
     stopping: threading.Event | None = None,
     attempt: int = 1,
 ) -> int:
-    """The role in this process, with the shared teacher; with None, where none may be loaded."""
-    run = DistillRun.parse(spec)
-    stage = run.stage("onpolicy")
-    assert isinstance(stage, OnPolicy)
-
-    def load(directory: Path, longest: int) -> Remote:
-        assert (
-            scorer
-            and (directory / "model.safetensors").stat().st_size > 1e8
-            and longest == 512 <= scorer.longest
-        )
-        return scorer
-
-    bucket = Bucket.open(run.spec.storage)
-    return score_windows.score_windows(
-        run, stage, bucket, provenance(run, attempt), stopping or threading.Event(), worker, load, SCRATCH
-    )
+    return score_windows_here(spec, scorer, SCRATCH, worker, stopping, attempt)
 
 
 def about(spec: dict[str, Any], window: int, last: bool = False) -> RolloutHeader:
     run = DistillRun.parse(spec)
     return RolloutHeader(
-        run=provenance(run).run,
+        run=provenance(run, "onpolicy-teacher").run,
         config=run.config_hash,
         stage="onpolicy",
         window=window,
@@ -334,10 +304,12 @@ def test_a_stage_that_has_ended_early_needs_no_more_scores(
 KILLED = """
 import pathlib, sys, yaml
 from tests.fakes.tiny_teacher import Remote
-from tests.unit import test_teacher_windows as here
-here.SCRATCH = pathlib.Path(sys.argv[3])
-here.windows.POLL_SECONDS = 0.02
-here.do(yaml.safe_load(open(sys.argv[1])), Remote(sys.argv[2], 640), attempt=int(sys.argv[4]))
+from tests.fakes.teacher_steps import score_windows_here
+from vpmoe.teacher import score_windows
+score_windows.POLL_SECONDS = 0.02
+score_windows_here(
+    yaml.safe_load(open(sys.argv[1])), Remote(sys.argv[2], 640), pathlib.Path(sys.argv[3]), attempt=int(sys.argv[4])
+)
 """
 
 

@@ -10,34 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import S3
 from tests.fakes import datasets, students
+from tests.fakes.checkpoints import altered, at, emptied, filled, same, save, truncated
+from tests.fakes.store import S3
 from tests.fakes.students import saved
 from vpmoe.checkpoint.train_state import TrainState, end_of, iterations
 from vpmoe.failure import Permanent
 from vpmoe.model import state
 from vpmoe.model.learner import Learner
 from vpmoe.storage import Bucket, manifest, paths
-from vpmoe.storage.manifest import Input
-from vpmoe.trainer.checkpoint.resume import begin, first
-from vpmoe.trainer.checkpoint.writer import BUFFERS, Checkpoints, rank_file
+from vpmoe.trainer.checkpoint.resume import begin
+from vpmoe.trainer.checkpoint.writer import BUFFERS, rank_file
 from vpmoe.trainer.context import StageContext
-from vpmoe.trainer.reporting.uploader import ProgressUploader
 
 pytestmark = pytest.mark.usefixtures("device")
-
-
-class Quiet(ProgressUploader):
-    """A report that writes nothing: what it says is test_training_report's business."""
-
-    def __init__(self) -> None:
-        self.said: dict[str, Any] = {}
-
-    def update(self, **changes: Any) -> None:
-        self.said |= changes
-
-    def flush_metrics(self) -> None:
-        pass
 
 
 @pytest.fixture
@@ -47,40 +33,6 @@ def task(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path) -> StageConte
     ]
     run_spec["spec"]["training"]["checkpoint"]["keep"] = 4
     return datasets.task(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
-
-
-def at(iteration: int, **changes: Any) -> TrainState:
-    return first("vanilla").model_copy(
-        update={"iteration": iteration, "steps": iteration, "tokens": 100 * iteration, **changes}
-    )
-
-
-def filled(device: torch.device, number: float) -> Learner:
-    """A student whose every number is `number`, plus its place in the tensor: so two of them differ everywhere."""
-    it = students.learner(device)
-    for piece in state.slices(it):
-        piece.tensor.copy_(torch.arange(piece.start, piece.stop) / 1000 + number)
-    return it
-
-
-def save(task: StageContext, learner: Learner, *positions: TrainState) -> Quiet:
-    report = Quiet()
-    checkpoints = Checkpoints(
-        task, [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})], report
-    )
-    for position in positions:
-        checkpoints.save(learner, position)
-    checkpoints.wait()
-    checkpoints.close()
-    return report
-
-
-def same(one: Learner, other: Learner) -> bool:
-    pairs = zip(sorted(saved(one).items()), sorted(saved(other).items()), strict=True)
-    return all(
-        a[0] == b[0] and all(torch.equal(x[1], y[1]) for x, y in zip(a[1], b[1], strict=True))
-        for a, b in pairs
-    )
 
 
 def test_a_stage_goes_on_from_its_newest_checkpoint_with_the_same_bits(
@@ -100,20 +52,6 @@ def test_a_stage_goes_on_from_its_newest_checkpoint_with_the_same_bits(
         "/checkpoints/vanilla/4/manifest.json"
     )
     assert not list(task.scratch.glob("*.safetensors"))
-
-
-def altered(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def truncated(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def emptied(path: Path) -> None:
-    path.write_bytes(b"")
 
 
 @pytest.mark.parametrize(

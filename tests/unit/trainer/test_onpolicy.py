@@ -19,10 +19,10 @@ import pytest
 import torch
 
 from tests.fakes import datasets, students
+from tests.fakes.checkpoints import same
 from tests.fakes.fake_onpolicy_peers import Partner
 from tests.fakes.onpolicy_ranks import INPUTS, Asking
 from tests.fakes.students import new_seed
-from tests.unit.trainer.test_checkpoint import same
 from vpmoe.checkpoint.train_state import TrainState, end_of, iterations
 from vpmoe.data.mixture import interleave
 from vpmoe.data.reader import BlockCache, DatasetReader

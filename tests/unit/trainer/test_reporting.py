@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import S3, wait_until
 from tests.fakes import datasets
 from tests.fakes.fault_proxy import Fault, faulty
+from tests.fakes.store import S3
+from tests.fakes.waiting import wait_until
 from vpmoe.api.progress import Amount, Progress, SpanLoss
 from vpmoe.api.storage import Storage
 from vpmoe.storage import Bucket, Patience, paths

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.fakes import datasets, students
-from tests.unit.trainer.test_checkpoint import same
-from tests.unit.trainer.test_trainer import Listening, stop_after
+from tests.fakes.checkpoints import same
+from tests.fakes.reporters import RecordingReporter, stop_after
 from vpmoe.api.stages import Confidence
 from vpmoe.checkpoint.train_state import TrainState, end_of
 from vpmoe.data.mixture import interleave
@@ -76,7 +76,7 @@ def trainer(
 ) -> Make:
     """A trainer that stands where the bucket says the stage stands."""
 
-    def make(report: Listening, stage: str = "rescored") -> Trainer:
+    def make(report: RecordingReporter, stage: str = "rescored") -> Trainer:
         task = datasets.task(bucket, spec, tmp_path, dataset, stage, scores)
         learner = students.learner(device)
         started = resume.begin(task, learner)
@@ -103,19 +103,21 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits_and_the_mix_is_exact(
     trainer: Make, bucket: Bucket, spec: dict[str, Any]
 ) -> None:
     spec["metadata"]["name"] = "alone"
-    whole = trainer(Listening())
+    whole = trainer(RecordingReporter())
     whole.run()
     spec["metadata"]["name"] = "stopped"
     stopped: list[Trainer] = []
-    stopped.append(trainer(Listening(stop_after(4, lambda: stopped[0].task))))
+    stopped.append(trainer(RecordingReporter(stop_after(4, lambda: stopped[0].task))))
     with pytest.raises(Terminated):
         stopped[0].run()
-    resumed = trainer(Listening())
+    resumed = trainer(RecordingReporter())
     assert resumed.start.position.steps == 4
     resumed.run()
     assert same(resumed.learner, whole.learner)
     assert reached(bucket, whole.task) == reached(bucket, resumed.task)
-    assert isinstance(whole.telling.report, Listening) and isinstance(resumed.telling.report, Listening)
+    assert isinstance(whole.telling.report, RecordingReporter) and isinstance(
+        resumed.telling.report, RecordingReporter
+    )
     steps = [line for line in whole.telling.report.lines if line["event"] == "step"]
     assert [line["kind"] == "Rescored" for line in steps] == interleave(len(steps), 0.6).tolist()
     for line in steps:
@@ -130,7 +132,7 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits_and_the_mix_is_exact(
 def test_the_centre_is_fixed_when_the_stage_begins(trainer: Make, bucket: Bucket, scores: Manifest) -> None:
     """It is taken from the checkpoint afterwards: a manifest that says something else does not move it."""
     it: list[Trainer] = []
-    it.append(trainer(Listening(stop_after(2, lambda: it[0].task))))
+    it.append(trainer(RecordingReporter(stop_after(2, lambda: it[0].task))))
     with pytest.raises(Terminated):
         it[0].run()
     begun = it[0].start.position.objective
@@ -144,10 +146,10 @@ def test_the_centre_is_fixed_when_the_stage_begins(trainer: Make, bucket: Bucket
 
 
 def test_the_next_stage_goes_on_in_both_streams(trainer: Make, bucket: Bucket) -> None:
-    first = trainer(Listening())
+    first = trainer(RecordingReporter())
     first.run()
     end = reached(bucket, first.task)
-    second = trainer(Listening(), "again")
+    second = trainer(RecordingReporter(), "again")
     at = second.start.position
     assert at.scored is not None and end.scored is not None
     assert (at.first_sequence, at.scored.first_sequence) == (end.next_sequence, end.scored.next_sequence)
@@ -159,7 +161,7 @@ def test_the_next_stage_goes_on_in_both_streams(trainer: Make, bucket: Bucket) -
 def test_scored_steps_hold_scored_documents_alone_with_their_scores(
     trainer: Make, train: list[datasets.Documents], bucket: Bucket, scores: Manifest
 ) -> None:
-    it = trainer(Listening())
+    it = trainer(RecordingReporter())
     kinds = {"picked": set(), "other": set()}  # type: ignore[var-annotated]
     for part in train:
         for place, (tokens, _) in enumerate(part):
@@ -201,7 +203,7 @@ def test_a_supervised_token_without_a_score_is_refused(
 
 def test_other_scores_than_the_stage_began_with_are_refused(trainer: Make, scores: Manifest) -> None:
     it: list[Trainer] = []
-    it.append(trainer(Listening(stop_after(1, lambda: it[0].task))))
+    it.append(trainer(RecordingReporter(stop_after(1, lambda: it[0].task))))
     with pytest.raises(Terminated):
         it[0].run()
     other = replace(it[0].task, scores=replace(scores, facts={**scores.facts, "id": "f" * 64}))

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.fakes import datasets, students
+from tests.fakes.checkpoints import same
+from tests.fakes.reporters import RecordingReporter, stop_after
 from tests.fakes.students import saved
-from tests.unit.trainer.test_checkpoint import Quiet, same
 from vpmoe.checkpoint.train_state import end_of, iterations
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.failure import Permanent, Terminated
@@ -22,7 +23,6 @@ from vpmoe.storage import Bucket, paths
 from vpmoe.storage.manifest import Input
 from vpmoe.trainer.checkpoint.resume import begin
 from vpmoe.trainer.checkpoint.writer import Checkpoints
-from vpmoe.trainer.context import StageContext
 from vpmoe.trainer.data import collate
 from vpmoe.trainer.data.held_out import HeldOutDocuments
 from vpmoe.trainer.data.scored_documents import ScoredDocuments
@@ -30,25 +30,6 @@ from vpmoe.trainer.reporting import router_monitor
 from vpmoe.trainer.trainer import Trainer, course
 
 pytestmark = pytest.mark.usefixtures("device")
-
-
-class Listening(Quiet):
-    """A report that keeps the lines, and may do something after each step."""
-
-    def __init__(self, after: Callable[[int], None] = lambda step: None) -> None:
-        super().__init__()
-        self.lines: list[dict[str, Any]] = []
-        self._after = after
-
-    def log(self, *lines: dict[str, Any]) -> None:
-        self.lines += lines
-        self._after(lines[-1]["step"])
-
-    def check(self) -> None:
-        pass
-
-    def finish(self, **changes: Any) -> None:
-        self.update(**changes)
 
 
 @pytest.fixture
@@ -84,7 +65,7 @@ def trainer(
         [datasets.random_documents(random, 9)],
     )
 
-    def make(report: Listening, learner: Learner | None = None) -> Trainer:
+    def make(report: RecordingReporter, learner: Learner | None = None) -> Trainer:
         task = datasets.task(bucket, spec, tmp_path, dataset)
         learner = learner or students.learner(device)
         started = begin(task, learner)
@@ -108,26 +89,24 @@ def trainer(
     return make
 
 
-def stop_after(step: int, task: Callable[[], StageContext]) -> Callable[[int], None]:
-    return lambda done: task().stopping.set() if done == step else None
-
-
 def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(
     trainer: Make, bucket: Bucket, spec: dict[str, Any]
 ) -> None:
     spec["metadata"]["name"] = "alone"
-    whole = trainer(Listening())
+    whole = trainer(RecordingReporter())
     whole.run()
     spec["metadata"]["name"] = "stopped"
     stopped: list[Trainer] = []
-    stopped.append(trainer(Listening(stop_after(3, lambda: stopped[0].task))))
+    stopped.append(trainer(RecordingReporter(stop_after(3, lambda: stopped[0].task))))
     with pytest.raises(Terminated, match=f"Stopped after step 3 of {whole.course.steps}, all of it saved"):
         stopped[0].run()
     assert iterations(bucket, paths.checkpoints(stopped[0].task.run, "vanilla"))[0] == 3
-    resumed = trainer(Listening())
+    resumed = trainer(RecordingReporter())
     resumed.run()
     assert resumed.start.position.steps == 3 and same(resumed.learner, whole.learner)
-    assert isinstance(resumed.telling.report, Listening) and isinstance(whole.telling.report, Listening)
+    assert isinstance(resumed.telling.report, RecordingReporter) and isinstance(
+        whole.telling.report, RecordingReporter
+    )
     assert resumed.telling.report.said["held_out"] == whole.telling.report.said["held_out"], (
         "the loss before the first step is remembered"
     )
@@ -142,7 +121,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_has_moved(
     with torch.no_grad():
         learner.student.output[7] = torch.inf
     before = saved(learner)
-    it = trainer(Listening(), learner)
+    it = trainer(RecordingReporter(), learner)
     it.held_out = None
     with pytest.raises(
         Permanent, match=r"NonFinite: the loss .* is not finite at step 1; the weights were not touched"
@@ -162,9 +141,9 @@ def test_a_collapsed_router_is_a_condition_that_names_the_layer(
     monkeypatch.setattr(router_monitor, "PATIENCE", 2)
     learner = students.learner(device)
     routers(learner.student)["layers.2"].expert_bias[3] = -1e6
-    it = trainer(Listening(), learner)
+    it = trainer(RecordingReporter(), learner)
     it.run()
-    assert isinstance(it.telling.report, Listening)
+    assert isinstance(it.telling.report, RecordingReporter)
     found = {condition.message.split(":")[0]: condition for condition in it.telling.report.said["conditions"]}
     assert found["layers.2"].type == "RouterCollapse" and found["layers.2"].reason == "DeadExpert"
     assert all(
@@ -176,11 +155,11 @@ def test_a_stage_ends_early_where_its_evaluations_bring_too_little(
     trainer: Make, bucket: Bucket, spec: dict[str, Any]
 ) -> None:
     spec["spec"]["stages"][0]["stop"] = {"evaluations": 1, "minImprovement": 0.9, "minValidity": 0.0}
-    it = trainer(Listening())
+    it = trainer(RecordingReporter())
     it.run()
     reached = end_of(bucket, paths.checkpoints(it.task.run, "vanilla"))
     assert reached is not None and 800 <= reached[1].tokens < 2000
-    assert isinstance(it.telling.report, Listening) and it.telling.report.said["state"] == "Succeeded"
+    assert isinstance(it.telling.report, RecordingReporter) and it.telling.report.said["state"] == "Succeeded"
     assert (
         it.telling.report.said["tokens"].done == it.telling.report.said["tokens"].total == reached[1].tokens
     )
@@ -191,7 +170,7 @@ def test_prometheus_shows_the_latest_step_where_it_is_asked_to(
 ) -> None:
     port = free_port()
     monkeypatch.setenv("VPMOE_METRICS_PORT", str(port))
-    it = trainer(Listening())
+    it = trainer(RecordingReporter())
     it.run()
     shown = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
     assert (

@@ -1,0 +1,65 @@
+"""Checkpoints of a small student: written, compared, damaged."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.fakes import datasets, students
+from tests.fakes.reporters import NullReporter
+from tests.fakes.students import saved
+from vpmoe.checkpoint.train_state import TrainState
+from vpmoe.model import state
+from vpmoe.model.learner import Learner
+from vpmoe.storage.manifest import Input
+from vpmoe.trainer.checkpoint.resume import first
+from vpmoe.trainer.checkpoint.writer import Checkpoints
+from vpmoe.trainer.context import StageContext
+
+
+def at(iteration: int, **changes: Any) -> TrainState:
+    return first("vanilla").model_copy(
+        update={"iteration": iteration, "steps": iteration, "tokens": 100 * iteration, **changes}
+    )
+
+
+def filled(device: torch.device, number: float) -> Learner:
+    """A student whose every number is `number`, plus its place in the tensor: so two of them differ everywhere."""
+    it = students.learner(device)
+    for piece in state.slices(it):
+        piece.tensor.copy_(torch.arange(piece.start, piece.stop) / 1000 + number)
+    return it
+
+
+def save(task: StageContext, learner: Learner, *positions: TrainState) -> NullReporter:
+    report = NullReporter()
+    checkpoints = Checkpoints(
+        task, [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})], report
+    )
+    for position in positions:
+        checkpoints.save(learner, position)
+    checkpoints.wait()
+    checkpoints.close()
+    return report
+
+
+def same(one: Learner, other: Learner) -> bool:
+    pairs = zip(sorted(saved(one).items()), sorted(saved(other).items()), strict=True)
+    return all(
+        a[0] == b[0] and all(torch.equal(x[1], y[1]) for x, y in zip(a[1], b[1], strict=True))
+        for a, b in pairs
+    )
+
+
+def altered(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")

@@ -1,0 +1,16 @@
+"""Pieces of a Harmony completion, as text and as ids."""
+
+import numpy as np
+
+from vpmoe.data import vocabulary
+
+
+def ids(text: str) -> np.ndarray:
+    """Ids of a text in which specials mean themselves."""
+    return np.array(vocabulary.encoding().encode(text, allowed_special="all"), np.int32)
+
+
+THINK, OPEN = "<|channel|>analysis<|message|>hm<|end|>", "<|start|>assistant"
+
+
+SAY, SAID = "<|channel|>final<|message|>yes<|return|>", "<|channel|>final<|message|>yes<|end|>"

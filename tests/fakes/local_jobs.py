@@ -1,0 +1,159 @@
+"""Jobs run by hand, without a cluster: on one bucket, each in a process of its own; and what they left in the bucket."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.fakes.store import S3
+from vpmoe.api import DistillRun
+from vpmoe.api.progress import Progress
+from vpmoe.checkpoint.train_state import end_of
+from vpmoe.storage import Bucket, paths
+from vpmoe.storage.manifest import Manifest
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass
+class Hand:
+    """A shell in which jobs are run by hand on one bucket."""
+
+    bucket: Bucket
+    folder: Path
+    spec: dict[str, Any]
+    started: list["subprocess.Popen[str]"] = field(default_factory=list)
+
+    def run_file(self, name: str, **student: int) -> Path:
+        """The file of a run of that name, with changes to spec.student."""
+        path = self.folder / f"{name}.yaml"
+        spec = {**self.spec, "student": {**self.spec["student"], **student}}
+        path.write_text(
+            yaml.safe_dump(
+                {
+                    "apiVersion": "vpmoe.dev/v1alpha1",
+                    "kind": "DistillRun",
+                    "metadata": {"name": name},
+                    "spec": spec,
+                }
+            )
+        )
+        return path
+
+    def start(self, job: str, file: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"jobs.{job}", "--run", str(file), *arguments],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "CUDA_VISIBLE_DEVICES": "",
+                "OMP_NUM_THREADS": "1",
+                "TMPDIR": str(self.folder),
+                **environment,
+            },
+            start_new_session=True,
+        )
+        self.started.append(process)
+        return process
+
+    def finish(self, job: str, file: Path, *arguments: str) -> str:
+        """Run a job to its success; returns its log."""
+        process = self.start(job, file, *arguments)
+        _, log = process.communicate(timeout=200)
+        assert process.returncode == 0, log
+        return log
+
+
+@contextmanager
+def prepared(s3: S3, rows: list[Path], folder: Path, stages: list[dict[str, Any]]) -> Iterator[Hand]:
+    """A bucket with the data set of these rows, for runs of these stages."""
+    name = f"by-hand-{secrets.token_hex(4)}"
+    (s3.folder / name).mkdir()
+    spec = {
+        "dataset": {
+            "source": f"s3://{name}/input/*.parquet",
+            "maxLength": 512,
+            "validFraction": 0.15,
+            "workers": 1,
+        },
+        "teacher": {"model": f"s3://{name}/models/teacher"},
+        "student": {"shape": "tiny", "gpus": 1},
+        "training": {
+            "sequenceLength": 512,
+            "globalBatchTokens": 1024,
+            "optimizer": {"learningRate": 1.0e-2, "minLearningRate": 1.0e-3, "warmupTokens": 1000},
+            "checkpoint": {"everyTokens": 1300, "keep": 3},
+        },
+        "stages": stages,
+        "evaluation": {"everyTokens": "1M", "documents": 4, "completions": 0},
+        "storage": {"endpoint": s3.endpoint, "bucket": name, "credentialsSecret": None},
+    }
+    it = Hand(None, folder, spec)  # type: ignore[arg-type]
+    file = it.run_file("prepare")
+    it.bucket = Bucket.open(DistillRun.parse(yaml.safe_load(file.read_text())).spec.storage)
+    for number, path in enumerate(rows):
+        it.bucket.put_file(f"input/{number:03d}.parquet", path, {})
+    it.finish("preprocess", file)
+    yield it
+    for process in it.started:
+        if process.poll() is None:  # a test failed while it ran
+            os.killpg(process.pid, signal.SIGKILL)
+    shutil.rmtree(s3.folder / name)  # checkpoints of the vocabulary's size, 300 MB each
+
+
+def run_of(file: Path) -> DistillRun:
+    return DistillRun.parse(yaml.safe_load(file.read_text()))
+
+
+def progress(hand: Hand, file: Path, step: str = "vanilla") -> Progress:
+    return Progress.model_validate(hand.bucket.get_json(paths.progress(run_of(file), step)))
+
+
+def lines(hand: Hand, file: Path, event: str, step: str = "vanilla") -> list[dict[str, Any]]:
+    keys = [found.key for found in hand.bucket.list(f"{paths.run(run_of(file))}/steps/{step}/metrics/")]
+    every = [json.loads(text) for key in keys for text in hand.bucket.get(key).decode().splitlines()]
+    return [line for line in every if line["event"] == event]
+
+
+def last(hand: Hand, file: Path, step: str = "vanilla") -> Manifest:
+    """The last checkpoint of a stage, which has ended."""
+    reached = end_of(hand.bucket, paths.checkpoints(run_of(file), step))
+    assert reached is not None
+    return reached[0]
+
+
+def end(hand: Hand, file: Path, step: str = "vanilla") -> dict[str, str]:
+    """sha256 of every file of a stage's last checkpoint: weights, moments, expert biases and random state."""
+    return {name: subject.sha256 for name, subject in last(hand, file, step).subjects.items()}
+
+
+def logged(hand: Hand, file: Path, step: str = "vanilla") -> list[int]:
+    """The steps that have a line of metrics, in order."""
+    return [line["step"] for line in lines(hand, file, "step", step)]
+
+
+def stop_after(process: "subprocess.Popen[str]", pattern: str, stop: Callable[[], None]) -> str:
+    """Call `stop` when the log matches; returns the whole log once the process has ended."""
+    assert process.stderr is not None
+    log = ""
+    for line in process.stderr:
+        log += line
+        if re.search(pattern, line):
+            stop()
+            break
+    log += process.stderr.read()
+    process.wait()
+    return log

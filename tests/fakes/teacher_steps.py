@@ -1,0 +1,85 @@
+"""The teacher's two steps in the calling process, with a teacher that is loaded already."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from tests.fakes.tiny_teacher import Remote
+from vpmoe.api import DistillRun
+from vpmoe.api.stages import OnPolicy
+from vpmoe.provenance import Provenance
+from vpmoe.storage import Bucket
+from vpmoe.teacher import rescore, score_windows, scores
+
+
+def provenance(run: DistillRun, step: str, attempt: int = 1) -> Provenance:
+    return Provenance(
+        None,
+        None,
+        run.config_hash,
+        "default",
+        run.metadata.name,
+        run.uid8,
+        step,
+        attempt,
+        "2026-01-01T00:00:00Z",
+    )
+
+
+def rescore_here(
+    spec: dict[str, Any],
+    scorer: Remote | None,
+    scratch: Path,
+    worker: int | None = None,
+    stopping: threading.Event | None = None,
+) -> list[scores.ScoresRef]:
+    """The step in this process, with the shared teacher; with None, where none may be loaded."""
+    run = DistillRun.parse(spec)
+
+    def load(directory: Path, longest: int) -> Remote:
+        assert scorer and (directory / "model.safetensors").stat().st_size > 1e8 and longest <= scorer.longest
+        return scorer
+
+    return rescore.rescore(
+        run,
+        Bucket.open(run.spec.storage),
+        provenance(run, "rescore"),
+        stopping or threading.Event(),
+        worker,
+        load,
+        scratch,
+    )
+
+
+def score_windows_here(
+    spec: dict[str, Any],
+    scorer: Remote | None,
+    scratch: Path,
+    worker: int | None = None,
+    stopping: threading.Event | None = None,
+    attempt: int = 1,
+) -> int:
+    """The role in this process, with the shared teacher; with None, where none may be loaded."""
+    run = DistillRun.parse(spec)
+    stage = run.stage("onpolicy")
+    assert isinstance(stage, OnPolicy)
+
+    def load(directory: Path, longest: int) -> Remote:
+        assert (
+            scorer
+            and (directory / "model.safetensors").stat().st_size > 1e8
+            and longest == 512 <= scorer.longest
+        )
+        return scorer
+
+    bucket = Bucket.open(run.spec.storage)
+    return score_windows.score_windows(
+        run,
+        stage,
+        bucket,
+        provenance(run, "onpolicy-teacher", attempt),
+        stopping or threading.Event(),
+        worker,
+        load,
+        scratch,
+    )

@@ -1,0 +1,28 @@
+"""Waiting for what another process does."""
+
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+
+import pytest
+
+
+def answers(url: str) -> bool:
+    """Whether an HTTP server says anything at all there, a refusal included."""
+    try:
+        urllib.request.urlopen(url, timeout=1).close()
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def wait_until(true: Callable[[], bool], what: str, seconds: float = 30, every: float = 0.05) -> None:
+    """Ask every so many seconds until `true()`, or fail the test with what was waited for."""
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            pytest.fail(f"not within {seconds:g} s: {what}")
+        time.sleep(every)
