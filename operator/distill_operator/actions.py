@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from vpmoe.api.status import Child
+from vpmoe.api.status import ChildRef
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Create:
 class Delete:
     """Delete a child; its pods get SIGTERM and their grace. Without a uid: whichever of ours has the name."""
 
-    child: Child
+    child: ChildRef
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from distill_operator.attempt import (
 )
 from distill_operator.kube import CONFIGMAP, JOB, PYTORCHJOB, Json
 from distill_operator.pod_template import build_pod
-from vpmoe.api import DistillRun, OnPolicy, Stage, labels
+from vpmoe.api import DistillRun, Stage, labels
 from vpmoe.api.layout import layout
 from vpmoe.api.text import write_yaml
 
@@ -59,7 +59,7 @@ def build_child(attempt: Attempt) -> Json:
             if spec.runtime.backend == PYTORCHJOB.name
             else build_train_job(attempt, stage)
         )
-    gpus = stage.sampler.gpus if isinstance(stage, OnPolicy) and role == "sampler" else 1
+    gpus = stage.sampler_gpus if stage is not None and role == "sampler" else 1
     return _job(
         attempt, ALONE, build_pod(attempt, gpus)
     )  # the sampler's one process a GPU, or what evaluates

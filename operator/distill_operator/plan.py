@@ -18,7 +18,7 @@ from distill_operator.settings import Settings
 from distill_operator.step_logic import accompany, dismiss, halt, miss_backend, settle, suspend
 from distill_operator.step_progress import ProgressReading
 from vpmoe.api import DistillRun
-from vpmoe.api.status import Child as ChildName
+from vpmoe.api.status import ChildRef as ChildName
 from vpmoe.api.status import Provenance, Status, Step
 from vpmoe.storage import paths
 

@@ -12,7 +12,7 @@ from distill_operator.observe import Child, NameConflict
 from distill_operator.plan_builder import StepContext
 from distill_operator.pod_diagnosis import Failure
 from distill_operator.settings import Settings
-from vpmoe.api.status import Child as ChildName
+from vpmoe.api.status import ChildRef as ChildName
 from vpmoe.api.status import Phase, Provenance, Step
 
 REUSED = "Reused"

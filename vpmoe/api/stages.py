@@ -74,6 +74,11 @@ class StageFields(Model):
     stop: Stop | None = None
     """Ends the stage early when it no longer improves; null or absent spends all tokens."""
 
+    @property
+    def sampler_gpus(self) -> int:
+        """GPUs of student.gpus that sample while the stage trains; 0 except in an OnPolicy stage."""
+        return 0
+
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "name",
@@ -308,6 +313,10 @@ class OnPolicy(StageFields):
     """How much is sampled, and how long it may be."""
     curriculum: Annotated[tuple[Phase, ...], Strict(False), Field(min_length=1, max_length=8)] = CURRICULUM
     """Phases from short reasoning to long, in this order. Their shares add up to 1."""
+
+    @property
+    def sampler_gpus(self) -> int:
+        return self.sampler.gpus
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *StageFields.rules,

@@ -56,7 +56,7 @@ class Condition(Record):
     """When its status last changed."""
 
 
-class Child(Record):
+class ChildRef(Record):
     """The object that carries out an attempt of a step."""
 
     kind: Annotated[str, Field(max_length=64)]
@@ -101,7 +101,7 @@ class Step(Record):
     """When it last got on. The run is Stalled runtime.stalledAfter later."""
     retry_at: datetime | None = None
     """When the next attempt is made, after a failure."""
-    child: Child | None = None
+    child: ChildRef | None = None
     """The object of the latest attempt."""
     checkpoint: CheckpointFacts | None = None
     """Its latest checkpoint."""
@@ -176,6 +176,22 @@ class Status(Record):
     def running(self) -> tuple[Step, ...]:
         """The steps whose children are, or should be, alive."""
         return tuple(step for step in self.steps if step.state == "Running")
+
+    @property
+    def holds_gpus(self) -> bool:
+        """Whether the run holds its GPUs: from its first child until it is suspended or finished.
+
+        A pause between two attempts does not release them.
+        """
+        return self.phase == "Running"
+
+    def failed_step(self, attempts: int) -> Step | None:
+        """The step whose failure ends the run, the first to fail if there are several; None if none has failed `attempts` times.
+
+        Raising runtime.attempts makes a failed step one that may be retried.
+        """
+        failed = [step for step in self.steps if step.state == "Failed" and step.failures >= attempts]
+        return min(failed, key=lambda step: step.finished.timestamp() if step.finished else 0.0, default=None)
 
     def of(self, step: str) -> Step | None:
         """The status of the step of that name, if it is there."""

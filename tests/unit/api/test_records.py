@@ -11,7 +11,7 @@ from tests.fakes import valid_specs
 from vpmoe.api import DistillRun, labels
 from vpmoe.api.progress import Amount, CheckpointFacts, HeldOut, Progress, SpanLoss
 from vpmoe.api.run import STEP_NAME
-from vpmoe.api.status import MESSAGE, MOST_STEPS, Child, Condition, Status, Step
+from vpmoe.api.status import MESSAGE, MOST_STEPS, ChildRef, Condition, Status, Step
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SHA = "ab" * 32
@@ -72,7 +72,7 @@ def test_the_longest_status_of_the_longest_run_stays_far_below_what_etcd_takes()
     steps = DistillRun.parse(valid_specs.manifest({"spec.stages": stages})).steps()
     assert (len(steps), max(map(len, steps))) == (MOST_STEPS, STEP_NAME)
     facts = CheckpointFacts(iteration=10**9, tokens=10**15, manifest="s3://" + "m" * 2043, sha256=SHA)
-    child = Child(kind="PyTorchJob", name="n" * 63, uid="u" * 36)
+    child = ChildRef(kind="PyTorchJob", name="n" * 63, uid="u" * 36)
     full = [
         Step(name=name, state="Succeeded", message="é" * MESSAGE, started=NOW, child=child, checkpoint=facts)
         for name in steps
