@@ -34,16 +34,16 @@ from torch import Tensor
 
 from vpmoe.api.quantities import parse_tokens
 from vpmoe.api.stages import Confidence
-from vpmoe.data import harmony, vocabulary
+from vpmoe.data import harmony, vocabulary, vocabulary_file
 from vpmoe.data.mixture import interleave
 from vpmoe.data.packing import pack
+from vpmoe.data.spans import SPANS
 from vpmoe.inference import hf_model
 from vpmoe.model import device as devices
 from vpmoe.model import distributed, hf_export, state
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import SHAPES, Shape
-from vpmoe.model.spans import SPANS
 from vpmoe.objectives.confidence import centre
 from vpmoe.objectives.onpolicy import on_policy
 from vpmoe.objectives.rescored import rescored
@@ -52,17 +52,17 @@ from vpmoe.rollout import prompts
 from vpmoe.teacher.histogram import CODES, sparse
 
 SPECIALS = (
-    harmony.END_OF_DOCUMENT,
-    harmony.RETURN,
-    harmony.CALL,
-    harmony.CHANNEL,
-    harmony.START,
-    harmony.END,
-    harmony.MESSAGE,
-    harmony.USER,
-    harmony.ASSISTANT,
-    harmony.ANALYSIS,
-    harmony.FINAL,
+    vocabulary.END_OF_DOCUMENT,
+    vocabulary.RETURN,
+    vocabulary.CALL,
+    vocabulary.CHANNEL,
+    vocabulary.START,
+    vocabulary.END,
+    vocabulary.MESSAGE,
+    harmony.ROLE_USER,
+    harmony.ROLE_ASSISTANT,
+    harmony.CHANNEL_ANALYSIS,
+    harmony.CHANNEL_FINAL,
 )
 ROW = 512
 WEIGHTS = {"reasoning": 1.0, "final": 1.0}
@@ -126,17 +126,24 @@ def documents(words: Vocabulary, row: tuple[list[int], ...]) -> Iterator[Documen
     """The conversations that a row is cut into: its question with one piece of its reasoning and of its answer after another."""
     question, reasoning, answer = (words.small(text) for text in row)
     pieces = zip(range(0, len(reasoning), REASONING), range(0, len(answer), ANSWER), strict=False)
-    asked = words.small([harmony.START, harmony.USER, harmony.MESSAGE]) + question[:QUESTION]
-    asked += words.small([harmony.END, harmony.START, harmony.ASSISTANT])
+    asked = words.small([vocabulary.START, harmony.ROLE_USER, vocabulary.MESSAGE]) + question[:QUESTION]
+    asked += words.small([vocabulary.END, vocabulary.START, harmony.ROLE_ASSISTANT])
     for at, start in pieces:
         thought, said = reasoning[at : at + REASONING], answer[start : start + ANSWER]
         if min(len(thought), len(said)) < 8:
             continue
-        completion = words.small([harmony.CHANNEL, harmony.ANALYSIS, harmony.MESSAGE]) + thought
+        completion = words.small([vocabulary.CHANNEL, harmony.CHANNEL_ANALYSIS, vocabulary.MESSAGE]) + thought
         completion += words.small(
-            [harmony.END, harmony.START, harmony.ASSISTANT, harmony.CHANNEL, harmony.FINAL, harmony.MESSAGE]
+            [
+                vocabulary.END,
+                vocabulary.START,
+                harmony.ROLE_ASSISTANT,
+                vocabulary.CHANNEL,
+                harmony.CHANNEL_FINAL,
+                vocabulary.MESSAGE,
+            ]
         )
-        completion += said + words.small([harmony.RETURN])
+        completion += said + words.small([vocabulary.RETURN])
         yield document(words, np.array(asked), np.array(completion))
 
 
@@ -208,7 +215,7 @@ def sample(
 ) -> list[Document]:
     """A completion of each prompt at temperature 1, with the log-probability of each of its tokens."""
     made = []
-    stops = words.small(prompts.STOP)
+    stops = words.small(vocabulary.STOP_IDS)
     for start in range(0, len(asked), 64):
         some = asked[start : start + 64]
         ids, mask = padded(some, left=True)
@@ -276,7 +283,7 @@ class Toy:
 
     def __init__(self, given: argparse.Namespace, device: torch.device) -> None:
         self.device, self.given = device, given
-        encode = vocabulary.encoding().encode_ordinary
+        encode = vocabulary_file.encoding().encode_ordinary
         texts = [tuple(encode(part) for part in row) for row in rows()]
         self.words = Vocabulary([part for row in texts for part in row], given.vocabulary)
         order = np.random.default_rng(0).permutation(len(texts))

@@ -36,7 +36,7 @@ from devcluster import binaries
 from tests.fakes.waiting import answers, wait_until
 from vpmoe.api import DistillRun
 from vpmoe.api.quantities import parse_tokens
-from vpmoe.data import vocabulary
+from vpmoe.data import vocabulary_file
 from vpmoe.data.harmony import user_text
 from vpmoe.data.preprocess.encode import Encoders
 from vpmoe.data.preprocess.filters import quality
@@ -75,7 +75,7 @@ def as_long_as_synths(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def enough(rows: list[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
     """The rows, repeated under ids of their own until they hold so many tokens."""
-    encoding = vocabulary.encoding()
+    encoding = vocabulary_file.encoding()
     once = sum(len(encoding.encode_ordinary(text)) for row in rows for text in texts_of(row))
     return [
         {**row, "synth_id": f"{row['synth_id']}-{turn}"} for turn in range(-(-tokens // once)) for row in rows
@@ -100,7 +100,7 @@ def cpu_seconds(store: int) -> float:
 
 def encode_all(texts: list[str], pipe: Connection) -> None:
     """One raw process: count the tokens once it is told to start."""
-    encoding = vocabulary.encoding()
+    encoding = vocabulary_file.encoding()
     pipe.send("ready")
     pipe.recv()
     before = time.process_time()

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vpmoe.data.harmony import VOCABULARY
 from vpmoe.data.tokenizer import Ids
+from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.teacher import model
 
 LONGEST = 1200
@@ -36,7 +36,9 @@ def documents(tokens: int) -> list[Ids]:
     random = np.random.default_rng(0)
     made: list[Ids] = []
     while tokens > 0:
-        made.append(random.integers(0, VOCABULARY, min(tokens, int(random.integers(200, LONGEST))), np.int32))
+        made.append(
+            random.integers(0, VOCABULARY_SIZE, min(tokens, int(random.integers(200, LONGEST))), np.int32)
+        )
         tokens -= len(made[-1])
     return made
 
@@ -82,7 +84,9 @@ def floor(directory: Path) -> Score:
 
     device = "cpu" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else "cuda"
     hidden = int(model.config(directory)["hidden_size"])
-    weight_VH = torch.randn(VOCABULARY, hidden, device=device, dtype=getattr(torch, model.dtype(directory)))
+    weight_VH = torch.randn(
+        VOCABULARY_SIZE, hidden, device=device, dtype=getattr(torch, model.dtype(directory))
+    )
 
     def score(batch: list[Ids]) -> None:
         for ids in batch:

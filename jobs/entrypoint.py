@@ -18,8 +18,9 @@ from typing import Any
 
 from vpmoe import failure
 from vpmoe.api import DistillRun, load_run
+from vpmoe.clock import timestamp
 from vpmoe.process.step_worker import succeeded
-from vpmoe.provenance import Provenance, git_sha, now
+from vpmoe.provenance import Provenance, git_sha
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.bucket import json_bytes
 
@@ -81,7 +82,7 @@ def entrypoint(role: str, arguments: list[str] | None = None) -> tuple[DistillRu
         uid8=run.uid8,
         step=step,
         attempt=given.attempt,
-        started=now(),
+        started=timestamp(),
     )
     index = os.environ.get("JOB_COMPLETION_INDEX")
     log.info("%s of %s, attempt %d, at %s", step, provenance.run, given.attempt, bucket.url(paths.run(run)))

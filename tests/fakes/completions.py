@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from vpmoe.data import vocabulary
+from vpmoe.data import vocabulary_file
 
 
 def ids(text: str) -> np.ndarray:
     """Ids of a text in which specials mean themselves."""
-    return np.array(vocabulary.encoding().encode(text, allowed_special="all"), np.int32)
+    return np.array(vocabulary_file.encoding().encode(text, allowed_special="all"), np.int32)
 
 
 THINK, OPEN = "<|channel|>analysis<|message|>hm<|end|>", "<|start|>assistant"

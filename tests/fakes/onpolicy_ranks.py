@@ -50,7 +50,7 @@ class Asking(RecordingReporter):
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    collate.FILLER = 0  # the small vocabulary has no other
+    collate.PADDING = 0  # the small vocabulary has no other
     window_wait.POLL = 0.02
     told = json.loads((folder / "task.json").read_text())
     run = DistillRun.parse(told["spec"])

@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 
 from vpmoe.api import DistillRun
-from vpmoe.data import vocabulary
+from vpmoe.data import vocabulary_file
 from vpmoe.data.dataset import load
-from vpmoe.data.harmony import CALL, CHANNEL, END, MESSAGE, RETURN
+from vpmoe.data.vocabulary import CALL, CHANNEL, END, MESSAGE, RETURN
 from vpmoe.model import hf_export, state
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import logp_of
@@ -25,7 +25,7 @@ from vpmoe.trainer.onpolicy.publisher import probe
 from vpmoe.trainer.stage_inputs import dataset_input
 
 TINY = SHAPES["tiny"]
-ANALYSIS, FINAL = (vocabulary.encoding().encode_ordinary(name)[0] for name in ("analysis", "final"))
+ANALYSIS, FINAL = (vocabulary_file.encoding().encode_ordinary(name)[0] for name in ("analysis", "final"))
 Ids = NDArray[np.int32]
 
 

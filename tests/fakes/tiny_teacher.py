@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from vpmoe.data.vocabulary import PADDING, RETURN, VOCABULARY_SIZE
 from vpmoe.inference import teacher_engine
 from vpmoe.inference.teacher_engine import Scorer, batches
 
@@ -32,10 +33,10 @@ TINY = {
     "head_dim": 32,
     "num_local_experts": 8,
     "num_experts_per_tok": 4,
-    "vocab_size": 201_088,
+    "vocab_size": VOCABULARY_SIZE,
     "max_position_embeddings": 4096,
-    "pad_token_id": 199_999,
-    "eos_token_id": 200_002,
+    "pad_token_id": PADDING,
+    "eos_token_id": RETURN,
     "bos_token_id": None,
     "tie_word_embeddings": False,
 }

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vpmoe.data import vocabulary
-from vpmoe.data.harmony import END, END_OF_DOCUMENT, MESSAGE, START, SYSTEM, Setting, system_text
+from vpmoe.data import vocabulary_file
+from vpmoe.data.harmony import ROLE_SYSTEM, SystemMessage, system_text
 from vpmoe.data.tokenizer import Ids
+from vpmoe.data.vocabulary import END, END_OF_DOCUMENT, MESSAGE, START
 from vpmoe.failure import Permanent
 
 
@@ -21,8 +22,8 @@ class EffortSubstitution:
     def __init__(self, conversation: Mapping[str, Any], effort: str) -> None:
         """`conversation` is the data set's own, from its manifest: settings.conversation."""
         said = (conversation["identity"], conversation["knowledgeCutoff"], conversation["date"])
-        self._own = system_message(Setting(*said, conversation["effort"]))
-        self._told = system_message(Setting(*said, effort))
+        self._own = system_message(SystemMessage(*said, conversation["effort"]))
+        self._told = system_message(SystemMessage(*said, effort))
 
     @property
     def longer(self) -> int:
@@ -55,8 +56,9 @@ def _foreign(what: str) -> Permanent:
     )
 
 
-def system_message(setting: Setting) -> Ids:
+def system_message(setting: SystemMessage) -> Ids:
     """Ids of the whole message, its wrapper included."""
     return np.array(
-        [START, SYSTEM, MESSAGE, *vocabulary.encoding().encode_ordinary(system_text(setting)), END], np.int32
+        [START, ROLE_SYSTEM, MESSAGE, *vocabulary_file.encoding().encode_ordinary(system_text(setting)), END],
+        np.int32,
     )

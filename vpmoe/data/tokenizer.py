@@ -13,7 +13,7 @@ import gigatoken
 import numpy as np
 from numpy.typing import NDArray
 
-from vpmoe.data import vocabulary
+from vpmoe.data import vocabulary, vocabulary_file
 from vpmoe.failure import Permanent
 
 Ids = NDArray[np.int32]
@@ -27,11 +27,11 @@ class Tokenizer:
 
     def __init__(self) -> None:
         """Takes about a second: both tokenizers read the vocabulary."""
-        self._tiktoken = vocabulary.encoding()
+        self._tiktoken = vocabulary_file.encoding()
         self._gigatoken = gigatoken.Tokenizer.from_tiktoken(
-            vocabulary.install() / vocabulary.FOR_HARMONY, "o200k", {}
+            vocabulary_file.install() / vocabulary_file.FOR_HARMONY, "o200k", {}
         )
-        contents = [self._tiktoken.decode_single_token_bytes(token) for token in range(vocabulary.RANKS)]
+        contents = [self._tiktoken.decode_single_token_bytes(token) for token in range(vocabulary.TEXT_IDS)]
         self._piece_V = np.array([_is_piece(content) for content in contents])
         self._texts = 0
 

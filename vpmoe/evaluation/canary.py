@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vpmoe.data import vocabulary
+from vpmoe.data import vocabulary_file
 from vpmoe.data.tokenizer import Ids, tokenizer
 from vpmoe.failure import Permanent
 from vpmoe.storage import Bucket, paths
@@ -76,5 +76,5 @@ def _text(bucket: Bucket, key: str) -> Text:
         raise Permanent(
             f"evaluation.canary: {bucket.url(key)} cannot be encoded as text ({error}). Give UTF-8 text."
         ) from error
-    first = len(vocabulary.encoding().decode_single_token_bytes(int(ids_T[0]))) if len(ids_T) else 0
+    first = len(vocabulary_file.encoding().decode_single_token_bytes(int(ids_T[0]))) if len(ids_T) else 0
     return Text(hashlib.sha256(data).hexdigest(), ids_T, len(data) - first)

@@ -9,13 +9,13 @@ import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import closing
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vpmoe.api import DistillRun, Stage
 from vpmoe.checkpoint.train_state import end_of
+from vpmoe.clock import now
 from vpmoe.data.dataset import load as load_dataset
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.data.tokenizer import Ids
@@ -65,7 +65,7 @@ def evaluate(
         measured = measure(job, engines, Path(scratch))
     line = {
         "event": "evaluation",
-        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "time": now().isoformat(timespec="milliseconds"),
         "attempt": provenance.attempt,
     }
     text = (

@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any
 
 from vpmoe.api import DistillRun, Stage
 from vpmoe.api.progress import Amount, DatasetFacts, Progress
+from vpmoe.clock import now
 from vpmoe.failure import Terminated
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, paths
@@ -58,7 +58,7 @@ class Job:
                 "attempt": self.provenance.attempt,
                 "state": state,
                 "message": message,
-                "updated": datetime.now(UTC),
+                "updated": now(),
                 "parts": Amount(done=self.done, total=self.parts) if self.parts else None,
                 "validity": validity,
                 "dataset": DatasetFacts(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpmoe.api.progress import SpanLoss
-from vpmoe.data.harmony import ANSWER, REASONING
+from vpmoe.data.spans import FINAL, REASONING
 from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Permanent
 from vpmoe.rollout.curriculum import EFFORTS
@@ -21,8 +21,8 @@ from vpmoe.rollout.prompts import VALIDITIES, validity
 class SpanSums:
     """Running sums over documents of −log p and tokens, by span."""
 
-    nll: dict[int, float] = field(default_factory=lambda: {REASONING: 0.0, ANSWER: 0.0})
-    tokens: dict[int, int] = field(default_factory=lambda: {REASONING: 0, ANSWER: 0})
+    nll: dict[int, float] = field(default_factory=lambda: {REASONING: 0.0, FINAL: 0.0})
+    tokens: dict[int, int] = field(default_factory=lambda: {REASONING: 0, FINAL: 0})
 
     def add(self, logp: NDArray[np.float32], spans: NDArray[np.uint8]) -> None:
         """Count a document's tokens but its first: the log-probability of each given those before it, and its span.
@@ -38,7 +38,7 @@ class SpanSums:
     def loss(self) -> SpanLoss:
         """Mean by span over all documents' tokens, in nats: what the trainer calls the same."""
         mean = {span: self.nll[span] / tokens if tokens else None for span, tokens in self.tokens.items()}
-        return SpanLoss(reasoning=mean[REASONING], final=mean[ANSWER])
+        return SpanLoss(reasoning=mean[REASONING], final=mean[FINAL])
 
 
 def check_finite(logp: NDArray[np.float64], what: str) -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from vpmoe import failure
 from vpmoe.data.tokenizer import Ids
+from vpmoe.data.vocabulary import STOP_IDS
 from vpmoe.inference.engine_pool import Completion, Request
 from vpmoe.inference.teacher_engine import (
     BATCH_TOKENS,
@@ -30,7 +31,6 @@ from vpmoe.inference.teacher_engine import (
 )
 from vpmoe.model.shapes import SHAPES, Shape
 from vpmoe.process.launcher import die_with_launcher
-from vpmoe.rollout.prompts import STOP
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +83,7 @@ class Engine:
                 temperature=1.0,
                 top_p=1.0,
                 seed=one.seed,
-                stop_token_ids=list(STOP),
+                stop_token_ids=list(STOP_IDS),
                 ignore_eos=True,
                 logprobs=0,
                 flat_logprobs=True,

@@ -41,7 +41,7 @@ class Completion(NamedTuple):
     """What was sampled."""
 
     ids_C: Ids
-    """Ends with a token of prompt.STOP, or at the request's bound."""
+    """Ends with a token of vocabulary.STOP_IDS, or at the request's bound."""
     logp_C: NDArray[np.float32]
     """Log-probability of each token at temperature 1, given all before it."""
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from vpmoe.data.harmony import VOCABULARY
 from vpmoe.data.tokenizer import Ids
+from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.failure import Permanent
 from vpmoe.teacher import model
 
@@ -104,9 +104,9 @@ class Scorer:
         for ids_T in batch:
             if len(ids_T) > self.longest:
                 raise ValueError(f"{len(ids_T)} ids, and the teacher was loaded for {self.longest} at most")
-            if len(ids_T) and not 0 <= ids_T.min() <= ids_T.max() < VOCABULARY:
+            if len(ids_T) and not 0 <= ids_T.min() <= ids_T.max() < VOCABULARY_SIZE:
                 raise ValueError(
-                    f"ids from {ids_T.min()} to {ids_T.max()}, and the vocabulary has those from 0 to {VOCABULARY - 1}"
+                    f"ids from {ids_T.min()} to {ids_T.max()}, and the vocabulary has those from 0 to {VOCABULARY_SIZE - 1}"
                 )
         sent = [{"prompt_token_ids": ids_T.tolist()} for ids_T in batch if len(ids_T) > 1]
         answers = iter(self._llm.generate(sent, self._asking, use_tqdm=False) if sent else [])

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from vpmoe.data.spans import SPANS
 from vpmoe.model import spans
 
 
@@ -73,9 +74,7 @@ class Batch:
             span=span,
             boundaries=boundaries.int(),
             longest=int(lengths.max()),
-            counts=torch.stack(
-                [(~padding).sum(), *((span == number).sum() for number in spans.SPANS.values())]
-            ),
+            counts=torch.stack([(~padding).sum(), *((span == number).sum() for number in SPANS.values())]),
             teacher_logp=None if logp_of_tokens is None else spans.of_targets(logp_of_tokens, target),
             sampler_logp=None
             if sampler_logp_of_tokens is None

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vpmoe.data.harmony import CALL, RETURN
+from vpmoe.data.vocabulary import CALL, RETURN
 from vpmoe.failure import Permanent
 from vpmoe.model.shapes import Shape
 

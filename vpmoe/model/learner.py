@@ -25,13 +25,13 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
+from vpmoe.data.spans import SPANS
 from vpmoe.model import distributed, state
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import logp_of
 from vpmoe.model.objective import Objective
 from vpmoe.model.router import Load, Router, routers
 from vpmoe.model.shapes import Shape
-from vpmoe.model.spans import SPANS
 from vpmoe.model.student import Student, build
 
 BETAS = (0.9, 0.95)

@@ -6,8 +6,7 @@ ReLU without a gate, sigmoid scores, no biases, no dropout, embeddings not tied 
 
 from dataclasses import dataclass
 
-VOCABULARY = 201_088
-"""Ids of the o200k_harmony tokenizer padded as GPT-OSS pads it; every one of them is defined, none is masked."""
+from vpmoe.data.vocabulary import VOCABULARY_SIZE
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Shape:
     expert_groups: int
     """The router first chooses `expert_groups_per_token` groups by their best experts' scores, then experts inside them."""
     expert_groups_per_token: int
-    vocabulary: int = VOCABULARY
+    vocabulary: int = VOCABULARY_SIZE
     routed_scaling: float = 2.5
     """The chosen experts' scores are normalised to a sum of 1 and multiplied by this."""
     bias_update_rate: float = 1e-3

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-SPANS = {"reasoning": 1, "final": 2}
-"""Numbers as stored in the data sets; 0 is everything else."""
+from vpmoe.data.spans import SPANS
 
 NO_TARGET = -1
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vpmoe.data.spans import SPANS
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import Coefficient
 from vpmoe.model.objective import Weighted
-from vpmoe.model.spans import SPANS, share_by_span
+from vpmoe.model.spans import share_by_span
 
 MOST_ADVANTAGE = 20.0
 """Nats by which the teacher's opinion of one token may count, either way."""

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from vpmoe.api.stages import Confidence
+from vpmoe.data.spans import SPANS
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import Coefficient
 from vpmoe.model.objective import Weighted
-from vpmoe.model.spans import SPANS, share_by_span
+from vpmoe.model.spans import share_by_span
 
 MEASURED = 5
 """Numbers that are summed for each span: tokens, weights, weights at the lower and at the upper bound, the teacher's log-probabilities."""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from vpmoe.api.stages import Loss
+from vpmoe.data.spans import SPANS
 from vpmoe.model.batch import Batch
-from vpmoe.model.spans import SPANS, share_by_span
+from vpmoe.model.spans import share_by_span
 from vpmoe.objectives.teacher_forced_head import Teacher, forced_loss
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, DatasetFacts, Progress
+from vpmoe.clock import now
 from vpmoe.failure import Retriable, Terminated
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, paths
@@ -69,7 +69,7 @@ class Worker:
                 "attempt": self.provenance.attempt,
                 "state": state,
                 "message": message,
-                "updated": datetime.now(UTC),
+                "updated": now(),
                 "parts": Amount(done=done, total=parts),
                 "tokens_per_second": speed,
                 "dataset": dataset,

@@ -21,24 +21,12 @@ from openai_harmony import (
     load_harmony_encoding,
 )
 
-from vpmoe.data import vocabulary
-from vpmoe.data.harmony import (
-    ANSWER,
-    ASSISTANT,
-    CALL,
-    CHANNEL,
-    END,
-    MESSAGE,
-    NOT_SUPERVISED,
-    REASONING,
-    RETURN,
-    START,
-)
+from vpmoe.data import vocabulary_file
+from vpmoe.data.harmony import ROLE_ASSISTANT
+from vpmoe.data.spans import FINAL, NOT_SUPERVISED, REASONING
 from vpmoe.data.system_message import EffortSubstitution
 from vpmoe.data.tokenizer import Ids
-
-STOP = (RETURN, CALL)
-"""Tokens that end a completion; they are part of it. `<|end|>` is none of them: after the reasoning comes the answer."""
+from vpmoe.data.vocabulary import CALL, CHANNEL, END, MESSAGE, RETURN, START, STOP_IDS
 
 VALID, NO_FINAL, UNCLOSED_REASONING, WRONG_ORDER, TRUNCATED = (
     "valid",
@@ -66,7 +54,7 @@ class Prompts:
         if not len(supervised):
             raise ValueError("a document without a supervised token makes no prompt")
         told: Ids = self._effort(effort).told(ids_T[: supervised[0]])
-        return np.concatenate([told, np.array([START, ASSISTANT], np.int32)])
+        return np.concatenate([told, np.array([START, ROLE_ASSISTANT], np.int32)])
 
 
 def spans(ids_T: Ids) -> NDArray[np.uint8]:
@@ -82,7 +70,7 @@ def spans(ids_T: Ids) -> NDArray[np.uint8]:
         content = _next(ids_T, at, MESSAGE)
         end = _next(ids_T, content, END, RETURN, CALL)
         if _channel(ids_T[at:content]) == "final":
-            span_T[at : end + 1] = ANSWER
+            span_T[at : end + 1] = FINAL
         at = _next(ids_T, end + 1, START)
     return span_T
 
@@ -90,11 +78,11 @@ def spans(ids_T: Ids) -> NDArray[np.uint8]:
 def validity(ids_T: Ids) -> str:
     """Which of VALIDITIES a completion is; the first that fits, of:
 
-    truncated: it does not end with a token of STOP. valid: any number of analysis messages closed by `<|end|>`, then one final message with
+    truncated: it does not end with a token of STOP_IDS. valid: any number of analysis messages closed by `<|end|>`, then one final message with
     some text, closed by `<|return|>`. unclosedReasoning: no final message, and the stop token fell inside an analysis message. noFinal: no
     final message with any text. wrongOrder: there is one, and something else that does not belong there or is in another place.
     """
-    if not len(ids_T) or ids_T[-1] not in STOP:
+    if not len(ids_T) or ids_T[-1] not in STOP_IDS:
         return TRUNCATED
     parser = StreamableParser(_harmony(), Role.ASSISTANT)
     try:
@@ -112,7 +100,8 @@ def validity(ids_T: Ids) -> str:
     if not finals:
         return UNCLOSED_REASONING if ended and messages and messages[-1].channel == "analysis" else NO_FINAL
     plain = all(
-        m.author.role == Role.ASSISTANT and m.recipient is None and m.content_type is None for m in messages
+        m.author.role == Role.ASSISTANT and m.recipient is None and m.content_type is None
+        for m in messages
     )
     in_order = [m.channel for m in messages] == ["analysis"] * (len(messages) - 1) + ["final"]
     return VALID if ended and plain and in_order and ids_T[-1] == RETURN else WRONG_ORDER
@@ -127,7 +116,7 @@ def _next(ids_T: Ids, start: int, *wanted: int) -> int:
 def _channel(header: Ids) -> str:
     """The channel that a header names, as openai-harmony reads it: from its first `<|channel|>` to a blank or a special token."""
     named = header[_next(header, 0, CHANNEL) + 1 :]
-    text = vocabulary.encoding().decode(named.tolist())
+    text = vocabulary_file.encoding().decode(named.tolist())
     return text[
         : next((place for place, letter in enumerate(text) if letter.isspace() or letter == "<"), len(text))
     ]
@@ -135,5 +124,5 @@ def _channel(header: Ids) -> str:
 
 @cache
 def _harmony() -> HarmonyEncoding:
-    vocabulary.install()
+    vocabulary_file.install()
     return load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)

@@ -13,12 +13,12 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from vpmoe.api import DistillRun
 from vpmoe.api.stages import OnPolicy
+from vpmoe.clock import now
 from vpmoe.data.reader import BlockCache
 from vpmoe.failure import Permanent
 from vpmoe.inference.verify import InferenceEngines, Load, load
@@ -221,7 +221,7 @@ def write_metrics(job: Job, line: dict[str, Any]) -> None:
     """Write a window's line, before the window itself: so each has exactly one, whoever was killed when."""
     said = {
         "event": "window",
-        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "time": now().isoformat(timespec="milliseconds"),
         "attempt": job.provenance.attempt,
         **line,
     }

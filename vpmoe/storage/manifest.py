@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic.alias_generators import to_camel
 
-from vpmoe.provenance import Provenance, now
+from vpmoe.clock import timestamp
+from vpmoe.provenance import Provenance
 from vpmoe.storage.blocks import BLOCK, Subject
 from vpmoe.storage.bucket import Bucket, json_bytes
 from vpmoe.storage.errors import StorageError
@@ -234,7 +235,7 @@ def statement(
                 "metadata": {
                     "invocationId": f"{provenance.run}/{provenance.step}/{provenance.attempt}",
                     "startedOn": provenance.started,
-                    "finishedOn": now(),
+                    "finishedOn": timestamp(),
                 },
             },
         },

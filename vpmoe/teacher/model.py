@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vpmoe.api import DistillRun
-from vpmoe.data.harmony import VOCABULARY
-from vpmoe.data.vocabulary import RANKS, VOCABULARY_SHA256
+from vpmoe.data.vocabulary import TEXT_IDS, VOCABULARY_SHA256, VOCABULARY_SIZE
 from vpmoe.failure import Permanent
 from vpmoe.storage import BLOCK, Bucket, Object, paths
 from vpmoe.storage.blocks import block_range, in_order
@@ -138,9 +137,9 @@ def fetch(
 def check(directory: Path) -> None:
     """Raise Permanent where the model has another vocabulary than the data sets. A directory without tokenizer files is fine."""
     size = config(directory).get("vocab_size")
-    if size != VOCABULARY:
+    if size != VOCABULARY_SIZE:
         raise Permanent(
-            f"teacher.model: config.json says vocab_size {size}, the data sets' ids go up to {VOCABULARY:,}. Give a model of the "
+            f"teacher.model: config.json says vocab_size {size}, the data sets' ids go up to {VOCABULARY_SIZE:,}. Give a model of the "
             "o200k_harmony vocabulary, such as GPT-OSS."
         )
     for path in sorted([*directory.glob("tokenizer.json"), *directory.glob("*.tiktoken")]):
@@ -158,7 +157,7 @@ def tiktoken_file(tokenizer: Path) -> bytes:
     """The .tiktoken file of the merges in a tokenizer.json: a line a token, its bytes in base64 and its rank. Empty where it has none."""
     try:
         vocabulary: Mapping[str, int] = json.loads(tokenizer.read_bytes())["model"]["vocab"]
-        ranks = sorted((rank, token) for token, rank in vocabulary.items() if rank < RANKS)
+        ranks = sorted((rank, token) for token, rank in vocabulary.items() if rank < TEXT_IDS)
         byte = byte_of_character()
         return b"".join(
             b"%s %d\n" % (base64.b64encode(bytes(byte[c] for c in token)), rank) for rank, token in ranks

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vpmoe.data.dataset import UNKNOWN
-from vpmoe.data.harmony import ANSWER, REASONING
 from vpmoe.data.index import index_bytes, read_index
+from vpmoe.data.spans import SPANS
 from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Permanent
 from vpmoe.storage import Bucket, paths
@@ -26,7 +26,6 @@ from vpmoe.teacher.histogram import CODES, sparse
 FLOOR = np.float32(-100.0)
 """Lowest log-probability that is stored: float16 keeps it exactly, and exp() of it is nothing."""
 NOT_SCORED = np.float16(np.nan)
-SPANS = {"reasoning": REASONING, "final": ANSWER}
 COPY_TOKENS = 1 << 20
 
 DOCUMENTS = pa.schema(

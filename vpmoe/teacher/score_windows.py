@@ -11,7 +11,6 @@ import re
 import threading
 import time
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import Literal
@@ -21,7 +20,8 @@ from numpy.typing import NDArray
 
 from vpmoe.api import DistillRun
 from vpmoe.api.stages import OnPolicy
-from vpmoe.data.harmony import VOCABULARY
+from vpmoe.clock import now
+from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.failure import Permanent
 from vpmoe.process.step_worker import Worker, succeeded
 from vpmoe.provenance import Provenance
@@ -184,7 +184,7 @@ def read(job: Job, window: int) -> Sampled:
         if not 0 < len(one.logp_C) < len(one.ids_T) <= longest:
             tokens = f"{len(one.ids_T)} tokens, {len(one.logp_C)} of them sampled"
             raise _not_ours(job, key, f"{which} has {tokens}; sequenceLength is {longest}")
-        if not 0 <= one.ids_T.min() <= one.ids_T.max() < VOCABULARY:
+        if not 0 <= one.ids_T.min() <= one.ids_T.max() < VOCABULARY_SIZE:
             raise _not_ours(job, key, f"{which} has ids from {one.ids_T.min()} to {one.ids_T.max()}")
     job.last[window] = held.about.last
     return held
@@ -230,7 +230,7 @@ def write_metrics(job: Job, window: int, measured: dict[str, float]) -> None:
     """Write a window's line of metrics: an object a window, so whoever scores it again leaves no second line."""
     line = {
         "event": "window",
-        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "time": now().isoformat(timespec="milliseconds"),
         "attempt": job.provenance.attempt,
         "worker": job.worker or 0,
         "window": window,

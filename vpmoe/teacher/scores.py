@@ -14,6 +14,7 @@ import numpy as np
 from vpmoe.api import DistillRun
 from vpmoe.api.stages import Rescored, Subset
 from vpmoe.data.dataset import recorded, sum_counts
+from vpmoe.data.spans import SPANS
 from vpmoe.failure import Permanent
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
@@ -24,8 +25,6 @@ from vpmoe.teacher.model import TeacherRef, resolve_teacher
 
 SCORES_WRITER = 1
 """Version of what turns a teacher's opinion into bytes. Raise it with every change of picking, prompting, clamping or file formats."""
-
-SPANS = ("reasoning", "final")
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """Which stage a training job is about, what it needs to be there, and whether it is done already. No torch: the launcher asks too."""
 
-from datetime import UTC, datetime
-
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, DatasetFacts, Progress
 from vpmoe.api.stages import Rescored, Stage
 from vpmoe.checkpoint.train_state import TrainState, end_of, facts_of, held_out
+from vpmoe.clock import now
 from vpmoe.data.dataset import load
 from vpmoe.failure import Permanent
 from vpmoe.provenance import Provenance
@@ -95,7 +94,7 @@ def finished(run: DistillRun, stage: Stage, bucket: Bucket, provenance: Provenan
             attempt=provenance.attempt,
             state="Succeeded",
             message=words,
-            updated=datetime.now(UTC),
+            updated=now(),
             tokens=Amount(done=position.tokens, total=position.tokens),
             held_out=held_out(position),
             checkpoint=facts_of(bucket, checkpoint, position),

@@ -9,7 +9,6 @@ import logging
 import math
 import time
 from contextlib import ExitStack, closing
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from vpmoe.api.layout import layout
 from vpmoe.api.progress import Progress
 from vpmoe.api.stages import OnPolicy, Rescored, TeacherForced
 from vpmoe.checkpoint.train_state import TrainState
+from vpmoe.clock import now
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model import distributed
@@ -355,6 +355,6 @@ def _starting(task: StageContext) -> Progress:
         attempt=task.provenance.attempt,
         state="Running",
         message="Starting",
-        updated=datetime.now(UTC),
+        updated=now(),
         dataset=made,
     )

@@ -22,18 +22,20 @@ from openai_harmony import (
 )
 
 from demo import sample
-from vpmoe.data import harmony, vocabulary
-from vpmoe.data.harmony import Renderer, Setting, spans, user_text
+from vpmoe.data import harmony, vocabulary_file
+from vpmoe.data.harmony import Renderer, SystemMessage, user_text
+from vpmoe.data.spans import spans_of_documents
 from vpmoe.data.tokenizer import tokenizer
+from vpmoe.data.vocabulary import VOCABULARY_SIZE
 
-SETTING = Setting("You are vpMoE, a large language model.", "2024-06", "2026-01-01", "high")
+SETTING = SystemMessage("You are vpMoE, a large language model.", "2024-06", "2026-01-01", "high")
 EFFORT = {"low": ReasoningEffort.LOW, "medium": ReasoningEffort.MEDIUM, "high": ReasoningEffort.HIGH}
 MARKS = "→ ↺ ? !/※ ≈ ∴ ● ◐ ○ ⚠ ☐ ☑ ✓ ⟨H≈0.1⟩ ⟨H≈1.8⟩\n├─ a\n└─ b"
 
 
 @pytest.fixture(scope="module")
 def oracle() -> HarmonyEncoding:
-    vocabulary.install()
+    vocabulary_file.install()
     return load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)
 
 
@@ -43,7 +45,7 @@ def renderer() -> Renderer:
 
 
 def expected(
-    oracle: HarmonyEncoding, setting: Setting, user: str, reasoning: str | None, answer: str
+    oracle: HarmonyEncoding, setting: SystemMessage, user: str, reasoning: str | None, answer: str
 ) -> tuple[list[int], list[int]]:
     """Ids and spans as openai-harmony has them: a message's span follows from the channel that its own tokens name."""
     system = (
@@ -80,14 +82,14 @@ def check(
     seed: str | None,
     reasoning: str | None,
     answer: str,
-    setting: Setting = SETTING,
+    setting: SystemMessage = SETTING,
 ) -> None:
     document = renderer.render(query, seed, reasoning, answer)
     ids, of_token = expected(oracle, setting, user_text(query, seed), reasoning, answer)
     assert document.ids.dtype == np.int32
     assert document.ids.tolist() == ids
     lengths = np.array([[document.prompt, document.reasoning, document.final]])
-    assert spans(lengths).tolist() == of_token
+    assert spans_of_documents(lengths).tolist() == of_token
 
 
 def real_rows(files: list[Path]) -> Iterator[dict[str, str | None]]:
@@ -190,7 +192,7 @@ def test_blank_reasoning_makes_no_analysis_message(
 ) -> None:
     document = renderer.render("q", None, reasoning, "a")
     assert document.reasoning == 0
-    assert harmony.ANALYSIS not in document.ids
+    assert harmony.CHANNEL_ANALYSIS not in document.ids
     check(oracle, renderer, "q", None, reasoning, "a")
 
 
@@ -211,19 +213,21 @@ def test_a_seed_text_follows_the_question(seed: str | None, text: str) -> None:
 
 def test_the_reasoning_marks_survive_byte_for_byte(renderer: Renderer) -> None:
     document = renderer.render("q", None, MARKS, MARKS)
-    assert vocabulary.encoding().decode_bytes(document.ids.tolist()).count(MARKS.encode()) == 2
+    assert vocabulary_file.encoding().decode_bytes(document.ids.tolist()).count(MARKS.encode()) == 2
 
 
 def test_each_document_ends_with_return_and_one_unsupervised_end(renderer: Renderer) -> None:
     document = renderer.render("q", None, "r", "a")
     assert document.ids[-2:].tolist() == [200002, 199999]
-    assert spans(np.array([[document.prompt, document.reasoning, document.final]]))[-2:].tolist() == [2, 0]
-    assert document.ids.max() < harmony.VOCABULARY
+    assert spans_of_documents(np.array([[document.prompt, document.reasoning, document.final]]))[
+        -2:
+    ].tolist() == [2, 0]
+    assert document.ids.max() < VOCABULARY_SIZE
 
 
 def test_spans_of_several_documents_follow_one_another() -> None:
-    assert spans(np.array([[2, 1, 1], [1, 0, 2]])).tolist() == [0, 0, 1, 2, 0, 0, 2, 2, 0]
-    assert spans(np.empty((0, 3), np.int64)).size == 0
+    assert spans_of_documents(np.array([[2, 1, 1], [1, 0, 2]])).tolist() == [0, 0, 1, 2, 0, 0, 2, 2, 0]
+    assert spans_of_documents(np.empty((0, 3), np.int64)).size == 0
 
 
 def test_default_rendering_would_lose_the_reasoning(oracle: HarmonyEncoding) -> None:
@@ -233,6 +237,6 @@ def test_default_rendering_would_lose_the_reasoning(oracle: HarmonyEncoding) -> 
         Message.from_role_and_content(Role.ASSISTANT, "r").with_channel("analysis"),
         Message.from_role_and_content(Role.ASSISTANT, "a").with_channel("final"),
     ]
-    assert harmony.ANALYSIS not in oracle.render_conversation_for_training(
+    assert harmony.CHANNEL_ANALYSIS not in oracle.render_conversation_for_training(
         Conversation.from_messages(messages)
     )

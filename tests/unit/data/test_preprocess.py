@@ -21,11 +21,12 @@ import yaml
 
 from demo import sample
 from vpmoe.api import DistillRun
-from vpmoe.data import dataset, vocabulary
-from vpmoe.data.harmony import Renderer, Setting, spans
+from vpmoe.data import dataset, vocabulary, vocabulary_file
+from vpmoe.data.harmony import Renderer, SystemMessage
 from vpmoe.data.index import read_index
 from vpmoe.data.preprocess import filters, preprocess, sampling
 from vpmoe.data.preprocess.encode import Encoders
+from vpmoe.data.spans import spans_of_documents
 from vpmoe.data.tokenizer import tokenizer
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.provenance import Provenance
@@ -131,7 +132,9 @@ def test_every_kept_row_is_in_its_split_token_for_token(spec: dict[str, Any], tm
     bucket, run = do(spec)
     found = made(bucket, run)
     said = run.spec.dataset.conversation
-    renderer = Renderer(tokenizer(), Setting(said.identity, said.knowledge_cutoff, said.date, said.effort))
+    renderer = Renderer(
+        tokenizer(), SystemMessage(said.identity, said.knowledge_cutoff, said.date, said.effort)
+    )
     dropped: dict[str, int] = {}
     wanted: dict[str, dict[str, tuple[list[int], list[int]]]] = {"train": {}, "valid": {}}
     for row in sample.rows():
@@ -146,7 +149,7 @@ def test_every_kept_row_is_in_its_split_token_for_token(spec: dict[str, Any], tm
             continue
         split = "valid" if sampling.is_valid(row["synth_id"], run.spec.dataset.valid_fraction) else "train"
         lengths = np.array([[document.prompt, document.reasoning, document.final]])
-        wanted[split][row["synth_id"]] = (document.ids.tolist(), spans(lengths).tolist())
+        wanted[split][row["synth_id"]] = (document.ids.tolist(), spans_of_documents(lengths).tolist())
     got = {split: documents(bucket, found, split, tmp_path) for split in wanted}
     assert got == wanted
     assert len(got["valid"]) > 3
@@ -307,7 +310,7 @@ def test_a_worker_that_is_asked_to_stop_says_so_and_leaves_no_half_part(spec: di
 
 def test_a_full_disk_is_said_and_leaves_nothing_that_counts(spec: dict[str, Any], tmp_path: Path) -> None:
     """A file-size limit of the kernel stands for the full disk: the same OSError from the same write."""
-    vocabulary.install(tmp_path / f"vpmoe-vocabulary-{os.getuid()}")
+    vocabulary_file.install(tmp_path / f"vpmoe-vocabulary-{os.getuid()}")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(spec))
     done = subprocess.run(
         [sys.executable, "-m", "jobs.preprocess", "--run", str(tmp_path / "run.yaml")],
@@ -452,7 +455,7 @@ def test_the_preprocessing_path_imports_no_torch() -> None:
     """Not even when rows are read: the datasets library would import it as soon as it streams."""
     code = (
         "import sys, jobs.preprocess, vpmoe.data.preprocess.preprocess, vpmoe.data.hub, demo.sample, pathlib, tempfile\n"
-        "from vpmoe.data.inputs import Shard; from vpmoe.data import rows, shard_files\n"
+        "from vpmoe.data.inputs import Shard; from vpmoe.data.preprocess import rows\n"
         "path = demo.sample.write(pathlib.Path(tempfile.mkdtemp()))[0]\n"
         "class Local:\n"
         "    def other(self, name): return self\n"

@@ -13,8 +13,8 @@ import pytest
 
 from demo import sample
 from tests.fakes import fake_hub
-from vpmoe.data import vocabulary
-from vpmoe.data.harmony import Renderer, Setting
+from vpmoe.data import vocabulary_file
+from vpmoe.data.harmony import Renderer, SystemMessage
 from vpmoe.data.inputs import Shard, discover
 from vpmoe.data.preprocess import encode, text
 from vpmoe.data.preprocess.encode import COLUMNS, Recipe, chunk
@@ -26,7 +26,7 @@ from vpmoe.failure import Permanent
 from vpmoe.storage import Bucket, StorageError
 
 ROOT = Path(__file__).parents[3]
-SETTING = Setting("You are vpMoE, a large language model.", "2024-06", "2026-01-01", "high")
+SETTING = SystemMessage("You are vpMoE, a large language model.", "2024-06", "2026-01-01", "high")
 RECIPE = Recipe("0" * 64, SETTING, 400, 0.2, Thresholds((BINS,) * 4))
 
 
@@ -307,9 +307,9 @@ def test_a_surrogate_becomes_what_the_tokenizer_itself_makes_of_it() -> None:
     for value, whole in zip(
         values, text.decode(pa.record_batch({"q": strings(*values)}), ["q"]).columns["q"], strict=True
     ):
-        assert vocabulary.encoding().encode_ordinary(whole or "") == vocabulary.encoding().encode_ordinary(
-            value.decode("utf-8", "surrogatepass")
-        )
+        assert vocabulary_file.encoding().encode_ordinary(
+            whole or ""
+        ) == vocabulary_file.encoding().encode_ordinary(value.decode("utf-8", "surrogatepass"))
 
 
 def rows_batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vpmoe.data import vocabulary
+from vpmoe.data import vocabulary_file
 from vpmoe.data.tokenizer import CHECKED, Tokenizer, _known, tokenizer
 from vpmoe.failure import Permanent
 
@@ -25,8 +25,10 @@ def characters() -> Iterator[str]:
 
 @pytest.mark.parametrize("probe", ["{}'s", "!{}a A{}'LL\n"], ids=["before-a-contraction", "between"])
 def test_the_two_differ_only_about_characters_that_are_looked_up(probe: str) -> None:
-    fast = gigatoken.Tokenizer.from_tiktoken(vocabulary.install() / vocabulary.FOR_HARMONY, "o200k", {})
-    slow = vocabulary.encoding()
+    fast = gigatoken.Tokenizer.from_tiktoken(
+        vocabulary_file.install() / vocabulary_file.FOR_HARMONY, "o200k", {}
+    )
+    slow = vocabulary_file.encoding()
     texts = [(character, probe.replace("{}", character)) for character in characters()]
     differ = [
         character for character, text in texts if fast.encode(text).tolist() != slow.encode_ordinary(text)
@@ -38,13 +40,13 @@ def test_the_two_differ_only_about_characters_that_are_looked_up(probe: str) -> 
 
 @pytest.mark.parametrize("text", [f"a{young}'s {young}{young}B\r\n{young}'LL" for young in YOUNG])
 def test_characters_younger_than_the_tables_are_tiktokens(text: str) -> None:
-    assert tokenizer().encode(text).tolist() == vocabulary.encoding().encode_ordinary(text)
+    assert tokenizer().encode(text).tolist() == vocabulary_file.encoding().encode_ordinary(text)
 
 
 @given(st.text(st.sampled_from(f"aZ1 \n\r\t's'LL!→é漢\u0301\u093e😀{YOUNG}"), max_size=60))
 def test_any_text_has_tiktokens_ids(text: str) -> None:
     ids = tokenizer().encode(text)
-    assert ids.dtype == np.int32 and ids.tolist() == vocabulary.encoding().encode_ordinary(text)
+    assert ids.dtype == np.int32 and ids.tolist() == vocabulary_file.encoding().encode_ordinary(text)
 
 
 def test_long_runs_and_marks_have_tiktokens_ids() -> None:
@@ -57,7 +59,7 @@ def test_long_runs_and_marks_have_tiktokens_ids() -> None:
         " " * 5_000 + "end",
         "→ ⟨H≈0.5⟩ ├─ ☐" * 999,
     ):
-        assert tokenizer().encode(text).tolist() == vocabulary.encoding().encode_ordinary(text)
+        assert tokenizer().encode(text).tolist() == vocabulary_file.encoding().encode_ordinary(text)
 
 
 def test_a_text_that_tiktoken_cannot_take_is_refused_only_where_it_must_be_asked() -> None:
@@ -69,7 +71,7 @@ def test_a_text_that_tiktoken_cannot_take_is_refused_only_where_it_must_be_asked
 def test_an_error_of_either_tokenizer_is_noticed() -> None:
     it = Tokenizer()
     it._gigatoken = gigatoken.Tokenizer.from_tiktoken(
-        vocabulary.install() / vocabulary.FOR_HARMONY, "gpt2", {}
+        vocabulary_file.install() / vocabulary_file.FOR_HARMONY, "gpt2", {}
     )  # takes digits in other groups
     with pytest.raises(
         Permanent, match=r"gigatoken and tiktoken give different ids for '1234567 .* one of them has an error"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.fakes.completions import OPEN, SAID, SAY, THINK, ids
 from tests.fakes.students import new_seed
 from vpmoe.api import DistillRun
-from vpmoe.data import vocabulary
+from vpmoe.data import vocabulary, vocabulary_file
 from vpmoe.evaluation import canary, measures, questions
 from vpmoe.failure import Permanent
 from vpmoe.rollout import evaluation_record
@@ -170,15 +170,15 @@ def test_texts_are_an_object_or_a_folder_of_them(bucket: Bucket) -> None:
     (alone,) = canary.texts(f"s3://{bucket.name}/canary.txt", bucket)
     assert (
         alone.size == len(b"A pond.") - len(b"A")
-        and vocabulary.encoding().decode(alone.ids_T.tolist()) == "A pond."
+        and vocabulary_file.encoding().decode(alone.ids_T.tolist()) == "A pond."
     )
     found = canary.texts(f"s3://{bucket.name}/canary/", bucket)
-    assert [vocabulary.encoding().decode(text.ids_T.tolist()) for text in found] == [
+    assert [vocabulary_file.encoding().decode(text.ids_T.tolist()) for text in found] == [
         "≈ 3 m <|end|>",
         "ab",
         "",
     ]
-    assert max(found[0].ids_T) < vocabulary.RANKS, "specials in a text are text"
+    assert max(found[0].ids_T) < vocabulary.TEXT_IDS, "specials in a text are text"
     assert [text.size for text in found] == [len("≈ 3 m <|end|>".encode()) - len("≈".encode()), 0, 0]
     before = canary.content_of(found)
     bucket.put_bytes("canary/b.txt", b"another text", {})

@@ -27,11 +27,11 @@ from tests.fakes.students import documents, learner
 from tests.fakes.tiny_teacher import LONGEST
 from tests.fakes.waiting import wait_until
 from vpmoe.api import DistillRun
-from vpmoe.data import dataset, vocabulary
-from vpmoe.data.harmony import RETURN
+from vpmoe.data import dataset, vocabulary_file
 from vpmoe.data.preprocess.encode import Encoders
 from vpmoe.data.preprocess.preprocess import preprocess
 from vpmoe.data.reader import BlockCache, DatasetReader
+from vpmoe.data.vocabulary import RETURN
 from vpmoe.evaluation.evaluate import evaluate
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.inference import hf_model
@@ -214,7 +214,7 @@ def logp_of(model: Any, ids: Sequence[int]) -> NDArray[np.float64]:
 def reference_bits(model: Any, text: str) -> tuple[float, int]:
     """Bits and bytes of a text by the rule in docs/evaluation.md, one token at a time: token t is counted once, by the first window
     [k·⌈L/2⌉, k·⌈L/2⌉ + L) that has it."""
-    ids = vocabulary.encoding().encode_ordinary(text)
+    ids = vocabulary_file.encoding().encode_ordinary(text)
     bits, size = 0.0, 0
     seen: dict[int, NDArray[np.float64]] = {}
     for t in range(1, len(ids)):
@@ -224,7 +224,7 @@ def reference_bits(model: Any, text: str) -> tuple[float, int]:
         if start not in seen:
             seen[start] = logp_of(model, ids[start : start + LENGTH])
         bits -= seen[start][t - start - 1] / math.log(2)
-        size += len(vocabulary.encoding().decode_single_token_bytes(ids[t]))
+        size += len(vocabulary_file.encoding().decode_single_token_bytes(ids[t]))
     return bits, size
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tests.fakes import policy_versions
 from tests.fakes.policy_versions import TINY, trainers
 from tests.fakes.students import SMALL, documents, learner, new_seed, reading, saved, whole
-from vpmoe.data.harmony import Renderer, Setting
+from vpmoe.data.harmony import Renderer, SystemMessage
 from vpmoe.data.tokenizer import Tokenizer
 from vpmoe.failure import Permanent
 from vpmoe.inference import hf_model
@@ -37,7 +37,7 @@ TOLERANCE = 1e-4
 
 def harmony(random: np.random.Generator) -> list[NDArray[np.int32]]:
     """Documents as data sets hold them, of several lengths up to nearly what the sampler takes at once."""
-    render = Renderer(Tokenizer(), Setting("You are vpMoE.", "2024-06", "2026-01-01", "high")).render
+    render = Renderer(Tokenizer(), SystemMessage("You are vpMoE.", "2024-06", "2026-01-01", "high")).render
     words = [f"pond ≈ {n} m, ⟨H≈0.4⟩" for n in range(100)]
 
     def text(length: int) -> str:

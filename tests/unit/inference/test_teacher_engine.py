@@ -21,10 +21,11 @@ from openai_harmony import (
 from tests.fakes.reference_scores import TOLERANCE, expected
 from tests.fakes.students import new_seed
 from tests.fakes.tiny_teacher import Remote
-from vpmoe.data import vocabulary
-from vpmoe.data.harmony import END_OF_DOCUMENT, Renderer, Setting
+from vpmoe.data import vocabulary_file
+from vpmoe.data.harmony import Renderer, SystemMessage
 from vpmoe.data.system_message import EffortSubstitution
 from vpmoe.data.tokenizer import Tokenizer
+from vpmoe.data.vocabulary import END_OF_DOCUMENT, VOCABULARY_SIZE
 from vpmoe.failure import Permanent
 from vpmoe.inference import teacher_engine as module
 
@@ -50,7 +51,7 @@ def reference(teacher: Path) -> "PreTrainedModel":
 
 def test_every_position_agrees_with_transformers(scorer: Remote, reference: "PreTrainedModel") -> None:
     random = np.random.default_rng(new_seed())
-    sequences = [random.integers(0, 201_088, length, np.int32) for length in LENGTHS]
+    sequences = [random.integers(0, VOCABULARY_SIZE, length, np.int32) for length in LENGTHS]
     for ids_T, logp_T in zip(sequences, scorer.score(sequences), strict=True):
         assert logp_T.dtype == np.float32 and np.isnan(logp_T[0])
         wanted_T = expected(reference, ids_T)
@@ -62,7 +63,7 @@ def test_every_position_agrees_with_transformers(scorer: Remote, reference: "Pre
 
 def test_the_same_sequences_in_the_same_order_have_the_same_bits(scorer: Remote) -> None:
     random = np.random.default_rng(new_seed())
-    sequences = [random.integers(0, 201_088, random.integers(1, 200), np.int32) for _ in range(12)]
+    sequences = [random.integers(0, VOCABULARY_SIZE, random.integers(1, 200), np.int32) for _ in range(12)]
     first, second = list(scorer.score(sequences)), list(scorer.score(sequences))
     assert [logp_T.tobytes() for logp_T in first] == [logp_T.tobytes() for logp_T in second]
 
@@ -103,7 +104,7 @@ ANSWER = "About forty metres, <|end|> included."
 
 def harmony(effort: ReasoningEffort) -> list[int]:
     """openai-harmony's own rendering of the document that the next tests score."""
-    vocabulary.install()
+    vocabulary_file.install()
     system = (
         SystemContent.new()
         .with_model_identity("You are vpMoE, a large language model.")
@@ -128,7 +129,7 @@ def test_a_teacher_told_another_effort_scores_the_document_rendered_with_that_ef
     scorer: Remote, reference: "PreTrainedModel", told: ReasoningEffort
 ) -> None:
     own = conversation("high")
-    setting = Setting(str(own["identity"]), str(own["knowledgeCutoff"]), own["date"], "high")
+    setting = SystemMessage(str(own["identity"]), str(own["knowledgeCutoff"]), own["date"], "high")
     document = Renderer(Tokenizer(), setting).render("How wide is the pond?", None, REASONING, ANSWER)
     effort = EffortSubstitution(own, told.name.lower())
     sent_S = effort.sent(document.ids)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.fakes.students import SMALL, learner, new_seed, ragged
+from vpmoe.data.spans import SPANS
 from vpmoe.model import spans
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import head_loss
@@ -126,7 +127,7 @@ def test_span_normalisation_over_ragged_microbatches_is_float64s(device: torch.d
             .squeeze(1)
         )
     all_nll, all_span = torch.cat(nll), torch.cat([batch.span for batch in batches])
-    exact = {name: all_nll[all_span == number].mean() for name, number in spans.SPANS.items()}
+    exact = {name: all_nll[all_span == number].mean() for name, number in SPANS.items()}
     sum(weights[name] * mean for name, mean in exact.items()).backward()
     means = {name: float(mean) for name, mean in exact.items()}
     outcome = it.forward_backward(batches, vanilla(counts, weights), int(counts[0]))

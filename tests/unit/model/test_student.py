@@ -8,10 +8,11 @@ from torch import Tensor
 
 from tests.fakes.students import SMALL, documents, learner, new_seed, ragged
 from vpmoe.api.layout import EXPERTS
+from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.model.attention import PackedAttention, packing
 from vpmoe.model.batch import Batch
 from vpmoe.model.experts import StackedExperts
-from vpmoe.model.shapes import SHAPES, VOCABULARY, Shape
+from vpmoe.model.shapes import SHAPES, Shape
 from vpmoe.model.student import Student, _config, build
 from vpmoe.objectives.vanilla import vanilla
 
@@ -34,7 +35,7 @@ def embedded(model: Student, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def test_vpmoe_6b_has_six_billion_parameters(device: torch.device) -> None:
     shape = SHAPES["vpmoe-6b"]
-    assert round(shape.parameters() / 1e9, 1) == 6.0 and shape.vocabulary == VOCABULARY == 201_088
+    assert round(shape.parameters() / 1e9, 1) == 6.0 and shape.vocabulary == VOCABULARY_SIZE == 201_088
     with torch.device("meta"):
         built = build(shape, torch.device("meta"), sequence_length=8192, seed=0)
     assert sum(p.numel() for p in built.parameters()) == shape.parameters()
@@ -53,7 +54,10 @@ def test_tiny_is_the_same_code_with_the_same_vocabulary(device: torch.device) ->
     shape = SHAPES["tiny"]
     with torch.device("meta"):
         built = build(shape, torch.device("meta"), sequence_length=64, seed=0)
-    assert sum(p.numel() for p in built.parameters()) == shape.parameters() and shape.vocabulary == VOCABULARY
+    assert (
+        sum(p.numel() for p in built.parameters()) == shape.parameters()
+        and shape.vocabulary == VOCABULARY_SIZE
+    )
 
 
 def test_the_api_knows_every_shape_and_its_experts() -> None:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from tests.fakes.students import learner, new_seed, ragged
+from vpmoe.data.spans import SPANS
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import logp_of
 from vpmoe.model.learner import Learner
-from vpmoe.model.spans import SPANS
 from vpmoe.objectives.onpolicy import on_policy
 from vpmoe.objectives.vanilla import vanilla
 

@@ -9,8 +9,8 @@ import torch
 
 from tests.fakes.students import learner, new_seed, ragged
 from vpmoe.api.stages import Confidence
+from vpmoe.data.spans import SPANS
 from vpmoe.model.batch import Batch
-from vpmoe.model.spans import SPANS
 from vpmoe.objectives.confidence import centre, weights
 from vpmoe.objectives.rescored import rescored
 from vpmoe.objectives.vanilla import vanilla

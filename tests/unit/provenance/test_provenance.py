@@ -1,4 +1,4 @@
-"""Where a process says that it comes from: the commit is read from git's files as git itself would name it."""
+"""Provenance: the commit is read from git's files and equals what git itself reports."""
 
 import logging
 import subprocess
@@ -59,7 +59,7 @@ def test_a_worktree_s_head_is_found(checkout: Path, packed: bool) -> None:
     assert git_sha({}, tree) == git(tree, "rev-parse", "HEAD") != git(checkout, "rev-parse", "HEAD")
 
 
-def test_the_image_s_word_comes_first(checkout: Path) -> None:
+def test_the_image_s_commit_comes_first(checkout: Path) -> None:
     assert git_sha({"VPMOE_GIT_SHA": "abc"}, checkout) == "abc"
 
 
@@ -67,7 +67,8 @@ def test_no_checkout_is_null_with_one_warning(tmp_path: Path, caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         assert git_sha({}, tmp_path) is None
     assert [record.getMessage() for record in caplog.records] == [
-        f"No git sha: VPMOE_GIT_SHA is not set and {tmp_path} is no git checkout. Provenance will say null."
+        f"The git commit is unknown: VPMOE_GIT_SHA is not set and {tmp_path} is not a git checkout. "
+        "Manifests will record null."
     ]
 
 
@@ -76,5 +77,5 @@ def test_a_repository_without_a_commit_is_null(tmp_path: Path) -> None:
     assert git_sha({}, tmp_path) is None
 
 
-def test_this_checkout_is_the_one_that_is_read() -> None:
+def test_the_default_checkout_is_this_one() -> None:
     assert (provenance.CHECKOUT / "vpmoe" / "provenance.py").is_file()

@@ -22,11 +22,13 @@ from openai_harmony import (
 
 from demo import sample
 from tests.fakes.completions import OPEN, SAID, SAY, THINK, ids
-from vpmoe.data import harmony, vocabulary
-from vpmoe.data.harmony import Renderer, Setting, user_text
+from vpmoe.data import vocabulary_file
+from vpmoe.data.harmony import Renderer, SystemMessage, user_text
+from vpmoe.data.spans import FINAL, REASONING, spans_of_documents
 from vpmoe.data.tokenizer import tokenizer
+from vpmoe.data.vocabulary import STOP_IDS
 from vpmoe.failure import Permanent
-from vpmoe.rollout.prompts import STOP, VALIDITIES, Prompts, spans, validity
+from vpmoe.rollout.prompts import VALIDITIES, Prompts, spans, validity
 
 OWN = {
     "identity": "You are vpMoE, a large language model.",
@@ -50,7 +52,7 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def oracle() -> HarmonyEncoding:
-    vocabulary.install()
+    vocabulary_file.install()
     return load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)
 
 
@@ -59,8 +61,8 @@ def renderer() -> Renderer:
     return Renderer(tokenizer(), setting(OWN))
 
 
-def setting(conversation: Mapping[str, Any]) -> Setting:
-    return Setting(
+def setting(conversation: Mapping[str, Any]) -> SystemMessage:
+    return SystemMessage(
         conversation["identity"],
         conversation["knowledgeCutoff"],
         conversation["date"],
@@ -84,7 +86,7 @@ def rendered(
 ) -> tuple[np.ndarray, np.ndarray]:
     """A document's ids and spans as the data set has them."""
     document = renderer.render(user, None, reasoning, answer)
-    return document.ids, harmony.spans(np.array([[document.prompt, document.reasoning, document.final]]))
+    return document.ids, spans_of_documents(np.array([[document.prompt, document.reasoning, document.final]]))
 
 
 @pytest.mark.parametrize("effort", list(EFFORT))
@@ -242,12 +244,12 @@ def test_validity_and_spans(completion: str, wanted: str, final: str | None) -> 
     assert validity(whole) == wanted
     if final is not None:
         part = ids(final)
-        found = whole[spans(whole) == harmony.ANSWER]
+        found = whole[spans(whole) == FINAL]
         assert found.tolist() == part.tolist()
     else:
         reasoning = len(ids(OPEN + THINK)) if THINK in completion else 0
-        assert (spans(whole) == harmony.REASONING).sum() == reasoning
-    assert spans(whole).dtype == np.uint8 and set(spans(whole)) <= {harmony.REASONING, harmony.ANSWER}
+        assert (spans(whole) == REASONING).sum() == reasoning
+    assert spans(whole).dtype == np.uint8 and set(spans(whole)) <= {REASONING, FINAL}
 
 
 PIECES = [
@@ -270,7 +272,7 @@ TOKENS = st.one_of(
     st.integers(0, 201_087).map(lambda token: [token]),
 )
 SAMPLED = st.lists(TOKENS, max_size=25).map(
-    lambda lists: [token for tokens in lists for token in tokens if token not in STOP]
+    lambda lists: [token for tokens in lists for token in tokens if token not in STOP_IDS]
 )
 
 
@@ -280,7 +282,7 @@ SAMPLED = st.lists(TOKENS, max_size=25).map(
     print_blob=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(SAMPLED, st.sampled_from([*STOP, None]))
+@given(SAMPLED, st.sampled_from([*STOP_IDS, None]))
 @example(ids(THINK + OPEN + SAY).tolist()[:-1], 200002)
 def test_whatever_is_sampled_is_read_as_openai_harmony_reads_it(
     oracle: HarmonyEncoding, sampled: list[int], stop: int | None
@@ -296,7 +298,7 @@ def test_whatever_is_sampled_is_read_as_openai_harmony_reads_it(
         except HarmonyError:
             break
         if parser.current_channel is not None:
-            assert span == (harmony.ANSWER if parser.current_channel == "final" else harmony.REASONING)
+            assert span == (FINAL if parser.current_channel == "final" else REASONING)
     found = validity(completion)
     assert found in VALIDITIES and (found == "truncated") == (stop is None)
-    assert found != "valid" or (of_token == harmony.ANSWER).any()
+    assert found != "valid" or (of_token == FINAL).any()

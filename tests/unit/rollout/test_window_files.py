@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from tests.fakes.students import new_seed
+from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.failure import Permanent
 from vpmoe.rollout.prompts import VALIDITIES
 from vpmoe.rollout.window_files import (
@@ -36,7 +37,7 @@ def rollouts(random: np.random.Generator, count: int = 5) -> list[Rollout]:
     made = []
     for number in range(count):
         asked, sampled = random.integers(1, 9), random.integers(1, 30)
-        ids_T = random.integers(201_088, size=asked + sampled, dtype=np.int32)
+        ids_T = random.integers(VOCABULARY_SIZE, size=asked + sampled, dtype=np.int32)
         span_C, logp_C = (
             random.integers(1, 3, size=sampled, dtype=np.uint8),
             -random.exponential(3, size=sampled).astype(np.float32),

@@ -32,6 +32,7 @@ from vpmoe.data.packing import BatchPlan, documents, firsts
 from vpmoe.data.preprocess.encode import Encoders
 from vpmoe.data.preprocess.preprocess import preprocess
 from vpmoe.data.reader import BlockCache, DatasetReader
+from vpmoe.data.vocabulary import STOP_IDS
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.inference import hf_model
 from vpmoe.inference.engine_pool import Completion, Engines, Request
@@ -261,7 +262,7 @@ def check_window(
         )
         assert made.ids_T[: made.asked].tolist() == templates.ids(*read[one.place], one.effort).tolist()
         completion = made.ids_T[made.asked :]
-        stops = np.flatnonzero(np.isin(completion, prompts.STOP))
+        stops = np.flatnonzero(np.isin(completion, STOP_IDS))
         bound = getattr(bounds, one.effort)
         assert (
             stops.tolist() == [len(completion) - 1] if len(completion) < bound else set(stops) <= {bound - 1}
@@ -294,7 +295,7 @@ def test_a_stage_is_sampled_to_its_end_from_the_versions_that_it_must_be_sampled
     rollouts = [one for number in range(5) for one in world.window(number).rollouts]
     assert {one.effort for one in rollouts} == {"low", "medium", "high"} and len(rollouts) == 3 * 5 + 2 * 10
     assert len({one.validity for one in rollouts}) > 1 and {int(one.ids_T[-1]) for one in rollouts} >= set(
-        prompts.STOP
+        STOP_IDS
     )
     said = world.progress()
     assert (said["state"], said["message"], said["parts"]) == (

@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 
 from tests.fakes import fake_hub
 from vpmoe.api import DistillRun
-from vpmoe.data import vocabulary
+from vpmoe.data import vocabulary_file
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.storage import BLOCK, Bucket, StorageError, paths
 from vpmoe.teacher import model
@@ -137,7 +137,7 @@ except Exception as error:
 def tokenizer_json() -> dict[str, Any]:
     """What a tokenizer.json of the o200k_harmony vocabulary says, as the tokenizers library writes it."""
     character = {byte: c for c, byte in model.byte_of_character().items()}
-    merges = vocabulary.encoding()._mergeable_ranks
+    merges = vocabulary_file.encoding()._mergeable_ranks
     tokenizer = Tokenizer(
         BPE({"".join(character[byte] for byte in token): rank for token, rank in merges.items()}, [])
     )
@@ -162,7 +162,10 @@ def test_bytes_are_written_as_characters_as_transformers_does() -> None:
 
 
 def test_the_vocabulary_of_the_data_sets_is_taken(tmp_path: Path, tokenizer_json: dict[str, Any]) -> None:
-    files = {"tokenizer_json": json.dumps(tokenizer_json).encode(), "o200k_tiktoken": vocabulary.packaged()}
+    files = {
+        "tokenizer_json": json.dumps(tokenizer_json).encode(),
+        "o200k_tiktoken": vocabulary_file.packaged(),
+    }
     model.check(directory(tmp_path, {"vocab_size": 201088}, **files))
 
 
@@ -201,7 +204,7 @@ def test_another_tokenizer_json_is_refused(
 
 
 def test_another_tiktoken_file_is_refused(tmp_path: Path) -> None:
-    directory(tmp_path, {"vocab_size": 201088}, cl100k_tiktoken=vocabulary.packaged()[:-20])
+    directory(tmp_path, {"vocab_size": 201088}, cl100k_tiktoken=vocabulary_file.packaged()[:-20])
     with pytest.raises(Permanent, match=r"cl100k.tiktoken: its tokens are another vocabulary"):
         model.check(tmp_path)
 

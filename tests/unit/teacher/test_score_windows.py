@@ -24,6 +24,7 @@ from tests.fakes.teacher_steps import provenance, score_windows_here
 from tests.fakes.tiny_teacher import Remote
 from tests.fakes.waiting import wait_until
 from vpmoe.api import DistillRun
+from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.rollout.window_files import (
     Rollout,
@@ -115,7 +116,7 @@ def rollouts(random: np.random.Generator, count: int = 3) -> list[Rollout]:
         asked, sampled = (int(length) for length in random.integers(1, 60, 2))
         if prompt == 1:
             sampled = 512 - asked
-        ids_T = random.integers(0, 201_088, asked + sampled, np.int32)
+        ids_T = random.integers(0, VOCABULARY_SIZE, asked + sampled, np.int32)
         logp_C = np.full(sampled, -1, np.float32)
         made.append(Rollout(prompt, 0, 7, "low", "valid", ids_T, np.full(sampled, 1, np.uint8), logp_C))
     return made

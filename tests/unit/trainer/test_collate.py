@@ -6,8 +6,9 @@ import torch
 
 from tests.fakes import datasets
 from vpmoe.data.packing import PackedDocument
+from vpmoe.data.vocabulary import PADDING
 from vpmoe.trainer.data import collate, held_out
-from vpmoe.trainer.data.collate import FILLER, assemble, microbatches
+from vpmoe.trainer.data.collate import assemble, microbatches
 
 RANDOM = np.random.default_rng(5)
 WRITTEN = [datasets.random_documents(RANDOM, 30), datasets.random_documents(RANDOM, 11)]
@@ -27,7 +28,7 @@ def test_a_row_holds_its_documents_in_order_and_then_padding() -> None:
     made = assemble(rows, read, 96)
     first, second = WRITTEN[0][3][0], WRITTEN[1][2][0]
     filled = len(first) + len(second)
-    assert made.tokens[0].tolist() == [*first.tolist(), *second.tolist(), *[FILLER] * (96 - filled)]
+    assert made.tokens[0].tolist() == [*first.tolist(), *second.tolist(), *[PADDING] * (96 - filled)]
     assert made.position[0, : len(first) + 1].tolist() == [*range(len(first)), 0]
     assert made.padding.sum().item() == 2 * 96 - filled and bool(made.padding[1].all())
     assert made.counts[0].item() == filled

@@ -77,7 +77,7 @@ def spec(run_spec: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch) -> list[datasets.Documents]:
-    monkeypatch.setattr(collate, "FILLER", 0)  # the small vocabulary has no other
+    monkeypatch.setattr(collate, "PADDING", 0)  # the small vocabulary has no other
     monkeypatch.setattr(window_wait, "POLL", 0.01)
     documents = np.random.default_rng(11)
     return [datasets.random_documents(documents, 60), datasets.random_documents(documents, 40)]

@@ -1,7 +1,6 @@
 """What a stage says of itself: every step has one line whatever was killed, and a store that is away costs nothing but time."""
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from tests.fakes.store import S3
 from tests.fakes.waiting import wait_until
 from vpmoe.api.progress import Amount, Progress, SpanLoss
 from vpmoe.api.storage import Storage
+from vpmoe.clock import now
 from vpmoe.storage import Bucket, Patience, paths
 from vpmoe.trainer.checkpoint.resume import first
 from vpmoe.trainer.context import StageContext
@@ -32,7 +32,7 @@ def task(
 def started(task: StageContext) -> ProgressUploader:
     return ProgressUploader(
         task,
-        Progress(step="vanilla", attempt=1, state="Running", message="Starting", updated=datetime.now(UTC)),
+        Progress(step="vanilla", attempt=1, state="Running", message="Starting", updated=now()),
     )
 
 

@@ -47,7 +47,7 @@ def spec(run_spec: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch) -> list[datasets.Documents]:
-    monkeypatch.setattr(collate, "FILLER", 0)  # the small vocabulary has no other
+    monkeypatch.setattr(collate, "PADDING", 0)  # the small vocabulary has no other
     random = np.random.default_rng(11)
     return [datasets.random_documents(random, 60), datasets.random_documents(random, 40)]
 

@@ -57,7 +57,7 @@ def trainer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Make:
     """A trainer that stands where the bucket says the stage stands."""
-    monkeypatch.setattr(collate, "FILLER", 0)  # the small vocabulary has no other
+    monkeypatch.setattr(collate, "PADDING", 0)  # the small vocabulary has no other
     random = np.random.default_rng(11)
     dataset = datasets.write(
         bucket,

@@ -124,7 +124,7 @@ def test_loss_and_gradient_of_a_window_over_ranks_are_float64s_of_its_rollouts_o
 ) -> None:
     """The reference knows no rows: each rollout alone, each token by design §6. Tolerance: coefficients of both signs nearly cancel in
     sums over some hundred tokens, which fp32 adds up to 1e-6 of their size."""
-    monkeypatch.setattr("vpmoe.trainer.data.collate.FILLER", 0)  # the small vocabulary has no other
+    monkeypatch.setattr("vpmoe.trainer.data.collate.PADDING", 0)  # the small vocabulary has no other
     random = np.random.default_rng(new_seed())
     held, weights, it = rollouts(random, 17), {"reasoning": 0.7, "final": 1.6}, learner(device)
     teacher = [-random.exponential(12, size=len(one.logp_C)).astype(np.float32) for one in held]

@@ -8,7 +8,8 @@ from vpmoe.data.dataset import SPLITS, WRITER, DatasetRef, sum_counts
 from vpmoe.data.inputs import Shard
 from vpmoe.data.preprocess.part import LISTED
 from vpmoe.data.preprocess.sampling import Thresholds
-from vpmoe.data.vocabulary import PACKAGE, TOKENIZER, VOCABULARY_SHA256
+from vpmoe.data.vocabulary import TOKENIZER, VOCABULARY_SHA256
+from vpmoe.data.vocabulary_file import PACKAGE
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest
 from vpmoe.storage.manifest import Input, Manifest

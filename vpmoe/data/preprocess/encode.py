@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from vpmoe.data.harmony import Document, Renderer, Setting
+from vpmoe.data.harmony import HarmonyDocument, Renderer, SystemMessage
 from vpmoe.data.preprocess import sampling
 from vpmoe.data.preprocess.filters import quality
 from vpmoe.data.preprocess.text import decode
@@ -51,7 +51,7 @@ class Recipe:
     """Everything beside a row itself that decides what becomes of it."""
 
     dataset_id: str
-    setting: Setting
+    system: SystemMessage
     max_length: int
     valid_fraction: float
     thresholds: sampling.Thresholds
@@ -101,8 +101,8 @@ def encode(chunk: Chunk, recipe: Recipe) -> Encoded:
     with pa.ipc.open_stream(chunk.columns) as stream:
         (batch,) = stream
     texts = decode(batch, COLUMNS)
-    renderer = _renderer(recipe.setting)
-    documents: list[Document] = []
+    renderer = _renderer(recipe.system)
+    documents: list[HarmonyDocument] = []
     labels: list[tuple[str, str | None, str | None]] = []
     order: list[int] = []
     dropped: Counter[str] = Counter()
@@ -222,7 +222,7 @@ def _end_with(sentinel: int) -> None:
 
 
 @cache
-def _renderer(setting: Setting) -> Renderer:
+def _renderer(setting: SystemMessage) -> Renderer:
     return Renderer(tokenizer(), setting)
 
 

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vpmoe.data.dataset import SPLITS, UNKNOWN
-from vpmoe.data.harmony import spans
 from vpmoe.data.index import index_bytes
 from vpmoe.data.preprocess.encode import Encoded
 from vpmoe.data.preprocess.text import Unreadable
+from vpmoe.data.spans import spans_of_documents
 from vpmoe.storage.paths import PartFile, Split
 
 FILES: tuple[PartFile, ...] = ("tokens.bin", "tokens.idx", "spans.bin", "spans.idx", "documents.parquet")
@@ -174,7 +174,7 @@ def write_split(documents: SplitDocuments, arrived: Path, files: dict[PartFile, 
                     ]
                 )
             )
-            spans_file.write(spans(lengths_D3[chosen]))
+            spans_file.write(spans_of_documents(lengths_D3[chosen]))
     files["tokens.idx"].write_bytes(index_bytes(tokens_D[order_D], np.int32))
     files["spans.idx"].write_bytes(index_bytes(tokens_D[order_D], np.uint8))
     ids, languages, exercises = (

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import DatasetFacts
 from vpmoe.data.dataset import DatasetRef, dataset_id, done_parts, resolve, settings
-from vpmoe.data.harmony import Setting
+from vpmoe.data.harmony import SystemMessage
 from vpmoe.data.preprocess import census, sampling
 from vpmoe.data.preprocess.dataset_manifest import merge, write_manifest
 from vpmoe.data.preprocess.encode import CHUNK_ROWS, COLUMNS, Chunk, Encoders, Recipe, chunk
@@ -121,7 +121,7 @@ def make_recipe(job: Job, counted: census.Census) -> Recipe:
     kept = ", ".join(f"{name} {share:.1%}" for name, share in thresholds.facts().items())
     log.info("%d rows; kept are: %s", counted.rows, kept)
     said = spec.conversation
-    setting = Setting(said.identity, said.knowledge_cutoff, said.date, said.effort)
+    setting = SystemMessage(said.identity, said.knowledge_cutoff, said.date, said.effort)
     return Recipe(job.dataset.id, setting, spec.max_length, spec.valid_fraction, thresholds)
 
 

@@ -13,10 +13,10 @@ import torch
 from vpmoe.api.stages import OnPolicy, Rescored
 from vpmoe.checkpoint.format import CheckpointRejected
 from vpmoe.checkpoint.train_state import ConfidenceCentre, ScoredStream, TrainState, WindowStream, iterations
+from vpmoe.data.spans import SPANS
 from vpmoe.failure import Permanent
 from vpmoe.model import distributed
 from vpmoe.model.learner import Learner
-from vpmoe.model.spans import SPANS
 from vpmoe.objectives.confidence import centre
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.manifest import Input, Manifest

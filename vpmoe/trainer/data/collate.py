@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from vpmoe.data.packing import PackedDocument
+from vpmoe.data.vocabulary import PADDING
 from vpmoe.model.batch import Batch
 
 Read = Callable[[PackedDocument], tuple[NDArray[np.int32], NDArray[np.uint8]]]
@@ -19,8 +20,6 @@ Logp = Callable[[PackedDocument], NDArray[np.floating]]
 
 MICROBATCH = 8192
 """Positions of one microbatch, as far as whole rows allow: the student's longest sequence alone, or several short ones together."""
-FILLER = 199_999
-"""The token that stands where no document does (GPT-OSS's own padding id). Nothing attends to it and it is never a target."""
 
 
 def rows_each(sequence_length: int) -> int:
@@ -55,7 +54,7 @@ def assemble(
     With `logp` the batch has the teacher's log-probabilities, with `sampler_logp` the sampler's.
     """
     shape = (len(rows), sequence_length)
-    tokens_bS = np.full(shape, FILLER, np.int64)
+    tokens_bS = np.full(shape, PADDING, np.int64)
     spans_bS = np.zeros(shape, np.uint8)
     documents_bS = np.full(shape, -1, np.int32)
     known = [(of, np.full(shape, np.nan, np.float32)) for of in (logp, sampler_logp)]

@@ -11,9 +11,9 @@ from typing import Any
 from vpmoe.api.progress import ProgressCondition
 from vpmoe.api.stages import OnPolicy
 from vpmoe.checkpoint.train_state import TrainState, WindowStats
+from vpmoe.data.spans import SPANS
 from vpmoe.model import distributed
 from vpmoe.model.learner import Learner, Outcome
-from vpmoe.model.spans import SPANS
 from vpmoe.rollout import back_pressure
 from vpmoe.rollout.prompts import VALID
 from vpmoe.trainer.context import StageContext

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from vpmoe.api.progress import ProgressCondition
+from vpmoe.data.spans import SPANS
 from vpmoe.failure import Permanent
-from vpmoe.model.spans import SPANS
 from vpmoe.rollout.back_pressure import ORDER, Adjustment, Knob
 
 PATIENCE = 10

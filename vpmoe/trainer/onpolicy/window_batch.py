@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from vpmoe.api import DistillRun
 from vpmoe.data import packing
 from vpmoe.data.packing import PackedDocument
+from vpmoe.data.spans import SPANS
 from vpmoe.failure import Permanent
 from vpmoe.model.batch import Batch
-from vpmoe.model.spans import SPANS
 from vpmoe.rollout.window_files import Rollout, Sampled, read_rollouts, read_scores
 from vpmoe.storage import Bucket, paths
 from vpmoe.trainer.data.collate import microbatches

@@ -4,7 +4,6 @@ Making them is all that is done here; report.py brings them to the bucket.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
 from vpmoe.api.progress import SpanLoss
 from vpmoe.checkpoint.train_state import TrainState
+from vpmoe.clock import now
 from vpmoe.model.router import Load
 from vpmoe.rollout.prompts import VALID
 
@@ -36,7 +36,7 @@ def line(event: str, position: TrainState, attempt: int, facts: Mapping[str, Any
     """A line of metrics: what happened, where the stage stood after it, and what was measured."""
     return {
         "event": event,
-        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "time": now().isoformat(timespec="milliseconds"),
         "attempt": attempt,
         "step": position.steps,
         "iteration": position.iteration,

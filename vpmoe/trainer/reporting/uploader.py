@@ -10,10 +10,10 @@ import logging
 import re
 import threading
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 
 from vpmoe.api.progress import Progress
+from vpmoe.clock import now
 from vpmoe.storage import StorageError, paths
 from vpmoe.trainer.context import StageContext
 
@@ -43,7 +43,7 @@ class ProgressUploader:
     def update(self, **changes: Any) -> None:
         """Change fields of the progress. `updated` is now: it stands still when the loop does, which is how a hang is seen."""
         with self._words:
-            self._progress = self._progress.model_copy(update={**changes, "updated": datetime.now(UTC)})
+            self._progress = self._progress.model_copy(update={**changes, "updated": now()})
 
     def log(self, *lines: dict[str, Any]) -> None:
         """Add all lines of one step, which stay together, unless an earlier attempt has written that step's."""

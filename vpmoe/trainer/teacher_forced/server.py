@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from vpmoe.api import DistillRun
+from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.failure import Permanent, Retriable, Terminated
 from vpmoe.model.device import choose
-from vpmoe.model.shapes import VOCABULARY
 from vpmoe.storage import Bucket
 from vpmoe.teacher.model import check, fetch, resolve_teacher
 from vpmoe.trainer.teacher_forced import model
@@ -61,9 +61,9 @@ def _teach(
     check(directory)
     channel.note("width", model.width(directory))
     output_VG = model.output_matrix(directory)
-    if len(output_VG) != VOCABULARY:
+    if len(output_VG) != VOCABULARY_SIZE:
         raise Permanent(
-            f"teacher.model: its output matrix has {len(output_VG)} rows, not {VOCABULARY}. Give a whole checkpoint."
+            f"teacher.model: its output matrix has {len(output_VG)} rows, not {VOCABULARY_SIZE}. Give a whole checkpoint."
         )
     teacher = model.load(directory, device)
     log.info(

@@ -2,7 +2,7 @@
 
 from jobs.entrypoint import entrypoint
 from vpmoe.api.progress import Progress
-from vpmoe.provenance import now
+from vpmoe.clock import now
 from vpmoe.storage import paths
 
 

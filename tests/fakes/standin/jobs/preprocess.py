@@ -5,7 +5,7 @@ import hashlib
 from jobs.entrypoint import entrypoint
 from jobs.script import Script
 from vpmoe.api.progress import Amount, DatasetFacts, Progress
-from vpmoe.provenance import now
+from vpmoe.clock import now
 from vpmoe.storage import paths
 
 

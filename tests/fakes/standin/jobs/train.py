@@ -12,8 +12,8 @@ from jobs.script import Script
 from jobs.windows import wait_for
 from vpmoe.api import DistillRun, OnPolicy
 from vpmoe.api.progress import Amount, CheckpointFacts, HeldOut, Progress, SpanLoss
+from vpmoe.clock import now
 from vpmoe.failure import Terminated
-from vpmoe.provenance import now
 from vpmoe.storage import paths
 
 

@@ -7,8 +7,8 @@ from jobs.entrypoint import Context
 from jobs.script import Script
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, Progress
+from vpmoe.clock import now
 from vpmoe.failure import Terminated
-from vpmoe.provenance import now
 from vpmoe.storage import paths
 
 Kind = Literal["rollouts", "scores"]

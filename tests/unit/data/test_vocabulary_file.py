@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from vpmoe.data import vocabulary
+from vpmoe.data import vocabulary, vocabulary_file
 from vpmoe.failure import Permanent
 
 BOTH = """
 import socket
 def refuse(*args, **kwargs): raise AssertionError("a tokenizer asked for the network")
 socket.socket.connect = socket.create_connection = refuse
-from vpmoe.data import vocabulary
-ours = vocabulary.encoding()
+from vpmoe.data import vocabulary_file
+ours = vocabulary_file.encoding()
 from openai_harmony import HarmonyEncodingName, load_harmony_encoding
 theirs = load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)
 text = "Über 500 Regenwälder → ⟨H≈0.5⟩"
 assert ours.encode_ordinary(text) == theirs.encode(text, allowed_special=set())
 assert ours.n_vocab == 201088
-print(vocabulary.install())
+print(vocabulary_file.install())
 """
 
 
@@ -42,9 +42,9 @@ def test_both_tokenizers_work_with_no_network_no_home_and_only_tmpdir(tmp_path: 
 def test_the_file_lies_under_both_names_with_the_right_sha(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in vocabulary.FOLDER_VARIABLES:
+    for name in vocabulary_file.FOLDER_VARIABLES:
         monkeypatch.setenv(name, "/elsewhere")
-    assert vocabulary.install(tmp_path / "new") == tmp_path / "new"
+    assert vocabulary_file.install(tmp_path / "new") == tmp_path / "new"
     names = sorted(path.name for path in (tmp_path / "new").iterdir())
     assert names == ["fb374d419588a4632f3f557e76b4b70aebbca790", "o200k_base.tiktoken"]
     for name in names:
@@ -54,14 +54,14 @@ def test_the_file_lies_under_both_names_with_the_right_sha(
 
 
 def test_a_damaged_file_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in vocabulary.FOLDER_VARIABLES:
+    for name in vocabulary_file.FOLDER_VARIABLES:
         monkeypatch.setenv(name, "/elsewhere")
-    (tmp_path / vocabulary.FOR_HARMONY).write_bytes(b"IQ== 0\n")
-    vocabulary.install(tmp_path)
-    assert (tmp_path / vocabulary.FOR_HARMONY).read_bytes() == vocabulary.packaged()
+    (tmp_path / vocabulary_file.FOR_HARMONY).write_bytes(b"IQ== 0\n")
+    vocabulary_file.install(tmp_path)
+    assert (tmp_path / vocabulary_file.FOR_HARMONY).read_bytes() == vocabulary_file.packaged()
 
 
 def test_another_vocabulary_in_the_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "VOCABULARY_SHA256", "0" * 64)
-    with pytest.raises(Permanent, match="this code was written for 0000"):
-        vocabulary.packaged()
+    monkeypatch.setattr(vocabulary_file, "VOCABULARY_SHA256", "0" * 64)
+    with pytest.raises(Permanent, match="expected 0000"):
+        vocabulary_file.packaged()
