@@ -25,7 +25,7 @@ from vpmoe.inference import hf_model
 from vpmoe.model import device as devices
 from vpmoe.model import distributed, hf_export
 from vpmoe.model.batch import Batch
-from vpmoe.model.head import logp_of
+from vpmoe.model.head import target_logp
 from vpmoe.model.shapes import SHAPES
 
 
@@ -33,14 +33,14 @@ def packed(ids_NT: Tensor, order: Tensor) -> Batch:
     """One row of all sequences, in this order."""
     ids = ids_NT[order].reshape(1, -1).cpu()
     number = torch.repeat_interleave(torch.arange(len(ids_NT)), ids_NT.shape[1])[None]
-    return Batch.of(ids, torch.ones_like(ids, dtype=torch.uint8), number.int())
+    return Batch.from_rows(ids, torch.ones_like(ids, dtype=torch.uint8), number.int())
 
 
 @torch.no_grad()
 def trainers(student: Any, ids_NT: Tensor, order: Tensor, device: torch.device) -> Tensor:
     """[N, T − 1] of each id but the first, as the trainer finds it."""
     batch = packed(ids_NT, order).to(device)
-    logp_T = logp_of(student(batch), student.output, batch.target)
+    logp_T = target_logp(student(batch), student.output, batch.target)
     found = torch.empty(ids_NT.shape[0], ids_NT.shape[1] - 1, device=device)
     found[order.to(device)] = logp_T.view(ids_NT.shape)[:, :-1].float()
     return found
@@ -117,11 +117,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         memory: dict[str, Tensor] = {}
-        state.current(held, memory)  # the first time its memory is made
+        state.copy_weights(held, memory)  # the first time its memory is made
         started = time.monotonic()
-        read = state.current(held, memory)
+        read = state.copy_weights(held, memory)
         copied = time.monotonic() - started
-        hf_export.export(folder, shape, ids_NT.numel(), state.sizes(held), read, dtype)
+        hf_export.export_student(folder, shape, ids_NT.numel(), state.sizes(held), read, dtype)
         exported = time.monotonic() - started - copied
         size = sum(file.stat().st_size for file in folder.iterdir())
         written = written_again(folder)

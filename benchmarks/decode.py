@@ -27,7 +27,7 @@ from vpmoe.model.shapes import SHAPES, Shape
 
 def student(shape: Shape, positions: int) -> Any:
     """Random weights, on the GPU."""
-    config = hf_export.config(shape, positions, torch.bfloat16)
+    config = hf_export.hf_config(shape, positions, torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model: Any = VpmoeForCausalLM(StudentConfig(**config))

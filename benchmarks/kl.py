@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.head import mebibytes, milliseconds
-from vpmoe.model.head import logp_of
+from vpmoe.model.head import target_logp
 from vpmoe.objectives.teacher_forced_head import Teacher, forced_loss
 
 TERMS = SimpleNamespace(ce=0.2, kl=0.2, hidden=0.6, temperature=2.0)
@@ -146,7 +146,7 @@ def measure(given: Inputs, repeats: int) -> None:
     print(f" log p; floor of its one product {one:.1f} ms")
     plain = given._replace(hidden=given.hidden.detach(), output=given.output.detach())
     scores: dict[str, Callable[[], object]] = {
-        "logp_of": lambda: logp_of(plain.hidden, plain.output, plain.targets),
+        "target_logp": lambda: target_logp(plain.hidden, plain.output, plain.targets),
         "eager torch": lambda: (
             -functional.cross_entropy(
                 (plain.hidden @ plain.output.T).float(), plain.targets, reduction="none"

@@ -173,7 +173,7 @@ def batch_of(held: Sequence[Document]) -> Batch:
         None if getattr(held[0], name) is None else torch.from_numpy(logp)
         for name, logp in zip(("logp", "drawn"), scores, strict=True)
     ]
-    return Batch.of(torch.from_numpy(tokens), torch.from_numpy(span), torch.from_numpy(number), *given)
+    return Batch.from_rows(torch.from_numpy(tokens), torch.from_numpy(span), torch.from_numpy(number), *given)
 
 
 def padded(sequences: Sequence[NDArray[np.int64]], left: bool = False) -> tuple[Tensor, Tensor]:
@@ -322,12 +322,12 @@ class Toy:
         """The learner's student in transformers, by the repository's export."""
         with tempfile.TemporaryDirectory() as folder:
             shape = learner.student.shape
-            hf_export.export(
+            hf_export.export_student(
                 Path(folder),
                 shape,
                 ROW,
                 state.sizes(learner),
-                state.current(learner),
+                state.copy_weights(learner),
                 learner.student.config.params_dtype,
             )
             return hf_model.load(Path(folder), shape).to(self.device)

@@ -54,7 +54,7 @@ def transformers(directory: Path, whole: bool) -> Score:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from vpmoe.model.head import logp_of
+    from vpmoe.model.head import target_logp
 
     device = "cpu" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else "cuda"
     dtype = getattr(torch, model.dtype(directory))
@@ -72,7 +72,7 @@ def transformers(directory: Path, whole: bool) -> Score:
                 logp_TV = teacher(ids_T[None]).logits[0, :-1].float().log_softmax(1)
                 logp_TV.gather(1, ids_T[1:, None]).cpu()
             else:
-                logp_of(
+                target_logp(
                     teacher.model(ids_T[None]).last_hidden_state[0, :-1], teacher.lm_head.weight, ids_T[1:]
                 ).cpu()
 

@@ -49,7 +49,7 @@ def random_rows(shape: Shape, sequences: int, length: int, generator: torch.Gene
             spans[0, start + size // 2 : start + size] = 2
             start, number = start + size, number + 1
         logp = -4 * torch.rand((1, length), generator=generator)
-        batches.append(Batch.of(tokens, spans, documents, logp))
+        batches.append(Batch.from_rows(tokens, spans, documents, logp))
     return batches
 
 

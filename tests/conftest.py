@@ -17,7 +17,7 @@ from devcluster import install
 from devcluster.cluster import Cluster, up
 from tests.fakes.store import S3, small_run
 from tests.fakes.waiting import answers, wait_until
-from vpmoe.api.storage import Storage
+from vpmoe.api.storage import StorageSpec
 from vpmoe.process.launcher import free_port
 from vpmoe.storage import Bucket
 
@@ -71,7 +71,7 @@ def run_spec(s3: S3) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def store(s3: S3) -> Bucket:
     """One connection for all tests: making a client costs more than most tests do."""
-    return Bucket.open(Storage(endpoint=s3.endpoint, bucket="none"))
+    return Bucket.open(StorageSpec(endpoint=s3.endpoint, bucket="none"))
 
 
 @pytest.fixture

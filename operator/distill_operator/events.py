@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Literal
 
 from distill_operator.kube import DISTILLRUN, EVENT, Conflict, Json, Kube, KubeError
-from vpmoe.api.status import MESSAGE, Condition, Status, Step
+from vpmoe.api.status import MESSAGE, Condition, Status, StepStatus
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def events_between(before: Status, after: Status) -> list[EventSpec]:
 
 def _of_steps(before: Status, after: Status) -> Iterator[EventSpec]:
     for step in after.steps:
-        old = before.of(step.name) or Step(name=step.name)
+        old = before.step_status(step.name) or StepStatus(name=step.name)
         if step.state in ("Retrying", "Failed") and old.state != step.state:
             yield EventSpec("Warning", f"Step{step.state}", step.message)
         if step.attempt > old.attempt and step.child is not None:

@@ -13,11 +13,11 @@ from distill_operator.observe import child_state, owned
 from distill_operator.settings import Settings
 from distill_operator.watch import Key
 from vpmoe.api import labels
-from vpmoe.api.status import Phase, Status
+from vpmoe.api.status import RunPhase, Status
 
 log = logging.getLogger(__name__)
 
-PHASES = get_args(Phase)
+PHASES = get_args(RunPhase)
 
 
 def live_keys(runs: list[Json]) -> list[Key]:

@@ -19,7 +19,7 @@ from distill_operator.step_logic import accompany, dismiss, halt, miss_backend, 
 from distill_operator.step_progress import ProgressReading
 from vpmoe.api import DistillRun
 from vpmoe.api.status import ChildRef as ChildName
-from vpmoe.api.status import Provenance, Status, Step
+from vpmoe.api.status import RunProvenance, Status, StepStatus
 from vpmoe.storage import paths
 
 KEPT_ATTEMPTS = 3
@@ -89,19 +89,22 @@ def _prepare(draft: PlanBuilder, run: DistillRun) -> None:
         folder = "/".join(part for part in ("s3:/", storage.bucket, storage.prefix, paths.run(run)) if part)
         draft.set(
             config=run.config_hash[:16],
-            provenance=Provenance(
+            provenance=RunProvenance(
                 git_sha=draft.settings.git_sha,
                 image=draft.settings.images.trainer,
                 config_hash=run.config_hash,
                 folder=folder,
             ),
             steps=tuple(
-                changed(status.of(name) or Step(name=name), tokens_total=_planned(run, name))
+                changed(status.step_status(name) or StepStatus(name=name), tokens_total=_planned(run, name))
                 for name in run.steps()
             ),
         )
     elif status.phase != "Succeeded":  # the version that started it may have known of fewer steps
-        known = [status.of(name) or Step(name=name, tokens_total=_planned(run, name)) for name in run.steps()]
+        known = [
+            status.step_status(name) or StepStatus(name=name, tokens_total=_planned(run, name))
+            for name in run.steps()
+        ]
         draft.set(steps=tuple(known))
     wanted = spec.deletion_policy == "Delete"
     if draft.live.finalizer != wanted:

@@ -15,7 +15,7 @@ from distill_operator.observe import ChildObservation, Observed, ObservedRun
 from distill_operator.settings import Settings
 from distill_operator.step_progress import ProgressReading
 from vpmoe.api import DistillRun
-from vpmoe.api.status import Phase, Status, Step
+from vpmoe.api.status import RunPhase, Status, StepStatus
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Plan:
 class StepSummary:
     """What one step has to say about the run: the phase and the headline that it asks for, and whether it is stalled."""
 
-    phase: Phase
+    phase: RunPhase
     reason: str
     message: str
     stalled: tuple[str, str] | None = None
@@ -62,7 +62,7 @@ class PlanBuilder:
     def set(self, **changes: Any) -> None:
         self.status = changed(self.status, **changes)
 
-    def say(self, phase: Phase, reason: str, message: str) -> None:
+    def say(self, phase: RunPhase, reason: str, message: str) -> None:
         """The headline: what the run is doing, or what it waits for."""
         self.set(phase=phase, message=message)
         self.said = replace(self.said, reason=reason, message=message)
@@ -87,14 +87,14 @@ class StepContext:
     name: str
 
     @property
-    def step(self) -> Step:
+    def step(self) -> StepStatus:
         """Its status as decided so far."""
         return next(step for step in self.draft.status.steps if step.name == self.name)
 
     @property
-    def before(self) -> Step:
+    def before(self) -> StepStatus:
         """Its status as this look found it."""
-        return self.draft.live.status.of(self.name) or Step(name=self.name)
+        return self.draft.live.status.step_status(self.name) or StepStatus(name=self.name)
 
     @property
     def sight(self) -> ChildObservation:
@@ -114,7 +114,7 @@ class StepContext:
     def dispensable(self) -> bool:
         """Whether it works beside training, as an OnPolicy stage's sampler and teacher do, and that has succeeded."""
         stage = self.run.stage_of(self.name)
-        trained = self.draft.status.of(stage.name) if stage is not None else None
+        trained = self.draft.status.step_status(stage.name) if stage is not None else None
         return self.beside and trained is not None and trained.state == "Succeeded"
 
     @property
@@ -122,7 +122,7 @@ class StepContext:
         """Whether it is the sampler or the teacher of an OnPolicy stage."""
         return self.run.role(self.name) in ("sampler", "teacher")
 
-    def set(self, **changes: Any) -> Step:
+    def set(self, **changes: Any) -> StepStatus:
         """Change its status, and return it."""
         steps = self.draft.status.steps
         self.draft.set(
@@ -130,7 +130,7 @@ class StepContext:
         )
         return self.step
 
-    def say(self, reason: str, message: str, phase: Phase = "Running") -> None:
+    def say(self, reason: str, message: str, phase: RunPhase = "Running") -> None:
         """What it would have the run say."""
         self.set(reason=reason)
         self.draft.words[self.name] = StepSummary(phase, reason, message)
@@ -143,6 +143,6 @@ class StepContext:
         self.draft.actions.append(action)
 
 
-def changed[Record: (Status, Step)](record: Record, **changes: Any) -> Record:
+def changed[Record: (Status, StepStatus)](record: Record, **changes: Any) -> Record:
     """A changed copy, validated: model_copy would let a message through that the API server then refuses."""
     return type(record).model_validate({**dict(record), **changes})

@@ -11,10 +11,10 @@ from distill_operator.plan_builder import PlanBuilder, StepContext, StepSummary
 from distill_operator.share import share
 from vpmoe.api import DistillRun
 from vpmoe.api.run import RESCORE
-from vpmoe.api.status import Status, Step
+from vpmoe.api.status import Status, StepStatus
 
 
-def failing(status: Status, run: DistillRun) -> Step | None:
+def failing(status: Status, run: DistillRun) -> StepStatus | None:
     """The step whose failure ends the run, the first where there are several. Raising runtime.attempts makes it one that may go on."""
     failed = [
         step for step in status.steps if step.state == "Failed" and step.failures >= run.spec.runtime.attempts
@@ -36,7 +36,9 @@ def conclude(draft: PlanBuilder, run: DistillRun, works: Sequence[StepContext]) 
         _lead(draft, cause, [(work, draft.words[work.name]) for work in works if work.name in draft.words])
 
 
-def _lead(draft: PlanBuilder, cause: Step | None, spoken: list[tuple[StepContext, StepSummary]]) -> None:
+def _lead(
+    draft: PlanBuilder, cause: StepStatus | None, spoken: list[tuple[StepContext, StepSummary]]
+) -> None:
     """Let one of the steps that spoke speak for the run: of those at work, or else of those that wait, the one furthest on."""
     at_work = [said for said in spoken if said[1].phase == "Running"]
     work, word = (at_work or spoken)[-1]

@@ -23,14 +23,14 @@ def share(run: DistillRun, status: Status) -> str:
 
 
 def _parts_done(name: str, status: Status) -> float:
-    step = status.of(name)
+    step = status.step_status(name)
     if step is None:
         return 0.0
     return 1.0 if step.state == "Succeeded" else (step.parts_done or 0) / max(step.parts_total or 1, 1)
 
 
 def _tokens_done(stage: Stage, status: Status) -> int:
-    step = status.of(stage.name)
+    step = status.step_status(stage.name)
     if step is None:
         return 0
     return stage.tokens if step.state == "Succeeded" else min(step.tokens_done or 0, stage.tokens)

@@ -13,7 +13,7 @@ from distill_operator.plan_builder import StepContext
 from distill_operator.pod_diagnosis import Failure
 from distill_operator.settings import Settings
 from vpmoe.api.status import ChildRef as ChildName
-from vpmoe.api.status import Phase, Provenance, Step
+from vpmoe.api.status import RunPhase, RunProvenance, StepStatus
 
 REUSED = "Reused"
 """What a step says that found everything in the bucket already."""
@@ -99,7 +99,7 @@ def suspend(work: StepContext) -> None:
     work.say("Suspended", f"{step.name} is suspended{done}; set spec.suspend to false to go on", "Suspended")
 
 
-def miss_backend(work: StepContext, phase: Phase) -> None:
+def miss_backend(work: StepContext, phase: RunPhase) -> None:
     """runtime.backend alone chooses what training is made as: what is not installed is not worked around."""
     message = (
         "runtime.backend is PyTorchJob, and this cluster has no pytorchjobs.kubeflow.org: install the Kubeflow training operator, "
@@ -220,13 +220,13 @@ def _fold(work: StepContext) -> None:
     )
     if progress.dataset is not None and draft.status.provenance is not None:
         draft.set(
-            provenance=Provenance.model_validate(
+            provenance=RunProvenance.model_validate(
                 {**dict(draft.status.provenance), "dataset": progress.dataset}
             )
         )
 
 
-def _saved(step: Step) -> int:
+def _saved(step: StepStatus) -> int:
     """How far another attempt would start from: optimizer steps of training, parts or windows of everything else."""
     return step.checkpoint.iteration if step.checkpoint else step.parts_done or 0
 

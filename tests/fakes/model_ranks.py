@@ -25,7 +25,7 @@ WEIGHTS = {"reasoning": 0.7, "final": 1.6}
 def global_batch(step: int) -> list[Batch]:
     """Five uneven microbatches; the last is padding alone."""
     generator = torch.Generator().manual_seed(step)
-    return [*ragged(generator, 4), Batch.of(*documents(generator, [], 30))]
+    return [*ragged(generator, 4), Batch.from_rows(*documents(generator, [], 30))]
 
 
 def objective_of(batches: list[Batch]) -> tuple[Objective, int]:
@@ -65,7 +65,7 @@ def layout(device: torch.device, folder: Path, expert_parallel: int) -> dict[str
     state_after_two = saved(it)
     third = train(it, mine, range(2, 3)), weights(it)
 
-    gathered: list[Any] = [None] * distributed.ranks()
+    gathered: list[Any] = [None] * distributed.world_size()
     torch.distributed.all_gather_object(gathered, state_after_two)
     again = learner(device, expert_parallel=expert_parallel)
     state.restore(again, reading(whole(gathered, state.sizes(again))), steps=2)
@@ -74,7 +74,7 @@ def layout(device: torch.device, folder: Path, expert_parallel: int) -> dict[str
     other = learner(device, expert_parallel=expert_parallel)
     state.restore(other, reading(torch.load(folder / "one.pt")), steps=2)
     taken_over = saved(other), weights(other)
-    read, sizes = state.current(other), state.sizes(other)
+    read, sizes = state.copy_weights(other), state.sizes(other)
     exported = (
         {name: read(name, 0, size) for name, size in sizes.items() if name.startswith(("main/", "buffer/"))}
         if rank == 0
@@ -108,7 +108,7 @@ def main() -> None:
     distributed.start(device)
     results = {1: layout(device, folder, 1)}
     parallel_state.destroy_model_parallel()
-    distributed.divide(2)
+    distributed.set_expert_parallel(2)
     results[2] = layout(device, folder, 2)
     torch.save(results, folder / f"rank-{distributed.rank()}.pt")
     distributed.stop()

@@ -13,7 +13,7 @@ from vpmoe.data.dataset import load
 from vpmoe.data.vocabulary import CALL, CHANNEL, END, MESSAGE, RETURN
 from vpmoe.model import hf_export, state
 from vpmoe.model.batch import Batch
-from vpmoe.model.head import logp_of
+from vpmoe.model.head import target_logp
 from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import SHAPES
 from vpmoe.provenance import Provenance
@@ -46,7 +46,7 @@ def learner(device: torch.device, seed: int) -> Learner:
 
 def export(folder: Path, it: Learner) -> Path:
     """The student's checkpoint, in float32."""
-    hf_export.export(folder, TINY, 4096, state.sizes(it), state.current(it), torch.float32)
+    hf_export.export_student(folder, TINY, 4096, state.sizes(it), state.copy_weights(it), torch.float32)
     return folder
 
 
@@ -56,9 +56,9 @@ def trainers(it: Learner, sequences: Sequence[Ids]) -> list[NDArray[np.float32]]
     number = torch.repeat_interleave(
         torch.arange(len(sequences)), torch.tensor([len(ids_T) for ids_T in sequences])
     )[None]
-    batch = Batch.of(ids, torch.full_like(ids, 1, dtype=torch.uint8), number.int())
+    batch = Batch.from_rows(ids, torch.full_like(ids, 1, dtype=torch.uint8), number.int())
     with torch.no_grad():
-        logp = logp_of(it.student(batch), it.student.output, batch.target)
+        logp = target_logp(it.student(batch), it.student.output, batch.target)
     return [part[:-1].numpy() for part in logp.split([len(ids_T) for ids_T in sequences])]
 
 

@@ -20,8 +20,8 @@ from distill_operator.pod_diagnosis import Failure
 from distill_operator.settings import Settings
 from distill_operator.step_progress import ProgressReading
 
-from vpmoe.api.progress import Amount, CheckpointFacts, DatasetFacts, Progress
-from vpmoe.api.status import Status, Step
+from vpmoe.api.progress import Amount, CheckpointStatus, DatasetStatus, Progress
+from vpmoe.api.status import Status, StepStatus
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 UID = "0a1b2c3d-0000-4000-8000-000000000001"
@@ -84,11 +84,11 @@ def progress(
     trains = step not in ("preprocess", "rescore") and "-" not in step
     amount = {"tokens": Amount(done=done, total=1000)} if trains else {"parts": Amount(done=done, total=4)}
     checkpoint = (
-        CheckpointFacts(iteration=iteration, tokens=done, manifest=address, sha256="c" * 64)
+        CheckpointStatus(iteration=iteration, tokens=done, manifest=address, sha256="c" * 64)
         if iteration
         else None
     )
-    dataset = DatasetFacts(id="d" * 64, manifest=address, sha256="e" * 64)
+    dataset = DatasetStatus(id="d" * 64, manifest=address, sha256="e" * 64)
     told = {
         "step": step,
         "attempt": attempt,
@@ -189,7 +189,7 @@ class World:
 
     def child(self, step: str = "") -> Child:
         """The child of that step, or of the running one that is furthest on."""
-        found = self.status.of(step) if step else self.status.running[-1]
+        found = self.status.step_status(step) if step else self.status.running[-1]
         assert found is not None
         assert found.child is not None
         return self.children[found.child.name]
@@ -206,9 +206,9 @@ class World:
         else:
             self.readings[reading.progress.step] = reading
 
-    def step(self, name: str) -> Step:
+    def step(self, name: str) -> StepStatus:
         """A step's status."""
-        found = self.status.of(name)
+        found = self.status.step_status(name)
         assert found is not None
         return found
 

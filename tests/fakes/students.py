@@ -59,7 +59,7 @@ def ragged(generator: torch.Generator, microbatches: int, vocabulary: int = SMAL
             while sum(lengths) < row - 15:
                 lengths.append(int(torch.randint(1, 15, (), generator=generator)))
             packed.append(documents(generator, lengths, row, vocabulary))
-        batches.append(Batch.of(*(torch.cat(parts) for parts in zip(*packed, strict=True))))
+        batches.append(Batch.from_rows(*(torch.cat(parts) for parts in zip(*packed, strict=True))))
     return batches
 
 
@@ -86,5 +86,5 @@ def whole(
     return tensors
 
 
-def reading(tensors: dict[str, torch.Tensor]) -> state.Read:
+def reading(tensors: dict[str, torch.Tensor]) -> state.ReadTensor:
     return lambda name, start, stop: tensors[name][start:stop]

@@ -69,7 +69,7 @@ def show(value: object) -> str:
 
 
 @dataclass(frozen=True)
-class Matches:
+class TextPattern:
     """Annotation of a string field: the whole text must match a pattern that RE2 and Python read alike, or the words say what to write."""
 
     pattern: str
@@ -100,7 +100,7 @@ def cel_string(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-class Model(BaseModel):
+class ApiModel(BaseModel):
     """A part of a DistillRun as the user writes it: camelCase, nothing unknown, nothing converted in silence."""
 
     model_config = ConfigDict(

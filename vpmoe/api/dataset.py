@@ -4,24 +4,24 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vpmoe.api.base import Matches, Model
+from vpmoe.api.base import ApiModel, TextPattern
 
 Effort = Literal["low", "medium", "high"]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
-SOURCE = Matches(
+SOURCE = TextPattern(
     r"s3://[^/*?\[]+/.+|hf://[^/@]+/[^/@]+(@[^/@]+)?",
     "must be s3://bucket/path/*.parquet, or hf://owner/name or hf://owner/name@revision of a Hugging Face data set",
     max_length=1024,
 )
-MONTH = Matches(r"[0-9]{4}-(0[1-9]|1[0-2])", "must be a month as a string, such as 2024-06")
-DAY = Matches(
+MONTH = TextPattern(r"[0-9]{4}-(0[1-9]|1[0-2])", "must be a month as a string, such as 2024-06")
+DAY = TextPattern(
     r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])", 'must be a day as a string, such as "2026-01-01"'
 )
 
 
-class Sampling(Model):
+class Sampling(ApiModel):
     """Which documents are kept. Decided by a hash of each document's id, so the same documents are chosen every time."""
 
     keep: PositiveShare = 1.0
@@ -34,7 +34,7 @@ class Sampling(Model):
     Lower costs the other languages first, and leaves less data."""
 
 
-class Conversation(Model):
+class Conversation(ApiModel):
     """The system message that every document is rendered with. The student sees it at every step, so it must be the same when served."""
 
     identity: Annotated[str, Field(max_length=1024)] = "You are vpMoE, a large language model."
@@ -48,7 +48,7 @@ class Conversation(Model):
     """Reasoning effort that the system message names: low, medium or high. OnPolicy stages replace it prompt by prompt."""
 
 
-class Dataset(Model):
+class DatasetSpec(ApiModel):
     """The training text, and how it becomes tokens. The same settings over the same input are the same data set, built once."""
 
     source: Annotated[str, SOURCE]

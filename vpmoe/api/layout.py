@@ -6,8 +6,8 @@ Pure arithmetic over the specification. The sums that must come out are rules of
 from dataclasses import dataclass
 
 from vpmoe.api.stages import OnPolicy, StageFields, TeacherForced
-from vpmoe.api.student import Student
-from vpmoe.api.training import Training
+from vpmoe.api.student import StudentSpec
+from vpmoe.api.training import TrainingSpec
 
 EXPERTS = {"vpmoe-6b": 256, "tiny": 8}
 """Experts of each student shape. vpmoe.model.shapes holds the shapes themselves, and a test of it compares the two."""
@@ -38,17 +38,17 @@ class Layout:
     """Positions of one optimizer step, padding included: sequences × training.sequenceLength, at most training.globalBatchTokens."""
 
 
-def ranks(student: Student, stage: StageFields) -> int:
+def ranks(student: StudentSpec, stage: StageFields) -> int:
     """Training processes of a stage: the student's GPUs, less those that an OnPolicy stage samples on."""
     return student.gpus - (stage.sampler.gpus if isinstance(stage, OnPolicy) else 0)
 
 
-def pod_size(student: Student, stage: StageFields) -> int:
+def pod_size(student: StudentSpec, stage: StageFields) -> int:
     """Training processes of one pod, at most gpusPerPod."""
     return min(ranks(student, stage), student.gpus_per_pod or student.gpus)
 
 
-def layout(student: Student, training: Training, stage: StageFields) -> Layout:
+def layout(student: StudentSpec, training: TrainingSpec, stage: StageFields) -> Layout:
     """The layout of one stage of a specification."""
     world, size = ranks(student, stage), pod_size(student, stage)
     per_rank = training.global_batch_tokens // (training.sequence_length * world)
@@ -65,7 +65,7 @@ def layout(student: Student, training: Training, stage: StageFields) -> Layout:
     )
 
 
-def largest_pod(student: Student, stage: StageFields) -> int:
+def largest_pod(student: StudentSpec, stage: StageFields) -> int:
     """GPUs of the stage's largest pod: of its first that trains, or of the one that samples for an OnPolicy stage."""
     return max(
         pod_size(student, stage) + isinstance(stage, TeacherForced),

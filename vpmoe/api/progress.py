@@ -42,7 +42,7 @@ class HeldOut(Record):
     """At the latest evaluation."""
 
 
-class DatasetFacts(Record):
+class DatasetStatus(Record):
     """The data set that the step made or read."""
 
     id: Hash
@@ -53,7 +53,7 @@ class DatasetFacts(Record):
     """sha256 of the manifest's bytes, 64 hex."""
 
 
-class CheckpointFacts(Record):
+class CheckpointStatus(Record):
     """The latest checkpoint whose manifest is in the bucket."""
 
     iteration: Count
@@ -104,9 +104,9 @@ class Progress(Record):
     """Held-out loss by span."""
     validity: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of sampled completions that are valid Harmony, of all efforts."""
-    dataset: DatasetFacts | None = None
+    dataset: DatasetStatus | None = None
     """The data set that the step made or read."""
-    checkpoint: CheckpointFacts | None = None
+    checkpoint: CheckpointStatus | None = None
     """The latest checkpoint."""
     conditions: tuple[ProgressCondition, ...] = ()
     """What the run's status should say beside it."""

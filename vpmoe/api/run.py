@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import yaml
 from pydantic import ConfigDict, Field, ValidationError
 
-from vpmoe.api.base import Matches, Model
+from vpmoe.api.base import ApiModel, TextPattern
 from vpmoe.api.invalid import Invalid, problems
 from vpmoe.api.runtime import Role
 from vpmoe.api.spec import MUTABLE, MUTABLE_RUNTIME, Spec
@@ -29,14 +29,14 @@ SAMPLER, TEACHER, EVALUATE = "sampler", "teacher", "evaluate"
 STEP_NAME = 25
 """Longest name of a step, in characters: a stage's sixteen, a hyphen, and evaluate."""
 
-RUN_NAME = Matches(
+RUN_NAME = TextPattern(
     r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?",
     "must be at most 30 lowercase letters, digits and hyphens, from a letter to a letter or digit (pod names start with it)",
     max_length=30,
 )
 
 
-class Metadata(Model):
+class RunMetadata(ApiModel):
     """The part of a run's metadata that its configuration depends on; everything else that an object may carry is left out."""
 
     model_config: ClassVar[ConfigDict] = ConfigDict(extra="ignore")
@@ -49,14 +49,14 @@ class Metadata(Model):
     """The object's identity in its cluster; None where a run is made by hand."""
 
 
-class DistillRun(Model):
+class DistillRun(ApiModel):
     """Distils a student from a teacher: preprocesses a data set, then trains the student through one or more stages."""
 
     api_version: Literal["vpmoe.dev/v1alpha1"]
     """vpmoe.dev/v1alpha1."""
     kind: Literal["DistillRun"]
     """DistillRun."""
-    metadata: Metadata
+    metadata: RunMetadata
     """Name and namespace."""
     spec: Spec
     """What to distil from what, on what, and how."""

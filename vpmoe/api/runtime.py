@@ -4,13 +4,13 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Strict
 
-from vpmoe.api.base import Matches, Model, Rule
+from vpmoe.api.base import ApiModel, Rule, TextPattern
 from vpmoe.api.quantities import Duration, QuantityText
 from vpmoe.api.storage import SECRET
 
 Role = Literal["preprocess", "rescore", "train", "teacher", "sampler", "evaluate", "report"]
 
-NAME = Matches(
+NAME = TextPattern(
     r"|[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", "must be the name of an object in the cluster, or empty", 253
 )
 LabelKey = Annotated[str, Field(max_length=317)]
@@ -21,7 +21,7 @@ Quantities = Annotated[dict[Annotated[str, Field(max_length=128)], Quantity], Fi
 GPU = "nvidia.com/gpu"
 
 
-class Resources(Model):
+class Resources(ApiModel):
     """Requests and limits of one role's container, as Kubernetes knows them."""
 
     requests: Quantities = Field(default={})
@@ -39,7 +39,7 @@ class Resources(Model):
     )
 
 
-class Toleration(Model):
+class Toleration(ApiModel):
     """A taint that the run's pods tolerate, as in a pod's spec."""
 
     key: LabelKey | None = None
@@ -54,14 +54,14 @@ class Toleration(Model):
     """Seconds that a pod stays on a node after a NoExecute taint; absent means for ever."""
 
 
-class PullSecret(Model):
+class PullSecret(ApiModel):
     """A Secret with the credentials of a container registry."""
 
     name: Annotated[str, SECRET]
     """Name of the Secret in the run's namespace."""
 
 
-class Runtime(Model):
+class RuntimeSpec(ApiModel):
     """How the run's pods are made, and when the operator gives up. Once the run has started, only `attempts` may be changed."""
 
     backend: Literal["PyTorchJob", "Job"] = "PyTorchJob"

@@ -12,8 +12,8 @@ from vpmoe.api.base import Rule
 from vpmoe.api.rules import RULES
 from vpmoe.api.spec_fields import SpecFields
 from vpmoe.api.stages import OPTIMIZER_OF_KIND
-from vpmoe.api.student import Student
-from vpmoe.api.training import Training
+from vpmoe.api.student import StudentSpec
+from vpmoe.api.training import TrainingSpec
 
 MUTABLE = ("suspend", "ttlAfterFinished", "deletionPolicy")
 """Fields of the spec that may change after the first step has started, and so are no part of the configuration."""
@@ -26,10 +26,10 @@ def fill(spec: dict[str, Any]) -> dict[str, Any]:
     training = _mapping(spec.get("training"))
     filled = dict(spec)
     if isinstance(spec.get("dataset"), dict):
-        length = training.get("sequenceLength", Training.model_fields["sequence_length"].default)
+        length = training.get("sequenceLength", TrainingSpec.model_fields["sequence_length"].default)
         filled["dataset"] = {"maxLength": length} | spec["dataset"]
     if isinstance(spec.get("stages"), list):
-        gpus = _mapping(spec.get("student")).get("gpus", Student.model_fields["gpus"].default)
+        gpus = _mapping(spec.get("student")).get("gpus", StudentSpec.model_fields["gpus"].default)
         filled["stages"] = [
             _fill_sampler(_fill_optimizer(stage, _mapping(training.get("optimizer"))), gpus)
             for stage in spec["stages"]

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, Strict
 
-from vpmoe.api.base import Matches, Model, Rule
+from vpmoe.api.base import ApiModel, Rule, TextPattern
 from vpmoe.api.dataset import PositiveShare, Share
 from vpmoe.api.quantities import Tokens
 from vpmoe.api.training import Optimizer
@@ -26,7 +26,7 @@ BUILT_IN_STEPS = (
 )
 """Names of steps, children and volumes that a stage may not take: its children would be called like theirs."""
 
-STAGE_NAME = Matches(
+STAGE_NAME = TextPattern(
     r"[a-z][a-z0-9]{0,15}",
     "must be at most 16 lowercase letters and digits, starting with a letter (it is part of pod names)",
     max_length=16,
@@ -49,7 +49,7 @@ def _cel_rounded(total: str) -> str:
     return f"double(int({total} * 1000000.0 + 0.5)) / 1000000.0"
 
 
-class Stop(Model):
+class Stop(ApiModel):
     """Ends a stage before its tokens are spent, once it has stopped improving."""
 
     evaluations: Annotated[int, Field(ge=1, le=1000)] = 5
@@ -62,7 +62,7 @@ class Stop(Model):
     while they train, so only there may it be above 0."""
 
 
-class StageFields(Model):
+class StageFields(ApiModel):
     """The fields that stages of every kind have."""
 
     name: Annotated[str, STAGE_NAME]
@@ -98,7 +98,7 @@ class Vanilla(StageFields):
     TeacherForced: towards the teacher's distribution, token by token. OnPolicy: on the student's own samples, scored by the teacher."""
 
 
-class Subset(Model):
+class Subset(ApiModel):
     """Which documents the teacher scores. Scoring costs teacher time; what is not scored is trained on as in Vanilla."""
 
     tokens: Tokens = 1_000_000_000
@@ -117,7 +117,7 @@ class Subset(Model):
     """Languages to choose from, balanced; empty means all of them."""
 
 
-class Confidence(Model):
+class Confidence(ApiModel):
     """How far the teacher's opinion of a token may move that token's weight away from 1."""
 
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
@@ -163,7 +163,7 @@ class Rescored(StageFields):
     """How far the teacher's opinion may move a token's weight."""
 
 
-class Loss(Model):
+class LossWeights(ApiModel):
     """What a TeacherForced step minimises: a weighted sum of three terms, each a mean over its span."""
 
     ce: Annotated[float, Field(ge=0, le=1000)] = 0.2
@@ -192,11 +192,11 @@ class TeacherForced(StageFields):
     """As in Vanilla."""
     tokens: Tokens = 665_000_000
     """As in Vanilla."""
-    loss: Loss = Loss()
+    loss: LossWeights = LossWeights()
     """Weights of the three terms of the loss."""
 
 
-class Require(Model):
+class Require(ApiModel):
     """What a student must be able to do before it learns from its own samples."""
 
     validity: Share = 0.8
@@ -204,7 +204,7 @@ class Require(Model):
     the student can do, and needs no evaluation."""
 
 
-class Sampler(Model):
+class SamplerSpec(ApiModel):
     """The sampler's part of the student's GPUs."""
 
     gpus: Annotated[int, Field(ge=1, le=1024, json_schema_extra={"inherits": "student.gpus"})]
@@ -212,7 +212,7 @@ class Sampler(Model):
     is the default."""
 
 
-class MaxTokens(Model):
+class MaxTokens(ApiModel):
     """Longest completion of each reasoning effort, in tokens. The sequence's end is a bound of its own."""
 
     low: Annotated[int, Field(ge=1, le=1_048_576)] = 1024
@@ -223,7 +223,7 @@ class MaxTokens(Model):
     """Longest completion at high effort, in tokens. Longer ones are truncated, and trained on as they are."""
 
 
-class Rollout(Model):
+class RolloutSpec(ApiModel):
     """How much is sampled, and how long it may be."""
 
     prompts_per_window: Annotated[int, Field(ge=1, le=1_048_576)] = 2048
@@ -232,7 +232,7 @@ class Rollout(Model):
     """Longest completion of each reasoning effort."""
 
 
-class EffortShares(Model):
+class EffortShares(ApiModel):
     """How often each reasoning effort is drawn. The shares add up to 1."""
 
     low: Share = 0.0
@@ -253,7 +253,7 @@ class EffortShares(Model):
     )
 
 
-class Phase(Model):
+class CurriculumPhase(ApiModel):
     """One phase of the curriculum. Phases follow each other, from short reasoning to long."""
 
     share: PositiveShare
@@ -267,7 +267,7 @@ class Phase(Model):
 
 
 CURRICULUM = tuple(
-    Phase.model_validate(phase)
+    CurriculumPhase.model_validate(phase)
     for phase in (
         {"share": 0.3, "effort": {"low": 0.7, "medium": 0.3}},
         {"share": 0.4, "effort": {"low": 0.2, "medium": 0.6, "high": 0.2}, "rolloutsPerPromptAtEnd": 2},
@@ -277,7 +277,7 @@ CURRICULUM = tuple(
 """The phases of an OnPolicy stage that names none."""
 
 
-class BackPressure(Model):
+class BackPressure(ApiModel):
     """When less is asked of the sampler because the trainer waits: first shorter completions, then fewer at high effort."""
 
     waiting: PositiveShare = 0.5
@@ -307,11 +307,13 @@ class OnPolicy(StageFields):
     another student than the trainer, and the stage fails. What the student has learned since the sampled version is part of it."""
     back_pressure: BackPressure = BackPressure()
     """When less is asked of the sampler because the trainer waits."""
-    sampler: Annotated[Sampler, Field(json_schema_extra={"inherits": "student.gpus"})]
+    sampler: Annotated[SamplerSpec, Field(json_schema_extra={"inherits": "student.gpus"})]
     """The sampler's part of the student's GPUs."""
-    rollout: Rollout = Rollout()
+    rollout: RolloutSpec = RolloutSpec()
     """How much is sampled, and how long it may be."""
-    curriculum: Annotated[tuple[Phase, ...], Strict(False), Field(min_length=1, max_length=8)] = CURRICULUM
+    curriculum: Annotated[tuple[CurriculumPhase, ...], Strict(False), Field(min_length=1, max_length=8)] = (
+        CURRICULUM
+    )
     """Phases from short reasoning to long, in this order. Their shares add up to 1."""
 
     @property

@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from vpmoe.api.base import Record
-from vpmoe.api.progress import Address, CheckpointFacts, Count, DatasetFacts, Hash, HeldOut
+from vpmoe.api.progress import Address, CheckpointStatus, Count, DatasetStatus, Hash, HeldOut
 from vpmoe.api.run import STEP_NAME
 
-Phase = Literal["Pending", "Queued", "Running", "Suspended", "Succeeded", "Failed"]
+RunPhase = Literal["Pending", "Queued", "Running", "Suspended", "Succeeded", "Failed"]
 StepState = Literal["Pending", "Queued", "Running", "Suspended", "Retrying", "Succeeded", "Failed"]
 ConditionType = Literal["Ready", "Progressing", "Suspended", "Stalled", "Failed", "Succeeded"]
 
@@ -67,7 +67,7 @@ class ChildRef(Record):
     """Its identity, once it has been made."""
 
 
-class Step(Record):
+class StepStatus(Record):
     """One step of the run: preprocess, rescore, or one of a stage's."""
 
     name: StepName
@@ -103,7 +103,7 @@ class Step(Record):
     """When the next attempt is made, after a failure."""
     child: ChildRef | None = None
     """The object of the latest attempt."""
-    checkpoint: CheckpointFacts | None = None
+    checkpoint: CheckpointStatus | None = None
     """Its latest checkpoint."""
     held_out: HeldOut | None = None
     """Held-out loss by span before its first and after its latest evaluation, in nats a token."""
@@ -113,7 +113,7 @@ class Step(Record):
     """true where what it makes was in the bucket already and nothing had to be done."""
 
 
-class Provenance(Record):
+class RunProvenance(Record):
     """What the run was made by and from."""
 
     git_sha: Annotated[str, Field(max_length=64)] | None = None
@@ -122,7 +122,7 @@ class Provenance(Record):
     """Image of the training pods."""
     config_hash: Hash | None = None
     """sha256 of the resolved configuration, 64 hex."""
-    dataset: DatasetFacts | None = None
+    dataset: DatasetStatus | None = None
     """The data set that it trains on."""
     folder: Address | None = None
     """s3:// address of the run's folder: configuration, metrics, checkpoints."""
@@ -133,7 +133,7 @@ class Status(Record):
 
     observed_generation: Count = 0
     """Generation of the DistillRun that this status was found from."""
-    phase: Phase = "Pending"
+    phase: RunPhase = "Pending"
     """Pending, Queued for GPUs, Running, Suspended, Succeeded or Failed."""
     message: Message = ""
     """What the run is doing, or what it waits for, in a sentence."""
@@ -147,7 +147,7 @@ class Status(Record):
     """Loss of the latest optimizer step."""
     config: Annotated[str, Field(max_length=16)] | None = None
     """First 16 hex of the configuration's hash, as on the labels of everything that the run makes."""
-    checkpoint: CheckpointFacts | None = None
+    checkpoint: CheckpointStatus | None = None
     """The run's latest checkpoint."""
     held_out: HeldOut | None = None
     """Held-out loss by span of the training stage that is running or was last running, before and latest, in nats a token."""
@@ -162,10 +162,10 @@ class Status(Record):
     ] = ()
     """Aspects of the run, each by its type."""
     steps: Annotated[
-        tuple[Step, ...], Field(max_length=MOST_STEPS, json_schema_extra={"listMapKey": "name"})
+        tuple[StepStatus, ...], Field(max_length=MOST_STEPS, json_schema_extra={"listMapKey": "name"})
     ] = ()
     """Steps in the order in which they start; rescore runs beside Vanilla stages, and an OnPolicy stage's sampler and teacher beside it."""
-    provenance: Provenance | None = None
+    provenance: RunProvenance | None = None
     """What the run was made by and from."""
 
     def condition(self, kind: str) -> Condition | None:
@@ -173,7 +173,7 @@ class Status(Record):
         return next((condition for condition in self.conditions if condition.type == kind), None)
 
     @property
-    def running(self) -> tuple[Step, ...]:
+    def running(self) -> tuple[StepStatus, ...]:
         """The steps whose children are, or should be, alive."""
         return tuple(step for step in self.steps if step.state == "Running")
 
@@ -185,7 +185,7 @@ class Status(Record):
         """
         return self.phase == "Running"
 
-    def failed_step(self, attempts: int) -> Step | None:
+    def failed_step(self, attempts: int) -> StepStatus | None:
         """The step whose failure ends the run, the first to fail if there are several; None if none has failed `attempts` times.
 
         Raising runtime.attempts makes a failed step one that may be retried.
@@ -193,6 +193,6 @@ class Status(Record):
         failed = [step for step in self.steps if step.state == "Failed" and step.failures >= attempts]
         return min(failed, key=lambda step: step.finished.timestamp() if step.finished else 0.0, default=None)
 
-    def of(self, step: str) -> Step | None:
+    def step_status(self, step: str) -> StepStatus | None:
         """The status of the step of that name, if it is there."""
         return next((known for known in self.steps if known.name == step), None)

@@ -1,30 +1,28 @@
-"""spec.storage and spec.evaluation: the bucket that everything is kept in, and how progress is measured."""
+"""spec.storage: the S3 bucket of the run and how to reach it."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vpmoe.api.base import Matches, Model
-from vpmoe.api.quantities import Tokens
-from vpmoe.api.student import S3_FOLDER
+from vpmoe.api.base import ApiModel, TextPattern
 
-ENDPOINT = Matches(r"https?://[^/?#\s]+/?", "must be https://host or http://host:port, without a path")
-BUCKET = Matches(
+ENDPOINT = TextPattern(r"https?://[^/?#\s]+/?", "must be https://host or http://host:port, without a path")
+BUCKET = TextPattern(
     r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]",
     "must be a bucket name: 3 to 63 lowercase letters, digits, dots and hyphens",
     63,
 )
-PREFIX = Matches(
+PREFIX = TextPattern(
     r"|[^/\s][^\s]*[^/\s]|[^/\s]",
     "must be a path inside the bucket without a slash at either end, or empty",
     512,
 )
-SECRET = Matches(
+SECRET = TextPattern(
     r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", "must be the name of a Secret in the run's namespace", 253
 )
 
 
-class Storage(Model):
+class StorageSpec(ApiModel):
     """The S3 bucket that jobs share and that everything is kept in: data sets, scores, checkpoints, reports."""
 
     endpoint: Annotated[str, ENDPOINT] | None = None
@@ -43,18 +41,3 @@ class Storage(Model):
     than AWS."""
     ca_secret: Annotated[str, SECRET] | None = None
     """Secret of the run's namespace whose key ca.crt holds the certificates to trust for the endpoint; null trusts the image's own."""
-
-
-class Evaluation(Model):
-    """How progress is measured while a stage trains, and after it."""
-
-    every_tokens: Tokens = 100_000_000
-    """Tokens between evaluations of the held-out loss while a stage trains. Lower shows more and trains less."""
-    documents: Annotated[int, Field(ge=0, le=1_000_000)] = 2048
-    """Held-out documents scored each time, the same ones in every stage. More is steadier and slower; 0 measures no held-out loss."""
-    completions: Annotated[int, Field(ge=0, le=1_000_000)] = 256
-    """Completions sampled after each stage to measure Harmony validity and lengths, a third at each effort. More is steadier and slower:
-    with 256 a share is known to about 0.03. 0 measures none."""
-    canary: Annotated[str, S3_FOLDER] | None = None
-    """Text that is never trained on, measured in bits per byte after each stage: s3://bucket/path of a UTF-8 text on the endpoint of
-    spec.storage, or of a folder of such. null measures none."""

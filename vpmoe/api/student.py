@@ -4,20 +4,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vpmoe.api.base import Matches, Model
+from vpmoe.api.base import ApiModel, TextPattern
 from vpmoe.api.dataset import Effort
 
 ShapeName = Literal["vpmoe-6b", "tiny"]
 
-S3_FOLDER = Matches(r"s3://[^/]+/.+", "must be s3://bucket/path", max_length=1024)
-MODEL = Matches(
+S3_FOLDER = TextPattern(r"s3://[^/]+/.+", "must be s3://bucket/path", max_length=1024)
+MODEL = TextPattern(
     r"s3://[^/]+/.+|hf://[^/@]+/[^/@]+(@[^/@]+)?",
     "must be s3://bucket/path of a Hugging Face model directory, or hf://owner/name@revision",
     max_length=1024,
 )
 
 
-class Teacher(Model):
+class TeacherSpec(ApiModel):
     """The model that is distilled from. Stages of kind Vanilla train on the data set alone and never start it."""
 
     model: Annotated[str, MODEL]
@@ -29,7 +29,7 @@ class Teacher(Model):
     """GPUs that serve the teacher, one replica each. More score faster. 0 only where every stage is Vanilla."""
 
 
-class Student(Model):
+class StudentSpec(ApiModel):
     """The model that is trained, and how it is spread over GPUs."""
 
     shape: ShapeName = "vpmoe-6b"

@@ -4,13 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from vpmoe.api.base import Model
+from vpmoe.api.base import ApiModel
 from vpmoe.api.quantities import Tokens, TokensOrNone
 
 Weight = Annotated[float, Field(ge=0, le=1000)]
 
 
-class SpanWeights(Model):
+class SpanWeights(ApiModel):
     """How much each kind of token counts. Each span is a mean of its own, so the weights hold whatever the lengths are."""
 
     reasoning: Weight = 1.0
@@ -19,7 +19,7 @@ class SpanWeights(Model):
     """Weight of the mean loss over the tokens of final answers. Higher favours what the student answers; 0 does not train on them."""
 
 
-class Optimizer(Model):
+class Optimizer(ApiModel):
     """Step size and its schedule: a linear warm-up to the peak, then a cosine down to the minimum at the stage's last token."""
 
     name: Literal["adam"] = "adam"
@@ -36,7 +36,7 @@ class Optimizer(Model):
     """Longest global gradient norm; longer gradients are scaled down to it. Lower steadies a noisy run and slows a healthy one."""
 
 
-class Checkpoint(Model):
+class CheckpointPolicy(ApiModel):
     """How much work a lost pod can cost, and how much of the bucket checkpoints take."""
 
     every_tokens: Tokens = 50_000_000
@@ -45,7 +45,7 @@ class Checkpoint(Model):
     """Latest checkpoints kept in each stage. A stage's last one is never removed. A vpmoe-6b checkpoint is about 84 GB."""
 
 
-class Training(Model):
+class TrainingSpec(ApiModel):
     """What all training stages share."""
 
     sequence_length: Annotated[int, Field(ge=16, le=1_048_576)] = 8192
@@ -57,7 +57,7 @@ class Training(Model):
     """How much reasoning and final answers count."""
     optimizer: Optimizer = Optimizer()
     """Step size and its schedule, for every stage that does not override it."""
-    checkpoint: Checkpoint = Checkpoint()
+    checkpoint: CheckpointPolicy = CheckpointPolicy()
     """When checkpoints are written and how many are kept."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1234
     """Seed of everything random: initial weights, data order, sampling. Another seed is another run of the same recipe."""

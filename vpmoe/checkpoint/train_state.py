@@ -6,7 +6,7 @@ No torch here: the launcher looks before it starts anything. The weights are res
 from pydantic import ConfigDict, Field, ValidationError
 
 from vpmoe.api.base import Record
-from vpmoe.api.progress import CheckpointFacts, HeldOut, SpanLoss
+from vpmoe.api.progress import CheckpointStatus, HeldOut, SpanLoss
 from vpmoe.storage import Bucket, StorageError, manifest, paths
 from vpmoe.storage.manifest import Manifest
 
@@ -135,9 +135,9 @@ def held_out(position: TrainState) -> HeldOut | None:
     return HeldOut(before=position.before, latest=position.latest) if position.latest else None
 
 
-def facts_of(bucket: Bucket, found: Manifest, position: TrainState) -> CheckpointFacts:
+def facts_of(bucket: Bucket, found: Manifest, position: TrainState) -> CheckpointStatus:
     """A checkpoint as progress.json names it."""
-    return CheckpointFacts(
+    return CheckpointStatus(
         iteration=position.iteration,
         tokens=position.tokens,
         manifest=bucket.url(found.key),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vpmoe.api import DistillRun, Stage
-from vpmoe.api.progress import Amount, DatasetFacts, Progress
+from vpmoe.api.progress import Amount, DatasetStatus, Progress
 from vpmoe.clock import now
 from vpmoe.failure import Terminated
 from vpmoe.provenance import Provenance
@@ -61,7 +61,7 @@ class Job:
                 "updated": now(),
                 "parts": Amount(done=self.done, total=self.parts) if self.parts else None,
                 "validity": validity,
-                "dataset": DatasetFacts(
+                "dataset": DatasetStatus(
                     id=made.facts["id"], manifest=self.bucket.url(made.key), sha256=made.sha256
                 ),
             }

@@ -93,10 +93,10 @@ def export(job: Job, checkpoint: Weights, folder: Path) -> None:
         if (free := shutil.disk_usage(folder.parent).free) < needed:
             raise OSError(f"{free} bytes are free")
         # one position more than the student was trained on, as a score takes
-        hf_export.export(folder, shape, training.sequence_length + 1, checkpoint.sizes, read, dtype)
+        hf_export.export_student(folder, shape, training.sequence_length + 1, checkpoint.sizes, read, dtype)
     except (OSError, SafetensorError) as error:
         raise Retriable(
             f"{tempfile.gettempdir()}: {error}. The exported student needs {needed} bytes there; point TMPDIR to more space, or raise "
             "runtime.resources.evaluate's ephemeral storage."
         ) from error
-    hf_export.check(folder, shape)
+    hf_export.check_export(folder, shape)

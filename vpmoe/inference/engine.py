@@ -59,7 +59,7 @@ class Engine:
         """Compute with the weights in `folder` from now on. Raises Permanent where they are no whole student of this shape."""
         from vpmoe.model import hf_export
 
-        hf_export.check(folder, self.shape)
+        hf_export.check_export(folder, self.shape)
         if self._llm is None:
             self._llm = self._start(folder)
         else:

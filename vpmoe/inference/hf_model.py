@@ -35,7 +35,7 @@ def register() -> None:
 
 def load(folder: Path, shape: Shape) -> VpmoeForCausalLM:
     """The student in `folder`, in the type that it was exported in, ready to be asked. Raises Permanent as weights.check does."""
-    hf_export.check(folder, shape)
+    hf_export.check_export(folder, shape)
     register()
     model: VpmoeForCausalLM = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     return model

@@ -3,8 +3,8 @@
     device = device.choose()                                    the GPU of this process, or the CPU where that was asked for
     distributed.start(device, expert_parallel)                  process groups; then rank(), ranks(), total(tensor), stop()
     learner = Learner.build(SHAPES["tiny"], device, …)          learner.py: student + DDP + distributed optimizer
-    batch = Batch.of(tokens, spans, documents)                  batch.py: a microbatch of packed rows
-    counts = distributed.total(sum of batch.counts)             denominators of the GLOBAL batch, before any forward
+    batch = Batch.from_rows(tokens, spans, documents)                  batch.py: a microbatch of packed rows
+    counts = distributed.sum_over_ranks(sum of batch.counts)             denominators of the GLOBAL batch, before any forward
     outcome = learner.forward_backward(batches, vanilla(counts, weights), int(counts[0]))
     norm = learner.step(learning_rate)                          nothing is permanent before it
     outcome = learner.evaluate(batches)

@@ -16,7 +16,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 
-def packing(boundaries: Tensor, longest: int) -> PackedSeqParams:
+def packed_seq_params_for(boundaries: Tensor, longest: int) -> PackedSeqParams:
     """How a batch's documents reach `PackedAttention` through megatron's layers. See Batch.boundaries and Batch.longest.
 
     The format is not 'thd': with that one megatron would apply RoPE document by document, with a synchronisation for each; here the
@@ -26,7 +26,7 @@ def packing(boundaries: Tensor, longest: int) -> PackedSeqParams:
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
-    """softmax(q·k/√width)·v, causal, inside the runs that `packing` describes. No parameters, no dropout."""
+    """softmax(q·k/√width)·v, causal, inside the runs that `packed_seq_params_for` describes. No parameters, no dropout."""
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__(config)

@@ -15,7 +15,7 @@ from vpmoe.model import spans
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """b rows of S tokens; T = b·S positions in row order. Make it with `of`."""
+    """b rows of S tokens; T = b·S positions in row order. Make it with `from_rows`."""
 
     tokens: Tensor
     """[b, S] int64"""
@@ -39,7 +39,7 @@ class Batch:
     """[T] fp32, the log p with which the sampler drew each position's target, NaN where there is none; None where nothing was sampled."""
 
     @classmethod
-    def of(
+    def from_rows(
         cls,
         tokens: Tensor,
         span_of_tokens: Tensor,
@@ -75,10 +75,10 @@ class Batch:
             boundaries=boundaries.int(),
             longest=int(lengths.max()),
             counts=torch.stack([(~padding).sum(), *((span == number).sum() for number in SPANS.values())]),
-            teacher_logp=None if logp_of_tokens is None else spans.of_targets(logp_of_tokens, target),
+            teacher_logp=None if logp_of_tokens is None else spans.shift_to_targets(logp_of_tokens, target),
             sampler_logp=None
             if sampler_logp_of_tokens is None
-            else spans.of_targets(sampler_logp_of_tokens, target),
+            else spans.shift_to_targets(sampler_logp_of_tokens, target),
         )
 
     def to(self, device: torch.device) -> "Batch":

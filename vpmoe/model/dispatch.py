@@ -18,7 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 
-class Mixture(MoELayer):  # type: ignore[misc]
+class MixtureLayer(MoELayer):  # type: ignore[misc]
     """megatron's mixture layer (router, experts, shared expert) with the dispatcher below."""
 
     def __init__(

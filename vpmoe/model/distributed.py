@@ -27,14 +27,14 @@ def start(device: torch.device, expert_parallel: int = 1) -> None:
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
-    divide(expert_parallel)
+    set_expert_parallel(expert_parallel)
 
 
-def divide(expert_parallel: int) -> None:
+def set_expert_parallel(expert_parallel: int) -> None:
     """Give megatron its groups of the ranks that joined: all of them data parallel, runs of `expert_parallel` sharing the experts."""
-    if expert_parallel < 1 or ranks() % expert_parallel:
+    if expert_parallel < 1 or world_size() % expert_parallel:
         raise ValueError(
-            f"student.expertParallel: {expert_parallel} does not divide the {ranks()} ranks of this stage."
+            f"student.expertParallel: {expert_parallel} does not divide the {world_size()} ranks of this stage."
         )
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=expert_parallel,
@@ -53,11 +53,11 @@ def rank() -> int:
     return dist.get_rank()
 
 
-def ranks() -> int:
+def world_size() -> int:
     return dist.get_world_size()
 
 
-def total(value: Tensor) -> Tensor:
+def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of every rank's value, on the CPU; integers and float64 add up exactly as far as they go."""
     summed = value.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
     dist.all_reduce(summed)

@@ -36,10 +36,10 @@ def head_loss(
 
 
 @torch.no_grad()
-def logp_of(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+def target_logp(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
     """log p(target) [T] without gradients; NaN where there is no target. In fp32, or fp64 where hidden is."""
-    logp_T = not_scored(hidden_TH)
-    for rows_t in chunks(targets_T, _longest(weight_VH)):
+    logp_T = unscored_logp(hidden_TH)
+    for rows_t in target_chunks(targets_T, _longest(weight_VH)):
         logp_T[rows_t] = _logp(hidden_TH[rows_t], weight_VH, targets_T[rows_t])
     return logp_T
 
@@ -49,13 +49,13 @@ class _Head(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, coefficient: Coefficient
     ) -> tuple[Tensor, Tensor]:
-        logp_T = not_scored(hidden_TH)
+        logp_T = unscored_logp(hidden_TH)
         loss = logp_T.new_zeros(())
         grad_hidden_TH = torch.zeros_like(hidden_TH)
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=logp_T.dtype)
-        for rows_t in chunks(targets_T, _longest(weight_VH)):
+        for rows_t in target_chunks(targets_T, _longest(weight_VH)):
             hidden_tH, targets_t = hidden_TH[rows_t], targets_T[rows_t]
-            logits_tV = logits_of(hidden_tH, weight_VH)
+            logits_tV = chunk_logits(hidden_tH, weight_VH)
             lse_t, logp_t = _log_sum_exp(logits_tV, targets_t)
             c_t = coefficient(logp_t, rows_t).to(logp_t.dtype)
             loss -= (c_t * logp_t).sum()
@@ -79,7 +79,7 @@ class _Head(torch.autograd.Function):
         )
 
 
-def not_scored(hidden_TH: Tensor) -> Tensor:
+def unscored_logp(hidden_TH: Tensor) -> Tensor:
     """[T] of NaN, in fp32 or, where hidden is, fp64."""
     return torch.full(
         (len(hidden_TH),),
@@ -94,14 +94,14 @@ def _longest(weight_VH: Tensor) -> int:
     return max(1, CHUNK_BYTES[weight_VH.device.type] // (4 * len(weight_VH)))
 
 
-def chunks(targets_T: Tensor, longest: int) -> Iterator[Tensor]:
+def target_chunks(targets_T: Tensor, longest: int) -> Iterator[Tensor]:
     """Row numbers of the positions that have a target, in pieces of at most `longest` that are about equally long."""
     rows_T = (targets_T != NO_TARGET).nonzero().squeeze(1)
     pieces = -(-len(rows_T) // longest)
     yield from rows_T.tensor_split(pieces) if pieces else ()
 
 
-def logits_of(hidden_tH: Tensor, weight_VH: Tensor) -> Tensor:
+def chunk_logits(hidden_tH: Tensor, weight_VH: Tensor) -> Tensor:
     """[t, V], in fp32 where hidden is bf16."""
     if (
         hidden_tH.dtype == torch.bfloat16
@@ -116,7 +116,7 @@ def _logp(hidden_tH: Tensor, weight_VH: Tensor, targets_t: Tensor) -> Tensor:
         from vpmoe.model import kernels  # Triton, which only a GPU needs
 
         return kernels.logp(hidden_tH, weight_VH, targets_t)
-    return _log_sum_exp(logits_of(hidden_tH, weight_VH), targets_t)[1]
+    return _log_sum_exp(chunk_logits(hidden_tH, weight_VH), targets_t)[1]
 
 
 def _log_sum_exp(logits_tV: Tensor, targets_t: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The student as a Hugging Face checkpoint: config.json, safetensors and their index, written by name and checked by name.
 
-`parts` is the one table of what becomes of each parameter; writing and checking both go through it, and what it does not know is an
+`exported_tensors` is the one table of what becomes of each parameter; writing and checking both go through it, and what it does not know is an
 error. Knows neither megatron-core nor transformers: the trainer writes, the sampler and the evaluation check. How a checkpoint comes to
 the bucket is not its business.
 """
@@ -34,12 +34,12 @@ ONLY_IN_TRAINING = ("main/projection",)
 BIAS = ".e_score_correction_bias"
 """The experts' selection biases: fp32 whatever the weights are, as in training."""
 
-Read = Callable[[str, int, int], Tensor]
+ReadTensor = Callable[[str, int, int], Tensor]
 """`(name in the state, start, stop) -> fp32 [stop − start]`, as vpmoe.model.state restores by."""
 
 
 @dataclass(frozen=True)
-class Part:
+class ExportedTensor:
     """Where a tensor of the checkpoint comes from: `source`, a name of vpmoe.model.state, seen as `view`, and of that [:, pick]."""
 
     source: str
@@ -47,20 +47,20 @@ class Part:
     view: tuple[int, ...]
     pick: slice | None = None
 
-    def of(self, flat: Tensor) -> Tensor:
+    def cut_from(self, flat: Tensor) -> Tensor:
         whole = flat.view(self.view)
         return (whole if self.pick is None else whole[:, self.pick]).reshape(self.shape)
 
 
-def parts(shape: Shape) -> dict[str, Part]:
+def exported_tensors(shape: Shape) -> dict[str, ExportedTensor]:
     """All tensors of a checkpoint by name.
 
     megatron-core keeps queries, keys and values in one matrix: for each key-value head its queries' rows, then its key's and its value's.
     """
-    table: dict[str, Part] = {}
+    table: dict[str, ExportedTensor] = {}
 
     def add(name: str, source: str, *size: int, kind: str = "main") -> None:
-        table[name] = Part(f"{kind}/{source}", size, size)
+        table[name] = ExportedTensor(f"{kind}/{source}", size, size)
 
     hidden, width = shape.hidden, shape.head_width
     share = shape.heads // shape.kv_heads
@@ -73,7 +73,7 @@ def parts(shape: Shape) -> dict[str, Part]:
         picks = {"q": slice(0, share), "k": slice(share, share + 1), "v": slice(share + 1, share + 2)}
         for letter, pick in picks.items():
             rows = shape.kv_heads * (pick.stop - pick.start) * width
-            table[f"{to}.self_attn.{letter}_proj.weight"] = Part(
+            table[f"{to}.self_attn.{letter}_proj.weight"] = ExportedTensor(
                 f"main/{of}.self_attention.linear_qkv.weight",
                 (rows, hidden),
                 (shape.kv_heads, share + 2, width * hidden),
@@ -111,7 +111,7 @@ def parts(shape: Shape) -> dict[str, Part]:
     return table
 
 
-def config(shape: Shape, positions: int, dtype: torch.dtype) -> dict[str, Any]:
+def hf_config(shape: Shape, positions: int, dtype: torch.dtype) -> dict[str, Any]:
     """config.json: the shape in transformers' words. `positions` is the longest sequence that the student was trained on."""
     return {
         "model_type": MODEL_TYPE,
@@ -144,8 +144,8 @@ def config(shape: Shape, positions: int, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def export(
-    folder: Path, shape: Shape, positions: int, sizes: Mapping[str, int], read: Read, dtype: torch.dtype
+def export_student(
+    folder: Path, shape: Shape, positions: int, sizes: Mapping[str, int], read: ReadTensor, dtype: torch.dtype
 ) -> None:
     """Write the student into `folder`, config.json last.
 
@@ -153,7 +153,7 @@ def export(
     `read` gives them; in `dtype` bfloat16 they are rounded as the trainer's own weights are. Raises Permanent where the state and the
     shape do not account for each other, tensor by tensor.
     """
-    table = parts(shape)
+    table = exported_tensors(shape)
     wanted = {part.source: math.prod(part.view) for part in table.values()}
     held = {
         name: size
@@ -168,7 +168,9 @@ def export(
     files = 0
     for name, part in table.items():
         flat = read(part.source, 0, wanted[part.source])
-        waiting[name] = part.of(flat).to("cpu", torch.float32 if name.endswith(BIAS) else dtype, copy=True)
+        waiting[name] = part.cut_from(flat).to(
+            "cpu", torch.float32 if name.endswith(BIAS) else dtype, copy=True
+        )
         if name == next(reversed(table)) or sum(tensor.nbytes for tensor in waiting.values()) >= FILE_BYTES:
             files += 1
             file = f"model-{files:05}.safetensors"
@@ -176,10 +178,10 @@ def export(
             weight_map |= dict.fromkeys(waiting, file)
             waiting = {}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
-    (folder / "config.json").write_text(json.dumps(config(shape, positions, dtype), indent=1))
+    (folder / "config.json").write_text(json.dumps(hf_config(shape, positions, dtype), indent=1))
 
 
-def check(folder: Path, shape: Shape) -> None:
+def check_export(folder: Path, shape: Shape) -> None:
     """Raise Permanent, with the field's or the tensor's name, unless `folder` holds exactly a student of this shape.
 
     Before transformers or vLLM load it: where a tensor is missing the one warns and draws random numbers. Reads headers only.
@@ -197,7 +199,7 @@ def check(folder: Path, shape: Shape) -> None:
         raise Permanent(
             f"{folder} is no whole checkpoint ({type(error).__name__}: {error}). Export the student again."
         ) from error
-    fields = config(shape, said.get("max_position_embeddings"), dtype)
+    fields = hf_config(shape, said.get("max_position_embeddings"), dtype)
     _same(
         {name: said.get(name) for name in fields},
         fields,
@@ -207,7 +209,7 @@ def check(folder: Path, shape: Shape) -> None:
     type_of = {torch.float32: "F32", torch.bfloat16: "BF16"}
     wanted = {
         name: (type_of[torch.float32 if name.endswith(BIAS) else dtype], list(part.shape))
-        for name, part in parts(shape).items()
+        for name, part in exported_tensors(shape).items()
     }
     _same(found, wanted, str(folder), "Export the student again.")
 

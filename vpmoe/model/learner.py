@@ -28,9 +28,9 @@ from torch.nn.utils import clip_grads_with_norm_
 from vpmoe.data.spans import SPANS
 from vpmoe.model import distributed, state
 from vpmoe.model.batch import Batch
-from vpmoe.model.head import logp_of
+from vpmoe.model.head import target_logp
 from vpmoe.model.objective import Objective
-from vpmoe.model.router import Load, Router, routers
+from vpmoe.model.router import ExpertLoad, Router, routers
 from vpmoe.model.shapes import Shape
 from vpmoe.model.student import Student, build
 
@@ -48,7 +48,7 @@ class Outcome:
     """Mean −log p by span, in nats a token; None where the batch has none of it."""
     tokens: dict[str, int]
     """Targets by span."""
-    load: Load | None
+    load: ExpertLoad | None
     """None after an evaluation."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the objective measured."""
@@ -150,14 +150,14 @@ class Learner:
         sums = _Sums(self.device)
         for batch in batches:
             here = batch.to(self.device)
-            sums.add(here, logp_of(self.student(here), self.student.output, here.target))
+            sums.add(here, target_logp(self.student(here), self.student.output, here.target))
         return sums.outcome()
 
     @torch.no_grad()
     def logp(self, batch: Batch) -> Tensor:
         """log p of each position's target [T] fp32 on the CPU, NaN where there is none. All ranks call it with the same batch."""
         here = batch.to(self.device)
-        return logp_of(self.student(here), self.student.output, here.target).cpu()
+        return target_logp(self.student(here), self.student.output, here.target).cpu()
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> float:
@@ -222,7 +222,7 @@ class _Sums:
             ]
         sizes = [part.numel() for part in sums]
         loss, nll, counts, measured, *load = torch.split(
-            distributed.total(torch.cat([part.flatten() for part in sums])), sizes
+            distributed.sum_over_ranks(torch.cat([part.flatten() for part in sums])), sizes
         )
         if positions not in (None, int(counts[0])):
             raise ValueError(
@@ -236,7 +236,7 @@ class _Sums:
                 for name, s in zip(SPANS, nll, strict=True)
             },
             tokens=tokens,
-            load=Load(
+            load=ExpertLoad(
                 tuple(by_layer), load[0].long().view(len(by_layer), -1), load[1] / counts[0].clamp(min=1)
             )
             if by_layer

@@ -68,7 +68,7 @@ class Router(TopKRouter):  # type: ignore[misc]
 
 
 @dataclass(frozen=True, eq=False)
-class Load:
+class ExpertLoad:
     """How one step's tokens spread over the experts, summed over all ranks. L mixture layers of E experts."""
 
     layers: tuple[str, ...]

@@ -27,7 +27,7 @@ def targets(tokens_bS: Tensor, spans_bS: Tensor, documents_bS: Tensor) -> tuple[
     return token_bS.flatten(), span_bS.flatten()
 
 
-def of_targets(values_bS: Tensor, target_T: Tensor) -> Tensor:
+def shift_to_targets(values_bS: Tensor, target_T: Tensor) -> Tensor:
     """What is known of each token (floating point), as known of each position's target [T]; NaN where there is none."""
     shifted_bS = torch.full_like(values_bS, torch.nan)
     shifted_bS[:, :-1] = values_bS[:, 1:]
@@ -46,7 +46,7 @@ def weights_by_span(weights: Mapping[str, float]) -> list[float]:
     return by_span
 
 
-def share_by_span(counts: Tensor, weights: Mapping[str, float]) -> list[float]:
+def coefficient_by_span(counts: Tensor, weights: Mapping[str, float]) -> list[float]:
     """w_span / N_span indexed by span number, 0 for span 0 and where N_span is 0; `counts` is [positions, N_reasoning, N_final] of the
     GLOBAL batch."""
     return [weight / max(int(n), 1) for weight, n in zip(weights_by_span(weights), counts, strict=True)]

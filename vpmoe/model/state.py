@@ -21,11 +21,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 NOT_EVERY_STAGES = ("projection",)
 """Parameters that a student has in some stages only (TeacherForced): a state of another stage is whole without them."""
 
-Read = Callable[[str, int, int], Tensor]
+ReadTensor = Callable[[str, int, int], Tensor]
 """`(name, start, stop) -> fp32 tensor [stop − start]`, on any device."""
 
 
-class Stateful(Protocol):
+class StatefulLearner(Protocol):
     """The parts of a Learner that hold its state."""
 
     student: Student
@@ -35,7 +35,7 @@ class Stateful(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Slice:
+class StateSlice:
     """[start, stop) of the flattened tensor `name`. The tensor is the live one, on its device: copy it before the next step."""
 
     name: str
@@ -45,7 +45,7 @@ class Slice:
 
 
 @dataclass(frozen=True, eq=False)
-class Shard:
+class OptimizerShard:
     """The part of one parameter that this rank's optimizer moves."""
 
     name: str
@@ -57,7 +57,7 @@ class Shard:
     """Adam's: "step", "exp_avg", "exp_avg_sq"."""
 
 
-def shards(learner: Stateful) -> Iterator[Shard]:
+def shards(learner: StatefulLearner) -> Iterator[OptimizerShard]:
     """This rank's shards, in the optimizer's order."""
     names = {id(parameter): name for name, parameter in learner.student.named_parameters()}
     for part in learner.optimizer.chained_optimizers:
@@ -69,7 +69,7 @@ def shards(learner: Stateful) -> Iterator[Shard]:
         for parameters, mains in groups:
             for parameter, main in zip(parameters, mains, strict=True):
                 held = part._get_model_param_range_map(parameter)["param"]
-                yield Shard(
+                yield OptimizerShard(
                     name=names[id(parameter)],
                     start=held.start + _first(parameter),
                     main=main.detach(),
@@ -78,7 +78,7 @@ def shards(learner: Stateful) -> Iterator[Shard]:
                 )
 
 
-def allocate_moments(learner: Stateful) -> None:
+def allocate_moments(learner: StatefulLearner) -> None:
     """Give Adam its state before the first step, so that a state taken at any time has the same tensors."""
     for shard in shards(learner):
         shard.moments.update(
@@ -87,19 +87,19 @@ def allocate_moments(learner: Stateful) -> None:
         )
 
 
-def slices(learner: Stateful) -> list[Slice]:
+def slices(learner: StatefulLearner) -> list[StateSlice]:
     """All that this rank holds. Over all ranks the slices of a name cover it exactly once; the buffers are rank 0's."""
     held = [
-        Slice(f"{kind}/{shard.name}", shard.start, shard.start + shard.main.numel(), tensor)
+        StateSlice(f"{kind}/{shard.name}", shard.start, shard.start + shard.main.numel(), tensor)
         for shard in shards(learner)
         for kind, tensor in [("main", shard.main), *((kind, shard.moments[kind]) for kind in MOMENTS)]
     ]
     if torch.distributed.get_rank() == 0:
-        held += [Slice(f"buffer/{name}", 0, bias.numel(), bias) for name, bias in _biases(learner)]
+        held += [StateSlice(f"buffer/{name}", 0, bias.numel(), bias) for name, bias in _biases(learner)]
     return held
 
 
-def sizes(learner: Stateful) -> dict[str, int]:
+def sizes(learner: StatefulLearner) -> dict[str, int]:
     """Numbers in each name of a complete state; the same on every rank."""
     parameters = {
         name: parameter.numel() * _sharers(parameter)
@@ -112,7 +112,7 @@ def sizes(learner: Stateful) -> dict[str, int]:
 
 @torch.no_grad()
 def restore(
-    learner: Stateful, read: Read, steps: int, moments: bool = True, anew: Collection[str] = ()
+    learner: StatefulLearner, read: ReadTensor, steps: int, moments: bool = True, anew: Collection[str] = ()
 ) -> None:
     """Take weights, expert biases and, with `moments`, Adam's state from `read`, of which every rank asks for its own slices only.
 
@@ -134,7 +134,7 @@ def restore(
 
 
 @torch.no_grad()
-def current(learner: Stateful, into: dict[str, Tensor] | None = None) -> Read:
+def copy_weights(learner: StatefulLearner, into: dict[str, Tensor] | None = None) -> ReadTensor:
     """A copy of the weights and expert biases as they are, on the CPU and under the names of a state. On the GPU the weights are bf16.
 
     All ranks call it, because with expert parallelism no rank has all experts; rank 0's is the one to read, the others' is empty. `into`
@@ -160,7 +160,7 @@ def current(learner: Stateful, into: dict[str, Tensor] | None = None) -> Read:
     return lambda name, start, stop: held[name][start:stop].float()
 
 
-def _fill(tensor: Tensor, read: Read, name: str, start: int) -> None:
+def _fill(tensor: Tensor, read: ReadTensor, name: str, start: int) -> None:
     values = read(name, start, start + tensor.numel())
     if values.shape != tensor.shape or values.dtype != torch.float32:
         raise ValueError(
@@ -169,7 +169,7 @@ def _fill(tensor: Tensor, read: Read, name: str, start: int) -> None:
     tensor.copy_(values)
 
 
-def _biases(learner: Stateful) -> list[tuple[str, Tensor]]:
+def _biases(learner: StatefulLearner) -> list[tuple[str, Tensor]]:
     return [
         (name, buffer) for name, buffer in learner.student.named_buffers() if name.endswith(".expert_bias")
     ]

@@ -36,9 +36,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from vpmoe.model.attention import PackedAttention, packing
+from vpmoe.model.attention import PackedAttention, packed_seq_params_for
 from vpmoe.model.batch import Batch
-from vpmoe.model.dispatch import Mixture
+from vpmoe.model.dispatch import MixtureLayer
 from vpmoe.model.experts import StackedExperts, squared_relu
 from vpmoe.model.router import Router
 from vpmoe.model.shapes import Shape
@@ -82,7 +82,7 @@ class Student(MegatronModule):  # type: ignore[misc]
             hidden_states=self.embedding(batch.tokens).transpose(0, 1).contiguous(),
             attention_mask=None,
             rotary_pos_emb=self._angles(batch.position.T),
-            packed_seq_params=packing(batch.boundaries, batch.longest),
+            packed_seq_params=packed_seq_params_for(batch.boundaries, batch.longest),
             padding_mask=batch.padding,
         )
         return cast(Tensor, hidden_SbH).transpose(0, 1).reshape(rows * positions, -1)
@@ -178,7 +178,7 @@ def _layers(shape: Shape) -> TransformerBlockSubmodules:
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     dense = partial(MLP.as_mlp_submodule, submodules=linears)
     mixture = partial(
-        Mixture,
+        MixtureLayer,
         submodules=MoESubmodules(
             router=Router, experts=StackedExperts, shared_experts=partial(SharedExpertMLP, submodules=linears)
         ),

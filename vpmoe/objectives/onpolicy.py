@@ -15,7 +15,7 @@ from vpmoe.data.spans import SPANS
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import Coefficient
 from vpmoe.model.objective import Weighted
-from vpmoe.model.spans import share_by_span
+from vpmoe.model.spans import coefficient_by_span
 
 MOST_ADVANTAGE = 20.0
 """Nats by which the teacher's opinion of one token may count, either way."""
@@ -35,7 +35,7 @@ def on_policy(counts: Tensor, weights: Mapping[str, float]) -> Weighted:
     `counts` is [positions, N_reasoning, N_final] of the GLOBAL batch; in rollouts every target is a sampled token, so N counts those. The
     batch has the teacher's and the sampler's log p of every target; one that is NaN makes the loss NaN, and the step is not taken.
     """
-    by_span = share_by_span(counts, weights)
+    by_span = coefficient_by_span(counts, weights)
 
     def of(batch: Batch) -> Coefficient:
         share_T = torch.tensor(by_span, dtype=torch.float32, device=batch.span.device)[batch.span.long()]

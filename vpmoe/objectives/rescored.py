@@ -15,7 +15,7 @@ from vpmoe.data.spans import SPANS
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import Coefficient
 from vpmoe.model.objective import Weighted
-from vpmoe.model.spans import share_by_span
+from vpmoe.model.spans import coefficient_by_span
 
 MEASURED = 5
 """Numbers that are summed for each span: tokens, weights, weights at the lower and at the upper bound, the teacher's log-probabilities."""
@@ -29,7 +29,7 @@ def rescored(
     `counts` is [positions, N_reasoning, N_final] of the GLOBAL batch, `centre` m by span in nats. The batch has the teacher's log p of
     every target.
     """
-    by_span = share_by_span(counts, weights)
+    by_span = coefficient_by_span(counts, weights)
     m_by_span = [0.0, *(centre[name] for name in SPANS)]
 
     def weight(batch: Batch) -> Tensor:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vpmoe.api.stages import Loss
+from vpmoe.api.stages import LossWeights
 from vpmoe.data.spans import SPANS
 from vpmoe.model.batch import Batch
-from vpmoe.model.spans import share_by_span
+from vpmoe.model.spans import coefficient_by_span
 from vpmoe.objectives.teacher_forced_head import Teacher, forced_loss
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ MEASURES = ("kl", "cosine")
 class TeacherForced:
     """Σ over spans w/N · Σ [ce · nll + kl · T² · KL(teacher‖student at T) + hidden · (1 − cosine)]: an Objective."""
 
-    terms: Loss
+    terms: LossWeights
     share: list[float]
     """w_span / N_span by span number, N of the GLOBAL batch."""
     output_VG: Tensor
@@ -71,9 +71,9 @@ class TeacherForced:
 def teacher_forced(
     counts: Tensor,
     weights: Mapping[str, float],
-    terms: Loss,
+    terms: LossWeights,
     output_VG: Tensor,
     hidden_of: Callable[[Batch], Tensor],
 ) -> TeacherForced:
     """The objective of one step. `counts` is [positions, N_reasoning, N_final] of the GLOBAL batch, as in Batch.counts."""
-    return TeacherForced(terms, share_by_span(counts, weights), output_VG, hidden_of)
+    return TeacherForced(terms, coefficient_by_span(counts, weights), output_VG, hidden_of)

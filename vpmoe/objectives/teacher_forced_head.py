@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vpmoe.model.head import add_product_, chunks, logits_of, not_scored
+from vpmoe.model.head import add_product_, chunk_logits, target_chunks, unscored_logp
 
 if TYPE_CHECKING:
-    from vpmoe.api.stages import Loss
+    from vpmoe.api.stages import LossWeights
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 400 << 20}
 """Bound on the teacher's logits of one chunk; on a GPU the student's are half as much again. With the fp32 sum of the matrix's gradient
@@ -56,7 +56,7 @@ def forced_loss(
     teacher: Teacher,
     targets_T: Tensor,
     share_T: Tensor,
-    terms: "Loss",
+    terms: "LossWeights",
 ) -> Forced:
     """The loss of one microbatch, differentiable in hidden, output and projection. Positions whose target is NO_TARGET cost nothing.
 
@@ -81,16 +81,16 @@ class _Head(torch.autograd.Function):
         teacher: Teacher,
         targets_T: Tensor,
         share_T: Tensor,
-        terms: "Loss",
+        terms: "LossWeights",
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logp_T, kl_T, cosine_T = (not_scored(hidden_TH) for _ in range(3))
+        logp_T, kl_T, cosine_T = (unscored_logp(hidden_TH) for _ in range(3))
         loss = logp_T.new_zeros(())
         grad_hidden_TH = torch.zeros_like(hidden_TH)
         grad_output_VH = torch.zeros_like(output_VH, dtype=logp_T.dtype)
         grad_projection_GH = (
             None if projection_GH is None else torch.zeros_like(projection_GH, dtype=logp_T.dtype)
         )
-        for rows_t in chunks(targets_T, _longest(output_VH)):
+        for rows_t in target_chunks(targets_T, _longest(output_VH)):
             hidden_tH, targets_t, share_t = (
                 hidden_TH[rows_t],
                 targets_T[rows_t],
@@ -139,7 +139,7 @@ def _longest(output_VH: Tensor) -> int:
 def _project(hidden_tH: Tensor, projection_GH: Tensor | None) -> Tensor:
     if projection_GH is None:
         return hidden_tH.to(torch.promote_types(hidden_tH.dtype, torch.float32))
-    return logits_of(hidden_tH, projection_GH)
+    return chunk_logits(hidden_tH, projection_GH)
 
 
 def _cosine(student_tG: Tensor, teacher_tG: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ def _compare_(
     teacher_tV: Tensor,
     targets_t: Tensor,
     share_t: Tensor,
-    terms: "Loss",
+    terms: "LossWeights",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log p of the targets [t], KL(teacher‖student) [t], gradient of the loss with respect to the student's logits [t, V]).
 
@@ -168,7 +168,7 @@ def _compare_(
         from vpmoe.objectives import teacher_forced_kernels  # Triton, which only a GPU needs
 
         return teacher_forced_kernels.compare_(hidden_tH, output_VH, teacher_tV, targets_t, share_t, terms)
-    logits_tV = logits_of(hidden_tH, output_VH)
+    logits_tV = chunk_logits(hidden_tH, output_VH)
     rows_t = torch.arange(len(targets_t))
     student_tV, teacher_tV = (
         (logits_tV / terms.temperature).log_softmax(1),

@@ -16,7 +16,7 @@ from vpmoe.model import kernels
 from vpmoe.model.kernels import product
 
 if TYPE_CHECKING:
-    from vpmoe.api.stages import Loss
+    from vpmoe.api.stages import LossWeights
 
 BLOCK = 2048
 """Logits of either that a program holds at once."""
@@ -33,7 +33,7 @@ def compare_(
     teacher_tV: Tensor,
     targets_t: Tensor,
     share_t: Tensor,
-    terms: "Loss",
+    terms: "LossWeights",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log p of the targets [t], KL(teacher‖student) at the terms' temperature [t], gradient of the loss with respect to logits [t, V]).
 

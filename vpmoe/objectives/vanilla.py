@@ -8,7 +8,7 @@ from torch import Tensor
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import Coefficient
 from vpmoe.model.objective import Weighted
-from vpmoe.model.spans import share_by_span
+from vpmoe.model.spans import coefficient_by_span
 
 
 def vanilla(counts: Tensor, weights: Mapping[str, float]) -> Weighted:
@@ -17,7 +17,7 @@ def vanilla(counts: Tensor, weights: Mapping[str, float]) -> Weighted:
     N counts the GLOBAL batch, all ranks and microbatches of the step: with counts of one microbatch this would be a mean of means, in
     which the lone token of a short microbatch outweighs a thousand of another.
     """
-    by_span = share_by_span(counts, weights)
+    by_span = coefficient_by_span(counts, weights)
 
     def of(batch: Batch) -> Coefficient:
         c_T = torch.tensor(by_span, dtype=torch.float32, device=batch.span.device)[batch.span.long()]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from vpmoe.api import DistillRun
-from vpmoe.api.progress import Amount, DatasetFacts, Progress
+from vpmoe.api.progress import Amount, DatasetStatus, Progress
 from vpmoe.clock import now
 from vpmoe.failure import Retriable, Terminated
 from vpmoe.provenance import Provenance
@@ -48,7 +48,7 @@ class Worker:
         """Say how far the step is: all workers' parts, this worker's tokens a second."""
         self._write("Running", message, done, parts, speed, None)
 
-    def report_success(self, message: str, parts: int, dataset: DatasetFacts | None = None) -> None:
+    def report_success(self, message: str, parts: int, dataset: DatasetStatus | None = None) -> None:
         """Say that everything is there. Whoever ends last must leave this word: a worker that finds parts missing reports that first
         and looks for the manifest afterwards, so its report cannot come after the success of another without its noticing.
         """
@@ -61,7 +61,7 @@ class Worker:
         done: int,
         parts: int,
         speed: float | None,
-        dataset: DatasetFacts | None,
+        dataset: DatasetStatus | None,
     ) -> None:
         said = Progress.model_validate(
             {

@@ -100,8 +100,7 @@ def validity(ids_T: Ids) -> str:
     if not finals:
         return UNCLOSED_REASONING if ended and messages and messages[-1].channel == "analysis" else NO_FINAL
     plain = all(
-        m.author.role == Role.ASSISTANT and m.recipient is None and m.content_type is None
-        for m in messages
+        m.author.role == Role.ASSISTANT and m.recipient is None and m.content_type is None for m in messages
     )
     in_order = [m.channel for m in messages] == ["analysis"] * (len(messages) - 1) + ["final"]
     return VALID if ended and plain and in_order and ids_T[-1] == RETURN else WRONG_ORDER

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 
-from vpmoe.api.storage import Storage
+from vpmoe.api.storage import StorageSpec
 from vpmoe.storage.bucket import Bucket
 from vpmoe.storage.errors import StorageError
 from vpmoe.storage.paths import split_url
@@ -23,10 +23,10 @@ def main(arguments: list[str] | None = None) -> int:
     region = (
         os.environ.get("AWS_REGION")
         or os.environ.get("AWS_DEFAULT_REGION")
-        or Storage.model_fields["region"].default
+        or StorageSpec.model_fields["region"].default
     )
     try:
-        verdict = verify(Bucket.open(Storage(bucket=name, region=region)), prefix, say)
+        verdict = verify(Bucket.open(StorageSpec(bucket=name, region=region)), prefix, say)
     except StorageError as error:
         say(f"FAILED {error}")
         return 1

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import CompletedPartTypeDef
 
-    from vpmoe.api.storage import Storage
+    from vpmoe.api.storage import StorageSpec
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Bucket:
     @classmethod
     def open(
         cls,
-        spec: "Storage",
+        spec: "StorageSpec",
         *,
         credentials: Credentials | None = None,
         ca_bundle: Path | None = None,

@@ -13,7 +13,7 @@ from vpmoe.storage.retries import Patience
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-    from vpmoe.api.storage import Storage
+    from vpmoe.api.storage import StorageSpec
 
 CONNECTIONS = 16
 """Kept open at once: several uploads or downloads of four blocks each."""
@@ -28,7 +28,7 @@ class Credentials:
 
 
 def connect(
-    spec: "Storage", credentials: Credentials | None, ca_bundle: Path | None, patience: Patience
+    spec: "StorageSpec", credentials: Credentials | None, ca_bundle: Path | None, patience: Patience
 ) -> "S3Client":
     """A client of the store that `spec` names; see Bucket.open for where credentials and endpoint come from. Sends nothing."""
     session = boto3.session.Session(

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vpmoe.api import DistillRun
-from vpmoe.api.progress import DatasetFacts
+from vpmoe.api.progress import DatasetStatus
 from vpmoe.data.dataset import load
 from vpmoe.data.system_message import EffortSubstitution
 from vpmoe.data.tokenizer import Ids
@@ -87,8 +87,8 @@ class Job(Worker):
         """Whether every set of scores has its manifest."""
         return all(self.bucket.exists(scores.manifest) for scores in self.scores)
 
-    def facts(self) -> DatasetFacts:
-        return DatasetFacts(
+    def facts(self) -> DatasetStatus:
+        return DatasetStatus(
             id=self.dataset.facts["id"],
             manifest=self.bucket.url(self.dataset.key),
             sha256=self.dataset.sha256,

@@ -1,7 +1,7 @@
 """Which stage a training job is about, what it needs to be there, and whether it is done already. No torch: the launcher asks too."""
 
 from vpmoe.api import DistillRun
-from vpmoe.api.progress import Amount, DatasetFacts, Progress
+from vpmoe.api.progress import Amount, DatasetStatus, Progress
 from vpmoe.api.stages import Rescored, Stage
 from vpmoe.checkpoint.train_state import TrainState, end_of, facts_of, held_out
 from vpmoe.clock import now
@@ -56,9 +56,9 @@ def scores(run: DistillRun, stage: Stage, bucket: Bucket, made: Manifest) -> Man
     return teacher_scores.load(found, bucket)
 
 
-def dataset_facts(bucket: Bucket, made: Manifest) -> DatasetFacts:
+def dataset_facts(bucket: Bucket, made: Manifest) -> DatasetStatus:
     """The data set as progress.json names it."""
-    return DatasetFacts(id=made.facts["id"], manifest=bucket.url(made.key), sha256=made.sha256)
+    return DatasetStatus(id=made.facts["id"], manifest=bucket.url(made.key), sha256=made.sha256)
 
 
 def dataset_input(bucket: Bucket, made: Manifest) -> Input:

@@ -109,7 +109,7 @@ def course(
     sequences, rank, ranks = (
         layout(task.run.spec.student, task.run.spec.training, stage).sequences_per_step,
         distributed.rank(),
-        distributed.ranks(),
+        distributed.world_size(),
     )
     if isinstance(stage, OnPolicy):
         return OnPolicyCourse(
@@ -233,10 +233,10 @@ class Trainer:
 
     def _agree(self, batches: list[Batch]) -> tuple[Tensor, bool, Tensor]:
         """One all-reduce a step: the global counts, whether any rank wants to stop, what the GPUs do."""
-        rank, ranks = distributed.rank(), distributed.ranks()
+        rank, ranks = distributed.rank(), distributed.world_size()
         counts = torch.stack([batch.counts for batch in batches]).sum(0)
         wish = torch.tensor([float(self.task.stopping.is_set())], dtype=torch.float64)
-        total = distributed.total(
+        total = distributed.sum_over_ranks(
             torch.cat([counts.double(), wish, gpu.as_vector(gpu.read(self.device), rank, ranks)])
         )
         return total[: len(counts)].long(), bool(total[len(counts)]), total[len(counts) + 1 :]

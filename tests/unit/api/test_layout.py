@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.fakes import valid_specs
 from vpmoe.api import DistillRun, Invalid
 from vpmoe.api.layout import EXPERTS, Layout, largest_pod, layout
-from vpmoe.api.student import Student
+from vpmoe.api.student import StudentSpec
 
 
 def of(changes: dict[str, Any], stage: str = "first") -> Layout:
@@ -119,4 +119,4 @@ def test_a_node_must_hold_the_largest_pod(stage: dict[str, Any], gpus: int) -> N
 
 
 def test_every_shape_has_its_number_of_experts() -> None:
-    assert set(EXPERTS) == set(Student.model_json_schema()["properties"]["shape"]["enum"])
+    assert set(EXPERTS) == set(StudentSpec.model_json_schema()["properties"]["shape"]["enum"])

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from tests.fakes import valid_specs
 from vpmoe.api import DistillRun, labels
-from vpmoe.api.progress import Amount, CheckpointFacts, HeldOut, Progress, SpanLoss
+from vpmoe.api.progress import Amount, CheckpointStatus, HeldOut, Progress, SpanLoss
 from vpmoe.api.run import STEP_NAME
-from vpmoe.api.status import MESSAGE, MOST_STEPS, ChildRef, Condition, Status, Step
+from vpmoe.api.status import MESSAGE, MOST_STEPS, ChildRef, Condition, Status, StepStatus
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SHA = "ab" * 32
@@ -26,7 +26,7 @@ def test_progress_survives_the_bucket() -> None:
         tokens=Amount(done=5, total=10),
         tokens_per_second=1.5,
         held_out=HeldOut(before=SpanLoss(reasoning=2.0)),
-        checkpoint=CheckpointFacts(iteration=7, tokens=5, manifest="s3://b/m.json", sha256=SHA),
+        checkpoint=CheckpointStatus(iteration=7, tokens=5, manifest="s3://b/m.json", sha256=SHA),
     )
     written = progress.dump()
     assert written["tokensPerSecond"] == 1.5
@@ -60,7 +60,7 @@ def test_a_status_leaves_out_what_is_not_known() -> None:
 
 
 def test_a_message_longer_than_a_status_may_be_is_shortened_and_not_refused() -> None:
-    step = Step(name="first", message="x" * 5000)
+    step = StepStatus(name="first", message="x" * 5000)
     condition = Condition(
         type="Ready", status="False", reason="Because", message="y" * 5000, last_transition_time=NOW
     )
@@ -71,10 +71,12 @@ def test_the_longest_status_of_the_longest_run_stays_far_below_what_etcd_takes()
     stages = [{**valid_specs.ONPOLICY, "name": f"{i}".rjust(16, "b")} for i in range(8)]
     steps = DistillRun.parse(valid_specs.manifest({"spec.stages": stages})).steps()
     assert (len(steps), max(map(len, steps))) == (MOST_STEPS, STEP_NAME)
-    facts = CheckpointFacts(iteration=10**9, tokens=10**15, manifest="s3://" + "m" * 2043, sha256=SHA)
+    facts = CheckpointStatus(iteration=10**9, tokens=10**15, manifest="s3://" + "m" * 2043, sha256=SHA)
     child = ChildRef(kind="PyTorchJob", name="n" * 63, uid="u" * 36)
     full = [
-        Step(name=name, state="Succeeded", message="é" * MESSAGE, started=NOW, child=child, checkpoint=facts)
+        StepStatus(
+            name=name, state="Succeeded", message="é" * MESSAGE, started=NOW, child=child, checkpoint=facts
+        )
         for name in steps
     ]
     conditions = [
@@ -89,10 +91,12 @@ def test_the_longest_status_of_the_longest_run_stays_far_below_what_etcd_takes()
 
 def test_a_status_finds_its_conditions_and_steps() -> None:
     ready = Condition(type="Ready", status="True", reason="Trained", last_transition_time=NOW)
-    status = Status(conditions=(ready,), steps=(Step(name="preprocess"), Step(name="first", attempt=2)))
-    found = status.of("first")
+    status = Status(
+        conditions=(ready,), steps=(StepStatus(name="preprocess"), StepStatus(name="first", attempt=2))
+    )
+    found = status.step_status("first")
     assert found is not None and found.attempt == 2
-    assert status.of("second") is None
+    assert status.step_status("second") is None
     assert (status.condition("Ready"), status.condition("Stalled")) == (ready, None)
     assert Status.model_validate(status.dump()) == status
 

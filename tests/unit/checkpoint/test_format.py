@@ -36,7 +36,7 @@ def test_the_weights_read_are_the_learners(task: StageContext, device: torch.dev
     found = weights_in(task.bucket, paths.checkpoint(task.run, "vanilla", 3))
     assert found.position == at(3, finished=True)
     assert found.sizes == {name: size for name, size in state.sizes(it).items() if name.startswith(WEIGHTS)}
-    live = state.current(it)
+    live = state.copy_weights(it)
     for name, size in found.sizes.items():
         assert torch.equal(found.read(name, 0, size), live(name, 0, size))
     assert torch.equal(found.read("main/output", 5, 700), live("main/output", 5, 700))
@@ -127,11 +127,13 @@ def test_an_export_needs_no_learner(task: StageContext, device: torch.device, tm
     it = learner(device, teacher_width=48)
     save(task, it, at(3))
     found = weights_in(task.bucket, paths.checkpoint(task.run, "vanilla", 3))
-    hf_export.export(tmp_path / "read", SMALL, 256, found.sizes, found.read, torch.bfloat16)
-    hf_export.export(tmp_path / "live", SMALL, 256, state.sizes(it), state.current(it), torch.bfloat16)
+    hf_export.export_student(tmp_path / "read", SMALL, 256, found.sizes, found.read, torch.bfloat16)
+    hf_export.export_student(
+        tmp_path / "live", SMALL, 256, state.sizes(it), state.copy_weights(it), torch.bfloat16
+    )
     files = [sorted(folder.iterdir()) for folder in (tmp_path / "read", tmp_path / "live")]
     assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
-    hf_export.check(tmp_path / "read", SMALL)
+    hf_export.check_export(tmp_path / "read", SMALL)
 
 
 def test_it_is_read_without_megatron() -> None:

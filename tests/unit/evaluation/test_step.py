@@ -72,7 +72,7 @@ def trained(device: torch.device) -> Learner:
         it.student.output[:, 0] = 0
         it.student.output[RETURN, 0] = 4.6
         it.student.embedding.weight[:, 0] = 10.0
-    batch = Batch.of(*documents(torch.Generator().manual_seed(1), [60, 40], 128, TINY.vocabulary))
+    batch = Batch.from_rows(*documents(torch.Generator().manual_seed(1), [60, 40], 128, TINY.vocabulary))
     it.forward_backward(
         [batch], vanilla(batch.counts, {"reasoning": 1.0, "final": 1.0}), int(batch.counts[0])
     )

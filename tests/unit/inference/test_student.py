@@ -54,7 +54,7 @@ def harmony(random: np.random.Generator) -> list[NDArray[np.int32]]:
 def trained(device: torch.device) -> Learner:
     """A tiny student after a step."""
     it = policy_versions.learner(device, new_seed())
-    batch = Batch.of(*documents(torch.Generator().manual_seed(1), [60, 40], 128, TINY.vocabulary))
+    batch = Batch.from_rows(*documents(torch.Generator().manual_seed(1), [60, 40], 128, TINY.vocabulary))
     it.forward_backward(
         [batch], vanilla(batch.counts, {"reasoning": 1.0, "final": 1.0}), int(batch.counts[0])
     )
@@ -206,26 +206,28 @@ def test_an_export_from_a_checkpoint_is_the_learners(
     """Bit for bit, in as many files as it takes; what TeacherForced adds to a student stays behind."""
     it = learner(device, teacher_width=48)
     sizes = state.sizes(it)
-    hf_export.export(tmp_path / "live", SMALL, 256, sizes, state.current(it), torch.float32)
+    hf_export.export_student(tmp_path / "live", SMALL, 256, sizes, state.copy_weights(it), torch.float32)
     monkeypatch.setattr(hf_export, "FILE_BYTES", 10_000)
-    hf_export.export(tmp_path / "read", SMALL, 256, sizes, reading(whole([saved(it)], sizes)), torch.float32)
+    hf_export.export_student(
+        tmp_path / "read", SMALL, 256, sizes, reading(whole([saved(it)], sizes)), torch.float32
+    )
     files = sorted((tmp_path / "read").glob("*.safetensors"))
     assert len(files) > 3
     read = {name: tensor for file in files for name, tensor in load_file(file).items()}
     live = load_file(tmp_path / "live" / "model-00001.safetensors")
-    assert set(live) == set(read) == set(hf_export.parts(SMALL)) and all(
+    assert set(live) == set(read) == set(hf_export.exported_tensors(SMALL)) and all(
         torch.equal(live[name], read[name]) for name in live
     )
     assert (
         sum(tensor.numel() for tensor in live.values())
         == SMALL.parameters() + SMALL.moe_layers * SMALL.experts
     )
-    hf_export.check(tmp_path / "read", SMALL)
+    hf_export.check_export(tmp_path / "read", SMALL)
 
 
 def test_bf16_is_the_trainers_rounding_and_biases_keep_theirs(device: torch.device, tmp_path: Path) -> None:
     it = learner(device)
-    hf_export.export(tmp_path, SMALL, 256, state.sizes(it), state.current(it), torch.bfloat16)
+    hf_export.export_student(tmp_path, SMALL, 256, state.sizes(it), state.copy_weights(it), torch.bfloat16)
     held = load_file(tmp_path / "model-00001.safetensors")
     assert torch.equal(held["lm_head.weight"], it.student.output.detach().bfloat16())
     assert {name for name, tensor in held.items() if tensor.dtype == torch.float32} == {
@@ -259,7 +261,7 @@ def test_a_state_that_is_not_accounted_for_is_not_exported(
     sizes = dict(state.sizes(it))
     change(sizes)
     with pytest.raises(Permanent, match=f"the state to export as small: {message}"):
-        hf_export.export(tmp_path / "out", SMALL, 256, sizes, state.current(it), torch.float32)
+        hf_export.export_student(tmp_path / "out", SMALL, 256, sizes, state.copy_weights(it), torch.float32)
     assert not (tmp_path / "out").exists()
 
 
@@ -297,7 +299,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(
     device: torch.device, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
 ) -> None:
     it = learner(device)
-    hf_export.export(tmp_path, SMALL, 256, state.sizes(it), state.current(it), torch.float32)
+    hf_export.export_student(tmp_path, SMALL, 256, state.sizes(it), state.copy_weights(it), torch.float32)
     file = tmp_path / "model-00001.safetensors"
     held = load_file(file)
     change(held)
@@ -308,15 +310,15 @@ def test_a_checkpoint_that_is_not_whole_is_refused(
 
 def test_what_is_no_export_of_this_shape_is_refused(device: torch.device, tmp_path: Path) -> None:
     it = learner(device)
-    hf_export.export(tmp_path, SMALL, 256, state.sizes(it), state.current(it), torch.float32)
+    hf_export.export_student(tmp_path, SMALL, 256, state.sizes(it), state.copy_weights(it), torch.float32)
     with pytest.raises(Permanent, match=r"config.json, not a other: moe_intermediate_size is 16, wanted 24"):
-        hf_export.check(tmp_path, replace(SMALL, name="other", expert_width=24))
+        hf_export.check_export(tmp_path, replace(SMALL, name="other", expert_width=24))
     said = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(said | {"dtype": "float16"}))
     with pytest.raises(Permanent, match="dtype is float16"):
-        hf_export.check(tmp_path, SMALL)
+        hf_export.check_export(tmp_path, SMALL)
     (tmp_path / "config.json").write_text(json.dumps(said))
     file = tmp_path / "model-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(Permanent, match="is no whole checkpoint"):
-        hf_export.check(tmp_path, SMALL)
+        hf_export.check_export(tmp_path, SMALL)

@@ -8,7 +8,7 @@ from vpmoe.model.batch import Batch
 
 def batch_of(*documents: list[int]) -> Batch:
     numbers = torch.tensor(documents, dtype=torch.int32)
-    return Batch.of(
+    return Batch.from_rows(
         torch.zeros_like(numbers, dtype=torch.int64), torch.ones_like(numbers, dtype=torch.uint8), numbers
     )
 
@@ -61,7 +61,7 @@ def test_rows_of_different_shapes_are_refused() -> None:
         ValueError,
         match=r"tokens \[1, 3\], spans \[1, 2\] and documents \[1, 3\] must all be \[rows, positions\]",
     ):
-        Batch.of(
+        Batch.from_rows(
             torch.zeros(1, 3, dtype=torch.int64),
             torch.zeros(1, 2, dtype=torch.uint8),
             torch.zeros(1, 3, dtype=torch.int32),

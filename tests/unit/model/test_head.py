@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.fakes.largest_tensor import Largest
 from tests.fakes.students import new_seed
 from vpmoe.model import head
-from vpmoe.model.head import Coefficient, head_loss, logp_of
+from vpmoe.model.head import Coefficient, head_loss, target_logp
 from vpmoe.model.spans import NO_TARGET
 
 TOKENS, VOCABULARY, HIDDEN = 57, 131, 19
@@ -84,7 +84,11 @@ def test_loss_and_gradients_are_eager_float64s(
         assert got is not None and want is not None
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance, equal_nan=True)
     torch.testing.assert_close(
-        logp_of(hidden, weight, targets).double(), wanted_logp, rtol=tolerance, atol=tolerance, equal_nan=True
+        target_logp(hidden, weight, targets).double(),
+        wanted_logp,
+        rtol=tolerance,
+        atol=tolerance,
+        equal_nan=True,
     )
 
 
@@ -133,7 +137,7 @@ def test_no_tensor_is_ever_as_large_as_tokens_by_vocabulary(monkeypatch: pytest.
     with Largest() as largest:
         loss, _ = head_loss(hidden, weight, targets, known(torch.ones(tokens)))
         loss.backward()
-        logp_of(hidden, weight, targets)
+        target_logp(hidden, weight, targets)
     assert largest.numbers == 8 * vocabulary
 
 

@@ -143,7 +143,7 @@ def test_weights_alone_start_a_new_count(device: torch.device, batches: list[Bat
     ],
 )
 def test_a_slice_that_is_not_what_was_asked_for_is_refused(
-    device: torch.device, damage: Callable[[state.Read], state.Read]
+    device: torch.device, damage: Callable[[state.ReadTensor], state.ReadTensor]
 ) -> None:
     it = learner(device)
     with pytest.raises(ValueError, match=r"main/.* \[0, \d+\): read torch\."):

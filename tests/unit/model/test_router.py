@@ -8,7 +8,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from tests.fakes.students import SMALL, documents, learner, new_seed, ragged
 from vpmoe.model.batch import Batch
-from vpmoe.model.router import Load, Router, routers
+from vpmoe.model.router import ExpertLoad, Router, routers
 from vpmoe.model.student import Student, _config, _initialise
 from vpmoe.objectives.vanilla import vanilla
 
@@ -26,7 +26,7 @@ def test_counts_and_biases_are_fp32_in_a_bf16_student(device: torch.device) -> N
         SMALL, _config(SMALL, torch.device("cuda"), 1), sequence_length=2048
     )  # the GPU's configuration, on the shim's CPU
     _initialise(student, 0)
-    batch = Batch.of(*documents(torch.Generator().manual_seed(0), [2000], 2048))
+    batch = Batch.from_rows(*documents(torch.Generator().manual_seed(0), [2000], 2048))
     assert student(batch).dtype == torch.bfloat16 and student.output.dtype == torch.bfloat16
     for router in routers(student).values():
         assert router.weight.dtype == torch.bfloat16
@@ -146,5 +146,5 @@ def test_the_balance_loss_is_megatrons_where_that_is_right(device: torch.device)
     ],
 )
 def test_load(tokens: list[int], max_over_mean: float, dead: int) -> None:
-    load = Load(("layers.1",), torch.tensor([tokens]), torch.ones(1))
+    load = ExpertLoad(("layers.1",), torch.tensor([tokens]), torch.ones(1))
     assert load.max_over_mean.tolist() == [max_over_mean] and load.dead.tolist() == [dead]

@@ -58,7 +58,7 @@ def test_coefficients_are_the_weight_over_the_whole_batchs_count() -> None:
         torch.tensor([[0, 1, 1, 1, 2, 0]], dtype=torch.uint8),
         torch.zeros(1, 6).int(),
     )
-    batch = Batch.of(tokens, span, documents)
+    batch = Batch.from_rows(tokens, span, documents)
     assert batch.counts.tolist() == [6, 3, 1]
     coefficient = vanilla(torch.tensor([60, 30, 5]), {"reasoning": 1.0, "final": 2.0})(batch)
     assert coefficient(torch.zeros(6), torch.arange(6)).tolist() == pytest.approx(
@@ -72,7 +72,7 @@ def test_a_span_that_is_nowhere_contributes_nothing() -> None:
         torch.tensor([[0, 1, 1, 1]], dtype=torch.uint8),
         torch.zeros(1, 4).int(),
     )
-    batch = Batch.of(tokens, span, documents)
+    batch = Batch.from_rows(tokens, span, documents)
     c_T = vanilla(batch.counts, EVEN)(batch)(torch.zeros(4), torch.arange(4))
     assert c_T.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
 
@@ -95,7 +95,7 @@ def test_no_gradient_comes_from_a_prompt_token(device: torch.device) -> None:
     )  # every token once, so that a row of the matrix belongs to one position
     span = torch.zeros(1, 30, dtype=torch.uint8)
     span[0, 10:20], span[0, 20:25] = 1, 2
-    batch = Batch.of(tokens, span, torch.zeros(1, 30, dtype=torch.int32))
+    batch = Batch.from_rows(tokens, span, torch.zeros(1, 30, dtype=torch.int32))
     hidden = student(batch).detach().requires_grad_()
     loss, _ = head_loss(hidden, student.output, batch.target, vanilla(batch.counts, EVEN)(batch))
     loss.backward()
@@ -151,7 +151,7 @@ def test_how_a_step_is_cut_into_microbatches_does_not_change_its_gradient(device
     gradients = []
     for cuts in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
         it = learner(device)
-        batches = [Batch.of(row[cut], span[cut], documents[cut]) for cut in cuts]
+        batches = [Batch.from_rows(row[cut], span[cut], documents[cut]) for cut in cuts]
         counts = torch.stack([batch.counts for batch in batches]).sum(0)
         it.forward_backward(batches, vanilla(counts, EVEN), int(counts[0]))
         gradients.append(torch.cat([p.main_grad.flatten() / int(counts[0]) for p in it.student.parameters()]))

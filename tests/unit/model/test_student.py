@@ -9,7 +9,7 @@ from torch import Tensor
 from tests.fakes.students import SMALL, documents, learner, new_seed, ragged
 from vpmoe.api.layout import EXPERTS
 from vpmoe.data.vocabulary import VOCABULARY_SIZE
-from vpmoe.model.attention import PackedAttention, packing
+from vpmoe.model.attention import PackedAttention, packed_seq_params_for
 from vpmoe.model.batch import Batch
 from vpmoe.model.experts import StackedExperts
 from vpmoe.model.shapes import SHAPES, Shape
@@ -76,7 +76,7 @@ def test_a_row_longer_than_the_student_is_refused(device: torch.device) -> None:
     with pytest.raises(
         ValueError, match=r"training\.sequenceLength: a row of 300 positions, the student was built for 256"
     ):
-        student(device)(Batch.of(row, row.to(torch.uint8), row.int()))
+        student(device)(Batch.from_rows(row, row.to(torch.uint8), row.int()))
 
 
 def test_documents_are_isolated(device: torch.device) -> None:
@@ -84,7 +84,7 @@ def test_documents_are_isolated(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(new_seed())
     model = student(device, WITHOUT_AUX)
     lengths = [9, 1, 17, 12]
-    batch = Batch.of(
+    batch = Batch.from_rows(
         *(
             torch.cat([x, y])
             for x, y in zip(documents(generator, lengths, 50), documents(generator, [20, 5], 50), strict=True)
@@ -107,8 +107,8 @@ def test_a_document_reads_the_same_wherever_it_stands(device: torch.device) -> N
     generator = torch.Generator().manual_seed(new_seed())
     model = student(device)
     packed = documents(generator, [13, 21, 8], 64)
-    hidden = model(Batch.of(*packed))
-    alone = model(Batch.of(*(part[:, 13:34] for part in packed)))
+    hidden = model(Batch.from_rows(*packed))
+    alone = model(Batch.from_rows(*(part[:, 13:34] for part in packed)))
     torch.testing.assert_close(hidden[13:34], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -117,7 +117,7 @@ def test_attention_is_the_masked_softmax_of_float64(device: torch.device) -> Non
     attention = PackedAttention(_config(SMALL, device, 1))
     query, key, value = torch.randn(30, 2, 4, 16), torch.randn(30, 2, 2, 16), torch.randn(30, 2, 2, 16)
     boundaries = torch.tensor([0, 7, 8, 30, 41, 60], dtype=torch.int32)  # over both rows, one after the other
-    got = attention(query, key, value, None, packed_seq_params=packing(boundaries, 22))
+    got = attention(query, key, value, None, packed_seq_params=packed_seq_params_for(boundaries, 22))
     run = torch.bucketize(torch.arange(60), boundaries[1:], right=True)
     allowed = (run[:, None] == run[None, :]) & torch.ones(60, 60).tril().bool()
     q, k, v = (
@@ -264,7 +264,7 @@ def test_head_and_student_agree_on_padding(device: torch.device) -> None:
     packed = documents(generator, [19, 21], 64)
     results = []
     for row in (packed, tuple(part[:, :40] for part in packed)):
-        batch = Batch.of(*row)
+        batch = Batch.from_rows(*row)
         it = learner(device)
         outcome = it.forward_backward([batch], vanilla(batch.counts, EVEN), int(batch.counts[0]))
         results.append((outcome, torch.cat([p.main_grad.flatten() for p in it.student.parameters()])))
@@ -278,8 +278,8 @@ def test_head_and_student_agree_on_padding(device: torch.device) -> None:
 
 def test_a_batch_of_padding_alone_is_nothing(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(new_seed())
-    batch = Batch.of(*documents(generator, [19, 21], 64))
-    nothing = Batch.of(*documents(generator, [], 64))
+    batch = Batch.from_rows(*documents(generator, [19, 21], 64))
+    nothing = Batch.from_rows(*documents(generator, [], 64))
     results = []
     for batches in ([batch], [batch, nothing]):
         it = learner(device)

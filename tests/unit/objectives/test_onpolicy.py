@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.fakes.students import learner, new_seed, ragged
 from vpmoe.data.spans import SPANS
 from vpmoe.model.batch import Batch
-from vpmoe.model.head import logp_of
+from vpmoe.model.head import target_logp
 from vpmoe.model.learner import Learner
 from vpmoe.objectives.onpolicy import on_policy
 from vpmoe.objectives.vanilla import vanilla
@@ -21,7 +21,7 @@ WEIGHTS = {"reasoning": 0.7, "final": 1.6}
 def logp(it: Learner, batch: Batch) -> Tensor:
     """The student's log p of the batch's targets [T], NaN where there is none."""
     with torch.no_grad():
-        return logp_of(it.student(batch), it.student.output, batch.target)
+        return target_logp(it.student(batch), it.student.output, batch.target)
 
 
 def rollouts(it: Learner, generator: torch.Generator, microbatches: int) -> list[Batch]:
@@ -124,7 +124,7 @@ def two(sampler: list[float], teacher: list[float]) -> Batch:
     length = len(sampler) + 1
     spans = torch.tensor([[0, *(1 + i % 2 for i in range(length - 1))]], dtype=torch.uint8)
     stored = (torch.tensor([[math.nan, *values]]) for values in (teacher, sampler))
-    return Batch.of(
+    return Batch.from_rows(
         torch.arange(length).view(1, -1), spans, torch.zeros(1, length, dtype=torch.int32), *stored
     )
 

@@ -146,7 +146,7 @@ def test_scores_stand_against_the_position_that_predicts_their_token() -> None:
     tokens = torch.arange(8).view(1, 8)
     spans = torch.tensor([[0, 1, 1, 2, 0, 2, 2, 0]], dtype=torch.uint8)
     documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1]], dtype=torch.int32)
-    batch = Batch.of(tokens, spans, documents, -tokens.float())
+    batch = Batch.from_rows(tokens, spans, documents, -tokens.float())
     assert batch.target.tolist() == [1, 2, 3, -1, 5, 6, -1, -1]
     assert batch.teacher_logp is not None
     assert torch.equal(batch.teacher_logp.nan_to_num(99), torch.tensor([-1.0, -2, -3, 99, -5, -6, 99, 99]))

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from tests.fakes.largest_tensor import Largest
 from tests.fakes.students import new_seed
-from vpmoe.api.stages import Loss
+from vpmoe.api.stages import LossWeights
 from vpmoe.model.batch import Batch
 from vpmoe.model.spans import NO_TARGET
 from vpmoe.objectives import teacher_forced_head
@@ -58,7 +58,7 @@ def inputs(dtype: torch.dtype, seed: int, *, width: int = TEACHER, learned: floa
     )
 
 
-def eager(given: Inputs, terms: Loss) -> Forced:
+def eager(given: Inputs, terms: LossWeights) -> Forced:
     """What torch's own functions make of it, in one piece."""
     rows, t = (given.targets != NO_TARGET).nonzero().squeeze(1), terms.temperature
     hidden, teacher_hidden = given.hidden[rows], given.teacher.hidden_TG[rows]
@@ -78,13 +78,13 @@ def eager(given: Inputs, terms: Loss) -> Forced:
     return Forced(loss, spread(-nll), spread(kl), spread(cosine))
 
 
-ALL = Loss(ce=0.3, kl=0.5, hidden=0.7, temperature=2.5)
+ALL = LossWeights(ce=0.3, kl=0.5, hidden=0.7, temperature=2.5)
 TERMS = [
     pytest.param(ALL, id="all-terms"),
-    pytest.param(Loss(ce=1, kl=0, hidden=0), id="ce"),
-    pytest.param(Loss(ce=0, kl=1, hidden=0, temperature=1), id="kl-at-1"),
-    pytest.param(Loss(ce=0, kl=1, hidden=0, temperature=4), id="kl-at-4"),
-    pytest.param(Loss(ce=0, kl=0, hidden=1), id="cosine"),
+    pytest.param(LossWeights(ce=1, kl=0, hidden=0), id="ce"),
+    pytest.param(LossWeights(ce=0, kl=1, hidden=0, temperature=1), id="kl-at-1"),
+    pytest.param(LossWeights(ce=0, kl=1, hidden=0, temperature=4), id="kl-at-4"),
+    pytest.param(LossWeights(ce=0, kl=0, hidden=1), id="cosine"),
 ]
 
 
@@ -100,7 +100,12 @@ TERMS = [
     [pytest.param(torch.float64, 1e-12, id="fp64"), pytest.param(torch.float32, 5e-5, id="fp32")],
 )
 def test_loss_parts_and_gradients_are_eager_float64s(
-    terms: Loss, width: int, chunk: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    terms: LossWeights,
+    width: int,
+    chunk: int,
+    dtype: torch.dtype,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = inputs(dtype, new_seed(), width=width)
     monkeypatch.setitem(
@@ -121,7 +126,7 @@ def test_loss_parts_and_gradients_are_eager_float64s(
 def test_a_student_that_is_its_teacher_diverges_by_nothing() -> None:
     given = inputs(torch.float32, new_seed(), width=HIDDEN)
     itself = given._replace(teacher=Teacher(given.hidden.detach(), given.output.detach()))
-    found = forced_loss(*itself, Loss(ce=0, kl=1, hidden=0, temperature=2))
+    found = forced_loss(*itself, LossWeights(ce=0, kl=1, hidden=0, temperature=2))
     found.loss.backward()
     supervised = itself.targets != NO_TARGET
     assert found.loss == 0 and (found.kl_T[supervised] == 0).all()
@@ -200,7 +205,7 @@ def test_each_span_is_a_mean_of_its_own_over_the_global_batch() -> None:
     for length in (9, 40):
         tokens = torch.randint(0, VOCABULARY, (1, length), generator=generator)
         spans = torch.randint(0, 3, (1, length), generator=generator, dtype=torch.uint8)
-        batches.append(Batch.of(tokens, spans, torch.zeros((1, length), dtype=torch.int32)))
+        batches.append(Batch.from_rows(tokens, spans, torch.zeros((1, length), dtype=torch.int32)))
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     weights = {"reasoning": 0.7, "final": 1.6}
     hidden = dict(zip((9, 40), given.hidden.detach()[:49].split([9, 40]), strict=True))

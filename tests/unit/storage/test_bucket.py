@@ -14,7 +14,7 @@ import pytest
 from devcluster import certificates
 from tests.fakes.fault_proxy import faulty
 from tests.fakes.store import S3
-from vpmoe.api.storage import Storage
+from vpmoe.api.storage import StorageSpec
 from vpmoe.storage import BLOCK, Bucket, Credentials, Patience, StorageError, Stored
 
 MIB = 2**20
@@ -183,7 +183,7 @@ def test_metadata_stands_on_small_and_large_objects(bucket: Bucket, tmp_path: Pa
 def test_keys_are_relative_to_the_prefix(
     s3: S3, bucket: Bucket, tmp_path: Path, prefix: str, below: str
 ) -> None:
-    spec = Storage(bucket=bucket.name, endpoint=s3.endpoint).model_copy(update={"prefix": prefix})
+    spec = StorageSpec(bucket=bucket.name, endpoint=s3.endpoint).model_copy(update={"prefix": prefix})
     under = Bucket.open(spec)
     under.probe()
     stored, data = put(under, tmp_path, BLOCK + 1, "runs/x")
@@ -286,7 +286,7 @@ def test_a_file_too_large_for_one_object_is_refused_before_it_is_read(bucket: Bu
 
 def opened(s3: S3, bucket: Bucket, spec: dict[str, str]) -> Bucket:
     return Bucket.open(
-        Storage.model_validate({"bucket": bucket.name, "endpoint": s3.endpoint, **spec}), patience=HASTY
+        StorageSpec.model_validate({"bucket": bucket.name, "endpoint": s3.endpoint, **spec}), patience=HASTY
     )
 
 
@@ -363,10 +363,10 @@ def test_the_environment_has_no_say_beside_credentials_of_ones_own(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    spec = Storage(bucket=bucket.name, endpoint=s3.endpoint)
+    spec = StorageSpec(bucket=bucket.name, endpoint=s3.endpoint)
     Bucket.open(spec, credentials=Credentials(s3.access_key, s3.secret_key), patience=HASTY).probe()
     assert os.environ["AWS_ACCESS_KEY_ID"] == "another"
-    nowhere = Bucket.open(Storage(bucket=bucket.name), credentials=Credentials("a", "b"), patience=HASTY)
+    nowhere = Bucket.open(StorageSpec(bucket=bucket.name), credentials=Credentials("a", "b"), patience=HASTY)
     assert nowhere.endpoint == "https://s3.amazonaws.com"
 
 
@@ -379,7 +379,7 @@ def test_the_environment_has_no_say_beside_credentials_of_ones_own(
     ],
 )
 def test_addressing_and_region_are_the_run_s(style: str, address: str) -> None:
-    spec = Storage.model_validate(
+    spec = StorageSpec.model_validate(
         {
             "endpoint": "https://s3.example.com",
             "bucket": "vpmoe",
@@ -412,7 +412,7 @@ def test_a_store_with_an_authority_of_its_own_is_trusted_once_it_is_named(
     s3: S3, bucket: Bucket, authority: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     with faulty(s3.endpoint, certificate=authority / "store") as store:
-        spec = Storage(bucket=bucket.name, endpoint=store.endpoint)
+        spec = StorageSpec(bucket=bucket.name, endpoint=store.endpoint)
         given = Credentials(s3.access_key, s3.secret_key)
         with pytest.raises(
             StorageError,
@@ -428,4 +428,4 @@ def test_a_store_with_an_authority_of_its_own_is_trusted_once_it_is_named(
 
 
 def test_the_environment_s_endpoint_wins_over_the_file_s(s3: S3, bucket: Bucket) -> None:
-    Bucket.open(Storage(bucket=bucket.name, endpoint="http://127.0.0.1:9"), patience=HASTY).probe()
+    Bucket.open(StorageSpec(bucket=bucket.name, endpoint="http://127.0.0.1:9"), patience=HASTY).probe()

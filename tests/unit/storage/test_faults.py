@@ -15,7 +15,7 @@ import pytest
 from tests.fakes.fault_proxy import Fault, Faulty, Kind, faulty
 from tests.fakes.store import S3
 from tests.fakes.waiting import wait_until
-from vpmoe.api.storage import Storage
+from vpmoe.api.storage import StorageSpec
 from vpmoe.storage import BLOCK, Bucket, Credentials, Patience, StorageError
 
 HASTY = Patience(attempts=4, connect=2, read=1, first_pause=0.01, longest_pause=0.02)
@@ -26,7 +26,7 @@ DATA = random.Random(0).randbytes(2 * BLOCK + 99)
 def connected(s3: S3) -> Iterator[tuple[Faulty, Bucket]]:
     """A proxy and one connection through it, for all tests of this module."""
     with faulty(s3.endpoint) as proxy:
-        spec = Storage(bucket="none", endpoint=proxy.endpoint)
+        spec = StorageSpec(bucket="none", endpoint=proxy.endpoint)
         yield proxy, Bucket.open(spec, credentials=Credentials(s3.access_key, s3.secret_key), patience=HASTY)
 
 

@@ -12,7 +12,7 @@ from tests.fakes.fault_proxy import Fault, faulty
 from tests.fakes.store import S3
 from tests.fakes.waiting import wait_until
 from vpmoe.api.progress import Amount, Progress, SpanLoss
-from vpmoe.api.storage import Storage
+from vpmoe.api.storage import StorageSpec
 from vpmoe.clock import now
 from vpmoe.storage import Bucket, Patience, paths
 from vpmoe.trainer.checkpoint.resume import first
@@ -90,7 +90,9 @@ def test_a_store_that_is_away_for_a_while_loses_no_word(
         away = StageContext(
             **{
                 **vars(task),
-                "bucket": Bucket.open(Storage.model_validate(run_spec["spec"]["storage"]), patience=patience),
+                "bucket": Bucket.open(
+                    StorageSpec.model_validate(run_spec["spec"]["storage"]), patience=patience
+                ),
             }
         )
         said = started(away)
@@ -130,10 +132,12 @@ def test_a_line_says_what_was_measured_and_null_where_nothing_was() -> None:
 
 def test_the_histogram_counts_every_expert_of_every_layer() -> None:
     torch = pytest.importorskip("torch")
-    from vpmoe.model.router import Load
+    from vpmoe.model.router import ExpertLoad
 
     tokens_LE = torch.tensor([[10] * 64, [0] * 63 + [640]])
-    found = metrics.router(Load(("layers.1", "layers.2"), tokens_LE, torch.ones(2, dtype=torch.float64)))
+    found = metrics.router(
+        ExpertLoad(("layers.1", "layers.2"), tokens_LE, torch.ones(2, dtype=torch.float64))
+    )
     assert found["maxOverMean"] == {"layers.1": 1.0, "layers.2": 64.0} and found["dead"] == {"layers.2": 63}
     bounds, counts = np.asarray(found["histogram"]["bounds"]), found["histogram"]["experts"]
     assert (

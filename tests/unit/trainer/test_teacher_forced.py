@@ -41,7 +41,7 @@ def batch(seed: int, *rows: list[int]) -> Batch:
     """Packed rows [len(rows), 80] of random documents of the given lengths, then padding."""
     generator = torch.Generator().manual_seed(seed)
     packed = [documents(generator, lengths, 80, VOCABULARY) for lengths in rows]
-    return Batch.of(*(torch.cat(parts) for parts in zip(*packed, strict=True)))
+    return Batch.from_rows(*(torch.cat(parts) for parts in zip(*packed, strict=True)))
 
 
 def test_a_question_names_documents_and_no_padding() -> None:

@@ -145,7 +145,7 @@ def test_loss_and_gradient_of_a_window_over_ranks_are_float64s_of_its_rollouts_o
         ids = torch.from_numpy(one.ids_T.astype(np.int64))[None]
         with torch.no_grad():
             hidden = it.student(
-                Batch.of(ids, torch.ones_like(ids).byte(), torch.zeros_like(ids).int())
+                Batch.from_rows(ids, torch.ones_like(ids).byte(), torch.zeros_like(ids).int())
             ).double()
         logp_CV = (hidden @ output.T).log_softmax(1)[one.asked - 1 : -1]
         for place, logp_V in enumerate(logp_CV):

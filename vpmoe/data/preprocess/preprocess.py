@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from vpmoe.api import DistillRun
-from vpmoe.api.progress import DatasetFacts
+from vpmoe.api.progress import DatasetStatus
 from vpmoe.data.dataset import DatasetRef, dataset_id, done_parts, resolve, settings
 from vpmoe.data.harmony import SystemMessage
 from vpmoe.data.preprocess import census, sampling
@@ -266,5 +266,7 @@ def report(job: Job, message: str, speed: float | None = None) -> None:
 def report_success(job: Job, message: str) -> None:
     """Say that the data set is complete, and which it is."""
     made = manifest.load(job.bucket, job.dataset.manifest)
-    facts = DatasetFacts(id=job.dataset.id, manifest=job.bucket.url(job.dataset.manifest), sha256=made.sha256)
+    facts = DatasetStatus(
+        id=job.dataset.id, manifest=job.bucket.url(job.dataset.manifest), sha256=made.sha256
+    )
     job.report_success(message, job.parts, facts)

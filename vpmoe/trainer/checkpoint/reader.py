@@ -86,7 +86,7 @@ class Reader:
             self._learner, found.read, found.position.iteration if moments else 0, moments, found.anew
         )
         own = f"random/{distributed.rank()}/"
-        if moments and found.manifest.facts["ranks"] == distributed.ranks():
+        if moments and found.manifest.facts["ranks"] == distributed.world_size():
             names = [name for name in found.pieces if name.startswith(own)]
             state.set_random_state(
                 {name.removeprefix(own): found.read(name, 0, found.pieces[name][-1].stop) for name in names}

@@ -107,7 +107,7 @@ class Checkpoints:
         if self._report:
             self._report.flush_metrics()  # a step that is not done again must have its line
             subjects = [one.subject(key) for ranks in everyones for one in ranks]
-            facts = {"ranks": distributed.ranks(), "position": position.dump()}
+            facts = {"ranks": distributed.world_size(), "position": position.dump()}
             made = manifest.statement("checkpoint", subjects, facts, self._task.provenance, self._inputs)
             written = manifest.write(bucket, paths.manifest(key), made)
             self._report.update(checkpoint=facts_of(bucket, written, position))

@@ -73,7 +73,7 @@ def assemble(
                     logp_bS[place] = of(document)
             at += len(tokens)
     teacher, sampler = (None if of is None else torch.from_numpy(logp_bS) for of, logp_bS in known)
-    return Batch.of(
+    return Batch.from_rows(
         torch.from_numpy(tokens_bS),
         torch.from_numpy(spans_bS),
         torch.from_numpy(documents_bS),

@@ -39,7 +39,7 @@ class HeldOutDocuments:
         """The split must not be empty, which stage.dataset has made sure of."""
         self.documents = min(documents, sum(len(part) for part in valid.lengths))
         rows = held_out_rows(valid.lengths, documents, seed, sequence_length)
-        rank, ranks = distributed.rank(), distributed.ranks()
+        rank, ranks = distributed.rank(), distributed.world_size()
         rows += [
             [] for _ in range(-len(rows) % ranks)
         ]  # experts that ranks share want every rank to take part in every batch

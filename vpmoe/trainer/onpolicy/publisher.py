@@ -70,7 +70,7 @@ class Publisher:
         self.wait()
         assert position.windows is not None
         student = learner.student
-        read, sizes = state.current(learner, self._copy), state.sizes(learner)
+        read, sizes = state.copy_weights(learner, self._copy), state.sizes(learner)
         facts = Version(
             version=position.windows.trained,
             steps=position.steps,
@@ -118,7 +118,7 @@ class Publisher:
     def _finish(
         self,
         facts: Version,
-        read: state.Read,
+        read: state.ReadTensor,
         sizes: dict[str, int],
         shape: Shape,
         positions: int,
@@ -127,7 +127,7 @@ class Publisher:
         task = self._task
         local = task.scratch / f"version-{facts.version}"
         shutil.rmtree(local, ignore_errors=True)
-        hf_export.export(local, shape, positions, sizes, read, dtype)
+        hf_export.export_student(local, shape, positions, sizes, read, dtype)
         key = paths.weights(task.run, task.stage.name, facts.version)
         metadata = task.provenance.metadata()
         subjects = [
@@ -162,7 +162,7 @@ def probe(learner: Learner, sequences: Sequence[Ids]) -> Probe:
     logp = []
     for ids_T in sequences:
         ids = torch.from_numpy(ids_T.astype(np.int64))[None]
-        batch = Batch.of(
+        batch = Batch.from_rows(
             ids, torch.ones_like(ids, dtype=torch.uint8), torch.zeros_like(ids, dtype=torch.int32)
         )
         logp.append(tuple(learner.logp(batch)[:-1].clamp(min=LEAST_LOGP).tolist()))

@@ -12,14 +12,14 @@ from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from vpmoe.api.progress import SpanLoss
 from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.clock import now
-from vpmoe.model.router import Load
+from vpmoe.model.router import ExpertLoad
 from vpmoe.rollout.prompts import VALID
 
 LOADS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
 """Bounds of the load histogram, in mean loads: experts at most a quarter of the mean, …, above 16 times the mean."""
 
 
-def router(load: Load) -> dict[str, Any]:
+def router(load: ExpertLoad) -> dict[str, Any]:
     """How the step's tokens spread over the experts."""
     tokens_LE = load.tokens.numpy()
     relative = tokens_LE / np.maximum(tokens_LE.mean(axis=1, keepdims=True), 1e-9)

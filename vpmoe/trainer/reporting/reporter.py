@@ -72,13 +72,13 @@ class StageReporter:
             "Training %s %s; %d ranks, %d sequences a step",
             position.stage,
             words,
-            distributed.ranks(),
+            distributed.world_size(),
             sequences,
         )
         facts = {
             "from": self._start.words,
             "refused": list(self._start.refused),
-            "ranks": distributed.ranks(),
+            "ranks": distributed.world_size(),
             "steps": steps,
             "sequencesPerStep": sequences,
             "stageTokens": self._course.total,

@@ -22,7 +22,7 @@ def meet(task: StageContext, device: torch.device) -> "RemoteTeacher":
     check_stop = stop_check(task.stopping)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["VPMOE_TEACHER_PORT"])
     return RemoteTeacher(
-        join(address, port, distributed.rank(), distributed.ranks(), device, check_stop), check_stop
+        join(address, port, distributed.rank(), distributed.world_size(), device, check_stop), check_stop
     )
 
 

@@ -4,7 +4,7 @@ import hashlib
 
 from jobs.entrypoint import entrypoint
 from jobs.script import Script
-from vpmoe.api.progress import Amount, DatasetFacts, Progress
+from vpmoe.api.progress import Amount, DatasetStatus, Progress
 from vpmoe.clock import now
 from vpmoe.storage import paths
 
@@ -13,7 +13,7 @@ def main() -> None:
     run, context = entrypoint("preprocess")
     script = Script.of(run, context)
     made = hashlib.sha256(run.config_hash.encode()).hexdigest()
-    facts = DatasetFacts(
+    facts = DatasetStatus(
         id=made, manifest=context.bucket.url(paths.manifest(paths.dataset(made))), sha256=made
     )
     total = run.spec.dataset.workers

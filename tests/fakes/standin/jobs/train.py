@@ -11,7 +11,7 @@ from jobs.entrypoint import Context, entrypoint
 from jobs.script import Script
 from jobs.windows import wait_for
 from vpmoe.api import DistillRun, OnPolicy
-from vpmoe.api.progress import Amount, CheckpointFacts, HeldOut, Progress, SpanLoss
+from vpmoe.api.progress import Amount, CheckpointStatus, HeldOut, Progress, SpanLoss
 from vpmoe.clock import now
 from vpmoe.failure import Terminated
 from vpmoe.storage import paths
@@ -60,7 +60,7 @@ def report(run: DistillRun, context: Context, done: int, steps: int, saved: int)
     """progress.json, as the real job writes it."""
     tokens = run.stage(context.step).tokens
     folder = paths.checkpoint(run, context.step, saved)
-    facts = CheckpointFacts(
+    facts = CheckpointStatus(
         iteration=saved,
         tokens=tokens * saved // steps,
         manifest=context.bucket.url(paths.manifest(folder)),
