@@ -243,11 +243,11 @@ def test_the_gpus_kernels_are_float64s_too() -> None:
     """The same kernels under Triton's interpreter: several tiles and rests each way, extreme logits, shares of several sizes."""
     code = f"""
         import torch
-        from vpmoe.api.stages import Loss
+        from vpmoe.api.stages import LossWeights
         from vpmoe.objectives import forced_kernels, kernels
         torch.manual_seed({new_seed()})
         kernels.TILE, kernels.BAND, forced_kernels.BLOCK = (16, 32, 16), 2, 64
-        terms = Loss(ce=0.3, kl=0.5, hidden=0.0, temperature=2.5)
+        terms = LossWeights(ce=0.3, kl=0.5, hidden=0.0, temperature=2.5)
         hidden, output = torch.randn(37, 40), 3 * torch.randn(150, 40)
         y, targets, share = torch.randn(37, 150) * 10, torch.randint(0, 150, (37,)), torch.rand(37)
         hidden[1] *= 10
