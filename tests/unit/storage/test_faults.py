@@ -202,9 +202,9 @@ def test_no_request_asks_for_what_some_store_lacks(
 UPLOADER = """
 import sys
 from pathlib import Path
-from vpmoe.api.storage import Storage
+from vpmoe.api.storage import StorageSpec
 from vpmoe.storage import Bucket
-Bucket.open(Storage(bucket=sys.argv[1])).put_file("f", Path(sys.argv[2]), {})
+Bucket.open(StorageSpec(bucket=sys.argv[1])).put_file("f", Path(sys.argv[2]), {})
 """
 
 
