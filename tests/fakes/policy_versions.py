@@ -21,7 +21,7 @@ from vpmoe.rollout import policy_version
 from vpmoe.rollout.policy_version import Version
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Manifest
-from vpmoe.trainer.onpolicy.publisher import probe
+from vpmoe.trainer.onpolicy.publisher import compute_probe
 from vpmoe.trainer.stage_inputs import dataset_input
 
 TINY = SHAPES["tiny"]
@@ -113,7 +113,7 @@ def publish(
         iteration=number,
         first_sequence=0,
         first_prompt=first_prompt,
-        probe=probe(it, [np.array(of, np.int32) for of in ids]),
+        probe=compute_probe(it, [np.array(of, np.int32) for of in ids]),
     )
     subjects = [
         bucket.put_file(f"{key}/{file.name}", file, {}).subject(key) for file in sorted(folder.iterdir())

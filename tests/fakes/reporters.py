@@ -4,33 +4,35 @@ from collections.abc import Callable
 from typing import Any
 
 from vpmoe.trainer.context import StageContext
+from vpmoe.trainer.reporting.lines import TrainerLine
 from vpmoe.trainer.reporting.uploader import ProgressUploader
 
 
 class NullReporter(ProgressUploader):
-    """A report that writes nothing: what it says is test_training_report's business."""
+    """Writes nothing. What a real uploader writes is tested in tests/unit/trainer/test_reporting.py."""
 
     def __init__(self) -> None:
-        self.said: dict[str, Any] = {}
+        self.progress: dict[str, Any] = {}
+        """The latest value of each field."""
 
     def update(self, **changes: Any) -> None:
-        self.said |= changes
+        self.progress |= changes
 
     def flush_metrics(self) -> None:
         pass
 
 
 class RecordingReporter(NullReporter):
-    """A report that keeps the lines, and may do something after each step."""
+    """Keeps the lines as they would be written, and calls `after` with each step."""
 
     def __init__(self, after: Callable[[int], None] = lambda step: None) -> None:
         super().__init__()
         self.lines: list[dict[str, Any]] = []
         self._after = after
 
-    def log(self, *lines: dict[str, Any]) -> None:
-        self.lines += lines
-        self._after(lines[-1]["step"])
+    def log(self, *lines: TrainerLine) -> None:
+        self.lines += [line.dump() for line in lines]
+        self._after(lines[-1].step)
 
     def check(self) -> None:
         pass
@@ -39,5 +41,6 @@ class RecordingReporter(NullReporter):
         self.update(**changes)
 
 
-def stop_after(step: int, task: Callable[[], StageContext]) -> Callable[[int], None]:
-    return lambda done: task().stopping.set() if done == step else None
+def stop_after(step: int, context: Callable[[], StageContext]) -> Callable[[int], None]:
+    """For RecordingReporter: asks the process to stop after a step."""
+    return lambda done: context().stopping.set() if done == step else None

@@ -5,7 +5,7 @@ Pure arithmetic over the specification. The sums that must come out are rules of
 
 from dataclasses import dataclass
 
-from vpmoe.api.stages import OnPolicy, StageFields, TeacherForced
+from vpmoe.api.stages import StageFields
 from vpmoe.api.student import StudentSpec
 from vpmoe.api.training import TrainingSpec
 
@@ -40,7 +40,7 @@ class Layout:
 
 def ranks(student: StudentSpec, stage: StageFields) -> int:
     """Training processes of a stage: the student's GPUs, less those that an OnPolicy stage samples on."""
-    return student.gpus - (stage.sampler.gpus if isinstance(stage, OnPolicy) else 0)
+    return student.gpus - stage.sampler_gpus
 
 
 def pod_size(student: StudentSpec, stage: StageFields) -> int:
@@ -56,7 +56,7 @@ def layout(student: StudentSpec, training: TrainingSpec, stage: StageFields) -> 
         ranks=world,
         pods=world // size,
         processes_per_pod=size,
-        first_pod_gpus=size + isinstance(stage, TeacherForced),
+        first_pod_gpus=size + stage.teacher_processes,
         data_parallel=world,
         expert_parallel=student.expert_parallel,
         sequences_per_rank=per_rank,
@@ -68,6 +68,6 @@ def layout(student: StudentSpec, training: TrainingSpec, stage: StageFields) -> 
 def largest_pod(student: StudentSpec, stage: StageFields) -> int:
     """GPUs of the stage's largest pod: of its first that trains, or of the one that samples for an OnPolicy stage."""
     return max(
-        pod_size(student, stage) + isinstance(stage, TeacherForced),
-        stage.sampler.gpus if isinstance(stage, OnPolicy) else 0,
+        pod_size(student, stage) + stage.teacher_processes,
+        stage.sampler_gpus,
     )

@@ -79,6 +79,16 @@ class StageFields(ApiModel):
         """GPUs of student.gpus that sample while the stage trains; 0 except in an OnPolicy stage."""
         return 0
 
+    @property
+    def teacher_processes(self) -> int:
+        """Processes of the first pod that run the teacher, on a GPU of their own; 0 except in a TeacherForced stage."""
+        return 0
+
+    @property
+    def scored_subset(self) -> "Subset | None":
+        """The documents whose scores the stage trains on; None where it trains on none."""
+        return None
+
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "name",
@@ -162,6 +172,10 @@ class Rescored(StageFields):
     confidence: Confidence = Confidence()
     """How far the teacher's opinion may move a token's weight."""
 
+    @property
+    def scored_subset(self) -> Subset | None:
+        return self.subset if self.mix > 0 else None
+
 
 class LossWeights(ApiModel):
     """What a TeacherForced step minimises: a weighted sum of three terms, each a mean over its span."""
@@ -194,6 +208,10 @@ class TeacherForced(StageFields):
     """As in Vanilla."""
     loss: LossWeights = LossWeights()
     """Weights of the three terms of the loss."""
+
+    @property
+    def teacher_processes(self) -> int:
+        return 1
 
 
 class Require(ApiModel):

@@ -11,8 +11,7 @@ exists for stages that this student does not have.
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import (
@@ -25,6 +24,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
+from vpmoe.api.metrics import BySpan, Measures
 from vpmoe.data.spans import SPANS
 from vpmoe.model import distributed, state
 from vpmoe.model.batch import Batch
@@ -40,18 +40,18 @@ EPSILON = 1e-8
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a global batch came to; the same on every rank."""
+    """Result of a global batch; the same on every rank."""
 
     loss: float
-    """What the objective came to, balance loss not included; nan where nothing was minimised."""
-    cross_entropy: dict[str, float | None]
-    """Mean −log p by span, in nats a token; None where the batch has none of it."""
+    """The objective, balance loss not included; NaN where nothing was minimised."""
+    cross_entropy: BySpan
+    """Mean −log p by span, in nats a token; None where the batch has no token of the span."""
     tokens: dict[str, int]
     """Targets by span."""
     load: ExpertLoad | None
-    """None after an evaluation."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What the objective measured."""
+    """Tokens of each expert; None after an evaluation."""
+    measures: Measures | None = None
+    """What the objective measured; its class depends on the objective."""
 
 
 class Learner:
@@ -241,5 +241,5 @@ class _Sums:
             )
             if by_layer
             else None,
-            facts=objective.facts(measured) if objective else {},
+            measures=objective.measures(measured) if objective else None,
         )

@@ -1,16 +1,19 @@
-"""What a training step asks of an objective, and the one form that all objectives but TeacherForced's have: a coefficient for each token.
+"""The interface of objectives, and the form that all of them but TeacherForced's have: one coefficient for
+each token.
 
-The trainer is blind to the algorithm: it brings hidden states, takes back a loss to go backward from, and adds up over the ranks what
-the objective has measured on the way. Which coefficients those are stands in vanilla.py, rescored.py and onpolicy.py.
+A training step gives an objective hidden states, takes back a loss to differentiate, and sums over the ranks
+what the objective measured. The coefficients are in vpmoe/objectives: vanilla.py, rescored.py and
+onpolicy.py.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from vpmoe.api.metrics import Measures
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import Coefficient, head_loss
 
@@ -19,55 +22,60 @@ if TYPE_CHECKING:
 
 
 class Objective(Protocol):
-    """What one optimizer step minimises. Made anew for each step, with the global batch's denominators in it."""
+    """What one optimizer step minimises. Each step has a new one, which holds the denominators of the global
+    batch."""
 
     def loss(
         self, batch: Batch, hidden_TH: Tensor, student: "Student", scale: float
     ) -> tuple[Tensor, Tensor]:
-        """(`scale` · this microbatch's share of the loss, log p of its targets [T] detached, NaN where there is none)."""
+        """(`scale` · this microbatch's share of the loss, log p of its targets [T] detached, NaN where there
+        is no target)."""
 
     def sums(self) -> Tensor:
-        """[M] float64: what this rank has measured since the step began, to be added up over the ranks. M is the same on all of them."""
+        """[M] float64: what this rank measured in the step, to be summed over the ranks. M is the same on all
+        ranks."""
 
-    def facts(self, total: Tensor) -> dict[str, Any]:
-        """What the ranks' sums say, for the step's line of metrics."""
+    def measures(self, total: Tensor) -> Measures | None:
+        """The measures of the global batch, from the sum of all ranks' `sums`; None where the objective
+        measures nothing."""
 
 
-def _nothing(batch: Batch, logp_T: Tensor) -> Tensor:
+def _no_sums(batch: Batch, logp_T: Tensor) -> Tensor:
     return torch.zeros(0, dtype=torch.float64)
 
 
 @dataclass
 class Weighted:
-    """Σ c·(−log p), where `of` gives a batch's coefficients c."""
+    """Σ c·(−log p): an Objective."""
 
-    of: Callable[[Batch], Coefficient]
-    measure: Callable[[Batch, Tensor], Tensor] = _nothing
-    """A microbatch's sums [M] float64, from the batch and the student's log p of its targets [T], NaN where there is none."""
-    told: Callable[[Tensor], dict[str, Any]] = lambda total: {}
+    coefficient_of: Callable[[Batch], Coefficient]
+    """A batch's coefficients c."""
+    sums_of: Callable[[Batch, Tensor], Tensor] = _no_sums
+    """A microbatch's sums [M] float64, from the batch and the student's log p of its targets [T], NaN where
+    there is no target."""
+    measures_of: Callable[[Tensor], Measures | None] = lambda total: None
+    """The step's measures, from the total of the sums."""
     _sums: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, batch: Batch) -> Coefficient:
-        return self.of(batch)
 
     def loss(
         self, batch: Batch, hidden_TH: Tensor, student: "Student", scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See Objective. The coefficient is scaled and not the loss: a factor on gradients that are bf16 already would be rounded to it."""
-        coefficient = self.of(batch)
+        """See Objective. The coefficient is scaled and not the loss: a factor on bf16 gradients would be
+        rounded."""
+        coefficient = self.coefficient_of(batch)
         loss, logp_T = head_loss(
             hidden_TH,
             student.output,
             batch.target,
             lambda logp_t, rows_t: coefficient(logp_t, rows_t) * scale,
         )
-        self._sums.append(self.measure(batch, logp_T))
+        self._sums.append(self.sums_of(batch, logp_T))
         return loss, logp_T
 
     def sums(self) -> Tensor:
         """See Objective."""
         return torch.stack(self._sums).sum(0)
 
-    def facts(self, total: Tensor) -> dict[str, Any]:
+    def measures(self, total: Tensor) -> Measures | None:
         """See Objective."""
-        return self.told(total)
+        return self.measures_of(total)

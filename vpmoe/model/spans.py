@@ -1,7 +1,9 @@
-"""Spans: which tokens are learned and under which of the two means. The one place where targets are shifted against positions.
+"""Spans: which tokens are learned and under which of the two means. The one place where targets are shifted
+against positions.
 
-Position t predicts the token at t + 1 of the same document. The span of that predicted token decides: 0 (system, user, markers of other
-turns) is never learned, so it is no target at all. A document's last position, and padding, predict nothing.
+Position t predicts the token at t + 1 of the same document. The span of that predicted token decides: 0
+(system, user, markers of other turns) is never learned, so it is no target at all. A document's last
+position, and padding, predict nothing.
 """
 
 from collections.abc import Mapping
@@ -9,15 +11,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from vpmoe.api.metrics import BySpan
 from vpmoe.data.spans import SPANS
 
 NO_TARGET = -1
 
 
 def targets(tokens_bS: Tensor, spans_bS: Tensor, documents_bS: Tensor) -> tuple[Tensor, Tensor]:
-    """What each position predicts: (token [T] int64 or NO_TARGET, its span [T] uint8 or 0), with T = b·S in row order.
+    """What each position predicts: (token [T] int64 or NO_TARGET, its span [T] uint8 or 0), with T = b·S in
+    row order.
 
-    `documents_bS` numbers the documents inside a row; negative is padding. A document is a contiguous run of one number.
+    `documents_bS` numbers the documents inside a row; negative is padding. A document is a contiguous run of
+    one number.
     """
     token_bS = torch.full_like(tokens_bS, NO_TARGET)
     span_bS = torch.zeros_like(spans_bS)
@@ -28,7 +33,8 @@ def targets(tokens_bS: Tensor, spans_bS: Tensor, documents_bS: Tensor) -> tuple[
 
 
 def shift_to_targets(values_bS: Tensor, target_T: Tensor) -> Tensor:
-    """What is known of each token (floating point), as known of each position's target [T]; NaN where there is none."""
+    """What is known of each token (floating point), as known of each position's target [T]; NaN where there
+    is none."""
     shifted_bS = torch.full_like(values_bS, torch.nan)
     shifted_bS[:, :-1] = values_bS[:, 1:]
     return shifted_bS.flatten().where(target_T != NO_TARGET, torch.nan)
@@ -47,6 +53,24 @@ def weights_by_span(weights: Mapping[str, float]) -> list[float]:
 
 
 def coefficient_by_span(counts: Tensor, weights: Mapping[str, float]) -> list[float]:
-    """w_span / N_span indexed by span number, 0 for span 0 and where N_span is 0; `counts` is [positions, N_reasoning, N_final] of the
-    GLOBAL batch."""
+    """w_span / N_span indexed by span number, 0 for span 0 and where N_span is 0; `counts` is [positions,
+    N_reasoning, N_final] of the GLOBAL batch."""
     return [weight / max(int(n), 1) for weight, n in zip(weights_by_span(weights), counts, strict=True)]
+
+
+def means_by_span(total: Tensor, sums: int) -> list[BySpan]:
+    """The mean by span of each sum but the first, which counts the span's tokens; None for a span without
+    tokens.
+
+    `total` [spans · sums] holds the sums of one span after those of the other.
+    """
+    table = dict(zip(SPANS, total.view(len(SPANS), sums).tolist(), strict=True))
+    return [
+        {span: row[column] / row[0] if row[0] else None for span, row in table.items()}
+        for column in range(1, sums)
+    ]
+
+
+def weighted_sum(values: BySpan, weights: Mapping[str, float]) -> float:
+    """w_reasoning · value_reasoning + w_final · value_final; a span without tokens adds nothing."""
+    return weights["reasoning"] * (values["reasoning"] or 0.0) + weights["final"] * (values["final"] or 0.0)

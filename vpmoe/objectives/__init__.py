@@ -1,7 +1,8 @@
-"""What training minimises: objectives, and the head that turns token coefficients into a loss and gradients.
+"""What training minimises: one file a kind of step. The interface is vpmoe/model/objective.py.
 
-An objective (objective.py) is asked for the loss of each microbatch. All but TeacherForced's are a function `Batch -> Coefficient`; a
-Coefficient is a function `(logp_t, rows_t) -> c_t` that the head calls once a chunk: `logp_t` [t] are the chunk's log p(target), detached,
-and `rows_t` [t] int64 say which of the batch's T positions they belong to. The loss is Σ c·(−log p). Coefficients known beforehand ignore
-`logp_t`; those of on-policy training are made from it.
+Vanilla, Rescored and OnPolicy are functions `Batch -> Coefficient`. A Coefficient is a function `(logp_t,
+rows_t) -> c_t` that the head calls once a chunk: `logp_t` [t] are the chunk's log p(target), detached, and
+`rows_t` [t] int64 their places among the batch's T positions. The loss is Σ c·(−log p). Vanilla and Rescored
+know their coefficients beforehand and ignore `logp_t`; OnPolicy computes them from it. TeacherForced has a
+head of its own (teacher_forced_head.py).
 """

@@ -1,7 +1,8 @@
-"""Where the teacher's confidence weighs 1: the centre m of each span's weights, from the exact histogram of its scores. Pure numpy.
+"""Centre m of the confidence weights of each span, computed from the exact histogram of the teacher's scores.
+Pure numpy.
 
-With this m the mean weight over all scored tokens is 1, so that w_reasoning : w_final and the mix of batches keep their meaning, and both
-ends of the clip can bind. What a token weighs then is rescored.py's business.
+With this m the mean weight over all scored tokens is 1. So the ratio w_reasoning : w_final and the mix of
+batches keep their meaning, and both ends of the clip can bind. The weights are applied in rescored.py.
 """
 
 import math
@@ -14,10 +15,12 @@ from vpmoe.api.stages import Confidence
 
 
 def centre(histogram: Sequence[Sequence[int]], confidence: Confidence) -> float:
-    """m, in nats, with Σ count · clip(exp((x − m) / T), min, max) = Σ count over the histogram's [[bits of float16 x, count], …].
+    """m, in nats, with Σ count · clip(exp((x − m) / T), min, max) = Σ count.
 
-    The mean falls from max to min as m rises, so there is one such m, or a range of them where all weights are 1; of a range, the end at
-    which the bound that is 1 holds for every x. Found by halving, to the last bit. 0 for a histogram of nothing.
+    The sums are over the histogram's [[bits of float16 x, count], …]. An empty histogram gives 0. The mean
+    falls from max to min as m rises, so there is one such m, or a range of them where all weights are 1. Of a
+    range the end is returned at which the bound that is 1 holds for every x. Found by bisection, to the last
+    bit.
     """
     if not histogram:
         return 0.0
@@ -41,5 +44,5 @@ def centre(histogram: Sequence[Sequence[int]], confidence: Confidence) -> float:
 
 def weights(values: NDArray[np.float64], centre: float, confidence: Confidence) -> NDArray[np.float64]:
     """clip(exp((x − m) / T), min, max) of log-probabilities x."""
-    with np.errstate(over="ignore"):  # what is too large for a number is clipped
+    with np.errstate(over="ignore"):  # an overflow is clipped
         return np.clip(np.exp((values - centre) / confidence.temperature), confidence.min, confidence.max)

@@ -1,24 +1,71 @@
-"""Rescored: cross-entropy on the data set's own tokens, each weighed by how likely the teacher found it.
+"""Rescored: cross-entropy on the dataset's own tokens, each weighted by how likely the teacher found it.
 
-The scores were made beforehand and stand in the batch; where they are centred is confidence.py's business, which batches hold them
-vpmoe.training's.
+The batch holds the teacher's log-probabilities. The centre of the weights is computed in confidence.py. Which
+documents have scores is decided by vpmoe.teacher.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
+from vpmoe.api.base import Record
+from vpmoe.api.metrics import BySpan, Measures, Sample, samples_by_span
 from vpmoe.api.stages import Confidence
 from vpmoe.data.spans import SPANS
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import Coefficient
 from vpmoe.model.objective import Weighted
-from vpmoe.model.spans import coefficient_by_span
+from vpmoe.model.spans import coefficient_by_span, means_by_span
 
-MEASURED = 5
-"""Numbers that are summed for each span: tokens, weights, weights at the lower and at the upper bound, the teacher's log-probabilities."""
+SUMS = 5
+"""Sums of each span: tokens, weights, weights at the lower bound, weights at the upper bound, the teacher's
+log-probabilities."""
+
+
+class ConfidenceWeights(Record):
+    """The confidence weights of a step's tokens, by span."""
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    mean: BySpan
+    """Mean weight."""
+    saturation_low: BySpan
+    """Share of the weights at confidence.min."""
+    saturation_high: BySpan
+    """Share of the weights at confidence.max."""
+
+
+class RescoredMeasures(Measures):
+    """What a step on scored documents measures."""
+
+    weight: ConfidenceWeights
+    teacher_logp: BySpan
+    """The teacher's mean log-probability, in nats."""
+
+    def samples(self) -> Iterable[Sample]:
+        weight = self.weight
+        return [
+            *samples_by_span(
+                "teacher_logp",
+                "Teacher's mean log-probability in the latest scored step by span, nats",
+                self.teacher_logp,
+            ),
+            *samples_by_span(
+                "weight_mean", "Mean confidence weight in the latest scored step by span", weight.mean
+            ),
+            *samples_by_span(
+                "weight_saturation_low_ratio",
+                "Share of weights at confidence.min by span",
+                weight.saturation_low,
+            ),
+            *samples_by_span(
+                "weight_saturation_high_ratio",
+                "Share of weights at confidence.max by span",
+                weight.saturation_high,
+            ),
+        ]
 
 
 def rescored(
@@ -26,26 +73,26 @@ def rescored(
 ) -> Weighted:
     """Coefficients c = w_span / N_span · clip(exp((logp_teacher − m_span) / T), min, max).
 
-    `counts` is [positions, N_reasoning, N_final] of the GLOBAL batch, `centre` m by span in nats. The batch has the teacher's log p of
-    every target.
+    `counts` is [positions, N_reasoning, N_final] of the GLOBAL batch, `centre` m by span in nats. The batch
+    has the teacher's log p of every target.
     """
     by_span = coefficient_by_span(counts, weights)
     m_by_span = [0.0, *(centre[name] for name in SPANS)]
 
     def weight(batch: Batch) -> Tensor:
-        """[T] fp32; what stands where there is no target means nothing."""
+        """[T] fp32; undefined where there is no target."""
         m_T = torch.tensor(m_by_span, dtype=torch.float32, device=batch.span.device)[batch.span.long()]
         return (
             ((teacher_logp(batch) - m_T) / confidence.temperature).exp().clamp(confidence.min, confidence.max)
         )
 
-    def of(batch: Batch) -> Coefficient:
+    def coefficient_of(batch: Batch) -> Coefficient:
         c_T = torch.tensor(by_span, dtype=torch.float32, device=batch.span.device)[batch.span.long()]
         c_T = torch.where(batch.span > 0, c_T * weight(batch), 0)
         return lambda logp_t, rows_t: c_T[rows_t]
 
-    def measure(batch: Batch, logp_T: Tensor) -> Tensor:
-        """[spans · MEASURED] float64 sums over the microbatch."""
+    def sums_of(batch: Batch, logp_T: Tensor) -> Tensor:
+        """[spans · SUMS] float64 sums over the microbatch."""
         w_T = weight(batch)
         found_5T = torch.stack(
             [
@@ -58,24 +105,20 @@ def rescored(
         ).double()
         return torch.cat([found_5T.where(batch.span == span, 0).sum(1) for span in SPANS.values()])
 
-    return Weighted(of, measure, _told)
+    return Weighted(coefficient_of, sums_of, _measures)
 
 
 def teacher_logp(batch: Batch) -> Tensor:
-    """The teacher's log p of each position's target [T] fp32. Raises ValueError for a batch that came without."""
+    """The teacher's log p of each position's target [T] fp32. Raises ValueError for a batch without
+    scores."""
     if batch.teacher_logp is None:
-        raise ValueError("a Rescored step wants a batch with the teacher's log-probabilities")
+        raise ValueError("a Rescored step needs a batch with the teacher's log-probabilities")
     return batch.teacher_logp
 
 
-def _told(total: Tensor) -> dict[str, Any]:
-    """The step's measures by span, for its line of metrics; null where the batch has no such token."""
-    names = ("mean", "saturationLow", "saturationHigh")
-    weight: dict[str, dict[str, float | None]] = {name: {} for name in names}
-    logp: dict[str, float | None] = {}
-    for span, (tokens, *sums) in zip(SPANS, total.view(-1, MEASURED).tolist(), strict=True):
-        means = [value / tokens if tokens else None for value in sums]
-        for name, value in zip(names, means[:3], strict=True):
-            weight[name][span] = value
-        logp[span] = means[3]
-    return {"weight": weight, "teacherLogp": logp}
+def _measures(total: Tensor) -> RescoredMeasures:
+    """Means by span, from the ranks' total of the sums."""
+    mean, low, high, logp = means_by_span(total, SUMS)
+    return RescoredMeasures(
+        weight=ConfidenceWeights(mean=mean, saturation_low=low, saturation_high=high), teacher_logp=logp
+    )

@@ -1,27 +1,55 @@
-"""TeacherForced: towards the teacher's distribution and hidden states, token by token, with some cross-entropy beside it."""
+"""TeacherForced: towards the teacher's distribution and hidden states, token by token, with some
+cross-entropy beside it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from vpmoe.api.metrics import BySpan, Measures, Sample, samples_by_span
 from vpmoe.api.stages import LossWeights
 from vpmoe.data.spans import SPANS
 from vpmoe.model.batch import Batch
-from vpmoe.model.spans import coefficient_by_span
+from vpmoe.model.spans import coefficient_by_span, means_by_span
 from vpmoe.objectives.teacher_forced_head import Teacher, forced_loss
 
 if TYPE_CHECKING:
     from vpmoe.model.student import Student
 
-MEASURES = ("kl", "cosine")
+SUMS = 3
+"""Sums of each span: targets, KL, cosines."""
+
+
+class TeacherForcedMeasures(Measures):
+    """What a step beside the teacher measures."""
+
+    kl: BySpan
+    """KL(teacher‖student) at the stage's temperature T, in nats a token, without the factor T² that the loss
+    has."""
+    cosine: BySpan
+    """Cosine of the projected student's hidden states and the teacher's."""
+
+    def samples(self) -> Iterable[Sample]:
+        return [
+            *samples_by_span(
+                "teacher_kl",
+                "KL(teacher‖student) at the stage's temperature in the latest step by span, nats",
+                self.kl,
+            ),
+            *samples_by_span(
+                "teacher_cosine",
+                "Cosine of student's and teacher's hidden states in the latest step by span",
+                self.cosine,
+            ),
+        ]
 
 
 @dataclass
 class TeacherForced:
-    """Σ over spans w/N · Σ [ce · nll + kl · T² · KL(teacher‖student at T) + hidden · (1 − cosine)]: an Objective."""
+    """Σ over spans w/N · Σ [ce · nll + kl · T² · KL(teacher‖student at T) + hidden · (1 − cosine)]: an
+    Objective."""
 
     terms: LossWeights
     share: list[float]
@@ -35,7 +63,8 @@ class TeacherForced:
     def loss(
         self, batch: Batch, hidden_TH: Tensor, student: "Student", scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See Objective. The share is scaled and not the loss: a factor on gradients that are bf16 already would be rounded to it."""
+        """See Objective. The share is scaled and not the loss: a factor on bf16 gradients would be
+        rounded."""
         share_T = (
             torch.tensor(self.share, dtype=torch.float32, device=batch.span.device)[batch.span.long()] * scale
         )
@@ -44,28 +73,24 @@ class TeacherForced:
             hidden_TH, student.output, student.projection, teacher, batch.target, share_T, self.terms
         )
         parts = (found.kl_T, found.cosine_T)
-        by_span = [
-            torch.stack([part.where(batch.span == span, 0).double().sum() for part in parts])
-            for span in SPANS.values()
-        ]
-        counts = batch.counts[1:].to(by_span[0]).unsqueeze(1)
-        self._sums.append(torch.cat([torch.stack(by_span), counts], dim=1).flatten())
+        by_span = torch.stack(
+            [
+                torch.stack([part.where(batch.span == span, 0).double().sum() for part in parts])
+                for span in SPANS.values()
+            ]
+        )
+        targets = batch.counts[1:].to(by_span).unsqueeze(1)
+        self._sums.append(torch.cat([targets, by_span], dim=1).flatten())
         return found.loss, found.logp_T
 
     def sums(self) -> Tensor:
-        """See Objective: for each span the sums of MEASURES, then its targets."""
+        """See Objective."""
         return torch.stack(self._sums).sum(0)
 
-    def facts(self, total: Tensor) -> dict[str, Any]:
-        """See Objective: each measure's mean by span, null where the batch has none of it. KL is the loss's, without the T²."""
-        table = total.view(len(SPANS), len(MEASURES) + 1).tolist()
-        return {
-            name: {
-                span: row[place] / row[-1] if row[-1] else None
-                for span, row in zip(SPANS, table, strict=True)
-            }
-            for place, name in enumerate(MEASURES)
-        }
+    def measures(self, total: Tensor) -> TeacherForcedMeasures:
+        """See Objective."""
+        kl, cosine = means_by_span(total, SUMS)
+        return TeacherForcedMeasures(kl=kl, cosine=cosine)
 
 
 def teacher_forced(
@@ -75,5 +100,6 @@ def teacher_forced(
     output_VG: Tensor,
     hidden_of: Callable[[Batch], Tensor],
 ) -> TeacherForced:
-    """The objective of one step. `counts` is [positions, N_reasoning, N_final] of the GLOBAL batch, as in Batch.counts."""
+    """The objective of one step. `counts` is [positions, N_reasoning, N_final] of the GLOBAL batch, as in
+    Batch.counts."""
     return TeacherForced(terms, coefficient_by_span(counts, weights), output_VG, hidden_of)

@@ -1,4 +1,5 @@
-"""Vanilla: cross-entropy on the data set's own tokens, reasoning and final as two separate means. Also the anchor of later stages."""
+"""Vanilla: cross-entropy on the dataset's own tokens, a separate mean for reasoning and for final. Also the
+anchor of later stages."""
 
 from collections.abc import Mapping
 
@@ -12,15 +13,16 @@ from vpmoe.model.spans import coefficient_by_span
 
 
 def vanilla(counts: Tensor, weights: Mapping[str, float]) -> Weighted:
-    """Coefficients c = w_span / N_span, and 0 where N_span is 0. `counts` is [positions, N_reasoning, N_final], as in Batch.counts.
+    """Coefficients c = w_span / N_span, and 0 where N_span is 0. `counts` is [positions, N_reasoning,
+    N_final], as in Batch.counts.
 
-    N counts the GLOBAL batch, all ranks and microbatches of the step: with counts of one microbatch this would be a mean of means, in
-    which the lone token of a short microbatch outweighs a thousand of another.
+    N counts the GLOBAL batch, all ranks and microbatches of the step. With counts of one microbatch this
+    would be a mean of means, in which the only token of a short microbatch outweighs a thousand of another.
     """
     by_span = coefficient_by_span(counts, weights)
 
-    def of(batch: Batch) -> Coefficient:
+    def coefficient_of(batch: Batch) -> Coefficient:
         c_T = torch.tensor(by_span, dtype=torch.float32, device=batch.span.device)[batch.span.long()]
         return lambda logp_t, rows_t: c_T[rows_t]
 
-    return Weighted(of)
+    return Weighted(coefficient_of)

@@ -31,7 +31,7 @@ from vpmoe.rollout.window_files import Rollout, RolloutHeader, read_rollouts, ro
 from vpmoe.sampler.version_batch import Batch, Source, draw
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.manifest import Manifest
-from vpmoe.trainer.stage_inputs import dataset, dataset_facts
+from vpmoe.trainer.stage_inputs import dataset_facts, load_dataset
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def sample(
     other weights wrongly, StorageError, Terminated where it was asked to stop. A window is in the bucket whole or not at all.
     """
     job = Job(run, bucket, provenance, stopping, None, stage, engines, scratch)
-    made = dataset(run, bucket)
+    made = load_dataset(run, bucket)
     curriculum = Curriculum(stage)
     before, source = job.newest(), None
     while before is None or not before.last:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vpmoe.api import DistillRun
-from vpmoe.api.stages import Rescored, Subset
+from vpmoe.api.stages import Subset
 from vpmoe.data.dataset import recorded, sum_counts
 from vpmoe.data.spans import SPANS
 from vpmoe.failure import Permanent
@@ -71,18 +71,18 @@ class ScoresRef:
         }
 
 
-def resolve(run: DistillRun, stage: Rescored, bucket: Bucket, dataset: Manifest) -> ScoresRef:
-    """The scores that a stage trains on. Raises what `resolve_teacher` raises."""
+def resolve(run: DistillRun, subset: Subset, bucket: Bucket, dataset: Manifest) -> ScoresRef:
+    """The scores of a subset of the dataset. Raises what `resolve_teacher` raises."""
     teacher = resolve_teacher(run, bucket)
-    return ScoresRef(dataset.facts["id"], content_of(dataset), teacher, run.spec.teacher.effort, stage.subset)
+    return ScoresRef(dataset.facts["id"], content_of(dataset), teacher, run.spec.teacher.effort, subset)
 
 
 def resolve_all(run: DistillRun, bucket: Bucket, dataset: Manifest) -> list[ScoresRef]:
     """The scores of all stages of the run that train on some, each set once, in the order of the stages."""
     found = [
-        resolve(run, stage, bucket, dataset)
+        resolve(run, stage.scored_subset, bucket, dataset)
         for stage in run.spec.stages
-        if isinstance(stage, Rescored) and stage.mix > 0
+        if stage.scored_subset is not None
     ]
     return list({scores.id: scores for scores in found}.values())
 

@@ -1,1 +1,1 @@
-"""The training process."""
+"""The training process: one stage of a run, on every rank."""

@@ -1,4 +1,4 @@
-"""What the processes of one stage are told, and the few words that they say among themselves outside of training's own collectives."""
+"""What every process of a stage is given, and the group over which ranks exchange small objects."""
 
 import threading
 from dataclasses import dataclass
@@ -24,22 +24,22 @@ class StageContext:
     dataset: Manifest
     provenance: Provenance
     stopping: threading.Event
-    """Set on SIGTERM: this process wants to stop. All stop after the same step."""
+    """Set on SIGTERM: this process should stop. All ranks stop after the same step."""
     scratch: Path
-    """A folder on the pod's disk that all its processes share and that goes when they do."""
+    """A folder on the pod's disk that all its processes share and that is deleted when they end."""
     scores: Manifest | None = None
     """The teacher's scores that a Rescored stage trains on."""
 
 
 class ObjectGroup:
-    """A channel of small objects between all ranks, apart from training's collectives so that a thread may use it beside them."""
+    """Exchanges small objects between all ranks. It is separate from training's collectives, so a thread may use it beside them."""
 
     def __init__(self, patience: timedelta) -> None:
-        """Every rank makes its channels in the same order. `patience` is how long one may keep the others waiting."""
+        """Every rank makes its groups in the same order. `patience` is how long one rank may keep the others waiting."""
         self._group = dist.new_group(backend="gloo", timeout=patience)
 
-    def gather[T](self, word: T) -> list[T]:
-        """Every rank's word, by rank. Waits for all of them."""
-        heard: list[T] = [word] * dist.get_world_size()
-        dist.all_gather_object(heard, word, group=self._group)
-        return heard
+    def gather[T](self, value: T) -> list[T]:
+        """Every rank's value, by rank. Waits for all ranks."""
+        gathered: list[T] = [value] * dist.get_world_size()
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered

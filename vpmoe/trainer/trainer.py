@@ -1,22 +1,19 @@
-"""The trainer: one stage from where it stands to its end, the same on every rank. What rank 0 says of it is telling.py's business.
+"""The trainer: takes one stage from where it is to its end, the same on every rank.
 
-It knows no algorithm: an objective turns a batch into coefficients (vpmoe.objectives), the student minimises Σ c·(−log p). All that a
-step depends on is a function of (seed, step), of the state that a checkpoint holds and, in an OnPolicy stage, of its window in the bucket:
-so a killed run that is resumed ends at the weights of one that was not.
+It knows no kind of stage: what differs between them is in stages/. Everything that a step depends on follows from (seed, step), from the
+state that a checkpoint holds and, in an OnPolicy stage, from its window in the bucket. So a run that was killed and resumed ends with the
+same weights as one that was not.
 """
 
-import logging
 import math
 import time
 from contextlib import ExitStack, closing
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from vpmoe.api.layout import layout
 from vpmoe.api.progress import Progress
-from vpmoe.api.stages import OnPolicy, Rescored, TeacherForced
 from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.clock import now
 from vpmoe.data.reader import BlockCache, DatasetReader
@@ -25,336 +22,245 @@ from vpmoe.model import distributed
 from vpmoe.model.batch import Batch
 from vpmoe.model.device import choose
 from vpmoe.model.learner import Learner, Outcome
-from vpmoe.model.objective import Objective
 from vpmoe.model.shapes import SHAPES
-from vpmoe.objectives.onpolicy import on_policy
-from vpmoe.objectives.rescored import rescored
-from vpmoe.objectives.teacher_forced import teacher_forced
-from vpmoe.objectives.vanilla import vanilla
+from vpmoe.model.spans import weighted_sum
 from vpmoe.trainer import stage_inputs
-from vpmoe.trainer.checkpoint.resume import Start, begin
-from vpmoe.trainer.checkpoint.writer import Checkpoints
+from vpmoe.trainer.checkpoint.resume import Start, load_start
+from vpmoe.trainer.checkpoint.writer import CheckpointWriter
 from vpmoe.trainer.context import StageContext
 from vpmoe.trainer.data.held_out import HeldOutDocuments
-from vpmoe.trainer.data.scored_documents import ScoredDocuments
-from vpmoe.trainer.data.step_plan import StepPlan
-from vpmoe.trainer.onpolicy.coordinator import Exchange
-from vpmoe.trainer.onpolicy.publisher import Publisher, probed
-from vpmoe.trainer.onpolicy.step_plan import OnPolicyCourse
-from vpmoe.trainer.reporting import gpu, metrics
+from vpmoe.trainer.reporting.gpu import as_vector, read_gpu
+from vpmoe.trainer.reporting.lines import HeldOutLoss
 from vpmoe.trainer.reporting.reporter import StageReporter
 from vpmoe.trainer.reporting.uploader import ProgressUploader
-from vpmoe.trainer.schedule import due, ends_early, learning_rate
-from vpmoe.trainer.teacher_forced.client import RemoteTeacher, meet
+from vpmoe.trainer.schedule import due, learning_rate
+from vpmoe.trainer.stages.select import for_stage
+from vpmoe.trainer.stages.stage_kind import StageKind
 
-log = logging.getLogger(__name__)
 
+def train(context: StageContext) -> None:
+    """Train a stage to its end.
 
-def train(task: StageContext) -> None:
-    """Train a stage to its end. Raises Terminated after a SIGTERM, with a checkpoint saved; Permanent where another attempt cannot help."""
-    spec = task.run.spec
+    Raises Terminated after a SIGTERM, with a checkpoint saved; Permanent where another attempt cannot help.
+    """
+    spec = context.run.spec
     device = choose()
     distributed.start(device, spec.student.expert_parallel)
     with ExitStack() as opened:
-        report = (
-            opened.enter_context(closing(ProgressUploader(task, _starting(task))))
-            if distributed.rank() == 0
-            else None
-        )
-        cache = BlockCache(task.bucket, task.scratch / "blocks")
-        parts = opened.enter_context(closing(DatasetReader(task.dataset, "train", cache)))
-        scored = ScoredDocuments(parts, task.scores, cache) if task.scores else None
-        teacher = meet(task, device) if isinstance(task.stage, TeacherForced) else None
+        uploader = None
+        if distributed.rank() == 0:
+            uploader = opened.enter_context(closing(ProgressUploader(context, _first_progress(context))))
+        cache = BlockCache(context.bucket, context.scratch / "blocks")
+        documents = opened.enter_context(closing(DatasetReader(context.dataset, "train", cache)))
+        stage = opened.enter_context(closing(for_stage(context, documents, cache, device)))
         learner = Learner.build(
             SHAPES[spec.student.shape],
             device,
             sequence_length=spec.training.sequence_length,
             seed=spec.training.seed,
-            weight_decay=task.stage.optimizer.weight_decay,
-            gradient_clip=task.stage.optimizer.gradient_clip,
+            weight_decay=context.stage.optimizer.weight_decay,
+            gradient_clip=context.stage.optimizer.gradient_clip,
             expert_parallel=spec.student.expert_parallel,
-            teacher_width=teacher.width if teacher else None,
+            teacher_width=stage.teacher_width,
         )
-        start = begin(task, learner)
+        start = load_start(context, stage, learner)
         inputs = [
-            task.dataset.inputs["tokenizer"],
-            stage_inputs.dataset_input(task.bucket, task.dataset),
+            context.dataset.inputs["tokenizer"],
+            stage_inputs.dataset_input(context.bucket, context.dataset),
             *start.sources,
+            *stage.inputs(),
         ]
-        if isinstance(task.stage, TeacherForced | OnPolicy):
-            inputs.append(stage_inputs.teacher_input(task.run, task.bucket))
-        if task.scores:
-            inputs.append(stage_inputs.scores_input(task.bucket, task.scores))
-        checkpoints = opened.enter_context(closing(Checkpoints(task, inputs, report)))
+        checkpoints = opened.enter_context(closing(CheckpointWriter(context, inputs, uploader)))
         held_out = None
         if spec.evaluation.documents:
-            valid = opened.enter_context(closing(DatasetReader(task.dataset, "valid", cache)))
+            valid = opened.enter_context(closing(DatasetReader(context.dataset, "valid", cache)))
             held_out = HeldOutDocuments(
                 valid, spec.evaluation.documents, spec.training.seed, spec.training.sequence_length
             )
-        steps, exchange = course(task, parts, scored, start), None
-        if isinstance(steps, OnPolicyCourse):
-            exchange = Exchange(
-                task, steps, opened.enter_context(closing(Publisher(task, inputs, probed(parts))))
-            )
-        Trainer(task, device, learner, steps, held_out, checkpoints, start, report, teacher, exchange).run()
+        stage.prepare(start.state, inputs)
+        Trainer(context, device, learner, stage, held_out, checkpoints, start, uploader).run()
     distributed.stop()
 
 
-def course(
-    task: StageContext, parts: DatasetReader, scored: ScoredDocuments | None, start: Start
-) -> StepPlan | OnPolicyCourse:
-    """What this rank trains on in the stage."""
-    training, stage = task.run.spec.training, task.stage
-    sequences, rank, ranks = (
-        layout(task.run.spec.student, task.run.spec.training, stage).sequences_per_step,
-        distributed.rank(),
-        distributed.world_size(),
-    )
-    if isinstance(stage, OnPolicy):
-        return OnPolicyCourse(
-            task,
-            parts,
-            start.position,
-            sequences_per_step=sequences,
-            seed=training.seed,
-            sequence_length=training.sequence_length,
-            rank=rank,
-            ranks=ranks,
-        )
-    return StepPlan(
-        parts,
-        scored,
-        start.position,
-        kind=stage.kind,
-        share=stage.mix if isinstance(stage, Rescored) else 0.0,
-        tokens=stage.tokens,
-        sequences_per_step=sequences,
-        seed=training.seed,
-        sequence_length=training.sequence_length,
-        rank=rank,
-        ranks=ranks,
-    )
-
-
 class Trainer:
-    """All that the loop of one stage uses, and the loop."""
+    """Everything that the loop of one stage uses, and the loop."""
 
     def __init__(
         self,
-        task: StageContext,
+        context: StageContext,
         device: torch.device,
         learner: Learner,
-        course: StepPlan | OnPolicyCourse,
+        stage: StageKind,
         held_out: HeldOutDocuments | None,
-        checkpoints: Checkpoints,
+        checkpoints: CheckpointWriter,
         start: Start,
-        report: ProgressUploader | None,
-        teacher: RemoteTeacher | None = None,
-        exchange: Exchange | None = None,
+        uploader: ProgressUploader | None,
     ) -> None:
-        """`report` is rank 0's alone; `teacher` a TeacherForced stage's, `exchange` an OnPolicy one's."""
-        self.task = task
+        """`stage` is prepared for the state of `start`; `uploader` is rank 0's alone."""
+        self.context = context
         self.device = device
         self.learner = learner
+        self.stage = stage
         self.held_out = held_out
         self.checkpoints = checkpoints
         self.start = start
-        self.teacher = teacher
-        self.exchange = exchange
-        self.teacher_output = (
-            teacher.output(SHAPES[task.run.spec.student.shape].vocabulary) if teacher else None
-        )
-        self.weights = task.run.spec.training.span_weights.model_dump()
-        self.course = course
-        self.telling = StageReporter(task, start, course, exchange, report)
+        self.reporter = StageReporter(context, start, stage, uploader)
 
     def run(self) -> None:
-        """The loop. Each line says when it happens: what is global comes before the forward, what is final after the check."""
-        every, stop = self.task.run.spec.evaluation.every_tokens, self.task.stage.stop
-        position = self._begin()
-        while not position.finished:
-            step, started, before = position.steps, time.monotonic(), position.tokens
-            if self.exchange and not self.exchange.ready(
-                position, self._waiting
-            ):  # the step's window may not be there yet
-                self._stop(position)
-            batches = self.course.batches(step)  # a pure function of (seed, step), and of the window
-            if self.teacher:
-                assert isinstance(self.course, StepPlan)
-                self.teacher.begin(batches, self.course.first(step + 1))  # it is ahead by one microbatch
+        """The loop. What is global is known before the forward; what is final happens after the checks."""
+        spec, stop = self.context.run.spec, self.context.stage.stop
+        state = self._begin()
+        while not state.finished:
+            step, began, before = state.steps, time.monotonic(), state.tokens
+            batches = self.stage.batches(
+                state, self._waiting
+            )  # a function of (seed, step), and of the window
+            if batches is None:
+                self._stop(state)
             counts, stopping, gpus = self._agree(batches)  # before any forward: denominators are global
             if stopping:
-                self._stop(position)
-            outcome = self.learner.forward_backward(
-                batches, self._objective(step, counts), positions=int(counts[0])
-            )
+                self._stop(state)
+            tokens = int(counts[0])
+            objective = self.stage.objective(step, counts)
+            outcome = self.learner.forward_backward(batches, objective, positions=tokens)
             check_finite(outcome, step)  # before the optimizer can make it permanent
-            if self.exchange:
-                position = self.exchange.judge(position, outcome)
-            rate = self._rate(before + int(counts[0]))
-            norm = self._move(rate, step)
-            position = self._after(position, int(counts[0]))
-            seconds = time.monotonic() - started
-            self.telling.measured(position, outcome, rate, norm, gpus, int(counts[0]), seconds)
-            if self.exchange:
-                self.exchange.took(seconds)
-                self.exchange.publish(self.learner, position)  # before an anchor step moves the weights
-            ends = position.tokens >= self.task.stage.tokens
-            if (self.held_out or self.exchange) and (ends or due(before, position.tokens, every)):
-                position = self._evaluate(position)
-            early = stop is not None and ends_early(position, stop, self.exchange is not None)
-            position = position.model_copy(update={"finished": early or ends})
-            self.telling.say(position, outcome)
-            if position.finished or due(
-                before, position.tokens, self.task.run.spec.training.checkpoint.every_tokens
-            ):
-                self._save(position)
+            state = self.stage.check_step(state, outcome)
+            rate = self._learning_rate(before + tokens)
+            norm = self._move_weights(rate, step)
+            state = self._advance(state, tokens)
+            seconds = time.monotonic() - began
+            self.reporter.log_step(
+                state,
+                outcome,
+                learning_rate=rate,
+                gradient_norm=norm,
+                gpus=gpus,
+                tokens=tokens,
+                seconds=seconds,
+            )
+            self.stage.after_step(self.learner, state, seconds)
+            spent = state.tokens >= self.context.stage.tokens
+            if spent or due(before, state.tokens, spec.evaluation.every_tokens):
+                state = self._evaluate(state)
+            early = stop is not None and self.stage.ends_early(state, stop)
+            state = state.model_copy(update={"finished": early or spent})
+            self.reporter.flush(state, outcome)
+            if state.finished or due(before, state.tokens, spec.training.checkpoint.every_tokens):
+                self._save(state)
             self.checkpoints.check()
-            if self.exchange:
-                self.exchange.check()
-        self._dismiss()
+            self.stage.check()
+        self.stage.stop()
         self.checkpoints.wait()
-        self.telling.finished(position)
-        if self.exchange:
-            self.exchange.finish(early=position.tokens < self.task.stage.tokens)
+        self.reporter.finished(state)
+        self.stage.finish(state)
 
     def _begin(self) -> TrainState:
-        """The position to start from, with the held-out loss before the first step measured once."""
-        position = self.start.position
-        self.telling.begin(position)
-        if self.exchange:
-            self.exchange.publish(self.learner, position)  # version 0: the sampler waits for it
-        if self.held_out and position.steps == 0 and position.before is None:
-            position = self._evaluate(position)
-            position = position.model_copy(update={"before": position.latest})
-        self.telling.begun(position)
-        return position
+        """The state to start from. Measures the held-out loss before the stage's first step, once."""
+        state = self.start.state
+        self.reporter.starting(state)
+        self.stage.begin(self.learner, state)
+        if self.held_out and state.steps == 0 and state.before is None:
+            state = self._evaluate(state)
+            state = state.model_copy(update={"before": state.latest})
+        self.reporter.started(state)
+        return state
 
     def _agree(self, batches: list[Batch]) -> tuple[Tensor, bool, Tensor]:
-        """One all-reduce a step: the global counts, whether any rank wants to stop, what the GPUs do."""
+        """One all-reduce a step: (the global counts, whether any rank was asked to stop, readings of all GPUs)."""
         rank, ranks = distributed.rank(), distributed.world_size()
         counts = torch.stack([batch.counts for batch in batches]).sum(0)
-        wish = torch.tensor([float(self.task.stopping.is_set())], dtype=torch.float64)
+        stopping = torch.tensor([float(self.context.stopping.is_set())], dtype=torch.float64)
         total = distributed.sum_over_ranks(
-            torch.cat([counts.double(), wish, gpu.as_vector(gpu.read(self.device), rank, ranks)])
+            torch.cat([counts.double(), stopping, as_vector(read_gpu(self.device), rank, ranks)])
         )
         return total[: len(counts)].long(), bool(total[len(counts)]), total[len(counts) + 1 :]
 
-    def _objective(self, step: int, counts: Tensor) -> Objective:
-        """What a step of this stage minimises."""
-        stage, kind = self.task.stage, self.course.kind(step)
-        if isinstance(stage, TeacherForced):
-            assert self.teacher is not None and self.teacher_output is not None
-            return teacher_forced(
-                counts, self.weights, stage.loss, self.teacher_output, self.teacher.hidden_of
-            )
-        if isinstance(stage, Rescored) and kind == stage.kind:
-            centre = self.start.position.objective
-            assert centre is not None
-            return rescored(counts, self.weights, stage.confidence, centre.model_dump())
-        return on_policy(counts, self.weights) if kind == "OnPolicy" else vanilla(counts, self.weights)
-
-    def _dismiss(self) -> None:
-        if self.teacher:
-            self.teacher.dismiss()
-
-    def _rate(self, seen: int) -> float:
-        """Of the step after which the stage has seen so many tokens; the last step of an OnPolicy one may go beyond its total."""
-        settings, total = self.task.stage.optimizer, self.course.total
+    def _learning_rate(self, seen: int) -> float:
+        """Of the step after which the stage has seen so many tokens. Only the last step of an OnPolicy stage exceeds its total."""
+        optimizer, total = self.context.stage.optimizer, self.stage.plan.total
         return learning_rate(
             min(seen, total),
             total,
-            settings.warmup_tokens,
-            settings.learning_rate,
-            settings.min_learning_rate,
+            optimizer.warmup_tokens,
+            optimizer.learning_rate,
+            optimizer.min_learning_rate,
         )
 
-    def _move(self, rate: float, step: int) -> float:
+    def _move_weights(self, rate: float, step: int) -> float:
+        """Take the optimizer step and return the gradient's norm. Raises Permanent where that is not finite."""
         try:
             return self.learner.step(rate)
         except ArithmeticError as error:
             raise not_finite(f"the gradient's norm ({error})", step) from error
 
-    def _after(self, position: TrainState, tokens: int) -> TrainState:
-        """The position one step, of so many tokens, further."""
-        return position.model_copy(
-            update={
-                "steps": position.steps + 1,
-                "iteration": position.iteration + 1,
-                "tokens": position.tokens + tokens,
-                **self.course.after(position),
-            }
-        )
+    def _advance(self, state: TrainState, tokens: int) -> TrainState:
+        """The state one step of so many tokens later."""
+        counts = {
+            "steps": state.steps + 1,
+            "iteration": state.iteration + 1,
+            "tokens": state.tokens + tokens,
+        }
+        return self.stage.plan.advance(state).model_copy(update=counts)
 
-    def _evaluate(self, position: TrainState) -> TrainState:
-        """Measure the held-out loss, and what an OnPolicy stage's windows came to; its line joins the step's."""
-        started = time.monotonic()
-        facts: dict[str, Any] = {}
+    def _evaluate(self, state: TrainState) -> TrainState:
+        """The state with the held-out loss, and with what the kind of stage measures. Adds the line of metrics."""
+        began, loss, of_kind = time.monotonic(), None, None
         if self.held_out:
-            loss = self.held_out.loss(self.learner)
-            whole = metrics.weighted(loss, self.weights)
-            if not math.isfinite(whole):
-                raise not_finite("the held-out loss", position.steps - 1)
-            log.info(
-                "Held-out loss after %d steps: reasoning %s, final %s",
-                position.steps,
-                loss.reasoning,
-                loss.final,
+            measured = self.held_out.loss(self.learner)
+            weighted = weighted_sum(
+                {"reasoning": measured.reasoning, "final": measured.final}, self.stage.span_weights
             )
-            facts |= {"heldOut": loss.model_dump(), "weighted": whole, "documents": self.held_out.documents}
-            position = position.model_copy(update={"latest": loss, "held_out": (*position.held_out, whole)})
-        if self.exchange:
-            position = self.exchange.evaluate(position, self.weights)
-            windows = position.windows
-            if windows and windows.reverse_kl:
-                facts |= {"reverseKl": windows.reverse_kl[-1], "validity": windows.validity}
-        self.telling.add("evaluation", position, {**facts, "seconds": time.monotonic() - started})
-        return position
+            if not math.isfinite(weighted):
+                raise not_finite("the held-out loss", state.steps - 1)
+            loss = HeldOutLoss(held_out=measured, weighted=weighted, documents=self.held_out.documents)
+            state = state.model_copy(update={"latest": measured, "held_out": (*state.held_out, weighted)})
+        evaluation = self.stage.evaluate(state)
+        if evaluation:
+            state, of_kind = evaluation
+        if loss or evaluation:
+            self.reporter.log_evaluation(state, loss, of_kind, time.monotonic() - began)
+        return state
 
-    def _waiting(self, words: str) -> None:
-        """While a window is waited for: an upload that fails is not."""
+    def _waiting(self, message: str) -> None:
+        """Called while a step is waited for, so that an upload that fails ends the wait."""
         self.checkpoints.check()
-        self.telling.waiting(words)
+        self.reporter.waiting(message)
 
-    def _save(self, position: TrainState) -> None:
-        """Save where the stage stands, once the versions before it exist: a resumed attempt cannot make them."""
-        if self.exchange:
-            self.exchange.wait()
-        self.checkpoints.save(self.learner, position)
+    def _save(self, state: TrainState) -> None:
+        self.stage.before_checkpoint()
+        self.checkpoints.save(self.learner, state)
 
-    def _stop(self, position: TrainState) -> None:
-        """Save where the stage stands and end the process."""
-        self._dismiss()
-        if position.steps > self.start.position.steps and self.checkpoints.saved != position.iteration:
-            self._save(position)
+    def _stop(self, state: TrainState) -> NoReturn:
+        """Save the state and raise Terminated."""
+        self.stage.stop()
+        if state.steps > self.start.state.steps and self.checkpoints.saved != state.iteration:
+            self._save(state)
         self.checkpoints.wait()
-        words = f"Stopped after {self.telling.step(position)}, all of it saved"
-        self.telling.stopped(words)
-        raise Terminated(words)
+        message = f"Stopped after {self.reporter.step_of(state)}, all of it saved"
+        self.reporter.stopped(message)
+        raise Terminated(message)
 
 
 def check_finite(outcome: Outcome, step: int) -> None:
-    """Raise Permanent where the step's loss is not a number, the same on every rank."""
+    """Raise Permanent where the step's loss is not finite, the same on every rank."""
     if not math.isfinite(outcome.loss):
         raise not_finite(f"the loss ({outcome.loss})", step)
 
 
 def not_finite(what: str, step: int) -> Permanent:
-    """A number that ended training: data and arithmetic are the same next time, so another attempt would meet it again."""
+    """The error of a number that ended training. Another attempt would have the same data and arithmetic, and meet it again."""
     return Permanent(
         f"NonFinite: {what} is not finite at step {step + 1}; the weights were not touched. In a new run, which may resumeFrom this one's "
         "last checkpoint, lower optimizer.learningRate or gradientClip, or lengthen warmupTokens."
     )
 
 
-def _starting(task: StageContext) -> Progress:
-    made = stage_inputs.dataset_facts(task.bucket, task.dataset)
+def _first_progress(context: StageContext) -> Progress:
     return Progress(
-        step=task.stage.name,
-        attempt=task.provenance.attempt,
+        step=context.stage.name,
+        attempt=context.provenance.attempt,
         state="Running",
         message="Starting",
         updated=now(),
-        dataset=made,
+        dataset=stage_inputs.dataset_facts(context.bucket, context.dataset),
     )

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("device")
 
 @pytest.fixture
 def task(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path) -> StageContext:
-    return datasets.task(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
+    return datasets.context(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
 
 
 def test_the_weights_read_are_the_learners(task: StageContext, device: torch.device) -> None:

@@ -60,7 +60,7 @@ def test_coefficients_are_the_weight_over_the_whole_batchs_count() -> None:
     )
     batch = Batch.from_rows(tokens, span, documents)
     assert batch.counts.tolist() == [6, 3, 1]
-    coefficient = vanilla(torch.tensor([60, 30, 5]), {"reasoning": 1.0, "final": 2.0})(batch)
+    coefficient = vanilla(torch.tensor([60, 30, 5]), {"reasoning": 1.0, "final": 2.0}).coefficient_of(batch)
     assert coefficient(torch.zeros(6), torch.arange(6)).tolist() == pytest.approx(
         [1 / 30, 1 / 30, 1 / 30, 2 / 5, 0, 0]
     )
@@ -73,7 +73,7 @@ def test_a_span_that_is_nowhere_contributes_nothing() -> None:
         torch.zeros(1, 4).int(),
     )
     batch = Batch.from_rows(tokens, span, documents)
-    c_T = vanilla(batch.counts, EVEN)(batch)(torch.zeros(4), torch.arange(4))
+    c_T = vanilla(batch.counts, EVEN).coefficient_of(batch)(torch.zeros(4), torch.arange(4))
     assert c_T.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
 
 
@@ -97,14 +97,16 @@ def test_no_gradient_comes_from_a_prompt_token(device: torch.device) -> None:
     span[0, 10:20], span[0, 20:25] = 1, 2
     batch = Batch.from_rows(tokens, span, torch.zeros(1, 30, dtype=torch.int32))
     hidden = student(batch).detach().requires_grad_()
-    loss, _ = head_loss(hidden, student.output, batch.target, vanilla(batch.counts, EVEN)(batch))
+    loss, _ = head_loss(
+        hidden, student.output, batch.target, vanilla(batch.counts, EVEN).coefficient_of(batch)
+    )
     loss.backward()
     learned = torch.zeros(30, dtype=torch.bool)
     learned[9:24] = True
     assert (hidden.grad[~learned] == 0).all() and (hidden.grad[learned] != 0).any(1).all()
     # The row of a token that is only ever a prompt's is pushed away from the learned positions by their softmax, and pulled by nothing.
     exact = hidden.detach().double()
-    c_T = vanilla(batch.counts, EVEN)(batch)(torch.zeros(30), torch.arange(30)).double()
+    c_T = vanilla(batch.counts, EVEN).coefficient_of(batch)(torch.zeros(30), torch.arange(30)).double()
     pushed = ((exact @ student.output.detach().double().T).softmax(1) * c_T.unsqueeze(1)).T @ exact
     torch.testing.assert_close(student.output.grad[:10].double(), pushed[:10], rtol=1e-5, atol=1e-8)
 

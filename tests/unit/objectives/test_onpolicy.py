@@ -111,10 +111,12 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(device: torch.device
     for objective in (on_policy(counts, WEIGHTS), vanilla(counts, WEIGHTS)):
         outcome = it.forward_backward(batches, objective, int(counts[0]))
         norms.append(float(it.student.output.main_grad.norm()))
-        if outcome.facts:
+        if outcome.measures:
             assert outcome.loss == pytest.approx(0, abs=1e-5)
             assert all(
-                abs(outcome.facts[name][span]) < 1e-6 for name in ("reverseKl", "samplerKl") for span in SPANS
+                abs(kl[span]) < 1e-6
+                for kl in (outcome.measures.reverse_kl, outcome.measures.sampler_kl)
+                for span in SPANS
             )
     assert norms[0] < 1e-6 * norms[1]
 
@@ -133,7 +135,7 @@ def coefficients(
     batch: Batch, logp_s: list[float], counts: Tensor | None = None, weights: dict[str, float] = WEIGHTS
 ) -> list[float]:
     rows_t = torch.arange(len(logp_s))
-    found = on_policy(batch.counts if counts is None else counts, weights)(batch)(
+    found = on_policy(batch.counts if counts is None else counts, weights).coefficient_of(batch)(
         torch.tensor(logp_s), rows_t
     )
     return [float(c) for c in found]
@@ -207,7 +209,7 @@ def test_what_it_measures_is_the_mean_over_the_global_batch(device: torch.device
     it = learner(device)
     batches = rollouts(it, torch.Generator().manual_seed(new_seed()), 4)
     counts = counted(batches)
-    facts = it.forward_backward(batches, on_policy(counts, WEIGHTS), int(counts[0])).facts
+    measures = it.forward_backward(batches, on_policy(counts, WEIGHTS), int(counts[0])).measures
     own, teacher, sampler, span = (
         torch.cat([values(batch) for batch in batches]).double()
         for values in (
@@ -219,22 +221,22 @@ def test_what_it_measures_is_the_mean_over_the_global_batch(device: torch.device
     )
     for name, number in SPANS.items():
         gap, ratio = (own - teacher)[span == number], (own - sampler)[span == number].exp()
-        assert facts["reverseKl"][name] == pytest.approx(gap.mean().item(), rel=1e-5, abs=1e-5)
-        assert facts["samplerKl"][name] == pytest.approx((ratio - 1 - ratio.log()).mean().item(), rel=1e-5)
-        assert facts["bounded"]["advantage"][name] == pytest.approx(
+        assert measures.reverse_kl[name] == pytest.approx(gap.mean().item(), rel=1e-5, abs=1e-5)
+        assert measures.sampler_kl[name] == pytest.approx((ratio - 1 - ratio.log()).mean().item(), rel=1e-5)
+        assert measures.bounded.advantage[name] == pytest.approx(
             (gap.abs() > 20).double().mean().item(), abs=1e-9
         )
-        assert facts["bounded"]["ratio"][name] == pytest.approx((ratio > 2).double().mean().item(), abs=1e-9)
-    assert 0 < facts["bounded"]["advantage"]["final"] < 1 and 0 < facts["bounded"]["ratio"]["final"] < 1
+        assert measures.bounded.ratio[name] == pytest.approx((ratio > 2).double().mean().item(), abs=1e-9)
+    assert 0 < measures.bounded.advantage["final"] < 1 and 0 < measures.bounded.ratio["final"] < 1
 
 
 def test_a_span_that_is_absent_measures_null(device: torch.device) -> None:
     batch = two([-2.0], [-1.0])
-    facts = learner(device).forward_backward([batch], on_policy(batch.counts, WEIGHTS), 2).facts
+    measures = learner(device).forward_backward([batch], on_policy(batch.counts, WEIGHTS), 2).measures
     assert (
-        facts["reverseKl"]["final"] is None
-        and facts["bounded"]["ratio"]["final"] is None
-        and facts["reverseKl"]["reasoning"] < 0
+        measures.reverse_kl["final"] is None
+        and measures.bounded.ratio["final"] is None
+        and measures.reverse_kl["reasoning"] < 0
     )
 
 
@@ -243,7 +245,7 @@ def test_a_batch_that_was_not_sampled_is_refused(device: torch.device) -> None:
     scored = replace(batch, teacher_logp=torch.zeros(len(batch.span)))
     for each in (batch, scored):
         with pytest.raises(
-            ValueError, match="wants a batch with the teacher's and the sampler's log-probabilities"
+            ValueError, match="needs a batch with the teacher's and the sampler's log-probabilities"
         ):
             learner(device).forward_backward([each], on_policy(batch.counts, WEIGHTS), int(batch.counts[0]))
 

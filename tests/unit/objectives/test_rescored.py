@@ -113,20 +113,20 @@ def test_loss_and_gradients_are_float64s_over_ragged_microbatches(device: torch.
 def test_what_it_measures_is_the_mean_over_the_global_batch(device: torch.device) -> None:
     batches = scored(torch.Generator().manual_seed(new_seed()), 4)
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
-    facts = (
+    measures = (
         learner(device)
         .forward_backward(batches, rescored(counts, WEIGHTS, DEFAULT, CENTRE), int(counts[0]))
-        .facts
+        .measures
     )
     for name, span in SPANS.items():
         logp = torch.cat([batch.teacher_logp[batch.span == span] for batch in batches]).double()  # type: ignore[index]
         weight = (logp - CENTRE[name]).exp().clamp(0.25, 4.0)
-        assert facts["teacherLogp"][name] == pytest.approx(logp.mean().item(), rel=1e-6)
-        assert facts["weight"]["mean"][name] == pytest.approx(weight.mean().item(), rel=1e-6)
-        assert facts["weight"]["saturationLow"][name] == pytest.approx(
+        assert measures.teacher_logp[name] == pytest.approx(logp.mean().item(), rel=1e-6)
+        assert measures.weight.mean[name] == pytest.approx(weight.mean().item(), rel=1e-6)
+        assert measures.weight.saturation_low[name] == pytest.approx(
             (weight <= 0.25).double().mean().item(), abs=1e-9
         )
-        assert facts["weight"]["saturationHigh"][name] == pytest.approx(
+        assert measures.weight.saturation_high[name] == pytest.approx(
             (weight >= 4).double().mean().item(), abs=1e-9
         )
 
@@ -154,7 +154,7 @@ def test_scores_stand_against_the_position_that_predicts_their_token() -> None:
 
 def test_a_batch_without_scores_is_refused(device: torch.device) -> None:
     batches = ragged(torch.Generator().manual_seed(1), 1)
-    with pytest.raises(ValueError, match="wants a batch with the teacher's log-probabilities"):
+    with pytest.raises(ValueError, match="needs a batch with the teacher's log-probabilities"):
         learner(device).forward_backward(
             batches, rescored(batches[0].counts, WEIGHTS, DEFAULT, CENTRE), int(batches[0].counts[0])
         )
@@ -163,7 +163,7 @@ def test_a_batch_without_scores_is_refused(device: torch.device) -> None:
 def test_a_nan_is_never_a_weight() -> None:
     """What is not scored has no target, and its coefficient is 0 and not NaN."""
     batch = scored(torch.Generator().manual_seed(2), 1)[0]
-    c_T = rescored(batch.counts, WEIGHTS, DEFAULT, CENTRE)(batch)(
+    c_T = rescored(batch.counts, WEIGHTS, DEFAULT, CENTRE).coefficient_of(batch)(
         torch.zeros_like(batch.span), torch.arange(len(batch.span))
     )
     assert c_T[batch.span == 0].eq(0).all() and c_T[batch.span > 0].gt(0).all()

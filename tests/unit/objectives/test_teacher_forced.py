@@ -197,7 +197,7 @@ class Linear(NamedTuple):
 
 
 def test_each_span_is_a_mean_of_its_own_over_the_global_batch() -> None:
-    """Two microbatches of unlike sizes come to what one eager mean over all of their tokens does, and the facts are those means."""
+    """Two microbatches of unlike sizes come to what one eager mean over all of their tokens does, and the measures are those means."""
     generator = torch.Generator().manual_seed(new_seed())
     given = inputs(torch.float32, new_seed())
     student = Linear(given.output, given.projection)
@@ -218,7 +218,7 @@ def test_each_span_is_a_mean_of_its_own_over_the_global_batch() -> None:
         for batch in batches
     )  # type: ignore[arg-type]
 
-    exact, wanted, means = given.exact(), 0.0, objective.facts(objective.sums())
+    exact, wanted, means = given.exact(), 0.0, objective.measures(objective.sums())
     for number, (name, weight) in enumerate(weights.items(), start=1):
         found = []
         for batch in batches:
@@ -232,8 +232,8 @@ def test_each_span_is_a_mean_of_its_own_over_the_global_batch() -> None:
         n = sum(int((batch.span == number).sum()) for batch in batches)
         wanted += weight / n * sum(float(part.loss.detach()) for part in found)
         kl = sum(float(part.kl_T.nansum()) for part in found) / n
-        assert means["kl"][name] == pytest.approx(kl, rel=1e-5)
-        assert means["cosine"][name] == pytest.approx(
+        assert means.kl[name] == pytest.approx(kl, rel=1e-5)
+        assert means.cosine[name] == pytest.approx(
             sum(float(part.cosine_T.nansum()) for part in found) / n, abs=1e-6
         )
     assert loss / 10 == pytest.approx(wanted, rel=1e-5)
@@ -244,9 +244,10 @@ def test_the_gpus_kernels_are_float64s_too() -> None:
     code = f"""
         import torch
         from vpmoe.api.stages import LossWeights
-        from vpmoe.objectives import forced_kernels, kernels
+        from vpmoe.model import kernels
+        from vpmoe.objectives import teacher_forced_kernels
         torch.manual_seed({new_seed()})
-        kernels.TILE, kernels.BAND, forced_kernels.BLOCK = (16, 32, 16), 2, 64
+        kernels.TILE, kernels.BAND, teacher_forced_kernels.BLOCK = (16, 32, 16), 2, 64
         terms = LossWeights(ce=0.3, kl=0.5, hidden=0.0, temperature=2.5)
         hidden, output = torch.randn(37, 40), 3 * torch.randn(150, 40)
         y, targets, share = torch.randn(37, 150) * 10, torch.randint(0, 150, (37,)), torch.rand(37)
@@ -258,7 +259,7 @@ def test_the_gpus_kernels_are_float64s_too() -> None:
         q, p = (exact / 2.5).log_softmax(1), (teacher / 2.5).log_softmax(1)
         want_kl, want = (p.exp() * (p - q)).sum(1), torch.log_softmax(exact, 1)[torch.arange(37), targets]
         (share.double() * (0.5 * 2.5**2 * want_kl - 0.3 * want)).sum().backward()
-        logp, kl, grad = forced_kernels.compare_(hidden, output, y, targets, share, terms)
+        logp, kl, grad = teacher_forced_kernels.compare_(hidden, output, y, targets, share, terms)
         # fp16 rounds a logit by at most 2**-11 of its size, so a logit less its log-sum-exp by twice that of the row's largest: d. A KL at
         # temperature T moves by d / T at most, a probability by the factor exp(d), or exp(d / T); 1e-4 is for sums in fp32.
         d = 2**-10 * exact.detach().abs().amax(1) + 1e-4

@@ -1,4 +1,4 @@
-"""Checkpoints on a real store: the same bits back, damage refused aloud, stages that follow each other. The student is a small one."""
+"""CheckpointWriter on a real store: the same bits back, damage rejected aloud, stages that follow each other. The student is a small one."""
 
 import json
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from tests.fakes import datasets, students
 from tests.fakes.checkpoints import altered, at, emptied, filled, same, save, truncated
 from tests.fakes.store import S3
 from tests.fakes.students import saved
+from tests.fakes.trainers import start_of
 from vpmoe.checkpoint.train_state import TrainState, end_of, iterations
 from vpmoe.failure import Permanent
 from vpmoe.model import state
 from vpmoe.model.learner import Learner
 from vpmoe.storage import Bucket, manifest, paths
-from vpmoe.trainer.checkpoint.resume import begin
 from vpmoe.trainer.checkpoint.writer import BUFFERS, rank_file
 from vpmoe.trainer.context import StageContext
 
@@ -27,31 +27,31 @@ pytestmark = pytest.mark.usefixtures("device")
 
 
 @pytest.fixture
-def task(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path) -> StageContext:
+def context(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path) -> StageContext:
     run_spec["spec"]["stages"] = [
         {"name": name, "kind": "Vanilla", "tokens": 1000} for name in ("vanilla", "second")
     ]
     run_spec["spec"]["training"]["checkpoint"]["keep"] = 4
-    return datasets.task(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
+    return datasets.context(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
 
 
 def test_a_stage_goes_on_from_its_newest_checkpoint_with_the_same_bits(
-    task: StageContext, device: torch.device
+    context: StageContext, device: torch.device
 ) -> None:
     written = filled(device, 1.0)
-    report = save(task, filled(device, 0.5), at(3))
+    report = save(context, filled(device, 0.5), at(3))
     torch.manual_seed(17)
-    report = save(task, written, at(4, next_sequence=8))
+    report = save(context, written, at(4, next_sequence=8))
     expected = torch.rand(3)
     learner = filled(device, 2.0)
-    started = begin(task, learner)
+    started = start_of(context, learner)
     assert same(learner, written) and learner.steps == 4
-    assert started.position == at(4, next_sequence=8) and not started.refused
+    assert started.state == at(4, next_sequence=8) and not started.rejected
     assert torch.equal(torch.rand(3), expected), "the random state comes back too"
-    assert report.said["checkpoint"].iteration == 4 and report.said["checkpoint"].manifest.endswith(
+    assert report.progress["checkpoint"].iteration == 4 and report.progress["checkpoint"].manifest.endswith(
         "/checkpoints/vanilla/4/manifest.json"
     )
-    assert not list(task.scratch.glob("*.safetensors"))
+    assert not list(context.scratch.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_stage_goes_on_from_its_newest_checkpoint_with_the_same_bits(
     ],
 )
 def test_a_damaged_checkpoint_is_refused_aloud_and_the_one_before_it_used(
-    task: StageContext,
+    context: StageContext,
     device: torch.device,
     s3: S3,
     caplog: pytest.LogCaptureFixture,
@@ -75,76 +75,79 @@ def test_a_damaged_checkpoint_is_refused_aloud_and_the_one_before_it_used(
     words: str,
 ) -> None:
     good = filled(device, 1.0)
-    save(task, good, at(1))
-    save(task, filled(device, 1.5), at(2))
-    damage(s3.folder / task.bucket.name / paths.checkpoint(task.run, "vanilla", 2) / file)
+    save(context, good, at(1))
+    save(context, filled(device, 1.5), at(2))
+    damage(s3.folder / context.bucket.name / paths.checkpoint(context.run, "vanilla", 2) / file)
     learner = filled(device, 2.0)
-    started = begin(task, learner)
-    assert same(learner, good) and started.position == at(1)
-    (refused,) = started.refused
-    assert "/checkpoints/vanilla/2" in refused and words in refused
-    assert [record.levelname for record in caplog.records if record.message == f"REFUSED: {refused}"] == [
+    started = start_of(context, learner)
+    assert same(learner, good) and started.state == at(1)
+    (rejected,) = started.rejected
+    assert "/checkpoints/vanilla/2" in rejected and words in rejected
+    assert [record.levelname for record in caplog.records if record.message == f"REJECTED: {rejected}"] == [
         "ERROR"
     ]
 
 
 def test_where_no_checkpoint_is_usable_the_stage_does_not_start_over_in_silence(
-    task: StageContext, device: torch.device, s3: S3
+    context: StageContext, device: torch.device, s3: S3
 ) -> None:
-    save(task, filled(device, 1.0), at(1), at(2))
+    save(context, filled(device, 1.0), at(1), at(2))
     for iteration in (1, 2):
         altered(
-            s3.folder / task.bucket.name / paths.checkpoint(task.run, "vanilla", iteration) / rank_file(0)
+            s3.folder
+            / context.bucket.name
+            / paths.checkpoint(context.run, "vanilla", iteration)
+            / rank_file(0)
         )
     learner = filled(device, 2.0)
     with pytest.raises(
         Permanent, match=r"none of its 2 checkpoints can be used.*delete s3://.*/checkpoints/vanilla to train"
     ):
-        begin(task, learner)
+        start_of(context, learner)
     assert same(learner, filled(device, 2.0)), "nothing of them was taken"
 
 
-def test_another_student_is_refused(task: StageContext, device: torch.device) -> None:
-    save(task, filled(device, 1.0), at(1))
+def test_another_student_is_refused(context: StageContext, device: torch.device) -> None:
+    save(context, filled(device, 1.0), at(1))
     other = students.learner(device, replace(students.SMALL, dense_width=32))
     with pytest.raises(Permanent, match="it is of another student, or of another version"):
-        begin(task, other)
+        start_of(context, other)
 
 
 def test_the_newest_are_kept_and_what_a_killed_attempt_left_is_replaced(
-    task: StageContext, device: torch.device
+    context: StageContext, device: torch.device
 ) -> None:
-    leftover = f"{paths.checkpoint(task.run, 'vanilla', 6)}/rank-00007.safetensors"
+    leftover = f"{paths.checkpoint(context.run, 'vanilla', 6)}/rank-00007.safetensors"
     for key in (leftover, leftover.replace("/6/", "/0/")):
-        task.bucket.put_bytes(key, b"half", {})
+        context.bucket.put_bytes(key, b"half", {})
     learner = filled(device, 1.0)
-    save(task, learner, *(at(iteration) for iteration in range(1, 7)))
-    folder = paths.checkpoints(task.run, "vanilla")
-    assert iterations(task.bucket, folder) == [6, 5, 4, 3]
-    assert {found.key.split("/")[-2] for found in task.bucket.list(folder + "/")} == {"3", "4", "5", "6"}
-    assert not task.bucket.exists(leftover)
+    save(context, learner, *(at(iteration) for iteration in range(1, 7)))
+    folder = paths.checkpoints(context.run, "vanilla")
+    assert iterations(context.bucket, folder) == [6, 5, 4, 3]
+    assert {found.key.split("/")[-2] for found in context.bucket.list(folder + "/")} == {"3", "4", "5", "6"}
+    assert not context.bucket.exists(leftover)
 
 
 def test_a_checkpoint_of_other_ranks_is_read_by_its_ranges(
-    task: StageContext, device: torch.device, tmp_path: Path
+    context: StageContext, device: torch.device, tmp_path: Path
 ) -> None:
     """A checkpoint of three ranks, made of one rank's by cutting every tensor at uneven places, comes out whole."""
     written = filled(device, 1.0)
-    save(task, written, at(1))
-    folder = paths.checkpoint(task.run, "vanilla", 1)
-    whole = manifest.load(task.bucket, paths.manifest(folder))
-    task.bucket.download(whole.subjects[rank_file(0)], tmp_path / "whole")
+    save(context, written, at(1))
+    folder = paths.checkpoint(context.run, "vanilla", 1)
+    whole = manifest.load(context.bucket, paths.manifest(folder))
+    context.bucket.download(whole.subjects[rank_file(0)], tmp_path / "whole")
     cut: list[dict[str, torch.Tensor]] = [{}, {}, {}]
     for key, tensor in load_file(tmp_path / "whole").items():
         ends = [0, len(tensor) // 5, len(tensor) // 3, len(tensor)]
         for rank in range(3):
             start, stop = ends[rank], ends[rank + 1]
             cut[rank][f"{key.partition('[')[0]}[{start}:{stop}]"] = tensor[start:stop].clone()
-    stored = [task.bucket.put_bytes(f"{folder}/{BUFFERS}", task.bucket.get(f"{folder}/{BUFFERS}"), {})]
+    stored = [context.bucket.put_bytes(f"{folder}/{BUFFERS}", context.bucket.get(f"{folder}/{BUFFERS}"), {})]
     for rank in range(3):
         save_file(cut[rank], tmp_path / "part")
-        stored.append(task.bucket.put_file(f"{folder}/{rank_file(rank)}", tmp_path / "part", {}))
-    task.bucket.delete(paths.manifest(folder))
+        stored.append(context.bucket.put_file(f"{folder}/{rank_file(rank)}", tmp_path / "part", {}))
+    context.bucket.delete(paths.manifest(folder))
     facts = {**whole.facts, "ranks": 3}
     made = manifest.statement(
         "checkpoint",
@@ -153,31 +156,31 @@ def test_a_checkpoint_of_other_ranks_is_read_by_its_ranges(
         whole.provenance,
         list(whole.inputs.values()),
     )
-    manifest.write(task.bucket, paths.manifest(folder), made)
+    manifest.write(context.bucket, paths.manifest(folder), made)
     learner = filled(device, 2.0)
-    begin(task, learner)
+    start_of(context, learner)
     assert same(learner, written)
 
 
-def following(task: StageContext) -> StageContext:
+def following(context: StageContext) -> StageContext:
     return StageContext(
-        task.run,
-        task.run.spec.stages[1],
-        task.bucket,
-        task.dataset,
-        task.provenance,
-        task.stopping,
-        task.scratch,
+        context.run,
+        context.run.spec.stages[1],
+        context.bucket,
+        context.dataset,
+        context.provenance,
+        context.stopping,
+        context.scratch,
     )  # type: ignore[arg-type]
 
 
-def test_a_stage_begins_where_the_one_before_ended(task: StageContext, device: torch.device) -> None:
+def test_a_stage_begins_where_the_one_before_ended(context: StageContext, device: torch.device) -> None:
     written = filled(device, 1.0)
-    save(task, written, at(5, next_sequence=20, epoch=2, finished=True))
+    save(context, written, at(5, next_sequence=20, epoch=2, finished=True))
     learner = filled(device, 2.0)
-    started = begin(following(task), learner)
+    started = start_of(following(context), learner)
     assert same(learner, written) and learner.steps == 5
-    position = started.position
+    position = started.state
     assert (position.stage, position.steps, position.tokens, position.iteration) == ("second", 0, 0, 5)
     assert (position.first_sequence, position.next_sequence, position.epoch, position.before) == (
         20,
@@ -192,27 +195,29 @@ def test_a_stage_begins_where_the_one_before_ended(task: StageContext, device: t
     "positions, words",
     [
         pytest.param([], "follows vanilla, which has no checkpoint. Train that first", id="nothing-there"),
-        pytest.param([at(5)], "follows vanilla, which stands at 500 tokens", id="not-finished"),
+        pytest.param(
+            [at(5)], "follows vanilla, which has not finished: it is at 500 tokens", id="not-finished"
+        ),
     ],
 )
 def test_a_stage_does_not_begin_before_its_predecessor_ended(
-    task: StageContext, device: torch.device, positions: list[TrainState], words: str
+    context: StageContext, device: torch.device, positions: list[TrainState], words: str
 ) -> None:
     learner = filled(device, 1.0)
-    save(task, learner, *positions)
+    save(context, learner, *positions)
     with pytest.raises(Permanent, match=words):
-        begin(following(task), learner)
+        start_of(following(context), learner)
 
 
 def test_a_damaged_end_of_the_stage_before_is_not_replaced_by_an_earlier_checkpoint(
-    task: StageContext, device: torch.device, s3: S3
+    context: StageContext, device: torch.device, s3: S3
 ) -> None:
-    save(task, filled(device, 1.0), at(4), at(5, finished=True))
-    altered(s3.folder / task.bucket.name / paths.checkpoint(task.run, "vanilla", 5) / rank_file(0))
+    save(context, filled(device, 1.0), at(4), at(5, finished=True))
+    altered(s3.folder / context.bucket.name / paths.checkpoint(context.run, "vanilla", 5) / rank_file(0))
     with pytest.raises(
         Permanent, match=r"stage second cannot begin: checkpoint .*/checkpoints/vanilla/5 cannot be used"
     ):
-        begin(following(task), filled(device, 2.0))
+        start_of(following(context), filled(device, 2.0))
 
 
 def projecting(device: torch.device, number: float, width: int = 24) -> Learner:
@@ -237,12 +242,12 @@ def equal(
     "width", [pytest.param(None, id="without-one"), pytest.param(20, id="of-another-width")]
 )
 def test_a_projection_begins_anew_where_the_stage_before_had_none(
-    task: StageContext, device: torch.device, width: int | None
+    context: StageContext, device: torch.device, width: int | None
 ) -> None:
     written = filled(device, 1.0) if width is None else projecting(device, 1.0, width)
-    save(task, written, at(5, finished=True))
+    save(context, written, at(5, finished=True))
     new, learner = students.learner(device, teacher_width=24), students.learner(device, teacher_width=24)
-    begin(following(task), learner)
+    start_of(following(context), learner)
     assert equal(without_projection(learner), without_projection(written)) and learner.steps == 5
     begun = saved(learner)
     assert (
@@ -253,57 +258,59 @@ def test_a_projection_begins_anew_where_the_stage_before_had_none(
 
 
 def test_a_projection_is_passed_on_and_a_stage_without_one_leaves_it_out(
-    task: StageContext, device: torch.device
+    context: StageContext, device: torch.device
 ) -> None:
     written = projecting(device, 1.0)
-    save(task, written, at(5, finished=True))
+    save(context, written, at(5, finished=True))
     learner, without = projecting(device, 2.0), filled(device, 2.0)
-    begin(following(task), learner)
-    begin(following(task), without)
+    start_of(following(context), learner)
+    start_of(following(context), without)
     assert same(learner, written) and equal(saved(without), without_projection(written))
 
 
-def test_a_stage_does_not_go_on_without_its_own_projection(task: StageContext, device: torch.device) -> None:
-    save(task, filled(device, 1.0), at(5))
+def test_a_stage_does_not_go_on_without_its_own_projection(
+    context: StageContext, device: torch.device
+) -> None:
+    save(context, filled(device, 1.0), at(5))
     with pytest.raises(Permanent, match="It holds 0 of the 768 numbers of main/projection"):
-        begin(task, projecting(device, 2.0))
+        start_of(context, projecting(device, 2.0))
 
 
 @pytest.mark.parametrize("field", ["init", "resumeFrom"])
 def test_a_first_stage_may_begin_from_another_run(
-    task: StageContext, run_spec: dict[str, Any], device: torch.device, tmp_path: Path, field: str
+    context: StageContext, run_spec: dict[str, Any], device: torch.device, tmp_path: Path, field: str
 ) -> None:
     """student.init takes the weights alone; resumeFrom the optimizer and, of the same data set, the data position too."""
     written = filled(device, 1.0)
-    save(task, written, at(3), at(4, next_sequence=8))
-    folder = paths.checkpoint(task.run, "vanilla", 4) if field == "init" else paths.run(task.run)
-    (run_spec["spec"]["student"] if field == "init" else run_spec["spec"])[field] = task.bucket.url(folder)
+    save(context, written, at(3), at(4, next_sequence=8))
+    folder = paths.checkpoint(context.run, "vanilla", 4) if field == "init" else paths.run(context.run)
+    (run_spec["spec"]["student"] if field == "init" else run_spec["spec"])[field] = context.bucket.url(folder)
     run_spec["metadata"]["name"] = "another"
     learner = filled(device, 2.0)
-    started = begin(datasets.task(task.bucket, run_spec, tmp_path, task.dataset), learner)
+    started = start_of(datasets.context(context.bucket, run_spec, tmp_path, context.dataset), learner)
     weights, others = (
         {name: of for name, of in saved(it).items() if name.startswith(("main/", "buffer/"))}
         for it in (learner, written)
     )
     assert all(torch.equal(weights[name][0][1], others[name][0][1]) for name in others)
-    assert started.position.steps == 0 and started.position.iteration == learner.steps == (
+    assert started.state.steps == 0 and started.state.iteration == learner.steps == (
         0 if field == "init" else 4
     )
     assert same(learner, written) is (field == "resumeFrom")
 
 
 def test_the_end_of_a_stage_is_known_without_its_weights(
-    task: StageContext, device: torch.device, s3: S3
+    context: StageContext, device: torch.device, s3: S3
 ) -> None:
-    folder = paths.checkpoints(task.run, "vanilla")
-    assert end_of(task.bucket, folder) is None
-    save(task, filled(device, 1.0), at(1))
-    assert end_of(task.bucket, folder) is None
-    save(task, filled(device, 1.0), at(2, finished=True))
-    reached = end_of(task.bucket, folder)
+    folder = paths.checkpoints(context.run, "vanilla")
+    assert end_of(context.bucket, folder) is None
+    save(context, filled(device, 1.0), at(1))
+    assert end_of(context.bucket, folder) is None
+    save(context, filled(device, 1.0), at(2, finished=True))
+    reached = end_of(context.bucket, folder)
     assert reached is not None and reached[1].tokens == 200
-    path = s3.folder / task.bucket.name / paths.manifest(paths.checkpoint(task.run, "vanilla", 2))
+    path = s3.folder / context.bucket.name / paths.manifest(paths.checkpoint(context.run, "vanilla", 2))
     content = json.loads(path.read_bytes())
     del content["predicate"]["buildDefinition"]["internalParameters"]["position"]
-    task.bucket.put_bytes(paths.manifest(f"{folder}/2"), json.dumps(content).encode(), {})
-    assert end_of(task.bucket, folder) is None
+    context.bucket.put_bytes(paths.manifest(f"{folder}/2"), json.dumps(content).encode(), {})
+    assert end_of(context.bucket, folder) is None

@@ -18,29 +18,23 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fakes import datasets, students
+from tests.fakes import datasets, students, trainers
 from tests.fakes.checkpoints import same
 from tests.fakes.fake_onpolicy_peers import Partner
-from tests.fakes.onpolicy_ranks import INPUTS, Asking
+from tests.fakes.onpolicy_ranks import Asking
 from tests.fakes.students import new_seed
 from vpmoe.checkpoint.train_state import TrainState, end_of, iterations
 from vpmoe.data.mixture import interleave
-from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model.learner import Learner
 from vpmoe.process.launcher import free_port
 from vpmoe.rollout import back_pressure, policy_version
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.manifest import Manifest
-from vpmoe.trainer.checkpoint.resume import begin
-from vpmoe.trainer.checkpoint.writer import Checkpoints
 from vpmoe.trainer.data import collate
-from vpmoe.trainer.data.held_out import HeldOutDocuments
-from vpmoe.trainer.onpolicy import publisher, starvation, window_wait
-from vpmoe.trainer.onpolicy.coordinator import Exchange
-from vpmoe.trainer.onpolicy.publisher import Publisher, probed
-from vpmoe.trainer.onpolicy.step_plan import OnPolicyCourse
-from vpmoe.trainer.trainer import Trainer, course
+from vpmoe.trainer.onpolicy import publisher, starvation, window_stats, window_wait
+from vpmoe.trainer.stages.on_policy import OnPolicyStage
+from vpmoe.trainer.trainer import Trainer
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.usefixtures("device")
@@ -103,40 +97,31 @@ def trainer(
     """A trainer that stands where the bucket says the stage stands, with its partner."""
 
     def make(
-        report: Asking | None = None, stage: str = "onpolicy", learner: Learner | None = None
+        uploader: Asking | None = None, stage: str = "onpolicy", learner: Learner | None = None
     ) -> Trainer:
-        report = report or Asking()
-        task = datasets.task(bucket, spec, tmp_path, dataset, stage)
-        report.partner = Partner(task, train, tmp_path)
-        learner = learner or students.learner(device)
-        started = begin(task, learner)
-        cache = BlockCache(bucket, tmp_path / "blocks")
-        parts = DatasetReader(dataset, "train", cache)
-        held_out = HeldOutDocuments(DatasetReader(dataset, "valid", cache), 9, 1234, 64)
-        checkpoints = Checkpoints(task, INPUTS, report)
-        steps = course(task, parts, None, started)
-        assert isinstance(steps, OnPolicyCourse)
-        exchange = Exchange(task, steps, Publisher(task, INPUTS, probed(parts)))
-        return Trainer(task, device, learner, steps, held_out, checkpoints, started, report, None, exchange)
+        uploader = uploader or Asking()
+        context = datasets.context(bucket, spec, tmp_path, dataset, stage)
+        uploader.partner = Partner(context, train, tmp_path)
+        return trainers.trainer(context, device, learner or students.learner(device), uploader, held_out=9)
 
     return make
 
 
 def reached(it: Trainer) -> TrainState:
-    found = end_of(it.task.bucket, paths.checkpoints(it.task.run, it.task.stage.name))
+    found = end_of(it.context.bucket, paths.checkpoints(it.context.run, it.context.stage.name))
     assert found is not None
     return found[1]
 
 
 def lines_of(it: Trainer, event: str = "step") -> list[dict[str, Any]]:
-    assert isinstance(it.telling.report, Asking)
-    return [line for line in it.telling.report.lines if line["event"] == event]
+    assert isinstance(it.reporter.uploader, Asking)
+    return [line for line in it.reporter.uploader.lines if line["event"] == event]
 
 
 def objects(it: Trainer, folder: str) -> dict[str, str]:
     """ETag of everything in a folder of the stage."""
-    prefix = f"{paths.run(it.task.run)}/{folder}/{it.task.stage.name}/"
-    return {found.key.removeprefix(prefix): found.etag for found in it.task.bucket.list(prefix)}
+    prefix = f"{paths.run(it.context.run)}/{folder}/{it.context.stage.name}/"
+    return {found.key.removeprefix(prefix): found.etag for found in it.context.bucket.list(prefix)}
 
 
 def test_windows_and_anchor_steps_alternate_and_versions_are_published_on_the_way(trainer: Make) -> None:
@@ -257,8 +242,7 @@ def test_a_stage_that_was_killed_ends_at_the_same_bits_and_trains_nothing_twice(
         dying = trainer(Dying(chance.randint(1, 25)))
         with contextlib.suppress(Killed):
             dying.run()
-        assert dying.exchange is not None
-        dying.exchange._publisher.close()  # a real kill ends these threads; here their work ends first
+        dying.stage.close()  # a real kill ends these threads; here their work ends first
         dying.checkpoints.close()
         now = {
             name: etag for name, etag in objects(dying, "weights").items() if name.endswith("manifest.json")
@@ -277,13 +261,13 @@ def test_who_waits_stops_at_once_and_saves(trainer: Make) -> None:
         def update(self, **changes: Any) -> None:
             super().update(**changes) if "window 2" not in changes.get(
                 "message", ""
-            ) else it.task.stopping.set()
+            ) else it.context.stopping.set()
 
     it = trainer(Silent())
     with pytest.raises(Terminated, match="Stopped after step 2, all of it saved"):
         it.run()
-    assert iterations(it.task.bucket, paths.checkpoints(it.task.run, "onpolicy"))[0] == 2
-    position = trainer().start.position
+    assert iterations(it.context.bucket, paths.checkpoints(it.context.run, "onpolicy"))[0] == 2
+    position = trainer().start.state
     assert position.windows is not None and (
         position.steps,
         position.windows.trained,
@@ -295,12 +279,12 @@ def test_the_next_stage_goes_on_with_the_prompts(trainer: Make) -> None:
     first = trainer()
     first.run()
     second = trainer(stage="again")
-    position = second.start.position
-    assert position.windows is not None and first.telling.report is not None
+    position = second.start.state
+    assert position.windows is not None and first.reporter.uploader is not None
     assert position.windows.first_prompt == position.windows.next_prompt == reached(first).windows.next_prompt  # type: ignore[union-attr]
     assert (position.windows.trained, position.windows.digest) == (0, "")
     second.run()
-    found = policy_version.find(second.task.bucket, second.task.run, "again", 0)
+    found = policy_version.find(second.context.bucket, second.context.run, "again", 0)
     assert (
         found is not None
         and found[1].first_prompt == position.windows.first_prompt
@@ -311,7 +295,7 @@ def test_the_next_stage_goes_on_with_the_prompts(trainer: Make) -> None:
 def test_a_sampler_that_computes_another_student_fails_the_stage(
     trainer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(starvation, "PATIENCE", 3)
+    monkeypatch.setattr(window_stats, "PATIENCE", 3)
     report = Asking()
     it = trainer(report)
     report.partner.sampler_logp = lambda logp_C: logp_C - np.float32(1)
@@ -361,14 +345,14 @@ def test_a_trainer_that_starves_turns_a_knob_before_it_publishes(
 
     def spying(bucket: Bucket, key: str, made: Any) -> Manifest:
         facts = made["predicate"]["buildDefinition"]["internalParameters"]
-        seen.append((facts["version"], back_pressure.read(bucket, it.task.run, "onpolicy")))
+        seen.append((facts["version"], back_pressure.read(bucket, it.context.run, "onpolicy")))
         return write(bucket, key, made)
 
     monkeypatch.setattr(publisher.manifest, "write", spying)
     it = trainer()
     it.checkpoints.save = lambda *_: None  # type: ignore[method-assign] # its manifests are written by the same function
     it.run()
-    found = back_pressure.read(it.task.bucket, it.task.run, "onpolicy")
+    found = back_pressure.read(it.context.bucket, it.context.run, "onpolicy")
     assert [turn.number for turn in found] == list(range(1, len(found) + 1)) and len(found) >= 3
     assert [turn.knob for turn in found] == list(back_pressure.ORDER[: len(found)])
     for number, known in seen:
@@ -378,15 +362,15 @@ def test_a_trainer_that_starves_turns_a_knob_before_it_publishes(
     windows = {line["window"]: line for line in lines_of(it) if line["kind"] == "OnPolicy"}
     assert all(line["turns"] == len(back_pressure.heeded(found, number)) for number, line in windows.items())
     shown = [
-        condition for condition in it.telling.report.said["conditions"] if condition.type == "TrainerStarved"
+        condition
+        for condition in it.reporter.uploader.progress["conditions"]
+        if condition.type == "TrainerStarved"
     ]  # type: ignore[union-attr]
     assert [condition.reason for condition in shown] == [
-        starvation.SAID[found[-1].knob][0]
+        starvation.REASONS[found[-1].knob][0]
     ] and f"from window {found[-1].window} on" in shown[0].message
     again = trainer(stage="onpolicy")
-    assert again.exchange is not None and again.exchange.conditions() == [starvation.starved(found[-1])], (
-        "another attempt knows"
-    )
+    assert again.stage.conditions() == [starvation.starvation_condition(found[-1])], "another attempt knows"
 
 
 def test_a_turn_is_written_once_though_its_writer_dies_before_it_publishes(
@@ -394,8 +378,8 @@ def test_a_turn_is_written_once_though_its_writer_dies_before_it_publishes(
 ) -> None:
     spec["spec"]["stages"][0] |= {"tokens": 600, "backPressure": {"waiting": 1e-6, "windows": 2}}
     dying = trainer()
-    assert dying.exchange is not None
-    publisher = dying.exchange._publisher
+    assert isinstance(dying.stage, OnPolicyStage) and dying.stage.publisher is not None
+    publisher = dying.stage.publisher
     publishes = publisher.publish
 
     def publish_or_die(learner: Learner, position: TrainState) -> None:
@@ -406,13 +390,13 @@ def test_a_turn_is_written_once_though_its_writer_dies_before_it_publishes(
     publisher.publish = publish_or_die  # type: ignore[method-assign]
     with pytest.raises(Killed):
         dying.run()
-    first = back_pressure.read(dying.task.bucket, dying.task.run, "onpolicy")
+    first = back_pressure.read(dying.context.bucket, dying.context.run, "onpolicy")
     assert [(turn.number, turn.window) for turn in first] == [(1, 2 + STALENESS)] and not publisher.exists(2)
     it = trainer()
     it.run()
-    found = back_pressure.read(it.task.bucket, it.task.run, "onpolicy")
+    found = back_pressure.read(it.context.bucket, it.context.run, "onpolicy")
     assert found[:1] == first and [turn.window for turn in found] == sorted({turn.window for turn in found})
-    assert policy_version.find(it.task.bucket, it.task.run, "onpolicy", 2) is not None
+    assert policy_version.find(it.context.bucket, it.context.run, "onpolicy", 2) is not None
 
 
 def test_a_stage_ends_early_where_reverse_kl_no_longer_falls_and_rollouts_are_valid(

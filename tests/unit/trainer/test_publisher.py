@@ -18,9 +18,9 @@ from vpmoe.model.learner import Learner
 from vpmoe.rollout import policy_version
 from vpmoe.storage import Bucket, StorageError, manifest, paths
 from vpmoe.storage.manifest import Input
-from vpmoe.trainer.checkpoint.resume import first
+from vpmoe.trainer.checkpoint.resume import initial_state
 from vpmoe.trainer.context import StageContext
-from vpmoe.trainer.onpolicy.publisher import Publisher, probed
+from vpmoe.trainer.onpolicy.publisher import Publisher, probe_sequences
 
 pytestmark = pytest.mark.usefixtures("device")
 TOLERANCE = 1e-4
@@ -28,24 +28,26 @@ TOLERANCE = 1e-4
 
 
 @pytest.fixture
-def task(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path) -> StageContext:
+def context(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path) -> StageContext:
     random = np.random.default_rng(new_seed())
     dataset = datasets.write(bucket, [datasets.random_documents(random, 7, 200)], [[]])
     run_spec["spec"]["stages"] = [{"name": "vanilla", "kind": "Vanilla", "tokens": 1000}]
-    return datasets.task(bucket, run_spec, tmp_path, dataset)
+    return datasets.context(bucket, run_spec, tmp_path, dataset)
 
 
 @pytest.fixture
-def publisher(task: StageContext) -> Iterator[Publisher]:
-    it = make(task)
+def publisher(context: StageContext) -> Iterator[Publisher]:
+    it = make(context)
     yield it
     it.close()
 
 
-def make(task: StageContext) -> Publisher:
-    parts = DatasetReader(task.dataset, "train", BlockCache(task.bucket, task.scratch / "blocks"))
+def make(context: StageContext) -> Publisher:
+    parts = DatasetReader(context.dataset, "train", BlockCache(context.bucket, context.scratch / "blocks"))
     return Publisher(
-        task, [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})], probed(parts)
+        context,
+        [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})],
+        probe_sequences(parts),
     )
 
 
@@ -63,13 +65,13 @@ def learner(device: torch.device) -> Learner:
 
 def at(trained: int, steps: int = 5) -> TrainState:
     windows = WindowStream(first_prompt=11, next_prompt=11 + 4 * trained, trained=trained)
-    return first("vanilla").model_copy(
+    return initial_state("vanilla").model_copy(
         update={"steps": steps, "tokens": 77, "iteration": 9, "first_sequence": 3, "windows": windows}
     )
 
 
 def test_what_is_published_is_the_student_as_it_was(
-    task: StageContext, publisher: Publisher, device: torch.device, tmp_path: Path
+    context: StageContext, publisher: Publisher, device: torch.device, tmp_path: Path
 ) -> None:
     it = learner(device)
     assert not publisher.exists(2)
@@ -77,8 +79,8 @@ def test_what_is_published_is_the_student_as_it_was(
     with torch.no_grad():
         it.student.output.zero_()  # training goes on meanwhile
     publisher.wait()
-    assert publisher.exists(2) and not list(task.scratch.glob("version-*"))
-    found = policy_version.find(task.bucket, task.run, "vanilla", 2)
+    assert publisher.exists(2) and not list(context.scratch.glob("version-*"))
+    found = policy_version.find(context.bucket, context.run, "vanilla", 2)
     assert found is not None
     published, facts = found
     assert published.kind == policy_version.KIND and published.inputs.keys() == {"tokenizer", "dataset"}
@@ -91,7 +93,7 @@ def test_what_is_published_is_the_student_as_it_was(
         facts.first_prompt,
     ) == (2, 5, 77, 9, 3, 11)
     for name, subject in published.subjects.items():
-        task.bucket.download(subject, tmp_path / name)
+        context.bucket.download(subject, tmp_path / name)
     model = hf_model.load(tmp_path, SMALL)
     assert len(facts.probe.ids) == 4 and max(map(len, facts.probe.ids)) == 64
     for ids, logp in zip(facts.probe.ids, facts.probe.logp, strict=True):
@@ -105,7 +107,7 @@ def test_what_is_published_is_the_student_as_it_was(
 
 
 def test_the_same_weights_are_the_same_content_whoever_publishes_them(
-    task: StageContext, publisher: Publisher, device: torch.device
+    context: StageContext, publisher: Publisher, device: torch.device
 ) -> None:
     it = learner(device)
     for number in (2, 4, 6):
@@ -117,23 +119,23 @@ def test_the_same_weights_are_the_same_content_whoever_publishes_them(
     contents = [
         policy_version.content_of(found[0])
         for number in (2, 4, 6)
-        if (found := policy_version.find(task.bucket, task.run, "vanilla", number))
+        if (found := policy_version.find(context.bucket, context.run, "vanilla", number))
     ]
     assert contents[0] == contents[1] != contents[2]
 
 
 def test_old_versions_lose_their_weights_and_keep_their_manifests(
-    task: StageContext, publisher: Publisher, device: torch.device
+    context: StageContext, publisher: Publisher, device: torch.device
 ) -> None:
     it = learner(device)
     for number in (0, 2, 4):
         publisher.publish(it, at(number))
     publisher.wait()
-    again = make(task)  # another attempt knows of them too
+    again = make(context)  # another attempt knows of them too
     again.prune(4)
     again.close()
-    folder = paths.weights(task.run, "vanilla", 0).rpartition("/")[0]
-    left = [found.key.removeprefix(folder + "/") for found in task.bucket.list(folder + "/")]
+    folder = paths.weights(context.run, "vanilla", 0).rpartition("/")[0]
+    left = [found.key.removeprefix(folder + "/") for found in context.bucket.list(folder + "/")]
     assert [key for key in left if not key.startswith("v000004/")] == [
         "v000000/manifest.json",
         "v000002/manifest.json",
@@ -145,15 +147,15 @@ def test_old_versions_lose_their_weights_and_keep_their_manifests(
 
 
 def test_an_upload_that_fails_is_told(
-    task: StageContext, publisher: Publisher, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    context: StageContext, publisher: Publisher, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault that no real store shows when asked to."""
 
-    def refused(*_: object) -> None:
-        raise StorageError("refused", "Forbidden")
+    def rejected(*_: object) -> None:
+        raise StorageError("rejected", "Forbidden")
 
-    monkeypatch.setattr(manifest, "write", refused)
+    monkeypatch.setattr(manifest, "write", rejected)
     publisher.publish(learner(device), at(2))
-    with pytest.raises(StorageError, match="refused"):
+    with pytest.raises(StorageError, match="rejected"):
         publisher.wait()
     assert not publisher.exists(2)

@@ -8,12 +8,13 @@ import pytest
 from vpmoe.api.stages import Stop
 from vpmoe.checkpoint.train_state import WindowStream
 from vpmoe.failure import Permanent
+from vpmoe.objectives.onpolicy import BoundedShares, OnPolicyMeasures
 from vpmoe.rollout.back_pressure import ORDER
-from vpmoe.trainer.checkpoint.resume import first
-from vpmoe.trainer.onpolicy import starvation
-from vpmoe.trainer.onpolicy.starvation import Starvation, beyond, next_turn, sampler_kl, starved
+from vpmoe.trainer.onpolicy import window_stats
+from vpmoe.trainer.onpolicy.starvation import Starvation, next_adjustment, starvation_condition
+from vpmoe.trainer.onpolicy.window_stats import ends_early, sampler_kl, windows_above_bound
 from vpmoe.trainer.reporting import router_monitor
-from vpmoe.trainer.schedule import due, ends_early, learning_rate, no_longer_improves
+from vpmoe.trainer.schedule import due, learning_rate, no_longer_improves
 
 
 @pytest.mark.parametrize(
@@ -77,8 +78,7 @@ def test_a_stage_ends_early_only_when_its_evaluations_together_bring_too_little(
 def test_an_onpolicy_stage_ends_early_by_its_own_rollouts(reverse_kl, validity, ends):
     stop = Stop.model_validate({"evaluations": 2, "minImprovement": 0.01, "minValidity": 0.95})
     windows = WindowStream(first_prompt=0, next_prompt=8, trained=2, reverse_kl=reverse_kl, validity=validity)
-    position = first("onpolicy").model_copy(update={"windows": windows, "held_out": (9.0, 9.0, 9.0)})
-    assert ends_early(position, stop, on_policy=True) is ends
+    assert ends_early(windows, stop) is ends
 
 
 @pytest.mark.parametrize(
@@ -94,37 +94,45 @@ def test_an_onpolicy_stage_ends_early_by_its_own_rollouts(reverse_kl, validity, 
 def test_starving_is_the_share_of_waiting_over_the_last_windows(steps, share):
     it = Starvation(2)
     for waited, seconds in steps:
-        it.anchor(seconds) if waited is None else it.window(waited, seconds)
+        it.add_anchor(seconds) if waited is None else it.add_window(waited, seconds)
     assert it.share == share
-    it.forget()
+    it.reset()
     assert it.share is None
 
 
 def test_knobs_turn_in_their_order_and_no_further():
     turned = []
     for window in range(8):
-        assert next_turn(turned, 0.5, 0.5, window) is None and next_turn(turned, None, 0.5, window) is None
-        if turn := next_turn(turned, 0.51, 0.5, window):
+        assert (
+            next_adjustment(turned, 0.5, 0.5, window) is None
+            and next_adjustment(turned, None, 0.5, window) is None
+        )
+        if turn := next_adjustment(turned, 0.51, 0.5, window):
             turned.append(turn)
     assert [(turn.number, turn.window, turn.knob) for turn in turned] == [
         (n + 1, n, knob) for n, knob in enumerate(ORDER)
     ]
-    reasons = [starved(turn).reason for turn in turned]
+    reasons = [starvation_condition(turn).reason for turn in turned]
     assert reasons == ["MaxTokensLowered"] * 2 + ["HighEffortLowered"] * 2 + ["SecondTeacherAdvised"]
+
+
+def measured(reasoning, final):
+    kl, none = {"reasoning": reasoning, "final": final}, {"reasoning": None, "final": None}
+    return OnPolicyMeasures(reverse_kl=none, sampler_kl=kl, bounded=BoundedShares(advantage=none, ratio=none))
 
 
 def test_drift_is_many_windows_in_a_row():
     count = 0
-    for _ in range(starvation.PATIENCE - 1):
-        count = beyond(count, 0.2, 0.1, 7)
-    assert count == starvation.PATIENCE - 1 and beyond(count, 0.1, 0.1, 7) == 0
+    for _ in range(window_stats.PATIENCE - 1):
+        count = windows_above_bound(count, 0.2, 0.1, 7)
+    assert count == window_stats.PATIENCE - 1 and windows_above_bound(count, 0.1, 0.1, 7) == 0
     with pytest.raises(
         Permanent,
         match=r"SamplerDrift: .* above maxSamplerKl 0.1 for 10 windows in a row, 0.2 nats a token in window 7",
     ):
-        beyond(count, 0.2, 0.1, 7)
-    assert sampler_kl({"reasoning": 0.4, "final": None}, {"reasoning": 30, "final": 0}) == 0.4
-    assert sampler_kl({"reasoning": 0.4, "final": 0.1}, {"reasoning": 10, "final": 20}) == pytest.approx(0.2)
+        windows_above_bound(count, 0.2, 0.1, 7)
+    assert sampler_kl(measured(0.4, None), {"reasoning": 30, "final": 0}) == 0.4
+    assert sampler_kl(measured(0.4, 0.1), {"reasoning": 10, "final": 20}) == pytest.approx(0.2)
 
 
 def loads(dead: int | None = None, busy: int = 0) -> np.ndarray:
@@ -149,7 +157,7 @@ def loads(dead: int | None = None, busy: int = 0) -> np.ndarray:
         pytest.param(
             loads(busy=10**5),
             "Imbalance",
-            "layer-2: the busiest expert has had more than 16 times the mean",
+            "layer-2: the busiest expert had more than 16 times the mean",
             id="uneven",
         ),
     ],
@@ -158,8 +166,8 @@ def test_a_collapse_names_the_layer_after_patience_and_not_before(load, reason, 
     watch = router_monitor.RouterMonitor(["layer-1", "layer-2"], 64)
     ratio_L = load.max(axis=1) / load.mean(axis=1)
     for _ in range(router_monitor.PATIENCE - 1):
-        assert watch.step(load, ratio_L) == []
-    found = watch.step(load, ratio_L)
+        assert watch.add_step(load, ratio_L) == []
+    found = watch.add_step(load, ratio_L)
     assert [finding.reason for finding in found] == ([reason] if reason else [])
     assert all(finding.layer == "layer-2" and finding.message.startswith(message) for finding in found)
-    assert watch.step(loads(), np.ones(2)) == []
+    assert watch.add_step(loads(), np.ones(2)) == []

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fakes import datasets, students
+from tests.fakes import datasets, students, trainers
 from tests.fakes.checkpoints import same
 from tests.fakes.reporters import RecordingReporter, stop_after
+from tests.fakes.trainers import start_of
 from vpmoe.api.stages import Confidence
 from vpmoe.checkpoint.train_state import TrainState, end_of
 from vpmoe.data.mixture import interleave
@@ -20,13 +21,11 @@ from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.objectives.confidence import centre
 from vpmoe.storage import Bucket, paths
-from vpmoe.storage.manifest import Input, Manifest
-from vpmoe.trainer.checkpoint import resume
-from vpmoe.trainer.checkpoint.writer import Checkpoints
+from vpmoe.storage.manifest import Manifest
 from vpmoe.trainer.context import StageContext
 from vpmoe.trainer.data import collate
 from vpmoe.trainer.data.scored_documents import ScoredDocuments
-from vpmoe.trainer.trainer import Trainer, course
+from vpmoe.trainer.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("device")
 RESCORED = {"kind": "Rescored", "tokens": 2000, "mix": 0.6}
@@ -76,25 +75,15 @@ def trainer(
 ) -> Make:
     """A trainer that stands where the bucket says the stage stands."""
 
-    def make(report: RecordingReporter, stage: str = "rescored") -> Trainer:
-        task = datasets.task(bucket, spec, tmp_path, dataset, stage, scores)
-        learner = students.learner(device)
-        started = resume.begin(task, learner)
-        cache = BlockCache(bucket, tmp_path / "blocks")
-        parts = DatasetReader(dataset, "train", cache)
-        checkpoints = Checkpoints(
-            task, [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})], report
-        )
-        of_scored = ScoredDocuments(parts, scores, cache)
-        return Trainer(
-            task, device, learner, course(task, parts, of_scored, started), None, checkpoints, started, report
-        )
+    def make(uploader: RecordingReporter, stage: str = "rescored") -> Trainer:
+        context = datasets.context(bucket, spec, tmp_path, dataset, stage, scores)
+        return trainers.trainer(context, device, students.learner(device), uploader)
 
     return make
 
 
-def reached(bucket: Bucket, task: StageContext) -> TrainState:
-    end = end_of(bucket, paths.checkpoints(task.run, task.stage.name))
+def reached(bucket: Bucket, context: StageContext) -> TrainState:
+    end = end_of(bucket, paths.checkpoints(context.run, context.stage.name))
     assert end is not None
     return end[1]
 
@@ -107,22 +96,22 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits_and_the_mix_is_exact(
     whole.run()
     spec["metadata"]["name"] = "stopped"
     stopped: list[Trainer] = []
-    stopped.append(trainer(RecordingReporter(stop_after(4, lambda: stopped[0].task))))
+    stopped.append(trainer(RecordingReporter(stop_after(4, lambda: stopped[0].context))))
     with pytest.raises(Terminated):
         stopped[0].run()
     resumed = trainer(RecordingReporter())
-    assert resumed.start.position.steps == 4
+    assert resumed.start.state.steps == 4
     resumed.run()
     assert same(resumed.learner, whole.learner)
-    assert reached(bucket, whole.task) == reached(bucket, resumed.task)
-    assert isinstance(whole.telling.report, RecordingReporter) and isinstance(
-        resumed.telling.report, RecordingReporter
+    assert reached(bucket, whole.context) == reached(bucket, resumed.context)
+    assert isinstance(whole.reporter.uploader, RecordingReporter) and isinstance(
+        resumed.reporter.uploader, RecordingReporter
     )
-    steps = [line for line in whole.telling.report.lines if line["event"] == "step"]
+    steps = [line for line in whole.reporter.uploader.lines if line["event"] == "step"]
     assert [line["kind"] == "Rescored" for line in steps] == interleave(len(steps), 0.6).tolist()
     for line in steps:
         assert ("weight" in line) == (line["kind"] == "Rescored")
-    again = [line for line in resumed.telling.report.lines if line["event"] == "step"]
+    again = [line for line in resumed.reporter.uploader.lines if line["event"] == "step"]
     for line in (*steps, *again):
         for name in ("time", "seconds", "tokensPerSecond", "attempt"):
             line.pop(name)
@@ -132,29 +121,29 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits_and_the_mix_is_exact(
 def test_the_centre_is_fixed_when_the_stage_begins(trainer: Make, bucket: Bucket, scores: Manifest) -> None:
     """It is taken from the checkpoint afterwards: a manifest that says something else does not move it."""
     it: list[Trainer] = []
-    it.append(trainer(RecordingReporter(stop_after(2, lambda: it[0].task))))
+    it.append(trainer(RecordingReporter(stop_after(2, lambda: it[0].context))))
     with pytest.raises(Terminated):
         it[0].run()
-    begun = it[0].start.position.objective
+    begun = it[0].start.state.objective
     assert begun is not None
     assert begun.reasoning == centre(scores.facts["histogram"]["reasoning"], Confidence())
-    task = replace(
-        it[0].task,
+    context = replace(
+        it[0].context,
         scores=replace(scores, facts={**scores.facts, "histogram": {"reasoning": [], "final": []}}),
     )
-    assert resume.begin(task, it[0].learner).position.objective == begun
+    assert start_of(context, it[0].learner).state.objective == begun
 
 
 def test_the_next_stage_goes_on_in_both_streams(trainer: Make, bucket: Bucket) -> None:
     first = trainer(RecordingReporter())
     first.run()
-    end = reached(bucket, first.task)
+    end = reached(bucket, first.context)
     second = trainer(RecordingReporter(), "again")
-    at = second.start.position
+    at = second.start.state
     assert at.scored is not None and end.scored is not None
     assert (at.first_sequence, at.scored.first_sequence) == (end.next_sequence, end.scored.next_sequence)
     assert at.first_sequence > 0 and at.scored.first_sequence > 0
-    plain, scored = first.course.mixture.turns(first.course.steps)
+    plain, scored = first.stage.plan.mixture.turns(first.stage.plan.steps)
     assert (at.first_sequence, at.scored.first_sequence) == (plain * 4, scored * 4)
 
 
@@ -167,15 +156,15 @@ def test_scored_steps_hold_scored_documents_alone_with_their_scores(
         for place, (tokens, _) in enumerate(part):
             kinds["picked" if place % 2 == 0 else "other"].add(tuple(tokens.tolist()))
     seen = 0
-    for step in range(it.course.steps):
-        for one in it.course.batches(step):
+    for step in range(it.stage.plan.steps):
+        for one in it.stage.plan.batches(step):
             documents = [
                 tuple(row.tolist())
                 for row in one.tokens.flatten().tensor_split(one.boundaries[1:-1].tolist())
                 if tuple(row.tolist())
             ]
             real = [document for document in documents if document in kinds["picked"] | kinds["other"]]
-            if it.course.kind(step) == "Rescored":
+            if it.stage.plan.kind(step) == "Rescored":
                 assert set(real) <= kinds["picked"] and one.teacher_logp is not None
                 assert not one.teacher_logp[one.span > 0].isnan().any()
                 seen += len(real)
@@ -196,16 +185,18 @@ def test_a_supervised_token_without_a_score_is_refused(
     assert len(parts.logp(PackedDocument(0, 3, int(parts.lengths[0][3])))) == parts.lengths[0][3]
     with pytest.raises(
         Permanent,
-        match=r"document 6 of training part 1 counts as scored, and supervised tokens of it have no score",
+        match=r"document 6 of training part 1 counts as scored, but some of its supervised tokens have no score",
     ):
         parts.logp(PackedDocument(1, 3, int(parts.lengths[1][3])))
 
 
 def test_other_scores_than_the_stage_began_with_are_refused(trainer: Make, scores: Manifest) -> None:
     it: list[Trainer] = []
-    it.append(trainer(RecordingReporter(stop_after(1, lambda: it[0].task))))
+    it.append(trainer(RecordingReporter(stop_after(1, lambda: it[0].context))))
     with pytest.raises(Terminated):
         it[0].run()
-    other = replace(it[0].task, scores=replace(scores, facts={**scores.facts, "id": "f" * 64}))
-    with pytest.raises(Permanent, match=r"began with the teacher's scores 0123.*, and would go on with ffff"):
-        resume.begin(other, it[0].learner)
+    other = replace(it[0].context, scores=replace(scores, facts={**scores.facts, "id": "f" * 64}))
+    with pytest.raises(
+        Permanent, match=r"began with the teacher's scores 0123.*, but would continue with ffff"
+    ):
+        start_of(other, it[0].learner)

@@ -18,8 +18,8 @@ from vpmoe.process.launcher import free_port
 from vpmoe.trainer.teacher_forced import model
 from vpmoe.trainer.teacher_forced.channel import Channel, host, join, stop_check
 from vpmoe.trainer.teacher_forced.client import RemoteTeacher
-from vpmoe.trainer.teacher_forced.protocol import Question, Run, question_of, read
-from vpmoe.trainer.teacher_forced.server import answer
+from vpmoe.trainer.teacher_forced.protocol import DocumentRange, Question, parse_question, question_of
+from vpmoe.trainer.teacher_forced.server import answer_questions
 
 VOCABULARY = 1000
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(directory: Path) -> torch.nn.Module:
-    return model.load(directory, CPU)
+    return model.load_teacher(directory, CPU)
 
 
 def batch(seed: int, *rows: list[int]) -> Batch:
@@ -47,8 +47,13 @@ def batch(seed: int, *rows: list[int]) -> Batch:
 def test_a_question_names_documents_and_no_padding() -> None:
     packed = batch(new_seed(), [5, 30, 1], [], [80])
     asked = question_of(packed)
-    assert asked.documents == [Run(0, 5), Run(5, 30), Run(35, 1), Run(160, 80)]
-    heard = read(asked.header, asked.body)
+    assert asked.documents == [
+        DocumentRange(0, 5),
+        DocumentRange(5, 30),
+        DocumentRange(35, 1),
+        DocumentRange(160, 80),
+    ]
+    heard = parse_question(asked.header, asked.body)
     assert torch.equal(heard.tokens, packed.tokens.flatten().int()) and heard.documents == asked.documents
 
 
@@ -77,7 +82,7 @@ def test_no_document_sees_another_or_padding(teacher: torch.nn.Module) -> None:
     """Whatever stands in the other documents of its row and batch, a document's hidden states move by rounding at most: experts take
     tokens of all documents together, so products have other shapes."""
     first, second = (question_of(batch(seed, [10, 30], [40])) for seed in (1, 2))
-    kept = Run(10, 30)
+    kept = DocumentRange(10, 30)
     mixed = Question(second.tokens.clone(), second.documents)
     mixed.tokens[10:40] = first.tokens[10:40]
     one, other = (model.hidden_states(teacher, it.tokens, it.documents) for it in (first, mixed))
@@ -88,9 +93,19 @@ def test_no_document_sees_another_or_padding(teacher: torch.nn.Module) -> None:
 
 
 def test_batches_are_of_like_lengths_and_bounded() -> None:
-    documents = [Run(0, 3), Run(3, 50), Run(53, 4), Run(57, 200), Run(257, 49)]
-    made = list(model.batches(documents, 100))
-    assert made == [[Run(57, 200)], [Run(3, 50), Run(257, 49)], [Run(53, 4), Run(0, 3)]]
+    documents = [
+        DocumentRange(0, 3),
+        DocumentRange(3, 50),
+        DocumentRange(53, 4),
+        DocumentRange(57, 200),
+        DocumentRange(257, 49),
+    ]
+    made = list(model.batches_by_length(documents, 100))
+    assert made == [
+        [DocumentRange(57, 200)],
+        [DocumentRange(3, 50), DocumentRange(257, 49)],
+        [DocumentRange(53, 4), DocumentRange(0, 3)],
+    ]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -142,20 +157,20 @@ def test_students_get_answers_to_their_own_questions_one_ahead(teacher: torch.nn
 
     def teaching() -> None:
         end = host("127.0.0.1", port, 2, CPU, never)
-        end.note("width", teacher.config.hidden_size)
-        end.note("loaded", 1)
+        end.set_number("width", teacher.config.hidden_size)
+        end.set_number("loaded", 1)
         for student in range(2):
             end.send(student, torch.full((VOCABULARY, teacher.config.hidden_size), float(student)))
-        answer(end, teacher)
+        answer_questions(end, teacher)
 
     def learning(rank: int) -> object:
         remote = RemoteTeacher(join("127.0.0.1", port, rank, 2, CPU, never), never)
         assert remote.width == 64 and (remote.output(VOCABULARY) == rank).all()
         heard = []
         for step, batches in enumerate(steps[rank][:2]):
-            remote.begin(batches, steps[rank][step + 1][0])
+            remote.announce(batches, steps[rank][step + 1][0])
             heard.append([remote.hidden_of(one) for one in batches])
-        remote.dismiss()
+        remote.disconnect()
         return heard
 
     done = together(teaching, lambda: learning(0), lambda: learning(1))
@@ -189,7 +204,7 @@ def test_an_end_that_is_gone_is_named() -> None:
     ) == [None, None]
     ends[1] = None  # the student's end closes with it
     with pytest.raises(Retriable, match="rank 0 is gone, or does not answer"):
-        ends[0].hear(0, 2, torch.int64)  # type: ignore[union-attr]
+        ends[0].receive_host(0, 2, torch.int64)  # type: ignore[union-attr]
 
 
 def test_experts_in_mxfp4_are_widened_without_further_packages(directory: Path, tmp_path: Path) -> None:
@@ -214,7 +229,7 @@ def test_experts_in_mxfp4_are_widened_without_further_packages(directory: Path, 
         "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = dict(model.load(tmp_path, CPU).named_parameters())
+    found = dict(model.load_teacher(tmp_path, CPU).named_parameters())
     assert wanted and all(
         torch.equal(found[name], numbers) and found[name].dtype == torch.bfloat16
         for name, numbers in wanted.items()

@@ -9,25 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fakes import datasets, students
+from tests.fakes import datasets, students, trainers
 from tests.fakes.checkpoints import same
 from tests.fakes.reporters import RecordingReporter, stop_after
 from tests.fakes.students import saved
 from vpmoe.checkpoint.train_state import end_of, iterations
-from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model.learner import Learner
 from vpmoe.model.router import routers
 from vpmoe.process.launcher import free_port
 from vpmoe.storage import Bucket, paths
-from vpmoe.storage.manifest import Input
-from vpmoe.trainer.checkpoint.resume import begin
-from vpmoe.trainer.checkpoint.writer import Checkpoints
 from vpmoe.trainer.data import collate
-from vpmoe.trainer.data.held_out import HeldOutDocuments
-from vpmoe.trainer.data.scored_documents import ScoredDocuments
 from vpmoe.trainer.reporting import router_monitor
-from vpmoe.trainer.trainer import Trainer, course
+from vpmoe.trainer.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -65,26 +59,9 @@ def trainer(
         [datasets.random_documents(random, 9)],
     )
 
-    def make(report: RecordingReporter, learner: Learner | None = None) -> Trainer:
-        task = datasets.task(bucket, spec, tmp_path, dataset)
-        learner = learner or students.learner(device)
-        started = begin(task, learner)
-        cache = BlockCache(bucket, tmp_path / "blocks")
-        inputs = [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})]
-        held_out = HeldOutDocuments(DatasetReader(dataset, "valid", cache), 9, 1234, 64)
-        train = DatasetReader(dataset, "train", cache)
-        scored = ScoredDocuments(train, task.scores, cache) if task.scores else None
-        checkpoints = Checkpoints(task, inputs, report)
-        return Trainer(
-            task,
-            device,
-            learner,
-            course(task, train, scored, started),
-            held_out,
-            checkpoints,
-            started,
-            report,
-        )
+    def make(uploader: RecordingReporter, learner: Learner | None = None) -> Trainer:
+        context = datasets.context(bucket, spec, tmp_path, dataset)
+        return trainers.trainer(context, device, learner or students.learner(device), uploader, held_out=9)
 
     return make
 
@@ -97,20 +74,22 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(
     whole.run()
     spec["metadata"]["name"] = "stopped"
     stopped: list[Trainer] = []
-    stopped.append(trainer(RecordingReporter(stop_after(3, lambda: stopped[0].task))))
-    with pytest.raises(Terminated, match=f"Stopped after step 3 of {whole.course.steps}, all of it saved"):
+    stopped.append(trainer(RecordingReporter(stop_after(3, lambda: stopped[0].context))))
+    with pytest.raises(
+        Terminated, match=f"Stopped after step 3 of {whole.stage.plan.steps}, all of it saved"
+    ):
         stopped[0].run()
-    assert iterations(bucket, paths.checkpoints(stopped[0].task.run, "vanilla"))[0] == 3
+    assert iterations(bucket, paths.checkpoints(stopped[0].context.run, "vanilla"))[0] == 3
     resumed = trainer(RecordingReporter())
     resumed.run()
-    assert resumed.start.position.steps == 3 and same(resumed.learner, whole.learner)
-    assert isinstance(resumed.telling.report, RecordingReporter) and isinstance(
-        whole.telling.report, RecordingReporter
+    assert resumed.start.state.steps == 3 and same(resumed.learner, whole.learner)
+    assert isinstance(resumed.reporter.uploader, RecordingReporter) and isinstance(
+        whole.reporter.uploader, RecordingReporter
     )
-    assert resumed.telling.report.said["held_out"] == whole.telling.report.said["held_out"], (
+    assert resumed.reporter.uploader.progress["held_out"] == whole.reporter.uploader.progress["held_out"], (
         "the loss before the first step is remembered"
     )
-    ends = [end_of(bucket, paths.checkpoints(one.task.run, "vanilla")) for one in (whole, resumed)]
+    ends = [end_of(bucket, paths.checkpoints(one.context.run, "vanilla")) for one in (whole, resumed)]
     assert ends[0] is not None and ends[1] is not None and ends[0][1] == ends[1][1]
 
 
@@ -132,7 +111,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_has_moved(
         for name, of in saved(learner).items()
         for now, then in zip(of, before[name], strict=True)
     )
-    assert learner.steps == 0 and not iterations(bucket, paths.checkpoints(it.task.run, "vanilla"))
+    assert learner.steps == 0 and not iterations(bucket, paths.checkpoints(it.context.run, "vanilla"))
 
 
 def test_a_collapsed_router_is_a_condition_that_names_the_layer(
@@ -143,11 +122,16 @@ def test_a_collapsed_router_is_a_condition_that_names_the_layer(
     routers(learner.student)["layers.2"].expert_bias[3] = -1e6
     it = trainer(RecordingReporter(), learner)
     it.run()
-    assert isinstance(it.telling.report, RecordingReporter)
-    found = {condition.message.split(":")[0]: condition for condition in it.telling.report.said["conditions"]}
+    assert isinstance(it.reporter.uploader, RecordingReporter)
+    found = {
+        condition.message.split(":")[0]: condition
+        for condition in it.reporter.uploader.progress["conditions"]
+    }
     assert found["layers.2"].type == "RouterCollapse" and found["layers.2"].reason == "DeadExpert"
     assert all(
-        line["router"]["dead"]["layers.2"] >= 1 for line in it.telling.report.lines if line["event"] == "step"
+        line["router"]["dead"]["layers.2"] >= 1
+        for line in it.reporter.uploader.lines
+        if line["event"] == "step"
     )
 
 
@@ -157,11 +141,16 @@ def test_a_stage_ends_early_where_its_evaluations_bring_too_little(
     spec["spec"]["stages"][0]["stop"] = {"evaluations": 1, "minImprovement": 0.9, "minValidity": 0.0}
     it = trainer(RecordingReporter())
     it.run()
-    reached = end_of(bucket, paths.checkpoints(it.task.run, "vanilla"))
+    reached = end_of(bucket, paths.checkpoints(it.context.run, "vanilla"))
     assert reached is not None and 800 <= reached[1].tokens < 2000
-    assert isinstance(it.telling.report, RecordingReporter) and it.telling.report.said["state"] == "Succeeded"
     assert (
-        it.telling.report.said["tokens"].done == it.telling.report.said["tokens"].total == reached[1].tokens
+        isinstance(it.reporter.uploader, RecordingReporter)
+        and it.reporter.uploader.progress["state"] == "Succeeded"
+    )
+    assert (
+        it.reporter.uploader.progress["tokens"].done
+        == it.reporter.uploader.progress["tokens"].total
+        == reached[1].tokens
     )
 
 
@@ -174,7 +163,8 @@ def test_prometheus_shows_the_latest_step_where_it_is_asked_to(
     it.run()
     shown = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
     assert (
-        f'vpmoe_train_step{{namespace="default",run="tiny-run",stage="vanilla"}} {it.course.steps}.0' in shown
+        f'vpmoe_train_step{{namespace="default",run="tiny-run",stage="vanilla"}} {it.stage.plan.steps}.0'
+        in shown
     )
     assert (
         'vpmoe_train_held_out_loss{namespace="default",run="tiny-run",span="final",stage="vanilla"}' in shown

@@ -1,4 +1,4 @@
-"""A window on its way into batches: every rollout once with its numbers, other windows refused by name, waits measured and ended."""
+"""A window on its way into batches: every rollout once with its numbers, other windows rejected by name, waits measured and ended."""
 
 import dataclasses
 import hashlib
@@ -27,12 +27,20 @@ from vpmoe.rollout.window_files import (
 )
 from vpmoe.storage import Bucket, paths
 from vpmoe.trainer.context import StageContext
-from vpmoe.trainer.onpolicy import window_batch, window_wait
-from vpmoe.trainer.onpolicy.window_batch import Due, Window
-from vpmoe.trainer.onpolicy.window_wait import Waiting, buffer
+from vpmoe.trainer.onpolicy import window_wait
+from vpmoe.trainer.onpolicy.window_batch import (
+    DueWindow,
+    ScoredWindow,
+    check_due,
+    read_window,
+    rows_of_rank,
+    window_batches,
+)
+from vpmoe.trainer.onpolicy.window_metrics import window_metrics
+from vpmoe.trainer.onpolicy.window_wait import Waits, WindowBuffer, WindowWait
 
 LENGTH = 64
-DUE = Due(
+DUE = DueWindow(
     run="default/r-01234567",
     config="c" * 64,
     stage="vanilla",
@@ -100,8 +108,8 @@ def test_every_rollout_stands_in_one_row_of_one_rank_with_its_numbers(
     random = np.random.default_rng(new_seed())
     held = rollouts(random, int(random.integers(1, 40)))
     teacher = [-random.exponential(3, size=len(one.logp_C)).astype(np.float32) for one in held]
-    whole = Window(sampled(held), teacher, ("", ""))
-    each = [window_batch.batches(whole, LENGTH, rank, ranks) for rank in range(ranks)]
+    whole = ScoredWindow(sampled(held), teacher, ("", ""))
+    each = [window_batches(whole, LENGTH, rank, ranks) for rank in range(ranks)]
     assert len({tuple(batch.tokens.shape for batch in of) for of in each}) == 1, (
         "expert parallel ranks work in step"
     )
@@ -131,7 +139,7 @@ def test_loss_and_gradient_of_a_window_over_ranks_are_float64s_of_its_rollouts_o
     batches = [
         made
         for rank in range(3)
-        for made in window_batch.batches(Window(sampled(held), teacher, ("", "")), LENGTH, rank, 3)
+        for made in window_batches(ScoredWindow(sampled(held), teacher, ("", "")), LENGTH, rank, 3)
     ]
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     outcome = it.forward_backward(batches, on_policy(counts, weights), int(counts[0]))
@@ -162,7 +170,7 @@ def test_loss_and_gradient_of_a_window_over_ranks_are_float64s_of_its_rollouts_o
 def test_no_more_rows_than_it_takes() -> None:
     random = np.random.default_rng(new_seed())
     lengths = random.integers(1, LENGTH + 1, 500).tolist()
-    packed = [row for rank in range(4) for row in window_batch.rows(lengths, LENGTH, rank, 4)]
+    packed = [row for rank in range(4) for row in rows_of_rank(lengths, LENGTH, rank, 4)]
     assert sorted(number for row in packed for number in row) == list(range(500))
     assert all(sum(lengths[number] for number in row) <= LENGTH for row in packed)
     assert len(packed) <= 1.25 * sum(lengths) / LENGTH, (
@@ -185,39 +193,39 @@ def test_no_more_rows_than_it_takes() -> None:
         pytest.param({"window": 4}, "window is 4, not 3", id="another-window"),
         pytest.param({"version": 0}, "version is 0, not 2", id="another-version"),
         pytest.param({"last": True}, "last is True, not False", id="not-the-last"),
-        pytest.param({"tokens": 7}, "it says 7 tokens and holds", id="other-tokens"),
+        pytest.param({"tokens": 7}, "its header says 7 tokens and it holds", id="other-tokens"),
     ],
 )
 def test_a_window_that_is_not_due_is_refused_by_name(changes: dict[str, Any], words: str) -> None:
     held = rollouts(np.random.default_rng(3), 5)
-    window_batch.check(sampled(held), DUE, LENGTH, "s3://here")
+    check_due(sampled(held), DUE, LENGTH, "s3://here")
     with pytest.raises(
         Permanent, match=rf"s3://here: .*{words}.*Delete it, its scores and all later windows"
     ):
-        window_batch.check(sampled(held, **changes), DUE, LENGTH, "s3://here")
+        check_due(sampled(held, **changes), DUE, LENGTH, "s3://here")
 
 
 def test_a_window_that_cannot_be_trained_on_is_refused() -> None:
     held = rollouts(np.random.default_rng(3), 3)
     with pytest.raises(Permanent, match="tokens for a sequence of 5"):
-        window_batch.check(sampled(held), DUE, 5, "s3://here")
+        check_due(sampled(held), DUE, 5, "s3://here")
     held[1].span_C[0] = 0
     with pytest.raises(Permanent, match=r"rollout 1 of prompt 0 has .* or a sampled token of no span"):
-        window_batch.check(sampled(held), DUE, LENGTH, "s3://here")
-    with pytest.raises(Permanent, match="it says 0 tokens and holds 0"):
-        window_batch.check(sampled([]), DUE, LENGTH, "s3://here")
+        check_due(sampled(held), DUE, LENGTH, "s3://here")
+    with pytest.raises(Permanent, match="its header says 0 tokens and it holds 0"):
+        check_due(sampled([]), DUE, LENGTH, "s3://here")
 
 
 @pytest.fixture
-def task(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path, device: torch.device) -> StageContext:
-    return datasets.task(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
+def context(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path, device: torch.device) -> StageContext:
+    return datasets.context(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
 
 
-def put(task: StageContext, number: int, **changes: Any) -> list[Rollout]:
+def put(context: StageContext, number: int, **changes: Any) -> list[Rollout]:
     """A window's two files."""
     held = rollouts(np.random.default_rng(number), 4)
     data = rollouts_bytes(about(held, window=number, **changes), held)
-    task.bucket.create(paths.window(task.run, "vanilla", number, "rollouts"), data, {})
+    context.bucket.create(paths.window(context.run, "vanilla", number, "rollouts"), data, {})
     of = ScoresHeader(
         run=DUE.run,
         stage="vanilla",
@@ -225,44 +233,49 @@ def put(task: StageContext, number: int, **changes: Any) -> list[Rollout]:
         rollouts=hashlib.sha256(data).hexdigest(),
         teacher="t" * 64,
     )
-    task.bucket.create(
-        paths.window(task.run, "vanilla", number, "scores"),
+    context.bucket.create(
+        paths.window(context.run, "vanilla", number, "scores"),
         scores_bytes(of, [one.logp_C for one in held]),
         {},
     )
     return held
 
 
-def test_a_window_is_read_with_its_scores(task: StageContext) -> None:
-    held = put(task, 3)
-    found = window_batch.read(task.bucket, task.run, DUE, LENGTH)
+def test_a_window_is_read_with_its_scores(context: StageContext) -> None:
+    held = put(context, 3)
+    found = read_window(context.bucket, context.run, DUE, LENGTH)
     for one, teacher_C in zip(held, found.teacher, strict=True):
         assert (one.logp_C == teacher_C).all()
-    files = [task.bucket.get(paths.window(task.run, "vanilla", 3, kind)) for kind in ("rollouts", "scores")]  # type: ignore[arg-type]
+    files = [
+        context.bucket.get(paths.window(context.run, "vanilla", 3, kind)) for kind in ("rollouts", "scores")
+    ]  # type: ignore[arg-type]
     assert found.sha256 == tuple(hashlib.sha256(data).hexdigest() for data in files)
-    facts = window_batch.facts(found)
-    assert (facts["version"], facts["staleness"], facts["rollouts"]) == (2, 1, {"high": 2, "low": 2})
-    assert facts["validity"] == {"high": {"truncated": 0.5, "valid": 0.5}, "low": {"valid": 1.0}}
-    assert facts["lengths"]["low"]["max"] == max(len(held[0].logp_C), len(held[2].logp_C))
+    measured = window_metrics(found, Waits(1.0, 2.0), WindowBuffer(sampled=2, scored=1)).dump()
+    assert (measured["version"], measured["staleness"], measured["rollouts"]) == (2, 1, {"high": 2, "low": 2})
+    assert measured["validity"] == {"high": {"truncated": 0.5, "valid": 0.5}, "low": {"valid": 1.0}}
+    assert measured["lengths"]["low"]["max"] == max(len(held[0].logp_C), len(held[2].logp_C))
+    assert (measured["waitRollouts"], measured["waitScores"]) == (1.0, 2.0)
 
 
 @pytest.mark.parametrize("kind", ["rollouts", "scores"])
-def test_a_truncated_file_is_refused_by_name(task: StageContext, kind: Any) -> None:
-    put(task, 3)
-    key = paths.window(task.run, "vanilla", 3, kind)
-    task.bucket.put_bytes(key, task.bucket.get(key)[:-100], {})
+def test_a_truncated_file_is_refused_by_name(context: StageContext, kind: Any) -> None:
+    put(context, 3)
+    key = paths.window(context.run, "vanilla", 3, kind)
+    context.bucket.put_bytes(key, context.bucket.get(key)[:-100], {})
     with pytest.raises(Permanent, match=rf"window-000003.{kind}.arrow: it is no file of ours"):
-        window_batch.read(task.bucket, task.run, DUE, LENGTH)
+        read_window(context.bucket, context.run, DUE, LENGTH)
 
 
-def test_waits_are_measured_by_what_is_missing(task: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waits_are_measured_by_what_is_missing(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(window_wait, "POLL", 0.01)
-    it, heard = Waiting(task), []
+    it, heard = WindowWait(context), []
 
-    def meanwhile(missing: window_wait.Kind) -> None:
+    def meanwhile(missing: window_wait.WindowFile) -> None:
         heard.append(missing)
         if len(heard) in (3, 5):
-            task.bucket.create(paths.window(task.run, "vanilla", 0, missing), b"x", {})
+            context.bucket.create(paths.window(context.run, "vanilla", 0, missing), b"x", {})
 
     waits = it.wait(0, meanwhile)
     assert waits is not None and heard == ["rollouts"] * 3 + ["scores"] * 2 and min(waits) > 0
@@ -270,17 +283,16 @@ def test_waits_are_measured_by_what_is_missing(task: StageContext, monkeypatch: 
     assert again == (0, 0) and len(heard) == 5, "what is there is not waited for"
 
 
-def test_who_waits_can_be_stopped(task: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_can_be_stopped(context: StageContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(window_wait, "POLL", 60.0)
-    threading.Timer(0.2, task.stopping.set).start()
-    assert Waiting(task).wait(0, lambda missing: None) is None
+    threading.Timer(0.2, context.stopping.set).start()
+    assert WindowWait(context).wait(0, lambda missing: None) is None
 
 
-def test_the_buffer_counts_windows_in_a_row(task: StageContext) -> None:
+def test_the_buffer_counts_windows_in_a_row(context: StageContext) -> None:
     for number in (1, 2, 3, 5):
-        put(task, number)
-    task.bucket.delete(paths.window(task.run, "vanilla", 2, "scores"))
-    assert buffer(task, 1, 4) == {"sampled": 3, "scored": 1} and buffer(task, 0, 4) == {
-        "sampled": 0,
-        "scored": 0,
-    }
+        put(context, number)
+    context.bucket.delete(paths.window(context.run, "vanilla", 2, "scores"))
+    it = WindowWait(context)
+    assert it.buffer(1, 4) == WindowBuffer(sampled=3, scored=1)
+    assert it.buffer(0, 4) == WindowBuffer(sampled=0, scored=0)

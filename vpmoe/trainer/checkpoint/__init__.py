@@ -1,1 +1,1 @@
-"""Saving, restoring and resuming a stage."""
+"""Writing and loading a learner's checkpoints. Their format is in vpmoe/checkpoint."""

@@ -1,7 +1,7 @@
-"""Reading checkpoints back: by named ranges, so the number of ranks that wrote one does not matter, and not before it is proved.
+"""Checkpoint reader: loads a checkpoint by named ranges, so the number of ranks that wrote it does not matter.
 
-All of a checkpoint that this rank needs comes to local disk, block by block against its hashes, and all ranks agree that it did, before any
-weight is touched. What to do about one that is refused is start.py's business, writing them checkpoint.py's.
+Everything of the checkpoint that this rank needs is first downloaded and verified block by block against its hashes. No weight is touched
+before all ranks agree that they have it. What happens after a rejection is in resume.py; writing is in writer.py.
 """
 
 import fcntl
@@ -27,22 +27,22 @@ PATIENCE = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that was proved, as far as this rank needs it."""
+class VerifiedCheckpoint:
+    """A checkpoint of which everything that this rank needs is on disk and verified."""
 
     manifest: Manifest
-    position: TrainState
-    pieces: dict[str, list[TensorSlice]]
+    state: TrainState
+    slices: dict[str, list[TensorSlice]]
     """By tensor, in order, without gaps."""
     files: dict[str, Path]
     """By the sha256 of the file's content."""
-    anew: frozenset[str]
-    """Parameters that it does not have and need not have."""
+    unset: frozenset[str]
+    """Parameters that the checkpoint does not have and need not have."""
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
+    def read_range(self, name: str, start: int, stop: int) -> Tensor:
         """Numbers [start, stop) of a tensor, flat."""
         found = []
-        for piece in self.pieces[name]:
+        for piece in self.slices[name]:
             first, last = max(start, piece.start), min(stop, piece.stop)
             if first < last:
                 with safe_open(self.files[piece.file.sha256], framework="pt") as file:
@@ -50,57 +50,61 @@ class Checkpoint:
         return torch.cat(found) if len(found) != 1 else found[0]
 
 
-class Reader:
-    """Reads checkpoints into one learner. Every rank makes its own, and they read together."""
+class CheckpointReader:
+    """Loads checkpoints into one learner. Every rank has a reader, and they load together."""
 
     def __init__(self, scratch: Path, learner: Learner) -> None:
         self._scratch = scratch
         self._learner = learner
-        self._talk = ObjectGroup(PATIENCE)
+        self._group = ObjectGroup(PATIENCE)
 
     def restore(
         self, bucket: Bucket, folder: str, *, moments: bool, begins: bool = False
     ) -> tuple[Manifest, TrainState]:
-        """Take the weights, and with `moments` the optimizer and random state, of the checkpoint in `folder`.
+        """Load the weights, and with `moments` the optimizer and random state, of the checkpoint in `folder`.
 
-        Where a stage `begins` from it, parameters that not every stage has (state.NOT_EVERY_STAGES) stay as they were built, with empty
-        moments, if it has none of that size.
+        With `begins` a stage begins from it: then parameters that not every stage has (state.NOT_EVERY_STAGES) keep their initial values,
+        with empty moments, if the checkpoint has none of that size.
 
-        Raises Refused, on every rank and with the learner untouched, where any rank cannot have what it needs; StorageError where the
-        store does not answer.
+        Raises CheckpointRejected, on every rank and with the learner untouched, where any rank cannot have what it needs; StorageError
+        where the store does not answer.
         """
         fault, found = None, None
         try:
-            found = self._prove(bucket, folder, moments, begins)
+            found = self._verify(bucket, folder, moments, begins)
         except StorageError as error:
             if error.reason not in ("Altered", "Missing"):
                 raise
             fault = str(error)
         except (ValidationError, CheckpointRejected) as error:
             fault = str(error)
-        faults = {word: rank for rank, word in reversed(list(enumerate(self._talk.gather(fault)))) if word}
-        if faults or found is None:
-            said = " ".join(f"Rank {rank}: {word}" for word, rank in faults.items())
-            raise CheckpointRejected(f"checkpoint {bucket.url(folder)} cannot be used. {said}")
+        by_rank = list(enumerate(self._group.gather(fault)))
+        first_rank_of = {fault: rank for rank, fault in reversed(by_rank) if fault}
+        if first_rank_of or found is None:
+            faults = " ".join(f"Rank {rank}: {fault}" for fault, rank in first_rank_of.items())
+            raise CheckpointRejected(f"checkpoint {bucket.url(folder)} cannot be used. {faults}")
         state.restore(
-            self._learner, found.read, found.position.iteration if moments else 0, moments, found.anew
+            self._learner, found.read_range, found.state.iteration if moments else 0, moments, found.unset
         )
         own = f"random/{distributed.rank()}/"
         if moments and found.manifest.facts["ranks"] == distributed.world_size():
-            names = [name for name in found.pieces if name.startswith(own)]
+            names = [name for name in found.slices if name.startswith(own)]
             state.set_random_state(
-                {name.removeprefix(own): found.read(name, 0, found.pieces[name][-1].stop) for name in names}
+                {
+                    name.removeprefix(own): found.read_range(name, 0, found.slices[name][-1].stop)
+                    for name in names
+                }
             )
-        self._talk.gather(None)  # the ranks of a pod share the files
+        self._group.gather(None)  # the ranks of a pod share the files
         for path in found.files.values():
             path.unlink(missing_ok=True)
-        return found.manifest, found.position
+        return found.manifest, found.state
 
-    def _prove(self, bucket: Bucket, folder: str, moments: bool, begins: bool) -> Checkpoint:
-        """The checkpoint, with every file that this rank needs brought here and proved."""
+    def _verify(self, bucket: Bucket, folder: str, moments: bool, begins: bool) -> VerifiedCheckpoint:
+        """The checkpoint, with every file that this rank needs downloaded and verified."""
         stored = manifest.load(bucket, paths.manifest(folder))
-        position = TrainState.model_validate(stored.facts.get("position"))
-        pieces = pieces_in(bucket, stored.subjects.values())
+        saved_state = TrainState.model_validate(stored.facts.get("position"))
+        slices = pieces_in(bucket, stored.subjects.values())
         sizes = {
             name: size
             for name, size in state.sizes(self._learner).items()
@@ -111,33 +115,32 @@ class Reader:
             for name in state.NOT_EVERY_STAGES
             if begins and f"main/{name}" in sizes
         }
-        anew = frozenset(
-            name for name, size in optional.items() if total(pieces.get(f"main/{name}", [])) != size
+        unset = frozenset(
+            name for name, size in optional.items() if total(slices.get(f"main/{name}", [])) != size
         )
-        sizes = {name: size for name, size in sizes.items() if name.partition("/")[2] not in anew}
+        sizes = {name: size for name, size in sizes.items() if name.partition("/")[2] not in unset}
         for name, size in sizes.items():
-            check_covers(name, pieces.get(name, []), size)
+            check_covers(name, slices.get(name, []), size)
         ranges = [
             (held.name, held.start, held.stop) for held in state.slices(self._learner) if held.name in sizes
         ]
         ranges += [(name, 0, size) for name, size in sizes.items() if name.startswith("buffer/")]
         ranges += [
             (name, 0, of[-1].stop)
-            for name, of in pieces.items()
+            for name, of in slices.items()
             if name.startswith(f"random/{distributed.rank()}/")
         ]
         needed = {
             piece.file
             for name, start, stop in ranges
-            for piece in pieces[name]
+            for piece in slices[name]
             if piece.start < stop and start < piece.stop
         }
-        return Checkpoint(
-            stored, position, pieces, {file.sha256: self._bring(bucket, file) for file in needed}, anew
-        )
+        files = {file.sha256: self._download(bucket, file) for file in needed}
+        return VerifiedCheckpoint(stored, saved_state, slices, files, unset)
 
-    def _bring(self, bucket: Bucket, file: Subject) -> Path:
-        """A file of the checkpoint on this pod's disk; the first rank that wants it fetches it."""
+    def _download(self, bucket: Bucket, file: Subject) -> Path:
+        """A file of the checkpoint on this pod's disk. Of the pod's ranks the first that needs it downloads it."""
         path = self._scratch / f"{file.sha256}.safetensors"
         with path.with_suffix(".lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,1 +1,1 @@
-"""What each optimizer step trains on."""
+"""The data of each optimizer step."""

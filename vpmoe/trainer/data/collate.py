@@ -1,6 +1,6 @@
-"""From the batch plan to microbatches: the packed rows of one step on one rank.
+"""Microbatches from packed rows: documents are laid side by side whole, and the rest of a row is padded.
 
-Positions, targets and counts are vpmoe.model.batch's business; here whole documents are laid side by side and the rest is padded.
+Positions, targets and counts are derived in vpmoe/model/batch.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,51 +13,51 @@ from vpmoe.data.packing import PackedDocument
 from vpmoe.data.vocabulary import PADDING
 from vpmoe.model.batch import Batch
 
-Read = Callable[[PackedDocument], tuple[NDArray[np.int32], NDArray[np.uint8]]]
+ReadDocument = Callable[[PackedDocument], tuple[NDArray[np.int32], NDArray[np.uint8]]]
 """(token ids, span of each) of a document."""
-Logp = Callable[[PackedDocument], NDArray[np.floating]]
+LogpOf = Callable[[PackedDocument], NDArray[np.floating]]
 """A log-probability of each token of a document, the teacher's or the sampler's, NaN where there is none."""
 
 MICROBATCH = 8192
-"""Positions of one microbatch, as far as whole rows allow: the student's longest sequence alone, or several short ones together."""
+"""Positions of one microbatch, rounded down to whole rows: one row of the longest sequence, or several short rows."""
 
 
-def rows_each(sequence_length: int) -> int:
+def rows_per_microbatch(sequence_length: int) -> int:
     """Rows of one microbatch."""
     return max(1, MICROBATCH // sequence_length)
 
 
 def microbatches(
     rows: Sequence[Sequence[PackedDocument]],
-    read: Read,
+    read: ReadDocument,
     sequence_length: int,
-    logp: Logp | None = None,
-    sampler_logp: Logp | None = None,
+    teacher_logp: LogpOf | None = None,
+    sampler_logp: LogpOf | None = None,
 ) -> list[Batch]:
-    """The rows in order as microbatches of about MICROBATCH positions; all but the last have the same number of rows. See `assemble`."""
-    each = rows_each(sequence_length)
+    """The rows in order as microbatches of about MICROBATCH positions. All but the last have the same number of rows. See `assemble`."""
+    each = rows_per_microbatch(sequence_length)
     return [
-        assemble(rows[start : start + each], read, sequence_length, logp, sampler_logp)
+        assemble(rows[start : start + each], read, sequence_length, teacher_logp, sampler_logp)
         for start in range(0, len(rows), each)
     ]
 
 
 def assemble(
     rows: Sequence[Sequence[PackedDocument]],
-    read: Read,
+    read: ReadDocument,
     sequence_length: int,
-    logp: Logp | None = None,
-    sampler_logp: Logp | None = None,
+    teacher_logp: LogpOf | None = None,
+    sampler_logp: LogpOf | None = None,
 ) -> Batch:
-    """One microbatch of b packed rows; a row without any document is all padding. Raises ValueError where a row overflows.
+    """One microbatch of b packed rows; a row without documents is all padding. Raises ValueError where a row overflows.
 
-    With `logp` the batch has the teacher's log-probabilities, with `sampler_logp` the sampler's.
+    With `teacher_logp` the batch has the teacher's log-probabilities, with `sampler_logp` the sampler's.
     """
     shape = (len(rows), sequence_length)
     tokens_bS = np.full(shape, PADDING, np.int64)
     spans_bS = np.zeros(shape, np.uint8)
     documents_bS = np.full(shape, -1, np.int32)
-    known = [(of, np.full(shape, np.nan, np.float32)) for of in (logp, sampler_logp)]
+    stored = [(logp_of, np.full(shape, np.nan, np.float32)) for logp_of in (teacher_logp, sampler_logp)]
     for row, documents in enumerate(rows):
         at = 0
         for number, document in enumerate(documents):
@@ -68,15 +68,17 @@ def assemble(
             tokens_bS[place] = tokens
             spans_bS[place] = spans
             documents_bS[place] = number
-            for of, logp_bS in known:
-                if of is not None:
-                    logp_bS[place] = of(document)
+            for logp_of, logp_bS in stored:
+                if logp_of is not None:
+                    logp_bS[place] = logp_of(document)
             at += len(tokens)
-    teacher, sampler = (None if of is None else torch.from_numpy(logp_bS) for of, logp_bS in known)
+    teacher_bS, sampler_bS = (
+        None if logp_of is None else torch.from_numpy(logp_bS) for logp_of, logp_bS in stored
+    )
     return Batch.from_rows(
         torch.from_numpy(tokens_bS),
         torch.from_numpy(spans_bS),
         torch.from_numpy(documents_bS),
-        teacher,
-        sampler,
+        teacher_bS,
+        sampler_bS,
     )

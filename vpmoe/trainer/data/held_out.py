@@ -1,6 +1,6 @@
-"""Held-out loss by span: always the same documents of the valid split, chosen by the seed and not by the order of files.
+"""Held-out loss by span: always over the same documents of the valid split, which the seed chooses, whatever the order of files.
 
-Which steps are followed by an evaluation is schedule.py's business; Harmony validity of samples is not measured here.
+When it is measured is decided by schedule.py. Harmony validity of samples is measured in vpmoe.evaluation.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from vpmoe.trainer.data import collate
 def held_out_rows(
     lengths: Sequence[NDArray[np.int32]], documents: int, seed: int, sequence_length: int
 ) -> list[list[PackedDocument]]:
-    """The first `documents` documents of the split in the plan's order for epoch 0, packed into rows. All of them where there are fewer."""
+    """The first `documents` documents of the split in the order of epoch 0, packed into rows. All of them where there are fewer."""
     visited = packing.held_out(lengths, documents, seed)
     first_document = packing.firsts([len(part) for part in lengths])
     places, starts = packing.pack(np.concatenate(lengths)[visited], sequence_length)
@@ -33,16 +33,15 @@ def held_out_rows(
 
 
 class HeldOutDocuments:
-    """This rank's share of the held-out documents, kept in memory: every evaluation scores the same."""
+    """This rank's share of the held-out documents, kept in memory for all evaluations."""
 
     def __init__(self, valid: DatasetReader, documents: int, seed: int, sequence_length: int) -> None:
-        """The split must not be empty, which stage.dataset has made sure of."""
+        """The split must not be empty; stage_inputs.load_dataset has checked that."""
         self.documents = min(documents, sum(len(part) for part in valid.lengths))
         rows = held_out_rows(valid.lengths, documents, seed, sequence_length)
         rank, ranks = distributed.rank(), distributed.world_size()
-        rows += [
-            [] for _ in range(-len(rows) % ranks)
-        ]  # experts that ranks share want every rank to take part in every batch
+        # With expert parallelism every rank must take part in every batch, so all get equally many rows.
+        rows += [[] for _ in range(-len(rows) % ranks)]
         rows = rows[rank::ranks]
         valid.prefetch(document for row in rows for document in row)
         self.batches: list[Batch] = collate.microbatches(rows, valid.read, sequence_length)

@@ -1,7 +1,7 @@
-"""The documents of the training split that a teacher has scored, and what it said of each of their tokens.
+"""The documents of the training split that the teacher has scored, with the teacher's log-probability of each token.
 
-They are numbered among themselves, so a batch plan of them is one like any other. The scores come block by block through the cache that
-the data set's parts come through. Who made them is vpmoe.teacher's business.
+They are numbered among themselves, so they have a batch plan like any other documents. Scores are read block by block through the cache
+of the dataset's parts. vpmoe.teacher makes them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,18 +19,21 @@ from vpmoe.storage.manifest import Manifest
 
 
 class ScoredDocuments:
-    """`lengths[p]` are the lengths in tokens of the scored documents of part p, and a Document's number counts these alone."""
+    """`lengths[p]` are the lengths in tokens of the scored documents of part p. The number of a PackedDocument counts scored ones alone."""
 
-    def __init__(self, parts: DatasetReader, scores: Manifest, cache: BlockCache) -> None:
-        """Reads which documents were scored. Raises StorageError where an object is not what the manifest says, Permanent where scores
-        and data set have different documents or nothing was scored."""
-        self._parts = parts
+    def __init__(self, documents: DatasetReader, scores: Manifest, cache: BlockCache) -> None:
+        """Reads which documents were scored.
+
+        Raises StorageError where an object is not what the manifest says; Permanent where scores and dataset have different documents,
+        or nothing was scored.
+        """
+        self._documents = documents
         self._scores = scores
         self._cache = cache
-        self._places = [self._scored(part, len(lengths)) for part, lengths in enumerate(parts.lengths)]
-        """By part, the places of its scored documents among all of its documents."""
+        self._places = [self._scored_in(part, len(lengths)) for part, lengths in enumerate(documents.lengths)]
+        """By part, the numbers of its scored documents among all of its documents."""
         self.lengths: Sequence[NDArray[np.int32]] = [
-            of[places] for of, places in zip(parts.lengths, self._places, strict=True)
+            of[places] for of, places in zip(documents.lengths, self._places, strict=True)
         ]
         if not sum(map(len, self._places)):
             raise Permanent(
@@ -39,52 +42,52 @@ class ScoredDocuments:
 
     def read(self, document: PackedDocument) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """(tokens, span of each token) of one document."""
-        return self._parts.read(self._original(document))
+        return self._documents.read(self._original(document))
 
     def logp(self, document: PackedDocument) -> NDArray[np.float16]:
         """The teacher's log-probability of each token [T]. Raises Permanent where a supervised token has none."""
         original = self._original(document)
-        start, stop = self._parts.tokens_of(original)
+        start, stop = self._documents.tokens_of(original)
         logp_T = np.frombuffer(self._cache.read(self._subject(document.part), 2 * start, 2 * stop), "<f2")
-        _, spans_T = self._parts.read(original)
+        _, spans_T = self._documents.read(original)
         if np.isnan(logp_T[spans_T > 0]).any():
             raise Permanent(
-                f"{self._scores.key}: document {original.number} of training part {original.part} counts as scored, and supervised tokens "
-                "of it have no score. The scores were not written by rescoring; delete their folder to have them made again."
+                f"{self._scores.key}: document {original.number} of training part {original.part} counts as scored, but some of its "
+                "supervised tokens have no score. Rescoring does not write such scores. Delete their folder to have them made again."
             )
         return logp_T
 
     def prefetch(self, documents: Iterable[PackedDocument]) -> None:
-        """Begin to fetch what these documents, and their scores, lie in."""
+        """Begin to fetch the blocks of these documents and of their scores."""
         originals = [self._original(document) for document in documents]
-        self._parts.prefetch(originals)
-        self._parts.prefetch_of(originals, self._subject, 2)
+        self._documents.prefetch(originals)
+        self._documents.prefetch_of(originals, self._subject, 2)
 
     def exercise_shares(self, documents: Iterable[PackedDocument]) -> dict[str, float]:
-        """As of Parts."""
-        return self._parts.exercise_shares(self._original(document) for document in documents)
+        """See DatasetReader."""
+        return self._documents.exercise_shares(self._original(document) for document in documents)
 
     def _original(self, document: PackedDocument) -> PackedDocument:
-        """The document under its number among all of its part."""
+        """The document with its number among all documents of its part."""
         return PackedDocument(
             document.part, int(self._places[document.part][document.number]), document.length
         )
 
     def _subject(self, part: int) -> Subject:
-        return self._scores.subjects[f"{self._parts.stem(part)}.logp.bin"]
+        return self._scores.subjects[f"{self._documents.stem(part)}.logp.bin"]
 
-    def _scored(self, part: int, documents: int) -> NDArray[np.int64]:
-        name = f"{self._parts.stem(part)}.documents.parquet"
+    def _scored_in(self, part: int, documents: int) -> NDArray[np.int64]:
+        name = f"{self._documents.stem(part)}.documents.parquet"
         if name not in self._scores.subjects:
             raise Permanent(
-                f"{self._scores.key}: there is no {name}: the scores are of another data set. Delete their folder."
+                f"{self._scores.key}: there is no {name}, so the scores are of another dataset. Delete their folder."
             )
         subject = self._scores.subjects[name]
         content = pyarrow.BufferReader(self._cache.read(subject, 0, subject.size))
         scored_D = pyarrow.parquet.read_table(content, columns=["scored"])["scored"].to_numpy()
         if len(scored_D) != documents:
             raise Permanent(
-                f"{self._scores.key}: {name} has {len(scored_D)} rows, the data set's part {documents} documents. Delete the scores' "
-                "folder to have them made again."
+                f"{self._scores.key}: {name} has {len(scored_D)} rows, but the dataset's part has {documents} documents. Delete the "
+                "scores' folder to have them made again."
             )
         return np.flatnonzero(scored_D)

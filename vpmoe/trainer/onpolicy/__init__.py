@@ -1,1 +1,1 @@
-"""The trainer's side of an OnPolicy stage."""
+"""The trainer's side of an OnPolicy stage. It meets the sampler and the teacher in the bucket alone."""

@@ -1,175 +1,245 @@
-"""What the trainer of an OnPolicy stage has to do with its sampler and teacher, by way of the bucket alone.
+"""Coordinates an OnPolicy stage: the one owner of the window that is being trained.
 
-Before a window's step it waits for the window, after it it publishes the version that is due and, where it starves, turns a knob first; on
-the way it looks whether the sampler computes the same student. Each of these is a module of its own: waiting, publish, pressure.
+Steps are windows in their order, with Vanilla anchor steps between them (vpmoe/rollout/curriculum.py). How many steps there are is not
+known ahead: the stage ends with the step that reaches its tokens. Before the step of a window the coordinator waits for the window and
+reads it. After a step it publishes the policy version that is due, and before that makes an adjustment where the trainer has starved.
 """
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vpmoe.api.progress import ProgressCondition
 from vpmoe.api.stages import OnPolicy
-from vpmoe.checkpoint.train_state import TrainState, WindowStats
-from vpmoe.data.spans import SPANS
+from vpmoe.checkpoint.train_state import TrainState, WindowStream
+from vpmoe.data import packing
+from vpmoe.data.mixture import as_written
+from vpmoe.data.reader import DatasetReader
 from vpmoe.model import distributed
+from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner, Outcome
+from vpmoe.objectives.onpolicy import OnPolicyMeasures
 from vpmoe.rollout import back_pressure
+from vpmoe.rollout.curriculum import Curriculum
 from vpmoe.rollout.prompts import VALID
 from vpmoe.trainer.context import StageContext
-from vpmoe.trainer.onpolicy import starvation, window_batch
+from vpmoe.trainer.data.loader import Stream, plan_of
+from vpmoe.trainer.onpolicy import starvation, window_batch, window_stats
 from vpmoe.trainer.onpolicy.publisher import Publisher
 from vpmoe.trainer.onpolicy.starvation import Starvation
-from vpmoe.trainer.onpolicy.step_plan import OnPolicyCourse
-from vpmoe.trainer.onpolicy.window_batch import Window
-from vpmoe.trainer.onpolicy.window_wait import Kind, Waiting, Waits, buffer
+from vpmoe.trainer.onpolicy.window_batch import DueWindow, ScoredWindow
+from vpmoe.trainer.onpolicy.window_metrics import WindowMetrics, window_metrics
+from vpmoe.trainer.onpolicy.window_wait import Waits, WindowFile, WindowWait
 
 log = logging.getLogger(__name__)
 
 
-class Exchange:
-    """One attempt's share in it. Every rank makes one; rank 0 writes."""
+class OnPolicyCoordinator:
+    """One attempt at a stage, on one rank, and the stage's StepPlan. Every rank has a coordinator; rank 0 writes."""
 
-    def __init__(self, task: StageContext, course: OnPolicyCourse, publisher: Publisher) -> None:
-        assert isinstance(task.stage, OnPolicy)
-        self._task = task
-        self._stage = task.stage
-        self._course = course
+    steps = None
+
+    def __init__(
+        self,
+        context: StageContext,
+        stage: OnPolicy,
+        documents: DatasetReader,
+        start: TrainState,
+        publisher: Publisher,
+        *,
+        sequences_per_step: int,
+    ) -> None:
+        """`start` is the stage's state. Raises Permanent where there is nothing to train on, or no step would be a window."""
+        training = context.run.spec.training
+        self._context = context
+        self._stage = stage
+        self._documents = documents
         self._publisher = publisher
-        self._waiting = Waiting(task)
-        self._starvation = Starvation(task.stage.back_pressure.windows)
-        self._turns = (
-            back_pressure.read(task.bucket, task.run, task.stage.name) if distributed.rank() == 0 else []
+        self._each = sequences_per_step
+        self._rank, self._ranks = distributed.rank(), distributed.world_size()
+        self._sequence_length = training.sequence_length
+        self.curriculum = Curriculum(stage)
+        self.total = stage.tokens
+        self._anchor_share = as_written(stage.anchor)
+        self._plan = plan_of(documents, training.seed, training.sequence_length)
+        self.anchors: NDArray[np.int64] = self._plan.steps(
+            start.first_sequence, sequences_per_step, stage.tokens
         )
-        self._window: Window | None = None
+        """Tokens of the stage's first anchor steps together, after each of them."""
+        first, steps = start.first_sequence, len(self.anchors)
+        self._stream = Stream(
+            documents, self._plan, first, sequences_per_step, steps, self._rank, self._ranks
+        )
+        self._first_document = packing.firsts([len(part) for part in documents.lengths])
+        self._wait = WindowWait(context)
+        self._starvation = Starvation(stage.back_pressure.windows)
+        self._adjustments = (
+            back_pressure.read(context.bucket, context.run, stage.name) if self._rank == 0 else []
+        )
+        self._window: ScoredWindow | None = None
+        """The window of the step at hand; None in an anchor step."""
         self._waits = Waits(0.0, 0.0)
 
-    def ready(self, position: TrainState, meanwhile: Callable[[str], None]) -> bool:
-        """Wait for what the next step trains and load it; False where any rank was asked to stop first. Every rank calls it.
+    def kind(self, step: int) -> str:
+        """See StepPlan."""
+        return "OnPolicy" if self.curriculum.is_window(step) else "Vanilla"
 
-        `meanwhile` hears about once a second, in words, what is waited for.
+    def load_window(self, state: TrainState, waiting: Callable[[str], None]) -> bool:
+        """Wait for the window of the step at `state` and read it; an anchor step has none. Every rank calls it.
+
+        Returns False where any rank was asked to stop first. `waiting` is called about once a second with what is missing. Raises
+        Permanent where the window in the bucket is not the one that is due.
         """
         self._window, self._waits = None, Waits(0.0, 0.0)
-        if not self._course.curriculum.is_window(position.steps):
+        if not self.curriculum.is_window(state.steps):
             return True
-        assert position.windows is not None
-        number = position.windows.trained
+        number = _stream_of(state).trained
 
-        def waiting(missing: Kind) -> None:
-            self.check()
-            meanwhile(f"Waiting for the {missing} of window {number}")
+        def missing(file: WindowFile) -> None:
+            self._publisher.check()
+            waiting(f"Waiting for the {file} of window {number}")
 
-        waits = self._waiting.wait(number, waiting)
+        waits = self._wait.wait(number, missing)
         if waits is None:
             return False
-        self._waits, self._window = waits, self._course.load(position)
+        self._waits, self._window = waits, self._read(state, number)
         return True
 
-    def judge(self, position: TrainState, outcome: Outcome) -> TrainState:
-        """The position with what a window's forward has shown. Raises Permanent where the sampler has drifted for long."""
-        if self._window is None:
-            return position
-        assert position.windows is not None
-        stream, since, gap = position.windows, position.windows.since, outcome.facts["reverseKl"]
-        kl = starvation.sampler_kl(outcome.facts["samplerKl"], outcome.tokens)
-        valid = sum(one.validity == VALID for one in self._window.rollouts)
-        return position.model_copy(
-            update={
-                "windows": stream.model_copy(
-                    update={
-                        "beyond": starvation.beyond(
-                            stream.beyond, kl, self._stage.max_sampler_kl, stream.trained
-                        ),
-                        "since": WindowStats(
-                            rollouts=since.rollouts + len(self._window.rollouts),
-                            valid=since.valid + valid,
-                            gap={
-                                span: since.gap.get(span, 0.0) + (gap[span] or 0.0) * outcome.tokens[span]
-                                for span in SPANS
-                            },
-                            tokens={span: since.tokens.get(span, 0) + outcome.tokens[span] for span in SPANS},
-                        ),
-                    }
-                )
-            }
+    def batches(self, step: int) -> list[Batch]:
+        """See StepPlan. Of a window's step those of the window that was loaded."""
+        if not self.curriculum.is_window(step):
+            return self._stream.batches(self._anchors_before(step))
+        return window_batch.window_batches(self._loaded(step), self._sequence_length, self._rank, self._ranks)
+
+    def exercises(self, step: int) -> dict[str, float]:
+        """See StepPlan. A rollout is of its prompt's exercise."""
+        if not self.curriculum.is_window(step):
+            return self._stream.exercises(self._anchors_before(step))
+        rollouts = self._loaded(step).rollouts
+        numbers = np.array([one.document for one in rollouts], np.int32)
+        asked = packing.documents(numbers, self._first_document, self._documents.lengths)
+        return self._documents.exercise_shares(
+            document._replace(length=len(one.ids_T)) for document, one in zip(asked, rollouts, strict=True)
         )
 
-    def evaluate(self, position: TrainState, weights: Mapping[str, float]) -> TrainState:
-        """The position with what the windows since the evaluation before came to, for `stop`; as it is where there was none."""
-        stream = position.windows
-        assert stream is not None
-        since = stream.since
-        if not since.rollouts:
-            return position
-        whole = sum(weights[span] * since.gap[span] / max(since.tokens[span], 1) for span in SPANS)
-        changes = {
-            "since": WindowStats(),
-            "reverse_kl": (*stream.reverse_kl, whole),
-            "validity": since.valid / since.rollouts,
-        }
-        return position.model_copy(update={"windows": stream.model_copy(update=changes)})
-
-    def publish(self, learner: Learner, position: TrainState) -> None:
-        """Publish the version that is due where the stage stands, if one is and nobody has. Every rank calls it.
-
-        Where the trainer has starved a knob is turned first: whoever samples from the version finds the turn.
-        """
-        stream, curriculum = position.windows, self._course.curriculum
-        assert stream is not None
-        number = stream.trained
-        due = number % self._stage.publish_every == 0 and position.steps == curriculum.published_after(number)
-        if due and self._course.goes_on(position) and not self._publisher.exists(number):
-            self._turn(number + self._stage.staleness)
-            self._publisher.publish(learner, position)
-        self._publisher.prune(number - self._stage.staleness - self._stage.publish_every + 1)
-
-    def took(self, seconds: float) -> None:
-        """The step that was made ready took so long, its waiting included."""
+    def record_window(self, state: TrainState, outcome: Outcome) -> TrainState:
+        """The state with what the forward of a window has measured. Raises Permanent where the sampler has drifted for too long."""
         if self._window is None:
-            self._starvation.anchor(seconds)
+            return state
+        measures, stream, rollouts = outcome.measures, _stream_of(state), self._window.rollouts
+        assert isinstance(measures, OnPolicyMeasures)
+        kl = window_stats.sampler_kl(measures, outcome.tokens)
+        above = window_stats.windows_above_bound(
+            stream.beyond, kl, self._stage.max_sampler_kl, stream.trained
+        )
+        valid = sum(one.validity == VALID for one in rollouts)
+        stats = window_stats.add_window(
+            stream.since, len(rollouts), valid, outcome.tokens, measures.reverse_kl
+        )
+        return _with_stream(state, stream.model_copy(update={"beyond": above, "since": stats}))
+
+    def advance(self, state: TrainState) -> TrainState:
+        """See StepPlan."""
+        stream = _stream_of(state)
+        if self.curriculum.is_window(state.steps):
+            digest = window_batch.chained_digest(stream.digest, self._loaded(state.steps))
+            next_prompt = stream.next_prompt + self._stage.rollout.prompts_per_window
+            stream = stream.model_copy(
+                update={"trained": stream.trained + 1, "next_prompt": next_prompt, "digest": digest}
+            )
+        next_sequence = state.first_sequence + self._anchors_before(state.steps + 1) * self._each
+        epoch = self._plan.locate(next_sequence)[0]
+        return _with_stream(state.model_copy(update={"next_sequence": next_sequence, "epoch": epoch}), stream)
+
+    def add_seconds(self, seconds: float) -> None:
+        """Count the time of the step at hand, waiting included, towards starvation."""
+        if self._window is None:
+            self._starvation.add_anchor(seconds)
         else:
-            self._starvation.window(sum(self._waits), seconds)
+            self._starvation.add_window(sum(self._waits), seconds)
 
-    def facts(self) -> dict[str, Any]:
-        """What the step's line of metrics says of its window; nothing of an anchor step. Rank 0 asks."""
+    def publish_due(self, learner: Learner, state: TrainState) -> None:
+        """Publish the version that is due at `state`, if one is and it does not exist. Every rank calls it.
+
+        An adjustment is written before the version, so every sampler of the version finds it.
+        """
+        version = _stream_of(state).trained
+        every, staleness = self._stage.publish_every, self._stage.staleness
+        due = version % every == 0 and state.steps == self.curriculum.published_after(version)
+        if due and self._window_follows(state) and not self._publisher.exists(version):
+            self._adjust(version + staleness)
+            self._publisher.publish(learner, state)
+        self._publisher.prune(version - staleness - every + 1)
+
+    def evaluate(self, state: TrainState, weights: Mapping[str, float]) -> TrainState:
+        """The state with the reverse KL and validity of the windows since the evaluation before; unchanged where there was none."""
+        return _with_stream(state, window_stats.close_window_stats(_stream_of(state), weights))
+
+    def metrics(self) -> WindowMetrics | None:
+        """Of the window of the step at hand; None of an anchor step. Rank 0 calls it."""
         if self._window is None:
-            return {}
-        held = window_batch.facts(self._window)
+            return None
         most = self._stage.staleness + self._stage.publish_every
-        return {
-            **held,
-            "waitRollouts": self._waits.rollouts,
-            "waitScores": self._waits.scores,
-            "buffer": buffer(self._task, held["window"] + 1, most),
-        }
+        ahead = self._wait.buffer(self._window.sampled.about.window + 1, most)
+        return window_metrics(self._window, self._waits, ahead)
 
     def conditions(self) -> list[ProgressCondition]:
-        """What the run's status should say: the latest turn."""
-        return [starvation.starved(turn) for turn in self._turns[-1:]]
+        """Conditions for the run's status: the latest adjustment."""
+        return [starvation.starvation_condition(latest) for latest in self._adjustments[-1:]]
 
     def finish(self, early: bool) -> None:
-        """Return once everything is published. Of a stage that went to its end no version is needed any more."""
+        """Return once every version is published. After a stage that did not end `early` no version is needed any more."""
         self._publisher.wait()
         if not early:
             self._publisher.prune(1 << 62)
 
-    def wait(self) -> None:
-        """Return once the version being uploaded exists: a checkpoint must not, before it does."""
-        self._publisher.wait()
-
-    def check(self) -> None:
-        """Raise what made an upload fail, if one did; does not wait."""
-        self._publisher.check()
-
-    def _turn(self, first: int) -> None:
-        """Turn the next knob for the windows from `first` on, if it is time to."""
-        turn = starvation.next_turn(
-            self._turns, self._starvation.share, self._stage.back_pressure.waiting, first
+    def _read(self, state: TrainState, number: int) -> ScoredWindow:
+        version = self.curriculum.version_of(number)
+        due = DueWindow(
+            run=self._context.provenance.run,
+            config=self._context.provenance.config,
+            stage=state.stage,
+            window=number,
+            version=version,
+            weights=self._publisher.content(version),
+            seen=state.tokens,
+            last_from=self.total - self.curriculum.after(number, state.tokens, 0, self.anchors),
         )
-        if distributed.rank() == 0 and turn is not None:
-            back_pressure.write(
-                self._task.bucket, self._task.run, self._stage.name, turn, self._task.provenance.metadata()
-            )
-            self._turns = back_pressure.read(self._task.bucket, self._task.run, self._stage.name)
-            self._starvation.forget()
-            log.warning("%s", starvation.starved(self._turns[-1]).message)
+        return window_batch.read_window(self._context.bucket, self._context.run, due, self._sequence_length)
+
+    def _loaded(self, step: int) -> ScoredWindow:
+        assert self._window is not None and self.curriculum.step_of(self._window.sampled.about.window) == step
+        return self._window
+
+    def _anchors_before(self, step: int) -> int:
+        return int(step * self._anchor_share)
+
+    def _window_follows(self, state: TrainState) -> bool:
+        """Whether the stage has another window. `state` is the stage's begin, or that after a window's step."""
+        trained, reached = _stream_of(state).trained, state.tokens
+        if trained:
+            reached = self.curriculum.after(trained - 1, reached, 0, self.anchors)
+        return reached < self.total
+
+    def _adjust(self, first: int) -> None:
+        """Make the next adjustment for the windows from `first` on, if the trainer has starved."""
+        bucket, run, name = self._context.bucket, self._context.run, self._stage.name
+        adjustment = starvation.next_adjustment(
+            self._adjustments, self._starvation.share, self._stage.back_pressure.waiting, first
+        )
+        if self._rank == 0 and adjustment is not None:
+            back_pressure.write(bucket, run, name, adjustment, self._context.provenance.metadata())
+            self._adjustments = back_pressure.read(bucket, run, name)
+            self._starvation.reset()
+            log.warning("%s", starvation.starvation_condition(self._adjustments[-1]).message)
+
+
+def _stream_of(state: TrainState) -> WindowStream:
+    assert state.windows is not None, "an OnPolicy stage begins with a stream of windows"
+    return state.windows
+
+
+def _with_stream(state: TrainState, stream: WindowStream) -> TrainState:
+    return state.model_copy(update={"windows": stream})

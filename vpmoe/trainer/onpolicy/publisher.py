@@ -1,15 +1,14 @@
-"""Policy versions: the student after so many windows, put where the sampler takes it, with a proof of what it computes.
+"""Publishes policy versions: the student after some windows, with a probe by which the sampler verifies what it loads.
 
-Training waits while the weights are copied, not while they are uploaded: one upload goes on at a time. A version whose manifest exists is
-never published again, whatever a resumed attempt would make of it; one that no window can ask for any more loses its weights and keeps
-its manifest. When a version is due is onpolicy.py's business, its facts are vpmoe.rollout.policy_version's.
+Training waits while the weights are copied, but not while they are uploaded; one upload runs at a time. A version whose manifest exists is
+never published again, even by a resumed attempt. A version that no window can need any more loses its weights and keeps its manifest.
+coordinator.py decides when a version is due; its record is in vpmoe/rollout/policy_version.py.
 """
 
 import logging
 import re
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from itertools import islice
 
@@ -21,6 +20,7 @@ from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.data.packing import PackedDocument
 from vpmoe.data.reader import DatasetReader
 from vpmoe.data.tokenizer import Ids
+from vpmoe.failure import Permanent
 from vpmoe.model import distributed, hf_export, state
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
@@ -30,60 +30,78 @@ from vpmoe.rollout.policy_version import Probe, Version
 from vpmoe.rollout.window_files import LEAST_LOGP
 from vpmoe.storage import manifest, paths
 from vpmoe.storage.manifest import Input
+from vpmoe.trainer.background_upload import BackgroundUpload
 from vpmoe.trainer.context import ObjectGroup, StageContext
 
 log = logging.getLogger(__name__)
 
-PROBED = 4
-"""Documents that a version is proved with."""
-PROBED_TOKENS = 64
-"""Of each its first ids, at most."""
+PROBE_DOCUMENTS = 4
+"""Documents of a version's probe."""
+PROBE_TOKENS = 64
+"""Ids of each of them at most."""
 PATIENCE = timedelta(hours=1)
-"""How long the store may keep the ranks waiting for the word whether a version exists."""
-FOLDER = re.compile(r"/v(\d+)/(?!manifest\.json$)")
+"""How long the ranks wait for rank 0 to hear from the store whether a version exists."""
+WEIGHT_FILE = re.compile(r"/v(\d+)/(?!manifest\.json$)")
 
 
 class Publisher:
-    """Publishes a stage's versions. Every rank makes one; rank 0 writes."""
+    """Publishes a stage's versions. Every rank has one; rank 0 writes."""
 
-    def __init__(self, task: StageContext, inputs: list[Input], probed: Sequence[Ids]) -> None:
-        """`inputs`: what the stage's weights come from, for the manifests. `probed`: the ids that a version is proved with."""
-        self._task = task
+    def __init__(self, context: StageContext, inputs: Sequence[Input], probe: Sequence[Ids]) -> None:
+        """`inputs`: what the stage's weights are made from, for the manifests. `probe`: the sequences of the probe."""
+        self._context = context
         self._inputs = inputs
-        self._probed = probed
-        self._talk = ObjectGroup(PATIENCE)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
-        self._upload: Future[None] | None = None
+        self._probe = probe
+        self._group = ObjectGroup(PATIENCE)
+        self._upload = BackgroundUpload("publish")
         self._copy: dict[str, Tensor] = {}
         """Memory of the weights that are being uploaded."""
-        folder = paths.weights(task.run, task.stage.name, 0).rpartition("/")[0]
-        found = task.bucket.list(folder + "/") if distributed.rank() == 0 else ()
-        self._whole = {int(match[1]) for one in found if (match := FOLDER.search(one.key))}
+        folder = paths.weights(context.run, context.stage.name, 0).rpartition("/")[0]
+        found = context.bucket.list(folder + "/") if distributed.rank() == 0 else ()
+        self._with_weights = {int(match[1]) for one in found if (match := WEIGHT_FILE.search(one.key))}
+        """Versions that still have weights; rank 0's alone."""
+        self._latest_content: tuple[int, str] | None = None
 
-    def exists(self, number: int) -> bool:
-        """Whether a version is published. Every rank asks, and hears the same."""
-        key = paths.manifest(paths.weights(self._task.run, self._task.stage.name, number))
-        return self._talk.gather(distributed.rank() == 0 and self._task.bucket.exists(key))[0]
+    def exists(self, version: int) -> bool:
+        """Whether a version is published. Every rank calls it and gets the same answer."""
+        key = paths.manifest(paths.weights(self._context.run, self._context.stage.name, version))
+        return self._group.gather(distributed.rank() == 0 and self._context.bucket.exists(key))[0]
 
-    def publish(self, learner: Learner, position: TrainState) -> None:
-        """Copy the weights as they are and begin to upload them as the version of `position`. Every rank calls it."""
+    def content(self, version: int) -> str:
+        """The content of a published version (policy_version.content_of). Raises Permanent where its manifest is gone."""
+        if (
+            self._latest_content is None or self._latest_content[0] != version
+        ):  # windows in a row need the same
+            run, stage, bucket = self._context.run, self._context.stage.name, self._context.bucket
+            found = policy_version.find(bucket, run, stage, version)
+            if found is None:
+                where = bucket.url(paths.manifest(paths.weights(run, stage, version)))
+                raise Permanent(
+                    f"{where}: the manifest of the version is gone, but the next window was sampled from it. Restore it, or delete "
+                    f"{bucket.url(paths.checkpoints(run, stage))}, the stage's weights and its rollouts to train the stage again."
+                )
+            self._latest_content = (version, policy_version.content_of(found[0]))
+        return self._latest_content[1]
+
+    def publish(self, learner: Learner, at: TrainState) -> None:
+        """Copy the weights and begin to upload them as the version of the state `at`. Every rank calls it."""
         self.wait()
-        assert position.windows is not None
+        assert at.windows is not None
         student = learner.student
         read, sizes = state.copy_weights(learner, self._copy), state.sizes(learner)
-        facts = Version(
-            version=position.windows.trained,
-            steps=position.steps,
-            tokens=position.tokens,
-            iteration=position.iteration,
-            first_sequence=position.first_sequence,
-            first_prompt=position.windows.first_prompt,
-            probe=probe(learner, self._probed),
+        version = Version(
+            version=at.windows.trained,
+            steps=at.steps,
+            tokens=at.tokens,
+            iteration=at.iteration,
+            first_sequence=at.first_sequence,
+            first_prompt=at.windows.first_prompt,
+            probe=compute_probe(learner, self._probe),
         )
         if distributed.rank() == 0:
-            self._upload = self._thread.submit(
-                self._finish,
-                facts,
+            self._upload.start(
+                self._write,
+                version,
                 read,
                 sizes,
                 student.shape,
@@ -92,73 +110,76 @@ class Publisher:
             )
 
     def prune(self, below: int) -> None:
-        """Take the weights of all versions below `below`: no window that is still to be sampled can ask for them."""
-        for number in [old for old in list(self._whole) if old < below]:  # the upload's thread adds to it
-            folder = paths.weights(self._task.run, self._task.stage.name, number)
-            for found in self._task.bucket.list(folder + "/"):
+        """Delete the weights of all versions below `below`, which no window that is still to be sampled can need."""
+        for version in [
+            old for old in list(self._with_weights) if old < below
+        ]:  # the upload's thread adds to it
+            folder = paths.weights(self._context.run, self._context.stage.name, version)
+            for found in self._context.bucket.list(folder + "/"):
                 if found.key != paths.manifest(folder):
-                    self._task.bucket.delete(found.key)
-            self._whole.discard(number)
+                    self._context.bucket.delete(found.key)
+            self._with_weights.discard(version)
 
     def wait(self) -> None:
-        """Return once the version being uploaded, if any, exists. Raises on rank 0 what kept it from existing."""
-        if self._upload:
-            upload, self._upload = self._upload, None
-            upload.result()
+        """Return once the version that is being uploaded, if any, exists. Raises on rank 0 what prevented it."""
+        self._upload.wait()
 
     def check(self) -> None:
-        """Raise what made an upload fail, if one did; does not wait."""
-        if self._upload and self._upload.done():
-            self.wait()
+        """Raise the error of an upload that has failed; does not wait."""
+        self._upload.check()
 
     def close(self) -> None:
-        """End the thread, after the upload that may be going on."""
-        self._thread.shutdown()
+        """End the thread, after the upload that may still be running."""
+        self._upload.close()
 
-    def _finish(
+    def _write(
         self,
-        facts: Version,
+        version: Version,
         read: state.ReadTensor,
         sizes: dict[str, int],
         shape: Shape,
         positions: int,
         dtype: torch.dtype,
     ) -> None:
-        task = self._task
-        local = task.scratch / f"version-{facts.version}"
+        context = self._context
+        local = context.scratch / f"version-{version.version}"
         shutil.rmtree(local, ignore_errors=True)
         hf_export.export_student(local, shape, positions, sizes, read, dtype)
-        key = paths.weights(task.run, task.stage.name, facts.version)
-        metadata = task.provenance.metadata()
+        key = paths.weights(context.run, context.stage.name, version.version)
+        metadata = context.provenance.metadata()
         subjects = [
-            task.bucket.put_file(f"{key}/{file.name}", file, metadata).subject(key)
+            context.bucket.put_file(f"{key}/{file.name}", file, metadata).subject(key)
             for file in sorted(local.iterdir())
         ]
         shutil.rmtree(local)
-        made = manifest.statement(policy_version.KIND, subjects, facts.dump(), task.provenance, self._inputs)
-        manifest.write(task.bucket, paths.manifest(key), made)
-        self._whole.add(facts.version)
+        statement = manifest.statement(
+            policy_version.KIND, subjects, version.dump(), context.provenance, list(self._inputs)
+        )
+        manifest.write(context.bucket, paths.manifest(key), statement)
+        self._with_weights.add(version.version)
         size = sum(subject.size for subject in subjects)
         log.info(
-            "Version %d %s: %d steps, %.1f MB", facts.version, task.bucket.url(key), facts.steps, size / 1e6
+            "Published policy version %d to %s: after %d steps, %.1f MB",
+            version.version,
+            context.bucket.url(key),
+            version.steps,
+            size / 1e6,
         )
 
 
-def probed(parts: DatasetReader) -> list[Ids]:
-    """What versions are proved with: the first ids of the split's first documents, of those that have more than one."""
-    all_documents = (
+def probe_sequences(documents: DatasetReader) -> list[Ids]:
+    """The sequences of the probe: the first ids of the split's first documents that have more than one token."""
+    candidates = (
         PackedDocument(part, number, int(length))
-        for part, lengths in enumerate(parts.lengths)
+        for part, lengths in enumerate(documents.lengths)
         for number, length in enumerate(lengths)
+        if length > 1
     )
-    return [
-        parts.read(one)[0][:PROBED_TOKENS]
-        for one in islice((one for one in all_documents if one.length > 1), PROBED)
-    ]
+    return [documents.read(one)[0][:PROBE_TOKENS] for one in islice(candidates, PROBE_DOCUMENTS)]
 
 
-def probe(learner: Learner, sequences: Sequence[Ids]) -> Probe:
-    """What the student finds of each id of some sequences but the first, given those before it. Every rank calls it."""
+def compute_probe(learner: Learner, sequences: Sequence[Ids]) -> Probe:
+    """The student's log p of each id but the first of each sequence, given those before it. Every rank calls it."""
     logp = []
     for ids_T in sequences:
         ids = torch.from_numpy(ids_T.astype(np.int64))[None]

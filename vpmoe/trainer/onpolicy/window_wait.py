@@ -1,7 +1,7 @@
-"""Waiting for a window: rank 0 looks into the bucket, all ranks hear what it sees and whether anybody wants to stop.
+"""Waiting for a window: rank 0 looks into the bucket, and all ranks agree on what it saw and whether to stop.
 
-So all ranks go on with the same window, or stop after the same step. How long was waited for whom is measured here; what follows from it
-is pressure.py's business.
+So all ranks continue with the same window, or stop after the same step. The seconds of waiting are measured here; what follows from them
+is decided in starvation.py.
 """
 
 import time
@@ -9,8 +9,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Literal, NamedTuple
 
+from vpmoe.api.base import Record
 from vpmoe.model import distributed
-from vpmoe.storage import Bucket, paths
+from vpmoe.storage import paths
 from vpmoe.trainer.context import ObjectGroup, StageContext
 
 POLL = 1.0
@@ -18,62 +19,67 @@ POLL = 1.0
 PATIENCE = timedelta(hours=1)
 """How much longer one rank may take to look than another."""
 
-Kind = Literal["rollouts", "scores"]
+WindowFile = Literal["rollouts", "scores"]
 
 
 class Waits(NamedTuple):
-    """Seconds for which a window was waited for; the scores' begin when its rollouts are there."""
+    """Seconds of waiting for a window. Waiting for scores begins when the rollouts are there."""
 
     rollouts: float
     scores: float
 
 
-class Waiting:
-    """Waits for a stage's windows. Every rank makes one."""
+class WindowBuffer(Record):
+    """Windows that are ready ahead of the trainer, in a row."""
 
-    def __init__(self, task: StageContext) -> None:
-        self._task = task
-        self._talk = ObjectGroup(PATIENCE)
+    sampled: int
+    scored: int
 
-    def wait(self, window: int, meanwhile: Callable[[Kind], None]) -> Waits | None:
+
+class WindowWait:
+    """Waits for a stage's windows. Every rank has one."""
+
+    def __init__(self, context: StageContext) -> None:
+        self._context = context
+        self._group = ObjectGroup(PATIENCE)
+
+    def wait(self, window: int, waiting: Callable[[WindowFile], None]) -> Waits | None:
         """Return once a window's rollouts and scores are in the bucket; None where any rank was asked to stop. Every rank calls it.
 
-        `meanwhile` hears about once a second what is missing.
+        `waiting` is called about once a second with what is missing.
         """
-        waited: dict[Kind, float] = {"rollouts": 0.0, "scores": 0.0}
-        missing: Kind | None = "rollouts"
+        waited: dict[WindowFile, float] = {"rollouts": 0.0, "scores": 0.0}
+        missing: WindowFile | None = "rollouts"
         looked = time.monotonic()
         while True:
             if distributed.rank() == 0:
                 missing = self._missing(window, missing)
-            words = self._talk.gather((missing, self._task.stopping.is_set()))
-            missing = words[0][0]
-            if any(stops for _, stops in words):
+            seen = self._group.gather((missing, self._context.stopping.is_set()))
+            missing = seen[0][0]
+            if any(stopping for _, stopping in seen):
                 return None
             if missing is None:
                 return Waits(**waited)
-            meanwhile(missing)
-            self._task.stopping.wait(POLL)
+            waiting(missing)
+            self._context.stopping.wait(POLL)
             waited[missing] += (now := time.monotonic()) - looked
             looked = now
 
-    def _missing(self, window: int, before: Kind | None) -> Kind | None:
-        """What is not there yet; `before` is what was not when we last looked."""
-        run, stage, bucket = self._task.run, self._task.stage.name, self._task.bucket
-        if before == "rollouts" and not bucket.exists(paths.window(run, stage, window, "rollouts")):
-            return "rollouts"
-        return None if bucket.exists(paths.window(run, stage, window, "scores")) else "scores"
-
-
-def buffer(task: StageContext, window: int, most: int) -> dict[str, int]:
-    """How many windows from `window` on are sampled, and scored, in a row: at most `most` of them."""
-
-    def ready(bucket: Bucket, kind: Kind) -> int:
-        found = (
-            number
-            for number in range(most)
-            if not bucket.exists(paths.window(task.run, task.stage.name, window + number, kind))
+    def buffer(self, window: int, most: int) -> WindowBuffer:
+        """How many windows from `window` on are ready, at most `most`."""
+        return WindowBuffer(
+            sampled=self._ready(window, "rollouts", most), scored=self._ready(window, "scores", most)
         )
-        return next(found, most)
 
-    return {"sampled": ready(task.bucket, "rollouts"), "scored": ready(task.bucket, "scores")}
+    def _ready(self, window: int, file: WindowFile, most: int) -> int:
+        return next((count for count in range(most) if not self._exists(window + count, file)), most)
+
+    def _missing(self, window: int, before: WindowFile | None) -> WindowFile | None:
+        """What is missing; `before` is what was missing at the latest look."""
+        if before == "rollouts" and not self._exists(window, "rollouts"):
+            return "rollouts"
+        return None if self._exists(window, "scores") else "scores"
+
+    def _exists(self, window: int, file: WindowFile) -> bool:
+        key = paths.window(self._context.run, self._context.stage.name, window, file)
+        return self._context.bucket.exists(key)

@@ -1,1 +1,1 @@
-"""Progress, metrics and conditions of a stage."""
+"""Log, progress, metrics and conditions of a stage."""

@@ -1,206 +1,236 @@
-"""What is said of a stage while it trains: the log, lines of metrics, progress and its conditions. Rank 0 says it, the others are silent.
+"""Reports a stage while it trains: log, lines of metrics, progress and its conditions. Only rank 0 has something to write to.
 
-report.py brings it to the bucket and metrics.py makes the parts of a line; when there is something to say is the loop's business.
+The lines are in lines.py; uploader.py writes them to the bucket.
 """
 
 import logging
 import os
 from collections import deque
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from vpmoe.api.layout import layout
+from vpmoe.api.metrics import Measures
 from vpmoe.api.progress import Amount, ProgressCondition
 from vpmoe.checkpoint.train_state import TrainState, facts_of, held_out
 from vpmoe.model import distributed
 from vpmoe.model.learner import Outcome
 from vpmoe.trainer.checkpoint.resume import Start
 from vpmoe.trainer.context import StageContext
-from vpmoe.trainer.data.step_plan import StepPlan
-from vpmoe.trainer.onpolicy.coordinator import Exchange
-from vpmoe.trainer.onpolicy.step_plan import OnPolicyCourse
-from vpmoe.trainer.reporting import gpu, metrics
+from vpmoe.trainer.reporting.gpu import GpuUse
+from vpmoe.trainer.reporting.lines import (
+    EvaluationLine,
+    HeldOutLoss,
+    StartLine,
+    StepLine,
+    TrainerLine,
+    router_load,
+)
+from vpmoe.trainer.reporting.prometheus import Prometheus
 from vpmoe.trainer.reporting.router_monitor import RouterMonitor
 from vpmoe.trainer.reporting.uploader import ProgressUploader
+from vpmoe.trainer.stages.stage_kind import StageKind
 
 log = logging.getLogger(__name__)
 
-LAST_STEPS = 20
-"""Steps over which tokens a second are told."""
+LATEST_STEPS = 20
+"""Steps over which the reported tokens a second are averaged."""
 
 
 class StageReporter:
-    """One attempt at one stage. Lines of a step are collected and said together."""
+    """One attempt at one stage. The lines of a step are collected and written together."""
 
     def __init__(
-        self,
-        task: StageContext,
-        start: Start,
-        course: StepPlan | OnPolicyCourse,
-        exchange: Exchange | None,
-        report: ProgressUploader | None,
+        self, context: StageContext, start: Start, stage: StageKind, uploader: ProgressUploader | None
     ) -> None:
-        """`report` is rank 0's alone."""
-        self.report = report
-        self._task = task
+        """`uploader` is rank 0's alone."""
+        self.uploader = uploader
+        self._context = context
         self._start = start
-        self._course = course
-        self._exchange = exchange
-        self._lines: list[dict[str, Any]] = []
-        self._watch: RouterMonitor | None = None
-        self._speed: deque[tuple[int, float]] = deque(maxlen=LAST_STEPS)
+        self._stage = stage
+        self._lines: list[TrainerLine] = []
+        self._router_monitor: RouterMonitor | None = None
+        self._speed: deque[tuple[int, float]] = deque(maxlen=LATEST_STEPS)
         port = os.environ.get("VPMOE_METRICS_PORT")
         labels = {
-            "namespace": task.run.metadata.namespace,
-            "run": task.run.metadata.name,
-            "stage": task.stage.name,
+            "namespace": context.run.metadata.namespace,
+            "run": context.run.metadata.name,
+            "stage": context.stage.name,
         }
-        self._prometheus = metrics.Prometheus(labels, int(port)) if report and port else None
+        self._prometheus = Prometheus(labels, int(port)) if uploader and port else None
 
-    def begin(self, position: TrainState) -> None:
-        """Where the stage begins, or goes on."""
-        steps, sequences = (
-            self._course.steps,
-            layout(
-                self._task.run.spec.student, self._task.run.spec.training, self._task.stage
-            ).sequences_per_step,
-        )
-        words = f"{self._start.words}, {position.steps}{f' of {steps}' if steps else ''} steps done"
+    def starting(self, state: TrainState) -> None:
+        """Report what the attempt starts from."""
+        plan, sequences = self._stage.plan, self._stage.sequences_per_step
+        done = f"{state.steps}{f' of {plan.steps}' if plan.steps else ''} steps done"
         log.info(
-            "Training %s %s; %d ranks, %d sequences a step",
-            position.stage,
-            words,
+            "Training stage %s %s, %s; %d ranks, %d sequences a step",
+            state.stage,
+            self._start.origin,
+            done,
             distributed.world_size(),
             sequences,
         )
-        facts = {
-            "from": self._start.words,
-            "refused": list(self._start.refused),
-            "ranks": distributed.world_size(),
-            "steps": steps,
-            "sequencesPerStep": sequences,
-            "stageTokens": self._course.total,
-            "centre": position.objective.model_dump() if position.objective else None,
-        }
-        if self._exchange and position.windows:
-            facts |= {"windows": position.windows.trained, "firstPrompt": position.windows.first_prompt}
-        self.add("start", position, facts)
-        if self.report:
-            own = facts_of(self._task.bucket, self._start.own, position) if self._start.own else None
-            self.report.update(message=f"Training {words}", checkpoint=own, conditions=self._conditions())
+        if self.uploader:
+            line = StartLine(
+                attempt=self._context.provenance.attempt,
+                step=state.steps,
+                iteration=state.iteration,
+                tokens=state.tokens,
+                epoch=state.epoch,
+                origin=self._start.origin,
+                refused=self._start.rejected,
+                ranks=distributed.world_size(),
+                steps=plan.steps,
+                sequences_per_step=sequences,
+                stage_tokens=plan.total,
+                centre=state.objective.model_dump() if state.objective else None,
+                of_kind=self._stage.start_metrics(state),
+            )
+            self._lines.append(line)
+            own = facts_of(self._context.bucket, self._start.own, state) if self._start.own else None
+            message = f"Training {self._start.origin}, {done}"
+            self.uploader.update(message=message, checkpoint=own, conditions=self._conditions())
 
-    def begun(self, position: TrainState) -> None:
-        """What was measured before the first step."""
-        if self.report:
-            self.report.update(**self._amounts(position))
-            self._say_lines(self.report)
+    def started(self, state: TrainState) -> None:
+        """Report what was measured before the first step."""
+        if self.uploader:
+            self.uploader.update(**self._amounts(state))
+            self._write_lines(self.uploader)
 
-    def add(self, event: str, position: TrainState, facts: Mapping[str, Any]) -> None:
-        """A line of metrics, said with the step's others."""
-        if self.report:
-            self._lines.append(metrics.line(event, position, self._task.provenance.attempt, facts))
-
-    def measured(
+    def log_step(
         self,
-        position: TrainState,
+        state: TrainState,
         outcome: Outcome,
-        rate: float,
-        norm: float,
+        *,
+        learning_rate: float,
+        gradient_norm: float,
         gpus: Tensor,
         tokens: int,
         seconds: float,
     ) -> None:
-        """The line of the step that led to `position`, which held so many tokens and took so long."""
+        """Add the line of the step that led to `state`. `gpus` is the ranks' sum of gpu.as_vector."""
         self._speed.append((tokens, seconds))
-        if self.report:
+        if self.uploader:
             assert outcome.load is not None
-            step = position.steps - 1
-            self.add(
-                "step",
-                position,
-                {
-                    "kind": self._course.kind(step),
-                    "loss": outcome.loss,
-                    "lossBySpan": outcome.cross_entropy,
-                    "targets": outcome.tokens,
-                    "learningRate": rate,
-                    "gradientNorm": norm,
-                    "seconds": seconds,
-                    "tokensPerSecond": self._tokens_per_second(),
-                    "router": metrics.router(outcome.load),
-                    "exercises": self._course.exercises(step),
-                    "gpu": gpu.summary(gpus),
-                    **outcome.facts,
-                    **(self._exchange.facts() if self._exchange else {}),
-                },
+            step = state.steps - 1
+            line = StepLine(
+                attempt=self._context.provenance.attempt,
+                step=state.steps,
+                iteration=state.iteration,
+                tokens=state.tokens,
+                epoch=state.epoch,
+                kind=self._stage.plan.kind(step),
+                loss=outcome.loss,
+                loss_by_span=outcome.cross_entropy,
+                targets=outcome.tokens,
+                learning_rate=learning_rate,
+                gradient_norm=gradient_norm,
+                seconds=seconds,
+                tokens_per_second=self._tokens_per_second(),
+                router=router_load(outcome.load),
+                exercises=self._stage.plan.exercises(step),
+                gpu=GpuUse.from_sum(gpus),
+                measures=outcome.measures,
+                of_kind=self._stage.step_metrics(),
             )
+            self._lines.append(line)
 
-    def say(self, position: TrainState, outcome: Outcome) -> None:
-        """Log, metrics and progress of a step. Raises what the store refused for good."""
-        if not self.report:
+    def log_evaluation(
+        self, state: TrainState, loss: HeldOutLoss | None, of_kind: Measures | None, seconds: float
+    ) -> None:
+        """Add the line of an evaluation at `state`, to be written with the step's."""
+        if loss:
+            log.info(
+                "Held-out loss after %d steps: reasoning %s, final %s",
+                state.steps,
+                loss.held_out.reasoning,
+                loss.held_out.final,
+            )
+        if self.uploader:
+            line = EvaluationLine(
+                attempt=self._context.provenance.attempt,
+                step=state.steps,
+                iteration=state.iteration,
+                tokens=state.tokens,
+                epoch=state.epoch,
+                seconds=seconds,
+                loss=loss,
+                of_kind=of_kind,
+            )
+            self._lines.append(line)
+
+    def flush(self, state: TrainState, outcome: Outcome) -> None:
+        """Report the step that led to `state`: its lines, log and progress. Raises what the store refused for good."""
+        if not self.uploader:
             return
-        assert outcome.load is not None
-        self._watch = self._watch or RouterMonitor(list(outcome.load.layers), outcome.load.tokens.shape[1])
-        collapsed = self._watch.step(outcome.load.tokens.numpy(), outcome.load.max_over_mean.numpy())
-        conditions = [
-            ProgressCondition(type="RouterCollapse", status="True", reason=c.reason, message=c.message)
-            for c in collapsed[:3]
-        ]
-        self.report.check()
-        self._say_lines(self.report)
-        log.info("%s: loss %.4f, %.0f tokens/s", self.step(position), outcome.loss, self._tokens_per_second())
-        self.report.update(
-            message=f"Training, {self.step(position)}",
-            loss=outcome.loss,
-            tokens_per_second=self._tokens_per_second(),
-            conditions=self._conditions(*conditions),
-            **self._amounts(position),
+        self.uploader.check()
+        self._write_lines(self.uploader)
+        loss, speed = self._stage.step_loss(state.steps - 1, outcome), self._tokens_per_second()
+        log.info("%s: %s %.4f, %.0f tokens/s", self.step_of(state), loss.name, loss.value, speed)
+        self.uploader.update(
+            message=f"Training, {self.step_of(state)}",
+            tokens_per_second=speed,
+            conditions=self._conditions(*self._collapsed(outcome)),
+            **({"loss": loss.value} if loss.reported else {}),
+            **self._amounts(state),
         )
 
-    def waiting(self, words: str) -> None:
-        """What is waited for: the loop lives. Raises what the store refused for good."""
-        if self.report:
-            self.report.check()
-            self.report.update(message=words)
+    def waiting(self, message: str) -> None:
+        """Report that the loop waits. Raises what the store refused for good."""
+        if self.uploader:
+            self.uploader.check()
+            self.uploader.update(message=message)
 
-    def step(self, position: TrainState) -> str:
-        """Where the stage stands, for people."""
-        return f"step {position.steps}" + (f" of {self._course.steps}" if self._course.steps else "")
+    def step_of(self, state: TrainState) -> str:
+        """The number of the latest step, for people."""
+        steps = self._stage.plan.steps
+        return f"step {state.steps}" + (f" of {steps}" if steps else "")
 
-    def stopped(self, words: str) -> None:
-        """The last words of an attempt that others follow."""
-        if self.report:
-            self.report.finish(message=words)
+    def stopped(self, message: str) -> None:
+        """Report the end of an attempt that others follow."""
+        if self.uploader:
+            self.uploader.finish(message=message)
 
-    def finished(self, position: TrainState) -> None:
-        """The last words of the stage."""
-        if self.report:
-            done = {**self._amounts(position), "tokens": Amount(done=position.tokens, total=position.tokens)}
-            self.report.finish(state="Succeeded", message=f"Finished after {position.steps} steps", **done)
-        log.info("Finished stage %s: %d steps, %d tokens", position.stage, position.steps, position.tokens)
+    def finished(self, state: TrainState) -> None:
+        """Report the end of the stage."""
+        if self.uploader:
+            done = {**self._amounts(state), "tokens": Amount(done=state.tokens, total=state.tokens)}
+            self.uploader.finish(state="Succeeded", message=f"Finished after {state.steps} steps", **done)
+        log.info("Finished stage %s: %d steps, %d tokens", state.stage, state.steps, state.tokens)
 
-    def _say_lines(self, report: ProgressUploader) -> None:
+    def _write_lines(self, uploader: ProgressUploader) -> None:
         lines, self._lines = self._lines, []
-        report.log(*lines)
+        uploader.log(*lines)
         if self._prometheus:
             self._prometheus.show(lines)
 
     def _tokens_per_second(self) -> float:
         return sum(tokens for tokens, _ in self._speed) / sum(seconds for _, seconds in self._speed)
 
-    def _conditions(self, *found: ProgressCondition) -> tuple[ProgressCondition, ...]:
-        """What the run's status should say, the checkpoints that were passed over first."""
-        refused = [
-            ProgressCondition(type="CheckpointRefused", status="True", reason="Altered", message=words)
-            for words in self._start.refused[:3]
+    def _collapsed(self, outcome: Outcome) -> list[ProgressCondition]:
+        """Conditions of the layers whose router is collapsed after this step, three at most."""
+        load = outcome.load
+        assert load is not None
+        self._router_monitor = self._router_monitor or RouterMonitor(list(load.layers), load.tokens.shape[1])
+        return [
+            ProgressCondition(
+                type="RouterCollapse", status="True", reason=found.reason, message=found.message
+            )
+            for found in self._router_monitor.add_step(load.tokens.numpy(), load.max_over_mean.numpy())[:3]
         ]
-        return (*refused, *(self._exchange.conditions() if self._exchange else []), *found)
 
-    def _amounts(self, position: TrainState) -> dict[str, Any]:
-        """The parts of the progress that follow from the position."""
+    def _conditions(self, *found: ProgressCondition) -> tuple[ProgressCondition, ...]:
+        """Conditions for the run's status, those of rejected checkpoints first, three at most."""
+        rejected = [
+            ProgressCondition(type="CheckpointRefused", status="True", reason="Altered", message=message)
+            for message in self._start.rejected[:3]
+        ]
+        return (*rejected, *self._stage.conditions(), *found)
+
+    def _amounts(self, state: TrainState) -> dict[str, Any]:
+        """The fields of the progress that follow from the state."""
         return {
-            "tokens": Amount(done=position.tokens, total=self._course.total),
-            "held_out": held_out(position),
+            "tokens": Amount(done=state.tokens, total=self._stage.plan.total),
+            "held_out": held_out(state),
         }

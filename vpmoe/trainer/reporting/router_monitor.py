@@ -1,7 +1,7 @@
-"""Whether the router has collapsed: an expert without a token for long, or one that gets far more than its share for long.
+"""Detects a collapsed router: an expert that gets no token for many steps, or one that gets far more than its share for many steps.
 
-Pure: loads in, a finding out. Counting the loads is the model's business, saying it in progress.json the loop's. The watch starts anew
-with every attempt: what it counts is recent by definition.
+Pure: loads in, findings out. Loads are counted in the model, and reporter.py reports the findings. Each attempt counts from the start,
+because only recent steps count.
 """
 
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 PATIENCE = 100
-"""Steps in a row after which a bad load is a collapse. A young router is uneven for some steps; the expert bias mends that."""
+"""Steps in a row after which a bad load is a collapse. A young router is uneven for some steps; the expert bias corrects that."""
 BOUND = 16.0
 """Busiest expert's tokens over the mean expert's, above which a layer is bad: at top-4 of 256 no expert can pass 64."""
 
 
 @dataclass(frozen=True)
 class Collapse:
-    """One layer that has been bad for PATIENCE steps."""
+    """One layer that was bad for PATIENCE steps."""
 
     layer: str
     reason: str
@@ -26,14 +26,14 @@ class Collapse:
 
 
 class RouterMonitor:
-    """Steps in a row for which each expert was dead, and each layer out of balance."""
+    """Counts the steps in a row for which each expert was dead, and each layer out of balance."""
 
     def __init__(self, layers: list[str], experts: int) -> None:
         self.layers = layers
         self._dead_LE = np.zeros((len(layers), experts), np.int64)
         self._uneven_L = np.zeros(len(layers), np.int64)
 
-    def step(self, load_LE: NDArray[np.int64], ratio_L: NDArray[np.float64]) -> list[Collapse]:
+    def add_step(self, load_LE: NDArray[np.int64], ratio_L: NDArray[np.float64]) -> list[Collapse]:
         """Count one step's global load and return the layers that are collapsed after it, one reason each.
 
         load_LE: tokens of each expert; ratio_L: the busiest expert's load over the mean.
@@ -46,10 +46,10 @@ class RouterMonitor:
             if len(dead):
                 steps = int(self._dead_LE[number].max())
                 experts = ", ".join(str(expert) for expert in dead[:8]) + (", …" if len(dead) > 8 else "")
-                words = f"{layer}: {len(dead)} experts without a token, for up to {steps} steps: {experts}"
-                found.append(Collapse(layer, "DeadExpert", words))
+                message = f"{layer}: {len(dead)} experts without a token, for up to {steps} steps: {experts}"
+                found.append(Collapse(layer, "DeadExpert", message))
             elif self._uneven_L[number] >= PATIENCE:
                 steps = int(self._uneven_L[number])
-                words = f"{layer}: the busiest expert has had more than {BOUND:g} times the mean load for {steps} steps"
-                found.append(Collapse(layer, "Imbalance", words))
+                message = f"{layer}: the busiest expert had more than {BOUND:g} times the mean load for {steps} steps"
+                found.append(Collapse(layer, "Imbalance", message))
         return found

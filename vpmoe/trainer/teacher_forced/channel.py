@@ -1,11 +1,11 @@
-"""The way between the students of a stage and its teacher: a group with a store of its own, and nothing but messages from one to one.
+"""The connection between a stage's students and its teacher: a process group with a store of its own, for point-to-point messages only.
 
-It is apart from the students' process group, whose collectives (optimizer, checkpoints) know nothing of the teacher. Words and token ids
-lie on the host and go by gloo, which notices at once when the other end dies; tensors go by NCCL between GPUs, by gloo between CPUs. The
-teacher announces a tensor in a word before it sends it, so no GPU waits in a kernel for one that is not there yet.
+It is separate from the students' process group, whose collectives (optimizer, checkpoints) do not include the teacher. Headers and token
+ids are host tensors and travel by gloo, which notices at once when the other end dies. Hidden states and matrices travel by NCCL between
+GPUs, by gloo between CPUs. The teacher sends a header before each of them, so no GPU waits in a kernel for a tensor that is not there.
 
-The store stands in the teacher's process. Students have the ranks that they have among themselves, the teacher the one after theirs.
-Whatever takes minutes is waited for at the store, where a process that should stop can look up.
+The store is in the teacher's process. Students keep the ranks that they have among themselves; the teacher has the next one. Whatever can
+take minutes is waited for at the store, where a waiting process can still be stopped.
 """
 
 import threading
@@ -23,18 +23,18 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from vpmoe.failure import Retriable, Terminated
 
 PATIENCE = timedelta(hours=1)
-"""How long one end may keep the other waiting: for the teacher to be fetched and loaded, for students that evaluate and save."""
+"""How long one end may keep the other waiting: while the teacher is fetched and loaded, while students evaluate and save."""
 POLL = 0.2
 """Seconds between looks at the store."""
 IN_FLIGHT = 4
-"""Messages of a kind that may be under way to one peer."""
+"""Messages of a kind that may be on their way to one peer."""
 
 CheckStop = Callable[[], None]
 """Called while waiting; raises where the process should stop."""
 
 
 class Channel:
-    """One end of the way. Make it with `host` in the teacher's process and with `join` in a student's."""
+    """One end of the connection. `host` makes the teacher's, `join` a student's."""
 
     def __init__(self, store: Store, rank: int, students: int, device: torch.device) -> None:
         self.students = students
@@ -43,68 +43,68 @@ class Channel:
         self.device = device
         self._store = store
         size = students + 1
-        self._words: Any = dist.ProcessGroupGloo(PrefixStore("words", store), rank, size, PATIENCE)
-        self._tensors: Any = self._words
+        self._host_group: Any = dist.ProcessGroupGloo(PrefixStore("host", store), rank, size, PATIENCE)
+        self._device_group: Any = self._host_group
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = PATIENCE
-            self._tensors = dist.ProcessGroupNCCL(PrefixStore("tensors", store), rank, size, options)
-        self._going: dict[tuple[str, int], deque[tuple[dist.Work, Tensor]]] = {}
+            self._device_group = dist.ProcessGroupNCCL(PrefixStore("device", store), rank, size, options)
+        self._sending: dict[tuple[str, int], deque[tuple[dist.Work, Tensor]]] = {}
 
-    def note(self, name: str, number: int) -> None:
-        """Leave a number at the store, for everybody."""
+    def set_number(self, name: str, number: int) -> None:
+        """Store a number for all students."""
         self._store.set(name, str(number))
 
-    def noted(self, name: str, check_stop: CheckStop) -> int:
-        """A number that the teacher leaves at the store; waits for it."""
-        _await(self._store, [name], check_stop)
+    def wait_number(self, name: str, check_stop: CheckStop) -> int:
+        """A number that the teacher stores; waits for it."""
+        _wait_keys(self._store, [name], check_stop)
         return int(self._store.get(name))
 
-    def tell(self, peer: int, word: Tensor) -> None:
+    def send_host(self, peer: int, tensor: Tensor) -> None:
         """Begin to send a tensor of the host; returns before it has arrived."""
-        self._keep("word", peer, word, lambda: self._words.send([word], peer, 0))
+        self._send("host", peer, tensor, lambda: self._host_group.send([tensor], peer, 0))
 
-    def hear(self, peer: int, size: int, dtype: torch.dtype) -> Tensor:
-        """What the peer told, of that many numbers. Raises Retriable where the peer is gone."""
-        word = torch.empty(size, dtype=dtype)
-        _attempt(self._name(peer), lambda: self._words.recv([word], peer, 0).wait())
-        return word
+    def receive_host(self, peer: int, size: int, dtype: torch.dtype) -> Tensor:
+        """The host tensor [size] that the peer sent. Raises Retriable where the peer is gone."""
+        tensor = torch.empty(size, dtype=dtype)
+        _attempt(self._name(peer), lambda: self._host_group.recv([tensor], peer, 0).wait())
+        return tensor
 
     def send(self, peer: int, tensor: Tensor) -> None:
-        """Begin to send a tensor of the channel's device; returns before it has arrived. It must not change from here on."""
-        self._keep("tensor", peer, tensor, lambda: self._tensors.send([tensor], peer, 1))
+        """Begin to send a tensor of the channel's device; returns before it has arrived. It must not change afterwards."""
+        self._send("device", peer, tensor, lambda: self._device_group.send([tensor], peer, 1))
 
     def receive(self, peer: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The tensor that the peer sent, on the channel's device."""
+        """The tensor that the peer sent, on the channel's device. Raises Retriable where the peer is gone."""
         tensor = torch.empty(*shape, dtype=dtype, device=self.device)
-        _attempt(self._name(peer), lambda: self._tensors.recv([tensor], peer, 1).wait())
+        _attempt(self._name(peer), lambda: self._device_group.recv([tensor], peer, 1).wait())
         return tensor
 
     def flush(self) -> None:
-        """Wait until all that was sent has arrived."""
-        for (_, peer), going in self._going.items():
-            while going:
-                _attempt(self._name(peer), going.popleft()[0].wait)
+        """Wait until everything that was sent has arrived."""
+        for (_, peer), sending in self._sending.items():
+            while sending:
+                _attempt(self._name(peer), sending.popleft()[0].wait)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def _keep(self, kind: str, peer: int, tensor: Tensor, send: Callable[[], dist.Work]) -> None:
-        """Hold what is under way until it has arrived; the oldest of IN_FLIGHT messages is waited for."""
-        going = self._going.setdefault((kind, peer), deque())
-        while len(going) >= IN_FLIGHT:
-            _attempt(self._name(peer), going.popleft()[0].wait)
-        going.append((_attempt(self._name(peer), send), tensor))
+    def _send(self, kind: str, peer: int, tensor: Tensor, send: Callable[[], dist.Work]) -> None:
+        """Send, and keep the tensor until it has arrived. Waits for the oldest message where IN_FLIGHT are on their way."""
+        sending = self._sending.setdefault((kind, peer), deque())
+        while len(sending) >= IN_FLIGHT:
+            _attempt(self._name(peer), sending.popleft()[0].wait)
+        sending.append((_attempt(self._name(peer), send), tensor))
 
     def _name(self, peer: int) -> str:
         return "the teacher" if peer == self.teacher else f"rank {peer}"
 
 
 def host(address: str, port: int, students: int, device: torch.device, check_stop: CheckStop) -> Channel:
-    """The teacher's end; returns when all students have come. Raises Retriable where the port is taken or a student does not come."""
+    """The teacher's end; returns when all students have joined. Raises Retriable where the port is taken or a student does not join."""
     store = _attempt(
         "a student", lambda: TCPStore(address, port, is_master=True, timeout=PATIENCE, wait_for_workers=False)
     )
-    _await(store, [f"student {rank}" for rank in range(students)], check_stop)
+    _wait_keys(store, [f"student {rank}" for rank in range(students)], check_stop)
     store.set("all are here", "")
     return Channel(store, students, students, device)
 
@@ -112,7 +112,7 @@ def host(address: str, port: int, students: int, device: torch.device, check_sto
 def join(
     address: str, port: int, rank: int, students: int, device: torch.device, check_stop: CheckStop
 ) -> Channel:
-    """A student's end; returns when the teacher and all students have come. Raises Retriable where the teacher does not answer."""
+    """A student's end; returns when the teacher and all students have joined. Raises Retriable where the teacher does not answer."""
     deadline = time.monotonic() + PATIENCE.total_seconds()
     while True:
         check_stop()
@@ -122,16 +122,16 @@ def join(
         except RuntimeError as error:
             if time.monotonic() > deadline:
                 raise Retriable(
-                    f"the teacher does not answer at {address}:{port} ({_line(error)})."
+                    f"the teacher does not answer at {address}:{port} ({_first_line(error)})."
                 ) from error
     store.set_timeout(PATIENCE)
     store.set(f"student {rank}", "")
-    _await(store, ["all are here"], check_stop)
+    _wait_keys(store, ["all are here"], check_stop)
     return Channel(store, rank, students, device)
 
 
 def stop_check(stopping: threading.Event) -> CheckStop:
-    """What ends a wait when the process should stop."""
+    """A function that raises Terminated once the process should stop."""
 
     def check_stop() -> None:
         if stopping.is_set():
@@ -140,15 +140,13 @@ def stop_check(stopping: threading.Event) -> CheckStop:
     return check_stop
 
 
-def _await(store: Store, names: list[str], check_stop: CheckStop) -> None:
-    """Return when all of the names stand at the store."""
+def _wait_keys(store: Store, names: list[str], check_stop: CheckStop) -> None:
+    """Return when the store has all of these keys."""
     deadline = time.monotonic() + PATIENCE.total_seconds()
     while not _attempt("the teacher", lambda: store.check(names)):
         check_stop()
         if time.monotonic() > deadline:
-            raise Retriable(
-                f"waited {PATIENCE} for {', '.join(names)} between teacher and students, in vain."
-            )
+            raise Retriable(f"teacher and students waited {PATIENCE} for {', '.join(names)}, in vain.")
         time.sleep(POLL)
 
 
@@ -156,8 +154,8 @@ def _attempt[T](peer: str, action: Callable[[], T]) -> T:
     try:
         return action()
     except RuntimeError as error:
-        raise Retriable(f"{peer} is gone, or does not answer: {_line(error)}.") from error
+        raise Retriable(f"{peer} is gone, or does not answer: {_first_line(error)}.") from error
 
 
-def _line(error: RuntimeError) -> str:
+def _first_line(error: RuntimeError) -> str:
     return str(error).partition("\n")[0].rstrip(".")

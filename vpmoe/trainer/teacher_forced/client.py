@@ -1,4 +1,4 @@
-"""What a student sees of the teacher: its width, its output matrix, and hidden states that it asks for one microbatch ahead."""
+"""The students' side of the teacher: its width, its output matrix, and hidden states that are requested one microbatch ahead."""
 
 import os
 from collections import deque
@@ -11,15 +11,12 @@ from vpmoe.model import distributed
 from vpmoe.model.batch import Batch
 from vpmoe.trainer.context import StageContext
 from vpmoe.trainer.teacher_forced.channel import Channel, CheckStop, join, stop_check
-from vpmoe.trainer.teacher_forced.protocol import NO_MORE, question_of
-
-WIRE = {"cpu": torch.float32, "cuda": torch.bfloat16}
-"""The type in which hidden states and output matrix travel: that of the students' weights."""
+from vpmoe.trainer.teacher_forced.protocol import NO_MORE, WIRE, question_of
 
 
-def meet(task: StageContext, device: torch.device) -> "RemoteTeacher":
-    """The teacher of a stage, from a process of the students' group. Raises Terminated where the process should stop while it waits."""
-    check_stop = stop_check(task.stopping)
+def connect(context: StageContext, device: torch.device) -> "RemoteTeacher":
+    """The teacher of a stage, for one rank. Raises Terminated where the process is asked to stop while it waits."""
+    check_stop = stop_check(context.stopping)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["VPMOE_TEACHER_PORT"])
     return RemoteTeacher(
         join(address, port, distributed.rank(), distributed.world_size(), device, check_stop), check_stop
@@ -27,57 +24,58 @@ def meet(task: StageContext, device: torch.device) -> "RemoteTeacher":
 
 
 class RemoteTeacher:
-    """The teacher, at the other end of a channel. While one microbatch is trained on, it works on the next."""
+    """The teacher at the other end of a channel. While one microbatch is trained on, it computes the next."""
 
     def __init__(self, channel: Channel, check_stop: CheckStop) -> None:
         """Waits until the teacher is on disk and was checked."""
         self._channel = channel
         self._check_stop = check_stop
-        self.width = channel.noted("width", check_stop)
+        self.width = channel.wait_number("width", check_stop)
         """G, of its hidden states."""
-        self._coming: deque[Batch] = deque()
-        self._asked: deque[int] = deque()  # positions of each microbatch whose answer is not here yet
+        self._announced: deque[Batch] = deque()
+        self._requested: deque[int] = deque()
+        """Positions of each microbatch whose answer has not been received."""
 
     def output(self, vocabulary: int) -> Tensor:
-        """Its output matrix [V, G]; to be called once, before the first question. Waits until the teacher is loaded."""
-        self._channel.noted("loaded", self._check_stop)
+        """Its output matrix [V, G]. Call it once, before the first request. Waits until the teacher is loaded."""
+        self._channel.wait_number("loaded", self._check_stop)
         return self._channel.receive(
             self._channel.teacher, (vocabulary, self.width), WIRE[self._channel.device.type]
         )
 
-    def begin(self, batches: Sequence[Batch], then: Batch | None = None) -> None:
-        """Announce a step's microbatches, which must be those that are trained on, in that order. `then`: the first of the next step."""
-        self._coming.extend(batches[len(self._asked) :])
+    def announce(self, batches: Sequence[Batch], then: Batch | None = None) -> None:
+        """Announce a step's microbatches, in the order in which `hidden_of` will be called; `then` is the first of the next step."""
+        self._announced.extend(batches[len(self._requested) :])
         if then is not None:
-            self._coming.append(then)
-        if not self._asked:
-            self._ask()
+            self._announced.append(then)
+        if not self._requested:
+            self._request()
 
     def hidden_of(self, batch: Batch) -> Tensor:
-        """The final hidden states [T, G] of the next microbatch announced."""
-        self._ask()
-        return self._answer()
+        """The final hidden states [T, G] of the next microbatch that was announced, which must be `batch`."""
+        self._request()
+        return self._receive()
 
-    def dismiss(self) -> None:
-        """Say that there are no more questions; what was asked and not used is taken in first, so that both ends are even."""
-        while self._asked:
-            self._answer()
-        self._channel.tell(self._channel.teacher, NO_MORE)
+    def disconnect(self) -> None:
+        """Tell the teacher that there are no more requests. Receives unused answers first, so that nothing is left on its way."""
+        while self._requested:
+            self._receive()
+        self._channel.send_host(self._channel.teacher, NO_MORE)
         self._channel.flush()
 
-    def _ask(self) -> None:
-        if self._coming:
-            question = question_of(self._coming.popleft())
-            self._channel.tell(self._channel.teacher, question.header)
-            self._channel.tell(self._channel.teacher, question.body)
-            self._asked.append(len(question.tokens))
+    def _request(self) -> None:
+        if self._announced:
+            question = question_of(self._announced.popleft())
+            self._channel.send_host(self._channel.teacher, question.header)
+            self._channel.send_host(self._channel.teacher, question.body)
+            self._requested.append(len(question.tokens))
 
-    def _answer(self) -> Tensor:
-        positions = self._asked.popleft()
-        told = int(self._channel.hear(self._channel.teacher, 1, torch.int64))
-        if told != positions:
+    def _receive(self) -> Tensor:
+        positions = self._requested.popleft()
+        answered = int(self._channel.receive_host(self._channel.teacher, 1, torch.int64))
+        if answered != positions:
             raise RuntimeError(
-                f"asked for the hidden states of {positions} positions, the teacher has {told}"
+                f"requested the hidden states of {positions} positions, but the teacher answers with {answered}"
             )
         return self._channel.receive(
             self._channel.teacher, (positions, self.width), WIRE[self._channel.device.type]

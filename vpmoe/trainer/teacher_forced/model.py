@@ -1,8 +1,8 @@
-"""The teacher of a TeacherForced stage: its files, and its final hidden states of packed documents. No logits: those are the students'.
+"""The teacher of a TeacherForced stage: its files, and its final hidden states of packed documents. The students compute the logits.
 
 It is transformers' own model of the checkpoint, without the output matrix, in the type that the checkpoint declares; experts stored in
-MXFP4 are widened to it. Each document is a row of its own, right-padded: attention is causal, so no
-document sees padding or another document, and positions begin at 0 in each.
+MXFP4 are widened to it. Each document is a row of its own, right-padded. Attention is causal, so no document sees padding or another
+document, and positions begin at 0 in each.
 """
 
 import json
@@ -15,20 +15,20 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vpmoe.failure import Permanent
-from vpmoe.trainer.teacher_forced.protocol import Run
+from vpmoe.trainer.teacher_forced.protocol import DocumentRange
 
 ROOM = 16_384
-"""Positions of one forward, padding included; a document that is longer is alone."""
+"""Positions of one forward, padding included. A longer document has a forward of its own."""
 PADDING = 0
-"""The token behind a document's end. No document attends to it, so any would do."""
+"""Token after a document's end. No document attends to it, so its value does not matter."""
 
 
-def load(directory: Path, device: torch.device) -> torch.nn.Module:
-    """The model, ready to be asked. Raises Permanent where transformers cannot make one of the directory."""
+def load_teacher(directory: Path, device: torch.device) -> torch.nn.Module:
+    """The model in `directory`, for inference. Raises Permanent where transformers cannot load it."""
     from transformers import AutoModel, Mxfp4Config  # here, because it takes seconds
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # it finds it remarkable that a model is loaded without its output matrix
+    logging.set_verbosity_error()  # it warns that the output matrix is not used
     logging.disable_progress_bar()
     packed = _config(directory).get("quantization_config", {}).get("quant_method") == "mxfp4"
     # Attention with sinks is an [L, L] matrix a head in "eager"; on a GPU flex_attention does without.
@@ -52,7 +52,7 @@ def width(directory: Path) -> int:
 
 
 def output_matrix(directory: Path) -> Tensor:
-    """[V, G]: the matrix that makes logits of its hidden states, and no other tensor, on the CPU. Raises Permanent where there is none."""
+    """The matrix [V, G] from hidden states to logits, on the CPU. Reads no other tensor. Raises Permanent where there is none."""
     names = [
         "lm_head.weight",
         *(["model.embed_tokens.weight"] if _config(directory).get("tie_word_embeddings") else []),
@@ -72,9 +72,9 @@ def _config(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "config.json").read_text())  # type: ignore[no-any-return]
 
 
-def batches(documents: Sequence[Run], room: int) -> Iterator[list[Run]]:
-    """The documents in batches of like lengths, each of at most `room` positions with its padding unless one document has more."""
-    batch: list[Run] = []
+def batches_by_length(documents: Sequence[DocumentRange], room: int) -> Iterator[list[DocumentRange]]:
+    """The documents in batches of similar lengths, each of at most `room` positions with padding, or of one longer document."""
+    batch: list[DocumentRange] = []
     for document in sorted(documents, key=lambda run: (-run.length, run.start)):
         if batch and (len(batch) + 1) * batch[0].length > room:
             yield batch
@@ -85,15 +85,17 @@ def batches(documents: Sequence[Run], room: int) -> Iterator[list[Run]]:
 
 
 @torch.no_grad()
-def hidden_states(model: Any, tokens_T: Tensor, documents: Sequence[Run], room: int = ROOM) -> Tensor:
-    """The final hidden states [T, G], after the last norm, in the model's type; 0 where no document is.
+def hidden_states(
+    model: Any, tokens_T: Tensor, documents: Sequence[DocumentRange], room: int = ROOM
+) -> Tensor:
+    """The final hidden states [T, G], after the last norm, in the model's type; 0 at padding.
 
     `tokens_T` are the ids of a microbatch in the order of its positions, on the model's device.
     """
     hidden_TG = torch.zeros(
         len(tokens_T), model.config.hidden_size, dtype=model.dtype, device=tokens_T.device
     )
-    for batch in batches(documents, room):
+    for batch in batches_by_length(documents, room):
         tokens_BL = torch.full(
             (len(batch), batch[0].length), PADDING, dtype=torch.int64, device=tokens_T.device
         )

@@ -1,4 +1,4 @@
-"""What a student asks the teacher: the ids of a microbatch and where its documents lie, as two tensors of the host."""
+"""The request of a student to the teacher: the ids of a microbatch and where its documents are, as two host tensors."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,8 +8,11 @@ from torch import Tensor
 
 from vpmoe.model.batch import Batch
 
+WIRE = {"cpu": torch.float32, "cuda": torch.bfloat16}
+"""Type in which hidden states and the output matrix travel, by device: that of the students' weights."""
 
-class Run(NamedTuple):
+
+class DocumentRange(NamedTuple):
     """A document in a microbatch: positions [start, start + length) of T."""
 
     start: int
@@ -17,14 +20,14 @@ class Run(NamedTuple):
 
 
 class Question(NamedTuple):
-    """Ids [T] int32 in the order of positions, and the documents among them; what belongs to none is padding."""
+    """Ids [T] int32 in the order of positions, and the documents among them. Positions of no document are padding."""
 
     tokens: Tensor
-    documents: Sequence[Run]
+    documents: Sequence[DocumentRange]
 
     @property
     def header(self) -> Tensor:
-        """[positions, documents] int64: how long `body` is."""
+        """[positions, documents] int64: what the length of `body` follows from."""
         return torch.tensor([len(self.tokens), len(self.documents)])
 
     @property
@@ -34,18 +37,20 @@ class Question(NamedTuple):
 
 
 NO_MORE = torch.zeros(2, dtype=torch.int64)
-"""The header that no question has: the student will not ask again."""
+"""The header that no question has: the student has no more questions."""
 
 
 def question_of(batch: Batch) -> Question:
-    """The question about a microbatch that lies on the CPU."""
+    """The question about a microbatch, which must be on the CPU."""
     starts, lengths = batch.boundaries[:-1], batch.boundaries.diff()
     padding = batch.padding.flatten()[starts.long()]
-    runs = zip(starts[~padding].tolist(), lengths[~padding].tolist(), strict=True)
-    return Question(batch.tokens.flatten().int(), [Run(start, length) for start, length in runs])
+    ranges = zip(starts[~padding].tolist(), lengths[~padding].tolist(), strict=True)
+    return Question(batch.tokens.flatten().int(), [DocumentRange(start, length) for start, length in ranges])
 
 
-def read(header: Tensor, body: Tensor) -> Question:
-    """The question that these two are."""
+def parse_question(header: Tensor, body: Tensor) -> Question:
+    """The question with this header and body."""
     tokens, documents = torch.split(body, [int(header[0]), 2 * int(header[1])])
-    return Question(tokens, [Run(start, length) for start, length in documents.view(-1, 2).tolist()])
+    return Question(
+        tokens, [DocumentRange(start, length) for start, length in documents.view(-1, 2).tolist()]
+    )

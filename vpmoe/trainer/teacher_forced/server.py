@@ -1,7 +1,7 @@
-"""The teacher's process: waits for the students, brings the model to disk, checks and loads it, and answers until nobody asks any more.
+"""The teacher's process: waits for the students, fetches, checks and loads the model, and answers until the students have no more questions.
 
-It has no part in the students' collectives and keeps nothing: what it answers follows from the question alone, so a run that is resumed
-hears the same again. SIGTERM does not end it while students are at work: they finish a step and save first, then say that they are done.
+It takes no part in the students' collectives and keeps no state: an answer follows from the question alone, so a resumed run gets the same
+answers. SIGTERM does not end it while students train: they finish a step and save first, then disconnect.
 """
 
 import logging
@@ -18,35 +18,35 @@ from vpmoe.storage import Bucket
 from vpmoe.teacher.model import check, fetch, resolve_teacher
 from vpmoe.trainer.teacher_forced import model
 from vpmoe.trainer.teacher_forced.channel import Channel, CheckStop, host, stop_check
-from vpmoe.trainer.teacher_forced.client import WIRE
-from vpmoe.trainer.teacher_forced.protocol import read
+from vpmoe.trainer.teacher_forced.protocol import WIRE, parse_question
 
 log = logging.getLogger(__name__)
 
 
-def teach(
+def serve(
     run: DistillRun,
     bucket: Bucket,
+    *,
     students: int,
     address: str,
     port: int,
     folder: Path,
     stopping: threading.Event,
 ) -> None:
-    """Be the teacher of one attempt at a stage. Returns when every student has said that it is done.
+    """Be the teacher of one attempt at a stage. Returns when every student has disconnected.
 
-    `folder` is where models are kept on this pod's disk. Raises Permanent where the model is none that these students can learn from,
-    Retriable where a student is gone, Terminated where the process should stop: before training began, or because students did.
+    `folder` is where models are kept on this pod's disk. Raises Permanent where these students cannot learn from the model; Retriable
+    where a student is gone; Terminated where the process should stop, before training began or because the students did.
     """
     try:
-        _teach(run, bucket, students, address, port, folder, stop_check(stopping))
+        _serve(run, bucket, students, address, port, folder, stop_check(stopping))
     except Retriable as error:
         if stopping.is_set():
             raise Terminated(f"asked to stop, and so were the students: {error}") from error
         raise
 
 
-def _teach(
+def _serve(
     run: DistillRun,
     bucket: Bucket,
     students: int,
@@ -59,39 +59,40 @@ def _teach(
     channel = host(address, port, students, device, check_stop)
     directory = fetch(resolve_teacher(run, bucket), bucket, folder, check_stop)
     check(directory)
-    channel.note("width", model.width(directory))
+    channel.set_number("width", model.width(directory))
     output_VG = model.output_matrix(directory)
     if len(output_VG) != VOCABULARY_SIZE:
         raise Permanent(
             f"teacher.model: its output matrix has {len(output_VG)} rows, not {VOCABULARY_SIZE}. Give a whole checkpoint."
         )
-    teacher = model.load(directory, device)
+    teacher = model.load_teacher(directory, device)
     log.info(
-        "Teacher %s: %s, hidden states %d wide, on %s",
+        "Loaded teacher %s: %s, hidden states %d wide, on %s",
         run.spec.teacher.model,
         teacher.dtype,
         model.width(directory),
         device,
     )
-    channel.note("loaded", 1)
+    channel.set_number("loaded", 1)
     output_VG = output_VG.to(device, WIRE[device.type])
     for student in range(students):
         channel.send(student, output_VG)
-    answer(channel, teacher)
+    answer_questions(channel, teacher)
 
 
-def answer(channel: Channel, teacher: torch.nn.Module) -> None:
-    """Answer the students by turns, each question as it comes, until all are done: they ask equally often."""
-    asking = list(range(channel.students))
-    while asking:
-        for student in tuple(asking):
-            header = channel.hear(student, 2, torch.int64)
+def answer_questions(channel: Channel, teacher: torch.nn.Module) -> None:
+    """Answer one question of each student in turn until all have disconnected. Students have equally many questions."""
+    connected = list(range(channel.students))
+    while connected:
+        for student in tuple(connected):
+            header = channel.receive_host(student, 2, torch.int64)
             positions, documents = header.tolist()
             if not positions:
-                asking.remove(student)
+                connected.remove(student)
                 continue
-            question = read(header, channel.hear(student, positions + 2 * documents, torch.int32))
+            body = channel.receive_host(student, positions + 2 * documents, torch.int32)
+            question = parse_question(header, body)
             hidden_TG = model.hidden_states(teacher, question.tokens.to(channel.device), question.documents)
-            channel.tell(student, header[:1])
+            channel.send_host(student, header[:1])
             channel.send(student, hidden_TG.to(WIRE[channel.device.type]))
     channel.flush()

@@ -1,0 +1,50 @@
+"""Trainers of small students on a real store, put together as vpmoe.trainer.trainer.train does it."""
+
+import torch
+
+from tests.fakes import datasets
+from vpmoe.data.reader import BlockCache, DatasetReader
+from vpmoe.model.learner import Learner
+from vpmoe.storage.manifest import Input
+from vpmoe.trainer.checkpoint.resume import Start, load_start
+from vpmoe.trainer.checkpoint.writer import CheckpointWriter
+from vpmoe.trainer.context import StageContext
+from vpmoe.trainer.data.held_out import HeldOutDocuments
+from vpmoe.trainer.reporting.uploader import ProgressUploader
+from vpmoe.trainer.stages.select import for_stage
+from vpmoe.trainer.stages.stage_kind import StageKind
+from vpmoe.trainer.trainer import Trainer
+
+INPUTS = [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})]
+
+
+def stage_kind(context: StageContext) -> StageKind:
+    """The kind of the context's stage, on the CPU."""
+    cache = BlockCache(context.bucket, context.scratch / "blocks")
+    documents = DatasetReader(context.dataset, "train", cache)
+    return for_stage(context, documents, cache, torch.device("cpu"))
+
+
+def start_of(context: StageContext, learner: Learner) -> Start:
+    """Load the learner with what the bucket says the stage starts from."""
+    return load_start(context, stage_kind(context), learner)
+
+
+def trainer(
+    context: StageContext,
+    device: torch.device,
+    learner: Learner,
+    uploader: ProgressUploader | None,
+    held_out: int = 0,
+) -> Trainer:
+    """A trainer at the state that the bucket says the stage is at, with so many held-out documents."""
+    stage = stage_kind(context)
+    start = load_start(context, stage, learner)
+    checkpoints = CheckpointWriter(context, INPUTS, uploader)
+    documents = None
+    if held_out:
+        training, cache = context.run.spec.training, BlockCache(context.bucket, context.scratch / "blocks")
+        valid = DatasetReader(context.dataset, "valid", cache)
+        documents = HeldOutDocuments(valid, held_out, training.seed, training.sequence_length)
+    stage.prepare(start.state, INPUTS)
+    return Trainer(context, device, learner, stage, documents, checkpoints, start, uploader)

@@ -1,0 +1,78 @@
+"""Lines of metrics: one JSON object a line, in steps/<step>/metrics/*.jsonl. Each role defines its own lines;
+this is what they share.
+
+The keys are a file format. A number that was not measured is null; a part that a kind of stage does not have
+is absent.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from pydantic import ConfigDict, Field
+
+from vpmoe.api.base import Record
+from vpmoe.clock import now
+
+BySpan = dict[str, float | None]
+"""A number for each span of tokens (reasoning, final); None where there was no such token."""
+
+
+class Sample(NamedTuple):
+    """One number for Prometheus."""
+
+    name: str
+    """Of the gauge, without the prefix of the role."""
+    help: str
+    value: float | None
+    """None is not shown."""
+    labels: Mapping[str, str] = {}
+
+
+def samples_by_span(name: str, help: str, values: BySpan) -> list[Sample]:
+    """The same gauge for each span."""
+    return [Sample(name, help, value, {"span": span}) for span, value in values.items()]
+
+
+class Measures(Record):
+    """Part of a line that only some stages have. In JSON its fields stand among the line's own.
+
+    NaN is allowed, because the trainer looks at the loss before it writes a line.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=True)
+
+    def samples(self) -> Iterable[Sample]:
+        """What of it Prometheus shows."""
+        return ()
+
+
+def line_time() -> str:
+    """Now, in UTC, to the millisecond."""
+    return now().isoformat(timespec="milliseconds")
+
+
+class MetricsLine(Record):
+    """What every line has. Fields named in `parts` hold Measures, whose fields are written among the line's
+    own."""
+
+    parts: ClassVar[tuple[str, ...]] = ()
+
+    event: str
+    """What was measured, such as step or evaluation."""
+    time: str = Field(default_factory=line_time)
+    """When the line was made."""
+    attempt: int
+    """Attempt of the step that made it."""
+
+    def samples(self) -> Iterable[Sample]:
+        """The numbers of the line that Prometheus shows."""
+        return ()
+
+    def dump(self) -> dict[str, Any]:
+        """As JSON: camelCase, null where nothing was measured."""
+        line = self.model_dump(mode="json", by_alias=True, exclude=set(self.parts))
+        for name in self.parts:
+            part = getattr(self, name)
+            if part is not None:
+                line |= part.model_dump(mode="json", by_alias=True)
+        return line

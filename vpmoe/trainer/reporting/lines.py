@@ -1,0 +1,178 @@
+"""The trainer's lines of metrics. docs/training.md lists every field; uploader.py writes them to the bucket."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from vpmoe.api.base import Record
+from vpmoe.api.metrics import BySpan, Measures, MetricsLine, Sample, samples_by_span
+from vpmoe.api.progress import SpanLoss
+from vpmoe.model.router import ExpertLoad
+from vpmoe.trainer.reporting.gpu import GpuUse
+
+LOADS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
+"""Bounds of the load histogram, in mean loads: experts at most at a quarter of the mean, …, above 16 times the mean."""
+
+
+class TrainerLine(MetricsLine):
+    """What every line of the trainer has: where the stage was when the line was made."""
+
+    step: int
+    """Optimizer steps of the stage."""
+    iteration: int
+    """Optimizer steps over all stages."""
+    tokens: int
+    """Tokens of the stage, padding excluded."""
+    epoch: int
+    """Pass over the data."""
+
+
+class StartLine(TrainerLine):
+    """The start of an attempt."""
+
+    parts = ("of_kind",)
+
+    event: Literal["start"] = "start"
+    origin: str = Field(serialization_alias="from")
+    """What the attempt starts from, for people."""
+    refused: tuple[str, ...]
+    """Checkpoints that were rejected, and why."""
+    ranks: int
+    steps: int | None
+    """Steps of the stage; None where they are not known ahead."""
+    sequences_per_step: int
+    stage_tokens: int
+    """Tokens of the stage after its last step."""
+    centre: dict[str, float] | None
+    """The log-probability of confidence weight 1 by span, of a Rescored stage."""
+    of_kind: Measures | None = None
+    """What only this kind of stage has."""
+
+
+class LoadHistogram(Record):
+    """Experts of all layers by load."""
+
+    bounds: tuple[float, ...] = LOADS
+    """In mean loads."""
+    experts: tuple[int, ...]
+    """Experts up to each bound, then those above the last."""
+
+
+class RouterLoad(Record):
+    """How the step's tokens were spread over the experts."""
+
+    max_over_mean: dict[str, float]
+    """By layer: the busiest expert's load over the mean."""
+    dead: dict[str, int]
+    """By layer with any: experts without a token."""
+    aux_loss: float
+    """Mean balance loss of the layers, 1 when balanced."""
+    histogram: LoadHistogram
+
+
+class StepLine(TrainerLine):
+    """One optimizer step."""
+
+    parts = ("measures", "of_kind")
+
+    event: Literal["step"] = "step"
+    kind: str
+    """How the step trained."""
+    loss: float
+    """What it minimised: Σ c·(−log p), or TeacherForced's sum of terms. In an OnPolicy step a surrogate."""
+    loss_by_span: BySpan
+    """Mean −log p, in nats a token."""
+    targets: dict[str, int]
+    """Tokens learned, by span."""
+    learning_rate: float
+    gradient_norm: float
+    """Before clipping."""
+    seconds: float
+    tokens_per_second: float
+    """Over the latest steps."""
+    router: RouterLoad
+    exercises: dict[str, float]
+    """Share of each exercise, by tokens."""
+    gpu: GpuUse
+    measures: Measures | None = None
+    """Of the objective."""
+    of_kind: Measures | None = None
+    """What only this kind of stage has."""
+
+    def samples(self) -> Iterable[Sample]:
+        router = self.router
+        yield Sample("step", "Optimizer steps of the stage", self.step)
+        yield Sample("tokens", "Tokens of the stage, padding excluded", self.tokens)
+        yield Sample("epoch", "Pass over the data", self.epoch)
+        yield Sample("loss", "Loss of the latest step", self.loss)
+        yield Sample("gradient_norm", "Norm of the latest gradient before clipping", self.gradient_norm)
+        yield Sample("learning_rate", "Learning rate of the latest step", self.learning_rate)
+        yield Sample("tokens_per_second", "Tokens a second over the last steps", self.tokens_per_second)
+        yield from samples_by_span(
+            "span_loss", "Loss of the latest step by span, nats a token", self.loss_by_span
+        )
+        yield Sample(
+            "router_max_over_mean",
+            "Busiest expert's load over the mean, the worst layer's",
+            max(router.max_over_mean.values()),
+        )
+        yield Sample(
+            "router_dead_experts",
+            "Experts without a token in the latest step, all layers",
+            sum(router.dead.values()),
+        )
+        yield Sample("router_aux_loss", "Balance loss of the router, 1 when balanced", router.aux_loss)
+        yield Sample("gpu_utilisation_ratio", "Mean utilisation of the ranks' GPUs", self.gpu.utilisation)
+        yield Sample(
+            "gpu_memory_headroom_bytes", "Least free memory of the ranks' GPUs", self.gpu.memory_headroom
+        )
+        for part in (self.measures, self.of_kind):
+            if part is not None:
+                yield from part.samples()
+
+
+class HeldOutLoss(Measures):
+    """The held-out loss of an evaluation."""
+
+    held_out: SpanLoss
+    weighted: float
+    """Spans weighted: what `stop` looks at."""
+    documents: int
+
+
+class EvaluationLine(TrainerLine):
+    """One evaluation."""
+
+    parts = ("loss", "of_kind")
+
+    event: Literal["evaluation"] = "evaluation"
+    seconds: float
+    """How long it took."""
+    loss: HeldOutLoss | None
+    of_kind: Measures | None
+    """What only this kind of stage has."""
+
+    def samples(self) -> Iterable[Sample]:
+        if self.loss is None:
+            return []
+        held_out = self.loss.held_out
+        return samples_by_span(
+            "held_out_loss",
+            "Held-out loss by span, nats a token",
+            {"reasoning": held_out.reasoning, "final": held_out.final},
+        )
+
+
+def router_load(load: ExpertLoad) -> RouterLoad:
+    """A step's load as its line has it."""
+    tokens_LE = load.tokens.numpy()
+    relative = tokens_LE / np.maximum(tokens_LE.mean(axis=1, keepdims=True), 1e-9)
+    counts = np.bincount(np.searchsorted(LOADS, relative.flatten()), minlength=len(LOADS) + 1)
+    return RouterLoad(
+        max_over_mean=dict(zip(load.layers, np.round(load.max_over_mean.numpy(), 3).tolist(), strict=True)),
+        dead={layer: dead for layer, dead in zip(load.layers, load.dead.tolist(), strict=True) if dead},
+        aux_loss=float(load.aux.mean()),
+        histogram=LoadHistogram(experts=tuple(counts.tolist())),
+    )
