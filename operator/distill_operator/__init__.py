@@ -1,1 +1,4 @@
-"""The operator: from DistillRuns to Jobs, PyTorchJobs and a status. It never touches tensors; jobs never touch the Kubernetes API."""
+"""The operator: turns DistillRuns into Jobs and PyTorchJobs, and writes their status.
+
+Jobs never use the Kubernetes API.
+"""

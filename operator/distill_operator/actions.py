@@ -1,4 +1,6 @@
-"""What a plan asks for, as data. hands.py carries it out, in order, once the status that intends it is written."""
+"""Actions of a plan, as data. executor.py executes them in order, after the status that intends them is
+written.
+"""
 
 from dataclasses import dataclass
 
@@ -6,35 +8,38 @@ from vpmoe.api.status import ChildRef
 
 
 @dataclass(frozen=True)
-class Create:
-    """Make the child of this attempt, and the ConfigMap that it mounts."""
+class CreateChild:
+    """Create the child of this attempt, and the ConfigMap that it mounts."""
 
     step: str
     attempt: int
 
 
 @dataclass(frozen=True)
-class Delete:
-    """Delete a child; its pods get SIGTERM and their grace. Without a uid: whichever of ours has the name."""
+class DeleteChild:
+    """Delete a child; its pods get SIGTERM and their grace period.
+
+    Without a uid: the object of that name, if the run owns it.
+    """
 
     child: ChildRef
 
 
 @dataclass(frozen=True)
-class Finalizer:
-    """Put our finalizer on the run, or take it off."""
+class SetFinalizer:
+    """Add the operator's finalizer to the run, or remove it."""
 
     present: bool
 
 
 @dataclass(frozen=True)
 class ClearBucket:
-    """Remove the run's folder from the bucket, and nothing else."""
+    """Delete the run's folder from the bucket, and nothing else."""
 
 
 @dataclass(frozen=True)
 class KeepBucket:
-    """Tell people that the run's folder stays although deletionPolicy is Delete, and why."""
+    """Post an Event that the run's folder is kept although deletionPolicy is Delete, and why."""
 
     why: str
 
@@ -44,4 +49,4 @@ class DeleteRun:
     """Delete the DistillRun itself: it finished ttlAfterFinished ago."""
 
 
-Action = Create | Delete | Finalizer | ClearBucket | KeepBucket | DeleteRun
+Action = CreateChild | DeleteChild | SetFinalizer | ClearBucket | KeepBucket | DeleteRun

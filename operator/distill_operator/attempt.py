@@ -1,6 +1,6 @@
-"""One attempt of a step: what its child and its pods are called, whose they are, and what they say about where they come from.
+"""One attempt of a step: name, kind, owner reference, labels and annotations of its child and pods.
 
-What stands in them is children.py's business, and template.py's.
+Their specs are in children.py and pod_template.py.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,15 @@ from distill_operator.kube import CHILD_KINDS, DISTILLRUN, JOB, Json, Kind
 from distill_operator.settings import Settings
 from vpmoe.api import DistillRun, labels
 
-MANAGED = {"app.kubernetes.io/managed-by": "distill-operator", "app.kubernetes.io/part-of": "vpmoe"}
+COMMON_LABELS = {"app.kubernetes.io/managed-by": "distill-operator", "app.kubernetes.io/part-of": "vpmoe"}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What every child of a run says about where it comes from; the data set is known once preprocessing has named it."""
+    """Provenance that the labels and annotations of every child carry.
+
+    `dataset` is the dataset's id, known after preprocessing.
+    """
 
     git_sha: str
     config: str
@@ -24,7 +27,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt of one step, and all that its child is built from."""
+    """One attempt of one step, with everything that its child is built from."""
 
     run: DistillRun
     step: str
@@ -38,22 +41,26 @@ class Attempt:
 
 
 def child_name(run: DistillRun, step: str, attempt: int) -> str:
-    """The one name that this attempt's child can have."""
+    """Name of this attempt's child: an attempt has at most one."""
     return f"{run.metadata.name}-{step}-a{attempt}"
 
 
 def child_kind(run: DistillRun, step: str) -> Kind:
-    """What a step's child is: training what runtime.backend says, everything else a Job."""
+    """Kind of a step's child: runtime.backend for a step that trains, Job for every other."""
     return CHILD_KINDS[run.spec.runtime.backend] if run.role(step) == "train" else JOB
 
 
 def config_map_name(run: DistillRun) -> str:
-    """With the run's uid: a kubelet never looks again at an immutable ConfigMap, and would give pods that of an earlier run of the name."""
+    """Name of the run's ConfigMap.
+
+    It has the run's uid, because kubelets never read an immutable ConfigMap again: pods would get that of an
+    earlier run of this name.
+    """
     return f"{run.metadata.name}-config-{run.uid8}"
 
 
-def identity(run: DistillRun, name: str) -> Json:
-    """Name, namespace, and the owner with whom the object is garbage-collected."""
+def owned_metadata(run: DistillRun, name: str) -> Json:
+    """Name, namespace and owner reference: the object is garbage-collected with the run."""
     owner = {
         "apiVersion": DISTILLRUN.api_version,
         "kind": DISTILLRUN.name,
@@ -67,17 +74,17 @@ def identity(run: DistillRun, name: str) -> Json:
     }
 
 
-def short_facts(attempt: Attempt) -> dict[str, str]:
-    """Labels of the child and of its pods."""
-    return {**MANAGED, **labels.labels(attempt.run.metadata.name, **_facts(attempt))}
+def child_labels(attempt: Attempt) -> dict[str, str]:
+    """Labels of the child and of its pods. Hashes are shortened."""
+    return {**COMMON_LABELS, **labels.labels(attempt.run.metadata.name, **_label_values(attempt))}
 
 
-def whole_facts(attempt: Attempt) -> dict[str, str]:
-    """Their annotations: the same facts in full."""
-    return labels.annotations(attempt.run.metadata.name, **_facts(attempt))
+def child_annotations(attempt: Attempt) -> dict[str, str]:
+    """Annotations of the child and of its pods: the same as the labels, with whole hashes."""
+    return labels.annotations(attempt.run.metadata.name, **_label_values(attempt))
 
 
-def _facts(attempt: Attempt) -> Any:
+def _label_values(attempt: Attempt) -> Any:
     origin = attempt.origin
     return {
         "step": attempt.step,

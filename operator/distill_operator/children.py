@@ -1,16 +1,18 @@
-"""The objects that a run's steps are made of: ConfigMap, Indexed Job, PyTorchJob, plain Job. Pure functions from a run to JSON.
+"""The objects that carry out a run's steps:
 
-What a pod of them looks like is template.py's business, when to make what plan.py's, and what happened to it observe.py's.
+ConfigMap, Indexed Job, PyTorchJob, plain Job. Pure functions from a run to JSON.
+
+The pod template is in pod_template.py. plan.py decides when to create a child, observe.py reads its state.
 """
 
 from distill_operator.attempt import (
-    MANAGED,
+    COMMON_LABELS,
     Attempt,
     Origin,
+    child_annotations,
+    child_labels,
     config_map_name,
-    identity,
-    short_facts,
-    whole_facts,
+    owned_metadata,
 )
 from distill_operator.kube import CONFIGMAP, JOB, PYTORCHJOB, Json
 from distill_operator.pod_template import build_pod
@@ -19,14 +21,17 @@ from vpmoe.api.layout import layout
 from vpmoe.api.text import write_yaml
 
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
-ALONE: Json = {"completions": 1, "parallelism": 1}
+SINGLE_POD: Json = {"completions": 1, "parallelism": 1}
 
 
 def build_config_map(run: DistillRun, origin: Origin) -> Json:
-    """The resolved run as every pod mounts it. Immutable: what a run means does not change under its pods."""
-    facts = {labels.RUN: run.metadata.name, labels.GIT_SHA: origin.git_sha, labels.CONFIG: origin.config}
+    """The ConfigMap with the resolved run, which every pod mounts.
+
+    Immutable: a run's configuration does not change under its pods.
+    """
+    whole = {labels.RUN: run.metadata.name, labels.GIT_SHA: origin.git_sha, labels.CONFIG: origin.config}
     short = {
-        **facts,
+        **whole,
         labels.GIT_SHA: origin.git_sha[: labels.SHORT],
         labels.CONFIG: origin.config[: labels.SHORT],
     }
@@ -34,9 +39,9 @@ def build_config_map(run: DistillRun, origin: Origin) -> Json:
         "apiVersion": CONFIGMAP.api_version,
         "kind": CONFIGMAP.name,
         "metadata": {
-            **identity(run, config_map_name(run)),
-            "labels": {**MANAGED, **short},
-            "annotations": facts,
+            **owned_metadata(run, config_map_name(run)),
+            "labels": {**COMMON_LABELS, **short},
+            "annotations": whole,
         },
         "immutable": True,
         "data": {"run.yaml": write_yaml(run.document())},
@@ -46,12 +51,12 @@ def build_config_map(run: DistillRun, origin: Origin) -> Json:
 def build_child(attempt: Attempt) -> Json:
     """The Job or PyTorchJob that carries out this attempt."""
     spec, role, stage = attempt.run.spec, attempt.run.role(attempt.step), attempt.run.stage_of(attempt.step)
-    if role == "preprocess":  # each pod does its share of the input shards
+    if role == "preprocess":  # each pod processes its share of the input shards
         return _job(attempt, _indexed(spec.dataset.workers), build_pod(attempt, 0))
     if role in (
         "rescore",
         "teacher",
-    ):  # each holds a teacher and scores its share of the parts, or of the windows
+    ):  # each pod has a whole teacher and scores its share of parts or windows
         return _job(attempt, _indexed(spec.teacher.gpus), build_pod(attempt, 1))
     if stage is not None and role == "train":
         return (
@@ -60,19 +65,20 @@ def build_child(attempt: Attempt) -> Json:
             else build_train_job(attempt, stage)
         )
     gpus = stage.sampler_gpus if stage is not None and role == "sampler" else 1
-    return _job(
-        attempt, ALONE, build_pod(attempt, gpus)
-    )  # the sampler's one process a GPU, or what evaluates
+    return _job(attempt, SINGLE_POD, build_pod(attempt, gpus))  # a sampler, or an evaluation
 
 
 def build_train_job(attempt: Attempt, stage: Stage) -> Json:
-    """A Job of one pod with all of the stage's processes, the teacher's of a TeacherForced stage included."""
+    """A Job of one pod with all processes of the stage, including the teacher of a TeacherForced stage."""
     gpus = layout(attempt.run.spec.student, attempt.run.spec.training, stage).first_pod_gpus
-    return _job(attempt, ALONE, build_pod(attempt, gpus))
+    return _job(attempt, SINGLE_POD, build_pod(attempt, gpus))
 
 
 def build_pytorchjob(attempt: Attempt, stage: Stage) -> Json:
-    """A PyTorchJob of one Master, where a TeacherForced stage's teacher stands too, and as many Workers as there are further pods."""
+    """A PyTorchJob of one Master and a Worker for each further pod.
+
+    The teacher of a TeacherForced stage runs in the Master.
+    """
     shape = layout(attempt.run.spec.student, attempt.run.spec.training, stage)
     replicas = {"Master": _replica(attempt, 1, shape.first_pod_gpus)}
     if shape.pods > 1:
@@ -85,7 +91,7 @@ def build_pytorchjob(attempt: Attempt, stage: Stage) -> Json:
             "nprocPerNode": str(shape.processes_per_pod),
             "runPolicy": {
                 "cleanPodPolicy": "Running"
-            },  # with None, pods that survive a failure would keep their GPUs
+            },  # with None, pods that survive a failure keep their GPUs
             "pytorchReplicaSpecs": replicas,
         },
     }
@@ -93,7 +99,7 @@ def build_pytorchjob(attempt: Attempt, stage: Stage) -> Json:
 
 def _replica(attempt: Attempt, count: int, gpus: int) -> Json:
     pod = build_pod(attempt, gpus, container="pytorch")
-    pod["spec"].pop("restartPolicy")  # here it is the replica's; in both places the training operator warns
+    pod["spec"].pop("restartPolicy")  # set on the replica
     return {"replicas": count, "restartPolicy": "Never", "template": pod}
 
 
@@ -108,8 +114,8 @@ def _job(attempt: Attempt, shape: Json, pod: Json) -> Json:
         "metadata": _metadata(attempt),
         "spec": {
             **shape,
-            "backoffLimit": 0,  # attempts are the operator's: each is a Job of its own, whose pods stay for their logs
-            "podReplacementPolicy": "Failed",  # never a second pod while the first is still writing its checkpoint
+            "backoffLimit": 0,  # each attempt is a Job; its pods are kept for their logs
+            "podReplacementPolicy": "Failed",  # no second pod while the first still saves its checkpoint
             "template": pod,
         },
     }
@@ -118,7 +124,7 @@ def _job(attempt: Attempt, shape: Json, pod: Json) -> Json:
 def _metadata(attempt: Attempt) -> Json:
     queue = attempt.run.spec.runtime.queue_name
     return {
-        **identity(attempt.run, attempt.name),
-        "labels": {**short_facts(attempt), **({KUEUE_QUEUE: queue} if queue else {})},
-        "annotations": whole_facts(attempt),
+        **owned_metadata(attempt.run, attempt.name),
+        "labels": {**child_labels(attempt), **({KUEUE_QUEUE: queue} if queue else {})},
+        "annotations": child_annotations(attempt),
     }

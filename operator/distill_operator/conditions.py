@@ -1,4 +1,7 @@
-"""From what was decided to status.conditions (KEP-1623): all six kinds always stand there, and say why they are as they are."""
+"""status.conditions of a run (KEP-1623).
+
+All six condition types of the API are always present, each with its reason.
+"""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -8,26 +11,26 @@ from typing import Literal
 from distill_operator.step_progress import ProgressReading
 from vpmoe.api.status import Condition, Status
 
-REACHABLE = "StorageReachable"
-KINDS = ("Ready", "Progressing", "Suspended", "Stalled", "Failed", "Succeeded")
-MOST_OF_JOBS = 6
-"""Conditions that jobs may add; the status has room for 16."""
+STORAGE_REACHABLE = "StorageReachable"
+CONDITION_TYPES = ("Ready", "Progressing", "Suspended", "Stalled", "Failed", "Succeeded")
+MAX_JOB_CONDITIONS = 6
+"""Conditions that jobs may add; the status has room for 16 in all."""
 
 Truth = Literal["True", "False", "Unknown"]
 
 
 @dataclass(frozen=True)
 class Headline:
-    """The headline of a plan, and what else the conditions need."""
+    """Reason and message of the run, from which its conditions are made."""
 
     reason: str
     message: str
     stalled: tuple[str, str] | None = None
-    """Reason and message, where the run does not get on without help."""
+    """Reason and message, if the run cannot continue without help."""
 
 
-def kept(status: Status) -> Headline:
-    """The headline as it stands: nothing new is to be said."""
+def unchanged(status: Status) -> Headline:
+    """The headline that the status has already."""
     ready, stalled = status.condition("Ready"), status.condition("Stalled")
     return Headline(
         ready.reason if ready else status.phase,
@@ -36,28 +39,32 @@ def kept(status: Status) -> Headline:
     )
 
 
-def update(
-    status: Status, before: Status, said: Headline, readings: Collection[ProgressReading], now: datetime
+def update_conditions(
+    status: Status, before: Status, headline: Headline, readings: Collection[ProgressReading], now: datetime
 ) -> Status:
-    """`status` with its conditions; a condition whose truth is as `before` keeps its time of transition. `readings`: a step each."""
-    phase, stalled = status.phase, said.stalled
-    moving = phase in ("Pending", "Running") and stalled is None
+    """`status` with its conditions.
+
+    A condition whose status is the same as `before` keeps lastTransitionTime.
+
+    `readings` has one entry a running step.
+    """
+    phase, stalled = status.phase, headline.stalled
     truth: dict[str, bool] = {
         "Ready": phase == "Succeeded",
-        "Progressing": moving,
+        "Progressing": phase in ("Pending", "Running") and stalled is None,
         "Suspended": phase == "Suspended",
         "Failed": phase == "Failed",
         "Succeeded": phase == "Succeeded",
     }
     new: list[tuple[str, Truth, str, str]] = []
-    for kind in KINDS:
-        if kind == "Stalled":
-            new.append((kind, "True", *stalled) if stalled else (kind, "False", "NotStalled", ""))
-        else:
-            told = kind == "Ready" or (kind == "Failed" and truth[kind])  # once is enough for the others
-            new.append((kind, "True" if truth[kind] else "False", said.reason, said.message if told else ""))
-    new += _storage(before, readings)
-    new += _jobs(before, readings)
+    for type_ in CONDITION_TYPES:
+        if type_ == "Stalled":
+            new.append((type_, "True", *stalled) if stalled else (type_, "False", "NotStalled", ""))
+        else:  # the message is long: Ready has it, the others do not repeat it
+            message = headline.message if type_ == "Ready" or (type_ == "Failed" and truth[type_]) else ""
+            new.append((type_, "True" if truth[type_] else "False", headline.reason, message))
+    new += _storage_condition(before, readings)
+    new += _job_conditions(before, readings)
     old = {condition.type: condition for condition in before.conditions}
     return Status.model_validate(
         {
@@ -70,11 +77,11 @@ def update(
 
 
 def _condition(
-    kind: str, truth: Truth, reason: str, message: str, old: Condition | None, generation: int, now: datetime
+    type_: str, truth: Truth, reason: str, message: str, old: Condition | None, generation: int, now: datetime
 ) -> Condition:
     since = old.last_transition_time if old is not None and old.status == truth else now
     return Condition(
-        type=kind,
+        type=type_,
         status=truth,
         reason=reason,
         message=message,
@@ -83,22 +90,27 @@ def _condition(
     )
 
 
-def _storage(before: Status, readings: Collection[ProgressReading]) -> list[tuple[str, Truth, str, str]]:
-    old = before.condition(REACHABLE)
+def _storage_condition(
+    before: Status, readings: Collection[ProgressReading]
+) -> list[tuple[str, Truth, str, str]]:
+    old = before.condition(STORAGE_REACHABLE)
     for reading in readings:
         if reading.problem:
-            return [(REACHABLE, "False", reading.reason, reading.problem)]
-    if any(reading.asked for reading in readings):
-        return [(REACHABLE, "True", "Answered", "")]
-    return [(REACHABLE, old.status, old.reason, old.message)] if old else []
+            return [(STORAGE_REACHABLE, "False", reading.reason, reading.problem)]
+    if any(reading.attempted for reading in readings):
+        return [(STORAGE_REACHABLE, "True", "Answered", "")]
+    return [(STORAGE_REACHABLE, old.status, old.reason, old.message)] if old else []
 
 
-def _jobs(before: Status, readings: Collection[ProgressReading]) -> list[tuple[str, Truth, str, str]]:
-    """What jobs said last stays until they say otherwise."""
+def _job_conditions(
+    before: Status, readings: Collection[ProgressReading]
+) -> list[tuple[str, Truth, str, str]]:
+    """Conditions that jobs have reported. Each stays until a job reports it again."""
     known = {c.type: (c.type, c.status, c.reason, c.message) for c in before.conditions}
     for reading in readings:
         known |= {
             c.type: (c.type, c.status, c.reason, c.message)
             for c in (reading.progress.conditions if reading.progress else ())
         }
-    return [said for kind, said in known.items() if kind not in (*KINDS, REACHABLE)][-MOST_OF_JOBS:]
+    reported = [found for type_, found in known.items() if type_ not in (*CONDITION_TYPES, STORAGE_REACHABLE)]
+    return reported[-MAX_JOB_CONDITIONS:]

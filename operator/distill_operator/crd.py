@@ -1,6 +1,9 @@
-"""`python -m distill_operator.crd`: bring the cluster's CRD to this version, whatever put it there before; the init container runs it.
+"""`python -m distill_operator.crd`: install or upgrade the DistillRun CRD with server-side apply.
 
-Not Helm: a templated CRD cannot be taken over from kubectl, and crds/ is never upgraded, nor installed over another version.
+The chart's init container runs it.
+
+Helm cannot do it: a templated CRD cannot be adopted from kubectl, and Helm neither upgrades crds/ nor
+installs it over another version.
 """
 
 import asyncio
@@ -12,26 +15,27 @@ from vpmoe.api.crd import crd
 
 log = logging.getLogger(__name__)
 
-PATIENCE_SECONDS = 30
+TIMEOUT_SECONDS = 30
 
 
 async def apply() -> None:
-    """Apply the CRD and wait until the API server serves it. Raises KubeError."""
+    """Apply the CRD and wait until the API server has established it. Raises KubeError."""
     kube = await asyncio.to_thread(Kube.connect)
-    wanted = crd()
-    name = wanted["metadata"]["name"]
-    await kube.apply(CRD, wanted)
-    for _ in range(PATIENCE_SECONDS * 5):
-        there = await kube.get(CRD, None, name) or {}
+    definition = crd()
+    name = definition["metadata"]["name"]
+    await kube.apply(CRD, definition)
+    for _ in range(TIMEOUT_SECONDS * 5):
+        found = await kube.get(CRD, None, name) or {}
         if any(
             c["type"] == "Established" and c["status"] == "True"
-            for c in there.get("status", {}).get("conditions", [])
+            for c in found.get("status", {}).get("conditions", [])
         ):
-            log.info("%s is served", name)
+            log.info("CRD %s is established", name)
             return
         await asyncio.sleep(0.2)
     raise KubeError(
-        f"the API server did not establish {name} within {PATIENCE_SECONDS} s; kubectl describe crd {name} says why"
+        f"the API server did not establish CRD {name} within {TIMEOUT_SECONDS} s. "
+        f"`kubectl describe crd {name}` shows why."
     )
 
 

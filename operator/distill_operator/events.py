@@ -1,4 +1,7 @@
-"""Kubernetes Events for what changes about a run. Equal Events are one object with a count, and none ever fails a reconcile."""
+"""Kubernetes Events for the changes of a run.
+
+Equal Events are one object with a count. A failure to post never fails a reconcile.
+"""
 
 import hashlib
 import logging
@@ -13,27 +16,33 @@ from vpmoe.api.status import MESSAGE, Condition, Status, StepStatus
 log = logging.getLogger(__name__)
 
 COMPONENT = "distill-operator"
-TOLD_OF_PHASE = {"Queued": "Queued", "Suspended": "Suspended", "Succeeded": "RunSucceeded"}
-EACH_TIME = ("TrainerStarved",)
-"""Conditions of jobs of which every new message is an Event: another knob was turned, and it may be the same as the last."""
-BASIC = ("Ready", "Progressing", "Suspended", "Failed", "Succeeded")
+PHASE_REASONS = {"Queued": "Queued", "Suspended": "Suspended", "Succeeded": "RunSucceeded"}
+"""Event reason of a run that enters the phase."""
+REPEATED = ("TrainerStarved",)
+"""Conditions of jobs of which every new message is an Event: another setting was adjusted, with the same
+or another reason."""
+WITHOUT_EVENTS = ("Ready", "Progressing", "Suspended", "Failed", "Succeeded")
+"""Conditions that the phase or a step reports already."""
 
 
 @dataclass(frozen=True)
 class EventSpec:
-    """What an Event says."""
+    """Content of an Event."""
 
-    kind: Literal["Normal", "Warning"]
+    type: Literal["Normal", "Warning"]
     reason: str
     message: str
 
 
 def events_between(before: Status, after: Status) -> list[EventSpec]:
-    """What has happened between two statuses of a run, in the order in which to tell it. Mere progress is not worth an Event."""
-    return [*_of_steps(before, after), *_of_phase(before, after), *_of_conditions(before, after)]
+    """The Events for the difference between two statuses of a run, in the order in which to post them.
+
+    Progress is not an Event.
+    """
+    return [*_step_events(before, after), *_phase_events(before, after), *_condition_events(before, after)]
 
 
-def _of_steps(before: Status, after: Status) -> Iterator[EventSpec]:
+def _step_events(before: Status, after: Status) -> Iterator[EventSpec]:
     for step in after.steps:
         old = before.step_status(step.name) or StepStatus(name=step.name)
         if step.state in ("Retrying", "Failed") and old.state != step.state:
@@ -42,34 +51,39 @@ def _of_steps(before: Status, after: Status) -> Iterator[EventSpec]:
             yield EventSpec(
                 "Normal",
                 "StepStarted",
-                f"step {step.name}: attempt {step.attempt} is {step.child.kind} {step.child.name}",
+                f"step {step.name}: creating {step.child.kind} {step.child.name} (attempt {step.attempt})",
             )
         if step.state == "Succeeded" and old.state != "Succeeded":
             yield EventSpec("Normal", "StepSucceeded", f"step {step.name} has succeeded: {step.message}")
 
 
-def _of_phase(before: Status, after: Status) -> Iterator[EventSpec]:
+def _phase_events(before: Status, after: Status) -> Iterator[EventSpec]:
     if after.phase == before.phase:
         return
     ready = after.condition("Ready")
     if after.phase == "Failed":
-        of_a_step = any(step.state == "Failed" for step in after.steps)  # which has an Event of its own
+        step_failed = any(
+            step.state == "Failed" for step in after.steps
+        )  # its message has an Event of its own
         yield EventSpec(
             "Warning",
             "RunFailed",
-            f"{ready.reason if ready else ''}: {f'step {after.step}' if of_a_step else after.message}",
+            f"{ready.reason if ready else ''}: {f'step {after.step}' if step_failed else after.message}",
         )
-    elif after.phase in TOLD_OF_PHASE:
-        yield EventSpec("Normal", TOLD_OF_PHASE[after.phase], after.message)
+    elif after.phase in PHASE_REASONS:
+        yield EventSpec("Normal", PHASE_REASONS[after.phase], after.message)
     elif after.phase == "Running" and before.phase == "Suspended":
         yield EventSpec("Normal", "Resumed", after.message)
 
 
-def _of_conditions(before: Status, after: Status) -> Iterator[EventSpec]:
-    """Stalled, StorageReachable, and what jobs report, when they turn. What jobs report also when it has another reason."""
+def _condition_events(before: Status, after: Status) -> Iterator[EventSpec]:
+    """Events for Stalled, StorageReachable and conditions of jobs whose status changed, and for new reasons
+    of the latter.
+    """
     for new in after.conditions:
         old = before.condition(new.type)
-        if new.type in BASIC or (old is not None and old.status == new.status and not _another(old, new)):
+        same = old is not None and old.status == new.status and not _has_news(old, new)
+        if new.type in WITHOUT_EVENTS or same:
             continue
         if new.type == "StorageReachable":
             if new.status == "False":
@@ -81,27 +95,32 @@ def _of_conditions(before: Status, after: Status) -> Iterator[EventSpec]:
                 "Warning", new.reason if new.type == "Stalled" else new.type, new.message or new.reason
             )
         elif new.type == "Stalled" and old is not None:
-            yield EventSpec("Normal", "GetsOn", after.message)
+            yield EventSpec("Normal", "StallCleared", after.message)
 
 
-def _another(old: Condition, new: Condition) -> bool:
-    """Whether a job's condition that still holds says something new. Its message may hold figures that change all the time."""
+def _has_news(old: Condition, new: Condition) -> bool:
+    """Whether a condition of a job that still holds needs another Event.
+
+    Messages may hold figures that change all the time.
+    """
     if new.type in ("Stalled", "StorageReachable"):
         return False
-    return old.reason != new.reason or (new.type in EACH_TIME and old.message != new.message)
+    return old.reason != new.reason or (new.type in REPEATED and old.message != new.message)
 
 
-def event_name(run: Json, happening: EventSpec) -> str:
-    """Equal happenings of one run have one name, so that the API server itself finds the Event to count up."""
-    text = "\0".join((run["metadata"]["uid"], happening.kind, happening.reason, happening.message))
+def event_name(run: Json, event: EventSpec) -> str:
+    """Equal Events of one run have one name, so that creating a second one is a Conflict."""
+    text = "\0".join((run["metadata"]["uid"], event.type, event.reason, event.message))
     return f"{run['metadata']['name']}.{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-async def post(kube: Kube, run: Json, happening: EventSpec, now: datetime) -> None:
-    """Tell it, or count it up. What goes wrong is logged: an Event is for people, and the status has said it already."""
-    meta, time = run["metadata"], now.strftime("%Y-%m-%dT%H:%M:%SZ")
-    name = event_name(run, happening)
-    event = {
+async def post_event(kube: Kube, run: Json, event: EventSpec, now: datetime) -> None:
+    """Create the Event, or raise its count.
+
+    A KubeError is logged, not raised: the status has the same facts.
+    """
+    meta, name, time = run["metadata"], event_name(run, event), f"{now:%Y-%m-%dT%H:%M:%SZ}"
+    body = {
         "apiVersion": EVENT.api_version,
         "kind": EVENT.name,
         "metadata": {"name": name, "namespace": meta["namespace"]},
@@ -112,9 +131,9 @@ async def post(kube: Kube, run: Json, happening: EventSpec, now: datetime) -> No
             "name": meta["name"],
             "uid": meta["uid"],
         },
-        "type": happening.kind,
-        "reason": happening.reason,
-        "message": happening.message[:MESSAGE],
+        "type": event.type,
+        "reason": event.reason,
+        "message": event.message[:MESSAGE],
         "firstTimestamp": time,
         "lastTimestamp": time,
         "count": 1,
@@ -123,7 +142,7 @@ async def post(kube: Kube, run: Json, happening: EventSpec, now: datetime) -> No
     }
     try:
         try:
-            await kube.create(EVENT, event)
+            await kube.create(EVENT, body)
         except Conflict:
             known = await kube.get(EVENT, meta["namespace"], name) or {}
             await kube.patch(
@@ -131,9 +150,5 @@ async def post(kube: Kube, run: Json, happening: EventSpec, now: datetime) -> No
             )
     except KubeError as error:
         log.warning(
-            "Event %s about %s/%s was not posted: %s",
-            happening.reason,
-            meta["namespace"],
-            meta["name"],
-            error,
+            "%s/%s: Event %s was not posted: %s", meta["namespace"], meta["name"], event.reason, error
         )

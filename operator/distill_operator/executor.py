@@ -1,19 +1,28 @@
-"""What a plan asks for, done: children are made and deleted, finalizers set, buckets cleared. One action at a time, each safe to repeat.
+"""Executes the actions of a plan: creates and deletes children, sets the finalizer, clears the bucket.
 
-When, and in which order, is reconcile.py's business.
+Each action may be repeated.
+
+reconcile.py decides when, and in which order.
 """
 
 import logging
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from distill_operator import events
-from distill_operator.actions import Action, ClearBucket, Create, Delete, DeleteRun, Finalizer, KeepBucket
+from distill_operator.actions import (
+    Action,
+    ClearBucket,
+    CreateChild,
+    DeleteChild,
+    DeleteRun,
+    KeepBucket,
+    SetFinalizer,
+)
 from distill_operator.attempt import Attempt, Origin, child_kind
 from distill_operator.children import build_child, build_config_map
-from distill_operator.events import EventSpec
+from distill_operator.events import EventSpec, post_event
 from distill_operator.kube import CHILD_KINDS, CONFIGMAP, DISTILLRUN, Conflict, Json, Kind, Kube, KubeError
-from distill_operator.observe import ObservedRun, owned
+from distill_operator.observe import ObservedRun, is_controlled_by
 from distill_operator.settings import Settings
 from distill_operator.step_progress import Buckets, SecretMissing
 from distill_operator.watch import Key
@@ -23,80 +32,92 @@ from vpmoe.storage import StorageError
 
 log = logging.getLogger(__name__)
 
-REFUSALS = (400, 403, 413, 422)
-"""Answers that another try alone does not change."""
+REJECTED = (400, 403, 413, 422)
+"""Status codes that a retry alone does not change."""
 
 
 class NameTaken(KubeError):
-    """An object was in the way of a child: the next look says whose."""
+    """Another object has the child's name. The next observation reports whose it is."""
 
 
 @dataclass
 class ActionExecutor:
-    """Carries out actions, and remembers which children the API server has refused."""
+    """Executes actions, and remembers which children the API server rejected."""
 
     kube: Kube
     buckets: Buckets
     settings: Settings
-    _refused: dict[Key, dict[str, str]] = field(default_factory=dict)
+    _create_errors: dict[Key, dict[str, str]] = field(default_factory=dict)
 
-    def refused(self, key: Key) -> dict[str, str]:
-        """What the API server said last against a run's children, by step."""
-        return self._refused.get(key, {})
+    def create_errors(self, key: Key) -> dict[str, str]:
+        """The API server's last rejection of a run's children, by step."""
+        return self._create_errors.get(key, {})
 
     def forget(self, key: Key) -> None:
-        """The run is gone."""
-        self._refused.pop(key, None)
+        """Drop what is remembered about a run that no longer exists."""
+        self._create_errors.pop(key, None)
 
-    async def carry_out(self, action: Action, live: ObservedRun, status: Status, obj: Json) -> Json:
-        """Carry out one action; the DistillRun as it stands afterwards."""
-        log.info("%s/%s: %s", live.namespace, live.name, action)
+    async def execute(self, action: Action, observed: ObservedRun, status: Status, obj: Json) -> Json:
+        """Execute one action. Returns the DistillRun after it. Raises KubeError and StorageError."""
+        log.info("%s/%s: %s", observed.namespace, observed.name, action)
         match action:
-            case Create(step, attempt):
-                assert live.run is not None
-                await self._make(live.run, Attempt(live.run, step, attempt, _origin(status), self.settings))
-            case Delete(child):
-                await self._delete(live, child.kind, child.name, child.uid)
-            case Finalizer(present):
+            case CreateChild(step, attempt):
+                assert observed.run is not None
+                origin = _origin(status)
+                await self._create(observed.run, Attempt(observed.run, step, attempt, origin, self.settings))
+            case DeleteChild(child):
+                await self._delete(observed, child.kind, child.name, child.uid)
+            case SetFinalizer(present):
                 return await self._set_finalizer(obj, present)
             case ClearBucket():
-                assert live.run is not None
-                await self._clear(live.run, obj)
+                assert observed.run is not None
+                await self._clear_bucket(observed.run, obj)
             case KeepBucket(why):
-                await events.post(self.kube, obj, _bucket_kept(why), _now())
+                await post_event(self.kube, obj, _bucket_kept(why), _now())
             case DeleteRun():
-                await self.kube.delete(DISTILLRUN, live.namespace, live.name, live.uid, "Background")
+                await self.kube.delete(
+                    DISTILLRUN, observed.namespace, observed.name, observed.uid, "Background"
+                )
         return obj
 
-    async def _make(self, run: DistillRun, attempt: Attempt) -> None:
-        """The ConfigMap, then the child. What is there already is ours, or in the way. A refusal is kept for the next look to tell."""
+    async def _create(self, run: DistillRun, attempt: Attempt) -> None:
+        """Create the ConfigMap, then the child.
+
+        A rejection is kept for the next observation, which reports it in the status.
+        """
         namespace, uid = run.metadata.namespace, run.metadata.uid or ""
-        refused = self._refused.setdefault((namespace, run.metadata.name), {})
+        errors = self._create_errors.setdefault((namespace, run.metadata.name), {})
         try:
             await self._ensure(CONFIGMAP, build_config_map(run, attempt.origin), namespace, uid)
             await self._ensure(child_kind(run, attempt.step), build_child(attempt), namespace, uid)
         except KubeError as error:
-            if error.code in REFUSALS:
-                refused[attempt.step] = str(error)
+            if error.code in REJECTED:
+                errors[attempt.step] = str(error)
             raise
-        refused.pop(attempt.step, None)
+        errors.pop(attempt.step, None)
 
-    async def _ensure(self, kind: Kind, wanted: Json, namespace: str, uid: str) -> None:
+    async def _ensure(self, kind: Kind, obj: Json, namespace: str, uid: str) -> None:
+        """Create the object, or find that the run owns it already.
+
+        Raises NameTaken if it belongs to somebody else.
+        """
         try:
-            await self.kube.create(kind, wanted)
+            await self.kube.create(kind, obj)
         except Conflict as error:
-            there = await self.kube.get(kind, namespace, wanted["metadata"]["name"])
-            if there is None or not owned(there, uid):
+            existing = await self.kube.get(kind, namespace, obj["metadata"]["name"])
+            if existing is None or not is_controlled_by(existing, uid):
                 raise NameTaken(str(error), error.code, error.reason) from error
 
-    async def _delete(self, live: ObservedRun, kind: str, name: str, uid: str | None) -> None:
-        """Foreground: the child stays, Ending, until its pods have written their checkpoint and are gone."""
+    async def _delete(self, observed: ObservedRun, kind: str, name: str, uid: str | None) -> None:
+        """Foreground deletion: the child stays, Ending, until its pods have saved a checkpoint and
+        terminated.
+        """
         if uid is None:
-            there = await self.kube.get(CHILD_KINDS[kind], live.namespace, name)
-            if there is None or not owned(there, live.uid):
+            existing = await self.kube.get(CHILD_KINDS[kind], observed.namespace, name)
+            if existing is None or not is_controlled_by(existing, observed.uid):
                 return
-            uid = there["metadata"]["uid"]
-        await self.kube.delete(CHILD_KINDS[kind], live.namespace, name, uid)
+            uid = existing["metadata"]["uid"]
+        await self.kube.delete(CHILD_KINDS[kind], observed.namespace, name, uid)
 
     async def _set_finalizer(self, obj: Json, present: bool) -> Json:
         meta = obj["metadata"]
@@ -107,33 +128,38 @@ class ActionExecutor:
         }
         return await self.kube.patch(DISTILLRUN, meta["namespace"], meta["name"], {"metadata": change})
 
-    async def _clear(self, run: DistillRun, obj: Json) -> None:
-        """Empty the run's folder, or say that it stays where nobody has the key any more. A bucket that is away is tried again."""
+    async def _clear_bucket(self, run: DistillRun, obj: Json) -> None:
+        """Delete the run's folder.
+
+        If the credentials are gone, it is kept and an Event says so. Raises StorageError, to be retried.
+        """
         try:
-            count = await self.buckets.clear(run)
+            count = await self.buckets.delete_run_folder(run)
         except SecretMissing as error:
-            happening = _bucket_kept(str(error))
+            event = _bucket_kept(str(error))
         except StorageError as error:
-            words = f"{error} Deletion waits for it; set deletionPolicy to Retain to let the run go without."
-            await events.post(self.kube, obj, EventSpec("Warning", "BucketNotCleared", words), _now())
+            message = (
+                f"{error} The deletion is retried. "
+                "To delete the run without its folder, set deletionPolicy to Retain."
+            )
+            await post_event(self.kube, obj, EventSpec("Warning", "BucketNotCleared", message), _now())
             raise
         else:
-            happening = EventSpec(
-                "Normal", "BucketCleared", f"{count} objects of the run were removed from the bucket"
+            event = EventSpec(
+                "Normal", "BucketCleared", f"deleted {count} objects of the run from the bucket"
             )
-        await events.post(self.kube, obj, happening, _now())
+        await post_event(self.kube, obj, event, _now())
 
 
 def _bucket_kept(why: str) -> EventSpec:
-    """What people are told when a run that should have been removed from the bucket was not."""
-    return EventSpec("Warning", "BucketKept", f"the run's folder stays in the bucket: {why}")
+    return EventSpec("Warning", "BucketKept", f"the run's folder was not deleted from the bucket: {why}")
 
 
 def _origin(status: Status) -> Origin:
-    """What a run's children say about where they come from: what its status froze when it started."""
+    """Provenance of a run's children, from the status as it was when the run started."""
     found = status.provenance
     if found is None or found.git_sha is None or found.config_hash is None:
-        raise KubeError("status.provenance was lost: nobody but the operator may write the status")
+        raise KubeError("status.provenance is missing. Only the operator may write the status.")
     return Origin(found.git_sha, found.config_hash, found.dataset.id if found.dataset else None)
 
 

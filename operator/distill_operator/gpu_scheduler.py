@@ -1,7 +1,9 @@
-"""Which runs' GPUs fit the pool together: the oldest first, the whole run's teacher and student GPUs at once. Pure arithmetic.
+"""Admission of runs to the pool of GPUs: oldest first, and only if all of a run's teacher and student GPUs
+are free at once. Pure.
 
-A pool is the set of nodes that a run's nodeSelector matches; runs share a pool when their sets of nodes overlap, and then the whole of
-each counts. That a pod finds room on one node is the scheduler's business, except where no node could ever hold it.
+A run's pool is the set of nodes that its nodeSelector matches. Two runs share a pool if their sets of nodes
+overlap; each then counts in full. Whether a pod fits on a single node is the Kubernetes scheduler's decision,
+except where no node could ever hold it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,13 +11,15 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from distill_operator.kube import Json
-
-RESOURCE = "nvidia.com/gpu"
+from distill_operator.observe import ObservedRun
+from vpmoe.api import DistillRun
+from vpmoe.api.layout import largest_pod
+from vpmoe.api.runtime import GPU
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node that pods can be scheduled to now."""
+    """A node that accepts pods."""
 
     name: str
     labels: Mapping[str, str]
@@ -24,15 +28,15 @@ class Node:
 
 @dataclass(frozen=True)
 class GpuRequest:
-    """What a live run asks of the pool. `admitted`: it holds its GPUs; otherwise it waits for them."""
+    """GPUs that a run needs for its whole life. `admitted`: it holds them; otherwise it waits for them."""
 
     name: str
     uid: str
     created: datetime
     teacher: int
     student: int
-    per_pod: int
-    selector: Mapping[str, str]
+    largest_pod: int
+    node_selector: Mapping[str, str]
     admitted: bool
 
     @property
@@ -42,20 +46,50 @@ class GpuRequest:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a run may start, the sum behind it, and whether waiting could help with the nodes as they are."""
+    """Whether a run may start, and the arithmetic behind it.
+
+    `unschedulable`: the present nodes can never hold the run.
+    """
 
     admitted: bool
     arithmetic: str
-    hopeless: bool = False
+    unschedulable: bool = False
 
 
-def nodes(objects: Iterable[Json]) -> list[Node]:
-    """The Ready, schedulable nodes among live Node objects."""
+def waits_for_gpus(observed: ObservedRun) -> bool:
+    """Whether the run needs a Decision before it may start: it holds no GPUs, and neither its spec nor its
+    status prevents a start.
+    """
+    run, status = observed.run, observed.status
+    if run is None or observed.deleting or status.holds_gpus:
+        return False
+    if run.spec.suspend or run.spec.runtime.queue_name:  # with a queue, Kueue admits each child
+        return False
+    return status.phase != "Succeeded" and status.failed_step(run.spec.runtime.attempts) is None
+
+
+def gpu_request(run: DistillRun, observed: ObservedRun) -> GpuRequest:
+    """The run's request. DistillRun.needs() guarantees that its children never need more at the same time."""
+    spec = run.spec
+    return GpuRequest(
+        name=f"{observed.namespace}/{observed.name}",
+        uid=observed.uid,
+        created=observed.created,
+        teacher=spec.teacher.gpus,
+        student=spec.student.gpus,
+        largest_pod=max(largest_pod(spec.student, stage) for stage in spec.stages),
+        node_selector=spec.runtime.node_selector,
+        admitted=observed.status.holds_gpus,
+    )
+
+
+def schedulable_nodes(objects: Iterable[Json]) -> list[Node]:
+    """The nodes among live Node objects that are Ready and not cordoned."""
     return [
         Node(
             node["metadata"]["name"],
             node["metadata"].get("labels", {}),
-            int(node["status"].get("allocatable", {}).get(RESOURCE, 0)),
+            int(node["status"].get("allocatable", {}).get(GPU, 0)),
         )
         for node in objects
         if not node.get("spec", {}).get("unschedulable")
@@ -66,73 +100,69 @@ def nodes(objects: Iterable[Json]) -> list[Node]:
     ]
 
 
-def admit(claim: GpuRequest, others: Iterable[GpuRequest], pool: Iterable[Node]) -> Decision:
-    """May `claim` start beside the `others` that are admitted? Younger ones wait for the oldest that could ever run."""
+def admit(request: GpuRequest, others: Iterable[GpuRequest], pool: Iterable[Node]) -> Decision:
+    """Decide whether `request` fits beside the `others` that are admitted.
+
+    An older request that could ever fit goes first.
+    """
     pool = list(pool)
-    mine = _matching(claim, pool)
-    capacity, largest = sum(node.gpus for node in mine), max((node.gpus for node in mine), default=0)
-    wants = f"needs {claim.gpus} GPUs ({claim.teacher} teacher + {claim.student} student)"
-    has = f"the pool has {capacity} on {_count(len(mine), 'ready node')}" + (
-        " matching runtime.nodeSelector" if claim.selector else ""
+    nodes = _matching(request, pool)
+    capacity, largest = sum(node.gpus for node in nodes), max((node.gpus for node in nodes), default=0)
+    needs = f"Needs {request.gpus} GPUs ({request.teacher} teacher + {request.student} student)"
+    has = f"the pool has {capacity} on {_count(len(nodes), 'ready node')}" + (
+        " matching runtime.nodeSelector" if request.node_selector else ""
     )
-    if claim.gpus > capacity:
+    if request.gpus > capacity:
         return Decision(
             False,
-            f"{wants}; {has}: it can never start there. Add nodes, or ask for fewer GPUs.",
-            hopeless=True,
+            f"{needs}; {has}: the run can never start there. Add nodes, or request fewer GPUs.",
+            unschedulable=True,
         )
-    if claim.per_pod > largest:
-        words = f"{wants} in pods of {claim.per_pod}; the largest node of the pool has {largest}"
+    if request.largest_pod > largest:
         return Decision(
             False,
-            f"{words}: it can never start there. Lower student.gpusPerPod or sampler.gpus, or add larger nodes.",
-            hopeless=True,
+            f"{needs} in pods of {request.largest_pod}; the largest node of the pool has {largest}: "
+            "the run can never start there. Lower student.gpusPerPod or sampler.gpus, or add larger nodes.",
+            unschedulable=True,
         )
-    names = {node.name for node in mine}
+    names = {node.name for node in nodes}
     rivals = [
         other
         for other in others
-        if other.uid != claim.uid and names & {node.name for node in _matching(other, pool)}
+        if other.uid != request.uid and names & {node.name for node in _matching(other, pool)}
     ]
     holders = sorted((other for other in rivals if other.admitted), key=_age)
     held = sum(other.gpus for other in holders)
-    sum_so_far = f"{wants}; {has}, " + (
+    arithmetic = f"{needs}; {has}, " + (
         f"of which {held} are held by {_names(holders)}" if holders else "all of them free"
     )
-    if claim.gpus > capacity - held:
-        return Decision(False, f"{sum_so_far}: {max(capacity - held, 0)} are left.")
+    if request.gpus > capacity - held:
+        return Decision(False, f"{arithmetic}: {max(capacity - held, 0)} are left.")
     older = [
         other
         for other in rivals
-        if not other.admitted and _age(other) < _age(claim) and _could_run(other, pool)
+        if not other.admitted and _age(other) < _age(request) and _can_ever_fit(other, pool)
     ]
     if older:
-        return Decision(
-            False, f"{sum_so_far}; {_names(sorted(older, key=_age))} waits longer and goes first."
-        )
-    return Decision(True, f"{sum_so_far}.")
+        return Decision(False, f"{arithmetic}; {_names(sorted(older, key=_age))} is older and goes first.")
+    return Decision(True, f"{arithmetic}.")
 
 
-def capacity(selector: Mapping[str, str], pool: Iterable[Node]) -> int:
-    """GPUs of the nodes that match."""
-    return sum(node.gpus for node in pool if selector.items() <= node.labels.items())
+def _matching(request: GpuRequest, pool: list[Node]) -> list[Node]:
+    return [node for node in pool if request.node_selector.items() <= node.labels.items()]
 
 
-def _matching(claim: GpuRequest, pool: list[Node]) -> list[Node]:
-    return [node for node in pool if claim.selector.items() <= node.labels.items()]
+def _can_ever_fit(request: GpuRequest, pool: list[Node]) -> bool:
+    sizes = [node.gpus for node in _matching(request, pool)]
+    return request.gpus <= sum(sizes) and request.largest_pod <= max(sizes, default=0)
 
 
-def _could_run(claim: GpuRequest, pool: list[Node]) -> bool:
-    sizes = [node.gpus for node in _matching(claim, pool)]
-    return claim.gpus <= sum(sizes) and claim.per_pod <= max(sizes, default=0)
+def _age(request: GpuRequest) -> tuple[datetime, str]:
+    return request.created, request.name
 
 
-def _age(claim: GpuRequest) -> tuple[datetime, str]:
-    return claim.created, claim.name
-
-
-def _names(claims: list[GpuRequest]) -> str:
-    return ", ".join(f"{claim.name} ({claim.gpus})" for claim in claims)
+def _names(requests: list[GpuRequest]) -> str:
+    return ", ".join(f"{request.name} ({request.gpus})" for request in requests)
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,6 +1,8 @@
-"""The operator's own HTTP server: /healthz, /readyz and /metrics. It lives as long as the process, whoever holds the lease.
+"""The operator's HTTP server: /healthz, /readyz and /metrics.
 
-A standby is healthy: it has nothing to do. A leader is healthy while due runs get looked at and the API server answers.
+It runs as long as the process, with or without the lease.
+
+A standby is healthy. A leader is healthy while due runs are reconciled and the API server answers.
 """
 
 import time
@@ -12,31 +14,34 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from distill_operator.metrics import REGISTRY
 
 
-def stuck(leading: bool, queue_age: float, since_answer: float, limit: float) -> str:
-    """What is wrong with the process, empty where nothing is. Seconds, of the oldest due key and of the API server's last answer."""
+def health_problem(leading: bool, queue_age: float, since_answer: float, limit: float) -> str:
+    """What is wrong with the process; empty if it is healthy.
+
+    `queue_age`: seconds that the oldest due run has waited. `since_answer`: seconds since the API server's
+    last answer.
+    """
     if not leading:
         return ""
     if queue_age > limit:
-        return f"a run has been due for {queue_age:.0f} s and was not looked at (limit {limit:g} s)"
+        return f"a run has been due for {queue_age:.0f} s and was not reconciled (limit {limit:g} s)"
     if since_answer > limit:
         return f"the API server has not answered for {since_answer:.0f} s (limit {limit:g} s)"
     return ""
 
 
-async def serve(port: int, diagnose: Callable[[], str], refresh: Callable[[], None]) -> web.AppRunner:
-    """Answer probes until the runner is cleaned up. `diagnose` says what is wrong, `refresh` brings gauges up to date.
-
-    OSError where the port is taken.
-    """
+async def serve(
+    port: int, find_problem: Callable[[], str], refresh_gauges: Callable[[], None]
+) -> web.AppRunner:
+    """Serve until the returned runner is cleaned up. Raises OSError if the port is taken."""
 
     async def health(request: web.Request) -> web.Response:
         del request
-        problem = diagnose()
+        problem = find_problem()
         return web.Response(text=(problem or "ok") + "\n", status=503 if problem else 200)
 
     async def metrics(request: web.Request) -> web.Response:
         del request
-        refresh()
+        refresh_gauges()
         return web.Response(body=generate_latest(REGISTRY), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app = web.Application()
@@ -47,6 +52,6 @@ async def serve(port: int, diagnose: Callable[[], str], refresh: Callable[[], No
     return runner
 
 
-def since(moment: float) -> float:
-    """Seconds since a moment of the monotonic clock."""
+def seconds_since(moment: float) -> float:
+    """Seconds since a time of the monotonic clock."""
     return time.monotonic() - moment

@@ -1,7 +1,10 @@
-"""The Kubernetes API as the operator uses it: plain JSON objects, live reads, errors with a name. No cache and no retries.
+"""Client for the Kubernetes API: plain JSON objects, live reads, typed errors.
 
-lightkube gives configuration, certificates and rotating tokens; its typed resources are left out, because they cannot delete with a
-uid as precondition and would decode the same objects that tests, templates and kubectl show as plain JSON.
+No cache and no retries.
+
+lightkube provides configuration, certificates and rotating tokens. Its typed resources are not used: they
+cannot delete with a uid as precondition, and templates, tests and kubectl show the same objects as plain
+JSON.
 """
 
 import time
@@ -25,7 +28,7 @@ FIELD_MANAGER = "distill-operator"
 
 @dataclass(frozen=True)
 class Kind:
-    """A resource type: where it lives in the API's paths, and what its objects call themselves."""
+    """A resource type: its path in the API, and the `kind` of its objects."""
 
     group: str
     version: str
@@ -62,7 +65,7 @@ CHILD_KINDS = {kind.name: kind for kind in (JOB, PYTORCHJOB)}
 
 
 class KubeError(Exception):
-    """The API server's refusal, or its silence (code 0)."""
+    """The API server returned an error, or did not answer (code 0)."""
 
     def __init__(self, message: str, code: int = 0, reason: str = "") -> None:
         super().__init__(message)
@@ -71,7 +74,7 @@ class KubeError(Exception):
 
 
 class Conflict(KubeError):
-    """409: the object has changed since it was read, or one of that name exists already."""
+    """409: the object was changed since it was read, or one of that name exists already."""
 
 
 class KindMissing(KubeError):
@@ -79,7 +82,10 @@ class KindMissing(KubeError):
 
 
 class Kube:
-    """A connection to one API server. Every method raises KubeError; `last_answer` (monotonic seconds) is for the probes."""
+    """A connection to one API server.
+
+    Every method raises KubeError. `last_answer` (monotonic seconds) is for the probes.
+    """
 
     def __init__(self, http: httpx2.AsyncClient) -> None:
         self._http = http
@@ -87,17 +93,22 @@ class Kube:
 
     @classmethod
     def connect(cls) -> Self:
-        """With the pod's service account, outside a pod with KUBECONFIG (lightkube.ConfigError where neither is there)."""
+        """Connect with the pod's service account, or outside a pod with KUBECONFIG.
+
+        Raises lightkube.ConfigError without both.
+        """
         config = KubeConfig.from_env().get()
         if config is None:
-            raise KubeError("no current context: set one in the file that KUBECONFIG names")
+            raise KubeError(
+                "the kubeconfig has no current context: set one in the file that KUBECONFIG names"
+            )
         return cls(AsyncClient(config, ConnectionParams(timeout=TIMEOUT)))
 
     async def close(self) -> None:
         await self._http.aclose()
 
     async def get(self, kind: Kind, namespace: str | None, name: str) -> Json | None:
-        """The live object; None where there is none."""
+        """The live object; None if it does not exist."""
         try:
             return await self._call("GET", kind.path(namespace, name))
         except KubeError as error:
@@ -108,7 +119,9 @@ class Kube:
     async def list(
         self, kind: Kind, namespace: str | None = None, labels: str = "", fields: str = ""
     ) -> list[Json]:
-        """All objects, of every namespace where `namespace` is None, with apiVersion and kind filled in."""
+        """All objects of the namespace, or of every namespace if it is None. apiVersion and kind are filled
+        in.
+        """
         items: list[Json] = []
         query = {"limit": str(PAGE), "labelSelector": labels, "fieldSelector": fields, "continue": ""}
         while True:
@@ -121,22 +134,25 @@ class Kube:
                 return items
 
     async def create(self, kind: Kind, obj: Json) -> Json:
-        """Conflict where the name is taken."""
+        """Create the object. Raises Conflict if the name is taken."""
         return await self._call("POST", kind.path(obj["metadata"].get("namespace")), body=obj)
 
     async def replace(self, kind: Kind, obj: Json, subresource: str = "") -> Json:
-        """Conflict where the object has changed since `obj` was read."""
+        """Replace the object. Raises Conflict if it was changed since `obj` was read."""
         meta = obj["metadata"]
         return await self._call("PUT", kind.path(meta.get("namespace"), meta["name"], subresource), body=obj)
 
     async def patch(self, kind: Kind, namespace: str | None, name: str, change: Json) -> Json:
-        """A JSON merge patch; Conflict where `change` holds a resourceVersion that is not the latest."""
+        """Apply a JSON merge patch.
+
+        Raises Conflict if `change` has a resourceVersion that is not the latest.
+        """
         return await self._call(
             "PATCH", kind.path(namespace, name), body=change, content_type="application/merge-patch+json"
         )
 
     async def apply(self, kind: Kind, obj: Json) -> Json:
-        """Server-side apply with force: our fields become ours whoever wrote them before."""
+        """Server-side apply with force: takes the fields of `obj` over from any other field manager."""
         meta = obj["metadata"]
         return await self._call(
             "PATCH",
@@ -149,7 +165,10 @@ class Kube:
     async def delete(
         self, kind: Kind, namespace: str | None, name: str, uid: str, propagation: str = "Foreground"
     ) -> None:
-        """Delete that very object, by uid; done where it is gone already. Foreground: it stays until its pods have ended."""
+        """Delete the object of this uid, if it still exists.
+
+        Foreground: it stays until its pods have terminated.
+        """
         options = {
             "kind": "DeleteOptions",
             "apiVersion": "v1",
@@ -158,14 +177,14 @@ class Kube:
         }
         try:
             await self._call("DELETE", kind.path(namespace, name), body=options)
-        except Conflict:  # the uid differs: what we meant is gone
+        except Conflict:  # the uid differs: the object that was meant is gone
             return
         except KubeError as error:
             if error.code != 404:
                 raise
 
     async def serves(self, kind: Kind) -> bool:
-        """Whether the API server knows this resource type now."""
+        """Whether the API server serves this resource type now."""
         try:
             found = await self._call("GET", f"/apis/{kind.api_version}")
         except KubeError as error:

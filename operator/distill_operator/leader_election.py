@@ -1,7 +1,8 @@
-"""Who is the operator: one holder of a coordination.k8s.io Lease at a time, the others stand by.
+"""Leader election: one process at a time holds a coordination.k8s.io Lease, the others stand by.
 
-A lease is taken over when its holder has not renewed it for its duration, by our own clock (the holder's may be wrong). A process that
-finds its own identity in the lease takes it at once: identities are pod names, so that is this pod before its container restarted.
+A lease may be taken over if its holder has not renewed it for its duration, measured with our own clock: the
+holder's may be wrong. A process that finds its own identity in the lease takes it at once: identities are pod
+names, so this pod's container was restarted.
 """
 
 import asyncio
@@ -15,31 +16,35 @@ log = logging.getLogger(__name__)
 
 
 class LeaseLost(Exception):
-    """Another process may be the operator now: stop at once, whatever is in flight."""
+    """Another process may lead now: this one must end at once, without finishing what is in progress."""
 
 
 class Lease:
-    """The lease `name` as the process `identity` sees it; `seconds` is how long it outlives its holder."""
+    """The lease `name` for the process `identity`. `seconds` is how long it outlives its holder."""
 
     def __init__(self, kube: Kube, namespace: str, name: str, identity: str, seconds: int) -> None:
         self._kube = kube
         self._namespace, self._name, self._identity, self._seconds = namespace, name, identity, seconds
-        self._seen: tuple[str, float] = ("", 0.0)  # the holder's last sign of life, and when we first saw it
+        self._seen: tuple[str, float] = ("", 0.0)  # the holder's last renewal, and when this process saw it
 
     async def acquire(self) -> None:
-        """Wait until we hold it. An API server that does not answer is waited for as well."""
+        """Wait until this process holds the lease. Errors of the API server are retried."""
         while True:
             try:
                 async with asyncio.timeout(self._seconds):
-                    if await self._try():
-                        log.info("lease %s/%s is held by %s", self._namespace, self._name, self._identity)
+                    if await self._try_acquire():
+                        log.info("%s holds lease %s/%s", self._identity, self._namespace, self._name)
                         return
             except (KubeError, TimeoutError) as error:
-                log.warning("lease %s/%s: %s", self._namespace, self._name, error)
+                log.warning("cannot acquire lease %s/%s, retrying: %s", self._namespace, self._name, error)
             await asyncio.sleep(self._seconds / 6)
 
     async def hold(self) -> None:
-        """Renew for ever; raises LeaseLost when that has not worked for two thirds of the duration, or somebody else holds it."""
+        """Renew forever.
+
+        Raises LeaseLost if that has failed for two thirds of the duration, or another process holds the
+        lease.
+        """
         renewed = time.monotonic()
         while True:
             await asyncio.sleep(self._seconds / 6)
@@ -47,24 +52,24 @@ class Lease:
             started = time.monotonic()
             try:
                 async with asyncio.timeout(left):
-                    held = await self._try()
+                    held = await self._try_acquire()
             except TimeoutError:
-                raise LeaseLost(f"not renewed for {self._seconds * 2 / 3:g} s") from None
+                raise LeaseLost(f"the lease could not be renewed for {self._seconds * 2 / 3:g} s") from None
             except KubeError as error:
-                log.warning("lease %s/%s was not renewed: %s", self._namespace, self._name, error)
+                log.warning("cannot renew lease %s/%s, retrying: %s", self._namespace, self._name, error)
                 continue
             if not held:
-                raise LeaseLost("another process has taken it")
+                raise LeaseLost("another process has taken the lease")
             renewed = started
 
     async def release(self) -> None:
-        """Let a standby take over at once instead of after the lease's duration."""
+        """Let a standby take over at once instead of after the lease's duration. Raises KubeError."""
         lease = await self._kube.get(LEASE, self._namespace, self._name)
         if lease is not None and lease["spec"].get("holderIdentity") == self._identity:
             await self._kube.replace(LEASE, {**lease, "spec": {**lease["spec"], "holderIdentity": ""}})
 
-    async def _try(self) -> bool:
-        """Take or renew the lease if we may; whether we hold it now."""
+    async def _try_acquire(self) -> bool:
+        """Acquire or renew the lease if that is allowed. Returns whether this process holds it now."""
         lease = await self._kube.get(LEASE, self._namespace, self._name)
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         mine = {"holderIdentity": self._identity, "leaseDurationSeconds": self._seconds, "renewTime": now}
@@ -81,24 +86,24 @@ class Lease:
                     },
                 )
                 return True
-            if not self._may_take(lease):
+            if not self._may_acquire(lease):
                 return False
-            taken = lease["spec"].get("holderIdentity") != self._identity
+            taken_over = lease["spec"].get("holderIdentity") != self._identity
             change: Json = (
                 {"acquireTime": now, "leaseTransitions": lease["spec"].get("leaseTransitions", 0) + 1}
-                if taken
+                if taken_over
                 else {}
             )
             await self._kube.replace(LEASE, {**lease, "spec": {**lease["spec"], **mine, **change}})
-        except Conflict:  # somebody was faster; the next look says who
+        except Conflict:  # another process was faster; the next attempt sees which
             return False
         return True
 
-    def _may_take(self, lease: Json) -> bool:
+    def _may_acquire(self, lease: Json) -> bool:
         spec = lease.get("spec", {})
         if spec.get("holderIdentity", "") in ("", self._identity):
             return True
-        sign = f"{spec['holderIdentity']} {spec.get('renewTime')}"
-        if sign != self._seen[0]:
-            self._seen = (sign, time.monotonic())
+        renewal = f"{spec['holderIdentity']} {spec.get('renewTime')}"
+        if renewal != self._seen[0]:
+            self._seen = (renewal, time.monotonic())
         return bool(time.monotonic() - self._seen[1] > spec.get("leaseDurationSeconds", self._seconds))

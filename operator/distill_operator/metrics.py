@@ -1,14 +1,14 @@
-"""What Prometheus sees of the operator, under a registry of its own."""
+"""Prometheus metrics of the operator, in their own registry."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 REGISTRY = CollectorRegistry()
 
 RECONCILES = Counter(
-    "vpmoe_operator_reconciles", "Looks at one DistillRun, by how they ended.", ["outcome"], registry=REGISTRY
+    "vpmoe_operator_reconciles", "Reconciles of a DistillRun, by outcome.", ["outcome"], registry=REGISTRY
 )
 RECONCILE_SECONDS = Histogram(
-    "vpmoe_operator_reconcile_seconds", "Duration of one look at one DistillRun.", registry=REGISTRY
+    "vpmoe_operator_reconcile_seconds", "Duration of a reconcile of one DistillRun.", registry=REGISTRY
 )
 API_CALLS = Counter(
     "vpmoe_operator_api_calls",
@@ -17,16 +17,16 @@ API_CALLS = Counter(
     registry=REGISTRY,
 )
 QUEUE_DEPTH = Gauge(
-    "vpmoe_operator_queue_depth", "Runs that are queued or being looked at.", registry=REGISTRY
+    "vpmoe_operator_queue_depth", "Runs that are queued or being reconciled.", registry=REGISTRY
 )
 QUEUE_AGE = Gauge(
     "vpmoe_operator_queue_oldest_seconds",
-    "How long the run that has waited longest has been due.",
+    "Seconds that the oldest due run has waited.",
     registry=REGISTRY,
 )
 STORAGE_FAILURES = Counter(
     "vpmoe_operator_storage_failures",
-    "Looks at a bucket that failed, by reason.",
+    "Failed reads of a bucket, by reason.",
     ["reason"],
     registry=REGISTRY,
 )

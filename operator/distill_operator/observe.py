@@ -1,6 +1,7 @@
-"""From live objects to what plan.py decides by: the run as it stands, and the children that its status names.
+"""Observation of a run and of the children that its status names: live API objects in, the inputs of plan()
+out.
 
-Everything is read from the API server at the time of asking, never from a cache; nothing is decided here.
+Every object is read from the API server at the time of the call, never from a cache. Nothing is decided here.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,10 @@ State = Literal["Waiting", "Running", "Ending", "Succeeded", "Failed"]
 
 @dataclass(frozen=True)
 class ObservedRun:
-    """A DistillRun as it was read. `run` is None where its spec is `invalid`, which then says why."""
+    """A DistillRun as the API server returned it.
+
+    `run` is None if its spec is invalid; `invalid` then says why.
+    """
 
     name: str
     namespace: str
@@ -34,16 +38,17 @@ class ObservedRun:
     invalid: str
 
     @property
-    def finalizer(self) -> bool:
-        """Whether our finalizer holds it."""
+    def has_finalizer(self) -> bool:
+        """Whether the operator's finalizer is set."""
         return labels.FINALIZER in self.finalizers
 
 
 @dataclass(frozen=True)
-class Child:
-    """A child of ours. Waiting: not all of its pods run yet. Ending: it is being stopped, or has failed with pods still alive.
+class ObservedChild:
+    """A Job or PyTorchJob that the run owns.
 
-    `why` is for people: what a Waiting child waits for. `failure` is there where it is Failed.
+    State Waiting: not all of its pods run yet. Ending: it is being deleted, or it has failed and some pods
+    are still alive.
     """
 
     kind: str
@@ -51,12 +56,15 @@ class Child:
     uid: str
     state: State
     deleting: bool = False
-    held: bool = False
+    suspended: bool = False
     """Kueue, or somebody else, has suspended it: it waits without pods."""
-    lost: str = ""
-    """A Waiting PyTorchJob's pod that is not there, or not running yet: where all have run before, somebody removed it."""
-    why: str = ""
+    missing_pod: str = ""
+    """Of a Waiting PyTorchJob: a pod that does not exist or does not run. If all pods ran before, somebody
+    deleted it."""
+    message: str = ""
+    """What a Waiting or Ending child waits for."""
     failure: pod_diagnosis.Failure | None = None
+    """Set if the state is Failed."""
 
     @property
     def alive(self) -> bool:
@@ -66,35 +74,35 @@ class Child:
 
 @dataclass(frozen=True)
 class NameConflict:
-    """An object that has a name which we need, and does not belong to this run."""
+    """An object that does not belong to this run and has a name that the run needs."""
 
-    words: str
-    ending: bool
-    """It goes away by itself: it is being deleted, or it belonged to an earlier run of the same name."""
+    message: str
+    temporary: bool
+    """It will be gone without anybody's help: it is being deleted, or its owner was an earlier run of the
+    same name."""
 
 
 @dataclass(frozen=True)
 class ChildObservation:
-    """What has become of the child that one step names."""
+    """What was found under the name of the child that a step's status records."""
 
-    child: Child | None = None
-    stranger: NameConflict | None = None
-    refused: str = ""
-    """What the API server said when the child was last to be made: a quota, a webhook, a right that is missing."""
+    child: ObservedChild | None = None
+    name_conflict: NameConflict | None = None
+    create_error: str = ""
+    """The API server's last rejection of the child: a quota, an admission webhook, a missing permission."""
 
 
 @dataclass(frozen=True)
-class Observed:
-    """One look at the cluster."""
+class ObservedChildren:
+    """One observation of all children that Running steps name."""
 
-    children: Mapping[str, ChildObservation] = field(default_factory=dict)
-    """By step, of the steps that are Running."""
+    by_step: Mapping[str, ChildObservation] = field(default_factory=dict)
     backend_missing: bool = False
-    """The resource type of runtime.backend is not installed."""
+    """The cluster does not serve the resource type of runtime.backend."""
 
 
-def read_run(obj: Json) -> ObservedRun:
-    """A DistillRun from what the API server returned."""
+def parse_run(obj: Json) -> ObservedRun:
+    """A DistillRun from the object that the API server returned."""
     meta = obj["metadata"]
     run, invalid = None, ""
     try:
@@ -115,29 +123,33 @@ def read_run(obj: Json) -> ObservedRun:
     )
 
 
-async def look(kube: Kube, live: ObservedRun, kind: Kind, name: str, config_map: str) -> ChildObservation:
-    """See what has become of the child `name`. Before it was ever made, also whether `config_map` is free for it."""
-    obj = await kube.get(kind, live.namespace, name)
+async def observe_child(
+    kube: Kube, observed: ObservedRun, kind: Kind, name: str, config_map: str
+) -> ChildObservation:
+    """Observe the child `name`.
+
+    If it does not exist, check also that the name `config_map` is not taken. Raises KubeError.
+    """
+    obj = await kube.get(kind, observed.namespace, name)
     if obj is None:
-        taken = await kube.get(CONFIGMAP, live.namespace, config_map)
-        foreign = taken is not None and not owned(taken, live.uid)
-        return ChildObservation(
-            stranger=_stranger(taken, live, CONFIGMAP) if taken is not None and foreign else None
-        )
-    if not owned(obj, live.uid):
-        return ChildObservation(stranger=_stranger(obj, live, kind))
-    state, said = child_state(obj)
+        existing = await kube.get(CONFIGMAP, observed.namespace, config_map)
+        if existing is None or is_controlled_by(existing, observed.uid):
+            return ChildObservation()
+        return ChildObservation(name_conflict=_name_conflict(existing, observed, CONFIGMAP))
+    if not is_controlled_by(obj, observed.uid):
+        return ChildObservation(name_conflict=_name_conflict(obj, observed, kind))
+    state, condition = child_state(obj)
     if state in ("Running", "Succeeded"):
-        return ChildObservation(child=Child(kind.name, name, obj["metadata"]["uid"], state))
-    listed = await kube.list(POD, live.namespace, labels=f"{POD_LABEL[kind.name]}={name}")
-    its_pods = [pod for pod in listed if owned(pod, obj["metadata"]["uid"])]
-    uids = {obj["metadata"]["uid"], *(pod["metadata"]["uid"] for pod in its_pods)}
-    warnings = await _warnings(kube, live.namespace, uids) if state == "Waiting" else []
-    return ChildObservation(child=describe(obj, state, said, its_pods, warnings))
+        return ChildObservation(child=ObservedChild(kind.name, name, obj["metadata"]["uid"], state))
+    listed = await kube.list(POD, observed.namespace, labels=f"{POD_LABEL[kind.name]}={name}")
+    pods = [pod for pod in listed if is_controlled_by(pod, obj["metadata"]["uid"])]
+    uids = {obj["metadata"]["uid"], *(pod["metadata"]["uid"] for pod in pods)}
+    warnings = await _warning_events(kube, observed.namespace, uids) if state == "Waiting" else []
+    return ChildObservation(child=describe_child(obj, state, condition, pods, warnings))
 
 
-def owned(obj: Json, uid: str) -> bool:
-    """Whether the object of that uid is its controller."""
+def is_controlled_by(obj: Json, uid: str) -> bool:
+    """Whether the object of that uid is its controller, by ownerReferences."""
     return any(
         owner["uid"] == uid and owner.get("controller")
         for owner in obj["metadata"].get("ownerReferences", [])
@@ -145,7 +157,10 @@ def owned(obj: Json, uid: str) -> bool:
 
 
 def child_state(obj: Json) -> tuple[State, str]:
-    """A Job's or PyTorchJob's state by its conditions that are True, whatever their order, and what the telling one says."""
+    """State of a Job or PyTorchJob, and reason and message of the condition that decides it.
+
+    The conditions' order is irrelevant.
+    """
     status = obj.get("status", {})
     true = {
         c["type"]: f"{c.get('reason', '')}: {c.get('message', '')}"
@@ -159,44 +174,57 @@ def child_state(obj: Json) -> tuple[State, str]:
         return "Ending", "it is being deleted"
     if "Failed" in true:
         return "Failed", true["Failed"]
-    if "FailureTarget" in true:  # a Job that has failed and waits for its last pods to end
+    if "FailureTarget" in true:  # a Job that has failed and waits for its last pods to terminate
         return "Ending", true["FailureTarget"]
-    return ("Running" if _all_run(obj) else "Waiting"), ""
+    return ("Running" if _all_pods_run(obj) else "Waiting"), ""
 
 
-def describe(obj: Json, state: State, said: str, its_pods: list[Json], warnings: list[Json]) -> Child:
-    """A child that does not simply run or has not simply succeeded."""
+def describe_child(
+    obj: Json, state: State, condition: str, pods: list[Json], warnings: list[Json]
+) -> ObservedChild:
+    """A child that neither runs nor has succeeded, with what its pods and `warnings` (Events, oldest first)
+    explain.
+    """
     meta, spec = obj["metadata"], obj.get("spec", {})
-    held = bool(spec.get("suspend") or spec.get("runPolicy", {}).get("suspend"))
-    why, lost, failure = "", "", None
+    suspended = bool(spec.get("suspend") or spec.get("runPolicy", {}).get("suspend"))
+    message, missing, failure = "", "", None
     if state == "Waiting":
-        lost = _lost(obj, its_pods)
-        why = (
+        missing = _missing_pod(obj, pods)
+        message = (
             f"{obj['kind']} {meta['name']} is suspended by its queue"
-            if held
-            else pod_diagnosis.why_waiting(its_pods, warnings)
+            if suspended
+            else pod_diagnosis.waiting_reason(pods, warnings)
         )
-    elif state == "Failed" and any(pod_diagnosis.alive(pod) for pod in its_pods):
-        state = (
-            "Ending"  # the survivors may still be writing: a PyTorchJob says Failed before they have ended
-        )
+    elif state == "Failed" and any(pod_diagnosis.is_alive(pod) for pod in pods):
+        state = "Ending"  # a PyTorchJob is Failed before all of its pods end: the others may still write
     elif state == "Failed":
-        failure = pod_diagnosis.why_failed(its_pods, said)
+        failure = pod_diagnosis.failure_cause(pods, condition)
     if state == "Ending":
-        last = [pod["metadata"]["name"] for pod in its_pods if pod_diagnosis.alive(pod)]
-        why = f"pod {last[0]} is ending" if last else said
-    return Child(
-        obj["kind"], meta["name"], meta["uid"], state, "deletionTimestamp" in meta, held, lost, why, failure
+        alive = [pod["metadata"]["name"] for pod in pods if pod_diagnosis.is_alive(pod)]
+        message = f"pod {alive[0]} is terminating" if alive else condition
+    return ObservedChild(
+        kind=obj["kind"],
+        name=meta["name"],
+        uid=meta["uid"],
+        state=state,
+        deleting="deletionTimestamp" in meta,
+        suspended=suspended,
+        missing_pod=missing,
+        message=message,
+        failure=failure,
     )
 
 
-def _lost(obj: Json, its_pods: list[Json]) -> str:
-    """The first pod of a PyTorchJob that should run and does not. A Job counts its lost pods as failed by itself."""
+def _missing_pod(obj: Json, pods: list[Json]) -> str:
+    """The first pod of a PyTorchJob that should run and does not.
+
+    A Job counts its deleted pods as failed by itself.
+    """
     if obj["kind"] != PYTORCHJOB.name:
         return ""
-    begun = {
+    started = {
         pod["metadata"]["name"]
-        for pod in its_pods
+        for pod in pods
         if pod.get("status", {}).get("phase") in ("Running", "Succeeded", "Failed")
     }
     replicas = obj["spec"]["pytorchReplicaSpecs"].items()
@@ -205,10 +233,10 @@ def _lost(obj: Json, its_pods: list[Json]) -> str:
         for role, spec in replicas
         for index in range(spec.get("replicas", 1))
     ]
-    return next((name for name in names if name not in begun), "")
+    return next((name for name in names if name not in started), "")
 
 
-def _all_run(obj: Json) -> bool:
+def _all_pods_run(obj: Json) -> bool:
     status = obj.get("status", {})
     if obj["kind"] == JOB.name:
         done = status.get("succeeded", 0)
@@ -222,20 +250,21 @@ def _all_run(obj: Json) -> bool:
     )
 
 
-def _stranger(obj: Json, live: ObservedRun, kind: Kind) -> NameConflict:
+def _name_conflict(obj: Json, observed: ObservedRun, kind: Kind) -> NameConflict:
     meta = obj["metadata"]
     owners = [owner for owner in meta.get("ownerReferences", []) if owner.get("controller")]
-    predecessor = any(owner["kind"] == "DistillRun" and owner["name"] == live.name for owner in owners)
-    whose = (
-        f"belongs to {owners[0]['kind']} {owners[0]['name']}" if owners else "was not made by the operator"
-    )
+    predecessor = any(owner["kind"] == "DistillRun" and owner["name"] == observed.name for owner in owners)
     if predecessor:
-        whose = "belongs to a deleted run of the same name"
-    return NameConflict(f"{kind.name} {meta['name']} {whose}", predecessor or "deletionTimestamp" in meta)
+        origin = "belongs to a deleted run of the same name"
+    elif owners:
+        origin = f"belongs to {owners[0]['kind']} {owners[0]['name']}"
+    else:
+        origin = "was not created by the operator"
+    return NameConflict(f"{kind.name} {meta['name']} {origin}", predecessor or "deletionTimestamp" in meta)
 
 
-async def _warnings(kube: Kube, namespace: str, uids: set[str]) -> list[Json]:
-    """Warning Events about any of these objects, the latest last."""
+async def _warning_events(kube: Kube, namespace: str, uids: set[str]) -> list[Json]:
+    """Warning Events about any of these objects, oldest first."""
     events = await kube.list(EVENT, namespace, fields="type=Warning")
     about = [event for event in events if event.get("involvedObject", {}).get("uid") in uids]
     return sorted(about, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")

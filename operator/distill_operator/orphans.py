@@ -1,6 +1,8 @@
-"""The slow round: every live run gets a look, and a child that no status names is stopped.
+"""The resync: requeues every active run, and deletes orphans, which are running children that no status
+names.
 
-Events drive the operator; this is what makes it certain. Strays can only come from an operator that went on after it had lost its lease.
+Watch events make the operator fast, the resync makes it reliable. Only an operator that continued after it
+lost its lease can leave an orphan.
 """
 
 import logging
@@ -9,7 +11,7 @@ from typing import get_args
 
 from distill_operator.kube import DISTILLRUN, JOB, PYTORCHJOB, Json, Kind, KindMissing, Kube
 from distill_operator.metrics import RUNS
-from distill_operator.observe import child_state, owned
+from distill_operator.observe import child_state, is_controlled_by
 from distill_operator.settings import Settings
 from distill_operator.watch import Key
 from vpmoe.api import labels
@@ -20,26 +22,32 @@ log = logging.getLogger(__name__)
 PHASES = get_args(RunPhase)
 
 
-def live_keys(runs: list[Json]) -> list[Key]:
-    """Keys of all runs that something may still be to do for; counts the runs on the way."""
+def active_keys(runs: list[Json]) -> list[Key]:
+    """Keys of the runs that need a reconcile. Sets the metric of runs by phase."""
     phases = Counter(run.get("status", {}).get("phase", "Pending") for run in runs)
     for phase in PHASES:
         RUNS.labels(phase).set(phases[phase])
-    return [(run["metadata"]["namespace"], run["metadata"]["name"]) for run in runs if is_live(run)]
+    return [(run["metadata"]["namespace"], run["metadata"]["name"]) for run in runs if is_active(run)]
 
 
-async def stop_strays(kube: Kube, settings: Settings, runs: list[Json]) -> None:
-    """Delete every child at work that the status of its run, one of `runs`, does not name. Raises KubeError."""
+async def delete_orphans(kube: Kube, settings: Settings, runs: list[Json]) -> None:
+    """Delete every running child that the status of its run, one of `runs`, does not name.
+
+    Raises KubeError.
+    """
     by_uid = {run["metadata"]["uid"]: run for run in runs}
     for kind in (JOB, PYTORCHJOB):
         for child in await _children(kube, settings, kind):
-            run = next((run for uid, run in by_uid.items() if owned(child, uid)), None)
-            if run is not None and is_stray(run, child):
-                await _stop(kube, kind, run, child)
+            run = next((run for uid, run in by_uid.items() if is_controlled_by(child, uid)), None)
+            if run is not None and is_orphan(run, child):
+                await _delete_orphan(kube, kind, run, child)
 
 
-def is_live(run: Json) -> bool:
-    """Whether anything may still be to do: a finished run expires, is deleted, or has been edited since it was looked at."""
+def is_active(run: Json) -> bool:
+    """Whether the run needs reconciles.
+
+    A finished run does if it expires, is being deleted, or was edited since the last one.
+    """
     meta, status = run["metadata"], run.get("status", {})
     if status.get("phase") not in ("Succeeded", "Failed"):
         return True
@@ -47,8 +55,8 @@ def is_live(run: Json) -> bool:
     return edited or "deletionTimestamp" in meta or run["spec"].get("ttlAfterFinished") is not None
 
 
-def is_stray(run: Json, child: Json) -> bool:
-    """Whether a child of this run is at work although the run's status does not name it."""
+def is_orphan(run: Json, child: Json) -> bool:
+    """Whether a child of this run is running or waiting although the run's status does not name it."""
     steps = Status.model_validate(run.get("status") or {}).running
     named = [step.child.name for step in steps if step.child is not None]
     return child_state(child)[0] in ("Waiting", "Running") and child["metadata"]["name"] not in named
@@ -64,15 +72,14 @@ async def _children(kube: Kube, settings: Settings, kind: Kind) -> list[Json]:
         return []
 
 
-async def _stop(kube: Kube, kind: Kind, run: Json, child: Json) -> None:
-    """Delete a stray, unless a status that was written since names it: a status is always written before its child is made."""
-    meta = run["metadata"]
+async def _delete_orphan(kube: Kube, kind: Kind, run: Json, child: Json) -> None:
+    """Delete an orphan, unless a status written since then names it: the status is always written before the
+    child is created.
+    """
+    meta, name = run["metadata"], child["metadata"]["name"]
     latest = await kube.get(DISTILLRUN, meta["namespace"], meta["name"])
-    if latest is not None and latest["metadata"]["uid"] == meta["uid"] and is_stray(latest, child):
+    if latest is not None and latest["metadata"]["uid"] == meta["uid"] and is_orphan(latest, child):
         log.warning(
-            "%s %s/%s is named by no status: stopping it",
-            kind.name,
-            meta["namespace"],
-            child["metadata"]["name"],
+            "%s/%s: no status names %s %s, deleting it", meta["namespace"], meta["name"], kind.name, name
         )
-        await kube.delete(kind, meta["namespace"], child["metadata"]["name"], child["metadata"]["uid"])
+        await kube.delete(kind, meta["namespace"], name, child["metadata"]["uid"])

@@ -1,41 +1,61 @@
-"""What to do next about one DistillRun, from one look at the cluster and the bucket. No I/O and no clock.
+"""Decide what to do next about one DistillRun, from one observation of the cluster and the bucket.
 
-reconcile.py looks, writes the status that is decided here, and only then carries out the actions. What becomes of a step is steps.py's
-business, what the steps make of the run headline.py's, and conditions are conditions.py's.
+No I/O and no clock.
+
+reconcile.py observes, writes the status that is decided here, and only then executes the actions. Per-step
+decisions are in step_logic.py, the run-level summary is in run_status.py, and conditions are in
+conditions.py.
 """
 
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 
 from distill_operator import conditions
-from distill_operator.actions import ClearBucket, Create, Delete, DeleteRun, Finalizer, KeepBucket
+from distill_operator.actions import (
+    ClearBucket,
+    CreateChild,
+    DeleteChild,
+    DeleteRun,
+    KeepBucket,
+    SetFinalizer,
+)
 from distill_operator.attempt import child_kind, child_name
 from distill_operator.gpu_scheduler import Decision
-from distill_operator.observe import Observed, ObservedRun
-from distill_operator.plan_builder import Plan, PlanBuilder, StepContext, changed
-from distill_operator.run_status import conclude, failing
+from distill_operator.observe import ObservedChildren, ObservedRun
+from distill_operator.plan_builder import Plan, PlanBuilder, StepContext, updated
+from distill_operator.run_status import summarize_run
 from distill_operator.settings import Settings
-from distill_operator.step_logic import accompany, dismiss, halt, miss_backend, settle, suspend
+from distill_operator.step_logic import (
+    monitor,
+    record_outcome,
+    release,
+    report_missing_backend,
+    stop,
+    suspend,
+)
 from distill_operator.step_progress import ProgressReading
 from vpmoe.api import DistillRun
-from vpmoe.api.status import ChildRef as ChildName
-from vpmoe.api.status import RunProvenance, Status, StepStatus
+from vpmoe.api.status import ChildRef, RunProvenance, StepStatus
 from vpmoe.storage import paths
 
 KEPT_ATTEMPTS = 3
-"""Children of a step that stay for their logs, the latest included."""
+"""Children of a step that are kept for their logs, the latest included."""
 
 
 def plan(
-    live: ObservedRun,
-    seen: Observed,
+    observed: ObservedRun,
+    children: ObservedChildren,
     readings: Mapping[str, ProgressReading],
-    verdict: Decision | None,
+    decision: Decision | None,
     settings: Settings,
     now: datetime,
 ) -> Plan:
-    """Decide. `seen` are the children that Running steps name, `readings` what those steps say, `verdict` the pool's word on a run
-    that holds no GPUs (None where it holds them, or will not start anyway).
+    """Decide.
+
+    `children` are those that Running steps name, `readings` the progress of these steps.
+
+    `decision` is the GPU scheduler's about a run that holds no GPUs; None for a run that holds them or will
+    not start.
 
     Always true, and each line has a test of the same name:
       a step that has finished is never made again, even when its child is gone;
@@ -52,185 +72,205 @@ def plan(
       the bucket is cleared only when nothing can write to it any more;
       every message fits into the status.
     """
-    draft = PlanBuilder(live, seen, readings, verdict, settings, now)
-    if live.deleting:
-        _end(draft)
-    elif live.run is None:
-        _refuse(draft, live.invalid)
+    builder = PlanBuilder(observed, children, readings, decision, settings, now)
+    if observed.deleting:
+        _finalize(builder)
+    elif observed.run is None:
+        _reject(builder, observed.invalid)
     else:
-        _prepare(draft, live.run)
-        _advance(draft, live.run)
-    return draft.seal()
+        _initialize(builder, observed.run)
+        _advance(builder, observed.run)
+    return builder.build()
 
 
-def holds_gpus(status: Status) -> bool:
-    """Whether a run is admitted: from its first child until it is suspended or finished, pauses between attempts included."""
-    return status.phase == "Running"
+def _reject(builder: PlanBuilder, message: str) -> None:
+    """A run whose spec is invalid.
 
-
-def _refuse(draft: PlanBuilder, message: str) -> None:
-    """A run whose spec cannot be read. Before its first step that is a failure, which mending the spec undoes."""
-    status = draft.status
+    Before its first step it fails, until the spec is corrected; later it stalls.
+    """
+    status = builder.status
     if status.started is None:
-        draft.set(finished=status.finished or draft.now)
-        draft.say("Failed", "Invalid", message)
+        builder.update(finished=status.finished or builder.now)
+        builder.set_headline("Failed", "Invalid", message)
     elif status.phase in ("Succeeded", "Failed"):
-        draft.said = conditions.kept(status)
+        builder.headline = conditions.unchanged(status)
     else:
-        draft.say(status.phase, "Invalid", message)
-        draft.stall("Invalid", message)
+        builder.set_headline(status.phase, "Invalid", message)
+        builder.set_stalled("Invalid", message)
 
 
-def _prepare(draft: PlanBuilder, run: DistillRun) -> None:
-    """What holds for every valid run: its steps, its provenance, our finalizer."""
-    status, spec = draft.status, run.spec
+def _initialize(builder: PlanBuilder, run: DistillRun) -> None:
+    """Set what every valid run has: steps, provenance, and the finalizer if deletionPolicy needs it."""
+    status, spec = builder.status, run.spec
     if status.started is None:
         storage = spec.storage
         folder = "/".join(part for part in ("s3:/", storage.bucket, storage.prefix, paths.run(run)) if part)
-        draft.set(
+        builder.update(
             config=run.config_hash[:16],
             provenance=RunProvenance(
-                git_sha=draft.settings.git_sha,
-                image=draft.settings.images.trainer,
+                git_sha=builder.settings.git_sha,
+                image=builder.settings.images.trainer,
                 config_hash=run.config_hash,
                 folder=folder,
             ),
             steps=tuple(
-                changed(status.step_status(name) or StepStatus(name=name), tokens_total=_planned(run, name))
+                updated(
+                    status.step_status(name) or StepStatus(name=name), tokens_total=_planned_tokens(run, name)
+                )
                 for name in run.steps()
             ),
         )
-    elif status.phase != "Succeeded":  # the version that started it may have known of fewer steps
-        known = [
-            status.step_status(name) or StepStatus(name=name, tokens_total=_planned(run, name))
-            for name in run.steps()
-        ]
-        draft.set(steps=tuple(known))
-    wanted = spec.deletion_policy == "Delete"
-    if draft.live.finalizer != wanted:
-        draft.actions.append(Finalizer(wanted))
+    elif status.phase != "Succeeded":  # an older operator may have started it with fewer steps
+        builder.update(
+            steps=tuple(
+                status.step_status(name) or StepStatus(name=name, tokens_total=_planned_tokens(run, name))
+                for name in run.steps()
+            )
+        )
+    needs_finalizer = spec.deletion_policy == "Delete"
+    if builder.observed.has_finalizer != needs_finalizer:
+        builder.actions.append(SetFinalizer(needs_finalizer))
 
 
-def _planned(run: DistillRun, step: str) -> int | None:
+def _planned_tokens(run: DistillRun, step: str) -> int | None:
     return run.stage(step).tokens if run.role(step) == "train" else None
 
 
-def _advance(draft: PlanBuilder, run: DistillRun) -> None:
-    """Carry the run as far as this one look allows: first see what has ended, then say of every step what is to become of it."""
-    failed = draft.status.phase == "Failed" and failing(draft.status, run) is not None
-    if failed or draft.status.phase == "Succeeded":
-        draft.said = conditions.kept(draft.status)
+def _advance(builder: PlanBuilder, run: DistillRun) -> None:
+    """Advance the run as far as this observation allows: first record every step's outcome, then decide what
+    each step does.
+    """
+    attempts = run.spec.runtime.attempts
+    failed = builder.status.phase == "Failed" and builder.status.failed_step(attempts) is not None
+    if failed or builder.status.phase == "Succeeded":
+        builder.headline = conditions.unchanged(builder.status)
     else:
-        works = [StepContext(draft, run, name) for name in run.steps()]
-        for work in works:
-            if work.step.state == "Running":
-                settle(work)
-        for work in works:
-            if work.dispensable and work.step.state != "Succeeded":
-                dismiss(work)
-        stopping = run.spec.suspend or failing(draft.status, run) is not None
-        for work in works:
-            _carry(work, stopping)
-        conclude(draft, run, works)
-    if draft.status.phase in ("Succeeded", "Failed"):
-        _expire(draft, run)
+        contexts = [StepContext(builder, run, name) for name in run.steps()]
+        for context in contexts:
+            if context.step.state == "Running":
+                record_outcome(context)
+        for context in contexts:
+            if context.obsolete and context.step.state != "Succeeded":
+                release(context)
+        stopping = run.spec.suspend or builder.status.failed_step(attempts) is not None
+        for context in contexts:
+            _advance_step(context, stopping)
+        summarize_run(builder, run, contexts)
+    if builder.status.phase in ("Succeeded", "Failed"):
+        _expire(builder, run)
 
 
-def _carry(work: StepContext, stopping: bool) -> None:
-    """One step, after all have been seen. `stopping`: the run is suspended or fails, so that nothing starts and what is alive ends."""
-    step, draft = work.step, work.draft
+def _advance_step(context: StepContext, stopping: bool) -> None:
+    """Decide about one step, after the outcomes of all are recorded.
+
+    `stopping`: start nothing, and stop children that are alive.
+    """
+    step, builder = context.step, context.builder
     if (
         step.state == "Succeeded"
-        or work.dispensable
-        or (step.state == "Failed" and step.failures >= work.run.spec.runtime.attempts)
+        or context.obsolete
+        or (step.state == "Failed" and step.failures >= context.run.spec.runtime.attempts)
     ):
         return
     if step.state == "Running":
-        (halt if stopping else accompany)(work)
-    elif work.lacking:
-        work.set(message=f"waits for {' and '.join(work.lacking)}")
+        (stop if stopping else monitor)(context)
+    elif context.unmet_dependencies:
+        context.update(message=f"waiting for {' and '.join(context.unmet_dependencies)}")
     elif stopping:
-        suspend(work)
-    elif step.state == "Retrying" and step.retry_at and _pauses(work, step.retry_at):
-        draft.wakes.append(step.retry_at)
-        work.say("Retrying", step.message)
+        suspend(context)
+    elif step.state == "Retrying" and step.retry_at and _must_wait(context, step.retry_at):
+        builder.requeue_at(step.retry_at)
+        context.summarize("Retrying", step.message)
     else:
-        _start(work)
+        _start(context)
 
 
-def _pauses(work: StepContext, until: datetime) -> bool:
-    """Whether a step that Retries waits. What has ended just now is told before it starts anew, even where there is nothing to wait for."""
-    return holds_gpus(work.draft.live.status) and (until > work.draft.now or work.before.state != "Retrying")
+def _must_wait(context: StepContext, until: datetime) -> bool:
+    """Whether a Retrying step waits.
+
+    One that ended just now waits one reconcile even without a pause, so that its status is written.
+    """
+    builder = context.builder
+    return builder.observed.status.holds_gpus and (until > builder.now or context.before.state != "Retrying")
 
 
-def _start(work: StepContext) -> None:
-    """Make the next attempt, unless something it needs is not there."""
-    draft, run, step = work.draft, work.run, work.step
-    if draft.seen.backend_missing:
-        miss_backend(work, "Running" if holds_gpus(draft.live.status) else "Pending")
+def _start(context: StepContext) -> None:
+    """Start the next attempt, unless the backend or the GPUs are missing."""
+    builder, run, step = context.builder, context.run, context.step
+    holds_gpus = builder.observed.status.holds_gpus
+    if builder.children.backend_missing:
+        report_missing_backend(context, "Running" if holds_gpus else "Pending")
         return
-    if not holds_gpus(draft.live.status) and not run.spec.runtime.queue_name:
-        if draft.verdict is None:
-            raise ValueError(
-                f"{run.metadata.name} is to start, and nobody has asked whether its GPUs are free"
-            )
-        if not draft.verdict.admitted:
-            work.set(state="Queued")
-            work.say("Queued", draft.verdict.arithmetic, "Queued")
-            if draft.verdict.hopeless:
-                work.stall("PoolTooSmall", draft.verdict.arithmetic)
+    if not holds_gpus and not run.spec.runtime.queue_name:
+        if builder.decision is None:
+            raise ValueError(f"{run.metadata.name} is to start and holds no GPUs: plan() needs a Decision")
+        if not builder.decision.admitted:
+            context.update(state="Queued")
+            context.summarize("Queued", builder.decision.arithmetic, "Queued")
+            if builder.decision.unschedulable:
+                context.set_stalled("PoolTooSmall", builder.decision.arithmetic)
             return
     attempt = step.attempt + 1
-    child = ChildName(kind=child_kind(run, step.name).name, name=child_name(run, step.name, attempt))
-    message = f"{step.name}: attempt {attempt} is being made as {child.kind} {child.name}"
-    work.set(
+    child = ChildRef(kind=child_kind(run, step.name).name, name=child_name(run, step.name, attempt))
+    message = f"Creating {child.kind} {child.name} (attempt {attempt})"
+    context.update(
         state="Running",
         attempt=attempt,
         child=child,
         message=message,
-        started=step.started or draft.now,
-        progressed=draft.now,
+        started=step.started or builder.now,
+        progressed=builder.now,
         retry_at=None,
         finished=None,
     )
-    draft.set(started=draft.status.started or draft.now)
-    work.say("Starting", message)
-    work.ask(Create(step.name, attempt))
+    builder.update(started=builder.status.started or builder.now)
+    context.summarize("Starting", message)
+    context.add(CreateChild(step.name, attempt))
     if attempt > KEPT_ATTEMPTS:
         old = child_name(run, step.name, attempt - KEPT_ATTEMPTS)
-        work.ask(Delete(ChildName(kind=child.kind, name=old)))
+        context.add(DeleteChild(ChildRef(kind=child.kind, name=old)))
 
 
-def _expire(draft: PlanBuilder, run: DistillRun) -> None:
-    """Delete a finished run when its time has come."""
-    ttl, finished = run.spec.ttl_after_finished, draft.status.finished
+def _expire(builder: PlanBuilder, run: DistillRun) -> None:
+    """Delete a finished run when ttlAfterFinished has passed."""
+    ttl, finished = run.spec.ttl_after_finished, builder.status.finished
     if ttl is None or finished is None:
         return
     end = finished + timedelta(seconds=ttl)
-    if draft.now >= end:
-        draft.actions.append(DeleteRun())
+    if builder.now >= end:
+        builder.actions.append(DeleteRun())
     else:
-        draft.wakes.append(end)
+        builder.requeue_at(end)
 
 
-def _end(draft: PlanBuilder) -> None:
-    """The DistillRun is being deleted. Without our finalizer it goes by itself, and garbage collection takes its children."""
-    live, sights = draft.live, draft.seen.children.values()
-    alive = [sight.child for sight in sights if sight.child is not None and sight.child.alive]
-    draft.said = conditions.kept(draft.status)
-    if not live.finalizer:
+def _finalize(builder: PlanBuilder) -> None:
+    """The DistillRun is being deleted.
+
+    Without our finalizer there is nothing to do: garbage collection deletes the children.
+    """
+    observed, observations = builder.observed, builder.children.by_step.values()
+    alive = [found.child for found in observations if found.child is not None and found.child.alive]
+    builder.headline = conditions.unchanged(builder.status)
+    if not observed.has_finalizer:
         return
-    if live.run is None:
-        draft.actions += [KeepBucket(f"the run's spec cannot be read ({live.invalid})"), Finalizer(False)]
-    elif live.run.spec.deletion_policy == "Retain":
-        draft.actions.append(Finalizer(False))
+    if observed.run is None:
+        builder.actions += [
+            KeepBucket(f"the run's spec is invalid ({observed.invalid})"),
+            SetFinalizer(False),
+        ]
+    elif observed.run.spec.deletion_policy == "Retain":
+        builder.actions.append(SetFinalizer(False))
     elif alive:
         names = " and ".join(f"{child.kind} {child.name}" for child in alive)
-        draft.say(draft.status.phase, "Deleting", f"waiting for {names} to end before the bucket is cleared")
-        draft.actions += [
-            Delete(ChildName(kind=child.kind, name=child.name, uid=child.uid))
+        builder.set_headline(
+            builder.status.phase,
+            "Deleting",
+            f"Waiting for {names} to terminate before the run's folder is deleted from the bucket",
+        )
+        builder.actions += [
+            DeleteChild(ChildRef(kind=child.kind, name=child.name, uid=child.uid))
             for child in alive
             if not child.deleting
         ]
     else:
-        draft.actions += [ClearBucket(), Finalizer(False)]
+        builder.actions += [ClearBucket(), SetFinalizer(False)]

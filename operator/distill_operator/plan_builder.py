@@ -1,6 +1,7 @@
-"""A plan in the making: what is known, what has been decided so far, and how it becomes a status.
+"""Builder of a Plan: the inputs of a reconcile, the decisions made so far, and how they become a status.
 
-Nothing is decided here: plan.py and steps.py do that, by calling these few verbs. A Draft is about the whole run, a Work about one step.
+Decisions are in plan.py and step_logic.py. PlanBuilder is about the whole run, StepContext about one of its
+steps.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 from distill_operator import conditions
 from distill_operator.actions import Action
 from distill_operator.gpu_scheduler import Decision
-from distill_operator.observe import ChildObservation, Observed, ObservedRun
+from distill_operator.observe import ChildObservation, ObservedChildren, ObservedRun
 from distill_operator.settings import Settings
 from distill_operator.step_progress import ProgressReading
 from vpmoe.api import DistillRun
@@ -20,129 +21,143 @@ from vpmoe.api.status import RunPhase, Status, StepStatus
 
 @dataclass(frozen=True)
 class Plan:
-    """The status to write, what to do once it is written, in order, and when to look again if nothing stirs (None: no need)."""
+    """The status to write, the actions to execute in order once it is written, and when to requeue the run at
+    the latest.
+
+    `requeue_at` is None if only an event of the cluster needs another reconcile.
+    """
 
     status: Status
     actions: tuple[Action, ...]
-    again: datetime | None
+    requeue_at: datetime | None
 
 
 @dataclass(frozen=True)
 class StepSummary:
-    """What one step has to say about the run: the phase and the headline that it asks for, and whether it is stalled."""
+    """What one step contributes to the run's status: a phase, a headline, and whether it is stalled."""
 
     phase: RunPhase
     reason: str
     message: str
     stalled: tuple[str, str] | None = None
-    """Reason and message, where the step does not get on without help."""
+    """Reason and message, if the step cannot continue without help."""
 
 
 @dataclass
 class PlanBuilder:
-    """A plan in the making: what is known, and what has been decided so far."""
+    """Inputs of plan() and the decisions made so far."""
 
-    live: ObservedRun
-    seen: Observed
+    observed: ObservedRun
+    children: ObservedChildren
     readings: Mapping[str, ProgressReading]
-    verdict: Decision | None
+    """By step."""
+    decision: Decision | None
     settings: Settings
     now: datetime
     status: Status = field(init=False)
-    said: conditions.Headline = field(init=False)
-    words: dict[str, StepSummary] = field(default_factory=dict)
-    """By step, of those that are at work or could be."""
+    headline: conditions.Headline = field(init=False)
+    summaries: dict[str, StepSummary] = field(default_factory=dict)
+    """By step, of the steps that run or could run."""
     actions: list[Action] = field(default_factory=list)
-    wakes: list[datetime] = field(default_factory=list)
+    requeue_times: list[datetime] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.status = self.live.status
-        self.said = conditions.Headline("Pending", "")
+        self.status = self.observed.status
+        self.headline = conditions.Headline("Pending", "")
 
-    def set(self, **changes: Any) -> None:
-        self.status = changed(self.status, **changes)
+    def update(self, **changes: Any) -> None:
+        """Change fields of the run's status."""
+        self.status = updated(self.status, **changes)
 
-    def say(self, phase: RunPhase, reason: str, message: str) -> None:
-        """The headline: what the run is doing, or what it waits for."""
-        self.set(phase=phase, message=message)
-        self.said = replace(self.said, reason=reason, message=message)
+    def set_headline(self, phase: RunPhase, reason: str, message: str) -> None:
+        """Set what the run does, or what it waits for."""
+        self.update(phase=phase, message=message)
+        self.headline = replace(self.headline, reason=reason, message=message)
 
-    def stall(self, reason: str, message: str) -> None:
-        self.said = replace(self.said, stalled=(reason, message))
+    def set_stalled(self, reason: str, message: str) -> None:
+        self.headline = replace(self.headline, stalled=(reason, message))
 
-    def seal(self) -> Plan:
-        status = changed(self.status, observed_generation=self.live.generation)
-        status = conditions.update(
-            status, self.live.status, self.said, list(self.readings.values()), self.now
+    def requeue_at(self, time: datetime) -> None:
+        """Reconcile again at this time, or earlier."""
+        self.requeue_times.append(time)
+
+    def build(self) -> Plan:
+        status = updated(self.status, observed_generation=self.observed.generation)
+        status = conditions.update_conditions(
+            status, self.observed.status, self.headline, list(self.readings.values()), self.now
         )
-        return Plan(status, tuple(self.actions), min(self.wakes, default=None))
+        return Plan(status, tuple(self.actions), min(self.requeue_times, default=None))
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """One step of a draft: what is known of it, and what is decided about it."""
+    """One step of the run that a PlanBuilder is about: its inputs, and the decisions about it."""
 
-    draft: PlanBuilder
+    builder: PlanBuilder
     run: DistillRun
     name: str
 
     @property
     def step(self) -> StepStatus:
-        """Its status as decided so far."""
-        return next(step for step in self.draft.status.steps if step.name == self.name)
+        """The step's status with the decisions made so far."""
+        return next(step for step in self.builder.status.steps if step.name == self.name)
 
     @property
     def before(self) -> StepStatus:
-        """Its status as this look found it."""
-        return self.draft.live.status.step_status(self.name) or StepStatus(name=self.name)
+        """The step's status at the start of this reconcile."""
+        return self.builder.observed.status.step_status(self.name) or StepStatus(name=self.name)
 
     @property
-    def sight(self) -> ChildObservation:
-        return self.draft.seen.children.get(self.name, ChildObservation())
+    def observation(self) -> ChildObservation:
+        return self.builder.children.by_step.get(self.name, ChildObservation())
 
     @property
     def reading(self) -> ProgressReading:
-        return self.draft.readings.get(self.name, ProgressReading())
+        return self.builder.readings.get(self.name, ProgressReading())
 
     @property
-    def lacking(self) -> list[str]:
-        """The steps that must succeed before it may start."""
-        done = {step.name for step in self.draft.status.steps if step.state == "Succeeded"}
+    def unmet_dependencies(self) -> list[str]:
+        """The steps that must succeed before this one may start, and have not."""
+        done = {step.name for step in self.builder.status.steps if step.state == "Succeeded"}
         return [name for name in self.run.needs(self.name) if name not in done]
 
     @property
-    def dispensable(self) -> bool:
-        """Whether it works beside training, as an OnPolicy stage's sampler and teacher do, and that has succeeded."""
-        stage = self.run.stage_of(self.name)
-        trained = self.draft.status.step_status(stage.name) if stage is not None else None
-        return self.beside and trained is not None and trained.state == "Succeeded"
-
-    @property
-    def beside(self) -> bool:
-        """Whether it is the sampler or the teacher of an OnPolicy stage."""
+    def serves_trainer(self) -> bool:
+        """Whether it is the sampler or the teacher of an OnPolicy stage, which run beside its trainer."""
         return self.run.role(self.name) in ("sampler", "teacher")
 
-    def set(self, **changes: Any) -> StepStatus:
-        """Change its status, and return it."""
-        steps = self.draft.status.steps
-        self.draft.set(
-            steps=tuple(changed(step, **changes) if step.name == self.name else step for step in steps)
+    @property
+    def obsolete(self) -> bool:
+        """Whether it serves a trainer that has succeeded."""
+        stage = self.run.stage_of(self.name)
+        trainer = self.builder.status.step_status(stage.name) if stage is not None else None
+        return self.serves_trainer and trainer is not None and trainer.state == "Succeeded"
+
+    def update(self, **changes: Any) -> StepStatus:
+        """Change fields of the step's status, and return it."""
+        steps = self.builder.status.steps
+        self.builder.update(
+            steps=tuple(updated(step, **changes) if step.name == self.name else step for step in steps)
         )
         return self.step
 
-    def say(self, reason: str, message: str, phase: RunPhase = "Running") -> None:
-        """What it would have the run say."""
-        self.set(reason=reason)
-        self.draft.words[self.name] = StepSummary(phase, reason, message)
+    def summarize(self, reason: str, message: str, phase: RunPhase = "Running") -> None:
+        """Set what the step contributes to the run's status."""
+        self.update(reason=reason)
+        self.builder.summaries[self.name] = StepSummary(phase, reason, message)
 
-    def stall(self, reason: str, message: str) -> None:
-        """Said already, and that it needs help."""
-        self.draft.words[self.name] = replace(self.draft.words[self.name], stalled=(reason, message))
+    def set_stalled(self, reason: str, message: str) -> None:
+        """Mark the step stalled, after summarize()."""
+        self.builder.summaries[self.name] = replace(
+            self.builder.summaries[self.name], stalled=(reason, message)
+        )
 
-    def ask(self, action: Action) -> None:
-        self.draft.actions.append(action)
+    def add(self, action: Action) -> None:
+        self.builder.actions.append(action)
 
 
-def changed[Record: (Status, StepStatus)](record: Record, **changes: Any) -> Record:
-    """A changed copy, validated: model_copy would let a message through that the API server then refuses."""
+def updated[Record: (Status, StepStatus)](record: Record, **changes: Any) -> Record:
+    """A changed and validated copy. model_copy does not validate: the API server would reject a message that
+    is too long.
+    """
     return type(record).model_validate({**dict(record), **changes})

@@ -1,6 +1,9 @@
-"""What pods say about themselves: why one does not run yet, and why one has failed. Pure functions over live Pod objects.
+"""Explains pods: why one does not run yet, and why one has failed.
 
-The formats of the answers are those that a person reads in status; what follows from them is plan.py's business.
+Pure functions over live Pod objects.
+
+The messages are those that people read in the run's status. What a failure implies for the step is in
+step_logic.py.
 """
 
 import json
@@ -10,7 +13,7 @@ from typing import Any, Literal
 from distill_operator.kube import Json
 from vpmoe.failure import EXIT
 
-DISRUPTED = {
+DISRUPTION_REASONS = {
     "Evicted",
     "Preempting",
     "NodeLost",
@@ -20,60 +23,67 @@ DISRUPTED = {
     "Terminated",
     "UnexpectedAdmissionError",
 }
-"""Values of a pod's status.reason with which the kubelet or the control plane ends a pod that did nothing wrong."""
+"""Values of a pod's status.reason with which the kubelet or the control plane ends a healthy pod."""
 
 SIGNALS = {137: "killed", 143: "terminated"}
-LONGEST_LINE = 300
+MAX_MESSAGE = 300
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a child failed. Permanent: another attempt cannot mend it. Interrupted: it was stopped from outside and may just go on.
+    """Why a child failed.
 
-    Retriable: it could not reach something outside. Error: anything else.
+    Permanent: another attempt would fail too. Interrupted: it was stopped from outside, and may resume at
+    once. Retriable: it could not reach a service. Error: anything else.
     """
 
     kind: Literal["Permanent", "Interrupted", "Retriable", "Error"]
-    words: str
+    message: str
 
 
-def alive(pod: Json) -> bool:
-    """Whether it may still run a process, and so hold its GPUs."""
+def is_alive(pod: Json) -> bool:
+    """Whether the pod may still run a process, and so hold its GPUs."""
     return pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")
 
 
-def ready(pod: Json) -> bool:
-    """Whether all of its containers run."""
+def is_ready(pod: Json) -> bool:
+    """Whether all containers of the pod run."""
     return any(
         c["type"] == "Ready" and c["status"] == "True" for c in pod.get("status", {}).get("conditions", [])
     )
 
 
-def why_waiting(pods: list[Json], warnings: list[Json]) -> str:
-    """What keeps pods from running: the scheduler's word, an image, a volume, or (no pod at all) what `warnings` say of their maker.
+def waiting_reason(pods: list[Json], warnings: list[Json]) -> str:
+    """What keeps the pods of a child from running: the scheduler, an image, a volume, or the rejection of the
+    pods themselves.
 
-    `warnings` are live Event objects of the child or of its pods, oldest first.
+    `warnings` are Warning Events of the child and of its pods, oldest first.
     """
     for pod in pods:
         name, status = pod["metadata"]["name"], pod.get("status", {})
         for condition in status.get("conditions", []):
             if condition["type"] == "PodScheduled" and condition["status"] == "False":
-                return f"pod {name} cannot be placed: {_clip(condition.get('message') or condition.get('reason', ''))}"
+                message = condition.get("message") or condition.get("reason", "")
+                return f"pod {name} cannot be scheduled: {_clip(message)}"
         for container in _containers(status):
             waiting = container.get("state", {}).get("waiting", {})
             if waiting.get("reason") not in (None, "PodInitializing", "ContainerCreating"):
-                return f"pod {name}, container {container['name']}: {waiting['reason']}: {_clip(waiting.get('message', ''))}"
+                message = _clip(waiting.get("message", ""))
+                return f"pod {name}, container {container['name']}: {waiting['reason']}: {message}"
     if warnings:
         about = warnings[-1]["involvedObject"]
-        return f"{about['kind'].lower()} {about['name']}: {warnings[-1].get('reason', '')}: {_clip(warnings[-1].get('message', ''))}"
-    starting = [pod["metadata"]["name"] for pod in pods if not ready(pod)]
-    return f"pod {starting[0]} is starting" if starting else "its pods are not there yet"
+        message = _clip(warnings[-1].get("message", ""))
+        return f"{about['kind'].lower()} {about['name']}: {warnings[-1].get('reason', '')}: {message}"
+    starting = [pod["metadata"]["name"] for pod in pods if not is_ready(pod)]
+    return f"pod {starting[0]} is starting" if starting else "its pods have not been created yet"
 
 
-def why_failed(pods: list[Json], otherwise: str) -> Failure:
-    """The first cause among the pods of a failed child. When one fails, others are stopped for it: those are not the cause.
+def failure_cause(pods: list[Json], condition: str) -> Failure:
+    """The cause of a failed child: the first failure among its pods.
 
-    `otherwise` is what the child's own condition says, for when no pod is left to ask: then somebody removed it.
+    When one pod fails the others are stopped, which is not the cause.
+
+    `condition` is the child's own condition. It is all that is known if the pods were deleted.
     """
     ended = sorted(pods, key=_ended)
     failures = [failure for pod in ended if (failure := _failure(pod)) is not None]
@@ -85,7 +95,7 @@ def why_failed(pods: list[Json], otherwise: str) -> Failure:
         for failure in failures
         if failure.kind == kind
     ]
-    gone = Failure("Interrupted", f"no pod is left that could say why ({otherwise})")
+    gone = Failure("Interrupted", f"its pods were deleted before the cause was read ({condition})")
     return [*permanent, *disrupted, *others, gone][0]
 
 
@@ -96,7 +106,7 @@ def _failure(pod: Json) -> Failure | None:
         c for c in _containers(status) if c.get("state", {}).get("terminated", {}).get("exitCode", 0) != 0
     ]
     if disruption:
-        return Failure("Interrupted", f"pod {name} was stopped from outside ({disruption})")
+        return Failure("Interrupted", f"pod {name} was disrupted ({disruption})")
     if not ended:
         if status.get("phase") != "Failed":
             return None
@@ -104,15 +114,17 @@ def _failure(pod: Json) -> Failure | None:
             "Error", f"pod {name}: {status.get('reason', 'Failed')}: {_clip(status.get('message', ''))}"
         )
     container, state = ended[0], ended[0]["state"]["terminated"]
-    code, said = state["exitCode"], _last_word(state.get("message", ""))
-    words = f"pod {name}, container {container['name']}, exit {code}{_meaning(code, state.get('reason', ''))}"
-    if said["message"]:
-        words += f". Last line: {json.dumps(_clip(said['message']), ensure_ascii=False)}"
-    return Failure(_kind(code, said), words)
+    code, report = state["exitCode"], _termination_message(state.get("message", ""))
+    message = (
+        f"pod {name}, container {container['name']}, exit {code}{_meaning(code, state.get('reason', ''))}"
+    )
+    if report["message"]:
+        message += f". Last line: {json.dumps(_clip(report['message']), ensure_ascii=False)}"
+    return Failure(_failure_kind(code, report), message)
 
 
-def _kind(code: int, said: Json) -> Literal["Permanent", "Interrupted", "Retriable", "Error"]:
-    stated = said.get("class") or next(
+def _failure_kind(code: int, report: Json) -> Literal["Permanent", "Interrupted", "Retriable", "Error"]:
+    stated = report.get("class") or next(
         (kind for kind, exit_code in EXIT.items() if exit_code == code), "Internal"
     )
     kinds: dict[str, Literal["Permanent", "Interrupted", "Retriable"]] = {
@@ -123,29 +135,31 @@ def _kind(code: int, said: Json) -> Literal["Permanent", "Interrupted", "Retriab
     return kinds.get(stated, "Error")
 
 
-def _last_word(message: str) -> Json:
-    """A job's own last line {class, rank, exit, message}, or the last line of its log as the message."""
+def _termination_message(message: str) -> Json:
+    """The {class, rank, exit, message} that a job writes when it ends, or else the last line of its log as
+    the message.
+    """
     lines = [line for line in message.splitlines() if line.strip()]
     if not lines:
         return {"message": ""}
     try:
-        said: Any = json.loads(lines[-1])
+        report: Any = json.loads(lines[-1])
     except ValueError:
-        said = None
+        report = None
     return (
-        said
-        if isinstance(said, dict) and isinstance(said.get("message"), str)
+        report
+        if isinstance(report, dict) and isinstance(report.get("message"), str)
         else {"message": lines[-1].strip()}
     )
 
 
 def _disruption(pod: Json) -> str:
-    """Why a pod was ended from outside; empty where it was not."""
+    """Why a pod was stopped from outside; empty if it was not."""
     status = pod.get("status", {})
     for condition in status.get("conditions", []):
         if condition["type"] == "DisruptionTarget" and condition["status"] == "True":
             return f"{condition.get('reason', '')}: {_clip(condition.get('message', ''))}"
-    if status.get("reason") in DISRUPTED:
+    if status.get("reason") in DISRUPTION_REASONS:
         return f"{status['reason']}: {_clip(status.get('message', ''))}"
     return ""
 
@@ -161,7 +175,7 @@ def _containers(status: Json) -> list[Json]:
 
 
 def _ended(pod: Json) -> str:
-    """When its first failed container ended, as text that sorts; pods without one come last."""
+    """When the pod's first container ended, as text that sorts. Pods without such a container sort last."""
     times = [
         c.get("state", {}).get("terminated", {}).get("finishedAt", "")
         for c in _containers(pod.get("status", {}))
@@ -171,4 +185,4 @@ def _ended(pod: Json) -> str:
 
 def _clip(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= LONGEST_LINE else text[: LONGEST_LINE - 1] + "…"
+    return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"

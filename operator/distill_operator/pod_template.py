@@ -1,28 +1,30 @@
-"""The pod that every role runs in: image, command, credentials, resources, security. Pure functions from an attempt to JSON.
+"""The pod template of every role: image, command, environment, resources, security.
 
-Every pod here satisfies the restricted pod security standard. How many pods of it a child has is children.py's business.
+Pure functions from an attempt to JSON.
+
+Every pod satisfies the restricted pod security standard. The number of pods of a child is in children.py.
 """
 
 from typing import Any
 
-from distill_operator.attempt import Attempt, config_map_name, short_facts, whole_facts
+from distill_operator.attempt import Attempt, child_annotations, child_labels, config_map_name
 from distill_operator.kube import Json
 from vpmoe.api import DistillRun
 from vpmoe.api.runtime import GPU, Role
 
 INFERENCE: tuple[Role, ...] = ("rescore", "teacher", "sampler", "evaluate")
-"""Roles whose pods hold a model behind vLLM, and so run in the inference image."""
+"""Roles that load a model in vLLM. Their pods run the inference image."""
 USER = 65532
 RUN_FILE = "/etc/vpmoe/run.yaml"
 CA_FOLDER = "/etc/vpmoe-ca"
 GRACE_SECONDS = 300
 """Time for the last checkpoint after SIGTERM."""
 METRICS_PORT = 9090
-"""Where a training pod serves Prometheus."""
+"""Port of a training pod's Prometheus metrics."""
 
 
 def build_pod(attempt: Attempt, gpus: int, container: str = "") -> Json:
-    """The template of a pod with so many GPUs. Its one container is called like its role, or `container`."""
+    """The template of a pod with `gpus` GPUs. Its one container is named after its role, or `container`."""
     role = attempt.run.role(attempt.step)
     runtime = attempt.run.spec.runtime
     tolerations = [
@@ -37,11 +39,11 @@ def build_pod(attempt: Attempt, gpus: int, container: str = "") -> Json:
         "tolerations": tolerations,
     }
     return {
-        "metadata": {"labels": short_facts(attempt), "annotations": whole_facts(attempt)},
+        "metadata": {"labels": child_labels(attempt), "annotations": child_annotations(attempt)},
         "spec": {
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": GRACE_SECONDS,
-            "shareProcessNamespace": True,  # as process 1 a job that is still importing would be deaf to SIGTERM, and run on
+            "shareProcessNamespace": True,  # process 1 ignores SIGTERM until its handler is set
             "automountServiceAccountToken": False,  # jobs never touch the Kubernetes API
             "enableServiceLinks": False,
             "securityContext": {
@@ -107,7 +109,10 @@ def _container(attempt: Attempt, role: Role, name: str, gpus: int) -> Json:
 
 
 def _credentials(run: DistillRun) -> list[Json]:
-    """Environment with which storage signs its requests; without a Secret the service account's own identity does."""
+    """Environment with the storage credentials.
+
+    Without a Secret the pod's service account provides the identity.
+    """
     storage = run.spec.storage
     keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if storage.credentials_secret else ()
     env: list[Json] = [
@@ -118,9 +123,9 @@ def _credentials(run: DistillRun) -> list[Json]:
 
 
 def _resources(attempt: Attempt, role: Role, gpus: int) -> Json:
-    """The run's own words for this role, else the chart's; GPUs are always the layout's."""
-    given: Any = attempt.run.spec.runtime.resources.get(role) or attempt.settings.resources.get(role)
-    requests, limits = (dict(given.requests), dict(given.limits)) if given else ({}, {})
+    """Requests and limits of the run for this role, or else the chart's. GPUs are always the layout's."""
+    configured: Any = attempt.run.spec.runtime.resources.get(role) or attempt.settings.resources.get(role)
+    requests, limits = (dict(configured.requests), dict(configured.limits)) if configured else ({}, {})
     if gpus:
         limits[GPU] = gpus
     return {key: value for key, value in (("requests", requests), ("limits", limits)) if value}

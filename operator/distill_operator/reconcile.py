@@ -1,7 +1,8 @@
-"""One look at one DistillRun: live reads, a plan, ONE status write, then only what the status just written intends.
+"""Reconcile one DistillRun: observe, plan, write the status ONCE, then execute the actions that this status
+intends.
 
-A crash anywhere leaves a status whose intent the next look carries out, or none. What to intend is plan.py's business, how each action is
-carried out hands.py's.
+If the operator dies in between, the status intends what the next reconcile executes. The decisions are in
+plan.py, the execution of each action is in executor.py.
 """
 
 import asyncio
@@ -11,11 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from distill_operator import events, gpu_scheduler
-from distill_operator.actions import Create
+from distill_operator.actions import CreateChild
 from distill_operator.attempt import config_map_name
-from distill_operator.claims import claim_of, needs_gpus
+from distill_operator.events import events_between, post_event
 from distill_operator.executor import ActionExecutor
+from distill_operator.gpu_scheduler import (
+    Decision,
+    GpuRequest,
+    admit,
+    gpu_request,
+    schedulable_nodes,
+    waits_for_gpus,
+)
 from distill_operator.kube import (
     CHILD_KINDS,
     DISTILLRUN,
@@ -27,8 +35,14 @@ from distill_operator.kube import (
     Kube,
     KubeError,
 )
-from distill_operator.observe import ChildObservation, Observed, ObservedRun, look, read_run
-from distill_operator.plan import holds_gpus, plan
+from distill_operator.observe import (
+    ChildObservation,
+    ObservedChildren,
+    ObservedRun,
+    observe_child,
+    parse_run,
+)
+from distill_operator.plan import plan
 from distill_operator.plan_builder import Plan
 from distill_operator.settings import Settings
 from distill_operator.step_progress import Buckets, ProgressReading
@@ -37,108 +51,120 @@ from vpmoe.api import DistillRun
 
 log = logging.getLogger(__name__)
 
-TRIES = 5
-"""Looks in a row at a run that changes under our hands, before the queue's backoff."""
-BACKEND_KNOWN_SECONDS = 60.0
+CONFLICT_RETRIES = 5
+"""Reconciles in a row of a run that others change at the same time, before the queue's backoff."""
+BACKEND_CACHE_SECONDS = 60.0
 
 
 @dataclass
 class Reconciler:
-    """Carries runs forward, one look at a time. Safe to use from several tasks for different runs."""
+    """Reconciles runs. Safe to use from several tasks for different runs."""
 
     kube: Kube
     buckets: Buckets
     settings: Settings
-    freed: Callable[[], None]
-    """Called when a run gives its GPUs back: those that wait may start."""
+    gpus_released: Callable[[], None]
+    """Called when a run releases its GPUs: runs that wait for them may start."""
 
     def __post_init__(self) -> None:
         self._admission = asyncio.Lock()  # two runs must not both be admitted to the same GPUs
         self._backend_seen = float("-inf")
-        self._hands = ActionExecutor(self.kube, self.buckets, self.settings)
+        self._executor = ActionExecutor(self.kube, self.buckets, self.settings)
 
     async def reconcile(self, key: Key) -> float | None:
-        """Look at the run and do what is to be done. Seconds after which to look again even if nothing stirs; None: no need.
+        """Reconcile the run.
 
-        Raises KubeError, StorageError and SecretMissing: the queue tries again after a pause.
+        Returns the seconds after which to requeue it, or None if only an event needs another reconcile.
+
+        Raises KubeError, StorageError and SecretMissing; the work queue retries with a backoff.
         """
-        for _ in range(TRIES):
+        for _ in range(CONFLICT_RETRIES):
             try:
-                return await self._once(key)
+                return await self._reconcile_once(key)
             except Conflict as error:
-                log.info("%s/%s has changed meanwhile, looking again: %s", *key, error)
-        raise KubeError(f"{key[0]}/{key[1]} changed {TRIES} times while it was looked at")
+                log.info("%s/%s changed during the reconcile, retrying: %s", *key, error)
+        raise KubeError(f"{key[0]}/{key[1]} changed during {CONFLICT_RETRIES} reconciles in a row")
 
-    async def _once(self, key: Key) -> float | None:
+    async def _reconcile_once(self, key: Key) -> float | None:
         obj = await self.kube.get(DISTILLRUN, *key)
         if obj is None:
-            self._hands.forget(key)
-            self.freed()
+            self._executor.forget(key)
+            self.gpus_released()
             return None
-        live = read_run(obj)
-        if needs_gpus(live):
+        observed = parse_run(obj)
+        if waits_for_gpus(observed) and observed.run is not None:
             async with self._admission:
-                claims, nodes = await self._claims(), gpu_scheduler.nodes(await self.kube.list(NODE))
-                mine = claim_of(live.run, live) if live.run else None
-                verdict = gpu_scheduler.admit(mine, claims, nodes) if mine else None
-                decided, written = await self._decide(obj, live, verdict)
+                requests, nodes = await self._gpu_requests(), schedulable_nodes(await self.kube.list(NODE))
+                decision = admit(gpu_request(observed.run, observed), requests, nodes)
+                decided, written = await self._plan_and_write(obj, observed, decision)
         else:
-            decided, written = await self._decide(obj, live, None)
+            decided, written = await self._plan_and_write(obj, observed, None)
         now = _now()
-        for happening in events.events_between(live.status, decided.status):
-            await events.post(self.kube, written, happening, now)
-        refused: KubeError | None = None
+        for event in events_between(observed.status, decided.status):
+            await post_event(self.kube, written, event, now)
+        create_error: KubeError | None = None
         for action in decided.actions:
             try:
-                written = await self._hands.carry_out(action, live, decided.status, written)
+                written = await self._executor.execute(action, observed, decided.status, written)
             except KubeError as error:
-                if not isinstance(action, Create):
+                if not isinstance(action, CreateChild):
                     raise
-                refused = error  # which keeps no other step's child from being made
-        if refused is not None:
-            raise refused
-        if holds_gpus(live.status) and not holds_gpus(decided.status):
-            self.freed()
-        return None if decided.again is None else max(0.0, (decided.again - _now()).total_seconds())
+                create_error = error  # raised later: the children of other steps are created all the same
+        if create_error is not None:
+            raise create_error
+        if observed.status.holds_gpus and not decided.status.holds_gpus:
+            self.gpus_released()
+        return None if decided.requeue_at is None else max(0.0, (decided.requeue_at - _now()).total_seconds())
 
-    async def _decide(
-        self, obj: Json, live: ObservedRun, verdict: gpu_scheduler.Decision | None
+    async def _plan_and_write(
+        self, obj: Json, observed: ObservedRun, decision: Decision | None
     ) -> tuple[Plan, Json]:
-        """The plan, with its status written; and the object as it stands then."""
-        seen, readings = await self._look(live)
-        decided = plan(live, seen, readings, verdict, self.settings, _now())
+        """Plan, and write the status if it differs.
+
+        Returns the plan, and the DistillRun with the status as written.
+        """
+        children, readings = await self._observe_children(observed)
+        decided = plan(observed, children, readings, decision, self.settings, _now())
         status = decided.status.dump()
         if status == obj.get("status"):
             return decided, obj
         return decided, await self.kube.replace(DISTILLRUN, {**obj, "status": status}, "status")
 
-    async def _look(self, live: ObservedRun) -> tuple[Observed, dict[str, ProgressReading]]:
-        """The children of the steps that are Running, and what those steps say."""
-        run, sights, readings = live.run, dict[str, ChildObservation](), dict[str, ProgressReading]()
-        if run is None or live.status.phase == "Succeeded":
-            return Observed(), {}
-        backend_missing = not live.deleting and await self._backend_missing(run)
-        refused = self._hands.refused((live.namespace, live.name))
-        for step in live.status.running:
+    async def _observe_children(
+        self, observed: ObservedRun
+    ) -> tuple[ObservedChildren, dict[str, ProgressReading]]:
+        """The children of the steps that are Running, and the progress of these steps."""
+        run, observations, readings = (
+            observed.run,
+            dict[str, ChildObservation](),
+            dict[str, ProgressReading](),
+        )
+        if run is None or observed.status.phase == "Succeeded":
+            return ObservedChildren(), {}
+        backend_missing = not observed.deleting and await self._backend_missing(run)
+        create_errors = self._executor.create_errors((observed.namespace, observed.name))
+        for step in observed.status.running:
             if step.child is None:
                 continue
+            kind, name = CHILD_KINDS[step.child.kind], step.child.name
             try:
-                sight = await look(
-                    self.kube, live, CHILD_KINDS[step.child.kind], step.child.name, config_map_name(run)
-                )
+                observation = await observe_child(self.kube, observed, kind, name, config_map_name(run))
             except KindMissing:
                 backend_missing = True
                 continue
-            sights[step.name] = replace(sight, refused=refused.get(step.name, ""))
-            if not live.deleting:
-                readings[step.name] = await self.buckets.read(run, step.name)
-        return Observed(sights, backend_missing), readings
+            observations[step.name] = replace(observation, create_error=create_errors.get(step.name, ""))
+            if not observed.deleting:
+                readings[step.name] = await self.buckets.read_progress(run, step.name)
+        return ObservedChildren(observations, backend_missing), readings
 
     async def _backend_missing(self, run: DistillRun) -> bool:
-        """Whether a resource type that the run needs is not installed. That it is, is remembered for a while; that it is not, never."""
+        """Whether the cluster lacks the resource type of runtime.backend.
+
+        Only a positive answer of the cluster is cached.
+        """
         if (
             run.spec.runtime.backend != PYTORCHJOB.name
-            or time.monotonic() - self._backend_seen < BACKEND_KNOWN_SECONDS
+            or time.monotonic() - self._backend_seen < BACKEND_CACHE_SECONDS
         ):
             return False
         if not await self.kube.serves(PYTORCHJOB):
@@ -146,24 +172,26 @@ class Reconciler:
         self._backend_seen = time.monotonic()
         return False
 
-    async def _claims(self) -> list[gpu_scheduler.GpuRequest]:
-        """What every live run asks of the pool, read at this moment: statuses written before are in it.
+    async def _gpu_requests(self) -> list[GpuRequest]:
+        """Requests of all runs that hold GPUs or wait for nothing else, read now, so that statuses written
+        before are included.
 
-        A run that waits for something other than GPUs is left out: it must not hold up those behind it.
+        A run that waits for the backend is left out: it must not block younger ones.
         """
-        claims = []
+        requests = []
         for obj in await list_runs(self.kube, self.settings):
-            live = read_run(obj)
-            run = live.run
+            observed = parse_run(obj)
+            run = observed.run
             if run is not None and (
-                holds_gpus(live.status) or (needs_gpus(live) and not await self._backend_missing(run))
+                observed.status.holds_gpus
+                or (waits_for_gpus(observed) and not await self._backend_missing(run))
             ):
-                claims.append(claim_of(run, live))
-        return claims
+                requests.append(gpu_request(run, observed))
+        return requests
 
 
 async def list_runs(kube: Kube, settings: Settings) -> list[Json]:
-    """All runs of the namespaces that are watched."""
+    """All DistillRuns of the watched namespaces. Raises KubeError."""
     namespaces: list[str | None] = [*settings.watch_namespaces] or [None]
     return [obj for namespace in namespaces for obj in await kube.list(DISTILLRUN, namespace)]
 

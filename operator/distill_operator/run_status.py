@@ -1,82 +1,112 @@
-"""What the steps of a run make of it together: phase, message and columns, and how it ends. Part of plan.py's decision, as pure as that.
+"""Run-level status from the steps: phase, message, columns of kubectl get, percentage done, and the end of
+the run. Pure.
 
-Several steps may be at work at once. The run then speaks of the one that trains, whose speed and loss people watch, and is Stalled where
-any of them is.
+Several steps may run at once. The headline is that of the step that trains, whose speed and loss people
+watch. The run is Stalled if any step is. Per-step decisions are in step_logic.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from distill_operator.plan_builder import PlanBuilder, StepContext, StepSummary
-from distill_operator.share import share
-from vpmoe.api import DistillRun
+from vpmoe.api import DistillRun, Stage
 from vpmoe.api.run import RESCORE
+from vpmoe.api.runtime import Role
 from vpmoe.api.status import Status, StepStatus
 
-
-def failing(status: Status, run: DistillRun) -> StepStatus | None:
-    """The step whose failure ends the run, the first where there are several. Raising runtime.attempts makes it one that may go on."""
-    failed = [
-        step for step in status.steps if step.state == "Failed" and step.failures >= run.spec.runtime.attempts
-    ]
-    return min(failed, key=lambda step: step.finished.timestamp() if step.finished else 0.0, default=None)
+ROLE_SHARES: Mapping[Role, float] = {"preprocess": 0.05, "rescore": 0.05, "evaluate": 0.01}
+"""Share of the whole run that each step of these roles counts for. The stages divide the rest by their
+tokens."""
 
 
-def conclude(draft: PlanBuilder, run: DistillRun, works: Sequence[StepContext]) -> None:
-    """The status of the run, from what its steps, in their order, have come to. A failure is the run's once nothing is alive."""
-    status, cause = draft.status, failing(draft.status, run)
+def summarize_run(builder: PlanBuilder, run: DistillRun, contexts: Sequence[StepContext]) -> None:
+    """Set the run's status from its steps, given in order.
+
+    A failed step fails the run once no child is alive.
+    """
+    status, cause = builder.status, builder.status.failed_step(run.spec.runtime.attempts)
     if all(step.state == "Succeeded" for step in status.steps):
-        draft.set(finished=draft.now, progress="100%", tokens_per_second=None)
-        draft.say("Succeeded", "Succeeded", _result(status))
+        builder.update(finished=builder.now, progress="100%", tokens_per_second=None)
+        builder.set_headline("Succeeded", "Succeeded", _success_message(status))
     elif cause is not None and not status.running:
-        draft.set(finished=draft.now, progress=share(run, status), tokens_per_second=None, step=cause.name)
-        draft.say("Failed", cause.reason, cause.message)
+        builder.update(
+            finished=builder.now, progress=percent_done(run, status), tokens_per_second=None, step=cause.name
+        )
+        builder.set_headline("Failed", cause.reason, cause.message)
     else:
-        draft.set(finished=None, progress=share(run, status))
-        _lead(draft, cause, [(work, draft.words[work.name]) for work in works if work.name in draft.words])
+        builder.update(finished=None, progress=percent_done(run, status))
+        summaries = builder.summaries
+        _choose_headline(
+            builder, cause, [(step, summaries[step.name]) for step in contexts if step.name in summaries]
+        )
 
 
-def _lead(
-    draft: PlanBuilder, cause: StepStatus | None, spoken: list[tuple[StepContext, StepSummary]]
+def percent_done(run: DistillRun, status: Status) -> str:
+    """Share of the whole run that is done, as a percentage, rounded down. Only a finished run shows 100%."""
+    planned = sum(stage.tokens for stage in run.spec.stages)
+    trained = sum(_tokens_done(stage, status) for stage in run.spec.stages) / planned
+    shares = {step: ROLE_SHARES[role] for step in run.steps() if (role := run.role(step)) in ROLE_SHARES}
+    done = sum(share * _parts_done(name, status) for name, share in shares.items())
+    return f"{min(99, int(100 * (done + (1 - sum(shares.values())) * trained)))}%"
+
+
+def _choose_headline(
+    builder: PlanBuilder, cause: StepStatus | None, summaries: list[tuple[StepContext, StepSummary]]
 ) -> None:
-    """Let one of the steps that spoke speak for the run: of those at work, or else of those that wait, the one furthest on."""
-    at_work = [said for said in spoken if said[1].phase == "Running"]
-    work, word = (at_work or spoken)[-1]
-    message = word.message
+    """Take the headline of the last step, in order, that runs; if none runs, of the last that waits."""
+    running = [found for found in summaries if found[1].phase == "Running"]
+    context, summary = (running or summaries)[-1]
+    message = summary.message
     if cause is not None:
         message += f", because {cause.message}"
-    elif waiting := _waiting(draft, work):
-        message += f"; {waiting} waits for it"
-    elif word.reason == "Running":
+    elif stage := _stage_waiting_for(builder, context):
+        message += f"; stage {stage} is waiting for it"
+    elif summary.reason == "Running":
         message += "".join(
-            f"; {other.message}" for beside, other in at_work if beside.beside and other.reason != "Running"
+            f"; {other.message}"
+            for step, other in running
+            if step.serves_trainer and other.reason != "Running"
         )
-    draft.say(word.phase, word.reason, message)
-    stalled = [found.stalled for _, found in [(work, word), *spoken] if found.stalled is not None]
-    draft.said = replace(draft.said, stalled=stalled[0] if stalled else None)
-    _show(draft, work)
+    builder.set_headline(summary.phase, summary.reason, message)
+    stalled = [found.stalled for _, found in [(context, summary), *summaries] if found.stalled is not None]
+    builder.headline = replace(builder.headline, stalled=stalled[0] if stalled else None)
+    _set_columns(builder, context)
 
 
-def _waiting(draft: PlanBuilder, work: StepContext) -> str:
-    """The stage that could train were it not for rescoring, which is at `work` alone; empty where it is not so."""
-    if work.name != RESCORE:
+def _stage_waiting_for(builder: PlanBuilder, context: StepContext) -> str:
+    """The stage that waits for nothing but rescoring, if this step is rescoring; otherwise empty."""
+    if context.name != RESCORE:
         return ""
-    pending = [step.name for step in draft.status.steps if step.state == "Pending"]
-    stages = [replace(work, name=name) for name in pending if work.run.role(name) == "train"]
-    return next((stage.name for stage in stages if stage.lacking == [RESCORE]), "")
+    pending = [step.name for step in builder.status.steps if step.state == "Pending"]
+    trainers = [replace(context, name=name) for name in pending if context.run.role(name) == "train"]
+    return next((stage.name for stage in trainers if stage.unmet_dependencies == [RESCORE]), "")
 
 
-def _show(draft: PlanBuilder, work: StepContext) -> None:
-    """The columns STEP and TOKENS/S. A speed that the bucket does not tell at the moment stays, unless it was another step's."""
-    progress, another = work.reading.progress, draft.status.step != work.name
-    if work.step.state != "Running":
-        draft.set(tokens_per_second=None)
-    elif progress is not None or another:
-        draft.set(tokens_per_second=progress.tokens_per_second if progress else None)
-    if work.step.attempt:
-        draft.set(step=work.name)
+def _set_columns(builder: PlanBuilder, context: StepContext) -> None:
+    """Set STEP and TOKENS/S. If the bucket does not answer, the last known speed of the same step is kept."""
+    progress, another_step = context.reading.progress, builder.status.step != context.name
+    if context.step.state != "Running":
+        builder.update(tokens_per_second=None)
+    elif progress is not None or another_step:
+        builder.update(tokens_per_second=progress.tokens_per_second if progress else None)
+    if context.step.attempt:
+        builder.update(step=context.name)
 
 
-def _result(status: Status) -> str:
-    where = f"; {status.checkpoint.manifest} describes the last checkpoint" if status.checkpoint else ""
-    return f"all {len(status.steps)} steps have succeeded{where}"
+def _success_message(status: Status) -> str:
+    checkpoint = f". Last checkpoint: {status.checkpoint.manifest}" if status.checkpoint else ""
+    return f"All {len(status.steps)} steps have succeeded{checkpoint}"
+
+
+def _parts_done(name: str, status: Status) -> float:
+    step = status.step_status(name)
+    if step is None:
+        return 0.0
+    return 1.0 if step.state == "Succeeded" else (step.parts_done or 0) / max(step.parts_total or 1, 1)
+
+
+def _tokens_done(stage: Stage, status: Status) -> int:
+    step = status.step_status(stage.name)
+    if step is None:
+        return 0
+    return stage.tokens if step.state == "Succeeded" else min(step.tokens_done or 0, stage.tokens)

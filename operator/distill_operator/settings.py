@@ -1,4 +1,7 @@
-"""What the chart tells the operator: one YAML file, read once at start. Nothing is taken from environment variables."""
+"""Settings of the operator: one YAML file that the chart writes, read once at start.
+
+No environment variables.
+"""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,16 +15,16 @@ from vpmoe.api.runtime import Resources, Role
 Seconds = Annotated[float, Field(gt=0)]
 
 
-class Part(BaseModel):
-    """camelCase, nothing unknown."""
+class SettingsModel(BaseModel):
+    """Base of all settings: camelCase in the file, unknown fields rejected."""
 
     model_config = ConfigDict(
         alias_generator=to_camel, validate_by_name=True, validate_by_alias=True, extra="forbid", frozen=True
     )
 
 
-class Images(Part):
-    """Full references of the images that pods run."""
+class Images(SettingsModel):
+    """Image references of the pods."""
 
     trainer: str
     """Preprocessing and training."""
@@ -29,26 +32,26 @@ class Images(Part):
     """Rescoring, teacher, sampler and evaluation."""
 
 
-class Backoff(Part):
-    """How long a step waits before its next attempt: base, twice that, four times that, …, at most limit."""
+class Backoff(SettingsModel):
+    """Pause of a step before its next attempt: base, twice that, four times that, …, at most limit."""
 
     base_seconds: Seconds = 10.0
     limit_seconds: Seconds = 300.0
 
 
-class LeaseSettings(Part):
-    """The Lease that says who is the operator."""
+class LeaseSettings(SettingsModel):
+    """The Lease for leader election."""
 
     name: str
     seconds: Annotated[int, Field(ge=2)] = 30
-    """How long it outlives its holder."""
+    """How long the lease outlives its holder, in seconds."""
 
 
-class Settings(Part):
-    """The file as a whole."""
+class Settings(SettingsModel):
+    """The whole file."""
 
     git_sha: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
-    """The commit that the images were built from: provenance of every pod and object."""
+    """The commit that the images were built from: provenance of every pod and object of a run."""
     images: Images
     lease: LeaseSettings
     resources: dict[Role, Resources] = {}
@@ -56,17 +59,18 @@ class Settings(Part):
     watch_namespaces: list[str] = []
     """Empty: every namespace."""
     resync_seconds: Seconds = 10.0
-    """How often every live run is looked at even if nothing seems to have happened."""
+    """Interval of the resync: how often every active run is reconciled even without an event."""
     stuck_seconds: Seconds = 300.0
-    """The probes turn red when a due run has not been looked at for so long, or the API server has not answered for so long."""
+    """The probes fail if a due run has not been reconciled, or the API server has not answered, for this
+    time."""
     backoff: Backoff = Backoff()
     port: int = 8080
-    """Where /healthz, /readyz and /metrics are served."""
+    """Port of /healthz, /readyz and /metrics."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 def load_settings(path: Path) -> Settings:
-    """The file's settings. ValueError names the file and every field that is wrong."""
+    """Load the settings. Raises ValueError, which names the file and every wrong field."""
     try:
         return Settings.model_validate(yaml.safe_load(path.read_text()))
     except ValidationError as error:
@@ -74,5 +78,5 @@ def load_settings(path: Path) -> Settings:
             f"{'.'.join(map(str, e['loc']))}: {e['msg']}, not {e['input']!r}" for e in error.errors()
         )
         raise ValueError(
-            f"{path}: {problems}. The chart writes this file from its values: see values.yaml."
+            f"{path}: {problems}. The chart writes this file from its values; see values.yaml."
         ) from None

@@ -1,199 +1,240 @@
-"""A step at work: what its child and its progress say, and what follows. Part of plan.py's decision, with the same purity.
+"""Decisions about one step that has a child: what its child and its progress report imply.
 
-Everything here is about one step: what several steps make of the run together is headline.py's business.
+Part of plan(), and as pure.
+
+What the steps imply for the run as a whole is in run_status.py.
 """
 
 from datetime import timedelta
 from typing import Any
 
-from distill_operator.actions import Create, Delete
+from distill_operator.actions import CreateChild, DeleteChild
 from distill_operator.kube import PYTORCHJOB
-from distill_operator.observe import Child, NameConflict
+from distill_operator.observe import NameConflict, ObservedChild
 from distill_operator.plan_builder import StepContext
 from distill_operator.pod_diagnosis import Failure
 from distill_operator.settings import Settings
-from vpmoe.api.status import ChildRef as ChildName
-from vpmoe.api.status import RunPhase, RunProvenance, StepStatus
+from vpmoe.api.status import ChildRef, RunPhase, RunProvenance, StepStatus
 
 REUSED = "Reused"
-"""What a step says that found everything in the bucket already."""
+"""The progress message of a step that found all of its output in the bucket already."""
 
 
-def settle(work: StepContext) -> None:
-    """A step whose child should be alive: take over what it says, and see whether it has ended. Otherwise it stays Running."""
-    _fold(work)
-    step, child, progress = work.step, work.sight.child, work.reading.progress
-    if blind(work) or work.sight.stranger is not None:
+def record_outcome(context: StepContext) -> None:
+    """Merge the progress of a Running step, and record its outcome if it has ended.
+
+    Otherwise it stays Running.
+    """
+    _merge_progress(context)
+    step, child, progress = context.step, context.observation.child, context.reading.progress
+    if backend_unavailable(context) or context.observation.name_conflict is not None:
         return
     if child is None:
         if progress is not None and progress.state == "Succeeded" and progress.attempt == step.attempt:
-            _succeed(work)
-        elif work.run.spec.suspend or step.reason == "Stopping":
-            work.set(state="Suspended")  # it was asked to stop, and has
-        elif step.child is None or step.child.uid is not None:
-            gone = (
-                f"{step.child.kind} {step.child.name} was deleted" if step.child else "its child was deleted"
-            )
-            _fail(work, Failure("Interrupted", gone))
+            _succeed(context)
+        elif context.run.spec.suspend or step.reason == "Stopping":
+            context.update(state="Suspended")  # the operator deleted the child
+        elif step.child is None or step.child.uid is not None:  # without a uid it was never created
+            name = f"{step.child.kind} {step.child.name}" if step.child else "its child"
+            _fail(context, Failure("Interrupted", f"{name} was deleted"))
     elif child.state == "Succeeded":
-        _succeed(work)
+        _succeed(context)
     elif child.state == "Failed" and child.failure is not None:
-        _fail(work, child.failure)
+        _fail(context, child.failure)
 
 
-def accompany(work: StepContext) -> None:
-    """A step that is Running and has not ended: make its child, or say how it gets on."""
-    sight = work.sight
-    if blind(work):
-        miss_backend(work, "Running")
-    elif sight.stranger is not None:
-        _give_way(work, sight.stranger)
-    elif sight.child is None:
-        _make(work, sight.refused)
-    elif sight.child.state == "Succeeded":
-        _await_word(work)
-    elif sight.child.lost and work.before.reason == "Running":
-        # The training operator puts a new pod in its place, and would count this as the same attempt; the others may wait for ever.
-        words = f"pod {sight.child.lost} was removed while it ran"
-        work.set(message=words)
-        work.say("Ending", f"{work.name}: {words}; the others stop, and the next attempt goes on")
-        _delete(work, sight.child)
+def monitor(context: StepContext) -> None:
+    """A step that is Running and has not ended: create its child if it does not exist, and summarize its
+    state.
+    """
+    observation = context.observation
+    if backend_unavailable(context):
+        report_missing_backend(context, "Running")
+    elif observation.name_conflict is not None:
+        _report_name_conflict(context, observation.name_conflict)
+    elif observation.child is None:
+        _create_child(context, observation.create_error)
+    elif observation.child.state == "Succeeded":
+        _wait_for_result(context)
+    elif observation.child.missing_pod and context.before.reason == "Running":
+        # The training operator would replace the pod within the attempt; the others might wait forever.
+        message = f"pod {observation.child.missing_pod} was deleted while it ran"
+        context.update(message=message)
+        context.summarize(
+            "Ending", f"{context.name}: {message}; stopping its other pods, then the next attempt resumes"
+        )
+        _delete_child(context, observation.child)
     else:
-        _watch(work, sight.child)
+        _summarize_child(context, observation.child)
 
 
-def halt(work: StepContext) -> None:
-    """A step that is Running and must not go on: its child stops at a checkpoint, and the step is Suspended when it is gone."""
-    child = work.sight.child
-    if blind(work):
-        miss_backend(work, "Running")
+def stop(context: StepContext) -> None:
+    """A step that is Running and must stop: delete its child, which saves a checkpoint.
+
+    Suspended once the child is gone.
+    """
+    child = context.observation.child
+    if backend_unavailable(context):
+        report_missing_backend(context, "Running")
     elif child is None:
-        suspend(work)
+        suspend(context)
     elif child.state == "Succeeded":
-        _await_word(work)
+        _wait_for_result(context)
     else:
-        message = f"{work.name}: stopping at a checkpoint" + (f" ({child.why})" if child.why else "")
-        work.set(message=message)
-        work.say("Stopping", message)
-        _delete(work, child)
+        message = f"{context.name}: stopping at a checkpoint" + (
+            f" ({child.message})" if child.message else ""
+        )
+        context.update(message=message)
+        context.summarize("Stopping", message)
+        _delete_child(context, child)
 
 
-def dismiss(work: StepContext) -> None:
-    """The training that the step works beside has succeeded: nothing is lost with what it has not done, or could not do."""
-    child = work.sight.child
-    if work.step.state == "Running" and child is not None and child.alive:
-        work.set(message="training has succeeded: it ends")
-        work.say("Ending", f"{work.name}: {work.step.message}")
-        _delete(work, child)
+def release(context: StepContext) -> None:
+    """A step whose trainer has succeeded: stop it and count it as succeeded.
+
+    Its remaining work is not needed.
+    """
+    child = context.observation.child
+    if context.step.state == "Running" and child is not None and child.alive:
+        context.update(message="stopping, because training has succeeded")
+        context.summarize("Ending", f"{context.name}: {context.step.message}")
+        _delete_child(context, child)
     else:
-        words = {"message": "training has succeeded", "reason": "Succeeded"}
-        work.set(
-            state="Succeeded", finished=work.draft.now, failures=0, interruptions=0, retry_at=None, **words
+        context.update(
+            state="Succeeded",
+            finished=context.builder.now,
+            failures=0,
+            interruptions=0,
+            retry_at=None,
+            message="training has succeeded",
+            reason="Succeeded",
         )
 
 
-def suspend(work: StepContext) -> None:
-    """Nothing of the step is alive, and nothing is made: going on is another attempt, which does not count."""
-    step = work.set(state="Suspended", retry_at=None)
-    done = f" at {step.checkpoint.tokens} tokens" if step.checkpoint else ""
-    work.say("Suspended", f"{step.name} is suspended{done}; set spec.suspend to false to go on", "Suspended")
+def suspend(context: StepContext) -> None:
+    """Suspend a step that has no child alive.
 
-
-def miss_backend(work: StepContext, phase: RunPhase) -> None:
-    """runtime.backend alone chooses what training is made as: what is not installed is not worked around."""
-    message = (
-        "runtime.backend is PyTorchJob, and this cluster has no pytorchjobs.kubeflow.org: install the Kubeflow training operator, "
-        "or make the run anew with backend Job"
+    Resuming is another attempt, which does not count as a failure.
+    """
+    step = context.update(state="Suspended", retry_at=None)
+    where = f" at {step.checkpoint.tokens} tokens" if step.checkpoint else ""
+    context.summarize(
+        "Suspended", f"{step.name} is suspended{where}. Set spec.suspend to false to resume.", "Suspended"
     )
-    work.say("KubeflowMissing", message, phase)
-    work.stall("KubeflowMissing", message)
+
+
+def report_missing_backend(context: StepContext, phase: RunPhase) -> None:
+    """Stalled: the cluster does not serve what runtime.backend names.
+
+    The operator never switches to another backend.
+    """
+    message = (
+        "runtime.backend is PyTorchJob, but this cluster does not serve pytorchjobs.kubeflow.org. "
+        "Install the Kubeflow training operator, or apply a new run with backend Job."
+    )
+    context.summarize("KubeflowMissing", message, phase)
+    context.set_stalled("KubeflowMissing", message)
 
 
 def backoff(pauses: int, settings: Settings) -> timedelta:
-    """Pause before the next attempt after so many pauses: base, twice that, four times that, …, at most the limit."""
+    """Pause before the next attempt after this number of pauses: base, twice that, four times that, …, at
+    most the limit.
+    """
     return timedelta(
         seconds=min(settings.backoff.base_seconds * 2.0 ** min(pauses, 30), settings.backoff.limit_seconds)
     )
 
 
-def blind(work: StepContext) -> bool:
-    """Whether the step's child is of a kind that the cluster does not serve at the moment: nobody knows what has become of it."""
-    child = work.step.child
-    return work.draft.seen.backend_missing and child is not None and child.kind == PYTORCHJOB.name
+def backend_unavailable(context: StepContext) -> bool:
+    """Whether the step's child is of a kind that the cluster does not serve now, so that its state is
+    unknown.
+    """
+    child = context.step.child
+    return context.builder.children.backend_missing and child is not None and child.kind == PYTORCHJOB.name
 
 
-def _make(work: StepContext, refused: str) -> None:
-    """Status names the child, and it is not there: make it, again if need be."""
-    step = work.step
-    work.ask(Create(step.name, step.attempt))
-    if refused:
-        message = f"{step.name}: the API server refuses its child: {refused}. It is asked again."
-        work.say("ChildRefused", message)
-        work.stall("ChildRefused", message)
+def _create_child(context: StepContext, create_error: str) -> None:
+    """Create the child that the status names. The action is repeated until the child exists."""
+    step = context.step
+    context.add(CreateChild(step.name, step.attempt))
+    if create_error:
+        message = f"{step.name}: the API server rejected the child: {create_error}. Retrying."
+        context.summarize("ChildRefused", message)
+        context.set_stalled("ChildRefused", message)
     else:
-        work.say("Starting", step.message)
+        context.summarize("Starting", step.message)
 
 
-def _await_word(work: StepContext) -> None:
-    """The child has succeeded, and the bucket does not answer."""
-    words = "has finished; its result is read as soon as the bucket answers"
-    work.say("StorageUnreachable", f"{work.name} {words}")
-    _mind_time(work, "NoProgress", words)
+def _wait_for_result(context: StepContext) -> None:
+    """The child has succeeded, but the bucket does not answer."""
+    message = f"{context.name} has finished; waiting for the bucket to answer, to read the result"
+    context.summarize("StorageUnreachable", message)
+    _check_stalled(context, "NoProgress", message)
 
 
-def _give_way(work: StepContext, stranger: NameConflict) -> None:
-    """Another object has the name that this attempt's child must have."""
-    words = f"{work.name}: {stranger.words}, and this run needs its name"
-    if stranger.ending:
-        work.say("NameTaken", f"{words}: waiting for it to go.")
+def _report_name_conflict(context: StepContext, conflict: NameConflict) -> None:
+    """Another object has the name of this attempt's child, or of the run's ConfigMap."""
+    message = f"{context.name}: {conflict.message}, and this run needs the name"
+    if conflict.temporary:
+        context.summarize("NameTaken", f"{message}. Waiting for its deletion.")
     else:
-        message = f"{words}. Delete it, or give the run another name."
-        work.say("NameTaken", message)
-        work.stall("NameTaken", message)
+        message = f"{message}. Delete it, or give the run another name."
+        context.summarize("NameTaken", message)
+        context.set_stalled("NameTaken", message)
 
 
-def _delete(work: StepContext, child: Child) -> None:
-    named = ChildName(kind=child.kind, name=child.name, uid=child.uid)
-    work.set(child=named)
+def _delete_child(context: StepContext, child: ObservedChild) -> None:
+    ref = ChildRef(kind=child.kind, name=child.name, uid=child.uid)
+    context.update(child=ref)
     if not child.deleting:
-        work.ask(Delete(named))
+        context.add(DeleteChild(ref))
 
 
-def _watch(work: StepContext, child: Child) -> None:
-    """A child that is alive and may go on."""
-    reason = {"Waiting": "Held" if child.held else "PodPending", "Ending": "Ending"}.get(
+def _summarize_child(context: StepContext, child: ObservedChild) -> None:
+    """A child that is alive and may continue."""
+    reason = {"Waiting": "Held" if child.suspended else "PodPending", "Ending": "Ending"}.get(
         child.state, "Running"
     )
-    progress, step = work.reading.progress, work.step
-    doing = child.why or (progress.message if progress else "") or f"attempt {step.attempt} is running"
-    moved = {"progressed": work.draft.now} if work.before.reason != reason else {}
-    work.set(child=ChildName(kind=child.kind, name=child.name, uid=child.uid), message=doing, **moved)
-    queued = child.held and work.run.spec.runtime.queue_name  # Kueue has not admitted it: it holds nothing
-    work.say(reason, f"{step.name}: {doing}", "Queued" if queued else "Running")
-    waits = (
-        work.beside and child.state == "Running"
-    )  # sampler, teacher and trainer wait for each other: the trainer's time is all three's
-    if not child.held and not waits:
-        _mind_time(work, "NoProgress" if child.state == "Running" else "PodPending", doing)
+    progress, step = context.reading.progress, context.step
+    activity = child.message or (progress.message if progress else "") or f"attempt {step.attempt} is running"
+    moved = {"progressed": context.builder.now} if context.before.reason != reason else {}
+    ref = ChildRef(kind=child.kind, name=child.name, uid=child.uid)
+    context.update(child=ref, message=activity, **moved)
+    queued = (
+        child.suspended and context.run.spec.runtime.queue_name
+    )  # not admitted by Kueue: it holds nothing
+    context.summarize(reason, f"{step.name}: {activity}", "Queued" if queued else "Running")
+    # A running sampler or teacher may be waiting for the trainer: only the trainer's time counts.
+    waits_for_trainer = context.serves_trainer and child.state == "Running"
+    if not child.suspended and not waits_for_trainer:
+        _check_stalled(context, "NoProgress" if child.state == "Running" else "PodPending", activity)
 
 
-def _mind_time(work: StepContext, reason: str, words: str) -> None:
-    """Stalled once the step has not got on for runtime.stalledAfter. Where the bucket does not answer, nobody knows whether it has."""
-    draft, step = work.draft, work.step
+def _check_stalled(context: StepContext, reason: str, message: str) -> None:
+    """Mark the step stalled if it has made no progress for runtime.stalledAfter, or requeue for that time.
+
+    If the bucket does not answer, progress is unknown: that is then the reason.
+    """
+    builder, step = context.builder, context.step
     if step.progressed is None:
         return
-    deadline = step.progressed + timedelta(seconds=work.run.spec.runtime.stalled_after)
-    if draft.now < deadline:
-        draft.wakes.append(deadline)
+    deadline = step.progressed + timedelta(seconds=context.run.spec.runtime.stalled_after)
+    if builder.now < deadline:
+        builder.requeue_at(deadline)
         return
-    if work.reading.problem and reason == "NoProgress":
-        reason, words = "StorageUnreachable", work.reading.problem
-    work.stall(reason, f"{step.name} has not got on since {step.progressed:%Y-%m-%d %H:%M:%S} UTC: {words}")
+    if context.reading.problem and reason == "NoProgress":
+        reason, message = "StorageUnreachable", context.reading.problem
+    context.set_stalled(
+        reason, f"{step.name} has made no progress since {step.progressed:%Y-%m-%d %H:%M:%S} UTC: {message}"
+    )
 
 
-def _fold(work: StepContext) -> None:
-    """Take over what the step says about itself. A new checkpoint (a new part or window, where there are none) clears its failures."""
-    progress, step, draft = work.reading.progress, work.step, work.draft
+def _merge_progress(context: StepContext) -> None:
+    """Copy the step's progress report into the status. A new checkpoint resets its failures.
+
+    Steps without checkpoints: a new part or window.
+    """
+    progress, step, builder = context.reading.progress, context.step, context.builder
     if progress is None:
         return
     tokens, parts, changes = progress.tokens, progress.parts, dict[str, Any]()
@@ -208,87 +249,97 @@ def _fold(work: StepContext) -> None:
     if progress.validity is not None:
         changes["validity"] = progress.validity
     if any(dict(step)[name] != value for name, value in changes.items()):
-        changes["progressed"] = draft.now
-    after = work.set(**changes)
-    if _saved(after) > _saved(step):
-        work.set(failures=0, interruptions=0)
-    draft.set(
-        loss=progress.loss if progress.loss is not None else draft.status.loss,
-        checkpoint=after.checkpoint or draft.status.checkpoint,
-        held_out=after.held_out or draft.status.held_out,
-        validity=after.validity if progress.validity is not None else draft.status.validity,
+        changes["progressed"] = builder.now
+    after = context.update(**changes)
+    if _saved_work(after) > _saved_work(step):
+        context.update(failures=0, interruptions=0)
+    builder.update(
+        loss=progress.loss if progress.loss is not None else builder.status.loss,
+        checkpoint=after.checkpoint or builder.status.checkpoint,
+        held_out=after.held_out or builder.status.held_out,
+        validity=after.validity if progress.validity is not None else builder.status.validity,
     )
-    if progress.dataset is not None and draft.status.provenance is not None:
-        draft.set(
+    if progress.dataset is not None and builder.status.provenance is not None:
+        builder.update(
             provenance=RunProvenance.model_validate(
-                {**dict(draft.status.provenance), "dataset": progress.dataset}
+                {**dict(builder.status.provenance), "dataset": progress.dataset}
             )
         )
 
 
-def _saved(step: StepStatus) -> int:
-    """How far another attempt would start from: optimizer steps of training, parts or windows of everything else."""
+def _saved_work(step: StepStatus) -> int:
+    """Where another attempt would start: optimizer steps of a step that trains, parts or windows of any
+    other.
+    """
     return step.checkpoint.iteration if step.checkpoint else step.parts_done or 0
 
 
-def _succeed(work: StepContext) -> None:
-    """The child has succeeded: so has the step, once its last word has been read (later children carry the data set's id)."""
-    if work.reading.problem:
+def _succeed(context: StepContext) -> None:
+    """The child has succeeded.
+
+    So has the step once its last progress is read: later children carry the dataset's id.
+    """
+    if context.reading.problem:
         return
-    progress = work.reading.progress
-    words = (progress.message if progress else "") or "finished"
-    work.set(
+    progress = context.reading.progress
+    message = (progress.message if progress else "") or "finished"
+    context.update(
         state="Succeeded",
-        finished=work.draft.now,
-        message=words,
+        finished=context.builder.now,
+        message=message,
         reason="Succeeded",
-        reused=words == REUSED,
+        reused=message == REUSED,
         failures=0,
         interruptions=0,
     )
 
 
-def _fail(work: StepContext, failure: Failure) -> None:
-    """An attempt has ended without success. Only what the run itself did wrong counts, and only so often."""
-    step, attempts = work.step, work.run.spec.runtime.attempts
-    blameless = failure.kind == "Interrupted" or (failure.kind == "Retriable" and bool(work.reading.problem))
-    if blameless:
-        _retry(
-            work,
-            f"step {step.name} was interrupted (attempt {step.attempt}): {failure.words}",
-            interruptions=1,
-        )
+def _fail(context: StepContext, failure: Failure) -> None:
+    """An attempt has ended without success.
+
+    Interruptions from outside do not count; runtime.attempts bounds the others.
+    """
+    step, attempts = context.step, context.run.spec.runtime.attempts
+    if failure.kind == "Interrupted" or (failure.kind == "Retriable" and bool(context.reading.problem)):
+        message = f"step {step.name} was interrupted (attempt {step.attempt}): {failure.message}"
+        _retry(context, message, interruptions=1)
         return
     failures = max(step.failures + 1, attempts if failure.kind == "Permanent" else 0)
     if failure.kind == "Permanent":
-        counted, last = f"attempt {step.attempt}", "Another attempt would end the same"
+        counted, verdict = f"attempt {step.attempt}", "Another attempt would fail in the same way"
     else:
-        counted, last = f"attempt {step.attempt}, failure {failures} of {attempts}", "No attempts are left"
+        counted, verdict = f"attempt {step.attempt}, failure {failures} of {attempts}", "No attempts are left"
         if step.attempt == failures:
             counted = f"attempt {failures} of {attempts}"
-    words = f"step {step.name} failed ({counted}): {failure.words}"
+    message = f"step {step.name} failed ({counted}): {failure.message}"
     if failures < attempts:
-        _retry(work, words, failures=1)
+        _retry(context, message, failures=1)
         return
-    message = f"{words}. {last}; mend the cause, then raise runtime.attempts to go on."
-    reason = "PermanentFailure" if failure.kind == "Permanent" else "AttemptsExhausted"
-    work.set(state="Failed", failures=failures, finished=work.draft.now, message=message, reason=reason)
+    context.update(
+        state="Failed",
+        failures=failures,
+        finished=context.builder.now,
+        message=f"{message}. {verdict}. Fix the cause, then raise runtime.attempts to continue.",
+        reason="PermanentFailure" if failure.kind == "Permanent" else "AttemptsExhausted",
+    )
 
 
-def _retry(work: StepContext, words: str, failures: int = 0, interruptions: int = 0) -> None:
-    """Count what happened, and let the next attempt wait. After a first interruption there is nothing to wait for."""
-    step, now = work.step, work.draft.now
+def _retry(context: StepContext, message: str, failures: int = 0, interruptions: int = 0) -> None:
+    """Count the failure or interruption, and set the time of the next attempt.
+
+    A first interruption is retried at once.
+    """
+    step, now = context.step, context.builder.now
     failures, interruptions = step.failures + failures, step.interruptions + interruptions
     pause = (
-        backoff(failures + interruptions - 1, work.draft.settings)
+        backoff(failures + interruptions - 1, context.builder.settings)
         if failures + interruptions > 1 or failures
         else timedelta()
     )
-    message = f"{words}. Retrying in {pause.total_seconds():.0f} s."
-    work.set(
+    context.update(
         state="Retrying",
         failures=failures,
         interruptions=interruptions,
         retry_at=now + pause,
-        message=message,
+        message=f"{message}. Retrying in {pause.total_seconds():.0f} s.",
     )

@@ -1,7 +1,9 @@
-"""Kopf's part: watch DistillRuns and their Jobs and PyTorchJobs, and hand the key of whatever stirred to the queue.
+"""Watches DistillRuns and their Jobs and PyTorchJobs with kopf, and queues the key of the run of every object
+that changes.
 
-Handlers decide nothing and return at once. An event may be lost or doubled: the resync makes up for the one, the queue for the other.
-Kopf runs in a thread and event loop of its own, because on its way out it cancels every task that shares its loop.
+Handlers decide nothing and return at once. An event may be lost or repeated: the resync covers the one, the
+work queue the other. kopf runs in a thread with its own event loop, because when it ends it cancels every
+task of its loop.
 """
 
 import asyncio
@@ -21,30 +23,30 @@ Key = tuple[str, str]
 
 RUN_LABEL = labels.RUN
 
-CREDENTIALS_FOR = timedelta(minutes=5)
-"""How long Kopf keeps a token before it reads the file again: kubelets replace tokens long before they expire."""
+TOKEN_LIFETIME = timedelta(minutes=5)
+"""How long kopf uses a token before it reads the file again. Kubelets replace tokens long before they
+expire."""
 
 
-def settings() -> kopf.OperatorSettings:
-    """Kopf reduced to watching: no annotations, no finalizers, no Events, no scans; nothing that can hang without an end."""
-    chosen = kopf.OperatorSettings()
-    chosen.posting.enabled = False
-    chosen.scanning.disabled = True
-    chosen.networking.request_timeout = 30
-    chosen.networking.connect_timeout = 10
-    chosen.watching.connect_timeout = 10
-    chosen.watching.server_timeout = 240
-    chosen.watching.client_timeout = 300
-    chosen.persistence.finalizer = (
-        "vpmoe.dev/kopf"  # never set. Kopf takes its own off wherever it finds it: this must not be ours
-    )
+def kopf_settings() -> kopf.OperatorSettings:
+    """Reduce kopf to watching: no annotations, finalizers, Events or scans, a timeout for each request."""
+    settings = kopf.OperatorSettings()
+    settings.posting.enabled = False
+    settings.scanning.disabled = True
+    settings.networking.request_timeout = 30
+    settings.networking.connect_timeout = 10
+    settings.watching.connect_timeout = 10
+    settings.watching.server_timeout = 240
+    settings.watching.client_timeout = 300
+    # Never set. kopf removes its own finalizer from every object, so it must not have the operator's name.
+    settings.persistence.finalizer = "vpmoe.dev/kopf"
     for kind in (JOB, PYTORCHJOB):
-        chosen.watching.label_selectors[kind.group, kind.version, kind.plural] = labels.RUN
-    return chosen
+        settings.watching.label_selectors[kind.group, kind.version, kind.plural] = labels.RUN
+    return settings
 
 
 def handlers(put: Callable[[Key], None]) -> kopf.OperatorRegistry:
-    """The handlers, in a registry of their own."""
+    """A registry with the event handlers, which call `put`."""
     registry = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=registry)
@@ -52,24 +54,24 @@ def handlers(put: Callable[[Key], None]) -> kopf.OperatorRegistry:
         inside = kopf.login_with_service_account(**context)
         if inside is None:
             return kopf.login_with_kubeconfig(**context)
-        return dataclasses.replace(inside, expiration=datetime.now(UTC) + CREDENTIALS_FOR)
+        return dataclasses.replace(inside, expiration=datetime.now(UTC) + TOKEN_LIFETIME)
 
     @kopf.on.event(DISTILLRUN.group, DISTILLRUN.version, DISTILLRUN.plural, registry=registry)
-    async def run_stirred(*, namespace: str | None, name: str, **_: Any) -> None:
+    async def run_changed(*, namespace: str | None, name: str, **_: Any) -> None:
         put((namespace or "", name))
 
-    async def child_stirred(*, namespace: str | None, labels: Mapping[str, str], **_: Any) -> None:
+    async def child_changed(*, namespace: str | None, labels: Mapping[str, str], **_: Any) -> None:
         put((namespace or "", labels[RUN_LABEL]))
 
     for kind in (JOB, PYTORCHJOB):
         kopf.on.event(
             kind.group, kind.version, kind.plural, labels={RUN_LABEL: kopf.PRESENT}, registry=registry
-        )(child_stirred)
+        )(child_changed)
     return registry
 
 
 class Watcher:
-    """Kopf in its own thread. It ends when asked; `ended` is called when it does, for whatever reason."""
+    """kopf in its own thread. `ended` is called when it ends, for any reason."""
 
     def __init__(
         self, put: Callable[[Key], None], namespaces: list[str], ended: Callable[[], object]
@@ -82,7 +84,7 @@ class Watcher:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ask it to end, and wait a little."""
+        """Request the end, and wait up to 5 s for it."""
         self._stop.set()
         self._thread.join(timeout=5)
 
@@ -91,7 +93,7 @@ class Watcher:
             asyncio.run(
                 kopf.operator(
                     registry=handlers(self._put),
-                    settings=settings(),
+                    settings=kopf_settings(),
                     standalone=True,
                     clusterwide=not self._namespaces,
                     namespaces=self._namespaces,

@@ -1,6 +1,9 @@
-"""A DistillRun and a cluster as values, for tests of the operator's decisions: nothing here talks to anything.
+"""A DistillRun and its cluster as plain values, for tests of plan().
 
-`World` applies a plan's actions to the children it holds, and lets time pass; what the real API server does is tests/cluster's business.
+Nothing here talks to a server.
+
+SimulatedCluster applies a plan's actions to its children and lets time pass. tests/cluster tests against a
+real API server.
 """
 
 import copy
@@ -8,13 +11,26 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from distill_operator import observe
-from distill_operator.actions import ClearBucket, Create, Delete, DeleteRun, Finalizer, KeepBucket
+from distill_operator.actions import (
+    ClearBucket,
+    CreateChild,
+    DeleteChild,
+    DeleteRun,
+    KeepBucket,
+    SetFinalizer,
+)
 from distill_operator.attempt import Attempt, Origin, child_kind, child_name
 from distill_operator.children import build_child
 from distill_operator.gpu_scheduler import Decision
-from distill_operator.observe import Child, ChildObservation, Observed, ObservedRun
-from distill_operator.plan import holds_gpus, plan
+from distill_operator.observe import (
+    ChildObservation,
+    ObservedChild,
+    ObservedChildren,
+    ObservedRun,
+    State,
+    parse_run,
+)
+from distill_operator.plan import plan
 from distill_operator.plan_builder import Plan
 from distill_operator.pod_diagnosis import Failure
 from distill_operator.settings import Settings
@@ -40,7 +56,7 @@ SETTINGS = Settings.model_validate(
 
 
 def manifest(**spec: Any) -> dict[str, Any]:
-    """A DistillRun as the API server returns it; keywords replace parts of its spec."""
+    """A DistillRun as the API server returns it. Keywords replace fields of its spec."""
     return {
         "apiVersion": "vpmoe.dev/v1alpha1",
         "kind": "DistillRun",
@@ -66,20 +82,23 @@ def manifest(**spec: Any) -> dict[str, Any]:
     }
 
 
-def live(
+def observed_run(
     status: Status | None = None, deleting: bool = False, finalizers: tuple[str, ...] = (), **spec: Any
 ) -> ObservedRun:
-    """That run as it was read, with this status."""
+    """That DistillRun as the operator observes it, with this status."""
     obj = manifest(**spec)
     if status is not None:
         obj["status"] = status.dump()
-    return replace(observe.read_run(obj), deleting=deleting, finalizers=finalizers)
+    return replace(parse_run(obj), deleting=deleting, finalizers=finalizers)
 
 
 def progress(
     step: str, attempt: int = 1, state: str = "Running", iteration: int = 0, done: int = 0, **more: Any
 ) -> ProgressReading:
-    """What a step says: `iteration` of its last checkpoint, `done` tokens (what does not train: parts, or windows)."""
+    """A step's progress report. `iteration`: of its last checkpoint, 0 for none.
+
+    `done`: tokens of a step that trains, parts or windows of any other.
+    """
     address = "s3://vpmoe/somewhere/manifest.json"
     trains = step not in ("preprocess", "rescore") and "-" not in step
     amount = {"tokens": Amount(done=done, total=1000)} if trains else {"parts": Amount(done=done, total=4)}
@@ -89,7 +108,7 @@ def progress(
         else None
     )
     dataset = DatasetStatus(id="d" * 64, manifest=address, sha256="e" * 64)
-    told = {
+    report = {
         "step": step,
         "attempt": attempt,
         "state": state,
@@ -97,22 +116,22 @@ def progress(
         "checkpoint": checkpoint,
         "dataset": dataset,
     }
-    return ProgressReading(Progress.model_validate({**told, **amount, **more}), asked=True)
+    return ProgressReading(Progress.model_validate({**report, **amount, **more}), attempted=True)
 
 
-def templates(child: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
-    """How many pods of which template a Job or PyTorchJob has."""
+def pod_templates(child: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """Number of pods and template, for each pod template of a Job or PyTorchJob."""
     spec = child["spec"]
     if child["kind"] == "Job":
         return [(spec["parallelism"], spec["template"])]
     return [(replica["replicas"], replica["template"]) for replica in spec["pytorchReplicaSpecs"].values()]
 
 
-def gpus(child: dict[str, Any]) -> int:
+def child_gpus(child: dict[str, Any]) -> int:
     """GPUs of all pods of a Job or PyTorchJob."""
     limits = [
         (count, template["spec"]["containers"][0]["resources"].get("limits", {}))
-        for count, template in templates(child)
+        for count, template in pod_templates(child)
     ]
     return sum(count * limit.get("nvidia.com/gpu", 0) for count, limit in limits)
 
@@ -125,108 +144,112 @@ ALL_KINDS = [
 ONPOLICY = {"name": "onpolicy", "kind": "OnPolicy", "tokens": 1000, "require": {"validity": 0}}
 EVALUATED = {"completions": 8}
 ERROR = Failure("Error", "pod x, container pytorch, exit 137 (killed)")
-EVICTED = Failure("Interrupted", "pod x was stopped from outside (EvictionByEvictionAPI: drained)")
+EVICTED = Failure("Interrupted", "pod x was disrupted (EvictionByEvictionAPI: drained)")
 PERMANENT = Failure("Permanent", "pod x, exit 65")
 RETRIABLE = Failure("Retriable", "pod x, exit 75")
-AWAY = ProgressReading(asked=True, problem="s3://vpmoe: GetObject failed", reason="Unreachable")
+AWAY = ProgressReading(attempted=True, problem="s3://vpmoe: GetObject failed", reason="Unreachable")
 
 
 @dataclass
-class World:
-    """One run, its children, its bucket's last word, and the time."""
+class SimulatedCluster:
+    """One run, its children, its progress reports, and the time."""
 
     spec: dict[str, Any] = field(default_factory=dict)
     status: Status = field(default_factory=Status)
-    children: dict[str, Child] = field(default_factory=dict)
+    children: dict[str, ObservedChild] = field(default_factory=dict)
+    """By name."""
     readings: dict[str, ProgressReading] = field(default_factory=dict)
-    otherwise: ProgressReading = field(default_factory=ProgressReading)
-    """What is read of a step that has told nothing."""
-    verdict: Decision = ADMITTED
+    """By step."""
+    default_reading: ProgressReading = field(default_factory=ProgressReading)
+    """Reading of a step that is not in `readings`."""
+    decision: Decision = ADMITTED
     now: datetime = START
     deleting: bool = False
-    finalizer: bool = False
+    has_finalizer: bool = False
     bucket_cleared: bool = False
     run_deleted: bool = False
     backend_missing: bool = False
-    made: list[str] = field(default_factory=list)
-    asked: dict[str, int] = field(default_factory=dict)
-    """GPUs by child."""
-    last: Plan | None = None
+    created: list[str] = field(default_factory=list)
+    """Names of all children that were ever created, in order."""
+    requested_gpus: dict[str, int] = field(default_factory=dict)
+    """By name of the child."""
 
-    def decide(self) -> Plan:
-        """A plan from the world as it is. Nothing changes."""
-        finalizers = ("vpmoe.dev/delete-from-bucket",) if self.finalizer else ()
-        seen_run = live(self.status, self.deleting, finalizers, **self.spec)
+    def plan(self) -> Plan:
+        """Plan from the present state. Changes nothing."""
+        finalizers = ("vpmoe.dev/delete-from-bucket",) if self.has_finalizer else ()
+        observed = observed_run(self.status, self.deleting, finalizers, **self.spec)
         named = {step.name: step.child.name for step in self.status.running if step.child is not None}
-        seen = Observed(
+        children = ObservedChildren(
             {step: ChildObservation(self.children.get(name)) for step, name in named.items()},
             self.backend_missing,
         )
-        readings = {step: self.readings.get(step, self.otherwise) for step in named}
-        verdict = None if holds_gpus(self.status) else self.verdict
-        return plan(seen_run, seen, readings, verdict, SETTINGS, self.now)
+        readings = {step: self.readings.get(step, self.default_reading) for step in named}
+        decision = None if self.status.holds_gpus else self.decision
+        return plan(observed, children, readings, decision, SETTINGS, self.now)
 
-    def look(self, crash_after: int | None = None) -> Plan:
-        """Decide, write the status, act; with `crash_after`, only so many of the actions."""
-        self.last = decided = self.decide()
+    def reconcile(self, crash_after: int | None = None) -> Plan:
+        """Plan, write the status, execute the actions; with `crash_after`, only the first ones."""
+        decided = self.plan()
         self.status = Status.model_validate(decided.status.dump())
         for action in decided.actions[:crash_after]:
-            self._act(action)
+            self._execute(action)
         return decided
 
-    def settle(self, looks: int = 5) -> Plan:
-        """Look a few times, as watches make the operator do."""
-        for _ in range(looks):
-            decided = self.look()
+    def reconcile_repeatedly(self, times: int = 5) -> Plan:
+        """Reconcile several times, as watch events make the operator do. Returns the last plan."""
+        for _ in range(times):
+            decided = self.reconcile()
         return decided
 
-    def becomes(
-        self, state: observe.State, failure: Failure | None = None, step: str = "", **more: Any
+    def set_child_state(
+        self, state: State, failure: Failure | None = None, step: str = "", **more: Any
     ) -> None:
-        """The child of that step changes; of the running one that is furthest on, where none is named."""
+        """Change the child of the step; by default of the last Running step."""
         name = self.child(step).name
         self.children[name] = replace(self.children[name], state=state, failure=failure, **more)
 
-    def child(self, step: str = "") -> Child:
-        """The child of that step, or of the running one that is furthest on."""
+    def child(self, step: str = "") -> ObservedChild:
+        """The child of the step; by default of the last Running step."""
         found = self.status.step_status(step) if step else self.status.running[-1]
         assert found is not None
         assert found.child is not None
         return self.children[found.child.name]
 
-    def ends(self, *steps: str) -> None:
-        """The children of these steps, or all, are gone, with their pods."""
+    def remove_children(self, *steps: str) -> None:
+        """Remove the children of these steps with their pods; without arguments, all children."""
         for name in [self.child(step).name for step in steps] or list(self.children):
             del self.children[name]
 
-    def tells(self, reading: ProgressReading) -> None:
-        """From now on the step that this is about says so; what is about no step is read of every one."""
+    def set_progress(self, reading: ProgressReading) -> None:
+        """Set the reading of the step that its report names; a reading without a report becomes that of all
+        steps.
+        """
         if reading.progress is None:
-            self.readings, self.otherwise = {}, reading
+            self.readings, self.default_reading = {}, reading
         else:
             self.readings[reading.progress.step] = reading
 
     def step(self, name: str) -> StepStatus:
-        """A step's status."""
+        """Status of a step."""
         found = self.status.step_status(name)
         assert found is not None
         return found
 
-    def wait(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
 
-    def alive(self) -> list[str]:
+    def alive_children(self) -> list[str]:
         return [child.name for child in self.children.values() if child.alive]
 
-    def gpus(self) -> int:
-        """GPUs that the living children ask for."""
-        return sum(self.asked[name] for name in self.alive())
+    def gpus_in_use(self) -> int:
+        """GPUs that the children alive request."""
+        return sum(self.requested_gpus[name] for name in self.alive_children())
 
-    def _act(self, action: Any) -> None:
-        run = live(**self.spec).run
+    def _execute(self, action: Any) -> None:
+        run = observed_run(**self.spec).run
         assert run is not None
         match action:
-            case Create(step, attempt):
+            case CreateChild(step, attempt):
                 name, stage = child_name(run, step, attempt), run.stage_of(step)
                 assert (
                     stage is None
@@ -235,27 +258,29 @@ class World:
                     or self.step(stage.name).state != "Succeeded"
                 ), name
                 assert all(self.step(needed).state == "Succeeded" for needed in run.needs(step)), (
-                    f"{name} is made too early"
+                    f"{name} is created before the steps that it needs have succeeded"
                 )
                 if name not in self.children:
-                    self.made.append(name)
-                    self.asked[name] = gpus(
+                    self.created.append(name)
+                    self.requested_gpus[name] = child_gpus(
                         build_child(Attempt(run, step, attempt, Origin(SHA, "b" * 64, None), SETTINGS))
                     )
-                    self.children[name] = Child(
-                        child_kind(run, step).name, name, f"uid-{len(self.made)}", "Waiting"
+                    self.children[name] = ObservedChild(
+                        child_kind(run, step).name, name, f"uid-{len(self.created)}", "Waiting"
                     )
-                assert self.gpus() <= run.spec.teacher.gpus + run.spec.student.gpus, self.alive()
-            case Delete(named):
-                child = self.children.get(named.name)
-                if child is not None and child.alive and named.uid in (None, child.uid):
-                    self.children[named.name] = replace(child, state="Ending", deleting=True)
+                assert self.gpus_in_use() <= run.spec.teacher.gpus + run.spec.student.gpus, (
+                    self.alive_children()
+                )
+            case DeleteChild(ref):
+                child = self.children.get(ref.name)
+                if child is not None and child.alive and ref.uid in (None, child.uid):
+                    self.children[ref.name] = replace(child, state="Ending", deleting=True)
                 elif child is not None:
-                    del self.children[named.name]
-            case Finalizer(present):
-                self.finalizer = present
+                    del self.children[ref.name]
+            case SetFinalizer(present):
+                self.has_finalizer = present
             case ClearBucket():
-                assert not self.alive(), "the bucket is cleared under a living child"
+                assert not self.alive_children(), "the bucket is cleared while a child is alive"
                 self.bucket_cleared = True
             case KeepBucket():
                 pass
@@ -263,32 +288,32 @@ class World:
                 self.run_deleted = True
 
 
-def training(**spec: Any) -> World:
-    """A world in which preprocessing is done and training runs, with its first checkpoint still to come."""
-    world = World(spec)
-    world.look()
-    world.becomes("Succeeded")
-    world.tells(progress("preprocess", state="Succeeded", done=4))
-    world.look()
-    for step in world.status.running:
-        world.becomes("Running", step=step.name)
-        world.tells(progress(step.name))
-    world.look()
-    return world
+def training_run(**spec: Any) -> SimulatedCluster:
+    """A run whose preprocessing is done and whose first stage trains, before its first checkpoint."""
+    cluster = SimulatedCluster(spec)
+    cluster.reconcile()
+    cluster.set_child_state("Succeeded")
+    cluster.set_progress(progress("preprocess", state="Succeeded", done=4))
+    cluster.reconcile()
+    for step in cluster.status.running:
+        cluster.set_child_state("Running", step=step.name)
+        cluster.set_progress(progress(step.name))
+    cluster.reconcile()
+    return cluster
 
 
-def beside(**spec: Any) -> World:
-    """A world in which rescoring runs beside Vanilla; a Rescored and a TeacherForced stage are still to come."""
-    return training(**{"stages": ALL_KINDS, **spec})
+def rescoring_run(**spec: Any) -> SimulatedCluster:
+    """A run in which rescoring runs beside Vanilla, before a Rescored and a TeacherForced stage."""
+    return training_run(**{"stages": ALL_KINDS, **spec})
 
 
-def together(**spec: Any) -> World:
-    """A world in which the three of an OnPolicy stage are at work; where it is evaluated, that is still to come."""
-    return training(**{"stages": [ONPOLICY], **spec})
+def onpolicy_run(**spec: Any) -> SimulatedCluster:
+    """A run in which sampler, teacher and trainer of an OnPolicy stage run, before any evaluation."""
+    return training_run(**{"stages": [ONPOLICY], **spec})
 
 
-def told(decided: Plan, kind: str) -> tuple[str, str]:
-    """Status and reason of a condition."""
-    condition = decided.status.condition(kind)
-    assert condition is not None
-    return condition.status, condition.reason
+def condition(decided: Plan, type_: str) -> tuple[str, str]:
+    """Status and reason of a condition of the plan's status."""
+    found = decided.status.condition(type_)
+    assert found is not None
+    return found.status, found.reason

@@ -1,4 +1,6 @@
-"""The objects that the operator makes: what stands in them, that any run's names fit, and that the restricted standard holds."""
+"""Children and pod templates: their contents, the length of names, and the restricted pod security
+standard.
+"""
 
 import re
 from collections import Counter
@@ -10,8 +12,16 @@ from distill_operator.attempt import Attempt, Origin, child_name
 from distill_operator.children import build_child, build_config_map
 from distill_operator.settings import Settings
 
-from tests.fakes import simulated_cluster
-from tests.fakes.simulated_cluster import EVALUATED, ONPOLICY, SETTINGS, SHA, UID, live, manifest
+from tests.fakes.simulated_cluster import (
+    EVALUATED,
+    ONPOLICY,
+    SETTINGS,
+    SHA,
+    UID,
+    manifest,
+    observed_run,
+    pod_templates,
+)
 from vpmoe.api import DistillRun, Invalid
 
 ORIGIN = Origin(SHA, "b" * 64, "d" * 64)
@@ -31,8 +41,8 @@ EVERYWHERE = {
 
 
 def run(**spec: Any) -> DistillRun:
-    parsed = live(**spec).run
-    assert parsed is not None, live(**spec).invalid
+    parsed = observed_run(**spec).run
+    assert parsed is not None, observed_run(**spec).invalid
     return parsed
 
 
@@ -43,7 +53,7 @@ def child(
 
 
 def templates(obj: dict[str, Any]) -> list[dict[str, Any]]:
-    return [template for _, template in simulated_cluster.templates(obj)]
+    return [template for _, template in pod_templates(obj)]
 
 
 CHILDREN = [
@@ -71,7 +81,7 @@ ROLES = {
     "onpolicy-teacher": "teacher",
     "onpolicy-evaluate": "evaluate",
 }
-"""Steps whose pods are not of the role train."""
+"""Role by step, of the steps that do not train."""
 
 
 @pytest.mark.parametrize("step, spec", CHILDREN)
@@ -92,12 +102,12 @@ def test_every_pod_satisfies_the_restricted_standard(step: str, spec: dict[str, 
         assert written == {"/tmp", "/dev/shm"}
         assert {"name": "shm", "emptyDir": {"medium": "Memory"}} in pod["volumes"]
         assert pod["terminationGracePeriodSeconds"] == 300
-        assert pod["shareProcessNamespace"] is True, "process 1 gets no SIGTERM before it has a handler"
+        assert pod["shareProcessNamespace"] is True, "process 1 ignores SIGTERM before it has a handler"
         assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
 
 
 @pytest.mark.parametrize("step, spec", CHILDREN)
-def test_child_and_pods_say_where_they_come_from(step: str, spec: dict[str, Any]) -> None:
+def test_child_and_pods_carry_their_provenance(step: str, spec: dict[str, Any]) -> None:
     obj = child(step, **spec)
     for metadata in [obj["metadata"], *(template["metadata"] for template in templates(obj))]:
         short, whole = metadata["labels"], metadata["annotations"]
@@ -141,14 +151,14 @@ def test_the_command_names_run_step_and_attempt(step: str, spec: dict[str, Any])
         assert (container["command"], container["workingDir"]) == (command, "/opt/vpmoe")
 
 
-def test_the_config_map_holds_the_very_run_and_is_of_this_run_alone() -> None:
+def test_the_config_map_holds_the_resolved_run_and_is_of_this_run_alone() -> None:
     parsed = run(suspend=True, deletionPolicy="Delete")
     config_map = build_config_map(parsed, ORIGIN)
     read = DistillRun.parse(yaml.safe_load(config_map["data"]["run.yaml"]))
     assert (read.config_hash, read.uid8, read.metadata) == (parsed.config_hash, "0a1b2c3d", parsed.metadata)
     assert config_map["immutable"] is True
     assert config_map["metadata"]["name"] == "first-config-0a1b2c3d", (
-        "kubelets keep an immutable ConfigMap of the same name"
+        "kubelets cache an immutable ConfigMap by name"
     )
 
 
@@ -176,8 +186,8 @@ def test_preprocessing_is_an_indexed_job_of_as_many_pods_as_workers() -> None:
 def test_a_pytorchjob_has_one_master_and_the_rest_as_workers(
     student: dict[str, Any], replicas: dict[str, int], processes: int
 ) -> None:
-    training = {"sequenceLength": 512, "globalBatchTokens": 8192}
-    spec = child(student={"shape": "tiny", **student}, training=training)["spec"]
+    training_run = {"sequenceLength": 512, "globalBatchTokens": 8192}
+    spec = child(student={"shape": "tiny", **student}, training=training_run)["spec"]
     assert {role: replica["replicas"] for role, replica in spec["pytorchReplicaSpecs"].items()} == replicas
     assert spec["nprocPerNode"] == str(processes)
     assert spec["runPolicy"] == {"cleanPodPolicy": "Running"}
@@ -190,7 +200,7 @@ def test_a_pytorchjob_has_one_master_and_the_rest_as_workers(
 
 
 @pytest.mark.parametrize(
-    "stage, step, gpus", [(None, "vanilla", 4), (FORCED, "forced", 5)], ids=["students", "and their teacher"]
+    "stage, step, gpus", [(None, "vanilla", 4), (FORCED, "forced", 5)], ids=["student", "student and teacher"]
 )
 def test_a_job_has_all_processes_in_one_pod(stage: list[Any] | None, step: str, gpus: int) -> None:
     spec = child(
@@ -210,13 +220,13 @@ def test_a_job_has_all_processes_in_one_pod(stage: list[Any] | None, step: str, 
         pytest.param({"gpus": 4, "gpusPerPod": 2}, 3, 2, id="two pods"),
     ],
 )
-def test_a_teacher_that_forces_has_a_gpu_of_the_master_beyond_the_processes(
+def test_the_teacher_of_a_teacher_forced_stage_has_a_gpu_of_the_master_beyond_the_processes(
     student: dict[str, Any], master: int, worker: int | None
 ) -> None:
-    training = {"sequenceLength": 512, "globalBatchTokens": 8192}
+    training_run = {"sequenceLength": 512, "globalBatchTokens": 8192}
     teacher = {"model": "s3://models/teacher", "gpus": 2}
     spec = child(
-        "forced", stages=FORCED, student={"shape": "tiny", **student}, training=training, teacher=teacher
+        "forced", stages=FORCED, student={"shape": "tiny", **student}, training=training_run, teacher=teacher
     )["spec"]
     gpus = {
         role: replica["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
@@ -224,11 +234,11 @@ def test_a_teacher_that_forces_has_a_gpu_of_the_master_beyond_the_processes(
     }
     assert gpus == {"Master": master, **({"Worker": worker} if worker else {})}
     assert spec["nprocPerNode"] == str(student.get("gpusPerPod", student["gpus"])), (
-        "the launcher starts the teacher, torchrun the ranks"
+        "torchrun starts the ranks, the launcher the teacher"
     )
 
 
-def test_rescoring_is_an_indexed_job_of_a_teacher_a_pod_in_the_inference_image() -> None:
+def test_rescoring_is_an_indexed_job_with_a_teacher_in_each_pod() -> None:
     spec = child("rescore", stages=RESCORED, teacher={"model": "s3://models/teacher", "gpus": 3})["spec"]
     assert (spec["completionMode"], spec["completions"], spec["parallelism"], spec["backoffLimit"]) == (
         "Indexed",
@@ -239,7 +249,7 @@ def test_rescoring_is_an_indexed_job_of_a_teacher_a_pod_in_the_inference_image()
     (container,) = spec["template"]["spec"]["containers"]
     assert (container["name"], container["image"]) == ("rescore", "vpmoe/inference:1")
     assert {"name": "VPMOE_IMAGE", "value": "vpmoe/inference:1"} in container["env"], (
-        "provenance names the image that it runs in"
+        "provenance names the image of the pod"
     )
     assert container["resources"] == {"requests": {"memory": "2Gi"}, "limits": {"nvidia.com/gpu": 1}}
 
@@ -266,7 +276,7 @@ def test_rescoring_is_an_indexed_job_of_a_teacher_a_pod_in_the_inference_image()
             {"completions": 1, "parallelism": 1},
             4,
             "vpmoe/trainer:1",
-            id="what the sampler leaves",
+            id="the GPUs without the sampler's",
         ),
         pytest.param(
             "onpolicy-evaluate", {"completions": 1, "parallelism": 1}, 1, "vpmoe/inference:1", id="one GPU"
@@ -289,7 +299,7 @@ def test_the_jobs_of_an_on_policy_stage_share_the_runs_gpus(
     assert {"name": "VPMOE_IMAGE", "value": image} in container["env"]
 
 
-def test_only_what_trains_is_a_pytorchjob() -> None:
+def test_only_a_step_that_trains_is_a_pytorchjob() -> None:
     kinds = {step: child(step, **EVALUATED_ONPOLICY)["kind"] for step in run(**EVALUATED_ONPOLICY).steps()}
     assert {step for step, kind in kinds.items() if kind == "PyTorchJob"} == {"onpolicy"}
 
@@ -305,7 +315,7 @@ def test_only_what_trains_is_a_pytorchjob() -> None:
         ),
     ],
 )
-def test_resources_are_the_runs_own_or_the_charts(given: dict[str, Any], resources: dict[str, Any]) -> None:
+def test_resources_are_the_runs_or_else_the_charts(given: dict[str, Any], resources: dict[str, Any]) -> None:
     assert (
         templates(child(runtime={"resources": given}))[0]["spec"]["containers"][0]["resources"] == resources
     )
@@ -323,13 +333,13 @@ def test_credentials_come_from_the_runs_secret_or_from_the_service_account(secre
     assert {entry["name"]: entry.get("value") for entry in env}["VPMOE_GIT_SHA"] == SHA
 
 
-def test_the_certificates_of_the_store_are_mounted_and_named() -> None:
+def test_the_certificates_of_the_store_are_mounted_and_set_in_the_environment() -> None:
     pod = templates(child(storage={"bucket": "vpmoe", "caSecret": "authority"}))[0]["spec"]
     assert {"name": "AWS_CA_BUNDLE", "value": "/etc/vpmoe-ca/ca.crt"} in pod["containers"][0]["env"]
     assert any(volume.get("secret", {}).get("secretName") == "authority" for volume in pod["volumes"])
 
 
-def test_runtime_reaches_every_pod() -> None:
+def test_every_pod_has_the_fields_of_spec_runtime() -> None:
     runtime = {
         **EVERYWHERE,
         "serviceAccountName": "writer",
@@ -349,13 +359,13 @@ def test_runtime_reaches_every_pod() -> None:
         )
 
 
-def test_a_queue_is_a_label_of_the_child_and_its_only_sign() -> None:
+def test_queue_name_becomes_a_label_of_the_child() -> None:
     assert child(runtime={"queueName": "team"})["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
     assert "kueue.x-k8s.io/queue-name" not in child()["metadata"]["labels"]
 
 
 @pytest.mark.parametrize("step, spec", CHILDREN)
-def test_training_pods_alone_serve_metrics_on_the_port_that_they_name(
+def test_only_training_pods_serve_metrics_on_the_port_that_they_declare(
     step: str, spec: dict[str, Any]
 ) -> None:
     for template in templates(child(step, **spec)):
@@ -368,31 +378,35 @@ def test_training_pods_alone_serve_metrics_on_the_port_that_they_name(
 
 def test_the_longest_names_fit_where_kubernetes_puts_them() -> None:
     stages = [{"name": "q" * 16, "kind": "Rescored", "tokens": 1000}, {**ONPOLICY, "name": "s" * 16}]
-    spec = {**live_manifest("x")["spec"], "stages": stages, "evaluation": EVALUATED}
-    long = DistillRun.parse({**live_manifest("r" * 30), "spec": spec})
+    spec = {**named_manifest("x")["spec"], "stages": stages, "evaluation": EVALUATED}
+    long = DistillRun.parse({**named_manifest("r" * 30), "spec": spec})
     for step in long.steps():
         obj = build_child(Attempt(long, step, 9999, ORIGIN, SETTINGS))
         most = 54 if obj["kind"] == "PyTorchJob" else 61 if "completionMode" in obj["spec"] else 63
-        assert len(obj["metadata"]["name"]) <= most, "host names of 63 characters: <name>-master-0, <name>-0"
+        assert len(obj["metadata"]["name"]) <= most, (
+            "host names have 63 characters: <name>-master-0, <name>-0"
+        )
         assert all(
             re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?", v)
             for v in obj["metadata"]["labels"].values()
         )
     with pytest.raises(Invalid):
-        DistillRun.parse(live_manifest("r" * 31))
+        DistillRun.parse(named_manifest("r" * 31))
 
 
 def test_no_two_runs_have_children_of_one_name() -> None:
-    """A stage is called neither sampler nor teacher nor evaluate, so where a run's name ends can be told from what follows."""
+    """A stage cannot be named sampler, teacher or evaluate, so a child's name shows where the run's name
+    ends.
+    """
     names = Counter[str]()
     for name in ("a", "a-b", "a-b-c", "a-sampler", "a-b-sampler", "a-evaluate"):
         stages = [{**ONPOLICY, "name": stage} for stage in ("b", "c", "a1", "bsampler")]
-        spec = {**live_manifest("x")["spec"], "stages": stages, "evaluation": EVALUATED}
-        parsed = DistillRun.parse({**live_manifest(name), "spec": spec})
+        spec = {**named_manifest("x")["spec"], "stages": stages, "evaluation": EVALUATED}
+        parsed = DistillRun.parse({**named_manifest(name), "spec": spec})
         names.update(child_name(parsed, step, attempt) for step in parsed.steps() for attempt in (1, 11))
     assert {name for name, count in names.items() if count > 1} == set()
 
 
-def live_manifest(name: str) -> dict[str, Any]:
+def named_manifest(name: str) -> dict[str, Any]:
     obj = manifest()
     return {**obj, "metadata": {**obj["metadata"], "name": name}}

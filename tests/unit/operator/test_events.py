@@ -1,4 +1,4 @@
-"""Events of a run's transitions, what a stray child is, the settings file, and what the operator's process never loads."""
+"""Events of a run's transitions, orphans, the settings file, and modules that the operator must not load."""
 
 import json
 import subprocess
@@ -10,108 +10,118 @@ import pytest
 from distill_operator import watch
 from distill_operator.events import event_name, events_between
 from distill_operator.gpu_scheduler import Decision
-from distill_operator.orphans import is_live, is_stray
+from distill_operator.orphans import is_active, is_orphan
 from distill_operator.pod_diagnosis import Failure
 from distill_operator.settings import load_settings
 
-from tests.fakes.simulated_cluster import AWAY, PERMANENT, World, beside, manifest, progress, together
+from tests.fakes.simulated_cluster import (
+    AWAY,
+    PERMANENT,
+    SimulatedCluster,
+    manifest,
+    onpolicy_run,
+    progress,
+    rescoring_run,
+)
 from vpmoe.api import labels
 
 
-def reasons(world: World) -> list[str]:
-    """What one look tells."""
-    before = world.status
-    return [happening.reason for happening in events_between(before, world.look().status)]
+def reasons(cluster: SimulatedCluster) -> list[str]:
+    """Reasons of the Events of one reconcile."""
+    before = cluster.status
+    return [event.reason for event in events_between(before, cluster.reconcile().status)]
 
 
-def test_every_transition_of_a_run_is_told_once() -> None:
-    world = World()
-    assert reasons(world) == ["StepStarted"]
-    assert reasons(world) == []
-    world.becomes("Succeeded")
-    world.tells(progress("preprocess", state="Succeeded", done=4))
-    assert reasons(world) == ["StepSucceeded", "StepStarted"]
-    world.becomes("Running")
-    world.tells(progress("vanilla", done=100))
-    assert reasons(world) == []
-    world.tells(AWAY)
-    assert reasons(world) == ["StorageUnreachable"]
-    world.tells(
+def test_every_transition_of_a_run_is_one_event() -> None:
+    cluster = SimulatedCluster()
+    assert reasons(cluster) == ["StepStarted"]
+    assert reasons(cluster) == []
+    cluster.set_child_state("Succeeded")
+    cluster.set_progress(progress("preprocess", state="Succeeded", done=4))
+    assert reasons(cluster) == ["StepSucceeded", "StepStarted"]
+    cluster.set_child_state("Running")
+    cluster.set_progress(progress("vanilla", done=100))
+    assert reasons(cluster) == []
+    cluster.set_progress(AWAY)
+    assert reasons(cluster) == ["StorageUnreachable"]
+    cluster.set_progress(
         progress(
             "vanilla",
             done=200,
             conditions=[{"type": "RouterCollapse", "status": "True", "reason": "DeadExpert"}],
         )
     )
-    assert reasons(world) == ["StorageReachable", "RouterCollapse"]
-    world.becomes("Failed", Failure("Error", "exit 1"))
-    assert reasons(world) == ["StepRetrying"]
-    world.wait(60)
-    assert reasons(world) == ["StepStarted"]
-    world.spec = {"suspend": True}
-    world.look()
-    world.children.clear()
-    assert reasons(world) == ["Suspended"]
-    world.spec = {}
-    assert reasons(world) == ["StepStarted", "Resumed"]
-    world.becomes("Failed", Failure("Permanent", "exit 65"))
-    assert reasons(world) == ["StepFailed", "RunFailed"]
+    assert reasons(cluster) == ["StorageReachable", "RouterCollapse"]
+    cluster.set_child_state("Failed", Failure("Error", "exit 1"))
+    assert reasons(cluster) == ["StepRetrying"]
+    cluster.advance(60)
+    assert reasons(cluster) == ["StepStarted"]
+    cluster.spec = {"suspend": True}
+    cluster.reconcile()
+    cluster.children.clear()
+    assert reasons(cluster) == ["Suspended"]
+    cluster.spec = {}
+    assert reasons(cluster) == ["StepStarted", "Resumed"]
+    cluster.set_child_state("Failed", Failure("Permanent", "exit 65"))
+    assert reasons(cluster) == ["StepFailed", "RunFailed"]
 
 
 def test_events_name_the_step_that_they_are_about() -> None:
-    world = beside()
-    world.becomes("Failed", PERMANENT, "vanilla")
-    before = world.status
-    assert [(h.reason, h.message.split()[1]) for h in events_between(before, world.look().status)] == [
+    cluster = rescoring_run()
+    cluster.set_child_state("Failed", PERMANENT, "vanilla")
+    before = cluster.status
+    assert [(h.reason, h.message.split()[1]) for h in events_between(before, cluster.reconcile().status)] == [
         ("StepFailed", "vanilla")
     ]
-    world.becomes("Failed", PERMANENT, "rescore")
-    world.wait(1)
-    before = world.status
-    told = events_between(before, world.look().status)
-    assert [happening.reason for happening in told] == ["StepFailed", "RunFailed"]
-    assert told[1].message == "PermanentFailure: step vanilla", "the first cause"
+    cluster.set_child_state("Failed", PERMANENT, "rescore")
+    cluster.advance(1)
+    before = cluster.status
+    events = events_between(before, cluster.reconcile().status)
+    assert [event.reason for event in events] == ["StepFailed", "RunFailed"]
+    assert events[1].message == "PermanentFailure: step vanilla", "the first cause"
 
 
-def test_a_run_that_waits_or_cannot_start_is_told() -> None:
-    assert reasons(World(verdict=Decision(False, "no", hopeless=True))) == ["Queued", "PoolTooSmall"]
-    assert reasons(World({"nonsense": 1})) == ["RunFailed"]
-    assert reasons(World(backend_missing=True)) == ["KubeflowMissing"]
+def test_a_run_that_waits_or_cannot_start_has_an_event() -> None:
+    assert reasons(SimulatedCluster(decision=Decision(False, "no", unschedulable=True))) == [
+        "Queued",
+        "PoolTooSmall",
+    ]
+    assert reasons(SimulatedCluster({"nonsense": 1})) == ["RunFailed"]
+    assert reasons(SimulatedCluster(backend_missing=True)) == ["KubeflowMissing"]
 
 
-def test_a_run_that_gets_on_again_is_told() -> None:
-    world = World(backend_missing=True)
-    world.look()
-    world.backend_missing = False
-    assert reasons(world) == ["StepStarted", "GetsOn"]
+def test_a_run_that_is_no_longer_stalled_has_an_event() -> None:
+    cluster = SimulatedCluster(backend_missing=True)
+    cluster.reconcile()
+    cluster.backend_missing = False
+    assert reasons(cluster) == ["StepStarted", "StallCleared"]
 
 
-def test_each_turn_of_a_knob_is_told() -> None:
-    world = together()
+def test_each_adjustment_of_a_setting_is_an_event() -> None:
+    cluster = onpolicy_run()
 
     def starved(reason: str, message: str, status: str = "True") -> list[str]:
         condition = {"type": "TrainerStarved", "status": status, "reason": reason, "message": message}
-        world.tells(progress("onpolicy", done=100, conditions=[condition]))
-        before = world.status
+        cluster.set_progress(progress("onpolicy", done=100, conditions=[condition]))
+        before = cluster.status
         return [
-            f"{happening.kind}: {happening.message}"
-            for happening in events_between(before, world.look().status)
+            f"{event.type}: {event.message}" for event in events_between(before, cluster.reconcile().status)
         ]
 
-    assert starved("MaxTokensLowered", "turn 1") == ["Warning: turn 1"]
-    assert starved("MaxTokensLowered", "turn 1") == []
-    assert starved("MaxTokensLowered", "turn 2") == ["Warning: turn 2"], "the same knob again"
-    assert starved("HighEffortLowered", "turn 3") == ["Warning: turn 3"]
-    assert starved("HighEffortLowered", "turn 3", "False") == []
+    assert starved("MaxTokensLowered", "adjustment 1") == ["Warning: adjustment 1"]
+    assert starved("MaxTokensLowered", "adjustment 1") == []
+    assert starved("MaxTokensLowered", "adjustment 2") == ["Warning: adjustment 2"], "the same setting again"
+    assert starved("HighEffortLowered", "adjustment 3") == ["Warning: adjustment 3"]
+    assert starved("HighEffortLowered", "adjustment 3", "False") == []
 
 
-def test_what_a_job_found_is_told_again_with_another_reason_but_not_with_other_figures() -> None:
-    world = beside()
+def test_a_condition_of_a_job_is_an_event_again_with_another_reason_but_not_with_other_figures() -> None:
+    cluster = rescoring_run()
 
     def collapsed(reason: str, message: str) -> list[str]:
         condition = {"type": "RouterCollapse", "status": "True", "reason": reason, "message": message}
-        world.tells(progress("vanilla", done=100, conditions=[condition]))
-        return reasons(world)
+        cluster.set_progress(progress("vanilla", done=100, conditions=[condition]))
+        return reasons(cluster)
 
     assert collapsed("DeadExpert", "for 100 steps") == ["RouterCollapse"]
     assert collapsed("DeadExpert", "for 101 steps") == []
@@ -120,26 +130,30 @@ def test_what_a_job_found_is_told_again_with_another_reason_but_not_with_other_f
 
 def test_equal_events_have_one_name() -> None:
     one, two = (
-        events_between(World().status, World().look().status),
-        events_between(World().status, World().look().status),
+        events_between(SimulatedCluster().status, SimulatedCluster().reconcile().status),
+        events_between(SimulatedCluster().status, SimulatedCluster().reconcile().status),
     )
     assert event_name(manifest(), one[0]) == event_name(manifest(), two[0])
     assert event_name(manifest(), one[0]).startswith("first.")
 
 
 @pytest.mark.parametrize(
-    "name, finished, stray",
+    "name, finished, orphan",
     [
         pytest.param("first-preprocess-a1", False, False, id="the one that status names"),
-        pytest.param("first-preprocess-a2", False, True, id="another that lives"),
+        pytest.param("first-preprocess-a2", False, True, id="another that is alive"),
         pytest.param("first-preprocess-a0", True, False, id="an earlier one that has ended"),
         pytest.param("first-rescore-a1", False, False, id="the first of two that status names"),
         pytest.param("first-vanilla-a1", False, False, id="the second of two"),
         pytest.param("first-rescored-a1", False, True, id="beside two"),
     ],
 )
-def test_a_living_child_that_no_status_names_is_a_stray(name: str, finished: bool, stray: bool) -> None:
-    status = beside().status.dump() if "preprocess" not in name else World().look().status.dump()
+def test_a_child_alive_that_no_status_names_is_an_orphan(name: str, finished: bool, orphan: bool) -> None:
+    status = (
+        rescoring_run().status.dump()
+        if "preprocess" not in name
+        else SimulatedCluster().reconcile().status.dump()
+    )
     conditions = [{"type": "Failed", "status": "True"}] if finished else []
     child: dict[str, Any] = {
         "kind": "Job",
@@ -147,7 +161,7 @@ def test_a_living_child_that_no_status_names_is_a_stray(name: str, finished: boo
         "spec": {},
         "status": {"conditions": conditions},
     }
-    assert is_stray({**manifest(), "status": status}, child) is stray
+    assert is_orphan({**manifest(), "status": status}, child) is orphan
 
 
 @pytest.mark.parametrize(
@@ -170,8 +184,10 @@ def test_a_living_child_that_no_status_names_is_a_stray(name: str, finished: boo
         ),
     ],
 )
-def test_finished_runs_are_left_alone_unless_they_expire(obj: dict[str, Any], expected: bool) -> None:
-    assert is_live(obj) is expected
+def test_a_finished_run_is_active_only_if_it_expires_or_was_edited(
+    obj: dict[str, Any], expected: bool
+) -> None:
+    assert is_active(obj) is expected
 
 
 @pytest.mark.parametrize(
@@ -183,7 +199,7 @@ def test_finished_runs_are_left_alone_unless_they_expire(obj: dict[str, Any], ex
         pytest.param("images: {trainer: a}", "images.inference: Field required", id="image missing"),
     ],
 )
-def test_settings_that_are_wrong_name_file_and_field(tmp_path: Path, text: str, words: str) -> None:
+def test_invalid_settings_name_file_and_field(tmp_path: Path, text: str, words: str) -> None:
     file = tmp_path / "operator.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"operator\.yaml") as error:
@@ -192,20 +208,22 @@ def test_settings_that_are_wrong_name_file_and_field(tmp_path: Path, text: str, 
 
 
 def test_kopf_only_watches() -> None:
-    """It takes its own finalizer off wherever it finds it, so that one must not be ours."""
-    chosen = watch.settings()
-    assert chosen.persistence.finalizer != labels.FINALIZER
-    assert (chosen.posting.enabled, chosen.scanning.disabled) == (False, True)
-    assert chosen.watching.server_timeout and chosen.networking.request_timeout, (
-        "nothing hangs without an end"
+    """kopf removes its own finalizer from every object, so it must not have the operator's name."""
+    settings = watch.kopf_settings()
+    assert settings.persistence.finalizer != labels.FINALIZER
+    assert (settings.posting.enabled, settings.scanning.disabled) == (False, True)
+    assert settings.watching.server_timeout and settings.networking.request_timeout, (
+        "every request has a timeout"
     )
     registry = watch.handlers(lambda key: None)
     for kind in (registry._changing, registry._spawning, registry._indexing):
-        assert not kind.get_all_handlers(), "any of these would annotate objects or hold them by a finalizer"
+        assert not kind.get_all_handlers(), "such a handler would annotate objects or add a finalizer"
 
 
 def test_the_operator_loads_no_tensor_library() -> None:
-    code = "import json, sys, distill_operator.__main__, distill_operator.crd; print(json.dumps(sorted(sys.modules)))"
+    code = (
+        "import json, sys, distill_operator.__main__, distill_operator.crd\nprint(json.dumps([*sys.modules]))"
+    )
     command, environment = [sys.executable, "-c", code], {"PYTHONPATH": ".:operator"}
     loaded = json.loads(
         subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout

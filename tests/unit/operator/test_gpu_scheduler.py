@@ -1,65 +1,73 @@
-"""Which runs fit the pool together, in whose order, and what those are told that wait."""
+"""Admission to the pool of GPUs: which runs fit together, their order, and the messages of those that
+wait.
+"""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from distill_operator.claims import claim_of
-from distill_operator.gpu_scheduler import Decision, GpuRequest, Node, admit, nodes
+from distill_operator.gpu_scheduler import (
+    Decision,
+    GpuRequest,
+    Node,
+    admit,
+    gpu_request,
+    schedulable_nodes,
+)
 
-from tests.fakes.simulated_cluster import ALL_KINDS, ONPOLICY, live
+from tests.fakes.simulated_cluster import ALL_KINDS, ONPOLICY, observed_run
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 POOL = [Node("a", {"pool": "x"}, 8)]
 
 
-def claim(
+def request(
     name: str,
     gpus: int = 8,
     age: int = 0,
     admitted: bool = False,
-    per_pod: int | None = None,
+    largest_pod: int | None = None,
     **selector: str,
 ) -> GpuRequest:
-    """A run of `gpus`, one of them the teacher's; the higher its age, the older it is."""
+    """Request of `gpus` GPUs, one of them the teacher's. The higher its age in seconds, the older it is."""
     return GpuRequest(
         name,
         f"uid-{name}",
         START - timedelta(seconds=age),
         1,
         gpus - 1,
-        per_pod or gpus - 1,
+        largest_pod or gpus - 1,
         selector,
         admitted,
     )
 
 
-def verdict(mine: GpuRequest, *others: GpuRequest, pool: list[Node] = POOL) -> Decision:
+def decide(mine: GpuRequest, *others: GpuRequest, pool: list[Node] = POOL) -> Decision:
     return admit(mine, [mine, *others], pool)
 
 
 @pytest.mark.parametrize(
     "mine, others, admitted",
     [
-        pytest.param(claim("a"), [], True, id="alone"),
-        pytest.param(claim("a", 4), [claim("b", 4, admitted=True)], True, id="beside another"),
-        pytest.param(claim("a"), [claim("b", 1, admitted=True)], False, id="one GPU short"),
-        pytest.param(claim("a"), [claim("b", age=9)], False, id="an older one waits"),
-        pytest.param(claim("a"), [claim("b", age=-9)], True, id="a younger one waits"),
-        pytest.param(claim("a"), [claim("b")], True, id="same age: by name"),
-        pytest.param(claim("b"), [claim("a")], False, id="same age: by name, the other way"),
+        pytest.param(request("a"), [], True, id="alone"),
+        pytest.param(request("a", 4), [request("b", 4, admitted=True)], True, id="beside another"),
+        pytest.param(request("a"), [request("b", 1, admitted=True)], False, id="one GPU short"),
+        pytest.param(request("a"), [request("b", age=9)], False, id="an older one waits"),
+        pytest.param(request("a"), [request("b", age=-9)], True, id="a younger one waits"),
+        pytest.param(request("a"), [request("b")], True, id="same age: by name"),
+        pytest.param(request("b"), [request("a")], False, id="same age: by name, the other way"),
         pytest.param(
-            claim("a", 2),
-            [claim("b", age=9), claim("c", 6, admitted=True)],
+            request("a", 2),
+            [request("b", age=9), request("c", 6, admitted=True)],
             False,
-            id="a small young one does not slip through",
+            id="a small young one does not pass an older one",
         ),
         pytest.param(
-            claim("a"), [claim("b", 16, age=9)], True, id="an older one that can never fit does not block"
+            request("a"), [request("b", 16, age=9)], True, id="an older one that can never fit does not block"
         ),
         pytest.param(
-            claim("a"),
-            [claim("b", age=9, pool="elsewhere")],
+            request("a"),
+            [request("b", age=9, pool="elsewhere")],
             True,
             id="an older one of another pool does not block",
         ),
@@ -68,13 +76,14 @@ def verdict(mine: GpuRequest, *others: GpuRequest, pool: list[Node] = POOL) -> D
 def test_the_oldest_goes_first_and_only_into_free_gpus(
     mine: GpuRequest, others: list[GpuRequest], admitted: bool
 ) -> None:
-    assert verdict(mine, *others).admitted is admitted
+    assert decide(mine, *others).admitted is admitted
 
 
 def test_the_arithmetic_is_in_the_message() -> None:
-    words = verdict(claim("second"), claim("team/first", admitted=True)).arithmetic
+    words = decide(request("second"), request("team/first", admitted=True)).arithmetic
     assert words == (
-        "needs 8 GPUs (1 teacher + 7 student); the pool has 8 on 1 ready node, of which 8 are held by team/first (8): 0 are left."
+        "Needs 8 GPUs (1 teacher + 7 student); the pool has 8 on 1 ready node, "
+        "of which 8 are held by team/first (8): 0 are left."
     )
 
 
@@ -82,32 +91,35 @@ def test_the_arithmetic_is_in_the_message() -> None:
     "mine, pool, words",
     [
         pytest.param(
-            claim("a", 16), POOL, "the pool has 8 on 1 ready node: it can never start there", id="too many"
+            request("a", 16),
+            POOL,
+            "the pool has 8 on 1 ready node: the run can never start there",
+            id="too many",
         ),
-        pytest.param(claim("a"), [], "the pool has 0 on 0 ready nodes", id="no node"),
+        pytest.param(request("a"), [], "the pool has 0 on 0 ready nodes", id="no node"),
         pytest.param(
-            claim("a", 8, per_pod=7),
+            request("a", 8, largest_pod=7),
             [Node("a", {}, 4), Node("b", {}, 4)],
             "the largest node of the pool has 4",
             id="small nodes",
         ),
         pytest.param(
-            claim("a", pool="y"), POOL, "0 ready nodes matching runtime.nodeSelector", id="no such pool"
+            request("a", pool="y"), POOL, "0 ready nodes matching runtime.nodeSelector", id="no matching node"
         ),
     ],
 )
-def test_a_run_that_can_never_fit_says_so(mine: GpuRequest, pool: list[Node], words: str) -> None:
-    found = verdict(mine, pool=pool)
-    assert (found.admitted, found.hopeless) == (False, True)
+def test_a_run_that_can_never_fit_is_unschedulable(mine: GpuRequest, pool: list[Node], words: str) -> None:
+    found = decide(mine, pool=pool)
+    assert (found.admitted, found.unschedulable) == (False, True)
     assert words in found.arithmetic
 
 
 def test_pools_that_share_no_node_do_not_count_each_other() -> None:
     pool = [Node("a", {"pool": "x"}, 8), Node("b", {"pool": "y"}, 8)]
-    other = claim("other", admitted=True, pool="y")
-    assert verdict(claim("mine", pool="x"), other, pool=pool).admitted
-    assert verdict(claim("anywhere", 8), other, pool=pool).admitted, "16 in all"
-    assert not verdict(claim("mine", pool="y"), other, pool=pool).admitted
+    other = request("other", admitted=True, pool="y")
+    assert decide(request("mine", pool="x"), other, pool=pool).admitted
+    assert decide(request("anywhere", 8), other, pool=pool).admitted, "16 in all"
+    assert not decide(request("mine", pool="y"), other, pool=pool).admitted
 
 
 def node(name: str, gpus: str | None = "8", ready: str = "True", **spec: Any) -> dict[str, Any]:
@@ -123,7 +135,7 @@ def test_only_ready_schedulable_nodes_are_in_the_pool() -> None:
         node("lost", ready="Unknown"),
         node("cpu", None),
     ]
-    assert [(found.name, found.gpus) for found in nodes(objects)] == [("good", 8), ("cpu", 0)]
+    assert [(found.name, found.gpus) for found in schedulable_nodes(objects)] == [("good", 8), ("cpu", 0)]
 
 
 @pytest.mark.parametrize(
@@ -141,16 +153,16 @@ def test_only_ready_schedulable_nodes_are_in_the_pool() -> None:
             [{**ONPOLICY, "sampler": {"gpus": 3}}],
             {"gpus": 4, "gpusPerPod": 1},
             3,
-            id="all that samples in one pod",
+            id="the sampler in one pod",
         ),
     ],
 )
-def test_a_run_claims_what_its_steps_can_ever_ask_for_at_once(
+def test_a_run_requests_the_most_that_its_steps_can_need_at_once(
     stages: list[dict[str, Any]], student: dict[str, Any], per_pod: int
 ) -> None:
-    run = live(
+    run = observed_run(
         stages=stages, student={"shape": "tiny", **student}, teacher={"model": "s3://models/t", "gpus": 2}
     )
     assert run.run is not None
-    found = claim_of(run.run, run)
-    assert (found.teacher, found.student, found.gpus, found.per_pod) == (2, 4, 6, per_pod)
+    found = gpu_request(run.run, run)
+    assert (found.teacher, found.student, found.gpus, found.largest_pod) == (2, 4, 6, per_pod)

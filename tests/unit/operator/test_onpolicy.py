@@ -1,12 +1,14 @@
-"""The three of an OnPolicy stage, and what evaluates a stage: started together, restarted alone, ended together."""
+"""The three steps of an OnPolicy stage, and its evaluation: started together, retried separately, stopped
+together.
+"""
 
 from datetime import timedelta
 
 import pytest
-from distill_operator.actions import Create, Delete
+from distill_operator.actions import CreateChild, DeleteChild
 from distill_operator.plan_builder import Plan
 from distill_operator.pod_diagnosis import Failure
-from distill_operator.share import share
+from distill_operator.run_status import percent_done
 
 from tests.fakes.simulated_cluster import (
     ALL_KINDS,
@@ -15,83 +17,89 @@ from tests.fakes.simulated_cluster import (
     EVICTED,
     ONPOLICY,
     PERMANENT,
-    World,
-    live,
+    SimulatedCluster,
+    condition,
+    observed_run,
+    onpolicy_run,
     progress,
-    together,
-    told,
-    training,
+    training_run,
 )
 
 SAMPLER, TEACHER, TRAINER = TRIO = ("onpolicy-sampler", "onpolicy-teacher", "onpolicy")
 
 
 def created(decided: Plan) -> list[str]:
-    return [f"{action.step}-a{action.attempt}" for action in decided.actions if isinstance(action, Create)]
+    return [
+        f"{action.step}-a{action.attempt}" for action in decided.actions if isinstance(action, CreateChild)
+    ]
 
 
 def deleted(decided: Plan) -> list[str]:
-    return [action.child.name for action in decided.actions if isinstance(action, Delete)]
+    return [action.child.name for action in decided.actions if isinstance(action, DeleteChild)]
 
 
 def test_a_stage_goes_from_its_first_look_to_evaluated() -> None:
-    world = World({"stages": [ONPOLICY], "evaluation": EVALUATED})
-    assert created(world.look()) == ["preprocess-a1"]
-    world.becomes("Succeeded")
-    world.tells(progress("preprocess", state="Succeeded", done=4))
-    assert created(world.look()) == [f"{step}-a1" for step in TRIO], "in one plan"
-    assert world.gpus() == 3
+    cluster = SimulatedCluster({"stages": [ONPOLICY], "evaluation": EVALUATED})
+    assert created(cluster.reconcile()) == ["preprocess-a1"]
+    cluster.set_child_state("Succeeded")
+    cluster.set_progress(progress("preprocess", state="Succeeded", done=4))
+    assert created(cluster.reconcile()) == [f"{step}-a1" for step in TRIO], "in one plan"
+    assert cluster.gpus_in_use() == 3
     for step in TRIO:
-        world.becomes("Running", step=step)
-    world.tells(progress(SAMPLER, done=3, message="window 3"))
-    world.tells(progress(TEACHER, done=2, message="window 2"))
-    world.tells(progress(TRAINER, iteration=2, done=500, tokensPerSecond=10.0, loss=2.5, message="step 2"))
-    world.look()
-    assert (world.status.step, world.status.message, world.status.tokens_per_second) == (
+        cluster.set_child_state("Running", step=step)
+    cluster.set_progress(progress(SAMPLER, done=3, message="window 3"))
+    cluster.set_progress(progress(TEACHER, done=2, message="window 2"))
+    cluster.set_progress(
+        progress(TRAINER, iteration=2, done=500, tokensPerSecond=10.0, loss=2.5, message="step 2")
+    )
+    cluster.reconcile()
+    assert (cluster.status.step, cluster.status.message, cluster.status.tokens_per_second) == (
         TRAINER,
         "onpolicy: step 2",
         10.0,
     )
-    assert [(world.step(step).parts_done, world.step(step).message) for step in (SAMPLER, TEACHER)] == [
+    assert [(cluster.step(step).parts_done, cluster.step(step).message) for step in (SAMPLER, TEACHER)] == [
         (3, "window 3"),
         (2, "window 2"),
     ]
-    assert (world.step(TRAINER).tokens_total, world.step(SAMPLER).tokens_total) == (1000, None)
+    assert (cluster.step(TRAINER).tokens_total, cluster.step(SAMPLER).tokens_total) == (1000, None)
     for step, reading in zip(
         TRIO,
         [progress(SAMPLER, state="Succeeded", done=4), progress(TEACHER, state="Succeeded", done=4)],
         strict=False,
     ):
-        world.becomes("Succeeded", step=step)
-        world.tells(reading)
-        assert created(world.look()) == [], "done early: the others go on"
-    assert (world.status.phase, [world.step(step).state for step in TRIO]) == (
+        cluster.set_child_state("Succeeded", step=step)
+        cluster.set_progress(reading)
+        assert created(cluster.reconcile()) == [], "done early: the others go on"
+    assert (cluster.status.phase, [cluster.step(step).state for step in TRIO]) == (
         "Running",
         ["Succeeded", "Succeeded", "Running"],
     )
-    world.becomes("Succeeded", step=TRAINER)
-    world.tells(progress(TRAINER, state="Succeeded", iteration=4, done=1000))
-    assert created(world.look()) == ["onpolicy-evaluate-a1"]
-    world.becomes("Succeeded", step="onpolicy-evaluate")
+    cluster.set_child_state("Succeeded", step=TRAINER)
+    cluster.set_progress(progress(TRAINER, state="Succeeded", iteration=4, done=1000))
+    assert created(cluster.reconcile()) == ["onpolicy-evaluate-a1"]
+    cluster.set_child_state("Succeeded", step="onpolicy-evaluate")
     words = "validity 83 % (low 90, medium 85, high 75), held-out reasoning 2.1, final 1.9"
-    world.tells(progress("onpolicy-evaluate", state="Succeeded", done=4, message=words, validity=0.83))
-    world.look()
-    assert (world.status.phase, world.status.validity) == ("Succeeded", 0.83)
-    assert (world.step("onpolicy-evaluate").message, world.step("onpolicy-evaluate").validity) == (
+    cluster.set_progress(
+        progress("onpolicy-evaluate", state="Succeeded", done=4, message=words, validity=0.83)
+    )
+    cluster.reconcile()
+    assert (cluster.status.phase, cluster.status.validity) == ("Succeeded", 0.83)
+    assert (cluster.step("onpolicy-evaluate").message, cluster.step("onpolicy-evaluate").validity) == (
         words,
         0.83,
     )
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
-def test_an_operator_that_dies_while_it_makes_three_children_makes_each_once(after: int) -> None:
-    world = World({"stages": [ONPOLICY]})
-    world.look()
-    world.becomes("Succeeded")
-    world.tells(progress("preprocess", state="Succeeded", done=4))
-    world.look(crash_after=after)
-    world.settle()
-    assert world.made[1:] == [f"first-{step}-a1" for step in TRIO] == world.alive()
+def test_an_operator_that_dies_while_it_creates_three_children_creates_each_once(after: int) -> None:
+    cluster = SimulatedCluster({"stages": [ONPOLICY]})
+    cluster.reconcile()
+    cluster.set_child_state("Succeeded")
+    cluster.set_progress(progress("preprocess", state="Succeeded", done=4))
+    cluster.reconcile(crash_after=after)
+    cluster.reconcile_repeatedly()
+    assert cluster.created[1:] == [f"first-{step}-a1" for step in TRIO] == cluster.alive_children()
 
 
 @pytest.mark.parametrize("step", TRIO)
@@ -101,30 +109,30 @@ def test_an_operator_that_dies_while_it_makes_three_children_makes_each_once(aft
 def test_each_of_the_three_is_tried_again_alone(
     step: str, failure: Failure, failures: int, pause: int
 ) -> None:
-    world = together()
-    world.becomes("Failed", failure, step)
-    decided = world.look()
-    assert (decided.actions, decided.again) == ((), world.now + timedelta(seconds=pause))
-    assert (world.step(step).state, world.step(step).failures, world.status.step) == (
+    cluster = onpolicy_run()
+    cluster.set_child_state("Failed", failure, step)
+    decided = cluster.reconcile()
+    assert (decided.actions, decided.requeue_at) == ((), cluster.now + timedelta(seconds=pause))
+    assert (cluster.step(step).state, cluster.step(step).failures, cluster.status.step) == (
         "Retrying",
         failures,
         TRAINER,
     )
-    world.wait(pause)
-    assert created(world.look()) == [f"{step}-a2"]
-    assert [world.step(other).attempt for other in TRIO if other != step] == [1, 1]
+    cluster.advance(pause)
+    assert created(cluster.reconcile()) == [f"{step}-a2"]
+    assert [cluster.step(other).attempt for other in TRIO if other != step] == [1, 1]
 
 
 def test_a_new_window_clears_the_failures_of_sampler_and_teacher() -> None:
-    world = together()
+    cluster = onpolicy_run()
     for attempt in range(1, 6):
         for step in (SAMPLER, TEACHER):
-            world.becomes("Failed", ERROR, step)
-            world.tells(progress(step, attempt, done=attempt))
-        world.look()
-        world.wait(60)
-        world.look()
-    assert [(world.step(step).attempt, world.step(step).failures) for step in (SAMPLER, TEACHER)] == [
+            cluster.set_child_state("Failed", ERROR, step)
+            cluster.set_progress(progress(step, attempt, done=attempt))
+        cluster.reconcile()
+        cluster.advance(60)
+        cluster.reconcile()
+    assert [(cluster.step(step).attempt, cluster.step(step).failures) for step in (SAMPLER, TEACHER)] == [
         (6, 1),
         (6, 1),
     ]
@@ -132,128 +140,131 @@ def test_a_new_window_clears_the_failures_of_sampler_and_teacher() -> None:
 
 @pytest.mark.parametrize("step", TRIO)
 def test_one_that_fails_for_good_fails_the_run_once_the_others_have_stopped(step: str) -> None:
-    world = together()
-    world.becomes("Failed", PERMANENT, step)
+    cluster = onpolicy_run()
+    cluster.set_child_state("Failed", PERMANENT, step)
     others = [other for other in TRIO if other != step]
-    decided = world.look()
+    decided = cluster.reconcile()
     assert deleted(decided) == [f"first-{other}-a1" for other in others]
     assert f"because step {step} failed (attempt 1): pod x, exit 65" in decided.status.message
-    world.ends(*others)
-    decided = world.look()
-    assert (decided.status.phase, decided.status.step, told(decided, "Failed")) == (
+    cluster.remove_children(*others)
+    decided = cluster.reconcile()
+    assert (decided.status.phase, decided.status.step, condition(decided, "Failed")) == (
         "Failed",
         step,
         ("True", "PermanentFailure"),
     )
-    world.spec["runtime"] = {"attempts": 9}
-    assert created(world.look()) == [f"{each}-a2" for each in TRIO]
+    cluster.spec["runtime"] = {"attempts": 9}
+    assert created(cluster.reconcile()) == [f"{each}-a2" for each in TRIO]
 
 
 def test_training_that_succeeds_while_the_others_fail_for_good_has_succeeded() -> None:
-    world = together()
-    world.becomes("Failed", PERMANENT, SAMPLER)
-    world.look()
-    world.becomes("Succeeded", step=TRAINER)
-    world.tells(progress(TRAINER, state="Succeeded", iteration=6, done=1000))
-    world.ends(TEACHER)
-    assert (world.look().status.phase, [world.step(step).failures for step in TRIO]) == (
+    cluster = onpolicy_run()
+    cluster.set_child_state("Failed", PERMANENT, SAMPLER)
+    cluster.reconcile()
+    cluster.set_child_state("Succeeded", step=TRAINER)
+    cluster.set_progress(progress(TRAINER, state="Succeeded", iteration=6, done=1000))
+    cluster.remove_children(TEACHER)
+    assert (cluster.reconcile().status.phase, [cluster.step(step).failures for step in TRIO]) == (
         "Succeeded",
         [0, 0, 0],
     )
 
 
 def test_suspend_stops_all_three_and_they_go_on_together() -> None:
-    world = together()
-    world.spec["suspend"] = True
-    assert deleted(world.look()) == [f"first-{step}-a1" for step in TRIO]
-    world.ends(SAMPLER, TRAINER)
-    assert world.look().status.phase == "Running", "a GPU is still held"
-    world.ends(TEACHER)
-    assert world.look().status.phase == "Suspended"
-    world.spec["suspend"] = False
-    assert created(world.look()) == [f"{step}-a2" for step in TRIO]
-    assert [(world.step(step).failures, world.step(step).interruptions) for step in TRIO] == [(0, 0)] * 3
+    cluster = onpolicy_run()
+    cluster.spec["suspend"] = True
+    assert deleted(cluster.reconcile()) == [f"first-{step}-a1" for step in TRIO]
+    cluster.remove_children(SAMPLER, TRAINER)
+    assert cluster.reconcile().status.phase == "Running", "a GPU is still held"
+    cluster.remove_children(TEACHER)
+    assert cluster.reconcile().status.phase == "Suspended"
+    cluster.spec["suspend"] = False
+    assert created(cluster.reconcile()) == [f"{step}-a2" for step in TRIO]
+    assert [(cluster.step(step).failures, cluster.step(step).interruptions) for step in TRIO] == [(0, 0)] * 3
 
 
 def test_suspended_as_training_succeeds_nothing_of_the_stage_is_made_again() -> None:
-    world = together(evaluation=EVALUATED)
-    world.spec["suspend"] = True
-    world.becomes("Succeeded", step=TRAINER)
-    world.tells(progress(TRAINER, state="Succeeded", iteration=6, done=1000))
-    assert deleted(world.look()) == [f"first-{step}-a1" for step in (SAMPLER, TEACHER)]
-    world.ends(SAMPLER, TEACHER)
-    assert (world.look().status.phase, [world.step(step).state for step in TRIO]) == (
+    cluster = onpolicy_run(evaluation=EVALUATED)
+    cluster.spec["suspend"] = True
+    cluster.set_child_state("Succeeded", step=TRAINER)
+    cluster.set_progress(progress(TRAINER, state="Succeeded", iteration=6, done=1000))
+    assert deleted(cluster.reconcile()) == [f"first-{step}-a1" for step in (SAMPLER, TEACHER)]
+    cluster.remove_children(SAMPLER, TEACHER)
+    assert (cluster.reconcile().status.phase, [cluster.step(step).state for step in TRIO]) == (
         "Suspended",
         ["Succeeded"] * 3,
     )
-    world.spec["suspend"] = False
-    assert created(world.look()) == ["onpolicy-evaluate-a1"]
+    cluster.spec["suspend"] = False
+    assert created(cluster.reconcile()) == ["onpolicy-evaluate-a1"]
 
 
 def test_a_trainer_that_waits_for_long_stalls_the_run_and_says_what_for() -> None:
-    world = together(runtime={"stalledAfter": "10m"})
-    world.tells(progress(TRAINER, iteration=2, done=500, message="waits for rollouts of window 12"))
-    world.look()
-    world.wait(599)
-    assert told(world.look(), "Stalled")[0] == "False"
-    world.wait(1)
-    world.tells(progress(SAMPLER, done=1, message="window 1"))
-    decided = world.look()
+    cluster = onpolicy_run(runtime={"stalledAfter": "10m"})
+    cluster.set_progress(progress(TRAINER, iteration=2, done=500, message="waits for rollouts of window 12"))
+    cluster.reconcile()
+    cluster.advance(599)
+    assert condition(cluster.reconcile(), "Stalled")[0] == "False"
+    cluster.advance(1)
+    cluster.set_progress(progress(SAMPLER, done=1, message="window 1"))
+    decided = cluster.reconcile()
     stalled = decided.status.condition("Stalled")
     assert stalled is not None
-    assert told(decided, "Stalled") == ("True", "NoProgress")
+    assert condition(decided, "Stalled") == ("True", "NoProgress")
     assert (
         stalled.message
-        == "onpolicy has not got on since 2026-01-01 00:00:00 UTC: waits for rollouts of window 12"
+        == "onpolicy has made no progress since 2026-01-01 00:00:00 UTC: waits for rollouts of window 12"
     )
-    world.tells(progress(TRAINER, iteration=2, done=600, message="step 3"))
-    assert told(world.look(), "Stalled")[0] == "False"
+    cluster.set_progress(progress(TRAINER, iteration=2, done=600, message="step 3"))
+    assert condition(cluster.reconcile(), "Stalled")[0] == "False"
 
 
 def test_sampler_and_teacher_that_wait_for_a_trainer_that_gets_on_stall_nothing() -> None:
-    world = together(runtime={"stalledAfter": "10m"})
-    world.wait(600)
-    world.tells(progress(TRAINER, iteration=2, done=500))
-    assert told(world.look(), "Stalled")[0] == "False"
+    cluster = onpolicy_run(runtime={"stalledAfter": "10m"})
+    cluster.advance(600)
+    cluster.set_progress(progress(TRAINER, iteration=2, done=500))
+    assert condition(cluster.reconcile(), "Stalled")[0] == "False"
 
 
 def test_the_run_tells_of_a_sampler_that_cannot_start_and_stalls() -> None:
-    world = together(runtime={"stalledAfter": "10m"})
-    world.tells(progress(TRAINER, iteration=2, done=500, message="waits for rollouts of window 12"))
-    world.becomes("Waiting", step=SAMPLER, why="pod x cannot be placed: 0/1 nodes")
-    world.look()
+    cluster = onpolicy_run(runtime={"stalledAfter": "10m"})
+    cluster.set_progress(progress(TRAINER, iteration=2, done=500, message="waits for rollouts of window 12"))
+    cluster.set_child_state("Waiting", step=SAMPLER, message="pod x cannot be scheduled: 0/1 nodes")
+    cluster.reconcile()
     assert (
-        world.status.message
-        == "onpolicy: waits for rollouts of window 12; onpolicy-sampler: pod x cannot be placed: 0/1 nodes"
+        cluster.status.message
+        == "onpolicy: waits for rollouts of window 12; onpolicy-sampler: pod x cannot be scheduled: 0/1 nodes"
     )
-    world.wait(600)
-    world.tells(progress(TRAINER, iteration=2, done=600, message="waits for rollouts of window 13"))
-    assert told(world.look(), "Stalled") == ("True", "PodPending")
+    cluster.advance(600)
+    cluster.set_progress(progress(TRAINER, iteration=2, done=600, message="waits for rollouts of window 13"))
+    assert condition(cluster.reconcile(), "Stalled") == ("True", "PodPending")
 
 
 def test_rescoring_is_waited_for_by_the_stage() -> None:
-    world = training(stages=[ALL_KINDS[0], ONPOLICY, ALL_KINDS[1]])
-    world.becomes("Succeeded", step="vanilla")
-    world.tells(progress("vanilla", state="Succeeded", iteration=6, done=1000))
-    assert world.look().status.message == "rescore: attempt 1 is running; onpolicy waits for it"
+    cluster = training_run(stages=[ALL_KINDS[0], ONPOLICY, ALL_KINDS[1]])
+    cluster.set_child_state("Succeeded", step="vanilla")
+    cluster.set_progress(progress("vanilla", state="Succeeded", iteration=6, done=1000))
+    assert (
+        cluster.reconcile().status.message
+        == "rescore: attempt 1 is running; stage onpolicy is waiting for it"
+    )
 
 
 def test_an_evaluation_is_a_hundredth_of_a_run_and_what_works_beside_training_nothing() -> None:
-    world = together(evaluation=EVALUATED)
-    run = live(**world.spec).run
+    cluster = onpolicy_run(evaluation=EVALUATED)
+    run = observed_run(**cluster.spec).run
     assert run is not None
-    world.tells(progress(TRAINER, iteration=2, done=500))
-    world.tells(progress(SAMPLER, done=4))
-    assert share(run, world.look().status) == "52%"
-    world.becomes("Succeeded", step=TRAINER)
-    world.tells(progress(TRAINER, state="Succeeded", iteration=6, done=1000))
-    world.ends(SAMPLER, TEACHER)
-    world.look()
-    assert share(run, world.status) == "99%"
+    cluster.set_progress(progress(TRAINER, iteration=2, done=500))
+    cluster.set_progress(progress(SAMPLER, done=4))
+    assert percent_done(run, cluster.reconcile().status) == "52%"
+    cluster.set_child_state("Succeeded", step=TRAINER)
+    cluster.set_progress(progress(TRAINER, state="Succeeded", iteration=6, done=1000))
+    cluster.remove_children(SAMPLER, TEACHER)
+    cluster.reconcile()
+    assert percent_done(run, cluster.status) == "99%"
 
 
 def test_a_look_that_finds_nothing_new_changes_no_byte_of_the_status() -> None:
-    world = together()
-    before = world.look().status
-    world.wait(5)
-    assert world.look().status == before
+    cluster = onpolicy_run()
+    before = cluster.reconcile().status
+    cluster.advance(5)
+    assert cluster.reconcile().status == before

@@ -1,17 +1,17 @@
-"""What the operator reads from live pods and children: why one waits, why one failed, which state it is in."""
+"""Diagnosis of live pods and children: why one waits, why one failed, which state it is in."""
 
 import json
 from typing import Any
 
 import pytest
-from distill_operator.observe import child_state, describe, owned
-from distill_operator.pod_diagnosis import why_failed, why_waiting
+from distill_operator.observe import child_state, describe_child, is_controlled_by
+from distill_operator.pod_diagnosis import failure_cause, waiting_reason
 
 
 def pod(
     name: str = "p", phase: str = "Failed", reason: str = "", conditions: Any = (), **containers: Any
 ) -> dict[str, Any]:
-    """A pod; each keyword is a container's state."""
+    """A pod. Each keyword is the state of a container."""
     statuses = [{"name": key, "state": state} for key, state in containers.items()]
     status = {
         "phase": phase,
@@ -28,7 +28,7 @@ def ended(
     return {"terminated": {"exitCode": code, "message": message, "finishedAt": at, "reason": reason}}
 
 
-def said(kind: str, code: int, message: str) -> dict[str, Any]:
+def reported(kind: str, code: int, message: str) -> dict[str, Any]:
     return ended(code, json.dumps({"class": kind, "rank": 0, "exit": code, "message": message}))
 
 
@@ -41,29 +41,29 @@ DRAINED = {
 
 
 @pytest.mark.parametrize(
-    "pods, kind, words",
+    "pods, kind, expected",
     [
         pytest.param(
-            [pod(main=said("Permanent", 65, "no such bucket"))],
+            [pod(main=reported("Permanent", 65, "no such bucket"))],
             "Permanent",
             'exit 65. Last line: "no',
             id="permanent",
         ),
         pytest.param(
-            [pod(main=ended(65, "log line 1\nlast words\n"))],
+            [pod(main=ended(65, "log line 1\nlast line\n"))],
             "Permanent",
-            '"last words"',
-            id="exit 65 without a last word",
+            '"last line"',
+            id="exit 65 without a report",
         ),
-        pytest.param([pod(main=said("Retriable", 75, "away"))], "Retriable", "exit 75", id="retriable"),
+        pytest.param([pod(main=reported("Retriable", 75, "away"))], "Retriable", "exit 75", id="retriable"),
         pytest.param(
-            [pod(main=said("Internal", 70, "KeyError: x"))], "Error", '"KeyError: x"', id="internal"
+            [pod(main=reported("Internal", 70, "KeyError: x"))], "Error", '"KeyError: x"', id="internal"
         ),
         pytest.param(
-            [pod(main=said("Terminated", 143, "saved"))],
+            [pod(main=reported("Terminated", 143, "saved"))],
             "Interrupted",
             "exit 143 (terminated)",
-            id="asked to stop",
+            id="stopped by a signal",
         ),
         pytest.param(
             [pod(main=ended(1, 'x\n{"class": "Permanent", "message": "bad"}'))],
@@ -86,7 +86,7 @@ DRAINED = {
             [pod(reason="UnexpectedAdmissionError")],
             "Interrupted",
             "UnexpectedAdmissionError",
-            id="refused by the kubelet",
+            id="rejected by the kubelet",
         ),
         pytest.param(
             [pod(reason="DeadlineExceeded")], "Error", "DeadlineExceeded", id="failed without a container"
@@ -94,15 +94,15 @@ DRAINED = {
         pytest.param(
             [],
             "Interrupted",
-            "no pod is left that could say why (BackoffLimitExceeded: …)",
+            "its pods were deleted before the cause was read (BackoffLimitExceeded: …)",
             id="pods deleted",
         ),
     ],
 )
-def test_why_a_pod_failed(pods: list[dict[str, Any]], kind: str, words: str) -> None:
-    failure = why_failed(pods, "BackoffLimitExceeded: …")
+def test_why_a_pod_failed(pods: list[dict[str, Any]], kind: str, expected: str) -> None:
+    failure = failure_cause(pods, "BackoffLimitExceeded: …")
     assert failure.kind == kind
-    assert words in failure.words
+    assert expected in failure.message
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_why_a_pod_failed(pods: list[dict[str, Any]], kind: str, words: str) -> 
         pytest.param(
             [
                 pod("drained", main=ended(137), conditions=[DRAINED]),
-                pod("bad", main=said("Permanent", 65, "x")),
+                pod("bad", main=reported("Permanent", 65, "x")),
             ],
             "bad",
             id="permanent",
@@ -142,7 +142,7 @@ def test_why_a_pod_failed(pods: list[dict[str, Any]], kind: str, words: str) -> 
     ],
 )
 def test_which_of_several_pods_is_the_cause(pods: list[dict[str, Any]], name: str) -> None:
-    assert f"pod {name}" in why_failed(pods, "").words
+    assert f"pod {name}" in failure_cause(pods, "").message
 
 
 def waiting(reason: str, message: str = "") -> dict[str, Any]:
@@ -168,12 +168,12 @@ MOUNT = {
 
 
 @pytest.mark.parametrize(
-    "pods, events, words",
+    "pods, events, expected",
     [
         pytest.param(
             [pod(phase="Pending", conditions=[UNPLACED])],
             [],
-            "pod p cannot be placed: 0/1 nodes: 1 Insufficient",
+            "pod p cannot be scheduled: 0/1 nodes: 1 Insufficient",
             id="no room",
         ),
         pytest.param(
@@ -195,16 +195,16 @@ MOUNT = {
             id="volume",
         ),
         pytest.param(
-            [], [REFUSED], "job j: FailedCreate: violates PodSecurity", id="refused by pod security"
+            [], [REFUSED], "job j: FailedCreate: violates PodSecurity", id="rejected by pod security"
         ),
         pytest.param(
             [pod(phase="Pending", main=waiting("ContainerCreating"))], [], "pod p is starting", id="starting"
         ),
-        pytest.param([], [], "its pods are not there yet", id="nothing yet"),
+        pytest.param([], [], "its pods have not been created yet", id="nothing yet"),
     ],
 )
-def test_why_a_pod_waits(pods: list[dict[str, Any]], events: list[dict[str, Any]], words: str) -> None:
-    assert words in why_waiting(pods, events)
+def test_why_a_pod_waits(pods: list[dict[str, Any]], events: list[dict[str, Any]], expected: str) -> None:
+    assert expected in waiting_reason(pods, events)
 
 
 def job(*true: str, deleting: bool = False, **status: Any) -> dict[str, Any]:
@@ -272,29 +272,32 @@ def test_the_state_of_a_child(obj: dict[str, Any], state: str) -> None:
 def test_a_failed_child_whose_pods_still_live_is_ending() -> None:
     obj = pytorchjob(("Failed", "True"))
     survivor = pod("worker", "Running", main={"running": {}})
-    assert describe(obj, "Failed", "", [pod("master", main=ended(1)), survivor], []).state == "Ending"
-    assert describe(obj, "Failed", "", [pod("master", main=ended(1))], []).state == "Failed"
+    assert describe_child(obj, "Failed", "", [pod("master", main=ended(1)), survivor], []).state == "Ending"
+    assert describe_child(obj, "Failed", "", [pod("master", main=ended(1))], []).state == "Failed"
 
 
 @pytest.mark.parametrize(
-    "phases, lost",
+    "phases, missing",
     [
         pytest.param({"j-master-0": "Running", "j-worker-0": "Running"}, "", id="all run"),
         pytest.param({"j-master-0": "Succeeded", "j-worker-0": "Running"}, "", id="one has ended"),
         pytest.param({"j-master-0": "Running"}, "j-worker-0", id="one is gone"),
         pytest.param(
-            {"j-master-0": "Pending", "j-worker-0": "Running"}, "j-master-0", id="another stands in its place"
+            {"j-master-0": "Pending", "j-worker-0": "Running"}, "j-master-0", id="replaced by another"
         ),
     ],
 )
-def test_a_pod_of_a_pytorchjob_that_does_not_run_is_named(phases: dict[str, str], lost: str) -> None:
+def test_a_pod_of_a_pytorchjob_that_does_not_run_is_missing(phases: dict[str, str], missing: str) -> None:
     its_pods = [pod(name, phase) for name, phase in phases.items()]
-    assert describe(pytorchjob(("Running", "True"), workers=1), "Waiting", "", its_pods, []).lost == lost
+    assert (
+        describe_child(pytorchjob(("Running", "True"), workers=1), "Waiting", "", its_pods, []).missing_pod
+        == missing
+    )
 
 
-def test_a_child_that_kueue_holds_says_so() -> None:
+def test_a_child_that_kueue_suspends_is_suspended() -> None:
     held = {**job(), "spec": {"parallelism": 2, "suspend": True}}
-    assert describe(held, "Waiting", "", [], []).held
+    assert describe_child(held, "Waiting", "", [], []).suspended
 
 
 @pytest.mark.parametrize(
@@ -303,8 +306,10 @@ def test_a_child_that_kueue_holds_says_so() -> None:
         pytest.param([{"uid": "me", "controller": True}], True, id="controller"),
         pytest.param([{"uid": "me"}], False, id="not its controller"),
         pytest.param([{"uid": "other", "controller": True}], False, id="another's"),
-        pytest.param([], False, id="nobody's"),
+        pytest.param([], False, id="no owner"),
     ],
 )
-def test_only_what_this_very_run_controls_is_its_own(owners: list[dict[str, Any]], mine: bool) -> None:
-    assert owned({"metadata": {"ownerReferences": owners}}, "me") is mine
+def test_only_an_object_that_this_run_controls_belongs_to_it(
+    owners: list[dict[str, Any]], mine: bool
+) -> None:
+    assert is_controlled_by({"metadata": {"ownerReferences": owners}}, "me") is mine

@@ -1,12 +1,14 @@
-"""The queue of keys: each once, one flight a key, later on request, slower after failures; and what the probes see of it."""
+"""Work queue: deduplication, one worker a key, delayed requeue, backoff; and the health probes that depend on
+it.
+"""
 
 import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-from distill_operator.health import stuck
-from distill_operator.workqueue import BACKOFF_LIMIT_SECONDS, KeyQueue
+from distill_operator.health import health_problem
+from distill_operator.workqueue import BACKOFF_LIMIT_SECONDS, WorkQueue
 
 
 class Clock:
@@ -22,92 +24,94 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def queue(clock: Clock) -> KeyQueue[str]:
-    return KeyQueue(clock, jitter=lambda: 1.0)
+def queue(clock: Clock) -> WorkQueue[str]:
+    return WorkQueue(clock, jitter=lambda: 1.0)
 
 
 def run[T](work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(work)
 
 
-async def nothing_flies(queue: KeyQueue[str]) -> bool:
-    taking = asyncio.create_task(queue.take())
+async def nothing_is_due(queue: WorkQueue[str]) -> bool:
+    getting = asyncio.create_task(queue.get())
     for _ in range(5):
         await asyncio.sleep(0)
-    done = taking.done()
-    taking.cancel()
+    done = getting.done()
+    getting.cancel()
     return not done
 
 
-def test_a_key_that_is_put_often_flies_once(queue: KeyQueue[str]) -> None:
+def test_a_key_that_is_put_often_is_returned_once(queue: WorkQueue[str]) -> None:
     async def work() -> None:
         for _ in range(3):
             queue.put("a")
-        assert await queue.take() == "a"
+        assert await queue.get() == "a"
         queue.done("a")
-        assert await nothing_flies(queue)
+        assert await nothing_is_due(queue)
 
     run(work())
 
 
-def test_a_key_flies_once_at_a_time_and_again_if_it_was_put_meanwhile(queue: KeyQueue[str]) -> None:
+def test_a_key_is_in_progress_once_at_a_time_and_due_again_if_it_was_put_meanwhile(
+    queue: WorkQueue[str],
+) -> None:
     async def work() -> None:
         queue.put("a")
-        await queue.take()
+        await queue.get()
         queue.put("a")
-        assert await nothing_flies(queue), "it is in flight"
+        assert await nothing_is_due(queue), "it is in progress"
         queue.done("a")
-        assert await queue.take() == "a"
+        assert await queue.get() == "a"
 
     run(work())
 
 
-def test_the_key_that_has_waited_longest_goes_first(queue: KeyQueue[str], clock: Clock) -> None:
+def test_the_key_that_has_waited_longest_goes_first(queue: WorkQueue[str], clock: Clock) -> None:
     async def work() -> None:
         queue.put("young")
         queue.put("old", delay=-5)
-        assert [await queue.take(), await queue.take()] == ["old", "young"]
+        assert [await queue.get(), await queue.get()] == ["old", "young"]
 
     run(work())
 
 
 def test_several_workers_are_all_woken() -> None:
     async def work() -> None:
-        queue: KeyQueue[str] = KeyQueue()
-        takers = [asyncio.create_task(queue.take()) for _ in range(3)]
+        queue: WorkQueue[str] = WorkQueue()
+        workers = [asyncio.create_task(queue.get()) for _ in range(3)]
         await asyncio.sleep(0)
         for key in "abc":
             queue.put(key)
-        assert set(await asyncio.gather(*takers)) == {"a", "b", "c"}
+        assert set(await asyncio.gather(*workers)) == {"a", "b", "c"}
 
     run(work())
 
 
-def test_a_delayed_key_waits_and_an_earlier_wish_wins(queue: KeyQueue[str], clock: Clock) -> None:
+def test_a_delayed_key_waits_and_the_earliest_request_counts(queue: WorkQueue[str], clock: Clock) -> None:
     async def work() -> None:
         queue.put("a", delay=60)
         queue.put("a", delay=90)
-        assert await nothing_flies(queue)
+        assert await nothing_is_due(queue)
         clock.now += 60
-        assert await queue.take() == "a"
+        assert await queue.get() == "a"
         queue.done("a")
-        assert await nothing_flies(queue), "the later wish was the same wish"
+        assert await nothing_is_due(queue), "the later request was dropped"
 
     run(work())
 
 
-def test_failures_back_off_up_to_a_limit_until_a_success(queue: KeyQueue[str], clock: Clock) -> None:
+def test_failures_back_off_up_to_a_limit_until_a_success(queue: WorkQueue[str], clock: Clock) -> None:
     async def work() -> list[float]:
         delays = []
         queue.put("a")
         for _ in range(10):
-            await queue.take()
+            await queue.get()
             delays.append(queue.failed("a"))
             clock.now += delays[-1]
-        await queue.take()
+        await queue.get()
         queue.done("a")
         queue.put("a")
-        await queue.take()
+        await queue.get()
         return [*delays, queue.failed("a")]
 
     delays = run(work())
@@ -118,16 +122,16 @@ def test_failures_back_off_up_to_a_limit_until_a_success(queue: KeyQueue[str], c
 
 def test_another_thread_can_wake_a_worker() -> None:
     async def work() -> str:
-        queue: KeyQueue[str] = KeyQueue()
-        taking = asyncio.create_task(queue.take())
+        queue: WorkQueue[str] = WorkQueue()
+        getting = asyncio.create_task(queue.get())
         await asyncio.sleep(0)
         await asyncio.to_thread(queue.put_from_thread, "a")
-        return await taking
+        return await getting
 
     assert run(work()) == "a"
 
 
-def test_the_oldest_age_sees_waiting_keys_and_long_flights_alike(queue: KeyQueue[str], clock: Clock) -> None:
+def test_the_oldest_age_counts_waiting_keys_and_keys_in_progress(queue: WorkQueue[str], clock: Clock) -> None:
     async def work() -> None:
         assert queue.oldest_age() == 0
         queue.put("later", delay=1000)
@@ -135,9 +139,9 @@ def test_the_oldest_age_sees_waiting_keys_and_long_flights_alike(queue: KeyQueue
         queue.put("now")
         clock.now += 30
         assert queue.oldest_age() == 30
-        await queue.take()
+        await queue.get()
         clock.now += 7
-        assert queue.oldest_age() == 7, "in flight for so long"
+        assert queue.oldest_age() == 7, "in progress for 7 s"
 
     run(work())
 
@@ -147,12 +151,12 @@ def test_the_oldest_age_sees_waiting_keys_and_long_flights_alike(queue: KeyQueue
     [
         pytest.param(True, 1, 1, "", id="healthy"),
         pytest.param(True, 301, 1, "a run has been due for 301 s", id="queue stuck"),
-        pytest.param(True, 1, 301, "the API server has not answered for 301 s", id="deaf"),
+        pytest.param(True, 1, 301, "the API server has not answered for 301 s", id="API server silent"),
         pytest.param(False, 1, 301, "", id="a standby is healthy"),
     ],
 )
-def test_probes_turn_red_when_the_operator_is_stuck(
+def test_probes_fail_when_the_operator_is_health_problem(
     leading: bool, queue_age: float, since_answer: float, problem: str
 ) -> None:
-    assert stuck(leading, queue_age, since_answer, 300).startswith(problem)
-    assert bool(stuck(leading, queue_age, since_answer, 300)) is bool(problem)
+    assert health_problem(leading, queue_age, since_answer, 300).startswith(problem)
+    assert bool(health_problem(leading, queue_age, since_answer, 300)) is bool(problem)
