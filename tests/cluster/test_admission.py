@@ -1,7 +1,7 @@
-"""A real API server accepts and refuses what the models accept and refuse, in the same words, and fills in the same defaults.
+"""The API server accepts and rejects the same runs as the models: same messages, same defaults.
 
-Everything but immutability is asked with --dry-run=server against the DistillRun that the operator was installed with. Immutability
-needs a stored status, which a running operator would write over: it is tested on the same CRD under a group of its own.
+Everything but immutability is tested with --dry-run=server against the installed CRD. Immutability needs a
+stored status, which a running operator would overwrite: it is tested on the same CRD under another group.
 """
 
 import json
@@ -32,11 +32,11 @@ BAD = {
     for i, (name, bad) in enumerate(invalid_specs.BAD.items())
 }
 DROPPED = {"a conversation without a date"}
-"""Where null means something else than absent: client-side apply drops it."""
+"""Specs in which null is not the same as absent. Client-side apply drops null."""
 
 
 def kubectl(cluster: Cluster, *arguments: str) -> tuple[str, str]:
-    """What kubectl prints, and what it says against it."""
+    """stdout and stderr of kubectl."""
     environment = {**os.environ, "KUBECONFIG": str(cluster.kubeconfig)}
     ended = subprocess.run(
         [cluster.kubectl_path, *arguments], env=environment, capture_output=True, text=True, check=False
@@ -60,29 +60,29 @@ def stored(printed: str) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def applied(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What the API server makes of every good run, by the run's name."""
+    """Every good run as the API server returns it, by name."""
     folder = files(GOOD, tmp_path_factory.mktemp("good"))
-    printed, complaints = kubectl(
+    printed, errors = kubectl(
         cluster, "apply", "--server-side", "--dry-run=server", "--output=json", "--filename", str(folder)
     )
-    assert complaints == ""
+    assert errors == ""
     return stored(printed)
 
 
 @pytest.fixture(scope="module")
-def refused(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the API server says against every bad run, by the case's name; no entry where it says nothing."""
+def rejections(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The API server's message for every bad run, by the case's name. A run that it accepts is not in it."""
     folder = files(BAD, tmp_path_factory.mktemp("bad"))
-    _, complaints = kubectl(cluster, "apply", "--dry-run=server", "--filename", str(folder))
+    _, errors = kubectl(cluster, "apply", "--dry-run=server", "--filename", str(folder))
     numbered = {
         int(found["i"]): line
-        for line in complaints.splitlines()
+        for line in errors.splitlines()
         if (found := re.search(r"/(?P<i>\d{3})\.json\"", line))
     }
     return {name: numbered[i] for i, name in enumerate(BAD) if i in numbered}
 
 
-def test_the_installed_crd_is_the_one_that_the_models_say(cluster: Cluster) -> None:
+def test_the_installed_crd_is_that_of_the_models(cluster: Cluster) -> None:
     installed = json.loads(cluster.kubectl("get", "crd", f"{PLURAL}.{GROUP}", "--output=json"))
     assert installed["spec"]["versions"][0]["schema"] == crd()["spec"]["versions"][0]["schema"]
 
@@ -92,7 +92,7 @@ def test_client_side_apply_takes_the_crd(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_a_good_run_is_accepted_and_its_defaults_are_ours(
+def test_a_good_run_is_accepted_with_the_defaults_of_the_models(
     applied: dict[str, dict[str, Any]], name: str
 ) -> None:
     answer = applied[GOOD[name]["metadata"]["name"]]
@@ -100,19 +100,21 @@ def test_a_good_run_is_accepted_and_its_defaults_are_ours(
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_run_is_refused_with_its_field_and_the_way_out(refused: dict[str, str], name: str) -> None:
+def test_a_bad_run_is_rejected_with_its_field_and_the_remedy(rejections: dict[str, str], name: str) -> None:
     bad = invalid_specs.BAD[name]
-    assert name in refused, "accepted"
+    assert name in rejections, "accepted"
     if bad.server:
-        assert bad.server in refused[name]
+        assert bad.server in rejections[name]
     else:
-        assert f"{bad.field}: Invalid value: " in refused[name] and bad.words in refused[name]
-    assert "no such key" not in refused[name] and "evaluating rule" not in refused[name], (
-        "a rule that fails instead of answering"
+        assert f"{bad.field}: Invalid value: " in rejections[name] and bad.words in rejections[name]
+    assert "no such key" not in rejections[name] and "evaluating rule" not in rejections[name], (
+        "a rule raised an error"
     )
 
 
-def test_null_and_absent_mean_the_same_but_where_the_field_says_so(cluster: Cluster, tmp_path: Path) -> None:
+def test_null_and_absent_mean_the_same_unless_the_field_says_otherwise(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     folder = files({name: body for name, body in GOOD.items() if name not in DROPPED}, tmp_path)
     answers = stored(
         kubectl(cluster, "apply", "--dry-run=server", "--output=json", "--filename", str(folder))[0]
@@ -145,7 +147,7 @@ SCALARS = {
 
 @pytest.fixture(scope="module")
 def texts(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, dict[str, Any]]:
-    """Files as people write them, and what the API server makes of each."""
+    """YAML files, and each as the API server returns it."""
     folder = tmp_path_factory.mktemp("texts")
     for name, text in SCALARS.items():
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
@@ -155,12 +157,12 @@ def texts(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[Pa
     return {path: answers[load_run(path).metadata.name] for path in paths}
 
 
-def test_kubectl_reads_an_example_as_we_do(texts: dict[Path, dict[str, Any]]) -> None:
+def test_kubectl_reads_an_example_as_the_models_do(texts: dict[Path, dict[str, Any]]) -> None:
     for path in EXAMPLES:
         assert DistillRun.parse(texts[path]).config_hash == load_run(path).config_hash, path
 
 
-def test_kubectl_reads_dates_and_numbers_as_we_do(texts: dict[Path, dict[str, Any]]) -> None:
+def test_kubectl_reads_dates_and_numbers_as_the_models_do(texts: dict[Path, dict[str, Any]]) -> None:
     hashes = [
         hash
         for path, answer in texts.items()
@@ -174,15 +176,16 @@ def parsed(answer: dict[str, Any]) -> str:
     return DistillRun.parse(answer).config_hash
 
 
-def test_a_stage_reads_well_in_kubectl_explain(cluster: Cluster) -> None:
-    text = " ".join(cluster.kubectl("explain", "distillrun.spec.stages").split())
-    for said in (
+def test_kubectl_explain_describes_a_stage(cluster: Cluster) -> None:
+    explained = " ".join(cluster.kubectl("explain", "distillrun.spec.stages").split())
+    for text in (
         "kind <string> -required- enum: Vanilla, Rescored, TeacherForced, OnPolicy",
         "tokens <Object> Positions that enter the student in this stage, padding excluded",
-        'Default: "1B" in Vanilla stages, "2B" in Rescored stages, "665M" in TeacherForced stages, "8B" in OnPolicy stages.',
+        'Default: "1B" in Vanilla stages, "2B" in Rescored stages, "665M" in TeacherForced stages, '
+        '"8B" in OnPolicy stages.',
         "mix <number> Rescored only. Share of batches that come from the scored subset",
     ):
-        assert said in text
+        assert text in explained
 
 
 STATUS = {
@@ -201,7 +204,10 @@ STATUS = {
 
 @pytest.fixture(scope="module")
 def twin(cluster: Cluster) -> Iterator[str]:
-    """The same CRD under names that no operator watches, with an object `started` whose first step has started. Gives its resource."""
+    """The same CRD in a group that no operator watches, with an object `started` whose first step has started.
+
+    Returns the resource's name.
+    """
     group = f"t{secrets.token_hex(4)}.{GROUP}"
     resource = f"twins.{group}"
     body = crd()
@@ -233,13 +239,16 @@ def run_of(group: str) -> dict[str, Any]:
     return {**valid_specs.manifest(changes, "started"), "apiVersion": f"{group}/v1alpha1", "kind": "Twin"}
 
 
-FROZEN = "cannot change after the first step has started: only suspend, ttlAfterFinished, deletionPolicy and runtime.attempts can."
+FROZEN = (
+    "cannot change after the first step has started: "
+    "only suspend, ttlAfterFinished, deletionPolicy and runtime.attempts can."
+)
 
 
 @pytest.mark.parametrize(
     "field, change",
     [
-        pytest.param("spec.dataset", {"dataset": {"validFraction": 0.5}}, id="the data set"),
+        pytest.param("spec.dataset", {"dataset": {"validFraction": 0.5}}, id="the dataset"),
         pytest.param("spec.teacher", {"teacher": {"effort": "high"}}, id="the teacher"),
         pytest.param("spec.student", {"student": {"gpus": 1}}, id="the layout"),
         pytest.param("spec.training", {"training": {"seed": 1}}, id="the seed"),
@@ -253,32 +262,32 @@ FROZEN = "cannot change after the first step has started: only suspend, ttlAfter
         pytest.param(
             "spec.resumeFrom",
             {"resumeFrom": "s3://vpmoe/runs/default/other-01234567"},
-            id="where it goes on from",
+            id="resumeFrom",
         ),
     ],
 )
-def test_a_started_run_keeps_what_it_was_started_with(
+def test_the_configuration_of_a_started_run_cannot_change(
     cluster: Cluster, twin: str, field: str, change: dict[str, Any]
 ) -> None:
     patch = json.dumps({"spec": change})
-    _, complaints = kubectl(
+    _, errors = kubectl(
         cluster, "patch", twin, "started", "--type=merge", "--dry-run=server", "--patch", patch
     )
-    assert f"{field}: Invalid value: " in complaints and FROZEN in complaints
-    assert complaints.count(FROZEN) == 1
+    assert f"{field}: Invalid value: " in errors and FROZEN in errors
+    assert errors.count(FROZEN) == 1
 
 
 @pytest.mark.parametrize(
     "change",
     [
         pytest.param({"suspend": True}, id="suspend"),
-        pytest.param({"ttlAfterFinished": "1d"}, id="how long it is kept"),
-        pytest.param({"deletionPolicy": "Delete"}, id="what deletion removes"),
+        pytest.param({"ttlAfterFinished": "1d"}, id="ttlAfterFinished"),
+        pytest.param({"deletionPolicy": "Delete"}, id="deletionPolicy"),
         pytest.param({"runtime": {"attempts": 9}}, id="attempts"),
-        pytest.param({"student": {"gpus": 7}}, id="nothing, in other words"),
+        pytest.param({"student": {"gpus": 7}}, id="the same value"),
     ],
 )
-def test_a_started_run_may_change_what_is_no_part_of_its_configuration(
+def test_other_fields_of_a_started_run_may_change(
     cluster: Cluster, twin: str, change: dict[str, Any]
 ) -> None:
     cluster.kubectl(
@@ -299,7 +308,7 @@ def test_a_run_may_change_until_its_first_step_has_started(cluster: Cluster, twi
     )
 
 
-def test_kubectl_get_shows_how_a_run_gets_on(cluster: Cluster, twin: str) -> None:
+def test_kubectl_get_shows_the_progress_of_a_run(cluster: Cluster, twin: str) -> None:
     def columns(*arguments: str) -> dict[str, str]:
         header, row = cluster.kubectl("get", twin, "started", *arguments).splitlines()
         return dict(zip(header.split(), row.split(), strict=True))

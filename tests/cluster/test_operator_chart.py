@@ -1,4 +1,4 @@
-"""The chart: it lints, asks for rights by name, installs over a CRD that kubectl applied, and brings the CRD along on upgrade."""
+"""The Helm chart: values, permissions, security, and the installation and upgrade of the CRD."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,12 @@ import yaml
 
 from devcluster import install
 from devcluster.access import Cluster
-from tests.fakes.run_harness import ROOT, refused
+from tests.fakes.run_harness import ROOT, rejection
 
 CHART = ROOT / "charts/distill-operator"
-GIT_SHA = ["--set-string", f"gitSha={'a' * 40}"]
+APP_VERSION = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+GIT_SHA = ["--set", f"gitSha={'a' * 40}"]
+REGISTRY = ["--set", "images.registry=r.example.com/vpmoe"]
 DEV = ["--values", str(CHART / "values-dev.yaml"), *GIT_SHA]
 CRD = "distillruns.vpmoe.dev"
 
@@ -28,20 +30,61 @@ def test_it_lints(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments, words",
+    "arguments, message",
     [
-        pytest.param([], "gitSha is empty: pass --set gitSha=$(git rev-parse HEAD)", id="no commit"),
-        pytest.param(["--set", "gitSha=main"], "gitSha", id="a branch for a commit"),
-        pytest.param([*GIT_SHA, "--set", "resyncSeconds=0"], "resyncSeconds", id="never"),
-        pytest.param([*GIT_SHA, "--set", "image=mine"], "image", id="unknown value"),
+        pytest.param([], "--set gitSha=$(git rev-parse HEAD)", id="no commit"),
+        pytest.param([], "--set images.registry=registry.example.com/vpmoe", id="no images"),
+        pytest.param(["--set", "gitSha=main"], 'gitSha is "main", not a commit', id="a branch as commit"),
+        pytest.param(GIT_SHA, "images.registry is empty", id="only the commit"),
+        pytest.param(
+            [*GIT_SHA, "--set", "images.trainer=mine"], "images.registry is empty", id="one image of three"
+        ),
+        pytest.param(
+            [*GIT_SHA, *REGISTRY, "--set", "resyncSeconds=0"], "resyncSeconds", id="an interval of 0"
+        ),
+        pytest.param([*GIT_SHA, *REGISTRY, "--set", "image=mine"], "image", id="unknown value"),
     ],
 )
-def test_values_that_are_wrong_are_refused(cluster: Cluster, arguments: list[str], words: str) -> None:
-    assert words in refused(lambda: cluster.helm("template", "x", str(CHART), *arguments))
+def test_invalid_values_are_rejected_with_the_remedy(
+    cluster: Cluster, arguments: list[str], message: str
+) -> None:
+    assert message in rejection(lambda: cluster.helm("template", "x", str(CHART), *arguments))
+
+
+@pytest.mark.parametrize(
+    "arguments, images",
+    [
+        pytest.param([], ["r.example.com/vpmoe/{}:" + APP_VERSION] * 3, id="appVersion"),
+        pytest.param(["--set", "images.tag=dev"], ["r.example.com/vpmoe/{}:dev"] * 3, id="tag"),
+        pytest.param(
+            ["--set", "images.trainer=other/train:2"],
+            [
+                "r.example.com/vpmoe/{}:" + APP_VERSION,
+                "other/train:2",
+                "r.example.com/vpmoe/{}:" + APP_VERSION,
+            ],
+            id="one full reference",
+        ),
+    ],
+)
+def test_the_command_of_the_readme_names_the_images(
+    cluster: Cluster, arguments: list[str], images: list[str]
+) -> None:
+    printed = cluster.helm("template", "distill-operator", str(CHART), *GIT_SHA, *REGISTRY, *arguments)
+    objects = {obj["kind"]: obj for obj in yaml.safe_load_all(printed) if obj}
+    pod = objects["Deployment"]["spec"]["template"]["spec"]
+    settings = yaml.safe_load(objects["ConfigMap"]["data"]["operator.yaml"])
+    operator, trainer, inference = images
+    for container in [*pod["initContainers"], *pod["containers"]]:
+        assert container["image"] == operator.format("operator")
+    assert settings["images"] == {
+        "trainer": trainer.format("trainer"),
+        "inference": inference.format("inference"),
+    }
 
 
 @pytest.mark.parametrize("namespaces", ["", "team-a,team-b"])
-def test_rights_have_names(cluster: Cluster, namespaces: str) -> None:
+def test_permissions_name_their_resources(cluster: Cluster, namespaces: str) -> None:
     objects = rendered(cluster, *(["--set", f"watchNamespaces={{{namespaces}}}"] if namespaces else []))
     roles = [obj for obj in objects if obj["kind"] in ("Role", "ClusterRole")]
     rules = [rule for role in roles for rule in role["rules"]]
@@ -76,7 +119,7 @@ def test_the_operators_pod_satisfies_the_restricted_standard(cluster: Cluster) -
 def test_it_installs_over_a_crd_that_kubectl_applied_and_brings_it_up_to_date(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    """An older CRD, applied by kubectl, with a description and a field of its own day."""
+    """An older CRD, applied by kubectl: with another description, and without a field."""
     current = yaml.safe_load((ROOT / "manifests/crd.yaml").read_text())
     old = json.loads(json.dumps(current))
     schema = old["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
@@ -85,13 +128,12 @@ def test_it_installs_over_a_crd_that_kubectl_applied_and_brings_it_up_to_date(
     rules = schema["x-kubernetes-validations"]
     schema["x-kubernetes-validations"] = [rule for rule in rules if "ttlAfterFinished" not in rule["rule"]]
     (tmp_path / "old.json").write_text(json.dumps(old))
-    cluster.kubectl(
-        "apply", "--filename", str(ROOT / "manifests/crd.yaml")
-    )  # of what kubectl applied itself it takes things away
+    # kubectl apply removes only what it applied itself: apply the whole CRD first.
+    cluster.kubectl("apply", "--filename", str(ROOT / "manifests/crd.yaml"))
     cluster.kubectl("apply", "--filename", str(tmp_path / "old.json"))
-    assert "ttlAfterFinished" not in described(cluster)["properties"]["spec"]["properties"]
+    assert "ttlAfterFinished" not in crd_schema(cluster)["properties"]["spec"]["properties"]
     namespace = "chart-test"
-    place = [
+    arguments = [
         "--namespace",
         namespace,
         "--create-namespace",
@@ -102,17 +144,17 @@ def test_it_installs_over_a_crd_that_kubectl_applied_and_brings_it_up_to_date(
         "2m",
     ]
     try:
-        cluster.helm("install", "second", str(CHART), *DEV, *place)
-        assert "ttlAfterFinished" in described(cluster)["properties"]["spec"]["properties"]
+        cluster.helm("install", "second", str(CHART), *DEV, *arguments)
+        assert "ttlAfterFinished" in crd_schema(cluster)["properties"]["spec"]["properties"]
         cluster.kubectl("apply", "--filename", str(ROOT / "manifests/crd.yaml"))
         cluster.kubectl("apply", "--filename", str(tmp_path / "old.json"))
-        cluster.helm("upgrade", "second", str(CHART), *DEV, *place, "--set", "logLevel=debug")
+        cluster.helm("upgrade", "second", str(CHART), *DEV, *arguments, "--set", "logLevel=debug")
         assert (
-            described(cluster)["description"]
+            crd_schema(cluster)["description"]
             == current["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["description"]
         )
         cluster.helm("uninstall", "second", "--namespace", namespace, "--wait")
-        assert described(cluster), "the runs of all others live on"
+        assert crd_schema(cluster), "the CRD stays, and with it all runs"
     finally:
         cluster.kubectl("delete", "namespace", namespace, "--ignore-not-found")
         cluster.kubectl(
@@ -120,8 +162,8 @@ def test_it_installs_over_a_crd_that_kubectl_applied_and_brings_it_up_to_date(
         )
 
 
-def described(cluster: Cluster) -> dict[str, Any]:
-    """The CRD's schema as the API server has it."""
+def crd_schema(cluster: Cluster) -> dict[str, Any]:
+    """The schema of the CRD in the cluster."""
     found = json.loads(cluster.kubectl("get", "crd", CRD, "--output=json"))
     schema: dict[str, Any] = found["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     return schema
@@ -140,8 +182,8 @@ def test_the_installed_operator_runs_as_the_chart_says(cluster: Cluster) -> None
     (pod,) = [pod for pod in json.loads(listed)["items"] if "deletionTimestamp" not in pod["metadata"]]
     statuses = pod["status"]["containerStatuses"]
     assert [(status["ready"], status["restartCount"]) for status in statuses] == [(True, 0)]
-    here = "import os; print(os.getuid(), os.access('/opt/vpmoe', os.W_OK))"
-    ran = cluster.kubectl(
+    script = "import os; print(os.getuid(), os.access('/opt/vpmoe', os.W_OK))"
+    printed = cluster.kubectl(
         "exec",
         pod["metadata"]["name"],
         "--namespace",
@@ -150,6 +192,6 @@ def test_the_installed_operator_runs_as_the_chart_says(cluster: Cluster) -> None
         "--",
         "python",
         "-c",
-        here,
+        script,
     )
-    assert ran.split() == ["65532", "False"]
+    assert printed.split() == ["65532", "False"]

@@ -1,4 +1,6 @@
-"""The operator's process on a real control plane: killed at every write, two at a time, cut off from its lease, without Kubeflow."""
+"""The operator's process on a real control plane: killed at every write, with a standby, without its
+lease, without Kubeflow.
+"""
 
 import urllib.request
 from collections.abc import Iterator
@@ -8,16 +10,16 @@ import pytest
 
 from devcluster import install
 from devcluster.access import Cluster
-from tests.fakes import run_harness as teams
-from tests.fakes.api_proxy import Gate, Process, children
-from tests.fakes.run_harness import STAGES, Team
+from tests.fakes import run_harness
+from tests.fakes.api_proxy import ApiProxy, OperatorProcess, created_kinds
+from tests.fakes.run_harness import STAGES, RunHarness
 from tests.fakes.waiting import answers, wait_until
 
 
 @pytest.fixture(scope="module")
-def team(cluster: Cluster, namespace: str) -> Iterator[Team]:
-    """The installed operator steps aside: these tests run their own."""
-    teams.operator(cluster, "--set", "replicas=0")
+def harness(cluster: Cluster, namespace: str) -> Iterator[RunHarness]:
+    """Without the installed operator: these tests start their own."""
+    run_harness.upgrade_operator(cluster, "--set", "replicas=0")
     cluster.kubectl(
         "wait",
         "--for=delete",
@@ -25,24 +27,26 @@ def team(cluster: Cluster, namespace: str) -> Iterator[Team]:
         "--selector=app.kubernetes.io/name=distill-operator",
         f"--namespace={install.NAMESPACE}",
     )
-    yield Team.create(cluster, namespace)
-    teams.restore(cluster)
+    yield RunHarness.create(cluster, namespace)
+    run_harness.restore_operator(cluster)
 
 
 @pytest.fixture
-def gate(cluster: Cluster, team: Team) -> Iterator[Gate]:
+def proxy(cluster: Cluster, harness: RunHarness) -> Iterator[ApiProxy]:
     cluster.kubectl(
         "delete", "lease", "distill-operator", "--ignore-not-found", f"--namespace={install.NAMESPACE}"
     )
-    with Gate(cluster) as gate:
-        yield gate
+    with ApiProxy(cluster) as proxy:
+        yield proxy
 
 
-def test_killed_at_every_write_of_a_run_it_never_makes_a_duplicate_and_always_finishes(
-    team: Team, gate: Gate, tmp_path: Path
+def test_killed_at_every_write_of_a_run_it_never_creates_a_duplicate_and_always_finishes(
+    harness: RunHarness, proxy: ApiProxy, tmp_path: Path
 ) -> None:
-    """Each process makes one write, which takes effect, and dies before it hears so: the state before and after every write is met."""
-    operator = Process(gate, tmp_path, team.namespace)
+    """Each process makes one write, and is killed before it gets the answer: every state between two
+    writes is met.
+    """
+    operator = OperatorProcess(proxy, tmp_path, harness.namespace)
     died: list[str] = []
 
     def die(method: str, path: str) -> None:
@@ -51,49 +55,51 @@ def test_killed_at_every_write_of_a_run_it_never_makes_a_duplicate_and_always_fi
             died.append(f"{method} {path}")
 
     two = {"teacher": {"model": "s3://models/none", "gpus": 1}, "stages": STAGES}
-    team.apply(
+    harness.apply(
         "mortal",
         "steps=4 every=2 pause=0 parts=2 kill=vanilla@1:2,rescore@1:-102",
         deletionPolicy="Delete",
         **two,
     )
-    gate.after_write = die
+    proxy.after_write = die
     for _ in range(160):
         operator.start()
         wait_until(
-            lambda: operator.process.poll() is not None or team.status("mortal").get("phase") == "Succeeded",
+            lambda: (
+                operator.process.poll() is not None or harness.status("mortal").get("phase") == "Succeeded"
+            ),
             "one more write",
             240,
         )
-        if team.status("mortal").get("phase") == "Succeeded":
+        if harness.status("mortal").get("phase") == "Succeeded":
             break
     operator.kill()
-    assert team.phase("mortal", "Succeeded", seconds=1)["phase"] == "Succeeded", died
+    assert harness.wait_for_phase("mortal", "Succeeded", seconds=1)["phase"] == "Succeeded", died
     made = [
         *(f"{step}-a{attempt}" for step in ("rescore", "vanilla") for attempt in (1, 2)),
         "preprocess-a1",
         "rescored-a1",
         "teacherforced-a1",
     ]
-    assert team.children("mortal") == sorted(f"mortal-{child}" for child in made)
-    assert sorted(children(gate.written)) == ["jobs"] * 3 + ["pytorchjobs"] * 4
-    assert team.starts("mortal") == [(1, 0), (2, 2)]
-    assert team.starts("mortal", "rescore") == [(1, 0), (2, 1)]
+    assert harness.child_names("mortal") == sorted(f"mortal-{child}" for child in made)
+    assert sorted(created_kinds(proxy.writes)) == ["jobs"] * 3 + ["pytorchjobs"] * 4
+    assert harness.starts("mortal") == [(1, 0), (2, 2)]
+    assert harness.starts("mortal", "rescore") == [(1, 0), (2, 1)]
     assert len(died) > 20, (
-        "it wrote its status, its finalizer, Events, a ConfigMap and children, and died each time"
+        "it died after writes of the status, the finalizer, Events, the ConfigMap and children"
     )
-    team.patch("mortal", deletionPolicy="Retain")
-    gate.after_write = lambda method, path: None
+    harness.patch("mortal", deletionPolicy="Retain")
+    proxy.after_write = lambda method, path: None
     operator.start()
-    team.kubectl("delete", "distillrun", "mortal", "--timeout=60s")
+    harness.kubectl("delete", "distillrun", "mortal", "--timeout=60s")
     assert operator.stop() == 0
 
 
 def test_a_standby_is_healthy_and_takes_over_when_the_holder_dies(
-    team: Team, gate: Gate, tmp_path: Path
+    harness: RunHarness, proxy: ApiProxy, tmp_path: Path
 ) -> None:
     first, second = (
-        Process(gate, tmp_path, team.namespace, identity, lease_seconds=10)
+        OperatorProcess(proxy, tmp_path, harness.namespace, identity, lease_seconds=10)
         for identity in ("first", "second")
     )
     first.start()
@@ -107,30 +113,32 @@ def test_a_standby_is_healthy_and_takes_over_when_the_holder_dies(
     assert "vpmoe_operator_leading 1.0" in metrics(first)
     first.kill()
     wait_until(second.leads, "the second leads", 60)
-    team.apply("handed", "steps=1")
-    team.phase("handed", "Succeeded")
+    harness.apply("handed", "steps=1")
+    harness.wait_for_phase("handed", "Succeeded")
     assert "vpmoe_operator_reconciles_total" in metrics(second)
     assert second.stop() == 0
-    holder = team.cluster.kubectl(
+    holder = harness.cluster.kubectl(
         "get",
         "lease",
         "distill-operator",
         f"--namespace={install.NAMESPACE}",
         "--output=jsonpath={.spec.holderIdentity}",
     )
-    assert holder == "", "asked to stop, it lets the next one in at once"
+    assert holder == "", "an operator that stops releases the lease"
 
 
-def metrics(process: Process) -> str:
+def metrics(process: OperatorProcess) -> str:
     return str(urllib.request.urlopen(f"http://127.0.0.1:{process.port}/metrics").read().decode())
 
 
-def test_an_operator_that_has_lost_its_lease_ends_on_the_spot(team: Team, gate: Gate, tmp_path: Path) -> None:
-    operator = Process(gate, tmp_path, team.namespace, lease_seconds=10)
+def test_an_operator_that_has_lost_its_lease_ends_at_once(
+    harness: RunHarness, proxy: ApiProxy, tmp_path: Path
+) -> None:
+    operator = OperatorProcess(proxy, tmp_path, harness.namespace, lease_seconds=10)
     operator.start()
     wait_until(operator.leads, "it leads")
     thief = '{"spec":{"holderIdentity":"thief"}}'
-    team.cluster.kubectl(
+    harness.cluster.kubectl(
         "patch",
         "lease",
         "distill-operator",
@@ -140,26 +148,28 @@ def test_an_operator_that_has_lost_its_lease_ends_on_the_spot(team: Team, gate: 
         thief,
     )
     assert operator.process.wait(timeout=30) == 70
-    assert "another process has taken it" in operator.log.read_text()
+    assert "another process has taken the lease" in operator.log.read_text()
 
 
-def test_a_missing_kubeflow_is_said_and_never_worked_around(team: Team, gate: Gate, tmp_path: Path) -> None:
-    gate.rename = lambda path: path.replace(
+def test_a_missing_kubeflow_is_reported_and_the_backend_never_switched(
+    harness: RunHarness, proxy: ApiProxy, tmp_path: Path
+) -> None:
+    proxy.rewrite_path = lambda path: path.replace(
         "/apis/kubeflow.org/v1", "/apis/kubeflow.org/v0"
-    )  # which no cluster has
-    operator = Process(gate, tmp_path, team.namespace)
+    )  # a version that no cluster serves
+    operator = OperatorProcess(proxy, tmp_path, harness.namespace)
     operator.start()
-    team.apply("early", "steps=1")
-    team.apply("plain", "steps=1", runtime={"backend": "Job"})
-    team.until(
+    harness.apply("early", "steps=1")
+    harness.apply("plain", "steps=1", runtime={"backend": "Job"})
+    harness.wait_until(
         "early",
-        lambda: team.condition("early", "Stalled").get("reason") == "KubeflowMissing",
-        "early says what is missing",
+        lambda: harness.condition("early", "Stalled").get("reason") == "KubeflowMissing",
+        "early reports it",
     )
-    assert "install the Kubeflow training operator" in team.status("early")["message"]
-    team.phase("plain", "Succeeded")  # younger, and not held up
-    assert team.children("early") == []
-    gate.rename = lambda path: path
-    team.phase("early", "Succeeded")
-    assert team.children("early") == ["early-preprocess-a1", "early-vanilla-a1"]
+    assert "Install the Kubeflow training operator" in harness.status("early")["message"]
+    harness.wait_for_phase("plain", "Succeeded")  # younger, and not blocked
+    assert harness.child_names("early") == []
+    proxy.rewrite_path = lambda path: path
+    harness.wait_for_phase("early", "Succeeded")
+    assert harness.child_names("early") == ["early-preprocess-a1", "early-vanilla-a1"]
     assert operator.stop() == 0

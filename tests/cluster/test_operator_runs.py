@@ -1,4 +1,7 @@
-"""The operator against a real control plane, with real pods that run stand-ins of the jobs: one run a promise, most of them at once."""
+"""The operator on a real control plane, with real pods that run stand-in jobs.
+
+Most runs are applied at once.
+"""
 
 import json
 from collections.abc import Iterator
@@ -9,16 +12,17 @@ from distill_operator.kube import JOB, POD, PYTORCHJOB
 
 from devcluster.access import Cluster
 from devcluster.configuration import HOST
-from tests.fakes import run_harness as teams
-from tests.fakes.run_harness import STAGES, Team, refused
-from tests.fakes.s3_proxy import Relay
+from tests.fakes import run_harness
+from tests.fakes.run_harness import STAGES, RunHarness, rejection
+from tests.fakes.s3_proxy import S3Proxy
 
 LONG = "steps=3000 pause=0.3 every=2 hurry=2"
-"""Trains for a quarter of an hour, long enough to be stopped; the attempt after that ends at once."""
+"""Trains for fifteen minutes, long enough to be stopped. The next attempt ends at once."""
 WHOLE = "steps=8 every=4 pause=0.5 parts=6 beside=vanilla kill=rescore@1:-103,rescored@1:5"
-"""Rescoring that is killed once and scores beside a Vanilla stage of four seconds; the Rescored stage is killed once too."""
+"""Rescoring is killed once, and runs beside a Vanilla stage of four seconds. The Rescored stage is killed
+once too."""
 ENDLESS = "steps=6 every=2 pause=0.5 windows=3000 kill=onpolicy-sampler@1:-203"
-"""A sampler that is killed once, and that would, like its teacher, go on long after the stage is trained."""
+"""The sampler is killed once. Sampler and teacher would continue long after the stage is trained."""
 TOGETHER: dict[str, Any] = {
     "teacher": {"model": "s3://models/none", "gpus": 2},
     "student": {"shape": "tiny", "gpus": 2},
@@ -28,73 +32,81 @@ TOGETHER: dict[str, Any] = {
     ],
     "evaluation": {"completions": 8},
 }
-"""Four GPUs: two teachers, one that samples, one that trains."""
+"""Four GPUs: two teachers, one sampler, one trainer."""
 THREE: dict[str, Any] = {"teacher": {"model": "s3://models/none", "gpus": 2}, "stages": STAGES}
-"""Three GPUs: two teachers that score, then one of the two beside the student in stage teacherforced."""
+"""Three GPUs: two teachers that score; in stage teacherforced the student and one teacher."""
 
 
 @pytest.fixture(scope="module")
-def relay(cluster: Cluster) -> Iterator[Relay]:
-    with Relay(cluster.s3.endpoint, HOST) as relay:
-        yield relay
+def s3_proxy(cluster: Cluster) -> Iterator[S3Proxy]:
+    with S3Proxy(cluster.s3.endpoint, HOST) as s3_proxy:
+        yield s3_proxy
 
 
 @pytest.fixture(scope="module")
-def team(cluster: Cluster, namespace: str, relay: Relay) -> Iterator[Team]:
-    """Nearly all runs of this module are applied at once, so that they share the time that pods take to start. Those that hold a GPU until
-    a test takes it from them must be fewer than the pool's eight: or a run that a test waits for might never get one."""
-    teams.operator(cluster, *teams.FAST)
-    team = Team.create(cluster, namespace)
-    team.kubectl("apply", "--filename", "-", input=json.dumps(stranger("taken-preprocess-a1")))
-    team.apply("whole", WHOLE, **THREE)
-    team.watch("whole")
-    team.apply("onpolicy", ENDLESS, **TOGETHER)
-    team.watch("onpolicy")
-    team.apply("killed", "steps=6 every=2 kill=1:4")
-    team.apply("unkillable", "fail=1:0,2:0", runtime={"attempts": 2})
-    team.apply("refusing", "refuse=1:0")
-    team.apply("pair", "steps=3", student={"shape": "tiny", "gpus": 2, "gpusPerPod": 1})
-    team.apply("plain", "steps=3", runtime={"backend": "Job"}, ttlAfterFinished="1s")
-    team.apply("taken", "steps=1")
-    team.apply("keyless", "steps=1", storage=team.storage("to-come"))
-    team.apply("suspended", LONG.replace("every=2", "every=2500"))
-    team.apply("evicted", LONG, runtime={"attempts": 1})
-    team.apply("removed", LONG, runtime={"attempts": 1})
-    team.apply("away", LONG, storage=team.storage(teams.install.SECRET, relay.endpoint))
-    team.apply("orphan", "steps=1", deletionPolicy="Delete", storage=team.secret("brief"))
-    yield team
-    teams.restore(cluster)
+def harness(cluster: Cluster, namespace: str, s3_proxy: S3Proxy) -> Iterator[RunHarness]:
+    """Apply most runs of this module at once, so that they share the time that pods take to start.
+
+    The runs that hold a GPU until a test releases it must be fewer than the pool's eight GPUs. Otherwise a
+    run that a test waits for might never get one.
+    """
+    run_harness.upgrade_operator(cluster, *run_harness.FAST)
+    harness = RunHarness.create(cluster, namespace)
+    harness.kubectl("apply", "--filename", "-", input=json.dumps(foreign_job("taken-preprocess-a1")))
+    harness.apply("whole", WHOLE, **THREE)
+    harness.observe_pods("whole")
+    harness.apply("onpolicy", ENDLESS, **TOGETHER)
+    harness.observe_pods("onpolicy")
+    harness.apply("killed", "steps=6 every=2 kill=1:4")
+    harness.apply("unkillable", "fail=1:0,2:0", runtime={"attempts": 2})
+    harness.apply("refusing", "refuse=1:0")
+    harness.apply("pair", "steps=3", student={"shape": "tiny", "gpus": 2, "gpusPerPod": 1})
+    harness.apply("plain", "steps=3", runtime={"backend": "Job"}, ttlAfterFinished="1s")
+    harness.apply("taken", "steps=1")
+    harness.apply("keyless", "steps=1", storage=harness.storage("to-come"))
+    harness.apply("suspended", LONG.replace("every=2", "every=2500"))
+    harness.apply("evicted", LONG, runtime={"attempts": 1})
+    harness.apply("removed", LONG, runtime={"attempts": 1})
+    harness.apply("away", LONG, storage=harness.storage(run_harness.install.SECRET, s3_proxy.endpoint))
+    harness.apply("orphan", "steps=1", deletionPolicy="Delete", storage=harness.create_secret("brief"))
+    yield harness
+    run_harness.restore_operator(cluster)
 
 
-def stranger(name: str) -> dict[str, Any]:
-    """A Job of somebody else's, which never starts a pod."""
-    pod = {"restartPolicy": "Never", "containers": [{"name": "main", "image": teams.IMAGE}]}
+def foreign_job(name: str) -> dict[str, Any]:
+    """A Job that the operator did not create. It never starts a pod."""
+    pod = {"restartPolicy": "Never", "containers": [{"name": "main", "image": run_harness.IMAGE}]}
     spec = {"suspend": True, "template": {"spec": pod}}
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": spec}
 
 
-def test_a_pod_that_is_killed_mid_training_resumes_from_its_checkpoint_as_attempt_2(team: Team) -> None:
-    status = team.phase("killed", "Succeeded", "Failed")
+def test_a_pod_that_is_killed_mid_training_resumes_from_its_checkpoint_as_attempt_2(
+    harness: RunHarness,
+) -> None:
+    status = harness.wait_for_phase("killed", "Succeeded", "Failed")
     assert status["phase"] == "Succeeded", status["message"]
-    assert team.starts("killed") == [(1, 0), (2, 4)]
-    assert team.children("killed") == ["killed-preprocess-a1", "killed-vanilla-a1", "killed-vanilla-a2"]
-    told = {"StepStarted", "StepRetrying", "StepSucceeded", "RunSucceeded"}
-    team.until(
-        "killed", lambda: told <= set(team.events("killed")), "all of it is told"
-    )  # the status is written first
-    events = team.events("killed")
-    words = "step vanilla failed (attempt 1 of 3): pod killed-vanilla-a1-master-0, container pytorch, exit 137 (killed)"
-    assert events["StepRetrying"].startswith(words)
-    team.kubectl("wait", "--for=condition=Succeeded", "distillrun/killed", "--timeout=5s")
+    assert harness.starts("killed") == [(1, 0), (2, 4)]
+    assert harness.child_names("killed") == ["killed-preprocess-a1", "killed-vanilla-a1", "killed-vanilla-a2"]
+    reasons = {"StepStarted", "StepRetrying", "StepSucceeded", "RunSucceeded"}
+    harness.wait_until(
+        "killed", lambda: reasons <= set(harness.events("killed")), "all Events are posted"
+    )  # after the status
+    events = harness.events("killed")
+    message = (
+        "step vanilla failed (attempt 1 of 3): pod killed-vanilla-a1-master-0, "
+        "container pytorch, exit 137 (killed)"
+    )
+    assert events["StepRetrying"].startswith(message)
+    harness.kubectl("wait", "--for=condition=Succeeded", "distillrun/killed", "--timeout=5s")
 
 
-def test_a_run_of_all_kinds_succeeds_and_scores_beside_vanilla(team: Team) -> None:
-    status = team.phase("whole", "Succeeded", "Failed")
+def test_a_run_of_all_kinds_succeeds_and_scores_beside_vanilla(harness: RunHarness) -> None:
+    status = harness.wait_for_phase("whole", "Succeeded", "Failed")
     assert status["phase"] == "Succeeded", status["message"]
-    together, gpus = team.witnesses["whole"].told()
+    together, gpus = harness.observers["whole"].result()
     assert frozenset({"rescore", "vanilla"}) in together
     assert all(len(steps) <= 1 or steps == {"rescore", "vanilla"} for steps in together), together
-    assert gpus == 3, "two teachers and a student: never more than teacher.gpus + student.gpus"
+    assert gpus == 3, "two teachers and a student: at most teacher.gpus + student.gpus"
     steps = [
         "preprocess-a1",
         "rescore-a1",
@@ -104,28 +116,28 @@ def test_a_run_of_all_kinds_succeeds_and_scores_beside_vanilla(team: Team) -> No
         "teacherforced-a1",
         "vanilla-a1",
     ]
-    assert team.children("whole") == [f"whole-{step}" for step in steps]
-    assert team.starts("whole", "rescored") == [(1, 0), (2, 4)]
-    assert [attempt for attempt, _ in team.starts("whole", "rescore")].count(2) == 2
+    assert harness.child_names("whole") == [f"whole-{step}" for step in steps]
+    assert harness.starts("whole", "rescored") == [(1, 0), (2, 4)]
+    assert [attempt for attempt, _ in harness.starts("whole", "rescore")].count(2) == 2
     (forced,) = [
         job
-        for job in team.objects("whole", PYTORCHJOB)
+        for job in harness.objects("whole", PYTORCHJOB)
         if job["metadata"]["name"] == "whole-teacherforced-a1"
     ]
     (container,) = forced["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 2, "a student and its teacher"
 
 
-def test_the_three_of_an_on_policy_stage_start_together_are_tried_again_alone_and_end_together(
-    team: Team,
+def test_the_three_steps_of_an_on_policy_stage_start_together_are_retried_alone_and_end_together(
+    harness: RunHarness,
 ) -> None:
-    status = team.phase("onpolicy", "Succeeded", "Failed")
+    status = harness.wait_for_phase("onpolicy", "Succeeded", "Failed")
     assert status["phase"] == "Succeeded", status["message"]
-    together, gpus = team.witnesses["onpolicy"].told()
+    together, gpus = harness.observers["onpolicy"].result()
     trio = {"onpolicy-sampler", "onpolicy-teacher", "onpolicy"}
     assert frozenset(trio) in together
     assert all(len(steps) <= 1 or steps <= trio for steps in together), together
-    assert gpus == 4, "two teachers, a sampler and a trainer: never more than teacher.gpus + student.gpus"
+    assert gpus == 4, "two teachers, a sampler and a trainer: at most teacher.gpus + student.gpus"
     steps = {step["name"]: (step["state"], step["attempt"], step["failures"]) for step in status["steps"]}
     assert steps == {step: ("Succeeded", 1 + (step == "onpolicy-sampler"), 0) for step in steps}
     assert list(steps) == [
@@ -137,231 +149,249 @@ def test_the_three_of_an_on_policy_stage_start_together_are_tried_again_alone_an
         "onpolicy-evaluate",
     ]
     for step in ("onpolicy-sampler", "onpolicy-teacher"):
-        assert team.step("onpolicy", step)["message"] == "training has succeeded"
-        assert 0 < team.step("onpolicy", step)["partsDone"] < 3000
-    left = {name for name in team.children("onpolicy") if "-onpolicy-" in name}
+        assert harness.step("onpolicy", step)["message"] == "training has succeeded"
+        assert 0 < harness.step("onpolicy", step)["partsDone"] < 3000
+    left = {name for name in harness.child_names("onpolicy") if "-onpolicy-" in name}
     assert left == {
         "onpolicy-onpolicy-sampler-a1",
         "onpolicy-onpolicy-a1",
         "onpolicy-onpolicy-evaluate-a1",
     }, "the others were stopped"
-    assert (status["validity"], team.step("onpolicy", "onpolicy-evaluate")["message"]) == (
+    assert (status["validity"], harness.step("onpolicy", "onpolicy-evaluate")["message"]) == (
         0.83,
         "validity 83 %",
     )
-    words = "step onpolicy-sampler failed (attempt 1 of 3): pod onpolicy-onpolicy-sampler-a1"
-    assert team.events("onpolicy")["StepRetrying"].startswith(words)
+    message = "step onpolicy-sampler failed (attempt 1 of 3): pod onpolicy-onpolicy-sampler-a1"
+    assert harness.events("onpolicy")["StepRetrying"].startswith(message)
 
 
-def test_failures_in_a_row_fail_the_run_and_raising_attempts_revives_it(team: Team) -> None:
-    status = team.phase("unkillable", "Failed", "Succeeded")
+def test_failures_in_a_row_fail_the_run_and_raising_attempts_continues_it(harness: RunHarness) -> None:
+    status = harness.wait_for_phase("unkillable", "Failed", "Succeeded")
     assert status["phase"] == "Failed"
     assert "attempt 2 of 2" in status["message"]
     assert "stand-in fails at step 0" in status["message"]
-    assert team.condition("unkillable", "Failed")["reason"] == "AttemptsExhausted"
-    team.kubectl("wait", "--for=condition=Failed", "distillrun/unkillable", "--timeout=5s")
-    team.patch("unkillable", runtime={"attempts": 3})
-    assert team.phase("unkillable", "Succeeded")["phase"] == "Succeeded"
-    assert team.step("unkillable")["attempt"] == 3
+    assert harness.condition("unkillable", "Failed")["reason"] == "AttemptsExhausted"
+    harness.kubectl("wait", "--for=condition=Failed", "distillrun/unkillable", "--timeout=5s")
+    harness.patch("unkillable", runtime={"attempts": 3})
+    assert harness.wait_for_phase("unkillable", "Succeeded")["phase"] == "Succeeded"
+    assert harness.step("unkillable")["attempt"] == 3
 
 
-def test_a_permanent_failure_is_not_tried_again(team: Team) -> None:
-    status = team.phase("refusing", "Failed", "Succeeded")
+def test_a_permanent_failure_is_not_retried(harness: RunHarness) -> None:
+    status = harness.wait_for_phase("refusing", "Failed", "Succeeded")
     assert status["phase"] == "Failed"
     assert "stand-in refuses at step 0" in status["message"]
-    assert team.condition("refusing", "Failed")["reason"] == "PermanentFailure"
-    assert team.children("refusing") == ["refusing-preprocess-a1", "refusing-vanilla-a1"]
+    assert harness.condition("refusing", "Failed")["reason"] == "PermanentFailure"
+    assert harness.child_names("refusing") == ["refusing-preprocess-a1", "refusing-vanilla-a1"]
 
 
-def test_one_gpu_a_pod_makes_a_master_and_a_worker(team: Team) -> None:
-    team.phase("pair", "Succeeded")
-    (job,) = team.objects("pair", PYTORCHJOB)
+def test_one_gpu_a_pod_makes_a_master_and_a_worker(harness: RunHarness) -> None:
+    harness.wait_for_phase("pair", "Succeeded")
+    (job,) = harness.objects("pair", PYTORCHJOB)
     replicas = job["spec"]["pytorchReplicaSpecs"]
     assert {role: spec["replicas"] for role, spec in replicas.items()} == {"Master": 1, "Worker": 1}
-    # The Worker waits for its init container, and the stand-in's Master does not wait for it: only the attempts are certain.
-    assert [attempt for attempt, _ in team.starts("pair")] == [1, 1], "two processes"
+    # The Master may finish before the Worker's init container, so the steps vary. The attempts do not.
+    assert [attempt for attempt, _ in harness.starts("pair")] == [1, 1], "two processes"
 
 
-def test_the_job_backend_needs_no_kubeflow_and_a_finished_run_expires(team: Team) -> None:
-    team.until(
+def test_the_job_backend_needs_no_kubeflow_and_a_finished_run_expires(harness: RunHarness) -> None:
+    harness.wait_until(
         "plain",
-        lambda: not team.get("plain") and not team.children("plain"),
+        lambda: not harness.get("plain") and not harness.child_names("plain"),
         "plain and its children are gone",
     )
-    assert "RunSucceeded" in team.events("plain")
+    assert "RunSucceeded" in harness.events("plain")
 
 
-def test_a_strangers_object_is_never_adopted(team: Team) -> None:
-    team.until(
-        "taken", lambda: team.condition("taken", "Stalled").get("reason") == "NameTaken", "taken is stalled"
+def test_an_object_of_another_owner_is_never_adopted(harness: RunHarness) -> None:
+    harness.wait_until(
+        "taken",
+        lambda: harness.condition("taken", "Stalled").get("reason") == "NameTaken",
+        "taken is stalled",
     )
-    assert "Job taken-preprocess-a1 was not made by the operator" in team.status("taken")["message"]
-    team.kubectl("delete", "job", "taken-preprocess-a1")
-    team.phase("taken", "Succeeded")
+    assert "Job taken-preprocess-a1 was not created by the operator" in harness.status("taken")["message"]
+    harness.kubectl("delete", "job", "taken-preprocess-a1")
+    harness.wait_for_phase("taken", "Succeeded")
 
 
-def test_a_pod_that_cannot_start_says_why_and_starts_once_it_can(team: Team) -> None:
-    team.until(
+def test_a_pod_that_cannot_start_says_why_and_starts_once_it_can(harness: RunHarness) -> None:
+    harness.wait_until(
         "keyless",
-        lambda: 'secret "to-come" not found' in team.status("keyless").get("message", ""),
-        "keyless says what it lacks",
+        lambda: 'secret "to-come" not found' in harness.status("keyless").get("message", ""),
+        "keyless reports the missing Secret",
     )
-    assert team.condition("keyless", "StorageReachable")["reason"] == "SecretMissing"
-    team.secret("to-come")
-    team.phase("keyless", "Succeeded")
+    assert harness.condition("keyless", "StorageReachable")["reason"] == "SecretMissing"
+    harness.create_secret("to-come")
+    harness.wait_for_phase("keyless", "Succeeded")
 
 
-def test_a_child_that_a_quota_refuses_is_told_keeps_no_other_waiting_and_is_made_once_it_may_be(
-    team: Team,
+def test_a_child_that_a_quota_rejects_is_reported_blocks_no_other_and_is_created_once_allowed(
+    harness: RunHarness,
 ) -> None:
     hard = {"hard": {"count/jobs.batch": "0"}}
     quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": hard}
-    team.apply(
+    harness.apply(
         "refused", "steps=1 pause=4", teacher={"model": "s3://models/none", "gpus": 1}, stages=STAGES[:2]
     )
-    team.until("refused", lambda: team.children("refused") == ["refused-preprocess-a1"], "it preprocesses")
-    team.kubectl("apply", "--filename", "-", input=json.dumps(quota))
-    team.until(
+    harness.wait_until(
+        "refused", lambda: harness.child_names("refused") == ["refused-preprocess-a1"], "it preprocesses"
+    )
+    harness.kubectl("apply", "--filename", "-", input=json.dumps(quota))
+    harness.wait_until(
         "refused",
-        lambda: team.condition("refused", "Stalled").get("reason") == "ChildRefused",
-        "refused says so",
+        lambda: harness.condition("refused", "Stalled").get("reason") == "ChildRefused",
+        "refused reports it",
     )
-    assert "exceeded quota: none" in team.condition("refused", "Stalled")["message"]
-    team.until(
-        "refused", lambda: team.step("refused").get("state") == "Succeeded", "training is made and goes on"
+    assert "exceeded quota: none" in harness.condition("refused", "Stalled")["message"]
+    harness.wait_until(
+        "refused",
+        lambda: harness.step("refused").get("state") == "Succeeded",
+        "training is created and succeeds",
     )
-    assert team.children("refused") == ["refused-preprocess-a1", "refused-vanilla-a1"]
-    assert team.step("refused", "rescored")["message"] == "waits for rescore"
-    team.kubectl("delete", "resourcequota", "none")
-    team.phase("refused", "Succeeded")
+    assert harness.child_names("refused") == ["refused-preprocess-a1", "refused-vanilla-a1"]
+    assert harness.step("refused", "rescored")["message"] == "waiting for rescore"
+    harness.kubectl("delete", "resourcequota", "none")
+    harness.wait_for_phase("refused", "Succeeded")
 
 
-def test_suspend_stops_at_a_checkpoint_and_resume_goes_on_from_it(team: Team) -> None:
-    team.until("suspended", lambda: (team.step("suspended").get("tokensDone") or 0) > 0, "suspended trains")
-    team.patch("suspended", suspend=True)
-    team.phase("suspended", "Suspended")
-    assert team.condition("suspended", "Suspended")["status"] == "True"
-    pods = [pod["metadata"]["name"] for pod in team.objects("suspended", POD)]
-    assert not any("vanilla" in name for name in pods), "its pods are gone, and with them its GPUs"
-    team.patch("suspended", suspend=False)
-    team.phase("suspended", "Succeeded")
-    assert team.step("suspended")["failures"] == 0
-    (_, first), (attempt, second) = team.starts("suspended")
+def test_suspend_stops_at_a_checkpoint_and_resume_continues_from_it(harness: RunHarness) -> None:
+    harness.wait_until(
+        "suspended", lambda: (harness.step("suspended").get("tokensDone") or 0) > 0, "suspended trains"
+    )
+    harness.patch("suspended", suspend=True)
+    harness.wait_for_phase("suspended", "Suspended")
+    assert harness.condition("suspended", "Suspended")["status"] == "True"
+    pods = [pod["metadata"]["name"] for pod in harness.objects("suspended", POD)]
+    assert not any("vanilla" in name for name in pods), "its pods are gone and its GPUs free"
+    harness.patch("suspended", suspend=False)
+    harness.wait_for_phase("suspended", "Succeeded")
+    assert harness.step("suspended")["failures"] == 0
+    (_, first), (attempt, second) = harness.starts("suspended")
     assert (first, attempt) == (0, 2)
-    assert 0 < second < 2500, "it saved on SIGTERM, long before its first regular checkpoint"
+    assert 0 < second < 2500, "it saved a checkpoint on SIGTERM, long before the first regular one"
 
 
-def test_an_evicted_pod_is_an_interruption_and_counts_nothing(team: Team) -> None:
-    team.trains("evicted")
-    pod = {"name": "evicted-vanilla-a1-master-0", "namespace": team.namespace}
+def test_an_evicted_pod_is_an_interruption_and_not_a_failure(harness: RunHarness) -> None:
+    harness.wait_for_checkpoint("evicted")
+    pod = {"name": "evicted-vanilla-a1-master-0", "namespace": harness.namespace}
     eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": pod}
-    path = f"/api/v1/namespaces/{team.namespace}/pods/evicted-vanilla-a1-master-0/eviction"
-    team.cluster.kubectl("create", "--raw", path, "--filename", "-", input=json.dumps(eviction))
-    status = team.phase("evicted", "Succeeded", "Failed")
+    path = f"/api/v1/namespaces/{harness.namespace}/pods/evicted-vanilla-a1-master-0/eviction"
+    harness.cluster.kubectl("create", "--raw", path, "--filename", "-", input=json.dumps(eviction))
+    status = harness.wait_for_phase("evicted", "Succeeded", "Failed")
     assert status["phase"] == "Succeeded", status["message"]
-    (_, first), (attempt, second) = team.starts("evicted")
+    (_, first), (attempt, second) = harness.starts("evicted")
     assert (first, attempt) == (0, 2)
     assert second > 0
-    assert team.step("evicted")["failures"] == 0
+    assert harness.step("evicted")["failures"] == 0
 
 
-def test_a_pod_that_is_removed_by_force_is_not_replaced_in_silence(team: Team) -> None:
-    team.trains("removed")
-    team.kubectl("delete", "pod", "removed-vanilla-a1-master-0", "--force", "--grace-period=0")
-    status = team.phase("removed", "Succeeded", "Failed")
+def test_a_pod_that_is_deleted_by_force_ends_the_attempt(harness: RunHarness) -> None:
+    harness.wait_for_checkpoint("removed")
+    harness.kubectl("delete", "pod", "removed-vanilla-a1-master-0", "--force", "--grace-period=0")
+    status = harness.wait_for_phase("removed", "Succeeded", "Failed")
     assert status["phase"] == "Succeeded", status["message"]
-    assert (team.step("removed")["attempt"], team.step("removed")["failures"]) == (2, 0)
+    assert (harness.step("removed")["attempt"], harness.step("removed")["failures"]) == (2, 0)
 
 
-def test_what_a_started_run_means_cannot_be_edited(team: Team) -> None:
-    team.apply("retained", LONG, deletionPolicy="Retain")
-    team.apply("deleted", LONG, deletionPolicy="Delete")
-    team.until("retained", lambda: "started" in team.status("retained"), "it has started")
-    message = refused(lambda: team.patch("retained", training={"seed": 2}))
+def test_the_configuration_of_a_started_run_cannot_be_edited(harness: RunHarness) -> None:
+    harness.apply("retained", LONG, deletionPolicy="Retain")
+    harness.apply("deleted", LONG, deletionPolicy="Delete")
+    harness.wait_until("retained", lambda: "started" in harness.status("retained"), "it has started")
+    message = rejection(lambda: harness.patch("retained", training={"seed": 2}))
     assert "cannot change after the first step has started" in message
-    team.patch("retained", ttlAfterFinished="1h")
+    harness.patch("retained", ttlAfterFinished="1h")
 
 
-def test_a_store_that_is_away_for_a_while_costs_nothing_but_time(team: Team, relay: Relay) -> None:
-    team.trains("away")
-    loss = team.status("away")["loss"]
-    relay.cut()
-    team.until(
+def test_a_store_that_is_away_for_a_while_costs_nothing_but_time(
+    harness: RunHarness, s3_proxy: S3Proxy
+) -> None:
+    harness.wait_for_checkpoint("away")
+    loss = harness.status("away")["loss"]
+    s3_proxy.disconnect()
+    harness.wait_until(
         "away",
-        lambda: team.condition("away", "StorageReachable").get("status") == "False",
+        lambda: harness.condition("away", "StorageReachable").get("status") == "False",
         "the operator notices",
     )
-    status = team.status("away")
-    assert (status["phase"], status["loss"] <= loss) == ("Running", True), "the last that is known stays"
-    relay.open()
-    team.until(
+    status = harness.status("away")
+    assert (status["phase"], status["loss"] <= loss) == ("Running", True), "the last known loss is kept"
+    s3_proxy.connect()
+    harness.wait_until(
         "away",
-        lambda: team.condition("away", "StorageReachable").get("status") == "True",
+        lambda: harness.condition("away", "StorageReachable").get("status") == "True",
         "the operator notices",
     )
-    done = team.step("away")["tokensDone"]
-    team.until("away", lambda: team.step("away")["tokensDone"] > done, "it goes on")
-    assert (team.step("away")["attempt"], team.step("away")["failures"]) == (1, 0)
-    assert {"StorageUnreachable", "StorageReachable"} <= set(team.events("away"))
-    team.kubectl("delete", "distillrun", "away")
+    done = harness.step("away")["tokensDone"]
+    harness.wait_until("away", lambda: harness.step("away")["tokensDone"] > done, "it continues")
+    assert (harness.step("away")["attempt"], harness.step("away")["failures"]) == (1, 0)
+    assert {"StorageUnreachable", "StorageReachable"} <= set(harness.events("away"))
+    harness.kubectl("delete", "distillrun", "away")
 
 
 @pytest.mark.parametrize("name, kept", [("retained", True), ("deleted", False)])
-def test_a_run_deleted_while_it_trains_leaves_nothing_but_what_it_should(
-    team: Team, name: str, kept: bool
+def test_a_run_deleted_while_it_trains_leaves_only_what_deletion_policy_says(
+    harness: RunHarness, name: str, kept: bool
 ) -> None:
-    team.trains(name)
-    folder = team.folder(name)
-    team.kubectl("delete", "distillrun", name, "--timeout=120s")
-    team.until(
+    harness.wait_for_checkpoint(name)
+    folder = harness.run_folder(name)
+    harness.kubectl("delete", "distillrun", name, "--timeout=120s")
+    harness.wait_until(
         name,
-        lambda: not team.children(name) and not team.objects(name, POD),
+        lambda: not harness.child_names(name) and not harness.objects(name, POD),
         "its children and pods are gone",
     )
-    assert team.kept(folder) is kept
+    assert harness.has_objects(folder) is kept
 
 
-def test_a_run_that_is_deleted_with_its_secret_gone_leaves_its_bucket_and_says_so(team: Team) -> None:
-    team.phase("orphan", "Succeeded")
-    folder = team.folder("orphan")
-    team.kubectl("delete", "secret", "brief")
-    team.kubectl("delete", "distillrun", "orphan", "--timeout=120s")
-    assert team.kept(folder)
-    assert "Secret brief is not in namespace" in team.events("orphan")["BucketKept"]
+def test_a_run_that_is_deleted_without_its_secret_keeps_its_folder_and_reports_it(
+    harness: RunHarness,
+) -> None:
+    harness.wait_for_phase("orphan", "Succeeded")
+    folder = harness.run_folder("orphan")
+    harness.kubectl("delete", "secret", "brief")
+    harness.kubectl("delete", "distillrun", "orphan", "--timeout=120s")
+    assert harness.has_objects(folder)
+    assert "Secret brief does not exist in namespace" in harness.events("orphan")["BucketKept"]
 
 
-def test_two_runs_of_8_gpus_go_one_after_the_other(team: Team) -> None:
+def test_two_runs_of_8_gpus_go_one_after_the_other(harness: RunHarness) -> None:
     eight = {"teacher": {"model": "s3://models/none", "gpus": 1}, "student": {"shape": "tiny", "gpus": 7}}
     for name in ("eight-a", "eight-b"):
-        team.apply(name, "steps=4 pause=0.5", **eight)
-    team.until(
+        harness.apply(name, "steps=4 pause=0.5", **eight)
+    harness.wait_until(
         "eight-b",
-        lambda: {team.status(n).get("phase") for n in ("eight-a", "eight-b")} == {"Running", "Queued"},
+        lambda: {harness.status(n).get("phase") for n in ("eight-a", "eight-b")} == {"Running", "Queued"},
         "one waits",
     )
-    first, second = sorted(("eight-a", "eight-b"), key=lambda name: team.status(name)["phase"] != "Running")
-    message = team.status(second)["message"]
-    assert message.startswith(
-        "needs 8 GPUs (1 teacher + 7 student); the pool has 8 on 1 ready node, of which"
+    first, second = sorted(
+        ("eight-a", "eight-b"), key=lambda name: harness.status(name)["phase"] != "Running"
     )
-    assert f"{team.namespace}/{first} (8)" in message
-    assert team.children(second) == []
-    team.phase(first, "Succeeded")
-    team.phase(second, "Succeeded")
+    message = harness.status(second)["message"]
+    assert message.startswith(
+        "Needs 8 GPUs (1 teacher + 7 student); the pool has 8 on 1 ready node, of which"
+    )
+    assert f"{harness.namespace}/{first} (8)" in message
+    assert harness.child_names(second) == []
+    harness.wait_for_phase(first, "Succeeded")
+    harness.wait_for_phase(second, "Succeeded")
 
 
-def test_a_run_on_the_data_and_teacher_of_another_reuses_its_scores_and_says_so(team: Team) -> None:
-    team.phase("whole", "Succeeded")
-    team.apply("again", WHOLE, **{**THREE, "stages": STAGES[:2]})
-    team.until("again", lambda: team.step("again", "rescore").get("state") == "Succeeded", "again has scores")
-    assert [team.step(name, "rescore")["reused"] for name in ("whole", "again")] == [False, True]
-    assert team.step("again", "rescore")["message"] == "Reused"
+def test_a_run_with_the_dataset_and_teacher_of_another_reuses_its_scores_and_reports_it(
+    harness: RunHarness,
+) -> None:
+    harness.wait_for_phase("whole", "Succeeded")
+    harness.apply("again", WHOLE, **{**THREE, "stages": STAGES[:2]})
+    harness.wait_until(
+        "again", lambda: harness.step("again", "rescore").get("state") == "Succeeded", "again has scores"
+    )
+    assert [harness.step(name, "rescore")["reused"] for name in ("whole", "again")] == [False, True]
+    assert harness.step("again", "rescore")["message"] == "Reused"
 
 
-def test_every_pod_and_child_says_where_it_comes_from(team: Team) -> None:
-    team.phase("killed", "Succeeded")
-    status = team.status("killed")
-    for found in team.objects("killed", JOB, PYTORCHJOB, POD):
+def test_every_pod_and_child_carries_its_provenance(harness: RunHarness) -> None:
+    harness.wait_for_phase("killed", "Succeeded")
+    status = harness.status("killed")
+    for found in harness.objects("killed", JOB, PYTORCHJOB, POD):
         labels, annotations = found["metadata"]["labels"], found["metadata"]["annotations"]
         assert labels["vpmoe.dev/config"] == status["config"]
         assert annotations["vpmoe.dev/config"] == status["provenance"]["configHash"]

@@ -1,6 +1,9 @@
-"""An HTTP gate in front of the API server, with the operator as a process behind it: what it asks for can be seen, and cut short.
+"""An HTTP proxy in front of the API server, and the operator as a local process that uses it.
 
-The gate adds the credentials of the chart's own service account, so the operator has exactly the rights that its users give it.
+Tests see and interrupt its requests.
+
+The proxy adds the token of the chart's service account, so the operator has exactly the permissions of an
+installed one.
 """
 
 import asyncio
@@ -26,7 +29,7 @@ from aiohttp import web
 
 from devcluster import install
 from devcluster.access import Cluster
-from tests.fakes import run_harness as teams
+from tests.fakes import run_harness
 from vpmoe.process.launcher import free_port
 
 WRITES = ("POST", "PUT", "PATCH", "DELETE")
@@ -40,20 +43,24 @@ HOP_BY_HOP = {
 }
 SETTINGS = {
     "gitSha": "f" * 40,
-    "images": {"trainer": teams.IMAGE, "inference": teams.IMAGE},
+    "images": {"trainer": run_harness.IMAGE, "inference": run_harness.IMAGE},
     "resyncSeconds": 1,
     "backoff": {"baseSeconds": 0.5, "limitSeconds": 5},
 }
 
 
 @dataclass
-class Gate:
-    """Passes requests on. `after_write` is called when a write has been carried out and before it is answered; `rename` changes paths."""
+class ApiProxy:
+    """Forwards requests.
+
+    `after_write` is called after a write has succeeded and before it is answered; `rewrite_path` changes
+    paths.
+    """
 
     cluster: Cluster
     after_write: Callable[[str, str], None] = lambda method, path: None
-    rename: Callable[[str], str] = lambda path: path
-    written: list[tuple[str, str]] = field(default_factory=list)
+    rewrite_path: Callable[[str], str] = lambda path: path
+    writes: list[tuple[str, str]] = field(default_factory=list)
     url: str = ""
 
     def __enter__(self) -> Self:
@@ -98,7 +105,7 @@ class Gate:
         await self._session.close()
 
     async def _pass(self, request: web.Request) -> web.StreamResponse:
-        path = self.rename(request.path)
+        path = self.rewrite_path(request.path)
         headers = {
             name: value for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP
         } | self._headers
@@ -110,11 +117,11 @@ class Gate:
             if request.method in WRITES:
                 content = await answer.read()
                 if answer.status < 300:
-                    self.written.append((request.method, path))
+                    self.writes.append((request.method, path))
                     self.after_write(request.method, path)
                 return web.Response(status=answer.status, body=content, content_type=answer.content_type)
             response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
-            with contextlib.suppress(ConnectionResetError):  # whoever asked is dead
+            with contextlib.suppress(ConnectionResetError):  # the client is dead
                 await response.prepare(request)
                 async for chunk in answer.content.iter_any():
                     await response.write(chunk)
@@ -122,10 +129,10 @@ class Gate:
 
 
 @dataclass
-class Process:
-    """The operator as a process of this machine, behind a gate."""
+class OperatorProcess:
+    """The operator as a process of this machine that talks to the API server through a proxy."""
 
-    gate: Gate
+    proxy: ApiProxy
     folder: Path
     namespace: str
     identity: str = "one"
@@ -133,14 +140,14 @@ class Process:
     port: int = field(default_factory=free_port)
 
     def start(self) -> None:
-        """Start it and return at once."""
+        """Start the process. Does not wait."""
         kubeconfig = {
             "apiVersion": "v1",
             "kind": "Config",
-            "current-context": "gate",
-            "clusters": [{"name": "gate", "cluster": {"server": self.gate.url}}],
-            "users": [{"name": "gate", "user": {"token": "the gate has the real one"}}],
-            "contexts": [{"name": "gate", "context": {"cluster": "gate", "user": "gate"}}],
+            "current-context": "proxy",
+            "clusters": [{"name": "proxy", "cluster": {"server": self.proxy.url}}],
+            "users": [{"name": "proxy", "user": {"token": "the proxy has the real one"}}],
+            "contexts": [{"name": "proxy", "context": {"cluster": "proxy", "user": "proxy"}}],
         }
         (self.folder / "kubeconfig").write_text(json.dumps(kubeconfig))
         lease = {"name": "distill-operator", "seconds": self.lease_seconds}
@@ -162,7 +169,7 @@ class Process:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "distill_operator", *command],
-                cwd=teams.ROOT,
+                cwd=run_harness.ROOT,
                 env=environment,
                 stdout=log,
                 stderr=log,
@@ -173,21 +180,21 @@ class Process:
         return self.folder / f"{self.identity}.log"
 
     def kill(self) -> None:
-        """As the kernel would: no last word."""
+        """SIGKILL."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
     def stop(self) -> int:
-        """As the kubelet would; the exit code."""
+        """SIGTERM. Returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=30)
 
     def leads(self) -> bool:
-        return f"is held by {self.identity}" in self.log.read_text()
+        return f"{self.identity} holds lease" in self.log.read_text()
 
 
-def children(writes: list[tuple[str, str]]) -> list[str]:
-    """Which kinds of children were made, in order."""
+def created_kinds(writes: list[tuple[str, str]]) -> list[str]:
+    """Kinds of the children that were created, in order."""
     return [
         path.rsplit("/", 1)[-1]
         for method, path in writes

@@ -1,4 +1,7 @@
-"""A TCP relay on the address that pods and host share, which can be cut: a store that is away for a while."""
+"""A TCP proxy in front of the S3 store, on an address that pods and host share.
+
+It can be disconnected: a store that is away.
+"""
 
 import contextlib
 import socket
@@ -8,8 +11,11 @@ from typing import Self
 from urllib.parse import urlsplit
 
 
-class Relay:
-    """Forwards every connection to the store at `target` while it is open; `cut` ends all connections and refuses new ones."""
+class S3Proxy:
+    """Forwards connections to the store at `target`.
+
+    While disconnected, it has no connection and refuses new ones.
+    """
 
     def __init__(self, target: str, address: str) -> None:
         parts = urlsplit(target)
@@ -22,26 +28,27 @@ class Relay:
     def endpoint(self) -> str:
         return f"http://{self._address}:{self._port}"
 
-    def open(self) -> None:
+    def connect(self) -> None:
+        """Accept connections; after `disconnect` on the same port as before."""
         listener = socket.create_server((self._address, self._port), reuse_port=True)
         self._listener, self._port = listener, listener.getsockname()[1]
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
-    def cut(self) -> None:
-        """From now on nobody answers there."""
+    def disconnect(self) -> None:
+        """Close all connections, and refuse new ones."""
         listener, self._listener = self._listener, None
         for one in ([listener] if listener else []) + list(self._sockets):
             _close(one)
         self._sockets.clear()
 
     def __enter__(self) -> Self:
-        self.open()
+        self.connect()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.cut()
+        self.disconnect()
 
     def _accept(self, listener: socket.socket) -> None:
         while self._listener is listener:
@@ -52,17 +59,17 @@ class Relay:
                 return
             self._sockets |= {near, far}
             for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
+                threading.Thread(target=_forward, args=(source, sink), daemon=True).start()
 
 
-def _pump(source: socket.socket, sink: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # cut
+def _forward(source: socket.socket, sink: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # disconnected
         while data := source.recv(65536):
             sink.sendall(data)
     _close(sink)
 
 
 def _close(one: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # never connected, or closed from the other side
+    with contextlib.suppress(OSError):  # never connected, or closed by the other side
         one.shutdown(socket.SHUT_RDWR)
     one.close()

@@ -20,12 +20,33 @@ app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
-{{/* What the operator reads at start: see operator/distill_operator/settings.py. */}}
+{{/* Fail with the remedy for every value that has no default. */}}
+{{- define "operator.validate" -}}
+{{- $problems := list }}
+{{- if not (regexMatch "^[0-9a-f]{40}$" .Values.gitSha) }}
+{{- $problems = append $problems (printf "gitSha is %q, not a commit of 40 hexadecimal digits: pass the commit that the images were built from, --set gitSha=$(git rev-parse HEAD)" .Values.gitSha) }}
+{{- end }}
+{{- $images := .Values.images }}
+{{- if not (or $images.registry (and $images.operator $images.trainer $images.inference)) }}
+{{- $problems = append $problems "images.registry is empty: pass the registry that holds the images operator, trainer and inference, --set images.registry=registry.example.com/vpmoe" }}
+{{- end }}
+{{- if $problems }}{{ fail (printf "\n%s" (join "\n" $problems)) }}{{ end }}
+{{- end }}
+
+{{/* Image of (list . "operator"), "trainer" or "inference": its full reference if one is given, or else registry/name:tag. */}}
+{{- define "operator.image" -}}
+{{- $root := first . }}{{ $name := last . }}{{ $images := $root.Values.images -}}
+{{- $default := printf "%s/%s:%s" (trimSuffix "/" (default "" $images.registry)) $name (default $root.Chart.AppVersion $images.tag) -}}
+{{- default $default (get $images $name) }}
+{{- end }}
+
+{{/* The settings file of the operator: see operator/distill_operator/settings.py. */}}
 {{- define "operator.settings" -}}
-gitSha: {{ required "gitSha is empty: pass --set gitSha=$(git rev-parse HEAD), the commit that the images were built from" .Values.gitSha }}
+{{- include "operator.validate" . -}}
+gitSha: {{ .Values.gitSha | quote }}
 images:
-  trainer: {{ .Values.images.trainer }}
-  inference: {{ .Values.images.inference }}
+  trainer: {{ include "operator.image" (list . "trainer") }}
+  inference: {{ include "operator.image" (list . "inference") }}
 lease:
   name: {{ include "operator.name" . }}
   seconds: {{ .Values.leaseSeconds }}
@@ -38,11 +59,11 @@ port: 8080
 logLevel: {{ .Values.logLevel }}
 {{- end }}
 
-{{/* Rights in the namespaces of runs. */}}
+{{/* Permissions in the namespaces of runs. */}}
 {{- define "operator.rules" -}}
 - apiGroups: [vpmoe.dev]
   resources: [distillruns]
-  verbs: [get, list, watch, patch, delete]      # patch: our finalizer; delete: ttlAfterFinished
+  verbs: [get, list, watch, patch, delete]      # patch: the finalizer; delete: ttlAfterFinished
 - apiGroups: [vpmoe.dev]
   resources: [distillruns/status, distillruns/finalizers]
   verbs: [update]
@@ -56,10 +77,10 @@ logLevel: {{ .Values.logLevel }}
   resources: [configmaps]
   verbs: [get, create]
 - apiGroups: [""]
-  resources: [secrets]                          # the one that a run's storage names
+  resources: [secrets]                          # those that spec.storage names
   verbs: [get]
 - apiGroups: [""]
-  resources: [pods]                             # why one waits or has failed
+  resources: [pods]                             # to explain why one waits or has failed
   verbs: [list]
 - apiGroups: [""]
   resources: [events]
