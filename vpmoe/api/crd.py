@@ -23,7 +23,7 @@ COLUMNS = (
     ),
     ("Progress", "string", ".status.progress", 0, "How much of the whole run is done."),
     ("Tokens/s", "number", ".status.tokensPerSecond", 0, "Speed of that step."),
-    ("Loss", "number", ".status.loss", 0, "Loss of the latest optimizer step."),
+    ("Loss", "number", ".status.loss", 0, "What the stage minimises, in nats a token: the reverse KL in an OnPolicy stage, else the cross-entropy."),
     ("Age", "date", ".metadata.creationTimestamp", 0, "Time since the run was applied."),
     ("Teacher", "string", ".spec.teacher.model", 1, "The model that is distilled from."),
     ("Config", "string", ".status.config", 1, "First 16 hex of the configuration's hash."),

@@ -99,7 +99,9 @@ class Progress(Record):
     tokens_per_second: float | None = None
     """Speed over the last while, padding excluded."""
     loss: float | None = None
-    """Loss of the latest optimizer step."""
+    """What the stage minimises, in nats a token, reasoning and final weighted by spanWeights: the cross-entropy of
+    the latest optimizer step, without confidence weights and teacher terms; in an OnPolicy stage the reverse KL
+    over the latest window."""
     held_out: HeldOut | None = None
     """Held-out loss by span."""
     validity: Annotated[float, Field(ge=0, le=1)] | None = None

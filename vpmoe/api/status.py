@@ -144,7 +144,8 @@ class Status(Record):
     tokens_per_second: Number | None = None
     """Speed of that step."""
     loss: Number | None = None
-    """Loss of the latest optimizer step."""
+    """What the stage minimises, in nats a token, reasoning and final weighted by spanWeights: the cross-entropy of
+    the latest optimizer step; in an OnPolicy stage the reverse KL over the latest window."""
     config: Annotated[str, Field(max_length=16)] | None = None
     """First 16 hex of the configuration's hash, as on the labels of everything that the run makes."""
     checkpoint: CheckpointStatus | None = None

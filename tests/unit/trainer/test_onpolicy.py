@@ -146,6 +146,11 @@ def test_windows_and_anchor_steps_alternate_and_versions_are_published_on_the_wa
     )
     assert end.next_sequence == 2 * kinds.count("Vanilla")
     assert steps[-1]["learningRate"] == 1e-4, "the last step has the lowest rate, whatever it overshoots by"
+    assert isinstance(it.reporter.uploader, Asking)
+    weighted = sum(
+        it.stage.span_weights[span] * (kl or 0) for span, kl in of_windows[-1]["reverseKl"].items()
+    )
+    assert it.reporter.uploader.progress["loss"] == pytest.approx(weighted), "the latest window's reverse KL"
     weights = objects(it, "weights")
     versions = sorted({int(name[1:7]) for name in weights})
     last = of_windows[-1]["version"]

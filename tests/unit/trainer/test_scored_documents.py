@@ -108,6 +108,10 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits_and_the_mix_is_exact(
         resumed.reporter.uploader, RecordingReporter
     )
     steps = [line for line in whole.reporter.uploader.lines if line["event"] == "step"]
+    by_span, weights = steps[-1]["lossBySpan"], whole.stage.span_weights
+    assert whole.reporter.uploader.progress["loss"] == pytest.approx(
+        sum(weights[span] * (loss or 0) for span, loss in by_span.items())
+    ), "without confidence weights"
     assert [line["kind"] == "Rescored" for line in steps] == interleave(len(steps), 0.6).tolist()
     for line in steps:
         assert ("weight" in line) == (line["kind"] == "Rescored")

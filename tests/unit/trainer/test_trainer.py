@@ -89,6 +89,10 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(
     assert resumed.reporter.uploader.progress["held_out"] == whole.reporter.uploader.progress["held_out"], (
         "the loss before the first step is remembered"
     )
+    last = [line for line in whole.reporter.uploader.lines if line["event"] == "step"][-1]
+    assert whole.reporter.uploader.progress["loss"] == pytest.approx(last["loss"], rel=1e-5), (
+        "the cross-entropy, which is what a Vanilla step minimises"
+    )
     ends = [end_of(bucket, paths.checkpoints(one.context.run, "vanilla")) for one in (whole, resumed)]
     assert ends[0] is not None and ends[1] is not None and ends[0][1] == ends[1][1]
 
