@@ -126,7 +126,7 @@ def main() -> None:
         size = sum(file.stat().st_size for file in folder.iterdir())
         written = written_again(folder)
         started = time.monotonic()
-        model = hf_model.load(folder, shape).to(device)
+        model = hf_model.load_student(folder, shape).to(device)
         loaded = time.monotonic() - started
     got = others(model, ids_NT)
     say("exported and loaded, against the trainer", got, wanted)

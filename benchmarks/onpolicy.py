@@ -48,7 +48,7 @@ from vpmoe.objectives.confidence import centre
 from vpmoe.objectives.onpolicy import on_policy
 from vpmoe.objectives.rescored import rescored
 from vpmoe.objectives.vanilla import vanilla
-from vpmoe.rollout import prompts
+from vpmoe.rollout import prompts, validity
 from vpmoe.teacher.histogram import CODES, sparse
 
 SPECIALS = (
@@ -150,7 +150,7 @@ def documents(words: Vocabulary, row: tuple[list[int], ...]) -> Iterator[Documen
 def document(
     words: Vocabulary, asked: NDArray[np.int64], completion: NDArray[np.int64], **scores: Any
 ) -> Document:
-    span = np.concatenate([np.zeros(len(asked), np.uint8), prompts.spans(words.real(completion))])
+    span = np.concatenate([np.zeros(len(asked), np.uint8), prompts.completion_spans(words.real(completion))])
     return Document(np.concatenate([asked, completion]), len(asked), span, **scores)
 
 
@@ -330,7 +330,7 @@ class Toy:
                 state.copy_weights(learner),
                 learner.student.config.params_dtype,
             )
-            return hf_model.load(Path(folder), shape).to(self.device)
+            return hf_model.load_student(Path(folder), shape).to(self.device)
 
     def measure(self, learner: Learner) -> dict[str, float]:
         """What the student's answers to the held-out questions come to."""
@@ -351,7 +351,10 @@ class Toy:
                     at = np.flatnonzero(one.span == span) - 1
                     kl[name][0] += float(kl_NT[row, at].sum())
                     kl[name][1] += len(at)
-        valid = [prompts.validity(self.words.real(one.ids[one.asked :])) == prompts.VALID for one in answers]
+        valid = [
+            prompts.completion_validity(self.words.real(one.ids[one.asked :])) == validity.VALID
+            for one in answers
+        ]
         total, tokens = (sum(values) for values in zip(*kl.values(), strict=True))
         held = self.valid[:: max(1, len(self.valid) // 128)]
         learned = [

@@ -26,9 +26,9 @@ from vpmoe.api.layout import layout
 from vpmoe.api.quantities import parse_tokens
 from vpmoe.api.stages import OnPolicy
 from vpmoe.data.packing import pack
-from vpmoe.inference.engine import SEQUENCES
-from vpmoe.rollout.__main__ import PROMPT, lengths
-from vpmoe.rollout.windows import Window, Windows, longest
+from vpmoe.inference.engine import MAX_SEQUENCES
+from vpmoe.rollout.__main__ import PROMPT_TOKENS, parse_lengths
+from vpmoe.rollout.windows import WindowPlan, WindowSchedule, completion_limit
 
 GPUS = 8
 DOCUMENTS = 1_000_000
@@ -135,20 +135,26 @@ KNOWN: dict[tuple[object, ...], Asked] = {}
 
 
 def requests(
-    windows: Windows, number: int, tokens: int, mean: dict[str, int], prompt: int, bound: int, times: Times
+    windows: WindowSchedule,
+    number: int,
+    tokens: int,
+    mean: dict[str, int],
+    prompt: int,
+    bound: int,
+    times: Times,
 ) -> Asked:
     """What window `number` comes to where its version has seen so many tokens."""
-    key = (number, windows.curriculum.at(tokens), windows.curriculum.stage.rollout)
+    key = (number, windows.curriculum.level_at(tokens), windows.curriculum.stage.rollout)
     if key not in KNOWN:
         KNOWN[key] = asked(windows.window(number, tokens), mean, prompt, bound, times)
     return KNOWN[key]
 
 
-def asked(window: Window, mean: dict[str, int], prompt: int, bound: int, times: Times) -> Asked:
+def asked(window: WindowPlan, mean: dict[str, int], prompt: int, bound: int, times: Times) -> Asked:
     """How long each completion gets: log-normal about its effort's mean, some of them as long as they may be; by the request's seed."""
     sampled = []
     for one in window.prompts:
-        most = longest(prompt, one.effort, window.max_tokens, bound)
+        most = completion_limit(prompt, one.effort, window.max_tokens, bound)
         middle = NormalDist(np.log(mean[one.effort]) - times.spread**2 / 2, times.spread)
         for seed in one.seeds:
             high, low = divmod(seed, 1 << 32)
@@ -203,7 +209,7 @@ def simulate(
         spec.training.sequence_length,
         spec.teacher.gpus,
     )
-    windows = Windows(stage, spec.training.seed, [DOCUMENTS])
+    windows = WindowSchedule(stage, spec.training.seed, [DOCUMENTS])
     course = windows.curriculum
     anchor_tokens = plan.tokens_per_step
     anchors = np.arange(1, -(-stage.tokens // anchor_tokens) + 1) * anchor_tokens
@@ -294,19 +300,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--tokens", type=parse_tokens, default=parse_tokens("100M"), help="tokens that are simulated (100M)"
     )
-    parser.add_argument("--prompt", type=int, default=PROMPT, help=f"tokens of a prompt ({PROMPT})")
+    parser.add_argument(
+        "--prompt", type=int, default=PROMPT_TOKENS, help=f"tokens of a prompt ({PROMPT_TOKENS})"
+    )
     parser.add_argument(
         "--completion",
-        type=lengths,
-        default=lengths("low=300,medium=700,high=1500"),
+        type=parse_lengths,
+        default=parse_lengths("low=300,medium=700,high=1500"),
         help="mean tokens by effort",
     )
     parser.add_argument("--prompts", type=int, help="prompts of a window (default: the run's)")
     parser.add_argument(
         "--slots",
         type=int,
-        default=SEQUENCES["cuda"],
-        help=f"sequences of one engine in flight ({SEQUENCES['cuda']})",
+        default=MAX_SEQUENCES["cuda"],
+        help=f"sequences of one engine in flight ({MAX_SEQUENCES['cuda']})",
     )
     for kind, known in (("measured", MEASURED), ("assumed", ASSUMED)):
         for name, (value, what) in known.items():

@@ -29,7 +29,7 @@ from vpmoe.api import DistillRun
 from vpmoe.api.stages import OnPolicy
 from vpmoe.checkpoint.train_state import TrainState, WindowStream
 from vpmoe.inference import verify
-from vpmoe.inference.engine_pool import Engines
+from vpmoe.inference.engine_pool import EnginePool
 from vpmoe.model import device as devices
 from vpmoe.model import distributed
 from vpmoe.model.learner import Learner
@@ -96,7 +96,7 @@ def measure(endpoint: str, versions: int, scratch: Path) -> tuple[list[tuple[flo
     inputs = [Input(name, "s3://none/none", {"sha256": "0" * 64}, {}) for name in ("tokenizer", "dataset")]
     publisher = Publisher(task, inputs, probed)
     found = []
-    with Engines(1, SHAPE, LONGEST) as engines:
+    with EnginePool(1, SHAPE, LONGEST) as engines:
         for number in range(versions + 1):
             with torch.no_grad():
                 learner.student.output.add_(0.01)  # as a step would
@@ -115,11 +115,13 @@ def measure(endpoint: str, versions: int, scratch: Path) -> tuple[list[tuple[flo
             copied = time.perf_counter()
             publisher.wait()
             published = time.perf_counter()
-            of = policy_version.find(bucket, run, stage.name, number)
+            of = policy_version.find_version(bucket, run, stage.name, number)
             assert of is not None
-            loaded = verify.load(bucket, *of, engines, scratch / "sampler", lambda: None)
+            loaded = verify.load_version(bucket, *of, engines, scratch / "sampler", lambda: None)
             ended = time.perf_counter()
-            fetched = timed(lambda of=of: verify.fetch(bucket, of[0], scratch / "again", lambda: None))
+            fetched = timed(
+                lambda of=of: verify.fetch_weights(bucket, of[0], scratch / "again", lambda: None)
+            )
             found.append(
                 (copied - begun, published - copied, fetched, ended - published - fetched, ended - begun)
             )

@@ -44,9 +44,9 @@ def documents(tokens: int) -> list[Ids]:
 
 
 def scorer(directory: Path) -> Score:
-    from vpmoe.inference.teacher_engine import Scorer
+    from vpmoe.inference.teacher_engine import TeacherEngine
 
-    teacher = Scorer(directory, LONGEST)
+    teacher = TeacherEngine(directory, LONGEST)
     return lambda batch: [None for _ in teacher.score(batch)].clear()
 
 
@@ -57,7 +57,7 @@ def transformers(directory: Path, whole: bool) -> Score:
     from vpmoe.model.head import target_logp
 
     device = "cpu" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else "cuda"
-    dtype = getattr(torch, model.dtype(directory))
+    dtype = getattr(torch, model.checkpoint_dtype(directory))
     teacher = (
         AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager")
         .to(device)
@@ -83,9 +83,9 @@ def floor(directory: Path) -> Score:
     import torch
 
     device = "cpu" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else "cuda"
-    hidden = int(model.config(directory)["hidden_size"])
+    hidden = int(model.read_config(directory)["hidden_size"])
     weight_VH = torch.randn(
-        VOCABULARY_SIZE, hidden, device=device, dtype=getattr(torch, model.dtype(directory))
+        VOCABULARY_SIZE, hidden, device=device, dtype=getattr(torch, model.checkpoint_dtype(directory))
     )
 
     def score(batch: list[Ids]) -> None:
@@ -148,7 +148,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         directory = given.model or tiny(Path(folder))
         name = directory.name if given.model else "tiny random GPT-OSS"
-        print(f"{name}, {model.dtype(directory)}, {given.tokens:,} tokens, {given.repeats} repeats")
+        print(
+            f"{name}, {model.checkpoint_dtype(directory)}, {given.tokens:,} tokens, {given.repeats} repeats"
+        )
         results = {}
         for name in CONTENDERS:
             arguments = [

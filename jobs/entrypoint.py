@@ -19,7 +19,7 @@ from typing import Any
 from vpmoe import failure
 from vpmoe.api import DistillRun, load_run
 from vpmoe.clock import timestamp
-from vpmoe.process.step_worker import succeeded
+from vpmoe.process.step_worker import step_succeeded
 from vpmoe.provenance import Provenance, git_sha
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.bucket import json_bytes
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Context:
+class JobContext:
     """What a job needs to know beside its run.
 
     step, attempt: which of the run's; bucket: the run's, proved to work; stopping: set on SIGTERM, after which the job saves what
@@ -43,19 +43,19 @@ class Context:
     worker: int | None
 
 
-def entrypoint(role: str, arguments: list[str] | None = None) -> tuple[DistillRun, Context]:
+def entrypoint(role: str, arguments: list[str] | None = None) -> tuple[DistillRun, JobContext]:
     """Start a job: `python -m jobs.<role> --run FILE [--step NAME] [--attempt N]`.
 
     From here on an error that ends the process is one line in the log and in the termination message, and its class is the exit
     code (vpmoe.failure). Raises Permanent, Invalid or StorageError where the job cannot start.
     """
-    sys.excepthook = end
+    sys.excepthook = exit_on_error
     configure_logging()
     if "LOCAL_RANK" not in os.environ and (message := failure.termination_log()):
         message.write_bytes(b"")  # an earlier process's last word, by hand; ranks share their launcher's file
     stopping = threading.Event()
-    signal.signal(signal.SIGTERM, lambda number, frame: stop(stopping, number, frame))
-    given = parse(role, arguments)
+    signal.signal(signal.SIGTERM, lambda number, frame: request_stop(stopping, number, frame))
+    given = parse_arguments(role, arguments)
     try:
         run = load_run(given.run)
     except OSError as error:
@@ -71,7 +71,7 @@ def entrypoint(role: str, arguments: list[str] | None = None) -> tuple[DistillRu
         )
     if run.role(step) != role:
         raise failure.Permanent(f"--step {step} is no work of jobs.{role}. Start jobs.{run.role(step)}.")
-    register(run, bucket)
+    register_run(run, bucket)
     metadata = run.metadata
     provenance = Provenance(
         git_sha=git_sha(),
@@ -86,10 +86,10 @@ def entrypoint(role: str, arguments: list[str] | None = None) -> tuple[DistillRu
     )
     index = os.environ.get("JOB_COMPLETION_INDEX")
     log.info("%s of %s, attempt %d, at %s", step, provenance.run, given.attempt, bucket.url(paths.run(run)))
-    return run, Context(step, given.attempt, bucket, provenance, stopping, int(index) if index else None)
+    return run, JobContext(step, given.attempt, bucket, provenance, stopping, int(index) if index else None)
 
 
-def parse(role: str, arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(role: str, arguments: list[str] | None) -> argparse.Namespace:
     """The command line that all jobs share."""
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{role}")
     parser.add_argument("--run", type=Path, required=True, metavar="FILE", help="the DistillRun, in YAML")
@@ -126,7 +126,7 @@ class OneLine(logging.Formatter):
         return super().format(record).replace("\n", "\\n")
 
 
-def stop(stopping: threading.Event, number: int, frame: FrameType | None) -> None:
+def request_stop(stopping: threading.Event, number: int, frame: FrameType | None) -> None:
     """Ask the job to save and end."""
     log.warning("Asked to stop (%s): saving", signal.Signals(number).name)
     stopping.set()
@@ -139,16 +139,16 @@ def first_step(role: str, run: DistillRun, bucket: Bucket) -> str:
         raise failure.Permanent(
             f"jobs.{role} has nothing to do: the run's steps are {', '.join(run.steps())}. Start another job."
         )
-    return next((step for step in steps if not succeeded(run, bucket, step)), steps[-1])
+    return next((step for step in steps if not step_succeeded(run, bucket, step)), steps[-1])
 
 
-def register(run: DistillRun, bucket: Bucket) -> None:
+def register_run(run: DistillRun, bucket: Bucket) -> None:
     """Write the resolved configuration, or prove that it is the one that the run started with. Raises Permanent where it is not."""
     key = paths.run_json(run)
     ours = run.document()
     if bucket.create(key, json_bytes(ours), {"config": run.config_hash}):
         return
-    changed = difference(bucket.get_json(key), ours)
+    changed = first_difference(bucket.get_json(key), ours)
     if changed:
         raise failure.Permanent(
             f"{bucket.url(key)}: {changed}. A run's configuration does not change once it has started; start a run of "
@@ -156,7 +156,7 @@ def register(run: DistillRun, bucket: Bucket) -> None:
         )
 
 
-def difference(stored: Any, given: Any, where: str = "") -> str | None:
+def first_difference(stored: Any, given: Any, where: str = "") -> str | None:
     """The first field in which two configurations differ, with both values; None where they are equal. Absent is the same as null."""
     if isinstance(stored, dict) and isinstance(given, dict):
         fields = [
@@ -169,10 +169,12 @@ def difference(stored: Any, given: Any, where: str = "") -> str | None:
         return (
             None if stored == given else f"{where} is {json.dumps(stored)} there and {json.dumps(given)} here"
         )
-    return next((found for name, *pair in fields if (found := difference(pair[0], pair[1], name))), None)
+    return next(
+        (found for name, *pair in fields if (found := first_difference(pair[0], pair[1], name))), None
+    )
 
 
-def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def exit_on_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Last word of a process (sys.excepthook): log, termination message, exit code."""
     if isinstance(error, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)

@@ -2,7 +2,7 @@
 
 from jobs.entrypoint import entrypoint
 from vpmoe.evaluation.evaluate import evaluate
-from vpmoe.inference.engine_pool import Engines
+from vpmoe.inference.engine_pool import EnginePool
 
 
 def main() -> None:
@@ -10,7 +10,7 @@ def main() -> None:
     run, context = entrypoint("evaluate")
     stage = run.stage_of(context.step)
     assert stage is not None, "entrypoint refuses steps of other roles"
-    with Engines(1, run.spec.student.shape, run.spec.training.sequence_length + 1) as engines:
+    with EnginePool(1, run.spec.student.shape, run.spec.training.sequence_length + 1) as engines:
         evaluate(run, stage, context.bucket, context.provenance, context.stopping, engines)
 
 

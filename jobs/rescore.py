@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from jobs.entrypoint import entrypoint
-from vpmoe.inference.teacher_engine import Scorer
+from vpmoe.inference.teacher_engine import TeacherEngine
 from vpmoe.teacher.rescore import rescore
 
 
@@ -12,7 +12,7 @@ def main() -> None:
     """Score what this pod is assigned."""
     run, context = entrypoint("rescore")
     scratch = Path(tempfile.gettempdir()) / "vpmoe-teacher"
-    rescore(run, context.bucket, context.provenance, context.stopping, context.worker, Scorer, scratch)
+    rescore(run, context.bucket, context.provenance, context.stopping, context.worker, TeacherEngine, scratch)
 
 
 if __name__ == "__main__":

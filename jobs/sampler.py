@@ -5,9 +5,8 @@ from pathlib import Path
 
 from jobs.entrypoint import entrypoint
 from vpmoe.api.stages import OnPolicy
-from vpmoe.inference.engine_pool import Engines
-from vpmoe.rollout import gate
-from vpmoe.sampler.sampler import sample
+from vpmoe.inference.engine_pool import EnginePool
+from vpmoe.sampler.sampler import sample_stage
 
 
 def main() -> None:
@@ -15,10 +14,9 @@ def main() -> None:
     run, context = entrypoint("sampler")
     stage = run.stage_of(context.step)
     assert isinstance(stage, OnPolicy), "no other stage has a step of this role"
-    gate.check(run, stage, context.bucket)
     scratch = Path(tempfile.gettempdir()) / "vpmoe-sampler"
-    with Engines(stage.sampler.gpus, run.spec.student.shape, run.spec.training.sequence_length) as engines:
-        sample(run, stage, context.bucket, context.provenance, context.stopping, engines, scratch)
+    with EnginePool(stage.sampler.gpus, run.spec.student.shape, run.spec.training.sequence_length) as engines:
+        sample_stage(run, stage, context.bucket, context.provenance, context.stopping, engines, scratch)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from jobs.entrypoint import entrypoint
 from vpmoe.api.stages import OnPolicy
-from vpmoe.inference.teacher_engine import Scorer
-from vpmoe.rollout import gate
+from vpmoe.inference.teacher_engine import TeacherEngine
 from vpmoe.teacher.score_windows import score_windows
 
 
@@ -15,10 +14,16 @@ def main() -> None:
     run, context = entrypoint("teacher")
     stage = run.stage_of(context.step)
     assert isinstance(stage, OnPolicy), "no other stage has a step of this role"
-    gate.check(run, stage, context.bucket)
     scratch = Path(tempfile.gettempdir()) / "vpmoe-teacher"
     score_windows(
-        run, stage, context.bucket, context.provenance, context.stopping, context.worker, Scorer, scratch
+        run,
+        stage,
+        context.bucket,
+        context.provenance,
+        context.stopping,
+        context.worker,
+        TeacherEngine,
+        scratch,
     )
 
 

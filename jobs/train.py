@@ -10,9 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from jobs.entrypoint import Context, entrypoint
+from jobs.entrypoint import JobContext, entrypoint
 from vpmoe.api import DistillRun
 from vpmoe.api.layout import layout
+from vpmoe.data.dataset import load_training_dataset
 from vpmoe.process import launcher
 from vpmoe.rollout import gate
 from vpmoe.trainer import stage_inputs
@@ -28,14 +29,14 @@ def main() -> None:
         raise SystemExit(start(*entrypoint("train")))
 
 
-def start(run: DistillRun, context: Context) -> int:
+def start(run: DistillRun, context: JobContext) -> int:
     """Launch the stage's processes, wait for them and return the exit code. Launches none for a finished stage."""
     stage = stage_inputs.training_stage(run, context.step)
     if end := stage_inputs.report_if_finished(run, stage, context.bucket, context.provenance):
         log.info("Stage %s has already finished: %d steps, %d tokens", stage.name, end.steps, end.tokens)
         return 0
-    gate.check(run, stage, context.bucket)
-    stage_inputs.load_scores(run, stage, context.bucket, stage_inputs.load_dataset(run, context.bucket))
+    gate.require_validity(run, stage, context.bucket)
+    stage_inputs.load_scores(run, stage, context.bucket, load_training_dataset(run, context.bucket))
     placement = launcher.place(
         layout(run.spec.student, run.spec.training, stage), os.environ, bool(stage.teacher_processes)
     )
@@ -43,7 +44,7 @@ def start(run: DistillRun, context: Context) -> int:
     return launcher.launch(placement, command, context.stopping)
 
 
-def work(run: DistillRun, context: Context) -> None:
+def work(run: DistillRun, context: JobContext) -> None:
     """Train, as one rank."""
     import torch  # takes some seconds with megatron-core, which the launcher does not need
 
@@ -56,7 +57,7 @@ def work(run: DistillRun, context: Context) -> None:
 
     logging.getLogger().setLevel(logging.INFO if os.environ["RANK"] == "0" else logging.WARNING)
     stage = stage_inputs.training_stage(run, context.step)
-    dataset = stage_inputs.load_dataset(run, context.bucket)
+    dataset = load_training_dataset(run, context.bucket)
     train(
         StageContext(
             run=run,
@@ -71,7 +72,7 @@ def work(run: DistillRun, context: Context) -> None:
     )
 
 
-def teach(run: DistillRun, context: Context) -> None:
+def teach(run: DistillRun, context: JobContext) -> None:
     """Run the teacher beside the ranks."""
     from vpmoe.trainer.teacher_forced.server import serve
 

@@ -9,7 +9,7 @@ from tests.fakes import valid_specs
 from vpmoe.api import DistillRun
 from vpmoe.api.stages import OnPolicy
 from vpmoe.rollout.back_pressure import Adjustment
-from vpmoe.rollout.windows import Window, Windows
+from vpmoe.rollout.windows import WindowPlan, WindowSchedule
 
 
 def stage(**changes: Any) -> OnPolicy:
@@ -41,11 +41,11 @@ A_STEP = 400
 """Tokens of a step, in the stages of these tests."""
 
 
-def windows(seed: int = 1234, prompts: int = 4, first: int = 0, **changes: object) -> Windows:
+def windows(seed: int = 1234, prompts: int = 4, first: int = 0, **changes: object) -> WindowSchedule:
     asked = {"rollout": {"promptsPerWindow": prompts}, "curriculum": THREE, "tokens": 100_000}
-    return Windows(stage(**(asked | changes)), seed, PARTS, first)
+    return WindowSchedule(stage(**(asked | changes)), seed, PARTS, first)
 
 
-def at(it: Windows, number: int, turns: Sequence[Adjustment] = ()) -> Window:
+def at(it: WindowSchedule, number: int, turns: Sequence[Adjustment] = ()) -> WindowPlan:
     """Window `number` where each step before its version had A_STEP tokens."""
-    return it.window(number, A_STEP * it.curriculum.published_after(it.curriculum.version_of(number)), turns)
+    return it.window(number, A_STEP * it.curriculum.steps_trained(it.curriculum.version_of(number)), turns)

@@ -16,7 +16,7 @@ from vpmoe.data.index import index_bytes
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest
 from vpmoe.storage.manifest import Input, Manifest
-from vpmoe.teacher.scores import content_of
+from vpmoe.teacher.scores import training_content
 from vpmoe.trainer.context import StageContext
 from vpmoe.trainer.stage_inputs import training_stage
 
@@ -96,7 +96,7 @@ def score(
         bits, counts = np.unique(np.concatenate(of_span[span]).view(np.uint16), return_counts=True)
         histogram[name] = [[int(b), int(c)] for b, c in zip(bits, counts, strict=True)]
     inputs = [TOKENIZER, Input("dataset", "s3://x", {"sha256": dataset.sha256}, {})]
-    facts = {"id": HEX, "dataset": {"id": HEX, "content": content_of(dataset)}, "histogram": histogram}
+    facts = {"id": HEX, "dataset": {"id": HEX, "content": training_content(dataset)}, "histogram": histogram}
     return manifest.write(
         bucket, f"{folder}/manifest.json", manifest.statement("scores", subjects, facts, WHO, inputs)
     )

@@ -20,7 +20,7 @@ from vpmoe.api.stages import OnPolicy
 from vpmoe.data.packing import BatchPlan
 from vpmoe.inference import hf_model
 from vpmoe.rollout import back_pressure, policy_version
-from vpmoe.rollout.policy_version import Version
+from vpmoe.rollout.policy_version import PolicyVersion
 from vpmoe.rollout.window_files import (
     Rollout,
     RolloutHeader,
@@ -29,7 +29,7 @@ from vpmoe.rollout.window_files import (
     rollouts_bytes,
     scores_bytes,
 )
-from vpmoe.rollout.windows import Prompt, Windows, longest
+from vpmoe.rollout.windows import PromptPlan, WindowSchedule, completion_limit
 from vpmoe.storage import paths
 from vpmoe.trainer.context import StageContext
 
@@ -67,11 +67,15 @@ class Partner:
         data = bucket.get(self.key(window, "rollouts"))
         found = read_rollouts(data, "partner")
         about = ScoresHeader(
-            run=found.about.run, stage=self.stage.name, window=window, rollouts=found.sha256, teacher="t" * 64
+            run=found.header.run,
+            stage=self.stage.name,
+            window=window,
+            rollouts=found.sha256,
+            teacher="t" * 64,
         )
         bucket.create(
             self.key(window, "scores"),
-            scores_bytes(about, [teacher(one.ids_T)[one.asked :] for one in found.rollouts]),
+            scores_bytes(about, [teacher(one.ids_T)[one.prompt_length :] for one in found.rollouts]),
             {},
         )
         return True
@@ -79,27 +83,27 @@ class Partner:
     def sample(self, number: int) -> bool:
         """Sample a window; False where its version is not there yet, or the stage has no such window."""
         bucket, run, stage = self.task.bucket, self.task.run, self.stage
-        windows = Windows(stage, self.seed, self.parts)
-        found = policy_version.find(bucket, run, stage.name, windows.curriculum.version_of(number))
+        windows = WindowSchedule(stage, self.seed, self.parts)
+        found = policy_version.find_version(bucket, run, stage.name, windows.curriculum.version_of(number))
         if found is None:
             return False
         published, facts = found
         anchors = self.plan.steps(facts.first_sequence, self.each, stage.tokens)
         seen = 0
         if number:
-            before = read_rollouts(bucket.get(self.key(number - 1, "rollouts")), "partner").about
-            seen = windows.curriculum.after(number - 1, before.seen, before.tokens, anchors)
+            before = read_rollouts(bucket.get(self.key(number - 1, "rollouts")), "partner").header
+            seen = windows.curriculum.tokens_before_next(number - 1, before.seen, before.tokens, anchors)
         if seen >= stage.tokens:
             return False
         model = self.load(published, facts)
-        windows = Windows(stage, self.seed, self.parts, facts.first_prompt)
-        asked = windows.window(number, facts.tokens, back_pressure.read(bucket, run, stage.name))
+        windows = WindowSchedule(stage, self.seed, self.parts, facts.first_prompt)
+        asked = windows.window(number, facts.tokens, back_pressure.read_adjustments(bucket, run, stage.name))
         rollouts = [
             self.rollout(
                 model,
                 prompt,
                 rollout,
-                longest(self.asked(prompt), prompt.effort, asked.max_tokens, self.length),
+                completion_limit(self.asked(prompt), prompt.effort, asked.max_tokens, self.length),
             )
             for prompt in asked.prompts
             for rollout in range(len(prompt.seeds))
@@ -111,19 +115,19 @@ class Partner:
             stage=stage.name,
             window=number,
             version=facts.version,
-            weights=policy_version.content_of(published),
+            weights=policy_version.weights_digest(published),
             phase=asked.phase,
             seen=seen,
             tokens=tokens,
-            last=windows.curriculum.after(number, seen, tokens, anchors) >= stage.tokens,
-            turns=asked.turns,
+            last=windows.curriculum.tokens_before_next(number, seen, tokens, anchors) >= stage.tokens,
+            turns=asked.adjustments,
         )
         return bucket.create(self.key(number, "rollouts"), rollouts_bytes(self.says(about), rollouts), {})
 
-    def asked(self, prompt: Prompt) -> int:
+    def asked(self, prompt: PromptPlan) -> int:
         return int((self.documents[prompt.document][1] == 0).sum())
 
-    def rollout(self, model: PreTrainedModel, prompt: Prompt, number: int, bound: int) -> Rollout:
+    def rollout(self, model: PreTrainedModel, prompt: PromptPlan, number: int, bound: int) -> Rollout:
         """One completion, really sampled at temperature 1 from the request's seed; the third id in a hundred ends it."""
         generator = torch.Generator().manual_seed(prompt.seeds[number])
         ids = self.documents[prompt.document][0][: self.asked(prompt)].tolist()
@@ -141,14 +145,14 @@ class Partner:
         own = self.sampler_logp(np.asarray(logp, np.float32))
         return Rollout(prompt.place, number, prompt.document, prompt.effort, validity, sampled, span, own)
 
-    def load(self, published: policy_version.Manifest, facts: Version) -> PreTrainedModel:
+    def load(self, published: policy_version.Manifest, facts: PolicyVersion) -> PreTrainedModel:
         """A version, proved with its probe."""
         if self.loaded is None or self.loaded[0] != facts.version:
             folder = self.scratch / f"sampler-{facts.version}"
             folder.mkdir(exist_ok=True)
             for name, subject in published.subjects.items():
                 self.task.bucket.download(subject, folder / name)
-            model = hf_model.load(folder, SMALL)
+            model = hf_model.load_student(folder, SMALL)
             for ids, wanted in zip(facts.probe.ids, facts.probe.logp, strict=True):
                 with torch.no_grad():
                     logp = (

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from vpmoe.api import DistillRun
 from vpmoe.data import vocabulary_file
-from vpmoe.data.dataset import load
+from vpmoe.data.dataset import dataset_input, load_dataset
 from vpmoe.data.vocabulary import CALL, CHANNEL, END, MESSAGE, RETURN
 from vpmoe.model import hf_export, state
 from vpmoe.model.batch import Batch
@@ -18,11 +18,10 @@ from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import SHAPES
 from vpmoe.provenance import Provenance
 from vpmoe.rollout import policy_version
-from vpmoe.rollout.policy_version import Version
+from vpmoe.rollout.policy_version import PolicyVersion
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Manifest
 from vpmoe.trainer.onpolicy.publisher import compute_probe
-from vpmoe.trainer.stage_inputs import dataset_input
 
 TINY = SHAPES["tiny"]
 ANALYSIS, FINAL = (vocabulary_file.encoding().encode_ordinary(name)[0] for name in ("analysis", "final"))
@@ -98,15 +97,15 @@ def publish(
     tokens: int,
     *,
     first_prompt: int = 0,
-    says: Version | None = None,
+    says: PolicyVersion | None = None,
 ) -> Manifest:
     """Publish the student in `folder` as a version, as the trainer does; with `says` under facts of another."""
-    made, key = load(run, bucket), paths.weights(run, "onpolicy", number)
+    made, key = load_dataset(run, bucket), paths.weights(run, "onpolicy", number)
     ids = [
         tuple(np.random.default_rng(length).integers(0, TINY.vocabulary, length).tolist())
         for length in (5, 40, 64)
     ]
-    facts = says or Version(
+    facts = says or PolicyVersion(
         version=number,
         steps=number,
         tokens=tokens,

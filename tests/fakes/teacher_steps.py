@@ -37,7 +37,9 @@ def rescore_here(
     run = DistillRun.parse(spec)
 
     def load(directory: Path, longest: int) -> Remote:
-        assert scorer and (directory / "model.safetensors").stat().st_size > 1e8 and longest <= scorer.longest
+        assert (
+            scorer and (directory / "model.safetensors").stat().st_size > 1e8 and longest <= scorer.max_length
+        )
         return scorer
 
     return rescore.rescore(
@@ -68,7 +70,7 @@ def score_windows_here(
         assert (
             scorer
             and (directory / "model.safetensors").stat().st_size > 1e8
-            and longest == 512 <= scorer.longest
+            and longest == 512 <= scorer.max_length
         )
         return scorer
 

@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpmoe.data.vocabulary import PADDING, RETURN, VOCABULARY_SIZE
-from vpmoe.inference import teacher_engine
-from vpmoe.inference.teacher_engine import Scorer, batches
+from vpmoe.inference import vllm_options
+from vpmoe.inference.teacher_engine import TeacherEngine
+from vpmoe.inference.vllm_options import token_batches
 
 LONGEST = 640
 """Tokens that the shared teacher and the shared sampler take at once."""
 
-BATCH_TOKENS = teacher_engine.BATCH_TOKENS["cpu"]
+BATCH_TOKENS = vllm_options.BATCH_TOKENS["cpu"]
 
 TINY = {
     "num_hidden_layers": 2,
@@ -74,8 +75,8 @@ class Remote:
     process groups to the tests of the trainer. `sequences` counts what it was asked to score.
     """
 
-    def __init__(self, address: str, longest: int) -> None:
-        self.longest = longest
+    def __init__(self, address: str, max_length: int) -> None:
+        self.max_length = max_length
         self.sequences = 0
         self._connection = Client(address)
 
@@ -92,7 +93,7 @@ class Remote:
     def score(
         self, sequences: Iterable[NDArray[np.int32]], check_stop: Callable[[], None] = lambda: None
     ) -> Iterator[NDArray[np.float32]]:
-        for batch in batches(sequences, BATCH_TOKENS):
+        for batch in token_batches(sequences, BATCH_TOKENS):
             check_stop()
             self._connection.send(batch)
             answer = self._connection.recv()
@@ -115,5 +116,5 @@ def serve(address: str, answer: Callable[[Any], object]) -> None:
 
 
 if __name__ == "__main__":
-    teacher = Scorer(Path(sys.argv[2]), int(sys.argv[3]))
+    teacher = TeacherEngine(Path(sys.argv[2]), int(sys.argv[3]))
     serve(sys.argv[1], lambda batch: list(teacher.score(batch)))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from tests.fakes.tiny_teacher import Remote
-    from vpmoe.inference.engine_pool import Engines
+    from vpmoe.inference.engine_pool import EnginePool
 
 
 @pytest.fixture(scope="session")
@@ -109,10 +109,10 @@ def scorer(teacher_address: str) -> Iterator["Remote"]:
 
 
 @pytest.fixture(scope="module")
-def engines(device: "torch.device") -> "Iterator[Engines]":
+def engines(device: "torch.device") -> "Iterator[EnginePool]":
     """The sampler's engine for `tiny`, started by the first test that loads weights into it."""
     from tests.fakes.tiny_teacher import LONGEST
-    from vpmoe.inference.engine_pool import Engines
+    from vpmoe.inference.engine_pool import EnginePool
 
-    with Engines(1, "tiny", LONGEST) as started:
+    with EnginePool(1, "tiny", LONGEST) as started:
         yield started

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from vpmoe.api import DistillRun
+from vpmoe.api.progress import DatasetStatus
 from vpmoe.data.inputs import Inputs, discover
 from vpmoe.data.vocabulary import VOCABULARY_SHA256
 from vpmoe.failure import Permanent
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.bucket import json_bytes
-from vpmoe.storage.manifest import Manifest
+from vpmoe.storage.manifest import Input, Manifest
 from vpmoe.storage.paths import Split
 
 SPLITS: tuple[Split, Split] = ("train", "valid")
@@ -71,7 +72,7 @@ def resolve(run: DistillRun, bucket: Bucket) -> DatasetRef:
     return DatasetRef(stored["dataset"], Inputs.from_json(stored["inputs"]))
 
 
-def load(run: DistillRun, bucket: Bucket) -> Manifest:
+def load_dataset(run: DistillRun, bucket: Bucket) -> Manifest:
     """The run's data set. Raises Permanent where it has not been made."""
     found = resolve(run, bucket)
     if not bucket.exists(found.manifest):
@@ -79,6 +80,37 @@ def load(run: DistillRun, bucket: Bucket) -> Manifest:
             f"{bucket.url(found.manifest)}: the run's data set is not there. Make it first: python -m jobs.preprocess."
         )
     return manifest.load(bucket, found.manifest)
+
+
+def load_training_dataset(run: DistillRun, bucket: Bucket) -> Manifest:
+    """The manifest of the run's dataset, if a stage can train on it.
+
+    Raises Permanent if the dataset was not built, or has no training documents, or has no held-out documents although
+    evaluation.documents asks for some.
+    """
+    dataset = load_dataset(run, bucket)
+    splits = dataset.facts["splits"]
+    if not splits["train"]["documents"]:
+        raise Permanent(
+            f"{bucket.url(dataset.key)}: the dataset's train split is empty, there is nothing to train on. Lower "
+            "dataset.validFraction, or give dataset.source more rows."
+        )
+    if run.spec.evaluation.documents and not splits["valid"]["documents"]:
+        raise Permanent(
+            f"{bucket.url(dataset.key)}: the dataset's valid split is empty, so there is no held-out loss. Raise "
+            "dataset.validFraction, or set evaluation.documents to 0 to train without one."
+        )
+    return dataset
+
+
+def dataset_facts(bucket: Bucket, dataset: Manifest) -> DatasetStatus:
+    """How progress.json refers to a dataset."""
+    return DatasetStatus(id=dataset.facts["id"], manifest=bucket.url(dataset.key), sha256=dataset.sha256)
+
+
+def dataset_input(bucket: Bucket, dataset: Manifest) -> Input:
+    """How the manifest of something made from a dataset names the dataset among its inputs."""
+    return Input("dataset", bucket.url(dataset.key), {"sha256": dataset.sha256}, {"id": dataset.facts["id"]})
 
 
 def done_parts(dataset: DatasetRef, bucket: Bucket) -> set[int]:

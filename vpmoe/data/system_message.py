@@ -26,23 +26,23 @@ class EffortSubstitution:
         self._told = system_message(SystemMessage(*said, effort))
 
     @property
-    def longer(self) -> int:
+    def extra_tokens(self) -> int:
         """Tokens that a document grows by when it is sent; negative where it shrinks. Its end-of-document token is not sent."""
         return len(self._told) - len(self._own) - 1
 
-    def sent(self, ids_T: Ids) -> Ids:
+    def to_teacher(self, ids_T: Ids) -> Ids:
         """The ids to send for a document: all but its end. Raises Permanent as `told` does, and where it has no end."""
         if ids_T[-1] != END_OF_DOCUMENT:
             raise _foreign("has no end-of-document token")
-        return self.told(ids_T[:-1])
+        return self.replace(ids_T[:-1])
 
-    def told(self, ids_T: Ids) -> Ids:
+    def replace(self, ids_T: Ids) -> Ids:
         """The ids with another system message. Raises Permanent where they do not begin with the data set's."""
         if not np.array_equal(ids_T[: len(self._own)], self._own):
             raise _foreign("does not begin with the system message of its data set's settings.conversation")
         return np.concatenate([self._told, ids_T[len(self._own) :]])
 
-    def back(self, logp_S: NDArray[np.float32]) -> NDArray[np.float32]:
+    def from_teacher(self, logp_S: NDArray[np.float32]) -> NDArray[np.float32]:
         """Log-probabilities of the ids sent, stored against the document's own tokens [T]; NaN for its system message and its end."""
         after = logp_S[len(self._told) :]
         logp_T = np.full(len(self._own) + len(after) + 1, np.nan, np.float32)

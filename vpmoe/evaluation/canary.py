@@ -17,7 +17,7 @@ from vpmoe.storage import Bucket, paths
 
 
 @dataclass(frozen=True)
-class Text:
+class CanaryText:
     """One object of the canary."""
 
     sha256: str
@@ -27,7 +27,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Window:
+class CanaryWindow:
     """Tokens [start, stop) of a text, of which those from `first` on count."""
 
     start: int
@@ -35,18 +35,18 @@ class Window:
     stop: int
 
 
-def windows(tokens: int, longest: int) -> list[Window]:
+def split_windows(tokens: int, longest: int) -> list[CanaryWindow]:
     """The windows of a text of so many tokens, none longer than `longest`, which is 2 or more."""
     found, counted = [], 1
     for start in range(0, tokens, longest - longest // 2):
         stop = min(start + longest, tokens)
         if counted < stop:
-            found.append(Window(start, counted, stop))
+            found.append(CanaryWindow(start, counted, stop))
             counted = stop
     return found
 
 
-def texts(url: str, bucket: Bucket) -> list[Text]:
+def read_texts(url: str, bucket: Bucket) -> list[CanaryText]:
     """The texts at an address of the bucket's store: the object of that name, and all objects below it as a folder, by their keys.
 
     Raises Permanent where there is none to measure, or one is no text; StorageError.
@@ -54,7 +54,9 @@ def texts(url: str, bucket: Bucket) -> list[Text]:
     name, key = paths.split_url(url)
     of, key = bucket.other(name), key.rstrip("/")
     found = [
-        _text(of, entry.key) for entry in of.list(key) if entry.key == key or entry.key.startswith(f"{key}/")
+        _read_text(of, entry.key)
+        for entry in of.list(key)
+        if entry.key == key or entry.key.startswith(f"{key}/")
     ]
     if not sum(text.size for text in found):
         raise Permanent(
@@ -63,12 +65,12 @@ def texts(url: str, bucket: Bucket) -> list[Text]:
     return found
 
 
-def content_of(found: Sequence[Text]) -> str:
+def texts_digest(found: Sequence[CanaryText]) -> str:
     """sha256 (hex) of the texts, whatever they are called."""
     return hashlib.sha256("".join(text.sha256 for text in found).encode()).hexdigest()
 
 
-def _text(bucket: Bucket, key: str) -> Text:
+def _read_text(bucket: Bucket, key: str) -> CanaryText:
     data = bucket.get(key)
     try:
         ids_T = tokenizer().encode(data.decode())
@@ -77,4 +79,4 @@ def _text(bucket: Bucket, key: str) -> Text:
             f"evaluation.canary: {bucket.url(key)} cannot be encoded as text ({error}). Give UTF-8 text."
         ) from error
     first = len(vocabulary_file.encoding().decode_single_token_bytes(int(ids_T[0]))) if len(ids_T) else 0
-    return Text(hashlib.sha256(data).hexdigest(), ids_T, len(data) - first)
+    return CanaryText(hashlib.sha256(data).hexdigest(), ids_T, len(data) - first)

@@ -16,20 +16,20 @@ from typing import Any
 from vpmoe.api import DistillRun, Stage
 from vpmoe.checkpoint.train_state import end_of
 from vpmoe.clock import now
-from vpmoe.data.dataset import load as load_dataset
+from vpmoe.data.dataset import load_dataset
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.data.tokenizer import Ids
 from vpmoe.evaluation import canary, measures, questions
-from vpmoe.evaluation.job import Job
-from vpmoe.evaluation.student import Student
+from vpmoe.evaluation.job import EvaluationWorker
+from vpmoe.evaluation.student import EvaluatedStudent
 from vpmoe.failure import Permanent
-from vpmoe.inference.engine_pool import Request
+from vpmoe.inference.engine_pool import SamplingRequest
 from vpmoe.inference.verify import InferenceEngines
 from vpmoe.provenance import Provenance
 from vpmoe.rollout import evaluation_record
-from vpmoe.rollout.evaluation_record import Canary, EvaluationRecord
-from vpmoe.rollout.prompts import Prompts
-from vpmoe.rollout.windows import longest
+from vpmoe.rollout.evaluation_record import CanaryResult, EvaluationRecord
+from vpmoe.rollout.prompts import PromptBuilder
+from vpmoe.rollout.windows import completion_limit
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.bucket import json_bytes
 
@@ -55,14 +55,14 @@ def evaluate(
     last checkpoint is damaged, or there is nothing to measure by; StorageError, Retriable for a full disk, Terminated where it was asked
     to stop.
     """
-    job = Job(run, stage, bucket, provenance, stopping, load_dataset(run, bucket))
-    if found := evaluation_record.load(run, stage.name, bucket):
+    job = EvaluationWorker(run, bucket, provenance, stopping, None, stage, load_dataset(run, bucket))
+    if found := evaluation_record.load_evaluation(run, stage.name, bucket):
         check_current(job, found)
         log.info("Reused: %s: %s", bucket.url(paths.evaluation(run, stage.name)), summary(found))
-        job.say("Reused", "Succeeded", found.valid)
+        job.report_measured("Reused", found.valid_share)
         return found
     with tempfile.TemporaryDirectory(prefix="vpmoe-evaluate-") as scratch:
-        measured = measure(job, engines, Path(scratch))
+        measured = measure_student(job, engines, Path(scratch))
     line = {
         "event": "evaluation",
         "time": now().isoformat(timespec="milliseconds"),
@@ -81,11 +81,11 @@ def evaluate(
             f"{bucket.url(key)} was written meanwhile, of another checkpoint. Delete it to have the stage measured again."
         )
     log.info("Stage %s: %s", stage.name, summary(measured))
-    job.say(summary(measured), "Succeeded", measured.valid)
+    job.report_measured(summary(measured), measured.valid_share)
     return measured
 
 
-def check_current(job: Job, found: EvaluationRecord) -> None:
+def check_current(job: EvaluationWorker, found: EvaluationRecord) -> None:
     """Raise Permanent where the stage has ended with another checkpoint than was measured."""
     end = end_of(job.bucket, paths.checkpoints(job.run, job.stage.name))
     if end is not None and end[0].sha256 != found.checkpoint:
@@ -95,15 +95,14 @@ def check_current(job: Job, found: EvaluationRecord) -> None:
         )
 
 
-def measure(job: Job, engines: InferenceEngines, scratch: Path) -> EvaluationRecord:
+def measure_student(job: EvaluationWorker, engines: InferenceEngines, scratch: Path) -> EvaluationRecord:
     """All that the run asks for. `scratch` holds the exported student and the documents that are asked."""
-    student = Student(job, engines, scratch)
+    student = EvaluatedStudent(job, engines, scratch)
     checkpoint, found = student.checkpoint, dict[str, Any]()
     with closing(DatasetReader(job.dataset, "valid", BlockCache(job.bucket, scratch / "blocks"))) as valid:
-        parts = asked(job, student, valid)
-        job.parts = len(parts)
+        parts = measurements(job, student, valid)
         for name, part in parts.items():
-            found |= job.part(name, checkpoint.manifest, part)
+            found |= job.measure_part(name, checkpoint.manifest, part)
     said = {
         "run": job.provenance.run,
         "config": job.provenance.config,
@@ -112,12 +111,14 @@ def measure(job: Job, engines: InferenceEngines, scratch: Path) -> EvaluationRec
         "checkpoint": checkpoint.manifest.sha256,
         **found,
     }
-    return evaluation_record.read(
+    return evaluation_record.parse_evaluation(
         said, job.stage.name, job.bucket.url(paths.evaluation_parts(job.run, job.stage.name))
     )
 
 
-def asked(job: Job, student: Student, valid: DatasetReader) -> dict[str, Callable[[], dict[str, Any]]]:
+def measurements(
+    job: EvaluationWorker, student: EvaluatedStudent, valid: DatasetReader
+) -> dict[str, Callable[[], dict[str, Any]]]:
     """The parts of the evaluation by name. Raises Permanent where there are no documents for them."""
     wanted = job.run.spec.evaluation
     if not sum(map(len, valid.lengths)) and wanted.documents + wanted.completions:
@@ -135,9 +136,9 @@ def asked(job: Job, student: Student, valid: DatasetReader) -> dict[str, Callabl
     return parts
 
 
-def score_documents(job: Job, student: Student, valid: DatasetReader) -> dict[str, Any]:
+def score_documents(job: EvaluationWorker, student: EvaluatedStudent, valid: DatasetReader) -> dict[str, Any]:
     """Held-out loss by span."""
-    documents = questions.held_out(
+    documents = questions.held_out_documents(
         valid.lengths, job.run.spec.evaluation.documents, job.run.spec.training.seed
     )
     valid.prefetch(documents)
@@ -151,44 +152,58 @@ def score_documents(job: Job, student: Student, valid: DatasetReader) -> dict[st
     return {"documents": len(documents), "heldOut": sums.loss().dump()}
 
 
-def sample_completions(job: Job, student: Student, valid: DatasetReader) -> dict[str, Any]:
+def sample_completions(
+    job: EvaluationWorker, student: EvaluatedStudent, valid: DatasetReader
+) -> dict[str, Any]:
     """Validity and lengths of completions, by effort."""
     training = job.run.spec.training
-    wanted = questions.questions(valid.lengths, job.run.spec.evaluation.completions, training.seed)
-    prompts = Prompts(job.dataset.facts["settings"]["conversation"])
-    bounds = questions.max_tokens(job.run, job.stage.name)
+    wanted = questions.sampling_questions(valid.lengths, job.run.spec.evaluation.completions, training.seed)
+    prompts = PromptBuilder(job.dataset.facts["settings"]["conversation"])
+    bounds = questions.completion_limits(job.run, job.stage.name)
     answers: list[tuple[str, Ids]] = []
     student.load()
     with job.timed("completions"):
         for some in job.batches(wanted, SAMPLED_AT_ONCE, "Sampling completions"):
             requests = []
             for one in some:
-                ids_P = prompts.ids(*valid.read(one.document), one.effort)
+                ids_P = prompts.build(*valid.read(one.document), one.effort)
                 requests.append(
-                    Request(
-                        ids_P, one.seed, longest(len(ids_P), one.effort, bounds, training.sequence_length)
+                    SamplingRequest(
+                        ids_P,
+                        one.seed,
+                        completion_limit(len(ids_P), one.effort, bounds, training.sequence_length),
                     )
                 )
             answers += zip([one.effort for one in some], student.sample(requests), strict=True)
-    efforts = measures.of_efforts(answers)
+    efforts = measures.measure_efforts(answers)
     of_effort = {effort: found.dump() for effort, found in efforts.items()}
-    return {"completions": len(wanted), "validity": measures.of_all(efforts.values()), "efforts": of_effort}
+    return {
+        "completions": len(wanted),
+        "validity": measures.total_validity(efforts.values()),
+        "efforts": of_effort,
+    }
 
 
-def score_texts(job: Job, student: Student, url: str) -> dict[str, Any]:
+def score_texts(job: EvaluationWorker, student: EvaluatedStudent, url: str) -> dict[str, Any]:
     """Bits per byte of the canary at an address."""
-    texts, length = canary.texts(url, job.bucket), job.run.spec.training.sequence_length
-    windows = [(text.ids_T, window) for text in texts for window in canary.windows(len(text.ids_T), length)]
+    texts, length = canary.read_texts(url, job.bucket), job.run.spec.training.sequence_length
+    windows = [
+        (text.ids_T, window) for text in texts for window in canary.split_windows(len(text.ids_T), length)
+    ]
     bits, size = 0.0, sum(text.size for text in texts)
     student.load()
     with job.timed("canary"):
         for some in job.batches(windows, SCORED_AT_ONCE, "Scoring windows of the canary"):
             found = student.score([ids_T[window.start : window.stop] for ids_T, window in some])
             bits += sum(
-                measures.bits(logp[window.first - window.start - 1 :])
+                measures.total_bits(logp[window.first - window.start - 1 :])
                 for (_, window), logp in zip(some, found, strict=True)
             )
-    return {"canary": Canary(bits_per_byte=bits / size, bytes=size, sha256=canary.content_of(texts)).dump()}
+    return {
+        "canary": CanaryResult(
+            bits_per_byte=bits / size, bytes=size, sha256=canary.texts_digest(texts)
+        ).dump()
+    }
 
 
 def summary(found: EvaluationRecord) -> str:
@@ -197,9 +212,11 @@ def summary(found: EvaluationRecord) -> str:
     if found.held_out:
         spans = {name: loss for name, loss in found.held_out.dump().items() if loss is not None}
         said.append("held-out loss " + ", ".join(f"{name} {loss:.3f}" for name, loss in spans.items()))
-    if found.valid is not None:
-        by_effort = ", ".join(f"{effort} {share:.1%}" for effort, share in found.shares().items())
-        said.append(f"{found.valid:.1%} of {found.completions} completions valid ({by_effort})")
+    if found.valid_share is not None:
+        by_effort = ", ".join(
+            f"{effort} {share:.1%}" for effort, share in found.valid_share_by_effort().items()
+        )
+        said.append(f"{found.valid_share:.1%} of {found.completions} completions valid ({by_effort})")
     if found.canary:
         said.append(f"canary {found.canary.bits_per_byte:.3f} bits per byte")
     return "; ".join(said)

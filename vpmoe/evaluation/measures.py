@@ -13,8 +13,9 @@ from vpmoe.data.spans import FINAL, REASONING
 from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Permanent
 from vpmoe.rollout.curriculum import EFFORTS
-from vpmoe.rollout.evaluation_record import OfEffort
-from vpmoe.rollout.prompts import VALIDITIES, validity
+from vpmoe.rollout.evaluation_record import EffortResult
+from vpmoe.rollout.prompts import completion_validity
+from vpmoe.rollout.validity import VALIDITIES
 
 
 @dataclass
@@ -50,15 +51,15 @@ def check_finite(logp: NDArray[np.float64], what: str) -> None:
         )
 
 
-def of_efforts(answers: Iterable[tuple[str, Ids]]) -> dict[str, OfEffort]:
+def measure_efforts(answers: Iterable[tuple[str, Ids]]) -> dict[str, EffortResult]:
     """By effort, in the order of EFFORTS, the validity and the lengths of (effort, completion's ids [C])."""
     lengths: dict[str, list[int]] = {effort: [] for effort in EFFORTS}
     counts: dict[str, Counter[str]] = {effort: Counter() for effort in EFFORTS}
     for effort, ids_C in answers:
         lengths[effort].append(len(ids_C))
-        counts[effort][validity(ids_C)] += 1
+        counts[effort][completion_validity(ids_C)] += 1
     return {
-        effort: OfEffort(
+        effort: EffortResult(
             validity={kind: counts[effort][kind] for kind in VALIDITIES},
             mean_tokens=sum(of) / len(of),
             most_tokens=max(of),
@@ -68,13 +69,13 @@ def of_efforts(answers: Iterable[tuple[str, Ids]]) -> dict[str, OfEffort]:
     }
 
 
-def of_all(efforts: Iterable[OfEffort]) -> dict[str, int]:
+def total_validity(efforts: Iterable[EffortResult]) -> dict[str, int]:
     """The validity counts of all efforts together."""
     found = list(efforts)
     return {kind: sum(of.validity[kind] for of in found) for kind in VALIDITIES} if found else {}
 
 
-def bits(logp: NDArray[np.float32]) -> float:
+def total_bits(logp: NDArray[np.float32]) -> float:
     """−Σ log2 p, given natural logarithms. Raises Permanent where one is missing or not finite."""
     of = logp.astype(np.float64)
     check_finite(of, "the canary")

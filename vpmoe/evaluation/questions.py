@@ -29,14 +29,16 @@ class Question:
     """The sampling request's, of 63 bits."""
 
 
-def held_out(lengths: Sequence[NDArray[np.int32]], documents: int, seed: int) -> list[PackedDocument]:
+def held_out_documents(
+    lengths: Sequence[NDArray[np.int32]], documents: int, seed: int
+) -> list[PackedDocument]:
     """The documents that the trainer measures its held-out loss on. `lengths[p]` are the lengths in tokens of part p's documents."""
     return packing.documents(
         packing.held_out(lengths, documents, seed), packing.firsts([len(part) for part in lengths]), lengths
     )
 
 
-def questions(lengths: Sequence[NDArray[np.int32]], completions: int, seed: int) -> list[Question]:
+def sampling_questions(lengths: Sequence[NDArray[np.int32]], completions: int, seed: int) -> list[Question]:
     """`completions` questions: each held-out document, in the order of `held_out`, at each effort in turn, so that efforts differ in
     nothing else. Where the documents do not suffice they come again, under other seeds. Raises ValueError where there is none.
     """
@@ -44,7 +46,7 @@ def questions(lengths: Sequence[NDArray[np.int32]], completions: int, seed: int)
         return []
     if not sum(map(len, lengths)):
         raise ValueError("there is no document in any part to make prompts of")
-    documents = held_out(lengths, -(-completions // len(EFFORTS)), seed)
+    documents = held_out_documents(lengths, -(-completions // len(EFFORTS)), seed)
     return [
         Question(
             documents[number // len(EFFORTS) % len(documents)],
@@ -65,7 +67,7 @@ def request_seed(seed: int, number: int) -> int:
     )
 
 
-def max_tokens(run: DistillRun, stage: str) -> MaxTokens:
+def completion_limits(run: DistillRun, stage: str) -> MaxTokens:
     """How long completions may be: as the OnPolicy stage samples them that comes next, this one included; else the one before; else as
     an OnPolicy stage would that says nothing."""
     stages = run.spec.stages

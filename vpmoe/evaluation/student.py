@@ -14,21 +14,21 @@ from safetensors import SafetensorError
 from vpmoe.checkpoint.format import CheckpointRejected, Weights, weights_in
 from vpmoe.checkpoint.train_state import iterations
 from vpmoe.data.tokenizer import Ids
-from vpmoe.evaluation.job import Job
+from vpmoe.evaluation.job import EvaluationWorker
 from vpmoe.failure import Permanent, Retriable
-from vpmoe.inference.engine_pool import Request
+from vpmoe.inference.engine_pool import SamplingRequest
 from vpmoe.inference.verify import InferenceEngines
 from vpmoe.model import hf_export
 from vpmoe.model.shapes import SHAPES
 from vpmoe.storage import paths
 
 
-class Student:
+class EvaluatedStudent:
     """One student. `engines` is one engine, which takes sequences of training.sequenceLength and a token more: a score takes that."""
 
-    def __init__(self, job: Job, engines: InferenceEngines, scratch: Path) -> None:
+    def __init__(self, job: EvaluationWorker, engines: InferenceEngines, scratch: Path) -> None:
         """Looks at the checkpoint only. Raises as `last_checkpoint` does."""
-        self.checkpoint = last_checkpoint(job)
+        self.checkpoint = find_last_checkpoint(job)
         self._job = job
         self._engines = engines
         self._folder = scratch / "student"
@@ -39,7 +39,7 @@ class Student:
         if self._loaded:
             return
         with self._job.timed("export", f"Exporting checkpoint {self.checkpoint.position.iteration}"):
-            export(self._job, self.checkpoint, self._folder)
+            export_student(self._job, self.checkpoint, self._folder)
         with self._job.timed("load", "Loading the student"):
             self._engines.load(self._folder, self._job.check_stop)
         self._loaded = True
@@ -49,12 +49,12 @@ class Student:
         (found,) = self._engines.score(sequences, self._job.check_stop)
         return found
 
-    def sample(self, requests: Sequence[Request]) -> list[Ids]:
+    def sample(self, requests: Sequence[SamplingRequest]) -> list[Ids]:
         """The completion of each request, [C]."""
         return [completion.ids_C for completion in self._engines.sample(requests, self._job.check_stop)]
 
 
-def last_checkpoint(job: Job) -> Weights:
+def find_last_checkpoint(job: EvaluationWorker) -> Weights:
     """The checkpoint that the stage ended with. Raises Permanent where it has not ended, or that checkpoint is damaged."""
     name, folder = job.stage.name, paths.checkpoints(job.run, job.stage.name)
     newest = iterations(job.bucket, folder)[:1]
@@ -76,7 +76,7 @@ def last_checkpoint(job: Job) -> Weights:
     return found
 
 
-def export(job: Job, checkpoint: Weights, folder: Path) -> None:
+def export_student(job: EvaluationWorker, checkpoint: Weights, folder: Path) -> None:
     """Write the student into `folder`, in the type that it is trained in where this process computes, and prove what was written.
 
     Raises Permanent where the checkpoint is of another shape, StorageError where it is damaged, Retriable for a full disk.

@@ -1,1 +1,4 @@
-"""Inference engines: the student and the teacher in vLLM and transformers. No megatron-core."""
+"""Inference engines: the student and the teacher in vLLM, and the student in transformers.
+
+No megatron-core.
+"""

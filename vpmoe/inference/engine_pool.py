@@ -1,7 +1,9 @@
-"""The sampler's engines: a process for each of its GPUs (engine.py), which load, sample and score when they are told.
+"""The student's engines of a job: one process per GPU (engine.py), which load weights, sample and score on
+request.
 
-Nothing of vLLM or torch is in the process that asks. An engine ends with it, whatever ends it; the error of one is the asker's, of the same
-class. What is asked is dealt to the engines by its place in the list, so it is a function of the list and their number.
+The process that asks imports neither vLLM nor torch. Engines end when it ends, however it ends. An engine's
+error is raised here with its own class. Requests are assigned to engines by their index, so the assignment
+depends on the list of requests and the number of engines only.
 """
 
 import os
@@ -20,52 +22,54 @@ from numpy.typing import NDArray
 from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Failure, Permanent, Retriable
 
-POLL = 0.2
-"""Seconds between looks at whether the process should stop, while engines work."""
+POLL_SECONDS = 0.2
+"""Seconds between two calls of `check_stop` while engines work."""
 
 CheckStop = Callable[[], None]
-"""Called while waiting; raises where the process should stop."""
+"""Called while waiting; raises if the process was asked to stop."""
 
 
-class Request(NamedTuple):
-    """One completion to sample."""
+class SamplingRequest(NamedTuple):
+    """A completion to sample."""
 
     ids_P: Ids
-    """The prompt."""
+    """Token ids of the prompt."""
     seed: int
-    longest: int
-    """Tokens of the completion, at most."""
+    max_tokens: int
+    """Length limit of the completion, in tokens."""
 
 
 class Completion(NamedTuple):
-    """What was sampled."""
+    """A sampled completion."""
 
     ids_C: Ids
-    """Ends with a token of vocabulary.STOP_IDS, or at the request's bound."""
+    """Token ids. The last is a stop token (vocabulary.STOP_IDS), or the length limit was reached."""
     logp_C: NDArray[np.float32]
-    """Log-probability of each token at temperature 1, given all before it."""
+    """Log-probability of each token at temperature 1, given all tokens before it."""
 
 
-class Engines:
-    """The engines of one process. They are started by the first `load` and end with the `with` block, or with this process.
+class EnginePool:
+    """The engines of one process: started by the first `load`, stopped at the end of the `with` block.
 
-    `check_stop`, which may raise, is called again and again while they work. Whoever calls `load` first lives as long as they are to: they
-    end with that thread.
+    Methods call `check_stop`, which may raise, every POLL_SECONDS while engines work. The first `load` must
+    be called from a thread that lives as long as the engines are needed: they end with that thread.
     """
 
-    def __init__(self, gpus: int, shape: str, longest: int) -> None:
-        """One engine for each of so many GPUs; `shape` of vpmoe.model.shapes, `longest` tokens a sequence at most.
+    def __init__(self, gpus: int, shape: str, max_length: int) -> None:
+        """One engine for each of `gpus` GPUs; `shape` is a name in vpmoe.model.shapes, `max_length` in
+        tokens.
 
-        Raises Permanent where CUDA_VISIBLE_DEVICES names fewer.
+        Raises Permanent if CUDA_VISIBLE_DEVICES names fewer devices.
         """
         self.loaded = False
-        """Whether they hold weights already, so that others are to be taken into what runs."""
-        self._settings = [settings(os.environ, number, gpus) for number in range(gpus)]
-        self._arguments = (shape, str(longest))
+        """Whether the engines hold weights, so that the next `load` replaces them in place."""
+        self._environments = [engine_environment(os.environ, number, gpus) for number in range(gpus)]
+        self._arguments = (shape, str(max_length))
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
-        self._asked = 0
-        """Times that they were asked anything: the answer to what was given up is not taken for another's."""
+        self._calls = 0
+        """Number of calls so far. A reply carries its call's number, so the reply to an abandoned call is
+        ignored."""
 
     def __enter__(self) -> Self:
         return self
@@ -78,29 +82,37 @@ class Engines:
             connection.close()
 
     def load(self, folder: Path, check_stop: CheckStop = lambda: None) -> None:
-        """Have all of them compute with the weights in `folder` from now on."""
+        """Make all engines use the weights in `folder`."""
         if not self._processes:
-            for changes in self._settings:
-                self._begin(changes)
-        self._ask("load", [(folder,)] * len(self._processes), check_stop)
+            for changes in self._environments:
+                self._start(changes)
+        self._call("load", [(folder,)] * len(self._processes), check_stop)
         self.loaded = True
 
-    def sample(self, requests: Sequence[Request], check_stop: CheckStop = lambda: None) -> list[Completion]:
-        """The completion of each; request i by engine i mod their number."""
-        each = len(self._processes)
-        found: list[Any] = [None] * len(requests)
-        answers = self._ask("sample", [(requests[number::each],) for number in range(each)], check_stop)
-        for number, completions in enumerate(answers):
-            found[number::each] = completions
-        return found
+    def sample(
+        self, requests: Sequence[SamplingRequest], check_stop: CheckStop = lambda: None
+    ) -> list[Completion]:
+        """The completion of each request; engine i mod the number of engines samples request i."""
+        engines = len(self._processes)
+        completions: list[Any] = [None] * len(requests)
+        replies = self._call(
+            "sample", [(requests[number::engines],) for number in range(engines)], check_stop
+        )
+        for number, reply in enumerate(replies):
+            completions[number::engines] = reply
+        return completions
 
     def score(
         self, sequences: Sequence[Ids], check_stop: CheckStop = lambda: None
     ) -> list[list[NDArray[np.float32]]]:
-        """By engine what it finds of each sequence: [T − 1] log-probabilities of all ids but the first."""
-        return self._ask("score", [(sequences,)] * len(self._processes), check_stop)
+        """By engine, for each sequence: [T − 1] log-probabilities of all ids but the first.
 
-    def _begin(self, changes: Mapping[str, str]) -> None:
+        Every engine scores all.
+        """
+        return self._call("score", [(sequences,)] * len(self._processes), check_stop)
+
+    def _start(self, changes: Mapping[str, str]) -> None:
+        """Start an engine process with `changes` to the environment."""
         ours, theirs = Pipe()
         with theirs:
             command = [sys.executable, "-m", "vpmoe.inference.engine", str(theirs.fileno()), *self._arguments]
@@ -109,60 +121,70 @@ class Engines:
             )
         self._connections.append(ours)
 
-    def _ask(self, name: str, arguments: Sequence[tuple[Any, ...]], check_stop: CheckStop) -> list[Any]:
-        """Each engine's answer to its own arguments. Raises what the first that fails says, Retriable where it ends without a word."""
-        answers: dict[int, Any] = {}
-        self._asked += 1
+    def _call(self, method: str, arguments: Sequence[tuple[Any, ...]], check_stop: CheckStop) -> list[Any]:
+        """Call a method of every engine, each with its own arguments; returns the results.
+
+        Raises the error of the first engine that fails, and Retriable if an engine process ends without a
+        reply.
+        """
+        replies: dict[int, Any] = {}
+        self._calls += 1
         number = 0
         try:
             for number, connection in enumerate(self._connections):
-                connection.send((self._asked, name, arguments[number]))
-            while len(answers) < len(self._connections):
+                connection.send((self._calls, method, arguments[number]))
+            while len(replies) < len(self._connections):
                 ready = wait(
-                    [each for number, each in enumerate(self._connections) if number not in answers], POLL
+                    [each for number, each in enumerate(self._connections) if number not in replies],
+                    POLL_SECONDS,
                 )
                 for number in [number for number, each in enumerate(self._connections) if each in ready]:
-                    asked, answer = self._connections[number].recv()
-                    if asked == self._asked:
-                        answers[number] = answer
+                    call, reply = self._connections[number].recv()
+                    if call == self._calls:
+                        replies[number] = reply
                 check_stop()
         except (EOFError, ConnectionError):
-            check_stop()  # who asks this process to stop may have asked its engines too
-            raise _gone(number, self._processes[number].wait()) from None
-        for number in sorted(answers):
-            if isinstance(answers[number], Failure):
-                raise error_of(number, answers[number])
-        return [answers[number] for number in sorted(answers)]
+            check_stop()  # the pod's termination may have reached the engines first
+            raise _engine_exited(number, self._processes[number].wait()) from None
+        for number in sorted(replies):
+            if isinstance(replies[number], Failure):
+                raise engine_error(number, replies[number])
+        return [replies[number] for number in sorted(replies)]
 
 
-def _gone(number: int, code: int) -> Retriable:
+def _engine_exited(number: int, code: int) -> Retriable:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return Retriable(
-        f"engine {number} {how}. Most often the container ran out of memory: raise the limit in runtime.resources.sampler."
+        f"engine {number} {how}. The most frequent cause is that the container ran out of memory: raise the "
+        "limit in runtime.resources.sampler."
     )
 
 
-def error_of(number: int, found: Failure) -> Exception:
-    """What an engine's failure is here: of its own class, and a bug where it is of none that is known."""
+def engine_error(number: int, failure: Failure) -> Exception:
+    """An engine's failure as an exception of the same class; RuntimeError if the class is none of
+    vpmoe.failure."""
     kinds: dict[str, type[Exception]] = {"Permanent": Permanent, "Retriable": Retriable}
-    return kinds.get(found.kind, RuntimeError)(f"engine {number}: {found.message}")
+    return kinds.get(failure.kind, RuntimeError)(f"engine {number}: {failure.message}")
 
 
-def settings(environment: Mapping[str, str], number: int, gpus: int) -> dict[str, str]:
-    """What the environment of engine `number` says beside what this one's says.
+def engine_environment(environment: Mapping[str, str], number: int, gpus: int) -> dict[str, str]:
+    """The variables that engine `number` of `gpus` has in addition to `environment`, or with other values.
 
-    Raises Permanent where CUDA_VISIBLE_DEVICES names fewer than `gpus` devices, and is not empty, which means the CPU.
+    Raises Permanent if CUDA_VISIBLE_DEVICES is set to fewer than `gpus` devices. Set and empty, it means the
+    CPU.
     """
-    # One thread wherever nothing else is asked for: sums depend on how many share them, and bits must not depend on the machine.
-    found = {"OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"), "VPMOE_LAUNCHER": str(os.getpid())}
+    # One thread unless the environment asks for more: the order of a sum, and so its bits, depends on the
+    # number of threads, which must not depend on the machine.
+    changes = {"OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"), "VPMOE_LAUNCHER": str(os.getpid())}
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible == "":
-        # Keep memory that is freed: logits are large, and to have them zeroed by the kernel anew takes longer than to compute them.
-        return found | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+        # Keep freed memory: logits are large, and new pages, which the kernel zeroes, cost more than
+        # computing them.
+        return changes | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     devices = [str(device) for device in range(gpus)] if visible is None else visible.split(",")
     if len(devices) < gpus:
         raise Permanent(
-            f"CUDA_VISIBLE_DEVICES is {visible}: {len(devices)} devices for {gpus} engines. Name as many as stages[].sampler.gpus, or "
-            "unset it."
+            f"CUDA_VISIBLE_DEVICES is {visible}: {len(devices)} devices for {gpus} engines. Name as many as "
+            "stages[].sampler.gpus, or unset it."
         )
-    return found | {"CUDA_VISIBLE_DEVICES": devices[number]}
+    return changes | {"CUDA_VISIBLE_DEVICES": devices[number]}

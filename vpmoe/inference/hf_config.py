@@ -1,4 +1,5 @@
-"""The student's configuration for transformers, which vLLM reads it through as well: config.json's fields (weights.config) by name."""
+"""The student's configuration for transformers and vLLM: the fields of config.json (model.hf_export) by
+name."""
 
 from transformers import AutoConfig
 from transformers.models.qwen3 import Qwen3Config
@@ -7,7 +8,10 @@ from vpmoe.model.hf_export import MODEL_TYPE
 
 
 class StudentConfig(Qwen3Config):  # type: ignore[misc]
-    """Attention, norms and vocabulary are Qwen3's; below is what its feed-forward part does not have. vpmoe.model.shapes explains them."""
+    """Attention, norms and vocabulary are Qwen3's; the fields below describe the feed-forward layers.
+
+    vpmoe.model.shapes explains them.
+    """
 
     model_type = MODEL_TYPE
     first_k_dense_replace: int = 1
@@ -21,5 +25,5 @@ class StudentConfig(Qwen3Config):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Let transformers know config.json's model_type. Idempotent."""
+    """Register config.json's model_type with transformers. Idempotent."""
     AutoConfig.register(MODEL_TYPE, StudentConfig, exist_ok=True)

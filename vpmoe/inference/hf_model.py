@@ -1,7 +1,7 @@
-"""The student in transformers: the reference that vLLM is measured by, and the model of evaluations.
+"""The student in transformers: the reference implementation that vLLM's is compared with.
 
-Qwen3's model is the student but for its feed-forward parts: grouped-query attention with norms on queries and keys, RMSNorm, RoPE in
-halves, no biases, embeddings apart from the output. Those parts are replaced by ours.
+It is Qwen3's model (grouped-query attention with norms on queries and keys, RMSNorm, half-rotated RoPE, no
+biases, untied embeddings) with other feed-forward layers.
 """
 
 from pathlib import Path
@@ -28,13 +28,16 @@ class VpmoeForCausalLM(Qwen3ForCausalLM):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Let AutoModelForCausalLM know the student. Idempotent."""
+    """Register the student with AutoModelForCausalLM. Idempotent."""
     hf_config.register()
     AutoModelForCausalLM.register(StudentConfig, VpmoeForCausalLM, exist_ok=True)
 
 
-def load(folder: Path, shape: Shape) -> VpmoeForCausalLM:
-    """The student in `folder`, in the type that it was exported in, ready to be asked. Raises Permanent as weights.check does."""
+def load_student(folder: Path, shape: Shape) -> VpmoeForCausalLM:
+    """The student in `folder`, in its stored dtype and in evaluation mode.
+
+    Raises Permanent as hf_export.check_export does.
+    """
     hf_export.check_export(folder, shape)
     register()
     model: VpmoeForCausalLM = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()

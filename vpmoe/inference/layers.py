@@ -1,6 +1,9 @@
-"""The student's feed-forward parts in plain torch, named as in its Hugging Face checkpoint, for transformers and vLLM alike.
+"""The student's feed-forward layers in plain torch, for transformers and vLLM.
 
-The same arithmetic as the trainer's (vpmoe.model), without gradients, balance losses and expert parallelism. Nothing waits for the GPU.
+Parameters have their checkpoint names.
+
+They compute the same as the trainer's (vpmoe.model), without gradients, balance losses and expert
+parallelism. No operation synchronises with the GPU.
 """
 
 import torch
@@ -10,8 +13,8 @@ from torch.nn.functional import grouped_mm, linear
 from vpmoe.inference.hf_config import StudentConfig
 
 
-class Dense(nn.Module):
-    """down(relu(up(x))²): the first layers' feed-forward part, and the expert that every token passes."""
+class MLP(nn.Module):
+    """down(relu(up(x))²): the feed-forward layer of the first layers, and the shared expert."""
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
@@ -23,11 +26,12 @@ class Dense(nn.Module):
         return out
 
 
-class Gate(nn.Module):
-    """Chooses K experts a token by sigmoid(x·W) + bias, inside the groups that it chose before, and weighs them by the sigmoid; in fp32.
+class Router(nn.Module):
+    """Selects K experts per token within the best groups by sigmoid(x·W) + bias, weighted by the sigmoid; in
+    fp32.
 
-    A group counts by the sum of its K / (groups a token) best experts, as megatron-core does (group_limited_topk); vLLM's and
-    transformers' own group routers take the best two whatever K is.
+    A group's score is the sum of its K / (groups per token) best experts, as in megatron-core
+    (group_limited_topk). The group routers of vLLM and transformers sum the best two for every K.
     """
 
     def __init__(self, config: StudentConfig) -> None:
@@ -59,7 +63,10 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """Σ_k down_e(relu(up_e(x))² · weight), e the token's k-th expert: rows sorted by expert and two grouped products."""
+    """Σ_k down_e(relu(up_e(x))² · weight_k), with e the token's k-th expert.
+
+    Rows are sorted by expert, then multiplied by two grouped matrix products.
+    """
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
@@ -78,14 +85,14 @@ class Experts(nn.Module):
         return out_CH[order.argsort()].view(*expert_NK.shape, -1).sum(1)
 
 
-class Mixture(nn.Module):
-    """Routed experts and the shared one."""
+class MoE(nn.Module):
+    """Mixture of experts: the routed experts plus the shared one."""
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
-        self.gate = Gate(config)
+        self.gate = Router(config)
         self.experts = Experts(config)
-        self.shared_expert = Dense(config.hidden_size, config.shared_expert_intermediate_size)
+        self.shared_expert = MLP(config.hidden_size, config.shared_expert_intermediate_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden_NH = hidden.flatten(0, -2)
@@ -94,10 +101,10 @@ class Mixture(nn.Module):
         return routed.view_as(hidden) + shared
 
 
-def feed_forward(config: StudentConfig, layer: int) -> Dense | Mixture:
-    """What stands behind attention in this layer. The one place to choose others for a kind of machine."""
+def feed_forward(config: StudentConfig, layer: int) -> MLP | MoE:
+    """The feed-forward part of a layer. Choose other implementations for a kind of device here."""
     return (
-        Dense(config.hidden_size, config.intermediate_size)
+        MLP(config.hidden_size, config.intermediate_size)
         if layer < config.first_k_dense_replace
-        else Mixture(config)
+        else MoE(config)
     )

@@ -1,8 +1,9 @@
-"""The student in vLLM, as a model from outside of its tree: vLLM's attention, embeddings and logits, and layers.py for the rest.
+"""The student as an out-of-tree vLLM model: vLLM's attention, embeddings and logits; layers.py for the rest.
 
-One GPU, or the CPU, a model: the student fits, and more samplers are more processes. vLLM's own fused experts know squared ReLU without
-a gate on GPUs alone; layers.feed_forward is where they would be chosen. On the CPU vLLM rearranges the weights of its own linear layers
-and experts as they are loaded, and a reload changes nothing there without a word; plain torch reads what it has.
+A model runs on one device. The student fits, and more throughput comes from more engine processes. vLLM's
+fused experts support squared ReLU without a gate on GPUs only; layers.feed_forward is the place to choose
+them. On the CPU vLLM repacks the weights of its own linear layers and experts when it loads them, and a later
+load then silently has no effect; the plain torch layers used here do not have this problem.
 """
 
 from collections.abc import Iterable
@@ -21,15 +22,16 @@ from vpmoe.inference.hf_config import StudentConfig
 from vpmoe.inference.layers import feed_forward
 from vpmoe.model.hf_export import ARCHITECTURE
 
-NARROWEST_HEAD = 32
-"""vLLM's kernels have no narrower heads: those of `tiny` are padded with zeros, which add nothing to any product."""
+MIN_HEAD_DIM = 32
+"""Smallest head size of vLLM's kernels. The heads of `tiny` are padded with zeros, which change no
+product."""
 
 
 class SelfAttention(nn.Module):
     def __init__(self, config: StudentConfig, cache: CacheConfig | None, prefix: str) -> None:
         super().__init__()
         self.width = config.head_dim
-        self.padding = max(NARROWEST_HEAD - self.width, 0)
+        self.padding = max(MIN_HEAD_DIM - self.width, 0)
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         self.q_proj = nn.Linear(config.hidden_size, heads * self.width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, groups * self.width, bias=False)
@@ -51,19 +53,19 @@ class SelfAttention(nn.Module):
             project(hidden_NH).unflatten(1, (-1, self.width))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = (_rotated(x, cos_ND, sin_ND) for x in (self.q_norm(query), self.k_norm(key)))
+        query, key = (_apply_rotary(x, cos_ND, sin_ND) for x in (self.q_norm(query), self.k_norm(key)))
         out = self.attn(*(pad(x, (0, self.padding)).flatten(1) for x in (query, key, value)))
         heads = out.unflatten(1, (-1, self.width + self.padding))[..., : self.width]
         projected: Tensor = self.o_proj(heads.flatten(1))
         return projected
 
 
-def _rotated(x_NhD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
+def _apply_rotary(x_NhD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
     first, second = x_NhD.chunk(2, dim=-1)
     return x_NhD * cos_ND.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin_ND.unsqueeze(1)
 
 
-class Layer(nn.Module):
+class DecoderLayer(nn.Module):
     def __init__(self, config: StudentConfig, cache: CacheConfig | None, number: int, prefix: str) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -85,7 +87,7 @@ class Decoder(nn.Module):
             config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
         )
         self.layers = nn.ModuleList(
-            Layer(config, cache, number, f"{prefix}.layers.{number}")
+            DecoderLayer(config, cache, number, f"{prefix}.layers.{number}")
             for number in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -101,14 +103,15 @@ class Decoder(nn.Module):
 
 
 class VpmoeForCausalLM(nn.Module):
-    """vLLM's interface of a text model (its VllmModelForTextGeneration). Raises ValueError where it is to be spread over GPUs."""
+    """Implements vLLM's VllmModelForTextGeneration. Raises ValueError if vLLM runs on several devices."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         ranks = vllm_config.parallel_config.world_size
         if ranks != 1:
             raise ValueError(
-                f"the student runs on one device, and vLLM was started on {ranks}. Leave its parallel sizes at 1."
+                f"the student runs on one device, and vLLM was started on {ranks}. Set its parallel sizes "
+                "to 1."
             )
         config: StudentConfig = vllm_config.model_config.hf_config
         self.model = Decoder(config, vllm_config.cache_config, f"{prefix}.model" if prefix else "model")
@@ -128,7 +131,7 @@ class VpmoeForCausalLM(nn.Module):
         intermediate_tensors: None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states [N, H] of the step's tokens; `positions` [N] are each token's own."""
+        """Hidden states [N, H] of the step's tokens; `positions` [N] count within each sequence."""
         out: Tensor = self.model(
             self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds, positions
         )
@@ -139,7 +142,10 @@ class VpmoeForCausalLM(nn.Module):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Take each weight by its name; all of them. Raises ValueError with the name where one is missing, unknown or of another size."""
+        """Copy all weights by name.
+
+        Raises ValueError with the name if one is missing, unknown or of another shape.
+        """
         parameters = dict(self.named_parameters())
         loaded = set()
         for name, tensor in weights:
@@ -151,13 +157,18 @@ class VpmoeForCausalLM(nn.Module):
             loaded.add(name)
         if missing := sorted(set(parameters) - loaded):
             raise ValueError(f"{missing[0]} is missing.")
-        # On the CPU vLLM computes logits with a rearranged copy, which would stay what it was when other weights come later.
+        # On the CPU vLLM computes logits with a repacked copy of the weight, which a later load would not
+        # update.
         self.lm_head.quant_method.process_weights_after_loading(self.lm_head)
         return loaded
 
 
 def register() -> None:
-    """Let vLLM know the student. The process that makes the engine calls it (vLLM's plugins do, where this is installed). Idempotent."""
+    """Register the student with vLLM. Idempotent.
+
+    Call it in the process that creates the engine. Where this package is installed, vLLM's plugin loader
+    does.
+    """
     hf_config.register()
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, VpmoeForCausalLM)

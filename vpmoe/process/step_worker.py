@@ -1,6 +1,7 @@
-"""One worker of a step that is made in parts: which parts are its own, when it has to stop, and what the step says of itself.
+"""A worker of a step that is split into parts: which parts it makes, when it must stop, and how it reports
+progress.
 
-Workers never wait for one another and none of them leads, so each reports for all. What a part is, is the step's own business.
+Workers never wait for each other and none is a leader, so each reports the progress of the whole step.
 """
 
 import tempfile
@@ -8,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, DatasetStatus, Progress
@@ -18,78 +20,87 @@ from vpmoe.storage import Bucket, paths
 
 
 @dataclass(frozen=True)
-class Worker:
-    """One worker's view of a step. `worker` is its index among the pods of an Indexed Job, None where it makes all parts."""
+class StepWorker:
+    """One worker of one attempt at a step."""
 
     run: DistillRun
     bucket: Bucket
     provenance: Provenance
     stopping: threading.Event
+    """Set when the process is asked to stop."""
     worker: int | None
+    """Index among the pods of an Indexed Job; None if this process makes all parts."""
 
     def share(self, parts: int, workers: int) -> range:
-        """The parts that are this worker's to make, of `workers`."""
+        """The parts that this worker makes if `workers` share them."""
         return range(parts) if self.worker is None else range(self.worker, parts, workers)
 
     def check_stop(self) -> None:
-        """Raise Terminated once the process was asked to stop. There is nothing to save: parts that are done are in the bucket."""
+        """Raise Terminated if the process was asked to stop.
+
+        There is nothing to save: done parts are in the bucket.
+        """
         if self.stopping.is_set():
             step = self.provenance.step
             raise Terminated(
-                f"{step} was asked to stop; the parts that are done are in the bucket, the next attempt makes the others."
+                f"{step} was asked to stop; the parts that are done are in the bucket, the next attempt "
+                "makes the rest."
             )
 
     def pause(self, seconds: float) -> None:
-        """Wait so long; raise Terminated as soon as the process is asked to stop."""
+        """Sleep for `seconds`. Raises Terminated as soon as the process is asked to stop."""
         self.stopping.wait(seconds)
         self.check_stop()
 
     def report(self, message: str, done: int, parts: int, speed: float | None = None) -> None:
-        """Say how far the step is: all workers' parts, this worker's tokens a second."""
-        self._write("Running", message, done, parts, speed, None)
+        """Report progress: the parts that all workers have done, and this worker's tokens per second."""
+        self.write_progress(message, parts=Amount(done=done, total=parts), tokens_per_second=speed)
 
     def report_success(self, message: str, parts: int, dataset: DatasetStatus | None = None) -> None:
-        """Say that everything is there. Whoever ends last must leave this word: a worker that finds parts missing reports that first
-        and looks for the manifest afterwards, so its report cannot come after the success of another without its noticing.
+        """Report that the step is complete. This must be the last report of the step.
+
+        A worker that finds parts missing reports that first and looks for the manifest afterwards. If another
+        worker completed the step in between, this worker then sees the manifest and reports success again.
         """
-        self._write("Succeeded", message, parts, parts, None, dataset)
+        self.write_progress(message, "Succeeded", parts=Amount(done=parts, total=parts), dataset=dataset)
 
-    def _write(
+    def write_progress(
         self,
-        state: str,
         message: str,
-        done: int,
-        parts: int,
-        speed: float | None,
-        dataset: DatasetStatus | None,
+        state: Literal["Running", "Succeeded"] = "Running",
+        *,
+        parts: Amount | None = None,
+        tokens_per_second: float | None = None,
+        validity: float | None = None,
+        dataset: DatasetStatus | None = None,
     ) -> None:
-        said = Progress.model_validate(
-            {
-                "step": self.provenance.step,
-                "attempt": self.provenance.attempt,
-                "state": state,
-                "message": message,
-                "updated": now(),
-                "parts": Amount(done=done, total=parts),
-                "tokens_per_second": speed,
-                "dataset": dataset,
-            }
+        """Overwrite the step's progress.json."""
+        progress = Progress(
+            step=self.provenance.step,
+            attempt=self.provenance.attempt,
+            state=state,
+            message=message,
+            updated=now(),
+            parts=parts,
+            tokens_per_second=tokens_per_second,
+            validity=validity,
+            dataset=dataset,
         )
-        self.bucket.write_json(
-            paths.progress(self.run, self.provenance.step), said.dump(), self.provenance.metadata()
-        )
+        key = paths.progress(self.run, self.provenance.step)
+        self.bucket.write_json(key, progress.dump(), self.provenance.metadata())
 
 
-def succeeded(run: DistillRun, bucket: Bucket, step: str) -> bool:
-    """Whether a step of the run has reported that it is finished."""
+def step_succeeded(run: DistillRun, bucket: Bucket, step: str) -> bool:
+    """Whether a step of the run has reported success."""
     key = paths.progress(run, step)
     return bucket.exists(key) and bucket.get_json(key)["state"] == "Succeeded"
 
 
 @contextmanager
 def scratch_disk(step: str, needs: str) -> Iterator[None]:
-    """Say what to do when the scratch disk is full. `needs` is what a part takes. Nothing of the part is in the bucket then that
-    anything refers to.
+    """Turn an OSError of the scratch disk into a Retriable error that says how to get more space.
+
+    `needs` is the space that one part takes. The bucket refers to nothing of the unfinished part.
     """
     try:
         yield
@@ -97,6 +108,6 @@ def scratch_disk(step: str, needs: str) -> Iterator[None]:
         if error.errno is None:
             raise
         raise Retriable(
-            f"{tempfile.gettempdir()}: {error.strerror}. A part needs {needs} on disk; point TMPDIR to more space, or raise "
-            f"runtime.resources.{step}' ephemeral storage."
+            f"{tempfile.gettempdir()}: {error.strerror}. A part needs {needs} on disk. Point TMPDIR to a "
+            f"larger disk, or raise the ephemeral storage in runtime.resources.{step}."
         ) from error

@@ -1,4 +1,7 @@
-"""`python -m vpmoe.rollout plan --run distillrun.yaml`: what the run's OnPolicy stages are expected to do. Needs neither bucket nor GPU."""
+"""`python -m vpmoe.rollout plan --run distillrun.yaml`: forecast the run's OnPolicy stages.
+
+Needs no bucket and no GPU.
+"""
 
 import argparse
 import sys
@@ -11,76 +14,83 @@ from vpmoe.api.spec import Spec
 from vpmoe.api.stages import OnPolicy
 from vpmoe.failure import Permanent
 from vpmoe.rollout.curriculum import EFFORTS
-from vpmoe.rollout.forecast import Assumptions, expect, table
+from vpmoe.rollout.forecast import Assumptions, forecast_phases, forecast_table
 
-PROMPT = 128
-"""Tokens of a prompt where nothing else is said: SYNTH's have 103 on average."""
+PROMPT_TOKENS = 128
+"""Default length of a prompt. SYNTH's have 103 tokens on average."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0, or 1 where the run cannot be planned."""
+    """Returns the exit code: 0, or 1 if the run cannot be planned."""
     parser = argparse.ArgumentParser(prog="python -m vpmoe.rollout")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("plan", help="what each phase of the curriculum is expected to come to")
-    command.add_argument("--run", type=Path, required=True, help="the DistillRun, YAML or JSON")
+    command = commands.add_parser("plan", help="print a forecast of each phase of the curriculum")
+    command.add_argument("--run", type=Path, required=True, help="the DistillRun, in YAML or JSON")
     command.add_argument(
-        "--prompt", type=int, default=PROMPT, metavar="TOKENS", help=f"length of a prompt (assumed: {PROMPT})"
+        "--prompt",
+        type=int,
+        default=PROMPT_TOKENS,
+        metavar="TOKENS",
+        help=f"length of a prompt (default: {PROMPT_TOKENS})",
     )
     command.add_argument(
         "--completion",
-        type=lengths,
+        type=parse_lengths,
         default={},
         metavar="low=N,…",
-        help="length of a completion by effort (assumed: half of maxTokens)",
+        help="length of a completion by effort (default: half of maxTokens)",
     )
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        run = load_run(asked.run)
+        run = load_run(options.run)
         stages = [stage for stage in run.spec.stages if isinstance(stage, OnPolicy)]
         if not stages:
             raise Permanent(
-                f"{asked.run}: spec.stages has no OnPolicy stage, so there are no rollouts to plan."
+                f"{options.run}: spec.stages has no OnPolicy stage, so there are no rollouts to plan."
             )
-        said = "\n\n".join(plan(run.spec, stage, asked.prompt, asked.completion) for stage in stages)
+        text = "\n\n".join(
+            describe_stage(run.spec, stage, options.prompt, options.completion) for stage in stages
+        )
     except (Invalid, Permanent, OSError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    sys.stdout.write(said + "\n")
+    sys.stdout.write(text + "\n")
     return 0
 
 
-def plan(spec: Spec, stage: OnPolicy, prompt: int, completion: Mapping[str, int]) -> str:
-    """The stage's table below what it rests on."""
+def describe_stage(spec: Spec, stage: OnPolicy, prompt: int, completion: Mapping[str, int]) -> str:
+    """The assumptions and the forecast of a stage, for people."""
     allowed = stage.rollout.max_tokens
     assumed = Assumptions(
         prompt, {name: completion.get(name, -(-getattr(allowed, name) // 2)) for name in EFFORTS}
     )
-    phases = expect(spec, stage, assumed)
-    steps = sum(phase.windows for phase in phases)
-    each = ", ".join(
+    phases = forecast_phases(spec, stage, assumed)
+    windows = sum(phase.windows for phase in phases)
+    lengths = ", ".join(
         f"{name} {assumed.completion[name]:,}{'' if name in completion else ' (half of maxTokens)'}"
         for name in EFFORTS
     )
     return (
-        f"{stage.name}: {format_tokens(stage.tokens)} tokens in {steps:,} windows of {stage.rollout.prompts_per_window:,} prompts and in "
-        f"anchor steps, which are {stage.anchor:.3g} of all steps; a policy version every {stage.publish_every} windows, at most "
-        f"{stage.staleness + stage.publish_every - 1} windows old.\n"
-        f"Assumed: prompts of {assumed.prompt:,} tokens; completions of {each}; anchor steps without padding. Change it with --prompt and "
-        f"--completion.\n\n{table(phases)}"
+        f"{stage.name}: {format_tokens(stage.tokens)} tokens in {windows:,} windows of "
+        f"{stage.rollout.prompts_per_window:,} prompts and in anchor steps, which are {stage.anchor:.3g} of "
+        f"all steps; a policy version every {stage.publish_every} windows, at most "
+        f"{stage.staleness + stage.publish_every - 1} windows old.\nAssumed: prompts of {assumed.prompt:,} "
+        f"tokens; completions of {lengths}; anchor steps without padding. Change it with --prompt and "
+        f"--completion.\n\n{forecast_table(phases)}"
     )
 
 
-def lengths(text: str) -> dict[str, int]:
-    """Tokens by effort, from text such as low=300,high=2000; a refusal in argparse's words."""
-    found: dict[str, int] = {}
+def parse_lengths(text: str) -> dict[str, int]:
+    """Tokens by effort, from text such as low=300,high=2000. Raises ArgumentTypeError if it is malformed."""
+    lengths: dict[str, int] = {}
     for each in text.split(","):
         name, _, tokens = each.partition("=")
         if name not in EFFORTS or not tokens.isdecimal() or int(tokens) < 1:
             raise argparse.ArgumentTypeError(
-                f"{each!r} is no effort with its tokens, such as low=300,medium=700,high=2000"
+                f"{each!r} is not an effort and a number of tokens, such as low=300,medium=700,high=2000"
             )
-        found[name] = int(tokens)
-    return found
+        lengths[name] = int(tokens)
+    return lengths
 
 
 if __name__ == "__main__":

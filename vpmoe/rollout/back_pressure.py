@@ -1,51 +1,58 @@
-"""Back-pressure: what is asked of the sampler when the trainer starves, a little less at each turn of a knob, in one fixed order.
+"""Back-pressure: adjustments that shorten or ease the rollouts of a stage whose trainer waits too long for
+them.
 
-A turn is an object, rollouts/<stage>/turn-000001.json, written once by the trainer before it publishes the version that the first window
-it holds for is sampled from; so whoever samples a window meets every turn that it has to heed. When to turn is the trainer's business.
+Adjustments are made one at a time, in a fixed order. Each is an object, rollouts/<stage>/turn-000001.json,
+written once by the trainer before it publishes the version that the first affected window is sampled from, so
+the sampler of a window sees every adjustment that applies to it. The trainer decides when to adjust
+(vpmoe.trainer.onpolicy.starvation).
 """
 
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
 from vpmoe.api import DistillRun
 from vpmoe.api.base import Record
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.bucket import json_bytes
 
-Knob = Literal["maxTokens", "effort", "teacher"]
+AdjustedSetting = Literal["maxTokens", "effort", "teacher"]
 
-ORDER: tuple[Knob, ...] = ("maxTokens", "maxTokens", "effort", "effort", "teacher")
-"""What each turn does. maxTokens: every bound of a completion to three quarters. effort: half of the prompts at high effort go to medium.
-teacher: nothing but the advice to set teacher.gpus to 2."""
+ADJUSTMENTS: tuple[AdjustedSetting, ...] = ("maxTokens", "maxTokens", "effort", "effort", "teacher")
+"""The settings that are adjusted, in order. maxTokens: multiply every completion limit by 3/4. effort: move
+half of the prompts at high effort to medium. teacher: change nothing, advise to set teacher.gpus to 2."""
 
 
 class Adjustment(Record):
-    """One turn of a knob."""
+    """One adjustment of a setting."""
 
     model_config = ConfigDict(extra="forbid")
 
     number: int
-    """From 1: ORDER[number − 1] is what it does."""
+    """From 1. ADJUSTMENTS[number − 1] is the setting."""
     window: int
-    """The first window that it holds for."""
-    knob: Knob
+    """The first window that it applies to."""
+    setting: AdjustedSetting = Field(validation_alias="knob", serialization_alias="knob")
     waiting: float
     """Share of its time for which the trainer had waited."""
 
 
-def heeded(turns: Sequence[Adjustment], window: int) -> tuple[Adjustment, ...]:
-    """Those of all turns that hold for a window."""
-    return tuple(turn for turn in turns if turn.window <= window)
+def applies_to(adjustments: Sequence[Adjustment], window: int) -> tuple[Adjustment, ...]:
+    """The adjustments that apply to a window."""
+    return tuple(adjustment for adjustment in adjustments if adjustment.window <= window)
 
 
-def read(bucket: Bucket, run: DistillRun, stage: str) -> list[Adjustment]:
-    """All turns so far, in order."""
+def read_adjustments(bucket: Bucket, run: DistillRun, stage: str) -> list[Adjustment]:
+    """All adjustments of a stage so far, in order."""
     prefix = paths.turn(run, stage, 0).removesuffix("000000.json")
     return [Adjustment.model_validate(bucket.get_json(found.key)) for found in bucket.list(prefix)]
 
 
-def write(bucket: Bucket, run: DistillRun, stage: str, turn: Adjustment, metadata: dict[str, str]) -> bool:
-    """Write a turn unless there is one of its number; whether it now stands there."""
-    return bucket.create(paths.turn(run, stage, turn.number), json_bytes(turn.dump()), metadata)
+def write_adjustment(
+    bucket: Bucket, run: DistillRun, stage: str, adjustment: Adjustment, metadata: dict[str, str]
+) -> bool:
+    """Write an adjustment unless one of its number exists; returns whether the object now has this
+    content."""
+    key = paths.turn(run, stage, adjustment.number)
+    return bucket.create(key, json_bytes(adjustment.dump()), metadata)

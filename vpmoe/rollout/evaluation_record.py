@@ -1,7 +1,7 @@
-"""What is known of the student at the end of a stage: steps/<stage>-evaluate/evaluation.json, written once.
+"""The record of a stage's evaluation: steps/<stage>-evaluate/evaluation.json, written once.
 
-It holds nothing of the attempt that wrote it, no time and no speed: those stand in the metrics beside it. Measuring is evaluate.py's
-business.
+It holds nothing of the attempt that wrote it, no time and no speed; those are in the metrics.
+vpmoe.evaluation measures it, gate.py decides by it.
 """
 
 from collections.abc import Mapping
@@ -14,97 +14,99 @@ from vpmoe.api.base import Record
 from vpmoe.api.dataset import Effort
 from vpmoe.api.progress import SpanLoss
 from vpmoe.failure import Permanent
+from vpmoe.rollout.validity import VALID
 from vpmoe.storage import Bucket, paths
 
-VALID = "valid"
-"""What prompt.validity calls a completion that is one."""
 
-
-class OfEffort(Record):
-    """Completions at one reasoning effort."""
+class EffortResult(Record):
+    """The completions at one reasoning effort."""
 
     model_config = ConfigDict(extra="forbid")
 
     validity: dict[str, int]
-    """How many are each of prompt.VALIDITIES."""
+    """Number of completions by validity (validity.VALIDITIES)."""
     mean_tokens: float
-    """Mean length, stop token included."""
+    """Mean length in tokens, stop token included."""
     most_tokens: int
-    """Length of the longest."""
+    """Length of the longest completion."""
 
 
-class Canary(Record):
-    """How well the student predicts text that nobody trains on."""
+class CanaryResult(Record):
+    """How well the student predicts text that is in no training data."""
 
     model_config = ConfigDict(extra="forbid")
 
     bits_per_byte: float
-    """−Σ log2 p of the tokens counted, over their bytes."""
+    """−Σ log2 p of the counted tokens, divided by their bytes."""
     bytes: int
-    """Bytes counted: all but each text's first token."""
+    """Number of bytes counted: all but each text's first token."""
     sha256: str
-    """Of the texts: figures of other texts are no comparison."""
+    """Digest of the texts. Do not compare figures of different texts."""
 
 
 class EvaluationRecord(Record):
-    """The student at the end of a stage."""
+    """The measurements of the student at the end of a stage."""
 
     model_config = ConfigDict(extra="forbid")
 
     run: str
     """namespace/name-uid8."""
     config: str
-    """The run's configuration, sha256."""
+    """sha256 of the run's configuration."""
     stage: str
     iteration: int
-    """Optimizer steps over all stages: the checkpoint's name."""
+    """Optimizer steps over all stages; names the checkpoint."""
     checkpoint: str
     """sha256 of the checkpoint's manifest."""
     documents: int = 0
-    """Held-out documents scored."""
+    """Number of held-out documents scored."""
     held_out: SpanLoss | None = None
-    """Their mean negative log-likelihood by span, in nats a token; None where none was scored."""
+    """Their mean negative log-likelihood by span, in nats per token; None if none was scored."""
     completions: int = 0
-    """Completions sampled."""
+    """Number of completions sampled."""
     validity: dict[str, int] = Field(default_factory=dict)
-    """How many of them are each of prompt.VALIDITIES; empty where none was sampled."""
-    efforts: dict[str, OfEffort] = Field(default_factory=dict)
-    """The same, and their lengths, by reasoning effort."""
-    canary: Canary | None = None
-    """None where evaluation.canary is not set."""
+    """Number of completions by validity (validity.VALIDITIES); empty if none was sampled."""
+    efforts: dict[str, EffortResult] = Field(default_factory=dict)
+    """Validity and lengths by reasoning effort."""
+    canary: CanaryResult | None = None
+    """None if evaluation.canary is not set."""
 
     @property
-    def valid(self) -> float | None:
-        """Share of valid completions, None where none was sampled."""
-        return share(self.validity) if self.completions else None
+    def valid_share(self) -> float | None:
+        """Share of valid completions, None if none was sampled."""
+        return valid_share(self.validity) if self.completions else None
 
-    def shares(self) -> dict[str, float]:
+    def valid_share_by_effort(self) -> dict[str, float]:
         """Share of valid completions by effort, from low to high."""
         return {
-            effort: share(self.efforts[effort].validity)
+            effort: valid_share(self.efforts[effort].validity)
             for effort in get_args(Effort)
             if effort in self.efforts
         }
 
 
-def share(validity: Mapping[str, int]) -> float:
-    """Share of valid completions among those counted, of which there is one at least."""
+def valid_share(validity: Mapping[str, int]) -> float:
+    """Share of valid completions. At least one must be counted."""
     return validity.get(VALID, 0) / sum(validity.values())
 
 
-def load(run: DistillRun, stage: str, bucket: Bucket) -> EvaluationRecord | None:
-    """A stage's evaluation, None where it has not been made. Raises Permanent where the object is none, StorageError."""
+def load_evaluation(run: DistillRun, stage: str, bucket: Bucket) -> EvaluationRecord | None:
+    """A stage's evaluation, None if it was not made.
+
+    Raises Permanent if the object is malformed, StorageError.
+    """
     key = paths.evaluation(run, stage)
-    return read(bucket.get_json(key), stage, bucket.url(key)) if bucket.exists(key) else None
+    return parse_evaluation(bucket.get_json(key), stage, bucket.url(key)) if bucket.exists(key) else None
 
 
-def read(said: Any, stage: str, where: str) -> EvaluationRecord:
-    """An evaluation from its JSON; `where` is its address, for people. Raises Permanent where it is none."""
+def parse_evaluation(found: Any, stage: str, where: str) -> EvaluationRecord:
+    """An evaluation from its JSON. Raises Permanent, with the address `where`, if it is malformed."""
     try:
-        return EvaluationRecord.model_validate(said)
+        return EvaluationRecord.model_validate(found)
     except ValidationError as error:
         fault = error.errors()[0]
         raise Permanent(
-            f"{where}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}. It was altered, or written by another version; delete it to "
-            f"have it measured again: python -m jobs.evaluate --step {stage}-evaluate."
+            f"{where}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}. It was altered, or written by "
+            "another version; delete it to have it measured again: python -m jobs.evaluate --step "
+            f"{stage}-evaluate."
         ) from error

@@ -1,7 +1,7 @@
-"""What an OnPolicy stage is expected to do, phase by phase, before a GPU is spent on it.
+"""A forecast of an OnPolicy stage, phase by phase, before a GPU is spent on it.
 
-The very windows, versions and anchor steps that its roles will work out (curriculum.py), run with lengths that are assumed: how long the
-student's answers are is known only when it answers. Nothing here touches the bucket, or knows how long anything takes.
+It runs the same curriculum as the roles (curriculum.py) with assumed lengths, because the length of the
+student's answers is unknown until it answers. It uses no bucket and does not estimate durations.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from vpmoe.api.quantities import format_tokens
 from vpmoe.api.spec import Spec
 from vpmoe.api.stages import OnPolicy
 from vpmoe.rollout.curriculum import EFFORTS, Curriculum
-from vpmoe.rollout.windows import longest
+from vpmoe.rollout.windows import completion_limit
 
 COLUMNS = (
     "phase",
@@ -30,30 +30,31 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What is not known before the stage has run, in tokens."""
+    """Lengths that are unknown before the stage has run, in tokens."""
 
     prompt: int
     completion: Mapping[str, int]
-    """By effort; a longer one than the effort allows is cut there."""
+    """By effort. Longer completions than the effort allows are truncated."""
 
 
 @dataclass
 class Forecast:
-    """What is expected of one phase, or of the whole stage."""
+    """The expected totals of a phase, or of the whole stage."""
 
     windows: int = 0
     on_policy: int = 0
-    """Tokens of its windows, prompts included."""
+    """Tokens of the windows, prompts included."""
     anchor: int = 0
-    """Tokens of its anchor steps."""
+    """Tokens of the anchor steps."""
     prompts: int = 0
     rollouts: int = 0
     effort: dict[str, float] = field(default_factory=lambda: dict.fromkeys(EFFORTS, 0.0))
     """Prompts at each effort."""
     longest: int = 0
-    """Tokens at which its longest completions are cut: of some hundred a window, one is expected to get there."""
+    """Length at which the longest completions are truncated, in tokens. Among a window's hundreds, one is
+    expected to reach it."""
     versions: set[int] = field(default_factory=set)
-    """Policy versions that its windows are sampled from."""
+    """Policy versions that the windows are sampled from."""
 
     def __add__(self, other: "Forecast") -> "Forecast":
         return Forecast(
@@ -68,13 +69,16 @@ class Forecast:
         )
 
 
-def expect(spec: Spec, stage: OnPolicy, assumed: Assumptions) -> list[Forecast]:
-    """One entry a phase. An anchor step counts with the window before it. Raises Permanent where the stage has no windows, ValueError
-    where the assumed prompt leaves no room for an answer."""
+def forecast_phases(spec: Spec, stage: OnPolicy, assumed: Assumptions) -> list[Forecast]:
+    """One forecast per phase. An anchor step counts for the phase of the window before it.
+
+    Raises Permanent if the stage has no windows, ValueError if the assumed prompt leaves no room for an
+    answer.
+    """
     curriculum = Curriculum(stage)
     phases = [Forecast() for _ in stage.curriculum]
     bounds = {
-        name: longest(assumed.prompt, name, stage.rollout.max_tokens, spec.training.sequence_length)
+        name: completion_limit(assumed.prompt, name, stage.rollout.max_tokens, spec.training.sequence_length)
         for name in EFFORTS
     }
     each = [assumed.prompt + min(assumed.completion[name], bounds[name]) for name in EFFORTS]
@@ -82,7 +86,7 @@ def expect(spec: Spec, stage: OnPolicy, assumed: Assumptions) -> list[Forecast]:
     prompts = stage.rollout.prompts_per_window
     window, seen, published = 0, 0, {0: 0}
     while seen < stage.tokens:
-        level = curriculum.at(published[curriculum.version_of(window)])
+        level = curriculum.level_at(published[curriculum.version_of(window)])
         phase = phases[level.phase]
         sampled = int(prompts * level.rollouts)
         tokens = round(
@@ -99,7 +103,7 @@ def expect(spec: Spec, stage: OnPolicy, assumed: Assumptions) -> list[Forecast]:
         window += 1
         published[window] = seen = seen + tokens
         anchors = min(
-            curriculum.anchors(window) - curriculum.anchors(window - 1),
+            curriculum.anchor_steps_before(window) - curriculum.anchor_steps_before(window - 1),
             -(-max(0, stage.tokens - seen) // anchor_tokens),
         )
         phase.anchor += anchors * anchor_tokens
@@ -107,8 +111,8 @@ def expect(spec: Spec, stage: OnPolicy, assumed: Assumptions) -> list[Forecast]:
     return phases
 
 
-def table(phases: Sequence[Forecast]) -> str:
-    """The phases and their sum, a line each; numbers are rounded to three digits."""
+def forecast_table(phases: Sequence[Forecast]) -> str:
+    """A table of the phases and their sum. Numbers are rounded to three digits."""
     rows = [
         COLUMNS,
         *(_row(str(place), phase) for place, phase in enumerate(phases, 1)),
@@ -122,11 +126,17 @@ def table(phases: Sequence[Forecast]) -> str:
 
 def _row(name: str, of: Forecast) -> tuple[str, ...]:
     shares = [f"{of.effort[name] / of.prompts:.0%}" if of.prompts else "–" for name in EFFORTS]
-    a_window = short(of.on_policy // of.windows) if of.windows else "–"
-    counts = (short(of.on_policy), short(of.anchor), a_window, short(of.prompts), short(of.rollouts))
+    a_window = format_count(of.on_policy // of.windows) if of.windows else "–"
+    counts = (
+        format_count(of.on_policy),
+        format_count(of.anchor),
+        a_window,
+        format_count(of.prompts),
+        format_count(of.rollouts),
+    )
     return (name, f"{of.windows:,}", *counts, *shares, f"{of.longest:,}", f"{len(of.versions):,}")
 
 
-def short(count: int) -> str:
-    """A count to three digits: 1234567 is 1.23M."""
+def format_count(count: int) -> str:
+    """A count with three digits: 1234567 is 1.23M."""
     return format_tokens(int(float(f"{count:.3g}")))

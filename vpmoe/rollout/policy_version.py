@@ -1,7 +1,8 @@
-"""A policy version: the student's weights after so many windows, as the trainer publishes them and the sampler takes them.
+"""Policy versions: the student's weights after a number of windows, as the trainer publishes and the sampler
+loads them.
 
-weights/<stage>/v000012/ holds a Hugging Face checkpoint (weights.py) and manifest.json, whose facts are a Version. Publishing is
-vpmoe.training's business, loading the sampler's.
+weights/<stage>/v000012/ holds a Hugging Face checkpoint (vpmoe.model.hf_export) and manifest.json, whose
+facts are a PolicyVersion.
 """
 
 import hashlib
@@ -15,19 +16,23 @@ from vpmoe.storage.bucket import json_bytes
 from vpmoe.storage.manifest import Manifest
 
 KIND = "weights"
+"""Kind of a version's manifest."""
 
 
 class Probe(Record):
-    """A few sequences, and what the trainer finds of each of their tokens with these weights: whoever loads them must find the same."""
+    """A few sequences with the trainer's log-probabilities of their tokens.
+
+    An engine that loads the weights must reproduce them.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     ids: tuple[tuple[int, ...], ...]
     logp: tuple[tuple[float, ...], ...]
-    """By sequence the log-probability of each id but the first, given those before it."""
+    """By sequence: the log-probability of each id but the first, given those before it."""
 
 
-class Version(Record):
+class PolicyVersion(Record):
     """The facts of a version's manifest."""
 
     model_config = ConfigDict(extra="forbid")
@@ -35,29 +40,38 @@ class Version(Record):
     version: int
     """Windows trained."""
     steps: int
-    """Optimizer steps of the stage behind it, anchor steps included: curriculum.published_after."""
+    """Optimizer steps of the stage so far, anchor steps included: Curriculum.steps_trained."""
     tokens: int
-    """Tokens of the stage after these steps; what the windows sampled from it ask for follows from them."""
+    """Tokens of the stage after these steps. They decide the phase of the windows sampled from this
+    version."""
     iteration: int
     """Optimizer steps over all stages."""
     first_sequence: int
-    """Sequence of the training stream that the stage's anchor steps began with."""
+    """Sequence of the training stream with which the stage's anchor steps begin."""
     first_prompt: int
-    """Prompts that the stages before have used."""
+    """Prompts used by earlier stages."""
     probe: Probe
 
 
-def find(bucket: Bucket, run: DistillRun, stage: str, version: int) -> tuple[Manifest, Version] | None:
-    """A version that has been published; None where it has not. Raises StorageError where its manifest was altered."""
+def find_version(
+    bucket: Bucket, run: DistillRun, stage: str, version: int
+) -> tuple[Manifest, PolicyVersion] | None:
+    """A published version, None if it is not published yet.
+
+    Raises StorageError if its manifest was altered.
+    """
     key = paths.manifest(paths.weights(run, stage, version))
     if not bucket.exists(key):
         return None
     found = manifest.load(bucket, key)
-    return found, Version.model_validate(found.facts)
+    return found, PolicyVersion.model_validate(found.facts)
 
 
-def content_of(published: Manifest) -> str:
-    """sha256 (hex) of a version's content: the sorted (name, sha256) of its files. Whoever published it, and when, has no part in it."""
+def weights_digest(published: Manifest) -> str:
+    """sha256 (hex) of a version's files: of their sorted (name, sha256).
+
+    Independent of when it was published, and by which attempt.
+    """
     return hashlib.sha256(
         json_bytes(sorted([name, subject.sha256] for name, subject in published.subjects.items()))
     ).hexdigest()

@@ -1,8 +1,8 @@
-"""Prompts and completions as token ids: what the student is asked about a document, and how what it answers is read.
+"""Prompts and completions as token ids: how a document becomes a prompt, and how a completion is read.
 
-A prompt is the document up to its first supervised token with another effort in its system message, and the opening of the answer. Every
-sampled token has a span, whatever was sampled; whether a completion is a good one is openai-harmony's word. Which prompts are asked is
-windows.py's business, sampling the sampler's.
+A prompt is the document up to its first supervised token, with another effort in its system message, followed
+by the start of an assistant message. Every sampled token has a span, whatever was sampled. openai-harmony
+decides whether a completion is valid. Which prompts a window has is in windows.py.
 """
 
 from collections.abc import Mapping
@@ -27,60 +27,56 @@ from vpmoe.data.spans import FINAL, NOT_SUPERVISED, REASONING
 from vpmoe.data.system_message import EffortSubstitution
 from vpmoe.data.tokenizer import Ids
 from vpmoe.data.vocabulary import CALL, CHANNEL, END, MESSAGE, RETURN, START, STOP_IDS
-
-VALID, NO_FINAL, UNCLOSED_REASONING, WRONG_ORDER, TRUNCATED = (
-    "valid",
-    "noFinal",
-    "unclosedReasoning",
-    "wrongOrder",
-    "truncated",
-)
-VALIDITIES = (VALID, NO_FINAL, UNCLOSED_REASONING, WRONG_ORDER, TRUNCATED)
+from vpmoe.rollout.validity import NO_FINAL, TRUNCATED, UNCLOSED_REASONING, VALID, WRONG_ORDER
 
 
-class Prompts:
-    """How documents of one data set are put to the student."""
+class PromptBuilder:
+    """Makes prompts of the documents of one dataset."""
 
     def __init__(self, conversation: Mapping[str, Any]) -> None:
-        """`conversation` is the data set's own, from its manifest: settings.conversation."""
-        self._effort = cache(lambda effort: EffortSubstitution(conversation, effort))
+        """`conversation`: settings.conversation in the dataset's manifest."""
+        self._substitution = cache(lambda effort: EffortSubstitution(conversation, effort))
 
-    def ids(self, ids_T: Ids, spans_T: NDArray[np.uint8], effort: str) -> Ids:
-        """The prompt that a document's ids and spans make at an effort, [P] int32; all of it has span 0.
+    def build(self, ids_T: Ids, spans_T: NDArray[np.uint8], effort: str) -> Ids:
+        """The prompt of a document at an effort, [P] int32, given the document's ids and spans.
 
-        Raises Permanent where the document does not begin with the data set's system message, ValueError where nothing in it is supervised.
+        Its tokens have span 0.
+
+        Raises Permanent if the document does not begin with the dataset's system message, ValueError if none
+        of its tokens is supervised.
         """
         supervised = np.flatnonzero(spans_T != NOT_SUPERVISED)
         if not len(supervised):
             raise ValueError("a document without a supervised token makes no prompt")
-        told: Ids = self._effort(effort).told(ids_T[: supervised[0]])
-        return np.concatenate([told, np.array([START, ROLE_ASSISTANT], np.int32)])
+        prompt: Ids = self._substitution(effort).replace(ids_T[: supervised[0]])
+        return np.concatenate([prompt, np.array([START, ROLE_ASSISTANT], np.int32)])
 
 
-def spans(ids_T: Ids) -> NDArray[np.uint8]:
-    """The span of every token of a completion, [T] uint8: final in a final message from its header to its closing token, else reasoning.
+def completion_spans(ids_T: Ids) -> NDArray[np.uint8]:
+    """The span of every token of a completion, [T] uint8: final for a whole final message, reasoning for
+    everything else.
 
-    The completion goes on where the prompt ended, in the header of an assistant's message. A message is what openai-harmony takes for one:
-    a header up to `<|message|>`, content up to `<|end|>`, `<|return|>` or `<|call|>`, and specials inside of either mean nothing. What
-    stands between two messages is reasoning, and openai-harmony would read no further.
+    A final message includes its header and its closing token. The completion begins where the prompt ends, in
+    the header of an assistant message. Messages are parsed as by openai-harmony: a header up to
+    `<|message|>`, content up to `<|end|>`, `<|return|>` or `<|call|>`; other special tokens inside of either
+    have no meaning. Tokens between two messages, where openai-harmony would stop with an error, are
+    reasoning.
     """
     span_T = np.full(len(ids_T), REASONING, np.uint8)
     at = 0
     while at < len(ids_T):
-        content = _next(ids_T, at, MESSAGE)
-        end = _next(ids_T, content, END, RETURN, CALL)
-        if _channel(ids_T[at:content]) == "final":
+        content = _find_next(ids_T, at, MESSAGE)
+        end = _find_next(ids_T, content, END, RETURN, CALL)
+        if _channel_name(ids_T[at:content]) == "final":
             span_T[at : end + 1] = FINAL
-        at = _next(ids_T, end + 1, START)
+        at = _find_next(ids_T, end + 1, START)
     return span_T
 
 
-def validity(ids_T: Ids) -> str:
-    """Which of VALIDITIES a completion is; the first that fits, of:
+def completion_validity(ids_T: Ids) -> str:
+    """Which of validity.VALIDITIES a completion is.
 
-    truncated: it does not end with a token of STOP_IDS. valid: any number of analysis messages closed by `<|end|>`, then one final message with
-    some text, closed by `<|return|>`. unclosedReasoning: no final message, and the stop token fell inside an analysis message. noFinal: no
-    final message with any text. wrongOrder: there is one, and something else that does not belong there or is in another place.
+    The first that applies of truncated, valid, unclosedReasoning, noFinal and wrongOrder.
     """
     if not len(ids_T) or ids_T[-1] not in STOP_IDS:
         return TRUNCATED
@@ -106,15 +102,16 @@ def validity(ids_T: Ids) -> str:
     return VALID if ended and plain and in_order and ids_T[-1] == RETURN else WRONG_ORDER
 
 
-def _next(ids_T: Ids, start: int, *wanted: int) -> int:
-    """Where one of the wanted ids stands at `start` or after it; the length where none does."""
+def _find_next(ids_T: Ids, start: int, *wanted: int) -> int:
+    """Index of the first of the `wanted` ids from `start` on; the length if there is none."""
     found = np.flatnonzero(np.isin(ids_T[start:], wanted))
     return start + int(found[0]) if len(found) else len(ids_T)
 
 
-def _channel(header: Ids) -> str:
-    """The channel that a header names, as openai-harmony reads it: from its first `<|channel|>` to a blank or a special token."""
-    named = header[_next(header, 0, CHANNEL) + 1 :]
+def _channel_name(header: Ids) -> str:
+    """The channel of a header, parsed as by openai-harmony: from the first `<|channel|>` to white space or a
+    special token."""
+    named = header[_find_next(header, 0, CHANNEL) + 1 :]
     text = vocabulary_file.encoding().decode(named.tolist())
     return text[
         : next((place for place, letter in enumerate(text) if letter.isspace() or letter == "<"), len(text))

@@ -19,23 +19,24 @@ from typing import Any
 from vpmoe.api import DistillRun
 from vpmoe.api.stages import OnPolicy
 from vpmoe.clock import now
+from vpmoe.data.dataset import dataset_facts, load_training_dataset
 from vpmoe.data.reader import BlockCache
 from vpmoe.failure import Permanent
-from vpmoe.inference.verify import InferenceEngines, Load, load
-from vpmoe.process.step_worker import Worker
+from vpmoe.inference.verify import InferenceEngines, LoadStats, load_version
+from vpmoe.process.step_worker import StepWorker
 from vpmoe.provenance import Provenance
 from vpmoe.rollout import back_pressure, policy_version
 from vpmoe.rollout.curriculum import EFFORTS, Curriculum
-from vpmoe.rollout.policy_version import Version
+from vpmoe.rollout.gate import require_validity
+from vpmoe.rollout.policy_version import PolicyVersion
 from vpmoe.rollout.window_files import Rollout, RolloutHeader, read_rollouts, rollouts_bytes
-from vpmoe.sampler.version_batch import Batch, Source, draw
+from vpmoe.sampler.version_batch import PromptSource, SampledVersion, sample_version
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.manifest import Manifest
-from vpmoe.trainer.stage_inputs import dataset_facts, load_dataset
 
 log = logging.getLogger(__name__)
 
-POLL = 1.0
+POLL_SECONDS = 1.0
 """Seconds between looks for a version."""
 REPORT_SECONDS = 30.0
 """Seconds between reports while one is waited for."""
@@ -43,7 +44,7 @@ NAME = re.compile(r"window-(\d{6})\.rollouts\.arrow")
 
 
 @dataclass(frozen=True)
-class Job(Worker):
+class SamplerWorker(StepWorker):
     """One attempt at sampling a stage. Its parts are the windows."""
 
     stage: OnPolicy
@@ -61,7 +62,7 @@ class Job(Worker):
     def read(self, number: int) -> RolloutHeader:
         """What a window in the bucket says of itself. Raises Permanent where it is not what its name says, or of another configuration."""
         key, where = paths.window(self.run, self.stage.name, number, "rollouts"), self.url(number)
-        about = read_rollouts(self.bucket.get(key), where).about
+        about = read_rollouts(self.bucket.get(key), where).header
         ours = (self.provenance.run, self.run.config_hash, self.stage.name, number)
         if (about.run, about.config, about.stage, about.window) != ours:
             raise Permanent(
@@ -86,7 +87,7 @@ class Job(Worker):
         self.report(message, done, max(done, expected), speed)
 
 
-def sample(
+def sample_stage(
     run: DistillRun,
     stage: OnPolicy,
     bucket: Bucket,
@@ -100,59 +101,67 @@ def sample(
     Files are kept below `scratch`. Raises Permanent where the data set, a version or a window is at fault, Retriable where engines took
     other weights wrongly, StorageError, Terminated where it was asked to stop. A window is in the bucket whole or not at all.
     """
-    job = Job(run, bucket, provenance, stopping, None, stage, engines, scratch)
-    made = load_dataset(run, bucket)
+    require_validity(run, stage, bucket)
+    job = SamplerWorker(run, bucket, provenance, stopping, None, stage, engines, scratch)
+    made = load_training_dataset(run, bucket)
     curriculum = Curriculum(stage)
     before, source = job.newest(), None
     while before is None or not before.last:
         waiting = time.monotonic()
-        found = await_version(job, curriculum.version_of(before.window + 1 if before else 0), before)
+        found = wait_for_version(job, curriculum.version_of(before.window + 1 if before else 0), before)
         if found is None:
             break
         (published, facts), waited = found, time.monotonic() - waiting
-        source = source or Source(run, stage, made, facts, BlockCache(bucket, scratch / "blocks"))
+        source = source or PromptSource(run, stage, made, facts, BlockCache(bucket, scratch / "blocks"))
         job.say(f"Loading version {facts.version}", before)
-        loading = load(bucket, published, facts, engines, scratch, job.check_stop)
+        loading = load_version(bucket, published, facts, engines, scratch, job.check_stop)
         first, *others = curriculum.windows_of(facts.version)
         asked = f"windows {first} to {others[-1]}" if others else f"window {first}"
         job.say(f"Sampling {asked} from version {facts.version}", before)
-        batch = draw(source, facts, back_pressure.read(bucket, run, stage.name), engines, job.check_stop)
-        before = write(job, source, published, facts, batch, before, waited, loading)
+        batch = sample_version(
+            source, facts, back_pressure.read_adjustments(bucket, run, stage.name), engines, job.check_stop
+        )
+        before = write_windows(job, source, published, facts, batch, before, waited, loading)
     done = before.window + 1 if before else 0
     job.report_success(
         "Complete" if before and before.last else "The stage has ended", done, dataset_facts(bucket, made)
     )
 
 
-def await_version(job: Job, number: int, before: RolloutHeader | None) -> tuple[Manifest, Version] | None:
+def wait_for_version(
+    job: SamplerWorker, number: int, before: RolloutHeader | None
+) -> tuple[Manifest, PolicyVersion] | None:
     """A version, as soon as it is published; None where the stage is over before it is."""
     reported = -REPORT_SECONDS
     while not job.over():
-        if found := policy_version.find(job.bucket, job.run, job.stage.name, number):
+        if found := policy_version.find_version(job.bucket, job.run, job.stage.name, number):
             return found
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
             job.say(f"Waiting for version {number}", before)
-        job.stopping.wait(POLL)
+        job.stopping.wait(POLL_SECONDS)
         job.check_stop()
     return None
 
 
-def write(
-    job: Job,
-    source: Source,
+def write_windows(
+    job: SamplerWorker,
+    source: PromptSource,
     published: Manifest,
-    facts: Version,
-    batch: Batch,
+    facts: PolicyVersion,
+    batch: SampledVersion,
     before: RolloutHeader | None,
     waited: float,
-    loading: Load,
+    loading: LoadStats,
 ) -> RolloutHeader:
     """Write the windows of a batch that come after `before`, up to the stage's last; returns what the last of them in the bucket says.
 
     Not even a request to stop comes between them: to write all takes seconds, and to sample them again minutes.
     """
-    after, load_line = source.windows.curriculum.after, {"seconds": loading.seconds, "probe": loading.probe}
+    after, load_line = (
+        source.windows.curriculum.tokens_before_next,
+        {"seconds": loading.seconds, "probe": loading.probe},
+    )
     missing = [
         (window, rollouts)
         for window, rollouts in batch.windows
@@ -167,12 +176,12 @@ def write(
             stage=job.stage.name,
             window=window.number,
             version=facts.version,
-            weights=policy_version.content_of(published),
+            weights=policy_version.weights_digest(published),
             phase=window.phase,
             seen=seen,
             tokens=tokens,
             last=after(window.number, seen, tokens, source.anchors) >= job.stage.tokens,
-            turns=window.turns,
+            turns=window.adjustments,
         )
         line = {
             "window": window.number,
@@ -184,7 +193,7 @@ def write(
             "tokensPerSecond": batch.speed,
             "rollouts": len(rollouts),
             "load": None if place else load_line,
-            **by_effort(rollouts),
+            **effort_metrics(rollouts),
         }
         write_metrics(job, line)
         key = paths.window(job.run, job.stage.name, window.number, "rollouts")
@@ -202,7 +211,7 @@ def write(
     return before
 
 
-def by_effort(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+def effort_metrics(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     """By the effort that was asked for: how many rollouts, how many of each validity, and how long completions are in tokens."""
     of = {name: found for name in EFFORTS if (found := [one for one in rollouts if one.effort == name])}
     lengths = {name: [len(one.logp_C) for one in found] for name, found in of.items()}
@@ -217,7 +226,7 @@ def by_effort(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     }
 
 
-def write_metrics(job: Job, line: dict[str, Any]) -> None:
+def write_metrics(job: SamplerWorker, line: dict[str, Any]) -> None:
     """Write a window's line, before the window itself: so each has exactly one, whoever was killed when."""
     said = {
         "event": "window",

@@ -28,7 +28,7 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
-class File:
+class TeacherFile:
     """A file of the model: its name in the directory, bytes, and ETag in the store, or the content's id on the hub."""
 
     name: str
@@ -42,7 +42,7 @@ class TeacherRef:
 
     model: str
     commit: str | None
-    files: tuple[File, ...]
+    files: tuple[TeacherFile, ...]
 
     @property
     def sha256(self) -> str:
@@ -55,7 +55,7 @@ class TeacherRef:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "TeacherRef":
-        return cls(found["model"], found["commit"], tuple(File(**file) for file in found["files"]))
+        return cls(found["model"], found["commit"], tuple(TeacherFile(**file) for file in found["files"]))
 
 
 def resolve_teacher(run: DistillRun, bucket: Bucket) -> TeacherRef:
@@ -65,14 +65,14 @@ def resolve_teacher(run: DistillRun, bucket: Bucket) -> TeacherRef:
     """
     key = paths.teacher(run)
     if not bucket.exists(key):
-        found = discover(run.spec.teacher.model, bucket)
+        found = find_teacher(run.spec.teacher.model, bucket)
         bucket.create(
             key, json_bytes(found.as_json()), {"config": run.config_hash}
         )  # of two jobs the first one's answer holds
     return TeacherRef.from_json(bucket.get_json(key))
 
 
-def discover(model: str, bucket: Bucket) -> TeacherRef:
+def find_teacher(model: str, bucket: Bucket) -> TeacherRef:
     """The files that `teacher.model` stands for now. `bucket` is any bucket of the store that s3:// models lie in.
 
     Only files of the directory itself: GPT-OSS' folders `original` and `metal` hold its weights again, in other forms.
@@ -82,12 +82,12 @@ def discover(model: str, bucket: Bucket) -> TeacherRef:
         from vpmoe.teacher import hub  # here, because importing the hub's client takes seconds
 
         commit, listed = hub.commit_and_files(model)
-        found = [File(*file) for file in listed]
+        found = [TeacherFile(*file) for file in listed]
     else:
         name, key = paths.split_url(model)
         folder = key.rstrip("/") + "/"
         found = [
-            File(seen.key.removeprefix(folder), seen.size, seen.etag)
+            TeacherFile(seen.key.removeprefix(folder), seen.size, seen.etag)
             for seen in bucket.other(name).list(folder)
         ]
     files = tuple(
@@ -101,7 +101,7 @@ def discover(model: str, bucket: Bucket) -> TeacherRef:
     return TeacherRef(model, commit, files)
 
 
-def fetch(
+def fetch_teacher(
     teacher: TeacherRef, bucket: Bucket, folder: Path, check_stop: Callable[[], None] = lambda: None
 ) -> Path:
     """Bring the model to disk, into a directory of its own below `folder`, and return that. What is there already stays.
@@ -134,9 +134,9 @@ def fetch(
     return directory
 
 
-def check(directory: Path) -> None:
+def check_vocabulary(directory: Path) -> None:
     """Raise Permanent where the model has another vocabulary than the data sets. A directory without tokenizer files is fine."""
-    size = config(directory).get("vocab_size")
+    size = read_config(directory).get("vocab_size")
     if size != VOCABULARY_SIZE:
         raise Permanent(
             f"teacher.model: config.json says vocab_size {size}, the data sets' ids go up to {VOCABULARY_SIZE:,}. Give a model of the "
@@ -173,7 +173,7 @@ def byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-def config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
     """The model's config.json. Raises Permanent where it is not JSON."""
     try:
         found: dict[str, Any] = json.loads((directory / "config.json").read_bytes())
@@ -184,12 +184,12 @@ def config(directory: Path) -> dict[str, Any]:
     return found
 
 
-def dtype(directory: Path) -> str:
+def checkpoint_dtype(directory: Path) -> str:
     """The floating-point type, in torch's words, that the checkpoint declares: in config.json, else by its output projection.
 
     Raises Permanent where neither says one.
     """
-    said = config(directory)
+    said = read_config(directory)
     declared = said.get("dtype") or said.get("torch_dtype")
     if declared:
         return str(declared).removeprefix("torch.")

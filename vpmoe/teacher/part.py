@@ -23,7 +23,7 @@ from vpmoe.storage.manifest import Manifest
 from vpmoe.storage.paths import PartFile, ScoresFile
 from vpmoe.teacher.histogram import CODES, sparse
 
-FLOOR = np.float32(-100.0)
+MIN_LOGP = np.float32(-100.0)
 """Lowest log-probability that is stored: float16 keeps it exactly, and exp() of it is nothing."""
 NOT_SCORED = np.float16(np.nan)
 COPY_TOKENS = 1 << 20
@@ -99,7 +99,7 @@ class ScoredPart:
         """Take a document's log-probabilities, one a token. Raises Permanent where a supervised token has none, OSError for a full disk."""
         start, stop = int(self._starts[document]), int(self._starts[document + 1])
         span_T = self._spans_T[start:stop]
-        stored_T = stored(logp_T)
+        stored_T = to_float16(logp_T)
         missing = np.flatnonzero((span_T > 0) & np.isnan(stored_T))
         if len(missing):
             raise Permanent(
@@ -150,8 +150,8 @@ class ScoredPart:
         }
 
 
-def stored(logp_T: NDArray[np.float32]) -> NDArray[np.float16]:
+def to_float16(logp_T: NDArray[np.float32]) -> NDArray[np.float16]:
     """Log-probabilities as they are stored: float16, at least FLOOR, and NaN of one bit pattern only, since bytes are compared."""
-    half_T = np.maximum(logp_T, FLOOR).astype(np.float16)
+    half_T = np.maximum(logp_T, MIN_LOGP).astype(np.float16)
     half_T[np.isnan(half_T)] = NOT_SCORED
     return half_T

@@ -21,12 +21,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vpmoe.api import DistillRun
-from vpmoe.api.progress import DatasetStatus
-from vpmoe.data.dataset import load
+from vpmoe.data.dataset import dataset_facts, load_dataset
 from vpmoe.data.system_message import EffortSubstitution
 from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Permanent
-from vpmoe.process.step_worker import Worker, scratch_disk
+from vpmoe.process.step_worker import StepWorker, scratch_disk
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.blocks import in_order
@@ -34,12 +33,18 @@ from vpmoe.storage.bucket import json_bytes
 from vpmoe.storage.manifest import Manifest
 from vpmoe.teacher import model, subset
 from vpmoe.teacher.part import ScoredPart
-from vpmoe.teacher.scores import ScoresRef, claim, done_parts, resolve_all, write_manifest
-from vpmoe.teacher.scores import load as load_scores
+from vpmoe.teacher.scores import (
+    ScoresRef,
+    claim_scores,
+    done_parts,
+    load_scores,
+    resolve_all_scores,
+    write_scores_manifest,
+)
 
 log = logging.getLogger(__name__)
 
-NEEDS = "7 bytes for each of its tokens"
+DISK_NEED = "7 bytes for each of its tokens"
 """What a part takes of the scratch disk, beside the teacher's own files."""
 
 REPORT_SECONDS = 60.0
@@ -57,17 +62,17 @@ class Teacher(Protocol):
     ) -> Iterator[NDArray[np.float32]]: ...
 
 
-Load = Callable[[Path, int], Teacher]
+LoadTeacher = Callable[[Path, int], Teacher]
 """How a teacher is loaded, from its directory and the longest sequence that it will be given."""
 
 
 @dataclass(frozen=True)
-class Job(Worker):
+class RescoreWorker(StepWorker):
     """One worker's view of the step."""
 
     dataset: Manifest
     scores: Sequence[ScoresRef]
-    load: Load
+    load: LoadTeacher
     scratch: Path
 
     @property
@@ -87,13 +92,6 @@ class Job(Worker):
         """Whether every set of scores has its manifest."""
         return all(self.bucket.exists(scores.manifest) for scores in self.scores)
 
-    def facts(self) -> DatasetStatus:
-        return DatasetStatus(
-            id=self.dataset.facts["id"],
-            manifest=self.bucket.url(self.dataset.key),
-            sha256=self.dataset.sha256,
-        )
-
     @cached_property
     def effort(self) -> EffortSubstitution:
         """How documents are put to the teacher."""
@@ -105,8 +103,8 @@ class Job(Worker):
     def teacher(self) -> Teacher:
         """The teacher, fetched and loaded when it is first asked for."""
         self.report("Loading the teacher", self.done(), self.total)
-        directory = model.fetch(self.scores[0].teacher, self.bucket, self.scratch, self.check_stop)
-        return self.load(directory, self.dataset.facts["settings"]["maxLength"] + self.effort.longer)
+        directory = model.fetch_teacher(self.scores[0].teacher, self.bucket, self.scratch, self.check_stop)
+        return self.load(directory, self.dataset.facts["settings"]["maxLength"] + self.effort.extra_tokens)
 
 
 def rescore(
@@ -115,7 +113,7 @@ def rescore(
     provenance: Provenance,
     stopping: threading.Event,
     worker: int | None,
-    load_teacher: Load,
+    load_teacher: LoadTeacher,
     scratch: Path,
 ) -> list[ScoresRef]:
     """Do this worker's share of the step. Returns the sets of scores that the run's stages train on.
@@ -123,15 +121,15 @@ def rescore(
     The teacher's files are brought below `scratch`, and stay there for whoever asks next. Raises Permanent where the configuration, the
     teacher or the data set is at fault, StorageError, Retriable for a full disk, Terminated where it was asked to stop.
     """
-    dataset = load(run, bucket)
-    job = Job(
+    dataset = load_dataset(run, bucket)
+    job = RescoreWorker(
         run,
         bucket,
         provenance,
         stopping,
         worker,
         dataset,
-        resolve_all(run, bucket, dataset),
+        resolve_all_scores(run, bucket, dataset),
         load_teacher,
         scratch,
     )
@@ -139,32 +137,34 @@ def rescore(
         for scores in job.scores:
             load_scores(scores, bucket)
             log.info("Reused: %s is complete", bucket.url(scores.folder))
-        job.report_success("Reused" if job.scores else "No stage trains on scores", job.total, job.facts())
+        job.report_success(
+            "Reused" if job.scores else "No stage trains on scores", job.total, dataset_facts(bucket, dataset)
+        )
         return list(job.scores)
     for scores in job.scores:
-        make(job, scores)
-    finish(job)
+        score_missing_parts(job, scores)
+    write_manifests(job)
     return list(job.scores)
 
 
-def make(job: Job, scores: ScoresRef) -> None:
+def score_missing_parts(job: RescoreWorker, scores: ScoresRef) -> None:
     """Make this worker's parts of a set of scores that have no record."""
-    claim(scores, job.bucket, job.provenance)
+    claim_scores(scores, job.bucket, job.provenance)
     done = done_parts(scores, job.bucket)
     missing = [part for part in job.share(job.parts, job.run.spec.teacher.gpus) if part not in done]
     if not missing:
         return
     job.report("Picking documents", job.done(), job.total)
-    picked = pick(job, scores)
+    picked = pick_documents(job, scores)
     for part in missing:
         job.check_stop()
         score_part(job, scores, part, picked[part])
 
 
-def pick(job: Job, scores: ScoresRef) -> list[NDArray[np.bool_]]:
+def pick_documents(job: RescoreWorker, scores: ScoresRef) -> list[NDArray[np.bool_]]:
     """For each part, which of its documents are scored. Raises Permanent where none is."""
-    parts = list(in_order(lambda part: labels(job, part), range(job.parts), THREADS))
-    picked = subset.pick(parts, scores.subset, scores.dataset)
+    parts = list(in_order(lambda part: read_labels(job, part), range(job.parts), THREADS))
+    picked = subset.pick_documents(parts, scores.subset, scores.dataset)
     documents = sum(int(of_part.sum()) for of_part in picked)
     tokens = sum(
         int(part.assistant_D[of_part].sum(dtype=np.int64))
@@ -182,16 +182,16 @@ def pick(job: Job, scores: ScoresRef) -> list[NDArray[np.bool_]]:
     return picked
 
 
-def labels(job: Job, part: int) -> subset.Documents:
+def read_labels(job: RescoreWorker, part: int) -> subset.DocumentLabels:
     """What picking looks at of one part."""
     job.check_stop()
     content = b"".join(job.bucket.blocks(job.dataset.subjects[f"train/part-{part:05d}.documents.parquet"]))
-    return subset.documents(
+    return subset.document_labels(
         pq.read_table(pa.BufferReader(content), columns=["language", "exercise", "reasoning", "final"])
     )
 
 
-def score_part(job: Job, scores: ScoresRef, number: int, picked_D: NDArray[np.bool_]) -> None:
+def score_part(job: RescoreWorker, scores: ScoresRef, number: int, picked_D: NDArray[np.bool_]) -> None:
     """Score a part's picked documents, upload its files, then its record: with that it is done."""
     bucket, metadata, started = (
         job.bucket,
@@ -199,10 +199,10 @@ def score_part(job: Job, scores: ScoresRef, number: int, picked_D: NDArray[np.bo
         time.monotonic(),
     )
     with tempfile.TemporaryDirectory(prefix=f"vpmoe-scores-{number:05d}-") as folder:
-        with scratch_disk("rescore", NEEDS):
+        with scratch_disk("rescore", DISK_NEED):
             part = ScoredPart(job.dataset, number, picked_D, bucket, Path(folder))
             if picked_D.any():
-                add_scores(job, part)
+                score_documents(job, part)
             files = part.write()
         entries = []
         for file, path in files.items():
@@ -221,15 +221,15 @@ def score_part(job: Job, scores: ScoresRef, number: int, picked_D: NDArray[np.bo
     job.report(f"Part {number} done", job.done(), job.total, tokens / seconds if tokens else None)
 
 
-def add_scores(job: Job, part: ScoredPart) -> None:
+def score_documents(job: RescoreWorker, part: ScoredPart) -> None:
     """Score the part's picked documents, in its order, and say from time to time how far that is."""
     teacher, documents = job.teacher, part.picked
-    sent = (job.effort.sent(part.ids(document)) for document in documents)
+    sent = (job.effort.to_teacher(part.ids(document)) for document in documents)
     tokens, since, reported = 0, time.monotonic(), time.monotonic()
     for count, (document, logp_S) in enumerate(
         zip(documents, teacher.score(sent, job.check_stop), strict=True), 1
     ):
-        part.add(document, job.effort.back(logp_S))
+        part.add(document, job.effort.from_teacher(logp_S))
         tokens += len(logp_S)
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
@@ -241,12 +241,12 @@ def add_scores(job: Job, part: ScoredPart) -> None:
             )
 
 
-def finish(job: Job) -> None:
+def write_manifests(job: RescoreWorker) -> None:
     """Write the manifests of the sets whose records are all there; of the others another worker will."""
     for scores in job.scores:
         if len(done_parts(scores, job.bucket)) == job.parts and not job.bucket.exists(scores.manifest):
             records = [job.bucket.get_json(paths.scores_record(scores.id, part)) for part in range(job.parts)]
-            made = write_manifest(scores, job.dataset, records, job.provenance, job.bucket)
+            made = write_scores_manifest(scores, job.dataset, records, job.provenance, job.bucket)
             means = ", ".join(
                 f"{span} {mean:.3f}" for span, mean in made.facts["mean"].items() if mean is not None
             )
@@ -256,4 +256,4 @@ def finish(job: Job) -> None:
         log.info("This worker's parts are done; others make %d more", missing)
         job.report(f"{missing} parts missing", job.total - missing, job.total)
     if job.complete():
-        job.report_success("Complete", job.total, job.facts())
+        job.report_success("Complete", job.total, dataset_facts(job.bucket, job.dataset))

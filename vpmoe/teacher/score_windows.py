@@ -23,13 +23,13 @@ from vpmoe.api.stages import OnPolicy
 from vpmoe.clock import now
 from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.failure import Permanent
-from vpmoe.process.step_worker import Worker, succeeded
+from vpmoe.process.step_worker import StepWorker, step_succeeded
 from vpmoe.provenance import Provenance
-from vpmoe.rollout import gate
-from vpmoe.rollout.window_files import Sampled, ScoresHeader, read_rollouts, read_scores, scores_bytes
+from vpmoe.rollout.gate import require_validity
+from vpmoe.rollout.window_files import ScoresHeader, WindowRollouts, read_rollouts, read_scores, scores_bytes
 from vpmoe.storage import Bucket, paths
 from vpmoe.teacher import model
-from vpmoe.teacher.rescore import Load, Teacher
+from vpmoe.teacher.rescore import LoadTeacher, Teacher
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ NAME = re.compile(r"window-(\d+)\.(rollouts|scores)\.arrow")
 
 
 @dataclass(frozen=True)
-class Job(Worker):
+class ScoringWorker(StepWorker):
     """One worker's view of the stage."""
 
     stage: OnPolicy
@@ -74,7 +74,7 @@ class Job(Worker):
 
     def ended(self) -> bool:
         """Whether the stage is trained to its end, so that nobody waits for scores."""
-        return succeeded(self.run, self.bucket, self.stage.name)
+        return step_succeeded(self.run, self.bucket, self.stage.name)
 
     def beyond(self, window: int) -> bool:
         """Whether the stage ends before this window. The last one is among those since this worker's own one before."""
@@ -82,7 +82,7 @@ class Job(Worker):
 
     def _last(self, window: int) -> bool:
         if window not in self.last and self.bucket.exists(self.key(window, "rollouts")):
-            read(self, window)
+            read_window(self, window)
         return self.last.get(window, False)
 
     def say(self, message: str, speed: float | None = None) -> None:
@@ -99,7 +99,7 @@ def score_windows(
     provenance: Provenance,
     stopping: threading.Event,
     worker: int | None,
-    load_teacher: Load,
+    load_teacher: LoadTeacher,
     scratch: Path,
 ) -> int:
     """Score this worker's windows of a stage until no more will come; returns how many these were.
@@ -107,31 +107,31 @@ def score_windows(
     The teacher's files are brought below `scratch`. Raises Permanent where the teacher or a window is at fault, or the stage may not begin,
     StorageError, Terminated where it was asked to stop.
     """
-    gate.check(run, stage, bucket)
+    require_validity(run, stage, bucket)
     found = model.resolve_teacher(run, bucket)
-    job = Job(run, bucket, provenance, stopping, worker, stage, found.sha256)
+    job = ScoringWorker(run, bucket, provenance, stopping, worker, stage, found.sha256)
     job.look()
     missing = (window for window in count(worker or 0, job.workers) if window not in job.scored)
     window, done = next(missing), 0
     if not (job.ended() or job.beyond(window)):
         job.say("Loading the teacher")
         teacher = load_teacher(
-            model.fetch(found, bucket, scratch, job.check_stop), run.spec.training.sequence_length
+            model.fetch_teacher(found, bucket, scratch, job.check_stop), run.spec.training.sequence_length
         )
         while score_window(job, teacher, window):
             window, done = next(missing), done + 1
-    finish(job)
+    report_end(job)
     return done
 
 
-def score_window(job: Job, teacher: Teacher, window: int) -> bool:
+def score_window(job: ScoringWorker, teacher: Teacher, window: int) -> bool:
     """Wait for a window and score it; False where it will not come."""
     started = time.monotonic()
-    if not wait(job, window):
+    if not wait_for_rollouts(job, window):
         return False
     begun = time.monotonic()
-    held = read(job, window)
-    logp = scores(job, teacher, held)
+    held = read_window(job, window)
+    logp = score_rollouts(job, teacher, held)
     seconds, tokens = time.monotonic() - begun, sum(len(one.ids_T) for one in held.rollouts)
     measured = {
         "seconds": seconds,
@@ -139,8 +139,8 @@ def score_window(job: Job, teacher: Teacher, window: int) -> bool:
         "tokens": tokens,
         "tokensPerSecond": tokens / seconds,
     }
-    write_metrics(job, window, measured)  # before the scores, after which the window is not met again
-    write(job, held, logp)
+    write_window_metrics(job, window, measured)  # before the scores, after which the window is not met again
+    write_scores(job, held, logp)
     log.info(
         f"Window {window}: {len(held.rollouts):,} rollouts, {tokens:,} tokens in {seconds:,.1f} s, waited {begun - started:,.1f} s"
     )
@@ -148,7 +148,7 @@ def score_window(job: Job, teacher: Teacher, window: int) -> bool:
     return True
 
 
-def wait(job: Job, window: int) -> bool:
+def wait_for_rollouts(job: ScoringWorker, window: int) -> bool:
     """Wait until a window has rollouts: True; or until it is certain that nobody will sample or train it: False."""
     said = time.monotonic()
     while True:
@@ -165,7 +165,7 @@ def wait(job: Job, window: int) -> bool:
         job.pause(POLL_SECONDS)
 
 
-def read(job: Job, window: int) -> Sampled:
+def read_window(job: ScoringWorker, window: int) -> WindowRollouts:
     """A window's rollouts. Raises Permanent where they are damaged, another's, or cannot be scored."""
     key = job.key(window, "rollouts")
     held = read_rollouts(job.bucket.get(key), job.bucket.url(key))
@@ -176,21 +176,21 @@ def read(job: Job, window: int) -> Sampled:
         "window": window,
     }
     for name, value in ours.items():
-        if getattr(held.about, name) != value:
-            raise _not_ours(job, key, f"{name} is {getattr(held.about, name)} there and {value} here")
+        if getattr(held.header, name) != value:
+            raise _foreign_window(job, key, f"{name} is {getattr(held.header, name)} there and {value} here")
     longest = job.run.spec.training.sequence_length
     for one in held.rollouts:
         which = f"rollout {one.rollout} of prompt {one.prompt}"
         if not 0 < len(one.logp_C) < len(one.ids_T) <= longest:
             tokens = f"{len(one.ids_T)} tokens, {len(one.logp_C)} of them sampled"
-            raise _not_ours(job, key, f"{which} has {tokens}; sequenceLength is {longest}")
+            raise _foreign_window(job, key, f"{which} has {tokens}; sequenceLength is {longest}")
         if not 0 <= one.ids_T.min() <= one.ids_T.max() < VOCABULARY_SIZE:
-            raise _not_ours(job, key, f"{which} has ids from {one.ids_T.min()} to {one.ids_T.max()}")
-    job.last[window] = held.about.last
+            raise _foreign_window(job, key, f"{which} has ids from {one.ids_T.min()} to {one.ids_T.max()}")
+    job.last[window] = held.header.last
     return held
 
 
-def scores(job: Job, teacher: Teacher, held: Sampled) -> list[NDArray[np.float32]]:
+def score_rollouts(job: ScoringWorker, teacher: Teacher, held: WindowRollouts) -> list[NDArray[np.float32]]:
     """For each rollout the log-probabilities of its completion, [C], given the very prompt that the student saw, its effort included.
 
     Raises Permanent where a token has none.
@@ -199,11 +199,11 @@ def scores(job: Job, teacher: Teacher, held: Sampled) -> list[NDArray[np.float32
     for one, logp_T in zip(
         held.rollouts, teacher.score((one.ids_T for one in held.rollouts), job.check_stop), strict=True
     ):
-        logp_C = logp_T[one.asked :]
+        logp_C = logp_T[one.prompt_length :]
         missing = np.flatnonzero(np.isnan(logp_C))
         if len(missing):
             raise Permanent(
-                f"teacher.model: rollout {one.rollout} of prompt {one.prompt} of window {held.about.window}: the teacher gave "
+                f"teacher.model: rollout {one.rollout} of prompt {one.prompt} of window {held.header.window}: the teacher gave "
                 f"{len(missing)} of its tokens no probability, the first at {missing[0]} of {len(logp_C)}. Its weights may hold numbers "
                 "that are not finite, or overflow in their dtype; try another checkpoint."
             )
@@ -211,9 +211,9 @@ def scores(job: Job, teacher: Teacher, held: Sampled) -> list[NDArray[np.float32
     return logp
 
 
-def write(job: Job, held: Sampled, logp: list[NDArray[np.float32]]) -> None:
+def write_scores(job: ScoringWorker, held: WindowRollouts, logp: list[NDArray[np.float32]]) -> None:
     """Write a window's scores, unless there are some: then those hold. Raises Permanent where they are of other rollouts."""
-    about = held.about
+    about = held.header
     data = scores_bytes(
         ScoresHeader(
             run=about.run, stage=about.stage, window=about.window, rollouts=held.sha256, teacher=job.teacher
@@ -226,7 +226,7 @@ def write(job: Job, held: Sampled, logp: list[NDArray[np.float32]]) -> None:
         log.info("Window %d: another attempt's scores are there, with other bits; they hold", about.window)
 
 
-def write_metrics(job: Job, window: int, measured: dict[str, float]) -> None:
+def write_window_metrics(job: ScoringWorker, window: int, measured: dict[str, float]) -> None:
     """Write a window's line of metrics: an object a window, so whoever scores it again leaves no second line."""
     line = {
         "event": "window",
@@ -240,7 +240,7 @@ def write_metrics(job: Job, window: int, measured: dict[str, float]) -> None:
     job.bucket.put_bytes(key, json.dumps(line).encode() + b"\n", job.provenance.metadata())
 
 
-def finish(job: Job) -> None:
+def report_end(job: ScoringWorker) -> None:
     """Say how the stage ended; whoever scores the last of the windows says that all are."""
     job.say("This worker's windows are scored")
     job.look()
@@ -248,7 +248,7 @@ def finish(job: Job) -> None:
         job.report_success("Complete", len(job.scored))
 
 
-def _not_ours(job: Job, key: str, why: str) -> Permanent:
+def _foreign_window(job: ScoringWorker, key: str, why: str) -> Permanent:
     return Permanent(
         f"{job.bucket.url(key)}: {why}. The run's sampler did not write it; delete it, and the window is sampled again."
     )

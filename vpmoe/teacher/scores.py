@@ -71,23 +71,23 @@ class ScoresRef:
         }
 
 
-def resolve(run: DistillRun, subset: Subset, bucket: Bucket, dataset: Manifest) -> ScoresRef:
+def resolve_scores(run: DistillRun, subset: Subset, bucket: Bucket, dataset: Manifest) -> ScoresRef:
     """The scores of a subset of the dataset. Raises what `resolve_teacher` raises."""
     teacher = resolve_teacher(run, bucket)
-    return ScoresRef(dataset.facts["id"], content_of(dataset), teacher, run.spec.teacher.effort, subset)
+    return ScoresRef(dataset.facts["id"], training_content(dataset), teacher, run.spec.teacher.effort, subset)
 
 
-def resolve_all(run: DistillRun, bucket: Bucket, dataset: Manifest) -> list[ScoresRef]:
+def resolve_all_scores(run: DistillRun, bucket: Bucket, dataset: Manifest) -> list[ScoresRef]:
     """The scores of all stages of the run that train on some, each set once, in the order of the stages."""
     found = [
-        resolve(run, stage.scored_subset, bucket, dataset)
+        resolve_scores(run, stage.scored_subset, bucket, dataset)
         for stage in run.spec.stages
         if stage.scored_subset is not None
     ]
     return list({scores.id: scores for scores in found}.values())
 
 
-def content_of(dataset: Manifest) -> str:
+def training_content(dataset: Manifest) -> str:
     """sha256 (hex) of a data set's training tokens and spans: the sorted (name, sha256) of their files."""
     files = [
         [name, s.sha256]
@@ -97,14 +97,14 @@ def content_of(dataset: Manifest) -> str:
     return hashlib.sha256(json_bytes(sorted(files))).hexdigest()
 
 
-def load(scores: ScoresRef, bucket: Bucket) -> Manifest:
+def load_scores(scores: ScoresRef, bucket: Bucket) -> Manifest:
     """The manifest of finished scores. Raises Permanent where they are of another content, StorageError (Missing) where there is none."""
     made = manifest.load(bucket, scores.manifest)
     check_content(scores, made.facts["dataset"]["content"], bucket.url(made.key), bucket)
     return made
 
 
-def claim(scores: ScoresRef, bucket: Bucket, provenance: Provenance) -> None:
+def claim_scores(scores: ScoresRef, bucket: Bucket, provenance: Provenance) -> None:
     """Write down what the scores are of, before the first part; or prove that whoever began them had the same in mind.
 
     Raises Permanent where the data set under this id was another one then.
@@ -128,7 +128,7 @@ def done_parts(scores: ScoresRef, bucket: Bucket) -> set[int]:
     return recorded(bucket, paths.scores_record(scores.id, 0))
 
 
-def merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merge_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What was scored altogether: the sum of the parts' records."""
     counts = {
         span: sum((dense(record["histogram"][span]) for record in records), np.zeros(CODES, np.int64))
@@ -142,7 +142,7 @@ def merge(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def write_manifest(
+def write_scores_manifest(
     scores: ScoresRef,
     dataset: Manifest,
     records: Sequence[Mapping[str, Any]],
@@ -151,7 +151,7 @@ def write_manifest(
 ) -> Manifest:
     """Make the scores exist: their manifest, from the records of all parts. Returns the one that stands, ours or another worker's."""
     subjects = [manifest.subject_of(entry, scores.folder) for record in records for entry in record["files"]]
-    facts = {**scores.origin(), "parts": len(records), **merge(records)}
+    facts = {**scores.origin(), "parts": len(records), **merge_records(records)}
     inputs = [
         dataset.inputs["tokenizer"],
         Input(

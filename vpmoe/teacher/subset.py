@@ -21,7 +21,7 @@ Label = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Documents:
+class DocumentLabels:
     """One part's documents, D in the part's order, as far as picking looks at them."""
 
     labels: Sequence[Label]
@@ -34,7 +34,7 @@ class Documents:
     """Supervised tokens of each document: reasoning and final."""
 
 
-def documents(table: pa.Table) -> Documents:
+def document_labels(table: pa.Table) -> DocumentLabels:
     """What picking looks at, from the columns language, exercise, reasoning and final of a part's documents.parquet."""
     language, exercise = (
         table[name].combine_chunks().fill_null(UNKNOWN).dictionary_encode()
@@ -47,12 +47,12 @@ def documents(table: pa.Table) -> Documents:
         (languages[both // len(exercises)], exercises[both % len(exercises)]) for both in occurring.tolist()
     ]
     reasoning_D, final_D = (table[name].to_numpy() for name in ("reasoning", "final"))
-    return Documents(
+    return DocumentLabels(
         labels, label_D.astype(np.min_scalar_type(len(labels))), reasoning_D, reasoning_D + final_D
     )
 
 
-def pick(parts: Sequence[Documents], subset: Subset, seed: str) -> list[NDArray[np.bool_]]:
+def pick_documents(parts: Sequence[DocumentLabels], subset: Subset, seed: str) -> list[NDArray[np.bool_]]:
     """For each part, which of its documents are scored, [D] bool. `seed` is the data set's id; only prefer: none looks at it.
 
     Always true, and each line has a test of the same name:
@@ -63,7 +63,7 @@ def pick(parts: Sequence[Documents], subset: Subset, seed: str) -> list[NDArray[
     """
     everything = sum(int(part.assistant_D.sum(dtype=np.int64)) for part in parts)
     budget = min(subset.tokens, int(subset.fraction * everything))
-    groups = sorted({label for part in parts for label in part.labels if wanted(label, subset)})
+    groups = sorted({label for part in parts for label in part.labels if is_eligible(label, subset)})
     number = {label: group for group, label in enumerate(groups)}
     nowhere = len(groups)
     kind = np.min_scalar_type(nowhere)
@@ -75,9 +75,9 @@ def pick(parts: Sequence[Documents], subset: Subset, seed: str) -> list[NDArray[
         supply += np.bincount(of_D, part.assistant_D, nowhere + 1)
     group_D = np.concatenate(groups_of)
     assistant_D = np.concatenate([part.assistant_D for part in parts])
-    rank_D = np.concatenate([ranks(part, subset, seed, place) for place, part in enumerate(parts)])
+    rank_D = np.concatenate([pick_order(part, subset, seed, place) for place, part in enumerate(parts)])
     picked_D = np.zeros(len(group_D), np.bool_)
-    for group, share in enumerate(shares([int(tokens) for tokens in supply[:nowhere]], budget)):
+    for group, share in enumerate(share_budget([int(tokens) for tokens in supply[:nowhere]], budget)):
         members = np.flatnonzero(group_D == group)
         ordered = members[np.argsort(rank_D[members], kind="stable")]  # ties by place in the data set
         fits = np.cumsum(assistant_D[ordered], dtype=np.int64) <= share
@@ -85,7 +85,7 @@ def pick(parts: Sequence[Documents], subset: Subset, seed: str) -> list[NDArray[
     return np.split(picked_D, np.cumsum([len(part.label_D) for part in parts])[:-1])
 
 
-def wanted(label: Label, subset: Subset) -> bool:
+def is_eligible(label: Label, subset: Subset) -> bool:
     """Whether documents of this label may be picked."""
     language, exercise = label
     return (not subset.languages or language in subset.languages) and (
@@ -93,7 +93,7 @@ def wanted(label: Label, subset: Subset) -> bool:
     )
 
 
-def ranks(part: Documents, subset: Subset, seed: str, place: int) -> NDArray[np.uint32]:
+def pick_order(part: DocumentLabels, subset: Subset, seed: str, place: int) -> NDArray[np.uint32]:
     """What a part's documents are ordered by, lowest first, [D]. `place` is the part's place in the data set.
 
     numpy promises that a bit generator's raw stream never changes, which it does not of its distributions.
@@ -104,7 +104,7 @@ def ranks(part: Documents, subset: Subset, seed: str, place: int) -> NDArray[np.
     return (np.random.PCG64(key).random_raw(len(part.reasoning_D)) >> np.uint64(32)).astype(np.uint32)
 
 
-def shares(supply: Sequence[int], budget: int) -> list[int]:
+def share_budget(supply: Sequence[int], budget: int) -> list[int]:
     """How much of the budget each group gets: the same for all, and what a small group cannot use goes to the others (water-filling)."""
     given = [0] * len(supply)
     left = budget

@@ -1,11 +1,11 @@
 """What a stage needs before it trains, and whether it has already finished. No torch: the launcher asks too."""
 
 from vpmoe.api import DistillRun
-from vpmoe.api.progress import Amount, DatasetStatus, Progress
+from vpmoe.api.progress import Amount, Progress
 from vpmoe.api.stages import Stage
 from vpmoe.checkpoint.train_state import TrainState, end_of, facts_of, held_out
 from vpmoe.clock import now
-from vpmoe.data import dataset
+from vpmoe.data.dataset import dataset_facts, load_training_dataset
 from vpmoe.failure import Permanent
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, paths
@@ -22,23 +22,6 @@ def training_stage(run: DistillRun, name: str) -> Stage:
     return run.stage(name)
 
 
-def load_dataset(run: DistillRun, bucket: Bucket) -> Manifest:
-    """The run's dataset. Raises Permanent where it was not made, or holds nothing to train on or to evaluate with."""
-    made = dataset.load(run, bucket)
-    splits = made.facts["splits"]
-    if not splits["train"]["documents"]:
-        raise Permanent(
-            f"{bucket.url(made.key)}: the dataset's train split is empty, so there is nothing to train on. Lower dataset.validFraction, "
-            "or give dataset.source more rows."
-        )
-    if run.spec.evaluation.documents and not splits["valid"]["documents"]:
-        raise Permanent(
-            f"{bucket.url(made.key)}: the dataset's valid split is empty, so there is no held-out loss. Raise dataset.validFraction, or "
-            "set evaluation.documents to 0 to train without one."
-        )
-    return made
-
-
 def load_scores(run: DistillRun, stage: Stage, bucket: Bucket, made: Manifest) -> Manifest | None:
     """The teacher's scores of the dataset `made`; None for a stage that trains on none.
 
@@ -46,23 +29,13 @@ def load_scores(run: DistillRun, stage: Stage, bucket: Bucket, made: Manifest) -
     """
     if stage.scored_subset is None:
         return None
-    found = teacher_scores.resolve(run, stage.scored_subset, bucket, made)
+    found = teacher_scores.resolve_scores(run, stage.scored_subset, bucket, made)
     if not bucket.exists(found.manifest):
         raise Permanent(
             f"{bucket.url(found.manifest)}: the teacher's scores that stage {stage.name} trains on do not exist. Make them first: "
             "python -m jobs.rescore."
         )
-    return teacher_scores.load(found, bucket)
-
-
-def dataset_facts(bucket: Bucket, made: Manifest) -> DatasetStatus:
-    """The dataset as progress.json names it."""
-    return DatasetStatus(id=made.facts["id"], manifest=bucket.url(made.key), sha256=made.sha256)
-
-
-def dataset_input(bucket: Bucket, made: Manifest) -> Input:
-    """The dataset as an input in a manifest."""
-    return Input("dataset", bucket.url(made.key), {"sha256": made.sha256}, {"id": made.facts["id"]})
+    return teacher_scores.load_scores(found, bucket)
 
 
 def scores_input(bucket: Bucket, made: Manifest) -> Input:
@@ -98,7 +71,7 @@ def report_if_finished(
             tokens=Amount(done=state.tokens, total=state.tokens),
             held_out=held_out(state),
             checkpoint=facts_of(bucket, checkpoint, state),
-            dataset=dataset_facts(bucket, load_dataset(run, bucket)),
+            dataset=dataset_facts(bucket, load_training_dataset(run, bucket)),
         )
         bucket.write_json(key, progress.dump(), provenance.metadata())
     return state

@@ -16,6 +16,7 @@ from torch import Tensor
 from vpmoe.api.progress import Progress
 from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.clock import now
+from vpmoe.data.dataset import dataset_facts, dataset_input
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model import distributed
@@ -24,7 +25,6 @@ from vpmoe.model.device import choose
 from vpmoe.model.learner import Learner, Outcome
 from vpmoe.model.shapes import SHAPES
 from vpmoe.model.spans import weighted_sum
-from vpmoe.trainer import stage_inputs
 from vpmoe.trainer.checkpoint.resume import Start, load_start
 from vpmoe.trainer.checkpoint.writer import CheckpointWriter
 from vpmoe.trainer.context import StageContext
@@ -66,7 +66,7 @@ def train(context: StageContext) -> None:
         start = load_start(context, stage, learner)
         inputs = [
             context.dataset.inputs["tokenizer"],
-            stage_inputs.dataset_input(context.bucket, context.dataset),
+            dataset_input(context.bucket, context.dataset),
             *start.sources,
             *stage.inputs(),
         ]
@@ -262,5 +262,5 @@ def _first_progress(context: StageContext) -> Progress:
         state="Running",
         message="Starting",
         updated=now(),
-        dataset=stage_inputs.dataset_facts(context.bucket, context.dataset),
+        dataset=dataset_facts(context.bucket, context.dataset),
     )

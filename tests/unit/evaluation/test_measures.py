@@ -16,7 +16,7 @@ from vpmoe.data import vocabulary, vocabulary_file
 from vpmoe.evaluation import canary, measures, questions
 from vpmoe.failure import Permanent
 from vpmoe.rollout import evaluation_record
-from vpmoe.rollout.prompts import VALIDITIES
+from vpmoe.rollout.validity import VALIDITIES
 from vpmoe.storage import Bucket
 from vpmoe.trainer.data.held_out import held_out_rows
 
@@ -30,35 +30,35 @@ def test_the_held_out_documents_are_the_trainers() -> None:
     for documents in (1, 7, 1000):
         of_parts = [*lengths(random, 4), np.array([5], np.int32)]
         rows = held_out_rows(of_parts, documents, 1234, 64)
-        assert sorted(questions.held_out(of_parts, documents, 1234)) == sorted(
+        assert sorted(questions.held_out_documents(of_parts, documents, 1234)) == sorted(
             document for row in rows for document in row
         )
 
 
 def test_each_document_is_asked_at_each_effort() -> None:
     of_parts = [np.array([9, 8, 7], np.int32), np.array([6, 5], np.int32)]
-    asked = questions.questions(of_parts, 12, 1234)
+    asked = questions.sampling_questions(of_parts, 12, 1234)
     assert [one.effort for one in asked] == ["low", "medium", "high"] * 4
     assert (
         [one.document for one in asked[::3]]
         == [one.document for one in asked[1::3]]
         == [one.document for one in asked[2::3]]
     )
-    assert [one.document for one in asked[::3]] == questions.held_out(of_parts, 4, 1234)
-    assert asked[:7] == questions.questions(of_parts, 7, 1234)[:7], (
+    assert [one.document for one in asked[::3]] == questions.held_out_documents(of_parts, 4, 1234)
+    assert asked[:7] == questions.sampling_questions(of_parts, 7, 1234)[:7], (
         "more completions are the same and further ones"
     )
-    assert questions.questions(of_parts, 7, 1235)[0].seed != asked[0].seed
+    assert questions.sampling_questions(of_parts, 7, 1235)[0].seed != asked[0].seed
 
 
 def test_documents_that_do_not_suffice_come_again_under_other_seeds() -> None:
-    asked = questions.questions([np.array([9, 8], np.int32)], 100, 7)
+    asked = questions.sampling_questions([np.array([9, 8], np.int32)], 100, 7)
     assert set(Counter(one.document for one in asked).values()) <= {48, 49, 50, 51, 52}
     assert Counter(one.effort for one in asked) == {"low": 34, "medium": 33, "high": 33}
     assert len({one.seed for one in asked}) == 100 and all(0 <= one.seed < 1 << 63 for one in asked)
     with pytest.raises(ValueError, match="no document"):
-        questions.questions([np.array([], np.int32)], 1, 7)
-    assert questions.questions([np.array([], np.int32)], 0, 7) == []
+        questions.sampling_questions([np.array([], np.int32)], 1, 7)
+    assert questions.sampling_questions([np.array([], np.int32)], 0, 7) == []
 
 
 def test_a_seed_is_what_it_was_when_this_was_written() -> None:
@@ -91,9 +91,9 @@ def test_completions_are_bounded_as_an_on_policy_stage_bounds_them(
     spec["student"]["gpus"] = 2
     vanilla = [{"name": name, "kind": "Vanilla", "tokens": 4096} for name in ("first", "third", "fifth")]
     spec["stages"] = [vanilla[0], on_policy("second", 11), vanilla[1], on_policy("fourth", 22), vanilla[2]]
-    assert questions.max_tokens(DistillRun.parse(run_spec), stage).low == low
+    assert questions.completion_limits(DistillRun.parse(run_spec), stage).low == low
     spec["stages"] = vanilla
-    assert questions.max_tokens(DistillRun.parse(run_spec), "first").low == 1024
+    assert questions.completion_limits(DistillRun.parse(run_spec), "first").low == 1024
 
 
 def test_validity_and_lengths_are_counted_by_effort() -> None:
@@ -107,7 +107,7 @@ def test_validity_and_lengths_are_counted_by_effort() -> None:
         ("high", SAID + OPEN + SAY),
         ("high", THINK + OPEN + SAY),
     ]
-    found = measures.of_efforts((effort, ids(text)) for effort, text in answers)
+    found = measures.measure_efforts((effort, ids(text)) for effort, text in answers)
     assert list(found) == ["low", "high"], "an effort without completions has no counts"
     assert found["low"].validity == dict.fromkeys(VALIDITIES, 0) | {"valid": 2, "truncated": 1}
     assert found["high"].validity == {
@@ -119,15 +119,15 @@ def test_validity_and_lengths_are_counted_by_effort() -> None:
     }
     of_low = [len(ids(text)) for effort, text in answers if effort == "low"]
     assert (found["low"].mean_tokens, found["low"].most_tokens) == (sum(of_low) / 3, max(of_low))
-    assert measures.of_all(found.values()) == {
+    assert measures.total_validity(found.values()) == {
         "valid": 3,
         "noFinal": 1,
         "unclosedReasoning": 1,
         "wrongOrder": 1,
         "truncated": 1,
     }
-    assert evaluation_record.share(found["low"].validity) == 2 / 3
-    assert measures.of_all([]) == {}
+    assert evaluation_record.valid_share(found["low"].validity) == 2 / 3
+    assert measures.total_validity([]) == {}
 
 
 def test_the_loss_is_a_mean_over_all_tokens_of_a_span() -> None:
@@ -144,12 +144,12 @@ def test_a_log_probability_that_is_none_ends_the_step(worst: float) -> None:
     with pytest.raises(Permanent, match=r"NonFinite: the held-out loss.*log-probability -?(inf|nan)"):
         measures.SpanSums().add(logp, np.array([1, 2], np.uint8))
     with pytest.raises(Permanent, match=r"NonFinite: the canary"):
-        measures.bits(logp)
+        measures.total_bits(logp)
 
 
 @given(st.integers(0, 200), st.integers(2, 70))
 def test_every_token_of_a_text_counts_once_with_half_a_window_before_it(tokens: int, longest: int) -> None:
-    found = canary.windows(tokens, longest)
+    found = canary.split_windows(tokens, longest)
     counted = [token for window in found for token in range(window.first, window.stop)]
     assert counted == list(range(1, tokens))
     for window in found:
@@ -167,12 +167,12 @@ def test_texts_are_an_object_or_a_folder_of_them(bucket: Bucket) -> None:
     }
     for key, text in texts.items():
         bucket.put_bytes(key, text.encode(), {})
-    (alone,) = canary.texts(f"s3://{bucket.name}/canary.txt", bucket)
+    (alone,) = canary.read_texts(f"s3://{bucket.name}/canary.txt", bucket)
     assert (
         alone.size == len(b"A pond.") - len(b"A")
         and vocabulary_file.encoding().decode(alone.ids_T.tolist()) == "A pond."
     )
-    found = canary.texts(f"s3://{bucket.name}/canary/", bucket)
+    found = canary.read_texts(f"s3://{bucket.name}/canary/", bucket)
     assert [vocabulary_file.encoding().decode(text.ids_T.tolist()) for text in found] == [
         "≈ 3 m <|end|>",
         "ab",
@@ -180,9 +180,9 @@ def test_texts_are_an_object_or_a_folder_of_them(bucket: Bucket) -> None:
     ]
     assert max(found[0].ids_T) < vocabulary.TEXT_IDS, "specials in a text are text"
     assert [text.size for text in found] == [len("≈ 3 m <|end|>".encode()) - len("≈".encode()), 0, 0]
-    before = canary.content_of(found)
+    before = canary.texts_digest(found)
     bucket.put_bytes("canary/b.txt", b"another text", {})
-    assert canary.content_of(canary.texts(f"s3://{bucket.name}/canary", bucket)) != before
+    assert canary.texts_digest(canary.read_texts(f"s3://{bucket.name}/canary", bucket)) != before
 
 
 @pytest.mark.parametrize(
@@ -198,4 +198,4 @@ def test_texts_are_an_object_or_a_folder_of_them(bucket: Bucket) -> None:
 def test_a_canary_that_is_no_text_is_refused(bucket: Bucket, key: str, data: bytes, message: str) -> None:
     bucket.put_bytes(key, data, {})
     with pytest.raises(Permanent, match=f"evaluation.canary: .*{message}"):
-        canary.texts(f"s3://{bucket.name}/canary", bucket)
+        canary.read_texts(f"s3://{bucket.name}/canary", bucket)

@@ -35,14 +35,14 @@ from vpmoe.data.vocabulary import RETURN
 from vpmoe.evaluation.evaluate import evaluate
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.inference import hf_model
-from vpmoe.inference.engine_pool import CheckStop, Completion, Engines, Request
+from vpmoe.inference.engine_pool import CheckStop, Completion, EnginePool, SamplingRequest
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import SHAPES
 from vpmoe.objectives.vanilla import vanilla
 from vpmoe.provenance import Provenance
-from vpmoe.rollout.evaluation_record import EvaluationRecord, load
-from vpmoe.rollout.prompts import validity
+from vpmoe.rollout.evaluation_record import EvaluationRecord, load_evaluation
+from vpmoe.rollout.prompts import completion_validity
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.bucket import json_bytes
 from vpmoe.trainer.checkpoint.writer import rank_file
@@ -128,7 +128,7 @@ def spec(run_spec: dict[str, Any], sample_parquet: list[Path]) -> dict[str, Any]
 
 def task(spec: dict[str, Any], bucket: Bucket, scratch: Path) -> StageContext:
     run = DistillRun.parse(spec)
-    made = dataset.load(run, bucket)
+    made = dataset.load_dataset(run, bucket)
     return StageContext(run, run.spec.stages[0], bucket, made, provenance(run), threading.Event(), scratch)  # type: ignore[arg-type]
 
 
@@ -166,7 +166,7 @@ class Unasked:
     def load(self, folder: Path, check_stop: CheckStop) -> None:
         raise AssertionError("loaded")
 
-    def sample(self, requests: Sequence[Request], check_stop: CheckStop) -> list[Completion]:
+    def sample(self, requests: Sequence[SamplingRequest], check_stop: CheckStop) -> list[Completion]:
         raise AssertionError("sampled")
 
     def score(
@@ -178,18 +178,18 @@ class Unasked:
 class Watched(Unasked):
     """The real engines; keeps where the student lies, what was asked and what was answered, and does something before a score."""
 
-    def __init__(self, engines: Engines, before: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, engines: EnginePool, before: Callable[[], object] = lambda: None) -> None:
         self._engines = engines
         self._before = before
         self.scored = 0
-        self.sampled: list[tuple[Request, Completion]] = []
+        self.sampled: list[tuple[SamplingRequest, Completion]] = []
         self.keep: Callable[[Path], object] = lambda folder: None
 
     def load(self, folder: Path, check_stop: CheckStop) -> None:
         self.keep(folder)
         self._engines.load(folder, check_stop)
 
-    def sample(self, requests: Sequence[Request], check_stop: CheckStop) -> list[Completion]:
+    def sample(self, requests: Sequence[SamplingRequest], check_stop: CheckStop) -> list[Completion]:
         answers = self._engines.sample(requests, check_stop)
         self.sampled += zip(requests, answers, strict=True)
         return answers
@@ -229,11 +229,11 @@ def reference_bits(model: Any, text: str) -> tuple[float, int]:
 
 
 def test_the_figures_are_the_trainers_and_transformers(
-    stage: StageContext, engines: Engines, trained: Learner, tmp_path: Path
+    stage: StageContext, engines: EnginePool, trained: Learner, tmp_path: Path
 ) -> None:
     watched = Watched(engines)
     models: list[Any] = []
-    watched.keep = lambda folder: models.append(hf_model.load(folder, TINY))
+    watched.keep = lambda folder: models.append(hf_model.load_student(folder, TINY))
     found = do(stage, watched)
     (model,) = models
     valid = DatasetReader(stage.dataset, "valid", BlockCache(stage.bucket, tmp_path / "cache"))
@@ -249,12 +249,12 @@ def test_the_figures_are_the_trainers_and_transformers(
     ) <= TOLERANCE / math.log(2)
 
     bounds = {"low": 8, "medium": 16, "high": 24}
-    assert [request.longest for request, _ in watched.sampled] == ([*bounds.values()] * 7)[:20]
+    assert [request.max_tokens for request, _ in watched.sampled] == ([*bounds.values()] * 7)[:20]
     assert all(found.efforts[effort].most_tokens <= bound for effort, bound in bounds.items())
     for number, effort in enumerate(bounds):
         answers = [completion.ids_C for _, completion in watched.sampled[number::3]]
         assert {kind: count for kind, count in found.efforts[effort].validity.items() if count} == Counter(
-            map(validity, answers)
+            map(completion_validity, answers)
         )
         assert found.efforts[effort].mean_tokens == sum(map(len, answers)) / len(answers)
     assert found.completions == sum(found.validity.values()) == 20
@@ -265,14 +265,16 @@ def test_the_figures_are_the_trainers_and_transformers(
         whole = [*request.ids_P.tolist(), *completion.ids_C.tolist()]
         assert np.abs(logp_of(model, whole)[len(request.ids_P) - 1 :] - completion.logp_C).max() <= 1e-3
 
-    assert load(stage.run, "vanilla", stage.bucket) == found and written(stage) == json_bytes(found.dump())
+    assert load_evaluation(stage.run, "vanilla", stage.bucket) == found and written(stage) == json_bytes(
+        found.dump()
+    )
     checkpoint = manifest.load(stage.bucket, paths.manifest(paths.checkpoint(stage.run, "vanilla", 3)))
     assert (found.iteration, found.checkpoint) == (3, checkpoint.sha256)
     told = progress(stage)
     assert (
         told["state"] == "Succeeded"
         and told["parts"] == {"done": 3, "total": 3}
-        and told["validity"] == found.valid
+        and told["validity"] == found.valid_share
     )
     assert (
         f"held-out loss reasoning {found.held_out.reasoning:.3f}" in told["message"]
@@ -298,7 +300,7 @@ def forget(of: StageContext, what: str) -> None:
         of.bucket.delete(entry.key)
 
 
-def test_what_is_measured_is_not_measured_again(stage: StageContext, engines: Engines) -> None:
+def test_what_is_measured_is_not_measured_again(stage: StageContext, engines: EnginePool) -> None:
     first = do(stage, engines)
     before = written(stage)
     assert do(stage, Unasked(), attempt=2) == first and written(stage) == before
@@ -307,7 +309,7 @@ def test_what_is_measured_is_not_measured_again(stage: StageContext, engines: En
         "Reused",
         2,
         "Succeeded",
-        first.valid,
+        first.valid_share,
     )
     forget(stage, "evaluation.json")
     do(stage, Unasked(), attempt=3)
@@ -318,7 +320,7 @@ def test_what_is_measured_is_not_measured_again(stage: StageContext, engines: En
     assert written(stage) == before, "measured again, by an engine that took the weights anew: the same bytes"
 
 
-def test_an_evaluation_of_another_checkpoint_is_none(stage: StageContext, engines: Engines) -> None:
+def test_an_evaluation_of_another_checkpoint_is_none(stage: StageContext, engines: EnginePool) -> None:
     do(stage, engines)
     save(stage, learner(torch.device("cpu")), at(4, finished=True))
     with pytest.raises(
@@ -334,20 +336,20 @@ def test_an_evaluation_of_another_checkpoint_is_none(stage: StageContext, engine
 
 
 def test_a_step_that_is_stopped_goes_on_at_the_first_part_that_is_missing(
-    stage: StageContext, engines: Engines
+    stage: StageContext, engines: EnginePool
 ) -> None:
     whole = do(stage, engines)
     forget(stage, "")
     stopping = threading.Event()
 
     class Stopping(Watched):
-        def sample(self, requests: Sequence[Request], check_stop: CheckStop) -> list[Completion]:
+        def sample(self, requests: Sequence[SamplingRequest], check_stop: CheckStop) -> list[Completion]:
             stopping.set()
             check_stop()
             raise AssertionError("not stopped")
 
     with pytest.raises(
-        Terminated, match="vanilla-evaluate was asked to stop; the parts that are measured are in the bucket"
+        Terminated, match="vanilla-evaluate was asked to stop; the parts that are done are in the bucket"
     ):
         do(stage, Stopping(engines), stopping=stopping)
     told = progress(stage)
@@ -356,20 +358,20 @@ def test_a_step_that_is_stopped_goes_on_at_the_first_part_that_is_missing(
         {"done": 1, "total": 3},
         "Sampling completions, 0 of 20",
     )
-    assert load(stage.run, "vanilla", stage.bucket) is None
+    assert load_evaluation(stage.run, "vanilla", stage.bucket) is None
     asked = Watched(engines)
     assert do(stage, asked, attempt=2) == whole
     assert asked.scored == 1, "the canary alone: the held-out documents were scored by the attempt before"
 
 
-def test_whoever_measures_a_part_first_is_right(stage: StageContext, engines: Engines) -> None:
+def test_whoever_measures_a_part_first_is_right(stage: StageContext, engines: EnginePool) -> None:
     """As where a pod that was taken for dead goes on beside its successor, on a machine that computes other bits."""
     checkpoint = manifest.load(stage.bucket, paths.manifest(paths.checkpoint(stage.run, "vanilla", 3)))
     others = {"documents": 8, "heldOut": {"reasoning": 1.5, "final": 2.5}}
     key = paths.evaluation_part(stage.run, "vanilla", "heldOut", checkpoint.sha256)
     found = do(stage, Watched(engines, lambda: stage.bucket.create(key, json_bytes(others), {})))
     assert found.held_out is not None and found.held_out.dump() == others["heldOut"]
-    assert load(stage.run, "vanilla", stage.bucket) == found
+    assert load_evaluation(stage.run, "vanilla", stage.bucket) == found
     forget(stage, "evaluation.json")
     stage.bucket.put_bytes(key, json_bytes({"documents": 8, "loss": 1.5}), {})
     with pytest.raises(
@@ -428,7 +430,7 @@ def test_a_student_that_cannot_be_measured_is_refused_by_name(
         altered(s3.folder / bucket.name / paths.checkpoint(of.run, "vanilla", 2) / damage)
     with pytest.raises(Permanent, match=message):
         do(of, Unasked())
-    assert load(of.run, "vanilla", bucket) is None
+    assert load_evaluation(of.run, "vanilla", bucket) is None
 
 
 def test_a_block_that_is_damaged_further_on_is_refused_by_name(stage: StageContext, s3: S3) -> None:
@@ -481,7 +483,7 @@ def run_job(run_file: Path, attempt: int, scratch: Path) -> "subprocess.Popen[by
 
 
 def test_a_killed_job_is_done_by_the_next_attempt_to_the_same_bytes(
-    stage: StageContext, engines: Engines, spec: dict[str, Any], tmp_path: Path
+    stage: StageContext, engines: EnginePool, spec: dict[str, Any], tmp_path: Path
 ) -> None:
     do(stage, engines)
     wanted = written(stage)
@@ -498,7 +500,7 @@ def test_a_killed_job_is_done_by_the_next_attempt_to_the_same_bytes(
     wait_until(loading, "the student is being loaded", 120, every=0.1)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert load(stage.run, "vanilla", stage.bucket) is None
+    assert load_evaluation(stage.run, "vanilla", stage.bucket) is None
     stopped = run_job(run_file, 2, tmp_path)
     wait_until(
         lambda: loading() and progress(stage)["attempt"] == 2, "the next attempt loads it", 120, every=0.1

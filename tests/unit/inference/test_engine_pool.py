@@ -13,7 +13,7 @@ import pytest
 from tests.fakes.students import new_seed
 from tests.fakes.waiting import wait_until
 from vpmoe.failure import Failure, Permanent, Retriable
-from vpmoe.inference.engine_pool import Engines, Request, error_of, settings
+from vpmoe.inference.engine_pool import EnginePool, SamplingRequest, engine_environment, engine_error
 from vpmoe.inference.verify import verify_against_probe
 from vpmoe.rollout.policy_version import Probe
 
@@ -32,10 +32,10 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_each_engine_has_a_device_of_its_own(visible: str | None, devices: list[str | None]) -> None:
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    found = [settings(environment, number, 2) for number in range(2)]
+    found = [engine_environment(environment, number, 2) for number in range(2)]
     assert [of.get("CUDA_VISIBLE_DEVICES") for of in found] == devices
     assert {of["OMP_NUM_THREADS"] for of in found} == {"1"}
-    assert settings({"OMP_NUM_THREADS": "3"}, 0, 1)["OMP_NUM_THREADS"] == "3"
+    assert engine_environment({"OMP_NUM_THREADS": "3"}, 0, 1)["OMP_NUM_THREADS"] == "3"
 
 
 def test_fewer_devices_than_engines_are_refused() -> None:
@@ -43,20 +43,20 @@ def test_fewer_devices_than_engines_are_refused() -> None:
         Permanent,
         match=r"CUDA_VISIBLE_DEVICES is 3: 1 devices for 2 engines\. Name as many as stages\[\]\.sampler\.gpus",
     ):
-        settings({"CUDA_VISIBLE_DEVICES": "3"}, 1, 2)
+        engine_environment({"CUDA_VISIBLE_DEVICES": "3"}, 1, 2)
 
 
 @pytest.mark.parametrize(
     "kind, error", [("Permanent", Permanent), ("Retriable", Retriable), ("Internal", RuntimeError)]
 )
 def test_an_engines_error_keeps_its_class(kind: str, error: type[Exception]) -> None:
-    found = error_of(3, Failure(kind, None, 1, "no memory"))
+    found = engine_error(3, Failure(kind, None, 1, "no memory"))
     assert type(found) is error and str(found) == "engine 3: no memory"
 
 
 def test_weights_that_are_none_are_the_askers_error(tmp_path: Path) -> None:
     with (
-        Engines(1, "tiny", 64) as engines,
+        EnginePool(1, "tiny", 64) as engines,
         pytest.raises(Permanent, match=f"engine 0: {tmp_path} is no whole checkpoint"),
     ):
         engines.load(tmp_path)
@@ -67,7 +67,7 @@ def test_an_engine_that_is_killed_is_said_and_may_be_tried_again(tmp_path: Path)
         wait_until(lambda: bool(engines._processes), "the engines are started")
         engines._processes[1].kill()
 
-    with Engines(2, "tiny", 64) as engines, ThreadPoolExecutor(1) as beside:
+    with EnginePool(2, "tiny", 64) as engines, ThreadPoolExecutor(1) as beside:
         killed = beside.submit(kill)
         with pytest.raises(Retriable, match=r"engine 1 was killed by SIGKILL.*runtime\.resources\.sampler"):
             engines.load(tmp_path)
@@ -79,10 +79,10 @@ def test_engines_die_with_whoever_started_them(tmp_path: Path) -> None:
     code = f"""
         import sys
         from pathlib import Path
-        from vpmoe.inference.engine_pool import Engines
+        from vpmoe.inference.engine_pool import EnginePool
         def say():
             print(engines._processes[0].pid, flush=True)
-        with Engines(1, "tiny", 64) as engines:
+        with EnginePool(1, "tiny", 64) as engines:
             engines.load(Path({str(tmp_path)!r}), say)
     """
     process = subprocess.Popen(
@@ -108,8 +108,8 @@ def test_two_engines_share_the_requests_and_give_them_back_in_their_order(
 
     folder = policy_versions.export(tmp_path, policy_versions.learner(device, new_seed()))  # type: ignore[arg-type]
     random = np.random.default_rng(new_seed())
-    asked = [Request(random.integers(0, 1000, 5 + n, dtype=np.int32), n, 1 + n) for n in range(5)]
-    with Engines(2, "tiny", 64) as engines:
+    asked = [SamplingRequest(random.integers(0, 1000, 5 + n, dtype=np.int32), n, 1 + n) for n in range(5)]
+    with EnginePool(2, "tiny", 64) as engines:
         engines.load(folder)
         found = engines.sample(asked)
         again = engines.sample(asked)

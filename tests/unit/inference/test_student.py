@@ -24,7 +24,7 @@ from vpmoe.data.harmony import Renderer, SystemMessage
 from vpmoe.data.tokenizer import Tokenizer
 from vpmoe.failure import Permanent
 from vpmoe.inference import hf_model
-from vpmoe.inference.engine_pool import Engines, Request
+from vpmoe.inference.engine_pool import EnginePool, SamplingRequest
 from vpmoe.model import hf_export, state
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
@@ -69,7 +69,7 @@ def exported(trained: Learner, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_transformers_agrees_at_every_position(trained: Learner, exported: Path) -> None:
     sequences = harmony(np.random.default_rng(new_seed()))
-    model = hf_model.load(exported, TINY)
+    model = hf_model.load_student(exported, TINY)
     for ids_T, wanted in zip(sequences, trainers(trained, sequences), strict=True):
         ids = torch.from_numpy(ids_T.astype(np.int64))
         with torch.no_grad():
@@ -82,7 +82,7 @@ def test_transformers_agrees_at_every_position(trained: Learner, exported: Path)
 def test_the_biases_change_what_is_chosen(trained: Learner, exported: Path) -> None:
     """Else the agreement would not show that they are exported."""
     (ids_T, *_) = harmony(np.random.default_rng(new_seed()))
-    model = hf_model.load(exported, TINY)
+    model = hf_model.load_student(exported, TINY)
     ids = torch.from_numpy(ids_T.astype(np.int64))[None]
     with torch.no_grad():
         before = model(ids).logits
@@ -92,7 +92,7 @@ def test_the_biases_change_what_is_chosen(trained: Learner, exported: Path) -> N
 
 
 def test_generating_with_a_cache_is_the_same_model(exported: Path) -> None:
-    model = hf_model.load(exported, TINY)
+    model = hf_model.load_student(exported, TINY)
     ids = torch.from_numpy(harmony(np.random.default_rng(new_seed()))[0].astype(np.int64))[None]
     out = model.generate(ids[:, :20], max_new_tokens=8, do_sample=False, pad_token_id=0)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_generating_with_a_cache_is_the_same_model(exported: Path) -> None:
     assert torch.equal(logits[19:-1].argmax(1), out[0, 20:])
 
 
-def test_vllm_agrees_at_every_position(trained: Learner, exported: Path, engines: Engines) -> None:
+def test_vllm_agrees_at_every_position(trained: Learner, exported: Path, engines: EnginePool) -> None:
     sequences = harmony(np.random.default_rng(new_seed()))
     assert max(map(len, sequences)) > 512
     engines.load(exported)
@@ -110,7 +110,7 @@ def test_vllm_agrees_at_every_position(trained: Learner, exported: Path, engines
 
 
 def test_sampling_repeats_with_its_seed_and_its_log_probabilities_are_the_trainers(
-    trained: Learner, exported: Path, engines: Engines
+    trained: Learner, exported: Path, engines: EnginePool
 ) -> None:
     seed = new_seed() >> 1
     prompts = [
@@ -120,7 +120,7 @@ def test_sampling_repeats_with_its_seed_and_its_log_probabilities_are_the_traine
     prompts.append(prompts[0])
     engines.load(exported)
     first, again, other = (
-        engines.sample([Request(ids_P, start + n, 24) for n, ids_P in enumerate(prompts)])
+        engines.sample([SamplingRequest(ids_P, start + n, 24) for n, ids_P in enumerate(prompts)])
         for start in (seed, seed, seed + 1000)
     )
     for one, same, another in zip(first, again, other, strict=True):
@@ -135,7 +135,7 @@ def test_sampling_repeats_with_its_seed_and_its_log_probabilities_are_the_traine
 
 
 def test_vllm_takes_other_weights_into_the_running_engine(
-    trained: Learner, exported: Path, engines: Engines, tmp_path: Path
+    trained: Learner, exported: Path, engines: EnginePool, tmp_path: Path
 ) -> None:
     sequences = harmony(np.random.default_rng(new_seed()))
     before = trainers(trained, sequences)
@@ -175,7 +175,7 @@ def test_vllm_finds_the_student_where_this_repository_is_installed() -> None:
 
 @pytest.mark.parametrize("change", ["missing", "extra", "misshapen"])
 def test_vllm_is_given_no_weights_that_are_not_whole(
-    exported: Path, engines: Engines, tmp_path: Path, change: str
+    exported: Path, engines: EnginePool, tmp_path: Path, change: str
 ) -> None:
     """An engine goes on with what it has."""
     sequence = harmony(np.random.default_rng(0))[0]
@@ -233,7 +233,7 @@ def test_bf16_is_the_trainers_rounding_and_biases_keep_theirs(device: torch.devi
     assert {name for name, tensor in held.items() if tensor.dtype == torch.float32} == {
         name for name in held if name.endswith("_bias")
     }
-    model = hf_model.load(tmp_path, SMALL)
+    model = hf_model.load_student(tmp_path, SMALL)
     assert (
         model.lm_head.weight.dtype == torch.bfloat16
         and model.model.layers[1].mlp.gate.e_score_correction_bias.dtype == torch.float32
@@ -305,7 +305,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(
     change(held)
     save_file(held, file)
     with pytest.raises(Permanent, match=message):
-        hf_model.load(tmp_path, SMALL)
+        hf_model.load_student(tmp_path, SMALL)
 
 
 def test_what_is_no_export_of_this_shape_is_refused(device: torch.device, tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ from vpmoe.data.system_message import EffortSubstitution
 from vpmoe.data.tokenizer import Tokenizer
 from vpmoe.data.vocabulary import END_OF_DOCUMENT, VOCABULARY_SIZE
 from vpmoe.failure import Permanent
-from vpmoe.inference import teacher_engine as module
+from vpmoe.inference.teacher_engine import TeacherEngine
+from vpmoe.inference.vllm_options import check_device, token_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,10 +133,10 @@ def test_a_teacher_told_another_effort_scores_the_document_rendered_with_that_ef
     setting = SystemMessage(str(own["identity"]), str(own["knowledgeCutoff"]), own["date"], "high")
     document = Renderer(Tokenizer(), setting).render("How wide is the pond?", None, REASONING, ANSWER)
     effort = EffortSubstitution(own, told.name.lower())
-    sent_S = effort.sent(document.ids)
+    sent_S = effort.to_teacher(document.ids)
     rendered = harmony(told)
-    assert sent_S.tolist() == rendered and len(sent_S) == len(document.ids) + effort.longer
-    logp_T = effort.back(next(scorer.score([sent_S])))
+    assert sent_S.tolist() == rendered and len(sent_S) == len(document.ids) + effort.extra_tokens
+    logp_T = effort.from_teacher(next(scorer.score([sent_S])))
     assert len(logp_T) == len(document.ids) and np.isnan(logp_T[-1])
     supervised = document.reasoning + document.final
     wanted_S = expected(reference, np.array(rendered, np.int32))
@@ -144,9 +145,9 @@ def test_a_teacher_told_another_effort_scores_the_document_rendered_with_that_ef
 
 def test_a_document_of_another_conversation_is_refused() -> None:
     effort = EffortSubstitution(conversation("high"), "low")
-    sent = effort.sent(
+    sent = effort.to_teacher(
         np.append(
-            EffortSubstitution(conversation("low"), "high").sent(
+            EffortSubstitution(conversation("low"), "high").to_teacher(
                 np.append(harmony(ReasoningEffort.LOW), END_OF_DOCUMENT)
             ),
             END_OF_DOCUMENT,
@@ -159,13 +160,13 @@ def test_a_document_of_another_conversation_is_refused() -> None:
         [END_OF_DOCUMENT],
     ):
         with pytest.raises(Permanent, match=r"its data set.s settings.conversation\.|has no end-of-document"):
-            effort.sent(np.array(ids, np.int32))
+            effort.to_teacher(np.array(ids, np.int32))
 
 
 def test_batches_are_consecutive_and_bounded() -> None:
     random = np.random.default_rng(new_seed())
     sequences = [np.zeros(length, np.int32) for length in random.integers(1, 120, 50)]
-    made = list(module.batches(sequences, 100))
+    made = list(token_batches(sequences, 100))
     assert [id(ids_T) for batch in made for ids_T in batch] == [id(ids_T) for ids_T in sequences]
     assert all(len(batch) == 1 or sum(map(len, batch)) <= 100 for batch in made)
     assert all(sum(map(len, batch)) + len(after[0]) > 100 for batch, after in pairwise(made)), (
@@ -200,14 +201,14 @@ def test_no_gpu_is_an_error_and_never_the_cpu(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(
         Permanent, match=r"no CUDA device for the teacher\. .* CUDA_VISIBLE_DEVICES to the empty string"
     ):
-        module.check_device()
+        check_device("the teacher", "spec.teacher.gpus")
 
 
 def test_a_context_that_is_too_short_is_refused_before_anything_is_loaded(teacher: Path) -> None:
     with pytest.raises(
         Permanent, match="max_position_embeddings is 4096, and the longest document is 4096 tokens"
     ):
-        module.Scorer(teacher, 4096)
+        TeacherEngine(teacher, 4096)
 
 
 def test_a_user_without_name_and_home_can_score(scorer: Remote, teacher_address: str) -> None:

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.entrypoint import Context, difference, end, entrypoint
+from jobs.entrypoint import JobContext, entrypoint, exit_on_error, first_difference
 from vpmoe.api import DistillRun, Invalid
 from vpmoe.failure import Permanent, Retriable, Terminated
 from vpmoe.provenance import CHECKOUT
 from vpmoe.storage import Bucket, StorageError, paths
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z [A-Z]+ [\w.]+: .*")
-Start = Callable[..., tuple[DistillRun, Context]]
+Start = Callable[..., tuple[DistillRun, JobContext]]
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def untouched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 def start(tmp_path: Path, run_spec: dict[str, Any]) -> Start:
     """Start a job on the test's run as it stands now."""
 
-    def start(role: str = "preprocess", *arguments: str) -> tuple[DistillRun, Context]:
+    def start(role: str = "preprocess", *arguments: str) -> tuple[DistillRun, JobContext]:
         file = tmp_path / "any-name.yaml"
         file.write_text(yaml.safe_dump(run_spec))
         return entrypoint(role, ["--run", str(file), *arguments])
@@ -122,7 +122,7 @@ def test_an_error_ends_the_job_with_its_code_and_one_line(
 ) -> None:
     monkeypatch.setenv("RANK", "5")
     with pytest.raises(SystemExit) as exit:
-        end(type(error), error, None)
+        exit_on_error(type(error), error, None)
     assert exit.value.code == code
     message = json.loads((tmp_path / "termination").read_bytes())
     assert (
@@ -198,7 +198,7 @@ def test_a_run_s_configuration_does_not_change_once_it_has_started(
     ],
 )
 def test_the_first_difference_is_named(stored: object, given: object, says: str | None) -> None:
-    assert difference(stored, given) == says
+    assert first_difference(stored, given) == says
 
 
 @pytest.mark.parametrize(

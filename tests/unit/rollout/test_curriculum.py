@@ -42,7 +42,7 @@ LENGTHS = st.lists(st.integers(1, 900), min_size=60, max_size=60)
     ],
 )
 def test_where_the_curriculum_stands(tokens: int, phase: int, rollouts: Fraction) -> None:
-    level = Curriculum(stage(tokens=1000, curriculum=THREE)).at(tokens)
+    level = Curriculum(stage(tokens=1000, curriculum=THREE)).level_at(tokens)
     assert (level.phase, level.rollouts) == (phase, rollouts)
     assert level.effort == tuple(
         Fraction(str(THREE[phase]["effort"].get(name, 0))) for name in ("low", "medium", "high")
@@ -53,7 +53,7 @@ def test_shares_of_many_digits_add_up_exactly() -> None:
     """The API takes sums within a millionth of 1, and a share is read to a millionth."""
     effort = {"low": 0.1234567, "medium": 0.3333333, "high": 0.5432102}
     curriculum = Curriculum(stage(tokens=3000, curriculum=[{"share": 0.3333333, "effort": effort}] * 3))
-    assert [curriculum.at(tokens).phase for tokens in (999, 1000, 1999, 2000, 2999, 3000)] == [
+    assert [curriculum.level_at(tokens).phase for tokens in (999, 1000, 1999, 2000, 2999, 3000)] == [
         0,
         1,
         1,
@@ -61,7 +61,9 @@ def test_shares_of_many_digits_add_up_exactly() -> None:
         2,
         2,
     ]
-    assert sum(curriculum.at(0).effort) == 1 and curriculum.at(0).effort[1] != Fraction("0.3333333")
+    assert sum(curriculum.level_at(0).effort) == 1 and curriculum.level_at(0).effort[1] != Fraction(
+        "0.3333333"
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_a_version_is_never_from_the_future_and_never_staler_than_allowed(
         "the trainer need not have come closer than the staleness"
     )
     assert window - version < stage.staleness + stage.publish_every
-    assert curriculum.published_after(version) <= curriculum.step_of(window), (
+    assert curriculum.steps_trained(version) <= curriculum.step_of(window), (
         "its steps come before the window's"
     )
     assert version <= curriculum.version_of(window + 1)
@@ -134,22 +136,22 @@ def test_the_tokens_before_a_window_are_those_of_all_steps_before_its_own(
     for window in range(60):
         if curriculum.step_of(window + 1) >= 60:
             break
-        seen = curriculum.after(window, seen, windows[window], reached)
+        seen = curriculum.tokens_before_next(window, seen, windows[window], reached)
         assert seen == sum(added[: curriculum.step_of(window + 1)])
 
 
 def test_a_stage_ends_with_the_step_that_reaches_its_tokens() -> None:
     curriculum = Curriculum(stage(anchor=0.5, tokens=100))  # by turns, a window first
     assert [curriculum.is_window(step) for step in range(4)] == [True, False, True, False]
-    assert curriculum.after(0, 0, 30, [20, 40]) == 50
-    assert curriculum.after(1, 50, 30, [20, 40]) == 100
+    assert curriculum.tokens_before_next(0, 0, 30, [20, 40]) == 50
+    assert curriculum.tokens_before_next(1, 50, 30, [20, 40]) == 100
 
 
 def test_anchor_steps_beyond_the_stages_end_need_not_be_known() -> None:
     """Alone the first two reach its end: nobody counts further."""
     curriculum = Curriculum(stage(anchor=0.75, tokens=100))
-    assert curriculum.anchors(1) == 3
-    assert curriculum.after(0, 0, 1, [60, 120]) >= 100
+    assert curriculum.anchor_steps_before(1) == 3
+    assert curriculum.tokens_before_next(0, 0, 1, [60, 120]) >= 100
 
 
 def test_a_stage_of_anchor_steps_alone_is_refused() -> None:

@@ -13,7 +13,7 @@ from vpmoe.api.text import write_yaml
 from vpmoe.data.mixture import interleave
 from vpmoe.rollout.__main__ import main
 from vpmoe.rollout.curriculum import EFFORTS, Curriculum
-from vpmoe.rollout.forecast import Assumptions, Forecast, expect, short
+from vpmoe.rollout.forecast import Assumptions, Forecast, forecast_phases, format_count
 
 ASSUMED = Assumptions(prompt=100, completion={"low": 300, "medium": 700, "high": 9999})
 
@@ -30,7 +30,7 @@ def run(**changes: Any) -> DistillRun:
 def expected(run: DistillRun) -> tuple[OnPolicy, list[Forecast], Forecast]:
     stage = run.stage("onpolicy")
     assert isinstance(stage, OnPolicy)
-    phases = expect(run.spec, stage, ASSUMED)
+    phases = forecast_phases(run.spec, stage, ASSUMED)
     return stage, phases, sum(phases, Forecast())
 
 
@@ -134,11 +134,11 @@ def test_what_cannot_be_planned_is_said_in_a_line(
 def test_lengths_that_cannot_be_read_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["plan", "--run", "run.yaml", "--completion", text])
-    assert "is no effort with its tokens, such as low=300,medium=700,high=2000" in capsys.readouterr().err
+    assert "is not an effort and a number of tokens, such as low=300,medium=700,high=2000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "count, text", [(0, "0"), (999, "999"), (1234, "1.23k"), (1_234_567, "1.23M"), (8_000_000_000, "8B")]
 )
 def test_counts_have_three_digits(count: int, text: str) -> None:
-    assert short(count) == text
+    assert format_count(count) == text

@@ -51,7 +51,7 @@ def spec(run_spec: dict[str, Any]) -> dict[str, Any]:
 
 def check(spec: dict[str, Any], bucket: Bucket) -> None:
     run = DistillRun.parse(spec)
-    gate.check(run, run.spec.stages[-1], bucket)
+    gate.require_validity(run, run.spec.stages[-1], bucket)
 
 
 def write(spec: dict[str, Any], bucket: Bucket, said: Any) -> None:
@@ -84,7 +84,7 @@ def test_validity_0_asks_for_no_evaluation(spec: dict[str, Any], bucket: Bucket)
 
 def test_stages_of_other_kinds_ask_for_nothing(spec: dict[str, Any], bucket: Bucket) -> None:
     run = DistillRun.parse(spec)
-    gate.check(run, run.spec.stages[0], bucket)
+    gate.require_validity(run, run.spec.stages[0], bucket)
 
 
 @pytest.mark.parametrize(
@@ -121,11 +121,11 @@ def test_what_was_not_measured_is_not_enough(
 
 def test_what_is_written_is_read_back() -> None:
     found = evaluation_record.EvaluationRecord.model_validate(MEASURED)
-    assert found.dump() == MEASURED and found.valid == 22 / 30
+    assert found.dump() == MEASURED and found.valid_share == 22 / 30
     assert (
         evaluation_record.EvaluationRecord.model_validate(
             MEASURED | {"completions": 0, "validity": {}, "efforts": {}}
-        ).valid
+        ).valid_share
         is None
     )
 

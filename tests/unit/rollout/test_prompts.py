@@ -28,7 +28,8 @@ from vpmoe.data.spans import FINAL, REASONING, spans_of_documents
 from vpmoe.data.tokenizer import tokenizer
 from vpmoe.data.vocabulary import STOP_IDS
 from vpmoe.failure import Permanent
-from vpmoe.rollout.prompts import VALIDITIES, Prompts, spans, validity
+from vpmoe.rollout.prompts import PromptBuilder, completion_spans, completion_validity
+from vpmoe.rollout.validity import VALIDITIES
 
 OWN = {
     "identity": "You are vpMoE, a large language model.",
@@ -97,7 +98,7 @@ def test_a_prompt_is_what_openai_harmony_renders_for_a_completion(
         SystemContent.new().with_model_identity(OWN["identity"]).with_knowledge_cutoff(OWN["knowledgeCutoff"])
     )
     system = system.with_conversation_start_date(OWN["date"]).with_reasoning_effort(EFFORT[effort])
-    prompts = Prompts(OWN)
+    prompts = PromptBuilder(OWN)
     for user, reasoning, answer in texts():
         messages = [
             Message.from_role_and_content(Role.SYSTEM, system),
@@ -106,7 +107,7 @@ def test_a_prompt_is_what_openai_harmony_renders_for_a_completion(
         expected = oracle.render_conversation_for_completion(
             Conversation.from_messages(messages), Role.ASSISTANT
         )
-        found = prompts.ids(*rendered(renderer, user, reasoning, answer), effort)
+        found = prompts.build(*rendered(renderer, user, reasoning, answer), effort)
         assert found.dtype == np.int32 and found.tolist() == expected
 
 
@@ -116,16 +117,16 @@ def test_what_a_document_goes_on_with_has_the_data_sets_spans_and_is_valid(rende
         ids, of_token = rendered(renderer, user, reasoning, answer)
         start = int(np.flatnonzero(of_token)[0]) + 2  # <|start|>assistant stand in the prompt
         completion = ids[start:-1]
-        assert spans(completion).tolist() == of_token[start:-1].tolist()
-        assert validity(completion) == ("valid" if answer and answer.strip() else "noFinal")
+        assert completion_spans(completion).tolist() == of_token[start:-1].tolist()
+        assert completion_validity(completion) == ("valid" if answer and answer.strip() else "noFinal")
 
 
 def test_a_document_of_another_data_set_is_refused(renderer: Renderer) -> None:
     ids, of_token = rendered(renderer, "q", "r", "a")
     with pytest.raises(Permanent, match="does not begin with the system message"):
-        Prompts(OWN | {"effort": "low"}).ids(ids, of_token, "high")
+        PromptBuilder(OWN | {"effort": "low"}).build(ids, of_token, "high")
     with pytest.raises(ValueError, match="without a supervised token"):
-        Prompts(OWN).ids(ids, np.zeros_like(of_token), "high")
+        PromptBuilder(OWN).build(ids, np.zeros_like(of_token), "high")
 
 
 @pytest.mark.parametrize(
@@ -241,15 +242,15 @@ def test_validity_and_spans(completion: str, wanted: str, final: str | None) -> 
     """`final` is what has that span, at the completion's end where it stands there twice; all else is reasoning. None where all but the
     reasoning message's tokens are final."""
     whole = ids(completion)
-    assert validity(whole) == wanted
+    assert completion_validity(whole) == wanted
     if final is not None:
         part = ids(final)
-        found = whole[spans(whole) == FINAL]
+        found = whole[completion_spans(whole) == FINAL]
         assert found.tolist() == part.tolist()
     else:
         reasoning = len(ids(OPEN + THINK)) if THINK in completion else 0
-        assert (spans(whole) == REASONING).sum() == reasoning
-    assert spans(whole).dtype == np.uint8 and set(spans(whole)) <= {REASONING, FINAL}
+        assert (completion_spans(whole) == REASONING).sum() == reasoning
+    assert completion_spans(whole).dtype == np.uint8 and set(completion_spans(whole)) <= {REASONING, FINAL}
 
 
 PIECES = [
@@ -289,7 +290,7 @@ def test_whatever_is_sampled_is_read_as_openai_harmony_reads_it(
 ) -> None:
     """As far as openai-harmony reads on, a token of content has the span of its message's channel."""
     completion = np.array(sampled if stop is None else [*sampled, stop], np.int32)
-    of_token = spans(completion)
+    of_token = completion_spans(completion)
     assert len(of_token) == len(completion)
     parser = StreamableParser(oracle, Role.ASSISTANT)
     for token, span in zip(completion.tolist(), of_token.tolist(), strict=True):
@@ -299,6 +300,6 @@ def test_whatever_is_sampled_is_read_as_openai_harmony_reads_it(
             break
         if parser.current_channel is not None:
             assert span == (FINAL if parser.current_channel == "final" else REASONING)
-    found = validity(completion)
+    found = completion_validity(completion)
     assert found in VALIDITIES and (found == "truncated") == (stop is None)
     assert found != "valid" or (of_token == FINAL).any()

@@ -7,7 +7,7 @@ import pytest
 from tests.fakes.students import new_seed
 from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.failure import Permanent
-from vpmoe.rollout.prompts import VALIDITIES
+from vpmoe.rollout.validity import VALIDITIES
 from vpmoe.rollout.window_files import (
     Rollout,
     RolloutHeader,
@@ -55,15 +55,15 @@ def test_what_goes_in_comes_out() -> None:
     random = np.random.default_rng(new_seed())
     held = rollouts(random)
     found = read_rollouts(rollouts_bytes(ABOUT, held), "here")
-    assert found.about == ABOUT
+    assert found.header == ABOUT
     for one, other in zip(held, found.rollouts, strict=True):
-        assert (one.prompt, one.rollout, one.document, one.effort, one.validity, one.asked) == (
+        assert (one.prompt, one.rollout, one.document, one.effort, one.validity, one.prompt_length) == (
             other.prompt,
             other.rollout,
             other.document,
             other.effort,
             other.validity,
-            other.asked,
+            other.prompt_length,
         )
         for name in ("ids_T", "span_C", "logp_C"):
             assert (getattr(one, name) == getattr(other, name)).all() and getattr(one, name).dtype == getattr(

@@ -17,9 +17,15 @@ from tests.fakes.curricula import A_STEP, PARTS, SHARES, at, stage, windows
 from tests.fakes.students import new_seed
 from vpmoe.api.stages import MaxTokens
 from vpmoe.data.packing import order
-from vpmoe.rollout.back_pressure import ORDER, Adjustment
+from vpmoe.rollout.back_pressure import ADJUSTMENTS, Adjustment
 from vpmoe.rollout.curriculum import EFFORTS, Curriculum, Level
-from vpmoe.rollout.windows import Windows, effort, longest, request_seed, rollouts
+from vpmoe.rollout.windows import (
+    WindowSchedule,
+    completion_limit,
+    draw_effort,
+    request_seed,
+    rollouts_per_prompt,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -93,7 +99,7 @@ def test_no_two_rollouts_share_a_seed(seed: int) -> None:
 
 @given(st.fractions(1, 64, max_denominator=997), st.integers(1, 600))
 def test_the_rollouts_of_a_window_are_the_mean_and_spread_evenly(mean: Fraction, prompts: int) -> None:
-    found = rollouts(Level(0, (Fraction(1), Fraction(0), Fraction(0)), mean), prompts)
+    found = rollouts_per_prompt(Level(0, (Fraction(1), Fraction(0), Fraction(0)), mean), prompts)
     assert len(found) == prompts and sum(found) == int(prompts * mean)
     assert set(found) <= {int(mean), -int(-mean // 1)}
     assert all(abs(sum(found[:n]) - n * mean) < 1 for n in range(prompts)), (
@@ -114,7 +120,7 @@ def test_efforts_are_drawn_by_their_shares(shares: tuple[float, ...]) -> None:
     seed, windows_, prompts = new_seed(), 40, 500
     level = Level(0, tuple(Fraction(str(share)) for share in shares), Fraction(1))
     drawn = Counter(
-        effort(level, seed, window, prompt) for window in range(windows_) for prompt in range(prompts)
+        draw_effort(level, seed, window, prompt) for window in range(windows_) for prompt in range(prompts)
     )
     for name, share in zip(EFFORTS, shares, strict=True):
         assert (
@@ -136,7 +142,9 @@ def test_a_window_names_its_version_and_phase() -> None:
         assert found.version == it.curriculum.version_of(number)
         assert (
             found.phase
-            == Curriculum(it.curriculum.stage).at(A_STEP * it.curriculum.published_after(found.version)).phase
+            == Curriculum(it.curriculum.stage)
+            .level_at(A_STEP * it.curriculum.steps_trained(found.version))
+            .phase
         )
     assert {at(it, number).phase for number in (0, 60, 120)} == {0, 1, 2}
 
@@ -144,13 +152,16 @@ def test_a_window_names_its_version_and_phase() -> None:
 def test_turns_ask_for_less_from_their_window_on_and_of_nothing_else() -> None:
     it = windows(prompts=400, curriculum=[{"share": 1, "effort": {"low": 0.2, "medium": 0.2, "high": 0.6}}])
     turns = [
-        Adjustment(number=number, window=10 * number, knob=knob, waiting=0.6)
-        for number, knob in enumerate(ORDER, 1)
+        Adjustment(number=number, window=10 * number, setting=knob, waiting=0.6)
+        for number, knob in enumerate(ADJUSTMENTS, 1)
     ]
     bounds, shares = [], []
     for number in (9, 10, 20, 30, 40, 50):
         plain, found = at(it, number), at(it, number, turns)
-        assert found.turns == number // 10 and (found.version, found.phase) == (plain.version, plain.phase)
+        assert found.adjustments == number // 10 and (found.version, found.phase) == (
+            plain.version,
+            plain.phase,
+        )
         assert [(p.document, p.seeds) for p in found.prompts] == [
             (p.document, p.seeds) for p in plain.prompts
         ]
@@ -167,7 +178,7 @@ def test_turns_ask_for_less_from_their_window_on_and_of_nothing_else() -> None:
 
 def test_a_bound_is_never_turned_to_nothing() -> None:
     it = windows(rollout={"promptsPerWindow": 1, "maxTokens": {"low": 1, "medium": 2, "high": 3}})
-    turns = [Adjustment(number=number, window=0, knob="maxTokens", waiting=0.6) for number in (1, 2)]
+    turns = [Adjustment(number=number, window=0, setting="maxTokens", waiting=0.6) for number in (1, 2)]
     assert at(it, 0, turns).max_tokens == MaxTokens(low=1, medium=1, high=1)
 
 
@@ -184,16 +195,16 @@ def test_a_bound_is_never_turned_to_nothing() -> None:
 def test_a_completion_ends_with_its_effort_or_with_the_sequence(
     prompt: int, effort: str, sequence: int, bound: int
 ) -> None:
-    assert longest(prompt, effort, MaxTokens(), sequence) == bound
+    assert completion_limit(prompt, effort, MaxTokens(), sequence) == bound
 
 
 def test_a_prompt_that_fills_the_sequence_is_refused() -> None:
     with pytest.raises(
         ValueError, match="a prompt of 64 tokens leaves no room for an answer in a sequence of 64"
     ):
-        longest(64, "low", MaxTokens(), 64)
+        completion_limit(64, "low", MaxTokens(), 64)
 
 
 def test_no_document_at_all_is_refused() -> None:
     with pytest.raises(ValueError, match="no document in any part"):
-        Windows(stage(), 1, [0, 0])
+        WindowSchedule(stage(), 1, [0, 0])

@@ -27,7 +27,7 @@ from tests.fakes.tiny_teacher import LONGEST
 from tests.fakes.waiting import wait_until
 from vpmoe.api import DistillRun
 from vpmoe.api.stages import MaxTokens, OnPolicy
-from vpmoe.data.dataset import load
+from vpmoe.data.dataset import load_dataset
 from vpmoe.data.packing import BatchPlan, documents, firsts
 from vpmoe.data.preprocess.encode import Encoders
 from vpmoe.data.preprocess.preprocess import preprocess
@@ -35,15 +35,15 @@ from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.data.vocabulary import STOP_IDS
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.inference import hf_model
-from vpmoe.inference.engine_pool import Completion, Engines, Request
+from vpmoe.inference.engine_pool import Completion, EnginePool, SamplingRequest
 from vpmoe.model.learner import Learner
 from vpmoe.provenance import Provenance
 from vpmoe.rollout import policy_version, prompts
 from vpmoe.rollout.back_pressure import Adjustment
-from vpmoe.rollout.back_pressure import write as write_turn
+from vpmoe.rollout.back_pressure import write_adjustment as write_turn
 from vpmoe.rollout.curriculum import Curriculum
-from vpmoe.rollout.window_files import Sampled, read_rollouts, rollouts_bytes
-from vpmoe.rollout.windows import Windows
+from vpmoe.rollout.window_files import WindowRollouts, read_rollouts, rollouts_bytes
+from vpmoe.rollout.windows import WindowSchedule
 from vpmoe.sampler import sampler
 from vpmoe.storage import Bucket, StorageError, manifest, paths
 
@@ -95,7 +95,7 @@ class World:
 
     run: DistillRun
     bucket: Bucket
-    engines: Engines
+    engines: EnginePool
     students: list[Student]
     scratch: Path
     file: Path
@@ -116,7 +116,7 @@ class World:
         """What the job does, with the engine that all tests share; it must seem to be new."""
         self.engines.loaded = False
         who = provenance(self.run, "onpolicy-sampler")
-        sampler.sample(
+        sampler.sample_stage(
             self.run,
             self.stage,
             self.bucket,
@@ -129,7 +129,7 @@ class World:
     def key(self, number: int) -> str:
         return paths.window(self.run, "onpolicy", number, "rollouts")
 
-    def window(self, number: int) -> Sampled:
+    def window(self, number: int) -> WindowRollouts:
         return read_rollouts(self.bucket.get(self.key(number)), self.key(number))
 
     def windows(self) -> list[int]:
@@ -144,7 +144,7 @@ class World:
 
     def tokens_of(self, number: int) -> int:
         """What the trainer would say of version `number`: all steps up to its last window's."""
-        about = self.window(number - 1).about
+        about = self.window(number - 1).header
         return about.seen + about.tokens
 
 
@@ -174,7 +174,7 @@ def spec(s3: S3, sample_parquet: list[Path]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def world(spec: dict[str, Any], engines: Engines, students: list[Student], tmp_path: Path) -> World:
+def world(spec: dict[str, Any], engines: EnginePool, students: list[Student], tmp_path: Path) -> World:
     named = spec | {"metadata": {"name": f"r{secrets.token_hex(4)}", "namespace": "default"}}
     run = DistillRun.parse(named)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(named))
@@ -196,7 +196,7 @@ def finish(world: World) -> None:
                 world.bucket,
                 world.run,
                 "onpolicy",
-                Adjustment(number=1, window=4, knob="maxTokens", waiting=0.7),
+                Adjustment(number=1, window=4, setting="maxTokens", waiting=0.7),
                 {},
             )
             world.publish(2, world.tokens_of(2))
@@ -220,9 +220,9 @@ def check_window(
     """Everything that a window's file says, worked out anew; returns what the stage has seen before the next."""
     student = world.students[0 if number < 3 else 1]
     sampled = world.window(number)
-    about, curriculum = sampled.about, Curriculum(world.stage)
+    about, curriculum = sampled.header, Curriculum(world.stage)
     of = 0 if number < 3 else 2
-    found = policy_version.find(world.bucket, world.run, "onpolicy", of)
+    found = policy_version.find_version(world.bucket, world.run, "onpolicy", of)
     assert found
     published, facts = found
     assert (about.run, about.config, about.stage) == (
@@ -233,20 +233,20 @@ def check_window(
     assert (about.window, about.version, about.weights, about.seen) == (
         number,
         of,
-        policy_version.content_of(published),
+        policy_version.weights_digest(published),
         seen,
     )
     assert about.turns == (number == 4) and about.tokens == sum(len(one.ids_T) for one in sampled.rollouts)
     after = seen + about.tokens + int(anchors[0]) * (number == 2) if number != 4 else seen + about.tokens
-    assert after == curriculum.after(number, seen, about.tokens, anchors)
+    assert after == curriculum.tokens_before_next(number, seen, about.tokens, anchors)
     assert about.last == (after >= TOKENS) == (number == 4)
     spec = world.run.spec.training
-    asked = Windows(world.stage, spec.seed, [len(lengths) for lengths in parts.lengths], FIRST_PROMPT).window(
-        number, facts.tokens
-    )
+    asked = WindowSchedule(
+        world.stage, spec.seed, [len(lengths) for lengths in parts.lengths], FIRST_PROMPT
+    ).window(number, facts.tokens)
     assert about.phase == asked.phase
     bounds = MaxTokens(low=12, medium=18, high=30) if number == 4 else world.stage.rollout.max_tokens
-    templates = prompts.Prompts(load(world.run, world.bucket).facts["settings"]["conversation"])
+    templates = prompts.PromptBuilder(load_dataset(world.run, world.bucket).facts["settings"]["conversation"])
     numbers = np.array([one.document for one in asked.prompts], np.int32)
     read = [
         parts.read(one)
@@ -260,24 +260,27 @@ def check_window(
             one.document,
             one.effort,
         )
-        assert made.ids_T[: made.asked].tolist() == templates.ids(*read[one.place], one.effort).tolist()
-        completion = made.ids_T[made.asked :]
+        assert (
+            made.ids_T[: made.prompt_length].tolist()
+            == templates.build(*read[one.place], one.effort).tolist()
+        )
+        completion = made.ids_T[made.prompt_length :]
         stops = np.flatnonzero(np.isin(completion, STOP_IDS))
         bound = getattr(bounds, one.effort)
         assert (
             stops.tolist() == [len(completion) - 1] if len(completion) < bound else set(stops) <= {bound - 1}
         ), "it ends there, and only there"
-        assert len(completion) <= bound and made.validity == prompts.validity(completion)
-        assert made.span_C.tolist() == prompts.spans(completion).tolist()
-    model = hf_model.load(student.folder, policy_versions.TINY)
+        assert len(completion) <= bound and made.validity == prompts.completion_validity(completion)
+        assert made.span_C.tolist() == prompts.completion_spans(completion).tolist()
+    model = hf_model.load_student(student.folder, policy_versions.TINY)
     trainers = policy_versions.trainers(student.it, [made.ids_T for made in sampled.rollouts])
     for made, says in zip(sampled.rollouts, trainers, strict=True):
         ids = torch.from_numpy(made.ids_T.astype(np.int64))
         with torch.no_grad():
             logits_TV = model(ids[None]).logits[0]
         logp = logits_TV[:-1].double().log_softmax(1).gather(1, ids[1:, None])[:, 0].numpy()
-        assert np.abs(made.logp_C - logp[made.asked - 1 :]).max() <= TOLERANCE
-        assert np.abs(made.logp_C - says[made.asked - 1 :]).max() <= TOLERANCE
+        assert np.abs(made.logp_C - logp[made.prompt_length - 1 :]).max() <= TOLERANCE
+        assert np.abs(made.logp_C - says[made.prompt_length - 1 :]).max() <= TOLERANCE
     return after
 
 
@@ -285,7 +288,7 @@ def test_a_stage_is_sampled_to_its_end_from_the_versions_that_it_must_be_sampled
     world.publish(0)
     finish(world)
     assert world.windows() == [0, 1, 2, 3, 4]
-    made = load(world.run, world.bucket)
+    made = load_dataset(world.run, world.bucket)
     parts = DatasetReader(made, "train", BlockCache(world.bucket, world.scratch / "blocks"))
     training = world.run.spec.training
     anchors = BatchPlan(parts.lengths, training.seed, training.sequence_length).steps(0, 4, TOKENS)
@@ -316,7 +319,7 @@ def test_a_stage_is_sampled_to_its_end_from_the_versions_that_it_must_be_sampled
     assert lines[3]["waitWeights"] > lines[1]["waitWeights"] == lines[4]["waitWeights"] == 0
     for number, line in enumerate(lines):
         window = world.window(number)
-        assert (line["rollouts"], line["tokens"]) == (len(window.rollouts), window.about.tokens) and line[
+        assert (line["rollouts"], line["tokens"]) == (len(window.rollouts), window.header.tokens) and line[
             "tokensPerSecond"
         ] > 0
         for effort, count in line["effort"].items():
@@ -394,7 +397,7 @@ def test_what_comes_after_the_stages_end_is_not_written(world: World) -> None:
     world.publish(0)
     engines = Meddled(world.engines)
     world.sample(engines=engines)
-    assert engines.requests == [15] and world.windows() == [0] and world.window(0).about.last
+    assert engines.requests == [15] and world.windows() == [0] and world.window(0).header.last
     assert (world.progress()["message"], world.progress()["parts"]) == ("Complete", {"done": 1, "total": 1})
     folder = paths.metrics(world.run, "onpolicy-sampler", "").removesuffix(".jsonl")
     assert len(list(world.bucket.list(folder))) == 1
@@ -425,7 +428,7 @@ class Meddled:
 
     def __init__(
         self,
-        engines: Engines,
+        engines: EnginePool,
         before: Callable[[], object] = lambda: None,
         after: Callable[[], object] = lambda: None,
     ) -> None:
@@ -437,7 +440,7 @@ class Meddled:
     def loaded(self) -> bool:
         return self._engines.loaded
 
-    def sample(self, requests: list[Request], check_stop: Callable[[], None]) -> list[Completion]:
+    def sample(self, requests: list[SamplingRequest], check_stop: Callable[[], None]) -> list[Completion]:
         self._before()
         self.requests.append(len(requests))
         found = self._engines.sample(requests, check_stop)
@@ -450,13 +453,13 @@ def test_whoever_writes_a_window_first_is_right(world: World) -> None:
     world.publish(0)
     world.sample(engines=once(world))
     first, second = world.window(0), world.window(1)
-    fewer = first.about.model_copy(update={"tokens": sum(len(one.ids_T) for one in first.rollouts[:4])})
+    fewer = first.header.model_copy(update={"tokens": sum(len(one.ids_T) for one in first.rollouts[:4])})
     theirs = rollouts_bytes(fewer, first.rollouts[:4])
     for number in range(3):
         world.bucket.delete(world.key(number))
     world.sample(engines=once(world, lambda: world.bucket.create(world.key(0), theirs, {})))
     assert world.bucket.get(world.key(0)) == theirs
-    assert world.window(1).about == second.about.model_copy(update={"seen": fewer.tokens})
+    assert world.window(1).header == second.header.model_copy(update={"seen": fewer.tokens})
 
 
 def once(world: World, meddle: Callable[[], object] = lambda: None) -> Meddled:
@@ -509,7 +512,7 @@ def test_another_student_than_the_trainers_is_found_out_by_its_probe(world: Worl
     """One tensor of a later layer, a little: the files are what the manifest says, and the manifest is not what the trainer computed."""
     good = world.students[0]
     world.publish(5, which=0)
-    facts = policy_version.find(world.bucket, world.run, "onpolicy", 5)
+    facts = policy_version.find_version(world.bucket, world.run, "onpolicy", 5)
     assert facts
     held = load_file(good.folder / "model-00001.safetensors")
     held["model.layers.2.mlp.experts.down"] *= 1.01
@@ -546,7 +549,7 @@ def test_a_window_of_another_configuration_is_refused(world: World) -> None:
     world.sample(engines=once(world))
     found = world.window(2)
     world.bucket.delete(world.key(2))
-    data = rollouts_bytes(found.about.model_copy(update={"config": "0" * 64}), found.rollouts)
+    data = rollouts_bytes(found.header.model_copy(update={"config": "0" * 64}), found.rollouts)
     world.bucket.create(world.key(2), data, {})
     with pytest.raises(
         Permanent,

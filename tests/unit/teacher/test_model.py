@@ -48,19 +48,19 @@ def test_what_comes_later_does_not_change_a_run_s_teacher(run: DistillRun, bucke
     before = model.resolve_teacher(run, bucket)
     bucket.put_bytes("models/teacher/generation_config.json", b"{}", {})
     assert model.resolve_teacher(run, bucket) == before
-    assert model.discover(run.spec.teacher.model, bucket).sha256 != before.sha256
+    assert model.find_teacher(run.spec.teacher.model, bucket).sha256 != before.sha256
 
 
 def test_the_same_files_elsewhere_are_the_same_teacher(run: DistillRun, bucket: Bucket) -> None:
     for name, data in FILES.items():
         bucket.put_bytes(f"copy/{name}", data, {})
-    copy = model.discover(f"s3://{bucket.name}/copy/", bucket)
+    copy = model.find_teacher(f"s3://{bucket.name}/copy/", bucket)
     assert copy.sha256 == model.resolve_teacher(run, bucket).sha256 and copy.model != run.spec.teacher.model
 
 
 def test_a_folder_that_is_no_model_is_refused(run: DistillRun, bucket: Bucket) -> None:
     with pytest.raises(Permanent, match=r"teacher.model: s3://.*/models/teach has no config.json"):
-        model.discover(
+        model.find_teacher(
             f"s3://{bucket.name}/models/teach", bucket
         )  # a prefix of the folder's name is not the folder
 
@@ -78,10 +78,10 @@ def test_fetching_brings_the_files_and_goes_on_where_it_ended(
             raise Terminated("asked to stop")
 
     with pytest.raises(Terminated):
-        model.fetch(found, bucket, tmp_path, stop_after_some)
+        model.fetch_teacher(found, bucket, tmp_path, stop_after_some)
     assert not list(tmp_path.glob("*/.model*")) and not list(tmp_path.glob("*/model*"))
     kept = (tmp_path / found.sha256[:16] / "config.json").stat()
-    directory = model.fetch(found, bucket, tmp_path)
+    directory = model.fetch_teacher(found, bucket, tmp_path)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == {
         name: FILES[name] for name in FILES if "/" not in name
     }
@@ -94,7 +94,7 @@ def test_a_file_that_was_changed_since_is_refused(run: DistillRun, bucket: Bucke
     with pytest.raises(
         StorageError, match=r"models/teacher/config.json: .* the run was resolved to 22 bytes"
     ):
-        model.fetch(found, bucket, tmp_path)
+        model.fetch_teacher(found, bucket, tmp_path)
 
 
 def on_the_hub(endpoint: str, code: str, folder: Path) -> str:
@@ -166,11 +166,11 @@ def test_the_vocabulary_of_the_data_sets_is_taken(tmp_path: Path, tokenizer_json
         "tokenizer_json": json.dumps(tokenizer_json).encode(),
         "o200k_tiktoken": vocabulary_file.packaged(),
     }
-    model.check(directory(tmp_path, {"vocab_size": 201088}, **files))
+    model.check_vocabulary(directory(tmp_path, {"vocab_size": 201088}, **files))
 
 
 def test_a_directory_without_tokenizer_files_is_fine(tmp_path: Path) -> None:
-    model.check(directory(tmp_path, {"vocab_size": 201088}))
+    model.check_vocabulary(directory(tmp_path, {"vocab_size": 201088}))
 
 
 def swapped(said: dict[str, Any]) -> None:
@@ -200,13 +200,13 @@ def test_another_tokenizer_json_is_refused(
         Permanent,
         match=r"tokenizer.json: its tokens are another vocabulary .* Give a model with GPT-OSS' tokenizer",
     ):
-        model.check(tmp_path)
+        model.check_vocabulary(tmp_path)
 
 
 def test_another_tiktoken_file_is_refused(tmp_path: Path) -> None:
     directory(tmp_path, {"vocab_size": 201088}, cl100k_tiktoken=vocabulary_file.packaged()[:-20])
     with pytest.raises(Permanent, match=r"cl100k.tiktoken: its tokens are another vocabulary"):
-        model.check(tmp_path)
+        model.check_vocabulary(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_another_vocabulary_size_is_refused(tmp_path: Path, config: dict[str, An
     with pytest.raises(
         Permanent, match=rf"config.json says vocab_size {config.get('vocab_size')}, .* such as GPT-OSS"
     ):
-        model.check(directory(tmp_path, config))
+        model.check_vocabulary(directory(tmp_path, config))
 
 
 @pytest.mark.parametrize(
@@ -242,12 +242,12 @@ def test_the_dtype_is_the_checkpoint_s(
     }
     save_file(weights, directory(tmp_path, config) / "model-00002-of-00002.safetensors")
     save_file({"blocks": torch.zeros(3, dtype=torch.uint8)}, tmp_path / "model-00001-of-00002.safetensors")
-    assert model.dtype(tmp_path) == expected
+    assert model.checkpoint_dtype(tmp_path) == expected
 
 
 def test_a_checkpoint_that_declares_no_dtype_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Permanent, match=r"Add dtype to config.json"):
-        model.dtype(directory(tmp_path, {}))
+        model.checkpoint_dtype(directory(tmp_path, {}))
 
 
 def test_asking_about_the_teacher_imports_neither_torch_nor_vllm() -> None:

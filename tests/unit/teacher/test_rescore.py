@@ -33,7 +33,7 @@ from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Manifest
 from vpmoe.storage.verify import verify
 from vpmoe.teacher import histogram, scores
-from vpmoe.teacher.part import FLOOR, stored
+from vpmoe.teacher.part import MIN_LOGP, to_float16
 
 ROOT = Path(__file__).parents[3]
 SCRATCH: Path
@@ -125,7 +125,7 @@ def test_every_picked_document_is_scored_and_every_number_can_be_counted_again(
 ) -> None:
     spec["spec"]["teacher"]["effort"] = "low"
     found = made(spec, scorer)
-    source = dataset.load(DistillRun.parse(spec), bucket)
+    source = dataset.load_dataset(DistillRun.parse(spec), bucket)
     own, said = (
         documents(bucket, source, ("tokens", "spans"), tmp_path),
         documents(bucket, found, ("logp",), tmp_path),
@@ -145,7 +145,7 @@ def test_every_picked_document_is_scored_and_every_number_can_be_counted_again(
             assert after["reasoning"] is None and after["final"] is None
             continue
         assert np.isfinite(logp_T[span_T > 0]).all() and np.isnan(logp_T[-1])
-        alone_T = effort.back(next(scorer.score([effort.sent(before["tokens"])])))
+        alone_T = effort.from_teacher(next(scorer.score([effort.to_teacher(before["tokens"])])))
         assert np.array_equal(np.isnan(logp_T), np.isnan(alone_T))
         # alone and in a batch sums are in other orders: 1e-4 as against transformers, and a float16 keeps 2^-11 of a value
         assert np.nanmax(np.abs(logp_T.astype(np.float64) - alone_T) - np.abs(alone_T) * 2.0**-11) <= 1e-4
@@ -170,7 +170,7 @@ def test_every_picked_document_is_scored_and_every_number_can_be_counted_again(
     assert sum(facts["tokens"].values()) <= 0.4 * (
         source.facts["splits"]["train"]["reasoning"] + source.facts["splits"]["train"]["final"]
     )
-    assert (facts["effort"], facts["dataset"]["content"]) == ("low", scores.content_of(source))
+    assert (facts["effort"], facts["dataset"]["content"]) == ("low", scores.training_content(source))
     assert found.inputs["dataset"].digest == {"sha256": source.sha256}
     assert progress(spec, bucket)["parts"] == {"done": 3, "total": 3}
     assert not verify(bucket, found.key.rpartition("/")[0], print).failed
@@ -180,7 +180,7 @@ def test_a_longest_first_subset_holds_the_longest(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, tmp_path: Path
 ) -> None:
     spec["spec"]["stages"][1]["subset"] = {"fraction": 0.3, "languages": ["en"], "exercises": ["rag", "mcq"]}
-    source = dataset.load(DistillRun.parse(spec), bucket)
+    source = dataset.load_dataset(DistillRun.parse(spec), bucket)
     found = made(spec, scorer)
     own, said = (
         documents(bucket, source, ("tokens", "spans"), tmp_path),
@@ -226,7 +226,7 @@ def test_what_decides_the_scores_is_their_id(
         with Encoders(1) as encoders:
             preprocess(run, bucket, provenance(run, "rescore"), threading.Event(), None, encoders)
         (stage,) = (stage for stage in run.spec.stages if isinstance(stage, Rescored))
-        return scores.resolve(run, stage, bucket, dataset.load(run, bucket)).id
+        return scores.resolve_scores(run, stage, bucket, dataset.load_dataset(run, bucket)).id
 
     before = resolved()
     spec["metadata"]["name"] = "the-same"
@@ -321,7 +321,7 @@ def test_a_worker_killed_at_any_record_goes_on_there_with_the_same_bytes(
         assert len(records) >= already
     if bucket.exists(found.manifest):
         bucket.delete(found.manifest)  # killed too late: take the last act back
-    with Remote(teacher_address, scorer.longest) as after:
+    with Remote(teacher_address, scorer.max_length) as after:
         assert bytes_of(made(spec, after)) == bytes_of(undisturbed)
 
 
@@ -352,7 +352,7 @@ def test_a_worker_that_is_asked_to_stop_does_so_before_the_next_batch(
         do(spec, scorer, stopping=stopping)
     assert scorer.sequences <= 5
     run = DistillRun.parse(spec)
-    (found,) = scores.resolve_all(run, bucket, dataset.load(run, bucket))
+    (found,) = scores.resolve_all_scores(run, bucket, dataset.load_dataset(run, bucket))
     assert not [
         seen.key for seen in bucket.list(found.folder) if "/train/" in seen.key or "/parts/" in seen.key
     ]
@@ -371,9 +371,9 @@ def test_scores_of_another_content_are_refused(spec: dict[str, Any], bucket: Buc
     refused = rf"the scores are of content {found.content}, but data set .* Delete s3://.*/scores/{found.id} to have it scored again"
     with pytest.raises(Permanent, match=f"manifest.json: {refused}"):
         do(spec, scorer)
-    (changed,) = scores.resolve_all(run, bucket, dataset.load(run, bucket))
+    (changed,) = scores.resolve_all_scores(run, bucket, dataset.load_dataset(run, bucket))
     with pytest.raises(Permanent, match=refused):
-        scores.load(changed, bucket)
+        scores.load_scores(changed, bucket)
     bucket.delete(found.manifest)
     with pytest.raises(Permanent, match=f"origin.json: {refused}"):
         do(spec, scorer)
@@ -424,8 +424,8 @@ def test_a_teacher_that_gives_no_number_is_refused(
     ],
 )
 def test_what_is_stored_has_one_form(value: float, bits: int) -> None:
-    assert stored(np.array([value], np.float32)).view(np.uint16).tolist() == [bits]
-    assert np.array([0xD640], np.uint16).view(np.float16)[0] == FLOOR
+    assert to_float16(np.array([value], np.float32)).view(np.uint16).tolist() == [bits]
+    assert np.array([0xD640], np.uint16).view(np.float16)[0] == MIN_LOGP
 
 
 def test_the_job_ends_when_told_goes_on_when_started_again_and_has_nothing_to_do_at_last(
@@ -455,7 +455,7 @@ def test_the_job_ends_when_told_goes_on_when_started_again_and_has_nothing_to_do
         )
 
     run = DistillRun.parse(spec)
-    (found,) = scores.resolve_all(run, bucket, dataset.load(run, bucket))
+    (found,) = scores.resolve_all_scores(run, bucket, dataset.load_dataset(run, bucket))
     process = start()
     wait_for(lambda: bool(scores.done_parts(found, bucket)), process)
     process.send_signal(signal.SIGTERM)

@@ -29,8 +29,8 @@ from vpmoe.failure import Permanent, Terminated
 from vpmoe.rollout.window_files import (
     Rollout,
     RolloutHeader,
-    Sampled,
     ScoresHeader,
+    WindowRollouts,
     read_rollouts,
     read_scores,
     rollouts_bytes,
@@ -128,15 +128,15 @@ def key(spec: dict[str, Any], window: int, kind: str) -> str:
 
 def sample(
     spec: dict[str, Any], bucket: Bucket, window: int, random: np.random.Generator, last: bool = False
-) -> Sampled:
+) -> WindowRollouts:
     """Put a window's rollouts where the sampler does."""
     data = rollouts_bytes(about(spec, window, last), rollouts(random))
     assert bucket.create(key(spec, window, "rollouts"), data, {})
     return read_rollouts(data, "here")
 
 
-def scored(spec: dict[str, Any], bucket: Bucket, held: Sampled) -> list[NDArray[np.float32]]:
-    where = key(spec, held.about.window, "scores")
+def scored(spec: dict[str, Any], bucket: Bucket, held: WindowRollouts) -> list[NDArray[np.float32]]:
+    where = key(spec, held.header.window, "scores")
     return read_scores(bucket.get(where), where, held)
 
 
@@ -194,7 +194,7 @@ def test_every_sampled_token_has_the_log_probability_that_transformers_gives_it(
     for one in held:
         for rollout, logp_C in zip(one.rollouts, scored(spec, bucket, one), strict=True):
             wanted_T = expected(reference, rollout.ids_T)
-            assert np.abs(logp_C - wanted_T[rollout.asked :]).max() <= TOLERANCE
+            assert np.abs(logp_C - wanted_T[rollout.prompt_length :]).max() <= TOLERANCE
     said = progress(spec, bucket)
     assert (said["state"], said["parts"]) == ("Succeeded", {"done": 2, "total": 2})
     lines = metrics(spec, bucket)
@@ -243,7 +243,7 @@ def test_two_workers_take_turns_and_the_bytes_are_one_workers(
     spec["metadata"]["name"] = "two"
     for one in held:
         bucket.create(
-            key(spec, one.about.window, "rollouts"), rollouts_bytes(renamed(spec, one), one.rollouts), {}
+            key(spec, one.header.window, "rollouts"), rollouts_bytes(renamed(spec, one), one.rollouts), {}
         )
     assert do(spec, scorer, worker=0) == 3
     assert progress(spec, bucket)["state"] == "Running" and progress(spec, bucket)["parts"] == {
@@ -263,9 +263,9 @@ def test_two_workers_take_turns_and_the_bytes_are_one_workers(
     )
 
 
-def renamed(spec: dict[str, Any], held: Sampled) -> RolloutHeader:
-    ours = about(spec, held.about.window, held.about.last)
-    return held.about.model_copy(update={"run": ours.run, "config": ours.config})
+def renamed(spec: dict[str, Any], held: WindowRollouts) -> RolloutHeader:
+    ours = about(spec, held.header.window, held.header.last)
+    return held.header.model_copy(update={"run": ours.run, "config": ours.config})
 
 
 def numbers(data: bytes) -> list[bytes]:
@@ -355,7 +355,7 @@ def test_a_teacher_killed_anywhere_goes_on_at_its_first_window_without_scores_wi
             for window in range(6)
             if bucket.exists(where := key(spec, window, "scores"))
         }
-    with Remote(teacher_address, scorer.longest) as after:
+    with Remote(teacher_address, scorer.max_length) as after:
         assert do(spec, after, attempt=4) == 6 - len(etags)
     assert bytes_of(spec, bucket, 6) == undisturbed
     assert [line["window"] for line in metrics(spec, bucket)] == list(range(6)), (
@@ -384,7 +384,7 @@ def test_the_first_writer_of_a_windows_scores_wins_and_the_other_goes_on(
     asked = scorer.score
     theirs = [np.full(len(one.logp_C), -2, np.float32) for one in held[0].rollouts]
     said = ScoresHeader(
-        run=held[0].about.run, stage="onpolicy", window=0, rollouts=held[0].sha256, teacher="t" * 64
+        run=held[0].header.run, stage="onpolicy", window=0, rollouts=held[0].sha256, teacher="t" * 64
     )
 
     def score(*arguments: Any) -> Iterator[NDArray[np.float32]]:
@@ -402,7 +402,7 @@ def test_scores_of_other_rollouts_in_the_way_are_refused(
 ) -> None:
     held = sample(spec, bucket, 0, np.random.default_rng(new_seed()), last=True)
     asked = scorer.score
-    said = ScoresHeader(run=held.about.run, stage="onpolicy", window=0, rollouts="0" * 64, teacher="t" * 64)
+    said = ScoresHeader(run=held.header.run, stage="onpolicy", window=0, rollouts="0" * 64, teacher="t" * 64)
 
     def score(*arguments: Any) -> Iterator[NDArray[np.float32]]:
         yield from asked(*arguments)

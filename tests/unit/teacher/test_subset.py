@@ -15,7 +15,7 @@ from vpmoe.teacher import subset
 EN, FR, NONE = ("en", "mcq"), ("fr", "mcq"), ("unknown", "unknown")
 
 
-def part(*documents: tuple[tuple[str, str], int, int]) -> subset.Documents:
+def part(*documents: tuple[tuple[str, str], int, int]) -> subset.DocumentLabels:
     """One part of documents (label, reasoning tokens, final tokens)."""
     rows = [
         {"language": of[0], "exercise": of[1], "reasoning": reasoning, "final": final}
@@ -29,14 +29,14 @@ def part(*documents: tuple[tuple[str, str], int, int]) -> subset.Documents:
             ("final", pa.int32()),
         ]
     )
-    return subset.documents(pa.Table.from_pylist(rows, schema=schema))
+    return subset.document_labels(pa.Table.from_pylist(rows, schema=schema))
 
 
-def picked(parts: list[subset.Documents], seed: str = "d", **fields: Any) -> list[list[int]]:
+def picked(parts: list[subset.DocumentLabels], seed: str = "d", **fields: Any) -> list[list[int]]:
     """For each part, the numbers of the documents that are picked."""
     return [
         np.flatnonzero(of_part).tolist()
-        for of_part in subset.pick(parts, Subset.model_validate({"fraction": 1.0} | fields), seed)
+        for of_part in subset.pick_documents(parts, Subset.model_validate({"fraction": 1.0} | fields), seed)
     ]
 
 
@@ -80,7 +80,7 @@ def test_a_document_without_labels_belongs_to_unknown() -> None:
             "final": pa.array([1, 1, 1], pa.int32()),
         }
     )
-    found = subset.documents(table)
+    found = subset.document_labels(table)
     assert [found.labels[label] for label in found.label_D] == [
         ("en", "unknown"),
         ("unknown", "mcq"),
@@ -116,7 +116,7 @@ subsets = st.builds(
 @given(st.lists(documents, min_size=1, max_size=4), subsets)
 def test_the_invariants_hold(rows: list[list[Any]], chosen: Subset) -> None:
     parts = [part(*of_part) for of_part in rows]
-    result = subset.pick(parts, chosen, "d")
+    result = subset.pick_documents(parts, chosen, "d")
     assert [len(of_part) for of_part in result] == [len(of_part) for of_part in rows]
     all_documents = [
         (place, number, *row) for place, of_part in enumerate(rows) for number, row in enumerate(of_part)
@@ -128,12 +128,12 @@ def test_the_invariants_hold(rows: list[list[Any]], chosen: Subset) -> None:
     tokens: Counter[Any] = Counter()
     for place, number, label, reasoning, final in all_documents:
         if (place, number) in taken:
-            assert subset.wanted(label, chosen), "only listed exercises and languages are picked"
+            assert subset.is_eligible(label, chosen), "only listed exercises and languages are picked"
             tokens[label] += reasoning + final
     assert tokens.total() <= budget, "the documents picked have at most the budget"
-    groups = sorted({label for *_, label, _, _ in all_documents if subset.wanted(label, chosen)})
+    groups = sorted({label for *_, label, _, _ in all_documents if subset.is_eligible(label, chosen)})
     supply = [sum(r + f for *_, label, r, f in all_documents if label == group) for group in groups]
-    shares = dict(zip(groups, subset.shares(supply, budget), strict=True))
+    shares = dict(zip(groups, subset.share_budget(supply, budget), strict=True))
     for group in groups:
         ordered = [row for row in all_documents if row[2] == group]
         if chosen.prefer == "longReasoning":
@@ -152,7 +152,7 @@ def test_the_invariants_hold(rows: list[list[Any]], chosen: Subset) -> None:
 def test_no_group_gets_more_than_its_share_while_another_has_less_and_wants_more(
     supply: list[int], budget: int
 ) -> None:
-    given = subset.shares(supply, budget)
+    given = subset.share_budget(supply, budget)
     assert sum(given) == min(budget, sum(supply))
     assert all(0 <= share <= most for share, most in zip(given, supply, strict=True))
     hungry = [share for share, most in zip(given, supply, strict=True) if share < most]

@@ -289,7 +289,7 @@ def test_the_next_stage_goes_on_with_the_prompts(trainer: Make) -> None:
     assert position.windows.first_prompt == position.windows.next_prompt == reached(first).windows.next_prompt  # type: ignore[union-attr]
     assert (position.windows.trained, position.windows.digest) == (0, "")
     second.run()
-    found = policy_version.find(second.context.bucket, second.context.run, "again", 0)
+    found = policy_version.find_version(second.context.bucket, second.context.run, "again", 0)
     assert (
         found is not None
         and found[1].first_prompt == position.windows.first_prompt
@@ -350,29 +350,31 @@ def test_a_trainer_that_starves_turns_a_knob_before_it_publishes(
 
     def spying(bucket: Bucket, key: str, made: Any) -> Manifest:
         facts = made["predicate"]["buildDefinition"]["internalParameters"]
-        seen.append((facts["version"], back_pressure.read(bucket, it.context.run, "onpolicy")))
+        seen.append((facts["version"], back_pressure.read_adjustments(bucket, it.context.run, "onpolicy")))
         return write(bucket, key, made)
 
     monkeypatch.setattr(publisher.manifest, "write", spying)
     it = trainer()
     it.checkpoints.save = lambda *_: None  # type: ignore[method-assign] # its manifests are written by the same function
     it.run()
-    found = back_pressure.read(it.context.bucket, it.context.run, "onpolicy")
+    found = back_pressure.read_adjustments(it.context.bucket, it.context.run, "onpolicy")
     assert [turn.number for turn in found] == list(range(1, len(found) + 1)) and len(found) >= 3
-    assert [turn.knob for turn in found] == list(back_pressure.ORDER[: len(found)])
+    assert [turn.setting for turn in found] == list(back_pressure.ADJUSTMENTS[: len(found)])
     for number, known in seen:
         assert [turn.window for turn in known if turn.window == number + STALENESS] == [
             turn.window for turn in found if turn.window == number + STALENESS
         ]
     windows = {line["window"]: line for line in lines_of(it) if line["kind"] == "OnPolicy"}
-    assert all(line["turns"] == len(back_pressure.heeded(found, number)) for number, line in windows.items())
+    assert all(
+        line["turns"] == len(back_pressure.applies_to(found, number)) for number, line in windows.items()
+    )
     shown = [
         condition
         for condition in it.reporter.uploader.progress["conditions"]
         if condition.type == "TrainerStarved"
     ]  # type: ignore[union-attr]
     assert [condition.reason for condition in shown] == [
-        starvation.REASONS[found[-1].knob][0]
+        starvation.REASONS[found[-1].setting][0]
     ] and f"from window {found[-1].window} on" in shown[0].message
     again = trainer(stage="onpolicy")
     assert again.stage.conditions() == [starvation.starvation_condition(found[-1])], "another attempt knows"
@@ -395,13 +397,13 @@ def test_a_turn_is_written_once_though_its_writer_dies_before_it_publishes(
     publisher.publish = publish_or_die  # type: ignore[method-assign]
     with pytest.raises(Killed):
         dying.run()
-    first = back_pressure.read(dying.context.bucket, dying.context.run, "onpolicy")
+    first = back_pressure.read_adjustments(dying.context.bucket, dying.context.run, "onpolicy")
     assert [(turn.number, turn.window) for turn in first] == [(1, 2 + STALENESS)] and not publisher.exists(2)
     it = trainer()
     it.run()
-    found = back_pressure.read(it.context.bucket, it.context.run, "onpolicy")
+    found = back_pressure.read_adjustments(it.context.bucket, it.context.run, "onpolicy")
     assert found[:1] == first and [turn.window for turn in found] == sorted({turn.window for turn in found})
-    assert policy_version.find(it.context.bucket, it.context.run, "onpolicy", 2) is not None
+    assert policy_version.find_version(it.context.bucket, it.context.run, "onpolicy", 2) is not None
 
 
 def test_a_stage_ends_early_where_reverse_kl_no_longer_falls_and_rollouts_are_valid(

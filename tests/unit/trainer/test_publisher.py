@@ -80,7 +80,7 @@ def test_what_is_published_is_the_student_as_it_was(
         it.student.output.zero_()  # training goes on meanwhile
     publisher.wait()
     assert publisher.exists(2) and not list(context.scratch.glob("version-*"))
-    found = policy_version.find(context.bucket, context.run, "vanilla", 2)
+    found = policy_version.find_version(context.bucket, context.run, "vanilla", 2)
     assert found is not None
     published, facts = found
     assert published.kind == policy_version.KIND and published.inputs.keys() == {"tokenizer", "dataset"}
@@ -94,7 +94,7 @@ def test_what_is_published_is_the_student_as_it_was(
     ) == (2, 5, 77, 9, 3, 11)
     for name, subject in published.subjects.items():
         context.bucket.download(subject, tmp_path / name)
-    model = hf_model.load(tmp_path, SMALL)
+    model = hf_model.load_student(tmp_path, SMALL)
     assert len(facts.probe.ids) == 4 and max(map(len, facts.probe.ids)) == 64
     for ids, logp in zip(facts.probe.ids, facts.probe.logp, strict=True):
         with torch.no_grad():
@@ -117,9 +117,9 @@ def test_the_same_weights_are_the_same_content_whoever_publishes_them(
                 it.student.output.add_(1)
     publisher.wait()
     contents = [
-        policy_version.content_of(found[0])
+        policy_version.weights_digest(found[0])
         for number in (2, 4, 6)
-        if (found := policy_version.find(context.bucket, context.run, "vanilla", number))
+        if (found := policy_version.find_version(context.bucket, context.run, "vanilla", number))
     ]
     assert contents[0] == contents[1] != contents[2]
 

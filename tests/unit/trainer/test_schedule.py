@@ -9,7 +9,7 @@ from vpmoe.api.stages import Stop
 from vpmoe.checkpoint.train_state import WindowStream
 from vpmoe.failure import Permanent
 from vpmoe.objectives.onpolicy import BoundedShares, OnPolicyMeasures
-from vpmoe.rollout.back_pressure import ORDER
+from vpmoe.rollout.back_pressure import ADJUSTMENTS
 from vpmoe.trainer.onpolicy import window_stats
 from vpmoe.trainer.onpolicy.starvation import Starvation, next_adjustment, starvation_condition
 from vpmoe.trainer.onpolicy.window_stats import ends_early, sampler_kl, windows_above_bound
@@ -109,8 +109,8 @@ def test_knobs_turn_in_their_order_and_no_further():
         )
         if turn := next_adjustment(turned, 0.51, 0.5, window):
             turned.append(turn)
-    assert [(turn.number, turn.window, turn.knob) for turn in turned] == [
-        (n + 1, n, knob) for n, knob in enumerate(ORDER)
+    assert [(turn.number, turn.window, turn.setting) for turn in turned] == [
+        (n + 1, n, knob) for n, knob in enumerate(ADJUSTMENTS)
     ]
     reasons = [starvation_condition(turn).reason for turn in turned]
     assert reasons == ["MaxTokensLowered"] * 2 + ["HighEffortLowered"] * 2 + ["SecondTeacherAdvised"]

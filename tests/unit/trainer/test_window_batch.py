@@ -19,8 +19,8 @@ from vpmoe.objectives.onpolicy import on_policy
 from vpmoe.rollout.window_files import (
     Rollout,
     RolloutHeader,
-    Sampled,
     ScoresHeader,
+    WindowRollouts,
     read_rollouts,
     rollouts_bytes,
     scores_bytes,
@@ -74,7 +74,7 @@ def about(held: list[Rollout], **changes: Any) -> RolloutHeader:
     )
 
 
-def sampled(held: list[Rollout], **changes: Any) -> Sampled:
+def sampled(held: list[Rollout], **changes: Any) -> WindowRollouts:
     return read_rollouts(rollouts_bytes(about(held, **changes), held), "here")
 
 
@@ -117,7 +117,7 @@ def test_every_rollout_stands_in_one_row_of_one_rank_with_its_numbers(
     wanted = []
     for one, teacher_C in zip(held, teacher, strict=True):
         numbers = np.full((len(one.ids_T) - 1, 3), [0, np.nan, np.nan])
-        numbers[one.asked - 1 :] = np.stack([one.span_C, teacher_C, one.logp_C], axis=1)
+        numbers[one.prompt_length - 1 :] = np.stack([one.span_C, teacher_C, one.logp_C], axis=1)
         wanted.append((one.ids_T.tolist(), numbers.tolist()))
     assert sorted(map(str, found)) == sorted(map(str, wanted))
     counts = torch.stack([batch.counts for of in each for batch in of]).sum(0)
@@ -155,9 +155,9 @@ def test_loss_and_gradient_of_a_window_over_ranks_are_float64s_of_its_rollouts_o
             hidden = it.student(
                 Batch.from_rows(ids, torch.ones_like(ids).byte(), torch.zeros_like(ids).int())
             ).double()
-        logp_CV = (hidden @ output.T).log_softmax(1)[one.asked - 1 : -1]
+        logp_CV = (hidden @ output.T).log_softmax(1)[one.prompt_length - 1 : -1]
         for place, logp_V in enumerate(logp_CV):
-            logp = logp_V[one.ids_T[one.asked + place]]
+            logp = logp_V[one.ids_T[one.prompt_length + place]]
             advantage = min(max(float(teacher_C[place]) - logp.item(), -20), 20)
             ratio = min(math.exp(logp.item() - float(one.logp_C[place])), 2)
             span = int(one.span_C[place])
@@ -262,7 +262,7 @@ def test_a_truncated_file_is_refused_by_name(context: StageContext, kind: Any) -
     put(context, 3)
     key = paths.window(context.run, "vanilla", 3, kind)
     context.bucket.put_bytes(key, context.bucket.get(key)[:-100], {})
-    with pytest.raises(Permanent, match=rf"window-000003.{kind}.arrow: it is no file of ours"):
+    with pytest.raises(Permanent, match=rf"window-000003.{kind}.arrow: it is not a window file"):
         read_window(context.bucket, context.run, DUE, LENGTH)
 
 

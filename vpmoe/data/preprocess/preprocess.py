@@ -12,8 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from vpmoe.api import DistillRun
-from vpmoe.api.progress import DatasetStatus
-from vpmoe.data.dataset import DatasetRef, dataset_id, done_parts, resolve, settings
+from vpmoe.data.dataset import DatasetRef, dataset_facts, dataset_id, done_parts, resolve, settings
 from vpmoe.data.harmony import SystemMessage
 from vpmoe.data.preprocess import census, sampling
 from vpmoe.data.preprocess.dataset_manifest import merge, write_manifest
@@ -22,7 +21,7 @@ from vpmoe.data.preprocess.part import Part
 from vpmoe.data.preprocess.rows import ShardReader
 from vpmoe.data.preprocess.text import Unreadable
 from vpmoe.failure import Permanent
-from vpmoe.process.step_worker import Worker, scratch_disk
+from vpmoe.process.step_worker import StepWorker, scratch_disk
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.bucket import json_bytes
@@ -41,7 +40,7 @@ NEEDS = "about three times its tokens' 4 bytes"
 
 
 @dataclass(frozen=True)
-class Job(Worker):
+class Job(StepWorker):
     """One worker's view of the step."""
 
     dataset: DatasetRef
@@ -266,7 +265,5 @@ def report(job: Job, message: str, speed: float | None = None) -> None:
 def report_success(job: Job, message: str) -> None:
     """Say that the data set is complete, and which it is."""
     made = manifest.load(job.bucket, job.dataset.manifest)
-    facts = DatasetStatus(
-        id=job.dataset.id, manifest=job.bucket.url(job.dataset.manifest), sha256=made.sha256
-    )
+    facts = dataset_facts(job.bucket, made)
     job.report_success(message, job.parts, facts)

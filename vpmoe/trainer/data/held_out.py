@@ -36,7 +36,7 @@ class HeldOutDocuments:
     """This rank's share of the held-out documents, kept in memory for all evaluations."""
 
     def __init__(self, valid: DatasetReader, documents: int, seed: int, sequence_length: int) -> None:
-        """The split must not be empty; stage_inputs.load_dataset has checked that."""
+        """The split must not be empty; load_training_dataset has checked that."""
         self.documents = min(documents, sum(len(part) for part in valid.lengths))
         rows = held_out_rows(valid.lengths, documents, seed, sequence_length)
         rank, ranks = distributed.rank(), distributed.world_size()

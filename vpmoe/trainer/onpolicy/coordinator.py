@@ -23,7 +23,7 @@ from vpmoe.model.learner import Learner, Outcome
 from vpmoe.objectives.onpolicy import OnPolicyMeasures
 from vpmoe.rollout import back_pressure
 from vpmoe.rollout.curriculum import Curriculum
-from vpmoe.rollout.prompts import VALID
+from vpmoe.rollout.validity import VALID
 from vpmoe.trainer.context import StageContext
 from vpmoe.trainer.data.loader import Stream, plan_of
 from vpmoe.trainer.onpolicy import starvation, window_batch, window_stats
@@ -76,7 +76,7 @@ class OnPolicyCoordinator:
         self._wait = WindowWait(context)
         self._starvation = Starvation(stage.back_pressure.windows)
         self._adjustments = (
-            back_pressure.read(context.bucket, context.run, stage.name) if self._rank == 0 else []
+            back_pressure.read_adjustments(context.bucket, context.run, stage.name) if self._rank == 0 else []
         )
         self._window: ScoredWindow | None = None
         """The window of the step at hand; None in an anchor step."""
@@ -167,7 +167,7 @@ class OnPolicyCoordinator:
         """
         version = _stream_of(state).trained
         every, staleness = self._stage.publish_every, self._stage.staleness
-        due = version % every == 0 and state.steps == self.curriculum.published_after(version)
+        due = version % every == 0 and state.steps == self.curriculum.steps_trained(version)
         if due and self._window_follows(state) and not self._publisher.exists(version):
             self._adjust(version + staleness)
             self._publisher.publish(learner, state)
@@ -182,7 +182,7 @@ class OnPolicyCoordinator:
         if self._window is None:
             return None
         most = self._stage.staleness + self._stage.publish_every
-        ahead = self._wait.buffer(self._window.sampled.about.window + 1, most)
+        ahead = self._wait.buffer(self._window.sampled.header.window + 1, most)
         return window_metrics(self._window, self._waits, ahead)
 
     def conditions(self) -> list[ProgressCondition]:
@@ -205,12 +205,14 @@ class OnPolicyCoordinator:
             version=version,
             weights=self._publisher.content(version),
             seen=state.tokens,
-            last_from=self.total - self.curriculum.after(number, state.tokens, 0, self.anchors),
+            last_from=self.total - self.curriculum.tokens_before_next(number, state.tokens, 0, self.anchors),
         )
         return window_batch.read_window(self._context.bucket, self._context.run, due, self._sequence_length)
 
     def _loaded(self, step: int) -> ScoredWindow:
-        assert self._window is not None and self.curriculum.step_of(self._window.sampled.about.window) == step
+        assert (
+            self._window is not None and self.curriculum.step_of(self._window.sampled.header.window) == step
+        )
         return self._window
 
     def _anchors_before(self, step: int) -> int:
@@ -220,7 +222,7 @@ class OnPolicyCoordinator:
         """Whether the stage has another window. `state` is the stage's begin, or that after a window's step."""
         trained, reached = _stream_of(state).trained, state.tokens
         if trained:
-            reached = self.curriculum.after(trained - 1, reached, 0, self.anchors)
+            reached = self.curriculum.tokens_before_next(trained - 1, reached, 0, self.anchors)
         return reached < self.total
 
     def _adjust(self, first: int) -> None:
@@ -230,8 +232,8 @@ class OnPolicyCoordinator:
             self._adjustments, self._starvation.share, self._stage.back_pressure.waiting, first
         )
         if self._rank == 0 and adjustment is not None:
-            back_pressure.write(bucket, run, name, adjustment, self._context.provenance.metadata())
-            self._adjustments = back_pressure.read(bucket, run, name)
+            back_pressure.write_adjustment(bucket, run, name, adjustment, self._context.provenance.metadata())
+            self._adjustments = back_pressure.read_adjustments(bucket, run, name)
             self._starvation.reset()
             log.warning("%s", starvation.starvation_condition(self._adjustments[-1]).message)
 

@@ -26,8 +26,8 @@ from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import Shape
 from vpmoe.rollout import policy_version
-from vpmoe.rollout.policy_version import Probe, Version
-from vpmoe.rollout.window_files import LEAST_LOGP
+from vpmoe.rollout.policy_version import PolicyVersion, Probe
+from vpmoe.rollout.window_files import MIN_LOGP
 from vpmoe.storage import manifest, paths
 from vpmoe.storage.manifest import Input
 from vpmoe.trainer.background_upload import BackgroundUpload
@@ -73,14 +73,14 @@ class Publisher:
             self._latest_content is None or self._latest_content[0] != version
         ):  # windows in a row need the same
             run, stage, bucket = self._context.run, self._context.stage.name, self._context.bucket
-            found = policy_version.find(bucket, run, stage, version)
+            found = policy_version.find_version(bucket, run, stage, version)
             if found is None:
                 where = bucket.url(paths.manifest(paths.weights(run, stage, version)))
                 raise Permanent(
                     f"{where}: the manifest of the version is gone, but the next window was sampled from it. Restore it, or delete "
                     f"{bucket.url(paths.checkpoints(run, stage))}, the stage's weights and its rollouts to train the stage again."
                 )
-            self._latest_content = (version, policy_version.content_of(found[0]))
+            self._latest_content = (version, policy_version.weights_digest(found[0]))
         return self._latest_content[1]
 
     def publish(self, learner: Learner, at: TrainState) -> None:
@@ -89,7 +89,7 @@ class Publisher:
         assert at.windows is not None
         student = learner.student
         read, sizes = state.copy_weights(learner, self._copy), state.sizes(learner)
-        version = Version(
+        version = PolicyVersion(
             version=at.windows.trained,
             steps=at.steps,
             tokens=at.tokens,
@@ -134,7 +134,7 @@ class Publisher:
 
     def _write(
         self,
-        version: Version,
+        version: PolicyVersion,
         read: state.ReadTensor,
         sizes: dict[str, int],
         shape: Shape,
@@ -186,5 +186,5 @@ def compute_probe(learner: Learner, sequences: Sequence[Ids]) -> Probe:
         batch = Batch.from_rows(
             ids, torch.ones_like(ids, dtype=torch.uint8), torch.zeros_like(ids, dtype=torch.int32)
         )
-        logp.append(tuple(learner.logp(batch)[:-1].clamp(min=LEAST_LOGP).tolist()))
+        logp.append(tuple(learner.logp(batch)[:-1].clamp(min=MIN_LOGP).tolist()))
     return Probe(ids=tuple(tuple(ids_T.tolist()) for ids_T in sequences), logp=tuple(logp))

@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from vpmoe.api.progress import ProgressCondition
-from vpmoe.rollout.back_pressure import ORDER, Adjustment, Knob
+from vpmoe.rollout.back_pressure import ADJUSTMENTS, AdjustedSetting, Adjustment
 
-REASONS: Mapping[Knob, tuple[str, str]] = {
+REASONS: Mapping[AdjustedSetting, tuple[str, str]] = {
     "maxTokens": ("MaxTokensLowered", "completions are cut at three quarters of their length"),
     "effort": ("HighEffortLowered", "half of the prompts at high effort are sampled at medium"),
     "teacher": (
@@ -57,18 +57,20 @@ def next_adjustment(
 
     It applies from `window` on. `made` are the adjustments so far.
     """
-    if share is None or share <= waiting or len(made) >= len(ORDER):
+    if share is None or share <= waiting or len(made) >= len(ADJUSTMENTS):
         return None
-    return Adjustment(number=len(made) + 1, window=window, knob=ORDER[len(made)], waiting=round(share, 3))
+    return Adjustment(
+        number=len(made) + 1, window=window, setting=ADJUSTMENTS[len(made)], waiting=round(share, 3)
+    )
 
 
 def starvation_condition(adjustment: Adjustment) -> ProgressCondition:
     """An adjustment as a condition of the run's status."""
-    reason, meaning = REASONS[adjustment.knob]
+    reason, meaning = REASONS[adjustment.setting]
     return ProgressCondition(
         type="TrainerStarved",
         status="True",
         reason=reason,
         message=f"The trainer waited {adjustment.waiting:.0%} of its time; from window {adjustment.window} on {meaning} "
-        f"(adjustment {adjustment.number} of {len(ORDER)})",
+        f"(adjustment {adjustment.number} of {len(ADJUSTMENTS)})",
     )

@@ -19,7 +19,7 @@ from vpmoe.data.packing import PackedDocument
 from vpmoe.data.spans import SPANS
 from vpmoe.failure import Permanent
 from vpmoe.model.batch import Batch
-from vpmoe.rollout.window_files import Rollout, Sampled, read_rollouts, read_scores
+from vpmoe.rollout.window_files import Rollout, WindowRollouts, read_rollouts, read_scores
 from vpmoe.storage import Bucket, paths
 from vpmoe.trainer.data.collate import microbatches
 
@@ -45,7 +45,7 @@ class DueWindow:
 class ScoredWindow:
     """A verified window."""
 
-    sampled: Sampled
+    sampled: WindowRollouts
     teacher: Sequence[NDArray[np.float32]]
     """For each rollout the teacher's log-probabilities of its completion, [C]."""
     sha256: tuple[str, str]
@@ -66,9 +66,9 @@ def read_window(bucket: Bucket, run: DistillRun, due: DueWindow, sequence_length
     return ScoredWindow(sampled, teacher, (sampled.sha256, hashlib.sha256(scores).hexdigest()))
 
 
-def check_due(sampled: Sampled, due: DueWindow, sequence_length: int, where: str) -> None:
+def check_due(sampled: WindowRollouts, due: DueWindow, sequence_length: int, where: str) -> None:
     """Raise Permanent where rollouts are not those that are due, or cannot be trained on."""
-    header = sampled.about
+    header = sampled.header
     expected = {name: value for name, value in asdict(due).items() if name != "last_from"} | {
         "last": header.tokens >= due.last_from
     }
@@ -110,7 +110,7 @@ def window_batches(window: ScoredWindow, sequence_length: int, rank: int, ranks:
     documents = [[PackedDocument(0, number, len(rollouts[number].ids_T)) for number in row] for row in packed]
 
     def with_prompt(number: int, of_completion: NDArray[Any], of_prompt: Any) -> NDArray[Any]:
-        asked = np.full(rollouts[number].asked, of_prompt, of_completion.dtype)
+        asked = np.full(rollouts[number].prompt_length, of_prompt, of_completion.dtype)
         return np.concatenate([asked, of_completion])
 
     return microbatches(

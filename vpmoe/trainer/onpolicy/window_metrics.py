@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from vpmoe.api.base import Record
 from vpmoe.api.metrics import Measures, Sample
-from vpmoe.rollout.prompts import VALID
+from vpmoe.rollout.validity import VALID
 from vpmoe.trainer.onpolicy.window_batch import ScoredWindow
 from vpmoe.trainer.onpolicy.window_wait import Waits, WindowBuffer
 
@@ -86,7 +86,7 @@ class FirstWindow(Measures):
 
 def window_metrics(window: ScoredWindow, waits: Waits, buffer: WindowBuffer) -> WindowMetrics:
     """The metrics of a window that was waited for."""
-    header, rollouts = window.sampled.about, window.rollouts
+    header, rollouts = window.sampled.header, window.rollouts
     by_effort = {
         effort: [one for one in rollouts if one.effort == effort]
         for effort in sorted({one.effort for one in rollouts})

@@ -15,7 +15,7 @@ from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.failure import Permanent, Retriable, Terminated
 from vpmoe.model.device import choose
 from vpmoe.storage import Bucket
-from vpmoe.teacher.model import check, fetch, resolve_teacher
+from vpmoe.teacher.model import check_vocabulary, fetch_teacher, resolve_teacher
 from vpmoe.trainer.teacher_forced import model
 from vpmoe.trainer.teacher_forced.channel import Channel, CheckStop, host, stop_check
 from vpmoe.trainer.teacher_forced.protocol import WIRE, parse_question
@@ -57,8 +57,8 @@ def _serve(
 ) -> None:
     device = choose(megatron=False)
     channel = host(address, port, students, device, check_stop)
-    directory = fetch(resolve_teacher(run, bucket), bucket, folder, check_stop)
-    check(directory)
+    directory = fetch_teacher(resolve_teacher(run, bucket), bucket, folder, check_stop)
+    check_vocabulary(directory)
     channel.set_number("width", model.width(directory))
     output_VG = model.output_matrix(directory)
     if len(output_VG) != VOCABULARY_SIZE:

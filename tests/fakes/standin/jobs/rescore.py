@@ -7,7 +7,7 @@ import hashlib
 import socket
 import time
 
-from jobs.entrypoint import Context, entrypoint
+from jobs.entrypoint import JobContext, entrypoint
 from jobs.script import Script
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, Progress
@@ -45,11 +45,11 @@ def scores(run: DistillRun) -> str:
     return f"scores/{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def done(run: DistillRun, context: Context) -> int:
+def done(run: DistillRun, context: JobContext) -> int:
     return len(list(context.bucket.list(scores(run) + "/")))
 
 
-def report(run: DistillRun, context: Context, count: int, total: int, message: str = "") -> None:
+def report(run: DistillRun, context: JobContext, count: int, total: int, message: str = "") -> None:
     """progress.json, as the real job writes it."""
     progress = Progress(
         step=context.step,
@@ -62,7 +62,7 @@ def report(run: DistillRun, context: Context, count: int, total: int, message: s
     context.bucket.write_json(paths.progress(run, context.step), progress.dump())
 
 
-def wait_for(step: str, run: DistillRun, context: Context) -> None:
+def wait_for(step: str, run: DistillRun, context: JobContext) -> None:
     """Until that step has reported: what is scored after that is scored beside it."""
     while step and not context.stopping.is_set() and not context.bucket.exists(paths.progress(run, step)):
         time.sleep(0.2)

@@ -20,7 +20,7 @@ import signal
 import time
 from dataclasses import dataclass
 
-from jobs.entrypoint import Context
+from jobs.entrypoint import JobContext
 from vpmoe.api import DistillRun
 from vpmoe.failure import Permanent
 
@@ -34,7 +34,7 @@ class Script:
     words: dict[str, str]
 
     @classmethod
-    def of(cls, run: DistillRun, context: Context) -> "Script":
+    def of(cls, run: DistillRun, context: JobContext) -> "Script":
         words = run.spec.dataset.conversation.identity.split()
         return cls(context.step, context.attempt, dict(word.split("=") for word in words if "=" in word))
 

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 
-from jobs.entrypoint import Context, entrypoint
+from jobs.entrypoint import JobContext, entrypoint
 from jobs.script import Script
 from jobs.windows import wait_for
 from vpmoe.api import DistillRun, OnPolicy
@@ -47,7 +47,7 @@ def main() -> None:
             raise Terminated(f"checkpoint {saved} is saved")
 
 
-def last_checkpoint(run: DistillRun, context: Context) -> int:
+def last_checkpoint(run: DistillRun, context: JobContext) -> int:
     """The step to go on from."""
     folder = paths.checkpoints(run, context.step) + "/"
     return max(
@@ -56,7 +56,7 @@ def last_checkpoint(run: DistillRun, context: Context) -> int:
     )
 
 
-def report(run: DistillRun, context: Context, done: int, steps: int, saved: int) -> None:
+def report(run: DistillRun, context: JobContext, done: int, steps: int, saved: int) -> None:
     """progress.json, as the real job writes it."""
     tokens = run.stage(context.step).tokens
     folder = paths.checkpoint(run, context.step, saved)
@@ -83,7 +83,7 @@ def report(run: DistillRun, context: Context, done: int, steps: int, saved: int)
     context.bucket.write_json(paths.progress(run, context.step), progress.dump())
 
 
-def wait_for_master(run: DistillRun, context: Context) -> None:
+def wait_for_master(run: DistillRun, context: JobContext) -> None:
     """A Worker ends when the Master has."""
     while not context.stopping.is_set():
         key = paths.progress(run, context.step)

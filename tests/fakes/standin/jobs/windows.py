@@ -3,7 +3,7 @@
 import time
 from typing import Literal
 
-from jobs.entrypoint import Context
+from jobs.entrypoint import JobContext
 from jobs.script import Script
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, Progress
@@ -14,7 +14,7 @@ from vpmoe.storage import paths
 Kind = Literal["rollouts", "scores"]
 
 
-def fill(run: DistillRun, context: Context, kind: Kind, worker: int, workers: int) -> None:
+def fill(run: DistillRun, context: JobContext, kind: Kind, worker: int, workers: int) -> None:
     """Write every window of this worker's that is not there yet, scores once there are rollouts; the first worker reports for all."""
     script, stage = Script.of(run, context), stage_of(run, context)
     total = int(script.number("windows", script.number("steps", 6)))
@@ -33,7 +33,7 @@ def fill(run: DistillRun, context: Context, kind: Kind, worker: int, workers: in
     report(run, context, kind, total)  # whoever comes last finds all of them
 
 
-def wait_for(run: DistillRun, context: Context, window: int, kind: Kind) -> None:
+def wait_for(run: DistillRun, context: JobContext, window: int, kind: Kind) -> None:
     """Until that window is there."""
     while not context.bucket.exists(paths.window(run, stage_of(run, context), window, kind)):
         if context.stopping.is_set():
@@ -41,14 +41,14 @@ def wait_for(run: DistillRun, context: Context, window: int, kind: Kind) -> None
         time.sleep(0.2)
 
 
-def stage_of(run: DistillRun, context: Context) -> str:
+def stage_of(run: DistillRun, context: JobContext) -> str:
     """Name of the stage that the step belongs to."""
     stage = run.stage_of(context.step)
     assert stage is not None
     return stage.name
 
 
-def report(run: DistillRun, context: Context, kind: Kind, total: int) -> None:
+def report(run: DistillRun, context: JobContext, kind: Kind, total: int) -> None:
     """progress.json, as the real job writes it."""
     folder = paths.window(run, stage_of(run, context), 0, kind).rpartition("/")[0]
     count = sum(found.key.endswith(f".{kind}.arrow") for found in context.bucket.list(folder + "/"))

@@ -1,0 +1,156 @@
+"""How the student's and the teacher's engine run vLLM: environment, device, batch sizes, options, scoring.
+
+vLLM runs in the process that asks it (VLLM_ENABLE_V1_MULTIPROCESSING=0). Only then does it compute together
+what it was given together, so on one machine the same sequences in the same order give the same bits. Import
+neither vLLM nor torch before `prepare_environment` has run.
+"""
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vpmoe.data.tokenizer import Ids
+from vpmoe.failure import Permanent
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+
+Device = Literal["cpu", "cuda"]
+
+BATCH_TOKENS: dict[Device, int] = {"cpu": 1 << 11, "cuda": 1 << 15}
+"""Tokens given to vLLM in one call when scoring: seconds of work, after which a job can stop."""
+
+STEP_TOKENS: dict[Device, int] = {"cpu": 512, "cuda": 2048}
+"""Tokens of one forward pass; longer sequences are computed in chunks. vLLM holds the logits of all of them:
+[2048, 201088] twice in float32 and once in the model's dtype, 4 GB; [512, 201088] in float32, 0.8 GB."""
+
+GPU_MEMORY = 0.85
+"""Share of the GPU that vLLM plans with. It does not count the logits of prompts (STEP_TOKENS), so the rest
+must hold them."""
+
+CPU_CACHE_GIB = "1"
+"""Size of the key-value cache on the CPU."""
+
+
+def prepare_environment() -> None:
+    """Set what vLLM and torch read from the environment when they are imported. Values that are set already
+    stay.
+
+    No compilation: only the counting of larger logits would be compiled, which takes tens of seconds and a C
+    compiler. No network, no files outside of TMPDIR, and no look-up of the user, who need not have a name.
+    """
+    scratch = Path(tempfile.gettempdir())
+    settings = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CONFIGURE_LOGGING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "VLLM_CPU_KVCACHE_SPACE": CPU_CACHE_GIB,
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CACHE_ROOT": str(scratch / "vllm"),
+        "VLLM_CONFIG_ROOT": str(scratch / "vllm"),
+        "TORCHDYNAMO_DISABLE": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
+        "HF_HUB_OFFLINE": "1",
+        "USER": str(os.getuid()),
+    }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(logging.WARNING)
+    # It warns that there is no tokenizer. None is needed: prompts are token ids.
+    logging.getLogger("vllm.renderers").setLevel(logging.ERROR)
+
+
+def check_device(owner: str, field: str) -> Device:
+    """The device that vLLM computes on: "cpu" only if CUDA_VISIBLE_DEVICES is set and empty, otherwise
+    "cuda".
+
+    `owner` and `field`, for the error: which process needs the GPU, and the field of the run that gives it
+    one. Raises Permanent if there is no GPU, or if vLLM was not built for CUDA.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return "cpu"
+    if not torch.cuda.device_count():
+        raise Permanent(
+            f"this pod has no CUDA device for {owner}. Give it one ({field}), install the driver, or set "
+            "CUDA_VISIBLE_DEVICES to the empty string to compute on the CPU."
+        )
+    if not current_platform.is_cuda():
+        raise Permanent(
+            f"the installed vLLM computes on {current_platform.device_type}, not on CUDA. Use the inference "
+            "image for GPUs, which has the package vllm."
+        )
+    return "cuda"
+
+
+def engine_options(dtype: str, max_length: int) -> dict[str, Any]:
+    """The options of vllm.LLM that both engines share. `max_length`: tokens of prompt and completion
+    together."""
+    return {
+        "skip_tokenizer_init": True,
+        "dtype": dtype,
+        "max_model_len": max_length,
+        "gpu_memory_utilization": GPU_MEMORY,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "async_scheduling": False,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "seed": 0,
+    }
+
+
+def scoring_params() -> "SamplingParams":
+    """Sampling parameters that make vLLM return the log-probability of every prompt token.
+
+    vLLM cannot score without generating a token, so a sequence must be shorter than the engine's maximum
+    length.
+    """
+    import vllm
+
+    return vllm.SamplingParams(
+        max_tokens=1,
+        temperature=1.0,
+        top_p=1.0,
+        prompt_logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        ignore_eos=True,
+    )
+
+
+def prompt_logp(output: "RequestOutput", ids_T: Ids) -> NDArray[np.float32]:
+    """The log-probabilities in vLLM's answer to a prompt, [T − 1]. Raises RuntimeError if they are of other
+    ids."""
+    logprobs = output.prompt_logprobs
+    if logprobs is None or not np.array_equal(logprobs.token_ids, ids_T[1:]):
+        raise RuntimeError(
+            f"vLLM scored other tokens than it was given: {len(ids_T)} ids, "
+            f"{logprobs and len(logprobs.token_ids)} scores"
+        )
+    return np.array(logprobs.logprobs, np.float32)
+
+
+def token_batches(sequences: Iterable[Ids], max_tokens: int) -> Iterator[list[Ids]]:
+    """Batches of consecutive sequences with at most `max_tokens` ids in all, or of a single longer
+    sequence."""
+    batch: list[Ids] = []
+    size = 0
+    for ids_T in sequences:
+        if batch and size + len(ids_T) > max_tokens:
+            yield batch
+            batch, size = [], 0
+        batch.append(ids_T)
+        size += len(ids_T)
+    if batch:
+        yield batch
