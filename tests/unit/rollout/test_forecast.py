@@ -134,7 +134,10 @@ def test_what_cannot_be_planned_is_said_in_a_line(
 def test_lengths_that_cannot_be_read_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["plan", "--run", "run.yaml", "--completion", text])
-    assert "is not an effort and a number of tokens, such as low=300,medium=700,high=2000" in capsys.readouterr().err
+    assert (
+        "is not an effort and a number of tokens, such as low=300,medium=700,high=2000"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
