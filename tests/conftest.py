@@ -21,10 +21,32 @@ from vpmoe.api.storage import StorageSpec
 from vpmoe.process.launcher import free_port
 from vpmoe.storage import Bucket
 
-hypothesis.settings.register_profile(
-    "untimed", deadline=None
-)  # no test asserts a time: machines here are busy
+# No test asserts a time: test machines are busy.
+hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+LANES = {"s3": "server", "teacher_address": "engine", "engines": "engine", "cluster": "cluster", "gpu": "gpu"}
+"""Fixture → the marker of every test that uses it, directly or through other fixtures."""
+LEFT_TO_GPU = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests by what their fixtures start. Tests that need a GPU run only where `-m` names the marker gpu."""
+    for item in items:
+        for fixture in LANES.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(LANES[fixture])
+    if "gpu" in config.option.markexpr:
+        return
+    left = [item for item in items if item.get_closest_marker("gpu")]
+    config.stash[LEFT_TO_GPU] = len(left)
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if count := config.stash.get(LEFT_TO_GPU, 0):
+        terminalreporter.write_line(f"Not run: {count} tests that need a GPU. `make test-gpu` runs them.")
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,7 @@ class Machine:
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     checkout = tmp_path_factory.mktemp("checkout")
-    for name in ("vpmoe", "jobs", "operator", "tests"):
+    for name in ("devcluster", "vpmoe", "jobs", "operator", "tests"):
         shutil.copytree(host.CHECKOUT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     private_run = 'mount --make-rprivate / && mount -t tmpfs tmpfs /run && ip link set lo up && exec "$@"'
     outer = subprocess.Popen(
@@ -187,7 +187,7 @@ def test_a_cluster_of_other_sources_is_not_taken_for_this_ones(
     machine: Machine, file: str, old: str, new: str
 ) -> None:
     machine.up()
-    path = machine.checkout / "tests" / "devcluster" / file
+    path = machine.checkout / "devcluster" / file
     source = path.read_text()
     path.write_text(source.replace(old, new))
     status, _, errors = machine.cluster("up")

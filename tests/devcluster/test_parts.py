@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from devcluster import ClusterError, access, binaries, cluster, configuration, dev, host, image, needs
+from tests.fakes.go_target import HELLO, small
 
 
 @pytest.fixture
@@ -21,23 +22,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "vpmoe" / "devcluster"
 
 
-def small(source: str) -> binaries.Target:
-    """A target that Go compiles in a second."""
-
-    def build(into: Path, log: Path) -> None:
-        (into / "main.go").write_text(source)
-        binaries.run_logged(
-            ["go", "build", *binaries.FLAGS, "-s -w", "-o", str(into / "small"), str(into / "main.go")],
-            log,
-            dict(os.environ),
-        )
-
-    return binaries.Target("small", ("small",), source.encode, build, minutes=0)
-
-
-HELLO = 'package main\n\nfunc main() { print("hello") }\n'
-
-
 def test_a_target_is_compiled_once_and_again_when_its_sources_change(cache: Path) -> None:
     first = binaries.folder(small(HELLO))
     compiled = (first / "small").stat()
@@ -47,7 +31,7 @@ def test_a_target_is_compiled_once_and_again_when_its_sources_change(cache: Path
 
 
 def test_a_killed_build_is_not_taken_for_done(cache: Path) -> None:
-    code = f"from devcluster import test_parts as t; t.binaries.folder(t.small({HELLO!r}))"
+    code = f"from devcluster import binaries; from tests.fakes.go_target import small; binaries.folder(small({HELLO!r}))"
     killed = subprocess.Popen([sys.executable, "-c", code], cwd=host.CHECKOUT, stderr=subprocess.DEVNULL)
     host.wait_for(lambda: any(cache.glob("*.building-*/main.go")), "the build", 20)
     killed.kill()
