@@ -1,30 +1,36 @@
-# Everything that is done with a checkout. `make demo` and `make test` install what they need.
+# Commands for a checkout. Each one installs the Python environment first if it is missing or out of date.
 python := .venv/bin/python
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
-# the tests of cluster and operator mostly wait, so the unit tests run beside them and share the screen by whole lines; whole runs do not
-# wait, and take more memory than would be left beside others
+# Two lanes write to one terminal, line by line.
 lines := sed --unbuffered ''
 
-.PHONY: help demo test test-unit test-cluster cluster down setup lint manifests lock
+.PHONY: help demo check test test-unit test-cluster test-gpu cluster down setup lint manifests lock
 help:      ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
-demo: cluster   ## a small DistillRun from helm install to a trained student on the development cluster
+demo: cluster   ## a small DistillRun on the development cluster, from helm install to a trained student
 	@$(python) -m demo
 
-test: lint      ## all checks and tests, on real servers
+check: lint     ## lint and the unit tests that start no server, engine or cluster: three minutes, no root, no Go
+	@$(python) -m pytest tests/unit -m "not server and not engine and not cluster"
+
+# The cluster's tests mostly wait, so the unit tests run beside them. Whole runs come after both: they compute.
+test: lint      ## lint and all tests except those that need a GPU
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-unit test-cluster
 	@$(python) -m pytest tests/e2e
 test-unit: setup
-	@$(python) -m pytest tests/unit | $(lines)
+	@$(python) -m pytest tests/unit tests/gpu | $(lines)
 test-cluster: setup
 	@$(python) -m pytest tests/devcluster tests/cluster | $(lines)
 
-cluster: setup  ## the development cluster alone
+test-gpu: setup ## the tests that need a GPU: an NVIDIA GPU, and PyTorch for CUDA in .venv
+	@$(python) -m pytest tests/gpu -m gpu
+
+cluster: setup  ## start the development cluster
 	@$(python) -m devcluster up
 
-down: setup     ## ends the development cluster and removes its state
+down: setup     ## end the development cluster and remove its state
 	@$(python) -m devcluster down
 
 setup: .venv/requirements.lock
@@ -40,9 +46,9 @@ lint: setup     ## ruff, mypy, import layers, declared dependencies, shell scrip
 	@$(python) docs/check_links.py
 	@.venv/bin/shellcheck .ci/run .ci/venv
 
-manifests: setup  ## manifests/crd.yaml and docs/reference/api.md, from vpmoe/api
+manifests: setup  ## write manifests/crd.yaml and docs/reference/api.md from vpmoe/api
 	@$(python) -m vpmoe.api.crd >manifests/crd.yaml
 	@$(python) -m vpmoe.api.reference >docs/reference/api.md
 
-lock: setup     ## requirements.lock, from pyproject.toml
+lock: setup     ## write requirements.lock from pyproject.toml
 	@.venv/bin/uv pip compile --quiet --python-version 3.12 --all-extras --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements.lock

@@ -1,6 +1,7 @@
-"""The real servers that tests talk to, started once a session: an S3 store on loopback, and the development cluster.
+"""The servers that tests use, each started once a session by the first test that needs it; and the lanes.
 
-What a test asks for by name it gets running; a test that names no fixture starts nothing.
+A test belongs to a lane by what its fixtures start, so no test is marked by hand. `make check` runs the unit
+tests without the markers server, engine and cluster; `make test` all but gpu; `make test-gpu` those.
 """
 
 import os
@@ -8,7 +9,7 @@ import secrets
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -21,6 +22,9 @@ from vpmoe.api.storage import StorageSpec
 from vpmoe.process.launcher import free_port
 from vpmoe.storage import Bucket
 
+if TYPE_CHECKING:
+    import torch
+
 # No test asserts a time: test machines are busy.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
@@ -32,7 +36,7 @@ LEFT_TO_GPU = pytest.StashKey[int]()
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests by what their fixtures start. Tests that need a GPU run only where `-m` names the marker gpu."""
+    """Mark tests by what their fixtures start. Tests that need a GPU run only with `-m gpu`."""
     for item in items:
         for fixture in LANES.keys() & set(getattr(item, "fixturenames", ())):
             item.add_marker(LANES[fixture])
@@ -50,7 +54,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.fixture(scope="session")
+def gpu() -> "torch.device":
+    """The first GPU. A test without one fails: it is not skipped."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.fail(
+            f"needs an NVIDIA GPU and PyTorch for CUDA: torch {torch.__version__} finds no CUDA device"
+        )
+    return torch.device("cuda")
+
+
+@pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """The S3 store: versitygw on loopback."""
     from devcluster import binaries
 
     folder = tmp_path_factory.mktemp("s3")
@@ -86,13 +103,13 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 
 @pytest.fixture
 def run_spec(s3: S3) -> dict[str, Any]:
-    """A small valid DistillRun as a dict, on a bucket of this test's own; change what the test is about, then DistillRun.parse it."""
+    """A small valid DistillRun as a dict, with a bucket of its own. Change it, then DistillRun.parse it."""
     return small_run(s3)
 
 
 @pytest.fixture(scope="session")
 def store(s3: S3) -> Bucket:
-    """One connection for all tests: making a client costs more than most tests do."""
+    """One client for all tests: making one takes longer than most tests."""
     return Bucket.open(StorageSpec(endpoint=s3.endpoint, bucket="none"))
 
 
@@ -112,13 +129,13 @@ def sample_parquet(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="session")
 def real_parquet() -> list[Path]:
-    """Further parquet files of real SYNTH rows, named in VPMOE_TEST_PARQUET (colon-separated); none where it is unset."""
+    """Further parquet files of SYNTH rows: the paths in VPMOE_TEST_PARQUET, colon-separated."""
     return [Path(name) for name in os.environ.get("VPMOE_TEST_PARQUET", "").split(":") if name]
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Cluster:
-    """The development cluster, up, with the operator installed from this checkout as its users install it."""
+    """The development cluster, running, with the operator of this checkout installed by its chart."""
     running = up()
     install.operator(running)
     return running
@@ -126,7 +143,7 @@ def cluster() -> Cluster:
 
 @pytest.fixture(scope="module")
 def namespace(cluster: Cluster) -> Iterator[str]:
-    """A namespace of this test module's own with the storage Secret in it; it goes with all that is in it."""
+    """A namespace for the test module, with the storage Secret. It is deleted at the end, with its contents."""
     name = f"test-{secrets.token_hex(4)}"
     cluster.kubectl("create", "namespace", name)
     install.credentials(cluster, name)

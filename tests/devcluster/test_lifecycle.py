@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from devcluster import addons, configuration, host
+from devcluster import addons, configuration, dev, host, needs
 
 NAMESPACES = ("--mount", "--mount-proc", "--pid", "--fork", "--net", "--kill-child=SIGKILL")
 FIRST_PROCESS = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); signal.pause()"  # leaves no orphan unreaped
@@ -104,6 +104,8 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    needs.machine()  # installs and compiles what is missing now: the machine has no network
+    dev.sources()
     checkout = tmp_path_factory.mktemp("checkout")
     for name in ("devcluster", "vpmoe", "jobs", "operator", "tests"):
         shutil.copytree(host.CHECKOUT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,4 +1,4 @@
-"""The S3 store that tests run on, and a small run on a bucket of its own there."""
+"""The S3 store of the tests, and the manifest of a small run with a bucket there."""
 
 import secrets
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from typing import Any
 
 @dataclass(frozen=True)
 class S3:
-    """A running versitygw. Its credentials and endpoint are in os.environ too, so jobs started by a test find it."""
+    """A running versitygw. os.environ has its endpoint and credentials, for processes that a test starts."""
 
     endpoint: str
     access_key: str
     secret_key: str
     folder: Path
-    """Where versitygw keeps objects as plain files: tests that damage an object behind its back do it here."""
+    """Objects as plain files, bucket/key. Tests that damage a stored object change its file."""
 
 
 def small_run(s3: S3) -> dict[str, Any]:
-    """The same, on a bucket of its own."""
+    """A small valid DistillRun on a new bucket."""
     name = f"test-{secrets.token_hex(6)}"
     (s3.folder / name).mkdir()
     return {

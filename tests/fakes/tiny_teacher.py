@@ -1,5 +1,6 @@
-"""Tiny random GPT-OSS checkpoints, the whole architecture (experts, sinks, sliding window, YaRN) and vocabulary in 100 MB; and one of
-them behind vLLM in a process of its own.
+"""Tiny random GPT-OSS checkpoints, and one of them in a vLLM process that tests share.
+
+A checkpoint has the whole architecture (experts, sinks, sliding window, YaRN) and vocabulary, in 100 MB.
 """
 
 import json
@@ -19,7 +20,7 @@ from vpmoe.inference.teacher_engine import TeacherEngine
 from vpmoe.inference.vllm_options import token_batches
 
 LONGEST = 640
-"""Tokens that the shared teacher and the shared sampler take at once."""
+"""Longest sequence, in tokens, of the teacher and the sampler that tests share."""
 
 BATCH_TOKENS = vllm_options.BATCH_TOKENS["cpu"]
 
@@ -41,13 +42,14 @@ TINY = {
     "bos_token_id": None,
     "tie_word_embeddings": False,
 }
-"""What GPT-OSS' configuration says of this checkpoint; the rest is GPT-OSS' own. vLLM's kernels want head_dim 32 or more."""
+"""Where its configuration differs from GPT-OSS. vLLM's kernels need head_dim 32 or more."""
 
 
 def write(folder: Path, seed: int = 0, dtype: str = "float32", **changes: object) -> Path:
-    """Write a Hugging Face model directory of random weights, without tokenizer files (100 MB in float32); returns it.
+    """Write a Hugging Face model directory of random weights, without tokenizer files; returns it.
 
-    Weights are large enough for every part of the model to matter to every logit. `changes` are made to its configuration.
+    100 MB in float32. Weights are so large that every part of the model changes every logit. `changes` are
+    changes of its configuration.
     """
     import torch
     from transformers import GptOssConfig, GptOssForCausalLM
@@ -69,10 +71,10 @@ def write(folder: Path, seed: int = 0, dtype: str = "float32", **changes: object
 
 
 class Remote:
-    """A scorer in another process (`python -m tests.fakes.tiny_teacher`), asked over a socket: the same interface as vpmoe.inference.teacher_engine.Scorer.
+    """Client of a scorer in another process; has the interface of vpmoe.inference.teacher_engine.Scorer.
 
-    So vLLM, whose start takes longest, is started once for all tests, outlives those that kill whoever asks it, and leaves torch's
-    process groups to the tests of the trainer. `sequences` counts what it was asked to score.
+    One vLLM process serves all tests: its start takes longest, it survives tests that kill their own process,
+    and torch's process groups stay free for the trainer's tests. `sequences` counts the sequences scored.
     """
 
     def __init__(self, address: str, max_length: int) -> None:
@@ -87,7 +89,7 @@ class Remote:
         self.close()
 
     def close(self) -> None:
-        """Let the next one ask."""
+        """Disconnect. The server then accepts the next client."""
         self._connection.close()
 
     def score(
@@ -104,15 +106,15 @@ class Remote:
 
 
 def serve(address: str, answer: Callable[[Any], object]) -> None:
-    """Answer one asker after another until the process is ended. A ValueError is an answer."""
+    """Serve one client after another until the process ends. A ValueError is sent to the client."""
     with Listener(address) as listener:
         while True:
-            with listener.accept() as asker, suppress(EOFError, ConnectionError):
-                while question := asker.recv():
+            with listener.accept() as client, suppress(EOFError, ConnectionError):
+                while request := client.recv():
                     try:
-                        asker.send(answer(question))
+                        client.send(answer(request))
                     except ValueError as error:
-                        asker.send(error)
+                        client.send(error)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Waiting for what another process does."""
+"""Waiting for another process, with a deadline."""
 
 import time
 import urllib.error
@@ -9,7 +9,7 @@ import pytest
 
 
 def answers(url: str) -> bool:
-    """Whether an HTTP server says anything at all there, a refusal included."""
+    """Whether an HTTP server responds there, with any status."""
     try:
         urllib.request.urlopen(url, timeout=1).close()
     except urllib.error.HTTPError:
@@ -20,7 +20,7 @@ def answers(url: str) -> bool:
 
 
 def wait_until(true: Callable[[], bool], what: str, seconds: float = 30, every: float = 0.05) -> None:
-    """Ask every so many seconds until `true()`, or fail the test with what was waited for."""
+    """Poll `true` until it holds. Fails the test with `what` after `seconds`."""
     end = time.monotonic() + seconds
     while not true():
         if time.monotonic() > end:

@@ -1,5 +1,4 @@
-"""What the unit tests share, started once a session: the CPU as device and a world of one rank for the
-student, a teacher and a sampler behind vLLM."""
+"""Fixtures of the unit tests: torch on the CPU with one rank, a tiny teacher, and engines with vLLM."""
 
 import os
 import subprocess
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def device() -> "Iterator[torch.device]":
-    """The CPU, with megatron-core's process groups for one rank."""
+    """The CPU, with megatron-core's process groups of one rank."""
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from vpmoe.model import distributed
@@ -47,9 +46,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def behind_vllm(module: str, model: Path, scratch: Path) -> Iterator[str]:
-    """Where a model answers that `python -m module` has loaded into vLLM.
+    """Start `python -m module` with a model; yields its socket once the model is loaded.
 
-    Its process is what a pod's is: a user without name and home, who may read what there is and write below TMPDIR alone.
+    The process has a pod's rights: a user without name and home, who reads everything and writes to TMPDIR.
     """
     from tests.fakes.tiny_teacher import LONGEST
 
@@ -94,14 +93,14 @@ def behind_vllm(module: str, model: Path, scratch: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def teacher_address(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where that teacher answers, loaded once by vpmoe.inference.teacher_engine."""
+    """The socket of a process that has loaded that teacher with vpmoe.inference.teacher_engine."""
     with behind_vllm("tests.fakes.tiny_teacher", teacher, tmp_path_factory.mktemp("scorer")) as address:
         yield address
 
 
 @pytest.fixture
 def scorer(teacher_address: str) -> Iterator["Remote"]:
-    """The shared teacher, asked by this test."""
+    """A connection to the shared teacher."""
     from tests.fakes.tiny_teacher import LONGEST, Remote
 
     with Remote(teacher_address, LONGEST) as remote:
@@ -110,7 +109,7 @@ def scorer(teacher_address: str) -> Iterator["Remote"]:
 
 @pytest.fixture(scope="module")
 def engines(device: "torch.device") -> "Iterator[EnginePool]":
-    """The sampler's engine for `tiny`, started by the first test that loads weights into it."""
+    """The sampler's engine for the shape `tiny`. The first test that loads weights starts it."""
     from tests.fakes.tiny_teacher import LONGEST
     from vpmoe.inference.engine_pool import EnginePool
 
