@@ -1,8 +1,8 @@
 """The operator continues runs that an older operator began: plans and children recorded at commit 3fc3cc3.
 
-recorded/moments.jsonl.gz holds one reconcile a line: the DistillRun with the status that the older operator wrote,
-the observed children and progress reports, and the plan. recorded/children.json.gz holds every child of the
-examples. Messages may be reworded, so only their presence is compared; everything else must be equal.
+recorded/moments.jsonl.gz holds one reconcile a line: the DistillRun with the status that the older operator
+wrote, the observed children and progress reports, and the plan. recorded/children.json.gz holds every child
+of the examples. Messages may be reworded, so only their presence is compared; everything else must be equal.
 """
 
 import gzip

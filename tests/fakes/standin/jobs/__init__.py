@@ -1,4 +1,5 @@
-"""Stands in front of the real `jobs` in pods of the image vpmoe/standin:dev: its own of each role; the real entrypoint."""
+"""Shadows the package `jobs` in pods of the image vpmoe/standin:dev: stand-ins of the roles, the real
+entrypoint."""
 
 from pkgutil import extend_path
 

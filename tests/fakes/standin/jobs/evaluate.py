@@ -1,4 +1,4 @@
-"""An evaluation whose outcome is known."""
+"""Stand-in evaluation with a fixed result."""
 
 from jobs.entrypoint import entrypoint
 from vpmoe.api.progress import Progress

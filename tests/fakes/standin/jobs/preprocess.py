@@ -1,4 +1,4 @@
-"""A data set that is only said to be there: what the operator sees of preprocessing, in a second."""
+"""Stand-in preprocessing: reports a dataset that does not exist, within a second."""
 
 import hashlib
 
@@ -11,10 +11,10 @@ from vpmoe.storage import paths
 
 def main() -> None:
     run, context = entrypoint("preprocess")
-    script = Script.of(run, context)
-    made = hashlib.sha256(run.config_hash.encode()).hexdigest()
+    script = Script.from_run(run, context)
+    dataset = hashlib.sha256(run.config_hash.encode()).hexdigest()
     facts = DatasetStatus(
-        id=made, manifest=context.bucket.url(paths.manifest(paths.dataset(made))), sha256=made
+        id=dataset, manifest=context.bucket.url(paths.manifest(paths.dataset(dataset))), sha256=dataset
     )
     total = run.spec.dataset.workers
     for part in range(total + 1):
@@ -28,7 +28,7 @@ def main() -> None:
             parts=Amount(done=part, total=total),
             dataset=facts,
         )
-        if not context.worker:  # one of them writes for all
+        if not context.worker:  # one worker writes for all
             context.bucket.write_json(paths.progress(run, context.step), progress.dump())
         if part < total:
             script.reach(-1 - part)

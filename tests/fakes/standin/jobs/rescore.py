@@ -1,6 +1,7 @@
-"""Rescoring that only counts: a record a part, kept for every run of the same data and teacher; progress, SIGTERM, and its script.
+"""Stand-in rescoring: writes a record a part, shared by all runs with the same dataset and teacher.
 
-Each attempt's pod leaves `standin/rescore/<pod>.json` with the number of parts that it found.
+It reports progress, obeys SIGTERM and its script. Each pod writes the number of parts that it found to
+`standin/rescore/<pod>.json`.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from vpmoe.storage import paths
 
 def main() -> None:
     run, context = entrypoint("rescore")
-    script, workers = Script.of(run, context), run.spec.teacher.gpus
+    script, workers = Script.from_run(run, context), run.spec.teacher.gpus
     total, worker = int(script.number("parts", workers)), context.worker or 0
     found = done(run, context)
     pod = f"{paths.run(run)}/standin/rescore/{socket.gethostname()}.json"
@@ -27,7 +28,7 @@ def main() -> None:
         report(run, context, total, total, "Reused")
         return
     report(run, context, found, total)
-    wait_for(script.words.get("beside", ""), run, context)
+    wait_for(script.settings.get("beside", ""), run, context)
     for part in range(worker, total, workers):
         key = f"{scores(run)}/{part}.json"
         if not context.bucket.exists(key):
@@ -36,11 +37,11 @@ def main() -> None:
             report(run, context, done(run, context), total)
         if context.stopping.is_set():
             raise Terminated(f"part {part} is written")
-    report(run, context, done(run, context), total)  # whoever comes last finds all of them
+    report(run, context, done(run, context), total)  # the last worker to finish counts all of them
 
 
 def scores(run: DistillRun) -> str:
-    """Folder of the records, by what they depend on."""
+    """Folder of the records, named by the hash of what they depend on."""
     text = run.spec.dataset.model_dump_json() + run.spec.teacher.model_dump_json()
     return f"scores/{hashlib.sha256(text.encode()).hexdigest()}"
 
@@ -50,7 +51,7 @@ def done(run: DistillRun, context: JobContext) -> int:
 
 
 def report(run: DistillRun, context: JobContext, count: int, total: int, message: str = "") -> None:
-    """progress.json, as the real job writes it."""
+    """Write progress.json as the real job does."""
     progress = Progress(
         step=context.step,
         attempt=context.attempt,
@@ -63,7 +64,7 @@ def report(run: DistillRun, context: JobContext, count: int, total: int, message
 
 
 def wait_for(step: str, run: DistillRun, context: JobContext) -> None:
-    """Until that step has reported: what is scored after that is scored beside it."""
+    """Wait until that step has reported progress, so that the scoring runs beside it."""
     while step and not context.stopping.is_set() and not context.bucket.exists(paths.progress(run, step)):
         time.sleep(0.2)
 

@@ -1,12 +1,13 @@
-"""Sampling that only counts: windows one after another, until there are as many as its script says; progress, SIGTERM."""
+"""Stand-in sampler: writes as many windows as its script says, one after another. Reports progress, obeys
+SIGTERM."""
 
 from jobs.entrypoint import entrypoint
-from jobs.windows import fill
+from jobs.windows import write_windows
 
 
 def main() -> None:
     run, context = entrypoint("sampler")
-    fill(run, context, "rollouts", 0, 1)
+    write_windows(run, context, "rollouts", 0, 1)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Scoring windows that only counts: each worker its own, as soon as they have rollouts; progress, SIGTERM."""
+"""Stand-in teacher: each worker writes the scores of its windows as soon as they have rollouts. Reports
+progress, obeys SIGTERM."""
 
 from jobs.entrypoint import entrypoint
-from jobs.windows import fill
+from jobs.windows import write_windows
 
 
 def main() -> None:
     run, context = entrypoint("teacher")
-    fill(run, context, "scores", context.worker or 0, run.spec.teacher.gpus)
+    write_windows(run, context, "scores", context.worker or 0, run.spec.teacher.gpus)
 
 
 if __name__ == "__main__":

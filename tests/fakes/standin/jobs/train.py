@@ -1,6 +1,7 @@
-"""Training that only counts: checkpoints that hold a number, progress, SIGTERM, and whatever its script says.
+"""Stand-in training: writes checkpoints that hold a number. It reports progress, obeys SIGTERM and its
+script.
 
-Each attempt leaves `standin/<step>/<pod>.json` with the step that it started from.
+Each pod writes the step that it started from to `standin/<step>/<pod>.json`.
 """
 
 import os
@@ -10,7 +11,7 @@ import time
 from jobs.entrypoint import JobContext, entrypoint
 from jobs.script import Script
 from jobs.windows import wait_for
-from vpmoe.api import DistillRun, OnPolicy
+from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, CheckpointStatus, HeldOut, Progress, SpanLoss
 from vpmoe.clock import now
 from vpmoe.failure import Terminated
@@ -19,7 +20,7 @@ from vpmoe.storage import paths
 
 def main() -> None:
     run, context = entrypoint("train")
-    script = Script.of(run, context)
+    script = Script.from_run(run, context)
     steps, every = int(script.number("steps", 6)), int(script.number("every", 2))
     first = last_checkpoint(run, context)
     pod = f"{paths.run(run)}/standin/{context.step}/{socket.gethostname()}.json"
@@ -32,12 +33,10 @@ def main() -> None:
     report(run, context, first, steps, first)
     saved = first
     for step in range(steps - 1 if script.hurries else first, steps):
-        if isinstance(run.stage(context.step), OnPolicy):  # each step trains a window
+        if run.stage(context.step).sampler_gpus:  # OnPolicy: each step trains a window
             wait_for(run, context, step, "scores")
         script.reach(step)
-        stopping = (
-            context.stopping.is_set()
-        )  # once a step: what is asked for while it saves is the next one's business
+        stopping = context.stopping.is_set()  # read once: a SIGTERM during the save counts for the next step
         if (step + 1) % every == 0 or step + 1 == steps or stopping:
             saved = step + 1
             key = paths.manifest(paths.checkpoint(run, context.step, saved))
@@ -48,7 +47,7 @@ def main() -> None:
 
 
 def last_checkpoint(run: DistillRun, context: JobContext) -> int:
-    """The step to go on from."""
+    """The step of the last checkpoint; 0 if there is none."""
     folder = paths.checkpoints(run, context.step) + "/"
     return max(
         (int(found.key.removeprefix(folder).split("/")[0]) for found in context.bucket.list(folder)),
@@ -57,7 +56,7 @@ def last_checkpoint(run: DistillRun, context: JobContext) -> int:
 
 
 def report(run: DistillRun, context: JobContext, done: int, steps: int, saved: int) -> None:
-    """progress.json, as the real job writes it."""
+    """Write progress.json as the real job does."""
     tokens = run.stage(context.step).tokens
     folder = paths.checkpoint(run, context.step, saved)
     facts = CheckpointStatus(
@@ -84,7 +83,7 @@ def report(run: DistillRun, context: JobContext, done: int, steps: int, saved: i
 
 
 def wait_for_master(run: DistillRun, context: JobContext) -> None:
-    """A Worker ends when the Master has."""
+    """Wait until the Master has succeeded."""
     while not context.stopping.is_set():
         key = paths.progress(run, context.step)
         if context.bucket.exists(key) and context.bucket.get_json(key)["state"] == "Succeeded":

@@ -1,4 +1,5 @@
-"""What a stand-in sampler and teacher share: windows that are objects with a number in them, written in order, each once."""
+"""Shared by the stand-in sampler and teacher: writes windows in order, each once, as objects that hold their
+number."""
 
 import time
 from typing import Literal
@@ -14,9 +15,10 @@ from vpmoe.storage import paths
 Kind = Literal["rollouts", "scores"]
 
 
-def fill(run: DistillRun, context: JobContext, kind: Kind, worker: int, workers: int) -> None:
-    """Write every window of this worker's that is not there yet, scores once there are rollouts; the first worker reports for all."""
-    script, stage = Script.of(run, context), stage_of(run, context)
+def write_windows(run: DistillRun, context: JobContext, kind: Kind, worker: int, workers: int) -> None:
+    """Write this worker's windows that do not exist yet, scores after rollouts. The first worker reports for
+    all."""
+    script, stage = Script.from_run(run, context), stage_of(run, context)
     total = int(script.number("windows", script.number("steps", 6)))
     for window in range(worker, total, workers):
         key = paths.window(run, stage, window, kind)
@@ -30,11 +32,11 @@ def fill(run: DistillRun, context: JobContext, kind: Kind, worker: int, workers:
             report(run, context, kind, total)
         if context.stopping.is_set():
             raise Terminated(f"window {window} is written")
-    report(run, context, kind, total)  # whoever comes last finds all of them
+    report(run, context, kind, total)  # the last worker to finish counts all of them
 
 
 def wait_for(run: DistillRun, context: JobContext, window: int, kind: Kind) -> None:
-    """Until that window is there."""
+    """Wait until that window exists."""
     while not context.bucket.exists(paths.window(run, stage_of(run, context), window, kind)):
         if context.stopping.is_set():
             raise Terminated(f"waited for {kind} of window {window}")
@@ -49,7 +51,7 @@ def stage_of(run: DistillRun, context: JobContext) -> str:
 
 
 def report(run: DistillRun, context: JobContext, kind: Kind, total: int) -> None:
-    """progress.json, as the real job writes it."""
+    """Write progress.json as the real job does."""
     folder = paths.window(run, stage_of(run, context), 0, kind).rpartition("/")[0]
     count = sum(found.key.endswith(f".{kind}.arrow") for found in context.bucket.list(folder + "/"))
     progress = Progress(
