@@ -204,7 +204,7 @@ STATUS = {
 
 @pytest.fixture(scope="module")
 def twin(cluster: Cluster) -> Iterator[str]:
-    """The same CRD in a group that no operator watches, with an object `started` whose first step has started.
+    """The same CRD in a group that no operator watches, with an object `started` after its first step.
 
     Returns the resource's name.
     """

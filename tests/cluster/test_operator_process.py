@@ -75,13 +75,13 @@ def test_killed_at_every_write_of_a_run_it_never_creates_a_duplicate_and_always_
             break
     operator.kill()
     assert harness.wait_for_phase("mortal", "Succeeded", seconds=1)["phase"] == "Succeeded", died
-    made = [
+    expected = [
         *(f"{step}-a{attempt}" for step in ("rescore", "vanilla") for attempt in (1, 2)),
         "preprocess-a1",
         "rescored-a1",
         "teacherforced-a1",
     ]
-    assert harness.child_names("mortal") == sorted(f"mortal-{child}" for child in made)
+    assert harness.child_names("mortal") == sorted(f"mortal-{child}" for child in expected)
     assert sorted(created_kinds(proxy.writes)) == ["jobs"] * 3 + ["pytorchjobs"] * 4
     assert harness.starts("mortal") == [(1, 0), (2, 2)]
     assert harness.starts("mortal", "rescore") == [(1, 0), (2, 1)]

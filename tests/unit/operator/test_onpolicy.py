@@ -70,7 +70,7 @@ def test_a_stage_goes_from_its_first_look_to_evaluated() -> None:
     ):
         cluster.set_child_state("Succeeded", step=step)
         cluster.set_progress(reading)
-        assert created(cluster.reconcile()) == [], "done early: the others go on"
+        assert created(cluster.reconcile()) == [], "done early: the others continue"
     assert (cluster.status.phase, [cluster.step(step).state for step in TRIO]) == (
         "Running",
         ["Succeeded", "Succeeded", "Running"],

@@ -369,7 +369,7 @@ RESCORED = ["preprocess", "rescore", "vanilla", "vanilla-evaluate", "rescored"]
     "evaluated, done, started",
     [
         pytest.param(False, [], ["preprocess"], id="nothing is there"),
-        pytest.param(False, ["preprocess"], ["rescore", "vanilla"], id="the data set"),
+        pytest.param(False, ["preprocess"], ["rescore", "vanilla"], id="the dataset"),
         pytest.param(False, ["preprocess", "vanilla"], ["rescore"], id="a student without scores"),
         pytest.param(False, ["preprocess", "rescore"], ["vanilla"], id="scores without a student"),
         pytest.param(False, ["preprocess", "rescore", "vanilla"], ["rescored"], id="both"),

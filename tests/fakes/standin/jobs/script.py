@@ -37,7 +37,9 @@ class Script:
     @classmethod
     def from_run(cls, run: DistillRun, context: JobContext) -> "Script":
         settings = run.spec.dataset.conversation.identity.split()
-        return cls(context.step, context.attempt, dict(word.split("=") for word in settings if "=" in word))
+        return cls(
+            context.step, context.attempt, dict(setting.split("=") for setting in settings if "=" in setting)
+        )
 
     def number(self, name: str, otherwise: float) -> float:
         return float(self.settings.get(name, otherwise))
