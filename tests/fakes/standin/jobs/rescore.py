@@ -25,7 +25,7 @@ def main() -> None:
     pod = f"{paths.run(run)}/standin/rescore/{socket.gethostname()}.json"
     context.bucket.write_json(pod, {"attempt": context.attempt, "from": found})
     if found == total:
-        report(run, context, total, total, "Reused")
+        report(run, context, total, total, "Reused" if context.attempt == 1 else "")  # else its own
         return
     report(run, context, found, total)
     wait_for(script.settings.get("beside", ""), run, context)
