@@ -1,5 +1,7 @@
-"""What the student can do at the end of a stage: held-out loss, Harmony validity of what it samples, bits per byte of a canary.
+"""Measures the student at the end of a stage: held-out loss, validity of completions, bits per byte of the
+canary.
 
-`evaluate.evaluate` is the step; `record` what it writes, once; `require.check` whether an OnPolicy stage may begin, which needs no
-torch. docs/evaluation.md describes the whole. What is measured while a stage trains is vpmoe.training's business.
+`evaluate.evaluate` is the step. Its result is vpmoe.rollout.evaluation_record, written once;
+vpmoe.rollout.gate reads it. docs/evaluation.md describes the whole. What is measured during training is in
+vpmoe.trainer.
 """

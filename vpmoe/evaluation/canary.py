@@ -1,8 +1,10 @@
-"""The canary: text that nobody trains on, as windows of token ids, and how many bytes the tokens that count stand for.
+"""The canary: text that is in no training data, cut into windows of token ids, with the bytes that the
+counted tokens stand for.
 
-Text is encoded as ordinary text, specials in it too, and no special stands before it. A window has at most training.sequenceLength tokens;
-the first counts all of its tokens but the text's first, which nothing predicts, and each next one begins half a window further on and
-counts the tokens that no window before it has counted. So every token is counted once, given all tokens of its text before it or at least
+Everything is encoded as ordinary text, special tokens included, and no special token is put before it. A
+window has at most training.sequenceLength tokens. The first window of a text counts all its tokens but the
+first, which nothing predicts. Each next window begins half a window later and counts the tokens that no
+earlier window has counted. So every token is counted once, given all tokens of its text before it or at least
 half a window of them.
 """
 
@@ -23,23 +25,23 @@ class CanaryText:
     sha256: str
     ids_T: Ids
     size: int
-    """Bytes of the tokens that count: all but the first."""
+    """Bytes of the counted tokens: all but the first."""
 
 
 @dataclass(frozen=True)
 class CanaryWindow:
-    """Tokens [start, stop) of a text, of which those from `first` on count."""
+    """Tokens [start, stop) of a text; those from `first` on are counted."""
 
     start: int
     first: int
     stop: int
 
 
-def split_windows(tokens: int, longest: int) -> list[CanaryWindow]:
-    """The windows of a text of so many tokens, none longer than `longest`, which is 2 or more."""
+def split_windows(tokens: int, max_length: int) -> list[CanaryWindow]:
+    """The windows of a text of `tokens` tokens. None is longer than `max_length`, which must be 2 or more."""
     found, counted = [], 1
-    for start in range(0, tokens, longest - longest // 2):
-        stop = min(start + longest, tokens)
+    for start in range(0, tokens, max_length - max_length // 2):
+        stop = min(start + max_length, tokens)
         if counted < stop:
             found.append(CanaryWindow(start, counted, stop))
             counted = stop
@@ -47,26 +49,28 @@ def split_windows(tokens: int, longest: int) -> list[CanaryWindow]:
 
 
 def read_texts(url: str, bucket: Bucket) -> list[CanaryText]:
-    """The texts at an address of the bucket's store: the object of that name, and all objects below it as a folder, by their keys.
+    """The texts at an address in the bucket's store: the object of that name and all objects in the folder of
+    that name, by key.
 
-    Raises Permanent where there is none to measure, or one is no text; StorageError.
+    Raises Permanent if there is nothing to measure or an object is not UTF-8 text; StorageError.
     """
     name, key = paths.split_url(url)
-    of, key = bucket.other(name), key.rstrip("/")
+    store, key = bucket.other(name), key.rstrip("/")
     found = [
-        _read_text(of, entry.key)
-        for entry in of.list(key)
+        _read_text(store, entry.key)
+        for entry in store.list(key)
         if entry.key == key or entry.key.startswith(f"{key}/")
     ]
     if not sum(text.size for text in found):
         raise Permanent(
-            f"evaluation.canary: there is no text at {url}. Put UTF-8 text there, an object or a folder of them, or drop the field."
+            f"evaluation.canary: there is no text at {url}. Put UTF-8 text there, an object or a folder of "
+            "objects, or remove the field."
         )
     return found
 
 
 def texts_digest(found: Sequence[CanaryText]) -> str:
-    """sha256 (hex) of the texts, whatever they are called."""
+    """sha256 (hex) of the texts, independent of their names."""
     return hashlib.sha256("".join(text.sha256 for text in found).encode()).hexdigest()
 
 

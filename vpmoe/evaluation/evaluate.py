@@ -1,6 +1,7 @@
-"""The evaluation step: the student of a stage's last checkpoint in, evaluation.json in the bucket out, once.
+"""The evaluation step: takes the student of a stage's last checkpoint, writes evaluation.json once.
 
-What is asked is questions.py's and canary.py's business, how it is counted measures.py's, how the student comes here student.py's.
+questions.py and canary.py decide what is asked, measures.py computes figures from the answers, student.py
+exports and loads the student.
 """
 
 import json
@@ -14,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from vpmoe.api import DistillRun, Stage
+from vpmoe.api.metrics import MetricsLine
 from vpmoe.checkpoint.train_state import end_of
-from vpmoe.clock import now
 from vpmoe.data.dataset import load_dataset
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.data.tokenizer import Ids
@@ -36,9 +37,17 @@ from vpmoe.storage.bucket import json_bytes
 log = logging.getLogger(__name__)
 
 SCORED_AT_ONCE = 64
-"""Sequences that are scored between two looks at how far the step is."""
+"""Sequences scored between two checks for a stop request and a report."""
 SAMPLED_AT_ONCE = 256
-"""Completions that are sampled between two: the engine needs many at the same time."""
+"""Completions sampled between two checks. The engine is efficient only with many at the same time."""
+
+
+class EvaluationLine(MetricsLine):
+    """The step's line of metrics; the fields of the EvaluationRecord follow."""
+
+    event: str = "evaluation"
+    seconds: dict[str, float]
+    """Duration of each thing that the attempt did, by name."""
 
 
 def evaluate(
@@ -49,11 +58,11 @@ def evaluate(
     stopping: threading.Event,
     engines: InferenceEngines,
 ) -> EvaluationRecord:
-    """Measure the student at the end of a stage, unless it has been measured; returns what evaluation.json says.
+    """Measure the student at the end of a stage unless that was done; returns the content of evaluation.json.
 
-    `engines` as Student has them; they are started only if something is to be asked. Raises Permanent where the stage has not ended, its
-    last checkpoint is damaged, or there is nothing to measure by; StorageError, Retriable for a full disk, Terminated where it was asked
-    to stop.
+    `engines`: as for EvaluatedStudent; started only if something is to be asked. Raises Permanent if the
+    stage has not finished, its last checkpoint is damaged, or there is nothing to measure with; StorageError;
+    Retriable if the disk is full; Terminated if it was asked to stop.
     """
     job = EvaluationWorker(run, bucket, provenance, stopping, None, stage, load_dataset(run, bucket))
     if found := evaluation_record.load_evaluation(run, stage.name, bucket):
@@ -63,22 +72,16 @@ def evaluate(
         return found
     with tempfile.TemporaryDirectory(prefix="vpmoe-evaluate-") as scratch:
         measured = measure_student(job, engines, Path(scratch))
-    line = {
-        "event": "evaluation",
-        "time": now().isoformat(timespec="milliseconds"),
-        "attempt": provenance.attempt,
-    }
-    text = (
-        json.dumps({**line, "seconds": job.seconds, **measured.dump()}, ensure_ascii=False, allow_nan=False)
-        + "\n"
-    )
+    line = EvaluationLine(attempt=provenance.attempt, seconds=job.seconds).dump() | measured.dump()
+    text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
     bucket.create(
         paths.metrics(run, provenance.step, "000000"), text.encode(), provenance.metadata()
-    )  # once, whoever was killed here
+    )  # create: an attempt that was killed after this line leaves no second one
     key = paths.evaluation(run, stage.name)
     if not bucket.create(key, json_bytes(measured.dump()), provenance.metadata()):
         raise Permanent(
-            f"{bucket.url(key)} was written meanwhile, of another checkpoint. Delete it to have the stage measured again."
+            f"{bucket.url(key)} was written in the meantime, for another checkpoint. Delete it to have the "
+            "stage measured again."
         )
     log.info("Stage %s: %s", stage.name, summary(measured))
     job.report_measured(summary(measured), measured.valid_share)
@@ -86,17 +89,18 @@ def evaluate(
 
 
 def check_current(job: EvaluationWorker, found: EvaluationRecord) -> None:
-    """Raise Permanent where the stage has ended with another checkpoint than was measured."""
+    """Raise Permanent if the stage's last checkpoint is not the measured one."""
     end = end_of(job.bucket, paths.checkpoints(job.run, job.stage.name))
     if end is not None and end[0].sha256 != found.checkpoint:
         raise Permanent(
-            f"{job.bucket.url(paths.evaluation(job.run, job.stage.name))} is not of {job.bucket.url(end[0].key)}: the stage was trained "
-            "again since. Delete it to have it measured again."
+            f"{job.bucket.url(paths.evaluation(job.run, job.stage.name))} is not of "
+            f"{job.bucket.url(end[0].key)}: the stage was trained again since. Delete it to have it "
+            "measured again."
         )
 
 
 def measure_student(job: EvaluationWorker, engines: InferenceEngines, scratch: Path) -> EvaluationRecord:
-    """All that the run asks for. `scratch` holds the exported student and the documents that are asked."""
+    """Measure all that the run asks for. `scratch`: for the exported student and the documents."""
     student = EvaluatedStudent(job, engines, scratch)
     checkpoint, found = student.checkpoint, dict[str, Any]()
     with closing(DatasetReader(job.dataset, "valid", BlockCache(job.bucket, scratch / "blocks"))) as valid:
@@ -119,12 +123,15 @@ def measure_student(job: EvaluationWorker, engines: InferenceEngines, scratch: P
 def measurements(
     job: EvaluationWorker, student: EvaluatedStudent, valid: DatasetReader
 ) -> dict[str, Callable[[], dict[str, Any]]]:
-    """The parts of the evaluation by name. Raises Permanent where there are no documents for them."""
+    """The functions that measure the parts of the evaluation, by name.
+
+    Raises Permanent if there are no documents.
+    """
     wanted = job.run.spec.evaluation
     if not sum(map(len, valid.lengths)) and wanted.documents + wanted.completions:
         raise Permanent(
-            f"{job.bucket.url(job.dataset.key)}: the data set's valid split is empty. Raise dataset.validFraction, or set "
-            "evaluation.documents and completions to 0."
+            f"{job.bucket.url(job.dataset.key)}: the dataset's valid split is empty. Raise "
+            "dataset.validFraction, or set evaluation.documents and completions to 0."
         )
     parts: dict[str, Callable[[], dict[str, Any]]] = {}
     if wanted.documents:
@@ -137,7 +144,7 @@ def measurements(
 
 
 def score_documents(job: EvaluationWorker, student: EvaluatedStudent, valid: DatasetReader) -> dict[str, Any]:
-    """Held-out loss by span."""
+    """Measure the held-out loss by span."""
     documents = questions.held_out_documents(
         valid.lengths, job.run.spec.evaluation.documents, job.run.spec.training.seed
     )
@@ -155,7 +162,7 @@ def score_documents(job: EvaluationWorker, student: EvaluatedStudent, valid: Dat
 def sample_completions(
     job: EvaluationWorker, student: EvaluatedStudent, valid: DatasetReader
 ) -> dict[str, Any]:
-    """Validity and lengths of completions, by effort."""
+    """Measure validity and lengths of completions, by effort."""
     training = job.run.spec.training
     wanted = questions.sampling_questions(valid.lengths, job.run.spec.evaluation.completions, training.seed)
     prompts = PromptBuilder(job.dataset.facts["settings"]["conversation"])
@@ -185,7 +192,7 @@ def sample_completions(
 
 
 def score_texts(job: EvaluationWorker, student: EvaluatedStudent, url: str) -> dict[str, Any]:
-    """Bits per byte of the canary at an address."""
+    """Measure bits per byte of the canary at an address."""
     texts, length = canary.read_texts(url, job.bucket), job.run.spec.training.sequence_length
     windows = [
         (text.ids_T, window) for text in texts for window in canary.split_windows(len(text.ids_T), length)
@@ -207,7 +214,7 @@ def score_texts(job: EvaluationWorker, student: EvaluatedStudent, url: str) -> d
 
 
 def summary(found: EvaluationRecord) -> str:
-    """The figures in a line."""
+    """The figures, for a log line and the step's message."""
     said = []
     if found.held_out:
         spans = {name: loss for name, loss in found.held_out.dump().items() if loss is not None}

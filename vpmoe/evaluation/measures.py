@@ -1,4 +1,7 @@
-"""From what the student said to figures: loss by span, validity and lengths by effort, bits per byte. Pure arithmetic, in float64."""
+"""Figures from the student's answers: loss by span, validity and lengths by effort, bits per byte.
+
+Pure arithmetic, in float64.
+"""
 
 import math
 from collections import Counter
@@ -20,15 +23,15 @@ from vpmoe.rollout.validity import VALIDITIES
 
 @dataclass
 class SpanSums:
-    """Running sums over documents of −log p and tokens, by span."""
+    """Sums over documents of −log p and of tokens, by span."""
 
     nll: dict[int, float] = field(default_factory=lambda: {REASONING: 0.0, FINAL: 0.0})
     tokens: dict[int, int] = field(default_factory=lambda: {REASONING: 0, FINAL: 0})
 
     def add(self, logp: NDArray[np.float32], spans: NDArray[np.uint8]) -> None:
-        """Count a document's tokens but its first: the log-probability of each given those before it, and its span.
+        """Add a document: log-probabilities and spans of all its tokens but the first, [T − 1] each.
 
-        Raises Permanent where a token that counts has no finite one.
+        Raises Permanent if the log-probability of a counted token is not finite.
         """
         for span in self.nll:
             of_span = logp[spans == span].astype(np.float64)
@@ -37,22 +40,24 @@ class SpanSums:
             self.tokens[span] += len(of_span)
 
     def loss(self) -> SpanLoss:
-        """Mean by span over all documents' tokens, in nats: what the trainer calls the same."""
+        """Mean by span over the tokens of all documents, in nats; the same figure as the trainer's held-out
+        loss."""
         mean = {span: self.nll[span] / tokens if tokens else None for span, tokens in self.tokens.items()}
         return SpanLoss(reasoning=mean[REASONING], final=mean[FINAL])
 
 
 def check_finite(logp: NDArray[np.float64], what: str) -> None:
-    """Raise Permanent where a log-probability is missing or not finite."""
+    """Raise Permanent if a log-probability is missing or not finite."""
     if not np.isfinite(logp).all():
         raise Permanent(
-            f"NonFinite: {what}: the student gives a token the log-probability {logp[~np.isfinite(logp)][0]}. The weights of the last "
-            "checkpoint are not finite, or too large for their type. Lower optimizer.learningRate in a new run."
+            f"NonFinite: {what}: the student gives a token the log-probability "
+            f"{logp[~np.isfinite(logp)][0]}. The weights of the last checkpoint are not finite, or too "
+            "large for their type. Lower optimizer.learningRate in a new run."
         )
 
 
 def measure_efforts(answers: Iterable[tuple[str, Ids]]) -> dict[str, EffortResult]:
-    """By effort, in the order of EFFORTS, the validity and the lengths of (effort, completion's ids [C])."""
+    """Validity and lengths by effort, in the order of EFFORTS, given (effort, completion's ids [C]) pairs."""
     lengths: dict[str, list[int]] = {effort: [] for effort in EFFORTS}
     counts: dict[str, Counter[str]] = {effort: Counter() for effort in EFFORTS}
     for effort, ids_C in answers:
@@ -70,13 +75,13 @@ def measure_efforts(answers: Iterable[tuple[str, Ids]]) -> dict[str, EffortResul
 
 
 def total_validity(efforts: Iterable[EffortResult]) -> dict[str, int]:
-    """The validity counts of all efforts together."""
+    """The validity counts of all efforts together; empty if there are none."""
     found = list(efforts)
     return {kind: sum(of.validity[kind] for of in found) for kind in VALIDITIES} if found else {}
 
 
 def total_bits(logp: NDArray[np.float32]) -> float:
-    """−Σ log2 p, given natural logarithms. Raises Permanent where one is missing or not finite."""
+    """−Σ log2 p, given natural logarithms. Raises Permanent if one is missing or not finite."""
     of = logp.astype(np.float64)
     check_finite(of, "the canary")
     return -float(of.sum()) / math.log(2)

@@ -1,7 +1,8 @@
-"""What the student is asked at a stage's end: which held-out documents it scores, which prompts it answers at which effort.
+"""What the student is asked at a stage's end: which held-out documents it scores, which prompts it answers at
+which effort.
 
-A pure function of the valid split, the seed and the run's configuration, and the same after every stage: what changes from one stage to
-the next is the student. How answers are counted is measures.py's business.
+A pure function of the valid split, the seed and the run's configuration, and the same after every stage, so
+that only the student differs between stages. measures.py evaluates the answers.
 """
 
 from collections.abc import Sequence
@@ -26,21 +27,27 @@ class Question:
     """The held-out document that the prompt is made of."""
     effort: str
     seed: int
-    """The sampling request's, of 63 bits."""
+    """Sampling seed, 63 bits."""
 
 
 def held_out_documents(
     lengths: Sequence[NDArray[np.int32]], documents: int, seed: int
 ) -> list[PackedDocument]:
-    """The documents that the trainer measures its held-out loss on. `lengths[p]` are the lengths in tokens of part p's documents."""
+    """The documents of the trainer's held-out loss.
+
+    `lengths[p]`: lengths of part p's documents, in tokens.
+    """
     return packing.documents(
         packing.held_out(lengths, documents, seed), packing.firsts([len(part) for part in lengths]), lengths
     )
 
 
 def sampling_questions(lengths: Sequence[NDArray[np.int32]], completions: int, seed: int) -> list[Question]:
-    """`completions` questions: each held-out document, in the order of `held_out`, at each effort in turn, so that efforts differ in
-    nothing else. Where the documents do not suffice they come again, under other seeds. Raises ValueError where there is none.
+    """`completions` questions: each held-out document at each effort in turn, so that efforts differ in
+    nothing else.
+
+    If the documents do not suffice they are repeated with other seeds. Raises ValueError if there is no
+    document.
     """
     if not completions:
         return []
@@ -58,7 +65,7 @@ def sampling_questions(lengths: Sequence[NDArray[np.int32]], completions: int, s
 
 
 def request_seed(seed: int, number: int) -> int:
-    """The seed that a completion is sampled with: vLLM's generators take no more than 63 bits."""
+    """Sampling seed of a completion, 63 bits: the most that vLLM's generators accept."""
     return (
         int.from_bytes(
             blake2b(f"{seed}/{number}".encode(), digest_size=8, person=b"vpmoe.evaluation").digest()
@@ -68,8 +75,8 @@ def request_seed(seed: int, number: int) -> int:
 
 
 def completion_limits(run: DistillRun, stage: str) -> MaxTokens:
-    """How long completions may be: as the OnPolicy stage samples them that comes next, this one included; else the one before; else as
-    an OnPolicy stage would that says nothing."""
+    """Completion limits: those of the next OnPolicy stage, `stage` included; else of the previous one; else
+    the defaults."""
     stages = run.spec.stages
     at = [one.name for one in stages].index(stage)
     on_policy = (one for one in (*stages[at:], *reversed(stages[:at])) if isinstance(one, OnPolicy))

@@ -1,4 +1,5 @@
-"""The student that is measured: a stage's last checkpoint, exported to this machine's disk and loaded when there is something to ask it."""
+"""The evaluated student: a stage's last checkpoint, exported to local disk and loaded into an engine when
+something is to be asked."""
 
 import os
 import shutil
@@ -24,10 +25,11 @@ from vpmoe.storage import paths
 
 
 class EvaluatedStudent:
-    """One student. `engines` is one engine, which takes sequences of training.sequenceLength and a token more: a score takes that."""
+    """`engines`: one engine for sequences of training.sequenceLength + 1 tokens, as scoring generates one
+    more."""
 
     def __init__(self, job: EvaluationWorker, engines: InferenceEngines, scratch: Path) -> None:
-        """Looks at the checkpoint only. Raises as `last_checkpoint` does."""
+        """Find the checkpoint; load nothing yet. Raises as `find_last_checkpoint` does."""
         self.checkpoint = find_last_checkpoint(job)
         self._job = job
         self._engines = engines
@@ -35,7 +37,10 @@ class EvaluatedStudent:
         self._loaded = False
 
     def load(self) -> None:
-        """Have the engine compute with it, unless it does. Raises as `export` does, and what the engine says."""
+        """Export the student and load it into the engine, once.
+
+        Raises as `export_student` and the engine do.
+        """
         if self._loaded:
             return
         with self._job.timed("export", f"Exporting checkpoint {self.checkpoint.position.iteration}"):
@@ -45,41 +50,47 @@ class EvaluatedStudent:
         self._loaded = True
 
     def score(self, sequences: Sequence[Ids]) -> list[NDArray[np.float32]]:
-        """For each sequence [T − 1] the log-probability of all its ids but the first, given those before."""
+        """For each sequence, [T − 1]: the log-probability of each id but the first, given those before."""
         (found,) = self._engines.score(sequences, self._job.check_stop)
         return found
 
     def sample(self, requests: Sequence[SamplingRequest]) -> list[Ids]:
-        """The completion of each request, [C]."""
+        """The ids of each request's completion, [C]."""
         return [completion.ids_C for completion in self._engines.sample(requests, self._job.check_stop)]
 
 
 def find_last_checkpoint(job: EvaluationWorker) -> Weights:
-    """The checkpoint that the stage ended with. Raises Permanent where it has not ended, or that checkpoint is damaged."""
+    """The last checkpoint of a finished stage.
+
+    Raises Permanent if the stage has not finished or the checkpoint is damaged.
+    """
     name, folder = job.stage.name, paths.checkpoints(job.run, job.stage.name)
     newest = iterations(job.bucket, folder)[:1]
     if not newest:
         raise Permanent(
-            f"{job.bucket.url(folder)}: stage {name} has no checkpoint. Train it first: python -m jobs.train --step {name}."
+            f"{job.bucket.url(folder)}: stage {name} has no checkpoint. Train it first: python -m "
+            f"jobs.train --step {name}."
         )
     try:
         found = weights_in(job.bucket, f"{folder}/{newest[0]}")
     except CheckpointRejected as refusal:
         raise Permanent(
-            f"stage {name} cannot be evaluated: {refusal} Restore its objects, or delete its folder and train the last steps again: "
-            f"python -m jobs.train --step {name}."
+            f"stage {name} cannot be evaluated: {refusal} Restore its objects, or delete its folder and "
+            f"train the last steps again: python -m jobs.train --step {name}."
         ) from refusal
     if not found.position.finished:
         raise Permanent(
-            f"stage {name} stands at {found.position.tokens} tokens. Train it to its end: python -m jobs.train --step {name}."
+            f"stage {name} has trained {found.position.tokens} tokens. Train it to its end: python -m "
+            f"jobs.train --step {name}."
         )
     return found
 
 
 def export_student(job: EvaluationWorker, checkpoint: Weights, folder: Path) -> None:
-    """Write the student into `folder`, in the type that it is trained in where this process computes, and prove what was written.
+    """Export the student into `folder`, in float32 on the CPU and bfloat16 on GPUs, and verify the export.
 
-    Raises Permanent where the checkpoint is of another shape, StorageError where it is damaged, Retriable for a full disk.
+    Raises Permanent if the checkpoint is of another shape, StorageError if it is damaged, Retriable if the
+    disk is full.
     """
     training, shape = job.run.spec.training, SHAPES[job.run.spec.student.shape]
     dtype = torch.float32 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else torch.bfloat16
@@ -92,11 +103,11 @@ def export_student(job: EvaluationWorker, checkpoint: Weights, folder: Path) -> 
     try:
         if (free := shutil.disk_usage(folder.parent).free) < needed:
             raise OSError(f"{free} bytes are free")
-        # one position more than the student was trained on, as a score takes
+        # one more position than in training, because scoring generates a token
         hf_export.export_student(folder, shape, training.sequence_length + 1, checkpoint.sizes, read, dtype)
     except (OSError, SafetensorError) as error:
         raise Retriable(
-            f"{tempfile.gettempdir()}: {error}. The exported student needs {needed} bytes there; point TMPDIR to more space, or raise "
-            "runtime.resources.evaluate's ephemeral storage."
+            f"{tempfile.gettempdir()}: {error}. The exported student needs {needed} bytes there; point "
+            "TMPDIR to a larger disk, or raise the ephemeral storage in runtime.resources.evaluate."
         ) from error
     hf_export.check_export(folder, shape)

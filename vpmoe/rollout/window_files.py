@@ -155,7 +155,7 @@ def rollouts_bytes(header: RolloutHeader, rollouts: Sequence[Rollout]) -> bytes:
 
 
 def scores_bytes(header: ScoresHeader, logp: Sequence[NDArray[np.float32]]) -> bytes:
-    """The bytes of a file of scores. `logp`: [C] for each rollout's completion. Raises ValueError if one is NaN."""
+    """The bytes of a file of scores: [C] for each rollout's completion. Raises ValueError if one is NaN."""
     return _arrow_bytes(SCORES, [[clamp_logp(logp_C) for logp_C in logp]], header)
 
 

@@ -152,9 +152,9 @@ def request_seed(seed: int, window: int, prompt: int, rollout: int) -> int:
 
 
 def completion_limit(prompt: int, effort: str, max_tokens: MaxTokens, sequence_length: int) -> int:
-    """Tokens that may be sampled after a prompt of so many.
+    """Tokens that may be sampled after a prompt of `prompt` tokens.
 
-    Raises ValueError where there is room for none.
+    Raises ValueError if there is room for none.
     """
     bound = min(getattr(max_tokens, effort), sequence_length - prompt)
     if bound < 1:

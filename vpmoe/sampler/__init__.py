@@ -1,1 +1,1 @@
-"""The sampler of an OnPolicy stage."""
+"""The sampler of an OnPolicy stage. No torch in its process."""

@@ -1,8 +1,8 @@
-"""The sampler of an OnPolicy stage: version after version, all windows that have to be sampled from it.
+"""The sampler of an OnPolicy stage: samples the stage's windows, one policy version after the other.
 
-It has no state: it goes on at the first window without rollouts, whoever sampled those before, and whoever writes a window's rollouts
-first is right. What a window asks for is windows.py's business, how they are sampled batch.py's; what becomes of them the teacher's and the
-trainer's.
+It has no state: it continues with the first window that has no rollouts, whichever attempt sampled those
+before. The first writer of a window wins. windows.py (vpmoe.rollout) says what a window contains,
+version_batch.py samples it.
 """
 
 import json
@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from vpmoe.api import DistillRun
+from vpmoe.api.base import Record
+from vpmoe.api.metrics import MetricsLine
 from vpmoe.api.stages import OnPolicy
-from vpmoe.clock import now
 from vpmoe.data.dataset import dataset_facts, load_training_dataset
 from vpmoe.data.reader import BlockCache
 from vpmoe.failure import Permanent
 from vpmoe.inference.verify import InferenceEngines, LoadStats, load_version
-from vpmoe.process.step_worker import StepWorker
+from vpmoe.process.step_worker import StepWorker, step_succeeded
 from vpmoe.provenance import Provenance
 from vpmoe.rollout import back_pressure, policy_version
 from vpmoe.rollout.curriculum import EFFORTS, Curriculum
@@ -37,15 +38,58 @@ from vpmoe.storage.manifest import Manifest
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-"""Seconds between looks for a version."""
+"""Seconds between two checks for a version."""
 REPORT_SECONDS = 30.0
-"""Seconds between reports while one is waited for."""
+"""Seconds between reports while waiting for a version."""
 NAME = re.compile(r"window-(\d{6})\.rollouts\.arrow")
+
+
+class VersionLoad(Record):
+    """How the version of a batch was loaded."""
+
+    seconds: float
+    """From the start of the download until the version was verified."""
+    probe: float
+    """Largest difference from the trainer's log-probabilities of the probe, in nats."""
+
+
+class Lengths(Record):
+    """Lengths of completions, in tokens."""
+
+    mean: float
+    max: int
+
+
+class WindowLine(MetricsLine):
+    """The sampler's line of metrics for a window."""
+
+    event: str = "window"
+    window: int
+    version: int
+    together: int
+    """Windows sampled in the same batch."""
+    seconds: float
+    """Time to sample the batch."""
+    wait_weights: float
+    """Seconds that the sampler waited for the version; 0 except for the first window of a batch."""
+    tokens: int
+    """Tokens of the window: prompts and completions."""
+    tokens_per_second: float
+    """Sampled tokens per second, over the batch."""
+    rollouts: int
+    load: VersionLoad | None
+    """None except for the first window of a batch."""
+    effort: dict[str, int]
+    """Number of rollouts by effort."""
+    validity: dict[str, dict[str, int]]
+    """Number of rollouts by effort and validity."""
+    lengths: dict[str, Lengths]
+    """By effort."""
 
 
 @dataclass(frozen=True)
 class SamplerWorker(StepWorker):
-    """One attempt at sampling a stage. Its parts are the windows."""
+    """One attempt at sampling a stage. Its parts are windows."""
 
     stage: OnPolicy
     engines: InferenceEngines
@@ -54,34 +98,40 @@ class SamplerWorker(StepWorker):
     def url(self, number: int) -> str:
         return self.bucket.url(paths.window(self.run, self.stage.name, number, "rollouts"))
 
-    def over(self) -> bool:
-        """Whether the trainer has finished the stage, and will ask for nothing more."""
-        key = paths.progress(self.run, self.stage.name)
-        return self.bucket.exists(key) and self.bucket.get_json(key)["state"] == "Succeeded"
+    def stage_finished(self) -> bool:
+        """Whether the trainer has finished the stage, so that it needs no more windows."""
+        return step_succeeded(self.run, self.bucket, self.stage.name)
 
-    def read(self, number: int) -> RolloutHeader:
-        """What a window in the bucket says of itself. Raises Permanent where it is not what its name says, or of another configuration."""
+    def read_header(self, number: int) -> RolloutHeader:
+        """The header of a window in the bucket.
+
+        Raises Permanent if it is not of this window, stage and configuration.
+        """
         key, where = paths.window(self.run, self.stage.name, number, "rollouts"), self.url(number)
-        about = read_rollouts(self.bucket.get(key), where).header
+        header = read_rollouts(self.bucket.get(key), where).header
         ours = (self.provenance.run, self.run.config_hash, self.stage.name, number)
-        if (about.run, about.config, about.stage, about.window) != ours:
+        if (header.run, header.config, header.stage, header.window) != ours:
             raise Permanent(
-                f"{where}: it is window {about.window} of stage {about.stage} of {about.run}, configuration {about.config}. The object was "
-                "put there by somebody else; delete it, and it is made again."
+                f"{where}: it is window {header.window} of stage {header.stage} of {header.run}, "
+                f"configuration {header.config}. This run did not write it; delete it to have "
+                "the window sampled again."
             )
-        return about
+        return header
 
-    def newest(self) -> RolloutHeader | None:
-        """The window before the first that has no rollouts; None where that is the first of all."""
+    def newest_window(self) -> RolloutHeader | None:
+        """The header of the last window before the first gap; None if the first window has no rollouts."""
         prefix = paths.window(self.run, self.stage.name, 0, "rollouts").removesuffix(
             "window-000000.rollouts.arrow"
         )
         there = {int(found[1]) for each in self.bucket.list(prefix) if (found := NAME.search(each.key))}
         first = next(number for number in range(len(there) + 1) if number not in there)
-        return self.read(first - 1) if first else None
+        return self.read_header(first - 1) if first else None
 
-    def say(self, message: str, before: RolloutHeader | None, speed: float | None = None) -> None:
-        """Report the windows up to `before` as done; as many are expected as the stage's tokens with them let expect."""
+    def report_windows(self, message: str, before: RolloutHeader | None, speed: float | None = None) -> None:
+        """Report the windows up to `before` as done.
+
+        The total is extrapolated from the tokens that they have.
+        """
         done, seen = (before.window + 1, before.seen + before.tokens) if before else (0, 0)
         expected = -(-done * self.stage.tokens // seen) if seen else 0
         self.report(message, done, max(done, expected), speed)
@@ -96,32 +146,36 @@ def sample_stage(
     engines: InferenceEngines,
     scratch: Path,
 ) -> None:
-    """Sample every window of the stage that has no rollouts yet, as its version is published; ends with the last, or when training has.
+    """Sample every window of the stage that has no rollouts yet, as soon as its version is published.
 
-    Files are kept below `scratch`. Raises Permanent where the data set, a version or a window is at fault, Retriable where engines took
-    other weights wrongly, StorageError, Terminated where it was asked to stop. A window is in the bucket whole or not at all.
+    Returns after the last window, or when training has ended. Keeps files below `scratch`. A window is
+    written whole or not at all.
+
+    Raises Permanent if the stage may not begin, or if the dataset, a version or a window is invalid,
+    Retriable if engines computed incorrectly after they replaced their weights, StorageError, Terminated if
+    it was asked to stop.
     """
     require_validity(run, stage, bucket)
     job = SamplerWorker(run, bucket, provenance, stopping, None, stage, engines, scratch)
     made = load_training_dataset(run, bucket)
     curriculum = Curriculum(stage)
-    before, source = job.newest(), None
+    before, source = job.newest_window(), None
     while before is None or not before.last:
         waiting = time.monotonic()
         found = wait_for_version(job, curriculum.version_of(before.window + 1 if before else 0), before)
         if found is None:
             break
-        (published, facts), waited = found, time.monotonic() - waiting
-        source = source or PromptSource(run, stage, made, facts, BlockCache(bucket, scratch / "blocks"))
-        job.say(f"Loading version {facts.version}", before)
-        loading = load_version(bucket, published, facts, engines, scratch, job.check_stop)
-        first, *others = curriculum.windows_of(facts.version)
-        asked = f"windows {first} to {others[-1]}" if others else f"window {first}"
-        job.say(f"Sampling {asked} from version {facts.version}", before)
+        (published, version), waited = found, time.monotonic() - waiting
+        source = source or PromptSource(run, stage, made, version, BlockCache(bucket, scratch / "blocks"))
+        job.report_windows(f"Loading version {version.version}", before)
+        loading = load_version(bucket, published, version, engines, scratch, job.check_stop)
+        first, *others = curriculum.windows_of(version.version)
+        windows = f"windows {first} to {others[-1]}" if others else f"window {first}"
+        job.report_windows(f"Sampling {windows} from version {version.version}", before)
         batch = sample_version(
-            source, facts, back_pressure.read_adjustments(bucket, run, stage.name), engines, job.check_stop
+            source, version, back_pressure.read_adjustments(bucket, run, stage.name), engines, job.check_stop
         )
-        before = write_windows(job, source, published, facts, batch, before, waited, loading)
+        before = write_windows(job, source, published, version, batch, before, waited, loading)
     done = before.window + 1 if before else 0
     job.report_success(
         "Complete" if before and before.last else "The stage has ended", done, dataset_facts(bucket, made)
@@ -131,14 +185,14 @@ def sample_stage(
 def wait_for_version(
     job: SamplerWorker, number: int, before: RolloutHeader | None
 ) -> tuple[Manifest, PolicyVersion] | None:
-    """A version, as soon as it is published; None where the stage is over before it is."""
+    """Wait until a version is published. Returns None if the stage ends first."""
     reported = -REPORT_SECONDS
-    while not job.over():
+    while not job.stage_finished():
         if found := policy_version.find_version(job.bucket, job.run, job.stage.name, number):
             return found
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
-            job.say(f"Waiting for version {number}", before)
+            job.report_windows(f"Waiting for version {number}", before)
         job.stopping.wait(POLL_SECONDS)
         job.check_stop()
     return None
@@ -148,20 +202,18 @@ def write_windows(
     job: SamplerWorker,
     source: PromptSource,
     published: Manifest,
-    facts: PolicyVersion,
+    version: PolicyVersion,
     batch: SampledVersion,
     before: RolloutHeader | None,
     waited: float,
     loading: LoadStats,
 ) -> RolloutHeader:
-    """Write the windows of a batch that come after `before`, up to the stage's last; returns what the last of them in the bucket says.
+    """Write the windows of a batch that come after `before`, up to the stage's last; returns the header of
+    the last one.
 
-    Not even a request to stop comes between them: to write all takes seconds, and to sample them again minutes.
+    A request to stop does not interrupt it: writing all takes seconds, sampling them again takes minutes.
     """
-    after, load_line = (
-        source.windows.curriculum.tokens_before_next,
-        {"seconds": loading.seconds, "probe": loading.probe},
-    )
+    after = source.windows.curriculum.tokens_before_next
     missing = [
         (window, rollouts)
         for window, rollouts in batch.windows
@@ -175,7 +227,7 @@ def write_windows(
             config=job.run.config_hash,
             stage=job.stage.name,
             window=window.number,
-            version=facts.version,
+            version=version.version,
             weights=policy_version.weights_digest(published),
             phase=window.phase,
             seen=seen,
@@ -183,56 +235,56 @@ def write_windows(
             last=after(window.number, seen, tokens, source.anchors) >= job.stage.tokens,
             turns=window.adjustments,
         )
-        line = {
-            "window": window.number,
-            "version": facts.version,
-            "together": len(batch.windows),
-            "seconds": batch.seconds,
-            "waitWeights": 0.0 if place else waited,
-            "tokens": tokens,
-            "tokensPerSecond": batch.speed,
-            "rollouts": len(rollouts),
-            "load": None if place else load_line,
-            **effort_metrics(rollouts),
-        }
+        line = WindowLine(
+            attempt=job.provenance.attempt,
+            window=window.number,
+            version=version.version,
+            together=len(batch.windows),
+            seconds=batch.seconds,
+            wait_weights=0.0 if place else waited,
+            tokens=tokens,
+            tokens_per_second=batch.speed,
+            rollouts=len(rollouts),
+            load=None if place else VersionLoad(seconds=loading.seconds, probe=loading.probe),
+            **rollout_stats(rollouts),
+        )
         write_metrics(job, line)
         key = paths.window(job.run, job.stage.name, window.number, "rollouts")
         if job.bucket.create(key, rollouts_bytes(before, rollouts), job.provenance.metadata()):
             log.info(
-                f"Window {window.number} from version {facts.version}: {len(rollouts):,} rollouts, {tokens:,} tokens"
+                f"Sampled window {window.number} from version {version.version}: {len(rollouts):,} rollouts, "
+                f"{tokens:,} tokens"
             )
         else:
-            log.warning("%s was written by another sampler: going on from that", job.url(window.number))
-            before = job.read(window.number)
-        job.say(f"Window {window.number} sampled", before, batch.speed)
+            log.warning("%s was written by another sampler; continuing from it", job.url(window.number))
+            before = job.read_header(window.number)
+        job.report_windows(f"Window {window.number} sampled", before, batch.speed)
         if before.last:
             break
-    assert before, "a version has a window, and it was asked for because one is missing"
+    assert before, "each version has a window, and this one was loaded because one is missing"
     return before
 
 
-def effort_metrics(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """By the effort that was asked for: how many rollouts, how many of each validity, and how long completions are in tokens."""
-    of = {name: found for name in EFFORTS if (found := [one for one in rollouts if one.effort == name])}
-    lengths = {name: [len(one.logp_C) for one in found] for name, found in of.items()}
+def rollout_stats(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """The fields of a WindowLine that say, by effort, what the rollouts are like."""
+    by_effort = {
+        name: found for name in EFFORTS if (found := [one for one in rollouts if one.effort == name])
+    }
+    lengths = {name: [len(one.logp_C) for one in found] for name, found in by_effort.items()}
     return {
-        "effort": {name: len(found) for name, found in of.items()},
+        "effort": {name: len(found) for name, found in by_effort.items()},
         "validity": {
-            name: dict(sorted(Counter(one.validity for one in found).items())) for name, found in of.items()
+            name: dict(sorted(Counter(one.validity for one in found).items()))
+            for name, found in by_effort.items()
         },
         "lengths": {
-            name: {"mean": sum(found) / len(found), "max": max(found)} for name, found in lengths.items()
+            name: Lengths(mean=sum(found) / len(found), max=max(found)) for name, found in lengths.items()
         },
     }
 
 
-def write_metrics(job: SamplerWorker, line: dict[str, Any]) -> None:
-    """Write a window's line, before the window itself: so each has exactly one, whoever was killed when."""
-    said = {
-        "event": "window",
-        "time": now().isoformat(timespec="milliseconds"),
-        "attempt": job.provenance.attempt,
-        **line,
-    }
-    key = paths.metrics(job.run, job.provenance.step, f"{line['window']:06d}")
-    job.bucket.put_bytes(key, (json.dumps(said, allow_nan=False) + "\n").encode(), job.provenance.metadata())
+def write_metrics(job: SamplerWorker, line: WindowLine) -> None:
+    """Write a window's line of metrics. It is written before the window, so each window has exactly one."""
+    key = paths.metrics(job.run, job.provenance.step, f"{line.window:06d}")
+    data = json.dumps(line.dump(), allow_nan=False) + "\n"
+    job.bucket.put_bytes(key, data.encode(), job.provenance.metadata())

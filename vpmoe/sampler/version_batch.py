@@ -1,7 +1,7 @@
-"""All windows that are sampled from one policy version, sampled as one batch.
+"""All windows that are sampled from one policy version, as one batch.
 
-A forward that draws a token of each sequence costs nearly the same however many sequences there are (benchmarks/decode.py), so what can be
-known at the same time is sampled together. Where weights come from and where windows go to is sampler.py's business.
+The cost of a decoding step hardly depends on the number of sequences (benchmarks/decode.py), so all windows
+whose contents are known are sampled together. sampler.py loads the weights and writes the windows.
 """
 
 import time
@@ -26,17 +26,18 @@ from vpmoe.storage.manifest import Manifest
 
 
 class PromptSource:
-    """What the windows of a stage are made of: the data set's documents, and where the stage began in their order."""
+    """Where the prompts of a stage come from: the dataset's documents, from the place where the stage
+    began."""
 
     def __init__(
         self, run: DistillRun, stage: OnPolicy, made: Manifest, began: PolicyVersion, cache: BlockCache
     ) -> None:
-        """`made` is the data set's manifest, `began` any version of the stage."""
+        """`made`: the dataset's manifest. `began`: any version of the stage."""
         training = run.spec.training
         self.parts = DatasetReader(made, "train", cache)
         self._first_document = firsts([len(lengths) for lengths in self.parts.lengths])
         self._prompts = prompts.PromptBuilder(made.facts["settings"]["conversation"])
-        self._bound = training.sequence_length
+        self._max_length = training.sequence_length
         self.windows = WindowSchedule(
             stage, training.seed, [len(lengths) for lengths in self.parts.lengths], began.first_prompt
         )
@@ -46,47 +47,48 @@ class PromptSource:
             layout(run.spec.student, run.spec.training, stage).sequences_per_step,
             stage.tokens,
         )
-        """[steps] tokens of the stage's anchor steps up to each: Curriculum.after."""
+        """[steps] cumulative tokens of the stage's anchor steps, for Curriculum.tokens_before_next."""
 
     def requests(self, window: WindowPlan) -> Iterator[tuple[PromptPlan, int, SamplingRequest]]:
-        """All that is asked in a window: of which prompt, which of its rollouts, and how."""
+        """The sampling requests of a window: (prompt, index among its rollouts, request)."""
         numbers = np.array([asked.document for asked in window.prompts], np.int32)
         found = documents(numbers, self._first_document, self.parts.lengths)
         self.parts.prefetch(found)
         for asked, document in zip(window.prompts, found, strict=True):
             ids_P = self._prompts.build(*self.parts.read(document), asked.effort)
-            bound = completion_limit(len(ids_P), asked.effort, window.max_tokens, self._bound)
+            bound = completion_limit(len(ids_P), asked.effort, window.max_tokens, self._max_length)
             for rollout, seed in enumerate(asked.seeds):
                 yield asked, rollout, SamplingRequest(ids_P, seed, bound)
 
 
 @dataclass(frozen=True)
 class SampledVersion:
-    """The windows of a version, sampled."""
+    """The sampled windows of a version."""
 
     windows: Sequence[tuple[WindowPlan, Sequence[Rollout]]]
     seconds: float
-    """Of putting and sampling all of them."""
+    """Time to build and sample all of them."""
     speed: float
-    """Sampled tokens a second."""
+    """Sampled tokens per second."""
 
 
 def sample_version(
     source: PromptSource,
-    facts: PolicyVersion,
-    turned: Sequence[Adjustment],
+    version: PolicyVersion,
+    adjustments: Sequence[Adjustment],
     engines: InferenceEngines,
     check_stop: CheckStop,
 ) -> SampledVersion:
-    """Sample all windows of the version that the engines hold; `turned` are the turns so far.
+    """Sample all windows of the version that the engines hold. `adjustments`: all so far.
 
-    Always all: also those that are in the bucket already, and those that the stage will end before. Bits depend on what is computed
-    together, so that must depend on the version alone, however far an attempt before came.
+    Windows that are in the bucket already, or come after the stage's end, are sampled too. The bits depend on
+    what is computed together, so the batch must depend on the version alone and not on how far an earlier
+    attempt came.
     """
     started = time.monotonic()
     windows = [
-        source.windows.window(number, facts.tokens, turned)
-        for number in source.windows.curriculum.windows_of(facts.version)
+        source.windows.window(number, version.tokens, adjustments)
+        for number in source.windows.curriculum.windows_of(version.version)
     ]
     asked = [list(source.requests(window)) for window in windows]
     completions = iter(
@@ -99,7 +101,7 @@ def sample_version(
 
 
 def make_rollout(asked: PromptPlan, number: int, request: SamplingRequest, completion: Completion) -> Rollout:
-    """A completion as it is stored: with its prompt, the span of each token, and what it is as a Harmony answer."""
+    """A completion as it is stored: with its prompt, the span of each token, and its Harmony validity."""
     ids_C = completion.ids_C
     return Rollout(
         asked.place,

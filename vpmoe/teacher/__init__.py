@@ -1,5 +1,6 @@
-"""The teacher: which model it is, what it thinks of the data set's documents, and where that is kept.
+"""The teacher: which model it is, which documents it scores, and the scores of datasets and of windows.
 
-`model` and `scores` name things and import neither torch nor vLLM, `subset` picks, `scorer` runs the model, `rescore` is the step.
+`rescore` is the step that scores a dataset, `score_windows` the one that scores the windows of an OnPolicy
+stage. The model itself runs in vpmoe.inference.teacher_engine; nothing here imports torch or vLLM.
 docs/rescoring.md describes the whole.
 """

@@ -1,4 +1,4 @@
-"""A teacher on the Hugging Face hub: the commit that its revision is now, that commit's files, and bringing them to disk."""
+"""A teacher on the Hugging Face hub: resolve a revision to a commit and its files, and download them."""
 
 from pathlib import Path
 
@@ -11,9 +11,10 @@ INSTEAD = "copy the model directory to a bucket and name it as s3://bucket/path"
 
 
 def commit_and_files(model: str) -> tuple[str, list[tuple[str, int, str]]]:
-    """The commit that the revision of hf://owner/name@revision (none: the newest) is now; each file's (name, size, content id).
+    """The commit of hf://owner/name@revision (without a revision: the newest), and each file's (name, size,
+    content id).
 
-    Raises Permanent where the hub knows no such model or revision, Retriable where it does not answer.
+    Raises Permanent if the hub has no such model or revision, Retriable if it does not answer.
     """
     repository, _, revision = model.removeprefix("hf://").partition("@")
     with asking(f"teacher.model: {model}", "model", INSTEAD):
@@ -21,12 +22,15 @@ def commit_and_files(model: str) -> tuple[str, list[tuple[str, int, str]]]:
             repository, revision=revision or None, files_metadata=True, timeout=TIMEOUT
         )
     if found.sha is None:
-        raise Retriable(f"teacher.model: {model}: the Hugging Face hub names no commit.")
+        raise Retriable(f"teacher.model: {model}: the Hugging Face hub returned no commit.")
     return found.sha, [(file.rfilename, file.size or 0, file.blob_id or "") for file in found.siblings or []]
 
 
 def download(model: str, commit: str, names: list[str], folder: Path) -> None:
-    """Bring these files of a commit into `folder`; what is there already stays. Raises as commit_and_files does."""
+    """Download these files of a commit into `folder`; existing files are kept.
+
+    Raises as commit_and_files does.
+    """
     repository = model.removeprefix("hf://").partition("@")[0]
     with asking(f"teacher.model: {model}", "model", INSTEAD):
         snapshot_download(repository, revision=commit, local_dir=folder, allow_patterns=names)

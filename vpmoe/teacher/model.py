@@ -1,6 +1,7 @@
-"""The teacher's model: which files it is, pinned once a run; bringing them to disk; and whether it speaks the students' vocabulary.
+"""The teacher's model: its files, pinned once per run; their download; and whether its vocabulary is the
+datasets'.
 
-No torch here: the trainer asks too. What is asked of the model once it runs is scorer.py's business.
+No torch: the trainer imports this too. vpmoe.inference.teacher_engine runs the model.
 """
 
 import base64
@@ -21,15 +22,16 @@ from vpmoe.storage.bucket import json_bytes
 from vpmoe.storage.local import written_whole
 
 THREADS = 8
-"""Blocks of a file in flight while it is fetched."""
+"""Blocks of a file that are downloaded at the same time."""
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""Names of floating-point types in a safetensors header, and torch's."""
+"""Floating-point types: their name in a safetensors header, and in torch."""
 
 
 @dataclass(frozen=True)
 class TeacherFile:
-    """A file of the model: its name in the directory, bytes, and ETag in the store, or the content's id on the hub."""
+    """A file of the model: name in the directory, size in bytes, and ETag in the store or content id on the
+    hub."""
 
     name: str
     size: int
@@ -38,7 +40,10 @@ class TeacherFile:
 
 @dataclass(frozen=True)
 class TeacherRef:
-    """A model, each of its files pinned to the content that was found; `commit` is a Hugging Face model's, None in a bucket."""
+    """A model with every file pinned to its content.
+
+    `commit`: of a Hugging Face model; None for one in a bucket.
+    """
 
     model: str
     commit: str | None
@@ -46,7 +51,8 @@ class TeacherRef:
 
     @property
     def sha256(self) -> str:
-        """Hash (hex) of what the model is, wherever it lies: its commit, or the sorted (name, size, ETag) of its files."""
+        """Hash (hex) of the model's content, independent of its address: its commit, or (name, size, ETag) of
+        its files."""
         content = self.commit or [[file.name, file.size, file.etag] for file in self.files]
         return hashlib.sha256(json_bytes({"teacher": content})).hexdigest()
 
@@ -59,23 +65,26 @@ class TeacherRef:
 
 
 def resolve_teacher(run: DistillRun, bucket: Bucket) -> TeacherRef:
-    """The run's teacher. The first job to ask lists its files and writes what it found into the run; later ones read that.
+    """The run's teacher.
 
-    Raises Permanent where there is no model directory, Retriable where the hub does not answer, StorageError where the store fails.
+    The first job lists its files and writes the result into the run; later ones read that.
+
+    Raises Permanent if there is no model directory, Retriable if the hub does not answer, StorageError if the
+    store fails.
     """
     key = paths.teacher(run)
     if not bucket.exists(key):
         found = find_teacher(run.spec.teacher.model, bucket)
         bucket.create(
             key, json_bytes(found.as_json()), {"config": run.config_hash}
-        )  # of two jobs the first one's answer holds
+        )  # the first of two concurrent jobs wins
     return TeacherRef.from_json(bucket.get_json(key))
 
 
 def find_teacher(model: str, bucket: Bucket) -> TeacherRef:
-    """The files that `teacher.model` stands for now. `bucket` is any bucket of the store that s3:// models lie in.
+    """The current files of `teacher.model`. `bucket`: any bucket of the store that holds s3:// models.
 
-    Only files of the directory itself: GPT-OSS' folders `original` and `metal` hold its weights again, in other forms.
+    Subdirectories are ignored: `original` and `metal` of GPT-OSS hold its weights again in other formats.
     """
     commit = None
     if model.startswith("hf://"):
@@ -95,8 +104,8 @@ def find_teacher(model: str, bucket: Bucket) -> TeacherRef:
     )
     if not any(file.name == "config.json" for file in files):
         raise Permanent(
-            f"teacher.model: {model} has no config.json. Name a Hugging Face model directory, as save_pretrained writes it: "
-            "config.json and *.safetensors."
+            f"teacher.model: {model} has no config.json. Name a Hugging Face model directory, as "
+            "save_pretrained writes it: config.json and *.safetensors."
         )
     return TeacherRef(model, commit, files)
 
@@ -104,10 +113,10 @@ def find_teacher(model: str, bucket: Bucket) -> TeacherRef:
 def fetch_teacher(
     teacher: TeacherRef, bucket: Bucket, folder: Path, check_stop: Callable[[], None] = lambda: None
 ) -> Path:
-    """Bring the model to disk, into a directory of its own below `folder`, and return that. What is there already stays.
+    """Download the model into a directory of its own below `folder` and return that. Existing files are kept.
 
-    `check_stop` is called before every block and may raise. Raises StorageError (Altered) where a file is no longer the one that
-    was found, and (Local) where the disk is full.
+    `check_stop` is called before every block and may raise. Raises StorageError (Altered) if a file is no
+    longer the pinned one, and (Local) if the disk is full.
     """
     directory = folder / teacher.sha256[:16]
     directory.mkdir(parents=True, exist_ok=True)
@@ -120,7 +129,7 @@ def fetch_teacher(
     store = bucket.other(name)
     for file in teacher.files:
         path = directory / file.name
-        if path.is_file():  # it appeared whole, and the directory is this content's own
+        if path.is_file():  # files appear whole, and the directory belongs to this content
             continue
         pinned = Object(f"{key.rstrip('/')}/{file.name}", file.size, file.etag)
 
@@ -135,12 +144,15 @@ def fetch_teacher(
 
 
 def check_vocabulary(directory: Path) -> None:
-    """Raise Permanent where the model has another vocabulary than the data sets. A directory without tokenizer files is fine."""
+    """Raise Permanent if the model's vocabulary is not the datasets'.
+
+    A directory without tokenizer files passes.
+    """
     size = read_config(directory).get("vocab_size")
     if size != VOCABULARY_SIZE:
         raise Permanent(
-            f"teacher.model: config.json says vocab_size {size}, the data sets' ids go up to {VOCABULARY_SIZE:,}. Give a model of the "
-            "o200k_harmony vocabulary, such as GPT-OSS."
+            f"teacher.model: config.json says vocab_size {size}, the datasets' ids go up to "
+            f"{VOCABULARY_SIZE:,}. Give a model of the o200k_harmony vocabulary, such as GPT-OSS."
         )
     for path in sorted([*directory.glob("tokenizer.json"), *directory.glob("*.tiktoken")]):
         found = hashlib.sha256(
@@ -148,13 +160,15 @@ def check_vocabulary(directory: Path) -> None:
         ).hexdigest()
         if found != VOCABULARY_SHA256:
             raise Permanent(
-                f"teacher.model: {path.name}: its tokens are another vocabulary (sha256 {found}) than the data sets' o200k "
-                f"({VOCABULARY_SHA256}), so the same ids would mean another text. Give a model with GPT-OSS' tokenizer."
+                f"teacher.model: {path.name}: its tokens are another vocabulary (sha256 {found}) than the "
+                f"datasets' o200k ({VOCABULARY_SHA256}), so the same ids would mean another text. Give a "
+                "model with GPT-OSS' tokenizer."
             )
 
 
 def tiktoken_file(tokenizer: Path) -> bytes:
-    """The .tiktoken file of the merges in a tokenizer.json: a line a token, its bytes in base64 and its rank. Empty where it has none."""
+    """The .tiktoken file of a tokenizer.json: per token a line with its bytes in base64 and its rank. Empty
+    if malformed."""
     try:
         vocabulary: Mapping[str, int] = json.loads(tokenizer.read_bytes())["model"]["vocab"]
         ranks = sorted((rank, token) for token, rank in vocabulary.items() if rank < TEXT_IDS)
@@ -167,14 +181,17 @@ def tiktoken_file(tokenizer: Path) -> bytes:
 
 
 def byte_of_character() -> dict[str, int]:
-    """How byte-level BPE writes each byte as a character (GPT-2's bytes_to_unicode): printable ones as Latin-1, others from 256 on."""
+    """The byte that each character of byte-level BPE stands for, as in GPT-2's bytes_to_unicode.
+
+    Printable bytes are their Latin-1 characters, the others characters from 256 on.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The model's config.json. Raises Permanent where it is not JSON."""
+    """The model's config.json. Raises Permanent if it is not JSON."""
     try:
         found: dict[str, Any] = json.loads((directory / "config.json").read_bytes())
     except ValueError as error:
@@ -185,9 +202,10 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def checkpoint_dtype(directory: Path) -> str:
-    """The floating-point type, in torch's words, that the checkpoint declares: in config.json, else by its output projection.
+    """torch's name of the checkpoint's dtype: as declared in config.json, otherwise that of its output
+    projection.
 
-    Raises Permanent where neither says one.
+    Raises Permanent if neither is there.
     """
     said = read_config(directory)
     declared = said.get("dtype") or said.get("torch_dtype")
@@ -201,5 +219,6 @@ def checkpoint_dtype(directory: Path) -> str:
             if header.get(name, {}).get("dtype") in DTYPES:
                 return DTYPES[header[name]["dtype"]]
     raise Permanent(
-        "teacher.model: config.json names no dtype, and no *.safetensors file has an lm_head.weight. Add dtype to config.json."
+        "teacher.model: config.json names no dtype, and no *.safetensors file has an lm_head.weight. Add "
+        "dtype to config.json."
     )

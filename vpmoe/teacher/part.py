@@ -1,7 +1,8 @@
-"""The files of one part of the scores: a log-probability for every token of the data set's part, and a row for every document.
+"""The files of one part of the scores: a log-probability for every token of the dataset's part, and a row per
+document.
 
-They lie in a scratch folder, so memory holds no more than the documents' labels and lengths, and the disk 7 bytes a token (a part
-of SYNTH has some 200 million). Who computes the numbers is scorer.py's business, where the files go rescore.py's.
+They are made in a scratch folder, so memory holds only the documents' labels and lengths; the disk holds 7
+bytes per token (a part of SYNTH has some 200 million). rescore.py scores the documents and uploads the files.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from vpmoe.storage.paths import PartFile, ScoresFile
 from vpmoe.teacher.histogram import CODES, sparse
 
 MIN_LOGP = np.float32(-100.0)
-"""Lowest log-probability that is stored: float16 keeps it exactly, and exp() of it is nothing."""
+"""Lowest log-probability that is stored: exact in float16, and exp() of it is 0 there."""
 NOT_SCORED = np.float16(np.nan)
 COPY_TOKENS = 1 << 20
 
@@ -41,12 +42,18 @@ DOCUMENTS = pa.schema(
 
 
 class ScoredPart:
-    """Part `number` of the scores in the making, in `folder`. `picked_D` says which of its documents will be scored."""
+    """Part `number` of the scores while it is made, in `folder`.
+
+    `picked_D`: which of its documents are scored.
+    """
 
     def __init__(
         self, dataset: Manifest, number: int, picked_D: NDArray[np.bool_], bucket: Bucket, folder: Path
     ) -> None:
-        """Brings the data set's part to disk. Raises StorageError where it is not what its manifest says, OSError for a full disk."""
+        """Download the dataset's part.
+
+        Raises StorageError if it is not what its manifest says, OSError if the disk is full.
+        """
         self._folder = folder
         self.number = number
         wanted: list[PartFile] = ["tokens.idx", "documents.parquet", "spans.bin"]
@@ -62,8 +69,9 @@ class ScoredPart:
         )
         if not len(lengths_D) == len(picked_D) == self._labels.num_rows:
             raise Permanent(
-                f"{dataset.key}: training part {number} has {len(lengths_D)} documents in its index and {self._labels.num_rows} rows. It "
-                "was not written by preprocess; delete the data set's folder to have it made again."
+                f"{dataset.key}: training part {number} has {len(lengths_D)} documents in its index and "
+                f"{self._labels.num_rows} rows. It was not written by preprocess; delete the dataset's "
+                "folder to have it built again."
             )
         self._picked_D = picked_D
         self._tokens_T = self._mapped("tokens.bin", np.int32)
@@ -77,7 +85,7 @@ class ScoredPart:
         self._logp = (folder / "logp.bin").open("r+b")
 
     def _mapped(self, file: PartFile, dtype: type[np.generic]) -> NDArray[Any]:
-        """A file's values without reading it; of a file that is empty, or was not needed, none."""
+        """A file as a memory map; an empty array if the file is empty or was not downloaded."""
         path = self._folder / file
         return (
             np.memmap(path, dtype, "r").view(np.ndarray)
@@ -96,16 +104,20 @@ class ScoredPart:
         return ids_T
 
     def add(self, document: int, logp_T: NDArray[np.float32]) -> None:
-        """Take a document's log-probabilities, one a token. Raises Permanent where a supervised token has none, OSError for a full disk."""
+        """Add a document's log-probabilities, [T].
+
+        Raises Permanent if a supervised token has none, OSError if the disk is full.
+        """
         start, stop = int(self._starts[document]), int(self._starts[document + 1])
         span_T = self._spans_T[start:stop]
         stored_T = to_float16(logp_T)
         missing = np.flatnonzero((span_T > 0) & np.isnan(stored_T))
         if len(missing):
             raise Permanent(
-                f"teacher.model: document {document} of training part {self.number} ({self._labels['synth_id'][document]}): the teacher "
-                f"gave {len(missing)} of its tokens no probability, the first at {missing[0]} of {stop - start}. Its weights may hold "
-                "numbers that are not finite, or overflow in their dtype; try another checkpoint."
+                f"teacher.model: document {document} of training part {self.number} "
+                f"({self._labels['synth_id'][document]}): the teacher gave {len(missing)} of its tokens no "
+                f"probability, the first at {missing[0]} of {stop - start}. Its weights may hold numbers "
+                "that are not finite, or overflow in their dtype; try another checkpoint."
             )
         self._logp.seek(stored_T.itemsize * start)
         self._logp.write(stored_T.tobytes())
@@ -117,7 +129,10 @@ class ScoredPart:
                 self._means_D[name][document] = of_span.mean(dtype=np.float64)
 
     def write(self) -> dict[ScoresFile, Path]:
-        """Finish the files. Nothing can be added any more. Raises OSError where the disk is full."""
+        """Finish the files; returns their paths.
+
+        Nothing can be added afterwards. Raises OSError if the disk is full.
+        """
         self._logp.close()
         (self._folder / "logp.idx").write_bytes(index_bytes(np.diff(self._starts), np.float16))
         means = [pa.array(values, pa.float32(), mask=np.isnan(values)) for values in self._means_D.values()]
@@ -133,8 +148,11 @@ class ScoredPart:
             "documents.parquet": self._folder / "scores.parquet",
         }
 
-    def facts(self) -> dict[str, Any]:
-        """What was scored, for the part's record: `scores.merge` adds these up. `tokens` of a label are supervised ones."""
+    def counts(self) -> dict[str, Any]:
+        """Counts for the part's record; scores.merge_records adds them up.
+
+        `tokens` counts supervised tokens.
+        """
         by: dict[str, dict[str, dict[str, int]]] = {"languages": {}, "exercises": {}}
         for kind, column in (("languages", "language"), ("exercises", "exercise")):
             labels = self._labels[column].filter(pa.array(self._picked_D)).to_pylist()
@@ -151,7 +169,8 @@ class ScoredPart:
 
 
 def to_float16(logp_T: NDArray[np.float32]) -> NDArray[np.float16]:
-    """Log-probabilities as they are stored: float16, at least FLOOR, and NaN of one bit pattern only, since bytes are compared."""
+    """Log-probabilities as they are stored: float16, at least MIN_LOGP, and one bit pattern of NaN, as bytes
+    are compared."""
     half_T = np.maximum(logp_T, MIN_LOGP).astype(np.float16)
     half_T[np.isnan(half_T)] = NOT_SCORED
     return half_T

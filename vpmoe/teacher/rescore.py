@@ -1,8 +1,11 @@
-"""The rescoring step: a data set and a teacher in, scores in the bucket out, by any number of workers that never wait for one another.
+"""The rescoring step: a dataset and a teacher in, scores in the bucket out.
 
-Worker w of W makes the parts i ≡ w (mod W) of every set of scores that the run's stages ask for, each one whole and then its record, so
-a killed worker goes on at its first part without a record. Whoever finds all records writes the manifest. The teacher is loaded when the
-first picked document is met, and not at all where there is nothing to do. What is in a part is part.py's business.
+Workers never wait for each other.
+
+Worker w of W makes the parts i ≡ w (mod W) of every set of scores that the run's stages train on. It uploads
+a part's files, then its record, so a restarted worker continues with its first part without a record. Any
+worker that finds all records writes the manifest. The teacher is loaded for the first picked document, and
+not at all if there is nothing to do. part.py makes the files of a part.
 """
 
 import logging
@@ -45,17 +48,17 @@ from vpmoe.teacher.scores import (
 log = logging.getLogger(__name__)
 
 DISK_NEED = "7 bytes for each of its tokens"
-"""What a part takes of the scratch disk, beside the teacher's own files."""
+"""Scratch space of a part, in addition to the teacher's files."""
 
 REPORT_SECONDS = 60.0
-"""Seconds between reports within a part, which may take most of an hour."""
+"""Seconds between reports within a part. A part may take most of an hour."""
 
 THREADS = 8
-"""Documents' labels that are fetched at the same time."""
+"""Parts whose labels are downloaded at the same time."""
 
 
 class Teacher(Protocol):
-    """A teacher that is loaded: scorer.Scorer."""
+    """A loaded teacher: inference.teacher_engine.TeacherEngine."""
 
     def score(
         self, sequences: Iterable[Ids], check_stop: Callable[[], None]
@@ -63,12 +66,12 @@ class Teacher(Protocol):
 
 
 LoadTeacher = Callable[[Path, int], Teacher]
-"""How a teacher is loaded, from its directory and the longest sequence that it will be given."""
+"""Loads a teacher from its directory, for sequences of up to so many tokens."""
 
 
 @dataclass(frozen=True)
 class RescoreWorker(StepWorker):
-    """One worker's view of the step."""
+    """One worker of one attempt at the step."""
 
     dataset: Manifest
     scores: Sequence[ScoresRef]
@@ -77,7 +80,7 @@ class RescoreWorker(StepWorker):
 
     @property
     def parts(self) -> int:
-        """Training parts of the data set, of which every set of scores has its own."""
+        """Number of training parts of the dataset; each set of scores has as many."""
         return int(self.dataset.facts["parts"])
 
     @property
@@ -85,7 +88,7 @@ class RescoreWorker(StepWorker):
         return self.parts * len(self.scores)
 
     def done(self) -> int:
-        """Parts of all sets that have a record."""
+        """Number of parts of all sets that have a record."""
         return sum(len(done_parts(scores, self.bucket)) for scores in self.scores)
 
     def complete(self) -> bool:
@@ -94,14 +97,14 @@ class RescoreWorker(StepWorker):
 
     @cached_property
     def effort(self) -> EffortSubstitution:
-        """How documents are put to the teacher."""
+        """Puts teacher.effort into the documents' system messages."""
         return EffortSubstitution(
             self.dataset.facts["settings"]["conversation"], self.run.spec.teacher.effort
         )
 
     @cached_property
     def teacher(self) -> Teacher:
-        """The teacher, fetched and loaded when it is first asked for."""
+        """The teacher, downloaded and loaded at the first access."""
         self.report("Loading the teacher", self.done(), self.total)
         directory = model.fetch_teacher(self.scores[0].teacher, self.bucket, self.scratch, self.check_stop)
         return self.load(directory, self.dataset.facts["settings"]["maxLength"] + self.effort.extra_tokens)
@@ -118,8 +121,9 @@ def rescore(
 ) -> list[ScoresRef]:
     """Do this worker's share of the step. Returns the sets of scores that the run's stages train on.
 
-    The teacher's files are brought below `scratch`, and stay there for whoever asks next. Raises Permanent where the configuration, the
-    teacher or the data set is at fault, StorageError, Retriable for a full disk, Terminated where it was asked to stop.
+    The teacher's files are downloaded below `scratch` and stay there for later steps. Raises Permanent if the
+    configuration, the teacher or the dataset is invalid, StorageError, Retriable if the disk is full,
+    Terminated if it was asked to stop.
     """
     dataset = load_dataset(run, bucket)
     job = RescoreWorker(
@@ -148,7 +152,7 @@ def rescore(
 
 
 def score_missing_parts(job: RescoreWorker, scores: ScoresRef) -> None:
-    """Make this worker's parts of a set of scores that have no record."""
+    """Make those of this worker's parts of a set of scores that have no record."""
     claim_scores(scores, job.bucket, job.provenance)
     done = done_parts(scores, job.bucket)
     missing = [part for part in job.share(job.parts, job.run.spec.teacher.gpus) if part not in done]
@@ -162,7 +166,7 @@ def score_missing_parts(job: RescoreWorker, scores: ScoresRef) -> None:
 
 
 def pick_documents(job: RescoreWorker, scores: ScoresRef) -> list[NDArray[np.bool_]]:
-    """For each part, which of its documents are scored. Raises Permanent where none is."""
+    """For each part, which of its documents are scored, [D] bool. Raises Permanent if none is."""
     parts = list(in_order(lambda part: read_labels(job, part), range(job.parts), THREADS))
     picked = subset.pick_documents(parts, scores.subset, scores.dataset)
     documents = sum(int(of_part.sum()) for of_part in picked)
@@ -172,18 +176,20 @@ def pick_documents(job: RescoreWorker, scores: ScoresRef) -> list[NDArray[np.boo
     )
     if not documents:
         raise Permanent(
-            f"subset: no document is picked. There is none of the exercises and languages listed, or the first of each is longer than its "
-            f"share of min(tokens {scores.subset.tokens}, fraction {scores.subset.fraction:g} of all). Raise these, or correct the lists; "
+            "subset: no document is picked. There are no documents of the listed exercises and languages, "
+            f"or the first of each group is longer than its share of min(tokens {scores.subset.tokens}, "
+            f"fraction {scores.subset.fraction:g} of all). Raise these, or correct the lists; "
             f"{job.bucket.url(job.dataset.key)} has the names."
         )
     log.info(
-        f"Scores {job.bucket.url(scores.folder)}: {documents:,} documents picked, {tokens:,} tokens of reasoning and answers"
+        f"Scores {job.bucket.url(scores.folder)}: {documents:,} documents picked, {tokens:,} tokens of "
+        "reasoning and answers"
     )
     return picked
 
 
 def read_labels(job: RescoreWorker, part: int) -> subset.DocumentLabels:
-    """What picking looks at of one part."""
+    """The labels and lengths of the documents of a part."""
     job.check_stop()
     content = b"".join(job.bucket.blocks(job.dataset.subjects[f"train/part-{part:05d}.documents.parquet"]))
     return subset.document_labels(
@@ -192,7 +198,7 @@ def read_labels(job: RescoreWorker, part: int) -> subset.DocumentLabels:
 
 
 def score_part(job: RescoreWorker, scores: ScoresRef, number: int, picked_D: NDArray[np.bool_]) -> None:
-    """Score a part's picked documents, upload its files, then its record: with that it is done."""
+    """Score a part's picked documents, upload its files, then its record, which marks the part as done."""
     bucket, metadata, started = (
         job.bucket,
         {**job.provenance.metadata(), "dataset": scores.dataset},
@@ -208,21 +214,23 @@ def score_part(job: RescoreWorker, scores: ScoresRef, number: int, picked_D: NDA
         for file, path in files.items():
             stored = bucket.put_file(paths.scores_part(scores.id, number, file), path, metadata)
             entries.append(manifest.entry(stored.subject(scores.folder)))
-    record = {"part": number, "content": scores.content, **part.facts(), "files": entries}
+    record = {"part": number, "content": scores.content, **part.counts(), "files": entries}
     if not bucket.create(paths.scores_record(scores.id, number), json_bytes(record), metadata):
         raise Permanent(
-            f"{bucket.url(paths.scores_record(scores.id, number))}: another writer scored the same part with other bits, on another kind "
-            "of machine or with another version of vLLM. Delete this record and run the step again: only that part is made anew."
+            f"{bucket.url(paths.scores_record(scores.id, number))}: another writer scored the same part "
+            "with other bits, on another kind of machine or with another version of vLLM. Delete this "
+            "record and run the step again: only that part is scored again."
         )
     tokens, seconds = sum(record["tokens"].values()), time.monotonic() - started
     log.info(
-        f"Part {number}: {record['documents']:,} of {len(picked_D):,} documents scored, {tokens:,} supervised tokens, {seconds:,.0f} s"
+        f"Scored part {number}: {record['documents']:,} of {len(picked_D):,} documents scored, {tokens:,} "
+        f"supervised tokens, {seconds:,.0f} s"
     )
-    job.report(f"Part {number} done", job.done(), job.total, tokens / seconds if tokens else None)
+    job.report(f"Scored part {number}", job.done(), job.total, tokens / seconds if tokens else None)
 
 
 def score_documents(job: RescoreWorker, part: ScoredPart) -> None:
-    """Score the part's picked documents, in its order, and say from time to time how far that is."""
+    """Score the part's picked documents in order, and report progress every REPORT_SECONDS."""
     teacher, documents = job.teacher, part.picked
     sent = (job.effort.to_teacher(part.ids(document)) for document in documents)
     tokens, since, reported = 0, time.monotonic(), time.monotonic()
@@ -234,7 +242,7 @@ def score_documents(job: RescoreWorker, part: ScoredPart) -> None:
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
             job.report(
-                f"Part {part.number}: {count:,} of {len(documents):,} documents",
+                f"Scoring part {part.number}, {count:,} of {len(documents):,} documents",
                 job.done(),
                 job.total,
                 tokens / (reported - since),
@@ -242,7 +250,10 @@ def score_documents(job: RescoreWorker, part: ScoredPart) -> None:
 
 
 def write_manifests(job: RescoreWorker) -> None:
-    """Write the manifests of the sets whose records are all there; of the others another worker will."""
+    """Write the manifest of every set that has all records.
+
+    The worker that makes the last part of a set writes its manifest.
+    """
     for scores in job.scores:
         if len(done_parts(scores, job.bucket)) == job.parts and not job.bucket.exists(scores.manifest):
             records = [job.bucket.get_json(paths.scores_record(scores.id, part)) for part in range(job.parts)]
@@ -253,7 +264,7 @@ def write_manifests(job: RescoreWorker) -> None:
             log.info("Complete: %s; mean log-probability: %s", job.bucket.url(scores.folder), means)
     missing = job.total - job.done()
     if missing:
-        log.info("This worker's parts are done; others make %d more", missing)
-        job.report(f"{missing} parts missing", job.total - missing, job.total)
+        log.info("This worker has made its parts; %d parts of other workers are missing", missing)
+        job.report(f"Waiting for {missing} parts of other workers", job.total - missing, job.total)
     if job.complete():
         job.report_success("Complete", job.total, dataset_facts(job.bucket, job.dataset))

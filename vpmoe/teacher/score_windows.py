@@ -1,8 +1,9 @@
-"""The teacher of an OnPolicy stage: rollouts in, the teacher's log-probability of every sampled token out, window by window as they appear.
+"""The teacher of an OnPolicy stage: scores the sampled tokens of every window, as windows appear.
 
-Worker w of W scores the windows k ≡ w (mod W), in order, each into one object that is written once: a killed worker goes on at its first
-window without scores. The teacher is loaded at once and not when the first window is there, since the sampler loads the student and samples
-that window meanwhile. What is in the files is vpmoe.rollout.window_files's business, what follows from the numbers the trainer's.
+Worker w of W scores the windows k ≡ w (mod W), in order, each into one object that is written once. A
+restarted worker continues with its first window without scores. The teacher is loaded at the start and not
+when the first window appears, because meanwhile the sampler loads the student and samples that window. The
+files are described in vpmoe.rollout.window_files.
 """
 
 import json
@@ -19,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpmoe.api import DistillRun
+from vpmoe.api.metrics import MetricsLine
 from vpmoe.api.stages import OnPolicy
-from vpmoe.clock import now
 from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.failure import Permanent
 from vpmoe.process.step_worker import StepWorker, step_succeeded
@@ -34,61 +35,82 @@ from vpmoe.teacher.rescore import LoadTeacher, Teacher
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-"""Seconds between two looks for the next window."""
+"""Seconds between two checks for the next window."""
 
 REPORT_SECONDS = 10.0
-"""Seconds between reports while there is nothing to score."""
+"""Seconds between reports while waiting for a window."""
 
 NAME = re.compile(r"window-(\d+)\.(rollouts|scores)\.arrow")
 
 
+class ScoringLine(MetricsLine):
+    """The teacher's line of metrics for a window."""
+
+    event: str = "window"
+    worker: int
+    window: int
+    seconds: float
+    """Time to read and score the window."""
+    wait_rollouts: float
+    """Seconds that the worker waited for the window."""
+    tokens: int
+    """Tokens of the window: prompts and completions."""
+    tokens_per_second: float
+
+
 @dataclass(frozen=True)
 class ScoringWorker(StepWorker):
-    """One worker's view of the stage."""
+    """One worker of one attempt at scoring a stage."""
 
     stage: OnPolicy
     teacher: str
-    """sha256 of what the run's teacher was resolved to."""
+    """TeacherRef.sha256 of the run's teacher."""
     sampled: set[int] = field(default_factory=set)
-    """Windows that have rollouts, as far as they were looked for."""
+    """Windows known to have rollouts."""
     scored: set[int] = field(default_factory=set)
-    """Windows that have scores, of all workers."""
+    """Windows known to have scores, from all workers."""
     last: dict[int, bool] = field(default_factory=dict)
-    """Of the windows that were read, whether the stage has none after it."""
+    """For each window that was read, whether it is the stage's last."""
 
     @property
     def workers(self) -> int:
-        """How many share the windows; by hand one process scores all."""
+        """Number of workers that share the windows; 1 if this process is not one of an Indexed Job."""
         return 1 if self.worker is None else self.run.spec.teacher.gpus
 
     def key(self, window: int, kind: Literal["rollouts", "scores"]) -> str:
         return paths.window(self.run, self.stage.name, window, kind)
 
-    def look(self) -> None:
-        """Find what is sampled and scored. Asks for nothing before the first window that had no scores at the last look."""
+    def refresh(self) -> None:
+        """Update `sampled` and `scored` from the bucket.
+
+        Lists only from the first window without scores on.
+        """
         whole = next(window for window in count() if window not in self.scored)
         folder = self.key(0, "scores").rpartition("/")[0]
         for found in self.bucket.list(f"{folder}/window-", self.key(whole - 1, "scores") if whole else ""):
             if named := NAME.search(found.key):
                 (self.scored if named[2] == "scores" else self.sampled).add(int(named[1]))
 
-    def ended(self) -> bool:
-        """Whether the stage is trained to its end, so that nobody waits for scores."""
+    def stage_finished(self) -> bool:
+        """Whether training of the stage has finished, so that no more scores are needed."""
         return step_succeeded(self.run, self.bucket, self.stage.name)
 
-    def beyond(self, window: int) -> bool:
-        """Whether the stage ends before this window. The last one is among those since this worker's own one before."""
-        return any(self._last(before) for before in range(max(0, window - self.workers), window))
+    def after_last_window(self, window: int) -> bool:
+        """Whether the stage ends before this window.
 
-    def _last(self, window: int) -> bool:
+        If so, its last window is among the `workers` windows before.
+        """
+        return any(self._is_last(before) for before in range(max(0, window - self.workers), window))
+
+    def _is_last(self, window: int) -> bool:
         if window not in self.last and self.bucket.exists(self.key(window, "rollouts")):
             read_window(self, window)
         return self.last.get(window, False)
 
-    def say(self, message: str, speed: float | None = None) -> None:
-        """Report for all workers, which the first does."""
+    def report_windows(self, message: str, speed: float | None = None) -> None:
+        """Report progress. The first worker reports for all."""
         if not self.worker:
-            self.look()
+            self.refresh()
             self.report(message, len(self.scored), len(self.sampled), speed)
 
 
@@ -102,19 +124,19 @@ def score_windows(
     load_teacher: LoadTeacher,
     scratch: Path,
 ) -> int:
-    """Score this worker's windows of a stage until no more will come; returns how many these were.
+    """Score this worker's windows until the stage has no more; returns how many were scored.
 
-    The teacher's files are brought below `scratch`. Raises Permanent where the teacher or a window is at fault, or the stage may not begin,
-    StorageError, Terminated where it was asked to stop.
+    The teacher's files are downloaded below `scratch`. Raises Permanent if the stage may not begin, or if the
+    teacher or a window is invalid, StorageError, Terminated if it was asked to stop.
     """
     require_validity(run, stage, bucket)
     found = model.resolve_teacher(run, bucket)
     job = ScoringWorker(run, bucket, provenance, stopping, worker, stage, found.sha256)
-    job.look()
+    job.refresh()
     missing = (window for window in count(worker or 0, job.workers) if window not in job.scored)
     window, done = next(missing), 0
-    if not (job.ended() or job.beyond(window)):
-        job.say("Loading the teacher")
+    if not (job.stage_finished() or job.after_last_window(window)):
+        job.report_windows("Loading the teacher")
         teacher = load_teacher(
             model.fetch_teacher(found, bucket, scratch, job.check_stop), run.spec.training.sequence_length
         )
@@ -125,7 +147,10 @@ def score_windows(
 
 
 def score_window(job: ScoringWorker, teacher: Teacher, window: int) -> bool:
-    """Wait for a window and score it; False where it will not come."""
+    """Wait for a window and score it.
+
+    Returns False if the stage has no such window or needs no more scores.
+    """
     started = time.monotonic()
     if not wait_for_rollouts(job, window):
         return False
@@ -133,40 +158,47 @@ def score_window(job: ScoringWorker, teacher: Teacher, window: int) -> bool:
     held = read_window(job, window)
     logp = score_rollouts(job, teacher, held)
     seconds, tokens = time.monotonic() - begun, sum(len(one.ids_T) for one in held.rollouts)
-    measured = {
-        "seconds": seconds,
-        "waitRollouts": begun - started,
-        "tokens": tokens,
-        "tokensPerSecond": tokens / seconds,
-    }
-    write_window_metrics(job, window, measured)  # before the scores, after which the window is not met again
+    line = ScoringLine(
+        attempt=job.provenance.attempt,
+        worker=job.worker or 0,
+        window=window,
+        seconds=seconds,
+        wait_rollouts=begun - started,
+        tokens=tokens,
+        tokens_per_second=tokens / seconds,
+    )
+    write_window_metrics(job, line)  # before the scores, after which no attempt comes back to this window
     write_scores(job, held, logp)
     log.info(
-        f"Window {window}: {len(held.rollouts):,} rollouts, {tokens:,} tokens in {seconds:,.1f} s, waited {begun - started:,.1f} s"
+        f"Scored window {window}: {len(held.rollouts):,} rollouts, {tokens:,} tokens in {seconds:,.1f} s, "
+        f"waited {begun - started:,.1f} s"
     )
-    job.say(f"Window {window} scored", tokens / seconds)
+    job.report_windows(f"Scored window {window}", tokens / seconds)
     return True
 
 
 def wait_for_rollouts(job: ScoringWorker, window: int) -> bool:
-    """Wait until a window has rollouts: True; or until it is certain that nobody will sample or train it: False."""
+    """Wait until a window has rollouts.
+
+    Returns False once it is certain that it will not be sampled or trained.
+    """
     said = time.monotonic()
     while True:
         job.check_stop()
-        if job.ended():
+        if job.stage_finished():
             return False
         if job.bucket.exists(job.key(window, "rollouts")):
             return True
-        if job.beyond(window):
+        if job.after_last_window(window):
             return False
         if time.monotonic() - said > REPORT_SECONDS:
             said = time.monotonic()
-            job.say(f"Waiting for window {window}")
+            job.report_windows(f"Waiting for window {window}")
         job.pause(POLL_SECONDS)
 
 
 def read_window(job: ScoringWorker, window: int) -> WindowRollouts:
-    """A window's rollouts. Raises Permanent where they are damaged, another's, or cannot be scored."""
+    """A window's rollouts. Raises Permanent if they are damaged, of another run, or cannot be scored."""
     key = job.key(window, "rollouts")
     held = read_rollouts(job.bucket.get(key), job.bucket.url(key))
     ours = {
@@ -191,9 +223,10 @@ def read_window(job: ScoringWorker, window: int) -> WindowRollouts:
 
 
 def score_rollouts(job: ScoringWorker, teacher: Teacher, held: WindowRollouts) -> list[NDArray[np.float32]]:
-    """For each rollout the log-probabilities of its completion, [C], given the very prompt that the student saw, its effort included.
+    """For each rollout the teacher's log-probabilities of its completion, [C], given the same prompt as the
+    student's.
 
-    Raises Permanent where a token has none.
+    The prompt keeps its effort. Raises Permanent if a token has no log-probability.
     """
     logp = []
     for one, logp_T in zip(
@@ -203,52 +236,53 @@ def score_rollouts(job: ScoringWorker, teacher: Teacher, held: WindowRollouts) -
         missing = np.flatnonzero(np.isnan(logp_C))
         if len(missing):
             raise Permanent(
-                f"teacher.model: rollout {one.rollout} of prompt {one.prompt} of window {held.header.window}: the teacher gave "
-                f"{len(missing)} of its tokens no probability, the first at {missing[0]} of {len(logp_C)}. Its weights may hold numbers "
-                "that are not finite, or overflow in their dtype; try another checkpoint."
+                f"teacher.model: rollout {one.rollout} of prompt {one.prompt} of window "
+                f"{held.header.window}: the teacher gave {len(missing)} of its tokens no probability, the "
+                f"first at {missing[0]} of {len(logp_C)}. Its weights may hold numbers that are not finite, "
+                "or overflow in their dtype; try another checkpoint."
             )
         logp.append(logp_C)
     return logp
 
 
 def write_scores(job: ScoringWorker, held: WindowRollouts, logp: list[NDArray[np.float32]]) -> None:
-    """Write a window's scores, unless there are some: then those hold. Raises Permanent where they are of other rollouts."""
-    about = held.header
+    """Write a window's scores unless there are some.
+
+    Raises Permanent if existing scores are of other rollouts.
+    """
+    header = held.header
     data = scores_bytes(
         ScoresHeader(
-            run=about.run, stage=about.stage, window=about.window, rollouts=held.sha256, teacher=job.teacher
+            run=header.run,
+            stage=header.stage,
+            window=header.window,
+            rollouts=held.sha256,
+            teacher=job.teacher,
         ),
         logp,
     )
-    key = job.key(about.window, "scores")
+    key = job.key(header.window, "scores")
     if not job.bucket.create(key, data, job.provenance.metadata()):
         read_scores(job.bucket.get(key), job.bucket.url(key), held)
-        log.info("Window %d: another attempt's scores are there, with other bits; they hold", about.window)
+        log.info("Window %d: another attempt has written scores with other bits; keeping them", header.window)
 
 
-def write_window_metrics(job: ScoringWorker, window: int, measured: dict[str, float]) -> None:
-    """Write a window's line of metrics: an object a window, so whoever scores it again leaves no second line."""
-    line = {
-        "event": "window",
-        "time": now().isoformat(timespec="milliseconds"),
-        "attempt": job.provenance.attempt,
-        "worker": job.worker or 0,
-        "window": window,
-        **measured,
-    }
-    key = paths.metrics(job.run, job.provenance.step, f"window-{window:06d}")
-    job.bucket.put_bytes(key, json.dumps(line).encode() + b"\n", job.provenance.metadata())
+def write_window_metrics(job: ScoringWorker, line: ScoringLine) -> None:
+    """Write a window's line of metrics: one object per window, so scoring it again leaves no second line."""
+    key = paths.metrics(job.run, job.provenance.step, f"window-{line.window:06d}")
+    job.bucket.put_bytes(key, json.dumps(line.dump()).encode() + b"\n", job.provenance.metadata())
 
 
 def report_end(job: ScoringWorker) -> None:
-    """Say how the stage ended; whoever scores the last of the windows says that all are."""
-    job.say("This worker's windows are scored")
-    job.look()
-    if job.ended() or job.scored >= job.sampled:
+    """Report how the step ended. The worker that finds all windows scored reports success."""
+    job.report_windows("Scored this worker's windows")
+    job.refresh()
+    if job.stage_finished() or job.scored >= job.sampled:
         job.report_success("Complete", len(job.scored))
 
 
 def _foreign_window(job: ScoringWorker, key: str, why: str) -> Permanent:
     return Permanent(
-        f"{job.bucket.url(key)}: {why}. The run's sampler did not write it; delete it, and the window is sampled again."
+        f"{job.bucket.url(key)}: {why}. The run's sampler did not write it; delete it to have the window "
+        "sampled again."
     )

@@ -1,7 +1,9 @@
-"""A teacher's scores of a data set: their id, what they are of, the records of their parts and, last, their manifest.
+"""A teacher's scores of a dataset: their id, their content, the records of their parts and, last, their
+manifest.
 
-The id is a hash of everything that is asked for, so equal stages share one set of scores and a finished one is never made again. No
-torch and no vLLM: the trainer asks too. What stands in a part is part.py's business, in what order they are made rescore.py's.
+The id is a hash of everything that decides the content, so equal stages share one set of scores, and finished
+scores are never made again. No torch and no vLLM: the trainer imports this. part.py makes the files of a
+part, rescore.py decides the order.
 """
 
 import hashlib
@@ -24,24 +26,25 @@ from vpmoe.teacher.histogram import CODES, dense, mean, sparse
 from vpmoe.teacher.model import TeacherRef, resolve_teacher
 
 SCORES_WRITER = 1
-"""Version of what turns a teacher's opinion into bytes. Raise it with every change of picking, prompting, clamping or file formats."""
+"""Version of the code that turns a teacher's log-probabilities into bytes. Raise it with every change of
+picking, prompting, clamping or file formats."""
 
 
 @dataclass(frozen=True)
 class ScoresRef:
-    """One set of scores: whose, of what, of which documents."""
+    """One set of scores: by which teacher, of which documents of which dataset."""
 
     dataset: str
-    """The data set's id."""
+    """Id of the dataset."""
     content: str
-    """The data set's `content_of`."""
+    """`training_content` of the dataset."""
     teacher: TeacherRef
     effort: str
     subset: Subset
 
     @property
     def id(self) -> str:
-        """sha256 (hex) of the data set, the teacher, the effort, the subset and the writer."""
+        """sha256 (hex) of dataset, teacher, effort, subset and SCORES_WRITER."""
         decides = {
             "dataset": self.dataset,
             "teacher": self.teacher.sha256,
@@ -60,7 +63,7 @@ class ScoresRef:
         return paths.manifest(self.folder)
 
     def origin(self) -> dict[str, Any]:
-        """What the scores are of; part of every record and of the manifest's facts."""
+        """What the scores are made from: stored at scores_origin, and in the manifest's facts."""
         return {
             "id": self.id,
             "dataset": {"id": self.dataset, "content": self.content},
@@ -78,7 +81,7 @@ def resolve_scores(run: DistillRun, subset: Subset, bucket: Bucket, dataset: Man
 
 
 def resolve_all_scores(run: DistillRun, bucket: Bucket, dataset: Manifest) -> list[ScoresRef]:
-    """The scores of all stages of the run that train on some, each set once, in the order of the stages."""
+    """The scores that the run's stages train on, each set once, in the order of the stages."""
     found = [
         resolve_scores(run, stage.scored_subset, bucket, dataset)
         for stage in run.spec.stages
@@ -88,7 +91,7 @@ def resolve_all_scores(run: DistillRun, bucket: Bucket, dataset: Manifest) -> li
 
 
 def training_content(dataset: Manifest) -> str:
-    """sha256 (hex) of a data set's training tokens and spans: the sorted (name, sha256) of their files."""
+    """sha256 (hex) of a dataset's training tokens and spans: of the sorted (name, sha256) of their files."""
     files = [
         [name, s.sha256]
         for name, s in dataset.subjects.items()
@@ -98,16 +101,20 @@ def training_content(dataset: Manifest) -> str:
 
 
 def load_scores(scores: ScoresRef, bucket: Bucket) -> Manifest:
-    """The manifest of finished scores. Raises Permanent where they are of another content, StorageError (Missing) where there is none."""
+    """The manifest of finished scores.
+
+    Raises Permanent if they are of another content, StorageError (Missing) if there is none.
+    """
     made = manifest.load(bucket, scores.manifest)
     check_content(scores, made.facts["dataset"]["content"], bucket.url(made.key), bucket)
     return made
 
 
 def claim_scores(scores: ScoresRef, bucket: Bucket, provenance: Provenance) -> None:
-    """Write down what the scores are of, before the first part; or prove that whoever began them had the same in mind.
+    """Record the origin of the scores before their first part, or verify the origin that another worker
+    recorded.
 
-    Raises Permanent where the data set under this id was another one then.
+    Raises Permanent if the dataset of this id had another content then.
     """
     key = paths.scores_origin(scores.id)
     if not bucket.create(key, json_bytes(scores.origin()), provenance.metadata()):
@@ -115,21 +122,22 @@ def claim_scores(scores: ScoresRef, bucket: Bucket, provenance: Provenance) -> N
 
 
 def check_content(scores: ScoresRef, content: str, where: str, bucket: Bucket) -> None:
-    """Raise Permanent where `content`, stated at `where`, is not that of the data set as it is now."""
+    """Raise Permanent if `content`, as recorded at `where`, is not the dataset's current content."""
     if content != scores.content:
         raise Permanent(
-            f"{where}: the scores are of content {content}, but data set {scores.dataset} is now of content {scores.content}: it was "
-            f"deleted and made again with other bytes. Delete {bucket.url(scores.folder)} to have it scored again."
+            f"{where}: the scores are of content {content}, but dataset {scores.dataset} is now of content "
+            f"{scores.content}: it was deleted and built again with other bytes. Delete "
+            f"{bucket.url(scores.folder)} to have it scored again."
         )
 
 
 def done_parts(scores: ScoresRef, bucket: Bucket) -> set[int]:
-    """The parts whose record is there."""
+    """The parts that have a record."""
     return recorded(bucket, paths.scores_record(scores.id, 0))
 
 
 def merge_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What was scored altogether: the sum of the parts' records."""
+    """The counts of all parts together, from the parts' records."""
     counts = {
         span: sum((dense(record["histogram"][span]) for record in records), np.zeros(CODES, np.int64))
         for span in SPANS
@@ -149,7 +157,8 @@ def write_scores_manifest(
     provenance: Provenance,
     bucket: Bucket,
 ) -> Manifest:
-    """Make the scores exist: their manifest, from the records of all parts. Returns the one that stands, ours or another worker's."""
+    """Write the manifest of the scores from the records of all parts; returns the stored one, which another
+    worker may have written."""
     subjects = [manifest.subject_of(entry, scores.folder) for record in records for entry in record["files"]]
     facts = {**scores.origin(), "parts": len(records), **merge_records(records)}
     inputs = [

@@ -1,8 +1,8 @@
-"""Which documents of a data set the teacher scores. Pure: the documents' labels and lengths in, the chosen ones out.
+"""Which documents of a dataset the teacher scores. Pure: labels and lengths in, picked documents out.
 
-A function of the data set and of the stage's `subset` alone, so each worker works it out for itself and all agree. 80 million documents
-take 2.8 GB of memory and half a minute: 20 bytes a document, and 40 for each of the largest group. Reading the labels is rescore.py's
-business.
+The result depends on the dataset and on the stage's `subset` alone, so every worker computes the same. 80
+million documents take 2.8 GB of memory and half a minute: 20 bytes per document, and 40 for each of the
+largest group. rescore.py reads the labels.
 """
 
 import hashlib
@@ -17,25 +17,25 @@ from vpmoe.api.stages import Subset
 from vpmoe.data.dataset import UNKNOWN
 
 Label = tuple[str, str]
-"""(language, exercise); a document without one has the value "unknown" there."""
+"""(language, exercise), each "unknown" if the document has none."""
 
 
 @dataclass(frozen=True)
 class DocumentLabels:
-    """One part's documents, D in the part's order, as far as picking looks at them."""
+    """What picking needs to know of the D documents of a part, in the part's order."""
 
     labels: Sequence[Label]
-    """The labels that occur in the part, each once."""
+    """The distinct labels of the part."""
     label_D: NDArray[np.unsignedinteger]
-    """Which of them each document has."""
+    """[D] index of each document's label in `labels`."""
     reasoning_D: NDArray[np.int32]
-    """Reasoning tokens of each document."""
+    """[D] reasoning tokens of each document."""
     assistant_D: NDArray[np.int32]
-    """Supervised tokens of each document: reasoning and final."""
+    """[D] supervised tokens of each document: reasoning and final."""
 
 
 def document_labels(table: pa.Table) -> DocumentLabels:
-    """What picking looks at, from the columns language, exercise, reasoning and final of a part's documents.parquet."""
+    """From the columns language, exercise, reasoning and final of a part's documents.parquet."""
     language, exercise = (
         table[name].combine_chunks().fill_null(UNKNOWN).dictionary_encode()
         for name in ("language", "exercise")
@@ -53,7 +53,9 @@ def document_labels(table: pa.Table) -> DocumentLabels:
 
 
 def pick_documents(parts: Sequence[DocumentLabels], subset: Subset, seed: str) -> list[NDArray[np.bool_]]:
-    """For each part, which of its documents are scored, [D] bool. `seed` is the data set's id; only prefer: none looks at it.
+    """For each part, which of its documents are scored, [D] bool.
+
+    `seed`: the dataset's id, used by prefer: none only.
 
     Always true, and each line has a test of the same name:
       the documents picked have at most min(tokens, fraction of all) assistant tokens;
@@ -79,14 +81,14 @@ def pick_documents(parts: Sequence[DocumentLabels], subset: Subset, seed: str) -
     picked_D = np.zeros(len(group_D), np.bool_)
     for group, share in enumerate(share_budget([int(tokens) for tokens in supply[:nowhere]], budget)):
         members = np.flatnonzero(group_D == group)
-        ordered = members[np.argsort(rank_D[members], kind="stable")]  # ties by place in the data set
+        ordered = members[np.argsort(rank_D[members], kind="stable")]  # ties by position in the dataset
         fits = np.cumsum(assistant_D[ordered], dtype=np.int64) <= share
         picked_D[ordered[fits]] = True
     return np.split(picked_D, np.cumsum([len(part.label_D) for part in parts])[:-1])
 
 
 def is_eligible(label: Label, subset: Subset) -> bool:
-    """Whether documents of this label may be picked."""
+    """Whether documents with this label may be picked."""
     language, exercise = label
     return (not subset.languages or language in subset.languages) and (
         not subset.exercises or exercise in subset.exercises
@@ -94,9 +96,9 @@ def is_eligible(label: Label, subset: Subset) -> bool:
 
 
 def pick_order(part: DocumentLabels, subset: Subset, seed: str, place: int) -> NDArray[np.uint32]:
-    """What a part's documents are ordered by, lowest first, [D]. `place` is the part's place in the data set.
+    """Sort keys of a part's documents, lowest first, [D]. `place`: index of the part in the dataset.
 
-    numpy promises that a bit generator's raw stream never changes, which it does not of its distributions.
+    Random keys are the generator's raw stream, which numpy guarantees not to change; its distributions may.
     """
     if subset.prefer == "longReasoning":
         return np.iinfo(np.int32).max - part.reasoning_D.astype(np.uint32)
@@ -105,7 +107,8 @@ def pick_order(part: DocumentLabels, subset: Subset, seed: str, place: int) -> N
 
 
 def share_budget(supply: Sequence[int], budget: int) -> list[int]:
-    """How much of the budget each group gets: the same for all, and what a small group cannot use goes to the others (water-filling)."""
+    """The share of the budget of each group: equal shares; what a small group cannot use goes to the others
+    (water-filling)."""
     given = [0] * len(supply)
     left = budget
     smallest_first = sorted(range(len(supply)), key=lambda group: (supply[group], group))

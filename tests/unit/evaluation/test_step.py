@@ -390,7 +390,7 @@ def test_whoever_measures_a_part_first_is_right(stage: StageContext, engines: En
         pytest.param(
             at(2),
             None,
-            "stage vanilla stands at 200 tokens. Train it to its end: python -m jobs.train --step vanilla",
+            "stage vanilla has trained 200 tokens. Train it to its end: python -m jobs.train --step vanilla",
             id="not-ended",
         ),
         pytest.param(

@@ -268,7 +268,7 @@ def test_workers_do_not_change_a_byte_and_the_last_one_says_so(
     do(spec, scorer, worker=1)
     assert (
         progress(spec, bucket)["state"] == "Running"
-        and progress(spec, bucket)["message"] == "2 parts missing"
+        and progress(spec, bucket)["message"] == "Waiting for 2 parts of other workers"
     )
     do(spec, scorer, worker=0)
     assert progress(spec, bucket)["state"] == "Succeeded"
@@ -368,7 +368,7 @@ def test_scores_of_another_content_are_refused(spec: dict[str, Any], bucket: Buc
     spans["digest"]["sha256"] = "0" * 64
     bucket.delete(dataset.resolve(run, bucket).manifest)
     bucket.write_json(dataset.resolve(run, bucket).manifest, source)
-    refused = rf"the scores are of content {found.content}, but data set .* Delete s3://.*/scores/{found.id} to have it scored again"
+    refused = rf"the scores are of content {found.content}, but dataset .* Delete s3://.*/scores/{found.id} to have it scored again"
     with pytest.raises(Permanent, match=f"manifest.json: {refused}"):
         do(spec, scorer)
     (changed,) = scores.resolve_all_scores(run, bucket, dataset.load_dataset(run, bucket))
@@ -467,7 +467,7 @@ def test_the_job_ends_when_told_goes_on_when_started_again_and_has_nothing_to_do
     process = start()
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0 and bucket.exists(found.manifest), said
-    assert f"Part {min(kept)}:" not in said, "a part that is done is not made again"
+    assert f"Scored part {min(kept)}:" not in said, "a part that is done is not made again"
     assert not list(tmp_path.glob("vpmoe-scores-*")), "no part's files are left"
     process = start()
     said = process.communicate(timeout=60)[0]
