@@ -1,1 +1,1 @@
-"""One thin entry point a pod role: each binds work of `vpmoe` to a process, and holds no work of its own."""
+"""One thin entry point per pod role. Each binds work in `vpmoe` to a process, and does no work of its own."""

@@ -1,6 +1,7 @@
-"""What every job does before its work: arguments, logging, signals, the run, its bucket, provenance; and how it ends on an error.
+"""What every job does before its work: arguments, logging, signals, run, bucket, provenance; and how it ends
+on an error.
 
-The work itself, and anything that only one role needs, is not here.
+The work itself, and what only one role needs, is in the role's own module.
 """
 
 import argparse
@@ -31,8 +32,8 @@ log = logging.getLogger(__name__)
 class JobContext:
     """What a job needs to know beside its run.
 
-    step, attempt: which of the run's; bucket: the run's, proved to work; stopping: set on SIGTERM, after which the job saves what
-    another attempt needs and raises Terminated; worker: index among the pods of an Indexed Job, None where the job is alone.
+    bucket: the run's, tested. stopping: set on SIGTERM; the job then saves what the next attempt needs and
+    raises Terminated. worker: index among the pods of an Indexed Job, None if the job has one pod.
     """
 
     step: str
@@ -46,13 +47,13 @@ class JobContext:
 def entrypoint(role: str, arguments: list[str] | None = None) -> tuple[DistillRun, JobContext]:
     """Start a job: `python -m jobs.<role> --run FILE [--step NAME] [--attempt N]`.
 
-    From here on an error that ends the process is one line in the log and in the termination message, and its class is the exit
-    code (vpmoe.failure). Raises Permanent, Invalid or StorageError where the job cannot start.
+    Afterwards an uncaught error is one line in the log and in the termination message, and its class decides
+    the exit code (vpmoe.failure). Raises Permanent, Invalid or StorageError if the job cannot start.
     """
     sys.excepthook = exit_on_error
     configure_logging()
     if "LOCAL_RANK" not in os.environ and (message := failure.termination_log()):
-        message.write_bytes(b"")  # an earlier process's last word, by hand; ranks share their launcher's file
+        message.write_bytes(b"")  # from an earlier process on this machine; ranks share their launcher's file
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: request_stop(stopping, number, frame))
     given = parse_arguments(role, arguments)
@@ -70,7 +71,7 @@ def entrypoint(role: str, arguments: list[str] | None = None) -> tuple[DistillRu
             f"--step {step}: the run has no such step. Choose one of {', '.join(run.steps())}."
         )
     if run.role(step) != role:
-        raise failure.Permanent(f"--step {step} is no work of jobs.{role}. Start jobs.{run.role(step)}.")
+        raise failure.Permanent(f"--step {step} is not a step of jobs.{role}. Start jobs.{run.role(step)}.")
     register_run(run, bucket)
     metadata = run.metadata
     provenance = Provenance(
@@ -90,7 +91,7 @@ def entrypoint(role: str, arguments: list[str] | None = None) -> tuple[DistillRu
 
 
 def parse_arguments(role: str, arguments: list[str] | None) -> argparse.Namespace:
-    """The command line that all jobs share."""
+    """Parse the command line, which is the same for all jobs."""
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{role}")
     parser.add_argument("--run", type=Path, required=True, metavar="FILE", help="the DistillRun, in YAML")
     parser.add_argument(
@@ -105,7 +106,7 @@ def parse_arguments(role: str, arguments: list[str] | None) -> argparse.Namespac
 
 
 def configure_logging() -> None:
-    """One line a record to stderr, times in UTC."""
+    """Log to stderr, one line per record, with times in UTC."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         OneLine("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
@@ -113,27 +114,28 @@ def configure_logging() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("botocore").setLevel(
         logging.WARNING
-    )  # it announces where it found its credentials, once a client
+    )  # it logs where it found its credentials for every client
 
 
 class OneLine(logging.Formatter):
-    """A record is one line, tracebacks too: what follows a pod's log by lines must not lose the end of one."""
+    """Formats a record, traceback included, as one line, so that readers of a pod's log by line get all of
+    it."""
 
     converter = staticmethod(time.gmtime)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record with its line ends shown as such."""
+        """The record with line breaks escaped."""
         return super().format(record).replace("\n", "\\n")
 
 
 def request_stop(stopping: threading.Event, number: int, frame: FrameType | None) -> None:
-    """Ask the job to save and end."""
-    log.warning("Asked to stop (%s): saving", signal.Signals(number).name)
+    """Signal handler: ask the job to save and end."""
+    log.warning("Received %s, saving and stopping", signal.Signals(number).name)
     stopping.set()
 
 
 def first_step(role: str, run: DistillRun, bucket: Bucket) -> str:
-    """The step to do where none is named: the first of the role that did not report success, or its last where all did."""
+    """The default step: the role's first that has not reported success, or its last if all have."""
     steps = [step for step in run.steps() if run.role(step) == role]
     if not steps:
         raise failure.Permanent(
@@ -143,7 +145,10 @@ def first_step(role: str, run: DistillRun, bucket: Bucket) -> str:
 
 
 def register_run(run: DistillRun, bucket: Bucket) -> None:
-    """Write the resolved configuration, or prove that it is the one that the run started with. Raises Permanent where it is not."""
+    """Write the resolved configuration, or verify that it is the stored one.
+
+    Raises Permanent if it is not.
+    """
     key = paths.run_json(run)
     ours = run.document()
     if bucket.create(key, json_bytes(ours), {"config": run.config_hash}):
@@ -151,13 +156,16 @@ def register_run(run: DistillRun, bucket: Bucket) -> None:
     changed = first_difference(bucket.get_json(key), ours)
     if changed:
         raise failure.Permanent(
-            f"{bucket.url(key)}: {changed}. A run's configuration does not change once it has started; start a run of "
-            "another name, or delete this one's folder."
+            f"{bucket.url(key)}: {changed}. A run's configuration cannot change once it has started. Start "
+            "a run of another name, or delete this one's folder."
         )
 
 
 def first_difference(stored: Any, given: Any, where: str = "") -> str | None:
-    """The first field in which two configurations differ, with both values; None where they are equal. Absent is the same as null."""
+    """The first field in which two configurations differ, with both values; None if they are equal.
+
+    Absent equals null.
+    """
     if isinstance(stored, dict) and isinstance(given, dict):
         fields = [
             (f"{where}.{name}".lstrip("."), stored.get(name), given.get(name))
@@ -175,7 +183,7 @@ def first_difference(stored: Any, given: Any, where: str = "") -> str | None:
 
 
 def exit_on_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Last word of a process (sys.excepthook): log, termination message, exit code."""
+    """sys.excepthook: write the log and the termination message, and exit with the error's exit code."""
     if isinstance(error, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return

@@ -1,4 +1,7 @@
-"""Measure the student at the end of a stage. All the work is vpmoe.evaluation's; this file binds it to a pod, or to a shell."""
+"""Measure the student at the end of a stage.
+
+All the work is in vpmoe.evaluation; this file binds it to a pod, or to a shell.
+"""
 
 from jobs.entrypoint import entrypoint
 from vpmoe.evaluation.evaluate import evaluate
@@ -6,10 +9,10 @@ from vpmoe.inference.engine_pool import EnginePool
 
 
 def main() -> None:
-    """Measure what no attempt before has measured."""
+    """Measure what earlier attempts have not measured."""
     run, context = entrypoint("evaluate")
     stage = run.stage_of(context.step)
-    assert stage is not None, "entrypoint refuses steps of other roles"
+    assert stage is not None, "entrypoint rejects steps of other roles"
     with EnginePool(1, run.spec.student.shape, run.spec.training.sequence_length + 1) as engines:
         evaluate(run, stage, context.bucket, context.provenance, context.stopping, engines)
 

@@ -1,13 +1,15 @@
-"""Turn a run's text into a data set. All the work is vpmoe.data's; this file binds it to a pod of an Indexed Job, or to a shell."""
+"""Turn a run's text into a dataset.
+
+All the work is in vpmoe.data; this file binds it to a pod of an Indexed Job, or to a shell.
+"""
 
 from jobs.entrypoint import entrypoint
 
 
 def main() -> None:
-    """Preprocess what this pod is assigned."""
-    from vpmoe.data.preprocess.encode import (
-        Encoders,  # here, because each encoding process imports this module again and needs none of it
-    )
+    """Make this pod's parts of the dataset."""
+    # Imported here because every encoding process imports this module again and needs none of it.
+    from vpmoe.data.preprocess.encode import Encoders
     from vpmoe.data.preprocess.preprocess import preprocess
 
     run, context = entrypoint("preprocess")

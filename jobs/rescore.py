@@ -1,4 +1,7 @@
-"""Score a data set's chosen documents with the teacher. All the work is vpmoe.teacher's; this file binds it to a pod, or to a shell."""
+"""Score a dataset's picked documents with the teacher.
+
+All the work is in vpmoe.teacher; this file binds it to a pod, or to a shell.
+"""
 
 import tempfile
 from pathlib import Path
@@ -9,7 +12,7 @@ from vpmoe.teacher.rescore import rescore
 
 
 def main() -> None:
-    """Score what this pod is assigned."""
+    """Score this pod's parts."""
     run, context = entrypoint("rescore")
     scratch = Path(tempfile.gettempdir()) / "vpmoe-teacher"
     rescore(run, context.bucket, context.provenance, context.stopping, context.worker, TeacherEngine, scratch)

@@ -1,4 +1,7 @@
-"""Sample the windows of an OnPolicy stage. All the work is vpmoe.rollout's; this file binds it to a pod, or to a shell."""
+"""Sample the windows of an OnPolicy stage.
+
+All the work is in vpmoe.sampler; this file binds it to a pod, or to a shell.
+"""
 
 import tempfile
 from pathlib import Path
@@ -10,7 +13,7 @@ from vpmoe.sampler.sampler import sample_stage
 
 
 def main() -> None:
-    """Sample what no attempt before has sampled."""
+    """Sample the windows that earlier attempts have not sampled."""
     run, context = entrypoint("sampler")
     stage = run.stage_of(context.step)
     assert isinstance(stage, OnPolicy), "no other stage has a step of this role"

@@ -1,4 +1,7 @@
-"""Score the windows of an OnPolicy stage with the teacher. All the work is vpmoe.teacher's; this file binds it to a pod, or to a shell."""
+"""Score the windows of an OnPolicy stage with the teacher.
+
+All the work is in vpmoe.teacher; this file binds it to a pod, or to a shell.
+"""
 
 import tempfile
 from pathlib import Path
@@ -10,7 +13,7 @@ from vpmoe.teacher.score_windows import score_windows
 
 
 def main() -> None:
-    """Score what this pod is assigned."""
+    """Score this pod's windows."""
     run, context = entrypoint("teacher")
     stage = run.stage_of(context.step)
     assert isinstance(stage, OnPolicy), "no other stage has a step of this role"

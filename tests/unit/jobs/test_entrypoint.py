@@ -143,7 +143,7 @@ def test_an_error_ends_the_job_with_its_code_and_one_line(
         ),
         pytest.param(
             ["--step", "vanilla"],
-            "--step vanilla is no work of jobs.preprocess. Start jobs.train.",
+            "--step vanilla is not a step of jobs.preprocess. Start jobs.train.",
             id="role",
         ),
         pytest.param(
@@ -261,7 +261,7 @@ def test_a_job_that_is_asked_to_stop_saves_and_says_so(run_spec: dict[str, Any],
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert all(LINE.fullmatch(line) for line in err.splitlines()) and "Asked to stop (SIGTERM): saving" in err
+    assert all(LINE.fullmatch(line) for line in err.splitlines()) and "Received SIGTERM, saving and stopping" in err
     assert json.loads((tmp_path / "termination").read_bytes()) == {
         "class": "Terminated",
         "rank": None,

@@ -115,12 +115,12 @@ def test_a_model_of_the_hub_is_the_commit_that_its_revision_was(tmp_path: Path) 
     with fake_hub.serve("openai/gpt-oss-20b", FILES, kind="models") as (endpoint, asked):
         code = f"""
 import os
-found = model.discover("hf://openai/gpt-oss-20b@main", None)
-assert found.sha256 == model.discover("hf://openai/gpt-oss-20b@{fake_hub.COMMIT}", None).sha256
-directory = model.fetch(found, None, Path(os.environ["FOLDER"]) / "models")
+found = model.find_teacher("hf://openai/gpt-oss-20b@main", None)
+assert found.sha256 == model.find_teacher("hf://openai/gpt-oss-20b@{fake_hub.COMMIT}", None).sha256
+directory = model.fetch_teacher(found, None, Path(os.environ["FOLDER"]) / "models")
 print(found.commit, sorted(path.name for path in directory.iterdir() if path.is_file()), directory)
 try:
-    model.discover("hf://openai/gpt-oss-20b@v9", None)
+    model.find_teacher("hf://openai/gpt-oss-20b@v9", None)
 except Exception as error:
     print(type(error).__name__, error)
 """
