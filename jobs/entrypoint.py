@@ -112,9 +112,8 @@ def configure_logging() -> None:
         OneLine("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
     )
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("botocore").setLevel(
-        logging.WARNING
-    )  # it logs where it found its credentials for every client
+    # At INFO it logs where it found its credentials, for every client.
+    logging.getLogger("botocore").setLevel(logging.WARNING)
 
 
 class OneLine(logging.Formatter):

@@ -117,7 +117,7 @@ def _no_teacher(spec: SpecFields, stage: Stage) -> dict[str, object] | None:
 
 
 def _nothing_before(spec: SpecFields, stage: StageFields) -> dict[str, object] | None:
-    required = _required(stage)
+    required = stage.required_validity
     return (
         {"stage": stage.name, "validity": required}
         if required and stage.name == spec.stages[0].name
@@ -126,15 +126,10 @@ def _nothing_before(spec: SpecFields, stage: StageFields) -> dict[str, object] |
 
 
 def _not_measured(spec: SpecFields, stage: StageFields) -> dict[str, object] | None:
-    required = _required(stage)
+    required = stage.required_validity
     return (
         {"stage": stage.name, "validity": required} if required and spec.evaluation.completions == 0 else None
     )
-
-
-def _required(stage: StageFields) -> float:
-    """Validity that must have been measured before the stage starts; 0 where none is asked for."""
-    return stage.require.validity if isinstance(stage, OnPolicy) else 0.0
 
 
 _STAGE = {"stage": "s.name"}

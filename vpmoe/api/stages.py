@@ -89,6 +89,11 @@ class StageFields(ApiModel):
         """The documents whose scores the stage trains on; None where it trains on none."""
         return None
 
+    @property
+    def required_validity(self) -> float:
+        """Share of valid completions that the stage before must have reached; 0 except in an OnPolicy stage."""
+        return 0.0
+
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "name",
@@ -337,6 +342,10 @@ class OnPolicy(StageFields):
     @property
     def sampler_gpus(self) -> int:
         return self.sampler.gpus
+
+    @property
+    def required_validity(self) -> float:
+        return self.require.validity
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *StageFields.rules,

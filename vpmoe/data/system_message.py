@@ -1,6 +1,8 @@
-"""The reasoning effort that a model is told: another system message before the same document, and the way back to its own tokens.
+"""Reasoning effort: replaces the system message of a document, and maps log-probabilities back to the
+document's own tokens.
 
-Effort is a line of the system message and nothing else, so what comes after that message is sent as it is. No model here.
+Effort is a line of the system message and nothing else, so everything after that message is kept as it is. No
+model here.
 """
 
 from collections.abc import Mapping
@@ -17,34 +19,38 @@ from vpmoe.failure import Permanent
 
 
 class EffortSubstitution:
-    """How documents of one data set are put to a model that is told `effort`."""
+    """Puts `effort` into the system messages of the documents of one dataset."""
 
     def __init__(self, conversation: Mapping[str, Any], effort: str) -> None:
-        """`conversation` is the data set's own, from its manifest: settings.conversation."""
+        """`conversation`: settings.conversation in the dataset's manifest."""
         said = (conversation["identity"], conversation["knowledgeCutoff"], conversation["date"])
         self._own = system_message(SystemMessage(*said, conversation["effort"]))
-        self._told = system_message(SystemMessage(*said, effort))
+        self._replacement = system_message(SystemMessage(*said, effort))
 
     @property
     def extra_tokens(self) -> int:
-        """Tokens that a document grows by when it is sent; negative where it shrinks. Its end-of-document token is not sent."""
-        return len(self._told) - len(self._own) - 1
+        """Length of `to_teacher(ids)` minus that of `ids`; may be negative."""
+        return len(self._replacement) - len(self._own) - 1
 
     def to_teacher(self, ids_T: Ids) -> Ids:
-        """The ids to send for a document: all but its end. Raises Permanent as `told` does, and where it has no end."""
+        """The ids that the teacher scores for a document: `replace`, without the end-of-document token.
+
+        Raises Permanent as `replace` does, and if the document has no end-of-document token.
+        """
         if ids_T[-1] != END_OF_DOCUMENT:
             raise _foreign("has no end-of-document token")
         return self.replace(ids_T[:-1])
 
     def replace(self, ids_T: Ids) -> Ids:
-        """The ids with another system message. Raises Permanent where they do not begin with the data set's."""
+        """The ids with the other system message. Raises Permanent if they do not begin with the dataset's."""
         if not np.array_equal(ids_T[: len(self._own)], self._own):
-            raise _foreign("does not begin with the system message of its data set's settings.conversation")
-        return np.concatenate([self._told, ids_T[len(self._own) :]])
+            raise _foreign("does not begin with the system message of its dataset's settings.conversation")
+        return np.concatenate([self._replacement, ids_T[len(self._own) :]])
 
     def from_teacher(self, logp_S: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Log-probabilities of the ids sent, stored against the document's own tokens [T]; NaN for its system message and its end."""
-        after = logp_S[len(self._told) :]
+        """Map log-probabilities of `to_teacher(ids)` to the tokens of `ids`, [T]; NaN for its system message
+        and its end."""
+        after = logp_S[len(self._replacement) :]
         logp_T = np.full(len(self._own) + len(after) + 1, np.nan, np.float32)
         logp_T[len(self._own) : -1] = after
         return logp_T
@@ -52,12 +58,13 @@ class EffortSubstitution:
 
 def _foreign(what: str) -> Permanent:
     return Permanent(
-        f"a document {what}. It was not written by preprocess; delete the data set's folder to have it made again."
+        f"a document {what}. It was not written by preprocess; delete the dataset's folder to have it built "
+        "again."
     )
 
 
 def system_message(setting: SystemMessage) -> Ids:
-    """Ids of the whole message, its wrapper included."""
+    """Ids of the whole message, its special tokens included."""
     return np.array(
         [START, ROLE_SYSTEM, MESSAGE, *vocabulary_file.encoding().encode_ordinary(system_text(setting)), END],
         np.int32,

@@ -74,9 +74,8 @@ def evaluate(
         measured = measure_student(job, engines, Path(scratch))
     line = EvaluationLine(attempt=provenance.attempt, seconds=job.seconds).dump() | measured.dump()
     text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
-    bucket.create(
-        paths.metrics(run, provenance.step, "000000"), text.encode(), provenance.metadata()
-    )  # create: an attempt that was killed after this line leaves no second one
+    # Create, not overwrite: an attempt that is killed after this line leaves one line of metrics all the same.
+    bucket.create(paths.metrics(run, provenance.step, "000000"), text.encode(), provenance.metadata())
     key = paths.evaluation(run, stage.name)
     if not bucket.create(key, json_bytes(measured.dump()), provenance.metadata()):
         raise Permanent(

@@ -5,7 +5,7 @@ once.
 """
 
 from vpmoe.api import DistillRun
-from vpmoe.api.stages import OnPolicy, Stage
+from vpmoe.api.stages import Stage
 from vpmoe.failure import Permanent
 from vpmoe.rollout import evaluation_record
 from vpmoe.storage import Bucket, paths
@@ -14,12 +14,12 @@ from vpmoe.storage import Bucket, paths
 def require_validity(run: DistillRun, stage: Stage, bucket: Bucket) -> None:
     """Raise Permanent unless the student before an OnPolicy stage gives enough valid completions.
 
-    Does nothing for other kinds of stage and if require.validity is 0. If the validity after the stage before
+    Does nothing if the stage requires none: other kinds of stage, and require.validity 0. If the validity after the stage before
     was not measured, that is an error too. Raises StorageError.
     """
-    if not isinstance(stage, OnPolicy) or stage.require.validity == 0:
+    if stage.required_validity == 0:
         return
-    required = f"stage {stage.name}: require.validity is {stage.require.validity:g}"
+    required = f"stage {stage.name}: require.validity is {stage.required_validity:g}"
     # The API guarantees that there is a stage before, and that its evaluation samples completions.
     before = run.spec.stages[run.spec.stages.index(stage) - 1].name
     found = evaluation_record.load_evaluation(run, before, bucket)
@@ -28,7 +28,7 @@ def require_validity(run: DistillRun, stage: Stage, bucket: Bucket) -> None:
             f"{required}, and {bucket.url(paths.evaluation(run, before))} does not say what it is after "
             f"stage {before}. Measure it first: python -m jobs.evaluate --step {before}-evaluate."
         )
-    if found.valid_share < stage.require.validity:
+    if found.valid_share < stage.required_validity:
         by_effort = ", ".join(
             f"{effort} {share:.3f}" for effort, share in found.valid_share_by_effort().items()
         )

@@ -75,9 +75,8 @@ def resolve_teacher(run: DistillRun, bucket: Bucket) -> TeacherRef:
     key = paths.teacher(run)
     if not bucket.exists(key):
         found = find_teacher(run.spec.teacher.model, bucket)
-        bucket.create(
-            key, json_bytes(found.as_json()), {"config": run.config_hash}
-        )  # the first of two concurrent jobs wins
+        # The first of two concurrent jobs wins.
+        bucket.create(key, json_bytes(found.as_json()), {"config": run.config_hash})
     return TeacherRef.from_json(bucket.get_json(key))
 
 

@@ -90,7 +90,7 @@ def test_what_cannot_be_scored_is_refused(scorer: Remote, ids: list[int], messag
 
 
 def conversation(effort: str) -> dict[str, str | None]:
-    """A data set's settings.conversation."""
+    """A dataset's settings.conversation."""
     return {
         "identity": "You are vpMoE, a large language model.",
         "knowledgeCutoff": "2024-06",
@@ -159,7 +159,7 @@ def test_a_document_of_another_conversation_is_refused() -> None:
         harmony(ReasoningEffort.HIGH),
         [END_OF_DOCUMENT],
     ):
-        with pytest.raises(Permanent, match=r"its data set.s settings.conversation\.|has no end-of-document"):
+        with pytest.raises(Permanent, match=r"its dataset.s settings.conversation\.|has no end-of-document"):
             effort.to_teacher(np.array(ids, np.int32))
 
 
