@@ -1,4 +1,4 @@
-"""What samplers are tested with: a tiny student of which every part matters, and its publication as a policy version."""
+"""A tiny student in which every part matters, and its publication as a policy version."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +29,8 @@ Ids = NDArray[np.int32]
 
 
 def learner(device: torch.device, seed: int) -> Learner:
-    """A tiny student, every part of it large enough to matter: norms apart from 1, and biases that change what is chosen."""
+    """A tiny student in which every part affects the output: norms differ from 1, and biases change the
+    routing."""
     torch.manual_seed(seed)
     it = Learner.build(TINY, device, sequence_length=4096, seed=1234, weight_decay=0.1, gradient_clip=1.0)
     with torch.no_grad():
@@ -44,13 +45,14 @@ def learner(device: torch.device, seed: int) -> Learner:
 
 
 def export(folder: Path, it: Learner) -> Path:
-    """The student's checkpoint, in float32."""
+    """Export the student's checkpoint in float32."""
     hf_export.export_student(folder, TINY, 4096, state.sizes(it), state.copy_weights(it), torch.float32)
     return folder
 
 
 def trainers(it: Learner, sequences: Sequence[Ids]) -> list[NDArray[np.float32]]:
-    """[T − 1] each: what the trainer's student says of each id given those before it, all sequences packed into one row."""
+    """[T − 1] for each sequence: the trainer's log-probabilities of its ids given those before, all packed
+    into one row."""
     ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64))[None]
     number = torch.repeat_interleave(
         torch.arange(len(sequences)), torch.tensor([len(ids_T) for ids_T in sequences])
@@ -62,8 +64,8 @@ def trainers(it: Learner, sequences: Sequence[Ids]) -> list[NDArray[np.float32]]
 
 
 def ending(it: Learner) -> Learner:
-    """The same student, whose completions mostly end after some ten tokens: one number of the hidden state is always large, no layer writes
-    to it, and it asks for the tokens that end messages."""
+    """The same student, changed so that most completions end after about ten tokens: one component of the
+    hidden state is always large, no layer writes to it, and it favours the tokens that end messages."""
     with torch.no_grad():
         for name, parameter in it.student.named_parameters():
             if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
@@ -99,7 +101,10 @@ def publish(
     first_prompt: int = 0,
     says: PolicyVersion | None = None,
 ) -> Manifest:
-    """Publish the student in `folder` as a version, as the trainer does; with `says` under facts of another."""
+    """Publish the student in `folder` as a version, as the trainer does.
+
+    `says`: facts of another version to publish instead.
+    """
     made, key = load_dataset(run, bucket), paths.weights(run, "onpolicy", number)
     ids = [
         tuple(np.random.default_rng(length).integers(0, TINY.vocabulary, length).tolist())

@@ -1,4 +1,4 @@
-"""What is asked of the student, and what its answers come to: choices that follow from the seed, figures that can be counted by hand."""
+"""Questions that follow from the seed, and figures that can be computed by hand."""
 
 import math
 from collections import Counter
@@ -62,7 +62,7 @@ def test_documents_that_do_not_suffice_come_again_under_other_seeds() -> None:
 
 
 def test_a_seed_is_what_it_was_when_this_was_written() -> None:
-    """Else the stages of a run that is resumed with other code would not be compared by the same draws."""
+    """Otherwise the stages of a run that resumes with other code would be compared by other draws."""
     assert questions.request_seed(1234, 0) == 5724229415998475180
 
 
@@ -97,7 +97,7 @@ def test_completions_are_bounded_as_an_on_policy_stage_bounds_them(
 
 
 def test_validity_and_lengths_are_counted_by_effort() -> None:
-    """A set made by hand: what each completion is stands in test_rollout_prompt.py."""
+    """A hand-made set; test_prompts.py tests the validity of each completion."""
     answers = [
         ("low", THINK + OPEN + SAY),
         ("low", SAY),

@@ -1,6 +1,8 @@
-"""The whole step on a real S3 store with the real engine: its figures against the trainer's and transformers', and whatever happens to it.
+"""The whole evaluation step on a real S3 store with the real engine: its figures against the trainer's and
+transformers', and its failures.
 
-The engine is started once; the student is `tiny`, trained for a step, with weights large enough for all of it to matter.
+The engine is started once. The student is `tiny`, trained for one step, with weights large enough for all
+parts to matter.
 """
 
 import json
@@ -52,16 +54,18 @@ from vpmoe.trainer.data.held_out import HeldOutDocuments
 TINY = SHAPES["tiny"]
 ROOT = Path(__file__).parents[3]
 LENGTH = LONGEST - 1
-"""Of a sequence: a score takes one position more."""
+"""Maximum length of a sequence; scoring needs one position more."""
 TOLERANCE = 1e-4
-"""Nats a token on average. All compute in float32 and sum in other orders; single tokens differ by less than that too."""
+"""Mean, in nats per token. All compute in float32, with other orders of summation; single tokens differ by
+less too."""
 CANARY = "The pond is ≈ 3 m deep, ⟨H≈0.4⟩, and nobody has trained on it. " * 60
 STEP = "vanilla-evaluate"
 
 
 @pytest.fixture(scope="module")
 def trained(device: torch.device) -> Learner:
-    """A student that stops after some ten tokens: every id has a large number in common, which speaks for `<|return|>`."""
+    """A student that stops after about ten tokens: all embeddings share a large component that favours
+    `<|return|>`."""
     torch.manual_seed(11)
     it = Learner.build(TINY, device, sequence_length=LENGTH, seed=1234, weight_decay=0.1, gradient_clip=1.0)
     with torch.no_grad():
@@ -96,7 +100,7 @@ def provenance(run: DistillRun, attempt: int = 1) -> Provenance:
 
 @pytest.fixture
 def spec(run_spec: dict[str, Any], sample_parquet: list[Path]) -> dict[str, Any]:
-    """A run whose data set is made of the sample, with a canary in its bucket."""
+    """A run whose dataset is built from the sample, with a canary in its bucket."""
     run_spec["spec"]["dataset"] |= {
         "sampling": {"nonEnglishMax": 0.6},
         "maxLength": 256,
@@ -134,7 +138,7 @@ def task(spec: dict[str, Any], bucket: Bucket, scratch: Path) -> StageContext:
 
 @pytest.fixture
 def stage(spec: dict[str, Any], bucket: Bucket, trained: Learner, tmp_path: Path) -> StageContext:
-    """The stage, ended with that student."""
+    """Finish the stage with that student."""
     ended = task(spec, bucket, tmp_path)
     save(ended, trained, at(3, finished=True))
     return ended
@@ -159,7 +163,7 @@ def written(of: StageContext) -> bytes:
 
 
 class Unasked:
-    """Engines that nobody may use."""
+    """Engines that must not be used."""
 
     loaded = False
 
@@ -176,7 +180,8 @@ class Unasked:
 
 
 class Watched(Unasked):
-    """The real engines; keeps where the student lies, what was asked and what was answered, and does something before a score."""
+    """The real engines; records the student's folder, requests and answers, and runs a hook before
+    scoring."""
 
     def __init__(self, engines: EnginePool, before: Callable[[], object] = lambda: None) -> None:
         self._engines = engines
@@ -212,8 +217,8 @@ def logp_of(model: Any, ids: Sequence[int]) -> NDArray[np.float64]:
 
 
 def reference_bits(model: Any, text: str) -> tuple[float, int]:
-    """Bits and bytes of a text by the rule in docs/evaluation.md, one token at a time: token t is counted once, by the first window
-    [k·⌈L/2⌉, k·⌈L/2⌉ + L) that has it."""
+    """Bits and bytes of a text by the rule in docs/evaluation.md, one token at a time: token t is counted
+    once, by the first window [k·⌈L/2⌉, k·⌈L/2⌉ + L) that contains it."""
     ids = vocabulary_file.encoding().encode_ordinary(text)
     bits, size = 0.0, 0
     seen: dict[int, NDArray[np.float64]] = {}
@@ -295,7 +300,7 @@ def test_the_figures_are_the_trainers_and_transformers(
 
 
 def forget(of: StageContext, what: str) -> None:
-    """As if the evaluation, or what of it is called so, had never been made."""
+    """Delete the evaluation, or the named objects of it."""
     for entry in list(of.bucket.list(f"{paths.run(of.run)}/steps/{STEP}/{what}")):
         of.bucket.delete(entry.key)
 
@@ -325,13 +330,16 @@ def test_an_evaluation_of_another_checkpoint_is_none(stage: StageContext, engine
     save(stage, learner(torch.device("cpu")), at(4, finished=True))
     with pytest.raises(
         Permanent,
-        match=r"evaluation.json is not of s3://.*/vanilla/4/manifest.json: .* Delete it to have it measured again",
+        match=(
+            r"evaluation.json is not of s3://.*/vanilla/4/manifest.json: .* Delete it to "
+            r"have it measured again"
+        ),
     ):
         do(stage, Unasked(), attempt=2)
     forget(stage, "evaluation.json")
     with pytest.raises(
         Permanent, match="the state to export as tiny"
-    ):  # its parts are none either: this one would have been asked
+    ):  # no parts either: this engine would have been asked
         do(stage, Unasked(), attempt=3)
 
 
@@ -365,7 +373,7 @@ def test_a_step_that_is_stopped_goes_on_at_the_first_part_that_is_missing(
 
 
 def test_whoever_measures_a_part_first_is_right(stage: StageContext, engines: EnginePool) -> None:
-    """As where a pod that was taken for dead goes on beside its successor, on a machine that computes other bits."""
+    """A pod that was believed dead continues beside its successor, on a machine that computes other bits."""
     checkpoint = manifest.load(stage.bucket, paths.manifest(paths.checkpoint(stage.run, "vanilla", 3)))
     others = {"documents": 8, "heldOut": {"reasoning": 1.5, "final": 2.5}}
     key = paths.evaluation_part(stage.run, "vanilla", "heldOut", checkpoint.sha256)
@@ -376,7 +384,10 @@ def test_whoever_measures_a_part_first_is_right(stage: StageContext, engines: En
     stage.bucket.put_bytes(key, json_bytes({"documents": 8, "loss": 1.5}), {})
     with pytest.raises(
         Permanent,
-        match=r"vanilla-evaluate/parts: loss: .*written by another version; delete it to have it measured again",
+        match=(
+            r"vanilla-evaluate/parts: loss: .*written by another version; delete it to "
+            r"have it measured again"
+        ),
     ):
         do(stage, Unasked(), attempt=2)
 
@@ -434,7 +445,7 @@ def test_a_student_that_cannot_be_measured_is_refused_by_name(
 
 
 def test_a_block_that_is_damaged_further_on_is_refused_by_name(stage: StageContext, s3: S3) -> None:
-    """Found when it is read: headers are read first, weights as they are exported."""
+    """Found when read: headers first, weights during the export."""
     path = s3.folder / stage.bucket.name / paths.checkpoint(stage.run, "vanilla", 3) / rank_file(0)
     with path.open("r+b") as file:
         file.seek(-(20 << 20), os.SEEK_END)
@@ -445,7 +456,7 @@ def test_a_block_that_is_damaged_further_on_is_refused_by_name(stage: StageConte
 
 
 def run_job(run_file: Path, attempt: int, scratch: Path) -> "subprocess.Popen[bytes]":
-    """The job as its pod runs it: a user without name and home, who may read what there is and write below TMPDIR alone."""
+    """The job as its pod runs it: as a user without name and home, who may write only below TMPDIR."""
     user = [
         "setpriv",
         "--reuid=65532",

@@ -1,4 +1,5 @@
-"""Engines as processes: who gets which device and which request, and what becomes of both ends when one of them dies; and the proof."""
+"""Engines as processes: their devices and requests, what happens when a process dies, and the check against a
+probe."""
 
 import signal
 import subprocess
@@ -41,7 +42,10 @@ def test_each_engine_has_a_device_of_its_own(visible: str | None, devices: list[
 def test_fewer_devices_than_engines_are_refused() -> None:
     with pytest.raises(
         Permanent,
-        match=r"CUDA_VISIBLE_DEVICES is 3: 1 devices for 2 engines\. Name as many as stages\[\]\.sampler\.gpus",
+        match=(
+            r"CUDA_VISIBLE_DEVICES is 3: 1 devices for 2 engines\. Name as many as "
+            r"stages\[\]\.sampler\.gpus"
+        ),
     ):
         engine_environment({"CUDA_VISIBLE_DEVICES": "3"}, 1, 2)
 

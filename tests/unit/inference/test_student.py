@@ -1,4 +1,5 @@
-"""The student is the same function of its ids in the trainer, in transformers and in vLLM; and what is not a whole export is refused."""
+"""The student computes the same in the trainer, in transformers and in vLLM; incomplete exports are
+rejected."""
 
 import json
 import os
@@ -32,11 +33,12 @@ from vpmoe.objectives.vanilla import vanilla
 
 ROOT = Path(__file__).parents[3]
 TOLERANCE = 1e-4
-"""Nats. All compute in float32 and sum in other orders, over up to 600 positions and 201,088 logits."""
+"""In nats. All compute in float32, with other orders of summation, over up to 600 positions and 201,088
+logits."""
 
 
 def harmony(random: np.random.Generator) -> list[NDArray[np.int32]]:
-    """Documents as data sets hold them, of several lengths up to nearly what the sampler takes at once."""
+    """Documents as in datasets, of several lengths up to nearly the engine's maximum."""
     render = Renderer(Tokenizer(), SystemMessage("You are vpMoE.", "2024-06", "2026-01-01", "high")).render
     words = [f"pond ≈ {n} m, ⟨H≈0.4⟩" for n in range(100)]
 
@@ -52,7 +54,7 @@ def harmony(random: np.random.Generator) -> list[NDArray[np.int32]]:
 
 @pytest.fixture(scope="module")
 def trained(device: torch.device) -> Learner:
-    """A tiny student after a step."""
+    """A tiny student after one optimizer step."""
     it = policy_versions.learner(device, new_seed())
     batch = Batch.from_rows(*documents(torch.Generator().manual_seed(1), [60, 40], 128, TINY.vocabulary))
     it.forward_backward(
@@ -80,7 +82,7 @@ def test_transformers_agrees_at_every_position(trained: Learner, exported: Path)
 
 
 def test_the_biases_change_what_is_chosen(trained: Learner, exported: Path) -> None:
-    """Else the agreement would not show that they are exported."""
+    """Otherwise agreement would not show that they are exported."""
     (ids_T, *_) = harmony(np.random.default_rng(new_seed()))
     model = hf_model.load_student(exported, TINY)
     ids = torch.from_numpy(ids_T.astype(np.int64))[None]
@@ -155,7 +157,7 @@ def test_vllm_takes_other_weights_into_the_running_engine(
 
 
 def test_vllm_finds_the_student_where_this_repository_is_installed() -> None:
-    """By the entry point, which a checkout does without: engines call register() themselves."""
+    """Through the entry point, which a checkout does not have: there, engines call register() themselves."""
     (value,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
         "vllm.general_plugins"
     ].values()
@@ -177,7 +179,7 @@ def test_vllm_finds_the_student_where_this_repository_is_installed() -> None:
 def test_vllm_is_given_no_weights_that_are_not_whole(
     exported: Path, engines: EnginePool, tmp_path: Path, change: str
 ) -> None:
-    """An engine goes on with what it has."""
+    """An engine keeps its weights if a load fails."""
     sequence = harmony(np.random.default_rng(0))[0]
     engines.load(exported)
     before = engines.score([sequence])
@@ -203,7 +205,7 @@ def test_vllm_is_given_no_weights_that_are_not_whole(
 def test_an_export_from_a_checkpoint_is_the_learners(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, in as many files as it takes; what TeacherForced adds to a student stays behind."""
+    """Bit for bit, in several files; what TeacherForced adds to a student is not exported."""
     it = learner(device, teacher_width=48)
     sizes = state.sizes(it)
     hf_export.export_student(tmp_path / "live", SMALL, 256, sizes, state.copy_weights(it), torch.float32)

@@ -1,4 +1,5 @@
-"""What the teacher says through vLLM is what its checkpoint says through transformers, token by token."""
+"""The teacher's log-probabilities through vLLM equal those of its checkpoint in transformers, token by
+token."""
 
 import pwd
 from itertools import pairwise
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
 
 LENGTHS = (2, 3, 17, 40, 300, 640, 600)
-"""Shorter and longer than the sliding window of 16, up to the longest that the teacher takes, which is more than one forward does: some
-are computed in pieces."""
+"""Shorter and longer than the sliding window of 16, up to the teacher's maximum. That is more than one
+forward pass computes, so some are computed in chunks."""
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +213,10 @@ def test_a_context_that_is_too_short_is_refused_before_anything_is_loaded(teache
 
 
 def test_a_user_without_name_and_home_can_score(scorer: Remote, teacher_address: str) -> None:
-    """As in a pod. All tests here ask such a one's process, which may write below its TMPDIR alone."""
+    """As in a pod.
+
+    The shared teacher process of these tests runs as such a user, who may write only below TMPDIR.
+    """
     user = Path(teacher_address).stat().st_uid
     with pytest.raises(KeyError):
         pwd.getpwuid(user)

@@ -1,4 +1,4 @@
-"""How a job starts and ends: what it knows, what it refuses, its exit code, log and termination message."""
+"""How a job starts and ends: its context, rejected arguments, exit code, log and termination message."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ Start = Callable[..., tuple[DistillRun, JobContext]]
 
 @pytest.fixture(autouse=True)
 def untouched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """What a job sets for its process is put back; its termination message goes to a file of the test's."""
+    """Restore what a job changes in its process; write the termination message to a file of the test."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setenv("VPMOE_TERMINATION_LOG", str(tmp_path / "termination"))
     root, handler = logging.getLogger(), signal.getsignal(signal.SIGTERM)
@@ -39,7 +39,7 @@ def untouched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 
 @pytest.fixture
 def start(tmp_path: Path, run_spec: dict[str, Any]) -> Start:
-    """Start a job on the test's run as it stands now."""
+    """Start a job with the current state of the test's run."""
 
     def start(role: str = "preprocess", *arguments: str) -> tuple[DistillRun, JobContext]:
         file = tmp_path / "any-name.yaml"
@@ -180,7 +180,7 @@ def test_a_run_s_configuration_does_not_change_once_it_has_started(
     run_spec["spec"]["training"]["seed"] = 7
     with pytest.raises(
         Permanent,
-        match=r"run.json: spec.training.seed is 1234 there and 7 here. A run's configuration does not change",
+        match=r"run.json: spec.training.seed is 1234 there and 7 here. A run's configuration cannot change",
     ):
         start()
 
@@ -261,7 +261,10 @@ def test_a_job_that_is_asked_to_stop_saves_and_says_so(run_spec: dict[str, Any],
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert all(LINE.fullmatch(line) for line in err.splitlines()) and "Received SIGTERM, saving and stopping" in err
+    assert (
+        all(LINE.fullmatch(line) for line in err.splitlines())
+        and "Received SIGTERM, saving and stopping" in err
+    )
     assert json.loads((tmp_path / "termination").read_bytes()) == {
         "class": "Terminated",
         "rank": None,

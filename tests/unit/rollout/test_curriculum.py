@@ -1,4 +1,4 @@
-"""What a window asks for and when it is trained, as tables; and what must hold for every stage."""
+"""What a window contains and when it is trained, as tables; and what must hold for every stage."""
 
 from fractions import Fraction
 from itertools import accumulate
@@ -50,7 +50,7 @@ def test_where_the_curriculum_stands(tokens: int, phase: int, rollouts: Fraction
 
 
 def test_shares_of_many_digits_add_up_exactly() -> None:
-    """The API takes sums within a millionth of 1, and a share is read to a millionth."""
+    """The API accepts sums within a millionth of 1 and reads a share to a millionth."""
     effort = {"low": 0.1234567, "medium": 0.3333333, "high": 0.5432102}
     curriculum = Curriculum(stage(tokens=3000, curriculum=[{"share": 0.3333333, "effort": effort}] * 3))
     assert [curriculum.level_at(tokens).phase for tokens in (999, 1000, 1999, 2000, 2999, 3000)] == [
@@ -148,7 +148,7 @@ def test_a_stage_ends_with_the_step_that_reaches_its_tokens() -> None:
 
 
 def test_anchor_steps_beyond_the_stages_end_need_not_be_known() -> None:
-    """Alone the first two reach its end: nobody counts further."""
+    """The first two alone reach the end of the stage, so later ones are not counted."""
     curriculum = Curriculum(stage(anchor=0.75, tokens=100))
     assert curriculum.anchor_steps_before(1) == 3
     assert curriculum.tokens_before_next(0, 0, 1, [60, 120]) >= 100

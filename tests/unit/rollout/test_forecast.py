@@ -1,4 +1,4 @@
-"""The expectation that is printed before a GPU is spent: its sums, what is assumed, what is refused."""
+"""The forecast of `python -m vpmoe.rollout plan`: its sums, its assumptions, rejected arguments."""
 
 from pathlib import Path
 from typing import Any

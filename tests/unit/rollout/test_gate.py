@@ -1,4 +1,5 @@
-"""An OnPolicy stage begins where the student before it answers validly often enough, and otherwise says the number and the way out."""
+"""An OnPolicy stage begins only after enough valid completions; otherwise the error names number and
+remedy."""
 
 import subprocess
 import sys
@@ -65,9 +66,9 @@ def test_too_few_valid_completions_stop_the_stage_with_the_number_and_the_remedy
     with pytest.raises(Permanent) as stopped:
         check(spec, bucket)
     assert str(stopped.value) == (
-        "stage onpolicy: require.validity is 0.8, and after stage vanilla it is 0.733 (low 0.900, medium 0.800, high 0.500; of 30 "
-        "completions 22 valid, 6 truncated, 2 noFinal). In a new run, which may resumeFrom this one, train longer before onpolicy, or "
-        "lower require.validity; 0 asks for none."
+        "stage onpolicy: require.validity is 0.8, and after stage vanilla it is 0.733 (low 0.900, medium "
+        "0.800, high 0.500; of 30 completions 22 valid, 6 truncated, 2 noFinal). In a new run, which may "
+        "resumeFrom this one, train longer before onpolicy, or lower require.validity; 0 asks for none."
     )
 
 
@@ -92,7 +93,8 @@ def test_stages_of_other_kinds_ask_for_nothing(spec: dict[str, Any], bucket: Buc
     [
         pytest.param(
             None,
-            r"evaluation.json does not say what it is after stage vanilla. Measure it first: .* --step vanilla-evalu",
+            r"evaluation.json does not say what it is after stage vanilla. Measure it "
+            r"first: .* --step vanilla-evalu",
             id="no",
         ),
         pytest.param(
@@ -131,7 +133,10 @@ def test_what_is_written_is_read_back() -> None:
 
 
 def test_it_is_checked_without_torch() -> None:
-    code = "import sys, vpmoe.rollout.gate; print(sorted({'torch', 'vllm', 'megatron', 'numpy'} & set(sys.modules)))"
+    code = (
+        "import sys, vpmoe.rollout.gate; print(sorted({'torch', 'vllm', 'megatron', "
+        "'numpy'} & set(sys.modules)))"
+    )
     assert (
         subprocess.check_output(
             [sys.executable, "-c", code], cwd=Path(__file__).parents[3], text=True

@@ -1,4 +1,4 @@
-"""Prompts and completions against openai-harmony: real rows, hostile ones, and whatever else a student may sample."""
+"""Prompts and completions against openai-harmony: real rows, hostile rows, random completions."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -72,7 +72,7 @@ def setting(conversation: Mapping[str, Any]) -> SystemMessage:
 
 
 def texts() -> Iterator[tuple[str, str | None, str]]:
-    """(what the user says, reasoning, answer) of the sample's rows and of hostile ones."""
+    """(user message, reasoning, answer) of the sample's rows and of hostile rows."""
     for row in sample.rows():
         yield (
             user_text(row["query"], row["query_seed_text"]),
@@ -85,7 +85,7 @@ def texts() -> Iterator[tuple[str, str | None, str]]:
 def rendered(
     renderer: Renderer, user: str, reasoning: str | None, answer: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A document's ids and spans as the data set has them."""
+    """A document's ids and spans as in the dataset."""
     document = renderer.render(user, None, reasoning, answer)
     return document.ids, spans_of_documents(np.array([[document.prompt, document.reasoning, document.final]]))
 
@@ -112,7 +112,8 @@ def test_a_prompt_is_what_openai_harmony_renders_for_a_completion(
 
 
 def test_what_a_document_goes_on_with_has_the_data_sets_spans_and_is_valid(renderer: Renderer) -> None:
-    """As if the student had sampled the data set's own answer: same ids, same spans, from the token after the prompt to `<|return|>`."""
+    """A student that samples the dataset's own answer: same ids and spans, from the end of the prompt to
+    `<|return|>`."""
     for user, reasoning, answer in texts():
         ids, of_token = rendered(renderer, user, reasoning, answer)
         start = int(np.flatnonzero(of_token)[0]) + 2  # <|start|>assistant stand in the prompt
@@ -239,8 +240,10 @@ def test_a_document_of_another_data_set_is_refused(renderer: Renderer) -> None:
     ],
 )
 def test_validity_and_spans(completion: str, wanted: str, final: str | None) -> None:
-    """`final` is what has that span, at the completion's end where it stands there twice; all else is reasoning. None where all but the
-    reasoning message's tokens are final."""
+    """`final`: the text with that span (its last occurrence); everything else is reasoning.
+
+    None: all but the reasoning message is final.
+    """
     whole = ids(completion)
     assert completion_validity(whole) == wanted
     if final is not None:
@@ -288,7 +291,7 @@ SAMPLED = st.lists(TOKENS, max_size=25).map(
 def test_whatever_is_sampled_is_read_as_openai_harmony_reads_it(
     oracle: HarmonyEncoding, sampled: list[int], stop: int | None
 ) -> None:
-    """As far as openai-harmony reads on, a token of content has the span of its message's channel."""
+    """As far as openai-harmony parses, a content token has the span of its message's channel."""
     completion = np.array(sampled if stop is None else [*sampled, stop], np.int32)
     of_token = completion_spans(completion)
     assert len(of_token) == len(completion)

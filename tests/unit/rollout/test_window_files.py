@@ -1,4 +1,4 @@
-"""A window's files: what goes in comes out, equal windows are equal bytes, and what is not such a file is refused with its remedy."""
+"""Window files: round trip, equal bytes for equal windows, and rejected files with their remedy."""
 
 import numpy as np
 import pyarrow as pa

@@ -1,4 +1,4 @@
-"""What every role works out for itself about a window, and must come to the same."""
+"""The schedule of windows, which every role computes and which must be the same in all."""
 
 import json
 import os
@@ -65,7 +65,10 @@ def test_another_process_computes_the_same() -> None:
 
 
 def test_a_window_stays_what_it_was_when_this_was_written() -> None:
-    """A run that goes on with another version of this code must not meet other windows. Change it only with a note to those who run it."""
+    """A run that resumes with another version of this code must get the same windows.
+
+    A change needs a note for users.
+    """
     prompts = at(windows(), 140).prompts
     found = [(p.document, p.effort, len(p.seeds)) for p in prompts]
     assert found == [
@@ -116,7 +119,7 @@ def test_rollouts_rise_window_by_window_over_the_last_quarter() -> None:
 
 @pytest.mark.parametrize("shares", [(0.7, 0.3, 0.0), (0.2, 0.6, 0.2), (0.1, 0.3, 0.6), (0.0, 0.0, 1.0)])
 def test_efforts_are_drawn_by_their_shares(shares: tuple[float, ...]) -> None:
-    """Within six standard deviations of so many independent draws; a share of 0 is never drawn."""
+    """Within six standard deviations of independent draws; a share of 0 is never drawn."""
     seed, windows_, prompts = new_seed(), 40, 500
     level = Level(0, tuple(Fraction(str(share)) for share in shares), Fraction(1))
     drawn = Counter(

@@ -1,4 +1,5 @@
-"""The sampler on a real store with a real vLLM: every window is what it must be, from the version it must be from, whatever happens."""
+"""The sampler on a real store with real vLLM: every window has the right contents from the right version,
+after any failure."""
 
 import json
 import os
@@ -49,7 +50,7 @@ from vpmoe.storage import Bucket, StorageError, manifest, paths
 
 ROOT = Path(__file__).parents[3]
 TOLERANCE = 1e-4
-"""Nats. All compute in float32 and sum in other orders."""
+"""In nats. All compute in float32, with other orders of summation."""
 FIRST_PROMPT = 7
 TOKENS = 5_600
 
@@ -68,7 +69,8 @@ STAGE = {
         {"share": 0.9, "effort": {"medium": 0.3, "high": 0.7}, "rolloutsPerPrompt": 2},
     ],
 }
-"""Windows 0 to 2 come from version 0, windows 3 and 4 from version 2; an anchor step stands before window 3."""
+"""Windows 0 to 2 are sampled from version 0, windows 3 and 4 from version 2; an anchor step precedes window
+3."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Student:
 
 @pytest.fixture(scope="module")
 def students(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> list[Student]:
-    """Two, of which the second is published later."""
+    """Two; the second is published later."""
     made = []
     for _ in range(2):
         it = policy_versions.ending(policy_versions.learner(device, new_seed()))
@@ -91,7 +93,7 @@ def students(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @dataclass
 class World:
-    """A run whose data set is made, and a sampler of its OnPolicy stage."""
+    """A run whose dataset is built, and a sampler of its OnPolicy stage."""
 
     run: DistillRun
     bucket: Bucket
@@ -113,7 +115,7 @@ class World:
         )
 
     def sample(self, stopping: threading.Event | None = None, engines: Any = None) -> None:
-        """What the job does, with the engine that all tests share; it must seem to be new."""
+        """Run the job with the engine that all tests share, as if the engine were new."""
         self.engines.loaded = False
         who = provenance(self.run, "onpolicy-sampler")
         sampler.sample_stage(
@@ -143,7 +145,7 @@ class World:
         return told
 
     def tokens_of(self, number: int) -> int:
-        """What the trainer would say of version `number`: all steps up to its last window's."""
+        """The trainer's TrainState figures at version `number`: all steps up to its last window's."""
         about = self.window(number - 1).header
         return about.seen + about.tokens
 
@@ -156,7 +158,7 @@ def provenance(run: DistillRun, step: str) -> Provenance:
 
 @pytest.fixture(scope="module")
 def spec(s3: S3, sample_parquet: list[Path]) -> dict[str, Any]:
-    """A run whose data set is made. Others in its bucket share that."""
+    """A run whose dataset is built. Other runs in its bucket share it."""
     made = small_run(s3)
     made["spec"]["student"]["gpus"] = 2
     made["spec"]["training"] |= {
@@ -184,7 +186,7 @@ def world(spec: dict[str, Any], engines: EnginePool, students: list[Student], tm
 
 
 def finish(world: World) -> None:
-    """A sampler, and beside it whoever publishes version 2 when it is waited for."""
+    """A sampler, and a thread that publishes version 2 once the sampler waits for it."""
 
     def trainer() -> None:
         try:
@@ -217,7 +219,8 @@ def finish(world: World) -> None:
 def check_window(
     world: World, number: int, parts: DatasetReader, anchors: np.ndarray[Any, Any], seen: int
 ) -> int:
-    """Everything that a window's file says, worked out anew; returns what the stage has seen before the next."""
+    """Check a window's file against an independent computation; returns the stage's tokens before the next
+    window."""
     student = world.students[0 if number < 3 else 1]
     sampled = world.window(number)
     about, curriculum = sampled.header, Curriculum(world.stage)
@@ -355,7 +358,8 @@ def wait_for(true: Callable[[], bool], process: "subprocess.Popen[str]", what: s
 def test_an_attempt_that_begins_within_a_version_makes_what_is_missing_to_the_same_bytes(
     world: World,
 ) -> None:
-    """By the running engine, which has had other weights in between, and by a job whose engine is new; and that waits, samples, stops."""
+    """By the running engine, which held other weights in between, and by a job with a new engine that waits,
+    samples and stops."""
     world.publish(0)
     world.publish(2, 700)
     world.sample()
@@ -392,7 +396,7 @@ def test_an_attempt_that_begins_within_a_version_makes_what_is_missing_to_the_sa
 
 
 def test_what_comes_after_the_stages_end_is_not_written(world: World) -> None:
-    """It was sampled all the same: a batch is a function of its version, and the end is not known before."""
+    """It was sampled nevertheless: a batch is a function of its version, and the end is not known before."""
     world.run = changed(world.run, tokens=10)
     world.publish(0)
     engines = Meddled(world.engines)
@@ -404,7 +408,7 @@ def test_what_comes_after_the_stages_end_is_not_written(world: World) -> None:
 
 
 def changed(run: DistillRun, **fields: Any) -> DistillRun:
-    """The run with other fields in its OnPolicy stage, and a folder of its own."""
+    """The run with changed fields in its OnPolicy stage, and its own folder."""
     document = run.document()
     document["spec"]["stages"][-1] |= fields
     return DistillRun.parse(document)
@@ -424,7 +428,7 @@ def alive(pid: int) -> bool:
 
 
 class Meddled:
-    """Engines, and what happens before and after they sample."""
+    """Engines with hooks before and after sampling."""
 
     def __init__(
         self,
@@ -449,7 +453,7 @@ class Meddled:
 
 
 def test_whoever_writes_a_window_first_is_right(world: World) -> None:
-    """And the one that comes too late goes on from what is there."""
+    """A writer that loses the race continues from the stored object."""
     world.publish(0)
     world.sample(engines=once(world))
     first, second = world.window(0), world.window(1)
@@ -495,9 +499,7 @@ def test_asked_to_stop_it_stops_at_once_and_leaves_no_window(world: World) -> No
     with pytest.raises(Terminated, match="onpolicy-sampler was asked to stop"):
         world.sample(stopping, Meddled(world.engines, stopping.set))
     assert world.windows() == []
-    world.engines.score(
-        [np.arange(5, dtype=np.int32)]
-    )  # its answer to the windows that were given up is not taken for this one's
+    world.engines.score([np.arange(5, dtype=np.int32)])  # its reply to the abandoned call is ignored
 
 
 def test_what_was_sampled_when_it_is_asked_to_stop_is_written_first(world: World) -> None:
@@ -509,7 +511,8 @@ def test_what_was_sampled_when_it_is_asked_to_stop_is_written_first(world: World
 
 
 def test_another_student_than_the_trainers_is_found_out_by_its_probe(world: World, tmp_path: Path) -> None:
-    """One tensor of a later layer, a little: the files are what the manifest says, and the manifest is not what the trainer computed."""
+    """One tensor of a later layer differs slightly: the files match the manifest, but not what the trainer
+    computed."""
     good = world.students[0]
     world.publish(5, which=0)
     facts = policy_version.find_version(world.bucket, world.run, "onpolicy", 5)
@@ -521,7 +524,10 @@ def test_another_student_than_the_trainers_is_found_out_by_its_probe(world: Worl
     save_file(held, changed / "model-00001.safetensors", metadata={"format": "pt"})
     says = facts[1].model_copy(update={"version": 0})
     policy_versions.publish(world.bucket, world.run, changed, good.it, 0, 0, says=says)
-    named = r"s3://.*/weights/onpolicy/v000000/manifest.json: engine 0 computes another student than the trainer that published it: .* of token"
+    named = (
+        r"s3://.*/weights/onpolicy/v000000/manifest.json: engine 0 computes another "
+        r"student than the trainer that published it: .* of token"
+    )
     with pytest.raises(Permanent, match=named + ".* Delete the version's folder"):
         world.sample()
     assert world.windows() == []

@@ -1,4 +1,4 @@
-"""Which model a run's teacher is stays what it was when the run began; and it has to speak the data sets' vocabulary."""
+"""A run's teacher stays the model that it was when the run began, and must have the datasets' vocabulary."""
 
 import json
 import os
@@ -98,7 +98,8 @@ def test_a_file_that_was_changed_since_is_refused(run: DistillRun, bucket: Bucke
 
 
 def on_the_hub(endpoint: str, code: str, folder: Path) -> str:
-    """What a process prints whose hub is `endpoint`: the hub's client reads that when it is imported."""
+    """The output of a process whose hub is `endpoint`; the hub's client reads the endpoint when it is
+    imported."""
     done = subprocess.run(
         [sys.executable, "-c", f"from pathlib import Path\nfrom vpmoe.teacher import model\n{code}"],
         cwd=ROOT,
@@ -128,14 +129,15 @@ except Exception as error:
     assert fetched.startswith(f"{fake_hub.COMMIT} ['config.json', 'empty.txt', 'model.safetensors'] ")
     assert (Path(fetched.split()[-1]) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
     assert refused.startswith(
-        "Permanent teacher.model: hf://openai/gpt-oss-20b@v9: the Hugging Face hub has no such model or revision"
+        "Permanent teacher.model: hf://openai/gpt-oss-20b@v9: the Hugging Face hub has no such model or "
+        "revision"
     )
     assert not [path for path in asked if "original" in path]
 
 
 @pytest.fixture(scope="module")
 def tokenizer_json() -> dict[str, Any]:
-    """What a tokenizer.json of the o200k_harmony vocabulary says, as the tokenizers library writes it."""
+    """A tokenizer.json of the o200k_harmony vocabulary, as the tokenizers library writes it."""
     character = {byte: c for c, byte in model.byte_of_character().items()}
     merges = vocabulary_file.encoding()._mergeable_ranks
     tokenizer = Tokenizer(
@@ -174,7 +176,7 @@ def test_a_directory_without_tokenizer_files_is_fine(tmp_path: Path) -> None:
 
 
 def swapped(said: dict[str, Any]) -> None:
-    """Two tokens with each other's ids."""
+    """Two tokens with swapped ids."""
     said["model"]["vocab"]["a"], said["model"]["vocab"]["b"] = (
         said["model"]["vocab"]["b"],
         said["model"]["vocab"]["a"],

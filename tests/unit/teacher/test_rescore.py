@@ -1,4 +1,5 @@
-"""The whole step on a real S3 store with real vLLM: what is picked is scored, aligned and counted, and the same after any accident."""
+"""The whole step on a real S3 store with real vLLM: picked documents are scored, aligned and counted, the
+same after any failure."""
 
 import json
 import os
@@ -41,14 +42,15 @@ SCRATCH: Path
 
 @pytest.fixture(scope="module", autouse=True)
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Where the teacher's files are brought to, once for all tests of this module."""
+    """Where the teacher's files are downloaded to, once for all tests of this module."""
     global SCRATCH
     SCRATCH = tmp_path_factory.mktemp("scratch")
 
 
 @pytest.fixture
 def spec(run_spec: dict[str, Any], sample_parquet: list[Path], teacher: Path) -> dict[str, Any]:
-    """A run with a Rescored stage, whose data set is made of the sample and whose teacher is in the bucket."""
+    """A run with a Rescored stage, whose dataset is built from the sample and whose teacher is in the
+    bucket."""
     run_spec["spec"]["dataset"] |= {"sampling": {"nonEnglishMax": 0.6}, "maxLength": 512}
     run_spec["spec"]["stages"].append(
         {"name": "rescored", "kind": "Rescored", "tokens": 8192, "subset": {"fraction": 0.4}}
@@ -89,12 +91,13 @@ def bytes_of(found: Manifest) -> dict[str, str]:
 
 
 def forget(bucket: Bucket, found: scores.ScoresRef) -> None:
-    """As if the set had never been made."""
+    """Delete the set of scores."""
     bucket.delete_prefix(found.folder)
 
 
 def documents(bucket: Bucket, of: Manifest, stems: tuple[str, ...], folder: Path) -> list[dict[str, Any]]:
-    """Every training document of a data set or of scores: its row, and its values in each of `stems`, in the parts' order."""
+    """Every training document of a dataset or of scores, in order: its row, and its values in each of
+    `stems`."""
     types = {"tokens": np.int32, "spans": np.uint8, "logp": np.float16}
     folder = folder / of.kind
     folder.mkdir(exist_ok=True)
@@ -147,7 +150,8 @@ def test_every_picked_document_is_scored_and_every_number_can_be_counted_again(
         assert np.isfinite(logp_T[span_T > 0]).all() and np.isnan(logp_T[-1])
         alone_T = effort.from_teacher(next(scorer.score([effort.to_teacher(before["tokens"])])))
         assert np.array_equal(np.isnan(logp_T), np.isnan(alone_T))
-        # alone and in a batch sums are in other orders: 1e-4 as against transformers, and a float16 keeps 2^-11 of a value
+        # The order of summation differs alone and in a batch: 1e-4, as against transformers; float16 rounds
+        # by 2^-11.
         assert np.nanmax(np.abs(logp_T.astype(np.float64) - alone_T) - np.abs(alone_T) * 2.0**-11) <= 1e-4
         for span, name in ((1, "reasoning"), (2, "final")):
             of_span = logp_T[span_T == span]
@@ -320,7 +324,7 @@ def test_a_worker_killed_at_any_record_goes_on_there_with_the_same_bytes(
         }
         assert len(records) >= already
     if bucket.exists(found.manifest):
-        bucket.delete(found.manifest)  # killed too late: take the last act back
+        bucket.delete(found.manifest)  # killed too late: undo the last write
     with Remote(teacher_address, scorer.max_length) as after:
         assert bytes_of(made(spec, after)) == bytes_of(undisturbed)
 
@@ -359,7 +363,8 @@ def test_a_worker_that_is_asked_to_stop_does_so_before_the_next_batch(
 
 
 def test_scores_of_another_content_are_refused(spec: dict[str, Any], bucket: Bucket, scorer: Remote) -> None:
-    """The data set was deleted and made again, with other bytes under the same id: here, by another build of the tokenizer, say."""
+    """The dataset was deleted and built again with other bytes under the same id, for instance by another
+    build of the tokenizer."""
     run = DistillRun.parse(spec)
     made(spec, scorer)
     (found,) = do(spec, None)
@@ -368,7 +373,10 @@ def test_scores_of_another_content_are_refused(spec: dict[str, Any], bucket: Buc
     spans["digest"]["sha256"] = "0" * 64
     bucket.delete(dataset.resolve(run, bucket).manifest)
     bucket.write_json(dataset.resolve(run, bucket).manifest, source)
-    refused = rf"the scores are of content {found.content}, but dataset .* Delete s3://.*/scores/{found.id} to have it scored again"
+    refused = (
+        rf"the scores are of content {found.content}, but dataset .* Delete "
+        rf"s3://.*/scores/{found.id} to have it scored again"
+    )
     with pytest.raises(Permanent, match=f"manifest.json: {refused}"):
         do(spec, scorer)
     (changed,) = scores.resolve_all_scores(run, bucket, dataset.load_dataset(run, bucket))
@@ -407,7 +415,10 @@ def test_a_teacher_that_gives_no_number_is_refused(
     )
     with pytest.raises(
         Permanent,
-        match=r"teacher.model: document \d+ of training part 0 \(.*\): the teacher gave 1 of its tokens no prob",
+        match=(
+            r"teacher.model: document \d+ of training part 0 \(.*\): the teacher gave 1 of "
+            r"its tokens no prob"
+        ),
     ):
         do(spec, scorer)
 
@@ -431,7 +442,7 @@ def test_what_is_stored_has_one_form(value: float, bits: int) -> None:
 def test_the_job_ends_when_told_goes_on_when_started_again_and_has_nothing_to_do_at_last(
     spec: dict[str, Any], bucket: Bucket, tmp_path: Path
 ) -> None:
-    """As a pod runs it, with a vLLM of its own; without one where there is nothing to do."""
+    """As a pod runs it: with its own vLLM, or without one if there is nothing to do."""
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(spec))
     environment = {
         **os.environ,

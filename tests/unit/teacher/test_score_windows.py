@@ -1,4 +1,5 @@
-"""The teacher of an OnPolicy stage on a real S3 store with real vLLM: what is sampled is scored, once, as transformers would."""
+"""The teacher of an OnPolicy stage on a real S3 store with real vLLM: each window is scored once, with the
+values of transformers."""
 
 import os
 import signal
@@ -48,7 +49,7 @@ SCRATCH: Path
 
 @pytest.fixture(scope="module", autouse=True)
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Where the teacher's files are brought to, once for all tests of this module."""
+    """Where the teacher's files are downloaded to, once for all tests of this module."""
     global SCRATCH
     SCRATCH = tmp_path_factory.mktemp("scratch")
 
@@ -110,7 +111,7 @@ def about(spec: dict[str, Any], window: int, last: bool = False) -> RolloutHeade
 
 
 def rollouts(random: np.random.Generator, count: int = 3) -> list[Rollout]:
-    """Prompts and completions of random ids, one of them as long as can be."""
+    """Prompts and completions of random ids, one of them of maximum length."""
     made = []
     for prompt in range(count):
         asked, sampled = (int(length) for length in random.integers(1, 60, 2))
@@ -129,7 +130,7 @@ def key(spec: dict[str, Any], window: int, kind: str) -> str:
 def sample(
     spec: dict[str, Any], bucket: Bucket, window: int, random: np.random.Generator, last: bool = False
 ) -> WindowRollouts:
-    """Put a window's rollouts where the sampler does."""
+    """Write a window's rollouts as the sampler does."""
     data = rollouts_bytes(about(spec, window, last), rollouts(random))
     assert bucket.create(key(spec, window, "rollouts"), data, {})
     return read_rollouts(data, "here")
@@ -145,7 +146,7 @@ def bytes_of(spec: dict[str, Any], bucket: Bucket, count: int) -> list[bytes]:
 
 
 def forget(spec: dict[str, Any], bucket: Bucket, count: int) -> None:
-    """As if no window had ever been scored."""
+    """Delete all scores of windows."""
     for window in range(count):
         bucket.delete(key(spec, window, "scores"))
 
@@ -167,7 +168,7 @@ def metrics(spec: dict[str, Any], bucket: Bucket) -> list[dict[str, Any]]:
 
 @contextmanager
 def beside(*arguments: Any, **more: Any) -> Iterator[list[object]]:
-    """The role in a thread, while this goes on; its result or its error is in the list in the end."""
+    """Run the role in a thread; afterwards the list holds its result or its error."""
     ended: list[object] = []
 
     def work() -> None:
@@ -309,7 +310,8 @@ from tests.fakes.teacher_steps import score_windows_here
 from vpmoe.teacher import score_windows
 score_windows.POLL_SECONDS = 0.02
 score_windows_here(
-    yaml.safe_load(open(sys.argv[1])), Remote(sys.argv[2], 640), pathlib.Path(sys.argv[3]), attempt=int(sys.argv[4])
+    yaml.safe_load(open(sys.argv[1])), Remote(sys.argv[2], 640), pathlib.Path(sys.argv[3]),
+    attempt=int(sys.argv[4]),
 )
 """
 
@@ -378,7 +380,7 @@ def test_a_hole_is_filled_and_what_is_beyond_it_is_left_as_it_is(
 def test_the_first_writer_of_a_windows_scores_wins_and_the_other_goes_on(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An attempt that was believed dead: here it writes between our last look and our PUT, and its GPU rounds otherwise than ours."""
+    """An attempt that was believed dead writes between the last check and our PUT, with other rounding."""
     random = np.random.default_rng(new_seed())
     held = [sample(spec, bucket, window, random, last=window == 1) for window in range(2)]
     asked = scorer.score
@@ -473,7 +475,7 @@ def test_a_truncated_file_of_rollouts_is_refused_by_name(
     bucket.delete(key(spec, 0, "rollouts"))
     bucket.create(key(spec, 0, "rollouts"), data, {})
     path = s3.folder / bucket.name / key(spec, 0, "rollouts")
-    path.write_bytes(data[:-1])  # behind the store's back
+    path.write_bytes(data[:-1])  # without the store's knowledge
     with pytest.raises(
         StorageError, match=r"s3://.*/window-000000\.rollouts\.arrow: sha256 is .* delete it"
     ) as refused:
@@ -540,7 +542,10 @@ def test_a_stage_that_may_not_begin_has_no_teacher(spec: dict[str, Any]) -> None
     spec["spec"]["evaluation"]["completions"] = 8
     with pytest.raises(
         Permanent,
-        match=r"stage onpolicy: require\.validity is 0\.9, and s3://.* does not say what it is after stage vanilla",
+        match=(
+            r"stage onpolicy: require\.validity is 0\.9, and s3://.* does not say what it "
+            r"is after stage vanilla"
+        ),
     ):
         do(spec, None)
 
@@ -548,7 +553,7 @@ def test_a_stage_that_may_not_begin_has_no_teacher(spec: dict[str, Any]) -> None
 def test_another_teacher_in_the_bucket_is_refused(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, tmp_path: Path
 ) -> None:
-    """What the run was resolved to holds for all its steps."""
+    """The teacher that the run was resolved to holds for all its steps."""
     sample(spec, bucket, 0, np.random.default_rng(new_seed()), last=True)
     run = DistillRun.parse(spec)
     model.resolve_teacher(run, bucket)
@@ -562,7 +567,7 @@ def test_another_teacher_in_the_bucket_is_refused(
 def test_the_job_ends_when_told_and_goes_on_when_started_again(
     spec: dict[str, Any], bucket: Bucket, tmp_path: Path
 ) -> None:
-    """As a pod runs it, with a vLLM of its own; without one where there is nothing to do."""
+    """As a pod runs it: with its own vLLM, or without one if there is nothing to do."""
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(spec))
     environment = {
         **os.environ,

@@ -1,4 +1,5 @@
-"""Which documents are scored: within the budget, balanced over language and exercise, the same for every worker."""
+"""Which documents are scored: within the budget, balanced over language and exercise, the same for every
+worker."""
 
 from collections import Counter
 from typing import Any
@@ -16,7 +17,7 @@ EN, FR, NONE = ("en", "mcq"), ("fr", "mcq"), ("unknown", "unknown")
 
 
 def part(*documents: tuple[tuple[str, str], int, int]) -> subset.DocumentLabels:
-    """One part of documents (label, reasoning tokens, final tokens)."""
+    """A part with the documents (label, reasoning tokens, final tokens)."""
     rows = [
         {"language": of[0], "exercise": of[1], "reasoning": reasoning, "final": final}
         for of, reasoning, final in documents
@@ -41,7 +42,7 @@ def picked(parts: list[subset.DocumentLabels], seed: str = "d", **fields: Any) -
 
 
 ONE = [part((EN, 10, 10), (EN, 40, 10), (FR, 30, 10)), part((EN, 20, 10), (FR, 0, 10), (NONE, 5, 5))]
-"""All in all 160 assistant tokens: en 20 + 50 + 30, fr 40 + 10, unknown 10."""
+"""160 assistant tokens: en 20 + 50 + 30, fr 40 + 10, unknown 10."""
 
 
 @pytest.mark.parametrize(
