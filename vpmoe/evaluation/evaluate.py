@@ -74,7 +74,7 @@ def evaluate(
         measured = measure_student(job, engines, Path(scratch))
     line = EvaluationLine(attempt=provenance.attempt, seconds=job.seconds).dump() | measured.dump()
     text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
-    # Create, not overwrite: an attempt that is killed after this line leaves one line of metrics all the same.
+    # create: if the attempt is killed after this, the next one leaves the line of metrics as it is.
     bucket.create(paths.metrics(run, provenance.step, "000000"), text.encode(), provenance.metadata())
     key = paths.evaluation(run, stage.name)
     if not bucket.create(key, json_bytes(measured.dump()), provenance.metadata()):
@@ -106,7 +106,7 @@ def measure_student(job: EvaluationWorker, engines: InferenceEngines, scratch: P
         parts = measurements(job, student, valid)
         for name, part in parts.items():
             found |= job.measure_part(name, checkpoint.manifest, part)
-    said = {
+    fields = {
         "run": job.provenance.run,
         "config": job.provenance.config,
         "stage": job.stage.name,
@@ -115,7 +115,7 @@ def measure_student(job: EvaluationWorker, engines: InferenceEngines, scratch: P
         **found,
     }
     return evaluation_record.parse_evaluation(
-        said, job.stage.name, job.bucket.url(paths.evaluation_parts(job.run, job.stage.name))
+        fields, job.stage.name, job.bucket.url(paths.evaluation_parts(job.run, job.stage.name))
     )
 
 
@@ -214,15 +214,15 @@ def score_texts(job: EvaluationWorker, student: EvaluatedStudent, url: str) -> d
 
 def summary(found: EvaluationRecord) -> str:
     """The figures, for a log line and the step's message."""
-    said = []
+    figures = []
     if found.held_out:
         spans = {name: loss for name, loss in found.held_out.dump().items() if loss is not None}
-        said.append("held-out loss " + ", ".join(f"{name} {loss:.3f}" for name, loss in spans.items()))
+        figures.append("held-out loss " + ", ".join(f"{name} {loss:.3f}" for name, loss in spans.items()))
     if found.valid_share is not None:
         by_effort = ", ".join(
             f"{effort} {share:.1%}" for effort, share in found.valid_share_by_effort().items()
         )
-        said.append(f"{found.valid_share:.1%} of {found.completions} completions valid ({by_effort})")
+        figures.append(f"{found.valid_share:.1%} of {found.completions} completions valid ({by_effort})")
     if found.canary:
-        said.append(f"canary {found.canary.bits_per_byte:.3f} bits per byte")
-    return "; ".join(said)
+        figures.append(f"canary {found.canary.bits_per_byte:.3f} bits per byte")
+    return "; ".join(figures)

@@ -266,7 +266,7 @@ def write_windows(
 
 
 def rollout_stats(rollouts: Sequence[Rollout]) -> dict[str, Any]:
-    """The fields of a WindowLine that say, by effort, what the rollouts are like."""
+    """The fields `effort`, `validity` and `lengths` of a WindowLine."""
     by_effort = {
         name: found for name in EFFORTS if (found := [one for one in rollouts if one.effort == name])
     }

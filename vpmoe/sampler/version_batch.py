@@ -51,14 +51,14 @@ class PromptSource:
 
     def requests(self, window: WindowPlan) -> Iterator[tuple[PromptPlan, int, SamplingRequest]]:
         """The sampling requests of a window: (prompt, index among its rollouts, request)."""
-        numbers = np.array([asked.document for asked in window.prompts], np.int32)
+        numbers = np.array([prompt.document for prompt in window.prompts], np.int32)
         found = documents(numbers, self._first_document, self.parts.lengths)
         self.parts.prefetch(found)
-        for asked, document in zip(window.prompts, found, strict=True):
-            ids_P = self._prompts.build(*self.parts.read(document), asked.effort)
-            bound = completion_limit(len(ids_P), asked.effort, window.max_tokens, self._max_length)
-            for rollout, seed in enumerate(asked.seeds):
-                yield asked, rollout, SamplingRequest(ids_P, seed, bound)
+        for prompt, document in zip(window.prompts, found, strict=True):
+            ids_P = self._prompts.build(*self.parts.read(document), prompt.effort)
+            bound = completion_limit(len(ids_P), prompt.effort, window.max_tokens, self._max_length)
+            for rollout, seed in enumerate(prompt.seeds):
+                yield prompt, rollout, SamplingRequest(ids_P, seed, bound)
 
 
 @dataclass(frozen=True)
@@ -90,24 +90,26 @@ def sample_version(
         source.windows.window(number, version.tokens, adjustments)
         for number in source.windows.curriculum.windows_of(version.version)
     ]
-    asked = [list(source.requests(window)) for window in windows]
+    requests = [list(source.requests(window)) for window in windows]
     completions = iter(
-        engines.sample([request for of_window in asked for _, _, request in of_window], check_stop)
+        engines.sample([request for of_window in requests for _, _, request in of_window], check_stop)
     )
-    sampled = [[make_rollout(*one, next(completions)) for one in of_window] for of_window in asked]
+    sampled = [[make_rollout(*one, next(completions)) for one in of_window] for of_window in requests]
     seconds = time.monotonic() - started
     tokens = sum(len(one.logp_C) for rollouts in sampled for one in rollouts)
     return SampledVersion(list(zip(windows, sampled, strict=True)), seconds, tokens / seconds)
 
 
-def make_rollout(asked: PromptPlan, number: int, request: SamplingRequest, completion: Completion) -> Rollout:
+def make_rollout(
+    prompt: PromptPlan, number: int, request: SamplingRequest, completion: Completion
+) -> Rollout:
     """A completion as it is stored: with its prompt, the span of each token, and its Harmony validity."""
     ids_C = completion.ids_C
     return Rollout(
-        asked.place,
+        prompt.place,
         number,
-        asked.document,
-        asked.effort,
+        prompt.document,
+        prompt.effort,
         prompts.completion_validity(ids_C),
         np.concatenate([request.ids_P, ids_C]),
         prompts.completion_spans(ids_C),

@@ -206,8 +206,8 @@ def checkpoint_dtype(directory: Path) -> str:
 
     Raises Permanent if neither is there.
     """
-    said = read_config(directory)
-    declared = said.get("dtype") or said.get("torch_dtype")
+    settings = read_config(directory)
+    declared = settings.get("dtype") or settings.get("torch_dtype")
     if declared:
         return str(declared).removeprefix("torch.")
     for path in sorted(directory.glob("*.safetensors")):

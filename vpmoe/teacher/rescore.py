@@ -66,7 +66,7 @@ class Teacher(Protocol):
 
 
 LoadTeacher = Callable[[Path, int], Teacher]
-"""Loads a teacher from its directory, for sequences of up to so many tokens."""
+"""Loads a teacher: (directory, maximum length of a sequence in tokens) → teacher."""
 
 
 @dataclass(frozen=True)

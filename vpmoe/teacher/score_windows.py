@@ -154,24 +154,24 @@ def score_window(job: ScoringWorker, teacher: Teacher, window: int) -> bool:
     started = time.monotonic()
     if not wait_for_rollouts(job, window):
         return False
-    begun = time.monotonic()
-    held = read_window(job, window)
-    logp = score_rollouts(job, teacher, held)
-    seconds, tokens = time.monotonic() - begun, sum(len(one.ids_T) for one in held.rollouts)
+    available = time.monotonic()
+    sampled = read_window(job, window)
+    logp = score_rollouts(job, teacher, sampled)
+    seconds, tokens = time.monotonic() - available, sum(len(one.ids_T) for one in sampled.rollouts)
     line = ScoringLine(
         attempt=job.provenance.attempt,
         worker=job.worker or 0,
         window=window,
         seconds=seconds,
-        wait_rollouts=begun - started,
+        wait_rollouts=available - started,
         tokens=tokens,
         tokens_per_second=tokens / seconds,
     )
     write_window_metrics(job, line)  # before the scores, after which no attempt comes back to this window
-    write_scores(job, held, logp)
+    write_scores(job, sampled, logp)
     log.info(
-        f"Scored window {window}: {len(held.rollouts):,} rollouts, {tokens:,} tokens in {seconds:,.1f} s, "
-        f"waited {begun - started:,.1f} s"
+        f"Scored window {window}: {len(sampled.rollouts):,} rollouts, {tokens:,} tokens in {seconds:,.1f} s, "
+        f"waited {available - started:,.1f} s"
     )
     job.report_windows(f"Scored window {window}", tokens / seconds)
     return True
@@ -182,7 +182,7 @@ def wait_for_rollouts(job: ScoringWorker, window: int) -> bool:
 
     Returns False once it is certain that it will not be sampled or trained.
     """
-    said = time.monotonic()
+    reported = time.monotonic()
     while True:
         job.check_stop()
         if job.stage_finished():
@@ -191,8 +191,8 @@ def wait_for_rollouts(job: ScoringWorker, window: int) -> bool:
             return True
         if job.after_last_window(window):
             return False
-        if time.monotonic() - said > REPORT_SECONDS:
-            said = time.monotonic()
+        if time.monotonic() - reported > REPORT_SECONDS:
+            reported = time.monotonic()
             job.report_windows(f"Waiting for window {window}")
         job.pause(POLL_SECONDS)
 
@@ -200,7 +200,7 @@ def wait_for_rollouts(job: ScoringWorker, window: int) -> bool:
 def read_window(job: ScoringWorker, window: int) -> WindowRollouts:
     """A window's rollouts. Raises Permanent if they are damaged, of another run, or cannot be scored."""
     key = job.key(window, "rollouts")
-    held = read_rollouts(job.bucket.get(key), job.bucket.url(key))
+    sampled = read_rollouts(job.bucket.get(key), job.bucket.url(key))
     ours = {
         "run": job.provenance.run,
         "config": job.run.config_hash,
@@ -208,21 +208,25 @@ def read_window(job: ScoringWorker, window: int) -> WindowRollouts:
         "window": window,
     }
     for name, value in ours.items():
-        if getattr(held.header, name) != value:
-            raise _foreign_window(job, key, f"{name} is {getattr(held.header, name)} there and {value} here")
+        if getattr(sampled.header, name) != value:
+            raise _foreign_window(
+                job, key, f"{name} is {getattr(sampled.header, name)} there and {value} here"
+            )
     longest = job.run.spec.training.sequence_length
-    for one in held.rollouts:
+    for one in sampled.rollouts:
         which = f"rollout {one.rollout} of prompt {one.prompt}"
         if not 0 < len(one.logp_C) < len(one.ids_T) <= longest:
             tokens = f"{len(one.ids_T)} tokens, {len(one.logp_C)} of them sampled"
             raise _foreign_window(job, key, f"{which} has {tokens}; sequenceLength is {longest}")
         if not 0 <= one.ids_T.min() <= one.ids_T.max() < VOCABULARY_SIZE:
             raise _foreign_window(job, key, f"{which} has ids from {one.ids_T.min()} to {one.ids_T.max()}")
-    job.last[window] = held.header.last
-    return held
+    job.last[window] = sampled.header.last
+    return sampled
 
 
-def score_rollouts(job: ScoringWorker, teacher: Teacher, held: WindowRollouts) -> list[NDArray[np.float32]]:
+def score_rollouts(
+    job: ScoringWorker, teacher: Teacher, sampled: WindowRollouts
+) -> list[NDArray[np.float32]]:
     """For each rollout the teacher's log-probabilities of its completion, [C], given the same prompt as the
     student's.
 
@@ -230,14 +234,14 @@ def score_rollouts(job: ScoringWorker, teacher: Teacher, held: WindowRollouts) -
     """
     logp = []
     for one, logp_T in zip(
-        held.rollouts, teacher.score((one.ids_T for one in held.rollouts), job.check_stop), strict=True
+        sampled.rollouts, teacher.score((one.ids_T for one in sampled.rollouts), job.check_stop), strict=True
     ):
         logp_C = logp_T[one.prompt_length :]
         missing = np.flatnonzero(np.isnan(logp_C))
         if len(missing):
             raise Permanent(
                 f"teacher.model: rollout {one.rollout} of prompt {one.prompt} of window "
-                f"{held.header.window}: the teacher gave {len(missing)} of its tokens no probability, the "
+                f"{sampled.header.window}: the teacher gave {len(missing)} of its tokens no probability, the "
                 f"first at {missing[0]} of {len(logp_C)}. Its weights may hold numbers that are not finite, "
                 "or overflow in their dtype; try another checkpoint."
             )
@@ -245,25 +249,25 @@ def score_rollouts(job: ScoringWorker, teacher: Teacher, held: WindowRollouts) -
     return logp
 
 
-def write_scores(job: ScoringWorker, held: WindowRollouts, logp: list[NDArray[np.float32]]) -> None:
+def write_scores(job: ScoringWorker, sampled: WindowRollouts, logp: list[NDArray[np.float32]]) -> None:
     """Write a window's scores unless there are some.
 
     Raises Permanent if existing scores are of other rollouts.
     """
-    header = held.header
+    header = sampled.header
     data = scores_bytes(
         ScoresHeader(
             run=header.run,
             stage=header.stage,
             window=header.window,
-            rollouts=held.sha256,
+            rollouts=sampled.sha256,
             teacher=job.teacher,
         ),
         logp,
     )
     key = job.key(header.window, "scores")
     if not job.bucket.create(key, data, job.provenance.metadata()):
-        read_scores(job.bucket.get(key), job.bucket.url(key), held)
+        read_scores(job.bucket.get(key), job.bucket.url(key), sampled)
         log.info("Window %d: another attempt has written scores with other bits; keeping them", header.window)
 
 
