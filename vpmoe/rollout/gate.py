@@ -12,10 +12,11 @@ from vpmoe.storage import Bucket, paths
 
 
 def require_validity(run: DistillRun, stage: Stage, bucket: Bucket) -> None:
-    """Raise Permanent unless the student before the stage gives as many valid completions as the stage requires.
+    """Raise Permanent unless the student before the stage gives as many valid completions as the stage
+    requires.
 
-    A stage that requires none always passes: other kinds than OnPolicy, and require.validity 0. If the validity
-    after the stage before was not measured, that is an error too. Raises StorageError.
+    A stage that requires none always passes: other kinds than OnPolicy, and require.validity 0. If the
+    validity after the stage before was not measured, that is an error too. Raises StorageError.
     """
     if stage.required_validity == 0:
         return
