@@ -1,17 +1,19 @@
-"""A real single-node Kubernetes in namespaces of its own, with Kubeflow's training operator, an S3 store and eight advertised GPUs.
+"""A single-node Kubernetes in Linux namespaces, with Kubeflow's training operator, an S3 store and eight
+GPUs.
 
-`python -m devcluster up|down|status`, or `devcluster.cluster` from Python. Nothing here imitates Kubernetes and nothing of
-the product knows of it: what runs on it goes through helm, kubectl and S3 like on any other cluster. docs/devcluster.md is its runbook.
+Use `python -m devcluster up|down|status`, or `devcluster.cluster` from Python. The Kubernetes is real; the
+GPUs are only advertised. The product does not know this cluster: it uses helm, kubectl and S3, as on any
+other.
 """
 
 import sys
 
 
 class ClusterError(RuntimeError):
-    """The cluster cannot be had, or a command against it failed. The message says what to do."""
+    """The cluster cannot be provided, or a command on it failed. The message names the remedy."""
 
 
 def say(line: str) -> None:
-    """Tell the user what is happening, on stderr: stdout carries only what a shell may evaluate."""
+    """Print a line to stderr. Only what a shell may evaluate goes to stdout."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()

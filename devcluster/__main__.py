@@ -1,6 +1,6 @@
-"""`python -m devcluster up|down|status`: the development cluster by hand.
+"""Starts, ends or shows the development cluster: `python -m devcluster up|down|status`.
 
-What is happening goes to stderr. `up` ends with the line for the shell on stdout, so `eval "$(… up)"` sets it.
+Progress goes to stderr. `up` prints `export KUBECONFIG=…` to stdout, for `eval "$(… up)"`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main() -> int:
         say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        say("interrupted: what was begun is cleaned up by the next up or down")
+        say("interrupted: the next up or down cleans up")
         return 130
     return 0
 

@@ -1,4 +1,4 @@
-"""How to talk to a cluster that answers: kubectl, helm, and a store that the host and pods reach at the same address."""
+"""Access to a running cluster: kubectl, helm and the S3 store."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from devcluster.configuration import NODE
 
 @dataclass(frozen=True)
 class S3:
-    """A store that the host and pods reach at the same address."""
+    """A store. The host and pods reach it at the same address."""
 
     endpoint: str
     access_key: str
@@ -20,7 +20,7 @@ class S3:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster that answers, and how to talk to it."""
+    """A running cluster."""
 
     kubeconfig: Path
     kubectl_path: Path
@@ -28,11 +28,11 @@ class Cluster:
     s3: S3
 
     def kubectl(self, *arguments: str, input: str | None = None) -> str:
-        """What kubectl prints. Raises ClusterError with what it says against it."""
+        """Runs kubectl; returns its stdout. Raises ClusterError with its stderr."""
         return call([str(self.kubectl_path), *arguments], self.kubeconfig, input)
 
     def helm(self, *arguments: str, input: str | None = None) -> str:
-        """What helm prints. Raises ClusterError with what it says against it."""
+        """Runs helm; returns its stdout. Raises ClusterError with its stderr."""
         return call([str(self.helm_path), *arguments], self.kubeconfig, input)
 
 

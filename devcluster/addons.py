@@ -1,6 +1,7 @@
-"""What is installed on the fresh control plane: cluster DNS, the Kubeflow training operator, eight advertised GPUs; and waiting for them.
+"""Installs cluster DNS, the Kubeflow training operator and the advertised GPUs, and waits until they work.
 
-The training operator's manifests are its module's own, patched by manifests/kubeflow.yaml. The product's chart is not installed here.
+The training operator's manifests come with its Go module; manifests/kubeflow.yaml patches them. install.py
+installs the product's chart.
 """
 
 import json
@@ -27,13 +28,14 @@ spec:
 
 
 def sources() -> dict[str, str]:
-    """All that decides what is installed, by name, apart from the programs."""
+    """Everything that determines the add-ons, by name, except the programs."""
     return {path.name: path.read_text() for path in sorted(MANIFESTS.iterdir())} | {"gpus": str(GPUS)}
 
 
 def render(cluster: Cluster, kubeflow: Path, folder: Path) -> str:
-    """All manifests as one YAML stream. `kubeflow` is the module's manifests folder; kustomize wants it relative to `folder`."""
+    """All manifests as one YAML stream. `kubeflow` is the manifests folder of the operator's module."""
     folder.mkdir()
+    # kustomize requires a relative path
     overlay = os.path.relpath((kubeflow / "overlays" / "standalone").resolve(), folder.resolve())
     patches = (MANIFESTS / "kubeflow.yaml").read_text()
     (folder / "kustomization.yaml").write_text(f"{patches}resources: [{json.dumps(overlay)}]\n")
@@ -43,7 +45,7 @@ def render(cluster: Cluster, kubeflow: Path, folder: Path) -> str:
 
 
 def install(cluster: Cluster, manifests: str) -> None:
-    """Create everything, and wait until a PyTorchJob could be applied and would find its GPUs."""
+    """Create everything, and wait until the cluster accepts PyTorchJobs and has its GPUs."""
     cluster.kubectl("create", "--filename=-", input=manifests)
     cluster.kubectl("wait", "--for=create", f"node/{NODE_NAME}", "--timeout=60s")
     advertise_gpus(cluster)
@@ -60,7 +62,7 @@ def install(cluster: Cluster, manifests: str) -> None:
 
 
 def probe_webhook(cluster: Cluster, deadline: float) -> None:
-    """Return once the webhook lets a PyTorchJob pass. Its pod is ready a moment before the way to its service is laid."""
+    """Wait until the webhook accepts a PyTorchJob: its pod is ready before its service is reachable."""
     while True:
         try:
             cluster.kubectl("create", "--dry-run=server", "--filename=-", input=PROBE)
@@ -73,7 +75,8 @@ def probe_webhook(cluster: Cluster, deadline: float) -> None:
 
 
 def advertise_gpus(cluster: Cluster) -> None:
-    """As the Kubernetes documentation has it for extended resources, but allocatable too: the kubelet would copy it seconds later."""
+    """Patch extended resources into the node's status. Allocatable too: the kubelet would copy it seconds
+    later."""
     paths = ("/status/capacity/nvidia.com~1gpu", "/status/allocatable/nvidia.com~1gpu")
     patch = [{"op": "add", "path": path, "value": str(GPUS)} for path in paths]
     cluster.kubectl(

@@ -1,8 +1,8 @@
-"""The cluster's programs, compiled once from pinned Go modules into a cache that outlives checkouts.
+"""Compiles the cluster's programs from pinned Go modules into a cache that checkouts share.
 
-Each target has a folder named by the hash of what it is made from (sources or module versions, and the flags), so two checkouts share a
-build exactly when they ask for the same one. The folder appears by rename and therefore whole: a build that was killed is not taken for
-done. Nothing is fetched as a binary, and old builds stay until their folder is deleted by hand.
+A target's folder is named by the hash of its inputs (sources or module versions, and flags). It appears by
+rename, so an interrupted build never counts as done. No binary is downloaded. Old builds stay until they are
+deleted by hand.
 """
 
 import fcntl
@@ -27,21 +27,21 @@ FLAGS = ("-v", "-trimpath", "-ldflags")
 
 @dataclass(frozen=True)
 class Target:
-    """What is compiled in one go."""
+    """Programs that are compiled together."""
 
     name: str
     programs: tuple[str, ...]
-    """File names in its folder; all of them are there once the folder is."""
-    made_from: Callable[[], bytes]
-    """All that decides what comes out; its hash names the folder."""
+    """File names in the target's folder. The folder exists only with all of them."""
+    inputs: Callable[[], bytes]
+    """Everything that determines the result. Its hash names the folder."""
     build: Callable[[Path, Path], None]
-    """Compile into a folder, logging to a file."""
+    """Compiles into a folder and logs to a file."""
     minutes: int
-    """How long a first compilation takes on two cores, to be told to whoever waits for it."""
+    """Duration of a first compilation on two cores. The user is told."""
 
 
 def path(name: str) -> Path:
-    """The file of a compiled program, compiled now if it is missing. KeyError for a name that no target has."""
+    """The file of a program, compiled now if missing. Raises KeyError for an unknown name."""
     target = next((target for target in TARGETS if name in target.programs), None)
     if target is None:
         raise KeyError(f"{name}: none of {', '.join(name for target in TARGETS for name in target.programs)}")
@@ -49,14 +49,14 @@ def path(name: str) -> Path:
 
 
 def folder(target: Target) -> Path:
-    """The folder of a compiled target, compiled now if it is missing. Raises ClusterError with the compiler's last words."""
-    done = cache() / f"{target.name}-{hashlib.sha256(target.made_from()).hexdigest()[:16]}"
+    """The folder of a target, compiled now if missing. Raises ClusterError with the compiler's last lines."""
+    done = cache() / f"{target.name}-{hashlib.sha256(target.inputs()).hexdigest()[:16]}"
     if done.exists():
         return done
     cache().mkdir(parents=True, exist_ok=True)
     with (cache() / f"{target.name}.lock").open("w") as lock:
-        if not taken(lock.fileno()):
-            say(f"{target.name} is being compiled by another process: waiting for it")
+        if not try_lock(lock.fileno()):
+            say(f"{target.name} is being compiled by another process; waiting")
             fcntl.flock(lock, fcntl.LOCK_EX)
         if not done.exists():
             compile_whole(target, done)
@@ -64,9 +64,9 @@ def folder(target: Target) -> Path:
 
 
 def compile_whole(target: Target, done: Path) -> None:
-    """Compile beside `done` and rename. The caller holds the target's lock, so what lies beside it is a killed build's.
+    """Compile beside `done`, then rename. The caller holds the target's lock.
 
-    A killed build's compiler may still be writing: this build has a folder of its own.
+    Removes what interrupted builds left. Their compilers may still write, so each build has its own folder.
     """
     for left in cache().glob(f"{done.name}.building-*"):
         shutil.rmtree(left, ignore_errors=True)
@@ -90,14 +90,14 @@ def cache() -> Path:
 
 
 def kubernetes_version() -> str:
-    """What kube/go.mod pins, such as 1.36.3."""
+    """The version in kube/go.mod, such as 1.36.3."""
     found = re.search(r"k8s\.io/kubernetes v(\S+)", (SOURCES / "go.mod").read_text())
     assert found, "kube/go.mod requires k8s.io/kubernetes"
     return found[1]
 
 
 def kube_linker_flags() -> str:
-    """Strip symbols, and say the version that `kubectl version` and the node's status show."""
+    """Strip symbols, and set the version that `kubectl version` and the node's status show."""
     version = kubernetes_version()
     major, minor, _ = version.split(".")
     stamp = {
@@ -109,13 +109,14 @@ def kube_linker_flags() -> str:
     return " ".join(["-s -w", *(f"-X {name}={value}" for name, value in stamp.items())])
 
 
-def kube_made_from() -> bytes:
+def kube_inputs() -> bytes:
     files = [(SOURCES / name).read_bytes() for name in ("main.go", "go.mod", "go.sum")]
     return b"\0".join([*files, kube_linker_flags().encode()])
 
 
 def build_kube(into: Path, log: Path) -> None:
-    """Kubernetes, etcd, CoreDNS, kubectl and helm as one file under many names, and the static `pause` of Kubernetes' own source."""
+    """Kubernetes, etcd, CoreDNS, kubectl and helm as one file with many names; and Kubernetes' static
+    `pause`."""
     needs.packages(needs.COMPILER_PACKAGES)
     run_go(["build", *FLAGS, kube_linker_flags(), "-o", str(into / "kube"), "."], log, cwd=SOURCES)
     for name in KUBE_PROGRAMS:
@@ -135,19 +136,17 @@ def build_versitygw(into: Path, log: Path) -> None:
 
 
 def build_training_operator(into: Path, log: Path) -> None:
-    """The program, and beside it the module's own manifests: once compiled, `up` needs neither Go nor its module cache."""
+    """The program and its module's manifests: `up` then needs neither Go nor its module cache."""
     run_go(["install", *FLAGS, "-s -w", TRAINING_OPERATOR], log, GOBIN=str(into))
     (into / "training-operator.v1").rename(into / "training-operator")
     module, version = TRAINING_OPERATOR.split("/cmd/")[0], TRAINING_OPERATOR.split("@")[1]
     shutil.copytree(module_folder(f"{module}@{version}") / "manifests", into / "manifests")
     for copied in (into / "manifests", *(into / "manifests").rglob("*")):
-        copied.chmod(
-            0o755 if copied.is_dir() else 0o644
-        )  # the module cache is read-only, this cache is the user's
+        copied.chmod(0o755 if copied.is_dir() else 0o644)  # Go's module cache is read-only
 
 
 def module_folder(module: str) -> Path:
-    """Where Go unpacked a module, fetched now if it is missing."""
+    """The folder of a Go module, downloaded now if missing."""
     found = subprocess.run(
         ["go", "mod", "download", "-json", module],
         env=needs.go(),
@@ -167,7 +166,8 @@ def run_go(arguments: list[str], log: Path, cwd: Path = Path("/"), **variables: 
 
 
 def run_logged(command: list[str], log: Path, environment: dict[str, str], cwd: Path = Path("/")) -> None:
-    """Run a compiler with its output in `log`, saying every minute how far it is. Raises ClusterError with its last lines."""
+    """Run a compiler, its output in `log`, with a progress line a minute. Raises ClusterError with its last
+    lines."""
     compiled, said, started = 0, time.monotonic(), time.monotonic()
     with (
         log.open("a") as file,
@@ -188,8 +188,8 @@ def run_logged(command: list[str], log: Path, environment: dict[str, str], cwd: 
         )
 
 
-def taken(descriptor: int) -> bool:
-    """Take the lock if it is free; whether it was."""
+def try_lock(descriptor: int) -> bool:
+    """Take the lock if it is free. Returns whether it was."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -199,7 +199,7 @@ def taken(descriptor: int) -> bool:
 
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
 KUBE_PROGRAMS = (*CONTROL_PLANE, "kubelet", "kube-proxy", "coredns", "kubectl", "helm")
-KUBE = Target("kube", ("kube", "pause", *KUBE_PROGRAMS), kube_made_from, build_kube, minutes=6)
+KUBE = Target("kube", ("kube", "pause", *KUBE_PROGRAMS), kube_inputs, build_kube, minutes=6)
 S3 = Target("versitygw", ("versitygw",), lambda: VERSITYGW.encode(), build_versitygw, minutes=1)
 KUBEFLOW = Target(
     "training-operator",

@@ -1,6 +1,7 @@
-"""The cluster's certificate authority, and one key and certificate for each of its programs, made anew with every cluster.
+"""Creates the cluster's certificate authority, and a key and certificate for each of its programs, with
+openssl.
 
-openssl is called because nothing that this project depends on makes certificates.
+Each cluster gets new ones.
 """
 
 import base64
@@ -15,11 +16,11 @@ ELLIPTIC, RSA = ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"), ("rsa:2048",
 
 
 def make(folder: Path) -> None:
-    """Write ca, apiserver, service-accounts and every user of configuration.USERS as .crt and .key files (0600)."""
+    """Write ca, apiserver, service-accounts and every user of configuration.USERS as .crt and .key files
+    (0600)."""
     folder.mkdir(mode=0o700)
-    first_service = next(
-        ipaddress.ip_network(configuration.SERVICES).hosts()
-    )  # what `kubernetes.default` resolves to
+    # `kubernetes.default` resolves to the first address.
+    first_service = next(ipaddress.ip_network(configuration.SERVICES).hosts())
     names = [
         "kubernetes",
         "kubernetes.default",
@@ -41,26 +42,23 @@ def make(folder: Path) -> None:
 
 
 def make_webhook(folder: Path) -> None:
-    """Write ca and tls for the training operator's webhook, as the operator would itself.
+    """Write ca and tls for the training operator's webhook.
 
-    Where it finds none it makes some, and then waits a minute and a half until the kubelet shows it its own Secret.
+    Without them the operator makes its own, and waits 90 s until the kubelet has updated its Secret.
     """
-    authority(
-        folder, "training-operator-ca", "subjectAltName=DNS:training-operator-ca", key=RSA
-    )  # checked under this name
-    run(
-        "rsa", "-traditional", "-in", f"{folder}/ca.key", "-out", f"{folder}/ca.key"
-    )  # the one format that it can read
+    # The operator checks the authority under this name and reads only the traditional key format.
+    authority(folder, "training-operator-ca", "subjectAltName=DNS:training-operator-ca", key=RSA)
+    run("rsa", "-traditional", "-in", f"{folder}/ca.key", "-out", f"{folder}/ca.key")
     certificate(folder, "tls", "/CN=training-operator", "subjectAltName=DNS:training-operator.kubeflow.svc")
 
 
 def authority(folder: Path, name: str, *extensions: str, key: tuple[str, ...] = ELLIPTIC) -> None:
-    """ca.crt and ca.key, signed by itself."""
+    """Write a self-signed ca.crt and ca.key."""
     request(folder, "ca", f"/CN={name}", key, "basicConstraints=critical,CA:TRUE", *extensions)
 
 
 def certificate(folder: Path, name: str, subject: str, *extensions: str) -> None:
-    """Signed by the authority in the same folder."""
+    """Write a certificate and key, signed by the authority in the same folder."""
     signer = ("-CA", f"{folder}/ca.crt", "-CAkey", f"{folder}/ca.key")
     request(folder, name, subject, ELLIPTIC, "basicConstraints=CA:FALSE", *extensions, signer=signer)
 
@@ -100,7 +98,7 @@ def run(*arguments: str) -> None:
 
 
 def admin_kubeconfig(folder: Path) -> str:
-    """The user's kubeconfig, complete in itself so that it works wherever it is copied."""
+    """The user's kubeconfig. It refers to no other file, so it can be copied."""
     data = {
         suffix: base64.b64encode((folder / suffix).read_bytes()).decode()
         for suffix in ("ca.crt", "admin.crt", "admin.key")

@@ -1,7 +1,7 @@
-"""The cluster that the demonstration and the tests run on, whichever it is.
+"""Selects the cluster of the demonstration and the tests by the environment variable CLUSTER.
 
-CLUSTER chooses, whatever KUBECONFIG says: `dev` (the default) is this package's own, `current` is the one that the user's kubectl talks
-to. Code that holds a Cluster knows no difference.
+`dev` (the default) is this package's cluster; `current` is that of kubectl's current context. KUBECONFIG is
+ignored for `dev`.
 """
 
 import os
@@ -13,33 +13,34 @@ __all__ = ["S3", "Cluster", "down", "status", "up"]
 
 
 def up() -> Cluster:
-    """The chosen cluster, started if it is ours and not running. Raises ClusterError with the remedy where it cannot be had."""
+    """The selected cluster, started if needed. Raises ClusterError with the remedy."""
     return current.up() if choice() == "current" else dev.up()
 
 
 def down() -> None:
-    """End the development cluster and remove all of it, the store's data included. A cluster of the user's is never touched."""
+    """End the development cluster and remove its state and its S3 data. Refuses a user's cluster."""
     if choice() == "current":
         raise ClusterError(
-            "CLUSTER=current is your own cluster, down does not touch it. Unset CLUSTER to end the development cluster."
+            "CLUSTER=current is your own cluster, down does not touch it. "
+            "Unset CLUSTER to end the development cluster."
         )
     dev.down()
 
 
 def status() -> list[str]:
-    """A few lines on the chosen cluster. Raises ClusterError where there is none."""
+    """Status lines of the selected cluster. Raises ClusterError if there is none."""
     return current.status() if choice() == "current" else dev.status()
 
 
 def choice() -> str:
-    """What CLUSTER says. Raises ClusterError for what it cannot say."""
+    """The value of CLUSTER. Raises ClusterError for an unknown one."""
     chosen = os.environ.get("CLUSTER") or "dev"
     if chosen == "kind":
         raise ClusterError(
-            "CLUSTER=kind is not available yet: it needs the images of docker/. Use CLUSTER=dev or CLUSTER=current."
+            "CLUSTER=kind is not available yet: it needs images. Use CLUSTER=dev or CLUSTER=current."
         )
     if chosen not in ("dev", "current"):
         raise ClusterError(
-            f"CLUSTER={chosen}: dev (this repository's own, the default) or current (kubectl's current context)."
+            f"CLUSTER={chosen}: dev (this repository's own, the default) or current (kubectl's context)."
         )
     return chosen

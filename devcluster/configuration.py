@@ -1,7 +1,7 @@
-"""What every program of the node is told: addresses, command lines and configuration files. Pure: it reads and writes nothing.
+"""Addresses, command lines and configuration files of the node's programs. Pure: no I/O.
 
-Paths here are those that the node sees. It has /run, /var and /tmp of its own, and finds all that it shares with the host below
-/run/devcluster, so nothing depends on where the checkout and the cache lie. Keys and certificates are certificates.py's.
+Paths are those inside the node. The node has its own /run, /var and /tmp; everything shared with the host is
+below /run/devcluster, so no path depends on the checkout. Keys and certificates are in certificates.py.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 HOST, NODE, SUBNET = "10.89.0.1", "10.89.0.2", "10.89.0.0/24"
-"""The two ends of the link between host and node. Host and pods use the node's for both the API and S3."""
+"""Both ends of the link. The host and pods use the node's address for the API and S3."""
 PODS, SERVICES, DNS = "10.244.0.0/24", "10.96.0.0/16", "10.96.0.10"
 API = f"https://{NODE}:6443"
 S3_ENDPOINT, S3_ACCESS_KEY, S3_SECRET_KEY = f"http://{NODE}:9000", "devcluster", "devcluster-secret"
@@ -32,9 +32,9 @@ USERS = {
     "proxy": ("system:kube-proxy", ""),
     "apiserver-kubelet-client": ("kube-apiserver-kubelet-client", "system:masters"),
 }
-"""File name → the name and group in its client certificate, as Kubernetes' RBAC bootstrap expects them.
+"""File name → name and group in the client certificate, as Kubernetes' RBAC bootstrap expects them.
 
-The controllers share one identity with all rights: with an account for each, as elsewhere, they take five seconds more to start.
+All controllers have one identity with all rights: with one account each they start five seconds later.
 """
 
 STUB = "docker.io/devcluster"
@@ -42,10 +42,10 @@ IMAGES = (
     *(f"docker.io/vpmoe/{name}:dev" for name in ("operator", "trainer", "inference")),
     *(f"{STUB}/{name}:dev" for name in ("coredns", "training-operator", "training-operator-init", "pause")),
 )
-"""Every name that the stub image carries."""
+"""All names of the stub image."""
 
 STANDIN_IMAGE, STANDIN = "docker.io/vpmoe/standin:dev", "tests/fakes/standin"
-"""The same image with another PYTHONPATH: this folder's package `jobs` comes first. Tests of the operator run it instead of training."""
+"""The same image with this folder's package `jobs` first on PYTHONPATH. The operator's tests run it."""
 
 KERNEL_SETTINGS = (
     "vm/overcommit_memory",
@@ -55,12 +55,12 @@ KERNEL_SETTINGS = (
     "kernel/keys/root_maxkeys",
     "kernel/keys/root_maxbytes",
 )
-"""What a kubelet sets for the whole machine. The node gets files of its own in their place, so that the host's stay as they are."""
+"""Settings that a kubelet changes for the whole machine. The node gets copies, so the host keeps its own."""
 
 
 @dataclass(frozen=True)
 class Mount:
-    """A folder or file of the host that containers see read-only."""
+    """A folder or file of the host, read-only in containers."""
 
     source: str
     target: str
@@ -68,18 +68,18 @@ class Mount:
 
 @dataclass(frozen=True)
 class Daemon:
-    """A program that lives as long as the node; the node dies with it."""
+    """A program of the node. The node ends when it ends."""
 
     name: str
     command: tuple[str, ...]
     environment: Mapping[str, str]
     needs_api: bool
-    """Started once the API server is ready: before that it would fail or back off."""
+    """Start it only once the API server is ready: otherwise it fails or backs off."""
 
 
 @dataclass(frozen=True)
 class Folders:
-    """Where things lie on the host."""
+    """Folders on the host."""
 
     state: str
     kube: str
@@ -88,7 +88,7 @@ class Folders:
 
 
 def render(folders: Folders, mounts: tuple[Mount, ...], oci_spec: Mapping[str, Any]) -> dict[str, str]:
-    """Every file below .devcluster/config that the node reads, by name. `oci_spec` is containerd's own default."""
+    """The files below .devcluster/config, by name. `oci_spec` is containerd's default."""
     cgroup = cgroup_name(folders.state)
     shared = {mount.source: f"{ROOT}/shared/{number}" for number, mount in enumerate(mounts)}
     binds = {
@@ -116,12 +116,12 @@ def render(folders: Folders, mounts: tuple[Mount, ...], oci_spec: Mapping[str, A
 
 
 def fingerprint(files: Mapping[str, str]) -> str:
-    """Hex sha256 that changes whenever a cluster with these files would be another one."""
+    """Hex sha256 of the files: equal for equal clusters."""
     return hashlib.sha256(as_json(dict(files)).encode()).hexdigest()
 
 
 def daemons() -> tuple[Daemon, ...]:
-    """In the order in which they are started."""
+    """All programs, in start order."""
     kube, etcd = f"{ROOT}/kube", "http://127.0.0.1:2379"
     apiserver = (
         f"{kube}/kube-apiserver",
@@ -134,18 +134,18 @@ def daemons() -> tuple[Daemon, ...]:
         f"--client-ca-file={PKI}/ca.crt",
         f"--tls-cert-file={PKI}/apiserver.crt",
         f"--tls-private-key-file={PKI}/apiserver.key",
-        # Without these two, `kubectl logs` and `exec` are answered 401 by the kubelet.
+        # Without these two, the kubelet answers `kubectl logs` and `exec` with 401.
         f"--kubelet-client-certificate={PKI}/apiserver-kubelet-client.crt",
         f"--kubelet-client-key={PKI}/apiserver-kubelet-client.key",
         "--kubelet-preferred-address-types=InternalIP",
-        # No API is aggregated; without these the controllers and the scheduler log an error every few seconds.
+        # Without these, controllers and scheduler log an error every few seconds. No API is aggregated.
         f"--requestheader-client-ca-file={PKI}/ca.crt",
         "--requestheader-allowed-names=aggregator",
         "--requestheader-username-headers=X-Remote-User",
         "--authorization-mode=Node,RBAC",
         "--allow-privileged=true",
     )
-    # Nothing is kept over a restart of the node, so etcd need not wait for a disk.
+    # The data does not survive the node, so etcd need not wait for the disk.
     store = (
         "--data-dir=/var/lib/etcd",
         "--unsafe-no-fsync",
@@ -181,7 +181,7 @@ def daemons() -> tuple[Daemon, ...]:
 
 
 def identity(user: str) -> tuple[str, ...]:
-    """Flags that the controller manager and the scheduler share."""
+    """Flags of both the controller manager and the scheduler."""
     kubeconfig = f"{CONFIG}/{user}.kubeconfig"
     names = ("kubeconfig", "authentication-kubeconfig", "authorization-kubeconfig")
     return (*(f"--{name}={kubeconfig}" for name in names), "--leader-elect=false", "--bind-address=127.0.0.1")
@@ -194,7 +194,7 @@ def kubelet(cgroup: str) -> dict[str, Any]:
         "containerRuntimeEndpoint": f"unix://{CONTAINERD}",
         "cgroupDriver": "cgroupfs",
         "cgroupRoot": f"/{cgroup}",
-        "failCgroupV1": False,  # from 1.35 on it refuses such machines by default
+        "failCgroupV1": False,  # 1.35 and later refuse version 1 by default
         "failSwapOn": False,
         "enforceNodeAllocatable": [],
         "authentication": {
@@ -211,7 +211,7 @@ def kubelet(cgroup: str) -> dict[str, Any]:
             "nodefs.available": "500Mi",
             "imagefs.available": "10Mi",
         },
-        "imageGCHighThresholdPercent": 100,  # the stub image cannot be pulled again
+        "imageGCHighThresholdPercent": 100,  # the stub image cannot be pulled
     }
 
 
@@ -223,12 +223,12 @@ def proxy() -> dict[str, Any]:
         "hostnameOverride": NODE_NAME,
         "clusterCIDR": PODS,
         "clientConnection": {"kubeconfig": f"{CONFIG}/proxy.kubeconfig"},
-        "conntrack": {"maxPerCore": 0},  # the limit is the whole machine's
+        "conntrack": {"maxPerCore": 0},  # do not change the machine's limit
     }
 
 
 def containerd() -> str:
-    """Version 2 of the format is read by containerd 1.6 to 2.x."""
+    """Configuration format version 2, for containerd 1.6 to 2.x."""
     return f"""version = 2
 [grpc]
   address = "{CONTAINERD}"
@@ -246,9 +246,9 @@ def containerd() -> str:
 
 
 def cni() -> dict[str, Any]:
-    """Each pod on a routed link of its own: through a bridge, services would need the kernel module br_netfilter.
+    """One routed link per pod: with a bridge, services would need the kernel module br_netfilter.
 
-    ipMasq: the host has no route to pod addresses, it answers to the node's.
+    ipMasq, because the host has no route to pod addresses.
     """
     routes = {"ranges": [[{"subnet": PODS}]], "routes": [{"dst": "0.0.0.0/0"}]}
     pods = {"type": "ptp", "ipMasq": True, "ipam": {"type": "host-local", **routes}}
@@ -260,7 +260,7 @@ def cni() -> dict[str, Any]:
 
 
 def container_spec(default: Mapping[str, Any], mounts: tuple[Mount, ...]) -> dict[str, Any]:
-    """containerd's default container with the host's programs and the checkout's code in place of an image's own files."""
+    """containerd's default container, with the host's programs and the checkout's code mounted."""
     programs = (
         Mount("/usr", "/usr"),
         Mount("/etc/ssl", "/etc/ssl"),
@@ -276,14 +276,16 @@ def container_spec(default: Mapping[str, Any], mounts: tuple[Mount, ...]) -> dic
         }
         for mount in (*programs, *mounts)
     ]
-    process = {
-        key: value for key, value in default["process"].items() if key != "rlimits"
-    }  # 1024 files; without it the node's limits hold
+    # The default limits allow 1024 open files; without them the node's limits hold.
+    process = {key: value for key, value in default["process"].items() if key != "rlimits"}
     return {**default, "process": process, "mounts": [*default["mounts"], *read_only]}
 
 
 def mounts(checkout: Path, environment: Path, interpreter: Path) -> tuple[Mount, ...]:
-    """What containers see of a checkout and its virtual environment. The interpreter lies outside and must be found at its own path."""
+    """A checkout's code, virtual environment and interpreter, as containers see them.
+
+    The virtual environment refers to the interpreter by its path on the host.
+    """
     code = ("vpmoe", "jobs", "operator/distill_operator", STANDIN)
     shared = [
         *(Mount(str(checkout / name), f"/opt/vpmoe/{name}") for name in code),
@@ -295,7 +297,7 @@ def mounts(checkout: Path, environment: Path, interpreter: Path) -> tuple[Mount,
 
 
 def node_kubeconfig(user: str) -> dict[str, Any]:
-    """For the node's own programs, which read the files that it names."""
+    """For the node's programs. It refers to files of keys and certificates."""
     certificate = {"client-certificate": f"{PKI}/{user}.crt", "client-key": f"{PKI}/{user}.key"}
     return kubeconfig(user, {"certificate-authority": f"{PKI}/ca.crt"}, certificate)
 
@@ -312,12 +314,12 @@ def kubeconfig(user: str, authority: Mapping[str, str], certificate: Mapping[str
 
 
 def cgroup_name(state: str) -> str:
-    """The node's own cgroup, below each hierarchy's root: what lies in it is this checkout's to remove, a real kubelet's is not."""
+    """The node's cgroup below each hierarchy's root, different from a real kubelet's: cleaning up is safe."""
     return f"vpmoe-devcluster-{hashlib.sha256(state.encode()).hexdigest()[:8]}"
 
 
 def cgroup_roots(mounts: str) -> list[str]:
-    """Where the cgroup hierarchies are mounted, given /proc/self/mounts: one in version 2, one a controller in version 1, or both."""
+    """Mount points of the cgroup hierarchies, from /proc/self/mounts: version 2, version 1, or both."""
     fields = [line.split() for line in mounts.splitlines()]
     return [field[1] for field in fields if field[2] in ("cgroup", "cgroup2")]
 

@@ -1,6 +1,7 @@
-"""CLUSTER=current: the cluster that the user's kubectl talks to. It is named before anything is asked of it, and only looked at.
+"""CLUSTER=current: the cluster of kubectl's current context. Its name is printed before the first request.
 
-Its kubectl, helm, training operator and bucket store are the user's own; what is missing is named, never installed.
+The user provides kubectl, helm, training operator and S3 store. Errors name what is missing; nothing is
+installed.
 """
 
 import os
@@ -11,16 +12,15 @@ from devcluster import ClusterError, host, say
 from devcluster.access import S3, Cluster, call
 
 KUBECONFIG = host.CHECKOUT / ".devcluster" / "current.kubeconfig"
-"""The context as it was at `up`, alone: a change of context in another terminal does not move a running test to another cluster."""
+"""A copy of the context at `up`: a later change of the current context does not affect a running test."""
 PYTORCHJOBS = "pytorchjobs.kubeflow.org"
 
 
 def up() -> Cluster:
-    """The user's cluster, once it is seen to answer and to know PyTorchJobs. Raises ClusterError with the remedy otherwise."""
+    """The user's cluster. Raises ClusterError if it does not answer or does not know PyTorchJobs."""
     kubectl, helm, store = program("kubectl"), program("helm"), s3()
-    users = Path(
-        os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config"
-    )  # a list of files passes through as it is
+    # KUBECONFIG may be a list of files; it is passed on unchanged.
+    users = Path(os.environ.get("KUBECONFIG") or Path.home() / ".kube" / "config")
     context = call([str(kubectl), "config", "current-context"], users).strip()
     pinned = call([str(kubectl), "config", "view", "--minify", "--flatten", "--raw"], users)
     server = call(
@@ -35,7 +35,7 @@ def up() -> Cluster:
     known = cluster.kubectl("get", "customresourcedefinitions", "--output=name")
     if PYTORCHJOBS not in known:
         raise ClusterError(
-            f"context {context} has no {PYTORCHJOBS}: install the Kubeflow training operator (v1.9) there first."
+            f"context {context} has no {PYTORCHJOBS}: install the Kubeflow training operator (v1.9) first."
         )
     return cluster
 
@@ -48,7 +48,7 @@ def status() -> list[str]:
 def program(name: str) -> Path:
     found = shutil.which(name)
     if not found:
-        raise ClusterError(f"CLUSTER=current uses your own {name}, and it is not on PATH.")
+        raise ClusterError(f"CLUSTER=current uses your {name}, and it is not on PATH.")
     return Path(found)
 
 
@@ -56,6 +56,6 @@ def s3() -> S3:
     names = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     if missing := [name for name in names if not os.environ.get(name)]:
         raise ClusterError(
-            f"CLUSTER=current needs an S3 store that this machine and its pods reach: set {', '.join(missing)}."
+            f"CLUSTER=current needs an S3 store that the host and pods can reach: set {', '.join(missing)}."
         )
     return S3(*(os.environ[name] for name in names))

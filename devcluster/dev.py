@@ -1,7 +1,7 @@
-"""Bring the development cluster up and down: needs, programs, configuration, node and add-ons in their order, and nothing done twice.
+"""Starts and ends the development cluster: requirements, programs, configuration, node, add-ons.
 
-One lock makes concurrent callers wait for each other. `ready.json` in the state folder is written last: a node without one was started by
-an `up` that did not finish, and the next one begins again.
+A lock serializes concurrent callers. `ready.json` in the state folder is written last. A node without it
+comes from an interrupted `up`; the next `up` starts over.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ CLUSTER = Cluster(
     S3(configuration.S3_ENDPOINT, configuration.S3_ACCESS_KEY, configuration.S3_SECRET_KEY),
 )
 START_SECONDS = 60
-"""How long the API server and the store may take before it is called a failure. About 3 s is usual."""
+"""Time limit for the API server and the store. They usually take 3 s."""
 
 
 def up() -> Cluster:
-    """Start the cluster unless it runs. Raises ClusterError with the remedy where it cannot."""
+    """Start the cluster unless it is running. Raises ClusterError with the remedy."""
     needs.machine()
     folders, mounts = sources()
-    with one_caller():
+    with exclusively():
         files = configuration.render(folders, mounts, default_container())
         images = image.archive(Path(folders.kube, "pause").read_bytes())
         fingerprint = configuration.fingerprint(
@@ -51,7 +51,7 @@ def up() -> Cluster:
 
 
 def begin(folders: configuration.Folders, files: Mapping[str, str], images: bytes, fingerprint: str) -> None:
-    """Start a cluster where none runs, and write `ready.json` when all of it answers."""
+    """Start a cluster when none is running, and write `ready.json` when all of it answers."""
     needs.disk(STATE, 2)
     host.sweep(STATE)
     host.subnet_is_free()
@@ -61,24 +61,27 @@ def begin(folders: configuration.Folders, files: Mapping[str, str], images: byte
         manifests = addons.render(
             CLUSTER, Path(folders.kubeflow) / "manifests", STATE / "config" / "kubeflow"
         )
-        host.wait_for(is_over_or_answers, "the API server and the store", START_SECONDS)
+        host.wait_for(ended_or_answers, "the API server and the store", START_SECONDS)
         addons.install(CLUSTER, manifests)
     except ClusterError as error:
-        raise ClusterError(f"{why_dead() or error} (logs: {STATE / 'logs'})") from error
+        raise ClusterError(f"{cause_of_end() or error} (logs: {STATE / 'logs'})") from error
     (STATE / "ready.json").write_text(json.dumps({"pid": node.pid, "configuration": fingerprint}))
 
 
 def down() -> None:
-    """End this checkout's cluster and remove its state, the store's data included. Raises ClusterError where another's is running."""
+    """End this checkout's cluster and remove its state, the store's data included.
+
+    Raises ClusterError if another checkout's cluster is running.
+    """
     node = host.running()
     if node is None and not STATE.exists() and not host.link_exists():
         say("no development cluster is running")
         return
     needs.root()
-    with one_caller():
+    with exclusively():
         if node := host.running():
             if not abandoned(node) and node.state != STATE:
-                raise ClusterError(elsewhere(node))
+                raise ClusterError(other_checkout(node))
             host.end(node)
             host.sweep(node.state)
         host.sweep(STATE)
@@ -88,12 +91,12 @@ def down() -> None:
 
 
 def status() -> list[str]:
-    """What runs and where. Raises ClusterError where nothing does, or another checkout's does."""
+    """Status lines. Raises ClusterError if this checkout's cluster is not running."""
     node = host.running()
     if node is None:
         raise ClusterError("no development cluster is running: start it with `make cluster`")
     if node.state != STATE:
-        raise ClusterError(elsewhere(node))
+        raise ClusterError(other_checkout(node))
     if ready(node) is None:
         raise ClusterError(f"process {node.pid} is starting, or its start failed (logs: {STATE / 'logs'})")
     api, store = (answers(url) for url in (f"{configuration.API}/readyz", configuration.S3_ENDPOINT))
@@ -106,29 +109,34 @@ def status() -> list[str]:
 
 
 def is_running(fingerprint: str) -> bool:
-    """Whether the cluster of this configuration runs, ready to use. Ends an unfinished or abandoned one; others are the user's to end."""
+    """Whether the cluster of this configuration is ready.
+
+    Ends an unfinished or abandoned cluster. Raises ClusterError if another one is running.
+    """
     node = host.running()
     if node is None:
         return False
     if abandoned(node):
-        say(f"ending process {node.pid}, a cluster whose checkout is gone ({node.state})")
+        say(f"ending process {node.pid}: the checkout of this cluster is gone ({node.state})")
         host.end(node)
         host.sweep(node.state)
         return False
     if node.state != STATE:
-        raise ClusterError(elsewhere(node))
+        raise ClusterError(other_checkout(node))
     built = ready(node)
     if built is None:
-        say(f"ending process {node.pid}, a cluster whose start was not finished")
+        say(f"ending process {node.pid}: the start of this cluster was not finished")
         host.end(node)
         return False
     if built != fingerprint:
         raise ClusterError(
-            "the running cluster was started from other sources. Renew it: `make down` (its runs and its bucket go), then again."
+            "the running cluster was started from other sources. End it with `make down` "
+            "(this deletes its runs and buckets), then try again."
         )
     if not answers(f"{configuration.API}/readyz", seconds=20):
         raise ClusterError(
-            f"the cluster runs (process {node.pid}) and its API does not answer: see {STATE / 'logs'}, then `make down`."
+            f"the cluster is running (process {node.pid}) but its API does not answer: "
+            f"see {STATE / 'logs'}, then `make down`."
         )
     return True
 
@@ -137,15 +145,16 @@ def abandoned(node: host.Node) -> bool:
     return not node.state.exists()
 
 
-def elsewhere(node: host.Node) -> str:
+def other_checkout(node: host.Node) -> str:
     return (
-        f"the development cluster of another checkout is running (process {node.pid}), and there is one set of addresses: "
-        f"use it with export KUBECONFIG={node.state}/kubeconfig, or end it with `make down` in {node.state.parent}."
+        f"the development cluster of another checkout is running (process {node.pid}); there can be one. "
+        f"Use it with export KUBECONFIG={node.state}/kubeconfig, "
+        f"or end it with `make down` in {node.state.parent}."
     )
 
 
 def ready(node: host.Node) -> str | None:
-    """The fingerprint of the configuration that this node was completely started with, or None."""
+    """The fingerprint of the configuration of this node, or None if its start was not finished."""
     path = STATE / "ready.json"
     if not path.exists():
         return None
@@ -154,24 +163,27 @@ def ready(node: host.Node) -> str | None:
 
 
 def sources() -> tuple[configuration.Folders, tuple[configuration.Mount, ...]]:
-    """What the node is made of, compiled where it must be. Raises ClusterError for a part of the checkout that pods could not read."""
+    """Folders of the programs, compiled if needed, and the mounts of the checkout.
+
+    Raises ClusterError if pods could not read a part of the checkout.
+    """
     if sys.prefix == sys.base_prefix:
         raise ClusterError(
-            f"{sys.executable} is no virtual environment's, and pods get it as theirs: use .venv/bin/python"
+            f"{sys.executable} is in no virtual environment, and pods need one: use .venv/bin/python"
         )
     mounts = configuration.mounts(host.CHECKOUT, Path(sys.prefix), Path(sys.base_prefix))
     for mount in mounts:
         path = Path(mount.source)
         if not path.is_dir() or path.stat().st_mode & 0o005 != 0o005:
             raise ClusterError(
-                f"{path}: pods run as another user and need to read this folder. Check it out, or chmod -R o+rX it."
+                f"{path}: pods run as another user and need to read this folder. Run chmod -R o+rX on it."
             )
     built = [binaries.folder(target) for target in (binaries.KUBE, binaries.S3, binaries.KUBEFLOW)]
     return configuration.Folders(str(STATE), *(str(folder.resolve()) for folder in built)), mounts
 
 
 def default_container() -> dict[str, object]:
-    """containerd's default OCI specification; no daemon is asked."""
+    """containerd's default OCI specification. Needs no daemon."""
     return dict(
         json.loads(
             subprocess.run(
@@ -182,8 +194,8 @@ def default_container() -> dict[str, object]:
 
 
 def prepare(folders: configuration.Folders, files: Mapping[str, str], images: bytes) -> None:
-    """Write all that the node reads, and what its user does: kubeconfig and programs."""
-    if (STATE / "logs").exists():  # those of a node that was killed were there to be read until now
+    """Write the node's files, the kubeconfig, and links to kubectl and helm."""
+    if (STATE / "logs").exists():  # kept until now: logs of a node that was killed
         shutil.rmtree(STATE / "logs")
     for name in ("bin", "logs/pods", "kubelet", "config/cni", "s3"):
         (STATE / name).mkdir(parents=True, exist_ok=True)
@@ -199,14 +211,14 @@ def prepare(folders: configuration.Folders, files: Mapping[str, str], images: by
         link.symlink_to(Path(folders.kube) / name)
 
 
-def is_over_or_answers() -> bool:
+def ended_or_answers() -> bool:
     return host.running() is None or (
         answers(f"{configuration.API}/readyz") and answers(configuration.S3_ENDPOINT)
     )
 
 
-def why_dead() -> str | None:
-    """Which daemon took the node with it, and its last line; None while the node lives."""
+def cause_of_end() -> str | None:
+    """The program whose end stopped the node, with its last log line; None if the node is running."""
     if host.running():
         return None
     last = host.log_of(STATE, "node")
@@ -214,7 +226,7 @@ def why_dead() -> str | None:
 
 
 def answers(url: str, seconds: float = 1) -> bool:
-    """Whether an HTTP server answers there and is not in trouble: a refusal is an answer, a 5xx is none."""
+    """Whether an HTTP server answers there, with any status below 500."""
     trusted = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=STATE / "pki" / "ca.crt"))
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}), trusted)
     try:
@@ -227,7 +239,7 @@ def answers(url: str, seconds: float = 1) -> bool:
 
 
 @contextlib.contextmanager
-def one_caller() -> Iterator[None]:
+def exclusively() -> Iterator[None]:
     """Hold the machine's lock on the development cluster."""
     with LOCK.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

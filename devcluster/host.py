@@ -1,7 +1,7 @@
-"""The node as the host sees it: finding it, starting it, ending it, and what outlives it when it is killed.
+"""Finds, starts and ends the node from the host, and removes what a killed node leaves.
 
-One process is the node (node.py). The namespaces take nearly everything along when it ends; the kernel may keep the link for minutes,
-and cgroups and files stay: `sweep` removes those.
+The node is one process (node.py). Its namespaces end with it. The kernel may keep the link for minutes, and
+cgroups and files stay: `sweep` removes them.
 """
 
 import functools
@@ -24,21 +24,22 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 LINK = "vpmoe-dev"
 NAMESPACES = ("--mount", "--mount-proc", "--pid", "--fork", "--net", "--uts", "--ipc", "--kill-child=SIGKILL")
 ENVIRONMENT = {"PATH": needs.PATH, "LANG": "C.UTF-8", "HOME": "/"}
-"""The node's programs get no proxy, credential or setting of whoever started it."""
+"""The node's programs get no variable of the caller: no proxy, no credential."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A running node: its pid 1 as the host numbers it, and its state folder."""
+    """A running node: its pid 1 (the host's number), and its state folder."""
 
     pid: int
     state: Path
 
 
 def running() -> Node | None:
-    """The node that runs on this machine, whichever checkout started it. Addresses are fixed, so there is at most one.
+    """The node on this machine, from any checkout. Addresses are fixed, so there is at most one.
 
-    One inside a container of this machine is not this machine's: the node's pid namespace lies directly below the caller's.
+    A node inside a container of this machine does not count: a node's pid namespace is directly below the
+    caller's.
     """
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -58,7 +59,10 @@ def status_of(process: Path, key: str) -> list[str]:
 
 
 def start(state: Path) -> Node:
-    """Start the node whose configuration lies in `state` and put its end of the link into it. Its programs are still starting then."""
+    """Start the node with the configuration in `state` and give it its end of the link.
+
+    Returns while its programs are still starting.
+    """
     command = [
         "setsid",
         "--fork",
@@ -109,7 +113,8 @@ def alive(process: Path) -> bool:
 
 
 def sweep(state: Path) -> None:
-    """Remove what a node leaves behind that has ended: its link, its cgroups and what the kubelet kept on disk. The bucket stays."""
+    """Remove what a node leaves behind that has ended: its link, its cgroups and what the kubelet kept on
+    disk. The bucket stays."""
     remove_link()
     for root in configuration.cgroup_roots(Path("/proc/self/mounts").read_text()):
         remove_cgroup(Path(root, configuration.cgroup_name(str(state))))
@@ -122,7 +127,7 @@ def sweep(state: Path) -> None:
 
 
 def remove_link() -> None:
-    """Remove the link to the node. So does the kernel, once nobody is left in its network: perhaps between our look and our word."""
+    """Remove the link to the node. The kernel removes it too, at any time after the node has ended."""
     try:
         if link_exists():
             ip("link", "delete", LINK)
@@ -132,7 +137,7 @@ def remove_link() -> None:
 
 
 def remove_cgroup(top: Path) -> None:
-    """Remove a cgroup and all below it. Their processes are dead, but the kernel may take a moment to notice."""
+    """Remove a cgroup and all below it. The kernel may need a moment after their processes have ended."""
     folders = sorted(
         (Path(folder) for folder, _, _ in os.walk(top)), key=lambda path: len(path.parts), reverse=True
     )
@@ -151,7 +156,7 @@ def removed(folder: Path) -> bool:
 
 
 def subnet_is_free() -> None:
-    """Raise ClusterError where another link of this machine already leads into the node's subnet."""
+    """Raise ClusterError if another link of this machine uses the node's subnet."""
     wanted = ipaddress.IPv4Network(configuration.SUBNET)
     for route in json.loads(ip("-json", "-4", "route")):
         if route["dst"] == "default" or route.get("dev") == LINK:
@@ -160,7 +165,7 @@ def subnet_is_free() -> None:
         if there.subnet_of(wanted):  # a wider route gives way to the node's
             link = route.get("dev")
             raise ClusterError(
-                f"{configuration.SUBNET} is taken by {link} ({there}): remove that network, or use CLUSTER=current."
+                f"{configuration.SUBNET} is taken by {link} ({there}): remove it, or use CLUSTER=current."
             )
 
 
@@ -176,7 +181,7 @@ def ip(*arguments: str) -> str:
 
 
 def log_of(state: Path, name: str) -> str:
-    """The last line of a log of the node, empty where there is none."""
+    """The last line of a log of the node; empty if there is none."""
     path = state / "logs" / f"{name}.log"
     return needs.last_lines(path.read_text(errors="replace"), 1) if path.exists() else ""
 

@@ -1,8 +1,8 @@
-"""The stub image: one small file tree under the name of every image that runs on the development cluster.
+"""Builds the stub image, which has the names of all images of the development cluster.
 
-It holds mount points, users and the static `pause`; programs and code are mounted from the host (configuration.container_spec), so pods
-run with production's commands, users and security contexts, and no image of several gigabytes is ever built. What real images add on
-top is docker/'s business.
+It has mount points, users and the static `pause`. Programs and code are mounted from the host
+(configuration.container_spec), so pods run with production's commands, users and security contexts without an
+image build.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ WORKING_FOLDER = "/opt/vpmoe"
 ENVIRONMENT = {
     "PATH": "/opt/vpmoe/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "PYTHONPATH": "/opt/vpmoe:/opt/vpmoe/operator",
-    "CUDA_VISIBLE_DEVICES": "",  # the advertised GPUs are only counted: jobs run on the CPU
+    "CUDA_VISIBLE_DEVICES": "",  # GPUs are only advertised: jobs run on the CPU
 }
 STANDIN_ENVIRONMENT = {
     **ENVIRONMENT,
     "PYTHONPATH": f"{WORKING_FOLDER}/{configuration.STANDIN}:{ENVIRONMENT['PYTHONPATH']}",
-    "PYTHONSAFEPATH": "1",  # otherwise `python -m` looks into the working folder before PYTHONPATH
+    "PYTHONSAFEPATH": "1",  # otherwise `python -m` searches the working folder first
 }
 FOLDERS = ("proc", "sys", "dev", "tmp", "usr", "etc", "etc/ssl", "var", "run", "opt", "opt/vpmoe")
 LINKS = ("bin", "sbin", "lib", "lib64")
@@ -33,7 +33,7 @@ ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
 def archive(pause: bytes) -> bytes:
-    """A tar that `ctr images import` reads. The sandbox container gets no mounts, hence `pause` inside."""
+    """A tar for `ctr images import`. `pause` is inside because the sandbox container has no mounts."""
     files = {"etc/passwd": PASSWD.encode(), "etc/group": GROUP.encode(), "coredns": b"", "manager": b""}
     layer = tar(
         [

@@ -1,7 +1,4 @@
-"""Puts the operator on the development cluster the way its users do, with helm and the chart's development values.
-
-Shared by the demonstration and the tests. The cluster itself is devcluster's business.
-"""
+"""Installs the operator on the development cluster, with helm and the chart's development values."""
 
 import hashlib
 from pathlib import Path
@@ -15,7 +12,7 @@ SECRET = "vpmoe-s3"
 
 
 def sources_hash() -> str:
-    """sha256 over the operator's and its library's sources: pods mount the checkout, so an edit must restart the operator."""
+    """sha256 of the operator's sources. Pods mount the checkout, so an edit must restart the operator."""
     digest = hashlib.sha256()
     for folder in ("operator/distill_operator", "vpmoe/api", "vpmoe/storage"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -24,7 +21,7 @@ def sources_hash() -> str:
 
 
 def operator(cluster: Cluster) -> list[str]:
-    """Install or upgrade the operator and wait until it is ready. Returns the helm arguments, for showing."""
+    """Install or upgrade the operator and wait until it is ready. Returns helm's arguments."""
     arguments = [
         "upgrade",
         "--install",
@@ -48,7 +45,7 @@ def operator(cluster: Cluster) -> list[str]:
 
 
 def credentials(cluster: Cluster, namespace: str) -> None:
-    """The Secret that a run's storage.credentialsSecret names, in that namespace."""
+    """Create the Secret that runs name in storage.credentialsSecret."""
     manifest = cluster.kubectl(
         "create",
         "secret",

@@ -1,6 +1,7 @@
-"""What the machine must have: Linux, root, a few Debian packages, disk. Installs packages where it may, otherwise names the remedy.
+"""Checks the machine: Linux, root, Debian packages, disk space. Installs packages if it may, else names the
+remedy.
 
-It leaves out what only a running node can tell (cgroup controllers, kernel modules): there the daemon that misses it dies and says so.
+Cgroup controllers and kernel modules are not checked: without them a program of the node ends with a message.
 """
 
 import os
@@ -13,9 +14,9 @@ from pathlib import Path
 from devcluster import ClusterError, say
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-"""Where the node's programs are looked for; a root shell's own PATH may lack the sbin folders."""
+"""The node's search path. A root shell's PATH may lack the sbin folders."""
 
-ELSEWHERE = "Or use a cluster that you have: CLUSTER=current takes kubectl's current context."
+ELSEWHERE = "Or use your own cluster: CLUSTER=current takes kubectl's current context."
 
 NODE_PACKAGES = {
     "containerd": "containerd",
@@ -29,16 +30,16 @@ NODE_PACKAGES = {
     "unshare": "util-linux",
     "setsid": "util-linux",
 }
-"""Program (or file) that the node runs → the Debian package that brings it."""
+"""Program or file → its Debian package."""
 
 COMPILER_PACKAGES = {"gcc": "gcc", "/usr/include/unistd.h": "libc6-dev"}
 
 GO = (1, 26)
-"""What the newest module in kube/go.mod asks for. From 1.21 on, an older Go fetches this one by itself."""
+"""The version that kube/go.mod needs. Go 1.21 and later download it themselves."""
 
 
 def machine() -> None:
-    """Raise ClusterError unless this machine can hold the node. Packages are installed where that is possible."""
+    """Raise ClusterError unless the node can run on this machine. Installs missing packages if possible."""
     if sys.platform != "linux":
         raise ClusterError(f"the development cluster needs Linux, this is {sys.platform}. {ELSEWHERE}")
     root()
@@ -48,7 +49,7 @@ def machine() -> None:
 def root() -> None:
     if os.geteuid() != 0:
         raise ClusterError(
-            f"the development cluster needs root for its namespaces and network: run it with sudo. {ELSEWHERE}"
+            f"the development cluster needs root for namespaces and network: run it with sudo. {ELSEWHERE}"
         )
 
 
@@ -60,27 +61,26 @@ def packages(wanted: dict[str, str]) -> None:
     command = f"apt-get install --yes {' '.join(missing)}"
     if os.geteuid() != 0 or not found("apt-get"):
         raise ClusterError(
-            f"missing here: {', '.join(missing)}. Install them (Debian and Ubuntu: sudo {command}). {ELSEWHERE}"
+            f"missing here: {', '.join(missing)}. Install them (Debian, Ubuntu: sudo {command}). {ELSEWHERE}"
         )
     say(f"installing {' '.join(missing)}")
     install = [*command.split(), "--quiet", "--no-install-recommends"]
-    if run_apt(install) and (
-        failure := run_apt(["apt-get", "update", "--quiet"]) or run_apt(install)
-    ):  # first the package lists that are there
+    # First with the package lists that are there.
+    if run_apt(install) and (failure := run_apt(["apt-get", "update", "--quiet"]) or run_apt(install)):
         raise ClusterError(f"{command}: {failure} {ELSEWHERE}")
     if still := sorted(program for program in wanted if not found(program)):
         raise ClusterError(f"installed {' '.join(missing)}, and {', '.join(still)} is not there. {ELSEWHERE}")
 
 
 def run_apt(command: list[str]) -> str:
-    """What it said where it failed, otherwise nothing."""
+    """Its last lines if it failed, else nothing."""
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     return last_lines(ended.stderr or ended.stdout) if ended.returncode else ""
 
 
 def go() -> dict[str, str]:
-    """The environment to run a new enough Go in. Raises ClusterError where there is none."""
+    """The environment for Go. Raises ClusterError if Go is too old."""
     packages({"go": "golang-go"})
     version = subprocess.run(
         ["go", "env", "GOVERSION"], capture_output=True, text=True, check=True
@@ -91,20 +91,20 @@ def go() -> dict[str, str]:
     if numbers >= (1, 21):
         return {**os.environ, "GOTOOLCHAIN": "auto"}
     raise ClusterError(
-        f"{version} is too old to compile the cluster's programs: install Go {GO[0]}.{GO[1]} or later and put it on PATH."
+        f"{version} is too old to compile the cluster's programs: put Go {GO[0]}.{GO[1]} or later on PATH."
     )
 
 
 def disk(folder: Path, gigabytes: float) -> None:
-    """Raise ClusterError unless the file system that holds (or will hold) `folder` has that much free."""
+    """Raise ClusterError unless the file system of `folder` has that much free space."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free / 1e9
     if free < gigabytes:
-        raise ClusterError(f"{existing}: {free:.1f} GB free, {gigabytes:g} GB are needed. Make room there.")
+        raise ClusterError(f"{existing}: {free:.1f} GB free, {gigabytes:g} GB are needed. Free some space.")
 
 
 def found(program: str) -> bool:
-    """Whether a program is on PATH, or a file is there."""
+    """Whether a program is on PATH, or a file exists."""
     if program.startswith("/"):
         return Path(program).exists()
     return shutil.which(program, path=f"{os.environ.get('PATH', '')}:{PATH}") is not None

@@ -1,8 +1,8 @@
-"""Pid 1 of the node: gives it a file system, a network and its programs, and dies with the first of them that dies.
+"""Pid 1 of the node: sets up file system and network, starts the programs, and ends when one of them ends.
 
-Started by host.py inside fresh mount, pid, network, uts and ipc namespaces. Everything that the node makes hangs on this one process:
-when it ends the kernel kills the rest, and mounts, addresses and iptables rules go with their namespaces. It restarts nothing: a daemon
-that ends is a fault to be seen, and `up` says which one it was.
+host.py starts it in new mount, pid, network, uts and ipc namespaces. When it ends, the kernel kills all other
+processes of the node, and mounts, addresses and iptables rules go with the namespaces. It restarts no
+program: the end of one is a fault, and `up` names the program.
 """
 
 import json
@@ -33,12 +33,12 @@ def main(state: Path) -> None:
     load_images(running)
     wait_for(api_is_ready, running)
     start([daemon for daemon in daemons if daemon.needs_api], running)
-    while True:  # as pid 1 it also inherits every orphaned process of the node
+    while True:  # pid 1 also reaps orphaned processes
         ended(*os.wait(), running)
 
 
 def file_system(binds: dict[str, str]) -> None:
-    """The host's root, with /run, /var and /tmp of the node's own. What is shared is bound first: it may lie below what gets hidden."""
+    """The host's root with new /run, /var and /tmp. Bind shared folders first: they may be below those."""
     run("mount", "--make-rprivate", "/")
     run("mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", "/run")
     for source, target in binds.items():
@@ -48,7 +48,7 @@ def file_system(binds: dict[str, str]) -> None:
     for name in ("netns", "lock"):
         Path("/run", name).mkdir()
     Path("/var/run").symlink_to("/run")
-    # On disk, the only things in the node that grow with what pods write: their volumes and logs.
+    # On disk, because they grow with what pods write: volumes and logs.
     bind(Path(STATE, "kubelet"), Path("/var/lib/kubelet"))
     bind(Path(STATE, "logs", "pods"), Path("/var/log/pods"))
     for name in configuration.KERNEL_SETTINGS:
@@ -64,7 +64,7 @@ def bind(source: Path, target: Path) -> None:
 
 
 def cgroups(name: str) -> None:
-    """The node's cgroup in every hierarchy, below which the kubelet makes its pods'. In version 2 it wants every controller there."""
+    """Create the node's cgroup in every hierarchy. In version 2 the kubelet needs every controller in it."""
     for root in configuration.cgroup_roots(Path("/proc/self/mounts").read_text()):
         controllers, enabled = Path(root, "cgroup.controllers"), Path(root, "cgroup.subtree_control")
         if controllers.exists():
@@ -74,13 +74,14 @@ def cgroups(name: str) -> None:
                 )
             except OSError as error:
                 sys.exit(
-                    f"{enabled}: {error.strerror}: in a container, first move the processes in {root} to a cgroup below it"
+                    f"{enabled}: {error.strerror}: in a container, move the processes in {root} "
+                    "to a cgroup below it first"
                 )
         Path(root, name).mkdir(exist_ok=True)
 
 
 def network() -> None:
-    """Wait for the end of the link that the launcher puts into this namespace, and give it the node's address."""
+    """Wait until the launcher has moved its end of the link here, and give it the node's address."""
     socket.sethostname(configuration.NODE_NAME)
     run("ip", "link", "set", "lo", "up")
     while "eth0" not in (name for _, name in socket.if_nameindex()):
@@ -133,7 +134,7 @@ def api_is_ready() -> bool:
 
 
 def wait_for(true: Callable[[], bool], running: dict[int, str]) -> None:
-    """Poll; whether it comes true in time is the launcher's to judge."""
+    """Poll without a deadline: the launcher has one."""
     while not true():
         while (child := os.waitpid(-1, os.WNOHANG))[0]:
             ended(*child, running)
@@ -141,7 +142,7 @@ def wait_for(true: Callable[[], bool], running: dict[int, str]) -> None:
 
 
 def ended(pid: int, status: int, running: dict[int, str]) -> None:
-    """Die if it was a daemon."""
+    """Exit if it was one of the programs."""
     if pid in running:
         sys.exit(f"{running[pid]} ended with status {os.waitstatus_to_exitcode(status)}")
 

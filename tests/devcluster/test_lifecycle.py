@@ -1,7 +1,7 @@
-"""The development cluster's life, on a machine of its own: namespaces in which this checkout's running cluster is neither seen nor hurt.
+"""Start, end and faults of the development cluster, in namespaces apart from this checkout's running cluster.
 
-What the machine holds that a node could change (processes, mounts, links, packet rules, kernel settings, cgroups) is looked at before
-the first start and after the end.
+What a node could leave on the machine (processes, mounts, links, packet rules, kernel settings, cgroups) is
+compared before the first start and after the end.
 """
 
 import os
@@ -16,27 +16,33 @@ import pytest
 
 from devcluster import addons, configuration, dev, host, needs
 
+pytestmark = pytest.mark.cluster
+
 NAMESPACES = ("--mount", "--mount-proc", "--pid", "--fork", "--net", "--kill-child=SIGKILL")
-FIRST_PROCESS = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); signal.pause()"  # leaves no orphan unreaped
+FIRST_PROCESS = (
+    "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); signal.pause()"  # reaps orphans
+)
 KERNEL_SETTINGS = " ".join(f"/proc/sys/{name}" for name in configuration.KERNEL_SETTINGS)
 TRACES = {
-    "processes": "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline; echo; done",  # no pipe: its processes would be among them
+    # without a pipe: its processes would be listed
+    "processes": "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline; echo; done",
     "mounts": "cut -d' ' -f1,2,3 /proc/self/mounts",
     "links and addresses": "ip -oneline address show | cut -c1-60",
     "routes": "ip route show table all",
     "packet rules": "iptables-save; ip6tables-save",
     "kernel settings": f"grep . {KERNEL_SETTINGS}",
-    "folders of a node": "ls -d /var/lib/kubelet /var/lib/cni /var/lib/etcd /var/log/pods /var/log/containers /tmp/containerd* 2>/dev/null",
+    "folders of a node": "ls -d /var/lib/kubelet /var/lib/cni /var/lib/etcd /var/log/pods /var/log/containers"
+    " /tmp/containerd* 2>/dev/null",
 }
 
 
 @dataclass
 class Machine:
-    """Namespaces with their own processes, mounts, network and /run, and a copy of the checkout to start a cluster from."""
+    """Namespaces with their own processes, mounts, network and /run, and a copy of the checkout."""
 
     checkout: Path
     first: int
-    """Its first process, as the host numbers it."""
+    """The host's number of its first process."""
     before: dict[str, str] = field(default_factory=dict)
 
     def start(self, *command: str | Path, checkout: Path | None = None) -> subprocess.Popen[str]:
@@ -62,7 +68,7 @@ class Machine:
         return self.run(sys.executable, "-m", "devcluster", command, checkout=checkout)
 
     def up(self) -> str:
-        """Bring the cluster up and return what was said on the way."""
+        """Bring the cluster up. Returns its messages."""
         status, said, errors = self.cluster("up")
         assert status == 0, errors
         assert said.splitlines()[-1] == f"export KUBECONFIG={self.state}/kubeconfig"
@@ -74,7 +80,7 @@ class Machine:
         )
 
     def kill(self, argument: str) -> None:
-        """SIGKILL for every process that has this argument."""
+        """Send SIGKILL to every process with this argument."""
         self.run(
             "env",
             f"killed={argument}",
@@ -92,7 +98,7 @@ class Machine:
         }
 
     def node(self) -> int | None:
-        """Pid of the node's first process in this machine's numbering."""
+        """This machine's number of the node's first process; None if there is no node."""
         code = "from devcluster import host; print(getattr(host.running(), 'pid', ''))"
         said = self.run(sys.executable, "-c", code)[1].strip()
         return int(said) if said else None
@@ -206,7 +212,7 @@ def test_a_daemon_that_dies_takes_the_node_along_and_is_named(machine: Machine) 
 
 
 def test_up_begins_again_after_a_killed_node_and_a_killed_up_and_keeps_the_bucket(machine: Machine) -> None:
-    machine.kill("devcluster.node")  # where the test before has left one
+    machine.kill("devcluster.node")  # if the previous test left one
     kept, log = machine.state / "s3" / "kept", machine.state / "logs" / "apiserver.log"
     kept.mkdir(parents=True)
     log.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The launcher's parts by themselves: what is compiled once, what is missing on a machine, what the programs are told."""
+"""Parts of the launcher: compiling once, checking the machine, configuring the programs."""
 
 import os
 import shutil
@@ -12,10 +12,12 @@ import pytest
 from devcluster import ClusterError, access, binaries, cluster, configuration, dev, host, image, needs
 from tests.fakes.go_target import HELLO, small
 
+pytestmark = pytest.mark.cluster
+
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of ours, beside Go's own with what the cluster's programs left in it."""
+    """An empty cache of compiled programs; Go's own cache stays."""
     go = subprocess.run(["go", "env", "GOCACHE"], capture_output=True, text=True, check=True).stdout.strip()
     monkeypatch.setenv("GOCACHE", go)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -31,7 +33,10 @@ def test_a_target_is_compiled_once_and_again_when_its_sources_change(cache: Path
 
 
 def test_a_killed_build_is_not_taken_for_done(cache: Path) -> None:
-    code = f"from devcluster import binaries; from tests.fakes.go_target import small; binaries.folder(small({HELLO!r}))"
+    code = (
+        "from devcluster import binaries; from tests.fakes.go_target import small; "
+        f"binaries.folder(small({HELLO!r}))"
+    )
     killed = subprocess.Popen([sys.executable, "-c", code], cwd=host.CHECKOUT, stderr=subprocess.DEVNULL)
     host.wait_for(lambda: any(cache.glob("*.building-*/main.go")), "the build", 20)
     killed.kill()
@@ -56,7 +61,7 @@ def test_an_unknown_program_is_refused_by_name() -> None:
     [
         pytest.param(
             ("sys.platform", "darwin"),
-            "needs Linux, this is darwin. Or use a cluster that you have: CLUSTER=current",
+            "needs Linux, this is darwin. Or use your own cluster: CLUSTER=current",
             id="no Linux",
         ),
         pytest.param(
@@ -82,7 +87,7 @@ def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     with pytest.raises(
         ClusterError,
-        match=r"missing here: containerd, runc\. .*sudo apt-get install --yes containerd runc\).*CLUSTER=current",
+        match=r"missing here: containerd, runc\. .*sudo apt-get install --yes containerd runc\).*=current",
     ):
         needs.packages({"no-such-containerd": "containerd", "no-such-runc": "runc", "/usr": "base-files"})
 

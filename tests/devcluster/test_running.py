@@ -1,4 +1,4 @@
-"""What pods find on the development cluster: the same things, at the same names, as on any other cluster with eight GPUs."""
+"""What pods see on the development cluster: the same as on any other cluster with eight GPUs."""
 
 import json
 import secrets
@@ -12,6 +12,8 @@ import pytest
 from devcluster import ClusterError, configuration, dev
 from devcluster.access import Cluster
 
+pytestmark = pytest.mark.cluster
+
 FOREVER = ["sleep", "infinity"]
 RESTRICTED = {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}}
 LOCKED_DOWN = {
@@ -23,7 +25,7 @@ LOCKED_DOWN = {
 
 @dataclass(frozen=True)
 class Namespace:
-    """A namespace of this module's own, under Kubernetes' strictest pod security standard."""
+    """A namespace of this module, with Kubernetes' strictest pod security standard."""
 
     cluster: Cluster
     name: str
@@ -108,9 +110,7 @@ def test_exit_code_and_log_of_a_failed_pod_are_kept(pods: Namespace) -> None:
 
 def test_a_deleted_pod_gets_sigterm_and_its_grace_period(pods: Namespace) -> None:
     saves = "trap 'sleep 1; echo saved > /dev/termination-log; exit 143' TERM; while true; do sleep 0.1; done"
-    pods.start(
-        "saves", ["sh", "-c", saves], finalizers=["vpmoe.dev/test"]
-    )  # with it the pod can be looked at after its end
+    pods.start("saves", ["sh", "-c", saves], finalizers=["vpmoe.dev/test"])  # keeps the pod after its end
     pods.wait("saves", "{.status.phase}", "Running")
     pods.kubectl("delete", "pod", "saves", "--grace-period=30", "--wait=false")
     pods.wait("saves", "{.status.containerStatuses[0].state.terminated.exitCode}", "143")
@@ -125,7 +125,7 @@ def test_a_deleted_pod_gets_sigterm_and_its_grace_period(pods: Namespace) -> Non
 
 @pytest.fixture(scope="module")
 def shell(pods: Namespace) -> str:
-    """A running pod to look around in."""
+    """A running pod for `kubectl exec`."""
     pods.start("shell", FOREVER)
     pods.wait("shell", "{.status.phase}", "Running")
     return "shell"

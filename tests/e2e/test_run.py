@@ -1,7 +1,7 @@
-"""Whole Vanilla runs on the cluster: real jobs, from parquet to a trained student, as a user applies and watches them.
+"""Whole Vanilla runs on the cluster with real jobs, from parquet to a trained student.
 
-The same recipe twice, once as one pod of two processes and once as a Master and a Worker of one each. The runs share a data set and
-start together, so their preprocessing meets in the bucket.
+The same recipe twice: one pod with two processes, and a Master and a Worker with one each. The runs share a
+dataset and start together, so both preprocess it at the same time.
 """
 
 import json
@@ -30,7 +30,7 @@ RUNS = {"one-pod": None, "two-pods": 1}
 
 @pytest.fixture(scope="module")
 def environment(cluster: Cluster) -> dict[str, str]:
-    """What an S3 client finds the development cluster's store by."""
+    """Environment of an S3 client of the development cluster."""
     return {
         **os.environ,
         "AWS_ENDPOINT_URL": cluster.s3.endpoint,
@@ -54,7 +54,7 @@ def s3_client(cluster: Cluster) -> Any:
 def runs(
     cluster: Cluster, namespace: str, s3_client: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Any]]:
-    """Both runs after they have ended, by name."""
+    """Both finished runs, by name."""
     bucket = f"e2e-{secrets.token_hex(4)}"
     s3_client.create_bucket(Bucket=bucket)
     for shard in sample.write(tmp_path_factory.mktemp("shards"), shards=2):
@@ -98,7 +98,7 @@ def test_a_master_and_a_worker_train_to_the_loss_of_one_pod(
     cluster: Cluster, namespace: str, runs: dict[str, Any]
 ) -> None:
     one, two = (runs[name]["status"]["heldOut"] for name in RUNS)
-    assert one == two  # the same processes, batches and order of sums: nothing may differ
+    assert one == two  # the same processes, batches and order of sums
     child = runs["two-pods"]["status"]["steps"][1]["child"]["name"]
     job = json.loads(cluster.kubectl("get", "pytorchjob", child, "--namespace", namespace, "--output=json"))
     assert {role: spec["replicas"] for role, spec in job["spec"]["pytorchReplicaSpecs"].items()} == {
@@ -120,7 +120,7 @@ def test_the_student_is_evaluated_after_the_stage_as_the_trainer_measures_it(
         for span in ("reasoning", "final"):
             assert evaluation["heldOut"][span] == pytest.approx(
                 trainers[span], abs=1e-4
-            )  # vLLM's sums in other orders, float32
+            )  # float32 sums in another order
         assert sum(evaluation["validity"].values()) == evaluation["completions"] == 6
         assert run["status"]["steps"][2]["validity"] == evaluation["validity"].get("valid", 0) / 6
         found.append(
@@ -130,7 +130,7 @@ def test_the_student_is_evaluated_after_the_stage_as_the_trainer_measures_it(
                 if field not in ("run", "config", "checkpoint")
             }
         )
-    assert found[0] == found[1], "the same weights answer the same"
+    assert found[0] == found[1], "the same weights give the same answers"
 
 
 def test_everything_in_the_bucket_is_what_its_manifests_say(
@@ -168,7 +168,7 @@ def test_the_bucket_is_laid_out_as_documented(runs: dict[str, Any], s3_client: A
     assert not any(".probe/" in key for key in keys)
 
 
-def test_every_pod_says_where_it_comes_from(cluster: Cluster, namespace: str, runs: dict[str, Any]) -> None:
+def test_every_pod_records_its_provenance(cluster: Cluster, namespace: str, runs: dict[str, Any]) -> None:
     pods = json.loads(cluster.kubectl("get", "pods", "--namespace", namespace, "--output=json"))["items"]
     assert len(pods) >= 5  # two preprocessing workers, one pod; and the other run's Master and Worker
     for pod in pods:

@@ -1,8 +1,9 @@
-"""Whole runs through all four kinds of stages on the cluster, with a real teacher: one left alone, one killed again and again.
+"""Whole runs through all four kinds of stages on the cluster, with a real teacher: one undisturbed, one with
+kills.
 
-Both have the same recipe, source and teacher, and a bucket of their own, so that nothing of the one is reused by the other. What they end
-with must be the same bits: every job and the operator of the second are killed at moments that a seed draws, the three roles of the
-OnPolicy stage twice each.
+Both have the same recipe, source and teacher, and a bucket each, so that neither reuses results of the other.
+They must end with the same bits. Every job and the operator of the second are killed at random moments, the
+three roles of the OnPolicy stage twice each.
 """
 
 import json
@@ -61,12 +62,13 @@ MOST_PAUSES = {
     "onpolicy-teacher": [60.0, 60.0],
     "onpolicy": [40.0, 40.0],
 }
-"""Seconds after which a pod of each step is killed at the latest, once or twice. Loading vLLM is most of such a minute."""
+"""Latest kill of a step's pods, in seconds after their start; one entry per kill. Loading vLLM takes most of
+it."""
 KILL_EVERYTHING = "import os; os.kill(-1, 9)"
 
 
-class Bench:
-    """The runs of this module, in their namespace, and the store."""
+class StageRuns:
+    """The runs of this module, their namespace and their buckets."""
 
     def __init__(self, cluster: Cluster, namespace: str) -> None:
         self.cluster = cluster
@@ -131,14 +133,12 @@ class Bench:
         return next((pod for pod in pods["items"] if "deletionTimestamp" not in pod["metadata"]), None)
 
     def kill_pod(self, run: str, step: str) -> bool:
-        """kill -9 of everything in a pod of the step; whether there was one to kill."""
+        """kill -9 of everything in a pod of the step. Returns whether there was a pod."""
         pod = self.running_pod(run, step)
         if pod is None:
             return False
         container = pod["spec"]["containers"][0]["name"]
-        with suppress(
-            ClusterError
-        ):  # the connection breaks with the container; or the pod has ended meanwhile
+        with suppress(ClusterError):  # the connection breaks with the container, or the pod has ended
             self.kubectl(
                 "exec",
                 pod["metadata"]["name"],
@@ -164,8 +164,11 @@ class Bench:
         )
 
 
-def harry(bench: Bench, run: str, draw: random.Random, over: threading.Event, done: list[str]) -> None:
-    """Kill pods of each step, at random moments after one of it has begun, unless it has ended by then; and the operator now and then."""
+def kill_at_random(
+    bench: StageRuns, run: str, draw: random.Random, over: threading.Event, done: list[str]
+) -> None:
+    """Kill pods of each step at random moments after their start, and the operator now and then, until
+    `over`."""
     pauses = {step: [draw.uniform(0, most) for most in each] for step, each in MOST_PAUSES.items()}
     due: dict[str, float] = {}
     operator = time.monotonic() + draw.uniform(5, 40)
@@ -180,15 +183,14 @@ def harry(bench: Bench, run: str, draw: random.Random, over: threading.Event, do
             if time.monotonic() > operator:
                 bench.kill_operator()
                 done.append("operator")
-                operator = time.monotonic() + draw.uniform(
-                    90, 200
-                )  # the next has to wait for the lease of one that dies: a minute
+                # The next operator waits a minute for the lease.
+                operator = time.monotonic() + draw.uniform(90, 200)
 
 
 @pytest.fixture(scope="module")
-def bench(cluster: Cluster, namespace: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """Both runs after they have ended: "calm" and "harried"."""
-    it = Bench(cluster, namespace)
+def bench(cluster: Cluster, namespace: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StageRuns]:
+    """Both runs after their end: "calm" and "harried"."""
+    it = StageRuns(cluster, namespace)
     for bucket in ("source", "calm", "harried"):
         it.client.create_bucket(Bucket=f"{it.name}-{bucket}")
     folder = tmp_path_factory.mktemp("stages")
@@ -199,7 +201,7 @@ def bench(cluster: Cluster, namespace: str, tmp_path_factory: pytest.TempPathFac
     seed = secrets.randbelow(1 << 32)
     print(f"seed {seed}")
     over, killed = threading.Event(), list[str]()
-    killer = threading.Thread(target=harry, args=(it, "harried", random.Random(seed), over, killed))
+    killer = threading.Thread(target=kill_at_random, args=(it, "harried", random.Random(seed), over, killed))
     for name in ("calm", "harried"):
         it.apply(name, f"{it.name}-{name}", STAGES)
     killer.start()
@@ -210,12 +212,12 @@ def bench(cluster: Cluster, namespace: str, tmp_path_factory: pytest.TempPathFac
         over.set()
         killer.join()
         print(f"killed: {killed}")
-    assert {"operator", *ROLES} <= set(killed), f"seed {seed}: only {killed} were met alive"
+    assert {"operator", *ROLES} <= set(killed), f"seed {seed}: only {killed} were killed"
     yield it
 
 
 @pytest.mark.parametrize("name", ["calm", "harried"])
-def test_a_run_through_all_kinds_of_stages_succeeds(bench: Bench, name: str) -> None:
+def test_a_run_through_all_kinds_of_stages_succeeds(bench: StageRuns, name: str) -> None:
     status = bench.get(name)["status"]
     assert status["phase"] == "Succeeded", status.get("message")
     assert [(step["name"], step["state"]) for step in status["steps"]] == [
@@ -223,27 +225,27 @@ def test_a_run_through_all_kinds_of_stages_succeeds(bench: Bench, name: str) -> 
     ]
     if name == "harried":
         assert sum(step["attempt"] for step in status["steps"]) >= len(STEPS) + 2, (
-            "what was killed alive began anew"
+            "killed attempts were repeated"
         )
     else:
         assert [step["attempt"] for step in status["steps"]] == [1] * len(STEPS)
 
 
-def test_rescoring_ran_beside_vanilla_and_before_what_needs_it(bench: Bench) -> None:
+def test_rescoring_ran_beside_vanilla_and_before_what_needs_it(bench: StageRuns) -> None:
     step = {name: bench.step("calm", name) for name in STEPS}
     assert step["rescore"]["started"] < step["vanilla"]["finished"]
     assert step["rescored"]["started"] >= max(step["rescore"]["finished"], step["vanilla"]["finished"])
     assert step["forced"]["started"] >= step["rescored"]["finished"]
 
 
-def test_the_three_roles_started_together_and_ended_with_the_trainer(bench: Bench) -> None:
+def test_the_three_roles_started_together_and_ended_with_the_trainer(bench: StageRuns) -> None:
     step = {name: bench.step("calm", name) for name in ROLES}
     assert len({found["started"] for found in step.values()}) == 1
     assert step["onpolicy-sampler"]["partsDone"] == step["onpolicy-teacher"]["partsDone"] >= 4
 
 
 @pytest.mark.parametrize("stage", ["vanilla", "rescored", "forced", "onpolicy"])
-def test_whatever_was_killed_the_weights_are_the_same_bits(bench: Bench, stage: str) -> None:
+def test_kills_do_not_change_the_bits_of_the_weights(bench: StageRuns, stage: str) -> None:
     """Weights, both moments, expert biases and random state, file by file."""
     ends = [bench.manifest(bench.step(name, stage)["checkpoint"]["manifest"]) for name in ("calm", "harried")]
     calm, harried = ({subject["name"]: subject["digest"] for subject in end["subject"]} for end in ends)
@@ -251,7 +253,7 @@ def test_whatever_was_killed_the_weights_are_the_same_bits(bench: Bench, stage: 
     assert "rank-00000.safetensors" in calm
 
 
-def test_whatever_was_killed_the_scores_are_the_same_bytes(bench: Bench) -> None:
+def test_kills_do_not_change_the_bytes_of_the_scores(bench: StageRuns) -> None:
     made = []
     for name in ("calm", "harried"):
         bucket = f"{bench.name}-{name}"
@@ -266,8 +268,8 @@ def test_whatever_was_killed_the_scores_are_the_same_bytes(bench: Bench) -> None
     assert made[0] == made[1]
 
 
-def test_whatever_was_killed_the_windows_are_the_same_bits(bench: Bench) -> None:
-    """Rollouts and scores, but for the run's name: each is a function of the weights that it was sampled from, and of the teacher."""
+def test_kills_do_not_change_the_bits_of_the_windows(bench: StageRuns) -> None:
+    """Rollouts and scores, except the run's name: functions of the sampled weights and of the teacher."""
     made = []
     for name in ("calm", "harried"):
         bucket = f"{bench.name}-{name}"
@@ -303,7 +305,7 @@ def test_whatever_was_killed_the_windows_are_the_same_bits(bench: Bench) -> None
 
 
 @pytest.mark.parametrize("name", ["calm", "harried"])
-def test_every_byte_is_what_its_manifest_says(bench: Bench, cluster: Cluster, name: str) -> None:
+def test_every_byte_is_what_its_manifest_says(bench: StageRuns, cluster: Cluster, name: str) -> None:
     environment = {
         **os.environ,
         "AWS_ENDPOINT_URL": cluster.s3.endpoint,
@@ -315,7 +317,7 @@ def test_every_byte_is_what_its_manifest_says(bench: Bench, cluster: Cluster, na
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_a_second_run_of_the_same_data_and_teacher_reuses_both_and_says_so(bench: Bench) -> None:
+def test_a_second_run_of_the_same_data_and_teacher_reuses_both_and_says_so(bench: StageRuns) -> None:
     bench.apply("again", f"{bench.name}-calm", [STAGES[0], {**STAGES[1], "mix": 0.3}])
     wait_until(
         lambda: bench.step("again", "rescore").get("state") in ("Succeeded", "Failed"),

@@ -1,4 +1,4 @@
-"""A TeacherForced stage as jobs do it, by hand on this machine: two students and their teacher, whichever of them is killed."""
+"""A TeacherForced stage with real jobs and no cluster: two students and their teacher, each killed once."""
 
 import json
 import random
@@ -13,14 +13,23 @@ import psutil
 import pytest
 
 from tests.fakes import tiny_teacher
-from tests.fakes.local_jobs import Hand, end, last, lines, logged, prepared, progress, stop_after
+from tests.fakes.local_jobs import (
+    LocalJobs,
+    checkpoint_digests,
+    last_checkpoint,
+    logged_steps,
+    metrics_lines,
+    prepared_bucket,
+    read_progress,
+    run_until,
+)
 from tests.fakes.store import S3
 from tests.fakes.students import new_seed
 from vpmoe.model.shapes import SHAPES
 from vpmoe.process.launcher import free_port
 
 WIDTH = 96
-"""Of the teacher's hidden states: not the student's, so there is a projection."""
+"""Of the teacher's hidden states. The student's differ, so there is a projection."""
 STAGES = [
     {
         "name": "forced",
@@ -33,46 +42,47 @@ STAGES = [
 
 
 @pytest.fixture(scope="module")
-def hand(
+def jobs(
     s3: S3, sample_parquet: list[Path], real_parquet: list[Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Hand]:
-    """A bucket with a data set and a teacher."""
+) -> Iterator[LocalJobs]:
+    """A bucket with a dataset and a teacher."""
     folder = tmp_path_factory.mktemp("forced")
-    with prepared(s3, [*sample_parquet, *real_parquet], folder, STAGES) as it:
+    with prepared_bucket(s3, [*sample_parquet, *real_parquet], folder, STAGES) as it:
         for path in tiny_teacher.write(folder / "teacher", hidden_size=WIDTH).iterdir():
             it.bucket.put_file(f"models/teacher/{path.name}", path, {})
         yield it
 
 
 @pytest.fixture(scope="module")
-def left_alone(hand: Hand) -> Path:
-    """Two students and their teacher, never disturbed, and the stage after."""
-    file = hand.run_file("alone", gpus=2)
-    hand.finish("train", file)
-    hand.finish("train", file)
+def left_alone(jobs: LocalJobs) -> Path:
+    """Two students and their teacher, not interrupted, and the next stage."""
+    file = jobs.run_file("alone", gpus=2)
+    jobs.finish("train", file)
+    jobs.finish("train", file)
     return file
 
 
 def processes(launcher: int) -> tuple[list[psutil.Process], psutil.Process]:
-    """The students' and the teacher's."""
+    """The students' processes by rank, and the teacher's."""
     found = psutil.Process(launcher).children()
     (teacher,) = [one for one in found if one.environ().get("VPMOE_PART") == "teacher"]
     return sorted((one for one in found if one != teacher), key=lambda one: one.environ()["RANK"]), teacher
 
 
 def stop_one(
-    hand: Hand, file: Path, who: str, within: range, steps: int, attempt: int
+    jobs: LocalJobs, file: Path, who: str, within: range, steps: int, attempt: int
 ) -> tuple[int, dict[str, Any]]:
-    """Train until the teacher or a student is killed -9, or the launcher told to stop, at a random moment after a random step of `within`.
+    """Train, and at a random moment after a random step of `within` kill -9 the teacher or a student, or stop
+    the launcher (`who`).
 
-    Returns the launcher's exit code and its last word.
+    Returns the launcher's exit code and its termination message.
     """
     seed = secrets.randbelow(1 << 32)
     print(f"{who}: seed {seed}")
     chosen = random.Random(seed)
     step, delay = chosen.choice(within), chosen.uniform(0, 0.5)
-    termination = hand.folder / f"termination-{who}"
-    process = hand.start(
+    termination = jobs.folder / f"termination-{who}"
+    process = jobs.start(
         "train", file, "--step", "forced", "--attempt", str(attempt), VPMOE_TERMINATION_LOG=str(termination)
     )
 
@@ -84,17 +94,17 @@ def stop_one(
         else:
             (teacher if who == "teacher" else students[1]).kill()
 
-    print(stop_after(process, rf"step {step} of {steps}:", stop))
+    print(run_until(process, rf"step {step} of {steps}:", stop))
     return process.returncode, json.loads(termination.read_bytes())
 
 
 def test_two_pods_of_which_the_first_has_the_teacher_end_at_the_same_bits(
-    hand: Hand, left_alone: Path
+    jobs: LocalJobs, left_alone: Path
 ) -> None:
-    file = hand.run_file("pods", gpus=2, gpusPerPod=1)
+    file = jobs.run_file("pods", gpus=2, gpusPerPod=1)
     port = str(free_port())
     pods = [
-        hand.start(
+        jobs.start(
             "train",
             file,
             "--step",
@@ -110,19 +120,22 @@ def test_two_pods_of_which_the_first_has_the_teacher_end_at_the_same_bits(
     ]
     logs = [pod.communicate(timeout=200)[1] for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], logs
-    assert end(hand, file, "forced") == end(hand, left_alone, "forced")
+    assert checkpoint_digests(jobs, file, "forced") == checkpoint_digests(jobs, left_alone, "forced")
 
 
-def test_the_student_comes_nearer_to_its_teacher(hand: Hand, left_alone: Path) -> None:
-    steps = lines(hand, left_alone, "step", "forced")
+def test_the_student_comes_nearer_to_its_teacher(jobs: LocalJobs, left_alone: Path) -> None:
+    steps = metrics_lines(jobs, left_alone, "step", "forced")
     first, newest = steps[0], steps[-1]
-    assert progress(hand, left_alone, "forced").state == "Succeeded" and newest["loss"] < first["loss"] - 0.3
+    assert (
+        read_progress(jobs, left_alone, "forced").state == "Succeeded"
+        and newest["loss"] < first["loss"] - 0.3
+    )
     for span in ("reasoning", "final"):
         assert (
             newest["kl"][span] < first["kl"][span] - 0.005
-        )  # of 0.27: a random teacher's tokens are nearly equally likely
+        )  # of 0.27: a random teacher's tokens are almost equally likely
         assert newest["cosine"][span] > first["cosine"][span] + 0.05
-    # the loss is what it says: the spans' weights are 1, the terms' those of the stage
+    # The loss is the sum of its terms: span weights are 1, term weights those of the stage.
     terms = [
         0.1 * newest["lossBySpan"][span] + 2 * 4 * newest["kl"][span] + 0.5 * (1 - newest["cosine"][span])
         for span in newest["kl"]
@@ -131,28 +144,28 @@ def test_the_student_comes_nearer_to_its_teacher(hand: Hand, left_alone: Path) -
 
 
 def test_a_teacher_of_another_vocabulary_ends_the_stage_before_its_first_step(
-    hand: Hand, tmp_path: Path
+    jobs: LocalJobs, tmp_path: Path
 ) -> None:
-    name = hand.spec["teacher"]["model"]
+    name = jobs.spec["teacher"]["model"]
     for path in tiny_teacher.write(tmp_path, vocab_size=1000, pad_token_id=0, eos_token_id=1).iterdir():
-        hand.bucket.put_file(f"models/other/{path.name}", path, {})
-    hand.spec["teacher"]["model"] = f"s3://{hand.bucket.name}/models/other"
-    file = hand.run_file("other", gpus=1)
-    hand.spec["teacher"]["model"] = name
-    termination = hand.folder / "termination-other"
-    process = hand.start("train", file, "--step", "forced", VPMOE_TERMINATION_LOG=str(termination))
+        jobs.bucket.put_file(f"models/other/{path.name}", path, {})
+    jobs.spec["teacher"]["model"] = f"s3://{jobs.bucket.name}/models/other"
+    file = jobs.run_file("other", gpus=1)
+    jobs.spec["teacher"]["model"] = name
+    termination = jobs.folder / "termination-other"
+    process = jobs.start("train", file, "--step", "forced", VPMOE_TERMINATION_LOG=str(termination))
     _, log = process.communicate(timeout=200)
     said = json.loads(termination.read_bytes())
     assert process.returncode == 65 and said["class"] == "Permanent" and said["rank"] is None, log
-    assert said["message"].startswith("teacher.model: config.json says vocab_size 1000") and not logged(
-        hand, file, "forced"
+    assert said["message"].startswith("teacher.model: config.json says vocab_size 1000") and not logged_steps(
+        jobs, file, "forced"
     )
 
 
-def test_students_and_teacher_that_are_stopped_while_they_wait_for_each_other_say_so(hand: Hand) -> None:
-    """Wherever they are: some not started, the teacher loading, or all at work."""
+def test_students_and_teacher_that_are_stopped_while_they_wait_for_each_other_say_so(jobs: LocalJobs) -> None:
+    """At any moment: some not started, the teacher loading, or all at work."""
     delay = random.Random(new_seed()).uniform(0.5, 8)
-    process = hand.start("train", hand.run_file("early", gpus=2), "--step", "forced")
+    process = jobs.start("train", jobs.run_file("early", gpus=2), "--step", "forced")
     time.sleep(delay)
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=200)
@@ -161,13 +174,15 @@ def test_students_and_teacher_that_are_stopped_while_they_wait_for_each_other_sa
     )  # the signal itself, before the launcher listens
 
 
-def test_checkpoints_name_the_teacher_and_the_stage_after_needs_neither(hand: Hand, left_alone: Path) -> None:
-    made = last(hand, left_alone, "forced")
-    assert made.inputs["teacher"].uri == f"s3://{hand.bucket.name}/models/teacher"
-    assert progress(hand, left_alone, "after").state == "Succeeded"
-    assert "kl" not in lines(hand, left_alone, "step", "after")[0]
+def test_checkpoints_name_the_teacher_and_the_stage_after_needs_neither(
+    jobs: LocalJobs, left_alone: Path
+) -> None:
+    made = last_checkpoint(jobs, left_alone, "forced")
+    assert made.inputs["teacher"].uri == f"s3://{jobs.bucket.name}/models/teacher"
+    assert read_progress(jobs, left_alone, "after").state == "Succeeded"
+    assert "kl" not in metrics_lines(jobs, left_alone, "step", "after")[0]
     sizes = [
-        sum(file.size for file in last(hand, left_alone, step).subjects.values())
+        sum(file.size for file in last_checkpoint(jobs, left_alone, step).subjects.values())
         for step in ("forced", "after")
     ]
     assert sizes[0] - sizes[1] == pytest.approx(3 * 4 * WIDTH * SHAPES["tiny"].hidden, abs=2000), (
@@ -175,22 +190,23 @@ def test_checkpoints_name_the_teacher_and_the_stage_after_needs_neither(hand: Ha
     )
 
 
-def test_whoever_is_killed_or_stopped_the_run_ends_at_the_same_bits(hand: Hand, left_alone: Path) -> None:
-    file = hand.run_file("killed", gpus=2)
-    steps = len(logged(hand, left_alone, "forced"))
+def test_a_killed_or_stopped_process_does_not_change_the_bits_of_the_result(
+    jobs: LocalJobs, left_alone: Path
+) -> None:
+    file = jobs.run_file("killed", gpus=2)
+    steps = len(logged_steps(jobs, left_alone, "forced"))
     ends = {
         "teacher": (75, "Retriable", "the teacher was killed by SIGKILL"),
         "launcher": (143, "Terminated", "Stopped after step"),
         "student": (75, "Retriable", "rank 1 was killed by SIGKILL"),
     }
     for attempt, (who, (code, kind, words)) in enumerate(ends.items(), start=1):
-        saved = progress(hand, file, "forced").checkpoint if attempt > 1 else None
+        saved = read_progress(jobs, file, "forced").checkpoint if attempt > 1 else None
         first = saved.iteration + 1 if saved else 1
-        last = max(
-            first, steps * attempt // 4
-        )  # so that enough steps are left for those who come after, and for one that is told to stop
-        found, said = stop_one(hand, file, who, range(first, last + 1), steps, attempt)
+        # Leave enough steps to the later attempts, and to one that is asked to stop.
+        last_step = max(first, steps * attempt // 4)
+        found, said = stop_one(jobs, file, who, range(first, last_step + 1), steps, attempt)
         assert (found, said["class"]) == (code, kind) and said["message"].startswith(words)
-    hand.finish("train", file, "--step", "forced", "--attempt", "4")
-    assert end(hand, file, "forced") == end(hand, left_alone, "forced")
-    assert logged(hand, file, "forced") == logged(hand, left_alone, "forced")
+    jobs.finish("train", file, "--step", "forced", "--attempt", "4")
+    assert checkpoint_digests(jobs, file, "forced") == checkpoint_digests(jobs, left_alone, "forced")
+    assert logged_steps(jobs, file, "forced") == logged_steps(jobs, left_alone, "forced")

@@ -1,4 +1,4 @@
-"""Jobs run by hand, without a cluster: on one bucket, each in a process of its own; and what they left in the bucket."""
+"""Runs jobs as local processes on one bucket, without a cluster, and reads what they write."""
 
 import json
 import os
@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @dataclass
-class Hand:
-    """A shell in which jobs are run by hand on one bucket."""
+class LocalJobs:
+    """Starts jobs for the runs of one bucket."""
 
     bucket: Bucket
     folder: Path
@@ -36,7 +36,7 @@ class Hand:
     started: list["subprocess.Popen[str]"] = field(default_factory=list)
 
     def run_file(self, name: str, **student: int) -> Path:
-        """The file of a run of that name, with changes to spec.student."""
+        """Writes the manifest of a run, with changes to spec.student. Returns its path."""
         path = self.folder / f"{name}.yaml"
         spec = {**self.spec, "student": {**self.spec["student"], **student}}
         path.write_text(
@@ -70,7 +70,7 @@ class Hand:
         return process
 
     def finish(self, job: str, file: Path, *arguments: str) -> str:
-        """Run a job to its success; returns its log."""
+        """Run a job until it succeeds. Returns its log."""
         process = self.start(job, file, *arguments)
         _, log = process.communicate(timeout=200)
         assert process.returncode == 0, log
@@ -78,8 +78,10 @@ class Hand:
 
 
 @contextmanager
-def prepared(s3: S3, rows: list[Path], folder: Path, stages: list[dict[str, Any]]) -> Iterator[Hand]:
-    """A bucket with the data set of these rows, for runs of these stages."""
+def prepared_bucket(
+    s3: S3, rows: list[Path], folder: Path, stages: list[dict[str, Any]]
+) -> Iterator[LocalJobs]:
+    """A bucket with the dataset of these rows, for runs with these stages."""
     name = f"by-hand-{secrets.token_hex(4)}"
     (s3.folder / name).mkdir()
     spec = {
@@ -101,7 +103,7 @@ def prepared(s3: S3, rows: list[Path], folder: Path, stages: list[dict[str, Any]
         "evaluation": {"everyTokens": "1M", "documents": 4, "completions": 0},
         "storage": {"endpoint": s3.endpoint, "bucket": name, "credentialsSecret": None},
     }
-    it = Hand(None, folder, spec)  # type: ignore[arg-type]
+    it = LocalJobs(None, folder, spec)  # type: ignore[arg-type]
     file = it.run_file("prepare")
     it.bucket = Bucket.open(DistillRun.parse(yaml.safe_load(file.read_text())).spec.storage)
     for number, path in enumerate(rows):
@@ -111,42 +113,42 @@ def prepared(s3: S3, rows: list[Path], folder: Path, stages: list[dict[str, Any]
     for process in it.started:
         if process.poll() is None:  # a test failed while it ran
             os.killpg(process.pid, signal.SIGKILL)
-    shutil.rmtree(s3.folder / name)  # checkpoints of the vocabulary's size, 300 MB each
+    shutil.rmtree(s3.folder / name)  # checkpoints are 300 MB each
 
 
-def run_of(file: Path) -> DistillRun:
+def read_run(file: Path) -> DistillRun:
     return DistillRun.parse(yaml.safe_load(file.read_text()))
 
 
-def progress(hand: Hand, file: Path, step: str = "vanilla") -> Progress:
-    return Progress.model_validate(hand.bucket.get_json(paths.progress(run_of(file), step)))
+def read_progress(jobs: LocalJobs, file: Path, step: str = "vanilla") -> Progress:
+    return Progress.model_validate(jobs.bucket.get_json(paths.progress(read_run(file), step)))
 
 
-def lines(hand: Hand, file: Path, event: str, step: str = "vanilla") -> list[dict[str, Any]]:
-    keys = [found.key for found in hand.bucket.list(f"{paths.run(run_of(file))}/steps/{step}/metrics/")]
-    every = [json.loads(text) for key in keys for text in hand.bucket.get(key).decode().splitlines()]
+def metrics_lines(jobs: LocalJobs, file: Path, event: str, step: str = "vanilla") -> list[dict[str, Any]]:
+    keys = [found.key for found in jobs.bucket.list(f"{paths.run(read_run(file))}/steps/{step}/metrics/")]
+    every = [json.loads(text) for key in keys for text in jobs.bucket.get(key).decode().splitlines()]
     return [line for line in every if line["event"] == event]
 
 
-def last(hand: Hand, file: Path, step: str = "vanilla") -> Manifest:
-    """The last checkpoint of a stage, which has ended."""
-    reached = end_of(hand.bucket, paths.checkpoints(run_of(file), step))
+def last_checkpoint(jobs: LocalJobs, file: Path, step: str = "vanilla") -> Manifest:
+    """The last checkpoint of a finished stage."""
+    reached = end_of(jobs.bucket, paths.checkpoints(read_run(file), step))
     assert reached is not None
     return reached[0]
 
 
-def end(hand: Hand, file: Path, step: str = "vanilla") -> dict[str, str]:
-    """sha256 of every file of a stage's last checkpoint: weights, moments, expert biases and random state."""
-    return {name: subject.sha256 for name, subject in last(hand, file, step).subjects.items()}
+def checkpoint_digests(jobs: LocalJobs, file: Path, step: str = "vanilla") -> dict[str, str]:
+    """sha256 of each file of a stage's last checkpoint: weights, moments, expert biases, random state."""
+    return {name: subject.sha256 for name, subject in last_checkpoint(jobs, file, step).subjects.items()}
 
 
-def logged(hand: Hand, file: Path, step: str = "vanilla") -> list[int]:
-    """The steps that have a line of metrics, in order."""
-    return [line["step"] for line in lines(hand, file, "step", step)]
+def logged_steps(jobs: LocalJobs, file: Path, step: str = "vanilla") -> list[int]:
+    """The steps with a metrics line, in order."""
+    return [line["step"] for line in metrics_lines(jobs, file, "step", step)]
 
 
-def stop_after(process: "subprocess.Popen[str]", pattern: str, stop: Callable[[], None]) -> str:
-    """Call `stop` when the log matches; returns the whole log once the process has ended."""
+def run_until(process: "subprocess.Popen[str]", pattern: str, stop: Callable[[], None]) -> str:
+    """Call `stop` when the log matches. Returns the whole log after the process has ended."""
     assert process.stderr is not None
     log = ""
     for line in process.stderr:
