@@ -5,15 +5,17 @@ SHELL := bash
 # Two lanes write to one terminal, line by line.
 lines := sed --unbuffered ''
 
-.PHONY: help demo check test test-unit test-cluster test-gpu cluster down setup lint manifests lock
+.PHONY: help demo check test test-quick test-unit test-cluster test-gpu cluster down setup lint manifests lock
 help:      ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 demo: cluster   ## a small DistillRun on the development cluster, from helm install to a trained student
 	@$(python) -m demo
 
-check: lint     ## lint and the unit tests that start no server, engine or cluster: three minutes, no root, no Go
-	@$(python) -m pytest tests/unit -m "not server and not engine and not cluster"
+check: setup    ## lint and the unit tests that start no server, engine or cluster: three minutes, no root, no Go
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 lint test-quick
+test-quick: setup
+	@$(python) -m pytest tests/unit -m "not server and not engine and not cluster" | $(lines)
 
 # The cluster's tests mostly wait, so the unit tests run beside them. Whole runs come after both: they compute.
 test: lint      ## lint and all tests except those that need a GPU

@@ -58,6 +58,7 @@ def test_an_engines_error_keeps_its_class(kind: str, error: type[Exception]) -> 
     assert type(found) is error and str(found) == "engine 3: no memory"
 
 
+@pytest.mark.engine
 def test_weights_that_are_none_are_the_askers_error(tmp_path: Path) -> None:
     with (
         EnginePool(1, "tiny", 64) as engines,
@@ -66,6 +67,7 @@ def test_weights_that_are_none_are_the_askers_error(tmp_path: Path) -> None:
         engines.load(tmp_path)
 
 
+@pytest.mark.engine
 def test_an_engine_that_is_killed_is_said_and_may_be_tried_again(tmp_path: Path) -> None:
     def kill() -> None:
         wait_until(lambda: bool(engines._processes), "the engines are started")
@@ -79,6 +81,7 @@ def test_an_engine_that_is_killed_is_said_and_may_be_tried_again(tmp_path: Path)
     assert all(process.poll() is not None for process in engines._processes), "the other has ended too"
 
 
+@pytest.mark.engine
 def test_engines_die_with_whoever_started_them(tmp_path: Path) -> None:
     code = f"""
         import sys
@@ -105,6 +108,7 @@ def test_engines_die_with_whoever_started_them(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.engine
 def test_two_engines_share_the_requests_and_give_them_back_in_their_order(
     tmp_path: Path, device: object
 ) -> None:

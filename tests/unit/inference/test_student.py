@@ -156,6 +156,7 @@ def test_vllm_takes_other_weights_into_the_running_engine(
         assert np.abs(got - wanted).max() <= TOLERANCE and np.abs(wanted - old).max() > 0.1
 
 
+@pytest.mark.engine
 def test_vllm_finds_the_student_where_this_repository_is_installed() -> None:
     """Through the entry point, which a checkout does not have: there, engines call register() themselves."""
     (value,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
