@@ -214,7 +214,7 @@ def test_shards_are_in_the_order_of_their_keys(bucket: Bucket, tmp_path: Path) -
 
 ON_THE_HUB = """
 import sys
-from vpmoe.data import rows
+from vpmoe.data.preprocess import rows
 from vpmoe.data.inputs import discover
 from vpmoe.data.preprocess.text import decode
 for source in sys.argv[1:]:
