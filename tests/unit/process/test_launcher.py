@@ -223,10 +223,13 @@ def test_workers_that_do_not_listen_yet_are_stopped_all_the_same(
 
 
 def test_workers_die_with_their_launcher(tmp_path: Path) -> None:
-    worker = "from vpmoe.training import launch; launch.die_with_launcher(); print('ready', flush=True); import time; time.sleep(60)"
+    worker = (
+        "from vpmoe.process import launcher; launcher.die_with_launcher(); print('ready', flush=True); "
+        "import time; time.sleep(60)"
+    )
     launcher = (
-        "import sys, threading; from vpmoe.training import launch; from vpmoe.process.launcher import Placement;"
-        f"launch.launch(Placement(1, 0, 1, '127.0.0.1', 1), [sys.executable, '-c', {worker!r}], threading.Event())"
+        "import sys, threading; from vpmoe.process.launcher import Placement, launch;"
+        f"launch(Placement(1, 0, 1, '127.0.0.1', 1), [sys.executable, '-c', {worker!r}], threading.Event())"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", launcher], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}
