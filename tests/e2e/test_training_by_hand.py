@@ -194,7 +194,7 @@ def test_a_killed_run_ends_at_the_same_bits_and_so_does_one_that_lost_a_checkpoi
         content.write(b"damage")
     log = jobs.finish("train", file, "--step", "vanilla", "--attempt", "3")
     assert re.search(
-        rf"ERROR .*REJECTED: checkpoint .*/checkpoints/vanilla/{newest} cannot be used.*sha256 of block 11 is",
+        rf"ERROR.*REJECTED: checkpoint .*/checkpoints/vanilla/{newest} cannot be used.*sha256 of block 11 is",
         log,
     )
     assert [condition.type for condition in read_progress(jobs, file).conditions] == ["CheckpointRefused"]
