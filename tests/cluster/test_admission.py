@@ -25,11 +25,11 @@ MANIFESTS = Path(__file__).parents[2] / "manifests"
 EXAMPLES = sorted((MANIFESTS / "examples").glob("*.yaml"))
 GOOD = {
     name: valid_specs.manifest(changes, f"good-{i}")
-    for i, (name, changes) in enumerate(valid_specs.GOOD.items())
+    for i, (name, changes) in enumerate(valid_specs.VALID.items())
 }
 BAD = {
     name: valid_specs.manifest(bad.changes, f"bad-{i}")
-    for i, (name, bad) in enumerate(invalid_specs.BAD.items())
+    for i, (name, bad) in enumerate(invalid_specs.INVALID.items())
 }
 DROPPED = {"a conversation without a date"}
 """Specs in which null is not the same as absent. Client-side apply drops null."""
@@ -101,12 +101,12 @@ def test_a_good_run_is_accepted_with_the_defaults_of_the_models(
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_run_is_rejected_with_its_field_and_the_remedy(rejections: dict[str, str], name: str) -> None:
-    bad = invalid_specs.BAD[name]
+    bad = invalid_specs.INVALID[name]
     assert name in rejections, "accepted"
     if bad.server:
         assert bad.server in rejections[name]
     else:
-        assert f"{bad.field}: Invalid value: " in rejections[name] and bad.words in rejections[name]
+        assert f"{bad.field}: Invalid value: " in rejections[name] and bad.message in rejections[name]
     assert "no such key" not in rejections[name] and "evaluating rule" not in rejections[name], (
         "a rule raised an error"
     )

@@ -1,6 +1,7 @@
-"""DistillRuns that must be accepted, each by a name: one table for both validators. Those that must be refused are in refusals.py.
+"""Valid DistillRuns by name: one table for both validators. Invalid ones are in invalid_specs.py.
 
-A case is a change to MINIMAL: a dotted path from the root (list items by number) and the value put there; DROP takes a field away.
+A case is a set of changes to MINIMAL. A change is a dotted path from the root (list items by number) and the
+new value; DROP removes the field.
 """
 
 import copy
@@ -22,18 +23,19 @@ MINIMAL: dict[str, Any] = {
 RESCORED = {"name": "rescored", "kind": "Rescored"}
 FORCED = {"name": "forced", "kind": "TeacherForced"}
 ONPOLICY = {"name": "onpolicy", "kind": "OnPolicy", "require": {"validity": 0}}
-"""One that may come first."""
+"""A stage that can be the first, because it requires no evaluation."""
 GATED = {"name": "gated", "kind": "OnPolicy"}
-"""One that asks for an evaluation of the stage before."""
+"""A stage that requires an evaluation of the stage before."""
 
 
 def phases(*shares: float) -> list[dict[str, Any]]:
+    """A curriculum with these shares, all at low effort."""
     return [{"share": share, "effort": {"low": 1}} for share in shares]
 
 
 Changes = dict[str, Any]
 
-GOOD: dict[str, Changes] = {
+VALID: dict[str, Changes] = {
     "nothing but what is required": {},
     "stages of all kinds": {"spec.stages": [*MINIMAL["spec"]["stages"], RESCORED, FORCED, ONPOLICY]},
     "token counts as numbers": {
@@ -75,7 +77,7 @@ GOOD: dict[str, Changes] = {
     },
     "a plain Job on one node": {"spec.runtime.backend": "Job"},
     "no teacher for Vanilla": {"spec.teacher.gpus": 0},
-    "a Hugging Face data set": {"spec.dataset.source": "hf://PleIAs/SYNTH@0123abc"},
+    "a Hugging Face dataset": {"spec.dataset.source": "hf://PleIAs/SYNTH@0123abc"},
     "a stage that changes part of the optimizer": {
         "spec.stages.0.optimizer": {"learningRate": 0.001, "warmupTokens": "1k"}
     },
@@ -135,7 +137,7 @@ GOOD: dict[str, Changes] = {
 
 
 def manifest(changes: Changes, name: str | None = None) -> dict[str, Any]:
-    """MINIMAL with these changes, and with that name unless the changes give it one."""
+    """MINIMAL with these changes, named `name` unless the changes set a name."""
     made = copy.deepcopy(MINIMAL)
     made["metadata"]["name"] = name or made["metadata"]["name"]
     for path, value in changes.items():

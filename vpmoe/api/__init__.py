@@ -1,6 +1,6 @@
-"""The DistillRun API as pydantic models: the one source of the CRD, of the defaults and of the validation.
+"""The DistillRun API as pydantic models: the only source of the CRD, of the defaults and of the validation.
 
-Imports pydantic (and PyYAML to read files) and nothing else of ours, so the operator's image needs no more.
+This package imports pydantic and PyYAML only, so that the operator's image stays small.
 """
 
 from vpmoe.api.invalid import Invalid

@@ -1,7 +1,7 @@
-"""What every model of the API is made of: strict fields, and rules between fields that Python and the API server both keep.
+"""Base classes of the API's models: strict fields, and rules that Python and the API server both check.
 
-A rule is written once, with one wording; here it is evaluated in Python, and crd.py writes it into the CRD as CEL. What the rules
-say is the business of the models that list them.
+A rule is written once, with one message: Python evaluates it here, and crd.py writes it into the CRD as CEL.
+The rules themselves are in the models and in rules.py.
 """
 
 import re
@@ -19,22 +19,24 @@ NO_TERMS: Mapping[str, str] = {}
 
 @dataclass(frozen=True)
 class Rule:
-    """One sentence that must hold between the fields of a model.
-
-    `broken(model, item)` gives the values of the message's {terms} where the sentence does not hold, otherwise None; `cel` is the
-    same sentence for the API server (true where it holds) and `terms` the CEL of each {term}. With `each`, the
-    sentence is about every item of that list, which CEL calls `s`; without, `item` is the model itself.
-    """
+    """A condition between the fields of a model, checked in Python and, as CEL, by the API server."""
 
     path: str
-    """The field that the problem is reported at, relative to the model; "" is the model itself."""
+    """The field at which a violation is reported, relative to the model; "" is the model itself."""
     message: str
+    """What is reported, with {terms} in it."""
     cel: str
+    """The condition as CEL: true where it holds. Must decide the same as `broken`."""
     broken: Callable[[Any, Any], Mapping[str, object] | None]
+    """`(model, item)` -> the values of the message's terms if the condition is violated, otherwise None."""
     terms: Mapping[str, str] = field(default_factory=lambda: NO_TERMS)
+    """CEL expression of each {term}."""
     each: str = ""
+    """Name of a list field: the condition is then checked for every item, which CEL calls `s`. If empty,
+    `item` is the model."""
 
     def problems(self, model: BaseModel) -> list[str]:
+        """The messages of all violations in `model`."""
         items = getattr(model, self.each) if self.each else (model,)
         found = (self.broken(model, item) for item in items)
         return [
@@ -45,12 +47,12 @@ class Rule:
 
     def validation(self) -> dict[str, str]:
         """The rule as an entry of x-kubernetes-validations."""
-        holds, words = self.cel, cel_format(self.message, self.terms)
+        holds, message = self.cel, cel_format(self.message, self.terms)
         if self.each:
             holds = f"self.{self.each}.all(s, {self.cel})"
-            words = f"self.{self.each}.filter(s, !({self.cel})).map(s, {words})[0]"
+            message = f"self.{self.each}.filter(s, !({self.cel})).map(s, {message})[0]"
         entry = (
-            {"rule": holds, "messageExpression": words}
+            {"rule": holds, "messageExpression": message}
             if self.terms
             else {"rule": holds, "message": self.message}
         )
@@ -58,22 +60,29 @@ class Rule:
 
 
 def cel_format(message: str, terms: Mapping[str, str]) -> str:
-    """CEL that puts the terms into the message. One format() call: of a concatenation the API server would estimate an unbounded cost."""
+    """A CEL expression that inserts the terms into the message.
+
+    It is one format() call, because the API server estimates an unbounded cost for a concatenation.
+    """
     values = [terms[name] for name in re.findall(r"\{([a-z]+)\}", message)]
     return f"{cel_string(re.sub(r'{[a-z]+}', '%s', message))}.format([{', '.join(values)}])"
 
 
 def show(value: object) -> str:
-    """A value as CEL's format() writes it: whole numbers without a fraction, everything else as Python does."""
+    """The value as CEL's format() writes it: whole numbers without a fraction, everything else as str()
+    does."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 @dataclass(frozen=True)
 class TextPattern:
-    """Annotation of a string field: the whole text must match a pattern that RE2 and Python read alike, or the words say what to write."""
+    """Annotation of a string field: the whole text must match a pattern, and may have at most `max_length`
+    characters."""
 
     pattern: str
-    words: str
+    """Regular expression with the same meaning in RE2 (the API server) and in Python."""
+    message: str
+    """Reported for a text that does not match: what to write instead."""
     max_length: int = 256
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -86,22 +95,32 @@ class TextPattern:
         return {
             **handler(schema),
             "maxLength": self.max_length,
-            "x-kubernetes-validations": [{"rule": rule, "message": self.words}],
+            "x-kubernetes-validations": [{"rule": rule, "message": self.message}],
         }
 
     def _check(self, text: str) -> str:
         if len(text) > self.max_length or re.fullmatch(self.pattern, text) is None:
-            raise PydanticCustomError("words", "{words}", {"words": self.words})
+            raise invalid_text(self.message)
         return text
 
 
+def invalid_text(message: str) -> PydanticCustomError:
+    """The error of a field whose text is malformed. invalid.py puts the field and the value in front of
+    `message`."""
+    return PydanticCustomError("invalid_text", "{message}", {"message": message})
+
+
 def cel_string(text: str) -> str:
-    """A CEL string literal."""
+    """`text` as a CEL string literal."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 class ApiModel(BaseModel):
-    """A part of a DistillRun as the user writes it: camelCase, nothing unknown, nothing converted in silence."""
+    """Base of everything that a user writes: camelCase keys, unknown keys rejected, no implicit type
+    conversion.
+
+    Attribute docstrings become the CRD's descriptions.
+    """
 
     model_config = ConfigDict(
         alias_generator=to_camel,
@@ -124,14 +143,17 @@ class ApiModel(BaseModel):
 
     @model_validator(mode="after")
     def _rules_hold(self) -> Self:
-        problems = [(rule.path, words) for rule in self.rules for words in rule.problems(self)]
+        problems = [(rule.path, message) for rule in self.rules for message in rule.problems(self)]
         if problems:
             raise PydanticCustomError("rules", "{first}", {"first": problems[0][1], "problems": problems})
         return self
 
 
 class Record(BaseModel):
-    """A part of what our own programs tell each other: progress and status. Unknown keys are ignored, for the writer may be newer."""
+    """Base of everything that our programs write for each other, such as progress and status.
+
+    Unknown keys are ignored, because the writer may be newer than the reader.
+    """
 
     model_config = ConfigDict(
         alias_generator=to_camel,
@@ -144,5 +166,5 @@ class Record(BaseModel):
     )
 
     def dump(self) -> dict[str, Any]:
-        """As JSON: camelCase, fields that are None left out."""
+        """The record as JSON values: camelCase keys, without fields that are None."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)

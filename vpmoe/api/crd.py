@@ -1,6 +1,7 @@
-"""The CustomResourceDefinition of DistillRun, made from the models: `python -m vpmoe.api.crd > manifests/crd.yaml`.
+"""The CustomResourceDefinition of DistillRun, made from the models: `python -m vpmoe.api.crd >
+manifests/crd.yaml`.
 
-The committed file is proved equal to what this prints.
+A test checks that the committed file is equal to the output.
 """
 
 import sys
@@ -9,47 +10,54 @@ from typing import Any
 from vpmoe.api.run import GROUP, KIND, PLURAL, RUN_NAME, VERSION, DistillRun
 from vpmoe.api.spec import MUTABLE, MUTABLE_RUNTIME, Spec
 from vpmoe.api.status import Status
-from vpmoe.api.structural import Schema, saying_defaults, structural, without_defaults
+from vpmoe.api.structural import Schema, structural, with_defaults_described, without_defaults
 from vpmoe.api.text import write_yaml
 
 COLUMNS = (
-    ("Phase", "string", ".status.phase", 0, "What has become of the run."),
+    ("Phase", "string", ".status.phase", 0, "State of the run."),
     (
         "Step",
         "string",
         ".status.step",
         0,
-        "The step that is running or was last running; of several, the one that trains.",
+        "The step that is running or ran last; if several run, the one that trains.",
     ),
-    ("Progress", "string", ".status.progress", 0, "How much of the whole run is done."),
-    ("Tokens/s", "number", ".status.tokensPerSecond", 0, "Speed of that step."),
+    ("Progress", "string", ".status.progress", 0, "Share of the whole run that is done."),
+    ("Tokens/s", "number", ".status.tokensPerSecond", 0, "Tokens per second of that step."),
     (
         "Loss",
         "number",
         ".status.loss",
         0,
-        "What the stage minimises, in nats a token: the reverse KL in an OnPolicy stage, else the cross-entropy.",
+        "What the stage minimises, in nats per token: cross-entropy, or the reverse KL in an OnPolicy stage.",
     ),
-    ("Age", "date", ".metadata.creationTimestamp", 0, "Time since the run was applied."),
-    ("Teacher", "string", ".spec.teacher.model", 1, "The model that is distilled from."),
-    ("Config", "string", ".status.config", 1, "First 16 hex of the configuration's hash."),
+    ("Age", "date", ".metadata.creationTimestamp", 0, "Time since the run was created."),
+    ("Teacher", "string", ".spec.teacher.model", 1, "The teacher model."),
+    ("Config", "string", ".status.config", 1, "First 16 hex digits of the configuration's hash."),
 )
 
 
-def immutable(spec: Schema) -> list[dict[str, str]]:
-    """Once the first step has started, only what is in MUTABLE may change. They read status, so they are rules of the whole object."""
+def immutability_rules(spec: Schema) -> list[dict[str, str]]:
+    """One rule per immutable field: once the first step has started, only MUTABLE and MUTABLE_RUNTIME can
+    change.
+
+    The rules read status, so they belong to the whole object and not to spec.
+    """
     started = (
         "has(oldSelf.status) && has(oldSelf.status.steps) && oldSelf.status.steps.exists(s, has(s.started))"
     )
-    only = "cannot change after the first step has started: only suspend, ttlAfterFinished, deletionPolicy and runtime.attempts can. "
+    only = (
+        "cannot change after the first step has started: only suspend, ttlAfterFinished, deletionPolicy and "
+        "runtime.attempts can. "
+    )
     parts = [
         ("spec", spec, (*MUTABLE, "runtime")),
         ("spec.runtime", spec["properties"]["runtime"], MUTABLE_RUNTIME),
     ]
     return [
         {
-            "rule": f"!({started}) || {_same(parent, field, schema)}",
-            "message": f"{only}Apply a run of another name, or delete this one first.",
+            "rule": f"!({started}) || {_cel_unchanged(parent, field, schema)}",
+            "message": f"{only}Apply a run with another name, or delete this run first.",
             "fieldPath": f".{parent}.{field}",
         }
         for parent, schema, mutable in parts
@@ -58,8 +66,8 @@ def immutable(spec: Schema) -> list[dict[str, str]]:
     ]
 
 
-def _same(parent: str, field: str, schema: Schema) -> str:
-    """CEL that holds where a field of the spec has not changed."""
+def _cel_unchanged(parent: str, field: str, schema: Schema) -> str:
+    """CEL that is true if the field has not changed."""
     new, old = f"self.{parent}.{field}", f"oldSelf.{parent}.{field}"
     if field in schema.get("required", []) or "default" in schema["properties"][field]:
         return f"{new} == {old}"
@@ -67,12 +75,12 @@ def _same(parent: str, field: str, schema: Schema) -> str:
 
 
 def crd() -> dict[str, Any]:
-    """The whole CustomResourceDefinition."""
-    spec = saying_defaults(structural(Spec.model_json_schema()))
+    """The CustomResourceDefinition as a mapping."""
+    spec = with_defaults_described(structural(Spec.model_json_schema()))
     status = without_defaults(structural(Status.model_json_schema()))
-    named = {
+    name_rule = {
         "rule": f"self.metadata.name.matches('^(?:{RUN_NAME.pattern})$')",
-        "message": RUN_NAME.words,
+        "message": RUN_NAME.message,
         "fieldPath": ".metadata.name",
     }
     schema = {
@@ -86,7 +94,7 @@ def crd() -> dict[str, Any]:
             "spec": spec,
             "status": status,
         },
-        "x-kubernetes-validations": [named, *immutable(spec)],
+        "x-kubernetes-validations": [name_rule, *immutability_rules(spec)],
     }
     columns = [
         {
@@ -129,7 +137,7 @@ def crd() -> dict[str, Any]:
 
 def render() -> str:
     """The text of manifests/crd.yaml."""
-    return "# Made by `python -m vpmoe.api.crd`; a test proves that the two are equal.\n" + write_yaml(crd())
+    return "# Made by `make manifests` from the models in vpmoe/api. Do not edit.\n" + write_yaml(crd())
 
 
 if __name__ == "__main__":

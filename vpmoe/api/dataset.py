@@ -1,4 +1,7 @@
-"""spec.dataset: where the training text comes from, and how it becomes tokens. Every field but `workers` is part of the data set's id."""
+"""spec.dataset: the source of the training text and how it becomes tokens.
+
+Every field except `workers` is part of the dataset's id.
+"""
 
 from typing import Annotated, Literal
 
@@ -12,7 +15,8 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
 SOURCE = TextPattern(
     r"s3://[^/*?\[]+/.+|hf://[^/@]+/[^/@]+(@[^/@]+)?",
-    "must be s3://bucket/path/*.parquet, or hf://owner/name or hf://owner/name@revision of a Hugging Face data set",
+    "must be s3://bucket/path/*.parquet, or hf://owner/name or hf://owner/name@revision of a Hugging Face "
+    "dataset",
     max_length=1024,
 )
 MONTH = TextPattern(r"[0-9]{4}-(0[1-9]|1[0-2])", "must be a month as a string, such as 2024-06")
@@ -22,52 +26,59 @@ DAY = TextPattern(
 
 
 class Sampling(ApiModel):
-    """Which documents are kept. Decided by a hash of each document's id, so the same documents are chosen every time."""
+    """Which documents are kept. A hash of each document's id decides, so the choice is the same every
+    time."""
 
     keep: PositiveShare = 1.0
-    """Share of all documents, between 0 and 1. Lower it for a small trial run on the same mixture."""
+    """Share of all documents to keep, between 0 and 1. Lower it for a small trial run on the same mixture."""
     memorization_max: Share = 0.70
-    """Largest share of memorization exercises in what is kept, between 0 and 1. Rows without an exercise count as none. Lower
-    favours reasoning over recall, and leaves less data."""
+    """Largest share of memorization exercises among the kept documents, between 0 and 1. A row without an
+    exercise does not count as one. Lower favours reasoning over recall and keeps fewer documents."""
     non_english_max: Share = 0.30
-    """Largest share of languages other than English in what is kept, between 0 and 1. Rows without a language count as English.
-    Lower costs the other languages first, and leaves less data."""
+    """Largest share of documents in other languages than English among the kept documents, between 0 and 1. A
+    row without a language counts as English. Lower keeps fewer documents in other languages, and fewer in
+    total."""
 
 
 class Conversation(ApiModel):
-    """The system message that every document is rendered with. The student sees it at every step, so it must be the same when served."""
+    """The system message of every document. The student must be served with the same system message."""
 
     identity: Annotated[str, Field(max_length=1024)] = "You are vpMoE, a large language model."
-    """First line of the system message: who the student is told it is."""
+    """First line of the system message: the name and role of the student."""
     knowledge_cutoff: Annotated[str, MONTH] = "2024-06"
-    """Month that the system message names as the end of the student's knowledge, as YYYY-MM."""
+    """Month in the system message that ends the student's knowledge, as YYYY-MM."""
     date: Annotated[str, DAY] | None = "2026-01-01"
-    """Day that the system message names as today, as YYYY-MM-DD; null leaves the line out (client-side `kubectl apply`
-    drops nulls: use --server-side). Pinned, for it is part of the data."""
+    """Current date in the system message, as YYYY-MM-DD; null omits the line. Client-side `kubectl apply`
+    drops nulls: use --server-side. The date is fixed because it is part of the dataset."""
     effort: Effort = "high"
-    """Reasoning effort that the system message names: low, medium or high. OnPolicy stages replace it prompt by prompt."""
+    """Reasoning effort in the system message: low, medium or high. OnPolicy stages replace it for each
+    prompt."""
 
 
 class DatasetSpec(ApiModel):
-    """The training text, and how it becomes tokens. The same settings over the same input are the same data set, built once."""
+    """The source of the training text and how it becomes tokens. Runs with the same settings and the same
+    input share one dataset, which is built once."""
 
     source: Annotated[str, SOURCE]
-    """Parquet shards in the SYNTH columns: s3://bucket/path/*.parquet on the endpoint of spec.storage, or hf://owner/name@revision of
-    a Hugging Face data set (no revision: the newest, resolved to its commit once and written into the run)."""
+    """Parquet files with the columns of SYNTH: s3://bucket/path/*.parquet on the endpoint of spec.storage, or
+    hf://owner/name@revision of a Hugging Face dataset. Without a revision the newest commit is resolved once
+    and recorded in the run."""
     max_length: Annotated[
         int, Field(ge=16, le=1_048_576, json_schema_extra={"inherits": "training.sequenceLength"})
     ]
-    """Longest document in tokens, its end-of-document token included; longer ones are dropped and counted. At most
-    training.sequenceLength, which is the default. Lower drops more text."""
+    """Longest document in tokens, including its end-of-document token. Longer documents are dropped and
+    counted. The default and the maximum is training.sequenceLength. Lower drops more text."""
     valid_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.001
-    """Share of documents held out from training, chosen by a hash of their id. Higher makes held-out losses steadier and training
-    data less."""
+    """Share of documents held out from training, below 1, chosen by a hash of their id. Higher makes held-out
+    losses less noisy and leaves less training data."""
     unreadable_max: Share = 0.01
-    """Largest share of the input's rows that may be unreadable (damaged row groups, text that is not UTF-8). Each is named in the
-    log and counted in the manifest; above this share preprocessing fails. Five rows are always tolerated."""
+    """Largest share of input rows that may be unreadable (damaged row groups, text that is not UTF-8),
+    between 0 and 1. Unreadable rows are logged and counted in the manifest; above this share preprocessing
+    fails. Five rows are always tolerated."""
     sampling: Sampling = Sampling()
     """Which documents are kept."""
     conversation: Conversation = Conversation()
-    """The system message that every document is rendered with."""
+    """The system message of every document."""
     workers: Annotated[int, Field(ge=1, le=1024)] = 8
-    """Preprocessing pods that work side by side. More is faster, up to the number of input shards; the result is the same bytes."""
+    """Number of parallel preprocessing pods. More is faster, up to the number of input files; the result is
+    byte-identical."""

@@ -1,4 +1,4 @@
-"""spec.evaluation: what is measured during a stage and after it."""
+"""spec.evaluation: what is measured while a stage trains and after it."""
 
 from typing import Annotated
 
@@ -10,15 +10,18 @@ from vpmoe.api.student import S3_FOLDER
 
 
 class EvaluationSpec(ApiModel):
-    """How progress is measured while a stage trains, and after it."""
+    """What is measured while a stage trains and after it."""
 
     every_tokens: Tokens = 100_000_000
-    """Tokens between evaluations of the held-out loss while a stage trains. Lower shows more and trains less."""
+    """Tokens between two evaluations of the held-out loss. Lower measures more often and slows training
+    down."""
     documents: Annotated[int, Field(ge=0, le=1_000_000)] = 2048
-    """Held-out documents scored each time, the same ones in every stage. More is steadier and slower; 0 measures no held-out loss."""
+    """Number of held-out documents per evaluation, the same in every stage. More is less noisy and slower; 0
+    measures no held-out loss."""
     completions: Annotated[int, Field(ge=0, le=1_000_000)] = 256
-    """Completions sampled after each stage to measure Harmony validity and lengths, a third at each effort. More is steadier and slower:
-    with 256 a share is known to about 0.03. 0 measures none."""
+    """Number of completions sampled after each stage to measure Harmony validity and lengths, a third at each
+    effort. More is less noisy and slower: with 256, the standard error of a share is about 0.03. 0 measures
+    none."""
     canary: Annotated[str, S3_FOLDER] | None = None
-    """Text that is never trained on, measured in bits per byte after each stage: s3://bucket/path of a UTF-8 text on the endpoint of
-    spec.storage, or of a folder of such. null measures none."""
+    """Text that is never trained on, measured in bits per byte after each stage: s3://bucket/path of a UTF-8
+    text or of a folder of texts on the endpoint of spec.storage. null measures none."""

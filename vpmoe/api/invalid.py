@@ -1,4 +1,4 @@
-"""What is wrong with a DistillRun, in words: one line a problem, each naming the field, the value and the way out."""
+"""Validation errors as text: one line per problem, which names the field, the value and the remedy."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ _KIND_NAMES = tuple(kind.__name__ for kind in KINDS)
 
 
 class Invalid(ValueError):
-    """A DistillRun that cannot be run as it is written. `problems` holds a line for each thing that is wrong."""
+    """A DistillRun that does not validate. `problems` has one line per problem."""
 
     def __init__(self, problems: Iterable[str], source: str = "DistillRun") -> None:
         self.problems = tuple(problems)
@@ -21,9 +21,9 @@ class Invalid(ValueError):
 
 
 def problems(error: ValidationError, written: Mapping[str, Any]) -> list[str]:
-    """Every problem that pydantic found in what was `written`, once.
+    """Every problem that pydantic found in the mapping `written`, each once.
 
-    A value that several fields inherit is wrong in each of them; only the place where it was written is named.
+    If several fields inherit an invalid value, only the field where it was written is named.
     """
     found = [(_path(detail), detail) for detail in error.errors(include_url=False) if not _miscounted(detail)]
     own = [(path, detail) for path, detail in found if _was_written(written, path, detail["type"])]
@@ -31,12 +31,13 @@ def problems(error: ValidationError, written: Mapping[str, Any]) -> list[str]:
 
 
 def _miscounted(detail: ErrorDetails) -> bool:
-    """pydantic counts a list's valid items: one bad stage would also be "no stages"."""
+    """Whether this is a false "too short": pydantic counts valid items only, so one invalid stage would be
+    "no stages"."""
     return detail["type"] == "too_short" and len(detail["input"]) >= detail["ctx"]["min_length"]
 
 
 def _path(detail: ErrorDetails) -> tuple[str | int, ...]:
-    """The place of a problem without the union tags that pydantic puts behind a stage's index."""
+    """The path of the problem without the union tag that pydantic adds after a stage's index."""
     loc = detail["loc"]
     return tuple(
         part for i, part in enumerate(loc) if not (i and isinstance(loc[i - 1], int) and part in _KIND_NAMES)
@@ -67,14 +68,16 @@ def _was_written(written: Any, path: tuple[str | int, ...], kind: str) -> bool:
 def _lines(path: str, detail: ErrorDetails) -> list[str]:
     context = detail.get("ctx", {})
     if detail["type"] == "rules":
-        return [f"{'.'.join(filter(None, (path, field)))}: {words}" for field, words in context["problems"]]
+        return [
+            f"{'.'.join(filter(None, (path, field)))}: {message}" for field, message in context["problems"]
+        ]
     if detail["type"] == "missing":
         return [f"{path}: is required"]
     if detail["type"] == "union_tag_not_found":
         return [f"{path}.kind: is required. It must be one of {', '.join(_KIND_NAMES)}"]
     if detail["type"] == "union_tag_invalid":
         return [f'{path}.kind: "{context["tag"]}" must be one of {", ".join(_KIND_NAMES)}']
-    return [f"{path}: {_value(detail['input'])} {_words(detail, context)}"]
+    return [f"{path}: {_value(detail['input'])} {_message(detail, context)}"]
 
 
 def _value(value: object) -> str:
@@ -87,10 +90,10 @@ def _value(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def _words(detail: ErrorDetails, context: Mapping[str, Any]) -> str:
+def _message(detail: ErrorDetails, context: Mapping[str, Any]) -> str:
     match detail["type"]:
-        case "words":
-            return str(context["words"])
+        case "invalid_text":
+            return str(context["message"])
         case "extra_forbidden":
             return _unknown(str(detail["loc"][-1]))
         case "literal_error" | "enum":
@@ -128,7 +131,7 @@ def _words(detail: ErrorDetails, context: Mapping[str, Any]) -> str:
 
 
 def only_of_kinds(kinds: list[str], field: str) -> str:
-    """What is wrong with a field in a stage of a kind that does not have it."""
+    """Message for a field in a stage of a kind that does not have the field."""
     return f"is given, but only stages of kind {' or '.join(kinds)} have {field}"
 
 
@@ -136,4 +139,4 @@ def _unknown(field: str) -> str:
     kinds = [kind.__name__ for kind in KINDS if field in (info.alias for info in kind.model_fields.values())]
     if kinds:
         return only_of_kinds(kinds, field)
-    return "is given, but there is no such field. Check its spelling and its indentation"
+    return "is given, but there is no such field. Check the spelling and the indentation"

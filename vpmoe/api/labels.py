@@ -1,6 +1,7 @@
-"""Labels and annotations that say where an object comes from: which run, step and attempt, which code, configuration and data.
+"""Labels and annotations that record the origin of an object: run, step, attempt, commit, configuration and
+dataset.
 
-Labels are short, to select by; annotations carry the same facts in full. Who puts them on what is the operator's and the jobs' business.
+Labels are for selectors and have shortened hashes; annotations have the full values.
 """
 
 import re
@@ -14,16 +15,18 @@ DATASET = "vpmoe.dev/dataset"
 FINALIZER = "vpmoe.dev/delete-from-bucket"
 
 SHORT = 16
-"""Hex digits of a hash in a label."""
+"""Number of hex digits of a hash in a label."""
 
 _VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 
 
 def label_value(key: str, value: str) -> str:
-    """`value`, if Kubernetes takes it as the value of a label. ValueError otherwise."""
+    """`value`, if it is a valid label value. Raises ValueError otherwise."""
     if _VALUE.fullmatch(value) is None:
         raise ValueError(
-            f"label {key}: {value!r} is not a label value (at most 63 letters, digits, '-', '_' and '.')"
+            f"label {key}: {value!r} is not a label value. Use at most 63 letters, digits, '-', '_' and '.', "
+            f"from a "
+            "letter or digit to a letter or digit."
         )
     return value
 
@@ -31,18 +34,19 @@ def label_value(key: str, value: str) -> str:
 def labels(
     run: str, *, step: str, attempt: int, git_sha: str, config: str, dataset: str | None = None
 ) -> dict[str, str]:
-    """Labels of an object of a run's step: hashes by their first 16 hex digits; no dataset label before the data set is known."""
-    facts = {RUN: run, STEP: step, ATTEMPT: str(attempt), GIT_SHA: git_sha[:SHORT], CONFIG: config[:SHORT]}
+    """Labels of an object of a step, with hashes shortened to 16 hex digits. `dataset` is None before its id
+    is known."""
+    values = {RUN: run, STEP: step, ATTEMPT: str(attempt), GIT_SHA: git_sha[:SHORT], CONFIG: config[:SHORT]}
     if dataset is not None:
-        facts[DATASET] = dataset[:SHORT]
-    return {key: label_value(key, value) for key, value in facts.items()}
+        values[DATASET] = dataset[:SHORT]
+    return {key: label_value(key, value) for key, value in values.items()}
 
 
 def annotations(
     run: str, *, step: str, attempt: int, git_sha: str, config: str, dataset: str | None = None
 ) -> dict[str, str]:
-    """The same facts in full."""
-    facts = {RUN: run, STEP: step, ATTEMPT: str(attempt), GIT_SHA: git_sha, CONFIG: config}
+    """Annotations of an object of a step: the values of `labels` with full hashes."""
+    values = {RUN: run, STEP: step, ATTEMPT: str(attempt), GIT_SHA: git_sha, CONFIG: config}
     if dataset is not None:
-        facts[DATASET] = dataset
-    return facts
+        values[DATASET] = dataset
+    return values

@@ -1,6 +1,6 @@
-"""How a stage is spread over GPUs and sequences: ranks, pods, and what one optimizer step is made of.
+"""A stage's layout: ranks, pods, and the sequences of one optimizer step.
 
-Pure arithmetic over the specification. The sums that must come out are rules of Spec (spec.py), so a Spec that exists has a layout.
+Pure arithmetic over the specification. Divisibility is checked by rules.py, so every valid Spec has a layout.
 """
 
 from dataclasses import dataclass
@@ -10,46 +10,48 @@ from vpmoe.api.student import StudentSpec
 from vpmoe.api.training import TrainingSpec
 
 EXPERTS = {"vpmoe-6b": 256, "tiny": 8}
-"""Experts of each student shape. vpmoe.model.shapes holds the shapes themselves, and a test of it compares the two."""
+"""Number of experts of each student shape, equal to those in vpmoe.model.shapes: a test compares the two."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One stage's layout."""
+    """The layout of one stage."""
 
     ranks: int
-    """Training processes, one GPU each."""
+    """Number of training processes, one GPU each."""
     pods: int
-    """Training pods: the Master and pods − 1 Workers of a PyTorchJob, or the one pod of a Job."""
+    """Number of training pods: the Master and pods − 1 Workers of a PyTorchJob, or the one pod of a Job."""
     processes_per_pod: int
-    """Training processes of each pod, one GPU each."""
+    """Training processes in each pod, one GPU each."""
     first_pod_gpus: int
-    """GPUs of the first pod, which is the Master or the one pod of a Job. In a TeacherForced stage one more than processes: the teacher's
-    own process stands there, on the GPU after theirs, however many GPUs teacher.gpus has for rescoring."""
+    """GPUs of the first pod, which is the Master or the one pod of a Job. In a TeacherForced stage it is one
+    more than its training processes: the teacher process runs there, on the last GPU, whatever teacher.gpus
+    is."""
     data_parallel: int
-    """Ranks that each take their own part of a batch: all of them."""
+    """Data-parallel size: all ranks."""
     expert_parallel: int
-    """Ranks that share one set of experts."""
+    """Number of ranks that share one set of experts."""
     sequences_per_rank: int
-    """Packed sequences that one rank takes in one optimizer step."""
+    """Packed sequences of one rank in one optimizer step."""
     sequences_per_step: int
-    """Packed sequences of one optimizer step, on all ranks."""
+    """Packed sequences of all ranks in one optimizer step."""
     tokens_per_step: int
-    """Positions of one optimizer step, padding included: sequences × training.sequenceLength, at most training.globalBatchTokens."""
+    """Positions of one optimizer step, including padding: sequences_per_step × training.sequenceLength, at
+    most training.globalBatchTokens."""
 
 
 def ranks(student: StudentSpec, stage: StageFields) -> int:
-    """Training processes of a stage: the student's GPUs, less those that an OnPolicy stage samples on."""
+    """Number of training processes of a stage: student.gpus, less those that sample."""
     return student.gpus - stage.sampler_gpus
 
 
 def pod_size(student: StudentSpec, stage: StageFields) -> int:
-    """Training processes of one pod, at most gpusPerPod."""
+    """Training processes in one pod, at most student.gpusPerPod."""
     return min(ranks(student, stage), student.gpus_per_pod or student.gpus)
 
 
 def layout(student: StudentSpec, training: TrainingSpec, stage: StageFields) -> Layout:
-    """The layout of one stage of a specification."""
+    """The layout of a stage."""
     world, size = ranks(student, stage), pod_size(student, stage)
     per_rank = training.global_batch_tokens // (training.sequence_length * world)
     return Layout(
@@ -66,8 +68,5 @@ def layout(student: StudentSpec, training: TrainingSpec, stage: StageFields) -> 
 
 
 def largest_pod(student: StudentSpec, stage: StageFields) -> int:
-    """GPUs of the stage's largest pod: of its first that trains, or of the one that samples for an OnPolicy stage."""
-    return max(
-        pod_size(student, stage) + stage.teacher_processes,
-        stage.sampler_gpus,
-    )
+    """GPUs of the stage's largest pod: the first training pod or the sampler's pod."""
+    return max(pod_size(student, stage) + stage.teacher_processes, stage.sampler_gpus)

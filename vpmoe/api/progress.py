@@ -1,6 +1,7 @@
-"""What a step says about itself: the job writes it to steps/<step>/progress.json, the operator reads it from there into status.
+"""Progress of a step: the job writes it to steps/<step>/progress.json, and the operator copies it into
+status.
 
-It holds what the operator decides by and what a user watches; everything measured goes into the metrics beside it.
+It holds what the operator's decisions and the status need. All other measurements are in the metrics.
 """
 
 from datetime import datetime
@@ -16,99 +17,101 @@ Address = Annotated[str, Field(max_length=2048)]
 
 
 class Amount(Record):
-    """How much of something is done."""
+    """A count and its total."""
 
     done: Count
-    """Done so far."""
+    """Number done so far."""
     total: Count
-    """All of it, as far as is known."""
+    """Total number, as far as it is known."""
 
 
 class SpanLoss(Record):
-    """Mean negative log-likelihood by span, in nats a token; None where there was no such token."""
+    """Mean negative log-likelihood of each span, in nats per token; None if the span has no tokens."""
 
     reasoning: float | None = None
-    """Of reasoning tokens."""
+    """Mean negative log-likelihood of reasoning tokens, in nats per token."""
     final: float | None = None
-    """Of final answers."""
+    """Mean negative log-likelihood of the tokens of final answers, in nats per token."""
 
 
 class HeldOut(Record):
-    """Held-out loss of the step."""
+    """Held-out loss of a training step."""
 
     before: SpanLoss | None = None
-    """Before its first optimizer step."""
+    """Held-out loss before the first optimizer step."""
     latest: SpanLoss | None = None
-    """At the latest evaluation."""
+    """Held-out loss at the latest evaluation."""
 
 
 class DatasetStatus(Record):
-    """The data set that the step made or read."""
+    """The dataset of a step or run."""
 
     id: Hash
-    """Its id, 64 hex."""
+    """The dataset's id, 64 hex digits."""
     manifest: Address
-    """s3:// address of its manifest."""
+    """s3:// URL of the dataset's manifest."""
     sha256: Hash
-    """sha256 of the manifest's bytes, 64 hex."""
+    """SHA-256 of the manifest's bytes, 64 hex digits."""
 
 
 class CheckpointStatus(Record):
     """The latest checkpoint whose manifest is in the bucket."""
 
     iteration: Count
-    """Optimizer steps done, over all stages."""
+    """Number of optimizer steps at the checkpoint, over all stages."""
     tokens: Count
-    """Tokens of the stage done."""
+    """Tokens of the stage trained on at the checkpoint."""
     manifest: Address
-    """s3:// address of its manifest."""
+    """s3:// URL of the checkpoint's manifest."""
     sha256: Hash
-    """sha256 of the manifest's bytes, 64 hex."""
+    """SHA-256 of the manifest's bytes, 64 hex digits."""
 
 
 class ProgressCondition(Record):
-    """Something that the job found and the run's status should say, such as RouterCollapse."""
+    """A condition that the job adds to the run's status, such as RouterCollapse."""
 
     type: Annotated[str, Field(pattern=r"^[A-Z][A-Za-z0-9]{0,63}$")]
-    """Its name in CamelCase."""
+    """Name of the condition in CamelCase."""
     status: Literal["True", "False", "Unknown"]
-    """Whether it holds."""
+    """Whether the condition holds."""
     reason: Annotated[str, Field(pattern=r"^[A-Z][A-Za-z0-9]{0,127}$")]
-    """Why, in one CamelCase word."""
+    """Reason as one CamelCase word."""
     message: str = ""
-    """Why, in a sentence."""
+    """Reason as a sentence."""
 
 
 class Progress(Record):
-    """State of one step, overwritten as it goes on."""
+    """Progress of one step. The object is overwritten with each update."""
 
     step: str
-    """Which step of the run."""
+    """Name of the step."""
     attempt: Annotated[int, Field(ge=1)]
-    """Which attempt wrote this."""
+    """Number of the attempt that wrote this."""
     state: Literal["Running", "Succeeded"]
-    """Succeeded is written once, when everything that the step makes is in the bucket. Failures are the pod's to report."""
+    """Succeeded is written once, when all outputs of the step are in the bucket. A failure is reported by the
+    pod's exit code and not here."""
     message: str = ""
-    """What it is doing, in a few words."""
+    """What the step is doing, in a few words."""
     updated: datetime
-    """When this was written."""
+    """Time of this update."""
     tokens: Amount | None = None
-    """Tokens trained on in this stage, and planned."""
+    """Tokens of this stage: trained on, and planned."""
     parts: Amount | None = None
-    """Parts written and to write, of the data set or of the scores; windows sampled or scored, and those that are known to be."""
+    """Parts of the dataset or of the scores: written, and to write. For a sampler or teacher, windows: done,
+    and known so far."""
     tokens_per_second: float | None = None
-    """Speed over the last while, padding excluded."""
+    """Recent speed, padding excluded."""
     loss: float | None = None
-    """What the stage minimises, in nats a token, reasoning and final weighted by spanWeights: the cross-entropy of
-    the latest optimizer step, without confidence weights and teacher terms; in an OnPolicy stage the reverse KL
-    over the latest window."""
+    """What the stage minimises, in nats per token, reasoning and final weighted by spanWeights: the
+    cross-entropy of the latest optimizer step, without confidence weights and teacher terms; in an OnPolicy
+    stage the reverse KL over the latest window."""
     held_out: HeldOut | None = None
     """Held-out loss by span."""
     validity: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of sampled completions that are valid Harmony, of all efforts."""
+    """Share of sampled completions that are valid Harmony, over all efforts."""
     dataset: DatasetStatus | None = None
-    """The data set that the step made or read."""
+    """The dataset that the step wrote or read."""
     checkpoint: CheckpointStatus | None = None
     """The latest checkpoint."""
     conditions: tuple[ProgressCondition, ...] = ()
-    """What the run's status should say beside it."""
+    """Conditions to add to the run's status."""

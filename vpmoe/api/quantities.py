@@ -1,6 +1,6 @@
-"""Token counts and durations as people write them, and the types of the fields that hold them.
+"""Token counts, durations and Kubernetes quantities as text, and the types of the fields that hold them.
 
-In Python a field holds a plain int (tokens, or seconds); written out again it is the shortest text that says the same.
+In Python a field holds a plain int (tokens or seconds). A duration is serialized as its shortest text.
 """
 
 import re
@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, core_schema
 
-from vpmoe.api.base import cel_string
+from vpmoe.api.base import cel_string, invalid_text
 
 MOST_TOKENS = 10**15
-"""More than anything trains on, and far below 2^53, above which CEL's doubles and JSON's numbers stop being exact."""
+"""Largest token count: far below 2^53, above which CEL's doubles and JSON's numbers are not exact."""
 
 TOKENS_WORDS = 'must be a whole number of tokens, such as 1000000, "1_000_000", "500k", "20M" or "1.5B"'
 DURATION_WORDS = 'must be a duration such as "90s", "15m", "1h30m" or "7d"'
@@ -30,7 +30,10 @@ _SECONDS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 
 
 def parse_tokens(value: object) -> int:
-    """A token count: a whole number, or its text with k, M, B or T for 10^3, 10^6, 10^9, 10^12. ValueError says what to write."""
+    """A token count from a whole number, or from a text with k, M, B or T for 10^3, 10^6, 10^9, 10^12.
+
+    Raises ValueError, which says what to write, for anything else.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(TOKENS_WORDS)
     if isinstance(value, str):
@@ -45,7 +48,7 @@ def parse_tokens(value: object) -> int:
 
 
 def format_tokens(count: int) -> str:
-    """The shortest text that parse_tokens reads as `count` exactly: 1500000 is "1.5M", 1001 is "1001"."""
+    """The shortest text that parse_tokens reads as exactly `count`: 1500000 is "1.5M", 1001 is "1001"."""
     for suffix, zeros in (("T", 12), ("B", 9), ("M", 6), ("k", 3)):
         if count >= 10**zeros and count % 10 ** (zeros - 3) == 0:
             return f"{Decimal(count).scaleb(-zeros).normalize():f}{suffix}"
@@ -53,7 +56,8 @@ def format_tokens(count: int) -> str:
 
 
 def parse_duration(value: object) -> int:
-    """Seconds in a text such as "1h30m", with d, h, m, s in this order. ValueError says what to write."""
+    """Seconds in a text such as "1h30m", with d, h, m, s in this order. Raises ValueError, which says what to
+    write."""
     if (
         not isinstance(value, str)
         or not value
@@ -75,12 +79,12 @@ def format_duration(seconds: int) -> str:
 
 
 def cel_is_tokens(value: str) -> str:
-    """CEL that holds where `value`, an int-or-string, has the form of a token count."""
+    """CEL that is true if `value`, an int-or-string, has the form of a token count."""
     return f"(type({value}) == int || {value}.matches({cel_string(f'^{_TOKENS}$')}))"
 
 
 def cel_tokens(value: str) -> str:
-    """CEL that gives the token count which `value`, an int-or-string of that form, stands for, as a double."""
+    """CEL for the token count, as a double, of `value`, an int-or-string for which cel_is_tokens holds."""
     text = f"string({value}).replace('_', '')"
     for suffix, zeros in _ZEROS.items():
         text += f".replace('{suffix}', 'e{zeros}')"
@@ -89,7 +93,8 @@ def cel_tokens(value: str) -> str:
 
 @dataclass(frozen=True)
 class TokenCount:
-    """Annotation of an int field that holds tokens: int-or-string for the API server, parsed and bounded in Python."""
+    """Annotation of an int field that holds tokens: int-or-string in the CRD, parsed and bounded in
+    Python."""
 
     least: int
 
@@ -106,7 +111,8 @@ class TokenCount:
             "maxLength": _LONGEST,
             "x-kubernetes-validations": [
                 {
-                    "rule": f"{well_formed} && ({count} > {MOST_TOKENS}.0 || {count} == double(int({count})))",
+                    "rule": f"{well_formed} && "
+                    f"({count} > {MOST_TOKENS}.0 || {count} == double(int({count})))",
                     "message": TOKENS_WORDS,
                 },
                 {
@@ -123,14 +129,14 @@ class TokenCount:
         try:
             count = parse_tokens(value)
         except ValueError as error:
-            raise PydanticCustomError("words", "{words}", {"words": str(error)}) from None
+            raise invalid_text(str(error)) from None
         if not self.least <= count <= MOST_TOKENS:
-            raise PydanticCustomError("words", "{words}", {"words": self._bounds()})
+            raise invalid_text(self._bounds())
         return count
 
 
-class Seconds:
-    """Annotation of an int field that holds seconds and is written as a duration."""
+class DurationText:
+    """Annotation of an int field that holds seconds and is written as a duration such as "15m"."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         write = core_schema.plain_serializer_function_ser_schema(format_duration)
@@ -142,18 +148,18 @@ class Seconds:
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
         rule = f"self != '' && self.matches({cel_string(f'^{_DURATION}$')})"
-        words = [{"rule": rule, "message": DURATION_WORDS}]
-        return {"type": "string", "unit": "seconds", "maxLength": _LONGEST, "x-kubernetes-validations": words}
+        rules = [{"rule": rule, "message": DURATION_WORDS}]
+        return {"type": "string", "unit": "seconds", "maxLength": _LONGEST, "x-kubernetes-validations": rules}
 
     def _parse(self, value: object) -> int:
         try:
             return parse_duration(value)
         except ValueError as error:
-            raise PydanticCustomError("words", "{words}", {"words": str(error)}) from None
+            raise invalid_text(str(error)) from None
 
 
 class QuantityText:
-    """Annotation of a str field that holds a Kubernetes quantity: a whole number becomes its text."""
+    """Annotation of a str field that holds a Kubernetes quantity. A whole number is converted to text."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self._parse, handler(source))
@@ -172,7 +178,7 @@ class QuantityText:
     def _parse(self, value: object) -> str:
         text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
         if not isinstance(text, str) or len(text) > _LONGEST or re.fullmatch(_QUANTITY, text) is None:
-            raise PydanticCustomError("words", "{words}", {"words": QUANTITY_WORDS})
+            raise invalid_text(QUANTITY_WORDS)
         return text
 
 
@@ -182,5 +188,5 @@ Tokens = Annotated[int, TokenCount(least=1)]
 TokensOrNone = Annotated[int, TokenCount(least=0)]
 """A number of tokens that may be 0."""
 
-Duration = Annotated[int, Seconds()]
-"""A length of time in seconds, written as "15m"."""
+Duration = Annotated[int, DurationText()]
+"""A duration in seconds, written as "15m"."""

@@ -1,19 +1,22 @@
-"""What must hold between the parts of a spec, each sentence once: Python evaluates it by hand, the API server as CEL.
+"""The rules between the fields of spec. Python evaluates each rule with `broken`, the API server with `cel`.
 
-What a Rule is, is base.py's business; how a problem is worded around its sentence, invalid.py's.
+The class Rule is in base.py; invalid.py puts the field in front of a message.
 """
 
 from vpmoe.api.base import Rule
 from vpmoe.api.layout import EXPERTS, pod_size, ranks
 from vpmoe.api.quantities import cel_is_tokens, cel_tokens
 from vpmoe.api.spec_fields import SpecFields
-from vpmoe.api.stages import OPTIMIZER_OF_KIND, OnPolicy, Require, Stage, StageFields, Vanilla
+from vpmoe.api.stages import OPTIMIZER_OF_KIND, Require, Stage, StageFields
 from vpmoe.api.training import Optimizer
 
 # CEL for what layout.py computes, over `self` (the spec) and `s` (a stage as the API server stores it).
 _SAMPLER = "(has(s.sampler) && has(s.sampler.gpus) ? s.sampler.gpus : (self.student.gpus + 1) / 2)"
 _RANKS = f"(self.student.gpus - (s.kind == 'OnPolicy' ? {_SAMPLER} : 0))"
-_POD = f"(has(self.student.gpusPerPod) && self.student.gpusPerPod < {_RANKS} ? self.student.gpusPerPod : {_RANKS})"
+_POD = (
+    f"(has(self.student.gpusPerPod) && self.student.gpusPerPod < {_RANKS} "
+    f"? self.student.gpusPerPod : {_RANKS})"
+)
 _EXPERTS = (
     "("
     + " : ".join(f"self.student.shape == '{shape}' ? {experts}" for shape, experts in EXPERTS.items())
@@ -30,7 +33,10 @@ _PEAK = (
     + f"{_COMMON_PEAK})"
 )
 _LOW = f"(has(s.optimizer) && has(s.optimizer.minLearningRate) ? s.optimizer.minLearningRate : {_COMMON_LOW})"
-_REQUIRED = f"(s.kind != 'OnPolicy' ? 0.0 : has(s.require) && has(s.require.validity) ? s.require.validity : {Require().validity})"
+_REQUIRED = (
+    "(s.kind != 'OnPolicy' ? 0.0 : has(s.require) && has(s.require.validity) "
+    f"? s.require.validity : {Require().validity})"
+)
 
 
 def _too_low(optimizer: Optimizer) -> dict[str, object] | None:
@@ -59,9 +65,9 @@ def _uneven_experts(spec: SpecFields) -> dict[str, object] | None:
 
 
 def _no_ranks(spec: SpecFields, stage: StageFields) -> dict[str, object] | None:
-    if not isinstance(stage, OnPolicy) or ranks(spec.student, stage) >= 1:
+    if not stage.samples or ranks(spec.student, stage) >= 1:
         return None
-    return {"stage": stage.name, "gpus": spec.student.gpus, "sampler": stage.sampler.gpus}
+    return {"stage": stage.name, "gpus": spec.student.gpus, "sampler": stage.sampler_gpus}
 
 
 def _uneven_ranks(spec: SpecFields, stage: StageFields) -> dict[str, object] | None:
@@ -99,20 +105,18 @@ def _small_batch(spec: SpecFields, stage: StageFields) -> dict[str, object] | No
 
 
 def _nothing_sampled(spec: SpecFields, stage: Stage) -> dict[str, object] | None:
-    asks = stage.stop is not None and stage.stop.min_validity > 0 and not isinstance(stage, OnPolicy)
-    return {"stage": stage.name, "kind": stage.kind} if asks else None
+    broken = stage.stop is not None and stage.stop.min_validity > 0 and not stage.samples
+    return {"stage": stage.name, "kind": stage.kind} if broken else None
 
 
 def _nothing_held_out(spec: SpecFields, stage: Stage) -> dict[str, object] | None:
-    asks = stage.stop is not None and not isinstance(stage, OnPolicy)
-    return {"stage": stage.name} if asks and spec.evaluation.documents == 0 else None
+    needs_loss = stage.stop is not None and not stage.samples
+    return {"stage": stage.name} if needs_loss and spec.evaluation.documents == 0 else None
 
 
 def _no_teacher(spec: SpecFields, stage: Stage) -> dict[str, object] | None:
     return (
-        {"stage": stage.name, "kind": stage.kind}
-        if spec.teacher.gpus == 0 and not isinstance(stage, Vanilla)
-        else None
+        {"stage": stage.name, "kind": stage.kind} if spec.teacher.gpus == 0 and stage.needs_teacher else None
     )
 
 
@@ -137,7 +141,9 @@ _STAGE = {"stage": "s.name"}
 RULES = (
     Rule(
         "dataset.maxLength",
-        "{longest} is more than training.sequenceLength {length}: a document must fit into one sequence.",
+        "{longest} is more than training.sequenceLength {length}: a document must fit into one sequence. "
+        "Lower "
+        "it, or raise training.sequenceLength.",
         cel="!has(self.dataset.maxLength) || self.dataset.maxLength <= self.training.sequenceLength",
         broken=lambda spec, _: (
             {"longest": spec.dataset.max_length, "length": spec.training.sequence_length}
@@ -159,21 +165,24 @@ RULES = (
     ),
     Rule(
         "training.optimizer",
-        "minLearningRate {low} is above learningRate {peak}. Lower the one or raise the other.",
+        "minLearningRate {low} is above learningRate {peak}. Lower minLearningRate or raise learningRate.",
         cel=f"{_COMMON_LOW} <= {_COMMON_PEAK}",
         broken=lambda spec, _: _too_low(spec.training.optimizer),
         terms={"low": _COMMON_LOW, "peak": _COMMON_PEAK},
     ),
     Rule(
         "stages",
-        "two stages are called {name}. A stage's name is its folder in the bucket: give each its own.",
+        "two stages have the name {name}. A stage's name is its folder in the bucket: give each stage its "
+        "own "
+        "name.",
         cel="self.stages.all(s, self.stages.exists_one(t, t.name == s.name))",
         broken=lambda spec, _: _repeated(spec),
         terms={"name": "self.stages.filter(s, !self.stages.exists_one(t, t.name == s.name))[0].name"},
     ),
     Rule(
         "stages",
-        "stage {stage}: minLearningRate {low} is above learningRate {peak}. Lower the one or raise the other.",
+        "stage {stage}: minLearningRate {low} is above learningRate {peak}. Lower minLearningRate or raise "
+        "learningRate.",
         cel=f"{_COMMON_LOW} > {_COMMON_PEAK} || {_LOW} <= {_PEAK}",
         broken=_too_low_for_stage,
         terms={**_STAGE, "low": f"{_LOW}", "peak": f"{_PEAK}"},
@@ -181,7 +190,8 @@ RULES = (
     ),
     Rule(
         "stages",
-        "stage {stage}: student.gpus {gpus} − sampler.gpus {sampler} leaves no GPU to train on. Lower sampler.gpus.",
+        "stage {stage}: student.gpus {gpus} − sampler.gpus {sampler} leaves no GPU for training. Lower "
+        "sampler.gpus.",
         cel=f"s.kind != 'OnPolicy' || {_RANKS} >= 1",
         broken=_no_ranks,
         terms={**_STAGE, "gpus": "self.student.gpus", "sampler": f"self.student.gpus - {_RANKS}"},
@@ -189,7 +199,8 @@ RULES = (
     ),
     Rule(
         "stages",
-        "stage {stage}: {ranks} ranks are not a multiple of student.expertParallel {parallel}.",
+        "stage {stage}: {ranks} ranks are not a multiple of student.expertParallel {parallel}. Lower "
+        "student.expertParallel, or change the number of GPUs.",
         cel=f"{_RANKS} < 1 || {_RANKS} % self.student.expertParallel == 0",
         broken=_uneven_ranks,
         terms={**_STAGE, "ranks": f"{_RANKS}", "parallel": "self.student.expertParallel"},
@@ -197,7 +208,9 @@ RULES = (
     ),
     Rule(
         "stages",
-        "stage {stage}: {ranks} GPUs do not divide into pods of {size}. Let student.gpusPerPod divide the ranks of every stage.",
+        "stage {stage}: {ranks} GPUs do not divide into pods of {size}. Set student.gpusPerPod to a divisor "
+        "of the "
+        "ranks of every stage.",
         cel=f"{_RANKS} < 1 || {_RANKS} % {_POD} == 0",
         broken=_uneven_pods,
         terms={**_STAGE, "ranks": f"{_RANKS}", "size": f"{_POD}"},
@@ -205,7 +218,9 @@ RULES = (
     ),
     Rule(
         "stages",
-        "stage {stage}: {ranks} GPUs in pods of {size} are several pods, and runtime.backend Job makes one. Use PyTorchJob.",
+        "stage {stage}: {ranks} GPUs in pods of {size} need several pods, but runtime.backend Job has one "
+        "pod. Use "
+        "PyTorchJob.",
         cel=f"self.runtime.backend != 'Job' || {_RANKS} <= {_POD}",
         broken=_several_pods,
         terms={**_STAGE, "ranks": f"{_RANKS}", "size": f"{_POD}"},
@@ -213,7 +228,9 @@ RULES = (
     ),
     Rule(
         "training.globalBatchTokens",
-        "{batch} is less than one sequence on every rank of stage {stage}: {ranks} × {length} = {least}.",
+        "{batch} is less than one sequence on every rank of stage {stage}: {ranks} × {length} = {least}. "
+        "Raise it, "
+        "or lower training.sequenceLength.",
         cel=f"{_RANKS} < 1 || !{_IS_BATCH} || {_BATCH} >= double({_RANKS} * self.training.sequenceLength)",
         broken=_small_batch,
         terms={
@@ -227,8 +244,9 @@ RULES = (
     ),
     Rule(
         "stages",
-        "stage {stage}: require.validity {validity} is about the student of the stage before, and there is none. Put one before it, or set "
-        "require.validity to 0.",
+        "stage {stage}: require.validity {validity} needs the evaluation of a stage before, but this is the "
+        "first "
+        "stage. Add a stage before it, or set require.validity to 0.",
         cel=f"{_REQUIRED} == 0.0 || s.name != self.stages[0].name",
         broken=_nothing_before,
         terms={**_STAGE, "validity": f"{_REQUIRED}"},
@@ -236,8 +254,8 @@ RULES = (
     ),
     Rule(
         "stages",
-        "stage {stage}: require.validity {validity} is not measured where evaluation.completions is 0. Raise that, or set require.validity "
-        "to 0.",
+        "stage {stage}: require.validity {validity} is not measured if evaluation.completions is 0. Raise "
+        "evaluation.completions, or set require.validity to 0.",
         cel=f"{_REQUIRED} == 0.0 || self.evaluation.completions > 0",
         broken=_not_measured,
         terms={**_STAGE, "validity": f"{_REQUIRED}"},
@@ -245,7 +263,9 @@ RULES = (
     ),
     Rule(
         "stages",
-        "stage {stage}: stop.minValidity is above 0, and a stage of kind {kind} samples nothing to measure it. Set it to 0.",
+        "stage {stage}: stop.minValidity is above 0, but a stage of kind {kind} does not sample and cannot "
+        "measure "
+        "validity. Set it to 0.",
         cel="s.kind == 'OnPolicy' || !has(s.stop) || !has(s.stop.minValidity) || s.stop.minValidity == 0.0",
         broken=_nothing_sampled,
         terms={**_STAGE, "kind": "s.kind"},
@@ -253,7 +273,9 @@ RULES = (
     ),
     Rule(
         "stages",
-        "stage {stage}: stop looks at the held-out loss, and evaluation.documents is 0. Raise that, or leave stop out.",
+        "stage {stage}: stop needs the held-out loss, but evaluation.documents is 0. Raise "
+        "evaluation.documents, or "
+        "remove stop.",
         cel="s.kind == 'OnPolicy' || !has(s.stop) || self.evaluation.documents > 0",
         broken=_nothing_held_out,
         terms=_STAGE,
@@ -261,7 +283,9 @@ RULES = (
     ),
     Rule(
         "teacher.gpus",
-        "0 leaves no GPU for the teacher of stage {stage} of kind {kind}. Only Vanilla stages do without.",
+        "0 leaves no GPU for the teacher, which stage {stage} of kind {kind} needs. Raise it, or use Vanilla "
+        "stages "
+        "only.",
         cel="s.kind == 'Vanilla' || self.teacher.gpus >= 1",
         broken=_no_teacher,
         terms={**_STAGE, "kind": "s.kind"},

@@ -1,4 +1,4 @@
-"""spec.runtime: how the run's pods are made, and when the operator gives up."""
+"""spec.runtime: settings of the run's pods and of retries."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -8,7 +8,7 @@ from vpmoe.api.base import ApiModel, Rule, TextPattern
 from vpmoe.api.quantities import Duration, QuantityText
 from vpmoe.api.storage import SECRET
 
-Role = Literal["preprocess", "rescore", "train", "teacher", "sampler", "evaluate", "report"]
+Role = Literal["preprocess", "rescore", "train", "teacher", "sampler", "evaluate"]
 
 NAME = TextPattern(
     r"|[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", "must be the name of an object in the cluster, or empty", 253
@@ -22,17 +22,17 @@ GPU = "nvidia.com/gpu"
 
 
 class Resources(ApiModel):
-    """Requests and limits of one role's container, as Kubernetes knows them."""
+    """Resource requests and limits of one role's container, as in a pod."""
 
     requests: Quantities = Field(default={})
-    """What the scheduler sets aside for the container, such as cpu, memory and ephemeral-storage."""
+    """Resources that the scheduler reserves for the container, such as cpu, memory and ephemeral-storage."""
     limits: Quantities = Field(default={})
-    """What the container may use at most. Above its memory limit it is killed."""
+    """Most resources that the container can use. A container above its memory limit is killed."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "",
-            f"{GPU} is not set here: student.gpus, student.gpusPerPod, sampler.gpus and teacher.gpus say how many GPUs a pod has.",
+            f"{GPU} cannot be set here. Use student.gpus, student.gpusPerPod, sampler.gpus and teacher.gpus.",
             cel=f"!('{GPU}' in self.requests) && !('{GPU}' in self.limits)",
             broken=lambda r, _: {} if GPU in r.requests or GPU in r.limits else None,
         ),
@@ -40,18 +40,19 @@ class Resources(ApiModel):
 
 
 class Toleration(ApiModel):
-    """A taint that the run's pods tolerate, as in a pod's spec."""
+    """A toleration of the run's pods, as in a pod's spec."""
 
     key: LabelKey | None = None
-    """Key of the taint; absent with operator Exists tolerates every taint."""
+    """Key of the taint. Absent with operator Exists tolerates every taint."""
     operator: Literal["Exists", "Equal"] | None = None
-    """Whether the taint's value must be Equal, which is Kubernetes' default, or whether it Exists is enough."""
+    """Equal compares the taint's value with value, which is the default of Kubernetes; Exists ignores the
+    value."""
     value: LabelValue | None = None
-    """Value of the taint, where operator is Equal."""
+    """Value of the taint, if operator is Equal."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Effect of the taint; absent means all."""
+    """Effect of the taint; absent means all effects."""
     toleration_seconds: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
-    """Seconds that a pod stays on a node after a NoExecute taint; absent means for ever."""
+    """Seconds that a pod stays on a node after a NoExecute taint is added; absent means without limit."""
 
 
 class PullSecret(ApiModel):
@@ -62,28 +63,32 @@ class PullSecret(ApiModel):
 
 
 class RuntimeSpec(ApiModel):
-    """How the run's pods are made, and when the operator gives up. Once the run has started, only `attempts` may be changed."""
+    """Settings of the run's pods and of retries. Only `attempts` can be changed after the run has started."""
 
     backend: Literal["PyTorchJob", "Job"] = "PyTorchJob"
-    """What a training stage is made as: PyTorchJob of the Kubeflow training operator, on one node or several; or Job, a plain batch/v1
-    Job on one node, which needs nothing installed."""
+    """Kind of a training stage's object: PyTorchJob of the Kubeflow training operator, on one or several
+    nodes; or Job, a batch/v1 Job on one node, which needs no other operator."""
     attempts: Annotated[int, Field(ge=1, le=100)] = 3
-    """Failures in a row without a new checkpoint, part or window after which a step fails for good. Evictions, drains and suspensions do
-    not count. It may be raised on a failed run, which then goes on."""
+    """Number of consecutive failures without a new checkpoint, part or window after which a step fails
+    permanently. Evictions, drains and suspensions do not count. Raise it on a failed run to continue the
+    run."""
     stalled_after: Duration = 900
-    """Time without progress after which the run's Stalled condition turns True, as "15m". It stops nothing."""
+    """Time without progress after which the run's condition Stalled becomes True, such as "15m". It only
+    reports: the run is not stopped."""
     resources: dict[Role, Resources] = Field(default={})
-    """Requests and limits by role: preprocess, rescore, train, teacher, sampler, evaluate, report. A role that is absent gets the
-    chart's."""
+    """Resource requests and limits by role: preprocess, rescore, train, teacher, sampler, evaluate. A role
+    that is absent uses the defaults of the chart."""
     service_account_name: Annotated[str, NAME] = ""
-    """Service account of the run's pods; empty means the namespace's default. Pods need no right in the cluster."""
+    """Service account of the run's pods; empty uses the namespace's default. Pods need no permissions in the
+    cluster."""
     image_pull_secrets: Annotated[tuple[PullSecret, ...], Strict(False), Field(max_length=16)] = ()
-    """Secrets to pull the images with."""
+    """Secrets with the credentials to pull the images."""
     node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] = Field(default={})
-    """Labels of the nodes that the run's pods may stand on. They are also the pool whose GPUs are counted before a run starts."""
+    """Labels of the nodes on which the run's pods can be scheduled. Only GPUs of these nodes are counted
+    before a run starts."""
     tolerations: Annotated[tuple[Toleration, ...], Strict(False), Field(max_length=16)] = ()
-    """Taints that the run's pods tolerate."""
+    """Tolerations of the run's pods."""
     priority_class_name: Annotated[str, NAME] = ""
-    """Priority class of the run's pods; empty means the cluster's default."""
+    """Priority class of the run's pods; empty uses the cluster's default."""
     queue_name: Annotated[str, NAME] = ""
-    """Kueue local queue that decides when the run starts; empty leaves that to the operator's own queue."""
+    """Kueue local queue that admits the run; empty uses the operator's own queue."""

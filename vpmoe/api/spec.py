@@ -1,7 +1,7 @@
-"""spec: the whole of what a user may ask for.
+"""spec: the specification of a run, with derived defaults and the rules between its fields.
 
-`fill` gives each field that takes its default from another field, or from its stage's kind, that value before anything is
-validated; so a Spec never holds a "none: see elsewhere". The rules that cross its parts are in rules.py.
+Some defaults come from another field or from the stage's kind. `fill` sets them before validation, so no
+field of a Spec refers to another for its value. The fields are in spec_fields.py and the rules in rules.py.
 """
 
 from typing import Any, ClassVar
@@ -16,13 +16,14 @@ from vpmoe.api.student import StudentSpec
 from vpmoe.api.training import TrainingSpec
 
 MUTABLE = ("suspend", "ttlAfterFinished", "deletionPolicy")
-"""Fields of the spec that may change after the first step has started, and so are no part of the configuration."""
+"""Fields of spec that can change after the first step has started. They are not part of the configuration's
+hash."""
 MUTABLE_RUNTIME = ("attempts",)
-"""The same of spec.runtime."""
+"""Such fields of spec.runtime."""
 
 
 def fill(spec: dict[str, Any]) -> dict[str, Any]:
-    """A specification as it was written, with the defaults filled in that no schema can know. Malformed parts stay as they are."""
+    """A copy of the written specification with all derived defaults set. Malformed parts stay unchanged."""
     training = _mapping(spec.get("training"))
     filled = dict(spec)
     if isinstance(spec.get("dataset"), dict):
@@ -49,7 +50,8 @@ def _fill_optimizer(stage: Any, common: dict[str, Any]) -> Any:
 
 
 def _fill_sampler(stage: Any, gpus: Any) -> Any:
-    """Sampler and trainer keep each other busy where each has about half of the GPUs (benchmarks/pipeline.py)."""
+    """Half of the GPUs sample by default: then neither sampler nor trainer waits much
+    (benchmarks/pipeline.py)."""
     if not isinstance(stage, dict) or stage.get("kind") != "OnPolicy" or not isinstance(gpus, int):
         return stage
     sampler = stage.get("sampler", {})
@@ -57,7 +59,7 @@ def _fill_sampler(stage: Any, gpus: Any) -> Any:
 
 
 class Spec(SpecFields):
-    """What to distil from what, on what, and how."""
+    """The specification of a run: dataset, models, stages, storage and pods."""
 
     rules: ClassVar[tuple[Rule, ...]] = RULES
 

@@ -1,4 +1,8 @@
-"""The fields of spec. spec.py adds what crosses them: derived defaults and rules."""
+"""The fields of spec, without what relates them: rules.py has the rules, and spec.py adds rules and derived
+defaults.
+
+The split avoids an import cycle: rules.py needs the fields, and Spec needs the rules.
+"""
 
 from typing import Annotated, Literal
 
@@ -16,31 +20,34 @@ from vpmoe.api.training import TrainingSpec
 
 
 class SpecFields(ApiModel):
-    """What to distil from what, on what, and how."""
+    """The fields of spec."""
 
     suspend: bool = False
-    """true stops the run at a checkpoint and frees its GPUs; false goes on from there. May be changed at any time."""
+    """true stops the run at a checkpoint and frees its GPUs; false continues from that checkpoint. Can be
+    changed at any time."""
     dataset: DatasetSpec
-    """The training text, and how it becomes tokens."""
+    """The source of the training text and how it becomes tokens."""
     teacher: TeacherSpec
-    """The model that is distilled from."""
+    """The model to distill from."""
     student: StudentSpec = StudentSpec()
-    """The model that is trained, and how it is spread over GPUs."""
+    """The model to train and its GPUs."""
     training: TrainingSpec = TrainingSpec()
-    """What all training stages share."""
+    """Settings of all training stages."""
     stages: Annotated[tuple[Stage, ...], Strict(False), Field(min_length=1, max_length=8)]
-    """Training stages, run in this order. Each goes on from the weights, optimizer state and data position of the one before."""
+    """Training stages, run in this order. Each continues with the weights, optimizer state and data position
+    of the one before."""
     evaluation: EvaluationSpec = EvaluationSpec()
-    """How progress is measured."""
+    """What is measured while a stage trains and after it."""
     storage: StorageSpec
-    """The bucket that everything is kept in."""
+    """The S3 bucket that holds everything the run reads and writes."""
     runtime: RuntimeSpec = RuntimeSpec()
-    """How the run's pods are made, and when the operator gives up."""
+    """Settings of the run's pods and of retries."""
     resume_from: Annotated[str, S3_FOLDER] | None = None
-    """Another run to go on from, s3://bucket/…/runs/namespace/name-uid: its last checkpoint, optimizer state and data position. null starts
-    anew."""
+    """Folder of another run, s3://bucket/…/runs/namespace/name-uid, whose last checkpoint, optimizer state
+    and data position this run continues; null starts from the beginning."""
     deletion_policy: Literal["Retain", "Delete"] = "Retain"
-    """What becomes of the run's folder in the bucket when the DistillRun is deleted: Retain keeps it, Delete removes it. Data sets and
-    scores are kept either way, for other runs use them. May be changed at any time."""
+    """What happens to the run's folder in the bucket when the DistillRun is deleted: Retain keeps it, Delete
+    removes it. Datasets and scores are always kept, because other runs use them. Can be changed at any
+    time."""
     ttl_after_finished: Duration | None = None
-    """Time after which a finished run is deleted, as "7d"; null keeps it. May be changed at any time."""
+    """Time after which a finished run is deleted, such as "7d"; null keeps it. Can be changed at any time."""

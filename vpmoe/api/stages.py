@@ -1,7 +1,10 @@
 """spec.stages: the four kinds of training stage, discriminated by `kind`.
 
-A default here is a default of its kind: a structural schema has one object for all kinds, so the API server cannot fill these in.
-They are filled in when a run is parsed, and the CRD's descriptions name them.
+Each kind has its own defaults. The structural schema has one object for all kinds, so the API server cannot
+apply them: they are applied when a run is parsed, and the CRD's descriptions name them.
+
+The properties of StageFields answer what differs between kinds (does it sample, does it need a teacher), so
+that callers need no isinstance.
 """
 
 from typing import Annotated, ClassVar, Literal
@@ -24,7 +27,7 @@ BUILT_IN_STEPS = (
     "train",
     "config",
 )
-"""Names of steps, children and volumes that a stage may not take: its children would be called like theirs."""
+"""Names that a stage cannot have, because its child objects would collide with those of built-in steps."""
 
 STAGE_NAME = TextPattern(
     r"[a-z][a-z0-9]{0,15}",
@@ -32,11 +35,11 @@ STAGE_NAME = TextPattern(
     max_length=16,
 )
 ADDS_UP = 1e-6
-"""How far from 1 shares may add up: decimal fractions are not exact in binary."""
+"""Tolerance of a sum of shares around 1: decimal fractions are not exact in binary."""
 
 
 def _off_one(*shares: float) -> dict[str, object] | None:
-    """The sum, where it is not 1."""
+    """The sum of the shares as a message term if it differs from 1, otherwise None."""
     total = sum(shares)
     return {"total": round(total, 6)} if abs(total - 1) > ADDS_UP else None
 
@@ -50,29 +53,42 @@ def _cel_rounded(total: str) -> str:
 
 
 class Stop(ApiModel):
-    """Ends a stage before its tokens are spent, once it has stopped improving."""
+    """Ends a stage before all its tokens are used, when it has stopped improving."""
 
     evaluations: Annotated[int, Field(ge=1, le=1000)] = 5
-    """Evaluations in a row that must bring too little. More is more patient."""
+    """Number of consecutive evaluations that must show too little improvement. Higher ends the stage
+    later."""
     min_improvement: Annotated[float, Field(ge=0, lt=1)] = 0.002
-    """Share by which those evaluations together must improve the held-out loss (reasoning and final, weighted by spanWeights; OnPolicy:
-    the reverse KL) for the stage to go on. Higher ends earlier."""
+    """Smallest relative improvement, between 0 and 1, that these evaluations together must show for the stage
+    to continue: of the held-out loss (reasoning and final, weighted by spanWeights) or, in OnPolicy, of the
+    reverse KL. Higher ends the stage earlier."""
     min_validity: Share = 0.0
-    """Share of valid Harmony completions that must be reached before the stage may end early; 0 does not ask. Only OnPolicy stages sample
-    while they train, so only there may it be above 0."""
+    """Share of valid Harmony completions, between 0 and 1, that must be reached before the stage can end
+    early; 0 disables the check. Only OnPolicy stages sample while they train, so it must be 0 in all
+    others."""
 
 
 class StageFields(ApiModel):
-    """The fields that stages of every kind have."""
+    """Fields and properties of stages of every kind."""
 
     name: Annotated[str, STAGE_NAME]
-    """The step's name, part of the names of its pods and of its folder in the bucket. At most 16 lowercase letters and digits."""
+    """Name of the stage and of its training step: at most 16 lowercase letters and digits. It is part of the
+    names of its pods and of its folder in the bucket."""
     tokens: Tokens = 1_000_000_000
-    """Positions that enter the student in this stage, padding excluded, as a number or a text such as "1B"."""
+    """Positions that enter the student in this stage, padding excluded, as a number or a text such as "1B".
+    Higher trains longer; the learning rate schedule stretches with it."""
     optimizer: Annotated[Optimizer, Field(json_schema_extra={"inherits": "training.optimizer"})]
-    """What differs from training.optimizer in this stage; each field that is not given is taken from there. The schedule starts anew."""
+    """Overrides of training.optimizer for this stage; a field that is absent is taken from there. The
+    learning rate schedule restarts in each stage."""
     stop: Stop | None = None
-    """Ends the stage early when it no longer improves; null or absent spends all tokens."""
+    """Ends the stage early when it no longer improves; null or absent uses all tokens."""
+
+    samples: ClassVar[bool] = False
+    """Whether the student samples while the stage trains: the stage has the steps sampler and teacher."""
+    needs_teacher: ClassVar[bool] = True
+    """Whether the stage uses the teacher's GPUs, or scores that the teacher made."""
+    needs_rescoring: ClassVar[bool] = False
+    """Whether the run's step rescore must have finished before the stage."""
 
     @property
     def sampler_gpus(self) -> int:
@@ -81,23 +97,23 @@ class StageFields(ApiModel):
 
     @property
     def teacher_processes(self) -> int:
-        """Processes of the first pod that run the teacher, on a GPU of their own; 0 except in a TeacherForced stage."""
+        """Teacher processes in the first training pod, one GPU each; 0 except in a TeacherForced stage."""
         return 0
 
     @property
     def scored_subset(self) -> "Subset | None":
-        """The documents whose scores the stage trains on; None where it trains on none."""
+        """The documents whose scores the stage trains on; None if it uses no scores."""
         return None
 
     @property
     def required_validity(self) -> float:
-        """Share of valid completions that the stage before must have reached; 0 except in an OnPolicy stage."""
+        """Validity that the stage before must have reached; 0 except in an OnPolicy stage."""
         return 0.0
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "name",
-            "{name} is the name of a built-in step. Choose another.",
+            "{name} is the name of a built-in step. Choose another name.",
             cel=f"!(self.name in {list(BUILT_IN_STEPS)})",
             broken=lambda stage, _: {"name": stage.name} if stage.name in BUILT_IN_STEPS else None,
             terms={"name": "self.name"},
@@ -106,41 +122,48 @@ class StageFields(ApiModel):
 
 
 class Vanilla(StageFields):
-    """Next-token training on the data set: no teacher. The start of every recipe."""
+    """Next-token training on the dataset, without a teacher. The first stage of every recipe."""
+
+    needs_teacher: ClassVar[bool] = False
 
     kind: Literal["Vanilla"]
-    """How the stage trains. Vanilla: on the data set as it is. Rescored: on documents weighted by the teacher's confidence.
-    TeacherForced: towards the teacher's distribution, token by token. OnPolicy: on the student's own samples, scored by the teacher."""
+    """How the stage trains. Vanilla: on the dataset as it is. Rescored: on documents weighted by the
+    teacher's confidence. TeacherForced: towards the teacher's distribution, token by token. OnPolicy: on the
+    student's own samples, scored by the teacher."""
 
 
 class Subset(ApiModel):
-    """Which documents the teacher scores. Scoring costs teacher time; what is not scored is trained on as in Vanilla."""
+    """Which documents the teacher scores. A larger subset takes more teacher time."""
 
     tokens: Tokens = 1_000_000_000
-    """Assistant tokens to score at most. The smaller of this and fraction wins."""
+    """Most assistant tokens to score. The smaller of this and fraction applies."""
     fraction: PositiveShare = 0.2
-    """Share of the data set's assistant tokens to score at most, between 0 and 1. The smaller of this and tokens wins."""
+    """Largest share of the dataset's assistant tokens to score, between 0 and 1. The smaller of this and
+    tokens applies."""
     prefer: Literal["longReasoning", "none"] = "longReasoning"
-    """Which documents come first: longReasoning, those with the most reasoning tokens; none, in a seeded order."""
+    """Which documents are scored first: longReasoning, those with the most reasoning tokens; none, in an
+    order that training.seed decides."""
     exercises: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=64)], ...], Strict(False), Field(max_length=32)
     ] = ()
-    """Exercises to choose from, balanced; empty means all of them."""
+    """Exercises to choose documents from, in equal shares; empty means all exercises."""
     languages: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=64)], ...], Strict(False), Field(max_length=32)
     ] = ()
-    """Languages to choose from, balanced; empty means all of them."""
+    """Languages to choose documents from, in equal shares; empty means all languages."""
 
 
 class Confidence(ApiModel):
-    """How far the teacher's opinion of a token may move that token's weight away from 1."""
+    """How the teacher's confidence in a token becomes the token's weight in the loss."""
 
     temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
-    """Softness, in nats. At 1, a token e times likelier than the mean weighs e times more; larger is flatter."""
+    """Softness, in nats. At 1, a token e times likelier than the mean weighs e times more; higher makes the
+    weights more equal."""
     min: Annotated[float, Field(gt=0, le=1000)] = 0.25
-    """Lowest weight, at most 1. Raise it when saturation at the low end stays above a few per cent in the metrics."""
+    """Lowest weight, at most 1. Raise it when the metrics show saturation at the low end above a few per
+    cent."""
     max: Annotated[float, Field(gt=0, le=1000)] = 4.0
-    """Highest weight, at least 1. It bounds how much one lucky token can move a step."""
+    """Highest weight, at least 1. It bounds how much a single token can move a step."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
@@ -152,7 +175,8 @@ class Confidence(ApiModel):
         ),
         Rule(
             "",
-            "1 does not lie between min {min} and max {max}, and the mean weight is always 1. Move the bound that is on the wrong side.",
+            "1 is not between min {min} and max {max}, but the mean weight is always 1. Set min to at most 1 "
+            "and max to at least 1.",
             cel="self.min > self.max || (self.min <= 1.0 && self.max >= 1.0)",
             broken=lambda c, _: (
                 {"min": c.min, "max": c.max} if c.min <= c.max and not c.min <= 1 <= c.max else None
@@ -163,7 +187,9 @@ class Confidence(ApiModel):
 
 
 class Rescored(StageFields):
-    """Next-token training in which the teacher's confidence in a token weighs it."""
+    """Next-token training in which each token is weighted by the teacher's confidence in it."""
+
+    needs_rescoring: ClassVar[bool] = True
 
     kind: Literal["Rescored"]
     """As in Vanilla."""
@@ -172,10 +198,10 @@ class Rescored(StageFields):
     subset: Subset = Subset()
     """Which documents the teacher scores."""
     mix: Share = 0.65
-    """Share of batches that come from the scored subset, between 0 and 1; the others are Vanilla batches. Higher follows the teacher
-    more closely on fewer documents."""
+    """Share of batches that come from the scored subset, between 0 and 1; the others are Vanilla batches.
+    Higher follows the teacher more closely on fewer documents."""
     confidence: Confidence = Confidence()
-    """How far the teacher's opinion may move a token's weight."""
+    """How the teacher's confidence in a token becomes the token's weight in the loss."""
 
     @property
     def scored_subset(self) -> Subset | None:
@@ -183,21 +209,24 @@ class Rescored(StageFields):
 
 
 class LossWeights(ApiModel):
-    """What a TeacherForced step minimises: a weighted sum of three terms, each a mean over its span."""
+    """Weights of the three terms that a TeacherForced stage minimises. Each term is a mean over its span."""
 
     ce: Annotated[float, Field(ge=0, le=1000)] = 0.2
-    """Weight of the cross-entropy with the data set's own tokens."""
+    """Weight of the cross-entropy with the dataset's tokens, in nats. Higher follows the dataset more than
+    the teacher; 0 turns the term off."""
     kl: Annotated[float, Field(ge=0, le=1000)] = 0.2
-    """Weight of the divergence from the teacher's distribution to the student's, both softened by temperature."""
+    """Weight of KL(teacher‖student) in nats, both distributions softened by temperature. Higher follows the
+    teacher's predictions more closely; 0 turns the term off."""
     hidden: Annotated[float, Field(ge=0, le=1000)] = 0.6
-    """Weight of one minus the cosine between the student's projected last hidden state and the teacher's."""
+    """Weight of 1 − cosine(student's projected last hidden state, teacher's last hidden state). Higher
+    follows the teacher's hidden states more closely; 0 turns the term off."""
     temperature: Annotated[float, Field(gt=0, le=100)] = 2.0
-    """Softness of both distributions in kl. Higher shows the student more of the teacher's unlikely tokens."""
+    """Softness of both distributions in kl. Higher gives the teacher's unlikely tokens more influence."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "",
-            "ce, kl and hidden are all 0: there is nothing to train towards. Give at least one a weight.",
+            "ce, kl and hidden are all 0: there is nothing to minimise. Set at least one above 0.",
             cel="self.ce + self.kl + self.hidden > 0.0",
             broken=lambda loss, _: {} if loss.ce + loss.kl + loss.hidden == 0 else None,
         ),
@@ -205,7 +234,7 @@ class LossWeights(ApiModel):
 
 
 class TeacherForced(StageFields):
-    """Training towards the teacher's hidden states and distribution on the data set's documents."""
+    """Training towards the teacher's hidden states and distribution on the dataset's documents."""
 
     kind: Literal["TeacherForced"]
     """As in Vanilla."""
@@ -220,43 +249,48 @@ class TeacherForced(StageFields):
 
 
 class Require(ApiModel):
-    """What a student must be able to do before it learns from its own samples."""
+    """What the student must be able to do before it trains on its own samples."""
 
     validity: Share = 0.8
-    """Share of valid Harmony completions, between 0 and 1. Lower starts earlier, on samples of which more are garbage; 0 starts whatever
-    the student can do, and needs no evaluation."""
+    """Smallest share of valid Harmony completions, between 0 and 1. Lower starts with less valid samples; 0
+    starts in any case and needs no evaluation."""
 
 
 class SamplerSpec(ApiModel):
-    """The sampler's part of the student's GPUs."""
+    """The sampler's share of the student's GPUs."""
 
     gpus: Annotated[int, Field(ge=1, le=1024, json_schema_extra={"inherits": "student.gpus"})]
-    """GPUs that sample, out of student.gpus; the others train. More when the trainer waits for rollouts. Half of student.gpus, rounded up,
-    is the default."""
+    """GPUs of student.gpus that sample; the others train. Raise it when the trainer waits for rollouts. The
+    default is half of student.gpus, rounded up."""
 
 
 class MaxTokens(ApiModel):
-    """Longest completion of each reasoning effort, in tokens. The sequence's end is a bound of its own."""
+    """Longest completion at each reasoning effort, in tokens. training.sequenceLength bounds prompt and
+    completion."""
 
     low: Annotated[int, Field(ge=1, le=1_048_576)] = 1024
-    """Longest completion at low effort, in tokens. Longer ones are truncated, and trained on as they are."""
+    """Longest completion at low effort, in tokens. Longer completions are truncated and trained on as they
+    are."""
     medium: Annotated[int, Field(ge=1, le=1_048_576)] = 2048
-    """Longest completion at medium effort, in tokens. Longer ones are truncated, and trained on as they are."""
+    """Longest completion at medium effort, in tokens. Longer completions are truncated and trained on as they
+    are."""
     high: Annotated[int, Field(ge=1, le=1_048_576)] = 4096
-    """Longest completion at high effort, in tokens. Longer ones are truncated, and trained on as they are."""
+    """Longest completion at high effort, in tokens. Longer completions are truncated and trained on as they
+    are."""
 
 
 class RolloutSpec(ApiModel):
-    """How much is sampled, and how long it may be."""
+    """How many prompts are sampled, and the longest completions."""
 
     prompts_per_window: Annotated[int, Field(ge=1, le=1_048_576)] = 2048
-    """Prompts of one window, which is one on-policy optimizer step. More makes steps smoother and longer."""
+    """Prompts of one window, which is one on-policy optimizer step. More makes the gradient less noisy and
+    each step longer."""
     max_tokens: MaxTokens = MaxTokens()
-    """Longest completion of each reasoning effort."""
+    """Longest completion at each reasoning effort, in tokens."""
 
 
 class EffortShares(ApiModel):
-    """How often each reasoning effort is drawn. The shares add up to 1."""
+    """How often each reasoning effort is drawn. The shares must add up to 1."""
 
     low: Share = 0.0
     """Share of prompts at low effort, between 0 and 1."""
@@ -268,7 +302,7 @@ class EffortShares(ApiModel):
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             "",
-            "low, medium and high add up to {total}, not 1.",
+            "low, medium and high add up to {total}, not 1. Change them to add up to 1.",
             cel=_cel_one("self.low + self.medium + self.high"),
             broken=lambda effort, _: _off_one(effort.low, effort.medium, effort.high),
             terms={"total": _cel_rounded("(self.low + self.medium + self.high)")},
@@ -277,16 +311,18 @@ class EffortShares(ApiModel):
 
 
 class CurriculumPhase(ApiModel):
-    """One phase of the curriculum. Phases follow each other, from short reasoning to long."""
+    """One phase of the curriculum, which leads from short reasoning to long."""
 
     share: PositiveShare
-    """Share of the stage's tokens, between 0 and 1. The shares of all phases add up to 1."""
+    """Share of the stage's tokens, between 0 and 1. The shares of all phases must add up to 1."""
     effort: EffortShares
-    """How often each reasoning effort is drawn."""
+    """How often each reasoning effort is drawn in this phase."""
     rollouts_per_prompt: Annotated[int, Field(ge=1, le=64)] = 1
-    """Completions sampled for each prompt. More see more of what the student does with one prompt, and fewer prompts."""
+    """Completions sampled for each prompt. Higher covers each prompt better, and fewer prompts in the same
+    number of tokens."""
     rollouts_per_prompt_at_end: Annotated[int, Field(ge=1, le=64)] | None = None
-    """Completions for each prompt at the phase's end; the number goes there over its last quarter. null: as rolloutsPerPrompt."""
+    """Completions for each prompt at the end of the phase; the number moves there over the last quarter of
+    the phase. null keeps rolloutsPerPrompt."""
 
 
 CURRICULUM = tuple(
@@ -297,47 +333,57 @@ CURRICULUM = tuple(
         {"share": 0.3, "effort": {"low": 0.1, "medium": 0.3, "high": 0.6}, "rolloutsPerPrompt": 2},
     )
 )
-"""The phases of an OnPolicy stage that names none."""
+"""Default of OnPolicy.curriculum."""
 
 
 class BackPressure(ApiModel):
-    """When less is asked of the sampler because the trainer waits: first shorter completions, then fewer at high effort."""
+    """When the trainer reduces the sampler's work because it waits: first shorter completions, then fewer at
+    high effort."""
 
     waiting: PositiveShare = 0.5
-    """Share of its time, between 0 and 1, above which a trainer that waits for rollouts or scores turns a knob. 1 turns none."""
+    """Share of time, between 0 and 1, that the trainer may wait for rollouts or scores before it makes an
+    adjustment. Higher adjusts later; 1 never adjusts."""
     windows: Annotated[int, Field(ge=1, le=1_000_000)] = 50
-    """Windows over which that share is taken, and after which the next knob may be turned. Lower reacts sooner, to chance too."""
+    """Number of windows that the share is measured over, and the least number between two adjustments. Lower
+    reacts sooner, also to chance."""
 
 
 class OnPolicy(StageFields):
-    """Training on what the student itself samples, each token moved by how much likelier the teacher finds it."""
+    """Training on the student's own samples, where each token is weighted by how much likelier the teacher
+    finds it."""
+
+    samples: ClassVar[bool] = True
 
     kind: Literal["OnPolicy"]
     """As in Vanilla."""
     tokens: Tokens = 8_000_000_000
     """As in Vanilla."""
     anchor: Share = 0.15
-    """Share of plain Vanilla batches among the on-policy ones, between 0 and 1. Higher holds the student closer to the data set."""
+    """Share of Vanilla batches among all batches, between 0 and 1; it must be below 1. Higher keeps the
+    student closer to the dataset."""
     staleness: Annotated[int, Field(ge=0, le=64)] = 2
-    """Windows that sampling may run ahead of training. 0 makes sampler and trainer take turns; higher keeps both busy with older
-    samples."""
+    """Number of windows that sampling may run ahead of training. 0 makes sampler and trainer take turns;
+    higher keeps both busy, with samples of older weights."""
     publish_every: Annotated[int, Field(ge=1, le=64)] = 2
-    """Windows trained for each version of the weights that the sampler is given. Lower is fresher and moves more bytes."""
+    """Number of windows trained between two policy versions, which are the weights that the sampler loads.
+    Lower samples with newer weights and transfers more bytes."""
     require: Require = Require()
-    """What must hold before the stage starts, as the evaluation of the stage before has found it."""
+    """What the evaluation of the stage before must have found before this stage starts."""
     max_sampler_kl: Annotated[float, Field(gt=0, le=100)] = 0.1
-    """KL(sampler‖trainer) of a window's tokens, in nats a token, that ten windows in a row must not be above: then the sampler computes
-    another student than the trainer, and the stage fails. What the student has learned since the sampled version is part of it."""
+    """Limit of KL(sampler‖trainer) over a window's tokens, in nats per token. The stage fails when ten
+    consecutive windows exceed it, because the sampler then computes another student than the trainer. The
+    value includes what the student has learned since the sampled version. Lower detects a mismatch sooner,
+    and false alarms too."""
     back_pressure: BackPressure = BackPressure()
-    """When less is asked of the sampler because the trainer waits."""
+    """When the trainer reduces the sampler's work because it waits."""
     sampler: Annotated[SamplerSpec, Field(json_schema_extra={"inherits": "student.gpus"})]
-    """The sampler's part of the student's GPUs."""
+    """The sampler's share of the student's GPUs."""
     rollout: RolloutSpec = RolloutSpec()
-    """How much is sampled, and how long it may be."""
+    """How many prompts are sampled, and the longest completions."""
     curriculum: Annotated[tuple[CurriculumPhase, ...], Strict(False), Field(min_length=1, max_length=8)] = (
         CURRICULUM
     )
-    """Phases from short reasoning to long, in this order. Their shares add up to 1."""
+    """Phases from short reasoning to long, in this order. Their shares must add up to 1."""
 
     @property
     def sampler_gpus(self) -> int:
@@ -351,13 +397,13 @@ class OnPolicy(StageFields):
         *StageFields.rules,
         Rule(
             "anchor",
-            "1 leaves no step that trains on a rollout. Lower it, or make the stage Vanilla.",
+            "1 leaves no batch of rollouts. Lower it, or use a stage of kind Vanilla.",
             cel="!has(self.anchor) || self.anchor < 1.0",
             broken=lambda stage, _: {} if stage.anchor >= 1 else None,
         ),
         Rule(
             "curriculum",
-            "the shares of the phases add up to {total}, not 1.",
+            "the shares of the phases add up to {total}, not 1. Change them to add up to 1.",
             cel=f"!has(self.curriculum) || ({_cel_one('self.curriculum.map(p, p.share).sum()')})",
             broken=lambda stage, _: _off_one(*(phase.share for phase in stage.curriculum)),
             terms={"total": _cel_rounded("self.curriculum.map(p, p.share).sum()")},
@@ -369,4 +415,4 @@ Stage = Annotated[Vanilla | Rescored | TeacherForced | OnPolicy, Field(discrimin
 KINDS: tuple[type[StageFields], ...] = (Vanilla, Rescored, TeacherForced, OnPolicy)
 
 OPTIMIZER_OF_KIND: dict[str, dict[str, object]] = {"OnPolicy": {"learningRate": 2.0e-5}}
-"""What a kind changes in training.optimizer before the stage's own words."""
+"""What a stage kind overrides in training.optimizer. The stage's own optimizer overrides both."""

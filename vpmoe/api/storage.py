@@ -1,4 +1,4 @@
-"""spec.storage: the S3 bucket of the run and how to reach it."""
+"""spec.storage: the S3 bucket of the run and how to connect to it."""
 
 from typing import Annotated, Literal
 
@@ -23,21 +23,25 @@ SECRET = TextPattern(
 
 
 class StorageSpec(ApiModel):
-    """The S3 bucket that jobs share and that everything is kept in: data sets, scores, checkpoints, reports."""
+    """The S3 bucket that holds everything the run reads and writes: datasets, scores, checkpoints,
+    metrics."""
 
     endpoint: Annotated[str, ENDPOINT] | None = None
-    """Address of the S3 service, such as https://s3.example.com; null means AWS in the region below."""
+    """URL of the S3 service, such as https://s3.example.com; null uses AWS in the given region."""
     bucket: Annotated[str, BUCKET]
-    """The bucket. It must exist, and its service must honour conditional PUTs; a run proves both before it does anything."""
+    """Name of the bucket. It must exist and support conditional PUTs; a run verifies both before its first
+    step."""
     prefix: Annotated[str, PREFIX] = ""
-    """Path inside the bucket below which everything is kept; empty means its root. Runs share data sets only below one prefix."""
+    """Path inside the bucket under which all objects are stored; empty means the root. Only runs with the
+    same prefix share datasets."""
     credentials_secret: Annotated[str, SECRET] | None = None
-    """Secret of the run's namespace with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; null or absent uses the service account's
-    own identity."""
+    """Secret in the run's namespace with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; null or absent
+    uses the identity of the pods' service account."""
     region: Annotated[str, Field(min_length=1, max_length=64)] = "us-east-1"
-    """Region that requests are signed for. Services other than AWS mostly ignore it."""
+    """Region that requests are signed for. Most services other than AWS ignore it."""
     addressing_style: Literal["auto", "path", "virtual"] = "auto"
-    """Whether the bucket stands in the path or in the host name of a request. auto chooses by endpoint; path suits most services other
-    than AWS."""
+    """Whether requests have the bucket's name in the path or in the host name (virtual). auto chooses by
+    endpoint; most services other than AWS need path."""
     ca_secret: Annotated[str, SECRET] | None = None
-    """Secret of the run's namespace whose key ca.crt holds the certificates to trust for the endpoint; null trusts the image's own."""
+    """Secret in the run's namespace whose key ca.crt holds the CA certificates of the endpoint; null uses
+    those of the image."""

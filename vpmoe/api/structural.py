@@ -1,7 +1,8 @@
-"""From pydantic's JSON schema to a structural schema, the dialect that a CRD is written in.
+"""Converts pydantic's JSON schema to a structural schema, the dialect of CRDs.
 
-Structural schemas know no $ref, no null, no union of objects and no exclusive bounds as numbers. The only union here is that of the
-stages: it becomes one object with the fields of every kind, whose rules say which kind has which.
+Structural schemas have no $ref, no null type, no union of objects and no exclusive bounds as numbers. The
+only union here is that of the stages: it becomes one object with the fields of every kind, and rules that
+restrict each field to its kinds.
 """
 
 import json
@@ -33,28 +34,29 @@ _RULES = "x-kubernetes-validations"
 
 
 def structural(schema: Schema) -> Schema:
-    """The structural schema of what `schema`, a model's JSON schema with $defs, describes."""
+    """The structural schema that is equivalent to `schema`, a model's JSON schema with $defs."""
     return _node(schema, schema.get("$defs", {}))
 
 
 def without_defaults(schema: Schema) -> Schema:
-    """A structural schema in which nothing is filled in: what had a default may be absent, and then is."""
+    """The structural schema without defaults: the API server then leaves absent fields absent."""
     return _everywhere(schema, lambda node: {key: value for key, value in node.items() if key != "default"})
 
 
-def saying_defaults(schema: Schema) -> Schema:
-    """A structural schema whose descriptions name the defaults too: `kubectl explain` does not show them otherwise."""
+def with_defaults_described(schema: Schema) -> Schema:
+    """The structural schema with each default also in its description, because `kubectl explain` shows no
+    defaults."""
 
-    def say(node: Schema) -> Schema:
+    def describe(node: Schema) -> Schema:
         if node.get("default") in (None, "", {}, []):
             return node
-        return {**node, "description": f"{node['description']} Default: {_said(node['default'])}."}
+        return {**node, "description": f"{node['description']} Default: {_json(node['default'])}."}
 
-    return _everywhere(schema, say)
+    return _everywhere(schema, describe)
 
 
 def _everywhere(schema: Schema, change: Callable[[Schema], Schema]) -> Schema:
-    """A structural schema with each of its nodes changed."""
+    """The structural schema with `change` applied to every node."""
     changed = dict(change(schema))
     if "properties" in changed:
         changed["properties"] = {
@@ -66,7 +68,7 @@ def _everywhere(schema: Schema, change: Callable[[Schema], Schema]) -> Schema:
     return changed
 
 
-def _said(value: Any) -> str:
+def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -127,14 +129,17 @@ def _members(node: Schema, defs: dict[str, Schema]) -> Schema:
 
 def _default(made: Schema, value: Any, unit: str | None) -> Any:
     if "properties" in made:
-        return {}  # the members bring their own
+        return {}  # the API server then applies the members' defaults
     if unit == "seconds":
         return format_duration(value)
     return format_tokens(value) if made.get("x-kubernetes-int-or-string") else value
 
 
 def _union(kinds: list[Schema]) -> Schema:
-    """One object for stages of all kinds. Defaults go into the descriptions: in the schema, one kind's would appear in every kind."""
+    """One object schema for stages of all kinds.
+
+    Defaults are in the descriptions only: in the schema, the default of one kind would apply to every kind.
+    """
     names = [kind["properties"]["kind"]["enum"][0] for kind in kinds]
     rules: list[Schema] = []
     properties: dict[str, Schema] = {}
@@ -171,7 +176,7 @@ def _union(kinds: list[Schema]) -> Schema:
 
 
 def _of_kinds(field: str, having: dict[str, Schema], everywhere: bool) -> Schema:
-    """The description of a stage's field: which kinds have it, and what it is where it is absent."""
+    """The description of a stage's field, with the kinds that have it and its default in each kind."""
     text = next(iter(having.values()))["description"]
     if not everywhere:
         text = f"{' and '.join(having)} only. {text}"
@@ -181,9 +186,9 @@ def _of_kinds(field: str, having: dict[str, Schema], everywhere: bool) -> Schema
     if any(isinstance(value, list) for value in defaults.values()):
         defaults = {}
     if len(defaults) == 1:
-        text += f" Default: {_said(next(iter(defaults.values())))}."
+        text += f" Default: {_json(next(iter(defaults.values())))}."
     elif defaults:
         text += (
-            f" Default: {', '.join(f'{_said(value)} in {name} stages' for name, value in defaults.items())}."
+            f" Default: {', '.join(f'{_json(value)} in {name} stages' for name, value in defaults.items())}."
         )
     return {"description": text}

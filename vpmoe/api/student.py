@@ -1,4 +1,4 @@
-"""spec.teacher and spec.student: the two models, and the GPUs that each may use."""
+"""spec.teacher and spec.student: the two models and the GPUs of each."""
 
 from typing import Annotated, Literal
 
@@ -18,29 +18,34 @@ MODEL = TextPattern(
 
 
 class TeacherSpec(ApiModel):
-    """The model that is distilled from. Stages of kind Vanilla train on the data set alone and never start it."""
+    """The model to distill from. Stages of kind Vanilla do not use it."""
 
     model: Annotated[str, MODEL]
-    """A Hugging Face model directory of GPT-OSS: s3://bucket/path on the endpoint of spec.storage, or hf://owner/name@revision."""
+    """Hugging Face model directory of a GPT-OSS model: s3://bucket/path on the endpoint of spec.storage, or
+    hf://owner/name@revision."""
     effort: Effort = "medium"
-    """Reasoning effort that the teacher is told when it scores: low, medium or high. It does not apply to TeacherForced stages,
-    where teacher and student read the same tokens."""
+    """Reasoning effort in the teacher's system message when it scores: low, medium or high. It has no effect
+    in TeacherForced stages, where teacher and student read the same tokens."""
     gpus: Annotated[int, Field(ge=0, le=1024)] = 1
-    """GPUs that serve the teacher, one replica each. More score faster. 0 only where every stage is Vanilla."""
+    """GPUs of the teacher, one replica on each. More score faster. 0 is allowed only if every stage is
+    Vanilla."""
 
 
 class StudentSpec(ApiModel):
-    """The model that is trained, and how it is spread over GPUs."""
+    """The model to train and its GPUs."""
 
     shape: ShapeName = "vpmoe-6b"
-    """Architecture: vpmoe-6b (80 layers, 256 experts, 6.0 billion parameters), or tiny, of the same code, for trial runs."""
+    """Architecture: vpmoe-6b (80 layers, 256 experts, 6.0 billion parameters), or tiny, which runs the same
+    code, for trial runs."""
     init: Annotated[str, S3_FOLDER] | None = None
-    """Weights to start from, s3://bucket/path of another run's checkpoint; null starts from random weights."""
+    """Initial weights: s3://bucket/path of a checkpoint of another run; null starts from random weights."""
     gpus: Annotated[int, Field(ge=1, le=4096)] = 7
-    """GPUs of the student, one data-parallel rank each. OnPolicy stages give some of them to the sampler (sampler.gpus)."""
+    """GPUs of the student, one data-parallel rank on each. OnPolicy stages give some of them to the sampler
+    (sampler.gpus)."""
     gpus_per_pod: Annotated[int, Field(ge=1, le=64)] | None = None
-    """GPUs of one training pod at most; it must divide the ranks of every stage. null puts all of them in one pod; less than gpus
-    makes a PyTorchJob of one Master and Workers, which may stand on several nodes."""
+    """Most GPUs of one training pod; it must divide the ranks of every stage. null puts all ranks in one pod.
+    A value below gpus makes a PyTorchJob with one Master and several Workers, which can run on several
+    nodes."""
     expert_parallel: Annotated[int, Field(ge=1, le=256)] = 1
-    """Ranks that share one set of experts. It must divide the experts of the shape and the ranks of every stage. Higher saves
-    memory on each GPU and adds all-to-all traffic."""
+    """Number of ranks that share one set of experts. It must divide the experts of the shape and the ranks of
+    every stage. Higher uses less memory on each GPU and adds all-to-all communication."""

@@ -1,7 +1,7 @@
-"""Reads YAML as kubectl reads it, so that a file means the same by hand and in a cluster, and writes what either reads back.
+"""Reads YAML as kubectl does, so that a file has one meaning, and writes YAML that both read back unchanged.
 
-PyYAML alone turns 2026-01-01 into a date and 3e-4 into a string, takes the last of two equal keys without a word, and writes the
-string "3e-4" without quotes.
+PyYAML alone reads 2026-01-01 as a date and 3e-4 as a string, silently takes the last of two equal keys, and
+writes the string "3e-4" without quotes.
 """
 
 import re
@@ -12,7 +12,7 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's numbers, without dates, and with equal keys refused."""
+    """SafeLoader with the numbers of YAML 1.2, without dates, that rejects duplicate keys."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own class attribute)
         first: [
@@ -28,25 +28,27 @@ class _Loader(yaml.SafeLoader):
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key.value} stands twice in one mapping", key.start_mark
+                    None, None, f"key {key.value} appears twice in one mapping", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes what YAML 1.2 would take for a number, and writes equal parts out wherever they stand."""
+    """SafeDumper that quotes strings which look like YAML 1.2 numbers, and uses no aliases for equal
+    parts."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        """Plain where that is safe. PyYAML alone writes U+0085 as it is and reads it back as a space."""
+        """Plain style if it is safe. PyYAML alone writes U+0085 unescaped and reads it back as a space."""
         return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if "\x85" in data else None)
 
 
 _FLOAT = re.compile(
-    r"^[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF|nan|NaN|NAN))$"
+    r"^[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
+    r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF|nan|NaN|NAN))$"
 )
 _Dumper.add_representer(str, _Dumper.represent_str)
 for resolver in (_Loader, _Dumper):
@@ -54,10 +56,11 @@ for resolver in (_Loader, _Dumper):
 
 
 def read_yaml(text: str) -> Any:
-    """The one document in a text. yaml.YAMLError says where and why it cannot be read."""
+    """The only document in `text`. Raises yaml.YAMLError, with the position, if it cannot be read."""
     return yaml.load(text, Loader=_Loader)
 
 
 def write_yaml(value: Any) -> str:
-    """Plain data as one YAML document that read_yaml and kubectl read as the same data; fields keep their order."""
+    """Plain data as one YAML document that read_yaml and kubectl read back unchanged; keys keep their
+    order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, width=140, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""spec.training: what all training stages share."""
+"""spec.training: settings of all training stages."""
 
 from typing import Annotated, Literal
 
@@ -11,53 +11,65 @@ Weight = Annotated[float, Field(ge=0, le=1000)]
 
 
 class SpanWeights(ApiModel):
-    """How much each kind of token counts. Each span is a mean of its own, so the weights hold whatever the lengths are."""
+    """Weights of the spans in the loss. The loss of each span is its own mean, so the weights do not depend
+    on lengths."""
 
     reasoning: Weight = 1.0
-    """Weight of the mean loss over reasoning tokens. Higher favours how the student thinks; 0 does not train on reasoning."""
+    """Weight of the mean loss over reasoning tokens. Higher favours reasoning; 0 does not train on it."""
     final: Weight = 1.0
-    """Weight of the mean loss over the tokens of final answers. Higher favours what the student answers; 0 does not train on them."""
+    """Weight of the mean loss over the tokens of final answers. Higher favours answers; 0 does not train on
+    them."""
 
 
 class Optimizer(ApiModel):
-    """Step size and its schedule: a linear warm-up to the peak, then a cosine down to the minimum at the stage's last token."""
+    """The optimizer and its learning rate schedule: linear warm-up to the peak, then cosine decay to the
+    minimum at the last token of the stage."""
 
     name: Literal["adam"] = "adam"
-    """Update rule: adam, with weight decay that is decoupled from the gradient (AdamW)."""
+    """Update rule: adam, with decoupled weight decay (AdamW)."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 3.0e-4
-    """Peak learning rate. Halve it when the gradient norm or the loss jumps. OnPolicy stages peak at 2e-5 unless they say otherwise."""
+    """Peak learning rate. Halve it when the gradient norm or the loss jumps. OnPolicy stages use 2e-5 unless
+    they set their own."""
     min_learning_rate: Annotated[float, Field(ge=0, le=1)] = 1.0e-5
-    """Learning rate at the stage's end, at most learningRate."""
+    """Learning rate at the end of the stage, at most learningRate."""
     warmup_tokens: TokensOrNone = 20_000_000
-    """Tokens from zero to the peak, in each stage. It may exceed a stage, which then never reaches its peak."""
+    """Tokens of the warm-up from 0 to the peak, in each stage. Higher is safer at the start of training. If
+    it exceeds the stage's tokens, the stage never reaches the peak."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of each weight matrix that is taken away per unit of learning rate. Norms and biases do not decay."""
+    """Weight decay per unit of learning rate. Higher keeps weights smaller. It does not apply to norms and
+    biases."""
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
-    """Longest global gradient norm; longer gradients are scaled down to it. Lower steadies a noisy run and slows a healthy one."""
+    """Largest global gradient norm; larger gradients are scaled down to it. Lower stabilises a noisy run and
+    slows a stable one."""
 
 
 class CheckpointPolicy(ApiModel):
-    """How much work a lost pod can cost, and how much of the bucket checkpoints take."""
+    """How often checkpoints are written and how many are kept."""
 
     every_tokens: Tokens = 50_000_000
-    """Tokens between checkpoints; a stage's end always makes one. Lower loses less when a pod dies, and writes more."""
+    """Tokens between two checkpoints; the end of a stage always writes one. Lower loses less work when a pod
+    fails, and writes more bytes."""
     keep: Annotated[int, Field(ge=1, le=1000)] = 3
-    """Latest checkpoints kept in each stage. A stage's last one is never removed. A vpmoe-6b checkpoint is about 84 GB."""
+    """Number of latest checkpoints to keep in each stage. The last checkpoint of a stage is never removed.
+    Higher uses more of the bucket: a vpmoe-6b checkpoint is about 84 GB."""
 
 
 class TrainingSpec(ApiModel):
-    """What all training stages share."""
+    """Settings of all training stages."""
 
     sequence_length: Annotated[int, Field(ge=16, le=1_048_576)] = 8192
-    """Tokens of one packed sequence. Documents are packed into it and never attend to each other. Memory grows with it."""
+    """Tokens of one packed sequence. Documents in one sequence do not attend to each other. Memory grows with
+    it."""
     global_batch_tokens: Tokens = 1_000_000
-    """Tokens of one optimizer step at most: rounded down to whole sequences on every data-parallel rank, and the result is shown in
-    the training step's log. Higher is smoother and takes fewer, longer steps."""
+    """Most tokens of one optimizer step. It is rounded down to whole sequences on every data-parallel rank;
+    the log of the training step shows the result. Higher makes gradients less noisy, and steps fewer and
+    longer."""
     span_weights: SpanWeights = SpanWeights()
-    """How much reasoning and final answers count."""
+    """Weights of reasoning and final answers in the loss."""
     optimizer: Optimizer = Optimizer()
-    """Step size and its schedule, for every stage that does not override it."""
+    """The optimizer of every stage that does not override it."""
     checkpoint: CheckpointPolicy = CheckpointPolicy()
-    """When checkpoints are written and how many are kept."""
+    """How often checkpoints are written and how many are kept."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1234
-    """Seed of everything random: initial weights, data order, sampling. Another seed is another run of the same recipe."""
+    """Seed of everything random: initial weights, data order, sampling. Change it to repeat a run with other
+    random numbers."""

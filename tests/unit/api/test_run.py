@@ -28,19 +28,19 @@ def written(text: str, folder: Path) -> DistillRun:
 
 
 @pytest.mark.parametrize(
-    "changes", [pytest.param(changes, id=name) for name, changes in valid_specs.GOOD.items()]
+    "changes", [pytest.param(changes, id=name) for name, changes in valid_specs.VALID.items()]
 )
 def test_a_good_run_is_accepted(changes: dict[str, Any]) -> None:
     DistillRun.parse(valid_specs.manifest(changes))
 
 
-@pytest.mark.parametrize("bad", [pytest.param(bad, id=name) for name, bad in invalid_specs.BAD.items()])
-def test_a_bad_run_is_refused_with_its_field_and_the_way_out(bad: invalid_specs.Bad) -> None:
+@pytest.mark.parametrize("bad", [pytest.param(bad, id=name) for name, bad in invalid_specs.INVALID.items()])
+def test_a_bad_run_is_refused_with_its_field_and_the_way_out(bad: invalid_specs.InvalidSpec) -> None:
     with pytest.raises(Invalid) as refused:
         DistillRun.parse(valid_specs.manifest(bad.changes))
-    assert any(line.startswith(f"{bad.field}: ") and bad.words in line for line in refused.value.problems), (
-        refused.value.problems
-    )
+    assert any(
+        line.startswith(f"{bad.field}: ") and bad.message in line for line in refused.value.problems
+    ), refused.value.problems
     assert len(refused.value.problems) == 1, refused.value.problems
 
 
@@ -144,7 +144,7 @@ def test_the_full_example_has_every_field_that_there_is() -> None:
 
 
 def test_defaults_are_those_of_the_plan() -> None:
-    run = DistillRun.parse(valid_specs.manifest(valid_specs.GOOD["stages of all kinds"]))
+    run = DistillRun.parse(valid_specs.manifest(valid_specs.VALID["stages of all kinds"]))
     vanilla, rescored, forced, onpolicy = run.spec.stages
     assert (run.spec.teacher.gpus, run.spec.student.gpus) == (1, 7)
     assert [stage.tokens for stage in run.spec.stages] == [10**9, 2 * 10**9, 665 * 10**6, 8 * 10**9]
@@ -285,13 +285,14 @@ def test_a_step_that_the_run_does_not_have_is_refused() -> None:
     for name in ("rescore", "other", "first-sampler", "other-evaluate", "-evaluate", "first-"):
         for ask in (run.needs, run.role, run.stage_of):
             with pytest.raises(
-                KeyError, match=f"{name} is no step of minimal: it has preprocess, first, first-evaluate"
+                KeyError,
+                match=f"{name} is not a step of minimal, which has preprocess, first, first-evaluate",
             ):
                 ask(name)
 
 
 def test_a_step_knows_its_role_and_its_stage() -> None:
-    run = DistillRun.parse(valid_specs.manifest(valid_specs.GOOD["stages of all kinds"]))
+    run = DistillRun.parse(valid_specs.manifest(valid_specs.VALID["stages of all kinds"]))
     assert {step: run.role(step) for step in run.steps()} == {
         "preprocess": "preprocess",
         "rescore": "rescore",
@@ -508,7 +509,7 @@ def test_a_string_that_looks_like_something_else_stays_a_string(text: str) -> No
 @pytest.mark.parametrize(
     "text, words",
     [
-        pytest.param("a: 1\nb: 2\na: 3\n", "key a stands twice in one mapping", id="two equal keys"),
+        pytest.param("a: 1\nb: 2\na: 3\n", "key a appears twice in one mapping", id="two equal keys"),
         pytest.param("a: [1", "is not YAML", id="not YAML"),
         pytest.param("a: 1\n---\nb: 2\n", "is not YAML", id="two documents"),
         pytest.param(
@@ -526,5 +527,5 @@ def test_a_file_that_holds_no_run_is_named(text: str, words: str, tmp_path: Path
 
 
 def test_a_stage_that_there_is_not_is_named_beside_those_that_there_are() -> None:
-    with pytest.raises(KeyError, match="second is no stage of minimal: it has first"):
+    with pytest.raises(KeyError, match="second is not a stage of minimal, which has first"):
         DistillRun.parse(valid_specs.manifest({})).stage("second")
