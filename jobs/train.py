@@ -1,7 +1,7 @@
 """Train one stage of a run. All the work is in vpmoe.trainer; this file binds it to a pod, or to a shell.
 
-Without LOCAL_RANK in the environment this is the launcher: it starts the same file once a rank, and once more as
-the teacher of a TeacherForced stage.
+Without LOCAL_RANK in the environment this is the launcher: it starts the same file once a rank, and once more
+as the teacher of a TeacherForced stage.
 """
 
 import logging
@@ -30,7 +30,8 @@ def main() -> None:
 
 
 def start(run: DistillRun, context: JobContext) -> int:
-    """Launch the stage's processes, wait for them and return the exit code. Launches none for a finished stage."""
+    """Launch the stage's processes, wait for them and return the exit code. Launches none for a finished
+    stage."""
     stage = stage_inputs.training_stage(run, context.step)
     if end := stage_inputs.report_if_finished(run, stage, context.bucket, context.provenance):
         log.info("Stage %s has already finished: %d steps, %d tokens", stage.name, end.steps, end.tokens)

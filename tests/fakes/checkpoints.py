@@ -24,7 +24,8 @@ def at(iteration: int, **changes: Any) -> TrainState:
 
 
 def filled(device: torch.device, number: float) -> Learner:
-    """A student whose every number is `number`, plus its place in the tensor: so two of them differ everywhere."""
+    """A student whose every number is `number`, plus its place in the tensor: so two of them differ
+    everywhere."""
     it = students.learner(device)
     for piece in state.slices(it):
         piece.tensor.copy_(torch.arange(piece.start, piece.stop) / 1000 + number)

@@ -1,4 +1,5 @@
-"""A prepared data set of random documents, written as preprocessing writes one, and a stage's task on it: for the tests of training."""
+"""A dataset of random documents, written as preprocessing writes one, with scores and a stage's context: for
+tests of training."""
 
 import io
 import threading

@@ -1,7 +1,8 @@
-"""Sampler and teacher of an OnPolicy stage in one, for the tests of its trainer: small, in this process, and asked to go on by the test.
+"""Sampler and teacher of an OnPolicy stage in one, for tests of its trainer: a small one in the test's
+process.
 
-It takes the versions from the bucket through transformers, proves each with its probe, and really samples from it. The teacher is a
-function of the ids. What the real ones do beside that is not imitated.
+It takes the versions from the bucket through transformers, verifies each with its probe, and samples from it.
+The teacher is a function of the ids. Nothing else of the real ones is imitated.
 """
 
 import hashlib
@@ -37,8 +38,8 @@ PROBE = 1e-4
 """Nats by which trainer and transformers may differ: both compute in float32 and sum in other orders."""
 
 
-class Partner:
-    """What it does next follows from the bucket alone, so a new one goes on where another was left."""
+class FakePeers:
+    """What it does next follows from the bucket alone, so a new one continues where another stopped."""
 
     def __init__(self, task: StageContext, train: list[Documents], scratch: Path) -> None:
         assert isinstance(task.stage, OnPolicy)
@@ -59,13 +60,13 @@ class Partner:
         return paths.window(self.task.run, self.stage.name, window, kind)  # type: ignore[arg-type]
 
     def advance(self) -> bool:
-        """Sample and score the next window; whether there was something to do."""
+        """Sample and score the next window. Returns whether there was one."""
         bucket = self.task.bucket
         window = next(number for number in range(10**6) if not bucket.exists(self.key(number, "scores")))
         if not bucket.exists(self.key(window, "rollouts")) and not self.sample(window):
             return False
         data = bucket.get(self.key(window, "rollouts"))
-        found = read_rollouts(data, "partner")
+        found = read_rollouts(data, "fake peers")
         about = ScoresHeader(
             run=found.header.run,
             stage=self.stage.name,
@@ -91,7 +92,7 @@ class Partner:
         anchors = self.plan.steps(facts.first_sequence, self.each, stage.tokens)
         seen = 0
         if number:
-            before = read_rollouts(bucket.get(self.key(number - 1, "rollouts")), "partner").header
+            before = read_rollouts(bucket.get(self.key(number - 1, "rollouts")), "fake peers").header
             seen = windows.curriculum.tokens_before_next(number - 1, before.seen, before.tokens, anchors)
         if seen >= stage.tokens:
             return False
@@ -128,7 +129,8 @@ class Partner:
         return int((self.documents[prompt.document][1] == 0).sum())
 
     def rollout(self, model: PreTrainedModel, prompt: PromptPlan, number: int, bound: int) -> Rollout:
-        """One completion, really sampled at temperature 1 from the request's seed; the third id in a hundred ends it."""
+        """One completion, sampled at temperature 1 from the request's seed; the third id in a hundred ends
+        it."""
         generator = torch.Generator().manual_seed(prompt.seeds[number])
         ids = self.documents[prompt.document][0][: self.asked(prompt)].tolist()
         logp = []
@@ -146,7 +148,7 @@ class Partner:
         return Rollout(prompt.place, number, prompt.document, prompt.effort, validity, sampled, span, own)
 
     def load(self, published: policy_version.Manifest, facts: PolicyVersion) -> PreTrainedModel:
-        """A version, proved with its probe."""
+        """A version, verified with its probe."""
         if self.loaded is None or self.loaded[0] != facts.version:
             folder = self.scratch / f"sampler-{facts.version}"
             folder.mkdir(exist_ok=True)

@@ -1,7 +1,8 @@
-"""What test_training_onpolicy.py runs twice at once, as two ranks of a stage: `RANK=… python -m tests.fakes.onpolicy_ranks FOLDER`.
+"""One rank of an OnPolicy stage: `RANK=… python -m tests.fakes.onpolicy_ranks FOLDER`; test_onpolicy.py
+starts two.
 
-FOLDER/task.json says which run, data set and documents; with KILL=rank:step that rank kills itself in the midst of that step. What rank r
-came to it writes to FOLDER/rank-<r>.pt.
+FOLDER/task.json names the run, the dataset and the documents. With KILL=rank:step that rank kills itself
+during that step. Rank r writes its weights, state and lines to FOLDER/rank-<r>.pt.
 """
 
 import json
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from tests.fakes import datasets, students, trainers
-from tests.fakes.fake_onpolicy_peers import Partner
+from tests.fakes.fake_onpolicy_peers import FakePeers
 from tests.fakes.reporters import RecordingReporter
 from tests.fakes.students import saved
 from vpmoe.api import DistillRun
@@ -30,15 +31,15 @@ from vpmoe.trainer.onpolicy import window_wait
 INPUTS = [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})]
 
 
-class Asking(RecordingReporter):
-    """A report that has the partner go on while the trainer waits."""
+class PeerReporter(RecordingReporter):
+    """Lets the peer sample and score the next window while the trainer waits."""
 
-    partner: Partner
+    peers: FakePeers
 
     def update(self, **changes: Any) -> None:
         super().update(**changes)
         if changes.get("message", "").startswith("Waiting"):
-            self.partner.advance()
+            self.peers.advance()
 
 
 def main() -> None:
@@ -55,9 +56,9 @@ def main() -> None:
     context = datasets.context(
         bucket, told["spec"], scratch, manifest.load(bucket, told["dataset"]), "onpolicy"
     )
-    uploader = Asking() if distributed.rank() == 0 else None
+    uploader = PeerReporter() if distributed.rank() == 0 else None
     if uploader:
-        uploader.partner = Partner(context, pickle.loads((folder / "documents").read_bytes()), scratch)
+        uploader.peers = FakePeers(context, pickle.loads((folder / "documents").read_bytes()), scratch)
     learner = students.learner(device, expert_parallel=run.spec.student.expert_parallel)
     it = trainers.trainer(context, device, learner, uploader)
     reached: list[TrainState] = []

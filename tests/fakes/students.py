@@ -31,7 +31,8 @@ def learner(device: torch.device, shape: Shape = SMALL, **kwargs: int) -> Learne
 def documents(
     generator: torch.Generator, lengths: list[int], row: int, vocabulary: int = SMALL.vocabulary
 ) -> tuple[torch.Tensor, ...]:
-    """One row [1, row] of random tokens and spans: documents of the given lengths, then padding. A third of each is prompt (span 0)."""
+    """One row [1, row] of random tokens and spans: documents of the given lengths, then padding. A third of
+    each is prompt (span 0)."""
     tokens = torch.randint(0, vocabulary, (1, row), generator=generator)
     numbers = torch.full((1, row), -1, dtype=torch.int32)
     spans = torch.zeros((1, row), dtype=torch.uint8)

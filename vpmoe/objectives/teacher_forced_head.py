@@ -1,11 +1,12 @@
-"""The head of teacher-forced training: cross-entropy, divergence from the teacher, cosine of hidden states; never [tokens, vocabulary].
+"""The head of teacher-forced training: cross-entropy, KL from the teacher and cosine of hidden states.
 
-As in head.py the gradients are formed in the forward, chunk by chunk over tokens, and the backward only scales them. A chunk needs the
-student's logits and the teacher's, which the teacher's final hidden states give through its own output matrix: four matrix products in
-all. With p and q the teacher's and the student's distribution at temperature T, the gradient of T²·KL(p‖q) = T²·Σ p·(log p − log q) with
-respect to the student's logits is T·(q − p). Nothing goes backward to the teacher.
+No tensor is ever [tokens, vocabulary]. As in vpmoe/model/head.py the gradients are formed in the forward,
+chunk by chunk over tokens, and the backward only scales them. A chunk needs the student's logits and the
+teacher's, which follow from the teacher's final hidden states and its own output matrix: four matrix products
+in all. With p and q the teacher's and the student's distribution at temperature T, the gradient of T²·KL(p‖q)
+= T²·Σ p·(log p − log q) with respect to the student's logits is T·(q − p). No gradient goes to the teacher.
 
-Where the hidden states come from, and what is done with what is measured here, is not this file's business.
+Hidden states come from vpmoe/trainer/teacher_forced; the measures are summed in teacher_forced.py.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     from vpmoe.api.stages import LossWeights
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 400 << 20}
-"""Bound on the teacher's logits of one chunk; on a GPU the student's are half as much again. With the fp32 sum of the matrix's gradient
-(0.8 GiB at hidden 1,024) the peak stays below 1 GiB beside the gradients themselves; shorter chunks would read and write that sum more
-often."""
+"""Bound on the teacher's logits of one chunk; on a GPU the student's are half as much again. With the fp32
+sum of the matrix's gradient (0.8 GiB at hidden 1,024) the peak stays below 1 GiB beside the gradients
+themselves; shorter chunks would read and write that sum more often."""
 EPSILON = 1e-8
 """Least length of a hidden state in the cosine, as in torch.nn.functional.cosine_similarity."""
 
@@ -33,11 +34,11 @@ class Teacher(NamedTuple):
     hidden_TG: Tensor
     """The teacher's final hidden states at the batch's positions, G wide."""
     output_VG: Tensor
-    """The matrix that makes its logits of them."""
+    """The matrix from hidden states to the teacher's logits."""
 
 
 class Forced(NamedTuple):
-    """What a microbatch came to. The parts are measures only, NaN where there is no target."""
+    """Result of a microbatch. All but the loss are measures only, NaN where there is no target."""
 
     loss: Tensor
     """Σ share · [ce · nll + kl · T² · KL + hidden · (1 − cosine)]"""
@@ -58,15 +59,18 @@ def forced_loss(
     share_T: Tensor,
     terms: "LossWeights",
 ) -> Forced:
-    """The loss of one microbatch, differentiable in hidden, output and projection. Positions whose target is NO_TARGET cost nothing.
+    """The loss of one microbatch, differentiable in hidden, output and projection. Positions
+    whose target is NO_TARGET add nothing.
 
-    `share_T` is each token's weight, w_span / N_span. `projection_GH` brings the student's hidden states to the teacher's width; None where
-    both are as wide. On the GPU everything that comes in is bf16, sums are fp32 (logits: see forced_kernels). Elsewhere all is in the type
-    of hidden. Raises ValueError where a projection is missing.
+    `share_T` is each token's weight, w_span / N_span. `projection_GH` brings the student's hidden states to
+    the teacher's width; None where both are as wide. On the GPU all inputs are bf16 and sums are fp32
+    (logits: see teacher_forced_kernels.py). Elsewhere everything has the type of hidden. Raises ValueError
+    where a projection is missing.
     """
     if projection_GH is None and hidden_TH.shape[1] != teacher.hidden_TG.shape[1]:
         raise ValueError(
-            f"hidden states are {hidden_TH.shape[1]} wide, the teacher's {teacher.hidden_TG.shape[1]}: a projection is missing."
+            f"hidden states are {hidden_TH.shape[1]} wide, the teacher's {teacher.hidden_TG.shape[1]}: a "
+            "projection is missing."
         )
     return Forced(*_Head.apply(hidden_TH, output_VH, projection_GH, teacher, targets_T, share_T, terms))  # type: ignore[no-untyped-call]
 
@@ -113,7 +117,7 @@ class _Head(torch.autograd.Function):
                 grad_tG if projection_GH is None else grad_tG @ projection_GH
             )
             logp_T[rows_t], kl_T[rows_t], cosine_T[rows_t] = logp_t, kl_t, cosine_t
-            del teacher_tV, grad_tV  # before the next chunk's are made
+            del teacher_tV, grad_tV  # frees the memory for the next chunk
         grad_projection_GH = None if grad_projection_GH is None else grad_projection_GH.to(hidden_TH.dtype)
         ctx.save_for_backward(grad_hidden_TH, grad_output_VH.to(output_VH.dtype), grad_projection_GH)
         ctx.mark_non_differentiable(logp_T, kl_T, cosine_T)
@@ -143,7 +147,8 @@ def _project(hidden_tH: Tensor, projection_GH: Tensor | None) -> Tensor:
 
 
 def _cosine(student_tG: Tensor, teacher_tG: Tensor) -> tuple[Tensor, Tensor]:
-    """(cosine [t], its gradient with respect to the student's [t, G]): with unit vectors û and v̂, (v̂ − cosine·û) / |u|."""
+    """(cosine [t], its gradient with respect to the student's [t, G]): with unit vectors û and v̂, (v̂ −
+    cosine·û) / |u|."""
     teacher_tG = teacher_tG.to(student_tG.dtype)
     teacher_tG = teacher_tG / teacher_tG.norm(dim=1, keepdim=True).clamp(min=EPSILON)
     length_t1 = student_tG.norm(dim=1, keepdim=True).clamp(min=EPSILON)
@@ -160,9 +165,10 @@ def _compare_(
     share_t: Tensor,
     terms: "LossWeights",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p of the targets [t], KL(teacher‖student) [t], gradient of the loss with respect to the student's logits [t, V]).
+    """(log p of the targets [t], KL(teacher‖student) [t], gradient of the loss with respect to the student's
+    logits [t, V]).
 
-    On the GPU the gradient takes the place of the teacher's logits.
+    On the GPU the gradient overwrites the teacher's logits.
     """
     if hidden_tH.is_cuda:
         from vpmoe.objectives import teacher_forced_kernels  # Triton, which only a GPU needs

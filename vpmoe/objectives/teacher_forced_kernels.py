@@ -1,8 +1,9 @@
-"""The passes over a chunk of student's and teacher's logits on a GPU: each logit is read twice, and one bf16 gradient written.
+"""Triton kernels over a chunk of the student's and the teacher's logits: each logit is read twice.
 
-The student's logits are fp16: of the usual 16 bits the finest (2⁻¹¹ of a number), rounded less than the gradient that is made of them. The
-teacher's are bf16, as it makes them itself, and the gradient takes their place. forced_head.py holds the formulas, and does them in torch
-on the CPU; see kernels.py for why torch's own operations are not enough.
+The student's logits are fp16, the finest of the usual 16-bit types (2⁻¹¹ of a number): rounding them changes
+less than rounding the gradient. The teacher's are bf16, as the teacher computes them, and the bf16 gradient
+overwrites them. teacher_forced_head.py has the formulas and computes them in torch on the CPU;
+vpmoe/model/kernels.py says why torch's own operations are too slow.
 """
 
 from typing import TYPE_CHECKING
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
     from vpmoe.api.stages import LossWeights
 
 BLOCK = 2048
-"""Logits of either that a program holds at once."""
+"""Logits of student and of teacher that a program holds at once."""
 PARTS = 2
-"""Pieces of a chunk whose student's logits are in memory one after the other: products with the teacher's matrix and with gradients want
-long chunks."""
+"""Pieces of a chunk whose student's logits are in memory one after the other: products with the teacher's
+matrix and with gradients want long chunks."""
 LARGEST = tl.constexpr(65504.0)
-"""Of fp16. A logit beyond it is no sensible one; that it should not become infinite is what counts."""
+"""The largest fp16 number. Larger logits are clamped to it, so that none becomes infinite."""
 
 
 def compare_(
@@ -35,7 +36,8 @@ def compare_(
     share_t: Tensor,
     terms: "LossWeights",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log p of the targets [t], KL(teacher‖student) at the terms' temperature [t], gradient of the loss with respect to logits [t, V]).
+    """(log p of the targets [t], KL(teacher‖student) at the terms' temperature [t], gradient of the loss with
+    respect to logits [t, V]).
 
     The gradient is written over `teacher_tV` and is in its type.
     """
@@ -118,10 +120,11 @@ def _logits(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _measure(logits, teacher, lse, soft, soft_teacher, kl, width, inverse, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of the student's x and the teacher's y: log Σ exp of x, x/T and y/T, and KL = Σ p·(y − x)/T + log Σ exp(x/T) − log Σ exp(y/T)."""
+    """Of the student's x and the teacher's y: log Σ exp of x, x/T and y/T, and KL = Σ p·(y − x)/T + log Σ
+    exp(x/T) − log Σ exp(y/T)."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    high_x = -1e30  # stands where there is no logit: finite, so that −1e30 − −1e30 is a number
+    high_x = -1e30  # finite, so that −1e30 − −1e30 is a number
     high_y = -1e30
     total = tl.zeros((BLOCK,), tl.float32)
     total_x = tl.zeros((BLOCK,), tl.float32)
@@ -159,7 +162,8 @@ def _measure(logits, teacher, lse, soft, soft_teacher, kl, width, inverse, BLOCK
 def _gradient_(  # type: ignore[no-untyped-def]
     logits, teacher, targets, lse, soft, soft_teacher, share, width, inverse, ce, kl, BLOCK: tl.constexpr
 ):
-    """share · [ce·(softmax(x) − onehot) + kl·T·(softmax(x/T) − softmax(y/T))], over y; `kl` here is the term's weight times T."""
+    """share · [ce·(softmax(x) − onehot) + kl·T·(softmax(x/T) − softmax(y/T))], over y; `kl` here is the
+    term's weight times T."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width

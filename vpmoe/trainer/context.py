@@ -32,10 +32,12 @@ class StageContext:
 
 
 class ObjectGroup:
-    """Exchanges small objects between all ranks. It is separate from training's collectives, so a thread may use it beside them."""
+    """Exchanges small objects between all ranks. It is separate from training's collectives, so a thread may
+    use it beside them."""
 
     def __init__(self, patience: timedelta) -> None:
-        """Every rank makes its groups in the same order. `patience` is how long one rank may keep the others waiting."""
+        """Every rank makes its groups in the same order. `patience` is how long one rank may keep the others
+        waiting."""
         self._group = dist.new_group(backend="gloo", timeout=patience)
 
     def gather[T](self, value: T) -> list[T]:

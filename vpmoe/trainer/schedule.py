@@ -1,4 +1,5 @@
-"""When a stage does what: the learning rate of each step, what happens every so many tokens, and when it stops improving. Pure."""
+"""When a stage does what: the learning rate of each step, what happens at multiples of some tokens, and when
+it stops improving. Pure."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +10,9 @@ from vpmoe.api.stages import Stop
 def learning_rate(seen: int, total: int, warmup: int, peak: float, lowest: float) -> float:
     """The rate for the step after which the stage has seen `seen` of its `total` tokens.
 
-    Linear from 0 over the first `warmup` tokens, then half a cosine from `peak` down to `lowest`, which the stage's last step gets.
-    Where `warmup` is as long as the stage or longer, the rate rises to the end and never reaches `peak`.
+    Linear from 0 over the first `warmup` tokens, then half a cosine from `peak` down to `lowest`, which the
+    stage's last step gets. Where `warmup` is as long as the stage or longer, the rate rises to the end and
+    never reaches `peak`.
     """
     if seen < warmup:
         return peak * seen / warmup
@@ -20,7 +22,8 @@ def learning_rate(seen: int, total: int, warmup: int, peak: float, lowest: float
 
 
 def due(before: int, after: int, every: int) -> bool:
-    """Whether what happens every `every` tokens is due after a step that took the stage from `before` tokens to `after`.
+    """Whether what happens every `every` tokens is due after a step that took the stage from `before` tokens
+    to `after`.
 
     A step that passes several multiples counts once.
     """
@@ -28,7 +31,8 @@ def due(before: int, after: int, every: int) -> bool:
 
 
 def no_longer_improves(measured: Sequence[float], stop: Stop) -> bool:
-    """Whether the last `stop.evaluations` evaluations together lowered what is measured by less than `stop.min_improvement` of it."""
+    """Whether the last `stop.evaluations` evaluations together lowered what is measured by less than
+    `stop.min_improvement` of it."""
     if len(measured) <= stop.evaluations:
         return False
     before, latest = measured[-1 - stop.evaluations], measured[-1]

@@ -1,4 +1,7 @@
-"""What a stage needs before it trains, and whether it has already finished. No torch: the launcher asks too."""
+"""What a stage needs before it trains, and whether it has already finished.
+
+No torch: the launcher asks too.
+"""
 
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, Progress
@@ -32,8 +35,8 @@ def load_scores(run: DistillRun, stage: Stage, bucket: Bucket, made: Manifest) -
     found = teacher_scores.resolve_scores(run, stage.scored_subset, bucket, made)
     if not bucket.exists(found.manifest):
         raise Permanent(
-            f"{bucket.url(found.manifest)}: the teacher's scores that stage {stage.name} trains on do not exist. Make them first: "
-            "python -m jobs.rescore."
+            f"{bucket.url(found.manifest)}: the teacher's scores that stage {stage.name} trains on do not "
+            "exist. Make them first: python -m jobs.rescore."
         )
     return teacher_scores.load_scores(found, bucket)
 
@@ -54,7 +57,8 @@ def report_if_finished(
 ) -> TrainState | None:
     """The stage's end where an earlier attempt reached it, None otherwise.
 
-    An attempt that was killed after its last checkpoint has not written Succeeded to progress.json; this writes it.
+    An attempt that was killed after its last checkpoint has not written Succeeded to progress.json; this
+    writes it.
     """
     reached = end_of(bucket, paths.checkpoints(run, stage.name))
     if reached is None:

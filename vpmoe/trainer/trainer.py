@@ -1,8 +1,8 @@
 """The trainer: takes one stage from where it is to its end, the same on every rank.
 
-It knows no kind of stage: what differs between them is in stages/. Everything that a step depends on follows from (seed, step), from the
-state that a checkpoint holds and, in an OnPolicy stage, from its window in the bucket. So a run that was killed and resumed ends with the
-same weights as one that was not.
+It knows no kind of stage: what differs between them is in stages/. Everything that a step depends on follows
+from (seed, step), from the state that a checkpoint holds and, in an OnPolicy stage, from its window in the
+bucket. So a run that was killed and resumed ends with the same weights as one that was not.
 """
 
 import math
@@ -166,7 +166,8 @@ class Trainer:
         return state
 
     def _agree(self, batches: list[Batch]) -> tuple[Tensor, bool, Tensor]:
-        """One all-reduce a step: (the global counts, whether any rank was asked to stop, readings of all GPUs)."""
+        """One all-reduce a step: (the global counts, whether any rank was asked to stop, readings of all
+        GPUs)."""
         rank, ranks = distributed.rank(), distributed.world_size()
         counts = torch.stack([batch.counts for batch in batches]).sum(0)
         stopping = torch.tensor([float(self.context.stopping.is_set())], dtype=torch.float64)
@@ -176,7 +177,8 @@ class Trainer:
         return total[: len(counts)].long(), bool(total[len(counts)]), total[len(counts) + 1 :]
 
     def _learning_rate(self, seen: int) -> float:
-        """Of the step after which the stage has seen so many tokens. Only the last step of an OnPolicy stage exceeds its total."""
+        """Of the step after which the stage has seen `seen` tokens. Only the last step of an OnPolicy stage
+        exceeds its total."""
         optimizer, total = self.context.stage.optimizer, self.stage.plan.total
         return learning_rate(
             min(seen, total),
@@ -187,14 +189,15 @@ class Trainer:
         )
 
     def _move_weights(self, rate: float, step: int) -> float:
-        """Take the optimizer step and return the gradient's norm. Raises Permanent where that is not finite."""
+        """Take the optimizer step and return the gradient's norm. Raises Permanent where that is not
+        finite."""
         try:
             return self.learner.step(rate)
         except ArithmeticError as error:
             raise not_finite(f"the gradient's norm ({error})", step) from error
 
     def _advance(self, state: TrainState, tokens: int) -> TrainState:
-        """The state one step of so many tokens later."""
+        """The state after one more step, of `tokens` tokens."""
         counts = {
             "steps": state.steps + 1,
             "iteration": state.iteration + 1,
@@ -203,7 +206,8 @@ class Trainer:
         return self.stage.plan.advance(state).model_copy(update=counts)
 
     def _evaluate(self, state: TrainState) -> TrainState:
-        """The state with the held-out loss, and with what the kind of stage measures. Adds the line of metrics."""
+        """The state with the held-out loss, and with what the kind of stage measures. Adds the line of
+        metrics."""
         began, loss, of_kind = time.monotonic(), None, None
         if self.held_out:
             measured = self.held_out.loss(self.learner)
@@ -248,10 +252,12 @@ def check_finite(outcome: Outcome, step: int) -> None:
 
 
 def not_finite(what: str, step: int) -> Permanent:
-    """The error of a number that ended training. Another attempt would have the same data and arithmetic, and meet it again."""
+    """The error of a number that ended training. Another attempt would have the same data and arithmetic, and
+    meet it again."""
     return Permanent(
-        f"NonFinite: {what} is not finite at step {step + 1}; the weights were not touched. In a new run, which may resumeFrom this one's "
-        "last checkpoint, lower optimizer.learningRate or gradientClip, or lengthen warmupTokens."
+        f"NonFinite: {what} is not finite at step {step + 1}; the weights were not touched. In a new run, "
+        "which may resumeFrom this one's last checkpoint, lower optimizer.learningRate or gradientClip, or "
+        "lengthen warmupTokens."
     )
 
 

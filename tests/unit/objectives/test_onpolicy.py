@@ -1,4 +1,5 @@
-"""On-policy coefficients against float64, what a step does to a token's probability, and what must never enter a coefficient."""
+"""On-policy coefficients against float64, what a step does to a token's probability, and what must never
+enter a coefficient."""
 
 import math
 from dataclasses import replace
@@ -62,7 +63,8 @@ def reference(batches: list[Batch], logits: list[Tensor], counts: Tensor) -> Ten
 
 
 def test_loss_and_gradients_are_float64s_over_ragged_microbatches(device: torch.device) -> None:
-    """Tolerance: coefficients of both signs nearly cancel in sums over some hundred tokens, which fp32 adds up to 1e-6 of their size."""
+    """Tolerance: coefficients of both signs nearly cancel in sums over some hundred tokens, which fp32 adds
+    up to 1e-6 of their size."""
     it = learner(device)
     batches = rollouts(it, torch.Generator().manual_seed(new_seed()), 3)
     counts = counted(batches)
@@ -100,7 +102,8 @@ def test_a_token_that_the_teacher_likes_more_gains_probability_and_one_that_it_l
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(device: torch.device) -> None:
-    """Up to the rounding of fp32: a Vanilla step on the same batch has a gradient a million times as large."""
+    """Up to the rounding of fp32: a Vanilla step on the same batch has a gradient a million times as
+    large."""
     it = learner(device)
     batches = [
         replace(b, teacher_logp=logp(it, b), sampler_logp=logp(it, b))
@@ -191,7 +194,8 @@ def test_another_document_changes_a_coefficient_through_the_count_alone() -> Non
 
 @pytest.mark.parametrize("whose", ["teacher_logp", "sampler_logp"])
 def test_a_nan_is_never_a_number(whose: str, device: torch.device) -> None:
-    """What was not scored is not worth 0: the loss is NaN, and training stops before the step. Positions without a target do not matter."""
+    """What was not scored is not worth 0: the loss is NaN, and training stops before the step. Positions
+    without a target do not matter."""
     it = learner(device)
     (batch,) = rollouts(it, torch.Generator().manual_seed(new_seed()), 1)
     assert math.isfinite(

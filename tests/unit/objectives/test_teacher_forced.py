@@ -166,7 +166,8 @@ def test_a_missing_projection_is_said() -> None:
 
 
 def test_no_tensor_is_ever_as_large_as_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for the logits of 8 tokens, the largest result is one of those: for one token more it would not fit."""
+    """With room for the logits of 8 tokens, the largest result is one of those: for one token more it would
+    not fit."""
     vocabulary, tokens = 1000, 200
     monkeypatch.setitem(teacher_forced_head.CHUNK_BYTES, "cpu", 8 * 4 * vocabulary)
     hidden, output = (
@@ -197,7 +198,8 @@ class Linear(NamedTuple):
 
 
 def test_each_span_is_a_mean_of_its_own_over_the_global_batch() -> None:
-    """Two microbatches of unlike sizes come to what one eager mean over all of their tokens does, and the measures are those means."""
+    """Two microbatches of unlike sizes come to what one eager mean over all of their tokens does, and the
+    measures are those means."""
     generator = torch.Generator().manual_seed(new_seed())
     given = inputs(torch.float32, new_seed())
     student = Linear(given.output, given.projection)
@@ -240,7 +242,8 @@ def test_each_span_is_a_mean_of_its_own_over_the_global_batch() -> None:
 
 
 def test_the_gpus_kernels_are_float64s_too() -> None:
-    """The same kernels under Triton's interpreter: several tiles and rests each way, extreme logits, shares of several sizes."""
+    """The same kernels under Triton's interpreter: several tiles and rests each way, extreme logits, shares
+    of several sizes."""
     code = f"""
         import torch
         from vpmoe.api.stages import LossWeights
@@ -260,14 +263,18 @@ def test_the_gpus_kernels_are_float64s_too() -> None:
         want_kl, want = (p.exp() * (p - q)).sum(1), torch.log_softmax(exact, 1)[torch.arange(37), targets]
         (share.double() * (0.5 * 2.5**2 * want_kl - 0.3 * want)).sum().backward()
         logp, kl, grad = teacher_forced_kernels.compare_(hidden, output, y, targets, share, terms)
-        # fp16 rounds a logit by at most 2**-11 of its size, so a logit less its log-sum-exp by twice that of the row's largest: d. A KL at
-        # temperature T moves by d / T at most, a probability by the factor exp(d), or exp(d / T); 1e-4 is for sums in fp32.
+        # fp16 rounds a logit by at most 2**-11 of its size, so a logit less its log-sum-exp by twice that of
+        # the row's largest: d. A KL at temperature T moves by at most d / T, a probability by at most the
+        # factor exp(d), or exp(d / T). 1e-4 is for sums in fp32.
         d = 2**-10 * exact.detach().abs().amax(1) + 1e-4
         assert ((logp.double() - want.detach()).abs() <= d).all(), logp.double() - want.detach()
-        assert ((kl.double() - want_kl.detach()).abs() <= d / 2.5 + 1e-4).all(), kl.double() - want_kl.detach()
+        off = kl.double() - want_kl.detach()
+        assert (off.abs() <= d / 2.5 + 1e-4).all(), off
         q, s = q.detach().exp(), exact.detach().softmax(1)
-        bound = share.double()[:, None] * (0.5 * 2.5 * q * (d / 2.5).expm1()[:, None] + 0.3 * s * d.expm1()[:, None]) + 1e-4
-        assert ((grad.double() - exact.grad).abs() <= bound).all(), ((grad.double() - exact.grad).abs() / bound).max()
+        bound = 0.5 * 2.5 * q * (d / 2.5).expm1()[:, None] + 0.3 * s * d.expm1()[:, None]
+        bound = share.double()[:, None] * bound + 1e-4
+        off = (grad.double() - exact.grad).abs()
+        assert (off <= bound).all(), (off / bound).max()
     """
     subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],

@@ -1,4 +1,5 @@
-"""CheckpointWriter on a real store: the same bits back, damage rejected aloud, stages that follow each other. The student is a small one."""
+"""Checkpoints of a small student on a real store: the same bits back, damage rejected, stages that follow
+each other."""
 
 import json
 from collections.abc import Callable
@@ -131,7 +132,8 @@ def test_the_newest_are_kept_and_what_a_killed_attempt_left_is_replaced(
 def test_a_checkpoint_of_other_ranks_is_read_by_its_ranges(
     context: StageContext, device: torch.device, tmp_path: Path
 ) -> None:
-    """A checkpoint of three ranks, made of one rank's by cutting every tensor at uneven places, comes out whole."""
+    """A checkpoint of three ranks, made of one rank's by cutting every tensor at uneven places, comes out
+    whole."""
     written = filled(device, 1.0)
     save(context, written, at(1))
     folder = paths.checkpoint(context.run, "vanilla", 1)
@@ -280,7 +282,8 @@ def test_a_stage_does_not_go_on_without_its_own_projection(
 def test_a_first_stage_may_begin_from_another_run(
     context: StageContext, run_spec: dict[str, Any], device: torch.device, tmp_path: Path, field: str
 ) -> None:
-    """student.init takes the weights alone; resumeFrom the optimizer and, of the same data set, the data position too."""
+    """student.init takes the weights alone; resumeFrom the optimizer and, of the same data set, the data
+    position too."""
     written = filled(device, 1.0)
     save(context, written, at(3), at(4, next_sequence=8))
     folder = paths.checkpoint(context.run, "vanilla", 4) if field == "init" else paths.run(context.run)

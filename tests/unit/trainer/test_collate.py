@@ -1,4 +1,5 @@
-"""Rows and microbatches: documents whole and side by side, every position accounted for; held-out documents that stay the same."""
+"""Rows and microbatches: documents whole and side by side, every position accounted for; held-out documents
+that stay the same."""
 
 import numpy as np
 import pytest

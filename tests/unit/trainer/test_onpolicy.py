@@ -1,5 +1,5 @@
-"""OnPolicy stages on a real store, with partner.py as sampler and teacher: the order of steps, what is published, that a kill changes no
-bit and trains nothing twice, drift, starving, the end."""
+"""OnPolicy stages on a real store, with fake_onpolicy_peers.py as sampler and teacher: the order of steps,
+what is published, that a kill changes no bit and trains nothing twice, drift, starving, the end."""
 
 import contextlib
 import json
@@ -20,8 +20,8 @@ import torch
 
 from tests.fakes import datasets, students, trainers
 from tests.fakes.checkpoints import same
-from tests.fakes.fake_onpolicy_peers import Partner
-from tests.fakes.onpolicy_ranks import Asking
+from tests.fakes.fake_onpolicy_peers import FakePeers
+from tests.fakes.onpolicy_ranks import PeerReporter
 from tests.fakes.students import new_seed
 from vpmoe.checkpoint.train_state import TrainState, end_of, iterations
 from vpmoe.data.mixture import interleave
@@ -94,14 +94,14 @@ def trainer(
     tmp_path: Path,
     device: torch.device,
 ) -> Make:
-    """A trainer that stands where the bucket says the stage stands, with its partner."""
+    """A trainer that stands where the bucket says the stage stands, with fake peers."""
 
     def make(
-        uploader: Asking | None = None, stage: str = "onpolicy", learner: Learner | None = None
+        uploader: PeerReporter | None = None, stage: str = "onpolicy", learner: Learner | None = None
     ) -> Trainer:
-        uploader = uploader or Asking()
+        uploader = uploader or PeerReporter()
         context = datasets.context(bucket, spec, tmp_path, dataset, stage)
-        uploader.partner = Partner(context, train, tmp_path)
+        uploader.peers = FakePeers(context, train, tmp_path)
         return trainers.trainer(context, device, learner or students.learner(device), uploader, held_out=9)
 
     return make
@@ -114,7 +114,7 @@ def reached(it: Trainer) -> TrainState:
 
 
 def lines_of(it: Trainer, event: str = "step") -> list[dict[str, Any]]:
-    assert isinstance(it.reporter.uploader, Asking)
+    assert isinstance(it.reporter.uploader, PeerReporter)
     return [line for line in it.reporter.uploader.lines if line["event"] == event]
 
 
@@ -146,7 +146,7 @@ def test_windows_and_anchor_steps_alternate_and_versions_are_published_on_the_wa
     )
     assert end.next_sequence == 2 * kinds.count("Vanilla")
     assert steps[-1]["learningRate"] == 1e-4, "the last step has the lowest rate, whatever it overshoots by"
-    assert isinstance(it.reporter.uploader, Asking)
+    assert isinstance(it.reporter.uploader, PeerReporter)
     weighted = sum(
         it.stage.span_weights[span] * (kl or 0) for span, kl in of_windows[-1]["reverseKl"].items()
     )
@@ -219,7 +219,7 @@ class Killed(BaseException):
     """Ends a trainer in the midst of what it does, with nothing said or saved."""
 
 
-class Dying(Asking):
+class Dying(PeerReporter):
     def __init__(self, at: int) -> None:
         super().__init__()
         self._at = at
@@ -262,7 +262,7 @@ def test_a_stage_that_was_killed_ends_at_the_same_bits_and_trains_nothing_twice(
 
 
 def test_who_waits_stops_at_once_and_saves(trainer: Make) -> None:
-    class Silent(Asking):
+    class Silent(PeerReporter):
         def update(self, **changes: Any) -> None:
             super().update(**changes) if "window 2" not in changes.get(
                 "message", ""
@@ -301,12 +301,12 @@ def test_a_sampler_that_computes_another_student_fails_the_stage(
     trainer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(window_stats, "PATIENCE", 3)
-    report = Asking()
+    report = PeerReporter()
     it = trainer(report)
-    report.partner.sampler_logp = lambda logp_C: logp_C - np.float32(1)
+    report.peers.sampler_logp = lambda logp_C: logp_C - np.float32(1)
     with pytest.raises(
         Permanent,
-        match=r"SamplerDrift: .* above maxSamplerKl 0.1 for 3 windows in a row, 0\.7.* in window 2; the weights",
+        match=r"SamplerDrift: .* maxSamplerKl 0.1 for 3 windows in a row, 0\.7.* in window 2; the weights",
     ):
         it.run()
     assert [line["kind"] for line in lines_of(it)].count("OnPolicy") == 2 and it.learner.steps == len(
@@ -330,9 +330,9 @@ def test_a_sampler_that_computes_another_student_fails_the_stage(
 def test_a_window_that_is_not_due_ends_the_stage_with_its_name(
     trainer: Make, changes: dict[str, Any], words: str
 ) -> None:
-    report = Asking()
+    report = PeerReporter()
     it = trainer(report)
-    report.partner.says = lambda about: about.model_copy(update=changes) if about.window == 1 else about
+    report.peers.says = lambda about: about.model_copy(update=changes) if about.window == 1 else about
     with pytest.raises(
         Permanent,
         match=rf"rollouts/onpolicy/window-000001.rollouts.arrow: {words}\. It is not the window .* Delete it",
@@ -426,8 +426,8 @@ def test_a_stage_ends_early_where_reverse_kl_no_longer_falls_and_rollouts_are_va
 def two(
     bucket: Bucket, spec: dict[str, Any], train: list[datasets.Documents], dataset: Manifest, tmp_path: Path
 ) -> Callable[..., list[Any]]:
-    """Runs the stage as two ranks that share the experts; what each came to, or their exit codes where one is to be killed. See
-    onpolicy_ranks.py."""
+    """Runs the stage as two ranks that share the experts; what each came to, or their exit codes where one is
+    to be killed. See onpolicy_ranks.py."""
 
     def run(name: str, kill: str = "") -> list[Any]:
         folder = tmp_path / name
@@ -464,7 +464,7 @@ def two(
 def test_two_ranks_train_as_one_does_and_one_that_is_killed_changes_no_bit(
     trainer: Make, spec: dict[str, Any], two: Any
 ) -> None:
-    """The partner proves each version, so what ranks that share the experts publish is the whole student."""
+    """The peers verify each version, so what ranks that share the experts publish is the whole student."""
     spec["spec"]["stages"][0]["tokens"] = 500
     alone = trainer()
     alone.run()

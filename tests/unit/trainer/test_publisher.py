@@ -1,5 +1,5 @@
-"""Policy versions on a real store: what is published is the student, by transformers' word, once, and its weights go when nobody needs
-them."""
+"""Policy versions on a real store: transformers reads the student back; each is published once; weights are
+pruned."""
 
 from collections.abc import Iterator
 from pathlib import Path

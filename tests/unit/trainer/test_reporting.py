@@ -1,4 +1,4 @@
-"""What a stage says of itself: every step has one line whatever was killed, and a store that is away costs nothing but time."""
+"""Reporting: every step has one line whatever was killed, an unreachable store loses nothing, keys stay."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,8 @@ def progress(context: StageContext) -> Progress:
 
 
 def test_each_step_has_one_line_however_often_training_was_killed(context: StageContext) -> None:
-    """The first attempt is killed with lines unwritten, the second too, before it is where the first was; the third ends."""
+    """The first attempt is killed with lines unwritten, the second too, before it is where the first was; the
+    third ends."""
     for begun, flushed, reached in ((0, 4, 6), (2, 3, 3), (4, 9, 9)):
         attempt = started(context)
         attempt.log(line("start", begun))
@@ -331,7 +332,8 @@ WINDOWS = WindowEvaluation(reverse_kl=0.5, validity=0.9)
     ],
 )
 def test_the_keys_of_a_line_are_the_recorded_ones(made: TrainerLine, keys: set[str]) -> None:
-    """Recorded from the code before lines were typed. They are a file format: a reader of metrics knows no others."""
+    """Recorded from the code before lines were typed. They are a file format: a reader of metrics knows no
+    others."""
 
     def names(value: dict[str, Any], prefix: str = "") -> set[str]:
         found = set()

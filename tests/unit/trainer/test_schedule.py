@@ -1,4 +1,5 @@
-"""Learning rates, the rhythm of checkpoints and evaluations, early ends, starving and drift, and the router's watch."""
+"""Learning rates, when checkpoints and evaluations are due, early ends, starvation, drift, the router
+monitor."""
 
 from itertools import pairwise
 
@@ -128,7 +129,7 @@ def test_drift_is_many_windows_in_a_row():
     assert count == window_stats.PATIENCE - 1 and windows_above_bound(count, 0.1, 0.1, 7) == 0
     with pytest.raises(
         Permanent,
-        match=r"SamplerDrift: .* above maxSamplerKl 0.1 for 10 windows in a row, 0.2 nats a token in window 7",
+        match=r"SamplerDrift: .* maxSamplerKl 0.1 for 10 windows in a row, 0.2 nats a token in window 7",
     ):
         windows_above_bound(count, 0.2, 0.1, 7)
     assert sampler_kl(measured(0.4, None), {"reasoning": 30, "final": 0}) == 0.4

@@ -1,4 +1,5 @@
-"""The teacher beside its students: the same hidden states as a forward a document, and the way between the processes."""
+"""The teacher beside its students: the same hidden states as a forward a document, and the way between the
+processes."""
 
 import json
 import threading
@@ -62,7 +63,8 @@ def test_a_question_names_documents_and_no_padding() -> None:
     [pytest.param(1, id="one-by-one"), pytest.param(64, id="some"), pytest.param(10_000, id="all-at-once")],
 )
 def test_hidden_states_are_those_of_a_forward_a_document(teacher: torch.nn.Module, room: int) -> None:
-    """Documents longer than the sliding window of 16 among them. Tolerance: fp32 products of other shapes, values of size 1 to 10."""
+    """Documents longer than the sliding window of 16 among them. Tolerance: fp32 products of other shapes,
+    values of size 1 to 10."""
     from transformers import GptOssForCausalLM
 
     asked = question_of(batch(new_seed(), [5, 30, 1, 33], [], [80]))
@@ -79,8 +81,8 @@ def test_hidden_states_are_those_of_a_forward_a_document(teacher: torch.nn.Modul
 
 
 def test_no_document_sees_another_or_padding(teacher: torch.nn.Module) -> None:
-    """Whatever stands in the other documents of its row and batch, a document's hidden states move by rounding at most: experts take
-    tokens of all documents together, so products have other shapes."""
+    """Whatever stands in the other documents of its row and batch, a document's hidden states move by
+    rounding at most: experts take tokens of all documents together, so products have other shapes."""
     first, second = (question_of(batch(seed, [10, 30], [40])) for seed in (1, 2))
     kept = DocumentRange(10, 30)
     mixed = Question(second.tokens.clone(), second.documents)
@@ -141,7 +143,8 @@ def together(*ends: Callable[[], object]) -> list[object]:
 
 
 def test_students_get_answers_to_their_own_questions_one_ahead(teacher: torch.nn.Module) -> None:
-    """Two students, three steps of two microbatches, the next step's first asked ahead; one of them stops with a question open."""
+    """Two students, three steps of two microbatches, the next step's first asked ahead; one of them stops
+    with a question open."""
     port, seed = free_port(), new_seed()
     steps = [
         [
@@ -208,7 +211,8 @@ def test_an_end_that_is_gone_is_named() -> None:
 
 
 def test_experts_in_mxfp4_are_widened_without_further_packages(directory: Path, tmp_path: Path) -> None:
-    """As gpt-oss is released: experts as blocks of 32 four-bit numbers that share a scale (OCP Microscaling, E2M1 and E8M0)."""
+    """As gpt-oss is released: experts as blocks of 32 four-bit numbers that share a scale (OCP Microscaling,
+    E2M1 and E8M0)."""
     torch.manual_seed(new_seed())
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(directory / "model.safetensors").items()}

@@ -1,4 +1,4 @@
-"""The loop itself, in this process and with a small student: what stops it, what it says, and that a pause changes no bit."""
+"""The training loop with a small student: what stops it, what it reports, and that a pause changes no bit."""
 
 import urllib.request
 from collections.abc import Callable

@@ -1,4 +1,5 @@
-"""A window on its way into batches: every rollout once with its numbers, other windows rejected by name, waits measured and ended."""
+"""A window on its way into batches: every rollout once with its numbers, other windows rejected by name,
+waits measured and ended."""
 
 import dataclasses
 import hashlib
@@ -79,7 +80,8 @@ def sampled(held: list[Rollout], **changes: Any) -> WindowRollouts:
 
 
 def documents_of(batch: Batch) -> list[tuple[list[int], list[list[float]]]]:
-    """The documents of a batch, by its positions alone: ids, and for each token but the first (span, teacher's log p, sampler's)."""
+    """The documents of a batch, by its positions alone: ids, and for each token but the first (span,
+    teacher's log p, sampler's)."""
     assert batch.teacher_logp is not None and batch.sampler_logp is not None
     tokens, position, padding = batch.tokens.flatten(), batch.position.flatten(), batch.padding.flatten()
     found: list[tuple[list[int], list[list[float]]]] = []
@@ -130,8 +132,8 @@ def test_every_rollout_stands_in_one_row_of_one_rank_with_its_numbers(
 def test_loss_and_gradient_of_a_window_over_ranks_are_float64s_of_its_rollouts_one_by_one(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference knows no rows: each rollout alone, each token by design §6. Tolerance: coefficients of both signs nearly cancel in
-    sums over some hundred tokens, which fp32 adds up to 1e-6 of their size."""
+    """The reference knows no rows: each rollout alone, each token by design §6. Tolerance: coefficients of
+    both signs nearly cancel in sums over some hundred tokens, which fp32 adds up to 1e-6 of their size."""
     monkeypatch.setattr("vpmoe.trainer.data.collate.PADDING", 0)  # the small vocabulary has no other
     random = np.random.default_rng(new_seed())
     held, weights, it = rollouts(random, 17), {"reasoning": 0.7, "final": 1.6}, learner(device)

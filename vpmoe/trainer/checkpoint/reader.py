@@ -1,7 +1,9 @@
-"""Checkpoint reader: loads a checkpoint by named ranges, so the number of ranks that wrote it does not matter.
+"""Checkpoint reader: loads a checkpoint by named ranges, so the number of ranks that wrote it does not
+matter.
 
-Everything of the checkpoint that this rank needs is first downloaded and verified block by block against its hashes. No weight is touched
-before all ranks agree that they have it. What happens after a rejection is in resume.py; writing is in writer.py.
+Everything of the checkpoint that this rank needs is first downloaded and verified block by block against its
+hashes. No weight is touched before all ranks agree that they have it. What happens after a rejection is in
+resume.py; writing is in writer.py.
 """
 
 import fcntl
@@ -63,11 +65,12 @@ class CheckpointReader:
     ) -> tuple[Manifest, TrainState]:
         """Load the weights, and with `moments` the optimizer and random state, of the checkpoint in `folder`.
 
-        With `begins` a stage begins from it: then parameters that not every stage has (state.NOT_EVERY_STAGES) keep their initial values,
-        with empty moments, if the checkpoint has none of that size.
+        With `begins` a stage begins from it: then parameters that not every stage has
+        (state.NOT_EVERY_STAGES) keep their initial values, with empty moments, if the checkpoint has none of
+        that size.
 
-        Raises CheckpointRejected, on every rank and with the learner untouched, where any rank cannot have what it needs; StorageError
-        where the store does not answer.
+        Raises CheckpointRejected, on every rank and with the learner untouched, where any rank cannot have
+        what it needs; StorageError where the store does not answer.
         """
         fault, found = None, None
         try:
@@ -140,7 +143,8 @@ class CheckpointReader:
         return VerifiedCheckpoint(stored, saved_state, slices, files, unset)
 
     def _download(self, bucket: Bucket, file: Subject) -> Path:
-        """A file of the checkpoint on this pod's disk. Of the pod's ranks the first that needs it downloads it."""
+        """A file of the checkpoint on this pod's disk. Of the pod's ranks the first that needs it downloads
+        it."""
         path = self._scratch / f"{file.sha256}.safetensors"
         with path.with_suffix(".lock").open("wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,7 +1,9 @@
-"""Where a stage starts: at its newest usable checkpoint, the end of the stage before, another run's checkpoint, or random weights.
+"""Where a stage starts: at its newest usable checkpoint, the end of the stage before, another run's
+checkpoint, or random weights.
 
-A damaged checkpoint of the stage is rejected with an error in the log, and the one before it is used: repeating some steps is better than
-continuing from something unknown. A stage that has to begin from one particular checkpoint has no second choice. reader.py loads them.
+A damaged checkpoint of the stage is rejected with an error in the log, and the one before it is used:
+repeating some steps is better than continuing from something unknown. A stage that has to begin from one
+particular checkpoint has no second choice. reader.py loads them.
 """
 
 import hashlib
@@ -40,9 +42,11 @@ class Start:
 
 
 def load_start(context: StageContext, stage: StageKind, learner: Learner) -> Start:
-    """Load the learner with the state that the attempt starts from. Every rank calls it and gets the same answer.
+    """Load the learner with the state that the attempt starts from. Every rank calls it and gets the same
+    answer.
 
-    Raises Permanent where checkpoints exist but none can be used, or where the one that the stage has to begin from cannot be used.
+    Raises Permanent where checkpoints exist but none can be used, or where the one that the stage has to
+    begin from cannot be used.
     """
     name, bucket = context.stage.name, context.bucket
     reader = CheckpointReader(context.scratch, learner)
@@ -61,8 +65,8 @@ def load_start(context: StageContext, stage: StageKind, learner: Learner) -> Sta
         )
     if rejected:
         raise Permanent(
-            f"stage {name}: none of its {len(rejected)} checkpoints can be used. {' '.join(rejected)} Restore their objects, or delete "
-            f"{bucket.url(folder)} to train the stage from its beginning."
+            f"stage {name}: none of its {len(rejected)} checkpoints can be used. {' '.join(rejected)} "
+            f"Restore their objects, or delete {bucket.url(folder)} to train the stage from its beginning."
         )
     try:
         start = _beginning(context, reader)
@@ -97,13 +101,14 @@ def _after_stage(context: StageContext, reader: CheckpointReader, before: str) -
     found = iterations(context.bucket, folder)[:1]
     if not found:
         raise Permanent(
-            f"stage {context.stage.name} follows {before}, which has no checkpoint. Train that first: --step {before}."
+            f"stage {context.stage.name} follows {before}, which has no checkpoint. Train that first: --step "
+            f"{before}."
         )
     checkpoint, state = reader.restore(context.bucket, f"{folder}/{found[0]}", moments=True, begins=True)
     if not state.finished:
         raise Permanent(
-            f"stage {context.stage.name} follows {before}, which has not finished: it is at {state.tokens} tokens. "
-            f"Train that first: --step {before}."
+            f"stage {context.stage.name} follows {before}, which has not finished: it is at {state.tokens} "
+            f"tokens. Train that first: --step {before}."
         )
     return Start(
         next_stage_state(state, context.stage.name),
@@ -113,7 +118,8 @@ def _after_stage(context: StageContext, reader: CheckpointReader, before: str) -
 
 
 def _from_run(context: StageContext, reader: CheckpointReader, url: str) -> Start:
-    """From another run's newest checkpoint. Its data position is kept only where both runs have the same dataset."""
+    """From another run's newest checkpoint. Its data position is kept only where both runs have the same
+    dataset."""
     name, key = paths.split_url(url)
     bucket, folder = context.bucket.other(name), f"{key.rstrip('/')}/checkpoints"
     stages = {found.key.removeprefix(folder + "/").split("/")[0] for found in bucket.list(folder + "/")}
@@ -123,7 +129,8 @@ def _from_run(context: StageContext, reader: CheckpointReader, url: str) -> Star
     )
     if newest is None:
         raise Permanent(
-            f"resumeFrom: {url} has no checkpoint. Name the folder of a run that has trained, s3://…/runs/namespace/name-uid."
+            f"resumeFrom: {url} has no checkpoint. Name the folder of a run that has trained, "
+            "s3://…/runs/namespace/name-uid."
         )
     found, state = reader.restore(bucket, f"{folder}/{newest[1]}/{newest[0]}", moments=True, begins=True)
     if found.inputs["dataset"].digest != {"sha256": context.dataset.sha256}:
@@ -141,7 +148,8 @@ def initial_state(stage: str) -> TrainState:
 
 
 def next_stage_state(before: TrainState, stage: str) -> TrainState:
-    """The state in which a stage begins after another: the count of optimizer steps and the data streams continue."""
+    """The state in which a stage begins after another: the count of optimizer steps and the data streams
+    continue."""
     return TrainState(
         stage=stage,
         steps=0,

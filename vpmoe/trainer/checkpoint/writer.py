@@ -1,11 +1,12 @@
-"""Checkpoint writer: training waits while files are written to local disk, but not while they are uploaded. reader.py reads them back.
+"""Checkpoint writer: training waits while files are written to local disk, but not while they are uploaded.
 
 checkpoints/<stage>/<iteration>/ holds
-  rank-00003.safetensors … one file a rank, with the rank's named ranges of the fp32 state (vpmoe.model.state; a tensor's key is
-                           `name[start:stop]`) and its random state;
+  rank-00003.safetensors … one file a rank: the rank's named ranges of the fp32 state (vpmoe/model/state.py; a
+                           tensor's key is `name[start:stop]`) and its random state;
   buffers.safetensors      of rank 0;
   manifest.json            last, with the TrainState among its facts.
-Without its manifest a checkpoint does not exist, so a kill at any moment loses at most the steps since the checkpoint before.
+Without its manifest a checkpoint does not exist, so a kill at any moment loses at most the steps since the
+checkpoint before. reader.py loads checkpoints.
 """
 
 import logging
@@ -38,7 +39,8 @@ class CheckpointReport(Protocol):
     """Where rank 0 reports a checkpoint: ProgressUploader."""
 
     def flush_metrics(self) -> None:
-        """Write the lines of metrics so far. Called before the manifest: a step that is not repeated must have its line."""
+        """Write the lines of metrics so far. Called before the manifest: a step that is not repeated must
+        have its line."""
 
     def update(self, *, checkpoint: CheckpointStatus) -> None:
         """Report the checkpoint as the latest. Called after the manifest."""
@@ -69,7 +71,8 @@ class CheckpointWriter:
     """Writes a stage's checkpoints, one at a time: a save waits for the upload of the one before."""
 
     def __init__(self, context: StageContext, inputs: list[Input], report: CheckpointReport | None) -> None:
-        """`inputs`: what the stage's weights are made from, for the manifests. Every rank has a writer; `report` is rank 0's alone."""
+        """`inputs`: what the stage's weights are made from, for the manifests. Every rank has a writer;
+        `report` is rank 0's alone."""
         self._context = context
         self._inputs = inputs
         self._report = report
@@ -91,7 +94,8 @@ class CheckpointWriter:
         self._upload.start(self._write, at, folder, names)
 
     def wait(self) -> None:
-        """Return once the checkpoint that is being uploaded, if any, exists. Raises on every rank what prevented it."""
+        """Return once the checkpoint that is being uploaded, if any, exists. Raises on every rank what
+        prevented it."""
         self._upload.wait()
 
     def check(self) -> None:
@@ -136,14 +140,16 @@ class CheckpointWriter:
         return stored
 
     def _agree(self, fault: str | None) -> None:
-        """Raise Retriable on every rank where any rank has a fault: a checkpoint is complete or does not exist."""
+        """Raise Retriable on every rank where any rank has a fault: a checkpoint is complete or does not
+        exist."""
         for rank, found in enumerate(self._group.gather(fault)):
             if found:
                 raise Retriable(f"rank {rank} could not upload its part of a checkpoint: {found}")
 
 
 def prune(bucket: Bucket, folder: str, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints of a stage, and what killed attempts left before those. The stage's last always stays."""
+    """Delete all but the `keep` newest checkpoints of a stage, and what killed attempts left before those.
+    The stage's last always stays."""
     kept = iterations(bucket, folder)[:keep]
     present = {int(found.key.removeprefix(folder + "/").split("/")[0]) for found in bucket.list(folder + "/")}
     for iteration in sorted(present - set(kept)):

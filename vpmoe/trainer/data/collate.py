@@ -19,7 +19,8 @@ LogpOf = Callable[[PackedDocument], NDArray[np.floating]]
 """A log-probability of each token of a document, the teacher's or the sampler's, NaN where there is none."""
 
 MICROBATCH = 8192
-"""Positions of one microbatch, rounded down to whole rows: one row of the longest sequence, or several short rows."""
+"""Positions of one microbatch, rounded down to whole rows: one row of the longest sequence, or several short
+rows."""
 
 
 def rows_per_microbatch(sequence_length: int) -> int:
@@ -34,7 +35,8 @@ def microbatches(
     teacher_logp: LogpOf | None = None,
     sampler_logp: LogpOf | None = None,
 ) -> list[Batch]:
-    """The rows in order as microbatches of about MICROBATCH positions. All but the last have the same number of rows. See `assemble`."""
+    """The rows in order as microbatches of about MICROBATCH positions. All but the last have the same number
+    of rows. See `assemble`."""
     each = rows_per_microbatch(sequence_length)
     return [
         assemble(rows[start : start + each], read, sequence_length, teacher_logp, sampler_logp)
@@ -49,7 +51,8 @@ def assemble(
     teacher_logp: LogpOf | None = None,
     sampler_logp: LogpOf | None = None,
 ) -> Batch:
-    """One microbatch of b packed rows; a row without documents is all padding. Raises ValueError where a row overflows.
+    """One microbatch of b packed rows; a row without documents is all padding. Raises ValueError where a row
+    overflows.
 
     With `teacher_logp` the batch has the teacher's log-probabilities, with `sampler_logp` the sampler's.
     """

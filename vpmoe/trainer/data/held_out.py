@@ -1,4 +1,5 @@
-"""Held-out loss by span: always over the same documents of the valid split, which the seed chooses, whatever the order of files.
+"""Held-out loss by span: always over the same documents of the valid split, which the seed chooses, whatever
+the order of files.
 
 When it is measured is decided by schedule.py. Harmony validity of samples is measured in vpmoe.evaluation.
 """
@@ -22,7 +23,8 @@ from vpmoe.trainer.data import collate
 def held_out_rows(
     lengths: Sequence[NDArray[np.int32]], documents: int, seed: int, sequence_length: int
 ) -> list[list[PackedDocument]]:
-    """The first `documents` documents of the split in the order of epoch 0, packed into rows. All of them where there are fewer."""
+    """The first `documents` documents of the split in the order of epoch 0, packed into rows. All of them
+    where there are fewer."""
     visited = packing.held_out(lengths, documents, seed)
     first_document = packing.firsts([len(part) for part in lengths])
     places, starts = packing.pack(np.concatenate(lengths)[visited], sequence_length)

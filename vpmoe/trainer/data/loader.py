@@ -26,7 +26,8 @@ class Documents(Protocol):
 
 
 class Stream:
-    """The steps of one stage on one stream. Batches are a function of (seed, step); only fetching keeps state."""
+    """The steps of one stage on one stream. Batches are a function of (seed, step); only fetching keeps
+    state."""
 
     def __init__(
         self,
@@ -39,7 +40,8 @@ class Stream:
         ranks: int,
         teacher_logp: LogpOf | None = None,
     ) -> None:
-        """`first`: the sequence that the stage begins with; `steps`: the stage's steps on this stream; `teacher_logp`: the scores."""
+        """`first`: the sequence that the stage begins with; `steps`: the stage's steps on this stream;
+        `teacher_logp`: the scores."""
         self._documents = documents
         self._plan = plan
         self._first = first
@@ -85,6 +87,6 @@ def plan_of(documents: Documents, seed: int, sequence_length: int) -> BatchPlan:
         return BatchPlan(documents.lengths, seed, sequence_length)
     except ValueError as error:
         raise Permanent(
-            f"the dataset's train split cannot be trained on: {error}. Look at the counts in its manifest; dataset.source, sampling, "
-            "maxLength and validFraction decide what is in it."
+            f"the dataset's train split cannot be trained on: {error}. Look at the counts in its manifest; "
+            "dataset.source, sampling, maxLength and validFraction decide what is in it."
         ) from error

@@ -1,7 +1,8 @@
-"""The documents of the training split that the teacher has scored, with the teacher's log-probability of each token.
+"""The documents of the training split that the teacher has scored, with the teacher's log-probability of each
+token.
 
-They are numbered among themselves, so they have a batch plan like any other documents. Scores are read block by block through the cache
-of the dataset's parts. vpmoe.teacher makes them.
+They are numbered among themselves, so they have a batch plan like any other documents. Scores are read block
+by block through the cache of the dataset's parts. vpmoe.teacher makes them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,13 +20,14 @@ from vpmoe.storage.manifest import Manifest
 
 
 class ScoredDocuments:
-    """`lengths[p]` are the lengths in tokens of the scored documents of part p. The number of a PackedDocument counts scored ones alone."""
+    """`lengths[p]` are the lengths in tokens of the scored documents of part p. The number of a
+    PackedDocument counts scored ones alone."""
 
     def __init__(self, documents: DatasetReader, scores: Manifest, cache: BlockCache) -> None:
         """Reads which documents were scored.
 
-        Raises StorageError where an object is not what the manifest says; Permanent where scores and dataset have different documents,
-        or nothing was scored.
+        Raises StorageError where an object is not what the manifest says; Permanent where scores and dataset
+        have different documents, or nothing was scored.
         """
         self._documents = documents
         self._scores = scores
@@ -37,7 +39,8 @@ class ScoredDocuments:
         ]
         if not sum(map(len, self._places)):
             raise Permanent(
-                f"{scores.key}: the teacher scored no document. Raise subset.tokens or subset.fraction, or set mix to 0."
+                f"{scores.key}: the teacher scored no document. Raise subset.tokens or subset.fraction, or "
+                "set mix to 0."
             )
 
     def read(self, document: PackedDocument) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
@@ -45,15 +48,17 @@ class ScoredDocuments:
         return self._documents.read(self._original(document))
 
     def logp(self, document: PackedDocument) -> NDArray[np.float16]:
-        """The teacher's log-probability of each token [T]. Raises Permanent where a supervised token has none."""
+        """The teacher's log-probability of each token [T]. Raises Permanent where a supervised token has
+        none."""
         original = self._original(document)
         start, stop = self._documents.tokens_of(original)
         logp_T = np.frombuffer(self._cache.read(self._subject(document.part), 2 * start, 2 * stop), "<f2")
         _, spans_T = self._documents.read(original)
         if np.isnan(logp_T[spans_T > 0]).any():
             raise Permanent(
-                f"{self._scores.key}: document {original.number} of training part {original.part} counts as scored, but some of its "
-                "supervised tokens have no score. Rescoring does not write such scores. Delete their folder to have them made again."
+                f"{self._scores.key}: document {original.number} of training part {original.part} counts as "
+                "scored, but some of its supervised tokens have no score. Rescoring does not write such "
+                "scores. Delete their folder to have them made again."
             )
         return logp_T
 
@@ -80,14 +85,15 @@ class ScoredDocuments:
         name = f"{self._documents.stem(part)}.documents.parquet"
         if name not in self._scores.subjects:
             raise Permanent(
-                f"{self._scores.key}: there is no {name}, so the scores are of another dataset. Delete their folder."
+                f"{self._scores.key}: there is no {name}, so the scores are of another dataset. Delete their "
+                "folder."
             )
         subject = self._scores.subjects[name]
         content = pyarrow.BufferReader(self._cache.read(subject, 0, subject.size))
         scored_D = pyarrow.parquet.read_table(content, columns=["scored"])["scored"].to_numpy()
         if len(scored_D) != documents:
             raise Permanent(
-                f"{self._scores.key}: {name} has {len(scored_D)} rows, but the dataset's part has {documents} documents. Delete the "
-                "scores' folder to have them made again."
+                f"{self._scores.key}: {name} has {len(scored_D)} rows, but the dataset's part has "
+                f"{documents} documents. Delete the scores' folder to have them made again."
             )
         return np.flatnonzero(scored_D)

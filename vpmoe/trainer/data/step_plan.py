@@ -1,4 +1,5 @@
-"""What each step of a stage trains on: which documents, on which rank, and how far that takes the data streams."""
+"""What each step of a stage trains on: which documents, on which rank, and how far that takes the data
+streams."""
 
 from typing import Protocol
 
@@ -38,9 +39,11 @@ class StepPlan(Protocol):
 
 
 class DatasetSteps:
-    """A StepPlan of the training split, and of the documents that the teacher has scored where the stage has them.
+    """A StepPlan of the training split, and of the documents that the teacher has scored where the stage has
+    them.
 
-    Everything is a function of (seed, step) and of where the stages before ended. vpmoe.data.mixture decides which steps are scored.
+    Everything is a function of (seed, step) and of where the stages before ended. vpmoe.data.mixture decides
+    which steps are scored.
     """
 
     def __init__(
@@ -61,7 +64,8 @@ class DatasetSteps:
     ) -> None:
         """`start` is the stage's state, `kind` that of the steps on the training split.
 
-        `scored_share` of the steps are on `scored` and are of `scored_kind`. Raises Permanent where there is nothing to train on.
+        `scored_share` of the steps are on `scored` and are of `scored_kind`. Raises Permanent where there is
+        nothing to train on.
         """
         self._each = sequences_per_step
         self._plan = plan_of(documents, seed, sequence_length)

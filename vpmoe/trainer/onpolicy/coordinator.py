@@ -1,8 +1,9 @@
 """Coordinates an OnPolicy stage: the one owner of the window that is being trained.
 
-Steps are windows in their order, with Vanilla anchor steps between them (vpmoe/rollout/curriculum.py). How many steps there are is not
-known ahead: the stage ends with the step that reaches its tokens. Before the step of a window the coordinator waits for the window and
-reads it. After a step it publishes the policy version that is due, and before that makes an adjustment where the trainer has starved.
+Steps are windows in their order, with Vanilla anchor steps between them (vpmoe/rollout/curriculum.py). How
+many steps there are is not known ahead: the stage ends with the step that reaches its tokens. Before the step
+of a window the coordinator waits for the window and reads it. After a step it publishes the policy version
+that is due, and before that makes an adjustment where the trainer has starved.
 """
 
 import logging
@@ -37,7 +38,8 @@ log = logging.getLogger(__name__)
 
 
 class OnPolicyCoordinator:
-    """One attempt at a stage, on one rank, and the stage's StepPlan. Every rank has a coordinator; rank 0 writes."""
+    """One attempt at a stage, on one rank, and the stage's StepPlan. Every rank has a coordinator; rank 0
+    writes."""
 
     steps = None
 
@@ -51,7 +53,8 @@ class OnPolicyCoordinator:
         *,
         sequences_per_step: int,
     ) -> None:
-        """`start` is the stage's state. Raises Permanent where there is nothing to train on, or no step would be a window."""
+        """`start` is the stage's state. Raises Permanent where there is nothing to train on, or no step would
+        be a window."""
         training = context.run.spec.training
         self._context = context
         self._stage = stage
@@ -87,10 +90,11 @@ class OnPolicyCoordinator:
         return "OnPolicy" if self.curriculum.is_window(step) else "Vanilla"
 
     def load_window(self, state: TrainState, waiting: Callable[[str], None]) -> bool:
-        """Wait for the window of the step at `state` and read it; an anchor step has none. Every rank calls it.
+        """Wait for the window of the step at `state` and read it; an anchor step has none. Every rank calls
+        it.
 
-        Returns False where any rank was asked to stop first. `waiting` is called about once a second with what is missing. Raises
-        Permanent where the window in the bucket is not the one that is due.
+        Returns False where any rank was asked to stop first. `waiting` is called about once a second with
+        what is missing. Raises Permanent where the window in the bucket is not the one that is due.
         """
         self._window, self._waits = None, Waits(0.0, 0.0)
         if not self.curriculum.is_window(state.steps):
@@ -125,7 +129,8 @@ class OnPolicyCoordinator:
         )
 
     def record_window(self, state: TrainState, outcome: Outcome) -> TrainState:
-        """The state with what the forward of a window has measured. Raises Permanent where the sampler has drifted for too long."""
+        """The state with what the forward of a window has measured. Raises Permanent where the sampler has
+        drifted for too long."""
         if self._window is None:
             return state
         measures, stream, rollouts = outcome.measures, _stream_of(state), self._window.rollouts
@@ -174,7 +179,8 @@ class OnPolicyCoordinator:
         self._publisher.prune(version - staleness - every + 1)
 
     def evaluate(self, state: TrainState, weights: Mapping[str, float]) -> TrainState:
-        """The state with the reverse KL and validity of the windows since the evaluation before; unchanged where there was none."""
+        """The state with the reverse KL and validity of the windows since the evaluation before; unchanged
+        where there was none."""
         return _with_stream(state, window_stats.close_window_stats(_stream_of(state), weights))
 
     def metrics(self) -> WindowMetrics | None:
@@ -190,7 +196,8 @@ class OnPolicyCoordinator:
         return [starvation.starvation_condition(latest) for latest in self._adjustments[-1:]]
 
     def finish(self, early: bool) -> None:
-        """Return once every version is published. After a stage that did not end `early` no version is needed any more."""
+        """Return once every version is published. After a stage that did not end `early` no version is needed
+        any more."""
         self._publisher.wait()
         if not early:
             self._publisher.prune(1 << 62)
@@ -219,7 +226,8 @@ class OnPolicyCoordinator:
         return int(step * self._anchor_share)
 
     def _window_follows(self, state: TrainState) -> bool:
-        """Whether the stage has another window. `state` is the stage's begin, or that after a window's step."""
+        """Whether the stage has another window. `state` is the stage's begin, or that after a window's
+        step."""
         trained, reached = _stream_of(state).trained, state.tokens
         if trained:
             reached = self.curriculum.tokens_before_next(trained - 1, reached, 0, self.anchors)

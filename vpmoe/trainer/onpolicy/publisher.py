@@ -1,8 +1,10 @@
-"""Publishes policy versions: the student after some windows, with a probe by which the sampler verifies what it loads.
+"""Publishes policy versions: the student after some windows, with a probe by which the sampler verifies what
+it loads.
 
-Training waits while the weights are copied, but not while they are uploaded; one upload runs at a time. A version whose manifest exists is
-never published again, even by a resumed attempt. A version that no window can need any more loses its weights and keeps its manifest.
-coordinator.py decides when a version is due; its record is in vpmoe/rollout/policy_version.py.
+Training waits while the weights are copied, but not while they are uploaded; one upload runs at a time. A
+version whose manifest exists is never published again, even by a resumed attempt. A version that no window
+can need any more loses its weights and keeps its manifest. coordinator.py decides when a version is due; its
+record is in vpmoe/rollout/policy_version.py.
 """
 
 import logging
@@ -48,7 +50,8 @@ class Publisher:
     """Publishes a stage's versions. Every rank has one; rank 0 writes."""
 
     def __init__(self, context: StageContext, inputs: Sequence[Input], probe: Sequence[Ids]) -> None:
-        """`inputs`: what the stage's weights are made from, for the manifests. `probe`: the sequences of the probe."""
+        """`inputs`: what the stage's weights are made from, for the manifests. `probe`: the sequences of the
+        probe."""
         self._context = context
         self._inputs = inputs
         self._probe = probe
@@ -68,7 +71,8 @@ class Publisher:
         return self._group.gather(distributed.rank() == 0 and self._context.bucket.exists(key))[0]
 
     def content(self, version: int) -> str:
-        """The content of a published version (policy_version.weights_digest). Raises Permanent where its manifest is gone."""
+        """The content of a published version (policy_version.weights_digest). Raises Permanent where its
+        manifest is gone."""
         if (
             self._latest_content is None or self._latest_content[0] != version
         ):  # windows in a row need the same
@@ -77,8 +81,9 @@ class Publisher:
             if found is None:
                 where = bucket.url(paths.manifest(paths.weights(run, stage, version)))
                 raise Permanent(
-                    f"{where}: the manifest of the version is gone, but the next window was sampled from it. Restore it, or delete "
-                    f"{bucket.url(paths.checkpoints(run, stage))}, the stage's weights and its rollouts to train the stage again."
+                    f"{where}: the manifest of the version is gone, but the next window was sampled from it. "
+                    f"Restore it, or delete {bucket.url(paths.checkpoints(run, stage))}, the stage's weights "
+                    "and its rollouts to train the stage again."
                 )
             self._latest_content = (version, policy_version.weights_digest(found[0]))
         return self._latest_content[1]
@@ -110,7 +115,8 @@ class Publisher:
             )
 
     def prune(self, below: int) -> None:
-        """Delete the weights of all versions below `below`, which no window that is still to be sampled can need."""
+        """Delete the weights of all versions below `below`, which no window that is still to be sampled can
+        need."""
         for version in [
             old for old in list(self._with_weights) if old < below
         ]:  # the upload's thread adds to it
@@ -121,7 +127,8 @@ class Publisher:
             self._with_weights.discard(version)
 
     def wait(self) -> None:
-        """Return once the version that is being uploaded, if any, exists. Raises on rank 0 what prevented it."""
+        """Return once the version that is being uploaded, if any, exists. Raises on rank 0 what prevented
+        it."""
         self._upload.wait()
 
     def check(self) -> None:
@@ -168,7 +175,8 @@ class Publisher:
 
 
 def probe_sequences(documents: DatasetReader) -> list[Ids]:
-    """The sequences of the probe: the first ids of the split's first documents that have more than one token."""
+    """The sequences of the probe: the first ids of the split's first documents that have more than one
+    token."""
     candidates = (
         PackedDocument(part, number, int(length))
         for part, lengths in enumerate(documents.lengths)
@@ -179,7 +187,8 @@ def probe_sequences(documents: DatasetReader) -> list[Ids]:
 
 
 def compute_probe(learner: Learner, sequences: Sequence[Ids]) -> Probe:
-    """The student's log p of each id but the first of each sequence, given those before it. Every rank calls it."""
+    """The student's log p of each id but the first of each sequence, given those before it. Every rank calls
+    it."""
     logp = []
     for ids_T in sequences:
         ids = torch.from_numpy(ids_T.astype(np.int64))[None]

@@ -1,7 +1,7 @@
 """Back-pressure: whether the trainer has waited for windows too long, and which adjustment follows. Pure.
 
-What an adjustment changes in a window is in vpmoe.rollout (back_pressure.py, windows.py); coordinator.py writes it. Each attempt
-measures its waiting from the start, because only recent waiting counts.
+What an adjustment changes in a window is in vpmoe.rollout (back_pressure.py, windows.py); coordinator.py
+writes it. Each attempt measures its waiting from the start, because only recent waiting counts.
 """
 
 from collections import deque
@@ -53,7 +53,8 @@ class Starvation:
 def next_adjustment(
     made: Sequence[Adjustment], share: float | None, waiting: float, window: int
 ) -> Adjustment | None:
-    """The next adjustment where the trainer waited more than `waiting` of its time; None where it did not, or none is left.
+    """The next adjustment where the trainer waited more than `waiting` of its time; None where it did not, or
+    none is left.
 
     It applies from `window` on. `made` are the adjustments so far.
     """
@@ -71,6 +72,7 @@ def starvation_condition(adjustment: Adjustment) -> ProgressCondition:
         type="TrainerStarved",
         status="True",
         reason=reason,
-        message=f"The trainer waited {adjustment.waiting:.0%} of its time; from window {adjustment.window} on {meaning} "
+        message=f"The trainer waited {adjustment.waiting:.0%} of its time; "
+        f"from window {adjustment.window} on {meaning} "
         f"(adjustment {adjustment.number} of {len(ADJUSTMENTS)})",
     )

@@ -1,7 +1,8 @@
-"""A window as the trainer reads it: verified to be the one that the stage trains next, then packed over rows and ranks.
+"""A window as the trainer reads it: verified to be the one that the stage trains next, then packed over rows
+and ranks.
 
-Every rank reads the whole window and takes its own rows, so ranks agree without communication. The files are described in
-vpmoe/rollout/window_files.py.
+Every rank reads the whole window and takes its own rows, so ranks agree without communication. The files are
+described in vpmoe/rollout/window_files.py.
 """
 
 import hashlib
@@ -26,7 +27,8 @@ from vpmoe.trainer.data.collate import microbatches
 
 @dataclass(frozen=True)
 class DueWindow:
-    """What the header of the rollouts must say for the window to be the next. The names are RolloutHeader's."""
+    """What the header of the rollouts must say for the window to be the next. The names are
+    RolloutHeader's."""
 
     run: str
     config: str
@@ -38,7 +40,8 @@ class DueWindow:
     seen: int
     """Tokens of the stage before the window."""
     last_from: int
-    """With at least this many tokens the window is the stage's last: the anchor steps that follow it reach the stage's end."""
+    """With at least this many tokens the window is the stage's last: the anchor steps that follow it reach
+    the stage's end."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class ScoredWindow:
 
 
 def read_window(bucket: Bucket, run: DistillRun, due: DueWindow, sequence_length: int) -> ScoredWindow:
-    """The window that is due. Raises Permanent, naming the object and its fault, where the files hold another window or are damaged."""
+    """The window that is due. Raises Permanent, naming the object and its fault, where the files hold another
+    window or are damaged."""
     keys = [paths.window(run, due.stage, due.window, kind) for kind in ("rollouts", "scores")]
     rollouts, scores = (bucket.get(key) for key in keys)
     sampled = read_rollouts(rollouts, bucket.url(keys[0]))
@@ -83,12 +87,13 @@ def check_due(sampled: WindowRollouts, due: DueWindow, sequence_length: int, whe
         if len(one.ids_T) > sequence_length or not np.isin(one.span_C, list(SPANS.values())).all():
             whose, length = f"rollout {one.rollout} of prompt {one.prompt}", len(one.ids_T)
             faults.append(
-                f"{whose} has {length} tokens for a sequence of {sequence_length}, or a sampled token of no span"
+                f"{whose} has {length} tokens for a sequence of {sequence_length}, or a sampled token of no "
+                "span"
             )
     if faults:
         raise Permanent(
-            f"{where}: {'; '.join(faults[:3])}. It is not the window that stage {due.stage} trains next. Delete it, its scores and all "
-            "later windows of the stage to have them sampled again."
+            f"{where}: {'; '.join(faults[:3])}. It is not the window that stage {due.stage} trains next. "
+            "Delete it, its scores and all later windows of the stage to have them sampled again."
         )
 
 
@@ -104,7 +109,8 @@ def rows_of_rank(lengths: Sequence[int], sequence_length: int, rank: int, ranks:
 
 
 def window_batches(window: ScoredWindow, sequence_length: int, rank: int, ranks: int) -> list[Batch]:
-    """This rank's microbatches, with the teacher's and the sampler's log p of the sampled tokens. Over all ranks each rollout is there once."""
+    """This rank's microbatches, with the teacher's and the sampler's log p of the sampled tokens. Over all
+    ranks each rollout is there once."""
     rollouts = window.rollouts
     packed = rows_of_rank([len(one.ids_T) for one in rollouts], sequence_length, rank, ranks)
     documents = [[PackedDocument(0, number, len(rollouts[number].ids_T)) for number in row] for row in packed]

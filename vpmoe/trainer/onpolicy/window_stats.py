@@ -1,4 +1,5 @@
-"""What the trained windows have shown: the sums between two evaluations, and whether the sampler computes another student. Pure."""
+"""What the trained windows have shown: the sums between two evaluations, and whether the sampler computes
+another student. Pure."""
 
 from collections.abc import Mapping
 
@@ -18,7 +19,8 @@ class WindowEvaluation(Measures):
     """What an evaluation of an OnPolicy stage adds to its line, once windows were trained."""
 
     reverse_kl: float
-    """Estimate of KL(student‖teacher) over the windows since the evaluation before, spans weighted, in nats."""
+    """Estimate of KL(student‖teacher) over the windows since the evaluation before, spans weighted, in
+    nats."""
     validity: float
     """Share of their rollouts that are valid Harmony."""
 
@@ -26,7 +28,8 @@ class WindowEvaluation(Measures):
 def add_window(
     stats: WindowStats, rollouts: int, valid: int, tokens: Mapping[str, int], reverse_kl: BySpan
 ) -> WindowStats:
-    """The sums with one more window: `valid` of its `rollouts` are valid, and `tokens` by span have this mean `reverse_kl`."""
+    """The sums with one more window: `valid` of its `rollouts` are valid, and `tokens` by span have this mean
+    `reverse_kl`."""
     return WindowStats(
         rollouts=stats.rollouts + rollouts,
         valid=stats.valid + valid,
@@ -36,7 +39,8 @@ def add_window(
 
 
 def close_window_stats(stream: WindowStream, weights: Mapping[str, float]) -> WindowStream:
-    """The stream with its sums turned into one more measured reverse KL and validity; unchanged where no window was added to them."""
+    """The stream with its sums turned into one more measured reverse KL and validity; unchanged where no
+    window was added to them."""
     stats = stream.since
     if not stats.rollouts:
         return stream
@@ -58,8 +62,8 @@ def evaluation_of(stream: WindowStream | None) -> WindowEvaluation | None:
 
 
 def ends_early(stream: WindowStream | None, stop: Stop) -> bool:
-    """Whether a stage with these evaluations ends before its tokens are spent: the reverse KL no longer falls, and at the latest
-    evaluation at least `stop.min_validity` of the rollouts were valid."""
+    """Whether a stage with these evaluations ends before its tokens are spent: the reverse KL no longer
+    falls, and at the latest evaluation at least `stop.min_validity` of the rollouts were valid."""
     return (
         stream is not None
         and stream.validity >= stop.min_validity
@@ -74,13 +78,15 @@ def sampler_kl(measures: OnPolicyMeasures, tokens: Mapping[str, int]) -> float:
 
 
 def windows_above_bound(before: int, kl: float, bound: float, window: int) -> int:
-    """Windows in a row whose KL was above `bound`, this one included. Raises Permanent where they are PATIENCE."""
+    """Windows in a row whose KL was above `bound`, this one included. Raises Permanent where they are
+    PATIENCE."""
     count = before + 1 if kl > bound else 0
     if count >= PATIENCE:
         raise Permanent(
-            f"SamplerDrift: KL(sampler‖trainer) was above maxSamplerKl {bound:g} for {count} windows in a row, {kl:.4g} nats a token "
-            f"in window {window}; the weights were not touched. The sampler computes another student than the trainer, or the student "
-            "moves too far between versions: in a new run, which may resumeFrom this one's last checkpoint, lower publishEvery, staleness "
-            "or optimizer.learningRate, or raise maxSamplerKl."
+            f"SamplerDrift: KL(sampler‖trainer) was above maxSamplerKl {bound:g} for {count} windows in a "
+            f"row, {kl:.4g} nats a token in window {window}; the weights were not touched. The sampler "
+            "computes another student than the trainer, or the student moves too far between versions: in a "
+            "new run, which may resumeFrom this one's last checkpoint, lower publishEvery, staleness or "
+            "optimizer.learningRate, or raise maxSamplerKl."
         )
     return count

@@ -1,7 +1,7 @@
 """Waiting for a window: rank 0 looks into the bucket, and all ranks agree on what it saw and whether to stop.
 
-So all ranks continue with the same window, or stop after the same step. The seconds of waiting are measured here; what follows from them
-is decided in starvation.py.
+So all ranks continue with the same window, or stop after the same step. The seconds of waiting are measured
+here; what follows from them is decided in starvation.py.
 """
 
 import time
@@ -44,7 +44,8 @@ class WindowWait:
         self._group = ObjectGroup(PATIENCE)
 
     def wait(self, window: int, waiting: Callable[[WindowFile], None]) -> Waits | None:
-        """Return once a window's rollouts and scores are in the bucket; None where any rank was asked to stop. Every rank calls it.
+        """Return once a window's rollouts and scores are in the bucket; None where any rank was asked to
+        stop. Every rank calls it.
 
         `waiting` is called about once a second with what is missing.
         """

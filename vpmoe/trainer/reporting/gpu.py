@@ -1,4 +1,5 @@
-"""Utilisation and free memory of the ranks' GPUs, from NVML (which torch asks through nvidia-ml-py) and torch's allocator.
+"""Utilisation and free memory of the ranks' GPUs, from NVML (which torch asks through nvidia-ml-py) and
+torch's allocator.
 
 On the CPU there is nothing to read: the metrics then have null and the reason, never a zero.
 """
@@ -57,7 +58,8 @@ def read_gpu(device: torch.device) -> GpuReading:
 
 
 def as_vector(reading: GpuReading, rank: int, ranks: int) -> Tensor:
-    """[2·ranks] float64, zero but for this rank's two numbers: summed over the ranks it holds the readings of all."""
+    """[2·ranks] float64, zero but for this rank's two numbers: summed over the ranks it holds the readings of
+    all."""
     vector = torch.zeros(2, ranks, dtype=torch.float64)
     vector[:, rank] = torch.tensor([reading.utilisation, reading.headroom])
     return vector.flatten()

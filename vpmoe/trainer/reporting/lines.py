@@ -1,4 +1,5 @@
-"""The trainer's lines of metrics. docs/training.md lists every field; uploader.py writes them to the bucket."""
+"""The trainer's lines of metrics. docs/training.md lists every field; uploader.py writes them to the
+bucket."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -13,7 +14,8 @@ from vpmoe.model.router import ExpertLoad
 from vpmoe.trainer.reporting.gpu import GpuUse
 
 LOADS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
-"""Bounds of the load histogram, in mean loads: experts at most at a quarter of the mean, …, above 16 times the mean."""
+"""Bounds of the load histogram, in mean loads: experts at most at a quarter of the mean, …, above 16 times
+the mean."""
 
 
 class TrainerLine(MetricsLine):

@@ -1,4 +1,5 @@
-"""Reports a stage while it trains: log, lines of metrics, progress and its conditions. Only rank 0 has something to write to.
+"""Reports a stage while it trains: log, lines of metrics, progress and its conditions. Only rank 0 has
+something to write to.
 
 The lines are in lines.py; uploader.py writes them to the bucket.
 """
@@ -161,7 +162,8 @@ class StageReporter:
             self._lines.append(line)
 
     def flush(self, state: TrainState, outcome: Outcome) -> None:
-        """Report the step that led to `state`: its lines, log and progress. Raises what the store refused for good."""
+        """Report the step that led to `state`: its lines, log and progress. Raises what the store refused for
+        good."""
         if not self.uploader:
             return
         self.uploader.check()

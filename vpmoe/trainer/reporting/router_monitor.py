@@ -1,7 +1,8 @@
-"""Detects a collapsed router: an expert that gets no token for many steps, or one that gets far more than its share for many steps.
+"""Detects a collapsed router: an expert that gets no token for many steps, or one that gets far more than its
+share for many steps.
 
-Pure: loads in, findings out. Loads are counted in the model, and reporter.py reports the findings. Each attempt counts from the start,
-because only recent steps count.
+Pure: loads in, findings out. Loads are counted in the model, and reporter.py reports the findings. Each
+attempt counts from the start, because only recent steps count.
 """
 
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 PATIENCE = 100
-"""Steps in a row after which a bad load is a collapse. A young router is uneven for some steps; the expert bias corrects that."""
+"""Steps in a row after which a bad load is a collapse. A young router is uneven for some steps; the expert
+bias corrects that."""
 BOUND = 16.0
-"""Busiest expert's tokens over the mean expert's, above which a layer is bad: at top-4 of 256 no expert can pass 64."""
+"""Busiest expert's tokens over the mean expert's, above which a layer is bad: at top-4 of 256 no expert can
+pass 64."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class RouterMonitor:
                 found.append(Collapse(layer, "DeadExpert", message))
             elif self._uneven_L[number] >= PATIENCE:
                 steps = int(self._uneven_L[number])
-                message = f"{layer}: the busiest expert had more than {BOUND:g} times the mean load for {steps} steps"
+                load = f"more than {BOUND:g} times the mean load"
+                message = f"{layer}: the busiest expert had {load} for {steps} steps"
                 found.append(Collapse(layer, "Imbalance", message))
         return found

@@ -1,8 +1,9 @@
-"""Writes what rank 0 reports of a stage to the bucket, from a thread: progress.json, and lines of metrics as small objects.
+"""Writes what rank 0 reports of a stage to the bucket, from a thread: progress.json, and lines of metrics as
+small objects.
 
-The line of a step is in the bucket before the next checkpoint exists, and a resumed attempt writes no second line for a step that has
-one. So over all objects each step of the stage has exactly one line, whatever was killed. Their names:
-<sequence>-a<attempt>-<first step>-<last step>.jsonl.
+The line of a step is in the bucket before the next checkpoint exists, and a resumed attempt writes no second
+line for a step that has one. So over all objects each step of the stage has exactly one line, whatever was
+killed. Their names: <sequence>-a<attempt>-<first step>-<last step>.jsonl.
 """
 
 import json
@@ -26,7 +27,8 @@ NAME = re.compile(r"(\d+)-a\d+-\d+-(\d+)")
 
 
 class ProgressUploader:
-    """Progress and metrics of one attempt. `update` and `log` do not wait for the store; `check` raises what it refused for good."""
+    """Progress and metrics of one attempt. `update` and `log` do not wait for the store; `check` raises what
+    it refused for good."""
 
     def __init__(self, context: StageContext, progress: Progress) -> None:
         self._context = context
@@ -43,17 +45,20 @@ class ProgressUploader:
         self._thread.start()
 
     def update(self, **changes: Any) -> None:
-        """Change fields of the progress. `updated` becomes now; while the loop hangs it does not change, which shows the hang."""
+        """Change fields of the progress. `updated` becomes now; while the loop hangs it does not change,
+        which shows the hang."""
         with self._changing:
             self._progress = self._progress.model_copy(update={**changes, "updated": now()})
 
     def log(self, *lines: TrainerLine) -> None:
-        """Add all lines of one step, which stay together, unless an earlier attempt has written that step's."""
+        """Add all lines of one step, which stay together, unless an earlier attempt has written that
+        step's."""
         with self._changing:
             self._lines += [line for line in lines if line.event == "start" or line.step > self._logged]
 
     def flush_metrics(self) -> None:
-        """Write the lines so far as one object. Raises StorageError where they cannot be written; then they are kept."""
+        """Write the lines so far as one object. Raises StorageError where they cannot be written; then they
+        are kept."""
         with self._uploading:
             with self._changing:
                 lines = list(self._lines)
@@ -76,7 +81,8 @@ class ProgressUploader:
             raise self._fault
 
     def finish(self, **changes: Any) -> None:
-        """Change the progress for the last time and write it with all lines. Raises StorageError where that fails."""
+        """Change the progress for the last time and write it with all lines. Raises StorageError where that
+        fails."""
         self.update(**changes)
         self._stop()
         self.flush_metrics()
@@ -90,7 +96,8 @@ class ProgressUploader:
             self._try(self._write_progress)
 
     def _earlier_attempts(self) -> tuple[int, int]:
-        """(sequence of the next object, last step that has a line) from the names of what earlier attempts wrote."""
+        """(sequence of the next object, last step that has a line) from the names of what earlier attempts
+        wrote."""
         folder = paths.metrics(self._context.run, self._context.stage.name, "").removesuffix(".jsonl")
         found = [match for entry in self._context.bucket.list(folder) if (match := NAME.search(entry.key))]
         return max((int(match[1]) + 1 for match in found), default=0), max(
@@ -116,7 +123,8 @@ class ProgressUploader:
                 self._written = progress
 
     def _try(self, write: Callable[[], None]) -> None:
-        """Training goes on while the store does not answer: what could not be written is kept and written the next time."""
+        """Training goes on while the store does not answer: what could not be written is kept and written the
+        next time."""
         try:
             write()
         except StorageError as error:

@@ -1,4 +1,5 @@
-"""An OnPolicy stage: on windows of the student's own samples, which the teacher has scored, with Vanilla anchor steps between them."""
+"""An OnPolicy stage: on windows of the student's own samples, which the teacher has scored, with Vanilla
+anchor steps between them."""
 
 from collections.abc import Callable, Sequence
 
@@ -78,8 +79,8 @@ class OnPolicyStage(StageKind):
         return self.coordinator.record_window(state, outcome)
 
     def step_loss(self, step: int, outcome: Outcome) -> StepLoss:
-        """The window's reverse KL with spans weighted, in nats a token. The step minimises a surrogate, of which only the gradient means
-        something."""
+        """The window's reverse KL with spans weighted, in nats a token. The step minimises a surrogate, of
+        which only the gradient means something."""
         if self.plan.kind(step) == "Vanilla":
             return super().step_loss(step, outcome)._replace(name="anchor loss", reported=False)
         assert isinstance(outcome.measures, OnPolicyMeasures)
@@ -99,7 +100,8 @@ class OnPolicyStage(StageKind):
         return StageEvaluation(state, window_stats.evaluation_of(state.windows))
 
     def ends_early(self, state: TrainState, stop: Stop) -> bool:
-        """By the reverse KL in place of the held-out loss, and only where enough of the latest rollouts are valid."""
+        """By the reverse KL in place of the held-out loss, and only where enough of the latest rollouts are
+        valid."""
         return window_stats.ends_early(state.windows, stop)
 
     def before_checkpoint(self) -> None:

@@ -1,4 +1,5 @@
-"""A Rescored stage: some steps on documents that the teacher has scored, their tokens weighted by its confidence; the others Vanilla."""
+"""A Rescored stage: some steps on documents that the teacher has scored, their tokens weighted by its
+confidence; the others Vanilla."""
 
 import logging
 from collections.abc import Sequence
@@ -39,12 +40,14 @@ class RescoredStage(StageKind):
         began = state.scored.scores if state.scored else None
         if scores is not None and scores != began:
             raise Permanent(
-                f"stage {self._stage.name} began with the teacher's scores {began}, but would continue with {scores}: the code that makes "
-                "scores has changed. Continue with the image that the stage began with, or start a new run."
+                f"stage {self._stage.name} began with the teacher's scores {began}, but would continue with "
+                f"{scores}: the code that makes scores has changed. Continue with the image that the stage "
+                "began with, or start a new run."
             )
 
     def first_state(self, state: TrainState) -> TrainState:
-        """Fixes where the stage begins among the scored documents, and the centre of its confidence weights."""
+        """Fixes where the stage begins among the scored documents, and the centre of its confidence
+        weights."""
         if self.context.scores is None:
             return state
         facts, before = self.context.scores.facts, state.scored

@@ -17,7 +17,8 @@ from vpmoe.trainer.stages.vanilla import VanillaStage
 def for_stage(
     context: StageContext, documents: DatasetReader, cache: BlockCache, device: torch.device
 ) -> StageKind:
-    """What the trainer needs for the context's stage. `documents` is the training split, `cache` holds the blocks read so far."""
+    """What the trainer needs for the context's stage. `documents` is the training split, `cache` holds the
+    blocks read so far."""
     match context.stage:
         case Vanilla():
             return VanillaStage(context, documents)

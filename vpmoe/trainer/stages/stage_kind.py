@@ -1,4 +1,5 @@
-"""What a kind of training stage provides to the trainer. Operations that most kinds do not need do nothing here."""
+"""What a kind of training stage provides to the trainer. Operations that most kinds do not need do nothing
+here."""
 
 # ruff: noqa: B027 (empty methods of an abstract class: the kinds override those that they need)
 
@@ -27,7 +28,8 @@ from vpmoe.trainer.schedule import no_longer_improves
 
 
 class StepLoss(NamedTuple):
-    """The number by which people follow a stage. It means the same in every step of the stage, whatever the step minimises."""
+    """The number by which people follow a stage. It means the same in every step of the stage, whatever the
+    step minimises."""
 
     name: str
     """What it is, for the log."""
@@ -45,7 +47,8 @@ class StageEvaluation(NamedTuple):
 
 
 class StageKind(ABC):
-    """One attempt at a stage, on one rank. Operations are listed in the order in which the trainer calls them."""
+    """One attempt at a stage, on one rank. Operations are listed in the order in which the trainer calls
+    them."""
 
     plan: StepPlan
     """The stage's steps. Set by `prepare`."""
@@ -90,8 +93,8 @@ class StageKind(ABC):
     def batches(self, state: TrainState, waiting: Callable[[str], None]) -> list[Batch] | None:
         """This rank's microbatches of the step after `state`. Every rank calls it.
 
-        If the step has to be waited for, `waiting` is called about once a second with a message. Returns None where any rank was asked
-        to stop during the wait.
+        If the step has to be waited for, `waiting` is called about once a second with a message. Returns None
+        where any rank was asked to stop during the wait.
         """
         return self.plan.batches(state.steps)
 
@@ -104,7 +107,8 @@ class StageKind(ABC):
         return state
 
     def step_loss(self, step: int, outcome: Outcome) -> StepLoss:
-        """The cross-entropy with spans weighted, in nats a token: comparable between all stages that minimise one."""
+        """The cross-entropy with spans weighted, in nats a token: comparable between all stages that minimise
+        one."""
         return StepLoss("loss", weighted_sum(outcome.cross_entropy, self.span_weights))
 
     def step_metrics(self) -> Measures | None:
@@ -112,7 +116,8 @@ class StageKind(ABC):
         return None
 
     def after_step(self, learner: Learner, state: TrainState, seconds: float) -> None:
-        """Called when the weights have moved to `state`, after a step that took `seconds`, waiting included."""
+        """Called when the weights have moved to `state`, after a step that took `seconds`, waiting
+        included."""
 
     def evaluate(self, state: TrainState) -> StageEvaluation | None:
         """What an evaluation measures beside the held-out loss; None for a kind that measures nothing."""
@@ -123,7 +128,8 @@ class StageKind(ABC):
         return no_longer_improves(state.held_out, stop)
 
     def before_checkpoint(self) -> None:
-        """Called before a checkpoint is saved. Returns once everything exists that a resumed attempt could not make."""
+        """Called before a checkpoint is saved. Returns once everything exists that a resumed attempt could
+        not make."""
 
     def conditions(self) -> list[ProgressCondition]:
         """Conditions for the run's status."""

@@ -1,4 +1,5 @@
-"""A TeacherForced stage: towards the distribution of a teacher that runs beside the students, in a process of its own."""
+"""A TeacherForced stage: towards the distribution of a teacher that runs beside the students, in a process of
+its own."""
 
 from collections.abc import Callable, Sequence
 
@@ -25,7 +26,8 @@ class TeacherForcedStage(StageKind):
     def __init__(
         self, context: StageContext, stage: TeacherForced, documents: DatasetReader, device: torch.device
     ) -> None:
-        """Connects to the teacher. Raises Terminated where the process is asked to stop while it waits for the teacher."""
+        """Connects to the teacher. Raises Terminated where the process is asked to stop while it waits for
+        the teacher."""
         super().__init__(context, documents)
         self._stage = stage
         self._teacher = connect(context, device)
@@ -39,7 +41,8 @@ class TeacherForcedStage(StageKind):
         self._output_VG = self._teacher.output(SHAPES[self.context.run.spec.student.shape].vocabulary)
 
     def batches(self, state: TrainState, waiting: Callable[[str], None]) -> list[Batch]:
-        """Announces them to the teacher, with the first of the next step: the teacher works one microbatch ahead."""
+        """Announces them to the teacher, with the first of the next step: the teacher works one microbatch
+        ahead."""
         batches = self._steps.batches(state.steps)
         self._teacher.announce(batches, self._steps.first_batch(state.steps + 1))
         return batches

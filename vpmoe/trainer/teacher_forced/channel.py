@@ -1,11 +1,14 @@
-"""The connection between a stage's students and its teacher: a process group with a store of its own, for point-to-point messages only.
+"""The connection between a stage's students and its teacher: a process group with a store of its own, for
+point-to-point messages only.
 
-It is separate from the students' process group, whose collectives (optimizer, checkpoints) do not include the teacher. Headers and token
-ids are host tensors and travel by gloo, which notices at once when the other end dies. Hidden states and matrices travel by NCCL between
-GPUs, by gloo between CPUs. The teacher sends a header before each of them, so no GPU waits in a kernel for a tensor that is not there.
+It is separate from the students' process group, whose collectives (optimizer, checkpoints) do not include the
+teacher. Headers and token ids are host tensors and travel by gloo, which notices at once when the other end
+dies. Hidden states and matrices travel by NCCL between GPUs, by gloo between CPUs. The teacher sends a header
+before each of them, so no GPU waits in a kernel for a tensor that is not there.
 
-The store is in the teacher's process. Students keep the ranks that they have among themselves; the teacher has the next one. Whatever can
-take minutes is waited for at the store, where a waiting process can still be stopped.
+The store is in the teacher's process. Students keep the ranks that they have among themselves; the teacher
+has the next one. Whatever can take minutes is waited for at the store, where a waiting process can still be
+stopped.
 """
 
 import threading
@@ -23,7 +26,8 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from vpmoe.failure import Retriable, Terminated
 
 PATIENCE = timedelta(hours=1)
-"""How long one end may keep the other waiting: while the teacher is fetched and loaded, while students evaluate and save."""
+"""How long one end may keep the other waiting: while the teacher is fetched and loaded, while students
+evaluate and save."""
 POLL = 0.2
 """Seconds between looks at the store."""
 IN_FLIGHT = 4
@@ -71,7 +75,8 @@ class Channel:
         return tensor
 
     def send(self, peer: int, tensor: Tensor) -> None:
-        """Begin to send a tensor of the channel's device; returns before it has arrived. It must not change afterwards."""
+        """Begin to send a tensor of the channel's device; returns before it has arrived. It must not change
+        afterwards."""
         self._send("device", peer, tensor, lambda: self._device_group.send([tensor], peer, 1))
 
     def receive(self, peer: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -89,7 +94,8 @@ class Channel:
             torch.cuda.synchronize(self.device)
 
     def _send(self, kind: str, peer: int, tensor: Tensor, send: Callable[[], dist.Work]) -> None:
-        """Send, and keep the tensor until it has arrived. Waits for the oldest message where IN_FLIGHT are on their way."""
+        """Send, and keep the tensor until it has arrived. Waits for the oldest message where IN_FLIGHT are on
+        their way."""
         sending = self._sending.setdefault((kind, peer), deque())
         while len(sending) >= IN_FLIGHT:
             _attempt(self._name(peer), sending.popleft()[0].wait)
@@ -100,7 +106,8 @@ class Channel:
 
 
 def host(address: str, port: int, students: int, device: torch.device, check_stop: CheckStop) -> Channel:
-    """The teacher's end; returns when all students have joined. Raises Retriable where the port is taken or a student does not join."""
+    """The teacher's end; returns when all students have joined. Raises Retriable where the port is taken or a
+    student does not join."""
     store = _attempt(
         "a student", lambda: TCPStore(address, port, is_master=True, timeout=PATIENCE, wait_for_workers=False)
     )
@@ -112,7 +119,8 @@ def host(address: str, port: int, students: int, device: torch.device, check_sto
 def join(
     address: str, port: int, rank: int, students: int, device: torch.device, check_stop: CheckStop
 ) -> Channel:
-    """A student's end; returns when the teacher and all students have joined. Raises Retriable where the teacher does not answer."""
+    """A student's end; returns when the teacher and all students have joined. Raises Retriable where the
+    teacher does not answer."""
     deadline = time.monotonic() + PATIENCE.total_seconds()
     while True:
         check_stop()

@@ -1,4 +1,5 @@
-"""The students' side of the teacher: its width, its output matrix, and hidden states that are requested one microbatch ahead."""
+"""The students' side of the teacher: its width, its output matrix, and hidden states that are requested one
+microbatch ahead."""
 
 import os
 from collections import deque
@@ -15,7 +16,8 @@ from vpmoe.trainer.teacher_forced.protocol import NO_MORE, WIRE, question_of
 
 
 def connect(context: StageContext, device: torch.device) -> "RemoteTeacher":
-    """The teacher of a stage, for one rank. Raises Terminated where the process is asked to stop while it waits."""
+    """The teacher of a stage, for one rank. Raises Terminated where the process is asked to stop while it
+    waits."""
     check_stop = stop_check(context.stopping)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["VPMOE_TEACHER_PORT"])
     return RemoteTeacher(
@@ -37,14 +39,16 @@ class RemoteTeacher:
         """Positions of each microbatch whose answer has not been received."""
 
     def output(self, vocabulary: int) -> Tensor:
-        """Its output matrix [V, G]. Call it once, before the first request. Waits until the teacher is loaded."""
+        """Its output matrix [V, G]. Call it once, before the first request. Waits until the teacher is
+        loaded."""
         self._channel.wait_number("loaded", self._check_stop)
         return self._channel.receive(
             self._channel.teacher, (vocabulary, self.width), WIRE[self._channel.device.type]
         )
 
     def announce(self, batches: Sequence[Batch], then: Batch | None = None) -> None:
-        """Announce a step's microbatches, in the order in which `hidden_of` will be called; `then` is the first of the next step."""
+        """Announce a step's microbatches, in the order in which `hidden_of` will be called; `then` is the
+        first of the next step."""
         self._announced.extend(batches[len(self._requested) :])
         if then is not None:
             self._announced.append(then)
@@ -57,7 +61,8 @@ class RemoteTeacher:
         return self._receive()
 
     def disconnect(self) -> None:
-        """Tell the teacher that there are no more requests. Receives unused answers first, so that nothing is left on its way."""
+        """Tell the teacher that there are no more requests. Receives unused answers first, so that nothing is
+        left on its way."""
         while self._requested:
             self._receive()
         self._channel.send_host(self._channel.teacher, NO_MORE)
@@ -75,7 +80,8 @@ class RemoteTeacher:
         answered = int(self._channel.receive_host(self._channel.teacher, 1, torch.int64))
         if answered != positions:
             raise RuntimeError(
-                f"requested the hidden states of {positions} positions, but the teacher answers with {answered}"
+                f"requested the hidden states of {positions} positions, but the teacher answers with "
+                f"{answered}"
             )
         return self._channel.receive(
             self._channel.teacher, (positions, self.width), WIRE[self._channel.device.type]

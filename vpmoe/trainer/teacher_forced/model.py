@@ -1,8 +1,9 @@
-"""The teacher of a TeacherForced stage: its files, and its final hidden states of packed documents. The students compute the logits.
+"""The teacher of a TeacherForced stage: its files, and its final hidden states of packed documents. The
+students compute the logits.
 
-It is transformers' own model of the checkpoint, without the output matrix, in the type that the checkpoint declares; experts stored in
-MXFP4 are widened to it. Each document is a row of its own, right-padded. Attention is causal, so no document sees padding or another
-document, and positions begin at 0 in each.
+It is transformers' own model of the checkpoint, without the output matrix, in the type that the checkpoint
+declares; experts stored in MXFP4 are widened to it. Each document is a row of its own, right-padded.
+Attention is causal, so no document sees padding or another document, and positions begin at 0 in each.
 """
 
 import json
@@ -52,7 +53,8 @@ def width(directory: Path) -> int:
 
 
 def output_matrix(directory: Path) -> Tensor:
-    """The matrix [V, G] from hidden states to logits, on the CPU. Reads no other tensor. Raises Permanent where there is none."""
+    """The matrix [V, G] from hidden states to logits, on the CPU. Reads no other tensor. Raises Permanent
+    where there is none."""
     names = [
         "lm_head.weight",
         *(["model.embed_tokens.weight"] if _config(directory).get("tie_word_embeddings") else []),
@@ -64,7 +66,8 @@ def output_matrix(directory: Path) -> Tensor:
                     found: Tensor = file.get_tensor(name)
                     return found
     raise Permanent(
-        f"teacher.model: no *.safetensors file holds {' or '.join(names)}. Give a whole Hugging Face checkpoint."
+        f"teacher.model: no *.safetensors file holds {' or '.join(names)}. Give a whole Hugging Face "
+        "checkpoint."
     )
 
 
@@ -73,7 +76,8 @@ def _config(directory: Path) -> dict[str, Any]:
 
 
 def batches_by_length(documents: Sequence[DocumentRange], room: int) -> Iterator[list[DocumentRange]]:
-    """The documents in batches of similar lengths, each of at most `room` positions with padding, or of one longer document."""
+    """The documents in batches of similar lengths, each of at most `room` positions with padding, or of one
+    longer document."""
     batch: list[DocumentRange] = []
     for document in sorted(documents, key=lambda run: (-run.length, run.start)):
         if batch and (len(batch) + 1) * batch[0].length > room:

@@ -1,4 +1,5 @@
-"""The request of a student to the teacher: the ids of a microbatch and where its documents are, as two host tensors."""
+"""The request of a student to the teacher: the ids of a microbatch and where its documents are, as two host
+tensors."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,7 +21,8 @@ class DocumentRange(NamedTuple):
 
 
 class Question(NamedTuple):
-    """Ids [T] int32 in the order of positions, and the documents among them. Positions of no document are padding."""
+    """Ids [T] int32 in the order of positions, and the documents among them. Positions of no document are
+    padding."""
 
     tokens: Tensor
     documents: Sequence[DocumentRange]

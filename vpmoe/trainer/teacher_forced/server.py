@@ -1,7 +1,9 @@
-"""The teacher's process: waits for the students, fetches, checks and loads the model, and answers until the students have no more questions.
+"""The teacher's process: waits for the students, fetches, checks and loads the model, and answers until the
+students have no more questions.
 
-It takes no part in the students' collectives and keeps no state: an answer follows from the question alone, so a resumed run gets the same
-answers. SIGTERM does not end it while students train: they finish a step and save first, then disconnect.
+It takes no part in the students' collectives and keeps no state: an answer follows from the question alone,
+so a resumed run gets the same answers. SIGTERM does not end it while students train: they finish a step and
+save first, then disconnect.
 """
 
 import logging
@@ -35,8 +37,9 @@ def serve(
 ) -> None:
     """Be the teacher of one attempt at a stage. Returns when every student has disconnected.
 
-    `folder` is where models are kept on this pod's disk. Raises Permanent where these students cannot learn from the model; Retriable
-    where a student is gone; Terminated where the process should stop, before training began or because the students did.
+    `folder` is where models are kept on this pod's disk. Raises Permanent where these students cannot learn
+    from the model; Retriable where a student is gone; Terminated where the process should stop, before
+    training began or because the students did.
     """
     try:
         _serve(run, bucket, students, address, port, folder, stop_check(stopping))
@@ -63,7 +66,8 @@ def _serve(
     output_VG = model.output_matrix(directory)
     if len(output_VG) != VOCABULARY_SIZE:
         raise Permanent(
-            f"teacher.model: its output matrix has {len(output_VG)} rows, not {VOCABULARY_SIZE}. Give a whole checkpoint."
+            f"teacher.model: its output matrix has {len(output_VG)} rows, not {VOCABULARY_SIZE}. Give a "
+            "whole checkpoint."
         )
     teacher = model.load_teacher(directory, device)
     log.info(
@@ -81,7 +85,8 @@ def _serve(
 
 
 def answer_questions(channel: Channel, teacher: torch.nn.Module) -> None:
-    """Answer one question of each student in turn until all have disconnected. Students have equally many questions."""
+    """Answer one question of each student in turn until all have disconnected. Students have equally many
+    questions."""
     connected = list(range(channel.students))
     while connected:
         for student in tuple(connected):
