@@ -1,4 +1,9 @@
-"""Seconds that the batch plan of one epoch takes, beside numpy sorting the same lengths once: `python -m benchmarks.batch_plan`."""
+"""Time and memory to plan the batches of one epoch. Floor: one stable numpy sort of the same lengths.
+
+    python -m benchmarks.batch_plan [--documents 20000000] [--parts 500] [--sequence-length 8192]
+
+Runs on one CPU core. The documents are synthetic, with log-normal lengths.
+"""
 
 import argparse
 import resource
@@ -11,7 +16,9 @@ from vpmoe.data import packing
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--documents", type=int, default=20_000_000)
     parser.add_argument("--parts", type=int, default=500)
     parser.add_argument("--sequence-length", type=int, default=8192)
@@ -34,9 +41,9 @@ def main() -> None:
     empty = 1 - epoch.tokens_N.sum() / (len(epoch.tokens_N) * arguments.sequence_length)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     sys.stdout.write(
-        f"{len(visited):,} documents in {arguments.parts} parts: plan {whole:.1f} s (its order {ordered:.1f} s), "
-        f"numpy's stable sort of the lengths {floor:.1f} s; {len(epoch.tokens_N):,} sequences, {empty:.1%} of the positions empty, "
-        f"at most {peak:.1f} GiB of memory\n"
+        f"{len(visited):,} documents, {arguments.parts} parts: plan {whole:.1f} s (order {ordered:.1f} s), "
+        f"numpy's stable sort of the lengths {floor:.1f} s; {len(epoch.tokens_N):,} sequences, "
+        f"{empty:.1%} of the positions are padding; peak memory {peak:.1f} GiB\n"
     )
 
 

@@ -1,10 +1,11 @@
-"""The loss head beside eager torch, its peers and its floor: forward and backward of the same tokens in the same run.
+"""Time and memory of the loss head, forward and backward, beside eager torch and other fused heads.
 
-    python benchmarks/head.py [--tokens 8192] [--hidden 1024] [--vocabulary 201088] [--repeats 10]
+    python -m benchmarks.head [--tokens 8192] [--hidden 1024] [--vocabulary 201088] [--repeats 10]
 
-The floor is the head's three matrix products alone (logits, hidden's gradient, the matrix's). Memory is what is allocated beyond inputs and
-their gradients: the allocator's peak on a GPU, the largest single result elsewhere. Peers are timed where they can be imported. On a GPU
-in bf16 unless CUDA_VISIBLE_DEVICES is set and empty, then in fp32 (with fewer tokens, or be patient). The middle of the repeats.
+Floor: the head's three matrix products alone (logits, gradient of hidden, gradient of the matrix). Peers that
+cannot be imported are skipped. Times are medians. Memory is what is allocated beyond the inputs: on a GPU the
+allocator's peak, on a CPU the largest single result. Meant for a GPU, in bf16; without one it runs on the CPU
+in fp32, where the default size takes minutes (try --tokens 256).
 """
 
 import argparse
@@ -34,7 +35,7 @@ def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def peers() -> dict[str, Loss]:
-    """Other people's fused heads, by name; those that are not installed are left out."""
+    """The fused heads of other packages, by name, of those that are installed."""
     found: dict[str, Loss] = {}
     for name, module, function in (
         ("Liger", "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
@@ -50,7 +51,7 @@ def peers() -> dict[str, Loss]:
 
 
 class Largest(TorchDispatchMode):
-    """Keeps the size of the largest result of any operation."""
+    """Records the size in bytes of the largest result of any operation."""
 
     bytes = 0
 
@@ -89,7 +90,7 @@ def mebibytes(action: Callable[[], object], device: torch.device) -> float:
 
 
 def products(hidden: Tensor, weight: Tensor, repeats: int) -> float:
-    """Milliseconds of the three matrix products that no head can do without."""
+    """Milliseconds of the three matrix products that every head needs."""
     gradient = torch.randn(len(hidden), len(weight), device=hidden.device, dtype=hidden.dtype)
 
     def step() -> None:
@@ -101,7 +102,9 @@ def products(hidden: Tensor, weight: Tensor, repeats: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in {"tokens": 8192, "hidden": 1024, "vocabulary": 201_088, "repeats": 10}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
@@ -113,7 +116,8 @@ def main() -> None:
     targets = torch.randint(0, args.vocabulary, (args.tokens,), device=device)
     floor = products(hidden.detach(), weight.detach(), args.repeats)
     print(
-        f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocabulary}, {dtype}, {device}; floor {floor:.1f} ms"
+        f"{args.tokens} tokens, hidden {args.hidden}, vocabulary {args.vocabulary}, "
+        f"{dtype}, {device}; floor {floor:.1f} ms"
     )
     for name, loss in {"head_loss": ours, "eager torch": eager, **peers()}.items():
 

@@ -1,11 +1,12 @@
-"""One optimizer step of a student beside the floor of its own matrix products, measured in the same run.
+"""Time of one optimizer step of a student. Floor: the step's own matrix products at the device's rate.
 
-    python benchmarks/step.py [--shape tiny] [--sequence 2048] [--sequences 2] [--steps 5]
+    python -m benchmarks.step [--shape tiny] [--sequence 2048] [--sequences 2] [--steps 5]
 
-Prints the median time of a Vanilla step, tokens/s, peak memory, and how many times the floor that is: 6 (8 where activations are computed
-again) floating-point operations a token and active parameter, at the rate of a large square product on this device. Then what a Rescored
-step on the same batches takes beside it, the two taking turns. One process; on a GPU unless CUDA_VISIBLE_DEVICES is set and empty. Random
-documents of 200 to 1,200 tokens, random scores; what is learned from them is not the point.
+Prints the median time of a Vanilla step, tokens per second, peak memory, ratio to the floor: 6 floating
+point operations per token and active parameter (8 with activation recomputation), at the rate measured for a
+large square product. Then the time of a Rescored step on the same batches, the two alternating. One process,
+on one GPU, or on the CPU if CUDA_VISIBLE_DEVICES is set and empty (shape tiny). Documents (200 to 1,200
+tokens) and scores are random, so the loss has no meaning beyond being finite.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from vpmoe.objectives.vanilla import vanilla
 
 
 def active_parameters(shape: Shape) -> int:
-    """Parameters that a token is multiplied with: of the experts those that it is sent to, of the embeddings only the output's."""
+    """Parameters that a token is multiplied with: its own experts and the output matrix, no embeddings."""
     idle = (
         (shape.experts - shape.experts_per_token) * 2 * shape.hidden * shape.expert_width * shape.moe_layers
     )
@@ -54,7 +55,7 @@ def random_rows(shape: Shape, sequences: int, length: int, generator: torch.Gene
 
 
 def product_rate(device: torch.device) -> float:
-    """Floating-point operations a second of a large square product, in the type that the student trains in; the median of five."""
+    """Floating-point operations per second of a large square product in the training type; median of five."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = []
@@ -73,7 +74,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
     parser.add_argument("--sequence", type=int, default=2048, help="positions of a packed sequence")
     parser.add_argument("--sequences", type=int, default=2, help="sequences of a step, each a microbatch")
@@ -91,7 +94,7 @@ def main() -> None:
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     tokens, even = int(counts[0]), {"reasoning": 1.0, "final": 1.0}
 
-    def made(kind: str) -> Objective:
+    def objective(kind: str) -> Objective:
         return (
             vanilla(counts, even)
             if kind == "Vanilla"
@@ -101,15 +104,15 @@ def main() -> None:
     times: dict[str, list[float]] = {"Vanilla": [], "Rescored": []}
     losses = []
     for _ in range(given.steps + 1):
-        for kind, of_kind in times.items():
+        for kind, seconds in times.items():
             synchronize(device)
             start = time.perf_counter()
-            losses.append(learner.forward_backward(batches, made(kind), positions=tokens).loss)
+            losses.append(learner.forward_backward(batches, objective(kind), positions=tokens).loss)
             learner.step(3e-4)
             synchronize(device)
-            of_kind.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
     rate = product_rate(device)
-    step, of_rescored = (statistics.median(of_kind[1:]) for of_kind in times.values())
+    step, rescored_step = (statistics.median(seconds[1:]) for seconds in times.values())
     floor = (8 if shape.recompute else 6) * active_parameters(shape) * tokens / rate
     peak = (
         torch.cuda.max_memory_allocated()
@@ -117,12 +120,13 @@ def main() -> None:
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     )
     print(
-        f"{shape.name} on {device}: {shape.parameters():,} parameters, {active_parameters(shape):,} active; {tokens:,} tokens a step"
+        f"{shape.name} on {device}: {shape.parameters():,} parameters, "
+        f"{active_parameters(shape):,} active; {tokens:,} tokens per step"
     )
     print(f"step {step * 1e3:,.0f} ms, {tokens / step:,.0f} tokens/s; peak memory {peak / 2**30:.1f} GiB")
     print(f"loss {losses[0]:.2f} → {losses[-2]:.2f}")
     print(f"floor of its products {floor * 1e3:,.0f} ms at {rate / 1e12:,.1f} TFLOP/s: {step / floor:.1f}×")
-    print(f"Rescored step {of_rescored * 1e3:,.0f} ms: {of_rescored / step:.3f}× the Vanilla one")
+    print(f"Rescored step {rescored_step * 1e3:,.0f} ms: {rescored_step / step:.3f}× the Vanilla step")
     distributed.stop()
 
 
