@@ -33,10 +33,10 @@ def main() -> None:
     np.sort(lengths_D, kind="stable")
     floor = time.perf_counter() - started
     started = time.perf_counter()
-    visited = packing.order([len(part) for part in lengths], 1234, 0)
+    visited = packing.epoch_order([len(part) for part in lengths], 1234, 0)
     ordered = time.perf_counter() - started
     started = time.perf_counter()
-    epoch = packing.build(lengths, 1234, 0, arguments.sequence_length)
+    epoch = packing.build_epoch(lengths, 1234, 0, arguments.sequence_length)
     whole = time.perf_counter() - started
     empty = 1 - epoch.tokens_N.sum() / (len(epoch.tokens_N) * arguments.sequence_length)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -36,7 +36,7 @@ from vpmoe.api.quantities import parse_tokens
 from vpmoe.api.stages import Confidence
 from vpmoe.data import harmony, vocabulary, vocabulary_file
 from vpmoe.data.mixture import interleave
-from vpmoe.data.packing import pack
+from vpmoe.data.packing import pack_sequences
 from vpmoe.data.spans import SPANS
 from vpmoe.inference import hf_model
 from vpmoe.model import device as devices
@@ -156,7 +156,7 @@ def document(
 
 def batch_of(held: Sequence[Document]) -> Batch:
     """The documents packed into rows."""
-    places, starts = pack(np.array([len(one.ids) for one in held], np.int32), ROW)
+    places, starts = pack_sequences(np.array([len(one.ids) for one in held], np.int32), ROW)
     shape = (len(starts) - 1, ROW)
     tokens, span = np.zeros(shape, np.int64), np.zeros(shape, np.uint8)
     number, scores = np.full(shape, -1, np.int32), np.full((2, *shape), np.nan, np.float32)

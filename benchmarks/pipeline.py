@@ -25,7 +25,7 @@ from vpmoe.api import DistillRun, load_run
 from vpmoe.api.layout import layout
 from vpmoe.api.quantities import parse_tokens
 from vpmoe.api.stages import OnPolicy
-from vpmoe.data.packing import pack
+from vpmoe.data.packing import pack_sequences
 from vpmoe.inference.engine import MAX_SEQUENCES
 from vpmoe.rollout.__main__ import PROMPT_TOKENS, parse_lengths
 from vpmoe.rollout.windows import WindowPlan, WindowSchedule, completion_limit
@@ -188,7 +188,7 @@ def rows(requests: Asked, sequence_length: int) -> int:
     """Packed rows that the trainer makes of a window."""
     return (
         len(
-            pack(
+            pack_sequences(
                 np.array([requests.prompt + length for length in requests.sampled], np.int32), sequence_length
             )[1]
         )

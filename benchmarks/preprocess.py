@@ -38,9 +38,9 @@ from vpmoe.api import DistillRun
 from vpmoe.api.quantities import parse_tokens
 from vpmoe.data import vocabulary_file
 from vpmoe.data.harmony import user_text
-from vpmoe.data.preprocess.encode import Encoders
+from vpmoe.data.preprocess.encode import EncoderPool
 from vpmoe.data.preprocess.filters import quality
-from vpmoe.data.preprocess.preprocess import preprocess
+from vpmoe.data.preprocess.step import preprocess
 from vpmoe.process.launcher import free_port
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket
@@ -129,7 +129,7 @@ def raw(texts: list[str], processes: int) -> tuple[int, float, float]:
     return sum(tokens for tokens, _ in counted), seconds, sum(cpu for _, cpu in counted)
 
 
-def whole(endpoint: str, store: int, source: str, encoders: Encoders) -> tuple[float, float]:
+def whole(endpoint: str, store: int, source: str, encoders: EncoderPool) -> tuple[float, float]:
     """Seconds and CPU seconds of the step, into a prefix where nothing is yet."""
     run = DistillRun.parse(
         {
@@ -224,7 +224,7 @@ def main() -> None:
             )
         for processes in given.processes:
             turns = []
-            with Encoders(processes) as encoders:
+            with EncoderPool(processes) as encoders:
                 whole(
                     endpoint, server, "s3://benchmark/input/*001.parquet", encoders
                 )  # not counted: the processes start

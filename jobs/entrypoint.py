@@ -52,7 +52,7 @@ def entrypoint(role: str, arguments: list[str] | None = None) -> tuple[DistillRu
     """
     sys.excepthook = exit_on_error
     configure_logging()
-    if "LOCAL_RANK" not in os.environ and (message := failure.termination_log()):
+    if "LOCAL_RANK" not in os.environ and (message := failure.termination_log_path()):
         message.write_bytes(b"")  # from an earlier process on this machine; ranks share their launcher's file
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: request_stop(stopping, number, frame))
@@ -187,11 +187,11 @@ def exit_on_error(kind: type[BaseException], error: BaseException, trace: Traceb
         sys.__excepthook__(kind, error, trace)
         return
     rank = os.environ.get("RANK")
-    found = failure.classify(error, int(rank) if rank else None)
+    found = failure.classify_error(error, int(rank) if rank else None)
     if found.kind == "Internal":
         sys.__excepthook__(kind, error, trace)
     log.error("%s: %s", found.kind, found.message)
-    path = failure.termination_log()
+    path = failure.termination_log_path()
     if path:
-        failure.record(found, path)
-    raise SystemExit(found.exit)
+        failure.write_termination_message(found, path)
+    raise SystemExit(found.exit_code)

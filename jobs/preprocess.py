@@ -9,11 +9,11 @@ from jobs.entrypoint import entrypoint
 def main() -> None:
     """Make this pod's parts of the dataset."""
     # Imported here because every encoding process imports this module again and needs none of it.
-    from vpmoe.data.preprocess.encode import Encoders
-    from vpmoe.data.preprocess.preprocess import preprocess
+    from vpmoe.data.preprocess.encode import EncoderPool
+    from vpmoe.data.preprocess.step import preprocess
 
     run, context = entrypoint("preprocess")
-    with Encoders() as encoders:
+    with EncoderPool() as encoders:
         preprocess(run, context.bucket, context.provenance, context.stopping, context.worker, encoders)
 
 

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 def main() -> None:
     if "LOCAL_RANK" in os.environ:
-        launcher.die_with_launcher()
+        launcher.set_parent_death_signal()
         (teach if os.environ.get("VPMOE_PART") == "teacher" else work)(*entrypoint("train"))
     else:
         raise SystemExit(start(*entrypoint("train")))
@@ -38,11 +38,11 @@ def start(run: DistillRun, context: JobContext) -> int:
         return 0
     gate.require_validity(run, stage, context.bucket)
     stage_inputs.load_scores(run, stage, context.bucket, load_training_dataset(run, context.bucket))
-    placement = launcher.place(
+    placement = launcher.place_ranks(
         layout(run.spec.student, run.spec.training, stage), os.environ, bool(stage.teacher_processes)
     )
     command = [sys.executable, "-m", "jobs.train", *sys.argv[1:], "--step", stage.name]
-    return launcher.launch(placement, command, context.stopping)
+    return launcher.launch_workers(placement, command, context.stopping)
 
 
 def work(run: DistillRun, context: JobContext) -> None:

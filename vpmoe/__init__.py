@@ -1,1 +1,1 @@
-"""vpMoE: the library behind the distillation jobs and the operator. Entry points of pods are in `jobs`, the operator in `operator`."""
+"""vpMoE: the library that the pods (`jobs`) and the operator (`operator`) use."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from distill_operator.kube import Json
-from vpmoe.failure import EXIT
+from vpmoe.failure import EXIT_CODES
 
 DISRUPTION_REASONS = {
     "Evicted",
@@ -125,7 +125,7 @@ def _failure(pod: Json) -> Failure | None:
 
 def _failure_kind(code: int, report: Json) -> Literal["Permanent", "Interrupted", "Retriable", "Error"]:
     stated = report.get("class") or next(
-        (kind for kind, exit_code in EXIT.items() if exit_code == code), "Internal"
+        (kind for kind, exit_code in EXIT_CODES.items() if exit_code == code), "Internal"
     )
     kinds: dict[str, Literal["Permanent", "Interrupted", "Retriable"]] = {
         "Permanent": "Permanent",

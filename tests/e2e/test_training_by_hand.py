@@ -30,7 +30,7 @@ from tests.fakes.local_jobs import (
     run_until,
 )
 from tests.fakes.store import S3
-from vpmoe.checkpoint.train_state import iterations
+from vpmoe.checkpoint.train_state import list_iterations
 from vpmoe.model.shapes import SHAPES
 from vpmoe.storage import paths
 
@@ -187,7 +187,7 @@ def test_a_killed_run_ends_at_the_same_bits_and_so_does_one_that_lost_a_checkpoi
 
     folder = paths.checkpoints(read_run(file), "vanilla")
     jobs.bucket.delete_prefix(f"{folder}/{steps}")  # as if killed again before its end
-    newest, _ = iterations(jobs.bucket, folder)
+    newest, _ = list_iterations(jobs.bucket, folder)
     damaged = s3.folder / jobs.bucket.name / folder / str(newest) / "rank-00000.safetensors"
     with damaged.open("r+b") as content:
         content.seek(10**8)

@@ -18,7 +18,7 @@ from tests.fakes.datasets import Documents
 from tests.fakes.students import SMALL
 from vpmoe.api.layout import layout
 from vpmoe.api.stages import OnPolicy
-from vpmoe.data.packing import BatchPlan
+from vpmoe.data.packing import SequenceStream
 from vpmoe.inference import hf_model
 from vpmoe.rollout import back_pressure, policy_version
 from vpmoe.rollout.policy_version import PolicyVersion
@@ -49,7 +49,7 @@ class FakePeers:
         spec = task.run.spec.training
         self.length, self.seed = spec.sequence_length, spec.seed
         lengths = [np.asarray([len(ids) for ids, _ in part], np.int32) for part in train]
-        self.plan = BatchPlan(lengths, self.seed, self.length)
+        self.plan = SequenceStream(lengths, self.seed, self.length)
         self.each = layout(task.run.spec.student, task.run.spec.training, task.stage).sequences_per_step
         self.scratch = scratch
         self.loaded: tuple[int, PreTrainedModel] | None = None
@@ -89,7 +89,7 @@ class FakePeers:
         if found is None:
             return False
         published, facts = found
-        anchors = self.plan.steps(facts.first_sequence, self.each, stage.tokens)
+        anchors = self.plan.tokens_after_steps(facts.first_sequence, self.each, stage.tokens)
         seen = 0
         if number:
             before = read_rollouts(bucket.get(self.key(number - 1, "rollouts")), "fake peers").header

@@ -19,7 +19,7 @@ import yaml
 from tests.fakes.store import S3
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Progress
-from vpmoe.checkpoint.train_state import end_of
+from vpmoe.checkpoint.train_state import load_stage_end
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.manifest import Manifest
 
@@ -132,7 +132,7 @@ def metrics_lines(jobs: LocalJobs, file: Path, event: str, step: str = "vanilla"
 
 def last_checkpoint(jobs: LocalJobs, file: Path, step: str = "vanilla") -> Manifest:
     """The last checkpoint of a finished stage."""
-    reached = end_of(jobs.bucket, paths.checkpoints(read_run(file), step))
+    reached = load_stage_end(jobs.bucket, paths.checkpoints(read_run(file), step))
     assert reached is not None
     return reached[0]
 

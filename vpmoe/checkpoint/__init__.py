@@ -1,1 +1,2 @@
-"""The checkpoint format: where a stage stands, and the files that hold its state. Readable without a trainer."""
+"""The checkpoint format: the train state in the manifest, and the tensors in the files. Readable without a
+trainer."""

@@ -1,7 +1,8 @@
-"""A checkpoint as it lies in the bucket: which numbers of which tensor stand where in its files, and the weights by name.
+"""The checkpoint format: which slice of which tensor is where in a checkpoint's files, and access to the
+weights by name.
 
-No torch.distributed and no megatron-core: the inference image exports a student from here. Bringing a learner, and its ranks, to a
-checkpoint is restore.py's business.
+No torch.distributed and no megatron-core: the inference image exports a student with this module. The trainer
+restores a learner in vpmoe.trainer.checkpoint.reader.
 """
 
 import json
@@ -21,110 +22,113 @@ from vpmoe.storage.manifest import Manifest
 
 KEY = re.compile(r"(.+)\[(\d+):(\d+)\]")
 WEIGHTS = ("main/", "buffer/")
-"""What the names begin with that a student consists of; the others are the optimizer's, and random state."""
+"""Prefixes of the names of the student's tensors. All others are optimizer and random state."""
 
 
 class CheckpointRejected(Exception):
-    """A checkpoint that is not what it was when it was written, or of another student. Said on every rank in the same words."""
+    """A checkpoint is damaged or belongs to another student. All ranks raise it with the same message."""
 
 
 class TensorSlice(NamedTuple):
-    """Numbers [start, stop) of a tensor, under `key` in `file`."""
+    """Elements [start, stop) of a flattened tensor, under `key` in `file`."""
 
     start: int
     stop: int
     file: Subject
     key: str
-    at: int
-    """Byte of the file at which they begin."""
+    offset: int
+    """Byte offset in the file."""
     dtype: str
-    """safetensors' name of their type."""
+    """safetensors' name of the type."""
 
 
-Pieces = Mapping[str, Sequence[TensorSlice]]
-"""By tensor, in order."""
+TensorSlices = Mapping[str, Sequence[TensorSlice]]
+"""Slices by tensor name, sorted by start."""
 
 
-def pieces_in(bucket: Bucket, files: Iterable[Subject]) -> dict[str, list[TensorSlice]]:
-    """What stands where, from the files' headers (safetensors: 8 bytes of length, then JSON, then the numbers)."""
-    pieces: dict[str, list[TensorSlice]] = {}
+def read_slices(bucket: Bucket, files: Iterable[Subject]) -> dict[str, list[TensorSlice]]:
+    """The tensor slices in these files, from their headers (safetensors: 8 bytes length, JSON, data)."""
+    slices: dict[str, list[TensorSlice]] = {}
     for file in files:
         (length,) = struct.unpack("<Q", bucket.read(file, 0, 8))
-        for key, held in json.loads(bucket.read(file, 8, 8 + length)).items():
+        for key, entry in json.loads(bucket.read(file, 8, 8 + length)).items():
             if parsed := KEY.fullmatch(key):
-                at = 8 + length + held["data_offsets"][0]
-                pieces.setdefault(parsed[1], []).append(
-                    TensorSlice(int(parsed[2]), int(parsed[3]), file, key, at, held["dtype"])
+                offset = 8 + length + entry["data_offsets"][0]
+                slices.setdefault(parsed[1], []).append(
+                    TensorSlice(int(parsed[2]), int(parsed[3]), file, key, offset, entry["dtype"])
                 )
-    for of in pieces.values():
-        of.sort(key=lambda piece: piece[:2])
-    return pieces
+    for tensor_slices in slices.values():
+        tensor_slices.sort(key=lambda one: one[:2])
+    return slices
 
 
-def total(pieces: Sequence[TensorSlice]) -> int:
-    """Numbers in all of them."""
-    return sum(piece.stop - piece.start for piece in pieces)
+def count_elements(slices: Sequence[TensorSlice]) -> int:
+    """The number of elements in all slices."""
+    return sum(one.stop - one.start for one in slices)
 
 
-def check_covers(name: str, pieces: Sequence[TensorSlice], size: int) -> None:
-    """Raises Refused where the pieces are not [0, size) without gap or overlap."""
-    at = 0
-    for piece in pieces:
-        if piece.start != at:
+def check_coverage(name: str, slices: Sequence[TensorSlice], size: int) -> None:
+    """Raises CheckpointRejected if the slices do not cover [0, size) without gap or overlap."""
+    covered = 0
+    for one in slices:
+        if one.start != covered:
             break
-        at = piece.stop
+        covered = one.stop
     else:
-        if at == size:
+        if covered == size:
             return
     raise CheckpointRejected(
-        f"It holds {at} of the {size} numbers of {name}, or some twice: it is of another student, or of another version."
+        f"Its slices cover {covered} of the {size} elements of {name}, or overlap: it belongs to another "
+        "student or to another version of vpmoe."
     )
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights and expert biases of a checkpoint. Nothing of them is on this machine: each read fetches what it asks for."""
+    """The weights and expert biases of a checkpoint. They are not downloaded: each `read` fetches the
+    requested range."""
 
     bucket: Bucket
     manifest: Manifest
-    position: TrainState
-    pieces: Pieces
+    train_state: TrainState
+    slices: TensorSlices
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Numbers in each tensor."""
-        return {name: of[-1].stop for name, of in self.pieces.items()}
+        """Elements of each tensor."""
+        return {name: tensor_slices[-1].stop for name, tensor_slices in self.slices.items()}
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Numbers [start, stop) of a tensor, flat, fp32. Raises StorageError where the blocks that they lie in are not what they were."""
+        """Elements [start, stop) of a flattened tensor, fp32. Raises StorageError if a block differs from its
+        manifest."""
         found = []
-        for piece in self.pieces[name]:
-            first, last = max(start, piece.start) - piece.start, min(stop, piece.stop) - piece.start
+        for one in self.slices[name]:
+            first, last = max(start, one.start) - one.start, min(stop, one.stop) - one.start
             if first < last:
-                data = self.bucket.read(piece.file, piece.at + 4 * first, piece.at + 4 * last)
+                data = self.bucket.read(one.file, one.offset + 4 * first, one.offset + 4 * last)
                 found.append(torch.frombuffer(bytearray(data), dtype=torch.float32))
         return torch.cat(found) if len(found) != 1 else found[0]
 
 
-def weights_in(bucket: Bucket, folder: str) -> Weights:
+def open_weights(bucket: Bucket, folder: str) -> Weights:
     """The weights of the checkpoint in `folder`, from its manifest and its files' headers.
 
-    Raises Refused, with the checkpoint's address, where it is damaged or its pieces do not make whole tensors; StorageError where the
-    store does not answer.
+    Raises CheckpointRejected, with the checkpoint's URL, if it is damaged or its slices do not make whole
+    tensors; StorageError if the store does not answer.
     """
     try:
         stored = manifest.load(bucket, paths.manifest(folder))
-        position = TrainState.model_validate(stored.facts.get("position"))
-        pieces = {
-            name: of
-            for name, of in pieces_in(bucket, stored.subjects.values()).items()
+        train_state = TrainState.model_validate(stored.facts.get("position"))
+        slices = {
+            name: tensor_slices
+            for name, tensor_slices in read_slices(bucket, stored.subjects.values()).items()
             if name.startswith(WEIGHTS)
         }
-        for name, of in pieces.items():
-            check_covers(name, of, of[-1].stop)
-            if other := {piece.dtype for piece in of} - {"F32"}:
+        for name, tensor_slices in slices.items():
+            check_coverage(name, tensor_slices, tensor_slices[-1].stop)
+            if other := {one.dtype for one in tensor_slices} - {"F32"}:
                 raise CheckpointRejected(
-                    f"{name} is {', '.join(sorted(other))}, wanted F32: it is of another version."
+                    f"{name} is {', '.join(sorted(other))}, expected F32: another version of vpmoe wrote it."
                 )
     except StorageError as error:
         if error.reason not in ("Altered", "Missing"):
@@ -132,4 +136,4 @@ def weights_in(bucket: Bucket, folder: str) -> Weights:
         raise CheckpointRejected(f"checkpoint {bucket.url(folder)} cannot be used. {error}") from error
     except (ValidationError, CheckpointRejected) as error:
         raise CheckpointRejected(f"checkpoint {bucket.url(folder)} cannot be used. {error}") from error
-    return Weights(bucket, stored, position, pieces)
+    return Weights(bucket, stored, train_state, slices)

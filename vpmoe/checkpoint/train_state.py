@@ -1,6 +1,8 @@
-"""Where a stage stands: everything beside weights and optimizer that a resumed attempt must know, and where checkpoints say it.
+"""The train state of a stage: all that a resumed attempt needs besides weights and optimizer. Stored in each
+checkpoint's manifest.
 
-No torch here: the launcher looks before it starts anything. The weights are restore.py's business.
+The manifest's key is "position". No torch here: the launcher reads the state before it starts a process.
+Weights are in format.py.
 """
 
 from pydantic import ConfigDict, Field, ValidationError
@@ -12,20 +14,20 @@ from vpmoe.storage.manifest import Manifest
 
 
 class ScoredStream(Record):
-    """Where a stage stands among the documents that the teacher has scored."""
+    """Position of a stage in the stream of documents that the teacher scored."""
 
     model_config = ConfigDict(extra="forbid")
 
     scores: str
-    """Id of the scores: of others this is no position."""
+    """Id of the scores. The position is valid for these only."""
     first_sequence: int
-    """Sequence of the scored documents' stream that the stage began with."""
+    """Sequence of the stream that the stage began with."""
     next_sequence: int
-    """Sequence of it that comes next, in this stage or in a later one with the same scores."""
+    """Next sequence of the stream, for this stage or a later one with the same scores."""
 
 
 class ConfidenceCentre(Record):
-    """What a Rescored stage weighs by: the teacher's log-probability that weighs 1, in nats, by span."""
+    """The teacher's log-probability, in nats by span, at which a token of a Rescored stage has weight 1."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -34,43 +36,45 @@ class ConfidenceCentre(Record):
 
 
 class WindowStats(Record):
-    """What the windows since the evaluation before came to."""
+    """Statistics of the windows since the previous evaluation."""
 
     model_config = ConfigDict(extra="forbid")
 
     rollouts: int = 0
     valid: int = 0
-    """Of the rollouts, those that are valid Harmony."""
+    """Rollouts that are valid Harmony."""
     gap: dict[str, float] = Field(default_factory=dict)
-    """By span, the sum over sampled tokens of the student's log-probability less the teacher's."""
+    """By span, the sum over sampled tokens of the student's minus the teacher's log-probability."""
     tokens: dict[str, int] = Field(default_factory=dict)
-    """By span, the sampled tokens."""
+    """Sampled tokens by span."""
 
 
 class WindowStream(Record):
-    """Where a stage stands among the windows of what the student itself samples."""
+    """Position of a stage in the stream of windows that the student samples."""
 
     model_config = ConfigDict(extra="forbid")
 
     first_prompt: int
-    """Prompts that the stages before have used."""
+    """Prompts used by earlier stages."""
     next_prompt: int
-    """Prompts used so far; an OnPolicy stage that follows begins there."""
+    """Prompts used so far; the next OnPolicy stage begins there."""
     trained: int = 0
-    """Windows of the stage that have been trained. In the steps of the stage behind a position each was trained once."""
+    """Windows of the stage that have been trained, each exactly once."""
     digest: str = ""
-    """sha256 (hex) over the files of all windows trained: of the digest before, the rollouts' sha256 and the scores', one after another."""
+    """sha256 (hex) chain over all windows trained: of the previous digest, the rollouts' sha256 and the
+    scores' sha256."""
     beyond: int = 0
-    """Windows in a row, the latest among them, whose KL(sampler‖trainer) was above maxSamplerKl."""
+    """Number of consecutive windows, up to the latest, whose KL(sampler‖trainer) was above maxSamplerKl."""
     since: WindowStats = WindowStats()
     reverse_kl: tuple[float, ...] = ()
-    """At each evaluation of the stage, spans weighted: the estimate of KL(student‖teacher) over the windows since the one before."""
+    """Per evaluation of the stage, the span-weighted estimate of KL(student‖teacher) over the windows since
+    the previous one."""
     validity: float = 0.0
-    """At the latest evaluation: share of valid rollouts since the one before."""
+    """Share of valid rollouts between the latest evaluation and the one before."""
 
 
 class TrainState(Record):
-    """A stage after some of its optimizer steps. Data order follows from it alone, so there is no data state to keep."""
+    """A stage after some of its optimizer steps. It determines the data order, so no data state is kept."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -79,33 +83,33 @@ class TrainState(Record):
     steps: int
     """Optimizer steps of the stage."""
     tokens: int
-    """Positions of the stage that entered the student, padding excluded."""
+    """Tokens of the stage that the student has processed, excluding padding."""
     iteration: int
-    """Optimizer steps over all stages: the checkpoint's name, and what Adam's bias correction counts."""
+    """Optimizer steps over all stages: the checkpoint's name, and the count for Adam's bias correction."""
     first_sequence: int
-    """Sequence of the training stream that the stage began with: the one after the last of the stage before."""
+    """Sequence of the training stream that the stage began with, after the last one of the previous stage."""
     next_sequence: int
-    """Sequence that comes next; the stage that follows begins there."""
+    """Next sequence; the next stage begins there."""
     epoch: int
-    """Pass over the data that next_sequence lies in."""
+    """Epoch of next_sequence."""
     before: SpanLoss | None = None
     """Held-out loss before the stage's first step."""
     latest: SpanLoss | None = None
     """Held-out loss of the latest evaluation."""
     held_out: tuple[float, ...] = ()
-    """Held-out loss before the first step and of each evaluation, spans weighted; what `stop` looks at."""
+    """Span-weighted held-out loss before the first step and at each evaluation; `stop` is decided from it."""
     finished: bool = False
-    """Whether the stage is done. Only then may the next begin from here."""
+    """Whether the stage is complete. The next stage may begin only from a finished one."""
     scored: ScoredStream | None = None
-    """Where the scored documents stand; None where no stage so far has read any."""
+    """None if no stage so far has read scored documents."""
     windows: WindowStream | None = None
-    """Where the windows stand; None where no stage so far was OnPolicy."""
+    """None if no stage so far was OnPolicy."""
     objective: ConfidenceCentre | None = None
-    """State of the objective, fixed when the stage begins. Only Rescored has one."""
+    """State of the objective, fixed when the stage begins; only for Rescored."""
 
 
-def iterations(bucket: Bucket, folder: str) -> list[int]:
-    """The checkpoints of a stage that exist, newest first."""
+def list_iterations(bucket: Bucket, folder: str) -> list[int]:
+    """Iterations of the stage's checkpoints, newest first."""
     names = [found.key.removeprefix(folder + "/") for found in bucket.list(folder + "/")]
     return sorted(
         (int(name.removesuffix("/manifest.json")) for name in names if name.endswith("/manifest.json")),
@@ -113,9 +117,10 @@ def iterations(bucket: Bucket, folder: str) -> list[int]:
     )
 
 
-def end_of(bucket: Bucket, folder: str) -> tuple[Manifest, TrainState] | None:
-    """The newest checkpoint of a stage, if it is the stage's end; None where the stage has not finished, or its manifest is damaged."""
-    for iteration in iterations(bucket, folder)[:1]:
+def load_stage_end(bucket: Bucket, folder: str) -> tuple[Manifest, TrainState] | None:
+    """The newest checkpoint of a stage if the stage has finished; None if it has not, or if the manifest is
+    damaged."""
+    for iteration in list_iterations(bucket, folder)[:1]:
         try:
             found = manifest.load(bucket, paths.manifest(f"{folder}/{iteration}"))
             position = TrainState.model_validate(found.facts.get("position"))
@@ -130,13 +135,13 @@ def end_of(bucket: Bucket, folder: str) -> tuple[Manifest, TrainState] | None:
     return None
 
 
-def held_out(position: TrainState) -> HeldOut | None:
-    """The held-out losses as progress.json has them; None where none is measured."""
+def held_out_losses(position: TrainState) -> HeldOut | None:
+    """The held-out losses for progress.json; None if none was measured."""
     return HeldOut(before=position.before, latest=position.latest) if position.latest else None
 
 
-def facts_of(bucket: Bucket, found: Manifest, position: TrainState) -> CheckpointStatus:
-    """A checkpoint as progress.json names it."""
+def checkpoint_facts(bucket: Bucket, found: Manifest, position: TrainState) -> CheckpointStatus:
+    """A checkpoint's entry in progress.json."""
     return CheckpointStatus(
         iteration=position.iteration,
         tokens=position.tokens,

@@ -1,1 +1,2 @@
-"""Datasets: Harmony tokens and spans in the bucket, how they are read, packed and mixed. preprocess/ makes them. No torch."""
+"""Datasets of Harmony tokens and spans in the bucket: lookup, reading, packing, mixing. preprocess/ builds
+them. No torch."""

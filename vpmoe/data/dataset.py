@@ -1,7 +1,9 @@
-"""A data set in the bucket: its id, which input it was resolved to, the records of its parts and, last, its manifest.
+"""A dataset in the bucket: its id, the input that it was resolved to, the records of its parts and its
+manifest.
 
-The id is a hash of everything that decides the bytes, so equal runs share one data set and a finished one is never built again.
-What stands in the parts is part.py's business, in what order they are made preprocess.py's.
+The id is a hash of everything that decides the dataset's bytes, so equal runs share one dataset and a
+complete one is never built again. The manifest is written last. The parts' content is in
+preprocess/part_writer.py, the build order in preprocess/step.py.
 """
 
 import hashlib
@@ -11,7 +13,7 @@ from typing import Any
 
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import DatasetStatus
-from vpmoe.data.inputs import Inputs, discover
+from vpmoe.data.inputs import Inputs, resolve_source
 from vpmoe.data.vocabulary import VOCABULARY_SHA256
 from vpmoe.failure import Permanent
 from vpmoe.storage import Bucket, manifest, paths
@@ -22,15 +24,16 @@ from vpmoe.storage.paths import Split
 SPLITS: tuple[Split, Split] = ("train", "valid")
 
 UNKNOWN = "unknown"
-"""What rows without a language or an exercise are counted under."""
+"""The label of rows without a language or exercise in all counts."""
 
 WRITER = 2
-"""Version of what turns rows into bytes. Raise it with every change of rendering, filters, sampling, order or file formats."""
+"""Version of the code that turns rows into bytes. Raise it with every change of rendering, filters, sampling,
+order or file formats."""
 
 
 @dataclass(frozen=True)
 class DatasetRef:
-    """A data set and what it is, or will be, made of; part i is made of shard i."""
+    """A dataset, built or not yet built, and its inputs. Part i is built from shard i."""
 
     id: str
     inputs: Inputs
@@ -44,42 +47,44 @@ class DatasetRef:
         return paths.manifest(self.folder)
 
 
-def settings(run: DistillRun) -> dict[str, Any]:
-    """spec.dataset without `workers`: what of it decides the bytes."""
+def dataset_settings(run: DistillRun) -> dict[str, Any]:
+    """The fields of spec.dataset that decide the dataset's bytes: all but `workers`."""
     return {name: value for name, value in run.config()["spec"]["dataset"].items() if name != "workers"}
 
 
 def dataset_id(settings: Mapping[str, Any], inputs: Inputs) -> str:
-    """sha256 (hex) of the settings, the tokenizer, the writer and the input: a commit, or each object's address, size and ETag."""
+    """sha256 (hex) of settings, tokenizer, writer version and input: a commit, or each object's URL, size and
+    ETag."""
     content = inputs.commit or [[shard.url, shard.size, shard.etag] for shard in inputs.shards]
     decides = {"dataset": settings, "tokenizer": VOCABULARY_SHA256, "writer": WRITER, "input": content}
     return hashlib.sha256(json_bytes(decides)).hexdigest()
 
 
-def resolve(run: DistillRun, bucket: Bucket) -> DatasetRef:
-    """The run's data set. The first job to ask lists the source and writes what it found into the run; later ones read that.
+def resolve_dataset(run: DistillRun, bucket: Bucket) -> DatasetRef:
+    """The run's dataset. The first job to call this lists the source and stores the result with the run;
+    later jobs read it.
 
-    So input that is added or changed while the run goes on does not become part of it. Raises what `discover` raises.
+    Input that is added or changed after that does not become part of the run. Raises what `resolve_source`
+    raises.
     """
     key = paths.inputs(run)
     if not bucket.exists(key):
-        inputs = discover(run.spec.dataset.source, bucket)
-        found = {"dataset": dataset_id(settings(run), inputs), "inputs": inputs.as_json()}
-        bucket.create(
-            key, json_bytes(found), {"config": run.config_hash}
-        )  # another worker may have been first: its answer holds
+        inputs = resolve_source(run.spec.dataset.source, bucket)
+        found = {"dataset": dataset_id(dataset_settings(run), inputs), "inputs": inputs.as_json()}
+        # Creates only: if another worker was first, its result is the one that is read below.
+        bucket.create(key, json_bytes(found), {"config": run.config_hash})
     stored = bucket.get_json(key)
     return DatasetRef(stored["dataset"], Inputs.from_json(stored["inputs"]))
 
 
 def load_dataset(run: DistillRun, bucket: Bucket) -> Manifest:
-    """The run's data set. Raises Permanent where it has not been made."""
-    found = resolve(run, bucket)
-    if not bucket.exists(found.manifest):
+    """The manifest of the run's dataset. Raises Permanent if the dataset is not built yet."""
+    key = resolve_dataset(run, bucket).manifest
+    if not bucket.exists(key):
         raise Permanent(
-            f"{bucket.url(found.manifest)}: the run's data set is not there. Make it first: python -m jobs.preprocess."
+            f"{bucket.url(key)}: the run's dataset is not built yet. Run python -m jobs.preprocess first."
         )
-    return manifest.load(bucket, found.manifest)
+    return manifest.load(bucket, key)
 
 
 def load_training_dataset(run: DistillRun, bucket: Bucket) -> Manifest:
@@ -113,13 +118,13 @@ def dataset_input(bucket: Bucket, dataset: Manifest) -> Input:
     return Input("dataset", bucket.url(dataset.key), {"sha256": dataset.sha256}, {"id": dataset.facts["id"]})
 
 
-def done_parts(dataset: DatasetRef, bucket: Bucket) -> set[int]:
-    """The parts whose record is there."""
-    return recorded(bucket, paths.part_record(dataset.id, 0))
+def completed_parts(dataset: DatasetRef, bucket: Bucket) -> set[int]:
+    """Numbers of the parts that have a record."""
+    return recorded_parts(bucket, paths.part_record(dataset.id, 0))
 
 
-def recorded(bucket: Bucket, record: str) -> set[int]:
-    """The numbers of the parts whose record is there, beside `record`, the key of any of them."""
+def recorded_parts(bucket: Bucket, record: str) -> set[int]:
+    """Numbers of the parts that have a record in the folder of `record`, the key of any part's record."""
     numbers = (
         found.key.rpartition("part-")[2].removesuffix(".json")
         for found in bucket.list(record.rpartition("/")[0] + "/")
@@ -128,7 +133,7 @@ def recorded(bucket: Bucket, record: str) -> set[int]:
 
 
 def sum_counts(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Nested counts, added up field by field."""
+    """The sum of nested counts, field by field."""
     added: dict[str, Any] = {}
     for count in counts:
         for name, value in count.items():

@@ -1,6 +1,7 @@
-"""Which parquet files a Hugging Face data set holds at a revision, and the commit that the revision is now.
+"""Lists the parquet files of a Hugging Face dataset at a revision and resolves the revision to a commit.
+Needs the network.
 
-Needs the network; everything else about inputs is in inputs.py. Environment: HF_TOKEN for gated data sets, HF_ENDPOINT for mirrors.
+Environment: HF_TOKEN for gated datasets, HF_ENDPOINT for mirrors.
 """
 
 from collections.abc import Iterator
@@ -20,14 +21,14 @@ from huggingface_hub.errors import (
 from vpmoe.failure import Permanent, Retriable
 
 TIMEOUT = 30.0
-"""Seconds that one request may take."""
+"""Timeout of one request, in seconds."""
 
 
 class HubFile(NamedTuple):
-    """One file of a data set on the hub."""
+    """One file of a dataset on the hub."""
 
     url: str
-    """hf://datasets/owner/name@commit/path."""
+    """hf://datasets/owner/name@commit/path"""
     size: int
     """Bytes."""
     content_id: str
@@ -35,40 +36,43 @@ class HubFile(NamedTuple):
 
 
 @contextmanager
-def asking(what: str, kind: str, instead: str) -> Iterator[None]:
-    """Translate the hub's errors about `what`, a field and its value: Permanent where it has no such thing for us, Retriable where it
-    does not answer. `instead` is the way out without the hub.
+def hub_errors(field: str, kind: str, alternative: str) -> Iterator[None]:
+    """Translate the hub's errors: Permanent if it has no such repository or revision for us, Retriable if it
+    does not answer.
+
+    The messages begin with `field`, a field and its value. `alternative` says what to do without the hub.
     """
     try:
         yield
     except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError, HFValidationError) as error:
         raise Permanent(
-            f"{what}: the Hugging Face hub has no such {kind} or revision for us ({type(error).__name__}). Check the "
-            f"name; a gated {kind} needs HF_TOKEN."
+            f"{field}: the Hugging Face hub has no such {kind} or revision, or we have no access to it "
+            f"({type(error).__name__}). Check the name; a gated {kind} needs HF_TOKEN."
         ) from error
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise Retriable(
-            f"{what}: the Hugging Face hub does not answer ({type(error).__name__}: {error}). Let this machine reach "
-            f"huggingface.co (HF_ENDPOINT names a mirror), or {instead}."
+            f"{field}: the Hugging Face hub does not answer ({type(error).__name__}: {error}). Give this "
+            f"machine access to huggingface.co (HF_ENDPOINT names a mirror), or {alternative}."
         ) from error
 
 
-def parquet_files(source: str) -> tuple[str, list[HubFile]]:
-    """The commit that the revision of hf://owner/name@revision (none: the newest) is now, and that commit's parquet files.
+def list_parquet_files(source: str) -> tuple[str, list[HubFile]]:
+    """The commit of hf://owner/name@revision (no revision: the default branch) and the parquet files of that
+    commit.
 
-    Raises Permanent where the hub knows no such data set or revision, Retriable where it does not answer.
+    Raises Permanent if the hub has no such dataset or revision, Retriable if it does not answer.
     """
     repository, _, revision = source.removeprefix("hf://").partition("@")
-    with asking(
+    with hub_errors(
         f"dataset.source: {source}",
-        "data set",
+        "dataset",
         "copy the parquet files to a bucket and name them as s3://bucket/path/*.parquet",
     ):
         found = HfApi().dataset_info(
             repository, revision=revision or None, files_metadata=True, timeout=TIMEOUT
         )
     if found.sha is None:
-        raise Retriable(f"dataset.source: {source}: the Hugging Face hub names no commit.")
+        raise Retriable(f"dataset.source: {source}: the answer of the Hugging Face hub has no commit.")
     root = f"hf://datasets/{repository}@{found.sha}"
     files = [file for file in found.siblings or [] if file.rfilename.endswith(".parquet")]
     return found.sha, [

@@ -1,7 +1,8 @@
-"""What `dataset.source` stands for: the input shards, in order, each pinned to the very content that was listed.
+"""Resolves `dataset.source` to an ordered list of input shards, each pinned to the content that was listed.
 
-Shard i becomes part i of the data set. An S3 object is pinned by size and ETag, a file of a Hugging Face data set by its commit.
-Reading them is rows.py's business; that a run resolves its source only once is dataset.py's.
+Shard i becomes part i of the dataset. An S3 object is pinned by size and ETag, a file of a Hugging Face
+dataset by its commit. A run resolves its source only once (dataset.py). Shards are read by
+preprocess/rows.py.
 """
 
 import re
@@ -14,26 +15,30 @@ from vpmoe.storage import Bucket, paths
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One input file. `url` is s3://bucket/key, or hf://datasets/owner/name@commit/path; `etag` of the hub's is the content's id."""
+class InputShard:
+    """One input file."""
 
     url: str
+    """s3://bucket/key or hf://datasets/owner/name@commit/path"""
     size: int
+    """Bytes."""
     etag: str
+    """For a file on the Hugging Face hub: the id of its content."""
 
     @property
     def name(self) -> str:
-        """The file's name without its folders."""
+        """The file's name without its folder."""
         return self.url.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The shards of a source, sorted by URL; `commit` is a Hugging Face data set's, None for a bucket."""
+    """The shards of a source, sorted by URL."""
 
     source: str
     commit: str | None
-    shards: tuple[Shard, ...]
+    """Commit of a Hugging Face dataset; None for a bucket."""
+    shards: tuple[InputShard, ...]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -44,50 +49,50 @@ class Inputs:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "Inputs":
-        return cls(found["source"], found["commit"], tuple(Shard(**shard) for shard in found["shards"]))
+        return cls(found["source"], found["commit"], tuple(InputShard(**shard) for shard in found["shards"]))
 
 
-def discover(source: str, bucket: Bucket) -> Inputs:
-    """List what a source stands for now. `bucket` is any bucket of the store that s3:// sources lie in.
+def resolve_source(source: str, bucket: Bucket) -> Inputs:
+    """List the files that a source matches now. `bucket` is any bucket of the store that holds s3:// sources.
 
-    Raises Permanent where nothing matches or the hub knows no such data set or revision, Retriable where the hub cannot be reached,
-    StorageError where the store cannot be listed.
+    Raises Permanent if nothing matches or the hub has no such dataset or revision, Retriable if the hub
+    cannot be reached, StorageError if the store cannot be listed.
     """
     if source.startswith("hf://"):
-        from vpmoe.data import (
-            hub,  # here, because few runs need it and importing the hub's client takes seconds
-        )
+        from vpmoe.data import hub  # imported only if needed: the hub's client takes seconds to import
 
-        commit, files = hub.parquet_files(source)
-        shards = [Shard(*file) for file in files]
+        commit, files = hub.list_parquet_files(source)
+        shards = [InputShard(*file) for file in files]
     else:
-        commit, shards = None, _in_a_bucket(source, bucket)
+        commit, shards = None, _list_bucket(source, bucket)
     if not shards:
         raise Permanent(
-            f"dataset.source: {source} stands for no parquet file. Check the path (* does not cross a slash, ** does)."
+            f"dataset.source: {source} matches no parquet file. "
+            "Check the path (* does not match a slash, ** does)."
         )
     return Inputs(source, commit, tuple(sorted(shards, key=lambda shard: shard.url)))
 
 
-def _in_a_bucket(source: str, bucket: Bucket) -> list[Shard]:
+def _list_bucket(source: str, bucket: Bucket) -> list[InputShard]:
     name, glob = paths.split_url(source)
     store = bucket.other(name)
-    fixed = re.split(r"[*?\[]", glob, maxsplit=1)[0]
+    prefix = re.split(r"[*?\[]", glob, maxsplit=1)[0]
     wanted = glob_pattern(glob)
     return [
-        Shard(store.url(found.key), found.size, found.etag)
-        for found in store.list(fixed)
+        InputShard(store.url(found.key), found.size, found.etag)
+        for found in store.list(prefix)
         if wanted.fullmatch(found.key)
     ]
 
 
 def glob_pattern(glob: str) -> re.Pattern[str]:
-    """A glob of object keys: `*` and `?` stay within a folder, `**` crosses folders, `[abc]` is one of these characters."""
+    """The regular expression of a glob of keys: `*` and `?` match within a folder, `**` across folders,
+    `[abc]` one character."""
     tokens = re.split(r"(\*\*/?|\*|\?|\[[^\]]+\])", glob)
-    meaning = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*", "?": r"[^/]"}
+    patterns = {"**/": r"(?:.*/)?", "**": r".*", "*": r"[^/]*", "?": r"[^/]"}
     return re.compile(
         "".join(
-            meaning.get(token) or (token if token.startswith("[") else re.escape(token)) for token in tokens
+            patterns.get(token) or (token if token.startswith("[") else re.escape(token)) for token in tokens
         ),
         re.DOTALL,
     )

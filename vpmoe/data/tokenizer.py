@@ -1,9 +1,10 @@
-"""Text to token ids: tiktoken's, id for id, several times faster.
+"""Text to token ids: the same ids as tiktoken, several times faster.
 
-gigatoken reads the very same vocabulary file. The two can only differ where their Unicode tables do, about letters and marks that are
-younger than one of them. Such a character is younger than the vocabulary as well, so it has no token of its own and comes out in pieces
-of its bytes. Those pieces are looked at: where they make a character that Unicode 15 does not know, tiktoken has the word. That one of the
-two may have an error is met by encoding some texts with both. Where the vocabulary comes from is vocabulary.py's business.
+gigatoken reads the same vocabulary file as tiktoken. The two can differ only where their Unicode tables
+differ: for characters that are newer than one of the tables. Such a character is newer than the vocabulary
+too, so it has no token of its own and is encoded as pieces of its bytes. We inspect those pieces: if they
+form a character that Unicode 15 does not know, tiktoken encodes the text. To detect errors in either
+tokenizer, a sample of the texts is encoded with both. The vocabulary comes from vocabulary_file.py.
 """
 
 import unicodedata
@@ -18,15 +19,15 @@ from vpmoe.failure import Permanent
 
 Ids = NDArray[np.int32]
 
-CHECKED = 128
-"""Of so many texts one is encoded by tiktoken too: a tenth of the time that encoding takes."""
+CHECK_INTERVAL = 128
+"""One text in this many is also encoded by tiktoken. The check takes a tenth of the encoding time."""
 
 
 class Tokenizer:
-    """o200k, for text only: specials in it are ordinary text."""
+    """o200k for text only: special tokens in the text are encoded as ordinary text."""
 
     def __init__(self) -> None:
-        """Takes about a second: both tokenizers read the vocabulary."""
+        """Reads the vocabulary into both tokenizers, which takes about a second."""
         self._tiktoken = vocabulary_file.encoding()
         self._gigatoken = gigatoken.Tokenizer.from_tiktoken(
             vocabulary_file.install() / vocabulary_file.FOR_HARMONY, "o200k", {}
@@ -36,17 +37,17 @@ class Tokenizer:
         self._texts = 0
 
     def encode(self, text: str) -> Ids:
-        """Ids [T] of a text without surrogates (text.py replaces them).
+        """Ids [T] of a text without surrogates (preprocess/text.py replaces them).
 
-        Raises ValueError where only tiktoken can be asked and it cannot take the text (a run of a million blanks); Permanent where the
-        two tokenizers differ, which is an error in one of them.
+        Raises ValueError if only tiktoken may encode the text and fails (a run of a million blanks);
+        Permanent if the two tokenizers differ, which is an error in one of them.
         """
         self._texts += 1
         ids: Ids = self._gigatoken.encode(text).view(np.int32)
         pieces = ids[self._piece_V[ids]]
         if len(pieces) and not _known(self._tiktoken.decode_bytes(pieces.tolist()).decode()):
             return self._reference(text)
-        if self._texts % CHECKED == 0:
+        if self._texts % CHECK_INTERVAL == 0:
             self._check(text, ids)
         return ids
 
@@ -57,11 +58,13 @@ class Tokenizer:
         try:
             same = np.array_equal(ids, self._reference(text))
         except ValueError:
-            return  # tiktoken cannot take it: there is nothing to compare with
+            return  # tiktoken cannot encode it: there is nothing to compare with
         if not same:
             raise Permanent(
-                f"gigatoken and tiktoken give different ids for {text[:200]!r}… ({len(text)} characters): one of them has an error. "
-                "Nothing of this part was written. Report the text, and go on with a version of vpmoe in which they agree."
+                f"gigatoken and tiktoken give different ids for {text[:200]!r}… ({len(text)} characters): "
+                "one "
+                "of them has an error. Nothing of this part was written. Report the text and use a version "
+                "of vpmoe in which they agree."
             )
 
 
@@ -75,11 +78,11 @@ def _is_piece(content: bytes) -> bool:
 
 
 def _known(text: str) -> bool:
-    """Whether this Python's Unicode tables (15.0) know every character."""
+    """Whether this Python's Unicode tables (15.0) contain every character of the text."""
     return all(unicodedata.category(character) != "Cn" for character in set(text))
 
 
 @cache
 def tokenizer() -> Tokenizer:
-    """The tokenizer, made once a process."""
+    """The tokenizer, created once per process."""
     return Tokenizer()

@@ -16,7 +16,7 @@ from typing import Any
 
 from vpmoe.api import DistillRun, Stage
 from vpmoe.api.metrics import MetricsLine
-from vpmoe.checkpoint.train_state import end_of
+from vpmoe.checkpoint.train_state import load_stage_end
 from vpmoe.data.dataset import load_dataset
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.data.tokenizer import Ids
@@ -89,7 +89,7 @@ def evaluate(
 
 def check_current(job: EvaluationWorker, found: EvaluationRecord) -> None:
     """Raise Permanent if the stage's last checkpoint is not the measured one."""
-    end = end_of(job.bucket, paths.checkpoints(job.run, job.stage.name))
+    end = load_stage_end(job.bucket, paths.checkpoints(job.run, job.stage.name))
     if end is not None and end[0].sha256 != found.checkpoint:
         raise Permanent(
             f"{job.bucket.url(paths.evaluation(job.run, job.stage.name))} is not of "
@@ -110,7 +110,7 @@ def measure_student(job: EvaluationWorker, engines: InferenceEngines, scratch: P
         "run": job.provenance.run,
         "config": job.provenance.config,
         "stage": job.stage.name,
-        "iteration": checkpoint.position.iteration,
+        "iteration": checkpoint.train_state.iteration,
         "checkpoint": checkpoint.manifest.sha256,
         **found,
     }
@@ -152,7 +152,7 @@ def score_documents(job: EvaluationWorker, student: EvaluatedStudent, valid: Dat
     student.load()
     with job.timed("heldOut"):
         for some in job.batches(documents, SCORED_AT_ONCE, "Scoring held-out documents"):
-            read = [valid.read(document) for document in some]
+            read = [valid.read_document(document) for document in some]
             for (_, span_T), logp in zip(read, student.score([ids_T for ids_T, _ in read]), strict=True):
                 sums.add(logp, span_T[1:])
     return {"documents": len(documents), "heldOut": sums.loss().dump()}
@@ -172,7 +172,7 @@ def sample_completions(
         for some in job.batches(wanted, SAMPLED_AT_ONCE, "Sampling completions"):
             requests = []
             for one in some:
-                ids_P = prompts.build(*valid.read(one.document), one.effort)
+                ids_P = prompts.build(*valid.read_document(one.document), one.effort)
                 requests.append(
                     SamplingRequest(
                         ids_P,

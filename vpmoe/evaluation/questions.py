@@ -37,8 +37,10 @@ def held_out_documents(
 
     `lengths[p]`: lengths of part p's documents, in tokens.
     """
-    return packing.documents(
-        packing.held_out(lengths, documents, seed), packing.firsts([len(part) for part in lengths]), lengths
+    return packing.packed_documents(
+        packing.held_out_documents(lengths, documents, seed),
+        packing.first_documents([len(part) for part in lengths]),
+        lengths,
     )
 
 

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from vpmoe.checkpoint.format import CheckpointRejected, Weights, weights_in
-from vpmoe.checkpoint.train_state import iterations
+from vpmoe.checkpoint.format import CheckpointRejected, Weights, open_weights
+from vpmoe.checkpoint.train_state import list_iterations
 from vpmoe.data.tokenizer import Ids
 from vpmoe.evaluation.job import EvaluationWorker
 from vpmoe.failure import Permanent, Retriable
@@ -43,7 +43,7 @@ class EvaluatedStudent:
         """
         if self._loaded:
             return
-        with self._job.timed("export", f"Exporting checkpoint {self.checkpoint.position.iteration}"):
+        with self._job.timed("export", f"Exporting checkpoint {self.checkpoint.train_state.iteration}"):
             export_student(self._job, self.checkpoint, self._folder)
         with self._job.timed("load", "Loading the student"):
             self._engines.load(self._folder, self._job.check_stop)
@@ -65,22 +65,22 @@ def find_last_checkpoint(job: EvaluationWorker) -> Weights:
     Raises Permanent if the stage has not finished or the checkpoint is damaged.
     """
     name, folder = job.stage.name, paths.checkpoints(job.run, job.stage.name)
-    newest = iterations(job.bucket, folder)[:1]
+    newest = list_iterations(job.bucket, folder)[:1]
     if not newest:
         raise Permanent(
             f"{job.bucket.url(folder)}: stage {name} has no checkpoint. Train it first: python -m "
             f"jobs.train --step {name}."
         )
     try:
-        found = weights_in(job.bucket, f"{folder}/{newest[0]}")
+        found = open_weights(job.bucket, f"{folder}/{newest[0]}")
     except CheckpointRejected as refusal:
         raise Permanent(
             f"stage {name} cannot be evaluated: {refusal} Restore its objects, or delete its folder and "
             f"train the last steps again: python -m jobs.train --step {name}."
         ) from refusal
-    if not found.position.finished:
+    if not found.train_state.finished:
         raise Permanent(
-            f"stage {name} has trained {found.position.tokens} tokens. Train it to its end: python -m "
+            f"stage {name} has trained {found.train_state.tokens} tokens. Train it to its end: python -m "
             f"jobs.train --step {name}."
         )
     return found

@@ -33,7 +33,7 @@ from vpmoe.inference.vllm_options import (
     token_batches,
 )
 from vpmoe.model.shapes import SHAPES, Shape
-from vpmoe.process.launcher import die_with_launcher
+from vpmoe.process.launcher import set_parent_death_signal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,7 +167,7 @@ def main() -> None:
     A call is (number, name of a method of StudentEngine, arguments); the reply is (number, result or
     Failure).
     """
-    die_with_launcher()
+    set_parent_death_signal()
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, signal.SIG_IGN)  # the process that started this one decides when it ends
     connection, engine = Connection(int(sys.argv[1])), None
@@ -180,7 +180,7 @@ def main() -> None:
             engine = engine or StudentEngine(SHAPES[sys.argv[2]], int(sys.argv[3]))
             connection.send((number, getattr(engine, name)(*arguments)))
         except Exception as error:  # noqa: BLE001 (the caller raises it)
-            found = failure.classify(error)
+            found = failure.classify_error(error)
             if found.kind == "Internal":
                 sys.__excepthook__(type(error), error, error.__traceback__)
             connection.send((number, found))

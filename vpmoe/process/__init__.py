@@ -1,1 +1,1 @@
-"""Processes of a pod: the launcher of training ranks and its signals, and one worker of a step made in parts."""
+"""Processes of a pod: the launcher of training ranks, and the worker of a step that is divided into parts."""

@@ -1,13 +1,17 @@
-"""The launcher of a stage's processes on this machine or pod: starts them, passes SIGTERM on, and ends as the first that failed.
+"""Launches the processes of a training stage in this pod: starts them, forwards SIGTERM, exits with the code
+of the first failure.
 
-One of our own and not torch's elastic launcher, because that one ends with 1 whatever its worker's code was; has one timeout for workers
-that save a checkpoint after SIGTERM, minutes, and for those that hang in a collective because another one has failed, seconds; and needs
-torch, 300 MB and some seconds, to start a process. Restarting workers, which is what it is for, is the operator's business here.
+We do not use torchrun, for three reasons. It exits with 1 whatever the worker's exit code was. It has a
+single timeout for workers that save a checkpoint after SIGTERM (minutes) and workers that hang in a
+collective because another one failed (seconds). It imports torch (300 MB, some seconds) only to start
+processes. Workers are not restarted here; the operator retries the step.
 
-A TeacherForced stage has one process more, the teacher's, which the first pod's launcher starts beside its ranks on the GPU after theirs.
+A TeacherForced stage has one more process, the teacher. The first pod's launcher starts it, on the GPU after
+those of its ranks.
 
-In a pod of a PyTorchJob PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT say which pod of how many this is. (RANK and
-WORLD_SIZE are set there too and count pods: they mean nothing here.) Without them all ranks are started here.
+In a pod of a PyTorchJob, PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT identify the pod.
+(RANK and WORLD_SIZE are set too, but count pods; they are ignored.) Without these variables all ranks are
+started on this machine.
 """
 
 import ctypes
@@ -31,40 +35,45 @@ from vpmoe.failure import Failure, Permanent
 
 log = logging.getLogger(__name__)
 
-GRACE = 30.0
-"""Seconds between the first failure and the end of the others: time to fail with words of their own, or to finish an upload."""
-POLL = 0.1
+GRACE_SECONDS = 30.0
+"""Time that the other processes have to exit after the first failure: to report their own error or finish an
+upload."""
+POLL_SECONDS = 0.1
 TEACHER = -1
-"""Stands for the teacher's process where others have their rank."""
-TEACHER_PORT = 1
-"""Where the teacher of pods is met: so far behind PET_MASTER_PORT, which is 23456 everywhere, at the first pod's own address."""
-OWN_PORTS = range(20_000, 30_000)
-"""Where processes of one machine meet. Linux gives outgoing connections those from 32768 on."""
+"""The teacher process in mappings by rank."""
+TEACHER_PORT_OFFSET = 1
+"""In pods the teacher listens on PET_MASTER_PORT (always 23456) plus this offset, at the first pod's
+address."""
+RENDEZVOUS_PORTS = range(20_000, 30_000)
+"""Rendezvous ports on one machine, below Linux' ephemeral range, which starts at 32768."""
 PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Which ranks this launcher starts, and where rank 0 is met."""
+    """Which ranks this launcher starts, and the rendezvous address."""
 
     ranks: int
+    """Ranks of the whole job."""
     first: int
+    """The first rank of this pod."""
     here: int
+    """Ranks of this pod."""
     address: str
     port: int
     teacher_port: int | None = None
-    """Where the teacher is met, at the same address; None in a stage without one."""
+    """Port of the teacher, at the same address; None in a stage without a teacher."""
 
     @property
-    def teaches(self) -> bool:
-        """Whether the teacher's process is this launcher's to start."""
+    def starts_teacher(self) -> bool:
+        """Whether this launcher starts the teacher process."""
         return self.teacher_port is not None and self.first == 0
 
 
-def place(layout: Layout, environment: Mapping[str, str], teacher: bool = False) -> Placement:
-    """Where the processes of this pod stand in the layout, and with `teacher` the teacher's.
+def place_ranks(layout: Layout, environment: Mapping[str, str], teacher: bool = False) -> Placement:
+    """The ranks of this pod; `teacher` adds a port for the teacher.
 
-    Raises Permanent where the pods are not those that the layout wants.
+    Raises Permanent if the number of pods is not that of the layout.
     """
     if "PET_NNODES" not in environment:
         return Placement(
@@ -73,39 +82,49 @@ def place(layout: Layout, environment: Mapping[str, str], teacher: bool = False)
     pods = int(environment["PET_NNODES"])
     if pods != layout.pods:
         raise Permanent(
-            f"PET_NNODES: this job has {pods} pods, but {layout.ranks} ranks, {layout.processes_per_pod} a pod, are {layout.pods}. "
-            "The job was made for another configuration; delete it."
+            f"PET_NNODES: this job has {pods} pods, but {layout.ranks} ranks with {layout.processes_per_pod} "
+            f"per pod need {layout.pods}. The job was created for another configuration; delete it."
         )
     node = int(environment["PET_NODE_RANK"])
     each = layout.processes_per_pod
     address, port = environment["PET_MASTER_ADDR"], int(environment["PET_MASTER_PORT"])
-    return Placement(layout.ranks, node * each, each, address, port, port + TEACHER_PORT if teacher else None)
+    return Placement(
+        layout.ranks, node * each, each, address, port, port + TEACHER_PORT_OFFSET if teacher else None
+    )
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on now, of those that the kernel gives to no outgoing connection.
+    """A free loopback port below the ephemeral range. Raises Permanent if there is none.
 
-    Rank 0 listens on it once it has imported all it needs, and many connections are made until then. Raises Permanent where there is none.
+    Rank 0 binds the port only after its imports. Until then an outgoing connection could be assigned an
+    ephemeral port.
     """
-    for port in random.sample(OWN_PORTS, len(OWN_PORTS)):
+    for port in random.sample(RENDEZVOUS_PORTS, len(RENDEZVOUS_PORTS)):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
     raise Permanent(
-        f"no port from {OWN_PORTS.start} to {OWN_PORTS.stop - 1} is free to meet at. End some of what listens there."
+        f"no port from {RENDEZVOUS_PORTS.start} to {RENDEZVOUS_PORTS.stop - 1} is free for the rendezvous. "
+        "Stop some of the processes that listen there."
     )
 
 
-def launch(placement: Placement, command: Sequence[str], stopping: threading.Event) -> int:
-    """Run `command` once a rank, and once for the teacher that this pod may have, until all have ended; returns the exit code to end with.
+def launch_workers(placement: Placement, command: Sequence[str], stopping: threading.Event) -> int:
+    """Run `command` for each rank of this pod and for the teacher, if any, until all have exited; return the
+    launcher's exit code.
 
-    0 where all succeeded, otherwise the code of the first that failed, whose words are in the termination message (vpmoe.failure): it has
-    written them itself, unless it was killed; then the launcher does, over what those wrote that failed because of it.
+    The code is 0 if all succeeded, else that of the process that failed first. That process writes the
+    termination message (vpmoe.failure). If it was killed by a signal, the launcher writes the message and
+    overwrites those of processes that failed later.
     """
     with tempfile.TemporaryDirectory(prefix="vpmoe-train-") as scratch:
         workers = {}
-        for local in range(placement.here + placement.teaches):
-            environment = {**os.environ, **settings(placement, local, os.environ), "VPMOE_SCRATCH": scratch}
+        for local in range(placement.here + placement.starts_teacher):
+            environment = {
+                **os.environ,
+                **worker_environment(placement, local, os.environ),
+                "VPMOE_SCRATCH": scratch,
+            }
             rank = placement.first + local if local < placement.here else TEACHER
             workers[rank] = subprocess.Popen(command, env=environment)
         try:
@@ -116,111 +135,125 @@ def launch(placement: Placement, command: Sequence[str], stopping: threading.Eve
                 worker.wait()
 
 
-def settings(placement: Placement, local: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """What the environment of the `local`-th process here says beside what this one's says. The teacher's is the one after the ranks'."""
-    found = {
+def worker_environment(placement: Placement, local: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment variables of the `local`-th process of this pod. The teacher comes after the ranks."""
+    variables = {
         "RANK": str(placement.first + local),
         "LOCAL_RANK": str(local),
         "WORLD_SIZE": str(placement.ranks),
         "LOCAL_WORLD_SIZE": str(placement.here),
         "MASTER_ADDR": placement.address,
         "MASTER_PORT": str(placement.port),
-        # One thread wherever nothing else is asked for: sums depend on how many share them, and bits must not depend on the machine.
+        # One thread by default: sums depend on the number of threads, and results must not depend on the
+        # machine.
         "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
         "VPMOE_LAUNCHER": str(os.getpid()),
     }
     if placement.teacher_port is not None:
-        found["VPMOE_TEACHER_PORT"] = str(placement.teacher_port)
+        variables["VPMOE_TEACHER_PORT"] = str(placement.teacher_port)
         if local == placement.here:
-            found |= {"VPMOE_PART": "teacher", "RANK": ""}  # it has none among the ranks
+            variables |= {"VPMOE_PART": "teacher", "RANK": ""}  # the teacher has no rank
     if environment.get("CUDA_VISIBLE_DEVICES") == "":
-        # Keep memory that is freed: a chunk of logits is 256 MB, and to have each zeroed by the kernel anew is a third of a step of `tiny`.
-        found |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-    return found
+        # Keep freed memory in the process. A chunk of logits is 256 MB; zeroing new pages takes a third of a
+        # step of `tiny`.
+        variables |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+    return variables
 
 
 def supervise(workers: Mapping[int, "subprocess.Popen[bytes]"], stopping: threading.Event) -> int:
-    """Wait for all workers. Those that outlive the first failure by GRACE are left to the caller to kill.
+    """Wait for all workers and return the exit code. The caller kills workers still alive GRACE_SECONDS after
+    the first failure.
 
-    To stop is no failure: after SIGTERM the workers have as long as their checkpoint takes. The teacher is nobody's reason to wait: where
-    all ranks have ended and one of them failed, or all were to stop, it gets no more than GRACE.
+    Stopping is not a failure: after SIGTERM the ranks have as much time as their checkpoint takes. The
+    launcher does not wait for the teacher: once all ranks have exited and one failed, it returns; after
+    SIGTERM the teacher has at most GRACE_SECONDS.
     """
-    told, failed, deadline = False, None, math.inf
+    signalled, failed, deadline = False, None, math.inf
     while True:
         codes = {rank: worker.poll() for rank, worker in workers.items()}
         if failed is None and (
-            ended := [rank for rank, code in codes.items() if code and not stopped(code, told)]
+            ended := [rank for rank, code in codes.items() if code and not was_stopped(code, signalled)]
         ):
-            failed, deadline = min(ended, key=lambda rank: (codes[rank] or 0) > 0), time.monotonic() + GRACE
+            failed, deadline = (
+                min(ended, key=lambda rank: (codes[rank] or 0) > 0),
+                time.monotonic() + GRACE_SECONDS,
+            )
             if (codes[failed] or 0) < 0:
-                killed(failed, codes[failed] or 0)
-        if stopping.is_set() and not told:
-            told = True
+                record_killed(failed, codes[failed] or 0)
+        if stopping.is_set() and not signalled:
+            signalled = True
             for worker in workers.values():
                 worker.send_signal(signal.SIGTERM)
         if all(code is not None for rank, code in codes.items() if rank != TEACHER):
             if failed is not None:
                 break
-            if told:
-                deadline = min(deadline, time.monotonic() + GRACE)
+            if signalled:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if None not in codes.values() or time.monotonic() > deadline:
             break
-        time.sleep(POLL)
+        time.sleep(POLL_SECONDS)
     if failed is not None:
-        return last_word(failed, codes[failed] or 0)
-    if failure.EXIT["Terminated"] in codes.values():
-        return failure.EXIT["Terminated"]
+        return exit_code_of(failed, codes[failed] or 0)
+    if failure.EXIT_CODES["Terminated"] in codes.values():
+        return failure.EXIT_CODES["Terminated"]
     if any(codes.values()):
-        return say(
+        return record_failure(
             Failure(
                 "Terminated",
                 None,
-                failure.EXIT["Terminated"],
-                "asked to stop before training began; nothing was lost",
+                failure.EXIT_CODES["Terminated"],
+                "The stage was asked to stop before training began; no progress was lost.",
             )
         )
     return 0
 
 
-def stopped(code: int, told: bool) -> bool:
-    """Whether a worker ended because all of them were to stop; before it listens for SIGTERM, that signal itself ends it."""
-    return code == failure.EXIT["Terminated"] or (told and code == -signal.SIGTERM)
+def was_stopped(code: int, signalled: bool) -> bool:
+    """Whether a worker exited because of SIGTERM to all workers. Before it installs its handler, the signal
+    itself ends it."""
+    return code == failure.EXIT_CODES["Terminated"] or (signalled and code == -signal.SIGTERM)
 
 
-def last_word(rank: int, code: int) -> int:
-    """The exit code that a failed worker means."""
+def exit_code_of(rank: int, code: int) -> int:
+    """The launcher's exit code for a failed worker; a worker that was killed is Retriable."""
     if code > 0:
-        log.error("%s failed with exit code %d", called(rank).capitalize(), code)
+        log.error("%s failed with exit code %d", worker_name(rank).capitalize(), code)
         return code
-    return failure.EXIT["Retriable"]
+    return failure.EXIT_CODES["Retriable"]
 
 
-def killed(rank: int, code: int) -> int:
-    """Say the words of a worker that was killed, in the place of what those say that miss it."""
+def record_killed(rank: int, code: int) -> int:
+    """Report a worker that was killed by a signal. Overwrites the messages of workers that failed because of
+    it."""
     name = signal.Signals(-code).name
-    words = f"{called(rank)} was killed by {name}. Most often the container ran out of memory: raise the limit in runtime.resources.train."
-    return say(
-        Failure("Retriable", None if rank == TEACHER else rank, failure.EXIT["Retriable"], words),
-        instead=True,
+    message = (
+        f"{worker_name(rank)} was killed by {name}. The usual cause is that the container ran out of memory: "
+        "raise the limit in runtime.resources.train."
+    )
+    return record_failure(
+        Failure("Retriable", None if rank == TEACHER else rank, failure.EXIT_CODES["Retriable"], message),
+        overwrite=True,
     )
 
 
-def called(rank: int) -> str:
-    """A worker's name."""
+def worker_name(rank: int) -> str:
+    """A worker's name in messages."""
     return "the teacher" if rank == TEACHER else f"rank {rank}"
 
 
-def say(found: Failure, instead: bool = False) -> int:
-    """Log a failure and leave it as the termination message, unless a worker has left one that it is not to replace; returns its code."""
+def record_failure(found: Failure, overwrite: bool = False) -> int:
+    """Log a failure, write it as the termination message (see write_termination_message) and return its exit
+    code."""
     log.error("%s: %s", found.kind, found.message)
-    path = failure.termination_log()
+    path = failure.termination_log_path()
     if path:
-        failure.record(found, path, instead)
-    return found.exit
+        failure.write_termination_message(found, path, overwrite)
+    return found.exit_code
 
 
-def die_with_launcher() -> None:
-    """Have the kernel kill this process when its launcher dies: a worker that trains on alone would write over the next attempt's work."""
+def set_parent_death_signal() -> None:
+    """Have the kernel kill this process when its launcher dies. An orphaned worker would overwrite the next
+    attempt's objects."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if str(os.getppid()) != os.environ["VPMOE_LAUNCHER"]:
-        raise SystemExit("The launcher is gone.")
+        raise SystemExit("The launcher has exited.")

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpmoe.api.stages import OnPolicy
-from vpmoe.data.mixture import as_written
+from vpmoe.data.mixture import exact_share
 from vpmoe.failure import Permanent
 
 EFFORTS = ("low", "medium", "high")
@@ -43,7 +43,7 @@ class Curriculum:
     def __init__(self, stage: OnPolicy) -> None:
         """Raises Permanent if no step of the stage would be a window."""
         self.stage = stage
-        self._anchor = as_written(stage.anchor)
+        self._anchor = exact_share(stage.anchor)
         if self._anchor == 1:
             raise Permanent(
                 f"stage {stage.name}: anchor is 1 to a millionth, so no step would train on a rollout. "
@@ -96,7 +96,7 @@ class Curriculum:
 
         `seen`: tokens before the step of this window. `tokens`: of this window, prompts and completions.
         `anchors[n]`: of the stage's first n + 1 anchor steps together, up to the step that alone would reach
-        the stage's end (BatchPlan.steps). Padding is not counted.
+        the stage's end (SequenceStream.tokens_after_steps). Padding is not counted.
         """
         reached = [
             int(anchors[min(steps, len(anchors)) - 1]) if steps else 0
@@ -122,5 +122,5 @@ class Curriculum:
 
 def _normalized(shares: Sequence[float]) -> tuple[Fraction, ...]:
     """The decimal shares, scaled to add up to exactly 1: the API allows a deviation of a millionth."""
-    exact = [as_written(share) for share in shares]
+    exact = [exact_share(share) for share in shares]
     return tuple(share / sum(exact) for share in exact)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpmoe.api.stages import MaxTokens, OnPolicy
-from vpmoe.data.packing import order
+from vpmoe.data.packing import epoch_order
 from vpmoe.rollout.back_pressure import Adjustment, applies_to
 from vpmoe.rollout.curriculum import EFFORTS, Curriculum, Level
 
@@ -67,7 +67,7 @@ class WindowSchedule:
         self._documents = sum(documents_in_part)
         self._first = first
         # Two, because a window may straddle two epochs. 20 million documents take seconds to order and 80 MB.
-        self._order = lru_cache(2)(lambda epoch: order(documents_in_part, seed, epoch))
+        self._order = lru_cache(2)(lambda epoch: epoch_order(documents_in_part, seed, epoch))
 
     def window(self, number: int, tokens: int, adjustments: Sequence[Adjustment] = ()) -> WindowPlan:
         """Window `number`.

@@ -13,7 +13,7 @@ import numpy as np
 from vpmoe.api import DistillRun
 from vpmoe.api.layout import layout
 from vpmoe.api.stages import OnPolicy
-from vpmoe.data.packing import BatchPlan, documents, firsts
+from vpmoe.data.packing import SequenceStream, first_documents, packed_documents
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.inference.engine_pool import CheckStop, Completion, SamplingRequest
 from vpmoe.inference.verify import InferenceEngines
@@ -35,14 +35,14 @@ class PromptSource:
         """`made`: the dataset's manifest. `began`: any version of the stage."""
         training = run.spec.training
         self.parts = DatasetReader(made, "train", cache)
-        self._first_document = firsts([len(lengths) for lengths in self.parts.lengths])
+        self._first_document = first_documents([len(lengths) for lengths in self.parts.lengths])
         self._prompts = prompts.PromptBuilder(made.facts["settings"]["conversation"])
         self._max_length = training.sequence_length
         self.windows = WindowSchedule(
             stage, training.seed, [len(lengths) for lengths in self.parts.lengths], began.first_prompt
         )
-        plan = BatchPlan(self.parts.lengths, training.seed, training.sequence_length)
-        self.anchors = plan.steps(
+        plan = SequenceStream(self.parts.lengths, training.seed, training.sequence_length)
+        self.anchors = plan.tokens_after_steps(
             began.first_sequence,
             layout(run.spec.student, run.spec.training, stage).sequences_per_step,
             stage.tokens,
@@ -52,10 +52,10 @@ class PromptSource:
     def requests(self, window: WindowPlan) -> Iterator[tuple[PromptPlan, int, SamplingRequest]]:
         """The sampling requests of a window: (prompt, index among its rollouts, request)."""
         numbers = np.array([prompt.document for prompt in window.prompts], np.int32)
-        found = documents(numbers, self._first_document, self.parts.lengths)
+        found = packed_documents(numbers, self._first_document, self.parts.lengths)
         self.parts.prefetch(found)
         for prompt, document in zip(window.prompts, found, strict=True):
-            ids_P = self._prompts.build(*self.parts.read(document), prompt.effort)
+            ids_P = self._prompts.build(*self.parts.read_document(document), prompt.effort)
             bound = completion_limit(len(ids_P), prompt.effort, window.max_tokens, self._max_length)
             for rollout, seed in enumerate(prompt.seeds):
                 yield prompt, rollout, SamplingRequest(ids_P, seed, bound)

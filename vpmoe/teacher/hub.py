@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 
-from vpmoe.data.hub import TIMEOUT, asking
+from vpmoe.data.hub import TIMEOUT, hub_errors
 from vpmoe.failure import Retriable
 
 INSTEAD = "copy the model directory to a bucket and name it as s3://bucket/path"
@@ -17,7 +17,7 @@ def commit_and_files(model: str) -> tuple[str, list[tuple[str, int, str]]]:
     Raises Permanent if the hub has no such model or revision, Retriable if it does not answer.
     """
     repository, _, revision = model.removeprefix("hf://").partition("@")
-    with asking(f"teacher.model: {model}", "model", INSTEAD):
+    with hub_errors(f"teacher.model: {model}", "model", INSTEAD):
         found = HfApi().model_info(
             repository, revision=revision or None, files_metadata=True, timeout=TIMEOUT
         )
@@ -32,5 +32,5 @@ def download(model: str, commit: str, names: list[str], folder: Path) -> None:
     Raises as commit_and_files does.
     """
     repository = model.removeprefix("hf://").partition("@")[0]
-    with asking(f"teacher.model: {model}", "model", INSTEAD):
+    with hub_errors(f"teacher.model: {model}", "model", INSTEAD):
         snapshot_download(repository, revision=commit, local_dir=folder, allow_patterns=names)

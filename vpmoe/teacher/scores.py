@@ -15,7 +15,7 @@ import numpy as np
 
 from vpmoe.api import DistillRun
 from vpmoe.api.stages import Subset
-from vpmoe.data.dataset import recorded, sum_counts
+from vpmoe.data.dataset import recorded_parts, sum_counts
 from vpmoe.data.spans import SPANS
 from vpmoe.failure import Permanent
 from vpmoe.provenance import Provenance
@@ -133,7 +133,7 @@ def check_content(scores: ScoresRef, content: str, where: str, bucket: Bucket) -
 
 def done_parts(scores: ScoresRef, bucket: Bucket) -> set[int]:
     """The parts that have a record."""
-    return recorded(bucket, paths.scores_record(scores.id, 0))
+    return recorded_parts(bucket, paths.scores_record(scores.id, 0))
 
 
 def merge_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

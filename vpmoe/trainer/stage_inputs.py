@@ -6,7 +6,7 @@ No torch: the launcher asks too.
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, Progress
 from vpmoe.api.stages import Stage
-from vpmoe.checkpoint.train_state import TrainState, end_of, facts_of, held_out
+from vpmoe.checkpoint.train_state import TrainState, checkpoint_facts, held_out_losses, load_stage_end
 from vpmoe.clock import now
 from vpmoe.data.dataset import dataset_facts, load_training_dataset
 from vpmoe.failure import Permanent
@@ -60,7 +60,7 @@ def report_if_finished(
     An attempt that was killed after its last checkpoint has not written Succeeded to progress.json; this
     writes it.
     """
-    reached = end_of(bucket, paths.checkpoints(run, stage.name))
+    reached = load_stage_end(bucket, paths.checkpoints(run, stage.name))
     if reached is None:
         return None
     checkpoint, state = reached
@@ -73,8 +73,8 @@ def report_if_finished(
             message=f"Finished by attempt {checkpoint.provenance.attempt}",
             updated=now(),
             tokens=Amount(done=state.tokens, total=state.tokens),
-            held_out=held_out(state),
-            checkpoint=facts_of(bucket, checkpoint, state),
+            held_out=held_out_losses(state),
+            checkpoint=checkpoint_facts(bucket, checkpoint, state),
             dataset=dataset_facts(bucket, load_training_dataset(run, bucket)),
         )
         bucket.write_json(key, progress.dump(), provenance.metadata())

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint, read by name from the bucket: the learner's own bits, whatever files they lie in, or a refusal."""
+"""The weights of a checkpoint, read by name from the bucket: the learner's bits for any layout of files, or a rejection."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from tests.fakes import datasets
 from tests.fakes.checkpoints import altered, at, filled, save, truncated
 from tests.fakes.store import S3
 from tests.fakes.students import SMALL, learner, new_seed
-from vpmoe.checkpoint.format import WEIGHTS, CheckpointRejected, weights_in
+from vpmoe.checkpoint.format import WEIGHTS, CheckpointRejected, open_weights
 from vpmoe.model import hf_export, state
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Input
@@ -33,8 +33,8 @@ def task(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path) -> StageConte
 def test_the_weights_read_are_the_learners(task: StageContext, device: torch.device) -> None:
     it = filled(device, 1.0)
     save(task, it, at(3, finished=True))
-    found = weights_in(task.bucket, paths.checkpoint(task.run, "vanilla", 3))
-    assert found.position == at(3, finished=True)
+    found = open_weights(task.bucket, paths.checkpoint(task.run, "vanilla", 3))
+    assert found.train_state == at(3, finished=True)
     assert found.sizes == {name: size for name, size in state.sizes(it).items() if name.startswith(WEIGHTS)}
     live = state.copy_weights(it)
     for name, size in found.sizes.items():
@@ -42,8 +42,10 @@ def test_the_weights_read_are_the_learners(task: StageContext, device: torch.dev
     assert torch.equal(found.read("main/output", 5, 700), live("main/output", 5, 700))
 
 
-def in_files(bucket: Bucket, folder: str, files: list[dict[str, torch.Tensor]], scratch: Path) -> None:
-    """A checkpoint of these files in `folder`."""
+def write_checkpoint(
+    bucket: Bucket, folder: str, files: list[dict[str, torch.Tensor]], scratch: Path
+) -> None:
+    """Write a checkpoint that consists of these files to `folder`."""
     subjects = []
     for number, tensors in enumerate(files):
         save_file(tensors, scratch / "file")
@@ -57,7 +59,7 @@ def in_files(bucket: Bucket, folder: str, files: list[dict[str, torch.Tensor]], 
     manifest.write(bucket, paths.manifest(folder), made)
 
 
-def test_pieces_of_many_files_are_put_together(bucket: Bucket, tmp_path: Path) -> None:
+def test_slices_of_many_files_are_joined(bucket: Bucket, tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(new_seed())
     whole = torch.randn(3_000_000, generator=random)  # over more than one block
     cuts = [0, 7, 1_000_000, 1_000_001, 2_999_999, 3_000_000]
@@ -65,46 +67,46 @@ def test_pieces_of_many_files_are_put_together(bucket: Bucket, tmp_path: Path) -
         {"exp_avg/a[0:2]": torch.zeros(2), "random/0/cpu[0:3]": torch.zeros(3, dtype=torch.uint8)}
     ]
     files += [{f"main/a[{start}:{stop}]": whole[start:stop].clone()} for start, stop in pairwise(cuts)]
-    in_files(bucket, "c/1", files[::-1], tmp_path)
-    found = weights_in(bucket, "c/1")
+    write_checkpoint(bucket, "c/1", files[::-1], tmp_path)
+    found = open_weights(bucket, "c/1")
     assert found.sizes == {"main/a": 3_000_000}
     for start, stop in [(0, 3_000_000), (3, 9), (7, 1_000_000), (999_998, 1_000_003), (2_999_999, 3_000_000)]:
         assert torch.equal(found.read("main/a", start, stop), whole[start:stop])
 
 
 @pytest.mark.parametrize(
-    "files, words",
+    "files, message",
     [
         pytest.param(
             [{"main/a[0:2]": torch.zeros(2)}, {"main/a[3:5]": torch.zeros(2)}],
-            "holds 2 of the 5 numbers of main/a",
+            "cover 2 of the 5 elements of main/a",
             id="gap",
         ),
         pytest.param(
             [{"main/a[0:2]": torch.zeros(2)}, {"main/a[1:5]": torch.zeros(4)}],
-            "holds 2 of the 5 numbers of main/a",
+            "cover 2 of the 5 elements of main/a",
             id="overlap",
         ),
         pytest.param(
             [{"main/a[0:2]": torch.zeros(2)}, {"main/a[0:2]": torch.zeros(2)}],
-            "holds 2 of the 2 numbers",
+            "cover 2 of the 2 elements",
             id="twice",
         ),
         pytest.param(
-            [{"main/a[0:2]": torch.zeros(2).half()}], "main/a is F16, wanted F32", id="another-type"
+            [{"main/a[0:2]": torch.zeros(2).half()}], "main/a is F16, expected F32", id="another-type"
         ),
     ],
 )
-def test_tensors_that_are_not_whole_are_refused(
-    bucket: Bucket, tmp_path: Path, files: list[dict[str, torch.Tensor]], words: str
+def test_incomplete_tensors_are_rejected(
+    bucket: Bucket, tmp_path: Path, files: list[dict[str, torch.Tensor]], message: str
 ) -> None:
-    in_files(bucket, "c/1", files, tmp_path)
-    with pytest.raises(CheckpointRejected, match=f"checkpoint s3://.*/c/1 cannot be used.*{words}"):
-        weights_in(bucket, "c/1")
+    write_checkpoint(bucket, "c/1", files, tmp_path)
+    with pytest.raises(CheckpointRejected, match=f"checkpoint s3://.*/c/1 cannot be used.*{message}"):
+        open_weights(bucket, "c/1")
 
 
 @pytest.mark.parametrize(
-    "file, damage, words",
+    "file, damage, message",
     [
         pytest.param(rank_file(0), altered, "sha256 of block 0 is", id="a-bit-of-a-shard"),
         pytest.param(BUFFERS, truncated, "bytes, its manifest says", id="truncated-buffers"),
@@ -112,21 +114,23 @@ def test_tensors_that_are_not_whole_are_refused(
         pytest.param("manifest.json", truncated, "sha256 is", id="truncated-manifest"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_by_name(
-    task: StageContext, device: torch.device, s3: S3, file: str, damage: Callable[[Path], None], words: str
+def test_a_damaged_checkpoint_is_rejected_by_name(
+    task: StageContext, device: torch.device, s3: S3, file: str, damage: Callable[[Path], None], message: str
 ) -> None:
     save(task, filled(device, 1.0), at(3))
     folder = paths.checkpoint(task.run, "vanilla", 3)
     damage(s3.folder / task.bucket.name / folder / file)
-    with pytest.raises(CheckpointRejected, match=f"checkpoints/vanilla/3 cannot be used. .*{file}.*{words}"):
-        weights_in(task.bucket, folder)
+    with pytest.raises(
+        CheckpointRejected, match=f"checkpoints/vanilla/3 cannot be used. .*{file}.*{message}"
+    ):
+        open_weights(task.bucket, folder)
 
 
 def test_an_export_needs_no_learner(task: StageContext, device: torch.device, tmp_path: Path) -> None:
-    """Bit for bit the export of the learner; what TeacherForced and the optimizer add stays behind."""
+    """The export equals that of the learner bit for bit, without the tensors of TeacherForced and of the optimizer."""
     it = learner(device, teacher_width=48)
     save(task, it, at(3))
-    found = weights_in(task.bucket, paths.checkpoint(task.run, "vanilla", 3))
+    found = open_weights(task.bucket, paths.checkpoint(task.run, "vanilla", 3))
     hf_export.export_student(tmp_path / "read", SMALL, 256, found.sizes, found.read, torch.bfloat16)
     hf_export.export_student(
         tmp_path / "live", SMALL, 256, state.sizes(it), state.copy_weights(it), torch.bfloat16
@@ -137,7 +141,10 @@ def test_an_export_needs_no_learner(task: StageContext, device: torch.device, tm
 
 
 def test_it_is_read_without_megatron() -> None:
-    code = "import sys, vpmoe.checkpoint.format; print([name for name in sys.modules if name.split('.')[0] in ('megatron', 'vllm')])"
+    code = (
+        "import sys, vpmoe.checkpoint.format; "
+        "print([name for name in sys.modules if name.split('.')[0] in ('megatron', 'vllm')])"
+    )
     assert (
         subprocess.check_output(
             [sys.executable, "-c", code], cwd=Path(__file__).parents[3], text=True

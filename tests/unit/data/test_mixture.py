@@ -5,8 +5,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from vpmoe.data.mixture import interleave, mix
-from vpmoe.data.packing import BatchPlan
+from vpmoe.data.mixture import interleave, mix_streams
+from vpmoe.data.packing import SequenceStream
 
 SHARES = [0.0, 0.01, 0.1, 0.29, 1 / 3, 0.5, 0.57, 0.65, 0.7, 0.999999, 1.0]
 
@@ -25,17 +25,17 @@ def test_a_stage_ends_with_the_step_that_reaches_its_tokens_and_each_stream_is_r
     share: float, tokens: int
 ) -> None:
     random = np.random.default_rng(3)
-    all_documents = BatchPlan([random.integers(5, 60, 400, dtype=np.int32)], seed=1, sequence_length=64)
-    few_documents = BatchPlan([random.integers(40, 64, 9, dtype=np.int32)], seed=1, sequence_length=64)
-    alone = [all_documents.steps(8, 4, tokens), few_documents.steps(0, 4, tokens)]
-    mixed = mix(*alone, share, tokens)
+    all_documents = SequenceStream([random.integers(5, 60, 400, dtype=np.int32)], seed=1, sequence_length=64)
+    few_documents = SequenceStream([random.integers(40, 64, 9, dtype=np.int32)], seed=1, sequence_length=64)
+    alone = [all_documents.tokens_after_steps(8, 4, tokens), few_documents.tokens_after_steps(0, 4, tokens)]
+    mixed = mix_streams(*alone, share, tokens)
     each = [np.diff(of, prepend=0) for of in alone]
     total = 0
     turns = [0, 0]
     for step in range(len(mixed.seen)):
         assert total < tokens, "the stage was over before this step"
         kind = int(mixed.scored[step])
-        assert mixed.turn(step) == turns[kind] and mixed.turns(step) == tuple(turns)
+        assert mixed.index_in_stream(step) == turns[kind] and mixed.steps_by_kind(step) == tuple(turns)
         total += each[kind][turns[kind]]
         turns[kind] += 1
         assert mixed.seen[step] == total
@@ -44,6 +44,8 @@ def test_a_stage_ends_with_the_step_that_reaches_its_tokens_and_each_stream_is_r
 
 
 def test_a_stage_without_scores_is_its_own_stream() -> None:
-    alone = BatchPlan([np.full(50, 20, np.int32)], seed=1, sequence_length=64).steps(0, 2, 3000)
-    mixed = mix(alone, alone[:0], 0.0, 3000)
+    alone = SequenceStream([np.full(50, 20, np.int32)], seed=1, sequence_length=64).tokens_after_steps(
+        0, 2, 3000
+    )
+    mixed = mix_streams(alone, alone[:0], 0.0, 3000)
     assert np.array_equal(mixed.seen, alone) and not mixed.scored.any()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpmoe.data import packing
-from vpmoe.data.packing import BatchPlan, slice_of
+from vpmoe.data.packing import SequenceStream, rank_sequences
 
 SEQUENCE = 64
 parts = st.lists(st.lists(st.integers(1, SEQUENCE), max_size=60), min_size=1, max_size=70).filter(
@@ -15,11 +15,11 @@ parts = st.lists(st.lists(st.integers(1, SEQUENCE), max_size=60), min_size=1, ma
 arrays = parts.map(lambda parts: [np.asarray(part, np.int32) for part in parts])
 
 
-def documents_of_epoch(batches: BatchPlan, epoch: int) -> list[tuple[int, int]]:
+def documents_of_epoch(stream: SequenceStream, epoch: int) -> list[tuple[int, int]]:
     number, found = 0, []
-    while batches.locate(number)[0] <= epoch:
-        if batches.locate(number)[0] == epoch:
-            found += [(document.part, document.number) for document in batches.sequence(number)]
+    while stream.locate(number)[0] <= epoch:
+        if stream.locate(number)[0] == epoch:
+            found += [(document.part, document.number) for document in stream.sequence(number)]
         number += 1
     return found
 
@@ -27,12 +27,12 @@ def documents_of_epoch(batches: BatchPlan, epoch: int) -> list[tuple[int, int]]:
 @settings(max_examples=30, deadline=None, print_blob=True)
 @given(arrays, st.integers(0, 2**31), st.integers(0, 2))
 def test_every_document_stands_whole_in_exactly_one_sequence_of_an_epoch(lengths, seed, epoch):
-    batches = BatchPlan(lengths, seed, SEQUENCE)
+    stream = SequenceStream(lengths, seed, SEQUENCE)
     everything = [(part, index) for part in range(len(lengths)) for index in range(len(lengths[part]))]
-    assert sorted(documents_of_epoch(batches, epoch)) == everything
+    assert sorted(documents_of_epoch(stream, epoch)) == everything
     number = 0
-    while batches.locate(number)[0] <= epoch:
-        held = batches.sequence(number)
+    while stream.locate(number)[0] <= epoch:
+        held = stream.sequence(number)
         assert 0 < sum(document.length for document in held) <= SEQUENCE
         assert all(document.length == lengths[document.part][document.number] for document in held)
         number += 1
@@ -41,11 +41,11 @@ def test_every_document_stands_whole_in_exactly_one_sequence_of_an_epoch(lengths
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 6), st.integers(0, 50))
 def test_ranks_partition_the_step_and_their_number_does_not_change_it(first, ranks, each, step):
-    whole = list(slice_of(0, 1, first, ranks * each, step))
+    whole = list(rank_sequences(0, 1, first, ranks * each, step))
     assert [
-        number for rank in range(ranks) for number in slice_of(rank, ranks, first, ranks * each, step)
+        number for rank in range(ranks) for number in rank_sequences(rank, ranks, first, ranks * each, step)
     ] == whole
-    assert slice_of(0, 1, first, ranks * each, step + 1).start == whole[-1] + 1
+    assert rank_sequences(0, 1, first, ranks * each, step + 1).start == whole[-1] + 1
 
 
 @settings(max_examples=30, deadline=None, print_blob=True)
@@ -53,15 +53,15 @@ def test_ranks_partition_the_step_and_their_number_does_not_change_it(first, ran
 def test_a_stage_ends_with_the_first_step_that_reaches_its_tokens(
     lengths, seed, first, sequences_per_step, tokens
 ):
-    batches = BatchPlan(lengths, seed, SEQUENCE)
-    seen = batches.steps(first, sequences_per_step, tokens)
+    stream = SequenceStream(lengths, seed, SEQUENCE)
+    seen = stream.tokens_after_steps(first, sequences_per_step, tokens)
     assert seen[-1] >= tokens and (len(seen) == 1 or seen[-2] < tokens)
     count = 0
     for step in range(min(len(seen), 20)):
         count += sum(
             document.length
-            for number in slice_of(0, 1, first, sequences_per_step, step)
-            for document in batches.sequence(number)
+            for number in rank_sequences(0, 1, first, sequences_per_step, step)
+            for document in stream.sequence(number)
         )
         assert seen[step] == count
 
@@ -75,43 +75,45 @@ def test_a_stage_ends_with_the_first_step_that_reaches_its_tokens(
     ],
 )
 def test_epochs_are_the_same_for_one_seed_and_differ_from_epoch_to_epoch_and_seed_to_seed(documents):
-    first = packing.order(documents, seed=7, epoch=0)
-    assert np.array_equal(first, packing.order(documents, seed=7, epoch=0))
+    first = packing.epoch_order(documents, seed=7, epoch=0)
+    assert np.array_equal(first, packing.epoch_order(documents, seed=7, epoch=0))
     assert np.array_equal(np.sort(first), np.arange(sum(documents)))
-    assert not np.array_equal(first, packing.order(documents, seed=7, epoch=1))
-    assert not np.array_equal(first, packing.order(documents, seed=8, epoch=0))
+    assert not np.array_equal(first, packing.epoch_order(documents, seed=7, epoch=1))
+    assert not np.array_equal(first, packing.epoch_order(documents, seed=8, epoch=0))
 
 
 def test_at_least_32_parts_are_read_at_the_same_pace():
-    visited = packing.order([2000] * 100, seed=3, epoch=0)
+    visited = packing.epoch_order([2000] * 100, seed=3, epoch=0)
     for start in range(0, len(visited) - 4000, 4000):
         assert len(set(visited[start : start + 4000] // 2000)) >= 32
 
 
 def test_a_part_is_read_in_long_ranges():
     """From a seeded start to its end and round to its beginning, nothing being read far from its turn."""
-    visited = packing.order([50_000] * 40, seed=3, epoch=0)
+    visited = packing.epoch_order([50_000] * 40, seed=3, epoch=0)
     own = visited[visited // 50_000 == 17] % 50_000
     turn = (own - own[0]) % 50_000
-    assert np.abs((turn - np.arange(len(own)) + 25_000) % 50_000 - 25_000).max() <= 2 * packing.NEIGHBOURHOOD
+    assert (
+        np.abs((turn - np.arange(len(own)) + 25_000) % 50_000 - 25_000).max() <= 2 * packing.SHUFFLE_DISTANCE
+    )
 
 
 def test_packing_wastes_little_on_lengths_like_synths():
     random = np.random.default_rng(0)
     lengths = np.clip(np.exp(random.normal(6.8, 0.7, 60_000)), 40, 8192).astype(np.int32)
-    epoch = packing.build([lengths], 0, 0, 8192)
+    epoch = packing.build_epoch([lengths], 0, 0, 8192)
     assert epoch.tokens_N.sum() == lengths.sum()
     assert lengths.sum() / (len(epoch.tokens_N) * 8192) > 0.98
 
 
 def test_the_plan_is_what_it_was_when_it_was_written():
     """A run that is resumed after an update must read on where it was: change this only with a new data order version in mind."""
-    batches = BatchPlan(
+    stream = SequenceStream(
         [np.arange(1, 40, dtype=np.int32), np.arange(5, 30, dtype=np.int32)],
         seed=1234,
         sequence_length=SEQUENCE,
     )
-    assert [(document.part, document.number) for document in batches.sequence(3)] == [
+    assert [(document.part, document.number) for document in stream.sequence(3)] == [
         (0, 19),
         (0, 15),
         (1, 7),
@@ -122,10 +124,10 @@ def test_the_plan_is_what_it_was_when_it_was_written():
 @pytest.mark.parametrize(
     "lengths, message",
     [
-        pytest.param([[], []], "no document", id="empty-split"),
+        pytest.param([[], []], "no part has any document", id="empty-split"),
         pytest.param([[5], [SEQUENCE + 1]], "65 tokens does not fit into a sequence of 64", id="too-long"),
     ],
 )
 def test_refused(lengths, message):
     with pytest.raises(ValueError, match=message):
-        BatchPlan([np.asarray(part, np.int32) for part in lengths], 0, SEQUENCE)
+        SequenceStream([np.asarray(part, np.int32) for part in lengths], 0, SEQUENCE)

@@ -24,8 +24,8 @@ from vpmoe.api import DistillRun
 from vpmoe.data import dataset, vocabulary, vocabulary_file
 from vpmoe.data.harmony import Renderer, SystemMessage
 from vpmoe.data.index import read_index
-from vpmoe.data.preprocess import filters, preprocess, sampling
-from vpmoe.data.preprocess.encode import Encoders
+from vpmoe.data.preprocess import filters, sampling, step
+from vpmoe.data.preprocess.encode import EncoderPool
 from vpmoe.data.spans import spans_of_documents
 from vpmoe.data.tokenizer import tokenizer
 from vpmoe.failure import Permanent, Terminated
@@ -34,7 +34,7 @@ from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Manifest
 
 ROOT = Path(__file__).parents[3]
-ONE: Encoders
+ONE: EncoderPool
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def elsewhere(spec: dict[str, Any], folder: str) -> dict[str, Any]:
 def encoders() -> Iterator[None]:
     """One encoding process for all tests of this module; loading the vocabulary takes longer than the sample does."""
     global ONE
-    with Encoders(1) as ONE:
+    with EncoderPool(1) as ONE:
         yield
 
 
@@ -70,7 +70,7 @@ def do(
     spec: dict[str, Any],
     worker: int | None = None,
     stopping: threading.Event | None = None,
-    encoders: Encoders | None = None,
+    encoders: EncoderPool | None = None,
 ) -> tuple[Bucket, DistillRun]:
     """The step in this process."""
     run = DistillRun.parse(spec)
@@ -86,12 +86,12 @@ def do(
         1,
         "2026-01-01T00:00:00Z",
     )
-    preprocess.preprocess(run, bucket, provenance, stopping or threading.Event(), worker, encoders or ONE)
+    step.preprocess(run, bucket, provenance, stopping or threading.Event(), worker, encoders or ONE)
     return bucket, run
 
 
 def made(bucket: Bucket, run: DistillRun) -> Manifest:
-    return manifest.load(bucket, dataset.resolve(run, bucket).manifest)
+    return manifest.load(bucket, dataset.resolve_dataset(run, bucket).manifest)
 
 
 def bytes_of(found: Manifest) -> dict[str, str]:
@@ -170,7 +170,7 @@ def test_every_kept_row_is_in_its_split_token_for_token(spec: dict[str, Any], tm
 
 
 def test_workers_and_processes_do_not_change_a_byte(spec: dict[str, Any]) -> None:
-    with Encoders(2) as two_processes:
+    with EncoderPool(2) as two_processes:
         alone = do(elsewhere(spec, "alone"), encoders=two_processes)
     spec["spec"]["dataset"]["workers"] = 2
     for worker in (1, 0):
@@ -207,19 +207,21 @@ def test_input_that_comes_later_does_not_join_a_run_that_has_started(
 ) -> None:
     bucket, run = do(spec)
     bucket.put_file("input/synth_000.parquet", sample_parquet[0], {})
-    assert len(dataset.resolve(run, bucket).inputs.shards) == 3
+    assert len(dataset.resolve_dataset(run, bucket).inputs.shards) == 3
     spec["metadata"]["name"] = "later"
-    assert len(dataset.resolve(DistillRun.parse(spec), bucket).inputs.shards) == 4
-    assert dataset.resolve(DistillRun.parse(spec), bucket).id != dataset.resolve(run, bucket).id
+    assert len(dataset.resolve_dataset(DistillRun.parse(spec), bucket).inputs.shards) == 4
+    assert (
+        dataset.resolve_dataset(DistillRun.parse(spec), bucket).id != dataset.resolve_dataset(run, bucket).id
+    )
 
 
 def test_a_run_that_another_writer_began_is_not_gone_on_with(
     spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = DistillRun.parse(spec)
-    began = dataset.resolve(run, open_bucket(spec)).id
+    began = dataset.resolve_dataset(run, open_bucket(spec)).id
     monkeypatch.setattr(dataset, "WRITER", dataset.WRITER + 1)
-    with pytest.raises(Permanent, match=f"the run began the data set {began}, of which this code would make"):
+    with pytest.raises(Permanent, match=f"the run began dataset {began}, but this code builds dataset"):
         do(spec)
 
 
@@ -252,13 +254,14 @@ def test_a_worker_killed_anywhere_goes_on_at_its_first_missing_part(
     chance = random.Random(seed)
     killed = elsewhere(spec, "killed")
     bucket, run = open_bucket(killed), DistillRun.parse(killed)
-    found = dataset.resolve(run, bucket)
+    found = dataset.resolve_dataset(run, bucket)
     parts = chance.randrange(3)
     process = by_hand(killed, tmp_path)
     try:
         wait_for(
             lambda: (
-                len(dataset.done_parts(found, bucket)) >= parts and bucket.exists(paths.census(found.id, 2))
+                len(dataset.completed_parts(found, bucket)) >= parts
+                and bucket.exists(paths.census(found.id, 2))
             ),
             process,
         )
@@ -271,7 +274,7 @@ def test_a_worker_killed_anywhere_goes_on_at_its_first_missing_part(
     while any(alive(child) for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [child for child in children if alive(child)], "encoding processes outlive the worker"
-    done = dataset.done_parts(found, bucket)
+    done = dataset.completed_parts(found, bucket)
     record = {part: bucket.head(paths.part_record(found.id, part)).etag for part in done}
     if bucket.exists(found.manifest):
         bucket.delete(found.manifest)  # killed too late: take the last act back
@@ -305,7 +308,7 @@ def test_a_worker_that_is_asked_to_stop_says_so_and_leaves_no_half_part(spec: di
     with pytest.raises(Terminated, match="the parts that are done are in the bucket"):
         do(spec, stopping=stopping)
     bucket, run = open_bucket(spec), DistillRun.parse(spec)
-    assert not list(bucket.list(f"{dataset.resolve(run, bucket).folder}/parts/"))
+    assert not list(bucket.list(f"{dataset.resolve_dataset(run, bucket).folder}/parts/"))
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_that_counts(spec: dict[str, Any], tmp_path: Path) -> None:
@@ -327,7 +330,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_that_counts(spec: dict[str, Any]
         in json.loads((tmp_path / "end").read_text())["message"]
     )
     bucket, run = open_bucket(spec), DistillRun.parse(spec)
-    folder = dataset.resolve(run, bucket).folder
+    folder = dataset.resolve_dataset(run, bucket).folder
     assert not [found.key for found in bucket.list(folder) if "/census/" not in found.key]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("vpmoe-part-")]
 
@@ -381,9 +384,9 @@ def test_a_record_is_the_same_for_any_number_of_processes(spec: dict[str, Any], 
     records = []
     for number in (1, 3):
         changed = elsewhere(spec, f"with-{number}")
-        with Encoders(number) as encoders:
+        with EncoderPool(number) as encoders:
             bucket, run = do(changed, encoders=encoders)
-        records.append(bucket.get(paths.part_record(dataset.resolve(run, bucket).id, 3)))
+        records.append(bucket.get(paths.part_record(dataset.resolve_dataset(run, bucket).id, 3)))
     assert records[0] == records[1]
     assert [found[:2] for found in json.loads(records[0])["unreadable"]["first"]] == [
         [17, 18],
@@ -447,20 +450,20 @@ def test_documents_are_shuffled_inside_a_part(
 
 def test_input_of_which_nothing_is_left_is_an_error(spec: dict[str, Any]) -> None:
     spec["spec"]["dataset"]["maxLength"] = 16
-    with pytest.raises(Permanent, match=r"none of 72 rows is left. Dropped: .*tooLong"):
+    with pytest.raises(Permanent, match=r"all 72 rows were dropped: .*tooLong"):
         do(spec)
 
 
 def test_the_preprocessing_path_imports_no_torch() -> None:
     """Not even when rows are read: the datasets library would import it as soon as it streams."""
     code = (
-        "import sys, jobs.preprocess, vpmoe.data.preprocess.preprocess, vpmoe.data.hub, demo.sample, pathlib, tempfile\n"
-        "from vpmoe.data.inputs import Shard; from vpmoe.data.preprocess import rows\n"
+        "import sys, jobs.preprocess, vpmoe.data.preprocess.step, vpmoe.data.hub, demo.sample, pathlib, tempfile\n"
+        "from vpmoe.data.inputs import InputShard; from vpmoe.data.preprocess import rows\n"
         "path = demo.sample.write(pathlib.Path(tempfile.mkdtemp()))[0]\n"
         "class Local:\n"
         "    def other(self, name): return self\n"
         "    def fetch_range(self, wanted, start, stop): return path.read_bytes()[start:stop]\n"
-        "reader = rows.ShardReader(Shard('s3://b/k', path.stat().st_size, ''), Local(), rows.METADATA)\n"
+        "reader = rows.ShardReader(InputShard('s3://b/k', path.stat().st_size, ''), Local(), rows.METADATA)\n"
         "assert sum(batch.columns.num_rows for batch in reader.batches(10)) == 24\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
     )

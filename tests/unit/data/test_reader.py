@@ -19,7 +19,7 @@ def test_every_document_is_read_as_it_was_written(bucket: Bucket, tmp_path: Path
     assert [len(part) for part in parts.lengths] == [7, 0, 40]
     for part, documents in enumerate(written):
         for number, (tokens, spans) in enumerate(documents):
-            found_tokens, found_spans = parts.read(PackedDocument(part, number, len(tokens)))
+            found_tokens, found_spans = parts.read_document(PackedDocument(part, number, len(tokens)))
             assert np.array_equal(found_tokens, tokens) and np.array_equal(found_spans, spans)
     parts.close()
 
@@ -46,7 +46,7 @@ def test_the_cache_stays_within_its_bound_and_fetches_again_what_it_dropped(
     stored = bucket.put_file("some/object", tmp_path / "file", {})
     cache = BlockCache(bucket, tmp_path / "blocks", limit=2 * BLOCK)
     for start, stop in ((0, 10), (BLOCK - 5, 3 * BLOCK + 5), (4 * BLOCK, 4 * BLOCK + 1000), (5, 20), (0, 0)):
-        assert cache.read(stored, start, stop) == data[start:stop]
+        assert cache.read_range(stored, start, stop) == data[start:stop]
         kept = [path for path in (tmp_path / "blocks").iterdir() if not path.name.startswith(".")]
         assert sum(path.stat().st_size for path in kept) <= 2 * BLOCK
 
@@ -54,9 +54,9 @@ def test_the_cache_stays_within_its_bound_and_fetches_again_what_it_dropped(
 def test_a_block_that_is_there_is_not_fetched_again(bucket: Bucket, s3: S3, tmp_path: Path) -> None:
     stored = bucket.put_bytes("some/object", b"content", {})
     cache = BlockCache(bucket, tmp_path)
-    assert cache.read(stored, 0, 7) == b"content"
+    assert cache.read_range(stored, 0, 7) == b"content"
     bucket.delete("some/object")
-    assert BlockCache(bucket, tmp_path).read(stored, 1, 3) == b"on"  # another process of the same pod
+    assert BlockCache(bucket, tmp_path).read_range(stored, 1, 3) == b"on"  # another process of the same pod
 
 
 def test_a_part_that_was_changed_is_refused(bucket: Bucket, s3: S3, tmp_path: Path) -> None:
@@ -68,5 +68,5 @@ def test_a_part_that_was_changed_is_refused(bucket: Bucket, s3: S3, tmp_path: Pa
     path.write_bytes(content)
     parts = DatasetReader(dataset, "train", BlockCache(bucket, tmp_path))
     with pytest.raises(StorageError, match=r"part-00000\.tokens\.bin: sha256 of block 0 is"):
-        parts.read(PackedDocument(0, 0, len(written[0][0][0])))
+        parts.read_document(PackedDocument(0, 0, len(written[0][0][0])))
     parts.close()

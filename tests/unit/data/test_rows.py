@@ -15,19 +15,19 @@ from demo import sample
 from tests.fakes import fake_hub
 from vpmoe.data import vocabulary_file
 from vpmoe.data.harmony import Renderer, SystemMessage
-from vpmoe.data.inputs import Shard, discover
+from vpmoe.data.inputs import InputShard, resolve_source
 from vpmoe.data.preprocess import encode, text
-from vpmoe.data.preprocess.encode import COLUMNS, Recipe, chunk
-from vpmoe.data.preprocess.rows import Batch, ShardReader
+from vpmoe.data.preprocess.encode import COLUMNS, PreprocessContext, make_chunk
+from vpmoe.data.preprocess.rows import RowBatch, ShardReader
 from vpmoe.data.preprocess.sampling import BINS, Thresholds
-from vpmoe.data.preprocess.text import Unreadable, decode
+from vpmoe.data.preprocess.text import UnreadableRows, decode_columns
 from vpmoe.data.tokenizer import tokenizer
 from vpmoe.failure import Permanent
 from vpmoe.storage import Bucket, StorageError
 
 ROOT = Path(__file__).parents[3]
 SETTING = SystemMessage("You are vpMoE, a large language model.", "2024-06", "2026-01-01", "high")
-RECIPE = Recipe("0" * 64, SETTING, 400, 0.2, Thresholds((BINS,) * 4))
+CONTEXT = PreprocessContext("0" * 64, SETTING, 400, 0.2, Thresholds((BINS,) * 4))
 
 
 def strings(*values: bytes | None) -> pa.Array:
@@ -36,9 +36,9 @@ def strings(*values: bytes | None) -> pa.Array:
     return pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2], raw.buffers()[0])
 
 
-def put(bucket: Bucket, path: Path, key: str = "input/synth_001.parquet") -> Shard:
+def put(bucket: Bucket, path: Path, key: str = "input/synth_001.parquet") -> InputShard:
     bucket.put_file(key, path, {})
-    return next(shard for shard in discover(bucket.url(key), bucket).shards if shard.url.endswith(key))
+    return next(shard for shard in resolve_source(bucket.url(key), bucket).shards if shard.url.endswith(key))
 
 
 def numbered(folder: Path, rows: int, group: int, **columns: Any) -> Path:
@@ -59,7 +59,7 @@ def test_every_row_comes_once_in_order_in_batches(bucket: Bucket, tmp_path: Path
     reader = ShardReader(shard, bucket, COLUMNS)
     batches = list(reader.batches(64))
     assert reader.rows == 250
-    assert all(isinstance(batch, Batch) for batch in batches)
+    assert all(isinstance(batch, RowBatch) for batch in batches)
     assert [(b.first, b.columns.num_rows) for b in batches] == [
         (0, 64),
         (64, 36),
@@ -67,7 +67,7 @@ def test_every_row_comes_once_in_order_in_batches(bucket: Bucket, tmp_path: Path
         (164, 36),
         (200, 50),
     ]
-    ids = [one for b in batches for one in decode(b.columns, ["synth_id"]).columns["synth_id"]]
+    ids = [one for b in batches for one in decode_columns(b.columns, ["synth_id"]).columns["synth_id"]]
     assert ids == [f"synth_id {row}" for row in range(250)]
 
 
@@ -85,7 +85,7 @@ def test_readers_side_by_side_each_read_their_own_shard(bucket: Bucket, tmp_path
     readers = [ShardReader(shard, bucket, COLUMNS).batches(50) for shard in shards]
     for turn in zip(*readers, strict=True):
         for name, batch in zip("abc", turn, strict=True):
-            assert decode(batch.columns, ["query"]).columns["query"] == [
+            assert decode_columns(batch.columns, ["query"]).columns["query"] == [
                 f"{name} {batch.first + row}" for row in range(50)
             ]
 
@@ -123,10 +123,10 @@ def test_a_damaged_row_group_costs_only_its_rows(bucket: Bucket, tmp_path: Path)
     path.write_bytes(data)
     shard = put(bucket, path)
     found = list(ShardReader(shard, bucket, COLUMNS).batches(64))
-    bad = [one for one in found if isinstance(one, Unreadable)]
+    bad = [one for one in found if isinstance(one, UnreadableRows)]
     assert [(one.first, one.stop) for one in bad] == [(200, 300)]
-    assert "row group 2 is damaged" in bad[0].why
-    assert sum(one.columns.num_rows for one in found if isinstance(one, Batch)) == 300
+    assert "row group 2 is damaged" in bad[0].reason
+    assert sum(one.columns.num_rows for one in found if isinstance(one, RowBatch)) == 300
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_missing_column_is_named_and_a_nullable_one_may_be_missing(bucket: Buc
     )
     pq.write_table(table, tmp_path / "few.parquet")
     (batch,) = ShardReader(put(bucket, tmp_path / "few.parquet"), bucket, COLUMNS).batches(64)
-    texts = decode(batch.columns, COLUMNS)
+    texts = decode_columns(batch.columns, COLUMNS)
     assert texts.columns["language"] == texts.columns["constraints"] == texts.columns["exercise"] == [None]
     pq.write_table(table.drop_columns(["query", "synthetic_answer"]), tmp_path / "fewer.parquet")
     with pytest.raises(
@@ -163,7 +163,7 @@ def test_a_missing_column_is_named_and_a_nullable_one_may_be_missing(bucket: Buc
 
 
 def test_a_column_that_is_not_text_is_named(bucket: Bucket, tmp_path: Path) -> None:
-    with pytest.raises(Permanent, match=r"column query is of type int64, not text"):
+    with pytest.raises(Permanent, match=r"column query has type int64, not text"):
         ShardReader(put(bucket, numbered(tmp_path, 3, 3, query=[1, 2, 3])), bucket, COLUMNS)
 
 
@@ -195,9 +195,9 @@ def test_an_outage_of_the_store_is_not_taken_for_damage(
 
 def test_a_source_that_matches_nothing_is_refused(bucket: Bucket) -> None:
     with pytest.raises(
-        Permanent, match=r"dataset.source: s3://.*/nothing/\*.parquet stands for no parquet file"
+        Permanent, match=r"dataset.source: s3://.*/nothing/\*.parquet matches no parquet file"
     ):
-        discover(bucket.url("nothing/*.parquet"), bucket)
+        resolve_source(bucket.url("nothing/*.parquet"), bucket)
 
 
 def test_shards_are_in_the_order_of_their_keys(bucket: Bucket, tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_shards_are_in_the_order_of_their_keys(bucket: Bucket, tmp_path: Path) -
         put(bucket, numbered(tmp_path, 1, 1), f"input/{name}.parquet")
     (tmp_path / "x.txt").write_text("no parquet")
     bucket.put_file("input/readme.txt", tmp_path / "x.txt", {})
-    assert [shard.name for shard in discover(bucket.url("input/*.parquet"), bucket).shards] == [
+    assert [shard.name for shard in resolve_source(bucket.url("input/*.parquet"), bucket).shards] == [
         "a.parquet",
         "b.parquet",
         "c.parquet",
@@ -215,14 +215,14 @@ def test_shards_are_in_the_order_of_their_keys(bucket: Bucket, tmp_path: Path) -
 ON_THE_HUB = """
 import sys
 from vpmoe.data.preprocess import rows
-from vpmoe.data.inputs import discover
-from vpmoe.data.preprocess.text import decode
+from vpmoe.data.inputs import resolve_source
+from vpmoe.data.preprocess.text import decode_columns
 for source in sys.argv[1:]:
     try:
-        inputs = discover(source, None)
+        inputs = resolve_source(source, None)
         print(inputs.commit, [(shard.url, shard.size) for shard in inputs.shards])
         reader = rows.ShardReader(inputs.shards[0], None, rows.METADATA)
-        print([name for batch in reader.batches(10) for name in decode(batch.columns, ["synth_id"]).columns["synth_id"]])
+        print([name for batch in reader.batches(10) for name in decode_columns(batch.columns, ["synth_id"]).columns["synth_id"]])
     except Exception as error:
         print(type(error).__name__, error)
 """
@@ -267,10 +267,10 @@ def test_a_data_set_of_the_hub_is_read_at_the_commit_that_its_revision_was(
     assert ids == str([row["synth_id"] for row in pq.read_table(sample_parquet[0]).to_pylist()])
     assert all(fake_hub.COMMIT in path for path in asked if "/resolve/" in path)
     assert revision.startswith(
-        "Permanent dataset.source: hf://PleIAs/SYNTH@v9: the Hugging Face hub has no such data set or revision"
+        "Permanent dataset.source: hf://PleIAs/SYNTH@v9: the Hugging Face hub has no such dataset or revision"
     )
     assert name.startswith(
-        "Permanent dataset.source: hf://PleIAs/OTHER: the Hugging Face hub has no such data set or revision"
+        "Permanent dataset.source: hf://PleIAs/OTHER: the Hugging Face hub has no such dataset or revision"
     )
 
 
@@ -292,7 +292,7 @@ def test_text_keeps_everything_but_surrogates_and_garbage() -> None:
         None,
         b"",
     )
-    texts = decode(pa.record_batch({"query": values}), ["query", "absent"])
+    texts = decode_columns(pa.record_batch({"query": values}), ["query", "absent"])
     assert texts.columns["query"] == ["café \0", "lone \ufffd end", "pair 😀", None, None, None, ""]
     assert texts.columns["absent"] == [None] * 7
     assert texts.surrogates == {1, 2}
@@ -305,7 +305,7 @@ def test_text_keeps_everything_but_surrogates_and_garbage() -> None:
 def test_a_surrogate_becomes_what_the_tokenizer_itself_makes_of_it() -> None:
     values = [b"a \xed\xb0\x80 b", b"\xed\xa0\xbd\xed\xb8\x80", b"\xed\xb8\x80\xed\xa0\xbd"]
     for value, whole in zip(
-        values, text.decode(pa.record_batch({"q": strings(*values)}), ["q"]).columns["q"], strict=True
+        values, text.decode_columns(pa.record_batch({"q": strings(*values)}), ["q"]).columns["q"], strict=True
     ):
         assert vocabulary_file.encoding().encode_ordinary(
             whole or ""
@@ -340,7 +340,7 @@ def test_a_chunk_becomes_documents_and_counts_of_everything_else() -> None:
             {**good, "query": " " * 1_000_000 + "\U00032718"},
         ]
     )
-    got = encode.encode(chunk(2, "x.parquet", 100, batch), RECIPE)
+    got = encode.encode_chunk(make_chunk(2, "x.parquet", 100, batch), CONTEXT)
     assert got.rows == 8
     assert got.labels_D == [("good", "en", "mcq"), ("x.parquet#106", None, None)]
     assert got.dropped == {"blankAnswer": 1, "failedGeneration": 1, "contradictedResult": 1, "tooLong": 1}
@@ -361,17 +361,17 @@ def test_a_document_as_long_as_the_bound_is_kept_and_one_longer_is_dropped() -> 
         .ids
     )
     for bound, kept in ((length, 1), (length - 1, 0)):
-        got = encode.encode(
-            chunk(0, "x", 0, rows_batch([row])),
-            Recipe("0" * 64, SETTING, bound, 0.0, Thresholds((BINS,) * 4)),
+        got = encode.encode_chunk(
+            make_chunk(0, "x", 0, rows_batch([row])),
+            PreprocessContext("0" * 64, SETTING, bound, 0.0, Thresholds((BINS,) * 4)),
         )
         assert (len(got.labels_D), got.dropped["tooLong"]) == (kept, 1 - kept)
 
 
 def test_rows_above_the_threshold_of_their_class_are_not_sampled() -> None:
-    got = encode.encode(
-        chunk(0, "x", 0, rows_batch(sample.rows())),
-        Recipe("0" * 64, SETTING, 4096, 0.0, Thresholds((BINS, 0, BINS, 0))),
+    got = encode.encode_chunk(
+        make_chunk(0, "x", 0, rows_batch(sample.rows())),
+        PreprocessContext("0" * 64, SETTING, 4096, 0.0, Thresholds((BINS, 0, BINS, 0))),
     )
     assert got.dropped["notSampled"] > 30
     assert not any(exercise == "memorization" for _, _, exercise in got.labels_D)

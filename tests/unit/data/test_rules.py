@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 
 from vpmoe.data.dataset import dataset_id
-from vpmoe.data.inputs import Inputs, Shard, glob_pattern
+from vpmoe.data.inputs import Inputs, InputShard, glob_pattern
 from vpmoe.data.preprocess import sampling
-from vpmoe.data.preprocess.encode import identity
+from vpmoe.data.preprocess.encode import row_identity
 from vpmoe.data.preprocess.filters import contradicted, quality
 from vpmoe.data.preprocess.sampling import (
     BINS,
     FOREIGN,
     MEMORIZATION,
     Thresholds,
+    choose_thresholds,
     row_class,
-    thresholds,
 )
 from vpmoe.failure import Permanent
 
@@ -154,7 +154,7 @@ def test_shares_are_never_above_their_bounds_and_hardly_below_where_they_bind(
     rows: tuple[int, int, int, int], keep: float
 ) -> None:
     rows_4B = census(sum(rows), *rows)
-    chosen = thresholds(rows_4B, keep, 0.70, 0.30)
+    chosen = choose_thresholds(rows_4B, keep, 0.70, 0.30)
     left = kept(rows_4B, chosen)
     total = sum(left)
     memorization, foreign = left[1] + left[3], left[2] + left[3]
@@ -167,9 +167,9 @@ def test_shares_are_never_above_their_bounds_and_hardly_below_where_they_bind(
 
 
 def test_everything_is_kept_where_no_bound_binds() -> None:
-    assert thresholds(census(1, 70, 20, 10, 0), 1.0, 0.7, 0.3).bins == (BINS,) * 4
-    assert thresholds(census(2, 0, 50, 0, 50), 1.0, 1.0, 1.0).bins == (BINS,) * 4
-    assert thresholds(census(3, 0, 0, 0, 0), 1.0, 0.7, 0.3).bins == (BINS,) * 4
+    assert choose_thresholds(census(1, 70, 20, 10, 0), 1.0, 0.7, 0.3).bins == (BINS,) * 4
+    assert choose_thresholds(census(2, 0, 50, 0, 50), 1.0, 1.0, 1.0).bins == (BINS,) * 4
+    assert choose_thresholds(census(3, 0, 0, 0, 0), 1.0, 0.7, 0.3).bins == (BINS,) * 4
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_bound_that_would_drop_everything_is_an_error(
     rows: tuple[int, int, int, int], message: str
 ) -> None:
     with pytest.raises(Permanent, match=message):
-        thresholds(census(1, *rows), 1.0, 0.7, 0.3)
+        choose_thresholds(census(1, *rows), 1.0, 0.7, 0.3)
 
 
 def test_hashes_are_fixed_for_ever() -> None:
@@ -209,8 +209,8 @@ def test_a_thousandth_is_held_out_and_independent_of_sampling() -> None:
 
 
 def test_a_row_without_id_is_known_by_its_place() -> None:
-    assert identity("mcq_1", "a.parquet", 3) == "mcq_1"
-    assert identity(None, "a.parquet", 3) == identity(" ", "a.parquet", 3) == "a.parquet#3"
+    assert row_identity("mcq_1", "a.parquet", 3) == "mcq_1"
+    assert row_identity(None, "a.parquet", 3) == row_identity(" ", "a.parquet", 3) == "a.parquet#3"
 
 
 @pytest.mark.parametrize(
@@ -240,15 +240,15 @@ def test_a_glob_stays_within_a_folder_unless_doubled(
 
 
 def test_a_data_set_has_another_id_for_everything_that_changes_its_bytes() -> None:
-    shard = Shard("s3://corpora/a.parquet", 10, "etag")
+    shard = InputShard("s3://corpora/a.parquet", 10, "etag")
     base = Inputs("s3://corpora/*.parquet", None, (shard,))
     settings = {"maxLength": 512}
     ids = {
         dataset_id(settings, base),
         dataset_id({"maxLength": 513}, base),
-        dataset_id(settings, Inputs(base.source, None, (Shard(shard.url, 11, "etag"),))),
-        dataset_id(settings, Inputs(base.source, None, (Shard(shard.url, 10, "other"),))),
-        dataset_id(settings, Inputs(base.source, None, (Shard("s3://corpora/b.parquet", 10, "etag"),))),
+        dataset_id(settings, Inputs(base.source, None, (InputShard(shard.url, 11, "etag"),))),
+        dataset_id(settings, Inputs(base.source, None, (InputShard(shard.url, 10, "other"),))),
+        dataset_id(settings, Inputs(base.source, None, (InputShard("s3://corpora/b.parquet", 10, "etag"),))),
         dataset_id(settings, Inputs(base.source, None, (shard, shard))),
         dataset_id(settings, Inputs(base.source, "0" * 40, (shard,))),
     }

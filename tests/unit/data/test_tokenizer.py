@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vpmoe.data import vocabulary_file
-from vpmoe.data.tokenizer import CHECKED, Tokenizer, _known, tokenizer
+from vpmoe.data.tokenizer import CHECK_INTERVAL, Tokenizer, _known, tokenizer
 from vpmoe.failure import Permanent
 
 ASSIGNED = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE0200), 0xF0000, 0x10FFFF]
@@ -76,5 +76,5 @@ def test_an_error_of_either_tokenizer_is_noticed() -> None:
     with pytest.raises(
         Permanent, match=r"gigatoken and tiktoken give different ids for '1234567 .* one of them has an error"
     ):
-        for _ in range(CHECKED):
+        for _ in range(CHECK_INTERVAL):
             it.encode("1234567 " + secrets.token_hex(2))

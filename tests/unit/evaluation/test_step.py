@@ -30,8 +30,8 @@ from tests.fakes.tiny_teacher import LONGEST
 from tests.fakes.waiting import wait_until
 from vpmoe.api import DistillRun
 from vpmoe.data import dataset, vocabulary_file
-from vpmoe.data.preprocess.encode import Encoders
-from vpmoe.data.preprocess.preprocess import preprocess
+from vpmoe.data.preprocess.encode import EncoderPool
+from vpmoe.data.preprocess.step import preprocess
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.data.vocabulary import RETURN
 from vpmoe.evaluation.evaluate import evaluate
@@ -125,7 +125,7 @@ def spec(run_spec: dict[str, Any], sample_parquet: list[Path]) -> dict[str, Any]
         bucket.put_file(f"input/{path.name}", path, {})
     bucket.put_bytes("canary/a.txt", CANARY.encode(), {})
     bucket.put_bytes("canary/b.txt", b"Short.", {})
-    with Encoders(1) as encoders:
+    with EncoderPool(1) as encoders:
         preprocess(run, bucket, provenance(run), threading.Event(), None, encoders)
     return run_spec
 

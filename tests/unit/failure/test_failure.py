@@ -1,4 +1,4 @@
-"""How a process ends: class, exit code and termination message of each kind of error."""
+"""Failure class, exit code and termination message of each kind of error."""
 
 import json
 import random
@@ -28,10 +28,10 @@ from vpmoe.storage import StorageError
     ids=lambda value: f"{type(value).__name__}-{value.reason}" if isinstance(value, StorageError) else None,
 )
 def test_each_error_has_its_class_and_code(error: Exception, kind: str, code: int, message: str) -> None:
-    assert failure.classify(error, rank=3) == Failure(kind, 3, code, message)
+    assert failure.classify_error(error, rank=3) == Failure(kind, 3, code, message)
 
 
-def test_the_line_fits_kubernetes_whatever_the_message() -> None:
+def test_any_message_fits_the_limit_of_kubernetes() -> None:
     seed = random.randrange(2**32)
     chance = random.Random(seed)
     for _ in range(40):
@@ -39,7 +39,7 @@ def test_the_line_fits_kubernetes_whatever_the_message() -> None:
             chance.choice('aé中😀"\\\n\x00\ud800')
             for _ in range(chance.choice((10, 3900, 4000, 5000, 20000)))
         )
-        line = Failure("Internal", 6, 70, message).line()
+        line = Failure("Internal", 6, 70, message).to_json_line()
         assert len(line) <= 4096 and b"\n" not in line, seed
         found = json.loads(line)
         assert (found["class"], found["rank"], found["exit"]) == ("Internal", 6, 70), seed
@@ -47,8 +47,8 @@ def test_the_line_fits_kubernetes_whatever_the_message() -> None:
         assert len(line) > 4000 or found["message"] == message.encode(errors="replace").decode(), seed
 
 
-def test_a_message_that_fits_is_whole() -> None:
-    assert json.loads(Failure("Permanent", None, 65, "x" * 4000).line()) == {
+def test_a_message_that_fits_is_not_cut() -> None:
+    assert json.loads(Failure("Permanent", None, 65, "x" * 4000).to_json_line()) == {
         "class": "Permanent",
         "rank": None,
         "exit": 65,
@@ -56,18 +56,18 @@ def test_a_message_that_fits_is_whole() -> None:
     }
 
 
-def test_the_first_failure_of_a_container_has_the_word(tmp_path: Path) -> None:
+def test_the_first_failure_of_a_container_keeps_its_message(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    assert failure.read(path) is None
+    assert failure.read_termination_message(path) is None
     path.touch()
-    assert failure.read(path) is None
+    assert failure.read_termination_message(path) is None
     first = Failure("Permanent", 3, 65, "the cause")
-    failure.record(first, path)
-    failure.record(Failure("Internal", 0, 70, "a consequence"), path)
-    assert failure.read(path) == first
+    failure.write_termination_message(first, path)
+    failure.write_termination_message(Failure("Internal", 0, 70, "a consequence"), path)
+    assert failure.read_termination_message(path) == first
 
 
-def test_the_termination_log_is_where_the_environment_says(tmp_path: Path) -> None:
-    assert failure.termination_log({"VPMOE_TERMINATION_LOG": str(tmp_path / "log")}) == tmp_path / "log"
-    assert failure.termination_log({"VPMOE_TERMINATION_LOG": str(tmp_path / "none" / "log")}) is None
-    assert failure.termination_log({}) is None or Path("/dev/termination-log").is_file()
+def test_the_environment_sets_the_path_of_the_termination_log(tmp_path: Path) -> None:
+    assert failure.termination_log_path({"VPMOE_TERMINATION_LOG": str(tmp_path / "log")}) == tmp_path / "log"
+    assert failure.termination_log_path({"VPMOE_TERMINATION_LOG": str(tmp_path / "none" / "log")}) is None
+    assert failure.termination_log_path({}) is None or Path("/dev/termination-log").is_file()

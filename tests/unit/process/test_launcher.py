@@ -1,4 +1,4 @@
-"""The launcher: where ranks are placed, and how it ends, with small programs in the place of training."""
+"""The launcher: placement of ranks, exit codes and termination messages. Small programs stand in for training."""
 
 import os
 import signal
@@ -49,13 +49,15 @@ def test_each_pod_starts_its_own_ranks(
     run_spec: dict[str, Any], student: dict[str, int], environment: dict[str, str], first: int, here: int
 ) -> None:
     run = spec(run_spec, **student)
-    placed = launcher.place(layout(run.spec.student, run.spec.training, run.spec.stages[0]), environment)
+    placed = launcher.place_ranks(
+        layout(run.spec.student, run.spec.training, run.spec.stages[0]), environment
+    )
     assert (placed.ranks, placed.first, placed.here) == (student["gpus"], first, here)
     assert placed.address == environment.get("PET_MASTER_ADDR", "127.0.0.1")
 
 
 @pytest.mark.parametrize(
-    "environment, teaches, port",
+    "environment, starts_teacher, port",
     [
         pytest.param({}, True, None, id="by-hand"),
         pytest.param({**POD, "PET_NODE_RANK": "0"}, True, 23457, id="first-pod"),
@@ -63,50 +65,60 @@ def test_each_pod_starts_its_own_ranks(
     ],
 )
 def test_the_first_pod_starts_the_teacher_on_the_gpu_after_its_ranks(
-    run_spec: dict[str, Any], environment: dict[str, str], teaches: bool, port: int | None
+    run_spec: dict[str, Any], environment: dict[str, str], starts_teacher: bool, port: int | None
 ) -> None:
     run = spec(run_spec, gpus=4, gpusPerPod=2)
-    placed = launcher.place(
+    placed = launcher.place_ranks(
         layout(run.spec.student, run.spec.training, run.spec.stages[0]), environment, teacher=True
     )
-    assert placed.teaches is teaches and (
+    assert placed.starts_teacher is starts_teacher and (
         placed.teacher_port == port if port else placed.teacher_port != placed.port
     )
-    student, teacher = (launcher.settings(placed, local, environment) for local in (0, placed.here))
+    student, teacher = (launcher.worker_environment(placed, local, environment) for local in (0, placed.here))
     assert (
         teacher["LOCAL_RANK"] == str(placed.here)
         and teacher["VPMOE_PART"] == "teacher"
         and not teacher["RANK"]
     )
     assert "VPMOE_PART" not in student and student["VPMOE_TEACHER_PORT"] == teacher["VPMOE_TEACHER_PORT"]
-    assert not launcher.place(
+    assert not launcher.place_ranks(
         layout(run.spec.student, run.spec.training, run.spec.stages[0]), environment
-    ).teaches
+    ).starts_teacher
 
 
-def test_a_job_of_other_pods_than_the_layout_is_refused(run_spec: dict[str, Any]) -> None:
+def test_a_job_with_another_number_of_pods_than_the_layout_is_refused(run_spec: dict[str, Any]) -> None:
     run = spec(run_spec, gpus=4, gpusPerPod=1)
-    with pytest.raises(Permanent, match="has 2 pods, but 4 ranks, 1 a pod, are 4"):
-        launcher.place(layout(run.spec.student, run.spec.training, run.spec.stages[0]), POD)
+    with pytest.raises(Permanent, match="has 2 pods, but 4 ranks with 1 per pod need 4"):
+        launcher.place_ranks(layout(run.spec.student, run.spec.training, run.spec.stages[0]), POD)
 
 
-FAIL_BY_RANK = "import os, sys, time; rank = int(os.environ['RANK']); time.sleep(0 if rank == 1 else {others}); sys.exit({code} if rank == 1 else 0)"
+FAIL_BY_RANK = (
+    "import os, sys, time; rank = int(os.environ['RANK']); time.sleep(0 if rank == 1 else {others}); "
+    "sys.exit({code} if rank == 1 else 0)"
+)
 KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-SAVES = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print('ready', flush=True); time.sleep(60)"
-TELL = "import os; assert os.environ['WORLD_SIZE'] == '3' and os.environ['LOCAL_RANK'] == str(int(os.environ['RANK']) - 1)"
+SAVES = (
+    "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
+    "print('ready', flush=True); time.sleep(60)"
+)
+CHECK_ENVIRONMENT = (
+    "import os; assert os.environ['WORLD_SIZE'] == '3'; "
+    "assert os.environ['LOCAL_RANK'] == str(int(os.environ['RANK']) - 1)"
+)
 
 
-def ended(
+def launch_two_ranks(
     monkeypatch: pytest.MonkeyPatch,
     log: Path,
     program: str,
     stopping: threading.Event | None = None,
     grace: float = 0.3,
 ) -> int:
-    return end_of(monkeypatch, log, program, Placement(3, 1, 2, "127.0.0.1", 1), stopping, grace)
+    """Launch a program as ranks 1 and 2 of 3; returns the exit code."""
+    return launch(monkeypatch, log, program, Placement(3, 1, 2, "127.0.0.1", 1), stopping, grace)
 
 
-def end_of(
+def launch(
     monkeypatch: pytest.MonkeyPatch,
     log: Path,
     program: str,
@@ -114,30 +126,31 @@ def end_of(
     stopping: threading.Event | None,
     grace: float,
 ) -> int:
+    """Launch a program; returns the exit code. The termination message is written to `log`."""
     log.touch()
     monkeypatch.setenv("VPMOE_TERMINATION_LOG", str(log))
-    monkeypatch.setattr(launcher, "GRACE", grace)
-    return launcher.launch(placement, [sys.executable, "-c", program], stopping or threading.Event())
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", grace)
+    return launcher.launch_workers(placement, [sys.executable, "-c", program], stopping or threading.Event())
 
 
 @pytest.mark.parametrize(
-    "program, code, words",
+    "program, code, message",
     [
-        pytest.param(TELL, 0, None, id="all-succeed"),
+        pytest.param(CHECK_ENVIRONMENT, 0, None, id="all-succeed"),
         pytest.param(FAIL_BY_RANK.format(code=65, others=0.2), 65, None, id="one-fails"),
         pytest.param(FAIL_BY_RANK.format(code=75, others=60), 75, None, id="the-others-hang"),
         pytest.param(KILLED, 75, "rank 1 was killed by SIGKILL", id="killed"),
     ],
 )
-def test_it_ends_as_the_first_worker_that_failed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, code: int, words: str | None
+def test_it_exits_with_the_code_of_the_first_worker_that_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, code: int, message: str | None
 ) -> None:
-    assert ended(monkeypatch, tmp_path / "log", program) == code
-    found = failure.read(tmp_path / "log")
+    assert launch_two_ranks(monkeypatch, tmp_path / "log", program) == code
+    found = failure.read_termination_message(tmp_path / "log")
     assert (
         found is None
-        if words is None
-        else found is not None and found.message.startswith(words) and found.exit == code
+        if message is None
+        else found is not None and found.message.startswith(message) and found.exit_code == code
     )
 
 
@@ -145,7 +158,7 @@ BY_PART = "import os, signal, sys, time; teacher = os.environ.get('VPMOE_PART') 
 
 
 @pytest.mark.parametrize(
-    "program, grace, code, words",
+    "program, grace, code, message",
     [
         pytest.param("sys.exit(0)", 60, 0, None, id="all-succeed"),
         pytest.param(
@@ -166,32 +179,38 @@ BY_PART = "import os, signal, sys, time; teacher = os.environ.get('VPMOE_PART') 
     ],
 )
 def test_ranks_and_their_teacher_end_together(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, grace: float, code: int, words: str | None
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    program: str,
+    grace: float,
+    code: int,
+    message: str | None,
 ) -> None:
     placed = Placement(3, 0, 2, "127.0.0.1", 1, teacher_port=2)
-    assert end_of(monkeypatch, tmp_path / "log", BY_PART + program, placed, None, grace) == code
-    found = failure.read(tmp_path / "log")
+    assert launch(monkeypatch, tmp_path / "log", BY_PART + program, placed, None, grace) == code
+    found = failure.read_termination_message(tmp_path / "log")
     assert (
         found is None
-        if words is None
-        else found is not None and found.message.startswith(words) and found.rank is None
+        if message is None
+        else found is not None and found.message.startswith(message) and found.rank is None
     )
 
 
-def test_who_was_killed_has_the_word_before_those_that_miss_it(
+def test_the_message_of_a_killed_worker_replaces_those_of_its_peers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Rank 2 says that its peer is gone while rank 1's death is not known to the launcher yet."""
+    """Rank 2 reports that its peer is gone before the launcher has noticed that rank 1 was killed."""
     log = tmp_path / "log"
     complains = (
         f"open({str(log)!r}, 'w').write('rank 2 misses rank 1'); os.kill(int(open('{tmp_path}/1').read()), 9)"
     )
     program = (
-        f"import os, sys, time; rank = os.environ['RANK']; open('{tmp_path}/' + rank, 'w').write(str(os.getpid())); time.sleep(0.5); "
+        f"import os, sys, time; rank = os.environ['RANK']; open('{tmp_path}/' + rank, 'w').write(str(os.getpid())); "
+        "time.sleep(0.5); "
         f"rank == '2' and exec({complains!r}); time.sleep(0 if rank == '2' else 60); sys.exit(70)"
     )
-    assert ended(monkeypatch, log, program, grace=5) == 75
-    found = failure.read(log)
+    assert launch_two_ranks(monkeypatch, log, program, grace=5) == 75
+    found = failure.read_termination_message(log)
     assert found is not None and found.message.startswith("rank 1 was killed by SIGKILL") and found.rank == 1
 
 
@@ -200,39 +219,45 @@ def test_sigterm_reaches_every_worker_and_their_code_is_passed_on(
 ) -> None:
     stopping = threading.Event()
     threading.Timer(1.0, stopping.set).start()
-    assert ended(monkeypatch, tmp_path / "log", SAVES, stopping) == 143
+    assert launch_two_ranks(monkeypatch, tmp_path / "log", SAVES, stopping) == 143
 
 
-def test_a_worker_that_fails_while_the_others_save_does_not_hold_them_up(
+def test_a_worker_that_fails_while_the_others_save_ends_the_launcher_after_the_grace_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     stopping = threading.Event()
     threading.Timer(1.0, stopping.set).start()
-    hangs = "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(70) if os.environ['RANK'] == '1' else None); "
-    assert ended(monkeypatch, tmp_path / "log", hangs + "time.sleep(3); time.sleep(60)", stopping) == 70
+    hangs = (
+        "import os, signal, sys, time; "
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(70) if os.environ['RANK'] == '1' else None); "
+    )
+    assert (
+        launch_two_ranks(monkeypatch, tmp_path / "log", hangs + "time.sleep(3); time.sleep(60)", stopping)
+        == 70
+    )
 
 
-def test_workers_that_do_not_listen_yet_are_stopped_all_the_same(
+def test_workers_without_a_signal_handler_are_stopped_too(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     stopping = threading.Event()
     threading.Timer(0.5, stopping.set).start()
-    assert ended(monkeypatch, tmp_path / "log", "import time; time.sleep(60)", stopping) == 143
-    found = failure.read(tmp_path / "log")
+    assert launch_two_ranks(monkeypatch, tmp_path / "log", "import time; time.sleep(60)", stopping) == 143
+    found = failure.read_termination_message(tmp_path / "log")
     assert found is not None and found.kind == "Terminated"
 
 
 def test_workers_die_with_their_launcher(tmp_path: Path) -> None:
     worker = (
-        "from vpmoe.process import launcher; launcher.die_with_launcher(); print('ready', flush=True); "
+        "from vpmoe.process import launcher; launcher.set_parent_death_signal(); print('ready', flush=True); "
         "import time; time.sleep(60)"
     )
-    launcher = (
-        "import sys, threading; from vpmoe.process.launcher import Placement, launch;"
-        f"launch(Placement(1, 0, 1, '127.0.0.1', 1), [sys.executable, '-c', {worker!r}], threading.Event())"
+    parent = (
+        "import sys, threading; from vpmoe.process.launcher import Placement, launch_workers; "
+        f"launch_workers(Placement(1, 0, 1, '127.0.0.1', 1), [sys.executable, '-c', {worker!r}], threading.Event())"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", launcher], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}
+        [sys.executable, "-c", parent], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}
     )
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGKILL)

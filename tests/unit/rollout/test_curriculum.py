@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.fakes.curricula import SHARES, THREE, stage
 from vpmoe.api.stages import OnPolicy
-from vpmoe.data.mixture import as_written, interleave
+from vpmoe.data.mixture import exact_share, interleave
 from vpmoe.failure import Permanent
 from vpmoe.rollout.curriculum import Curriculum
 
@@ -119,7 +119,7 @@ def test_windows_and_anchor_steps_alternate_as_a_mixtures_do(anchor: float) -> N
 
 @pytest.mark.parametrize("anchor", [0.0, 0.1, 0.15, 0.29, 0.57, 0.999999])
 def test_the_anchors_share_is_exact_however_far_the_stage_is(anchor: float) -> None:
-    curriculum, exact = Curriculum(stage(anchor=anchor)), as_written(anchor)
+    curriculum, exact = Curriculum(stage(anchor=anchor)), exact_share(anchor)
     for window in (0, 1, 2, 6, 99, 12_345, 10**9 + 7):
         step = curriculum.step_of(window)
         assert curriculum.is_window(step) and step - window == step * exact.numerator // exact.denominator

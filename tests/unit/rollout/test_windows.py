@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.fakes.curricula import A_STEP, PARTS, SHARES, at, stage, windows
 from tests.fakes.students import new_seed
 from vpmoe.api.stages import MaxTokens
-from vpmoe.data.packing import order
+from vpmoe.data.packing import epoch_order
 from vpmoe.rollout.back_pressure import ADJUSTMENTS, Adjustment
 from vpmoe.rollout.curriculum import EFFORTS, Curriculum, Level
 from vpmoe.rollout.windows import (
@@ -86,7 +86,7 @@ def test_each_prompt_is_asked_once_an_epoch_in_the_batch_plans_order(
 ) -> None:
     it = windows(seed, prompts, first)
     visited = np.concatenate([it.documents(number) for number in range(-(-100 // prompts))])
-    stream = np.concatenate([order(PARTS, seed, epoch) for epoch in range(10)])
+    stream = np.concatenate([epoch_order(PARTS, seed, epoch) for epoch in range(10)])
     assert visited.tolist() == stream[first : first + len(visited)].tolist()
     for epoch in range(1, 3):
         whole = visited[25 * epoch - first % 25 :][:25]

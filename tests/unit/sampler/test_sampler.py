@@ -29,9 +29,9 @@ from tests.fakes.waiting import wait_until
 from vpmoe.api import DistillRun
 from vpmoe.api.stages import MaxTokens, OnPolicy
 from vpmoe.data.dataset import load_dataset
-from vpmoe.data.packing import BatchPlan, documents, firsts
-from vpmoe.data.preprocess.encode import Encoders
-from vpmoe.data.preprocess.preprocess import preprocess
+from vpmoe.data.packing import SequenceStream, first_documents, packed_documents
+from vpmoe.data.preprocess.encode import EncoderPool
+from vpmoe.data.preprocess.step import preprocess
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.data.vocabulary import STOP_IDS
 from vpmoe.failure import Permanent, Terminated
@@ -170,7 +170,7 @@ def spec(s3: S3, sample_parquet: list[Path]) -> dict[str, Any]:
     bucket = Bucket.open(run.spec.storage)
     for path in sample_parquet:
         bucket.put_file(f"input/{path.name}", path, {})
-    with Encoders(1) as encoders:
+    with EncoderPool(1) as encoders:
         preprocess(run, bucket, provenance(run, "preprocess"), threading.Event(), None, encoders)
     return made
 
@@ -252,8 +252,10 @@ def check_window(
     templates = prompts.PromptBuilder(load_dataset(world.run, world.bucket).facts["settings"]["conversation"])
     numbers = np.array([one.document for one in asked.prompts], np.int32)
     read = [
-        parts.read(one)
-        for one in documents(numbers, firsts([len(of) for of in parts.lengths]), parts.lengths)
+        parts.read_document(one)
+        for one in packed_documents(
+            numbers, first_documents([len(of) for of in parts.lengths]), parts.lengths
+        )
     ]
     wanted = [(one, n) for one in asked.prompts for n in range(len(one.seeds))]
     for (one, rollout), made in zip(wanted, sampled.rollouts, strict=True):
@@ -294,7 +296,9 @@ def test_a_stage_is_sampled_to_its_end_from_the_versions_that_it_must_be_sampled
     made = load_dataset(world.run, world.bucket)
     parts = DatasetReader(made, "train", BlockCache(world.bucket, world.scratch / "blocks"))
     training = world.run.spec.training
-    anchors = BatchPlan(parts.lengths, training.seed, training.sequence_length).steps(0, 4, TOKENS)
+    anchors = SequenceStream(parts.lengths, training.seed, training.sequence_length).tokens_after_steps(
+        0, 4, TOKENS
+    )
     seen = 0
     for number in range(5):
         seen = check_window(world, number, parts, anchors, seen)

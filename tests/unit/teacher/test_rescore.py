@@ -26,8 +26,8 @@ from vpmoe.api import DistillRun
 from vpmoe.api.stages import Rescored
 from vpmoe.data import dataset
 from vpmoe.data.index import read_index
-from vpmoe.data.preprocess.encode import Encoders
-from vpmoe.data.preprocess.preprocess import preprocess
+from vpmoe.data.preprocess.encode import EncoderPool
+from vpmoe.data.preprocess.step import preprocess
 from vpmoe.data.system_message import EffortSubstitution
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.storage import Bucket, manifest, paths
@@ -61,7 +61,7 @@ def spec(run_spec: dict[str, Any], sample_parquet: list[Path], teacher: Path) ->
         bucket.put_file(f"input/{path.name}", path, {})
     for path in teacher.iterdir():
         bucket.put_file(f"models/teacher/{path.name}", path, {})
-    with Encoders(1) as encoders:
+    with EncoderPool(1) as encoders:
         preprocess(run, bucket, provenance(run, "rescore"), threading.Event(), None, encoders)
     return run_spec
 
@@ -227,7 +227,7 @@ def test_what_decides_the_scores_is_their_id(
 ) -> None:
     def resolved() -> str:
         run = DistillRun.parse(spec)
-        with Encoders(1) as encoders:
+        with EncoderPool(1) as encoders:
             preprocess(run, bucket, provenance(run, "rescore"), threading.Event(), None, encoders)
         (stage,) = (stage for stage in run.spec.stages if isinstance(stage, Rescored))
         return scores.resolve_scores(run, stage, bucket, dataset.load_dataset(run, bucket)).id
@@ -368,11 +368,11 @@ def test_scores_of_another_content_are_refused(spec: dict[str, Any], bucket: Buc
     run = DistillRun.parse(spec)
     made(spec, scorer)
     (found,) = do(spec, None)
-    source = bucket.get_json(dataset.resolve(run, bucket).manifest)
+    source = bucket.get_json(dataset.resolve_dataset(run, bucket).manifest)
     (spans,) = (entry for entry in source["subject"] if entry["name"] == "train/part-00001.spans.bin")
     spans["digest"]["sha256"] = "0" * 64
-    bucket.delete(dataset.resolve(run, bucket).manifest)
-    bucket.write_json(dataset.resolve(run, bucket).manifest, source)
+    bucket.delete(dataset.resolve_dataset(run, bucket).manifest)
+    bucket.write_json(dataset.resolve_dataset(run, bucket).manifest, source)
     refused = (
         rf"the scores are of content {found.content}, but dataset .* Delete "
         rf"s3://.*/scores/{found.id} to have it scored again"
@@ -396,9 +396,9 @@ def test_a_subset_of_nothing_is_an_error(spec: dict[str, Any], scorer: Remote) -
 
 
 def test_without_a_data_set_there_is_nothing_to_score(spec: dict[str, Any], bucket: Bucket) -> None:
-    bucket.delete(dataset.resolve(DistillRun.parse(spec), bucket).manifest)
+    bucket.delete(dataset.resolve_dataset(DistillRun.parse(spec), bucket).manifest)
     with pytest.raises(
-        Permanent, match=r"the run's data set is not there. Make it first: python -m jobs.preprocess"
+        Permanent, match=r"the run's dataset is not built yet. Run python -m jobs.preprocess first"
     ):
         do(spec, None)
 

@@ -16,7 +16,7 @@ from tests.fakes.checkpoints import altered, at, emptied, filled, same, save, tr
 from tests.fakes.store import S3
 from tests.fakes.students import saved
 from tests.fakes.trainers import start_of
-from vpmoe.checkpoint.train_state import TrainState, end_of, iterations
+from vpmoe.checkpoint.train_state import TrainState, list_iterations, load_stage_end
 from vpmoe.failure import Permanent
 from vpmoe.model import state
 from vpmoe.model.learner import Learner
@@ -111,7 +111,7 @@ def test_where_no_checkpoint_is_usable_the_stage_does_not_start_over_in_silence(
 def test_another_student_is_refused(context: StageContext, device: torch.device) -> None:
     save(context, filled(device, 1.0), at(1))
     other = students.learner(device, replace(students.SMALL, dense_width=32))
-    with pytest.raises(Permanent, match="it is of another student, or of another version"):
+    with pytest.raises(Permanent, match="it belongs to another student or to another version"):
         start_of(context, other)
 
 
@@ -124,7 +124,7 @@ def test_the_newest_are_kept_and_what_a_killed_attempt_left_is_replaced(
     learner = filled(device, 1.0)
     save(context, learner, *(at(iteration) for iteration in range(1, 7)))
     folder = paths.checkpoints(context.run, "vanilla")
-    assert iterations(context.bucket, folder) == [6, 5, 4, 3]
+    assert list_iterations(context.bucket, folder) == [6, 5, 4, 3]
     assert {found.key.split("/")[-2] for found in context.bucket.list(folder + "/")} == {"3", "4", "5", "6"}
     assert not context.bucket.exists(leftover)
 
@@ -274,7 +274,7 @@ def test_a_stage_does_not_go_on_without_its_own_projection(
     context: StageContext, device: torch.device
 ) -> None:
     save(context, filled(device, 1.0), at(5))
-    with pytest.raises(Permanent, match="It holds 0 of the 768 numbers of main/projection"):
+    with pytest.raises(Permanent, match="cover 0 of the 768 elements of main/projection"):
         start_of(context, projecting(device, 2.0))
 
 
@@ -306,14 +306,14 @@ def test_the_end_of_a_stage_is_known_without_its_weights(
     context: StageContext, device: torch.device, s3: S3
 ) -> None:
     folder = paths.checkpoints(context.run, "vanilla")
-    assert end_of(context.bucket, folder) is None
+    assert load_stage_end(context.bucket, folder) is None
     save(context, filled(device, 1.0), at(1))
-    assert end_of(context.bucket, folder) is None
+    assert load_stage_end(context.bucket, folder) is None
     save(context, filled(device, 1.0), at(2, finished=True))
-    reached = end_of(context.bucket, folder)
+    reached = load_stage_end(context.bucket, folder)
     assert reached is not None and reached[1].tokens == 200
     path = s3.folder / context.bucket.name / paths.manifest(paths.checkpoint(context.run, "vanilla", 2))
     content = json.loads(path.read_bytes())
     del content["predicate"]["buildDefinition"]["internalParameters"]["position"]
     context.bucket.put_bytes(paths.manifest(f"{folder}/2"), json.dumps(content).encode(), {})
-    assert end_of(context.bucket, folder) is None
+    assert load_stage_end(context.bucket, folder) is None

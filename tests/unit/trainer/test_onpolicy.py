@@ -23,7 +23,7 @@ from tests.fakes.checkpoints import same
 from tests.fakes.fake_onpolicy_peers import FakePeers
 from tests.fakes.onpolicy_ranks import PeerReporter
 from tests.fakes.students import new_seed
-from vpmoe.checkpoint.train_state import TrainState, end_of, iterations
+from vpmoe.checkpoint.train_state import TrainState, list_iterations, load_stage_end
 from vpmoe.data.mixture import interleave
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model.learner import Learner
@@ -108,7 +108,7 @@ def trainer(
 
 
 def reached(it: Trainer) -> TrainState:
-    found = end_of(it.context.bucket, paths.checkpoints(it.context.run, it.context.stage.name))
+    found = load_stage_end(it.context.bucket, paths.checkpoints(it.context.run, it.context.stage.name))
     assert found is not None
     return found[1]
 
@@ -271,7 +271,7 @@ def test_who_waits_stops_at_once_and_saves(trainer: Make) -> None:
     it = trainer(Silent())
     with pytest.raises(Terminated, match="Stopped after step 2, all of it saved"):
         it.run()
-    assert iterations(it.context.bucket, paths.checkpoints(it.context.run, "onpolicy"))[0] == 2
+    assert list_iterations(it.context.bucket, paths.checkpoints(it.context.run, "onpolicy"))[0] == 2
     position = trainer().start.state
     assert position.windows is not None and (
         position.steps,

@@ -15,7 +15,7 @@ from tests.fakes.checkpoints import same
 from tests.fakes.reporters import RecordingReporter, stop_after
 from tests.fakes.trainers import start_of
 from vpmoe.api.stages import Confidence
-from vpmoe.checkpoint.train_state import TrainState, end_of
+from vpmoe.checkpoint.train_state import TrainState, load_stage_end
 from vpmoe.data.mixture import interleave
 from vpmoe.data.packing import PackedDocument
 from vpmoe.data.reader import BlockCache, DatasetReader
@@ -84,7 +84,7 @@ def trainer(
 
 
 def reached(bucket: Bucket, context: StageContext) -> TrainState:
-    end = end_of(bucket, paths.checkpoints(context.run, context.stage.name))
+    end = load_stage_end(bucket, paths.checkpoints(context.run, context.stage.name))
     assert end is not None
     return end[1]
 
@@ -148,7 +148,7 @@ def test_the_next_stage_goes_on_in_both_streams(trainer: Make, bucket: Bucket) -
     assert at.scored is not None and end.scored is not None
     assert (at.first_sequence, at.scored.first_sequence) == (end.next_sequence, end.scored.next_sequence)
     assert at.first_sequence > 0 and at.scored.first_sequence > 0
-    plain, scored = first.stage.plan.mixture.turns(first.stage.plan.steps)
+    plain, scored = first.stage.plan.mixture.steps_by_kind(first.stage.plan.steps)
     assert (at.first_sequence, at.scored.first_sequence) == (plain * 4, scored * 4)
 
 

@@ -13,7 +13,7 @@ from tests.fakes import datasets, students, trainers
 from tests.fakes.checkpoints import same
 from tests.fakes.reporters import RecordingReporter, stop_after
 from tests.fakes.students import saved
-from vpmoe.checkpoint.train_state import end_of, iterations
+from vpmoe.checkpoint.train_state import list_iterations, load_stage_end
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model.learner import Learner
 from vpmoe.model.router import routers
@@ -79,7 +79,7 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(
         Terminated, match=f"Stopped after step 3 of {whole.stage.plan.steps}, all of it saved"
     ):
         stopped[0].run()
-    assert iterations(bucket, paths.checkpoints(stopped[0].context.run, "vanilla"))[0] == 3
+    assert list_iterations(bucket, paths.checkpoints(stopped[0].context.run, "vanilla"))[0] == 3
     resumed = trainer(RecordingReporter())
     resumed.run()
     assert resumed.start.state.steps == 3 and same(resumed.learner, whole.learner)
@@ -93,7 +93,7 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(
     assert whole.reporter.uploader.progress["loss"] == pytest.approx(last["loss"], rel=1e-5), (
         "the cross-entropy, which is what a Vanilla step minimises"
     )
-    ends = [end_of(bucket, paths.checkpoints(one.context.run, "vanilla")) for one in (whole, resumed)]
+    ends = [load_stage_end(bucket, paths.checkpoints(one.context.run, "vanilla")) for one in (whole, resumed)]
     assert ends[0] is not None and ends[1] is not None and ends[0][1] == ends[1][1]
 
 
@@ -115,7 +115,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_has_moved(
         for name, of in saved(learner).items()
         for now, then in zip(of, before[name], strict=True)
     )
-    assert learner.steps == 0 and not iterations(bucket, paths.checkpoints(it.context.run, "vanilla"))
+    assert learner.steps == 0 and not list_iterations(bucket, paths.checkpoints(it.context.run, "vanilla"))
 
 
 def test_a_collapsed_router_is_a_condition_that_names_the_layer(
@@ -145,7 +145,7 @@ def test_a_stage_ends_early_where_its_evaluations_bring_too_little(
     spec["spec"]["stages"][0]["stop"] = {"evaluations": 1, "minImprovement": 0.9, "minValidity": 0.0}
     it = trainer(RecordingReporter())
     it.run()
-    reached = end_of(bucket, paths.checkpoints(it.context.run, "vanilla"))
+    reached = load_stage_end(bucket, paths.checkpoints(it.context.run, "vanilla"))
     assert reached is not None and 800 <= reached[1].tokens < 2000
     assert (
         isinstance(it.reporter.uploader, RecordingReporter)

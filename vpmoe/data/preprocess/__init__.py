@@ -1,1 +1,1 @@
-"""Preprocessing: input shards to a dataset of tokens and spans."""
+"""The preprocess step: builds a dataset of tokens and spans from input shards."""

@@ -1,7 +1,8 @@
-"""How many rows of each class an input shard has, by hash bin: what sampling thresholds follow from.
+"""Counts the rows of an input shard by class and hash bin. The sampling thresholds are computed from these
+counts (sampling.py).
 
-Only a shard's metadata columns are read. The result lies in the bucket beside the data set, so each shard is counted once, whoever
-does it. What thresholds follow from all shards' counts is sampling.py's business.
+Only a shard's metadata columns are read. The result is stored next to the dataset, so each shard is counted
+once, by any worker.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from vpmoe.data.inputs import Shard
-from vpmoe.data.preprocess.encode import identity
+from vpmoe.data.inputs import InputShard
+from vpmoe.data.preprocess.encode import row_identity
 from vpmoe.data.preprocess.rows import METADATA, ShardReader
 from vpmoe.data.preprocess.sampling import BINS, Histogram, hash_bin, row_class
-from vpmoe.data.preprocess.text import Unreadable, decode
+from vpmoe.data.preprocess.text import UnreadableRows, decode_columns
 from vpmoe.storage import Bucket
 
 BATCH_ROWS = 4096
@@ -22,13 +23,15 @@ BATCH_ROWS = 4096
 
 @dataclass(frozen=True)
 class Census:
-    """Rows of a shard, those in damaged row groups included, and the readable ones by class and hash bin."""
+    """Row counts of a shard."""
 
     rows: int
+    """All rows, including those in damaged row groups."""
     rows_4B: Histogram
+    """Readable rows by class and hash bin."""
 
     def as_json(self) -> dict[str, Any]:
-        """Bins with rows only: [bin, rows] pairs of each class."""
+        """The counts as JSON; only non-empty bins, as [bin, rows] pairs for each class."""
         return {
             "rows": self.rows,
             "bins": [[[int(b), int(row[b])] for b in np.flatnonzero(row)] for row in self.rows_4B],
@@ -36,35 +39,36 @@ class Census:
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "Census":
-        histogram = empty()
+        histogram = empty_histogram()
         for number, pairs in enumerate(found["bins"]):
             for which, count in pairs:
                 histogram[number, which] = count
         return cls(found["rows"], histogram)
 
 
-def take(shard: Shard, bucket: Bucket) -> Census:
-    """Count one shard. Raises what ShardReader raises; a row whose metadata is not text counts as of no class, as does its text later."""
+def count_shard(shard: InputShard, bucket: Bucket) -> Census:
+    """Count one shard. A row whose metadata is not text counts as class 0. Raises what ShardReader raises."""
     reader = ShardReader(shard, bucket, METADATA)
-    histogram = empty()
+    histogram = empty_histogram()
     for batch in reader.batches(BATCH_ROWS):
-        if isinstance(batch, Unreadable):
+        if isinstance(batch, UnreadableRows):
             continue
-        columns = decode(batch.columns, METADATA).columns
+        columns = decode_columns(batch.columns, METADATA).columns
         values = zip(*(columns[name] for name in METADATA), strict=True)
         for row, (synth_id, language, exercise) in enumerate(values, batch.first):
-            histogram[row_class(language, exercise), hash_bin(identity(synth_id, shard.name, row))] += 1
+            histogram[row_class(language, exercise), hash_bin(row_identity(synth_id, shard.name, row))] += 1
     return Census(reader.rows, histogram)
 
 
-def total(counted: Iterable[Census]) -> Census:
-    """All shards together."""
-    rows, histogram = 0, empty()
+def merge_censuses(counted: Iterable[Census]) -> Census:
+    """The sum over all shards."""
+    rows, histogram = 0, empty_histogram()
     for census in counted:
         rows += census.rows
         histogram += census.rows_4B
     return Census(rows, histogram)
 
 
-def empty() -> Histogram:
+def empty_histogram() -> Histogram:
+    """All counts 0."""
     return np.zeros((4, BINS), dtype=np.int64)

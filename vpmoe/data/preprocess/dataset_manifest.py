@@ -1,12 +1,12 @@
-"""A data set's manifest, made from the records of all its parts."""
+"""Builds a dataset's manifest from the records of all its parts."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vpmoe.data.dataset import SPLITS, WRITER, DatasetRef, sum_counts
-from vpmoe.data.inputs import Shard
-from vpmoe.data.preprocess.part import LISTED
+from vpmoe.data.inputs import InputShard
+from vpmoe.data.preprocess.part_writer import LISTED_UNREADABLE
 from vpmoe.data.preprocess.sampling import Thresholds
 from vpmoe.data.vocabulary import TOKENIZER, VOCABULARY_SHA256
 from vpmoe.data.vocabulary_file import PACKAGE
@@ -15,12 +15,12 @@ from vpmoe.storage import Bucket, manifest
 from vpmoe.storage.manifest import Input, Manifest
 
 
-def merge(records: Sequence[Mapping[str, Any]], shards: Sequence[Shard]) -> dict[str, Any]:
-    """What became of all rows: the sum of the parts' records, which are in the order of their shards."""
+def merge_records(records: Sequence[Mapping[str, Any]], shards: Sequence[InputShard]) -> dict[str, Any]:
+    """The counts of all rows: the sum of the parts' records, which are in the order of their shards."""
     first = [
-        {"file": shard.url, "rows": [start, stop], "why": why}
+        {"file": shard.url, "rows": [start, stop], "why": reason}
         for record, shard in zip(records, shards, strict=True)
-        for start, stop, why in record["unreadable"]["first"]
+        for start, stop, reason in record["unreadable"]["first"]
     ]
     splits = {split: sum_counts(record["splits"][split] for record in records) for split in SPLITS}
     return {
@@ -28,7 +28,7 @@ def merge(records: Sequence[Mapping[str, Any]], shards: Sequence[Shard]) -> dict
         "dropped": dict(sum((Counter(record["dropped"]) for record in records), Counter())),
         "unreadable": {
             "rows": sum(record["unreadable"]["rows"] for record in records),
-            "first": first[:LISTED],
+            "first": first[:LISTED_UNREADABLE],
         },
         "surrogates": sum(record["surrogates"] for record in records),
         "splits": splits,
@@ -44,7 +44,8 @@ def write_manifest(
     provenance: Provenance,
     bucket: Bucket,
 ) -> Manifest:
-    """Make the data set exist: its manifest, from the records of all its parts. Returns the one that stands, ours or another worker's."""
+    """Write the dataset's manifest, which completes the dataset. Returns the stored manifest, this worker's
+    or another's."""
     subjects = [manifest.subject_of(entry, dataset.folder) for record in records for entry in record["files"]]
     facts = {
         "id": dataset.id,
@@ -52,8 +53,8 @@ def write_manifest(
         "settings": dict(settings),
         "tokenizer": {"id": TOKENIZER, "sha256": VOCABULARY_SHA256},
         "writer": WRITER,
-        "kept": thresholds.facts(),
-        **merge(records, dataset.inputs.shards),
+        "kept": thresholds.shares(),
+        **merge_records(records, dataset.inputs.shards),
     }
     commit = {"gitCommit": dataset.inputs.commit} if dataset.inputs.commit else {}
     inputs = [

@@ -1,7 +1,9 @@
-"""Rows to token ids, on every core: which rows become documents, their ids and lengths, and what became of the others.
+"""Encodes rows to documents on all cores: which rows become documents, their token ids and lengths, and why
+others do not.
 
-`encode` is pure, a chunk of consecutive rows in and their documents out, so any number of processes gives the same documents. The
-pool is processes and not threads: the tokenizer gives up Python's lock, the work around it does not. Files are part.py's business.
+`encode_chunk` is a pure function of a chunk of consecutive rows, so any number of processes gives the same
+documents. The pool has processes, not threads: the tokenizer releases the GIL, but the work around it does
+not.
 """
 
 import os
@@ -16,6 +18,7 @@ from functools import cache
 from hashlib import blake2b
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +27,7 @@ from numpy.typing import NDArray
 from vpmoe.data.harmony import HarmonyDocument, Renderer, SystemMessage
 from vpmoe.data.preprocess import sampling
 from vpmoe.data.preprocess.filters import quality
-from vpmoe.data.preprocess.text import decode
+from vpmoe.data.preprocess.text import decode_columns
 from vpmoe.data.tokenizer import Ids, tokenizer
 from vpmoe.failure import Retriable
 
@@ -40,15 +43,16 @@ COLUMNS = (
 )
 
 CHUNK_ROWS = 64
-"""Rows that go to a process at once: some 80,000 tokens, tens of milliseconds of work beside one of passing them on."""
+"""Rows per chunk: some 80,000 tokens, tens of milliseconds of work for one millisecond of transfer."""
 
 CHUNKS_AHEAD = 4
-"""Chunks that wait for each process, so that none idles while the shard is read. They bound memory: under 1 MB each."""
+"""Chunks queued per process, so that none idles while the shard is read. Bounds memory: a chunk has under 1
+MB."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything beside a row itself that decides what becomes of it."""
+class PreprocessContext:
+    """All settings that decide, together with a row, what becomes of the row."""
 
     dataset_id: str
     system: SystemMessage
@@ -58,55 +62,62 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Rows of shard `part`, whose file is called `name`; `first` is the first one's number in it. `columns` is an Arrow stream."""
+class RowChunk:
+    """Consecutive rows of a shard."""
 
     part: int
+    """Number of the shard and its part."""
     name: str
+    """The shard's file name."""
     first: int
+    """Number of the first row in the file."""
     columns: bytes
+    """An Arrow IPC stream."""
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """What became of a chunk of `part`: D documents of T tokens altogether, in the order of their rows, and the rows that are none."""
+class EncodedChunk:
+    """The result of a chunk: D documents with T tokens in total, in the order of their rows, and the counts
+    of the other rows."""
 
     part: int
     ids_T: Ids
     lengths_D3: NDArray[np.int64]
-    """Tokens of prompt, reasoning and final message; a document has one more."""
+    """Tokens of prompt, reasoning and final message. A document has one more, its end."""
     valid_D: NDArray[np.bool_]
     order_D: NDArray[np.uint64]
-    """Where the document goes in its part: documents are sorted by this."""
+    """Sort key of the document in its part."""
     labels_D: list[tuple[str, str | None, str | None]]
     """Row id, language, exercise."""
     rows: int
     dropped: Counter[str]
     unreadable: dict[int, str]
-    """Row in the file -> why."""
+    """By row of the file, why it cannot be read."""
     surrogates: int
     """Rows in which surrogates were replaced (text.py)."""
 
 
-def chunk(part: int, name: str, first: int, columns: pa.RecordBatch) -> Chunk:
-    """Rows in a form that goes to another process: their own bytes only, even where they are a slice of a larger batch."""
+def make_chunk(part: int, name: str, first: int, columns: pa.RecordBatch) -> RowChunk:
+    """Serialize rows for another process. A slice of a larger batch is serialized without the rest of the
+    batch."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, columns.schema) as stream:
         stream.write_batch(columns)
-    return Chunk(part, name, first, sink.getvalue().to_pybytes())
+    return RowChunk(part, name, first, sink.getvalue().to_pybytes())
 
 
-def encode(chunk: Chunk, recipe: Recipe) -> Encoded:
-    """What becomes of each row of a chunk. The first reason against it counts: unreadable, poor, not sampled, too long."""
+def encode_chunk(chunk: RowChunk, context: PreprocessContext) -> EncodedChunk:
+    """Encode a chunk. A row is dropped for the first reason that applies: unreadable, low quality, not
+    sampled, too long."""
     with pa.ipc.open_stream(chunk.columns) as stream:
         (batch,) = stream
-    texts = decode(batch, COLUMNS)
-    renderer = _renderer(recipe.system)
+    texts = decode_columns(batch, COLUMNS)
+    renderer = _renderer(context.system)
     documents: list[HarmonyDocument] = []
     labels: list[tuple[str, str | None, str | None]] = []
     order: list[int] = []
     dropped: Counter[str] = Counter()
-    unreadable = {chunk.first + row: why for row, why in texts.unreadable.items()}
+    unreadable = {chunk.first + row: reason for row, reason in texts.unreadable.items()}
     values = zip(*(texts.columns[name] for name in COLUMNS), strict=True)
     for row, (synth_id, query, seed_text, constraints, reasoning, answer, language, exercise) in enumerate(
         values, chunk.first
@@ -116,11 +127,11 @@ def encode(chunk: Chunk, recipe: Recipe) -> Encoded:
         if query is None:
             unreadable[row] = "query is null"
             continue
-        if poor := quality(answer, constraints):
-            dropped[poor] += 1
+        if reason := quality(answer, constraints):
+            dropped[reason] += 1
             continue
-        row_id = identity(synth_id, chunk.name, row)
-        if not recipe.thresholds.keeps(sampling.row_class(language, exercise), row_id):
+        row_id = row_identity(synth_id, chunk.name, row)
+        if not context.thresholds.keeps(sampling.row_class(language, exercise), row_id):
             dropped["notSampled"] += 1
             continue
         try:
@@ -128,20 +139,20 @@ def encode(chunk: Chunk, recipe: Recipe) -> Encoded:
         except ValueError as error:
             unreadable[row] = str(error)
             continue
-        if len(document.ids) > recipe.max_length:
+        if len(document.ids) > context.max_length:
             dropped["tooLong"] += 1
             continue
         documents.append(document)
         labels.append((row_id, language, exercise))
-        order.append(_order(recipe.dataset_id, chunk.part, row))
-    return Encoded(
+        order.append(_order(context.dataset_id, chunk.part, row))
+    return EncodedChunk(
         part=chunk.part,
         ids_T=np.concatenate([document.ids for document in documents])
         if documents
         else np.empty(0, np.int32),
         lengths_D3=np.array([(d.prompt, d.reasoning, d.final) for d in documents], np.int64).reshape(-1, 3),
         valid_D=np.array(
-            [sampling.is_valid(row_id, recipe.valid_fraction) for row_id, _, _ in labels], np.bool_
+            [sampling.is_valid(row_id, context.valid_fraction) for row_id, _, _ in labels], np.bool_
         ),
         order_D=np.array(order, np.uint64),
         labels_D=labels,
@@ -152,13 +163,14 @@ def encode(chunk: Chunk, recipe: Recipe) -> Encoded:
     )
 
 
-def identity(synth_id: str | None, name: str, row: int) -> str:
-    """What a row is sampled, split and listed by: its synth_id, or its place in the input where it has none."""
+def row_identity(synth_id: str | None, name: str, row: int) -> str:
+    """The id by which a row is sampled, split and listed: its synth_id, or file name and row number if it has
+    none."""
     return synth_id if synth_id and synth_id.strip() else f"{name}#{row}"
 
 
-def cores() -> int:
-    """CPU cores that this process may use: its affinity, and in a container its cgroup's quota."""
+def available_cores() -> int:
+    """CPU cores that this process may use, from its affinity and its cgroup's quota."""
     quota = Path("/sys/fs/cgroup/cpu.max")
     allowed = len(os.sched_getaffinity(0))
     if not quota.is_file():
@@ -167,67 +179,71 @@ def cores() -> int:
     return allowed if limit == "max" else max(1, min(allowed, int(limit) // int(period)))
 
 
-class Encoders:
-    """Processes that encode chunks, one a core unless told otherwise. They end with the `with` block, or with this process, however
-    that ends."""
+class EncoderPool:
+    """A pool of processes that encode chunks; the default is one per core. They exit with the `with` block,
+    and also if this process is killed.
+    """
 
     def __init__(self, processes: int | None = None) -> None:
-        self.processes = processes or cores()
-        context = get_context(
-            "forkserver"
-        )  # this process has threads, and sockets that a forked child would hold open
+        self.processes = processes or available_cores()
+        # Not fork: this process has threads, and sockets that a forked child would keep open.
+        context = get_context("forkserver")
         context.set_forkserver_preload([__name__])
         self._pool = ProcessPoolExecutor(self.processes, mp_context=context, initializer=_start)
 
     def start(self) -> None:
-        """Let the processes start and load the tokenizer (seconds) while there is something else to do."""
+        """Start the processes, which load the tokenizer (seconds) in the background."""
         for _ in range(self.processes):
             self._pool.submit(os.getpid)
 
-    def __enter__(self) -> "Encoders":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def encode(self, chunks: Iterable[Chunk], recipe: Recipe) -> Iterator[Encoded]:
-        """Results in the order of the chunks. Raises Retriable where a process was killed."""
-        running: deque[Future[Encoded]] = deque()
+    def encode(self, chunks: Iterable[RowChunk], context: PreprocessContext) -> Iterator[EncodedChunk]:
+        """Encode chunks; results come in the order of the chunks. Raises Retriable if a process was
+        killed."""
+        running: deque[Future[EncodedChunk]] = deque()
         try:
             for each in chunks:
                 if len(running) == CHUNKS_AHEAD * self.processes:
                     yield running.popleft().result()
-                running.append(self._pool.submit(encode, each, recipe))
+                running.append(self._pool.submit(encode_chunk, each, context))
             while running:
                 yield running.popleft().result()
         except BrokenProcessPool as error:
             raise Retriable(
-                "A process that encodes text was killed, most likely for want of memory. Give runtime.resources.preprocess more memory."
+                "An encoder process was killed, most likely because it ran out of memory. "
+                "Raise the memory in runtime.resources.preprocess."
             ) from error
 
 
 def _start() -> None:
-    """Begin life as an encoding process: load the tokenizer, leave Ctrl-C to the parent, and end when the parent does."""
+    """Initialize an encoder process: load the tokenizer, ignore Ctrl-C (the parent handles it), exit with the
+    parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = parent_process()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+        threading.Thread(target=_exit_with_parent, args=(parent.sentinel,), daemon=True).start()
     tokenizer()
 
 
-def _end_with(sentinel: int) -> None:
-    """A pool's process waits for work for ever, also when whoever gives it was killed."""
+def _exit_with_parent(sentinel: int) -> None:
+    """Exit when the parent does. Without this a pool process would wait for work forever after its parent was
+    killed."""
     connection.wait([sentinel])
     os._exit(1)
 
 
 @cache
-def _renderer(setting: SystemMessage) -> Renderer:
-    return Renderer(tokenizer(), setting)
+def _renderer(system: SystemMessage) -> Renderer:
+    return Renderer(tokenizer(), system)
 
 
 def _order(dataset_id: str, part: int, row: int) -> int:
-    """A number that sorts the documents of a part into an order that looks random and is always the same."""
+    """The sort key of a document in its part: a pseudo-random order that is always the same."""
     return int.from_bytes(
         blake2b(f"{dataset_id}/{part}/{row}".encode(), digest_size=8, person=b"vpmoe.order").digest()
     )

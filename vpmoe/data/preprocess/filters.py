@@ -1,13 +1,16 @@
-"""Which rows are not worth training on, and why. Pure: a row's texts in, the reason or None out.
+"""Decides which rows are not worth training on, and why. Pure: takes a row's texts, returns the reason or
+None.
 
-How much of what is left is kept is sampling.py's business; a row that cannot be decoded never comes here (rows.py).
+Rows that cannot be decoded are handled in text.py; how many of the remaining rows are kept is decided in
+sampling.py.
 """
 
 import re
 from typing import Literal
 
 Dropped = Literal["blankAnswer", "failedGeneration", "contradictedResult", "notSampled", "tooLong"]
-"""Every reason for which a readable row is left out; the manifest counts each. The first that holds, in this order."""
+"""The reasons for dropping a readable row, counted in the manifest. The first that applies, in this order,
+counts."""
 
 FAILED = re.compile(r"result\s*:\s*failed after maximum attempts", re.IGNORECASE)
 RESULT = re.compile(r"\bresult\s*:[ \t]*([^\n;]*)", re.IGNORECASE)
@@ -22,7 +25,8 @@ NUMBER_ALONE = re.compile(rf"[€£]?\s*({NUMBER.pattern})\s*[%€£]?\.?")
 
 
 def quality(answer: str | None, constraints: str | None) -> Dropped | None:
-    """Why a row is not worth training on: no answer, a generation that was given up, an answer that its own check contradicts."""
+    """Why a row is not worth training on: no answer, a failed generation, or an answer that contradicts the
+    row's own check."""
     if answer is None or not answer.strip():
         return "blankAnswer"
     if constraints is None:
@@ -33,10 +37,12 @@ def quality(answer: str | None, constraints: str | None) -> Dropped | None:
 
 
 def contradicted(constraints: str, answer: str) -> bool:
-    """Whether a `result:` line of the constraints is a choice or a number that the first line of the answer gives otherwise.
+    """Whether a `result:` line of the constraints is a choice or a number, and the first line of the answer
+    has a different one.
 
-    Only what is certain counts. A result that is neither one letter nor one number, or an answer whose first line names none, is
-    not contradicted: constraints also carry prose (RAG evidence), and answers may open with a sentence.
+    Only certain contradictions count. There is none if the result is neither one letter nor one number, or if
+    the first line of the answer has no letter or number: constraints also contain prose (RAG evidence), and
+    answers may begin with a sentence.
     """
     line = MARKDOWN.sub("", answer.strip().partition("\n")[0]).strip()
     return any(
@@ -55,13 +61,14 @@ def _contradicts(result: str, line: str) -> bool:
 
 
 def _choice(line: str) -> str | None:
-    """The letter that a line answers with: `B`, `B) Paris`, `Answer: B`, `The correct option is (B)`; of `A good start`, none."""
+    """The letter that a line chooses: `B`, `B) Paris`, `Answer: B`, `The correct option is (B)`; None for `A
+    good start`."""
     found = CHOICE_FIRST.match(line) or CHOICE_NAMED.search(line)
     return found[1].upper() if found else None
 
 
 def _readings(text: str) -> set[float]:
-    """The values that a number may have: separators mark thousands in one country and decimals in another. `1,234` is 1234 or 1.234."""
+    """The possible values of a number, because separators differ by country: `1,234` is 1234 or 1.234."""
     text = text.replace("−", "-")
     as_thousands = text.replace(",", ""), text.replace(".", "").replace(",", ".")
     return {round(float(reading), 9) for reading in as_thousands if reading.count(".") <= 1}

@@ -1,7 +1,7 @@
-"""An input shard as a file that fsspec can open, which is how the datasets library opens everything.
+"""An fsspec file system for input shards in S3, because the datasets library opens all files with fsspec.
 
-S3 shards get a file system of their own over vpmoe.storage: one way to reach the store, with its retries, and each range has to
-come from the very object that was listed. Files of a Hugging Face data set have fsspec's hf://, at the commit that was resolved.
+It reads through vpmoe.storage, with its retries, and each range must come from the object that was listed.
+Files of a Hugging Face dataset use fsspec's own hf:// at the resolved commit.
 """
 
 import uuid
@@ -12,45 +12,48 @@ from weakref import WeakValueDictionary
 import fsspec
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-from vpmoe.data.inputs import Shard
+from vpmoe.data.inputs import InputShard
 from vpmoe.storage import Bucket, Object, paths
 
 PROTOCOL = "vpmoe-input"
 
 FOOTER = 1 << 16
-"""Bytes at a file's end that Arrow asks for first, once for each row group that is read."""
+"""Bytes at a file's end that Arrow reads first, once per row group."""
 
 BLOCK = 8 << 20
-"""Bytes of one request where most of a shard is read: its many small columns and row groups would be a request each."""
+"""Bytes of one request when most of a shard is read; otherwise each small column of each row group would be a
+request."""
 
-KEPT_BLOCKS = 12
-"""Blocks of a shard in memory, 96 MB: one for each column that is read, where a row group is longer than a block, and some ahead."""
+CACHED_BLOCKS = 12
+"""Blocks of a shard in memory, 96 MB: one per column that is read, for row groups longer than a block, and
+some ahead."""
 
-OPEN: "WeakValueDictionary[str, Source]" = WeakValueDictionary()
-"""Open shards by their path. Handing a Source over as an option of the file system would read the wrong shard: the datasets library
-opens every file in a process with the options of the data set that was loaded last."""
+OPEN_SHARDS: "WeakValueDictionary[str, OpenShard]" = WeakValueDictionary()
+"""Open shards by path. They cannot be passed as an option of the file system: the datasets library opens
+every file in a process with the options of the dataset that was loaded last."""
 
 
-class Source:
-    """Where the bytes of one S3 shard come from, open for fsspec under `url` as long as it lives.
+class OpenShard:
+    """One S3 shard, available to fsspec under `url` as long as this object lives.
 
-    The shard's end is kept, since every opening begins there. With `in_blocks` everything else is fetched and kept in blocks;
-    otherwise a request brings what was asked for.
+    The end of the file is cached, because every open reads it. If `in_blocks` is set, all other bytes are
+    fetched and cached in blocks; otherwise each request fetches exactly its range.
     """
 
-    def __init__(self, shard: Shard, bucket: Bucket) -> None:
+    def __init__(self, shard: InputShard, bucket: Bucket) -> None:
         name, key = paths.split_url(shard.url)
         self.url = f"{PROTOCOL}://{uuid.uuid4().hex}/{name}/{key}"
-        OPEN[InputFileSystem._strip_protocol(self.url)] = self
+        OPEN_SHARDS[InputFileSystem._strip_protocol(self.url)] = self
         self.size = shard.size
         self.in_blocks = False
         self._store = bucket.other(name)
         self._object = Object(key, shard.size, shard.etag)
-        self._block = lru_cache(KEPT_BLOCKS)(self._fetch_block)
+        self._block = lru_cache(CACHED_BLOCKS)(self._fetch_block)
         self._end = b""
 
     def fetch(self, start: int, stop: int) -> bytes:
-        """Bytes [start, stop). Raises StorageError also where the object is no longer the one that was listed."""
+        """Bytes [start, stop). Raises StorageError, also if the object is no longer the one that was
+        listed."""
         end = max(0, self.size - FOOTER)
         if start >= end:
             self._end = self._end or self._store.fetch_range(self._object, end, self.size)
@@ -66,28 +69,28 @@ class Source:
 
 
 class InputFileSystem(AbstractFileSystem):  # type: ignore[misc]
-    """The part of fsspec's interface that reading an open shard needs."""
+    """The part of fsspec's interface that is needed to read an open shard."""
 
     protocol = PROTOCOL
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
         """Size of an open shard."""
         path = self._strip_protocol(path)
-        return {"name": path, "size": OPEN[path].size, "type": "file"}
+        return {"name": path, "size": OPEN_SHARDS[path].size, "type": "file"}
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> "InputFile":
-        return InputFile(self, path, OPEN[self._strip_protocol(path)])
+        return InputFile(self, path, OPEN_SHARDS[self._strip_protocol(path)])
 
 
 class InputFile(AbstractBufferedFile):  # type: ignore[misc]
-    """A shard, opened for reading; Arrow buffers, so nothing is buffered here."""
+    """A shard, opened for reading. Unbuffered, because Arrow buffers."""
 
-    def __init__(self, filesystem: InputFileSystem, path: str, source: Source) -> None:
-        super().__init__(filesystem, path, mode="rb", cache_type="none", size=source.size)
-        self._source = source
+    def __init__(self, filesystem: InputFileSystem, path: str, shard: OpenShard) -> None:
+        super().__init__(filesystem, path, mode="rb", cache_type="none", size=shard.size)
+        self._shard = shard
 
     def _fetch_range(self, start: int, stop: int) -> bytes:
-        return self._source.fetch(start, stop)
+        return self._shard.fetch(start, stop)
 
 
 fsspec.register_implementation(PROTOCOL, InputFileSystem, clobber=True)

@@ -1,8 +1,9 @@
-"""Arrow columns as Python text, where the bytes may not be the UTF-8 that they claim to be. Pure.
+"""Decodes Arrow string columns to Python text. Their bytes may be invalid UTF-8. Pure.
 
-Arrow does not look at strings, so a file may carry surrogates (three bytes that UTF-8 forbids, left by UTF-16 programs) or garbage. A
-surrogate pair becomes its character and a lone one U+FFFD, as tiktoken itself does with such a str, and the row is counted. Garbage
-makes the row unreadable. Everything else, NULs included, stays byte for byte.
+Arrow does not validate strings, so a file may contain surrogates (three bytes that UTF-8 forbids, left by
+UTF-16 programs) or garbage. A surrogate pair becomes its character and a lone surrogate U+FFFD, as in
+tiktoken, and the row is counted. Garbage makes the row unreadable. Everything else, including NULs, is kept
+byte for byte.
 """
 
 from collections.abc import Sequence
@@ -12,28 +13,29 @@ import pyarrow as pa
 
 
 @dataclass(frozen=True)
-class Unreadable:
-    """Rows [first, stop) of a file, from 0, that could not be read, and why."""
+class UnreadableRows:
+    """Rows [first, stop) of a file, counted from 0, that could not be read."""
 
     first: int
     stop: int
-    why: str
+    reason: str
 
 
 @dataclass
-class Texts:
-    """Some columns of consecutive rows as text; `columns[name][row]`, None for null and for a column that is not there."""
+class DecodedRows:
+    """Some columns of consecutive rows as text: `columns[name][row]`, None for null and for a missing
+    column."""
 
     columns: dict[str, list[str | None]]
     unreadable: dict[int, str] = field(default_factory=dict)
-    """Row (from 0 in this batch) -> why one of its values is not text. Its values are None."""
+    """By row of this batch (from 0), why a value is not text. All values of the row are None."""
     surrogates: set[int] = field(default_factory=set)
     """Rows in which surrogates were replaced."""
 
 
-def decode(batch: pa.RecordBatch, names: Sequence[str]) -> Texts:
-    """The text of `names` in a batch of rows."""
-    texts = Texts({})
+def decode_columns(batch: pa.RecordBatch, names: Sequence[str]) -> DecodedRows:
+    """Decode the columns `names` of a batch of rows."""
+    texts = DecodedRows({})
     for name in names:
         index = batch.schema.get_field_index(name)
         texts.columns[name] = (
@@ -42,16 +44,16 @@ def decode(batch: pa.RecordBatch, names: Sequence[str]) -> Texts:
     return texts
 
 
-def _column(values: pa.Array, name: str, texts: Texts) -> list[str | None]:
+def _column(values: pa.Array, name: str, texts: DecodedRows) -> list[str | None]:
     try:
         decoded: list[str | None] = values.to_pylist()
-    except UnicodeDecodeError:  # somewhere in this column: look at each value
+    except UnicodeDecodeError:  # at least one value of the column is invalid: decode one by one
         raw = values.cast(pa.large_binary()).to_pylist()
         decoded = [_value(value, name, row, texts) for row, value in enumerate(raw)]
     return decoded
 
 
-def _value(value: bytes | None, name: str, row: int, texts: Texts) -> str | None:
+def _value(value: bytes | None, name: str, row: int, texts: DecodedRows) -> str | None:
     if value is None:
         return None
     try:

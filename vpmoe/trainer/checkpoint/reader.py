@@ -16,7 +16,14 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from vpmoe.checkpoint.format import WEIGHTS, CheckpointRejected, TensorSlice, check_covers, pieces_in, total
+from vpmoe.checkpoint.format import (
+    WEIGHTS,
+    CheckpointRejected,
+    TensorSlice,
+    check_coverage,
+    count_elements,
+    read_slices,
+)
 from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.model import distributed, state
 from vpmoe.model.learner import Learner
@@ -107,7 +114,7 @@ class CheckpointReader:
         """The checkpoint, with every file that this rank needs downloaded and verified."""
         stored = manifest.load(bucket, paths.manifest(folder))
         saved_state = TrainState.model_validate(stored.facts.get("position"))
-        slices = pieces_in(bucket, stored.subjects.values())
+        slices = read_slices(bucket, stored.subjects.values())
         sizes = {
             name: size
             for name, size in state.sizes(self._learner).items()
@@ -119,11 +126,11 @@ class CheckpointReader:
             if begins and f"main/{name}" in sizes
         }
         unset = frozenset(
-            name for name, size in optional.items() if total(slices.get(f"main/{name}", [])) != size
+            name for name, size in optional.items() if count_elements(slices.get(f"main/{name}", [])) != size
         )
         sizes = {name: size for name, size in sizes.items() if name.partition("/")[2] not in unset}
         for name, size in sizes.items():
-            check_covers(name, slices.get(name, []), size)
+            check_coverage(name, slices.get(name, []), size)
         ranges = [
             (held.name, held.start, held.stop) for held in state.slices(self._learner) if held.name in sizes
         ]

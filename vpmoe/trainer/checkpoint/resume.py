@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vpmoe.checkpoint.format import CheckpointRejected
-from vpmoe.checkpoint.train_state import TrainState, iterations
+from vpmoe.checkpoint.train_state import TrainState, list_iterations
 from vpmoe.failure import Permanent
 from vpmoe.model import distributed
 from vpmoe.model.learner import Learner
@@ -52,7 +52,7 @@ def load_start(context: StageContext, stage: StageKind, learner: Learner) -> Sta
     reader = CheckpointReader(context.scratch, learner)
     folder = paths.checkpoints(context.run, name)
     rejected: list[str] = []
-    for iteration in iterations(bucket, folder):
+    for iteration in list_iterations(bucket, folder):
         try:
             found, state = reader.restore(bucket, f"{folder}/{iteration}", moments=True)
         except CheckpointRejected as rejection:
@@ -98,7 +98,7 @@ def _beginning(context: StageContext, reader: CheckpointReader) -> Start:
 def _after_stage(context: StageContext, reader: CheckpointReader, before: str) -> Start:
     """From the end of the stage before."""
     folder = paths.checkpoints(context.run, before)
-    found = iterations(context.bucket, folder)[:1]
+    found = list_iterations(context.bucket, folder)[:1]
     if not found:
         raise Permanent(
             f"stage {context.stage.name} follows {before}, which has no checkpoint. Train that first: --step "
@@ -124,7 +124,11 @@ def _from_run(context: StageContext, reader: CheckpointReader, url: str) -> Star
     bucket, folder = context.bucket.other(name), f"{key.rstrip('/')}/checkpoints"
     stages = {found.key.removeprefix(folder + "/").split("/")[0] for found in bucket.list(folder + "/")}
     newest = max(
-        ((iteration, stage) for stage in stages for iteration in iterations(bucket, f"{folder}/{stage}")),
+        (
+            (iteration, stage)
+            for stage in stages
+            for iteration in list_iterations(bucket, f"{folder}/{stage}")
+        ),
         default=None,
     )
     if newest is None:

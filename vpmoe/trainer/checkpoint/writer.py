@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vpmoe.api.progress import CheckpointStatus
-from vpmoe.checkpoint.train_state import TrainState, facts_of, iterations
+from vpmoe.checkpoint.train_state import TrainState, checkpoint_facts, list_iterations
 from vpmoe.failure import Retriable
 from vpmoe.model import distributed, state
 from vpmoe.model.learner import Learner
@@ -123,7 +123,7 @@ class CheckpointWriter:
                 "checkpoint", subjects, facts, self._context.provenance, self._inputs
             )
             written = manifest.write(bucket, paths.manifest(key), statement)
-            self._report.update(checkpoint=facts_of(bucket, written, at))
+            self._report.update(checkpoint=checkpoint_facts(bucket, written, at))
             log.info(
                 "Wrote checkpoint %s: %d files, %.1f MB",
                 bucket.url(key),
@@ -150,7 +150,7 @@ class CheckpointWriter:
 def prune(bucket: Bucket, folder: str, keep: int) -> None:
     """Delete all but the `keep` newest checkpoints of a stage, and what killed attempts left before those.
     The stage's last always stays."""
-    kept = iterations(bucket, folder)[:keep]
+    kept = list_iterations(bucket, folder)[:keep]
     present = {int(found.key.removeprefix(folder + "/").split("/")[0]) for found in bucket.list(folder + "/")}
     for iteration in sorted(present - set(kept)):
         if iteration < kept[0]:

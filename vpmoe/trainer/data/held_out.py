@@ -25,11 +25,11 @@ def held_out_rows(
 ) -> list[list[PackedDocument]]:
     """The first `documents` documents of the split in the order of epoch 0, packed into rows. All of them
     where there are fewer."""
-    visited = packing.held_out(lengths, documents, seed)
-    first_document = packing.firsts([len(part) for part in lengths])
-    places, starts = packing.pack(np.concatenate(lengths)[visited], sequence_length)
+    visited = packing.held_out_documents(lengths, documents, seed)
+    first_document = packing.first_documents([len(part) for part in lengths])
+    places, starts = packing.pack_sequences(np.concatenate(lengths)[visited], sequence_length)
     return [
-        packing.documents(visited[places[start:stop]], first_document, lengths)
+        packing.packed_documents(visited[places[start:stop]], first_document, lengths)
         for start, stop in pairwise(starts)
     ]
 
@@ -46,7 +46,7 @@ class HeldOutDocuments:
         rows += [[] for _ in range(-len(rows) % ranks)]
         rows = rows[rank::ranks]
         valid.prefetch(document for row in rows for document in row)
-        self.batches: list[Batch] = collate.microbatches(rows, valid.read, sequence_length)
+        self.batches: list[Batch] = collate.microbatches(rows, valid.read_document, sequence_length)
 
     def loss(self, learner: Learner) -> SpanLoss:
         """Mean negative log-likelihood of each span's tokens over all ranks, in nats."""

@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vpmoe.data.packing import BatchPlan, PackedDocument, slice_of
+from vpmoe.data.packing import PackedDocument, SequenceStream, rank_sequences
 from vpmoe.failure import Permanent
 from vpmoe.model.batch import Batch
 from vpmoe.trainer.data.collate import LogpOf, microbatches, rows_per_microbatch
@@ -20,7 +20,7 @@ class Documents(Protocol):
 
     lengths: Sequence[NDArray[np.int32]]
 
-    def read(self, document: PackedDocument) -> tuple[NDArray[np.int32], NDArray[np.uint8]]: ...
+    def read_document(self, document: PackedDocument) -> tuple[NDArray[np.int32], NDArray[np.uint8]]: ...
     def prefetch(self, documents: Iterable[PackedDocument]) -> None: ...
     def exercise_shares(self, documents: Iterable[PackedDocument]) -> dict[str, float]: ...
 
@@ -32,7 +32,7 @@ class Stream:
     def __init__(
         self,
         documents: Documents,
-        plan: BatchPlan,
+        plan: SequenceStream,
         first: int,
         sequences_per_step: int,
         steps: int,
@@ -72,19 +72,21 @@ class Stream:
         return self._documents.exercise_shares(document for row in rows for document in row)
 
     def _microbatches(self, rows: Sequence[Sequence[PackedDocument]]) -> list[Batch]:
-        return microbatches(rows, self._documents.read, self._plan.sequence_length, self._teacher_logp)
+        return microbatches(
+            rows, self._documents.read_document, self._plan.sequence_length, self._teacher_logp
+        )
 
     def _rows(self, step: int, rank: int, ranks: int) -> list[list[PackedDocument]]:
         return [
             self._plan.sequence(number)
-            for number in slice_of(rank, ranks, self._first, self._sequences_per_step, step)
+            for number in rank_sequences(rank, ranks, self._first, self._sequences_per_step, step)
         ]
 
 
-def plan_of(documents: Documents, seed: int, sequence_length: int) -> BatchPlan:
+def plan_of(documents: Documents, seed: int, sequence_length: int) -> SequenceStream:
     """The batch plan of these documents. Raises Permanent where there is nothing to train on."""
     try:
-        return BatchPlan(documents.lengths, seed, sequence_length)
+        return SequenceStream(documents.lengths, seed, sequence_length)
     except ValueError as error:
         raise Permanent(
             f"the dataset's train split cannot be trained on: {error}. Look at the counts in its manifest; "

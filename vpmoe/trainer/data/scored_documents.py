@@ -43,17 +43,19 @@ class ScoredDocuments:
                 "set mix to 0."
             )
 
-    def read(self, document: PackedDocument) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    def read_document(self, document: PackedDocument) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """(tokens, span of each token) of one document."""
-        return self._documents.read(self._original(document))
+        return self._documents.read_document(self._original(document))
 
     def logp(self, document: PackedDocument) -> NDArray[np.float16]:
         """The teacher's log-probability of each token [T]. Raises Permanent where a supervised token has
         none."""
         original = self._original(document)
-        start, stop = self._documents.tokens_of(original)
-        logp_T = np.frombuffer(self._cache.read(self._subject(document.part), 2 * start, 2 * stop), "<f2")
-        _, spans_T = self._documents.read(original)
+        start, stop = self._documents.token_range(original)
+        logp_T = np.frombuffer(
+            self._cache.read_range(self._subject(document.part), 2 * start, 2 * stop), "<f2"
+        )
+        _, spans_T = self._documents.read_document(original)
         if np.isnan(logp_T[spans_T > 0]).any():
             raise Permanent(
                 f"{self._scores.key}: document {original.number} of training part {original.part} counts as "
@@ -66,7 +68,7 @@ class ScoredDocuments:
         """Begin to fetch the blocks of these documents and of their scores."""
         originals = [self._original(document) for document in documents]
         self._documents.prefetch(originals)
-        self._documents.prefetch_of(originals, self._subject, 2)
+        self._documents.prefetch_file(originals, self._subject, 2)
 
     def exercise_shares(self, documents: Iterable[PackedDocument]) -> dict[str, float]:
         """See DatasetReader."""
@@ -89,7 +91,7 @@ class ScoredDocuments:
                 "folder."
             )
         subject = self._scores.subjects[name]
-        content = pyarrow.BufferReader(self._cache.read(subject, 0, subject.size))
+        content = pyarrow.BufferReader(self._cache.read_range(subject, 0, subject.size))
         scored_D = pyarrow.parquet.read_table(content, columns=["scored"])["scored"].to_numpy()
         if len(scored_D) != documents:
             raise Permanent(

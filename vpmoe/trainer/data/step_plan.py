@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpmoe.checkpoint.train_state import TrainState
-from vpmoe.data.mixture import mix
+from vpmoe.data.mixture import mix_streams
 from vpmoe.data.reader import DatasetReader
 from vpmoe.model.batch import Batch
 from vpmoe.trainer.data.loader import Stream, plan_of
@@ -70,16 +70,19 @@ class DatasetSteps:
         self._each = sequences_per_step
         self._plan = plan_of(documents, seed, sequence_length)
         first = start.first_sequence
-        alone: list[NDArray[np.int64]] = [self._plan.steps(first, self._each, tokens), np.zeros(0, np.int64)]
+        alone: list[NDArray[np.int64]] = [
+            self._plan.tokens_after_steps(first, self._each, tokens),
+            np.zeros(0, np.int64),
+        ]
         scored_plan, scored_first = None, 0
         if scored is not None:
             assert start.scored is not None
             scored_plan, scored_first = plan_of(scored, seed, sequence_length), start.scored.first_sequence
-            alone[1] = scored_plan.steps(scored_first, self._each, tokens)
-        self.mixture = mix(alone[0], alone[1], scored_share if scored is not None else 0.0, tokens)
+            alone[1] = scored_plan.tokens_after_steps(scored_first, self._each, tokens)
+        self.mixture = mix_streams(alone[0], alone[1], scored_share if scored is not None else 0.0, tokens)
         self.steps = len(self.mixture.seen)
         self.total = int(self.mixture.seen[-1])
-        plain, of_scored = self.mixture.turns(self.steps)
+        plain, of_scored = self.mixture.steps_by_kind(self.steps)
         self._kinds = (kind, scored_kind)
         self._streams = [Stream(documents, self._plan, first, self._each, plain, rank, ranks)]
         if scored is not None and scored_plan is not None:
@@ -93,21 +96,21 @@ class DatasetSteps:
 
     def batches(self, step: int) -> list[Batch]:
         """See StepPlan. Begins to fetch what the next steps need."""
-        return self._streams[self._number(step)].batches(self.mixture.turn(step))
+        return self._streams[self._number(step)].batches(self.mixture.index_in_stream(step))
 
     def first_batch(self, step: int) -> Batch | None:
         """The first of this rank's microbatches of a step; None after the last step."""
         if step >= self.steps:
             return None
-        return self._streams[self._number(step)].first_batch(self.mixture.turn(step))
+        return self._streams[self._number(step)].first_batch(self.mixture.index_in_stream(step))
 
     def exercises(self, step: int) -> dict[str, float]:
         """See StepPlan."""
-        return self._streams[self._number(step)].exercises(self.mixture.turn(step))
+        return self._streams[self._number(step)].exercises(self.mixture.index_in_stream(step))
 
     def advance(self, state: TrainState) -> TrainState:
         """See StepPlan."""
-        plain, of_scored = self.mixture.turns(state.steps + 1)
+        plain, of_scored = self.mixture.steps_by_kind(state.steps + 1)
         next_sequence = state.first_sequence + plain * self._each
         scored = state.scored
         if scored is not None and len(self._streams) > 1:

@@ -16,7 +16,7 @@ from vpmoe.api.progress import ProgressCondition
 from vpmoe.api.stages import OnPolicy
 from vpmoe.checkpoint.train_state import TrainState, WindowStream
 from vpmoe.data import packing
-from vpmoe.data.mixture import as_written
+from vpmoe.data.mixture import exact_share
 from vpmoe.data.reader import DatasetReader
 from vpmoe.model import distributed
 from vpmoe.model.batch import Batch
@@ -65,9 +65,9 @@ class OnPolicyCoordinator:
         self._sequence_length = training.sequence_length
         self.curriculum = Curriculum(stage)
         self.total = stage.tokens
-        self._anchor_share = as_written(stage.anchor)
+        self._anchor_share = exact_share(stage.anchor)
         self._plan = plan_of(documents, training.seed, training.sequence_length)
-        self.anchors: NDArray[np.int64] = self._plan.steps(
+        self.anchors: NDArray[np.int64] = self._plan.tokens_after_steps(
             start.first_sequence, sequences_per_step, stage.tokens
         )
         """Tokens of the stage's first anchor steps together, after each of them."""
@@ -75,7 +75,7 @@ class OnPolicyCoordinator:
         self._stream = Stream(
             documents, self._plan, first, sequences_per_step, steps, self._rank, self._ranks
         )
-        self._first_document = packing.firsts([len(part) for part in documents.lengths])
+        self._first_document = packing.first_documents([len(part) for part in documents.lengths])
         self._wait = WindowWait(context)
         self._starvation = Starvation(stage.back_pressure.windows)
         self._adjustments = (
@@ -123,7 +123,7 @@ class OnPolicyCoordinator:
             return self._stream.exercises(self._anchors_before(step))
         rollouts = self._loaded(step).rollouts
         numbers = np.array([one.document for one in rollouts], np.int32)
-        asked = packing.documents(numbers, self._first_document, self._documents.lengths)
+        asked = packing.packed_documents(numbers, self._first_document, self._documents.lengths)
         return self._documents.exercise_shares(
             document._replace(length=len(one.ids_T)) for document, one in zip(asked, rollouts, strict=True)
         )

@@ -183,7 +183,7 @@ def probe_sequences(documents: DatasetReader) -> list[Ids]:
         for number, length in enumerate(lengths)
         if length > 1
     )
-    return [documents.read(one)[0][:PROBE_TOKENS] for one in islice(candidates, PROBE_DOCUMENTS)]
+    return [documents.read_document(one)[0][:PROBE_TOKENS] for one in islice(candidates, PROBE_DOCUMENTS)]
 
 
 def compute_probe(learner: Learner, sequences: Sequence[Ids]) -> Probe:

@@ -102,7 +102,7 @@ def rows_of_rank(lengths: Sequence[int], sequence_length: int, rank: int, ranks:
 
     Over all ranks each rollout is in one row. Every rank has equally many rows; the last ones may be empty.
     """
-    places, starts = packing.pack(np.asarray(lengths, np.int32), sequence_length)
+    places, starts = packing.pack_sequences(np.asarray(lengths, np.int32), sequence_length)
     packed = [places[start:stop].tolist() for start, stop in pairwise(starts)]
     packed += [[] for _ in range(-len(packed) % ranks)]
     return packed[rank::ranks]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vpmoe.api.metrics import Measures
 from vpmoe.api.progress import Amount, ProgressCondition
-from vpmoe.checkpoint.train_state import TrainState, facts_of, held_out
+from vpmoe.checkpoint.train_state import TrainState, checkpoint_facts, held_out_losses
 from vpmoe.model import distributed
 from vpmoe.model.learner import Outcome
 from vpmoe.trainer.checkpoint.resume import Start
@@ -89,7 +89,7 @@ class StageReporter:
                 of_kind=self._stage.start_metrics(state),
             )
             self._lines.append(line)
-            own = facts_of(self._context.bucket, self._start.own, state) if self._start.own else None
+            own = checkpoint_facts(self._context.bucket, self._start.own, state) if self._start.own else None
             message = f"Training {self._start.origin}, {done}"
             self.uploader.update(message=message, checkpoint=own, conditions=self._conditions())
 
@@ -234,5 +234,5 @@ class StageReporter:
         """The fields of the progress that follow from the state."""
         return {
             "tokens": Amount(done=state.tokens, total=self._stage.plan.total),
-            "held_out": held_out(state),
+            "held_out": held_out_losses(state),
         }

@@ -1,8 +1,9 @@
-"""The files of one part: an input shard's documents, split, shuffled and written as Megatron's IndexedDataset.
+"""Writes the files of one part: an input shard's documents, split, shuffled and stored as Megatron's
+IndexedDataset.
 
-Documents arrive in the shard's order and go to a scratch file at once; when all are there they are copied into their final order.
-So memory holds no more than the documents' lengths and labels (some 30 MB of a SYNTH shard), and the disk holds a part's tokens
-twice, or thrice while the next part is encoded. Where the files go is dataset.py's business.
+Documents are appended to a scratch file in the shard's order; when all are there, they are copied into their
+final order. So memory holds only the documents' lengths and labels (some 30 MB for a SYNTH shard), and the
+disk holds a part's tokens twice, or three times while the next part is encoded. step.py uploads the files.
 """
 
 import tempfile
@@ -19,18 +20,18 @@ from numpy.typing import NDArray
 
 from vpmoe.data.dataset import SPLITS, UNKNOWN
 from vpmoe.data.index import index_bytes
-from vpmoe.data.preprocess.encode import Encoded
-from vpmoe.data.preprocess.text import Unreadable
+from vpmoe.data.preprocess.encode import EncodedChunk
+from vpmoe.data.preprocess.text import UnreadableRows
 from vpmoe.data.spans import spans_of_documents
 from vpmoe.storage.paths import PartFile, Split
 
 FILES: tuple[PartFile, ...] = ("tokens.bin", "tokens.idx", "spans.bin", "spans.idx", "documents.parquet")
 
 COPY_TOKENS = 1 << 20
-"""Tokens that are brought into order at a time."""
+"""Tokens that are copied into the final order at a time."""
 
-LISTED = 100
-"""Unreadable rows that a record names; all of them are counted, and in the log."""
+LISTED_UNREADABLE = 100
+"""Unreadable rows that are listed in a record. All of them are counted and logged."""
 
 DOCUMENTS = pa.schema(
     [
@@ -46,15 +47,15 @@ DOCUMENTS = pa.schema(
 
 @dataclass
 class SplitDocuments:
-    """What has arrived of one split."""
+    """The documents of one split that were added so far."""
 
     lengths: list[NDArray[np.int64]] = field(default_factory=list)
     order: list[NDArray[np.uint64]] = field(default_factory=list)
     labels: list[tuple[str, str | None, str | None]] = field(default_factory=list)
 
 
-class Part:
-    """One part in the making, in a scratch folder of its own below TMPDIR, until it is discarded."""
+class PartWriter:
+    """Collects one part in its own scratch folder below TMPDIR, until `discard`."""
 
     def __init__(self, number: int) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix=f"vpmoe-part-{number:05d}-")
@@ -63,18 +64,18 @@ class Part:
         self._arrived = {split: (self._folder / f"{split}.arrived").open("wb") for split in SPLITS}
         self.rows = 0
         self.dropped: Counter[str] = Counter()
-        self.unreadable: list[Unreadable] = []
+        self.unreadable: list[UnreadableRows] = []
         self.surrogates = 0
-        self._named = 0
+        self._logged = 0
 
     def discard(self) -> None:
-        """Remove the scratch folder; counts stay."""
+        """Remove the scratch folder. The counts remain available."""
         for file in self._arrived.values():
             file.close()
         self._scratch.cleanup()
 
-    def add(self, encoded: Encoded) -> None:
-        """Take the next documents. Raises OSError where the disk is full."""
+    def add(self, encoded: EncodedChunk) -> None:
+        """Add the next documents. Raises OSError if the disk is full."""
         tokens_D = encoded.lengths_D3.sum(axis=1) + 1
         for split, wanted in zip(SPLITS, (False, True), strict=True):
             chosen_D = encoded.valid_D == wanted
@@ -90,18 +91,20 @@ class Part:
                 )
         self.rows += encoded.rows
         self.dropped += encoded.dropped
-        self.unreadable += [Unreadable(row, row + 1, why) for row, why in sorted(encoded.unreadable.items())]
+        self.unreadable += [
+            UnreadableRows(row, row + 1, reason) for row, reason in sorted(encoded.unreadable.items())
+        ]
         self.surrogates += encoded.surrogates
 
-    def skip(self, unreadable: Unreadable) -> None:
-        """Count rows that never became text."""
+    def skip_rows(self, unreadable: UnreadableRows) -> None:
+        """Count rows that could not be read at all."""
         self.rows += unreadable.stop - unreadable.first
         self.unreadable.append(unreadable)
 
-    def unnamed(self) -> list[Unreadable]:
-        """Unreadable rows that were not asked for yet."""
-        new = self.unreadable[self._named :]
-        self._named = len(self.unreadable)
+    def take_unlogged(self) -> list[UnreadableRows]:
+        """The unreadable rows since the previous call."""
+        new = self.unreadable[self._logged :]
+        self._logged = len(self.unreadable)
         return new
 
     @property
@@ -109,7 +112,8 @@ class Part:
         return sum(found.stop - found.first for found in self.unreadable)
 
     def write(self) -> dict[Split, dict[PartFile, Path]]:
-        """Write the part's files into its folder, in final order. Nothing can be added any more. Raises OSError where the disk is full."""
+        """Write the part's files into its scratch folder and close it for `add`. Raises OSError if the disk
+        is full."""
         written: dict[Split, dict[PartFile, Path]] = {}
         for split in SPLITS:
             self._arrived[split].close()
@@ -119,26 +123,26 @@ class Part:
             written[split] = files
         return written
 
-    def facts(self) -> dict[str, Any]:
-        """What became of the shard's rows, for the part's record. `dataset.merge` adds these up."""
-        unreadable = sorted(
-            self.unreadable, key=lambda rows: rows.first
-        )  # damaged row groups are known before the rows ahead of them
+    def counts(self) -> dict[str, Any]:
+        """The counts of the shard's rows for the part's record. dataset_manifest.merge_records adds them
+        up."""
+        # Sorted, because damaged row groups are found before the rows ahead of them are encoded.
+        unreadable = sorted(self.unreadable, key=lambda rows: rows.first)
         return {
             "rows": self.rows,
             "dropped": dict(sorted(self.dropped.items())),
             "unreadable": {
                 "rows": self.unreadable_rows,
-                "first": [[u.first, u.stop, u.why] for u in unreadable[:LISTED]],
+                "first": [[u.first, u.stop, u.reason] for u in unreadable[:LISTED_UNREADABLE]],
             },
             "surrogates": self.surrogates,
-            "splits": {split: split_facts(self._splits[split]) for split in SPLITS},
+            "splits": {split: split_counts(self._splits[split]) for split in SPLITS},
         }
 
 
-def split_facts(documents: SplitDocuments) -> dict[str, Any]:
-    """Documents and tokens of a split: altogether, by span, by language and by exercise."""
-    lengths_D3 = together(documents.lengths, (0, 3), np.int64)
+def split_counts(documents: SplitDocuments) -> dict[str, Any]:
+    """Documents and tokens of a split: in total, by span, by language and by exercise."""
+    lengths_D3 = concatenate(documents.lengths, (0, 3), np.int64)
     tokens_D = lengths_D3.sum(axis=1) + 1
     by: dict[str, dict[str, dict[str, int]]] = {"languages": {}, "exercises": {}}
     for tokens, (_, language, exercise) in zip(tokens_D.tolist(), documents.labels, strict=True):
@@ -156,16 +160,16 @@ def split_facts(documents: SplitDocuments) -> dict[str, Any]:
 
 
 def write_split(documents: SplitDocuments, arrived: Path, files: dict[PartFile, Path]) -> None:
-    """Bring a split's documents into their final order and write its five files."""
-    lengths_D3 = together(documents.lengths, (0, 3), np.int64)
-    order_D = np.argsort(together(documents.order, (0,), np.uint64), kind="stable")
+    """Write a split's five files, with its documents in their final order."""
+    lengths_D3 = concatenate(documents.lengths, (0, 3), np.int64)
+    order_D = np.argsort(concatenate(documents.order, (0,), np.uint64), kind="stable")
     tokens_D = lengths_D3.sum(axis=1) + 1
     starts_D = np.cumsum(tokens_D) - tokens_D
     ids_T = (
         np.memmap(arrived, dtype="<i4", mode="r").view(np.ndarray) if len(order_D) else np.empty(0, np.int32)
     )
     with files["tokens.bin"].open("wb") as tokens_file, files["spans.bin"].open("wb") as spans_file:
-        for chosen in runs(order_D, tokens_D):
+        for chosen in document_batches(order_D, tokens_D):
             tokens_file.write(
                 np.concatenate(
                     [
@@ -193,8 +197,8 @@ def write_split(documents: SplitDocuments, arrived: Path, files: dict[PartFile, 
     )
 
 
-def runs(order_D: NDArray[np.intp], tokens_D: NDArray[np.int64]) -> Iterator[NDArray[np.intp]]:
-    """Consecutive documents of an order, some COPY_TOKENS at a time."""
+def document_batches(order_D: NDArray[np.intp], tokens_D: NDArray[np.int64]) -> Iterator[NDArray[np.intp]]:
+    """The documents of an order in consecutive batches of about COPY_TOKENS tokens."""
     ends_D = np.cumsum(tokens_D[order_D])
     first = 0
     while first < len(order_D):
@@ -204,6 +208,6 @@ def runs(order_D: NDArray[np.intp], tokens_D: NDArray[np.int64]) -> Iterator[NDA
         first = stop
 
 
-def together(arrays: list[Any], shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
-    """All of them in one; of none, an empty array of that shape."""
+def concatenate(arrays: list[Any], shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    """The concatenation; an empty array of `shape` if there are no arrays."""
     return np.concatenate(arrays) if arrays else np.empty(shape, dtype)
