@@ -1,8 +1,9 @@
-"""The demonstration: one small DistillRun from `helm install` to a trained student, on the development cluster that is up.
+"""The demonstration: one small DistillRun from `helm install` to a trained student, on the development
+cluster.
 
-It types what a user would type and shows it: helm, kubectl create, apply, get --watch. What it knows it reads from the run's status.
-Run it again and it deletes the run and makes it anew. Cluster and run stay up afterwards, to look at.
-"""
+It types what a user would type and shows it: helm, kubectl create, apply, get. What it shows of the run it
+reads from the run's status and metrics. A second run deletes the DistillRun and creates it again. Cluster and
+run stay up afterwards."""
 
 import json
 import shlex
@@ -10,36 +11,46 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import boto3
+from rich.console import Console
 
 from demo import sample
+from demo.live_view import LiveView, step_lines
+from demo.plot import plot
+from demo.summary import summary
+from demo.teacher import SHARDS, make_teacher
 from devcluster import install
 from devcluster.cluster import Cluster, up
-from tests.fakes import tiny_teacher
 
 NAMESPACE = "default"
 RUN = "demo"
 MANIFEST = "manifests/examples/demo.yaml"
 BUCKETS = ("corpora", "models", "vpmoe")
 TEACHER = "tiny-gpt-oss"
+PICTURE = Path(".devcluster/demo.svg")
 DEADLINE = 900
-"""Seconds after which a run that has not ended is shown as stuck."""
+"""Seconds after which a run that has not ended is reported as stuck."""
+POLL_SECONDS = 1.0
 
 
 def say(text: str = "") -> None:
+    """Print to stdout at once."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
-def shown(*command: str) -> None:
+def show_command(*command: str) -> None:
+    """Print a command as a user would type it."""
     say("\n$ " + shlex.join(command))
 
 
-def client(cluster: Cluster) -> Any:
-    """The development cluster's store."""
+def s3_client(cluster: Cluster) -> Any:
+    """A client of the development cluster's S3 store."""
     return boto3.client(
         "s3",
         endpoint_url=cluster.s3.endpoint,
@@ -50,87 +61,71 @@ def client(cluster: Cluster) -> Any:
 
 
 def upload(store: Any) -> None:
-    """The repository's sample as parquet shards, and a teacher: a random GPT-OSS of a few million parameters beside its vocabulary."""
-    there = {bucket["Name"] for bucket in store.list_buckets()["Buckets"]}
+    """Upload the repository's sample as parquet shards, and the trained teacher."""
+    existing = {bucket["Name"] for bucket in store.list_buckets()["Buckets"]}
     for bucket in BUCKETS:
-        if bucket not in there:
+        if bucket not in existing:
             store.create_bucket(Bucket=bucket)
     with tempfile.TemporaryDirectory() as folder:
-        shards = sample.write(Path(folder), shards=2)
+        shards = sample.write(Path(folder), shards=SHARDS)
         for shard in shards:
             store.upload_file(str(shard), "corpora", f"demo/{shard.name}")
     rows = sample.rows()
-    languages = sorted({row["language"] for row in rows if row["language"]})
+    languages = ", ".join(sorted({row["language"] for row in rows if row["language"]}))
     say(
-        f"\nTraining input: {len(rows)} documents in {', '.join(languages)}, as {len(shards)} parquet files at s3://corpora/demo/"
+        f"\nTraining input: {len(rows)} documents in {languages}: {len(shards)} parquet files, s3://corpora/demo/"
     )
-    if not store.list_objects_v2(Bucket="models", Prefix=f"{TEACHER}/model.safetensors").get(
-        "KeyCount"
-    ):  # the last of its files
-        with tempfile.TemporaryDirectory() as folder:
-            for file in sorted(
-                tiny_teacher.write(Path(folder)).iterdir(), key=lambda file: file.name == "config.json"
-            ):  # last: then it is whole
-                store.upload_file(str(file), "models", f"{TEACHER}/{file.name}")
-    say(f"Teacher: a tiny GPT-OSS with random weights, made here, at s3://models/{TEACHER}/")
+    say(
+        "Teacher: a tiny GPT-OSS trained on the documents that are not held out, a minute or two the first time"
+    )
+    files = sorted(make_teacher().iterdir(), key=lambda file: file.name == "config.json")
+    for file in files:  # config.json last: a model without it is incomplete
+        store.upload_file(str(file), "models", f"{TEACHER}/{file.name}")
+    say(f"         at s3://models/{TEACHER}/")
 
 
-def get(cluster: Cluster) -> dict[str, Any]:
-    run: dict[str, Any] = json.loads(
-        cluster.kubectl("get", "distillrun", RUN, "--namespace", NAMESPACE, "--output=json")
-    )
+def get_run(cluster: Cluster) -> dict[str, Any]:
+    """The DistillRun, as `kubectl get --output=json` prints it."""
+    command = ("get", "distillrun", RUN, "--namespace", NAMESPACE, "--output=json")
+    run: dict[str, Any] = json.loads(cluster.kubectl(*command))
     return run
 
 
 def follow(cluster: Cluster) -> dict[str, Any]:
-    """Show `kubectl get --watch` until the run has ended. Returns the run.
+    """Show the steps of the run until it has ended, and return it.
 
-    Raises SystemExit with `kubectl describe` where it failed or did not end in time.
+    Raises SystemExit with the output of `kubectl describe` if the run fails or does not end in time.
     """
-    command = ["get", "distillrun", RUN, "--namespace", NAMESPACE, "--watch"]
-    shown("kubectl", *command)
-    watch = subprocess.Popen([cluster.kubectl_path, "--kubeconfig", cluster.kubeconfig, *command])
-    try:
-        end = time.monotonic() + DEADLINE
-        while time.monotonic() < end:
-            run = get(cluster)
-            if run.get("status", {}).get("phase") in ("Succeeded", "Failed"):
-                time.sleep(0.5)  # the watch shows the last line too
+    say()
+    end = time.monotonic() + DEADLINE
+    with LiveView(Console()) as view:
+        while True:
+            run = get_run(cluster)
+            status = run.get("status", {})
+            view.show(step_lines(status, datetime.now(UTC)))
+            if status.get("phase") in ("Succeeded", "Failed") or time.monotonic() > end:
                 break
-            time.sleep(2)
-    finally:
-        watch.terminate()
-        watch.wait()
-    phase = run.get("status", {}).get("phase")
-    if phase != "Succeeded":
+            time.sleep(POLL_SECONDS)
+    if status.get("phase") != "Succeeded":
         say(cluster.kubectl("describe", "distillrun", RUN, "--namespace", NAMESPACE))
-        raise SystemExit(
-            f"The run is {phase}, not Succeeded. Its pods: kubectl get pods --selector vpmoe.dev/run={RUN}"
-        )
+        pods = f"kubectl get pods --selector vpmoe.dev/run={RUN}"
+        raise SystemExit(f"The run is {status.get('phase')}, not Succeeded. Its pods: {pods}")
     return run
 
 
 def report(cluster: Cluster, store: Any, run: dict[str, Any]) -> None:
-    """Where everything is, and what it came to."""
-    shown("kubectl", "get", "distillruns", "--output=wide")
+    """Print what the student learned, a picture of the losses, and where everything is."""
+    show_command("kubectl", "get", "distillruns", "--output=wide")
     say(cluster.kubectl("get", "distillruns", "--namespace", NAMESPACE, "--output=wide").rstrip())
-    status = run["status"]
-    say("\nHeld-out loss, nats a token             before    after")
-    for step in (step for step in status["steps"] if "heldOut" in step):
-        before, after = step["heldOut"]["before"], step["heldOut"]["latest"]
-        for span in ("reasoning", "final"):
-            say(f"  {step['name']:<12} {span:<21} {before[span]:>9.3f} {after[span]:>8.3f}")
-    folder = status["provenance"]["folder"]
-    say("\n" + "\n".join(on_policy(store, folder.removeprefix("s3://vpmoe/"))))
-    say(f"\nCheckpoint   {status['checkpoint']['manifest']}")
-    say(f"Data set     {status['provenance']['dataset']['manifest']}")
-    rescored = next(step for step in status["steps"] if step["name"] == "rescored")["checkpoint"]["manifest"]
-    checkpoint = json.loads(
-        store.get_object(Bucket="vpmoe", Key=rescored.removeprefix("s3://vpmoe/"))["Body"].read()
-    )
-    made_from = checkpoint["predicate"]["buildDefinition"]["resolvedDependencies"]
-    say(f"Scores       {next(found['uri'] for found in made_from if found['name'] == 'scores')}")
+    status, folder = run["status"], run["status"]["provenance"]["folder"]
+    prefix = folder.removeprefix("s3://vpmoe/")
+    stages = read_metrics(store, prefix, [stage["name"] for stage in run["spec"]["stages"]])
+    say("\n" + "\n".join(summary(stages)))
+    say(f"\nPicture      {plot(stages, PICTURE).resolve()}")
+    say(f"Checkpoint   {status['checkpoint']['manifest']}")
+    say(f"Dataset      {status['provenance']['dataset']['manifest']}")
     say(f"Run          {folder}")
+    keys = f"AWS_ACCESS_KEY_ID={cluster.s3.access_key} AWS_SECRET_ACCESS_KEY={cluster.s3.secret_key}"
     say(
         f"""
 Look around:
@@ -139,63 +134,47 @@ Look around:
   kubectl get pods --selector vpmoe.dev/run={RUN}
   kubectl logs --selector vpmoe.dev/run={RUN},vpmoe.dev/step=onpolicy-sampler --tail=20
   kubectl explain distillrun.spec.stages
-  AWS_ENDPOINT_URL={cluster.s3.endpoint} AWS_ACCESS_KEY_ID={cluster.s3.access_key} AWS_SECRET_ACCESS_KEY={cluster.s3.secret_key} \\
+  AWS_ENDPOINT_URL={cluster.s3.endpoint} {keys} \\
     .venv/bin/python -m vpmoe.storage verify {folder}
   make down"""
     )
 
 
-def on_policy(store: Any, folder: str) -> list[str]:
-    """What the OnPolicy stage came to, from its metrics."""
-    found = store.list_objects_v2(Bucket="vpmoe", Prefix=f"{folder}/steps/onpolicy/metrics/")["Contents"]
-    text = "".join(
-        store.get_object(Bucket="vpmoe", Key=entry["Key"])["Body"].read().decode() for entry in found
-    )
-    windows = [line for line in map(json.loads, text.splitlines()) if line.get("kind") == "OnPolicy"]
-    versions = sorted({line["version"] for line in windows})
-    said = [
-        f"{len(windows)} windows of the student's own completions, from its versions {', '.join(map(str, versions))}"
-    ]
-    for span in ("reasoning", "final"):
-        if measured := [line["reverseKl"][span] for line in windows if line["reverseKl"][span] is not None]:
-            said.append(
-                f"  KL(student‖teacher), nats a token  {span:<9} {measured[0]:>8.3f} {measured[-1]:>8.3f}"
-            )
-    return said
+def read_metrics(store: Any, folder: str, stages: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+    """The metrics lines of each stage, in the order of the objects."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for stage in stages:
+        prefix = f"{folder}/steps/{stage}/metrics/"
+        objects = store.list_objects_v2(Bucket="vpmoe", Prefix=prefix).get("Contents", [])
+        bodies = (store.get_object(Bucket="vpmoe", Key=entry["Key"])["Body"].read() for entry in objects)
+        found[stage] = [json.loads(line) for body in bodies for line in body.decode().splitlines()]
+    return found
 
 
 def main() -> None:
     started = time.monotonic()
     cluster = up()
-    shown(
-        "helm",
-        "upgrade",
-        "--install",
-        "distill-operator",
-        "charts/distill-operator",
-        "--values=…/values-dev.yaml",
-        "--wait",
+    values = "--values=charts/distill-operator/values-dev.yaml"
+    show_command(
+        "helm", "upgrade", "--install", "distill-operator", "charts/distill-operator", values, "--wait"
     )
     install.operator(cluster)
     say(cluster.kubectl("get", "deployment,pods", "--namespace", install.NAMESPACE).rstrip())
-    store = client(cluster)
+    store = s3_client(cluster)
     upload(store)
     install.credentials(cluster, NAMESPACE)
-    cluster.kubectl(
-        "delete",
-        "distillrun",
-        RUN,
-        "--namespace",
-        NAMESPACE,
-        "--ignore-not-found",
-        "--wait",
-        "--timeout=120s",
-    )
-    shown("kubectl", "apply", "--filename", MANIFEST)
+    delete = ("delete", "distillrun", RUN, "--namespace", NAMESPACE, "--ignore-not-found", "--wait")
+    cluster.kubectl(*delete, "--timeout=120s")
+    show_command("kubectl", "apply", "--filename", MANIFEST)
     say(cluster.kubectl("apply", "--namespace", NAMESPACE, "--filename", MANIFEST).rstrip())
     report(cluster, store, follow(cluster))
     say(f"\n{time.monotonic() - started:.0f} s.")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(
+            f"{shlex.join(map(str, error.cmd))}: exit {error.returncode}: {error.stderr}"
+        ) from error

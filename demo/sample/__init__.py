@@ -1,8 +1,10 @@
-"""The repository's own sample of rows with PleIAs/SYNTH's columns and quirks, written for it: small enough to read, real text to train on.
+"""The repository's own sample of rows with PleIAs/SYNTH's columns and quirks, written for it: small enough to
+read, real text to train on.
 
-`rows.jsonl` holds them, a row a line: eight languages, the exercises of SYNTH, passages in the public domain as seed texts, and the
-quirks that preprocessing must survive (blank reasoning, a blank answer, a NUL, null language and exercise, a generation that was
-given up, answers that their own check contradicts). `python -m demo.sample FOLDER` writes them as parquet shards.
+`rows.jsonl` holds them, a row a line: eight languages, the exercises of SYNTH, passages in the public domain
+as seed texts, and the quirks that preprocessing must survive (blank reasoning, a blank answer, a NUL, null
+language and exercise, a generation that was given up, answers that their own check contradicts). `python -m
+demo.sample FOLDER` writes them as parquet shards.
 """
 
 import json
@@ -38,7 +40,8 @@ def rows() -> list[dict[str, Any]]:
 
 
 def write(folder: Path, shards: int = 3) -> list[Path]:
-    """Write the rows as `folder`/synth_001.parquet …, every language spread over all shards. Returns the files in order."""
+    """Write the rows as `folder`/synth_001.parquet …, every language spread over all shards. Returns the
+    files in order."""
     folder.mkdir(parents=True, exist_ok=True)
     by_language = sorted(rows(), key=lambda row: row["language"] or "")
     paths = [folder / f"synth_{number + 1:03d}.parquet" for number in range(shards)]

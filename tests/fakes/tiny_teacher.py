@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from vpmoe.data.vocabulary import PADDING, RETURN, VOCABULARY_SIZE
+from demo.tiny_gpt_oss import TINY
 from vpmoe.inference import vllm_options
 from vpmoe.inference.teacher_engine import TeacherEngine
 from vpmoe.inference.vllm_options import token_batches
@@ -23,26 +23,6 @@ LONGEST = 640
 """Longest sequence, in tokens, of the teacher and the sampler that tests share."""
 
 BATCH_TOKENS = vllm_options.BATCH_TOKENS["cpu"]
-
-TINY = {
-    "num_hidden_layers": 2,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "sliding_window": 16,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 4,
-    "vocab_size": VOCABULARY_SIZE,
-    "max_position_embeddings": 4096,
-    "pad_token_id": PADDING,
-    "eos_token_id": RETURN,
-    "bos_token_id": None,
-    "tie_word_embeddings": False,
-}
-"""Where its configuration differs from GPT-OSS. vLLM's kernels need head_dim 32 or more."""
 
 
 def write(folder: Path, seed: int = 0, dtype: str = "float32", **changes: object) -> Path:
