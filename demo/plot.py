@@ -16,7 +16,7 @@ from demo.summary import SPANS, WINDOWS, Line, reverse_kl, windows
 GREY = "#7d8590"
 COLOURS = {"reasoning": "#d9730d", "final": "#2f81f7"}
 KL = "#a371f7"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vpmoe",
     "font.size": 10,
