@@ -1,0 +1,87 @@
+"""Documents of a run in flight are read as before, and written again with the same content."""
+
+import json
+from collections import Counter
+
+from tests.fakes.recorded import documents, plain
+from vpmoe.api import DistillRun
+from vpmoe.api.progress import Progress
+from vpmoe.checkpoint.train_state import TrainState
+from vpmoe.data.inputs import Inputs
+from vpmoe.rollout.back_pressure import Adjustment
+from vpmoe.rollout.evaluation_record import parse_evaluation
+from vpmoe.rollout.policy_version import PolicyVersion
+from vpmoe.rollout.window_files import ScoresHeader, read_rollouts, read_scores, rollouts_bytes, scores_bytes
+from vpmoe.storage import manifest
+from vpmoe.storage.bucket import json_bytes
+from vpmoe.teacher.model import TeacherRef
+
+DOCUMENTS = documents()
+
+
+def named(ending: str) -> dict[str, bytes]:
+    """The documents whose path ends so; at least one."""
+    found = {path: data for path, data in DOCUMENTS.items() if path.endswith(ending)}
+    assert found, ending
+    return found
+
+
+def test_manifests() -> None:
+    kinds: Counter[str] = Counter()
+    for path, data in named("manifest.json").items():
+        found = manifest.parse(path, data)
+        kinds[found.kind] += 1
+        if found.kind == "checkpoint":
+            state = TrainState.model_validate(found.facts["position"])
+            assert state.dump() == found.facts["position"], path
+        if found.kind == "weights" and "probe" in found.facts:
+            assert PolicyVersion.model_validate(found.facts).dump() == found.facts, path
+    assert kinds == {"checkpoint": 16, "weights": 3, "dataset": 1, "scores": 1}
+
+
+def test_progress_of_every_role() -> None:
+    found = {path: data for path, data in DOCUMENTS.items() if "progress" in path and path.endswith(".json")}
+    assert len(found) == 25
+    for path, data in found.items():
+        assert json_bytes(Progress.model_validate(json.loads(data)).dump()) == data, path
+
+
+def test_evaluations() -> None:
+    for path, data in named("evaluation.json").items():
+        assert json_bytes(parse_evaluation(json.loads(data), "stage", path).dump()) == data, path
+
+
+def test_configurations() -> None:
+    for path, data in named("run.json").items():
+        assert json_bytes(DistillRun.parse(json.loads(data)).document()) == data, path
+
+
+def test_resolved_inputs_and_teacher() -> None:
+    for path, data in named("/inputs.json").items():
+        inputs = json.loads(data)["inputs"]
+        assert plain(Inputs.from_json(inputs).as_json()) == inputs, path
+    for path, data in named("/teacher.json").items():
+        assert json_bytes(TeacherRef.from_json(json.loads(data)).as_json()) == data, path
+
+
+def test_adjustments() -> None:
+    for path, data in named("turn-000001.json").items():
+        assert json_bytes(Adjustment.model_validate(json.loads(data)).dump()) == data, path
+
+
+def test_windows() -> None:
+    for path, data in named(".rollouts.arrow").items():
+        window = read_rollouts(data, path)
+        assert rollouts_bytes(window.header, window.rollouts) == data, path
+        scores = DOCUMENTS[path.replace(".rollouts.", ".scores.")]
+        logp = read_scores(scores, path, window)
+        if not path.startswith("tiny"):  # there the teacher's hash is that of a real file
+            about = window.header
+            header = ScoresHeader(
+                run=about.run,
+                stage=about.stage,
+                window=about.window,
+                rollouts=window.sha256,
+                teacher="t" * 64,
+            )
+            assert scores_bytes(header, logp) == scores, path
