@@ -1,13 +1,16 @@
-"""How far the student outside of the trainer computes from the trainer, in the trainer's own type: what the bounds of a rollout rest on.
+"""How far the student outside of the trainer computes from the trainer, in the trainer's own type: what the
+bounds of a rollout rest on.
 
     python benchmarks/agreement.py [--shape tiny] [--sequences 8] [--length 512] [--spread 3.0]
 
-Builds the trainer's student with random weights, exports it as a policy version is exported, loads that with transformers, and asks both
-for the log-probability of the same random ids. Prints mean, 99th percentile and largest |Δ|, and the KL that `samplerKl` would show (k3) on
-ids that the exported one drew itself; beside them the floor: what the trainer's student differs from itself when the same sequences are
-packed in another order. Then the seconds of the copy, for which training waits, of the export, beside writing the same bytes to the same
-disk, and of loading it. On a GPU in bf16 unless CUDA_VISIBLE_DEVICES is set and empty, then in fp32. `--spread` is the standard deviation
-of the logits: trained models are sharper than random ones, and a sharper one differs more.
+Builds the trainer's student with random weights, exports it as a policy version is exported, loads that with
+transformers, and asks both for the log-probability of the same random ids. Prints mean, 99th percentile and
+largest |Δ|, and the KL that `samplerKl` would show (k3) on ids that the exported one drew itself; beside them
+the floor: what the trainer's student differs from itself when the same sequences are packed in another order.
+Then the seconds of the copy, for which training waits, of the export, beside writing the same bytes to the
+same disk, and of loading it. On a GPU in bf16 unless CUDA_VISIBLE_DEVICES is set and empty, then in fp32.
+`--spread` is the standard deviation of the logits: trained models are sharper than random ones, and a sharper
+one differs more.
 """
 
 import argparse
@@ -59,7 +62,8 @@ def others(model: Any, ids_NT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def drawn(model: Any, ids_NT: Tensor) -> Tensor:
-    """[N, T − 1] at each position an id that the exported student draws there: what a sampler would have sampled after that much."""
+    """[N, T − 1] at each position an id that the exported student draws there: what a sampler would have
+    sampled after that much."""
     rows = [
         torch.multinomial(model(ids_T[None]).logits[0, :-1].float().softmax(1), 1)[:, 0]
         for ids_T in ids_NT.unbind()
@@ -75,7 +79,8 @@ def of_drawn(logits_TV: Tensor, drawn_T: Tensor) -> Tensor:
 def say(name: str, one: Tensor, other: Tensor) -> None:
     off = (one - other).abs().flatten().double()
     print(
-        f"{name}: |Δ| mean {off.mean():.2e}, 99th percentile {off.quantile(0.99):.2e}, largest {off.max():.2e} nats"
+        f"{name}: |Δ| mean {off.mean():.2e}, 99th percentile {off.quantile(0.99):.2e}, largest "
+        f"{off.max():.2e} nats"
     )
 
 
@@ -146,10 +151,12 @@ def main() -> None:
         ratios.append((trainer_T - sampler_T).double())
     ratio = torch.cat(ratios)
     print(
-        f"KL(exported‖trainer) of ids that the exported one draws, k3: {(ratio.expm1() - ratio).mean():.2e} nats a token"
+        f"KL(exported‖trainer) of ids that the exported one draws, k3: {(ratio.expm1() - ratio).mean():.2e} "
+        "nats a token"
     )
     print(
-        f"{size / 2**30:.2f} GiB: copied in {copied:.1f} s, exported in {exported:.1f} s ({exported / written:.2f}× the writing of these "
+        f"{size / 2**30:.2f} GiB: copied in {copied:.1f} s, exported in {exported:.1f} s "
+        f"({exported / written:.2f}× the writing of these "
         f"bytes), loaded in {loaded:.1f} s"
     )
     distributed.stop()

@@ -1,11 +1,13 @@
-"""One forward of the student that draws a token of each of N sequences, beside the floor: its weights read once.
+"""One forward of the student that draws a token of each of N sequences, beside the floor: its weights read
+once.
 
     python -m benchmarks.decode [--shape vpmoe-6b] [--context 512] [--sequences 1,16,64,128,256]
 
-The repository's layers outside of the trainer (vpmoe.inference.layers, and transformers' attention of one token a sequence before a full
-cache), in bf16 with random weights: launched from Python, as an eager engine does, and as one CUDA graph. Then the draw of a token of each
-from its float32 logits, each with a generator of its own. Last a line through the times by N: what a forward costs and what a sequence
-adds, benchmarks.pipeline's decode and decode-token. Needs a GPU.
+The repository's layers outside of the trainer (vpmoe.inference.layers, and transformers' attention of one
+token a sequence before a full cache), in bf16 with random weights: launched from Python, as an eager engine
+does, and as one CUDA graph. Then the draw of a token of each from its float32 logits, each with a generator
+of its own. Last a line through the times by N: what a forward costs and what a sequence adds,
+benchmarks.pipeline's decode and decode-token. Needs a GPU.
 """
 
 import argparse
@@ -44,7 +46,8 @@ def turned(heads_NhD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def forward(model: Any, shape: Shape, ids_N: Tensor, cache: Tensor) -> Tensor:
-    """Logits [N, V] of the token after each sequence; `cache` [layers, 2, N, key-value heads, context, width]."""
+    """Logits [N, V] of the token after each sequence; `cache` [layers, 2, N, key-value heads, context,
+    width]."""
     hidden_NH, width = model.model.embed_tokens(ids_N), shape.head_width
     position = torch.full((1, 1), cache.shape[4] - 1, device=ids_N.device)
     cos, sin = model.model.rotary_emb(hidden_NH, position)
@@ -64,7 +67,8 @@ def forward(model: Any, shape: Shape, ids_N: Tensor, cache: Tensor) -> Tensor:
 
 
 def draw(logits_NV: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """A token of each, with its log-probability, as vLLM draws where requests have seeds: exponential noise, row by row."""
+    """A token of each, with its log-probability, as vLLM draws where requests have seeds: exponential noise,
+    row by row."""
     logp_NV = logits_NV.float().log_softmax(1)
     noise_NV = torch.empty_like(logp_NV)
     for row, generator in zip(noise_NV, generators, strict=True):
@@ -143,7 +147,8 @@ def main() -> None:
         found.append((count, eager + drawn, captured + drawn))
         speeds = count / (eager + drawn), count / (captured + drawn)
         print(
-            f"{count:5}  {eager * 1e3:9.1f}  {captured * 1e3:9.1f}  {drawn * 1e3:8.2f}  {speeds[0]:15,.0f}  {speeds[1]:8,.0f}",
+            f"{count:5}  {eager * 1e3:9.1f}  {captured * 1e3:9.1f}  {drawn * 1e3:8.2f}  {speeds[0]:15,.0f}  "
+            f"{speeds[1]:8,.0f}",
             flush=True,
         )
         del cache

@@ -1,12 +1,15 @@
-"""The head of teacher-forced training and log p alone, beside eager torch, their peers and their floors, in the same run.
+"""The head of teacher-forced training and log p alone, beside eager torch, their peers and their floors, in
+the same run.
 
     python -m benchmarks.kl [--tokens N] [--hidden H] [--teacher G] [--vocabulary 201088] [--repeats 10]
 
-Without --tokens: 8,192 tokens of a student 1,024 wide and 4,096 of one 2,880 wide, the teacher 2,880 wide. KL: forward and backward of the
-cross-entropy, KL and cosine of TeacherForced, against the four matrix products that none can do without (student's logits, teacher's
-logits, hidden's gradient, the matrix's). log p: without gradients, against its one product. Memory is what is allocated beyond inputs and
-the gradients that are asked for: the allocator's peak on a GPU, the largest single result elsewhere. Peers are timed where they can be
-imported. On a GPU in bf16 unless CUDA_VISIBLE_DEVICES is set and empty, then in fp32 (with fewer tokens, or be patient).
+Without --tokens: 8,192 tokens of a student 1,024 wide and 4,096 of one 2,880 wide, the teacher 2,880 wide.
+KL: forward and backward of the cross-entropy, KL and cosine of TeacherForced, against the four matrix
+products that none can do without (student's logits, teacher's logits, hidden's gradient, the matrix's). log
+p: without gradients, against its one product. Memory is what is allocated beyond inputs and the gradients
+that are asked for: the allocator's peak on a GPU, the largest single result elsewhere. Peers are timed where
+they can be imported. On a GPU in bf16 unless CUDA_VISIBLE_DEVICES is set and empty, then in fp32 (with fewer
+tokens, or be patient).
 """
 
 import argparse
@@ -24,7 +27,8 @@ from vpmoe.model.head import target_logp
 from vpmoe.objectives.teacher_forced_head import Teacher, forced_loss
 
 TERMS = SimpleNamespace(ce=0.2, kl=0.2, hidden=0.6, temperature=2.0)
-"""The defaults of a TeacherForced stage's loss. vpmoe.api would want pydantic, which a machine with a GPU may not have."""
+"""The defaults of a TeacherForced stage's loss. vpmoe.api would want pydantic, which a machine with a GPU may
+not have."""
 SIZES = ((8192, 1024, 2880), (4096, 2880, 2880))
 """Tokens, the student's width, the teacher's."""
 
@@ -130,7 +134,8 @@ def measure(given: Inputs, repeats: int) -> None:
     four, one = products(given, repeats)
     tokens, hidden = given.hidden.shape
     print(
-        f"{tokens} tokens, hidden {hidden}, teacher {given.teacher.hidden_TG.shape[1]}, vocabulary {len(given.output)}, "
+        f"{tokens} tokens, hidden {hidden}, teacher {given.teacher.hidden_TG.shape[1]}, vocabulary "
+        f"{len(given.output)}, "
         f"{given.hidden.dtype}, {given.hidden.device}"
     )
     losses: dict[str, Callable[[Inputs], Tensor]] = {"forced_loss": ours, "eager torch": eager}

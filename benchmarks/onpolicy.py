@@ -1,18 +1,23 @@
-"""A toy in which on-policy training has to win: the same student after Vanilla alone, with Rescored, and with OnPolicy, at equal tokens.
+"""A toy in which on-policy training has to win: the same student after Vanilla alone, with Rescored, and with
+OnPolicy, at equal tokens.
 
     python -m benchmarks.onpolicy [--seeds 3] [--warm 300] [--tokens 300k] [--plot onpolicy.svg] …
 
-Real rows (VPMOE_TEST_PARQUET, colon-separated; else the repository's sample) as Harmony conversations, the reasoning and the answer cut
-into short pieces. A teacher, a dense transformer of a million weights, is trained on them with plain torch. Each seed's student, the
-repository's own (mixture of experts, a quarter of a million weights), learns from the documents for `--warm` steps; from there it trains on
-`--tokens` more positions in each of three ways, with the repository's objectives, learner, export and curriculum's rule of anchor steps.
-Then it answers held-out questions. Printed, mean ± standard deviation over the seeds: the reverse KL, KL(student‖teacher) over the whole
-vocabulary at each token that the student sampled, the share of valid Harmony, the held-out cross-entropy. The floors are the teacher's own.
-Of 440 real rows the reverse KL is 0.57 ± 0.01 after Vanilla, 0.54 ± 0.01 Rescored, 0.32 ± 0.01 OnPolicy. At three times the learning rate,
-two windows behind, OnPolicy can fall apart here: its gradient is one draw a token, and what is trained on are a few thousand.
+Real rows (VPMOE_TEST_PARQUET, colon-separated; else the repository's sample) as Harmony conversations, the
+reasoning and the answer cut into short pieces. A teacher, a dense transformer of a million weights, is
+trained on them with plain torch. Each seed's student, the repository's own (mixture of experts, a quarter of
+a million weights), learns from the documents for `--warm` steps; from there it trains on `--tokens` more
+positions in each of three ways, with the repository's objectives, learner, export and curriculum's rule of
+anchor steps. Then it answers held-out questions. Printed, mean ± standard deviation over the seeds: the
+reverse KL, KL(student‖teacher) over the whole vocabulary at each token that the student sampled, the share of
+valid Harmony, the held-out cross-entropy. The floors are the teacher's own. Of 440 real rows the reverse KL
+is 0.57 ± 0.01 after Vanilla, 0.54 ± 0.01 Rescored, 0.32 ± 0.01 OnPolicy. At three times the learning rate,
+two windows behind, OnPolicy can fall apart here: its gradient is one draw a token, and what is trained on are
+a few thousand.
 
-The vocabulary is reduced to the specials and the most frequent tokens, and other tokens are left out of the texts: on two cores 201,088
-logits a token would be all that the time is spent on. Ids are translated back wherever the repository's code reads Harmony.
+The vocabulary is reduced to the specials and the most frequent tokens, and other tokens are left out of the
+texts: on two cores 201,088 logits a token would be all that the time is spent on. Ids are translated back
+wherever the repository's code reads Harmony.
 """
 
 import argparse
@@ -75,7 +80,8 @@ BRANCHES = ("Vanilla", "Rescored", "OnPolicy")
 
 @dataclass(frozen=True)
 class Document:
-    """Ids of the reduced vocabulary; the first `asked` are the prompt. `logp` is the teacher's of each token, `drawn` the sampler's."""
+    """Ids of the reduced vocabulary; the first `asked` are the prompt. `logp` is the teacher's of each token,
+    `drawn` the sampler's."""
 
     ids: NDArray[np.int64]
     asked: int
@@ -123,7 +129,8 @@ def rows() -> list[tuple[str, str, str]]:
 
 
 def documents(words: Vocabulary, row: tuple[list[int], ...]) -> Iterator[Document]:
-    """The conversations that a row is cut into: its question with one piece of its reasoning and of its answer after another."""
+    """The conversations that a row is cut into: its question with one piece of its reasoning and of its
+    answer after another."""
     question, reasoning, answer = (words.small(text) for text in row)
     pieces = zip(range(0, len(reasoning), REASONING), range(0, len(answer), ANSWER), strict=False)
     asked = words.small([vocabulary.START, harmony.ROLE_USER, vocabulary.MESSAGE]) + question[:QUESTION]
@@ -302,14 +309,18 @@ class Toy:
         ][: given.completions]
         tokens = sum(len(one.ids) for one in self.train)
         print(
-            f"{len(texts)} rows, {len(self.train):,} documents of {tokens / len(self.train):.0f} tokens to train on, {len(self.asked)} "
-            f"held-out questions; {len(self.words.ids_V):,} words, {self.words.kept:.0%} of the text; teacher of "
-            f"{sum(each.numel() for each in self.teacher.parameters()) / 1e6:.1f} M weights, {time.perf_counter() - started:.0f} s",
+            f"{len(texts)} rows, {len(self.train):,} documents of {tokens / len(self.train):.0f} tokens to "
+            f"train on, {len(self.asked)} "
+            f"held-out questions; {len(self.words.ids_V):,} words, {self.words.kept:.0%} of the text; "
+            "teacher of "
+            f"{sum(each.numel() for each in self.teacher.parameters()) / 1e6:.1f} M weights, "
+            f"{time.perf_counter() - started:.0f} s",
             flush=True,
         )
 
     def centres(self) -> dict[str, float]:
-        """Where the teacher's confidence weighs 1, as a Rescored stage finds it from its scores' histogram."""
+        """Where the teacher's confidence weighs 1, as a Rescored stage finds it from its scores'
+        histogram."""
         found = {}
         for name, span in SPANS.items():
             values = np.concatenate(
@@ -457,7 +468,8 @@ def experiment(toy: Toy, seed: int) -> dict[str, list[tuple[int, dict[str, float
         last = found[kind][-1][1]
         kl, valid = (f"{warmed[name]:.3f} → {last[name]:.3f}" for name in ("KL", "valid"))
         print(
-            f"seed {seed}, {kind:8}: reverse KL {kl} nats, valid {valid}, {time.perf_counter() - started:.0f} s",
+            f"seed {seed}, {kind:8}: reverse KL {kl} nats, valid {valid}, "
+            f"{time.perf_counter() - started:.0f} s",
             flush=True,
         )
     return found
@@ -494,7 +506,8 @@ def table(results: Sequence[dict[str, list[tuple[int, dict[str, float]]]]], teac
 
 
 def plot(results: Sequence[dict[str, list[tuple[int, dict[str, float]]]]]) -> str:
-    """Reverse KL over tokens as an SVG: a line a branch through the seeds' means, a band from the lowest to the highest."""
+    """Reverse KL over tokens as an SVG: a line a branch through the seeds' means, a band from the lowest to
+    the highest."""
     wide, high, edge, colours = 640, 400, 56, ("#888888", "#d98200", "#1060c0")
     most = max(tokens for result in results for told in result.values() for tokens, _ in told)
     top = 1.05 * max(one["KL"] for result in results for told in result.values() for _, one in told)
@@ -526,10 +539,13 @@ def plot(results: Sequence[dict[str, list[tuple[int, dict[str, float]]]]]) -> st
         x, y = at(0, share * top).split(",")
         drawn.append(f'<text x="{float(x) - 6}" y="{y}" text-anchor="end">{share * top:.2f}</text>')
     axes = f'<polyline points="{at(0, top)} {at(0, 0)} {at(most, 0)}" fill="none" stroke="black"/>'
-    words = f'<text x="{edge}" y="{edge - 20}">KL(student‖teacher) on held-out questions, nats a sampled token</text>'
-    words += f'<text x="{wide / 2}" y="{high - 12}" text-anchor="middle">positions trained after the warm-up</text>'
+    title = "KL(student‖teacher) on held-out questions, nats a sampled token"
+    middle = f'x="{wide / 2}" y="{high - 12}" text-anchor="middle"'
+    words = f'<text x="{edge}" y="{edge - 20}">{title}</text>'
+    words += f"<text {middle}>positions trained after the warm-up</text>"
     inner = "\n".join([axes, words, *drawn])
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="13">\n{inner}\n</svg>\n'
+    root = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}"'
+    return f'<svg {root} font-family="sans-serif" font-size="13">\n{inner}\n</svg>\n'
 
 
 def arguments() -> argparse.Namespace:

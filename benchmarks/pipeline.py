@@ -1,13 +1,17 @@
-"""An OnPolicy stage on 8 GPUs, simulated: who waits for whom, by staleness, publishEvery, teachers, and the sampler's share of the GPUs.
+"""An OnPolicy stage on 8 GPUs, simulated: who waits for whom, by staleness, publishEvery, teachers, and the
+sampler's share of the GPUs.
 
-    python -m benchmarks.pipeline [--run manifests/examples/full.yaml] [--tokens 200M] [--completion low=300,medium=700,high=1500] …
+    python -m benchmarks.pipeline [--run manifests/examples/full.yaml] [--tokens 200M] [--completion
+    low=300,medium=700,high=1500] …
 
-The stage's own rules (which windows from which version, anchor steps, efforts, rollouts, packing) run for so many tokens, with the run's
-phases in proportion; how long things take is given below, each with where its default comes from. Prints by staleness and publishEvery,
-then by promptsPerWindow, the split with most tokens a second, and for each role the share of the time for which it works; then all splits.
-tokens/s are the stage's, on-policy those of windows alone: anchor steps have globalBatchTokens however small windows are.
-The floor is the time of the role with most work, if it never waited. A trainer that copies weights works; a sampler that loads them does
-not. A completion that vLLM sets aside because keys and values find no room, to compute it again, is not in it.
+The stage's own rules (which windows from which version, anchor steps, efforts, rollouts, packing) run for so
+many tokens, with the run's phases in proportion; how long things take is given below, each with where its
+default comes from. Prints by staleness and publishEvery, then by promptsPerWindow, the split with most tokens
+a second, and for each role the share of the time for which it works; then all splits. tokens/s are the
+stage's, on-policy those of windows alone: anchor steps have globalBatchTokens however small windows are. The
+floor is the time of the role with most work, if it never waited. A trainer that copies weights works; a
+sampler that loads them does not. A completion that vLLM sets aside because keys and values find no room, to
+compute it again, is not in it.
 """
 
 import argparse
@@ -38,7 +42,8 @@ PACES = [(staleness, every) for staleness in range(5) for every in (1, 2)] + [(4
 MEASURED = {
     "microbatch": (
         0.72,
-        "seconds of a microbatch of one row of sequenceLength on one GPU: vpmoe-6b, 8,192, an H200; docs/distillation.md",
+        "seconds of a microbatch of one row of sequenceLength on one GPU: vpmoe-6b, 8,192, an H200; "
+        "docs/distillation.md",
     ),
     "step": (0.12, "seconds of an optimizer step beside its microbatches; same place"),
     "spread": (
@@ -47,7 +52,8 @@ MEASURED = {
     ),
     "decode": (
         0.190,
-        "seconds of a forward that draws a token of each sequence, no CUDA graph (with one 0.023): benchmarks.decode, H100",
+        "seconds of a forward that draws a token of each sequence, no CUDA graph (with one 0.023): "
+        "benchmarks.decode, H100",
     ),
     "decode-token": (7.5e-5, "seconds that each sequence in flight adds to it, context 512; same place"),
 }
@@ -56,7 +62,8 @@ ASSUMED = {
     "runaway": (0.01, "share of completions that do not stop before their bound"),
     "score": (
         15_000.0,
-        "tokens a second that one teacher scores; gpt-oss-20b in transformers and bf16 makes 16,800 on an H100",
+        "tokens a second that one teacher scores; gpt-oss-20b in transformers and bf16 makes 16,800 on an "
+        "H100",
     ),
     "copy": (
         0.8,
@@ -90,7 +97,8 @@ class Times(NamedTuple):
 
 @dataclass
 class Result:
-    """One simulated stage: seconds of it, and for which of them each role works. `seen`: its tokens; `rolled`: those of windows."""
+    """One simulated stage: seconds of it, and for which of them each role works. `seen`: its tokens;
+    `rolled`: those of windows."""
 
     split: str
     total: float = 0.0
@@ -151,7 +159,8 @@ def requests(
 
 
 def asked(window: WindowPlan, mean: dict[str, int], prompt: int, bound: int, times: Times) -> Asked:
-    """How long each completion gets: log-normal about its effort's mean, some of them as long as they may be; by the request's seed."""
+    """How long each completion gets: log-normal about its effort's mean, some of them as long as they may be;
+    by the request's seed."""
     sampled = []
     for one in window.prompts:
         most = completion_limit(prompt, one.effort, window.max_tokens, bound)
@@ -165,7 +174,8 @@ def asked(window: WindowPlan, mean: dict[str, int], prompt: int, bound: int, tim
 
 @lru_cache(None)
 def sampling(requests: Asked, engines: int, slots: int, times: Times) -> float:
-    """Seconds until the slowest of the engines has its share: each forward costs what it costs, however few sequences are left."""
+    """Seconds until the slowest of the engines has its share: each forward costs what it costs, however few
+    sequences are left."""
     slowest = 0.0
     for number in range(engines):
         mine = requests.sampled[number::engines]
@@ -201,7 +211,8 @@ def simulate(
 ) -> Result:
     """The stage, window by window: each role begins as soon as it is free and what it needs is there.
 
-    The sampler takes all windows of a version as one batch; they are there when the last of its completions is.
+    The sampler takes all windows of a version as one batch; they are there when the last of its completions
+    is.
     """
     spec = run.spec
     plan, bound, teachers = (
@@ -270,7 +281,8 @@ def splits(run: DistillRun, teachers: int, how: Sequence[Any], **changes: object
 
 
 def row(result: Result, *first: object) -> str:
-    """A line of a table: shares of the time for which each role works, seconds of a window, tokens and those of windows a second."""
+    """A line of a table: shares of the time for which each role works, seconds of a window, tokens and those
+    of windows a second."""
     total = result.total
     shares = "  ".join(
         f"{busy / total:7.1%}"
@@ -338,7 +350,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind, known in (("Measured", MEASURED), ("Assumed", ASSUMED)):
         print(f"{kind}: " + ", ".join(f"{name} {getattr(given, name.replace('-', '_')):g}" for name in known))
     print(
-        "GPUs of the teacher (T), the sampler (S) and the trainer (t); /floor is the time over that of the role with most work."
+        "GPUs of the teacher (T), the sampler (S) and the trainer (t); /floor is the time over that of the "
+        "role with most work."
     )
     for teachers in (1, 2):
         print(f"\n{teachers} teacher(s), the best split:\n{header('staleness', 'every')}")
@@ -357,7 +370,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for found in splits(run, teachers, how, tokens=given.tokens, rollout=rollout):
             print(row(found), flush=True)
         print(
-            f"\n{teachers} teacher(s), larger windows, the best split:\n{header('prompts', 'staleness', 'every')}"
+            f"\n{teachers} teacher(s), larger windows, the best "
+            f"split:\n{header('prompts', 'staleness', 'every')}"
         )
         for times in (2, 4, 8):
             tokens, size = (

@@ -1,15 +1,18 @@
-"""Preprocessing end to end beside the raw tokenizer: tokens per second of both, on the same text, in the same run.
+"""Preprocessing end to end beside the raw tokenizer: tokens per second of both, on the same text, in the same
+run.
 
     python -m benchmarks.preprocess [--parquet FILE …] [--tokens 60M] [--repeats 3]
 
-End to end is the whole step as a pod does it, from parquet shards in an S3 store (a versitygw on this machine, which costs CPU too)
-to parts, records and manifest in it: census, reading, filters, Harmony assembly, shuffling, index files, hashing, upload. Raw is
-tiktoken's `encode_ordinary` over the same user, reasoning and answer texts, in the same number of processes, with nothing around it.
-Both count the text's tokens only, not the system message and wrappers that every document also has, and neither counts the seconds in
-which its processes start. "Processes" are those that encode; the step has one more that reads and writes. The two take turns, so that a
-noisy machine hits both; medians are printed. The rows are repeated until there are enough, so words come back more often than in a
-corpus, which flatters a tokenizer that remembers them. On a machine that does other work too, the CPU time of each tells more than the
-clock: the step's is that of all its processes, without the store's.
+End to end is the whole step as a pod does it, from parquet shards in an S3 store (a versitygw on this
+machine, which costs CPU too) to parts, records and manifest in it: census, reading, filters, Harmony
+assembly, shuffling, index files, hashing, upload. Raw is tiktoken's `encode_ordinary` over the same user,
+reasoning and answer texts, in the same number of processes, with nothing around it. Both count the text's
+tokens only, not the system message and wrappers that every document also has, and neither counts the seconds
+in which its processes start. "Processes" are those that encode; the step has one more that reads and writes.
+The two take turns, so that a noisy machine hits both; medians are printed. The rows are repeated until there
+are enough, so words come back more often than in a corpus, which flatters a tokenizer that remembers them. On
+a machine that does other work too, the CPU time of each tells more than the clock: the step's is that of all
+its processes, without the store's.
 """
 
 import argparse
@@ -63,7 +66,8 @@ def texts_of(row: dict[str, Any]) -> list[str]:
 
 
 def as_long_as_synths(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The sample's rows, JOINED to one: what a row costs beside its text would otherwise be seen four times as large as it is."""
+    """The sample's rows, JOINED to one: what a row costs beside its text would otherwise be seen four times
+    as large as it is."""
     kept = [row for row in rows if texts_of(row)]
     texts = ("query", "synthetic_reasoning", "synthetic_answer")
     groups = [kept[start : start + JOINED] for start in range(0, len(kept) - JOINED + 1, JOINED)]
@@ -109,7 +113,8 @@ def encode_all(texts: list[str], pipe: Connection) -> None:
 
 
 def raw(texts: list[str], processes: int) -> tuple[int, float, float]:
-    """Tokens of all texts, the seconds that so many processes take for them, each its share, and the CPU seconds of all."""
+    """Tokens of all texts, the seconds that so many processes take for them, each its share, and the CPU
+    seconds of all."""
     context = get_context("forkserver")
     pipes, running = [], []
     for number in range(processes):
@@ -240,17 +245,20 @@ def main() -> None:
                         )
                     )
                     say(
-                        f"{processes} process(es), turn {turn + 1}, {len(rows):,} rows, {tokens / 1e6:.1f} M tokens: {line(turns[-1])}\n"
+                        f"{processes} process(es), turn {turn + 1}, {len(rows):,} rows, {tokens / 1e6:.1f} M "
+                        f"tokens: {line(turns[-1])}\n"
                     )
             say(
-                f"{processes} process(es), median: {line(tuple(statistics.median(values) for values in zip(*turns, strict=True)))}\n"
+                f"{processes} process(es), median: "
+                f"{line(tuple(statistics.median(values) for values in zip(*turns, strict=True)))}\n"
             )
 
 
 def line(figures: tuple[float, ...]) -> str:
     """The figures of one turn, or the medians of all."""
     raw_speed, speed, of_raw, of_raw_cpu = figures
-    return f"raw {raw_speed:.2f}, end to end {speed:.2f} M tokens/s, {of_raw:.0%} of raw; by CPU time {of_raw_cpu:.0%} of raw"
+    speeds = f"raw {raw_speed:.2f}, end to end {speed:.2f} M tokens/s"
+    return f"{speeds}, {of_raw:.0%} of raw; by CPU time {of_raw_cpu:.0%} of raw"
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""Seconds from a trainer's step to engines that sample from it: measured with the tiny student, and by arithmetic at 6 billion parameters.
+"""Seconds from a trainer's step to engines that sample from it: measured with the tiny student, and by
+arithmetic at 6 billion parameters.
 
     python -m benchmarks.publication [--versions 3] [--disk 1.2] [--pcie 25] [--bucket 0.25,1,3]
 
-Measured: the trainer's own publication (copy and probe, for which training waits; export, upload, manifest, beside training) to an S3 store
-on loopback, then the sampler's own load (download, into an engine, proof), by vLLM on the CPU. The first version starts the engine, so it
-stands apart. The floor is the same bytes written to this disk, put into the store and fetched again, each as one file.
-By arithmetic: vpmoe-6b's bytes in bf16 at stated rates, phase after phase as the code has them: copied over PCIe, written to disk, read and
-uploaded, fetched and written to the sampler's disk, read into its GPUs. Disk and PCIe default to what vpmoe-6b's export took on an H100's
-machine (11.2 GiB copied into pinned memory in 0.24 s, exported in 10.1 s). The floor there moves every byte over the bucket's link twice.
+Measured: the trainer's own publication (copy and probe, for which training waits; export, upload, manifest,
+beside training) to an S3 store on loopback, then the sampler's own load (download, into an engine, proof), by
+vLLM on the CPU. The first version starts the engine, so it stands apart. The floor is the same bytes written
+to this disk, put into the store and fetched again, each as one file. By arithmetic: vpmoe-6b's bytes in bf16
+at stated rates, phase after phase as the code has them: copied over PCIe, written to disk, read and uploaded,
+fetched and written to the sampler's disk, read into its GPUs. Disk and PCIe default to what vpmoe-6b's export
+took on an H100's machine (11.2 GiB copied into pinned memory in 0.24 s, exported in 10.1 s). The floor there
+moves every byte over the bucket's link twice.
 """
 
 import argparse
@@ -195,7 +198,8 @@ def main() -> None:
         print(f"{size / 1e6:.1f} MB a version")
     size = 2 * SHAPES["vpmoe-6b"].parameters()
     print(
-        f"\nBy arithmetic, vpmoe-6b, {size / 1e9:.1f} GB, disk {given.disk:g} GB/s, PCIe {given.pcie:g} GB/s, seconds:\n{head}"
+        f"\nBy arithmetic, vpmoe-6b, {size / 1e9:.1f} GB, disk {given.disk:g} GB/s, PCIe {given.pcie:g} "
+        f"GB/s, seconds:\n{head}"
     )
     for rate in given.bucket:
         print(row(f"bucket at {rate:g} GB/s", at_size(size, rate, given.disk, given.pcie, given.probe)))

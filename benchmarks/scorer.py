@@ -1,12 +1,14 @@
-"""The scorer beside a plain transformers forward, on the same model and documents in the same run: scored tokens a second, peak memory.
+"""The scorer beside a plain transformers forward, on the same model and documents in the same run: scored
+tokens a second, peak memory.
 
     python -m benchmarks.scorer [--model DIRECTORY] [--tokens 8192] [--repeats 3]
 
-Rows: the scorer (vLLM, several documents a forward); transformers with whole logits and their float32 log-softmax, a document at a time;
-transformers' hidden states with log p by the chunked head, which never holds [tokens, vocabulary]; the floor, the product of the output
-projection alone. Each in a process of its own, the middle of the repeats; memory is what is taken beyond the loaded model (the peak of a
-GPU's allocator, elsewhere of the process). Without --model a tiny random GPT-OSS, whose time is nearly all vocabulary. On a GPU unless
-CUDA_VISIBLE_DEVICES is set and empty. Documents of 200 to 1,200 random ids.
+Rows: the scorer (vLLM, several documents a forward); transformers with whole logits and their float32
+log-softmax, a document at a time; transformers' hidden states with log p by the chunked head, which never
+holds [tokens, vocabulary]; the floor, the product of the output projection alone. Each in a process of its
+own, the middle of the repeats; memory is what is taken beyond the loaded model (the peak of a GPU's
+allocator, elsewhere of the process). Without --model a tiny random GPT-OSS, whose time is nearly all
+vocabulary. On a GPU unless CUDA_VISIBLE_DEVICES is set and empty. Documents of 200 to 1,200 random ids.
 """
 
 import argparse
@@ -106,7 +108,8 @@ CONTENDERS: dict[str, Callable[[Path], Score]] = {
 
 
 def measure(name: str, directory: Path, tokens: int, repeats: int) -> dict[str, float]:
-    """Median seconds of scoring so many tokens, by the clock and of processor time, and bytes taken for it."""
+    """Median seconds of scoring so many tokens, by the clock and of processor time, and bytes taken for
+    it."""
     score = CONTENDERS[name](directory)
     batch = documents(tokens)
     loaded = memory()
@@ -173,7 +176,8 @@ def main() -> None:
             took, used, taken = (results[name][what] for what in ("seconds", "processor", "bytes"))
             times = took / results["scorer"]["seconds"], used / results["scorer"]["processor"]
             print(
-                f"{name:28} {given.tokens / took:9,.0f} tokens/s {taken / 2**20:7,.0f} MiB   {times[0]:5.2f} × the scorer's time, "
+                f"{name:28} {given.tokens / took:9,.0f} tokens/s {taken / 2**20:7,.0f} MiB   {times[0]:5.2f} "
+                "× the scorer's time, "
                 f"{times[1]:5.2f} × its processor time",
                 flush=True,
             )

@@ -73,10 +73,12 @@ def upload(store: Any) -> None:
     rows = sample.rows()
     languages = ", ".join(sorted({row["language"] for row in rows if row["language"]}))
     say(
-        f"\nTraining input: {len(rows)} documents in {languages}: {len(shards)} parquet files, s3://corpora/demo/"
+        f"\nTraining input: {len(rows)} documents in {languages}: {len(shards)} parquet files, "
+        "s3://corpora/demo/"
     )
     say(
-        "Teacher: a tiny GPT-OSS trained on the documents that are not held out, a minute or two the first time"
+        "Teacher: a tiny GPT-OSS trained on the documents that are not held out, a minute or two the first "
+        "time"
     )
     files = sorted(make_teacher().iterdir(), key=lambda file: file.name == "config.json")
     for file in files:  # config.json last: a model without it is incomplete

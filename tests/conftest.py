@@ -143,7 +143,8 @@ def cluster() -> Cluster:
 
 @pytest.fixture(scope="module")
 def namespace(cluster: Cluster) -> Iterator[str]:
-    """A namespace for the test module, with the storage Secret. It is deleted at the end, with its contents."""
+    """A namespace for the test module, with the storage Secret. It is deleted at the end, with its
+    contents."""
     name = f"test-{secrets.token_hex(4)}"
     cluster.kubectl("create", "namespace", name)
     install.credentials(cluster, name)

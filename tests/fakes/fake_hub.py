@@ -1,4 +1,5 @@
-"""As much of the Hugging Face hub as reading one data set or model asks for, on loopback: no test may need the network."""
+"""As much of the Hugging Face hub as reading one data set or model asks for, on loopback: no test may need
+the network."""
 
 import hashlib
 import json
@@ -14,7 +15,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextmanager
 def serve(name: str, files: dict[str, bytes], kind: str = "datasets") -> Iterator[tuple[str, list[str]]]:
-    """Serve `files` as the data set `name`, or the model for kind "models"; its only revisions are main and COMMIT.
+    """Serve `files` as the data set `name`, or the model for kind "models"; its only revisions are main and
+    COMMIT.
 
     Yields the endpoint, and the paths asked for.
     """

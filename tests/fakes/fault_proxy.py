@@ -1,6 +1,8 @@
-"""A store that misbehaves on request: an HTTP proxy before a real one, for faults that no real store shows when asked to.
+"""A store that misbehaves on request: an HTTP proxy before a real one, for faults that no real store shows
+when asked to.
 
-Each Fault is used up by the requests that it matches; everything else passes through untouched, so signatures hold.
+Each Fault is used up by the requests that it matches; everything else passes through untouched, so signatures
+hold.
 """
 
 import re
@@ -25,9 +27,10 @@ Kind = Literal["503", "lost", "reset", "truncated", "flipped", "stalled", "uncon
 class Fault:
     """What happens to the next `times` requests whose "METHOD path?query" matches `request`.
 
-    503: answered so, never forwarded. lost: forwarded, and the connection closed instead of an answer. reset: half of the body, then
-    a TCP reset. truncated: half of the body, then an orderly close. flipped: one bit of the body. stalled: no answer for two seconds.
-    unconditional: a failed condition (412) is answered as a success. held: forwarded when `Faulty.release` is set.
+    503: answered so, never forwarded. lost: forwarded, and the connection closed instead of an answer. reset:
+    half of the body, then a TCP reset. truncated: half of the body, then an orderly close. flipped: one bit
+    of the body. stalled: no answer for two seconds. unconditional: a failed condition (412) is answered as a
+    success. held: forwarded when `Faulty.release` is set.
     """
 
     kind: Kind
@@ -36,7 +39,8 @@ class Fault:
 
 
 class Faulty(ThreadingHTTPServer):
-    """The proxy; `requests` is what it was asked, as "METHOD path?query", and `headers` each request's header fields in lower case."""
+    """The proxy; `requests` is what it was asked, as "METHOD path?query", and `headers` each request's header
+    fields in lower case."""
 
     daemon_threads = True
 
@@ -140,7 +144,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def faulty(upstream: str, certificate: Path | None = None) -> Iterator[Faulty]:
-    """A proxy before `upstream` for as long as the block lasts; it speaks TLS where it is given <certificate>.crt and .key."""
+    """A proxy before `upstream` for as long as the block lasts; it speaks TLS where it is given
+    <certificate>.crt and .key."""
     with Faulty(upstream, certificate) as proxy:
         thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()

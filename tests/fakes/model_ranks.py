@@ -1,7 +1,8 @@
-"""What test_model_ranks.py runs twice at once, as two ranks: `RANK=… WORLD_SIZE=2 … python -m tests.fakes.model_ranks FOLDER`.
+"""What test_model_ranks.py runs twice at once, as two ranks: `RANK=… WORLD_SIZE=2 … python -m
+tests.fakes.model_ranks FOLDER`.
 
-It does the steps and writes down what came of them; what they should have come to is the test's business. FOLDER/one.pt holds the state
-that one process had after two steps, FOLDER/rank-<r>.pt is what rank r writes.
+It does the steps and writes down what came of them; what they should have come to is the test's business.
+FOLDER/one.pt holds the state that one process had after two steps, FOLDER/rank-<r>.pt is what rank r writes.
 """
 
 import sys
@@ -54,9 +55,11 @@ def fails(action: Any) -> str:
 
 
 def layout(device: torch.device, folder: Path, expert_parallel: int) -> dict[str, Any]:
-    """Two steps, a state, a third step; the third step again from that state; a state of one process taken in and given out again."""
+    """Two steps, a state, a third step; the third step again from that state; a state of one process taken in
+    and given out again."""
     rank = distributed.rank()
-    # Data parallel ranks may bring different numbers of microbatches (rank 1 here a real one and padding); expert parallel ones may not.
+    # Data parallel ranks may bring different numbers of microbatches (rank 1 here a real one and padding);
+    # expert parallel ones may not.
     mine = slice(0, 3) if rank == 0 else slice(3, 5)
     if expert_parallel > 1:
         mine = slice(0, 2) if rank == 0 else slice(2, 4)

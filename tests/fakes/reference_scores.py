@@ -10,11 +10,13 @@ if TYPE_CHECKING:
 
 
 TOLERANCE = 1e-4
-"""Nats. Both compute in float32, sum in other orders over up to 600 positions and 201,088 logits; 6e-6 is what they differ by."""
+"""Nats. Both compute in float32, sum in other orders over up to 600 positions and 201,088 logits; 6e-6 is
+what they differ by."""
 
 
 def expected(reference: "PreTrainedModel", ids_T: NDArray[np.int32]) -> NDArray[np.float64]:
-    """[T] log-probability of each id given those before it by transformers, the softmax in float64; NaN for the first."""
+    """[T] log-probability of each id given those before it by transformers, the softmax in float64; NaN for
+    the first."""
     import torch
 
     with torch.no_grad():

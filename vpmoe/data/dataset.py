@@ -90,19 +90,21 @@ def load_dataset(run: DistillRun, bucket: Bucket) -> Manifest:
 def load_training_dataset(run: DistillRun, bucket: Bucket) -> Manifest:
     """The manifest of the run's dataset, if a stage can train on it.
 
-    Raises Permanent if the dataset was not built, or has no training documents, or has no held-out documents although
-    evaluation.documents asks for some.
+    Raises Permanent if the dataset was not built, or has no training documents, or has no held-out documents
+    although evaluation.documents asks for some.
     """
     dataset = load_dataset(run, bucket)
     splits = dataset.facts["splits"]
     if not splits["train"]["documents"]:
         raise Permanent(
-            f"{bucket.url(dataset.key)}: the dataset's train split is empty, there is nothing to train on. Lower "
+            f"{bucket.url(dataset.key)}: the dataset's train split is empty, there is nothing to train on. "
+            "Lower "
             "dataset.validFraction, or give dataset.source more rows."
         )
     if run.spec.evaluation.documents and not splits["valid"]["documents"]:
         raise Permanent(
-            f"{bucket.url(dataset.key)}: the dataset's valid split is empty, so there is no held-out loss. Raise "
+            f"{bucket.url(dataset.key)}: the dataset's valid split is empty, so there is no held-out loss. "
+            "Raise "
             "dataset.validFraction, or set evaluation.documents to 0 to train without one."
         )
     return dataset

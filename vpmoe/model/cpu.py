@@ -1,11 +1,14 @@
-"""What megatron-core 0.19 needs to run without CUDA. The only module that patches anything, used only where the CPU was asked for.
+"""What megatron-core 0.19 needs to run without CUDA. The only module that patches anything, used only where
+the CPU was asked for.
 
-megatron-core takes its device from `torch.cuda.current_device()`, names CUDA's stream where it starts a reduction, writes device="cuda" in
-its optimizer and tells dtypes apart by the names of CUDA tensor types. Each of these gets an answer here that is true where the only
-device is the CPU. Patches reach no further than they must: what can be replaced in megatron's own modules is replaced there, and torch
-keeps its own factories and type names for everybody else.
+megatron-core takes its device from `torch.cuda.current_device()`, names CUDA's stream where it starts a
+reduction, writes device="cuda" in its optimizer and tells dtypes apart by the names of CUDA tensor types.
+Each of these gets an answer here that is true where the only device is the CPU. Patches reach no further than
+they must: what can be replaced in megatron's own modules is replaced there, and torch keeps its own factories
+and type names for everybody else.
 
-Covers what the student uses, and no tensor, sequence or pipeline parallelism, dropout, CUDA graphs, offloading or FSDP.
+Covers what the student uses, and no tensor, sequence or pipeline parallelism, dropout, CUDA graphs,
+offloading or FSDP.
 """
 
 import sys
@@ -39,10 +42,12 @@ def _cpu_for_cuda(device: Any) -> Any:
 
 
 def install() -> None:
-    """Prepare torch and megatron-core for the CPU. Idempotent. Raises RuntimeError where CUDA is there: it would be lied to."""
+    """Prepare torch and megatron-core for the CPU. Idempotent. Raises RuntimeError where CUDA is there: it
+    would be lied to."""
     if torch.cuda.is_available():
         raise RuntimeError(
-            "vpmoe.model.cpu is for machines without CUDA. Set CUDA_VISIBLE_DEVICES to the empty string to hide the GPUs."
+            "vpmoe.model.cpu is for machines without CUDA. Set CUDA_VISIBLE_DEVICES to the empty string to "
+            "hide the GPUs."
         )
     cuda: Any = torch.cuda
     if cuda.Stream is _Stream:
@@ -70,7 +75,8 @@ def install() -> None:
 
 
 def _name_types_for_megatron() -> None:
-    """Let `tensor.type()` say torch.cuda.FloatTensor to megatron's optimizer, which knows fp32 by that name only, and to nobody else."""
+    """Let `tensor.type()` say torch.cuda.FloatTensor to megatron's optimizer, which knows fp32 by that name
+    only, and to nobody else."""
     type_of = torch.Tensor.type
 
     def named(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -1,9 +1,10 @@
 """How tokens reach their experts and come back, over one rank or several.
 
-megatron-core's own dispatcher, without Transformer Engine, cuts its input into one tensor an expert and joins those again, four times a
-layer and again in the backward: at 256 experts that was two fifths of a training step on a GPU. Here every choice (a token and one of its
-experts) is a row, and one permutation brings the rows into the experts' order. Coming back is the inverse permutation and a sum over each
-token's choices, which is also the gradient of going: so neither direction scatters, and both give the same bits every time.
+megatron-core's own dispatcher, without Transformer Engine, cuts its input into one tensor an expert and joins
+those again, four times a layer and again in the backward: at 256 experts that was two fifths of a training
+step on a GPU. Here every choice (a token and one of its experts) is a row, and one permutation brings the
+rows into the experts' order. Coming back is the inverse permutation and a sum over each token's choices,
+which is also the gradient of going: so neither direction scatters, and both give the same bits every time.
 """
 
 from typing import Any
@@ -29,7 +30,8 @@ class MixtureLayer(MoELayer):  # type: ignore[misc]
 
 
 class Dispatcher(MoETokenDispatcher):  # type: ignore[misc]
-    """The steps of a mixture layer's forward, in the order in which megatron calls them. N tokens of K choices make C = N·K rows."""
+    """The steps of a mixture layer's forward, in the order in which megatron calls them. N tokens of K
+    choices make C = N·K rows."""
 
     def dispatch_preprocess(
         self, hidden: Tensor, chosen_NE: Tensor, weight_NE: Tensor

@@ -1,7 +1,8 @@
-"""Process groups: torch.distributed and megatron-core's parallel state, and the few words that the trainer says through them.
+"""Process groups: torch.distributed and megatron-core's parallel state, and the few words that the trainer
+says through them.
 
-The launcher's environment decides (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without it the process is a world of one. Starting the
-processes is vpmoe.training's business.
+The launcher's environment decides (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without it the process is a
+world of one. Starting the processes is vpmoe.training's business.
 """
 
 import os
@@ -13,13 +14,16 @@ from torch import Tensor
 from torch import distributed as dist
 
 TIMEOUT = timedelta(minutes=10)
-"""After so long in one collective a peer is taken for dead: the process fails, and another attempt starts from the last checkpoint."""
+"""After so long in one collective a peer is taken for dead: the process fails, and another attempt starts
+from the last checkpoint."""
 
 
 def start(device: torch.device, expert_parallel: int = 1) -> None:
-    """Join the other ranks: gloo on the CPU, NCCL on GPUs. Raises ValueError where the ranks do not divide by `expert_parallel`.
+    """Join the other ranks: gloo on the CPU, NCCL on GPUs. Raises ValueError where the ranks do not divide by
+    `expert_parallel`.
 
-    Once a process: a launcher's store remembers the addresses of a first group and would give them to a second.
+    Once a process: a launcher's store remembers the addresses of a first group and would give them to a
+    second.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
@@ -31,10 +35,12 @@ def start(device: torch.device, expert_parallel: int = 1) -> None:
 
 
 def set_expert_parallel(expert_parallel: int) -> None:
-    """Give megatron its groups of the ranks that joined: all of them data parallel, runs of `expert_parallel` sharing the experts."""
+    """Give megatron its groups of the ranks that joined: all of them data parallel, runs of `expert_parallel`
+    sharing the experts."""
     if expert_parallel < 1 or world_size() % expert_parallel:
         raise ValueError(
-            f"student.expertParallel: {expert_parallel} does not divide the {world_size()} ranks of this stage."
+            f"student.expertParallel: {expert_parallel} does not divide the {world_size()} ranks of this "
+            "stage."
         )
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=expert_parallel,

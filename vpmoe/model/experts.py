@@ -1,8 +1,9 @@
 """The routed experts as two stacked weights and grouped products.
 
-megatron-core without Transformer Engine computes its experts one after another: 256 of them cost some 700 times what their arithmetic
-does. Stacked, they are two parameters whatever their number, which also makes a checkpoint of one expert-parallel layout a slice of
-another's. Who goes to which expert is router.py's and dispatch.py's business.
+megatron-core without Transformer Engine computes its experts one after another: 256 of them cost some 700
+times what their arithmetic does. Stacked, they are two parameters whatever their number, which also makes a
+checkpoint of one expert-parallel layout a slice of another's. Who goes to which expert is router.py's and
+dispatch.py's business.
 """
 
 import torch
@@ -18,7 +19,8 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 class StackedExperts(MegatronModule):  # type: ignore[misc]
-    """This rank's experts: down_e(squared_relu(up_e(x)) · p) for the tokens sorted by expert, p being the token's weight for it."""
+    """This rank's experts: down_e(squared_relu(up_e(x)) · p) for the tokens sorted by expert, p being the
+    token's weight for it."""
 
     def __init__(
         self,
@@ -41,7 +43,8 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
             weight.allreduce = config.expert_model_parallel_size == 1
 
     def forward(self, input_nH: Tensor, tokens_E: Tensor, weight_n: Tensor) -> tuple[Tensor, None]:
-        """Output [n, H]. `tokens_E` [experts of this rank] says how many of the n rows belong to each, in order."""
+        """Output [n, H]. `tokens_E` [experts of this rank] says how many of the n rows belong to each, in
+        order."""
         ends_E = tokens_E.cumsum(0).to(device=input_nH.device, dtype=torch.int32)
         inner_nW = squared_relu(grouped_mm(input_nH, self.up.transpose(1, 2), offs=ends_E))
         inner_nW = (inner_nW * weight_n.unsqueeze(1)).to(input_nH.dtype)

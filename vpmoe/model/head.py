@@ -1,10 +1,13 @@
-"""The loss head: from hidden states to log p(target), loss and gradients, without ever holding [tokens, vocabulary].
+"""The loss head: from hidden states to log p(target), loss and gradients, without ever holding [tokens,
+vocabulary].
 
-The gradient of Σ c·(−log p) with respect to the logits is c·(softmax − onehot), and everything in it is known once a chunk's
-log-sum-exp is: so it is formed in the forward, chunk by chunk over tokens, and the backward only scales it. Nothing is computed twice and
-three matrix products are all that is left. Holds for coefficients that depend on logp too, as long as they are detached from it.
+The gradient of Σ c·(−log p) with respect to the logits is c·(softmax − onehot), and everything in it is known
+once a chunk's log-sum-exp is: so it is formed in the forward, chunk by chunk over tokens, and the backward
+only scales it. Nothing is computed twice and three matrix products are all that is left. Holds for
+coefficients that depend on logp too, as long as they are detached from it.
 
-Left out: label smoothing, z-loss, tensor parallelism over the vocabulary, second derivatives; teacher-forced training has its own head.
+Left out: label smoothing, z-loss, tensor parallelism over the vocabulary, second derivatives; teacher-forced
+training has its own head.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +20,8 @@ from torch.autograd.function import once_differentiable
 from vpmoe.model.spans import NO_TARGET
 
 Coefficient = Callable[[Tensor, Tensor], Tensor]
-"""`(logp_t [t] detached, rows_t [t] int64) -> c_t [t]`: the coefficients of a chunk's targets; rows_t are positions in the batch."""
+"""`(logp_t [t] detached, rows_t [t] int64) -> c_t [t]`: the coefficients of a chunk's targets; rows_t are
+positions in the batch."""
 
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 """Bound on one chunk's logits in fp32: at a vocabulary of 201,088 that is 166 and 2,669 tokens."""
@@ -26,10 +30,12 @@ CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 def head_loss(
     hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, coefficient: Coefficient
 ) -> tuple[Tensor, Tensor]:
-    """(Σ c·(−log p), log p [T] detached). Positions whose target is NO_TARGET cost nothing; their log p is NaN: not scored, never 0.
+    """(Σ c·(−log p), log p [T] detached). Positions whose target is NO_TARGET cost nothing; their log p is
+    NaN: not scored, never 0.
 
-    Differentiable in hidden and weight. On the GPU hidden and weight are bf16, logits, sums and the weight's gradient fp32; elsewhere all
-    is in the type of hidden (fp32, or fp64 in tests). Both gradients are returned to autograd in their parameter's type.
+    Differentiable in hidden and weight. On the GPU hidden and weight are bf16, logits, sums and the weight's
+    gradient fp32; elsewhere all is in the type of hidden (fp32, or fp64 in tests). Both gradients are
+    returned to autograd in their parameter's type.
     """
     loss, logp_T = _Head.apply(hidden_TH, weight_VH, targets_T, coefficient)  # type: ignore[no-untyped-call]
     return loss, logp_T
@@ -95,7 +101,8 @@ def _longest(weight_VH: Tensor) -> int:
 
 
 def target_chunks(targets_T: Tensor, longest: int) -> Iterator[Tensor]:
-    """Row numbers of the positions that have a target, in pieces of at most `longest` that are about equally long."""
+    """Row numbers of the positions that have a target, in pieces of at most `longest` that are about equally
+    long."""
     rows_T = (targets_T != NO_TARGET).nonzero().squeeze(1)
     pieces = -(-len(rows_T) // longest)
     yield from rows_T.tensor_split(pieces) if pieces else ()

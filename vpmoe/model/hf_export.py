@@ -1,8 +1,9 @@
-"""The student as a Hugging Face checkpoint: config.json, safetensors and their index, written by name and checked by name.
+"""The student as a Hugging Face checkpoint: config.json, safetensors and their index, written by name and
+checked by name.
 
-`exported_tensors` is the one table of what becomes of each parameter; writing and checking both go through it, and what it does not know is an
-error. Knows neither megatron-core nor transformers: the trainer writes, the sampler and the evaluation check. How a checkpoint comes to
-the bucket is not its business.
+`exported_tensors` is the one table of what becomes of each parameter; writing and checking both go through
+it, and what it does not know is an error. Knows neither megatron-core nor transformers: the trainer writes,
+the sampler and the evaluation check. How a checkpoint comes to the bucket is not its business.
 """
 
 import json
@@ -40,7 +41,8 @@ ReadTensor = Callable[[str, int, int], Tensor]
 
 @dataclass(frozen=True)
 class ExportedTensor:
-    """Where a tensor of the checkpoint comes from: `source`, a name of vpmoe.model.state, seen as `view`, and of that [:, pick]."""
+    """Where a tensor of the checkpoint comes from: `source`, a name of vpmoe.model.state, seen as `view`, and
+    of that [:, pick]."""
 
     source: str
     shape: tuple[int, ...]
@@ -55,7 +57,8 @@ class ExportedTensor:
 def exported_tensors(shape: Shape) -> dict[str, ExportedTensor]:
     """All tensors of a checkpoint by name.
 
-    megatron-core keeps queries, keys and values in one matrix: for each key-value head its queries' rows, then its key's and its value's.
+    megatron-core keeps queries, keys and values in one matrix: for each key-value head its queries' rows,
+    then its key's and its value's.
     """
     table: dict[str, ExportedTensor] = {}
 
@@ -112,7 +115,8 @@ def exported_tensors(shape: Shape) -> dict[str, ExportedTensor]:
 
 
 def hf_config(shape: Shape, positions: int, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json: the shape in transformers' words. `positions` is the longest sequence that the student was trained on."""
+    """config.json: the shape in transformers' words. `positions` is the longest sequence that the student was
+    trained on."""
     return {
         "model_type": MODEL_TYPE,
         "architectures": [ARCHITECTURE],
@@ -140,7 +144,8 @@ def hf_config(shape: Shape, positions: int, dtype: torch.dtype) -> dict[str, Any
         "max_position_embeddings": positions,
         "bos_token_id": None,
         "eos_token_id": [RETURN, CALL],
-        "pad_token_id": None,  # transformers would treat its embedding apart, and every id of ours is an ordinary one
+        # transformers would treat the padding id's embedding specially, and here every id is an ordinary one.
+        "pad_token_id": None,
     }
 
 
@@ -149,9 +154,10 @@ def export_student(
 ) -> None:
     """Write the student into `folder`, config.json last.
 
-    `sizes` names the state's tensors with their numbers (state.sizes, or a checkpoint's), of which "main" and "buffer" are exported, and
-    `read` gives them; in `dtype` bfloat16 they are rounded as the trainer's own weights are. Raises Permanent where the state and the
-    shape do not account for each other, tensor by tensor.
+    `sizes` names the state's tensors with their numbers (state.sizes, or a checkpoint's), of which "main" and
+    "buffer" are exported, and `read` gives them; in `dtype` bfloat16 they are rounded as the trainer's own
+    weights are. Raises Permanent where the state and the shape do not account for each other, tensor by
+    tensor.
     """
     table = exported_tensors(shape)
     wanted = {part.source: math.prod(part.view) for part in table.values()}
@@ -182,9 +188,11 @@ def export_student(
 
 
 def check_export(folder: Path, shape: Shape) -> None:
-    """Raise Permanent, with the field's or the tensor's name, unless `folder` holds exactly a student of this shape.
+    """Raise Permanent, with the field's or the tensor's name, unless `folder` holds exactly a student of this
+    shape.
 
-    Before transformers or vLLM load it: where a tensor is missing the one warns and draws random numbers. Reads headers only.
+    Before transformers or vLLM load it: where a tensor is missing the one warns and draws random numbers.
+    Reads headers only.
     """
     try:
         said = json.loads((folder / "config.json").read_bytes())
@@ -192,7 +200,8 @@ def check_export(folder: Path, shape: Shape) -> None:
         dtype = getattr(torch, str(said.get("dtype")), None)
         if dtype not in (torch.float32, torch.bfloat16):
             raise Permanent(
-                f"{folder}/config.json: dtype is {said.get('dtype')}. Students are exported in float32 or bfloat16."
+                f"{folder}/config.json: dtype is {said.get('dtype')}. Students are exported in float32 or "
+                "bfloat16."
             )
         found = {name: held for file in files for name, held in _header(folder / file).items()}
     except (OSError, ValueError, KeyError, SafetensorError) as error:

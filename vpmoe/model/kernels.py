@@ -1,8 +1,9 @@
-"""The head's two passes over a chunk of logits on a GPU: everything between its matrix products, reading each logit twice. And log p alone,
-in one product whose logits never leave the processors.
+"""The head's two passes over a chunk of logits on a GPU: everything between its matrix products, reading each
+logit twice. And log p alone, in one product whose logits never leave the processors.
 
-In torch's own operations the same takes some ten readings and writings of [chunk, vocabulary] and more time than the products. Triton
-compiles these on first use and needs a C compiler on the machine for it. head.py holds the formulas, and does them in torch on the CPU.
+In torch's own operations the same takes some ten readings and writings of [chunk, vocabulary] and more time
+than the products. Triton compiles these on first use and needs a C compiler on the machine for it. head.py
+holds the formulas, and does them in torch on the CPU.
 """
 
 import torch
@@ -15,7 +16,8 @@ BLOCK = 4096
 TILE = (128, 256, 64)
 """Tokens, vocabulary and hidden numbers of a program's part of a product."""
 BAND = 8
-"""Tiles of tokens that take a tile of the vocabulary one after another, so that it is read from memory once for all of them."""
+"""Tiles of tokens that take a tile of the vocabulary one after another, so that it is read from memory once
+for all of them."""
 
 
 def log_sum_exp(logits_tV: Tensor, targets_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +41,8 @@ def gradient(logits_tV: Tensor, targets_t: Tensor, lse_t: Tensor, c_t: Tensor, d
 
 
 def logp(hidden_tH: Tensor, weight_VH: Tensor, targets_t: Tensor) -> Tensor:
-    """log p of the targets [t] in fp32. Each tile of the product leaves the highest logit and Σ exp of its rows, [V / tile, t] in all."""
+    """log p of the targets [t] in fp32. Each tile of the product leaves the highest logit and Σ exp of its
+    rows, [V / tile, t] in all."""
     rows, width = len(hidden_tH), len(weight_VH)
     high_nt, total_nt = torch.empty(
         2, triton.cdiv(width, TILE[1]), rows, dtype=torch.float32, device=hidden_tH.device
@@ -79,7 +82,8 @@ def product(  # type: ignore[no-untyped-def]
     K: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    """(logits [M, N] in fp32, their rows [M], their columns [N], number of their tile of the vocabulary) of this program's tile.
+    """(logits [M, N] in fp32, their rows [M], their columns [N], number of their tile of the vocabulary) of
+    this program's tile.
 
     What lies beyond the last row or column repeats the first ones.
     """

@@ -1,11 +1,12 @@
 """A student in training: gradients of a global batch, and the step that uses them.
 
-megatron-core's DistributedDataParallel keeps gradients in flat fp32 buffers and reduces them while the last backward runs; its distributed
-optimizer keeps each rank's share of fp32 parameters and Adam moments. What is minimised is the objective's business, when the learning
-rate changes and what to do about a bad loss is the training loop's. Saved and restored by state.py.
+megatron-core's DistributedDataParallel keeps gradients in flat fp32 buffers and reduces them while the last
+backward runs; its distributed optimizer keeps each rank's share of fp32 parameters and Adam moments. What is
+minimised is the objective's business, when the learning rate changes and what to do about a bad loss is the
+training loop's. Saved and restored by state.py.
 
-A batch goes through in an explicit loop and not through megatron's pipeline schedule, whose interface (iterators, closures over losses)
-exists for stages that this student does not have.
+A batch goes through in an explicit loop and not through megatron's pipeline schedule, whose interface
+(iterators, closures over losses) exists for stages that this student does not have.
 """
 
 import contextlib
@@ -55,7 +56,8 @@ class Outcome:
 
 
 class Learner:
-    """The parts of a student in training. Make it with `build`; then, a step: forward_backward, look at the outcome, step."""
+    """The parts of a student in training. Make it with `build`; then, a step: forward_backward, look at the
+    outcome, step."""
 
     def __init__(
         self, student: Student, device: torch.device, *, weight_decay: float, gradient_clip: float
@@ -69,8 +71,8 @@ class Learner:
         bf16 = student.config.bf16
         self.ddp = DistributedDataParallel(
             student.config,
-            # Parameters are gathered in the step and not under the next forward: it saves some hundredths of a step of seconds, and a
-            # checkpoint taken before that forward would hold stale ones.
+            # Parameters are gathered in the step and not under the next forward: it saves some hundredths of
+            # a step of seconds, and a checkpoint taken before that forward would hold stale ones.
             DistributedDataParallelConfig(
                 use_distributed_optimizer=True, overlap_grad_reduce=True, grad_reduce_in_fp32=True
             ),
@@ -124,13 +126,16 @@ class Learner:
         return int(next(state.shards(self)).moments["step"])
 
     def forward_backward(self, batches: Sequence[Batch], objective: Objective, positions: int) -> Outcome:
-        """Gradients of the objective + balance loss over the global batch, of which this rank brings `batches` (at least one).
+        """Gradients of the objective + balance loss over the global batch, of which this rank brings
+        `batches` (at least one).
 
-        `positions` counts the global batch's positions that are not padding. Moves no weight: look at the outcome first, then `step`.
-        With expert parallelism every rank must bring equally many batches. Raises ValueError where `positions` is wrong.
+        `positions` counts the global batch's positions that are not padding. Moves no weight: look at the
+        outcome first, then `step`. With expert parallelism every rank must bring equally many batches. Raises
+        ValueError where `positions` is wrong.
 
-        The loss goes backward times `positions`, and step divides all gradients by it. So the balance losses, which megatron weighs by
-        positions, come out as means over positions, and gradients in bf16 keep the size that they have in ordinary training.
+        The loss goes backward times `positions`, and step divides all gradients by it. So the balance losses,
+        which megatron weighs by positions, come out as means over positions, and gradients in bf16 keep the
+        size that they have in ordinary training.
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -146,7 +151,8 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Outcome:
-        """The cross-entropies of all ranks' batches, which may differ in number except with expert parallelism. Leaves no trace."""
+        """The cross-entropies of all ranks' batches, which may differ in number except with expert
+        parallelism. Leaves no trace."""
         sums = _Sums(self.device)
         for batch in batches:
             here = batch.to(self.device)
@@ -155,19 +161,22 @@ class Learner:
 
     @torch.no_grad()
     def logp(self, batch: Batch) -> Tensor:
-        """log p of each position's target [T] fp32 on the CPU, NaN where there is none. All ranks call it with the same batch."""
+        """log p of each position's target [T] fp32 on the CPU, NaN where there is none. All ranks call it
+        with the same batch."""
         here = batch.to(self.device)
         return target_logp(self.student(here), self.student.output, here.target).cpu()
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> float:
-        """Sum the gradients over the ranks, clip them, move weights and expert biases. Returns the gradient's norm before clipping.
+        """Sum the gradients over the ranks, clip them, move weights and expert biases. Returns the gradient's
+        norm before clipping.
 
         Raises ArithmeticError on every rank, before any weight has moved, where the norm is not finite.
         """
         if self._positions is None:
             raise RuntimeError(
-                "Learner.step uses the gradients of one forward_backward, and there was none since the last step."
+                "Learner.step uses the gradients of one forward_backward, and there was none since the last "
+                "step."
             )
         positions, self._positions = self._positions, None
         finalize_model_grads([self.ddp], num_tokens=positions.to(self.device))
@@ -192,7 +201,8 @@ class Learner:
 
 
 class _Sums:
-    """Running sums of one global batch, on the device until all are in: nothing waits for the GPU before `outcome`."""
+    """Running sums of one global batch, on the device until all are in: nothing waits for the GPU before
+    `outcome`."""
 
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -212,7 +222,8 @@ class _Sums:
         by_layer: dict[str, Router] | None = None,
         objective: Objective | None = None,
     ) -> Outcome:
-        """Sum over the ranks. Raises ValueError where the batches' positions are not those that the loss was scaled by."""
+        """Sum over the ranks. Raises ValueError where the batches' positions are not those that the loss was
+        scaled by."""
         measured = objective.sums().to(self.nll) if objective else self.nll[:0]
         sums = [self.loss.unsqueeze(0), self.nll, self.counts.to(self.nll), measured]
         if by_layer:

@@ -1,8 +1,9 @@
 """The router of a mixture layer, and what it tells about its load.
 
-megatron-core's sigmoid router with groups and selection bias, corrected in three places. Its product in fp32 fails without Transformer
-Engine. Its count of tokens an expert, which moves the biases, cannot be given a padding mask (the mask's shape does not fit). Its sequence
-balance loss divides by the mean length of the rows and so gives NaN for rows that are all padding, and wrong shares to uneven ones.
+megatron-core's sigmoid router with groups and selection bias, corrected in three places. Its product in fp32
+fails without Transformer Engine. Its count of tokens an expert, which moves the biases, cannot be given a
+padding mask (the mask's shape does not fit). Its sequence balance loss divides by the mean length of the rows
+and so gives NaN for rows that are all padding, and wrong shares to uneven ones.
 """
 
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 class Router(TopKRouter):  # type: ignore[misc]
     """Chooses experts by sigmoid(x·W) + bias and weighs them by the sigmoid alone, all of it in fp32.
 
-    Buffers, all fp32 whatever the parameters are: `expert_bias` [E] is state that a checkpoint holds; `local_tokens_per_expert` [E] and
-    `aux_sum` are this rank's sums since the last step, over positions that are not padding.
+    Buffers, all fp32 whatever the parameters are: `expert_bias` [E] is state that a checkpoint holds;
+    `local_tokens_per_expert` [E] and `aux_sum` are this rank's sums since the last step, over positions that
+    are not padding.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -33,7 +35,8 @@ class Router(TopKRouter):  # type: ignore[misc]
         return logits
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-        """Count the tokens of each expert. Recomputation runs a forward twice; only the one with gradients counts."""
+        """Count the tokens of each expert. Recomputation runs a forward twice; only the one with gradients
+        counts."""
         if torch.is_grad_enabled():
             assert padding_mask is not None, "the student always passes its padding"
             self.local_tokens_per_expert += (routing_map & ~padding_mask.unsqueeze(1)).sum(0)
@@ -47,11 +50,13 @@ class Router(TopKRouter):  # type: ignore[misc]
         bsz: int,
         with_padding_mask: bool = False,
     ) -> Tensor:
-        """Attach the balance loss of each row r: coefficient · E · Σ_e f_re · p_re, weighted by its n_r positions that are not padding.
+        """Attach the balance loss of each row r: coefficient · E · Σ_e f_re · p_re, weighted by its n_r
+        positions that are not padding.
 
-        f_re is the share of the row's choices that fell on expert e, p_re the mean of its normalised score there (DeepSeek-V3, eq. 17–20;
-        here balanced experts give 1). The gradients are later divided by the global batch's positions (Learner.step), so the coefficient
-        means the same whatever is masked, packed or padded. Padding arrives as zeros in the scores and in the map.
+        f_re is the share of the row's choices that fell on expert e, p_re the mean of its normalised score
+        there (DeepSeek-V3, eq. 17–20; here balanced experts give 1). The gradients are later divided by the
+        global batch's positions (Learner.step), so the coefficient means the same whatever is masked, packed
+        or padded. Padding arrives as zeros in the scores and in the map.
         """
         scores_rE, choices_rE = (
             x.view(seq_length, bsz, -1).sum(0) for x in (scores_for_aux_loss, routing_map)
@@ -76,7 +81,8 @@ class ExpertLoad:
     tokens: Tensor
     """[L, E] int64"""
     aux: Tensor
-    """[L] float64, the balance loss without its coefficient, a mean over positions: 1 when balanced, E/experts-a-token when collapsed."""
+    """[L] float64, the balance loss without its coefficient, a mean over positions: 1 when balanced,
+    E/experts-a-token when collapsed."""
 
     @property
     def max_over_mean(self) -> Tensor:

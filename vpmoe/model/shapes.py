@@ -1,7 +1,9 @@
-"""The students' shapes: pure numbers, no torch, so that anything may count parameters or check a layout without loading it.
+"""The students' shapes: pure numbers, no torch, so that anything may count parameters or check a layout
+without loading it.
 
-How a shape becomes modules is student.py's business. What is the same for every shape stands there too: QK-norm, RMSNorm, squared
-ReLU without a gate, sigmoid scores, no biases, no dropout, embeddings not tied to the output.
+How a shape becomes modules is student.py's business. What is the same for every shape stands there too:
+QK-norm, RMSNorm, squared ReLU without a gate, sigmoid scores, no biases, no dropout, embeddings not tied to
+the output.
 """
 
 from dataclasses import dataclass
@@ -11,7 +13,8 @@ from vpmoe.data.vocabulary import VOCABULARY_SIZE
 
 @dataclass(frozen=True)
 class Shape:
-    """One architecture: a dense layer or more, then mixture-of-experts layers, all with grouped-query attention."""
+    """One architecture: a dense layer or more, then mixture-of-experts layers, all with grouped-query
+    attention."""
 
     name: str
     layers: int
@@ -29,7 +32,8 @@ class Shape:
     shared_width: int
     """Width of the expert that every token of a mixture layer passes."""
     expert_groups: int
-    """The router first chooses `expert_groups_per_token` groups by their best experts' scores, then experts inside them."""
+    """The router first chooses `expert_groups_per_token` groups by their best experts' scores, then experts
+    inside them."""
     expert_groups_per_token: int
     vocabulary: int = VOCABULARY_SIZE
     routed_scaling: float = 2.5
@@ -41,12 +45,15 @@ class Shape:
     rope_base: int = 10_000
     norm_epsilon: float = 1e-6
     init_std: float = 0.02
-    """Standard deviation of every matrix at the start; those that write to the residual stream get it over √(2·layers)."""
+    """Standard deviation of every matrix at the start; those that write to the residual stream get it over
+    √(2·layers)."""
     embedding_std: float = 0.02
-    """That of the embeddings. What many layers add must not drown the token in what all tokens share: their routers would then choose
-    the same few experts for every token before anything is learned (arXiv 2312.16903 says why else 1 is good)."""
+    """That of the embeddings. What many layers add must not drown the token in what all tokens share: their
+    routers would then choose the same few experts for every token before anything is learned (arXiv
+    2312.16903 says why else 1 is good)."""
     recompute: bool = False
-    """Compute each layer's activations again in the backward: a third more arithmetic for one stored tensor a layer."""
+    """Compute each layer's activations again in the backward: a third more arithmetic for one stored tensor a
+    layer."""
 
     @property
     def moe_layers(self) -> int:
@@ -90,7 +97,8 @@ SHAPES = {
             embedding_std=1.0,
             recompute=True,
         ),
-        # The same code, small enough for a laptop: what it cannot shrink is the vocabulary, so that token ids are the real ones.
+        # The same code, small enough for a laptop: what it cannot shrink is the vocabulary, so that token ids
+        # are the real ones.
         Shape(
             name="tiny",
             layers=3,

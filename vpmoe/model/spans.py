@@ -44,7 +44,8 @@ def weights_by_span(weights: Mapping[str, float]) -> list[float]:
     """The weights as a list indexed by span number; span 0 weighs nothing."""
     if set(weights) != set(SPANS):
         raise ValueError(
-            f"training.spanWeights: {sorted(weights)} are not the spans {sorted(SPANS)}. Give each exactly one weight."
+            f"training.spanWeights: {sorted(weights)} are not the spans {sorted(SPANS)}. Give each exactly "
+            "one weight."
         )
     by_span = [0.0] * (max(SPANS.values()) + 1)
     for name, span in SPANS.items():

@@ -1,8 +1,10 @@
-"""What a checkpoint holds of a student in training, as named flat slices that any number of ranks can write and any other number read.
+"""What a checkpoint holds of a student in training, as named flat slices that any number of ranks can write
+and any other number read.
 
-A name is a kind and a parameter: "main/…" (the fp32 parameter that the optimizer moves), "exp_avg/…", "exp_avg_sq/…", and "buffer/…" for
-the experts' biases. A slice is a range of the whole tensor, flattened; experts of all expert-parallel ranks count as one tensor. The bf16
-weights are not among them: they are the main parameters rounded, bit for bit. Files, hashes and manifests are vpmoe.training's business.
+A name is a kind and a parameter: "main/…" (the fp32 parameter that the optimizer moves), "exp_avg/…",
+"exp_avg_sq/…", and "buffer/…" for the experts' biases. A slice is a range of the whole tensor, flattened;
+experts of all expert-parallel ranks count as one tensor. The bf16 weights are not among them: they are the
+main parameters rounded, bit for bit. Files, hashes and manifests are vpmoe.training's business.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -19,7 +21,8 @@ from vpmoe.model.student import Student
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NOT_EVERY_STAGES = ("projection",)
-"""Parameters that a student has in some stages only (TeacherForced): a state of another stage is whole without them."""
+"""Parameters that a student has in some stages only (TeacherForced): a state of another stage is whole
+without them."""
 
 ReadTensor = Callable[[str, int, int], Tensor]
 """`(name, start, stop) -> fp32 tensor [stop − start]`, on any device."""
@@ -36,7 +39,8 @@ class StatefulLearner(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class StateSlice:
-    """[start, stop) of the flattened tensor `name`. The tensor is the live one, on its device: copy it before the next step."""
+    """[start, stop) of the flattened tensor `name`. The tensor is the live one, on its device: copy it before
+    the next step."""
 
     name: str
     start: int
@@ -88,7 +92,8 @@ def allocate_moments(learner: StatefulLearner) -> None:
 
 
 def slices(learner: StatefulLearner) -> list[StateSlice]:
-    """All that this rank holds. Over all ranks the slices of a name cover it exactly once; the buffers are rank 0's."""
+    """All that this rank holds. Over all ranks the slices of a name cover it exactly once; the buffers are
+    rank 0's."""
     held = [
         StateSlice(f"{kind}/{shard.name}", shard.start, shard.start + shard.main.numel(), tensor)
         for shard in shards(learner)
@@ -114,11 +119,13 @@ def sizes(learner: StatefulLearner) -> dict[str, int]:
 def restore(
     learner: StatefulLearner, read: ReadTensor, steps: int, moments: bool = True, anew: Collection[str] = ()
 ) -> None:
-    """Take weights, expert biases and, with `moments`, Adam's state from `read`, of which every rank asks for its own slices only.
+    """Take weights, expert biases and, with `moments`, Adam's state from `read`, of which every rank asks for
+    its own slices only.
 
-    `steps` is the count of optimizer steps behind that state. The parameters named in `anew` stay as they were built, with empty moments;
-    they share the others' count of steps. All ranks call it. Raises what `read` raises, and ValueError for a slice of the wrong length; a
-    learner whose restore failed is half old and half new and must not be used.
+    `steps` is the count of optimizer steps behind that state. The parameters named in `anew` stay as they
+    were built, with empty moments; they share the others' count of steps. All ranks call it. Raises what
+    `read` raises, and ValueError for a slice of the wrong length; a learner whose restore failed is half old
+    and half new and must not be used.
     """
     for shard in shards(learner):
         shard.moments["step"].fill_(steps if moments else 0)
@@ -135,11 +142,12 @@ def restore(
 
 @torch.no_grad()
 def copy_weights(learner: StatefulLearner, into: dict[str, Tensor] | None = None) -> ReadTensor:
-    """A copy of the weights and expert biases as they are, on the CPU and under the names of a state. On the GPU the weights are bf16.
+    """A copy of the weights and expert biases as they are, on the CPU and under the names of a state. On the
+    GPU the weights are bf16.
 
-    All ranks call it, because with expert parallelism no rank has all experts; rank 0's is the one to read, the others' is empty. `into`
-    keeps the copy's memory from one call to the next, which then overwrites it: a GPU copies forty times as fast into memory that is
-    pinned, and pinning it takes longer than all else.
+    All ranks call it, because with expert parallelism no rank has all experts; rank 0's is the one to read,
+    the others' is empty. `into` keeps the copy's memory from one call to the next, which then overwrites it:
+    a GPU copies forty times as fast into memory that is pinned, and pinning it takes longer than all else.
     """
     held = {} if into is None else into
     parameters = [(f"main/{name}", parameter) for name, parameter in learner.student.named_parameters()]
@@ -164,7 +172,8 @@ def _fill(tensor: Tensor, read: ReadTensor, name: str, start: int) -> None:
     values = read(name, start, start + tensor.numel())
     if values.shape != tensor.shape or values.dtype != torch.float32:
         raise ValueError(
-            f"{name} [{start}, {start + tensor.numel()}): read {values.dtype} {list(values.shape)}, wanted that many of float32."
+            f"{name} [{start}, {start + tensor.numel()}): read {values.dtype} {list(values.shape)}, wanted "
+            "that many of float32."
         )
     tensor.copy_(values)
 
@@ -190,7 +199,8 @@ def _first(parameter: Tensor) -> int:
 
 
 def random_state() -> dict[str, Tensor]:
-    """Every generator that this process may draw from, as bytes. Nothing draws in training (no dropout); kept so that this stays true."""
+    """Every generator that this process may draw from, as bytes. Nothing draws in training (no dropout); kept
+    so that this stays true."""
     states = {
         "cpu": torch.get_rng_state(),
         **{f"megatron/{name}": state for name, state in get_cuda_rng_tracker().get_states().items()},

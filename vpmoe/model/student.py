@@ -1,14 +1,16 @@
 """The student: megatron-core's embedding and transformer layers, stopped at the last hidden state.
 
-Neither of megatron-core's whole models is used. GPTModel is deprecated in 0.19. HybridModel, its successor, hard-wires Transformer
-Engine's norm at its end, counts attention and feed-forward as layers of their own (160 for these 80, in every parameter's name), applies
-one row of rotary angles to all documents and ends in logits, which the loss head exists to avoid. What the two are made of is not
-deprecated, and this file puts it together in the place of their `__init__`: VocabParallelEmbedding, TransformerBlock with TransformerLayers
-(SelfAttention, MLP, MoELayer), RMSNorm. Ours are the parts that megatron lacks without Transformer Engine: attention inside documents,
-stacked experts and the way to them, the corrected router, and an output matrix that only the loss head multiplies.
+Neither of megatron-core's whole models is used. GPTModel is deprecated in 0.19. HybridModel, its successor,
+hard-wires Transformer Engine's norm at its end, counts attention and feed-forward as layers of their own (160
+for these 80, in every parameter's name), applies one row of rotary angles to all documents and ends in
+logits, which the loss head exists to avoid. What the two are made of is not deprecated, and this file puts it
+together in the place of their `__init__`: VocabParallelEmbedding, TransformerBlock with TransformerLayers
+(SelfAttention, MLP, MoELayer), RMSNorm. Ours are the parts that megatron lacks without Transformer Engine:
+attention inside documents, stacked experts and the way to them, the corrected router, and an output matrix
+that only the loss head multiplies.
 
-No tensor, pipeline or context parallelism: the student never needs it, and at tensor parallelism 1 the vocabulary is never padded, so that
-every one of its ids is defined. Expert parallelism is megatron's.
+No tensor, pipeline or context parallelism: the student never needs it, and at tensor parallelism 1 the
+vocabulary is never padded, so that every one of its ids is defined. Expert parallelism is megatron's.
 """
 
 import hashlib
@@ -45,10 +47,11 @@ from vpmoe.model.shapes import Shape
 
 
 class Student(MegatronModule):  # type: ignore[misc]
-    """Calling it gives the normalised hidden states [T, H] of a batch; `output` [V, H] is the matrix that makes logits of them.
+    """Calling it gives the normalised hidden states [T, H] of a batch; `output` [V, H] is the matrix that
+    makes logits of them.
 
-    `projection` [G, H] brings hidden states to a teacher's width G, for the objective that compares the two; None where there is no
-    teacher, or one that is as wide.
+    `projection` [G, H] brings hidden states to a teacher's width G, for the objective that compares the two;
+    None where there is no teacher, or one that is as wide.
     """
 
     def __init__(
@@ -72,11 +75,13 @@ class Student(MegatronModule):  # type: ignore[misc]
             )
 
     def forward(self, batch: Batch) -> Tensor:
-        """[T, H] for the batch's T = b·S positions, in row order. ValueError where a row is longer than the student was built for."""
+        """[T, H] for the batch's T = b·S positions, in row order. ValueError where a row is longer than the
+        student was built for."""
         rows, positions = batch.tokens.shape
         if positions > self.sequence_length:
             raise ValueError(
-                f"training.sequenceLength: a row of {positions} positions, the student was built for {self.sequence_length}."
+                f"training.sequenceLength: a row of {positions} positions, the student was built for "
+                f"{self.sequence_length}."
             )
         hidden_SbH = self.decoder(
             hidden_states=self.embedding(batch.tokens).transpose(0, 1).contiguous(),
@@ -88,7 +93,8 @@ class Student(MegatronModule):  # type: ignore[misc]
         return cast(Tensor, hidden_SbH).transpose(0, 1).reshape(rows * positions, -1)
 
     def _angles(self, position_Sb: Tensor) -> Tensor:
-        """Angles of RoPE [S, b, 1, head width]: position · base^(−2i / width), in the half-and-half order of rotate_half."""
+        """Angles of RoPE [S, b, 1, head width]: position · base^(−2i / width), in the half-and-half order of
+        rotate_half."""
         width = self.shape.head_width
         exponent = torch.arange(0, width, 2, dtype=torch.float32, device=position_Sb.device) / width
         angle = position_Sb.float().unsqueeze(-1) * self.shape.rope_base**-exponent
@@ -104,15 +110,17 @@ def build(
     expert_parallel: int = 1,
     teacher_width: int | None = None,
 ) -> Student:
-    """A new student with random weights: bf16 on the GPU, fp32 on the CPU; on device "meta" without weights, to count them.
+    """A new student with random weights: bf16 on the GPU, fp32 on the CPU; on device "meta" without weights,
+    to count them.
 
-    `teacher_width` is that of the hidden states that it is to be compared with; None where there is no such teacher.
-    Every rank builds the same weights from the same seed, whatever the layout. Needs the process groups of distributed.start. Raises
-    ValueError where the experts do not divide by `expert_parallel`.
+    `teacher_width` is that of the hidden states that it is to be compared with; None where there is no such
+    teacher. Every rank builds the same weights from the same seed, whatever the layout. Needs the process
+    groups of distributed.start. Raises ValueError where the experts do not divide by `expert_parallel`.
     """
     if expert_parallel < 1 or shape.experts % expert_parallel:
         raise ValueError(
-            f"student.expertParallel: {expert_parallel} does not divide the {shape.experts} experts of {shape.name}."
+            f"student.expertParallel: {expert_parallel} does not divide the {shape.experts} experts of "
+            f"{shape.name}."
         )
     student = Student(shape, _config(shape, device, expert_parallel), sequence_length, teacher_width)
     if device.type != "meta":
@@ -145,8 +153,10 @@ def _config(shape: Shape, device: torch.device, expert_parallel: int) -> Transfo
         moe_aux_loss_coeff=shape.aux_coefficient,
         moe_token_dispatcher_type="alltoall",
         expert_model_parallel_size=expert_parallel,
-        expert_tensor_parallel_size=1,  # the default follows tensor parallelism; where the two differ experts drift apart in silence
-        calculate_per_token_loss=True,  # gradients are sums, divided by the global batch's positions in Learner.step
+        # The default follows tensor parallelism; if the two differ, experts drift apart silently.
+        expert_tensor_parallel_size=1,
+        # Gradients are sums; Learner.step divides them by the positions of the global batch.
+        calculate_per_token_loss=True,
         normalization="RMSNorm",
         layernorm_epsilon=shape.norm_epsilon,
         qk_layernorm=True,
@@ -213,12 +223,14 @@ def _layers(shape: Shape) -> TransformerBlockSubmodules:
 
 
 WRITES_TO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "experts.down")
-"""Matrices whose product is added to the residual stream: 2·layers of them add up, so each starts smaller by the root of that."""
+"""Matrices whose product is added to the residual stream: 2·layers of them add up, so each starts smaller by
+the root of that."""
 
 
 @torch.no_grad()
 def _initialise(student: Student, seed: int) -> None:
-    """Norms 1, matrices normal. A parameter's numbers come from (seed, name) alone, so neither order nor layout changes them."""
+    """Norms 1, matrices normal. A parameter's numbers come from (seed, name) alone, so neither order nor
+    layout changes them."""
     shape = student.shape
     for name, parameter in student.named_parameters():
         if parameter.dim() == 1:

@@ -1,7 +1,8 @@
 """The bucket: the only thing that the operator and the jobs share.
 
-Objects and their hashes are `bucket`'s, what makes a set of objects exist is `manifest`'s, where everything lies is `paths`'s.
-`python -m vpmoe.storage verify s3://bucket/prefix` proves every manifest below a prefix. The format is described in docs/storage.md.
+Objects and their hashes are `bucket`'s, what makes a set of objects exist is `manifest`'s, where everything
+lies is `paths`'s. `python -m vpmoe.storage verify s3://bucket/prefix` proves every manifest below a prefix.
+The format is described in docs/storage.md.
 """
 
 from vpmoe.storage import manifest, paths

@@ -1,4 +1,5 @@
-"""`python -m vpmoe.storage verify s3://bucket/prefix`: endpoint, region and credentials from the environment, as for AWS's own tools."""
+"""`python -m vpmoe.storage verify s3://bucket/prefix`: endpoint, region and credentials from the environment,
+as for AWS's own tools."""
 
 import argparse
 import logging

@@ -1,7 +1,7 @@
 """Blocks: the unit in which content is hashed, uploaded and read back. Pure; no bucket is touched here.
 
-A hash of the whole object could not check a range read, so every object has one sha256 for each 8 MiB beside it. An upload's
-part is a block.
+A hash of the whole object could not check a range read, so every object has one sha256 for each 8 MiB beside
+it. An upload's part is a block.
 """
 
 import hashlib
@@ -17,7 +17,8 @@ BLOCK = 8 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Stored:
-    """An object as it was written: its key below the bucket's prefix, bytes, sha256 in hex, and the sha256 of each block."""
+    """An object as it was written: its key below the bucket's prefix, bytes, sha256 in hex, and the sha256 of
+    each block."""
 
     key: str
     size: int
@@ -25,7 +26,8 @@ class Stored:
     blocks: tuple[str, ...]
 
     def subject(self, folder: str) -> "Subject":
-        """The same object as the manifest of `folder` names it. Raises ValueError where it does not lie in that folder."""
+        """The same object as the manifest of `folder` names it. Raises ValueError where it does not lie in
+        that folder."""
         name = self.key.removeprefix(folder.rstrip("/") + "/")
         if name == self.key:
             raise ValueError(f"{self.key} does not lie in {folder}, whose manifest is to name it")
@@ -78,7 +80,8 @@ def block_range(size: int, index: int) -> tuple[int, int]:
 
 
 def in_order[A, B](function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
-    """Results of `function` in the order of `items`, computed in `threads` threads; at most that many results are held."""
+    """Results of `function` in the order of `items`, computed in `threads` threads; at most that many results
+    are held."""
     with ThreadPoolExecutor(threads) as pool:
         running: deque[Future[B]] = deque()
         for item in items:

@@ -1,8 +1,9 @@
 """One bucket of an S3-compatible store: what is written gets hashes, what is read is checked against them.
 
-Uses only what every store has: plain and multipart PUT, GET with ranges, HEAD, LIST, DELETE, and `If-None-Match: *` on plain PUT.
-No tags, no If-Match, no checksum trailers. Content is streamed: an upload or download holds a few blocks, whatever the size.
-What a set of objects means is the manifest's business (manifest.py).
+Uses only what every store has: plain and multipart PUT, GET with ranges, HEAD, LIST, DELETE, and
+`If-None-Match: *` on plain PUT. No tags, no If-Match, no checksum trailers. Content is streamed: an upload or
+download holds a few blocks, whatever the size. What a set of objects means is the manifest's business
+(manifest.py).
 """
 
 import hashlib
@@ -41,7 +42,8 @@ MAX_METADATA = 2048
 """S3's bound on an object's own metadata: bytes of all names and values."""
 
 FOLDER = "the folder whose manifest names it"
-"""What to delete where an object in it was altered. Its manifest alone is not enough: records beside it say that its parts are done."""
+"""What to delete where an object in it was altered. Its manifest alone is not enough: records beside it say
+that its parts are done."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,11 @@ class Object:
 
 
 class Bucket:
-    """A bucket below a prefix. All keys that go in and come out are relative to the prefix; `url` gives the whole address.
+    """A bucket below a prefix. All keys that go in and come out are relative to the prefix; `url` gives the
+    whole address.
 
-    Every method raises StorageError when the store refuses, or cannot be reached until patience ends. Threads may share a bucket,
-    processes may not: open it after a fork.
+    Every method raises StorageError when the store refuses, or cannot be reached until patience ends. Threads
+    may share a bucket, processes may not: open it after a fork.
     """
 
     def __init__(self, client: "S3Client", name: str, prefix: str, patience: Patience) -> None:
@@ -76,11 +79,13 @@ class Bucket:
         ca_bundle: Path | None = None,
         patience: Patience = JOB,
     ) -> "Bucket":
-        """The bucket that a run's `storage` describes. Nothing is sent before the first use; `probe` proves that it works.
+        """The bucket that a run's `storage` describes. Nothing is sent before the first use; `probe` proves
+        that it works.
 
-        Without `credentials` they come from where AWS tools look (environment, service account), AWS_ENDPOINT_URL wins over the
-        spec's endpoint, and AWS_CA_BUNDLE names the authority. With them the environment has no say: the operator serves many
-        runs, and must never send one run's secret to an address that the run did not name.
+        Without `credentials` they come from where AWS tools look (environment, service account),
+        AWS_ENDPOINT_URL wins over the spec's endpoint, and AWS_CA_BUNDLE names the authority. With them the
+        environment has no say: the operator serves many runs, and must never send one run's secret to an
+        address that the run did not name.
         """
         return cls(connect(spec, credentials, ca_bundle, patience), spec.bucket, spec.prefix, patience)
 
@@ -93,14 +98,16 @@ class Bucket:
         return f"s3://{self.name}/{self.prefix}{key}"
 
     def probe(self) -> None:
-        """Prove that credentials may write, read and delete here and that a conditional PUT holds; the object used is removed."""
+        """Prove that credentials may write, read and delete here and that a conditional PUT holds; the object
+        used is removed."""
         key = f".probe/{uuid.uuid4().hex}"
         self.create(key, b"first", {})
         second = self.create(key, b"second", {})
         self.delete(key)
         if second:
             raise StorageError(
-                f"{self.url(key)}: the store at {self.endpoint} ignores `If-None-Match: *` and overwrote an object, so two writers could "
+                f"{self.url(key)}: the store at {self.endpoint} ignores `If-None-Match: *` and overwrote an "
+                "object, so two writers could "
                 "undo each other's work. Use a store that has conditional PUT.",
                 "Refused",
             )
@@ -108,7 +115,8 @@ class Bucket:
     # Writing
 
     def put_bytes(self, key: str, data: bytes, metadata: Mapping[str, str]) -> Stored:
-        """Write a small object, over whatever was there. Its sha256 stands in its metadata, and `get` checks it."""
+        """Write a small object, over whatever was there. Its sha256 stands in its metadata, and `get` checks
+        it."""
         stored = hash_bytes(key, data)
         self._put(key, data, self._checked(key, {**metadata, "sha256": stored.sha256}))
         return stored
@@ -118,7 +126,8 @@ class Bucket:
         return self.put_bytes(key, json_bytes(value), metadata)
 
     def create(self, key: str, data: bytes, metadata: Mapping[str, str]) -> bool:
-        """Write a small object unless there is one. True: it now holds `data`, by us or before; False: it holds something else."""
+        """Write a small object unless there is one. True: it now holds `data`, by us or before; False: it
+        holds something else."""
         metadata = self._checked(key, {**metadata, "sha256": hashlib.sha256(data).hexdigest()})
         try:
             self._put(key, data, metadata, IfNoneMatch="*")
@@ -127,9 +136,11 @@ class Bucket:
         return True
 
     def put_file(self, key: str, path: Path, metadata: Mapping[str, str]) -> Stored:
-        """Write a file of any size, over whatever was there; it is read once, a block at a time. It exists all at once or not at all.
+        """Write a file of any size, over whatever was there; it is read once, a block at a time. It exists
+        all at once or not at all.
 
-        Raises StorageError also for a file of more than MAX_PARTS blocks, OSError where the file cannot be read.
+        Raises StorageError also for a file of more than MAX_PARTS blocks, OSError where the file cannot be
+        read.
         """
         if path.stat().st_size > MAX_PARTS * BLOCK:
             raise StorageError(
@@ -206,7 +217,8 @@ class Bucket:
         return hasher.stored(key)
 
     def _abort(self, key: str, upload_id: str) -> None:
-        """Give back the space of a failed upload; one attempt, since what made the upload fail is the error to report."""
+        """Give back the space of a failed upload; one attempt, since what made the upload fail is the error
+        to report."""
         once = Patience(attempts=1, connect=self._patience.connect, read=self._patience.read)
         try:
             persist(
@@ -227,13 +239,15 @@ class Bucket:
         size = sum(len(name.encode()) + len(value.encode()) for name, value in metadata.items())
         if size > MAX_METADATA:
             raise StorageError(
-                f"{self.url(key)}: metadata of {size} bytes is above S3's {MAX_METADATA}. Shorten the image's name.",
+                f"{self.url(key)}: metadata of {size} bytes is above S3's {MAX_METADATA}. Shorten the "
+                "image's name.",
                 "Refused",
             )
         for name, value in metadata.items():
             if not (value.isascii() and value.isprintable()):
                 raise StorageError(
-                    f"{self.url(key)}: metadata {name}={value!r} is not printable ASCII, and S3 carries nothing else.",
+                    f"{self.url(key)}: metadata {name}={value!r} is not printable ASCII, and S3 carries "
+                    "nothing else.",
                     "Refused",
                 )
         return dict(metadata)
@@ -241,7 +255,8 @@ class Bucket:
     # Reading
 
     def get(self, key: str) -> bytes:
-        """A whole small object, proved against the sha256 in its metadata where it has one (those of others have none)."""
+        """A whole small object, proved against the sha256 in its metadata where it has one (those of others
+        have none)."""
 
         def fetch() -> tuple[bytes, str | None]:
             answer = self._client.get_object(Bucket=self.name, Key=self.prefix + key)
@@ -260,7 +275,8 @@ class Bucket:
             return json.loads(self.get(key))
         except ValueError as error:
             raise StorageError(
-                f"{self.url(key)}: not JSON ({error}). The object was altered; delete it to have it written again.",
+                f"{self.url(key)}: not JSON ({error}). The object was altered; delete it to have it written "
+                "again.",
                 "Altered",
             ) from error
 
@@ -275,7 +291,8 @@ class Bucket:
         return True
 
     def list(self, prefix: str, after: str = "") -> Iterator[Object]:
-        """All objects whose key starts with `prefix`, in the order of their keys; only those beyond the key `after` where it is given."""
+        """All objects whose key starts with `prefix`, in the order of their keys; only those beyond the key
+        `after` where it is given."""
         after = after and self.prefix + after
         while True:
             page = self._persist(
@@ -294,7 +311,8 @@ class Bucket:
                 return
 
     def download(self, stored: Stored, path: Path) -> None:
-        """Bring an object to `path`, each block proved before it is written; `path` appears whole or not at all."""
+        """Bring an object to `path`, each block proved before it is written; `path` appears whole or not at
+        all."""
         with written_whole(path, stored.size, self.url(stored.key)) as file:
             for block in self.blocks(stored):
                 file.write(block)
@@ -322,9 +340,11 @@ class Bucket:
         return Object(key, found["ContentLength"], etag_of(found))
 
     def fetch_range(self, wanted: Object, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of an object that others wrote, so without hashes of ours, held in memory as they are asked for.
+        """Bytes [start, stop) of an object that others wrote, so without hashes of ours, held in memory as
+        they are asked for.
 
-        Raises StorageError (Altered) where the answer's size or ETag is not what was wanted, ValueError for no range of the object.
+        Raises StorageError (Altered) where the answer's size or ETag is not what was wanted, ValueError for
+        no range of the object.
         """
         self._check_range(wanted.key, start, stop, wanted.size)
         if start == stop:
@@ -332,7 +352,8 @@ class Bucket:
         data, size, etag = self._range(wanted.key, start, stop)
         if (size, etag) != (wanted.size, wanted.etag):
             raise StorageError(
-                f"{self.url(wanted.key)}: {size} bytes, ETag {etag}, but the run was resolved to {wanted.size} bytes, ETag {wanted.etag}. "
+                f"{self.url(wanted.key)}: {size} bytes, ETag {etag}, but the run was resolved to "
+                f"{wanted.size} bytes, ETag {wanted.etag}. "
                 "The input was changed since; restore it, or start a new run.",
                 "Altered",
             )
@@ -371,16 +392,19 @@ class Bucket:
         return self._persist("GetObject", key, fetch)
 
     def _prove(self, key: str, read: Callable[[], tuple[bytes, str | None]], to_delete: str) -> bytes:
-        """What `read` brings with no fault. Raises StorageError (Altered) for a fault that a second reading shows again.
+        """What `read` brings with no fault. Raises StorageError (Altered) for a fault that a second reading
+        shows again.
 
-        What it does not show again was an error on the way. `to_delete` is the remedy: what to delete to have the object built again.
+        What it does not show again was an error on the way. `to_delete` is the remedy: what to delete to have
+        the object built again.
         """
         data, fault = read()
         if fault:
             data, fault = read()
         if fault:
             raise StorageError(
-                f"{self.url(key)}: {fault}. The object was changed after it was written; delete {to_delete} to have it built again.",
+                f"{self.url(key)}: {fault}. The object was changed after it was written; delete {to_delete} "
+                "to have it built again.",
                 "Altered",
             )
         return data
@@ -394,7 +418,8 @@ class Bucket:
         )
 
     def delete_prefix(self, folder: str) -> int:
-        """Remove everything in a folder, manifests first, so that none ever names what is gone. Returns the number of objects."""
+        """Remove everything in a folder, manifests first, so that none ever names what is gone. Returns the
+        number of objects."""
         if not folder.strip("/"):
             raise ValueError(
                 "delete_prefix takes the name of a folder: an empty one would remove all runs of all people"
@@ -419,7 +444,8 @@ def size_fault(size: int, stated: int) -> str | None:
 
 
 def etag_of(answer: Mapping[str, Any]) -> str:
-    """An answer's ETag without quotes; empty for an object that was laid into the store behind its back and has none."""
+    """An answer's ETag without quotes; empty for an object that was laid into the store behind its back and
+    has none."""
     return str(answer.get("ETag", "")).strip('"')
 
 

@@ -1,4 +1,5 @@
-"""The connection to a store: boto3's S3 client, set so that it works with every S3-compatible server and leaves retries to us."""
+"""The connection to a store: boto3's S3 client, set so that it works with every S3-compatible server and
+leaves retries to us."""
 
 import os
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ CONNECTIONS = 16
 
 @dataclass(frozen=True, repr=False)
 class Credentials:
-    """A key pair given outright, as the operator has it from a run's Secret. Without a repr: no log may show it."""
+    """A key pair given outright, as the operator has it from a run's Secret. Without a repr: no log may show
+    it."""
 
     access_key: str
     secret_key: str
@@ -30,7 +32,8 @@ class Credentials:
 def connect(
     spec: "StorageSpec", credentials: Credentials | None, ca_bundle: Path | None, patience: Patience
 ) -> "S3Client":
-    """A client of the store that `spec` names; see Bucket.open for where credentials and endpoint come from. Sends nothing."""
+    """A client of the store that `spec` names; see Bucket.open for where credentials and endpoint come from.
+    Sends nothing."""
     session = boto3.session.Session(
         aws_access_key_id=credentials.access_key if credentials else None,
         aws_secret_access_key=credentials.secret_key if credentials else None,

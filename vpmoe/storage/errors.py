@@ -1,7 +1,8 @@
-"""What storage says when it gives up: one exception, and the translation of what boto3 reports into a cause and a remedy.
+"""What storage says when it gives up: one exception, and the translation of what boto3 reports into a cause
+and a remedy.
 
-Nothing here retries (retries.py) or touches the network. No message holds a credential: of a server's answer only the status
-and the error code are quoted, of an endpoint never its user part.
+Nothing here retries (retries.py) or touches the network. No message holds a credential: of a server's answer
+only the status and the error code are quoted, of an endpoint never its user part.
 """
 
 from typing import Literal
@@ -46,10 +47,12 @@ NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError)
 
 
 class StorageError(Exception):
-    """An operation on the bucket that failed for good; the message names object, endpoint, what was tried and the way out.
+    """An operation on the bucket that failed for good; the message names object, endpoint, what was tried and
+    the way out.
 
-    reason: Unreachable (no answer, or only temporary refusals, until patience ran out), Denied (credentials), Missing (bucket or
-    object), Refused (any other answer of the store), Altered (content differs from what was written), Local (this machine's disk).
+    reason: Unreachable (no answer, or only temporary refusals, until patience ran out), Denied (credentials),
+    Missing (bucket or object), Refused (any other answer of the store), Altered (content differs from what
+    was written), Local (this machine's disk).
     """
 
     def __init__(self, message: str, reason: Reason) -> None:
@@ -69,7 +72,8 @@ def shown(endpoint: str) -> str:
 
 
 def status_and_code(error: Exception) -> tuple[int, str]:
-    """HTTP status and S3 error code of an answer, (0, "") of anything that is not an answer. HEAD has the status as its code."""
+    """HTTP status and S3 error code of an answer, (0, "") of anything that is not an answer. HEAD has the
+    status as its code."""
     if not isinstance(error, ClientError):
         return 0, ""
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)), error.response.get(
@@ -92,12 +96,14 @@ def is_transient(error: Exception) -> bool:
 
 
 def explain(error: Exception, operation: str, url: str, endpoint: str, tried: str) -> StorageError:
-    """The last word about a failed operation. `tried` says how often and for how long, e.g. "10 times in 61 s"."""
+    """The last word about a failed operation. `tried` says how often and for how long, e.g. "10 times in 61
+    s"."""
     (status, code), answer = status_and_code(error), in_short(error)
     start = f"{url}: {operation} at {endpoint}"
     if isinstance(error, NO_CREDENTIALS):
         return StorageError(
-            f"{start}: no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; a pod has them from the Secret that "
+            f"{start}: no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; a pod has them from "
+            "the Secret that "
             "storage.credentialsSecret names, or from its service account's identity.",
             "Denied",
         )
@@ -108,7 +114,8 @@ def explain(error: Exception, operation: str, url: str, endpoint: str, tried: st
         if isinstance(error, SSLError):
             hint = "storage.caSecret (or AWS_CA_BUNDLE) holds the certificate of its authority"
         return StorageError(
-            f"{start} failed {tried}, last with {answer}. Check that storage.endpoint is right and that {hint}.",
+            f"{start} failed {tried}, last with {answer}. Check that storage.endpoint is right and that "
+            f"{hint}.",
             "Unreachable",
         )
     if code == "NoSuchBucket":
@@ -123,7 +130,8 @@ def explain(error: Exception, operation: str, url: str, endpoint: str, tried: st
         return StorageError(f"{start}: there is no such object ({answer}).", "Missing")
     if status in (301, 307) or code in ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
         return StorageError(
-            f"{start}: the bucket lies in another region ({answer}). Correct storage.region or storage.endpoint.",
+            f"{start}: the bucket lies in another region ({answer}). Correct storage.region or "
+            "storage.endpoint.",
             "Refused",
         )
     if code == "RequestTimeTooSkewed":
@@ -132,12 +140,15 @@ def explain(error: Exception, operation: str, url: str, endpoint: str, tried: st
         )
     if denied:
         return StorageError(
-            f"{start} was denied ({answer}). Check that AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (in a pod: the Secret that "
-            "storage.credentialsSecret names) belong to this store and may list, read, write and delete in this bucket.",
+            f"{start} was denied ({answer}). Check that AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (in a "
+            "pod: the Secret that "
+            "storage.credentialsSecret names) belong to this store and may list, read, write and delete in "
+            "this bucket.",
             "Denied",
         )
     return StorageError(
-        f"{start} was refused ({answer}). The store may lack what we use: plain and multipart PUT, ranged GET, HEAD, LIST, DELETE, "
+        f"{start} was refused ({answer}). The store may lack what we use: plain and multipart PUT, ranged "
+        "GET, HEAD, LIST, DELETE, "
         "If-None-Match on PUT; storage.addressingStyle may be wrong for it.",
         "Refused",
     )

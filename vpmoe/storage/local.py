@@ -12,7 +12,8 @@ from vpmoe.storage.errors import StorageError
 
 @contextmanager
 def written_whole(path: Path, size: int, source: str) -> Iterator[BinaryIO]:
-    """A temporary file beside `path` that takes its name once it is written and on disk; on any error it is removed.
+    """A temporary file beside `path` that takes its name once it is written and on disk; on any error it is
+    removed.
 
     Raises StorageError (Local) when the disk does not take the `size` bytes of `source`.
     """
@@ -26,7 +27,8 @@ def written_whole(path: Path, size: int, source: str) -> Iterator[BinaryIO]:
         temporary.replace(path)
     except OSError as error:
         raise StorageError(
-            f"{source}: its {size} bytes cannot be written to {path}: {error.strerror}. Free space there, or point TMPDIR (in a pod: "
+            f"{source}: its {size} bytes cannot be written to {path}: {error.strerror}. Free space there, or "
+            "point TMPDIR (in a pod: "
             "runtime.resources' ephemeral storage) to more.",
             "Local",
         ) from error

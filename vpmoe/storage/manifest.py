@@ -1,8 +1,8 @@
 """Manifests: an object without one does not exist. Parts are written first, the manifest last and once.
 
 A manifest is an in-toto Statement v1 (https://in-toto.io/Statement/v1) with a SLSA provenance v1 predicate
-(https://slsa.dev/provenance/v1): what was written, block by block, and from what. The models here are that format, and refuse
-anything else. What the facts of each kind mean is the business of who writes them.
+(https://slsa.dev/provenance/v1): what was written, block by block, and from what. The models here are that
+format, and refuse anything else. What the facts of each kind mean is the business of who writes them.
 """
 
 import hashlib
@@ -34,9 +34,10 @@ Invocation = Annotated[str, StringConstraints(pattern=r"^[^/]+/[^/]+-[0-9a-f]{8}
 class Input:
     """Something that a manifest's objects were made from.
 
-    name: its role; "tokenizer" and, in everything made from a data set, "dataset" are required, others are free (an input shard's
-    key, "checkpoint"). uri: where it is. digest: by algorithm, e.g. {"sha256": …} or {"gitCommit": …}; facts: what else pins it
-    down, e.g. {"size": …, "etag": …} of an object that has no digest.
+    name: its role; "tokenizer" and, in everything made from a data set, "dataset" are required, others are
+    free (an input shard's key, "checkpoint"). uri: where it is. digest: by algorithm, e.g. {"sha256": …} or
+    {"gitCommit": …}; facts: what else pins it down, e.g. {"size": …, "etag": …} of an object that has no
+    digest.
     """
 
     name: str
@@ -150,8 +151,9 @@ class Statement(Part):
 class Manifest:
     """A manifest that was read and found well-formed.
 
-    key: where it lies; sha256: of its own bytes; kind: "dataset", "checkpoint", …; subjects, inputs: by name; facts: what the
-    writer said beside (SLSA's internalParameters); provenance: who wrote it; raw: the whole Statement.
+    key: where it lies; sha256: of its own bytes; kind: "dataset", "checkpoint", …; subjects, inputs: by name;
+    facts: what the writer said beside (SLSA's internalParameters); provenance: who wrote it; raw: the whole
+    Statement.
     """
 
     key: str
@@ -196,8 +198,8 @@ def statement(
 ) -> dict[str, Any]:
     """The manifest of objects that are written already.
 
-    Raises ValueError where an input that everything has to name is missing ("tokenizer"; "dataset", except of a data set itself),
-    and for whatever `load` would refuse.
+    Raises ValueError where an input that everything has to name is missing ("tokenizer"; "dataset", except of
+    a data set itself), and for whatever `load` would refuse.
     """
     for needed in ("tokenizer",) if kind == "dataset" else ("tokenizer", "dataset"):
         if not any(found.name == needed and found.digest for found in inputs):
@@ -257,12 +259,14 @@ def write(bucket: Bucket, key: str, made: Mapping[str, Any]) -> Manifest:
 
 
 def load(bucket: Bucket, key: str) -> Manifest:
-    """The manifest at `key`. Raises StorageError: Missing where there is none, Altered where it is malformed."""
+    """The manifest at `key`. Raises StorageError: Missing where there is none, Altered where it is
+    malformed."""
     try:
         return parse(key, bucket.get(key))
     except ValueError as error:
         raise StorageError(
-            f"{bucket.url(key)}: not a manifest of ours: {error}. It was altered, or written by another version; delete it to have what it "
+            f"{bucket.url(key)}: not a manifest of ours: {error}. It was altered, or written by another "
+            "version; delete it to have what it "
             "names built again.",
             "Altered",
         ) from error

@@ -1,19 +1,20 @@
-"""Where everything lies in the bucket: one pure function a kind of key. Keys are below the bucket's prefix, which `Bucket` adds.
+"""Where everything lies in the bucket: one pure function a kind of key. Keys are below the bucket's prefix,
+which `Bucket` adds.
 
-    datasets/<id>/{train,valid}/part-00000.{tokens,spans}.{bin,idx}, …/part-00000.documents.parquet, …/manifest.json
-    datasets/<id>/census/part-00000.json                       counts of one input shard, from which sampling thresholds follow
-    datasets/<id>/parts/part-00000.json                        what was written of one input shard: this part is done
-    scores/<id>/train/part-00000.logp.{bin,idx}, …/part-00000.documents.parquet, …/manifest.json
-    scores/<id>/origin.json                                    what is scored by whom, written before the first part
-    scores/<id>/parts/part-00000.json                          what was written of one part of the data set: this part is done
-    runs/<namespace>/<name>-<uid8>/run.json                    the resolved, immutable configuration
-      …/inputs.json                                            which data set and which input objects the run was resolved to
-      …/teacher.json                                           which files the run's teacher was resolved to
-      …/steps/<step>/{progress.json, metrics/*.jsonl}
-      …/steps/<stage>-evaluate/evaluation.json, parts/<part>-<checkpoint>.json     what the student can do after the stage
-      …/checkpoints/<step>/<iteration>/…, manifest.json
-      …/weights/<step>/v000012/…, manifest.json
-      …/rollouts/<step>/window-000000.{rollouts,scores}.arrow, turn-000001.json
+    datasets/<id>/{train,valid}/part-00000.{tokens,spans}.{bin,idx}, …/part-00000.documents.parquet,
+    …/manifest.json datasets/<id>/census/part-00000.json                       counts of one input shard, from
+    which sampling thresholds follow datasets/<id>/parts/part-00000.json                        what was
+    written of one input shard: this part is done scores/<id>/train/part-00000.logp.{bin,idx},
+    …/part-00000.documents.parquet, …/manifest.json scores/<id>/origin.json
+    what is scored by whom, written before the first part scores/<id>/parts/part-00000.json
+    what was written of one part of the data set: this part is done runs/<namespace>/<name>-<uid8>/run.json
+    the resolved, immutable configuration
+      …/inputs.json                                            which data set and which input objects the run
+      was resolved to …/teacher.json                                           which files the run's teacher
+      was resolved to …/steps/<step>/{progress.json, metrics/*.jsonl}
+      …/steps/<stage>-evaluate/evaluation.json, parts/<part>-<checkpoint>.json     what the student can do
+      after the stage …/checkpoints/<step>/<iteration>/…, manifest.json …/weights/<step>/v000012/…,
+      manifest.json …/rollouts/<step>/window-000000.{rollouts,scores}.arrow, turn-000001.json
       …/report/index.html
 
 Folders have no slash at their end.
@@ -73,7 +74,8 @@ def scores_part(scores_id: str, part: int, file: ScoresFile) -> str:
 
 
 def scores_origin(scores_id: str) -> str:
-    """What the scores are of: the very data set, teacher, effort and subset. Whoever goes on with them compares."""
+    """What the scores are of: the very data set, teacher, effort and subset. Whoever goes on with them
+    compares."""
     return f"{scores(scores_id)}/origin.json"
 
 

@@ -1,4 +1,5 @@
-"""How long storage keeps trying. One loop for every request, body included, in place of boto3's, which ends at the headers."""
+"""How long storage keeps trying. One loop for every request, body included, in place of boto3's, which ends
+at the headers."""
 
 import logging
 import random
@@ -11,12 +12,14 @@ from vpmoe.storage.errors import FAULTS, explain, in_short, is_transient
 log = logging.getLogger(__name__)
 
 CHANCE = random.SystemRandom()
-"""Not the random module's own numbers: a retry would move on the state that training saves and resumes from."""
+"""Not the random module's own numbers: a retry would move on the state that training saves and resumes
+from."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """Bounds of one operation: attempts, and seconds to wait for a connection, for an answer, and between attempts."""
+    """Bounds of one operation: attempts, and seconds to wait for a connection, for an answer, and between
+    attempts."""
 
     attempts: int
     connect: float
@@ -27,13 +30,15 @@ class Patience:
     def pause(self, failures: int) -> float:
         """Seconds to wait after so many failures: doubling up to the longest, the upper half of it by chance.
 
-        Without the chance, the many processes of a run that lost the store together would all come back together.
+        Without the chance, the many processes of a run that lost the store together would all come back
+        together.
         """
         return min(self.first_pause * 2.0 ** (failures - 1), self.longest_pause) * CHANCE.uniform(0.5, 1.0)
 
 
 JOB = Patience(attempts=10, connect=10, read=60)
-"""Rides out a store that is away for about a minute and a half: less than a restart of a training pod costs."""
+"""Rides out a store that is away for about a minute and a half: less than a restart of a training pod
+costs."""
 
 OPERATOR = Patience(attempts=2, connect=3, read=10)
 """Gives up within seconds: the operator asks again at its next look."""

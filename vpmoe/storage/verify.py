@@ -1,7 +1,9 @@
-"""Prove what manifests say: that each object is there, has its size, and that every block and the whole have their sha256.
+"""Prove what manifests say: that each object is there, has its size, and that every block and the whole have
+their sha256.
 
-Only reads. What no manifest names does not exist as far as readers are concerned, so it is noted and is no error. Nor is it one that a
-policy version has lost its weights: the trainer removes them once no window can ask for them.
+Only reads. What no manifest names does not exist as far as readers are concerned, so it is noted and is no
+error. Nor is it one that a policy version has lost its weights: the trainer removes them once no window can
+ask for them.
 """
 
 import hashlib
@@ -36,11 +38,13 @@ def verify(bucket: Bucket, prefix: str, say: Callable[[str], None]) -> Verdict:
             _verify_one(bucket, found.key, verdict, say)
     if not verdict.manifests:
         raise StorageError(
-            f"{bucket.url(folder)}: there is no manifest. Give the address of a data set, a run, or a whole prefix.",
+            f"{bucket.url(folder)}: there is no manifest. Give the address of a data set, a run, or a whole "
+            "prefix.",
             "Missing",
         )
     say(
-        f"{verdict.manifests} manifests, {verdict.objects} objects, {verdict.size} bytes; {verdict.failed or 'none'} failed"
+        f"{verdict.manifests} manifests, {verdict.objects} objects, {verdict.size} bytes; "
+        f"{verdict.failed or 'none'} failed"
     )
     return verdict
 
@@ -86,7 +90,8 @@ def _fault(bucket: Bucket, subject: Subject) -> str | None:
         return _finding(error)
     if whole.hexdigest() != subject.sha256:
         return (
-            f"{bucket.url(subject.key)}: sha256 is {whole.hexdigest()}, its manifest says {subject.sha256} beside blocks that are right. "
+            f"{bucket.url(subject.key)}: sha256 is {whole.hexdigest()}, its manifest says {subject.sha256} "
+            "beside blocks that are right. "
             "The manifest was altered; delete it to have what it names built again."
         )
     return None

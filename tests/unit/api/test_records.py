@@ -1,4 +1,5 @@
-"""Progress, status and labels: what our programs tell each other, in the form that the API server and S3 take."""
+"""Progress, status and labels: what our programs tell each other, in the form that the API server and S3
+take."""
 
 import json
 from datetime import UTC, datetime

@@ -1,4 +1,5 @@
-"""The weights of a checkpoint, read by name from the bucket: the learner's bits for any layout of files, or a rejection."""
+"""The weights of a checkpoint, read by name from the bucket: the learner's bits for any layout of files, or a
+rejection."""
 
 import subprocess
 import sys
@@ -127,7 +128,8 @@ def test_a_damaged_checkpoint_is_rejected_by_name(
 
 
 def test_an_export_needs_no_learner(task: StageContext, device: torch.device, tmp_path: Path) -> None:
-    """The export equals that of the learner bit for bit, without the tensors of TeacherForced and of the optimizer."""
+    """The export equals that of the learner bit for bit, without the tensors of TeacherForced and of the
+    optimizer."""
     it = learner(device, teacher_width=48)
     save(task, it, at(3))
     found = open_weights(task.bucket, paths.checkpoint(task.run, "vanilla", 3))

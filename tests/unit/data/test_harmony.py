@@ -47,7 +47,8 @@ def renderer() -> Renderer:
 def expected(
     oracle: HarmonyEncoding, setting: SystemMessage, user: str, reasoning: str | None, answer: str
 ) -> tuple[list[int], list[int]]:
-    """Ids and spans as openai-harmony has them: a message's span follows from the channel that its own tokens name."""
+    """Ids and spans as openai-harmony has them: a message's span follows from the channel that its own tokens
+    name."""
     system = (
         SystemContent.new()
         .with_model_identity(setting.identity)
@@ -231,7 +232,8 @@ def test_spans_of_several_documents_follow_one_another() -> None:
 
 
 def test_default_rendering_would_lose_the_reasoning(oracle: HarmonyEncoding) -> None:
-    """Why the oracle is asked with auto_drop_analysis=False; if a new version changes that, we want to know."""
+    """Why the oracle is asked with auto_drop_analysis=False; if a new version changes that, we want to
+    know."""
     messages = [
         Message.from_role_and_content(Role.USER, "q"),
         Message.from_role_and_content(Role.ASSISTANT, "r").with_channel("analysis"),

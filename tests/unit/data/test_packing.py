@@ -1,4 +1,5 @@
-"""The batch plan's promises, on random parts: every document once an epoch, whole, and the same step whatever the number of ranks."""
+"""The batch plan's promises, on random parts: every document once an epoch, whole, and the same step whatever
+the number of ranks."""
 
 import numpy as np
 import pytest
@@ -107,7 +108,8 @@ def test_packing_wastes_little_on_lengths_like_synths():
 
 
 def test_the_plan_is_what_it_was_when_it_was_written():
-    """A run that is resumed after an update must read on where it was: change this only with a new data order version in mind."""
+    """A run that is resumed after an update must read on where it was: change this only with a new data order
+    version in mind."""
     stream = SequenceStream(
         [np.arange(1, 40, dtype=np.int32), np.arange(5, 30, dtype=np.int32)],
         seed=1234,

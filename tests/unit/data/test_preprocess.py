@@ -1,4 +1,5 @@
-"""The whole step on a real S3 store: same bytes for any workers, processes and accidents; everything counted; nothing half-written."""
+"""The whole step on a real S3 store: same bytes for any workers, processes and accidents; everything counted;
+nothing half-written."""
 
 import json
 import os
@@ -52,7 +53,8 @@ def open_bucket(spec: dict[str, Any]) -> Bucket:
 
 
 def elsewhere(spec: dict[str, Any], folder: str) -> dict[str, Any]:
-    """The same run with its results below another prefix of the bucket: the same data set, not yet built there."""
+    """The same run with its results below another prefix of the bucket: the same data set, not yet built
+    there."""
     changed: dict[str, Any] = json.loads(json.dumps(spec))
     changed["spec"]["storage"]["prefix"] = folder
     return changed
@@ -60,7 +62,8 @@ def elsewhere(spec: dict[str, Any], folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def encoders() -> Iterator[None]:
-    """One encoding process for all tests of this module; loading the vocabulary takes longer than the sample does."""
+    """One encoding process for all tests of this module; loading the vocabulary takes longer than the sample
+    does."""
     global ONE
     with EncoderPool(1) as ONE:
         yield
@@ -371,7 +374,8 @@ def test_a_row_that_cannot_be_read_is_named_and_the_rest_goes_on(
 
 
 def test_a_record_is_the_same_for_any_number_of_processes(spec: dict[str, Any], tmp_path: Path) -> None:
-    """Also where a damaged row group is found while rows before it, some of them unreadable, are still being encoded."""
+    """Also where a damaged row group is found while rows before it, some of them unreadable, are still being
+    encoded."""
     with_bad_rows(spec, tmp_path, bad=4)
     path = tmp_path / "bad.parquet"
     column = pq.read_metadata(path).row_group(5).column(1)
@@ -403,7 +407,8 @@ def test_more_unreadable_rows_than_the_stated_share_stop_the_step(
     with_bad_rows(spec, tmp_path, bad=7)
     with pytest.raises(
         Permanent,
-        match=r"7 rows cannot be read .*synth_bad.parquet.* more than the 6 that dataset.unreadableMax allows",
+        match=r"7 rows cannot be read .*synth_bad.parquet.* "
+        r"more than the 6 that dataset.unreadableMax allows",
     ):
         do(spec)
     spec["spec"]["dataset"]["unreadableMax"] = 0.02
@@ -457,7 +462,8 @@ def test_input_of_which_nothing_is_left_is_an_error(spec: dict[str, Any]) -> Non
 def test_the_preprocessing_path_imports_no_torch() -> None:
     """Not even when rows are read: the datasets library would import it as soon as it streams."""
     code = (
-        "import sys, jobs.preprocess, vpmoe.data.preprocess.step, vpmoe.data.hub, demo.sample, pathlib, tempfile\n"
+        "import sys, jobs.preprocess, vpmoe.data.preprocess.step, vpmoe.data.hub, demo.sample, pathlib, "
+        "tempfile\n"
         "from vpmoe.data.inputs import InputShard; from vpmoe.data.preprocess import rows\n"
         "path = demo.sample.write(pathlib.Path(tempfile.mkdtemp()))[0]\n"
         "class Local:\n"

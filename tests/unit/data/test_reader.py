@@ -1,4 +1,5 @@
-"""Parts and their cache: what is read is what was written, proved, from a folder that stays within its bound."""
+"""Parts and their cache: what is read is what was written, proved, from a folder that stays within its
+bound."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""Rows out of parquet on a real S3 store: what is read, what is named as unreadable, what stops everything; and what rows become."""
+"""Rows out of parquet on a real S3 store: what is read, what is named as unreadable, what stops everything;
+and what rows become."""
 
 import os
 import subprocess
@@ -157,7 +158,8 @@ def test_a_missing_column_is_named_and_a_nullable_one_may_be_missing(bucket: Buc
     pq.write_table(table.drop_columns(["query", "synthetic_answer"]), tmp_path / "fewer.parquet")
     with pytest.raises(
         Permanent,
-        match=r"b.parquet: no column query, synthetic_answer; the file has synth_id, synthetic_reasoning, lang",
+        match=r"b.parquet: no column query, synthetic_answer; "
+        r"the file has synth_id, synthetic_reasoning, lang",
     ):
         ShardReader(put(bucket, tmp_path / "fewer.parquet", "input/b.parquet"), bucket, COLUMNS)
 
@@ -222,14 +224,16 @@ for source in sys.argv[1:]:
         inputs = resolve_source(source, None)
         print(inputs.commit, [(shard.url, shard.size) for shard in inputs.shards])
         reader = rows.ShardReader(inputs.shards[0], None, rows.METADATA)
-        print([name for batch in reader.batches(10) for name in decode_columns(batch.columns, ["synth_id"]).columns["synth_id"]])
+        decoded = (decode_columns(batch.columns, ["synth_id"]) for batch in reader.batches(10))
+        print([name for rows_ in decoded for name in rows_.columns["synth_id"]])
     except Exception as error:
         print(type(error).__name__, error)
 """
 
 
 def on_the_hub(endpoint: str, *sources: str) -> list[str]:
-    """What comes of sources at a hub, in a process of its own: the hub's client reads its endpoint when it is imported."""
+    """What comes of sources at a hub, in a process of its own: the hub's client reads its endpoint when it is
+    imported."""
     done = subprocess.run(
         [sys.executable, "-c", ON_THE_HUB, *sources],
         cwd=ROOT,
@@ -260,8 +264,8 @@ def test_a_data_set_of_the_hub_is_read_at_the_commit_that_its_revision_was(
         )
     url = f"hf://datasets/PleIAs/SYNTH@{fake_hub.COMMIT}"
     assert (
-        listed
-        == f"{fake_hub.COMMIT} {[(f'{url}/synth_001.parquet', len(files['synth_001.parquet'])), (f'{url}/synth_002.parquet', 1)]}"
+        listed == f"{fake_hub.COMMIT} "
+        f"{[(f'{url}/synth_001.parquet', len(files['synth_001.parquet'])), (f'{url}/synth_002.parquet', 1)]}"
     )
     assert newest == listed
     assert ids == str([row["synth_id"] for row in pq.read_table(sample_parquet[0]).to_pylist()])

@@ -1,4 +1,5 @@
-"""The pure decisions of preprocessing: which rows are dropped, which are kept, which are held out, what a source stands for."""
+"""The pure decisions of preprocessing: which rows are dropped, which are kept, which are held out, what a
+source stands for."""
 
 from hashlib import blake2b
 

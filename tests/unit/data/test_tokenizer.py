@@ -1,4 +1,5 @@
-"""The fast tokenizer against tiktoken: wherever their Unicode tables differ tiktoken has the word, and an error of either is noticed."""
+"""The fast tokenizer against tiktoken: wherever their Unicode tables differ tiktoken has the word, and an
+error of either is noticed."""
 
 import secrets
 from collections.abc import Iterator

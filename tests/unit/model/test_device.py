@@ -1,4 +1,5 @@
-"""Where a process computes is what its environment says; the patches that let megatron-core run on a CPU reach megatron-core alone."""
+"""Where a process computes is what its environment says; the patches that let megatron-core run on a CPU
+reach megatron-core alone."""
 
 import os
 import subprocess
@@ -30,7 +31,8 @@ def test_no_gpu_is_an_error_and_never_the_cpu(
         monkeypatch.setenv(name, value)
     with pytest.raises(
         Permanent,
-        match=rf"process {rank} of this pod finds 0 CUDA devices\. .*set CUDA_VISIBLE_DEVICES to the empty string",
+        match=rf"process {rank} of this pod finds 0 CUDA devices\. "
+        r".*set CUDA_VISIBLE_DEVICES to the empty string",
     ):
         choose()
 

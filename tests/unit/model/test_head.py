@@ -20,7 +20,8 @@ TOKENS, VOCABULARY, HIDDEN = 57, 131, 19
 
 
 def inputs(dtype: torch.dtype, seed: int, learned: float = 0.7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden, weight (both ask for gradients), targets with NO_TARGETs among them, numbers to make coefficients of."""
+    """hidden, weight (both ask for gradients), targets with NO_TARGETs among them, numbers to make
+    coefficients of."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     weight = (
@@ -36,7 +37,8 @@ def known(numbers: Tensor) -> Coefficient:
 
 
 def on_policy(numbers: Tensor) -> Coefficient:
-    """As on-policy training has it: a bounded advantage and a truncated ratio, both made of this very logp."""
+    """As on-policy training has it: a bounded advantage and a truncated ratio, both made of this very
+    logp."""
     return lambda logp_t, rows_t: (
         (numbers[rows_t] - logp_t).clamp(-2, 2) * (logp_t - numbers[rows_t]).exp().clamp(max=2)
     )
@@ -126,7 +128,8 @@ def test_extreme_logits_stay_finite() -> None:
 
 
 def test_no_tensor_is_ever_as_large_as_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for 8 tokens' logits, the largest result is those or the weight's gradient: for one token more it would not fit."""
+    """With room for 8 tokens' logits, the largest result is those or the weight's gradient: for one token
+    more it would not fit."""
     vocabulary, tokens = 1000, 200
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 8 * 4 * vocabulary)
     hidden, weight = (
@@ -142,7 +145,8 @@ def test_no_tensor_is_ever_as_large_as_tokens_by_vocabulary(monkeypatch: pytest.
 
 
 def test_the_gpus_kernels_are_float64s_too() -> None:
-    """The same kernels under Triton's interpreter: rows of several blocks and a rest, extreme logits, coefficients of both signs."""
+    """The same kernels under Triton's interpreter: rows of several blocks and a rest, extreme logits,
+    coefficients of both signs."""
     code = f"""
         import torch
         from vpmoe.model import kernels
@@ -158,9 +162,11 @@ def test_the_gpus_kernels_are_float64s_too() -> None:
         kernels.TILE, kernels.BAND = (16, 32, 16), 2
         hidden, weight, chosen = torch.randn(37, 40), 3 * torch.randn(150, 40), torch.randint(0, 150, (37,))
         wanted = torch.log_softmax(hidden.double() @ weight.double().T, 1)[torch.arange(37), chosen]
-        torch.testing.assert_close(kernels.logp(hidden, weight, chosen).double(), wanted, rtol=1e-5, atol=1e-4)
+        found = kernels.logp(hidden, weight, chosen).double()
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
         (-(c.double() * want).sum()).backward()
-        torch.testing.assert_close(kernels.gradient(logits, targets, lse, c, torch.float32).double(), exact.grad, rtol=1e-4, atol=1e-5)
+        gradient = kernels.gradient(logits, targets, lse, c, torch.float32).double()
+        torch.testing.assert_close(gradient, exact.grad, rtol=1e-4, atol=1e-5)
     """
     subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],

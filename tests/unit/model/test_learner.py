@@ -1,4 +1,5 @@
-"""The step and the state of one process: what is refused, what decays, and bf16 weights that follow their fp32 originals bit for bit."""
+"""The step and the state of one process: what is refused, what decays, and bf16 weights that follow their
+fp32 originals bit for bit."""
 
 from collections.abc import Callable
 
@@ -95,7 +96,8 @@ def test_evaluation_moves_nothing(device: torch.device, batches: list[Batch]) ->
 
 
 def test_bf16_weights_are_their_main_parameters_rounded(device: torch.device) -> None:
-    """After a step and after a restore; and a restored learner steps to the same bits, though rounding lost what bf16 cannot hold."""
+    """After a step and after a restore; and a restored learner steps to the same bits, though rounding lost
+    what bf16 cannot hold."""
     it = stepped(in_bf16(device))
     tensors = whole([saved(it)], state.sizes(it))
     again = in_bf16(device)

@@ -1,4 +1,5 @@
-"""Two ranks against one: the same loss and steps, states that go from any layout into any other, and failures that all ranks share."""
+"""Two ranks against one: the same loss and steps, states that go from any layout into any other, and failures
+that all ranks share."""
 
 import os
 import subprocess
@@ -60,7 +61,8 @@ layouts = pytest.mark.parametrize(
 def test_two_ranks_train_as_one_does(
     one: dict[str, Any], two: list[Any], expert_parallel: int, device: torch.device
 ) -> None:
-    """Loss, cross-entropies, expert counts and gradient norms of the same global batches; the same on both ranks."""
+    """Loss, cross-entropies, expert counts and gradient norms of the same global batches; the same on both
+    ranks."""
     for rank in range(2):
         for (told, norm), (wanted, wanted_norm) in zip(
             two[rank][expert_parallel]["told"], one["told"], strict=True

@@ -1,4 +1,5 @@
-"""The router's corrections of megatron-core: counts in fp32 without padding, the balance loss per row, biases that move the right way."""
+"""The router's corrections of megatron-core: counts in fp32 without padding, the balance loss per row, biases
+that move the right way."""
 
 from dataclasses import replace
 
@@ -68,7 +69,8 @@ def test_biases_rise_for_the_underused_and_fall_for_the_overused(device: torch.d
 
 
 def test_routing_is_group_limited_and_weighs_by_the_scores_alone(device: torch.device) -> None:
-    """Biases choose; weights are the chosen sigmoids, normalised, times 2.5. Groups by their best, then experts in them."""
+    """Biases choose; weights are the chosen sigmoids, normalised, times 2.5. Groups by their best, then
+    experts in them."""
     torch.manual_seed(new_seed())
     router = routers(learner(device).student)["layers.2"]
     router.expert_bias.normal_(0, 0.1)
@@ -93,7 +95,8 @@ def test_routing_is_group_limited_and_weighs_by_the_scores_alone(device: torch.d
 
 
 def test_the_balance_losss_gradient_is_float64s_whatever_is_masked_or_padded(device: torch.device) -> None:
-    """Of the last router, whose weights nothing else reaches: coefficient · Σ_rows n_row/P · E · Σ_e f·p, from the router's own inputs."""
+    """Of the last router, whose weights nothing else reaches: coefficient · Σ_rows n_row/P · E · Σ_e f·p,
+    from the router's own inputs."""
     batches = ragged(torch.Generator().manual_seed(new_seed()), 3)
     positions = int(total(batches)[0])
     it = learner(device, replace(SMALL, aux_coefficient=0.3))

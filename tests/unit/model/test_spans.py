@@ -88,7 +88,8 @@ def test_weights_are_for_exactly_the_spans(weights: dict[str, float]) -> None:
 
 
 def test_no_gradient_comes_from_a_prompt_token(device: torch.device) -> None:
-    """Neither the hidden state that predicts a prompt token nor that token's row of the output matrix is touched on its account."""
+    """Neither the hidden state that predicts a prompt token nor that token's row of the output matrix is
+    touched on its account."""
     student = build(SMALL, device, sequence_length=30, seed=1234)
     tokens = torch.arange(30).unsqueeze(
         0
@@ -104,7 +105,8 @@ def test_no_gradient_comes_from_a_prompt_token(device: torch.device) -> None:
     learned = torch.zeros(30, dtype=torch.bool)
     learned[9:24] = True
     assert (hidden.grad[~learned] == 0).all() and (hidden.grad[learned] != 0).any(1).all()
-    # The row of a token that is only ever a prompt's is pushed away from the learned positions by their softmax, and pulled by nothing.
+    # The row of a token that is only ever a prompt's is pushed away from the learned positions by their
+    # softmax, and pulled by nothing.
     exact = hidden.detach().double()
     c_T = vanilla(batch.counts, EVEN).coefficient_of(batch)(torch.zeros(30), torch.arange(30)).double()
     pushed = ((exact @ student.output.detach().double().T).softmax(1) * c_T.unsqueeze(1)).T @ exact
@@ -112,7 +114,8 @@ def test_no_gradient_comes_from_a_prompt_token(device: torch.device) -> None:
 
 
 def test_span_normalisation_over_ragged_microbatches_is_float64s(device: torch.device) -> None:
-    """Loss, cross-entropies and the output matrix's gradient of several uneven microbatches: one float64 mean a span over all at once."""
+    """Loss, cross-entropies and the output matrix's gradient of several uneven microbatches: one float64 mean
+    a span over all at once."""
     generator = torch.Generator().manual_seed(new_seed())
     it = learner(device)
     batches = ragged(generator, 5)
@@ -143,7 +146,8 @@ def test_span_normalisation_over_ragged_microbatches_is_float64s(device: torch.d
 
 
 def test_how_a_step_is_cut_into_microbatches_does_not_change_its_gradient(device: torch.device) -> None:
-    """Two rows as one microbatch or as two: the same up to rounding. A mean of means would differ at first sight: the rows are uneven."""
+    """Two rows as one microbatch or as two: the same up to rounding. A mean of means would differ at first
+    sight: the rows are uneven."""
     generator = torch.Generator().manual_seed(new_seed())
     row = torch.randint(0, SMALL.vocabulary, (2, 40), generator=generator)
     span = torch.zeros(2, 40, dtype=torch.uint8)

@@ -1,4 +1,5 @@
-"""The student's architecture: its size, documents that do not see each other, padding that leaves no trace, experts, bits that repeat."""
+"""The student's architecture: its size, documents that do not see each other, padding that leaves no trace,
+experts, bits that repeat."""
 
 from dataclasses import replace
 
@@ -80,7 +81,8 @@ def test_a_row_longer_than_the_student_is_refused(device: torch.device) -> None:
 
 
 def test_documents_are_isolated(device: torch.device) -> None:
-    """The gradient of one document's loss with respect to every other document's embeddings, and padding's, is exactly 0."""
+    """The gradient of one document's loss with respect to every other document's embeddings, and padding's,
+    is exactly 0."""
     generator = torch.Generator().manual_seed(new_seed())
     model = student(device, WITHOUT_AUX)
     lengths = [9, 1, 17, 12]
@@ -103,7 +105,8 @@ def test_documents_are_isolated(device: torch.device) -> None:
 
 
 def test_a_document_reads_the_same_wherever_it_stands(device: torch.device) -> None:
-    """Alone, or behind another in a row with padding: positions restart, so only the rounding of other batch shapes may differ."""
+    """Alone, or behind another in a row with padding: positions restart, so only the rounding of other batch
+    shapes may differ."""
     generator = torch.Generator().manual_seed(new_seed())
     model = student(device)
     packed = documents(generator, [13, 21, 8], 64)
@@ -156,7 +159,8 @@ def test_experts_are_the_sequential_ones_of_float64(device: torch.device) -> Non
 
 
 def test_a_mixture_layer_is_the_weighted_sum_of_its_experts_and_the_shared_one(device: torch.device) -> None:
-    """Tokens find their experts and come back: output and gradients against a float64 sum over every expert for every token."""
+    """Tokens find their experts and come back: output and gradients against a float64 sum over every expert
+    for every token."""
     torch.manual_seed(new_seed())
     layer = student(device, WITHOUT_AUX).decoder.layers[1].mlp
     for weight in (layer.experts.up, layer.experts.down, layer.router.weight):
@@ -247,7 +251,8 @@ def test_weights_depend_on_the_seed_and_on_nothing_else(device: torch.device) ->
 
 
 def test_nothing_is_compiled(device: torch.device) -> None:
-    """megatron wraps parts of itself in torch.compile, which would need a C compiler in the image and minutes for 79 routers."""
+    """megatron wraps parts of itself in torch.compile, which would need a C compiler in the image and minutes
+    for 79 routers."""
     import torch._dynamo.utils
 
     assert not torch._dynamo.utils.counters["frames"]
@@ -259,7 +264,8 @@ def test_expert_tensor_parallelism_is_pinned(device: torch.device) -> None:
 
 
 def test_head_and_student_agree_on_padding(device: torch.device) -> None:
-    """A row with padding gives the same loss, gradient and expert counts as the row without it, up to rounding."""
+    """A row with padding gives the same loss, gradient and expert counts as the row without it, up to
+    rounding."""
     generator = torch.Generator().manual_seed(new_seed())
     packed = documents(generator, [19, 21], 64)
     results = []

@@ -1,4 +1,5 @@
-"""The launcher: placement of ranks, exit codes and termination messages. Small programs stand in for training."""
+"""The launcher: placement of ranks, exit codes and termination messages. Small programs stand in for
+training."""
 
 import os
 import signal
@@ -205,7 +206,8 @@ def test_the_message_of_a_killed_worker_replaces_those_of_its_peers(
         f"open({str(log)!r}, 'w').write('rank 2 misses rank 1'); os.kill(int(open('{tmp_path}/1').read()), 9)"
     )
     program = (
-        f"import os, sys, time; rank = os.environ['RANK']; open('{tmp_path}/' + rank, 'w').write(str(os.getpid())); "
+        f"import os, sys, time; rank = os.environ['RANK']; open('{tmp_path}/' + rank, "
+        "'w').write(str(os.getpid())); "
         "time.sleep(0.5); "
         f"rank == '2' and exec({complains!r}); time.sleep(0 if rank == '2' else 60); sys.exit(70)"
     )
@@ -254,7 +256,8 @@ def test_workers_die_with_their_launcher(tmp_path: Path) -> None:
     )
     parent = (
         "import sys, threading; from vpmoe.process.launcher import Placement, launch_workers; "
-        f"launch_workers(Placement(1, 0, 1, '127.0.0.1', 1), [sys.executable, '-c', {worker!r}], threading.Event())"
+        f"launch_workers(Placement(1, 0, 1, '127.0.0.1', 1), [sys.executable, '-c', {worker!r}], "
+        "threading.Event())"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", parent], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}

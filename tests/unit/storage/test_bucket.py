@@ -1,4 +1,5 @@
-"""The bucket against a real S3 server: what is written comes back proved, and what was altered is refused in plain words."""
+"""The bucket against a real S3 server: what is written comes back proved, and what was altered is refused in
+plain words."""
 
 import hashlib
 import os

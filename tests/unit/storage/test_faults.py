@@ -77,7 +77,10 @@ def test_an_upload_that_fails_for_good_leaves_neither_object_nor_parts(
     proxy: Faulty, shaky: Bucket, bucket: Bucket, source: Path, request_: str
 ) -> None:
     proxy.faults = [Fault("503", request_)]
-    says = rf"^{bucket.url('f')}: \w+ at {proxy.endpoint} failed 4 times in \d+ s, last with 503\. Check that storage.endpoint is right"
+    says = (
+        rf"^{bucket.url('f')}: \w+ at {proxy.endpoint} failed 4 times in \d+ s, last with 503\. "
+        "Check that storage.endpoint is right"
+    )
     with pytest.raises(StorageError, match=says) as caught:
         shaky.put_file("f", source, {})
     assert caught.value.retriable and not bucket.exists("f")

@@ -1,4 +1,5 @@
-"""The manifest format: what is written can be read by in-toto's own words, and what is malformed is refused by field."""
+"""The manifest format: what is written can be read by in-toto's own words, and what is malformed is refused
+by field."""
 
 import hashlib
 import json
