@@ -83,12 +83,18 @@ def _stage_waiting_for(builder: PlanBuilder, context: StepContext) -> str:
 
 
 def _set_columns(builder: PlanBuilder, context: StepContext) -> None:
-    """Set STEP and TOKENS/S. If the bucket does not answer, the last known speed of the same step is kept."""
+    """Set STEP, TOKENS/S and LOSS.
+
+    If the bucket does not answer, the last known speed of the same step is kept. A training step that begins to
+    lead clears the loss of the stage before: the two may be different quantities.
+    """
     progress, another_step = context.reading.progress, builder.status.step != context.name
     if context.step.state != "Running":
         builder.update(tokens_per_second=None)
     elif progress is not None or another_step:
         builder.update(tokens_per_second=progress.tokens_per_second if progress else None)
+    if another_step and context.run.role(context.name) == "train":
+        builder.update(loss=progress.loss if progress else None)
     if context.step.attempt:
         builder.update(step=context.name)
 
