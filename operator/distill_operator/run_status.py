@@ -85,8 +85,8 @@ def _stage_waiting_for(builder: PlanBuilder, context: StepContext) -> str:
 def _set_columns(builder: PlanBuilder, context: StepContext) -> None:
     """Set STEP, TOKENS/S and LOSS.
 
-    If the bucket does not answer, the last known speed of the same step is kept. A training step that begins to
-    lead clears the loss of the stage before: the two may be different quantities.
+    If the bucket does not answer, the last known speed of the same step is kept. A training step that begins
+    to lead clears the loss of the stage before: the two may be different quantities.
     """
     progress, another_step = context.reading.progress, builder.status.step != context.name
     if context.step.state != "Running":

@@ -107,7 +107,8 @@ def test_a_run_that_an_older_operator_began_continues(moment: dict[str, Any], se
     assert (decided.requeue_at and decided.requeue_at.isoformat()) == expected["again"]
     status = dict(expected["status"])
     if status.get("step") != moment["object"]["status"].get("step") and decided.status.loss is None:
-        status.pop("loss", None)  # since then, a training step that begins clears the loss of the stage before
+        # Since then, a training step that begins clears the loss of the stage before.
+        status.pop("loss", None)
     assert without_messages(decided.status.dump()) == without_messages(status)
 
 
