@@ -54,7 +54,7 @@ def _line(step: Mapping[str, Any], status: Mapping[str, Any], now: datetime) -> 
         step.get("tokensTotal", step.get("partsTotal")),
     )
     share = min(1.0, (done or 0) / total) if total else 0.0
-    leads = step["name"] == status.get("step") and step["state"] == "Running"
+    leads = step["name"] == status.get("step") and step["state"] == "Running" and "tokensTotal" in step
     speed, loss = status.get("tokensPerSecond"), status.get("loss")
     figures = [f"{speed:,.0f} tokens/s" if speed else "", f"loss {loss:.3f}" if loss is not None else ""]
     end = datetime.fromisoformat(step["finished"]) if "finished" in step else now
