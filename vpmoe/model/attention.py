@@ -1,9 +1,9 @@
 """Attention inside documents: the core attention that megatron-core's layers call, for packed rows.
 
-A query sees the keys of its own document up to itself and nothing else. megatron's local attention takes no
-packed sequences at all and its other one needs Transformer Engine, so this is ours: FlashAttention by torch's
-variable-length interface on the GPU, one product a document on the CPU. Neither holds a [positions,
-positions] mask.
+A query attends to the keys of its own document up to itself. megatron's local attention does not support
+packed sequences, and its other implementation needs Transformer Engine. So we implement it: FlashAttention
+through torch's variable-length interface on the GPU, one product a document on the CPU. Neither materialises
+a [positions, positions] mask.
 """
 
 from typing import Any
@@ -18,18 +18,18 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def packed_seq_params_for(boundaries: Tensor, longest: int) -> PackedSeqParams:
-    """How a batch's documents reach `PackedAttention` through megatron's layers. See Batch.boundaries and
+    """Pass a batch's documents to `PackedAttention` through megatron's layers: Batch.boundaries,
     Batch.longest.
 
-    The format is not 'thd': with that one megatron would apply RoPE document by document, with a
-    synchronisation for each; here the rotation of every position is given, restarting at 0 with its document.
+    The format is not 'thd', because megatron would then apply RoPE document by document with a
+    synchronisation for each. Here every position has its rotation, which restarts at 0 with its document.
     """
     return PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=boundaries, max_seqlen_q=longest)
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
-    """softmax(q·k/√width)·v, causal, inside the runs that `packed_seq_params_for` describes. No parameters,
-    no dropout."""
+    """softmax(q·k/√width)·v, causal, inside the runs of `packed_seq_params_for`. No parameters, no
+    dropout."""
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__(config)

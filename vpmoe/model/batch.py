@@ -1,9 +1,7 @@
-"""A microbatch: packed rows of documents, and everything about them that the student, the head and the
-objectives need.
+"""A microbatch: packed rows of documents with everything that the student, the head and the objectives need.
 
-Made on the CPU, where lengths cost no synchronisation, then moved as a whole. Which documents stand in which
-row is the batch plan's business (vpmoe.training). Positions are derived here and not taken from outside, so a
-row cannot disagree with itself.
+A batch is made on the CPU, where lengths cost no synchronisation, and moved as a whole. vpmoe/data/packing.py
+decides which documents are in which row. Positions are derived here, so a row cannot contradict itself.
 """
 
 from dataclasses import dataclass, fields
@@ -30,8 +28,8 @@ class Batch:
     span: Tensor
     """[T] uint8, the span of that token, or 0"""
     boundaries: Tensor
-    """[documents + 1] int32 over T: where each run of one document (or of padding) starts, and T. Attention
-    never crosses one."""
+    """[documents + 1] int32 over T: the start of each run of one document or of padding, then T. Attention
+    never crosses a boundary."""
     longest: int
     """Length of the longest run."""
     counts: Tensor
@@ -40,8 +38,8 @@ class Batch:
     """[T] fp32, the teacher's stored log p of each position's target, NaN where there is none; None in a
     batch without scores."""
     sampler_logp: Tensor | None = None
-    """[T] fp32, the log p with which the sampler drew each position's target, NaN where there is none; None
-    where nothing was sampled."""
+    """[T] fp32, the sampler's log p of each position's target, NaN where there is none; None if nothing was
+    sampled."""
 
     @classmethod
     def from_rows(
@@ -55,16 +53,14 @@ class Batch:
         """From CPU tensors [b, S]: tokens int64, the span of each token uint8, and int32 numbers that are
         constant over each document.
 
-        Neighbouring documents of a row have different numbers; negative is padding. `logp_of_tokens` fp32 are
-        the teacher's and `sampler_logp_of_tokens` the sampler's, each stored against the token that it is of.
-        A batch that is all padding, or has nothing to learn, is legal. Raises ValueError where the shapes
-        differ.
+        Neighbouring documents of a row have different numbers; negative is padding. `logp_of_tokens` (the
+        teacher's) and `sampler_logp_of_tokens` are fp32, at the token that they score. A batch without
+        targets is legal. Raises ValueError if the shapes differ.
         """
         if tokens.dim() != 2 or tokens.shape != span_of_tokens.shape or tokens.shape != documents.shape:
             raise ValueError(
                 f"tokens {list(tokens.shape)}, spans {list(span_of_tokens.shape)} and documents "
-                f"{list(documents.shape)} "
-                "must all be [rows, positions]."
+                f"{list(documents.shape)} must all be [rows, positions]."
             )
         starts_bS = torch.ones_like(documents, dtype=torch.bool)
         starts_bS[:, 1:] = documents[:, 1:] != documents[:, :-1]

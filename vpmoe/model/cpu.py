@@ -1,13 +1,12 @@
-"""What megatron-core 0.19 needs to run without CUDA. The only module that patches anything, used only where
-the CPU was asked for.
+"""Patches that let megatron-core 0.19 run without CUDA. The only module that patches anything.
 
-megatron-core takes its device from `torch.cuda.current_device()`, names CUDA's stream where it starts a
-reduction, writes device="cuda" in its optimizer and tells dtypes apart by the names of CUDA tensor types.
-Each of these gets an answer here that is true where the only device is the CPU. Patches reach no further than
-they must: what can be replaced in megatron's own modules is replaced there, and torch keeps its own factories
-and type names for everybody else.
+It is used only if the CPU was asked for. megatron-core takes its device from `torch.cuda.current_device()`,
+uses CUDA's stream when it starts a reduction, writes device="cuda" in its optimizer, and tells dtypes apart
+by the names of CUDA tensor types. Each patch gives the answer that is right on a CPU. Where possible a patch
+replaces a name in megatron's own modules, so torch's factories and type names stay as they are for all other
+code.
 
-Covers what the student uses, and no tensor, sequence or pipeline parallelism, dropout, CUDA graphs,
+Covered is what the student uses: no tensor, sequence or pipeline parallelism, dropout, CUDA graphs,
 offloading or FSDP.
 """
 
@@ -19,7 +18,7 @@ import torch
 
 
 class _Stream:
-    """The CPU's one order of execution: there is nothing to wait for."""
+    """A stream of a CPU: operations run in order, so there is nothing to wait for."""
 
 
 class _TorchOnCpu(ModuleType):
@@ -42,8 +41,7 @@ def _cpu_for_cuda(device: Any) -> Any:
 
 
 def install() -> None:
-    """Prepare torch and megatron-core for the CPU. Idempotent. Raises RuntimeError where CUDA is there: it
-    would be lied to."""
+    """Prepare torch and megatron-core for the CPU. Idempotent. Raises RuntimeError if CUDA is available."""
     if torch.cuda.is_available():
         raise RuntimeError(
             "vpmoe.model.cpu is for machines without CUDA. Set CUDA_VISIBLE_DEVICES to the empty string to "
@@ -66,17 +64,16 @@ def install() -> None:
         megatron.core.utils,
     ):
         module.torch = _TorchOnCpu("torch")
-    generator: Any = (
-        megatron.core.tensor_parallel.random
-    )  # recomputation saves and restores it around every layer
+    # Recomputation saves and restores the generator around every layer.
+    generator: Any = megatron.core.tensor_parallel.random
     generator._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     generator._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     _name_types_for_megatron()
 
 
 def _name_types_for_megatron() -> None:
-    """Let `tensor.type()` say torch.cuda.FloatTensor to megatron's optimizer, which knows fp32 by that name
-    only, and to nobody else."""
+    """Let `tensor.type()` return torch.cuda.FloatTensor inside megatron's optimizer, which knows fp32 by that
+    name only."""
     type_of = torch.Tensor.type
 
     def named(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -1,10 +1,10 @@
-"""How tokens reach their experts and come back, over one rank or several.
+"""Token dispatch: sends tokens to their experts and sums the results, over one rank or several.
 
-megatron-core's own dispatcher, without Transformer Engine, cuts its input into one tensor an expert and joins
-those again, four times a layer and again in the backward: at 256 experts that was two fifths of a training
-step on a GPU. Here every choice (a token and one of its experts) is a row, and one permutation brings the
-rows into the experts' order. Coming back is the inverse permutation and a sum over each token's choices,
-which is also the gradient of going: so neither direction scatters, and both give the same bits every time.
+Without Transformer Engine, megatron-core's dispatcher splits its input into one tensor an expert and joins
+them again, four times a layer and again in the backward: two fifths of a training step on a GPU at 256
+experts. Here every choice (a token and one of its experts) is a row, and one permutation sorts the rows by
+expert. The way back is the inverse permutation and a sum over each token's choices, which is also the
+gradient of the way there. So neither direction scatters, and both are deterministic.
 """
 
 from typing import Any
@@ -30,8 +30,10 @@ class MixtureLayer(MoELayer):  # type: ignore[misc]
 
 
 class Dispatcher(MoETokenDispatcher):  # type: ignore[misc]
-    """The steps of a mixture layer's forward, in the order in which megatron calls them. N tokens of K
-    choices make C = N·K rows."""
+    """The steps of a mixture layer's forward, in the order in which megatron calls them.
+
+    N tokens with K choices each make C = N·K rows.
+    """
 
     def dispatch_preprocess(
         self, hidden: Tensor, chosen_NE: Tensor, weight_NE: Tensor
@@ -98,7 +100,7 @@ def spread(tokens: Tensor, order: Tensor, inverse: Tensor, choices: int) -> Tens
 
 
 def collect(rows: Tensor, order: Tensor, inverse: Tensor, choices: int) -> Tensor:
-    """The sum of every token's `choices` rows, which stand in `order`. Its gradient is `spread`."""
+    """The sum of every token's `choices` rows, which are in `order`. Its gradient is `spread`."""
     sums: Tensor = _Collect.apply(rows, order, inverse, choices)  # type: ignore[no-untyped-call]
     return sums
 

@@ -1,8 +1,7 @@
-"""Process groups: torch.distributed and megatron-core's parallel state, and the few words that the trainer
-says through them.
+"""Process groups: torch.distributed and megatron-core's parallel state, and the collectives of the trainer.
 
-The launcher's environment decides (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); without it the process is a
-world of one. Starting the processes is vpmoe.training's business.
+RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT define the group; without them it has this process alone.
+vpmoe/process/launcher.py starts the processes.
 """
 
 import os
@@ -14,16 +13,15 @@ from torch import Tensor
 from torch import distributed as dist
 
 TIMEOUT = timedelta(minutes=10)
-"""After so long in one collective a peer is taken for dead: the process fails, and another attempt starts
-from the last checkpoint."""
+"""Longest time in one collective. Then the process fails, and another attempt starts from the last
+checkpoint."""
 
 
 def start(device: torch.device, expert_parallel: int = 1) -> None:
-    """Join the other ranks: gloo on the CPU, NCCL on GPUs. Raises ValueError where the ranks do not divide by
-    `expert_parallel`.
+    """Join the other ranks: gloo on the CPU, NCCL on GPUs.
 
-    Once a process: a launcher's store remembers the addresses of a first group and would give them to a
-    second.
+    Call it once a process: the launcher's store keeps the addresses of the first group and would give them to
+    a second. Raises ValueError if `expert_parallel` does not divide the ranks.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
@@ -35,8 +33,8 @@ def start(device: torch.device, expert_parallel: int = 1) -> None:
 
 
 def set_expert_parallel(expert_parallel: int) -> None:
-    """Give megatron its groups of the ranks that joined: all of them data parallel, runs of `expert_parallel`
-    sharing the experts."""
+    """Create megatron's groups: all ranks are data parallel, and each run of `expert_parallel` ranks shares
+    one set of experts."""
     if expert_parallel < 1 or world_size() % expert_parallel:
         raise ValueError(
             f"student.expertParallel: {expert_parallel} does not divide the {world_size()} ranks of this "
@@ -64,7 +62,7 @@ def world_size() -> int:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of every rank's value, on the CPU; integers and float64 add up exactly as far as they go."""
+    """The sum of every rank's value, on the CPU, in the dtype of `value`."""
     summed = value.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
     dist.all_reduce(summed)
     return summed.cpu()

@@ -1,9 +1,9 @@
 """The routed experts as two stacked weights and grouped products.
 
-megatron-core without Transformer Engine computes its experts one after another: 256 of them cost some 700
-times what their arithmetic does. Stacked, they are two parameters whatever their number, which also makes a
-checkpoint of one expert-parallel layout a slice of another's. Who goes to which expert is router.py's and
-dispatch.py's business.
+Without Transformer Engine, megatron-core executes its experts one by one: 256 of them cost about 700 times
+their arithmetic. Stacked they are two parameters, whatever their number, and a checkpoint of one
+expert-parallel layout is a slice of another's. router.py chooses the experts of a token; dispatch.py sends it
+there.
 """
 
 import torch
@@ -37,13 +37,12 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
         self.down = nn.Parameter(
             torch.empty((shape[0], shape[2], shape[1]), dtype=config.params_dtype, device=place)
         )
-        for weight in (
-            self.parameters()
-        ):  # megatron's name for "reduced over the ranks that hold the same experts, not over all"
+        for weight in self.parameters():
+            # megatron's name for "reduced over the ranks that hold the same experts, not over all ranks"
             weight.allreduce = config.expert_model_parallel_size == 1
 
     def forward(self, input_nH: Tensor, tokens_E: Tensor, weight_n: Tensor) -> tuple[Tensor, None]:
-        """Output [n, H]. `tokens_E` [experts of this rank] says how many of the n rows belong to each, in
+        """Output [n, H]. `tokens_E` [experts of this rank]: how many of the n rows belong to each, in
         order."""
         ends_E = tokens_E.cumsum(0).to(device=input_nH.device, dtype=torch.int32)
         inner_nW = squared_relu(grouped_mm(input_nH, self.up.transpose(1, 2), offs=ends_E))

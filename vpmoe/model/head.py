@@ -1,13 +1,13 @@
-"""The loss head: from hidden states to log p(target), loss and gradients, without ever holding [tokens,
-vocabulary].
+"""The loss head: from hidden states to log p(target), loss and gradients, without a [tokens, vocabulary]
+tensor.
 
-The gradient of Σ c·(−log p) with respect to the logits is c·(softmax − onehot), and everything in it is known
-once a chunk's log-sum-exp is: so it is formed in the forward, chunk by chunk over tokens, and the backward
-only scales it. Nothing is computed twice and three matrix products are all that is left. Holds for
-coefficients that depend on logp too, as long as they are detached from it.
+The gradient of Σ c·(−log p) with respect to the logits is c·(softmax − onehot), known when a chunk's
+log-sum-exp is. So the forward computes it chunk by chunk over tokens, and the backward only scales it:
+nothing is computed twice, and three matrix products remain. This also holds for coefficients that depend on
+logp, if detached.
 
-Left out: label smoothing, z-loss, tensor parallelism over the vocabulary, second derivatives; teacher-forced
-training has its own head.
+Left out: label smoothing, z-loss, tensor parallelism over the vocabulary, second derivatives. TeacherForced
+has its own head.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,12 +30,11 @@ CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 def head_loss(
     hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, coefficient: Coefficient
 ) -> tuple[Tensor, Tensor]:
-    """(Σ c·(−log p), log p [T] detached). Positions whose target is NO_TARGET cost nothing; their log p is
-    NaN: not scored, never 0.
+    """(Σ c·(−log p), log p [T] detached). Positions with target NO_TARGET cost nothing; their log p is NaN.
 
-    Differentiable in hidden and weight. On the GPU hidden and weight are bf16, logits, sums and the weight's
-    gradient fp32; elsewhere all is in the type of hidden (fp32, or fp64 in tests). Both gradients are
-    returned to autograd in their parameter's type.
+    Differentiable in hidden and weight. On the GPU hidden and weight are bf16; logits, sums and the weight's
+    gradient are fp32. Elsewhere everything has the dtype of hidden (fp32, or fp64 in tests). Autograd gets
+    both gradients in their parameter's dtype.
     """
     loss, logp_T = _Head.apply(hidden_TH, weight_VH, targets_T, coefficient)  # type: ignore[no-untyped-call]
     return loss, logp_T
@@ -101,18 +100,15 @@ def _longest(weight_VH: Tensor) -> int:
 
 
 def target_chunks(targets_T: Tensor, longest: int) -> Iterator[Tensor]:
-    """Row numbers of the positions that have a target, in pieces of at most `longest` that are about equally
-    long."""
+    """Row numbers of the positions that have a target, in pieces of about equal length, at most `longest`."""
     rows_T = (targets_T != NO_TARGET).nonzero().squeeze(1)
     pieces = -(-len(rows_T) // longest)
     yield from rows_T.tensor_split(pieces) if pieces else ()
 
 
 def chunk_logits(hidden_tH: Tensor, weight_VH: Tensor) -> Tensor:
-    """[t, V], in fp32 where hidden is bf16."""
-    if (
-        hidden_tH.dtype == torch.bfloat16
-    ):  # the product's own fp32 accumulator, instead of one rounded to 8 bits and widened again
+    """[t, V], in fp32 if hidden is bf16."""
+    if hidden_tH.dtype == torch.bfloat16:  # keep the product's fp32 accumulator
         return torch.mm(hidden_tH, weight_VH.T, out_dtype=torch.float32)
     return hidden_tH @ weight_VH.T
 

@@ -1,9 +1,8 @@
-"""The student as a Hugging Face checkpoint: config.json, safetensors and their index, written by name and
-checked by name.
+"""Export of the student as a Hugging Face checkpoint: config.json, safetensors and their index.
 
-`exported_tensors` is the one table of what becomes of each parameter; writing and checking both go through
-it, and what it does not know is an error. Knows neither megatron-core nor transformers: the trainer writes,
-the sampler and the evaluation check. How a checkpoint comes to the bucket is not its business.
+`exported_tensors` is the table from parameters to exported tensors. Writing and checking both use it, and a
+name that is not in it is an error. This module needs neither megatron-core nor transformers: the trainer
+exports, the sampler and the evaluation check.
 """
 
 import json
@@ -27,10 +26,10 @@ ARCHITECTURE = "VpmoeForCausalLM"
 INDEX = "model.safetensors.index.json"
 
 FILE_BYTES = 2 << 30
-"""A file is closed when it holds this much: what the writer has in memory, and one read of the sampler."""
+"""Size at which a file is closed: the writer's memory, and the size of one read."""
 
 ONLY_IN_TRAINING = ("main/projection",)
-"""Of the state's parameters those that no sampler needs: TeacherForced's way to the teacher's width."""
+"""Parameters of the state that are not exported: the projection of TeacherForced."""
 
 BIAS = ".e_score_correction_bias"
 """The experts' selection biases: fp32 whatever the weights are, as in training."""

@@ -1,9 +1,9 @@
-"""The head's two passes over a chunk of logits on a GPU: everything between its matrix products, reading each
-logit twice. And log p alone, in one product whose logits never leave the processors.
+"""Triton kernels of the loss head: two passes over a chunk of logits, and log p alone in one product.
 
-In torch's own operations the same takes some ten readings and writings of [chunk, vocabulary] and more time
-than the products. Triton compiles these on first use and needs a C compiler on the machine for it. head.py
-holds the formulas, and does them in torch on the CPU.
+The two passes do everything between the head's matrix products and read each logit twice; torch's operations
+would read and write [chunk, vocabulary] about ten times and take longer than the products. The product for
+log p keeps its logits in registers. Triton compiles the kernels on first use and needs a C compiler. head.py
+has the formulas, and computes them in torch on the CPU.
 """
 
 import torch
@@ -12,12 +12,12 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 BLOCK = 4096
-"""Logits that a program holds at once."""
+"""Logits a program holds at a time."""
 TILE = (128, 256, 64)
-"""Tokens, vocabulary and hidden numbers of a program's part of a product."""
+"""Tokens, vocabulary and hidden size of a program's tile of a product."""
 BAND = 8
-"""Tiles of tokens that take a tile of the vocabulary one after another, so that it is read from memory once
-for all of them."""
+"""Tiles of tokens that use a tile of the vocabulary one after another, so that it is read from memory
+once."""
 
 
 def log_sum_exp(logits_tV: Tensor, targets_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,8 +41,7 @@ def gradient(logits_tV: Tensor, targets_t: Tensor, lse_t: Tensor, c_t: Tensor, d
 
 
 def logp(hidden_tH: Tensor, weight_VH: Tensor, targets_t: Tensor) -> Tensor:
-    """log p of the targets [t] in fp32. Each tile of the product leaves the highest logit and Σ exp of its
-    rows, [V / tile, t] in all."""
+    """log p of the targets [t] in fp32. Each tile stores the highest logit and Σ exp of its rows."""
     rows, width = len(hidden_tH), len(weight_VH)
     high_nt, total_nt = torch.empty(
         2, triton.cdiv(width, TILE[1]), rows, dtype=torch.float32, device=hidden_tH.device
@@ -85,7 +84,7 @@ def product(  # type: ignore[no-untyped-def]
     """(logits [M, N] in fp32, their rows [M], their columns [N], number of their tile of the vocabulary) of
     this program's tile.
 
-    What lies beyond the last row or column repeats the first ones.
+    Rows and columns beyond the last repeat the first ones.
     """
     across = tl.cdiv(width, N)
     band = tl.program_id(0) // (BAND * across)
@@ -138,9 +137,8 @@ def _tile_sums(  # type: ignore[no-untyped-def]
 def _log_sum_exp(logits, targets, lse, logp, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    highest = tl.full(
-        (BLOCK,), float("-inf"), tl.float32
-    )  # lane by lane: one reduction over lanes at the end instead of one a block
+    # Lane by lane: one reduction over lanes at the end instead of one a block.
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         x = tl.load(logits + row * width + start + columns, mask=start + columns < width, other=float("-inf"))

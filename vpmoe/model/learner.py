@@ -1,12 +1,12 @@
-"""A student in training: gradients of a global batch, and the step that uses them.
+"""A student in training: gradients of a global batch, and the optimizer step that uses them.
 
 megatron-core's DistributedDataParallel keeps gradients in flat fp32 buffers and reduces them while the last
-backward runs; its distributed optimizer keeps each rank's share of fp32 parameters and Adam moments. What is
-minimised is the objective's business, when the learning rate changes and what to do about a bad loss is the
-training loop's. Saved and restored by state.py.
+backward runs. Its distributed optimizer keeps each rank's share of fp32 parameters and Adam moments. An
+objective (objective.py) defines the loss; the training loop sets the learning rate and handles a bad loss;
+state.py saves and restores.
 
-A batch goes through in an explicit loop and not through megatron's pipeline schedule, whose interface
-(iterators, closures over losses) exists for stages that this student does not have.
+The microbatches run in an explicit loop, not in megatron's pipeline schedule, whose interface (iterators,
+closures over losses) exists for pipeline stages that this student does not have.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class Outcome:
 
 
 class Learner:
-    """The parts of a student in training. Make it with `build`; then, a step: forward_backward, look at the
+    """The parts of a student in training. Make it with `build`. A training step: forward_backward, check the
     outcome, step."""
 
     def __init__(
@@ -92,7 +92,7 @@ class Learner:
         )
         self.optimizer = get_megatron_optimizer(settings, [self.ddp], use_gloo_process_groups=False)
         for group in self.optimizer.param_groups:
-            group["fused"] = True  # one pass over the numbers; torch's default on the CPU is ten
+            group["fused"] = True  # one pass over memory; torch's default on the CPU takes ten
         state.allocate_moments(self)
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=device))
 
@@ -126,16 +126,16 @@ class Learner:
         return int(next(state.shards(self)).moments["step"])
 
     def forward_backward(self, batches: Sequence[Batch], objective: Objective, positions: int) -> Outcome:
-        """Gradients of the objective + balance loss over the global batch, of which this rank brings
-        `batches` (at least one).
+        """Compute gradients of objective + balance loss over the global batch. `batches` are this rank's, at
+        least one.
 
-        `positions` counts the global batch's positions that are not padding. Moves no weight: look at the
-        outcome first, then `step`. With expert parallelism every rank must bring equally many batches. Raises
-        ValueError where `positions` is wrong.
+        `positions` counts the global batch's positions that are not padding. Moves no weight: check the
+        outcome, then call `step`. With expert parallelism all ranks need the same number of batches. Raises
+        ValueError if `positions` is wrong.
 
-        The loss goes backward times `positions`, and step divides all gradients by it. So the balance losses,
-        which megatron weighs by positions, come out as means over positions, and gradients in bf16 keep the
-        size that they have in ordinary training.
+        The loss is multiplied by `positions`, and `step` divides all gradients by it. So the balance losses,
+        which megatron weighs by positions, become means over positions, and bf16 gradients keep an ordinary
+        size.
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -151,8 +151,10 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Outcome:
-        """The cross-entropies of all ranks' batches, which may differ in number except with expert
-        parallelism. Leaves no trace."""
+        """The cross-entropies of all ranks' batches. Changes no state.
+
+        Ranks may have different numbers of batches, except with expert parallelism.
+        """
         sums = _Sums(self.device)
         for batch in batches:
             here = batch.to(self.device)
@@ -161,17 +163,19 @@ class Learner:
 
     @torch.no_grad()
     def logp(self, batch: Batch) -> Tensor:
-        """log p of each position's target [T] fp32 on the CPU, NaN where there is none. All ranks call it
-        with the same batch."""
+        """log p of each position's target [T], fp32, on the CPU; NaN without a target.
+
+        All ranks call it with the same batch.
+        """
         here = batch.to(self.device)
         return target_logp(self.student(here), self.student.output, here.target).cpu()
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> float:
-        """Sum the gradients over the ranks, clip them, move weights and expert biases. Returns the gradient's
+        """Sum the gradients over the ranks, clip them, update weights and expert biases. Returns the gradient
         norm before clipping.
 
-        Raises ArithmeticError on every rank, before any weight has moved, where the norm is not finite.
+        Raises ArithmeticError on every rank, before any weight has moved, if the norm is not finite.
         """
         if self._positions is None:
             raise RuntimeError(
@@ -193,16 +197,14 @@ class Learner:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-            group["weight_decay"] = (
-                self.weight_decay * group["wd_mult"]
-            )  # 0 for norms, as megatron's scheduler would set it
+            # wd_mult is 0 for norms, as megatron's scheduler would set it.
+            group["weight_decay"] = self.weight_decay * group["wd_mult"]
         self.optimizer.step_with_ready_grads()
         return norm
 
 
 class _Sums:
-    """Running sums of one global batch, on the device until all are in: nothing waits for the GPU before
-    `outcome`."""
+    """Running sums of one global batch, kept on the device: nothing waits for the GPU before `outcome`."""
 
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -222,8 +224,7 @@ class _Sums:
         by_layer: dict[str, Router] | None = None,
         objective: Objective | None = None,
     ) -> Outcome:
-        """Sum over the ranks. Raises ValueError where the batches' positions are not those that the loss was
-        scaled by."""
+        """Sum over the ranks. Raises ValueError if the batches do not have `positions` positions."""
         measured = objective.sums().to(self.nll) if objective else self.nll[:0]
         sums = [self.loss.unsqueeze(0), self.nll, self.counts.to(self.nll), measured]
         if by_layer:

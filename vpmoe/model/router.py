@@ -1,9 +1,9 @@
-"""The router of a mixture layer, and what it tells about its load.
+"""The router of a mixture layer, and the load of its experts.
 
-megatron-core's sigmoid router with groups and selection bias, corrected in three places. Its product in fp32
-fails without Transformer Engine. Its count of tokens an expert, which moves the biases, cannot be given a
-padding mask (the mask's shape does not fit). Its sequence balance loss divides by the mean length of the rows
-and so gives NaN for rows that are all padding, and wrong shares to uneven ones.
+It is megatron-core's sigmoid router with groups and selection bias, corrected in three places. megatron's
+fp32 product fails without Transformer Engine. Its count of tokens an expert, which moves the biases, accepts
+no padding mask (the shape does not fit). Its sequence balance loss divides by the mean length of the rows,
+which gives NaN for rows that are all padding and wrong shares for uneven rows.
 """
 
 from dataclasses import dataclass
@@ -54,17 +54,18 @@ class Router(TopKRouter):  # type: ignore[misc]
         positions that are not padding.
 
         f_re is the share of the row's choices that fell on expert e, p_re the mean of its normalised score
-        there (DeepSeek-V3, eq. 17–20; here balanced experts give 1). The gradients are later divided by the
-        global batch's positions (Learner.step), so the coefficient means the same whatever is masked, packed
-        or padded. Padding arrives as zeros in the scores and in the map.
+        there (DeepSeek-V3, eq. 17–20; here balanced experts give 1). Learner.step divides the gradients by
+        the positions of the global batch, so the coefficient means the same however rows are masked, packed
+        or padded. Padding has zeros in the scores and in the map.
         """
         scores_rE, choices_rE = (
             x.view(seq_length, bsz, -1).sum(0) for x in (scores_for_aux_loss, routing_map)
         )
         positions_r = choices_rE.sum(1) / self.topk
+        # n_r · E · Σ f·p
         balance_r = (
             (scores_rE * choices_rE).sum(1) * self.num_experts / (self.topk * positions_r.clamp(min=1))
-        )  # = n_r · E · Σ f·p
+        )
         self.aux_sum += balance_r.detach().sum()
         attached: Tensor = MoEAuxLossAutoScaler.apply(
             probs, self.get_aux_loss_coeff("seq_aux_loss") * balance_r.sum()
@@ -74,7 +75,7 @@ class Router(TopKRouter):  # type: ignore[misc]
 
 @dataclass(frozen=True, eq=False)
 class ExpertLoad:
-    """How one step's tokens spread over the experts, summed over all ranks. L mixture layers of E experts."""
+    """Tokens of each expert in one step, summed over all ranks. L mixture layers of E experts."""
 
     layers: tuple[str, ...]
     """The layers' names in the student, "layers.1" first where one layer is dense."""

@@ -1,9 +1,7 @@
-"""The students' shapes: pure numbers, no torch, so that anything may count parameters or check a layout
-without loading it.
+"""The students' shapes: numbers without torch, for counting parameters and checking layouts.
 
-How a shape becomes modules is student.py's business. What is the same for every shape stands there too:
-QK-norm, RMSNorm, squared ReLU without a gate, sigmoid scores, no biases, no dropout, embeddings not tied to
-the output.
+student.py makes modules of a shape. It also has what all shapes share: QK-norm, RMSNorm, squared ReLU without
+a gate, sigmoid scores, no biases, no dropout, embeddings not tied to the output.
 """
 
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ class Shape:
 
     name: str
     layers: int
-    """All of them, dense ones included."""
+    """Number of layers, dense ones included."""
     dense_layers: int
     """The first ones; their feed-forward part is `dense_width` wide and has no router."""
     hidden: int
@@ -48,9 +46,9 @@ class Shape:
     """Standard deviation of every matrix at the start; those that write to the residual stream get it over
     √(2·layers)."""
     embedding_std: float = 0.02
-    """That of the embeddings. What many layers add must not drown the token in what all tokens share: their
-    routers would then choose the same few experts for every token before anything is learned (arXiv
-    2312.16903 says why else 1 is good)."""
+    """Standard deviation of the embeddings. If it is small, the sum that many layers add drowns the token,
+    and the routers choose the same few experts for every token before anything is learned (see also arXiv
+    2312.16903)."""
     recompute: bool = False
     """Compute each layer's activations again in the backward: a third more arithmetic for one stored tensor a
     layer."""
@@ -97,8 +95,7 @@ SHAPES = {
             embedding_std=1.0,
             recompute=True,
         ),
-        # The same code, small enough for a laptop: what it cannot shrink is the vocabulary, so that token ids
-        # are the real ones.
+        # The same code, small enough for a laptop. The vocabulary is whole, so token ids are the real ones.
         Shape(
             name="tiny",
             layers=3,

@@ -1,9 +1,9 @@
-"""Spans: which tokens are learned and under which of the two means. The one place where targets are shifted
-against positions.
+"""Targets by span: which tokens are learned, and in which of the two means. The only place that shifts
+targets.
 
-Position t predicts the token at t + 1 of the same document. The span of that predicted token decides: 0
-(system, user, markers of other turns) is never learned, so it is no target at all. A document's last
-position, and padding, predict nothing.
+Position t predicts the token at t + 1 of the same document. The span of that token decides: span 0 (system,
+user, headers of other turns) is never learned, so it is no target. A document's last position and padding
+predict nothing.
 """
 
 from collections.abc import Mapping
@@ -33,15 +33,15 @@ def targets(tokens_bS: Tensor, spans_bS: Tensor, documents_bS: Tensor) -> tuple[
 
 
 def shift_to_targets(values_bS: Tensor, target_T: Tensor) -> Tensor:
-    """What is known of each token (floating point), as known of each position's target [T]; NaN where there
-    is none."""
+    """A value of each token [b, S], floating point, as the value of each position's target [T]; NaN without a
+    target."""
     shifted_bS = torch.full_like(values_bS, torch.nan)
     shifted_bS[:, :-1] = values_bS[:, 1:]
     return shifted_bS.flatten().where(target_T != NO_TARGET, torch.nan)
 
 
 def weights_by_span(weights: Mapping[str, float]) -> list[float]:
-    """The weights as a list indexed by span number; span 0 weighs nothing."""
+    """The weights as a list indexed by span number; 0 for span 0."""
     if set(weights) != set(SPANS):
         raise ValueError(
             f"training.spanWeights: {sorted(weights)} are not the spans {sorted(SPANS)}. Give each exactly "

@@ -1,10 +1,9 @@
-"""What a checkpoint holds of a student in training, as named flat slices that any number of ranks can write
-and any other number read.
+"""The state of a student in training as named flat slices, which any number of ranks can write and read.
 
-A name is a kind and a parameter: "main/…" (the fp32 parameter that the optimizer moves), "exp_avg/…",
-"exp_avg_sq/…", and "buffer/…" for the experts' biases. A slice is a range of the whole tensor, flattened;
-experts of all expert-parallel ranks count as one tensor. The bf16 weights are not among them: they are the
-main parameters rounded, bit for bit. Files, hashes and manifests are vpmoe.training's business.
+A name is a kind and a parameter: "main/…" (the fp32 parameter that the optimizer updates), "exp_avg/…",
+"exp_avg_sq/…", and "buffer/…" for the expert biases. A slice is a range of the flattened tensor; the experts
+of all expert-parallel ranks are one tensor. The bf16 weights are not part of it, because they are the rounded
+main parameters. vpmoe/checkpoint and vpmoe/trainer/checkpoint make files of it.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -21,8 +20,8 @@ from vpmoe.model.student import Student
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NOT_EVERY_STAGES = ("projection",)
-"""Parameters that a student has in some stages only (TeacherForced): a state of another stage is whole
-without them."""
+"""Parameters that a student has only in TeacherForced stages: the state of another stage is complete
+without."""
 
 ReadTensor = Callable[[str, int, int], Tensor]
 """`(name, start, stop) -> fp32 tensor [stop − start]`, on any device."""

@@ -1,16 +1,16 @@
-"""The student: megatron-core's embedding and transformer layers, stopped at the last hidden state.
+"""The student: megatron-core's embedding and transformer layers, up to the last hidden state.
 
-Neither of megatron-core's whole models is used. GPTModel is deprecated in 0.19. HybridModel, its successor,
-hard-wires Transformer Engine's norm at its end, counts attention and feed-forward as layers of their own (160
-for these 80, in every parameter's name), applies one row of rotary angles to all documents and ends in
-logits, which the loss head exists to avoid. What the two are made of is not deprecated, and this file puts it
-together in the place of their `__init__`: VocabParallelEmbedding, TransformerBlock with TransformerLayers
-(SelfAttention, MLP, MoELayer), RMSNorm. Ours are the parts that megatron lacks without Transformer Engine:
-attention inside documents, stacked experts and the way to them, the corrected router, and an output matrix
-that only the loss head multiplies.
+It uses neither of megatron-core's models. GPTModel is deprecated in 0.19. HybridModel, its successor,
+requires Transformer Engine's norm at its end, counts attention and feed-forward as separate layers (160 for
+these 80, in every parameter's name), applies one row of rotary angles to all documents, and ends in logits,
+which the loss head avoids. The parts of the two are not deprecated, and this file assembles them:
+VocabParallelEmbedding, TransformerBlock with TransformerLayers (SelfAttention, MLP, MoELayer), RMSNorm. We
+implement the parts that megatron-core provides only with Transformer Engine or implements incorrectly:
+attention inside documents, stacked experts and their dispatch, the router, and an output matrix that only the
+loss head multiplies.
 
-No tensor, pipeline or context parallelism: the student never needs it, and at tensor parallelism 1 the
-vocabulary is never padded, so that every one of its ids is defined. Expert parallelism is megatron's.
+There is no tensor, pipeline or context parallelism. At tensor parallelism 1 the vocabulary is not padded, so
+all of its ids are defined. Expert parallelism is megatron's.
 """
 
 import hashlib
@@ -47,11 +47,10 @@ from vpmoe.model.shapes import Shape
 
 
 class Student(MegatronModule):  # type: ignore[misc]
-    """Calling it gives the normalised hidden states [T, H] of a batch; `output` [V, H] is the matrix that
-    makes logits of them.
+    """A call returns the normalised hidden states [T, H] of a batch; `output` [V, H] maps them to logits.
 
-    `projection` [G, H] brings hidden states to a teacher's width G, for the objective that compares the two;
-    None where there is no teacher, or one that is as wide.
+    `projection` [G, H] maps hidden states to a teacher's width G (TeacherForced); None without a teacher, or
+    if the widths are equal.
     """
 
     def __init__(
