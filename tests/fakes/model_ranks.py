@@ -1,8 +1,8 @@
-"""What test_model_ranks.py runs twice at once, as two ranks: `RANK=… WORLD_SIZE=2 … python -m
-tests.fakes.model_ranks FOLDER`.
+"""One rank of tests/unit/model/test_ranks.py: `RANK=… WORLD_SIZE=2 … python -m tests.fakes.model_ranks
+FOLDER`.
 
-It does the steps and writes down what came of them; what they should have come to is the test's business.
-FOLDER/one.pt holds the state that one process had after two steps, FOLDER/rank-<r>.pt is what rank r writes.
+It trains some steps and writes the results; the test compares them. FOLDER/one.pt holds the state of one
+process after two steps; rank r writes FOLDER/rank-<r>.pt.
 """
 
 import sys

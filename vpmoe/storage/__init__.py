@@ -1,8 +1,8 @@
 """The bucket: the only thing that the operator and the jobs share.
 
-Objects and their hashes are `bucket`'s, what makes a set of objects exist is `manifest`'s, where everything
-lies is `paths`'s. `python -m vpmoe.storage verify s3://bucket/prefix` proves every manifest below a prefix.
-The format is described in docs/storage.md.
+bucket.py reads and writes objects with hashes, manifest.py defines when a set of objects exists, paths.py has
+the keys. `python -m vpmoe.storage verify s3://bucket/prefix` verifies every manifest below a prefix.
+docs/reference/bucket.md is the specification.
 """
 
 from vpmoe.storage import manifest, paths

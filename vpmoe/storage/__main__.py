@@ -1,5 +1,7 @@
-"""`python -m vpmoe.storage verify s3://bucket/prefix`: endpoint, region and credentials from the environment,
-as for AWS's own tools."""
+"""`python -m vpmoe.storage verify s3://bucket/prefix`: verify every manifest below a prefix.
+
+Endpoint, region and credentials come from the environment, as for AWS's own tools.
+"""
 
 import argparse
 import logging
@@ -14,7 +16,7 @@ from vpmoe.storage.verify import verify
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code: 0 where every manifest holds, 1 where one does not or the store fails."""
+    """Return the exit code: 0 if every manifest holds, 1 if one does not or the store fails."""
     parser = argparse.ArgumentParser(prog="python -m vpmoe.storage")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("verify", help="prove every manifest below a prefix, block by block")
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def address(text: str) -> tuple[str, str]:
-    """Bucket and key; a refusal in argparse's words."""
+    """Bucket and key. Raises ArgumentTypeError for another address."""
     try:
         return split_url(text)
     except ValueError as error:
@@ -43,7 +45,7 @@ def address(text: str) -> tuple[str, str]:
 
 
 def say(line: str) -> None:
-    """One line of the result, at once: proving a large prefix takes long."""
+    """Print one line of the result at once, because verifying a large prefix takes long."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

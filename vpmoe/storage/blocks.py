@@ -1,7 +1,7 @@
-"""Blocks: the unit in which content is hashed, uploaded and read back. Pure; no bucket is touched here.
+"""Blocks: the unit in which content is hashed, uploaded and read. Pure; no I/O on buckets.
 
-A hash of the whole object could not check a range read, so every object has one sha256 for each 8 MiB beside
-it. An upload's part is a block.
+A hash of the whole object cannot verify a range read, so every object also has one sha256 for each 8 MiB. A
+block is one part of a multipart upload.
 """
 
 import hashlib
@@ -26,8 +26,7 @@ class Stored:
     blocks: tuple[str, ...]
 
     def subject(self, folder: str) -> "Subject":
-        """The same object as the manifest of `folder` names it. Raises ValueError where it does not lie in
-        that folder."""
+        """The object as the manifest of `folder` names it. Raises ValueError if it is not in that folder."""
         name = self.key.removeprefix(folder.rstrip("/") + "/")
         if name == self.key:
             raise ValueError(f"{self.key} does not lie in {folder}, whose manifest is to name it")
@@ -42,7 +41,7 @@ class Subject(Stored):
 
 
 class Hasher:
-    """The whole's and each block's sha256 of content that is seen once, a block at a time."""
+    """sha256 of the whole and of each block, computed from content that is seen once."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -50,13 +49,13 @@ class Hasher:
         self._blocks: list[str] = []
 
     def add(self, block: bytes) -> None:
-        """Take the next block: BLOCK bytes, fewer only for the last."""
+        """Add the next block: BLOCK bytes, fewer only for the last."""
         self.size += len(block)
         self._whole.update(block)
         self._blocks.append(hashlib.sha256(block).hexdigest())
 
     def stored(self, key: str) -> Stored:
-        """What was seen, under the key it was written to."""
+        """The description of the content, with the key that it was written to."""
         return Stored(key, self.size, self._whole.hexdigest(), tuple(self._blocks))
 
 
@@ -69,7 +68,7 @@ def hash_bytes(key: str, data: bytes) -> Stored:
 
 
 def read_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """Consecutive blocks of an open file; the last is shorter, and there is none for an empty file."""
+    """Consecutive blocks of an open file. The last is shorter; an empty file has none."""
     while block := file.read(BLOCK):
         yield block
 
@@ -80,8 +79,8 @@ def block_range(size: int, index: int) -> tuple[int, int]:
 
 
 def in_order[A, B](function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
-    """Results of `function` in the order of `items`, computed in `threads` threads; at most that many results
-    are held."""
+    """Results of `function` in the order of `items`, computed in `threads` threads. Holds at most that many
+    results."""
     with ThreadPoolExecutor(threads) as pool:
         running: deque[Future[B]] = deque()
         for item in items:

@@ -1,9 +1,8 @@
-"""One bucket of an S3-compatible store: what is written gets hashes, what is read is checked against them.
+"""One bucket of an S3-compatible store. Writes record hashes; reads verify them.
 
-Uses only what every store has: plain and multipart PUT, GET with ranges, HEAD, LIST, DELETE, and
+It uses only what every store has: plain and multipart PUT, ranged GET, HEAD, LIST, DELETE, and
 `If-None-Match: *` on plain PUT. No tags, no If-Match, no checksum trailers. Content is streamed: an upload or
-download holds a few blocks, whatever the size. What a set of objects means is the manifest's business
-(manifest.py).
+download holds a few blocks, whatever the size. manifest.py defines what a set of objects means.
 """
 
 import hashlib
@@ -36,14 +35,14 @@ THREADS = 4
 """Blocks in flight for one upload or download: one connection alone rarely fills a network."""
 
 MAX_PARTS = 10_000
-"""S3's bound on the parts of one upload; with a part a block, 78 GiB an object."""
+"""Limit of S3 on the parts of one upload; with one block a part, 78 GiB an object."""
 
 MAX_METADATA = 2048
-"""S3's bound on an object's own metadata: bytes of all names and values."""
+"""Limit of S3 on an object's metadata: bytes of all names and values."""
 
 FOLDER = "the folder whose manifest names it"
-"""What to delete where an object in it was altered. Its manifest alone is not enough: records beside it say
-that its parts are done."""
+"""The folder to delete if an object in it was altered. Deleting its manifest alone is not enough, because
+records beside it say that its parts are done."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,10 @@ class Object:
 
 
 class Bucket:
-    """A bucket below a prefix. All keys that go in and come out are relative to the prefix; `url` gives the
-    whole address.
+    """A bucket below a prefix. All keys are relative to the prefix; `url` gives the whole address.
 
-    Every method raises StorageError when the store refuses, or cannot be reached until patience ends. Threads
-    may share a bucket, processes may not: open it after a fork.
+    Every method raises StorageError if the store refuses, or cannot be reached until the retries end. Threads
+    may share a bucket; processes may not: open it after a fork.
     """
 
     def __init__(self, client: "S3Client", name: str, prefix: str, patience: Patience) -> None:
@@ -79,18 +77,17 @@ class Bucket:
         ca_bundle: Path | None = None,
         patience: Patience = JOB,
     ) -> "Bucket":
-        """The bucket that a run's `storage` describes. Nothing is sent before the first use; `probe` proves
-        that it works.
+        """Open the bucket that a run's `storage` describes. Sends nothing; `probe` tests it.
 
         Without `credentials` they come from where AWS tools look (environment, service account),
-        AWS_ENDPOINT_URL wins over the spec's endpoint, and AWS_CA_BUNDLE names the authority. With them the
-        environment has no say: the operator serves many runs, and must never send one run's secret to an
-        address that the run did not name.
+        AWS_ENDPOINT_URL overrides the spec's endpoint, and AWS_CA_BUNDLE names the authority. With
+        `credentials` the environment is ignored: the operator serves many runs, and must never send one run's
+        secret to an address that the run did not name.
         """
         return cls(connect(spec, credentials, ca_bundle, patience), spec.bucket, spec.prefix, patience)
 
     def other(self, name: str) -> "Bucket":
-        """Another bucket of the same store, from its root: inputs lie there."""
+        """Another bucket of the same store, without a prefix. Inputs are in such buckets."""
         return Bucket(self._client, name, "", self._patience)
 
     def url(self, key: str) -> str:
@@ -98,8 +95,8 @@ class Bucket:
         return f"s3://{self.name}/{self.prefix}{key}"
 
     def probe(self) -> None:
-        """Prove that credentials may write, read and delete here and that a conditional PUT holds; the object
-        used is removed."""
+        """Test that the credentials may write, read and delete, and that a conditional PUT works. Removes its
+        object."""
         key = f".probe/{uuid.uuid4().hex}"
         self.create(key, b"first", {})
         second = self.create(key, b"second", {})
@@ -115,19 +112,18 @@ class Bucket:
     # Writing
 
     def put_bytes(self, key: str, data: bytes, metadata: Mapping[str, str]) -> Stored:
-        """Write a small object, over whatever was there. Its sha256 stands in its metadata, and `get` checks
-        it."""
+        """Write a small object, replacing any. Its sha256 is in its metadata, and `get` verifies it."""
         stored = hash_bytes(key, data)
         self._put(key, data, self._checked(key, {**metadata, "sha256": stored.sha256}))
         return stored
 
     def write_json(self, key: str, value: object, metadata: Mapping[str, str] = {}) -> Stored:
-        """Write `value` as JSON, over whatever was there: for progress.json, the one object that changes."""
+        """Write `value` as JSON, replacing any. For progress.json, the only object that changes."""
         return self.put_bytes(key, json_bytes(value), metadata)
 
     def create(self, key: str, data: bytes, metadata: Mapping[str, str]) -> bool:
-        """Write a small object unless there is one. True: it now holds `data`, by us or before; False: it
-        holds something else."""
+        """Write a small object unless it exists. True if it now holds `data`, written now or before; False if
+        it holds something else."""
         metadata = self._checked(key, {**metadata, "sha256": hashlib.sha256(data).hexdigest()})
         try:
             self._put(key, data, metadata, IfNoneMatch="*")
@@ -136,10 +132,10 @@ class Bucket:
         return True
 
     def put_file(self, key: str, path: Path, metadata: Mapping[str, str]) -> Stored:
-        """Write a file of any size, over whatever was there; it is read once, a block at a time. It exists
-        all at once or not at all.
+        """Write a file of any size, replacing any object. Reads it once, a block at a time. The object
+        appears whole or not at all.
 
-        Raises StorageError also for a file of more than MAX_PARTS blocks, OSError where the file cannot be
+        Raises StorageError, also for a file of more than MAX_PARTS blocks; OSError if the file cannot be
         read.
         """
         if path.stat().st_size > MAX_PARTS * BLOCK:
@@ -217,8 +213,8 @@ class Bucket:
         return hasher.stored(key)
 
     def _abort(self, key: str, upload_id: str) -> None:
-        """Give back the space of a failed upload; one attempt, since what made the upload fail is the error
-        to report."""
+        """Free the space of a failed upload. One attempt, because the error to report is that of the
+        upload."""
         once = Patience(attempts=1, connect=self._patience.connect, read=self._patience.read)
         try:
             persist(
@@ -255,8 +251,8 @@ class Bucket:
     # Reading
 
     def get(self, key: str) -> bytes:
-        """A whole small object, proved against the sha256 in its metadata where it has one (those of others
-        have none)."""
+        """A whole small object, verified against the sha256 in its metadata if it has one. Objects of other
+        writers have none."""
 
         def fetch() -> tuple[bytes, str | None]:
             answer = self._client.get_object(Bucket=self.name, Key=self.prefix + key)
@@ -270,7 +266,7 @@ class Bucket:
         return self._prove(key, proved, "it")
 
     def get_json(self, key: str) -> Any:
-        """The value of a JSON object. Raises StorageError (Altered) where it is not JSON."""
+        """The value of a JSON object. Raises StorageError (Altered) if it is not JSON."""
         try:
             return json.loads(self.get(key))
         except ValueError as error:
@@ -281,7 +277,7 @@ class Bucket:
             ) from error
 
     def exists(self, key: str) -> bool:
-        """Whether there is an object of this key."""
+        """Whether an object with this key exists."""
         try:
             self.head(key)
         except StorageError as error:
@@ -291,8 +287,8 @@ class Bucket:
         return True
 
     def list(self, prefix: str, after: str = "") -> Iterator[Object]:
-        """All objects whose key starts with `prefix`, in the order of their keys; only those beyond the key
-        `after` where it is given."""
+        """All objects whose key starts with `prefix`, sorted by key; only those after the key `after` if it
+        is given."""
         after = after and self.prefix + after
         while True:
             page = self._persist(
@@ -311,14 +307,14 @@ class Bucket:
                 return
 
     def download(self, stored: Stored, path: Path) -> None:
-        """Bring an object to `path`, each block proved before it is written; `path` appears whole or not at
-        all."""
+        """Download an object to `path`. Each block is verified before it is written; `path` appears whole or
+        not at all."""
         with written_whole(path, stored.size, self.url(stored.key)) as file:
             for block in self.blocks(stored):
                 file.write(block)
 
     def read(self, stored: Stored, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of an object; the blocks that they lie in are fetched whole and proved."""
+        """Bytes [start, stop) of an object. Their blocks are fetched whole and verified."""
         self._check_range(stored.key, start, stop, stored.size)
         if start == stop:
             return b""
@@ -327,24 +323,24 @@ class Bucket:
         return data[start - first * BLOCK : stop - first * BLOCK]
 
     def blocks(self, stored: Stored) -> Iterator[bytes]:
-        """All blocks of an object in order, each proved. Of an empty object, that it is there and empty."""
+        """All blocks of an object in order, each verified. An empty object is checked to exist and be
+        empty."""
         if stored.size == 0:
             self._prove(stored.key, lambda: (b"", size_fault(self.head(stored.key).size, 0)), FOLDER)
         return in_order(lambda index: self._block(stored, index), range(len(stored.blocks)), THREADS)
 
     def head(self, key: str) -> Object:
-        """Size and ETag of an object. Raises StorageError (Missing) where there is none."""
+        """Size and ETag of an object. Raises StorageError (Missing) if it does not exist."""
         found = self._persist(
             "HeadObject", key, lambda: self._client.head_object(Bucket=self.name, Key=self.prefix + key)
         )
         return Object(key, found["ContentLength"], etag_of(found))
 
     def fetch_range(self, wanted: Object, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of an object that others wrote, so without hashes of ours, held in memory as
-        they are asked for.
+        """Bytes [start, stop) of an object that another writer made, and that has none of our hashes.
 
-        Raises StorageError (Altered) where the answer's size or ETag is not what was wanted, ValueError for
-        no range of the object.
+        Raises StorageError (Altered) if the answer's size or ETag is not the expected one, ValueError if the
+        range is not in the object.
         """
         self._check_range(wanted.key, start, stop, wanted.size)
         if start == stop:
@@ -374,7 +370,7 @@ class Bucket:
         return self._prove(stored.key, proved, FOLDER)
 
     def _range(self, key: str, start: int, stop: int) -> tuple[bytes, int, str]:
-        """Bytes [start, stop) as far as there are any, the whole object's size, its ETag."""
+        """The bytes in [start, stop) that exist, the size of the whole object, and its ETag."""
 
         def fetch() -> tuple[bytes, int, str]:
             try:
@@ -392,11 +388,10 @@ class Bucket:
         return self._persist("GetObject", key, fetch)
 
     def _prove(self, key: str, read: Callable[[], tuple[bytes, str | None]], to_delete: str) -> bytes:
-        """What `read` brings with no fault. Raises StorageError (Altered) for a fault that a second reading
-        shows again.
+        """The result of `read`, verified. Raises StorageError (Altered) if a second read has the same fault.
 
-        What it does not show again was an error on the way. `to_delete` is the remedy: what to delete to have
-        the object built again.
+        A fault that the second read does not have was a transfer error. `to_delete` is the remedy: what to
+        delete so that the object is built again.
         """
         data, fault = read()
         if fault:
@@ -412,13 +407,13 @@ class Bucket:
     # Removing
 
     def delete(self, key: str) -> None:
-        """Remove an object; that there is none is no error."""
+        """Delete an object. It is no error if it does not exist."""
         self._persist(
             "DeleteObject", key, lambda: self._client.delete_object(Bucket=self.name, Key=self.prefix + key)
         )
 
     def delete_prefix(self, folder: str) -> int:
-        """Remove everything in a folder, manifests first, so that none ever names what is gone. Returns the
+        """Delete everything in a folder, manifests first, so that none names a deleted object. Returns the
         number of objects."""
         if not folder.strip("/"):
             raise ValueError(
@@ -439,18 +434,18 @@ class AlreadyThere(Exception):
 
 
 def size_fault(size: int, stated: int) -> str | None:
-    """What is wrong with an object of `size` bytes whose manifest says `stated`."""
+    """What is wrong with an object of `size` bytes whose manifest says `stated`; empty if nothing is."""
     return None if size == stated else f"{size} bytes, its manifest says {stated}"
 
 
 def etag_of(answer: Mapping[str, Any]) -> str:
-    """An answer's ETag without quotes; empty for an object that was laid into the store behind its back and
-    has none."""
+    """The ETag of an answer without quotes; empty for an object that was put into the store behind its
+    back."""
     return str(answer.get("ETag", "")).strip('"')
 
 
 def json_bytes(value: object) -> bytes:
-    """The one form in which JSON is stored: sorted keys, no spaces, UTF-8. Equal values have equal bytes."""
+    """JSON as it is stored: sorted keys, no spaces, UTF-8. Equal values have equal bytes."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     ).encode()

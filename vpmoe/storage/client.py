@@ -1,5 +1,4 @@
-"""The connection to a store: boto3's S3 client, set so that it works with every S3-compatible server and
-leaves retries to us."""
+"""The S3 client: boto3's, configured for any S3-compatible server. Retries are ours (retries.py)."""
 
 import os
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ if TYPE_CHECKING:
     from vpmoe.api.storage import StorageSpec
 
 CONNECTIONS = 16
-"""Kept open at once: several uploads or downloads of four blocks each."""
+"""Connections kept open: several uploads or downloads of four blocks each."""
 
 
 @dataclass(frozen=True, repr=False)
 class Credentials:
-    """A key pair given outright, as the operator has it from a run's Secret. Without a repr: no log may show
+    """An explicit key pair, which the operator has from a run's Secret. It has no repr, so that no log shows
     it."""
 
     access_key: str

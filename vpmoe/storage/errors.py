@@ -1,8 +1,7 @@
-"""What storage says when it gives up: one exception, and the translation of what boto3 reports into a cause
-and a remedy.
+"""The storage error, and the translation of boto3's errors into a cause and a remedy.
 
-Nothing here retries (retries.py) or touches the network. No message holds a credential: of a server's answer
-only the status and the error code are quoted, of an endpoint never its user part.
+Nothing here retries (retries.py) or uses the network. No message holds a credential: only the status and
+error code of an answer are quoted, and of an endpoint never its user part.
 """
 
 from typing import Literal
@@ -25,7 +24,7 @@ from urllib3.exceptions import HTTPError
 Reason = Literal["Unreachable", "Denied", "Missing", "Refused", "Altered", "Local"]
 
 FAULTS = (BotoCoreError, ClientError, ResponseParserError, HTTPError)
-"""Everything that a call of boto3, or reading the body that it returned, raises."""
+"""All exceptions of a boto3 call, and of reading the body that it returned."""
 
 TRANSIENT = (
     ConnectionError,
@@ -47,10 +46,10 @@ NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError)
 
 
 class StorageError(Exception):
-    """An operation on the bucket that failed for good; the message names object, endpoint, what was tried and
-    the way out.
+    """An operation on the bucket that failed. The message names object, endpoint, what was tried and the
+    remedy.
 
-    reason: Unreachable (no answer, or only temporary refusals, until patience ran out), Denied (credentials),
+    reason: Unreachable (no answer, or only temporary errors, until the retries ended), Denied (credentials),
     Missing (bucket or object), Refused (any other answer of the store), Altered (content differs from what
     was written), Local (this machine's disk).
     """
@@ -61,7 +60,7 @@ class StorageError(Exception):
 
     @property
     def retriable(self) -> bool:
-        """Whether a later attempt, perhaps on another node, may succeed with nothing changed by a person."""
+        """Whether a later attempt, perhaps on another node, may succeed without a change by a person."""
         return self.reason in ("Unreachable", "Local")
 
 
@@ -72,7 +71,7 @@ def shown(endpoint: str) -> str:
 
 
 def status_and_code(error: Exception) -> tuple[int, str]:
-    """HTTP status and S3 error code of an answer, (0, "") of anything that is not an answer. HEAD has the
+    """HTTP status and S3 error code of an answer; (0, "") for an error that is not an answer. HEAD has the
     status as its code."""
     if not isinstance(error, ClientError):
         return 0, ""
@@ -82,7 +81,7 @@ def status_and_code(error: Exception) -> tuple[int, str]:
 
 
 def in_short(error: Exception) -> str:
-    """What went wrong, in a word or two: the store's answer, or the kind of fault."""
+    """The cause in a word or two: the store's answer, or the kind of fault."""
     status, code = status_and_code(error)
     return f"{status} {code}".removesuffix(f" {status}").strip() if status else type(error).__name__
 
@@ -96,8 +95,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def explain(error: Exception, operation: str, url: str, endpoint: str, tried: str) -> StorageError:
-    """The last word about a failed operation. `tried` says how often and for how long, e.g. "10 times in 61
-    s"."""
+    """The error for a failed operation. `tried` says how often and for how long, e.g. "10 times in 61 s"."""
     (status, code), answer = status_and_code(error), in_short(error)
     start = f"{url}: {operation} at {endpoint}"
     if isinstance(error, NO_CREDENTIALS):

@@ -12,10 +12,9 @@ from vpmoe.storage.errors import StorageError
 
 @contextmanager
 def written_whole(path: Path, size: int, source: str) -> Iterator[BinaryIO]:
-    """A temporary file beside `path` that takes its name once it is written and on disk; on any error it is
-    removed.
+    """A temporary file beside `path`, renamed to it when it is written and synced; removed on any error.
 
-    Raises StorageError (Local) when the disk does not take the `size` bytes of `source`.
+    Raises StorageError (Local) if the disk cannot hold the `size` bytes of `source`.
     """
     temporary: Path | None = None
     try:

@@ -1,8 +1,8 @@
-"""Manifests: an object without one does not exist. Parts are written first, the manifest last and once.
+"""Manifests: an object without one does not exist. Files are written first, the manifest last and once.
 
 A manifest is an in-toto Statement v1 (https://in-toto.io/Statement/v1) with a SLSA provenance v1 predicate
-(https://slsa.dev/provenance/v1): what was written, block by block, and from what. The models here are that
-format, and refuse anything else. What the facts of each kind mean is the business of who writes them.
+(https://slsa.dev/provenance/v1): what was written, block by block, and from what. The models here define the
+format and reject unknown fields. The writer of each kind defines its facts.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ Invocation = Annotated[str, StringConstraints(pattern=r"^[^/]+/[^/]+-[0-9a-f]{8}
 
 @dataclass(frozen=True)
 class Input:
-    """Something that a manifest's objects were made from.
+    """An input of a manifest's objects.
 
-    name: its role; "tokenizer" and, in everything made from a data set, "dataset" are required, others are
-    free (an input shard's key, "checkpoint"). uri: where it is. digest: by algorithm, e.g. {"sha256": …} or
-    {"gitCommit": …}; facts: what else pins it down, e.g. {"size": …, "etag": …} of an object that has no
+    name: its role; "tokenizer" and, in everything made from a dataset, "dataset" are required, others are
+    free (an input shard's key, "checkpoint"). uri: its address. digest: by algorithm, e.g. {"sha256": …} or
+    {"gitCommit": …}. facts: what else identifies it, e.g. {"size": …, "etag": …} of an object without a
     digest.
     """
 
@@ -47,7 +47,7 @@ class Input:
 
 
 class Part(BaseModel):
-    """A part of the format: names in camel case, no field more, none less, no type guessed."""
+    """A part of the format: names in camel case, no extra field, none missing, no type coercion."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, alias_generator=to_camel, populate_by_name=True
@@ -86,7 +86,7 @@ class Dependency(Part):
 
 
 class External(Part):
-    """What the user asked for: the run and the hash of its configuration."""
+    """The request: the run and the hash of its configuration."""
 
     run: str
     config: Sha256
@@ -94,7 +94,7 @@ class External(Part):
 
 
 class BuildDefinition(Part):
-    """What was made, of what, as the user or the code decided."""
+    """What was made, from what, with which parameters."""
 
     build_type: BuildType
     external_parameters: External
@@ -103,21 +103,21 @@ class BuildDefinition(Part):
 
 
 class Version(Part):
-    """The code that ran; null by hand where it is not known."""
+    """The code that ran; null if a process started by hand does not know it."""
 
     git_sha: str | None
     image: str | None
 
 
 class Builder(Part):
-    """Who made it."""
+    """The builder."""
 
     id: Literal["https://vpmoe.dev/jobs"]
     version: Version
 
 
 class Metadata(Part):
-    """Which process made it (namespace/name-uid8/step/attempt), and when (RFC 3339, UTC)."""
+    """The process (namespace/name-uid8/step/attempt), and its times (RFC 3339, UTC)."""
 
     invocation_id: Invocation
     started_on: Time
@@ -149,10 +149,10 @@ class Statement(Part):
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest that was read and found well-formed.
+    """A manifest that was read and validated.
 
-    key: where it lies; sha256: of its own bytes; kind: "dataset", "checkpoint", …; subjects, inputs: by name;
-    facts: what the writer said beside (SLSA's internalParameters); provenance: who wrote it; raw: the whole
+    key: its key; sha256: of its own bytes; kind: "dataset", "checkpoint", …; subjects, inputs: by name;
+    facts: the writer's facts (SLSA's internalParameters); provenance: of the writer; raw: the whole
     Statement.
     """
 
@@ -167,7 +167,7 @@ class Manifest:
 
 
 def entry(subject: Subject) -> dict[str, Any]:
-    """A subject as it stands in a manifest; `subject_of` reads it back."""
+    """A subject as a manifest holds it; `subject_of` reads it back."""
     return {
         "name": subject.name,
         "digest": {"sha256": subject.sha256},
@@ -176,7 +176,7 @@ def entry(subject: Subject) -> dict[str, Any]:
 
 
 def subject_of(found: Mapping[str, Any], folder: str) -> Subject:
-    """The subject of an entry in `folder`'s manifest. Raises ValueError where it is malformed."""
+    """The subject of an entry in `folder`'s manifest. Raises ValueError if it is malformed."""
     return _subject(SubjectEntry.model_validate(found), folder)
 
 
@@ -196,10 +196,10 @@ def statement(
     provenance: Provenance,
     inputs: Sequence[Input],
 ) -> dict[str, Any]:
-    """The manifest of objects that are written already.
+    """The manifest of objects that are already written.
 
-    Raises ValueError where an input that everything has to name is missing ("tokenizer"; "dataset", except of
-    a data set itself), and for whatever `load` would refuse.
+    Raises ValueError if a required input is missing ("tokenizer"; "dataset", except of a dataset itself), and
+    for anything that `load` would reject.
     """
     for needed in ("tokenizer",) if kind == "dataset" else ("tokenizer", "dataset"):
         if not any(found.name == needed and found.digest for found in inputs):
@@ -247,9 +247,9 @@ def statement(
 
 
 def write(bucket: Bucket, key: str, made: Mapping[str, Any]) -> Manifest:
-    """Write a manifest unless there is one, and return the one that stands: the first writer's.
+    """Write a manifest unless it exists, and return the stored one: the first writer's.
 
-    Whoever writes objects anew under a manifest that may exist removes that manifest first.
+    A writer that replaces objects under an existing manifest deletes that manifest first.
     """
     data = json_bytes(made)
     of = parse(key, data).provenance
@@ -259,8 +259,7 @@ def write(bucket: Bucket, key: str, made: Mapping[str, Any]) -> Manifest:
 
 
 def load(bucket: Bucket, key: str) -> Manifest:
-    """The manifest at `key`. Raises StorageError: Missing where there is none, Altered where it is
-    malformed."""
+    """The manifest at `key`. Raises StorageError: Missing if there is none, Altered if it is malformed."""
     try:
         return parse(key, bucket.get(key))
     except ValueError as error:
@@ -273,7 +272,7 @@ def load(bucket: Bucket, key: str) -> Manifest:
 
 
 def parse(key: str, data: bytes) -> Manifest:
-    """A manifest's content, checked. Raises ValueError that names the fields that are wrong."""
+    """A manifest's content, validated. Raises ValueError that names the invalid fields."""
     try:
         found = Statement.model_validate_json(data)
     except ValidationError as error:

@@ -1,21 +1,21 @@
-"""Where everything lies in the bucket: one pure function a kind of key. Keys are below the bucket's prefix,
-which `Bucket` adds.
+"""Keys of all objects in the bucket: one pure function for each kind. `Bucket` adds the bucket's prefix.
 
-    datasets/<id>/{train,valid}/part-00000.{tokens,spans}.{bin,idx}, …/part-00000.documents.parquet,
-    …/manifest.json datasets/<id>/census/part-00000.json                       counts of one input shard, from
-    which sampling thresholds follow datasets/<id>/parts/part-00000.json                        what was
-    written of one input shard: this part is done scores/<id>/train/part-00000.logp.{bin,idx},
-    …/part-00000.documents.parquet, …/manifest.json scores/<id>/origin.json
-    what is scored by whom, written before the first part scores/<id>/parts/part-00000.json
-    what was written of one part of the data set: this part is done runs/<namespace>/<name>-<uid8>/run.json
-    the resolved, immutable configuration
-      …/inputs.json                                            which data set and which input objects the run
-      was resolved to …/teacher.json                                           which files the run's teacher
-      was resolved to …/steps/<step>/{progress.json, metrics/*.jsonl}
-      …/steps/<stage>-evaluate/evaluation.json, parts/<part>-<checkpoint>.json     what the student can do
-      after the stage …/checkpoints/<step>/<iteration>/…, manifest.json …/weights/<step>/v000012/…,
-      manifest.json …/rollouts/<step>/window-000000.{rollouts,scores}.arrow, turn-000001.json
-      …/report/index.html
+    datasets/<id>/{train,valid}/part-00000.{tokens,spans}.{bin,idx}, part-00000.documents.parquet
+    datasets/<id>/manifest.json
+    datasets/<id>/census/part-00000.json         counts of one input shard, for the sampling thresholds
+    datasets/<id>/parts/part-00000.json          record of one finished part
+    scores/<id>/train/part-00000.logp.{bin,idx}, part-00000.documents.parquet
+    scores/<id>/manifest.json
+    scores/<id>/origin.json                      dataset, teacher and subset; written before the first part
+    scores/<id>/parts/part-00000.json            record of one finished part
+    runs/<namespace>/<name>-<uid8>/run.json      the resolved, immutable configuration
+      …/inputs.json                              the dataset and input objects that the run was resolved to
+      …/teacher.json                             the teacher files that the run was resolved to
+      …/steps/<step>/{progress.json, metrics/*.jsonl}
+      …/steps/<stage>-evaluate/evaluation.json, parts/<part>-<checkpoint>.json
+      …/checkpoints/<stage>/<iteration>/…, manifest.json
+      …/weights/<stage>/v000012/…, manifest.json
+      …/rollouts/<stage>/window-000000.{rollouts,scores}.arrow, turn-000001.json
 
 Folders have no slash at their end.
 """
@@ -39,12 +39,12 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 def manifest(folder: str) -> str:
-    """The object that makes a folder's content exist."""
+    """The manifest of a folder."""
     return f"{folder}/manifest.json"
 
 
 def dataset(dataset_id: str) -> str:
-    """Folder of a data set."""
+    """Folder of a dataset."""
     return f"datasets/{dataset_id}"
 
 
@@ -54,38 +54,37 @@ def dataset_part(dataset_id: str, split: Split, part: int, file: PartFile) -> st
 
 
 def census(dataset_id: str, part: int) -> str:
-    """What an input shard holds, counted before anything is written."""
+    """Counts of an input shard, made before anything is written."""
     return f"{dataset(dataset_id)}/census/part-{part:05d}.json"
 
 
 def part_record(dataset_id: str, part: int) -> str:
-    """What was written of an input shard; it is there once all of its files are."""
+    """Record of a finished part. It exists when all files of the part do."""
     return f"{dataset(dataset_id)}/parts/part-{part:05d}.json"
 
 
 def scores(scores_id: str) -> str:
-    """Folder of a teacher's scores of a data set."""
+    """Folder of the scores of a dataset."""
     return f"scores/{scores_id}"
 
 
 def scores_part(scores_id: str, part: int, file: ScoresFile) -> str:
-    """One file of the teacher's log-probabilities of training part `part`."""
+    """One file of the scores of training part `part`."""
     return f"{scores(scores_id)}/train/part-{part:05d}.{file}"
 
 
 def scores_origin(scores_id: str) -> str:
-    """What the scores are of: the very data set, teacher, effort and subset. Whoever goes on with them
-    compares."""
+    """Dataset, teacher, effort and subset of the scores. A worker that continues them compares."""
     return f"{scores(scores_id)}/origin.json"
 
 
 def scores_record(scores_id: str, part: int) -> str:
-    """What was written of a part of the data set; it is there once all of its files are."""
+    """Record of a finished part. It exists when all files of the part do."""
     return f"{scores(scores_id)}/parts/part-{part:05d}.json"
 
 
 def run_folder(namespace: str, name: str, uid8: str) -> str:
-    """Folder of a run, from what names it."""
+    """Folder of a run, from its namespace, name and uid."""
     return f"runs/{namespace}/{name}-{uid8}"
 
 
@@ -100,17 +99,17 @@ def run_json(of: "DistillRun") -> str:
 
 
 def inputs(of: "DistillRun") -> str:
-    """What the run's source was resolved to, written once."""
+    """The dataset and input objects that the run was resolved to; written once."""
     return f"{run(of)}/inputs.json"
 
 
 def teacher(of: "DistillRun") -> str:
-    """What the run's teacher was resolved to, written once."""
+    """The teacher files that the run was resolved to; written once."""
     return f"{run(of)}/teacher.json"
 
 
 def progress(of: "DistillRun", step: str) -> str:
-    """What a step reports; the one object that is overwritten."""
+    """The progress of a step; the only object that is overwritten."""
     return f"{run(of)}/steps/{step}/progress.json"
 
 
@@ -120,22 +119,22 @@ def metrics(of: "DistillRun", step: str, name: str) -> str:
 
 
 def evaluation(of: "DistillRun", stage: str) -> str:
-    """What was measured of the student at the end of a stage, written once."""
+    """The evaluation of the student after a stage; written once."""
     return f"{run(of)}/steps/{stage}-evaluate/evaluation.json"
 
 
 def evaluation_parts(of: "DistillRun", stage: str) -> str:
-    """Folder of the parts of that which are measured."""
+    """Folder of the parts of an evaluation."""
     return f"{run(of)}/steps/{stage}-evaluate/parts"
 
 
 def evaluation_part(of: "DistillRun", stage: str, part: str, checkpoint: str) -> str:
-    """One part, written once it is measured; `checkpoint` is the sha256 of the checkpoint's manifest."""
+    """One part of an evaluation, written once; `checkpoint` is the sha256 of the checkpoint's manifest."""
     return f"{evaluation_parts(of, stage)}/{part}-{checkpoint[:16]}.json"
 
 
 def checkpoints(of: "DistillRun", step: str) -> str:
-    """Folder of a step's checkpoints."""
+    """Folder of a stage's checkpoints."""
     return f"{run(of)}/checkpoints/{step}"
 
 
@@ -150,15 +149,10 @@ def weights(of: "DistillRun", step: str, version: int) -> str:
 
 
 def window(of: "DistillRun", step: str, index: int, kind: Literal["rollouts", "scores"]) -> str:
-    """An on-policy window's rollouts, or the teacher's scores of them."""
+    """The rollouts or the scores of a window."""
     return f"{run(of)}/rollouts/{step}/window-{index:06d}.{kind}.arrow"
 
 
 def turn(of: "DistillRun", step: str, number: int) -> str:
-    """What less is asked of the sampler from some window on."""
+    """A back-pressure adjustment."""
     return f"{run(of)}/rollouts/{step}/turn-{number:06d}.json"
-
-
-def report(of: "DistillRun") -> str:
-    """The page that a finished run ends with."""
-    return f"{run(of)}/report/index.html"

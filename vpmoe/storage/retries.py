@@ -1,5 +1,4 @@
-"""How long storage keeps trying. One loop for every request, body included, in place of boto3's, which ends
-at the headers."""
+"""Retries of storage: one loop for every request, body included. boto3's retries end at the headers."""
 
 import logging
 import random
@@ -12,8 +11,7 @@ from vpmoe.storage.errors import FAULTS, explain, in_short, is_transient
 log = logging.getLogger(__name__)
 
 CHANCE = random.SystemRandom()
-"""Not the random module's own numbers: a retry would move on the state that training saves and resumes
-from."""
+"""Its own generator, because a retry must not advance the random state that training saves."""
 
 
 @dataclass(frozen=True)
@@ -28,26 +26,24 @@ class Patience:
     longest_pause: float = 30.0
 
     def pause(self, failures: int) -> float:
-        """Seconds to wait after so many failures: doubling up to the longest, the upper half of it by chance.
+        """Seconds to wait after so many failures: exponential up to the longest, the upper half random.
 
-        Without the chance, the many processes of a run that lost the store together would all come back
-        together.
+        Without jitter the many processes of a run that lost the store together would retry together.
         """
         return min(self.first_pause * 2.0 ** (failures - 1), self.longest_pause) * CHANCE.uniform(0.5, 1.0)
 
 
 JOB = Patience(attempts=10, connect=10, read=60)
-"""Rides out a store that is away for about a minute and a half: less than a restart of a training pod
-costs."""
+"""For jobs: about a minute and a half, less than a restart of a training pod costs."""
 
 OPERATOR = Patience(attempts=2, connect=3, read=10)
-"""Gives up within seconds: the operator asks again at its next look."""
+"""For the operator: seconds, because it requeues."""
 
 
 def persist[T](call: Callable[[], T], patience: Patience, operation: str, url: str, endpoint: str) -> T:
-    """The result of `call`, tried again after each temporary fault until patience ends.
+    """The result of `call`, retried after each temporary fault until the attempts end.
 
-    Raises StorageError, at once for what trying again cannot mend.
+    Raises StorageError, at once for a permanent fault.
     """
     started = time.monotonic()
     attempt = 0

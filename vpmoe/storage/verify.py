@@ -1,9 +1,7 @@
-"""Prove what manifests say: that each object is there, has its size, and that every block and the whole have
-their sha256.
+"""Verify manifests: each object exists, has its size, and every block and the whole have their sha256.
 
-Only reads. What no manifest names does not exist as far as readers are concerned, so it is noted and is no
-error. Nor is it one that a policy version has lost its weights: the trainer removes them once no window can
-ask for them.
+Read-only. Objects that no manifest names are noted and are no error, because readers ignore them. Neither is
+a policy version without weights: the trainer removes them when no window needs them.
 """
 
 import hashlib
@@ -18,7 +16,7 @@ from vpmoe.storage.errors import StorageError
 
 @dataclass
 class Verdict:
-    """Sums over all manifests that were looked at; `failed` counts manifests."""
+    """Sums over all manifests; `failed` counts manifests."""
 
     manifests: int = 0
     failed: int = 0
@@ -27,9 +25,10 @@ class Verdict:
 
 
 def verify(bucket: Bucket, prefix: str, say: Callable[[str], None]) -> Verdict:
-    """Prove every manifest in the folder `prefix` ("" is the whole bucket), telling `say` a line about each.
+    """Verify every manifest in the folder `prefix` ("" is the whole bucket), calling `say` with a line about
+    each.
 
-    Raises StorageError where the store itself fails, and where there is no manifest (Missing).
+    Raises StorageError if the store fails or there is no manifest (Missing).
     """
     folder = prefix.strip("/") + "/" if prefix.strip("/") else ""
     verdict = Verdict()
@@ -81,7 +80,7 @@ def _verify_one(bucket: Bucket, key: str, verdict: Verdict, say: Callable[[str],
 
 
 def _fault(bucket: Bucket, subject: Subject) -> str | None:
-    """What is wrong with an object, None where it is as its manifest says."""
+    """What is wrong with an object; None if it is as its manifest says."""
     whole = hashlib.sha256()
     try:
         for block in bucket.blocks(subject):
@@ -98,7 +97,7 @@ def _fault(bucket: Bucket, subject: Subject) -> str | None:
 
 
 def _finding(error: StorageError) -> str:
-    """The words of an error about an object. One about the store ends the verification."""
+    """The message of an error about an object. Re-raises an error about the store."""
     if error.reason not in ("Altered", "Missing"):
         raise error
     return str(error)

@@ -57,7 +57,6 @@ FOLDER = "runs/team/first-run-0123abcd"
             paths.window(RUN, "onpolicy", 0, "rollouts"),
             f"{FOLDER}/rollouts/onpolicy/window-000000.rollouts.arrow",
         ),
-        (paths.report(RUN), f"{FOLDER}/report/index.html"),
     ],
     ids=lambda value: value,
 )
