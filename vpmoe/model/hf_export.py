@@ -155,7 +155,7 @@ def export_student(
 
     `sizes` names the state's tensors with their numbers (state.sizes, or a checkpoint's), of which "main" and
     "buffer" are exported, and `read` gives them; in `dtype` bfloat16 they are rounded as the trainer's own
-    weights are. Raises Permanent where the state and the shape do not account for each other, tensor by
+    weights are. Raises Permanent if the state and the shape do not account for each other, tensor by
     tensor.
     """
     table = exported_tensors(shape)

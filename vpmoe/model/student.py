@@ -74,7 +74,7 @@ class Student(MegatronModule):  # type: ignore[misc]
             )
 
     def forward(self, batch: Batch) -> Tensor:
-        """[T, H] for the batch's T = b·S positions, in row order. ValueError where a row is longer than the
+        """[T, H] for the batch's T = b·S positions, in row order. ValueError if a row is longer than the
         student was built for."""
         rows, positions = batch.tokens.shape
         if positions > self.sequence_length:
@@ -114,7 +114,7 @@ def build(
 
     `teacher_width` is that of the hidden states that it is to be compared with; None where there is no such
     teacher. Every rank builds the same weights from the same seed, whatever the layout. Needs the process
-    groups of distributed.start. Raises ValueError where the experts do not divide by `expert_parallel`.
+    groups of distributed.start. Raises ValueError if the experts do not divide by `expert_parallel`.
     """
     if expert_parallel < 1 or shape.experts % expert_parallel:
         raise ValueError(

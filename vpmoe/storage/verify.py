@@ -37,7 +37,7 @@ def verify(bucket: Bucket, prefix: str, say: Callable[[str], None]) -> Verdict:
             _verify_one(bucket, found.key, verdict, say)
     if not verdict.manifests:
         raise StorageError(
-            f"{bucket.url(folder)}: there is no manifest. Give the address of a data set, a run, or a whole "
+            f"{bucket.url(folder)}: there is no manifest. Give the address of a dataset, a run, or a whole "
             "prefix.",
             "Missing",
         )

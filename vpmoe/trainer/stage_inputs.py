@@ -18,7 +18,7 @@ from vpmoe.teacher.model import resolve_teacher
 
 
 def training_stage(run: DistillRun, name: str) -> Stage:
-    """The stage of that name. Raises Permanent where there is none."""
+    """The stage of that name. Raises Permanent if there is none."""
     names = [stage.name for stage in run.spec.stages]
     if name not in names:
         raise Permanent(f"--step {name} is no training stage. Choose one of {', '.join(names)}.")
@@ -28,7 +28,7 @@ def training_stage(run: DistillRun, name: str) -> Stage:
 def load_scores(run: DistillRun, stage: Stage, bucket: Bucket, made: Manifest) -> Manifest | None:
     """The teacher's scores of the dataset `made`; None for a stage that trains on none.
 
-    Raises Permanent where they were not made, or are of another content than the dataset's.
+    Raises Permanent if they were not made, or are of another content than the dataset's.
     """
     if stage.scored_subset is None:
         return None

@@ -41,7 +41,7 @@ from vpmoe.trainer.stages.stage_kind import StageKind
 def train(context: StageContext) -> None:
     """Train a stage to its end.
 
-    Raises Terminated after a SIGTERM, with a checkpoint saved; Permanent where another attempt cannot help.
+    Raises Terminated after a SIGTERM, with a checkpoint saved; Permanent if another attempt cannot help.
     """
     spec = context.run.spec
     device = choose()
@@ -189,7 +189,7 @@ class Trainer:
         )
 
     def _move_weights(self, rate: float, step: int) -> float:
-        """Take the optimizer step and return the gradient's norm. Raises Permanent where that is not
+        """Take the optimizer step and return the gradient's norm. Raises Permanent if that is not
         finite."""
         try:
             return self.learner.step(rate)
@@ -246,7 +246,7 @@ class Trainer:
 
 
 def check_finite(outcome: Outcome, step: int) -> None:
-    """Raise Permanent where the step's loss is not finite, the same on every rank."""
+    """Raise Permanent if the step's loss is not finite, the same on every rank."""
     if not math.isfinite(outcome.loss):
         raise not_finite(f"the loss ({outcome.loss})", step)
 

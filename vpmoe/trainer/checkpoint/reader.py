@@ -77,7 +77,7 @@ class CheckpointReader:
         that size.
 
         Raises CheckpointRejected, on every rank and with the learner untouched, where any rank cannot have
-        what it needs; StorageError where the store does not answer.
+        what it needs; StorageError if the store does not answer.
         """
         fault, found = None, None
         try:

@@ -45,7 +45,7 @@ def load_start(context: StageContext, stage: StageKind, learner: Learner) -> Sta
     """Load the learner with the state that the attempt starts from. Every rank calls it and gets the same
     answer.
 
-    Raises Permanent where checkpoints exist but none can be used, or where the one that the stage has to
+    Raises Permanent if checkpoints exist but none can be used, or where the one that the stage has to
     begin from cannot be used.
     """
     name, bucket = context.stage.name, context.bucket

@@ -51,7 +51,7 @@ def assemble(
     teacher_logp: LogpOf | None = None,
     sampler_logp: LogpOf | None = None,
 ) -> Batch:
-    """One microbatch of b packed rows; a row without documents is all padding. Raises ValueError where a row
+    """One microbatch of b packed rows; a row without documents is all padding. Raises ValueError if a row
     overflows.
 
     With `teacher_logp` the batch has the teacher's log-probabilities, with `sampler_logp` the sampler's.

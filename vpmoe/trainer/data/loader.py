@@ -84,7 +84,7 @@ class Stream:
 
 
 def plan_of(documents: Documents, seed: int, sequence_length: int) -> SequenceStream:
-    """The batch plan of these documents. Raises Permanent where there is nothing to train on."""
+    """The batch plan of these documents. Raises Permanent if there is nothing to train on."""
     try:
         return SequenceStream(documents.lengths, seed, sequence_length)
     except ValueError as error:

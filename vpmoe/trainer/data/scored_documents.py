@@ -26,7 +26,7 @@ class ScoredDocuments:
     def __init__(self, documents: DatasetReader, scores: Manifest, cache: BlockCache) -> None:
         """Reads which documents were scored.
 
-        Raises StorageError where an object is not what the manifest says; Permanent where scores and dataset
+        Raises StorageError if an object is not what the manifest says; Permanent if scores and dataset
         have different documents, or nothing was scored.
         """
         self._documents = documents
@@ -48,7 +48,7 @@ class ScoredDocuments:
         return self._documents.read_document(self._original(document))
 
     def logp(self, document: PackedDocument) -> NDArray[np.float16]:
-        """The teacher's log-probability of each token [T]. Raises Permanent where a supervised token has
+        """The teacher's log-probability of each token [T]. Raises Permanent if a supervised token has
         none."""
         original = self._original(document)
         start, stop = self._documents.token_range(original)

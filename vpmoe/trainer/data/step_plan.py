@@ -64,7 +64,7 @@ class DatasetSteps:
     ) -> None:
         """`start` is the stage's state, `kind` that of the steps on the training split.
 
-        `scored_share` of the steps are on `scored` and are of `scored_kind`. Raises Permanent where there is
+        `scored_share` of the steps are on `scored` and are of `scored_kind`. Raises Permanent if there is
         nothing to train on.
         """
         self._each = sequences_per_step

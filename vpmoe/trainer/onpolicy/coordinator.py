@@ -53,7 +53,7 @@ class OnPolicyCoordinator:
         *,
         sequences_per_step: int,
     ) -> None:
-        """`start` is the stage's state. Raises Permanent where there is nothing to train on, or no step would
+        """`start` is the stage's state. Raises Permanent if there is nothing to train on, or no step would
         be a window."""
         training = context.run.spec.training
         self._context = context
@@ -94,7 +94,7 @@ class OnPolicyCoordinator:
         it.
 
         Returns False where any rank was asked to stop first. `waiting` is called about once a second with
-        what is missing. Raises Permanent where the window in the bucket is not the one that is due.
+        what is missing. Raises Permanent if the window in the bucket is not the one that is due.
         """
         self._window, self._waits = None, Waits(0.0, 0.0)
         if not self.curriculum.is_window(state.steps):
@@ -129,7 +129,7 @@ class OnPolicyCoordinator:
         )
 
     def record_window(self, state: TrainState, outcome: Outcome) -> TrainState:
-        """The state with what the forward of a window has measured. Raises Permanent where the sampler has
+        """The state with what the forward of a window has measured. Raises Permanent if the sampler has
         drifted for too long."""
         if self._window is None:
             return state

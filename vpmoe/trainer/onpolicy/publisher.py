@@ -71,7 +71,7 @@ class Publisher:
         return self._group.gather(distributed.rank() == 0 and self._context.bucket.exists(key))[0]
 
     def content(self, version: int) -> str:
-        """The content of a published version (policy_version.weights_digest). Raises Permanent where its
+        """The content of a published version (policy_version.weights_digest). Raises Permanent if its
         manifest is gone."""
         if (
             self._latest_content is None or self._latest_content[0] != version

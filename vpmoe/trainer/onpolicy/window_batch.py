@@ -71,7 +71,7 @@ def read_window(bucket: Bucket, run: DistillRun, due: DueWindow, sequence_length
 
 
 def check_due(sampled: WindowRollouts, due: DueWindow, sequence_length: int, where: str) -> None:
-    """Raise Permanent where rollouts are not those that are due, or cannot be trained on."""
+    """Raise Permanent if rollouts are not those that are due, or cannot be trained on."""
     header = sampled.header
     expected = {name: value for name, value in asdict(due).items() if name != "last_from"} | {
         "last": header.tokens >= due.last_from

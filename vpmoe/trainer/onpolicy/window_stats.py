@@ -78,7 +78,7 @@ def sampler_kl(measures: OnPolicyMeasures, tokens: Mapping[str, int]) -> float:
 
 
 def windows_above_bound(before: int, kl: float, bound: float, window: int) -> int:
-    """Windows in a row whose KL was above `bound`, this one included. Raises Permanent where they are
+    """Windows in a row whose KL was above `bound`, this one included. Raises Permanent if they are
     PATIENCE."""
     count = before + 1 if kl > bound else 0
     if count >= PATIENCE:

@@ -57,7 +57,7 @@ class ProgressUploader:
             self._lines += [line for line in lines if line.event == "start" or line.step > self._logged]
 
     def flush_metrics(self) -> None:
-        """Write the lines so far as one object. Raises StorageError where they cannot be written; then they
+        """Write the lines so far as one object. Raises StorageError if they cannot be written; then they
         are kept."""
         with self._uploading:
             with self._changing:
@@ -81,7 +81,7 @@ class ProgressUploader:
             raise self._fault
 
     def finish(self, **changes: Any) -> None:
-        """Change the progress for the last time and write it with all lines. Raises StorageError where that
+        """Change the progress for the last time and write it with all lines. Raises StorageError if that
         fails."""
         self.update(**changes)
         self._stop()
@@ -123,8 +123,8 @@ class ProgressUploader:
                 self._written = progress
 
     def _try(self, write: Callable[[], None]) -> None:
-        """Training goes on while the store does not answer: what could not be written is kept and written the
-        next time."""
+        """Training continues while the store does not answer: what could not be written is kept and written
+        the next time."""
         try:
             write()
         except StorageError as error:

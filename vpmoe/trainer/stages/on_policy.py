@@ -75,7 +75,7 @@ class OnPolicyStage(StageKind):
         return on_policy(counts, self.span_weights)
 
     def check_step(self, state: TrainState, outcome: Outcome) -> TrainState:
-        """Raises Permanent where the sampler has computed another student than the trainer for too long."""
+        """Raises Permanent if the sampler has computed another student than the trainer for too long."""
         return self.coordinator.record_window(state, outcome)
 
     def step_loss(self, step: int, outcome: Outcome) -> StepLoss:

@@ -64,7 +64,7 @@ class StageKind(ABC):
     # Before the first step
 
     def check_resumed(self, state: TrainState) -> None:
-        """Raise Permanent where the stage cannot continue from `state`, which an earlier attempt saved."""
+        """Raise Permanent if the stage cannot continue from `state`, which an earlier attempt saved."""
 
     def first_state(self, state: TrainState) -> TrainState:
         """The state in which the stage begins: `state` and what the stage fixes at its beginning."""
@@ -78,7 +78,7 @@ class StageKind(ABC):
     def prepare(self, state: TrainState, inputs: Sequence[Input]) -> None:
         """Make the plan and open what the steps need. `inputs` is everything that the weights are made from.
 
-        Raises Permanent where there is nothing to train on.
+        Raises Permanent if there is nothing to train on.
         """
 
     def begin(self, learner: Learner, state: TrainState) -> None:
@@ -103,7 +103,7 @@ class StageKind(ABC):
         """What a step minimises. `counts` is [positions, N_reasoning, N_final] of the global batch."""
 
     def check_step(self, state: TrainState, outcome: Outcome) -> TrainState:
-        """The state with what the forward has measured. Raises Permanent where the weights must not move."""
+        """The state with what the forward has measured. Raises Permanent if the weights must not move."""
         return state
 
     def step_loss(self, step: int, outcome: Outcome) -> StepLoss:

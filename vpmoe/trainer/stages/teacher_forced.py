@@ -26,7 +26,7 @@ class TeacherForcedStage(StageKind):
     def __init__(
         self, context: StageContext, stage: TeacherForced, documents: DatasetReader, device: torch.device
     ) -> None:
-        """Connects to the teacher. Raises Terminated where the process is asked to stop while it waits for
+        """Connects to the teacher. Raises Terminated if the process is asked to stop while it waits for
         the teacher."""
         super().__init__(context, documents)
         self._stage = stage

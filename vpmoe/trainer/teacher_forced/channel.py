@@ -69,7 +69,7 @@ class Channel:
         self._send("host", peer, tensor, lambda: self._host_group.send([tensor], peer, 0))
 
     def receive_host(self, peer: int, size: int, dtype: torch.dtype) -> Tensor:
-        """The host tensor [size] that the peer sent. Raises Retriable where the peer is gone."""
+        """The host tensor [size] that the peer sent. Raises Retriable if the peer is gone."""
         tensor = torch.empty(size, dtype=dtype)
         _attempt(self._name(peer), lambda: self._host_group.recv([tensor], peer, 0).wait())
         return tensor
@@ -80,7 +80,7 @@ class Channel:
         self._send("device", peer, tensor, lambda: self._device_group.send([tensor], peer, 1))
 
     def receive(self, peer: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The tensor that the peer sent, on the channel's device. Raises Retriable where the peer is gone."""
+        """The tensor that the peer sent, on the channel's device. Raises Retriable if the peer is gone."""
         tensor = torch.empty(*shape, dtype=dtype, device=self.device)
         _attempt(self._name(peer), lambda: self._device_group.recv([tensor], peer, 1).wait())
         return tensor
@@ -106,7 +106,7 @@ class Channel:
 
 
 def host(address: str, port: int, students: int, device: torch.device, check_stop: CheckStop) -> Channel:
-    """The teacher's end; returns when all students have joined. Raises Retriable where the port is taken or a
+    """The teacher's end; returns when all students have joined. Raises Retriable if the port is taken or a
     student does not join."""
     store = _attempt(
         "a student", lambda: TCPStore(address, port, is_master=True, timeout=PATIENCE, wait_for_workers=False)
@@ -119,7 +119,7 @@ def host(address: str, port: int, students: int, device: torch.device, check_sto
 def join(
     address: str, port: int, rank: int, students: int, device: torch.device, check_stop: CheckStop
 ) -> Channel:
-    """A student's end; returns when the teacher and all students have joined. Raises Retriable where the
+    """A student's end; returns when the teacher and all students have joined. Raises Retriable if the
     teacher does not answer."""
     deadline = time.monotonic() + PATIENCE.total_seconds()
     while True:

@@ -16,7 +16,7 @@ from vpmoe.trainer.teacher_forced.protocol import NO_MORE, WIRE, question_of
 
 
 def connect(context: StageContext, device: torch.device) -> "RemoteTeacher":
-    """The teacher of a stage, for one rank. Raises Terminated where the process is asked to stop while it
+    """The teacher of a stage, for one rank. Raises Terminated if the process is asked to stop while it
     waits."""
     check_stop = stop_check(context.stopping)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["VPMOE_TEACHER_PORT"])

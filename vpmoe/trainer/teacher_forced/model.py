@@ -25,7 +25,7 @@ PADDING = 0
 
 
 def load_teacher(directory: Path, device: torch.device) -> torch.nn.Module:
-    """The model in `directory`, for inference. Raises Permanent where transformers cannot load it."""
+    """The model in `directory`, for inference. Raises Permanent if transformers cannot load it."""
     from transformers import AutoModel, Mxfp4Config  # here, because it takes seconds
     from transformers.utils import logging
 

@@ -37,8 +37,8 @@ def serve(
 ) -> None:
     """Be the teacher of one attempt at a stage. Returns when every student has disconnected.
 
-    `folder` is where models are kept on this pod's disk. Raises Permanent where these students cannot learn
-    from the model; Retriable where a student is gone; Terminated where the process should stop, before
+    `folder` is where models are kept on this pod's disk. Raises Permanent if these students cannot learn
+    from the model; Retriable if a student is gone; Terminated if the process should stop, before
     training began or because the students did.
     """
     try:
