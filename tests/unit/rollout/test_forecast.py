@@ -100,7 +100,7 @@ def test_the_table_says_what_it_assumes(tmp_path: Path, capsys: pytest.CaptureFi
         pytest.param(
             {"spec.stages": [{**valid_specs.ONPOLICY, "anchor": 1}]},
             [],
-            "anchor: 1 leaves no step",
+            "anchor: 1 leaves no batch of rollouts",
             id="anchor-alone",
         ),
         pytest.param(
