@@ -1,13 +1,13 @@
-"""One forward of the student that draws a token of each of N sequences, beside the floor: its weights read
-once.
+"""Time of one decoding step of the student, a token for each of N sequences. Floor: reading its weights once.
 
     python -m benchmarks.decode [--shape vpmoe-6b] [--context 512] [--sequences 1,16,64,128,256]
 
-The repository's layers outside of the trainer (vpmoe.inference.layers, and transformers' attention of one
-token a sequence before a full cache), in bf16 with random weights: launched from Python, as an eager engine
-does, and as one CUDA graph. Then the draw of a token of each from its float32 logits, each with a generator
-of its own. Last a line through the times by N: what a forward costs and what a sequence adds,
-benchmarks.pipeline's decode and decode-token. Needs a GPU.
+Runs the repository's layers outside of the trainer (vpmoe.inference.layers) in bf16 with random weights, with
+torch's attention of one token per sequence over a full cache. The forward pass is timed twice: launched from
+Python, as an eager engine does, and as one CUDA graph. Then the sampling of a token per sequence from its
+fp32 logits is timed, each sequence with its own generator. The last lines fit a straight line to the times
+over N: the cost of a step, and the cost per sequence. benchmarks.pipeline takes them as `--decode` and
+`--decode-token`. Needs a GPU.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from vpmoe.model.shapes import SHAPES, Shape
 
 
 def student(shape: Shape, positions: int) -> Any:
-    """Random weights, on the GPU."""
+    """A student with random weights, on the GPU."""
     config = hf_export.hf_config(shape, positions, torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
@@ -39,22 +39,24 @@ def student(shape: Shape, positions: int) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def turned(heads_NhD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, in halves."""
+def rotate(heads_NhD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary position embeddings to the two halves of each head."""
     left, right = heads_NhD.chunk(2, dim=-1)
     return heads_NhD * cos + torch.cat((-right, left), dim=-1) * sin
 
 
 def forward(model: Any, shape: Shape, ids_N: Tensor, cache: Tensor) -> Tensor:
-    """Logits [N, V] of the token after each sequence; `cache` [layers, 2, N, key-value heads, context,
-    width]."""
+    """Logits [N, V] of the next token of each sequence.
+
+    `cache` is [layers, 2, N, key-value heads, context, width].
+    """
     hidden_NH, width = model.model.embed_tokens(ids_N), shape.head_width
     position = torch.full((1, 1), cache.shape[4] - 1, device=ids_N.device)
     cos, sin = model.model.rotary_emb(hidden_NH, position)
     for layer, (keys, values) in zip(model.model.layers, cache, strict=True):
         attention, normed_NH = layer.self_attn, layer.input_layernorm(hidden_NH)
         query, key = (
-            turned(norm(project(normed_NH).view(len(ids_N), -1, width)), cos, sin)
+            rotate(norm(project(normed_NH).view(len(ids_N), -1, width)), cos, sin)
             for norm, project in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj))
         )
         keys[:, :, -1] = key
@@ -66,9 +68,11 @@ def forward(model: Any, shape: Shape, ids_N: Tensor, cache: Tensor) -> Tensor:
     return logits
 
 
-def draw(logits_NV: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """A token of each, with its log-probability, as vLLM draws where requests have seeds: exponential noise,
-    row by row."""
+def sample(logits_NV: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """Sample a token per sequence and return its log-probability, [N, 1].
+
+    As vLLM samples requests that have seeds: exponential noise, generated row by row.
+    """
     logp_NV = logits_NV.float().log_softmax(1)
     noise_NV = torch.empty_like(logp_NV)
     for row, generator in zip(noise_NV, generators, strict=True):
@@ -78,7 +82,7 @@ def draw(logits_NV: Tensor, generators: list[torch.Generator]) -> Tensor:
 
 
 def seconds(call: Callable[[], object], repeats: int = 10) -> float:
-    """The median."""
+    """Median seconds of a call."""
     times = []
     for _ in range(repeats + 2):
         torch.cuda.synchronize()
@@ -89,8 +93,8 @@ def seconds(call: Callable[[], object], repeats: int = 10) -> float:
     return statistics.median(times[2:])
 
 
-def graph(call: Callable[[], object]) -> Callable[[], object]:
-    """The same as one CUDA graph."""
+def cuda_graph(call: Callable[[], object]) -> Callable[[], object]:
+    """The call, captured as one CUDA graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         call()
@@ -107,24 +111,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="vpmoe-6b")
-    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--context", type=int, default=512, help="positions in the cache of each sequence")
     parser.add_argument(
         "--sequences",
         type=lambda text: [int(count) for count in text.split(",")],
         default=[1, 16, 64, 128, 256],
+        help="values of N, comma-separated",
     )
     given = parser.parse_args()
     shape = SHAPES[given.shape]
     model = student(shape, given.context)
     held = sum(parameter.numel() for parameter in model.parameters())
     half = torch.empty(held // 2, dtype=torch.bfloat16, device="cuda")
-    floor = seconds(half.clone)  # half of the weights, read and written
+    floor = seconds(half.clone)  # half of the weights, read and written: as many bytes as reading all
     del half
     print(
         f"{torch.cuda.get_device_name()}, {given.shape}, context {given.context}; floor {floor * 1e3:.1f} ms"
     )
     print(
-        f"{'N':>5}  {'eager ms':>9}  {'graph ms':>9}  {'draw ms':>8}  {'tokens/s, eager':>15}  {'graph':>8}"
+        f"{'N':>5}  {'eager ms':>9}  {'graph ms':>9}  {'sample ms':>9}  {'tokens/s, eager':>15}  {'graph':>8}"
     )
     found = []
     for count in given.sequences:
@@ -142,20 +147,20 @@ def main() -> None:
         generators = [torch.Generator("cuda").manual_seed(seed) for seed in range(count)]
         eager = seconds(lambda ids_N=ids_N, cache=cache: forward(model, shape, ids_N, cache))
         logits_NV = forward(model, shape, ids_N, cache)
-        drawn = seconds(lambda logits_NV=logits_NV, generators=generators: draw(logits_NV, generators))
-        captured = seconds(graph(lambda ids_N=ids_N, cache=cache: forward(model, shape, ids_N, cache)))
-        found.append((count, eager + drawn, captured + drawn))
-        speeds = count / (eager + drawn), count / (captured + drawn)
+        sampling = seconds(lambda logits_NV=logits_NV, generators=generators: sample(logits_NV, generators))
+        captured = seconds(cuda_graph(lambda ids_N=ids_N, cache=cache: forward(model, shape, ids_N, cache)))
+        found.append((count, eager + sampling, captured + sampling))
+        speeds = count / (eager + sampling), count / (captured + sampling)
         print(
-            f"{count:5}  {eager * 1e3:9.1f}  {captured * 1e3:9.1f}  {drawn * 1e3:8.2f}  {speeds[0]:15,.0f}  "
-            f"{speeds[1]:8,.0f}",
+            f"{count:5}  {eager * 1e3:9.1f}  {captured * 1e3:9.1f}  {sampling * 1e3:9.2f}  "
+            f"{speeds[0]:15,.0f}  {speeds[1]:8,.0f}",
             flush=True,
         )
         del cache
     counts, *times = zip(*found, strict=True)
     for name, values in zip(("eager", "graph"), times, strict=True):
         slope, start = np.polyfit(counts, values, 1)
-        print(f"{name}: a forward {start * 1e3:.1f} ms, a sequence {slope * 1e6:.0f} µs")
+        print(f"{name}: {start * 1e3:.1f} ms per step, plus {slope * 1e6:.0f} µs per sequence")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""The head of teacher-forced training and log p alone, beside eager torch, their peers and their floors, in
-the same run.
+"""Time and memory of the TeacherForced loss and of log p alone, beside eager torch and other fused kernels.
 
     python -m benchmarks.kl [--tokens N] [--hidden H] [--teacher G] [--vocabulary 201088] [--repeats 10]
 
-Without --tokens: 8,192 tokens of a student 1,024 wide and 4,096 of one 2,880 wide, the teacher 2,880 wide.
-KL: forward and backward of the cross-entropy, KL and cosine of TeacherForced, against the four matrix
-products that none can do without (student's logits, teacher's logits, hidden's gradient, the matrix's). log
-p: without gradients, against its one product. Memory is what is allocated beyond inputs and the gradients
-that are asked for: the allocator's peak on a GPU, the largest single result elsewhere. Peers are timed where
-they can be imported. On a GPU in bf16 unless CUDA_VISIBLE_DEVICES is set and empty, then in fp32 (with fewer
-tokens, or be patient).
+Without --tokens it measures two sizes, both with a teacher of width 2,880: 8,192 tokens of a student of width
+1,024, and 4,096 tokens of a student of width 2,880.
+
+KL: forward and backward of cross-entropy, KL and cosine. Floor: the four matrix products that every
+implementation needs (student's logits, teacher's logits, gradient of hidden, gradient of the matrix).
+log p: forward only. Floor: its one product. Peers that cannot be imported are skipped. Memory is what is
+allocated beyond the inputs and the requested gradients: on a GPU the allocator's peak, on a CPU the largest
+single result. Meant for a GPU, in bf16. If CUDA_VISIBLE_DEVICES is set and empty it runs on the CPU in fp32,
+where these sizes take minutes (try --tokens 256).
 """
 
 import argparse
@@ -27,10 +28,10 @@ from vpmoe.model.head import target_logp
 from vpmoe.objectives.teacher_forced_head import Teacher, forced_loss
 
 TERMS = SimpleNamespace(ce=0.2, kl=0.2, hidden=0.6, temperature=2.0)
-"""The defaults of a TeacherForced stage's loss. vpmoe.api would want pydantic, which a machine with a GPU may
-not have."""
+"""The defaults of a TeacherForced stage's loss. Not imported from vpmoe.api, so that the benchmark runs on a
+machine without pydantic."""
 SIZES = ((8192, 1024, 2880), (4096, 2880, 2880))
-"""Tokens, the student's width, the teacher's."""
+"""(tokens, width of the student, width of the teacher)."""
 
 
 class Inputs(NamedTuple):
@@ -45,7 +46,7 @@ class Inputs(NamedTuple):
 
 
 def inputs(tokens: int, hidden: int, teacher: int, vocabulary: int, device: torch.device) -> Inputs:
-    """Random ones, with logits of the size that trained models have."""
+    """Random inputs, scaled so that the logits are about as large as those of trained models."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
 
@@ -67,7 +68,7 @@ def ours(given: Inputs) -> Tensor:
 
 
 def eager(given: Inputs) -> Tensor:
-    """All three terms in torch's own functions, logits in fp32."""
+    """All three terms by functions of torch, with logits in fp32."""
     t = TERMS.temperature
     logits, teacher = (
         (given.hidden @ given.output.T).float(),
@@ -86,7 +87,7 @@ def eager(given: Inputs) -> Tensor:
 
 
 def imported(module: str, name: str) -> Callable[..., Tensor] | None:
-    """Another package's function, where it is installed."""
+    """A function of another package; None if it cannot be imported."""
     try:
         found: Callable[..., Tensor] = getattr(importlib.import_module(module), name)
     except ImportError:
@@ -95,12 +96,12 @@ def imported(module: str, name: str) -> Callable[..., Tensor] | None:
 
 
 def liger(function: Callable[..., Tensor], given: Inputs) -> Tensor:
-    """Liger's fused linear JSD at β = 0, which is the KL alone: no cross-entropy, no cosine."""
+    """Liger's fused linear JSD at β = 0, which is the KL alone, without cross-entropy and cosine."""
     return function(given.hidden, given.output, *given.teacher, None, 0.0, -100, TERMS.temperature)
 
 
 def products(given: Inputs, repeats: int) -> tuple[float, float]:
-    """Milliseconds of the head's four matrix products, and of log p's one."""
+    """Milliseconds of the four matrix products of the KL, and of the one product of log p."""
     hidden, output, teacher = given.hidden.detach(), given.output.detach(), given.teacher
     gradient = torch.randn(len(hidden), len(output), device=hidden.device, dtype=hidden.dtype)
 
@@ -115,10 +116,10 @@ def products(given: Inputs, repeats: int) -> tuple[float, float]:
     )
 
 
-def told(
-    name: str, floor: float, action: Callable[[], object], given: Inputs, repeats: int, asked: int = 0
+def print_row(
+    name: str, floor: float, action: Callable[[], object], given: Inputs, repeats: int, gradients: int = 0
 ) -> None:
-    """Time and memory of one of them; `asked`: bytes of the gradients that it returns."""
+    """Measure an implementation and print its row. `gradients`: bytes of the gradients that it returns."""
     device = given.hidden.device
     try:
         took, memory = milliseconds(action, repeats, device), mebibytes(action, device)
@@ -126,7 +127,7 @@ def told(
         print(f"  {name:28} does not fit")
         return
     if device.type == "cuda":
-        memory -= asked / 2**20
+        memory -= gradients / 2**20
     print(f"  {name:28} {took:9.1f} ms  {took / floor:5.2f} × the floor  {memory:9.0f} MiB", flush=True)
 
 
@@ -134,21 +135,20 @@ def measure(given: Inputs, repeats: int) -> None:
     four, one = products(given, repeats)
     tokens, hidden = given.hidden.shape
     print(
-        f"{tokens} tokens, hidden {hidden}, teacher {given.teacher.hidden_TG.shape[1]}, vocabulary "
-        f"{len(given.output)}, "
-        f"{given.hidden.dtype}, {given.hidden.device}"
+        f"{tokens} tokens, hidden {hidden}, teacher {given.teacher.hidden_TG.shape[1]}, "
+        f"vocabulary {len(given.output)}, {given.hidden.dtype}, {given.hidden.device}"
     )
     losses: dict[str, Callable[[Inputs], Tensor]] = {"forced_loss": ours, "eager torch": eager}
     if jsd := imported("liger_kernel.transformers.functional", "liger_fused_linear_jsd"):
         losses["Liger fused linear KL"] = lambda given: liger(jsd, given)
-    print(f" KL; floor of its four products {four:.1f} ms")
+    print(f" KL; floor (four products) {four:.1f} ms")
     for name, loss in losses.items():
 
         def step(loss: Callable[[Inputs], Tensor] = loss) -> None:
             torch.autograd.grad(loss(given), given.leaves(), allow_unused=True)
 
-        told(name, four, step, given, repeats, sum(leaf.nbytes for leaf in given.leaves()))
-    print(f" log p; floor of its one product {one:.1f} ms")
+        print_row(name, four, step, given, repeats, sum(leaf.nbytes for leaf in given.leaves()))
+    print(f" log p; floor (one product) {one:.1f} ms")
     plain = given._replace(hidden=given.hidden.detach(), output=given.output.detach())
     scores: dict[str, Callable[[], object]] = {
         "target_logp": lambda: target_logp(plain.hidden, plain.output, plain.targets),
@@ -161,11 +161,13 @@ def measure(given: Inputs, repeats: int) -> None:
     if cce := imported("cut_cross_entropy", "linear_cross_entropy"):
         scores["cut-cross-entropy"] = lambda: cce(plain.hidden, plain.output, plain.targets, reduction="none")
     for name, score in scores.items():
-        told(name, one, score, given, repeats)
+        print_row(name, one, score, given, repeats)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, default in {
         "tokens": None,
         "hidden": 1024,

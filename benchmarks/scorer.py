@@ -1,14 +1,17 @@
-"""The scorer beside a plain transformers forward, on the same model and documents in the same run: scored
-tokens a second, peak memory.
+"""Tokens per second and peak memory of the scorer, beside transformers on the same model and documents.
 
     python -m benchmarks.scorer [--model DIRECTORY] [--tokens 8192] [--repeats 3]
 
-Rows: the scorer (vLLM, several documents a forward); transformers with whole logits and their float32
-log-softmax, a document at a time; transformers' hidden states with log p by the chunked head, which never
-holds [tokens, vocabulary]; the floor, the product of the output projection alone. Each in a process of its
-own, the middle of the repeats; memory is what is taken beyond the loaded model (the peak of a GPU's
-allocator, elsewhere of the process). Without --model a tiny random GPT-OSS, whose time is nearly all
-vocabulary. On a GPU unless CUDA_VISIBLE_DEVICES is set and empty. Documents of 200 to 1,200 random ids.
+Rows:
+  scorer                       vLLM, several documents per forward pass
+  transformers, whole logits   one document at a time, whole logits and their fp32 log-softmax
+  transformers, chunked head   log p by vpmoe/model/head.py, which never holds [tokens, vocabulary]
+  floor                        the product of the output projection alone
+
+Each row is measured in its own process; times are medians of the repeats. Memory is what is allocated beyond
+the loaded model: on a GPU the allocator's peak, on a CPU the peak of the process. Documents are 200 to 1,200
+random ids long. Without --model the model is a tiny random GPT-OSS, which spends nearly all its time on the
+vocabulary. Meant for a GPU; it runs on the CPU if CUDA_VISIBLE_DEVICES is set and empty.
 """
 
 import argparse
@@ -30,6 +33,7 @@ from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.teacher import model
 
 LONGEST = 1200
+"""Documents have fewer tokens than this."""
 
 Score = Callable[[list[Ids]], None]
 
@@ -108,8 +112,7 @@ CONTENDERS: dict[str, Callable[[Path], Score]] = {
 
 
 def measure(name: str, directory: Path, tokens: int, repeats: int) -> dict[str, float]:
-    """Median seconds of scoring so many tokens, by the clock and of processor time, and bytes taken for
-    it."""
+    """Median wall-clock and CPU seconds to score `tokens` tokens, and bytes allocated beyond the model."""
     score = CONTENDERS[name](directory)
     batch = documents(tokens)
     loaded = memory()
@@ -128,7 +131,7 @@ def measure(name: str, directory: Path, tokens: int, repeats: int) -> dict[str, 
 
 
 def memory() -> int:
-    """Peak so far, in bytes."""
+    """Peak memory so far, in bytes."""
     import torch
 
     if torch.cuda.is_available():
@@ -140,8 +143,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--model", type=Path, help="directory of a GPT-OSS checkpoint")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens to score in each repeat")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -176,9 +179,8 @@ def main() -> None:
             took, used, taken = (results[name][what] for what in ("seconds", "processor", "bytes"))
             times = took / results["scorer"]["seconds"], used / results["scorer"]["processor"]
             print(
-                f"{name:28} {given.tokens / took:9,.0f} tokens/s {taken / 2**20:7,.0f} MiB   {times[0]:5.2f} "
-                "× the scorer's time, "
-                f"{times[1]:5.2f} × its processor time",
+                f"{name:28} {given.tokens / took:9,.0f} tokens/s {taken / 2**20:7,.0f} MiB   "
+                f"{times[0]:5.2f} × the scorer's time, {times[1]:5.2f} × its CPU time",
                 flush=True,
             )
 
