@@ -2,23 +2,24 @@
 python := .venv/bin/python
 SHELL := bash
 .SHELLFLAGS := -o pipefail -c
-# Two lanes write to one terminal, line by line.
+# Line-buffers a command's output, because parallel commands write to the same terminal.
 lines := sed --unbuffered ''
 
 .PHONY: help demo check test test-quick test-unit test-cluster test-gpu cluster down setup lint manifests lock
-help:      ## this list
+help:      ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
-demo: cluster   ## a small DistillRun on the development cluster, from helm install to a trained student
+demo: cluster   ## run a small DistillRun on the development cluster, from helm install to a trained student
 	@$(python) -m demo
 
-check: setup    ## lint and the unit tests that start no server, engine or cluster: three minutes, no root, no Go
+check: setup    ## run lint and the unit tests without server, engine or cluster: 3 minutes, no root, no Go
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 lint test-quick
 test-quick: setup
 	@$(python) -m pytest tests/unit -m "not server and not engine and not cluster" | $(lines)
 
-# The cluster's tests mostly wait, so the unit tests run beside them. Whole runs come after both: they compute.
-test: lint      ## lint and all tests except those that need a GPU
+# The cluster tests mostly wait, so they run in parallel with the unit tests. The end-to-end tests load the CPU
+# and run last.
+test: lint      ## run lint and all tests except those that need a GPU
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-unit test-cluster
 	@$(python) -m pytest tests/e2e
 test-unit: setup
@@ -26,20 +27,20 @@ test-unit: setup
 test-cluster: setup
 	@$(python) -m pytest tests/devcluster tests/cluster | $(lines)
 
-test-gpu: setup ## the tests that need a GPU: an NVIDIA GPU, and PyTorch for CUDA in .venv
+test-gpu: setup ## run the GPU tests: needs an NVIDIA GPU, and PyTorch for CUDA in .venv
 	@$(python) -m pytest tests/gpu -m gpu
 
 cluster: setup  ## start the development cluster
 	@$(python) -m devcluster up
 
-down: setup     ## end the development cluster and remove its state
+down: setup     ## stop the development cluster and remove its state
 	@$(python) -m devcluster down
 
 setup: .venv/requirements.lock
 .venv/requirements.lock: requirements.lock .ci/venv
 	@.ci/venv
 
-lint: setup     ## ruff, mypy, import layers, declared dependencies, shell scripts, links in the documentation
+lint: setup     ## check with ruff, mypy, import-linter, deptry and shellcheck, and the links in docs/
 	@$(python) -m ruff check .
 	@$(python) -m ruff format --check .
 	@$(python) -m mypy
