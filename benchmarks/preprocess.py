@@ -1,18 +1,18 @@
-"""Preprocessing end to end beside the raw tokenizer: tokens per second of both, on the same text, in the same
-run.
+"""Tokens per second of preprocessing, end to end, beside the raw tokenizer on the same text in the same run.
 
-    python -m benchmarks.preprocess [--parquet FILE …] [--tokens 60M] [--repeats 3]
+    python -m benchmarks.preprocess [--parquet FILE …] [--tokens 60M] [--repeats 3] [--processes 1 2]
 
-End to end is the whole step as a pod does it, from parquet shards in an S3 store (a versitygw on this
-machine, which costs CPU too) to parts, records and manifest in it: census, reading, filters, Harmony
-assembly, shuffling, index files, hashing, upload. Raw is tiktoken's `encode_ordinary` over the same user,
-reasoning and answer texts, in the same number of processes, with nothing around it. Both count the text's
-tokens only, not the system message and wrappers that every document also has, and neither counts the seconds
-in which its processes start. "Processes" are those that encode; the step has one more that reads and writes.
-The two take turns, so that a noisy machine hits both; medians are printed. The rows are repeated until there
-are enough, so words come back more often than in a corpus, which flatters a tokenizer that remembers them. On
-a machine that does other work too, the CPU time of each tells more than the clock: the step's is that of all
-its processes, without the store's.
+End to end is the whole step as a pod runs it: it reads parquet shards from an S3 store and writes parts,
+records and manifest there (census, reading, filters, Harmony assembly, shuffling, index files, hashing,
+upload). The store is a versitygw on this machine and uses CPU too. Raw is tiktoken's `encode_ordinary` alone,
+on the same user, reasoning and answer texts, in the same number of processes. `--processes` counts processes
+that encode; the step has one more, which reads and writes.
+
+Both count the tokens of the text only, without the system message and the wrappers of each document. Neither
+includes the time to start its processes. The two alternate, so that noise affects both; the last line is the
+median. The rows are repeated until they have `--tokens` tokens, so words recur more often than in a corpus,
+which favours a tokenizer with a cache. Runs on CPUs. If the machine does other work too, compare the CPU
+times: the step's includes all its processes except the store.
 """
 
 import argparse
@@ -49,12 +49,13 @@ from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket
 
 SHARDS = 2
+"""Parquet files that the rows are split into."""
 JOINED = 4
-"""The sample's rows have some 190 tokens of text, SYNTH's some 740."""
+"""Rows of the sample that are joined into one: they have about 190 tokens of text, SYNTH's about 740."""
 
 
 def texts_of(row: dict[str, Any]) -> list[str]:
-    """What of a row is tokenized; nothing of a row that is dropped."""
+    """The texts of a row that are tokenized; empty if the step would drop the row."""
     if quality(row["synthetic_answer"], row["constraints"]):
         return []
     texts = [
@@ -65,9 +66,11 @@ def texts_of(row: dict[str, Any]) -> list[str]:
     return [text for text in texts if text.strip()]
 
 
-def as_long_as_synths(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The sample's rows, JOINED to one: what a row costs beside its text would otherwise be seen four times
-    as large as it is."""
+def join_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups of JOINED rows of the sample, each joined into one row that is about as long as SYNTH's.
+
+    With short rows, the cost per row would appear four times as large relative to the text.
+    """
     kept = [row for row in rows if texts_of(row)]
     texts = ("query", "synthetic_reasoning", "synthetic_answer")
     groups = [kept[start : start + JOINED] for start in range(0, len(kept) - JOINED + 1, JOINED)]
@@ -77,8 +80,8 @@ def as_long_as_synths(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def enough(rows: list[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
-    """The rows, repeated under ids of their own until they hold so many tokens."""
+def repeat_rows(rows: list[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
+    """The rows, repeated with distinct ids until they hold at least `tokens` tokens."""
     encoding = vocabulary_file.encoding()
     once = sum(len(encoding.encode_ordinary(text)) for row in rows for text in texts_of(row))
     return [
@@ -87,7 +90,7 @@ def enough(rows: list[dict[str, Any]], tokens: int) -> list[dict[str, Any]]:
 
 
 def cpu_seconds(store: int) -> float:
-    """CPU time so far of this process and all below it, the store's apart."""
+    """CPU time so far of this process and its descendants, except the store."""
     total, queue = 0.0, [os.getpid()]
     while queue:
         process = Path("/proc") / str(queue.pop())
@@ -103,7 +106,7 @@ def cpu_seconds(store: int) -> float:
 
 
 def encode_all(texts: list[str], pipe: Connection) -> None:
-    """One raw process: count the tokens once it is told to start."""
+    """Body of a raw process: waits for the start signal, then tokenizes and sends (tokens, CPU seconds)."""
     encoding = vocabulary_file.encoding()
     pipe.send("ready")
     pipe.recv()
@@ -112,9 +115,8 @@ def encode_all(texts: list[str], pipe: Connection) -> None:
     pipe.send((tokens, time.process_time() - before))
 
 
-def raw(texts: list[str], processes: int) -> tuple[int, float, float]:
-    """Tokens of all texts, the seconds that so many processes take for them, each its share, and the CPU
-    seconds of all."""
+def raw_tokenizer(texts: list[str], processes: int) -> tuple[int, float, float]:
+    """(tokens, seconds, CPU seconds of all processes) to tokenize the texts, split over `processes`."""
     context = get_context("forkserver")
     pipes, running = [], []
     for number in range(processes):
@@ -134,8 +136,8 @@ def raw(texts: list[str], processes: int) -> tuple[int, float, float]:
     return sum(tokens for tokens, _ in counted), seconds, sum(cpu for _, cpu in counted)
 
 
-def whole(endpoint: str, store: int, source: str, encoders: EncoderPool) -> tuple[float, float]:
-    """Seconds and CPU seconds of the step, into a prefix where nothing is yet."""
+def end_to_end(endpoint: str, store: int, source: str, encoders: EncoderPool) -> tuple[float, float]:
+    """(seconds, CPU seconds) of the step, which writes to an empty prefix."""
     run = DistillRun.parse(
         {
             "apiVersion": "vpmoe.dev/v1alpha1",
@@ -174,7 +176,7 @@ def whole(endpoint: str, store: int, source: str, encoders: EncoderPool) -> tupl
 
 @contextmanager
 def store() -> Iterator[tuple[str, int, Path]]:
-    """A versitygw on loopback: its endpoint, its process, and the folder in which buckets are folders."""
+    """A versitygw on loopback: (endpoint, process id, folder that holds a folder per bucket)."""
     with tempfile.TemporaryDirectory(prefix="vpmoe-benchmark-") as folder:
         port = free_port()
         endpoint = f"http://127.0.0.1:{port}"
@@ -197,27 +199,29 @@ def store() -> Iterator[tuple[str, int, Path]]:
 
 
 def main() -> None:
-    """Take turns, and print each turn and the medians."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.preprocess")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--parquet",
         type=Path,
         nargs="+",
-        help="files with SYNTH's columns (default: the sample, rows joined)",
+        help="files with SYNTH's columns (default: the repository's sample, rows joined)",
     )
     parser.add_argument(
-        "--tokens", type=parse_tokens, default=60_000_000, help="text to process in each turn (default: 60M)"
+        "--tokens", type=parse_tokens, default=60_000_000, help="tokens of text in each repeat (default: 60M)"
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2], help="numbers of encoding processes to measure"
+    )
     given = parser.parse_args()
-    say = sys.stdout.write
     rows = (
         [row for path in given.parquet for row in pq.read_table(path).to_pylist()]
         if given.parquet
-        else as_long_as_synths(sample.rows())
+        else join_rows(sample.rows())
     )
-    rows = enough(rows, given.tokens)
+    rows = repeat_rows(rows, given.tokens)
     texts = [text for row in rows for text in texts_of(row)]
     source = "s3://benchmark/input/*.parquet"
     with store() as (endpoint, server, folder):
@@ -228,15 +232,14 @@ def main() -> None:
                 table, folder / "benchmark" / "input" / f"synth_{number + 1:03d}.parquet", row_group_size=1000
             )
         for processes in given.processes:
-            turns = []
+            figures = []
             with EncoderPool(processes) as encoders:
-                whole(
-                    endpoint, server, "s3://benchmark/input/*001.parquet", encoders
-                )  # not counted: the processes start
-                for turn in range(given.repeats):
-                    tokens, raw_seconds, raw_cpu = raw(texts, processes)
-                    seconds, cpu = whole(endpoint, server, source, encoders)
-                    turns.append(
+                # Not counted: starts the processes.
+                end_to_end(endpoint, server, "s3://benchmark/input/*001.parquet", encoders)
+                for repeat in range(given.repeats):
+                    tokens, raw_seconds, raw_cpu = raw_tokenizer(texts, processes)
+                    seconds, cpu = end_to_end(endpoint, server, source, encoders)
+                    figures.append(
                         (
                             tokens / raw_seconds / 1e6,
                             tokens / seconds / 1e6,
@@ -244,18 +247,16 @@ def main() -> None:
                             raw_cpu / cpu,
                         )
                     )
-                    say(
-                        f"{processes} process(es), turn {turn + 1}, {len(rows):,} rows, {tokens / 1e6:.1f} M "
-                        f"tokens: {line(turns[-1])}\n"
+                    sys.stdout.write(
+                        f"{processes} process(es), repeat {repeat + 1}, {len(rows):,} rows, "
+                        f"{tokens / 1e6:.1f} M tokens: {format_figures(figures[-1])}\n"
                     )
-            say(
-                f"{processes} process(es), median: "
-                f"{line(tuple(statistics.median(values) for values in zip(*turns, strict=True)))}\n"
-            )
+            medians = tuple(statistics.median(values) for values in zip(*figures, strict=True))
+            sys.stdout.write(f"{processes} process(es), median: {format_figures(medians)}\n")
 
 
-def line(figures: tuple[float, ...]) -> str:
-    """The figures of one turn, or the medians of all."""
+def format_figures(figures: tuple[float, ...]) -> str:
+    """The figures of one repeat, or the medians, as text."""
     raw_speed, speed, of_raw, of_raw_cpu = figures
     speeds = f"raw {raw_speed:.2f}, end to end {speed:.2f} M tokens/s"
     return f"{speeds}, {of_raw:.0%} of raw; by CPU time {of_raw_cpu:.0%} of raw"

@@ -1,16 +1,18 @@
-"""Seconds from a trainer's step to engines that sample from it: measured with the tiny student, and by
-arithmetic at 6 billion parameters.
+"""Seconds from a trainer's step until engines can sample from the new policy version.
 
-    python -m benchmarks.publication [--versions 3] [--disk 1.2] [--pcie 25] [--bucket 0.25,1,3]
+    python -m benchmarks.publication [--versions 3] [--disk 1.2] [--pcie 25] [--probe 0.3] [--bucket 0.25,1,3]
 
-Measured: the trainer's own publication (copy and probe, for which training waits; export, upload, manifest,
-beside training) to an S3 store on loopback, then the sampler's own load (download, into an engine, proof), by
-vLLM on the CPU. The first version starts the engine, so it stands apart. The floor is the same bytes written
-to this disk, put into the store and fetched again, each as one file. By arithmetic: vpmoe-6b's bytes in bf16
-at stated rates, phase after phase as the code has them: copied over PCIe, written to disk, read and uploaded,
-fetched and written to the sampler's disk, read into its GPUs. Disk and PCIe default to what vpmoe-6b's export
-took on an H100's machine (11.2 GiB copied into pinned memory in 0.24 s, exported in 10.1 s). The floor there
-moves every byte over the bucket's link twice.
+Two tables: the tiny student, measured on the CPU, and vpmoe-6b in bf16, calculated.
+
+Measured: the trainer's publication to an S3 store on loopback (copy and probe, for which training waits; then
+export, upload and manifest, during training) and the sampler's load (download, into an engine, verification),
+with vLLM on the CPU. Version 0 also starts the engine, so it is excluded from the median. Floor: writing the
+same bytes to this disk, putting them into the store and fetching them, each as one file.
+
+Calculated: the phases in the order of the code, at the given rates: copy over PCIe, write to disk, read and
+upload, fetch and write to the sampler's disk, read into its GPUs. With vpmoe-6b on a machine with an H100, the
+copy of 11.2 GiB into pinned memory took 0.24 s and the export 10.1 s. --disk defaults to the rate of that
+export, --pcie to half the rate of that copy. Floor: every byte crosses the bucket's link twice.
 """
 
 import argparse
@@ -46,16 +48,19 @@ from vpmoe.trainer.onpolicy.publisher import PROBE_DOCUMENTS, PROBE_TOKENS, Publ
 
 SHAPE = "tiny"
 LONGEST = 256
-COLUMNS = ("training waits", "export, upload", "fetch", "load, proof", "in all")
+"""Sequence length of the learner and the engine."""
+COLUMNS = ("training waits", "export, upload", "fetch", "load, verify", "total")
 
 
 def timed(call: Callable[[], object]) -> float:
+    """Seconds of a call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def run_of(endpoint: str) -> DistillRun:
+    """A run with one OnPolicy stage whose storage is the store."""
     return DistillRun.parse(
         {
             "apiVersion": "vpmoe.dev/v1alpha1",
@@ -78,7 +83,7 @@ def run_of(endpoint: str) -> DistillRun:
 
 
 def measure(endpoint: str, versions: int, scratch: Path) -> tuple[list[tuple[float, ...]], int]:
-    """By version the seconds of COLUMNS, and the bytes of one."""
+    """The seconds of COLUMNS for each version, and the bytes of one version."""
     run, device = run_of(endpoint), devices.choose()
     distributed.start(device)
     (stage,) = run.spec.stages
@@ -87,7 +92,7 @@ def measure(endpoint: str, versions: int, scratch: Path) -> tuple[list[tuple[flo
         None, None, run.config_hash, "default", "benchmark", run.uid8, stage.name, 1, "2026-01-01T00:00:00Z"
     )
     bucket = Bucket.open(run.spec.storage)
-    no_dataset: Any = None  # publication asks for none
+    no_dataset: Any = None  # publication does not use it
     task = StageContext(run, stage, bucket, no_dataset, provenance, threading.Event(), scratch / "trainer")
     learner = Learner.build(
         SHAPES[SHAPE], device, sequence_length=LONGEST, seed=1, weight_decay=0.1, gradient_clip=1.0
@@ -102,7 +107,7 @@ def measure(endpoint: str, versions: int, scratch: Path) -> tuple[list[tuple[flo
     with EnginePool(1, SHAPE, LONGEST) as engines:
         for number in range(versions + 1):
             with torch.no_grad():
-                learner.student.output.add_(0.01)  # as a step would
+                learner.student.output.add_(0.01)  # in place of an optimizer step
             position = TrainState(
                 stage=stage.name,
                 steps=number,
@@ -141,7 +146,7 @@ def measure(endpoint: str, versions: int, scratch: Path) -> tuple[list[tuple[flo
 
 
 def floor(bucket: Bucket, size: int, scratch: Path) -> None:
-    """The same bytes as one file, to the disk, to the store and back."""
+    """Print the times to write `size` bytes to disk, put them into the store and fetch them, as one file."""
     file = scratch / "floor"
     data = np.random.default_rng(0).bytes(size)
     written = timed(lambda: file.write_bytes(data))
@@ -157,7 +162,10 @@ def row(name: str, seconds: tuple[float, ...]) -> str:
 
 
 def at_size(size: int, bucket: float, disk: float, pcie: float, probe: float) -> tuple[float, ...]:
-    """COLUMNS for `size` bytes at so many GB/s, phase after phase; an upload reads while it sends."""
+    """The seconds of COLUMNS for `size` bytes; `bucket`, `disk` and `pcie` in GB/s, `probe` in seconds.
+
+    The phases follow each other, except that an upload reads from the disk while it sends.
+    """
     bytes_, waits = size / 1e9, probe
     through = bytes_ / min(bucket, disk)
     parts = (waits + bytes_ / pcie, bytes_ / disk + through, through, bytes_ / min(disk, pcie) + probe)
@@ -168,21 +176,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--versions", type=int, default=3)
+    parser.add_argument("--versions", type=int, default=3, help="versions to measure after version 0")
     parser.add_argument(
-        "--disk", type=float, default=1.2, help="GB/s that a pod's disk takes and gives (1.2)"
+        "--disk", type=float, default=1.2, help="GB/s to read or write a pod's disk (default: 1.2)"
     )
     parser.add_argument(
-        "--pcie", type=float, default=25.0, help="GB/s between GPU and host (25; pinned memory takes 50)"
+        "--pcie",
+        type=float,
+        default=25.0,
+        help="GB/s between GPU and host (default: 25; pinned memory reaches 50)",
     )
     parser.add_argument(
-        "--probe", type=float, default=0.3, help="seconds of a forward of the probe (assumed: 0.3)"
+        "--probe", type=float, default=0.3, help="seconds of a forward pass over the probe (assumed: 0.3)"
     )
     parser.add_argument(
         "--bucket",
         type=lambda text: [float(rate) for rate in text.split(",")],
         default=[0.25, 1.0, 3.0],
-        help="GB/s",
+        help="GB/s to and from the bucket, comma-separated (default: 0.25,1,3)",
     )
     given = parser.parse_args()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -193,13 +204,16 @@ def main() -> None:
         print(f"Measured, {SHAPE}, seconds:\n{head}")
         found, size = measure(endpoint, given.versions, Path(folder))
         print(
-            row("median of reloads", tuple(statistics.median(each) for each in zip(*found[1:], strict=True)))
+            row(
+                "median of reloads",
+                tuple(statistics.median(each) for each in zip(*found[1:], strict=True)),
+            )
         )
-        print(f"{size / 1e6:.1f} MB a version")
+        print(f"{size / 1e6:.1f} MB per version")
     size = 2 * SHAPES["vpmoe-6b"].parameters()
     print(
-        f"\nBy arithmetic, vpmoe-6b, {size / 1e9:.1f} GB, disk {given.disk:g} GB/s, PCIe {given.pcie:g} "
-        f"GB/s, seconds:\n{head}"
+        f"\nCalculated, vpmoe-6b, {size / 1e9:.1f} GB, disk {given.disk:g} GB/s, PCIe {given.pcie:g} GB/s, "
+        f"seconds:\n{head}"
     )
     for rate in given.bucket:
         print(row(f"bucket at {rate:g} GB/s", at_size(size, rate, given.disk, given.pcie, given.probe)))
