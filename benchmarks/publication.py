@@ -10,8 +10,8 @@ with vLLM on the CPU. Version 0 also starts the engine, so it is excluded from t
 same bytes to this disk, putting them into the store and fetching them, each as one file.
 
 Calculated: the phases in the order of the code, at the given rates: copy over PCIe, write to disk, read and
-upload, fetch and write to the sampler's disk, read into its GPUs. With vpmoe-6b on a machine with an H100, the
-copy of 11.2 GiB into pinned memory took 0.24 s and the export 10.1 s. --disk defaults to the rate of that
+upload, fetch and write to the sampler's disk, read into its GPUs. With vpmoe-6b on a machine with an H100,
+the copy of 11.2 GiB into pinned memory took 0.24 s and the export 10.1 s. --disk defaults to the rate of that
 export, --pcie to half the rate of that copy. Floor: every byte crosses the bucket's link twice.
 """
 

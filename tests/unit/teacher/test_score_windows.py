@@ -412,7 +412,8 @@ def test_scores_of_other_rollouts_in_the_way_are_refused(
 
     monkeypatch.setattr(scorer, "score", score)
     with pytest.raises(
-        Permanent, match=r"s3://.*window-000000\.scores\.arrow: it has the scores of other rollouts .* delete it"
+        Permanent,
+        match=r"s3://.*window-000000\.scores\.arrow: it has the scores of other rollouts .* delete it",
     ):
         do(spec, scorer)
 
@@ -602,7 +603,8 @@ def test_the_job_ends_when_told_and_goes_on_when_started_again(
     sample(spec, bucket, 1, random, last=True)
     process = start()
     said = process.communicate(timeout=240)[0]
-    assert process.returncode == 0 and "Scored window 1: 3 rollouts" in said and "Scored window 0:" not in said, said
+    assert process.returncode == 0, said
+    assert "Scored window 1: 3 rollouts" in said and "Scored window 0:" not in said, said
     process = start()
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "Loading the teacher" not in said, said
