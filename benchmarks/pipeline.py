@@ -43,7 +43,7 @@ MEASURED = {
     "microbatch": (
         0.72,
         "seconds of a microbatch of one row of sequenceLength on one GPU: vpmoe-6b, 8,192, an H200; "
-        "docs/distillation.md",
+        "docs/benchmarks.md",
     ),
     "step": (0.12, "seconds of an optimizer step beside its microbatches; same place"),
     "spread": (
@@ -259,7 +259,7 @@ def simulate(
         trained = max(trained, scored[number % teachers] + lost) + takes
         out.trainer += takes
         step += 1
-        after = course.after(number, seen, window.tokens, anchors)
+        after = course.tokens_before_next(number, seen, window.tokens, anchors)
         out.windows += 1
         out.rolled += window.tokens
         number += 1

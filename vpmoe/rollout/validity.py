@@ -1,6 +1,6 @@
 """The outcomes of checking a completion against the Harmony format.
 
-`prompts.classify` decides which one it is.
+`prompts.completion_validity` decides which one it is.
 
 The names are stored in window files, metrics and evaluations.
 """
