@@ -5,7 +5,7 @@ SHELL := bash
 # Line-buffers a command's output, because parallel commands write to the same terminal.
 lines := sed --unbuffered ''
 
-.PHONY: help demo check test test-quick test-unit test-cluster test-gpu cluster down setup lint manifests lock
+.PHONY: help demo check test test-quick test-local test-engine test-cluster test-gpu cluster down setup lint manifests lock
 help:      ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
@@ -17,15 +17,16 @@ check: setup    ## run lint and the unit tests without server, engine or cluster
 test-quick: setup
 	@$(python) -m pytest tests/unit -m "not server and not engine and not cluster" | $(lines)
 
-# The cluster tests mostly wait, so they run in parallel with the unit tests. The end-to-end tests load the CPU
-# and run last.
+# Three parts run beside each other. There is one cluster, and an engine needs 5 GB, so these parts run their tests
+# one after the other. The tests of the operator mostly wait; the end-to-end tests load the CPU and run last.
 test: lint      ## run lint and all tests except those that need a GPU
-	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-unit test-cluster
-	@$(python) -m pytest tests/e2e
-test-unit: setup
-	@$(python) -m pytest tests/unit tests/gpu | $(lines)
+	@$(MAKE) --no-print-directory --keep-going --jobs=3 test-cluster test-engine test-local
+test-local: setup
+	@$(python) -m pytest tests/unit tests/e2e tests/gpu -m "not engine and not cluster" | $(lines)
+test-engine: setup
+	@$(python) -m pytest tests/unit -m engine | $(lines)
 test-cluster: setup
-	@$(python) -m pytest tests/devcluster tests/cluster | $(lines)
+	@$(python) -m pytest tests/devcluster tests/cluster tests/e2e -m cluster | $(lines)
 
 test-gpu: setup ## run the GPU tests: needs an NVIDIA GPU, and PyTorch for CUDA in .venv
 	@$(python) -m pytest tests/gpu -m gpu

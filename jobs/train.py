@@ -15,6 +15,7 @@ from vpmoe.api import DistillRun
 from vpmoe.api.layout import layout
 from vpmoe.data.dataset import load_training_dataset
 from vpmoe.process import launcher
+from vpmoe.process.memory import keep_freed_memory
 from vpmoe.rollout import gate
 from vpmoe.trainer import stage_inputs
 
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 def main() -> None:
     if "LOCAL_RANK" in os.environ:
         launcher.set_parent_death_signal()
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+            keep_freed_memory()
         (teach if os.environ.get("VPMOE_PART") == "teacher" else work)(*entrypoint("train"))
     else:
         raise SystemExit(start(*entrypoint("train")))

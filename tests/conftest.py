@@ -25,6 +25,8 @@ from vpmoe.storage import Bucket
 if TYPE_CHECKING:
     import torch
 
+# Tests and the processes that they start compute with one thread, because they run beside each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No test asserts a time: test machines are busy.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")

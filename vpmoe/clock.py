@@ -1,4 +1,4 @@
-"""The current time in UTC, in the two forms that records use."""
+"""The current time in UTC, in the forms that records use."""
 
 from datetime import UTC, datetime
 
@@ -6,6 +6,11 @@ from datetime import UTC, datetime
 def now() -> datetime:
     """The current time, timezone-aware, in UTC."""
     return datetime.now(UTC)
+
+
+def now_to_second() -> datetime:
+    """The current time without its fraction of a second, as timestamps of Kubernetes objects are."""
+    return now().replace(microsecond=0)
 
 
 def timestamp() -> str:

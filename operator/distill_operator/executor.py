@@ -7,7 +7,6 @@ reconcile.py decides when, and in which order.
 
 import logging
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from distill_operator.actions import (
     Action,
@@ -28,6 +27,7 @@ from distill_operator.step_progress import Buckets, SecretMissing
 from distill_operator.watch import Key
 from vpmoe.api import DistillRun, labels
 from vpmoe.api.status import Status
+from vpmoe.clock import now_to_second
 from vpmoe.storage import StorageError
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class ActionExecutor:
                 assert observed.run is not None
                 await self._clear_bucket(observed.run, obj)
             case KeepBucket(why):
-                await post_event(self.kube, obj, _bucket_kept(why), _now())
+                await post_event(self.kube, obj, _bucket_kept(why), now_to_second())
             case DeleteRun():
                 await self.kube.delete(
                     DISTILLRUN, observed.namespace, observed.name, observed.uid, "Background"
@@ -142,13 +142,15 @@ class ActionExecutor:
                 f"{error} The deletion is retried. "
                 "To delete the run without its folder, set deletionPolicy to Retain."
             )
-            await post_event(self.kube, obj, EventSpec("Warning", "BucketNotCleared", message), _now())
+            await post_event(
+                self.kube, obj, EventSpec("Warning", "BucketNotCleared", message), now_to_second()
+            )
             raise
         else:
             event = EventSpec(
                 "Normal", "BucketCleared", f"deleted {count} objects of the run from the bucket"
             )
-        await post_event(self.kube, obj, event, _now())
+        await post_event(self.kube, obj, event, now_to_second())
 
 
 def _bucket_kept(why: str) -> EventSpec:
@@ -161,7 +163,3 @@ def _origin(status: Status) -> Origin:
     if found is None or found.git_sha is None or found.config_hash is None:
         raise KubeError("status.provenance is missing. Only the operator may write the status.")
     return Origin(found.git_sha, found.config_hash, found.dataset.id if found.dataset else None)
-
-
-def _now() -> datetime:
-    return datetime.now(UTC).replace(microsecond=0)

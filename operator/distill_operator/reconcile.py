@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 
 from distill_operator.actions import CreateChild
 from distill_operator.attempt import config_map_name
@@ -48,6 +47,7 @@ from distill_operator.settings import Settings
 from distill_operator.step_progress import Buckets, ProgressReading
 from distill_operator.watch import Key
 from vpmoe.api import DistillRun
+from vpmoe.clock import now_to_second
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Reconciler:
                 decided, written = await self._plan_and_write(obj, observed, decision)
         else:
             decided, written = await self._plan_and_write(obj, observed, None)
-        now = _now()
+        now = now_to_second()
         for event in events_between(observed.status, decided.status):
             await post_event(self.kube, written, event, now)
         create_error: KubeError | None = None
@@ -114,7 +114,11 @@ class Reconciler:
             raise create_error
         if observed.status.holds_gpus and not decided.status.holds_gpus:
             self.gpus_released()
-        return None if decided.requeue_at is None else max(0.0, (decided.requeue_at - _now()).total_seconds())
+        return (
+            None
+            if decided.requeue_at is None
+            else max(0.0, (decided.requeue_at - now_to_second()).total_seconds())
+        )
 
     async def _plan_and_write(
         self, obj: Json, observed: ObservedRun, decision: Decision | None
@@ -124,7 +128,7 @@ class Reconciler:
         Returns the plan, and the DistillRun with the status as written.
         """
         children, readings = await self._observe_children(observed)
-        decided = plan(observed, children, readings, decision, self.settings, _now())
+        decided = plan(observed, children, readings, decision, self.settings, now_to_second())
         status = decided.status.dump()
         if status == obj.get("status"):
             return decided, obj
@@ -194,7 +198,3 @@ async def list_runs(kube: Kube, settings: Settings) -> list[Json]:
     """All DistillRuns of the watched namespaces. Raises KubeError."""
     namespaces: list[str | None] = [*settings.watch_namespaces] or [None]
     return [obj for namespace in namespaces for obj in await kube.list(DISTILLRUN, namespace)]
-
-
-def _now() -> datetime:
-    return datetime.now(UTC).replace(microsecond=0)

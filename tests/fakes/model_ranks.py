@@ -1,11 +1,9 @@
-"""One rank of tests/unit/model/test_ranks.py: `RANK=… WORLD_SIZE=2 … python -m tests.fakes.model_ranks
-FOLDER`.
+"""One rank of tests/unit/model/test_ranks.py, which starts two (ranks.py).
 
 It trains some steps and writes the results; the test compares them. FOLDER/one.pt holds the state of one
 process after two steps; rank r writes FOLDER/rank-<r>.pt.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +103,8 @@ def layout(device: torch.device, folder: Path, expert_parallel: int) -> dict[str
     }
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
+    """Train in both layouts, as the rank that the environment names."""
     device = choose()
     distributed.start(device)
     results = {1: layout(device, folder, 1)}
@@ -115,7 +113,3 @@ def main() -> None:
     results[2] = layout(device, folder, 2)
     torch.save(results, folder / f"rank-{distributed.rank()}.pt")
     distributed.stop()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,4 @@
-"""One rank of an OnPolicy stage: `RANK=… python -m tests.fakes.onpolicy_ranks FOLDER`; test_onpolicy.py
-starts two.
+"""One rank of an OnPolicy stage; test_onpolicy.py starts two (ranks.py).
 
 FOLDER/task.json names the run, the dataset and the documents. With KILL=rank:step that rank kills itself
 during that step. Rank r writes its weights, state and lines to FOLDER/rank-<r>.pt.
@@ -9,7 +8,6 @@ import json
 import os
 import pickle
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +40,8 @@ class PeerReporter(RecordingReporter):
             self.peers.advance()
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
+    """Train the stage, as the rank that the environment names."""
     collate.PADDING = 0  # the small vocabulary has no other
     window_wait.POLL = 0.02
     told = json.loads((folder / "task.json").read_text())
@@ -81,7 +79,3 @@ def main() -> None:
         folder / f"rank-{distributed.rank()}.pt",
     )
     distributed.stop()
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.fakes.store import S3
 from tests.fakes.waiting import wait_until
+from vpmoe.storage import Bucket
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +46,16 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_teacher.write(tmp_path_factory.mktemp("teacher"))
 
 
+@pytest.fixture(scope="session")
+def stored_teacher(teacher: Path, s3: S3, store: Bucket) -> str:
+    """The URI of that teacher in the S3 store. It has 100 MB, so tests that only read it share it."""
+    (s3.folder / "teachers").mkdir()
+    bucket = store.other("teachers")
+    for path in teacher.iterdir():
+        bucket.put_file(f"tiny/{path.name}", path, {})
+    return bucket.url("tiny")
+
+
 @contextmanager
 def behind_vllm(module: str, model: Path, scratch: Path) -> Iterator[str]:
     """Start `python -m module` with a model; yields its socket once the model is loaded.
@@ -72,6 +84,7 @@ def behind_vllm(module: str, model: Path, scratch: Path) -> Iterator[str]:
                 "HOME": "/nonexistent",
                 "TMPDIR": str(scratch),
                 "CUDA_VISIBLE_DEVICES": "",
+                "OMP_NUM_THREADS": "1",
                 "PYTHONDONTWRITEBYTECODE": "1",
             },
             stdout=log,
@@ -91,7 +104,8 @@ def behind_vllm(module: str, model: Path, scratch: Path) -> Iterator[str]:
         process.wait()
 
 
-@pytest.fixture(scope="session")
+# Engines need 5 GB each, so they live for a module. A session would have several.
+@pytest.fixture(scope="module")
 def teacher_address(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The socket of a process that has loaded that teacher with vpmoe.inference.teacher_engine."""
     with behind_vllm("tests.fakes.tiny_teacher", teacher, tmp_path_factory.mktemp("scorer")) as address:

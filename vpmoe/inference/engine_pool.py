@@ -178,9 +178,7 @@ def engine_environment(environment: Mapping[str, str], number: int, gpus: int) -
     changes = {"OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"), "VPMOE_LAUNCHER": str(os.getpid())}
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible == "":
-        # Keep freed memory: logits are large, and new pages, which the kernel zeroes, cost more than
-        # computing them.
-        return changes | {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+        return changes
     devices = [str(device) for device in range(gpus)] if visible is None else visible.split(",")
     if len(devices) < gpus:
         raise Permanent(

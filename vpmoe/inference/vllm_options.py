@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Permanent
+from vpmoe.process.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -79,6 +80,7 @@ def check_device(owner: str, field: str) -> Device:
     from vllm.platforms import current_platform
 
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        keep_freed_memory()
         return "cpu"
     if not torch.cuda.device_count():
         raise Permanent(

@@ -1,1 +1,1 @@
-"""Processes of a pod: the launcher of training ranks, and the worker of a step that is divided into parts."""
+"""Processes of a pod: the launcher of training ranks, the worker of a step in parts, memory on the CPU."""

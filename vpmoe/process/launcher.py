@@ -153,10 +153,6 @@ def worker_environment(placement: Placement, local: int, environment: Mapping[st
         variables["VPMOE_TEACHER_PORT"] = str(placement.teacher_port)
         if local == placement.here:
             variables |= {"VPMOE_PART": "teacher", "RANK": ""}  # the teacher has no rank
-    if environment.get("CUDA_VISIBLE_DEVICES") == "":
-        # Keep freed memory in the process. A chunk of logits is 256 MB; zeroing new pages takes a third of a
-        # step of `tiny`.
-        variables |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     return variables
 
 

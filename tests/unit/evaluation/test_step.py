@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ LENGTH = LONGEST - 1
 TOLERANCE = 1e-4
 """Mean, in nats per token. All compute in float32, with other orders of summation; single tokens differ by
 less too."""
-CANARY = "The pond is ≈ 3 m deep, ⟨H≈0.4⟩, and nobody has trained on it. " * 60
+SENTENCE = "The pond is ≈ 3 m deep, ⟨H≈0.4⟩, and nobody has trained on it. "
+CANARY = SENTENCE * 60
+"""Longer than LENGTH tokens, so it is scored in several windows."""
 STEP = "vanilla-evaluate"
 
 
@@ -98,8 +101,23 @@ def provenance(run: DistillRun, attempt: int = 1) -> Provenance:
     )
 
 
+@dataclass(frozen=True)
+class Amounts:
+    """How much is evaluated. Small by default: an engine on a CPU takes seconds for all of it."""
+
+    documents: int = 3
+    completions: int = 6
+    canary: str = SENTENCE
+
+
 @pytest.fixture
-def spec(run_spec: dict[str, Any], sample_parquet: list[Path]) -> dict[str, Any]:
+def amounts(request: pytest.FixtureRequest) -> Amounts:
+    """A test may give others, by indirect parametrization."""
+    return getattr(request, "param", Amounts())
+
+
+@pytest.fixture
+def spec(run_spec: dict[str, Any], sample_parquet: list[Path], amounts: Amounts) -> dict[str, Any]:
     """A run whose dataset is built from the sample, with a canary in its bucket."""
     run_spec["spec"]["dataset"] |= {
         "sampling": {"nonEnglishMax": 0.6},
@@ -118,12 +136,16 @@ def spec(run_spec: dict[str, Any], sample_parquet: list[Path]) -> dict[str, Any]
     }
     run_spec["spec"]["stages"].append(on_policy)
     texts = f"s3://{run_spec['spec']['storage']['bucket']}/canary"
-    run_spec["spec"]["evaluation"] |= {"documents": 8, "completions": 20, "canary": texts}
+    run_spec["spec"]["evaluation"] |= {
+        "documents": amounts.documents,
+        "completions": amounts.completions,
+        "canary": texts,
+    }
     run = DistillRun.parse(run_spec)
     bucket = Bucket.open(run.spec.storage)
     for path in sample_parquet:
         bucket.put_file(f"input/{path.name}", path, {})
-    bucket.put_bytes("canary/a.txt", CANARY.encode(), {})
+    bucket.put_bytes("canary/a.txt", amounts.canary.encode(), {})
     bucket.put_bytes("canary/b.txt", b"Short.", {})
     with EncoderPool(1) as encoders:
         preprocess(run, bucket, provenance(run), threading.Event(), None, encoders)
@@ -233,6 +255,7 @@ def reference_bits(model: Any, text: str) -> tuple[float, int]:
     return bits, size
 
 
+@pytest.mark.parametrize("amounts", [Amounts(8, 20, CANARY)], indirect=True, ids=["whole"])
 def test_the_figures_are_the_trainers_and_transformers(
     stage: StageContext, engines: EnginePool, trained: Learner, tmp_path: Path
 ) -> None:
@@ -364,7 +387,7 @@ def test_a_step_that_is_stopped_goes_on_at_the_first_part_that_is_missing(
     assert (told["state"], told["parts"], told["message"]) == (
         "Running",
         {"done": 1, "total": 3},
-        "Sampling completions, 0 of 20",
+        "Sampling completions, 0 of 6",
     )
     assert load_evaluation(stage.run, "vanilla", stage.bucket) is None
     asked = Watched(engines)
@@ -375,13 +398,13 @@ def test_a_step_that_is_stopped_goes_on_at_the_first_part_that_is_missing(
 def test_whoever_measures_a_part_first_is_right(stage: StageContext, engines: EnginePool) -> None:
     """A pod that was believed dead continues beside its successor, on a machine that computes other bits."""
     checkpoint = manifest.load(stage.bucket, paths.manifest(paths.checkpoint(stage.run, "vanilla", 3)))
-    others = {"documents": 8, "heldOut": {"reasoning": 1.5, "final": 2.5}}
+    others = {"documents": 3, "heldOut": {"reasoning": 1.5, "final": 2.5}}
     key = paths.evaluation_part(stage.run, "vanilla", "heldOut", checkpoint.sha256)
     found = do(stage, Watched(engines, lambda: stage.bucket.create(key, json_bytes(others), {})))
     assert found.held_out is not None and found.held_out.dump() == others["heldOut"]
     assert load_evaluation(stage.run, "vanilla", stage.bucket) == found
     forget(stage, "evaluation.json")
-    stage.bucket.put_bytes(key, json_bytes({"documents": 8, "loss": 1.5}), {})
+    stage.bucket.put_bytes(key, json_bytes({"documents": 3, "loss": 1.5}), {})
     with pytest.raises(
         Permanent,
         match=(
@@ -485,6 +508,7 @@ def run_job(run_file: Path, attempt: int, scratch: Path) -> "subprocess.Popen[by
         "HOME": "/nonexistent",
         "TMPDIR": str(scratch),
         "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     with (scratch / f"{attempt}.log").open("wb") as file:

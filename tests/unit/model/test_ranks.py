@@ -1,22 +1,16 @@
 """Two ranks against one: the same loss and steps, states that go from any layout into any other, and failures
 that all ranks share."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.fakes import model_ranks
+from tests.fakes.ranks import run_ranks
 from tests.fakes.students import learner, reading, saved, whole
 from vpmoe.model import state
 from vpmoe.model.learner import Learner
-from vpmoe.process.launcher import free_port
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +32,7 @@ def two(one: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[d
     """What each of two ranks came to, by expert parallelism. See ranks.py."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(one["state"], folder / "one.pt")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-m", "tests.fakes.model_ranks", str(folder)]
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, env={**environment, "RANK": str(rank)}) for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    assert run_ranks(model_ranks.main, folder) == [0, 0]
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -48,19 +48,17 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture
-def spec(run_spec: dict[str, Any], sample_parquet: list[Path], teacher: Path) -> dict[str, Any]:
-    """A run with a Rescored stage, whose dataset is built from the sample and whose teacher is in the
-    bucket."""
+def spec(run_spec: dict[str, Any], sample_parquet: list[Path], stored_teacher: str) -> dict[str, Any]:
+    """A run with a Rescored stage, whose dataset is built from the sample."""
+    run_spec["spec"]["teacher"]["model"] = stored_teacher
     run_spec["spec"]["dataset"] |= {"sampling": {"nonEnglishMax": 0.6}, "maxLength": 512}
     run_spec["spec"]["stages"].append(
-        {"name": "rescored", "kind": "Rescored", "tokens": 8192, "subset": {"fraction": 0.4}}
+        {"name": "rescored", "kind": "Rescored", "tokens": 8192, "subset": {"fraction": 0.2}}
     )
     run = DistillRun.parse(run_spec)
     bucket = Bucket.open(run.spec.storage)
     for path in sample_parquet:
         bucket.put_file(f"input/{path.name}", path, {})
-    for path in teacher.iterdir():
-        bucket.put_file(f"models/teacher/{path.name}", path, {})
     with EncoderPool(1) as encoders:
         preprocess(run, bucket, provenance(run, "rescore"), threading.Event(), None, encoders)
     return run_spec
@@ -127,6 +125,7 @@ def test_every_picked_document_is_scored_and_every_number_can_be_counted_again(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, tmp_path: Path
 ) -> None:
     spec["spec"]["teacher"]["effort"] = "low"
+    spec["spec"]["stages"][1]["subset"] = {"fraction": 0.4}
     found = made(spec, scorer)
     source = dataset.load_dataset(DistillRun.parse(spec), bucket)
     own, said = (
@@ -255,7 +254,7 @@ def test_stages_with_the_same_subset_share_their_scores(
     stage = spec["spec"]["stages"][1]
     spec["spec"]["stages"] += [
         stage | {"name": "again"},
-        stage | {"name": "other", "subset": {"fraction": 0.6, "prefer": "none"}},
+        stage | {"name": "other", "subset": {"fraction": 0.3, "prefer": "none"}},
     ]
     first, second = do(spec, scorer)
     assert first.id != second.id and bucket.exists(first.manifest) and bucket.exists(second.manifest)
@@ -290,6 +289,7 @@ rescore_here(yaml.safe_load(open(sys.argv[1])), Remote(sys.argv[2], 640), pathli
 def test_a_worker_killed_at_any_record_goes_on_there_with_the_same_bytes(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, teacher_address: str, tmp_path: Path
 ) -> None:
+    spec["spec"]["stages"][1]["subset"] = {"fraction": 0.4}
     undisturbed = made(spec, scorer)
     (found,) = do(spec, None)
     forget(bucket, found)
@@ -339,6 +339,7 @@ def wait_for(true: Callable[[], bool], process: "subprocess.Popen[Any]", seconds
 def test_a_worker_that_is_asked_to_stop_does_so_before_the_next_batch(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    spec["spec"]["stages"][1]["subset"] = {"fraction": 0.4}
     monkeypatch.setattr("tests.fakes.tiny_teacher.BATCH_TOKENS", 300)
     stopping = threading.Event()
     asked = scorer.score
@@ -440,9 +441,14 @@ def test_what_is_stored_has_one_form(value: float, bits: int) -> None:
 
 
 def test_the_job_ends_when_told_goes_on_when_started_again_and_has_nothing_to_do_at_last(
-    spec: dict[str, Any], bucket: Bucket, tmp_path: Path
+    spec: dict[str, Any],
+    bucket: Bucket,
+    scorer: Remote,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As a pod runs it: with its own vLLM, or without one if there is nothing to do."""
+    """As a pod runs it: with its own vLLM, or without one if there is nothing to do. The attempt between uses
+    the shared teacher."""
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(spec))
     environment = {
         **os.environ,
@@ -475,11 +481,11 @@ def test_the_job_ends_when_told_goes_on_when_started_again_and_has_nothing_to_do
     assert json.loads((tmp_path / "end").read_text())["class"] == "Terminated"
     kept = scores.done_parts(found, bucket)
     assert 1 <= len(kept) < 3
-    process = start()
-    said = process.communicate(timeout=120)[0]
-    assert process.returncode == 0 and bucket.exists(found.manifest), said
-    assert f"Scored part {min(kept)}:" not in said, "a part that is done is not made again"
     assert not list(tmp_path.glob("vpmoe-scores-*")), "no part's files are left"
+    caplog.set_level("INFO")
+    do(spec, scorer)
+    assert bucket.exists(found.manifest) and "Scored part" in caplog.text
+    assert f"Scored part {min(kept)}:" not in caplog.text, "a part that is done is not made again"
     process = start()
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "Reused" in said and "Loading the teacher" not in said

@@ -3,12 +3,9 @@ what is published, that a kill changes no bit and trains nothing twice, drift, s
 
 import contextlib
 import json
-import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fakes import datasets, students, trainers
+from tests.fakes import datasets, onpolicy_ranks, students, trainers
 from tests.fakes.checkpoints import same
 from tests.fakes.fake_onpolicy_peers import FakePeers
 from tests.fakes.onpolicy_ranks import PeerReporter
+from tests.fakes.ranks import run_ranks
 from tests.fakes.students import new_seed
 from vpmoe.checkpoint.train_state import TrainState, list_iterations, load_stage_end
 from vpmoe.data.mixture import interleave
@@ -36,7 +34,6 @@ from vpmoe.trainer.onpolicy import publisher, starvation, window_stats, window_w
 from vpmoe.trainer.stages.on_policy import OnPolicyStage
 from vpmoe.trainer.trainer import Trainer
 
-ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.usefixtures("device")
 TOKENS, ANCHOR, STALENESS, EVERY = 1500, 0.3, 1, 2
 ONPOLICY = {
@@ -436,23 +433,7 @@ def two(
         spec["spec"]["student"] |= {"gpus": 4, "expertParallel": 2}  # half of them would sample
         (folder / "task.json").write_text(json.dumps({"spec": spec, "dataset": dataset.key}))
         (folder / "documents").write_bytes(pickle.dumps(train))
-        environment = {
-            **os.environ,
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "KILL": kill,
-        }
-        environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        command = [sys.executable, "-m", "tests.fakes.onpolicy_ranks", str(folder)]
-        processes = [
-            subprocess.Popen(command, cwd=ROOT, env={**environment, "RANK": str(rank)}) for rank in range(2)
-        ]
-        try:
-            codes = [process.wait(timeout=240) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
+        codes = run_ranks(onpolicy_ranks.main, folder, KILL=kill)
         if kill:
             return codes
         assert codes == [0, 0]
