@@ -148,7 +148,7 @@ def test_no_tensor_is_as_large_as_tokens_by_vocabulary(monkeypatch: pytest.Monke
         loss, _ = head_loss(hidden, weight, targets, fixed_coefficient(torch.ones(tokens)))
         loss.backward()
         target_logp(hidden, weight, targets)
-    assert largest.numbers == 8 * vocabulary
+    assert largest.elements == 8 * vocabulary
 
 
 def test_the_gpu_kernels_equal_float64() -> None:

@@ -187,7 +187,7 @@ def test_no_tensor_is_ever_as_large_as_tokens_by_vocabulary(monkeypatch: pytest.
             ALL,
         )
         found.loss.backward()
-    assert largest.numbers == 8 * vocabulary
+    assert largest.elements == 8 * vocabulary
 
 
 class Linear(NamedTuple):

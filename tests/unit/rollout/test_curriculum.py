@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fakes.curricula import SHARES, THREE, stage
+from tests.fakes.curricula import SHARES, THREE_PHASES, stage
 from vpmoe.api.stages import OnPolicy
 from vpmoe.data.mixture import exact_share, interleave
 from vpmoe.failure import Permanent
@@ -42,10 +42,10 @@ LENGTHS = st.lists(st.integers(1, 900), min_size=60, max_size=60)
     ],
 )
 def test_where_the_curriculum_stands(tokens: int, phase: int, rollouts: Fraction) -> None:
-    level = Curriculum(stage(tokens=1000, curriculum=THREE)).level_at(tokens)
+    level = Curriculum(stage(tokens=1000, curriculum=THREE_PHASES)).level_at(tokens)
     assert (level.phase, level.rollouts) == (phase, rollouts)
     assert level.effort == tuple(
-        Fraction(str(THREE[phase]["effort"].get(name, 0))) for name in ("low", "medium", "high")
+        Fraction(str(THREE_PHASES[phase]["effort"].get(name, 0))) for name in ("low", "medium", "high")
     )  # type: ignore
 
 

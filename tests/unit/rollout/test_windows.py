@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fakes.curricula import A_STEP, PARTS, SHARES, at, stage, windows
+from tests.fakes.curricula import PARTS, SHARES, TOKENS_PER_STEP, plan_window, stage, windows
 from tests.fakes.students import new_seed
 from vpmoe.api.stages import MaxTokens
 from vpmoe.data.packing import epoch_order
@@ -36,15 +36,15 @@ def test_every_role_computes_the_same_in_whatever_order_it_asks(
 ) -> None:
     anchor = min(anchor, 0.8)
     one, other = windows(seed, anchor=anchor), windows(seed, anchor=anchor)
-    once = {number: at(one, number) for number in asked}
-    assert all(at(other, number) == once[number] for number in range(30))
+    once = {number: plan_window(one, number) for number in asked}
+    assert all(plan_window(other, number) == once[number] for number in range(30))
 
 
 def test_another_process_computes_the_same() -> None:
     code = """
         import dataclasses, json
-        from tests.fakes.curricula import at, windows
-        found = [at(windows(), number) for number in (0, 7, 100)]
+        from tests.fakes.curricula import plan_window, windows
+        found = [plan_window(windows(), number) for number in (0, 7, 100)]
         print(json.dumps([dataclasses.asdict(window) | {"max_tokens": 0} for window in found]))
     """
     say = [sys.executable, "-c", textwrap.dedent(code)]
@@ -57,7 +57,7 @@ def test_another_process_computes_the_same() -> None:
         timeout=120,
     ).stdout
     for found, number in zip(json.loads(said), (0, 7, 100), strict=True):
-        here = at(windows(), number)
+        here = plan_window(windows(), number)
         assert (found["number"], found["version"], found["phase"]) == (here.number, here.version, here.phase)
         assert [(p["place"], p["document"], p["effort"], tuple(p["seeds"])) for p in found["prompts"]] == [
             (p.place, p.document, p.effort, p.seeds) for p in here.prompts
@@ -69,7 +69,7 @@ def test_a_window_stays_what_it_was_when_this_was_written() -> None:
 
     A change needs a note for users.
     """
-    prompts = at(windows(), 140).prompts
+    prompts = plan_window(windows(), 140).prompts
     found = [(p.document, p.effort, len(p.seeds)) for p in prompts]
     assert found == [
         (16, "medium", 1),
@@ -96,7 +96,7 @@ def test_each_prompt_is_asked_once_an_epoch_in_the_batch_plans_order(
 @given(SEEDS)
 def test_no_two_rollouts_share_a_seed(seed: int) -> None:
     it = windows(seed)
-    seeds = [s for number in range(40) for prompt in at(it, number).prompts for s in prompt.seeds]
+    seeds = [s for number in range(40) for prompt in plan_window(it, number).prompts for s in prompt.seeds]
     assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**63 for s in seeds)
 
 
@@ -112,7 +112,9 @@ def test_the_rollouts_of_a_window_are_the_mean_and_spread_evenly(mean: Fraction,
 
 def test_rollouts_rise_window_by_window_over_the_last_quarter() -> None:
     it = windows(prompts=20, anchor=0, staleness=0, publishEvery=1)
-    counts = [sum(len(prompt.seeds) for prompt in at(it, number).prompts) for number in range(75, 176)]
+    counts = [
+        sum(len(prompt.seeds) for prompt in plan_window(it, number).prompts) for number in range(75, 176)
+    ]
     assert counts[0] == counts[75] == 20 and counts[-2] == 39 and counts[-1] == 80
     assert counts[:-1] == sorted(counts[:-1]) and len(set(counts)) > 15
 
@@ -133,7 +135,7 @@ def test_efforts_are_drawn_by_their_shares(shares: tuple[float, ...]) -> None:
 
 
 def test_an_effort_does_not_depend_on_the_other_prompts() -> None:
-    few, many = at(windows(prompts=4), 3), at(windows(prompts=12), 3)
+    few, many = plan_window(windows(prompts=4), 3), plan_window(windows(prompts=12), 3)
     assert [p.effort for p in few.prompts] == [p.effort for p in many.prompts[:4]]
     assert [p.seeds for p in few.prompts] == [p.seeds for p in many.prompts[:4]]
 
@@ -141,15 +143,15 @@ def test_an_effort_does_not_depend_on_the_other_prompts() -> None:
 def test_a_window_names_its_version_and_phase() -> None:
     it = windows(staleness=2, publishEvery=2, anchor=0.5)
     for number in (0, 5, 60, 90):
-        found = at(it, number)
+        found = plan_window(it, number)
         assert found.version == it.curriculum.version_of(number)
         assert (
             found.phase
             == Curriculum(it.curriculum.stage)
-            .level_at(A_STEP * it.curriculum.steps_trained(found.version))
+            .level_at(TOKENS_PER_STEP * it.curriculum.steps_trained(found.version))
             .phase
         )
-    assert {at(it, number).phase for number in (0, 60, 120)} == {0, 1, 2}
+    assert {plan_window(it, number).phase for number in (0, 60, 120)} == {0, 1, 2}
 
 
 def test_turns_ask_for_less_from_their_window_on_and_of_nothing_else() -> None:
@@ -160,7 +162,7 @@ def test_turns_ask_for_less_from_their_window_on_and_of_nothing_else() -> None:
     ]
     bounds, shares = [], []
     for number in (9, 10, 20, 30, 40, 50):
-        plain, found = at(it, number), at(it, number, turns)
+        plain, found = plan_window(it, number), plan_window(it, number, turns)
         assert found.adjustments == number // 10 and (found.version, found.phase) == (
             plain.version,
             plain.phase,
@@ -182,7 +184,7 @@ def test_turns_ask_for_less_from_their_window_on_and_of_nothing_else() -> None:
 def test_a_bound_is_never_turned_to_nothing() -> None:
     it = windows(rollout={"promptsPerWindow": 1, "maxTokens": {"low": 1, "medium": 2, "high": 3}})
     turns = [Adjustment(number=number, window=0, setting="maxTokens", waiting=0.6) for number in (1, 2)]
-    assert at(it, 0, turns).max_tokens == MaxTokens(low=1, medium=1, high=1)
+    assert plan_window(it, 0, turns).max_tokens == MaxTokens(low=1, medium=1, high=1)
 
 
 @pytest.mark.parametrize(
