@@ -58,17 +58,17 @@ def plan(
     not start.
 
     Always true, and each line has a test of the same name:
-      a step that has finished is never made again, even when its child is gone;
-      at most one child a step is alive, and it is the one that status names;
-      the GPUs of all living children are at most teacher.gpus + student.gpus;
+      a finished step is never created again, even if its child is gone;
+      at most one child per step is alive, and it is the one that status names;
+      the children alive use at most teacher.gpus + student.gpus;
       no step starts before the steps that it needs have succeeded;
-      no child is made before status names it;
-      no child is made unless the run is admitted;
-      no child is made while another object has its name;
-      what worked beside training that has succeeded ends, and counts as succeeded once it has;
-      a run that cannot be carried out never starts;
-      a run that fails has failed once nothing of it is alive, with its first cause;
-      a finished run stays as it is, except that a failed one goes on when attempts is raised;
+      no child is created before status names it;
+      no child is created unless the run is admitted;
+      no child is created while another object has its name;
+      when training has succeeded, the steps beside it are stopped and then count as succeeded;
+      a run with an invalid spec never starts;
+      a failing run is Failed only when none of its children is alive, with the first cause;
+      a finished run does not change, except that a failed one continues if attempts is raised;
       the bucket is cleared only when nothing can write to it any more;
       every message fits into the status.
     """

@@ -1,7 +1,7 @@
-"""The API server accepts and rejects the same runs as the models: same messages, same defaults.
+"""The API server accepts and rejects the same runs as the models, with the same messages and defaults.
 
-Everything but immutability is tested with --dry-run=server against the installed CRD. Immutability needs a
-stored status, which a running operator would overwrite: it is tested on the same CRD under another group.
+Tests use --dry-run=server and the installed CRD, except for immutability: it needs a stored status, which a
+running operator would overwrite. It is tested on the same CRD in another group.
 """
 
 import json
@@ -23,63 +23,64 @@ from vpmoe.api.run import GROUP, PLURAL
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
 EXAMPLES = sorted((MANIFESTS / "examples").glob("*.yaml"))
-GOOD = {
+VALID = {
     name: valid_specs.manifest(changes, f"good-{i}")
     for i, (name, changes) in enumerate(valid_specs.VALID.items())
 }
-BAD = {
+INVALID = {
     name: valid_specs.manifest(bad.changes, f"bad-{i}")
     for i, (name, bad) in enumerate(invalid_specs.INVALID.items())
 }
-DROPPED = {"a conversation without a date"}
-"""Specs in which null is not the same as absent. Client-side apply drops null."""
+NULL_IS_NOT_ABSENT = {"a conversation without a date"}
+"""Cases in which null is not the same as absent. Client-side apply drops null."""
 
 
 def kubectl(cluster: Cluster, *arguments: str) -> tuple[str, str]:
     """stdout and stderr of kubectl."""
     environment = {**os.environ, "KUBECONFIG": str(cluster.kubeconfig)}
-    ended = subprocess.run(
+    completed = subprocess.run(
         [cluster.kubectl_path, *arguments], env=environment, capture_output=True, text=True, check=False
     )
-    return ended.stdout, ended.stderr
+    return completed.stdout, completed.stderr
 
 
-def files(objects: dict[str, dict[str, Any]], folder: Path) -> Path:
+def write_files(objects: dict[str, dict[str, Any]], folder: Path) -> Path:
     for i, body in enumerate(objects.values()):
         (folder / f"{i:03d}.json").write_text(json.dumps(body), encoding="utf-8")
     return folder
 
 
-def stored(printed: str) -> dict[str, dict[str, Any]]:
+def objects_by_name(printed: str) -> dict[str, dict[str, Any]]:
     """Objects by name from kubectl's JSON: one object, or a List of them."""
-    answer = json.loads(printed)
+    returned = json.loads(printed)
     return {
-        item["metadata"]["name"]: item for item in (answer["items"] if answer["kind"] == "List" else [answer])
+        item["metadata"]["name"]: item
+        for item in (returned["items"] if returned["kind"] == "List" else [returned])
     }
 
 
 @pytest.fixture(scope="module")
 def applied(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Every good run as the API server returns it, by name."""
-    folder = files(GOOD, tmp_path_factory.mktemp("good"))
+    """Every valid run as the API server returns it, by name."""
+    folder = write_files(VALID, tmp_path_factory.mktemp("good"))
     printed, errors = kubectl(
         cluster, "apply", "--server-side", "--dry-run=server", "--output=json", "--filename", str(folder)
     )
     assert errors == ""
-    return stored(printed)
+    return objects_by_name(printed)
 
 
 @pytest.fixture(scope="module")
 def rejections(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The API server's message for every bad run, by the case's name. A run that it accepts is not in it."""
-    folder = files(BAD, tmp_path_factory.mktemp("bad"))
+    """The API server's message for every invalid run that it rejects, by the case's name."""
+    folder = write_files(INVALID, tmp_path_factory.mktemp("bad"))
     _, errors = kubectl(cluster, "apply", "--dry-run=server", "--filename", str(folder))
-    numbered = {
+    by_number = {
         int(found["i"]): line
         for line in errors.splitlines()
         if (found := re.search(r"/(?P<i>\d{3})\.json\"", line))
     }
-    return {name: numbered[i] for i, name in enumerate(BAD) if i in numbered}
+    return {name: by_number[i] for i, name in enumerate(INVALID) if i in by_number}
 
 
 def test_the_installed_crd_is_that_of_the_models(cluster: Cluster) -> None:
@@ -87,45 +88,47 @@ def test_the_installed_crd_is_that_of_the_models(cluster: Cluster) -> None:
     assert installed["spec"]["versions"][0]["schema"] == crd()["spec"]["versions"][0]["schema"]
 
 
-def test_client_side_apply_takes_the_crd(cluster: Cluster) -> None:
+def test_client_side_apply_accepts_the_crd(cluster: Cluster) -> None:
     cluster.kubectl("apply", "--dry-run=server", "--filename", str(MANIFESTS / "crd.yaml"))
 
 
-@pytest.mark.parametrize("name", GOOD)
-def test_a_good_run_is_accepted_with_the_defaults_of_the_models(
+@pytest.mark.parametrize("name", VALID)
+def test_a_valid_run_is_accepted_with_the_defaults_of_the_models(
     applied: dict[str, dict[str, Any]], name: str
 ) -> None:
-    answer = applied[GOOD[name]["metadata"]["name"]]
-    assert DistillRun.parse(answer).config() == DistillRun.parse(GOOD[name]).config()
+    returned = applied[VALID[name]["metadata"]["name"]]
+    assert DistillRun.parse(returned).config() == DistillRun.parse(VALID[name]).config()
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_run_is_rejected_with_its_field_and_the_remedy(rejections: dict[str, str], name: str) -> None:
+@pytest.mark.parametrize("name", INVALID)
+def test_an_invalid_run_is_rejected_with_the_field_and_the_remedy(
+    rejections: dict[str, str], name: str
+) -> None:
     bad = invalid_specs.INVALID[name]
-    assert name in rejections, "accepted"
+    assert name in rejections, "the API server accepted the run"
     if bad.server:
         assert bad.server in rejections[name]
     else:
         assert f"{bad.field}: Invalid value: " in rejections[name] and bad.message in rejections[name]
     assert "no such key" not in rejections[name] and "evaluating rule" not in rejections[name], (
-        "a rule raised an error"
+        "evaluating a rule failed"
     )
 
 
-def test_null_and_absent_mean_the_same_unless_the_field_says_otherwise(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    folder = files({name: body for name, body in GOOD.items() if name not in DROPPED}, tmp_path)
-    answers = stored(
+def test_null_means_absent_except_in_documented_fields(cluster: Cluster, tmp_path: Path) -> None:
+    folder = write_files(
+        {name: body for name, body in VALID.items() if name not in NULL_IS_NOT_ABSENT}, tmp_path
+    )
+    returned_by_name = objects_by_name(
         kubectl(cluster, "apply", "--dry-run=server", "--output=json", "--filename", str(folder))[0]
     )
-    for body in GOOD.values():
-        if (answer := answers.get(body["metadata"]["name"])) is not None:
-            assert DistillRun.parse(answer).config_hash == DistillRun.parse(body).config_hash, body
-    assert len(answers) == len(GOOD) - len(DROPPED)
+    for body in VALID.values():
+        if (returned := returned_by_name.get(body["metadata"]["name"])) is not None:
+            assert DistillRun.parse(returned).config_hash == DistillRun.parse(body).config_hash, body
+    assert len(returned_by_name) == len(VALID) - len(NULL_IS_NOT_ABSENT)
 
 
-AS_TEXT = """
+RUN_TEXT = """
 apiVersion: vpmoe.dev/v1alpha1
 kind: DistillRun
 metadata: {{name: {name}}}
@@ -137,43 +140,45 @@ spec:
   stages: [{{name: first, kind: Vanilla}}]
 """
 SCALARS = {
-    "plain": AS_TEXT.format(name="plain", date='"2026-02-03"', tokens="1000000", rate="0.0003"),
-    "as-people-write": AS_TEXT.format(
+    "plain": RUN_TEXT.format(name="plain", date='"2026-02-03"', tokens="1000000", rate="0.0003"),
+    "as-people-write": RUN_TEXT.format(
         name="as-people-write", date="2026-02-03", tokens="1_000_000", rate="3e-4"
     ),
-    "with-exponents": AS_TEXT.format(name="with-exponents", date="2026-02-03", tokens="1e6", rate="3.0E-4"),
+    "with-exponents": RUN_TEXT.format(name="with-exponents", date="2026-02-03", tokens="1e6", rate="3.0E-4"),
 }
 
 
 @pytest.fixture(scope="module")
-def texts(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, dict[str, Any]]:
-    """YAML files, and each as the API server returns it."""
+def runs_by_file(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, dict[str, Any]]:
+    """The runs of YAML files as the API server returns them, by file."""
     folder = tmp_path_factory.mktemp("texts")
     for name, text in SCALARS.items():
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     paths = [*EXAMPLES, *folder.iterdir()]
-    named = [argument for path in paths for argument in ("--filename", str(path))]
-    answers = stored(cluster.kubectl("apply", "--dry-run=server", "--output=json", *named))
-    return {path: answers[load_run(path).metadata.name] for path in paths}
+    arguments = [argument for path in paths for argument in ("--filename", str(path))]
+    returned_by_name = objects_by_name(
+        cluster.kubectl("apply", "--dry-run=server", "--output=json", *arguments)
+    )
+    return {path: returned_by_name[load_run(path).metadata.name] for path in paths}
 
 
-def test_kubectl_reads_an_example_as_the_models_do(texts: dict[Path, dict[str, Any]]) -> None:
+def test_kubectl_parses_the_examples_like_the_models(runs_by_file: dict[Path, dict[str, Any]]) -> None:
     for path in EXAMPLES:
-        assert DistillRun.parse(texts[path]).config_hash == load_run(path).config_hash, path
+        assert DistillRun.parse(runs_by_file[path]).config_hash == load_run(path).config_hash, path
 
 
-def test_kubectl_reads_dates_and_numbers_as_the_models_do(texts: dict[Path, dict[str, Any]]) -> None:
+def test_kubectl_parses_dates_and_numbers_like_the_models(runs_by_file: dict[Path, dict[str, Any]]) -> None:
     hashes = [
         hash
-        for path, answer in texts.items()
+        for path, returned in runs_by_file.items()
         if path.stem in SCALARS
-        for hash in (load_run(path).config_hash, parsed(answer))
+        for hash in (load_run(path).config_hash, parsed_hash(returned))
     ]
     assert len(hashes) == 2 * len(SCALARS) and len(set(hashes)) == 1
 
 
-def parsed(answer: dict[str, Any]) -> str:
-    return DistillRun.parse(answer).config_hash
+def parsed_hash(returned: dict[str, Any]) -> str:
+    return DistillRun.parse(returned).config_hash
 
 
 def test_kubectl_explain_describes_a_stage(cluster: Cluster) -> None:
@@ -203,11 +208,9 @@ STATUS = {
 
 
 @pytest.fixture(scope="module")
-def twin(cluster: Cluster) -> Iterator[str]:
-    """The same CRD in a group that no operator watches, with an object `started` after its first step.
-
-    Returns the resource's name.
-    """
+def twin_crd(cluster: Cluster) -> Iterator[str]:
+    """The resource's name of the same CRD in a group that no operator watches. Its object `started` has
+    started its first step."""
     group = f"t{secrets.token_hex(4)}.{GROUP}"
     resource = f"twins.{group}"
     body = crd()
@@ -216,7 +219,7 @@ def twin(cluster: Cluster) -> Iterator[str]:
     cluster.kubectl("create", "--filename", "-", input=json.dumps(body))
     try:
         cluster.kubectl("wait", "--for=condition=Established", f"crd/{resource}", "--timeout=30s")
-        cluster.kubectl("create", "--filename", "-", input=json.dumps(run_of(group)))
+        cluster.kubectl("create", "--filename", "-", input=json.dumps(twin_manifest(group)))
         cluster.kubectl(
             "patch",
             resource,
@@ -231,7 +234,7 @@ def twin(cluster: Cluster) -> Iterator[str]:
         cluster.kubectl("delete", "crd", resource, "--timeout=60s")
 
 
-def run_of(group: str) -> dict[str, Any]:
+def twin_manifest(group: str) -> dict[str, Any]:
     changes = {
         "metadata.namespace": "default",
         "spec.stages": [*valid_specs.MINIMAL["spec"]["stages"], valid_specs.ONPOLICY],
@@ -239,7 +242,7 @@ def run_of(group: str) -> dict[str, Any]:
     return {**valid_specs.manifest(changes, "started"), "apiVersion": f"{group}/v1alpha1", "kind": "Twin"}
 
 
-FROZEN = (
+IMMUTABLE = (
     "cannot change after the first step has started: "
     "only suspend, ttlAfterFinished, deletionPolicy and runtime.attempts can."
 )
@@ -267,14 +270,14 @@ FROZEN = (
     ],
 )
 def test_the_configuration_of_a_started_run_cannot_change(
-    cluster: Cluster, twin: str, field: str, change: dict[str, Any]
+    cluster: Cluster, twin_crd: str, field: str, change: dict[str, Any]
 ) -> None:
     patch = json.dumps({"spec": change})
     _, errors = kubectl(
-        cluster, "patch", twin, "started", "--type=merge", "--dry-run=server", "--patch", patch
+        cluster, "patch", twin_crd, "started", "--type=merge", "--dry-run=server", "--patch", patch
     )
-    assert f"{field}: Invalid value: " in errors and FROZEN in errors
-    assert errors.count(FROZEN) == 1
+    assert f"{field}: Invalid value: " in errors and IMMUTABLE in errors
+    assert errors.count(IMMUTABLE) == 1
 
 
 @pytest.mark.parametrize(
@@ -288,32 +291,43 @@ def test_the_configuration_of_a_started_run_cannot_change(
     ],
 )
 def test_other_fields_of_a_started_run_may_change(
-    cluster: Cluster, twin: str, change: dict[str, Any]
+    cluster: Cluster, twin_crd: str, change: dict[str, Any]
 ) -> None:
     cluster.kubectl(
-        "patch", twin, "started", "--type=merge", "--dry-run=server", "--patch", json.dumps({"spec": change})
+        "patch",
+        twin_crd,
+        "started",
+        "--type=merge",
+        "--dry-run=server",
+        "--patch",
+        json.dumps({"spec": change}),
     )
 
 
-def test_a_run_may_change_until_its_first_step_has_started(cluster: Cluster, twin: str) -> None:
-    group = twin.partition(".")[2]
-    waiting = {**run_of(group), "metadata": {"name": "waiting", "namespace": "default"}}
-    cluster.kubectl("create", "--filename", "-", input=json.dumps(waiting))
+def test_a_run_may_change_until_its_first_step_has_started(cluster: Cluster, twin_crd: str) -> None:
+    group = twin_crd.partition(".")[2]
+    not_started = {**twin_manifest(group), "metadata": {"name": "waiting", "namespace": "default"}}
+    cluster.kubectl("create", "--filename", "-", input=json.dumps(not_started))
     queued = {"status": {"phase": "Queued", "steps": [{"name": "preprocess", "state": "Queued"}]}}
     cluster.kubectl(
-        "patch", twin, "waiting", "--subresource=status", "--type=merge", "--patch", json.dumps(queued)
+        "patch", twin_crd, "waiting", "--subresource=status", "--type=merge", "--patch", json.dumps(queued)
     )
     cluster.kubectl(
-        "patch", twin, "waiting", "--type=merge", "--patch", json.dumps({"spec": {"training": {"seed": 1}}})
+        "patch",
+        twin_crd,
+        "waiting",
+        "--type=merge",
+        "--patch",
+        json.dumps({"spec": {"training": {"seed": 1}}}),
     )
 
 
-def test_kubectl_get_shows_the_progress_of_a_run(cluster: Cluster, twin: str) -> None:
+def test_kubectl_get_shows_the_progress_of_a_run(cluster: Cluster, twin_crd: str) -> None:
     def columns(*arguments: str) -> dict[str, str]:
-        header, row = cluster.kubectl("get", twin, "started", *arguments).splitlines()
+        header, row = cluster.kubectl("get", twin_crd, "started", *arguments).splitlines()
         return dict(zip(header.split(), row.split(), strict=True))
 
-    shown = {
+    expected = {
         "NAME": "started",
         "PHASE": "Running",
         "STEP": "first",
@@ -322,7 +336,7 @@ def test_kubectl_get_shows_the_progress_of_a_run(cluster: Cluster, twin: str) ->
         "LOSS": "2.3456",
     }
     narrow, wide = columns(), columns("--output=wide")
-    assert {key: value for key, value in narrow.items() if key != "AGE"} == shown
+    assert {key: value for key, value in narrow.items() if key != "AGE"} == expected
     assert {key: wide[key] for key in ("TEACHER", "CONFIG")} == {
         "TEACHER": "s3://models/gpt-oss-120b",
         "CONFIG": "0123456789abcdef",

@@ -1,4 +1,4 @@
-"""The Helm chart: values, permissions, security, and the installation and upgrade of the CRD."""
+"""The Helm chart: values, permissions, security, installation and upgrade of the CRD."""
 
 import json
 from pathlib import Path
@@ -19,13 +19,13 @@ DEV = ["--values", str(CHART / "values-dev.yaml"), *GIT_SHA]
 CRD = "distillruns.vpmoe.dev"
 
 
-def rendered(cluster: Cluster, *arguments: str) -> list[dict[str, Any]]:
+def render_chart(cluster: Cluster, *arguments: str) -> list[dict[str, Any]]:
     return [
         obj for obj in yaml.safe_load_all(cluster.helm("template", "x", str(CHART), *DEV, *arguments)) if obj
     ]
 
 
-def test_it_lints(cluster: Cluster) -> None:
+def test_the_chart_passes_lint(cluster: Cluster) -> None:
     cluster.helm("lint", "--strict", str(CHART), *DEV)
 
 
@@ -67,7 +67,7 @@ def test_invalid_values_are_rejected_with_the_remedy(
         ),
     ],
 )
-def test_the_command_of_the_readme_names_the_images(
+def test_the_command_of_the_readme_sets_the_images(
     cluster: Cluster, arguments: list[str], images: list[str]
 ) -> None:
     printed = cluster.helm("template", "distill-operator", str(CHART), *GIT_SHA, *REGISTRY, *arguments)
@@ -85,26 +85,26 @@ def test_the_command_of_the_readme_names_the_images(
 
 @pytest.mark.parametrize("namespaces", ["", "team-a,team-b"])
 def test_permissions_name_their_resources(cluster: Cluster, namespaces: str) -> None:
-    objects = rendered(cluster, *(["--set", f"watchNamespaces={{{namespaces}}}"] if namespaces else []))
+    objects = render_chart(cluster, *(["--set", f"watchNamespaces={{{namespaces}}}"] if namespaces else []))
     roles = [obj for obj in objects if obj["kind"] in ("Role", "ClusterRole")]
     rules = [rule for role in roles for rule in role["rules"]]
     assert "*" not in json.dumps(rules)
-    everywhere = {
+    cluster_resources = {
         resource
         for role in roles
         if role["kind"] == "ClusterRole"
         for rule in role["rules"]
         for resource in rule["resources"]
     }
-    assert ("secrets" in everywhere) is (namespaces == "")
-    assert everywhere >= {"nodes", "customresourcedefinitions"}
+    assert ("secrets" in cluster_resources) is (namespaces == "")
+    assert cluster_resources >= {"nodes", "customresourcedefinitions"}
     for rule in rules:
         if "customresourcedefinitions" in rule["resources"]:
             assert rule["resourceNames"] == [CRD]
 
 
 def test_the_operators_pod_satisfies_the_restricted_standard(cluster: Cluster) -> None:
-    (deployment,) = [obj for obj in rendered(cluster) if obj["kind"] == "Deployment"]
+    (deployment,) = [obj for obj in render_chart(cluster) if obj["kind"] == "Deployment"]
     pod = deployment["spec"]["template"]["spec"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     for container in [*pod["initContainers"], *pod["containers"]]:
@@ -116,10 +116,8 @@ def test_the_operators_pod_satisfies_the_restricted_standard(cluster: Cluster) -
         assert "memory" in container["resources"]["limits"]
 
 
-def test_it_installs_over_a_crd_that_kubectl_applied_and_brings_it_up_to_date(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    """An older CRD, applied by kubectl: with another description, and without a field."""
+def test_installation_and_upgrade_update_a_crd_applied_by_kubectl(cluster: Cluster, tmp_path: Path) -> None:
+    """The older CRD has another description and lacks a field."""
     current = yaml.safe_load((ROOT / "manifests/crd.yaml").read_text())
     old = json.loads(json.dumps(current))
     schema = old["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
@@ -154,7 +152,7 @@ def test_it_installs_over_a_crd_that_kubectl_applied_and_brings_it_up_to_date(
             == current["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["description"]
         )
         cluster.helm("uninstall", "second", "--namespace", namespace, "--wait")
-        assert crd_schema(cluster), "the CRD stays, and with it all runs"
+        assert crd_schema(cluster), "the CRD and therefore all runs remain"
     finally:
         cluster.kubectl("delete", "namespace", namespace, "--ignore-not-found")
         cluster.kubectl(
@@ -169,7 +167,7 @@ def crd_schema(cluster: Cluster) -> dict[str, Any]:
     return schema
 
 
-def test_the_installed_operator_runs_as_the_chart_says(cluster: Cluster) -> None:
+def test_the_installed_operator_is_ready_and_unprivileged(cluster: Cluster) -> None:
     listed = cluster.kubectl(
         "get",
         "pods",

@@ -1,6 +1,5 @@
-"""The operator's process on a real control plane: killed at every write, with a standby, without its
-lease, without Kubeflow.
-"""
+"""The operator's process on a real control plane: killed after every write, with a standby, without its
+lease, without Kubeflow."""
 
 import urllib.request
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from tests.fakes.waiting import answers, wait_until
 
 @pytest.fixture(scope="module")
 def harness(cluster: Cluster, namespace: str) -> Iterator[RunHarness]:
-    """Without the installed operator: these tests start their own."""
+    """A harness without the installed operator: these tests start their own."""
     run_harness.upgrade_operator(cluster, "--set", "replicas=0")
     cluster.kubectl(
         "wait",
@@ -40,28 +39,27 @@ def proxy(cluster: Cluster, harness: RunHarness) -> Iterator[ApiProxy]:
         yield proxy
 
 
-def test_killed_at_every_write_of_a_run_it_never_creates_a_duplicate_and_always_finishes(
+def test_an_operator_killed_after_every_write_creates_no_duplicate_and_finishes_the_run(
     harness: RunHarness, proxy: ApiProxy, tmp_path: Path
 ) -> None:
-    """Each process makes one write, and is killed before it gets the answer: every state between two
-    writes is met.
-    """
+    """Each process makes one write and is killed before it receives the response, so that every state between
+    two writes occurs."""
     operator = OperatorProcess(proxy, tmp_path, harness.namespace)
-    died: list[str] = []
+    writes_before_kill: list[str] = []
 
-    def die(method: str, path: str) -> None:
+    def kill_operator(method: str, path: str) -> None:
         if "/leases" not in path:
             operator.kill()
-            died.append(f"{method} {path}")
+            writes_before_kill.append(f"{method} {path}")
 
-    two = {"teacher": {"model": "s3://models/none", "gpus": 1}, "stages": STAGES}
+    three_stages = {"teacher": {"model": "s3://models/none", "gpus": 1}, "stages": STAGES}
     harness.apply(
         "mortal",
         "steps=4 every=2 pause=0 parts=2 kill=vanilla@1:2,rescore@1:-102",
         deletionPolicy="Delete",
-        **two,
+        **three_stages,
     )
-    proxy.after_write = die
+    proxy.after_write = kill_operator
     for _ in range(160):
         operator.start()
         wait_until(
@@ -74,7 +72,9 @@ def test_killed_at_every_write_of_a_run_it_never_creates_a_duplicate_and_always_
         if harness.status("mortal").get("phase") == "Succeeded":
             break
     operator.kill()
-    assert harness.wait_for_phase("mortal", "Succeeded", seconds=1)["phase"] == "Succeeded", died
+    assert harness.wait_for_phase("mortal", "Succeeded", seconds=1)["phase"] == "Succeeded", (
+        writes_before_kill
+    )
     expected = [
         *(f"{step}-a{attempt}" for step in ("rescore", "vanilla") for attempt in (1, 2)),
         "preprocess-a1",
@@ -85,8 +85,8 @@ def test_killed_at_every_write_of_a_run_it_never_creates_a_duplicate_and_always_
     assert sorted(created_kinds(proxy.writes)) == ["jobs"] * 3 + ["pytorchjobs"] * 4
     assert harness.starts("mortal") == [(1, 0), (2, 2)]
     assert harness.starts("mortal", "rescore") == [(1, 0), (2, 1)]
-    assert len(died) > 20, (
-        "it died after writes of the status, the finalizer, Events, the ConfigMap and children"
+    assert len(writes_before_kill) > 20, (
+        "it was killed after writes of the status, the finalizer, Events, the ConfigMap and children"
     )
     harness.patch("mortal", deletionPolicy="Retain")
     proxy.after_write = lambda method, path: None
@@ -95,7 +95,7 @@ def test_killed_at_every_write_of_a_run_it_never_creates_a_duplicate_and_always_
     assert operator.stop() == 0
 
 
-def test_a_standby_is_healthy_and_takes_over_when_the_holder_dies(
+def test_a_standby_is_healthy_and_takes_over_when_the_leader_is_killed(
     harness: RunHarness, proxy: ApiProxy, tmp_path: Path
 ) -> None:
     first, second = (
@@ -103,16 +103,16 @@ def test_a_standby_is_healthy_and_takes_over_when_the_holder_dies(
         for identity in ("first", "second")
     )
     first.start()
-    wait_until(first.leads, "the first leads")
+    wait_until(first.leads, "the first operator leads")
     second.start()
-    wait_until(lambda: answers(f"http://127.0.0.1:{second.port}/healthz"), "the second answers", 60)
+    wait_until(lambda: answers(f"http://127.0.0.1:{second.port}/healthz"), "the second operator responds", 60)
     for process in (first, second):
         for probe in ("healthz", "readyz"):
             assert urllib.request.urlopen(f"http://127.0.0.1:{process.port}/{probe}").read() == b"ok\n"
     assert "vpmoe_operator_leading 0.0" in metrics(second)
     assert "vpmoe_operator_leading 1.0" in metrics(first)
     first.kill()
-    wait_until(second.leads, "the second leads", 60)
+    wait_until(second.leads, "the second operator leads", 60)
     harness.apply("handed", "steps=1")
     harness.wait_for_phase("handed", "Succeeded")
     assert "vpmoe_operator_reconciles_total" in metrics(second)
@@ -131,13 +131,13 @@ def metrics(process: OperatorProcess) -> str:
     return str(urllib.request.urlopen(f"http://127.0.0.1:{process.port}/metrics").read().decode())
 
 
-def test_an_operator_that_has_lost_its_lease_ends_at_once(
+def test_an_operator_exits_when_it_has_lost_its_lease(
     harness: RunHarness, proxy: ApiProxy, tmp_path: Path
 ) -> None:
     operator = OperatorProcess(proxy, tmp_path, harness.namespace, lease_seconds=10)
     operator.start()
-    wait_until(operator.leads, "it leads")
-    thief = '{"spec":{"holderIdentity":"thief"}}'
+    wait_until(operator.leads, "the operator leads")
+    new_holder = '{"spec":{"holderIdentity":"thief"}}'
     harness.cluster.kubectl(
         "patch",
         "lease",
@@ -145,13 +145,13 @@ def test_an_operator_that_has_lost_its_lease_ends_at_once(
         f"--namespace={install.NAMESPACE}",
         "--type=merge",
         "--patch",
-        thief,
+        new_holder,
     )
     assert operator.process.wait(timeout=30) == 70
     assert "another process has taken the lease" in operator.log.read_text()
 
 
-def test_a_missing_kubeflow_is_reported_and_the_backend_never_switched(
+def test_a_missing_kubeflow_is_reported_and_the_backend_is_not_changed(
     harness: RunHarness, proxy: ApiProxy, tmp_path: Path
 ) -> None:
     proxy.rewrite_path = lambda path: path.replace(
@@ -164,10 +164,10 @@ def test_a_missing_kubeflow_is_reported_and_the_backend_never_switched(
     harness.wait_until(
         "early",
         lambda: harness.condition("early", "Stalled").get("reason") == "KubeflowMissing",
-        "early reports it",
+        "run early is stalled",
     )
     assert "Install the Kubeflow training operator" in harness.status("early")["message"]
-    harness.wait_for_phase("plain", "Succeeded")  # younger, and not blocked
+    harness.wait_for_phase("plain", "Succeeded")  # created later, and not blocked
     assert harness.child_names("early") == []
     proxy.rewrite_path = lambda path: path
     harness.wait_for_phase("early", "Succeeded")

@@ -1,7 +1,4 @@
-"""The operator on a real control plane, with real pods that run stand-in jobs.
-
-Most runs are applied at once.
-"""
+"""The operator on a real control plane, with real pods that run stand-in jobs."""
 
 import json
 from collections.abc import Iterator
@@ -17,13 +14,13 @@ from tests.fakes.run_harness import STAGES, RunHarness, rejection
 from tests.fakes.s3_proxy import S3Proxy
 
 LONG = "steps=3000 pause=0.3 every=2 hurry=2"
-"""Trains for fifteen minutes, long enough to be stopped. The next attempt ends at once."""
-WHOLE = "steps=8 every=4 pause=0.5 parts=6 beside=vanilla kill=rescore@1:-103,rescored@1:5"
-"""Rescoring is killed once, and runs beside a Vanilla stage of four seconds. The Rescored stage is killed
-once too."""
-ENDLESS = "steps=6 every=2 pause=0.5 windows=3000 kill=onpolicy-sampler@1:-203"
-"""The sampler is killed once. Sampler and teacher would continue long after the stage is trained."""
-TOGETHER: dict[str, Any] = {
+"""Trains for fifteen minutes, so that a test can stop it. The next attempt finishes at once."""
+RESCORING_SCRIPT = "steps=8 every=4 pause=0.5 parts=6 beside=vanilla kill=rescore@1:-103,rescored@1:5"
+"""Rescoring is killed once and runs beside a Vanilla stage of four seconds. The Rescored stage is killed
+once."""
+ENDLESS_WINDOWS = "steps=6 every=2 pause=0.5 windows=3000 kill=onpolicy-sampler@1:-203"
+"""The sampler is killed once. Sampler and teacher would continue long after the end of training."""
+FOUR_GPUS: dict[str, Any] = {
     "teacher": {"model": "s3://models/none", "gpus": 2},
     "student": {"shape": "tiny", "gpus": 2},
     "stages": [
@@ -33,8 +30,8 @@ TOGETHER: dict[str, Any] = {
     "evaluation": {"completions": 8},
 }
 """Four GPUs: two teachers, one sampler, one trainer."""
-THREE: dict[str, Any] = {"teacher": {"model": "s3://models/none", "gpus": 2}, "stages": STAGES}
-"""Three GPUs: two teachers that score; in stage teacherforced the student and one teacher."""
+THREE_GPUS: dict[str, Any] = {"teacher": {"model": "s3://models/none", "gpus": 2}, "stages": STAGES}
+"""Three GPUs: two teachers and the student; in stage teacherforced one teacher and the student."""
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +42,17 @@ def s3_proxy(cluster: Cluster) -> Iterator[S3Proxy]:
 
 @pytest.fixture(scope="module")
 def harness(cluster: Cluster, namespace: str, s3_proxy: S3Proxy) -> Iterator[RunHarness]:
-    """Apply most runs of this module at once, so that they share the time that pods take to start.
+    """Apply most runs of this module at the same time, so that their pods start in parallel.
 
-    The runs that hold a GPU until a test releases it must be fewer than the pool's eight GPUs. Otherwise a
-    run that a test waits for might never get one.
+    The runs that hold a GPU until a test stops them must be fewer than the pool's eight GPUs. Otherwise a run
+    that a test waits for might never get one.
     """
     run_harness.upgrade_operator(cluster, *run_harness.FAST)
     harness = RunHarness.create(cluster, namespace)
     harness.kubectl("apply", "--filename", "-", input=json.dumps(foreign_job("taken-preprocess-a1")))
-    harness.apply("whole", WHOLE, **THREE)
+    harness.apply("whole", RESCORING_SCRIPT, **THREE_GPUS)
     harness.observe_pods("whole")
-    harness.apply("onpolicy", ENDLESS, **TOGETHER)
+    harness.apply("onpolicy", ENDLESS_WINDOWS, **FOUR_GPUS)
     harness.observe_pods("onpolicy")
     harness.apply("killed", "steps=6 every=2 kill=1:4")
     harness.apply("unkillable", "fail=1:0,2:0", runtime={"attempts": 2})
@@ -80,7 +77,7 @@ def foreign_job(name: str) -> dict[str, Any]:
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": spec}
 
 
-def test_a_pod_that_is_killed_mid_training_resumes_from_its_checkpoint_as_attempt_2(
+def test_a_pod_killed_during_training_resumes_from_its_checkpoint_as_attempt_2(
     harness: RunHarness,
 ) -> None:
     status = harness.wait_for_phase("killed", "Succeeded", "Failed")
@@ -90,7 +87,7 @@ def test_a_pod_that_is_killed_mid_training_resumes_from_its_checkpoint_as_attemp
     reasons = {"StepStarted", "StepRetrying", "StepSucceeded", "RunSucceeded"}
     harness.wait_until(
         "killed", lambda: reasons <= set(harness.events("killed")), "all Events are posted"
-    )  # after the status
+    )  # they are posted after the status
     events = harness.events("killed")
     message = (
         "step vanilla failed (attempt 1 of 3): pod killed-vanilla-a1-master-0, "
@@ -100,12 +97,12 @@ def test_a_pod_that_is_killed_mid_training_resumes_from_its_checkpoint_as_attemp
     harness.kubectl("wait", "--for=condition=Succeeded", "distillrun/killed", "--timeout=5s")
 
 
-def test_a_run_of_all_kinds_succeeds_and_scores_beside_vanilla(harness: RunHarness) -> None:
+def test_a_run_of_three_kinds_succeeds_and_rescores_beside_vanilla(harness: RunHarness) -> None:
     status = harness.wait_for_phase("whole", "Succeeded", "Failed")
     assert status["phase"] == "Succeeded", status["message"]
-    together, gpus = harness.observers["whole"].result()
-    assert frozenset({"rescore", "vanilla"}) in together
-    assert all(len(steps) <= 1 or steps == {"rescore", "vanilla"} for steps in together), together
+    steps_at_once, gpus = harness.observers["whole"].result()
+    assert frozenset({"rescore", "vanilla"}) in steps_at_once
+    assert all(len(steps) <= 1 or steps == {"rescore", "vanilla"} for steps in steps_at_once), steps_at_once
     assert gpus == 3, "two teachers and a student: at most teacher.gpus + student.gpus"
     steps = [
         "preprocess-a1",
@@ -128,15 +125,15 @@ def test_a_run_of_all_kinds_succeeds_and_scores_beside_vanilla(harness: RunHarne
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 2, "a student and its teacher"
 
 
-def test_the_three_steps_of_an_on_policy_stage_start_together_are_retried_alone_and_end_together(
+def test_the_three_steps_of_an_on_policy_stage_start_and_end_together_and_are_retried_separately(
     harness: RunHarness,
 ) -> None:
     status = harness.wait_for_phase("onpolicy", "Succeeded", "Failed")
     assert status["phase"] == "Succeeded", status["message"]
-    together, gpus = harness.observers["onpolicy"].result()
+    steps_at_once, gpus = harness.observers["onpolicy"].result()
     trio = {"onpolicy-sampler", "onpolicy-teacher", "onpolicy"}
-    assert frozenset(trio) in together
-    assert all(len(steps) <= 1 or steps <= trio for steps in together), together
+    assert frozenset(trio) in steps_at_once
+    assert all(len(steps) <= 1 or steps <= trio for steps in steps_at_once), steps_at_once
     assert gpus == 4, "two teachers, a sampler and a trainer: at most teacher.gpus + student.gpus"
     steps = {step["name"]: (step["state"], step["attempt"], step["failures"]) for step in status["steps"]}
     assert steps == {step: ("Succeeded", 1 + (step == "onpolicy-sampler"), 0) for step in steps}
@@ -151,12 +148,12 @@ def test_the_three_steps_of_an_on_policy_stage_start_together_are_retried_alone_
     for step in ("onpolicy-sampler", "onpolicy-teacher"):
         assert harness.step("onpolicy", step)["message"] == "training has succeeded"
         assert 0 < harness.step("onpolicy", step)["partsDone"] < 3000
-    left = {name for name in harness.child_names("onpolicy") if "-onpolicy-" in name}
-    assert left == {
+    children = {name for name in harness.child_names("onpolicy") if "-onpolicy-" in name}
+    assert children == {
         "onpolicy-onpolicy-sampler-a1",
         "onpolicy-onpolicy-a1",
         "onpolicy-onpolicy-evaluate-a1",
-    }, "the others were stopped"
+    }, "sampler-a2 and teacher-a1 were stopped"
     assert (status["validity"], harness.step("onpolicy", "onpolicy-evaluate")["message"]) == (
         0.83,
         "validity 83 %",
@@ -165,7 +162,7 @@ def test_the_three_steps_of_an_on_policy_stage_start_together_are_retried_alone_
     assert harness.events("onpolicy")["StepRetrying"].startswith(message)
 
 
-def test_failures_in_a_row_fail_the_run_and_raising_attempts_continues_it(harness: RunHarness) -> None:
+def test_repeated_failures_fail_the_run_and_raising_attempts_continues_it(harness: RunHarness) -> None:
     status = harness.wait_for_phase("unkillable", "Failed", "Succeeded")
     assert status["phase"] == "Failed"
     assert "attempt 2 of 2" in status["message"]
@@ -185,12 +182,12 @@ def test_a_permanent_failure_is_not_retried(harness: RunHarness) -> None:
     assert harness.child_names("refusing") == ["refusing-preprocess-a1", "refusing-vanilla-a1"]
 
 
-def test_one_gpu_a_pod_makes_a_master_and_a_worker(harness: RunHarness) -> None:
+def test_two_gpus_with_one_per_pod_are_a_master_and_a_worker(harness: RunHarness) -> None:
     harness.wait_for_phase("pair", "Succeeded")
     (job,) = harness.objects("pair", PYTORCHJOB)
     replicas = job["spec"]["pytorchReplicaSpecs"]
     assert {role: spec["replicas"] for role, spec in replicas.items()} == {"Master": 1, "Worker": 1}
-    # The Master may finish before the Worker's init container, so the steps vary. The attempts do not.
+    # The Master may finish before the Worker's init container, so only the attempts are certain.
     assert [attempt for attempt, _ in harness.starts("pair")] == [1, 1], "two processes"
 
 
@@ -214,7 +211,7 @@ def test_an_object_of_another_owner_is_never_adopted(harness: RunHarness) -> Non
     harness.wait_for_phase("taken", "Succeeded")
 
 
-def test_a_pod_that_cannot_start_says_why_and_starts_once_it_can(harness: RunHarness) -> None:
+def test_a_pod_that_cannot_start_is_reported_and_starts_once_it_can(harness: RunHarness) -> None:
     harness.wait_until(
         "keyless",
         lambda: 'secret "to-come" not found' in harness.status("keyless").get("message", ""),
@@ -225,22 +222,24 @@ def test_a_pod_that_cannot_start_says_why_and_starts_once_it_can(harness: RunHar
     harness.wait_for_phase("keyless", "Succeeded")
 
 
-def test_a_child_that_a_quota_rejects_is_reported_blocks_no_other_and_is_created_once_allowed(
+def test_a_child_rejected_by_a_quota_is_reported_blocks_no_other_and_is_created_once_allowed(
     harness: RunHarness,
 ) -> None:
-    hard = {"hard": {"count/jobs.batch": "0"}}
-    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": hard}
+    limits = {"hard": {"count/jobs.batch": "0"}}
+    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": limits}
     harness.apply(
         "refused", "steps=1 pause=4", teacher={"model": "s3://models/none", "gpus": 1}, stages=STAGES[:2]
     )
     harness.wait_until(
-        "refused", lambda: harness.child_names("refused") == ["refused-preprocess-a1"], "it preprocesses"
+        "refused",
+        lambda: harness.child_names("refused") == ["refused-preprocess-a1"],
+        "preprocessing is created",
     )
     harness.kubectl("apply", "--filename", "-", input=json.dumps(quota))
     harness.wait_until(
         "refused",
         lambda: harness.condition("refused", "Stalled").get("reason") == "ChildRefused",
-        "refused reports it",
+        "refused is stalled",
     )
     assert "exceeded quota: none" in harness.condition("refused", "Stalled")["message"]
     harness.wait_until(
@@ -262,13 +261,13 @@ def test_suspend_stops_at_a_checkpoint_and_resume_continues_from_it(harness: Run
     harness.wait_for_phase("suspended", "Suspended")
     assert harness.condition("suspended", "Suspended")["status"] == "True"
     pods = [pod["metadata"]["name"] for pod in harness.objects("suspended", POD)]
-    assert not any("vanilla" in name for name in pods), "its pods are gone and its GPUs free"
+    assert not any("vanilla" in name for name in pods), "no training pod exists and no GPU is held"
     harness.patch("suspended", suspend=False)
     harness.wait_for_phase("suspended", "Succeeded")
     assert harness.step("suspended")["failures"] == 0
     (_, first), (attempt, second) = harness.starts("suspended")
     assert (first, attempt) == (0, 2)
-    assert 0 < second < 2500, "it saved a checkpoint on SIGTERM, long before the first regular one"
+    assert 0 < second < 2500, "SIGTERM made it save a checkpoint, long before the first regular one"
 
 
 def test_an_evicted_pod_is_an_interruption_and_not_a_failure(harness: RunHarness) -> None:
@@ -285,7 +284,7 @@ def test_an_evicted_pod_is_an_interruption_and_not_a_failure(harness: RunHarness
     assert harness.step("evicted")["failures"] == 0
 
 
-def test_a_pod_that_is_deleted_by_force_ends_the_attempt(harness: RunHarness) -> None:
+def test_a_pod_deleted_by_force_ends_the_attempt(harness: RunHarness) -> None:
     harness.wait_for_checkpoint("removed")
     harness.kubectl("delete", "pod", "removed-vanilla-a1-master-0", "--force", "--grace-period=0")
     status = harness.wait_for_phase("removed", "Succeeded", "Failed")
@@ -302,16 +301,14 @@ def test_the_configuration_of_a_started_run_cannot_be_edited(harness: RunHarness
     harness.patch("retained", ttlAfterFinished="1h")
 
 
-def test_a_store_that_is_away_for_a_while_costs_nothing_but_time(
-    harness: RunHarness, s3_proxy: S3Proxy
-) -> None:
+def test_a_run_continues_after_its_store_was_unreachable(harness: RunHarness, s3_proxy: S3Proxy) -> None:
     harness.wait_for_checkpoint("away")
     loss = harness.status("away")["loss"]
     s3_proxy.disconnect()
     harness.wait_until(
         "away",
         lambda: harness.condition("away", "StorageReachable").get("status") == "False",
-        "the operator notices",
+        "the operator reports the store as unreachable",
     )
     status = harness.status("away")
     assert (status["phase"], status["loss"] <= loss) == ("Running", True), "the last known loss is kept"
@@ -319,17 +316,17 @@ def test_a_store_that_is_away_for_a_while_costs_nothing_but_time(
     harness.wait_until(
         "away",
         lambda: harness.condition("away", "StorageReachable").get("status") == "True",
-        "the operator notices",
+        "the operator reports the store as reachable",
     )
     done = harness.step("away")["tokensDone"]
-    harness.wait_until("away", lambda: harness.step("away")["tokensDone"] > done, "it continues")
+    harness.wait_until("away", lambda: harness.step("away")["tokensDone"] > done, "training continues")
     assert (harness.step("away")["attempt"], harness.step("away")["failures"]) == (1, 0)
     assert {"StorageUnreachable", "StorageReachable"} <= set(harness.events("away"))
     harness.kubectl("delete", "distillrun", "away")
 
 
 @pytest.mark.parametrize("name, kept", [("retained", True), ("deleted", False)])
-def test_a_run_deleted_while_it_trains_leaves_only_what_deletion_policy_says(
+def test_deletion_policy_decides_whether_a_deleted_runs_folder_is_kept(
     harness: RunHarness, name: str, kept: bool
 ) -> None:
     harness.wait_for_checkpoint(name)
@@ -343,7 +340,7 @@ def test_a_run_deleted_while_it_trains_leaves_only_what_deletion_policy_says(
     assert harness.has_objects(folder) is kept
 
 
-def test_a_run_that_is_deleted_without_its_secret_keeps_its_folder_and_reports_it(
+def test_a_run_deleted_without_its_secret_keeps_its_folder_and_reports_it(
     harness: RunHarness,
 ) -> None:
     harness.wait_for_phase("orphan", "Succeeded")
@@ -354,14 +351,14 @@ def test_a_run_that_is_deleted_without_its_secret_keeps_its_folder_and_reports_i
     assert "Secret brief does not exist in namespace" in harness.events("orphan")["BucketKept"]
 
 
-def test_two_runs_of_8_gpus_go_one_after_the_other(harness: RunHarness) -> None:
+def test_two_runs_of_8_gpus_run_one_after_the_other(harness: RunHarness) -> None:
     eight = {"teacher": {"model": "s3://models/none", "gpus": 1}, "student": {"shape": "tiny", "gpus": 7}}
     for name in ("eight-a", "eight-b"):
         harness.apply(name, "steps=4 pause=0.5", **eight)
     harness.wait_until(
         "eight-b",
         lambda: {harness.status(n).get("phase") for n in ("eight-a", "eight-b")} == {"Running", "Queued"},
-        "one waits",
+        "one is queued",
     )
     first, second = sorted(
         ("eight-a", "eight-b"), key=lambda name: harness.status(name)["phase"] != "Running"
@@ -380,7 +377,7 @@ def test_a_run_with_the_dataset_and_teacher_of_another_reuses_its_scores_and_rep
     harness: RunHarness,
 ) -> None:
     harness.wait_for_phase("whole", "Succeeded")
-    harness.apply("again", WHOLE, **{**THREE, "stages": STAGES[:2]})
+    harness.apply("again", RESCORING_SCRIPT, **{**THREE_GPUS, "stages": STAGES[:2]})
     harness.wait_until(
         "again", lambda: harness.step("again", "rescore").get("state") == "Succeeded", "again has scores"
     )
@@ -388,7 +385,7 @@ def test_a_run_with_the_dataset_and_teacher_of_another_reuses_its_scores_and_rep
     assert harness.step("again", "rescore")["message"] == "Reused"
 
 
-def test_every_pod_and_child_carries_its_provenance(harness: RunHarness) -> None:
+def test_every_pod_and_child_has_its_provenance(harness: RunHarness) -> None:
     harness.wait_for_phase("killed", "Succeeded")
     status = harness.status("killed")
     for found in harness.objects("killed", JOB, PYTORCHJOB, POD):

@@ -1,7 +1,7 @@
-"""Start, end and faults of the development cluster, in namespaces apart from this checkout's running cluster.
+"""Start, stop and faults of the development cluster, in namespaces separate from this checkout's cluster.
 
-What a node could leave on the machine (processes, mounts, links, packet rules, kernel settings, cgroups) is
-compared before the first start and after the end.
+The state that a node can leave on the machine (processes, mounts, links, packet rules, kernel settings,
+cgroups) is compared before the first start and after the last stop.
 """
 
 import os
@@ -23,8 +23,8 @@ FIRST_PROCESS = (
     "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); signal.pause()"  # reaps orphans
 )
 KERNEL_SETTINGS = " ".join(f"/proc/sys/{name}" for name in configuration.KERNEL_SETTINGS)
-TRACES = {
-    # without a pipe: its processes would be listed
+STATE_COMMANDS = {
+    # no pipe, because its processes would be listed
     "processes": "for p in /proc/[0-9]*; do tr '\\0' ' ' <$p/cmdline; echo; done",
     "mounts": "cut -d' ' -f1,2,3 /proc/self/mounts",
     "links and addresses": "ip -oneline address show | cut -c1-60",
@@ -41,14 +41,14 @@ class Machine:
     """Namespaces with their own processes, mounts, network and /run, and a copy of the checkout."""
 
     checkout: Path
-    first: int
-    """The host's number of its first process."""
+    first_process: int
+    """The process id of its first process on the host."""
     before: dict[str, str] = field(default_factory=dict)
 
     def start(self, *command: str | Path, checkout: Path | None = None) -> subprocess.Popen[str]:
         enter = (
             "nsenter",
-            f"--target={self.first}",
+            f"--target={self.first_process}",
             "--mount",
             "--pid",
             "--net",
@@ -61,17 +61,17 @@ class Machine:
 
     def run(self, *command: str | Path, checkout: Path | None = None) -> tuple[int, str, str]:
         process = self.start(*command, checkout=checkout)
-        said, errors = process.communicate()
-        return process.returncode, said, errors
+        output, errors = process.communicate()
+        return process.returncode, output, errors
 
     def cluster(self, command: str, checkout: Path | None = None) -> tuple[int, str, str]:
         return self.run(sys.executable, "-m", "devcluster", command, checkout=checkout)
 
     def up(self) -> str:
         """Bring the cluster up. Returns its messages."""
-        status, said, errors = self.cluster("up")
+        status, output, errors = self.cluster("up")
         assert status == 0, errors
-        assert said.splitlines()[-1] == f"export KUBECONFIG={self.state}/kubeconfig"
+        assert output.splitlines()[-1] == f"export KUBECONFIG={self.state}/kubeconfig"
         return errors
 
     def kubectl(self, *arguments: str) -> tuple[int, str, str]:
@@ -89,19 +89,19 @@ class Machine:
             'kill -KILL $(grep -lzxF -- "$killed" /proc/[0-9]*/cmdline | cut -d/ -f3)',
         )
 
-    def traces(self) -> dict[str, str]:
-        found = {name: self.run("sh", "-c", command)[1] for name, command in TRACES.items()}
+    def machine_state(self) -> dict[str, str]:
+        found = {name: self.run("sh", "-c", command)[1] for name, command in STATE_COMMANDS.items()}
         return found | {
             "cgroups": "\n".join(
                 map(str, Path("/sys/fs/cgroup").glob(f"**/{configuration.cgroup_name(str(self.state))}"))
             )
         }
 
-    def node(self) -> int | None:
-        """This machine's number of the node's first process; None if there is no node."""
+    def node_process(self) -> int | None:
+        """The process id of the node's first process in these namespaces; None if there is no node."""
         code = "from devcluster import host; print(getattr(host.running(), 'pid', ''))"
-        said = self.run(sys.executable, "-c", code)[1].strip()
-        return int(said) if said else None
+        output = self.run(sys.executable, "-c", code)[1].strip()
+        return int(output) if output else None
 
     @property
     def state(self) -> Path:
@@ -110,7 +110,7 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
-    needs.machine()  # installs and compiles what is missing now: the machine has no network
+    needs.machine()  # installs and compiles what is missing: the namespaces have no network
     dev.sources()
     checkout = tmp_path_factory.mktemp("checkout")
     for name in ("devcluster", "vpmoe", "jobs", "operator", "tests"):
@@ -126,7 +126,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         10,
     )
     machine = Machine(checkout, int(children.read_text()))
-    machine.before = machine.traces()
+    machine.before = machine.machine_state()
     yield machine
     machine.cluster("down")
     outer.kill()
@@ -137,7 +137,7 @@ def command_line(pid: str) -> str:
     return Path("/proc", pid, "cmdline").read_bytes().replace(b"\0", b" ").decode() if pid else ""
 
 
-def test_a_taken_subnet_is_named(machine: Machine) -> None:
+def test_a_subnet_in_use_is_named(machine: Machine) -> None:
     machine.cluster("down")
     machine.run("ip", "link", "add", "podman1", "type", "veth", "peer", "name", "podman1-end")
     machine.run("ip", "address", "add", configuration.SUBNET, "dev", "podman1")
@@ -147,17 +147,17 @@ def test_a_taken_subnet_is_named(machine: Machine) -> None:
     assert (status, "10.89.0.0/24 is taken by podman1" in errors) == (1, True)
 
 
-def test_a_second_up_finds_the_first_ones_node(machine: Machine) -> None:
+def test_a_second_up_keeps_the_node(machine: Machine) -> None:
     machine.up()
-    node = machine.node()
-    assert node
+    node_process = machine.node_process()
+    assert node_process
     assert machine.up() == ""
-    assert machine.node() == node
-    status, said, _ = machine.cluster("status")
-    assert (status, f"process {node}," in said) == (0, True)
+    assert machine.node_process() == node_process
+    status, output, _ = machine.cluster("status")
+    assert (status, f"process {node_process}," in output) == (0, True)
 
 
-def test_gpus_are_allocatable_and_pytorchjobs_are_judged_once_up_returns(machine: Machine) -> None:
+def test_after_up_gpus_are_allocatable_and_pytorchjobs_are_validated(machine: Machine) -> None:
     machine.up()
     assert (
         machine.kubectl("get", "node", "--output=jsonpath={.items[*].status.allocatable.nvidia\\.com/gpu}")[1]
@@ -170,28 +170,28 @@ def test_gpus_are_allocatable_and_pytorchjobs_are_judged_once_up_returns(machine
 
 
 @pytest.mark.parametrize("command", ["up", "down", "status"])
-def test_another_checkouts_cluster_is_named_and_left_alone(machine: Machine, command: str) -> None:
+def test_another_checkouts_cluster_is_named_and_not_changed(machine: Machine, command: str) -> None:
     machine.up()
-    node = machine.node()
+    node_process = machine.node_process()
     status, _, errors = machine.cluster(command, checkout=host.CHECKOUT)
     assert status == 1
-    assert f"process {node}" in errors
+    assert f"process {node_process}" in errors
     assert f"{machine.state}/kubeconfig" in errors
-    assert machine.node() == node
+    assert machine.node_process() == node_process
 
 
 @pytest.mark.parametrize(
     "file, old, new",
     [
         pytest.param(
-            "configuration.py", '"failSwapOn": False', '"failSwapOn": True', id="a daemon's settings"
+            "configuration.py", '"failSwapOn": False', '"failSwapOn": True', id="settings of a daemon"
         ),
         pytest.param("configuration.py", "GPUS = 8", "GPUS = 4", id="GPUs"),
         pytest.param("image.py", "nonroot:/tmp", "nonroot:/home", id="the image"),
         pytest.param("manifests/coredns.yaml", "ttl 1", "ttl 2", id="add-ons"),
     ],
 )
-def test_a_cluster_of_other_sources_is_not_taken_for_this_ones(
+def test_a_cluster_started_from_other_sources_is_rejected(
     machine: Machine, file: str, old: str, new: str
 ) -> None:
     machine.up()
@@ -204,34 +204,34 @@ def test_a_cluster_of_other_sources_is_not_taken_for_this_ones(
     assert (status, "started from other sources" in errors) == (1, True)
 
 
-def test_a_daemon_that_dies_takes_the_node_along_and_is_named(machine: Machine) -> None:
+def test_the_node_exits_with_a_killed_daemon_and_names_it(machine: Machine) -> None:
     machine.up()
     machine.kill("/run/devcluster/kube/kube-scheduler")
-    host.wait_for(lambda: machine.node() is None, "the node's end", 10)
+    host.wait_for(lambda: machine.node_process() is None, "the node's exit", 10)
     assert (machine.state / "logs" / "node.log").read_text() == "scheduler ended with status -9\n"
 
 
-def test_up_begins_again_after_a_killed_node_and_a_killed_up_and_keeps_the_bucket(machine: Machine) -> None:
+def test_up_restarts_after_a_killed_node_and_a_killed_up_and_keeps_the_bucket(machine: Machine) -> None:
     machine.kill("devcluster.node")  # if the previous test left one
-    kept, log = machine.state / "s3" / "kept", machine.state / "logs" / "apiserver.log"
-    kept.mkdir(parents=True)
+    bucket_folder, log = machine.state / "s3" / "kept", machine.state / "logs" / "apiserver.log"
+    bucket_folder.mkdir(parents=True)
     log.unlink(missing_ok=True)
     interrupted = machine.start(sys.executable, "-m", "devcluster", "up")
     host.wait_for(log.exists, "the interrupted start", 30)
     machine.kill("up")
     interrupted.communicate()
     assert "was not finished" in machine.up()
-    assert kept.is_dir()
+    assert bucket_folder.is_dir()
     assert machine.kubectl("get", "nodes", "--output=name") == (0, "node/node0\n", "")
 
 
-def test_down_leaves_nothing(machine: Machine) -> None:
+def test_down_restores_the_machine(machine: Machine) -> None:
     machine.up()
-    during = machine.traces()
+    state_when_running = machine.machine_state()
     for name in ("processes", "links and addresses", "cgroups"):
-        assert during[name] != machine.before[name], f"the cluster shows in its {name}"
+        assert state_when_running[name] != machine.before[name], f"a running cluster must change the {name}"
     status, _, errors = machine.cluster("down")
     assert status == 0, errors
-    assert machine.traces() == machine.before
+    assert machine.machine_state() == machine.before
     assert not machine.state.exists()
     assert machine.cluster("down") == (0, "", "no development cluster is running\n")

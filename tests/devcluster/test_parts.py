@@ -1,4 +1,4 @@
-"""Parts of the launcher: compiling once, checking the machine, configuring the programs."""
+"""Parts of the development cluster: compiling its programs, checking the machine, configuration."""
 
 import os
 import shutil
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of compiled programs; Go's own cache stays."""
+    """An empty cache of compiled programs. Go's own cache is kept."""
     go = subprocess.run(["go", "env", "GOCACHE"], capture_output=True, text=True, check=True).stdout.strip()
     monkeypatch.setenv("GOCACHE", go)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "vpmoe" / "devcluster"
 
 
-def test_a_target_is_compiled_once_and_again_when_its_sources_change(cache: Path) -> None:
+def test_a_target_is_compiled_again_only_when_its_sources_change(cache: Path) -> None:
     first = binaries.folder(small(HELLO))
     compiled = (first / "small").stat()
     assert binaries.folder(small(HELLO)) == first
@@ -32,7 +32,7 @@ def test_a_target_is_compiled_once_and_again_when_its_sources_change(cache: Path
     assert binaries.folder(small(HELLO + "\n")) != first
 
 
-def test_a_killed_build_is_not_taken_for_done(cache: Path) -> None:
+def test_a_killed_build_is_repeated(cache: Path) -> None:
     code = (
         "from devcluster import binaries; from tests.fakes.go_target import small; "
         f"binaries.folder(small({HELLO!r}))"
@@ -46,12 +46,12 @@ def test_a_killed_build_is_not_taken_for_done(cache: Path) -> None:
     assert not any(cache.glob("*.building-*"))
 
 
-def test_what_the_compiler_says_against_it_is_told_with_its_log(cache: Path) -> None:
+def test_an_error_of_the_compiler_is_reported_with_its_log(cache: Path) -> None:
     with pytest.raises(ClusterError, match=r"go build failed with status 1: .*undefined: missing.*\.log"):
         binaries.folder(small("package main\n\nfunc main() { missing() }\n"))
 
 
-def test_an_unknown_program_is_refused_by_name() -> None:
+def test_an_unknown_program_is_rejected_by_name() -> None:
     with pytest.raises(KeyError, match=r"docker: none of kube, pause, etcd"):
         binaries.path("docker")
 
@@ -62,14 +62,14 @@ def test_an_unknown_program_is_refused_by_name() -> None:
         pytest.param(
             ("sys.platform", "darwin"),
             "needs Linux, this is darwin. Or use your own cluster: CLUSTER=current",
-            id="no Linux",
+            id="not Linux",
         ),
         pytest.param(
-            ("os.geteuid", lambda: 1000), "needs root .* run it with sudo. .*CLUSTER=current", id="no root"
+            ("os.geteuid", lambda: 1000), "needs root .* run it with sudo. .*CLUSTER=current", id="not root"
         ),
     ],
 )
-def test_what_the_machine_lacks_is_named_with_the_remedy(
+def test_an_unsuitable_machine_is_rejected_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, patch: tuple[str, object], message: str
 ) -> None:
     monkeypatch.setattr(*patch)
@@ -77,7 +77,7 @@ def test_what_the_machine_lacks_is_named_with_the_remedy(
         needs.machine()
 
 
-def test_a_full_disk_is_named_before_it_is_filled(tmp_path: Path) -> None:
+def test_too_little_disk_space_is_named_at_the_start(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free / 1e9
     with pytest.raises(ClusterError, match=rf"{tmp_path}: .* GB free, .* GB are needed"):
         needs.disk(tmp_path / "not" / "there" / "yet", free * 2)
@@ -100,7 +100,7 @@ def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyP
         pytest.param("current", "AWS_ENDPOINT_URL", id="current without a store"),
     ],
 )
-def test_what_cluster_cannot_be_is_refused_with_the_choices(
+def test_an_invalid_value_of_cluster_is_rejected_with_the_choices(
     monkeypatch: pytest.MonkeyPatch, chosen: str, message: str
 ) -> None:
     monkeypatch.setenv("CLUSTER", chosen)
@@ -110,7 +110,7 @@ def test_what_cluster_cannot_be_is_refused_with_the_choices(
         cluster.up()
 
 
-def test_the_users_cluster_is_named_first_pinned_and_never_taken_down(
+def test_the_users_own_cluster_is_named_used_and_never_stopped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     running = dev.up()
@@ -149,7 +149,7 @@ def test_every_cgroup_hierarchy_is_found(mounts: str, roots: list[str]) -> None:
     assert configuration.cgroup_roots(mounts) == roots
 
 
-def test_of_the_host_containers_see_programs_and_code_and_nothing_else() -> None:
+def test_containers_mount_only_programs_and_code_of_the_host() -> None:
     mounts = configuration.mounts(Path("/checkout"), Path("/checkout/.venv"), Path("/opt/python"))
     assert {mount.source: mount.target for mount in mounts} == {
         "/checkout/vpmoe": "/opt/vpmoe/vpmoe",
@@ -169,14 +169,14 @@ def test_of_the_host_containers_see_programs_and_code_and_nothing_else() -> None
     assert all("ro" in mount["options"] for mount in spec["mounts"])
 
 
-def test_the_systems_own_interpreter_needs_no_mount() -> None:
+def test_the_interpreter_of_the_system_needs_no_mount() -> None:
     assert "/usr" not in [
         mount.source
         for mount in configuration.mounts(Path("/checkout"), Path("/checkout/.venv"), Path("/usr"))
     ]
 
 
-def test_the_image_is_the_same_bytes_each_time() -> None:
+def test_building_the_image_again_gives_the_same_bytes() -> None:
     first = image.archive(b"pause")
     time.sleep(0.01)
     assert image.archive(b"pause") == first

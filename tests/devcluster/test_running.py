@@ -1,4 +1,5 @@
-"""What pods see on the development cluster: the same as on any other cluster with eight GPUs."""
+"""Pods on the development cluster: GPUs, exit codes, environment, DNS, the store and PyTorchJobs, as on any
+cluster with eight GPUs."""
 
 import json
 import secrets
@@ -25,7 +26,7 @@ LOCKED_DOWN = {
 
 @dataclass(frozen=True)
 class Namespace:
-    """A namespace of this module, with Kubernetes' strictest pod security standard."""
+    """The namespace of this module, with the restricted pod security standard."""
 
     cluster: Cluster
     name: str
@@ -110,7 +111,7 @@ def test_exit_code_and_log_of_a_failed_pod_are_kept(pods: Namespace) -> None:
 
 def test_a_deleted_pod_gets_sigterm_and_its_grace_period(pods: Namespace) -> None:
     saves = "trap 'sleep 1; echo saved > /dev/termination-log; exit 143' TERM; while true; do sleep 0.1; done"
-    pods.start("saves", ["sh", "-c", saves], finalizers=["vpmoe.dev/test"])  # keeps the pod after its end
+    pods.start("saves", ["sh", "-c", saves], finalizers=["vpmoe.dev/test"])  # keeps the pod after its exit
     pods.wait("saves", "{.status.phase}", "Running")
     pods.kubectl("delete", "pod", "saves", "--grace-period=30", "--wait=false")
     pods.wait("saves", "{.status.containerStatuses[0].state.terminated.exitCode}", "143")
@@ -134,15 +135,15 @@ def shell(pods: Namespace) -> str:
 @pytest.mark.parametrize(
     "command, expected",
     [
-        pytest.param(["id", "-un"], "nonroot", id="another user than root"),
+        pytest.param(["id", "-un"], "nonroot", id="not root"),
         pytest.param(["pwd"], "/opt/vpmoe", id="working folder"),
         pytest.param(
             ["ls", "-A", "/opt/vpmoe"],
             ".venv jobs operator tests vpmoe",
-            id="of the checkout only what jobs need",
+            id="only the part of the checkout that jobs need",
         ),
         pytest.param(
-            ["sh", "-c", "echo ${CUDA_VISIBLE_DEVICES-unset}"], "", id="no GPU is seen, jobs run on the CPU"
+            ["sh", "-c", "echo ${CUDA_VISIBLE_DEVICES-unset}"], "", id="no visible GPU: jobs run on the CPU"
         ),
         pytest.param(
             ["sh", "-c", "touch /opt/vpmoe/vpmoe/x 2>&1 || true"],
@@ -171,7 +172,7 @@ def shell(pods: Namespace) -> str:
         ),
     ],
 )
-def test_a_pod_finds(pods: Namespace, shell: str, command: list[str], expected: str) -> None:
+def test_the_environment_of_a_pod(pods: Namespace, shell: str, command: list[str], expected: str) -> None:
     assert expected in " ".join(pods.kubectl("exec", shell, "--", *command).split())
 
 
@@ -180,7 +181,7 @@ def test_a_name_outside_the_cluster_is_an_error(pods: Namespace, shell: str) -> 
         pods.kubectl("exec", shell, "--", "getent", "hosts", "huggingface.co")
 
 
-def test_host_and_pods_reach_the_store_at_one_address(pods: Namespace, shell: str) -> None:
+def test_host_and_pods_reach_the_store_at_the_same_address(pods: Namespace, shell: str) -> None:
     store = pods.cluster.s3
     client = boto3.client(
         "s3",
@@ -225,7 +226,7 @@ while True:
 """
 
 
-def test_master_and_worker_of_a_pytorchjob_meet_and_succeed(pods: Namespace) -> None:
+def test_master_and_worker_of_a_pytorchjob_connect_and_succeed(pods: Namespace) -> None:
     replicas = {
         role: {
             "replicas": 1,

@@ -1,7 +1,7 @@
-"""Whole Vanilla runs on the cluster with real jobs, from parquet to a trained student.
+"""Complete Vanilla runs on the cluster with real jobs, from parquet to a trained student.
 
-The same recipe twice: one pod with two processes, and a Master and a Worker with one each. The runs share a
-dataset and start together, so both preprocess it at the same time.
+Two runs of one recipe: one pod with two processes, and a Master and a Worker with one each. The runs share a
+dataset and start together, so that both preprocess it at the same time.
 """
 
 import json
@@ -64,7 +64,7 @@ def runs(
     manifest["spec"]["storage"]["bucket"] = bucket
     manifest["spec"]["stages"] = [
         {**manifest["spec"]["stages"][0], "tokens": "48k"}
-    ]  # the Vanilla one; test_stages.py has the others
+    ]  # the Vanilla stage; the others are in test_stages.py
     manifest["spec"]["evaluation"] = {"everyTokens": "24k", "documents": 16, "completions": 6}
     for name, size in RUNS.items():
         manifest["metadata"]["name"] = name
@@ -76,16 +76,16 @@ def runs(
             cluster.kubectl("get", "distillrun", name, "--namespace", namespace, "--output=json")
         )
 
-    def ended(name: str) -> bool:
+    def has_ended(name: str) -> bool:
         return get(name).get("status", {}).get("phase") in ("Succeeded", "Failed")
 
     for name in RUNS:
-        wait_until(lambda name=name: ended(name), f"{name} ends", seconds=840, every=3)  # type: ignore[misc]
+        wait_until(lambda name=name: has_ended(name), f"{name} ends", seconds=840, every=3)  # type: ignore[misc]
     yield {name: get(name) for name in RUNS}
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_succeeds_and_its_loss_goes_down_in_both_spans(runs: dict[str, Any], name: str) -> None:
+def test_a_run_succeeds_and_its_loss_decreases_in_both_spans(runs: dict[str, Any], name: str) -> None:
     status = runs[name]["status"]
     assert status["phase"] == "Succeeded", status.get("message")
     steps = [(step["name"], step["state"]) for step in status["steps"]]
@@ -94,7 +94,7 @@ def test_a_run_succeeds_and_its_loss_goes_down_in_both_spans(runs: dict[str, Any
         assert status["heldOut"]["latest"][span] < status["heldOut"]["before"][span] - 0.5
 
 
-def test_a_master_and_a_worker_train_to_the_loss_of_one_pod(
+def test_a_master_and_a_worker_reach_the_loss_of_one_pod(
     cluster: Cluster, namespace: str, runs: dict[str, Any]
 ) -> None:
     one, two = (runs[name]["status"]["heldOut"] for name in RUNS)
@@ -107,7 +107,7 @@ def test_a_master_and_a_worker_train_to_the_loss_of_one_pod(
     }
 
 
-def test_the_student_is_evaluated_after_the_stage_as_the_trainer_measures_it(
+def test_the_evaluation_equals_the_trainers_measurement(
     runs: dict[str, Any], s3_client: Any, namespace: str
 ) -> None:
     found = []
@@ -116,11 +116,11 @@ def test_the_student_is_evaluated_after_the_stage_as_the_trainer_measures_it(
         evaluation = json.loads(
             s3_client.get_object(Bucket=run["spec"]["storage"]["bucket"], Key=key)["Body"].read()
         )
-        trainers = run["status"]["steps"][1]["heldOut"]["latest"]
+        held_out = run["status"]["steps"][1]["heldOut"]["latest"]
         for span in ("reasoning", "final"):
             assert evaluation["heldOut"][span] == pytest.approx(
-                trainers[span], abs=1e-4
-            )  # float32 sums in another order
+                held_out[span], abs=1e-4
+            )  # the order of float32 sums differs
         assert sum(evaluation["validity"].values()) == evaluation["completions"] == 6
         assert run["status"]["steps"][2]["validity"] == evaluation["validity"].get("valid", 0) / 6
         found.append(
@@ -130,10 +130,10 @@ def test_the_student_is_evaluated_after_the_stage_as_the_trainer_measures_it(
                 if field not in ("run", "config", "checkpoint")
             }
         )
-    assert found[0] == found[1], "the same weights give the same answers"
+    assert found[0] == found[1], "equal weights give equal results"
 
 
-def test_everything_in_the_bucket_is_what_its_manifests_say(
+def test_every_object_in_the_bucket_matches_its_manifest(
     runs: dict[str, Any], environment: dict[str, str]
 ) -> None:
     bucket = runs["one-pod"]["spec"]["storage"]["bucket"]
@@ -142,7 +142,7 @@ def test_everything_in_the_bucket_is_what_its_manifests_say(
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_bucket_is_laid_out_as_documented(runs: dict[str, Any], s3_client: Any, namespace: str) -> None:
+def test_the_bucket_has_the_documented_layout(runs: dict[str, Any], s3_client: Any, namespace: str) -> None:
     run = runs["one-pod"]
     keys = {
         entry["Key"]
@@ -168,9 +168,11 @@ def test_the_bucket_is_laid_out_as_documented(runs: dict[str, Any], s3_client: A
     assert not any(".probe/" in key for key in keys)
 
 
-def test_every_pod_records_its_provenance(cluster: Cluster, namespace: str, runs: dict[str, Any]) -> None:
+def test_every_pod_has_its_provenance(cluster: Cluster, namespace: str, runs: dict[str, Any]) -> None:
     pods = json.loads(cluster.kubectl("get", "pods", "--namespace", namespace, "--output=json"))["items"]
-    assert len(pods) >= 5  # two preprocessing workers, one pod; and the other run's Master and Worker
+    assert (
+        len(pods) >= 5
+    )  # two preprocessing workers, one training pod, and the other run's Master and Worker
     for pod in pods:
         labels, annotations = pod["metadata"]["labels"], pod["metadata"]["annotations"]
         run = runs[labels["vpmoe.dev/run"]]
@@ -181,10 +183,12 @@ def test_every_pod_records_its_provenance(cluster: Cluster, namespace: str, runs
         assert cluster.kubectl("logs", pod["metadata"]["name"], "--namespace", namespace).strip()
 
 
-def test_what_kubectl_shows_reads_well(cluster: Cluster, namespace: str, runs: dict[str, Any]) -> None:
-    shown = cluster.kubectl("get", "distillruns", "--namespace", namespace).splitlines()
-    assert shown[0].split() == ["NAME", "PHASE", "STEP", "PROGRESS", "TOKENS/S", "LOSS", "AGE"]
-    assert {line.split()[0]: line.split()[1:4] for line in shown[1:]} == {
+def test_kubectl_shows_status_events_and_documentation(
+    cluster: Cluster, namespace: str, runs: dict[str, Any]
+) -> None:
+    table = cluster.kubectl("get", "distillruns", "--namespace", namespace).splitlines()
+    assert table[0].split() == ["NAME", "PHASE", "STEP", "PROGRESS", "TOKENS/S", "LOSS", "AGE"]
+    assert {line.split()[0]: line.split()[1:4] for line in table[1:]} == {
         name: ["Succeeded", "vanilla-evaluate", "100%"] for name in RUNS
     }
     for column in ("TEACHER", "CONFIG"):

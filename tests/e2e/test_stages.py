@@ -1,9 +1,9 @@
-"""Whole runs through all four kinds of stages on the cluster, with a real teacher: one undisturbed, one with
+"""Complete runs of all four kinds of stages on the cluster, with a real teacher: one undisturbed, one with
 kills.
 
-Both have the same recipe, source and teacher, and a bucket each, so that neither reuses results of the other.
-They must end with the same bits. Every job and the operator of the second are killed at random moments, the
-three roles of the OnPolicy stage twice each.
+Both have the same recipe, source and teacher, but their own buckets, so that neither reuses results of the
+other. They must end with the same bits. Every job of the second and the operator are killed at random times,
+each of the three roles of the OnPolicy stage twice.
 """
 
 import json
@@ -52,7 +52,7 @@ STAGES = [
 ]
 ROLES = ("onpolicy-sampler", "onpolicy-teacher", "onpolicy")
 STEPS = ("preprocess", "rescore", "vanilla", "rescored", "forced", *ROLES)
-MOST_PAUSES = {
+LATEST_KILLS = {
     "preprocess": [2.0],
     "rescore": [40.0],
     "vanilla": [20.0],
@@ -62,8 +62,8 @@ MOST_PAUSES = {
     "onpolicy-teacher": [60.0, 60.0],
     "onpolicy": [40.0, 40.0],
 }
-"""Latest kill of a step's pods, in seconds after their start; one entry per kill. Loading vLLM takes most of
-it."""
+"""The latest kill of a step's pods, in seconds after their start; one entry per kill. Most of this time is
+spent in loading vLLM."""
 KILL_EVERYTHING = "import os; os.kill(-1, 9)"
 
 
@@ -86,9 +86,9 @@ class StageRuns:
         return self.cluster.kubectl("--namespace", self.namespace, *arguments, input=input)
 
     def apply(self, name: str, bucket: str, stages: list[dict[str, Any]]) -> None:
-        manifest = yaml.safe_load((ROOT / "manifests/examples/demo.yaml").read_text())
-        spec = manifest["spec"]
-        manifest["metadata"]["name"] = name
+        document = yaml.safe_load((ROOT / "manifests/examples/demo.yaml").read_text())
+        spec = document["spec"]
+        document["metadata"]["name"] = name
         spec["dataset"]["source"] = f"s3://{self.name}-source/input/*.parquet"
         spec["teacher"]["model"] = f"s3://{self.name}-source/teacher"
         spec["student"]["gpus"] = 2
@@ -97,7 +97,7 @@ class StageRuns:
         spec["evaluation"] = {"everyTokens": "12k", "documents": 16, "completions": 0}
         spec["storage"]["bucket"] = bucket
         spec["runtime"] = {"attempts": 20}
-        self.kubectl("apply", "--filename", "-", input=yaml.safe_dump(manifest))
+        self.kubectl("apply", "--filename", "-", input=yaml.safe_dump(document))
 
     def get(self, name: str) -> dict[str, Any]:
         run: dict[str, Any] = json.loads(self.kubectl("get", "distillrun", name, "--output=json"))
@@ -105,18 +105,19 @@ class StageRuns:
 
     def step(self, name: str, step: str) -> dict[str, Any]:
         return next(
-            (of for of in self.get(name).get("status", {}).get("steps", []) if of["name"] == step), {}
+            (found for found in self.get(name).get("status", {}).get("steps", []) if found["name"] == step),
+            {},
         )
 
-    def ended(self, name: str) -> bool:
+    def has_ended(self, name: str) -> bool:
         return self.get(name).get("status", {}).get("phase") in ("Succeeded", "Failed")
 
-    def object(self, bucket: str, key: str) -> Any:
+    def read_json(self, bucket: str, key: str) -> Any:
         return json.loads(self.client.get_object(Bucket=bucket, Key=key)["Body"].read())
 
-    def manifest(self, url: str) -> Any:
+    def read_manifest(self, url: str) -> Any:
         bucket, _, key = url.removeprefix("s3://").partition("/")
-        return self.object(bucket, key)
+        return self.read_json(bucket, key)
 
     def running_pod(self, run: str, step: str) -> dict[str, Any] | None:
         selector = f"vpmoe.dev/run={run},vpmoe.dev/step={step}"
@@ -133,7 +134,7 @@ class StageRuns:
         return next((pod for pod in pods["items"] if "deletionTimestamp" not in pod["metadata"]), None)
 
     def kill_pod(self, run: str, step: str) -> bool:
-        """kill -9 of everything in a pod of the step. Returns whether there was a pod."""
+        """Send SIGKILL to all processes in a pod of the step. Returns whether there was a pod."""
         pod = self.running_pod(run, step)
         if pod is None:
             return False
@@ -165,33 +166,33 @@ class StageRuns:
 
 
 def kill_at_random(
-    bench: StageRuns, run: str, draw: random.Random, over: threading.Event, done: list[str]
+    bench: StageRuns, run: str, rng: random.Random, finished: threading.Event, killed: list[str]
 ) -> None:
-    """Kill pods of each step at random moments after their start, and the operator now and then, until
-    `over`."""
-    pauses = {step: [draw.uniform(0, most) for most in each] for step, each in MOST_PAUSES.items()}
+    """Until `finished`, kill pods of each step at random times after their start, and the operator from time
+    to time. Appends the names of what was killed to `killed`."""
+    pauses = {step: [rng.uniform(0, latest) for latest in kills] for step, kills in LATEST_KILLS.items()}
     due: dict[str, float] = {}
-    operator = time.monotonic() + draw.uniform(5, 40)
-    while not over.wait(0.5):
+    operator_due = time.monotonic() + rng.uniform(5, 40)
+    while not finished.wait(0.5):
         with suppress(ClusterError):
-            for step in [step for step, left in pauses.items() if left]:
+            for step in [step for step, remaining in pauses.items() if remaining]:
                 if step not in due and bench.running_pod(run, step):
                     due[step] = time.monotonic() + pauses[step][0]
                 elif time.monotonic() > due.get(step, math.inf) and bench.kill_pod(run, step):
-                    done.append(step)
+                    killed.append(step)
                     del due[step], pauses[step][0]
-            if time.monotonic() > operator:
+            if time.monotonic() > operator_due:
                 bench.kill_operator()
-                done.append("operator")
+                killed.append("operator")
                 # The next operator waits a minute for the lease.
-                operator = time.monotonic() + draw.uniform(90, 200)
+                operator_due = time.monotonic() + rng.uniform(90, 200)
 
 
 @pytest.fixture(scope="module")
 def bench(cluster: Cluster, namespace: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StageRuns]:
-    """Both runs after their end: "calm" and "harried"."""
+    """Both runs after their end: "undisturbed" and "killed"."""
     it = StageRuns(cluster, namespace)
-    for bucket in ("source", "calm", "harried"):
+    for bucket in ("source", "undisturbed", "killed"):
         it.client.create_bucket(Bucket=f"{it.name}-{bucket}")
     folder = tmp_path_factory.mktemp("stages")
     for shard in sample.write(folder / "shards", shards=2):
@@ -200,78 +201,83 @@ def bench(cluster: Cluster, namespace: str, tmp_path_factory: pytest.TempPathFac
         it.client.upload_file(str(file), f"{it.name}-source", f"teacher/{file.name}")
     seed = secrets.randbelow(1 << 32)
     print(f"seed {seed}")
-    over, killed = threading.Event(), list[str]()
-    killer = threading.Thread(target=kill_at_random, args=(it, "harried", random.Random(seed), over, killed))
-    for name in ("calm", "harried"):
+    finished, killed = threading.Event(), list[str]()
+    killer = threading.Thread(
+        target=kill_at_random, args=(it, "killed", random.Random(seed), finished, killed)
+    )
+    for name in ("undisturbed", "killed"):
         it.apply(name, f"{it.name}-{name}", STAGES)
     killer.start()
     try:
-        for name in ("calm", "harried"):
-            wait_until(lambda name=name: it.ended(name), f"{name} ends", seconds=1500, every=3)  # type: ignore[misc]
+        for name in ("undisturbed", "killed"):
+            wait_until(lambda name=name: it.has_ended(name), f"{name} ends", seconds=1500, every=3)  # type: ignore[misc]
     finally:
-        over.set()
+        finished.set()
         killer.join()
         print(f"killed: {killed}")
     assert {"operator", *ROLES} <= set(killed), f"seed {seed}: only {killed} were killed"
     yield it
 
 
-@pytest.mark.parametrize("name", ["calm", "harried"])
-def test_a_run_through_all_kinds_of_stages_succeeds(bench: StageRuns, name: str) -> None:
+@pytest.mark.parametrize("name", ["undisturbed", "killed"])
+def test_a_run_of_all_kinds_of_stages_succeeds(bench: StageRuns, name: str) -> None:
     status = bench.get(name)["status"]
     assert status["phase"] == "Succeeded", status.get("message")
     assert [(step["name"], step["state"]) for step in status["steps"]] == [
         (step, "Succeeded") for step in STEPS
     ]
-    if name == "harried":
+    if name == "killed":
         assert sum(step["attempt"] for step in status["steps"]) >= len(STEPS) + 2, (
-            "killed attempts were repeated"
+            "killed attempts were retried"
         )
     else:
         assert [step["attempt"] for step in status["steps"]] == [1] * len(STEPS)
 
 
-def test_rescoring_ran_beside_vanilla_and_before_what_needs_it(bench: StageRuns) -> None:
-    step = {name: bench.step("calm", name) for name in STEPS}
+def test_rescoring_ran_beside_vanilla_and_before_the_stages_that_need_it(bench: StageRuns) -> None:
+    step = {name: bench.step("undisturbed", name) for name in STEPS}
     assert step["rescore"]["started"] < step["vanilla"]["finished"]
     assert step["rescored"]["started"] >= max(step["rescore"]["finished"], step["vanilla"]["finished"])
     assert step["forced"]["started"] >= step["rescored"]["finished"]
 
 
 def test_the_three_roles_started_together_and_ended_with_the_trainer(bench: StageRuns) -> None:
-    step = {name: bench.step("calm", name) for name in ROLES}
+    step = {name: bench.step("undisturbed", name) for name in ROLES}
     assert len({found["started"] for found in step.values()}) == 1
     assert step["onpolicy-sampler"]["partsDone"] == step["onpolicy-teacher"]["partsDone"] >= 4
 
 
 @pytest.mark.parametrize("stage", ["vanilla", "rescored", "forced", "onpolicy"])
 def test_kills_do_not_change_the_bits_of_the_weights(bench: StageRuns, stage: str) -> None:
-    """Weights, both moments, expert biases and random state, file by file."""
-    ends = [bench.manifest(bench.step(name, stage)["checkpoint"]["manifest"]) for name in ("calm", "harried")]
-    calm, harried = ({subject["name"]: subject["digest"] for subject in end["subject"]} for end in ends)
-    assert calm == harried
-    assert "rank-00000.safetensors" in calm
+    """Weights, both moments, expert biases and random state, compared by file."""
+    ends = [
+        bench.read_manifest(bench.step(name, stage)["checkpoint"]["manifest"])
+        for name in ("undisturbed", "killed")
+    ]
+    undisturbed, killed = ({subject["name"]: subject["digest"] for subject in end["subject"]} for end in ends)
+    assert undisturbed == killed
+    assert "rank-00000.safetensors" in undisturbed
 
 
 def test_kills_do_not_change_the_bytes_of_the_scores(bench: StageRuns) -> None:
-    made = []
-    for name in ("calm", "harried"):
+    results = []
+    for name in ("undisturbed", "killed"):
         bucket = f"{bench.name}-{name}"
         keys = [
             entry["Key"]
             for entry in bench.client.list_objects_v2(Bucket=bucket, Prefix="scores/")["Contents"]
         ]
         (key,) = [key for key in keys if key.endswith("/manifest.json")]
-        found = bench.object(bucket, key)
-        made.append((key, {subject["name"]: subject["digest"] for subject in found["subject"]}))
+        found = bench.read_json(bucket, key)
+        results.append((key, {subject["name"]: subject["digest"] for subject in found["subject"]}))
         assert found["predicate"]["buildDefinition"]["internalParameters"]["documents"] > 10
-    assert made[0] == made[1]
+    assert results[0] == results[1]
 
 
 def test_kills_do_not_change_the_bits_of_the_windows(bench: StageRuns) -> None:
-    """Rollouts and scores, except the run's name: functions of the sampled weights and of the teacher."""
-    made = []
-    for name in ("calm", "harried"):
+    """Rollouts and scores depend only on the sampled weights and the teacher, except for the run's name."""
+    results = []
+    for name in ("undisturbed", "killed"):
         bucket = f"{bench.name}-{name}"
         keys = [
             entry["Key"] for entry in bench.client.list_objects_v2(Bucket=bucket, Prefix="runs/")["Contents"]
@@ -281,31 +287,31 @@ def test_kills_do_not_change_the_bits_of_the_windows(bench: StageRuns) -> None:
             pa.ipc.open_file(bench.client.get_object(Bucket=bucket, Key=key)["Body"].read()).read_all()
             for key in files
         ]
-        said = [json.loads(table.schema.metadata[b"vpmoe"]) for table in tables]
-        own = [
-            {key: value for key, value in about.items() if key not in ("run", "config", "rollouts")}
-            for about in said
+        headers = [json.loads(table.schema.metadata[b"vpmoe"]) for table in tables]
+        compared_headers = [
+            {key: value for key, value in header.items() if key not in ("run", "config", "rollouts")}
+            for header in headers
         ]
         versions = {
             key.split("/")[-2]
             for key in keys
             if "/weights/onpolicy/" in key and key.endswith("/manifest.json")
         }
-        made.append(
+        results.append(
             (
                 [file.rpartition("/")[2] for file in files],
-                own,
+                compared_headers,
                 [table.to_pydict() for table in tables],
                 versions,
             )
         )
-    assert made[0] == made[1]
-    assert len(made[0][0]) == 2 * bench.step("calm", "onpolicy-sampler")["partsDone"]
-    assert len(made[0][3]) >= 2
+    assert results[0] == results[1]
+    assert len(results[0][0]) == 2 * bench.step("undisturbed", "onpolicy-sampler")["partsDone"]
+    assert len(results[0][3]) >= 2
 
 
-@pytest.mark.parametrize("name", ["calm", "harried"])
-def test_every_byte_is_what_its_manifest_says(bench: StageRuns, cluster: Cluster, name: str) -> None:
+@pytest.mark.parametrize("name", ["undisturbed", "killed"])
+def test_every_object_matches_its_manifest(bench: StageRuns, cluster: Cluster, name: str) -> None:
     environment = {
         **os.environ,
         "AWS_ENDPOINT_URL": cluster.s3.endpoint,
@@ -317,8 +323,8 @@ def test_every_byte_is_what_its_manifest_says(bench: StageRuns, cluster: Cluster
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_a_second_run_of_the_same_data_and_teacher_reuses_both_and_says_so(bench: StageRuns) -> None:
-    bench.apply("again", f"{bench.name}-calm", [STAGES[0], {**STAGES[1], "mix": 0.3}])
+def test_a_second_run_with_the_same_dataset_and_teacher_reuses_both_and_reports_it(bench: StageRuns) -> None:
+    bench.apply("again", f"{bench.name}-undisturbed", [STAGES[0], {**STAGES[1], "mix": 0.3}])
     wait_until(
         lambda: bench.step("again", "rescore").get("state") in ("Succeeded", "Failed"),
         "again has scores",

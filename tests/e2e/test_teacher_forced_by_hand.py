@@ -1,4 +1,5 @@
-"""A TeacherForced stage with real jobs and no cluster: two students and their teacher, each killed once."""
+"""A TeacherForced stage with real jobs and without a cluster: two students and their teacher, each killed
+once."""
 
 import json
 import random
@@ -29,7 +30,7 @@ from vpmoe.model.shapes import SHAPES
 from vpmoe.process.launcher import free_port
 
 WIDTH = 96
-"""Of the teacher's hidden states. The student's differ, so there is a projection."""
+"""Width of the teacher's hidden states. The student's width differs, so that there is a projection."""
 STAGES = [
     {
         "name": "forced",
@@ -54,8 +55,8 @@ def jobs(
 
 
 @pytest.fixture(scope="module")
-def left_alone(jobs: LocalJobs) -> Path:
-    """Two students and their teacher, not interrupted, and the next stage."""
+def uninterrupted(jobs: LocalJobs) -> Path:
+    """The run of two students and their teacher without interruption, and of the next stage."""
     file = jobs.run_file("alone", gpus=2)
     jobs.finish("train", file)
     jobs.finish("train", file)
@@ -65,23 +66,26 @@ def left_alone(jobs: LocalJobs) -> Path:
 def processes(launcher: int) -> tuple[list[psutil.Process], psutil.Process]:
     """The students' processes by rank, and the teacher's."""
     found = psutil.Process(launcher).children()
-    (teacher,) = [one for one in found if one.environ().get("VPMOE_PART") == "teacher"]
-    return sorted((one for one in found if one != teacher), key=lambda one: one.environ()["RANK"]), teacher
+    (teacher,) = [process for process in found if process.environ().get("VPMOE_PART") == "teacher"]
+    return sorted(
+        (process for process in found if process != teacher),
+        key=lambda process: process.environ()["RANK"],
+    ), teacher
 
 
 def stop_one(
-    jobs: LocalJobs, file: Path, who: str, within: range, steps: int, attempt: int
+    jobs: LocalJobs, file: Path, target: str, within: range, steps: int, attempt: int
 ) -> tuple[int, dict[str, Any]]:
-    """Train, and at a random moment after a random step of `within` kill -9 the teacher or a student, or stop
-    the launcher (`who`).
+    """Train, and at a random time after a random step in `within` send SIGKILL to the teacher or a student,
+    or SIGTERM to the launcher (`target`).
 
     Returns the launcher's exit code and its termination message.
     """
     seed = secrets.randbelow(1 << 32)
-    print(f"{who}: seed {seed}")
-    chosen = random.Random(seed)
-    step, delay = chosen.choice(within), chosen.uniform(0, 0.5)
-    termination = jobs.folder / f"termination-{who}"
+    print(f"{target}: seed {seed}")
+    rng = random.Random(seed)
+    step, delay = rng.choice(within), rng.uniform(0, 0.5)
+    termination = jobs.folder / f"termination-{target}"
     process = jobs.start(
         "train", file, "--step", "forced", "--attempt", str(attempt), VPMOE_TERMINATION_LOG=str(termination)
     )
@@ -89,17 +93,17 @@ def stop_one(
     def stop() -> None:
         students, teacher = processes(process.pid)
         time.sleep(delay)
-        if who == "launcher":
+        if target == "launcher":
             process.send_signal(signal.SIGTERM)
         else:
-            (teacher if who == "teacher" else students[1]).kill()
+            (teacher if target == "teacher" else students[1]).kill()
 
     print(run_until(process, rf"step {step} of {steps}:", stop))
     return process.returncode, json.loads(termination.read_bytes())
 
 
-def test_two_pods_of_which_the_first_has_the_teacher_end_at_the_same_bits(
-    jobs: LocalJobs, left_alone: Path
+def test_two_pods_with_the_teacher_in_the_first_end_with_the_same_bits(
+    jobs: LocalJobs, uninterrupted: Path
 ) -> None:
     file = jobs.run_file("pods", gpus=2, gpusPerPod=1)
     port = str(free_port())
@@ -120,30 +124,30 @@ def test_two_pods_of_which_the_first_has_the_teacher_end_at_the_same_bits(
     ]
     logs = [pod.communicate(timeout=200)[1] for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], logs
-    assert checkpoint_digests(jobs, file, "forced") == checkpoint_digests(jobs, left_alone, "forced")
+    assert checkpoint_digests(jobs, file, "forced") == checkpoint_digests(jobs, uninterrupted, "forced")
 
 
-def test_the_student_comes_nearer_to_its_teacher(jobs: LocalJobs, left_alone: Path) -> None:
-    steps = metrics_lines(jobs, left_alone, "step", "forced")
-    first, newest = steps[0], steps[-1]
+def test_the_student_becomes_more_like_its_teacher(jobs: LocalJobs, uninterrupted: Path) -> None:
+    steps = metrics_lines(jobs, uninterrupted, "step", "forced")
+    first, last = steps[0], steps[-1]
     assert (
-        read_progress(jobs, left_alone, "forced").state == "Succeeded"
-        and newest["loss"] < first["loss"] - 0.3
+        read_progress(jobs, uninterrupted, "forced").state == "Succeeded"
+        and last["loss"] < first["loss"] - 0.3
     )
     for span in ("reasoning", "final"):
         assert (
-            newest["kl"][span] < first["kl"][span] - 0.005
-        )  # of 0.27: a random teacher's tokens are almost equally likely
-        assert newest["cosine"][span] > first["cosine"][span] + 0.05
-    # The loss is the sum of its terms: span weights are 1, term weights those of the stage.
+            last["kl"][span] < first["kl"][span] - 0.005
+        )  # from 0.27: the tokens of a random teacher are almost equally likely
+        assert last["cosine"][span] > first["cosine"][span] + 0.05
+    # The loss is the sum of its terms. Span weights are 1; the weights of the terms are those of the stage.
     terms = [
-        0.1 * newest["lossBySpan"][span] + 2 * 4 * newest["kl"][span] + 0.5 * (1 - newest["cosine"][span])
-        for span in newest["kl"]
+        0.1 * last["lossBySpan"][span] + 2 * 4 * last["kl"][span] + 0.5 * (1 - last["cosine"][span])
+        for span in last["kl"]
     ]
-    assert newest["loss"] == pytest.approx(sum(terms), rel=1e-5)
+    assert last["loss"] == pytest.approx(sum(terms), rel=1e-5)
 
 
-def test_a_teacher_of_another_vocabulary_ends_the_stage_before_its_first_step(
+def test_a_teacher_with_another_vocabulary_is_rejected_before_the_first_step(
     jobs: LocalJobs, tmp_path: Path
 ) -> None:
     name = jobs.spec["teacher"]["model"]
@@ -155,15 +159,18 @@ def test_a_teacher_of_another_vocabulary_ends_the_stage_before_its_first_step(
     termination = jobs.folder / "termination-other"
     process = jobs.start("train", file, "--step", "forced", VPMOE_TERMINATION_LOG=str(termination))
     _, log = process.communicate(timeout=200)
-    said = json.loads(termination.read_bytes())
-    assert process.returncode == 65 and said["class"] == "Permanent" and said["rank"] is None, log
-    assert said["message"].startswith("teacher.model: config.json says vocab_size 1000") and not logged_steps(
-        jobs, file, "forced"
-    )
+    message = json.loads(termination.read_bytes())
+    assert process.returncode == 65 and message["class"] == "Permanent" and message["rank"] is None, log
+    assert message["message"].startswith(
+        "teacher.model: config.json says vocab_size 1000"
+    ) and not logged_steps(jobs, file, "forced")
 
 
-def test_students_and_teacher_that_are_stopped_while_they_wait_for_each_other_say_so(jobs: LocalJobs) -> None:
-    """At any moment: some not started, the teacher loading, or all at work."""
+def test_students_and_teacher_stopped_while_they_wait_for_each_other_exit_as_terminated(
+    jobs: LocalJobs,
+) -> None:
+    """The delay is random: some processes may not have started, the teacher may be loading, or all are
+    training."""
     delay = random.Random(new_seed()).uniform(0.5, 8)
     process = jobs.start("train", jobs.run_file("early", gpus=2), "--step", "forced")
     time.sleep(delay)
@@ -171,42 +178,42 @@ def test_students_and_teacher_that_are_stopped_while_they_wait_for_each_other_sa
     _, log = process.communicate(timeout=200)
     assert process.returncode in (143, -signal.SIGTERM), (
         f"after {delay} s: {log}"
-    )  # the signal itself, before the launcher listens
+    )  # −SIGTERM before the launcher has its handler
 
 
-def test_checkpoints_name_the_teacher_and_the_stage_after_needs_neither(
-    jobs: LocalJobs, left_alone: Path
+def test_checkpoints_name_the_teacher_and_the_next_stage_needs_neither_it_nor_a_projection(
+    jobs: LocalJobs, uninterrupted: Path
 ) -> None:
-    made = last_checkpoint(jobs, left_alone, "forced")
-    assert made.inputs["teacher"].uri == f"s3://{jobs.bucket.name}/models/teacher"
-    assert read_progress(jobs, left_alone, "after").state == "Succeeded"
-    assert "kl" not in metrics_lines(jobs, left_alone, "step", "after")[0]
+    checkpoint = last_checkpoint(jobs, uninterrupted, "forced")
+    assert checkpoint.inputs["teacher"].uri == f"s3://{jobs.bucket.name}/models/teacher"
+    assert read_progress(jobs, uninterrupted, "after").state == "Succeeded"
+    assert "kl" not in metrics_lines(jobs, uninterrupted, "step", "after")[0]
     sizes = [
-        sum(file.size for file in last_checkpoint(jobs, left_alone, step).subjects.values())
+        sum(file.size for file in last_checkpoint(jobs, uninterrupted, step).subjects.values())
         for step in ("forced", "after")
     ]
     assert sizes[0] - sizes[1] == pytest.approx(3 * 4 * WIDTH * SHAPES["tiny"].hidden, abs=2000), (
-        "a projection and its moments"
+        "the projection and its moments"
     )
 
 
-def test_a_killed_or_stopped_process_does_not_change_the_bits_of_the_result(
-    jobs: LocalJobs, left_alone: Path
-) -> None:
+def test_a_killed_or_stopped_process_does_not_change_the_bits(jobs: LocalJobs, uninterrupted: Path) -> None:
     file = jobs.run_file("killed", gpus=2)
-    steps = len(logged_steps(jobs, left_alone, "forced"))
+    steps = len(logged_steps(jobs, uninterrupted, "forced"))
     ends = {
         "teacher": (75, "Retriable", "the teacher was killed by SIGKILL"),
         "launcher": (143, "Terminated", "Stopped after step"),
         "student": (75, "Retriable", "rank 1 was killed by SIGKILL"),
     }
-    for attempt, (who, (code, kind, words)) in enumerate(ends.items(), start=1):
+    for attempt, (target, (code, kind, expected_start)) in enumerate(ends.items(), start=1):
         saved = read_progress(jobs, file, "forced").checkpoint if attempt > 1 else None
         first = saved.iteration + 1 if saved else 1
-        # Leave enough steps to the later attempts, and to one that is asked to stop.
+        # Leave enough steps for the later attempts, and for stopping.
         last_step = max(first, steps * attempt // 4)
-        found, said = stop_one(jobs, file, who, range(first, last_step + 1), steps, attempt)
-        assert (found, said["class"]) == (code, kind) and said["message"].startswith(words)
+        code_found, message = stop_one(jobs, file, target, range(first, last_step + 1), steps, attempt)
+        assert (code_found, message["class"]) == (code, kind) and message["message"].startswith(
+            expected_start
+        )
     jobs.finish("train", file, "--step", "forced", "--attempt", "4")
-    assert checkpoint_digests(jobs, file, "forced") == checkpoint_digests(jobs, left_alone, "forced")
-    assert logged_steps(jobs, file, "forced") == logged_steps(jobs, left_alone, "forced")
+    assert checkpoint_digests(jobs, file, "forced") == checkpoint_digests(jobs, uninterrupted, "forced")
+    assert logged_steps(jobs, file, "forced") == logged_steps(jobs, uninterrupted, "forced")

@@ -1,8 +1,8 @@
-"""Training with real jobs and no cluster: a killed run ends with the same bits as an undisturbed one, with 1
-and 2 processes.
+"""Training with real jobs and without a cluster: a killed run ends with the same bits as an uninterrupted
+one, with one and with two processes.
 
-One dataset, from the sample and further real rows; runs of a few steps. A process spends ten seconds on
-imports, so tests share runs.
+All runs have a few steps and one dataset of the sample and further real rows. Tests share runs, because a
+process needs ten seconds for its imports.
 """
 
 import json
@@ -50,12 +50,12 @@ def jobs(
         yield it
 
 
-def kill_somewhere(jobs: LocalJobs, file: Path, first: int, steps: int, *arguments: str) -> None:
-    """Train, and kill -9 all processes in a random step, from `first` to the last but one."""
+def kill_in_random_step(jobs: LocalJobs, file: Path, first: int, steps: int, *arguments: str) -> None:
+    """Train, and send SIGKILL to all processes in a random step from `first` to the last but one."""
     seed = secrets.randbelow(1 << 32)
     print(f"killed by seed {seed}")
-    chosen = random.Random(seed)
-    step, delay = chosen.randint(first, steps - 1), chosen.uniform(0, 1.0)
+    rng = random.Random(seed)
+    step, delay = rng.randint(first, steps - 1), rng.uniform(0, 1.0)
     process = jobs.start("train", file, "--step", "vanilla", *arguments)
 
     def kill() -> None:
@@ -67,8 +67,8 @@ def kill_somewhere(jobs: LocalJobs, file: Path, first: int, steps: int, *argumen
 
 
 @pytest.fixture(scope="module")
-def left_alone(jobs: LocalJobs) -> Path:
-    """One process, both stages, not interrupted."""
+def uninterrupted(jobs: LocalJobs) -> Path:
+    """The run of one process without interruption, both stages."""
     file = jobs.run_file("alone")
     jobs.finish("train", file)
     jobs.finish("train", file)
@@ -77,7 +77,7 @@ def left_alone(jobs: LocalJobs) -> Path:
 
 @pytest.fixture(scope="module")
 def two_pods(jobs: LocalJobs) -> Path:
-    """Two processes, each started like a pod of a PyTorchJob: a Master and a Worker."""
+    """The run of two processes, each started like a pod of a PyTorchJob: a Master and a Worker."""
     file = jobs.run_file("pods", gpus=2, gpusPerPod=1)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -102,27 +102,27 @@ def two_pods(jobs: LocalJobs) -> Path:
     return file
 
 
-def test_the_loss_goes_down_on_real_rows_in_both_spans(jobs: LocalJobs, left_alone: Path) -> None:
-    said = read_progress(jobs, left_alone)
+def test_the_loss_decreases_on_real_rows_in_both_spans(jobs: LocalJobs, uninterrupted: Path) -> None:
+    progress = read_progress(jobs, uninterrupted)
     assert (
-        said.state == "Succeeded"
-        and said.held_out is not None
-        and said.checkpoint is not None
-        and said.dataset is not None
+        progress.state == "Succeeded"
+        and progress.held_out is not None
+        and progress.checkpoint is not None
+        and progress.dataset is not None
     )
-    before, after = said.held_out.before, said.held_out.latest
+    before, after = progress.held_out.before, progress.held_out.latest
     assert before is not None and after is not None
-    # 0.88 and 0.49 nats in the four steps of this recipe on the sample and real rows together
+    # 0.88 and 0.49 nats in the four steps of this recipe, with the sample and real rows
     assert after.reasoning < before.reasoning - 0.25 and after.final < before.final - 0.25  # type: ignore[operator]
-    losses = [line["loss"] for line in metrics_lines(jobs, left_alone, "step")]
+    losses = [line["loss"] for line in metrics_lines(jobs, uninterrupted, "step")]
     assert (
         len(losses) >= 4 and losses[-1] < losses[0] - 0.5
-    )  # 0.88 to 1.7: the order of the documents is another in every bucket
-    assert said.tokens is not None and said.tokens.done == said.tokens.total >= 4100
+    )  # 0.88 to 1.7: the order of the documents differs between buckets
+    assert progress.tokens is not None and progress.tokens.done == progress.tokens.total >= 4100
 
 
-def test_a_line_of_metrics_has_everything_that_is_always_logged(jobs: LocalJobs, left_alone: Path) -> None:
-    line = metrics_lines(jobs, left_alone, "step")[-1]
+def test_a_metrics_line_has_every_field_that_is_always_logged(jobs: LocalJobs, uninterrupted: Path) -> None:
+    line = metrics_lines(jobs, uninterrupted, "step")[-1]
     assert {
         "loss",
         "lossBySpan",
@@ -138,55 +138,66 @@ def test_a_line_of_metrics_has_everything_that_is_always_logged(jobs: LocalJobs,
     assert line["gpu"] == {"utilisation": None, "memoryHeadroom": None, "reason": "computed on the CPU"}
     assert sum(line["router"]["histogram"]["experts"]) == SHAPES["tiny"].moe_layers * SHAPES["tiny"].experts
     assert set(line["router"]["maxOverMean"]) == {"layers.1", "layers.2"}
-    first, second = metrics_lines(jobs, left_alone, "evaluation")
+    first, second = metrics_lines(jobs, uninterrupted, "evaluation")
     assert (first["step"], second["step"]) == (0, line["step"]) and second["heldOut"]["final"] < first[
         "heldOut"
     ]["final"]
 
 
-def test_the_next_stage_goes_on_where_the_one_before_ended(jobs: LocalJobs, left_alone: Path) -> None:
-    ended = last_checkpoint(jobs, left_alone)
-    (begun,) = metrics_lines(jobs, left_alone, "start", "second")
-    first = metrics_lines(jobs, left_alone, "step", "second")[0]
+def test_the_next_stage_continues_from_the_end_of_the_one_before(
+    jobs: LocalJobs, uninterrupted: Path
+) -> None:
+    first_checkpoint = last_checkpoint(jobs, uninterrupted)
+    (start,) = metrics_lines(jobs, uninterrupted, "start", "second")
+    first = metrics_lines(jobs, uninterrupted, "step", "second")[0]
     assert (
-        begun["from"] == "from the end of stage vanilla"
-        and first["iteration"] == logged_steps(jobs, left_alone)[-1] + 1
+        start["from"] == "from the end of stage vanilla"
+        and first["iteration"] == logged_steps(jobs, uninterrupted)[-1] + 1
         and first["step"] == 1
     )
-    assert first["loss"] < metrics_lines(jobs, left_alone, "step")[0]["loss"] - 0.5
-    second = read_progress(jobs, left_alone, "second")
+    assert first["loss"] < metrics_lines(jobs, uninterrupted, "step")[0]["loss"] - 0.5
+    second = read_progress(jobs, uninterrupted, "second")
     assert (
         second.held_out is not None
-        and second.held_out.before == read_progress(jobs, left_alone).held_out.latest
+        and second.held_out.before == read_progress(jobs, uninterrupted).held_out.latest
     )  # type: ignore[union-attr]
-    reached = last_checkpoint(jobs, left_alone, "second")
-    assert reached.facts["position"]["firstSequence"] == ended.facts["position"]["nextSequence"]
-    assert reached.inputs["checkpoint"].digest == {"sha256": ended.sha256}
-
-
-def test_a_finished_stage_is_not_trained_again(jobs: LocalJobs, left_alone: Path) -> None:
-    before, steps = checkpoint_digests(jobs, left_alone), logged_steps(jobs, left_alone)
-    jobs.bucket.delete(paths.progress(read_run(left_alone), "vanilla"))  # as if killed before its last report
-    assert f"Stage vanilla has already finished: {len(steps)} steps" in jobs.finish(
-        "train", left_alone, "--step", "vanilla", "--attempt", "2"
+    second_checkpoint = last_checkpoint(jobs, uninterrupted, "second")
+    assert (
+        second_checkpoint.facts["position"]["firstSequence"]
+        == first_checkpoint.facts["position"]["nextSequence"]
     )
-    said = read_progress(jobs, left_alone)
-    assert said.state == "Succeeded" and said.message == "Finished by attempt 1" and said.held_out is not None
-    assert checkpoint_digests(jobs, left_alone) == before and logged_steps(jobs, left_alone) == steps
+    assert second_checkpoint.inputs["checkpoint"].digest == {"sha256": first_checkpoint.sha256}
 
 
-def test_a_killed_run_ends_at_the_same_bits_and_so_does_one_that_lost_a_checkpoint(
-    jobs: LocalJobs, left_alone: Path, s3: S3
+def test_a_finished_stage_is_not_trained_again(jobs: LocalJobs, uninterrupted: Path) -> None:
+    before, steps = checkpoint_digests(jobs, uninterrupted), logged_steps(jobs, uninterrupted)
+    jobs.bucket.delete(
+        paths.progress(read_run(uninterrupted), "vanilla")
+    )  # as if it had been killed before its last report
+    assert f"Stage vanilla has already finished: {len(steps)} steps" in jobs.finish(
+        "train", uninterrupted, "--step", "vanilla", "--attempt", "2"
+    )
+    progress = read_progress(jobs, uninterrupted)
+    assert (
+        progress.state == "Succeeded"
+        and progress.message == "Finished by attempt 1"
+        and progress.held_out is not None
+    )
+    assert checkpoint_digests(jobs, uninterrupted) == before and logged_steps(jobs, uninterrupted) == steps
+
+
+def test_a_run_that_was_killed_or_lost_a_checkpoint_ends_with_the_same_bits(
+    jobs: LocalJobs, uninterrupted: Path, s3: S3
 ) -> None:
     file = jobs.run_file("killed")
-    steps = len(logged_steps(jobs, left_alone))
-    kill_somewhere(jobs, file, 1, steps)
+    steps = len(logged_steps(jobs, uninterrupted))
+    kill_in_random_step(jobs, file, 1, steps)
     jobs.finish("train", file, "--step", "vanilla", "--attempt", "2")
-    assert checkpoint_digests(jobs, file) == checkpoint_digests(jobs, left_alone)
-    assert logged_steps(jobs, file) == logged_steps(jobs, left_alone)
+    assert checkpoint_digests(jobs, file) == checkpoint_digests(jobs, uninterrupted)
+    assert logged_steps(jobs, file) == logged_steps(jobs, uninterrupted)
 
     folder = paths.checkpoints(read_run(file), "vanilla")
-    jobs.bucket.delete_prefix(f"{folder}/{steps}")  # as if killed again before its end
+    jobs.bucket.delete_prefix(f"{folder}/{steps}")  # as if it had been killed before its end
     newest, _ = list_iterations(jobs.bucket, folder)
     damaged = s3.folder / jobs.bucket.name / folder / str(newest) / "rank-00000.safetensors"
     with damaged.open("r+b") as content:
@@ -198,10 +209,10 @@ def test_a_killed_run_ends_at_the_same_bits_and_so_does_one_that_lost_a_checkpoi
         log,
     )
     assert [condition.type for condition in read_progress(jobs, file).conditions] == ["CheckpointRefused"]
-    assert checkpoint_digests(jobs, file) == checkpoint_digests(jobs, left_alone)
+    assert checkpoint_digests(jobs, file) == checkpoint_digests(jobs, uninterrupted)
 
 
-def test_two_processes_stopped_and_killed_end_at_the_same_bits_as_two_pods(
+def test_two_stopped_and_killed_processes_end_with_the_same_bits_as_two_pods(
     jobs: LocalJobs, two_pods: Path
 ) -> None:
     file = jobs.run_file("stopped", gpus=2)
@@ -210,16 +221,16 @@ def test_two_processes_stopped_and_killed_end_at_the_same_bits_as_two_pods(
     steps = len(logged_steps(jobs, two_pods))
     process = jobs.start("train", file, "--step", "vanilla", VPMOE_TERMINATION_LOG=str(termination))
     run_until(process, f"step 1 of {steps}:", lambda: process.send_signal(signal.SIGTERM))
-    said = json.loads(termination.read_bytes())
-    assert process.returncode == 143 and (said["class"], said["exit"]) == ("Terminated", 143)
+    message = json.loads(termination.read_bytes())
+    assert process.returncode == 143 and (message["class"], message["exit"]) == ("Terminated", 143)
     stopped = read_progress(jobs, file)
     assert (
         stopped.state == "Running"
         and stopped.checkpoint is not None
-        and f"after step {stopped.checkpoint.iteration} of" in said["message"]
+        and f"after step {stopped.checkpoint.iteration} of" in message["message"]
     )
 
-    kill_somewhere(jobs, file, stopped.checkpoint.iteration + 1, steps, "--attempt", "2")
+    kill_in_random_step(jobs, file, stopped.checkpoint.iteration + 1, steps, "--attempt", "2")
     jobs.finish("train", file, "--step", "vanilla", "--attempt", "3")
     assert checkpoint_digests(jobs, file) == checkpoint_digests(jobs, two_pods)
     assert set(checkpoint_digests(jobs, file)) == {
@@ -230,14 +241,14 @@ def test_two_processes_stopped_and_killed_end_at_the_same_bits_as_two_pods(
     assert logged_steps(jobs, file) == logged_steps(jobs, two_pods)
 
 
-def test_two_ranks_lose_what_one_does(jobs: LocalJobs, left_alone: Path, two_pods: Path) -> None:
-    """Span means are over the global batch, so they do not depend on the number of ranks."""
-    one, two = metrics_lines(jobs, left_alone, "step"), metrics_lines(jobs, two_pods, "step")
-    for ours, theirs in zip(two, one, strict=True):
+def test_two_ranks_have_the_loss_of_one(jobs: LocalJobs, uninterrupted: Path, two_pods: Path) -> None:
+    """Span means are over the global batch, so that they do not depend on the number of ranks."""
+    one, two = metrics_lines(jobs, uninterrupted, "step"), metrics_lines(jobs, two_pods, "step")
+    for line_of_two, line_of_one in zip(two, one, strict=True):
         assert (
-            ours["targets"] == theirs["targets"]
-            and ours["exercises"] == theirs["exercises"]
-            and ours["tokens"] == theirs["tokens"]
+            line_of_two["targets"] == line_of_one["targets"]
+            and line_of_two["exercises"] == line_of_one["exercises"]
+            and line_of_two["tokens"] == line_of_one["tokens"]
         )
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-4)
-        assert ours["gradientNorm"] == pytest.approx(theirs["gradientNorm"], rel=1e-2)
+        assert line_of_two["loss"] == pytest.approx(line_of_one["loss"], rel=2e-4)
+        assert line_of_two["gradientNorm"] == pytest.approx(line_of_one["gradientNorm"], rel=1e-2)

@@ -1,4 +1,4 @@
-"""CheckpointWriter of a small student: written, compared, damaged."""
+"""Checkpoints of a small student, for tests that save, compare and damage them."""
 
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ def at(iteration: int, **changes: Any) -> TrainState:
 
 
 def filled(device: torch.device, number: float) -> Learner:
-    """A student whose every number is `number`, plus its place in the tensor: so two of them differ
-    everywhere."""
+    """A student whose tensors are `number` plus the index / 1000, so that students of other numbers differ in
+    every element."""
     it = students.learner(device)
     for piece in state.slices(it):
         piece.tensor.copy_(torch.arange(piece.start, piece.stop) / 1000 + number)

@@ -1,4 +1,4 @@
-"""Pieces of a Harmony completion, as text and as ids."""
+"""Parts of a Harmony completion as text, and their ids."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from vpmoe.data import vocabulary_file
 
 
 def ids(text: str) -> np.ndarray:
-    """Ids of a text in which specials mean themselves."""
+    """Ids of a text, in which the names of special tokens are encoded as these tokens."""
     return np.array(vocabulary_file.encoding().encode(text, allowed_special="all"), np.int32)
 
 

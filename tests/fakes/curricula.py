@@ -1,4 +1,4 @@
-"""OnPolicy stages, their curricula, and the windows that these define."""
+"""OnPolicy stages, their curricula and their windows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def stage(**changes: Any) -> OnPolicy:
 SHARES = st.integers(0, 999).map(lambda thousandths: thousandths / 1000)
 
 
-THREE = [
+THREE_PHASES = [
     {"share": 0.3, "effort": {"low": 0.7, "medium": 0.3}},
     {"share": 0.4, "effort": {"low": 0.2, "medium": 0.6, "high": 0.2}, "rolloutsPerPromptAtEnd": 2},
     {
@@ -37,15 +37,17 @@ THREE = [
 PARTS = [5, 0, 17, 3]
 
 
-A_STEP = 400
-"""Tokens of a step, in the stages of these tests."""
+TOKENS_PER_STEP = 400
+"""Tokens of each step before a window's version, in these tests."""
 
 
 def windows(seed: int = 1234, prompts: int = 4, first: int = 0, **changes: object) -> WindowSchedule:
-    asked = {"rollout": {"promptsPerWindow": prompts}, "curriculum": THREE, "tokens": 100_000}
-    return WindowSchedule(stage(**(asked | changes)), seed, PARTS, first)
+    fields = {"rollout": {"promptsPerWindow": prompts}, "curriculum": THREE_PHASES, "tokens": 100_000}
+    return WindowSchedule(stage(**(fields | changes)), seed, PARTS, first)
 
 
-def at(it: WindowSchedule, number: int, turns: Sequence[Adjustment] = ()) -> WindowPlan:
-    """Window `number` where each step before its version had A_STEP tokens."""
-    return it.window(number, A_STEP * it.curriculum.steps_trained(it.curriculum.version_of(number)), turns)
+def plan_window(it: WindowSchedule, number: int, adjustments: Sequence[Adjustment] = ()) -> WindowPlan:
+    """The plan of window `number` if each step before its version had TOKENS_PER_STEP tokens."""
+    return it.window(
+        number, TOKENS_PER_STEP * it.curriculum.steps_trained(it.curriculum.version_of(number)), adjustments
+    )

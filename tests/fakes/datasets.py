@@ -1,5 +1,4 @@
-"""A dataset of random documents, written as preprocessing writes one, with scores and a stage's context: for
-tests of training."""
+"""Datasets of random documents and their scores in the bucket, and the context of a stage on them."""
 
 import io
 import threading
@@ -38,7 +37,7 @@ def random_documents(random: np.random.Generator, count: int, longest: int = 40)
 
 
 def write(bucket: Bucket, train: Sequence[Documents], valid: Sequence[Documents]) -> Manifest:
-    """A data set of these parts, whose documents are of exercises "even" and, every second, none."""
+    """Write a dataset of these parts. Every second document has the exercise "even", the others none."""
     folder, subjects, facts = f"datasets/{HEX}", [], {}
     for split, parts in (("train", train), ("valid", valid)):
         for number, documents in enumerate(parts):
@@ -71,7 +70,7 @@ def write(bucket: Bucket, train: Sequence[Documents], valid: Sequence[Documents]
 def score(
     bucket: Bucket, dataset: Manifest, train: Sequence[Documents], random: np.random.Generator
 ) -> Manifest:
-    """Scores as rescoring writes them: every second document, its supervised tokens between −6 and 0."""
+    """Write scores as rescoring does: of the supervised tokens of every second document, from −6 to 0."""
     folder, subjects, of_span = f"scores/{HEX}", [], {1: [], 2: []}  # type: ignore[var-annotated]
     for number, documents in enumerate(train):
         logp = []
@@ -111,7 +110,7 @@ def context(
     stage: str = "vanilla",
     scores: Manifest | None = None,
 ) -> StageContext:
-    """An attempt at a stage of the run of `spec`."""
+    """The context of an attempt at a stage of the run of `spec`."""
     run = DistillRun.parse(spec)
     return StageContext(
         run, training_stage(run, stage), bucket, dataset, WHO, threading.Event(), scratch, scores

@@ -1,8 +1,7 @@
-"""Sampler and teacher of an OnPolicy stage in one, for tests of its trainer: a small one in the test's
-process.
+"""A sampler and a teacher of an OnPolicy stage in the test's process, for tests of its trainer.
 
-It takes the versions from the bucket through transformers, verifies each with its probe, and samples from it.
-The teacher is a function of the ids. Nothing else of the real ones is imitated.
+The sampler loads versions from the bucket with transformers, verifies each with its probe, and samples from
+it. The teacher's scores are a function of the ids. Nothing else of the real ones is imitated.
 """
 
 import hashlib
@@ -35,11 +34,12 @@ from vpmoe.storage import paths
 from vpmoe.trainer.context import StageContext
 
 PROBE = 1e-4
-"""Nats by which trainer and transformers may differ: both compute in float32 and sum in other orders."""
+"""Allowed difference of trainer and transformers, in nats: both compute in float32 but sum in different
+orders."""
 
 
 class FakePeers:
-    """What it does next follows from the bucket alone, so a new one continues where another stopped."""
+    """Has no state besides the bucket, so that a new one continues where another stopped."""
 
     def __init__(self, task: StageContext, train: list[Documents], scratch: Path) -> None:
         assert isinstance(task.stage, OnPolicy)
@@ -50,7 +50,9 @@ class FakePeers:
         self.length, self.seed = spec.sequence_length, spec.seed
         lengths = [np.asarray([len(ids) for ids, _ in part], np.int32) for part in train]
         self.plan = SequenceStream(lengths, self.seed, self.length)
-        self.each = layout(task.run.spec.student, task.run.spec.training, task.stage).sequences_per_step
+        self.sequences_per_step = layout(
+            task.run.spec.student, task.run.spec.training, task.stage
+        ).sequences_per_step
         self.scratch = scratch
         self.loaded: tuple[int, PreTrainedModel] | None = None
         self.sampler_logp: Callable[[NDArray[np.float32]], NDArray[np.float32]] = lambda logp_C: logp_C
@@ -82,14 +84,14 @@ class FakePeers:
         return True
 
     def sample(self, number: int) -> bool:
-        """Sample a window; False where its version is not there yet, or the stage has no such window."""
+        """Sample a window. Returns False if its version is not published or the stage has no such window."""
         bucket, run, stage = self.task.bucket, self.task.run, self.stage
         windows = WindowSchedule(stage, self.seed, self.parts)
         found = policy_version.find_version(bucket, run, stage.name, windows.curriculum.version_of(number))
         if found is None:
             return False
         published, facts = found
-        anchors = self.plan.tokens_after_steps(facts.first_sequence, self.each, stage.tokens)
+        anchors = self.plan.tokens_after_steps(facts.first_sequence, self.sequences_per_step, stage.tokens)
         seen = 0
         if number:
             before = read_rollouts(bucket.get(self.key(number - 1, "rollouts")), "fake peers").header
@@ -98,15 +100,19 @@ class FakePeers:
             return False
         model = self.load(published, facts)
         windows = WindowSchedule(stage, self.seed, self.parts, facts.first_prompt)
-        asked = windows.window(number, facts.tokens, back_pressure.read_adjustments(bucket, run, stage.name))
+        window_plan = windows.window(
+            number, facts.tokens, back_pressure.read_adjustments(bucket, run, stage.name)
+        )
         rollouts = [
             self.rollout(
                 model,
                 prompt,
                 rollout,
-                completion_limit(self.asked(prompt), prompt.effort, asked.max_tokens, self.length),
+                completion_limit(
+                    self.prompt_length(prompt), prompt.effort, window_plan.max_tokens, self.length
+                ),
             )
-            for prompt in asked.prompts
+            for prompt in window_plan.prompts
             for rollout in range(len(prompt.seeds))
         ]
         tokens = sum(len(one.ids_T) for one in rollouts)
@@ -117,22 +123,22 @@ class FakePeers:
             window=number,
             version=facts.version,
             weights=policy_version.weights_digest(published),
-            phase=asked.phase,
+            phase=window_plan.phase,
             seen=seen,
             tokens=tokens,
             last=windows.curriculum.tokens_before_next(number, seen, tokens, anchors) >= stage.tokens,
-            turns=asked.adjustments,
+            turns=window_plan.adjustments,
         )
         return bucket.create(self.key(number, "rollouts"), rollouts_bytes(self.says(about), rollouts), {})
 
-    def asked(self, prompt: PromptPlan) -> int:
+    def prompt_length(self, prompt: PromptPlan) -> int:
         return int((self.documents[prompt.document][1] == 0).sum())
 
     def rollout(self, model: PreTrainedModel, prompt: PromptPlan, number: int, bound: int) -> Rollout:
-        """One completion, sampled at temperature 1 from the request's seed; the third id in a hundred ends
-        it."""
+        """One completion, sampled at temperature 1 from the request's seed. It ends at an id that is 3 modulo
+        100."""
         generator = torch.Generator().manual_seed(prompt.seeds[number])
-        ids = self.documents[prompt.document][0][: self.asked(prompt)].tolist()
+        ids = self.documents[prompt.document][0][: self.prompt_length(prompt)].tolist()
         logp = []
         for _ in range(bound):
             with torch.no_grad():
@@ -169,6 +175,6 @@ class FakePeers:
 
 
 def teacher(ids_T: NDArray[np.int32]) -> NDArray[np.float32]:
-    """[T] log-probabilities that depend on the ids before too."""
+    """[T] log-probabilities that depend on all ids."""
     random = np.random.default_rng(int.from_bytes(hashlib.sha256(ids_T.tobytes()).digest()[:8]))
     return (-8 - random.exponential(5, len(ids_T))).astype(np.float32)

@@ -1,8 +1,7 @@
-"""A store that misbehaves on request: an HTTP proxy before a real one, for faults that no real store shows
-when asked to.
+"""An HTTP proxy in front of an S3 server that injects faults into selected requests.
 
-Each Fault is used up by the requests that it matches; everything else passes through untouched, so signatures
-hold.
+A Fault applies to a given number of matching requests. Other requests are forwarded unchanged, so that their
+signatures remain valid.
 """
 
 import re
@@ -25,12 +24,13 @@ Kind = Literal["503", "lost", "reset", "truncated", "flipped", "stalled", "uncon
 
 @dataclass
 class Fault:
-    """What happens to the next `times` requests whose "METHOD path?query" matches `request`.
+    """A fault of the next `times` requests whose "METHOD path?query" matches `request`.
 
-    503: answered so, never forwarded. lost: forwarded, and the connection closed instead of an answer. reset:
-    half of the body, then a TCP reset. truncated: half of the body, then an orderly close. flipped: one bit
-    of the body. stalled: no answer for two seconds. unconditional: a failed condition (412) is answered as a
-    success. held: forwarded when `Faulty.release` is set.
+    503: the response is 503, and the request is not forwarded. lost: forwarded, but the connection is closed
+    without a response. reset: half of the body, then a TCP reset. truncated: half of the body, then an
+    orderly close. flipped: one bit of the body is flipped. stalled: no response for two seconds.
+    unconditional: the response to a failed condition (412) becomes 200. held: forwarded only when
+    `FaultProxy.release` is set.
     """
 
     kind: Kind
@@ -38,9 +38,9 @@ class Fault:
     times: int = 1_000_000
 
 
-class Faulty(ThreadingHTTPServer):
-    """The proxy; `requests` is what it was asked, as "METHOD path?query", and `headers` each request's header
-    fields in lower case."""
+class FaultProxy(ThreadingHTTPServer):
+    """The proxy. `requests` are the received requests as "METHOD path?query", and `headers` the header fields
+    of each, with names in lower case."""
 
     daemon_threads = True
 
@@ -59,12 +59,12 @@ class Faulty(ThreadingHTTPServer):
         self._lock = threading.Lock()
 
     def reset(self) -> None:
-        """No fault, nothing seen, nothing held."""
+        """Remove all faults, recorded requests and the release of held requests."""
         self.faults, self.requests, self.headers = [], [], []
         self.release.clear()
 
-    def take(self, request: str) -> Kind | None:
-        """The fault that this request meets."""
+    def record_request(self, request: str) -> Kind | None:
+        """Record a request; return its fault, if any."""
         with self._lock:
             self.requests.append(request)
             for fault in self.faults:
@@ -74,26 +74,26 @@ class Faulty(ThreadingHTTPServer):
         return None
 
     def count(self, pattern: str) -> int:
-        """How many requests matched."""
+        """The number of received requests that match."""
         return sum(1 for request in self.requests if re.search(pattern, request))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that is gone, which tests bring about, is no news."""
+        """Do not log clients that have disconnected: tests cause it."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Forward one request."""
+    """Forwards one request, with its fault."""
 
     protocol_version = "HTTP/1.1"
-    server: Faulty
+    server: FaultProxy
 
     def do_GET(self) -> None:
-        """Any method."""
+        """Handle a request of any method."""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
-        fault = self.server.take(f"{self.command} {self.path}")
+        fault = self.server.record_request(f"{self.command} {self.path}")
         if fault == "503":
-            self.answer(503, [("Content-Length", "0")], b"")
+            self.respond(503, [("Content-Length", "0")], b"")
             return
         if fault == "stalled":
             time.sleep(2)
@@ -106,18 +106,20 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "flipped":
             content = content[:-1] + bytes([content[-1] ^ 1])
         if fault == "unconditional" and response.status == 412:
-            self.answer(200, [("Content-Length", "0"), ("ETag", '"x"')], b"")
+            self.respond(200, [("Content-Length", "0"), ("ETag", '"x"')], b"")
             return
         half = fault in ("reset", "truncated")
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = half
-        self.answer(response.status, response.getheaders(), content[: len(content) // 2] if half else content)
+        self.respond(
+            response.status, response.getheaders(), content[: len(content) // 2] if half else content
+        )
 
     do_PUT = do_POST = do_HEAD = do_DELETE = do_GET
 
     def forward(self, body: bytes) -> tuple[HTTPResponse, bytes]:
-        """Ask the real store the same, under the same host name, which is signed."""
+        """Forward the request with its Host header, which is signed."""
         connection = HTTPConnection(self.server.upstream, timeout=30)
         connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
         for name, value in self.headers.items():
@@ -129,8 +131,8 @@ class Handler(BaseHTTPRequestHandler):
         connection.close()
         return response, content
 
-    def answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
-        """Hand an answer on with the headers that it came with."""
+    def respond(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
+        """Send a response to the client."""
         self.send_response_only(status)
         for name, value in headers:
             self.send_header(name, value)
@@ -139,14 +141,14 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the test asks `requests`."""
+        """Log nothing: tests read `requests`."""
 
 
 @contextmanager
-def faulty(upstream: str, certificate: Path | None = None) -> Iterator[Faulty]:
-    """A proxy before `upstream` for as long as the block lasts; it speaks TLS where it is given
-    <certificate>.crt and .key."""
-    with Faulty(upstream, certificate) as proxy:
+def faulty(upstream: str, certificate: Path | None = None) -> Iterator[FaultProxy]:
+    """Run a proxy of `upstream`, with TLS if `certificate` is given (without suffix: .crt and .key are
+    added)."""
+    with FaultProxy(upstream, certificate) as proxy:
         thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:

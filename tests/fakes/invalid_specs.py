@@ -37,7 +37,7 @@ RUN_NAME = (
 )
 
 INVALID: dict[str, InvalidSpec] = {
-    # What is missing, unknown or of the wrong type.
+    # Missing fields, unknown fields and wrong types.
     "no source": InvalidSpec(
         {"spec.dataset.source": DROP},
         "spec.dataset.source",
@@ -90,7 +90,7 @@ INVALID: dict[str, InvalidSpec] = {
         "there is no such field",
         'unknown field "spec.dataset.max_length"',
     ),
-    "a role that there is not": InvalidSpec(
+    "an unknown role": InvalidSpec(
         {"spec.runtime.resources": {"trainer": {}}},
         "spec.runtime.resources.trainer",
         "must be one of preprocess, rescore, train",
@@ -120,7 +120,7 @@ INVALID: dict[str, InvalidSpec] = {
         "must be true or false",
         "spec.suspend in body must be of type boolean",
     ),
-    "null for a part that is required": InvalidSpec(
+    "null for a required object": InvalidSpec(
         {"spec.teacher": None}, "spec.teacher", "null must be a mapping", "spec.teacher: Required value"
     ),
     # Bounds.
@@ -136,13 +136,13 @@ INVALID: dict[str, InvalidSpec] = {
         "1.1 must be at most 1",
         "spec.dataset.sampling.memorizationMax in body should be less than or equal to 1",
     ),
-    "everything held out": InvalidSpec(
+    "a valid fraction of 1": InvalidSpec(
         {"spec.dataset.validFraction": 1},
         "spec.dataset.validFraction",
         "must be less than 1",
         "should be less than 1",
     ),
-    "a learning rate of nothing": InvalidSpec(
+    "a learning rate of 0": InvalidSpec(
         {"spec.training.optimizer.learningRate": 0},
         "spec.training.optimizer.learningRate",
         "must be more than 0",
@@ -176,7 +176,7 @@ INVALID: dict[str, InvalidSpec] = {
         "spec.dataset.conversation.date",
         "must be a day as a string",
     ),
-    "a month of thirteen": InvalidSpec(
+    "month 13": InvalidSpec(
         {"spec.dataset.conversation.knowledgeCutoff": "2024-13"},
         "spec.dataset.conversation.knowledgeCutoff",
         "must be a month as a string",
@@ -196,7 +196,7 @@ INVALID: dict[str, InvalidSpec] = {
     "no tokens": InvalidSpec(
         {"spec.stages.0.tokens": 0}, "spec.stages[0].tokens", "must be from 1 to 1000000000000000 tokens"
     ),
-    "tokens without end": InvalidSpec(
+    "too many tokens": InvalidSpec(
         {"spec.stages.0.tokens": "999999999999T"},
         "spec.stages[0].tokens",
         "must be from 1 to 1000000000000000 tokens",
@@ -257,7 +257,7 @@ INVALID: dict[str, InvalidSpec] = {
         "two stages have the name a. A stage's name is its folder in the bucket: give each stage its own "
         "name.",
     ),
-    # Fields of one kind in a stage of another.
+    # Fields of another kind of stage.
     "mix in Vanilla": InvalidSpec(
         {"spec.stages.0.mix": 0.5},
         "spec.stages[0].mix",
@@ -300,12 +300,12 @@ INVALID: dict[str, InvalidSpec] = {
         "must have at least 1 items",
         "at least 1 items",
     ),
-    "confidence upside down": InvalidSpec(
+    "confidence with min above max": InvalidSpec(
         {"spec.stages": [{**RESCORED, "confidence": {"min": 4, "max": 0.25}}]},
         "spec.stages[0].confidence",
         "min 4 is above max 0.25. Swap them.",
     ),
-    "a least confidence above the default greatest": InvalidSpec(
+    "confidence with min above the default of max": InvalidSpec(
         {"spec.stages": [{**RESCORED, "confidence": {"min": 4.5}}]},
         "spec.stages[0].confidence",
         "min 4.5 is above max 4. Swap them.",
@@ -330,7 +330,7 @@ INVALID: dict[str, InvalidSpec] = {
         "spec.stages",
         "stage first: minLearningRate 0.01 is above learningRate 0.0003.",
     ),
-    "an on-policy peak below where the schedule ends": InvalidSpec(
+    "an on-policy peak below minLearningRate": InvalidSpec(
         {"spec.training.optimizer.minLearningRate": 1e-4, "spec.stages": [ONPOLICY]},
         "spec.stages",
         "stage onpolicy: minLearningRate 0.0001 is above learningRate 2e-05. Lower minLearningRate or "
@@ -353,7 +353,7 @@ INVALID: dict[str, InvalidSpec] = {
         "spec.student.expertParallel",
         "16 does not divide the 8 experts of tiny. Use 1, 2, 4, …, 8.",
     ),
-    "ranks that are no multiple of the experts' parallelism": InvalidSpec(
+    "ranks that are not a multiple of expertParallel": InvalidSpec(
         {"spec.student.expertParallel": 2},
         "spec.stages",
         "stage first: 7 ranks are not a multiple of student.expertParallel 2. Lower student.expertParallel, "
@@ -374,7 +374,7 @@ INVALID: dict[str, InvalidSpec] = {
         "stage first: 7 GPUs do not divide into pods of 2. Set student.gpusPerPod to a divisor of "
         "the ranks of every stage.",
     ),
-    "pods that do not divide what the sampler leaves": InvalidSpec(
+    "pods that do not divide the ranks beside the sampler": InvalidSpec(
         {
             "spec.student": {"gpus": 8, "gpusPerPod": 4},
             "spec.stages": [*MINIMAL["spec"]["stages"], {**ONPOLICY, "sampler": {"gpus": 2}}],
@@ -393,24 +393,24 @@ INVALID: dict[str, InvalidSpec] = {
         "spec.stages",
         "stage onpolicy: student.gpus 7 − sampler.gpus 7 leaves no GPU for training. Lower sampler.gpus.",
     ),
-    "a batch of less than a sequence a rank": InvalidSpec(
+    "a batch of less than one sequence per rank": InvalidSpec(
         {"spec.training.globalBatchTokens": "57343"},
         "spec.training.globalBatchTokens",
         "57343 is less than one sequence on every rank of stage first: 7 × 8192 = 57344. Raise it, or lower "
         "training.sequenceLength.",
     ),
-    "a gate before which nothing is trained": InvalidSpec(
+    "a gate in the first stage": InvalidSpec(
         {"spec.stages": [GATED, RESCORED]},
         "spec.stages",
         "stage gated: require.validity 0.8 needs the evaluation of a stage before, but this is the first "
         "stage. Add a stage before it, or set require.validity to 0.",
     ),
-    "a higher gate before which nothing is trained": InvalidSpec(
+    "a higher gate in the first stage": InvalidSpec(
         {"spec.stages": [{**GATED, "require": {"validity": 0.95}}]},
         "spec.stages",
         "stage gated: require.validity 0.95 needs the evaluation of a stage before",
     ),
-    "an empty gate before which nothing is trained": InvalidSpec(
+    "an empty gate in the first stage": InvalidSpec(
         {"spec.stages": [{**GATED, "require": {}}]},
         "spec.stages",
         "stage gated: require.validity 0.8 needs the evaluation of a stage before",
@@ -421,14 +421,14 @@ INVALID: dict[str, InvalidSpec] = {
         "stage gated: require.validity 0.8 is not measured if evaluation.completions is 0. Raise "
         "evaluation.completions, or set require.validity to 0.",
     ),
-    "an early end by what is not sampled": InvalidSpec(
+    "early stop by validity in Vanilla": InvalidSpec(
         {"spec.stages": [{**MINIMAL["spec"]["stages"][0], "stop": {"minValidity": 0.9}}]},
         "spec.stages",
         "stop.minValidity is above 0, but a stage of kind Vanilla does not sample and cannot measure "
         "validity. "
         "Set it to 0.",
     ),
-    "an early end by what is not measured": InvalidSpec(
+    "early stop without held-out documents": InvalidSpec(
         {"spec.stages": [{**MINIMAL["spec"]["stages"][0], "stop": {}}], "spec.evaluation.documents": 0},
         "spec.stages",
         "stop needs the held-out loss, but evaluation.documents is 0. Raise evaluation.documents, or remove "

@@ -1,4 +1,4 @@
-"""How large the largest tensor is that a computation makes."""
+"""Measures the largest tensor of a computation."""
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -6,13 +6,13 @@ from torch.utils._pytree import tree_leaves
 
 
 class Largest(TorchDispatchMode):
-    """Watches every operation below autograd and keeps the most numbers that one of its results held."""
+    """Observes every operation below autograd; `elements` is the size of the largest result."""
 
-    numbers = 0
+    elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
-        self.numbers = max(
-            [self.numbers, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))]
+        self.elements = max(
+            [self.elements, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))]
         )
         return result

@@ -51,8 +51,8 @@ def export(folder: Path, it: Learner) -> Path:
 
 
 def trainers(it: Learner, sequences: Sequence[Ids]) -> list[NDArray[np.float32]]:
-    """[T − 1] for each sequence: the trainer's log-probabilities of its ids given those before, all packed
-    into one row."""
+    """The trainer's log-probabilities of each sequence's ids given those before, [T − 1] each. All sequences
+    are packed into one row."""
     ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64))[None]
     number = torch.repeat_interleave(
         torch.arange(len(sequences)), torch.tensor([len(ids_T) for ids_T in sequences])

@@ -1,4 +1,4 @@
-"""Values and documents that the code made before its packages were reordered, in tests/unit/recorded/.
+"""Values and documents of the code before its packages were reordered, in tests/unit/recorded/.
 
 values.json has hashes and short values; run_in_flight.zip has the documents of runs that were not finished.
 Code that cannot reproduce the values, or cannot read the documents, breaks runs in flight and

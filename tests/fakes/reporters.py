@@ -1,4 +1,4 @@
-"""Progress uploaders for tests that look at what a trainer reports, without a store to upload it to."""
+"""Progress uploaders without a store, for tests of a trainer's reports."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from vpmoe.trainer.reporting.uploader import ProgressUploader
 
 
 class NullReporter(ProgressUploader):
-    """Writes nothing. What a real uploader writes is tested in tests/unit/trainer/test_reporting.py."""
+    """Uploads nothing. Tests of the real uploader are in tests/unit/trainer/test_reporting.py."""
 
     def __init__(self) -> None:
         self.progress: dict[str, Any] = {}
@@ -23,7 +23,7 @@ class NullReporter(ProgressUploader):
 
 
 class RecordingReporter(NullReporter):
-    """Keeps the lines as they would be written, and calls `after` with each step."""
+    """Records the metrics lines as they would be uploaded, and calls `after` with each step."""
 
     def __init__(self, after: Callable[[int], None] = lambda step: None) -> None:
         super().__init__()
@@ -42,5 +42,5 @@ class RecordingReporter(NullReporter):
 
 
 def stop_after(step: int, context: Callable[[], StageContext]) -> Callable[[int], None]:
-    """For RecordingReporter: asks the process to stop after a step."""
+    """For RecordingReporter: sets `stopping` of the context after a step."""
     return lambda done: context().stopping.set() if done == step else None

@@ -13,7 +13,8 @@ from vpmoe.model.shapes import SHAPES, Shape
 SMALL = replace(
     SHAPES["tiny"], name="small", vocabulary=512, hidden=32, dense_width=64, expert_width=16, shared_width=32
 )
-"""`tiny` with nothing left that costs time; the same layers, experts and groups."""
+"""`tiny` with a small vocabulary and small layers, for speed; the number of layers, experts and groups is the
+same."""
 
 
 def new_seed() -> int:
@@ -31,8 +32,8 @@ def learner(device: torch.device, shape: Shape = SMALL, **kwargs: int) -> Learne
 def documents(
     generator: torch.Generator, lengths: list[int], row: int, vocabulary: int = SMALL.vocabulary
 ) -> tuple[torch.Tensor, ...]:
-    """One row [1, row] of random tokens and spans: documents of the given lengths, then padding. A third of
-    each is prompt (span 0)."""
+    """Tokens, spans and document numbers of one row, each [1, row]: random documents of these lengths, then
+    padding. A third of each document is prompt (span 0)."""
     tokens = torch.randint(0, vocabulary, (1, row), generator=generator)
     numbers = torch.full((1, row), -1, dtype=torch.int32)
     spans = torch.zeros((1, row), dtype=torch.uint8)
@@ -65,7 +66,7 @@ def ragged(generator: torch.Generator, microbatches: int, vocabulary: int = SMAL
 
 
 def saved(learner: Learner) -> dict[str, list[tuple[int, torch.Tensor]]]:
-    """A copy of this rank's slices: by name, where each begins and its numbers."""
+    """A copy of this rank's slices by name: start and values of each."""
     copied: dict[str, list[tuple[int, torch.Tensor]]] = {}
     for piece in state.slices(learner):
         assert piece.stop - piece.start == piece.tensor.numel()
@@ -76,7 +77,8 @@ def saved(learner: Learner) -> dict[str, list[tuple[int, torch.Tensor]]]:
 def whole(
     ranks: list[dict[str, list[tuple[int, torch.Tensor]]]], sizes: dict[str, int]
 ) -> dict[str, torch.Tensor]:
-    """All ranks' slices put together. Fails where they do not cover each name exactly once."""
+    """The tensors joined from the slices of all ranks. Fails if the slices do not cover each tensor exactly
+    once."""
     tensors = {}
     assert {name for rank in ranks for name in rank} == set(sizes)
     for name, size in sizes.items():

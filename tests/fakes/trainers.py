@@ -1,4 +1,4 @@
-"""Trainers of small students on a real store, put together as vpmoe.trainer.trainer.train does it."""
+"""Trainers of small students on a real store, built as in vpmoe.trainer.trainer.train."""
 
 import torch
 
@@ -26,7 +26,7 @@ def stage_kind(context: StageContext) -> StageKind:
 
 
 def start_of(context: StageContext, learner: Learner) -> Start:
-    """Load the learner with what the bucket says the stage starts from."""
+    """Load into the learner the state from which the stage starts, according to the bucket."""
     return load_start(context, stage_kind(context), learner)
 
 
@@ -37,7 +37,7 @@ def trainer(
     uploader: ProgressUploader | None,
     held_out: int = 0,
 ) -> Trainer:
-    """A trainer at the state that the bucket says the stage is at, with so many held-out documents."""
+    """A trainer at the stage's state according to the bucket, with `held_out` held-out documents."""
     stage = stage_kind(context)
     start = load_start(context, stage, learner)
     checkpoints = CheckpointWriter(context, INPUTS, uploader)

@@ -36,7 +36,7 @@ def phases(*shares: float) -> list[dict[str, Any]]:
 Changes = dict[str, Any]
 
 VALID: dict[str, Changes] = {
-    "nothing but what is required": {},
+    "required fields only": {},
     "stages of all kinds": {"spec.stages": [*MINIMAL["spec"]["stages"], RESCORED, FORCED, ONPOLICY]},
     "token counts as numbers": {
         "spec.training.globalBatchTokens": 1_000_000,
@@ -66,7 +66,7 @@ VALID: dict[str, Changes] = {
         "spec.ttlAfterFinished": None,
         "spec.stages.0.stop": None,
     },
-    "short sequences, and documents no longer by default": {"spec.training.sequenceLength": 512},
+    "short sequences, to which the default of maxLength is lowered": {"spec.training.sequenceLength": 512},
     "a batch of exactly one sequence a rank": {"spec.training.globalBatchTokens": 7 * 8192},
     "pods that divide the ranks": {"spec.student.gpus": 8, "spec.student.gpusPerPod": 4},
     "pods no smaller than the ranks": {"spec.student.gpusPerPod": 8},
@@ -81,7 +81,7 @@ VALID: dict[str, Changes] = {
     "a stage that changes part of the optimizer": {
         "spec.stages.0.optimizer": {"learningRate": 0.001, "warmupTokens": "1k"}
     },
-    "an optimizer that starts below where it would end": {
+    "an on-policy peak equal to minLearningRate": {
         "spec.training.optimizer": {"learningRate": 1e-3, "minLearningRate": 2e-5},
         "spec.stages": [ONPOLICY],
     },
@@ -108,14 +108,14 @@ VALID: dict[str, Changes] = {
     "shares that are not exact in binary": {
         "spec.stages": [{**ONPOLICY, "curriculum": phases(*[0.1] * 7, 0.3)}]
     },
-    "confidence that moves nothing": {"spec.stages": [{**RESCORED, "confidence": {"min": 1, "max": 1}}]},
+    "confidence weights that are all 1": {"spec.stages": [{**RESCORED, "confidence": {"min": 1, "max": 1}}]},
     "resources by role": {
         "spec.runtime.resources": {
             "train": {"requests": {"cpu": 4, "memory": "64Gi"}, "limits": {"memory": "128Gi", "rdma/hca": 1}},
             "preprocess": {"requests": {"cpu": "500m", "ephemeral-storage": "1e9"}},
         },
     },
-    "where pods may stand": {
+    "scheduling of pods": {
         "spec.runtime.nodeSelector": {"vpmoe.dev/pool": "h200"},
         "spec.runtime.tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
         "spec.runtime.imagePullSecrets": [{"name": "registry"}],
@@ -124,7 +124,7 @@ VALID: dict[str, Changes] = {
     "a name of thirty characters": {"metadata.name": "a" + "-" * 28 + "z"},
     "a stage's name of sixteen": {"spec.stages.0.name": "a123456789012345"},
     "labels and annotations": {"metadata.labels": {"team": "a"}, "metadata.annotations": {"note": "é"}},
-    "a conversation of one's own": {
+    "another conversation": {
         "spec.dataset.conversation": {
             "identity": "Ты — vpMoE.",
             "knowledgeCutoff": "2025-12",

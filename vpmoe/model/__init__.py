@@ -1,7 +1,7 @@
 """The student: its shapes, its modules on megatron-core, its training state. A training process:
 
-    device = device.choose()                                       the GPU of this process, or the CPU
-    distributed.start(device, expert_parallel)                     then rank(), world_size(), stop()
+    device = device.choose()                          the GPU of this process, or the CPU if requested
+    distributed.start(device, expert_parallel)        process groups; then rank(), world_size(), stop()
     learner = Learner.build(SHAPES["tiny"], device, …)             student, DDP, distributed optimizer
     batch = Batch.from_rows(tokens, spans, documents)              a microbatch of packed rows
     counts = distributed.sum_over_ranks(batch.counts)              denominators of the GLOBAL batch

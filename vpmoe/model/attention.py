@@ -61,7 +61,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
                 window_size=causal,
                 enable_gqa=True,
             )
-            assert isinstance(out, Tensor), "no auxiliary results were requested"
+            assert isinstance(out, Tensor), "no auxiliary results were asked for"
         else:
             lengths = boundaries.diff().tolist()
             out = torch.cat(

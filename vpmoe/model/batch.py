@@ -35,11 +35,11 @@ class Batch:
     counts: Tensor
     """[3] int64, always on the CPU: positions that are not padding, then targets by span number."""
     teacher_logp: Tensor | None = None
-    """[T] fp32, the teacher's stored log p of each position's target, NaN without a target; None in a batch
-    without scores."""
+    """[T] fp32, the teacher's stored log p of each position's target, NaN where there is none; None in a
+    batch without scores."""
     sampler_logp: Tensor | None = None
-    """[T] fp32, the sampler's log p of each position's target, NaN without a target; None in a batch without
-    sampled completions."""
+    """[T] fp32, the sampler's log p of each position's target, NaN where there is none; None if nothing was
+    sampled."""
 
     @classmethod
     def from_rows(

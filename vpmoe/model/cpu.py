@@ -18,7 +18,7 @@ import torch
 
 
 class _Stream:
-    """The stream of the CPU: operations run in order, so there is nothing to wait for."""
+    """A stream of a CPU: operations run in order, so there is nothing to wait for."""
 
 
 class _TorchOnCpu(ModuleType):
@@ -64,7 +64,7 @@ def install() -> None:
         megatron.core.utils,
     ):
         module.torch = _TorchOnCpu("torch")
-    # Recomputation saves and restores the random generator around every layer.
+    # Recomputation saves and restores the generator around every layer.
     generator: Any = megatron.core.tensor_parallel.random
     generator._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     generator._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
@@ -72,8 +72,8 @@ def install() -> None:
 
 
 def _name_types_for_megatron() -> None:
-    """Let `tensor.type()` return torch.cuda.FloatTensor inside megatron's optimizer, which recognises fp32 by
-    that name only."""
+    """Let `tensor.type()` return torch.cuda.FloatTensor inside megatron's optimizer, which knows fp32 by that
+    name only."""
     type_of = torch.Tensor.type
 
     def named(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -49,7 +49,6 @@ def set_expert_parallel(expert_parallel: int) -> None:
 
 
 def stop() -> None:
-    """Destroy the process groups."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

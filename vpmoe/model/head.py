@@ -100,7 +100,7 @@ def _longest(weight_VH: Tensor) -> int:
 
 
 def target_chunks(targets_T: Tensor, longest: int) -> Iterator[Tensor]:
-    """Indices of the positions that have a target, in pieces of about equal length, at most `longest`."""
+    """Row numbers of the positions that have a target, in pieces of about equal length, at most `longest`."""
     rows_T = (targets_T != NO_TARGET).nonzero().squeeze(1)
     pieces = -(-len(rows_T) // longest)
     yield from rows_T.tensor_split(pieces) if pieces else ()
@@ -146,7 +146,7 @@ def _gradient_(
 
 
 def add_product_(sum_VH: Tensor, left_Vt: Tensor, right_tH: Tensor) -> None:
-    """sum += left @ right, with the sum in fp32 even if the factors are bf16."""
+    """sum += left @ right, with the sum in fp32 even where the factors are bf16."""
     if left_Vt.dtype == sum_VH.dtype:
         sum_VH.addmm_(left_Vt, right_tH)
     else:

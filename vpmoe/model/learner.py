@@ -50,7 +50,7 @@ class Outcome:
     tokens: dict[str, int]
     """Targets by span."""
     load: ExpertLoad | None
-    """Number of tokens of each expert; None after an evaluation."""
+    """Tokens of each expert; None after an evaluation."""
     measures: Measures | None = None
     """What the objective measured; its class depends on the objective."""
 
@@ -180,7 +180,7 @@ class Learner:
         if self._positions is None:
             raise RuntimeError(
                 "Learner.step uses the gradients of one forward_backward, and there was none since the last "
-                "step. Call forward_backward first."
+                "step."
             )
         positions, self._positions = self._positions, None
         finalize_model_grads([self.ddp], num_tokens=positions.to(self.device))
@@ -238,7 +238,7 @@ class _Sums:
         )
         if positions not in (None, int(counts[0])):
             raise ValueError(
-                f"positions is {positions}, but the global batch has {int(counts[0])} that are not padding."
+                f"positions is {positions}, but the global batch holds {int(counts[0])} that are not padding."
             )
         tokens = {name: int(n) for name, n in zip(SPANS, counts[1:], strict=True)}
         return Outcome(

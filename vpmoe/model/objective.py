@@ -51,8 +51,8 @@ class Weighted:
     coefficient_of: Callable[[Batch], Coefficient]
     """A batch's coefficients c."""
     sums_of: Callable[[Batch, Tensor], Tensor] = _no_sums
-    """A microbatch's sums [M] float64, from the batch and the student's log p of its targets [T], NaN without
-    a target."""
+    """A microbatch's sums [M] float64, from the batch and the student's log p of its targets [T], NaN where
+    there is no target."""
     measures_of: Callable[[Tensor], Measures | None] = lambda total: None
     """The step's measures, from the total of the sums."""
     _sums: list[Tensor] = field(default_factory=list)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 class Router(TopKRouter):  # type: ignore[misc]
     """Chooses experts by sigmoid(x·W) + bias and weighs them by the sigmoid alone, all of it in fp32.
 
-    Buffers, in fp32 for every dtype of the parameters: `expert_bias` [E] is state that a checkpoint holds;
+    Buffers, all fp32 whatever the parameters are: `expert_bias` [E] is state that a checkpoint holds;
     `local_tokens_per_expert` [E] and `aux_sum` are this rank's sums since the last step, over positions that
     are not padding.
     """
@@ -87,18 +87,18 @@ class ExpertLoad:
 
     @property
     def max_over_mean(self) -> Tensor:
-        """[L] ratio of the busiest expert's tokens to the mean; 1 when balanced."""
+        """[L] the busiest expert's tokens over the mean; 1 when balanced."""
         tokens = self.tokens.double()
         return tokens.amax(1) / tokens.mean(1).clamp(min=1 / tokens.shape[1])
 
     @property
     def dead(self) -> Tensor:
-        """[L] int64, number of experts without a token."""
+        """[L] int64, experts that no token chose."""
         return (self.tokens == 0).sum(1)
 
 
 def routers(student: nn.Module) -> dict[str, Router]:
-    """The student's routers by name of their layer (see ExpertLoad.layers), in order."""
+    """The routers by their layer's name, in order."""
     return {
         name.removeprefix("decoder.").removesuffix(".mlp.router"): m
         for name, m in student.named_modules()

@@ -54,11 +54,8 @@ def weights_by_span(weights: Mapping[str, float]) -> list[float]:
 
 
 def coefficient_by_span(counts: Tensor, weights: Mapping[str, float]) -> list[float]:
-    """w_span / max(N_span, 1) indexed by span number, 0 for span 0.
-
-    `counts` is [positions, N_reasoning, N_final] of the GLOBAL batch. A span without tokens has no target to
-    which its coefficient would apply.
-    """
+    """w_span / N_span indexed by span number, 0 for span 0 and where N_span is 0; `counts` is [positions,
+    N_reasoning, N_final] of the GLOBAL batch."""
     return [weight / max(int(n), 1) for weight, n in zip(weights_by_span(weights), counts, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""The CRD says what the models say, and is what the repository holds."""
+"""The CRD follows from the models, and the committed file is up to date."""
 
 import json
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from vpmoe.api.spec import Spec
 from vpmoe.api.status import Status
 
 MANIFESTS = Path(__file__).parents[3] / "manifests"
-MOST_BYTES = 262_144
-"""Client-side apply keeps the whole object in an annotation, which may be no longer."""
+MAX_ANNOTATION_BYTES = 262_144
+"""Client-side apply stores the whole object in an annotation, and this is the limit of its size."""
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +33,15 @@ def nodes(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[st
             yield from nodes(schema[key], path + mark)
 
 
-def test_the_committed_file_is_what_the_models_say() -> None:
+def test_the_committed_file_is_up_to_date() -> None:
     assert (MANIFESTS / "crd.yaml").read_text(encoding="utf-8") == render(), "run: make manifests"
 
 
-def test_it_is_far_smaller_than_an_annotation_may_be() -> None:
-    assert len(json.dumps(crd())) < MOST_BYTES / 2
+def test_it_is_much_smaller_than_the_limit_of_an_annotation() -> None:
+    assert len(json.dumps(crd())) < MAX_ANNOTATION_BYTES / 2
 
 
-def test_the_kustomization_holds_it() -> None:
+def test_the_kustomization_includes_it() -> None:
     assert yaml.safe_load((MANIFESTS / "kustomization.yaml").read_text(encoding="utf-8"))["resources"] == [
         "crd.yaml"
     ]
@@ -49,18 +49,18 @@ def test_the_kustomization_holds_it() -> None:
 
 def test_every_field_is_described(schema: dict[str, Any]) -> None:
     generated = (".metadata", ".metadata.name", ".metadata.namespace")
-    silent = [
+    undescribed = [
         path
         for path, node in nodes(schema)
         if "description" not in node and path not in generated and not path.endswith(("[]", "{}"))
     ]
-    silent = [
-        path for path in silent if not path.startswith(".spec.runtime.resources.")
-    ]  # a role's name says it
-    assert silent == []
+    undescribed = [
+        path for path in undescribed if not path.startswith(".spec.runtime.resources.")
+    ]  # described by the names of the roles
+    assert undescribed == []
 
 
-def test_it_uses_only_what_a_structural_schema_knows(schema: dict[str, Any]) -> None:
+def test_it_uses_only_keywords_of_structural_schemas(schema: dict[str, Any]) -> None:
     unknown = {
         "$ref",
         "$defs",
@@ -81,17 +81,17 @@ def test_it_uses_only_what_a_structural_schema_knows(schema: dict[str, Any]) -> 
         for bound in ("exclusiveMinimum", "exclusiveMaximum"):
             assert node.get(bound) in (None, True), path
         for option in node.get("anyOf", []):
-            assert set(option) == {"type"}, f"{path}: bounds stand beside anyOf, never inside"
+            assert set(option) == {"type"}, f"{path}: bounds are beside anyOf, never inside"
 
 
-def test_everything_in_a_status_is_bounded_and_nothing_is_filled_in(schema: dict[str, Any]) -> None:
+def test_every_field_of_a_status_is_bounded_and_has_no_default(schema: dict[str, Any]) -> None:
     for path, node in nodes(schema["properties"]["status"]):
         assert "default" not in node, path
         assert node.get("type") != "array" or "maxItems" in node, path
         assert node.get("type") != "string" or {"maxLength", "enum", "format"} & set(node), path
 
 
-def test_what_rules_read_is_bounded(schema: dict[str, Any]) -> None:
+def test_every_field_of_the_spec_is_bounded(schema: dict[str, Any]) -> None:
     for path, node in nodes(schema["properties"]["spec"]):
         assert node.get("type") != "array" or "maxItems" in node, path
         assert node.get("type") != "string" or {"maxLength", "enum"} & set(node), path
@@ -102,18 +102,18 @@ def test_the_parent_of_a_default_has_a_default(schema: dict[str, Any]) -> None:
     spec = schema["properties"]["spec"]
     for path, node in nodes(spec):
         if ".stages" in path or "{}" in path:
-            continue  # there an object's defaults apply where the object is given
+            continue  # there the defaults of an object apply if the object is given
         for name, member in node.get("properties", {}).items():
-            inner = [inside for inside in member.get("properties", {}).values() if "default" in inside]
+            child_defaults = [child for child in member.get("properties", {}).values() if "default" in child]
             assert (
-                not inner
+                not child_defaults
                 or "default" in member
                 or name in node.get("required", [])
                 or path.endswith("resources")
             ), f"{path}.{name}"
 
 
-def test_no_default_of_one_kind_appears_in_stages_of_all_kinds(schema: dict[str, Any]) -> None:
+def test_stages_have_no_defaults_that_depend_on_their_kind(schema: dict[str, Any]) -> None:
     stage = schema["properties"]["spec"]["properties"]["stages"]["items"]
     assert [name for name, member in stage["properties"].items() if "default" in member] == []
     assert [path for path, node in nodes(stage["properties"]["optimizer"]) if "default" in node] == []
@@ -125,13 +125,15 @@ def test_no_default_of_one_kind_appears_in_stages_of_all_kinds(schema: dict[str,
     assert stage["properties"]["mix"]["description"].startswith("Rescored only. ")
 
 
-def test_everything_that_may_change_later_is_named_and_nothing_else(schema: dict[str, Any]) -> None:
-    frozen = {rule["fieldPath"] for rule in schema["x-kubernetes-validations"] if "oldSelf" in rule["rule"]}
+def test_all_fields_are_immutable_except_these(schema: dict[str, Any]) -> None:
+    immutable = {
+        rule["fieldPath"] for rule in schema["x-kubernetes-validations"] if "oldSelf" in rule["rule"]
+    }
     spec = schema["properties"]["spec"]["properties"]
     all_fields = {f".spec.{name}" for name in spec if name != "runtime"} | {
         f".spec.runtime.{name}" for name in spec["runtime"]["properties"]
     }
-    assert all_fields - frozen == {
+    assert all_fields - immutable == {
         ".spec.suspend",
         ".spec.ttlAfterFinished",
         ".spec.deletionPolicy",
@@ -139,7 +141,7 @@ def test_everything_that_may_change_later_is_named_and_nothing_else(schema: dict
     }
 
 
-def test_the_models_have_no_field_that_the_crd_lacks(schema: dict[str, Any]) -> None:
+def test_the_crd_has_every_field_of_the_models(schema: dict[str, Any]) -> None:
     for model, part in ((Spec, "spec"), (Status, "status")):
         assert set(schema["properties"][part]["properties"]) == {
             str(field.alias) for field in model.model_fields.values()

@@ -1,4 +1,4 @@
-"""A stage's layout is the arithmetic that its run shows."""
+"""The layout of a stage: ranks, pods and sequences per step."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from vpmoe.api.layout import EXPERTS, Layout, largest_pod, layout
 from vpmoe.api.student import StudentSpec
 
 
-def of(changes: dict[str, Any], stage: str = "first") -> Layout:
+def stage_layout(changes: dict[str, Any], stage: str = "first") -> Layout:
     run = DistillRun.parse(valid_specs.manifest(changes))
     return layout(run.spec.student, run.spec.training, run.stage(stage))
 
@@ -31,7 +31,7 @@ def of(changes: dict[str, Any], stage: str = "first") -> Layout:
             {"spec.student.gpusPerPod": 1},
             "first",
             Layout(7, 7, 1, 1, 7, 1, 17, 119, 119 * 8192),
-            id="a pod for each GPU",
+            id="one pod per GPU",
         ),
         pytest.param(
             {
@@ -40,7 +40,7 @@ def of(changes: dict[str, Any], stage: str = "first") -> Layout:
             },
             "first",
             Layout(16, 2, 8, 8, 16, 4, 1, 16, 131_072),
-            id="two nodes, experts over four ranks, the smallest batch",
+            id="two nodes, experts on four ranks, the smallest batch",
         ),
         pytest.param(
             {
@@ -55,14 +55,12 @@ def of(changes: dict[str, Any], stage: str = "first") -> Layout:
             {"spec.stages": [valid_specs.FORCED]},
             "forced",
             Layout(7, 1, 7, 8, 7, 1, 17, 119, 119 * 8192),
-            id="the teacher is no rank",
+            id="the teacher is not a rank",
         ),
     ],
 )
-def test_a_stage_is_spread_over_gpus_and_sequences(
-    changes: dict[str, Any], stage: str, expected: Layout
-) -> None:
-    assert of(changes, stage) == expected
+def test_the_layout_of_a_stage(changes: dict[str, Any], stage: str, expected: Layout) -> None:
+    assert stage_layout(changes, stage) == expected
 
 
 @given(
@@ -73,7 +71,7 @@ def test_a_stage_is_spread_over_gpus_and_sequences(
     batch=st.integers(1, 20_000),
     length=st.sampled_from([512, 2048]),
 )
-def test_a_run_is_accepted_exactly_where_its_sums_come_out(
+def test_a_run_is_accepted_exactly_if_its_layout_is_valid(
     gpus: int, sampler: int, per_pod: int | None, expert_parallel: int, batch: int, length: int
 ) -> None:
     changes = {
@@ -83,18 +81,18 @@ def test_a_run_is_accepted_exactly_where_its_sums_come_out(
     }
     ranks = gpus - sampler
     pod = min(per_pod or gpus, ranks)
-    comes_out = (
+    valid = (
         ranks > 0
         and ranks % expert_parallel == 0
         and 256 % expert_parallel == 0
         and ranks % pod == 0
         and batch >= ranks * length
     )
-    if not comes_out:
+    if not valid:
         with pytest.raises(Invalid):
-            of(changes, "onpolicy")
+            stage_layout(changes, "onpolicy")
         return
-    found = of(changes, "onpolicy")
+    found = stage_layout(changes, "onpolicy")
     assert found.ranks == ranks == found.pods * found.processes_per_pod == found.data_parallel
     assert found.processes_per_pod == pod
     assert found.sequences_per_step == found.sequences_per_rank * ranks > 0
@@ -105,10 +103,12 @@ def test_a_run_is_accepted_exactly_where_its_sums_come_out(
 @pytest.mark.parametrize(
     "stage, gpus",
     [
-        pytest.param(valid_specs.MINIMAL["spec"]["stages"][0], 2, id="what trains"),
-        pytest.param(valid_specs.FORCED, 3, id="with the teacher's process"),
-        pytest.param({**valid_specs.ONPOLICY, "sampler": {"gpus": 4}}, 4, id="what samples"),
-        pytest.param({**valid_specs.ONPOLICY, "sampler": {"gpus": 2}}, 2, id="both"),
+        pytest.param(valid_specs.MINIMAL["spec"]["stages"][0], 2, id="training"),
+        pytest.param(valid_specs.FORCED, 3, id="training with the teacher's process"),
+        pytest.param({**valid_specs.ONPOLICY, "sampler": {"gpus": 4}}, 4, id="the sampler"),
+        pytest.param(
+            {**valid_specs.ONPOLICY, "sampler": {"gpus": 2}}, 2, id="training and a sampler of equal size"
+        ),
     ],
 )
 def test_a_node_must_hold_the_largest_pod(stage: dict[str, Any], gpus: int) -> None:

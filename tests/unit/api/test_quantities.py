@@ -1,4 +1,4 @@
-"""Token counts and durations mean what people write."""
+"""Token counts and durations: parsing, formatting, and errors with the remedy."""
 
 import pytest
 from hypothesis import given
@@ -8,7 +8,7 @@ from vpmoe.api.quantities import MOST_TOKENS, format_duration, format_tokens, pa
 
 
 @pytest.mark.parametrize(
-    "written, count",
+    "text, count",
     [
         (0, 0),
         (1_000_000, 1_000_000),
@@ -24,12 +24,12 @@ from vpmoe.api.quantities import MOST_TOKENS, format_duration, format_tokens, pa
         ("1.10B", 1_100_000_000),
     ],
 )
-def test_a_token_count_is_read(written: object, count: int) -> None:
-    assert parse_tokens(written) == count
+def test_a_token_count_is_parsed(text: object, count: int) -> None:
+    assert parse_tokens(text) == count
 
 
 @pytest.mark.parametrize(
-    "written",
+    "text",
     [
         "",
         "B",
@@ -52,45 +52,45 @@ def test_a_token_count_is_read(written: object, count: int) -> None:
         float("nan"),
     ],
 )
-def test_what_is_no_token_count_is_refused_with_what_to_write(written: object) -> None:
+def test_an_invalid_token_count_is_rejected_with_the_remedy(text: object) -> None:
     with pytest.raises(ValueError, match="must be a whole number of tokens"):
-        parse_tokens(written)
+        parse_tokens(text)
 
 
 @given(st.integers(0, MOST_TOKENS))
-def test_a_token_count_survives_being_written(count: int) -> None:
+def test_a_formatted_token_count_is_parsed_to_the_same_number(count: int) -> None:
     assert parse_tokens(format_tokens(count)) == count
 
 
 @given(st.integers(1, 10**6), st.sampled_from(["k", "M", "B"]))
-def test_a_round_token_count_is_written_short(count: int, suffix: str) -> None:
+def test_a_round_token_count_is_formatted_with_a_suffix(count: int, suffix: str) -> None:
     assert len(format_tokens(parse_tokens(f"{count}{suffix}"))) <= len(f"{count}{suffix}") + 1
 
 
 @pytest.mark.parametrize(
-    "count, text",
+    "count, formatted",
     [(0, "0"), (999, "999"), (1000, "1k"), (1_500_000, "1.5M"), (665_000_000, "665M"), (10**12, "1T")],
 )
-def test_a_token_count_is_written(count: int, text: str) -> None:
-    assert format_tokens(count) == text
+def test_a_token_count_is_formatted(count: int, formatted: str) -> None:
+    assert format_tokens(count) == formatted
 
 
 @pytest.mark.parametrize(
-    "written, seconds",
+    "text, seconds",
     [("90s", 90), ("15m", 900), ("1h30m", 5400), ("7d", 604_800), ("1d1h1m1s", 90_061), ("0s", 0)],
 )
-def test_a_duration_is_read(written: str, seconds: int) -> None:
-    assert parse_duration(written) == seconds
+def test_a_duration_is_parsed(text: str, seconds: int) -> None:
+    assert parse_duration(text) == seconds
 
 
 @pytest.mark.parametrize(
-    "written", ["", "15", "m", "1m1h", "1w", "-1m", "1.5h", " 1m", "1m ", "1m\n", 15, None, "1" * 24 + "s"]
+    "text", ["", "15", "m", "1m1h", "1w", "-1m", "1.5h", " 1m", "1m ", "1m\n", 15, None, "1" * 24 + "s"]
 )
-def test_what_is_no_duration_is_refused_with_what_to_write(written: object) -> None:
+def test_an_invalid_duration_is_rejected_with_the_remedy(text: object) -> None:
     with pytest.raises(ValueError, match="must be a duration such as"):
-        parse_duration(written)
+        parse_duration(text)
 
 
 @given(st.integers(0, 10**9))
-def test_a_duration_survives_being_written(seconds: int) -> None:
+def test_a_formatted_duration_is_parsed_to_the_same_seconds(seconds: int) -> None:
     assert parse_duration(format_duration(seconds)) == seconds

@@ -1,5 +1,4 @@
-"""Progress, status and labels: what our programs tell each other, in the form that the API server and S3
-take."""
+"""Progress reports, status and labels: the records that processes exchange through S3 and the API server."""
 
 import json
 from datetime import UTC, datetime
@@ -18,7 +17,7 @@ NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 SHA = "ab" * 32
 
 
-def test_progress_survives_the_bucket() -> None:
+def test_progress_is_read_as_it_was_written() -> None:
     progress = Progress(
         step="first",
         attempt=2,
@@ -29,28 +28,28 @@ def test_progress_survives_the_bucket() -> None:
         held_out=HeldOut(before=SpanLoss(reasoning=2.0)),
         checkpoint=CheckpointStatus(iteration=7, tokens=5, manifest="s3://b/m.json", sha256=SHA),
     )
-    written = progress.dump()
-    assert written["tokensPerSecond"] == 1.5
-    assert written["heldOut"] == {"before": {"reasoning": 2.0}}
-    assert written["updated"] == "2026-01-02T03:04:05Z"
-    assert Progress.model_validate(written) == progress
+    document = progress.dump()
+    assert document["tokensPerSecond"] == 1.5
+    assert document["heldOut"] == {"before": {"reasoning": 2.0}}
+    assert document["updated"] == "2026-01-02T03:04:05Z"
+    assert Progress.model_validate(document) == progress
 
 
 def test_progress_of_a_newer_writer_is_read() -> None:
-    written = Progress(step="first", attempt=1, state="Succeeded", updated=NOW).dump() | {"mood": "fine"}
-    assert Progress.model_validate(written).state == "Succeeded"
+    document = Progress(step="first", attempt=1, state="Succeeded", updated=NOW).dump() | {"mood": "fine"}
+    assert Progress.model_validate(document).state == "Succeeded"
 
 
 @pytest.mark.parametrize(
     "broken", [{"attempt": 0}, {"state": "Failed"}, {"updated": "soon"}, {"loss": float("nan")}]
 )
-def test_progress_that_means_nothing_is_refused(broken: dict[str, object]) -> None:
+def test_invalid_progress_is_rejected(broken: dict[str, object]) -> None:
     good = {"step": "first", "attempt": 1, "state": "Running", "updated": NOW}
     with pytest.raises(ValidationError):
         Progress.model_validate(good | broken)
 
 
-def test_a_status_leaves_out_what_is_not_known() -> None:
+def test_a_status_omits_unknown_fields() -> None:
     assert Status().dump() == {
         "observedGeneration": 0,
         "phase": "Pending",
@@ -60,7 +59,7 @@ def test_a_status_leaves_out_what_is_not_known() -> None:
     }
 
 
-def test_a_message_longer_than_a_status_may_be_is_shortened_and_not_refused() -> None:
+def test_a_message_that_is_too_long_is_shortened_and_not_rejected() -> None:
     step = StepStatus(name="first", message="x" * 5000)
     condition = Condition(
         type="Ready", status="False", reason="Because", message="y" * 5000, last_transition_time=NOW
@@ -68,13 +67,13 @@ def test_a_message_longer_than_a_status_may_be_is_shortened_and_not_refused() ->
     assert (len(step.message), step.message[-1], len(condition.message)) == (MESSAGE, "…", MESSAGE)
 
 
-def test_the_longest_status_of_the_longest_run_stays_far_below_what_etcd_takes() -> None:
+def test_the_longest_status_is_much_smaller_than_the_limit_of_etcd() -> None:
     stages = [{**valid_specs.ONPOLICY, "name": f"{i}".rjust(16, "b")} for i in range(8)]
     steps = DistillRun.parse(valid_specs.manifest({"spec.stages": stages})).steps()
     assert (len(steps), max(map(len, steps))) == (MOST_STEPS, STEP_NAME)
     facts = CheckpointStatus(iteration=10**9, tokens=10**15, manifest="s3://" + "m" * 2043, sha256=SHA)
     child = ChildRef(kind="PyTorchJob", name="n" * 63, uid="u" * 36)
-    full = [
+    steps_status = [
         StepStatus(
             name=name, state="Succeeded", message="é" * MESSAGE, started=NOW, child=child, checkpoint=facts
         )
@@ -86,11 +85,13 @@ def test_the_longest_status_of_the_longest_run_stays_far_below_what_etcd_takes()
         )
         for i in range(16)
     ]
-    status = Status(message="é" * MESSAGE, steps=tuple(full), conditions=tuple(conditions))
-    assert len(json.dumps(status.dump(), ensure_ascii=False).encode()) < 250_000, "etcd refuses 1.5 MB"
+    status = Status(message="é" * MESSAGE, steps=tuple(steps_status), conditions=tuple(conditions))
+    assert len(json.dumps(status.dump(), ensure_ascii=False).encode()) < 250_000, (
+        "etcd rejects objects of 1.5 MB"
+    )
 
 
-def test_a_status_finds_its_conditions_and_steps() -> None:
+def test_conditions_and_steps_of_a_status_are_found_by_name() -> None:
     ready = Condition(type="Ready", status="True", reason="Trained", last_transition_time=NOW)
     status = Status(
         conditions=(ready,), steps=(StepStatus(name="preprocess"), StepStatus(name="first", attempt=2))
@@ -102,7 +103,7 @@ def test_a_status_finds_its_conditions_and_steps() -> None:
     assert Status.model_validate(status.dump()) == status
 
 
-def test_labels_are_short_and_annotations_whole() -> None:
+def test_labels_are_shortened_and_annotations_are_not() -> None:
     facts: dict[str, Any] = {
         "step": "first",
         "attempt": 3,
@@ -110,21 +111,24 @@ def test_labels_are_short_and_annotations_whole() -> None:
         "config": SHA,
         "dataset": SHA,
     }
-    short = labels.labels("run", **facts)
-    assert short[labels.CONFIG] == short[labels.DATASET] == SHA[:16]
-    assert short[labels.GIT_SHA] == ("cd" * 20)[:16]
-    assert short[labels.ATTEMPT] == "3"
-    assert labels.annotations("run", **facts) | short == {**labels.annotations("run", **facts), **short}
+    label_values = labels.labels("run", **facts)
+    assert label_values[labels.CONFIG] == label_values[labels.DATASET] == SHA[:16]
+    assert label_values[labels.GIT_SHA] == ("cd" * 20)[:16]
+    assert label_values[labels.ATTEMPT] == "3"
+    assert labels.annotations("run", **facts) | label_values == {
+        **labels.annotations("run", **facts),
+        **label_values,
+    }
     assert labels.annotations("run", **facts)[labels.CONFIG] == SHA
 
 
-def test_a_data_set_that_is_not_known_yet_is_not_labelled() -> None:
+def test_an_unknown_dataset_has_no_label() -> None:
     assert labels.DATASET not in labels.labels(
         "run", step="preprocess", attempt=1, git_sha="cd" * 20, config=SHA
     )
 
 
 @pytest.mark.parametrize("value", ["a b", "-a", "a" * 64, "é", "a/b"])
-def test_what_kubernetes_refuses_as_a_label_is_refused(value: str) -> None:
+def test_a_value_that_kubernetes_rejects_as_a_label_is_rejected(value: str) -> None:
     with pytest.raises(ValueError, match=r"label vpmoe.dev/run: .* is not a label value"):
         labels.label_value(labels.RUN, value)

@@ -1,4 +1,4 @@
-"""The API reference in docs/ is made from the models, and whole."""
+"""The API reference in docs/ is generated from the models and complete."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from vpmoe.api.reference import render
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "api.md"
 
 
-def test_the_committed_reference_is_what_the_models_say() -> None:
+def test_the_committed_reference_is_up_to_date() -> None:
     assert PAGE.read_text() == render(), "run `make manifests`"
 
 

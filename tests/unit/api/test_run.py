@@ -1,4 +1,4 @@
-"""A DistillRun is read, filled in, refused with words, and hashed."""
+"""DistillRun: parsing, defaults, errors with the remedy, steps, and the configuration hash."""
 
 import json
 import re
@@ -21,7 +21,7 @@ FULL = EXAMPLES / "full.yaml"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def written(text: str, folder: Path) -> DistillRun:
+def load_text(text: str, folder: Path) -> DistillRun:
     path = folder / "run.yaml"
     path.write_text(text, encoding="utf-8")
     return load_run(path)
@@ -30,30 +30,30 @@ def written(text: str, folder: Path) -> DistillRun:
 @pytest.mark.parametrize(
     "changes", [pytest.param(changes, id=name) for name, changes in valid_specs.VALID.items()]
 )
-def test_a_good_run_is_accepted(changes: dict[str, Any]) -> None:
+def test_a_valid_run_is_accepted(changes: dict[str, Any]) -> None:
     DistillRun.parse(valid_specs.manifest(changes))
 
 
 @pytest.mark.parametrize("bad", [pytest.param(bad, id=name) for name, bad in invalid_specs.INVALID.items()])
-def test_a_bad_run_is_refused_with_its_field_and_the_way_out(bad: invalid_specs.InvalidSpec) -> None:
-    with pytest.raises(Invalid) as refused:
+def test_an_invalid_run_is_rejected_with_the_field_and_the_remedy(bad: invalid_specs.InvalidSpec) -> None:
+    with pytest.raises(Invalid) as caught:
         DistillRun.parse(valid_specs.manifest(bad.changes))
-    assert any(
-        line.startswith(f"{bad.field}: ") and bad.message in line for line in refused.value.problems
-    ), refused.value.problems
-    assert len(refused.value.problems) == 1, refused.value.problems
+    assert any(line.startswith(f"{bad.field}: ") and bad.message in line for line in caught.value.problems), (
+        caught.value.problems
+    )
+    assert len(caught.value.problems) == 1, caught.value.problems
 
 
-def test_every_problem_is_named_at_once_and_each_where_it_was_written() -> None:
+def test_all_problems_are_reported_with_their_fields() -> None:
     changes = {
         "spec.student.gpus": 0,
         "spec.training.optimizer": {"weightDecay": 2},
         "spec.stages.0.tokens": "x",
         "spec.typo": 1,
     }
-    with pytest.raises(Invalid) as refused:
+    with pytest.raises(Invalid) as caught:
         DistillRun.parse(valid_specs.manifest(changes))
-    assert [line.partition(":")[0] for line in refused.value.problems] == [
+    assert [line.partition(":")[0] for line in caught.value.problems] == [
         "spec.student.gpus",
         "spec.training.optimizer.weightDecay",
         "spec.stages[0].tokens",
@@ -67,17 +67,17 @@ def test_every_problem_is_named_at_once_and_each_where_it_was_written() -> None:
         pytest.param({"apiVersion": "v1"}, 'apiVersion: "v1" must be vpmoe.dev/v1alpha1', id="another API"),
         pytest.param({"kind": "Job"}, 'kind: "Job" must be DistillRun', id="another kind"),
         pytest.param({"metadata": valid_specs.DROP}, "metadata: is required", id="no metadata"),
-        pytest.param({"spec": None}, "spec: null must be a mapping", id="null for all of it"),
+        pytest.param({"spec": None}, "spec: null must be a mapping", id="null spec"),
         pytest.param({"spec.stages": {}}, "spec.stages: a mapping must be a list", id="stages by name"),
         pytest.param(
             {"spec.stages.0": {**valid_specs.ONPOLICY, "require": None}},
             "spec.stages[0].require: null must be a mapping",
-            id="no gate",
+            id="null gate",
         ),
         pytest.param(
             {"spec.stages.0": "Vanilla"},
             'spec.stages[0]: "Vanilla" must be a mapping',
-            id="a stage that is a word",
+            id="a stage as text",
         ),
         pytest.param(
             {"spec.stages.0.optimizer": 1},
@@ -87,7 +87,7 @@ def test_every_problem_is_named_at_once_and_each_where_it_was_written() -> None:
         pytest.param(
             {"spec.dataset.conversation.date": date(2026, 1, 1)},
             "spec.dataset.conversation.date: 2026-01-01 must be a string: quote it",
-            id="a date that is no text",
+            id="a date that is not text",
         ),
         pytest.param(
             {"spec.training.optimizer.weightDecay": float("nan")},
@@ -97,20 +97,22 @@ def test_every_problem_is_named_at_once_and_each_where_it_was_written() -> None:
         pytest.param(
             {"spec.stages.0.optimizer": {"learningRate": -1}},
             "spec.stages[0].optimizer.learningRate: -1 must be more than 0",
-            id="a bound",
+            id="a negative learning rate",
         ),
     ],
 )
-def test_what_no_api_server_would_pass_on_is_refused_by_hand(changes: dict[str, Any], problem: str) -> None:
-    with pytest.raises(Invalid) as refused:
+def test_errors_that_an_api_server_would_have_rejected_are_reported(
+    changes: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(Invalid) as caught:
         DistillRun.parse(valid_specs.manifest(changes))
-    assert refused.value.problems == (problem,)
+    assert caught.value.problems == (problem,)
 
 
-def test_a_part_that_is_malformed_is_the_only_thing_complained_of() -> None:
-    with pytest.raises(Invalid) as refused:
+def test_a_malformed_object_is_the_only_problem_reported() -> None:
+    with pytest.raises(Invalid) as caught:
         DistillRun.parse(valid_specs.manifest({"spec.training": 3}))
-    assert refused.value.problems == ("spec.training: 3 must be a mapping",)
+    assert caught.value.problems == ("spec.training: 3 must be a mapping",)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -118,7 +120,7 @@ def test_an_example_is_a_valid_run(path: Path) -> None:
     load_run(path)
 
 
-def test_the_full_example_has_every_field_that_there_is() -> None:
+def test_the_full_example_has_every_field() -> None:
     def fields(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: fields(inner) for key, inner in value.items()}
@@ -130,20 +132,22 @@ def test_the_full_example_has_every_field_that_there_is() -> None:
 
     spec = load_run(FULL).spec.model_dump(mode="json", by_alias=True)
     given = fields(read_yaml(FULL.read_text(encoding="utf-8"))["spec"])
-    given_sets = {stage["kind"]: fields(stage) for stage in spec["stages"]}
+    defaults_of_kind = {stage["kind"]: fields(stage) for stage in spec["stages"]}
     assert set(given) == set(spec)
     for part in ("dataset", "teacher", "student", "training", "evaluation", "storage", "runtime"):
         assert set(given[part]) == set(spec[part]), part
-    own = {"name", "kind", "tokens", "stop", "optimizer"}
+    stage_only = {"name", "kind", "tokens", "stop", "optimizer"}
     for stage in given["stages"]:
         kind = next(
-            kind for kind, all_fields in given_sets.items() if set(stage) - own == set(all_fields) - own
+            kind
+            for kind, all_fields in defaults_of_kind.items()
+            if set(stage) - stage_only == set(all_fields) - stage_only
         )
-        assert given_sets.pop(kind)
-    assert not given_sets
+        assert defaults_of_kind.pop(kind)
+    assert not defaults_of_kind
 
 
-def test_defaults_are_those_of_the_plan() -> None:
+def test_the_defaults_of_all_kinds_of_stages() -> None:
     run = DistillRun.parse(valid_specs.manifest(valid_specs.VALID["stages of all kinds"]))
     vanilla, rescored, forced, onpolicy = run.spec.stages
     assert (run.spec.teacher.gpus, run.spec.student.gpus) == (1, 7)
@@ -183,8 +187,8 @@ def test_defaults_are_those_of_the_plan() -> None:
     assert run.stage("forced") is forced
 
 
-NOTHING = {"completions": 0}
-OF_KIND = {"OnPolicy": {"require": {"validity": 0}}}
+NOT_EVALUATED = {"completions": 0}
+REQUIRED_OF_KIND = {"OnPolicy": {"require": {"validity": 0}}}
 
 
 @pytest.mark.parametrize(
@@ -192,13 +196,13 @@ OF_KIND = {"OnPolicy": {"require": {"validity": 0}}}
     [
         pytest.param(
             ["Vanilla", "Vanilla"],
-            NOTHING,
+            NOT_EVALUATED,
             {"preprocess": [], "s0": ["preprocess"], "s1": ["s0"]},
             id="no scores, no rescoring",
         ),
         pytest.param(
             ["Vanilla", "Vanilla", "Rescored", "Vanilla"],
-            NOTHING,
+            NOT_EVALUATED,
             {
                 "preprocess": [],
                 "rescore": ["preprocess"],
@@ -211,7 +215,7 @@ OF_KIND = {"OnPolicy": {"require": {"validity": 0}}}
         ),
         pytest.param(
             ["TeacherForced", "Rescored", "OnPolicy"],
-            NOTHING,
+            NOT_EVALUATED,
             {
                 "preprocess": [],
                 "rescore": ["preprocess"],
@@ -221,17 +225,17 @@ OF_KIND = {"OnPolicy": {"require": {"validity": 0}}}
                 "s2-teacher": ["s1", "rescore"],
                 "s2": ["s1", "rescore"],
             },
-            id="the teacher's GPUs",
+            id="stages that use the teacher's GPUs",
         ),
         pytest.param(
             ["Vanilla", "TeacherForced"],
-            NOTHING,
+            NOT_EVALUATED,
             {"preprocess": [], "s0": ["preprocess"], "s1": ["s0"]},
             id="a teacher without scores",
         ),
         pytest.param(
             ["OnPolicy", "Vanilla"],
-            NOTHING,
+            NOT_EVALUATED,
             {
                 "preprocess": [],
                 "s0-sampler": ["preprocess"],
@@ -239,7 +243,7 @@ OF_KIND = {"OnPolicy": {"require": {"validity": 0}}}
                 "s0": ["preprocess"],
                 "s1": ["s0-sampler", "s0-teacher", "s0"],
             },
-            id="all of an on-policy stage",
+            id="all steps of an on-policy stage",
         ),
         pytest.param(
             ["Rescored", "OnPolicy", "OnPolicy"],
@@ -258,7 +262,7 @@ OF_KIND = {"OnPolicy": {"require": {"validity": 0}}}
                 "s2": ["s1-evaluate", "rescore"],
                 "s2-evaluate": ["s2-sampler", "s2-teacher", "s2"],
             },
-            id="each stage is evaluated first",
+            id="evaluations",
         ),
         pytest.param(
             ["Vanilla"],
@@ -268,11 +272,11 @@ OF_KIND = {"OnPolicy": {"require": {"validity": 0}}}
         ),
     ],
 )
-def test_a_step_needs_what_it_goes_on_from_its_scores_and_the_teachers_gpus(
+def test_a_step_needs_the_stage_before_its_scores_and_the_teachers_gpus(
     kinds: list[str], evaluation: dict[str, Any], needs: dict[str, list[str]]
 ) -> None:
     stages = [
-        {"name": f"s{i}", "kind": kind, "tokens": 1000, **OF_KIND.get(kind, {})}
+        {"name": f"s{i}", "kind": kind, "tokens": 1000, **REQUIRED_OF_KIND.get(kind, {})}
         for i, kind in enumerate(kinds)
     ]
     run = DistillRun.parse(valid_specs.manifest({"spec.stages": stages, "spec.evaluation": evaluation}))
@@ -280,18 +284,18 @@ def test_a_step_needs_what_it_goes_on_from_its_scores_and_the_teachers_gpus(
     assert {step: list(run.needs(step)) for step in run.steps()} == needs
 
 
-def test_a_step_that_the_run_does_not_have_is_refused() -> None:
+def test_an_unknown_step_is_rejected() -> None:
     run = DistillRun.parse(valid_specs.manifest({}))
     for name in ("rescore", "other", "first-sampler", "other-evaluate", "-evaluate", "first-"):
-        for ask in (run.needs, run.role, run.stage_of):
+        for method in (run.needs, run.role, run.stage_of):
             with pytest.raises(
                 KeyError,
                 match=f"{name} is not a step of minimal, which has preprocess, first, first-evaluate",
             ):
-                ask(name)
+                method(name)
 
 
-def test_a_step_knows_its_role_and_its_stage() -> None:
+def test_role_and_stage_of_a_step() -> None:
     run = DistillRun.parse(valid_specs.manifest(valid_specs.VALID["stages of all kinds"]))
     assert {step: run.role(step) for step in run.steps()} == {
         "preprocess": "preprocess",
@@ -322,7 +326,7 @@ def test_the_longest_step_has_the_longest_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "common, own, kind, expected",
+    "common, stage_only, kind, expected",
     [
         pytest.param({}, {}, "Vanilla", (3e-4, 1e-5, 20_000_000), id="the defaults"),
         pytest.param(
@@ -330,14 +334,14 @@ def test_the_longest_step_has_the_longest_name() -> None:
             {},
             "Rescored",
             (1e-3, 1e-5, 1000),
-            id="what all stages share",
+            id="values of all stages",
         ),
         pytest.param(
             {"learningRate": 1e-3},
             {"learningRate": 5e-4},
             "Vanilla",
             (5e-4, 1e-5, 20_000_000),
-            id="the stage's own word",
+            id="the stage's own value",
         ),
         pytest.param(
             {"learningRate": 1e-3}, {}, "OnPolicy", (2e-5, 1e-5, 20_000_000), id="on-policy's own peak"
@@ -351,10 +355,15 @@ def test_the_longest_step_has_the_longest_name() -> None:
         ),
     ],
 )
-def test_a_stage_takes_from_training_what_its_optimizer_does_not_say(
-    common: dict[str, Any], own: dict[str, Any], kind: str, expected: tuple[float, float, int]
+def test_a_stage_inherits_optimizer_fields_from_training(
+    common: dict[str, Any], stage_only: dict[str, Any], kind: str, expected: tuple[float, float, int]
 ) -> None:
-    stage = {"name": "only", "kind": kind, **OF_KIND.get(kind, {}), **({"optimizer": own} if own else {})}
+    stage = {
+        "name": "only",
+        "kind": kind,
+        **REQUIRED_OF_KIND.get(kind, {}),
+        **({"optimizer": stage_only} if stage_only else {}),
+    }
     optimizer = (
         DistillRun.parse(valid_specs.manifest({"spec.training.optimizer": common, "spec.stages": [stage]}))
         .spec.stages[0]
@@ -363,12 +372,12 @@ def test_a_stage_takes_from_training_what_its_optimizer_does_not_say(
     assert (optimizer.learning_rate, optimizer.min_learning_rate, optimizer.warmup_tokens) == expected
 
 
-def test_documents_are_as_long_as_sequences_unless_they_say_otherwise() -> None:
+def test_the_default_of_max_length_is_the_sequence_length() -> None:
     run = DistillRun.parse(valid_specs.manifest({"spec.training.sequenceLength": 512}))
     assert run.spec.dataset.max_length == 512
 
 
-def test_what_an_api_server_adds_is_accepted_and_left_out() -> None:
+def test_fields_added_by_an_api_server_are_accepted_and_ignored() -> None:
     plain = DistillRun.parse(valid_specs.manifest({}))
     added = {
         "metadata.uid": "0f0e0d0c-0b0a-0908-0706-050403020100",
@@ -386,20 +395,24 @@ def test_what_an_api_server_adds_is_accepted_and_left_out() -> None:
     )
 
 
-def test_the_configuration_read_again_is_the_same_configuration() -> None:
+def test_a_parsed_document_has_the_same_configuration() -> None:
     run = load_run(FULL)
-    again = DistillRun.parse(json.loads(json.dumps(run.document())))
-    assert (again.config_hash, again.config(), again.uid8) == (run.config_hash, run.config(), run.uid8)
+    parsed_again = DistillRun.parse(json.loads(json.dumps(run.document())))
+    assert (parsed_again.config_hash, parsed_again.config(), parsed_again.uid8) == (
+        run.config_hash,
+        run.config(),
+        run.uid8,
+    )
     assert SHA256.fullmatch(run.config_hash)
 
 
-def test_changing_what_config_returned_changes_nothing() -> None:
+def test_changing_the_returned_configuration_does_not_change_the_run() -> None:
     run = load_run(FULL)
     run.config()["spec"].clear()
     assert run.config()["spec"]
 
 
-SAME = {
+EQUIVALENT = {
     "tokens as a number": {"spec.stages.0.tokens": 1_000_000_000},
     "tokens as text": {"spec.stages.0.tokens": "1B"},
     "tokens as longer text": {"spec.stages.0.tokens": "1_000M"},
@@ -408,8 +421,8 @@ SAME = {
         "spec.dataset.maxLength": 8192,
         "spec.stages.0.optimizer": {"learningRate": 3e-4},
     },
-    "a whole number for a fraction": {"spec.dataset.sampling.keep": 1},
-    "null for what is absent": {"spec.resumeFrom": None, "spec.student.init": None},
+    "a whole number as a fraction": {"spec.dataset.sampling.keep": 1},
+    "null instead of absent": {"spec.resumeFrom": None, "spec.student.init": None},
     "suspended": {"spec.suspend": True},
     "kept for a day": {"spec.ttlAfterFinished": "1d"},
     "deleted with its folder": {"spec.deletionPolicy": "Delete"},
@@ -419,8 +432,8 @@ SAME = {
 }
 
 
-@pytest.mark.parametrize("changes", [pytest.param(changes, id=name) for name, changes in SAME.items()])
-def test_what_means_the_same_has_the_same_hash(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("changes", [pytest.param(changes, id=name) for name, changes in EQUIVALENT.items()])
+def test_equivalent_runs_have_the_same_hash(changes: dict[str, Any]) -> None:
     assert (
         DistillRun.parse(valid_specs.manifest(changes)).config_hash
         == DistillRun.parse(valid_specs.manifest({})).config_hash
@@ -431,7 +444,7 @@ def test_what_means_the_same_has_the_same_hash(changes: dict[str, Any]) -> None:
     "path, value",
     [("spec.training.seed", 1), ("spec.stages.0.tokens", "1000000001"), ("spec.runtime.backend", "Job")],
 )
-def test_what_means_something_else_has_another_hash(path: str, value: object) -> None:
+def test_different_configurations_have_different_hashes(path: str, value: object) -> None:
     assert (
         DistillRun.parse(valid_specs.manifest({path: value})).config_hash
         != DistillRun.parse(valid_specs.manifest({})).config_hash
@@ -452,7 +465,7 @@ def test_the_order_of_fields_does_not_change_the_hash(random: Any) -> None:
 
 def test_comments_and_style_do_not_change_the_hash(tmp_path: Path) -> None:
     flat = yaml.safe_dump(read_yaml(FULL.read_text(encoding="utf-8")))
-    assert written("# another comment\n" + flat, tmp_path).config_hash == load_run(FULL).config_hash
+    assert load_text("# another comment\n" + flat, tmp_path).config_hash == load_run(FULL).config_hash
 
 
 @pytest.mark.parametrize(
@@ -479,7 +492,7 @@ def test_yaml_is_read_as_kubectl_reads_it(text: str, value: object) -> None:
         lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     )
 )
-def test_what_is_written_is_read_back(value: Any) -> None:
+def test_yaml_is_read_as_it_was_written(value: Any) -> None:
     assert read_yaml(write_yaml(value)) == value
 
 
@@ -502,12 +515,12 @@ def test_what_is_written_is_read_back(value: Any) -> None:
         "0x1",
     ],
 )
-def test_a_string_that_looks_like_something_else_stays_a_string(text: str) -> None:
+def test_a_string_that_looks_like_another_type_remains_a_string(text: str) -> None:
     assert read_yaml(write_yaml({"field": text})) == {"field": text}
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    "text, message",
     [
         pytest.param("a: 1\nb: 2\na: 3\n", "key a appears twice in one mapping", id="two equal keys"),
         pytest.param("a: [1", "is not YAML", id="not YAML"),
@@ -517,15 +530,15 @@ def test_a_string_that_looks_like_something_else_stays_a_string(text: str) -> No
             "a DistillRun is a mapping with apiVersion, kind, metadata and spec, not list",
             id="a list",
         ),
-        pytest.param("", "not NoneType", id="nothing"),
+        pytest.param("", "not NoneType", id="an empty file"),
     ],
 )
-def test_a_file_that_holds_no_run_is_named(text: str, words: str, tmp_path: Path) -> None:
-    with pytest.raises(Invalid, match=re.escape(words)) as refused:
-        written(text, tmp_path)
-    assert str(tmp_path / "run.yaml") in str(refused.value)
+def test_a_file_without_a_run_is_rejected_by_name(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(Invalid, match=re.escape(message)) as caught:
+        load_text(text, tmp_path)
+    assert str(tmp_path / "run.yaml") in str(caught.value)
 
 
-def test_a_stage_that_there_is_not_is_named_beside_those_that_there_are() -> None:
+def test_an_unknown_stage_is_rejected_with_the_names_of_the_others() -> None:
     with pytest.raises(KeyError, match="second is not a stage of minimal, which has first"):
         DistillRun.parse(valid_specs.manifest({})).stage("second")

@@ -1,5 +1,5 @@
-"""The weights of a checkpoint, read by name from the bucket: the learner's bits for any layout of files, or a
-rejection."""
+"""The weights of a checkpoint are read by name from the bucket, with the learner's bits for any division into
+files. Damaged checkpoints are rejected."""
 
 import subprocess
 import sys
@@ -27,26 +27,28 @@ pytestmark = pytest.mark.usefixtures("device")
 
 
 @pytest.fixture
-def task(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path) -> StageContext:
+def context(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path) -> StageContext:
     return datasets.context(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
 
 
-def test_the_weights_read_are_the_learners(task: StageContext, device: torch.device) -> None:
+def test_weights_read_from_a_checkpoint_equal_the_learners(
+    context: StageContext, device: torch.device
+) -> None:
     it = filled(device, 1.0)
-    save(task, it, at(3, finished=True))
-    found = open_weights(task.bucket, paths.checkpoint(task.run, "vanilla", 3))
-    assert found.train_state == at(3, finished=True)
-    assert found.sizes == {name: size for name, size in state.sizes(it).items() if name.startswith(WEIGHTS)}
-    live = state.copy_weights(it)
-    for name, size in found.sizes.items():
-        assert torch.equal(found.read(name, 0, size), live(name, 0, size))
-    assert torch.equal(found.read("main/output", 5, 700), live("main/output", 5, 700))
+    save(context, it, at(3, finished=True))
+    weights = open_weights(context.bucket, paths.checkpoint(context.run, "vanilla", 3))
+    assert weights.train_state == at(3, finished=True)
+    assert weights.sizes == {name: size for name, size in state.sizes(it).items() if name.startswith(WEIGHTS)}
+    live_weights = state.copy_weights(it)
+    for name, size in weights.sizes.items():
+        assert torch.equal(weights.read(name, 0, size), live_weights(name, 0, size))
+    assert torch.equal(weights.read("main/output", 5, 700), live_weights("main/output", 5, 700))
 
 
 def write_checkpoint(
     bucket: Bucket, folder: str, files: list[dict[str, torch.Tensor]], scratch: Path
 ) -> None:
-    """Write a checkpoint that consists of these files to `folder`."""
+    """Write a checkpoint of these files to `folder`."""
     subjects = []
     for number, tensors in enumerate(files):
         save_file(tensors, scratch / "file")
@@ -54,25 +56,25 @@ def write_checkpoint(
             bucket.put_file(f"{folder}/{rank_file(number)}", scratch / "file", {}).subject(folder)
         )
     inputs = [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})]
-    made = manifest.statement(
+    statement = manifest.statement(
         "checkpoint", subjects, {"ranks": len(files), "position": at(1).dump()}, datasets.WHO, inputs
     )
-    manifest.write(bucket, paths.manifest(folder), made)
+    manifest.write(bucket, paths.manifest(folder), statement)
 
 
 def test_slices_of_many_files_are_joined(bucket: Bucket, tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(new_seed())
-    whole = torch.randn(3_000_000, generator=random)  # over more than one block
+    whole = torch.randn(3_000_000, generator=random)  # more than one block
     cuts = [0, 7, 1_000_000, 1_000_001, 2_999_999, 3_000_000]
     files: list[dict[str, torch.Tensor]] = [
         {"exp_avg/a[0:2]": torch.zeros(2), "random/0/cpu[0:3]": torch.zeros(3, dtype=torch.uint8)}
     ]
     files += [{f"main/a[{start}:{stop}]": whole[start:stop].clone()} for start, stop in pairwise(cuts)]
     write_checkpoint(bucket, "c/1", files[::-1], tmp_path)
-    found = open_weights(bucket, "c/1")
-    assert found.sizes == {"main/a": 3_000_000}
+    weights = open_weights(bucket, "c/1")
+    assert weights.sizes == {"main/a": 3_000_000}
     for start, stop in [(0, 3_000_000), (3, 9), (7, 1_000_000), (999_998, 1_000_003), (2_999_999, 3_000_000)]:
-        assert torch.equal(found.read("main/a", start, stop), whole[start:stop])
+        assert torch.equal(weights.read("main/a", start, stop), whole[start:stop])
 
 
 @pytest.mark.parametrize(
@@ -109,31 +111,38 @@ def test_incomplete_tensors_are_rejected(
 @pytest.mark.parametrize(
     "file, damage, message",
     [
-        pytest.param(rank_file(0), altered, "sha256 of block 0 is", id="a-bit-of-a-shard"),
+        pytest.param(rank_file(0), altered, "sha256 of block 0 is", id="altered-shard"),
         pytest.param(BUFFERS, truncated, "bytes, its manifest says", id="truncated-buffers"),
-        pytest.param(rank_file(0), Path.unlink, "there is no such object", id="lost-shard"),
+        pytest.param(rank_file(0), Path.unlink, "there is no such object", id="missing-shard"),
         pytest.param("manifest.json", truncated, "sha256 is", id="truncated-manifest"),
     ],
 )
 def test_a_damaged_checkpoint_is_rejected_by_name(
-    task: StageContext, device: torch.device, s3: S3, file: str, damage: Callable[[Path], None], message: str
+    context: StageContext,
+    device: torch.device,
+    s3: S3,
+    file: str,
+    damage: Callable[[Path], None],
+    message: str,
 ) -> None:
-    save(task, filled(device, 1.0), at(3))
-    folder = paths.checkpoint(task.run, "vanilla", 3)
-    damage(s3.folder / task.bucket.name / folder / file)
+    save(context, filled(device, 1.0), at(3))
+    folder = paths.checkpoint(context.run, "vanilla", 3)
+    damage(s3.folder / context.bucket.name / folder / file)
     with pytest.raises(
         CheckpointRejected, match=f"checkpoints/vanilla/3 cannot be used. .*{file}.*{message}"
     ):
-        open_weights(task.bucket, folder)
+        open_weights(context.bucket, folder)
 
 
-def test_an_export_needs_no_learner(task: StageContext, device: torch.device, tmp_path: Path) -> None:
+def test_a_checkpoint_is_exported_without_a_learner(
+    context: StageContext, device: torch.device, tmp_path: Path
+) -> None:
     """The export equals that of the learner bit for bit, without the tensors of TeacherForced and of the
     optimizer."""
     it = learner(device, teacher_width=48)
-    save(task, it, at(3))
-    found = open_weights(task.bucket, paths.checkpoint(task.run, "vanilla", 3))
-    hf_export.export_student(tmp_path / "read", SMALL, 256, found.sizes, found.read, torch.bfloat16)
+    save(context, it, at(3))
+    weights = open_weights(context.bucket, paths.checkpoint(context.run, "vanilla", 3))
+    hf_export.export_student(tmp_path / "read", SMALL, 256, weights.sizes, weights.read, torch.bfloat16)
     hf_export.export_student(
         tmp_path / "live", SMALL, 256, state.sizes(it), state.copy_weights(it), torch.bfloat16
     )
@@ -142,7 +151,7 @@ def test_an_export_needs_no_learner(task: StageContext, device: torch.device, tm
     hf_export.check_export(tmp_path / "read", SMALL)
 
 
-def test_it_is_read_without_megatron() -> None:
+def test_a_checkpoint_is_read_without_megatron() -> None:
     code = (
         "import sys, vpmoe.checkpoint.format; "
         "print([name for name in sys.modules if name.split('.')[0] in ('megatron', 'vllm')])"

@@ -1,4 +1,4 @@
-"""Every token and every span of a rendered row, against openai-harmony."""
+"""Tokens and spans of rendered rows equal those of openai-harmony."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,7 +34,7 @@ MARKS = "→ ↺ ? !/※ ≈ ∴ ● ◐ ○ ⚠ ☐ ☑ ✓ ⟨H≈0.1⟩ ⟨H�
 
 
 @pytest.fixture(scope="module")
-def oracle() -> HarmonyEncoding:
+def openai_encoding() -> HarmonyEncoding:
     vocabulary_file.install()
     return load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)
 
@@ -45,10 +45,9 @@ def renderer() -> Renderer:
 
 
 def expected(
-    oracle: HarmonyEncoding, setting: SystemMessage, user: str, reasoning: str | None, answer: str
+    openai_encoding: HarmonyEncoding, setting: SystemMessage, user: str, reasoning: str | None, answer: str
 ) -> tuple[list[int], list[int]]:
-    """Ids and spans as openai-harmony has them: a message's span follows from the channel that its own tokens
-    name."""
+    """Token ids of openai-harmony, and spans derived from the channel in each message's tokens."""
     system = (
         SystemContent.new()
         .with_model_identity(setting.identity)
@@ -64,20 +63,20 @@ def expected(
     if reasoning is not None and reasoning.strip():
         messages.append(Message.from_role_and_content(Role.ASSISTANT, reasoning).with_channel("analysis"))
     messages.append(Message.from_role_and_content(Role.ASSISTANT, answer).with_channel("final"))
-    ids = oracle.render_conversation_for_training(
+    ids = openai_encoding.render_conversation_for_training(
         Conversation.from_messages(messages), config=RenderConversationConfig(auto_drop_analysis=False)
     )
-    span, of_token = 0, []
-    for place, token in enumerate(ids):
+    span, spans = 0, []
+    for position, token in enumerate(ids):
         if token == 200006:
-            assistant = ids[place + 1] == 173781
-            span = 0 if not assistant else {35644: 1, 17196: 2}[ids[place + 3]]
-        of_token.append(span)
-    return [*ids, 199999], [*of_token, 0]
+            assistant = ids[position + 1] == 173781
+            span = 0 if not assistant else {35644: 1, 17196: 2}[ids[position + 3]]
+        spans.append(span)
+    return [*ids, 199999], [*spans, 0]
 
 
-def check(
-    oracle: HarmonyEncoding,
+def assert_renders_like_openai(
+    openai_encoding: HarmonyEncoding,
     renderer: Renderer,
     query: str,
     seed: str | None,
@@ -86,11 +85,11 @@ def check(
     setting: SystemMessage = SETTING,
 ) -> None:
     document = renderer.render(query, seed, reasoning, answer)
-    ids, of_token = expected(oracle, setting, user_text(query, seed), reasoning, answer)
+    ids, spans = expected(openai_encoding, setting, user_text(query, seed), reasoning, answer)
     assert document.ids.dtype == np.int32
     assert document.ids.tolist() == ids
     lengths = np.array([[document.prompt, document.reasoning, document.final]])
-    assert spans_of_documents(lengths).tolist() == of_token
+    assert spans_of_documents(lengths).tolist() == spans
 
 
 def real_rows(files: list[Path]) -> Iterator[dict[str, str | None]]:
@@ -98,12 +97,12 @@ def real_rows(files: list[Path]) -> Iterator[dict[str, str | None]]:
         yield from pq.read_table(path).to_pylist()
 
 
-def test_every_token_and_span_of_the_sample_is_openai_harmonys(
-    oracle: HarmonyEncoding, renderer: Renderer
+def test_tokens_and_spans_of_the_sample_equal_those_of_openai_harmony(
+    openai_encoding: HarmonyEncoding, renderer: Renderer
 ) -> None:
     for row in sample.rows():
-        check(
-            oracle,
+        assert_renders_like_openai(
+            openai_encoding,
             renderer,
             row["query"],
             row["query_seed_text"],
@@ -112,12 +111,12 @@ def test_every_token_and_span_of_the_sample_is_openai_harmonys(
         )
 
 
-def test_every_token_and_span_of_real_rows_is_openai_harmonys(
-    oracle: HarmonyEncoding, renderer: Renderer, real_parquet: list[Path]
+def test_tokens_and_spans_of_real_rows_equal_those_of_openai_harmony(
+    openai_encoding: HarmonyEncoding, renderer: Renderer, real_parquet: list[Path]
 ) -> None:
     for row in real_rows(real_parquet):
-        check(
-            oracle,
+        assert_renders_like_openai(
+            openai_encoding,
             renderer,
             row["query"] or "",
             row["query_seed_text"],
@@ -136,7 +135,7 @@ def test_every_token_and_span_of_real_rows_is_openai_harmonys(
         pytest.param(
             "<|reserved_200013|><|constrain|>json <|startoftext|> <|endofprompt|>", id="rare-specials"
         ),
-        pytest.param("assistant", id="the-word-assistant"),
+        pytest.param("assistant", id="assistant-as-text"),
         pytest.param("the assistant said: assistantassistant analysis final", id="roles-inside"),
         pytest.param("\0", id="a-nul"),
         pytest.param("a\0b\0\0c \0", id="nuls"),
@@ -147,16 +146,16 @@ def test_every_token_and_span_of_real_rows_is_openai_harmonys(
         pytest.param("东京はいい天気ですね。한국어도 있습니다。𠮷野家 你好，世界！", id="cjk"),
         pytest.param("👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 ﬁ Å ǆ ẞ İ", id="joined-emoji-and-combining"),
         pytest.param("  leading\t\ttabs \r\n\r\n and   trailing   \n\n\n", id="blanks"),
-        pytest.param("x" * 5_000, id="a-long-word"),  # openai-harmony takes time with its square
+        pytest.param("x" * 5_000, id="a-long-word"),  # openai-harmony's time is quadratic
         pytest.param("Ein Satz, der sich wiederholt. 段落。 " * 2600, id="100-kB-document"),
         pytest.param(" " * 5_000 + "end", id="a-long-gap"),
     ],
 )
-def test_hostile_text_is_rendered_like_openai_harmony_in_every_place(
-    oracle: HarmonyEncoding, renderer: Renderer, text: str
+def test_unusual_text_in_any_message_is_rendered_like_openai_harmony(
+    openai_encoding: HarmonyEncoding, renderer: Renderer, text: str
 ) -> None:
-    check(oracle, renderer, text, None, "think", text)
-    check(oracle, renderer, "question", text, text, "answer")
+    assert_renders_like_openai(openai_encoding, renderer, text, None, "think", text)
+    assert_renders_like_openai(openai_encoding, renderer, "question", text, text, "answer")
 
 
 @settings(
@@ -167,9 +166,9 @@ def test_hostile_text_is_rendered_like_openai_harmony_in_every_place(
 )
 @given(*[st.text(st.characters(exclude_categories=["Cs"]), max_size=200)] * 4)
 def test_any_text_is_rendered_like_openai_harmony(
-    oracle: HarmonyEncoding, renderer: Renderer, query: str, seed: str, reasoning: str, answer: str
+    openai_encoding: HarmonyEncoding, renderer: Renderer, query: str, seed: str, reasoning: str, answer: str
 ) -> None:
-    check(oracle, renderer, query, seed, reasoning, answer)
+    assert_renders_like_openai(openai_encoding, renderer, query, seed, reasoning, answer)
 
 
 @pytest.mark.parametrize(
@@ -182,19 +181,21 @@ def test_any_text_is_rendered_like_openai_harmony(
         pytest.param({"identity": "Jesteś vpMoE. <|end|>\nZweite Zeile, 第三"}, id="identity"),
     ],
 )
-def test_the_system_message_is_openai_harmonys(oracle: HarmonyEncoding, change: dict[str, str]) -> None:
+def test_the_system_message_equals_that_of_openai_harmony(
+    openai_encoding: HarmonyEncoding, change: dict[str, str]
+) -> None:
     setting = replace(SETTING, **change)
-    check(oracle, Renderer(tokenizer(), setting), "q", None, "r", "a", setting)
+    assert_renders_like_openai(openai_encoding, Renderer(tokenizer(), setting), "q", None, "r", "a", setting)
 
 
 @pytest.mark.parametrize("reasoning", [None, "", "  \n\t "], ids=["null", "empty", "blank"])
 def test_blank_reasoning_makes_no_analysis_message(
-    oracle: HarmonyEncoding, renderer: Renderer, reasoning: str | None
+    openai_encoding: HarmonyEncoding, renderer: Renderer, reasoning: str | None
 ) -> None:
     document = renderer.render("q", None, reasoning, "a")
     assert document.reasoning == 0
     assert harmony.CHANNEL_ANALYSIS not in document.ids
-    check(oracle, renderer, "q", None, reasoning, "a")
+    assert_renders_like_openai(openai_encoding, renderer, "q", None, reasoning, "a")
 
 
 @pytest.mark.parametrize(
@@ -208,11 +209,11 @@ def test_blank_reasoning_makes_no_analysis_message(
     ],
     ids=["null", "empty", "blank", "passage", "untouched"],
 )
-def test_a_seed_text_follows_the_question(seed: str | None, text: str) -> None:
+def test_a_seed_text_is_appended_to_the_question(seed: str | None, text: str) -> None:
     assert user_text("q", seed) == text
 
 
-def test_the_reasoning_marks_survive_byte_for_byte(renderer: Renderer) -> None:
+def test_reasoning_marks_are_kept_byte_for_byte(renderer: Renderer) -> None:
     document = renderer.render("q", None, MARKS, MARKS)
     assert vocabulary_file.encoding().decode_bytes(document.ids.tolist()).count(MARKS.encode()) == 2
 
@@ -226,19 +227,18 @@ def test_each_document_ends_with_return_and_one_unsupervised_end(renderer: Rende
     assert document.ids.max() < VOCABULARY_SIZE
 
 
-def test_spans_of_several_documents_follow_one_another() -> None:
+def test_spans_of_several_documents_are_concatenated() -> None:
     assert spans_of_documents(np.array([[2, 1, 1], [1, 0, 2]])).tolist() == [0, 0, 1, 2, 0, 0, 2, 2, 0]
     assert spans_of_documents(np.empty((0, 3), np.int64)).size == 0
 
 
-def test_default_rendering_would_lose_the_reasoning(oracle: HarmonyEncoding) -> None:
-    """Why the oracle is asked with auto_drop_analysis=False; if a new version changes that, we want to
-    know."""
+def test_default_rendering_of_openai_harmony_drops_the_reasoning(openai_encoding: HarmonyEncoding) -> None:
+    """The reason for auto_drop_analysis=False above. Fails if a new version changes the default."""
     messages = [
         Message.from_role_and_content(Role.USER, "q"),
         Message.from_role_and_content(Role.ASSISTANT, "r").with_channel("analysis"),
         Message.from_role_and_content(Role.ASSISTANT, "a").with_channel("final"),
     ]
-    assert harmony.CHANNEL_ANALYSIS not in oracle.render_conversation_for_training(
+    assert harmony.CHANNEL_ANALYSIS not in openai_encoding.render_conversation_for_training(
         Conversation.from_messages(messages)
     )

@@ -1,4 +1,4 @@
-"""The IndexedDataset that we write without megatron, read by megatron."""
+"""Indexes written without megatron-core are read by megatron-core, and the other way round."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def write(folder: Path, name: str, documents: list[np.ndarray], dtype: type) -> 
 @pytest.mark.parametrize(
     "lengths", [[5, 1, 300, 7], [1], [0, 3, 0], []], ids=["some", "one", "with-empty", "none"]
 )
-def test_megatron_reads_what_we_write(tmp_path: Path, dtype: type, lengths: list[int]) -> None:
+def test_megatron_reads_our_index(tmp_path: Path, dtype: type, lengths: list[int]) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     random = np.random.default_rng(7)
@@ -37,7 +37,7 @@ def test_megatron_reads_what_we_write(tmp_path: Path, dtype: type, lengths: list
 def test_megatron_reads_float16_as_the_uint16_of_its_bits(tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
-    assert not hasattr(DType, "float16"), "megatron has a code of its own by now: write that"
+    assert not hasattr(DType, "float16"), "megatron-core now has a code for float16: write that code"
     documents = [
         np.array([-0.5, np.nan, -100, -0.0, 6e-8], np.float16),
         np.array([], np.float16),
@@ -51,7 +51,7 @@ def test_megatron_reads_float16_as_the_uint16_of_its_bits(tmp_path: Path) -> Non
     assert read_index(tmp_path / "logp.idx").dtype == np.float16
 
 
-def test_we_read_what_megatron_writes(tmp_path: Path) -> None:
+def test_we_read_megatrons_index(tmp_path: Path) -> None:
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -68,7 +68,7 @@ def test_we_read_what_megatron_writes(tmp_path: Path) -> None:
     assert (tmp_path / "m.idx").read_bytes() == index_bytes(np.array([4, 2, 9]), np.int32)
 
 
-def test_our_reader_gives_lengths_and_byte_offsets(tmp_path: Path) -> None:
+def test_an_index_has_lengths_and_byte_offsets(tmp_path: Path) -> None:
     (tmp_path / "a.idx").write_bytes(index_bytes(np.array([3, 0, 2]), np.int32))
     index = read_index(tmp_path / "a.idx")
     assert (index.lengths.dtype, index.offsets.dtype) == (np.int32, np.int64)
@@ -87,7 +87,7 @@ def test_our_reader_gives_lengths_and_byte_offsets(tmp_path: Path) -> None:
     ],
     ids=["empty", "other", "short", "long", "version", "type"],
 )
-def test_a_file_that_is_no_index_is_named(tmp_path: Path, damage, message: str) -> None:
+def test_a_file_that_is_not_an_index_is_rejected_by_name(tmp_path: Path, damage, message: str) -> None:
     path = tmp_path / "bad.idx"
     path.write_bytes(damage(index_bytes(np.array([3, 2]), np.int32)))
     with pytest.raises(ValueError, match=f"bad.idx.*{message}"):
@@ -102,6 +102,8 @@ def test_a_file_that_is_no_index_is_named(tmp_path: Path, damage, message: str) 
         ([-1], np.int32, "do not fit"),
     ],
 )
-def test_what_the_format_cannot_hold_is_refused(lengths: list[int], dtype: type, message: str) -> None:
+def test_values_that_the_format_cannot_hold_are_rejected(
+    lengths: list[int], dtype: type, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         index_bytes(np.array(lengths), dtype)

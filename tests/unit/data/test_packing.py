@@ -1,5 +1,5 @@
-"""The batch plan's promises, on random parts: every document once an epoch, whole, and the same step whatever
-the number of ranks."""
+"""Packing of random parts: every document is in one sequence per epoch, undivided, and a step does not depend
+on the number of ranks."""
 
 import numpy as np
 import pytest
@@ -27,26 +27,28 @@ def documents_of_epoch(stream: SequenceStream, epoch: int) -> list[tuple[int, in
 
 @settings(max_examples=30, deadline=None, print_blob=True)
 @given(arrays, st.integers(0, 2**31), st.integers(0, 2))
-def test_every_document_stands_whole_in_exactly_one_sequence_of_an_epoch(lengths, seed, epoch):
+def test_every_document_is_undivided_in_exactly_one_sequence_of_an_epoch(lengths, seed, epoch):
     stream = SequenceStream(lengths, seed, SEQUENCE)
-    everything = [(part, index) for part in range(len(lengths)) for index in range(len(lengths[part]))]
-    assert sorted(documents_of_epoch(stream, epoch)) == everything
+    all_documents = [(part, index) for part in range(len(lengths)) for index in range(len(lengths[part]))]
+    assert sorted(documents_of_epoch(stream, epoch)) == all_documents
     number = 0
     while stream.locate(number)[0] <= epoch:
-        held = stream.sequence(number)
-        assert 0 < sum(document.length for document in held) <= SEQUENCE
-        assert all(document.length == lengths[document.part][document.number] for document in held)
+        contained = stream.sequence(number)
+        assert 0 < sum(document.length for document in contained) <= SEQUENCE
+        assert all(document.length == lengths[document.part][document.number] for document in contained)
         number += 1
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 6), st.integers(0, 50))
-def test_ranks_partition_the_step_and_their_number_does_not_change_it(first, ranks, each, step):
-    whole = list(rank_sequences(0, 1, first, ranks * each, step))
+def test_ranks_partition_a_step_and_their_number_does_not_change_it(first, ranks, sequences_per_rank, step):
+    all_ranks = list(rank_sequences(0, 1, first, ranks * sequences_per_rank, step))
     assert [
-        number for rank in range(ranks) for number in rank_sequences(rank, ranks, first, ranks * each, step)
-    ] == whole
-    assert rank_sequences(0, 1, first, ranks * each, step + 1).start == whole[-1] + 1
+        number
+        for rank in range(ranks)
+        for number in rank_sequences(rank, ranks, first, ranks * sequences_per_rank, step)
+    ] == all_ranks
+    assert rank_sequences(0, 1, first, ranks * sequences_per_rank, step + 1).start == all_ranks[-1] + 1
 
 
 @settings(max_examples=30, deadline=None, print_blob=True)
@@ -75,7 +77,7 @@ def test_a_stage_ends_with_the_first_step_that_reaches_its_tokens(
         pytest.param([900], id="one-part"),
     ],
 )
-def test_epochs_are_the_same_for_one_seed_and_differ_from_epoch_to_epoch_and_seed_to_seed(documents):
+def test_the_order_depends_on_seed_and_epoch_only(documents):
     first = packing.epoch_order(documents, seed=7, epoch=0)
     assert np.array_equal(first, packing.epoch_order(documents, seed=7, epoch=0))
     assert np.array_equal(np.sort(first), np.arange(sum(documents)))
@@ -83,23 +85,25 @@ def test_epochs_are_the_same_for_one_seed_and_differ_from_epoch_to_epoch_and_see
     assert not np.array_equal(first, packing.epoch_order(documents, seed=8, epoch=0))
 
 
-def test_at_least_32_parts_are_read_at_the_same_pace():
+def test_at_least_32_parts_are_interleaved():
     visited = packing.epoch_order([2000] * 100, seed=3, epoch=0)
     for start in range(0, len(visited) - 4000, 4000):
         assert len(set(visited[start : start + 4000] // 2000)) >= 32
 
 
-def test_a_part_is_read_in_long_ranges():
-    """From a seeded start to its end and round to its beginning, nothing being read far from its turn."""
+def test_a_part_is_read_almost_sequentially():
+    """A part is read from a seeded start to its end and then from its beginning, and a document is at most
+    2 · SHUFFLE_DISTANCE away from its place in this order."""
     visited = packing.epoch_order([50_000] * 40, seed=3, epoch=0)
-    own = visited[visited // 50_000 == 17] % 50_000
-    turn = (own - own[0]) % 50_000
+    offsets = visited[visited // 50_000 == 17] % 50_000
+    distance = (offsets - offsets[0]) % 50_000
     assert (
-        np.abs((turn - np.arange(len(own)) + 25_000) % 50_000 - 25_000).max() <= 2 * packing.SHUFFLE_DISTANCE
+        np.abs((distance - np.arange(len(offsets)) + 25_000) % 50_000 - 25_000).max()
+        <= 2 * packing.SHUFFLE_DISTANCE
     )
 
 
-def test_packing_wastes_little_on_lengths_like_synths():
+def test_padding_is_below_2_percent_for_lengths_like_those_of_synth():
     random = np.random.default_rng(0)
     lengths = np.clip(np.exp(random.normal(6.8, 0.7, 60_000)), 40, 8192).astype(np.int32)
     epoch = packing.build_epoch([lengths], 0, 0, 8192)
@@ -107,9 +111,9 @@ def test_packing_wastes_little_on_lengths_like_synths():
     assert lengths.sum() / (len(epoch.tokens_N) * 8192) > 0.98
 
 
-def test_the_plan_is_what_it_was_when_it_was_written():
-    """A run that is resumed after an update must read on where it was: change this only with a new data order
-    version in mind."""
+def test_the_order_has_not_changed_since_it_was_recorded():
+    """A resumed run must continue in the same order after an update. Another order needs a new version of the
+    data order."""
     stream = SequenceStream(
         [np.arange(1, 40, dtype=np.int32), np.arange(5, 30, dtype=np.int32)],
         seed=1234,
@@ -130,6 +134,6 @@ def test_the_plan_is_what_it_was_when_it_was_written():
         pytest.param([[5], [SEQUENCE + 1]], "65 tokens does not fit into a sequence of 64", id="too-long"),
     ],
 )
-def test_refused(lengths, message):
+def test_parts_that_cannot_be_packed_are_rejected(lengths, message):
     with pytest.raises(ValueError, match=message):
         SequenceStream([np.asarray(part, np.int32) for part in lengths], 0, SEQUENCE)

@@ -1,5 +1,5 @@
-"""The whole step on a real S3 store: same bytes for any workers, processes and accidents; everything counted;
-nothing half-written."""
+"""Preprocessing on a real S3 store: the same bytes for any number of workers and processes and after any
+failure, every row counted, no partial output."""
 
 import json
 import os
@@ -35,7 +35,7 @@ from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Manifest
 
 ROOT = Path(__file__).parents[3]
-ONE: EncoderPool
+ONE_PROCESS: EncoderPool
 
 
 @pytest.fixture
@@ -52,9 +52,8 @@ def open_bucket(spec: dict[str, Any]) -> Bucket:
     return Bucket.open(DistillRun.parse(spec).spec.storage)
 
 
-def elsewhere(spec: dict[str, Any], folder: str) -> dict[str, Any]:
-    """The same run with its results below another prefix of the bucket: the same data set, not yet built
-    there."""
+def with_prefix(spec: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The same run and dataset with another prefix of the bucket, where the dataset does not exist yet."""
     changed: dict[str, Any] = json.loads(json.dumps(spec))
     changed["spec"]["storage"]["prefix"] = folder
     return changed
@@ -62,20 +61,20 @@ def elsewhere(spec: dict[str, Any], folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def encoders() -> Iterator[None]:
-    """One encoding process for all tests of this module; loading the vocabulary takes longer than the sample
-    does."""
-    global ONE
-    with EncoderPool(1) as ONE:
+    """One encoding process for all tests of this module: loading the vocabulary takes longer than the
+    sample."""
+    global ONE_PROCESS
+    with EncoderPool(1) as ONE_PROCESS:
         yield
 
 
-def do(
+def preprocess(
     spec: dict[str, Any],
     worker: int | None = None,
     stopping: threading.Event | None = None,
     encoders: EncoderPool | None = None,
 ) -> tuple[Bucket, DistillRun]:
-    """The step in this process."""
+    """Preprocess in this process; return the bucket and the run."""
     run = DistillRun.parse(spec)
     bucket = Bucket.open(run.spec.storage)
     provenance = Provenance(
@@ -89,27 +88,27 @@ def do(
         1,
         "2026-01-01T00:00:00Z",
     )
-    step.preprocess(run, bucket, provenance, stopping or threading.Event(), worker, encoders or ONE)
+    step.preprocess(run, bucket, provenance, stopping or threading.Event(), worker, encoders or ONE_PROCESS)
     return bucket, run
 
 
-def made(bucket: Bucket, run: DistillRun) -> Manifest:
+def load_manifest(bucket: Bucket, run: DistillRun) -> Manifest:
     return manifest.load(bucket, dataset.resolve_dataset(run, bucket).manifest)
 
 
-def bytes_of(found: Manifest) -> dict[str, str]:
+def sha256_by_name(found: Manifest) -> dict[str, str]:
     return {name: subject.sha256 for name, subject in found.subjects.items()}
 
 
-def progress(bucket: Bucket, run: DistillRun) -> dict[str, Any]:
-    told: dict[str, Any] = bucket.get_json(paths.progress(run, "preprocess"))
-    return told
+def load_progress(bucket: Bucket, run: DistillRun) -> dict[str, Any]:
+    report: dict[str, Any] = bucket.get_json(paths.progress(run, "preprocess"))
+    return report
 
 
-def documents(
+def load_documents(
     bucket: Bucket, found: Manifest, split: str, folder: Path
 ) -> dict[str, tuple[list[int], list[int]]]:
-    """Ids and spans of every document of a split, by synth_id, read back from the bucket."""
+    """Ids and spans of every document of a split, by synth_id, from the bucket."""
     read: dict[str, tuple[list[int], list[int]]] = {}
     for part in range(found.facts["parts"]):
         stem = f"{split}/part-{part:05d}"
@@ -120,23 +119,26 @@ def documents(
         index, span_index = read_index(files["tokens.idx"]), read_index(files["spans.idx"])
         assert index.lengths.tolist() == span_index.lengths.tolist()
         tokens = np.fromfile(files["tokens.bin"], np.int32)
-        of_token = np.fromfile(files["spans.bin"], np.uint8)
+        span_T = np.fromfile(files["spans.bin"], np.uint8)
         table = pq.read_table(files["documents.parquet"]).to_pylist()
         assert [row["tokens"] for row in table] == index.lengths.tolist()
         for row, offset, length in zip(table, index.offsets, index.lengths, strict=True):
             start = offset // 4
-            span = of_token[start : start + length]
+            span = span_T[start : start + length]
             assert (int((span == 1).sum()), int((span == 2).sum())) == (row["reasoning"], row["final"])
             read[row["synth_id"]] = (tokens[start : start + length].tolist(), span.tolist())
     return read
 
 
-def test_every_kept_row_is_in_its_split_token_for_token(spec: dict[str, Any], tmp_path: Path) -> None:
-    bucket, run = do(spec)
-    found = made(bucket, run)
-    said = run.spec.dataset.conversation
+def test_every_kept_row_is_in_its_split_with_the_right_tokens(spec: dict[str, Any], tmp_path: Path) -> None:
+    bucket, run = preprocess(spec)
+    found = load_manifest(bucket, run)
+    conversation = run.spec.dataset.conversation
     renderer = Renderer(
-        tokenizer(), SystemMessage(said.identity, said.knowledge_cutoff, said.date, said.effort)
+        tokenizer(),
+        SystemMessage(
+            conversation.identity, conversation.knowledge_cutoff, conversation.date, conversation.effort
+        ),
     )
     dropped: dict[str, int] = {}
     wanted: dict[str, dict[str, tuple[list[int], list[int]]]] = {"train": {}, "valid": {}}
@@ -153,7 +155,7 @@ def test_every_kept_row_is_in_its_split_token_for_token(spec: dict[str, Any], tm
         split = "valid" if sampling.is_valid(row["synth_id"], run.spec.dataset.valid_fraction) else "train"
         lengths = np.array([[document.prompt, document.reasoning, document.final]])
         wanted[split][row["synth_id"]] = (document.ids.tolist(), spans_of_documents(lengths).tolist())
-    got = {split: documents(bucket, found, split, tmp_path) for split in wanted}
+    got = {split: load_documents(bucket, found, split, tmp_path) for split in wanted}
     assert got == wanted
     assert len(got["valid"]) > 3
     facts = found.facts
@@ -167,48 +169,49 @@ def test_every_kept_row_is_in_its_split_token_for_token(spec: dict[str, Any], tm
     assert facts["tokenizer"] == {"id": "o200k_harmony", "sha256": vocabulary.VOCABULARY_SHA256}
     assert facts["settings"]["conversation"]["date"] == "2026-01-01"
     assert found.inputs[f"s3://{bucket.name}/input/synth_002.parquet"].facts["size"] > 0
-    assert progress(bucket, run)["state"] == "Succeeded"
-    assert progress(bucket, run)["parts"] == {"done": 3, "total": 3}
-    assert progress(bucket, run)["dataset"]["sha256"] == found.sha256
+    assert load_progress(bucket, run)["state"] == "Succeeded"
+    assert load_progress(bucket, run)["parts"] == {"done": 3, "total": 3}
+    assert load_progress(bucket, run)["dataset"]["sha256"] == found.sha256
 
 
 def test_workers_and_processes_do_not_change_a_byte(spec: dict[str, Any]) -> None:
     with EncoderPool(2) as two_processes:
-        alone = do(elsewhere(spec, "alone"), encoders=two_processes)
+        alone = preprocess(with_prefix(spec, "alone"), encoders=two_processes)
     spec["spec"]["dataset"]["workers"] = 2
     for worker in (1, 0):
-        two = do(elsewhere(spec, "two"), worker)
+        two = preprocess(with_prefix(spec, "two"), worker)
     spec["spec"]["dataset"]["workers"] = 7
     threads = [
-        threading.Thread(target=do, args=(elsewhere(spec, "seven"), worker)) for worker in (6, 1, 0, 2)
+        threading.Thread(target=preprocess, args=(with_prefix(spec, "seven"), worker))
+        for worker in (6, 1, 0, 2)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    seven = (open_bucket(elsewhere(spec, "seven")), DistillRun.parse(elsewhere(spec, "seven")))
-    expected = bytes_of(made(*alone))
+    seven = (open_bucket(with_prefix(spec, "seven")), DistillRun.parse(with_prefix(spec, "seven")))
+    expected = sha256_by_name(load_manifest(*alone))
     assert len(expected) == 30
-    assert bytes_of(made(*two)) == expected
-    assert bytes_of(made(*seven)) == expected
-    assert progress(*two)["state"] == progress(*seven)["state"] == "Succeeded"
+    assert sha256_by_name(load_manifest(*two)) == expected
+    assert sha256_by_name(load_manifest(*seven)) == expected
+    assert load_progress(*two)["state"] == load_progress(*seven)["state"] == "Succeeded"
 
 
-def test_a_finished_data_set_is_reused(spec: dict[str, Any]) -> None:
-    first = do(spec)
-    before = made(*first).sha256
+def test_a_finished_dataset_is_reused(spec: dict[str, Any]) -> None:
+    first = preprocess(spec)
+    before = load_manifest(*first).sha256
     spec["metadata"]["name"] = "another-run"
     spec["spec"]["dataset"]["workers"] = 5
-    second = do(spec, worker=3)
-    assert made(*second).sha256 == before
-    assert progress(*second)["message"] == "Reused"
-    assert progress(*second)["dataset"] == progress(*first)["dataset"]
+    second = preprocess(spec, worker=3)
+    assert load_manifest(*second).sha256 == before
+    assert load_progress(*second)["message"] == "Reused"
+    assert load_progress(*second)["dataset"] == load_progress(*first)["dataset"]
 
 
-def test_input_that_comes_later_does_not_join_a_run_that_has_started(
+def test_input_added_later_does_not_change_a_started_run(
     spec: dict[str, Any], sample_parquet: list[Path]
 ) -> None:
-    bucket, run = do(spec)
+    bucket, run = preprocess(spec)
     bucket.put_file("input/synth_000.parquet", sample_parquet[0], {})
     assert len(dataset.resolve_dataset(run, bucket).inputs.shards) == 3
     spec["metadata"]["name"] = "later"
@@ -218,18 +221,20 @@ def test_input_that_comes_later_does_not_join_a_run_that_has_started(
     )
 
 
-def test_a_run_that_another_writer_began_is_not_gone_on_with(
+def test_a_run_started_by_another_writer_version_is_rejected(
     spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = DistillRun.parse(spec)
-    began = dataset.resolve_dataset(run, open_bucket(spec)).id
+    dataset_before = dataset.resolve_dataset(run, open_bucket(spec)).id
     monkeypatch.setattr(dataset, "WRITER", dataset.WRITER + 1)
-    with pytest.raises(Permanent, match=f"the run began dataset {began}, but this code builds dataset"):
-        do(spec)
+    with pytest.raises(
+        Permanent, match=f"the run began dataset {dataset_before}, but this code builds dataset"
+    ):
+        preprocess(spec)
 
 
-def by_hand(spec: dict[str, Any], folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """The step as a user starts it."""
+def start_job(spec: dict[str, Any], folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start the step as a user does, in another process."""
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(spec))
     return subprocess.Popen(
@@ -242,24 +247,22 @@ def by_hand(spec: dict[str, Any], folder: Path, **environment: str) -> subproces
     )
 
 
-def wait_for(true: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    while not true():
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while not condition():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
 
 
-def test_a_worker_killed_anywhere_goes_on_at_its_first_missing_part(
-    spec: dict[str, Any], tmp_path: Path
-) -> None:
-    undisturbed = do(elsewhere(spec, "undisturbed"))
+def test_a_killed_worker_resumes_at_its_first_missing_part(spec: dict[str, Any], tmp_path: Path) -> None:
+    uninterrupted = preprocess(with_prefix(spec, "undisturbed"))
     seed = random.randrange(2**32)
     print("seed", seed)
-    chance = random.Random(seed)
-    killed = elsewhere(spec, "killed")
+    rng = random.Random(seed)
+    killed = with_prefix(spec, "killed")
     bucket, run = open_bucket(killed), DistillRun.parse(killed)
     found = dataset.resolve_dataset(run, bucket)
-    parts = chance.randrange(3)
-    process = by_hand(killed, tmp_path)
+    parts = rng.randrange(3)
+    process = start_job(killed, tmp_path)
     try:
         wait_for(
             lambda: (
@@ -268,7 +271,7 @@ def test_a_worker_killed_anywhere_goes_on_at_its_first_missing_part(
             ),
             process,
         )
-        time.sleep(chance.uniform(0, 0.2))
+        time.sleep(rng.uniform(0, 0.2))
         children = children_of(process.pid)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -277,17 +280,17 @@ def test_a_worker_killed_anywhere_goes_on_at_its_first_missing_part(
     while any(alive(child) for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [child for child in children if alive(child)], "encoding processes outlive the worker"
-    done = dataset.completed_parts(found, bucket)
-    record = {part: bucket.head(paths.part_record(found.id, part)).etag for part in done}
+    completed = dataset.completed_parts(found, bucket)
+    record = {part: bucket.head(paths.part_record(found.id, part)).etag for part in completed}
     if bucket.exists(found.manifest):
-        bucket.delete(found.manifest)  # killed too late: take the last act back
-    again = do(killed)
-    assert bytes_of(made(*again)) == bytes_of(made(*undisturbed))
-    assert {part: bucket.head(paths.part_record(found.id, part)).etag for part in done} == record
+        bucket.delete(found.manifest)  # killed after its last write: undo it
+    resumed = preprocess(killed)
+    assert sha256_by_name(load_manifest(*resumed)) == sha256_by_name(load_manifest(*uninterrupted))
+    assert {part: bucket.head(paths.part_record(found.id, part)).etag for part in completed} == record
 
 
 def children_of(pid: int) -> list[int]:
-    """All processes below `pid`."""
+    """All descendants of process `pid`."""
     found, queue = [], [pid]
     while queue:
         tasks = Path(f"/proc/{queue.pop()}/task")
@@ -305,20 +308,20 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_a_worker_that_is_asked_to_stop_says_so_and_leaves_no_half_part(spec: dict[str, Any]) -> None:
+def test_a_stopped_worker_reports_it_and_leaves_no_partial_part(spec: dict[str, Any]) -> None:
     stopping = threading.Event()
     stopping.set()
     with pytest.raises(Terminated, match="the parts that are done are in the bucket"):
-        do(spec, stopping=stopping)
+        preprocess(spec, stopping=stopping)
     bucket, run = open_bucket(spec), DistillRun.parse(spec)
     assert not list(bucket.list(f"{dataset.resolve_dataset(run, bucket).folder}/parts/"))
 
 
-def test_a_full_disk_is_said_and_leaves_nothing_that_counts(spec: dict[str, Any], tmp_path: Path) -> None:
-    """A file-size limit of the kernel stands for the full disk: the same OSError from the same write."""
+def test_a_full_disk_is_reported_and_leaves_no_part(spec: dict[str, Any], tmp_path: Path) -> None:
+    """A file size limit causes the same OSError in the same write as a full disk."""
     vocabulary_file.install(tmp_path / f"vpmoe-vocabulary-{os.getuid()}")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(spec))
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "jobs.preprocess", "--run", str(tmp_path / "run.yaml")],
         cwd=ROOT,
         text=True,
@@ -327,7 +330,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_that_counts(spec: dict[str, Any]
         check=False,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)),
     )
-    assert done.returncode == 75, done.stderr
+    assert completed.returncode == 75, completed.stderr
     assert (
         "File too large. A part needs about three times"
         in json.loads((tmp_path / "end").read_text())["message"]
@@ -338,8 +341,8 @@ def test_a_full_disk_is_said_and_leaves_nothing_that_counts(spec: dict[str, Any]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("vpmoe-part-")]
 
 
-def with_bad_rows(spec: dict[str, Any], folder: Path, bad: int, rows: int = 600) -> None:
-    """A second shard with `bad` rows that are not UTF-8, and one with a surrogate."""
+def put_shard_with_bad_rows(spec: dict[str, Any], folder: Path, bad: int, rows: int = 600) -> None:
+    """Add a shard with `bad` rows that are not UTF-8 and one row with a surrogate."""
     answers = [f"answer {row}".encode() for row in range(rows)]
     for row in range(bad):
         answers[row * 3 + 17] = b"torn \xe2\x86"
@@ -356,12 +359,12 @@ def with_bad_rows(spec: dict[str, Any], folder: Path, bad: int, rows: int = 600)
     open_bucket(spec).put_file("input/synth_bad.parquet", folder / "bad.parquet", {})
 
 
-def test_a_row_that_cannot_be_read_is_named_and_the_rest_goes_on(
+def test_an_unreadable_row_is_named_and_the_others_are_kept(
     spec: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with_bad_rows(spec, tmp_path, bad=6)
-    bucket, run = do(spec)
-    facts = made(bucket, run).facts
+    put_shard_with_bad_rows(spec, tmp_path, bad=6)
+    bucket, run = preprocess(spec)
+    facts = load_manifest(bucket, run).facts
     assert facts["unreadable"]["rows"] == 6
     assert facts["unreadable"]["first"][0] == {
         "file": f"s3://{bucket.name}/input/synth_bad.parquet",
@@ -374,9 +377,8 @@ def test_a_row_that_cannot_be_read_is_named_and_the_rest_goes_on(
 
 
 def test_a_record_is_the_same_for_any_number_of_processes(spec: dict[str, Any], tmp_path: Path) -> None:
-    """Also where a damaged row group is found while rows before it, some of them unreadable, are still being
-    encoded."""
-    with_bad_rows(spec, tmp_path, bad=4)
+    """Also if a damaged row group is found while earlier rows, some of them unreadable, are being encoded."""
+    put_shard_with_bad_rows(spec, tmp_path, bad=4)
     path = tmp_path / "bad.parquet"
     column = pq.read_metadata(path).row_group(5).column(1)
     data = bytearray(path.read_bytes())
@@ -387,9 +389,9 @@ def test_a_record_is_the_same_for_any_number_of_processes(spec: dict[str, Any], 
     spec["spec"]["dataset"]["unreadableMax"] = 0.5
     records = []
     for number in (1, 3):
-        changed = elsewhere(spec, f"with-{number}")
+        changed = with_prefix(spec, f"with-{number}")
         with EncoderPool(number) as encoders:
-            bucket, run = do(changed, encoders=encoders)
+            bucket, run = preprocess(changed, encoders=encoders)
         records.append(bucket.get(paths.part_record(dataset.resolve_dataset(run, bucket).id, 3)))
     assert records[0] == records[1]
     assert [found[:2] for found in json.loads(records[0])["unreadable"]["first"]] == [
@@ -401,66 +403,66 @@ def test_a_record_is_the_same_for_any_number_of_processes(spec: dict[str, Any], 
     ]
 
 
-def test_more_unreadable_rows_than_the_stated_share_stop_the_step(
-    spec: dict[str, Any], tmp_path: Path
-) -> None:
-    with_bad_rows(spec, tmp_path, bad=7)
+def test_more_unreadable_rows_than_allowed_stop_the_step(spec: dict[str, Any], tmp_path: Path) -> None:
+    put_shard_with_bad_rows(spec, tmp_path, bad=7)
     with pytest.raises(
         Permanent,
         match=r"7 rows cannot be read .*synth_bad.parquet.* "
         r"more than the 6 that dataset.unreadableMax allows",
     ):
-        do(spec)
+        preprocess(spec)
     spec["spec"]["dataset"]["unreadableMax"] = 0.02
     spec["metadata"]["name"] = "lenient"
-    assert made(*do(spec)).facts["unreadable"]["rows"] == 7
+    assert load_manifest(*preprocess(spec)).facts["unreadable"]["rows"] == 7
 
 
 @pytest.mark.parametrize("fraction, empty", [(0.0, "valid"), (0.9999999, "train")])
-def test_an_empty_split_is_a_legal_part(
+def test_a_part_may_have_an_empty_split(
     spec: dict[str, Any], tmp_path: Path, fraction: float, empty: str
 ) -> None:
     spec["spec"]["dataset"]["validFraction"] = fraction
-    bucket, run = do(spec)
-    found = made(bucket, run)
+    bucket, run = preprocess(spec)
+    found = load_manifest(bucket, run)
     assert found.facts["splits"][empty]["documents"] == 0
     assert found.subjects[f"{empty}/part-00002.tokens.bin"].size == 0
-    assert documents(bucket, found, empty, tmp_path) == {}
+    assert load_documents(bucket, found, empty, tmp_path) == {}
 
 
-def test_a_shard_without_rows_makes_an_empty_part_in_its_place(spec: dict[str, Any], tmp_path: Path) -> None:
+def test_a_shard_without_rows_becomes_an_empty_part_with_its_number(
+    spec: dict[str, Any], tmp_path: Path
+) -> None:
     empty = tmp_path / "empty.parquet"
     pq.write_table(pa.Table.from_pylist([], schema=sample.SCHEMA), empty)
     for name in ("synth_000.parquet", "synth_002b.parquet", "synth_999.parquet"):
         open_bucket(spec).put_file(f"input/{name}", empty, {})
-    bucket, run = do(spec)
-    found = made(bucket, run)
+    bucket, run = preprocess(spec)
+    found = load_manifest(bucket, run)
     sizes = [found.subjects[f"train/part-{part:05d}.tokens.bin"].size for part in range(6)]
     assert [size > 0 for size in sizes] == [False, True, True, False, True, False]
     assert found.facts["rows"] == 72
 
 
-def test_documents_are_shuffled_inside_a_part(
+def test_documents_are_shuffled_within_a_part(
     spec: dict[str, Any], tmp_path: Path, sample_parquet: list[Path]
 ) -> None:
     spec["spec"]["dataset"]["validFraction"] = 0.0
-    bucket, run = do(spec)
-    written = list(documents(bucket, made(bucket, run), "train", tmp_path))[:20]
-    arrived = [
+    bucket, run = preprocess(spec)
+    written = list(load_documents(bucket, load_manifest(bucket, run), "train", tmp_path))[:20]
+    input_order = [
         row["synth_id"] for row in pq.read_table(sample_parquet[0]).to_pylist() if row["synth_id"] in written
     ]
-    assert written != arrived
-    assert len(set(written) & set(arrived)) == len(written)
+    assert written != input_order
+    assert len(set(written) & set(input_order)) == len(written)
 
 
-def test_input_of_which_nothing_is_left_is_an_error(spec: dict[str, Any]) -> None:
+def test_dropping_all_rows_is_an_error(spec: dict[str, Any]) -> None:
     spec["spec"]["dataset"]["maxLength"] = 16
     with pytest.raises(Permanent, match=r"all 72 rows were dropped: .*tooLong"):
-        do(spec)
+        preprocess(spec)
 
 
-def test_the_preprocessing_path_imports_no_torch() -> None:
-    """Not even when rows are read: the datasets library would import it as soon as it streams."""
+def test_preprocessing_does_not_import_torch() -> None:
+    """Not even to read rows: the datasets library would import torch when it streams."""
     code = (
         "import sys, jobs.preprocess, vpmoe.data.preprocess.step, vpmoe.data.hub, demo.sample, pathlib, "
         "tempfile\n"
@@ -473,5 +475,7 @@ def test_the_preprocessing_path_imports_no_torch() -> None:
         "assert sum(batch.columns.num_rows for batch in reader.batches(10)) == 24\n"
         "assert 'torch' not in sys.modules, 'torch was imported'\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    completed = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert completed.returncode == 0, completed.stderr

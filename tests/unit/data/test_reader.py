@@ -1,5 +1,5 @@
-"""Parts and their cache: what is read is what was written, proved, from a folder that stays within its
-bound."""
+"""DatasetReader and BlockCache: documents are verified when they are read, and the cache stays within its
+limit."""
 
 from pathlib import Path
 
@@ -16,30 +16,30 @@ from vpmoe.storage import BLOCK, Bucket, StorageError
 def test_every_document_is_read_as_it_was_written(bucket: Bucket, tmp_path: Path) -> None:
     random = np.random.default_rng(7)
     written = [datasets.random_documents(random, count) for count in (7, 0, 40)]
-    parts = DatasetReader(datasets.write(bucket, written, [[]]), "train", BlockCache(bucket, tmp_path))
-    assert [len(part) for part in parts.lengths] == [7, 0, 40]
+    reader = DatasetReader(datasets.write(bucket, written, [[]]), "train", BlockCache(bucket, tmp_path))
+    assert [len(part) for part in reader.lengths] == [7, 0, 40]
     for part, documents in enumerate(written):
         for number, (tokens, spans) in enumerate(documents):
-            found_tokens, found_spans = parts.read_document(PackedDocument(part, number, len(tokens)))
+            found_tokens, found_spans = reader.read_document(PackedDocument(part, number, len(tokens)))
             assert np.array_equal(found_tokens, tokens) and np.array_equal(found_spans, spans)
-    parts.close()
+    reader.close()
 
 
-def test_shares_of_exercises_count_tokens_and_name_what_has_none(bucket: Bucket, tmp_path: Path) -> None:
+def test_exercise_shares_count_tokens_and_include_unknown(bucket: Bucket, tmp_path: Path) -> None:
     document = np.zeros(30, np.int32), np.ones(30, np.uint8)
-    parts = DatasetReader(
+    reader = DatasetReader(
         datasets.write(bucket, [[document] * 4], [[]]), "train", BlockCache(bucket, tmp_path)
     )
-    assert parts.exercise_shares(
+    assert reader.exercise_shares(
         [PackedDocument(0, 0, 30), PackedDocument(0, 2, 30), PackedDocument(0, 1, 20)]
     ) == {
         "even": 0.75,
         "unknown": 0.25,
     }
-    parts.close()
+    reader.close()
 
 
-def test_the_cache_stays_within_its_bound_and_fetches_again_what_it_dropped(
+def test_the_cache_stays_within_its_limit_and_fetches_dropped_blocks_again(
     bucket: Bucket, tmp_path: Path
 ) -> None:
     data = np.random.default_rng(0).bytes(4 * BLOCK + 1000)
@@ -52,22 +52,24 @@ def test_the_cache_stays_within_its_bound_and_fetches_again_what_it_dropped(
         assert sum(path.stat().st_size for path in kept) <= 2 * BLOCK
 
 
-def test_a_block_that_is_there_is_not_fetched_again(bucket: Bucket, s3: S3, tmp_path: Path) -> None:
+def test_a_cached_block_is_not_fetched_again(bucket: Bucket, s3: S3, tmp_path: Path) -> None:
     stored = bucket.put_bytes("some/object", b"content", {})
     cache = BlockCache(bucket, tmp_path)
     assert cache.read_range(stored, 0, 7) == b"content"
     bucket.delete("some/object")
-    assert BlockCache(bucket, tmp_path).read_range(stored, 1, 3) == b"on"  # another process of the same pod
+    assert (
+        BlockCache(bucket, tmp_path).read_range(stored, 1, 3) == b"on"
+    )  # as another process of the same pod
 
 
-def test_a_part_that_was_changed_is_refused(bucket: Bucket, s3: S3, tmp_path: Path) -> None:
+def test_an_altered_part_is_rejected(bucket: Bucket, s3: S3, tmp_path: Path) -> None:
     written = [datasets.random_documents(np.random.default_rng(1), 5)]
     dataset = datasets.write(bucket, written, [[]])
     path = s3.folder / bucket.name / dataset.subjects["train/part-00000.tokens.bin"].key
     content = bytearray(path.read_bytes())
     content[9] ^= 1
     path.write_bytes(content)
-    parts = DatasetReader(dataset, "train", BlockCache(bucket, tmp_path))
+    reader = DatasetReader(dataset, "train", BlockCache(bucket, tmp_path))
     with pytest.raises(StorageError, match=r"part-00000\.tokens\.bin: sha256 of block 0 is"):
-        parts.read_document(PackedDocument(0, 0, len(written[0][0][0])))
-    parts.close()
+        reader.read_document(PackedDocument(0, 0, len(written[0][0][0])))
+    reader.close()

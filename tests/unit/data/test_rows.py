@@ -1,5 +1,5 @@
-"""Rows out of parquet on a real S3 store: what is read, what is named as unreadable, what stops everything;
-and what rows become."""
+"""Rows of parquet files on a real S3 store: which are read, reported as unreadable or stop the step, and the
+documents that are made of them."""
 
 import os
 import subprocess
@@ -32,18 +32,18 @@ CONTEXT = PreprocessContext("0" * 64, SETTING, 400, 0.2, Thresholds((BINS,) * 4)
 
 
 def strings(*values: bytes | None) -> pa.Array:
-    """A column of strings whose bytes nobody has looked at."""
+    """A column of strings that are not checked to be UTF-8."""
     raw = pa.array(values, pa.binary())
     return pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2], raw.buffers()[0])
 
 
-def put(bucket: Bucket, path: Path, key: str = "input/synth_001.parquet") -> InputShard:
+def put_shard(bucket: Bucket, path: Path, key: str = "input/synth_001.parquet") -> InputShard:
     bucket.put_file(key, path, {})
     return next(shard for shard in resolve_source(bucket.url(key), bucket).shards if shard.url.endswith(key))
 
 
-def numbered(folder: Path, rows: int, group: int, **columns: Any) -> Path:
-    """A file whose rows carry their number; page checksums as newer writers have them."""
+def write_numbered_rows(folder: Path, rows: int, group: int, **columns: Any) -> Path:
+    """A file whose values are numbered by row, with page checksums, as newer writers add them."""
     table = {name: [f"{name} {row}" for row in range(rows)] for name in COLUMNS} | columns
     pq.write_table(
         pa.table(table),
@@ -55,8 +55,8 @@ def numbered(folder: Path, rows: int, group: int, **columns: Any) -> Path:
     return folder / "f.parquet"
 
 
-def test_every_row_comes_once_in_order_in_batches(bucket: Bucket, tmp_path: Path) -> None:
-    shard = put(bucket, numbered(tmp_path, 250, 100))
+def test_every_row_is_in_one_batch_in_order(bucket: Bucket, tmp_path: Path) -> None:
+    shard = put_shard(bucket, write_numbered_rows(tmp_path, 250, 100))
     reader = ShardReader(shard, bucket, COLUMNS)
     batches = list(reader.batches(64))
     assert reader.rows == 250
@@ -72,30 +72,30 @@ def test_every_row_comes_once_in_order_in_batches(bucket: Bucket, tmp_path: Path
     assert ids == [f"synth_id {row}" for row in range(250)]
 
 
-def test_readers_side_by_side_each_read_their_own_shard(bucket: Bucket, tmp_path: Path) -> None:
-    """The datasets library keeps what opens files in a place that all of a process's data sets share."""
+def test_concurrent_readers_read_their_own_shards(bucket: Bucket, tmp_path: Path) -> None:
+    """The datasets library registers the opener of files globally, for all datasets of a process."""
     shards = []
     for name in ("a", "b", "c"):
         shards.append(
-            put(
+            put_shard(
                 bucket,
-                numbered(tmp_path, 200, 100, query=[f"{name} {row}" for row in range(200)]),
+                write_numbered_rows(tmp_path, 200, 100, query=[f"{name} {row}" for row in range(200)]),
                 f"input/{name}.parquet",
             )
         )
     readers = [ShardReader(shard, bucket, COLUMNS).batches(50) for shard in shards]
-    for turn in zip(*readers, strict=True):
-        for name, batch in zip("abc", turn, strict=True):
+    for batches in zip(*readers, strict=True):
+        for name, batch in zip("abc", batches, strict=True):
             assert decode_columns(batch.columns, ["query"]).columns["query"] == [
                 f"{name} {batch.first + row}" for row in range(50)
             ]
 
 
-def test_only_the_wanted_columns_are_fetched(
+def test_only_the_requested_columns_are_fetched(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = [os.urandom(500).hex() for _ in range(2000)]
-    shard = put(bucket, numbered(tmp_path, 2000, 1000, synthetic_answer=long))
+    shard = put_shard(bucket, write_numbered_rows(tmp_path, 2000, 1000, synthetic_answer=long))
     fetched = []
     original = Bucket.fetch_range
     monkeypatch.setattr(
@@ -115,14 +115,14 @@ def test_only_the_wanted_columns_are_fetched(
     assert sum(fetched) < shard.size / 4
 
 
-def test_a_damaged_row_group_costs_only_its_rows(bucket: Bucket, tmp_path: Path) -> None:
-    path = numbered(tmp_path, 400, 100)
+def test_only_the_rows_of_a_damaged_row_group_are_lost(bucket: Bucket, tmp_path: Path) -> None:
+    path = write_numbered_rows(tmp_path, 400, 100)
     column = pq.read_metadata(path).row_group(2).column(5)
     data = bytearray(path.read_bytes())
     middle = column.data_page_offset + column.total_compressed_size // 2
     data[middle : middle + 8] = bytes(byte ^ 0xFF for byte in data[middle : middle + 8])
     path.write_bytes(data)
-    shard = put(bucket, path)
+    shard = put_shard(bucket, path)
     found = list(ShardReader(shard, bucket, COLUMNS).batches(64))
     bad = [one for one in found if isinstance(one, UnreadableRows)]
     assert [(one.first, one.stop) for one in bad] == [(200, 300)]
@@ -135,10 +135,10 @@ def test_a_damaged_row_group_costs_only_its_rows(bucket: Bucket, tmp_path: Path)
     [b"", b"not parquet at all", b"PAR1 and then nothing", b"\0" * 200_000],
     ids=["empty", "text", "torn", "zeros"],
 )
-def test_a_file_that_is_no_parquet_is_named(bucket: Bucket, tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_parquet_is_named(bucket: Bucket, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "f").write_bytes(content)
     with pytest.raises(Permanent, match=r"input/synth_001.parquet: not a parquet file"):
-        ShardReader(put(bucket, tmp_path / "f"), bucket, COLUMNS)
+        ShardReader(put_shard(bucket, tmp_path / "f"), bucket, COLUMNS)
 
 
 def test_a_missing_column_is_named_and_a_nullable_one_may_be_missing(bucket: Bucket, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_missing_column_is_named_and_a_nullable_one_may_be_missing(bucket: Buc
         }
     )
     pq.write_table(table, tmp_path / "few.parquet")
-    (batch,) = ShardReader(put(bucket, tmp_path / "few.parquet"), bucket, COLUMNS).batches(64)
+    (batch,) = ShardReader(put_shard(bucket, tmp_path / "few.parquet"), bucket, COLUMNS).batches(64)
     texts = decode_columns(batch.columns, COLUMNS)
     assert texts.columns["language"] == texts.columns["constraints"] == texts.columns["exercise"] == [None]
     pq.write_table(table.drop_columns(["query", "synthetic_answer"]), tmp_path / "fewer.parquet")
@@ -161,50 +161,50 @@ def test_a_missing_column_is_named_and_a_nullable_one_may_be_missing(bucket: Buc
         match=r"b.parquet: no column query, synthetic_answer; "
         r"the file has synth_id, synthetic_reasoning, lang",
     ):
-        ShardReader(put(bucket, tmp_path / "fewer.parquet", "input/b.parquet"), bucket, COLUMNS)
+        ShardReader(put_shard(bucket, tmp_path / "fewer.parquet", "input/b.parquet"), bucket, COLUMNS)
 
 
 def test_a_column_that_is_not_text_is_named(bucket: Bucket, tmp_path: Path) -> None:
     with pytest.raises(Permanent, match=r"column query has type int64, not text"):
-        ShardReader(put(bucket, numbered(tmp_path, 3, 3, query=[1, 2, 3])), bucket, COLUMNS)
+        ShardReader(put_shard(bucket, write_numbered_rows(tmp_path, 3, 3, query=[1, 2, 3])), bucket, COLUMNS)
 
 
-def test_a_file_without_rows_is_read(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_file_without_rows_has_no_batches(bucket: Bucket, tmp_path: Path) -> None:
     pq.write_table(pa.table({name: pa.array([], pa.string()) for name in COLUMNS}), tmp_path / "none.parquet")
-    assert list(ShardReader(put(bucket, tmp_path / "none.parquet"), bucket, COLUMNS).batches(64)) == []
+    assert list(ShardReader(put_shard(bucket, tmp_path / "none.parquet"), bucket, COLUMNS).batches(64)) == []
 
 
-def test_an_object_that_was_replaced_after_it_was_listed_is_refused(bucket: Bucket, tmp_path: Path) -> None:
-    shard = put(bucket, numbered(tmp_path, 10, 10))
-    put(bucket, numbered(tmp_path, 11, 10))
+def test_an_object_that_was_replaced_after_it_was_listed_is_rejected(bucket: Bucket, tmp_path: Path) -> None:
+    shard = put_shard(bucket, write_numbered_rows(tmp_path, 10, 10))
+    put_shard(bucket, write_numbered_rows(tmp_path, 11, 10))
     with pytest.raises(StorageError, match="The input was changed since") as error:
         ShardReader(shard, bucket, COLUMNS)
     assert error.value.reason == "Altered"
 
 
-def test_an_outage_of_the_store_is_not_taken_for_damage(
+def test_an_unreachable_store_is_not_reported_as_damage(
     bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = ShardReader(put(bucket, numbered(tmp_path, 40_000, 10_000)), bucket, COLUMNS)
+    reader = ShardReader(put_shard(bucket, write_numbered_rows(tmp_path, 40_000, 10_000)), bucket, COLUMNS)
 
-    def away(*args: object) -> bytes:
+    def unreachable(*args: object) -> bytes:
         raise StorageError("the store is away", "Unreachable")
 
-    monkeypatch.setattr(Bucket, "fetch_range", away)
+    monkeypatch.setattr(Bucket, "fetch_range", unreachable)
     with pytest.raises(StorageError, match="away"):
         list(reader.batches(64))
 
 
-def test_a_source_that_matches_nothing_is_refused(bucket: Bucket) -> None:
+def test_a_source_that_matches_nothing_is_rejected(bucket: Bucket) -> None:
     with pytest.raises(
         Permanent, match=r"dataset.source: s3://.*/nothing/\*.parquet matches no parquet file"
     ):
         resolve_source(bucket.url("nothing/*.parquet"), bucket)
 
 
-def test_shards_are_in_the_order_of_their_keys(bucket: Bucket, tmp_path: Path) -> None:
+def test_shards_are_sorted_by_key(bucket: Bucket, tmp_path: Path) -> None:
     for name in ("b", "a", "c"):
-        put(bucket, numbered(tmp_path, 1, 1), f"input/{name}.parquet")
+        put_shard(bucket, write_numbered_rows(tmp_path, 1, 1), f"input/{name}.parquet")
     (tmp_path / "x.txt").write_text("no parquet")
     bucket.put_file("input/readme.txt", tmp_path / "x.txt", {})
     assert [shard.name for shard in resolve_source(bucket.url("input/*.parquet"), bucket).shards] == [
@@ -214,7 +214,7 @@ def test_shards_are_in_the_order_of_their_keys(bucket: Bucket, tmp_path: Path) -
     ]
 
 
-ON_THE_HUB = """
+RESOLVE_ON_HUB = """
 import sys
 from vpmoe.data.preprocess import rows
 from vpmoe.data.inputs import resolve_source
@@ -231,11 +231,11 @@ for source in sys.argv[1:]:
 """
 
 
-def on_the_hub(endpoint: str, *sources: str) -> list[str]:
-    """What comes of sources at a hub, in a process of its own: the hub's client reads its endpoint when it is
-    imported."""
+def resolve_on_hub(endpoint: str, *sources: str) -> list[str]:
+    """Shards and ids, or the error, of each source. Runs in another process, because the hub's client reads
+    its endpoint when it is imported."""
     done = subprocess.run(
-        [sys.executable, "-c", ON_THE_HUB, *sources],
+        [sys.executable, "-c", RESOLVE_ON_HUB, *sources],
         cwd=ROOT,
         env={**os.environ, "HF_ENDPOINT": endpoint},
         capture_output=True,
@@ -246,7 +246,7 @@ def on_the_hub(endpoint: str, *sources: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_a_data_set_of_the_hub_is_read_at_the_commit_that_its_revision_was(
+def test_a_dataset_of_the_hub_is_read_at_the_commit_of_its_revision(
     sample_parquet: list[Path],
 ) -> None:
     files = {
@@ -254,8 +254,8 @@ def test_a_data_set_of_the_hub_is_read_at_the_commit_that_its_revision_was(
         "synth_002.parquet": b"-",
         "synth_001.parquet": sample_parquet[0].read_bytes(),
     }
-    with fake_hub.serve("PleIAs/SYNTH", files) as (endpoint, asked):
-        listed, ids, newest, _, revision, name = on_the_hub(
+    with fake_hub.serve("PleIAs/SYNTH", files) as (endpoint, requested):
+        listed, ids, newest, _, revision, name = resolve_on_hub(
             endpoint,
             "hf://PleIAs/SYNTH@main",
             "hf://PleIAs/SYNTH",
@@ -269,7 +269,7 @@ def test_a_data_set_of_the_hub_is_read_at_the_commit_that_its_revision_was(
     )
     assert newest == listed
     assert ids == str([row["synth_id"] for row in pq.read_table(sample_parquet[0]).to_pylist()])
-    assert all(fake_hub.COMMIT in path for path in asked if "/resolve/" in path)
+    assert all(fake_hub.COMMIT in path for path in requested if "/resolve/" in path)
     assert revision.startswith(
         "Permanent dataset.source: hf://PleIAs/SYNTH@v9: the Hugging Face hub has no such dataset or revision"
     )
@@ -278,15 +278,15 @@ def test_a_data_set_of_the_hub_is_read_at_the_commit_that_its_revision_was(
     )
 
 
-def test_the_hub_out_of_reach_is_said_with_a_way_out() -> None:
-    (said,) = on_the_hub("http://127.0.0.1:9", "hf://PleIAs/SYNTH@main")
-    assert said.startswith(
+def test_an_unreachable_hub_is_reported_with_the_remedy() -> None:
+    (message,) = resolve_on_hub("http://127.0.0.1:9", "hf://PleIAs/SYNTH@main")
+    assert message.startswith(
         "Retriable dataset.source: hf://PleIAs/SYNTH@main: the Hugging Face hub does not answer"
     )
-    assert "copy the parquet files to a bucket" in said
+    assert "copy the parquet files to a bucket" in message
 
 
-def test_text_keeps_everything_but_surrogates_and_garbage() -> None:
+def test_text_is_unchanged_except_surrogates_and_invalid_bytes() -> None:
     values = strings(
         b"caf\xc3\xa9 \0",
         b"lone \xed\xa0\x80 end",
@@ -306,13 +306,13 @@ def test_text_keeps_everything_but_surrogates_and_garbage() -> None:
     }
 
 
-def test_a_surrogate_becomes_what_the_tokenizer_itself_makes_of_it() -> None:
+def test_a_surrogate_is_encoded_as_tiktoken_encodes_it() -> None:
     values = [b"a \xed\xb0\x80 b", b"\xed\xa0\xbd\xed\xb8\x80", b"\xed\xb8\x80\xed\xa0\xbd"]
-    for value, whole in zip(
+    for value, decoded in zip(
         values, text.decode_columns(pa.record_batch({"q": strings(*values)}), ["q"]).columns["q"], strict=True
     ):
         assert vocabulary_file.encoding().encode_ordinary(
-            whole or ""
+            decoded or ""
         ) == vocabulary_file.encoding().encode_ordinary(value.decode("utf-8", "surrogatepass"))
 
 
@@ -323,7 +323,7 @@ def rows_batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
     )
 
 
-def test_a_chunk_becomes_documents_and_counts_of_everything_else() -> None:
+def test_a_chunk_becomes_documents_and_counts_of_dropped_rows() -> None:
     good = {
         "synth_id": "good",
         "query": "q",
@@ -352,12 +352,12 @@ def test_a_chunk_becomes_documents_and_counts_of_everything_else() -> None:
     assert got.unreadable[105] == "query is null"
     assert got.lengths_D3[1, 1] == 0
     renderer = Renderer(tokenizer(), SETTING)
-    both = [renderer.render("q", None, "r", "a").ids, renderer.render("q", None, None, "a").ids]
-    assert got.ids_T.tolist() == np.concatenate(both).tolist()
+    expected = [renderer.render("q", None, "r", "a").ids, renderer.render("q", None, None, "a").ids]
+    assert got.ids_T.tolist() == np.concatenate(expected).tolist()
     assert len(set(got.order_D.tolist())) == 2
 
 
-def test_a_document_as_long_as_the_bound_is_kept_and_one_longer_is_dropped() -> None:
+def test_a_document_of_the_maximum_length_is_kept_and_a_longer_one_dropped() -> None:
     row = sample.rows()[0]
     length = len(
         Renderer(tokenizer(), SETTING)

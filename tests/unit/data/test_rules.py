@@ -1,5 +1,5 @@
-"""The pure decisions of preprocessing: which rows are dropped, which are kept, which are held out, what a
-source stands for."""
+"""The rules of preprocessing: which rows are dropped, sampled and held out, which objects a source matches,
+and what decides a dataset's id."""
 
 from hashlib import blake2b
 
@@ -41,7 +41,7 @@ from vpmoe.failure import Permanent
         ),
     ],
 )
-def test_rows_are_dropped_for_one_stated_reason(
+def test_a_dropped_row_has_one_reason(
     answer: str | None, constraints: str | None, reason: str | None
 ) -> None:
     assert quality(answer, constraints) == reason
@@ -90,7 +90,7 @@ def test_rows_are_dropped_for_one_stated_reason(
         ("yes", "no", False),
     ],
 )
-def test_a_result_contradicts_only_a_clear_choice_or_number_of_the_first_line(
+def test_only_a_clear_choice_or_number_in_the_first_line_contradicts_the_result(
     result: str, line: str, contradicts: bool
 ) -> None:
     assert (
@@ -115,7 +115,7 @@ def test_a_result_contradicts_only_a_clear_choice_or_number_of_the_first_line(
         ("fr", "memorization", FOREIGN | MEMORIZATION),
     ],
 )
-def test_a_row_without_language_or_exercise_counts_as_neither(
+def test_a_row_without_language_or_exercise_is_neither_foreign_nor_memorization(
     language: str | None, exercise: str | None, expected: int
 ) -> None:
     assert row_class(language, exercise) == expected
@@ -131,7 +131,7 @@ def census(seed: int, other: int, memorization: int, foreign: int, both: int) ->
     )
 
 
-def kept(rows_4B: sampling.Histogram, chosen: Thresholds) -> list[int]:
+def rows_kept(rows_4B: sampling.Histogram, chosen: Thresholds) -> list[int]:
     return [int(rows_4B[number, :bins].sum()) for number, bins in enumerate(chosen.bins)]
 
 
@@ -151,23 +151,23 @@ def kept(rows_4B: sampling.Histogram, chosen: Thresholds) -> list[int]:
     ids=str,
 )
 @pytest.mark.parametrize("keep", [1.0, 0.3])
-def test_shares_are_never_above_their_bounds_and_hardly_below_where_they_bind(
+def test_shares_are_at_most_their_bounds_and_close_to_those_that_apply(
     rows: tuple[int, int, int, int], keep: float
 ) -> None:
     rows_4B = census(sum(rows), *rows)
     chosen = choose_thresholds(rows_4B, keep, 0.70, 0.30)
-    left = kept(rows_4B, chosen)
-    total = sum(left)
-    memorization, foreign = left[1] + left[3], left[2] + left[3]
+    kept_rows = rows_kept(rows_4B, chosen)
+    total = sum(kept_rows)
+    memorization, foreign = kept_rows[1] + kept_rows[3], kept_rows[2] + kept_rows[3]
     assert memorization <= 0.70 * total
     assert foreign <= 0.30 * total
-    if sum(rows) > 100_000:  # both bounds bind in the first of these, memorization's alone in the second
+    if sum(rows) > 100_000:  # both bounds apply to the first of these, only memorizationMax to the second
         assert memorization == pytest.approx(0.70 * total, rel=0.01)
         assert foreign == pytest.approx((0.30 if rows[2] > 100_000 else 0.248) * total, rel=0.01)
-        assert left[0] == pytest.approx(keep * rows[0], rel=0.01)
+        assert kept_rows[0] == pytest.approx(keep * rows[0], rel=0.01)
 
 
-def test_everything_is_kept_where_no_bound_binds() -> None:
+def test_all_rows_are_kept_if_no_bound_applies() -> None:
     assert choose_thresholds(census(1, 70, 20, 10, 0), 1.0, 0.7, 0.3).bins == (BINS,) * 4
     assert choose_thresholds(census(2, 0, 50, 0, 50), 1.0, 1.0, 1.0).bins == (BINS,) * 4
     assert choose_thresholds(census(3, 0, 0, 0, 0), 1.0, 0.7, 0.3).bins == (BINS,) * 4
@@ -188,8 +188,8 @@ def test_a_bound_that_would_drop_everything_is_an_error(
         choose_thresholds(census(1, *rows), 1.0, 0.7, 0.3)
 
 
-def test_hashes_are_fixed_for_ever() -> None:
-    """Other values would split and sample every data set anew."""
+def test_hashes_have_not_changed() -> None:
+    """Other values would change the split and the sample of every dataset."""
     ids = ["memorization_94_6343", "memorization_german_10_150696", "mcq_201_33", "ü\0"]
     assert [sampling.hash_bin(one) for one in ids] == [418, 318, 572, 652]
     fractions = {
@@ -201,15 +201,15 @@ def test_hashes_are_fixed_for_ever() -> None:
     assert not any(sampling.is_valid(one, 0.0) for one in ids)
 
 
-def test_a_thousandth_is_held_out_and_independent_of_sampling() -> None:
+def test_the_held_out_fraction_is_right_and_independent_of_sampling() -> None:
     ids = [f"memorization_{number}_{number * 7}" for number in range(100_000)]
     held_out = [one for one in ids if sampling.is_valid(one, 0.01)]
     assert 900 < len(held_out) < 1100
-    low = sum(sampling.hash_bin(one) < BINS // 2 for one in held_out)
-    assert 400 < low < 600
+    lower_half = sum(sampling.hash_bin(one) < BINS // 2 for one in held_out)
+    assert 400 < lower_half < 600
 
 
-def test_a_row_without_id_is_known_by_its_place() -> None:
+def test_a_row_without_id_is_identified_by_file_and_number() -> None:
     assert row_identity("mcq_1", "a.parquet", 3) == "mcq_1"
     assert row_identity(None, "a.parquet", 3) == row_identity(" ", "a.parquet", 3) == "a.parquet#3"
 
@@ -232,15 +232,13 @@ def test_a_row_without_id_is_known_by_its_place() -> None:
         ("a+b/(x).parquet", ["a+b/(x).parquet"], ["aab/(x).parquet"]),
     ],
 )
-def test_a_glob_stays_within_a_folder_unless_doubled(
-    glob: str, matching: list[str], others: list[str]
-) -> None:
+def test_only_a_double_star_matches_across_folders(glob: str, matching: list[str], others: list[str]) -> None:
     pattern = glob_pattern(glob)
     assert all(pattern.fullmatch(key) for key in matching)
     assert not any(pattern.fullmatch(key) for key in others)
 
 
-def test_a_data_set_has_another_id_for_everything_that_changes_its_bytes() -> None:
+def test_everything_that_changes_a_datasets_bytes_changes_its_id() -> None:
     shard = InputShard("s3://corpora/a.parquet", 10, "etag")
     base = Inputs("s3://corpora/*.parquet", None, (shard,))
     settings = {"maxLength": 512}

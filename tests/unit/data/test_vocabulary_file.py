@@ -1,4 +1,4 @@
-"""The vocabulary reaches both tokenizers offline, from the package alone."""
+"""Both tokenizers load the vocabulary from the package, without a network."""
 
 import hashlib
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from vpmoe.data import vocabulary, vocabulary_file
 from vpmoe.failure import Permanent
 
-BOTH = """
+LOAD_BOTH_TOKENIZERS = """
 import socket
 def refuse(*args, **kwargs): raise AssertionError("a tokenizer asked for the network")
 socket.socket.connect = socket.create_connection = refuse
@@ -25,21 +25,25 @@ print(vocabulary_file.install())
 """
 
 
-def test_both_tokenizers_work_with_no_network_no_home_and_only_tmpdir(tmp_path: Path) -> None:
+def test_both_tokenizers_work_without_network_and_home_directory(tmp_path: Path) -> None:
     environment = {
         "TMPDIR": str(tmp_path),
         "HOME": "/nonexistent",
         "PATH": "/usr/bin:/bin",
         "https_proxy": "http://127.0.0.1:1",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", BOTH], env=environment, capture_output=True, text=True, check=False
+    completed = subprocess.run(
+        [sys.executable, "-c", LOAD_BOTH_TOKENIZERS],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()).parent == tmp_path
+    assert completed.returncode == 0, completed.stderr
+    assert Path(completed.stdout.strip()).parent == tmp_path
 
 
-def test_the_file_lies_under_both_names_with_the_right_sha(
+def test_the_file_has_both_names_and_the_right_sha256(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in vocabulary_file.FOLDER_VARIABLES:
@@ -61,7 +65,7 @@ def test_a_damaged_file_is_written_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / vocabulary_file.FOR_HARMONY).read_bytes() == vocabulary_file.packaged()
 
 
-def test_another_vocabulary_in_the_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_vocabulary_in_the_package_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary_file, "VOCABULARY_SHA256", "0" * 64)
     with pytest.raises(Permanent, match="expected 0000"):
         vocabulary_file.packaged()

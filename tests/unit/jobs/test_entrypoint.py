@@ -1,4 +1,4 @@
-"""How a job starts and ends: its context, rejected arguments, exit code, log and termination message."""
+"""Start and end of a job: context, rejected arguments, exit code, log and termination message."""
 
 import json
 import logging
@@ -25,8 +25,9 @@ Start = Callable[..., tuple[DistillRun, JobContext]]
 
 
 @pytest.fixture(autouse=True)
-def untouched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Restore what a job changes in its process; write the termination message to a file of the test."""
+def restored_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Restore the state that a job changes in its process; write the termination message to a file of the
+    test."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setenv("VPMOE_TERMINATION_LOG", str(tmp_path / "termination"))
     root, handler = logging.getLogger(), signal.getsignal(signal.SIGTERM)
@@ -49,7 +50,7 @@ def start(tmp_path: Path, run_spec: dict[str, Any]) -> Start:
     return start
 
 
-def test_a_job_knows_its_run_step_and_bucket(
+def test_a_job_has_its_run_step_and_bucket(
     start: Start,
     bucket: Bucket,
     run_spec: dict[str, Any],
@@ -66,14 +67,14 @@ def test_a_job_knows_its_run_step_and_bucket(
         3,
         False,
     )
-    who = context.provenance
-    assert (who.run, who.config, who.step, who.attempt) == (
+    provenance = context.provenance
+    assert (provenance.run, provenance.config, provenance.step, provenance.attempt) == (
         f"default/tiny-run-{run.config_hash[:8]}",
         run.config_hash,
         "preprocess",
         2,
     )
-    assert (who.git_sha, who.image) == ("sha", "img")
+    assert (provenance.git_sha, provenance.image) == ("sha", "img")
     assert context.bucket.get_json(paths.run_json(run)) == run.document()
     assert [found.key for found in bucket.list("")] == [paths.run_json(run)]
     logging.getLogger("some.module").warning("two\nlines")
@@ -83,12 +84,14 @@ def test_a_job_knows_its_run_step_and_bucket(
     )
 
 
-def test_a_job_alone_has_no_worker_index(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_outside_an_indexed_job_has_no_worker_index(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
     assert start()[1].worker is None
 
 
-def test_a_new_process_clears_an_old_last_word_and_a_rank_does_not(
+def test_a_new_process_clears_an_old_termination_message_and_a_rank_does_not(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "termination").write_text("old")
@@ -134,7 +137,7 @@ def test_an_error_ends_the_job_with_its_code_and_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments, says",
+    "arguments, message",
     [
         pytest.param(
             ["--step", "rescored"],
@@ -153,15 +156,15 @@ def test_an_error_ends_the_job_with_its_code_and_one_line(
         ),
     ],
 )
-def test_a_job_that_cannot_start_says_why(
-    start: Start, bucket: Bucket, arguments: list[str], says: str
+def test_invalid_arguments_are_rejected_with_the_remedy(
+    start: Start, bucket: Bucket, arguments: list[str], message: str
 ) -> None:
-    with pytest.raises(Permanent, match=re.escape(says)):
+    with pytest.raises(Permanent, match=re.escape(message)):
         start("preprocess", *arguments)
     assert not list(bucket.list(""))
 
 
-def test_an_invalid_run_is_refused_before_the_store_is_asked(
+def test_an_invalid_run_is_rejected_before_the_store_is_accessed(
     start: Start, run_spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
@@ -170,9 +173,7 @@ def test_an_invalid_run_is_refused_before_the_store_is_asked(
         start()
 
 
-def test_a_run_s_configuration_does_not_change_once_it_has_started(
-    start: Start, run_spec: dict[str, Any]
-) -> None:
+def test_a_changed_configuration_of_a_started_run_is_rejected(start: Start, run_spec: dict[str, Any]) -> None:
     run_spec["metadata"]["uid"] = "01234567-89ab-cdef-0123-456789abcdef"
     start()
     run_spec["spec"]["suspend"] = True
@@ -186,7 +187,7 @@ def test_a_run_s_configuration_does_not_change_once_it_has_started(
 
 
 @pytest.mark.parametrize(
-    "stored, given, says",
+    "stored, given, message",
     [
         ({"a": {"b": [1, {"c": 2}]}}, {"a": {"b": [1, {"c": 3}]}}, "a.b[1].c is 2 there and 3 here"),
         ({"b": 1, "a": 1}, {"a": 2, "b": 2}, "a is 1 there and 2 here"),
@@ -197,15 +198,16 @@ def test_a_run_s_configuration_does_not_change_once_it_has_started(
         ({"a": [{"b": 1}]}, {"a": [{"b": 1}]}, None),
     ],
 )
-def test_the_first_difference_is_named(stored: object, given: object, says: str | None) -> None:
-    assert first_difference(stored, given) == says
+def test_the_first_difference_is_named(stored: object, given: object, message: str | None) -> None:
+    assert first_difference(stored, given) == message
 
 
 @pytest.mark.parametrize(
-    "role, of", [("train", ""), ("sampler", "-sampler"), ("teacher", "-teacher"), ("evaluate", "-evaluate")]
+    "role, suffix",
+    [("train", ""), ("sampler", "-sampler"), ("teacher", "-teacher"), ("evaluate", "-evaluate")],
 )
-def test_a_job_goes_on_with_the_first_unfinished_step_of_its_role(
-    start: Start, bucket: Bucket, run_spec: dict[str, Any], role: str, of: str
+def test_a_job_runs_the_first_unfinished_step_of_its_role(
+    start: Start, bucket: Bucket, run_spec: dict[str, Any], role: str, suffix: str
 ) -> None:
     stages = [
         {"name": name, "kind": "OnPolicy", "tokens": 16384, "require": {"validity": 0}}
@@ -218,19 +220,19 @@ def test_a_job_goes_on_with_the_first_unfinished_step_of_its_role(
     }
     run_spec["spec"]["training"].pop("optimizer")
     run = DistillRun.parse(run_spec)
-    first, second = f"one{of}", f"two{of}"
+    first, second = f"one{suffix}", f"two{suffix}"
     assert start(role)[1].step == first
-    for reported, state, step in (
+    for reported_step, state, step in (
         (first, "Running", first),
         (first, "Succeeded", second),
         (second, "Succeeded", second),
     ):
-        bucket.write_json(paths.progress(run, reported), {"state": state})
+        bucket.write_json(paths.progress(run, reported_step), {"state": state})
         assert start(role)[1].step == step
     assert start(role, "--step", first)[1].provenance.step == first
 
 
-def test_a_job_that_the_run_has_no_step_for_says_so(start: Start) -> None:
+def test_a_job_without_a_step_in_the_run_is_rejected(start: Start) -> None:
     with pytest.raises(
         Permanent, match=r"jobs\.sampler has nothing to do: the run's steps are preprocess, vanilla\."
     ):
@@ -247,7 +249,7 @@ raise Terminated("saved at step 7")
 """
 
 
-def test_a_job_that_is_asked_to_stop_saves_and_says_so(run_spec: dict[str, Any], tmp_path: Path) -> None:
+def test_a_stopped_job_saves_and_reports_it(run_spec: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_spec))
     process = subprocess.Popen(
         [sys.executable, "-c", JOB, "--run", str(tmp_path / "run.yaml")],

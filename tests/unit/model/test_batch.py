@@ -1,4 +1,4 @@
-"""What a batch derives from its rows: positions, boundaries, padding, counts."""
+"""Batches: positions, boundaries, padding and counts are derived from the rows."""
 
 import pytest
 import torch
@@ -27,12 +27,12 @@ def batch_of(*documents: list[int]) -> Batch:
             [0, 2, 4],
             2,
             [4, 2, 0],
-            id="rows-are-apart-though-numbers-repeat",
+            id="equal-numbers-in-different-rows",
         ),
         pytest.param([[-1, -1], [-1, -1]], [[0, 1], [0, 1]], [0, 2, 4], 2, [0, 0, 0], id="all-padding"),
     ],
 )
-def test_derived(
+def test_positions_boundaries_padding_and_counts_are_derived_from_the_rows(
     documents: list[list[int]],
     position: list[list[int]],
     boundaries: list[int],
@@ -51,12 +51,12 @@ def test_derived(
     assert batch.boundaries.dtype == torch.int32
 
 
-def test_moving_leaves_the_counts_on_the_cpu() -> None:
+def test_counts_stay_on_the_cpu_when_a_batch_is_moved() -> None:
     moved = batch_of([0, 0, -1]).to(torch.device("meta"))
     assert moved.tokens.is_meta and moved.boundaries.is_meta and moved.counts.device.type == "cpu"
 
 
-def test_rows_of_different_shapes_are_refused() -> None:
+def test_rows_of_different_shapes_are_rejected() -> None:
     with pytest.raises(
         ValueError,
         match=r"tokens \[1, 3\], spans \[1, 2\] and documents \[1, 3\] must all be \[rows, positions\]",

@@ -1,5 +1,5 @@
-"""Where a process computes is what its environment says; the patches that let megatron-core run on a CPU
-reach megatron-core alone."""
+"""The environment selects a process's device. The patches that let megatron-core run on a CPU affect only
+megatron-core."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from vpmoe.model import cpu
 from vpmoe.model.device import choose
 
 
-def test_an_empty_list_of_gpus_means_the_cpu(device: torch.device) -> None:
+def test_an_empty_list_of_gpus_selects_the_cpu(device: torch.device) -> None:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and device == torch.device("cpu") == choose()
 
 
@@ -22,7 +22,7 @@ def test_an_empty_list_of_gpus_means_the_cpu(device: torch.device) -> None:
     [(0, {}), (0, {"CUDA_VISIBLE_DEVICES": "0"}), (3, {"LOCAL_RANK": "3"})],
     ids=["unset", "one", "rank"],
 )
-def test_no_gpu_is_an_error_and_never_the_cpu(
+def test_a_missing_gpu_is_an_error_and_never_selects_the_cpu(
     rank: int, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -37,13 +37,13 @@ def test_no_gpu_is_an_error_and_never_the_cpu(
         choose()
 
 
-def test_the_patches_refuse_a_machine_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_patches_are_rejected_on_a_machine_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match="for machines without CUDA"):
         cpu.install()
 
 
-def test_nobody_but_megatron_is_told_of_cuda(device: torch.device) -> None:
+def test_the_patches_do_not_affect_torch_itself(device: torch.device) -> None:
     assert (
         torch.zeros(1).type() == "torch.FloatTensor" and torch.zeros(1).type(torch.int32).dtype == torch.int32
     )
@@ -51,8 +51,8 @@ def test_nobody_but_megatron_is_told_of_cuda(device: torch.device) -> None:
         torch.zeros(1, device="cuda")
 
 
-def test_shapes_are_read_without_torch() -> None:
-    """What checks a layout or counts parameters must not wait seconds for it."""
+def test_shapes_are_imported_without_torch() -> None:
+    """Checking a layout and counting parameters must not wait seconds for the import of torch."""
     code = (
         "import sys, vpmoe.model.shapes; assert 'torch' not in sys.modules and 'megatron' not in sys.modules"
     )

@@ -1,4 +1,4 @@
-"""The loss head against eager float64, and that it never holds [tokens, vocabulary]."""
+"""The loss head equals eager float64 and never allocates a tensor [tokens, vocabulary]."""
 
 import os
 import subprocess
@@ -19,9 +19,11 @@ from vpmoe.model.spans import NO_TARGET
 TOKENS, VOCABULARY, HIDDEN = 57, 131, 19
 
 
-def inputs(dtype: torch.dtype, seed: int, learned: float = 0.7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden, weight (both ask for gradients), targets with NO_TARGETs among them, numbers to make
-    coefficients of."""
+def random_inputs(
+    dtype: torch.dtype, seed: int, learned: float = 0.7
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden and weight (both require gradients), targets of which some are NO_TARGET, and random numbers
+    for the coefficients."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     weight = (
@@ -32,19 +34,20 @@ def inputs(dtype: torch.dtype, seed: int, learned: float = 0.7) -> tuple[Tensor,
     return hidden, weight, targets, torch.randn(TOKENS, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def known(numbers: Tensor) -> Coefficient:
+def fixed_coefficient(numbers: Tensor) -> Coefficient:
     return lambda logp_t, rows_t: numbers[rows_t]
 
 
-def on_policy(numbers: Tensor) -> Coefficient:
-    """As on-policy training has it: a bounded advantage and a truncated ratio, both made of this very
-    logp."""
+def onpolicy_coefficient(numbers: Tensor) -> Coefficient:
+    """As in on-policy training: a bounded advantage and a truncated ratio, both computed from logp itself."""
     return lambda logp_t, rows_t: (
         (numbers[rows_t] - logp_t).clamp(-2, 2) * (logp_t - numbers[rows_t]).exp().clamp(max=2)
     )
 
 
-def eager(hidden: Tensor, weight: Tensor, targets: Tensor, coefficient: Coefficient) -> tuple[Tensor, Tensor]:
+def eager_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, coefficient: Coefficient
+) -> tuple[Tensor, Tensor]:
     rows = (targets != NO_TARGET).nonzero().squeeze(1)
     logp = torch.log_softmax(hidden[rows] @ weight.T, dim=1).gather(1, targets[rows].unsqueeze(1)).squeeze(1)
     all_logp = torch.full((len(hidden),), torch.nan, dtype=hidden.dtype)
@@ -53,7 +56,11 @@ def eager(hidden: Tensor, weight: Tensor, targets: Tensor, coefficient: Coeffici
 
 
 @pytest.mark.parametrize(
-    "make", [pytest.param(known, id="coefficients-known"), pytest.param(on_policy, id="coefficients-of-logp")]
+    "coefficient_of",
+    [
+        pytest.param(fixed_coefficient, id="coefficients-known"),
+        pytest.param(onpolicy_coefficient, id="coefficients-of-logp"),
+    ],
 )
 @pytest.mark.parametrize(
     "chunk",
@@ -63,19 +70,19 @@ def eager(hidden: Tensor, weight: Tensor, targets: Tensor, coefficient: Coeffici
     "dtype, tolerance",
     [pytest.param(torch.float64, 1e-12, id="fp64"), pytest.param(torch.float32, 2e-5, id="fp32")],
 )
-def test_loss_and_gradients_are_eager_float64s(
-    make: Callable[[Tensor], Coefficient],
+def test_loss_and_gradients_equal_eager_float64(
+    coefficient_of: Callable[[Tensor], Coefficient],
     chunk: int,
     dtype: torch.dtype,
     tolerance: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", chunk * 4 * VOCABULARY)
-    hidden, weight, targets, numbers = inputs(dtype, new_seed())
+    hidden, weight, targets, numbers = random_inputs(dtype, new_seed())
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    loss, logp = head_loss(hidden, weight, targets, make(numbers))
-    wanted, wanted_logp = eager(*exact, targets, make(numbers.double()))
-    (loss * 3).backward()  # a gradient from above that is not 1
+    loss, logp = head_loss(hidden, weight, targets, coefficient_of(numbers))
+    wanted, wanted_logp = eager_loss(*exact, targets, coefficient_of(numbers.double()))
+    (loss * 3).backward()  # an incoming gradient other than 1
     (wanted * 3).backward()
     for got, want in [
         (loss, wanted),
@@ -94,21 +101,21 @@ def test_loss_and_gradients_are_eager_float64s(
     )
 
 
-def test_positions_without_a_target_leave_no_trace() -> None:
-    hidden, weight, targets, numbers = inputs(torch.float64, new_seed())
-    loss, logp = head_loss(hidden, weight, targets, known(numbers))
+def test_positions_without_a_target_contribute_nothing() -> None:
+    hidden, weight, targets, numbers = random_inputs(torch.float64, new_seed())
+    loss, logp = head_loss(hidden, weight, targets, fixed_coefficient(numbers))
     loss.backward()
     kept = targets != NO_TARGET
     fewer = [hidden.detach()[kept].requires_grad_(), weight.detach().clone().requires_grad_()]
-    loss_fewer, _ = head_loss(*fewer, targets[kept], known(numbers[kept]))
+    loss_fewer, _ = head_loss(*fewer, targets[kept], fixed_coefficient(numbers[kept]))
     loss_fewer.backward()
     assert loss == loss_fewer and logp[~kept].isnan().all() and (hidden.grad[~kept] == 0).all()
     assert torch.equal(hidden.grad[kept], fewer[0].grad) and torch.equal(weight.grad, fewer[1].grad)
 
 
-def test_nothing_to_learn_gives_a_loss_of_zero_that_can_go_backward() -> None:
-    hidden, weight, targets, numbers = inputs(torch.float32, 0, learned=0)
-    loss, logp = head_loss(hidden, weight, targets, known(numbers))
+def test_without_targets_the_loss_is_zero_and_has_zero_gradients() -> None:
+    hidden, weight, targets, numbers = random_inputs(torch.float32, 0, learned=0)
+    loss, logp = head_loss(hidden, weight, targets, fixed_coefficient(numbers))
     loss.backward()
     assert loss == 0 and logp.isnan().all() and (hidden.grad == 0).all() and (weight.grad == 0).all()
 
@@ -118,7 +125,7 @@ def test_extreme_logits_stay_finite() -> None:
         torch.full((3, 1), 200.0, requires_grad=True),
         torch.linspace(-200, 200, 7).unsqueeze(1).requires_grad_(),
     )
-    loss, logp = head_loss(hidden, weight, torch.tensor([0, 3, 6]), known(torch.ones(3)))
+    loss, logp = head_loss(hidden, weight, torch.tensor([0, 3, 6]), fixed_coefficient(torch.ones(3)))
     loss.backward()
     assert (
         logp.tolist() == [-80000.0, -40000.0, 0.0]
@@ -127,9 +134,9 @@ def test_extreme_logits_stay_finite() -> None:
     )
 
 
-def test_no_tensor_is_ever_as_large_as_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for 8 tokens' logits, the largest result is those or the weight's gradient: for one token
-    more it would not fit."""
+def test_no_tensor_is_as_large_as_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CHUNK_BYTES holds the logits of 8 tokens, so that the largest result is one chunk of logits; a chunk
+    of 9 tokens would exceed it."""
     vocabulary, tokens = 1000, 200
     monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 8 * 4 * vocabulary)
     hidden, weight = (
@@ -138,14 +145,14 @@ def test_no_tensor_is_ever_as_large_as_tokens_by_vocabulary(monkeypatch: pytest.
     )
     targets = torch.randint(0, vocabulary, (tokens,))
     with Largest() as largest:
-        loss, _ = head_loss(hidden, weight, targets, known(torch.ones(tokens)))
+        loss, _ = head_loss(hidden, weight, targets, fixed_coefficient(torch.ones(tokens)))
         loss.backward()
         target_logp(hidden, weight, targets)
-    assert largest.numbers == 8 * vocabulary
+    assert largest.elements == 8 * vocabulary
 
 
-def test_the_gpus_kernels_are_float64s_too() -> None:
-    """The same kernels under Triton's interpreter: rows of several blocks and a rest, extreme logits,
+def test_the_gpu_kernels_equal_float64() -> None:
+    """The kernels in Triton's interpreter: rows of several blocks and a remainder, extreme logits,
     coefficients of both signs."""
     code = f"""
         import torch

@@ -1,5 +1,5 @@
-"""The step and the state of one process: what is refused, what decays, and bf16 weights that follow their
-fp32 originals bit for bit."""
+"""Learner on one process: rejected steps, gradient clipping, weight decay, saved and restored state, and bf16
+weights that equal their rounded fp32 main parameters."""
 
 from collections.abc import Callable
 
@@ -27,15 +27,15 @@ def objective_of(batches: list[Batch]) -> tuple[Objective, int]:
     return vanilla(counts, EVEN), int(counts[0])
 
 
-def in_bf16(device: torch.device) -> Learner:
-    """A learner as it is on a GPU, on the CPU: bf16 weights, fp32 main parameters."""
+def bf16_learner(device: torch.device) -> Learner:
+    """A learner on the CPU with the precision of a GPU: bf16 weights, fp32 main parameters."""
     student = Student(SMALL, _config(SMALL, torch.device("cuda"), 1), sequence_length=64)
     _initialise(student, 1)
     return Learner(student, device, weight_decay=0.1, gradient_clip=1.0)
 
 
-def stepped(it: Learner) -> Learner:
-    """One step on random gradients: the head has no bf16 products on a CPU."""
+def after_one_step(it: Learner) -> Learner:
+    """The learner after one step on random gradients. The head cannot multiply bf16 on a CPU."""
     it.ddp.zero_grad_buffer()
     for parameter in it.student.parameters():
         parameter.main_grad.normal_(generator=torch.Generator().manual_seed(3))
@@ -44,7 +44,7 @@ def stepped(it: Learner) -> Learner:
     return it
 
 
-def test_a_step_without_gradients_of_its_own_is_refused(device: torch.device, batches: list[Batch]) -> None:
+def test_a_second_step_without_new_gradients_is_rejected(device: torch.device, batches: list[Batch]) -> None:
     it = learner(device)
     it.forward_backward(batches, *objective_of(batches))
     it.step(1e-3)
@@ -52,7 +52,7 @@ def test_a_step_without_gradients_of_its_own_is_refused(device: torch.device, ba
         it.step(1e-3)
 
 
-def test_positions_that_do_not_add_up_are_refused(device: torch.device, batches: list[Batch]) -> None:
+def test_a_wrong_number_of_positions_is_rejected(device: torch.device, batches: list[Batch]) -> None:
     objective, positions = objective_of(batches)
     with pytest.raises(
         ValueError, match=f"positions is {positions + 1}, but the global batch holds {positions}"
@@ -60,10 +60,11 @@ def test_positions_that_do_not_add_up_are_refused(device: torch.device, batches:
         learner(device).forward_backward(batches, objective, positions + 1)
 
 
-def test_gradients_are_clipped_to_the_norm_and_the_norm_is_told_unclipped(
+def test_gradients_are_clipped_and_the_returned_norm_is_unclipped(
     device: torch.device, batches: list[Batch]
 ) -> None:
-    """Adam hides the length of a single gradient, its first moment does not: a tenth of what it was given."""
+    """Adam's first update does not depend on the gradient's norm, but its first moment does: it is a tenth of
+    the clipped gradient."""
     it = learner(device)
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     positions = int(counts[0])
@@ -75,8 +76,8 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_is_told_unclipped(
     assert moments.norm().item() == pytest.approx(0.1 * min(norm, 1.0), rel=1e-4)
 
 
-def test_matrices_decay_and_norms_do_not(device: torch.device) -> None:
-    """With gradients of zero only decay moves weights: by 1 − rate · decay, and norms by nothing."""
+def test_weight_decay_applies_to_matrices_and_not_to_norms(device: torch.device) -> None:
+    """With zero gradients, decay multiplies matrices by 1 − rate · decay and leaves norms unchanged."""
     it = learner(device)
     before = {name: parameter.detach().clone() for name, parameter in it.student.named_parameters()}
     it.ddp.zero_grad_buffer()
@@ -86,7 +87,7 @@ def test_matrices_decay_and_norms_do_not(device: torch.device) -> None:
         torch.testing.assert_close(parameter, before[name] * (1 if parameter.dim() == 1 else 1 - 0.5 * 0.1))
 
 
-def test_evaluation_moves_nothing(device: torch.device, batches: list[Batch]) -> None:
+def test_evaluation_changes_no_state(device: torch.device, batches: list[Batch]) -> None:
     it, untouched = learner(device), learner(device)
     it.evaluate(batches)
     results = []
@@ -96,13 +97,13 @@ def test_evaluation_moves_nothing(device: torch.device, batches: list[Batch]) ->
 
 
 def test_bf16_weights_are_their_main_parameters_rounded(device: torch.device) -> None:
-    """After a step and after a restore; and a restored learner steps to the same bits, though rounding lost
-    what bf16 cannot hold."""
-    it = stepped(in_bf16(device))
+    """After a step and after a restore. The next step of the restored learner has the same bits, because the
+    main parameters keep what bf16 rounds off."""
+    it = after_one_step(bf16_learner(device))
     tensors = whole([saved(it)], state.sizes(it))
-    again = in_bf16(device)
-    state.restore(again, reading(tensors), steps=1)
-    for each in (it, again):
+    restored = bf16_learner(device)
+    state.restore(restored, reading(tensors), steps=1)
+    for each in (it, restored):
         for name, weight in each.student.named_parameters():
             main = tensors[f"main/{name}"]
             assert weight.dtype == torch.bfloat16 and main.dtype == torch.float32
@@ -112,11 +113,14 @@ def test_bf16_weights_are_their_main_parameters_rounded(device: torch.device) ->
         for name, main in tensors.items()
         if name.startswith("main/")
     )
-    twice = [whole([saved(stepped(each))], state.sizes(each)) for each in (it, again)]
-    assert all(torch.equal(tensor, twice[1][name]) for name, tensor in twice[0].items()) and again.steps == 2
+    next_states = [whole([saved(after_one_step(each))], state.sizes(each)) for each in (it, restored)]
+    assert (
+        all(torch.equal(tensor, next_states[1][name]) for name, tensor in next_states[0].items())
+        and restored.steps == 2
+    )
 
 
-def test_weights_alone_start_a_new_count(device: torch.device, batches: list[Batch]) -> None:
+def test_weights_restored_without_moments_start_at_step_0(device: torch.device, batches: list[Batch]) -> None:
     it = learner(device)
     it.forward_backward(batches, *objective_of(batches))
     it.step(1e-2)
@@ -144,7 +148,7 @@ def test_weights_alone_start_a_new_count(device: torch.device, batches: list[Bat
         ),
     ],
 )
-def test_a_slice_that_is_not_what_was_asked_for_is_refused(
+def test_a_slice_of_another_length_or_type_is_rejected(
     device: torch.device, damage: Callable[[state.ReadTensor], state.ReadTensor]
 ) -> None:
     it = learner(device)
@@ -152,7 +156,7 @@ def test_a_slice_that_is_not_what_was_asked_for_is_refused(
         state.restore(it, damage(reading(whole([saved(it)], state.sizes(it)))), steps=0)
 
 
-def test_random_state_comes_back(device: torch.device) -> None:
+def test_random_state_is_restored(device: torch.device) -> None:
     kept = state.random_state()
     first = torch.rand(3)
     state.set_random_state(kept)

@@ -1,5 +1,5 @@
-"""Two ranks against one: the same loss and steps, states that go from any layout into any other, and failures
-that all ranks share."""
+"""Two ranks and one process compute the same loss and steps, a state of any layout is restored into any
+other, and a failure of one rank stops all."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ from vpmoe.model.learner import Learner
 
 
 @pytest.fixture(scope="module")
-def one(device: torch.device) -> dict[str, Any]:
+def one_process(device: torch.device) -> dict[str, Any]:
     """Three steps in this process, with the state after two."""
     it = learner(device)
-    told = model_ranks.train(it, slice(None), range(2))
+    outcomes = model_ranks.train(it, slice(None), range(2))
     tensors = whole([saved(it)], state.sizes(it))
     return {
-        "told": told,
+        "told": outcomes,
         "state": tensors,
         "third": model_ranks.train(it, slice(None), range(2, 3)),
         "weights": model_ranks.weights(it),
@@ -28,10 +28,12 @@ def one(device: torch.device) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def two(one: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, dict[str, Any]]]:
-    """What each of two ranks came to, by expert parallelism. See ranks.py."""
+def two_ranks(
+    one_process: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[int, dict[str, Any]]]:
+    """The results of each of two ranks, by expert parallelism. See tests/fakes/model_ranks.py."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.save(one["state"], folder / "one.pt")
+    torch.save(one_process["state"], folder / "one.pt")
     assert run_ranks(model_ranks.main, folder) == [0, 0]
     return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(2)]
 
@@ -42,97 +44,104 @@ layouts = pytest.mark.parametrize(
 
 
 @layouts
-def test_two_ranks_train_as_one_does(
-    one: dict[str, Any], two: list[Any], expert_parallel: int, device: torch.device
+def test_two_ranks_train_like_one_process(
+    one_process: dict[str, Any], two_ranks: list[Any], expert_parallel: int, device: torch.device
 ) -> None:
-    """Loss, cross-entropies, expert counts and gradient norms of the same global batches; the same on both
-    ranks."""
+    """Loss, cross-entropies, expert counts and gradient norms of the same global batches, on both ranks."""
     for rank in range(2):
-        for (told, norm), (wanted, wanted_norm) in zip(
-            two[rank][expert_parallel]["told"], one["told"], strict=True
+        for (outcome, norm), (wanted, wanted_norm) in zip(
+            two_ranks[rank][expert_parallel]["told"], one_process["told"], strict=True
         ):
-            assert told.loss == pytest.approx(wanted.loss, rel=1e-5) and norm == pytest.approx(
+            assert outcome.loss == pytest.approx(wanted.loss, rel=1e-5) and norm == pytest.approx(
                 wanted_norm, rel=1e-4
             )
             assert (
-                told.cross_entropy == pytest.approx(wanted.cross_entropy, rel=1e-5)
-                and told.tokens == wanted.tokens
+                outcome.cross_entropy == pytest.approx(wanted.cross_entropy, rel=1e-5)
+                and outcome.tokens == wanted.tokens
             )
-        first, first_wanted = two[rank][expert_parallel]["told"][0][0].load, one["told"][0][0].load
+        first, first_wanted = (
+            two_ranks[rank][expert_parallel]["told"][0][0].load,
+            one_process["told"][0][0].load,
+        )
         assert torch.equal(first.tokens, first_wanted.tokens) and first.aux.tolist() == pytest.approx(
             first_wanted.aux.tolist(), rel=1e-5
         )
 
 
 @layouts
-def test_a_restored_state_goes_on_with_the_same_bits(two: list[Any], expert_parallel: int) -> None:
+def test_a_restored_state_continues_with_the_same_bits(two_ranks: list[Any], expert_parallel: int) -> None:
     for rank in range(2):
-        result = two[rank][expert_parallel]
-        (((third, norm),), weights), (((again, norm_again),), weights_again) = (
+        result = two_ranks[rank][expert_parallel]
+        (((third, norm),), weights), (((repeated, repeated_norm),), repeated_weights) = (
             result["third"],
             result["repeated"],
         )
-        assert result["steps"] == 3 and (third.loss, norm) == (again.loss, norm_again)
-        assert all(torch.equal(weight, weights_again[name]) for name, weight in weights.items())
+        assert result["steps"] == 3 and (third.loss, norm) == (repeated.loss, repeated_norm)
+        assert all(torch.equal(weight, repeated_weights[name]) for name, weight in weights.items())
 
 
 @layouts
-def test_one_process_takes_over_the_state_of_two(
-    two: list[Any], expert_parallel: int, device: torch.device
+def test_one_process_restores_the_state_of_two_ranks(
+    two_ranks: list[Any], expert_parallel: int, device: torch.device
 ) -> None:
-    """Exactly: main parameters, moments and biases come out as they went in, and weights follow them."""
+    """Main parameters, moments and biases are bit for bit those of the two ranks, and the weights equal the
+    main parameters."""
     it = learner(device)
-    tensors = whole([two[rank][expert_parallel]["state"] for rank in range(2)], state.sizes(it))
+    tensors = whole([two_ranks[rank][expert_parallel]["state"] for rank in range(2)], state.sizes(it))
     state.restore(it, reading(tensors), steps=2)
-    assert_holds(it, tensors)
+    assert_state_equals(it, tensors)
 
 
 @layouts
-def test_two_ranks_take_over_the_state_of_one_process(
-    one: dict[str, Any], two: list[Any], expert_parallel: int
+def test_two_ranks_restore_the_state_of_one_process(
+    one_process: dict[str, Any], two_ranks: list[Any], expert_parallel: int
 ) -> None:
     tensors = whole(
-        [two[rank][expert_parallel]["taken_over"][0] for rank in range(2)],
-        {name: len(t) for name, t in one["state"].items()},
+        [two_ranks[rank][expert_parallel]["taken_over"][0] for rank in range(2)],
+        {name: len(t) for name, t in one_process["state"].items()},
     )
-    assert all(torch.equal(tensor, one["state"][name]) for name, tensor in tensors.items())
+    assert all(torch.equal(tensor, one_process["state"][name]) for name, tensor in tensors.items())
     for rank in range(2):
-        for name, weight in two[rank][expert_parallel]["taken_over"][1].items():
-            wanted = one["state"][f"main/{name}"]
+        for name, weight in two_ranks[rank][expert_parallel]["taken_over"][1].items():
+            wanted = one_process["state"][f"main/{name}"]
             if weight.numel() < len(wanted):  # this rank's half of the experts
                 wanted = wanted[rank * weight.numel() : (rank + 1) * weight.numel()]
             assert torch.equal(weight.flatten(), wanted), name
 
 
 @layouts
-def test_rank_0_has_the_weights_of_all_ranks_to_export(
-    one: dict[str, Any], two: list[Any], expert_parallel: int
+def test_rank_0_exports_the_weights_of_all_ranks(
+    one_process: dict[str, Any], two_ranks: list[Any], expert_parallel: int
 ) -> None:
-    exported = two[0][expert_parallel]["exported"]
-    wanted = {name for name in one["state"] if name.startswith(("main/", "buffer/"))}
+    exported = two_ranks[0][expert_parallel]["exported"]
+    wanted = {name for name in one_process["state"] if name.startswith(("main/", "buffer/"))}
     assert exported.keys() == wanted and all(
-        torch.equal(exported[name], one["state"][name]) for name in wanted
+        torch.equal(exported[name], one_process["state"][name]) for name in wanted
     )
 
 
 @layouts
-def test_a_nan_on_one_rank_stops_both_before_any_weight_moves(two: list[Any], expert_parallel: int) -> None:
+def test_a_nan_on_one_rank_stops_both_before_any_weight_changes(
+    two_ranks: list[Any], expert_parallel: int
+) -> None:
     for rank in range(2):
-        result = two[rank][expert_parallel]
+        result = two_ranks[rank][expert_parallel]
         assert result["broken_loss"] != result["broken_loss"] and result["unmoved"]
         assert result["raised"] == "step 4: the gradient's norm is nan. No weight was moved."
 
 
-def test_one_process_goes_on_with_the_same_bits(one: dict[str, Any], device: torch.device) -> None:
+def test_one_process_continues_with_the_same_bits(one_process: dict[str, Any], device: torch.device) -> None:
     it = learner(device)
-    state.restore(it, reading(one["state"]), steps=2)
-    ((again, norm),) = model_ranks.train(it, slice(None), range(2, 3))
-    ((third, wanted),) = one["third"]
-    assert (again.loss, norm, it.steps) == (third.loss, wanted, 3)
-    assert all(torch.equal(weight, one["weights"][name]) for name, weight in model_ranks.weights(it).items())
+    state.restore(it, reading(one_process["state"]), steps=2)
+    ((repeated, norm),) = model_ranks.train(it, slice(None), range(2, 3))
+    ((third, wanted),) = one_process["third"]
+    assert (repeated.loss, norm, it.steps) == (third.loss, wanted, 3)
+    assert all(
+        torch.equal(weight, one_process["weights"][name]) for name, weight in model_ranks.weights(it).items()
+    )
 
 
-def assert_holds(it: Learner, tensors: dict[str, torch.Tensor]) -> None:
+def assert_state_equals(it: Learner, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in whole([saved(it)], state.sizes(it)).items():
         assert torch.equal(tensor, tensors[name]), name
     for name, weight in model_ranks.weights(it).items():

@@ -1,5 +1,5 @@
-"""The router's corrections of megatron-core: counts in fp32 without padding, the balance loss per row, biases
-that move the right way."""
+"""The router's corrections of megatron-core: counts in fp32 without padding, a balance loss per row, and the
+direction of bias updates."""
 
 from dataclasses import replace
 
@@ -13,19 +13,19 @@ from vpmoe.model.router import ExpertLoad, Router, routers
 from vpmoe.model.student import Student, _config, _initialise
 from vpmoe.objectives.vanilla import vanilla
 
-NOTHING = {"reasoning": 0.0, "final": 0.0}
-"""Span weights under which only the balance loss is left."""
+NO_SPANS = {"reasoning": 0.0, "final": 0.0}
+"""Span weights that leave only the balance loss."""
 
 
-def total(batches: list[Batch]) -> torch.Tensor:
+def total_counts(batches: list[Batch]) -> torch.Tensor:
     return torch.stack([batch.counts for batch in batches]).sum(0)
 
 
 def test_counts_and_biases_are_fp32_in_a_bf16_student(device: torch.device) -> None:
-    """bf16 cannot count past 256: biases would follow counts that stand still."""
+    """bf16 cannot count past 256: biases would follow counts that no longer increase."""
     student = Student(
         SMALL, _config(SMALL, torch.device("cuda"), 1), sequence_length=2048
-    )  # the GPU's configuration, on the shim's CPU
+    )  # the configuration of a GPU, on the patched CPU
     _initialise(student, 0)
     batch = Batch.from_rows(*documents(torch.Generator().manual_seed(0), [2000], 2048))
     assert student(batch).dtype == torch.bfloat16 and student.output.dtype == torch.bfloat16
@@ -40,27 +40,27 @@ def test_counts_and_biases_are_fp32_in_a_bf16_student(device: torch.device) -> N
         assert router.local_tokens_per_expert.sum() == 2000 * SMALL.experts_per_token
 
 
-def test_padding_is_in_no_count_and_evaluation_counts_nothing(device: torch.device) -> None:
+def test_neither_padding_nor_evaluation_is_counted(device: torch.device) -> None:
     batches = ragged(torch.Generator().manual_seed(new_seed()), 3)
-    counts = total(batches)
+    counts = total_counts(batches)
     assert any(batch.padding.any() for batch in batches)
     it = learner(device)
     it.evaluate(batches)
-    load = it.forward_backward(batches, vanilla(counts, NOTHING), int(counts[0])).load
+    load = it.forward_backward(batches, vanilla(counts, NO_SPANS), int(counts[0])).load
     assert load.layers == ("layers.1", "layers.2")
     assert load.tokens.sum(1).tolist() == [int(counts[0]) * SMALL.experts_per_token] * 2
     it.step(0.0)
     assert (
-        it.forward_backward(batches, vanilla(counts, NOTHING), int(counts[0])).load.tokens.sum()
+        it.forward_backward(batches, vanilla(counts, NO_SPANS), int(counts[0])).load.tokens.sum()
         == load.tokens.sum()
     )
 
 
-def test_biases_rise_for_the_underused_and_fall_for_the_overused(device: torch.device) -> None:
+def test_biases_rise_for_underused_and_fall_for_overused_experts(device: torch.device) -> None:
     batches = ragged(torch.Generator().manual_seed(new_seed()), 3)
-    counts = total(batches)
+    counts = total_counts(batches)
     it = learner(device)
-    load = it.forward_backward(batches, vanilla(counts, NOTHING), int(counts[0])).load
+    load = it.forward_backward(batches, vanilla(counts, NO_SPANS), int(counts[0])).load
     it.step(0.0)
     for router, tokens in zip(routers(it.student).values(), load.tokens.double(), strict=True):
         assert torch.equal(
@@ -68,9 +68,9 @@ def test_biases_rise_for_the_underused_and_fall_for_the_overused(device: torch.d
         )
 
 
-def test_routing_is_group_limited_and_weighs_by_the_scores_alone(device: torch.device) -> None:
-    """Biases choose; weights are the chosen sigmoids, normalised, times 2.5. Groups by their best, then
-    experts in them."""
+def test_routing_is_group_limited_and_weights_ignore_the_biases(device: torch.device) -> None:
+    """Biases affect only the selection, first of groups by their best experts, then of experts in them.
+    Weights are the normalised sigmoids of the selected experts, times 2.5."""
     torch.manual_seed(new_seed())
     router = routers(learner(device).student)["layers.2"]
     router.expert_bias.normal_(0, 0.1)
@@ -94,16 +94,16 @@ def test_routing_is_group_limited_and_weighs_by_the_scores_alone(device: torch.d
         )
 
 
-def test_the_balance_losss_gradient_is_float64s_whatever_is_masked_or_padded(device: torch.device) -> None:
-    """Of the last router, whose weights nothing else reaches: coefficient · Σ_rows n_row/P · E · Σ_e f·p,
-    from the router's own inputs."""
+def test_the_gradient_of_the_balance_loss_equals_float64_with_masks_and_padding(device: torch.device) -> None:
+    """coefficient · Σ_rows n_row/P · E · Σ_e f·p, from the inputs of the last router, whose weights get no
+    other gradient."""
     batches = ragged(torch.Generator().manual_seed(new_seed()), 3)
-    positions = int(total(batches)[0])
+    positions = int(total_counts(batches)[0])
     it = learner(device, replace(SMALL, aux_coefficient=0.3))
     router = routers(it.student)["layers.2"]
     seen: list[torch.Tensor] = []
     handle = router.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().double()))
-    outcome = it.forward_backward(batches, vanilla(total(batches), NOTHING), positions)
+    outcome = it.forward_backward(batches, vanilla(total_counts(batches), NO_SPANS), positions)
     handle.remove()
     weight = router.weight.detach().double().requires_grad_()
     mean = torch.zeros((), dtype=torch.float64)
@@ -111,11 +111,11 @@ def test_the_balance_losss_gradient_is_float64s_whatever_is_masked_or_padded(dev
         for row in range(len(batch.tokens)):
             scores = torch.sigmoid(inputs[:, row][~batch.padding[row]] @ weight.T)
             scores = scores / scores.sum(1, keepdim=True)
-            share = (
+            fraction = (
                 torch.zeros_like(scores).scatter(1, scores.topk(SMALL.experts_per_token).indices, 1.0).mean(0)
                 / SMALL.experts_per_token
             )
-            mean = mean + len(scores) / positions * SMALL.experts * (share * scores.mean(0)).sum()
+            mean = mean + len(scores) / positions * SMALL.experts * (fraction * scores.mean(0)).sum()
     (0.3 * mean).backward()
     torch.testing.assert_close(
         router.weight.main_grad.double() / positions, weight.grad, rtol=1e-4, atol=1e-9
@@ -123,8 +123,8 @@ def test_the_balance_losss_gradient_is_float64s_whatever_is_masked_or_padded(dev
     assert outcome.load.aux[1].item() == pytest.approx(mean.item(), rel=1e-6)
 
 
-def test_the_balance_loss_is_megatrons_where_that_is_right(device: torch.device) -> None:
-    """One row without padding: the same gradient, attached with the same weight."""
+def test_the_balance_loss_of_one_row_without_padding_equals_megatrons(device: torch.device) -> None:
+    """For one row without padding, megatron-core's gradient and its weight are right."""
     torch.manual_seed(new_seed())
     router = routers(learner(device, replace(SMALL, aux_coefficient=0.3)).student)["layers.1"]
     logits = torch.randn(40, SMALL.experts).requires_grad_()
@@ -148,6 +148,8 @@ def test_the_balance_loss_is_megatrons_where_that_is_right(device: torch.device)
         pytest.param([0, 0, 0, 0], 0.0, 4, id="no-tokens"),
     ],
 )
-def test_load(tokens: list[int], max_over_mean: float, dead: int) -> None:
+def test_expert_load_counts_imbalance_and_dead_experts(
+    tokens: list[int], max_over_mean: float, dead: int
+) -> None:
     load = ExpertLoad(("layers.1",), torch.tensor([tokens]), torch.ones(1))
     assert load.max_over_mean.tolist() == [max_over_mean] and load.dead.tolist() == [dead]

@@ -1,4 +1,4 @@
-"""Targets, spans and denominators: what is learned, from where, and how much each token weighs."""
+"""Targets, spans and denominators: which tokens are learned, at which position, and with which weight."""
 
 import pytest
 import torch
@@ -33,7 +33,9 @@ EVEN = {"reasoning": 1.0, "final": 1.0}
         pytest.param([0, 1, 2, 3], [1, 2, 1, 2], [-1] * 4, [0] * 4, id="documents-of-one-token"),
     ],
 )
-def test_targets(documents: list[int], span_of_tokens: list[int], target: list[int], span: list[int]) -> None:
+def test_targets_and_their_spans(
+    documents: list[int], span_of_tokens: list[int], target: list[int], span: list[int]
+) -> None:
     tokens = torch.tensor([[10, 11, 12, 13]])
     got = spans.targets(
         tokens,
@@ -43,7 +45,7 @@ def test_targets(documents: list[int], span_of_tokens: list[int], target: list[i
     assert got[0].tolist() == target and got[1].tolist() == span
 
 
-def test_rows_do_not_reach_into_each_other() -> None:
+def test_targets_do_not_cross_rows() -> None:
     target, _ = spans.targets(
         torch.tensor([[1, 2], [3, 4]]),
         torch.ones(2, 2, dtype=torch.uint8),
@@ -52,7 +54,7 @@ def test_rows_do_not_reach_into_each_other() -> None:
     assert target.tolist() == [2, -1, 4, -1]
 
 
-def test_coefficients_are_the_weight_over_the_whole_batchs_count() -> None:
+def test_coefficients_divide_by_the_counts_of_the_global_batch() -> None:
     tokens, span, documents = (
         torch.arange(6).unsqueeze(0),
         torch.tensor([[0, 1, 1, 1, 2, 0]], dtype=torch.uint8),
@@ -66,7 +68,7 @@ def test_coefficients_are_the_weight_over_the_whole_batchs_count() -> None:
     )
 
 
-def test_a_span_that_is_nowhere_contributes_nothing() -> None:
+def test_an_absent_span_contributes_nothing() -> None:
     tokens, span, documents = (
         torch.arange(4).unsqueeze(0),
         torch.tensor([[0, 1, 1, 1]], dtype=torch.uint8),
@@ -82,14 +84,14 @@ def test_a_span_that_is_nowhere_contributes_nothing() -> None:
     [{"reasoning": 1.0}, {"reasoning": 1.0, "final": 1.0, "prompt": 1.0}],
     ids=["missing", "unknown"],
 )
-def test_weights_are_for_exactly_the_spans(weights: dict[str, float]) -> None:
+def test_weights_for_other_spans_are_rejected(weights: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"training\.spanWeights"):
         vanilla(torch.tensor([1, 1, 1]), weights)
 
 
-def test_no_gradient_comes_from_a_prompt_token(device: torch.device) -> None:
-    """Neither the hidden state that predicts a prompt token nor that token's row of the output matrix is
-    touched on its account."""
+def test_prompt_tokens_contribute_no_gradient(device: torch.device) -> None:
+    """A prompt token adds no gradient to the hidden state that predicts it, nor to its own row of the output
+    matrix."""
     student = build(SMALL, device, sequence_length=30, seed=1234)
     tokens = torch.arange(30).unsqueeze(
         0
@@ -105,17 +107,17 @@ def test_no_gradient_comes_from_a_prompt_token(device: torch.device) -> None:
     learned = torch.zeros(30, dtype=torch.bool)
     learned[9:24] = True
     assert (hidden.grad[~learned] == 0).all() and (hidden.grad[learned] != 0).any(1).all()
-    # The row of a token that is only ever a prompt's is pushed away from the learned positions by their
-    # softmax, and pulled by nothing.
+    # The row of a token that occurs only in the prompt gets a gradient only from the softmax at learned
+    # positions.
     exact = hidden.detach().double()
     c_T = vanilla(batch.counts, EVEN).coefficient_of(batch)(torch.zeros(30), torch.arange(30)).double()
     pushed = ((exact @ student.output.detach().double().T).softmax(1) * c_T.unsqueeze(1)).T @ exact
     torch.testing.assert_close(student.output.grad[:10].double(), pushed[:10], rtol=1e-5, atol=1e-8)
 
 
-def test_span_normalisation_over_ragged_microbatches_is_float64s(device: torch.device) -> None:
-    """Loss, cross-entropies and the output matrix's gradient of several uneven microbatches: one float64 mean
-    a span over all at once."""
+def test_span_normalisation_over_ragged_microbatches_equals_float64(device: torch.device) -> None:
+    """Loss, cross-entropies and the output matrix's gradient of several uneven microbatches equal those of
+    one float64 mean per span over all of them."""
     generator = torch.Generator().manual_seed(new_seed())
     it = learner(device)
     batches = ragged(generator, 5)
@@ -145,9 +147,9 @@ def test_span_normalisation_over_ragged_microbatches_is_float64s(device: torch.d
     assert it.evaluate(batches).cross_entropy == pytest.approx(means, rel=1e-6)
 
 
-def test_how_a_step_is_cut_into_microbatches_does_not_change_its_gradient(device: torch.device) -> None:
-    """Two rows as one microbatch or as two: the same up to rounding. A mean of means would differ at first
-    sight: the rows are uneven."""
+def test_the_division_into_microbatches_does_not_change_the_gradient(device: torch.device) -> None:
+    """Two rows as one microbatch or as two: equal up to rounding. A mean of means would differ clearly,
+    because the rows are uneven."""
     generator = torch.Generator().manual_seed(new_seed())
     row = torch.randint(0, SMALL.vocabulary, (2, 40), generator=generator)
     span = torch.zeros(2, 40, dtype=torch.uint8)

@@ -1,5 +1,5 @@
-"""The student's architecture: its size, documents that do not see each other, padding that leaves no trace,
-experts, bits that repeat."""
+"""The student's architecture: size, isolated documents, padding without effect, experts, reproducible
+bits."""
 
 from dataclasses import replace
 
@@ -25,8 +25,8 @@ def student(device: torch.device, shape: Shape = SMALL) -> Student:
     return build(shape, device, sequence_length=256, seed=1234)
 
 
-def embedded(model: Student, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Hidden states, and the embeddings that they came from, ready to be differentiated by."""
+def hidden_and_embeddings(model: Student, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Hidden states, and the embeddings that they were computed from, for gradients."""
     kept = []
     handle = model.embedding.register_forward_hook(lambda module, inputs, output: kept.append(output))
     hidden = model(batch)
@@ -51,7 +51,7 @@ def test_vpmoe_6b_has_six_billion_parameters(device: torch.device) -> None:
     assert layer.self_attention.linear_qkv.weight.shape == ((8 + 2 * 2) * 128, 1024)
 
 
-def test_tiny_is_the_same_code_with_the_same_vocabulary(device: torch.device) -> None:
+def test_tiny_has_its_stated_size_and_the_same_vocabulary(device: torch.device) -> None:
     shape = SHAPES["tiny"]
     with torch.device("meta"):
         built = build(shape, torch.device("meta"), sequence_length=64, seed=0)
@@ -61,18 +61,18 @@ def test_tiny_is_the_same_code_with_the_same_vocabulary(device: torch.device) ->
     )
 
 
-def test_the_api_knows_every_shape_and_its_experts() -> None:
+def test_the_api_has_every_shape_with_its_number_of_experts() -> None:
     assert {name: shape.experts for name, shape in SHAPES.items()} == EXPERTS
 
 
-def test_experts_that_do_not_divide_are_refused(device: torch.device) -> None:
+def test_expert_parallelism_that_does_not_divide_the_experts_is_rejected(device: torch.device) -> None:
     with pytest.raises(
         ValueError, match=r"student\.expertParallel: 3 does not divide the 8 experts of small"
     ):
         build(SMALL, device, sequence_length=8, seed=0, expert_parallel=3)
 
 
-def test_a_row_longer_than_the_student_is_refused(device: torch.device) -> None:
+def test_a_row_longer_than_the_students_sequence_is_rejected(device: torch.device) -> None:
     row = torch.zeros(1, 300, dtype=torch.int64)
     with pytest.raises(
         ValueError, match=r"training\.sequenceLength: a row of 300 positions, the student was built for 256"
@@ -81,8 +81,7 @@ def test_a_row_longer_than_the_student_is_refused(device: torch.device) -> None:
 
 
 def test_documents_are_isolated(device: torch.device) -> None:
-    """The gradient of one document's loss with respect to every other document's embeddings, and padding's,
-    is exactly 0."""
+    """The gradient of one document's loss is exactly 0 for the embeddings of other documents and padding."""
     generator = torch.Generator().manual_seed(new_seed())
     model = student(device, WITHOUT_AUX)
     lengths = [9, 1, 17, 12]
@@ -92,7 +91,7 @@ def test_documents_are_isolated(device: torch.device) -> None:
             for x, y in zip(documents(generator, lengths, 50), documents(generator, [20, 5], 50), strict=True)
         )
     )
-    hidden, embeddings = embedded(model, batch)
+    hidden, embeddings = hidden_and_embeddings(model, batch)
     begin = 0
     for length in lengths:
         own = slice(begin, begin + length)
@@ -104,9 +103,9 @@ def test_documents_are_isolated(device: torch.device) -> None:
         begin += length
 
 
-def test_a_document_reads_the_same_wherever_it_stands(device: torch.device) -> None:
-    """Alone, or behind another in a row with padding: positions restart, so only the rounding of other batch
-    shapes may differ."""
+def test_hidden_states_do_not_depend_on_the_documents_position_in_the_row(device: torch.device) -> None:
+    """Alone, or after another document in a row with padding: positions restart, so only the rounding of
+    another batch shape may differ."""
     generator = torch.Generator().manual_seed(new_seed())
     model = student(device)
     packed = documents(generator, [13, 21, 8], 64)
@@ -115,11 +114,11 @@ def test_a_document_reads_the_same_wherever_it_stands(device: torch.device) -> N
     torch.testing.assert_close(hidden[13:34], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_attention_is_the_masked_softmax_of_float64(device: torch.device) -> None:
+def test_attention_equals_a_masked_softmax_in_float64(device: torch.device) -> None:
     torch.manual_seed(new_seed())
     attention = PackedAttention(_config(SMALL, device, 1))
     query, key, value = torch.randn(30, 2, 4, 16), torch.randn(30, 2, 2, 16), torch.randn(30, 2, 2, 16)
-    boundaries = torch.tensor([0, 7, 8, 30, 41, 60], dtype=torch.int32)  # over both rows, one after the other
+    boundaries = torch.tensor([0, 7, 8, 30, 41, 60], dtype=torch.int32)  # of both rows, one after the other
     got = attention(query, key, value, None, packed_seq_params=packed_seq_params_for(boundaries, 22))
     run = torch.bucketize(torch.arange(60), boundaries[1:], right=True)
     allowed = (run[:, None] == run[None, :]) & torch.ones(60, 60).tril().bool()
@@ -136,7 +135,7 @@ def test_attention_is_the_masked_softmax_of_float64(device: torch.device) -> Non
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
 
 
-def test_experts_are_the_sequential_ones_of_float64(device: torch.device) -> None:
+def test_stacked_experts_equal_sequential_ones_in_float64(device: torch.device) -> None:
     """Output and gradients, with experts that get no token."""
     torch.manual_seed(new_seed())
     experts = StackedExperts(6, _config(SMALL, device, 1))
@@ -154,13 +153,12 @@ def test_experts_are_the_sequential_ones_of_float64(device: torch.device) -> Non
     direction = torch.randn_like(got)
     got.backward(direction)
     want.backward(direction.double())
-    for have, wanted in zip((inputs, weight_n, experts.up, experts.down), exact, strict=True):
-        torch.testing.assert_close(have.grad.double(), wanted.grad, rtol=1e-4, atol=2e-2)
+    for actual, wanted in zip((inputs, weight_n, experts.up, experts.down), exact, strict=True):
+        torch.testing.assert_close(actual.grad.double(), wanted.grad, rtol=1e-4, atol=2e-2)
 
 
-def test_a_mixture_layer_is_the_weighted_sum_of_its_experts_and_the_shared_one(device: torch.device) -> None:
-    """Tokens find their experts and come back: output and gradients against a float64 sum over every expert
-    for every token."""
+def test_a_mixture_layer_is_the_weighted_sum_of_its_experts_plus_the_shared_one(device: torch.device) -> None:
+    """Output and gradients equal a float64 sum over every expert for every token."""
     torch.manual_seed(new_seed())
     layer = student(device, WITHOUT_AUX).decoder.layers[1].mlp
     for weight in (layer.experts.up, layer.experts.down, layer.router.weight):
@@ -186,14 +184,14 @@ def test_a_mixture_layer_is_the_weighted_sum_of_its_experts_and_the_shared_one(d
     direction = torch.randn_like(got)
     got.backward(direction)
     want.backward(direction.double())
-    for have, wanted in [
+    for actual, wanted in [
         (inputs, x),
         *((parameter, exact[name]) for name, parameter in layer.named_parameters()),
     ]:
-        torch.testing.assert_close(have.grad.double(), wanted.grad, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(actual.grad.double(), wanted.grad, rtol=1e-3, atol=1e-3)
 
 
-def test_recomputing_activations_changes_no_bit_and_counts_no_token_twice(device: torch.device) -> None:
+def test_recomputing_activations_changes_no_bit_and_no_token_count(device: torch.device) -> None:
     batches = ragged(torch.Generator().manual_seed(new_seed()), 2)
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     results = []
@@ -234,7 +232,7 @@ def test_training_lowers_the_loss_of_both_spans(device: torch.device) -> None:
     assert all(after[name] < before[name] - 1 for name in EVEN)
 
 
-def test_weights_depend_on_the_seed_and_on_nothing_else(device: torch.device) -> None:
+def test_initial_weights_depend_only_on_the_seed(device: torch.device) -> None:
     torch.manual_seed(1)
     first = student(device)
     torch.manual_seed(2)
@@ -251,21 +249,20 @@ def test_weights_depend_on_the_seed_and_on_nothing_else(device: torch.device) ->
 
 
 def test_nothing_is_compiled(device: torch.device) -> None:
-    """megatron wraps parts of itself in torch.compile, which would need a C compiler in the image and minutes
-    for 79 routers."""
+    """megatron-core wraps some functions in torch.compile. Compiling needs a C compiler in the image, and
+    minutes for 79 routers."""
     import torch._dynamo.utils
 
     assert not torch._dynamo.utils.counters["frames"]
 
 
 def test_expert_tensor_parallelism_is_pinned(device: torch.device) -> None:
-    """Left to follow tensor parallelism it would let experts drift apart between ranks without a word."""
+    """If it followed tensor parallelism, experts would silently diverge between ranks."""
     assert _config(SMALL, device, 1).expert_tensor_parallel_size == 1
 
 
-def test_head_and_student_agree_on_padding(device: torch.device) -> None:
-    """A row with padding gives the same loss, gradient and expert counts as the row without it, up to
-    rounding."""
+def test_padding_changes_neither_loss_nor_gradient(device: torch.device) -> None:
+    """A row with padding has the same loss, gradient and expert counts as without it, up to rounding."""
     generator = torch.Generator().manual_seed(new_seed())
     packed = documents(generator, [19, 21], 64)
     results = []
@@ -282,15 +279,15 @@ def test_head_and_student_agree_on_padding(device: torch.device) -> None:
     torch.testing.assert_close(padded_gradient, cut_gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_a_batch_of_padding_alone_is_nothing(device: torch.device) -> None:
+def test_a_batch_of_padding_contributes_nothing(device: torch.device) -> None:
     generator = torch.Generator().manual_seed(new_seed())
     batch = Batch.from_rows(*documents(generator, [19, 21], 64))
-    nothing = Batch.from_rows(*documents(generator, [], 64))
+    all_padding = Batch.from_rows(*documents(generator, [], 64))
     results = []
-    for batches in ([batch], [batch, nothing]):
+    for batches in ([batch], [batch, all_padding]):
         it = learner(device)
         outcome = it.forward_backward(batches, vanilla(batch.counts, EVEN), int(batch.counts[0]))
         results.append((outcome, it.step(1e-3)))
     (one, norm), (both, same_norm) = results
     assert one.loss == both.loss and norm == same_norm and torch.equal(one.load.tokens, both.load.tokens)
-    assert nothing.counts.tolist() == [0, 0, 0]
+    assert all_padding.counts.tolist() == [0, 0, 0]

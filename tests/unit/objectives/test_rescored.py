@@ -1,4 +1,4 @@
-"""Confidence weights against float64, and the centre that makes their mean 1."""
+"""Confidence weights equal those in float64, and the centre makes their mean 1."""
 
 import math
 from dataclasses import replace
@@ -25,8 +25,8 @@ def histogram(values: np.ndarray) -> list[list[int]]:
     return [[int(b), int(c)] for b, c in zip(bits, counts, strict=True)]
 
 
-def scored(generator: torch.Generator, microbatches: int) -> list[Batch]:
-    """Ragged microbatches whose targets have a teacher's log p, from −12 to 0."""
+def scored_batches(generator: torch.Generator, microbatches: int) -> list[Batch]:
+    """Ragged microbatches whose targets have a teacher's log p from −12 to 0."""
     return [
         replace(
             batch,
@@ -46,14 +46,14 @@ def scored(generator: torch.Generator, microbatches: int) -> list[Batch]:
         pytest.param({"temperature": 50.0}, id="flat"),
         pytest.param({"min": 0.9, "max": 1.1}, id="narrow"),
         pytest.param({"min": 1e-3, "max": 1000.0, "temperature": 3.0}, id="wide"),
-        pytest.param({"min": 1.0, "max": 4.0}, id="nothing-below-one"),
-        pytest.param({"min": 0.25, "max": 1.0}, id="nothing-above-one"),
+        pytest.param({"min": 1.0, "max": 4.0}, id="no-weight-below-one"),
+        pytest.param({"min": 0.25, "max": 1.0}, id="no-weight-above-one"),
         pytest.param({"min": 1.0, "max": 1.0}, id="all-one"),
     ],
 )
 @pytest.mark.parametrize("shape", [0.3, 2.0, 8.0])
 def test_the_mean_weight_over_all_scored_tokens_is_one(confidence: dict[str, float], shape: float) -> None:
-    """In float64 over the stored float16 values; 1e-9 is far above the rounding of such a sum."""
+    """In float64 over the stored float16 values. 1e-9 is far above the rounding of this sum."""
     random = np.random.default_rng(new_seed())
     values = np.maximum(-random.exponential(shape, 50_000), -100).astype(np.float16)
     chosen = Confidence(**confidence)
@@ -61,7 +61,7 @@ def test_the_mean_weight_over_all_scored_tokens_is_one(confidence: dict[str, flo
     assert weights(values.astype(np.float64), m, chosen).mean() == pytest.approx(1, abs=1e-9)
 
 
-def test_both_ends_of_the_clip_can_bind() -> None:
+def test_weights_are_clipped_at_both_ends() -> None:
     values = np.concatenate([np.full(2400, -12.0), np.full(1, -6.0), np.full(600, -0.001)])
     found = weights(values, centre(histogram(values), DEFAULT), DEFAULT)
     assert (
@@ -71,13 +71,13 @@ def test_both_ends_of_the_clip_can_bind() -> None:
     )
 
 
-def test_the_centre_of_nothing_and_of_one_value() -> None:
+def test_the_centre_of_no_value_and_of_one() -> None:
     assert centre([], DEFAULT) == 0.0
     assert centre(histogram(np.array([-2.5])), DEFAULT) == pytest.approx(-2.5, abs=1e-12)
 
 
-def reference(batches: list[Batch], logits: list[torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
-    """The loss in float64, term by term as design §6 writes it."""
+def reference_loss(batches: list[Batch], logits: list[torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
+    """The loss in float64, term by term (design §6)."""
     loss = torch.zeros((), dtype=torch.float64)
     for batch, logits_TV in zip(batches, logits, strict=True):
         assert batch.teacher_logp is not None
@@ -92,9 +92,9 @@ def reference(batches: list[Batch], logits: list[torch.Tensor], counts: torch.Te
     return loss
 
 
-def test_loss_and_gradients_are_float64s_over_ragged_microbatches(device: torch.device) -> None:
-    """Tolerance 2e-5 relative: fp32 sums over some hundred tokens against float64 ones."""
-    batches = scored(torch.Generator().manual_seed(new_seed()), 3)
+def test_loss_and_gradients_over_ragged_microbatches_equal_float64(device: torch.device) -> None:
+    """Relative tolerance 2e-5: fp32 sums over some hundred tokens."""
+    batches = scored_batches(torch.Generator().manual_seed(new_seed()), 3)
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     it = learner(device)
     objective = rescored(counts, WEIGHTS, Confidence(temperature=1.7), CENTRE)
@@ -103,15 +103,15 @@ def test_loss_and_gradients_are_float64s_over_ragged_microbatches(device: torch.
     with torch.no_grad():
         hidden = [it.student(batch).double() for batch in batches]
     output = it.student.output.detach().double().requires_grad_()
-    loss = reference(batches, [h @ output.T for h in hidden], counts)
+    loss = reference_loss(batches, [h @ output.T for h in hidden], counts)
     loss.backward()
     assert outcome.loss == pytest.approx(loss.item(), rel=2e-5)
     assert output.grad is not None
     torch.testing.assert_close(gradient.double(), output.grad, rtol=2e-4, atol=1e-7)
 
 
-def test_what_it_measures_is_the_mean_over_the_global_batch(device: torch.device) -> None:
-    batches = scored(torch.Generator().manual_seed(new_seed()), 4)
+def test_measures_are_means_over_the_global_batch(device: torch.device) -> None:
+    batches = scored_batches(torch.Generator().manual_seed(new_seed()), 4)
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     measures = (
         learner(device)
@@ -131,8 +131,8 @@ def test_what_it_measures_is_the_mean_over_the_global_batch(device: torch.device
         )
 
 
-def test_a_weight_of_one_everywhere_is_vanilla(device: torch.device) -> None:
-    batches = scored(torch.Generator().manual_seed(new_seed()), 2)
+def test_weights_of_one_give_the_loss_of_vanilla(device: torch.device) -> None:
+    batches = scored_batches(torch.Generator().manual_seed(new_seed()), 2)
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     flat = rescored(counts, WEIGHTS, Confidence(min=1.0, max=1.0), CENTRE)
     outcomes = [
@@ -142,7 +142,7 @@ def test_a_weight_of_one_everywhere_is_vanilla(device: torch.device) -> None:
     assert outcomes[0] == outcomes[1]
 
 
-def test_scores_stand_against_the_position_that_predicts_their_token() -> None:
+def test_scores_are_at_the_position_that_predicts_the_token() -> None:
     tokens = torch.arange(8).view(1, 8)
     spans = torch.tensor([[0, 1, 1, 2, 0, 2, 2, 0]], dtype=torch.uint8)
     documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1]], dtype=torch.int32)
@@ -152,7 +152,7 @@ def test_scores_stand_against_the_position_that_predicts_their_token() -> None:
     assert torch.equal(batch.teacher_logp.nan_to_num(99), torch.tensor([-1.0, -2, -3, 99, -5, -6, 99, 99]))
 
 
-def test_a_batch_without_scores_is_refused(device: torch.device) -> None:
+def test_a_batch_without_scores_is_rejected(device: torch.device) -> None:
     batches = ragged(torch.Generator().manual_seed(1), 1)
     with pytest.raises(ValueError, match="needs a batch with the teacher's log-probabilities"):
         learner(device).forward_backward(
@@ -160,9 +160,9 @@ def test_a_batch_without_scores_is_refused(device: torch.device) -> None:
         )
 
 
-def test_a_nan_is_never_a_weight() -> None:
-    """What is not scored has no target, and its coefficient is 0 and not NaN."""
-    batch = scored(torch.Generator().manual_seed(2), 1)[0]
+def test_missing_scores_give_a_coefficient_of_zero() -> None:
+    """A position without a score has no target, and its coefficient is 0 and not NaN."""
+    batch = scored_batches(torch.Generator().manual_seed(2), 1)[0]
     c_T = rescored(batch.counts, WEIGHTS, DEFAULT, CENTRE).coefficient_of(batch)(
         torch.zeros_like(batch.span), torch.arange(len(batch.span))
     )

@@ -1,4 +1,5 @@
-"""The head of teacher-forced training against eager float64, and that it never holds [tokens, vocabulary]."""
+"""The head of teacher-forced training equals eager float64 and never allocates a tensor
+[tokens, vocabulary]."""
 
 import os
 import subprocess
@@ -23,8 +24,8 @@ from vpmoe.objectives.teacher_forced_head import Forced, Teacher, forced_loss
 TOKENS, VOCABULARY, HIDDEN, TEACHER = 57, 131, 19, 23
 
 
-class Inputs(NamedTuple):
-    """Arguments of forced_loss but the terms; the first three ask for gradients."""
+class HeadInputs(NamedTuple):
+    """Arguments of forced_loss except the terms. The first three require gradients."""
 
     hidden: Tensor
     output: Tensor
@@ -33,14 +34,14 @@ class Inputs(NamedTuple):
     targets: Tensor
     share: Tensor
 
-    def exact(self) -> "Inputs":
+    def exact(self) -> "HeadInputs":
         leaves = [None if leaf is None else leaf.detach().double().requires_grad_() for leaf in self[:3]]
-        return Inputs(
+        return HeadInputs(
             *leaves, Teacher(*(tensor.double() for tensor in self.teacher)), self.targets, self.share.double()
         )  # type: ignore[arg-type]
 
 
-def inputs(dtype: torch.dtype, seed: int, *, width: int = TEACHER, learned: float = 0.7) -> Inputs:
+def random_inputs(dtype: torch.dtype, seed: int, *, width: int = TEACHER, learned: float = 0.7) -> HeadInputs:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -48,7 +49,7 @@ def inputs(dtype: torch.dtype, seed: int, *, width: int = TEACHER, learned: floa
 
     chosen = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
     chosen[torch.rand(TOKENS, generator=generator) >= learned] = NO_TARGET
-    return Inputs(
+    return HeadInputs(
         normal(TOKENS, HIDDEN).requires_grad_(),
         normal(VOCABULARY, HIDDEN).requires_grad_(),
         normal(width, HIDDEN).requires_grad_() if width != HIDDEN else None,
@@ -58,8 +59,8 @@ def inputs(dtype: torch.dtype, seed: int, *, width: int = TEACHER, learned: floa
     )
 
 
-def eager(given: Inputs, terms: LossWeights) -> Forced:
-    """What torch's own functions make of it, in one piece."""
+def eager_loss(given: HeadInputs, terms: LossWeights) -> Forced:
+    """The same with torch's own functions, for all tokens at once."""
     rows, t = (given.targets != NO_TARGET).nonzero().squeeze(1), terms.temperature
     hidden, teacher_hidden = given.hidden[rows], given.teacher.hidden_TG[rows]
     logits, teacher = hidden @ given.output.T, teacher_hidden @ given.teacher.output_VG.T
@@ -70,12 +71,12 @@ def eager(given: Inputs, terms: LossWeights) -> Forced:
     cosine = functional.cosine_similarity(projected, teacher_hidden, dim=1)
     loss = (given.share[rows] * (terms.ce * nll + terms.kl * t**2 * kl + terms.hidden * (1 - cosine))).sum()
 
-    def spread(part: Tensor) -> Tensor:
-        whole = torch.full((TOKENS,), torch.nan, dtype=part.dtype)
-        whole[rows] = part.detach()
-        return whole
+    def at_all_positions(part: Tensor) -> Tensor:
+        all_T = torch.full((TOKENS,), torch.nan, dtype=part.dtype)
+        all_T[rows] = part.detach()
+        return all_T
 
-    return Forced(loss, spread(-nll), spread(kl), spread(cosine))
+    return Forced(loss, at_all_positions(-nll), at_all_positions(kl), at_all_positions(cosine))
 
 
 ALL = LossWeights(ce=0.3, kl=0.5, hidden=0.7, temperature=2.5)
@@ -94,12 +95,12 @@ TERMS = [
     "chunk",
     [pytest.param(1, id="token-by-token"), pytest.param(10, id="chunks"), pytest.param(1000, id="one-chunk")],
 )
-# What fp32 leaves of sums over 131 logits of size 4 and 57 tokens; float64 leaves nothing that matters.
+# fp32: the rounding of sums over 131 logits of size 4 and over 57 tokens.
 @pytest.mark.parametrize(
     "dtype, tolerance",
     [pytest.param(torch.float64, 1e-12, id="fp64"), pytest.param(torch.float32, 5e-5, id="fp32")],
 )
-def test_loss_parts_and_gradients_are_eager_float64s(
+def test_loss_parts_and_gradients_equal_eager_float64(
     terms: LossWeights,
     width: int,
     chunk: int,
@@ -107,13 +108,13 @@ def test_loss_parts_and_gradients_are_eager_float64s(
     tolerance: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = inputs(dtype, new_seed(), width=width)
+    given = random_inputs(dtype, new_seed(), width=width)
     monkeypatch.setitem(
         teacher_forced_head.CHUNK_BYTES, "cpu", chunk * given.output.element_size() * VOCABULARY
     )
     exact = given.exact()
-    found, wanted = forced_loss(*given, terms), eager(exact, terms)
-    (found.loss * 3).backward()  # a gradient from above that is not 1
+    found, wanted = forced_loss(*given, terms), eager_loss(exact, terms)
+    (found.loss * 3).backward()  # an incoming gradient other than 1
     (wanted.loss * 3).backward()
     pairs = [*zip(found, wanted, strict=True)]
     for got, want in zip(given[:3], exact[:3], strict=True):
@@ -123,51 +124,55 @@ def test_loss_parts_and_gradients_are_eager_float64s(
         torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-def test_a_student_that_is_its_teacher_diverges_by_nothing() -> None:
-    given = inputs(torch.float32, new_seed(), width=HIDDEN)
-    itself = given._replace(teacher=Teacher(given.hidden.detach(), given.output.detach()))
-    found = forced_loss(*itself, LossWeights(ce=0, kl=1, hidden=0, temperature=2))
+def test_a_student_equal_to_its_teacher_has_no_divergence() -> None:
+    given = random_inputs(torch.float32, new_seed(), width=HIDDEN)
+    own_teacher = given._replace(teacher=Teacher(given.hidden.detach(), given.output.detach()))
+    found = forced_loss(*own_teacher, LossWeights(ce=0, kl=1, hidden=0, temperature=2))
     found.loss.backward()
-    supervised = itself.targets != NO_TARGET
+    supervised = own_teacher.targets != NO_TARGET
     assert found.loss == 0 and (found.kl_T[supervised] == 0).all()
-    assert (itself.hidden.grad == 0).all() and (itself.output.grad == 0).all()  # type: ignore[union-attr]
+    assert (own_teacher.hidden.grad == 0).all() and (own_teacher.output.grad == 0).all()  # type: ignore[union-attr]
     # 1 up to the rounding of a sum of 19 squares
     torch.testing.assert_close(
         found.cosine_T[supervised], torch.ones(int(supervised.sum())), rtol=0, atol=1e-6
     )
 
 
-def test_positions_without_a_target_leave_no_trace() -> None:
-    given = inputs(torch.float64, new_seed())
+def test_positions_without_a_target_contribute_nothing() -> None:
+    given = random_inputs(torch.float64, new_seed())
     found = forced_loss(*given, ALL)
     found.loss.backward()
-    kept = given.targets != NO_TARGET
-    unlearned = inputs(torch.float64, 0, learned=0)
-    nothing = forced_loss(*unlearned, ALL)
-    nothing.loss.backward()
-    assert (given.hidden.grad[~kept] == 0).all() and all(part[~kept].isnan().all() for part in found[1:])  # type: ignore[index]
-    assert nothing.loss == 0 and all((leaf.grad == 0).all() for leaf in unlearned[:3])  # type: ignore[union-attr]
+    supervised = given.targets != NO_TARGET
+    unsupervised = random_inputs(torch.float64, 0, learned=0)
+    without_targets = forced_loss(*unsupervised, ALL)
+    without_targets.loss.backward()
+    assert (given.hidden.grad[~supervised] == 0).all() and all(
+        part[~supervised].isnan().all() for part in found[1:]
+    )  # type: ignore[index]
+    assert without_targets.loss == 0 and all((leaf.grad == 0).all() for leaf in unsupervised[:3])  # type: ignore[union-attr]
 
 
-def test_hidden_states_of_zero_length_have_no_direction_and_stay_finite() -> None:
-    given = inputs(torch.float32, new_seed())
-    zero = given._replace(hidden=torch.zeros_like(given.hidden).requires_grad_())
-    found = forced_loss(*zero, ALL)
+def test_zero_hidden_states_give_a_finite_loss() -> None:
+    given = random_inputs(torch.float32, new_seed())
+    zero_hidden = given._replace(hidden=torch.zeros_like(given.hidden).requires_grad_())
+    found = forced_loss(*zero_hidden, ALL)
     found.loss.backward()
     assert (
-        found.loss.isfinite() and zero.hidden.grad.isfinite().all() and zero.projection.grad.isfinite().all()
+        found.loss.isfinite()
+        and zero_hidden.hidden.grad.isfinite().all()
+        and zero_hidden.projection.grad.isfinite().all()
     )  # type: ignore[union-attr]
 
 
-def test_a_missing_projection_is_said() -> None:
-    given = inputs(torch.float32, 0)
+def test_a_missing_projection_is_rejected() -> None:
+    given = random_inputs(torch.float32, 0)
     with pytest.raises(ValueError, match="19 wide, the teacher's 23: a projection is missing"):
         forced_loss(*given._replace(projection=None), ALL)
 
 
-def test_no_tensor_is_ever_as_large_as_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for the logits of 8 tokens, the largest result is one of those: for one token more it would
-    not fit."""
+def test_no_tensor_is_as_large_as_tokens_by_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CHUNK_BYTES holds the logits of 8 tokens, so that the largest result is one chunk of logits; a chunk
+    of 9 tokens would exceed it."""
     vocabulary, tokens = 1000, 200
     monkeypatch.setitem(teacher_forced_head.CHUNK_BYTES, "cpu", 8 * 4 * vocabulary)
     hidden, output = (
@@ -187,22 +192,22 @@ def test_no_tensor_is_ever_as_large_as_tokens_by_vocabulary(monkeypatch: pytest.
             ALL,
         )
         found.loss.backward()
-    assert largest.numbers == 8 * vocabulary
+    assert largest.elements == 8 * vocabulary
 
 
-class Linear(NamedTuple):
-    """All that the objective asks of a student."""
+class StudentWeights(NamedTuple):
+    """The attributes of a student that the objective uses."""
 
     output: Tensor
     projection: Tensor | None
 
 
-def test_each_span_is_a_mean_of_its_own_over_the_global_batch() -> None:
-    """Two microbatches of unlike sizes come to what one eager mean over all of their tokens does, and the
-    measures are those means."""
+def test_each_span_has_its_own_mean_over_the_global_batch() -> None:
+    """The loss of two microbatches of different sizes equals eager means over all of their tokens, and the
+    measures are these means."""
     generator = torch.Generator().manual_seed(new_seed())
-    given = inputs(torch.float32, new_seed())
-    student = Linear(given.output, given.projection)
+    given = random_inputs(torch.float32, new_seed())
+    student = StudentWeights(given.output, given.projection)
     batches = []
     for length in (9, 40):
         tokens = torch.randint(0, VOCABULARY, (1, length), generator=generator)
@@ -229,7 +234,7 @@ def test_each_span_is_a_mean_of_its_own_over_the_global_batch() -> None:
             offset = 0 if size == 9 else 9
             chosen[offset : offset + size] = batch.target.where(batch.span == number, NO_TARGET)
             found.append(
-                eager(exact._replace(targets=chosen, share=torch.ones(TOKENS, dtype=torch.float64)), ALL)
+                eager_loss(exact._replace(targets=chosen, share=torch.ones(TOKENS, dtype=torch.float64)), ALL)
             )
         n = sum(int((batch.span == number).sum()) for batch in batches)
         wanted += weight / n * sum(float(part.loss.detach()) for part in found)
@@ -241,9 +246,9 @@ def test_each_span_is_a_mean_of_its_own_over_the_global_batch() -> None:
     assert loss / 10 == pytest.approx(wanted, rel=1e-5)
 
 
-def test_the_gpus_kernels_are_float64s_too() -> None:
-    """The same kernels under Triton's interpreter: several tiles and rests each way, extreme logits, shares
-    of several sizes."""
+def test_the_gpu_kernels_equal_float64() -> None:
+    """The kernels in Triton's interpreter: several tiles and remainders in both directions, extreme logits,
+    different shares."""
     code = f"""
         import torch
         from vpmoe.api.stages import LossWeights
@@ -263,9 +268,9 @@ def test_the_gpus_kernels_are_float64s_too() -> None:
         want_kl, want = (p.exp() * (p - q)).sum(1), torch.log_softmax(exact, 1)[torch.arange(37), targets]
         (share.double() * (0.5 * 2.5**2 * want_kl - 0.3 * want)).sum().backward()
         logp, kl, grad = teacher_forced_kernels.compare_(hidden, output, y, targets, share, terms)
-        # fp16 rounds a logit by at most 2**-11 of its size, so a logit less its log-sum-exp by twice that of
-        # the row's largest: d. A KL at temperature T moves by at most d / T, a probability by at most the
-        # factor exp(d), or exp(d / T). 1e-4 is for sums in fp32.
+        # fp16 rounds a logit by at most 2**-11 of its size, so that a logit minus its log-sum-exp changes by
+        # at most twice that of the row's largest: d. A KL at temperature T changes by at most d / T, a
+        # probability by at most the factor exp(d), or exp(d / T). 1e-4 is for sums in fp32.
         d = 2**-10 * exact.detach().abs().amax(1) + 1e-4
         assert ((logp.double() - want.detach()).abs() <= d).all(), logp.double() - want.detach()
         off = kl.double() - want_kl.detach()

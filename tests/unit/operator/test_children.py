@@ -1,6 +1,4 @@
-"""Children and pod templates: their contents, the length of names, and the restricted pod security
-standard.
-"""
+"""Children and pod templates: contents, lengths of names, and the restricted pod security standard."""
 
 import re
 from collections import Counter
@@ -34,7 +32,7 @@ EVALUATED_ONPOLICY = {
     "training": {"sequenceLength": 512, "globalBatchTokens": 8192},
     "evaluation": EVALUATED,
 }
-EVERYWHERE = {
+SCHEDULING = {
     "nodeSelector": {"pool": "a"},
     "tolerations": [{"key": "gpu", "operator": "Exists", "tolerationSeconds": 5}],
 }
@@ -70,8 +68,8 @@ CHILDREN = [
         id="TeacherForced",
     ),
     *(
-        pytest.param(f"onpolicy{of}", EVALUATED_ONPOLICY, id=f"OnPolicy{of}")
-        for of in ("-sampler", "-teacher", "", "-evaluate")
+        pytest.param(f"onpolicy{suffix}", EVALUATED_ONPOLICY, id=f"OnPolicy{suffix}")
+        for suffix in ("-sampler", "-teacher", "", "-evaluate")
     ),
 ]
 ROLES = {
@@ -81,7 +79,7 @@ ROLES = {
     "onpolicy-teacher": "teacher",
     "onpolicy-evaluate": "evaluate",
 }
-"""Role by step, of the steps that do not train."""
+"""Role of each step that does not train."""
 
 
 @pytest.mark.parametrize("step, spec", CHILDREN)
@@ -98,8 +96,8 @@ def test_every_pod_satisfies_the_restricted_standard(step: str, spec: dict[str, 
             "capabilities": {"drop": ["ALL"]},
         }
         assert pod["automountServiceAccountToken"] is False
-        written = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
-        assert written == {"/tmp", "/dev/shm"}
+        writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+        assert writable == {"/tmp", "/dev/shm"}
         assert {"name": "shm", "emptyDir": {"medium": "Memory"}} in pod["volumes"]
         assert pod["terminationGracePeriodSeconds"] == 300
         assert pod["shareProcessNamespace"] is True, "process 1 ignores SIGTERM before it has a handler"
@@ -107,21 +105,25 @@ def test_every_pod_satisfies_the_restricted_standard(step: str, spec: dict[str, 
 
 
 @pytest.mark.parametrize("step, spec", CHILDREN)
-def test_child_and_pods_carry_their_provenance(step: str, spec: dict[str, Any]) -> None:
+def test_child_and_pods_have_their_provenance(step: str, spec: dict[str, Any]) -> None:
     obj = child(step, **spec)
     for metadata in [obj["metadata"], *(template["metadata"] for template in templates(obj))]:
-        short, whole = metadata["labels"], metadata["annotations"]
-        assert (short["vpmoe.dev/run"], short["vpmoe.dev/step"], short["vpmoe.dev/attempt"]) == (
+        labels, annotations = metadata["labels"], metadata["annotations"]
+        assert (labels["vpmoe.dev/run"], labels["vpmoe.dev/step"], labels["vpmoe.dev/attempt"]) == (
             "first",
             step,
             "2",
         )
-        assert (short["vpmoe.dev/git-sha"], short["vpmoe.dev/config"], short["vpmoe.dev/dataset"]) == (
+        assert (labels["vpmoe.dev/git-sha"], labels["vpmoe.dev/config"], labels["vpmoe.dev/dataset"]) == (
             SHA[:16],
             "b" * 16,
             "d" * 16,
         )
-        assert (whole["vpmoe.dev/git-sha"], whole["vpmoe.dev/config"], whole["vpmoe.dev/dataset"]) == (
+        assert (
+            annotations["vpmoe.dev/git-sha"],
+            annotations["vpmoe.dev/config"],
+            annotations["vpmoe.dev/dataset"],
+        ) == (
             SHA,
             "b" * 64,
             "d" * 64,
@@ -143,7 +145,7 @@ def test_children_are_owned_by_their_run(step: str, spec: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("step, spec", CHILDREN)
-def test_the_command_names_run_step_and_attempt(step: str, spec: dict[str, Any]) -> None:
+def test_the_command_has_run_step_and_attempt(step: str, spec: dict[str, Any]) -> None:
     module = f"jobs.{ROLES.get(step, 'train')}"
     for template in templates(child(step, **spec)):
         container = template["spec"]["containers"][0]
@@ -151,7 +153,7 @@ def test_the_command_names_run_step_and_attempt(step: str, spec: dict[str, Any])
         assert (container["command"], container["workingDir"]) == (command, "/opt/vpmoe")
 
 
-def test_the_config_map_holds_the_resolved_run_and_is_of_this_run_alone() -> None:
+def test_the_config_map_has_the_resolved_run_and_a_name_unique_to_the_run() -> None:
     parsed = run(suspend=True, deletionPolicy="Delete")
     config_map = build_config_map(parsed, ORIGIN)
     read = DistillRun.parse(yaml.safe_load(config_map["data"]["run.yaml"]))
@@ -162,7 +164,7 @@ def test_the_config_map_holds_the_resolved_run_and_is_of_this_run_alone() -> Non
     )
 
 
-def test_preprocessing_is_an_indexed_job_of_as_many_pods_as_workers() -> None:
+def test_preprocessing_is_an_indexed_job_with_one_pod_per_worker() -> None:
     spec = child("preprocess", dataset={"source": "s3://corpora/*.parquet", "maxLength": 512, "workers": 5})[
         "spec"
     ]
@@ -220,7 +222,7 @@ def test_a_job_has_all_processes_in_one_pod(stage: list[Any] | None, step: str, 
         pytest.param({"gpus": 4, "gpusPerPod": 2}, 3, 2, id="two pods"),
     ],
 )
-def test_the_teacher_of_a_teacher_forced_stage_has_a_gpu_of_the_master_beyond_the_processes(
+def test_the_master_of_a_teacher_forced_stage_has_one_more_gpu_for_the_teacher(
     student: dict[str, Any], master: int, worker: int | None
 ) -> None:
     training_run = {"sequenceLength": 512, "globalBatchTokens": 8192}
@@ -305,7 +307,7 @@ def test_only_a_step_that_trains_is_a_pytorchjob() -> None:
 
 
 @pytest.mark.parametrize(
-    "given, resources",
+    "run_resources, resources",
     [
         pytest.param({}, {"requests": {"cpu": "4"}, "limits": {"nvidia.com/gpu": 2}}, id="the chart's"),
         pytest.param(
@@ -315,14 +317,17 @@ def test_only_a_step_that_trains_is_a_pytorchjob() -> None:
         ),
     ],
 )
-def test_resources_are_the_runs_or_else_the_charts(given: dict[str, Any], resources: dict[str, Any]) -> None:
+def test_resources_of_the_run_override_those_of_the_chart(
+    run_resources: dict[str, Any], resources: dict[str, Any]
+) -> None:
     assert (
-        templates(child(runtime={"resources": given}))[0]["spec"]["containers"][0]["resources"] == resources
+        templates(child(runtime={"resources": run_resources}))[0]["spec"]["containers"][0]["resources"]
+        == resources
     )
 
 
 @pytest.mark.parametrize("secret", ["vpmoe-s3", None])
-def test_credentials_come_from_the_runs_secret_or_from_the_service_account(secret: str | None) -> None:
+def test_credentials_come_from_the_runs_secret_or_the_service_account(secret: str | None) -> None:
     storage = {"bucket": "vpmoe", "credentialsSecret": secret}
     env = templates(child(storage=storage))[0]["spec"]["containers"][0]["env"]
     from_secrets = {
@@ -341,7 +346,7 @@ def test_the_certificates_of_the_store_are_mounted_and_set_in_the_environment() 
 
 def test_every_pod_has_the_fields_of_spec_runtime() -> None:
     runtime = {
-        **EVERYWHERE,
+        **SCHEDULING,
         "serviceAccountName": "writer",
         "priorityClassName": "high",
         "imagePullSecrets": [{"name": "registry"}],
@@ -354,8 +359,8 @@ def test_every_pod_has_the_fields_of_spec_runtime() -> None:
             [{"name": "registry"}],
         )
         assert (pod["nodeSelector"], pod["tolerations"]) == (
-            EVERYWHERE["nodeSelector"],
-            EVERYWHERE["tolerations"],
+            SCHEDULING["nodeSelector"],
+            SCHEDULING["tolerations"],
         )
 
 
@@ -365,9 +370,7 @@ def test_queue_name_becomes_a_label_of_the_child() -> None:
 
 
 @pytest.mark.parametrize("step, spec", CHILDREN)
-def test_only_training_pods_serve_metrics_on_the_port_that_they_declare(
-    step: str, spec: dict[str, Any]
-) -> None:
+def test_only_training_pods_declare_and_serve_a_metrics_port(step: str, spec: dict[str, Any]) -> None:
     for template in templates(child(step, **spec)):
         container = template["spec"]["containers"][0]
         env = {entry["name"]: entry.get("value") for entry in container["env"]}
@@ -376,14 +379,14 @@ def test_only_training_pods_serve_metrics_on_the_port_that_they_declare(
         assert len(ports) == (step not in ROLES)
 
 
-def test_the_longest_names_fit_where_kubernetes_puts_them() -> None:
+def test_the_longest_names_are_valid_in_kubernetes() -> None:
     stages = [{"name": "q" * 16, "kind": "Rescored", "tokens": 1000}, {**ONPOLICY, "name": "s" * 16}]
     spec = {**named_manifest("x")["spec"], "stages": stages, "evaluation": EVALUATED}
-    long = DistillRun.parse({**named_manifest("r" * 30), "spec": spec})
-    for step in long.steps():
-        obj = build_child(Attempt(long, step, 9999, ORIGIN, SETTINGS))
-        most = 54 if obj["kind"] == "PyTorchJob" else 61 if "completionMode" in obj["spec"] else 63
-        assert len(obj["metadata"]["name"]) <= most, (
+    longest = DistillRun.parse({**named_manifest("r" * 30), "spec": spec})
+    for step in longest.steps():
+        obj = build_child(Attempt(longest, step, 9999, ORIGIN, SETTINGS))
+        max_length = 54 if obj["kind"] == "PyTorchJob" else 61 if "completionMode" in obj["spec"] else 63
+        assert len(obj["metadata"]["name"]) <= max_length, (
             "host names have 63 characters: <name>-master-0, <name>-0"
         )
         assert all(
@@ -394,10 +397,8 @@ def test_the_longest_names_fit_where_kubernetes_puts_them() -> None:
         DistillRun.parse(named_manifest("r" * 31))
 
 
-def test_no_two_runs_have_children_of_one_name() -> None:
-    """A stage cannot be named sampler, teacher or evaluate, so a child's name shows where the run's name
-    ends.
-    """
+def test_children_of_different_runs_have_different_names() -> None:
+    """No stage can be named sampler, teacher or evaluate, so a child's name determines the run's name."""
     names = Counter[str]()
     for name in ("a", "a-b", "a-b-c", "a-sampler", "a-b-sampler", "a-evaluate"):
         stages = [{**ONPOLICY, "name": stage} for stage in ("b", "c", "a1", "bsampler")]

@@ -1,4 +1,5 @@
-"""Events of a run's transitions, orphans, the settings file, and modules that the operator must not load."""
+"""Events of a run's transitions, orphans, the settings file, kopf's settings, and modules that the operator
+must not load."""
 
 import json
 import subprocess
@@ -32,7 +33,7 @@ def reasons(cluster: SimulatedCluster) -> list[str]:
     return [event.reason for event in events_between(before, cluster.reconcile().status)]
 
 
-def test_every_transition_of_a_run_is_one_event() -> None:
+def test_each_transition_of_a_run_is_one_event() -> None:
     cluster = SimulatedCluster()
     assert reasons(cluster) == ["StepStarted"]
     assert reasons(cluster) == []
@@ -66,13 +67,14 @@ def test_every_transition_of_a_run_is_one_event() -> None:
     assert reasons(cluster) == ["StepFailed", "RunFailed"]
 
 
-def test_events_name_the_step_that_they_are_about() -> None:
+def test_events_name_their_step() -> None:
     cluster = rescoring_run()
     cluster.set_child_state("Failed", PERMANENT, "vanilla")
     before = cluster.status
-    assert [(h.reason, h.message.split()[1]) for h in events_between(before, cluster.reconcile().status)] == [
-        ("StepFailed", "vanilla")
-    ]
+    assert [
+        (event.reason, event.message.split()[1])
+        for event in events_between(before, cluster.reconcile().status)
+    ] == [("StepFailed", "vanilla")]
     cluster.set_child_state("Failed", PERMANENT, "rescore")
     cluster.advance(1)
     before = cluster.status
@@ -81,7 +83,7 @@ def test_events_name_the_step_that_they_are_about() -> None:
     assert events[1].message == "PermanentFailure: step vanilla", "the first cause"
 
 
-def test_a_run_that_waits_or_cannot_start_has_an_event() -> None:
+def test_a_run_that_is_queued_or_cannot_start_has_an_event() -> None:
     assert reasons(SimulatedCluster(decision=Decision(False, "no", unschedulable=True))) == [
         "Queued",
         "PoolTooSmall",
@@ -100,7 +102,7 @@ def test_a_run_that_is_no_longer_stalled_has_an_event() -> None:
 def test_each_adjustment_of_a_setting_is_an_event() -> None:
     cluster = onpolicy_run()
 
-    def starved(reason: str, message: str, status: str = "True") -> list[str]:
+    def set_starved(reason: str, message: str, status: str = "True") -> list[str]:
         condition = {"type": "TrainerStarved", "status": status, "reason": reason, "message": message}
         cluster.set_progress(progress("onpolicy", done=100, conditions=[condition]))
         before = cluster.status
@@ -108,47 +110,51 @@ def test_each_adjustment_of_a_setting_is_an_event() -> None:
             f"{event.type}: {event.message}" for event in events_between(before, cluster.reconcile().status)
         ]
 
-    assert starved("MaxTokensLowered", "adjustment 1") == ["Warning: adjustment 1"]
-    assert starved("MaxTokensLowered", "adjustment 1") == []
-    assert starved("MaxTokensLowered", "adjustment 2") == ["Warning: adjustment 2"], "the same setting again"
-    assert starved("HighEffortLowered", "adjustment 3") == ["Warning: adjustment 3"]
-    assert starved("HighEffortLowered", "adjustment 3", "False") == []
+    assert set_starved("MaxTokensLowered", "adjustment 1") == ["Warning: adjustment 1"]
+    assert set_starved("MaxTokensLowered", "adjustment 1") == []
+    assert set_starved("MaxTokensLowered", "adjustment 2") == ["Warning: adjustment 2"], (
+        "another adjustment of the same setting"
+    )
+    assert set_starved("HighEffortLowered", "adjustment 3") == ["Warning: adjustment 3"]
+    assert set_starved("HighEffortLowered", "adjustment 3", "False") == []
 
 
-def test_a_condition_of_a_job_is_an_event_again_with_another_reason_but_not_with_other_figures() -> None:
+def test_a_condition_of_a_job_is_a_new_event_only_if_its_reason_changes() -> None:
     cluster = rescoring_run()
 
-    def collapsed(reason: str, message: str) -> list[str]:
+    def set_collapsed(reason: str, message: str) -> list[str]:
         condition = {"type": "RouterCollapse", "status": "True", "reason": reason, "message": message}
         cluster.set_progress(progress("vanilla", done=100, conditions=[condition]))
         return reasons(cluster)
 
-    assert collapsed("DeadExpert", "for 100 steps") == ["RouterCollapse"]
-    assert collapsed("DeadExpert", "for 101 steps") == []
-    assert collapsed("Imbalance", "for 102 steps") == ["RouterCollapse"]
+    assert set_collapsed("DeadExpert", "for 100 steps") == ["RouterCollapse"]
+    assert set_collapsed("DeadExpert", "for 101 steps") == []
+    assert set_collapsed("Imbalance", "for 102 steps") == ["RouterCollapse"]
 
 
-def test_equal_events_have_one_name() -> None:
-    one, two = (
+def test_equal_events_have_the_same_name() -> None:
+    first, second = (
         events_between(SimulatedCluster().status, SimulatedCluster().reconcile().status),
         events_between(SimulatedCluster().status, SimulatedCluster().reconcile().status),
     )
-    assert event_name(manifest(), one[0]) == event_name(manifest(), two[0])
-    assert event_name(manifest(), one[0]).startswith("first.")
+    assert event_name(manifest(), first[0]) == event_name(manifest(), second[0])
+    assert event_name(manifest(), first[0]).startswith("first.")
 
 
 @pytest.mark.parametrize(
     "name, finished, orphan",
     [
-        pytest.param("first-preprocess-a1", False, False, id="the one that status names"),
-        pytest.param("first-preprocess-a2", False, True, id="another that is alive"),
-        pytest.param("first-preprocess-a0", True, False, id="an earlier one that has ended"),
-        pytest.param("first-rescore-a1", False, False, id="the first of two that status names"),
-        pytest.param("first-vanilla-a1", False, False, id="the second of two"),
-        pytest.param("first-rescored-a1", False, True, id="beside two"),
+        pytest.param("first-preprocess-a1", False, False, id="named by status"),
+        pytest.param("first-preprocess-a2", False, True, id="another one alive"),
+        pytest.param("first-preprocess-a0", True, False, id="an earlier one, finished"),
+        pytest.param("first-rescore-a1", False, False, id="first of two named by status"),
+        pytest.param("first-vanilla-a1", False, False, id="second of two named by status"),
+        pytest.param("first-rescored-a1", False, True, id="another one beside two"),
     ],
 )
-def test_a_child_alive_that_no_status_names_is_an_orphan(name: str, finished: bool, orphan: bool) -> None:
+def test_a_child_alive_that_is_not_named_by_status_is_an_orphan(
+    name: str, finished: bool, orphan: bool
+) -> None:
     status = (
         rescoring_run().status.dump()
         if "preprocess" not in name
@@ -191,7 +197,7 @@ def test_a_finished_run_is_active_only_if_it_expires_or_was_edited(
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    "text, message",
     [
         pytest.param("gitSha: main", "gitSha: String should match pattern", id="no sha"),
         pytest.param("nonsense: 1", "nonsense: Extra inputs are not permitted", id="unknown field"),
@@ -199,15 +205,15 @@ def test_a_finished_run_is_active_only_if_it_expires_or_was_edited(
         pytest.param("images: {trainer: a}", "images.inference: Field required", id="image missing"),
     ],
 )
-def test_invalid_settings_name_file_and_field(tmp_path: Path, text: str, words: str) -> None:
+def test_invalid_settings_name_file_and_field(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "operator.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"operator\.yaml") as error:
         load_settings(file)
-    assert words in str(error.value)
+    assert message in str(error.value)
 
 
-def test_kopf_only_watches() -> None:
+def test_kopf_only_watches_objects() -> None:
     """kopf removes its own finalizer from every object, so it must not have the operator's name."""
     settings = watch.kopf_settings()
     assert settings.persistence.finalizer != labels.FINALIZER
@@ -217,7 +223,7 @@ def test_kopf_only_watches() -> None:
     )
     registry = watch.handlers(lambda key: None)
     for kind in (registry._changing, registry._spawning, registry._indexing):
-        assert not kind.get_all_handlers(), "such a handler would annotate objects or add a finalizer"
+        assert not kind.get_all_handlers(), "these handlers would annotate objects or add a finalizer"
 
 
 def test_the_operator_loads_no_tensor_library() -> None:

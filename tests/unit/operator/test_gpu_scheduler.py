@@ -1,6 +1,4 @@
-"""Admission to the pool of GPUs: which runs fit together, their order, and the messages of those that
-wait.
-"""
+"""Admission to the pool of GPUs: which runs fit together, their order, and the messages of queued runs."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -29,7 +27,7 @@ def request(
     largest_pod: int | None = None,
     **selector: str,
 ) -> GpuRequest:
-    """Request of `gpus` GPUs, one of them the teacher's. The higher its age in seconds, the older it is."""
+    """A request of `gpus` GPUs, one of them the teacher's, created `age` seconds before START."""
     return GpuRequest(
         name,
         f"uid-{name}",
@@ -50,17 +48,17 @@ def decide(mine: GpuRequest, *others: GpuRequest, pool: list[Node] = POOL) -> De
     "mine, others, admitted",
     [
         pytest.param(request("a"), [], True, id="alone"),
-        pytest.param(request("a", 4), [request("b", 4, admitted=True)], True, id="beside another"),
+        pytest.param(request("a", 4), [request("b", 4, admitted=True)], True, id="fits beside another"),
         pytest.param(request("a"), [request("b", 1, admitted=True)], False, id="one GPU short"),
-        pytest.param(request("a"), [request("b", age=9)], False, id="an older one waits"),
-        pytest.param(request("a"), [request("b", age=-9)], True, id="a younger one waits"),
+        pytest.param(request("a"), [request("b", age=9)], False, id="older one queued"),
+        pytest.param(request("a"), [request("b", age=-9)], True, id="younger one queued"),
         pytest.param(request("a"), [request("b")], True, id="same age: by name"),
-        pytest.param(request("b"), [request("a")], False, id="same age: by name, the other way"),
+        pytest.param(request("b"), [request("a")], False, id="same age: by name, reversed"),
         pytest.param(
             request("a", 2),
             [request("b", age=9), request("c", 6, admitted=True)],
             False,
-            id="a small young one does not pass an older one",
+            id="a small younger one does not overtake an older one",
         ),
         pytest.param(
             request("a"), [request("b", 16, age=9)], True, id="an older one that can never fit does not block"
@@ -73,22 +71,22 @@ def decide(mine: GpuRequest, *others: GpuRequest, pool: list[Node] = POOL) -> De
         ),
     ],
 )
-def test_the_oldest_goes_first_and_only_into_free_gpus(
+def test_the_oldest_run_is_admitted_first_if_enough_gpus_are_free(
     mine: GpuRequest, others: list[GpuRequest], admitted: bool
 ) -> None:
     assert decide(mine, *others).admitted is admitted
 
 
-def test_the_arithmetic_is_in_the_message() -> None:
-    words = decide(request("second"), request("team/first", admitted=True)).arithmetic
-    assert words == (
+def test_the_message_has_the_numbers_of_gpus() -> None:
+    message = decide(request("second"), request("team/first", admitted=True)).arithmetic
+    assert message == (
         "Needs 8 GPUs (1 teacher + 7 student); the pool has 8 on 1 ready node, "
         "of which 8 are held by team/first (8): 0 are left."
     )
 
 
 @pytest.mark.parametrize(
-    "mine, pool, words",
+    "mine, pool, message",
     [
         pytest.param(
             request("a", 16),
@@ -108,17 +106,19 @@ def test_the_arithmetic_is_in_the_message() -> None:
         ),
     ],
 )
-def test_a_run_that_can_never_fit_is_unschedulable(mine: GpuRequest, pool: list[Node], words: str) -> None:
+def test_a_run_that_is_too_large_for_the_pool_is_unschedulable(
+    mine: GpuRequest, pool: list[Node], message: str
+) -> None:
     found = decide(mine, pool=pool)
     assert (found.admitted, found.unschedulable) == (False, True)
-    assert words in found.arithmetic
+    assert message in found.arithmetic
 
 
-def test_pools_that_share_no_node_do_not_count_each_other() -> None:
+def test_runs_on_other_nodes_are_not_counted() -> None:
     pool = [Node("a", {"pool": "x"}, 8), Node("b", {"pool": "y"}, 8)]
     other = request("other", admitted=True, pool="y")
     assert decide(request("mine", pool="x"), other, pool=pool).admitted
-    assert decide(request("anywhere", 8), other, pool=pool).admitted, "16 in all"
+    assert decide(request("anywhere", 8), other, pool=pool).admitted, "the pools have 16 in total"
     assert not decide(request("mine", pool="y"), other, pool=pool).admitted
 
 
@@ -147,7 +147,7 @@ def test_only_ready_schedulable_nodes_are_in_the_pool() -> None:
             ALL_KINDS,
             {"gpus": 4, "gpusPerPod": 1},
             2,
-            id="a student a pod, and the teacher's process beside one",
+            id="one student per pod, and the teacher's process beside one",
         ),
         pytest.param(
             [{**ONPOLICY, "sampler": {"gpus": 3}}],
@@ -157,7 +157,7 @@ def test_only_ready_schedulable_nodes_are_in_the_pool() -> None:
         ),
     ],
 )
-def test_a_run_requests_the_most_that_its_steps_can_need_at_once(
+def test_a_run_requests_the_maximum_that_its_steps_need_at_once(
     stages: list[dict[str, Any]], student: dict[str, Any], per_pod: int
 ) -> None:
     run = observed_run(

@@ -1,6 +1,5 @@
-"""The three steps of an OnPolicy stage, and its evaluation: started together, retried separately, stopped
-together.
-"""
+"""The three steps of an OnPolicy stage and its evaluation: started together, retried separately, stopped
+together."""
 
 from datetime import timedelta
 
@@ -38,12 +37,12 @@ def deleted(decided: Plan) -> list[str]:
     return [action.child.name for action in decided.actions if isinstance(action, DeleteChild)]
 
 
-def test_a_stage_goes_from_its_first_look_to_evaluated() -> None:
+def test_a_stage_from_its_first_reconcile_to_its_evaluation() -> None:
     cluster = SimulatedCluster({"stages": [ONPOLICY], "evaluation": EVALUATED})
     assert created(cluster.reconcile()) == ["preprocess-a1"]
     cluster.set_child_state("Succeeded")
     cluster.set_progress(progress("preprocess", state="Succeeded", done=4))
-    assert created(cluster.reconcile()) == [f"{step}-a1" for step in TRIO], "in one plan"
+    assert created(cluster.reconcile()) == [f"{step}-a1" for step in TRIO], "all three in one plan"
     assert cluster.gpus_in_use() == 3
     for step in TRIO:
         cluster.set_child_state("Running", step=step)
@@ -70,7 +69,7 @@ def test_a_stage_goes_from_its_first_look_to_evaluated() -> None:
     ):
         cluster.set_child_state("Succeeded", step=step)
         cluster.set_progress(reading)
-        assert created(cluster.reconcile()) == [], "done early: the others continue"
+        assert created(cluster.reconcile()) == [], "the others continue"
     assert (cluster.status.phase, [cluster.step(step).state for step in TRIO]) == (
         "Running",
         ["Succeeded", "Succeeded", "Running"],
@@ -79,20 +78,20 @@ def test_a_stage_goes_from_its_first_look_to_evaluated() -> None:
     cluster.set_progress(progress(TRAINER, state="Succeeded", iteration=4, done=1000))
     assert created(cluster.reconcile()) == ["onpolicy-evaluate-a1"]
     cluster.set_child_state("Succeeded", step="onpolicy-evaluate")
-    words = "validity 83 % (low 90, medium 85, high 75), held-out reasoning 2.1, final 1.9"
+    message = "validity 83 % (low 90, medium 85, high 75), held-out reasoning 2.1, final 1.9"
     cluster.set_progress(
-        progress("onpolicy-evaluate", state="Succeeded", done=4, message=words, validity=0.83)
+        progress("onpolicy-evaluate", state="Succeeded", done=4, message=message, validity=0.83)
     )
     cluster.reconcile()
     assert (cluster.status.phase, cluster.status.validity) == ("Succeeded", 0.83)
     assert (cluster.step("onpolicy-evaluate").message, cluster.step("onpolicy-evaluate").validity) == (
-        words,
+        message,
         0.83,
     )
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
-def test_an_operator_that_dies_while_it_creates_three_children_creates_each_once(after: int) -> None:
+def test_an_operator_that_crashes_while_creating_three_children_creates_each_once(after: int) -> None:
     cluster = SimulatedCluster({"stages": [ONPOLICY]})
     cluster.reconcile()
     cluster.set_child_state("Succeeded")
@@ -106,7 +105,7 @@ def test_an_operator_that_dies_while_it_creates_three_children_creates_each_once
 @pytest.mark.parametrize(
     "failure, failures, pause", [(ERROR, 1, 10), (EVICTED, 0, 0)], ids=["fails", "is evicted"]
 )
-def test_each_of_the_three_is_tried_again_alone(
+def test_each_of_the_three_is_retried_separately(
     step: str, failure: Failure, failures: int, pause: int
 ) -> None:
     cluster = onpolicy_run()
@@ -139,7 +138,7 @@ def test_a_new_window_clears_the_failures_of_sampler_and_teacher() -> None:
 
 
 @pytest.mark.parametrize("step", TRIO)
-def test_one_that_fails_for_good_fails_the_run_once_the_others_have_stopped(step: str) -> None:
+def test_a_permanent_failure_of_one_fails_the_run_when_the_others_have_stopped(step: str) -> None:
     cluster = onpolicy_run()
     cluster.set_child_state("Failed", PERMANENT, step)
     others = [other for other in TRIO if other != step]
@@ -157,7 +156,7 @@ def test_one_that_fails_for_good_fails_the_run_once_the_others_have_stopped(step
     assert created(cluster.reconcile()) == [f"{each}-a2" for each in TRIO]
 
 
-def test_training_that_succeeds_while_the_others_fail_for_good_has_succeeded() -> None:
+def test_a_stage_succeeds_if_training_succeeds_although_another_step_failed() -> None:
     cluster = onpolicy_run()
     cluster.set_child_state("Failed", PERMANENT, SAMPLER)
     cluster.reconcile()
@@ -170,7 +169,7 @@ def test_training_that_succeeds_while_the_others_fail_for_good_has_succeeded() -
     )
 
 
-def test_suspend_stops_all_three_and_they_go_on_together() -> None:
+def test_suspend_stops_all_three_and_resume_starts_them_together() -> None:
     cluster = onpolicy_run()
     cluster.spec["suspend"] = True
     assert deleted(cluster.reconcile()) == [f"first-{step}-a1" for step in TRIO]
@@ -183,7 +182,7 @@ def test_suspend_stops_all_three_and_they_go_on_together() -> None:
     assert [(cluster.step(step).failures, cluster.step(step).interruptions) for step in TRIO] == [(0, 0)] * 3
 
 
-def test_suspended_as_training_succeeds_nothing_of_the_stage_is_made_again() -> None:
+def test_a_stage_suspended_when_training_succeeds_is_not_started_again() -> None:
     cluster = onpolicy_run(evaluation=EVALUATED)
     cluster.spec["suspend"] = True
     cluster.set_child_state("Succeeded", step=TRAINER)
@@ -198,7 +197,7 @@ def test_suspended_as_training_succeeds_nothing_of_the_stage_is_made_again() -> 
     assert created(cluster.reconcile()) == ["onpolicy-evaluate-a1"]
 
 
-def test_a_trainer_that_waits_for_long_stalls_the_run_and_says_what_for() -> None:
+def test_a_trainer_that_waits_too_long_stalls_the_run_and_names_what_it_waits_for() -> None:
     cluster = onpolicy_run(runtime={"stalledAfter": "10m"})
     cluster.set_progress(progress(TRAINER, iteration=2, done=500, message="waits for rollouts of window 12"))
     cluster.reconcile()
@@ -218,14 +217,14 @@ def test_a_trainer_that_waits_for_long_stalls_the_run_and_says_what_for() -> Non
     assert condition(cluster.reconcile(), "Stalled")[0] == "False"
 
 
-def test_sampler_and_teacher_that_wait_for_a_trainer_that_gets_on_stall_nothing() -> None:
+def test_a_waiting_sampler_and_teacher_do_not_stall_the_run_while_training_progresses() -> None:
     cluster = onpolicy_run(runtime={"stalledAfter": "10m"})
     cluster.advance(600)
     cluster.set_progress(progress(TRAINER, iteration=2, done=500))
     assert condition(cluster.reconcile(), "Stalled")[0] == "False"
 
 
-def test_the_run_tells_of_a_sampler_that_cannot_start_and_stalls() -> None:
+def test_a_sampler_that_cannot_start_is_reported_and_stalls_the_run() -> None:
     cluster = onpolicy_run(runtime={"stalledAfter": "10m"})
     cluster.set_progress(progress(TRAINER, iteration=2, done=500, message="waits for rollouts of window 12"))
     cluster.set_child_state("Waiting", step=SAMPLER, message="pod x cannot be scheduled: 0/1 nodes")
@@ -239,7 +238,7 @@ def test_the_run_tells_of_a_sampler_that_cannot_start_and_stalls() -> None:
     assert condition(cluster.reconcile(), "Stalled") == ("True", "PodPending")
 
 
-def test_rescoring_is_waited_for_by_the_stage() -> None:
+def test_the_message_of_rescoring_names_the_stage_that_waits_for_it() -> None:
     cluster = training_run(stages=[ALL_KINDS[0], ONPOLICY, ALL_KINDS[1]])
     cluster.set_child_state("Succeeded", step="vanilla")
     cluster.set_progress(progress("vanilla", state="Succeeded", iteration=6, done=1000))
@@ -249,7 +248,7 @@ def test_rescoring_is_waited_for_by_the_stage() -> None:
     )
 
 
-def test_an_evaluation_is_a_hundredth_of_a_run_and_what_works_beside_training_nothing() -> None:
+def test_progress_counts_an_evaluation_as_one_percent_and_steps_beside_training_as_zero() -> None:
     cluster = onpolicy_run(evaluation=EVALUATED)
     run = observed_run(**cluster.spec).run
     assert run is not None
@@ -263,7 +262,7 @@ def test_an_evaluation_is_a_hundredth_of_a_run_and_what_works_beside_training_no
     assert percent_done(run, cluster.status) == "99%"
 
 
-def test_a_look_that_finds_nothing_new_changes_no_byte_of_the_status() -> None:
+def test_reconciling_without_changes_keeps_the_status() -> None:
     cluster = onpolicy_run()
     before = cluster.reconcile().status
     cluster.advance(5)

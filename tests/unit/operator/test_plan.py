@@ -1,6 +1,5 @@
 """plan(): a test for each line of its docstring, then failures, suspension, deletion, expiry and
-conditions.
-"""
+conditions."""
 
 import random
 from datetime import timedelta
@@ -44,7 +43,7 @@ from tests.fakes.simulated_cluster import (
 from vpmoe.api.status import MESSAGE, Status
 
 
-def test_a_run_goes_from_its_first_look_to_succeeded() -> None:
+def test_a_run_from_its_first_reconcile_to_succeeded() -> None:
     cluster = SimulatedCluster()
     assert cluster.reconcile().actions == (CreateChild("preprocess", 1),)
     assert (cluster.status.phase, cluster.status.step, cluster.status.steps[0].state) == (
@@ -78,7 +77,7 @@ def test_a_run_goes_from_its_first_look_to_succeeded() -> None:
     assert condition(decided, "Progressing")[0] == "False"
 
 
-def test_the_status_says_all_six_conditions_with_the_generation() -> None:
+def test_the_status_has_all_six_conditions_with_the_generation() -> None:
     conditions = SimulatedCluster().reconcile().status.conditions
     assert [c.type for c in conditions] == [
         "Ready",
@@ -91,7 +90,7 @@ def test_the_status_says_all_six_conditions_with_the_generation() -> None:
     assert {c.observed_generation for c in conditions} == {1}
 
 
-def test_a_step_that_has_finished_is_never_made_again_even_when_its_child_is_gone() -> None:
+def test_a_finished_step_is_never_created_again_even_if_its_child_is_gone() -> None:
     cluster = training_run()
     cluster.set_child_state("Succeeded")
     cluster.set_progress(progress("vanilla", state="Succeeded", iteration=6, done=1000))
@@ -101,7 +100,7 @@ def test_a_step_that_has_finished_is_never_made_again_even_when_its_child_is_gon
     assert (cluster.status.phase, len(cluster.created)) == ("Succeeded", 2)
 
 
-def test_a_step_whose_child_went_before_its_success_was_seen_is_not_made_again() -> None:
+def test_a_step_whose_child_was_gone_before_its_success_was_observed_is_not_created_again() -> None:
     cluster = training_run()
     cluster.children.clear()
     cluster.set_progress(progress("vanilla", state="Succeeded", iteration=6, done=1000))
@@ -109,7 +108,7 @@ def test_a_step_whose_child_went_before_its_success_was_seen_is_not_made_again()
     assert (cluster.status.phase, len(cluster.created)) == ("Succeeded", 2)
 
 
-def test_no_child_is_made_before_status_names_it() -> None:
+def test_no_child_is_created_before_status_names_it() -> None:
     cluster = SimulatedCluster()
     decided = cluster.reconcile(crash_after=0)
     assert cluster.status.steps[0].child is not None
@@ -123,21 +122,21 @@ def test_no_child_is_made_before_status_names_it() -> None:
     "decision, phase",
     [pytest.param(ADMITTED, "Running", id="fits"), pytest.param(Decision(False, "no"), "Queued", id="not")],
 )
-def test_no_child_is_made_unless_the_run_is_admitted(decision: Decision, phase: str) -> None:
+def test_no_child_is_created_unless_the_run_is_admitted(decision: Decision, phase: str) -> None:
     cluster = SimulatedCluster(decision=decision)
     decided = cluster.reconcile()
     assert (decided.status.phase, bool(decided.actions)) == (phase, decision.admitted)
     assert decided.status.message == ("no" if phase == "Queued" else decided.status.message)
 
 
-def test_a_run_that_can_never_fit_is_stalled() -> None:
+def test_a_run_that_is_too_large_for_the_pool_is_stalled() -> None:
     decided = SimulatedCluster(decision=Decision(False, "16 of 8", unschedulable=True)).reconcile()
     assert condition(decided, "Stalled") == ("True", "PoolTooSmall")
     assert decided.status.phase == "Queued"
 
 
 @pytest.mark.parametrize("ending", [True, False])
-def test_no_child_is_made_while_another_object_has_its_name(ending: bool) -> None:
+def test_no_child_is_created_while_another_object_has_its_name(ending: bool) -> None:
     cluster = SimulatedCluster()
     cluster.reconcile(crash_after=0)
     conflict = NameConflict("Job first-preprocess-a1 was not created by the operator", ending)
@@ -169,7 +168,7 @@ def test_a_run_never_starts_without_the_schedulers_decision() -> None:
         plan(observed_run(), ObservedChildren(), {}, None, SETTINGS, START)
 
 
-def test_a_run_that_cannot_be_carried_out_never_starts() -> None:
+def test_a_run_with_an_invalid_spec_never_starts() -> None:
     cluster = SimulatedCluster({"nonsense": 1})
     decided = cluster.reconcile_repeatedly()
     assert (decided.status.phase, decided.actions, decided.status.started) == ("Failed", (), None)
@@ -177,12 +176,12 @@ def test_a_run_that_cannot_be_carried_out_never_starts() -> None:
     assert "nonsense" in decided.status.message
     cluster.spec = {}
     assert cluster.reconcile().actions == (CreateChild("preprocess", 1),), (
-        "a run whose spec is corrected before it started starts"
+        "a run whose spec is corrected before its start starts"
     )
     assert cluster.status.finished is None
 
 
-def test_a_run_that_was_started_by_a_version_with_fewer_steps_goes_on_with_all() -> None:
+def test_a_run_started_by_a_version_with_fewer_steps_gets_the_missing_ones() -> None:
     cluster = training_run(evaluation=EVALUATED)
     cluster.status = Status.model_validate(
         {**cluster.status.dump(), "steps": [step.dump() for step in cluster.status.steps[:2]]}
@@ -205,7 +204,7 @@ def test_a_run_that_becomes_invalid_while_it_runs_keeps_its_child() -> None:
     assert condition(decided, "Stalled") == ("True", "Invalid")
 
 
-def test_a_finished_run_stays_as_it_is_except_that_a_failed_one_goes_on_when_attempts_is_raised() -> None:
+def test_a_finished_run_does_not_change_except_that_a_failed_one_continues_if_attempts_is_raised() -> None:
     cluster = training_run(runtime={"attempts": 1})
     cluster.set_child_state("Failed", ERROR)
     cluster.reconcile()
@@ -225,7 +224,7 @@ def test_the_bucket_is_cleared_only_when_nothing_can_write_to_it_any_more() -> N
     cluster.deleting = True
     child = cluster.child()
     assert [type(action) for action in cluster.reconcile().actions] == [DeleteChild]
-    assert cluster.reconcile().actions == (), "its pods are terminating"
+    assert cluster.reconcile().actions == (), "the child's pods are terminating"
     del cluster.children[child.name]
     assert cluster.reconcile().actions == (ClearBucket(), SetFinalizer(False))
 
@@ -249,23 +248,23 @@ STAGES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("stages", STAGES)
 @pytest.mark.parametrize("seed", range(10))
-def test_at_most_one_child_a_step_is_alive_and_it_is_the_one_that_status_names(
+def test_at_most_one_child_per_step_is_alive_and_it_is_the_one_that_status_names(
     seed: int, stages: str
 ) -> None:
-    """Children end at random, the operator dies at random, a user suspends and resumes: the run always
-    finishes.
+    """The run always succeeds, although children end at random, the operator crashes at random and a user
+    suspends and resumes the run.
 
     SimulatedCluster asserts that no step starts before the steps that it needs, and that the children alive
-    never request more GPUs than the run has. A run that has failed has no child alive.
+    never request more GPUs than the run has. A Failed run has no child alive.
     """
-    chance = random.Random(f"{stages}-{seed}")
+    rng = random.Random(f"{stages}-{seed}")
     cluster = SimulatedCluster({"runtime": {"attempts": 50}, **STAGES[stages]})
     iteration = 0
-    for turn in range(400):
-        calm = turn > 240
-        cluster.decision = ADMITTED if calm or chance.random() < 0.7 else Decision(False, "no")
-        cluster.spec["suspend"] = not calm and chance.random() < 0.2
-        cluster.reconcile(crash_after=None if calm or chance.random() < 0.6 else chance.randrange(3))
+    for reconcile in range(400):
+        undisturbed = reconcile > 240
+        cluster.decision = ADMITTED if undisturbed or rng.random() < 0.7 else Decision(False, "no")
+        cluster.spec["suspend"] = not undisturbed and rng.random() < 0.2
+        cluster.reconcile(crash_after=None if undisturbed or rng.random() < 0.6 else rng.randrange(3))
         assert set(cluster.alive_children()) <= {
             step.child.name for step in cluster.status.running if step.child is not None
         }
@@ -278,36 +277,36 @@ def test_at_most_one_child_a_step_is_alive_and_it_is_the_one_that_status_names(
             child = cluster.children.get(step.child.name) if step.child is not None else None
             if child is None or not child.alive:
                 continue
-            if child.state == "Ending" and chance.random() < 0.5:
+            if child.state == "Ending" and rng.random() < 0.5:
                 cluster.remove_children(step.name)
             elif child.state == "Waiting":
                 cluster.set_child_state("Running", step=step.name)
             elif child.state == "Running":
-                what = (
-                    chance.choice(["run", "save", "save", "fail", "evict", "refuse", "vanish", "end"])
-                    if not calm
+                event = (
+                    rng.choice(["run", "save", "save", "fail", "evict", "refuse", "vanish", "end"])
+                    if not undisturbed
                     else "end"
                 )
-                what = "run" if what == "end" and not calm and chance.random() < 0.8 else what
-                iteration += what == "save"
-                state = "Succeeded" if what == "end" else "Running"
+                event = "run" if event == "end" and not undisturbed and rng.random() < 0.8 else event
+                iteration += event == "save"
+                state = "Succeeded" if event == "end" else "Running"
                 cluster.set_progress(
                     progress(step.name, step.attempt, state, iteration=iteration, done=min(iteration, 4))
                 )
-                if what in (ends := {"fail": ERROR, "evict": EVICTED, "refuse": PERMANENT}):
-                    cluster.set_child_state("Failed", ends[what], step.name)
-                elif what == "vanish":
+                if event in (failures := {"fail": ERROR, "evict": EVICTED, "refuse": PERMANENT}):
+                    cluster.set_child_state("Failed", failures[event], step.name)
+                elif event == "vanish":
                     cluster.remove_children(step.name)
-                elif what == "end":
+                elif event == "end":
                     cluster.set_child_state("Succeeded", step=step.name)
-        cluster.advance(70 if calm else chance.choice([0, 10, 70]))
+        cluster.advance(70 if undisturbed else rng.choice([0, 10, 70]))
     assert cluster.status.phase == "Succeeded"
     assert len(cluster.created) == len(set(cluster.created))
 
 
 TRIO = ("onpolicy-sampler", "onpolicy-teacher", "onpolicy")
 SHAPES = [
-    pytest.param({}, {"rescore", "vanilla"}, 3, id="a teacher and two students"),
+    pytest.param({}, {"rescore", "vanilla"}, 3, id="one teacher and two students"),
     pytest.param(
         {"teacher": {"model": "s3://models/t", "gpus": 3}}, {"rescore", "vanilla"}, 5, id="three teachers"
     ),
@@ -342,9 +341,9 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("spec, most, gpus", SHAPES)
-def test_the_gpus_of_all_living_children_are_at_most_teacher_gpus_and_student_gpus(
-    spec: dict[str, Any], most: set[str], gpus: int
+@pytest.mark.parametrize("spec, steps_at_most, gpus", SHAPES)
+def test_the_children_alive_use_at_most_teacher_gpus_and_student_gpus(
+    spec: dict[str, Any], steps_at_most: set[str], gpus: int
 ) -> None:
     cluster = SimulatedCluster({"stages": ALL_KINDS, **spec})
     seen: dict[int, set[str]] = {}
@@ -353,10 +352,10 @@ def test_the_gpus_of_all_living_children_are_at_most_teacher_gpus_and_student_gp
         seen.setdefault(cluster.gpus_in_use(), {step.name for step in cluster.status.running})
         for step in cluster.status.running[::-1][
             :1
-        ]:  # the ones before stay alive beside it as long as may be
+        ]:  # the earlier ones stay alive beside it as long as possible
             cluster.set_child_state("Succeeded", step=step.name)
             cluster.set_progress(progress(step.name, step.attempt, "Succeeded", iteration=6, done=4))
-    assert (max(seen), seen[max(seen)]) == (gpus, most)
+    assert (max(seen), seen[max(seen)]) == (gpus, steps_at_most)
     run = observed_run(**cluster.spec).run
     assert run is not None
     assert max(seen) <= run.spec.teacher.gpus + run.spec.student.gpus
@@ -366,23 +365,27 @@ RESCORED = ["preprocess", "rescore", "vanilla", "vanilla-evaluate", "rescored"]
 
 
 @pytest.mark.parametrize(
-    "evaluated, done, started",
+    "evaluated, succeeded, started",
     [
-        pytest.param(False, [], ["preprocess"], id="nothing is there"),
-        pytest.param(False, ["preprocess"], ["rescore", "vanilla"], id="the dataset"),
+        pytest.param(False, [], ["preprocess"], id="new"),
+        pytest.param(False, ["preprocess"], ["rescore", "vanilla"], id="dataset"),
         pytest.param(False, ["preprocess", "vanilla"], ["rescore"], id="a student without scores"),
         pytest.param(False, ["preprocess", "rescore"], ["vanilla"], id="scores without a student"),
-        pytest.param(False, ["preprocess", "rescore", "vanilla"], ["rescored"], id="both"),
-        pytest.param(False, ["preprocess", "rescore", "vanilla", "rescored"], [*TRIO], id="three at once"),
+        pytest.param(False, ["preprocess", "rescore", "vanilla"], ["rescored"], id="scores and student"),
+        pytest.param(
+            False, ["preprocess", "rescore", "vanilla", "rescored"], [*TRIO], id="before the on-policy stage"
+        ),
         pytest.param(
             True,
             ["preprocess", "vanilla"],
             ["rescore", "vanilla-evaluate"],
             id="a student without scores, and not evaluated",
         ),
-        pytest.param(True, RESCORED, ["rescored-evaluate"], id="the stage is trained"),
-        pytest.param(True, [*RESCORED, "rescored-evaluate"], [*TRIO], id="the stage is evaluated"),
-        pytest.param(True, [*RESCORED, "rescored-evaluate", *TRIO], ["onpolicy-evaluate"], id="all three"),
+        pytest.param(True, RESCORED, ["rescored-evaluate"], id="stage trained"),
+        pytest.param(True, [*RESCORED, "rescored-evaluate"], [*TRIO], id="stage evaluated"),
+        pytest.param(
+            True, [*RESCORED, "rescored-evaluate", *TRIO], ["onpolicy-evaluate"], id="on-policy stage trained"
+        ),
         pytest.param(
             True,
             [*RESCORED, "rescored-evaluate", *TRIO, "onpolicy-evaluate"],
@@ -392,14 +395,16 @@ RESCORED = ["preprocess", "rescore", "vanilla", "vanilla-evaluate", "rescored"]
     ],
 )
 def test_no_step_starts_before_the_steps_that_it_needs_have_succeeded(
-    evaluated: bool, done: list[str], started: list[str]
+    evaluated: bool, succeeded: list[str], started: list[str]
 ) -> None:
     spec = {
         "stages": [*ALL_KINDS[:2], ONPOLICY, ALL_KINDS[2]],
         **({"evaluation": EVALUATED} if evaluated else {}),
     }
     fresh = SimulatedCluster(spec, decision=Decision(False, "no")).reconcile().status
-    steps = [{**step.dump(), **({"state": "Succeeded"} if step.name in done else {})} for step in fresh.steps]
+    steps = [
+        {**step.dump(), **({"state": "Succeeded"} if step.name in succeeded else {})} for step in fresh.steps
+    ]
     cluster = SimulatedCluster(spec, status=Status.model_validate({**fresh.dump(), "steps": steps}))
     assert [
         action.step for action in cluster.reconcile().actions if isinstance(action, CreateChild)
@@ -407,7 +412,7 @@ def test_no_step_starts_before_the_steps_that_it_needs_have_succeeded(
 
 
 @pytest.mark.parametrize("first, other", [("rescore", "vanilla"), ("vanilla", "rescore")])
-def test_a_run_that_fails_has_failed_once_nothing_of_it_is_alive_with_its_first_cause(
+def test_a_failing_run_is_failed_only_when_none_of_its_children_is_alive_with_the_first_cause(
     first: str, other: str
 ) -> None:
     cluster = rescoring_run()
@@ -420,7 +425,7 @@ def test_a_run_that_fails_has_failed_once_nothing_of_it_is_alive_with_its_first_
     assert decided.status.message.startswith(
         f"{other}: stopping at a checkpoint, because step {first} failed (attempt 1): pod x, exit 65"
     )
-    assert cluster.reconcile().actions == (), "it is saving its checkpoint"
+    assert cluster.reconcile().actions == (), "the other step is saving its checkpoint"
     if other == "rescore":
         cluster.set_child_state("Failed", ERROR, other)
         cluster.spec["runtime"] = {"attempts": 1}
@@ -448,7 +453,7 @@ def test_a_run_that_fails_has_failed_once_nothing_of_it_is_alive_with_its_first_
     )
 
 
-def test_what_worked_beside_training_that_has_succeeded_ends_and_counts_as_succeeded_once_it_has() -> None:
+def test_when_training_has_succeeded_the_steps_beside_it_are_stopped_and_then_count_as_succeeded() -> None:
     cluster = onpolicy_run(evaluation=EVALUATED)
     cluster.set_child_state("Failed", ERROR, "onpolicy-teacher")
     cluster.reconcile()
@@ -466,7 +471,7 @@ def test_what_worked_beside_training_that_has_succeeded_ends_and_counts_as_succe
     )
     cluster.advance(600)
     assert cluster.reconcile().actions == (), (
-        "its pods hold their GPUs until they are gone, and nothing is retried"
+        "the sampler's pods hold their GPUs until they are gone, and no step is retried"
     )
     cluster.remove_children("onpolicy-sampler")
     assert cluster.reconcile().actions == (CreateChild("onpolicy-evaluate", 1),)
@@ -475,21 +480,21 @@ def test_what_worked_beside_training_that_has_succeeded_ends_and_counts_as_succe
         assert (found.state, found.attempt, found.failures, found.interruptions) == ("Succeeded", 1, 0, 0)
 
 
-def test_failures_are_counted_and_wait_longer_each_time() -> None:
+def test_failures_are_counted_and_retried_after_increasing_delays() -> None:
     cluster = training_run()
-    pauses = []
+    delays = []
     for attempt in (1, 2):
         cluster.set_child_state("Failed", ERROR)
         decided = cluster.reconcile()
         assert decided.requeue_at is not None
-        pauses.append((decided.requeue_at - cluster.now).total_seconds())
+        delays.append((decided.requeue_at - cluster.now).total_seconds())
         assert decided.status.steps[1].state == "Retrying"
-        assert cluster.reconcile().actions == (), "not before retryAt"
+        assert cluster.reconcile().actions == (), "no attempt before retryAt"
         cluster.advance(60)
         assert cluster.reconcile().actions == (CreateChild("vanilla", attempt + 1),)
     cluster.set_child_state("Failed", ERROR)
     decided = cluster.reconcile()
-    assert pauses == [10, 20]
+    assert delays == [10, 20]
     assert (decided.status.phase, condition(decided, "Failed")) == ("Failed", ("True", "AttemptsExhausted"))
     assert "attempt 3 of 3" in decided.status.message
     assert "exit 137 (killed)" in decided.status.message
@@ -522,17 +527,17 @@ def test_a_new_part_clears_the_failures_of_preprocessing() -> None:
     assert cluster.status.steps[0].failures == 1
 
 
-def test_interruptions_do_not_count_and_the_first_one_waits_for_nothing() -> None:
+def test_interruptions_are_not_failures_and_the_first_is_retried_at_once() -> None:
     cluster = training_run(runtime={"attempts": 1})
-    pauses = []
+    delays = []
     for _ in range(4):
         cluster.set_child_state("Failed", EVICTED)
         decided = cluster.reconcile()
         assert decided.requeue_at is not None
-        pauses.append((decided.requeue_at - cluster.now).total_seconds())
+        delays.append((decided.requeue_at - cluster.now).total_seconds())
         cluster.advance(60)
         cluster.reconcile()
-    assert pauses == [0, 20, 40, 60]
+    assert delays == [0, 20, 40, 60]
     assert (
         cluster.status.phase,
         cluster.status.steps[1].failures,
@@ -555,9 +560,12 @@ def test_a_permanent_failure_is_not_retried_until_attempts_is_raised() -> None:
 
 @pytest.mark.parametrize(
     "reading, failures",
-    [pytest.param(AWAY, 0, id="away"), pytest.param(ProgressReading(attempted=True), 1, id="answers")],
+    [
+        pytest.param(AWAY, 0, id="unreachable"),
+        pytest.param(ProgressReading(attempted=True), 1, id="reachable"),
+    ],
 )
-def test_a_job_that_gave_up_on_the_bucket_counts_only_while_the_bucket_answers_us(
+def test_a_retriable_error_of_a_job_counts_only_if_the_operator_can_reach_the_bucket(
     reading: ProgressReading, failures: int
 ) -> None:
     cluster = training_run()
@@ -567,23 +575,23 @@ def test_a_job_that_gave_up_on_the_bucket_counts_only_while_the_bucket_answers_u
     assert cluster.status.steps[1].failures == failures
 
 
-def test_a_bucket_that_is_away_changes_nothing_but_a_condition() -> None:
+def test_an_unreachable_bucket_changes_only_a_condition() -> None:
     cluster = training_run()
     cluster.set_progress(progress("vanilla", iteration=3, done=500, loss=2.5))
-    known = cluster.reconcile().status
+    before = cluster.reconcile().status
     cluster.set_progress(AWAY)
     decided = cluster.reconcile()
     assert condition(decided, "StorageReachable") == ("False", "Unreachable")
     assert (decided.status.phase, decided.status.loss, decided.status.steps) == (
         "Running",
-        known.loss,
-        known.steps,
+        before.loss,
+        before.steps,
     )
     cluster.set_progress(progress("vanilla", iteration=3, done=500, loss=2.5))
     assert condition(cluster.reconcile(), "StorageReachable") == ("True", "Answered")
 
 
-def test_a_child_that_succeeds_while_the_bucket_is_away_succeeds_when_it_is_back() -> None:
+def test_a_success_is_recorded_once_the_bucket_is_reachable() -> None:
     cluster = training_run()
     cluster.set_child_state("Succeeded")
     cluster.set_progress(AWAY)
@@ -592,13 +600,13 @@ def test_a_child_that_succeeds_while_the_bucket_is_away_succeeds_when_it_is_back
     assert cluster.reconcile().status.phase == "Succeeded"
 
 
-def test_suspend_deletes_the_child_and_is_done_when_it_is_gone() -> None:
+def test_a_run_is_suspended_when_its_deleted_child_is_gone() -> None:
     cluster = training_run()
     name = cluster.child().name
     cluster.spec = {"suspend": True}
     assert [type(action) for action in cluster.reconcile().actions] == [DeleteChild]
     assert (cluster.status.phase, condition(cluster.reconcile(), "Suspended")[0]) == ("Running", "False"), (
-        "its GPUs are not free yet"
+        "the child's GPUs are not free yet"
     )
     del cluster.children[name]
     decided = cluster.reconcile()
@@ -606,7 +614,7 @@ def test_suspend_deletes_the_child_and_is_done_when_it_is_gone() -> None:
     assert cluster.reconcile_repeatedly().actions == ()
 
 
-def test_resume_is_a_new_attempt_that_does_not_count_and_waits_for_gpus() -> None:
+def test_resume_waits_for_gpus_and_starts_an_attempt_without_counting_a_failure() -> None:
     cluster = training_run(runtime={"attempts": 1}, suspend=False)
     cluster.spec["suspend"] = True
     cluster.reconcile()
@@ -620,13 +628,13 @@ def test_resume_is_a_new_attempt_that_does_not_count_and_waits_for_gpus() -> Non
     assert cluster.status.steps[1].failures == 0
 
 
-def test_resumed_while_it_still_stops_it_goes_on_as_soon_as_the_old_child_is_gone() -> None:
+def test_a_run_resumed_while_stopping_continues_when_the_old_child_is_gone() -> None:
     cluster = training_run()
     name = cluster.child().name
     cluster.spec = {"suspend": True}
     cluster.reconcile()
     cluster.spec = {}
-    assert cluster.reconcile().actions == (), "the old child still writes its checkpoint"
+    assert cluster.reconcile().actions == (), "the old child is still writing its checkpoint"
     del cluster.children[name]
     cluster.reconcile()
     assert cluster.reconcile().actions == (CreateChild("vanilla", 2),)
@@ -634,7 +642,7 @@ def test_resumed_while_it_still_stops_it_goes_on_as_soon_as_the_old_child_is_gon
 
 
 @pytest.mark.parametrize("phase", ["fresh", "queued", "between attempts"])
-def test_suspend_holds_a_run_that_has_no_child(phase: str) -> None:
+def test_a_run_without_a_child_is_suspended_at_once(phase: str) -> None:
     cluster = (
         SimulatedCluster(decision=Decision(False, "no"))
         if phase == "queued"
@@ -652,7 +660,7 @@ def test_suspend_holds_a_run_that_has_no_child(phase: str) -> None:
     assert cluster.reconcile_repeatedly().actions == ()
 
 
-def test_a_failed_child_whose_pods_still_live_is_waited_for() -> None:
+def test_a_failed_child_is_not_retried_while_its_pods_are_alive() -> None:
     cluster = training_run()
     cluster.set_child_state("Ending", message="pod first-vanilla-a1-worker-0 is ending")
     decided = cluster.reconcile()
@@ -660,7 +668,7 @@ def test_a_failed_child_whose_pods_still_live_is_waited_for() -> None:
     assert "worker-0 is ending" in decided.status.message
 
 
-def test_a_pod_that_is_removed_while_it_runs_ends_the_attempt_and_counts_nothing() -> None:
+def test_a_pod_deleted_while_running_ends_the_attempt_without_counting_a_failure() -> None:
     cluster = training_run(runtime={"attempts": 1})
     cluster.set_child_state("Waiting", missing_pod="first-vanilla-a1-master-0")
     assert [type(action) for action in cluster.reconcile().actions] == [DeleteChild]
@@ -669,18 +677,20 @@ def test_a_pod_that_is_removed_while_it_runs_ends_the_attempt_and_counts_nothing
     cluster.reconcile()
     assert cluster.reconcile().actions == (CreateChild("vanilla", 2),)
     cluster.set_child_state("Waiting", missing_pod="first-vanilla-a2-master-0")
-    assert cluster.reconcile().actions == (), "this one has not run yet"
+    assert cluster.reconcile().actions == (), "attempt 2 has not run yet"
 
 
 @pytest.mark.parametrize(
     "state, reading, reason",
     [
-        pytest.param("Running", progress("vanilla"), "NoProgress", id="hangs"),
-        pytest.param("Running", AWAY, "StorageUnreachable", id="bucket away"),
+        pytest.param("Running", progress("vanilla"), "NoProgress", id="no progress"),
+        pytest.param("Running", AWAY, "StorageUnreachable", id="bucket unreachable"),
         pytest.param("Waiting", ProgressReading(attempted=True), "PodPending", id="pod pending"),
     ],
 )
-def test_stalled_says_why_a_step_makes_no_progress(state: Any, reading: ProgressReading, reason: str) -> None:
+def test_stalled_has_the_reason_for_the_lack_of_progress(
+    state: Any, reading: ProgressReading, reason: str
+) -> None:
     cluster = training_run(runtime={"stalledAfter": "10m"})
     cluster.set_child_state(
         state, message="pod x cannot be scheduled: 0/1 nodes" if state == "Waiting" else ""
@@ -699,7 +709,7 @@ def test_stalled_says_why_a_step_makes_no_progress(state: Any, reading: Progress
     assert condition(cluster.reconcile(), "Stalled")[0] == "False"
 
 
-def test_a_missing_kubeflow_stops_a_run_before_anything_is_spent_and_never_switches_the_backend() -> None:
+def test_a_run_without_kubeflow_does_not_start_and_keeps_its_backend() -> None:
     cluster = SimulatedCluster(backend_missing=True)
     decided = cluster.reconcile()
     assert (decided.actions, decided.status.phase, condition(decided, "Stalled")) == (
@@ -727,12 +737,14 @@ def test_the_finalizer_follows_the_deletion_policy() -> None:
         pytest.param({"deletionPolicy": "Delete"}, (ClearBucket(), SetFinalizer(False)), id="Delete"),
     ],
 )
-def test_a_deleted_run_without_a_living_child(spec: dict[str, Any], actions: tuple[Any, ...]) -> None:
+def test_a_deleted_run_without_a_child_alive_is_finalized(
+    spec: dict[str, Any], actions: tuple[Any, ...]
+) -> None:
     cluster = SimulatedCluster(spec, deleting=True, has_finalizer=True)
     assert cluster.reconcile().actions == actions
 
 
-def test_a_deleted_run_that_cannot_be_read_goes_without_its_bucket() -> None:
+def test_a_deleted_run_with_an_invalid_spec_keeps_its_bucket() -> None:
     cluster = SimulatedCluster({"nonsense": 1}, deleting=True, has_finalizer=True)
     assert [type(action) for action in cluster.plan().actions] == [KeepBucket, SetFinalizer]
 
@@ -744,7 +756,7 @@ def test_a_deleted_run_without_finalizer_is_left_to_garbage_collection() -> None
 
 
 @pytest.mark.parametrize("failed", [False, True])
-def test_a_finished_run_is_deleted_when_its_time_has_come(failed: bool) -> None:
+def test_a_finished_run_is_deleted_after_ttl_after_finished(failed: bool) -> None:
     cluster = training_run(ttlAfterFinished="1h", runtime={"attempts": 1})
     cluster.set_child_state("Failed" if failed else "Succeeded", ERROR if failed else None)
     cluster.set_progress(progress("vanilla", state="Succeeded", iteration=6, done=1000))
@@ -753,7 +765,7 @@ def test_a_finished_run_is_deleted_when_its_time_has_come(failed: bool) -> None:
     assert cluster.reconcile().actions == (DeleteRun(),)
 
 
-def test_children_of_old_attempts_are_removed() -> None:
+def test_children_of_old_attempts_are_deleted() -> None:
     cluster = training_run()
     for attempt in range(1, 6):
         cluster.set_child_state("Failed", ERROR)
@@ -765,7 +777,7 @@ def test_children_of_old_attempts_are_removed() -> None:
     assert kept == ["first-vanilla-a4", "first-vanilla-a5", "first-vanilla-a6"]
 
 
-def test_kueue_admits_where_there_is_a_queue() -> None:
+def test_a_run_with_a_queue_is_queued_until_kueue_admits_it() -> None:
     cluster = SimulatedCluster({"runtime": {"queueName": "team", "backend": "Job"}})
     cluster.reconcile()
     cluster.set_child_state(
@@ -776,7 +788,7 @@ def test_kueue_admits_where_there_is_a_queue() -> None:
     assert cluster.reconcile().status.phase == "Running"
 
 
-def test_what_a_job_reports_becomes_a_condition_and_stays_until_it_is_reported_again() -> None:
+def test_a_condition_reported_by_a_job_stays_until_it_is_reported_again() -> None:
     cluster = training_run()
     reported = {"type": "RouterCollapse", "status": "True", "reason": "DeadExpert", "message": "layer 7"}
     cluster.set_progress(progress("vanilla", conditions=[reported]))
@@ -787,7 +799,7 @@ def test_what_a_job_reports_becomes_a_condition_and_stays_until_it_is_reported_a
     assert condition(cluster.reconcile(), "RouterCollapse")[0] == "False"
 
 
-def test_a_look_that_finds_nothing_new_changes_no_byte_of_the_status() -> None:
+def test_reconciling_without_changes_keeps_the_status() -> None:
     cluster = training_run()
     cluster.set_progress(progress("vanilla", iteration=3, done=500, loss=2.5))
     before = cluster.reconcile().status

@@ -1,4 +1,4 @@
-"""Diagnosis of live pods and children: why one waits, why one failed, which state it is in."""
+"""Diagnosis of pods and children: state, reason for waiting, cause of failure."""
 
 import json
 from typing import Any
@@ -22,14 +22,14 @@ def pod(
     return {"kind": "Pod", "metadata": {"name": name, "uid": f"uid-{name}"}, "status": status}
 
 
-def ended(
+def terminated(
     code: int, message: str = "", at: str = "2026-01-01T00:00:10Z", reason: str = "Error"
 ) -> dict[str, Any]:
     return {"terminated": {"exitCode": code, "message": message, "finishedAt": at, "reason": reason}}
 
 
 def reported(kind: str, code: int, message: str) -> dict[str, Any]:
-    return ended(code, json.dumps({"class": kind, "rank": 0, "exit": code, "message": message}))
+    return terminated(code, json.dumps({"class": kind, "rank": 0, "exit": code, "message": message}))
 
 
 DRAINED = {
@@ -50,7 +50,7 @@ DRAINED = {
             id="permanent",
         ),
         pytest.param(
-            [pod(main=ended(65, "log line 1\nlast line\n"))],
+            [pod(main=terminated(65, "log line 1\nlast line\n"))],
             "Permanent",
             '"last line"',
             id="exit 65 without a report",
@@ -66,20 +66,23 @@ DRAINED = {
             id="stopped by a signal",
         ),
         pytest.param(
-            [pod(main=ended(1, 'x\n{"class": "Permanent", "message": "bad"}'))],
+            [pod(main=terminated(1, 'x\n{"class": "Permanent", "message": "bad"}'))],
             "Permanent",
             "bad",
             id="torchrun's 1",
         ),
-        pytest.param([pod(main=ended(137))], "Error", "exit 137 (killed)", id="killed"),
+        pytest.param([pod(main=terminated(137))], "Error", "exit 137 (killed)", id="killed"),
         pytest.param(
-            [pod(main=ended(137, reason="OOMKilled"))], "Error", "out of memory", id="out of memory"
+            [pod(main=terminated(137, reason="OOMKilled"))], "Error", "out of memory", id="out of memory"
         ),
         pytest.param(
-            [pod(main=ended(137), conditions=[DRAINED])], "Interrupted", "drain of node a", id="drained"
+            [pod(main=terminated(137), conditions=[DRAINED])], "Interrupted", "drain of node a", id="drained"
         ),
         pytest.param(
-            [pod(main=ended(137), reason="Evicted")], "Interrupted", "Evicted", id="evicted by the kubelet"
+            [pod(main=terminated(137), reason="Evicted")],
+            "Interrupted",
+            "Evicted",
+            id="evicted by the kubelet",
         ),
         pytest.param([pod(reason="NodeLost")], "Interrupted", "NodeLost", id="node lost"),
         pytest.param(
@@ -99,7 +102,7 @@ DRAINED = {
         ),
     ],
 )
-def test_why_a_pod_failed(pods: list[dict[str, Any]], kind: str, expected: str) -> None:
+def test_the_cause_of_a_failed_child(pods: list[dict[str, Any]], kind: str, expected: str) -> None:
     failure = failure_cause(pods, "BackoffLimitExceeded: …")
     assert failure.kind == kind
     assert expected in failure.message
@@ -110,38 +113,41 @@ def test_why_a_pod_failed(pods: list[dict[str, Any]], kind: str, expected: str) 
     [
         pytest.param(
             [
-                pod("late", main=ended(1, at="2026-01-01T00:00:20Z")),
-                pod("first", main=ended(1, at="2026-01-01T00:00:10Z")),
+                pod("late", main=terminated(1, at="2026-01-01T00:00:20Z")),
+                pod("first", main=terminated(1, at="2026-01-01T00:00:10Z")),
             ],
             "first",
             id="the first to fail",
         ),
         pytest.param(
-            [pod("stopped", main=ended(143)), pod("cause", main=ended(70, at="2026-01-01T00:00:30Z"))],
+            [
+                pod("stopped", main=terminated(143)),
+                pod("cause", main=terminated(70, at="2026-01-01T00:00:30Z")),
+            ],
             "cause",
-            id="not the stopped",
+            id="not the terminated one",
         ),
         pytest.param(
-            [pod("fails", main=ended(1)), pod("drained", main=ended(137), conditions=[DRAINED])],
+            [pod("fails", main=terminated(1)), pod("drained", main=terminated(137), conditions=[DRAINED])],
             "drained",
-            id="the drained",
+            id="the drained one",
         ),
         pytest.param(
             [
-                pod("drained", main=ended(137), conditions=[DRAINED]),
+                pod("drained", main=terminated(137), conditions=[DRAINED]),
                 pod("bad", main=reported("Permanent", 65, "x")),
             ],
             "bad",
-            id="permanent",
+            id="the permanent failure",
         ),
         pytest.param(
-            [pod("fine", "Succeeded", main=ended(0)), pod("bad", main=ended(2))],
+            [pod("fine", "Succeeded", main=terminated(0)), pod("bad", main=terminated(2))],
             "bad",
-            id="not the succeeded",
+            id="not the succeeded one",
         ),
     ],
 )
-def test_which_of_several_pods_is_the_cause(pods: list[dict[str, Any]], name: str) -> None:
+def test_the_pod_that_caused_the_failure(pods: list[dict[str, Any]], name: str) -> None:
     assert f"pod {name}" in failure_cause(pods, "").message
 
 
@@ -149,18 +155,18 @@ def waiting(reason: str, message: str = "") -> dict[str, Any]:
     return {"waiting": {"reason": reason, "message": message}}
 
 
-UNPLACED = {
+UNSCHEDULABLE = {
     "type": "PodScheduled",
     "status": "False",
     "reason": "Unschedulable",
     "message": "0/1 nodes: 1 Insufficient nvidia.com/gpu",
 }
-REFUSED = {
+FORBIDDEN = {
     "involvedObject": {"kind": "Job", "name": "j"},
     "reason": "FailedCreate",
     "message": "violates PodSecurity restricted",
 }
-MOUNT = {
+MOUNT_FAILED = {
     "involvedObject": {"kind": "Pod", "name": "p"},
     "reason": "FailedMount",
     "message": "secret vpmoe-s3 not found",
@@ -171,10 +177,10 @@ MOUNT = {
     "pods, events, expected",
     [
         pytest.param(
-            [pod(phase="Pending", conditions=[UNPLACED])],
+            [pod(phase="Pending", conditions=[UNSCHEDULABLE])],
             [],
             "pod p cannot be scheduled: 0/1 nodes: 1 Insufficient",
-            id="no room",
+            id="no free GPU",
         ),
         pytest.param(
             [pod(phase="Pending", main=waiting("ImagePullBackOff", "no image"))],
@@ -190,26 +196,28 @@ MOUNT = {
         ),
         pytest.param(
             [pod(phase="Pending", main=waiting("ContainerCreating"))],
-            [MOUNT],
+            [MOUNT_FAILED],
             "pod p: FailedMount: secret",
             id="volume",
         ),
         pytest.param(
-            [], [REFUSED], "job j: FailedCreate: violates PodSecurity", id="rejected by pod security"
+            [], [FORBIDDEN], "job j: FailedCreate: violates PodSecurity", id="rejected by pod security"
         ),
         pytest.param(
             [pod(phase="Pending", main=waiting("ContainerCreating"))], [], "pod p is starting", id="starting"
         ),
-        pytest.param([], [], "its pods have not been created yet", id="nothing yet"),
+        pytest.param([], [], "its pods have not been created yet", id="no pods yet"),
     ],
 )
-def test_why_a_pod_waits(pods: list[dict[str, Any]], events: list[dict[str, Any]], expected: str) -> None:
+def test_the_reason_why_a_child_waits(
+    pods: list[dict[str, Any]], events: list[dict[str, Any]], expected: str
+) -> None:
     assert expected in waiting_reason(pods, events)
 
 
-def job(*true: str, deleting: bool = False, **status: Any) -> dict[str, Any]:
+def job(*conditions_true: str, deleting: bool = False, **status: Any) -> dict[str, Any]:
     meta = {"name": "j", "uid": "u", **({"deletionTimestamp": "x"} if deleting else {})}
-    conditions = [{"type": kind, "status": "True", "reason": "R", "message": "m"} for kind in true]
+    conditions = [{"type": kind, "status": "True", "reason": "R", "message": "m"} for kind in conditions_true]
     return {
         "kind": "Job",
         "metadata": meta,
@@ -221,7 +229,9 @@ def job(*true: str, deleting: bool = False, **status: Any) -> dict[str, Any]:
 def pytorchjob(*conditions: tuple[str, str], workers: int = 0, **active: int) -> dict[str, Any]:
     replicas = {"Master": {"replicas": 1}, **({"Worker": {"replicas": workers}} if workers else {})}
     status = {
-        "conditions": [{"type": kind, "status": truth} for kind, truth in conditions],
+        "conditions": [
+            {"type": kind, "status": status_of_condition} for kind, status_of_condition in conditions
+        ],
         "replicaStatuses": {role: {"active": count} for role, count in active.items()},
     }
     return {
@@ -236,18 +246,20 @@ def pytorchjob(*conditions: tuple[str, str], workers: int = 0, **active: int) ->
     "obj, state",
     [
         pytest.param(job(), "Waiting", id="job: new"),
-        pytest.param(job(active=2, ready=1), "Waiting", id="job: one of two runs"),
-        pytest.param(job(active=2, ready=2), "Running", id="job: runs"),
+        pytest.param(job(active=2, ready=1), "Waiting", id="job: one of two is running"),
+        pytest.param(job(active=2, ready=2), "Running", id="job: running"),
         pytest.param(job(active=1, ready=1, succeeded=1), "Running", id="job: one has finished"),
         pytest.param(job("SuccessCriteriaMet", "Complete"), "Succeeded", id="job: complete"),
-        pytest.param(job("FailureTarget"), "Ending", id="job: has failed, pods still end"),
+        pytest.param(job("FailureTarget"), "Ending", id="job: failed, pods terminating"),
         pytest.param(job("FailureTarget", "Failed"), "Failed", id="job: failed"),
         pytest.param(job(deleting=True, active=2, ready=2), "Ending", id="job: being deleted"),
         pytest.param(job("Failed", deleting=True), "Ending", id="job: failed and being deleted"),
         pytest.param(job("Complete", deleting=True), "Succeeded", id="job: complete and being deleted"),
         pytest.param(pytorchjob(("Created", "True")), "Waiting", id="pytorchjob: created"),
         pytest.param(
-            pytorchjob(("Created", "True"), ("Running", "True"), Master=1), "Running", id="pytorchjob: runs"
+            pytorchjob(("Created", "True"), ("Running", "True"), Master=1),
+            "Running",
+            id="pytorchjob: running",
         ),
         pytest.param(
             pytorchjob(("Running", "True"), workers=1, Master=1),
@@ -269,39 +281,41 @@ def test_the_state_of_a_child(obj: dict[str, Any], state: str) -> None:
     assert child_state(obj)[0] == state
 
 
-def test_a_failed_child_whose_pods_still_live_is_ending() -> None:
+def test_a_failed_child_with_pods_alive_is_ending() -> None:
     obj = pytorchjob(("Failed", "True"))
-    survivor = pod("worker", "Running", main={"running": {}})
-    assert describe_child(obj, "Failed", "", [pod("master", main=ended(1)), survivor], []).state == "Ending"
-    assert describe_child(obj, "Failed", "", [pod("master", main=ended(1))], []).state == "Failed"
+    alive = pod("worker", "Running", main={"running": {}})
+    assert describe_child(obj, "Failed", "", [pod("master", main=terminated(1)), alive], []).state == "Ending"
+    assert describe_child(obj, "Failed", "", [pod("master", main=terminated(1))], []).state == "Failed"
 
 
 @pytest.mark.parametrize(
     "phases, missing",
     [
-        pytest.param({"j-master-0": "Running", "j-worker-0": "Running"}, "", id="all run"),
-        pytest.param({"j-master-0": "Succeeded", "j-worker-0": "Running"}, "", id="one has ended"),
+        pytest.param({"j-master-0": "Running", "j-worker-0": "Running"}, "", id="all running"),
+        pytest.param({"j-master-0": "Succeeded", "j-worker-0": "Running"}, "", id="one has finished"),
         pytest.param({"j-master-0": "Running"}, "j-worker-0", id="one is gone"),
         pytest.param(
-            {"j-master-0": "Pending", "j-worker-0": "Running"}, "j-master-0", id="replaced by another"
+            {"j-master-0": "Pending", "j-worker-0": "Running"}, "j-master-0", id="one has been replaced"
         ),
     ],
 )
-def test_a_pod_of_a_pytorchjob_that_does_not_run_is_missing(phases: dict[str, str], missing: str) -> None:
-    its_pods = [pod(name, phase) for name, phase in phases.items()]
+def test_a_pod_of_a_running_pytorchjob_that_is_not_running_is_missing(
+    phases: dict[str, str], missing: str
+) -> None:
+    pods = [pod(name, phase) for name, phase in phases.items()]
     assert (
-        describe_child(pytorchjob(("Running", "True"), workers=1), "Waiting", "", its_pods, []).missing_pod
+        describe_child(pytorchjob(("Running", "True"), workers=1), "Waiting", "", pods, []).missing_pod
         == missing
     )
 
 
-def test_a_child_that_kueue_suspends_is_suspended() -> None:
-    held = {**job(), "spec": {"parallelism": 2, "suspend": True}}
-    assert describe_child(held, "Waiting", "", [], []).suspended
+def test_a_child_suspended_by_kueue_is_suspended() -> None:
+    suspended = {**job(), "spec": {"parallelism": 2, "suspend": True}}
+    assert describe_child(suspended, "Waiting", "", [], []).suspended
 
 
 @pytest.mark.parametrize(
-    "owners, mine",
+    "owners, controlled",
     [
         pytest.param([{"uid": "me", "controller": True}], True, id="controller"),
         pytest.param([{"uid": "me"}], False, id="not its controller"),
@@ -309,7 +323,7 @@ def test_a_child_that_kueue_suspends_is_suspended() -> None:
         pytest.param([], False, id="no owner"),
     ],
 )
-def test_only_an_object_that_this_run_controls_belongs_to_it(
-    owners: list[dict[str, Any]], mine: bool
+def test_an_object_belongs_to_a_run_only_if_the_run_is_its_controller(
+    owners: list[dict[str, Any]], controlled: bool
 ) -> None:
-    assert is_controlled_by({"metadata": {"ownerReferences": owners}}, "me") is mine
+    assert is_controlled_by({"metadata": {"ownerReferences": owners}}, "me") is controlled

@@ -1,8 +1,8 @@
-"""The operator continues runs that an older operator began: plans and children recorded at commit 3fc3cc3.
+"""The operator continues runs of an older operator: plans and children recorded at commit 3fc3cc3.
 
-recorded/moments.jsonl.gz holds one reconcile a line: the DistillRun with the status that the older operator
-wrote, the observed children and progress reports, and the plan. recorded/children.json.gz holds every child
-of the examples. Messages may be reworded, so only their presence is compared; everything else must be equal.
+recorded/moments.jsonl.gz has one reconcile per line: the DistillRun with the status that the older operator
+wrote, the observed children and progress reports, and the plan. recorded/children.json.gz has every child of
+the examples. Messages may be reworded, so only their presence is compared; everything else must be equal.
 """
 
 import gzip
@@ -87,7 +87,7 @@ def without_messages(document: Any) -> Any:
 
 
 @pytest.mark.parametrize("moment", [pytest.param(moment, id=moment["what"]) for moment in MOMENTS])
-def test_a_run_that_an_older_operator_began_continues(moment: dict[str, Any], settings: Settings) -> None:
+def test_plans_equal_those_of_an_older_operator(moment: dict[str, Any], settings: Settings) -> None:
     verdict = moment["verdict"]
     decided = plan(
         parse_run(moment["object"]),
@@ -107,13 +107,13 @@ def test_a_run_that_an_older_operator_began_continues(moment: dict[str, Any], se
     assert (decided.requeue_at and decided.requeue_at.isoformat()) == expected["again"]
     status = dict(expected["status"])
     if status.get("step") != moment["object"]["status"].get("step") and decided.status.loss is None:
-        # Since then, a training step that begins clears the loss of the stage before.
+        # Since then, a training step clears the loss of the previous stage when it starts.
         status.pop("loss", None)
     assert without_messages(decided.status.dump()) == without_messages(status)
 
 
 @pytest.mark.parametrize("example", CHILDREN)
-def test_the_children_of_a_run_are_those_of_an_older_operator(example: str, settings: Settings) -> None:
+def test_children_equal_those_of_an_older_operator(example: str, settings: Settings) -> None:
     recorded = CHILDREN[example]
     run = DistillRun.parse(yaml.safe_load(recorded["configMap"]["data"]["run.yaml"]))
     origin = Origin("a" * 40, run.config_hash, "d" * 64)

@@ -1,4 +1,4 @@
-"""Two steps that run at once: each is decided by itself, and together they make one headline."""
+"""Two steps that run at the same time: each is decided separately, and the run has one summary."""
 
 from datetime import timedelta
 from typing import Any
@@ -41,7 +41,7 @@ def deleted(decided: Plan) -> list[str]:
     return [action.child.name for action in decided.actions if isinstance(action, DeleteChild)]
 
 
-def test_a_run_of_all_kinds_goes_from_its_first_look_to_succeeded() -> None:
+def test_a_run_of_three_kinds_from_its_first_reconcile_to_succeeded() -> None:
     cluster = SimulatedCluster({"stages": ALL_KINDS})
     assert created(cluster.reconcile()) == ["preprocess-a1"]
     assert [step.message for step in cluster.status.steps[1:]] == [
@@ -92,7 +92,7 @@ def test_a_run_of_all_kinds_goes_from_its_first_look_to_succeeded() -> None:
     assert (cluster.status.phase, cluster.status.progress, len(cluster.created)) == ("Succeeded", "100%", 5)
 
 
-def test_vanilla_continues_if_rescoring_is_done_first() -> None:
+def test_vanilla_continues_if_rescoring_finishes_first() -> None:
     cluster = rescoring_run()
     cluster.set_child_state("Succeeded", step="rescore")
     cluster.set_progress(progress("rescore", state="Succeeded", done=4))
@@ -121,7 +121,7 @@ def test_a_step_that_finds_its_output_in_the_bucket_is_reused() -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1, 2], ids=["before any", "between the two", "after both"])
-def test_an_operator_that_dies_while_it_creates_two_children_creates_each_once(after: int) -> None:
+def test_an_operator_that_crashes_while_creating_two_children_creates_each_once(after: int) -> None:
     cluster = SimulatedCluster({"stages": ALL_KINDS})
     cluster.reconcile()
     cluster.set_child_state("Succeeded")
@@ -134,25 +134,25 @@ def test_an_operator_that_dies_while_it_creates_two_children_creates_each_once(a
 
 @pytest.mark.parametrize("step, other", [TWO, TWO[::-1]])
 @pytest.mark.parametrize(
-    "failure, failures, pause", [(ERROR, 1, 10), (EVICTED, 0, 0)], ids=["fails", "is evicted"]
+    "failure, failures, delay", [(ERROR, 1, 10), (EVICTED, 0, 0)], ids=["fails", "is evicted"]
 )
-def test_a_step_is_retried_by_itself_while_the_other_continues(
-    step: str, other: str, failure: Failure, failures: int, pause: int
+def test_a_step_is_retried_while_the_other_continues(
+    step: str, other: str, failure: Failure, failures: int, delay: int
 ) -> None:
     cluster = rescoring_run()
     cluster.set_child_state("Failed", failure, step)
     decided = cluster.reconcile()
-    assert (decided.actions, decided.requeue_at) == ((), cluster.now + timedelta(seconds=pause))
+    assert (decided.actions, decided.requeue_at) == ((), cluster.now + timedelta(seconds=delay))
     assert (cluster.step(step).state, cluster.step(step).failures, cluster.step(other).state) == (
         "Retrying",
         failures,
         "Running",
     )
     assert (cluster.status.phase, cluster.status.step) == ("Running", "vanilla"), (
-        "the headline is that of the step that trains, in any state"
+        "the run's summary is that of the training step, whatever its state"
     )
     assert condition(decided, "Progressing") == ("True", "Retrying" if step == "vanilla" else "Running")
-    cluster.advance(pause)
+    cluster.advance(delay)
     assert created(cluster.reconcile()) == [f"{step}-a2"]
     assert cluster.child(other).name.endswith("-a1")
 
@@ -183,7 +183,7 @@ def test_a_deleted_pod_of_training_does_not_affect_rescoring() -> None:
 
 
 @pytest.mark.parametrize("first", TWO)
-def test_suspend_stops_both_and_is_done_when_both_are_gone(first: str) -> None:
+def test_a_run_is_suspended_when_both_children_are_gone(first: str) -> None:
     cluster = rescoring_run()
     cluster.spec["suspend"] = True
     assert deleted(cluster.reconcile()) == ["first-rescore-a1", "first-vanilla-a1"]
@@ -215,7 +215,7 @@ def test_suspend_stops_both_and_is_done_when_both_are_gone(first: str) -> None:
     ]
 
 
-def test_resumed_early_a_step_that_has_stopped_continues_while_the_other_still_stops() -> None:
+def test_a_stopped_step_of_a_resumed_run_continues_while_the_other_still_stops() -> None:
     cluster = rescoring_run()
     cluster.spec["suspend"] = True
     cluster.reconcile()
@@ -229,7 +229,7 @@ def test_resumed_early_a_step_that_has_stopped_continues_while_the_other_still_s
     assert created(cluster.reconcile()) == ["rescore-a2"]
 
 
-def test_a_suspended_run_keeps_what_ends_meanwhile() -> None:
+def test_a_step_that_succeeds_while_the_run_is_suspended_is_recorded() -> None:
     cluster = rescoring_run()
     cluster.spec["suspend"] = True
     cluster.set_child_state("Succeeded", step="rescore")
@@ -254,7 +254,7 @@ def test_success_that_cannot_be_read_yet_is_not_deleted_by_suspend() -> None:
     assert cluster.step("rescore").state == "Succeeded"
 
 
-def test_attempts_raised_while_the_others_still_stop_lets_all_continue() -> None:
+def test_raising_attempts_while_other_steps_stop_continues_all() -> None:
     cluster = rescoring_run()
     cluster.set_child_state("Failed", PERMANENT, "rescore")
     cluster.reconcile()
@@ -310,7 +310,7 @@ def test_a_deleted_run_waits_for_both_children_before_its_bucket_is_cleared() ->
 
 
 @pytest.mark.parametrize("step", TWO)
-def test_a_run_is_stalled_if_either_step_is_and_its_headline_is_that_of_training(step: str) -> None:
+def test_a_run_is_stalled_if_either_step_is_and_its_summary_is_that_of_training(step: str) -> None:
     cluster = rescoring_run(runtime={"stalledAfter": "10m"})
     cluster.advance(300)
     (other,) = {*TWO} - {step}
@@ -352,7 +352,7 @@ def test_a_child_that_is_rejected_or_whose_name_is_taken_blocks_only_its_own_ste
         assert created(decided) == (["rescore-a1"] if observation.create_error else [])
 
 
-def test_rescoring_is_monitored_while_pytorchjobs_cannot_be() -> None:
+def test_rescoring_is_monitored_if_pytorchjobs_are_not_available() -> None:
     cluster = rescoring_run()
     cluster.backend_missing = True
     cluster.set_child_state("Succeeded", step="rescore")
@@ -377,7 +377,7 @@ def test_rescoring_is_monitored_while_pytorchjobs_cannot_be() -> None:
         pytest.param(("rescore",), "Running", "vanilla: ", id="rescoring"),
     ],
 )
-def test_kueue_admits_each_step_by_itself(held: tuple[str, ...], phase: str, message: str) -> None:
+def test_kueue_admits_each_step_separately(held: tuple[str, ...], phase: str, message: str) -> None:
     cluster = rescoring_run(runtime={"queueName": "team", "backend": "Job"})
     for step in held:
         cluster.set_child_state(
@@ -391,7 +391,7 @@ def test_kueue_admits_each_step_by_itself(held: tuple[str, ...], phase: str, mes
     ]
 
 
-def test_a_bucket_that_is_away_is_one_condition_and_a_speed_is_kept_only_for_its_step() -> None:
+def test_an_unreachable_bucket_is_one_condition_and_speed_is_that_of_the_training_step() -> None:
     cluster = rescoring_run()
     cluster.set_progress(progress("vanilla", iteration=3, done=500, tokensPerSecond=10.0, loss=2.5))
     cluster.reconcile()
@@ -410,7 +410,7 @@ def test_a_bucket_that_is_away_is_one_condition_and_a_speed_is_kept_only_for_its
     )
 
 
-def test_what_both_jobs_report_becomes_conditions() -> None:
+def test_conditions_reported_by_both_jobs_are_conditions_of_the_run() -> None:
     cluster = rescoring_run()
     reported: list[dict[str, Any]] = [
         {"type": name, "status": "True", "reason": "Found"} for name in ("RouterCollapse", "TeacherSlow")
@@ -424,7 +424,7 @@ def test_what_both_jobs_report_becomes_conditions() -> None:
     )
 
 
-def test_a_look_that_finds_nothing_new_changes_no_byte_of_the_status() -> None:
+def test_reconciling_without_changes_keeps_the_status() -> None:
     for cluster in (
         rescoring_run(),
         rescoring_run(runtime={"backend": "Job"}),
@@ -435,7 +435,7 @@ def test_a_look_that_finds_nothing_new_changes_no_byte_of_the_status() -> None:
         assert cluster.reconcile().status == before
 
 
-def test_a_step_without_a_progress_report_is_waited_for() -> None:
+def test_a_step_without_a_progress_report_is_running() -> None:
     cluster = rescoring_run()
     cluster.set_progress(ProgressReading(attempted=True))
     decided = cluster.reconcile()

@@ -1,6 +1,4 @@
-"""Work queue: deduplication, one worker a key, delayed requeue, backoff; and the health probes that depend on
-it.
-"""
+"""Work queue: deduplication, one worker per key, delayed requeue, backoff; and the health probes."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -32,41 +30,41 @@ def run[T](work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(work)
 
 
-async def nothing_is_due(queue: WorkQueue[str]) -> bool:
-    getting = asyncio.create_task(queue.get())
+async def is_nothing_due(queue: WorkQueue[str]) -> bool:
+    waiting_get = asyncio.create_task(queue.get())
     for _ in range(5):
         await asyncio.sleep(0)
-    done = getting.done()
-    getting.cancel()
+    done = waiting_get.done()
+    waiting_get.cancel()
     return not done
 
 
-def test_a_key_that_is_put_often_is_returned_once(queue: WorkQueue[str]) -> None:
+def test_a_key_put_several_times_is_returned_once(queue: WorkQueue[str]) -> None:
     async def work() -> None:
         for _ in range(3):
             queue.put("a")
         assert await queue.get() == "a"
         queue.done("a")
-        assert await nothing_is_due(queue)
+        assert await is_nothing_due(queue)
 
     run(work())
 
 
-def test_a_key_is_in_progress_once_at_a_time_and_due_again_if_it_was_put_meanwhile(
+def test_a_key_put_while_in_progress_is_returned_again_afterwards(
     queue: WorkQueue[str],
 ) -> None:
     async def work() -> None:
         queue.put("a")
         await queue.get()
         queue.put("a")
-        assert await nothing_is_due(queue), "it is in progress"
+        assert await is_nothing_due(queue), "the key is in progress"
         queue.done("a")
         assert await queue.get() == "a"
 
     run(work())
 
 
-def test_the_key_that_has_waited_longest_goes_first(queue: WorkQueue[str], clock: Clock) -> None:
+def test_the_key_that_has_waited_longest_is_returned_first(queue: WorkQueue[str], clock: Clock) -> None:
     async def work() -> None:
         queue.put("young")
         queue.put("old", delay=-5)
@@ -75,7 +73,7 @@ def test_the_key_that_has_waited_longest_goes_first(queue: WorkQueue[str], clock
     run(work())
 
 
-def test_several_workers_are_all_woken() -> None:
+def test_all_waiting_workers_are_woken() -> None:
     async def work() -> None:
         queue: WorkQueue[str] = WorkQueue()
         workers = [asyncio.create_task(queue.get()) for _ in range(3)]
@@ -87,20 +85,24 @@ def test_several_workers_are_all_woken() -> None:
     run(work())
 
 
-def test_a_delayed_key_waits_and_the_earliest_request_counts(queue: WorkQueue[str], clock: Clock) -> None:
+def test_a_delayed_key_is_returned_at_the_earliest_requested_time(
+    queue: WorkQueue[str], clock: Clock
+) -> None:
     async def work() -> None:
         queue.put("a", delay=60)
         queue.put("a", delay=90)
-        assert await nothing_is_due(queue)
+        assert await is_nothing_due(queue)
         clock.now += 60
         assert await queue.get() == "a"
         queue.done("a")
-        assert await nothing_is_due(queue), "the later request was dropped"
+        assert await is_nothing_due(queue), "the later request was dropped"
 
     run(work())
 
 
-def test_failures_back_off_up_to_a_limit_until_a_success(queue: WorkQueue[str], clock: Clock) -> None:
+def test_failures_back_off_up_to_a_limit_and_a_success_resets_them(
+    queue: WorkQueue[str], clock: Clock
+) -> None:
     async def work() -> list[float]:
         delays = []
         queue.put("a")
@@ -123,40 +125,42 @@ def test_failures_back_off_up_to_a_limit_until_a_success(queue: WorkQueue[str], 
 def test_another_thread_can_wake_a_worker() -> None:
     async def work() -> str:
         queue: WorkQueue[str] = WorkQueue()
-        getting = asyncio.create_task(queue.get())
+        waiting_get = asyncio.create_task(queue.get())
         await asyncio.sleep(0)
         await asyncio.to_thread(queue.put_from_thread, "a")
-        return await getting
+        return await waiting_get
 
     assert run(work()) == "a"
 
 
-def test_the_oldest_age_counts_waiting_keys_and_keys_in_progress(queue: WorkQueue[str], clock: Clock) -> None:
+def test_the_oldest_age_is_that_of_keys_due_or_in_progress(queue: WorkQueue[str], clock: Clock) -> None:
     async def work() -> None:
         assert queue.oldest_age() == 0
         queue.put("later", delay=1000)
-        assert queue.oldest_age() == 0, "it is not due"
+        assert queue.oldest_age() == 0, "the key is not due"
         queue.put("now")
         clock.now += 30
         assert queue.oldest_age() == 30
         await queue.get()
         clock.now += 7
-        assert queue.oldest_age() == 7, "in progress for 7 s"
+        assert queue.oldest_age() == 7, "the key has been in progress for 7 s"
 
     run(work())
 
 
 @pytest.mark.parametrize(
-    "leading, queue_age, since_answer, problem",
+    "leading, queue_age, since_response, problem",
     [
         pytest.param(True, 1, 1, "", id="healthy"),
         pytest.param(True, 301, 1, "a run has been due for 301 s", id="queue stuck"),
-        pytest.param(True, 1, 301, "the API server has not answered for 301 s", id="API server silent"),
+        pytest.param(
+            True, 1, 301, "the API server has not answered for 301 s", id="API server does not respond"
+        ),
         pytest.param(False, 1, 301, "", id="a standby is healthy"),
     ],
 )
-def test_probes_fail_when_the_operator_is_health_problem(
-    leading: bool, queue_age: float, since_answer: float, problem: str
+def test_probes_fail_if_there_is_a_health_problem(
+    leading: bool, queue_age: float, since_response: float, problem: str
 ) -> None:
-    assert health_problem(leading, queue_age, since_answer, 300).startswith(problem)
-    assert bool(health_problem(leading, queue_age, since_answer, 300)) is bool(problem)
+    assert health_problem(leading, queue_age, since_response, 300).startswith(problem)
+    assert bool(health_problem(leading, queue_age, since_response, 300)) is bool(problem)

@@ -1,4 +1,4 @@
-"""The launcher: placement of ranks, exit codes and termination messages. Small programs stand in for
+"""The launcher: placement of ranks, exit codes and termination messages, with small programs instead of
 training."""
 
 import os
@@ -37,9 +37,9 @@ def spec(run_spec: dict[str, Any], **student: int) -> DistillRun:
 @pytest.mark.parametrize(
     "student, environment, first, here",
     [
-        pytest.param({"gpus": 1}, {}, 0, 1, id="one-by-hand"),
-        pytest.param({"gpus": 4}, {}, 0, 4, id="four-by-hand"),
-        pytest.param({"gpus": 4, "gpusPerPod": 2}, {}, 0, 4, id="two-pods-worth-by-hand"),
+        pytest.param({"gpus": 1}, {}, 0, 1, id="one-without-cluster"),
+        pytest.param({"gpus": 4}, {}, 0, 4, id="four-without-cluster"),
+        pytest.param({"gpus": 4, "gpusPerPod": 2}, {}, 0, 4, id="ranks-of-two-pods-without-cluster"),
         pytest.param({"gpus": 4, "gpusPerPod": 2}, POD, 2, 2, id="second-of-two-pods"),
         pytest.param(
             {"gpus": 4, "gpusPerPod": 2}, {**POD, "PET_NODE_RANK": "0"}, 0, 2, id="first-of-two-pods"
@@ -50,17 +50,17 @@ def test_each_pod_starts_its_own_ranks(
     run_spec: dict[str, Any], student: dict[str, int], environment: dict[str, str], first: int, here: int
 ) -> None:
     run = spec(run_spec, **student)
-    placed = launcher.place_ranks(
+    placement = launcher.place_ranks(
         layout(run.spec.student, run.spec.training, run.spec.stages[0]), environment
     )
-    assert (placed.ranks, placed.first, placed.here) == (student["gpus"], first, here)
-    assert placed.address == environment.get("PET_MASTER_ADDR", "127.0.0.1")
+    assert (placement.ranks, placement.first, placement.here) == (student["gpus"], first, here)
+    assert placement.address == environment.get("PET_MASTER_ADDR", "127.0.0.1")
 
 
 @pytest.mark.parametrize(
     "environment, starts_teacher, port",
     [
-        pytest.param({}, True, None, id="by-hand"),
+        pytest.param({}, True, None, id="without-cluster"),
         pytest.param({**POD, "PET_NODE_RANK": "0"}, True, 23457, id="first-pod"),
         pytest.param(POD, False, 23457, id="second-pod"),
     ],
@@ -69,15 +69,17 @@ def test_the_first_pod_starts_the_teacher_on_the_gpu_after_its_ranks(
     run_spec: dict[str, Any], environment: dict[str, str], starts_teacher: bool, port: int | None
 ) -> None:
     run = spec(run_spec, gpus=4, gpusPerPod=2)
-    placed = launcher.place_ranks(
+    placement = launcher.place_ranks(
         layout(run.spec.student, run.spec.training, run.spec.stages[0]), environment, teacher=True
     )
-    assert placed.starts_teacher is starts_teacher and (
-        placed.teacher_port == port if port else placed.teacher_port != placed.port
+    assert placement.starts_teacher is starts_teacher and (
+        placement.teacher_port == port if port else placement.teacher_port != placement.port
     )
-    student, teacher = (launcher.worker_environment(placed, local, environment) for local in (0, placed.here))
+    student, teacher = (
+        launcher.worker_environment(placement, local, environment) for local in (0, placement.here)
+    )
     assert (
-        teacher["LOCAL_RANK"] == str(placed.here)
+        teacher["LOCAL_RANK"] == str(placement.here)
         and teacher["VPMOE_PART"] == "teacher"
         and not teacher["RANK"]
     )
@@ -87,7 +89,7 @@ def test_the_first_pod_starts_the_teacher_on_the_gpu_after_its_ranks(
     ).starts_teacher
 
 
-def test_a_job_with_another_number_of_pods_than_the_layout_is_refused(run_spec: dict[str, Any]) -> None:
+def test_a_number_of_pods_other_than_the_layouts_is_rejected(run_spec: dict[str, Any]) -> None:
     run = spec(run_spec, gpus=4, gpusPerPod=1)
     with pytest.raises(Permanent, match="has 2 pods, but 4 ranks with 1 per pod need 4"):
         launcher.place_ranks(layout(run.spec.student, run.spec.training, run.spec.stages[0]), POD)
@@ -98,7 +100,7 @@ FAIL_BY_RANK = (
     "sys.exit({code} if rank == 1 else 0)"
 )
 KILLED = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-SAVES = (
+EXIT_ON_SIGTERM = (
     "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); "
     "print('ready', flush=True); time.sleep(60)"
 )
@@ -143,7 +145,7 @@ def launch(
         pytest.param(KILLED, 75, "rank 1 was killed by SIGKILL", id="killed"),
     ],
 )
-def test_it_exits_with_the_code_of_the_first_worker_that_failed(
+def test_it_exits_with_the_code_of_the_first_failed_worker(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, code: int, message: str | None
 ) -> None:
     assert launch_two_ranks(monkeypatch, tmp_path / "log", program) == code
@@ -155,7 +157,7 @@ def test_it_exits_with_the_code_of_the_first_worker_that_failed(
     )
 
 
-BY_PART = "import os, signal, sys, time; teacher = os.environ.get('VPMOE_PART') == 'teacher'; "
+PREAMBLE = "import os, signal, sys, time; teacher = os.environ.get('VPMOE_PART') == 'teacher'; "
 
 
 @pytest.mark.parametrize(
@@ -187,8 +189,8 @@ def test_ranks_and_their_teacher_end_together(
     code: int,
     message: str | None,
 ) -> None:
-    placed = Placement(3, 0, 2, "127.0.0.1", 1, teacher_port=2)
-    assert launch(monkeypatch, tmp_path / "log", BY_PART + program, placed, None, grace) == code
+    placement = Placement(3, 0, 2, "127.0.0.1", 1, teacher_port=2)
+    assert launch(monkeypatch, tmp_path / "log", PREAMBLE + program, placement, None, grace) == code
     found = failure.read_termination_message(tmp_path / "log")
     assert (
         found is None
@@ -197,31 +199,31 @@ def test_ranks_and_their_teacher_end_together(
     )
 
 
-def test_the_message_of_a_killed_worker_replaces_those_of_its_peers(
+def test_the_message_about_a_killed_worker_replaces_those_of_its_peers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Rank 2 reports that its peer is gone before the launcher has noticed that rank 1 was killed."""
+    """Rank 2 reports its missing peer before the launcher has detected that rank 1 was killed."""
     log = tmp_path / "log"
-    complains = (
+    kill_and_report = (
         f"open({str(log)!r}, 'w').write('rank 2 misses rank 1'); os.kill(int(open('{tmp_path}/1').read()), 9)"
     )
     program = (
         f"import os, sys, time; rank = os.environ['RANK']; open('{tmp_path}/' + rank, "
         "'w').write(str(os.getpid())); "
         "time.sleep(0.5); "
-        f"rank == '2' and exec({complains!r}); time.sleep(0 if rank == '2' else 60); sys.exit(70)"
+        f"rank == '2' and exec({kill_and_report!r}); time.sleep(0 if rank == '2' else 60); sys.exit(70)"
     )
     assert launch_two_ranks(monkeypatch, log, program, grace=5) == 75
     found = failure.read_termination_message(log)
     assert found is not None and found.message.startswith("rank 1 was killed by SIGKILL") and found.rank == 1
 
 
-def test_sigterm_reaches_every_worker_and_their_code_is_passed_on(
+def test_sigterm_is_forwarded_to_every_worker_and_their_code_is_returned(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     stopping = threading.Event()
     threading.Timer(1.0, stopping.set).start()
-    assert launch_two_ranks(monkeypatch, tmp_path / "log", SAVES, stopping) == 143
+    assert launch_two_ranks(monkeypatch, tmp_path / "log", EXIT_ON_SIGTERM, stopping) == 143
 
 
 def test_a_worker_that_fails_while_the_others_save_ends_the_launcher_after_the_grace_time(
@@ -229,17 +231,19 @@ def test_a_worker_that_fails_while_the_others_save_ends_the_launcher_after_the_g
 ) -> None:
     stopping = threading.Event()
     threading.Timer(1.0, stopping.set).start()
-    hangs = (
+    fails_on_sigterm = (
         "import os, signal, sys, time; "
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(70) if os.environ['RANK'] == '1' else None); "
     )
     assert (
-        launch_two_ranks(monkeypatch, tmp_path / "log", hangs + "time.sleep(3); time.sleep(60)", stopping)
+        launch_two_ranks(
+            monkeypatch, tmp_path / "log", fails_on_sigterm + "time.sleep(3); time.sleep(60)", stopping
+        )
         == 70
     )
 
 
-def test_workers_without_a_signal_handler_are_stopped_too(
+def test_workers_without_a_signal_handler_are_stopped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     stopping = threading.Event()
@@ -264,5 +268,5 @@ def test_workers_die_with_their_launcher(tmp_path: Path) -> None:
     )
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     process.send_signal(signal.SIGKILL)
-    assert process.stdout.read() == b"", "the pipe closes when its last writer, the worker, is gone"
+    assert process.stdout.read() == b"", "the pipe is closed when its last writer, the worker, has exited"
     process.wait()

@@ -1,4 +1,4 @@
-"""An OnPolicy stage begins only after enough valid completions; otherwise the error names number and
+"""An OnPolicy stage starts only if enough completions were valid; otherwise the error names the share and the
 remedy."""
 
 import subprocess
@@ -19,7 +19,7 @@ EFFORTS = {
     "medium": {"validity": {"valid": 8, "noFinal": 2}, "meanTokens": 40.0, "mostTokens": 90},
     "high": {"validity": {"valid": 5, "truncated": 5}, "meanTokens": 80.0, "mostTokens": 128},
 }
-MEASURED = {
+EVALUATION = {
     "run": "default/tiny-run-01234567",
     "config": "0" * 64,
     "stage": "vanilla",
@@ -50,52 +50,52 @@ def spec(run_spec: dict[str, Any]) -> dict[str, Any]:
     return run_spec
 
 
-def check(spec: dict[str, Any], bucket: Bucket) -> None:
+def require_validity(spec: dict[str, Any], bucket: Bucket) -> None:
     run = DistillRun.parse(spec)
     gate.require_validity(run, run.spec.stages[-1], bucket)
 
 
-def write(spec: dict[str, Any], bucket: Bucket, said: Any) -> None:
-    bucket.put_bytes(paths.evaluation(DistillRun.parse(spec), "vanilla"), json_bytes(said), {})
+def write_evaluation(spec: dict[str, Any], bucket: Bucket, record: Any) -> None:
+    bucket.put_bytes(paths.evaluation(DistillRun.parse(spec), "vanilla"), json_bytes(record), {})
 
 
-def test_too_few_valid_completions_stop_the_stage_with_the_number_and_the_remedy(
+def test_too_few_valid_completions_reject_the_stage_with_the_share_and_the_remedy(
     spec: dict[str, Any], bucket: Bucket
 ) -> None:
-    write(spec, bucket, MEASURED)
-    with pytest.raises(Permanent) as stopped:
-        check(spec, bucket)
-    assert str(stopped.value) == (
+    write_evaluation(spec, bucket, EVALUATION)
+    with pytest.raises(Permanent) as caught:
+        require_validity(spec, bucket)
+    assert str(caught.value) == (
         "stage onpolicy: require.validity is 0.8, and after stage vanilla it is 0.733 (low 0.900, medium "
         "0.800, high 0.500; of 30 completions 22 valid, 6 truncated, 2 noFinal). In a new run, which may "
         "resumeFrom this one, train longer before onpolicy, or lower require.validity; 0 asks for none."
     )
 
 
-def test_just_enough_lets_it_begin(spec: dict[str, Any], bucket: Bucket) -> None:
+def test_the_required_share_is_enough(spec: dict[str, Any], bucket: Bucket) -> None:
     spec["spec"]["stages"][-1]["require"] = {"validity": 22 / 30}
-    write(spec, bucket, MEASURED)
-    check(spec, bucket)
+    write_evaluation(spec, bucket, EVALUATION)
+    require_validity(spec, bucket)
 
 
-def test_validity_0_asks_for_no_evaluation(spec: dict[str, Any], bucket: Bucket) -> None:
+def test_validity_0_requires_no_evaluation(spec: dict[str, Any], bucket: Bucket) -> None:
     spec["spec"]["stages"][-1]["require"] = {"validity": 0}
-    check(spec, bucket)
+    require_validity(spec, bucket)
 
 
-def test_stages_of_other_kinds_ask_for_nothing(spec: dict[str, Any], bucket: Bucket) -> None:
+def test_stages_of_other_kinds_require_no_evaluation(spec: dict[str, Any], bucket: Bucket) -> None:
     run = DistillRun.parse(spec)
     gate.require_validity(run, run.spec.stages[0], bucket)
 
 
 @pytest.mark.parametrize(
-    "said, message",
+    "changes, message",
     [
         pytest.param(
             None,
             r"evaluation.json does not say what it is after stage vanilla. Measure it "
             r"first: .* --step vanilla-evalu",
-            id="no",
+            id="missing",
         ),
         pytest.param(
             {"completions": 0, "validity": {}, "efforts": {}},
@@ -112,27 +112,27 @@ def test_stages_of_other_kinds_ask_for_nothing(spec: dict[str, Any], bucket: Buc
         ),
     ],
 )
-def test_what_was_not_measured_is_not_enough(
-    spec: dict[str, Any], bucket: Bucket, said: dict[str, Any] | None, message: str
+def test_a_missing_or_invalid_evaluation_is_rejected(
+    spec: dict[str, Any], bucket: Bucket, changes: dict[str, Any] | None, message: str
 ) -> None:
-    if said is not None:
-        write(spec, bucket, MEASURED | said)
+    if changes is not None:
+        write_evaluation(spec, bucket, EVALUATION | changes)
     with pytest.raises(Permanent, match=message):
-        check(spec, bucket)
+        require_validity(spec, bucket)
 
 
-def test_what_is_written_is_read_back() -> None:
-    found = evaluation_record.EvaluationRecord.model_validate(MEASURED)
-    assert found.dump() == MEASURED and found.valid_share == 22 / 30
+def test_an_evaluation_record_is_read_as_it_was_written() -> None:
+    found = evaluation_record.EvaluationRecord.model_validate(EVALUATION)
+    assert found.dump() == EVALUATION and found.valid_share == 22 / 30
     assert (
         evaluation_record.EvaluationRecord.model_validate(
-            MEASURED | {"completions": 0, "validity": {}, "efforts": {}}
+            EVALUATION | {"completions": 0, "validity": {}, "efforts": {}}
         ).valid_share
         is None
     )
 
 
-def test_it_is_checked_without_torch() -> None:
+def test_validity_is_checked_without_torch() -> None:
     code = (
         "import sys, vpmoe.rollout.gate; print(sorted({'torch', 'vllm', 'megatron', "
         "'numpy'} & set(sys.modules)))"

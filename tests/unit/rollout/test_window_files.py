@@ -1,4 +1,4 @@
-"""Window files: round trip, equal bytes for equal windows, and rejected files with their remedy."""
+"""Window files: round trip, equal bytes for equal windows, rejected files."""
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +18,7 @@ from vpmoe.rollout.window_files import (
     scores_bytes,
 )
 
-ABOUT = RolloutHeader(
+HEADER = RolloutHeader(
     run="default/r-01234567",
     config="c" * 64,
     stage="onpolicy",
@@ -34,7 +34,7 @@ ABOUT = RolloutHeader(
 
 
 def rollouts(random: np.random.Generator, count: int = 5) -> list[Rollout]:
-    made = []
+    files = []
     for number in range(count):
         asked, sampled = random.integers(1, 9), random.integers(1, 30)
         ids_T = random.integers(VOCABULARY_SIZE, size=asked + sampled, dtype=np.int32)
@@ -43,20 +43,20 @@ def rollouts(random: np.random.Generator, count: int = 5) -> list[Rollout]:
             -random.exponential(3, size=sampled).astype(np.float32),
         )
         document, validity = int(random.integers(1000)), VALIDITIES[number % 5]
-        made.append(Rollout(number // 2, number % 2, document, "low", validity, ids_T, span_C, logp_C))
-    return made
+        files.append(Rollout(number // 2, number % 2, document, "low", validity, ids_T, span_C, logp_C))
+    return files
 
 
-def scores(sha256: str) -> ScoresHeader:
-    return ScoresHeader(run=ABOUT.run, stage=ABOUT.stage, window=3, rollouts=sha256, teacher="t" * 64)
+def scores_header(sha256: str) -> ScoresHeader:
+    return ScoresHeader(run=HEADER.run, stage=HEADER.stage, window=3, rollouts=sha256, teacher="t" * 64)
 
 
-def test_what_goes_in_comes_out() -> None:
+def test_windows_are_read_as_they_were_written() -> None:
     random = np.random.default_rng(new_seed())
-    held = rollouts(random)
-    found = read_rollouts(rollouts_bytes(ABOUT, held), "here")
-    assert found.header == ABOUT
-    for one, other in zip(held, found.rollouts, strict=True):
+    written = rollouts(random)
+    found = read_rollouts(rollouts_bytes(HEADER, written), "here")
+    assert found.header == HEADER
+    for one, other in zip(written, found.rollouts, strict=True):
         assert (one.prompt, one.rollout, one.document, one.effort, one.validity, one.prompt_length) == (
             other.prompt,
             other.rollout,
@@ -69,46 +69,47 @@ def test_what_goes_in_comes_out() -> None:
             assert (getattr(one, name) == getattr(other, name)).all() and getattr(one, name).dtype == getattr(
                 other, name
             ).dtype
-    logp = [-random.exponential(3, size=len(one.logp_C)).astype(np.float32) for one in held]
-    back = read_scores(scores_bytes(scores(found.sha256), logp), "here", found)
+    logp = [-random.exponential(3, size=len(one.logp_C)).astype(np.float32) for one in written]
+    scores_read = read_scores(scores_bytes(scores_header(found.sha256), logp), "here", found)
     assert all(
-        (one == other).all() and other.dtype == np.float32 for one, other in zip(logp, back, strict=True)
+        (one == other).all() and other.dtype == np.float32
+        for one, other in zip(logp, scores_read, strict=True)
     )
 
 
 def test_equal_windows_are_equal_bytes() -> None:
     seed = new_seed()
-    made = [rollouts_bytes(ABOUT, rollouts(np.random.default_rng(seed))) for _ in range(2)]
-    assert made[0] == made[1]
+    files = [rollouts_bytes(HEADER, rollouts(np.random.default_rng(seed))) for _ in range(2)]
+    assert files[0] == files[1]
 
 
-def test_an_impossible_token_is_stored_as_a_number_and_a_missing_one_not_at_all() -> None:
+def test_minus_infinity_is_stored_as_a_number_and_nan_is_rejected() -> None:
     (one,) = rollouts(np.random.default_rng(0), 1)
     one.logp_C[0] = -np.inf
-    assert read_rollouts(rollouts_bytes(ABOUT, [one]), "here").rollouts[0].logp_C[0] == -100
+    assert read_rollouts(rollouts_bytes(HEADER, [one]), "here").rollouts[0].logp_C[0] == -100
     one.logp_C[0] = np.nan
     with pytest.raises(ValueError, match="log-probability"):
-        rollouts_bytes(ABOUT, [one])
+        rollouts_bytes(HEADER, [one])
 
 
-def test_what_is_no_window_is_refused() -> None:
+def test_an_invalid_window_is_rejected() -> None:
     random = np.random.default_rng(new_seed())
-    whole = rollouts_bytes(ABOUT, rollouts(random))
-    found = read_rollouts(whole, "here")
-    other = read_rollouts(rollouts_bytes(ABOUT, rollouts(random)), "here")
+    window_bytes = rollouts_bytes(HEADER, rollouts(random))
+    found = read_rollouts(window_bytes, "here")
+    other = read_rollouts(rollouts_bytes(HEADER, rollouts(random)), "here")
     logp = [one.logp_C for one in found.rollouts]
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, pa.schema([("x", pa.int32())])) as writer:
         writer.write_table(pa.table({"x": pa.array([1], pa.int32())}))
     for data in (
-        whole[: len(whole) // 2],
+        window_bytes[: len(window_bytes) // 2],
         b"",
         bytes(sink.getvalue()),
-        scores_bytes(scores(found.sha256), logp),
+        scores_bytes(scores_header(found.sha256), logp),
     ):
         with pytest.raises(Permanent, match=r"s3://here.*delete it"):
             read_rollouts(data, "s3://here")
     with pytest.raises(Permanent, match="other rollouts"):
-        read_scores(scores_bytes(scores(found.sha256), logp), "here", other)
+        read_scores(scores_bytes(scores_header(found.sha256), logp), "here", other)
     with pytest.raises(Permanent, match="one score for each"):
-        read_scores(scores_bytes(scores(found.sha256), logp[1:]), "here", found)
+        read_scores(scores_bytes(scores_header(found.sha256), logp[1:]), "here", found)

@@ -1,4 +1,4 @@
-"""The schedule of windows, which every role computes and which must be the same in all."""
+"""The schedule of windows: every role computes the same one."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fakes.curricula import A_STEP, PARTS, SHARES, at, stage, windows
+from tests.fakes.curricula import PARTS, SHARES, TOKENS_PER_STEP, plan_window, stage, windows
 from tests.fakes.students import new_seed
 from vpmoe.api.stages import MaxTokens
 from vpmoe.data.packing import epoch_order
@@ -31,45 +31,43 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 @given(SEEDS, st.permutations(range(30)), SHARES)
-def test_every_role_computes_the_same_in_whatever_order_it_asks(
-    seed: int, asked: list[int], anchor: float
+def test_a_schedule_does_not_depend_on_the_order_of_queries(
+    seed: int, order: list[int], anchor: float
 ) -> None:
     anchor = min(anchor, 0.8)
     one, other = windows(seed, anchor=anchor), windows(seed, anchor=anchor)
-    once = {number: at(one, number) for number in asked}
-    assert all(at(other, number) == once[number] for number in range(30))
+    plans = {number: plan_window(one, number) for number in order}
+    assert all(plan_window(other, number) == plans[number] for number in range(30))
 
 
-def test_another_process_computes_the_same() -> None:
+def test_another_process_computes_the_same_windows() -> None:
     code = """
         import dataclasses, json
-        from tests.fakes.curricula import at, windows
-        found = [at(windows(), number) for number in (0, 7, 100)]
+        from tests.fakes.curricula import plan_window, windows
+        found = [plan_window(windows(), number) for number in (0, 7, 100)]
         print(json.dumps([dataclasses.asdict(window) | {"max_tokens": 0} for window in found]))
     """
-    say = [sys.executable, "-c", textwrap.dedent(code)]
-    said = subprocess.run(
-        say,
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    output = subprocess.run(
+        command,
         env={**os.environ, "PYTHONHASHSEED": "7"},
         check=True,
         capture_output=True,
         text=True,
         timeout=120,
     ).stdout
-    for found, number in zip(json.loads(said), (0, 7, 100), strict=True):
-        here = at(windows(), number)
-        assert (found["number"], found["version"], found["phase"]) == (here.number, here.version, here.phase)
+    for found, number in zip(json.loads(output), (0, 7, 100), strict=True):
+        plan = plan_window(windows(), number)
+        assert (found["number"], found["version"], found["phase"]) == (plan.number, plan.version, plan.phase)
         assert [(p["place"], p["document"], p["effort"], tuple(p["seeds"])) for p in found["prompts"]] == [
-            (p.place, p.document, p.effort, p.seeds) for p in here.prompts
+            (p.place, p.document, p.effort, p.seeds) for p in plan.prompts
         ]
 
 
-def test_a_window_stays_what_it_was_when_this_was_written() -> None:
-    """A run that resumes with another version of this code must get the same windows.
-
-    A change needs a note for users.
-    """
-    prompts = at(windows(), 140).prompts
+def test_windows_have_not_changed() -> None:
+    """A run that is resumed with another version of the code must get the same windows. A change must be
+    announced to users."""
+    prompts = plan_window(windows(), 140).prompts
     found = [(p.document, p.effort, len(p.seeds)) for p in prompts]
     assert found == [
         (16, "medium", 1),
@@ -81,45 +79,45 @@ def test_a_window_stays_what_it_was_when_this_was_written() -> None:
 
 
 @given(SEEDS, st.integers(1, 60), st.integers(0, 70))
-def test_each_prompt_is_asked_once_an_epoch_in_the_batch_plans_order(
-    seed: int, prompts: int, first: int
-) -> None:
+def test_each_prompt_is_sampled_once_per_epoch_in_epoch_order(seed: int, prompts: int, first: int) -> None:
     it = windows(seed, prompts, first)
-    visited = np.concatenate([it.documents(number) for number in range(-(-100 // prompts))])
+    documents = np.concatenate([it.documents(number) for number in range(-(-100 // prompts))])
     stream = np.concatenate([epoch_order(PARTS, seed, epoch) for epoch in range(10)])
-    assert visited.tolist() == stream[first : first + len(visited)].tolist()
+    assert documents.tolist() == stream[first : first + len(documents)].tolist()
     for epoch in range(1, 3):
-        whole = visited[25 * epoch - first % 25 :][:25]
-        assert sorted(whole) == list(range(25))
+        one_epoch = documents[25 * epoch - first % 25 :][:25]
+        assert sorted(one_epoch) == list(range(25))
 
 
 @given(SEEDS)
 def test_no_two_rollouts_share_a_seed(seed: int) -> None:
     it = windows(seed)
-    seeds = [s for number in range(40) for prompt in at(it, number).prompts for s in prompt.seeds]
+    seeds = [s for number in range(40) for prompt in plan_window(it, number).prompts for s in prompt.seeds]
     assert len(set(seeds)) == len(seeds) and all(0 <= s < 2**63 for s in seeds)
 
 
 @given(st.fractions(1, 64, max_denominator=997), st.integers(1, 600))
-def test_the_rollouts_of_a_window_are_the_mean_and_spread_evenly(mean: Fraction, prompts: int) -> None:
+def test_the_rollouts_of_a_window_have_the_mean_and_are_evenly_spread(mean: Fraction, prompts: int) -> None:
     found = rollouts_per_prompt(Level(0, (Fraction(1), Fraction(0), Fraction(0)), mean), prompts)
     assert len(found) == prompts and sum(found) == int(prompts * mean)
     assert set(found) <= {int(mean), -int(-mean // 1)}
     assert all(abs(sum(found[:n]) - n * mean) < 1 for n in range(prompts)), (
-        "whatever is cut off, the mean holds"
+        "every prefix has the mean, up to rounding"
     )
 
 
-def test_rollouts_rise_window_by_window_over_the_last_quarter() -> None:
+def test_rollouts_increase_gradually_over_the_last_quarter() -> None:
     it = windows(prompts=20, anchor=0, staleness=0, publishEvery=1)
-    counts = [sum(len(prompt.seeds) for prompt in at(it, number).prompts) for number in range(75, 176)]
+    counts = [
+        sum(len(prompt.seeds) for prompt in plan_window(it, number).prompts) for number in range(75, 176)
+    ]
     assert counts[0] == counts[75] == 20 and counts[-2] == 39 and counts[-1] == 80
     assert counts[:-1] == sorted(counts[:-1]) and len(set(counts)) > 15
 
 
 @pytest.mark.parametrize("shares", [(0.7, 0.3, 0.0), (0.2, 0.6, 0.2), (0.1, 0.3, 0.6), (0.0, 0.0, 1.0)])
-def test_efforts_are_drawn_by_their_shares(shares: tuple[float, ...]) -> None:
-    """Within six standard deviations of independent draws; a share of 0 is never drawn."""
+def test_efforts_are_drawn_with_their_shares(shares: tuple[float, ...]) -> None:
+    """Within six standard deviations of independent draws. A share of 0 is never drawn."""
     seed, windows_, prompts = new_seed(), 40, 500
     level = Level(0, tuple(Fraction(str(share)) for share in shares), Fraction(1))
     drawn = Counter(
@@ -133,34 +131,34 @@ def test_efforts_are_drawn_by_their_shares(shares: tuple[float, ...]) -> None:
 
 
 def test_an_effort_does_not_depend_on_the_other_prompts() -> None:
-    few, many = at(windows(prompts=4), 3), at(windows(prompts=12), 3)
+    few, many = plan_window(windows(prompts=4), 3), plan_window(windows(prompts=12), 3)
     assert [p.effort for p in few.prompts] == [p.effort for p in many.prompts[:4]]
     assert [p.seeds for p in few.prompts] == [p.seeds for p in many.prompts[:4]]
 
 
-def test_a_window_names_its_version_and_phase() -> None:
+def test_a_window_has_the_version_and_phase_of_the_curriculum() -> None:
     it = windows(staleness=2, publishEvery=2, anchor=0.5)
     for number in (0, 5, 60, 90):
-        found = at(it, number)
+        found = plan_window(it, number)
         assert found.version == it.curriculum.version_of(number)
         assert (
             found.phase
             == Curriculum(it.curriculum.stage)
-            .level_at(A_STEP * it.curriculum.steps_trained(found.version))
+            .level_at(TOKENS_PER_STEP * it.curriculum.steps_trained(found.version))
             .phase
         )
-    assert {at(it, number).phase for number in (0, 60, 120)} == {0, 1, 2}
+    assert {plan_window(it, number).phase for number in (0, 60, 120)} == {0, 1, 2}
 
 
-def test_turns_ask_for_less_from_their_window_on_and_of_nothing_else() -> None:
+def test_adjustments_apply_from_their_window_and_change_nothing_else() -> None:
     it = windows(prompts=400, curriculum=[{"share": 1, "effort": {"low": 0.2, "medium": 0.2, "high": 0.6}}])
-    turns = [
-        Adjustment(number=number, window=10 * number, setting=knob, waiting=0.6)
-        for number, knob in enumerate(ADJUSTMENTS, 1)
+    adjustments = [
+        Adjustment(number=number, window=10 * number, setting=setting, waiting=0.6)
+        for number, setting in enumerate(ADJUSTMENTS, 1)
     ]
     bounds, shares = [], []
     for number in (9, 10, 20, 30, 40, 50):
-        plain, found = at(it, number), at(it, number, turns)
+        plain, found = plan_window(it, number), plan_window(it, number, adjustments)
         assert found.adjustments == number // 10 and (found.version, found.phase) == (
             plain.version,
             plain.phase,
@@ -169,7 +167,7 @@ def test_turns_ask_for_less_from_their_window_on_and_of_nothing_else() -> None:
             (p.document, p.seeds) for p in plain.prompts
         ]
         bounds.append(tuple(getattr(found.max_tokens, name) for name in EFFORTS))
-        shares.append([Counter(p.effort for p in of.prompts)["high"] / 400 for of in (plain, found)])
+        shares.append([Counter(p.effort for p in window.prompts)["high"] / 400 for window in (plain, found)])
         assert (
             Counter(p.effort for p in found.prompts)["low"] == Counter(p.effort for p in plain.prompts)["low"]
         )
@@ -179,10 +177,10 @@ def test_turns_ask_for_less_from_their_window_on_and_of_nothing_else() -> None:
         assert high == pytest.approx(0.6 * factor, abs=6 * (0.24 / 400) ** 0.5)
 
 
-def test_a_bound_is_never_turned_to_nothing() -> None:
+def test_adjusted_limits_are_at_least_one_token() -> None:
     it = windows(rollout={"promptsPerWindow": 1, "maxTokens": {"low": 1, "medium": 2, "high": 3}})
-    turns = [Adjustment(number=number, window=0, setting="maxTokens", waiting=0.6) for number in (1, 2)]
-    assert at(it, 0, turns).max_tokens == MaxTokens(low=1, medium=1, high=1)
+    adjustments = [Adjustment(number=number, window=0, setting="maxTokens", waiting=0.6) for number in (1, 2)]
+    assert plan_window(it, 0, adjustments).max_tokens == MaxTokens(low=1, medium=1, high=1)
 
 
 @pytest.mark.parametrize(
@@ -195,19 +193,19 @@ def test_a_bound_is_never_turned_to_nothing() -> None:
     ],
     ids=["low", "high", "the-sequence-ends-first", "one-token"],
 )
-def test_a_completion_ends_with_its_effort_or_with_the_sequence(
+def test_a_completion_is_limited_by_its_effort_and_the_sequence(
     prompt: int, effort: str, sequence: int, bound: int
 ) -> None:
     assert completion_limit(prompt, effort, MaxTokens(), sequence) == bound
 
 
-def test_a_prompt_that_fills_the_sequence_is_refused() -> None:
+def test_a_prompt_that_fills_the_sequence_is_rejected() -> None:
     with pytest.raises(
         ValueError, match="a prompt of 64 tokens leaves no room for an answer in a sequence of 64"
     ):
         completion_limit(64, "low", MaxTokens(), 64)
 
 
-def test_no_document_at_all_is_refused() -> None:
+def test_a_dataset_without_documents_is_rejected() -> None:
     with pytest.raises(ValueError, match="no document in any part"):
         WindowSchedule(stage(), 1, [0, 0])

@@ -1,4 +1,4 @@
-"""Blocks are hashed, cut and processed as the format says, and only a few are ever held."""
+"""Blocks: order, number in memory, ranges and hashes."""
 
 import hashlib
 import io
@@ -11,7 +11,7 @@ import pytest
 from vpmoe.storage.blocks import BLOCK, block_range, hash_bytes, in_order, read_blocks
 
 
-def test_results_come_in_order_and_few_are_held() -> None:
+def test_results_are_in_order_and_few_items_are_in_memory() -> None:
     lock, held, most = threading.Lock(), 0, 0
 
     def items() -> Iterator[int]:
@@ -28,15 +28,15 @@ def test_results_come_in_order_and_few_are_held() -> None:
         with lock:
             held -= 1
     assert results == [number * number for number in range(50)]
-    assert most == 4, "three at work or waiting to be taken, and the one that was just read"
+    assert most == 4, "three in progress or completed, and the one that was just read"
 
 
-def test_the_first_error_ends_the_work() -> None:
+def test_the_first_error_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         list(in_order(lambda number: 1 // number, [2, 1, 0, 5], threads=2))
 
 
-def test_blocks_cover_the_whole_once() -> None:
+def test_blocks_cover_every_byte_exactly_once() -> None:
     seed = random.randrange(2**32)
     for size in (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, random.Random(seed).randrange(3 * BLOCK)):
         data = bytes(size)

@@ -1,5 +1,5 @@
-"""The bucket against a real S3 server: what is written comes back proved, and what was altered is refused in
-plain words."""
+"""Bucket on a real S3 server: objects are verified when they are read, and altered ones are rejected with the
+remedy."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ from vpmoe.api.storage import StorageSpec
 from vpmoe.storage import BLOCK, Bucket, Credentials, Patience, StorageError, Stored
 
 MIB = 2**20
-HASTY = Patience(attempts=3, connect=2, read=1, first_pause=0.01, longest_pause=0.02)
+SHORT_PATIENCE = Patience(attempts=3, connect=2, read=1, first_pause=0.01, longest_pause=0.02)
 
 
 def some_bytes(size: int, seed: int = 0) -> bytes:
@@ -32,13 +32,13 @@ def put(bucket: Bucket, folder: Path, size: int, key: str = "things/one") -> tup
     return bucket.put_file(key, folder / "source", {"step": "test"}), data
 
 
-def lies_at(s3: S3, bucket: Bucket, key: str) -> Path:
-    """The file in which the server keeps an object."""
+def stored_file(s3: S3, bucket: Bucket, key: str) -> Path:
+    """The file in which the server stores an object."""
     return s3.folder / bucket.name / (bucket.prefix + key)
 
 
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 20 * MIB])
-def test_what_is_written_comes_back(bucket: Bucket, tmp_path: Path, size: int) -> None:
+def test_an_object_is_read_as_it_was_written(bucket: Bucket, tmp_path: Path, size: int) -> None:
     stored, data = put(bucket, tmp_path, size)
     assert (stored.key, stored.size, stored.sha256) == ("things/one", size, hashlib.sha256(data).hexdigest())
     assert list(stored.blocks) == [
@@ -49,7 +49,7 @@ def test_what_is_written_comes_back(bucket: Bucket, tmp_path: Path, size: int) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
 
-def test_any_range_comes_back(bucket: Bucket, tmp_path: Path) -> None:
+def test_any_range_is_read_as_it_was_written(bucket: Bucket, tmp_path: Path) -> None:
     seed = random.randrange(2**32)
     chance = random.Random(seed)
     stored, data = put(bucket, tmp_path, 2 * BLOCK + chance.randrange(BLOCK))
@@ -59,14 +59,14 @@ def test_any_range_comes_back(bucket: Bucket, tmp_path: Path) -> None:
         assert bucket.read(stored, start, stop) == data[start:stop], (seed, start, stop)
 
 
-def test_a_range_outside_of_the_object_is_a_mistake_of_the_caller(bucket: Bucket) -> None:
+def test_a_range_outside_of_the_object_is_a_value_error(bucket: Bucket) -> None:
     with pytest.raises(ValueError, match=r"\[3, 9\) is not a range of its 5 bytes"):
         bucket.read(Stored("x", 5, "", ("",)), 3, 9)
 
 
 @pytest.mark.parametrize("size", [5, BLOCK + 5])
 @pytest.mark.parametrize(
-    "change, says",
+    "change, message",
     [
         pytest.param(
             lambda data: data[:-1] + bytes([data[-1] ^ 1]),
@@ -78,34 +78,34 @@ def test_a_range_outside_of_the_object_is_a_mistake_of_the_caller(bucket: Bucket
         pytest.param(lambda data: b"", r"0 bytes, its manifest says \d+", id="emptied"),
     ],
 )
-def test_an_altered_object_is_refused(
-    s3: S3, bucket: Bucket, tmp_path: Path, size: int, change, says: str
+def test_an_altered_object_is_rejected(
+    s3: S3, bucket: Bucket, tmp_path: Path, size: int, change, message: str
 ) -> None:
     stored, data = put(bucket, tmp_path, size)
-    lies_at(s3, bucket, "things/one").write_bytes(change(data))
+    stored_file(s3, bucket, "things/one").write_bytes(change(data))
     for read in (
         lambda: bucket.download(stored, tmp_path / "target"),
         lambda: bucket.read(stored, size - 1, size),
     ):
         with pytest.raises(
             StorageError,
-            match=f"^{bucket.url('things/one')}: {says}. The object was changed after it was written; delete"
-            " the folder whose manifest names it to have it built again.$",
+            match=f"^{bucket.url('things/one')}: {message}. The object was changed after it was written; "
+            "delete the folder whose manifest names it to have it built again.$",
         ) as caught:
             read()
         assert caught.value.reason == "Altered" and not caught.value.retriable
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_an_empty_object_that_grew_is_refused(s3: S3, bucket: Bucket, tmp_path: Path) -> None:
+def test_an_empty_object_that_has_grown_is_rejected(s3: S3, bucket: Bucket, tmp_path: Path) -> None:
     stored, _ = put(bucket, tmp_path, 0)
-    lies_at(s3, bucket, "things/one").write_bytes(b"x")
+    stored_file(s3, bucket, "things/one").write_bytes(b"x")
     with pytest.raises(StorageError, match="1 bytes, its manifest says 0"):
         bucket.download(stored, tmp_path / "target")
 
 
 @pytest.mark.parametrize("size", [0, 5, BLOCK + 5])
-def test_an_object_that_is_gone_is_named(bucket: Bucket, tmp_path: Path, size: int) -> None:
+def test_a_missing_object_is_named(bucket: Bucket, tmp_path: Path, size: int) -> None:
     stored, _ = put(bucket, tmp_path, size)
     bucket.delete(stored.key)
     with pytest.raises(StorageError, match=f"{bucket.url(stored.key)}: .* there is no such object") as caught:
@@ -113,10 +113,10 @@ def test_an_object_that_is_gone_is_named(bucket: Bucket, tmp_path: Path, size: i
     assert caught.value.reason == "Missing"
 
 
-def test_a_small_object_is_proved_by_its_metadata(s3: S3, bucket: Bucket) -> None:
+def test_a_small_object_is_verified_with_its_metadata(s3: S3, bucket: Bucket) -> None:
     bucket.put_bytes("small", b"right", {})
     assert bucket.get("small") == b"right"
-    lies_at(s3, bucket, "small").write_bytes(b"wrong")
+    stored_file(s3, bucket, "small").write_bytes(b"wrong")
     with pytest.raises(
         StorageError,
         match=r"small: sha256 is \w{64}, its metadata says \w{64}\. .*; delete it to have it built",
@@ -125,7 +125,7 @@ def test_a_small_object_is_proved_by_its_metadata(s3: S3, bucket: Bucket) -> Non
     assert caught.value.reason == "Altered"
 
 
-def test_json_is_the_same_bytes_for_the_same_value(bucket: Bucket) -> None:
+def test_equal_values_are_equal_json_bytes(bucket: Bucket) -> None:
     bucket.write_json("j", {"b": [1, 2.5, None], "a": "ü"})
     assert bucket.get("j") == '{"a":"ü","b":[1,2.5,null]}'.encode()
     assert bucket.get_json("j") == {"a": "ü", "b": [1, 2.5, None]}
@@ -142,14 +142,14 @@ def test_the_first_writer_wins(bucket: Bucket) -> None:
     assert bucket.get("once") == b"mine"
 
 
-def test_of_many_writers_at_once_one_wins(bucket: Bucket) -> None:
+def test_one_of_several_concurrent_writers_wins(bucket: Bucket) -> None:
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(lambda n: bucket.create("race", b"%d" % n, {}), range(8)))
     assert won.count(True) == 1 and bucket.get("race") == b"%d" % won.index(True)
 
 
 @pytest.mark.parametrize(
-    "metadata, says",
+    "metadata, message",
     [
         pytest.param({"image": "x" * 2048}, r"metadata of \d+ bytes is above S3's 2048", id="too-long"),
         pytest.param({"image": "naïve"}, "metadata image='naïve' is not printable ASCII", id="not-ascii"),
@@ -157,16 +157,16 @@ def test_of_many_writers_at_once_one_wins(bucket: Bucket) -> None:
     ],
 )
 @pytest.mark.parametrize("size", [1, BLOCK])
-def test_metadata_that_s3_cannot_carry_is_refused(
-    bucket: Bucket, tmp_path: Path, metadata: dict[str, str], says: str, size: int
+def test_metadata_that_s3_cannot_store_is_rejected(
+    bucket: Bucket, tmp_path: Path, metadata: dict[str, str], message: str, size: int
 ) -> None:
     (tmp_path / "f").write_bytes(bytes(size))
-    with pytest.raises(StorageError, match=says):
+    with pytest.raises(StorageError, match=message):
         bucket.put_file("x", tmp_path / "f", metadata)
     assert not bucket.exists("x")
 
 
-def test_metadata_stands_on_small_and_large_objects(bucket: Bucket, tmp_path: Path) -> None:
+def test_small_and_large_objects_have_their_metadata(bucket: Bucket, tmp_path: Path) -> None:
     for size in (1, BLOCK + 1):
         stored, _ = put(bucket, tmp_path, size)
         found = bucket._client.head_object(Bucket=bucket.name, Key=bucket.prefix + stored.key)["Metadata"]
@@ -185,19 +185,19 @@ def test_keys_are_relative_to_the_prefix(
     s3: S3, bucket: Bucket, tmp_path: Path, prefix: str, below: str
 ) -> None:
     spec = StorageSpec(bucket=bucket.name, endpoint=s3.endpoint).model_copy(update={"prefix": prefix})
-    under = Bucket.open(spec)
-    under.probe()
-    stored, data = put(under, tmp_path, BLOCK + 1, "runs/x")
-    assert under.url("runs/x") == f"s3://{bucket.name}/{below}runs/x"
-    assert [found.key for found in under.list("runs/")] == ["runs/x"]
+    prefixed = Bucket.open(spec)
+    prefixed.probe()
+    stored, data = put(prefixed, tmp_path, BLOCK + 1, "runs/x")
+    assert prefixed.url("runs/x") == f"s3://{bucket.name}/{below}runs/x"
+    assert [found.key for found in prefixed.list("runs/")] == ["runs/x"]
     assert [found.key for found in bucket.list("")] == [f"{below}runs/x"]
-    assert under.read(stored, 0, stored.size) == data
-    assert under.exists("runs/x") and under.head("runs/x").size == BLOCK + 1
-    assert under.other(bucket.name).get(f"{below}runs/x") == data
-    assert under.delete_prefix("runs") == 1 and not list(bucket.list(""))
+    assert prefixed.read(stored, 0, stored.size) == data
+    assert prefixed.exists("runs/x") and prefixed.head("runs/x").size == BLOCK + 1
+    assert prefixed.other(bucket.name).get(f"{below}runs/x") == data
+    assert prefixed.delete_prefix("runs") == 1 and not list(bucket.list(""))
 
 
-def test_a_listing_of_several_pages_is_whole_and_in_order(s3: S3, bucket: Bucket) -> None:
+def test_a_listing_of_several_pages_is_complete_and_in_order(s3: S3, bucket: Bucket) -> None:
     folder = s3.folder / bucket.name / "many"
     folder.mkdir()
     for number in range(2100):
@@ -212,7 +212,7 @@ def test_a_listing_of_several_pages_is_whole_and_in_order(s3: S3, bucket: Bucket
     assert not list(bucket.list("none/")) and not list(bucket.list("many/", after="many/02099"))
 
 
-def test_a_folder_goes_and_its_namesakes_stay(bucket: Bucket) -> None:
+def test_deleting_a_folder_keeps_folders_with_the_same_prefix(bucket: Bucket) -> None:
     for key in ("runs/a-1/x", "runs/a-1/deep/y", "runs/a-12/z", "runs/a-1"):
         if key != "runs/a-1":
             bucket.put_bytes(key, b"", {})
@@ -224,17 +224,19 @@ def test_a_folder_goes_and_its_namesakes_stay(bucket: Bucket) -> None:
             bucket.delete_prefix(folder)
 
 
-def test_manifests_go_before_what_they_name(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manifests_are_deleted_before_the_objects_that_they_name(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for key in ("d/a", "d/manifest.json", "d/z", "d/e/manifest.json", "d/e/part"):
         bucket.put_bytes(key, b"", {})
-    order: list[str] = []
+    deleted: list[str] = []
     delete = bucket.delete
-    monkeypatch.setattr(bucket, "delete", lambda key: (order.append(key), delete(key)))
+    monkeypatch.setattr(bucket, "delete", lambda key: (deleted.append(key), delete(key)))
     bucket.delete_prefix("d")
-    assert set(order[:2]) == {"d/manifest.json", "d/e/manifest.json"} and not list(bucket.list(""))
+    assert set(deleted[:2]) == {"d/manifest.json", "d/e/manifest.json"} and not list(bucket.list(""))
 
 
-def test_ranges_of_an_input_come_from_what_was_listed(bucket: Bucket, tmp_path: Path) -> None:
+def test_an_input_that_changed_after_it_was_listed_is_rejected(bucket: Bucket, tmp_path: Path) -> None:
     _, data = put(bucket, tmp_path, BLOCK + 3, "input/rows")
     [listed] = bucket.list("input/")
     for start, stop in ((0, 4), (7, 7), (BLOCK - 1, BLOCK + 3), (0, BLOCK + 3)):
@@ -250,7 +252,7 @@ def test_ranges_of_an_input_come_from_what_was_listed(bucket: Bucket, tmp_path: 
 
 @pytest.fixture
 def small_disk() -> Iterator[None]:
-    """No file of this process grows above 10 MiB: what a full disk looks like, without filling one."""
+    """Limit files of this process to 10 MiB: writing fails as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10 * MIB, hard))
@@ -259,7 +261,7 @@ def small_disk() -> Iterator[None]:
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_is_named_and_nothing_is_left_half_written(
+def test_a_full_disk_is_named_and_leaves_no_partial_file(
     bucket: Bucket, tmp_path: Path, small_disk: None
 ) -> None:
     with (tmp_path / "source").open("wb") as file:
@@ -276,7 +278,9 @@ def test_a_full_disk_is_named_and_nothing_is_left_half_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "source"]
 
 
-def test_a_file_too_large_for_one_object_is_refused_before_it_is_read(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_file_too_large_for_one_object_is_rejected_before_it_is_read(
+    bucket: Bucket, tmp_path: Path
+) -> None:
     with (tmp_path / "huge").open("wb") as file:
         file.truncate(10_000 * BLOCK + 1)
     with pytest.raises(
@@ -285,14 +289,15 @@ def test_a_file_too_large_for_one_object_is_refused_before_it_is_read(bucket: Bu
         bucket.put_file("huge", tmp_path / "huge", {})
 
 
-def opened(s3: S3, bucket: Bucket, spec: dict[str, str]) -> Bucket:
+def open_bucket(s3: S3, bucket: Bucket, spec: dict[str, str]) -> Bucket:
     return Bucket.open(
-        StorageSpec.model_validate({"bucket": bucket.name, "endpoint": s3.endpoint, **spec}), patience=HASTY
+        StorageSpec.model_validate({"bucket": bucket.name, "endpoint": s3.endpoint, **spec}),
+        patience=SHORT_PATIENCE,
     )
 
 
 @pytest.mark.parametrize(
-    "environment, spec, says",
+    "environment, spec, message",
     [
         pytest.param(
             {"AWS_SECRET_ACCESS_KEY": "hunter2"},
@@ -316,7 +321,7 @@ def opened(s3: S3, bucket: Bucket, spec: dict[str, str]) -> Bucket:
             {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},
             {},
             r"failed 3 times in \d+ s.*storage.endpoint is right",
-            id="nobody-there",
+            id="no-server",
         ),
         pytest.param(
             {"AWS_ENDPOINT_URL": "http://me:hunter2@127.0.0.1:9"},
@@ -326,23 +331,23 @@ def opened(s3: S3, bucket: Bucket, spec: dict[str, str]) -> Bucket:
         ),
     ],
 )
-def test_a_probe_says_what_is_wrong(
+def test_a_failed_probe_names_the_cause_and_the_remedy(
     s3: S3,
     bucket: Bucket,
     monkeypatch: pytest.MonkeyPatch,
     environment: dict[str, str],
     spec: dict[str, str],
-    says: str,
+    message: str,
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(StorageError, match=says) as caught:
-        opened(s3, bucket, spec).probe()
+    with pytest.raises(StorageError, match=message) as caught:
+        open_bucket(s3, bucket, spec).probe()
     assert "hunter2" not in str(caught.value) and s3.secret_key not in str(caught.value)
     assert caught.value.retriable == ("AWS_ENDPOINT_URL" in environment)
 
 
-def test_no_credentials_are_named(s3: S3, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_named(s3: S3, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -350,25 +355,27 @@ def test_no_credentials_are_named(s3: S3, bucket: Bucket, monkeypatch: pytest.Mo
     with pytest.raises(
         StorageError, match=r"no credentials\. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; a pod"
     ):
-        opened(s3, bucket, {}).probe()
+        open_bucket(s3, bucket, {}).probe()
 
 
-def test_a_probe_leaves_nothing_behind(bucket: Bucket) -> None:
+def test_a_probe_leaves_no_object(bucket: Bucket) -> None:
     bucket.probe()
     assert not list(bucket.list(""))
 
 
-def test_the_environment_has_no_say_beside_credentials_of_ones_own(
+def test_explicit_credentials_override_the_environment(
     s3: S3, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     spec = StorageSpec(bucket=bucket.name, endpoint=s3.endpoint)
-    Bucket.open(spec, credentials=Credentials(s3.access_key, s3.secret_key), patience=HASTY).probe()
+    Bucket.open(spec, credentials=Credentials(s3.access_key, s3.secret_key), patience=SHORT_PATIENCE).probe()
     assert os.environ["AWS_ACCESS_KEY_ID"] == "another"
-    nowhere = Bucket.open(StorageSpec(bucket=bucket.name), credentials=Credentials("a", "b"), patience=HASTY)
-    assert nowhere.endpoint == "https://s3.amazonaws.com"
+    without_endpoint = Bucket.open(
+        StorageSpec(bucket=bucket.name), credentials=Credentials("a", "b"), patience=SHORT_PATIENCE
+    )
+    assert without_endpoint.endpoint == "https://s3.amazonaws.com"
 
 
 @pytest.mark.parametrize(
@@ -379,7 +386,7 @@ def test_the_environment_has_no_say_beside_credentials_of_ones_own(
         ("auto", "https://s3.example.com/vpmoe/k"),
     ],
 )
-def test_addressing_and_region_are_the_run_s(style: str, address: str) -> None:
+def test_addressing_and_region_are_those_of_the_run(style: str, address: str) -> None:
     spec = StorageSpec.model_validate(
         {
             "endpoint": "https://s3.example.com",
@@ -395,13 +402,13 @@ def test_addressing_and_region_are_the_run_s(style: str, address: str) -> None:
     assert url == address and "%2Feu-central-7%2Fs3%2F" in query
 
 
-def test_credentials_are_never_shown() -> None:
+def test_credentials_are_not_in_their_repr() -> None:
     assert "hunter2" not in f"{Credentials('me', 'hunter2')!r} {Credentials('me', 'hunter2')}"
 
 
 @pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an authority of our own (ca) and a certificate for 127.0.0.1 (store)."""
+def certificates_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a certificate authority (ca) and a certificate for 127.0.0.1 (store)."""
     folder = tmp_path_factory.mktemp("tls")
     certificates.authority(folder, "test")
     certificates.certificate(folder, "store", "/CN=store", "subjectAltName=IP:127.0.0.1")
@@ -409,24 +416,31 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("way", ["AWS_CA_BUNDLE", "argument"])
-def test_a_store_with_an_authority_of_its_own_is_trusted_once_it_is_named(
-    s3: S3, bucket: Bucket, authority: Path, monkeypatch: pytest.MonkeyPatch, way: str
+def test_a_store_with_a_private_certificate_authority_is_trusted_once_it_is_named(
+    s3: S3, bucket: Bucket, certificates_folder: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    with faulty(s3.endpoint, certificate=authority / "store") as store:
+    with faulty(s3.endpoint, certificate=certificates_folder / "store") as store:
         spec = StorageSpec(bucket=bucket.name, endpoint=store.endpoint)
-        given = Credentials(s3.access_key, s3.secret_key)
+        credentials = Credentials(s3.access_key, s3.secret_key)
         with pytest.raises(
             StorageError,
             match=r"last with SSLError. .*storage.caSecret \(or AWS_CA_BUNDLE\) holds the certificate",
         ):
-            Bucket.open(spec, credentials=given, patience=HASTY).probe()
+            Bucket.open(spec, credentials=credentials, patience=SHORT_PATIENCE).probe()
         if way == "AWS_CA_BUNDLE":
-            monkeypatch.setenv("AWS_CA_BUNDLE", str(authority / "ca.crt"))
+            monkeypatch.setenv("AWS_CA_BUNDLE", str(certificates_folder / "ca.crt"))
             monkeypatch.delenv("AWS_ENDPOINT_URL")
-            Bucket.open(spec, patience=HASTY).probe()
+            Bucket.open(spec, patience=SHORT_PATIENCE).probe()
         else:
-            Bucket.open(spec, credentials=given, ca_bundle=authority / "ca.crt", patience=HASTY).probe()
+            Bucket.open(
+                spec,
+                credentials=credentials,
+                ca_bundle=certificates_folder / "ca.crt",
+                patience=SHORT_PATIENCE,
+            ).probe()
 
 
-def test_the_environment_s_endpoint_wins_over_the_file_s(s3: S3, bucket: Bucket) -> None:
-    Bucket.open(StorageSpec(bucket=bucket.name, endpoint="http://127.0.0.1:9"), patience=HASTY).probe()
+def test_the_endpoint_of_the_environment_overrides_that_of_the_run(s3: S3, bucket: Bucket) -> None:
+    Bucket.open(
+        StorageSpec(bucket=bucket.name, endpoint="http://127.0.0.1:9"), patience=SHORT_PATIENCE
+    ).probe()

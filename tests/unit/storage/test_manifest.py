@@ -1,5 +1,5 @@
-"""The manifest format: what is written can be read by in-toto's own words, and what is malformed is refused
-by field."""
+"""The manifest format: an in-toto statement with SLSA provenance. Malformed manifests are rejected with the
+field's name."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from vpmoe.storage.bucket import json_bytes
 from vpmoe.storage.manifest import Input
 
 HEX = "0123456789abcdef" * 4
-WHO = Provenance(
+PROVENANCE = Provenance(
     "c0ffee" * 6 + "c0ff",
     "vpmoe/trainer:1",
     HEX,
@@ -36,22 +36,22 @@ SUBJECTS = [
 ]
 
 
-def made(**changes: Any) -> dict[str, Any]:
+def statement(**changes: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "kind": "checkpoint",
         "subjects": SUBJECTS,
         "facts": {"tokens": 7},
-        "provenance": WHO,
+        "provenance": PROVENANCE,
         "inputs": [TOKENIZER, DATASET],
     }
     return manifest.statement(**{**arguments, **changes})
 
 
-def test_a_statement_says_what_was_made_of_what_by_whom() -> None:
-    found = made()
+def test_a_statement_names_objects_inputs_and_origin() -> None:
+    found = statement()
     predicate = found["predicate"]
     finished = predicate["runDetails"]["metadata"].pop("finishedOn")
-    assert WHO.started < finished
+    assert PROVENANCE.started < finished
     assert found == {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": [
@@ -94,7 +94,7 @@ def test_a_statement_says_what_was_made_of_what_by_whom() -> None:
             "runDetails": {
                 "builder": {
                     "id": "https://vpmoe.dev/jobs",
-                    "version": {"gitSha": WHO.git_sha, "image": "vpmoe/trainer:1"},
+                    "version": {"gitSha": PROVENANCE.git_sha, "image": "vpmoe/trainer:1"},
                 },
                 "metadata": {
                     "invocationId": "team/first-run-0123abcd/vanilla/2",
@@ -105,17 +105,22 @@ def test_a_statement_says_what_was_made_of_what_by_whom() -> None:
     }
 
 
-def test_what_is_written_is_what_is_loaded(bucket: Bucket) -> None:
-    written = manifest.write(bucket, KEY, made())
+def test_a_manifest_is_loaded_as_it_was_written(bucket: Bucket) -> None:
+    written = manifest.write(bucket, KEY, statement())
     found = manifest.load(bucket, KEY)
     assert found == written
     assert found.sha256 == hashlib.sha256(bucket.get(KEY)).hexdigest()
-    assert (found.key, found.kind, found.facts, found.provenance) == (KEY, "checkpoint", {"tokens": 7}, WHO)
+    assert (found.key, found.kind, found.facts, found.provenance) == (
+        KEY,
+        "checkpoint",
+        {"tokens": 7},
+        PROVENANCE,
+    )
     assert found.inputs == {"tokenizer": TOKENIZER, "dataset": DATASET}
     assert found.subjects == {subject.name: subject for subject in SUBJECTS}
     assert found.subjects["b/rank-1"].key == f"{FOLDER}/b/rank-1"
     assert bucket._client.head_object(Bucket=bucket.name, Key=KEY)["Metadata"] == {
-        "git-sha": WHO.git_sha,
+        "git-sha": PROVENANCE.git_sha,
         "image": "vpmoe/trainer:1",
         "config": HEX,
         "run": "team/first-run-0123abcd",
@@ -125,15 +130,15 @@ def test_what_is_written_is_what_is_loaded(bucket: Bucket) -> None:
     }
 
 
-def test_the_first_manifest_stands(bucket: Bucket) -> None:
-    first = manifest.write(bucket, KEY, made())
-    assert manifest.write(bucket, KEY, made(facts={"tokens": 8})) == first
+def test_the_first_manifest_is_not_replaced(bucket: Bucket) -> None:
+    first = manifest.write(bucket, KEY, statement())
+    assert manifest.write(bucket, KEY, statement(facts={"tokens": 8})) == first
     assert manifest.load(bucket, KEY).facts == {"tokens": 7}
 
 
-def test_a_manifest_survives_unknown_code_and_image() -> None:
+def test_a_manifest_may_lack_git_revision_and_image() -> None:
     by_hand = Provenance(None, None, HEX, "default", "x", "0123abcd", "preprocess", 1, "2026-01-01T00:00:00Z")
-    found = manifest.parse("d/manifest.json", json_bytes(made(provenance=by_hand)))
+    found = manifest.parse("d/manifest.json", json_bytes(statement(provenance=by_hand)))
     assert (
         found.provenance == by_hand
         and "git-sha" not in by_hand.metadata()
@@ -142,7 +147,7 @@ def test_a_manifest_survives_unknown_code_and_image() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes, says",
+    "changes, message",
     [
         pytest.param(
             {"inputs": [DATASET]}, "checkpoint has to name its tokenizer with a digest", id="no-tokenizer"
@@ -163,23 +168,23 @@ def test_a_manifest_survives_unknown_code_and_image() -> None:
         pytest.param({"facts": {"loss": float("nan")}}, "not JSON compliant", id="nan"),
     ],
 )
-def test_a_statement_that_would_not_load_is_not_made(changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        made(**changes)
+def test_a_statement_that_would_not_load_is_rejected(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        statement(**changes)
 
 
-def test_a_data_set_needs_no_data_set_among_its_inputs() -> None:
-    made(kind="dataset", inputs=[TOKENIZER])
+def test_a_dataset_needs_no_dataset_among_its_inputs() -> None:
+    statement(kind="dataset", inputs=[TOKENIZER])
 
 
-def test_a_subject_lies_in_its_manifest_s_folder() -> None:
+def test_a_subject_outside_its_manifests_folder_is_rejected() -> None:
     with pytest.raises(ValueError, match="runs/xy/f does not lie in runs/x"):
         hash_bytes("runs/xy/f", b"").subject("runs/x")
     assert hash_bytes("runs/x/f", b"").subject("runs/x/").name == "f"
 
 
 def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    """A change of one field, `path` with dots, the value None taking it away."""
+    """A function that sets the field at a dotted `path`, or deletes it if `value` is None."""
 
     def apply(found: Any) -> None:
         *folders, last = path.split(".")
@@ -194,7 +199,7 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.mark.parametrize(
-    "alter, says",
+    "apply_change, message",
     [
         pytest.param(
             change("_type", "https://in-toto.io/Statement/v0.1"), "_type: Input should be", id="type"
@@ -252,31 +257,31 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ),
     ],
 )
-def test_a_malformed_manifest_is_refused_by_field(
-    bucket: Bucket, alter: Callable[[dict[str, Any]], None], says: str
+def test_a_malformed_manifest_is_rejected_with_the_field(
+    bucket: Bucket, apply_change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
-    found = made()
-    alter(found)
+    found = statement()
+    apply_change(found)
     bucket.put_bytes(KEY, json_bytes(found), {})
     with pytest.raises(
-        StorageError, match=rf"^{bucket.url(KEY)}: not a manifest of ours: .*{says}.*; delete it to have"
+        StorageError, match=rf"^{bucket.url(KEY)}: not a manifest of ours: .*{message}.*; delete it to have"
     ) as caught:
         manifest.load(bucket, KEY)
     assert caught.value.reason == "Altered"
 
 
-def test_what_is_not_json_is_no_manifest(bucket: Bucket) -> None:
+def test_a_manifest_that_is_not_json_is_rejected(bucket: Bucket) -> None:
     bucket.put_bytes(KEY, b"{", {})
     with pytest.raises(StorageError, match="not a manifest of ours: content: Invalid JSON"):
         manifest.load(bucket, KEY)
 
 
-def test_a_manifest_that_is_not_there_is_missing(bucket: Bucket) -> None:
+def test_a_missing_manifest_is_reported(bucket: Bucket) -> None:
     with pytest.raises(StorageError, match="there is no such object") as caught:
         manifest.load(bucket, KEY)
     assert caught.value.reason == "Missing"
 
 
-def test_an_entry_reads_back() -> None:
+def test_a_subject_is_read_from_its_entry() -> None:
     for subject in SUBJECTS:
         assert manifest.subject_of(json.loads(json_bytes(manifest.entry(subject))), FOLDER) == subject

@@ -1,4 +1,4 @@
-"""The bucket's layout, key by key."""
+"""The key of every object in the bucket, and addresses s3://bucket/key."""
 
 import pytest
 
@@ -60,7 +60,7 @@ FOLDER = "runs/team/first-run-0123abcd"
     ],
     ids=lambda value: value,
 )
-def test_every_key_is_where_the_design_puts_it(key: str, expected: str) -> None:
+def test_every_object_has_its_documented_key(key: str, expected: str) -> None:
     assert key == expected
 
 
@@ -72,11 +72,11 @@ def test_every_key_is_where_the_design_puts_it(key: str, expected: str) -> None:
         ("s3://b", ("b", "")),
     ],
 )
-def test_an_address_splits(url: str, parts: tuple[str, str]) -> None:
+def test_an_address_is_split_into_bucket_and_key(url: str, parts: tuple[str, str]) -> None:
     assert paths.split_url(url) == parts
 
 
 @pytest.mark.parametrize("url", ["", "b/k", "s3:///k", "https://b/k"])
-def test_what_is_no_address_is_refused(url: str) -> None:
+def test_an_invalid_address_is_rejected(url: str) -> None:
     with pytest.raises(ValueError, match=r"is no address in a bucket\. Write s3://bucket/key"):
         paths.split_url(url)
