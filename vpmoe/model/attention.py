@@ -2,8 +2,8 @@
 
 A query attends to the keys of its own document up to itself. megatron's local attention does not support
 packed sequences, and its other implementation needs Transformer Engine. So we implement it: FlashAttention
-through torch's variable-length interface on the GPU, one product a document on the CPU. Neither materialises
-a [positions, positions] mask.
+through torch's variable-length interface on the GPU, one product per document on the CPU. Neither
+materialises a [positions, positions] mask.
 """
 
 from typing import Any
@@ -18,18 +18,17 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 def packed_seq_params_for(boundaries: Tensor, longest: int) -> PackedSeqParams:
-    """Pass a batch's documents to `PackedAttention` through megatron's layers: Batch.boundaries,
-    Batch.longest.
+    """Carry Batch.boundaries and Batch.longest through megatron's layers to `PackedAttention`.
 
-    The format is not 'thd', because megatron would then apply RoPE document by document with a
-    synchronisation for each. Here every position has its rotation, which restarts at 0 with its document.
+    The format is not 'thd', because megatron would then apply RoPE document by document, with one
+    synchronisation per document. Here every position has its own rotation, counted from the start of its
+    document.
     """
     return PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=boundaries, max_seqlen_q=longest)
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
-    """softmax(q·k/√width)·v, causal, inside the runs of `packed_seq_params_for`. No parameters, no
-    dropout."""
+    """softmax(q·k/√width)·v, causal, inside each run of Batch.boundaries; without parameters or dropout."""
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
         super().__init__(config)
@@ -61,7 +60,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
                 window_size=causal,
                 enable_gqa=True,
             )
-            assert isinstance(out, Tensor), "no auxiliary results were asked for"
+            assert isinstance(out, Tensor), "no auxiliary results were requested"
         else:
             lengths = boundaries.diff().tolist()
             out = torch.cat(

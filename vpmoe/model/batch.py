@@ -1,7 +1,8 @@
 """A microbatch: packed rows of documents with everything that the student, the head and the objectives need.
 
-A batch is made on the CPU, where lengths cost no synchronisation, and moved as a whole. vpmoe/data/packing.py
-decides which documents are in which row. Positions are derived here, so a row cannot contradict itself.
+A batch is built on the CPU, where reading lengths costs no synchronisation, and moved as a whole.
+vpmoe/data/packing.py decides which documents are in which row. Positions are derived here from the documents,
+so the two always agree.
 """
 
 from dataclasses import dataclass, fields
@@ -15,12 +16,12 @@ from vpmoe.model import spans
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """b rows of S tokens; T = b·S positions in row order. Make it with `from_rows`."""
+    """b rows of S tokens; T = b·S positions in row order. Create it with `from_rows`."""
 
     tokens: Tensor
     """[b, S] int64"""
     position: Tensor
-    """[b, S] int64, from 0 in every document"""
+    """[b, S] int64, counted from 0 in every document"""
     padding: Tensor
     """[b, S] bool"""
     target: Tensor
@@ -35,11 +36,11 @@ class Batch:
     counts: Tensor
     """[3] int64, always on the CPU: positions that are not padding, then targets by span number."""
     teacher_logp: Tensor | None = None
-    """[T] fp32, the teacher's stored log p of each position's target, NaN where there is none; None in a
-    batch without scores."""
+    """[T] fp32, the teacher's stored log p of each position's target, NaN without a target; None in a batch
+    without scores."""
     sampler_logp: Tensor | None = None
-    """[T] fp32, the sampler's log p of each position's target, NaN where there is none; None if nothing was
-    sampled."""
+    """[T] fp32, the sampler's log p of each position's target, NaN without a target; None in a batch without
+    sampled completions."""
 
     @classmethod
     def from_rows(
@@ -50,12 +51,11 @@ class Batch:
         logp_of_tokens: Tensor | None = None,
         sampler_logp_of_tokens: Tensor | None = None,
     ) -> "Batch":
-        """From CPU tensors [b, S]: tokens int64, the span of each token uint8, and int32 numbers that are
-        constant over each document.
+        """Build a batch from CPU tensors [b, S]: tokens int64, the span of each token uint8, documents int32.
 
-        Neighbouring documents of a row have different numbers; negative is padding. `logp_of_tokens` (the
-        teacher's) and `sampler_logp_of_tokens` are fp32, at the token that they score. A batch without
-        targets is legal. Raises ValueError if the shapes differ.
+        `documents` has one number per document; neighbouring documents of a row have different numbers, and a
+        negative number is padding. `logp_of_tokens` (the teacher's) and `sampler_logp_of_tokens` are fp32, at
+        the token that they score. A batch without targets is valid. Raises ValueError if the shapes differ.
         """
         if tokens.dim() != 2 or tokens.shape != span_of_tokens.shape or tokens.shape != documents.shape:
             raise ValueError(
@@ -86,7 +86,7 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on another device; `counts` stays where it is."""
+        """The same batch on another device; `counts` stays on the CPU."""
         moved = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)

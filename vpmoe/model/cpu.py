@@ -1,12 +1,12 @@
 """Patches that let megatron-core 0.19 run without CUDA. The only module that patches anything.
 
-It is used only if the CPU was asked for. megatron-core takes its device from `torch.cuda.current_device()`,
-uses CUDA's stream when it starts a reduction, writes device="cuda" in its optimizer, and tells dtypes apart
-by the names of CUDA tensor types. Each patch gives the answer that is right on a CPU. Where possible a patch
-replaces a name in megatron's own modules, so torch's factories and type names stay as they are for all other
-code.
+It is used only if the environment selects the CPU (device.py). megatron-core takes its device from
+`torch.cuda.current_device()`, uses CUDA's stream when it starts a reduction, writes device="cuda" in its
+optimizer, and distinguishes dtypes by the names of CUDA tensor types. Each patch returns the value that is
+correct on a CPU. Where possible a patch replaces a name in megatron's own modules, so torch's factories and
+type names stay as they are for all other code.
 
-Covered is what the student uses: no tensor, sequence or pipeline parallelism, dropout, CUDA graphs,
+The patches cover what the student uses: no tensor, sequence or pipeline parallelism, dropout, CUDA graphs,
 offloading or FSDP.
 """
 
@@ -18,7 +18,7 @@ import torch
 
 
 class _Stream:
-    """A stream of a CPU: operations run in order, so there is nothing to wait for."""
+    """The stream of the CPU: operations run in order, so there is nothing to wait for."""
 
 
 class _TorchOnCpu(ModuleType):
@@ -64,7 +64,7 @@ def install() -> None:
         megatron.core.utils,
     ):
         module.torch = _TorchOnCpu("torch")
-    # Recomputation saves and restores the generator around every layer.
+    # Recomputation saves and restores the random generator around every layer.
     generator: Any = megatron.core.tensor_parallel.random
     generator._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     generator._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
@@ -72,8 +72,8 @@ def install() -> None:
 
 
 def _name_types_for_megatron() -> None:
-    """Let `tensor.type()` return torch.cuda.FloatTensor inside megatron's optimizer, which knows fp32 by that
-    name only."""
+    """Let `tensor.type()` return torch.cuda.FloatTensor inside megatron's optimizer, which recognises fp32 by
+    that name only."""
     type_of = torch.Tensor.type
 
     def named(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,4 @@
-"""The device of a process. The environment decides between GPU and CPU, never what happens to be
-available."""
+"""The device of a process: GPU or CPU. The environment selects it, not the hardware that is available."""
 
 import os
 
@@ -11,8 +10,8 @@ from vpmoe.failure import Permanent
 def choose(megatron: bool = True) -> torch.device:
     """cuda:LOCAL_RANK, or the CPU if CUDA_VISIBLE_DEVICES is set and empty.
 
-    On the CPU megatron-core is patched unless `megatron` is False. Raises Permanent if the GPU does not
-    exist: a run must not silently become a thousand times slower.
+    On the CPU megatron-core is patched (cpu.py) unless `megatron` is False. Raises Permanent if the GPU does
+    not exist: falling back to the CPU would silently make a run a thousand times slower.
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         if megatron:
@@ -24,7 +23,7 @@ def choose(megatron: bool = True) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise Permanent(
             f"process {local_rank} of this pod finds {torch.cuda.device_count()} CUDA devices. Give the pod "
-            "one GPU a process (spec.student.gpus, gpusPerPod), install the driver, or set "
+            "one GPU per process (spec.student.gpus, gpusPerPod), install the driver, or set "
             "CUDA_VISIBLE_DEVICES to the empty string to compute on the CPU."
         )
     torch.cuda.set_device(local_rank)

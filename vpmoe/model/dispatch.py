@@ -1,10 +1,10 @@
 """Token dispatch: sends tokens to their experts and sums the results, over one rank or several.
 
-Without Transformer Engine, megatron-core's dispatcher splits its input into one tensor an expert and joins
-them again, four times a layer and again in the backward: two fifths of a training step on a GPU at 256
-experts. Here every choice (a token and one of its experts) is a row, and one permutation sorts the rows by
-expert. The way back is the inverse permutation and a sum over each token's choices, which is also the
-gradient of the way there. So neither direction scatters, and both are deterministic.
+Without Transformer Engine, megatron-core's dispatcher splits its input into one tensor per expert and joins
+them again, four times per layer and again in the backward. At 256 experts that takes two fifths of a training
+step on a GPU. Here every choice (a token and one of its experts) is a row, and one permutation sorts the rows
+by expert. Combining is the inverse permutation and a sum over each token's choices, which is also the
+gradient of dispatching. So neither direction scatters, and both are deterministic.
 """
 
 from typing import Any
@@ -38,10 +38,10 @@ class Dispatcher(MoETokenDispatcher):  # type: ignore[misc]
     def dispatch_preprocess(
         self, hidden: Tensor, chosen_NE: Tensor, weight_NE: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(rows [C, H], weights [C]), one a choice, sorted by expert."""
+        """(rows [C, H], weights [C]), one per choice, sorted by expert."""
         self.shape = hidden.shape
         self.choices = self.config.moe_router_topk
-        # Every token has exactly K choices, so the size is known and nothing waits for the GPU.
+        # Every token has exactly K choices, so the size is known without waiting for the GPU.
         expert_C = torch.nonzero_static(chosen_NE, size=len(chosen_NE) * self.choices)[:, 1]
         self.order, self.inverse = _sorted(expert_C)
         self.tokens_E = chosen_NE.sum(0)
@@ -50,7 +50,7 @@ class Dispatcher(MoETokenDispatcher):  # type: ignore[misc]
         return rows_CH, spread(weight_C, self.order, self.inverse, 1)
 
     def token_dispatch(self, rows_CH: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
-        """What the other expert-parallel ranks send to this rank's experts: by rank, then by expert."""
+        """(rows, weights) that all ranks send to this rank's experts, by rank, then by expert."""
         if self.ep_size == 1:
             return rows_CH, weight_C
         all_tokens = self.tokens_E.new_empty(self.ep_size * len(self.tokens_E))
@@ -72,18 +72,18 @@ class Dispatcher(MoETokenDispatcher):  # type: ignore[misc]
         return spread(rows_CH, here, back, 1), self.received_Re.sum(0), spread(weight_C, here, back, 1)
 
     def combine_preprocess(self, rows_CH: Tensor) -> Tensor:
-        """The experts' outputs as they were received."""
+        """The experts' outputs, in the order in which their inputs were received."""
         return rows_CH if self.ep_size == 1 else collect(rows_CH, self.here, self.back, 1)
 
     def token_combine(self, rows_CH: Tensor) -> Tensor:
-        """Sent back to where their tokens are."""
+        """The outputs for this rank's tokens, sent back by the ranks of their experts."""
         sent: Tensor = (
             rows_CH if self.ep_size == 1 else all_to_all(self.ep_group, rows_CH, self.sends, self.receives)
         )
         return sent
 
     def combine_postprocess(self, rows_CH: Tensor) -> Tensor:
-        """Each token's sum over its choices, in the shape that came in."""
+        """Each token's sum over its choices, in the shape of dispatch_preprocess's `hidden`."""
         return collect(rows_CH, self.order, self.inverse, self.choices).view(self.shape)
 
 

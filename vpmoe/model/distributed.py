@@ -1,7 +1,7 @@
 """Process groups: torch.distributed and megatron-core's parallel state, and the collectives of the trainer.
 
-RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT define the group; without them it has this process alone.
-vpmoe/process/launcher.py starts the processes.
+RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT define the group; without RANK the group is this process alone.
+The code that starts the processes is in vpmoe/process/launcher.py.
 """
 
 import os
@@ -13,15 +13,15 @@ from torch import Tensor
 from torch import distributed as dist
 
 TIMEOUT = timedelta(minutes=10)
-"""Longest time in one collective. Then the process fails, and another attempt starts from the last
+"""Longest time in one collective. After it the process fails, and the next attempt starts from the last
 checkpoint."""
 
 
 def start(device: torch.device, expert_parallel: int = 1) -> None:
     """Join the other ranks: gloo on the CPU, NCCL on GPUs.
 
-    Call it once a process: the launcher's store keeps the addresses of the first group and would give them to
-    a second. Raises ValueError if `expert_parallel` does not divide the ranks.
+    Call it once per process: the launcher's store keeps the addresses of the first group and would return
+    them to a second. Raises ValueError if `expert_parallel` does not divide the number of ranks.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
@@ -49,6 +49,7 @@ def set_expert_parallel(expert_parallel: int) -> None:
 
 
 def stop() -> None:
+    """Destroy the process groups."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

@@ -1,9 +1,9 @@
 """The routed experts as two stacked weights and grouped products.
 
-Without Transformer Engine, megatron-core executes its experts one by one: 256 of them cost about 700 times
-their arithmetic. Stacked they are two parameters, whatever their number, and a checkpoint of one
-expert-parallel layout is a slice of another's. router.py chooses the experts of a token; dispatch.py sends it
-there.
+Without Transformer Engine, megatron-core executes its experts one by one: 256 of them take about 700 times
+as long as their arithmetic. Stacked, any number of experts is two parameters, and a rank's experts are a
+slice of the whole stack, so a checkpoint fits every expert-parallel layout. The choice of a token's experts
+is in router.py, the dispatch to them in dispatch.py.
 """
 
 import torch
@@ -19,8 +19,8 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 class StackedExperts(MegatronModule):  # type: ignore[misc]
-    """This rank's experts: down_e(squared_relu(up_e(x)) · p) for the tokens sorted by expert, p being the
-    token's weight for it."""
+    """This rank's experts: down_e(squared_relu(up_e(x)) · p) for the tokens sorted by expert; p is the
+    token's weight for expert e."""
 
     def __init__(
         self,
@@ -42,8 +42,8 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
             weight.allreduce = config.expert_model_parallel_size == 1
 
     def forward(self, input_nH: Tensor, tokens_E: Tensor, weight_n: Tensor) -> tuple[Tensor, None]:
-        """Output [n, H]. `tokens_E` [experts of this rank]: how many of the n rows belong to each, in
-        order."""
+        """Output [n, H]. `tokens_E` [experts of this rank]: the number of rows of each expert; the n rows
+        are sorted by expert."""
         ends_E = tokens_E.cumsum(0).to(device=input_nH.device, dtype=torch.int32)
         inner_nW = squared_relu(grouped_mm(input_nH, self.up.transpose(1, 2), offs=ends_E))
         inner_nW = (inner_nW * weight_n.unsqueeze(1)).to(input_nH.dtype)

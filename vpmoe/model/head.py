@@ -1,13 +1,12 @@
-"""The loss head: from hidden states to log p(target), loss and gradients, without a [tokens, vocabulary]
-tensor.
+"""The loss head: log p(target), loss and gradients from hidden states, without a [tokens, vocabulary] tensor.
 
-The gradient of Σ c·(−log p) with respect to the logits is c·(softmax − onehot), known when a chunk's
-log-sum-exp is. So the forward computes it chunk by chunk over tokens, and the backward only scales it:
+The gradient of Σ c·(−log p) with respect to the logits is c·(softmax − onehot), known as soon as a chunk's
+log-sum-exp is known. So the forward computes it chunk by chunk over tokens, and the backward only scales it:
 nothing is computed twice, and three matrix products remain. This also holds for coefficients that depend on
-logp, if detached.
+log p, if log p is detached.
 
-Left out: label smoothing, z-loss, tensor parallelism over the vocabulary, second derivatives. TeacherForced
-has its own head.
+Not supported: label smoothing, z-loss, tensor parallelism over the vocabulary, second derivatives. The head
+of TeacherForced is in vpmoe/objectives/teacher_forced_head.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 def head_loss(
     hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, coefficient: Coefficient
 ) -> tuple[Tensor, Tensor]:
-    """(Σ c·(−log p), log p [T] detached). Positions with target NO_TARGET cost nothing; their log p is NaN.
+    """(Σ c·(−log p), log p [T] detached). Positions with target NO_TARGET are skipped; their log p is NaN.
 
     Differentiable in hidden and weight. On the GPU hidden and weight are bf16; logits, sums and the weight's
     gradient are fp32. Elsewhere everything has the dtype of hidden (fp32, or fp64 in tests). Autograd gets
@@ -42,7 +41,7 @@ def head_loss(
 
 @torch.no_grad()
 def target_logp(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
-    """log p(target) [T] without gradients; NaN where there is no target. In fp32, or fp64 where hidden is."""
+    """log p(target) [T] without gradients; NaN without a target. In fp32, or fp64 if hidden is."""
     logp_T = unscored_logp(hidden_TH)
     for rows_t in target_chunks(targets_T, _longest(weight_VH)):
         logp_T[rows_t] = _logp(hidden_TH[rows_t], weight_VH, targets_T[rows_t])
@@ -85,7 +84,7 @@ class _Head(torch.autograd.Function):
 
 
 def unscored_logp(hidden_TH: Tensor) -> Tensor:
-    """[T] of NaN, in fp32 or, where hidden is, fp64."""
+    """[T] of NaN, in fp32, or fp64 if hidden is."""
     return torch.full(
         (len(hidden_TH),),
         torch.nan,
@@ -95,12 +94,12 @@ def unscored_logp(hidden_TH: Tensor) -> Tensor:
 
 
 def _longest(weight_VH: Tensor) -> int:
-    """Positions whose logits stay inside CHUNK_BYTES."""
+    """The largest number of positions whose logits fit in CHUNK_BYTES; at least 1."""
     return max(1, CHUNK_BYTES[weight_VH.device.type] // (4 * len(weight_VH)))
 
 
 def target_chunks(targets_T: Tensor, longest: int) -> Iterator[Tensor]:
-    """Row numbers of the positions that have a target, in pieces of about equal length, at most `longest`."""
+    """Indices of the positions that have a target, in pieces of about equal length, at most `longest`."""
     rows_T = (targets_T != NO_TARGET).nonzero().squeeze(1)
     pieces = -(-len(rows_T) // longest)
     yield from rows_T.tensor_split(pieces) if pieces else ()
@@ -114,7 +113,7 @@ def chunk_logits(hidden_tH: Tensor, weight_VH: Tensor) -> Tensor:
 
 
 def _logp(hidden_tH: Tensor, weight_VH: Tensor, targets_t: Tensor) -> Tensor:
-    """log p of the targets [t]. On the GPU without logits."""
+    """log p of the targets [t]. On the GPU the logits are not stored."""
     if hidden_tH.is_cuda:
         from vpmoe.model import kernels  # Triton, which only a GPU needs
 
@@ -135,7 +134,7 @@ def _log_sum_exp(logits_tV: Tensor, targets_t: Tensor) -> tuple[Tensor, Tensor]:
 def _gradient_(
     logits_tV: Tensor, targets_t: Tensor, lse_t: Tensor, c_t: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """c·(softmax − onehot) [t, V] in `dtype`. On the CPU in the place of the logits."""
+    """c·(softmax − onehot) [t, V] in `dtype`. On the CPU it overwrites the logits."""
     if logits_tV.is_cuda:
         from vpmoe.model import kernels
 
@@ -146,7 +145,7 @@ def _gradient_(
 
 
 def add_product_(sum_VH: Tensor, left_Vt: Tensor, right_tH: Tensor) -> None:
-    """sum += left @ right, with the sum in fp32 even where the factors are bf16."""
+    """sum += left @ right, with the sum in fp32 even if the factors are bf16."""
     if left_Vt.dtype == sum_VH.dtype:
         sum_VH.addmm_(left_Vt, right_tH)
     else:

@@ -1,8 +1,8 @@
 """Export of the student as a Hugging Face checkpoint: config.json, safetensors and their index.
 
-`exported_tensors` is the table from parameters to exported tensors. Writing and checking both use it, and a
-name that is not in it is an error. This module needs neither megatron-core nor transformers: the trainer
-exports, the sampler and the evaluation check.
+`exported_tensors` maps exported tensors to parameters. Writing and checking both use it, and a name that is
+not in it is an error. This module imports neither megatron-core nor transformers: the trainer writes exports,
+the sampler and the evaluation check them.
 """
 
 import json
@@ -26,29 +26,32 @@ ARCHITECTURE = "VpmoeForCausalLM"
 INDEX = "model.safetensors.index.json"
 
 FILE_BYTES = 2 << 30
-"""Size at which a file is closed: the writer's memory, and the size of one read."""
+"""Size in bytes at which a file is closed. It bounds the writer's memory and the size of one read."""
 
 ONLY_IN_TRAINING = ("main/projection",)
 """Parameters of the state that are not exported: the projection of TeacherForced."""
 
 BIAS = ".e_score_correction_bias"
-"""The experts' selection biases: fp32 whatever the weights are, as in training."""
+"""Suffix of the experts' selection biases, which are fp32 for every dtype of the weights, as in training."""
 
 ReadTensor = Callable[[str, int, int], Tensor]
-"""`(name in the state, start, stop) -> fp32 [stop − start]`, as vpmoe.model.state restores by."""
+"""`(name in the state, start, stop) -> fp32 [stop − start]`, as in vpmoe/model/state.py."""
 
 
 @dataclass(frozen=True)
 class ExportedTensor:
-    """Where a tensor of the checkpoint comes from: `source`, a name of vpmoe.model.state, seen as `view`, and
-    of that [:, pick]."""
+    """The origin of an exported tensor: [:, pick] of the state's tensor `source`, viewed as `view`."""
 
     source: str
+    """Name in the state, as in state.py."""
     shape: tuple[int, ...]
+    """Shape of the exported tensor."""
     view: tuple[int, ...]
     pick: slice | None = None
+    """None: the whole of `source`."""
 
     def cut_from(self, flat: Tensor) -> Tensor:
+        """The exported tensor, from all of `source`, flat."""
         whole = flat.view(self.view)
         return (whole if self.pick is None else whole[:, self.pick]).reshape(self.shape)
 
@@ -56,8 +59,8 @@ class ExportedTensor:
 def exported_tensors(shape: Shape) -> dict[str, ExportedTensor]:
     """All tensors of a checkpoint by name.
 
-    megatron-core keeps queries, keys and values in one matrix: for each key-value head its queries' rows,
-    then its key's and its value's.
+    megatron-core keeps queries, keys and values in one matrix: for each key-value head the rows of its
+    queries, then of its key, then of its value.
     """
     table: dict[str, ExportedTensor] = {}
 
@@ -114,8 +117,8 @@ def exported_tensors(shape: Shape) -> dict[str, ExportedTensor]:
 
 
 def hf_config(shape: Shape, positions: int, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json: the shape in transformers' words. `positions` is the longest sequence that the student was
-    trained on."""
+    """config.json: the shape in transformers' field names. `positions` is the longest sequence that the
+    student was trained on."""
     return {
         "model_type": MODEL_TYPE,
         "architectures": [ARCHITECTURE],
@@ -143,7 +146,7 @@ def hf_config(shape: Shape, positions: int, dtype: torch.dtype) -> dict[str, Any
         "max_position_embeddings": positions,
         "bos_token_id": None,
         "eos_token_id": [RETURN, CALL],
-        # transformers would treat the padding id's embedding specially, and here every id is an ordinary one.
+        # transformers treats the padding id's embedding specially; here every id is an ordinary one.
         "pad_token_id": None,
     }
 
@@ -153,10 +156,10 @@ def export_student(
 ) -> None:
     """Write the student into `folder`, config.json last.
 
-    `sizes` names the state's tensors with their numbers (state.sizes, or a checkpoint's), of which "main" and
-    "buffer" are exported, and `read` gives them; in `dtype` bfloat16 they are rounded as the trainer's own
-    weights are. Raises Permanent if the state and the shape do not account for each other, tensor by
-    tensor.
+    `sizes` maps the state's tensors to their numbers of elements (state.sizes, or a checkpoint's). Those of
+    kind "main" and "buffer" are exported, and `read` returns them. With `dtype` bfloat16 they are rounded as
+    the trainer rounds its weights. Raises Permanent if a tensor of the state is not in the shape, a tensor of
+    the shape is not in the state, or their sizes differ.
     """
     table = exported_tensors(shape)
     wanted = {part.source: math.prod(part.view) for part in table.values()}
@@ -187,11 +190,10 @@ def export_student(
 
 
 def check_export(folder: Path, shape: Shape) -> None:
-    """Raise Permanent, with the field's or the tensor's name, unless `folder` holds exactly a student of this
-    shape.
+    """Raise Permanent, naming the field or the tensor, unless `folder` holds exactly a student of this shape.
 
-    Before transformers or vLLM load it: where a tensor is missing the one warns and draws random numbers.
-    Reads headers only.
+    Call it before transformers or vLLM load the folder: if a tensor is missing, transformers only warns and
+    fills it with random numbers. Reads headers only.
     """
     try:
         said = json.loads((folder / "config.json").read_bytes())
@@ -205,7 +207,8 @@ def check_export(folder: Path, shape: Shape) -> None:
         found = {name: held for file in files for name, held in _header(folder / file).items()}
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise Permanent(
-            f"{folder} is no whole checkpoint ({type(error).__name__}: {error}). Export the student again."
+            f"{folder} is not a complete checkpoint ({type(error).__name__}: {error}). Export the student "
+            "again."
         ) from error
     fields = hf_config(shape, said.get("max_position_embeddings"), dtype)
     _same(
@@ -226,11 +229,12 @@ def _header(file: Path) -> dict[str, tuple[str, list[int]]]:
     with safe_open(file, "pt") as opened:
         return {
             name: ((held := opened.get_slice(name)).get_dtype(), held.get_shape())
-            for name in opened.keys()  # noqa: SIM118 (a safetensors file is no mapping)
+            for name in opened.keys()  # noqa: SIM118 (an opened safetensors file is not a mapping)
         }
 
 
 def _same(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str, remedy: str) -> None:
+    """Raise Permanent with the first name whose value differs or that only one of the two has."""
     for name in sorted({*found, *wanted}):
         if name not in found:
             raise Permanent(f"{where}: {name} is missing. {remedy}")

@@ -1,9 +1,9 @@
 """Triton kernels of the loss head: two passes over a chunk of logits, and log p alone in one product.
 
-The two passes do everything between the head's matrix products and read each logit twice; torch's operations
+The two passes do everything between the head's matrix products and read each logit twice. torch's operations
 would read and write [chunk, vocabulary] about ten times and take longer than the products. The product for
-log p keeps its logits in registers. Triton compiles the kernels on first use and needs a C compiler. head.py
-has the formulas, and computes them in torch on the CPU.
+log p keeps its logits in registers. Triton compiles the kernels on first use and needs a C compiler. The
+formulas, and their computation in torch on the CPU, are in head.py.
 """
 
 import torch
@@ -12,12 +12,11 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 BLOCK = 4096
-"""Logits a program holds at a time."""
+"""Logits that a program holds at a time."""
 TILE = (128, 256, 64)
 """Tokens, vocabulary and hidden size of a program's tile of a product."""
 BAND = 8
-"""Tiles of tokens that use a tile of the vocabulary one after another, so that it is read from memory
-once."""
+"""Number of token tiles that use one vocabulary tile in succession, so that it is read from memory once."""
 
 
 def log_sum_exp(logits_tV: Tensor, targets_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +64,7 @@ def logp(hidden_tH: Tensor, weight_VH: Tensor, targets_t: Tensor) -> Tensor:
 
 
 def tiles(rows: int, width: int) -> tuple[int]:
-    """Programs of a product in tiles."""
+    """The launch grid of `product`: one program per tile."""
     return (triton.cdiv(rows, TILE[0]) * triton.cdiv(width, TILE[1]),)
 
 
@@ -81,8 +80,7 @@ def product(  # type: ignore[no-untyped-def]
     K: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    """(logits [M, N] in fp32, their rows [M], their columns [N], number of their tile of the vocabulary) of
-    this program's tile.
+    """(logits [M, N] in fp32, rows [M], columns [N], number of the vocabulary tile) of this program's tile.
 
     Rows and columns beyond the last repeat the first ones.
     """
@@ -137,13 +135,13 @@ def _tile_sums(  # type: ignore[no-untyped-def]
 def _log_sum_exp(logits, targets, lse, logp, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    # Lane by lane: one reduction over lanes at the end instead of one a block.
+    # Each lane has its own running sum: one reduction over lanes at the end instead of one per block.
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         x = tl.load(logits + row * width + start + columns, mask=start + columns < width, other=float("-inf"))
         above = tl.maximum(highest, x)
-        # A lane that has seen nothing but masked columns holds −inf, and −inf − −inf would be no number.
+        # A lane that has seen only masked columns holds −inf, and −inf − −inf is NaN.
         total = tl.where(above == float("-inf"), 0.0, total * tl.exp(highest - above) + tl.exp(x - above))
         highest = above
     top = tl.max(highest, 0)

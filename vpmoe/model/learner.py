@@ -2,8 +2,8 @@
 
 megatron-core's DistributedDataParallel keeps gradients in flat fp32 buffers and reduces them while the last
 backward runs. Its distributed optimizer keeps each rank's share of fp32 parameters and Adam moments. An
-objective (objective.py) defines the loss; the training loop sets the learning rate and handles a bad loss;
-state.py saves and restores.
+objective (objective.py) defines the loss. The training loop sets the learning rate and handles a bad loss.
+Saving and restoring are in state.py.
 
 The microbatches run in an explicit loop, not in megatron's pipeline schedule, whose interface (iterators,
 closures over losses) exists for pipeline stages that this student does not have.
@@ -44,20 +44,22 @@ class Outcome:
     """Result of a global batch; the same on every rank."""
 
     loss: float
-    """The objective, balance loss not included; NaN where nothing was minimised."""
+    """The objective, without the balance loss; NaN after an evaluation."""
     cross_entropy: BySpan
-    """Mean −log p by span, in nats a token; None where the batch has no token of the span."""
+    """Mean −log p by span, in nats per token; None if the batch has no token of the span."""
     tokens: dict[str, int]
     """Targets by span."""
     load: ExpertLoad | None
-    """Tokens of each expert; None after an evaluation."""
+    """Number of tokens of each expert; None after an evaluation."""
     measures: Measures | None = None
     """What the objective measured; its class depends on the objective."""
 
 
 class Learner:
-    """The parts of a student in training. Make it with `build`. A training step: forward_backward, check the
-    outcome, step."""
+    """A student in training, with its DDP and optimizer. Create it with `build`.
+
+    A training step: forward_backward, check the outcome, step.
+    """
 
     def __init__(
         self, student: Student, device: torch.device, *, weight_decay: float, gradient_clip: float
@@ -71,8 +73,8 @@ class Learner:
         bf16 = student.config.bf16
         self.ddp = DistributedDataParallel(
             student.config,
-            # Parameters are gathered in the step and not under the next forward: it saves some hundredths of
-            # a step of seconds, and a checkpoint taken before that forward would hold stale ones.
+            # Parameters are gathered in the step, not overlapped with the next forward: the overlap saves a
+            # few percent of a step, but a checkpoint taken before that forward would hold stale parameters.
             DistributedDataParallelConfig(
                 use_distributed_optimizer=True, overlap_grad_reduce=True, grad_reduce_in_fp32=True
             ),
@@ -92,7 +94,7 @@ class Learner:
         )
         self.optimizer = get_megatron_optimizer(settings, [self.ddp], use_gloo_process_groups=False)
         for group in self.optimizer.param_groups:
-            group["fused"] = True  # one pass over memory; torch's default on the CPU takes ten
+            group["fused"] = True  # one pass over memory; torch's default on the CPU makes ten
         state.allocate_moments(self)
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=device))
 
@@ -122,19 +124,19 @@ class Learner:
 
     @property
     def steps(self) -> int:
-        """Steps of the optimizer so far, over all stages: what Adam's bias correction counts."""
+        """Optimizer steps so far, over all stages; Adam's bias correction uses this count."""
         return int(next(state.shards(self)).moments["step"])
 
     def forward_backward(self, batches: Sequence[Batch], objective: Objective, positions: int) -> Outcome:
         """Compute gradients of objective + balance loss over the global batch. `batches` are this rank's, at
         least one.
 
-        `positions` counts the global batch's positions that are not padding. Moves no weight: check the
-        outcome, then call `step`. With expert parallelism all ranks need the same number of batches. Raises
-        ValueError if `positions` is wrong.
+        `positions` is the number of the global batch's positions that are not padding. No weight changes:
+        check the outcome, then call `step`. With expert parallelism all ranks need the same number of
+        batches. Raises ValueError if `positions` is wrong.
 
         The loss is multiplied by `positions`, and `step` divides all gradients by it. So the balance losses,
-        which megatron weighs by positions, become means over positions, and bf16 gradients keep an ordinary
+        which megatron weights by positions, become means over positions, and bf16 gradients keep an ordinary
         size.
         """
         self.ddp.zero_grad_buffer()
@@ -180,7 +182,7 @@ class Learner:
         if self._positions is None:
             raise RuntimeError(
                 "Learner.step uses the gradients of one forward_backward, and there was none since the last "
-                "step."
+                "step. Call forward_backward first."
             )
         positions, self._positions = self._positions, None
         finalize_model_grads([self.ddp], num_tokens=positions.to(self.device))
@@ -238,7 +240,7 @@ class _Sums:
         )
         if positions not in (None, int(counts[0])):
             raise ValueError(
-                f"positions is {positions}, but the global batch holds {int(counts[0])} that are not padding."
+                f"positions is {positions}, but the global batch has {int(counts[0])} that are not padding."
             )
         tokens = {name: int(n) for name, n in zip(SPANS, counts[1:], strict=True)}
         return Outcome(

@@ -1,8 +1,7 @@
-"""The interface of objectives, and the form that all of them but TeacherForced's have: one coefficient for
-each token.
+"""The interface of objectives, and the form of all objectives but TeacherForced's: one coefficient per token.
 
-A training step gives an objective hidden states, takes back a loss to differentiate, and sums over the ranks
-what the objective measured. The coefficients are in vpmoe/objectives: vanilla.py, rescored.py and
+A training step passes hidden states to an objective, differentiates the loss that it returns, and sums the
+objective's measurements over the ranks. The coefficients are in vpmoe/objectives: vanilla.py, rescored.py and
 onpolicy.py.
 """
 
@@ -22,21 +21,22 @@ if TYPE_CHECKING:
 
 
 class Objective(Protocol):
-    """What one optimizer step minimises. Each step has a new one, which holds the denominators of the global
-    batch."""
+    """The loss of one optimizer step. Each step needs a new one: it has the global batch's denominators."""
 
     def loss(
         self, batch: Batch, hidden_TH: Tensor, student: "Student", scale: float
     ) -> tuple[Tensor, Tensor]:
-        """(`scale` · this microbatch's share of the loss, log p of its targets [T] detached, NaN where there
-        is no target)."""
+        """(`scale` · this microbatch's share of the loss, log p of its targets [T] detached).
+
+        log p is NaN without a target.
+        """
 
     def sums(self) -> Tensor:
-        """[M] float64: what this rank measured in the step, to be summed over the ranks. M is the same on all
-        ranks."""
+        """This rank's measurements of the step, [M] float64; the caller sums them over the ranks. M is the
+        same on all ranks."""
 
     def measures(self, total: Tensor) -> Measures | None:
-        """The measures of the global batch, from the sum of all ranks' `sums`; None where the objective
+        """The measures of the global batch, from the sum of all ranks' `sums`; None if the objective
         measures nothing."""
 
 
@@ -51,8 +51,8 @@ class Weighted:
     coefficient_of: Callable[[Batch], Coefficient]
     """A batch's coefficients c."""
     sums_of: Callable[[Batch, Tensor], Tensor] = _no_sums
-    """A microbatch's sums [M] float64, from the batch and the student's log p of its targets [T], NaN where
-    there is no target."""
+    """A microbatch's sums [M] float64, from the batch and the student's log p of its targets [T], NaN without
+    a target."""
     measures_of: Callable[[Tensor], Measures | None] = lambda total: None
     """The step's measures, from the total of the sums."""
     _sums: list[Tensor] = field(default_factory=list)
@@ -60,8 +60,8 @@ class Weighted:
     def loss(
         self, batch: Batch, hidden_TH: Tensor, student: "Student", scale: float
     ) -> tuple[Tensor, Tensor]:
-        """See Objective. The coefficient is scaled and not the loss: a factor on bf16 gradients would be
-        rounded."""
+        """See Objective. `scale` multiplies the coefficients, not the loss: multiplying bf16 gradients would
+        round them once more."""
         coefficient = self.coefficient_of(batch)
         loss, logp_T = head_loss(
             hidden_TH,

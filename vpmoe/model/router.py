@@ -1,8 +1,8 @@
 """The router of a mixture layer, and the load of its experts.
 
 It is megatron-core's sigmoid router with groups and selection bias, corrected in three places. megatron's
-fp32 product fails without Transformer Engine. Its count of tokens an expert, which moves the biases, accepts
-no padding mask (the shape does not fit). Its sequence balance loss divides by the mean length of the rows,
+fp32 product fails without Transformer Engine. Its count of tokens per expert, which moves the biases, accepts
+no padding mask (the shapes do not match). Its sequence balance loss divides by the mean length of the rows,
 which gives NaN for rows that are all padding and wrong shares for uneven rows.
 """
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 
 class Router(TopKRouter):  # type: ignore[misc]
-    """Chooses experts by sigmoid(x·W) + bias and weighs them by the sigmoid alone, all of it in fp32.
+    """Chooses experts by sigmoid(x·W) + bias and weights them by the sigmoid alone, all of it in fp32.
 
-    Buffers, all fp32 whatever the parameters are: `expert_bias` [E] is state that a checkpoint holds;
+    Buffers, in fp32 for every dtype of the parameters: `expert_bias` [E] is part of a checkpoint;
     `local_tokens_per_expert` [E] and `aux_sum` are this rank's sums since the last step, over positions that
     are not padding.
     """
@@ -53,10 +53,10 @@ class Router(TopKRouter):  # type: ignore[misc]
         """Attach the balance loss of each row r: coefficient · E · Σ_e f_re · p_re, weighted by its n_r
         positions that are not padding.
 
-        f_re is the share of the row's choices that fell on expert e, p_re the mean of its normalised score
-        there (DeepSeek-V3, eq. 17–20; here balanced experts give 1). Learner.step divides the gradients by
-        the positions of the global batch, so the coefficient means the same however rows are masked, packed
-        or padded. Padding has zeros in the scores and in the map.
+        f_re is the share of the row's choices that are expert e, p_re the mean of e's normalised score over
+        the row (DeepSeek-V3, eq. 17–20; here balanced experts give 1). Learner.step divides the gradients by
+        the positions of the global batch, so the coefficient has the same meaning however rows are masked,
+        packed or padded. The scores and the map are zero at padding.
         """
         scores_rE, choices_rE = (
             x.view(seq_length, bsz, -1).sum(0) for x in (scores_for_aux_loss, routing_map)
@@ -78,27 +78,27 @@ class ExpertLoad:
     """Tokens of each expert in one step, summed over all ranks. L mixture layers of E experts."""
 
     layers: tuple[str, ...]
-    """The layers' names in the student, "layers.1" first where one layer is dense."""
+    """The layers' names in the student; the first is "layers.1" if one layer is dense."""
     tokens: Tensor
     """[L, E] int64"""
     aux: Tensor
     """[L] float64, the balance loss without its coefficient, a mean over positions: 1 when balanced,
-    E/experts-a-token when collapsed."""
+    E / experts per token when collapsed."""
 
     @property
     def max_over_mean(self) -> Tensor:
-        """[L] the busiest expert's tokens over the mean; 1 when balanced."""
+        """[L] ratio of the busiest expert's tokens to the mean; 1 when balanced."""
         tokens = self.tokens.double()
         return tokens.amax(1) / tokens.mean(1).clamp(min=1 / tokens.shape[1])
 
     @property
     def dead(self) -> Tensor:
-        """[L] int64, experts that no token chose."""
+        """[L] int64, number of experts without a token."""
         return (self.tokens == 0).sum(1)
 
 
 def routers(student: nn.Module) -> dict[str, Router]:
-    """The routers by their layer's name, in order."""
+    """The student's routers by name of their layer (see ExpertLoad.layers), in order."""
     return {
         name.removeprefix("decoder.").removesuffix(".mlp.router"): m
         for name, m in student.named_modules()

@@ -1,7 +1,7 @@
 """The students' shapes: numbers without torch, for counting parameters and checking layouts.
 
-student.py makes modules of a shape. It also has what all shapes share: QK-norm, RMSNorm, squared ReLU without
-a gate, sigmoid scores, no biases, no dropout, embeddings not tied to the output.
+The modules of a shape are in student.py, with the properties that all shapes share: QK-norm, RMSNorm, squared
+ReLU without a gate, sigmoid scores, no biases, no dropout, embeddings not tied to the output.
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,15 @@ from vpmoe.data.vocabulary import VOCABULARY_SIZE
 
 @dataclass(frozen=True)
 class Shape:
-    """One architecture: a dense layer or more, then mixture-of-experts layers, all with grouped-query
+    """One architecture: one or more dense layers, then mixture-of-experts layers, all with grouped-query
     attention."""
 
     name: str
     layers: int
     """Number of layers, dense ones included."""
     dense_layers: int
-    """The first ones; their feed-forward part is `dense_width` wide and has no router."""
+    """Number of dense layers, which come first. Their feed-forward part is `dense_width` wide and has no
+    router."""
     hidden: int
     heads: int
     kv_heads: int
@@ -28,7 +29,7 @@ class Shape:
     experts_per_token: int
     expert_width: int
     shared_width: int
-    """Width of the expert that every token of a mixture layer passes."""
+    """Width of the shared expert, which every token of a mixture layer passes through."""
     expert_groups: int
     """The router first chooses `expert_groups_per_token` groups by their best experts' scores, then experts
     inside them."""
@@ -37,28 +38,28 @@ class Shape:
     routed_scaling: float = 2.5
     """The chosen experts' scores are normalised to a sum of 1 and multiplied by this."""
     bias_update_rate: float = 1e-3
-    """How far an expert's selection bias moves a step, up for the under-used and down for the over-used."""
+    """Change of an expert's selection bias per step: up if the expert is under-used, down if over-used."""
     aux_coefficient: float = 1e-4
-    """Weight of the balance loss of each packed row; kept small, the bias does the balancing."""
+    """Weight of the balance loss of each packed row; small, because the bias does the balancing."""
     rope_base: int = 10_000
     norm_epsilon: float = 1e-6
     init_std: float = 0.02
-    """Standard deviation of every matrix at the start; those that write to the residual stream get it over
-    √(2·layers)."""
+    """Initial standard deviation of every matrix; divided by √(2·layers) for those that write to the residual
+    stream."""
     embedding_std: float = 0.02
-    """Standard deviation of the embeddings. If it is small, the sum that many layers add drowns the token,
-    and the routers choose the same few experts for every token before anything is learned (see also arXiv
-    2312.16903)."""
+    """Initial standard deviation of the embeddings. If it is small, the sum of many layers' outputs outweighs
+    the token's embedding, and the routers choose the same few experts for every token before anything is
+    learned (see also arXiv 2312.16903)."""
     recompute: bool = False
-    """Compute each layer's activations again in the backward: a third more arithmetic for one stored tensor a
-    layer."""
+    """Recompute each layer's activations in the backward: a third more arithmetic, but only one stored tensor
+    per layer."""
 
     @property
     def moe_layers(self) -> int:
         return self.layers - self.dense_layers
 
     def parameters(self) -> int:
-        """All trainable numbers. Expert biases are not among them: the router moves those itself."""
+        """Number of trainable parameters, without the expert biases, which the router updates itself."""
         attention = (
             self.hidden * self.head_width * (2 * self.heads + 2 * self.kv_heads)
             + 2 * self.head_width
@@ -95,7 +96,7 @@ SHAPES = {
             embedding_std=1.0,
             recompute=True,
         ),
-        # The same code, small enough for a laptop. The vocabulary is whole, so token ids are the real ones.
+        # Small enough for a laptop; the same code and the full vocabulary, so token ids are the real ones.
         Shape(
             name="tiny",
             layers=3,

@@ -1,9 +1,7 @@
-"""Targets by span: which tokens are learned, and in which of the two means. The only place that shifts
-targets.
+"""Targets by span: which tokens are learned, and in which of the two means. Only this module shifts targets.
 
-Position t predicts the token at t + 1 of the same document. The span of that token decides: span 0 (system,
-user, headers of other turns) is never learned, so it is no target. A document's last position and padding
-predict nothing.
+Position t predicts the token at t + 1 of the same document, which is a target unless its span is 0 (system,
+user, headers of other turns). A document's last position and padding predict nothing.
 """
 
 from collections.abc import Mapping
@@ -18,11 +16,10 @@ NO_TARGET = -1
 
 
 def targets(tokens_bS: Tensor, spans_bS: Tensor, documents_bS: Tensor) -> tuple[Tensor, Tensor]:
-    """What each position predicts: (token [T] int64 or NO_TARGET, its span [T] uint8 or 0), with T = b·S in
-    row order.
+    """The targets: (token [T] int64 or NO_TARGET, its span [T] uint8 or 0), with T = b·S in row order.
 
-    `documents_bS` numbers the documents inside a row; negative is padding. A document is a contiguous run of
-    one number.
+    `documents_bS` numbers the documents of a row; a negative number is padding. A document is a contiguous
+    run of one number.
     """
     token_bS = torch.full_like(tokens_bS, NO_TARGET)
     span_bS = torch.zeros_like(spans_bS)
@@ -33,15 +30,18 @@ def targets(tokens_bS: Tensor, spans_bS: Tensor, documents_bS: Tensor) -> tuple[
 
 
 def shift_to_targets(values_bS: Tensor, target_T: Tensor) -> Tensor:
-    """A value of each token [b, S], floating point, as the value of each position's target [T]; NaN without a
-    target."""
+    """Move floating-point values of the tokens [b, S] to the positions [T] that predict these tokens; NaN
+    without a target."""
     shifted_bS = torch.full_like(values_bS, torch.nan)
     shifted_bS[:, :-1] = values_bS[:, 1:]
     return shifted_bS.flatten().where(target_T != NO_TARGET, torch.nan)
 
 
 def weights_by_span(weights: Mapping[str, float]) -> list[float]:
-    """The weights as a list indexed by span number; 0 for span 0."""
+    """The weights as a list indexed by span number; 0 for span 0.
+
+    Raises ValueError if `weights` has not exactly the spans of SPANS.
+    """
     if set(weights) != set(SPANS):
         raise ValueError(
             f"training.spanWeights: {sorted(weights)} are not the spans {sorted(SPANS)}. Give each exactly "
@@ -54,8 +54,11 @@ def weights_by_span(weights: Mapping[str, float]) -> list[float]:
 
 
 def coefficient_by_span(counts: Tensor, weights: Mapping[str, float]) -> list[float]:
-    """w_span / N_span indexed by span number, 0 for span 0 and where N_span is 0; `counts` is [positions,
-    N_reasoning, N_final] of the GLOBAL batch."""
+    """w_span / max(N_span, 1) indexed by span number, 0 for span 0.
+
+    `counts` is [positions, N_reasoning, N_final] of the GLOBAL batch. A span without tokens has no target to
+    which its coefficient would apply.
+    """
     return [weight / max(int(n), 1) for weight, n in zip(weights_by_span(weights), counts, strict=True)]
 
 

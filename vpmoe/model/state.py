@@ -1,9 +1,9 @@
 """The state of a student in training as named flat slices, which any number of ranks can write and read.
 
 A name is a kind and a parameter: "main/…" (the fp32 parameter that the optimizer updates), "exp_avg/…",
-"exp_avg_sq/…", and "buffer/…" for the expert biases. A slice is a range of the flattened tensor; the experts
-of all expert-parallel ranks are one tensor. The bf16 weights are not part of it, because they are the rounded
-main parameters. vpmoe/checkpoint and vpmoe/trainer/checkpoint make files of it.
+"exp_avg_sq/…", and "buffer/…" for the expert biases. A slice is a range of the flattened tensor. The experts
+of all expert-parallel ranks are one tensor. The bf16 weights are not part of the state, because they are the
+rounded main parameters. The files of a state are in vpmoe/checkpoint and vpmoe/trainer/checkpoint.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -20,8 +20,8 @@ from vpmoe.model.student import Student
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 NOT_EVERY_STAGES = ("projection",)
-"""Parameters that a student has only in TeacherForced stages: the state of another stage is complete
-without."""
+"""Parameters that a student has only in TeacherForced stages. The state of another stage is complete without
+them."""
 
 ReadTensor = Callable[[str, int, int], Tensor]
 """`(name, start, stop) -> fp32 tensor [stop − start]`, on any device."""
@@ -38,8 +38,10 @@ class StatefulLearner(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class StateSlice:
-    """[start, stop) of the flattened tensor `name`. The tensor is the live one, on its device: copy it before
-    the next step."""
+    """[start, stop) of the flattened tensor `name`.
+
+    `tensor` is the live tensor, on its device: copy it before the next step.
+    """
 
     name: str
     start: int
@@ -49,15 +51,18 @@ class StateSlice:
 
 @dataclass(frozen=True, eq=False)
 class OptimizerShard:
-    """The part of one parameter that this rank's optimizer moves."""
+    """The part of one parameter that this rank's optimizer updates."""
 
     name: str
+    """The parameter's name in the student."""
     start: int
+    """Offset in the flattened parameter, over all expert-parallel ranks."""
     main: Tensor
-    """fp32, flat. On the CPU it IS the weight, a view of it; on the GPU the weight is its copy in bf16."""
+    """fp32, flat. On the CPU it is a view of the weight; on the GPU the weight is its copy in bf16."""
     weight: Tensor
+    """This range of the weight, flat."""
     moments: dict[str, Any]
-    """Adam's: "step", "exp_avg", "exp_avg_sq"."""
+    """Adam's state: "step", "exp_avg", "exp_avg_sq"."""
 
 
 def shards(learner: StatefulLearner) -> Iterator[OptimizerShard]:
@@ -82,7 +87,7 @@ def shards(learner: StatefulLearner) -> Iterator[OptimizerShard]:
 
 
 def allocate_moments(learner: StatefulLearner) -> None:
-    """Give Adam its state before the first step, so that a state taken at any time has the same tensors."""
+    """Create Adam's state before the first step, so that a state has the same tensors at any time."""
     for shard in shards(learner):
         shard.moments.update(
             step=torch.zeros((), device=shard.main.device),
@@ -91,8 +96,8 @@ def allocate_moments(learner: StatefulLearner) -> None:
 
 
 def slices(learner: StatefulLearner) -> list[StateSlice]:
-    """All that this rank holds. Over all ranks the slices of a name cover it exactly once; the buffers are
-    rank 0's."""
+    """The slices of this rank. Over all ranks the slices of a name cover it exactly once; rank 0 has the
+    buffers."""
     held = [
         StateSlice(f"{kind}/{shard.name}", shard.start, shard.start + shard.main.numel(), tensor)
         for shard in shards(learner)
@@ -104,7 +109,7 @@ def slices(learner: StatefulLearner) -> list[StateSlice]:
 
 
 def sizes(learner: StatefulLearner) -> dict[str, int]:
-    """Numbers in each name of a complete state; the same on every rank."""
+    """Number of elements of each tensor of a complete state; the same on every rank."""
     parameters = {
         name: parameter.numel() * _sharers(parameter)
         for name, parameter in learner.student.named_parameters()
@@ -118,13 +123,12 @@ def sizes(learner: StatefulLearner) -> dict[str, int]:
 def restore(
     learner: StatefulLearner, read: ReadTensor, steps: int, moments: bool = True, anew: Collection[str] = ()
 ) -> None:
-    """Take weights, expert biases and, with `moments`, Adam's state from `read`, of which every rank asks for
-    its own slices only.
+    """Read weights, expert biases and, with `moments`, Adam's state. Each rank reads its own slices only.
 
-    `steps` is the count of optimizer steps behind that state. The parameters named in `anew` stay as they
-    were built, with empty moments; they share the others' count of steps. All ranks call it. Raises what
-    `read` raises, and ValueError for a slice of the wrong length; a learner whose restore failed is half old
-    and half new and must not be used.
+    `steps` is the number of optimizer steps that led to the state. The parameters named in `anew` are not
+    read: they keep their initial values and zero moments, and share the step count of the others. All ranks
+    call it. Raises what `read` raises, and ValueError if a slice has the wrong length or dtype. A learner
+    whose restore failed is partly restored and must not be used.
     """
     for shard in shards(learner):
         shard.moments["step"].fill_(steps if moments else 0)
@@ -136,17 +140,17 @@ def restore(
         shard.weight.copy_(shard.main)
     for name, bias in _biases(learner):
         _fill(bias, read, f"buffer/{name}", 0)
-    learner.ddp.start_param_sync(force_sync=True)  # each rank has filled its own shards of the weights only
+    learner.ddp.start_param_sync(force_sync=True)  # each rank has filled only its own shards of the weights
 
 
 @torch.no_grad()
 def copy_weights(learner: StatefulLearner, into: dict[str, Tensor] | None = None) -> ReadTensor:
-    """A copy of the weights and expert biases as they are, on the CPU and under the names of a state. On the
-    GPU the weights are bf16.
+    """Copy the weights and expert biases to the CPU. Returns a reader of the copy by the state's names.
 
-    All ranks call it, because with expert parallelism no rank has all experts; rank 0's is the one to read,
-    the others' is empty. `into` keeps the copy's memory from one call to the next, which then overwrites it:
-    a GPU copies forty times as fast into memory that is pinned, and pinning it takes longer than all else.
+    The weights of a student on the GPU are bf16; the reader converts them to fp32. All ranks call it, because
+    with expert parallelism no rank has all experts. Only rank 0 has the copy; the other ranks' readers raise
+    KeyError. `into` keeps the copy's memory for the next call, which overwrites it: a GPU copies forty times
+    as fast into pinned memory, and pinning takes longer than everything else.
     """
     held = {} if into is None else into
     parameters = [(f"main/{name}", parameter) for name, parameter in learner.student.named_parameters()]
@@ -172,7 +176,7 @@ def _fill(tensor: Tensor, read: ReadTensor, name: str, start: int) -> None:
     if values.shape != tensor.shape or values.dtype != torch.float32:
         raise ValueError(
             f"{name} [{start}, {start + tensor.numel()}): read {values.dtype} {list(values.shape)}, wanted "
-            "that many of float32."
+            f"torch.float32 {list(tensor.shape)}."
         )
     tensor.copy_(values)
 
@@ -184,22 +188,25 @@ def _biases(learner: StatefulLearner) -> list[tuple[str, Tensor]]:
 
 
 def _sharers(parameter: Tensor) -> int:
-    """Ranks over which the parameter is spread by expert parallelism: 1 unless it is a stack of experts."""
+    """Number of ranks that share the parameter by expert parallelism: 1 unless it is a stack of experts."""
     return (
         1 if getattr(parameter, "allreduce", True) else parallel_state.get_expert_model_parallel_world_size()
     )
 
 
 def _first(parameter: Tensor) -> int:
-    """Where this rank's stack of experts begins in the whole one, flattened."""
+    """Offset of this rank's part in the whole flattened parameter: 0 unless it is a stack of experts."""
     return (
         0 if _sharers(parameter) == 1 else parallel_state.get_expert_model_parallel_rank() * parameter.numel()
     )
 
 
 def random_state() -> dict[str, Tensor]:
-    """Every generator that this process may draw from, as bytes. Nothing draws in training (no dropout); kept
-    so that this stays true."""
+    """The states of all random generators of this process, as bytes.
+
+    Training draws no random numbers, as there is no dropout. The states are part of a checkpoint so that
+    resuming stays exact if training ever draws some.
+    """
     states = {
         "cpu": torch.get_rng_state(),
         **{f"megatron/{name}": state for name, state in get_cuda_rng_tracker().get_states().items()},
@@ -208,7 +215,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(states: dict[str, Tensor]) -> None:
-    """What random_state gave, on the same kind of device."""
+    """Restore what `random_state` returned, on the same kind of device."""
     torch.set_rng_state(states["cpu"])
     get_cuda_rng_tracker().set_states(
         {

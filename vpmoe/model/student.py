@@ -1,9 +1,9 @@
 """The student: megatron-core's embedding and transformer layers, up to the last hidden state.
 
 It uses neither of megatron-core's models. GPTModel is deprecated in 0.19. HybridModel, its successor,
-requires Transformer Engine's norm at its end, counts attention and feed-forward as separate layers (160 for
-these 80, in every parameter's name), applies one row of rotary angles to all documents, and ends in logits,
-which the loss head avoids. The parts of the two are not deprecated, and this file assembles them:
+requires Transformer Engine's norm at its end, counts attention and feed-forward as separate layers (160
+instead of 80, in every parameter's name), applies one row of rotary angles to all documents, and ends in
+logits, which the loss head avoids. The parts of the two are not deprecated, and this file assembles them:
 VocabParallelEmbedding, TransformerBlock with TransformerLayers (SelfAttention, MLP, MoELayer), RMSNorm. We
 implement the parts that megatron-core provides only with Transformer Engine or implements incorrectly:
 attention inside documents, stacked experts and their dispatch, the router, and an output matrix that only the
@@ -74,12 +74,14 @@ class Student(MegatronModule):  # type: ignore[misc]
             )
 
     def forward(self, batch: Batch) -> Tensor:
-        """[T, H] for the batch's T = b·S positions, in row order. ValueError if a row is longer than the
-        student was built for."""
+        """Hidden states [T, H] of the batch's T = b·S positions, in row order.
+
+        Raises ValueError if a row is longer than `sequence_length`.
+        """
         rows, positions = batch.tokens.shape
         if positions > self.sequence_length:
             raise ValueError(
-                f"training.sequenceLength: a row of {positions} positions, the student was built for "
+                f"training.sequenceLength: a row has {positions} positions, but the student was built for "
                 f"{self.sequence_length}."
             )
         hidden_SbH = self.decoder(
@@ -109,12 +111,12 @@ def build(
     expert_parallel: int = 1,
     teacher_width: int | None = None,
 ) -> Student:
-    """A new student with random weights: bf16 on the GPU, fp32 on the CPU; on device "meta" without weights,
-    to count them.
+    """A new student with random weights: bf16 on the GPU, fp32 on the CPU. On device "meta" it has no weights
+    and serves to count them.
 
-    `teacher_width` is that of the hidden states that it is to be compared with; None where there is no such
-    teacher. Every rank builds the same weights from the same seed, whatever the layout. Needs the process
-    groups of distributed.start. Raises ValueError if the experts do not divide by `expert_parallel`.
+    `teacher_width` is the width of the teacher's hidden states with which the student's are compared; None
+    without such a teacher. Every rank builds the same weights from the same seed, in every layout. Needs the
+    process groups of distributed.start. Raises ValueError if `expert_parallel` does not divide the experts.
     """
     if expert_parallel < 1 or shape.experts % expert_parallel:
         raise ValueError(
@@ -170,7 +172,7 @@ def _config(shape: Shape, device: torch.device, expert_parallel: int) -> Transfo
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         perform_initialization=False,  # see _initialise
-        use_cpu_initialization=device.type == "meta",  # that is: on torch's default device
+        use_cpu_initialization=device.type == "meta",  # creates parameters on torch's default device
         recompute_granularity="full" if shape.recompute else None,
         recompute_method="uniform" if shape.recompute else None,
         recompute_num_layers=1 if shape.recompute else None,
@@ -222,14 +224,16 @@ def _layers(shape: Shape) -> TransformerBlockSubmodules:
 
 
 WRITES_TO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "experts.down")
-"""Matrices whose product is added to the residual stream: 2·layers of them add up, so each starts smaller by
-the root of that."""
+"""Matrices whose product is added to the residual stream. There are 2·layers of them, so their initial
+standard deviation is divided by √(2·layers)."""
 
 
 @torch.no_grad()
 def _initialise(student: Student, seed: int) -> None:
-    """Norms 1, matrices normal. A parameter's numbers come from (seed, name) alone, so neither order nor
-    layout changes them."""
+    """Set norms to 1 and draw matrices from a normal distribution.
+
+    A parameter's numbers depend on (seed, name) only, not on the order of parameters or the layout.
+    """
     shape = student.shape
     for name, parameter in student.named_parameters():
         if parameter.dim() == 1:

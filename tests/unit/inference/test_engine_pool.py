@@ -62,7 +62,7 @@ def test_an_engines_error_keeps_its_class(kind: str, error: type[Exception]) -> 
 def test_weights_that_are_none_are_the_askers_error(tmp_path: Path) -> None:
     with (
         EnginePool(1, "tiny", 64) as engines,
-        pytest.raises(Permanent, match=f"engine 0: {tmp_path} is no whole checkpoint"),
+        pytest.raises(Permanent, match=f"engine 0: {tmp_path} is not a complete checkpoint"),
     ):
         engines.load(tmp_path)
 

@@ -323,5 +323,5 @@ def test_what_is_no_export_of_this_shape_is_refused(device: torch.device, tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(said))
     file = tmp_path / "model-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(Permanent, match="is no whole checkpoint"):
+    with pytest.raises(Permanent, match="is not a complete checkpoint"):
         hf_export.check_export(tmp_path, SMALL)

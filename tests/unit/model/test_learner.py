@@ -55,7 +55,7 @@ def test_a_second_step_without_new_gradients_is_rejected(device: torch.device, b
 def test_a_wrong_number_of_positions_is_rejected(device: torch.device, batches: list[Batch]) -> None:
     objective, positions = objective_of(batches)
     with pytest.raises(
-        ValueError, match=f"positions is {positions + 1}, but the global batch holds {positions}"
+        ValueError, match=f"positions is {positions + 1}, but the global batch has {positions}"
     ):
         learner(device).forward_backward(batches, objective, positions + 1)
 

@@ -75,7 +75,8 @@ def test_expert_parallelism_that_does_not_divide_the_experts_is_rejected(device:
 def test_a_row_longer_than_the_students_sequence_is_rejected(device: torch.device) -> None:
     row = torch.zeros(1, 300, dtype=torch.int64)
     with pytest.raises(
-        ValueError, match=r"training\.sequenceLength: a row of 300 positions, the student was built for 256"
+        ValueError,
+        match=r"training\.sequenceLength: a row has 300 positions, but the student was built for 256",
     ):
         student(device)(Batch.from_rows(row, row.to(torch.uint8), row.int()))
 
