@@ -2,6 +2,6 @@
 canary.
 
 `evaluate.evaluate` is the step. Its result is vpmoe.rollout.evaluation_record, written once;
-vpmoe.rollout.gate reads it. docs/evaluation.md describes the whole. What is measured during training is in
-vpmoe.trainer.
+vpmoe.rollout.gate reads it. docs/reference/evaluation.md describes the step. What is measured during training
+is in vpmoe.trainer.
 """

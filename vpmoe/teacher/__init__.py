@@ -2,5 +2,5 @@
 
 `rescore` is the step that scores a dataset, `score_windows` the one that scores the windows of an OnPolicy
 stage. The model itself runs in vpmoe.inference.teacher_engine; nothing here imports torch or vLLM.
-docs/rescoring.md describes the whole.
+docs/reference/scores.md describes the whole.
 """

@@ -239,8 +239,9 @@ def logp_of(model: Any, ids: Sequence[int]) -> NDArray[np.float64]:
 
 
 def reference_bits(model: Any, text: str) -> tuple[float, int]:
-    """Bits and bytes of a text by the rule in docs/evaluation.md, one token at a time: token t is counted
-    once, by the first window [k·⌈L/2⌉, k·⌈L/2⌉ + L) that contains it."""
+    """Bits and bytes of a text by the rule in docs/reference/evaluation.md, one token at a time.
+
+    Token t is counted once, by the first window [k·⌈L/2⌉, k·⌈L/2⌉ + L) that contains it."""
     ids = vocabulary_file.encoding().encode_ordinary(text)
     bits, size = 0.0, 0
     seen: dict[int, NDArray[np.float64]] = {}

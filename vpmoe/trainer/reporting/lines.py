@@ -1,4 +1,4 @@
-"""The trainer's lines of metrics. docs/training.md lists every field; uploader.py writes them to the
+"""The trainer's lines of metrics. docs/reference/metrics.md lists every field; uploader.py writes them to the
 bucket."""
 
 from collections.abc import Iterable
