@@ -8,8 +8,8 @@ the export with transformers, and computes log-probabilities of the same random 
 99th percentile and largest |Δ|, and, on ids that the exported student sampled, the KL that `samplerKl` would
 show (k3). Floor: the trainer's student against itself, with the sequences packed in another order.
 
-It also prints the seconds to copy the weights (training waits for this), to export them (beside writing the
-same bytes to the same disk) and to load them. Runs on a GPU in bf16, or on the CPU in fp32 if
+It also prints the seconds to copy the weights (training waits for this), to export them (compared with
+writing the same bytes to the same disk) and to load them. Runs on a GPU in bf16, or on the CPU in fp32 if
 CUDA_VISIBLE_DEVICES is set and empty. `--spread` is the standard deviation of the logits. Trained models have
 sharper distributions than random ones, and the difference grows with sharpness.
 """
@@ -52,7 +52,7 @@ def trainer_logp(student: Any, ids_NT: Tensor, order: Tensor, device: torch.devi
 
 @torch.no_grad()
 def exported_logp(model: Any, ids_NT: Tensor) -> Tensor:
-    """[N, T − 1] the same by the exported student, one sequence at a time."""
+    """As trainer_logp, by the exported student, one sequence at a time."""
     return torch.stack(
         [
             model(ids_T[None]).logits[0, :-1].float().log_softmax(1).gather(1, ids_T[1:, None])[:, 0]
@@ -63,7 +63,7 @@ def exported_logp(model: Any, ids_NT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sampled_ids(model: Any, ids_NT: Tensor) -> Tensor:
-    """[N, T − 1] for each position an id sampled from the exported student's distribution there."""
+    """[N, T − 1] ids sampled from the exported student's distribution, one for each position."""
     rows = [
         torch.multinomial(model(ids_T[None]).logits[0, :-1].float().softmax(1), 1)[:, 0]
         for ids_T in ids_NT.unbind()
@@ -78,6 +78,7 @@ def logp_of_sampled(logits_TV: Tensor, sampled_T: Tensor) -> Tensor:
 
 
 def print_difference(name: str, one: Tensor, other: Tensor) -> None:
+    """Print mean, 99th percentile and largest absolute difference of two tensors."""
     difference = (one - other).abs().flatten().double()
     print(
         f"{name}: |Δ| mean {difference.mean():.2e}, 99th percentile {difference.quantile(0.99):.2e}, largest "
@@ -86,7 +87,7 @@ def print_difference(name: str, one: Tensor, other: Tensor) -> None:
 
 
 def seconds_to_rewrite(folder: Path) -> float:
-    """Seconds to write the files of the folder from memory to the same disk once more."""
+    """Seconds to write the files of the folder once more, from memory to the same disk."""
     seconds = 0.0
     for file in sorted(folder.iterdir()):
         content = file.read_bytes()
@@ -102,7 +103,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
-    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--sequences", type=int, default=8, help="number of sequences")
     parser.add_argument("--length", type=int, default=512, help="ids per sequence")
     parser.add_argument("--spread", type=float, default=3.0, help="standard deviation of the logits")
     given = parser.parse_args()

@@ -2,12 +2,12 @@
 
     python -m benchmarks.decode [--shape vpmoe-6b] [--context 512] [--sequences 1,16,64,128,256]
 
-Runs the repository's layers outside of the trainer (vpmoe.inference.layers) in bf16 with random weights, with
-torch's attention of one token per sequence over a full cache. The forward pass is timed twice: launched from
-Python, as an eager engine does, and as one CUDA graph. Then the sampling of a token per sequence from its
-fp32 logits is timed, each sequence with its own generator. The last lines fit a straight line to the times
-over N: the cost of a step, and the cost per sequence. benchmarks.pipeline takes them as `--decode` and
-`--decode-token`. Needs a GPU.
+Runs the exported student's layers (vpmoe/inference/layers.py) in bf16 with random weights, with torch's
+attention of one token per sequence over a full cache. The forward pass is timed twice: launched from Python,
+as in an eager engine, and as one CUDA graph. Then the sampling of a token per sequence from fp32 logits is
+timed, each sequence with its own generator. The last lines fit a straight line to the times over N: the cost
+of a step, and the cost per sequence. They are the `--decode` and `--decode-token` of benchmarks.pipeline.
+Needs a GPU.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def forward(model: Any, shape: Shape, ids_N: Tensor, cache: Tensor) -> Tensor:
 def sample(logits_NV: Tensor, generators: list[torch.Generator]) -> Tensor:
     """Sample a token per sequence and return its log-probability, [N, 1].
 
-    As vLLM samples requests that have seeds: exponential noise, generated row by row.
+    Samples as vLLM does for requests with seeds: with exponential noise, generated row by row.
     """
     logp_NV = logits_NV.float().log_softmax(1)
     noise_NV = torch.empty_like(logp_NV)
@@ -123,7 +123,7 @@ def main() -> None:
     model = student(shape, given.context)
     held = sum(parameter.numel() for parameter in model.parameters())
     half = torch.empty(held // 2, dtype=torch.bfloat16, device="cuda")
-    floor = seconds(half.clone)  # half of the weights, read and written: as many bytes as reading all
+    floor = seconds(half.clone)  # half of the weights, read and written, is as many bytes as reading all
     del half
     print(
         f"{torch.cuda.get_device_name()}, {given.shape}, context {given.context}; floor {floor * 1e3:.1f} ms"

@@ -1,4 +1,4 @@
-"""Time and memory of the loss head, forward and backward, beside eager torch and other fused heads.
+"""Time and memory of the loss head, forward and backward, compared with eager torch and other fused heads.
 
     python -m benchmarks.head [--tokens 8192] [--hidden 1024] [--vocabulary 201088] [--repeats 10]
 
@@ -35,7 +35,7 @@ def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def peers() -> dict[str, Loss]:
-    """The fused heads of other packages, by name, of those that are installed."""
+    """The fused heads of other packages by name, if installed."""
     found: dict[str, Loss] = {}
     for name, module, function in (
         ("Liger", "liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"),
@@ -64,6 +64,7 @@ class Largest(TorchDispatchMode):
 
 
 def milliseconds(action: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Median milliseconds of `repeats` calls, after one that is not counted."""
     times = []
     for _ in range(repeats + 1):
         if device.type == "cuda":
@@ -77,6 +78,7 @@ def milliseconds(action: Callable[[], object], repeats: int, device: torch.devic
 
 
 def mebibytes(action: Callable[[], object], device: torch.device) -> float:
+    """Memory of a call in MiB: on a GPU the peak beyond what is allocated before, else the largest result."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

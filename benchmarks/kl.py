@@ -1,4 +1,4 @@
-"""Time and memory of the TeacherForced loss and of log p alone, beside eager torch and other fused kernels.
+"""Time and memory of the TeacherForced loss and of log p alone, compared with eager torch and fused kernels.
 
     python -m benchmarks.kl [--tokens N] [--hidden H] [--teacher G] [--vocabulary 201088] [--repeats 10]
 
@@ -35,6 +35,8 @@ SIZES = ((8192, 1024, 2880), (4096, 2880, 2880))
 
 
 class Inputs(NamedTuple):
+    """The inputs of the losses: the arguments of forced_loss up to the targets."""
+
     hidden: Tensor
     output: Tensor
     projection: Tensor | None
@@ -42,6 +44,7 @@ class Inputs(NamedTuple):
     targets: Tensor
 
     def leaves(self) -> list[Tensor]:
+        """The tensors that get gradients."""
         return [leaf for leaf in self[:3] if leaf is not None]
 
 
@@ -68,7 +71,7 @@ def ours(given: Inputs) -> Tensor:
 
 
 def eager(given: Inputs) -> Tensor:
-    """All three terms by functions of torch, with logits in fp32."""
+    """All three terms with torch's functions and logits in fp32."""
     t = TERMS.temperature
     logits, teacher = (
         (given.hidden @ given.output.T).float(),
@@ -101,7 +104,7 @@ def liger(function: Callable[..., Tensor], given: Inputs) -> Tensor:
 
 
 def products(given: Inputs, repeats: int) -> tuple[float, float]:
-    """Milliseconds of the four matrix products of the KL, and of the one product of log p."""
+    """(milliseconds of the four matrix products of the KL, of the one product of log p)."""
     hidden, output, teacher = given.hidden.detach(), given.output.detach(), given.teacher
     gradient = torch.randn(len(hidden), len(output), device=hidden.device, dtype=hidden.dtype)
 
@@ -132,6 +135,7 @@ def print_row(
 
 
 def measure(given: Inputs, repeats: int) -> None:
+    """Measure all implementations on these inputs and print the two tables."""
     four, one = products(given, repeats)
     tokens, hidden = given.hidden.shape
     print(

@@ -1,23 +1,24 @@
-"""A toy in which on-policy training has to win: the same student after Vanilla alone, with Rescored, and with
-OnPolicy, at equal tokens.
+"""Toy comparison of OnPolicy with Vanilla and Rescored: one student trained in each way, at equal tokens.
 
     python -m benchmarks.onpolicy [--seeds 3] [--warm 300] [--tokens 300k] [--plot onpolicy.svg] …
 
-Real rows (VPMOE_TEST_PARQUET, colon-separated; else the repository's sample) as Harmony conversations, the
-reasoning and the answer cut into short pieces. A teacher, a dense transformer of a million weights, is
-trained on them with plain torch. Each seed's student, the repository's own (mixture of experts, a quarter of
-a million weights), learns from the documents for `--warm` steps; from there it trains on `--tokens` more
-positions in each of three ways, with the repository's objectives, learner, export and curriculum's rule of
-anchor steps. Then it answers held-out questions. Printed, mean ± standard deviation over the seeds: the
-reverse KL, KL(student‖teacher) over the whole vocabulary at each token that the student sampled, the share of
-valid Harmony, the held-out cross-entropy. The floors are the teacher's own. Of 440 real rows the reverse KL
-is 0.57 ± 0.01 after Vanilla, 0.54 ± 0.01 Rescored, 0.32 ± 0.01 OnPolicy. At three times the learning rate,
-two windows behind, OnPolicy can fall apart here: its gradient is one draw a token, and what is trained on are
-a few thousand.
+The data are rows (of the files in VPMOE_TEST_PARQUET, colon-separated; else the repository's sample) as
+Harmony conversations, with reasoning and answer cut into short pieces. The teacher, a dense transformer of a
+million weights, is trained on them with plain torch. The student is the repository's own (mixture of experts,
+a quarter of a million weights). For each seed it trains for `--warm` Vanilla steps, and from there on
+`--tokens` more positions in each of three ways, with the repository's objectives, learner, export and
+schedule of anchor steps. Then it answers held-out questions.
 
-The vocabulary is reduced to the specials and the most frequent tokens, and other tokens are left out of the
-texts: on two cores 201,088 logits a token would be all that the time is spent on. Ids are translated back
-wherever the repository's code reads Harmony.
+Prints mean ± standard deviation over the seeds: the reverse KL, which is KL(student‖teacher) over the whole
+vocabulary at each token that the student sampled; the share of valid Harmony; the held-out cross-entropy. The
+last line has the teacher's own values, which are the floors. With 440 real rows the reverse KL is 0.57 ± 0.01
+after Vanilla, 0.54 ± 0.01 after Rescored, 0.32 ± 0.01 after OnPolicy. At three times the learning rate and a
+staleness of two windows OnPolicy can diverge here: its gradient has one sample per token, and a step has only
+a few thousand tokens.
+
+The vocabulary is reduced to the special tokens and the most frequent ones; the others are removed from the
+texts. With 201,088 logits per token, two cores would spend almost all of the time on the logits. Ids are
+translated back wherever the repository's code reads Harmony.
 """
 
 import argparse
@@ -72,16 +73,18 @@ SPECIALS = (
 ROW = 512
 WEIGHTS = {"reasoning": 1.0, "final": 1.0}
 QUESTION, REASONING, ANSWER = 24, 40, 28
-"""Tokens of each piece, at most."""
+"""Maximum number of tokens of each piece."""
 BOUND = 128
-"""Longest completion."""
+"""Maximum number of tokens of a completion."""
 BRANCHES = ("Vanilla", "Rescored", "OnPolicy")
 
 
 @dataclass(frozen=True)
 class Document:
-    """Ids of the reduced vocabulary; the first `asked` are the prompt. `logp` is the teacher's of each token,
-    `drawn` the sampler's."""
+    """A conversation in ids of the reduced vocabulary; the first `asked` ids are the prompt.
+
+    `logp` has the teacher's log-probability of each token, `drawn` the sampler's.
+    """
 
     ids: NDArray[np.int64]
     asked: int
@@ -108,7 +111,7 @@ class Vocabulary:
 
 
 def rows() -> list[tuple[str, str, str]]:
-    """(question, reasoning, answer) of each row that has them all."""
+    """(question, reasoning, answer) of each row that has all three."""
     files = [Path(name) for name in os.environ.get("VPMOE_TEST_PARQUET", "").split(":") if name]
     if files:
         import pyarrow.parquet as pq
@@ -129,8 +132,7 @@ def rows() -> list[tuple[str, str, str]]:
 
 
 def documents(words: Vocabulary, row: tuple[list[int], ...]) -> Iterator[Document]:
-    """The conversations that a row is cut into: its question with one piece of its reasoning and of its
-    answer after another."""
+    """The conversations of a row: its question with each piece of its reasoning and its answer in turn."""
     question, reasoning, answer = (words.small(text) for text in row)
     pieces = zip(range(0, len(reasoning), REASONING), range(0, len(answer), ANSWER), strict=False)
     asked = words.small([vocabulary.START, harmony.ROLE_USER, vocabulary.MESSAGE]) + question[:QUESTION]
@@ -184,7 +186,7 @@ def batch_of(held: Sequence[Document]) -> Batch:
 
 
 def padded(sequences: Sequence[NDArray[np.int64]], left: bool = False) -> tuple[Tensor, Tensor]:
-    """(ids, mask) [N, longest]"""
+    """(ids, mask), both [N, longest], padded on the right, or on the `left`."""
     longest = max(map(len, sequences))
     ids, mask = np.zeros((len(sequences), longest), np.int64), np.zeros((len(sequences), longest), np.int64)
     for row, sequence in enumerate(sequences):
@@ -195,7 +197,7 @@ def padded(sequences: Sequence[NDArray[np.int64]], left: bool = False) -> tuple[
 
 @torch.no_grad()
 def distributions(model: Any, sequences: Sequence[NDArray[np.int64]], device: torch.device) -> Tensor:
-    """[N, longest − 1, V] log-probabilities of what follows each token."""
+    """[N, longest − 1, V] log-probabilities of the token after each position."""
     ids, mask = padded(sequences)
     logits: Tensor = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1]
     return logits.float().log_softmax(2)
@@ -204,7 +206,7 @@ def distributions(model: Any, sequences: Sequence[NDArray[np.int64]], device: to
 def logp_of(
     model: Any, sequences: Sequence[NDArray[np.int64]], device: torch.device
 ) -> list[NDArray[np.float32]]:
-    """The log-probability of each token of each sequence but its first, which has NaN."""
+    """The log-probability of each token of each sequence; NaN for its first token."""
     found = []
     for start in range(0, len(sequences), 64):
         some = sequences[start : start + 64]
@@ -220,7 +222,7 @@ def logp_of(
 def sample(
     words: Vocabulary, model: Any, asked: Sequence[NDArray[np.int64]], device: torch.device
 ) -> list[Document]:
-    """A completion of each prompt at temperature 1, with the log-probability of each of its tokens."""
+    """Sample a completion of each prompt at temperature 1, with the log-probability of each token."""
     made = []
     stops = words.small(vocabulary.STOP_IDS)
     for start in range(0, len(asked), 64):
@@ -286,7 +288,7 @@ def shape_of(size: int) -> Shape:
 
 
 class Toy:
-    """What all seeds share: words, documents, teacher; and one seed's student."""
+    """The parts that all seeds share (vocabulary, documents, teacher), and the measurement of a student."""
 
     def __init__(self, given: argparse.Namespace, device: torch.device) -> None:
         self.device, self.given = device, given
@@ -309,18 +311,19 @@ class Toy:
         ][: given.completions]
         tokens = sum(len(one.ids) for one in self.train)
         print(
-            f"{len(texts)} rows, {len(self.train):,} documents of {tokens / len(self.train):.0f} tokens to "
-            f"train on, {len(self.asked)} "
-            f"held-out questions; {len(self.words.ids_V):,} words, {self.words.kept:.0%} of the text; "
-            "teacher of "
-            f"{sum(each.numel() for each in self.teacher.parameters()) / 1e6:.1f} M weights, "
+            f"{len(texts)} rows: {len(self.train):,} training documents of {tokens / len(self.train):.0f} "
+            f"tokens, {len(self.asked)} held-out questions; vocabulary of {len(self.words.ids_V):,} tokens, "
+            f"{self.words.kept:.0%} of the text; teacher with "
+            f"{sum(each.numel() for each in self.teacher.parameters()) / 1e6:.1f} M weights, trained in "
             f"{time.perf_counter() - started:.0f} s",
             flush=True,
         )
 
     def centres(self) -> dict[str, float]:
-        """Where the teacher's confidence weighs 1, as a Rescored stage finds it from its scores'
-        histogram."""
+        """By span, the teacher's log p at which the confidence weight is 1.
+
+        Computed from the histogram of the scores, as in a Rescored stage.
+        """
         found = {}
         for name, span in SPANS.items():
             values = np.concatenate(
@@ -330,7 +333,7 @@ class Toy:
         return found
 
     def students(self, learner: Learner) -> Any:
-        """The learner's student in transformers, by the repository's export."""
+        """The learner's student as a transformers model, through the repository's export."""
         with tempfile.TemporaryDirectory() as folder:
             shape = learner.student.shape
             hf_export.export_student(
@@ -344,10 +347,12 @@ class Toy:
             return hf_model.load_student(Path(folder), shape).to(self.device)
 
     def measure(self, learner: Learner) -> dict[str, float]:
-        """What the student's answers to the held-out questions come to."""
+        """The figures of COLUMNS for the learner's student; see measure_model."""
         return self.measure_model(self.students(learner))
 
     def measure_model(self, model: Any) -> dict[str, float]:
+        """The figures of COLUMNS, from a model's answers to the held-out questions and its loss on held-out
+        documents."""
         torch.manual_seed(1)
         answers = sample(self.words, model, self.asked, self.device)
         kl = {name: [0.0, 0] for name in SPANS}
@@ -382,21 +387,22 @@ class Toy:
 
 
 def snapshot(learner: Learner) -> tuple[dict[str, Tensor], int]:
+    """(a copy of the learner's state by name, its number of optimizer steps)."""
     return {piece.name: piece.tensor.clone() for piece in state.slices(learner)}, learner.steps
 
 
 def step(learner: Learner, batch: Batch, objective: Any, rate: float) -> int:
-    """One optimizer step; returns its positions."""
+    """Do one optimizer step. Returns its number of positions that are not padding."""
     positions = int(batch.counts[0])
     outcome = learner.forward_backward([batch], objective, positions)
     if not math.isfinite(outcome.loss):
-        raise ArithmeticError(f"the loss is {outcome.loss}")
+        raise ArithmeticError(f"step {learner.steps + 1}: the loss is {outcome.loss}.")
     learner.step(rate)
     return positions
 
 
 class Stream:
-    """Documents in a seeded order, epoch after epoch."""
+    """Documents in a random order that depends on the seed, epoch after epoch."""
 
     def __init__(self, held: Sequence[Document], seed: int) -> None:
         self._held, self._random, self._order = held, np.random.default_rng(seed), list[int]()
@@ -409,7 +415,7 @@ class Stream:
 
 
 def branch(toy: Toy, learner: Learner, kind: str, seed: int) -> list[tuple[int, dict[str, float]]]:
-    """Train for the branch's tokens; (tokens, what was measured) at each quarter."""
+    """Train one way for `--tokens` positions. Returns (positions, figures of COLUMNS) at each quarter."""
     given = toy.given
     stream, centres = Stream(toy.train, seed), toy.centres()
     share = {"Vanilla": 0.0, "Rescored": given.mix, "OnPolicy": 1 - given.anchor}[kind]
@@ -419,7 +425,7 @@ def branch(toy: Toy, learner: Learner, kind: str, seed: int) -> list[tuple[int, 
     pending: list[list[Document]] = []
 
     def rollouts() -> list[Document]:
-        """A window by the student as it is, scored by the teacher."""
+        """A window of completions sampled from the current student and scored by the teacher."""
         asked = [one.ids[: one.asked] for one in stream.take(given.prompts)]
         held = sample(toy.words, toy.students(learner), asked, toy.device)
         logp = logp_of(toy.teacher, [one.ids for one in held], toy.device)
@@ -433,7 +439,7 @@ def branch(toy: Toy, learner: Learner, kind: str, seed: int) -> list[tuple[int, 
             batch = batch_of(stream.take(given.prompts))
             objective = rescored(batch.counts, WEIGHTS, Confidence(), centres)
         else:
-            while len(pending) <= given.staleness:  # the first windows are all version 0's
+            while len(pending) <= given.staleness:  # the first windows are all from version 0
                 pending.append(rollouts())
             batch = batch_of(pending.pop(0))
             objective = on_policy(batch.counts, WEIGHTS)
@@ -445,7 +451,10 @@ def branch(toy: Toy, learner: Learner, kind: str, seed: int) -> list[tuple[int, 
 
 
 def experiment(toy: Toy, seed: int) -> dict[str, list[tuple[int, dict[str, float]]]]:
-    """One seed: a student, warmed, and its three branches. Each list begins with the warmed student."""
+    """One seed: the warm-up of a student, and its three branches.
+
+    Returns, by branch, (positions, figures of COLUMNS); the first entry is the student after the warm-up.
+    """
     given = toy.given
     learner = Learner.build(
         shape_of(len(toy.words.ids_V)),
@@ -486,6 +495,8 @@ COLUMNS: dict[str, Callable[[float], str]] = {
 
 
 def table(results: Sequence[dict[str, list[tuple[int, dict[str, float]]]]], teacher: dict[str, float]) -> str:
+    """The figures over all seeds as text: a line per branch, and the teacher's."""
+
     def cells(measured: Sequence[dict[str, float]]) -> list[str]:
         said = []
         for name, form in COLUMNS.items():
@@ -496,7 +507,7 @@ def table(results: Sequence[dict[str, list[tuple[int, dict[str, float]]]]], teac
             )
         return said
 
-    lines = [["", *COLUMNS], ["warmed", *cells([result["Vanilla"][0][1] for result in results])]]
+    lines = [["", *COLUMNS], ["warm-up", *cells([result["Vanilla"][0][1] for result in results])]]
     lines += [[kind, *cells([result[kind][-1][1] for result in results])] for kind in BRANCHES]
     lines += [["teacher", *cells([teacher])]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -506,8 +517,8 @@ def table(results: Sequence[dict[str, list[tuple[int, dict[str, float]]]]], teac
 
 
 def plot(results: Sequence[dict[str, list[tuple[int, dict[str, float]]]]]) -> str:
-    """Reverse KL over tokens as an SVG: a line a branch through the seeds' means, a band from the lowest to
-    the highest."""
+    """Reverse KL over positions as an SVG. Each branch has a line through the means of the seeds, and a band
+    from their lowest to their highest value."""
     wide, high, edge, colours = 640, 400, 56, ("#888888", "#d98200", "#1060c0")
     most = max(tokens for result in results for told in result.values() for tokens, _ in told)
     top = 1.05 * max(one["KL"] for result in results for told in result.values() for _, one in told)
@@ -539,7 +550,7 @@ def plot(results: Sequence[dict[str, list[tuple[int, dict[str, float]]]]]) -> st
         x, y = at(0, share * top).split(",")
         drawn.append(f'<text x="{float(x) - 6}" y="{y}" text-anchor="end">{share * top:.2f}</text>')
     axes = f'<polyline points="{at(0, top)} {at(0, 0)} {at(most, 0)}" fill="none" stroke="black"/>'
-    title = "KL(student‖teacher) on held-out questions, nats a sampled token"
+    title = "KL(student‖teacher) on held-out questions, nats per sampled token"
     middle = f'x="{wide / 2}" y="{high - 12}" text-anchor="middle"'
     words = f'<text x="{edge}" y="{edge - 20}">{title}</text>'
     words += f"<text {middle}>positions trained after the warm-up</text>"
@@ -552,29 +563,37 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--warm", type=int, default=300, help="Vanilla steps that all three begin with")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--warm", type=int, default=300, help="Vanilla steps before the three branches")
+    parser.add_argument("--tokens", type=parse_tokens, default=300_000, help="positions of each branch")
     parser.add_argument(
-        "--tokens", type=parse_tokens, default=300_000, help="positions that each of the three trains on then"
+        "--teacher", type=int, default=220, help="optimizer steps of the teacher, 32 documents each"
     )
-    parser.add_argument("--teacher", type=int, default=220, help="steps of the teacher, 32 documents each")
-    parser.add_argument("--vocabulary", type=int, default=1024)
-    parser.add_argument("--prompts", type=int, default=48, help="documents or rollouts of a step")
+    parser.add_argument("--vocabulary", type=int, default=1024, help="size of the reduced vocabulary")
+    parser.add_argument("--prompts", type=int, default=48, help="documents or rollouts per step")
     parser.add_argument(
         "--completions", type=int, default=192, help="held-out questions answered at each measurement"
     )
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of the warm-up")
     parser.add_argument(
-        "--branch-rate", type=float, default=1e-3, help="learning rate of all three; falls to a tenth"
+        "--branch-rate",
+        type=float,
+        default=1e-3,
+        help="initial learning rate of each branch; falls to a tenth",
     )
     parser.add_argument(
-        "--mix", type=float, default=0.65, help="Rescored: share of its steps that are weighted"
+        "--mix", type=float, default=0.65, help="Rescored: share of its steps that are Rescored, not Vanilla"
     )
     parser.add_argument(
         "--anchor", type=float, default=0.15, help="OnPolicy: share of its steps that are Vanilla"
     )
-    parser.add_argument("--staleness", type=int, default=2, help="OnPolicy: windows that sampling is ahead")
-    parser.add_argument("--plot", type=Path, help="where to write the plot, as SVG")
+    parser.add_argument(
+        "--staleness",
+        type=int,
+        default=2,
+        help="OnPolicy: number of windows by which sampling is ahead of training",
+    )
+    parser.add_argument("--plot", type=Path, help="file to write the plot to, as SVG")
     return parser.parse_args()
 
 

@@ -1,17 +1,24 @@
-"""An OnPolicy stage on 8 GPUs, simulated: who waits for whom, by staleness, publishEvery, teachers, and the
-sampler's share of the GPUs.
+"""Simulation of an OnPolicy stage on 8 GPUs: throughput, and which role waits for which.
 
-    python -m benchmarks.pipeline [--run manifests/examples/full.yaml] [--tokens 200M] [--completion
-    low=300,medium=700,high=1500] …
+    python -m benchmarks.pipeline [--run manifests/examples/full.yaml] [--tokens 100M] [--prompts N]
+        [--completion low=300,medium=700,high=1500] [--decode 0.190] …
 
-The stage's own rules (which windows from which version, anchor steps, efforts, rollouts, packing) run for so
-many tokens, with the run's phases in proportion; how long things take is given below, each with where its
-default comes from. Prints by staleness and publishEvery, then by promptsPerWindow, the split with most tokens
-a second, and for each role the share of the time for which it works; then all splits. tokens/s are the
-stage's, on-policy those of windows alone: anchor steps have globalBatchTokens however small windows are. The
-floor is the time of the role with most work, if it never waited. A trainer that copies weights works; a
-sampler that loads them does not. A completion that vLLM sets aside because keys and values find no room, to
-compute it again, is not in it.
+The stage's own rules (version of each window, anchor steps, efforts, rollouts, packing) are simulated for
+`--tokens` tokens, with the curriculum's phases scaled to them. Durations are options; their help says where
+the defaults come from. Runs on one CPU core.
+
+For one and for two teachers it prints three tables: the best split of the other GPUs by staleness and
+publishEvery; all splits at the run's settings; the best split by window size. The best split has the most
+tokens per second. Columns:
+  T + S + t    GPUs of teacher, sampler and trainer
+  idle, busy   share of the time in which a role waits or works
+  s/win        seconds per window
+  tokens/s     tokens of the stage per second, anchor steps included
+  on-policy    tokens of windows per second; an anchor step has globalBatchTokens for every window size
+  /floor       the time relative to the floor, the time of the role with the most work if it never waited
+
+The trainer works while it copies weights; the sampler does not work while it loads them. Not simulated:
+completions that vLLM preempts and recomputes when the KV cache is full.
 """
 
 import argparse
@@ -42,44 +49,43 @@ PACES = [(staleness, every) for staleness in range(5) for every in (1, 2)] + [(4
 MEASURED = {
     "microbatch": (
         0.72,
-        "seconds of a microbatch of one row of sequenceLength on one GPU: vpmoe-6b, 8,192, an H200; "
+        "seconds of a microbatch of one row of sequenceLength on one GPU: vpmoe-6b, 8,192 tokens, H200; "
         "docs/benchmarks.md",
     ),
-    "step": (0.12, "seconds of an optimizer step beside its microbatches; same place"),
+    "step": (0.12, "seconds of an optimizer step, without its microbatches; same source"),
     "spread": (
         0.34,
-        "standard deviation of the logarithm of a completion's length at one effort; that of SYNTH's rows",
+        "standard deviation of the logarithm of a completion's length at one effort; as in SYNTH's rows",
     ),
     "decode": (
         0.190,
-        "seconds of a forward that draws a token of each sequence, no CUDA graph (with one 0.023): "
+        "seconds of a decoding step without CUDA graph, a token per sequence (0.023 with a CUDA graph): "
         "benchmarks.decode, H100",
     ),
-    "decode-token": (7.5e-5, "seconds that each sequence in flight adds to it, context 512; same place"),
+    "decode-token": (7.5e-5, "seconds that each sequence in flight adds to a step, context 512; same source"),
 }
 ASSUMED = {
-    "prefill": (30_000.0, "tokens of prompts a second on one GPU of the sampler"),
-    "runaway": (0.01, "share of completions that do not stop before their bound"),
+    "prefill": (30_000.0, "prompt tokens per second on one GPU of the sampler"),
+    "runaway": (0.01, "share of completions that reach their limit"),
     "score": (
         15_000.0,
-        "tokens a second that one teacher scores; gpt-oss-20b in transformers and bf16 makes 16,800 on an "
-        "H100",
+        "tokens per second that one teacher scores; gpt-oss-20b with transformers, bf16, H100: 16,800",
     ),
     "copy": (
         0.8,
-        "seconds for which training waits while a version is copied and probed: benchmarks.publication",
+        "seconds that training waits while a version is copied and probed: benchmarks.publication",
     ),
-    "publish": (22.0, "seconds from there until it is in the bucket, at 1 GB/s: same place"),
+    "publish": (22.0, "seconds from then until the version is in the bucket, at 1 GB/s: same source"),
     "load": (
         22.5,
-        "seconds in which the sampler fetches it, takes it into its engines and proves it: same place",
+        "seconds for the sampler to fetch a version, load it into its engines and verify it: same source",
     ),
-    "poll": (1.0, "seconds between two looks for an object; half of it is lost at each"),
+    "poll": (1.0, "seconds between two polls for an object; half of it is lost at each wait, on average"),
 }
 
 
 class Times(NamedTuple):
-    """How long things take, as above."""
+    """The values of MEASURED and ASSUMED, or of the options that replace them."""
 
     microbatch: float
     step: float
@@ -97,8 +103,10 @@ class Times(NamedTuple):
 
 @dataclass
 class Result:
-    """One simulated stage: seconds of it, and for which of them each role works. `seen`: its tokens;
-    `rolled`: those of windows."""
+    """One simulated stage: its seconds, and the seconds for which each role works.
+
+    `seen`: tokens of the stage. `rolled`: tokens of windows alone.
+    """
 
     split: str
     total: float = 0.0
@@ -111,11 +119,12 @@ class Result:
 
     @property
     def floor(self) -> float:
+        """Seconds of the stage if the role with the most work never waited."""
         return max(self.trainer, self.sampler, self.teacher)
 
 
-class Asked(NamedTuple):
-    """What a window's requests come to, in their order, tokens."""
+class WindowRequests(NamedTuple):
+    """The requests of a window, in order: tokens of each prompt and of each completion."""
 
     prompt: int
     sampled: tuple[int, ...]
@@ -126,7 +135,10 @@ class Asked(NamedTuple):
 
 
 def stage_of(run: DistillRun, teachers: int, sampling: int, **changes: object) -> tuple[DistillRun, OnPolicy]:
-    """The run with other numbers, and its OnPolicy stage, which must be its only one."""
+    """The run with these numbers of GPUs and these changes to its OnPolicy stage, and that stage.
+
+    The run must have exactly one OnPolicy stage.
+    """
     written: Any = run.document()
     written["spec"]["teacher"]["gpus"] = teachers
     written["spec"]["student"] |= {"gpus": GPUS - teachers, "gpusPerPod": None}
@@ -138,8 +150,8 @@ def stage_of(run: DistillRun, teachers: int, sampling: int, **changes: object) -
     return changed, found
 
 
-KNOWN: dict[tuple[object, ...], Asked] = {}
-"""By number, level and prompts of a window: what is the same in many simulations is worked out once."""
+KNOWN: dict[tuple[object, ...], WindowRequests] = {}
+"""Cache over simulations, by number, level and rollout settings of a window."""
 
 
 def requests(
@@ -150,17 +162,21 @@ def requests(
     prompt: int,
     bound: int,
     times: Times,
-) -> Asked:
-    """What window `number` comes to where its version has seen so many tokens."""
+) -> WindowRequests:
+    """The requests of window `number`, whose version was published after `tokens` tokens of the stage."""
     key = (number, windows.curriculum.level_at(tokens), windows.curriculum.stage.rollout)
     if key not in KNOWN:
-        KNOWN[key] = asked(windows.window(number, tokens), mean, prompt, bound, times)
+        KNOWN[key] = sampled_requests(windows.window(number, tokens), mean, prompt, bound, times)
     return KNOWN[key]
 
 
-def asked(window: WindowPlan, mean: dict[str, int], prompt: int, bound: int, times: Times) -> Asked:
-    """How long each completion gets: log-normal about its effort's mean, some of them as long as they may be;
-    by the request's seed."""
+def sampled_requests(
+    window: WindowPlan, mean: dict[str, int], prompt: int, bound: int, times: Times
+) -> WindowRequests:
+    """The requests of a window with the length of each completion, a function of the request's seed.
+
+    Lengths are log-normal around the mean of the effort; a share of `runaway` reaches the limit.
+    """
     sampled = []
     for one in window.prompts:
         most = completion_limit(prompt, one.effort, window.max_tokens, bound)
@@ -169,13 +185,15 @@ def asked(window: WindowPlan, mean: dict[str, int], prompt: int, bound: int, tim
             high, low = divmod(seed, 1 << 32)
             drawn = most if low < times.runaway * 2**32 else int(np.exp(middle.inv_cdf((high + 0.5) / 2**31)))
             sampled.append(min(most, max(1, drawn)))
-    return Asked(prompt, tuple(sampled))
+    return WindowRequests(prompt, tuple(sampled))
 
 
 @lru_cache(None)
-def sampling(requests: Asked, engines: int, slots: int, times: Times) -> float:
-    """Seconds until the slowest of the engines has its share: each forward costs what it costs, however few
-    sequences are left."""
+def sampling_seconds(requests: WindowRequests, engines: int, slots: int, times: Times) -> float:
+    """Seconds until the slowest engine has finished its share of the requests.
+
+    A decoding step costs `decode` even if few sequences are left.
+    """
     slowest = 0.0
     for number in range(engines):
         mine = requests.sampled[number::engines]
@@ -194,8 +212,8 @@ def sampling(requests: Asked, engines: int, slots: int, times: Times) -> float:
 
 
 @lru_cache(None)
-def rows(requests: Asked, sequence_length: int) -> int:
-    """Packed rows that the trainer makes of a window."""
+def packed_rows(requests: WindowRequests, sequence_length: int) -> int:
+    """Number of rows into which the trainer packs a window."""
     return (
         len(
             pack_sequences(
@@ -209,10 +227,9 @@ def rows(requests: Asked, sequence_length: int) -> int:
 def simulate(
     run: DistillRun, stage: OnPolicy, mean: dict[str, int], prompt: int, slots: int, times: Times
 ) -> Result:
-    """The stage, window by window: each role begins as soon as it is free and what it needs is there.
+    """Simulate the stage window by window: each role starts when it is free and its input exists.
 
-    The sampler takes all windows of a version as one batch; they are there when the last of its completions
-    is.
+    The sampler takes all windows of a version as one batch, which is complete with its last completion.
     """
     spec = run.spec
     plan, bound, teachers = (
@@ -226,10 +243,8 @@ def simulate(
     anchors = np.arange(1, -(-stage.tokens // anchor_tokens) + 1) * anchor_tokens
     anchor_seconds = plan.sequences_per_rank * times.microbatch + times.step
     lost = times.poll / 2
-    published, seen_at = (
-        {0: times.copy + times.publish},
-        {0: 0},
-    )  # by version: when it is there, the stage's tokens at it
+    # By version: the time when it is in the bucket, and the tokens of the stage when it was published.
+    published, seen_at = {0: times.copy + times.publish}, {0: 0}
     trained = uploaded = published[0]
     sampled, scored = 0.0, [0.0] * teachers
     loaded, seen, number, step = -1, 0, 0, 0
@@ -242,9 +257,8 @@ def simulate(
         ]
         window = batch[number - course.windows_of(version)[0]]
         if version != loaded:
-            takes = sampling(
-                Asked(prompt, sum((each.sampled for each in batch), ())), stage.sampler.gpus, slots, times
-            )
+            together = WindowRequests(prompt, sum((each.sampled for each in batch), ()))
+            takes = sampling_seconds(together, stage.sampler.gpus, slots, times)
             sampled = max(sampled, published[version] + lost) + times.load + takes
             out.sampler += takes
             loaded = version
@@ -255,7 +269,7 @@ def simulate(
 
         while not course.is_window(step):
             trained, out.trainer, step = trained + anchor_seconds, out.trainer + anchor_seconds, step + 1
-        takes = -(-rows(window, bound) // plan.ranks) * times.microbatch + times.step
+        takes = -(-packed_rows(window, bound) // plan.ranks) * times.microbatch + times.step
         trained = max(trained, scored[number % teachers] + lost) + takes
         out.trainer += takes
         step += 1
@@ -264,7 +278,7 @@ def simulate(
         out.rolled += window.tokens
         number += 1
         if number % stage.publish_every == 0:
-            trained = max(trained, uploaded) + times.copy  # one upload goes on at a time
+            trained = max(trained, uploaded) + times.copy  # one upload runs at a time
             out.trainer += times.copy
             published[number] = uploaded = trained + times.publish
             seen_at[number] = seen + window.tokens
@@ -274,15 +288,14 @@ def simulate(
 
 
 def splits(run: DistillRun, teachers: int, how: Sequence[Any], **changes: object) -> list[Result]:
-    """Every split of the student's GPUs between sampler and trainer."""
+    """Simulate every split of the student's GPUs between sampler and trainer."""
     return [
         simulate(*stage_of(run, teachers, number, **changes), *how) for number in range(1, GPUS - teachers)
     ]
 
 
 def row(result: Result, *first: object) -> str:
-    """A line of a table: shares of the time for which each role works, seconds of a window, tokens and those
-    of windows a second."""
+    """A line of a table; its columns are in the module docstring."""
     total = result.total
     shares = "  ".join(
         f"{busy / total:7.1%}"
@@ -294,13 +307,14 @@ def row(result: Result, *first: object) -> str:
 
 
 def header(*first: str) -> str:
+    """The head of a table; `first` are the columns before the split."""
     head = "  ".join(f"{cell:>9}" for cell in (*first, "T + S + t"))
     roles = f"{'t idle':>7}  {'t busy':>7}  {'S busy':>7}  {'T busy':>7}"
     return f"{head}  {roles}  {'s/win':>7}  {'tokens/s':>9}  {'on-policy':>9}  {'/floor':>6}"
 
 
 def best(run: DistillRun, teachers: int, how: Sequence[Any], **changes: object) -> Result:
-    """The split with most tokens a second."""
+    """The split with the most tokens per second."""
     return min(splits(run, teachers, how, **changes), key=lambda result: result.total / result.seen)
 
 
@@ -310,23 +324,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--run", type=Path, default=Path("manifests/examples/full.yaml"))
     parser.add_argument(
-        "--tokens", type=parse_tokens, default=parse_tokens("100M"), help="tokens that are simulated (100M)"
+        "--tokens", type=parse_tokens, default=parse_tokens("100M"), help="tokens to simulate (default: 100M)"
     )
     parser.add_argument(
-        "--prompt", type=int, default=PROMPT_TOKENS, help=f"tokens of a prompt ({PROMPT_TOKENS})"
+        "--prompt", type=int, default=PROMPT_TOKENS, help=f"tokens of a prompt (default: {PROMPT_TOKENS})"
     )
     parser.add_argument(
         "--completion",
         type=parse_lengths,
         default=parse_lengths("low=300,medium=700,high=1500"),
-        help="mean tokens by effort",
+        help="mean tokens of a completion by effort (default: low=300,medium=700,high=1500)",
     )
-    parser.add_argument("--prompts", type=int, help="prompts of a window (default: the run's)")
+    parser.add_argument("--prompts", type=int, help="prompts per window (default: the run's)")
     parser.add_argument(
         "--slots",
         type=int,
         default=MAX_SEQUENCES["cuda"],
-        help=f"sequences of one engine in flight ({MAX_SEQUENCES['cuda']})",
+        help=f"sequences in flight per engine (default: {MAX_SEQUENCES['cuda']})",
     )
     for kind, known in (("measured", MEASURED), ("assumed", ASSUMED)):
         for name, (value, what) in known.items():
@@ -345,16 +359,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Times(**{name: getattr(given, name) for name in Times._fields}),
     )
     mean = ", ".join(f"{effort} {length:,}" for effort, length in given.completion.items())
-    print(f"{given.tokens:,} tokens, {each:,} prompts a window, {given.slots} sequences an engine at once.")
-    print(f"Prompts of {given.prompt} tokens, completions of {mean}; anchor {stage.anchor:g}.")
+    print(f"{given.tokens:,} tokens, {each:,} prompts per window, {given.slots} sequences per engine.")
+    print(f"Prompts of {given.prompt} tokens, mean completion {mean}; anchor {stage.anchor:g}.")
     for kind, known in (("Measured", MEASURED), ("Assumed", ASSUMED)):
         print(f"{kind}: " + ", ".join(f"{name} {getattr(given, name.replace('-', '_')):g}" for name in known))
     print(
-        "GPUs of the teacher (T), the sampler (S) and the trainer (t); /floor is the time over that of the "
-        "role with most work."
+        "GPUs of the teacher (T), the sampler (S) and the trainer (t); /floor is the time relative to that "
+        "of the role with the most work."
     )
     for teachers in (1, 2):
-        print(f"\n{teachers} teacher(s), the best split:\n{header('staleness', 'every')}")
+        print(f"\n{teachers} teacher(s), best split:\n{header('staleness', 'every')}")
         for staleness, every in PACES:
             found = best(
                 run,
@@ -366,18 +380,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rollout=rollout,
             )
             print(row(found, staleness, every), flush=True)
-        print(f"\n{teachers} teacher(s), as the run has it, all splits:\n{header()}")
+        print(f"\n{teachers} teacher(s), the run's settings, all splits:\n{header()}")
         for found in splits(run, teachers, how, tokens=given.tokens, rollout=rollout):
             print(row(found), flush=True)
         print(
-            f"\n{teachers} teacher(s), larger windows, the best "
-            f"split:\n{header('prompts', 'staleness', 'every')}"
+            f"\n{teachers} teacher(s), larger windows, best split:\n{header('prompts', 'staleness', 'every')}"
         )
         for times in (2, 4, 8):
-            tokens, size = (
-                given.tokens * min(times, 4),
-                rollout | {"promptsPerWindow": each * times},
-            )  # so many that the ends weigh little
+            tokens = given.tokens * min(times, 4)  # more, so that start and end of the stage matter little
+            size = rollout | {"promptsPerWindow": each * times}
             for staleness, every in ((1, 1), (2, 1), (2, 2), (4, 4)):
                 found = best(
                     run, teachers, how, tokens=tokens, staleness=staleness, publishEvery=every, rollout=size

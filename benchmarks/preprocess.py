@@ -1,9 +1,9 @@
-"""Tokens per second of preprocessing, end to end, beside the raw tokenizer on the same text in the same run.
+"""Tokens per second of preprocessing, end to end, compared with the raw tokenizer on the same text.
 
     python -m benchmarks.preprocess [--parquet FILE …] [--tokens 60M] [--repeats 3] [--processes 1 2]
 
 End to end is the whole step as a pod runs it: it reads parquet shards from an S3 store and writes parts,
-records and manifest there (census, reading, filters, Harmony assembly, shuffling, index files, hashing,
+records and manifest to it (census, reading, filters, Harmony assembly, shuffling, index files, hashing,
 upload). The store is a versitygw on this machine and uses CPU too. Raw is tiktoken's `encode_ordinary` alone,
 on the same user, reasoning and answer texts, in the same number of processes. `--processes` counts processes
 that encode; the step has one more, which reads and writes.
@@ -12,7 +12,7 @@ Both count the tokens of the text only, without the system message and the wrapp
 includes the time to start its processes. The two alternate, so that noise affects both; the last line is the
 median. The rows are repeated until they have `--tokens` tokens, so words recur more often than in a corpus,
 which favours a tokenizer with a cache. Runs on CPUs. If the machine does other work too, compare the CPU
-times: the step's includes all its processes except the store.
+times; that of the step includes all its processes except the store.
 """
 
 import argparse
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=parse_tokens, default=60_000_000, help="tokens of text in each repeat (default: 60M)"
     )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="repeats per number of processes")
     parser.add_argument(
         "--processes", type=int, nargs="+", default=[1, 2], help="numbers of encoding processes to measure"
     )

@@ -1,4 +1,4 @@
-"""Seconds from a trainer's step until engines can sample from the new policy version.
+"""Seconds from a trainer's optimizer step until engines can sample from the new policy version.
 
     python -m benchmarks.publication [--versions 3] [--disk 1.2] [--pcie 25] [--probe 0.3] [--bucket 0.25,1,3]
 
@@ -158,6 +158,7 @@ def floor(bucket: Bucket, size: int, scratch: Path) -> None:
 
 
 def row(name: str, seconds: tuple[float, ...]) -> str:
+    """A line of a table."""
     return f"{name:>22}  " + "  ".join(f"{each:14.2f}" for each in seconds)
 
 

@@ -1,4 +1,4 @@
-"""Tokens per second and peak memory of the scorer, beside transformers on the same model and documents.
+"""Tokens per second and peak memory of the scorer, compared with transformers on the same documents.
 
     python -m benchmarks.scorer [--model DIRECTORY] [--tokens 8192] [--repeats 3]
 
@@ -39,6 +39,7 @@ Score = Callable[[list[Ids]], None]
 
 
 def documents(tokens: int) -> list[Ids]:
+    """Documents of random ids, `tokens` tokens together."""
     random = np.random.default_rng(0)
     made: list[Ids] = []
     while tokens > 0:
@@ -50,6 +51,7 @@ def documents(tokens: int) -> list[Ids]:
 
 
 def scorer(directory: Path) -> Score:
+    """The repository's scorer, with vLLM."""
     from vpmoe.inference.teacher_engine import TeacherEngine
 
     teacher = TeacherEngine(directory, LONGEST)
@@ -57,6 +59,7 @@ def scorer(directory: Path) -> Score:
 
 
 def transformers(directory: Path, whole: bool) -> Score:
+    """transformers with whole logits, or with the chunked head of vpmoe/model/head.py."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -86,6 +89,7 @@ def transformers(directory: Path, whole: bool) -> Score:
 
 
 def floor(directory: Path) -> Score:
+    """The product of the output projection alone, on random hidden states."""
     import torch
 
     device = "cpu" if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else "cuda"
@@ -145,7 +149,7 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, help="directory of a GPT-OSS checkpoint")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens to score in each repeat")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of each row")
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.only:
@@ -186,6 +190,7 @@ def main() -> None:
 
 
 def tiny(folder: Path) -> Path:
+    """Write a tiny random GPT-OSS."""
     from tests.fakes import tiny_teacher
 
     return tiny_teacher.write(folder / "teacher")

@@ -2,11 +2,11 @@
 
     python -m benchmarks.step [--shape tiny] [--sequence 2048] [--sequences 2] [--steps 5]
 
-Prints the median time of a Vanilla step, tokens per second, peak memory, ratio to the floor: 6 floating
-point operations per token and active parameter (8 with activation recomputation), at the rate measured for a
-large square product. Then the time of a Rescored step on the same batches, the two alternating. One process,
-on one GPU, or on the CPU if CUDA_VISIBLE_DEVICES is set and empty (shape tiny). Documents (200 to 1,200
-tokens) and scores are random, so the loss has no meaning beyond being finite.
+Prints the median time of a Vanilla step, tokens per second, peak memory and the ratio to the floor: 6
+floating-point operations per token and active parameter (8 with activation recomputation), at the rate
+measured for a large square product. Then prints the time of a Rescored step on the same batches; the two
+alternate. One process, on one GPU, or on the CPU if CUDA_VISIBLE_DEVICES is set and empty (shape tiny).
+Documents (200 to 1,200 tokens) and scores are random, so the loss has no meaning beyond being finite.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from vpmoe.objectives.vanilla import vanilla
 
 
 def active_parameters(shape: Shape) -> int:
-    """Parameters that a token is multiplied with: its own experts and the output matrix, no embeddings."""
+    """Number of parameters that a token is multiplied with: without the other experts and the embeddings."""
     idle = (
         (shape.experts - shape.experts_per_token) * 2 * shape.hidden * shape.expert_width * shape.moe_layers
     )
@@ -35,6 +35,7 @@ def active_parameters(shape: Shape) -> int:
 
 
 def random_rows(shape: Shape, sequences: int, length: int, generator: torch.Generator) -> list[Batch]:
+    """`sequences` batches of one packed row of random documents."""
     batches = []
     for _ in range(sequences):
         tokens = torch.randint(0, shape.vocabulary, (1, length), generator=generator)
@@ -79,8 +80,10 @@ def main() -> None:
     )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
     parser.add_argument("--sequence", type=int, default=2048, help="positions of a packed sequence")
-    parser.add_argument("--sequences", type=int, default=2, help="sequences of a step, each a microbatch")
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--sequences", type=int, default=2, help="sequences per step, each a microbatch")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="steps to measure, after one that is not counted"
+    )
     given = parser.parse_args()
     shape = SHAPES[given.shape]
     device = devices.choose()
