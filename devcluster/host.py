@@ -1,7 +1,7 @@
-"""Finds, starts and ends the node from the host, and removes what a killed node leaves.
+"""Finds, starts and kills the node from the host, and removes what remains of a node that has ended.
 
-The node is one process (node.py). Its namespaces end with it. The kernel may keep the link for minutes, and
-cgroups and files stay: `sweep` removes them.
+The node is one process (node.py). Its namespaces end with it. The kernel may keep the network link for
+minutes, and cgroups and files remain: `sweep` removes them.
 """
 
 import functools
@@ -24,44 +24,44 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 LINK = "vpmoe-dev"
 NAMESPACES = ("--mount", "--mount-proc", "--pid", "--fork", "--net", "--uts", "--ipc", "--kill-child=SIGKILL")
 ENVIRONMENT = {"PATH": needs.PATH, "LANG": "C.UTF-8", "HOME": "/"}
-"""The node's programs get no variable of the caller: no proxy, no credential."""
+"""Environment of the node's programs. They inherit no variable of the caller: no proxy, no credential."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A running node: its pid 1 (the host's number), and its state folder."""
+    """A running node: the host's process id of its pid 1, and its state folder."""
 
     pid: int
     state: Path
 
 
 def running() -> Node | None:
-    """The node on this machine, from any checkout. Addresses are fixed, so there is at most one.
+    """The node on this machine, started from any checkout; None if there is none.
 
-    A node inside a container of this machine does not count: a node's pid namespace is directly below the
-    caller's.
+    Its addresses are fixed, so there is at most one. A node inside a container of this machine is ignored:
+    the pid namespace of the node is directly below the caller's.
     """
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             arguments = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
             if arguments[1:3] == ["-m", "devcluster.node"] and len(status_of(folder, "NSpid")) == 2:
                 return Node(int(folder.name), Path(arguments[3]))
-        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        except (FileNotFoundError, ProcessLookupError):  # the process has just ended
             continue
     return None
 
 
 def status_of(process: Path, key: str) -> list[str]:
-    """The values of one line of /proc/PID/status."""
+    """The values of one line of /proc/PID/status, split at white space."""
     return next(
         line for line in (process / "status").read_text().splitlines() if line.startswith(f"{key}:")
     ).split()[1:]
 
 
 def start(state: Path) -> Node:
-    """Start the node with the configuration in `state` and give it its end of the link.
+    """Start the node with the configuration in `state` and connect it to the host.
 
-    Returns while its programs are still starting.
+    Returns while its programs are still starting. Raises ClusterError if the node does not start.
     """
     command = [
         "setsid",
@@ -94,18 +94,18 @@ def start(state: Path) -> Node:
 
 
 def end(node: Node) -> None:
-    """Kill the node and wait until its last process is gone, which is the one that made its namespaces."""
+    """Kill the node and wait until its last process, which created its namespaces, has ended."""
     process = Path("/proc", str(node.pid))
     try:
         maker = Path("/proc", status_of(process, "PPid")[0])
         os.kill(node.pid, signal.SIGKILL)
-    except (FileNotFoundError, ProcessLookupError):  # by itself
+    except (FileNotFoundError, ProcessLookupError):  # the node has just ended
         return
     wait_for(lambda: not alive(process) and not alive(maker), f"the end of process {node.pid}", 120)
 
 
 def alive(process: Path) -> bool:
-    """Whether it is there and not merely waiting for somebody else to take note of its end."""
+    """Whether a process exists and is not a zombie, which only its parent can remove."""
     try:
         return status_of(process, "State")[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -113,8 +113,8 @@ def alive(process: Path) -> bool:
 
 
 def sweep(state: Path) -> None:
-    """Remove what a node leaves behind that has ended: its link, its cgroups and what the kubelet kept on
-    disk. The bucket stays."""
+    """Remove what remains of a node that has ended: its link, its cgroups and its files. The bucket's data and
+    the logs are kept."""
     remove_link()
     for root in configuration.cgroup_roots(Path("/proc/self/mounts").read_text()):
         remove_cgroup(Path(root, configuration.cgroup_name(str(state))))
@@ -127,7 +127,7 @@ def sweep(state: Path) -> None:
 
 
 def remove_link() -> None:
-    """Remove the link to the node. The kernel removes it too, at any time after the node has ended."""
+    """Remove the link to the node, if it exists. The kernel may remove it at the same time."""
     try:
         if link_exists():
             ip("link", "delete", LINK)
@@ -137,7 +137,7 @@ def remove_link() -> None:
 
 
 def remove_cgroup(top: Path) -> None:
-    """Remove a cgroup and all below it. The kernel may need a moment after their processes have ended."""
+    """Remove a cgroup and all below it. The kernel may keep them for a moment after their processes ended."""
     folders = sorted(
         (Path(folder) for folder, _, _ in os.walk(top)), key=lambda path: len(path.parts), reverse=True
     )
@@ -146,6 +146,7 @@ def remove_cgroup(top: Path) -> None:
 
 
 def removed(folder: Path) -> bool:
+    """Try to remove an empty folder. Returns whether it no longer exists."""
     try:
         folder.rmdir()
     except FileNotFoundError:
@@ -162,10 +163,10 @@ def subnet_is_free() -> None:
         if route["dst"] == "default" or route.get("dev") == LINK:
             continue
         there = ipaddress.IPv4Network(route["dst"])
-        if there.subnet_of(wanted):  # a wider route gives way to the node's
+        if there.subnet_of(wanted):  # the node's route has precedence over a wider one
             link = route.get("dev")
             raise ClusterError(
-                f"{configuration.SUBNET} is taken by {link} ({there}): remove it, or use CLUSTER=current."
+                f"{configuration.SUBNET} is taken by {link} ({there}). Remove it, or use CLUSTER=current."
             )
 
 
@@ -174,6 +175,7 @@ def link_exists() -> bool:
 
 
 def ip(*arguments: str) -> str:
+    """The output of the command `ip`. Raises ClusterError with its message if it fails."""
     ended = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         raise ClusterError(f"ip {' '.join(arguments)}: {needs.last_lines(ended.stderr)}")
@@ -187,6 +189,7 @@ def log_of(state: Path, name: str) -> str:
 
 
 def wait_for(true: Callable[[], bool], what: str, seconds: float) -> None:
+    """Return once `true` does. Raises ClusterError, naming `what`, after `seconds`."""
     deadline = time.monotonic() + seconds
     while not true():
         if time.monotonic() > deadline:

@@ -3,7 +3,7 @@ are free at once. Pure.
 
 A run's pool is the set of nodes that its nodeSelector matches. Two runs share a pool if their sets of nodes
 overlap; each then counts in full. Whether a pod fits on a single node is the Kubernetes scheduler's decision,
-except where no node could ever hold it.
+unless no node could ever hold it.
 """
 
 from collections.abc import Iterable, Mapping

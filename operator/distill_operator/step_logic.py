@@ -268,8 +268,8 @@ def _merge_progress(context: StepContext) -> None:
 
 
 def _saved_work(step: StepStatus) -> int:
-    """Where another attempt would start: optimizer steps of a step that trains, parts or windows of any
-    other.
+    """The progress with which another attempt would start: optimizer steps of a step that trains, parts or
+    windows of any other.
     """
     return step.checkpoint.iteration if step.checkpoint else step.parts_done or 0
 

@@ -26,7 +26,7 @@ class Rule:
     message: str
     """What is reported, with {terms} in it."""
     cel: str
-    """The condition as CEL: true where it holds. Must decide the same as `broken`."""
+    """The condition as CEL: true if it holds. Must decide the same as `broken`."""
     broken: Callable[[Any, Any], Mapping[str, object] | None]
     """`(model, item)` -> the values of the message's terms if the condition is violated, otherwise None."""
     terms: Mapping[str, str] = field(default_factory=lambda: NO_TERMS)

@@ -14,7 +14,7 @@ from vpmoe.api.base import Record
 from vpmoe.clock import now
 
 BySpan = dict[str, float | None]
-"""A number for each span of tokens (reasoning, final); None where there was no such token."""
+"""A number for each span of tokens (reasoning, final); None if there was no such token."""
 
 
 class Sample(NamedTuple):
@@ -69,7 +69,7 @@ class MetricsLine(Record):
         return ()
 
     def dump(self) -> dict[str, Any]:
-        """As JSON: camelCase, null where nothing was measured."""
+        """As JSON: camelCase, null if nothing was measured."""
         line = self.model_dump(mode="json", by_alias=True, exclude=set(self.parts))
         for name in self.parts:
             part = getattr(self, name)

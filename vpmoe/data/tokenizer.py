@@ -1,6 +1,6 @@
 """Text to token ids: the same ids as tiktoken, several times faster.
 
-gigatoken reads the same vocabulary file as tiktoken. The two can differ only where their Unicode tables
+gigatoken reads the same vocabulary file as tiktoken. The two can differ only if their Unicode tables
 differ: for characters that are newer than one of the tables. Such a character is newer than the vocabulary
 too, so it has no token of its own and is encoded as pieces of its bytes. We inspect those pieces: if they
 form a character that Unicode 15 does not know, tiktoken encodes the text. To detect errors in either

@@ -1,8 +1,8 @@
 """The teacher in vLLM: takes sequences of token ids, returns the log-probability of each token given those
 before.
 
-`vllm_options` says why vLLM runs in this process. What the ids are and where the results go is up to the
-caller.
+The reason why vLLM runs in this process is in vllm_options.py. What the ids are and where the results go is
+up to the caller.
 """
 
 import logging

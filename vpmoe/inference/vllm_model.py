@@ -166,8 +166,8 @@ class VpmoeForCausalLM(nn.Module):
 def register() -> None:
     """Register the student with vLLM. Idempotent.
 
-    Call it in the process that creates the engine. Where this package is installed, vLLM's plugin loader
-    does.
+    Call it in the process that creates the engine. If this package is installed, vLLM's plugin loader calls
+    it.
     """
     hf_config.register()
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():

@@ -18,9 +18,9 @@ def centre(histogram: Sequence[Sequence[int]], confidence: Confidence) -> float:
     """m, in nats, with Σ count · clip(exp((x − m) / T), min, max) = Σ count.
 
     The sums are over the histogram's [[bits of float16 x, count], …]. An empty histogram gives 0. The mean
-    falls from max to min as m rises, so there is one such m, or a range of them where all weights are 1. Of a
-    range the end is returned at which the bound that is 1 holds for every x. Found by bisection, to the last
-    bit.
+    falls from max to min as m rises, so there is one such m, or a range of them in which all weights are 1.
+    Of a range the end is returned at which the bound that is 1 holds for every x. Found by bisection, to the
+    last bit.
     """
     if not histogram:
         return 0.0

@@ -104,7 +104,7 @@ def _sums(batch: Batch, logp_T: Tensor) -> Tensor:
     """[spans · SUMS] float64 sums over the microbatch.
 
     KL(sampler‖trainer) is estimated by r − 1 − log r with r = p_s / p_sampler (Schulman, "Approximating KL
-    divergence", k3): never negative, and 0 only where the two agree on every token.
+    divergence", k3): never negative, and 0 only if the two agree on every token.
     """
     teacher_T, sampler_T = (logp.double() for logp in stored_logp(batch))
     gap_T, log_ratio_T = logp_T.double() - teacher_T, logp_T.double() - sampler_T

@@ -80,7 +80,7 @@ def rescored(
     m_by_span = [0.0, *(centre[name] for name in SPANS)]
 
     def weight(batch: Batch) -> Tensor:
-        """[T] fp32; undefined where there is no target."""
+        """[T] fp32; undefined without a target."""
         m_T = torch.tensor(m_by_span, dtype=torch.float32, device=batch.span.device)[batch.span.long()]
         return (
             ((teacher_logp(batch) - m_T) / confidence.temperature).exp().clamp(confidence.min, confidence.max)

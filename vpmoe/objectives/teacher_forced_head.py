@@ -38,7 +38,7 @@ class Teacher(NamedTuple):
 
 
 class Forced(NamedTuple):
-    """Result of a microbatch. All but the loss are measures only, NaN where there is no target."""
+    """Result of a microbatch. All but the loss are measures only, NaN without a target."""
 
     loss: Tensor
     """Σ share · [ce · nll + kl · T² · KL + hidden · (1 − cosine)]"""
@@ -63,9 +63,9 @@ def forced_loss(
     whose target is NO_TARGET add nothing.
 
     `share_T` is each token's weight, w_span / N_span. `projection_GH` brings the student's hidden states to
-    the teacher's width; None where both are as wide. On the GPU all inputs are bf16 and sums are fp32
+    the teacher's width; None if both have the same width. On the GPU all inputs are bf16 and sums are fp32
     (logits: see teacher_forced_kernels.py). Elsewhere everything has the type of hidden. Raises ValueError
-    where a projection is missing.
+    if a projection is missing.
     """
     if projection_GH is None and hidden_TH.shape[1] != teacher.hidden_TG.shape[1]:
         raise ValueError(

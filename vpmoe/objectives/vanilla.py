@@ -13,8 +13,7 @@ from vpmoe.model.spans import coefficient_by_span
 
 
 def vanilla(counts: Tensor, weights: Mapping[str, float]) -> Weighted:
-    """Coefficients c = w_span / N_span, and 0 where N_span is 0. `counts` is [positions, N_reasoning,
-    N_final], as in Batch.counts.
+    """Coefficients c = w_span / N_span. `counts` is [positions, N_reasoning, N_final], as in Batch.counts.
 
     N counts the GLOBAL batch, all ranks and microbatches of the step. With counts of one microbatch this
     would be a mean of means, in which the only token of a short microbatch outweighs a thousand of another.

@@ -26,8 +26,7 @@ from vpmoe.storage.manifest import Manifest
 
 
 class PromptSource:
-    """Where the prompts of a stage come from: the dataset's documents, from the place where the stage
-    began."""
+    """The prompts of a stage: the dataset's documents from the position at which the stage began."""
 
     def __init__(
         self, run: DistillRun, stage: OnPolicy, made: Manifest, began: PolicyVersion, cache: BlockCache

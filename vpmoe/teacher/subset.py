@@ -59,7 +59,7 @@ def pick_documents(parts: Sequence[DocumentLabels], subset: Subset, seed: str) -
 
     Always true, and each line has a test of the same name:
       the documents picked have at most min(tokens, fraction of all) assistant tokens;
-      only listed exercises and languages are picked, where there are lists;
+      only listed exercises and languages are picked, if there are lists;
       no group gets more than its share while another has less and wants more;
       a document is picked only if all before it in its group's order are.
     """

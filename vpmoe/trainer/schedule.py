@@ -11,7 +11,7 @@ def learning_rate(seen: int, total: int, warmup: int, peak: float, lowest: float
     """The rate for the step after which the stage has seen `seen` of its `total` tokens.
 
     Linear from 0 over the first `warmup` tokens, then half a cosine from `peak` down to `lowest`, which the
-    stage's last step gets. Where `warmup` is as long as the stage or longer, the rate rises to the end and
+    stage's last step gets. If `warmup` is as long as the stage or longer, the rate rises to the end and
     never reaches `peak`.
     """
     if seen < warmup:

@@ -55,7 +55,7 @@ def teacher_input(run: DistillRun, bucket: Bucket) -> Input:
 def report_if_finished(
     run: DistillRun, stage: Stage, bucket: Bucket, provenance: Provenance
 ) -> TrainState | None:
-    """The stage's end where an earlier attempt reached it, None otherwise.
+    """The state at the stage's end if an earlier attempt reached it, otherwise None.
 
     An attempt that was killed after its last checkpoint has not written Succeeded to progress.json; this
     writes it.

@@ -1,4 +1,4 @@
-"""The trainer: takes one stage from where it is to its end, the same on every rank.
+"""The trainer: runs one stage from its current state to its end, in the same way on every rank.
 
 It knows no kind of stage: what differs between them is in stages/. Everything that a step depends on follows
 from (seed, step), from the state that a checkpoint holds and, in an OnPolicy stage, from its window in the

@@ -76,8 +76,8 @@ class CheckpointReader:
         (state.NOT_EVERY_STAGES) keep their initial values, with empty moments, if the checkpoint has none of
         that size.
 
-        Raises CheckpointRejected, on every rank and with the learner untouched, where any rank cannot have
-        what it needs; StorageError if the store does not answer.
+        Raises CheckpointRejected, on every rank and with the learner untouched, if any rank cannot read what
+        it needs; StorageError if the store does not answer.
         """
         fault, found = None, None
         try:

@@ -45,8 +45,8 @@ def load_start(context: StageContext, stage: StageKind, learner: Learner) -> Sta
     """Load the learner with the state that the attempt starts from. Every rank calls it and gets the same
     answer.
 
-    Raises Permanent if checkpoints exist but none can be used, or where the one that the stage has to
-    begin from cannot be used.
+    Raises Permanent if checkpoints exist but none can be used, or if the one from which the stage has to
+    start cannot be used.
     """
     name, bucket = context.stage.name, context.bucket
     reader = CheckpointReader(context.scratch, learner)
@@ -118,7 +118,7 @@ def _after_stage(context: StageContext, reader: CheckpointReader, before: str) -
 
 
 def _from_run(context: StageContext, reader: CheckpointReader, url: str) -> Start:
-    """From another run's newest checkpoint. Its data position is kept only where both runs have the same
+    """Start from another run's newest checkpoint. Its data position is kept only if both runs have the same
     dataset."""
     name, key = paths.split_url(url)
     bucket, folder = context.bucket.other(name), f"{key.rstrip('/')}/checkpoints"

@@ -36,7 +36,7 @@ PATIENCE = timedelta(hours=1)
 
 
 class CheckpointReport(Protocol):
-    """Where rank 0 reports a checkpoint: ProgressUploader."""
+    """Receives rank 0's report of a checkpoint: ProgressUploader."""
 
     def flush_metrics(self) -> None:
         """Write the lines of metrics so far. Called before the manifest: a step that is not repeated must
@@ -140,7 +140,7 @@ class CheckpointWriter:
         return stored
 
     def _agree(self, fault: str | None) -> None:
-        """Raise Retriable on every rank where any rank has a fault: a checkpoint is complete or does not
+        """Raise Retriable on every rank if any rank has a fault: a checkpoint is complete or does not
         exist."""
         for rank, found in enumerate(self._group.gather(fault)):
             if found:
@@ -158,7 +158,7 @@ def prune(bucket: Bucket, folder: str, keep: int) -> None:
 
 
 def _fault(action: Callable[[], object]) -> str | None:
-    """The error of `action` as a message for the other ranks; None where it succeeded."""
+    """The error of `action` as a message for the other ranks; None if it succeeded."""
     try:
         action()
     except (StorageError, OSError) as error:

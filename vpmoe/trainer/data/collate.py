@@ -16,7 +16,7 @@ from vpmoe.model.batch import Batch
 ReadDocument = Callable[[PackedDocument], tuple[NDArray[np.int32], NDArray[np.uint8]]]
 """(token ids, span of each) of a document."""
 LogpOf = Callable[[PackedDocument], NDArray[np.floating]]
-"""A log-probability of each token of a document, the teacher's or the sampler's, NaN where there is none."""
+"""A log-probability of each token of a document, the teacher's or the sampler's; NaN if it has none."""
 
 MICROBATCH = 8192
 """Positions of one microbatch, rounded down to whole rows: one row of the longest sequence, or several short

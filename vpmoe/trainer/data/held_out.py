@@ -23,8 +23,8 @@ from vpmoe.trainer.data import collate
 def held_out_rows(
     lengths: Sequence[NDArray[np.int32]], documents: int, seed: int, sequence_length: int
 ) -> list[list[PackedDocument]]:
-    """The first `documents` documents of the split in the order of epoch 0, packed into rows. All of them
-    where there are fewer."""
+    """The first `documents` documents of the split in the order of epoch 0, packed into rows; all of them if
+    there are fewer."""
     visited = packing.held_out_documents(lengths, documents, seed)
     first_document = packing.first_documents([len(part) for part in lengths])
     places, starts = packing.pack_sequences(np.concatenate(lengths)[visited], sequence_length)

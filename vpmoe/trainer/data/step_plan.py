@@ -19,7 +19,7 @@ class StepPlan(Protocol):
 
     @property
     def steps(self) -> int | None:
-        """How many there are; None where that is not known ahead."""
+        """Number of steps; None if it is not known ahead."""
 
     @property
     def total(self) -> int:
@@ -39,11 +39,11 @@ class StepPlan(Protocol):
 
 
 class DatasetSteps:
-    """A StepPlan of the training split, and of the documents that the teacher has scored where the stage has
+    """A StepPlan of the training split, and of the documents with the teacher's scores if the stage uses
     them.
 
-    Everything is a function of (seed, step) and of where the stages before ended. vpmoe.data.mixture decides
-    which steps are scored.
+    Everything is a function of (seed, step) and of the data positions at which the stages before ended. The
+    choice of the scored steps is in vpmoe/data/mixture.py.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 Steps are windows in their order, with Vanilla anchor steps between them (vpmoe/rollout/curriculum.py). How
 many steps there are is not known ahead: the stage ends with the step that reaches its tokens. Before the step
 of a window the coordinator waits for the window and reads it. After a step it publishes the policy version
-that is due, and before that makes an adjustment where the trainer has starved.
+that is due, and before that makes an adjustment if the trainer has starved.
 """
 
 import logging
@@ -93,7 +93,7 @@ class OnPolicyCoordinator:
         """Wait for the window of the step at `state` and read it; an anchor step has none. Every rank calls
         it.
 
-        Returns False where any rank was asked to stop first. `waiting` is called about once a second with
+        Returns False if any rank was asked to stop first. `waiting` is called about once a second with
         what is missing. Raises Permanent if the window in the bucket is not the one that is due.
         """
         self._window, self._waits = None, Waits(0.0, 0.0)
@@ -179,8 +179,8 @@ class OnPolicyCoordinator:
         self._publisher.prune(version - staleness - every + 1)
 
     def evaluate(self, state: TrainState, weights: Mapping[str, float]) -> TrainState:
-        """The state with the reverse KL and validity of the windows since the evaluation before; unchanged
-        where there was none."""
+        """The state with the reverse KL and validity of the windows since the evaluation before; unchanged if
+        there was none."""
         return _with_stream(state, window_stats.close_window_stats(_stream_of(state), weights))
 
     def metrics(self) -> WindowMetrics | None:

@@ -53,8 +53,7 @@ class Starvation:
 def next_adjustment(
     made: Sequence[Adjustment], share: float | None, waiting: float, window: int
 ) -> Adjustment | None:
-    """The next adjustment where the trainer waited more than `waiting` of its time; None where it did not, or
-    none is left.
+    """The next adjustment if the trainer waited more than `waiting` of its time and one is left, else None.
 
     It applies from `window` on. `made` are the adjustments so far.
     """

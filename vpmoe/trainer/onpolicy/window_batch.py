@@ -60,8 +60,10 @@ class ScoredWindow:
 
 
 def read_window(bucket: Bucket, run: DistillRun, due: DueWindow, sequence_length: int) -> ScoredWindow:
-    """The window that is due. Raises Permanent, naming the object and its fault, where the files hold another
-    window or are damaged."""
+    """The window that is due.
+
+    Raises Permanent, naming the object and its fault, if the files hold another window or are damaged.
+    """
     keys = [paths.window(run, due.stage, due.window, kind) for kind in ("rollouts", "scores")]
     rollouts, scores = (bucket.get(key) for key in keys)
     sampled = read_rollouts(rollouts, bucket.url(keys[0]))

@@ -39,7 +39,7 @@ def add_window(
 
 
 def close_window_stats(stream: WindowStream, weights: Mapping[str, float]) -> WindowStream:
-    """The stream with its sums turned into one more measured reverse KL and validity; unchanged where no
+    """The stream with its sums turned into one more measured reverse KL and validity; unchanged if no
     window was added to them."""
     stats = stream.since
     if not stats.rollouts:

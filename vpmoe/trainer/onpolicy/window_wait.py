@@ -44,8 +44,9 @@ class WindowWait:
         self._group = ObjectGroup(PATIENCE)
 
     def wait(self, window: int, waiting: Callable[[WindowFile], None]) -> Waits | None:
-        """Return once a window's rollouts and scores are in the bucket; None where any rank was asked to
-        stop. Every rank calls it.
+        """Return once a window's rollouts and scores are in the bucket. Every rank calls it.
+
+        Returns None if any rank was asked to stop.
 
         `waiting` is called about once a second with what is missing.
         """

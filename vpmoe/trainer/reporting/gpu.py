@@ -18,7 +18,7 @@ NO_GPU = "computed on the CPU"
 
 @dataclass(frozen=True)
 class GpuReading:
-    """One GPU at one time; NaN where there is none."""
+    """One GPU at one time; NaN without a GPU."""
 
     utilisation: float
     """Share of the last sampling period in which a kernel ran, 0 to 1 (NVML)."""

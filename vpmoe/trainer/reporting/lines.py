@@ -19,7 +19,7 @@ the mean."""
 
 
 class TrainerLine(MetricsLine):
-    """What every line of the trainer has: where the stage was when the line was made."""
+    """The fields of every line of the trainer: the stage's progress when the line was written."""
 
     step: int
     """Optimizer steps of the stage."""
@@ -43,7 +43,7 @@ class StartLine(TrainerLine):
     """Checkpoints that were rejected, and why."""
     ranks: int
     steps: int | None
-    """Steps of the stage; None where they are not known ahead."""
+    """Steps of the stage; None if the number is not known ahead."""
     sequences_per_step: int
     stage_tokens: int
     """Tokens of the stage after its last step."""

@@ -100,7 +100,7 @@ class OnPolicyStage(StageKind):
         return StageEvaluation(state, window_stats.evaluation_of(state.windows))
 
     def ends_early(self, state: TrainState, stop: Stop) -> bool:
-        """By the reverse KL in place of the held-out loss, and only where enough of the latest rollouts are
+        """By the reverse KL in place of the held-out loss, and only if enough of the latest rollouts are
         valid."""
         return window_stats.ends_early(state.windows, stop)
 

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class RescoredStage(StageKind):
-    """See StageKind. Where `mix` is 0 there are no scores, and all steps are Vanilla."""
+    """See StageKind. If `mix` is 0 there are no scores, and all steps are Vanilla."""
 
     def __init__(
         self, context: StageContext, stage: Rescored, documents: DatasetReader, cache: BlockCache

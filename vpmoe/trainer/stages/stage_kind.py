@@ -43,7 +43,7 @@ class StageEvaluation(NamedTuple):
 
     state: TrainState
     measures: Measures | None
-    """For the line of metrics; None where there is nothing to measure yet."""
+    """For the line of metrics; None if there is nothing to measure yet."""
 
 
 class StageKind(ABC):
@@ -93,8 +93,8 @@ class StageKind(ABC):
     def batches(self, state: TrainState, waiting: Callable[[str], None]) -> list[Batch] | None:
         """This rank's microbatches of the step after `state`. Every rank calls it.
 
-        If the step has to be waited for, `waiting` is called about once a second with a message. Returns None
-        where any rank was asked to stop during the wait.
+        While the step has to be waited for, `waiting` is called about once a second with a message. Returns
+        None if any rank was asked to stop during the wait.
         """
         return self.plan.batches(state.steps)
 

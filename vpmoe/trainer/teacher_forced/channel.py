@@ -34,7 +34,7 @@ IN_FLIGHT = 4
 """Messages of a kind that may be on their way to one peer."""
 
 CheckStop = Callable[[], None]
-"""Called while waiting; raises where the process should stop."""
+"""Called while waiting; raises if the process should stop."""
 
 
 class Channel:
@@ -94,7 +94,7 @@ class Channel:
             torch.cuda.synchronize(self.device)
 
     def _send(self, kind: str, peer: int, tensor: Tensor, send: Callable[[], dist.Work]) -> None:
-        """Send, and keep the tensor until it has arrived. Waits for the oldest message where IN_FLIGHT are on
+        """Send, and keep the tensor until it has arrived. Waits for the oldest message if IN_FLIGHT are on
         their way."""
         sending = self._sending.setdefault((kind, peer), deque())
         while len(sending) >= IN_FLIGHT:

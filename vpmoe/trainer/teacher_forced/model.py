@@ -53,8 +53,10 @@ def width(directory: Path) -> int:
 
 
 def output_matrix(directory: Path) -> Tensor:
-    """The matrix [V, G] from hidden states to logits, on the CPU. Reads no other tensor. Raises Permanent
-    where there is none."""
+    """The matrix [V, G] from hidden states to logits, on the CPU. Reads no other tensor.
+
+    Raises Permanent if there is none.
+    """
     names = [
         "lm_head.weight",
         *(["model.embed_tokens.weight"] if _config(directory).get("tie_word_embeddings") else []),
