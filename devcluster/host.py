@@ -113,8 +113,10 @@ def alive(process: Path) -> bool:
 
 
 def sweep(state: Path) -> None:
-    """Remove what remains of a node that has ended: its link, its cgroups and its files. The bucket's data and
-    the logs are kept."""
+    """Remove what remains of a node that has ended: its link, its cgroups and its files.
+
+    The bucket's data and the logs are kept.
+    """
     remove_link()
     for root in configuration.cgroup_roots(Path("/proc/self/mounts").read_text()):
         remove_cgroup(Path(root, configuration.cgroup_name(str(state))))
