@@ -5,7 +5,8 @@ SHELL := bash
 # Line-buffers a command's output, because parallel commands write to the same terminal.
 lines := sed --unbuffered ''
 
-.PHONY: help demo check test test-quick test-local test-engine test-cluster test-gpu cluster down setup lint manifests lock
+.PHONY: help demo check test test-quick test-local test-engine test-cluster test-gpu cluster down setup lint
+.PHONY: manifests lock
 help:      ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
@@ -17,8 +18,8 @@ check: setup    ## run lint and the unit tests without server, engine or cluster
 test-quick: setup
 	@$(python) -m pytest tests/unit -m "not server and not engine and not cluster" | $(lines)
 
-# Three parts run beside each other. There is one cluster, and an engine needs 5 GB, so these parts run their tests
-# one after the other. The tests of the operator mostly wait; the end-to-end tests load the CPU and run last.
+# Three parts run in parallel. There is one cluster, and an engine needs 5 GB, so these two parts run their
+# tests one after the other. The operator's tests mostly wait; the end-to-end tests load the CPU and run last.
 test: lint      ## run lint and all tests except those that need a GPU
 	@$(MAKE) --no-print-directory --keep-going --jobs=3 test-cluster test-engine test-local
 test-local: setup
@@ -55,4 +56,5 @@ manifests: setup  ## write manifests/crd.yaml and docs/reference/api.md from vpm
 	@$(python) -m vpmoe.api.reference >docs/reference/api.md
 
 lock: setup     ## write requirements.lock from pyproject.toml
-	@.venv/bin/uv pip compile --quiet --python-version 3.12 --all-extras --generate-hashes --no-emit-index-url --no-header pyproject.toml -o requirements.lock
+	@.venv/bin/uv pip compile --quiet --python-version 3.12 --all-extras --generate-hashes \
+		--no-emit-index-url --no-header pyproject.toml -o requirements.lock
