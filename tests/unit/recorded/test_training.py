@@ -2,7 +2,7 @@
 
 Bits of floats depend on the CPU's instruction set, so the hash is compared only on the recorded one. On
 others, losses may differ by 2e-5 relative and sums of a tensor by 2e-6 of its sum of absolute values: ten
-times what an AVX2 and a scalar build of PyTorch were measured to differ by.
+times the measured difference of an AVX2 and a scalar build of PyTorch.
 """
 
 from collections.abc import Iterator
