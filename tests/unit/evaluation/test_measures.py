@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fakes.completions import OPEN, SAID, SAY, THINK, ids
+from tests.fakes.completions import ANALYSIS, ASSISTANT, FINAL_END, FINAL_RETURN, ids
 from tests.fakes.students import new_seed
 from vpmoe.api import DistillRun
 from vpmoe.data import vocabulary, vocabulary_file
@@ -101,13 +101,13 @@ def test_completion_limits_are_those_of_an_on_policy_stage(
 def test_validity_and_lengths_are_counted_by_effort() -> None:
     """The validity of single completions is tested in test_prompts.py."""
     answers = [
-        ("low", THINK + OPEN + SAY),
-        ("low", SAY),
-        ("low", SAID),
+        ("low", ANALYSIS + ASSISTANT + FINAL_RETURN),
+        ("low", FINAL_RETURN),
+        ("low", FINAL_END),
         ("high", "<|channel|>analysis<|message|>hm<|return|>"),
-        ("high", THINK + "<|return|>"),
-        ("high", SAID + OPEN + SAY),
-        ("high", THINK + OPEN + SAY),
+        ("high", ANALYSIS + "<|return|>"),
+        ("high", FINAL_END + ASSISTANT + FINAL_RETURN),
+        ("high", ANALYSIS + ASSISTANT + FINAL_RETURN),
     ]
     found = measures.measure_efforts((effort, ids(text)) for effort, text in answers)
     assert list(found) == ["low", "high"], "an effort without completions has no counts"

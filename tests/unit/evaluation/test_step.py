@@ -24,7 +24,7 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from tests.fakes.checkpoints import altered, at, save
+from tests.fakes.checkpoints import alter, save_checkpoints, state_at
 from tests.fakes.store import S3
 from tests.fakes.students import documents, learner
 from tests.fakes.tiny_teacher import LONGEST
@@ -166,7 +166,7 @@ def stage_context(spec: dict[str, Any], bucket: Bucket, scratch: Path) -> StageC
 def stage(spec: dict[str, Any], bucket: Bucket, trained: Learner, tmp_path: Path) -> StageContext:
     """The context of a finished stage, whose checkpoint is that student."""
     context = stage_context(spec, bucket, tmp_path)
-    save(context, trained, at(3, finished=True))
+    save_checkpoints(context, trained, state_at(3, finished=True))
     return context
 
 
@@ -359,7 +359,7 @@ def test_finished_parts_are_not_measured_again(stage: StageContext, engines: Eng
 
 def test_an_evaluation_of_another_checkpoint_is_rejected(stage: StageContext, engines: EnginePool) -> None:
     run_evaluation(stage, engines)
-    save(stage, learner(torch.device("cpu")), at(4, finished=True))
+    save_checkpoints(stage, learner(torch.device("cpu")), state_at(4, finished=True))
     with pytest.raises(
         Permanent,
         match=(
@@ -434,25 +434,25 @@ def test_the_first_writer_of_a_part_wins(stage: StageContext, engines: EnginePoo
             id="not-started",
         ),
         pytest.param(
-            at(2),
+            state_at(2),
             None,
             "stage vanilla has trained 200 tokens. Train it to its end: python -m jobs.train --step vanilla",
             id="not-finished",
         ),
         pytest.param(
-            at(2, finished=True),
+            state_at(2, finished=True),
             rank_file(0),
             f"vanilla/2 cannot be used. .*{rank_file(0)}.*sha256 of block 0",
             id="damaged",
         ),
         pytest.param(
-            at(2, finished=True),
+            state_at(2, finished=True),
             "manifest.json",
             "vanilla/2 cannot be used. .*manifest.json.*sha256",
             id="damaged-manifest",
         ),
         pytest.param(
-            at(2, finished=True),
+            state_at(2, finished=True),
             "",
             "the state to export as tiny: main/decoder.final_layernorm.weight is 32, wanted 64",
             id="of-another-shape",
@@ -471,9 +471,9 @@ def test_a_student_that_cannot_be_measured_is_rejected_with_its_name(
 ) -> None:
     stage = stage_context(spec, bucket, tmp_path)
     if position is not None:
-        save(stage, learner(device), position)
+        save_checkpoints(stage, learner(device), position)
     if damage:
-        altered(s3.folder / bucket.name / paths.checkpoint(stage.run, "vanilla", 2) / damage)
+        alter(s3.folder / bucket.name / paths.checkpoint(stage.run, "vanilla", 2) / damage)
     with pytest.raises(Permanent, match=message):
         run_evaluation(stage, UnusedEngines())
     assert load_evaluation(stage.run, "vanilla", bucket) is None

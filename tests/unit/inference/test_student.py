@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from tests.fakes import policy_versions
-from tests.fakes.policy_versions import TINY, trainers
-from tests.fakes.students import SMALL, documents, learner, new_seed, reading, saved, whole
+from tests.fakes.policy_versions import TINY, trainer_logp
+from tests.fakes.students import SMALL, copy_slices, documents, join_slices, learner, new_seed, read_from
 from vpmoe.data.harmony import Renderer, SystemMessage
 from vpmoe.data.tokenizer import Tokenizer
 from vpmoe.failure import Permanent
@@ -72,7 +72,7 @@ def exported(trained: Learner, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_transformers_agrees_at_every_position(trained: Learner, exported: Path) -> None:
     sequences = harmony_documents(np.random.default_rng(new_seed()))
     model = hf_model.load_student(exported, TINY)
-    for ids_T, wanted in zip(sequences, trainers(trained, sequences), strict=True):
+    for ids_T, wanted in zip(sequences, trainer_logp(trained, sequences), strict=True):
         ids = torch.from_numpy(ids_T.astype(np.int64))
         with torch.no_grad():
             logits_TV = model(ids[None]).logits[0]
@@ -109,7 +109,7 @@ def test_vllm_agrees_at_every_position(trained: Learner, exported: Path, engines
     assert max(map(len, sequences)) > 512
     engines.load(exported)
     (found,) = engines.score(sequences)
-    for got, wanted in zip(found, trainers(trained, sequences), strict=True):
+    for got, wanted in zip(found, trainer_logp(trained, sequences), strict=True):
         assert np.abs(got - wanted).max() <= TOLERANCE
 
 
@@ -136,7 +136,7 @@ def test_samples_are_a_function_of_the_seed_and_their_log_probabilities_equal_th
     whole_sequences = [
         np.concatenate([prompt, one.ids_C]) for prompt, one in zip(prompts, first, strict=True)
     ]
-    for one, wanted in zip(first, trainers(trained, whole_sequences), strict=True):
+    for one, wanted in zip(first, trainer_logp(trained, whole_sequences), strict=True):
         assert np.abs(one.logp_C - wanted[-24:]).max() <= TOLERANCE
 
 
@@ -144,13 +144,13 @@ def test_vllm_loads_other_weights_into_the_running_engine(
     trained: Learner, exported: Path, engines: EnginePool, tmp_path: Path
 ) -> None:
     sequences = harmony_documents(np.random.default_rng(new_seed()))
-    before = trainers(trained, sequences)
+    before = trainer_logp(trained, sequences)
     original = {name: parameter.detach().clone() for name, parameter in trained.student.named_parameters()}
     engines.load(exported)
     with torch.no_grad():
         for parameter in trained.student.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    after = trainers(trained, sequences)
+    after = trainer_logp(trained, sequences)
     engines.load(policy_versions.export(tmp_path, trained))
     (found,) = engines.score(sequences)
     with torch.no_grad():
@@ -216,7 +216,12 @@ def test_an_export_from_a_checkpoint_equals_one_from_the_learner(
     hf_export.export_student(tmp_path / "live", SMALL, 256, sizes, state.copy_weights(source), torch.float32)
     monkeypatch.setattr(hf_export, "FILE_BYTES", 10_000)
     hf_export.export_student(
-        tmp_path / "read", SMALL, 256, sizes, reading(whole([saved(source)], sizes)), torch.float32
+        tmp_path / "read",
+        SMALL,
+        256,
+        sizes,
+        read_from(join_slices([copy_slices(source)], sizes)),
+        torch.float32,
     )
     files = sorted((tmp_path / "read").glob("*.safetensors"))
     assert len(files) > 3

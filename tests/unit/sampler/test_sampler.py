@@ -85,7 +85,7 @@ def students(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> 
     """Two students; the second is published later."""
     students = []
     for _ in range(2):
-        learner = policy_versions.ending(policy_versions.learner(device, new_seed()))
+        learner = policy_versions.end_early(policy_versions.learner(device, new_seed()))
         students.append(Student(learner, policy_versions.export(tmp_path_factory.mktemp("student"), learner)))
     return students
 
@@ -290,7 +290,9 @@ def check_window(
         assert len(completion) <= limit and sample.validity == prompts.completion_validity(completion)
         assert sample.span_C.tolist() == prompts.completion_spans(completion).tolist()
     model = hf_model.load_student(student.folder, policy_versions.TINY)
-    trainer_logp = policy_versions.trainers(student.learner, [sample.ids_T for sample in sampled.rollouts])
+    trainer_logp = policy_versions.trainer_logp(
+        student.learner, [sample.ids_T for sample in sampled.rollouts]
+    )
     for sample, logp_of_trainer in zip(sampled.rollouts, trainer_logp, strict=True):
         ids = torch.from_numpy(sample.ids_T.astype(np.int64))
         with torch.no_grad():
@@ -567,7 +569,13 @@ def test_a_student_that_differs_from_the_trainers_fails_the_probe(
     save_file(weights, with_stage_fields / "model-00001.safetensors", metadata={"format": "pt"})
     version_facts = facts[1].model_copy(update={"version": 0})
     policy_versions.publish(
-        sampler_run.bucket, sampler_run.run, with_stage_fields, student.learner, 0, 0, says=version_facts
+        sampler_run.bucket,
+        sampler_run.run,
+        with_stage_fields,
+        student.learner,
+        0,
+        0,
+        other_facts=version_facts,
     )
     message = (
         r"s3://.*/weights/onpolicy/v000000/manifest.json: engine 0 computes another "

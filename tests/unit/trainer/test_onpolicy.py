@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.fakes import datasets, onpolicy_ranks, students, trainers
-from tests.fakes.checkpoints import same
+from tests.fakes.checkpoints import equal_states
 from tests.fakes.fake_onpolicy_peers import FakePeers
 from tests.fakes.onpolicy_ranks import PeerReporter
 from tests.fakes.ranks import run_ranks
@@ -78,7 +78,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> list[datasets.Documents]:
 
 @pytest.fixture
 def dataset(bucket: Bucket, train: list[datasets.Documents]) -> Manifest:
-    return datasets.write(bucket, train, [datasets.random_documents(np.random.default_rng(5), 9)])
+    return datasets.write_dataset(bucket, train, [datasets.random_documents(np.random.default_rng(5), 9)])
 
 
 MakeTrainer = Callable[..., Trainer]
@@ -270,7 +270,9 @@ def test_a_killed_stage_ends_with_the_same_bits_and_publishes_no_version_twice(
         published = manifests
     trainer = make_trainer()
     trainer.run()
-    assert same(trainer.learner, uninterrupted.learner) and final_state(trainer) == final_state(uninterrupted)
+    assert equal_states(trainer.learner, uninterrupted.learner) and final_state(trainer) == final_state(
+        uninterrupted
+    )
     assert object_etags(trainer, "rollouts").keys() == object_etags(uninterrupted, "rollouts").keys()
     assert published.items() <= object_etags(trainer, "weights").items()
 
@@ -350,7 +352,9 @@ def test_a_window_that_is_not_due_is_rejected_with_its_name(
 ) -> None:
     reporter = PeerReporter()
     trainer = make_trainer(reporter)
-    reporter.peers.says = lambda header: header.model_copy(update=changes) if header.window == 1 else header
+    reporter.peers.change_header = lambda header: (
+        header.model_copy(update=changes) if header.window == 1 else header
+    )
     with pytest.raises(
         Permanent,
         match=(

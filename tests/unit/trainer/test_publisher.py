@@ -30,7 +30,7 @@ TOLERANCE = 1e-4
 @pytest.fixture
 def context(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path) -> StageContext:
     random = np.random.default_rng(new_seed())
-    dataset = datasets.write(bucket, [datasets.random_documents(random, 7, 200)], [[]])
+    dataset = datasets.write_dataset(bucket, [datasets.random_documents(random, 7, 200)], [[]])
     run_spec["spec"]["stages"] = [{"name": "vanilla", "kind": "Vanilla", "tokens": 1000}]
     return datasets.context(bucket, run_spec, tmp_path, dataset)
 

@@ -46,7 +46,7 @@ def context(
     bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> StageContext:
     monkeypatch.setattr(uploader, "PROGRESS_SECONDS", 0.05)
-    return datasets.context(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
+    return datasets.context(bucket, run_spec, tmp_path, datasets.write_dataset(bucket, [[]], [[]]))
 
 
 def new_uploader(context: StageContext) -> ProgressUploader:

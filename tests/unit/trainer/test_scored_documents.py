@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.fakes import datasets, students, trainers
-from tests.fakes.checkpoints import same
+from tests.fakes.checkpoints import equal_states
 from tests.fakes.reporters import RecordingReporter, stop_after
 from tests.fakes.trainers import start_of
 from vpmoe.api.stages import Confidence
@@ -53,12 +53,12 @@ def train(monkeypatch: pytest.MonkeyPatch) -> list[datasets.Documents]:
 
 @pytest.fixture
 def dataset(bucket: Bucket, train: list[datasets.Documents]) -> Manifest:
-    return datasets.write(bucket, train, [[]])
+    return datasets.write_dataset(bucket, train, [[]])
 
 
 @pytest.fixture
 def scores(bucket: Bucket, dataset: Manifest, train: list[datasets.Documents]) -> Manifest:
-    return datasets.score(bucket, dataset, train, np.random.default_rng(5))
+    return datasets.write_scores(bucket, dataset, train, np.random.default_rng(5))
 
 
 MakeTrainer = Callable[..., Trainer]
@@ -102,7 +102,7 @@ def test_a_stopped_stage_resumes_to_the_same_bits_and_the_mix_is_exact(
     resumed = make_trainer(RecordingReporter())
     assert resumed.start.state.steps == 4
     resumed.run()
-    assert same(resumed.learner, uninterrupted.learner)
+    assert equal_states(resumed.learner, uninterrupted.learner)
     assert final_state(bucket, uninterrupted.context) == final_state(bucket, resumed.context)
     assert isinstance(uninterrupted.reporter.uploader, RecordingReporter) and isinstance(
         resumed.reporter.uploader, RecordingReporter

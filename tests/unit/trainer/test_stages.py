@@ -59,7 +59,7 @@ def test_the_reported_loss_of_each_kind_of_stage(
 ) -> None:
     """It is not what the step minimises, here 99."""
     run_spec["spec"]["training"]["spanWeights"] = WEIGHTS
-    context = datasets.context(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
+    context = datasets.context(bucket, run_spec, tmp_path, datasets.write_dataset(bucket, [[]], [[]]))
     stage = kind.__new__(kind)
     StageKind.__init__(stage, context, None)  # type: ignore[arg-type]
     stage.plan = SimpleNamespace(kind=lambda step: step_kind)  # type: ignore[assignment]

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.fakes import datasets, students, trainers
-from tests.fakes.checkpoints import same
+from tests.fakes.checkpoints import equal_states
 from tests.fakes.reporters import RecordingReporter, stop_after
-from tests.fakes.students import saved
+from tests.fakes.students import copy_slices
 from vpmoe.checkpoint.train_state import list_iterations, load_stage_end
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model.learner import Learner
@@ -53,7 +53,7 @@ def make_trainer(
     """Makes trainers at the stage's state according to the bucket."""
     monkeypatch.setattr(collate, "PADDING", 0)  # the small vocabulary has no other
     random = np.random.default_rng(11)
-    dataset = datasets.write(
+    dataset = datasets.write_dataset(
         bucket,
         [datasets.random_documents(random, 60), datasets.random_documents(random, 40)],
         [datasets.random_documents(random, 9)],
@@ -82,7 +82,7 @@ def test_a_stopped_stage_resumes_to_the_same_bits(
     assert list_iterations(bucket, paths.checkpoints(stopped[0].context.run, "vanilla"))[0] == 3
     resumed = make_trainer(RecordingReporter())
     resumed.run()
-    assert resumed.start.state.steps == 3 and same(resumed.learner, uninterrupted.learner)
+    assert resumed.start.state.steps == 3 and equal_states(resumed.learner, uninterrupted.learner)
     assert isinstance(resumed.reporter.uploader, RecordingReporter) and isinstance(
         uninterrupted.reporter.uploader, RecordingReporter
     )
@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_changes_no_weight(
     learner = students.learner(device)
     with torch.no_grad():
         learner.student.output[7] = torch.inf
-    before = saved(learner)
+    before = copy_slices(learner)
     trainer = make_trainer(RecordingReporter(), learner)
     trainer.held_out = None
     with pytest.raises(
@@ -115,7 +115,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_changes_no_weight(
         trainer.run()
     assert all(
         torch.equal(after[1], before_step[1])
-        for name, slices in saved(learner).items()
+        for name, slices in copy_slices(learner).items()
         for after, before_step in zip(slices, before[name], strict=True)
     )
     assert learner.steps == 0 and not list_iterations(

@@ -226,7 +226,7 @@ def test_a_window_that_cannot_be_trained_on_is_rejected() -> None:
 
 @pytest.fixture
 def context(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path, device: torch.device) -> StageContext:
-    return datasets.context(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
+    return datasets.context(bucket, run_spec, tmp_path, datasets.write_dataset(bucket, [[]], [[]]))
 
 
 def write_window(context: StageContext, number: int, **changes: Any) -> list[Rollout]:
