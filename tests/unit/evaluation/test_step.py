@@ -275,8 +275,8 @@ def test_the_figures_equal_those_of_the_trainer_and_transformers(
     trainer_loss = HeldOutDocuments(valid, 8, stage.run.spec.training.seed, LENGTH).loss(trained)
     assert found.held_out is not None and found.documents == 8 < sum(map(len, valid.lengths))
     for name in ("reasoning", "final"):
-        got, wanted = getattr(found.held_out, name), getattr(trainer_loss, name)
-        assert wanted > 5 and abs(got - wanted) <= TOLERANCE, f"{name}: {got}, the trainer's {wanted}"
+        got, expected = getattr(found.held_out, name), getattr(trainer_loss, name)
+        assert expected > 5 and abs(got - expected) <= TOLERANCE, f"{name}: {got}, the trainer's {expected}"
     texts = [reference_bits(model, text) for text in (CANARY, "Short.")]
     assert found.canary is not None and found.canary.bytes == sum(size for _, size in texts) > 4000
     assert abs(

@@ -72,13 +72,13 @@ def exported(trained: Learner, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_transformers_agrees_at_every_position(trained: Learner, exported: Path) -> None:
     sequences = harmony_documents(np.random.default_rng(new_seed()))
     model = hf_model.load_student(exported, TINY)
-    for ids_T, wanted in zip(sequences, trainer_logp(trained, sequences), strict=True):
+    for ids_T, expected in zip(sequences, trainer_logp(trained, sequences), strict=True):
         ids = torch.from_numpy(ids_T.astype(np.int64))
         with torch.no_grad():
             logits_TV = model(ids[None]).logits[0]
         got = logits_TV[:-1].double().log_softmax(1).gather(1, ids[1:, None])[:, 0].numpy()
-        assert np.abs(got - wanted).max() <= TOLERANCE
-        assert wanted.std() > 0.5, (
+        assert np.abs(got - expected).max() <= TOLERANCE
+        assert expected.std() > 0.5, (
             "log-probabilities differ between tokens: else agreement would show nothing"
         )
 
@@ -109,8 +109,8 @@ def test_vllm_agrees_at_every_position(trained: Learner, exported: Path, engines
     assert max(map(len, sequences)) > 512
     engines.load(exported)
     (found,) = engines.score(sequences)
-    for got, wanted in zip(found, trainer_logp(trained, sequences), strict=True):
-        assert np.abs(got - wanted).max() <= TOLERANCE
+    for got, expected in zip(found, trainer_logp(trained, sequences), strict=True):
+        assert np.abs(got - expected).max() <= TOLERANCE
 
 
 def test_samples_are_a_function_of_the_seed_and_their_log_probabilities_equal_the_trainers(
@@ -136,8 +136,8 @@ def test_samples_are_a_function_of_the_seed_and_their_log_probabilities_equal_th
     whole_sequences = [
         np.concatenate([prompt, one.ids_C]) for prompt, one in zip(prompts, first, strict=True)
     ]
-    for one, wanted in zip(first, trainer_logp(trained, whole_sequences), strict=True):
-        assert np.abs(one.logp_C - wanted[-24:]).max() <= TOLERANCE
+    for one, expected in zip(first, trainer_logp(trained, whole_sequences), strict=True):
+        assert np.abs(one.logp_C - expected[-24:]).max() <= TOLERANCE
 
 
 def test_vllm_loads_other_weights_into_the_running_engine(
@@ -156,8 +156,8 @@ def test_vllm_loads_other_weights_into_the_running_engine(
     with torch.no_grad():
         for name, parameter in trained.student.named_parameters():
             parameter.copy_(original[name])
-    for got, wanted, old in zip(found, after, before, strict=True):
-        assert np.abs(got - wanted).max() <= TOLERANCE and np.abs(wanted - old).max() > 0.1
+    for got, expected, before_load in zip(found, after, before, strict=True):
+        assert np.abs(got - expected).max() <= TOLERANCE and np.abs(expected - before_load).max() > 0.1
 
 
 @pytest.mark.engine

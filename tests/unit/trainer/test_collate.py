@@ -54,14 +54,14 @@ def test_microbatches_have_all_rows_in_order(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    "wanted, found", [pytest.param(17, 17, id="some"), pytest.param(1000, 41, id="more-than-available")]
+    "count, expected", [pytest.param(17, 17, id="some"), pytest.param(1000, 41, id="more-than-available")]
 )
-def test_held_out_documents_are_a_function_of_the_seed(wanted: int, found: int) -> None:
-    rows = held_out.held_out_rows(LENGTHS, wanted, seed=1, sequence_length=64)
+def test_held_out_documents_are_a_function_of_the_seed(count: int, expected: int) -> None:
+    rows = held_out.held_out_rows(LENGTHS, count, seed=1, sequence_length=64)
     chosen = [(one.part, one.number) for row in rows for one in row]
-    assert len(chosen) == len(set(chosen)) == found
+    assert len(chosen) == len(set(chosen)) == expected
     assert all(sum(one.length for one in row) <= 64 for row in rows)
-    assert rows == held_out.held_out_rows(LENGTHS, wanted, seed=1, sequence_length=64)
-    if found == 17:
-        assert rows != held_out.held_out_rows(LENGTHS, wanted, seed=2, sequence_length=64)
+    assert rows == held_out.held_out_rows(LENGTHS, count, seed=1, sequence_length=64)
+    if expected == 17:
+        assert rows != held_out.held_out_rows(LENGTHS, count, seed=2, sequence_length=64)
         assert {part for part, _ in chosen} == {0, 1}

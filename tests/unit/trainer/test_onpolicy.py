@@ -249,14 +249,14 @@ class KilledReporter(PeerReporter):
 def test_a_killed_stage_ends_with_the_same_bits_and_publishes_no_version_twice(
     make_trainer: MakeTrainer, spec: dict[str, Any], kills: int
 ) -> None:
-    random_kill = random.Random(new_seed())
+    generator = random.Random(new_seed())
     spec["metadata"]["name"] = "alone"
     uninterrupted = make_trainer()
     uninterrupted.run()
     spec["metadata"]["name"] = "killed"
     published: dict[str, str] = {}
     for _ in range(kills):
-        killed = make_trainer(KilledReporter(random_kill.randint(1, 25)))
+        killed = make_trainer(KilledReporter(generator.randint(1, 25)))
         with contextlib.suppress(Killed):
             killed.run()
         killed.stage.close()  # a kill would end these threads; here they finish their work
@@ -504,9 +504,9 @@ def test_two_ranks_train_as_one_and_a_killed_rank_changes_no_bit(
         for name, tolerance in (("loss", 1e-4), ("gradientNorm", 1e-3)):
             assert line_of_two[name] == pytest.approx(line_of_one[name], rel=tolerance)
     assert max(line.get("version", 0) for line in two_ranks[0]["lines"]) > 0
-    random_kill = random.Random(new_seed())
+    generator = random.Random(new_seed())
     assert -signal.SIGKILL in run_two_ranks(
-        "killed", kill=f"{random_kill.randrange(2)}:{random_kill.randrange(1, len(two_ranks[0]['lines']))}"
+        "killed", kill=f"{generator.randrange(2)}:{generator.randrange(1, len(two_ranks[0]['lines']))}"
     )
     resumed = run_two_ranks("killed")
     for rank in range(2):
