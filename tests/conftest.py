@@ -1,7 +1,8 @@
-"""The servers that tests use, each started once a session by the first test that needs it; and the lanes.
+"""Servers that tests share, each started once a session by the first test that needs it, and test markers.
 
-A test belongs to a lane by what its fixtures start, so no test is marked by hand. `make check` runs the unit
-tests without the markers server, engine and cluster; `make test` all but gpu; `make test-gpu` those.
+A test is marked by what its fixtures start; no test is marked by hand. `make check` runs the unit tests
+without the markers server, engine and cluster; `make test` runs all tests but gpu; `make test-gpu` runs only
+those.
 """
 
 import os
@@ -25,15 +26,15 @@ from vpmoe.storage import Bucket
 if TYPE_CHECKING:
     import torch
 
-# Tests and the processes that they start compute with one thread, because they run beside each other.
+# Tests and their processes compute with one thread, because tests run in parallel.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# No test asserts a time: test machines are busy.
+# No test asserts a duration: test machines are busy.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 LANES = {"s3": "server", "teacher_address": "engine", "engines": "engine", "cluster": "cluster", "gpu": "gpu"}
 """Fixture → the marker of every test that uses it, directly or through other fixtures."""
-LEFT_TO_GPU = pytest.StashKey[int]()
+DESELECTED_GPU_TESTS = pytest.StashKey[int]()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
@@ -44,14 +45,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(LANES[fixture])
     if "gpu" in config.option.markexpr:
         return
-    left = [item for item in items if item.get_closest_marker("gpu")]
-    config.stash[LEFT_TO_GPU] = len(left)
-    config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if item not in left]
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    config.stash[DESELECTED_GPU_TESTS] = len(gpu_tests)
+    config.hook.pytest_deselected(items=gpu_tests)
+    items[:] = [item for item in items if item not in gpu_tests]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if count := config.stash.get(LEFT_TO_GPU, 0):
+    if count := config.stash.get(DESELECTED_GPU_TESTS, 0):
         terminalreporter.write_line(f"Not run: {count} tests that need a GPU. `make test-gpu` runs them.")
 
 
@@ -111,7 +112,7 @@ def run_spec(s3: S3) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def store(s3: S3) -> Bucket:
-    """One client for all tests: making one takes longer than most tests."""
+    """One client for all tests: to create one takes longer than most tests."""
     return Bucket.open(StorageSpec(endpoint=s3.endpoint, bucket="none"))
 
 
@@ -123,7 +124,7 @@ def bucket(run_spec: dict[str, Any], store: Bucket) -> Bucket:
 
 @pytest.fixture(scope="session")
 def sample_parquet(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The repository's own sample of SYNTH-like rows as three parquet shards."""
+    """The repository's sample of SYNTH-like rows as three parquet shards."""
     from demo import sample
 
     return sample.write(tmp_path_factory.mktemp("sample"), shards=3)
@@ -137,7 +138,7 @@ def real_parquet() -> list[Path]:
 
 @pytest.fixture(scope="session")
 def cluster() -> Cluster:
-    """The development cluster, running, with the operator of this checkout installed by its chart."""
+    """The running development cluster, with the operator of this checkout installed by its chart."""
     running = up()
     install.operator(running)
     return running

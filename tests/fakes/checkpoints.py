@@ -7,7 +7,7 @@ import torch
 
 from tests.fakes import datasets, students
 from tests.fakes.reporters import NullReporter
-from tests.fakes.students import saved
+from tests.fakes.students import copy_slices
 from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.model import state
 from vpmoe.model.learner import Learner
@@ -17,22 +17,22 @@ from vpmoe.trainer.checkpoint.writer import CheckpointWriter
 from vpmoe.trainer.context import StageContext
 
 
-def at(iteration: int, **changes: Any) -> TrainState:
+def state_at(iteration: int, **changes: Any) -> TrainState:
     return initial_state("vanilla").model_copy(
         update={"iteration": iteration, "steps": iteration, "tokens": 100 * iteration, **changes}
     )
 
 
 def filled(device: torch.device, number: float) -> Learner:
-    """A student whose tensors are `number` plus the index / 1000, so that students of other numbers differ in
+    """A student whose tensors are `number` + index / 1000, so that students of different numbers differ in
     every element."""
-    it = students.learner(device)
-    for piece in state.slices(it):
+    learner = students.learner(device)
+    for piece in state.slices(learner):
         piece.tensor.copy_(torch.arange(piece.start, piece.stop) / 1000 + number)
-    return it
+    return learner
 
 
-def save(context: StageContext, learner: Learner, *positions: TrainState) -> NullReporter:
+def save_checkpoints(context: StageContext, learner: Learner, *positions: TrainState) -> NullReporter:
     uploader = NullReporter()
     checkpoints = CheckpointWriter(
         context, [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})], uploader
@@ -44,23 +44,23 @@ def save(context: StageContext, learner: Learner, *positions: TrainState) -> Nul
     return uploader
 
 
-def same(one: Learner, other: Learner) -> bool:
-    pairs = zip(sorted(saved(one).items()), sorted(saved(other).items()), strict=True)
+def equal_states(one: Learner, other: Learner) -> bool:
+    pairs = zip(sorted(copy_slices(one).items()), sorted(copy_slices(other).items()), strict=True)
     return all(
         a[0] == b[0] and all(torch.equal(x[1], y[1]) for x, y in zip(a[1], b[1], strict=True))
         for a, b in pairs
     )
 
 
-def altered(path: Path) -> None:
+def alter(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def truncated(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def emptied(path: Path) -> None:
+def empty(path: Path) -> None:
     path.write_bytes(b"")

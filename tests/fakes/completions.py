@@ -6,11 +6,11 @@ from vpmoe.data import vocabulary_file
 
 
 def ids(text: str) -> np.ndarray:
-    """Ids of a text, in which the names of special tokens are encoded as these tokens."""
+    """The ids of a text. Names of special tokens are encoded as these tokens."""
     return np.array(vocabulary_file.encoding().encode(text, allowed_special="all"), np.int32)
 
 
-THINK, OPEN = "<|channel|>analysis<|message|>hm<|end|>", "<|start|>assistant"
-
-
-SAY, SAID = "<|channel|>final<|message|>yes<|return|>", "<|channel|>final<|message|>yes<|end|>"
+ANALYSIS = "<|channel|>analysis<|message|>hm<|end|>"
+ASSISTANT = "<|start|>assistant"
+FINAL_RETURN = "<|channel|>final<|message|>yes<|return|>"
+FINAL_END = "<|channel|>final<|message|>yes<|end|>"

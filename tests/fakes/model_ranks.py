@@ -1,6 +1,6 @@
 """One rank of tests/unit/model/test_ranks.py, which starts two (ranks.py).
 
-It trains some steps and writes the results; the test compares them. FOLDER/one.pt holds the state of one
+It trains a few steps and writes the results, which the test compares. FOLDER/one.pt holds the state of one
 process after two steps; rank r writes FOLDER/rank-<r>.pt.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from tests.fakes.students import documents, learner, ragged, reading, saved, whole
+from tests.fakes.students import copy_slices, documents, join_slices, learner, ragged_batches, read_from
 from vpmoe.model import distributed, state
 from vpmoe.model.batch import Batch
 from vpmoe.model.device import choose
@@ -24,7 +24,7 @@ WEIGHTS = {"reasoning": 0.7, "final": 1.6}
 def global_batch(step: int) -> list[Batch]:
     """Five uneven microbatches; the last is padding alone."""
     generator = torch.Generator().manual_seed(step)
-    return [*ragged(generator, 4), Batch.from_rows(*documents(generator, [], 30))]
+    return [*ragged_batches(generator, 4), Batch.from_rows(*documents(generator, [], 30))]
 
 
 def objective_of(batches: list[Batch]) -> tuple[Objective, int]:
@@ -32,19 +32,21 @@ def objective_of(batches: list[Batch]) -> tuple[Objective, int]:
     return vanilla(counts, WEIGHTS), int(counts[0])
 
 
-def train(it: Learner, mine: slice, steps: range) -> list[tuple[Outcome, float]]:
-    done = []
+def train(learner: Learner, own_batches: slice, steps: range) -> list[tuple[Outcome, float]]:
+    outcomes = []
     for step in steps:
         batches = global_batch(step)
-        done.append((it.forward_backward(batches[mine], *objective_of(batches)), it.step(1e-2)))
-    return done
+        outcomes.append(
+            (learner.forward_backward(batches[own_batches], *objective_of(batches)), learner.step(1e-2))
+        )
+    return outcomes
 
 
-def weights(it: Learner) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in it.student.named_parameters()}
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in learner.student.named_parameters()}
 
 
-def fails(action: Any) -> str:
+def error_message(action: Any) -> str:
     try:
         action()
     except (ArithmeticError, ValueError) as error:
@@ -53,53 +55,56 @@ def fails(action: Any) -> str:
 
 
 def layout(device: torch.device, folder: Path, expert_parallel: int) -> dict[str, Any]:
-    """Two steps, a state, a third step; the third step again from that state; a state of one process taken in
-    and given out again."""
+    """Results of one layout.
+
+    Two steps, a copy of the state, and a third step; the third step again from that copy; the state of one
+    process, loaded and copied again; a step with a loss that is not finite on rank 1.
+    """
     rank = distributed.rank()
-    # Data parallel ranks may bring different numbers of microbatches (rank 1 here a real one and padding);
-    # expert parallel ones may not.
-    mine = slice(0, 3) if rank == 0 else slice(3, 5)
+    # Data-parallel ranks may have different numbers of microbatches (rank 1: one of documents, one of
+    # padding). Expert-parallel ranks may not.
+    own_batches = slice(0, 3) if rank == 0 else slice(3, 5)
     if expert_parallel > 1:
-        mine = slice(0, 2) if rank == 0 else slice(2, 4)
-    it = learner(device, expert_parallel=expert_parallel)
-    told = train(it, mine, range(2))
-    state_after_two = saved(it)
-    third = train(it, mine, range(2, 3)), weights(it)
+        own_batches = slice(0, 2) if rank == 0 else slice(2, 4)
+    trained = learner(device, expert_parallel=expert_parallel)
+    outcomes = train(trained, own_batches, range(2))
+    state_after_two = copy_slices(trained)
+    third = train(trained, own_batches, range(2, 3)), weights(trained)
 
     gathered: list[Any] = [None] * distributed.world_size()
     torch.distributed.all_gather_object(gathered, state_after_two)
-    again = learner(device, expert_parallel=expert_parallel)
-    state.restore(again, reading(whole(gathered, state.sizes(again))), steps=2)
-    repeated = train(again, mine, range(2, 3)), weights(again)
+    restored = learner(device, expert_parallel=expert_parallel)
+    state.restore(restored, read_from(join_slices(gathered, state.sizes(restored))), steps=2)
+    repeated = train(restored, own_batches, range(2, 3)), weights(restored)
 
-    other = learner(device, expert_parallel=expert_parallel)
-    state.restore(other, reading(torch.load(folder / "one.pt")), steps=2)
-    taken_over = saved(other), weights(other)
-    read, sizes = state.copy_weights(other), state.sizes(other)
+    converted = learner(device, expert_parallel=expert_parallel)
+    state.restore(converted, read_from(torch.load(folder / "one.pt")), steps=2)
+    converted_state = copy_slices(converted), weights(converted)
+    read, sizes = state.copy_weights(converted), state.sizes(converted)
     exported = (
         {name: read(name, 0, size) for name, size in sizes.items() if name.startswith(("main/", "buffer/"))}
         if rank == 0
         else {}
     )
 
-    before = weights(it)
-    broken = global_batch(0)
-    objective, positions = objective_of(broken)
+    weights_before = weights(trained)
+    batches = global_batch(0)
+    objective, positions = objective_of(batches)
     nan = Weighted(lambda batch: lambda logp_t, rows_t: logp_t * torch.nan)
-    outcome = it.forward_backward(broken[mine], nan if rank == 1 else objective, positions)
-    raised = fails(lambda: it.step(1e-2))
-    unmoved = all(torch.equal(before[name], weight) for name, weight in weights(it).items())
+    outcome = trained.forward_backward(batches[own_batches], nan if rank == 1 else objective, positions)
+    raised = error_message(lambda: trained.step(1e-2))
+    unchanged = all(torch.equal(weights_before[name], weight) for name, weight in weights(trained).items())
     return {
-        "told": told,
+        "outcomes": outcomes,
         "state": state_after_two,
-        "steps": again.steps,
+        "steps": restored.steps,
         "third": third,
         "repeated": repeated,
-        "taken_over": taken_over,
+        "converted": converted_state,
         "exported": exported,
         "broken_loss": outcome.loss,
         "raised": raised,
-        "unmoved": unmoved,
+        "unchanged": unchanged,
     }
 
 

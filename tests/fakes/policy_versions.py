@@ -1,4 +1,4 @@
-"""A tiny student in which every part matters, and its publication as a policy version."""
+"""Tiny students in which every part affects the output, and their publication as policy versions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,28 +29,29 @@ Ids = NDArray[np.int32]
 
 
 def learner(device: torch.device, seed: int) -> Learner:
-    """A tiny student in which every part affects the output: norms differ from 1, and biases change the
-    routing."""
+    """A tiny student in which every part affects the output: no norm is 1, and biases change the routing."""
     torch.manual_seed(seed)
-    it = Learner.build(TINY, device, sequence_length=4096, seed=1234, weight_decay=0.1, gradient_clip=1.0)
+    built = Learner.build(TINY, device, sequence_length=4096, seed=1234, weight_decay=0.1, gradient_clip=1.0)
     with torch.no_grad():
-        for name, parameter in it.student.named_parameters():
+        for name, parameter in built.student.named_parameters():
             parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(
                 std=0.3 if name == "embedding.weight" else 0.15
             )
-        for name, buffer in it.student.named_buffers():
+        for name, buffer in built.student.named_buffers():
             if name.endswith("expert_bias"):
                 buffer.normal_(std=0.2)
-    return it
+    return built
 
 
-def export(folder: Path, it: Learner) -> Path:
+def export(folder: Path, learner: Learner) -> Path:
     """Export the student's checkpoint in float32."""
-    hf_export.export_student(folder, TINY, 4096, state.sizes(it), state.copy_weights(it), torch.float32)
+    hf_export.export_student(
+        folder, TINY, 4096, state.sizes(learner), state.copy_weights(learner), torch.float32
+    )
     return folder
 
 
-def trainers(it: Learner, sequences: Sequence[Ids]) -> list[NDArray[np.float32]]:
+def trainer_logp(learner: Learner, sequences: Sequence[Ids]) -> list[NDArray[np.float32]]:
     """The trainer's log-probabilities of each sequence's ids given those before, [T − 1] each. All sequences
     are packed into one row."""
     ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64))[None]
@@ -59,23 +60,23 @@ def trainers(it: Learner, sequences: Sequence[Ids]) -> list[NDArray[np.float32]]
     )[None]
     batch = Batch.from_rows(ids, torch.full_like(ids, 1, dtype=torch.uint8), number.int())
     with torch.no_grad():
-        logp = target_logp(it.student(batch), it.student.output, batch.target)
+        logp = target_logp(learner.student(batch), learner.student.output, batch.target)
     return [part[:-1].numpy() for part in logp.split([len(ids_T) for ids_T in sequences])]
 
 
-def ending(it: Learner) -> Learner:
+def end_early(learner: Learner) -> Learner:
     """The same student, changed so that most completions end after about ten tokens: one component of the
     hidden state is always large, no layer writes to it, and it favours the tokens that end messages."""
     with torch.no_grad():
-        for name, parameter in it.student.named_parameters():
+        for name, parameter in learner.student.named_parameters():
             if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
                 parameter[0] = 0.0
             elif name.endswith("experts.down"):
                 parameter[:, 0] = 0.0
             elif name == "decoder.final_layernorm.weight":
                 parameter[0] = 1.0
-        it.student.embedding.weight[:, 0] = 100.0
-        it.student.output[:, 0] = 0.0
+        learner.student.embedding.weight[:, 0] = 100.0
+        learner.student.output[:, 0] = 0.0
         for token, logit in (
             (RETURN, 1.3),
             (CALL, 1.25),
@@ -85,44 +86,45 @@ def ending(it: Learner) -> Learner:
             (ANALYSIS, 1.3),
             (FINAL, 1.3),
         ):
-            it.student.output[token] = 0.0
-            it.student.output[token, 0] = logit
-    return it
+            learner.student.output[token] = 0.0
+            learner.student.output[token, 0] = logit
+    return learner
 
 
 def publish(
     bucket: Bucket,
     run: DistillRun,
     folder: Path,
-    it: Learner,
+    learner: Learner,
     number: int,
     tokens: int,
     *,
     first_prompt: int = 0,
-    says: PolicyVersion | None = None,
+    other_facts: PolicyVersion | None = None,
 ) -> Manifest:
     """Publish the student in `folder` as a version, as the trainer does.
 
-    `says`: facts of another version to publish instead.
+    `other_facts` are published instead of the student's facts.
     """
-    made, key = load_dataset(run, bucket), paths.weights(run, "onpolicy", number)
+    dataset, folder_key = load_dataset(run, bucket), paths.weights(run, "onpolicy", number)
     ids = [
         tuple(np.random.default_rng(length).integers(0, TINY.vocabulary, length).tolist())
         for length in (5, 40, 64)
     ]
-    facts = says or PolicyVersion(
+    facts = other_facts or PolicyVersion(
         version=number,
         steps=number,
         tokens=tokens,
         iteration=number,
         first_sequence=0,
         first_prompt=first_prompt,
-        probe=compute_probe(it, [np.array(of, np.int32) for of in ids]),
+        probe=compute_probe(learner, [np.array(ids_T, np.int32) for ids_T in ids]),
     )
     subjects = [
-        bucket.put_file(f"{key}/{file.name}", file, {}).subject(key) for file in sorted(folder.iterdir())
+        bucket.put_file(f"{folder_key}/{file.name}", file, {}).subject(folder_key)
+        for file in sorted(folder.iterdir())
     ]
-    who = Provenance(
+    provenance = Provenance(
         None,
         None,
         run.config_hash,
@@ -133,9 +135,9 @@ def publish(
         1,
         "2026-01-01T00:00:00Z",
     )
-    inputs = [made.inputs["tokenizer"], dataset_input(bucket, made)]
+    inputs = [dataset.inputs["tokenizer"], dataset_input(bucket, dataset)]
     return manifest.write(
         bucket,
-        paths.manifest(key),
-        manifest.statement(policy_version.KIND, subjects, facts.dump(), who, inputs),
+        paths.manifest(folder_key),
+        manifest.statement(policy_version.KIND, subjects, facts.dump(), provenance, inputs),
     )

@@ -1,7 +1,6 @@
-"""Starts ranks: processes that are forked from one that has imported torch and megatron-core, which takes six
-seconds.
+"""Starts ranks by forking a process that has imported torch and megatron-core: the import takes six seconds.
 
-They are processes of their own in all other respects: environment, signals, exit code.
+In all other respects they are independent processes: environment, signals, exit code.
 """
 
 import multiprocessing

@@ -47,7 +47,9 @@ def documents(
     return tokens, spans, numbers
 
 
-def ragged(generator: torch.Generator, microbatches: int, vocabulary: int = SMALL.vocabulary) -> list[Batch]:
+def ragged_batches(
+    generator: torch.Generator, microbatches: int, vocabulary: int = SMALL.vocabulary
+) -> list[Batch]:
     """Microbatches of 1 to 3 rows of different lengths, documents and padding."""
     batches = []
     for _ in range(microbatches):
@@ -65,7 +67,7 @@ def ragged(generator: torch.Generator, microbatches: int, vocabulary: int = SMAL
     return batches
 
 
-def saved(learner: Learner) -> dict[str, list[tuple[int, torch.Tensor]]]:
+def copy_slices(learner: Learner) -> dict[str, list[tuple[int, torch.Tensor]]]:
     """A copy of this rank's slices by name: start and values of each."""
     copied: dict[str, list[tuple[int, torch.Tensor]]] = {}
     for piece in state.slices(learner):
@@ -74,20 +76,20 @@ def saved(learner: Learner) -> dict[str, list[tuple[int, torch.Tensor]]]:
     return copied
 
 
-def whole(
+def join_slices(
     ranks: list[dict[str, list[tuple[int, torch.Tensor]]]], sizes: dict[str, int]
 ) -> dict[str, torch.Tensor]:
-    """The tensors joined from the slices of all ranks. Fails if the slices do not cover each tensor exactly
+    """The tensors, joined from the slices of all ranks. Fails unless the slices cover each tensor exactly
     once."""
     tensors = {}
     assert {name for rank in ranks for name in rank} == set(sizes)
     for name, size in sizes.items():
-        pieces = sorted((piece for rank in ranks for piece in rank.get(name, [])), key=lambda piece: piece[0])
-        ends = [0, *(start + len(numbers) for start, numbers in pieces)]
-        assert [start for start, _ in pieces] == ends[:-1] and ends[-1] == size, name
-        tensors[name] = torch.cat([numbers for _, numbers in pieces])
+        slices = sorted((piece for rank in ranks for piece in rank.get(name, [])), key=lambda piece: piece[0])
+        ends = [0, *(start + len(numbers) for start, numbers in slices)]
+        assert [start for start, _ in slices] == ends[:-1] and ends[-1] == size, name
+        tensors[name] = torch.cat([numbers for _, numbers in slices])
     return tensors
 
 
-def reading(tensors: dict[str, torch.Tensor]) -> state.ReadTensor:
+def read_from(tensors: dict[str, torch.Tensor]) -> state.ReadTensor:
     return lambda name, start, stop: tensors[name][start:stop]

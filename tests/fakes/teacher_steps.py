@@ -1,4 +1,4 @@
-"""The teacher's two steps in the calling process, with a teacher that is loaded already."""
+"""The two steps of the teacher, run in the calling process with a teacher that is already loaded."""
 
 import threading
 from pathlib import Path
@@ -33,7 +33,7 @@ def rescore_here(
     worker: int | None = None,
     stopping: threading.Event | None = None,
 ) -> list[scores.ScoresRef]:
-    """The step in this process, with the shared teacher; with None, where none may be loaded."""
+    """Run the rescore step with the shared teacher. If `scorer` is None, the step must not load a teacher."""
     run = DistillRun.parse(spec)
 
     def load(directory: Path, longest: int) -> Remote:
@@ -61,7 +61,10 @@ def score_windows_here(
     stopping: threading.Event | None = None,
     attempt: int = 1,
 ) -> int:
-    """The role in this process, with the shared teacher; with None, where none may be loaded."""
+    """Score the windows of stage onpolicy with the shared teacher. If `scorer` is None, none may be loaded.
+
+    Returns the number of scored windows.
+    """
     run = DistillRun.parse(spec)
     stage = run.stage("onpolicy")
     assert isinstance(stage, OnPolicy)

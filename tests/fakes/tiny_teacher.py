@@ -20,7 +20,7 @@ from vpmoe.inference.teacher_engine import TeacherEngine
 from vpmoe.inference.vllm_options import token_batches
 
 LONGEST = 640
-"""Longest sequence, in tokens, of the teacher and the sampler that tests share."""
+"""The maximum length of a sequence, in tokens, for the engines that tests share."""
 
 BATCH_TOKENS = vllm_options.BATCH_TOKENS["cpu"]
 
@@ -29,7 +29,7 @@ def write(folder: Path, seed: int = 0, dtype: str = "float32", **changes: object
     """Write a Hugging Face model directory of random weights, without tokenizer files; returns it.
 
     100 MB in float32. Weights are so large that every part of the model changes every logit. `changes` are
-    changes of its configuration.
+    changed fields of the configuration.
     """
     import torch
     from transformers import GptOssConfig, GptOssForCausalLM
@@ -44,9 +44,9 @@ def write(folder: Path, seed: int = 0, dtype: str = "float32", **changes: object
             if "norm" not in name:
                 weights.normal_(std=1.0 if "sinks" in name else 0.15)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
-    said = json.loads((folder / "config.json").read_text())
-    if said.get("dtype") != dtype:
-        raise ValueError(f"{folder}/config.json says dtype {said.get('dtype')}, not {dtype}")
+    written = json.loads((folder / "config.json").read_text())
+    if written.get("dtype") != dtype:
+        raise ValueError(f"{folder}/config.json says dtype {written.get('dtype')}, not {dtype}")
     return folder
 
 
@@ -78,21 +78,21 @@ class Remote:
         for batch in token_batches(sequences, BATCH_TOKENS):
             check_stop()
             self._connection.send(batch)
-            answer = self._connection.recv()
-            if isinstance(answer, Exception):
-                raise answer
+            reply = self._connection.recv()
+            if isinstance(reply, Exception):
+                raise reply
             self.sequences += len(batch)
-            yield from answer
+            yield from reply
 
 
-def serve(address: str, answer: Callable[[Any], object]) -> None:
+def serve(address: str, handle: Callable[[Any], object]) -> None:
     """Serve one client after another until the process ends. A ValueError is sent to the client."""
     with Listener(address) as listener:
         while True:
             with listener.accept() as client, suppress(EOFError, ConnectionError):
                 while request := client.recv():
                     try:
-                        client.send(answer(request))
+                        client.send(handle(request))
                     except ValueError as error:
                         client.send(error)
 

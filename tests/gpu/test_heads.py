@@ -12,72 +12,72 @@ from vpmoe.objectives.teacher_forced_head import Teacher, forced_loss
 
 TOKENS, VOCABULARY, HIDDEN = 300, 201_088, 256
 LOGP = 5e-3
-"""Nats by which log p may differ: inputs are exact in bf16, sums are fp32, logits fp16 or fp32."""
+"""Allowed difference of log p in nats: inputs are exact in bf16, sums are fp32, logits fp16 or fp32."""
 GRADIENT = 2e-2
-"""Relative error of a gradient in bf16, by its norm."""
+"""Allowed relative error of the norm of a bf16 gradient."""
 
 
-def matrix(device: torch.device, rows: int, columns: int, scale: float) -> Tensor:
+def random_matrix(device: torch.device, rows: int, columns: int, scale: float) -> Tensor:
     return (scale * torch.randn(rows, columns, device=device)).to(torch.bfloat16).requires_grad_()
 
 
-def targets(device: torch.device) -> Tensor:
+def random_targets(device: torch.device) -> Tensor:
     chosen = torch.randint(0, VOCABULARY, (TOKENS,), device=device)
     chosen[torch.rand(TOKENS, device=device) > 0.8] = NO_TARGET
     return chosen
 
 
-def assert_near(found: Tensor | None, wanted: Tensor | None) -> None:
-    assert found is not None and wanted is not None
-    assert (found.double() - wanted).norm() <= GRADIENT * wanted.norm()
+def assert_gradients_near(found: Tensor | None, expected: Tensor | None) -> None:
+    assert found is not None and expected is not None
+    assert (found.double() - expected).norm() <= GRADIENT * expected.norm()
 
 
-def test_head_loss(gpu: torch.device) -> None:
+def test_head_loss_equals_float64(gpu: torch.device) -> None:
     torch.manual_seed(new_seed())
     hidden, weight, chosen = (
-        matrix(gpu, TOKENS, HIDDEN, 1),
-        matrix(gpu, VOCABULARY, HIDDEN, 0.1),
-        targets(gpu),
+        random_matrix(gpu, TOKENS, HIDDEN, 1),
+        random_matrix(gpu, VOCABULARY, HIDDEN, 0.1),
+        random_targets(gpu),
     )
     coefficients = torch.randn(TOKENS, device=gpu)
     loss, logp = head_loss(hidden, weight, chosen, lambda logp_t, rows_t: coefficients[rows_t])
     loss.backward()
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     rows = (chosen != NO_TARGET).nonzero().squeeze(1)
-    wanted = (exact[0][rows] @ exact[1].T).log_softmax(1).gather(1, chosen[rows, None]).squeeze(1)
-    (-(coefficients.double()[rows] * wanted).sum()).backward()
+    expected = (exact[0][rows] @ exact[1].T).log_softmax(1).gather(1, chosen[rows, None]).squeeze(1)
+    (-(coefficients.double()[rows] * expected).sum()).backward()
     for found in (logp, target_logp(hidden.detach(), weight.detach(), chosen)):
-        assert (found[rows].double() - wanted.detach()).abs().max() <= LOGP
+        assert (found[rows].double() - expected.detach()).abs().max() <= LOGP
         assert found.isnan().sum() == TOKENS - len(rows)
-    assert_near(hidden.grad, exact[0].grad)
-    assert_near(weight.grad, exact[1].grad)
+    assert_gradients_near(hidden.grad, exact[0].grad)
+    assert_gradients_near(weight.grad, exact[1].grad)
 
 
-def test_forced_loss(gpu: torch.device) -> None:
+def test_forced_loss_equals_float64(gpu: torch.device) -> None:
     torch.manual_seed(new_seed())
     hidden, output, chosen = (
-        matrix(gpu, TOKENS, HIDDEN, 1),
-        matrix(gpu, VOCABULARY, HIDDEN, 0.1),
-        targets(gpu),
+        random_matrix(gpu, TOKENS, HIDDEN, 1),
+        random_matrix(gpu, VOCABULARY, HIDDEN, 0.1),
+        random_targets(gpu),
     )
-    theirs, matrix_of_theirs = (
-        matrix(gpu, TOKENS, HIDDEN, 1).detach(),
-        matrix(gpu, VOCABULARY, HIDDEN, 0.1).detach(),
+    teacher_hidden, teacher_output = (
+        random_matrix(gpu, TOKENS, HIDDEN, 1).detach(),
+        random_matrix(gpu, VOCABULARY, HIDDEN, 0.1).detach(),
     )
     share, terms = torch.rand(TOKENS, device=gpu), LossWeights(ce=0.3, kl=0.5, hidden=0.0, temperature=2.5)
-    found = forced_loss(hidden, output, None, Teacher(theirs, matrix_of_theirs), chosen, share, terms)
+    found = forced_loss(hidden, output, None, Teacher(teacher_hidden, teacher_output), chosen, share, terms)
     found.loss.backward()
     exact = [x.detach().double().requires_grad_() for x in (hidden, output)]
     rows = (chosen != NO_TARGET).nonzero().squeeze(1)
     logits = exact[0][rows] @ exact[1].T
     q, p = (
         (x / terms.temperature).log_softmax(1)
-        for x in (logits, theirs.double()[rows] @ matrix_of_theirs.double().T)
+        for x in (logits, teacher_hidden.double()[rows] @ teacher_output.double().T)
     )
     kl = (p.exp() * (p - q)).sum(1)
     logp = logits.log_softmax(1).gather(1, chosen[rows, None]).squeeze(1)
     (share.double()[rows] * (terms.kl * terms.temperature**2 * kl - terms.ce * logp)).sum().backward()
     assert (found.logp_T[rows].double() - logp.detach()).abs().max() <= LOGP
     assert found.kl_T[rows].double().tolist() == pytest.approx(kl.tolist(), abs=LOGP)
-    assert_near(hidden.grad, exact[0].grad)
-    assert_near(output.grad, exact[1].grad)
+    assert_gradients_near(hidden.grad, exact[0].grad)
+    assert_gradients_near(output.grad, exact[1].grad)

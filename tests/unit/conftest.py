@@ -1,4 +1,4 @@
-"""Fixtures of the unit tests: torch on the CPU with one rank, a tiny teacher, and engines with vLLM."""
+"""Fixtures of the unit tests: torch on the CPU with one rank, a tiny teacher, and vLLM engines."""
 
 import os
 import subprocess
@@ -57,16 +57,16 @@ def stored_teacher(teacher: Path, s3: S3, store: Bucket) -> str:
 
 
 @contextmanager
-def behind_vllm(module: str, model: Path, scratch: Path) -> Iterator[str]:
+def engine_process(module: str, model: Path, scratch: Path) -> Iterator[str]:
     """Start `python -m module` with a model; yields its socket once the model is loaded.
 
-    The process has a pod's rights: a user without name and home, who reads everything and writes to TMPDIR.
+    It has the rights of a pod: a user without name and home who reads all files and writes to TMPDIR.
     """
     from tests.fakes.tiny_teacher import LONGEST
 
     scratch.chmod(0o777)
     address = str(scratch / "socket")
-    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    inherited = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     user = [
         "setpriv",
         "--reuid=65532",
@@ -80,7 +80,7 @@ def behind_vllm(module: str, model: Path, scratch: Path) -> Iterator[str]:
             [*user, sys.executable, "-m", module, address, str(model), str(LONGEST)],
             cwd=Path(__file__).parents[2],
             env={
-                **kept,
+                **inherited,
                 "HOME": "/nonexistent",
                 "TMPDIR": str(scratch),
                 "CUDA_VISIBLE_DEVICES": "",
@@ -104,11 +104,11 @@ def behind_vllm(module: str, model: Path, scratch: Path) -> Iterator[str]:
         process.wait()
 
 
-# Engines need 5 GB each, so they live for a module. A session would have several.
+# An engine needs 5 GB, so it is stopped after each module. With session scope, several would run at once.
 @pytest.fixture(scope="module")
 def teacher_address(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The socket of a process that has loaded that teacher with vpmoe.inference.teacher_engine."""
-    with behind_vllm("tests.fakes.tiny_teacher", teacher, tmp_path_factory.mktemp("scorer")) as address:
+    with engine_process("tests.fakes.tiny_teacher", teacher, tmp_path_factory.mktemp("scorer")) as address:
         yield address
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.fakes import datasets
-from tests.fakes.checkpoints import altered, at, filled, save, truncated
+from tests.fakes.checkpoints import alter, filled, save_checkpoints, state_at, truncate
 from tests.fakes.store import S3
 from tests.fakes.students import SMALL, learner, new_seed
 from vpmoe.checkpoint.format import WEIGHTS, CheckpointRejected, open_weights
@@ -28,16 +28,16 @@ pytestmark = pytest.mark.usefixtures("device")
 
 @pytest.fixture
 def context(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path) -> StageContext:
-    return datasets.context(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
+    return datasets.context(bucket, run_spec, tmp_path, datasets.write_dataset(bucket, [[]], [[]]))
 
 
 def test_weights_read_from_a_checkpoint_equal_the_learners(
     context: StageContext, device: torch.device
 ) -> None:
     it = filled(device, 1.0)
-    save(context, it, at(3, finished=True))
+    save_checkpoints(context, it, state_at(3, finished=True))
     weights = open_weights(context.bucket, paths.checkpoint(context.run, "vanilla", 3))
-    assert weights.train_state == at(3, finished=True)
+    assert weights.train_state == state_at(3, finished=True)
     assert weights.sizes == {name: size for name, size in state.sizes(it).items() if name.startswith(WEIGHTS)}
     live_weights = state.copy_weights(it)
     for name, size in weights.sizes.items():
@@ -57,7 +57,11 @@ def write_checkpoint(
         )
     inputs = [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})]
     statement = manifest.statement(
-        "checkpoint", subjects, {"ranks": len(files), "position": at(1).dump()}, datasets.WHO, inputs
+        "checkpoint",
+        subjects,
+        {"ranks": len(files), "position": state_at(1).dump()},
+        datasets.PROVENANCE,
+        inputs,
     )
     manifest.write(bucket, paths.manifest(folder), statement)
 
@@ -111,10 +115,10 @@ def test_incomplete_tensors_are_rejected(
 @pytest.mark.parametrize(
     "file, damage, message",
     [
-        pytest.param(rank_file(0), altered, "sha256 of block 0 is", id="altered-shard"),
-        pytest.param(BUFFERS, truncated, "bytes, its manifest says", id="truncated-buffers"),
+        pytest.param(rank_file(0), alter, "sha256 of block 0 is", id="altered-shard"),
+        pytest.param(BUFFERS, truncate, "bytes, its manifest says", id="truncated-buffers"),
         pytest.param(rank_file(0), Path.unlink, "there is no such object", id="missing-shard"),
-        pytest.param("manifest.json", truncated, "sha256 is", id="truncated-manifest"),
+        pytest.param("manifest.json", truncate, "sha256 is", id="truncated-manifest"),
     ],
 )
 def test_a_damaged_checkpoint_is_rejected_by_name(
@@ -125,7 +129,7 @@ def test_a_damaged_checkpoint_is_rejected_by_name(
     damage: Callable[[Path], None],
     message: str,
 ) -> None:
-    save(context, filled(device, 1.0), at(3))
+    save_checkpoints(context, filled(device, 1.0), state_at(3))
     folder = paths.checkpoint(context.run, "vanilla", 3)
     damage(s3.folder / context.bucket.name / folder / file)
     with pytest.raises(
@@ -140,7 +144,7 @@ def test_a_checkpoint_is_exported_without_a_learner(
     """The export equals that of the learner bit for bit, without the tensors of TeacherForced and of the
     optimizer."""
     it = learner(device, teacher_width=48)
-    save(context, it, at(3))
+    save_checkpoints(context, it, state_at(3))
     weights = open_weights(context.bucket, paths.checkpoint(context.run, "vanilla", 3))
     hf_export.export_student(tmp_path / "read", SMALL, 256, weights.sizes, weights.read, torch.bfloat16)
     hf_export.export_student(

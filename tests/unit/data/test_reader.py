@@ -16,7 +16,9 @@ from vpmoe.storage import BLOCK, Bucket, StorageError
 def test_every_document_is_read_as_it_was_written(bucket: Bucket, tmp_path: Path) -> None:
     random = np.random.default_rng(7)
     written = [datasets.random_documents(random, count) for count in (7, 0, 40)]
-    reader = DatasetReader(datasets.write(bucket, written, [[]]), "train", BlockCache(bucket, tmp_path))
+    reader = DatasetReader(
+        datasets.write_dataset(bucket, written, [[]]), "train", BlockCache(bucket, tmp_path)
+    )
     assert [len(part) for part in reader.lengths] == [7, 0, 40]
     for part, documents in enumerate(written):
         for number, (tokens, spans) in enumerate(documents):
@@ -28,7 +30,7 @@ def test_every_document_is_read_as_it_was_written(bucket: Bucket, tmp_path: Path
 def test_exercise_shares_count_tokens_and_include_unknown(bucket: Bucket, tmp_path: Path) -> None:
     document = np.zeros(30, np.int32), np.ones(30, np.uint8)
     reader = DatasetReader(
-        datasets.write(bucket, [[document] * 4], [[]]), "train", BlockCache(bucket, tmp_path)
+        datasets.write_dataset(bucket, [[document] * 4], [[]]), "train", BlockCache(bucket, tmp_path)
     )
     assert reader.exercise_shares(
         [PackedDocument(0, 0, 30), PackedDocument(0, 2, 30), PackedDocument(0, 1, 20)]
@@ -64,7 +66,7 @@ def test_a_cached_block_is_not_fetched_again(bucket: Bucket, s3: S3, tmp_path: P
 
 def test_an_altered_part_is_rejected(bucket: Bucket, s3: S3, tmp_path: Path) -> None:
     written = [datasets.random_documents(np.random.default_rng(1), 5)]
-    dataset = datasets.write(bucket, written, [[]])
+    dataset = datasets.write_dataset(bucket, written, [[]])
     path = s3.folder / bucket.name / dataset.subjects["train/part-00000.tokens.bin"].key
     content = bytearray(path.read_bytes())
     content[9] ^= 1

@@ -1,4 +1,4 @@
-"""The demonstration's live view: what it shows of a status, on a terminal and elsewhere."""
+"""The demonstration's live view of a run's status, with and without a terminal."""
 
 import io
 from datetime import UTC, datetime
@@ -36,7 +36,7 @@ STATUS: dict[str, Any] = {
 }
 
 
-def test_a_step_that_trains_shows_speed_and_loss() -> None:
+def test_a_training_step_shows_speed_and_loss() -> None:
     preprocess, vanilla, onpolicy = step_lines(STATUS, NOW)
     assert (preprocess.done, preprocess.seconds, preprocess.figures) == (1.0, 7.0, "")
     assert (vanilla.done, vanilla.seconds, vanilla.figures) == (0.5, 50.0, "4,321 tokens/s  loss 9.123")

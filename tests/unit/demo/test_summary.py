@@ -1,4 +1,4 @@
-"""What the demonstration's last lines say, from lines of metrics."""
+"""The demonstration's summary, computed from lines of metrics."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ STAGES = {
 }
 
 
-def test_the_held_out_loss_of_each_stage_is_told_as_it_began_and_as_it_ended() -> None:
+def test_the_held_out_loss_is_given_at_the_start_and_the_end_of_each_stage() -> None:
     assert held_out(STAGES) == [
         Change("vanilla", "reasoning", 12.2, 8.0),
         Change("vanilla", "final", 12.3, 9.0),
@@ -50,21 +50,21 @@ def test_the_held_out_loss_of_each_stage_is_told_as_it_began_and_as_it_ended() -
     assert held_out({"vanilla": [evaluation(3.0, None)]}) == [Change("vanilla", "reasoning", 3.0, 3.0)]
 
 
-def test_the_reverse_kl_weighs_spans_by_their_tokens_and_a_span_without_any_not_at_all() -> None:
+def test_the_reverse_kl_weights_spans_by_their_tokens() -> None:
     assert reverse_kl(window(0, 1.0, 2.0)) == pytest.approx(1.25)
     assert reverse_kl(window(0, 1.0, None, tokens=(40, 0))) == 1.0
 
 
-def test_the_reverse_kl_is_told_of_the_first_and_the_last_windows_in_their_order() -> None:
+def test_the_reverse_kl_is_given_for_the_first_and_the_last_windows() -> None:
     (change,) = on_policy(STAGES)
     assert change.stage == "onpolicy"
     assert (change.before, change.after) == pytest.approx((1.15, 0.65))
     assert on_policy({"vanilla": STAGES["vanilla"]}) == []
 
 
-def test_what_is_said_shows_what_fell() -> None:
-    said = "\n".join(summary(STAGES))
-    assert "vanilla      reasoning" in said and "12.200    8.000  -4.200" in said
-    assert "1.150    0.650  -0.500" in said
-    assert "8 windows, 320 sampled tokens, 4 policy versions" in said
+def test_the_summary_shows_the_changes() -> None:
+    text = "\n".join(summary(STAGES))
+    assert "vanilla      reasoning" in text and "12.200    8.000  -4.200" in text
+    assert "1.150    0.650  -0.500" in text
+    assert "8 windows, 320 sampled tokens, 4 policy versions" in text
     assert "KL" not in "\n".join(summary({"vanilla": STAGES["vanilla"]}))

@@ -1,8 +1,8 @@
-"""The whole evaluation step on a real S3 store with the real engine: its figures against the trainer's and
-transformers', and its failures.
+"""The evaluation step on a real S3 store with the real engine: its figures equal those of the trainer and of
+transformers, and its failures name their cause.
 
-The engine is started once. The student is `tiny`, trained for one step, with weights large enough for all
-parts to matter.
+The tests share one engine. The student is `tiny` after one optimizer step, with weights so large that every
+part affects the output.
 """
 
 import json
@@ -24,7 +24,7 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from tests.fakes.checkpoints import altered, at, save
+from tests.fakes.checkpoints import alter, save_checkpoints, state_at
 from tests.fakes.store import S3
 from tests.fakes.students import documents, learner
 from tests.fakes.tiny_teacher import LONGEST
@@ -57,8 +57,8 @@ ROOT = Path(__file__).parents[3]
 LENGTH = LONGEST - 1
 """Maximum length of a sequence; scoring needs one position more."""
 TOLERANCE = 1e-4
-"""Mean, in nats per token. All compute in float32, with other orders of summation; single tokens differ by
-less too."""
+"""Allowed difference of means, in nats per token. All compute in float32 with different orders of
+summation."""
 SENTENCE = "The pond is ≈ 3 m deep, ⟨H≈0.4⟩, and nobody has trained on it. "
 CANARY = SENTENCE * 60
 """Longer than LENGTH tokens, so it is scored in several windows."""
@@ -70,21 +70,23 @@ def trained(device: torch.device) -> Learner:
     """A student that stops after about ten tokens: all embeddings share a large component that favours
     `<|return|>`."""
     torch.manual_seed(11)
-    it = Learner.build(TINY, device, sequence_length=LENGTH, seed=1234, weight_decay=0.1, gradient_clip=1.0)
+    learner = Learner.build(
+        TINY, device, sequence_length=LENGTH, seed=1234, weight_decay=0.1, gradient_clip=1.0
+    )
     with torch.no_grad():
-        for name, parameter in it.student.named_parameters():
+        for name, parameter in learner.student.named_parameters():
             parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(
                 std=0.3 if name == "embedding.weight" else 0.15
             )
-        it.student.output[:, 0] = 0
-        it.student.output[RETURN, 0] = 4.6
-        it.student.embedding.weight[:, 0] = 10.0
+        learner.student.output[:, 0] = 0
+        learner.student.output[RETURN, 0] = 4.6
+        learner.student.embedding.weight[:, 0] = 10.0
     batch = Batch.from_rows(*documents(torch.Generator().manual_seed(1), [60, 40], 128, TINY.vocabulary))
-    it.forward_backward(
+    learner.forward_backward(
         [batch], vanilla(batch.counts, {"reasoning": 1.0, "final": 1.0}), int(batch.counts[0])
     )
-    it.step(1e-5)
-    return it
+    learner.step(1e-5)
+    return learner
 
 
 def provenance(run: DistillRun, attempt: int = 1) -> Provenance:
@@ -103,7 +105,7 @@ def provenance(run: DistillRun, attempt: int = 1) -> Provenance:
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much is evaluated. Small by default: an engine on a CPU takes seconds for all of it."""
+    """How much is evaluated. The defaults take an engine on a CPU a few seconds."""
 
     documents: int = 3
     completions: int = 6
@@ -112,7 +114,7 @@ class Amounts:
 
 @pytest.fixture
 def amounts(request: pytest.FixtureRequest) -> Amounts:
-    """A test may give others, by indirect parametrization."""
+    """The amounts of a test; others than the defaults by indirect parametrization."""
     return getattr(request, "param", Amounts())
 
 
@@ -152,39 +154,41 @@ def spec(run_spec: dict[str, Any], sample_parquet: list[Path], amounts: Amounts)
     return run_spec
 
 
-def task(spec: dict[str, Any], bucket: Bucket, scratch: Path) -> StageContext:
+def stage_context(spec: dict[str, Any], bucket: Bucket, scratch: Path) -> StageContext:
     run = DistillRun.parse(spec)
-    made = dataset.load_dataset(run, bucket)
-    return StageContext(run, run.spec.stages[0], bucket, made, provenance(run), threading.Event(), scratch)  # type: ignore[arg-type]
+    dataset_manifest = dataset.load_dataset(run, bucket)
+    return StageContext(
+        run, run.spec.stages[0], bucket, dataset_manifest, provenance(run), threading.Event(), scratch
+    )  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def stage(spec: dict[str, Any], bucket: Bucket, trained: Learner, tmp_path: Path) -> StageContext:
-    """Finish the stage with that student."""
-    ended = task(spec, bucket, tmp_path)
-    save(ended, trained, at(3, finished=True))
-    return ended
+    """The context of a finished stage, whose checkpoint is that student."""
+    context = stage_context(spec, bucket, tmp_path)
+    save_checkpoints(context, trained, state_at(3, finished=True))
+    return context
 
 
-def do(
-    of: StageContext, engines: Any, attempt: int = 1, stopping: threading.Event | None = None
+def run_evaluation(
+    stage: StageContext, engines: Any, attempt: int = 1, stopping: threading.Event | None = None
 ) -> EvaluationRecord:
-    run = of.run
+    run = stage.run
     return evaluate(
-        run, of.stage, of.bucket, provenance(run, attempt), stopping or threading.Event(), engines
+        run, stage.stage, stage.bucket, provenance(run, attempt), stopping or threading.Event(), engines
     )
 
 
-def progress(of: StageContext) -> dict[str, Any]:
-    told: dict[str, Any] = of.bucket.get_json(paths.progress(of.run, STEP))
-    return told
+def progress(stage: StageContext) -> dict[str, Any]:
+    content: dict[str, Any] = stage.bucket.get_json(paths.progress(stage.run, STEP))
+    return content
 
 
-def written(of: StageContext) -> bytes:
-    return of.bucket.get(paths.evaluation(of.run, "vanilla"))
+def evaluation_object(stage: StageContext) -> bytes:
+    return stage.bucket.get(paths.evaluation(stage.run, "vanilla"))
 
 
-class Unasked:
+class UnusedEngines:
     """Engines that must not be used."""
 
     loaded = False
@@ -201,36 +205,38 @@ class Unasked:
         raise AssertionError("scored")
 
 
-class Watched(Unasked):
-    """The real engines; records the student's folder, requests and answers, and runs a hook before
-    scoring."""
+class RecordingEngines(UnusedEngines):
+    """The real engines with two hooks: `on_load` gets the student's folder, the other runs before scoring.
 
-    def __init__(self, engines: EnginePool, before: Callable[[], object] = lambda: None) -> None:
+    Records the sampled completions and the number of calls of score().
+    """
+
+    def __init__(self, engines: EnginePool, before_scoring: Callable[[], object] = lambda: None) -> None:
         self._engines = engines
-        self._before = before
+        self._before_scoring = before_scoring
         self.scored = 0
         self.sampled: list[tuple[SamplingRequest, Completion]] = []
-        self.keep: Callable[[Path], object] = lambda folder: None
+        self.on_load: Callable[[Path], object] = lambda folder: None
 
     def load(self, folder: Path, check_stop: CheckStop) -> None:
-        self.keep(folder)
+        self.on_load(folder)
         self._engines.load(folder, check_stop)
 
     def sample(self, requests: Sequence[SamplingRequest], check_stop: CheckStop) -> list[Completion]:
-        answers = self._engines.sample(requests, check_stop)
-        self.sampled += zip(requests, answers, strict=True)
-        return answers
+        completions = self._engines.sample(requests, check_stop)
+        self.sampled += zip(requests, completions, strict=True)
+        return completions
 
     def score(
         self, sequences: Sequence[NDArray[np.int32]], check_stop: CheckStop
     ) -> list[list[NDArray[np.float32]]]:
-        self._before()
+        self._before_scoring()
         self.scored += 1
         return self._engines.score(sequences, check_stop)
 
 
 def logp_of(model: Any, ids: Sequence[int]) -> NDArray[np.float64]:
-    """[T − 1] by transformers: the log-probability of each id but the first."""
+    """[T − 1] log-probability of each id but the first, by transformers."""
     at_T = torch.tensor(ids)
     with torch.no_grad():
         logits_TV = model(at_T[None]).logits[0, :-1].double()
@@ -257,57 +263,57 @@ def reference_bits(model: Any, text: str) -> tuple[float, int]:
 
 
 @pytest.mark.parametrize("amounts", [Amounts(8, 20, CANARY)], indirect=True, ids=["whole"])
-def test_the_figures_are_the_trainers_and_transformers(
+def test_the_figures_equal_those_of_the_trainer_and_transformers(
     stage: StageContext, engines: EnginePool, trained: Learner, tmp_path: Path
 ) -> None:
-    watched = Watched(engines)
+    recorder = RecordingEngines(engines)
     models: list[Any] = []
-    watched.keep = lambda folder: models.append(hf_model.load_student(folder, TINY))
-    found = do(stage, watched)
+    recorder.on_load = lambda folder: models.append(hf_model.load_student(folder, TINY))
+    found = run_evaluation(stage, recorder)
     (model,) = models
     valid = DatasetReader(stage.dataset, "valid", BlockCache(stage.bucket, tmp_path / "cache"))
-    trainers = HeldOutDocuments(valid, 8, stage.run.spec.training.seed, LENGTH).loss(trained)
+    trainer_loss = HeldOutDocuments(valid, 8, stage.run.spec.training.seed, LENGTH).loss(trained)
     assert found.held_out is not None and found.documents == 8 < sum(map(len, valid.lengths))
     for name in ("reasoning", "final"):
-        got, wanted = getattr(found.held_out, name), getattr(trainers, name)
-        assert wanted > 5 and abs(got - wanted) <= TOLERANCE, f"{name}: {got}, the trainer's {wanted}"
+        got, expected = getattr(found.held_out, name), getattr(trainer_loss, name)
+        assert expected > 5 and abs(got - expected) <= TOLERANCE, f"{name}: {got}, the trainer's {expected}"
     texts = [reference_bits(model, text) for text in (CANARY, "Short.")]
     assert found.canary is not None and found.canary.bytes == sum(size for _, size in texts) > 4000
     assert abs(
         found.canary.bits_per_byte - sum(bits for bits, _ in texts) / found.canary.bytes
     ) <= TOLERANCE / math.log(2)
 
-    bounds = {"low": 8, "medium": 16, "high": 24}
-    assert [request.max_tokens for request, _ in watched.sampled] == ([*bounds.values()] * 7)[:20]
-    assert all(found.efforts[effort].most_tokens <= bound for effort, bound in bounds.items())
-    for number, effort in enumerate(bounds):
-        answers = [completion.ids_C for _, completion in watched.sampled[number::3]]
+    limits = {"low": 8, "medium": 16, "high": 24}
+    assert [request.max_tokens for request, _ in recorder.sampled] == ([*limits.values()] * 7)[:20]
+    assert all(found.efforts[effort].most_tokens <= limit for effort, limit in limits.items())
+    for number, effort in enumerate(limits):
+        completions = [completion.ids_C for _, completion in recorder.sampled[number::3]]
         assert {kind: count for kind, count in found.efforts[effort].validity.items() if count} == Counter(
-            map(completion_validity, answers)
+            map(completion_validity, completions)
         )
-        assert found.efforts[effort].mean_tokens == sum(map(len, answers)) / len(answers)
+        assert found.efforts[effort].mean_tokens == sum(map(len, completions)) / len(completions)
     assert found.completions == sum(found.validity.values()) == 20
     assert found.validity["truncated"] and found.validity["truncated"] < 20, (
-        "some stopped and some did not: both are seen"
+        "some completions stopped and some did not, so both are tested"
     )
-    for request, completion in watched.sampled[:4]:
-        whole = [*request.ids_P.tolist(), *completion.ids_C.tolist()]
-        assert np.abs(logp_of(model, whole)[len(request.ids_P) - 1 :] - completion.logp_C).max() <= 1e-3
+    for request, completion in recorder.sampled[:4]:
+        sequence = [*request.ids_P.tolist(), *completion.ids_C.tolist()]
+        assert np.abs(logp_of(model, sequence)[len(request.ids_P) - 1 :] - completion.logp_C).max() <= 1e-3
 
-    assert load_evaluation(stage.run, "vanilla", stage.bucket) == found and written(stage) == json_bytes(
-        found.dump()
-    )
+    assert load_evaluation(stage.run, "vanilla", stage.bucket) == found and evaluation_object(
+        stage
+    ) == json_bytes(found.dump())
     checkpoint = manifest.load(stage.bucket, paths.manifest(paths.checkpoint(stage.run, "vanilla", 3)))
     assert (found.iteration, found.checkpoint) == (3, checkpoint.sha256)
-    told = progress(stage)
+    status = progress(stage)
     assert (
-        told["state"] == "Succeeded"
-        and told["parts"] == {"done": 3, "total": 3}
-        and told["validity"] == found.valid_share
+        status["state"] == "Succeeded"
+        and status["parts"] == {"done": 3, "total": 3}
+        and status["validity"] == found.valid_share
     )
     assert (
-        f"held-out loss reasoning {found.held_out.reasoning:.3f}" in told["message"]
-        and "of 20 completions valid (low" in told["message"]
+        f"held-out loss reasoning {found.held_out.reasoning:.3f}" in status["message"]
+        and "of 20 completions valid (low" in status["message"]
     )
     (lines,) = [
         stage.bucket.get(entry.key)
@@ -323,35 +329,37 @@ def test_the_figures_are_the_trainers_and_transformers(
     }
 
 
-def forget(of: StageContext, what: str) -> None:
-    """Delete the evaluation, or the named objects of it."""
-    for entry in list(of.bucket.list(f"{paths.run(of.run)}/steps/{STEP}/{what}")):
-        of.bucket.delete(entry.key)
+def delete_objects(stage: StageContext, name: str) -> None:
+    """Delete the objects of the step whose names start with `name`; all if it is empty."""
+    for entry in list(stage.bucket.list(f"{paths.run(stage.run)}/steps/{STEP}/{name}")):
+        stage.bucket.delete(entry.key)
 
 
-def test_what_is_measured_is_not_measured_again(stage: StageContext, engines: EnginePool) -> None:
-    first = do(stage, engines)
-    before = written(stage)
-    assert do(stage, Unasked(), attempt=2) == first and written(stage) == before
-    told = progress(stage)
-    assert (told["message"], told["attempt"], told["state"], told["validity"]) == (
+def test_finished_parts_are_not_measured_again(stage: StageContext, engines: EnginePool) -> None:
+    measured = run_evaluation(stage, engines)
+    written = evaluation_object(stage)
+    assert (
+        run_evaluation(stage, UnusedEngines(), attempt=2) == measured and evaluation_object(stage) == written
+    )
+    status = progress(stage)
+    assert (status["message"], status["attempt"], status["state"], status["validity"]) == (
         "Reused",
         2,
         "Succeeded",
-        first.valid_share,
+        measured.valid_share,
     )
-    forget(stage, "evaluation.json")
-    do(stage, Unasked(), attempt=3)
-    assert written(stage) == before, "killed before its last word: nothing is left to ask"
+    delete_objects(stage, "evaluation.json")
+    run_evaluation(stage, UnusedEngines(), attempt=3)
+    assert evaluation_object(stage) == written, "only the result was missing: nothing is measured"
     assert len(list(stage.bucket.list(paths.metrics(stage.run, STEP, "").removesuffix(".jsonl")))) == 1
-    forget(stage, "")
-    do(stage, engines, attempt=4)
-    assert written(stage) == before, "measured again, by an engine that took the weights anew: the same bytes"
+    delete_objects(stage, "")
+    run_evaluation(stage, engines, attempt=4)
+    assert evaluation_object(stage) == written, "measured again by an engine that loaded the weights again"
 
 
-def test_an_evaluation_of_another_checkpoint_is_none(stage: StageContext, engines: EnginePool) -> None:
-    do(stage, engines)
-    save(stage, learner(torch.device("cpu")), at(4, finished=True))
+def test_an_evaluation_of_another_checkpoint_is_rejected(stage: StageContext, engines: EnginePool) -> None:
+    run_evaluation(stage, engines)
+    save_checkpoints(stage, learner(torch.device("cpu")), state_at(4, finished=True))
     with pytest.raises(
         Permanent,
         match=(
@@ -359,22 +367,20 @@ def test_an_evaluation_of_another_checkpoint_is_none(stage: StageContext, engine
             r"have it measured again"
         ),
     ):
-        do(stage, Unasked(), attempt=2)
-    forget(stage, "evaluation.json")
+        run_evaluation(stage, UnusedEngines(), attempt=2)
+    delete_objects(stage, "evaluation.json")
     with pytest.raises(
         Permanent, match="the state to export as tiny"
-    ):  # no parts either: this engine would have been asked
-        do(stage, Unasked(), attempt=3)
+    ):  # no part of it is reused: the export is attempted
+        run_evaluation(stage, UnusedEngines(), attempt=3)
 
 
-def test_a_step_that_is_stopped_goes_on_at_the_first_part_that_is_missing(
-    stage: StageContext, engines: EnginePool
-) -> None:
-    whole = do(stage, engines)
-    forget(stage, "")
+def test_a_stopped_step_resumes_at_its_first_missing_part(stage: StageContext, engines: EnginePool) -> None:
+    whole = run_evaluation(stage, engines)
+    delete_objects(stage, "")
     stopping = threading.Event()
 
-    class Stopping(Watched):
+    class Stopping(RecordingEngines):
         def sample(self, requests: Sequence[SamplingRequest], check_stop: CheckStop) -> list[Completion]:
             stopping.set()
             check_stop()
@@ -383,28 +389,30 @@ def test_a_step_that_is_stopped_goes_on_at_the_first_part_that_is_missing(
     with pytest.raises(
         Terminated, match="vanilla-evaluate was asked to stop; the parts that are done are in the bucket"
     ):
-        do(stage, Stopping(engines), stopping=stopping)
-    told = progress(stage)
-    assert (told["state"], told["parts"], told["message"]) == (
+        run_evaluation(stage, Stopping(engines), stopping=stopping)
+    status = progress(stage)
+    assert (status["state"], status["parts"], status["message"]) == (
         "Running",
         {"done": 1, "total": 3},
         "Sampling completions, 0 of 6",
     )
     assert load_evaluation(stage.run, "vanilla", stage.bucket) is None
-    asked = Watched(engines)
-    assert do(stage, asked, attempt=2) == whole
-    assert asked.scored == 1, "the canary alone: the held-out documents were scored by the attempt before"
+    recorder = RecordingEngines(engines)
+    assert run_evaluation(stage, recorder, attempt=2) == whole
+    assert recorder.scored == 1, "only the canary: the previous attempt scored the held-out documents"
 
 
-def test_whoever_measures_a_part_first_is_right(stage: StageContext, engines: EnginePool) -> None:
-    """A pod that was believed dead continues beside its successor, on a machine that computes other bits."""
+def test_the_first_writer_of_a_part_wins(stage: StageContext, engines: EnginePool) -> None:
+    """A pod that was presumed dead continues beside its successor, on a machine that computes other bits."""
     checkpoint = manifest.load(stage.bucket, paths.manifest(paths.checkpoint(stage.run, "vanilla", 3)))
-    others = {"documents": 3, "heldOut": {"reasoning": 1.5, "final": 2.5}}
+    theirs = {"documents": 3, "heldOut": {"reasoning": 1.5, "final": 2.5}}
     key = paths.evaluation_part(stage.run, "vanilla", "heldOut", checkpoint.sha256)
-    found = do(stage, Watched(engines, lambda: stage.bucket.create(key, json_bytes(others), {})))
-    assert found.held_out is not None and found.held_out.dump() == others["heldOut"]
+    found = run_evaluation(
+        stage, RecordingEngines(engines, lambda: stage.bucket.create(key, json_bytes(theirs), {}))
+    )
+    assert found.held_out is not None and found.held_out.dump() == theirs["heldOut"]
     assert load_evaluation(stage.run, "vanilla", stage.bucket) == found
-    forget(stage, "evaluation.json")
+    delete_objects(stage, "evaluation.json")
     stage.bucket.put_bytes(key, json_bytes({"documents": 3, "loss": 1.5}), {})
     with pytest.raises(
         Permanent,
@@ -413,42 +421,45 @@ def test_whoever_measures_a_part_first_is_right(stage: StageContext, engines: En
             r"have it measured again"
         ),
     ):
-        do(stage, Unasked(), attempt=2)
+        run_evaluation(stage, UnusedEngines(), attempt=2)
 
 
 @pytest.mark.parametrize(
     "position, damage, message",
     [
         pytest.param(
-            None, None, "checkpoints/vanilla: stage vanilla has no checkpoint. Train it first", id="not-begun"
+            None,
+            None,
+            "checkpoints/vanilla: stage vanilla has no checkpoint. Train it first",
+            id="not-started",
         ),
         pytest.param(
-            at(2),
+            state_at(2),
             None,
             "stage vanilla has trained 200 tokens. Train it to its end: python -m jobs.train --step vanilla",
-            id="not-ended",
+            id="not-finished",
         ),
         pytest.param(
-            at(2, finished=True),
+            state_at(2, finished=True),
             rank_file(0),
             f"vanilla/2 cannot be used. .*{rank_file(0)}.*sha256 of block 0",
             id="damaged",
         ),
         pytest.param(
-            at(2, finished=True),
+            state_at(2, finished=True),
             "manifest.json",
             "vanilla/2 cannot be used. .*manifest.json.*sha256",
             id="damaged-manifest",
         ),
         pytest.param(
-            at(2, finished=True),
+            state_at(2, finished=True),
             "",
             "the state to export as tiny: main/decoder.final_layernorm.weight is 32, wanted 64",
             id="of-another-shape",
         ),
     ],
 )
-def test_a_student_that_cannot_be_measured_is_refused_by_name(
+def test_a_student_that_cannot_be_measured_is_rejected_with_its_name(
     spec: dict[str, Any],
     bucket: Bucket,
     s3: S3,
@@ -458,29 +469,29 @@ def test_a_student_that_cannot_be_measured_is_refused_by_name(
     damage: str | None,
     message: str,
 ) -> None:
-    of = task(spec, bucket, tmp_path)
+    stage = stage_context(spec, bucket, tmp_path)
     if position is not None:
-        save(of, learner(device), position)
+        save_checkpoints(stage, learner(device), position)
     if damage:
-        altered(s3.folder / bucket.name / paths.checkpoint(of.run, "vanilla", 2) / damage)
+        alter(s3.folder / bucket.name / paths.checkpoint(stage.run, "vanilla", 2) / damage)
     with pytest.raises(Permanent, match=message):
-        do(of, Unasked())
-    assert load_evaluation(of.run, "vanilla", bucket) is None
+        run_evaluation(stage, UnusedEngines())
+    assert load_evaluation(stage.run, "vanilla", bucket) is None
 
 
-def test_a_block_that_is_damaged_further_on_is_refused_by_name(stage: StageContext, s3: S3) -> None:
-    """Found when read: headers first, weights during the export."""
+def test_a_damaged_block_of_weights_is_rejected_with_its_name(stage: StageContext, s3: S3) -> None:
+    """Headers are verified first, weights only when the export reads them."""
     path = s3.folder / stage.bucket.name / paths.checkpoint(stage.run, "vanilla", 3) / rank_file(0)
     with path.open("r+b") as file:
         file.seek(-(20 << 20), os.SEEK_END)
         file.write(b"\0\1\2\3")
-    with pytest.raises(Exception, match=r"rank-00000.safetensors: sha256 of block \d+ is") as refused:
-        do(stage, Unasked())
-    assert not getattr(refused.value, "retriable", True)
+    with pytest.raises(Exception, match=r"rank-00000.safetensors: sha256 of block \d+ is") as caught:
+        run_evaluation(stage, UnusedEngines())
+    assert not getattr(caught.value, "retriable", True)
 
 
 def run_job(run_file: Path, attempt: int, scratch: Path) -> "subprocess.Popen[bytes]":
-    """The job as its pod runs it: as a user without name and home, who may write only below TMPDIR."""
+    """Start the job with the rights of its pod: a user without name and home, who writes only to TMPDIR."""
     user = [
         "setpriv",
         "--reuid=65532",
@@ -500,12 +511,12 @@ def run_job(run_file: Path, attempt: int, scratch: Path) -> "subprocess.Popen[by
         "--attempt",
         str(attempt),
     ]
-    kept = {
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if name.startswith("AWS_") or name in ("PATH", "LD_LIBRARY_PATH")
     }
-    own = {
+    settings = {
         "HOME": "/nonexistent",
         "TMPDIR": str(scratch),
         "CUDA_VISIBLE_DEVICES": "",
@@ -514,16 +525,16 @@ def run_job(run_file: Path, attempt: int, scratch: Path) -> "subprocess.Popen[by
     }
     with (scratch / f"{attempt}.log").open("wb") as file:
         return subprocess.Popen(
-            [*user, *command], cwd=ROOT, env={**kept, **own}, stdout=file, stderr=subprocess.STDOUT
+            [*user, *command], cwd=ROOT, env={**inherited, **settings}, stdout=file, stderr=subprocess.STDOUT
         )
 
 
-def test_a_killed_job_is_done_by_the_next_attempt_to_the_same_bytes(
+def test_the_next_attempt_of_a_killed_job_writes_the_same_bytes(
     stage: StageContext, engines: EnginePool, spec: dict[str, Any], tmp_path: Path
 ) -> None:
-    do(stage, engines)
-    wanted = written(stage)
-    forget(stage, "")
+    run_evaluation(stage, engines)
+    expected = evaluation_object(stage)
+    delete_objects(stage, "")
     tmp_path.chmod(0o777)
     run_file = tmp_path / "run.yaml"
     run_file.write_text(yaml.safe_dump(spec))
@@ -539,10 +550,13 @@ def test_a_killed_job_is_done_by_the_next_attempt_to_the_same_bytes(
     assert load_evaluation(stage.run, "vanilla", stage.bucket) is None
     stopped = run_job(run_file, 2, tmp_path)
     wait_until(
-        lambda: loading() and progress(stage)["attempt"] == 2, "the next attempt loads it", 120, every=0.1
+        lambda: loading() and progress(stage)["attempt"] == 2,
+        "the next attempt loads the student",
+        120,
+        every=0.1,
     )
     stopped.send_signal(signal.SIGTERM)
     assert stopped.wait(60) == 143, (tmp_path / "2.log").read_text()
     last = run_job(run_file, 3, tmp_path)
     assert last.wait(400) == 0, (tmp_path / "3.log").read_text()
-    assert written(stage) == wanted and progress(stage)["state"] == "Succeeded"
+    assert evaluation_object(stage) == expected and progress(stage)["state"] == "Succeeded"

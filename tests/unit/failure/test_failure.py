@@ -31,13 +31,13 @@ def test_each_error_has_its_class_and_code(error: Exception, kind: str, code: in
     assert failure.classify_error(error, rank=3) == Failure(kind, 3, code, message)
 
 
-def test_any_message_fits_the_limit_of_kubernetes() -> None:
+def test_a_message_of_any_length_fits_the_limit_of_kubernetes() -> None:
     seed = random.randrange(2**32)
-    chance = random.Random(seed)
+    generator = random.Random(seed)
     for _ in range(40):
         message = "".join(
-            chance.choice('aé中😀"\\\n\x00\ud800')
-            for _ in range(chance.choice((10, 3900, 4000, 5000, 20000)))
+            generator.choice('aé中😀"\\\n\x00\ud800')
+            for _ in range(generator.choice((10, 3900, 4000, 5000, 20000)))
         )
         line = Failure("Internal", 6, 70, message).to_json_line()
         assert len(line) <= 4096 and b"\n" not in line, seed

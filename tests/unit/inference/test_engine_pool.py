@@ -1,5 +1,4 @@
-"""Engines as processes: their devices and requests, what happens when a process dies, and the check against a
-probe."""
+"""Engine processes: devices, requests, the death of a process, and verification against a probe."""
 
 import signal
 import subprocess
@@ -34,12 +33,12 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_engine_has_a_device_of_its_own(visible: str | None, devices: list[str | None]) -> None:
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     found = [engine_environment(environment, number, 2) for number in range(2)]
-    assert [of.get("CUDA_VISIBLE_DEVICES") for of in found] == devices
-    assert {of["OMP_NUM_THREADS"] for of in found} == {"1"}
+    assert [environment_of_engine.get("CUDA_VISIBLE_DEVICES") for environment_of_engine in found] == devices
+    assert {environment_of_engine["OMP_NUM_THREADS"] for environment_of_engine in found} == {"1"}
     assert engine_environment({"OMP_NUM_THREADS": "3"}, 0, 1)["OMP_NUM_THREADS"] == "3"
 
 
-def test_fewer_devices_than_engines_are_refused() -> None:
+def test_fewer_devices_than_engines_are_rejected() -> None:
     with pytest.raises(
         Permanent,
         match=(
@@ -59,7 +58,7 @@ def test_an_engines_error_keeps_its_class(kind: str, error: type[Exception]) -> 
 
 
 @pytest.mark.engine
-def test_weights_that_are_none_are_the_askers_error(tmp_path: Path) -> None:
+def test_an_incomplete_checkpoint_is_a_permanent_error(tmp_path: Path) -> None:
     with (
         EnginePool(1, "tiny", 64) as engines,
         pytest.raises(Permanent, match=f"engine 0: {tmp_path} is not a complete checkpoint"),
@@ -68,29 +67,31 @@ def test_weights_that_are_none_are_the_askers_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-def test_an_engine_that_is_killed_is_said_and_may_be_tried_again(tmp_path: Path) -> None:
+def test_a_killed_engine_is_a_retriable_error_that_names_it(tmp_path: Path) -> None:
     def kill() -> None:
         wait_until(lambda: bool(engines._processes), "the engines are started")
         engines._processes[1].kill()
 
-    with EnginePool(2, "tiny", 64) as engines, ThreadPoolExecutor(1) as beside:
-        killed = beside.submit(kill)
+    with EnginePool(2, "tiny", 64) as engines, ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(kill)
         with pytest.raises(Retriable, match=r"engine 1 was killed by SIGKILL.*runtime\.resources\.sampler"):
             engines.load(tmp_path)
         killed.result()
-    assert all(process.poll() is not None for process in engines._processes), "the other has ended too"
+    assert all(process.poll() is not None for process in engines._processes), (
+        "the other engine is stopped too"
+    )
 
 
 @pytest.mark.engine
-def test_engines_die_with_whoever_started_them(tmp_path: Path) -> None:
+def test_engines_end_with_the_process_that_started_them(tmp_path: Path) -> None:
     code = f"""
         import sys
         from pathlib import Path
         from vpmoe.inference.engine_pool import EnginePool
-        def say():
+        def print_pid():
             print(engines._processes[0].pid, flush=True)
         with EnginePool(1, "tiny", 64) as engines:
-            engines.load(Path({str(tmp_path)!r}), say)
+            engines.load(Path({str(tmp_path)!r}), print_pid)
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, text=True, stdout=subprocess.PIPE
@@ -104,39 +105,41 @@ def test_engines_die_with_whoever_started_them(tmp_path: Path) -> None:
         lambda: (
             not Path(f"/proc/{engine}").exists() or "State:\tZ" in Path(f"/proc/{engine}/status").read_text()
         ),
-        "it is gone",
+        "the engine has ended",
     )
 
 
 @pytest.mark.engine
-def test_two_engines_share_the_requests_and_give_them_back_in_their_order(
+def test_two_engines_share_the_requests_and_return_completions_in_order(
     tmp_path: Path, device: object
 ) -> None:
     from tests.fakes import policy_versions
 
     folder = policy_versions.export(tmp_path, policy_versions.learner(device, new_seed()))  # type: ignore[arg-type]
     random = np.random.default_rng(new_seed())
-    asked = [SamplingRequest(random.integers(0, 1000, 5 + n, dtype=np.int32), n, 1 + n) for n in range(5)]
+    requests = [SamplingRequest(random.integers(0, 1000, 5 + n, dtype=np.int32), n, 1 + n) for n in range(5)]
     with EnginePool(2, "tiny", 64) as engines:
         engines.load(folder)
-        found = engines.sample(asked)
-        again = engines.sample(asked)
-        alone = engines.sample(asked[::2])[:1]
-        scores = engines.score([asked[4].ids_P])
+        found = engines.sample(requests)
+        repeated = engines.sample(requests)
+        first_only = engines.sample(requests[::2])[:1]
+        scores = engines.score([requests[4].ids_P])
     assert [len(one.ids_C) for one in found] == [1, 2, 3, 4, 5]
-    assert all(np.array_equal(one.logp_C, other.logp_C) for one, other in zip(found, again, strict=True))
-    assert np.array_equal(alone[0].ids_C, found[0].ids_C)
-    assert len(scores) == 2 and np.array_equal(scores[0][0], scores[1][0]), "each is asked for its own proof"
+    assert all(np.array_equal(one.logp_C, other.logp_C) for one, other in zip(found, repeated, strict=True))
+    assert np.array_equal(first_only[0].ids_C, found[0].ids_C)
+    assert len(scores) == 2 and np.array_equal(scores[0][0], scores[1][0]), (
+        "every engine computes the scores of its own weights"
+    )
 
 
 PROBE = Probe(ids=((5, 6, 7), (8, 9)), logp=((-1.0, -2.0), (-100.0,)))
 
 
 @pytest.mark.parametrize(
-    "off, exact, passes",
+    "differences, exact, passes",
     [
-        pytest.param((0.0, 0.0, 0.0), True, True, id="the-same"),
-        pytest.param((9e-4, -9e-4, 0.0), True, True, id="within"),
+        pytest.param((0.0, 0.0, 0.0), True, True, id="equal"),
+        pytest.param((9e-4, -9e-4, 0.0), True, True, id="within-the-bound"),
         pytest.param((2e-3, 0.0, 0.0), True, False, id="one-token"),
         pytest.param((0.5, 0.0, -0.01), False, True, id="rounded"),
         pytest.param((0.5, 0.2, 0.0), False, False, id="rounded-too-far"),
@@ -145,8 +148,13 @@ PROBE = Probe(ids=((5, 6, 7), (8, 9)), logp=((-1.0, -2.0), (-100.0,)))
         pytest.param((0.0, 0.0, -900.0), True, True, id="impossible-to-both"),
     ],
 )
-def test_what_proves_a_version(off: tuple[float, ...], exact: bool, passes: bool) -> None:
-    found = [np.float32([-1.0 + off[0], -2.0 + off[1]]), np.float32([-100.0 + off[2]])]
+def test_a_version_is_verified_against_its_probe(
+    differences: tuple[float, ...], exact: bool, passes: bool
+) -> None:
+    found = [
+        np.float32([-1.0 + differences[0], -2.0 + differences[1]]),
+        np.float32([-100.0 + differences[2]]),
+    ]
     if passes:
         assert verify_against_probe(PROBE, found, exact, True, "here") <= 0.51
         return

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from tests.fakes import policy_versions
-from tests.fakes.policy_versions import TINY, trainers
-from tests.fakes.students import SMALL, documents, learner, new_seed, reading, saved, whole
+from tests.fakes.policy_versions import TINY, trainer_logp
+from tests.fakes.students import SMALL, copy_slices, documents, join_slices, learner, new_seed, read_from
 from vpmoe.data.harmony import Renderer, SystemMessage
 from vpmoe.data.tokenizer import Tokenizer
 from vpmoe.failure import Permanent
@@ -33,12 +33,12 @@ from vpmoe.objectives.vanilla import vanilla
 
 ROOT = Path(__file__).parents[3]
 TOLERANCE = 1e-4
-"""In nats. All compute in float32, with other orders of summation, over up to 600 positions and 201,088
+"""Nats. All compute in float32 with different orders of summation, over up to 600 positions and 201,088
 logits."""
 
 
-def harmony(random: np.random.Generator) -> list[NDArray[np.int32]]:
-    """Documents as in datasets, of several lengths up to nearly the engine's maximum."""
+def harmony_documents(random: np.random.Generator) -> list[NDArray[np.int32]]:
+    """Documents as in a dataset, with lengths up to almost the engine's maximum."""
     render = Renderer(Tokenizer(), SystemMessage("You are vpMoE.", "2024-06", "2026-01-01", "high")).render
     words = [f"pond ≈ {n} m, ⟨H≈0.4⟩" for n in range(100)]
 
@@ -55,13 +55,13 @@ def harmony(random: np.random.Generator) -> list[NDArray[np.int32]]:
 @pytest.fixture(scope="module")
 def trained(device: torch.device) -> Learner:
     """A tiny student after one optimizer step."""
-    it = policy_versions.learner(device, new_seed())
+    trained_learner = policy_versions.learner(device, new_seed())
     batch = Batch.from_rows(*documents(torch.Generator().manual_seed(1), [60, 40], 128, TINY.vocabulary))
-    it.forward_backward(
+    trained_learner.forward_backward(
         [batch], vanilla(batch.counts, {"reasoning": 1.0, "final": 1.0}), int(batch.counts[0])
     )
-    it.step(1e-2)
-    return it
+    trained_learner.step(1e-2)
+    return trained_learner
 
 
 @pytest.fixture(scope="module")
@@ -70,20 +70,22 @@ def exported(trained: Learner, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_transformers_agrees_at_every_position(trained: Learner, exported: Path) -> None:
-    sequences = harmony(np.random.default_rng(new_seed()))
+    sequences = harmony_documents(np.random.default_rng(new_seed()))
     model = hf_model.load_student(exported, TINY)
-    for ids_T, wanted in zip(sequences, trainers(trained, sequences), strict=True):
+    for ids_T, expected in zip(sequences, trainer_logp(trained, sequences), strict=True):
         ids = torch.from_numpy(ids_T.astype(np.int64))
         with torch.no_grad():
             logits_TV = model(ids[None]).logits[0]
         got = logits_TV[:-1].double().log_softmax(1).gather(1, ids[1:, None])[:, 0].numpy()
-        assert np.abs(got - wanted).max() <= TOLERANCE
-        assert wanted.std() > 0.5, "a model to which all tokens are alike would prove nothing"
+        assert np.abs(got - expected).max() <= TOLERANCE
+        assert expected.std() > 0.5, (
+            "log-probabilities differ between tokens: else agreement would show nothing"
+        )
 
 
-def test_the_biases_change_what_is_chosen(trained: Learner, exported: Path) -> None:
-    """Otherwise agreement would not show that they are exported."""
-    (ids_T, *_) = harmony(np.random.default_rng(new_seed()))
+def test_the_biases_change_the_chosen_experts(trained: Learner, exported: Path) -> None:
+    """Otherwise agreement would not show that biases are exported."""
+    (ids_T, *_) = harmony_documents(np.random.default_rng(new_seed()))
     model = hf_model.load_student(exported, TINY)
     ids = torch.from_numpy(ids_T.astype(np.int64))[None]
     with torch.no_grad():
@@ -93,9 +95,9 @@ def test_the_biases_change_what_is_chosen(trained: Learner, exported: Path) -> N
         assert (model(ids).logits - before).abs().max() > 0.1
 
 
-def test_generating_with_a_cache_is_the_same_model(exported: Path) -> None:
+def test_generation_with_a_cache_equals_a_full_forward(exported: Path) -> None:
     model = hf_model.load_student(exported, TINY)
-    ids = torch.from_numpy(harmony(np.random.default_rng(new_seed()))[0].astype(np.int64))[None]
+    ids = torch.from_numpy(harmony_documents(np.random.default_rng(new_seed()))[0].astype(np.int64))[None]
     out = model.generate(ids[:, :20], max_new_tokens=8, do_sample=False, pad_token_id=0)
     with torch.no_grad():
         logits = model(out).logits[0]
@@ -103,21 +105,23 @@ def test_generating_with_a_cache_is_the_same_model(exported: Path) -> None:
 
 
 def test_vllm_agrees_at_every_position(trained: Learner, exported: Path, engines: EnginePool) -> None:
-    sequences = harmony(np.random.default_rng(new_seed()))
+    sequences = harmony_documents(np.random.default_rng(new_seed()))
     assert max(map(len, sequences)) > 512
     engines.load(exported)
     (found,) = engines.score(sequences)
-    for got, wanted in zip(found, trainers(trained, sequences), strict=True):
-        assert np.abs(got - wanted).max() <= TOLERANCE
+    for got, expected in zip(found, trainer_logp(trained, sequences), strict=True):
+        assert np.abs(got - expected).max() <= TOLERANCE
 
 
-def test_sampling_repeats_with_its_seed_and_its_log_probabilities_are_the_trainers(
+def test_samples_are_a_function_of_the_seed_and_their_log_probabilities_equal_the_trainers(
     trained: Learner, exported: Path, engines: EnginePool
 ) -> None:
     seed = new_seed() >> 1
     prompts = [
         ids_T[:length]
-        for ids_T, length in zip(harmony(np.random.default_rng(seed)), (30, 41, 64, 50), strict=True)
+        for ids_T, length in zip(
+            harmony_documents(np.random.default_rng(seed)), (30, 41, 64, 50), strict=True
+        )
     ]
     prompts.append(prompts[0])
     engines.load(exported)
@@ -128,37 +132,37 @@ def test_sampling_repeats_with_its_seed_and_its_log_probabilities_are_the_traine
     for one, same, another in zip(first, again, other, strict=True):
         assert one.ids_C.tobytes() == same.ids_C.tobytes() and one.logp_C.tobytes() == same.logp_C.tobytes()
         assert len(one.ids_C) == 24 and one.ids_C.tolist() != another.ids_C.tolist()
-    assert first[0].ids_C.tolist() != first[-1].ids_C.tolist(), "the same prompt under another seed"
+    assert first[0].ids_C.tolist() != first[-1].ids_C.tolist(), "the same prompt with another seed"
     whole_sequences = [
         np.concatenate([prompt, one.ids_C]) for prompt, one in zip(prompts, first, strict=True)
     ]
-    for one, wanted in zip(first, trainers(trained, whole_sequences), strict=True):
-        assert np.abs(one.logp_C - wanted[-24:]).max() <= TOLERANCE
+    for one, expected in zip(first, trainer_logp(trained, whole_sequences), strict=True):
+        assert np.abs(one.logp_C - expected[-24:]).max() <= TOLERANCE
 
 
-def test_vllm_takes_other_weights_into_the_running_engine(
+def test_vllm_loads_other_weights_into_the_running_engine(
     trained: Learner, exported: Path, engines: EnginePool, tmp_path: Path
 ) -> None:
-    sequences = harmony(np.random.default_rng(new_seed()))
-    before = trainers(trained, sequences)
-    kept = {name: parameter.detach().clone() for name, parameter in trained.student.named_parameters()}
+    sequences = harmony_documents(np.random.default_rng(new_seed()))
+    before = trainer_logp(trained, sequences)
+    original = {name: parameter.detach().clone() for name, parameter in trained.student.named_parameters()}
     engines.load(exported)
     with torch.no_grad():
         for parameter in trained.student.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    after = trainers(trained, sequences)
+    after = trainer_logp(trained, sequences)
     engines.load(policy_versions.export(tmp_path, trained))
     (found,) = engines.score(sequences)
     with torch.no_grad():
         for name, parameter in trained.student.named_parameters():
-            parameter.copy_(kept[name])
-    for got, wanted, old in zip(found, after, before, strict=True):
-        assert np.abs(got - wanted).max() <= TOLERANCE and np.abs(wanted - old).max() > 0.1
+            parameter.copy_(original[name])
+    for got, expected, before_load in zip(found, after, before, strict=True):
+        assert np.abs(got - expected).max() <= TOLERANCE and np.abs(expected - before_load).max() > 0.1
 
 
 @pytest.mark.engine
-def test_vllm_finds_the_student_where_this_repository_is_installed() -> None:
-    """Through the entry point, which a checkout does not have: there, engines call register() themselves."""
+def test_vllm_finds_the_student_through_the_entry_point() -> None:
+    """Only an installed package has the entry point. In a checkout, engines call register() themselves."""
     (value,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
         "vllm.general_plugins"
     ].values()
@@ -177,42 +181,47 @@ def test_vllm_finds_the_student_where_this_repository_is_installed() -> None:
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "misshapen"])
-def test_vllm_is_given_no_weights_that_are_not_whole(
+def test_vllm_rejects_incomplete_weights(
     exported: Path, engines: EnginePool, tmp_path: Path, change: str
 ) -> None:
     """An engine keeps its weights if a load fails."""
-    sequence = harmony(np.random.default_rng(0))[0]
+    sequence = harmony_documents(np.random.default_rng(0))[0]
     engines.load(exported)
     before = engines.score([sequence])
     shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
-    held = load_file(exported / "model-00001.safetensors")
-    norm = held.pop("model.norm.weight")
-    put = {
+    tensors = load_file(exported / "model-00001.safetensors")
+    norm = tensors.pop("model.norm.weight")
+    changed = {
         "missing": {},
         "extra": {"model.norm.weight": norm, "extra": norm.clone()},
         "misshapen": {"model.norm.weight": norm[1:].clone()},
     }
-    save_file(held | put[change], tmp_path / "model-00001.safetensors")
-    said = {
+    save_file(tensors | changed[change], tmp_path / "model-00001.safetensors")
+    messages = {
         "missing": "model.norm.weight is missing",
         "extra": "extra is not a part of this student",
         "misshapen": r"model.norm.weight is \('F32', \[63\]\), wanted \('F32', \[64\]\)",
     }
-    with pytest.raises(Permanent, match=f"engine 0: {tmp_path}: {said[change]}"):
+    with pytest.raises(Permanent, match=f"engine 0: {tmp_path}: {messages[change]}"):
         engines.load(tmp_path)
     assert np.array_equal(engines.score([sequence]), before)
 
 
-def test_an_export_from_a_checkpoint_is_the_learners(
+def test_an_export_from_a_checkpoint_equals_one_from_the_learner(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, in several files; what TeacherForced adds to a student is not exported."""
-    it = learner(device, teacher_width=48)
-    sizes = state.sizes(it)
-    hf_export.export_student(tmp_path / "live", SMALL, 256, sizes, state.copy_weights(it), torch.float32)
+    """Bit for bit, also in several files. The projection of TeacherForced stages is not exported."""
+    source = learner(device, teacher_width=48)
+    sizes = state.sizes(source)
+    hf_export.export_student(tmp_path / "live", SMALL, 256, sizes, state.copy_weights(source), torch.float32)
     monkeypatch.setattr(hf_export, "FILE_BYTES", 10_000)
     hf_export.export_student(
-        tmp_path / "read", SMALL, 256, sizes, reading(whole([saved(it)], sizes)), torch.float32
+        tmp_path / "read",
+        SMALL,
+        256,
+        sizes,
+        read_from(join_slices([copy_slices(source)], sizes)),
+        torch.float32,
     )
     files = sorted((tmp_path / "read").glob("*.safetensors"))
     assert len(files) > 3
@@ -228,13 +237,17 @@ def test_an_export_from_a_checkpoint_is_the_learners(
     hf_export.check_export(tmp_path / "read", SMALL)
 
 
-def test_bf16_is_the_trainers_rounding_and_biases_keep_theirs(device: torch.device, tmp_path: Path) -> None:
-    it = learner(device)
-    hf_export.export_student(tmp_path, SMALL, 256, state.sizes(it), state.copy_weights(it), torch.bfloat16)
-    held = load_file(tmp_path / "model-00001.safetensors")
-    assert torch.equal(held["lm_head.weight"], it.student.output.detach().bfloat16())
-    assert {name for name, tensor in held.items() if tensor.dtype == torch.float32} == {
-        name for name in held if name.endswith("_bias")
+def test_a_bf16_export_rounds_as_the_trainer_and_keeps_biases_in_float32(
+    device: torch.device, tmp_path: Path
+) -> None:
+    source = learner(device)
+    hf_export.export_student(
+        tmp_path, SMALL, 256, state.sizes(source), state.copy_weights(source), torch.bfloat16
+    )
+    tensors = load_file(tmp_path / "model-00001.safetensors")
+    assert torch.equal(tensors["lm_head.weight"], source.student.output.detach().bfloat16())
+    assert {name for name, tensor in tensors.items() if tensor.dtype == torch.float32} == {
+        name for name in tensors if name.endswith("_bias")
     }
     model = hf_model.load_student(tmp_path, SMALL)
     assert (
@@ -257,70 +270,76 @@ def test_bf16_is_the_trainers_rounding_and_biases_keep_theirs(device: torch.devi
         ),
     ],
 )
-def test_a_state_that_is_not_accounted_for_is_not_exported(
+def test_an_unexpected_state_is_not_exported(
     device: torch.device, tmp_path: Path, change: Callable[[dict[str, int]], object], message: str
 ) -> None:
-    it = learner(device)
-    sizes = dict(state.sizes(it))
+    source = learner(device)
+    sizes = dict(state.sizes(source))
     change(sizes)
     with pytest.raises(Permanent, match=f"the state to export as small: {message}"):
-        hf_export.export_student(tmp_path / "out", SMALL, 256, sizes, state.copy_weights(it), torch.float32)
+        hf_export.export_student(
+            tmp_path / "out", SMALL, 256, sizes, state.copy_weights(source), torch.float32
+        )
     assert not (tmp_path / "out").exists()
 
 
-def rename(held: dict[str, torch.Tensor]) -> None:
-    held["model.layers.1.mlp.gate.bias"] = held.pop("model.layers.1.mlp.gate.e_score_correction_bias")
+def rename_bias(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.mlp.gate.bias"] = tensors.pop("model.layers.1.mlp.gate.e_score_correction_bias")
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         pytest.param(
-            lambda held: held.pop("model.layers.2.mlp.experts.down"),
+            lambda tensors: tensors.pop("model.layers.2.mlp.experts.down"),
             r"layers.2.mlp.experts.down is missing",
             id="missing",
         ),
         pytest.param(
-            lambda held: held.update(extra=torch.zeros(2)),
+            lambda tensors: tensors.update(extra=torch.zeros(2)),
             "extra is not a part of this student. Export the student again",
             id="extra",
         ),
         pytest.param(
-            lambda held: held.update({"model.norm.weight": torch.ones(31)}),
+            lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}),
             r"model.norm.weight is \('F32', \[31\]\), wanted \('F32', \[32\]\)",
             id="misshapen",
         ),
         pytest.param(
-            lambda held: held.update({"lm_head.weight": held["lm_head.weight"].half()}),
+            lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"].half()}),
             "lm_head.weight is .'F16'",
             id="type",
         ),
-        pytest.param(rename, "gate.bias is not a part of this student", id="renamed"),
+        pytest.param(rename_bias, "gate.bias is not a part of this student", id="renamed"),
     ],
 )
-def test_a_checkpoint_that_is_not_whole_is_refused(
+def test_an_incomplete_checkpoint_is_rejected(
     device: torch.device, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
 ) -> None:
-    it = learner(device)
-    hf_export.export_student(tmp_path, SMALL, 256, state.sizes(it), state.copy_weights(it), torch.float32)
+    source = learner(device)
+    hf_export.export_student(
+        tmp_path, SMALL, 256, state.sizes(source), state.copy_weights(source), torch.float32
+    )
     file = tmp_path / "model-00001.safetensors"
-    held = load_file(file)
-    change(held)
-    save_file(held, file)
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
     with pytest.raises(Permanent, match=message):
         hf_model.load_student(tmp_path, SMALL)
 
 
-def test_what_is_no_export_of_this_shape_is_refused(device: torch.device, tmp_path: Path) -> None:
-    it = learner(device)
-    hf_export.export_student(tmp_path, SMALL, 256, state.sizes(it), state.copy_weights(it), torch.float32)
+def test_an_export_of_another_shape_or_dtype_is_rejected(device: torch.device, tmp_path: Path) -> None:
+    source = learner(device)
+    hf_export.export_student(
+        tmp_path, SMALL, 256, state.sizes(source), state.copy_weights(source), torch.float32
+    )
     with pytest.raises(Permanent, match=r"config.json, not a other: moe_intermediate_size is 16, wanted 24"):
         hf_export.check_export(tmp_path, replace(SMALL, name="other", expert_width=24))
-    said = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(said | {"dtype": "float16"}))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
     with pytest.raises(Permanent, match="dtype is float16"):
         hf_export.check_export(tmp_path, SMALL)
-    (tmp_path / "config.json").write_text(json.dumps(said))
+    (tmp_path / "config.json").write_text(json.dumps(config))
     file = tmp_path / "model-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(Permanent, match="is not a complete checkpoint"):

@@ -1,5 +1,4 @@
-"""The teacher's log-probabilities through vLLM equal those of its checkpoint in transformers, token by
-token."""
+"""The teacher's log-probabilities by vLLM equal those of its checkpoint in transformers, token by token."""
 
 import pwd
 from itertools import pairwise
@@ -36,8 +35,8 @@ if TYPE_CHECKING:
 
 
 LENGTHS = (2, 3, 17, 40, 300, 640, 600)
-"""Shorter and longer than the sliding window of 16, up to the teacher's maximum. That is more than one
-forward pass computes, so some are computed in chunks."""
+"""Shorter and longer than the sliding window of 16, up to the teacher's maximum. Together they exceed one
+forward pass, so some are computed in chunks."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def test_every_position_agrees_with_transformers(scorer: Remote, reference: "Pre
         wanted_T = expected(reference, ids_T)
         assert np.abs(logp_T - wanted_T)[1:].max() <= TOLERANCE
         assert len(ids_T) < 40 or wanted_T[1:].std() > 0.5, (
-            "a model to which all tokens are alike would prove nothing"
+            "log-probabilities differ between tokens: else agreement would show nothing"
         )
 
 
@@ -85,7 +84,7 @@ def test_a_sequence_without_a_second_token_has_no_score(scorer: Remote) -> None:
     ],
     ids=["long", "beyond", "negative"],
 )
-def test_what_cannot_be_scored_is_refused(scorer: Remote, ids: list[int], message: str) -> None:
+def test_invalid_sequences_are_rejected(scorer: Remote, ids: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         list(scorer.score([np.array(ids, np.int32)]))
 
@@ -104,15 +103,15 @@ REASONING = "The pond is ≈ 40 m wide. ⟨H≈0.4⟩ ☑"
 ANSWER = "About forty metres, <|end|> included."
 
 
-def harmony(effort: ReasoningEffort) -> list[int]:
-    """openai-harmony's own rendering of the document that the next tests score."""
+def render_with_openai_harmony(effort: ReasoningEffort) -> list[int]:
+    """The document of the next tests, rendered by openai-harmony."""
     vocabulary_file.install()
     system = (
         SystemContent.new()
         .with_model_identity("You are vpMoE, a large language model.")
         .with_reasoning_effort(effort)
     )
-    said = [
+    messages = [
         Message.from_role_and_content(
             Role.SYSTEM, system.with_knowledge_cutoff("2024-06").with_conversation_start_date("2026-01-01")
         ),
@@ -122,20 +121,22 @@ def harmony(effort: ReasoningEffort) -> list[int]:
     ]
     encoding = load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)
     config = RenderConversationConfig(auto_drop_analysis=False)
-    ids: list[int] = encoding.render_conversation_for_training(Conversation.from_messages(said), config)
+    ids: list[int] = encoding.render_conversation_for_training(Conversation.from_messages(messages), config)
     return ids
 
 
-@pytest.mark.parametrize("told", list(ReasoningEffort), ids=lambda effort: effort.name.lower())
-def test_a_teacher_told_another_effort_scores_the_document_rendered_with_that_effort(
-    scorer: Remote, reference: "PreTrainedModel", told: ReasoningEffort
+@pytest.mark.parametrize("teacher_effort", list(ReasoningEffort), ids=lambda effort: effort.name.lower())
+def test_with_another_effort_the_document_is_scored_as_rendered_with_that_effort(
+    scorer: Remote, reference: "PreTrainedModel", teacher_effort: ReasoningEffort
 ) -> None:
-    own = conversation("high")
-    setting = SystemMessage(str(own["identity"]), str(own["knowledgeCutoff"]), own["date"], "high")
-    document = Renderer(Tokenizer(), setting).render("How wide is the pond?", None, REASONING, ANSWER)
-    effort = EffortSubstitution(own, told.name.lower())
+    settings = conversation("high")
+    system_message = SystemMessage(
+        str(settings["identity"]), str(settings["knowledgeCutoff"]), settings["date"], "high"
+    )
+    document = Renderer(Tokenizer(), system_message).render("How wide is the pond?", None, REASONING, ANSWER)
+    effort = EffortSubstitution(settings, teacher_effort.name.lower())
     sent_S = effort.to_teacher(document.ids)
-    rendered = harmony(told)
+    rendered = render_with_openai_harmony(teacher_effort)
     assert sent_S.tolist() == rendered and len(sent_S) == len(document.ids) + effort.extra_tokens
     logp_T = effort.from_teacher(next(scorer.score([sent_S])))
     assert len(logp_T) == len(document.ids) and np.isnan(logp_T[-1])
@@ -144,20 +145,20 @@ def test_a_teacher_told_another_effort_scores_the_document_rendered_with_that_ef
     assert np.abs(logp_T[document.prompt : -1] - wanted_S[-supervised:]).max() <= TOLERANCE
 
 
-def test_a_document_of_another_conversation_is_refused() -> None:
+def test_a_document_of_another_conversation_is_rejected() -> None:
     effort = EffortSubstitution(conversation("high"), "low")
     sent = effort.to_teacher(
         np.append(
             EffortSubstitution(conversation("low"), "high").to_teacher(
-                np.append(harmony(ReasoningEffort.LOW), END_OF_DOCUMENT)
+                np.append(render_with_openai_harmony(ReasoningEffort.LOW), END_OF_DOCUMENT)
             ),
             END_OF_DOCUMENT,
         )
     )
-    assert sent.tolist() == harmony(ReasoningEffort.LOW), "there and back"
+    assert sent.tolist() == render_with_openai_harmony(ReasoningEffort.LOW), "the substitution is reversible"
     for ids in (
-        [*harmony(ReasoningEffort.MEDIUM), END_OF_DOCUMENT],
-        harmony(ReasoningEffort.HIGH),
+        [*render_with_openai_harmony(ReasoningEffort.MEDIUM), END_OF_DOCUMENT],
+        render_with_openai_harmony(ReasoningEffort.HIGH),
         [END_OF_DOCUMENT],
     ):
         with pytest.raises(Permanent, match=r"its dataset.s settings.conversation\.|has no end-of-document"):
@@ -167,34 +168,32 @@ def test_a_document_of_another_conversation_is_refused() -> None:
 def test_batches_are_consecutive_and_bounded() -> None:
     random = np.random.default_rng(new_seed())
     sequences = [np.zeros(length, np.int32) for length in random.integers(1, 120, 50)]
-    made = list(token_batches(sequences, 100))
-    assert [id(ids_T) for batch in made for ids_T in batch] == [id(ids_T) for ids_T in sequences]
-    assert all(len(batch) == 1 or sum(map(len, batch)) <= 100 for batch in made)
-    assert all(sum(map(len, batch)) + len(after[0]) > 100 for batch, after in pairwise(made)), (
-        "none could be fuller"
+    batches = list(token_batches(sequences, 100))
+    assert [id(ids_T) for batch in batches for ids_T in batch] == [id(ids_T) for ids_T in sequences]
+    assert all(len(batch) == 1 or sum(map(len, batch)) <= 100 for batch in batches)
+    assert all(sum(map(len, batch)) + len(after[0]) > 100 for batch, after in pairwise(batches)), (
+        "no batch has room for the next sequence"
     )
 
 
-def test_asking_to_stop_is_looked_at_before_every_batch(
-    scorer: Remote, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_is_checked_before_every_batch(scorer: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.fakes.tiny_teacher.BATCH_TOKENS", 10)
-    asked = 0
+    checks = 0
 
-    def stop_at_the_third() -> None:
-        nonlocal asked
-        asked += 1
-        if asked == 3:
+    def stop_at_the_third_check() -> None:
+        nonlocal checks
+        checks += 1
+        if checks == 3:
             raise InterruptedError
 
-    taken = []
+    scores = []
     with pytest.raises(InterruptedError):
-        for logp_T in scorer.score([np.arange(8, dtype=np.int32)] * 5, stop_at_the_third):
-            taken.append(logp_T)
-    assert len(taken) == 2
+        for logp_T in scorer.score([np.arange(8, dtype=np.int32)] * 5, stop_at_the_third_check):
+            scores.append(logp_T)
+    assert len(scores) == 2
 
 
-def test_no_gpu_is_an_error_and_never_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_an_error_and_the_cpu_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -205,7 +204,7 @@ def test_no_gpu_is_an_error_and_never_the_cpu(monkeypatch: pytest.MonkeyPatch) -
         check_device("the teacher", "spec.teacher.gpus")
 
 
-def test_a_context_that_is_too_short_is_refused_before_anything_is_loaded(teacher: Path) -> None:
+def test_a_context_that_is_too_short_is_rejected_before_loading(teacher: Path) -> None:
     with pytest.raises(
         Permanent, match="max_position_embeddings is 4096, and the longest document is 4096 tokens"
     ):
@@ -213,10 +212,7 @@ def test_a_context_that_is_too_short_is_refused_before_anything_is_loaded(teache
 
 
 def test_a_user_without_name_and_home_can_score(scorer: Remote, teacher_address: str) -> None:
-    """As in a pod.
-
-    The shared teacher process of these tests runs as such a user, who may write only below TMPDIR.
-    """
+    """As in a pod. The shared teacher process runs as such a user, who may write only below TMPDIR."""
     user = Path(teacher_address).stat().st_uid
     with pytest.raises(KeyError):
         pwd.getpwuid(user)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.fakes.students import SMALL, learner, new_seed, ragged, reading, saved, whole
+from tests.fakes.students import SMALL, copy_slices, join_slices, learner, new_seed, ragged_batches, read_from
 from vpmoe.model import state
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
@@ -19,7 +19,7 @@ EVEN = {"reasoning": 1.0, "final": 1.0}
 
 @pytest.fixture
 def batches() -> list[Batch]:
-    return ragged(torch.Generator().manual_seed(new_seed()), 2)
+    return ragged_batches(torch.Generator().manual_seed(new_seed()), 2)
 
 
 def objective_of(batches: list[Batch]) -> tuple[Objective, int]:
@@ -100,9 +100,9 @@ def test_bf16_weights_are_their_main_parameters_rounded(device: torch.device) ->
     """After a step and after a restore. The next step of the restored learner has the same bits, because the
     main parameters keep what bf16 rounds off."""
     it = after_one_step(bf16_learner(device))
-    tensors = whole([saved(it)], state.sizes(it))
+    tensors = join_slices([copy_slices(it)], state.sizes(it))
     restored = bf16_learner(device)
-    state.restore(restored, reading(tensors), steps=1)
+    state.restore(restored, read_from(tensors), steps=1)
     for each in (it, restored):
         for name, weight in each.student.named_parameters():
             main = tensors[f"main/{name}"]
@@ -113,7 +113,9 @@ def test_bf16_weights_are_their_main_parameters_rounded(device: torch.device) ->
         for name, main in tensors.items()
         if name.startswith("main/")
     )
-    next_states = [whole([saved(after_one_step(each))], state.sizes(each)) for each in (it, restored)]
+    next_states = [
+        join_slices([copy_slices(after_one_step(each))], state.sizes(each)) for each in (it, restored)
+    ]
     assert (
         all(torch.equal(tensor, next_states[1][name]) for name, tensor in next_states[0].items())
         and restored.steps == 2
@@ -124,11 +126,13 @@ def test_weights_restored_without_moments_start_at_step_0(device: torch.device, 
     it = learner(device)
     it.forward_backward(batches, *objective_of(batches))
     it.step(1e-2)
-    tensors = whole([saved(it)], state.sizes(it))
+    tensors = join_slices([copy_slices(it)], state.sizes(it))
     fresh = learner(device)
     state.restore(
         fresh,
-        reading({name: tensor for name, tensor in tensors.items() if name.startswith(("main/", "buffer/"))}),
+        read_from(
+            {name: tensor for name, tensor in tensors.items() if name.startswith(("main/", "buffer/"))}
+        ),
         1,
         moments=False,
     )
@@ -153,7 +157,7 @@ def test_a_slice_of_another_length_or_type_is_rejected(
 ) -> None:
     it = learner(device)
     with pytest.raises(ValueError, match=r"main/.* \[0, \d+\): read torch\."):
-        state.restore(it, damage(reading(whole([saved(it)], state.sizes(it)))), steps=0)
+        state.restore(it, damage(read_from(join_slices([copy_slices(it)], state.sizes(it)))), steps=0)
 
 
 def test_random_state_is_restored(device: torch.device) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from tests.fakes import model_ranks
 from tests.fakes.ranks import run_ranks
-from tests.fakes.students import learner, reading, saved, whole
+from tests.fakes.students import copy_slices, join_slices, learner, read_from
 from vpmoe.model import state
 from vpmoe.model.learner import Learner
 
@@ -18,9 +18,9 @@ def one_process(device: torch.device) -> dict[str, Any]:
     """Three steps in this process, with the state after two."""
     it = learner(device)
     outcomes = model_ranks.train(it, slice(None), range(2))
-    tensors = whole([saved(it)], state.sizes(it))
+    tensors = join_slices([copy_slices(it)], state.sizes(it))
     return {
-        "told": outcomes,
+        "outcomes": outcomes,
         "state": tensors,
         "third": model_ranks.train(it, slice(None), range(2, 3)),
         "weights": model_ranks.weights(it),
@@ -50,7 +50,7 @@ def test_two_ranks_train_like_one_process(
     """Loss, cross-entropies, expert counts and gradient norms of the same global batches, on both ranks."""
     for rank in range(2):
         for (outcome, norm), (wanted, wanted_norm) in zip(
-            two_ranks[rank][expert_parallel]["told"], one_process["told"], strict=True
+            two_ranks[rank][expert_parallel]["outcomes"], one_process["outcomes"], strict=True
         ):
             assert outcome.loss == pytest.approx(wanted.loss, rel=1e-5) and norm == pytest.approx(
                 wanted_norm, rel=1e-4
@@ -60,8 +60,8 @@ def test_two_ranks_train_like_one_process(
                 and outcome.tokens == wanted.tokens
             )
         first, first_wanted = (
-            two_ranks[rank][expert_parallel]["told"][0][0].load,
-            one_process["told"][0][0].load,
+            two_ranks[rank][expert_parallel]["outcomes"][0][0].load,
+            one_process["outcomes"][0][0].load,
         )
         assert torch.equal(first.tokens, first_wanted.tokens) and first.aux.tolist() == pytest.approx(
             first_wanted.aux.tolist(), rel=1e-5
@@ -87,8 +87,8 @@ def test_one_process_restores_the_state_of_two_ranks(
     """Main parameters, moments and biases are bit for bit those of the two ranks, and the weights equal the
     main parameters."""
     it = learner(device)
-    tensors = whole([two_ranks[rank][expert_parallel]["state"] for rank in range(2)], state.sizes(it))
-    state.restore(it, reading(tensors), steps=2)
+    tensors = join_slices([two_ranks[rank][expert_parallel]["state"] for rank in range(2)], state.sizes(it))
+    state.restore(it, read_from(tensors), steps=2)
     assert_state_equals(it, tensors)
 
 
@@ -96,13 +96,13 @@ def test_one_process_restores_the_state_of_two_ranks(
 def test_two_ranks_restore_the_state_of_one_process(
     one_process: dict[str, Any], two_ranks: list[Any], expert_parallel: int
 ) -> None:
-    tensors = whole(
-        [two_ranks[rank][expert_parallel]["taken_over"][0] for rank in range(2)],
+    tensors = join_slices(
+        [two_ranks[rank][expert_parallel]["converted"][0] for rank in range(2)],
         {name: len(t) for name, t in one_process["state"].items()},
     )
     assert all(torch.equal(tensor, one_process["state"][name]) for name, tensor in tensors.items())
     for rank in range(2):
-        for name, weight in two_ranks[rank][expert_parallel]["taken_over"][1].items():
+        for name, weight in two_ranks[rank][expert_parallel]["converted"][1].items():
             wanted = one_process["state"][f"main/{name}"]
             if weight.numel() < len(wanted):  # this rank's half of the experts
                 wanted = wanted[rank * weight.numel() : (rank + 1) * weight.numel()]
@@ -126,13 +126,13 @@ def test_a_nan_on_one_rank_stops_both_before_any_weight_changes(
 ) -> None:
     for rank in range(2):
         result = two_ranks[rank][expert_parallel]
-        assert result["broken_loss"] != result["broken_loss"] and result["unmoved"]
+        assert result["broken_loss"] != result["broken_loss"] and result["unchanged"]
         assert result["raised"] == "step 4: the gradient's norm is nan. No weight was moved."
 
 
 def test_one_process_continues_with_the_same_bits(one_process: dict[str, Any], device: torch.device) -> None:
     it = learner(device)
-    state.restore(it, reading(one_process["state"]), steps=2)
+    state.restore(it, read_from(one_process["state"]), steps=2)
     ((repeated, norm),) = model_ranks.train(it, slice(None), range(2, 3))
     ((third, wanted),) = one_process["third"]
     assert (repeated.loss, norm, it.steps) == (third.loss, wanted, 3)
@@ -142,7 +142,7 @@ def test_one_process_continues_with_the_same_bits(one_process: dict[str, Any], d
 
 
 def assert_state_equals(it: Learner, tensors: dict[str, torch.Tensor]) -> None:
-    for name, tensor in whole([saved(it)], state.sizes(it)).items():
+    for name, tensor in join_slices([copy_slices(it)], state.sizes(it)).items():
         assert torch.equal(tensor, tensors[name]), name
     for name, weight in model_ranks.weights(it).items():
         assert torch.equal(weight.flatten(), tensors[f"main/{name}"]), name

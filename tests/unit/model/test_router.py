@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
-from tests.fakes.students import SMALL, documents, learner, new_seed, ragged
+from tests.fakes.students import SMALL, documents, learner, new_seed, ragged_batches
 from vpmoe.model.batch import Batch
 from vpmoe.model.router import ExpertLoad, Router, routers
 from vpmoe.model.student import Student, _config, _initialise
@@ -41,7 +41,7 @@ def test_counts_and_biases_are_fp32_in_a_bf16_student(device: torch.device) -> N
 
 
 def test_neither_padding_nor_evaluation_is_counted(device: torch.device) -> None:
-    batches = ragged(torch.Generator().manual_seed(new_seed()), 3)
+    batches = ragged_batches(torch.Generator().manual_seed(new_seed()), 3)
     counts = total_counts(batches)
     assert any(batch.padding.any() for batch in batches)
     it = learner(device)
@@ -57,7 +57,7 @@ def test_neither_padding_nor_evaluation_is_counted(device: torch.device) -> None
 
 
 def test_biases_rise_for_underused_and_fall_for_overused_experts(device: torch.device) -> None:
-    batches = ragged(torch.Generator().manual_seed(new_seed()), 3)
+    batches = ragged_batches(torch.Generator().manual_seed(new_seed()), 3)
     counts = total_counts(batches)
     it = learner(device)
     load = it.forward_backward(batches, vanilla(counts, NO_SPANS), int(counts[0])).load
@@ -97,7 +97,7 @@ def test_routing_is_group_limited_and_weights_ignore_the_biases(device: torch.de
 def test_the_gradient_of_the_balance_loss_equals_float64_with_masks_and_padding(device: torch.device) -> None:
     """coefficient · Σ_rows n_row/P · E · Σ_e f·p, from the inputs of the last router, whose weights get no
     other gradient."""
-    batches = ragged(torch.Generator().manual_seed(new_seed()), 3)
+    batches = ragged_batches(torch.Generator().manual_seed(new_seed()), 3)
     positions = int(total_counts(batches)[0])
     it = learner(device, replace(SMALL, aux_coefficient=0.3))
     router = routers(it.student)["layers.2"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.fakes.students import SMALL, learner, new_seed, ragged
+from tests.fakes.students import SMALL, learner, new_seed, ragged_batches
 from vpmoe.data.spans import SPANS
 from vpmoe.model import spans
 from vpmoe.model.batch import Batch
@@ -120,7 +120,7 @@ def test_span_normalisation_over_ragged_microbatches_equals_float64(device: torc
     one float64 mean per span over all of them."""
     generator = torch.Generator().manual_seed(new_seed())
     it = learner(device)
-    batches = ragged(generator, 5)
+    batches = ragged_batches(generator, 5)
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     weights = {"reasoning": 0.7, "final": 1.6}
     nll = []

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.fakes.students import SMALL, documents, learner, new_seed, ragged
+from tests.fakes.students import SMALL, documents, learner, new_seed, ragged_batches
 from vpmoe.api.layout import EXPERTS
 from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.model.attention import PackedAttention, packed_seq_params_for
@@ -193,7 +193,7 @@ def test_a_mixture_layer_is_the_weighted_sum_of_its_experts_plus_the_shared_one(
 
 
 def test_recomputing_activations_changes_no_bit_and_no_token_count(device: torch.device) -> None:
-    batches = ragged(torch.Generator().manual_seed(new_seed()), 2)
+    batches = ragged_batches(torch.Generator().manual_seed(new_seed()), 2)
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     results = []
     for recompute in (False, True):
@@ -206,7 +206,7 @@ def test_recomputing_activations_changes_no_bit_and_no_token_count(device: torch
 
 
 def test_the_same_steps_give_the_same_bits(device: torch.device) -> None:
-    batches = ragged(torch.Generator().manual_seed(new_seed()), 3)
+    batches = ragged_batches(torch.Generator().manual_seed(new_seed()), 3)
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     runs = []
     for _ in range(2):
@@ -222,7 +222,7 @@ def test_the_same_steps_give_the_same_bits(device: torch.device) -> None:
 
 
 def test_training_lowers_the_loss_of_both_spans(device: torch.device) -> None:
-    batches = ragged(torch.Generator().manual_seed(new_seed()), 2)
+    batches = ragged_batches(torch.Generator().manual_seed(new_seed()), 2)
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     it = learner(device)
     before = it.evaluate(batches).cross_entropy

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.fakes.students import learner, new_seed, ragged
+from tests.fakes.students import learner, new_seed, ragged_batches
 from vpmoe.data.spans import SPANS
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import target_logp
@@ -29,7 +29,7 @@ def rollouts(it: Learner, generator: torch.Generator, microbatches: int) -> list
     """Ragged microbatches. The sampler's log p differs from the student's by a few nats, the teacher's by up
     to 60."""
     batches = []
-    for batch in ragged(generator, microbatches):
+    for batch in ragged_batches(generator, microbatches):
         own_T = logp(it, batch)
         off_2T = torch.randn(2, len(own_T), generator=generator)
         batches.append(replace(batch, teacher_logp=own_T + 15 * off_2T[0], sampler_logp=own_T + off_2T[1]))
@@ -93,7 +93,7 @@ def test_a_step_raises_the_probability_of_a_token_exactly_if_the_teacher_prefers
     preference: float, sampler: float, device: torch.device
 ) -> None:
     it = learner(device)
-    (batch,) = ragged(torch.Generator().manual_seed(new_seed()), 1)
+    (batch,) = ragged_batches(torch.Generator().manual_seed(new_seed()), 1)
     before_T = logp(it, batch)
     chosen = int((batch.span > 0).nonzero()[0])
     teacher_T = before_T.clone()
@@ -110,7 +110,7 @@ def test_a_student_equal_to_its_teacher_has_no_gradient(device: torch.device) ->
     it = learner(device)
     batches = [
         replace(b, teacher_logp=logp(it, b), sampler_logp=logp(it, b))
-        for b in ragged(torch.Generator().manual_seed(new_seed()), 3)
+        for b in ragged_batches(torch.Generator().manual_seed(new_seed()), 3)
     ]
     counts = total_counts(batches)
     norms = []
@@ -250,7 +250,7 @@ def test_measures_of_an_absent_span_are_null(device: torch.device) -> None:
 
 
 def test_a_batch_without_sampler_log_probabilities_is_rejected(device: torch.device) -> None:
-    (batch,) = ragged(torch.Generator().manual_seed(1), 1)
+    (batch,) = ragged_batches(torch.Generator().manual_seed(1), 1)
     scored = replace(batch, teacher_logp=torch.zeros(len(batch.span)))
     for each in (batch, scored):
         with pytest.raises(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fakes.students import learner, new_seed, ragged
+from tests.fakes.students import learner, new_seed, ragged_batches
 from vpmoe.api.stages import Confidence
 from vpmoe.data.spans import SPANS
 from vpmoe.model.batch import Batch
@@ -34,7 +34,7 @@ def scored_batches(generator: torch.Generator, microbatches: int) -> list[Batch]
                 batch.span > 0, -12 * torch.rand(len(batch.span), generator=generator) ** 3, torch.nan
             ),
         )
-        for batch in ragged(generator, microbatches)
+        for batch in ragged_batches(generator, microbatches)
     ]
 
 
@@ -153,7 +153,7 @@ def test_scores_are_at_the_position_that_predicts_the_token() -> None:
 
 
 def test_a_batch_without_scores_is_rejected(device: torch.device) -> None:
-    batches = ragged(torch.Generator().manual_seed(1), 1)
+    batches = ragged_batches(torch.Generator().manual_seed(1), 1)
     with pytest.raises(ValueError, match="needs a batch with the teacher's log-probabilities"):
         learner(device).forward_backward(
             batches, rescored(batches[0].counts, WEIGHTS, DEFAULT, CENTRE), int(batches[0].counts[0])

@@ -43,14 +43,14 @@ def checkout(tmp_path: Path) -> Path:
         pytest.param([["checkout", "-q", "-b", "a/deep/branch"]], id="branch-with-slashes"),
     ],
 )
-def test_the_checkout_s_head_is_found(checkout: Path, commands: list[list[str]]) -> None:
+def test_the_head_of_a_checkout_is_found(checkout: Path, commands: list[list[str]]) -> None:
     for command in commands:
         git(checkout, *command)
     assert git_sha({}, checkout) == git(checkout, "rev-parse", "HEAD")
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_worktree_s_head_is_found(checkout: Path, packed: bool) -> None:
+def test_the_head_of_a_worktree_is_found(checkout: Path, packed: bool) -> None:
     tree = checkout.parent / "tree"
     git(checkout, "worktree", "add", "-q", str(tree), "-b", "other")
     git(tree, "commit", "-q", "--allow-empty", "-m", "second")
@@ -59,11 +59,13 @@ def test_a_worktree_s_head_is_found(checkout: Path, packed: bool) -> None:
     assert git_sha({}, tree) == git(tree, "rev-parse", "HEAD") != git(checkout, "rev-parse", "HEAD")
 
 
-def test_the_image_s_commit_comes_first(checkout: Path) -> None:
+def test_the_commit_of_the_image_takes_precedence(checkout: Path) -> None:
     assert git_sha({"VPMOE_GIT_SHA": "abc"}, checkout) == "abc"
 
 
-def test_no_checkout_is_null_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_checkout_the_commit_is_null_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         assert git_sha({}, tmp_path) is None
     assert [record.getMessage() for record in caplog.records] == [

@@ -1,4 +1,4 @@
-"""The sample's dataset is the recorded one: its id, every file, and the records of its parts."""
+"""The sample's dataset equals the recorded one: its id, all files, and the records of its parts."""
 
 import os
 import threading
@@ -46,20 +46,20 @@ def test_the_dataset_of_the_sample(run: DistillRun, tmp_path: Path) -> None:
     for file in sample.write(tmp_path, shards=3):
         bucket.put_file(f"input/{file.name}", file, {})
     meta = run.metadata
-    who = Provenance(
+    step_provenance = Provenance(
         None, None, run.config_hash, meta.namespace, meta.name, run.uid8, "preprocess", 1, timestamp()
     )
     with EncoderPool(1) as encoders:
-        preprocess(run, bucket, who, threading.Event(), None, encoders)
-    made = load_dataset(run, bucket)
-    assert made.facts["id"] == RECORDED["id"]
-    assert {name: subject.sha256 for name, subject in made.subjects.items()} == RECORDED["subjects"]
+        preprocess(run, bucket, step_provenance, threading.Event(), None, encoders)
+    dataset = load_dataset(run, bucket)
+    assert dataset.facts["id"] == RECORDED["id"]
+    assert {name: subject.sha256 for name, subject in dataset.subjects.items()} == RECORDED["subjects"]
     assert sha256(bucket.get(paths.inputs(run))) == RECORDED["inputsJson"]
-    census = [sha256(bucket.get(paths.census(made.facts["id"], part))) for part in range(3)]
+    census = [sha256(bucket.get(paths.census(dataset.facts["id"], part))) for part in range(3)]
     assert census == RECORDED["census"]
-    records = [sha256(bucket.get(paths.part_record(made.facts["id"], part))) for part in range(3)]
+    records = [sha256(bucket.get(paths.part_record(dataset.facts["id"], part))) for part in range(3)]
     assert records == RECORDED["records"]
-    assert training_content(made) == RECORDED["contentOf"]
+    assert training_content(dataset) == RECORDED["contentOf"]
 
 
 def test_validity_and_spans_of_completions() -> None:

@@ -1,4 +1,4 @@
-"""Documents of a run in flight are read as before, and written again with the same content."""
+"""Stored documents of a run in progress are readable, and are written again with the same content."""
 
 import json
 from collections import Counter
@@ -19,8 +19,8 @@ from vpmoe.teacher.model import TeacherRef
 DOCUMENTS = documents()
 
 
-def named(ending: str) -> dict[str, bytes]:
-    """The documents whose path ends so; at least one."""
+def documents_ending_with(ending: str) -> dict[str, bytes]:
+    """The documents whose paths end with `ending`. Fails if there are none."""
     found = {path: data for path, data in DOCUMENTS.items() if path.endswith(ending)}
     assert found, ending
     return found
@@ -28,7 +28,7 @@ def named(ending: str) -> dict[str, bytes]:
 
 def test_manifests() -> None:
     kinds: Counter[str] = Counter()
-    for path, data in named("manifest.json").items():
+    for path, data in documents_ending_with("manifest.json").items():
         found = manifest.parse(path, data)
         kinds[found.kind] += 1
         if found.kind == "checkpoint":
@@ -47,40 +47,40 @@ def test_progress_of_every_role() -> None:
 
 
 def test_evaluations() -> None:
-    for path, data in named("evaluation.json").items():
+    for path, data in documents_ending_with("evaluation.json").items():
         assert json_bytes(parse_evaluation(json.loads(data), "stage", path).dump()) == data, path
 
 
 def test_configurations() -> None:
-    for path, data in named("run.json").items():
+    for path, data in documents_ending_with("run.json").items():
         assert json_bytes(DistillRun.parse(json.loads(data)).document()) == data, path
 
 
 def test_resolved_inputs_and_teacher() -> None:
-    for path, data in named("/inputs.json").items():
+    for path, data in documents_ending_with("/inputs.json").items():
         inputs = json.loads(data)["inputs"]
         assert plain(Inputs.from_json(inputs).as_json()) == inputs, path
-    for path, data in named("/teacher.json").items():
+    for path, data in documents_ending_with("/teacher.json").items():
         assert json_bytes(TeacherRef.from_json(json.loads(data)).as_json()) == data, path
 
 
 def test_adjustments() -> None:
-    for path, data in named("turn-000001.json").items():
+    for path, data in documents_ending_with("turn-000001.json").items():
         assert json_bytes(Adjustment.model_validate(json.loads(data)).dump()) == data, path
 
 
 def test_windows() -> None:
-    for path, data in named(".rollouts.arrow").items():
+    for path, data in documents_ending_with(".rollouts.arrow").items():
         window = read_rollouts(data, path)
         assert rollouts_bytes(window.header, window.rollouts) == data, path
         scores = DOCUMENTS[path.replace(".rollouts.", ".scores.")]
         logp = read_scores(scores, path, window)
-        if not path.startswith("tiny"):  # there the teacher's hash is that of a real file
-            about = window.header
+        if not path.startswith("tiny"):  # these have the hash of a real teacher
+            window_header = window.header
             header = ScoresHeader(
-                run=about.run,
-                stage=about.stage,
-                window=about.window,
+                run=window_header.run,
+                stage=window_header.stage,
+                window=window_header.window,
                 rollouts=window.sha256,
                 teacher="t" * 64,
             )

@@ -1,4 +1,4 @@
-"""Configurations, orders and seeds are those that were recorded: a resumed run trains on the same data.
+"""Configurations, orders and seeds equal the recorded ones, so a resumed run trains on the same data.
 
 No server is needed. Values are integers, ids and orders, so they are the same on every machine.
 """
@@ -43,29 +43,29 @@ ONPOLICY = {
 }
 
 
-def lengths() -> list[NDArray[np.int32]]:
+def document_lengths() -> list[NDArray[np.int32]]:
     """Document lengths of three parts, one of them empty: 1 to 500, from a formula."""
     return [(1 + np.arange(n, dtype=np.int64) * 7919 % 500).astype(np.int32) for n in (700, 0, 2300)]
 
 
-def stage() -> Any:
+def on_policy_stage() -> Any:
     run = DistillRun.parse(small_run(stages=[ONPOLICY], student={"shape": "tiny", "gpus": 2}))
     return run.spec.stages[0]
 
 
 @pytest.mark.parametrize("name", sorted(VALUES["runs"]))
 def test_an_example_resolves_to_the_recorded_configuration_and_steps(name: str) -> None:
-    written = read_yaml((EXAMPLES / f"{name}.yaml").read_text())
-    written["metadata"] |= {"namespace": "team", "uid": "0a1b2c3d-0000-4000-8000-000000000001"}
-    run, by_hand = DistillRun.parse(written), load_run(EXAMPLES / f"{name}.yaml")
+    document = read_yaml((EXAMPLES / f"{name}.yaml").read_text())
+    document["metadata"] |= {"namespace": "team", "uid": "0a1b2c3d-0000-4000-8000-000000000001"}
+    run, from_file = DistillRun.parse(document), load_run(EXAMPLES / f"{name}.yaml")
     assert (
         plain(
             {
                 "configHash": run.config_hash,
-                "configHashByHand": by_hand.config_hash,
-                "uid8ByHand": by_hand.uid8,
+                "configHashByHand": from_file.config_hash,
+                "uid8ByHand": from_file.uid8,
                 "folder": paths.run(run),
-                "folderByHand": paths.run(by_hand),
+                "folderByHand": paths.run(from_file),
                 "steps": run.steps(),
                 "roles": {step: run.role(step) for step in run.steps()},
                 "needs": {step: run.needs(step) for step in run.steps()},
@@ -76,7 +76,7 @@ def test_an_example_resolves_to_the_recorded_configuration_and_steps(name: str) 
 
 
 def test_order_and_packing() -> None:
-    parts, recorded = lengths(), PLANS["batchPlan"]
+    parts, recorded = document_lengths(), PLANS["batchPlan"]
     stream = SequenceStream(parts, SEED, 512)
     orders = [packing.epoch_order([len(part) for part in parts], SEED, epoch) for epoch in (0, 1)]
     assert [sha256(order.astype("<i4").tobytes()) for order in orders] == recorded["order"]
@@ -98,7 +98,7 @@ def test_order_and_packing() -> None:
 
 
 def test_mixture() -> None:
-    stream, recorded = SequenceStream(lengths(), SEED, 512), PLANS["mixture"]
+    stream, recorded = SequenceStream(document_lengths(), SEED, 512), PLANS["mixture"]
     assert {
         share: "".join(map(str, interleave(40, float(share)).astype(int))) for share in recorded["interleave"]
     } == recorded["interleave"]
@@ -118,35 +118,37 @@ def test_mixture() -> None:
     )
 
 
-def test_evaluation_asks_the_recorded_questions() -> None:
-    parts, recorded = lengths(), PLANS["evaluation"]
+def test_questions_of_evaluation() -> None:
+    parts, recorded = document_lengths(), PLANS["evaluation"]
     assert packing.held_out_documents(parts, 8, SEED).tolist() == recorded["heldOutNumbers"]
     held_out = questions.held_out_documents(parts, 8, SEED)
     assert plain([list(document) for document in held_out]) == recorded["heldOut"]
-    asked = questions.sampling_questions(parts, 10, SEED)
-    assert plain(asked) == recorded["questions"]
+    sampling_questions = questions.sampling_questions(parts, 10, SEED)
+    assert plain(sampling_questions) == recorded["questions"]
     assert [questions.request_seed(SEED, number) for number in (0, 1, 255)] == recorded["requestSeed"]
 
 
 def recorded_form(window: WindowPlan) -> Any:
-    """The window with the field name under which it was recorded."""
+    """The window with the recorded name of its field `adjustments`."""
     found = plain(window)
     found["turns"] = found.pop("adjustments")
     return found
 
 
 def test_windows_of_prompts() -> None:
-    sizes, recorded = [len(part) for part in lengths()], PLANS["rollout"]
-    schedule = WindowSchedule(stage(), SEED, sizes, 17)
+    sizes, recorded = [len(part) for part in document_lengths()], PLANS["rollout"]
+    schedule = WindowSchedule(on_policy_stage(), SEED, sizes, 17)
     adjustments = [
         Adjustment(number=number + 1, window=10 + 5 * number, setting=setting, waiting=0.6)
         for number, setting in enumerate(ADJUSTMENTS)
     ]
     tokens_before = {0: 0, 3: 0, 11: 30_000, 23: 70_000, 40: 99_000}
-    made = {str(k): recorded_form(schedule.window(k, seen, adjustments)) for k, seen in tokens_before.items()}
-    assert made["0"] == recorded["window0"]
-    assert made["40"] == recorded["window40"]
-    assert {number: sha256(window) for number, window in made.items()} == recorded["windows"]
+    window_plans = {
+        str(k): recorded_form(schedule.window(k, seen, adjustments)) for k, seen in tokens_before.items()
+    }
+    assert window_plans["0"] == recorded["window0"]
+    assert window_plans["40"] == recorded["window40"]
+    assert {number: sha256(window) for number, window in window_plans.items()} == recorded["windows"]
     documents = [schedule.documents(number).tolist() for number in range(600)]
     assert sha256(documents) == recorded["documents"]
     places = ((0, 0, 0), (3, 2, 1), (999, 11, 0))
@@ -154,8 +156,8 @@ def test_windows_of_prompts() -> None:
 
 
 def test_curriculum() -> None:
-    curriculum, recorded = Curriculum(stage()), PLANS["rollout"]
-    anchors = SequenceStream(lengths(), SEED, 512).tokens_after_steps(0, 4, 100_000)
+    curriculum, recorded = Curriculum(on_policy_stage()), PLANS["rollout"]
+    anchors = SequenceStream(document_lengths(), SEED, 512).tokens_after_steps(0, 4, 100_000)
     assert [curriculum.version_of(window) for window in range(12)] == recorded["versionOf"]
     assert plain({str(v): list(curriculum.windows_of(v)) for v in (0, 2, 4, 6)}) == recorded["windowsOf"]
     assert [curriculum.steps_trained(version) for version in (0, 2, 4, 6)] == recorded["publishedAfter"]
@@ -168,7 +170,7 @@ def test_curriculum() -> None:
 
 
 def test_a_change_of_seed_changes_the_order() -> None:
-    """The comparison above would not pass for any order."""
-    parts = lengths()
+    """Shows that the comparisons above depend on the order."""
+    parts = document_lengths()
     other = packing.epoch_order([len(part) for part in parts], SEED + 1, 0)
     assert sha256(other.astype("<i4").tobytes()) not in PLANS["batchPlan"]["order"]

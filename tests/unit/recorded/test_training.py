@@ -2,7 +2,7 @@
 
 Bits of floats depend on the CPU's instruction set, so the hash is compared only on the recorded one. On
 others, losses may differ by 2e-5 relative and sums of a tensor by 2e-6 of its sum of absolute values: ten
-times what an AVX2 and a scalar build of PyTorch were measured to differ by.
+times the measured difference of an AVX2 and a scalar build of PyTorch.
 """
 
 from collections.abc import Iterator
@@ -63,7 +63,7 @@ def test_a_vanilla_stage_ends_at_the_recorded_weights(
     random = np.random.default_rng(11)
     train = [datasets.random_documents(random, 60), datasets.random_documents(random, 40)]
     valid = [datasets.random_documents(np.random.default_rng(5), 9)]
-    context = datasets.context(bucket, spec, tmp_path, datasets.write(bucket, train, valid))
+    context = datasets.context(bucket, spec, tmp_path, datasets.write_dataset(bucket, train, valid))
     learner, reporter = students.learner(device), RecordingReporter()
     trainers.trainer(context, device, learner, reporter, held_out=9).run()
     steps = [line for line in map(plain, reporter.lines) if line["event"] == "step"]
@@ -79,7 +79,7 @@ def test_a_vanilla_stage_ends_at_the_recorded_weights(
     assert [line["loss"] for line in steps] == pytest.approx(list(map(float, rounded["loss"])), rel=2e-5)
     norms = list(map(float, rounded["gradientNorm"]))
     assert [line["gradientNorm"] for line in steps] == pytest.approx(norms, rel=2e-5)
-    state = students.saved(learner)
+    state = students.copy_slices(learner)
     for name, (total, size, _) in rounded["state"].items():
         values = torch.cat([numbers.flatten().double() for _, numbers in state[name]])
         assert float(values.sum()) == pytest.approx(float(total), abs=2e-6 * float(size) + 1e-6), name

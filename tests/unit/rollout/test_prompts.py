@@ -22,7 +22,7 @@ from openai_harmony import (
 )
 
 from demo import sample
-from tests.fakes.completions import OPEN, SAID, SAY, THINK, ids
+from tests.fakes.completions import ANALYSIS, ASSISTANT, FINAL_END, FINAL_RETURN, ids
 from vpmoe.data import vocabulary_file
 from vpmoe.data.harmony import Renderer, SystemMessage, user_text
 from vpmoe.data.spans import FINAL, REASONING, spans_of_documents
@@ -136,24 +136,36 @@ def test_a_document_of_another_dataset_is_rejected(renderer: Renderer) -> None:
 @pytest.mark.parametrize(
     "completion, validity, final",
     [
-        pytest.param(THINK + OPEN + SAY, "valid", OPEN + SAY, id="reasoning-and-final"),
-        pytest.param(SAY, "valid", SAY, id="only-final"),
-        pytest.param(THINK + OPEN + THINK + OPEN + SAY, "valid", OPEN + SAY, id="reasoning-twice"),
         pytest.param(
-            "<|channel|>analysis<|message|><|end|>" + OPEN + SAY, "valid", OPEN + SAY, id="empty-reasoning"
+            ANALYSIS + ASSISTANT + FINAL_RETURN, "valid", ASSISTANT + FINAL_RETURN, id="reasoning-and-final"
+        ),
+        pytest.param(FINAL_RETURN, "valid", FINAL_RETURN, id="only-final"),
+        pytest.param(
+            ANALYSIS + ASSISTANT + ANALYSIS + ASSISTANT + FINAL_RETURN,
+            "valid",
+            ASSISTANT + FINAL_RETURN,
+            id="reasoning-twice",
+        ),
+        pytest.param(
+            "<|channel|>analysis<|message|><|end|>" + ASSISTANT + FINAL_RETURN,
+            "valid",
+            ASSISTANT + FINAL_RETURN,
+            id="empty-reasoning",
         ),
         pytest.param("", "truncated", "", id="empty"),
         pytest.param("<|channel|>analysis<|message|>hm", "truncated", "", id="cut-in-reasoning"),
-        pytest.param(THINK, "truncated", "", id="cut-after-reasoning"),
-        pytest.param(THINK + OPEN, "truncated", "", id="cut-in-a-header"),
+        pytest.param(ANALYSIS, "truncated", "", id="cut-after-reasoning"),
+        pytest.param(ANALYSIS + ASSISTANT, "truncated", "", id="cut-in-a-header"),
         pytest.param(
-            THINK + OPEN + "<|channel|>final",
+            ANALYSIS + ASSISTANT + "<|channel|>final",
             "truncated",
-            OPEN + "<|channel|>final",
+            ASSISTANT + "<|channel|>final",
             id="cut-in-a-finals-header",
         ),
-        pytest.param(THINK + OPEN + SAID[:-7], "truncated", OPEN + SAID[:-7], id="cut-in-final"),
-        pytest.param(SAID, "truncated", SAID, id="cut-after-final"),
+        pytest.param(
+            ANALYSIS + ASSISTANT + FINAL_END[:-7], "truncated", ASSISTANT + FINAL_END[:-7], id="cut-in-final"
+        ),
+        pytest.param(FINAL_END, "truncated", FINAL_END, id="cut-after-final"),
         pytest.param(
             "<|channel|>analysis<|message|>hm<|return|>", "unclosedReasoning", "", id="reasoning-returned"
         ),
@@ -161,13 +173,13 @@ def test_a_document_of_another_dataset_is_rejected(renderer: Renderer) -> None:
             "<|channel|>analysis<|message|>hm<|call|>", "unclosedReasoning", "", id="reasoning-called"
         ),
         pytest.param(
-            "<|channel|>analysis<|message|>hm" + OPEN + SAY,
+            "<|channel|>analysis<|message|>hm" + ASSISTANT + FINAL_RETURN,
             "unclosedReasoning",
             "",
             id="reasoning-never-closed",
         ),
         pytest.param(
-            THINK + OPEN + "<|channel|>analysis<|message|>hm<|return|>",
+            ANALYSIS + ASSISTANT + "<|channel|>analysis<|message|>hm<|return|>",
             "unclosedReasoning",
             "",
             id="second-reasoning-returned",
@@ -177,13 +189,16 @@ def test_a_document_of_another_dataset_is_rejected(renderer: Renderer) -> None:
         pytest.param("<|message|>yes<|return|>", "noFinal", "", id="no-channel"),
         pytest.param("<|channel|>analysis<|return|>", "noFinal", "", id="stopped-in-a-header"),
         pytest.param(
-            THINK + OPEN + "<|channel|>final<|return|>",
+            ANALYSIS + ASSISTANT + "<|channel|>final<|return|>",
             "noFinal",
-            OPEN + "<|channel|>final<|return|>",
+            ASSISTANT + "<|channel|>final<|return|>",
             id="stopped-in-a-finals-header",
         ),
         pytest.param(
-            THINK + OPEN + "<|channel|>commentary<|message|>yes<|return|>", "noFinal", "", id="commentary"
+            ANALYSIS + ASSISTANT + "<|channel|>commentary<|message|>yes<|return|>",
+            "noFinal",
+            "",
+            id="commentary",
         ),
         pytest.param("<|channel|>commentary to=f<|message|>{}<|call|>", "noFinal", "", id="a-tool"),
         pytest.param("<|channel|>finally<|message|>yes<|return|>", "noFinal", "", id="another-channel"),
@@ -196,27 +211,44 @@ def test_a_document_of_another_dataset_is_rejected(renderer: Renderer) -> None:
             "<|channel|>final<|message|> \n<|return|>",
             id="blank-final",
         ),
-        pytest.param(THINK + "<|return|>", "noFinal", "", id="returned-after-reasoning"),
-        pytest.param(THINK + SAY, "noFinal", "", id="no-start"),
-        pytest.param(SAID + OPEN + SAY, "wrongOrder", SAID + OPEN + SAY, id="final-twice"),
-        pytest.param(SAID + OPEN + THINK + OPEN + SAY, "wrongOrder", None, id="reasoning-between"),
+        pytest.param(ANALYSIS + "<|return|>", "noFinal", "", id="returned-after-reasoning"),
+        pytest.param(ANALYSIS + FINAL_RETURN, "noFinal", "", id="no-start"),
         pytest.param(
-            SAID + OPEN + "<|channel|>analysis<|message|>hm<|return|>", "wrongOrder", SAID, id="final-first"
-        ),
-        pytest.param(SAID[:-7] + "<|call|>", "wrongOrder", SAID[:-7] + "<|call|>", id="final-called"),
-        pytest.param(SAID + "<|return|>", "wrongOrder", SAID, id="two-ends"),
-        pytest.param(SAID + OPEN + "<|return|>", "wrongOrder", SAID, id="returned-in-the-next-header"),
-        pytest.param(OPEN + SAY, "wrongOrder", OPEN + SAY, id="extra-start"),
-        pytest.param(
-            THINK + "<|start|>user<|message|>q<|end|>" + OPEN + SAY,
+            FINAL_END + ASSISTANT + FINAL_RETURN,
             "wrongOrder",
-            OPEN + SAY,
+            FINAL_END + ASSISTANT + FINAL_RETURN,
+            id="final-twice",
+        ),
+        pytest.param(
+            FINAL_END + ASSISTANT + ANALYSIS + ASSISTANT + FINAL_RETURN,
+            "wrongOrder",
+            None,
+            id="reasoning-between",
+        ),
+        pytest.param(
+            FINAL_END + ASSISTANT + "<|channel|>analysis<|message|>hm<|return|>",
+            "wrongOrder",
+            FINAL_END,
+            id="final-first",
+        ),
+        pytest.param(
+            FINAL_END[:-7] + "<|call|>", "wrongOrder", FINAL_END[:-7] + "<|call|>", id="final-called"
+        ),
+        pytest.param(FINAL_END + "<|return|>", "wrongOrder", FINAL_END, id="two-ends"),
+        pytest.param(
+            FINAL_END + ASSISTANT + "<|return|>", "wrongOrder", FINAL_END, id="returned-in-the-next-header"
+        ),
+        pytest.param(ASSISTANT + FINAL_RETURN, "wrongOrder", ASSISTANT + FINAL_RETURN, id="extra-start"),
+        pytest.param(
+            ANALYSIS + "<|start|>user<|message|>q<|end|>" + ASSISTANT + FINAL_RETURN,
+            "wrongOrder",
+            ASSISTANT + FINAL_RETURN,
             id="user-message",
         ),
         pytest.param(
-            THINK + "<|start|>nobody<|message|>q<|end|>" + OPEN + SAY,
+            ANALYSIS + "<|start|>nobody<|message|>q<|end|>" + ASSISTANT + FINAL_RETURN,
             "noFinal",
-            OPEN + SAY,
+            ASSISTANT + FINAL_RETURN,
             id="unknown-role",
         ),
         pytest.param(
@@ -252,7 +284,7 @@ def test_validity_and_spans_of_a_completion(completion: str, validity: str, fina
         found = completion_ids[completion_spans(completion_ids) == FINAL]
         assert found.tolist() == final_ids.tolist()
     else:
-        reasoning = len(ids(OPEN + THINK)) if THINK in completion else 0
+        reasoning = len(ids(ASSISTANT + ANALYSIS)) if ANALYSIS in completion else 0
         assert (completion_spans(completion_ids) == REASONING).sum() == reasoning
     assert completion_spans(completion_ids).dtype == np.uint8 and set(completion_spans(completion_ids)) <= {
         REASONING,
@@ -291,7 +323,7 @@ SAMPLED = st.lists(TOKENS, max_size=25).map(
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(SAMPLED, st.sampled_from([*STOP_IDS, None]))
-@example(ids(THINK + OPEN + SAY).tolist()[:-1], 200002)
+@example(ids(ANALYSIS + ASSISTANT + FINAL_RETURN).tolist()[:-1], 200002)
 def test_any_completion_has_the_channels_of_openai_harmony(
     openai_encoding: HarmonyEncoding, sampled: list[int], stop: int | None
 ) -> None:

@@ -1,5 +1,5 @@
-"""The sampler on a real store with real vLLM: every window has the right contents from the right version,
-after any failure."""
+"""Sampler on a real store with real vLLM: every window has the right contents from the right version, also
+after failures."""
 
 import json
 import os
@@ -40,8 +40,7 @@ from vpmoe.inference.engine_pool import Completion, EnginePool, SamplingRequest
 from vpmoe.model.learner import Learner
 from vpmoe.provenance import Provenance
 from vpmoe.rollout import policy_version, prompts
-from vpmoe.rollout.back_pressure import Adjustment
-from vpmoe.rollout.back_pressure import write_adjustment as write_turn
+from vpmoe.rollout.back_pressure import Adjustment, write_adjustment
 from vpmoe.rollout.curriculum import Curriculum
 from vpmoe.rollout.window_files import WindowRollouts, read_rollouts, rollouts_bytes
 from vpmoe.rollout.windows import WindowSchedule
@@ -50,7 +49,7 @@ from vpmoe.storage import Bucket, StorageError, manifest, paths
 
 ROOT = Path(__file__).parents[3]
 TOLERANCE = 1e-4
-"""In nats. All compute in float32, with other orders of summation."""
+"""Nats. All compute in float32 with different orders of summation."""
 FIRST_PROMPT = 7
 TOKENS = 5_600
 
@@ -77,23 +76,23 @@ STAGE = {
 class Student:
     """A student and its checkpoint."""
 
-    it: Learner
+    learner: Learner
     folder: Path
 
 
 @pytest.fixture(scope="module")
 def students(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> list[Student]:
-    """Two; the second is published later."""
-    made = []
+    """Two students; the second is published later."""
+    students = []
     for _ in range(2):
-        it = policy_versions.ending(policy_versions.learner(device, new_seed()))
-        made.append(Student(it, policy_versions.export(tmp_path_factory.mktemp("student"), it)))
-    return made
+        learner = policy_versions.end_early(policy_versions.learner(device, new_seed()))
+        students.append(Student(learner, policy_versions.export(tmp_path_factory.mktemp("student"), learner)))
+    return students
 
 
 @dataclass
-class World:
-    """A run whose dataset is built, and a sampler of its OnPolicy stage."""
+class SamplerRun:
+    """A run whose dataset is built, with the sampler of its OnPolicy stage."""
 
     run: DistillRun
     bucket: Bucket
@@ -108,21 +107,21 @@ class World:
         assert isinstance(found, OnPolicy)
         return found
 
-    def publish(self, number: int, tokens: int = 0, which: int | None = None) -> manifest.Manifest:
-        student = self.students[min(number, 1) if which is None else which]
+    def publish(self, number: int, tokens: int = 0, index: int | None = None) -> manifest.Manifest:
+        student = self.students[min(number, 1) if index is None else index]
         return policy_versions.publish(
-            self.bucket, self.run, student.folder, student.it, number, tokens, first_prompt=FIRST_PROMPT
+            self.bucket, self.run, student.folder, student.learner, number, tokens, first_prompt=FIRST_PROMPT
         )
 
     def sample(self, stopping: threading.Event | None = None, engines: Any = None) -> None:
-        """Run the job with the engine that all tests share, as if the engine were new."""
+        """Run the sampler with the shared engine, as if the engine had loaded no weights."""
         self.engines.loaded = False
-        who = provenance(self.run, "onpolicy-sampler")
+        step_provenance = provenance(self.run, "onpolicy-sampler")
         sampler.sample_stage(
             self.run,
             self.stage,
             self.bucket,
-            who,
+            step_provenance,
             stopping or threading.Event(),
             engines or self.engines,
             self.scratch,
@@ -139,15 +138,15 @@ class World:
 
     def progress(self, step: str = "onpolicy-sampler") -> dict[str, Any]:
         key = paths.progress(self.run, step)
-        told: dict[str, Any] = (
+        content: dict[str, Any] = (
             self.bucket.get_json(key) if self.bucket.exists(key) else {"state": "", "message": ""}
         )
-        return told
+        return content
 
     def tokens_of(self, number: int) -> int:
-        """The trainer's TrainState figures at version `number`: all steps up to its last window's."""
-        about = self.window(number - 1).header
-        return about.seen + about.tokens
+        """Tokens that the trainer has trained at version `number`: up to the end of window `number` − 1."""
+        header = self.window(number - 1).header
+        return header.seen + header.tokens
 
 
 def provenance(run: DistillRun, step: str) -> Provenance:
@@ -159,162 +158,179 @@ def provenance(run: DistillRun, step: str) -> Provenance:
 @pytest.fixture(scope="module")
 def spec(s3: S3, sample_parquet: list[Path]) -> dict[str, Any]:
     """A run whose dataset is built. Other runs in its bucket share it."""
-    made = small_run(s3)
-    made["spec"]["student"]["gpus"] = 2
-    made["spec"]["training"] |= {
+    run_document = small_run(s3)
+    run_document["spec"]["student"]["gpus"] = 2
+    run_document["spec"]["training"] |= {
         "sequenceLength": LONGEST,
         "globalBatchTokens": 4 * LONGEST,
-    }  # as the shared engine's: batches depend on it
-    made["spec"]["stages"].append(STAGE)
-    run = DistillRun.parse(made)
+    }  # the shared engine's: batches depend on it
+    run_document["spec"]["stages"].append(STAGE)
+    run = DistillRun.parse(run_document)
     bucket = Bucket.open(run.spec.storage)
     for path in sample_parquet:
         bucket.put_file(f"input/{path.name}", path, {})
     with EncoderPool(1) as encoders:
         preprocess(run, bucket, provenance(run, "preprocess"), threading.Event(), None, encoders)
-    return made
+    return run_document
 
 
 @pytest.fixture
-def world(spec: dict[str, Any], engines: EnginePool, students: list[Student], tmp_path: Path) -> World:
-    named = spec | {"metadata": {"name": f"r{secrets.token_hex(4)}", "namespace": "default"}}
-    run = DistillRun.parse(named)
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(named))
-    return World(
+def sampler_run(
+    spec: dict[str, Any], engines: EnginePool, students: list[Student], tmp_path: Path
+) -> SamplerRun:
+    document = spec | {"metadata": {"name": f"r{secrets.token_hex(4)}", "namespace": "default"}}
+    run = DistillRun.parse(document)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(document))
+    return SamplerRun(
         run, Bucket.open(run.spec.storage), engines, students, tmp_path / "scratch", tmp_path / "run.yaml"
     )
 
 
-def finish(world: World) -> None:
-    """A sampler, and a thread that publishes version 2 once the sampler waits for it."""
+def sample_while_training(sampler_run: SamplerRun) -> None:
+    """Run the sampler, with a thread that publishes version 2 when the sampler waits for it."""
 
     def trainer() -> None:
         try:
             wait_until(
-                lambda: "Waiting for version 2" in world.progress()["message"], "version 2 is waited for", 120
+                lambda: "Waiting for version 2" in sampler_run.progress()["message"],
+                "the sampler waits for version 2",
+                120,
             )
-            assert world.windows() == [0, 1, 2], "windows 3 and 4 are of version 2, and nothing else will do"
-            write_turn(
-                world.bucket,
-                world.run,
+            assert sampler_run.windows() == [0, 1, 2], "windows 3 and 4 are sampled only from version 2"
+            write_adjustment(
+                sampler_run.bucket,
+                sampler_run.run,
                 "onpolicy",
                 Adjustment(number=1, window=4, setting="maxTokens", waiting=0.7),
                 {},
             )
-            world.publish(2, world.tokens_of(2))
-            wait_until(lambda: world.progress()["state"] == "Succeeded", "the stage has ended", 120)
+            sampler_run.publish(2, sampler_run.tokens_of(2))
+            wait_until(lambda: sampler_run.progress()["state"] == "Succeeded", "the stage has ended", 120)
         except BaseException:
             stopping.set()
             raise
 
     stopping = threading.Event()
-    with ThreadPoolExecutor(1) as beside:
-        published = beside.submit(trainer)
+    with ThreadPoolExecutor(1) as pool:
+        published = pool.submit(trainer)
         try:
-            world.sample(stopping)
+            sampler_run.sample(stopping)
         finally:
             published.result()
 
 
 def check_window(
-    world: World, number: int, parts: DatasetReader, anchors: np.ndarray[Any, Any], seen: int
+    sampler_run: SamplerRun, number: int, parts: DatasetReader, anchors: np.ndarray[Any, Any], seen: int
 ) -> int:
     """Check a window's file against an independent computation; returns the stage's tokens before the next
     window."""
-    student = world.students[0 if number < 3 else 1]
-    sampled = world.window(number)
-    about, curriculum = sampled.header, Curriculum(world.stage)
-    of = 0 if number < 3 else 2
-    found = policy_version.find_version(world.bucket, world.run, "onpolicy", of)
+    student = sampler_run.students[0 if number < 3 else 1]
+    sampled = sampler_run.window(number)
+    header, curriculum = sampled.header, Curriculum(sampler_run.stage)
+    version = 0 if number < 3 else 2
+    found = policy_version.find_version(sampler_run.bucket, sampler_run.run, "onpolicy", version)
     assert found
     published, facts = found
-    assert (about.run, about.config, about.stage) == (
-        f"default/{world.run.metadata.name}-{world.run.uid8}",
-        world.run.config_hash,
+    assert (header.run, header.config, header.stage) == (
+        f"default/{sampler_run.run.metadata.name}-{sampler_run.run.uid8}",
+        sampler_run.run.config_hash,
         "onpolicy",
     )
-    assert (about.window, about.version, about.weights, about.seen) == (
+    assert (header.window, header.version, header.weights, header.seen) == (
         number,
-        of,
+        version,
         policy_version.weights_digest(published),
         seen,
     )
-    assert about.turns == (number == 4) and about.tokens == sum(len(one.ids_T) for one in sampled.rollouts)
-    after = seen + about.tokens + int(anchors[0]) * (number == 2) if number != 4 else seen + about.tokens
-    assert after == curriculum.tokens_before_next(number, seen, about.tokens, anchors)
-    assert about.last == (after >= TOKENS) == (number == 4)
-    spec = world.run.spec.training
-    asked = WindowSchedule(
-        world.stage, spec.seed, [len(lengths) for lengths in parts.lengths], FIRST_PROMPT
+    assert header.turns == (number == 4) and header.tokens == sum(len(one.ids_T) for one in sampled.rollouts)
+    tokens_after = (
+        seen + header.tokens + int(anchors[0]) * (number == 2) if number != 4 else seen + header.tokens
+    )
+    assert tokens_after == curriculum.tokens_before_next(number, seen, header.tokens, anchors)
+    assert header.last == (tokens_after >= TOKENS) == (number == 4)
+    spec = sampler_run.run.spec.training
+    plan = WindowSchedule(
+        sampler_run.stage, spec.seed, [len(lengths) for lengths in parts.lengths], FIRST_PROMPT
     ).window(number, facts.tokens)
-    assert about.phase == asked.phase
-    bounds = MaxTokens(low=12, medium=18, high=30) if number == 4 else world.stage.rollout.max_tokens
-    templates = prompts.PromptBuilder(load_dataset(world.run, world.bucket).facts["settings"]["conversation"])
-    numbers = np.array([one.document for one in asked.prompts], np.int32)
-    read = [
+    assert header.phase == plan.phase
+    limits = MaxTokens(low=12, medium=18, high=30) if number == 4 else sampler_run.stage.rollout.max_tokens
+    templates = prompts.PromptBuilder(
+        load_dataset(sampler_run.run, sampler_run.bucket).facts["settings"]["conversation"]
+    )
+    document_numbers = np.array([one.document for one in plan.prompts], np.int32)
+    documents = [
         parts.read_document(one)
         for one in packed_documents(
-            numbers, first_documents([len(of) for of in parts.lengths]), parts.lengths
+            document_numbers, first_documents([len(lengths) for lengths in parts.lengths]), parts.lengths
         )
     ]
-    wanted = [(one, n) for one in asked.prompts for n in range(len(one.seeds))]
-    for (one, rollout), made in zip(wanted, sampled.rollouts, strict=True):
-        assert (made.prompt, made.rollout, made.document, made.effort) == (
+    expected = [(one, n) for one in plan.prompts for n in range(len(one.seeds))]
+    for (one, rollout), sample in zip(expected, sampled.rollouts, strict=True):
+        assert (
+            sample.prompt,
+            sample.rollout,
+            sample.document,
+            sample.effort,
+        ) == (
             one.place,
             rollout,
             one.document,
             one.effort,
         )
         assert (
-            made.ids_T[: made.prompt_length].tolist()
-            == templates.build(*read[one.place], one.effort).tolist()
+            sample.ids_T[: sample.prompt_length].tolist()
+            == templates.build(*documents[one.place], one.effort).tolist()
         )
-        completion = made.ids_T[made.prompt_length :]
+        completion = sample.ids_T[sample.prompt_length :]
         stops = np.flatnonzero(np.isin(completion, STOP_IDS))
-        bound = getattr(bounds, one.effort)
+        limit = getattr(limits, one.effort)
         assert (
-            stops.tolist() == [len(completion) - 1] if len(completion) < bound else set(stops) <= {bound - 1}
-        ), "it ends there, and only there"
-        assert len(completion) <= bound and made.validity == prompts.completion_validity(completion)
-        assert made.span_C.tolist() == prompts.completion_spans(completion).tolist()
+            stops.tolist() == [len(completion) - 1] if len(completion) < limit else set(stops) <= {limit - 1}
+        ), "a completion ends at its first stop token or at its limit"
+        assert len(completion) <= limit and sample.validity == prompts.completion_validity(completion)
+        assert sample.span_C.tolist() == prompts.completion_spans(completion).tolist()
     model = hf_model.load_student(student.folder, policy_versions.TINY)
-    trainers = policy_versions.trainers(student.it, [made.ids_T for made in sampled.rollouts])
-    for made, says in zip(sampled.rollouts, trainers, strict=True):
-        ids = torch.from_numpy(made.ids_T.astype(np.int64))
+    trainer_logp = policy_versions.trainer_logp(
+        student.learner, [sample.ids_T for sample in sampled.rollouts]
+    )
+    for sample, logp_of_trainer in zip(sampled.rollouts, trainer_logp, strict=True):
+        ids = torch.from_numpy(sample.ids_T.astype(np.int64))
         with torch.no_grad():
             logits_TV = model(ids[None]).logits[0]
         logp = logits_TV[:-1].double().log_softmax(1).gather(1, ids[1:, None])[:, 0].numpy()
-        assert np.abs(made.logp_C - logp[made.prompt_length - 1 :]).max() <= TOLERANCE
-        assert np.abs(made.logp_C - says[made.prompt_length - 1 :]).max() <= TOLERANCE
-    return after
+        assert np.abs(sample.logp_C - logp[sample.prompt_length - 1 :]).max() <= TOLERANCE
+        assert np.abs(sample.logp_C - logp_of_trainer[sample.prompt_length - 1 :]).max() <= TOLERANCE
+    return tokens_after
 
 
-def test_a_stage_is_sampled_to_its_end_from_the_versions_that_it_must_be_sampled_from(world: World) -> None:
-    world.publish(0)
-    finish(world)
-    assert world.windows() == [0, 1, 2, 3, 4]
-    made = load_dataset(world.run, world.bucket)
-    parts = DatasetReader(made, "train", BlockCache(world.bucket, world.scratch / "blocks"))
-    training = world.run.spec.training
+def test_a_stage_is_sampled_to_its_end_from_the_scheduled_versions(sampler_run: SamplerRun) -> None:
+    sampler_run.publish(0)
+    sample_while_training(sampler_run)
+    assert sampler_run.windows() == [0, 1, 2, 3, 4]
+    dataset_manifest = load_dataset(sampler_run.run, sampler_run.bucket)
+    parts = DatasetReader(
+        dataset_manifest, "train", BlockCache(sampler_run.bucket, sampler_run.scratch / "blocks")
+    )
+    training = sampler_run.run.spec.training
     anchors = SequenceStream(parts.lengths, training.seed, training.sequence_length).tokens_after_steps(
         0, 4, TOKENS
     )
     seen = 0
     for number in range(5):
-        seen = check_window(world, number, parts, anchors, seen)
-    rollouts = [one for number in range(5) for one in world.window(number).rollouts]
+        seen = check_window(sampler_run, number, parts, anchors, seen)
+    rollouts = [one for number in range(5) for one in sampler_run.window(number).rollouts]
     assert {one.effort for one in rollouts} == {"low", "medium", "high"} and len(rollouts) == 3 * 5 + 2 * 10
     assert len({one.validity for one in rollouts}) > 1 and {int(one.ids_T[-1]) for one in rollouts} >= set(
         STOP_IDS
     )
-    said = world.progress()
-    assert (said["state"], said["message"], said["parts"]) == (
+    status = sampler_run.progress()
+    assert (status["state"], status["message"], status["parts"]) == (
         "Succeeded",
         "Complete",
         {"done": 5, "total": 5},
     )
-    folder = paths.metrics(world.run, "onpolicy-sampler", "").removesuffix(".jsonl")
-    lines = [json.loads(world.bucket.get(found.key)) for found in world.bucket.list(folder)]
+    folder = paths.metrics(sampler_run.run, "onpolicy-sampler", "").removesuffix(".jsonl")
+    lines = [json.loads(sampler_run.bucket.get(found.key)) for found in sampler_run.bucket.list(folder)]
     assert [(line["event"], line["window"], line["version"], line["attempt"]) for line in lines] == [
         ("window", number, 0 if number < 3 else 2, 3) for number in range(5)
     ]
@@ -325,27 +341,29 @@ def test_a_stage_is_sampled_to_its_end_from_the_versions_that_it_must_be_sampled
     ) == 2
     assert lines[3]["waitWeights"] > lines[1]["waitWeights"] == lines[4]["waitWeights"] == 0
     for number, line in enumerate(lines):
-        window = world.window(number)
+        window = sampler_run.window(number)
         assert (line["rollouts"], line["tokens"]) == (len(window.rollouts), window.header.tokens) and line[
             "tokensPerSecond"
         ] > 0
         for effort, count in line["effort"].items():
-            of = [one for one in window.rollouts if one.effort == effort]
-            assert count == len(of) == sum(line["validity"][effort].values())
-            assert line["lengths"][effort]["max"] == max(len(one.logp_C) for one in of)
-    assert len(list((world.scratch / "weights").glob("*.safetensors"))) == 1, "one version on disk"
+            rollouts_of_effort = [one for one in window.rollouts if one.effort == effort]
+            assert count == len(rollouts_of_effort) == sum(line["validity"][effort].values())
+            assert line["lengths"][effort]["max"] == max(len(one.logp_C) for one in rollouts_of_effort)
+    assert len(list((sampler_run.scratch / "weights").glob("*.safetensors"))) == 1, (
+        "only one version is on disk"
+    )
 
 
-def job(world: World, **environment: str) -> "subprocess.Popen[str]":
-    """The job as a pod runs it, with an engine of its own."""
-    scratch = world.file.parent
+def start_job(sampler_run: SamplerRun, **environment: str) -> "subprocess.Popen[str]":
+    """Start the job as in a pod, with its own engine."""
+    scratch = sampler_run.file.parent
     settings = {
         "CUDA_VISIBLE_DEVICES": "",
         "TMPDIR": str(scratch),
         "VPMOE_TERMINATION_LOG": str(scratch / "end"),
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "jobs.sampler", "--run", str(world.file), "--step", "onpolicy-sampler"],
+        [sys.executable, "-m", "jobs.sampler", "--run", str(sampler_run.file), "--step", "onpolicy-sampler"],
         cwd=ROOT,
         env={**os.environ, **settings, **environment},
         text=True,
@@ -354,71 +372,82 @@ def job(world: World, **environment: str) -> "subprocess.Popen[str]":
     )
 
 
-def wait_for(true: Callable[[], bool], process: "subprocess.Popen[str]", what: str) -> None:
+def wait_while_running(true: Callable[[], bool], process: "subprocess.Popen[str]", what: str) -> None:
     wait_until(lambda: true() or process.poll() is not None, what, 180)
     assert process.poll() is None, process.communicate()[0]
 
 
-def test_an_attempt_that_begins_within_a_version_makes_what_is_missing_to_the_same_bytes(
-    world: World,
+def test_an_attempt_that_starts_within_a_version_writes_the_missing_windows_with_the_same_bytes(
+    sampler_run: SamplerRun,
 ) -> None:
-    """By the running engine, which held other weights in between, and by a job with a new engine that waits,
-    samples and stops."""
-    world.publish(0)
-    world.publish(2, 700)
-    world.sample()
-    kept = {number: world.bucket.get(world.key(number)) for number in world.windows()}
-    assert len(kept) >= 4
-    metrics = [paths.metrics(world.run, "onpolicy-sampler", f"{number:06d}") for number in (0, 1)]
-    left = {key: world.bucket.head(key).etag for key in (world.key(0), world.key(1), *metrics)}
-    for number in kept:
-        if number > 1:
-            world.bucket.delete(world.key(number))
-    engines = Meddled(world.engines)
-    world.sample(engines=engines)
-    assert engines.requests == [15, 20], "all windows of a version, however few are missing"
-    assert {number: world.bucket.get(world.key(number)) for number in world.windows()} == kept
-    assert {key: world.bucket.head(key).etag for key in left} == left, "what is there is left alone"
-    for number in kept:
-        if number > 0:
-            world.bucket.delete(world.key(number))
-    world.bucket.delete(paths.manifest(paths.weights(world.run, "onpolicy", 2)))
-    world.bucket.delete(paths.progress(world.run, "onpolicy-sampler"))
-    process = job(world)
-    wait_for(lambda: "Waiting for version 2" in world.progress()["message"], process, "the job waits")
-    assert {number: world.bucket.get(world.key(number)) for number in world.windows()} == {
-        n: kept[n] for n in (0, 1, 2)
+    """With the running engine, which has loaded other weights in between, and with a job and a new engine."""
+    sampler_run.publish(0)
+    sampler_run.publish(2, 700)
+    sampler_run.sample()
+    written = {number: sampler_run.bucket.get(sampler_run.key(number)) for number in sampler_run.windows()}
+    assert len(written) >= 4
+    metrics = [paths.metrics(sampler_run.run, "onpolicy-sampler", f"{number:06d}") for number in (0, 1)]
+    etags = {
+        key: sampler_run.bucket.head(key).etag for key in (sampler_run.key(0), sampler_run.key(1), *metrics)
     }
-    (engine,) = children(process.pid)
+    for number in written:
+        if number > 1:
+            sampler_run.bucket.delete(sampler_run.key(number))
+    hooked = HookedEngines(sampler_run.engines)
+    sampler_run.sample(engines=hooked)
+    assert hooked.requests == [15, 20], "all windows of a version are sampled again if any is missing"
+    assert {
+        number: sampler_run.bucket.get(sampler_run.key(number)) for number in sampler_run.windows()
+    } == written
+    assert {key: sampler_run.bucket.head(key).etag for key in etags} == etags, (
+        "existing objects are unchanged"
+    )
+    for number in written:
+        if number > 0:
+            sampler_run.bucket.delete(sampler_run.key(number))
+    sampler_run.bucket.delete(paths.manifest(paths.weights(sampler_run.run, "onpolicy", 2)))
+    sampler_run.bucket.delete(paths.progress(sampler_run.run, "onpolicy-sampler"))
+    process = start_job(sampler_run)
+    wait_while_running(
+        lambda: "Waiting for version 2" in sampler_run.progress()["message"], process, "the job waits"
+    )
+    assert {number: sampler_run.bucket.get(sampler_run.key(number)) for number in sampler_run.windows()} == {
+        n: written[n] for n in (0, 1, 2)
+    }
+    (engine,) = child_pids(process.pid)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=60)[0]
     assert (
         process.returncode == 143
-        and json.loads((world.file.parent / "end").read_text())["class"] == "Terminated"
-    ), said
-    wait_until(lambda: not alive(engine), "the engine has ended with its job")
+        and json.loads((sampler_run.file.parent / "end").read_text())["class"] == "Terminated"
+    ), output
+    wait_until(lambda: not is_alive(engine), "the engine has ended with its job")
 
 
-def test_what_comes_after_the_stages_end_is_not_written(world: World) -> None:
-    """It was sampled nevertheless: a batch is a function of its version, and the end is not known before."""
-    world.run = changed(world.run, tokens=10)
-    world.publish(0)
-    engines = Meddled(world.engines)
-    world.sample(engines=engines)
-    assert engines.requests == [15] and world.windows() == [0] and world.window(0).header.last
-    assert (world.progress()["message"], world.progress()["parts"]) == ("Complete", {"done": 1, "total": 1})
-    folder = paths.metrics(world.run, "onpolicy-sampler", "").removesuffix(".jsonl")
-    assert len(list(world.bucket.list(folder))) == 1
+def test_windows_after_the_end_of_the_stage_are_not_written(sampler_run: SamplerRun) -> None:
+    """They are sampled nevertheless: a batch has all windows of its version, and the end is known only after
+    it."""
+    sampler_run.run = with_stage_fields(sampler_run.run, tokens=10)
+    sampler_run.publish(0)
+    hooked = HookedEngines(sampler_run.engines)
+    sampler_run.sample(engines=hooked)
+    assert hooked.requests == [15] and sampler_run.windows() == [0] and sampler_run.window(0).header.last
+    assert (sampler_run.progress()["message"], sampler_run.progress()["parts"]) == (
+        "Complete",
+        {"done": 1, "total": 1},
+    )
+    folder = paths.metrics(sampler_run.run, "onpolicy-sampler", "").removesuffix(".jsonl")
+    assert len(list(sampler_run.bucket.list(folder))) == 1
 
 
-def changed(run: DistillRun, **fields: Any) -> DistillRun:
-    """The run with changed fields in its OnPolicy stage, and its own folder."""
+def with_stage_fields(run: DistillRun, **fields: Any) -> DistillRun:
+    """The run with changed fields of its OnPolicy stage; its folder changes too."""
     document = run.document()
     document["spec"]["stages"][-1] |= fields
     return DistillRun.parse(document)
 
 
-def children(pid: int) -> list[int]:
+def child_pids(pid: int) -> list[int]:
     return [
         int(child)
         for task in Path(f"/proc/{pid}/task").iterdir()
@@ -426,12 +455,12 @@ def children(pid: int) -> list[int]:
     ]
 
 
-def alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status")
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
-class Meddled:
+class HookedEngines:
     """Engines with hooks before and after sampling."""
 
     def __init__(
@@ -456,113 +485,133 @@ class Meddled:
         return found
 
 
-def test_whoever_writes_a_window_first_is_right(world: World) -> None:
-    """A writer that loses the race continues from the stored object."""
-    world.publish(0)
-    world.sample(engines=once(world))
-    first, second = world.window(0), world.window(1)
-    fewer = first.header.model_copy(update={"tokens": sum(len(one.ids_T) for one in first.rollouts[:4])})
-    theirs = rollouts_bytes(fewer, first.rollouts[:4])
+def test_the_first_writer_of_a_window_wins(sampler_run: SamplerRun) -> None:
+    """The writer that loses the race continues from the stored object."""
+    sampler_run.publish(0)
+    sampler_run.sample(engines=engines_for_one_version(sampler_run))
+    first, second = sampler_run.window(0), sampler_run.window(1)
+    header = first.header.model_copy(update={"tokens": sum(len(one.ids_T) for one in first.rollouts[:4])})
+    theirs = rollouts_bytes(header, first.rollouts[:4])
     for number in range(3):
-        world.bucket.delete(world.key(number))
-    world.sample(engines=once(world, lambda: world.bucket.create(world.key(0), theirs, {})))
-    assert world.bucket.get(world.key(0)) == theirs
-    assert world.window(1).header == second.header.model_copy(update={"seen": fewer.tokens})
+        sampler_run.bucket.delete(sampler_run.key(number))
+    sampler_run.sample(
+        engines=engines_for_one_version(
+            sampler_run, lambda: sampler_run.bucket.create(sampler_run.key(0), theirs, {})
+        )
+    )
+    assert sampler_run.bucket.get(sampler_run.key(0)) == theirs
+    assert sampler_run.window(1).header == second.header.model_copy(update={"seen": header.tokens})
 
 
-def once(world: World, meddle: Callable[[], object] = lambda: None) -> Meddled:
-    """Engines that sample one version; then the stage is over."""
+def engines_for_one_version(
+    sampler_run: SamplerRun, hook: Callable[[], object] = lambda: None
+) -> HookedEngines:
+    """Engines that finish the stage when they sample their first version, after calling the hook."""
 
     def before() -> None:
-        meddle()
-        succeed(world)
+        hook()
+        finish_stage(sampler_run)
 
-    world.bucket.delete(paths.progress(world.run, "onpolicy"))
-    return Meddled(world.engines, before)
-
-
-def succeed(world: World) -> None:
-    said = {"step": "onpolicy", "attempt": 1, "state": "Succeeded", "updated": "2026-01-01T00:00:00Z"}
-    world.bucket.write_json(paths.progress(world.run, "onpolicy"), said)
+    sampler_run.bucket.delete(paths.progress(sampler_run.run, "onpolicy"))
+    return HookedEngines(sampler_run.engines, before)
 
 
-def test_a_stage_that_has_ended_early_is_sampled_no_further(world: World) -> None:
-    world.publish(0)
-    succeed(world)
-    world.sample()
-    assert world.windows() == []
-    assert (world.progress()["state"], world.progress()["message"]) == ("Succeeded", "The stage has ended")
-    engines = once(world)
-    world.sample(engines=engines)
-    assert world.windows() == [0, 1, 2] and engines.requests == [15]
+def finish_stage(sampler_run: SamplerRun) -> None:
+    progress = {"step": "onpolicy", "attempt": 1, "state": "Succeeded", "updated": "2026-01-01T00:00:00Z"}
+    sampler_run.bucket.write_json(paths.progress(sampler_run.run, "onpolicy"), progress)
 
 
-def test_asked_to_stop_it_stops_at_once_and_leaves_no_window(world: World) -> None:
-    world.publish(0)
+def test_a_stage_that_ended_early_is_not_sampled_further(sampler_run: SamplerRun) -> None:
+    sampler_run.publish(0)
+    finish_stage(sampler_run)
+    sampler_run.sample()
+    assert sampler_run.windows() == []
+    assert (sampler_run.progress()["state"], sampler_run.progress()["message"]) == (
+        "Succeeded",
+        "The stage has ended",
+    )
+    hooked = engines_for_one_version(sampler_run)
+    sampler_run.sample(engines=hooked)
+    assert sampler_run.windows() == [0, 1, 2] and hooked.requests == [15]
+
+
+def test_a_stop_while_sampling_takes_effect_at_once_and_writes_no_window(sampler_run: SamplerRun) -> None:
+    sampler_run.publish(0)
     stopping = threading.Event()
     with pytest.raises(Terminated, match="onpolicy-sampler was asked to stop"):
-        world.sample(stopping, Meddled(world.engines, stopping.set))
-    assert world.windows() == []
-    world.engines.score([np.arange(5, dtype=np.int32)])  # its reply to the abandoned call is ignored
+        sampler_run.sample(stopping, HookedEngines(sampler_run.engines, stopping.set))
+    assert sampler_run.windows() == []
+    sampler_run.engines.score(
+        [np.arange(5, dtype=np.int32)]
+    )  # the engine's late reply to the abandoned call is ignored
 
 
-def test_what_was_sampled_when_it_is_asked_to_stop_is_written_first(world: World) -> None:
-    world.publish(0)
+def test_a_stop_after_sampling_takes_effect_when_the_windows_are_written(sampler_run: SamplerRun) -> None:
+    sampler_run.publish(0)
     stopping = threading.Event()
     with pytest.raises(Terminated, match="onpolicy-sampler was asked to stop"):
-        world.sample(stopping, Meddled(world.engines, after=stopping.set))
-    assert world.windows() == [0, 1, 2]
+        sampler_run.sample(stopping, HookedEngines(sampler_run.engines, after=stopping.set))
+    assert sampler_run.windows() == [0, 1, 2]
 
 
-def test_another_student_than_the_trainers_is_found_out_by_its_probe(world: World, tmp_path: Path) -> None:
-    """One tensor of a later layer differs slightly: the files match the manifest, but not what the trainer
-    computed."""
-    good = world.students[0]
-    world.publish(5, which=0)
-    facts = policy_version.find_version(world.bucket, world.run, "onpolicy", 5)
+def test_a_student_that_differs_from_the_trainers_fails_the_probe(
+    sampler_run: SamplerRun, tmp_path: Path
+) -> None:
+    """One tensor of a later layer differs slightly. The files match the manifest, but not the probe."""
+    student = sampler_run.students[0]
+    sampler_run.publish(5, index=0)
+    facts = policy_version.find_version(sampler_run.bucket, sampler_run.run, "onpolicy", 5)
     assert facts
-    held = load_file(good.folder / "model-00001.safetensors")
-    held["model.layers.2.mlp.experts.down"] *= 1.01
-    changed = tmp_path / "changed"
-    shutil.copytree(good.folder, changed)
-    save_file(held, changed / "model-00001.safetensors", metadata={"format": "pt"})
-    says = facts[1].model_copy(update={"version": 0})
-    policy_versions.publish(world.bucket, world.run, changed, good.it, 0, 0, says=says)
-    named = (
+    weights = load_file(student.folder / "model-00001.safetensors")
+    weights["model.layers.2.mlp.experts.down"] *= 1.01
+    with_stage_fields = tmp_path / "changed"
+    shutil.copytree(student.folder, with_stage_fields)
+    save_file(weights, with_stage_fields / "model-00001.safetensors", metadata={"format": "pt"})
+    version_facts = facts[1].model_copy(update={"version": 0})
+    policy_versions.publish(
+        sampler_run.bucket,
+        sampler_run.run,
+        with_stage_fields,
+        student.learner,
+        0,
+        0,
+        other_facts=version_facts,
+    )
+    message = (
         r"s3://.*/weights/onpolicy/v000000/manifest.json: engine 0 computes another "
         r"student than the trainer that published it: .* of token"
     )
-    with pytest.raises(Permanent, match=named + ".* Delete the version's folder"):
-        world.sample()
-    assert world.windows() == []
+    with pytest.raises(Permanent, match=message + ".* Delete the version's folder"):
+        sampler_run.sample()
+    assert sampler_run.windows() == []
 
 
-@pytest.mark.parametrize("what", ["weights", "window"])
-def test_an_object_that_was_cut_off_is_named(world: World, s3: S3, what: str) -> None:
-    world.publish(0)
-    if what == "window":
-        world.sample(engines=once(world))
-        world.bucket.delete(paths.progress(world.run, "onpolicy"))
+@pytest.mark.parametrize("kind", ["weights", "window"])
+def test_a_truncated_object_is_named(sampler_run: SamplerRun, s3: S3, kind: str) -> None:
+    sampler_run.publish(0)
+    if kind == "window":
+        sampler_run.sample(engines=engines_for_one_version(sampler_run))
+        sampler_run.bucket.delete(paths.progress(sampler_run.run, "onpolicy"))
     key = (
-        world.key(2)
-        if what == "window"
-        else f"{paths.weights(world.run, 'onpolicy', 0)}/model-00001.safetensors"
+        sampler_run.key(2)
+        if kind == "window"
+        else f"{paths.weights(sampler_run.run, 'onpolicy', 0)}/model-00001.safetensors"
     )
-    file = s3.folder / world.bucket.name / key
+    file = s3.folder / sampler_run.bucket.name / key
     os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises((StorageError, Permanent), match=rf"{world.bucket.url(key)}: .*delete"):
-        world.sample()
+    with pytest.raises((StorageError, Permanent), match=rf"{sampler_run.bucket.url(key)}: .*delete"):
+        sampler_run.sample()
 
 
-def test_a_window_of_another_configuration_is_refused(world: World) -> None:
-    world.publish(0)
-    world.sample(engines=once(world))
-    found = world.window(2)
-    world.bucket.delete(world.key(2))
+def test_a_window_of_another_configuration_is_rejected(sampler_run: SamplerRun) -> None:
+    sampler_run.publish(0)
+    sampler_run.sample(engines=engines_for_one_version(sampler_run))
+    found = sampler_run.window(2)
+    sampler_run.bucket.delete(sampler_run.key(2))
     data = rollouts_bytes(found.header.model_copy(update={"config": "0" * 64}), found.rollouts)
-    world.bucket.create(world.key(2), data, {})
+    sampler_run.bucket.create(sampler_run.key(2), data, {})
     with pytest.raises(
         Permanent,
         match=r"window-000002.rollouts.arrow: it is window 2 of stage onpolicy of .*, configuration 0000",
     ):
-        world.sample()
+        sampler_run.sample()

@@ -1,4 +1,4 @@
-"""A run's teacher stays the model that it was when the run began, and must have the datasets' vocabulary."""
+"""The teacher's model: its files are pinned when a run starts, and its vocabulary is that of the datasets."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def run(run_spec: dict[str, Any], bucket: Bucket) -> DistillRun:
     return DistillRun.parse(run_spec)
 
 
-def test_a_model_is_its_directory_s_own_files(run: DistillRun, bucket: Bucket) -> None:
+def test_a_model_is_the_files_of_its_directory(run: DistillRun, bucket: Bucket) -> None:
     found = model.resolve_teacher(run, bucket)
     assert [(file.name, file.size) for file in found.files] == [
         (name, len(FILES[name])) for name in sorted(FILES) if "/" not in name
@@ -44,63 +44,65 @@ def test_a_model_is_its_directory_s_own_files(run: DistillRun, bucket: Bucket) -
     assert bucket.get_json(paths.teacher(run))["files"][0]["name"] == "config.json"
 
 
-def test_what_comes_later_does_not_change_a_run_s_teacher(run: DistillRun, bucket: Bucket) -> None:
+def test_files_added_later_do_not_change_the_run_s_teacher(run: DistillRun, bucket: Bucket) -> None:
     before = model.resolve_teacher(run, bucket)
     bucket.put_bytes("models/teacher/generation_config.json", b"{}", {})
     assert model.resolve_teacher(run, bucket) == before
     assert model.find_teacher(run.spec.teacher.model, bucket).sha256 != before.sha256
 
 
-def test_the_same_files_elsewhere_are_the_same_teacher(run: DistillRun, bucket: Bucket) -> None:
+def test_equal_files_in_another_folder_are_the_same_teacher(run: DistillRun, bucket: Bucket) -> None:
     for name, data in FILES.items():
         bucket.put_bytes(f"copy/{name}", data, {})
     copy = model.find_teacher(f"s3://{bucket.name}/copy/", bucket)
     assert copy.sha256 == model.resolve_teacher(run, bucket).sha256 and copy.model != run.spec.teacher.model
 
 
-def test_a_folder_that_is_no_model_is_refused(run: DistillRun, bucket: Bucket) -> None:
+def test_a_folder_without_a_model_is_rejected(run: DistillRun, bucket: Bucket) -> None:
     with pytest.raises(Permanent, match=r"teacher.model: s3://.*/models/teach has no config.json"):
         model.find_teacher(
             f"s3://{bucket.name}/models/teach", bucket
         )  # a prefix of the folder's name is not the folder
 
 
-def test_fetching_brings_the_files_and_goes_on_where_it_ended(
+def test_fetching_downloads_the_files_and_resumes_after_a_stop(
     run: DistillRun, bucket: Bucket, tmp_path: Path
 ) -> None:
-    found = model.resolve_teacher(run, bucket)
-    asked = 0
+    resolved = model.resolve_teacher(run, bucket)
+    checks = 0
 
-    def stop_after_some() -> None:
-        nonlocal asked
-        asked += 1
-        if asked > 2:
+    def stop_at_the_third_check() -> None:
+        nonlocal checks
+        checks += 1
+        if checks > 2:
             raise Terminated("asked to stop")
 
     with pytest.raises(Terminated):
-        model.fetch_teacher(found, bucket, tmp_path, stop_after_some)
+        model.fetch_teacher(resolved, bucket, tmp_path, stop_at_the_third_check)
     assert not list(tmp_path.glob("*/.model*")) and not list(tmp_path.glob("*/model*"))
-    kept = (tmp_path / found.sha256[:16] / "config.json").stat()
-    directory = model.fetch_teacher(found, bucket, tmp_path)
+    before = (tmp_path / resolved.sha256[:16] / "config.json").stat()
+    directory = model.fetch_teacher(resolved, bucket, tmp_path)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == {
         name: FILES[name] for name in FILES if "/" not in name
     }
-    assert (directory / "config.json").stat().st_mtime_ns == kept.st_mtime_ns
+    assert (directory / "config.json").stat().st_mtime_ns == before.st_mtime_ns
 
 
-def test_a_file_that_was_changed_since_is_refused(run: DistillRun, bucket: Bucket, tmp_path: Path) -> None:
-    found = model.resolve_teacher(run, bucket)
+def test_a_changed_file_is_rejected(run: DistillRun, bucket: Bucket, tmp_path: Path) -> None:
+    resolved = model.resolve_teacher(run, bucket)
     bucket.put_bytes("models/teacher/config.json", b'{"vocab_size": 201089}', {})
     with pytest.raises(
         StorageError, match=r"models/teacher/config.json: .* the run was resolved to 22 bytes"
     ):
-        model.fetch_teacher(found, bucket, tmp_path)
+        model.fetch_teacher(resolved, bucket, tmp_path)
 
 
-def on_the_hub(endpoint: str, code: str, folder: Path) -> str:
-    """The output of a process whose hub is `endpoint`; the hub's client reads the endpoint when it is
-    imported."""
-    done = subprocess.run(
+def run_with_hub(endpoint: str, code: str, folder: Path) -> str:
+    """Run `code` in a process whose hub is `endpoint`; returns its output.
+
+    The hub's client reads the endpoint when it is imported.
+    """
+    process = subprocess.run(
         [sys.executable, "-c", f"from pathlib import Path\nfrom vpmoe.teacher import model\n{code}"],
         cwd=ROOT,
         env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "FOLDER": str(folder)},
@@ -108,12 +110,12 @@ def on_the_hub(endpoint: str, code: str, folder: Path) -> str:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    assert process.returncode == 0, process.stderr
+    return process.stdout.strip()
 
 
-def test_a_model_of_the_hub_is_the_commit_that_its_revision_was(tmp_path: Path) -> None:
-    with fake_hub.serve("openai/gpt-oss-20b", FILES, kind="models") as (endpoint, asked):
+def test_a_hub_model_is_pinned_to_the_commit_of_its_revision(tmp_path: Path) -> None:
+    with fake_hub.serve("openai/gpt-oss-20b", FILES, kind="models") as (endpoint, requests):
         code = f"""
 import os
 found = model.find_teacher("hf://openai/gpt-oss-20b@main", None)
@@ -125,14 +127,14 @@ try:
 except Exception as error:
     print(type(error).__name__, error)
 """
-        fetched, refused = on_the_hub(endpoint, code, tmp_path).splitlines()
+        fetched, rejected = run_with_hub(endpoint, code, tmp_path).splitlines()
     assert fetched.startswith(f"{fake_hub.COMMIT} ['config.json', 'empty.txt', 'model.safetensors'] ")
     assert (Path(fetched.split()[-1]) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
-    assert refused.startswith(
+    assert rejected.startswith(
         "Permanent teacher.model: hf://openai/gpt-oss-20b@v9: the Hugging Face hub has no such model or "
         "revision"
     )
-    assert not [path for path in asked if "original" in path]
+    assert not [path for path in requests if "original" in path]
 
 
 @pytest.fixture(scope="module")
@@ -146,58 +148,59 @@ def tokenizer_json() -> dict[str, Any]:
     tokenizer.add_special_tokens(
         [AddedToken("<|startoftext|>", special=True), AddedToken("<|endoftext|>", special=True)]
     )
-    said: dict[str, Any] = json.loads(tokenizer.to_str())
-    return said
+    content: dict[str, Any] = json.loads(tokenizer.to_str())
+    return content
 
 
-def directory(folder: Path, config: dict[str, Any], **files: bytes) -> Path:
+def write_directory(folder: Path, config: dict[str, Any], **files: bytes) -> Path:
+    """Write config.json and `files`, whose names have _ for the dot, into `folder`; returns it."""
     (folder / "config.json").write_text(json.dumps(config))
     for name, data in files.items():
         (folder / name.replace("_", ".")).write_bytes(data)
     return folder
 
 
-def test_bytes_are_written_as_characters_as_transformers_does() -> None:
+def test_bytes_map_to_the_characters_that_transformers_uses() -> None:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     assert model.byte_of_character() == {c: byte for byte, c in bytes_to_unicode().items()}
 
 
-def test_the_vocabulary_of_the_data_sets_is_taken(tmp_path: Path, tokenizer_json: dict[str, Any]) -> None:
+def test_the_vocabulary_of_the_datasets_is_accepted(tmp_path: Path, tokenizer_json: dict[str, Any]) -> None:
     files = {
         "tokenizer_json": json.dumps(tokenizer_json).encode(),
         "o200k_tiktoken": vocabulary_file.packaged(),
     }
-    model.check_vocabulary(directory(tmp_path, {"vocab_size": 201088}, **files))
+    model.check_vocabulary(write_directory(tmp_path, {"vocab_size": 201088}, **files))
 
 
-def test_a_directory_without_tokenizer_files_is_fine(tmp_path: Path) -> None:
-    model.check_vocabulary(directory(tmp_path, {"vocab_size": 201088}))
+def test_a_directory_without_tokenizer_files_is_accepted(tmp_path: Path) -> None:
+    model.check_vocabulary(write_directory(tmp_path, {"vocab_size": 201088}))
 
 
-def swapped(said: dict[str, Any]) -> None:
-    """Two tokens with swapped ids."""
-    said["model"]["vocab"]["a"], said["model"]["vocab"]["b"] = (
-        said["model"]["vocab"]["b"],
-        said["model"]["vocab"]["a"],
+def swap_two_ids(content: dict[str, Any]) -> None:
+    """Swap the ids of two tokens."""
+    content["model"]["vocab"]["a"], content["model"]["vocab"]["b"] = (
+        content["model"]["vocab"]["b"],
+        content["model"]["vocab"]["a"],
     )
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param(swapped, id="two-ids-swapped"),
-        pytest.param(lambda said: said["model"]["vocab"].pop("hello"), id="one-token-less"),
-        pytest.param(lambda said: said["model"]["vocab"].update({"▁the": 5}), id="not-byte-level"),
-        pytest.param(lambda said: said.update(model={"type": "WordPiece"}), id="another-kind"),
+        pytest.param(swap_two_ids, id="two-ids-swapped"),
+        pytest.param(lambda content: content["model"]["vocab"].pop("hello"), id="one-token-missing"),
+        pytest.param(lambda content: content["model"]["vocab"].update({"▁the": 5}), id="not-byte-level"),
+        pytest.param(lambda content: content.update(model={"type": "WordPiece"}), id="another-kind"),
     ],
 )
-def test_another_tokenizer_json_is_refused(
+def test_another_tokenizer_json_is_rejected(
     tmp_path: Path, tokenizer_json: dict[str, Any], change: Callable[[dict[str, Any]], None]
 ) -> None:
-    said = json.loads(json.dumps(tokenizer_json))
-    change(said)
-    directory(tmp_path, {"vocab_size": 201088}, tokenizer_json=json.dumps(said).encode())
+    content = json.loads(json.dumps(tokenizer_json))
+    change(content)
+    write_directory(tmp_path, {"vocab_size": 201088}, tokenizer_json=json.dumps(content).encode())
     with pytest.raises(
         Permanent,
         match=r"tokenizer.json: its tokens are another vocabulary .* Give a model with GPT-OSS' tokenizer",
@@ -205,8 +208,8 @@ def test_another_tokenizer_json_is_refused(
         model.check_vocabulary(tmp_path)
 
 
-def test_another_tiktoken_file_is_refused(tmp_path: Path) -> None:
-    directory(tmp_path, {"vocab_size": 201088}, cl100k_tiktoken=vocabulary_file.packaged()[:-20])
+def test_another_tiktoken_file_is_rejected(tmp_path: Path) -> None:
+    write_directory(tmp_path, {"vocab_size": 201088}, cl100k_tiktoken=vocabulary_file.packaged()[:-20])
     with pytest.raises(Permanent, match=r"cl100k.tiktoken: its tokens are another vocabulary"):
         model.check_vocabulary(tmp_path)
 
@@ -214,25 +217,25 @@ def test_another_tiktoken_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config", [{"vocab_size": 201089}, {"vocab_size": 32000}, {}], ids=["one-more", "small", "none"]
 )
-def test_another_vocabulary_size_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_another_vocabulary_size_is_rejected(tmp_path: Path, config: dict[str, Any]) -> None:
     with pytest.raises(
         Permanent, match=rf"config.json says vocab_size {config.get('vocab_size')}, .* such as GPT-OSS"
     ):
-        model.check_vocabulary(directory(tmp_path, config))
+        model.check_vocabulary(write_directory(tmp_path, config))
 
 
 @pytest.mark.parametrize(
     "config, saved, expected",
     [
-        pytest.param({"dtype": "float32"}, "bfloat16", "float32", id="what-it-says"),
-        pytest.param({"torch_dtype": "bfloat16"}, "float32", "bfloat16", id="in-old-words"),
-        pytest.param({}, "bfloat16", "bfloat16", id="what-it-is"),
+        pytest.param({"dtype": "float32"}, "bfloat16", "float32", id="dtype"),
+        pytest.param({"torch_dtype": "bfloat16"}, "float32", "bfloat16", id="torch_dtype"),
+        pytest.param({}, "bfloat16", "bfloat16", id="of-the-weights"),
         pytest.param(
             {"quantization_config": {"quant_method": "mxfp4"}}, "float16", "float16", id="quantised"
         ),
     ],
 )
-def test_the_dtype_is_the_checkpoint_s(
+def test_the_dtype_is_that_of_the_config_or_else_of_the_weights(
     tmp_path: Path, config: dict[str, Any], saved: str, expected: str
 ) -> None:
     import torch
@@ -242,17 +245,17 @@ def test_the_dtype_is_the_checkpoint_s(
         "lm_head.weight": torch.zeros(2, 2, dtype=getattr(torch, saved)),
         "blocks": torch.zeros(3, dtype=torch.uint8),
     }
-    save_file(weights, directory(tmp_path, config) / "model-00002-of-00002.safetensors")
+    save_file(weights, write_directory(tmp_path, config) / "model-00002-of-00002.safetensors")
     save_file({"blocks": torch.zeros(3, dtype=torch.uint8)}, tmp_path / "model-00001-of-00002.safetensors")
     assert model.checkpoint_dtype(tmp_path) == expected
 
 
-def test_a_checkpoint_that_declares_no_dtype_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_without_dtype_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(Permanent, match=r"Add dtype to config.json"):
-        model.checkpoint_dtype(directory(tmp_path, {}))
+        model.checkpoint_dtype(write_directory(tmp_path, {}))
 
 
-def test_asking_about_the_teacher_imports_neither_torch_nor_vllm() -> None:
+def test_modules_that_resolve_the_teacher_import_neither_torch_nor_vllm() -> None:
     code = (
         "import sys, vpmoe.teacher.model, vpmoe.teacher.scores, vpmoe.teacher.subset, vpmoe.teacher.rescore\n"
     )

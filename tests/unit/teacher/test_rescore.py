@@ -1,5 +1,5 @@
-"""The whole step on a real S3 store with real vLLM: picked documents are scored, aligned and counted, the
-same after any failure."""
+"""The rescore step on a real S3 store with real vLLM: picked documents are scored, aligned and counted, with
+the same result after any failure."""
 
 import json
 import os
@@ -42,7 +42,7 @@ SCRATCH: Path
 
 @pytest.fixture(scope="module", autouse=True)
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Where the teacher's files are downloaded to, once for all tests of this module."""
+    """Set SCRATCH: the folder of the downloaded teacher, shared by the tests of this module."""
     global SCRATCH
     SCRATCH = tmp_path_factory.mktemp("scratch")
 
@@ -64,7 +64,7 @@ def spec(run_spec: dict[str, Any], sample_parquet: list[Path], stored_teacher: s
     return run_spec
 
 
-def do(
+def run_rescore(
     spec: dict[str, Any],
     scorer: Remote | None,
     worker: int | None = None,
@@ -73,37 +73,39 @@ def do(
     return rescore_here(spec, scorer, SCRATCH, worker, stopping)
 
 
-def made(spec: dict[str, Any], scorer: Remote | None) -> Manifest:
-    """The manifest of the run's one set of scores, which the step makes."""
-    (found,) = do(spec, scorer)
-    return manifest.load(Bucket.open(DistillRun.parse(spec).spec.storage), found.manifest)
+def run_for_manifest(spec: dict[str, Any], scorer: Remote | None) -> Manifest:
+    """Run the step; returns the manifest of the run's only set of scores."""
+    (ref,) = run_rescore(spec, scorer)
+    return manifest.load(Bucket.open(DistillRun.parse(spec).spec.storage), ref.manifest)
 
 
 def progress(spec: dict[str, Any], bucket: Bucket) -> dict[str, Any]:
-    told: dict[str, Any] = bucket.get_json(paths.progress(DistillRun.parse(spec), "rescore"))
-    return told
+    content: dict[str, Any] = bucket.get_json(paths.progress(DistillRun.parse(spec), "rescore"))
+    return content
 
 
-def bytes_of(found: Manifest) -> dict[str, str]:
-    return {name: subject.sha256 for name, subject in found.subjects.items()}
+def subject_digests(written: Manifest) -> dict[str, str]:
+    return {name: subject.sha256 for name, subject in written.subjects.items()}
 
 
-def forget(bucket: Bucket, found: scores.ScoresRef) -> None:
+def delete_scores(bucket: Bucket, ref: scores.ScoresRef) -> None:
     """Delete the set of scores."""
-    bucket.delete_prefix(found.folder)
+    bucket.delete_prefix(ref.folder)
 
 
-def documents(bucket: Bucket, of: Manifest, stems: tuple[str, ...], folder: Path) -> list[dict[str, Any]]:
-    """Every training document of a dataset or of scores, in order: its row, and its values in each of
+def read_documents(
+    bucket: Bucket, source: Manifest, stems: tuple[str, ...], folder: Path
+) -> list[dict[str, Any]]:
+    """The training documents of a dataset or of scores, in order: the row of each, with its values of each of
     `stems`."""
     types = {"tokens": np.int32, "spans": np.uint8, "logp": np.float16}
-    folder = folder / of.kind
+    folder = folder / source.kind
     folder.mkdir(exist_ok=True)
-    read = []
-    for part in range(of.facts["parts"]):
+    rows_read = []
+    for part in range(source.facts["parts"]):
         for name in (f"{stem}.{kind}" for stem in stems for kind in ("bin", "idx")):
-            bucket.download(of.subjects[f"train/part-{part:05d}.{name}"], folder / name)
-        bucket.download(of.subjects[f"train/part-{part:05d}.documents.parquet"], folder / "rows")
+            bucket.download(source.subjects[f"train/part-{part:05d}.{name}"], folder / name)
+        bucket.download(source.subjects[f"train/part-{part:05d}.documents.parquet"], folder / "rows")
         rows = pq.read_table(folder / "rows").to_pylist()
         for stem in stems:
             index = read_index(folder / f"{stem}.idx")
@@ -117,98 +119,100 @@ def documents(bucket: Bucket, of: Manifest, stems: tuple[str, ...], folder: Path
                 rows, index.offsets // values.itemsize, index.lengths, strict=True
             ):
                 row[stem] = values[offset : offset + length]
-        read += rows
-    return read
+        rows_read += rows
+    return rows_read
 
 
-def test_every_picked_document_is_scored_and_every_number_can_be_counted_again(
+def test_picked_documents_are_scored_and_the_facts_equal_a_recount(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, tmp_path: Path
 ) -> None:
     spec["spec"]["teacher"]["effort"] = "low"
     spec["spec"]["stages"][1]["subset"] = {"fraction": 0.4}
-    found = made(spec, scorer)
+    written = run_for_manifest(spec, scorer)
     source = dataset.load_dataset(DistillRun.parse(spec), bucket)
-    own, said = (
-        documents(bucket, source, ("tokens", "spans"), tmp_path),
-        documents(bucket, found, ("logp",), tmp_path),
+    source_rows, score_rows = (
+        read_documents(bucket, source, ("tokens", "spans"), tmp_path),
+        read_documents(bucket, written, ("logp",), tmp_path),
     )
-    assert [row["synth_id"] for row in own] == [row["synth_id"] for row in said]
+    assert [row["synth_id"] for row in source_rows] == [row["synth_id"] for row in score_rows]
     effort = EffortSubstitution(source.facts["settings"]["conversation"], "low")
     counts: dict[int, Counter[int]] = {1: Counter(), 2: Counter()}
-    exercises: Counter[str] = Counter()
-    for before, after in zip(own, said, strict=True):
-        logp_T: NDArray[np.float16] = after["logp"]
-        span_T = before["spans"]
+    tokens_of_exercise: Counter[str] = Counter()
+    for source_row, score_row in zip(source_rows, score_rows, strict=True):
+        logp_T: NDArray[np.float16] = score_row["logp"]
+        span_T = source_row["spans"]
         assert len(logp_T) == len(span_T)
-        if not after["scored"]:
+        if not score_row["scored"]:
             assert logp_T.view(np.uint16).tolist() == [0x7E00] * len(logp_T), (
-                "NaN throughout where it was not picked"
+                "a document that was not picked has NaN scores"
             )
-            assert after["reasoning"] is None and after["final"] is None
+            assert score_row["reasoning"] is None and score_row["final"] is None
             continue
         assert np.isfinite(logp_T[span_T > 0]).all() and np.isnan(logp_T[-1])
-        alone_T = effort.from_teacher(next(scorer.score([effort.to_teacher(before["tokens"])])))
-        assert np.array_equal(np.isnan(logp_T), np.isnan(alone_T))
-        # The order of summation differs alone and in a batch: 1e-4, as against transformers; float16 rounds
-        # by 2^-11.
-        assert np.nanmax(np.abs(logp_T.astype(np.float64) - alone_T) - np.abs(alone_T) * 2.0**-11) <= 1e-4
+        separate_T = effort.from_teacher(next(scorer.score([effort.to_teacher(source_row["tokens"])])))
+        assert np.array_equal(np.isnan(logp_T), np.isnan(separate_T))
+        # The order of summation differs between a single document and a batch: 1e-4, as against transformers.
+        # float16 rounds by 2^-11.
+        assert (
+            np.nanmax(np.abs(logp_T.astype(np.float64) - separate_T) - np.abs(separate_T) * 2.0**-11) <= 1e-4
+        )
         for span, name in ((1, "reasoning"), (2, "final")):
-            of_span = logp_T[span_T == span]
-            counts[span].update(of_span.view(np.uint16).tolist())
-            if len(of_span):
-                assert after[name] == np.float32(of_span.astype(np.float64).mean())
+            logp_S = logp_T[span_T == span]
+            counts[span].update(logp_S.view(np.uint16).tolist())
+            if len(logp_S):
+                assert score_row[name] == np.float32(logp_S.astype(np.float64).mean())
             else:
-                assert after[name] is None
-        exercises[before["exercise"] or "unknown"] += int((span_T > 0).sum())
-    facts = found.facts
-    assert 5 < facts["documents"] == sum(row["scored"] for row in said) < len(said)
+                assert score_row[name] is None
+        tokens_of_exercise[source_row["exercise"] or "unknown"] += int((span_T > 0).sum())
+    facts = written.facts
+    assert 5 < facts["documents"] == sum(row["scored"] for row in score_rows) < len(score_rows)
     for span, name in ((1, "reasoning"), (2, "final")):
         assert facts["histogram"][name] == [list(pair) for pair in sorted(counts[span].items())]
         assert facts["tokens"][name] == counts[span].total() > 100
         values = np.array(list(counts[span].elements()), np.uint16).view(np.float16).astype(np.float64)
         assert facts["mean"][name] == pytest.approx(values.mean(), rel=1e-12)
         assert histogram.dense(facts["histogram"][name]).sum() == len(values)
-    assert {name: entry["tokens"] for name, entry in facts["exercises"].items()} == exercises
+    assert {name: entry["tokens"] for name, entry in facts["exercises"].items()} == tokens_of_exercise
     assert sum(entry["documents"] for entry in facts["languages"].values()) == facts["documents"]
     assert sum(facts["tokens"].values()) <= 0.4 * (
         source.facts["splits"]["train"]["reasoning"] + source.facts["splits"]["train"]["final"]
     )
     assert (facts["effort"], facts["dataset"]["content"]) == ("low", scores.training_content(source))
-    assert found.inputs["dataset"].digest == {"sha256": source.sha256}
+    assert written.inputs["dataset"].digest == {"sha256": source.sha256}
     assert progress(spec, bucket)["parts"] == {"done": 3, "total": 3}
-    assert not verify(bucket, found.key.rpartition("/")[0], print).failed
+    assert not verify(bucket, written.key.rpartition("/")[0], print).failed
 
 
-def test_a_longest_first_subset_holds_the_longest(
+def test_a_longest_first_subset_has_the_longest_documents_of_each_group(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, tmp_path: Path
 ) -> None:
     spec["spec"]["stages"][1]["subset"] = {"fraction": 0.3, "languages": ["en"], "exercises": ["rag", "mcq"]}
     source = dataset.load_dataset(DistillRun.parse(spec), bucket)
-    found = made(spec, scorer)
-    own, said = (
-        documents(bucket, source, ("tokens", "spans"), tmp_path),
-        documents(bucket, found, ("logp",), tmp_path),
+    written = run_for_manifest(spec, scorer)
+    source_rows, score_rows = (
+        read_documents(bucket, source, ("tokens", "spans"), tmp_path),
+        read_documents(bucket, written, ("logp",), tmp_path),
     )
-    assert found.facts["documents"] > 1
+    assert written.facts["documents"] > 1
     for exercise in ("rag", "mcq"):
         group = [
-            (len(b["spans"][b["spans"] == 1]), a["scored"])
-            for b, a in zip(own, said, strict=True)
-            if (b["language"], b["exercise"]) == ("en", exercise)
+            (len(source_row["spans"][source_row["spans"] == 1]), score_row["scored"])
+            for source_row, score_row in zip(source_rows, score_rows, strict=True)
+            if (source_row["language"], source_row["exercise"]) == ("en", exercise)
         ]
         assert min((length for length, scored in group if scored), default=0) >= max(
             (length for length, scored in group if not scored), default=0
         )
-    assert set(found.facts["exercises"]) <= {"rag", "mcq"} and set(found.facts["languages"]) == {"en"}
+    assert set(written.facts["exercises"]) <= {"rag", "mcq"} and set(written.facts["languages"]) == {"en"}
 
 
 def test_finished_scores_are_reused_without_a_teacher(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote
 ) -> None:
-    first = made(spec, scorer)
+    first = run_for_manifest(spec, scorer)
     spec["metadata"]["name"] = "another-run"
     spec["spec"]["teacher"]["gpus"] = 4
-    again = made(spec, None)
+    again = run_for_manifest(spec, None)
     assert again.sha256 == first.sha256
     assert progress(spec, bucket)["message"] == "Reused" and progress(spec, bucket)["state"] == "Succeeded"
 
@@ -221,7 +225,7 @@ def test_finished_scores_are_reused_without_a_teacher(
         pytest.param(lambda spec: spec["dataset"].update(validFraction=0.2), id="dataset"),
     ],
 )
-def test_what_decides_the_scores_is_their_id(
+def test_the_id_of_scores_depends_on_what_changes_them(
     spec: dict[str, Any], bucket: Bucket, change: Callable[[dict[str, Any]], None]
 ) -> None:
     def resolved() -> str:
@@ -239,9 +243,9 @@ def test_what_decides_the_scores_is_their_id(
     assert resolved() != before
 
 
-def test_a_stage_that_mixes_in_no_scores_needs_none(spec: dict[str, Any], bucket: Bucket) -> None:
+def test_a_stage_with_mix_0_needs_no_scores(spec: dict[str, Any], bucket: Bucket) -> None:
     spec["spec"]["stages"][1]["mix"] = 0.0
-    assert do(spec, None) == []
+    assert run_rescore(spec, None) == []
     assert (progress(spec, bucket)["state"], progress(spec, bucket)["message"]) == (
         "Succeeded",
         "No stage trains on scores",
@@ -256,29 +260,29 @@ def test_stages_with_the_same_subset_share_their_scores(
         stage | {"name": "again"},
         stage | {"name": "other", "subset": {"fraction": 0.3, "prefer": "none"}},
     ]
-    first, second = do(spec, scorer)
+    first, second = run_rescore(spec, scorer)
     assert first.id != second.id and bucket.exists(first.manifest) and bucket.exists(second.manifest)
     assert progress(spec, bucket)["parts"] == {"done": 6, "total": 6}
 
 
-def test_workers_do_not_change_a_byte_and_the_last_one_says_so(
+def test_two_workers_write_the_same_bytes_as_one_and_the_last_reports_success(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote
 ) -> None:
-    alone = made(spec, scorer)
-    forget(bucket, do(spec, None)[0])
+    by_one_worker = run_for_manifest(spec, scorer)
+    delete_scores(bucket, run_rescore(spec, None)[0])
     spec["spec"]["teacher"]["gpus"] = 2
     spec["metadata"]["name"] = "two"
-    do(spec, scorer, worker=1)
+    run_rescore(spec, scorer, worker=1)
     assert (
         progress(spec, bucket)["state"] == "Running"
         and progress(spec, bucket)["message"] == "Waiting for 2 parts of other workers"
     )
-    do(spec, scorer, worker=0)
+    run_rescore(spec, scorer, worker=0)
     assert progress(spec, bucket)["state"] == "Succeeded"
-    assert bytes_of(made(spec, None)) == bytes_of(alone)
+    assert subject_digests(run_for_manifest(spec, None)) == subject_digests(by_one_worker)
 
 
-KILLED = """
+RESCORE_PROCESS = """
 import pathlib, sys, yaml
 from tests.fakes.tiny_teacher import Remote
 from tests.fakes.teacher_steps import rescore_here
@@ -286,67 +290,75 @@ rescore_here(yaml.safe_load(open(sys.argv[1])), Remote(sys.argv[2], 640), pathli
 """
 
 
-def test_a_worker_killed_at_any_record_goes_on_there_with_the_same_bytes(
+def test_a_killed_worker_resumes_after_its_last_finished_part_with_the_same_bytes(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, teacher_address: str, tmp_path: Path
 ) -> None:
     spec["spec"]["stages"][1]["subset"] = {"fraction": 0.4}
-    undisturbed = made(spec, scorer)
-    (found,) = do(spec, None)
-    forget(bucket, found)
+    uninterrupted = run_for_manifest(spec, scorer)
+    (ref,) = run_rescore(spec, None)
+    delete_scores(bucket, ref)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(spec))
-    scorer.close()  # the teacher answers one at a time
-    chance = np.random.default_rng(new_seed())
+    scorer.close()  # the teacher serves one client at a time
+    random = np.random.default_rng(new_seed())
     records: dict[int, str] = {}
-    for already in range(3):
+    for finished in range(3):
         process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(tmp_path / "run.yaml"), teacher_address, str(SCRATCH)],
+            [
+                sys.executable,
+                "-c",
+                RESCORE_PROCESS,
+                str(tmp_path / "run.yaml"),
+                teacher_address,
+                str(SCRATCH),
+            ],
             cwd=ROOT,
         )
         try:
-            wait_for(
-                lambda n=already: (
-                    bucket.exists(paths.scores_origin(found.id))
-                    and len(scores.done_parts(found, bucket)) >= n
+            wait_while_running(
+                lambda n=finished: (
+                    bucket.exists(paths.scores_origin(ref.id)) and len(scores.done_parts(ref, bucket)) >= n
                 ),
                 process,
             )
-            time.sleep(chance.uniform(0, 0.5))
+            time.sleep(random.uniform(0, 0.5))
         finally:
             process.kill()
             process.wait()
         for part, etag in records.items():
-            assert bucket.head(paths.scores_record(found.id, part)).etag == etag, (
-                "a part that is done is not made again"
+            assert bucket.head(paths.scores_record(ref.id, part)).etag == etag, (
+                "a finished part is not scored again"
             )
         records = {
-            part: bucket.head(paths.scores_record(found.id, part)).etag
-            for part in scores.done_parts(found, bucket)
+            part: bucket.head(paths.scores_record(ref.id, part)).etag
+            for part in scores.done_parts(ref, bucket)
         }
-        assert len(records) >= already
-    if bucket.exists(found.manifest):
-        bucket.delete(found.manifest)  # killed too late: undo the last write
-    with Remote(teacher_address, scorer.max_length) as after:
-        assert bytes_of(made(spec, after)) == bytes_of(undisturbed)
+        assert len(records) >= finished
+    if bucket.exists(ref.manifest):
+        bucket.delete(ref.manifest)  # the worker had finished before it was killed: undo its last write
+    with Remote(teacher_address, scorer.max_length) as remote:
+        assert subject_digests(run_for_manifest(spec, remote)) == subject_digests(uninterrupted)
 
 
-def wait_for(true: Callable[[], bool], process: "subprocess.Popen[Any]", seconds: float = 120) -> None:
+def wait_while_running(
+    condition: Callable[[], bool], process: "subprocess.Popen[Any]", seconds: float = 120
+) -> None:
     end = time.monotonic() + seconds
-    while not true():
+    while not condition():
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
 
 
-def test_a_worker_that_is_asked_to_stop_does_so_before_the_next_batch(
+def test_a_worker_stops_before_the_next_batch(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec["spec"]["stages"][1]["subset"] = {"fraction": 0.4}
     monkeypatch.setattr("tests.fakes.tiny_teacher.BATCH_TOKENS", 300)
     stopping = threading.Event()
-    asked = scorer.score
+    score_batches = scorer.score
 
     def score(*arguments: Any) -> Any:
-        for answered, logp_S in enumerate(asked(*arguments)):
-            if answered == 1:
+        for number, logp_S in enumerate(score_batches(*arguments)):
+            if number == 1:
                 stopping.set()
             yield logp_S
 
@@ -354,7 +366,7 @@ def test_a_worker_that_is_asked_to_stop_does_so_before_the_next_batch(
     with pytest.raises(
         Terminated, match="rescore was asked to stop; the parts that are done are in the bucket"
     ):
-        do(spec, scorer, stopping=stopping)
+        run_rescore(spec, scorer, stopping=stopping)
     assert scorer.sequences <= 5
     run = DistillRun.parse(spec)
     (found,) = scores.resolve_all_scores(run, bucket, dataset.load_dataset(run, bucket))
@@ -363,56 +375,59 @@ def test_a_worker_that_is_asked_to_stop_does_so_before_the_next_batch(
     ]
 
 
-def test_scores_of_another_content_are_refused(spec: dict[str, Any], bucket: Bucket, scorer: Remote) -> None:
-    """The dataset was deleted and built again with other bytes under the same id, for instance by another
-    build of the tokenizer."""
+def test_scores_of_another_content_are_rejected(spec: dict[str, Any], bucket: Bucket, scorer: Remote) -> None:
+    """A dataset was deleted and rebuilt with other bytes under the same id, for instance by another build of
+    the tokenizer."""
     run = DistillRun.parse(spec)
-    made(spec, scorer)
-    (found,) = do(spec, None)
+    run_for_manifest(spec, scorer)
+    (found,) = run_rescore(spec, None)
     source = bucket.get_json(dataset.resolve_dataset(run, bucket).manifest)
     (spans,) = (entry for entry in source["subject"] if entry["name"] == "train/part-00001.spans.bin")
     spans["digest"]["sha256"] = "0" * 64
     bucket.delete(dataset.resolve_dataset(run, bucket).manifest)
     bucket.write_json(dataset.resolve_dataset(run, bucket).manifest, source)
-    refused = (
+    message = (
         rf"the scores are of content {found.content}, but dataset .* Delete "
         rf"s3://.*/scores/{found.id} to have it scored again"
     )
-    with pytest.raises(Permanent, match=f"manifest.json: {refused}"):
-        do(spec, scorer)
+    with pytest.raises(Permanent, match=f"manifest.json: {message}"):
+        run_rescore(spec, scorer)
     (changed,) = scores.resolve_all_scores(run, bucket, dataset.load_dataset(run, bucket))
-    with pytest.raises(Permanent, match=refused):
+    with pytest.raises(Permanent, match=message):
         scores.load_scores(changed, bucket)
     bucket.delete(found.manifest)
-    with pytest.raises(Permanent, match=f"origin.json: {refused}"):
-        do(spec, scorer)
+    with pytest.raises(Permanent, match=f"origin.json: {message}"):
+        run_rescore(spec, scorer)
 
 
-def test_a_subset_of_nothing_is_an_error(spec: dict[str, Any], scorer: Remote) -> None:
+def test_an_empty_subset_is_an_error(spec: dict[str, Any], scorer: Remote) -> None:
     spec["spec"]["stages"][1]["subset"] = {"exercises": ["cocking"]}
     with pytest.raises(
         Permanent, match=r"subset: no document is picked. .*/datasets/[0-9a-f]+/manifest.json has the names"
     ):
-        do(spec, scorer)
+        run_rescore(spec, scorer)
 
 
-def test_without_a_data_set_there_is_nothing_to_score(spec: dict[str, Any], bucket: Bucket) -> None:
+def test_a_missing_dataset_is_an_error(spec: dict[str, Any], bucket: Bucket) -> None:
     bucket.delete(dataset.resolve_dataset(DistillRun.parse(spec), bucket).manifest)
     with pytest.raises(
         Permanent, match=r"the run's dataset is not built yet. Run python -m jobs.preprocess first"
     ):
-        do(spec, None)
+        run_rescore(spec, None)
 
 
-def test_a_teacher_that_gives_no_number_is_refused(
+def test_a_teacher_whose_score_is_nan_is_rejected(
     spec: dict[str, Any], scorer: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights that overflow; no small real model can be made to do so at one position of one document."""
-    asked = scorer.score
+    """Weights that overflow. The score is injected: no small real model overflows at one position of one
+    document."""
+    score_batches = scorer.score
     monkeypatch.setattr(
         scorer,
         "score",
-        lambda *arguments: (np.where(np.arange(len(p)) == len(p) - 3, np.nan, p) for p in asked(*arguments)),
+        lambda *arguments: (
+            np.where(np.arange(len(p)) == len(p) - 3, np.nan, p) for p in score_batches(*arguments)
+        ),
     )
     with pytest.raises(
         Permanent,
@@ -421,7 +436,7 @@ def test_a_teacher_that_gives_no_number_is_refused(
             r"its tokens no prob"
         ),
     ):
-        do(spec, scorer)
+        run_rescore(spec, scorer)
 
 
 @pytest.mark.parametrize(
@@ -435,20 +450,20 @@ def test_a_teacher_that_gives_no_number_is_refused(
         (-0.5, 0xB800),
     ],
 )
-def test_what_is_stored_has_one_form(value: float, bits: int) -> None:
+def test_each_log_probability_has_one_float16_representation(value: float, bits: int) -> None:
     assert to_float16(np.array([value], np.float32)).view(np.uint16).tolist() == [bits]
     assert np.array([0xD640], np.uint16).view(np.float16)[0] == MIN_LOGP
 
 
-def test_the_job_ends_when_told_goes_on_when_started_again_and_has_nothing_to_do_at_last(
+def test_the_job_stops_on_sigterm_resumes_when_restarted_and_reuses_finished_scores(
     spec: dict[str, Any],
     bucket: Bucket,
     scorer: Remote,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As a pod runs it: with its own vLLM, or without one if there is nothing to do. The attempt between uses
-    the shared teacher."""
+    """The first and the last attempt run as in a pod: with their own vLLM, or without one if nothing is left
+    to score. The attempt in between uses the shared teacher."""
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(spec))
     environment = {
         **os.environ,
@@ -474,19 +489,19 @@ def test_the_job_ends_when_told_goes_on_when_started_again_and_has_nothing_to_do
     run = DistillRun.parse(spec)
     (found,) = scores.resolve_all_scores(run, bucket, dataset.load_dataset(run, bucket))
     process = start()
-    wait_for(lambda: bool(scores.done_parts(found, bucket)), process)
+    wait_while_running(lambda: bool(scores.done_parts(found, bucket)), process)
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 143, said
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, output
     assert json.loads((tmp_path / "end").read_text())["class"] == "Terminated"
-    kept = scores.done_parts(found, bucket)
-    assert 1 <= len(kept) < 3
-    assert not list(tmp_path.glob("vpmoe-scores-*")), "no part's files are left"
+    finished = scores.done_parts(found, bucket)
+    assert 1 <= len(finished) < 3
+    assert not list(tmp_path.glob("vpmoe-scores-*")), "the files of unfinished parts are deleted"
     caplog.set_level("INFO")
-    do(spec, scorer)
+    run_rescore(spec, scorer)
     assert bucket.exists(found.manifest) and "Scored part" in caplog.text
-    assert f"Scored part {min(kept)}:" not in caplog.text, "a part that is done is not made again"
+    assert f"Scored part {min(finished)}:" not in caplog.text, "a finished part is not scored again"
     process = start()
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "Reused" in said and "Loading the teacher" not in said
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "Reused" in output and "Loading the teacher" not in output
     assert progress(spec, bucket)["message"] == "Reused"

@@ -1,5 +1,5 @@
-"""The teacher of an OnPolicy stage on a real S3 store with real vLLM: each window is scored once, with the
-values of transformers."""
+"""Teacher of an OnPolicy stage on a real S3 store with real vLLM: each window is scored once, with the values
+of transformers."""
 
 import os
 import signal
@@ -49,7 +49,7 @@ SCRATCH: Path
 
 @pytest.fixture(scope="module", autouse=True)
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Where the teacher's files are downloaded to, once for all tests of this module."""
+    """Set SCRATCH: the folder of the downloaded teacher, shared by the tests of this module."""
     global SCRATCH
     SCRATCH = tmp_path_factory.mktemp("scratch")
 
@@ -66,7 +66,7 @@ def reference(teacher: Path) -> "PreTrainedModel":
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def poll_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_windows, "POLL_SECONDS", 0.02)
 
 
@@ -82,7 +82,7 @@ def spec(run_spec: dict[str, Any], stored_teacher: str) -> dict[str, Any]:
     return run_spec
 
 
-def do(
+def score_windows_of(
     spec: dict[str, Any],
     scorer: Remote | None,
     worker: int | None = None,
@@ -92,7 +92,7 @@ def do(
     return score_windows_here(spec, scorer, SCRATCH, worker, stopping, attempt)
 
 
-def about(spec: dict[str, Any], window: int, last: bool = False) -> RolloutHeader:
+def rollout_header(spec: dict[str, Any], window: int, last: bool = False) -> RolloutHeader:
     run = DistillRun.parse(spec)
     return RolloutHeader(
         run=provenance(run, "onpolicy-teacher").run,
@@ -109,24 +109,26 @@ def about(spec: dict[str, Any], window: int, last: bool = False) -> RolloutHeade
     )
 
 
-def rollouts(random: np.random.Generator, count: int = 3, longest: int = 150) -> list[Rollout]:
+def random_rollouts(random: np.random.Generator, count: int = 3, longest: int = 150) -> list[Rollout]:
     """Prompts and completions of random ids, one of them of length `longest`."""
-    made = []
+    rollouts = []
     for prompt in range(count):
-        asked, sampled = (int(length) for length in random.integers(1, 60, 2))
+        prompt_length, completion_length = (int(length) for length in random.integers(1, 60, 2))
         if prompt == 1:
-            sampled = longest - asked
-        ids_T = random.integers(0, VOCABULARY_SIZE, asked + sampled, np.int32)
-        logp_C = np.full(sampled, -1, np.float32)
-        made.append(Rollout(prompt, 0, 7, "low", "valid", ids_T, np.full(sampled, 1, np.uint8), logp_C))
-    return made
+            completion_length = longest - prompt_length
+        ids_T = random.integers(0, VOCABULARY_SIZE, prompt_length + completion_length, np.int32)
+        logp_C = np.full(completion_length, -1, np.float32)
+        rollouts.append(
+            Rollout(prompt, 0, 7, "low", "valid", ids_T, np.full(completion_length, 1, np.uint8), logp_C)
+        )
+    return rollouts
 
 
 def key(spec: dict[str, Any], window: int, kind: str) -> str:
     return paths.window(DistillRun.parse(spec), "onpolicy", window, kind)  # type: ignore[arg-type]
 
 
-def sample(
+def write_rollouts(
     spec: dict[str, Any],
     bucket: Bucket,
     window: int,
@@ -135,77 +137,81 @@ def sample(
     longest: int = 150,
 ) -> WindowRollouts:
     """Write a window's rollouts as the sampler does."""
-    data = rollouts_bytes(about(spec, window, last), rollouts(random, longest=longest))
+    data = rollouts_bytes(rollout_header(spec, window, last), random_rollouts(random, longest=longest))
     assert bucket.create(key(spec, window, "rollouts"), data, {})
     return read_rollouts(data, "here")
 
 
-def scored(spec: dict[str, Any], bucket: Bucket, held: WindowRollouts) -> list[NDArray[np.float32]]:
-    where = key(spec, held.header.window, "scores")
-    return read_scores(bucket.get(where), where, held)
+def read_window_scores(
+    spec: dict[str, Any], bucket: Bucket, window_rollouts: WindowRollouts
+) -> list[NDArray[np.float32]]:
+    object_key = key(spec, window_rollouts.header.window, "scores")
+    return read_scores(bucket.get(object_key), object_key, window_rollouts)
 
 
-def bytes_of(spec: dict[str, Any], bucket: Bucket, count: int) -> list[bytes]:
+def score_objects(spec: dict[str, Any], bucket: Bucket, count: int) -> list[bytes]:
     return [bucket.get(key(spec, window, "scores")) for window in range(count)]
 
 
-def forget(spec: dict[str, Any], bucket: Bucket, count: int) -> None:
+def delete_scores(spec: dict[str, Any], bucket: Bucket, count: int) -> None:
     """Delete all scores of windows."""
     for window in range(count):
         bucket.delete(key(spec, window, "scores"))
 
 
 def progress(spec: dict[str, Any], bucket: Bucket, step: str = "onpolicy-teacher") -> dict[str, Any]:
-    told: dict[str, Any] = bucket.get_json(paths.progress(DistillRun.parse(spec), step))
-    return told
+    content: dict[str, Any] = bucket.get_json(paths.progress(DistillRun.parse(spec), step))
+    return content
 
 
 def finish_stage(spec: dict[str, Any], bucket: Bucket) -> None:
-    """As the trainer does in the end."""
+    """Report the stage as succeeded, as the trainer does at its end."""
     bucket.write_json(paths.progress(DistillRun.parse(spec), "onpolicy"), {"state": "Succeeded"})
 
 
-def metrics(spec: dict[str, Any], bucket: Bucket) -> list[dict[str, Any]]:
+def metrics_lines(spec: dict[str, Any], bucket: Bucket) -> list[dict[str, Any]]:
     folder = paths.metrics(DistillRun.parse(spec), "onpolicy-teacher", "").removesuffix(".jsonl")
     return [bucket.get_json(found.key) for found in bucket.list(folder)]
 
 
 @contextmanager
-def beside(*arguments: Any, **more: Any) -> Iterator[list[object]]:
-    """Run the role in a thread; afterwards the list holds its result or its error."""
-    ended: list[object] = []
+def running_in_thread(*arguments: Any, **more: Any) -> Iterator[list[object]]:
+    """Run the teacher in a thread. After the block, the yielded list holds its result or its error."""
+    outcomes: list[object] = []
 
     def work() -> None:
         try:
-            ended.append(do(*arguments, **more))
+            outcomes.append(score_windows_of(*arguments, **more))
         except (Permanent, Terminated) as error:
-            ended.append(error)
+            outcomes.append(error)
 
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        yield ended
+        yield outcomes
     finally:
         thread.join(timeout=120)
         assert not thread.is_alive()
 
 
-def test_every_sampled_token_has_the_log_probability_that_transformers_gives_it(
+def test_every_sampled_token_has_the_log_probability_of_transformers(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, reference: "PreTrainedModel"
 ) -> None:
     random = np.random.default_rng(new_seed())
-    held = [sample(spec, bucket, window, random, last=window == 1, longest=512) for window in range(2)]
-    assert do(spec, scorer) == 2
-    for one in held:
-        for rollout, logp_C in zip(one.rollouts, scored(spec, bucket, one), strict=True):
+    written = [
+        write_rollouts(spec, bucket, window, random, last=window == 1, longest=512) for window in range(2)
+    ]
+    assert score_windows_of(spec, scorer) == 2
+    for one in written:
+        for rollout, logp_C in zip(one.rollouts, read_window_scores(spec, bucket, one), strict=True):
             wanted_T = expected(reference, rollout.ids_T)
             assert np.abs(logp_C - wanted_T[rollout.prompt_length :]).max() <= TOLERANCE
-    said = progress(spec, bucket)
-    assert (said["state"], said["parts"]) == ("Succeeded", {"done": 2, "total": 2})
-    lines = metrics(spec, bucket)
+    status = progress(spec, bucket)
+    assert (status["state"], status["parts"]) == ("Succeeded", {"done": 2, "total": 2})
+    lines = metrics_lines(spec, bucket)
     assert [(line["event"], line["window"], line["tokens"]) for line in lines] == [
         ("window", window, sum(len(rollout.ids_T) for rollout in one.rollouts))
-        for window, one in enumerate(held)
+        for window, one in enumerate(written)
     ]
     assert all(
         line["seconds"] > 0 and line["tokensPerSecond"] == line["tokens"] / line["seconds"] for line in lines
@@ -218,62 +224,67 @@ def test_windows_are_scored_as_they_appear_and_waits_are_measured(
     monkeypatch.setattr(score_windows, "REPORT_SECONDS", 0.0)
     random = np.random.default_rng(new_seed())
     waited = []
-    with beside(spec, scorer) as ended:
+    with running_in_thread(spec, scorer) as outcomes:
         wait_until(
-            lambda: bucket.exists(paths.progress(DistillRun.parse(spec), "onpolicy-teacher")), "it has begun"
+            lambda: bucket.exists(paths.progress(DistillRun.parse(spec), "onpolicy-teacher")),
+            "the teacher has started",
         )
         for window in range(3):
             wait_until(
                 lambda window=window: progress(spec, bucket)["message"] == f"Waiting for window {window}",
-                "it waits",
+                "the teacher waits",
             )
             since = time.monotonic()
-            sample(spec, bucket, window, random, last=window == 2)
+            write_rollouts(spec, bucket, window, random, last=window == 2)
             waited.append(time.monotonic() - since)
-            wait_until(lambda window=window: bucket.exists(key(spec, window, "scores")), "it is scored")
-    assert ended == [3]
+            wait_until(
+                lambda window=window: bucket.exists(key(spec, window, "scores")), "the window is scored"
+            )
+    assert outcomes == [3]
     assert all(
-        line["waitRollouts"] >= least for line, least in zip(metrics(spec, bucket), waited, strict=True)
+        line["waitRollouts"] >= least for line, least in zip(metrics_lines(spec, bucket), waited, strict=True)
     )
 
 
-def test_two_workers_take_turns_and_the_bytes_are_one_workers(
+def test_two_workers_alternate_and_write_the_same_scores_as_one(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote
 ) -> None:
     random = np.random.default_rng(new_seed())
-    held = [sample(spec, bucket, window, random, last=window == 4) for window in range(5)]
-    do(spec, scorer)
-    alone = bytes_of(spec, bucket, 5)
+    written = [write_rollouts(spec, bucket, window, random, last=window == 4) for window in range(5)]
+    score_windows_of(spec, scorer)
+    by_one_worker = score_objects(spec, bucket, 5)
     spec["spec"]["teacher"]["gpus"] = 2
     spec["metadata"]["name"] = "two"
-    for one in held:
+    for one in written:
         bucket.create(
-            key(spec, one.header.window, "rollouts"), rollouts_bytes(renamed(spec, one), one.rollouts), {}
+            key(spec, one.header.window, "rollouts"),
+            rollouts_bytes(header_for_run(spec, one), one.rollouts),
+            {},
         )
-    assert do(spec, scorer, worker=0) == 3
+    assert score_windows_of(spec, scorer, worker=0) == 3
     assert progress(spec, bucket)["state"] == "Running" and progress(spec, bucket)["parts"] == {
         "done": 3,
         "total": 5,
     }
     assert [window for window in range(5) if bucket.exists(key(spec, window, "scores"))] == [0, 2, 4]
-    assert do(spec, scorer, worker=1) == 2
+    assert score_windows_of(spec, scorer, worker=1) == 2
     assert progress(spec, bucket)["state"] == "Succeeded" and progress(spec, bucket)["parts"] == {
         "done": 5,
         "total": 5,
     }
-    for one, other in zip(bytes_of(spec, bucket, 5), alone, strict=True):
-        assert numbers(one) == numbers(other), "but for what they say about the run"
-    assert do(spec, None, worker=0) == do(spec, None, worker=1) == 0, (
-        "and no teacher is loaded where nothing is left"
+    for one, other in zip(score_objects(spec, bucket, 5), by_one_worker, strict=True):
+        assert logp_bytes(one) == logp_bytes(other), "only the headers, which name the run, differ"
+    assert score_windows_of(spec, None, worker=0) == score_windows_of(spec, None, worker=1) == 0, (
+        "no teacher is loaded if nothing is left to score"
     )
 
 
-def renamed(spec: dict[str, Any], held: WindowRollouts) -> RolloutHeader:
-    ours = about(spec, held.header.window, held.header.last)
-    return held.header.model_copy(update={"run": ours.run, "config": ours.config})
+def header_for_run(spec: dict[str, Any], written: WindowRollouts) -> RolloutHeader:
+    header = rollout_header(spec, written.header.window, written.header.last)
+    return written.header.model_copy(update={"run": header.run, "config": header.config})
 
 
-def numbers(data: bytes) -> list[bytes]:
+def logp_bytes(data: bytes) -> list[bytes]:
     import pyarrow as pa
 
     return [
@@ -282,32 +293,32 @@ def numbers(data: bytes) -> list[bytes]:
 
 
 @pytest.mark.parametrize("worker", [0, 1])
-@pytest.mark.parametrize("windows_of_it", [1, 2, 3, 4])
-def test_a_worker_ends_wherever_the_last_window_is_anothers_or_its_own(
-    spec: dict[str, Any], bucket: Bucket, scorer: Remote, worker: int, windows_of_it: int
+@pytest.mark.parametrize("windows", [1, 2, 3, 4])
+def test_a_worker_ends_whether_or_not_the_last_window_is_its_own(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, worker: int, windows: int
 ) -> None:
     spec["spec"]["teacher"]["gpus"] = 3
     random = np.random.default_rng(new_seed())
-    for window in range(windows_of_it):
-        sample(spec, bucket, window, random, last=window == windows_of_it - 1)
-    own = len(range(worker, windows_of_it, 3))
-    assert do(spec, scorer if own else None, worker=worker) == own
+    for window in range(windows):
+        write_rollouts(spec, bucket, window, random, last=window == windows - 1)
+    expected_count = len(range(worker, windows, 3))
+    assert score_windows_of(spec, scorer if expected_count else None, worker=worker) == expected_count
 
 
-def test_a_stage_that_has_ended_early_needs_no_more_scores(
+def test_a_stage_that_ended_early_needs_no_more_scores(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote
 ) -> None:
     random = np.random.default_rng(new_seed())
-    sample(spec, bucket, 0, random)
-    with beside(spec, scorer) as ended:
-        wait_until(lambda: bucket.exists(key(spec, 0, "scores")), "it is scored")
+    write_rollouts(spec, bucket, 0, random)
+    with running_in_thread(spec, scorer) as outcomes:
+        wait_until(lambda: bucket.exists(key(spec, 0, "scores")), "the window is scored")
         finish_stage(spec, bucket)
-    assert ended == [1] and progress(spec, bucket)["state"] == "Succeeded"
-    sample(spec, bucket, 1, random)
-    assert do(spec, None) == 0
+    assert outcomes == [1] and progress(spec, bucket)["state"] == "Succeeded"
+    write_rollouts(spec, bucket, 1, random)
+    assert score_windows_of(spec, None) == 0
 
 
-KILLED = """
+SCORE_PROCESS = """
 import pathlib, sys, yaml
 from tests.fakes.tiny_teacher import Remote
 from tests.fakes.teacher_steps import score_windows_here
@@ -320,24 +331,24 @@ score_windows_here(
 """
 
 
-def test_a_teacher_killed_anywhere_goes_on_at_its_first_window_without_scores_with_the_same_bytes(
+def test_a_killed_teacher_resumes_at_the_first_window_without_scores_with_the_same_bytes(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, teacher_address: str, tmp_path: Path
 ) -> None:
     seed = new_seed()
     random, chance = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     for window in range(6):
-        sample(spec, bucket, window, random, last=window == 5)
-    do(spec, scorer)
-    undisturbed = bytes_of(spec, bucket, 6)
-    forget(spec, bucket, 6)
+        write_rollouts(spec, bucket, window, random, last=window == 5)
+    score_windows_of(spec, scorer)
+    uninterrupted = score_objects(spec, bucket, 6)
+    delete_scores(spec, bucket, 6)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(spec))
-    scorer.close()  # the teacher answers one at a time
+    scorer.close()  # the teacher serves one client at a time
     etags: dict[int, str] = {}
-    for attempt, already in enumerate((0, 1, 3), 1):
+    for attempt, finished in enumerate((0, 1, 3), 1):
         command = [
             sys.executable,
             "-c",
-            KILLED,
+            SCORE_PROCESS,
             str(tmp_path / "run.yaml"),
             teacher_address,
             str(SCRATCH),
@@ -346,7 +357,10 @@ def test_a_teacher_killed_anywhere_goes_on_at_its_first_window_without_scores_wi
         process = subprocess.Popen(command, cwd=ROOT)
         try:
             wait_until(
-                lambda n=already: bucket.exists(key(spec, n, "scores")), "a window is scored", 120, every=0.01
+                lambda n=finished: bucket.exists(key(spec, n, "scores")),
+                "a window is scored",
+                120,
+                every=0.01,
             )
             time.sleep(chance.uniform(0, 0.3))
         finally:
@@ -354,76 +368,83 @@ def test_a_teacher_killed_anywhere_goes_on_at_its_first_window_without_scores_wi
             process.wait()
         for window, etag in etags.items():
             assert bucket.head(key(spec, window, "scores")).etag == etag, (
-                "what is scored is not written again"
+                "existing scores are not written again"
             )
         etags = {
-            window: bucket.head(where).etag
+            window: bucket.head(object_key).etag
             for window in range(6)
-            if bucket.exists(where := key(spec, window, "scores"))
+            if bucket.exists(object_key := key(spec, window, "scores"))
         }
-    with Remote(teacher_address, scorer.max_length) as after:
-        assert do(spec, after, attempt=4) == 6 - len(etags)
-    assert bytes_of(spec, bucket, 6) == undisturbed
-    assert [line["window"] for line in metrics(spec, bucket)] == list(range(6)), (
-        "each window has one line, whoever scored it"
+    with Remote(teacher_address, scorer.max_length) as remote:
+        assert score_windows_of(spec, remote, attempt=4) == 6 - len(etags)
+    assert score_objects(spec, bucket, 6) == uninterrupted
+    assert [line["window"] for line in metrics_lines(spec, bucket)] == list(range(6)), (
+        "each window has one line, whichever attempt scored it"
     )
 
 
-def test_a_hole_is_filled_and_what_is_beyond_it_is_left_as_it_is(
+def test_a_missing_window_is_scored_and_later_ones_are_unchanged(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote
 ) -> None:
     random = np.random.default_rng(new_seed())
-    held = [sample(spec, bucket, window, random, last=window == 3) for window in range(4)]
-    do(spec, scorer)
-    before = bytes_of(spec, bucket, 4)
+    written = [write_rollouts(spec, bucket, window, random, last=window == 3) for window in range(4)]
+    score_windows_of(spec, scorer)
+    before = score_objects(spec, bucket, 4)
     bucket.delete(key(spec, 1, "scores"))
-    assert do(spec, scorer) == 1 and bytes_of(spec, bucket, 4) == before
-    assert len(scored(spec, bucket, held[1])) == len(held[1].rollouts)
+    assert score_windows_of(spec, scorer) == 1 and score_objects(spec, bucket, 4) == before
+    assert len(read_window_scores(spec, bucket, written[1])) == len(written[1].rollouts)
 
 
-def test_the_first_writer_of_a_windows_scores_wins_and_the_other_goes_on(
+def test_the_first_writer_of_a_windows_scores_wins_and_the_other_continues(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An attempt that was believed dead writes between the last check and our PUT, with other rounding."""
+    """An attempt that was presumed dead writes between the last check and the PUT, with other rounding."""
     random = np.random.default_rng(new_seed())
-    held = [sample(spec, bucket, window, random, last=window == 1) for window in range(2)]
-    asked = scorer.score
-    theirs = [np.full(len(one.logp_C), -2, np.float32) for one in held[0].rollouts]
-    said = ScoresHeader(
-        run=held[0].header.run, stage="onpolicy", window=0, rollouts=held[0].sha256, teacher="t" * 64
+    written = [write_rollouts(spec, bucket, window, random, last=window == 1) for window in range(2)]
+    score_batches = scorer.score
+    theirs = [np.full(len(one.logp_C), -2, np.float32) for one in written[0].rollouts]
+    header = ScoresHeader(
+        run=written[0].header.run, stage="onpolicy", window=0, rollouts=written[0].sha256, teacher="t" * 64
     )
 
     def score(*arguments: Any) -> Iterator[NDArray[np.float32]]:
-        yield from asked(*arguments)
-        bucket.create(key(spec, 0, "scores"), scores_bytes(said, theirs), {})
+        yield from score_batches(*arguments)
+        bucket.create(key(spec, 0, "scores"), scores_bytes(header, theirs), {})
 
     monkeypatch.setattr(scorer, "score", score)
-    assert do(spec, scorer) == 2
-    assert all((one == other).all() for one, other in zip(scored(spec, bucket, held[0]), theirs, strict=True))
+    assert score_windows_of(spec, scorer) == 2
+    assert all(
+        (one == other).all()
+        for one, other in zip(read_window_scores(spec, bucket, written[0]), theirs, strict=True)
+    )
     assert progress(spec, bucket)["state"] == "Succeeded"
 
 
-def test_scores_of_other_rollouts_in_the_way_are_refused(
+def test_existing_scores_of_other_rollouts_are_rejected(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = sample(spec, bucket, 0, np.random.default_rng(new_seed()), last=True)
-    asked = scorer.score
-    said = ScoresHeader(run=held.header.run, stage="onpolicy", window=0, rollouts="0" * 64, teacher="t" * 64)
+    written = write_rollouts(spec, bucket, 0, np.random.default_rng(new_seed()), last=True)
+    score_batches = scorer.score
+    header = ScoresHeader(
+        run=written.header.run, stage="onpolicy", window=0, rollouts="0" * 64, teacher="t" * 64
+    )
 
     def score(*arguments: Any) -> Iterator[NDArray[np.float32]]:
-        yield from asked(*arguments)
-        bucket.create(key(spec, 0, "scores"), scores_bytes(said, [one.logp_C for one in held.rollouts]), {})
+        yield from score_batches(*arguments)
+        bucket.create(
+            key(spec, 0, "scores"), scores_bytes(header, [one.logp_C for one in written.rollouts]), {}
+        )
 
     monkeypatch.setattr(scorer, "score", score)
     with pytest.raises(
         Permanent,
         match=r"s3://.*window-000000\.scores\.arrow: it has the scores of other rollouts .* delete it",
     ):
-        do(spec, scorer)
+        score_windows_of(spec, scorer)
 
 
-def changed(held: Sequence[Rollout], **changes: Any) -> list[Rollout]:
-    return [replace(held[0], **changes), *held[1:]]
+def with_first_changed(rollouts: Sequence[Rollout], **changes: Any) -> list[Rollout]:
+    return [replace(rollouts[0], **changes), *rollouts[1:]]
 
 
 @pytest.mark.parametrize(
@@ -448,101 +469,107 @@ def changed(held: Sequence[Rollout], **changes: Any) -> list[Rollout]:
             lambda a, r: (a.model_copy(update={"window": 3}), r), "window is 3 there and 0 here", id="window"
         ),
         pytest.param(
-            lambda a, r: (a, changed(r, ids_T=np.zeros(513, np.int32))),
+            lambda a, r: (a, with_first_changed(r, ids_T=np.zeros(513, np.int32))),
             r"rollout 0 of prompt 0 has 513 tokens, .* is 512",
             id="long",
         ),
         pytest.param(
-            lambda a, r: (a, changed(r, ids_T=np.append(r[0].ids_T, np.int32(201_088)))),
+            lambda a, r: (a, with_first_changed(r, ids_T=np.append(r[0].ids_T, np.int32(201_088)))),
             "rollout 0 of prompt 0 has ids from .* to 201088",
             id="vocabulary",
         ),
     ],
 )
-def test_rollouts_of_another_hand_are_refused_by_name(
+def test_invalid_rollouts_are_rejected_with_their_object_name(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, change: Any, message: str
 ) -> None:
-    said, held = change(about(spec, 0, True), rollouts(np.random.default_rng(new_seed())))
-    bucket.create(key(spec, 0, "rollouts"), rollouts_bytes(said, held), {})
-    before = scorer.sequences
+    header, rollouts = change(
+        rollout_header(spec, 0, True), random_rollouts(np.random.default_rng(new_seed()))
+    )
+    bucket.create(key(spec, 0, "rollouts"), rollouts_bytes(header, rollouts), {})
+    sequences_before = scorer.sequences
     with pytest.raises(Permanent, match=rf"s3://.*/window-000000\.rollouts\.arrow: {message}.* delete it"):
-        do(spec, scorer)
-    assert scorer.sequences == before and not bucket.exists(key(spec, 0, "scores"))
+        score_windows_of(spec, scorer)
+    assert scorer.sequences == sequences_before and not bucket.exists(key(spec, 0, "scores"))
 
 
-def test_a_truncated_file_of_rollouts_is_refused_by_name(
+def test_truncated_rollouts_are_rejected_with_their_object_name(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, s3: S3
 ) -> None:
-    data = rollouts_bytes(about(spec, 0, True), rollouts(np.random.default_rng(new_seed())))
+    data = rollouts_bytes(rollout_header(spec, 0, True), random_rollouts(np.random.default_rng(new_seed())))
     bucket.create(key(spec, 0, "rollouts"), data[: len(data) // 2], {})
     with pytest.raises(Permanent, match=r"s3://.*/window-000000\.rollouts\.arrow: .* delete it"):
-        do(spec, scorer)
+        score_windows_of(spec, scorer)
     bucket.delete(key(spec, 0, "rollouts"))
     bucket.create(key(spec, 0, "rollouts"), data, {})
     path = s3.folder / bucket.name / key(spec, 0, "rollouts")
-    path.write_bytes(data[:-1])  # without the store's knowledge
+    path.write_bytes(data[:-1])  # directly in the store's file
     with pytest.raises(
         StorageError, match=r"s3://.*/window-000000\.rollouts\.arrow: sha256 is .* delete it"
-    ) as refused:
-        do(spec, scorer)
-    assert not refused.value.retriable
+    ) as caught:
+        score_windows_of(spec, scorer)
+    assert not caught.value.retriable
 
 
-def test_a_token_without_a_probability_is_refused(
+def test_a_token_without_a_probability_is_rejected(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights that overflow; no small real model can be made to do so at one position of one rollout."""
-    sample(spec, bucket, 0, np.random.default_rng(new_seed()), last=True)
-    asked = scorer.score
+    """Weights that overflow. The score is injected: no small real model overflows at one position of one
+    rollout."""
+    write_rollouts(spec, bucket, 0, np.random.default_rng(new_seed()), last=True)
+    score_batches = scorer.score
     monkeypatch.setattr(
         scorer,
         "score",
-        lambda *given: (np.where(np.arange(len(p)) == len(p) - 1, np.nan, p) for p in asked(*given)),
+        lambda *arguments: (
+            np.where(np.arange(len(p)) == len(p) - 1, np.nan, p) for p in score_batches(*arguments)
+        ),
     )
     with pytest.raises(
         Permanent,
         match=r"teacher.model: rollout 0 of prompt 0 of window 0: the teacher gave 1 of its tokens no prob",
     ):
-        do(spec, scorer)
+        score_windows_of(spec, scorer)
     assert not bucket.exists(key(spec, 0, "scores"))
 
 
-def test_a_teacher_that_is_asked_to_stop_while_it_waits_does_so_at_once(
+def test_a_waiting_teacher_stops_at_once(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(score_windows, "POLL_SECONDS", 3600.0)
     stopping = threading.Event()
-    with beside(spec, scorer, stopping=stopping) as ended:
+    with running_in_thread(spec, scorer, stopping=stopping) as outcomes:
         wait_until(
-            lambda: bucket.exists(paths.progress(DistillRun.parse(spec), "onpolicy-teacher")), "it has begun"
+            lambda: bucket.exists(paths.progress(DistillRun.parse(spec), "onpolicy-teacher")),
+            "the teacher has started",
         )
         time.sleep(0.2)
         stopping.set()
-    (error,) = ended
+    (error,) = outcomes
     assert isinstance(error, Terminated) and "onpolicy-teacher was asked to stop" in str(error)
 
 
-def test_a_teacher_that_is_asked_to_stop_does_so_before_the_next_batch_and_writes_nothing(
+def test_a_scoring_teacher_stops_before_the_next_batch_and_writes_nothing(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tests.fakes.tiny_teacher.BATCH_TOKENS", 10)
-    sample(spec, bucket, 0, np.random.default_rng(new_seed()), last=True)
+    write_rollouts(spec, bucket, 0, np.random.default_rng(new_seed()), last=True)
     stopping = threading.Event()
-    asked = scorer.score
+    score_batches = scorer.score
 
     def score(*arguments: Any) -> Iterator[NDArray[np.float32]]:
-        for logp_T in asked(*arguments):
+        for logp_T in score_batches(*arguments):
             stopping.set()
             yield logp_T
 
     monkeypatch.setattr(scorer, "score", score)
     before = scorer.sequences
     with pytest.raises(Terminated):
-        do(spec, scorer, stopping=stopping)
+        score_windows_of(spec, scorer, stopping=stopping)
     assert scorer.sequences == before + 1 and not bucket.exists(key(spec, 0, "scores"))
 
 
-def test_a_stage_that_may_not_begin_has_no_teacher(spec: dict[str, Any]) -> None:
+def test_a_stage_whose_requirement_is_not_met_is_not_scored(spec: dict[str, Any]) -> None:
     spec["spec"]["stages"][1]["require"] = {"validity": 0.9}
     spec["spec"]["evaluation"]["completions"] = 8
     with pytest.raises(
@@ -552,35 +579,35 @@ def test_a_stage_that_may_not_begin_has_no_teacher(spec: dict[str, Any]) -> None
             r"is after stage vanilla"
         ),
     ):
-        do(spec, None)
+        score_windows_of(spec, None)
 
 
-def test_another_teacher_in_the_bucket_is_refused(
+def test_a_teacher_changed_after_the_run_began_is_rejected(
     spec: dict[str, Any], bucket: Bucket, scorer: Remote, teacher: Path, tmp_path: Path
 ) -> None:
-    """The teacher that the run was resolved to holds for all its steps."""
+    """The resolved teacher is used by all steps of the run."""
     spec["spec"]["teacher"]["model"] = bucket.url("models/teacher")
     for path in teacher.iterdir():
         bucket.put_file(f"models/teacher/{path.name}", path, {})
-    sample(spec, bucket, 0, np.random.default_rng(new_seed()), last=True)
+    write_rollouts(spec, bucket, 0, np.random.default_rng(new_seed()), last=True)
     run = DistillRun.parse(spec)
     model.resolve_teacher(run, bucket)
     bucket.put_bytes("models/teacher/config.json", b"{}", {})
     global SCRATCH
     SCRATCH = tmp_path
     with pytest.raises(StorageError, match=r"config\.json: .* was changed since"):
-        do(spec, scorer)
+        score_windows_of(spec, scorer)
 
 
-def test_the_job_ends_when_told_and_goes_on_when_started_again(
+def test_the_job_stops_on_sigterm_and_resumes_when_restarted(
     spec: dict[str, Any],
     bucket: Bucket,
     scorer: Remote,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As a pod runs it: with its own vLLM, or without one if there is nothing to do. The attempt between uses
-    the shared teacher."""
+    """The first and the last attempt run as in a pod: with their own vLLM, or without one if nothing is left
+    to score. The attempt in between uses the shared teacher."""
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(spec))
     environment = {
         **os.environ,
@@ -604,18 +631,20 @@ def test_the_job_ends_when_told_and_goes_on_when_started_again(
         )
 
     random = np.random.default_rng(new_seed())
-    sample(spec, bucket, 0, random)
+    write_rollouts(spec, bucket, 0, random)
     process = start()
     wait_until(
-        lambda: bucket.exists(key(spec, 0, "scores")) or process.poll() is not None, "it is scored", 240
+        lambda: bucket.exists(key(spec, 0, "scores")) or process.poll() is not None,
+        "the window is scored",
+        240,
     )
     process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 143, said
-    sample(spec, bucket, 1, random, last=True)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, output
+    write_rollouts(spec, bucket, 1, random, last=True)
     caplog.set_level("INFO")
-    assert do(spec, scorer, worker=0) == 1
+    assert score_windows_of(spec, scorer, worker=0) == 1
     assert "Scored window 1: 3 rollouts" in caplog.text and "Scored window 0:" not in caplog.text
     process = start()
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "Loading the teacher" not in said, said
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "Loading the teacher" not in output, output

@@ -1,5 +1,5 @@
-"""Which documents are scored: within the budget, balanced over language and exercise, the same for every
-worker."""
+"""Subset of a Rescored stage: its documents fit the budget, are balanced over languages and exercises, and
+are the same for every worker."""
 
 from collections import Counter
 from typing import Any
@@ -17,10 +17,10 @@ EN, FR, NONE = ("en", "mcq"), ("fr", "mcq"), ("unknown", "unknown")
 
 
 def part(*documents: tuple[tuple[str, str], int, int]) -> subset.DocumentLabels:
-    """A part with the documents (label, reasoning tokens, final tokens)."""
+    """The labels of a part with these documents (label, reasoning tokens, final tokens)."""
     rows = [
-        {"language": of[0], "exercise": of[1], "reasoning": reasoning, "final": final}
-        for of, reasoning, final in documents
+        {"language": label[0], "exercise": label[1], "reasoning": reasoning, "final": final}
+        for label, reasoning, final in documents
     ]
     schema = pa.schema(
         [
@@ -34,14 +34,14 @@ def part(*documents: tuple[tuple[str, str], int, int]) -> subset.DocumentLabels:
 
 
 def picked(parts: list[subset.DocumentLabels], seed: str = "d", **fields: Any) -> list[list[int]]:
-    """For each part, the numbers of the documents that are picked."""
+    """The numbers of the picked documents of each part."""
     return [
         np.flatnonzero(of_part).tolist()
         for of_part in subset.pick_documents(parts, Subset.model_validate({"fraction": 1.0} | fields), seed)
     ]
 
 
-ONE = [part((EN, 10, 10), (EN, 40, 10), (FR, 30, 10)), part((EN, 20, 10), (FR, 0, 10), (NONE, 5, 5))]
+PARTS = [part((EN, 10, 10), (EN, 40, 10), (FR, 30, 10)), part((EN, 20, 10), (FR, 0, 10), (NONE, 5, 5))]
 """160 assistant tokens: en 20 + 50 + 30, fr 40 + 10, unknown 10."""
 
 
@@ -51,28 +51,28 @@ ONE = [part((EN, 10, 10), (EN, 40, 10), (FR, 30, 10)), part((EN, 20, 10), (FR, 0
         pytest.param({}, [[0, 1, 2], [0, 1, 2]], id="all"),
         pytest.param({"tokens": 90}, [[2], [2]], id="tokens-balanced"),
         pytest.param({"fraction": 0.57}, [[2], [2]], id="fraction"),
-        pytest.param({"fraction": 0.57, "tokens": 10_000}, [[2], [2]], id="the-smaller-of-both"),
-        pytest.param({"tokens": 110}, [[1, 2], [1, 2]], id="what-a-small-group-leaves-goes-to-the-others"),
+        pytest.param({"fraction": 0.57, "tokens": 10_000}, [[2], [2]], id="smaller-of-fraction-and-tokens"),
+        pytest.param({"tokens": 110}, [[1, 2], [1, 2]], id="others-get-what-a-small-group-leaves"),
         pytest.param({"languages": ["fr"]}, [[2], [1]], id="listed-language"),
         pytest.param({"exercises": ["unknown"]}, [[], [2]], id="unknown-is-a-value"),
         pytest.param({"exercises": ["mcq"], "languages": ["en"], "tokens": 80}, [[1], [0]], id="both-lists"),
-        pytest.param({"exercises": ["cooking"]}, [[], []], id="none-of-that"),
+        pytest.param({"exercises": ["cooking"]}, [[], []], id="no-such-exercise"),
         pytest.param({"tokens": 9}, [[], []], id="nothing-fits"),
         pytest.param(
             {"tokens": 89, "languages": ["en"]}, [[1], [0]], id="the-first-that-does-not-fit-ends-the-group"
         ),
     ],
 )
-def test_what_is_picked(fields: dict[str, Any], expected: list[list[int]]) -> None:
-    assert picked(ONE, **fields) == expected
+def test_picked_documents(fields: dict[str, Any], expected: list[list[int]]) -> None:
+    assert picked(PARTS, **fields) == expected
 
 
-def test_equal_documents_come_in_their_place() -> None:
+def test_equal_documents_are_picked_in_dataset_order() -> None:
     parts = [part((EN, 5, 5), (EN, 5, 5)), part((EN, 5, 5), (EN, 5, 5))]
     assert picked(parts, tokens=30) == [[0, 1], [0]]
 
 
-def test_a_document_without_labels_belongs_to_unknown() -> None:
+def test_missing_labels_are_unknown() -> None:
     table = pa.table(
         {
             "language": pa.array(["en", None, None], pa.string()),
@@ -90,15 +90,19 @@ def test_a_document_without_labels_belongs_to_unknown() -> None:
     assert found.assistant_D.tolist() == [2, 3, 4]
 
 
-def test_a_seeded_order_is_of_the_data_set_and_of_the_place_in_it() -> None:
-    many = [part(*[(EN, 5, 5)] * 50) for _ in range(3)]
-    first = picked(many, prefer="none", tokens=500)
+def test_the_seeded_order_depends_on_the_dataset_and_the_part() -> None:
+    parts = [part(*[(EN, 5, 5)] * 50) for _ in range(3)]
+    first = picked(parts, prefer="none", tokens=500)
     assert sum(map(len, first)) == 50
     assert (
-        first == picked(many, prefer="none", tokens=500) != picked(many, seed="e", prefer="none", tokens=500)
+        first
+        == picked(parts, prefer="none", tokens=500)
+        != picked(parts, seed="e", prefer="none", tokens=500)
     )
-    assert len({tuple(of_part) for of_part in first}) == 3, "each part has an order of its own"
-    assert set(first[0]) <= set(picked(many, prefer="none", tokens=700)[0]), "a larger budget only adds"
+    assert len({tuple(of_part) for of_part in first}) == 3, "the order differs between parts"
+    assert set(first[0]) <= set(picked(parts, prefer="none", tokens=700)[0]), (
+        "a larger budget only adds documents"
+    )
 
 
 labels = st.sampled_from([("en", "mcq"), ("en", "rag"), ("fr", "mcq"), ("unknown", "rag")])
@@ -115,46 +119,49 @@ subsets = st.builds(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(documents, min_size=1, max_size=4), subsets)
-def test_the_invariants_hold(rows: list[list[Any]], chosen: Subset) -> None:
+def test_invariants_of_any_subset(rows: list[list[Any]], subset_settings: Subset) -> None:
     parts = [part(*of_part) for of_part in rows]
-    result = subset.pick_documents(parts, chosen, "d")
+    result = subset.pick_documents(parts, subset_settings, "d")
     assert [len(of_part) for of_part in result] == [len(of_part) for of_part in rows]
     all_documents = [
         (place, number, *row) for place, of_part in enumerate(rows) for number, row in enumerate(of_part)
     ]
-    taken = {(place, number) for place, number, *_ in all_documents if result[place][number]}
+    chosen = {(place, number) for place, number, *_ in all_documents if result[place][number]}
     budget = min(
-        chosen.tokens, int(chosen.fraction * sum(reasoning + final for *_, reasoning, final in all_documents))
+        subset_settings.tokens,
+        int(subset_settings.fraction * sum(reasoning + final for *_, reasoning, final in all_documents)),
     )
     tokens: Counter[Any] = Counter()
     for place, number, label, reasoning, final in all_documents:
-        if (place, number) in taken:
-            assert subset.is_eligible(label, chosen), "only listed exercises and languages are picked"
+        if (place, number) in chosen:
+            assert subset.is_eligible(label, subset_settings), (
+                "only documents of listed exercises and languages are picked"
+            )
             tokens[label] += reasoning + final
-    assert tokens.total() <= budget, "the documents picked have at most the budget"
-    groups = sorted({label for *_, label, _, _ in all_documents if subset.is_eligible(label, chosen)})
+    assert tokens.total() <= budget, "the picked documents fit the budget"
+    groups = sorted(
+        {label for *_, label, _, _ in all_documents if subset.is_eligible(label, subset_settings)}
+    )
     supply = [sum(r + f for *_, label, r, f in all_documents if label == group) for group in groups]
     shares = dict(zip(groups, subset.share_budget(supply, budget), strict=True))
     for group in groups:
         ordered = [row for row in all_documents if row[2] == group]
-        if chosen.prefer == "longReasoning":
+        if subset_settings.prefer == "longReasoning":
             ordered.sort(key=lambda row: -row[3])
-            flags = [row[:2] in taken for row in ordered]
+            flags = [row[:2] in chosen for row in ordered]
             assert flags == sorted(flags, reverse=True), (
-                "a document is picked only if all before it in its group's order are"
+                "a document is picked only if all documents before it in its group's order are"
             )
-            rest = [row for row in ordered if row[:2] not in taken]
+            rest = [row for row in ordered if row[:2] not in chosen]
             assert not rest or tokens[group] + rest[0][3] + rest[0][4] > shares[group], (
-                "the next one did not fit"
+                "the next document did not fit"
             )
 
 
 @given(st.lists(st.integers(0, 100), max_size=12), st.integers(0, 500))
-def test_no_group_gets_more_than_its_share_while_another_has_less_and_wants_more(
-    supply: list[int], budget: int
-) -> None:
-    given = subset.share_budget(supply, budget)
-    assert sum(given) == min(budget, sum(supply))
-    assert all(0 <= share <= most for share, most in zip(given, supply, strict=True))
-    hungry = [share for share, most in zip(given, supply, strict=True) if share < most]
-    assert not hungry or max(given) - min(hungry) <= 1
+def test_shares_of_the_budget_are_as_equal_as_the_supply_allows(supply: list[int], budget: int) -> None:
+    shares = subset.share_budget(supply, budget)
+    assert sum(shares) == min(budget, sum(supply))
+    assert all(0 <= share <= available for share, available in zip(shares, supply, strict=True))
+    unsatisfied = [share for share, available in zip(shares, supply, strict=True) if share < available]
+    assert not unsatisfied or max(shares) - min(unsatisfied) <= 1

@@ -1,5 +1,5 @@
-"""Checkpoints of a small student on a real store: the same bits back, damage rejected, stages that follow
-each other."""
+"""Checkpoints of a small student on a real store: exact resumption, rejection of damage, and the start of
+later stages."""
 
 import json
 from collections.abc import Callable
@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.fakes import datasets, students
-from tests.fakes.checkpoints import altered, at, emptied, filled, same, save, truncated
+from tests.fakes.checkpoints import alter, empty, equal_states, filled, save_checkpoints, state_at, truncate
 from tests.fakes.store import S3
-from tests.fakes.students import saved
+from tests.fakes.students import copy_slices
 from tests.fakes.trainers import start_of
 from vpmoe.checkpoint.train_state import TrainState, list_iterations, load_stage_end
 from vpmoe.failure import Permanent
@@ -33,22 +33,22 @@ def context(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path) -> StageCo
         {"name": name, "kind": "Vanilla", "tokens": 1000} for name in ("vanilla", "second")
     ]
     run_spec["spec"]["training"]["checkpoint"]["keep"] = 4
-    return datasets.context(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
+    return datasets.context(bucket, run_spec, tmp_path, datasets.write_dataset(bucket, [[]], [[]]))
 
 
-def test_a_stage_goes_on_from_its_newest_checkpoint_with_the_same_bits(
+def test_a_stage_resumes_from_its_newest_checkpoint_with_the_same_bits(
     context: StageContext, device: torch.device
 ) -> None:
     written = filled(device, 1.0)
-    report = save(context, filled(device, 0.5), at(3))
+    report = save_checkpoints(context, filled(device, 0.5), state_at(3))
     torch.manual_seed(17)
-    report = save(context, written, at(4, next_sequence=8))
+    report = save_checkpoints(context, written, state_at(4, next_sequence=8))
     expected = torch.rand(3)
     learner = filled(device, 2.0)
     started = start_of(context, learner)
-    assert same(learner, written) and learner.steps == 4
-    assert started.state == at(4, next_sequence=8) and not started.rejected
-    assert torch.equal(torch.rand(3), expected), "the random state comes back too"
+    assert equal_states(learner, written) and learner.steps == 4
+    assert started.state == state_at(4, next_sequence=8) and not started.rejected
+    assert torch.equal(torch.rand(3), expected), "the random state is restored too"
     assert report.progress["checkpoint"].iteration == 4 and report.progress["checkpoint"].manifest.endswith(
         "/checkpoints/vanilla/4/manifest.json"
     )
@@ -56,45 +56,45 @@ def test_a_stage_goes_on_from_its_newest_checkpoint_with_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    "file, damage, words",
+    "file, damage, message",
     [
-        pytest.param(rank_file(0), altered, "sha256 of block 0 is", id="a-bit-of-a-shard"),
-        pytest.param(rank_file(0), truncated, "bytes, its manifest says", id="truncated-shard"),
-        pytest.param(rank_file(0), emptied, "bytes, its manifest says", id="empty-shard"),
-        pytest.param(rank_file(0), Path.unlink, "there is no such object", id="lost-shard"),
-        pytest.param(BUFFERS, altered, "sha256 of block 0 is", id="a-bit-of-the-buffers"),
-        pytest.param("manifest.json", truncated, "sha256 is", id="truncated-manifest"),
+        pytest.param(rank_file(0), alter, "sha256 of block 0 is", id="bit-of-a-shard"),
+        pytest.param(rank_file(0), truncate, "bytes, its manifest says", id="truncated-shard"),
+        pytest.param(rank_file(0), empty, "bytes, its manifest says", id="empty-shard"),
+        pytest.param(rank_file(0), Path.unlink, "there is no such object", id="missing-shard"),
+        pytest.param(BUFFERS, alter, "sha256 of block 0 is", id="bit-of-the-buffers"),
+        pytest.param("manifest.json", truncate, "sha256 is", id="truncated-manifest"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_aloud_and_the_one_before_it_used(
+def test_a_damaged_checkpoint_is_logged_and_the_previous_one_is_used(
     context: StageContext,
     device: torch.device,
     s3: S3,
     caplog: pytest.LogCaptureFixture,
     file: str,
     damage: Callable[[Path], None],
-    words: str,
+    message: str,
 ) -> None:
     good = filled(device, 1.0)
-    save(context, good, at(1))
-    save(context, filled(device, 1.5), at(2))
+    save_checkpoints(context, good, state_at(1))
+    save_checkpoints(context, filled(device, 1.5), state_at(2))
     damage(s3.folder / context.bucket.name / paths.checkpoint(context.run, "vanilla", 2) / file)
     learner = filled(device, 2.0)
     started = start_of(context, learner)
-    assert same(learner, good) and started.state == at(1)
+    assert equal_states(learner, good) and started.state == state_at(1)
     (rejected,) = started.rejected
-    assert "/checkpoints/vanilla/2" in rejected and words in rejected
+    assert "/checkpoints/vanilla/2" in rejected and message in rejected
     assert [record.levelname for record in caplog.records if record.message == f"REJECTED: {rejected}"] == [
         "ERROR"
     ]
 
 
-def test_where_no_checkpoint_is_usable_the_stage_does_not_start_over_in_silence(
+def test_a_stage_without_a_usable_checkpoint_fails_instead_of_starting_over(
     context: StageContext, device: torch.device, s3: S3
 ) -> None:
-    save(context, filled(device, 1.0), at(1), at(2))
+    save_checkpoints(context, filled(device, 1.0), state_at(1), state_at(2))
     for iteration in (1, 2):
-        altered(
+        alter(
             s3.folder
             / context.bucket.name
             / paths.checkpoint(context.run, "vanilla", iteration)
@@ -105,66 +105,65 @@ def test_where_no_checkpoint_is_usable_the_stage_does_not_start_over_in_silence(
         Permanent, match=r"none of its 2 checkpoints can be used.*delete s3://.*/checkpoints/vanilla to train"
     ):
         start_of(context, learner)
-    assert same(learner, filled(device, 2.0)), "nothing of them was taken"
+    assert equal_states(learner, filled(device, 2.0)), "the learner is unchanged"
 
 
-def test_another_student_is_refused(context: StageContext, device: torch.device) -> None:
-    save(context, filled(device, 1.0), at(1))
+def test_a_checkpoint_of_another_student_is_rejected(context: StageContext, device: torch.device) -> None:
+    save_checkpoints(context, filled(device, 1.0), state_at(1))
     other = students.learner(device, replace(students.SMALL, dense_width=32))
     with pytest.raises(Permanent, match="it belongs to another student or to another version"):
         start_of(context, other)
 
 
-def test_the_newest_are_kept_and_what_a_killed_attempt_left_is_replaced(
+def test_the_newest_checkpoints_are_kept_and_leftovers_of_a_killed_attempt_are_deleted(
     context: StageContext, device: torch.device
 ) -> None:
     leftover = f"{paths.checkpoint(context.run, 'vanilla', 6)}/rank-00007.safetensors"
     for key in (leftover, leftover.replace("/6/", "/0/")):
         context.bucket.put_bytes(key, b"half", {})
     learner = filled(device, 1.0)
-    save(context, learner, *(at(iteration) for iteration in range(1, 7)))
+    save_checkpoints(context, learner, *(state_at(iteration) for iteration in range(1, 7)))
     folder = paths.checkpoints(context.run, "vanilla")
     assert list_iterations(context.bucket, folder) == [6, 5, 4, 3]
     assert {found.key.split("/")[-2] for found in context.bucket.list(folder + "/")} == {"3", "4", "5", "6"}
     assert not context.bucket.exists(leftover)
 
 
-def test_a_checkpoint_of_other_ranks_is_read_by_its_ranges(
+def test_a_checkpoint_of_another_number_of_ranks_is_read_by_its_slices(
     context: StageContext, device: torch.device, tmp_path: Path
 ) -> None:
-    """A checkpoint of three ranks, made of one rank's by cutting every tensor at uneven places, comes out
-    whole."""
+    """The checkpoint of one rank, rewritten as one of three ranks with every tensor cut at uneven places."""
     written = filled(device, 1.0)
-    save(context, written, at(1))
+    save_checkpoints(context, written, state_at(1))
     folder = paths.checkpoint(context.run, "vanilla", 1)
     whole = manifest.load(context.bucket, paths.manifest(folder))
     context.bucket.download(whole.subjects[rank_file(0)], tmp_path / "whole")
-    cut: list[dict[str, torch.Tensor]] = [{}, {}, {}]
+    slices_of_rank: list[dict[str, torch.Tensor]] = [{}, {}, {}]
     for key, tensor in load_file(tmp_path / "whole").items():
         ends = [0, len(tensor) // 5, len(tensor) // 3, len(tensor)]
         for rank in range(3):
             start, stop = ends[rank], ends[rank + 1]
-            cut[rank][f"{key.partition('[')[0]}[{start}:{stop}]"] = tensor[start:stop].clone()
+            slices_of_rank[rank][f"{key.partition('[')[0]}[{start}:{stop}]"] = tensor[start:stop].clone()
     stored = [context.bucket.put_bytes(f"{folder}/{BUFFERS}", context.bucket.get(f"{folder}/{BUFFERS}"), {})]
     for rank in range(3):
-        save_file(cut[rank], tmp_path / "part")
+        save_file(slices_of_rank[rank], tmp_path / "part")
         stored.append(context.bucket.put_file(f"{folder}/{rank_file(rank)}", tmp_path / "part", {}))
     context.bucket.delete(paths.manifest(folder))
     facts = {**whole.facts, "ranks": 3}
-    made = manifest.statement(
+    statement = manifest.statement(
         "checkpoint",
-        [one.subject(folder) for one in stored],
+        [stored_object.subject(folder) for stored_object in stored],
         facts,
         whole.provenance,
         list(whole.inputs.values()),
     )
-    manifest.write(context.bucket, paths.manifest(folder), made)
+    manifest.write(context.bucket, paths.manifest(folder), statement)
     learner = filled(device, 2.0)
     start_of(context, learner)
-    assert same(learner, written)
+    assert equal_states(learner, written)
 
 
-def following(context: StageContext) -> StageContext:
+def context_of_next_stage(context: StageContext) -> StageContext:
     return StageContext(
         context.run,
         context.run.spec.stages[1],
@@ -176,12 +175,12 @@ def following(context: StageContext) -> StageContext:
     )  # type: ignore[arg-type]
 
 
-def test_a_stage_begins_where_the_one_before_ended(context: StageContext, device: torch.device) -> None:
+def test_a_stage_starts_from_the_end_of_the_previous_one(context: StageContext, device: torch.device) -> None:
     written = filled(device, 1.0)
-    save(context, written, at(5, next_sequence=20, epoch=2, finished=True))
+    save_checkpoints(context, written, state_at(5, next_sequence=20, epoch=2, finished=True))
     learner = filled(device, 2.0)
-    started = start_of(following(context), learner)
-    assert same(learner, written) and learner.steps == 5
+    started = start_of(context_of_next_stage(context), learner)
+    assert equal_states(learner, written) and learner.steps == 5
     position = started.state
     assert (position.stage, position.steps, position.tokens, position.iteration) == ("second", 0, 0, 5)
     assert (position.first_sequence, position.next_sequence, position.epoch, position.before) == (
@@ -194,44 +193,44 @@ def test_a_stage_begins_where_the_one_before_ended(context: StageContext, device
 
 
 @pytest.mark.parametrize(
-    "positions, words",
+    "positions, message",
     [
-        pytest.param([], "follows vanilla, which has no checkpoint. Train that first", id="nothing-there"),
+        pytest.param([], "follows vanilla, which has no checkpoint. Train that first", id="no-checkpoint"),
         pytest.param(
-            [at(5)], "follows vanilla, which has not finished: it is at 500 tokens", id="not-finished"
+            [state_at(5)], "follows vanilla, which has not finished: it is at 500 tokens", id="not-finished"
         ),
     ],
 )
-def test_a_stage_does_not_begin_before_its_predecessor_ended(
-    context: StageContext, device: torch.device, positions: list[TrainState], words: str
+def test_a_stage_does_not_start_before_the_previous_one_has_finished(
+    context: StageContext, device: torch.device, positions: list[TrainState], message: str
 ) -> None:
     learner = filled(device, 1.0)
-    save(context, learner, *positions)
-    with pytest.raises(Permanent, match=words):
-        start_of(following(context), learner)
+    save_checkpoints(context, learner, *positions)
+    with pytest.raises(Permanent, match=message):
+        start_of(context_of_next_stage(context), learner)
 
 
-def test_a_damaged_end_of_the_stage_before_is_not_replaced_by_an_earlier_checkpoint(
+def test_a_damaged_final_checkpoint_is_not_replaced_by_an_earlier_one(
     context: StageContext, device: torch.device, s3: S3
 ) -> None:
-    save(context, filled(device, 1.0), at(4), at(5, finished=True))
-    altered(s3.folder / context.bucket.name / paths.checkpoint(context.run, "vanilla", 5) / rank_file(0))
+    save_checkpoints(context, filled(device, 1.0), state_at(4), state_at(5, finished=True))
+    alter(s3.folder / context.bucket.name / paths.checkpoint(context.run, "vanilla", 5) / rank_file(0))
     with pytest.raises(
         Permanent, match=r"stage second cannot begin: checkpoint .*/checkpoints/vanilla/5 cannot be used"
     ):
-        start_of(following(context), filled(device, 2.0))
+        start_of(context_of_next_stage(context), filled(device, 2.0))
 
 
-def projecting(device: torch.device, number: float, width: int = 24) -> Learner:
+def filled_with_projection(device: torch.device, number: float, width: int = 24) -> Learner:
     """`filled`, with a projection to a teacher's width."""
-    it = students.learner(device, teacher_width=width)
-    for piece in state.slices(it):
+    learner = students.learner(device, teacher_width=width)
+    for piece in state.slices(learner):
         piece.tensor.copy_(torch.arange(piece.start, piece.stop) / 1000 + number)
-    return it
+    return learner
 
 
 def without_projection(learner: Learner) -> dict[str, list[tuple[int, torch.Tensor]]]:
-    return {name: of for name, of in saved(learner).items() if not name.endswith("/projection")}
+    return {name: slices for name, slices in copy_slices(learner).items() if not name.endswith("/projection")}
 
 
 def equal(
@@ -241,75 +240,79 @@ def equal(
 
 
 @pytest.mark.parametrize(
-    "width", [pytest.param(None, id="without-one"), pytest.param(20, id="of-another-width")]
+    "width", [pytest.param(None, id="without-projection"), pytest.param(20, id="of-another-width")]
 )
-def test_a_projection_begins_anew_where_the_stage_before_had_none(
+def test_a_projection_is_initialised_if_the_previous_stage_has_none_of_its_width(
     context: StageContext, device: torch.device, width: int | None
 ) -> None:
-    written = filled(device, 1.0) if width is None else projecting(device, 1.0, width)
-    save(context, written, at(5, finished=True))
+    written = filled(device, 1.0) if width is None else filled_with_projection(device, 1.0, width)
+    save_checkpoints(context, written, state_at(5, finished=True))
     new, learner = students.learner(device, teacher_width=24), students.learner(device, teacher_width=24)
-    start_of(following(context), learner)
+    start_of(context_of_next_stage(context), learner)
     assert equal(without_projection(learner), without_projection(written)) and learner.steps == 5
-    begun = saved(learner)
+    state_at_start = copy_slices(learner)
     assert (
-        torch.equal(begun["main/projection"][0][1], saved(new)["main/projection"][0][1])
-        and (begun["main/projection"][0][1] != 0).any()
+        torch.equal(state_at_start["main/projection"][0][1], copy_slices(new)["main/projection"][0][1])
+        and (state_at_start["main/projection"][0][1] != 0).any()
     )
-    assert all((begun[f"{kind}/projection"][0][1] == 0).all() for kind in state.MOMENTS)
+    assert all((state_at_start[f"{kind}/projection"][0][1] == 0).all() for kind in state.MOMENTS)
 
 
-def test_a_projection_is_passed_on_and_a_stage_without_one_leaves_it_out(
+def test_a_projection_is_inherited_and_dropped_by_a_stage_without_one(
     context: StageContext, device: torch.device
 ) -> None:
-    written = projecting(device, 1.0)
-    save(context, written, at(5, finished=True))
-    learner, without = projecting(device, 2.0), filled(device, 2.0)
-    start_of(following(context), learner)
-    start_of(following(context), without)
-    assert same(learner, written) and equal(saved(without), without_projection(written))
+    written = filled_with_projection(device, 1.0)
+    save_checkpoints(context, written, state_at(5, finished=True))
+    learner, without = filled_with_projection(device, 2.0), filled(device, 2.0)
+    start_of(context_of_next_stage(context), learner)
+    start_of(context_of_next_stage(context), without)
+    assert equal_states(learner, written) and equal(copy_slices(without), without_projection(written))
 
 
-def test_a_stage_does_not_go_on_without_its_own_projection(
+def test_a_stage_does_not_resume_without_its_own_projection(
     context: StageContext, device: torch.device
 ) -> None:
-    save(context, filled(device, 1.0), at(5))
+    save_checkpoints(context, filled(device, 1.0), state_at(5))
     with pytest.raises(Permanent, match="cover 0 of the 768 elements of main/projection"):
-        start_of(context, projecting(device, 2.0))
+        start_of(context, filled_with_projection(device, 2.0))
 
 
 @pytest.mark.parametrize("field", ["init", "resumeFrom"])
-def test_a_first_stage_may_begin_from_another_run(
+def test_a_first_stage_can_start_from_another_run(
     context: StageContext, run_spec: dict[str, Any], device: torch.device, tmp_path: Path, field: str
 ) -> None:
-    """student.init takes the weights alone; resumeFrom the optimizer and, of the same data set, the data
-    position too."""
+    """student.init takes only the weights; resumeFrom also the optimizer and, for the same dataset, the data
+    position."""
     written = filled(device, 1.0)
-    save(context, written, at(3), at(4, next_sequence=8))
+    save_checkpoints(context, written, state_at(3), state_at(4, next_sequence=8))
     folder = paths.checkpoint(context.run, "vanilla", 4) if field == "init" else paths.run(context.run)
     (run_spec["spec"]["student"] if field == "init" else run_spec["spec"])[field] = context.bucket.url(folder)
     run_spec["metadata"]["name"] = "another"
     learner = filled(device, 2.0)
     started = start_of(datasets.context(context.bucket, run_spec, tmp_path, context.dataset), learner)
-    weights, others = (
-        {name: of for name, of in saved(it).items() if name.startswith(("main/", "buffer/"))}
-        for it in (learner, written)
+    weights, saved_weights = (
+        {
+            name: slices
+            for name, slices in copy_slices(source).items()
+            if name.startswith(("main/", "buffer/"))
+        }
+        for source in (learner, written)
     )
-    assert all(torch.equal(weights[name][0][1], others[name][0][1]) for name in others)
+    assert all(torch.equal(weights[name][0][1], saved_weights[name][0][1]) for name in saved_weights)
     assert started.state.steps == 0 and started.state.iteration == learner.steps == (
         0 if field == "init" else 4
     )
-    assert same(learner, written) is (field == "resumeFrom")
+    assert equal_states(learner, written) is (field == "resumeFrom")
 
 
-def test_the_end_of_a_stage_is_known_without_its_weights(
+def test_the_end_of_a_stage_is_read_without_its_weights(
     context: StageContext, device: torch.device, s3: S3
 ) -> None:
     folder = paths.checkpoints(context.run, "vanilla")
     assert load_stage_end(context.bucket, folder) is None
-    save(context, filled(device, 1.0), at(1))
+    save_checkpoints(context, filled(device, 1.0), state_at(1))
     assert load_stage_end(context.bucket, folder) is None
-    save(context, filled(device, 1.0), at(2, finished=True))
+    save_checkpoints(context, filled(device, 1.0), state_at(2, finished=True))
     reached = load_stage_end(context.bucket, folder)
     assert reached is not None and reached[1].tokens == 200
     path = s3.folder / context.bucket.name / paths.manifest(paths.checkpoint(context.run, "vanilla", 2))

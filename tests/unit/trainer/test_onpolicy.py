@@ -1,5 +1,7 @@
-"""OnPolicy stages on a real store, with fake_onpolicy_peers.py as sampler and teacher: the order of steps,
-what is published, that a kill changes no bit and trains nothing twice, drift, starving, the end."""
+"""OnPolicy stages on a real store with the sampler and teacher of fake_onpolicy_peers.py.
+
+The order of steps, published versions, exact resumption after a kill, drift, starvation, and early ends.
+"""
 
 import contextlib
 import json
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 from tests.fakes import datasets, onpolicy_ranks, students, trainers
-from tests.fakes.checkpoints import same
+from tests.fakes.checkpoints import equal_states
 from tests.fakes.fake_onpolicy_peers import FakePeers
 from tests.fakes.onpolicy_ranks import PeerReporter
 from tests.fakes.ranks import run_ranks
@@ -76,22 +78,22 @@ def train(monkeypatch: pytest.MonkeyPatch) -> list[datasets.Documents]:
 
 @pytest.fixture
 def dataset(bucket: Bucket, train: list[datasets.Documents]) -> Manifest:
-    return datasets.write(bucket, train, [datasets.random_documents(np.random.default_rng(5), 9)])
+    return datasets.write_dataset(bucket, train, [datasets.random_documents(np.random.default_rng(5), 9)])
 
 
-Make = Callable[..., Trainer]
+MakeTrainer = Callable[..., Trainer]
 
 
 @pytest.fixture
-def trainer(
+def make_trainer(
     bucket: Bucket,
     spec: dict[str, Any],
     train: list[datasets.Documents],
     dataset: Manifest,
     tmp_path: Path,
     device: torch.device,
-) -> Make:
-    """A trainer that stands where the bucket says the stage stands, with fake peers."""
+) -> MakeTrainer:
+    """Makes trainers at the stage's state according to the bucket, with fake peers."""
 
     def make(
         uploader: PeerReporter | None = None, stage: str = "onpolicy", learner: Learner | None = None
@@ -104,76 +106,86 @@ def trainer(
     return make
 
 
-def reached(it: Trainer) -> TrainState:
-    found = load_stage_end(it.context.bucket, paths.checkpoints(it.context.run, it.context.stage.name))
+def final_state(trainer: Trainer) -> TrainState:
+    found = load_stage_end(
+        trainer.context.bucket, paths.checkpoints(trainer.context.run, trainer.context.stage.name)
+    )
     assert found is not None
     return found[1]
 
 
-def lines_of(it: Trainer, event: str = "step") -> list[dict[str, Any]]:
-    assert isinstance(it.reporter.uploader, PeerReporter)
-    return [line for line in it.reporter.uploader.lines if line["event"] == event]
+def metrics_lines(trainer: Trainer, event: str = "step") -> list[dict[str, Any]]:
+    assert isinstance(trainer.reporter.uploader, PeerReporter)
+    return [line for line in trainer.reporter.uploader.lines if line["event"] == event]
 
 
-def objects(it: Trainer, folder: str) -> dict[str, str]:
-    """ETag of everything in a folder of the stage."""
-    prefix = f"{paths.run(it.context.run)}/{folder}/{it.context.stage.name}/"
-    return {found.key.removeprefix(prefix): found.etag for found in it.context.bucket.list(prefix)}
+def object_etags(trainer: Trainer, folder: str) -> dict[str, str]:
+    """The ETag of each object in a folder of the stage, by its name."""
+    prefix = f"{paths.run(trainer.context.run)}/{folder}/{trainer.context.stage.name}/"
+    return {found.key.removeprefix(prefix): found.etag for found in trainer.context.bucket.list(prefix)}
 
 
-def test_windows_and_anchor_steps_alternate_and_versions_are_published_on_the_way(trainer: Make) -> None:
-    it = trainer()
-    it.run()
-    steps, end = lines_of(it), reached(it)
+def test_windows_and_anchor_steps_alternate_and_versions_are_published(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    trainer.run()
+    steps, end = metrics_lines(trainer), final_state(trainer)
     kinds = [line["kind"] for line in steps]
     assert [kind == "Vanilla" for kind in kinds] == interleave(len(kinds), ANCHOR).tolist() and {
         "Vanilla",
         "OnPolicy",
     } == set(kinds)
-    of_windows = [line for line in steps if line["kind"] == "OnPolicy"]
-    assert [line["window"] for line in of_windows] == list(range(len(of_windows))) and len(of_windows) > 8
-    assert [line["version"] for line in of_windows] == [
-        max(0, k - STALENESS) // EVERY * EVERY for k in range(len(of_windows))
+    window_lines = [line for line in steps if line["kind"] == "OnPolicy"]
+    assert [line["window"] for line in window_lines] == list(range(len(window_lines))) and len(
+        window_lines
+    ) > 8
+    assert [line["version"] for line in window_lines] == [
+        max(0, k - STALENESS) // EVERY * EVERY for k in range(len(window_lines))
     ]
     assert [line["tokens"] for line in steps] == sorted({line["tokens"] for line in steps})
     assert end.tokens == steps[-1]["tokens"] >= TOKENS > steps[-2]["tokens"] and end.finished
     assert end.windows is not None and (end.windows.trained, end.windows.next_prompt) == (
-        len(of_windows),
-        4 * len(of_windows),
+        len(window_lines),
+        4 * len(window_lines),
     )
     assert end.next_sequence == 2 * kinds.count("Vanilla")
-    assert steps[-1]["learningRate"] == 1e-4, "the last step has the lowest rate, whatever it overshoots by"
-    assert isinstance(it.reporter.uploader, PeerReporter)
-    weighted = sum(
-        it.stage.span_weights[span] * (kl or 0) for span, kl in of_windows[-1]["reverseKl"].items()
+    assert steps[-1]["learningRate"] == 1e-4, (
+        "the last step has the lowest rate, even past the stage's tokens"
     )
-    assert it.reporter.uploader.progress["loss"] == pytest.approx(weighted), "the latest window's reverse KL"
-    weights = objects(it, "weights")
+    assert isinstance(trainer.reporter.uploader, PeerReporter)
+    weighted = sum(
+        trainer.stage.span_weights[span] * (kl or 0) for span, kl in window_lines[-1]["reverseKl"].items()
+    )
+    assert trainer.reporter.uploader.progress["loss"] == pytest.approx(weighted), (
+        "the reverse KL of the latest window"
+    )
+    weights = object_etags(trainer, "weights")
     versions = sorted({int(name[1:7]) for name in weights})
-    last = of_windows[-1]["version"]
+    last = window_lines[-1]["version"]
     assert (
         versions[: last // EVERY + 1] == list(range(0, last + 1, EVERY))
         and len(versions) <= last // EVERY + 2
     )
-    assert all(name.endswith("/manifest.json") for name in weights), "nobody needs their weights any more"
+    assert all(name.endswith("/manifest.json") for name in weights), "the weights are deleted at the end"
     for line in (
-        of_windows
+        window_lines
     ):  # its version is as old as the plan says, and on a CPU the sampler computes what the trainer does
         assert line["staleness"] == line["window"] - line["version"]
         assert line["version"] != line["window"] or all(
             abs(kl or 0) < 1e-6 for kl in line["samplerKl"].values()
         )
-    assert any(max(kl or 0 for kl in line["samplerKl"].values()) > 1e-9 for line in of_windows), (
-        "stale versions are other students"
+    assert any(max(kl or 0 for kl in line["samplerKl"].values()) > 1e-9 for line in window_lines), (
+        "stale versions differ from the trainer's student"
     )
 
 
-def test_a_step_of_a_window_says_what_the_window_was(trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_of_a_window_has_its_metrics(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     port = free_port()
     monkeypatch.setenv("VPMOE_METRICS_PORT", str(port))
-    it = trainer()
-    it.run()
-    line = lines_of(it)[0]
+    trainer = make_trainer()
+    trainer.run()
+    line = metrics_lines(trainer)[0]
     assert (line["window"], line["version"], line["phase"], line["turns"], line["prompts"]) == (0, 0, 0, 0, 4)
     assert (
         sum(line["rollouts"].values()) == 4
@@ -181,15 +193,15 @@ def test_a_step_of_a_window_says_what_the_window_was(trainer: Make, monkeypatch:
     )
     assert all(sum(shares.values()) == pytest.approx(1) for shares in line["validity"].values())
     assert (
-        all(of["mean"] <= of["max"] <= 12 for of in line["lengths"].values())
+        all(lengths["mean"] <= lengths["max"] <= 12 for lengths in line["lengths"].values())
         and line["waitRollouts"] > 0
         and line["waitScores"] >= 0
     )
     assert line["buffer"].keys() == {"sampled", "scored"} and sum(
         line["exercises"].values()
     ) == pytest.approx(1)
-    assert "window" not in next(line for line in lines_of(it) if line["kind"] == "Vanilla")
-    start, evaluations = lines_of(it, "start")[0], lines_of(it, "evaluation")
+    assert "window" not in next(line for line in metrics_lines(trainer) if line["kind"] == "Vanilla")
+    start, evaluations = metrics_lines(trainer, "start")[0], metrics_lines(trainer, "evaluation")
     assert (start["windows"], start["firstPrompt"], start["steps"], start["stageTokens"]) == (
         0,
         0,
@@ -201,22 +213,25 @@ def test_a_step_of_a_window_says_what_the_window_was(trainer: Make, monkeypatch:
         and 0 <= evaluations[-1]["validity"] <= 1
         and "heldOut" in evaluations[-1]
     )
-    shown = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    prometheus = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
     for name in (
         'reverse_kl{namespace="default",run="tiny-run",span="final"',
         "sampler_kl{",
         "window_staleness{",
         "wait_rollouts_seconds{",
     ):
-        assert f"vpmoe_train_{name}" in shown
-    assert 'vpmoe_train_buffer_windows{kind="scored"' in shown and 'vpmoe_train_valid_ratio{effort="' in shown
+        assert f"vpmoe_train_{name}" in prometheus
+    assert (
+        'vpmoe_train_buffer_windows{kind="scored"' in prometheus
+        and 'vpmoe_train_valid_ratio{effort="' in prometheus
+    )
 
 
 class Killed(BaseException):
-    """Ends a trainer in the midst of what it does, with nothing said or saved."""
+    """Ends a trainer as a kill does: nothing more is reported or saved."""
 
 
-class Dying(PeerReporter):
+class KilledReporter(PeerReporter):
     def __init__(self, at: int) -> None:
         super().__init__()
         self._at = at
@@ -231,45 +246,49 @@ class Dying(PeerReporter):
 @pytest.mark.parametrize(
     "kills", [pytest.param(2, id="killed-twice"), pytest.param(5, id="killed-five-times")]
 )
-def test_a_stage_that_was_killed_ends_at_the_same_bits_and_trains_nothing_twice(
-    trainer: Make, spec: dict[str, Any], kills: int
+def test_a_killed_stage_ends_with_the_same_bits_and_publishes_no_version_twice(
+    make_trainer: MakeTrainer, spec: dict[str, Any], kills: int
 ) -> None:
-    chance = random.Random(new_seed())
+    generator = random.Random(new_seed())
     spec["metadata"]["name"] = "alone"
-    whole = trainer()
-    whole.run()
+    uninterrupted = make_trainer()
+    uninterrupted.run()
     spec["metadata"]["name"] = "killed"
     published: dict[str, str] = {}
     for _ in range(kills):
-        dying = trainer(Dying(chance.randint(1, 25)))
+        killed = make_trainer(KilledReporter(generator.randint(1, 25)))
         with contextlib.suppress(Killed):
-            dying.run()
-        dying.stage.close()  # a real kill ends these threads; here their work ends first
-        dying.checkpoints.close()
-        now = {
-            name: etag for name, etag in objects(dying, "weights").items() if name.endswith("manifest.json")
+            killed.run()
+        killed.stage.close()  # a kill would end these threads; here they finish their work
+        killed.checkpoints.close()
+        manifests = {
+            name: etag
+            for name, etag in object_etags(killed, "weights").items()
+            if name.endswith("manifest.json")
         }
-        assert published.items() <= now.items(), "no version is published again"
-        published = now
-    it = trainer()
-    it.run()
-    assert same(it.learner, whole.learner) and reached(it) == reached(whole)
-    assert objects(it, "rollouts").keys() == objects(whole, "rollouts").keys()
-    assert published.items() <= objects(it, "weights").items()
+        assert published.items() <= manifests.items(), "no version is published again"
+        published = manifests
+    trainer = make_trainer()
+    trainer.run()
+    assert equal_states(trainer.learner, uninterrupted.learner) and final_state(trainer) == final_state(
+        uninterrupted
+    )
+    assert object_etags(trainer, "rollouts").keys() == object_etags(uninterrupted, "rollouts").keys()
+    assert published.items() <= object_etags(trainer, "weights").items()
 
 
-def test_who_waits_stops_at_once_and_saves(trainer: Make) -> None:
-    class Silent(PeerReporter):
+def test_a_waiting_trainer_stops_at_once_and_saves(make_trainer: MakeTrainer) -> None:
+    class StoppingReporter(PeerReporter):
         def update(self, **changes: Any) -> None:
             super().update(**changes) if "window 2" not in changes.get(
                 "message", ""
-            ) else it.context.stopping.set()
+            ) else trainer.context.stopping.set()
 
-    it = trainer(Silent())
+    trainer = make_trainer(StoppingReporter())
     with pytest.raises(Terminated, match="Stopped after step 2, all of it saved"):
-        it.run()
-    assert list_iterations(it.context.bucket, paths.checkpoints(it.context.run, "onpolicy"))[0] == 2
-    position = trainer().start.state
+        trainer.run()
+    assert list_iterations(trainer.context.bucket, paths.checkpoints(trainer.context.run, "onpolicy"))[0] == 2
+    position = make_trainer().start.state
     assert position.windows is not None and (
         position.steps,
         position.windows.trained,
@@ -277,13 +296,17 @@ def test_who_waits_stops_at_once_and_saves(trainer: Make) -> None:
     ) == (2, 2, 8)
 
 
-def test_the_next_stage_goes_on_with_the_prompts(trainer: Make) -> None:
-    first = trainer()
+def test_the_next_stage_continues_with_the_next_prompts(make_trainer: MakeTrainer) -> None:
+    first = make_trainer()
     first.run()
-    second = trainer(stage="again")
+    second = make_trainer(stage="again")
     position = second.start.state
     assert position.windows is not None and first.reporter.uploader is not None
-    assert position.windows.first_prompt == position.windows.next_prompt == reached(first).windows.next_prompt  # type: ignore[union-attr]
+    assert (
+        position.windows.first_prompt
+        == position.windows.next_prompt
+        == final_state(first).windows.next_prompt
+    )  # type: ignore[union-attr]
     assert (position.windows.trained, position.windows.digest) == (0, "")
     second.run()
     found = policy_version.find_version(second.context.bucket, second.context.run, "again", 0)
@@ -295,142 +318,162 @@ def test_the_next_stage_goes_on_with_the_prompts(trainer: Make) -> None:
 
 
 def test_a_sampler_that_computes_another_student_fails_the_stage(
-    trainer: Make, monkeypatch: pytest.MonkeyPatch
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(window_stats, "PATIENCE", 3)
-    report = PeerReporter()
-    it = trainer(report)
-    report.peers.sampler_logp = lambda logp_C: logp_C - np.float32(1)
+    reporter = PeerReporter()
+    trainer = make_trainer(reporter)
+    reporter.peers.sampler_logp = lambda logp_C: logp_C - np.float32(1)
     with pytest.raises(
         Permanent,
         match=r"SamplerDrift: .* maxSamplerKl 0.1 for 3 windows in a row, 0\.7.* in window 2; the weights",
     ):
-        it.run()
-    assert [line["kind"] for line in lines_of(it)].count("OnPolicy") == 2 and it.learner.steps == len(
-        lines_of(it)
-    )
+        trainer.run()
+    assert [line["kind"] for line in metrics_lines(trainer)].count(
+        "OnPolicy"
+    ) == 2 and trainer.learner.steps == len(metrics_lines(trainer))
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    "changes, message",
     [
         pytest.param({"weights": "x" * 64}, f"weights is {'x' * 64}, not [0-9a-f]*", id="other-weights"),
-        pytest.param({"seen": 7}, "seen is 7, not [0-9]*", id="other-tokens-before"),
+        pytest.param({"seen": 7}, "seen is 7, not [0-9]*", id="other-tokens-seen"),
         pytest.param(
             {"run": "default/other-01234567"},
             "run is default/other-01234567, not default/tiny-run-01234567",
             id="another-run",
         ),
-        pytest.param({"last": True}, "last is True, not False", id="an-end-that-is-none"),
+        pytest.param({"last": True}, "last is True, not False", id="wrong-last"),
     ],
 )
-def test_a_window_that_is_not_due_ends_the_stage_with_its_name(
-    trainer: Make, changes: dict[str, Any], words: str
+def test_a_window_that_is_not_due_is_rejected_with_its_name(
+    make_trainer: MakeTrainer, changes: dict[str, Any], message: str
 ) -> None:
-    report = PeerReporter()
-    it = trainer(report)
-    report.peers.says = lambda about: about.model_copy(update=changes) if about.window == 1 else about
+    reporter = PeerReporter()
+    trainer = make_trainer(reporter)
+    reporter.peers.change_header = lambda header: (
+        header.model_copy(update=changes) if header.window == 1 else header
+    )
     with pytest.raises(
         Permanent,
-        match=rf"rollouts/onpolicy/window-000001.rollouts.arrow: {words}\. It is not the window .* Delete it",
+        match=(
+            rf"rollouts/onpolicy/window-000001.rollouts.arrow: {message}\. "
+            r"It is not the window .* Delete it"
+        ),
     ):
-        it.run()
-    assert it.learner.steps == 1
+        trainer.run()
+    assert trainer.learner.steps == 1
 
 
-def test_a_trainer_that_starves_turns_a_knob_before_it_publishes(
-    trainer: Make, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def test_a_starved_trainer_writes_an_adjustment_before_it_publishes(
+    make_trainer: MakeTrainer, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec["spec"]["stages"][0]["backPressure"] = {"waiting": 1e-6, "windows": 2}
-    seen: list[tuple[int, list[back_pressure.Adjustment]]] = []
+    adjustments_at_version: list[tuple[int, list[back_pressure.Adjustment]]] = []
     write = publisher.manifest.write
 
-    def spying(bucket: Bucket, key: str, made: Any) -> Manifest:
-        facts = made["predicate"]["buildDefinition"]["internalParameters"]
-        seen.append((facts["version"], back_pressure.read_adjustments(bucket, it.context.run, "onpolicy")))
-        return write(bucket, key, made)
+    def recording_write(bucket: Bucket, key: str, statement: Any) -> Manifest:
+        facts = statement["predicate"]["buildDefinition"]["internalParameters"]
+        adjustments_at_version.append(
+            (facts["version"], back_pressure.read_adjustments(bucket, trainer.context.run, "onpolicy"))
+        )
+        return write(bucket, key, statement)
 
-    monkeypatch.setattr(publisher.manifest, "write", spying)
-    it = trainer()
-    it.checkpoints.save = lambda *_: None  # type: ignore[method-assign] # its manifests are written by the same function
-    it.run()
-    found = back_pressure.read_adjustments(it.context.bucket, it.context.run, "onpolicy")
-    assert [turn.number for turn in found] == list(range(1, len(found) + 1)) and len(found) >= 3
-    assert [turn.setting for turn in found] == list(back_pressure.ADJUSTMENTS[: len(found)])
-    for number, known in seen:
-        assert [turn.window for turn in known if turn.window == number + STALENESS] == [
-            turn.window for turn in found if turn.window == number + STALENESS
-        ]
-    windows = {line["window"]: line for line in lines_of(it) if line["kind"] == "OnPolicy"}
-    assert all(
-        line["turns"] == len(back_pressure.applies_to(found, number)) for number, line in windows.items()
+    monkeypatch.setattr(publisher.manifest, "write", recording_write)
+    trainer = make_trainer()
+    trainer.checkpoints.save = lambda *_: None  # type: ignore[method-assign] # its manifests are written by the same function
+    trainer.run()
+    adjustments = back_pressure.read_adjustments(trainer.context.bucket, trainer.context.run, "onpolicy")
+    assert [adjustment.number for adjustment in adjustments] == list(range(1, len(adjustments) + 1)) and len(
+        adjustments
+    ) >= 3
+    assert [adjustment.setting for adjustment in adjustments] == list(
+        back_pressure.ADJUSTMENTS[: len(adjustments)]
     )
-    shown = [
+    for number, at_publication in adjustments_at_version:
+        assert [
+            adjustment.window for adjustment in at_publication if adjustment.window == number + STALENESS
+        ] == [adjustment.window for adjustment in adjustments if adjustment.window == number + STALENESS]
+    windows = {line["window"]: line for line in metrics_lines(trainer) if line["kind"] == "OnPolicy"}
+    assert all(
+        line["turns"] == len(back_pressure.applies_to(adjustments, number))
+        for number, line in windows.items()
+    )
+    conditions = [
         condition
-        for condition in it.reporter.uploader.progress["conditions"]
+        for condition in trainer.reporter.uploader.progress["conditions"]
         if condition.type == "TrainerStarved"
     ]  # type: ignore[union-attr]
-    assert [condition.reason for condition in shown] == [
-        starvation.REASONS[found[-1].setting][0]
-    ] and f"from window {found[-1].window} on" in shown[0].message
-    again = trainer(stage="onpolicy")
-    assert again.stage.conditions() == [starvation.starvation_condition(found[-1])], "another attempt knows"
+    assert [condition.reason for condition in conditions] == [
+        starvation.REASONS[adjustments[-1].setting][0]
+    ] and f"from window {adjustments[-1].window} on" in conditions[0].message
+    restarted = make_trainer(stage="onpolicy")
+    assert restarted.stage.conditions() == [starvation.starvation_condition(adjustments[-1])], (
+        "another attempt reports it too"
+    )
 
 
-def test_a_turn_is_written_once_though_its_writer_dies_before_it_publishes(
-    trainer: Make, spec: dict[str, Any]
+def test_an_adjustment_is_written_once_if_the_trainer_is_killed_before_it_publishes(
+    make_trainer: MakeTrainer, spec: dict[str, Any]
 ) -> None:
     spec["spec"]["stages"][0] |= {"tokens": 600, "backPressure": {"waiting": 1e-6, "windows": 2}}
-    dying = trainer()
-    assert isinstance(dying.stage, OnPolicyStage) and dying.stage.publisher is not None
-    publisher = dying.stage.publisher
-    publishes = publisher.publish
+    killed = make_trainer()
+    assert isinstance(killed.stage, OnPolicyStage) and killed.stage.publisher is not None
+    publisher = killed.stage.publisher
+    publish = publisher.publish
 
     def publish_or_die(learner: Learner, position: TrainState) -> None:
         if position.windows is not None and position.windows.trained == 2:
             raise Killed
-        publishes(learner, position)
+        publish(learner, position)
 
     publisher.publish = publish_or_die  # type: ignore[method-assign]
     with pytest.raises(Killed):
-        dying.run()
-    first = back_pressure.read_adjustments(dying.context.bucket, dying.context.run, "onpolicy")
-    assert [(turn.number, turn.window) for turn in first] == [(1, 2 + STALENESS)] and not publisher.exists(2)
-    it = trainer()
-    it.run()
-    found = back_pressure.read_adjustments(it.context.bucket, it.context.run, "onpolicy")
-    assert found[:1] == first and [turn.window for turn in found] == sorted({turn.window for turn in found})
-    assert policy_version.find_version(it.context.bucket, it.context.run, "onpolicy", 2) is not None
+        killed.run()
+    before = back_pressure.read_adjustments(killed.context.bucket, killed.context.run, "onpolicy")
+    assert [(adjustment.number, adjustment.window) for adjustment in before] == [
+        (1, 2 + STALENESS)
+    ] and not publisher.exists(2)
+    trainer = make_trainer()
+    trainer.run()
+    adjustments = back_pressure.read_adjustments(trainer.context.bucket, trainer.context.run, "onpolicy")
+    assert adjustments[:1] == before and [adjustment.window for adjustment in adjustments] == sorted(
+        {adjustment.window for adjustment in adjustments}
+    )
+    assert policy_version.find_version(trainer.context.bucket, trainer.context.run, "onpolicy", 2) is not None
 
 
-def test_a_stage_ends_early_where_reverse_kl_no_longer_falls_and_rollouts_are_valid(
-    trainer: Make, spec: dict[str, Any]
+def test_a_stage_ends_early_if_reverse_kl_no_longer_falls_and_rollouts_are_valid(
+    make_trainer: MakeTrainer, spec: dict[str, Any]
 ) -> None:
     spec["spec"]["evaluation"]["everyTokens"] = 300
     spec["spec"]["stages"][0]["stop"] = {"evaluations": 1, "minImprovement": 0.9, "minValidity": 0.0}
-    it = trainer()
-    it.run()
-    end = reached(it)
+    trainer = make_trainer()
+    trainer.run()
+    end = final_state(trainer)
     assert end.windows is not None and 300 <= end.tokens < TOKENS and len(end.windows.reverse_kl) == 2
     spec["metadata"]["name"] = "never-valid"
     spec["spec"]["stages"][0]["stop"]["minValidity"] = 1.0
-    it = trainer()
-    it.run()
-    assert reached(it).tokens >= TOKENS
+    trainer = make_trainer()
+    trainer.run()
+    assert final_state(trainer).tokens >= TOKENS
 
 
 @pytest.fixture
-def two(
+def run_two_ranks(
     bucket: Bucket, spec: dict[str, Any], train: list[datasets.Documents], dataset: Manifest, tmp_path: Path
 ) -> Callable[..., list[Any]]:
-    """Runs the stage as two ranks that share the experts; what each came to, or their exit codes where one is
-    to be killed. See onpolicy_ranks.py."""
+    """Runs the stage as two ranks that share the experts (onpolicy_ranks.py).
+
+    Returns the results of the ranks, or their exit codes if one of them is killed.
+    """
 
     def run(name: str, kill: str = "") -> list[Any]:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         spec["metadata"]["name"] = name
-        spec["spec"]["student"] |= {"gpus": 4, "expertParallel": 2}  # half of them would sample
+        spec["spec"]["student"] |= {"gpus": 4, "expertParallel": 2}  # half of the GPUs are the sampler's
         (folder / "task.json").write_text(json.dumps({"spec": spec, "dataset": dataset.key}))
         (folder / "documents").write_bytes(pickle.dumps(train))
         codes = run_ranks(onpolicy_ranks.main, folder, KILL=kill)
@@ -442,35 +485,36 @@ def two(
     return run
 
 
-def test_two_ranks_train_as_one_does_and_one_that_is_killed_changes_no_bit(
-    trainer: Make, spec: dict[str, Any], two: Any
+def test_two_ranks_train_as_one_and_a_killed_rank_changes_no_bit(
+    make_trainer: MakeTrainer, spec: dict[str, Any], run_two_ranks: Any
 ) -> None:
-    """The peers verify each version, so what ranks that share the experts publish is the whole student."""
+    """The peers verify each version, so versions published by ranks that share the experts are complete."""
     spec["spec"]["stages"][0]["tokens"] = 500
-    alone = trainer()
-    alone.run()
-    whole = two("two")
-    for ours, theirs in zip(
-        lines_of(alone)[:4], whole[0]["lines"], strict=False
+    one_rank = make_trainer()
+    one_rank.run()
+    two_ranks = run_two_ranks("two")
+    for line_of_one, line_of_two in zip(
+        metrics_lines(one_rank)[:4], two_ranks[0]["lines"], strict=False
     ):  # windows of version 0, and an anchor step
-        assert (ours["kind"], ours["tokens"], ours["targets"]) == (
-            theirs["kind"],
-            theirs["tokens"],
-            theirs["targets"],
+        assert (line_of_one["kind"], line_of_one["tokens"], line_of_one["targets"]) == (
+            line_of_two["kind"],
+            line_of_two["tokens"],
+            line_of_two["targets"],
         )
         for name, tolerance in (("loss", 1e-4), ("gradientNorm", 1e-3)):
-            assert theirs[name] == pytest.approx(ours[name], rel=tolerance)
-    assert max(line.get("version", 0) for line in whole[0]["lines"]) > 0
-    chance = random.Random(new_seed())
-    assert -signal.SIGKILL in two(
-        "killed", kill=f"{chance.randrange(2)}:{chance.randrange(1, len(whole[0]['lines']))}"
+            assert line_of_two[name] == pytest.approx(line_of_one[name], rel=tolerance)
+    assert max(line.get("version", 0) for line in two_ranks[0]["lines"]) > 0
+    generator = random.Random(new_seed())
+    assert -signal.SIGKILL in run_two_ranks(
+        "killed", kill=f"{generator.randrange(2)}:{generator.randrange(1, len(two_ranks[0]['lines']))}"
     )
-    again = two("killed")
+    resumed = run_two_ranks("killed")
     for rank in range(2):
-        assert again[rank]["position"] == whole[rank]["position"], (
-            "every window once, in order, the same bytes"
+        assert resumed[rank]["position"] == two_ranks[rank]["position"], (
+            "each window is trained once, in order, with the same bytes"
         )
-        for name, of in whole[rank]["state"].items():
+        for name, slices in two_ranks[rank]["state"].items():
             assert all(
-                torch.equal(now[1], then[1]) for now, then in zip(again[rank]["state"][name], of, strict=True)
+                torch.equal(after[1], before[1])
+                for after, before in zip(resumed[rank]["state"][name], slices, strict=True)
             ), name

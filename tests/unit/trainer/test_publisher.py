@@ -1,5 +1,5 @@
-"""Policy versions on a real store: transformers reads the student back; each is published once; weights are
-pruned."""
+"""Policy versions on a real store: transformers loads the student, old weights are pruned, failures are
+raised."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,25 +24,25 @@ from vpmoe.trainer.onpolicy.publisher import Publisher, probe_sequences
 
 pytestmark = pytest.mark.usefixtures("device")
 TOLERANCE = 1e-4
-"""Nats. Both compute in float32 and sum in other orders."""
+"""Nats. Both compute in float32 with different orders of summation."""
 
 
 @pytest.fixture
 def context(bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path) -> StageContext:
     random = np.random.default_rng(new_seed())
-    dataset = datasets.write(bucket, [datasets.random_documents(random, 7, 200)], [[]])
+    dataset = datasets.write_dataset(bucket, [datasets.random_documents(random, 7, 200)], [[]])
     run_spec["spec"]["stages"] = [{"name": "vanilla", "kind": "Vanilla", "tokens": 1000}]
     return datasets.context(bucket, run_spec, tmp_path, dataset)
 
 
 @pytest.fixture
 def publisher(context: StageContext) -> Iterator[Publisher]:
-    it = make(context)
-    yield it
-    it.close()
+    publisher = make_publisher(context)
+    yield publisher
+    publisher.close()
 
 
-def make(context: StageContext) -> Publisher:
+def make_publisher(context: StageContext) -> Publisher:
     parts = DatasetReader(context.dataset, "train", BlockCache(context.bucket, context.scratch / "blocks"))
     return Publisher(
         context,
@@ -51,33 +51,33 @@ def make(context: StageContext) -> Publisher:
     )
 
 
-def learner(device: torch.device) -> Learner:
-    """A student whose parts are all large enough to matter."""
+def random_learner(device: torch.device) -> Learner:
+    """A student in which every part affects the output."""
     torch.manual_seed(new_seed())
-    it = students.learner(device)
+    learner = students.learner(device)
     with torch.no_grad():
-        for name, parameter in it.student.named_parameters():
+        for name, parameter in learner.student.named_parameters():
             parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(
                 std=0.3 if name == "embedding.weight" else 0.15
             )
-    return it
+    return learner
 
 
-def at(trained: int, steps: int = 5) -> TrainState:
+def state_at(trained: int, steps: int = 5) -> TrainState:
     windows = WindowStream(first_prompt=11, next_prompt=11 + 4 * trained, trained=trained)
     return initial_state("vanilla").model_copy(
         update={"steps": steps, "tokens": 77, "iteration": 9, "first_sequence": 3, "windows": windows}
     )
 
 
-def test_what_is_published_is_the_student_as_it_was(
+def test_a_version_is_the_student_at_the_call_of_publish(
     context: StageContext, publisher: Publisher, device: torch.device, tmp_path: Path
 ) -> None:
-    it = learner(device)
+    learner = random_learner(device)
     assert not publisher.exists(2)
-    publisher.publish(it, at(2))
+    publisher.publish(learner, state_at(2))
     with torch.no_grad():
-        it.student.output.zero_()  # training goes on meanwhile
+        learner.student.output.zero_()  # training continues during the upload
     publisher.wait()
     assert publisher.exists(2) and not list(context.scratch.glob("version-*"))
     found = policy_version.find_version(context.bucket, context.run, "vanilla", 2)
@@ -99,22 +99,22 @@ def test_what_is_published_is_the_student_as_it_was(
     for ids, logp in zip(facts.probe.ids, facts.probe.logp, strict=True):
         with torch.no_grad():
             logits_TV = model(torch.tensor([ids])).logits[0].double()
-        wanted = logits_TV[:-1].log_softmax(1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-        assert len(logp) == len(ids) - 1 and (torch.tensor(logp) - wanted).abs().max() <= TOLERANCE
-        assert wanted.std() > 0.3 or len(logp) < 8, (
-            "a model to which all tokens are alike would prove nothing"
+        expected = logits_TV[:-1].log_softmax(1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        assert len(logp) == len(ids) - 1 and (torch.tensor(logp) - expected).abs().max() <= TOLERANCE
+        assert expected.std() > 0.3 or len(logp) < 8, (
+            "log-probabilities differ between tokens: else agreement would show nothing"
         )
 
 
-def test_the_same_weights_are_the_same_content_whoever_publishes_them(
+def test_equal_weights_have_equal_digests(
     context: StageContext, publisher: Publisher, device: torch.device
 ) -> None:
-    it = learner(device)
+    learner = random_learner(device)
     for number in (2, 4, 6):
-        publisher.publish(it, at(number))  # the copy is made in the memory of the one before
+        publisher.publish(learner, state_at(number))  # the copy reuses the memory of the previous one
         if number == 4:
             with torch.no_grad():
-                it.student.output.add_(1)
+                learner.student.output.add_(1)
     publisher.wait()
     contents = [
         policy_version.weights_digest(found[0])
@@ -127,35 +127,35 @@ def test_the_same_weights_are_the_same_content_whoever_publishes_them(
 def test_old_versions_lose_their_weights_and_keep_their_manifests(
     context: StageContext, publisher: Publisher, device: torch.device
 ) -> None:
-    it = learner(device)
+    learner = random_learner(device)
     for number in (0, 2, 4):
-        publisher.publish(it, at(number))
+        publisher.publish(learner, state_at(number))
     publisher.wait()
-    again = make(context)  # another attempt knows of them too
-    again.prune(4)
-    again.close()
+    other_attempt = make_publisher(context)  # another attempt prunes them too
+    other_attempt.prune(4)
+    other_attempt.close()
     folder = paths.weights(context.run, "vanilla", 0).rpartition("/")[0]
-    left = [found.key.removeprefix(folder + "/") for found in context.bucket.list(folder + "/")]
-    assert [key for key in left if not key.startswith("v000004/")] == [
+    remaining = [found.key.removeprefix(folder + "/") for found in context.bucket.list(folder + "/")]
+    assert [key for key in remaining if not key.startswith("v000004/")] == [
         "v000000/manifest.json",
         "v000002/manifest.json",
     ]
-    assert {key for key in left if key.startswith("v000004/")} >= {
+    assert {key for key in remaining if key.startswith("v000004/")} >= {
         "v000004/manifest.json",
         "v000004/config.json",
     }
 
 
-def test_an_upload_that_fails_is_told(
+def test_a_failed_upload_is_raised(
     context: StageContext, publisher: Publisher, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fault that no real store shows when asked to."""
+    """The fault is injected: a real store cannot be made to show it."""
 
     def rejected(*_: object) -> None:
         raise StorageError("rejected", "Forbidden")
 
     monkeypatch.setattr(manifest, "write", rejected)
-    publisher.publish(learner(device), at(2))
+    publisher.publish(random_learner(device), state_at(2))
     with pytest.raises(StorageError, match="rejected"):
         publisher.wait()
     assert not publisher.exists(2)

@@ -1,4 +1,5 @@
-"""Reporting: every step has one line whatever was killed, an unreachable store loses nothing, keys stay."""
+"""Reporting: each step has one line despite kills, an unreachable store loses nothing, keys are
+unchanged."""
 
 import json
 from pathlib import Path
@@ -45,21 +46,21 @@ def context(
     bucket: Bucket, run_spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> StageContext:
     monkeypatch.setattr(uploader, "PROGRESS_SECONDS", 0.05)
-    return datasets.context(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
+    return datasets.context(bucket, run_spec, tmp_path, datasets.write_dataset(bucket, [[]], [[]]))
 
 
-def started(context: StageContext) -> ProgressUploader:
+def new_uploader(context: StageContext) -> ProgressUploader:
     return ProgressUploader(
         context,
         Progress(step="vanilla", attempt=1, state="Running", message="Starting", updated=now()),
     )
 
 
-def line(event: str, step: int) -> TrainerLine:
+def trainer_line(event: str, step: int) -> TrainerLine:
     return TrainerLine(event=event, attempt=1, step=step, iteration=step, tokens=100 * step, epoch=0)
 
 
-def written(context: StageContext) -> list[dict[str, Any]]:
+def metrics_lines(context: StageContext) -> list[dict[str, Any]]:
     keys = [found.key for found in context.bucket.list(f"{paths.run(context.run)}/steps/vanilla/metrics/")]
     return [json.loads(text) for key in keys for text in context.bucket.get(key).decode().splitlines()]
 
@@ -68,26 +69,30 @@ def progress(context: StageContext) -> Progress:
     return Progress.model_validate(context.bucket.get_json(paths.progress(context.run, "vanilla")))
 
 
-def test_each_step_has_one_line_however_often_training_was_killed(context: StageContext) -> None:
-    """The first attempt is killed with lines unwritten, the second too, before it is where the first was; the
-    third ends."""
-    for begun, flushed, reached in ((0, 4, 6), (2, 3, 3), (4, 9, 9)):
-        attempt = started(context)
-        attempt.log(line("start", begun))
-        for step in range(begun + 1, reached + 1):
-            attempt.log(line("step", step), *([line("evaluation", step)] if step % 2 == 0 else []))
+def test_each_step_has_one_line_after_any_number_of_kills(context: StageContext) -> None:
+    """The first attempt is killed with unwritten lines, the second before the step that the first reached.
+
+    The third finishes.
+    """
+    for first, flushed, last in ((0, 4, 6), (2, 3, 3), (4, 9, 9)):
+        attempt = new_uploader(context)
+        attempt.log(trainer_line("start", first))
+        for step in range(first + 1, last + 1):
+            attempt.log(
+                trainer_line("step", step), *([trainer_line("evaluation", step)] if step % 2 == 0 else [])
+            )
             if step == flushed:
                 attempt.flush_metrics()
-        attempt._stop()  # a kill: nothing more is written
-    found = written(context)
-    assert [each["step"] for each in found if each["event"] == "step"] == list(range(1, 10))
-    assert [each["step"] for each in found if each["event"] == "evaluation"] == [2, 4, 6, 8]
-    assert [each["step"] for each in found if each["event"] == "start"] == [0, 2, 4]
+        attempt._stop()  # as a kill: nothing more is written
+    found = metrics_lines(context)
+    assert [line["step"] for line in found if line["event"] == "step"] == list(range(1, 10))
+    assert [line["step"] for line in found if line["event"] == "evaluation"] == [2, 4, 6, 8]
+    assert [line["step"] for line in found if line["event"] == "start"] == [0, 2, 4]
 
 
-def test_progress_follows_the_loop_and_ends_with_its_last_word(context: StageContext) -> None:
-    said = started(context)
-    said.update(message="Training, step 1 of 2", tokens=Amount(done=5, total=10))
+def test_progress_is_updated_and_its_final_message_is_kept(context: StageContext) -> None:
+    progress_uploader = new_uploader(context)
+    progress_uploader.update(message="Training, step 1 of 2", tokens=Amount(done=5, total=10))
     wait_until(
         lambda: (
             context.bucket.exists(paths.progress(context.run, "vanilla"))
@@ -95,20 +100,20 @@ def test_progress_follows_the_loop_and_ends_with_its_last_word(context: StageCon
         ),
         "progress is written",
     )
-    at = progress(context).updated
-    said.log(line("step", 1))
-    assert written(context) == []
-    said.finish(state="Succeeded", message="Finished")
+    updated = progress(context).updated
+    progress_uploader.log(trainer_line("step", 1))
+    assert metrics_lines(context) == []
+    progress_uploader.finish(state="Succeeded", message="Finished")
     assert (
         progress(context).state == "Succeeded"
-        and progress(context).updated > at
-        and len(written(context)) == 1
+        and progress(context).updated > updated
+        and len(metrics_lines(context)) == 1
     )
-    said.close()
+    progress_uploader.close()
     assert progress(context).message == "Finished"
 
 
-def test_a_store_that_is_away_for_a_while_loses_no_word(
+def test_a_temporarily_unavailable_store_loses_nothing(
     context: StageContext, s3: S3, run_spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with faulty(s3.endpoint) as proxy:
@@ -122,35 +127,35 @@ def test_a_store_that_is_away_for_a_while_loses_no_word(
                 ),
             }
         )
-        said = started(away)
+        progress_uploader = new_uploader(away)
         proxy.faults = [Fault("503", "PUT", times=4)]
-        said.log(line("step", 1))
-        said.update(message="Training, step 1 of 2")
+        progress_uploader.log(trainer_line("step", 1))
+        progress_uploader.update(message="Training, step 1 of 2")
         wait_until(lambda: not proxy.faults[0].times, "four writes failed")
-        said.check()
-        said.finish(message="Finished")
-    assert len(written(context)) == 1 and progress(context).message == "Finished"
+        progress_uploader.check()
+        progress_uploader.finish(message="Finished")
+    assert len(metrics_lines(context)) == 1 and progress(context).message == "Finished"
 
 
-def test_a_store_that_refuses_for_good_stops_training(
+def test_a_permanent_error_of_the_store_stops_training(
     context: StageContext, s3: S3, run_spec: dict[str, Any]
 ) -> None:
-    said = started(context)
+    progress_uploader = new_uploader(context)
     (s3.folder / context.bucket.name).rename(s3.folder / f"{context.bucket.name}-gone")
-    said.update(message="Training, step 1 of 2")
-    wait_until(lambda: said._fault is not None, "the store rejected")
+    progress_uploader.update(message="Training, step 1 of 2")
+    wait_until(lambda: progress_uploader._fault is not None, "the store has rejected a write")
     with pytest.raises(Exception, match="the bucket does not exist"):
-        said.check()
-    said.close()
+        progress_uploader.check()
+    progress_uploader.close()
 
 
-def test_a_line_says_what_was_measured_and_null_where_nothing_was() -> None:
+def test_a_line_has_null_for_what_was_not_measured() -> None:
     weights = {"reasoning": 1.0, "final": 0.5}
     assert weighted_sum({"reasoning": 2.0, "final": 3.0}, weights) == 3.5
     assert weighted_sum({"reasoning": None, "final": 3.0}, weights) == 1.5
     gpu = GpuUse.from_sum(as_vector(read_gpu(torch.device("cpu")), 0, 1))
-    made = line_of_step(step=7, gpu=gpu, loss_by_span={"reasoning": None, "final": 3.0})
-    found = json.loads(json.dumps(made.dump(), allow_nan=False))
+    line = step_line(step=7, gpu=gpu, loss_by_span={"reasoning": None, "final": 3.0})
+    found = json.loads(json.dumps(line.dump(), allow_nan=False))
     assert (found["event"], found["step"], found["attempt"]) == ("step", 7, 1)
     assert found["gpu"] == {"utilisation": None, "memoryHeadroom": None, "reason": "computed on the CPU"}
     assert found["lossBySpan"] == {"reasoning": None, "final": 3.0}
@@ -163,9 +168,9 @@ LOAD = ExpertLoad(
 )
 
 
-def line_of_step(**fields: Any) -> StepLine:
-    both = {"reasoning": 2.0, "final": 1.0}
-    known: dict[str, Any] = {
+def step_line(**fields: Any) -> StepLine:
+    loss_by_span = {"reasoning": 2.0, "final": 1.0}
+    defaults: dict[str, Any] = {
         "attempt": 1,
         "step": 1,
         "iteration": 1,
@@ -173,7 +178,7 @@ def line_of_step(**fields: Any) -> StepLine:
         "epoch": 0,
         "kind": "Vanilla",
         "loss": 3.0,
-        "loss_by_span": both,
+        "loss_by_span": loss_by_span,
         "targets": {"reasoning": 60, "final": 40},
         "learning_rate": 1e-3,
         "gradient_norm": 1.0,
@@ -183,7 +188,7 @@ def line_of_step(**fields: Any) -> StepLine:
         "exercises": {"rag": 1.0},
         "gpu": GpuUse(utilisation=None, memory_headroom=None, reason="computed on the CPU"),
     }
-    return StepLine(**known | fields)
+    return StepLine(**defaults | fields)
 
 
 def test_the_histogram_counts_every_expert_of_every_layer() -> None:
@@ -259,11 +264,19 @@ WINDOW_KEYS = {
     "buffer.sampled",
     "buffer.scored",
 }
-BY_NAME = {"targets", "exercises", "router.maxOverMean", "router.dead", "rollouts", "validity", "lengths"}
+OPEN_OBJECTS = {
+    "targets",
+    "exercises",
+    "router.maxOverMean",
+    "router.dead",
+    "rollouts",
+    "validity",
+    "lengths",
+}
 """Objects whose keys are spans, layers, exercises or efforts."""
 
 
-def line_of_start(**fields: Any) -> StartLine:
+def start_line(**fields: Any) -> StartLine:
     return StartLine(
         attempt=1,
         step=0,
@@ -281,7 +294,7 @@ def line_of_start(**fields: Any) -> StartLine:
     )
 
 
-def line_of_evaluation(loss: HeldOutLoss | None, of_kind: Measures | None) -> EvaluationLine:
+def evaluation_line(loss: HeldOutLoss | None, of_kind: Measures | None) -> EvaluationLine:
     return EvaluationLine(
         attempt=1, step=1, iteration=1, tokens=100, epoch=0, seconds=1.0, loss=loss, of_kind=of_kind
     )
@@ -292,58 +305,57 @@ WINDOWS = WindowEvaluation(reverse_kl=0.5, validity=0.9)
 
 
 @pytest.mark.parametrize(
-    "made, keys",
+    "line, keys",
     [
-        pytest.param(line_of_step(), STEP, id="step-of-Vanilla"),
+        pytest.param(step_line(), STEP, id="step-of-Vanilla"),
         pytest.param(
-            line_of_step(measures=RESCORED),
+            step_line(measures=RESCORED),
             STEP | {"weight", "weight.mean", "weight.saturationLow", "weight.saturationHigh", "teacherLogp"},
             id="step-of-Rescored",
         ),
         pytest.param(
-            line_of_step(measures=TeacherForcedMeasures(kl=BOTH, cosine=BOTH)),
+            step_line(measures=TeacherForcedMeasures(kl=BOTH, cosine=BOTH)),
             STEP | {"kl", "cosine"},
             id="step-of-TeacherForced",
         ),
         pytest.param(
-            line_of_step(measures=ON_POLICY, of_kind=WINDOW),
+            step_line(measures=ON_POLICY, of_kind=WINDOW),
             STEP | {"reverseKl", "samplerKl", "bounded", "bounded.advantage", "bounded.ratio"} | WINDOW_KEYS,
             id="step-of-OnPolicy",
         ),
-        pytest.param(line_of_start(), START, id="start"),
+        pytest.param(start_line(), START, id="start"),
         pytest.param(
-            line_of_start(of_kind=FirstWindow(windows=0, first_prompt=0)),
+            start_line(of_kind=FirstWindow(windows=0, first_prompt=0)),
             START | {"windows", "firstPrompt"},
             id="start-of-OnPolicy",
         ),
         pytest.param(
-            line_of_evaluation(HELD_OUT, None),
+            evaluation_line(HELD_OUT, None),
             ALWAYS | {"heldOut", "weighted", "documents", "seconds"},
             id="evaluation",
         ),
         pytest.param(
-            line_of_evaluation(HELD_OUT, WINDOWS),
+            evaluation_line(HELD_OUT, WINDOWS),
             ALWAYS | {"heldOut", "weighted", "documents", "reverseKl", "validity", "seconds"},
             id="evaluation-of-OnPolicy",
         ),
         pytest.param(
-            line_of_evaluation(None, None), ALWAYS | {"seconds"}, id="evaluation-before-the-first-window"
+            evaluation_line(None, None), ALWAYS | {"seconds"}, id="evaluation-before-the-first-window"
         ),
     ],
 )
-def test_the_keys_of_a_line_are_the_recorded_ones(made: TrainerLine, keys: set[str]) -> None:
-    """Recorded from the code before lines were typed. They are a file format: a reader of metrics knows no
-    others."""
+def test_the_keys_of_a_line_are_those_recorded(line: TrainerLine, keys: set[str]) -> None:
+    """Keys are a file format for readers of metrics. They were recorded before lines were typed."""
 
     def names(value: dict[str, Any], prefix: str = "") -> set[str]:
         found = set()
         for key, inner in value.items():
             found.add(prefix + key)
-            if isinstance(inner, dict) and prefix + key not in BY_NAME and set(inner) - set(SPANS):
+            if isinstance(inner, dict) and prefix + key not in OPEN_OBJECTS and set(inner) - set(SPANS):
                 found |= names(inner, f"{prefix}{key}.")
         return found
 
-    written = json.loads(json.dumps(made.dump(), allow_nan=False))
-    assert names(written) == keys
-    if "heldOut" in written:
-        assert written["heldOut"] == {"reasoning": 1.0, "final": None}
+    dumped = json.loads(json.dumps(line.dump(), allow_nan=False))
+    assert names(dumped) == keys
+    if "heldOut" in dumped:
+        assert dumped["heldOut"] == {"reasoning": 1.0, "final": None}

@@ -1,5 +1,4 @@
-"""Learning rates, when checkpoints and evaluations are due, early ends, starvation, drift, the router
-monitor."""
+"""Learning rates, due checkpoints and evaluations, early ends, starvation, drift, and the router monitor."""
 
 from itertools import pairwise
 
@@ -24,13 +23,13 @@ from vpmoe.trainer.schedule import due, learning_rate, no_longer_improves
         pytest.param(50, 1000, 100, 0.5, id="half-way-up"),
         pytest.param(100, 1000, 100, 1.0, id="peak"),
         pytest.param(550, 1000, 100, 0.55, id="half-way-down"),
-        pytest.param(1000, 1000, 100, 0.1, id="the-end-is-the-lowest"),
+        pytest.param(1000, 1000, 100, 0.1, id="end"),
         pytest.param(1000, 1000, 0, 0.1, id="no-warm-up"),
         pytest.param(1000, 1000, 1000, 1.0, id="warm-up-as-long-as-the-stage"),
         pytest.param(1000, 1000, 4000, 0.25, id="warm-up-longer-than-the-stage"),
     ],
 )
-def test_the_rate_rises_to_its_peak_and_falls_to_its_lowest_at_the_end(seen, total, warmup, rate):
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_lowest_at_the_end(seen, total, warmup, rate):
     assert learning_rate(seen, total, warmup, peak=1.0, lowest=0.1) == pytest.approx(rate)
 
 
@@ -43,7 +42,7 @@ def test_the_rate_rises_to_its_peak_and_falls_to_its_lowest_at_the_end(seen, tot
         pytest.param([10, 20], 10**9, [], id="longer-than-the-stage"),
     ],
 )
-def test_what_is_done_every_so_many_tokens_is_done_once_for_each(seen, every, steps):
+def test_what_is_due_every_n_tokens_is_due_at_the_first_step_that_reaches_them(seen, every, steps):
     assert [
         step for step, (before, after) in enumerate(pairwise([0, *seen])) if due(before, after, every)
     ] == steps
@@ -58,7 +57,7 @@ def test_what_is_done_every_so_many_tokens_is_done_once_for_each(seen, every, st
         pytest.param([5.0, 5.1, 5.2], True, id="getting-worse"),
     ],
 )
-def test_a_stage_ends_early_only_when_its_evaluations_together_bring_too_little(held_out, ends):
+def test_a_stage_ends_early_if_its_last_evaluations_together_improve_too_little(held_out, ends):
     assert (
         no_longer_improves(
             held_out, Stop.model_validate({"evaluations": 2, "minImprovement": 0.01, "minValidity": 0.0})
@@ -70,13 +69,13 @@ def test_a_stage_ends_early_only_when_its_evaluations_together_bring_too_little(
 @pytest.mark.parametrize(
     "reverse_kl, validity, ends",
     [
-        pytest.param((5.0, 4.99, 4.99), 0.96, True, id="falls-no-more-and-valid"),
+        pytest.param((5.0, 4.99, 4.99), 0.96, True, id="no-longer-falls-and-valid"),
         pytest.param((5.0, 4.99, 4.99), 0.94, False, id="not-valid-enough"),
         pytest.param((5.0, 4.0, 3.0), 1.0, False, id="still-falls"),
         pytest.param((5.0, 4.99), 1.0, False, id="too-few-evaluations"),
     ],
 )
-def test_an_onpolicy_stage_ends_early_by_its_own_rollouts(reverse_kl, validity, ends):
+def test_an_on_policy_stage_ends_early_by_reverse_kl_and_validity(reverse_kl, validity, ends):
     stop = Stop.model_validate({"evaluations": 2, "minImprovement": 0.01, "minValidity": 0.95})
     windows = WindowStream(first_prompt=0, next_prompt=8, trained=2, reverse_kl=reverse_kl, validity=validity)
     assert ends_early(windows, stop) is ends
@@ -92,37 +91,37 @@ def test_an_onpolicy_stage_ends_early_by_its_own_rollouts(reverse_kl, validity, 
         pytest.param([(4, 4)], None, id="too-few-windows"),
     ],
 )
-def test_starving_is_the_share_of_waiting_over_the_last_windows(steps, share):
-    it = Starvation(2)
+def test_starvation_is_the_share_of_waiting_in_the_last_windows(steps, share):
+    starvation = Starvation(2)
     for waited, seconds in steps:
-        it.add_anchor(seconds) if waited is None else it.add_window(waited, seconds)
-    assert it.share == share
-    it.reset()
-    assert it.share is None
+        starvation.add_anchor(seconds) if waited is None else starvation.add_window(waited, seconds)
+    assert starvation.share == share
+    starvation.reset()
+    assert starvation.share is None
 
 
-def test_knobs_turn_in_their_order_and_no_further():
-    turned = []
+def test_adjustments_are_made_in_order_and_end_with_the_last():
+    adjustments = []
     for window in range(8):
         assert (
-            next_adjustment(turned, 0.5, 0.5, window) is None
-            and next_adjustment(turned, None, 0.5, window) is None
+            next_adjustment(adjustments, 0.5, 0.5, window) is None
+            and next_adjustment(adjustments, None, 0.5, window) is None
         )
-        if turn := next_adjustment(turned, 0.51, 0.5, window):
-            turned.append(turn)
-    assert [(turn.number, turn.window, turn.setting) for turn in turned] == [
-        (n + 1, n, knob) for n, knob in enumerate(ADJUSTMENTS)
+        if adjustment := next_adjustment(adjustments, 0.51, 0.5, window):
+            adjustments.append(adjustment)
+    assert [(adjustment.number, adjustment.window, adjustment.setting) for adjustment in adjustments] == [
+        (n + 1, n, setting) for n, setting in enumerate(ADJUSTMENTS)
     ]
-    reasons = [starvation_condition(turn).reason for turn in turned]
+    reasons = [starvation_condition(adjustment).reason for adjustment in adjustments]
     assert reasons == ["MaxTokensLowered"] * 2 + ["HighEffortLowered"] * 2 + ["SecondTeacherAdvised"]
 
 
-def measured(reasoning, final):
+def measures(reasoning, final):
     kl, none = {"reasoning": reasoning, "final": final}, {"reasoning": None, "final": None}
     return OnPolicyMeasures(reverse_kl=none, sampler_kl=kl, bounded=BoundedShares(advantage=none, ratio=none))
 
 
-def test_drift_is_many_windows_in_a_row():
+def test_drift_is_a_number_of_consecutive_windows():
     count = 0
     for _ in range(window_stats.PATIENCE - 1):
         count = windows_above_bound(count, 0.2, 0.1, 7)
@@ -132,11 +131,11 @@ def test_drift_is_many_windows_in_a_row():
         match=r"SamplerDrift: .* maxSamplerKl 0.1 for 10 windows in a row, 0.2 nats a token in window 7",
     ):
         windows_above_bound(count, 0.2, 0.1, 7)
-    assert sampler_kl(measured(0.4, None), {"reasoning": 30, "final": 0}) == 0.4
-    assert sampler_kl(measured(0.4, 0.1), {"reasoning": 10, "final": 20}) == pytest.approx(0.2)
+    assert sampler_kl(measures(0.4, None), {"reasoning": 30, "final": 0}) == 0.4
+    assert sampler_kl(measures(0.4, 0.1), {"reasoning": 10, "final": 20}) == pytest.approx(0.2)
 
 
-def loads(dead: int | None = None, busy: int = 0) -> np.ndarray:
+def expert_loads(dead: int | None = None, busy: int = 0) -> np.ndarray:
     load_LE = np.full((2, 64), 100)
     load_LE[1, 5] += busy
     if dead is not None:
@@ -147,16 +146,16 @@ def loads(dead: int | None = None, busy: int = 0) -> np.ndarray:
 @pytest.mark.parametrize(
     "load, reason, message",
     [
-        pytest.param(loads(), None, "", id="even"),
-        pytest.param(loads(busy=1000), None, "", id="within-the-bound"),
+        pytest.param(expert_loads(), None, "", id="even"),
+        pytest.param(expert_loads(busy=1000), None, "", id="within-the-bound"),
         pytest.param(
-            loads(dead=3),
+            expert_loads(dead=3),
             "DeadExpert",
             "layer-2: 1 experts without a token, for up to 100 steps: 3",
             id="dead",
         ),
         pytest.param(
-            loads(busy=10**5),
+            expert_loads(busy=10**5),
             "Imbalance",
             "layer-2: the busiest expert had more than 16 times the mean",
             id="uneven",
@@ -164,11 +163,11 @@ def loads(dead: int | None = None, busy: int = 0) -> np.ndarray:
     ],
 )
 def test_a_collapse_names_the_layer_after_patience_and_not_before(load, reason, message):
-    watch = router_monitor.RouterMonitor(["layer-1", "layer-2"], 64)
+    monitor = router_monitor.RouterMonitor(["layer-1", "layer-2"], 64)
     ratio_L = load.max(axis=1) / load.mean(axis=1)
     for _ in range(router_monitor.PATIENCE - 1):
-        assert watch.add_step(load, ratio_L) == []
-    found = watch.add_step(load, ratio_L)
+        assert monitor.add_step(load, ratio_L) == []
+    found = monitor.add_step(load, ratio_L)
     assert [finding.reason for finding in found] == ([reason] if reason else [])
     assert all(finding.layer == "layer-2" and finding.message.startswith(message) for finding in found)
-    assert watch.add_step(loads(), np.ones(2)) == []
+    assert monitor.add_step(expert_loads(), np.ones(2)) == []

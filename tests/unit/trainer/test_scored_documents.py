@@ -1,5 +1,4 @@
-"""Rescored stages on scores in a real store: the documents and scores of their steps; a pause changes no
-bit."""
+"""Rescored stages with scores in a real store: the documents and scores of each step; exact resumption."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from tests.fakes import datasets, students, trainers
-from tests.fakes.checkpoints import same
+from tests.fakes.checkpoints import equal_states
 from tests.fakes.reporters import RecordingReporter, stop_after
 from tests.fakes.trainers import start_of
 from vpmoe.api.stages import Confidence
@@ -54,27 +53,27 @@ def train(monkeypatch: pytest.MonkeyPatch) -> list[datasets.Documents]:
 
 @pytest.fixture
 def dataset(bucket: Bucket, train: list[datasets.Documents]) -> Manifest:
-    return datasets.write(bucket, train, [[]])
+    return datasets.write_dataset(bucket, train, [[]])
 
 
 @pytest.fixture
 def scores(bucket: Bucket, dataset: Manifest, train: list[datasets.Documents]) -> Manifest:
-    return datasets.score(bucket, dataset, train, np.random.default_rng(5))
+    return datasets.write_scores(bucket, dataset, train, np.random.default_rng(5))
 
 
-Make = Callable[..., Trainer]
+MakeTrainer = Callable[..., Trainer]
 
 
 @pytest.fixture
-def trainer(
+def make_trainer(
     bucket: Bucket,
     spec: dict[str, Any],
     dataset: Manifest,
     scores: Manifest,
     tmp_path: Path,
     device: torch.device,
-) -> Make:
-    """A trainer that stands where the bucket says the stage stands."""
+) -> MakeTrainer:
+    """Makes trainers at the stage's state according to the bucket."""
 
     def make(uploader: RecordingReporter, stage: str = "rescored") -> Trainer:
         context = datasets.context(bucket, spec, tmp_path, dataset, stage, scores)
@@ -83,107 +82,114 @@ def trainer(
     return make
 
 
-def reached(bucket: Bucket, context: StageContext) -> TrainState:
+def final_state(bucket: Bucket, context: StageContext) -> TrainState:
     end = load_stage_end(bucket, paths.checkpoints(context.run, context.stage.name))
     assert end is not None
     return end[1]
 
 
-def test_a_stage_that_was_stopped_goes_on_to_the_same_bits_and_the_mix_is_exact(
-    trainer: Make, bucket: Bucket, spec: dict[str, Any]
+def test_a_stopped_stage_resumes_to_the_same_bits_and_the_mix_is_exact(
+    make_trainer: MakeTrainer, bucket: Bucket, spec: dict[str, Any]
 ) -> None:
     spec["metadata"]["name"] = "alone"
-    whole = trainer(RecordingReporter())
-    whole.run()
+    uninterrupted = make_trainer(RecordingReporter())
+    uninterrupted.run()
     spec["metadata"]["name"] = "stopped"
     stopped: list[Trainer] = []
-    stopped.append(trainer(RecordingReporter(stop_after(4, lambda: stopped[0].context))))
+    stopped.append(make_trainer(RecordingReporter(stop_after(4, lambda: stopped[0].context))))
     with pytest.raises(Terminated):
         stopped[0].run()
-    resumed = trainer(RecordingReporter())
+    resumed = make_trainer(RecordingReporter())
     assert resumed.start.state.steps == 4
     resumed.run()
-    assert same(resumed.learner, whole.learner)
-    assert reached(bucket, whole.context) == reached(bucket, resumed.context)
-    assert isinstance(whole.reporter.uploader, RecordingReporter) and isinstance(
+    assert equal_states(resumed.learner, uninterrupted.learner)
+    assert final_state(bucket, uninterrupted.context) == final_state(bucket, resumed.context)
+    assert isinstance(uninterrupted.reporter.uploader, RecordingReporter) and isinstance(
         resumed.reporter.uploader, RecordingReporter
     )
-    steps = [line for line in whole.reporter.uploader.lines if line["event"] == "step"]
-    by_span, weights = steps[-1]["lossBySpan"], whole.stage.span_weights
-    assert whole.reporter.uploader.progress["loss"] == pytest.approx(
+    steps = [line for line in uninterrupted.reporter.uploader.lines if line["event"] == "step"]
+    by_span, weights = steps[-1]["lossBySpan"], uninterrupted.stage.span_weights
+    assert uninterrupted.reporter.uploader.progress["loss"] == pytest.approx(
         sum(weights[span] * (loss or 0) for span, loss in by_span.items())
-    ), "without confidence weights"
+    ), "the reported loss has no confidence weights"
     assert [line["kind"] == "Rescored" for line in steps] == interleave(len(steps), 0.6).tolist()
     for line in steps:
         assert ("weight" in line) == (line["kind"] == "Rescored")
-    again = [line for line in resumed.reporter.uploader.lines if line["event"] == "step"]
-    for line in (*steps, *again):
+    resumed_lines = [line for line in resumed.reporter.uploader.lines if line["event"] == "step"]
+    for line in (*steps, *resumed_lines):
         for name in ("time", "seconds", "tokensPerSecond", "attempt"):
             line.pop(name)
-    assert again == steps[4:]
+    assert resumed_lines == steps[4:]
 
 
-def test_the_centre_is_fixed_when_the_stage_begins(trainer: Make, bucket: Bucket, scores: Manifest) -> None:
-    """It is taken from the checkpoint afterwards: a manifest that says something else does not move it."""
-    it: list[Trainer] = []
-    it.append(trainer(RecordingReporter(stop_after(2, lambda: it[0].context))))
+def test_the_centre_is_fixed_when_the_stage_starts(
+    make_trainer: MakeTrainer, bucket: Bucket, scores: Manifest
+) -> None:
+    """Later attempts read it from the checkpoint: another histogram in the manifest does not change it."""
+    stopped: list[Trainer] = []
+    stopped.append(make_trainer(RecordingReporter(stop_after(2, lambda: stopped[0].context))))
     with pytest.raises(Terminated):
-        it[0].run()
-    begun = it[0].start.state.objective
-    assert begun is not None
-    assert begun.reasoning == centre(scores.facts["histogram"]["reasoning"], Confidence())
+        stopped[0].run()
+    at_start = stopped[0].start.state.objective
+    assert at_start is not None
+    assert at_start.reasoning == centre(scores.facts["histogram"]["reasoning"], Confidence())
     context = replace(
-        it[0].context,
+        stopped[0].context,
         scores=replace(scores, facts={**scores.facts, "histogram": {"reasoning": [], "final": []}}),
     )
-    assert start_of(context, it[0].learner).state.objective == begun
+    assert start_of(context, stopped[0].learner).state.objective == at_start
 
 
-def test_the_next_stage_goes_on_in_both_streams(trainer: Make, bucket: Bucket) -> None:
-    first = trainer(RecordingReporter())
+def test_the_next_stage_continues_both_streams(make_trainer: MakeTrainer, bucket: Bucket) -> None:
+    first = make_trainer(RecordingReporter())
     first.run()
-    end = reached(bucket, first.context)
-    second = trainer(RecordingReporter(), "again")
-    at = second.start.state
-    assert at.scored is not None and end.scored is not None
-    assert (at.first_sequence, at.scored.first_sequence) == (end.next_sequence, end.scored.next_sequence)
-    assert at.first_sequence > 0 and at.scored.first_sequence > 0
+    end = final_state(bucket, first.context)
+    second = make_trainer(RecordingReporter(), "again")
+    at_start = second.start.state
+    assert at_start.scored is not None and end.scored is not None
+    assert (at_start.first_sequence, at_start.scored.first_sequence) == (
+        end.next_sequence,
+        end.scored.next_sequence,
+    )
+    assert at_start.first_sequence > 0 and at_start.scored.first_sequence > 0
     plain, scored = first.stage.plan.mixture.steps_by_kind(first.stage.plan.steps)
-    assert (at.first_sequence, at.scored.first_sequence) == (plain * 4, scored * 4)
+    assert (at_start.first_sequence, at_start.scored.first_sequence) == (plain * 4, scored * 4)
 
 
-def test_scored_steps_hold_scored_documents_alone_with_their_scores(
-    trainer: Make, train: list[datasets.Documents], bucket: Bucket, scores: Manifest
+def test_scored_steps_have_only_scored_documents_with_their_scores(
+    make_trainer: MakeTrainer, train: list[datasets.Documents], bucket: Bucket, scores: Manifest
 ) -> None:
-    it = trainer(RecordingReporter())
+    trainer = make_trainer(RecordingReporter())
     kinds = {"picked": set(), "other": set()}  # type: ignore[var-annotated]
     for part in train:
         for place, (tokens, _) in enumerate(part):
             kinds["picked" if place % 2 == 0 else "other"].add(tuple(tokens.tolist()))
     seen = 0
-    for step in range(it.stage.plan.steps):
-        for one in it.stage.plan.batches(step):
+    for step in range(trainer.stage.plan.steps):
+        for batch in trainer.stage.plan.batches(step):
             documents = [
                 tuple(row.tolist())
-                for row in one.tokens.flatten().tensor_split(one.boundaries[1:-1].tolist())
+                for row in batch.tokens.flatten().tensor_split(batch.boundaries[1:-1].tolist())
                 if tuple(row.tolist())
             ]
-            real = [document for document in documents if document in kinds["picked"] | kinds["other"]]
-            if it.stage.plan.kind(step) == "Rescored":
-                assert set(real) <= kinds["picked"] and one.teacher_logp is not None
-                assert not one.teacher_logp[one.span > 0].isnan().any()
-                seen += len(real)
+            training_documents = [
+                document for document in documents if document in kinds["picked"] | kinds["other"]
+            ]
+            if trainer.stage.plan.kind(step) == "Rescored":
+                assert set(training_documents) <= kinds["picked"] and batch.teacher_logp is not None
+                assert not batch.teacher_logp[batch.span > 0].isnan().any()
+                seen += len(training_documents)
             else:
-                assert one.teacher_logp is None
+                assert batch.teacher_logp is None
     assert seen > 50
 
 
-def test_a_supervised_token_without_a_score_is_refused(
+def test_a_supervised_token_without_a_score_is_rejected(
     bucket: Bucket, dataset: Manifest, train: list[datasets.Documents], scores: Manifest, tmp_path: Path
 ) -> None:
     name = next(name for name in scores.subjects if name.endswith("part-00001.logp.bin"))
-    hole = np.full(scores.subjects[name].size // 2, np.nan, "<f2").tobytes()
-    stored = bucket.put_bytes(scores.subjects[name].key, hole, {}).subject("scores/" + datasets.HEX)
+    without_scores = np.full(scores.subjects[name].size // 2, np.nan, "<f2").tobytes()
+    stored = bucket.put_bytes(scores.subjects[name].key, without_scores, {}).subject("scores/" + datasets.HEX)
     broken = replace(scores, subjects={**scores.subjects, name: stored})
     cache = BlockCache(bucket, tmp_path / "blocks")
     parts = ScoredDocuments(DatasetReader(dataset, "train", cache), broken, cache)
@@ -195,13 +201,13 @@ def test_a_supervised_token_without_a_score_is_refused(
         parts.logp(PackedDocument(1, 3, int(parts.lengths[1][3])))
 
 
-def test_other_scores_than_the_stage_began_with_are_refused(trainer: Make, scores: Manifest) -> None:
-    it: list[Trainer] = []
-    it.append(trainer(RecordingReporter(stop_after(1, lambda: it[0].context))))
+def test_a_stage_does_not_resume_with_other_scores(make_trainer: MakeTrainer, scores: Manifest) -> None:
+    stopped: list[Trainer] = []
+    stopped.append(make_trainer(RecordingReporter(stop_after(1, lambda: stopped[0].context))))
     with pytest.raises(Terminated):
-        it[0].run()
-    other = replace(it[0].context, scores=replace(scores, facts={**scores.facts, "id": "f" * 64}))
+        stopped[0].run()
+    other = replace(stopped[0].context, scores=replace(scores, facts={**scores.facts, "id": "f" * 64}))
     with pytest.raises(
         Permanent, match=r"began with the teacher's scores 0123.*, but would continue with ffff"
     ):
-        start_of(other, it[0].learner)
+        start_of(other, stopped[0].learner)

@@ -1,4 +1,4 @@
-"""The loss by which people follow a stage: one meaning a kind of stage, whatever its steps minimise."""
+"""The loss that a stage reports: one quantity for each kind of stage, whatever its steps minimise."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ ON_POLICY = OnPolicyMeasures(
 
 
 @pytest.mark.parametrize(
-    "kind, step_kind, measures, found",
+    "kind, step_kind, measures, expected",
     [
         pytest.param(VanillaStage, "Vanilla", None, ("loss", 4.0, True), id="Vanilla"),
         pytest.param(RescoredStage, "Rescored", RESCORED, ("loss", 4.0, True), id="Rescored"),
@@ -48,21 +48,21 @@ ON_POLICY = OnPolicyMeasures(
         pytest.param(OnPolicyStage, "Vanilla", None, ("anchor loss", 4.0, False), id="anchor-of-OnPolicy"),
     ],
 )
-def test_the_loss_that_is_reported_means_one_thing_a_kind_of_stage(
+def test_the_reported_loss_of_each_kind_of_stage(
     bucket: Bucket,
     run_spec: dict[str, Any],
     tmp_path: Path,
     kind: type[StageKind],
     step_kind: str,
     measures: Measures | None,
-    found: tuple[str, float, bool],
+    expected: tuple[str, float, bool],
 ) -> None:
-    """What the step minimises, 99, is none of these."""
+    """It is not what the step minimises, here 99."""
     run_spec["spec"]["training"]["spanWeights"] = WEIGHTS
-    context = datasets.context(bucket, run_spec, tmp_path, datasets.write(bucket, [[]], [[]]))
+    context = datasets.context(bucket, run_spec, tmp_path, datasets.write_dataset(bucket, [[]], [[]]))
     stage = kind.__new__(kind)
     StageKind.__init__(stage, context, None)  # type: ignore[arg-type]
     stage.plan = SimpleNamespace(kind=lambda step: step_kind)  # type: ignore[assignment]
     outcome = Outcome(99.0, CROSS_ENTROPY, {"reasoning": 1, "final": 1}, None, measures)
     name, value, reported = stage.step_loss(0, outcome)
-    assert (name, reported) == (found[0], found[2]) and value == pytest.approx(found[1])
+    assert (name, reported) == (expected[0], expected[2]) and value == pytest.approx(expected[1])

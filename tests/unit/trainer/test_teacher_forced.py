@@ -1,4 +1,4 @@
-"""The teacher beside its students: the same hidden states as a forward a document, and the way between the
+"""The teacher of a TeacherForced stage: hidden states equal one forward per document, and the channel between
 processes."""
 
 import json
@@ -38,63 +38,72 @@ def teacher(directory: Path) -> torch.nn.Module:
     return model.load_teacher(directory, CPU)
 
 
-def batch(seed: int, *rows: list[int]) -> Batch:
+def packed_batch(seed: int, *rows: list[int]) -> Batch:
     """Packed rows [len(rows), 80] of random documents of the given lengths, then padding."""
     generator = torch.Generator().manual_seed(seed)
     packed = [documents(generator, lengths, 80, VOCABULARY) for lengths in rows]
     return Batch.from_rows(*(torch.cat(parts) for parts in zip(*packed, strict=True)))
 
 
-def test_a_question_names_documents_and_no_padding() -> None:
-    packed = batch(new_seed(), [5, 30, 1], [], [80])
-    asked = question_of(packed)
-    assert asked.documents == [
+def test_a_question_has_the_documents_without_padding() -> None:
+    packed = packed_batch(new_seed(), [5, 30, 1], [], [80])
+    question = question_of(packed)
+    assert question.documents == [
         DocumentRange(0, 5),
         DocumentRange(5, 30),
         DocumentRange(35, 1),
         DocumentRange(160, 80),
     ]
-    heard = parse_question(asked.header, asked.body)
-    assert torch.equal(heard.tokens, packed.tokens.flatten().int()) and heard.documents == asked.documents
+    parsed = parse_question(question.header, question.body)
+    assert (
+        torch.equal(parsed.tokens, packed.tokens.flatten().int()) and parsed.documents == question.documents
+    )
 
 
 @pytest.mark.parametrize(
-    "room",
+    "max_tokens",
     [pytest.param(1, id="one-by-one"), pytest.param(64, id="some"), pytest.param(10_000, id="all-at-once")],
 )
-def test_hidden_states_are_those_of_a_forward_a_document(teacher: torch.nn.Module, room: int) -> None:
-    """Documents longer than the sliding window of 16 among them. Tolerance: fp32 products of other shapes,
-    values of size 1 to 10."""
+def test_hidden_states_equal_those_of_one_forward_per_document(
+    teacher: torch.nn.Module, max_tokens: int
+) -> None:
+    """Some documents are longer than the sliding window of 16. The tolerance is for fp32 products of other
+    shapes; magnitudes are 1 to 10."""
     from transformers import GptOssForCausalLM
 
-    asked = question_of(batch(new_seed(), [5, 30, 1, 33], [], [80]))
-    found = model.hidden_states(teacher, asked.tokens, asked.documents, room)
-    lm = GptOssForCausalLM.from_pretrained(teacher.config._name_or_path, dtype=torch.float32)
-    outside = torch.ones(len(asked.tokens), dtype=torch.bool)
-    for start, length in asked.documents:
-        alone = lm.model(
-            input_ids=asked.tokens[start : start + length].long().unsqueeze(0)
+    question = question_of(packed_batch(new_seed(), [5, 30, 1, 33], [], [80]))
+    found = model.hidden_states(teacher, question.tokens, question.documents, max_tokens)
+    reference = GptOssForCausalLM.from_pretrained(teacher.config._name_or_path, dtype=torch.float32)
+    outside = torch.ones(len(question.tokens), dtype=torch.bool)
+    for start, length in question.documents:
+        separate = reference.model(
+            input_ids=question.tokens[start : start + length].long().unsqueeze(0)
         ).last_hidden_state[0]
-        torch.testing.assert_close(found[start : start + length], alone, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[start : start + length], separate, rtol=1e-4, atol=1e-4)
         outside[start : start + length] = False
     assert (found[outside] == 0).all() and outside.any()
 
 
-def test_no_document_sees_another_or_padding(teacher: torch.nn.Module) -> None:
-    """Whatever stands in the other documents of its row and batch, a document's hidden states move by
-    rounding at most: experts take tokens of all documents together, so products have other shapes."""
-    first, second = (question_of(batch(seed, [10, 30], [40])) for seed in (1, 2))
-    kept = DocumentRange(10, 30)
+def test_hidden_states_of_a_document_do_not_depend_on_others_or_padding(teacher: torch.nn.Module) -> None:
+    """Only rounding may differ: experts process the tokens of all documents together, so products have other
+    shapes."""
+    first, second = (question_of(packed_batch(seed, [10, 30], [40])) for seed in (1, 2))
+    document = DocumentRange(10, 30)
     mixed = Question(second.tokens.clone(), second.documents)
     mixed.tokens[10:40] = first.tokens[10:40]
-    one, other = (model.hidden_states(teacher, it.tokens, it.documents) for it in (first, mixed))
+    one, other = (
+        model.hidden_states(teacher, question.tokens, question.documents) for question in (first, mixed)
+    )
     torch.testing.assert_close(
-        one[kept.start :][: kept.length], other[kept.start :][: kept.length], rtol=1e-5, atol=1e-5
+        one[document.start :][: document.length],
+        other[document.start :][: document.length],
+        rtol=1e-5,
+        atol=1e-5,
     )
     assert not torch.allclose(one[:10], other[:10], atol=0.1)
 
 
-def test_batches_are_of_like_lengths_and_bounded() -> None:
+def test_batches_have_similar_lengths_and_are_bounded() -> None:
     documents = [
         DocumentRange(0, 3),
         DocumentRange(3, 50),
@@ -102,8 +111,8 @@ def test_batches_are_of_like_lengths_and_bounded() -> None:
         DocumentRange(57, 200),
         DocumentRange(257, 49),
     ]
-    made = list(model.batches_by_length(documents, 100))
-    assert made == [
+    batches = list(model.batches_by_length(documents, 100))
+    assert batches == [
         [DocumentRange(57, 200)],
         [DocumentRange(3, 50), DocumentRange(257, 49)],
         [DocumentRange(53, 4), DocumentRange(0, 3)],
@@ -112,111 +121,114 @@ def test_batches_are_of_like_lengths_and_bounded() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_only_the_output_matrix_is_read(tmp_path: Path, tied: bool) -> None:
-    wanted = torch.randn(7, 3)
-    names = {"model.embed_tokens.weight": wanted if tied else torch.zeros(7, 3)} | (
-        {} if tied else {"lm_head.weight": wanted}
+    expected = torch.randn(7, 3)
+    names = {"model.embed_tokens.weight": expected if tied else torch.zeros(7, 3)} | (
+        {} if tied else {"lm_head.weight": expected}
     )
     for number, (name, tensor) in enumerate(names.items()):
         save_file({name: tensor}, tmp_path / f"model-{number}.safetensors")
     (tmp_path / "config.json").write_text(f'{{"hidden_size": 3, "tie_word_embeddings": {str(tied).lower()}}}')
-    assert torch.equal(model.output_matrix(tmp_path), wanted) and model.width(tmp_path) == 3
+    assert torch.equal(model.output_matrix(tmp_path), expected) and model.width(tmp_path) == 3
     (tmp_path / f"model-{len(names) - 1}.safetensors").unlink()
     with pytest.raises(Permanent, match=r"no \*.safetensors file holds lm_head.weight"):
         model.output_matrix(tmp_path)
 
 
-def never() -> None:
+def never_stop() -> None:
     pass
 
 
-def together(*ends: Callable[[], object]) -> list[object]:
-    """Run all ends at once; their results, or what they raised."""
+def run_concurrently(*ends: Callable[[], object]) -> list[object]:
+    """Run all `ends` in threads; returns their results or exceptions."""
 
-    def caught(end: Callable[[], object]) -> object:
+    def result_or_error(end: Callable[[], object]) -> object:
         try:
             return end()
-        except Exception as error:  # noqa: BLE001 (the test looks at it)
+        except Exception as error:  # noqa: BLE001 (the test inspects it)
             return error
 
     with ThreadPoolExecutor(len(ends)) as pool:
-        return list(pool.map(caught, ends))
+        return list(pool.map(result_or_error, ends))
 
 
-def test_students_get_answers_to_their_own_questions_one_ahead(teacher: torch.nn.Module) -> None:
-    """Two students, three steps of two microbatches, the next step's first asked ahead; one of them stops
-    with a question open."""
+def test_each_student_gets_the_answers_to_its_own_questions(teacher: torch.nn.Module) -> None:
+    """Two students take two steps of two microbatches. Each asks for the first microbatch of the next step
+    ahead and disconnects with that question open."""
     port, seed = free_port(), new_seed()
     steps = [
         [
-            [batch(seed + 10 * rank + 2 * step + i, [7, 20 + rank], [40]) for i in range(2)]
+            [packed_batch(seed + 10 * rank + 2 * step + i, [7, 20 + rank], [40]) for i in range(2)]
             for step in range(3)
         ]
         for rank in range(2)
     ]
-    wanted = [
-        [[model.hidden_states(teacher, q.tokens, q.documents) for q in map(question_of, s)] for s in of]
-        for of in steps
+    expected = [
+        [
+            [model.hidden_states(teacher, q.tokens, q.documents) for q in map(question_of, s)]
+            for s in steps_of_student
+        ]
+        for steps_of_student in steps
     ]
 
-    def teaching() -> None:
-        end = host("127.0.0.1", port, 2, CPU, never)
+    def run_teacher() -> None:
+        end = host("127.0.0.1", port, 2, CPU, never_stop)
         end.set_number("width", teacher.config.hidden_size)
         end.set_number("loaded", 1)
         for student in range(2):
             end.send(student, torch.full((VOCABULARY, teacher.config.hidden_size), float(student)))
         answer_questions(end, teacher)
 
-    def learning(rank: int) -> object:
-        remote = RemoteTeacher(join("127.0.0.1", port, rank, 2, CPU, never), never)
+    def run_student(rank: int) -> object:
+        remote = RemoteTeacher(join("127.0.0.1", port, rank, 2, CPU, never_stop), never_stop)
         assert remote.width == 64 and (remote.output(VOCABULARY) == rank).all()
-        heard = []
+        hidden_states = []
         for step, batches in enumerate(steps[rank][:2]):
             remote.announce(batches, steps[rank][step + 1][0])
-            heard.append([remote.hidden_of(one) for one in batches])
+            hidden_states.append([remote.hidden_of(microbatch) for microbatch in batches])
         remote.disconnect()
-        return heard
+        return hidden_states
 
-    done = together(teaching, lambda: learning(0), lambda: learning(1))
-    assert done[0] is None
+    results = run_concurrently(run_teacher, lambda: run_student(0), lambda: run_student(1))
+    assert results[0] is None
     for rank in range(2):
-        assert isinstance(done[1 + rank], list), done[1 + rank]
-        for heard, want in zip(done[1 + rank], wanted[rank], strict=False):  # type: ignore[arg-type]
-            assert all(torch.equal(h, w) for h, w in zip(heard, want, strict=True))
+        assert isinstance(results[1 + rank], list), results[1 + rank]
+        for hidden_states, expected_states in zip(results[1 + rank], expected[rank], strict=False):  # type: ignore[arg-type]
+            assert all(torch.equal(h, w) for h, w in zip(hidden_states, expected_states, strict=True))
 
 
-def test_whoever_waits_for_the_others_can_be_stopped() -> None:
+def test_waiting_for_the_other_processes_can_be_stopped() -> None:
     stopping, port = threading.Event(), free_port()
     threading.Timer(0.5, stopping.set).start()
     hosting, joining = (
         lambda: host("127.0.0.1", port, 2, CPU, stop_check(stopping)),
         lambda: join("127.0.0.1", port, 0, 2, CPU, stop_check(stopping)),
     )
-    assert [type(end) for end in together(hosting, joining)] == [Terminated, Terminated]
+    assert [type(end) for end in run_concurrently(hosting, joining)] == [Terminated, Terminated]
 
 
-def test_an_end_that_is_gone_is_named() -> None:
+def test_a_lost_process_is_named() -> None:
     port = free_port()
     ends: list[Channel | None] = [None, None]
 
-    def make(number: int, end: Callable[[], Channel]) -> None:
+    def set_end(number: int, end: Callable[[], Channel]) -> None:
         ends[number] = end()
 
-    assert together(
-        lambda: make(0, lambda: host("127.0.0.1", port, 1, CPU, never)),
-        lambda: make(1, lambda: join("127.0.0.1", port, 0, 1, CPU, never)),
+    assert run_concurrently(
+        lambda: set_end(0, lambda: host("127.0.0.1", port, 1, CPU, never_stop)),
+        lambda: set_end(1, lambda: join("127.0.0.1", port, 0, 1, CPU, never_stop)),
     ) == [None, None]
-    ends[1] = None  # the student's end closes with it
+    ends[1] = None  # this closes the student's end
     with pytest.raises(Retriable, match="rank 0 is gone, or does not answer"):
         ends[0].receive_host(0, 2, torch.int64)  # type: ignore[union-attr]
 
 
-def test_experts_in_mxfp4_are_widened_without_further_packages(directory: Path, tmp_path: Path) -> None:
-    """As gpt-oss is released: experts as blocks of 32 four-bit numbers that share a scale (OCP Microscaling,
-    E2M1 and E8M0)."""
+def test_experts_in_mxfp4_are_widened_without_other_packages(directory: Path, tmp_path: Path) -> None:
+    """The format of the released gpt-oss: experts are blocks of 32 four-bit numbers that share a scale (OCP
+    Microscaling, E2M1 and E8M0)."""
     torch.manual_seed(new_seed())
     values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(directory / "model.safetensors").items()}
-    wanted = {}
+    expected = {}
     for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
         experts, inner, outer = tensors.pop(name).shape
         blocks = torch.randint(0, 256, (experts, outer, inner // 32, 16), dtype=torch.uint8)
@@ -224,7 +236,7 @@ def test_experts_in_mxfp4_are_widened_without_further_packages(directory: Path, 
         numbers = values[torch.stack([blocks & 15, blocks >> 4], dim=-1).long()].flatten(3) * 2.0 ** (
             scales.float() - 127
         ).unsqueeze(-1)
-        wanted[name.removeprefix("model.")] = numbers.flatten(2).transpose(1, 2).bfloat16()
+        expected[name.removeprefix("model.")] = numbers.flatten(2).transpose(1, 2).bfloat16()
         tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((directory / "config.json").read_text()) | {"dtype": "bfloat16"}
@@ -234,7 +246,7 @@ def test_experts_in_mxfp4_are_widened_without_further_packages(directory: Path, 
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = dict(model.load_teacher(tmp_path, CPU).named_parameters())
-    assert wanted and all(
+    assert expected and all(
         torch.equal(found[name], numbers) and found[name].dtype == torch.bfloat16
-        for name, numbers in wanted.items()
+        for name, numbers in expected.items()
     )

@@ -1,4 +1,4 @@
-"""The training loop with a small student: what stops it, what it reports, and that a pause changes no bit."""
+"""The training loop with a small student: what stops it, what it reports, and exact resumption."""
 
 import urllib.request
 from collections.abc import Callable
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tests.fakes import datasets, students, trainers
-from tests.fakes.checkpoints import same
+from tests.fakes.checkpoints import equal_states
 from tests.fakes.reporters import RecordingReporter, stop_after
-from tests.fakes.students import saved
+from tests.fakes.students import copy_slices
 from vpmoe.checkpoint.train_state import list_iterations, load_stage_end
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model.learner import Learner
@@ -39,21 +39,21 @@ def spec(run_spec: dict[str, Any]) -> dict[str, Any]:
     return run_spec
 
 
-Make = Callable[..., Trainer]
+MakeTrainer = Callable[..., Trainer]
 
 
 @pytest.fixture
-def trainer(
+def make_trainer(
     bucket: Bucket,
     spec: dict[str, Any],
     tmp_path: Path,
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
-) -> Make:
-    """A trainer that stands where the bucket says the stage stands."""
+) -> MakeTrainer:
+    """Makes trainers at the stage's state according to the bucket."""
     monkeypatch.setattr(collate, "PADDING", 0)  # the small vocabulary has no other
     random = np.random.default_rng(11)
-    dataset = datasets.write(
+    dataset = datasets.write_dataset(
         bucket,
         [datasets.random_documents(random, 60), datasets.random_documents(random, 40)],
         [datasets.random_documents(random, 9)],
@@ -66,111 +66,117 @@ def trainer(
     return make
 
 
-def test_a_stage_that_was_stopped_goes_on_to_the_same_bits(
-    trainer: Make, bucket: Bucket, spec: dict[str, Any]
+def test_a_stopped_stage_resumes_to_the_same_bits(
+    make_trainer: MakeTrainer, bucket: Bucket, spec: dict[str, Any]
 ) -> None:
     spec["metadata"]["name"] = "alone"
-    whole = trainer(RecordingReporter())
-    whole.run()
+    uninterrupted = make_trainer(RecordingReporter())
+    uninterrupted.run()
     spec["metadata"]["name"] = "stopped"
     stopped: list[Trainer] = []
-    stopped.append(trainer(RecordingReporter(stop_after(3, lambda: stopped[0].context))))
+    stopped.append(make_trainer(RecordingReporter(stop_after(3, lambda: stopped[0].context))))
     with pytest.raises(
-        Terminated, match=f"Stopped after step 3 of {whole.stage.plan.steps}, all of it saved"
+        Terminated, match=f"Stopped after step 3 of {uninterrupted.stage.plan.steps}, all of it saved"
     ):
         stopped[0].run()
     assert list_iterations(bucket, paths.checkpoints(stopped[0].context.run, "vanilla"))[0] == 3
-    resumed = trainer(RecordingReporter())
+    resumed = make_trainer(RecordingReporter())
     resumed.run()
-    assert resumed.start.state.steps == 3 and same(resumed.learner, whole.learner)
+    assert resumed.start.state.steps == 3 and equal_states(resumed.learner, uninterrupted.learner)
     assert isinstance(resumed.reporter.uploader, RecordingReporter) and isinstance(
-        whole.reporter.uploader, RecordingReporter
+        uninterrupted.reporter.uploader, RecordingReporter
     )
-    assert resumed.reporter.uploader.progress["held_out"] == whole.reporter.uploader.progress["held_out"], (
-        "the loss before the first step is remembered"
+    assert (
+        resumed.reporter.uploader.progress["held_out"] == uninterrupted.reporter.uploader.progress["held_out"]
+    ), "the held-out loss before the first step is kept"
+    last = [line for line in uninterrupted.reporter.uploader.lines if line["event"] == "step"][-1]
+    assert uninterrupted.reporter.uploader.progress["loss"] == pytest.approx(last["loss"], rel=1e-5), (
+        "the cross-entropy, which a Vanilla step minimises"
     )
-    last = [line for line in whole.reporter.uploader.lines if line["event"] == "step"][-1]
-    assert whole.reporter.uploader.progress["loss"] == pytest.approx(last["loss"], rel=1e-5), (
-        "the cross-entropy, which is what a Vanilla step minimises"
-    )
-    ends = [load_stage_end(bucket, paths.checkpoints(one.context.run, "vanilla")) for one in (whole, resumed)]
+    ends = [
+        load_stage_end(bucket, paths.checkpoints(trainer.context.run, "vanilla"))
+        for trainer in (uninterrupted, resumed)
+    ]
     assert ends[0] is not None and ends[1] is not None and ends[0][1] == ends[1][1]
 
 
-def test_a_loss_that_is_not_finite_stops_before_any_weight_has_moved(
-    trainer: Make, bucket: Bucket, device: torch.device
+def test_a_loss_that_is_not_finite_is_an_error_and_changes_no_weight(
+    make_trainer: MakeTrainer, bucket: Bucket, device: torch.device
 ) -> None:
     learner = students.learner(device)
     with torch.no_grad():
         learner.student.output[7] = torch.inf
-    before = saved(learner)
-    it = trainer(RecordingReporter(), learner)
-    it.held_out = None
+    before = copy_slices(learner)
+    trainer = make_trainer(RecordingReporter(), learner)
+    trainer.held_out = None
     with pytest.raises(
         Permanent, match=r"NonFinite: the loss .* is not finite at step 1; the weights were not touched"
     ):
-        it.run()
+        trainer.run()
     assert all(
-        torch.equal(now[1], then[1])
-        for name, of in saved(learner).items()
-        for now, then in zip(of, before[name], strict=True)
+        torch.equal(after[1], before_step[1])
+        for name, slices in copy_slices(learner).items()
+        for after, before_step in zip(slices, before[name], strict=True)
     )
-    assert learner.steps == 0 and not list_iterations(bucket, paths.checkpoints(it.context.run, "vanilla"))
+    assert learner.steps == 0 and not list_iterations(
+        bucket, paths.checkpoints(trainer.context.run, "vanilla")
+    )
 
 
 def test_a_collapsed_router_is_a_condition_that_names_the_layer(
-    trainer: Make, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    make_trainer: MakeTrainer, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(router_monitor, "PATIENCE", 2)
     learner = students.learner(device)
     routers(learner.student)["layers.2"].expert_bias[3] = -1e6
-    it = trainer(RecordingReporter(), learner)
-    it.run()
-    assert isinstance(it.reporter.uploader, RecordingReporter)
+    trainer = make_trainer(RecordingReporter(), learner)
+    trainer.run()
+    assert isinstance(trainer.reporter.uploader, RecordingReporter)
     found = {
         condition.message.split(":")[0]: condition
-        for condition in it.reporter.uploader.progress["conditions"]
+        for condition in trainer.reporter.uploader.progress["conditions"]
     }
     assert found["layers.2"].type == "RouterCollapse" and found["layers.2"].reason == "DeadExpert"
     assert all(
         line["router"]["dead"]["layers.2"] >= 1
-        for line in it.reporter.uploader.lines
+        for line in trainer.reporter.uploader.lines
         if line["event"] == "step"
     )
 
 
-def test_a_stage_ends_early_where_its_evaluations_bring_too_little(
-    trainer: Make, bucket: Bucket, spec: dict[str, Any]
+def test_a_stage_ends_early_if_its_evaluations_improve_too_little(
+    make_trainer: MakeTrainer, bucket: Bucket, spec: dict[str, Any]
 ) -> None:
     spec["spec"]["stages"][0]["stop"] = {"evaluations": 1, "minImprovement": 0.9, "minValidity": 0.0}
-    it = trainer(RecordingReporter())
-    it.run()
-    reached = load_stage_end(bucket, paths.checkpoints(it.context.run, "vanilla"))
-    assert reached is not None and 800 <= reached[1].tokens < 2000
+    trainer = make_trainer(RecordingReporter())
+    trainer.run()
+    stage_end = load_stage_end(bucket, paths.checkpoints(trainer.context.run, "vanilla"))
+    assert stage_end is not None and 800 <= stage_end[1].tokens < 2000
     assert (
-        isinstance(it.reporter.uploader, RecordingReporter)
-        and it.reporter.uploader.progress["state"] == "Succeeded"
+        isinstance(trainer.reporter.uploader, RecordingReporter)
+        and trainer.reporter.uploader.progress["state"] == "Succeeded"
     )
     assert (
-        it.reporter.uploader.progress["tokens"].done
-        == it.reporter.uploader.progress["tokens"].total
-        == reached[1].tokens
+        trainer.reporter.uploader.progress["tokens"].done
+        == trainer.reporter.uploader.progress["tokens"].total
+        == stage_end[1].tokens
     )
 
 
-def test_prometheus_shows_the_latest_step_where_it_is_asked_to(
-    trainer: Make, monkeypatch: pytest.MonkeyPatch
+def test_prometheus_metrics_of_the_latest_step_are_served_if_a_port_is_set(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = free_port()
     monkeypatch.setenv("VPMOE_METRICS_PORT", str(port))
-    it = trainer(RecordingReporter())
-    it.run()
-    shown = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    trainer = make_trainer(RecordingReporter())
+    trainer.run()
+    prometheus = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
     assert (
-        f'vpmoe_train_step{{namespace="default",run="tiny-run",stage="vanilla"}} {it.stage.plan.steps}.0'
-        in shown
+        f'vpmoe_train_step{{namespace="default",run="tiny-run",stage="vanilla"}} {trainer.stage.plan.steps}.0'
+        in prometheus
     )
     assert (
-        'vpmoe_train_held_out_loss{namespace="default",run="tiny-run",span="final",stage="vanilla"}' in shown
+        'vpmoe_train_held_out_loss{namespace="default",run="tiny-run",span="final",stage="vanilla"}'
+        in prometheus
     )
-    assert "vpmoe_train_gpu_utilisation_ratio{" not in shown, "no GPU, no number"
+    assert "vpmoe_train_gpu_utilisation_ratio{" not in prometheus, "there is no GPU metric without a GPU"
