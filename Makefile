@@ -18,16 +18,17 @@ check: setup    ## run lint and the unit tests without server, engine or cluster
 test-quick: setup
 	@$(python) -m pytest tests/unit -m "not server and not engine and not cluster" | $(lines)
 
-# Three parts run in parallel. There is one cluster, and an engine needs 5 GB, so these two parts run their
-# tests one after the other. The operator's tests mostly wait; the end-to-end tests load the CPU and run last.
+# Three parts run in parallel. The tests with engines are a part of their own, because an engine needs 5 GB; the
+# cluster's tests mostly wait. The end-to-end tests load the CPU and run last.
 test: lint      ## run lint and all tests except those that need a GPU
 	@$(MAKE) --no-print-directory --keep-going --jobs=3 test-cluster test-engine test-local
+	@$(python) -m pytest tests/e2e
 test-local: setup
-	@$(python) -m pytest tests/unit tests/e2e tests/gpu -m "not engine and not cluster" | $(lines)
+	@$(python) -m pytest tests/unit tests/gpu -m "not engine" | $(lines)
 test-engine: setup
 	@$(python) -m pytest tests/unit -m engine | $(lines)
 test-cluster: setup
-	@$(python) -m pytest tests/devcluster tests/cluster tests/e2e -m cluster | $(lines)
+	@$(python) -m pytest tests/devcluster tests/cluster | $(lines)
 
 test-gpu: setup ## run the GPU tests: needs an NVIDIA GPU, and PyTorch for CUDA in .venv
 	@$(python) -m pytest tests/gpu -m gpu

@@ -122,7 +122,7 @@ def test_two_pods_with_the_teacher_in_the_first_end_with_the_same_bits(
         )
         for node in range(2)
     ]
-    logs = [pod.communicate(timeout=200)[1] for pod in pods]
+    logs = [pod.communicate(timeout=400)[1] for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], logs
     assert checkpoint_digests(jobs, file, "forced") == checkpoint_digests(jobs, uninterrupted, "forced")
 
@@ -158,7 +158,7 @@ def test_a_teacher_with_another_vocabulary_is_rejected_before_the_first_step(
     jobs.spec["teacher"]["model"] = name
     termination = jobs.folder / "termination-other"
     process = jobs.start("train", file, "--step", "forced", VPMOE_TERMINATION_LOG=str(termination))
-    _, log = process.communicate(timeout=200)
+    _, log = process.communicate(timeout=400)
     message = json.loads(termination.read_bytes())
     assert process.returncode == 65 and message["class"] == "Permanent" and message["rank"] is None, log
     assert message["message"].startswith(
@@ -175,7 +175,7 @@ def test_students_and_teacher_stopped_while_they_wait_for_each_other_exit_as_ter
     process = jobs.start("train", jobs.run_file("early", gpus=2), "--step", "forced")
     time.sleep(delay)
     process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=200)
+    _, log = process.communicate(timeout=400)
     assert process.returncode in (143, -signal.SIGTERM), (
         f"after {delay} s: {log}"
     )  # −SIGTERM before the launcher has its handler

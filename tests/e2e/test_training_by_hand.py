@@ -97,7 +97,7 @@ def two_pods(jobs: LocalJobs) -> Path:
         )
         for node in range(2)
     ]
-    logs = [pod.communicate(timeout=200)[1] for pod in pods]
+    logs = [pod.communicate(timeout=400)[1] for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], logs
     return file
 

@@ -72,7 +72,7 @@ class LocalJobs:
     def finish(self, job: str, file: Path, *arguments: str) -> str:
         """Run a job until it succeeds. Returns its log."""
         process = self.start(job, file, *arguments)
-        _, log = process.communicate(timeout=200)
+        _, log = process.communicate(timeout=400)
         assert process.returncode == 0, log
         return log
 
