@@ -6,10 +6,22 @@ In all other respects they are independent processes: environment, signals, exit
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from vpmoe.process.launcher import free_port
 
+
+@dataclass
+class Server:
+    """The fork server that this module started."""
+
+    pid: int | None = None
+
+
+_server = Server()
 RANKS = ("tests.fakes.model_ranks", "tests.fakes.onpolicy_ranks")
 
 
@@ -21,8 +33,7 @@ def run_ranks(
     `variables` are environment variables. Raises AssertionError if a process has not ended after `timeout`
     seconds.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(RANKS))
+    context = _context()
     environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **variables}
     processes = [
@@ -40,6 +51,17 @@ def run_ranks(
     finally:
         for process in processes:
             process.kill()
+
+
+def _context() -> ForkServerContext:
+    """All contexts share one server. If other code started it, it has not imported the ranks: end it."""
+    context = multiprocessing.get_context("forkserver")
+    if _server.pid is None or _server.pid != forkserver._forkserver._forkserver_pid:
+        forkserver._forkserver._stop()
+        context.set_forkserver_preload(list(RANKS))
+        forkserver.ensure_running()
+        _server.pid = forkserver._forkserver._forkserver_pid
+    return context
 
 
 def _run(main: Callable[[Path], None], folder: Path, environment: Mapping[str, str]) -> None:
