@@ -99,7 +99,7 @@ class ActionExecutor:
     async def _ensure(self, kind: Kind, obj: Json, namespace: str, uid: str) -> None:
         """Create the object, or find that the run owns it already.
 
-        Raises NameTaken if it belongs to somebody else.
+        Raises NameTaken if it has another owner.
         """
         try:
             await self.kube.create(kind, obj)

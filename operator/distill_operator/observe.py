@@ -57,10 +57,10 @@ class ObservedChild:
     state: State
     deleting: bool = False
     suspended: bool = False
-    """Kueue, or somebody else, has suspended it: it waits without pods."""
+    """Kueue or a user has suspended it: it waits without pods."""
     missing_pod: str = ""
-    """Of a Waiting PyTorchJob: a pod that does not exist or does not run. If all pods ran before, somebody
-    deleted it."""
+    """Of a Waiting PyTorchJob: a pod that does not exist or does not run. If all pods ran before, it was
+    deleted."""
     message: str = ""
     """What a Waiting or Ending child waits for."""
     failure: pod_diagnosis.Failure | None = None

@@ -6,22 +6,13 @@ In all other respects they are independent processes: environment, signals, exit
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from functools import cache
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from vpmoe.process.launcher import free_port
 
-
-@dataclass
-class Server:
-    """The fork server that this module started."""
-
-    pid: int | None = None
-
-
-_server = Server()
 RANKS = ("tests.fakes.model_ranks", "tests.fakes.onpolicy_ranks")
 
 
@@ -53,14 +44,13 @@ def run_ranks(
             process.kill()
 
 
+@cache
 def _context() -> ForkServerContext:
-    """All contexts share one server. If other code started it, it has not imported the ranks: end it."""
+    """All contexts share one server. One that other code started has not imported the ranks: end it, once."""
+    forkserver._forkserver._stop()
     context = multiprocessing.get_context("forkserver")
-    if _server.pid is None or _server.pid != forkserver._forkserver._forkserver_pid:
-        forkserver._forkserver._stop()
-        context.set_forkserver_preload(list(RANKS))
-        forkserver.ensure_running()
-        _server.pid = forkserver._forkserver._forkserver_pid
+    context.set_forkserver_preload(list(RANKS))
+    forkserver.ensure_running()
     return context
 
 

@@ -41,7 +41,7 @@ CPU_CACHE_GIB = "1"
 
 def prepare_environment() -> None:
     """Set what vLLM and torch read from the environment when they are imported. Values that are set already
-    stay.
+    stay. On the CPU, also keep freed memory (vpmoe/process/memory.py).
 
     No compilation: only the counting of larger logits would be compiled, which takes tens of seconds and a C
     compiler. No network, no files outside of TMPDIR, and no look-up of the user, who need not have a name.
@@ -64,6 +64,8 @@ def prepare_environment() -> None:
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        keep_freed_memory()
     logging.getLogger("vllm").setLevel(logging.WARNING)
     # It warns that there is no tokenizer. None is needed: prompts are token ids.
     logging.getLogger("vllm.renderers").setLevel(logging.ERROR)
@@ -80,7 +82,6 @@ def check_device(owner: str, field: str) -> Device:
     from vllm.platforms import current_platform
 
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        keep_freed_memory()
         return "cpu"
     if not torch.cuda.device_count():
         raise Permanent(
