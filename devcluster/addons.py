@@ -34,13 +34,12 @@ def sources() -> dict[str, str]:
 
 def render(cluster: Cluster, kubeflow: Path, folder: Path) -> str:
     """All manifests as one YAML stream. `kubeflow` is the manifests folder of the operator's module."""
-    folder.mkdir()
+    certificates.make_webhook(folder)
     # kustomize requires a relative path
     overlay = os.path.relpath((kubeflow / "overlays" / "standalone").resolve(), folder.resolve())
     patches = (MANIFESTS / "kubeflow.yaml").read_text()
     (folder / "kustomization.yaml").write_text(f"{patches}resources: [{json.dumps(overlay)}]\n")
     shutil.copy(MANIFESTS / "initContainer.yaml", folder)
-    certificates.make_webhook(folder)
     return f"{cluster.kubectl('kustomize', str(folder))}---\n{(MANIFESTS / 'coredns.yaml').read_text()}"
 
 

@@ -1,12 +1,14 @@
 """Creates the cluster's certificate authority, and a key and certificate for each of its programs, with
 openssl.
 
-Each cluster gets new ones.
+Each cluster gets new ones. They are made in a new folder each time: if `up` is killed, its openssl process
+goes on for a moment, and must not write among the files of the next `up`.
 """
 
 import base64
 import ipaddress
 import subprocess
+import tempfile
 from pathlib import Path
 
 from devcluster import ClusterError, configuration, needs
@@ -16,9 +18,9 @@ ELLIPTIC, RSA = ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"), ("rsa:2048",
 
 
 def make(folder: Path) -> None:
-    """Write ca, apiserver, service-accounts and every user of configuration.USERS as .crt and .key files
-    (0600)."""
-    folder.mkdir(mode=0o700)
+    """Create `folder` with ca, apiserver, service-accounts and every user of configuration.USERS as .crt and
+    .key files (0600)."""
+    made = new_folder(folder)
     # `kubernetes.default` resolves to the first address.
     first_service = next(ipaddress.ip_network(configuration.SERVICES).hosts())
     names = [
@@ -32,24 +34,32 @@ def make(folder: Path) -> None:
         *(f"DNS:{name}" for name in names),
         *(f"IP:{address}" for address in ("127.0.0.1", configuration.NODE, first_service)),
     ]
-    authority(folder, "devcluster-ca")
-    certificate(folder, "service-accounts", "/CN=service-accounts")
-    certificate(folder, "apiserver", "/CN=kube-apiserver", f"subjectAltName={','.join(server)}")
+    authority(made, "devcluster-ca")
+    certificate(made, "service-accounts", "/CN=service-accounts")
+    certificate(made, "apiserver", "/CN=kube-apiserver", f"subjectAltName={','.join(server)}")
     for user, (name, group) in configuration.USERS.items():
         certificate(
-            folder, user, f"/O={group}/CN={name}" if group else f"/CN={name}", "extendedKeyUsage=clientAuth"
+            made, user, f"/O={group}/CN={name}" if group else f"/CN={name}", "extendedKeyUsage=clientAuth"
         )
+    made.rename(folder)
 
 
 def make_webhook(folder: Path) -> None:
-    """Write ca and tls for the training operator's webhook.
+    """Create `folder` with ca and tls for the training operator's webhook.
 
     Without them the operator makes its own, and waits 90 s until the kubelet has updated its Secret.
     """
     # The operator checks the authority under this name and reads only the traditional key format.
-    authority(folder, "training-operator-ca", "subjectAltName=DNS:training-operator-ca", key=RSA)
-    run("rsa", "-traditional", "-in", f"{folder}/ca.key", "-out", f"{folder}/ca.key")
-    certificate(folder, "tls", "/CN=training-operator", "subjectAltName=DNS:training-operator.kubeflow.svc")
+    made = new_folder(folder)
+    authority(made, "training-operator-ca", "subjectAltName=DNS:training-operator-ca", key=RSA)
+    run("rsa", "-traditional", "-in", f"{made}/ca.key", "-out", f"{made}/ca.key")
+    certificate(made, "tls", "/CN=training-operator", "subjectAltName=DNS:training-operator.kubeflow.svc")
+    made.rename(folder)
+
+
+def new_folder(folder: Path) -> Path:
+    """A new folder (0700) beside `folder`, to be renamed to it when all files are written."""
+    return Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
 
 
 def authority(folder: Path, name: str, *extensions: str, key: tuple[str, ...] = ELLIPTIC) -> None:

@@ -120,8 +120,7 @@ def sweep(state: Path) -> None:
     remove_link()
     for root in configuration.cgroup_roots(Path("/proc/self/mounts").read_text()):
         remove_cgroup(Path(root, configuration.cgroup_name(str(state))))
-    for name in ("kubelet", "config", "pki", "ready.json"):
-        path = state / name
+    for path in (*(state / name for name in ("kubelet", "config", "ready.json")), *state.glob("pki*")):
         if path.is_dir():
             shutil.rmtree(path)
         else:

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from devcluster import ClusterError, access, binaries, cluster, configuration, dev, host, image, needs
+from devcluster import (
+    ClusterError,
+    access,
+    binaries,
+    certificates,
+    cluster,
+    configuration,
+    dev,
+    host,
+    image,
+    needs,
+)
 from tests.fakes.go_target import HELLO, small
 
 pytestmark = pytest.mark.cluster
@@ -49,6 +60,31 @@ def test_a_killed_build_is_repeated(cache: Path) -> None:
 def test_an_error_of_the_compiler_is_reported_with_its_log(cache: Path) -> None:
     with pytest.raises(ClusterError, match=r"go build failed with status 1: .*undefined: missing.*\.log"):
         binaries.folder(small("package main\n\nfunc main() { missing() }\n"))
+
+
+def test_openssl_of_a_killed_start_does_not_write_into_the_files_of_the_next_one(tmp_path: Path) -> None:
+    slow = tmp_path / "openssl"
+    slow.write_text(f'#!/bin/sh\ntouch {tmp_path}/started\nsleep 1\nexec {shutil.which("openssl")} "$@"\n')
+    slow.chmod(0o755)
+    folder = tmp_path / "state" / "webhook"
+    folder.parent.mkdir()
+    code = (
+        f"from devcluster import certificates; certificates.make_webhook(certificates.Path({str(folder)!r}))"
+    )
+    killed = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=host.CHECKOUT,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )
+    host.wait_for((tmp_path / "started").exists, "openssl", 20)
+    killed.kill()
+    killed.wait()
+    certificates.make_webhook(folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    time.sleep(2)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    # the training operator reads only this format
+    assert files["ca.key"].startswith(b"-----BEGIN RSA PRIVATE KEY-----")
 
 
 def test_an_unknown_program_is_rejected_by_name() -> None:
