@@ -30,7 +30,7 @@ test-engine: setup
 test-cluster: setup
 	@$(python) -m pytest tests/devcluster tests/cluster | $(lines)
 
-test-gpu: setup ## run the GPU tests: needs an NVIDIA GPU, and PyTorch for CUDA in .venv
+test-gpu: setup ## run the GPU tests: needs an NVIDIA GPU with a driver for CUDA 13
 	@$(python) -m pytest tests/gpu -m gpu
 
 cluster: setup  ## start the development cluster

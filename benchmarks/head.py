@@ -1,11 +1,12 @@
 """Time and memory of the loss head, forward and backward, compared with eager torch and other fused heads.
 
     python -m benchmarks.head [--tokens 8192] [--hidden 1024] [--vocabulary 201088] [--repeats 10]
+        [--device cuda]
 
 Floor: the head's three matrix products alone (logits, gradient of hidden, gradient of the matrix). Peers that
 cannot be imported are skipped. Times are medians. Memory is what is allocated beyond the inputs: on a GPU the
-allocator's peak, on a CPU the largest single result. Meant for a GPU, in bf16; without one it runs on the CPU
-in fp32, where the default size takes minutes (try --tokens 256).
+allocator's peak, on a CPU the largest single result. On a GPU in bf16; with --device cpu in fp32, where
+the default size takes minutes (try --tokens 256).
 """
 
 import argparse
@@ -109,8 +110,9 @@ def main() -> None:
     )
     for name, default in {"tokens": 8192, "hidden": 1024, "vocabulary": 201_088, "repeats": 10}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     hidden = torch.randn(args.tokens, args.hidden, device=device, dtype=dtype, requires_grad=True)

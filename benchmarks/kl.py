@@ -1,6 +1,7 @@
 """Time and memory of the TeacherForced loss and of log p alone, compared with eager torch and fused kernels.
 
     python -m benchmarks.kl [--tokens N] [--hidden H] [--teacher G] [--vocabulary 201088] [--repeats 10]
+        [--device cuda]
 
 Without --tokens it measures two sizes, both with a teacher of width 2,880: 8,192 tokens of a student of width
 1,024, and 4,096 tokens of a student of width 2,880.
@@ -9,8 +10,7 @@ KL: forward and backward of cross-entropy, KL and cosine. Floor: the four matrix
 implementation needs (student's logits, teacher's logits, gradient of hidden, gradient of the matrix).
 log p: forward only. Floor: its one product. Peers that cannot be imported are skipped. Memory is what is
 allocated beyond the inputs and the requested gradients: on a GPU the allocator's peak, on a CPU the largest
-single result. Meant for a GPU, in bf16. If CUDA_VISIBLE_DEVICES is set and empty it runs on the CPU in fp32,
-where these sizes take minutes (try --tokens 256).
+single result. On a GPU in bf16; with --device cpu in fp32, where these sizes take minutes (try --tokens 256).
 """
 
 import argparse
@@ -180,8 +180,9 @@ def main() -> None:
         "repeats": 10,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(args.device)
     for tokens, hidden, teacher in [(args.tokens, args.hidden, args.teacher)] if args.tokens else SIZES:
         measure(inputs(tokens, hidden, teacher, args.vocabulary, device), args.repeats)
 

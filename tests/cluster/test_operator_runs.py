@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from distill_operator.kube import JOB, POD, PYTORCHJOB
 
+from devcluster import install
 from devcluster.access import Cluster
 from devcluster.configuration import HOST
 from tests.fakes import run_harness
@@ -64,7 +65,7 @@ def harness(cluster: Cluster, namespace: str, s3_proxy: S3Proxy) -> Iterator[Run
     harness.apply("suspended", LONG.replace("every=2", "every=2500"))
     harness.apply("evicted", LONG, runtime={"attempts": 1})
     harness.apply("removed", LONG, runtime={"attempts": 1})
-    harness.apply("away", LONG, storage=harness.storage(run_harness.install.SECRET, s3_proxy.endpoint))
+    harness.apply("away", LONG, storage=harness.storage(install.SECRET, s3_proxy.endpoint))
     harness.apply("orphan", "steps=1", deletionPolicy="Delete", storage=harness.create_secret("brief"))
     yield harness
     run_harness.restore_operator(cluster)

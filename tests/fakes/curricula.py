@@ -22,7 +22,7 @@ def stage(**changes: Any) -> OnPolicy:
 SHARES = st.integers(0, 999).map(lambda thousandths: thousandths / 1000)
 
 
-THREE_PHASES = [
+THREE_PHASES: list[dict[str, Any]] = [
     {"share": 0.3, "effort": {"low": 0.7, "medium": 0.3}},
     {"share": 0.4, "effort": {"low": 0.2, "medium": 0.6, "high": 0.2}, "rolloutsPerPromptAtEnd": 2},
     {

@@ -31,6 +31,7 @@ from vpmoe.rollout.window_files import (
 )
 from vpmoe.rollout.windows import PromptPlan, WindowSchedule, completion_limit
 from vpmoe.storage import paths
+from vpmoe.storage.manifest import Manifest
 from vpmoe.trainer.context import StageContext
 
 PROBE = 1e-4
@@ -157,7 +158,7 @@ class FakePeers:
             prompt.place, number, prompt.document, prompt.effort, validity, sampled, span, sampler_logp_C
         )
 
-    def load(self, published: policy_version.Manifest, facts: PolicyVersion) -> PreTrainedModel:
+    def load(self, published: Manifest, facts: PolicyVersion) -> PreTrainedModel:
         """A version, verified with its probe."""
         if self.loaded is None or self.loaded[0] != facts.version:
             folder = self.scratch / f"sampler-{facts.version}"

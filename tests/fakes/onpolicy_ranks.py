@@ -42,7 +42,7 @@ class PeerReporter(RecordingReporter):
 
 def main(folder: Path) -> None:
     """Train the stage, as the rank that the environment names."""
-    collate.PADDING = 0  # the small vocabulary has no other
+    collate.PADDING = 0  # type: ignore[attr-defined] # the small vocabulary has no other
     window_wait.POLL = 0.02
     task = json.loads((folder / "task.json").read_text())
     run = DistillRun.parse(task["spec"])

@@ -47,7 +47,7 @@ def run_ranks(
 @cache
 def _context() -> ForkServerContext:
     """All contexts share one server. One that other code started has not imported the ranks: end it, once."""
-    forkserver._forkserver._stop()
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(RANKS))
     forkserver.ensure_running()

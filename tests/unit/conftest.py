@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.fakes import pod_user
 from tests.fakes.store import S3
 from tests.fakes.waiting import wait_until
 from vpmoe.storage import Bucket
@@ -66,27 +67,11 @@ def engine_process(module: str, model: Path, scratch: Path) -> Iterator[str]:
 
     scratch.chmod(0o777)
     address = str(scratch / "socket")
-    inherited = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-    user = [
-        "setpriv",
-        "--reuid=65532",
-        "--regid=65532",
-        "--clear-groups",
-        "--inh-caps=+dac_read_search",
-        "--ambient-caps=+dac_read_search",
-    ]
     with (scratch / "log").open("wb") as log:
         process = subprocess.Popen(
-            [*user, sys.executable, "-m", module, address, str(model), str(LONGEST)],
+            [*pod_user.COMMAND, sys.executable, "-m", module, address, str(model), str(LONGEST)],
             cwd=Path(__file__).parents[2],
-            env={
-                **inherited,
-                "HOME": "/nonexistent",
-                "TMPDIR": str(scratch),
-                "CUDA_VISIBLE_DEVICES": "",
-                "OMP_NUM_THREADS": "1",
-                "PYTHONDONTWRITEBYTECODE": "1",
-            },
+            env=pod_user.environment(scratch),
             stdout=log,
             stderr=subprocess.STDOUT,
         )

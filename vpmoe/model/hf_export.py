@@ -196,12 +196,12 @@ def check_export(folder: Path, shape: Shape) -> None:
     fills it with random numbers. Reads headers only.
     """
     try:
-        said = json.loads((folder / "config.json").read_bytes())
+        config = json.loads((folder / "config.json").read_bytes())
         files = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-        dtype = getattr(torch, str(said.get("dtype")), None)
+        dtype = getattr(torch, str(config.get("dtype")), None)
         if dtype not in (torch.float32, torch.bfloat16):
             raise Permanent(
-                f"{folder}/config.json: dtype is {said.get('dtype')}. Students are exported in float32 or "
+                f"{folder}/config.json: dtype is {config.get('dtype')}. Students are exported in float32 or "
                 "bfloat16."
             )
         found = {name: held for file in files for name, held in _header(folder / file).items()}
@@ -210,9 +210,9 @@ def check_export(folder: Path, shape: Shape) -> None:
             f"{folder} is not a complete checkpoint ({type(error).__name__}: {error}). Export the student "
             "again."
         ) from error
-    fields = hf_config(shape, said.get("max_position_embeddings"), dtype)
+    fields = hf_config(shape, config.get("max_position_embeddings"), dtype)
     _same(
-        {name: said.get(name) for name in fields},
+        {name: config.get(name) for name in fields},
         fields,
         f"{folder}/config.json, not a {shape.name}",
         "Export the student again.",

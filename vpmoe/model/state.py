@@ -121,18 +121,18 @@ def sizes(learner: StatefulLearner) -> dict[str, int]:
 
 @torch.no_grad()
 def restore(
-    learner: StatefulLearner, read: ReadTensor, steps: int, moments: bool = True, anew: Collection[str] = ()
+    learner: StatefulLearner, read: ReadTensor, steps: int, moments: bool = True, fresh: Collection[str] = ()
 ) -> None:
     """Read weights, expert biases and, with `moments`, Adam's state. Each rank reads its own slices only.
 
-    `steps` is the number of optimizer steps that led to the state. The parameters named in `anew` are not
+    `steps` is the number of optimizer steps that led to the state. The parameters named in `fresh` are not
     read: they keep their initial values and zero moments, and share the step count of the others. All ranks
     call it. Raises what `read` raises, and ValueError if a slice has the wrong length or dtype. A learner
     whose restore failed is partly restored and must not be used.
     """
     for shard in shards(learner):
         shard.moments["step"].fill_(steps if moments else 0)
-        if shard.name in anew:
+        if shard.name in fresh:
             continue
         wanted = {"main": shard.main} | ({kind: shard.moments[kind] for kind in MOMENTS} if moments else {})
         for kind, tensor in wanted.items():

@@ -26,7 +26,7 @@ def require_validity(run: DistillRun, stage: Stage, bucket: Bucket) -> None:
     found = evaluation_record.load_evaluation(run, before, bucket)
     if found is None or found.valid_share is None:
         raise Permanent(
-            f"{required}, and {bucket.url(paths.evaluation(run, before))} does not say what it is after "
+            f"{required}, and {bucket.url(paths.evaluation(run, before))} has no validity after "
             f"stage {before}. Measure it first: python -m jobs.evaluate --step {before}-evaluate."
         )
     if found.valid_share < stage.required_validity:

@@ -264,9 +264,8 @@ def load(bucket: Bucket, key: str) -> Manifest:
         return parse(key, bucket.get(key))
     except ValueError as error:
         raise StorageError(
-            f"{bucket.url(key)}: not a manifest of ours: {error}. It was altered, or written by another "
-            "version; delete it to have what it "
-            "names built again.",
+            f"{bucket.url(key)}: not a vpMoE manifest: {error}. It was altered, or written by another "
+            "version. Delete it: the files that it names are then built again.",
             "Altered",
         ) from error
 

@@ -34,7 +34,7 @@ def split_url(url: str) -> tuple[str, str]:
     """Bucket and key of s3://bucket/key; the key may be empty. Raises ValueError for any other address."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
     if not url.startswith("s3://") or not bucket:
-        raise ValueError(f"{url!r} is no address in a bucket. Write s3://bucket/key.")
+        raise ValueError(f"{url!r} is not an S3 URL. Write s3://bucket/key.")
     return bucket, key
 
 

@@ -29,7 +29,7 @@ def test_a_stage_ends_when_it_reaches_its_tokens_and_reads_each_stream_in_order(
     all_documents = SequenceStream([random.integers(5, 60, 400, dtype=np.int32)], seed=1, sequence_length=64)
     few_documents = SequenceStream([random.integers(40, 64, 9, dtype=np.int32)], seed=1, sequence_length=64)
     unmixed = [all_documents.tokens_after_steps(8, 4, tokens), few_documents.tokens_after_steps(0, 4, tokens)]
-    mixed = mix_streams(*unmixed, share, tokens)
+    mixed = mix_streams(*unmixed, share, tokens)  # type: ignore[call-arg]
     step_tokens = [np.diff(tokens_N, prepend=0) for tokens_N in unmixed]
     total = 0
     steps_by_kind = [0, 0]

@@ -24,6 +24,7 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
+from tests.fakes import pod_user
 from tests.fakes.checkpoints import alter, save_checkpoints, state_at
 from tests.fakes.store import S3
 from tests.fakes.students import documents, learner
@@ -492,14 +493,6 @@ def test_a_damaged_block_of_weights_is_rejected_with_its_name(stage: StageContex
 
 def run_job(run_file: Path, attempt: int, scratch: Path) -> "subprocess.Popen[bytes]":
     """Start the job with the rights of its pod: a user without name and home, who writes only to TMPDIR."""
-    user = [
-        "setpriv",
-        "--reuid=65532",
-        "--regid=65532",
-        "--clear-groups",
-        "--inh-caps=+dac_read_search",
-        "--ambient-caps=+dac_read_search",
-    ]
     command = [
         sys.executable,
         "-m",
@@ -511,21 +504,13 @@ def run_job(run_file: Path, attempt: int, scratch: Path) -> "subprocess.Popen[by
         "--attempt",
         str(attempt),
     ]
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith("AWS_") or name in ("PATH", "LD_LIBRARY_PATH")
-    }
-    settings = {
-        "HOME": "/nonexistent",
-        "TMPDIR": str(scratch),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
     with (scratch / f"{attempt}.log").open("wb") as file:
         return subprocess.Popen(
-            [*user, *command], cwd=ROOT, env={**inherited, **settings}, stdout=file, stderr=subprocess.STDOUT
+            [*pod_user.COMMAND, *command],
+            cwd=ROOT,
+            env=pod_user.environment(scratch),
+            stdout=file,
+            stderr=subprocess.STDOUT,
         )
 
 

@@ -81,7 +81,7 @@ def test_loss_and_gradients_equal_eager_float64(
     hidden, weight, targets, numbers = random_inputs(dtype, new_seed())
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     loss, logp = head_loss(hidden, weight, targets, coefficient_of(numbers))
-    wanted, wanted_logp = eager_loss(*exact, targets, coefficient_of(numbers.double()))
+    wanted, wanted_logp = eager_loss(*exact, targets, coefficient_of(numbers.double()))  # type: ignore[call-arg]
     (loss * 3).backward()  # an incoming gradient other than 1
     (wanted * 3).backward()
     for got, want in [
@@ -107,7 +107,7 @@ def test_positions_without_a_target_contribute_nothing() -> None:
     loss.backward()
     kept = targets != NO_TARGET
     fewer = [hidden.detach()[kept].requires_grad_(), weight.detach().clone().requires_grad_()]
-    loss_fewer, _ = head_loss(*fewer, targets[kept], fixed_coefficient(numbers[kept]))
+    loss_fewer, _ = head_loss(*fewer, targets[kept], fixed_coefficient(numbers[kept]))  # type: ignore[call-arg]
     loss_fewer.backward()
     assert loss == loss_fewer and logp[~kept].isnan().all() and (hidden.grad[~kept] == 0).all()
     assert torch.equal(hidden.grad[kept], fewer[0].grad) and torch.equal(weight.grad, fewer[1].grad)

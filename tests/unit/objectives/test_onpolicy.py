@@ -72,7 +72,7 @@ def test_loss_and_gradients_over_ragged_microbatches_equal_float64(device: torch
     batches = rollouts(it, torch.Generator().manual_seed(new_seed()), 3)
     counts = total_counts(batches)
     outcome = it.forward_backward(batches, on_policy(counts, WEIGHTS), int(counts[0]))
-    gradient = it.student.output.main_grad.clone() / int(counts[0])
+    gradient = it.student.output.main_grad.clone() / int(counts[0])  # type: ignore[attr-defined]
     with torch.no_grad():
         hidden = [it.student(batch).double() for batch in batches]
     output = it.student.output.detach().double().requires_grad_()
@@ -116,12 +116,12 @@ def test_a_student_equal_to_its_teacher_has_no_gradient(device: torch.device) ->
     norms = []
     for objective in (on_policy(counts, WEIGHTS), vanilla(counts, WEIGHTS)):
         outcome = it.forward_backward(batches, objective, int(counts[0]))
-        norms.append(float(it.student.output.main_grad.norm()))
+        norms.append(float(it.student.output.main_grad.norm()))  # type: ignore[attr-defined]
         if outcome.measures:
             assert outcome.loss == pytest.approx(0, abs=1e-5)
             assert all(
                 abs(kl[span]) < 1e-6
-                for kl in (outcome.measures.reverse_kl, outcome.measures.sampler_kl)
+                for kl in (outcome.measures.reverse_kl, outcome.measures.sampler_kl)  # type: ignore[attr-defined]
                 for span in SPANS
             )
     assert norms[0] < 1e-6 * norms[1]

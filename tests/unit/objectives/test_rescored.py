@@ -99,7 +99,7 @@ def test_loss_and_gradients_over_ragged_microbatches_equal_float64(device: torch
     it = learner(device)
     objective = rescored(counts, WEIGHTS, Confidence(temperature=1.7), CENTRE)
     outcome = it.forward_backward(batches, objective, int(counts[0]))
-    gradient = it.student.output.main_grad.clone() / int(counts[0])
+    gradient = it.student.output.main_grad.clone() / int(counts[0])  # type: ignore[attr-defined]
     with torch.no_grad():
         hidden = [it.student(batch).double() for batch in batches]
     output = it.student.output.detach().double().requires_grad_()

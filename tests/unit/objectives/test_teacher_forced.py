@@ -36,7 +36,7 @@ class HeadInputs(NamedTuple):
 
     def exact(self) -> "HeadInputs":
         leaves = [None if leaf is None else leaf.detach().double().requires_grad_() for leaf in self[:3]]
-        return HeadInputs(
+        return HeadInputs(  # type: ignore[call-arg]
             *leaves, Teacher(*(tensor.double() for tensor in self.teacher)), self.targets, self.share.double()
         )  # type: ignore[arg-type]
 

@@ -93,13 +93,13 @@ def test_stages_of_other_kinds_require_no_evaluation(spec: dict[str, Any], bucke
     [
         pytest.param(
             None,
-            r"evaluation.json does not say what it is after stage vanilla. Measure it "
+            r"evaluation.json has no validity after stage vanilla. Measure it "
             r"first: .* --step vanilla-evalu",
             id="missing",
         ),
         pytest.param(
             {"completions": 0, "validity": {}, "efforts": {}},
-            "does not say what it is after stage vanilla",
+            "has no validity after stage vanilla",
             id="not-sampled",
         ),
         pytest.param(

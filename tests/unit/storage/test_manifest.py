@@ -264,7 +264,7 @@ def test_a_malformed_manifest_is_rejected_with_the_field(
     apply_change(found)
     bucket.put_bytes(KEY, json_bytes(found), {})
     with pytest.raises(
-        StorageError, match=rf"^{bucket.url(KEY)}: not a manifest of ours: .*{message}.*; delete it to have"
+        StorageError, match=rf"^{bucket.url(KEY)}: not a vpMoE manifest: .*{message}.*Delete it"
     ) as caught:
         manifest.load(bucket, KEY)
     assert caught.value.reason == "Altered"
@@ -272,7 +272,7 @@ def test_a_malformed_manifest_is_rejected_with_the_field(
 
 def test_a_manifest_that_is_not_json_is_rejected(bucket: Bucket) -> None:
     bucket.put_bytes(KEY, b"{", {})
-    with pytest.raises(StorageError, match="not a manifest of ours: content: Invalid JSON"):
+    with pytest.raises(StorageError, match="not a vpMoE manifest: content: Invalid JSON"):
         manifest.load(bucket, KEY)
 
 

@@ -78,5 +78,5 @@ def test_an_address_is_split_into_bucket_and_key(url: str, parts: tuple[str, str
 
 @pytest.mark.parametrize("url", ["", "b/k", "s3:///k", "https://b/k"])
 def test_an_invalid_address_is_rejected(url: str) -> None:
-    with pytest.raises(ValueError, match=r"is no address in a bucket\. Write s3://bucket/key"):
+    with pytest.raises(ValueError, match=r"is not an S3 URL\. Write s3://bucket/key"):
         paths.split_url(url)

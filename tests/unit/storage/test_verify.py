@@ -143,7 +143,7 @@ def test_a_malformed_manifest_fails_and_the_others_are_verified(
     write_dataset(bucket, "b", tmp_path)
     code, lines = verify(capsys, bucket.url(""))
     assert code == 1 and lines[0].startswith(
-        f"FAILED {bucket.url('a/manifest.json')}: not a manifest of ours: _type: Field required"
+        f"FAILED {bucket.url('a/manifest.json')}: not a vpMoE manifest: _type: Field required"
     )
     assert (
         lines[1].startswith("proved") and lines[2] == f"2 manifests, 3 objects, {BLOCK + 10} bytes; 1 failed"
@@ -170,8 +170,7 @@ def test_an_invalid_command_line_is_rejected_with_the_remedy(bucket: Bucket, tmp
     command = [sys.executable, "-m", "vpmoe.storage", "verify"]
     wrong = subprocess.run([*command, "vpmoe/datasets"], capture_output=True, text=True)
     assert (
-        wrong.returncode == 2
-        and "'vpmoe/datasets' is no address in a bucket. Write s3://bucket/key." in wrong.stderr
+        wrong.returncode == 2 and "'vpmoe/datasets' is not an S3 URL. Write s3://bucket/key." in wrong.stderr
     )
     right = subprocess.run([*command, bucket.url("a")], capture_output=True, text=True)
     assert (right.returncode, right.stderr) == (0, "") and right.stdout.endswith("none failed\n")

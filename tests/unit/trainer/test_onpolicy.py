@@ -29,10 +29,10 @@ from vpmoe.failure import Permanent, Terminated
 from vpmoe.model.learner import Learner
 from vpmoe.process.launcher import free_port
 from vpmoe.rollout import back_pressure, policy_version
-from vpmoe.storage import Bucket, paths
+from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Manifest
 from vpmoe.trainer.data import collate
-from vpmoe.trainer.onpolicy import publisher, starvation, window_stats, window_wait
+from vpmoe.trainer.onpolicy import starvation, window_stats, window_wait
 from vpmoe.trainer.stages.on_policy import OnPolicyStage
 from vpmoe.trainer.trainer import Trainer
 
@@ -371,7 +371,7 @@ def test_a_starved_trainer_writes_an_adjustment_before_it_publishes(
 ) -> None:
     spec["spec"]["stages"][0]["backPressure"] = {"waiting": 1e-6, "windows": 2}
     adjustments_at_version: list[tuple[int, list[back_pressure.Adjustment]]] = []
-    write = publisher.manifest.write
+    write = manifest.write
 
     def recording_write(bucket: Bucket, key: str, statement: Any) -> Manifest:
         facts = statement["predicate"]["buildDefinition"]["internalParameters"]
@@ -380,7 +380,7 @@ def test_a_starved_trainer_writes_an_adjustment_before_it_publishes(
         )
         return write(bucket, key, statement)
 
-    monkeypatch.setattr(publisher.manifest, "write", recording_write)
+    monkeypatch.setattr(manifest, "write", recording_write)
     trainer = make_trainer()
     trainer.checkpoints.save = lambda *_: None  # type: ignore[method-assign] # its manifests are written by the same function
     trainer.run()

@@ -152,7 +152,7 @@ def test_the_next_stage_continues_both_streams(make_trainer: MakeTrainer, bucket
         end.scored.next_sequence,
     )
     assert at_start.first_sequence > 0 and at_start.scored.first_sequence > 0
-    plain, scored = first.stage.plan.mixture.steps_by_kind(first.stage.plan.steps)
+    plain, scored = first.stage.plan.mixture.steps_by_kind(first.stage.plan.steps)  # type: ignore[attr-defined]
     assert (at_start.first_sequence, at_start.scored.first_sequence) == (plain * 4, scored * 4)
 
 

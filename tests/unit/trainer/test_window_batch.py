@@ -151,7 +151,7 @@ def test_loss_and_gradient_over_ranks_equal_float64_of_single_rollouts(
     ]
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     outcome = student_learner.forward_backward(batches, on_policy(counts, weights), int(counts[0]))
-    gradient = student_learner.student.output.main_grad.clone() / int(counts[0])
+    gradient = student_learner.student.output.main_grad.clone() / int(counts[0])  # type: ignore[attr-defined]
     output = student_learner.student.output.detach().double().requires_grad_()
     loss, tokens = (
         torch.zeros((), dtype=torch.float64),
