@@ -81,16 +81,16 @@ BRANCHES = ("Vanilla", "Rescored", "OnPolicy")
 
 @dataclass(frozen=True)
 class Document:
-    """A conversation in ids of the reduced vocabulary; the first `asked` ids are the prompt.
+    """A conversation in ids of the reduced vocabulary; the first `prompt_length` ids are the prompt.
 
-    `logp` has the teacher's log-probability of each token, `drawn` the sampler's.
+    `logp` has the teacher's log-probability of each token, `sampler_logp` the sampler's.
     """
 
     ids: NDArray[np.int64]
-    asked: int
+    prompt_length: int
     span: NDArray[np.uint8]
     logp: NDArray[np.float32] | None = None
-    drawn: NDArray[np.float32] | None = None
+    sampler_logp: NDArray[np.float32] | None = None
 
 
 class Vocabulary:
@@ -135,13 +135,14 @@ def documents(words: Vocabulary, row: tuple[list[int], ...]) -> Iterator[Documen
     """The conversations of a row: its question with each piece of its reasoning and its answer in turn."""
     question, reasoning, answer = (words.small(text) for text in row)
     pieces = zip(range(0, len(reasoning), REASONING), range(0, len(answer), ANSWER), strict=False)
-    asked = words.small([vocabulary.START, harmony.ROLE_USER, vocabulary.MESSAGE]) + question[:QUESTION]
-    asked += words.small([vocabulary.END, vocabulary.START, harmony.ROLE_ASSISTANT])
+    prompt = words.small([vocabulary.START, harmony.ROLE_USER, vocabulary.MESSAGE]) + question[:QUESTION]
+    prompt += words.small([vocabulary.END, vocabulary.START, harmony.ROLE_ASSISTANT])
     for at, start in pieces:
-        thought, said = reasoning[at : at + REASONING], answer[start : start + ANSWER]
-        if min(len(thought), len(said)) < 8:
+        reasoning_piece, answer_piece = reasoning[at : at + REASONING], answer[start : start + ANSWER]
+        if min(len(reasoning_piece), len(answer_piece)) < 8:
             continue
-        completion = words.small([vocabulary.CHANNEL, harmony.CHANNEL_ANALYSIS, vocabulary.MESSAGE]) + thought
+        completion = words.small([vocabulary.CHANNEL, harmony.CHANNEL_ANALYSIS, vocabulary.MESSAGE])
+        completion += reasoning_piece
         completion += words.small(
             [
                 vocabulary.END,
@@ -152,15 +153,15 @@ def documents(words: Vocabulary, row: tuple[list[int], ...]) -> Iterator[Documen
                 vocabulary.MESSAGE,
             ]
         )
-        completion += said + words.small([vocabulary.RETURN])
-        yield document(words, np.array(asked), np.array(completion))
+        completion += answer_piece + words.small([vocabulary.RETURN])
+        yield document(words, np.array(prompt), np.array(completion))
 
 
 def document(
-    words: Vocabulary, asked: NDArray[np.int64], completion: NDArray[np.int64], **scores: Any
+    words: Vocabulary, prompt: NDArray[np.int64], completion: NDArray[np.int64], **scores: Any
 ) -> Document:
-    span = np.concatenate([np.zeros(len(asked), np.uint8), prompts.completion_spans(words.real(completion))])
-    return Document(np.concatenate([asked, completion]), len(asked), span, **scores)
+    span = np.concatenate([np.zeros(len(prompt), np.uint8), prompts.completion_spans(words.real(completion))])
+    return Document(np.concatenate([prompt, completion]), len(prompt), span, **scores)
 
 
 def batch_of(held: Sequence[Document]) -> Batch:
@@ -175,12 +176,12 @@ def batch_of(held: Sequence[Document]) -> Batch:
             one = held[place]
             to = slice(at, at := at + len(one.ids))
             tokens[row, to], span[row, to], number[row, to] = one.ids, one.span, place
-            for which, logp in enumerate((one.logp, one.drawn)):
+            for which, logp in enumerate((one.logp, one.sampler_logp)):
                 if logp is not None:
                     scores[which, row, to] = logp
     given = [
         None if getattr(held[0], name) is None else torch.from_numpy(logp)
-        for name, logp in zip(("logp", "drawn"), scores, strict=True)
+        for name, logp in zip(("logp", "sampler_logp"), scores, strict=True)
     ]
     return Batch.from_rows(torch.from_numpy(tokens), torch.from_numpy(span), torch.from_numpy(number), *given)
 
@@ -220,13 +221,13 @@ def logp_of(
 
 
 def sample(
-    words: Vocabulary, model: Any, asked: Sequence[NDArray[np.int64]], device: torch.device
+    words: Vocabulary, model: Any, questions: Sequence[NDArray[np.int64]], device: torch.device
 ) -> list[Document]:
     """Sample a completion of each prompt at temperature 1, with the log-probability of each token."""
     made = []
     stops = words.small(vocabulary.STOP_IDS)
-    for start in range(0, len(asked), 64):
-        some = asked[start : start + 64]
+    for start in range(0, len(questions), 64):
+        some = questions[start : start + 64]
         ids, mask = padded(some, left=True)
         with torch.no_grad():
             out = model.generate(
@@ -243,8 +244,8 @@ def sample(
         for question, answer in zip(some, out[:, ids.shape[1] :].cpu().numpy(), strict=True):
             ends = np.flatnonzero(np.isin(answer, stops))
             made.append(document(words, question, answer[: ends[0] + 1] if len(ends) else answer))
-    drawn = logp_of(model, [one.ids for one in made], device)
-    return [replace(one, drawn=logp) for one, logp in zip(made, drawn, strict=True)]
+    logp_of_made = logp_of(model, [one.ids for one in made], device)
+    return [replace(one, sampler_logp=logp) for one, logp in zip(made, logp_of_made, strict=True)]
 
 
 def teacher_of(words: Vocabulary, held: Sequence[Document], steps: int, device: torch.device) -> Any:
@@ -306,14 +307,15 @@ class Toy:
         self.teacher = teacher_of(self.words, self.train, given.teacher, device)
         logp = logp_of(self.teacher, [one.ids for one in self.train], device)
         self.train = [replace(one, logp=found) for one, found in zip(self.train, logp, strict=True)]
-        self.asked = [
-            one.ids[: one.asked] for one in self.valid[:: max(1, len(self.valid) // given.completions)]
+        self.prompts = [
+            one.ids[: one.prompt_length]
+            for one in self.valid[:: max(1, len(self.valid) // given.completions)]
         ][: given.completions]
         tokens = sum(len(one.ids) for one in self.train)
         print(
             f"{len(texts)} rows: {len(self.train):,} training documents of {tokens / len(self.train):.0f} "
-            f"tokens, {len(self.asked)} held-out questions; vocabulary of {len(self.words.ids_V):,} tokens, "
-            f"{self.words.kept:.0%} of the text; teacher with "
+            f"tokens, {len(self.prompts)} held-out questions; vocabulary of {len(self.words.ids_V):,} "
+            f"tokens, {self.words.kept:.0%} of the text; teacher with "
             f"{sum(each.numel() for each in self.teacher.parameters()) / 1e6:.1f} M weights, trained in "
             f"{time.perf_counter() - started:.0f} s",
             flush=True,
@@ -354,7 +356,7 @@ class Toy:
         """The figures of COLUMNS, from a model's answers to the held-out questions and its loss on held-out
         documents."""
         torch.manual_seed(1)
-        answers = sample(self.words, model, self.asked, self.device)
+        answers = sample(self.words, model, self.prompts, self.device)
         kl = {name: [0.0, 0] for name in SPANS}
         for start in range(0, len(answers), 64):
             some = answers[start : start + 64]
@@ -368,13 +370,13 @@ class Toy:
                     kl[name][0] += float(kl_NT[row, at].sum())
                     kl[name][1] += len(at)
         valid = [
-            prompts.completion_validity(self.words.real(one.ids[one.asked :])) == validity.VALID
+            prompts.completion_validity(self.words.real(one.ids[one.prompt_length :])) == validity.VALID
             for one in answers
         ]
         total, tokens = (sum(values) for values in zip(*kl.values(), strict=True))
         held = self.valid[:: max(1, len(self.valid) // 128)]
         learned = [
-            logp[one.asked :]
+            logp[one.prompt_length :]
             for one, logp in zip(held, logp_of(model, [one.ids for one in held], self.device), strict=True)
         ]
         return {
@@ -421,13 +423,13 @@ def branch(toy: Toy, learner: Learner, kind: str, seed: int) -> list[tuple[int, 
     share = {"Vanilla": 0.0, "Rescored": given.mix, "OnPolicy": 1 - given.anchor}[kind]
     special = interleave(1_000_000, share)
     torch.manual_seed(seed)
-    seen, number, told = 0, 0, list[tuple[int, dict[str, float]]]()
+    seen, number, measurements = 0, 0, list[tuple[int, dict[str, float]]]()
     pending: list[list[Document]] = []
 
     def rollouts() -> list[Document]:
         """A window of completions sampled from the current student and scored by the teacher."""
-        asked = [one.ids[: one.asked] for one in stream.take(given.prompts)]
-        held = sample(toy.words, toy.students(learner), asked, toy.device)
+        questions = [one.ids[: one.prompt_length] for one in stream.take(given.prompts)]
+        held = sample(toy.words, toy.students(learner), questions, toy.device)
         logp = logp_of(toy.teacher, [one.ids for one in held], toy.device)
         return [replace(one, logp=found) for one, found in zip(held, logp, strict=True)]
 
@@ -445,9 +447,9 @@ def branch(toy: Toy, learner: Learner, kind: str, seed: int) -> list[tuple[int, 
             objective = on_policy(batch.counts, WEIGHTS)
         seen += step(learner, batch, objective, given.branch_rate * (1 - 0.9 * seen / given.tokens))
         number += 1
-        if seen >= given.tokens * (len(told) + 1) / 4:
-            told.append((seen, toy.measure(learner)))
-    return told
+        if seen >= given.tokens * (len(measurements) + 1) / 4:
+            measurements.append((seen, toy.measure(learner)))
+    return measurements
 
 
 def experiment(toy: Toy, seed: int) -> dict[str, list[tuple[int, dict[str, float]]]]:
@@ -498,14 +500,14 @@ def table(results: Sequence[dict[str, list[tuple[int, dict[str, float]]]]], teac
     """The figures over all seeds as text: a line per branch, and the teacher's."""
 
     def cells(measured: Sequence[dict[str, float]]) -> list[str]:
-        said = []
+        texts = []
         for name, form in COLUMNS.items():
             values = [one[name] for one in measured]
-            said.append(
+            texts.append(
                 form(statistics.mean(values))
                 + (f" ± {form(statistics.stdev(values))}" if len(values) > 1 else "")
             )
-        return said
+        return texts
 
     lines = [["", *COLUMNS], ["warm-up", *cells([result["Vanilla"][0][1] for result in results])]]
     lines += [[kind, *cells([result[kind][-1][1] for result in results])] for kind in BRANCHES]
@@ -520,8 +522,8 @@ def plot(results: Sequence[dict[str, list[tuple[int, dict[str, float]]]]]) -> st
     """Reverse KL over positions as an SVG. Each branch has a line through the means of the seeds, and a band
     from their lowest to their highest value."""
     wide, high, edge, colours = 640, 400, 56, ("#888888", "#d98200", "#1060c0")
-    most = max(tokens for result in results for told in result.values() for tokens, _ in told)
-    top = 1.05 * max(one["KL"] for result in results for told in result.values() for _, one in told)
+    most = max(tokens for result in results for branch in result.values() for tokens, _ in branch)
+    top = 1.05 * max(one["KL"] for result in results for branch in result.values() for _, one in branch)
 
     def at(tokens: float, kl: float) -> str:
         return (

@@ -59,21 +59,21 @@ def on_policy(stages: Mapping[str, Sequence[Line]]) -> list[Change]:
 
 def summary(stages: Mapping[str, Sequence[Line]]) -> list[str]:
     """The summary as lines of text. `stages` has the metrics lines of each stage, in order."""
-    said = ["Held-out loss, nats a token          before    after"]
-    said += [_row(f"{change.stage:<12} {change.measure}", change) for change in held_out(stages)]
+    text = ["Held-out loss, nats a token          before    after"]
+    text += [_row(f"{change.stage:<12} {change.measure}", change) for change in held_out(stages)]
     if divergence := on_policy(stages):
-        said += ["", f"KL(student‖teacher), nats a token    first {WINDOWS}   last {WINDOWS} windows"]
-        said += [_row(change.stage, change) for change in divergence]
+        text += ["", f"KL(student‖teacher), nats a token    first {WINDOWS}   last {WINDOWS} windows"]
+        text += [_row(change.stage, change) for change in divergence]
     for stage, lines in stages.items():
         if trained := windows(lines):
             versions = {window["version"] for window in trained}
             tokens = sum(sum(window["targets"].values()) for window in trained)
-            said += [
+            text += [
                 "",
                 f"{stage}: {len(trained)} windows, {tokens:,} sampled tokens, "
                 f"{len(versions)} policy versions",
             ]
-    return said
+    return text
 
 
 def _row(name: str, change: Change) -> str:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -124,11 +125,13 @@ def read_documents(
 
 
 def test_picked_documents_are_scored_and_the_facts_equal_a_recount(
-    spec: dict[str, Any], bucket: Bucket, scorer: Remote, tmp_path: Path
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     spec["spec"]["teacher"]["effort"] = "low"
     spec["spec"]["stages"][1]["subset"] = {"fraction": 0.4}
     written = run_for_manifest(spec, scorer)
+    assert not list(tmp_path.glob("vpmoe-scores-*")), "the files of finished parts are deleted"
     source = dataset.load_dataset(DistillRun.parse(spec), bucket)
     source_rows, score_rows = (
         read_documents(bucket, source, ("tokens", "spans"), tmp_path),
