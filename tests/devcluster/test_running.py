@@ -12,6 +12,7 @@ import pytest
 
 from devcluster import ClusterError, configuration, dev
 from devcluster.access import Cluster
+from tests.fakes.waiting import wait_until
 
 pytestmark = pytest.mark.cluster
 
@@ -106,7 +107,8 @@ def test_exit_code_and_log_of_a_failed_pod_are_kept(pods: Namespace) -> None:
         )
         == "75"
     )
-    assert pods.kubectl("logs", "fails") == "what it said\n"
+    # containerd may still copy the output when it reports the exit
+    wait_until(lambda: pods.kubectl("logs", "fails") == "what it said\n", "the log has the pod's output")
 
 
 def test_a_deleted_pod_gets_sigterm_and_its_grace_period(pods: Namespace) -> None:
@@ -243,4 +245,6 @@ def test_master_and_worker_of_a_pytorchjob_connect_and_succeed(pods: Namespace) 
     }
     pods.kubectl("create", "--filename=-", input=json.dumps(job))
     pods.kubectl("wait", "pytorchjob/pair", "--for=condition=Succeeded", "--timeout=60s")
-    assert pods.kubectl("logs", "pair-master-0") == "rank 1 of 2\n"
+    wait_until(
+        lambda: pods.kubectl("logs", "pair-master-0") == "rank 1 of 2\n", "the log has the pod's output"
+    )
