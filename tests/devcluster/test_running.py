@@ -108,7 +108,7 @@ def test_exit_code_and_log_of_a_failed_pod_are_kept(pods: Namespace) -> None:
         == "75"
     )
     # containerd may still copy the output when it reports the exit
-    wait_until(lambda: pods.kubectl("logs", "fails") == "what it said\n", "the log has the pod's output")
+    wait_until(lambda: pods.kubectl("logs", "fails") == "what it said\n", "the log has its output")
 
 
 def test_a_deleted_pod_gets_sigterm_and_its_grace_period(pods: Namespace) -> None:
