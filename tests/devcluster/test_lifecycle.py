@@ -117,7 +117,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         shutil.copytree(host.CHECKOUT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     private_run = 'mount --make-rprivate / && mount -t tmpfs tmpfs /run && ip link set lo up && exec "$@"'
     outer = subprocess.Popen(
-        ["unshare", *NAMESPACES, "sh", "-c", private_run, "sh", sys.executable, "-c", FIRST_PROCESS]
+        ["setpriv", "--pdeathsig=KILL", "unshare", *NAMESPACES, "sh", "-c", private_run, "sh", sys.executable, "-c", FIRST_PROCESS]
     )
     children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
     host.wait_for(
