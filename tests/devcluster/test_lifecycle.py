@@ -18,6 +18,7 @@ from devcluster import addons, configuration, dev, host, needs
 
 pytestmark = pytest.mark.cluster
 
+DIES_WITH_PYTEST = ("setpriv", "--pdeathsig=KILL")
 NAMESPACES = ("--mount", "--mount-proc", "--pid", "--fork", "--net", "--kill-child=SIGKILL")
 FIRST_PROCESS = (
     "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN); signal.pause()"  # reaps orphans
@@ -117,7 +118,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         shutil.copytree(host.CHECKOUT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     private_run = 'mount --make-rprivate / && mount -t tmpfs tmpfs /run && ip link set lo up && exec "$@"'
     outer = subprocess.Popen(
-        ["setpriv", "--pdeathsig=KILL", "unshare", *NAMESPACES, "sh", "-c", private_run, "sh", sys.executable, "-c", FIRST_PROCESS]
+        [*DIES_WITH_PYTEST, "unshare", *NAMESPACES, "sh", "-c", private_run]
+        + ["sh", sys.executable, "-c", FIRST_PROCESS]
     )
     children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
     host.wait_for(
