@@ -117,10 +117,8 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     for name in ("devcluster", "vpmoe", "jobs", "operator", "tests"):
         shutil.copytree(host.CHECKOUT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     private_run = 'mount --make-rprivate / && mount -t tmpfs tmpfs /run && ip link set lo up && exec "$@"'
-    outer = subprocess.Popen(
-        [*DIES_WITH_PYTEST, "unshare", *NAMESPACES, "sh", "-c", private_run]
-        + ["sh", sys.executable, "-c", FIRST_PROCESS]
-    )
+    first_process = ("sh", "-c", private_run, "sh", sys.executable, "-c", FIRST_PROCESS)
+    outer = subprocess.Popen([*DIES_WITH_PYTEST, "unshare", *NAMESPACES, *first_process])
     children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
     host.wait_for(
         lambda: command_line(children.read_text().strip()).startswith(sys.executable),
