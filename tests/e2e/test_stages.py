@@ -47,7 +47,7 @@ STAGES = [
         "require": {"validity": 0},
         "rollout": {"promptsPerWindow": 6, "maxTokens": {"low": 24, "medium": 32, "high": 48}},
         "maxSamplerKl": 1.0,
-        "optimizer": {"learningRate": 3.0e-4, "warmupTokens": "2k"},
+        "optimizer": {"learningRate": 3.0e-4, "minLearningRate": 3.0e-5, "warmupTokens": "2k"},
     },
 ]
 ROLES = ("onpolicy-sampler", "onpolicy-teacher", "onpolicy")
