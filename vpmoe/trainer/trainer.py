@@ -36,6 +36,7 @@ from vpmoe.trainer.reporting.uploader import ProgressUploader
 from vpmoe.trainer.schedule import due, learning_rate
 from vpmoe.trainer.stages.select import for_stage
 from vpmoe.trainer.stages.stage_kind import StageKind
+from vpmoe.trainer.teacher_forced.channel import stop_check
 
 
 def train(context: StageContext) -> None:
@@ -45,7 +46,7 @@ def train(context: StageContext) -> None:
     """
     spec = context.run.spec
     device = choose()
-    distributed.start(device, spec.student.expert_parallel)
+    distributed.start(device, spec.student.expert_parallel, stop_check(context.stopping))
     with ExitStack() as opened:
         uploader = None
         if distributed.rank() == 0:

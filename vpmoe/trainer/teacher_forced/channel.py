@@ -24,6 +24,7 @@ from torch import distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from vpmoe.failure import Retriable, Terminated
+from vpmoe.model import distributed
 
 PATIENCE = timedelta(hours=1)
 """How long one end may keep the other waiting: while the teacher is fetched and loaded, while students
@@ -111,8 +112,7 @@ def host(address: str, port: int, students: int, device: torch.device, check_sto
     store = _attempt(
         "a student", lambda: TCPStore(address, port, is_master=True, timeout=PATIENCE, wait_for_workers=False)
     )
-    _wait_keys(store, [f"student {rank}" for rank in range(students)], check_stop)
-    store.set("all are here", "")
+    distributed.agree_to_start(store, _members(students), check_stop, PATIENCE)
     return Channel(store, students, students, device)
 
 
@@ -121,21 +121,14 @@ def join(
 ) -> Channel:
     """A student's end; returns when the teacher and all students have joined. Raises Retriable if the
     teacher does not answer."""
-    deadline = time.monotonic() + PATIENCE.total_seconds()
-    while True:
-        check_stop()
-        try:
-            store = TCPStore(address, port, timeout=timedelta(seconds=5), wait_for_workers=False)
-            break
-        except RuntimeError as error:
-            if time.monotonic() > deadline:
-                raise Retriable(
-                    f"the teacher does not answer at {address}:{port} ({_first_line(error)})."
-                ) from error
-    store.set_timeout(PATIENCE)
+    store = distributed.connect(address, port, "the teacher", check_stop, PATIENCE)
     store.set(f"student {rank}", "")
-    _wait_keys(store, ["all are here"], check_stop)
+    distributed.agree_to_start(store, _members(students), check_stop, PATIENCE)
     return Channel(store, rank, students, device)
+
+
+def _members(students: int) -> list[str]:
+    return [f"student {rank}" for rank in range(students)]
 
 
 def stop_check(stopping: threading.Event) -> CheckStop:
