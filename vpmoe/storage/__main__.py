@@ -1,18 +1,12 @@
-"""`python -m vpmoe.storage verify s3://bucket/prefix`: verify every manifest below a prefix.
-
-Endpoint, region and credentials come from the environment, as for AWS's own tools.
-"""
+"""`python -m vpmoe.storage verify s3://bucket/prefix`: verify every manifest below a prefix (verify.py)."""
 
 import argparse
 import logging
-import os
 import sys
 
-from vpmoe.api.storage import StorageSpec
-from vpmoe.storage.bucket import Bucket
 from vpmoe.storage.errors import StorageError
 from vpmoe.storage.paths import split_url
-from vpmoe.storage.verify import verify
+from vpmoe.storage.verify import open_bucket, verify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,13 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("url", type=address, metavar="s3://BUCKET/PREFIX")
     name, prefix = parser.parse_args(arguments).url
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    region = (
-        os.environ.get("AWS_REGION")
-        or os.environ.get("AWS_DEFAULT_REGION")
-        or StorageSpec.model_fields["region"].default
-    )
     try:
-        verdict = verify(Bucket.open(StorageSpec(bucket=name, region=region)), prefix, say)
+        verdict = verify(open_bucket(name), prefix, say)
     except StorageError as error:
         say(f"FAILED {error}")
         return 1

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 BLOCK = 8 * 1024 * 1024
@@ -64,6 +65,15 @@ def hash_bytes(key: str, data: bytes) -> Stored:
     hasher = Hasher()
     for start in range(0, len(data), BLOCK):
         hasher.add(data[start : start + BLOCK])
+    return hasher.stored(key)
+
+
+def hash_file(key: str, path: Path) -> Stored:
+    """The description of an object that holds the content of a file, which is read a block at a time."""
+    hasher = Hasher()
+    with path.open("rb") as file:
+        for block in read_blocks(file):
+            hasher.add(block)
     return hasher.stored(key)
 
 

@@ -5,6 +5,7 @@ It uses only what every store has: plain and multipart PUT, ranged GET, HEAD, LI
 download holds a few blocks, whatever the size. manifest.py defines what a set of objects means.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -17,10 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
 
+from vpmoe.storage.answers import UnusableAnswer
 from vpmoe.storage.blocks import BLOCK, Hasher, Stored, block_range, hash_bytes, in_order, read_blocks
-from vpmoe.storage.client import Credentials, connect
-from vpmoe.storage.errors import StorageError, shown, status_and_code
+from vpmoe.storage.client import connect
+from vpmoe.storage.errors import Incomplete, Request, StorageError, explain, shown, status_and_code
+from vpmoe.storage.listing import ListingFault, entries
 from vpmoe.storage.local import written_whole
+from vpmoe.storage.ranges import encoded, sent_range
 from vpmoe.storage.retries import JOB, Patience, persist
 
 if TYPE_CHECKING:
@@ -61,34 +65,31 @@ class Bucket:
     may share a bucket; processes may not: open it after a fork.
     """
 
-    def __init__(self, client: "S3Client", name: str, prefix: str, patience: Patience) -> None:
+    def __init__(
+        self, client: "S3Client", name: str, prefix: str, patience: Patience, field: str = "storage.bucket"
+    ) -> None:
         self.name = name
+        self.field = field
         self.prefix = prefix.strip("/") + "/" if prefix.strip("/") else ""
         self.endpoint = shown(client.meta.endpoint_url)
         self._client = client
         self._patience = patience
 
     @classmethod
-    def open(
-        cls,
-        spec: "StorageSpec",
-        *,
-        credentials: Credentials | None = None,
-        ca_bundle: Path | None = None,
-        patience: Patience = JOB,
-    ) -> "Bucket":
+    def open(cls, spec: "StorageSpec", *, patience: Patience = JOB) -> "Bucket":
         """Open the bucket that a run's `storage` describes. Sends nothing; `probe` tests it.
 
-        Without `credentials` they come from where AWS tools look (environment, service account),
-        AWS_ENDPOINT_URL overrides the spec's endpoint, and AWS_CA_BUNDLE names the authority. With
-        `credentials` the environment is ignored: the operator serves many runs, and must never send one run's
-        secret to an address that the run did not name.
+        Credentials come from where AWS tools look (environment, service account), AWS_ENDPOINT_URL overrides
+        the spec's endpoint, and AWS_CA_BUNDLE names the authority.
         """
-        return cls(connect(spec, credentials, ca_bundle, patience), spec.bucket, spec.prefix, patience)
+        return cls(connect(spec, patience), spec.bucket, spec.prefix, patience)
 
-    def other(self, name: str) -> "Bucket":
-        """Another bucket of the same store, without a prefix. Inputs are in such buckets."""
-        return Bucket(self._client, name, "", self._patience)
+    def other(self, name: str, field: str = "storage.bucket") -> "Bucket":
+        """Another bucket of the same store, without a prefix. Inputs are in such buckets.
+
+        field: the field of the run that names it, such as dataset.source, for errors.
+        """
+        return Bucket(self._client, name, "", self._patience, field)
 
     def url(self, key: str) -> str:
         """s3://bucket/prefix/key"""
@@ -161,7 +162,7 @@ class Bucket:
                     raise AlreadyThere(key) from error
                 raise
 
-        self._persist("PutObject", key, put)
+        self._persist("PutObject with If-None-Match" if condition else "PutObject", key, put)
 
     def _put_multipart(self, key: str, blocks: Iterable[bytes], metadata: Mapping[str, str]) -> Stored:
         ours = (
@@ -185,7 +186,8 @@ class Bucket:
                     Bucket=name, Key=path, UploadId=upload_id, PartNumber=number, Body=block
                 ),
             )
-            return {"ETag": answer["ETag"], "PartNumber": number}
+            # Quoted and without a proxy's W/, as the store compares it.
+            return {"ETag": f'"{etag_of(answer)}"', "PartNumber": number}
 
         def complete() -> None:
             try:
@@ -195,7 +197,11 @@ class Bucket:
             except ClientError as error:
                 if status_and_code(error)[1] != "NoSuchUpload":
                     raise
-                if self._client.head_object(Bucket=name, Key=path)["Metadata"].get("upload") != ours:
+                try:
+                    found = self._client.head_object(Bucket=name, Key=path)
+                except ClientError:
+                    raise error from None
+                if found["Metadata"].get("upload") != ours:
                     raise
 
         created = self._persist(
@@ -222,9 +228,7 @@ class Bucket:
                     Bucket=self.name, Key=self.prefix + key, UploadId=upload_id
                 ),
                 once,
-                "AbortMultipartUpload",
-                self.url(key),
-                self.endpoint,
+                self._request("AbortMultipartUpload", key),
             )
         except StorageError as error:
             log.warning(
@@ -254,13 +258,15 @@ class Bucket:
         """A whole small object, verified against the sha256 in its metadata if it has one. Objects of other
         writers have none."""
 
-        def fetch() -> tuple[bytes, str | None]:
+        def fetch() -> tuple[bytes, str | None, str]:
             answer = self._client.get_object(Bucket=self.name, Key=self.prefix + key)
-            return answer["Body"].read(), answer["Metadata"].get("sha256")
+            return answer["Body"].read(), answer["Metadata"].get("sha256"), answer.get("ContentEncoding", "")
 
         def proved() -> tuple[bytes, str | None]:
-            data, stated = self._persist("GetObject", key, fetch)
+            data, stated, encoding = self._persist("GetObject", key, fetch)
             found = hashlib.sha256(data).hexdigest()
+            if encoding and stated not in (None, found):
+                raise encoded(self._request("GetObject", key), encoding)
             return data, None if stated in (None, found) else f"sha256 is {found}, its metadata says {stated}"
 
         return self._prove(key, proved, "it")
@@ -269,7 +275,7 @@ class Bucket:
         """The value of a JSON object. Raises StorageError (Altered) if it is not JSON."""
         try:
             return json.loads(self.get(key))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested lists
             raise StorageError(
                 f"{self.url(key)}: not JSON ({error}). The object was altered; delete it to have it written "
                 "again.",
@@ -289,22 +295,24 @@ class Bucket:
     def list(self, prefix: str, after: str = "") -> Iterator[Object]:
         """All objects whose key starts with `prefix`, sorted by key; only those after the key `after` if it
         is given."""
-        after = after and self.prefix + after
-        while True:
-            page = self._persist(
+
+        def page(start: str, token: str | None) -> Mapping[str, Any]:
+            name, wanted = self.name, self.prefix + prefix
+            return self._persist(
                 "ListObjectsV2",
                 prefix,
-                lambda: self._client.list_objects_v2(
-                    Bucket=self.name,
-                    Prefix=self.prefix + prefix,
-                    StartAfter=after,  # noqa: B023 (called at once)
+                lambda: (
+                    self._client.list_objects_v2(Bucket=name, Prefix=wanted, StartAfter=start)
+                    if token is None
+                    else self._client.list_objects_v2(Bucket=name, Prefix=wanted, ContinuationToken=token)
                 ),
             )
-            for entry in page.get("Contents", []):
-                after = entry["Key"]
-                yield Object(after.removeprefix(self.prefix), entry["Size"], etag_of(entry))
-            if not page["IsTruncated"]:
-                return
+
+        try:
+            for entry in entries(page, self.prefix + prefix, after and self.prefix + after):
+                yield Object(entry["Key"].removeprefix(self.prefix), entry["Size"], etag_of(entry))
+        except ListingFault as error:
+            raise explain(error, self._request("ListObjectsV2", prefix), "once") from error
 
     def download(self, stored: Stored, path: Path) -> None:
         """Download an object to `path`. Each block is verified before it is written; `path` appears whole or
@@ -331,10 +339,31 @@ class Bucket:
 
     def head(self, key: str) -> Object:
         """Size and ETag of an object. Raises StorageError (Missing) if it does not exist."""
-        found = self._persist(
-            "HeadObject", key, lambda: self._client.head_object(Bucket=self.name, Key=self.prefix + key)
-        )
+        found = self._persist("HeadObject", key, lambda: self._head(key))
         return Object(key, found["ContentLength"], etag_of(found))
+
+    def _head(self, key: str) -> Mapping[str, Any]:
+        """The answer to HEAD. An error of HEAD has no body and so no code; GET is asked for it."""
+        try:
+            return self._client.head_object(Bucket=self.name, Key=self.prefix + key)
+        except (ClientError, UnusableAnswer) as error:
+            status, code = status_and_code(error)
+            if code or not (300 <= status < 400 or status in (400, 401, 403)):
+                raise
+            try:
+                self._client.get_object(Bucket=self.name, Key=self.prefix + key, Range="bytes=0-0")
+            except (ClientError, UnusableAnswer) as told:
+                if status_and_code(told)[0] != 416:  # an empty object
+                    raise told from error
+            raise StorageError(
+                f"{self.url(key)}: HeadObject at {self.endpoint} was refused ({status}), although GetObject "
+                "is allowed. Allow HEAD in the store's policy and in proxies before it.",
+                "Denied",
+            ) from error
+
+    def pin(self, found: Object) -> Object:
+        """A listed object with the ETag that reads have: some stores list none."""
+        return found if found.etag else self.head(found.key)
 
     def fetch_range(self, wanted: Object, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of an object that another writer made, and that has none of our hashes.
@@ -346,11 +375,13 @@ class Bucket:
         if start == stop:
             return b""
         data, size, etag = self._range(wanted.key, start, stop)
-        if (size, etag) != (wanted.size, wanted.etag):
+        expected = strong(wanted.etag)  # runs of older versions have recorded a proxy's W/
+        if (size, etag) != (wanted.size, expected):
+            removed = " A proxy between here and the store may remove ETags." if not etag and expected else ""
             raise StorageError(
-                f"{self.url(wanted.key)}: {size} bytes, ETag {etag}, but the run was resolved to "
-                f"{wanted.size} bytes, ETag {wanted.etag}. "
-                "The input was changed since; restore it, or start a new run.",
+                f"{self.url(wanted.key)}: {size} bytes, ETag {etag or '(none)'}, but the run was resolved to "
+                f"{wanted.size} bytes, ETag {expected or '(none)'}. "
+                f"The input was changed since; restore it, or start a new run.{removed}",
                 "Altered",
             )
         return data
@@ -382,8 +413,14 @@ class Bucket:
                     raise
                 found = self._client.head_object(Bucket=self.name, Key=self.prefix + key)
                 return b"", found["ContentLength"], etag_of(found)
-            whole = answer.get("ContentRange", f"/{answer['ContentLength']}").rpartition("/")[2]
-            return answer["Body"].read(), int(whole), etag_of(answer)
+            with contextlib.closing(answer["Body"]) as body:
+                sent = sent_range(self._request("GetObject", key), answer, start, stop)
+                data = body.read()
+            if len(data) != sent.stop - sent.start and answer.get("ContentEncoding"):
+                raise encoded(self._request("GetObject", key), answer["ContentEncoding"])
+            if len(data) != sent.stop - sent.start:
+                raise Incomplete(f"{len(data)} of {sent.stop - sent.start} bytes")
+            return data, sent.size, etag_of(answer)
 
         return self._persist("GetObject", key, fetch)
 
@@ -408,9 +445,15 @@ class Bucket:
 
     def delete(self, key: str) -> None:
         """Delete an object. It is no error if it does not exist."""
-        self._persist(
-            "DeleteObject", key, lambda: self._client.delete_object(Bucket=self.name, Key=self.prefix + key)
-        )
+
+        def delete() -> None:
+            try:
+                self._client.delete_object(Bucket=self.name, Key=self.prefix + key)
+            except ClientError as error:
+                if status_and_code(error)[1] != "NoSuchKey":  # some stores say so
+                    raise
+
+        self._persist("DeleteObject", key, delete)
 
     def delete_prefix(self, folder: str) -> int:
         """Delete everything in a folder, manifests first, so that none names a deleted object. Returns the
@@ -426,7 +469,10 @@ class Bucket:
         return sum(1 for group in (manifests, others) for _ in in_order(self.delete, group, THREADS))
 
     def _persist[T](self, operation: str, key: str, call: Callable[[], T]) -> T:
-        return persist(call, self._patience, operation, self.url(key), self.endpoint)
+        return persist(call, self._patience, self._request(operation, key))
+
+    def _request(self, operation: str, key: str) -> Request:
+        return Request(operation, self.url(key), self.endpoint, self.field, self._client.meta.region_name)
 
 
 class AlreadyThere(Exception):
@@ -441,7 +487,12 @@ def size_fault(size: int, stated: int) -> str | None:
 def etag_of(answer: Mapping[str, Any]) -> str:
     """The ETag of an answer without quotes; empty for an object that was put into the store behind its
     back."""
-    return str(answer.get("ETag", "")).strip('"')
+    return strong(str(answer.get("ETag", "")))
+
+
+def strong(etag: str) -> str:
+    """An ETag without quotes, and without the W/ of a proxy that may have compressed the content."""
+    return etag.strip().removeprefix("W/").strip('"')
 
 
 def json_bytes(value: object) -> bytes:

@@ -1,10 +1,12 @@
 """The storage error, and the translation of boto3's errors into a cause and a remedy.
 
-Nothing here retries (retries.py) or uses the network. No message holds a credential: only the status and
-error code of an answer are quoted, and of an endpoint never its user part.
+causes.py has the causes of the store's answers, connections.py those of missing answers. Nothing here retries
+(retries.py) or uses the network. No message holds a credential: of an answer only status, code and type are
+quoted, and of an address never its user part or query.
 """
 
-from typing import Literal
+import re
+from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
 from botocore.exceptions import (
@@ -16,14 +18,39 @@ from botocore.exceptions import (
     IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
-    SSLError,
 )
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
-Reason = Literal["Unreachable", "Denied", "Missing", "Refused", "Altered", "Local"]
+from vpmoe.storage.answers import UnusableAnswer, answer_of, printable
+from vpmoe.storage.causes import RIGHTS, Reason, cause_of
+from vpmoe.storage.connections import connection_fault
+from vpmoe.storage.listing import ListingFault
 
-FAULTS = (BotoCoreError, ClientError, ResponseParserError, HTTPError)
+PASSWORD = re.compile(r"(://)[^/\s]*@")
+"""The user's part of a URL in a text."""
+
+KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+
+
+class Incomplete(Exception):
+    """A body that ended early although its answer was well-formed."""
+
+
+UNREADABLE = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, EOFError)
+"""Faults of what credentials are read from: the file with a service account's token; a terminal, for the code
+of a second factor, that is not there."""
+
+FAULTS = (
+    BotoCoreError,
+    ClientError,
+    ResponseParserError,
+    HTTPError,
+    UnusableAnswer,
+    Incomplete,
+    ListingFault,
+    *UNREADABLE,
+)
 """All exceptions of a boto3 call, and of reading the body that it returned."""
 
 TRANSIENT = (
@@ -33,15 +60,8 @@ TRANSIENT = (
     CredentialRetrievalError,
     ResponseParserError,
     HTTPError,
+    Incomplete,
 )
-TRANSIENT_CODES = {
-    "RequestTimeout",
-    "SlowDown",
-    "Throttling",
-    "ThrottlingException",
-    "ConditionalRequestConflict",
-    "OperationAborted",
-}
 NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError)
 
 
@@ -64,6 +84,26 @@ class StorageError(Exception):
         return self.reason in ("Unreachable", "Local")
 
 
+@dataclass(frozen=True)
+class Request:
+    """What was asked of the store, for messages.
+
+    operation: name in S3's API. url: of the object or prefix. endpoint: without a password. field: the field
+    of the run that names the bucket. region: that the request is signed for.
+    """
+
+    operation: str
+    url: str
+    endpoint: str
+    field: str
+    region: str
+
+    @property
+    def start(self) -> str:
+        """How a message about it begins."""
+        return f"{self.url}: {self.operation} at {self.endpoint}"
+
+
 def shown(endpoint: str) -> str:
     """The endpoint without user and password."""
     parts = urlsplit(endpoint)
@@ -71,82 +111,103 @@ def shown(endpoint: str) -> str:
 
 
 def status_and_code(error: Exception) -> tuple[int, str]:
-    """HTTP status and S3 error code of an answer; (0, "") for an error that is not an answer. HEAD has the
-    status as its code."""
-    if not isinstance(error, ClientError):
-        return 0, ""
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)), error.response.get(
-        "Error", {}
-    ).get("Code", "")
+    """HTTP status and S3 error code of an answer; (0, "") for an error that is not an answer. The code is
+    empty if the answer names none."""
+    answer = answer_of(error)
+    return (answer.status, answer.code) if answer else (0, "")
 
 
 def in_short(error: Exception) -> str:
-    """The cause in a word or two: the store's answer, or the kind of fault."""
-    status, code = status_and_code(error)
-    return f"{status} {code}".removesuffix(f" {status}").strip() if status else type(error).__name__
+    """The cause in a few words: the store's answer, or the kind of fault."""
+    answer = answer_of(error)
+    if answer:
+        foreign = answer.foreign and answer.status >= 500
+        return (
+            f"{answer.in_short} of a proxy or another service ({answer.origin})"
+            if foreign
+            else answer.in_short
+        )
+    fault, address = connection_fault(error), getattr(error, "kwargs", {}).get("endpoint_url", "")
+    server = printable(urlsplit(str(address)).netloc.rpartition("@")[2])
+    return type(error).__name__ + (f" ({f'{server}: ' if server else ''}{fault.what})" if fault else "")
 
 
 def is_transient(error: Exception) -> bool:
     """Whether the same request may succeed a little later."""
-    if isinstance(error, ClientError):
-        status, code = status_and_code(error)
-        return (status >= 500 and status != 501) or status in (408, 429) or code in TRANSIENT_CODES
+    answer = answer_of(error)
+    if answer:
+        return cause_of(answer, "", "", "", "").again
+    fault = connection_fault(error)
+    if _of_own_program(error) or (fault and fault.lasting):
+        return False
     return isinstance(error, TRANSIENT)
 
 
-def explain(error: Exception, operation: str, url: str, endpoint: str, tried: str) -> StorageError:
-    """The error for a failed operation. `tried` says how often and for how long, e.g. "10 times in 61 s"."""
-    (status, code), answer = status_and_code(error), in_short(error)
-    start = f"{url}: {operation} at {endpoint}"
+def explain(error: Exception, request: Request, tried: str) -> StorageError:
+    """The error for a failed request. `tried` says how often and for how long, e.g. "10 times in 61 s"."""
+    start = request.start
+    answer = answer_of(error)
+    if isinstance(error, ClientError) and error.operation_name not in (*RIGHTS, "HeadBucket"):
+        return _no_identity(start, f"{error.operation_name}: {in_short(error)}", is_transient(error))
+    if answer:
+        cause = cause_of(answer, request.operation, request.endpoint, request.field, request.region)
+        what = f"failed {tried}, last with {in_short(error)}{cause.what}" if cause.again else cause.what
+        return StorageError(
+            f"{start}{'' if what.startswith(':') else ' '}{what}. {cause.remedy}", cause.reason
+        )
+    return _without_answer(error, start, tried)
+
+
+def _without_answer(error: Exception, start: str, tried: str) -> StorageError:
+    fault = connection_fault(error)
     if isinstance(error, NO_CREDENTIALS):
         return StorageError(
-            f"{start}: no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; a pod has them from "
-            "the Secret that "
+            f"{start}: no credentials. Set {KEYS}; a pod has them from the Secret that "
             "storage.credentialsSecret names, or from its service account's identity.",
             "Denied",
         )
-    if not status and not is_transient(error):
-        return StorageError(f"{start} could not be asked for ({answer}: {error}).", "Refused")
-    if is_transient(error):
-        hint = "the store is up and can be reached from here"
-        if isinstance(error, SSLError):
-            hint = "storage.caSecret (or AWS_CA_BUNDLE) holds the certificate of its authority"
+    if isinstance(error, ListingFault):
         return StorageError(
-            f"{start} failed {tried}, last with {answer}. Check that storage.endpoint is right and that "
-            f"{hint}.",
-            "Unreachable",
-        )
-    if code == "NoSuchBucket":
-        return StorageError(
-            f"{start}: the bucket does not exist. Create it, or correct storage.bucket and storage.endpoint.",
-            "Missing",
-        )
-    denied = (
-        status in (401, 403) or code == "XAdminUserNotFound"
-    )  # versitygw's word for an unknown access key, with status 404
-    if status == 404 and not denied:
-        return StorageError(f"{start}: there is no such object ({answer}).", "Missing")
-    if status in (301, 307) or code in ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
-        return StorageError(
-            f"{start}: the bucket lies in another region ({answer}). Correct storage.region or "
-            "storage.endpoint.",
+            f"{start}: the store lists wrongly: {error}. Use a store, or a version of it, that implements "
+            "LIST version 2 (prefix, start-after and continuation-token).",
             "Refused",
         )
-    if code == "RequestTimeTooSkewed":
-        return StorageError(
-            f"{start}: this machine's clock and the store's differ too much. Set the clock.", "Denied"
+    if fault and fault.lasting:
+        return StorageError(f"{start}: {fault.what}. {fault.remedy}", "Refused")
+    if is_transient(error):
+        remedy = (fault.remedy if fault else "") or (
+            "Check that storage.endpoint is right and that the store is up and can be reached from here."
         )
-    if denied:
-        return StorageError(
-            f"{start} was denied ({answer}). Check that AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (in a "
-            "pod: the Secret that "
-            "storage.credentialsSecret names) belong to this store and may list, read, write and delete in "
-            "this bucket.",
-            "Denied",
-        )
+        return StorageError(f"{start} failed {tried}, last with {in_short(error)}. {remedy}", "Unreachable")
+    if isinstance(error, UNREADABLE) or _about_credentials(error):
+        return _no_identity(start, f"{type(error).__name__}: {quoted(error)}", transient=False)
     return StorageError(
-        f"{start} was refused ({answer}). The store may lack what we use: plain and multipart PUT, ranged "
-        "GET, HEAD, LIST, DELETE, "
-        "If-None-Match on PUT; storage.addressingStyle may be wrong for it.",
-        "Refused",
+        f"{start} could not be asked for ({type(error).__name__}: {quoted(error)}).", "Refused"
     )
+
+
+def _no_identity(start: str, why: str, transient: bool) -> StorageError:
+    return StorageError(
+        f"{start}: no credentials could be had ({why}). Check the AWS_* variables, the files that they and "
+        "AWS_PROFILE name, and in a pod the Secret that storage.credentialsSecret names, or the identity of "
+        "its service account.",
+        "Unreachable" if transient else "Denied",
+    )
+
+
+def _about_credentials(error: Exception) -> bool:
+    return isinstance(error, CredentialRetrievalError) or any(
+        word in type(error).__name__
+        for word in ("Credential", "Token", "SSO", "Profile", "Config", "MFA", "Login")
+    )
+
+
+def _of_own_program(error: Exception) -> bool:
+    """Whether a program of this machine (credential_process) was to give the credentials."""
+    return isinstance(error, CredentialRetrievalError) and error.kwargs.get("provider") == "custom-process"
+
+
+def quoted(error: Exception) -> str:
+    """The text of an exception of this machine's configuration, bounded and without passwords."""
+    text = PASSWORD.sub(r"\1", str(error))
+    return printable("its credential_process failed" if _of_own_program(error) else text, 240)

@@ -8,9 +8,9 @@ format and reject unknown fields. The writer of each kind defines its facts.
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
 from vpmoe.clock import timestamp
@@ -22,6 +22,8 @@ from vpmoe.storage.errors import StorageError
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILDER = "https://vpmoe.dev/jobs"
+HARMONY = "harmony"
+"""Name of the input that is the Harmony library."""
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*(/\w[\w.-]*)*$")]
@@ -74,6 +76,13 @@ class SubjectEntry(Part):
     name: Name
     digest: Sha256Digest
     annotations: SubjectFacts
+
+    @model_validator(mode="after")
+    def _as_many_blocks(self) -> Self:
+        size, blocks = self.annotations.size, len(self.annotations.blocks)
+        if blocks != -(-size // BLOCK):
+            raise ValueError(f"{self.name}: {size} bytes have {-(-size // BLOCK)} blocks, not {blocks}")
+        return self
 
 
 class Dependency(Part):
@@ -147,6 +156,21 @@ class Statement(Part):
     predicate: Predicate
 
 
+class Named[T](dict[str, T]):
+    """What a manifest names, by name. Asking for what it does not name is an error of the manifest."""
+
+    def __init__(self, key: str, named: Mapping[str, T]) -> None:
+        super().__init__(named)
+        self._key = key
+
+    def __missing__(self, name: str) -> T:
+        raise StorageError(
+            f"{self._key}: it does not name {name}. It was altered, or is the manifest of something else. "
+            "Restore it, or delete it and what it names to have them built again.",
+            "Altered",
+        )
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A manifest that was read and validated.
@@ -182,10 +206,6 @@ def subject_of(found: Mapping[str, Any], folder: str) -> Subject:
 
 def _subject(entry: SubjectEntry, folder: str) -> Subject:
     facts = entry.annotations
-    if len(facts.blocks) != -(-facts.size // BLOCK):
-        raise ValueError(
-            f"{entry.name}: {facts.size} bytes have {-(-facts.size // BLOCK)} blocks, not {len(facts.blocks)}"
-        )
     return Subject(f"{folder}/{entry.name}", facts.size, entry.digest.sha256, tuple(facts.blocks), entry.name)
 
 
@@ -198,6 +218,8 @@ def statement(
 ) -> dict[str, Any]:
     """The manifest of objects that are already written.
 
+    The writer's Harmony library is the input HARMONY, if it has one.
+
     Raises ValueError if a required input is missing ("tokenizer"; "dataset", except of a dataset itself), and
     for anything that `load` would reject.
     """
@@ -206,6 +228,8 @@ def statement(
             raise ValueError(
                 f"a manifest of kind {kind} has to name its {needed} with a digest among its inputs"
             )
+    if provenance.harmony is not None:
+        inputs = [*inputs, Input(HARMONY, provenance.harmony, {}, {})]
     made = {
         "_type": STATEMENT,
         "subject": [entry(subject) for subject in sorted(subjects, key=lambda subject: subject.name)],
@@ -285,18 +309,19 @@ def parse(key: str, data: bytes) -> Manifest:
     if len(set(names)) < len(names):
         raise ValueError(f"subject: {next(name for name in names if names.count(name) > 1)} is named twice")
     build, details = found.predicate.build_definition, found.predicate.run_details
+    inputs = {
+        found.name: Input(found.name, found.uri, found.digest, found.annotations)
+        for found in build.resolved_dependencies
+    }
     namespace, run, step, attempt = details.metadata.invocation_id.split("/")
     name, _, uid8 = run.rpartition("-")
     return Manifest(
         key=key,
         sha256=hashlib.sha256(data).hexdigest(),
         kind=build.build_type.split("/")[3],
-        subjects={subject.name: subject for subject in subjects},
+        subjects=Named(key, {subject.name: subject for subject in subjects}),
         facts=build.internal_parameters,
-        inputs={
-            found.name: Input(found.name, found.uri, found.digest, found.annotations)
-            for found in build.resolved_dependencies
-        },
+        inputs=Named(key, inputs),
         provenance=Provenance(
             git_sha=details.builder.version.git_sha,
             image=details.builder.version.image,
@@ -307,6 +332,7 @@ def parse(key: str, data: bytes) -> Manifest:
             step=step,
             attempt=int(attempt),
             started=details.metadata.started_on,
+            harmony=inputs[HARMONY].uri if HARMONY in inputs else None,
         ),
         raw=found.model_dump(by_alias=True),
     )

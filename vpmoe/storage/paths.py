@@ -3,6 +3,7 @@
     datasets/<id>/{train,valid}/part-00000.{tokens,spans}.{bin,idx}, part-00000.documents.parquet
     datasets/<id>/manifest.json
     datasets/<id>/census/part-00000.json         counts of one input shard, for the sampling thresholds
+    datasets/<id>/hashes/part-00000.bin          hashes of a part's documents, to count duplicates
     datasets/<id>/parts/part-00000.json          record of one finished part
     scores/<id>/train/part-00000.logp.{bin,idx}, part-00000.documents.parquet
     scores/<id>/manifest.json
@@ -16,6 +17,8 @@
       …/checkpoints/<stage>/<iteration>/…, manifest.json
       …/weights/<stage>/v000012/…, manifest.json
       …/rollouts/<stage>/window-000000.{rollouts,scores}.arrow, turn-000001.json
+      …/models/<stage>/…, manifest.json          the exported student of a stage
+      …/steps/<stage>-export/parts/<file>.json   what an export has uploaded so far
 
 Folders have no slash at their end.
 """
@@ -58,6 +61,11 @@ def census(dataset_id: str, part: int) -> str:
     return f"{dataset(dataset_id)}/census/part-{part:05d}.json"
 
 
+def document_hashes(dataset_id: str, part: int) -> str:
+    """Hashes of the ids and questions of a part's documents, written before the part's record."""
+    return f"{dataset(dataset_id)}/hashes/part-{part:05d}.bin"
+
+
 def part_record(dataset_id: str, part: int) -> str:
     """Record of a finished part. It exists when all files of the part do."""
     return f"{dataset(dataset_id)}/parts/part-{part:05d}.json"
@@ -83,14 +91,9 @@ def scores_record(scores_id: str, part: int) -> str:
     return f"{scores(scores_id)}/parts/part-{part:05d}.json"
 
 
-def run_folder(namespace: str, name: str, uid8: str) -> str:
-    """Folder of a run, from its namespace, name and uid."""
-    return f"runs/{namespace}/{name}-{uid8}"
-
-
 def run(run: "DistillRun") -> str:
     """Folder of a run."""
-    return run_folder(run.metadata.namespace, run.metadata.name, run.uid8)
+    return run.folder
 
 
 def run_json(of: "DistillRun") -> str:
@@ -99,7 +102,8 @@ def run_json(of: "DistillRun") -> str:
 
 
 def inputs(of: "DistillRun") -> str:
-    """The dataset and input objects that the run was resolved to; written once."""
+    """The dataset and input objects that the run was resolved to; written once, and deleted if one of them
+    turns out to be unusable."""
     return f"{run(of)}/inputs.json"
 
 
@@ -156,3 +160,13 @@ def window(of: "DistillRun", step: str, index: int, kind: Literal["rollouts", "s
 def turn(of: "DistillRun", step: str, number: int) -> str:
     """A back-pressure adjustment."""
     return f"{run(of)}/rollouts/{step}/turn-{number:06d}.json"
+
+
+def model(of: "DistillRun", stage: str) -> str:
+    """Folder of the exported student of a stage: a model folder for transformers and vLLM."""
+    return f"{run(of)}/models/{stage}"
+
+
+def export_part(of: "DistillRun", stage: str, file: str) -> str:
+    """Record of a file of the exported student that is uploaded."""
+    return f"{run(of)}/steps/{stage}-export/parts/{file}.json"

@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vpmoe.storage.errors import FAULTS, explain, in_short, is_transient
+from vpmoe.storage.connections import closed_early
+from vpmoe.storage.errors import FAULTS, Request, StorageError, explain, in_short, is_transient
+from vpmoe.storage.port import greeting_fault
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +38,8 @@ class Patience:
 JOB = Patience(attempts=10, connect=10, read=60)
 """For jobs: about a minute and a half, less than a restart of a training pod costs."""
 
-OPERATOR = Patience(attempts=2, connect=3, read=10)
-"""For the operator: seconds, because it requeues."""
 
-
-def persist[T](call: Callable[[], T], patience: Patience, operation: str, url: str, endpoint: str) -> T:
+def persist[T](call: Callable[[], T], patience: Patience, request: Request) -> T:
     """The result of `call`, retried after each temporary fault until the attempts end.
 
     Raises StorageError, at once for a permanent fault.
@@ -54,14 +53,16 @@ def persist[T](call: Callable[[], T], patience: Patience, operation: str, url: s
         except FAULTS as error:
             if not is_transient(error) or attempt >= patience.attempts:
                 times = "once" if attempt == 1 else f"{attempt} times"
-                raise explain(
-                    error, operation, url, endpoint, f"{times} in {time.monotonic() - started:.0f} s"
-                ) from error
+                raise explain(error, request, f"{times} in {time.monotonic() - started:.0f} s") from error
+            if attempt == 1 and closed_early(error):
+                fault = greeting_fault(request.endpoint)
+                if fault:
+                    raise StorageError(f"{request.start}: {fault.what}. {fault.remedy}", "Refused") from error
             pause = patience.pause(attempt)
             log.warning(
                 "%s: %s failed (%s), attempt %d of %d; again in %.1f s",
-                url,
-                operation,
+                request.url,
+                request.operation,
                 in_short(error),
                 attempt,
                 patience.attempts,

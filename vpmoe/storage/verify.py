@@ -1,13 +1,18 @@
 """Verify manifests: each object exists, has its size, and every block and the whole have their sha256.
 
+`vpmoe verify` and `python -m vpmoe.storage verify` do it. Endpoint, region and credentials come from the
+environment, as for AWS's own tools.
+
 Read-only. Objects that no manifest names are noted and are no error, because readers ignore them. Neither is
 a policy version without weights: the trainer removes them when no window needs them.
 """
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vpmoe.api.storage import StorageSpec
 from vpmoe.storage import manifest
 from vpmoe.storage.blocks import Subject
 from vpmoe.storage.bucket import Bucket
@@ -22,6 +27,12 @@ class Verdict:
     failed: int = 0
     objects: int = 0
     size: int = 0
+
+
+def open_bucket(name: str) -> Bucket:
+    """The bucket of this name, with the region of the environment. Raises StorageError if it is unusable."""
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    return Bucket.open(StorageSpec(bucket=name, region=region or StorageSpec.model_fields["region"].default))
 
 
 def verify(bucket: Bucket, prefix: str, say: Callable[[str], None]) -> Verdict:

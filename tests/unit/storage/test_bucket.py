@@ -2,7 +2,6 @@
 remedy."""
 
 import hashlib
-import os
 import random
 import resource
 import signal
@@ -16,7 +15,7 @@ from devcluster import certificates
 from tests.fakes.fault_proxy import faulty
 from tests.fakes.store import S3
 from vpmoe.api.storage import StorageSpec
-from vpmoe.storage import BLOCK, Bucket, Credentials, Patience, StorageError, Stored
+from vpmoe.storage import BLOCK, Bucket, Patience, StorageError, Stored
 
 MIB = 2**20
 SHORT_PATIENCE = Patience(attempts=3, connect=2, read=1, first_pause=0.01, longest_pause=0.02)
@@ -347,6 +346,162 @@ def test_a_failed_probe_names_the_cause_and_the_remedy(
     assert caught.value.retriable == ("AWS_ENDPOINT_URL" in environment)
 
 
+NO_SERVERS = (
+    "host:0",
+    "host:65536",
+    "host:-1",
+    "host:x",
+    "host:１",
+    "host:1:2",
+    "[::1]x:1",
+    "[zzz]:1",
+    "1.2.3.4.5",
+    "10.0.0.256:9000",
+    "0",
+    "a..b",
+    ".a",
+    "-a",
+    ":9000",
+    "é",
+    "a%20b",
+    "a_b:9000",
+)
+"""Host and port of endpoints that the CRD accepts."""
+CERTIFICATE = b"-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
+NO_CERTIFICATES = {
+    "not UTF-8": b"\xff\xfe\x00",
+    "empty": b"",
+    "DER": b"\x30\x82\x03\x0b\x30\x82\x01\xf3",
+    "text": b"see the wiki\n",
+    "cut off": CERTIFICATE[:-10],
+    "damaged": CERTIFICATE,
+    "UTF-16": CERTIFICATE.decode().encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize(
+    "environment, spec, message",
+    [
+        pytest.param({}, {"region": "eu west 3"}, "storage.region 'eu west 3' is not the name", id="region"),
+        pytest.param({}, {"region": "é"}, "storage.region 'é' is not the name", id="region-not-ascii"),
+        pytest.param(
+            {}, {"region": "eu-west-3\n"}, "storage.region 'eu-west-3.n' is", id="region-with-newline"
+        ),
+        *(
+            pytest.param(
+                {},
+                {"endpoint": f"http://me:hunter2@{server}"},
+                r"storage\.endpoint .* is not the address of a server",
+                id=server,
+            )
+            for server in NO_SERVERS
+        ),
+        pytest.param(
+            {"AWS_ENDPOINT_URL": "http://me:hunter2@host:0/path"},
+            {},
+            "'host:0/path' is not",
+            id="environment",
+        ),
+        pytest.param({}, {"bucket": "a..b"}, "storage.bucket 'a..b' is not the name", id="bucket-with-dots"),
+        pytest.param(
+            {}, {"bucket": "10.0.0.1"}, "storage.bucket '10.0.0.1' is not", id="bucket-like-an-address"
+        ),
+        *(
+            pytest.param(
+                {}, {"prefix": prefix}, "storage.prefix .* has a control character", id=ascii(prefix)
+            )
+            for prefix in ("..", "../other", "a/../b", "a/./b", "a/..", "\x00", "a\x01b", "\ud800", "a\x7f")
+        ),
+        pytest.param(
+            {},
+            {"endpoint": "http://me:hunter2@under_score:9000"},
+            r"storage\.endpoint .*: 'under_score:9000' is not the address",
+            id="host-name",
+        ),
+        pytest.param(
+            {}, {"endpoint": "http://[::1"}, r"storage\.endpoint .*\[::1' is not the address", id="brackets"
+        ),
+        pytest.param(
+            {"AWS_ACCESS_KEY_ID": "me\n"}, {}, "AWS_ACCESS_KEY_ID contains a line break", id="newline-in-key"
+        ),
+        pytest.param({"AWS_SESSION_TOKEN": "hunter2\n"}, {}, "AWS_SESSION_TOKEN contains", id="token"),
+        *(
+            pytest.param(
+                {"AWS_SECRET_ACCESS_KEY": secret},
+                {},
+                r"AWS_SECRET_ACCESS_KEY contains a line break.*storage\.credentialsSecret",
+                id=f"secret-{secret!a}",
+            )
+            for secret in (
+                *(f"hunter2{end}" for end in ("\n", "\r\n", "\t", " ", "é", "\udcff")),
+                "\ufeffhunter2",
+            )
+        ),
+        pytest.param({"AWS_ACCESS_KEY_ID": ""}, {}, "AWS_ACCESS_KEY_ID is empty", id="empty-key"),
+        pytest.param({"AWS_SECRET_ACCESS_KEY": ""}, {}, "AWS_SECRET_ACCESS_KEY is empty", id="empty-secret"),
+        *(
+            pytest.param(
+                {"AWS_CA_BUNDLE": name},
+                {},
+                r"holds no certificates.*storage\.caSecret",
+                id=f"certificates-{name}",
+            )
+            for name in NO_CERTIFICATES
+        ),
+    ],
+)
+def test_what_no_store_can_accept_is_named_before_anything_is_sent(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    spec: dict[str, str],
+    message: str,
+) -> None:
+    for name, content in NO_CERTIFICATES.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StorageError, match=message) as caught:
+        Bucket.open(StorageSpec.model_validate({"bucket": "vpmoe", **spec}), patience=SHORT_PATIENCE)
+    assert "hunter2" not in str(caught.value) and not caught.value.retriable
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "http://127.0.0.1:9000",
+        "http://me:hunter2@store",
+        "https://s3.eu-west-3.example.com.",
+        "http://[::1]:9000/",
+        "http://[fe80::1%25eth0]:65535",
+        "http://minio.team-a.svc:01",
+        "http://xn--bcher-kva.example",
+        "http://s3.1password.com",
+    ],
+)
+def test_every_address_of_a_server_is_accepted(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    assert "hunter2" not in Bucket.open(StorageSpec(bucket="vpmoe", endpoint=endpoint)).endpoint
+
+
+def test_a_key_without_its_secret_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "me")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY", raising=False)
+    with pytest.raises(
+        StorageError, match="Set both of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    ) as caught:
+        Bucket.open(StorageSpec(bucket="vpmoe"))
+    assert not caught.value.retriable
+
+
+def test_a_bucket_name_that_the_store_rejects_is_named(s3: S3, bucket: Bucket) -> None:
+    with pytest.raises(StorageError, match=r"InvalidBucketName.*Correct storage\.bucket") as caught:
+        bucket.other("-none").get("key")
+    assert not caught.value.retriable
+
+
 def test_missing_credentials_are_named(s3: S3, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
@@ -363,21 +518,6 @@ def test_a_probe_leaves_no_object(bucket: Bucket) -> None:
     assert not list(bucket.list(""))
 
 
-def test_explicit_credentials_override_the_environment(
-    s3: S3, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    spec = StorageSpec(bucket=bucket.name, endpoint=s3.endpoint)
-    Bucket.open(spec, credentials=Credentials(s3.access_key, s3.secret_key), patience=SHORT_PATIENCE).probe()
-    assert os.environ["AWS_ACCESS_KEY_ID"] == "another"
-    without_endpoint = Bucket.open(
-        StorageSpec(bucket=bucket.name), credentials=Credentials("a", "b"), patience=SHORT_PATIENCE
-    )
-    assert without_endpoint.endpoint == "https://s3.amazonaws.com"
-
-
 @pytest.mark.parametrize(
     "style, address",
     [
@@ -386,7 +526,12 @@ def test_explicit_credentials_override_the_environment(
         ("auto", "https://s3.example.com/vpmoe/k"),
     ],
 )
-def test_addressing_and_region_are_those_of_the_run(style: str, address: str) -> None:
+def test_addressing_and_region_are_those_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, style: str, address: str
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
     spec = StorageSpec.model_validate(
         {
             "endpoint": "https://s3.example.com",
@@ -395,15 +540,11 @@ def test_addressing_and_region_are_those_of_the_run(style: str, address: str) ->
             "addressingStyle": style,
         }
     )
-    client = Bucket.open(spec, credentials=Credentials("a", "b"))._client
+    client = Bucket.open(spec)._client
     url, _, query = client.generate_presigned_url("get_object", {"Bucket": "vpmoe", "Key": "k"}).partition(
         "?"
     )
     assert url == address and "%2Feu-central-7%2Fs3%2F" in query
-
-
-def test_credentials_are_not_in_their_repr() -> None:
-    assert "hunter2" not in f"{Credentials('me', 'hunter2')!r} {Credentials('me', 'hunter2')}"
 
 
 @pytest.fixture(scope="module")
@@ -415,29 +556,19 @@ def certificates_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("way", ["AWS_CA_BUNDLE", "argument"])
 def test_a_store_with_a_private_certificate_authority_is_trusted_once_it_is_named(
-    s3: S3, bucket: Bucket, certificates_folder: Path, monkeypatch: pytest.MonkeyPatch, way: str
+    s3: S3, bucket: Bucket, certificates_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
     with faulty(s3.endpoint, certificate=certificates_folder / "store") as store:
         spec = StorageSpec(bucket=bucket.name, endpoint=store.endpoint)
-        credentials = Credentials(s3.access_key, s3.secret_key)
         with pytest.raises(
             StorageError,
-            match=r"last with SSLError. .*storage.caSecret \(or AWS_CA_BUNDLE\) holds the certificate",
+            match=r"certificate is not trusted .*storage.caSecret \(or AWS_CA_BUNDLE\) holds the certificate",
         ):
-            Bucket.open(spec, credentials=credentials, patience=SHORT_PATIENCE).probe()
-        if way == "AWS_CA_BUNDLE":
-            monkeypatch.setenv("AWS_CA_BUNDLE", str(certificates_folder / "ca.crt"))
-            monkeypatch.delenv("AWS_ENDPOINT_URL")
             Bucket.open(spec, patience=SHORT_PATIENCE).probe()
-        else:
-            Bucket.open(
-                spec,
-                credentials=credentials,
-                ca_bundle=certificates_folder / "ca.crt",
-                patience=SHORT_PATIENCE,
-            ).probe()
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificates_folder / "ca.crt"))
+        Bucket.open(spec, patience=SHORT_PATIENCE).probe()
 
 
 def test_the_endpoint_of_the_environment_overrides_that_of_the_run(s3: S3, bucket: Bucket) -> None:

@@ -16,7 +16,7 @@ from tests.fakes.fault_proxy import Fault, FaultProxy, Kind, faulty
 from tests.fakes.store import S3
 from tests.fakes.waiting import wait_until
 from vpmoe.api.storage import StorageSpec
-from vpmoe.storage import BLOCK, Bucket, Credentials, Patience, StorageError
+from vpmoe.storage import BLOCK, Bucket, Patience, StorageError
 
 SHORT_PATIENCE = Patience(attempts=4, connect=2, read=1, first_pause=0.01, longest_pause=0.02)
 DATA = random.Random(0).randbytes(2 * BLOCK + 99)
@@ -26,11 +26,10 @@ DATA = random.Random(0).randbytes(2 * BLOCK + 99)
 def proxy_and_bucket(s3: S3) -> Iterator[tuple[FaultProxy, Bucket]]:
     """A proxy and one connection through it, shared by the tests of this module."""
     with faulty(s3.endpoint) as proxy:
-        spec = StorageSpec(bucket="none", endpoint=proxy.endpoint)
-        yield (
-            proxy,
-            Bucket.open(spec, credentials=Credentials(s3.access_key, s3.secret_key), patience=SHORT_PATIENCE),
-        )
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+            bucket = Bucket.open(StorageSpec(bucket="none"), patience=SHORT_PATIENCE)
+        yield proxy, bucket
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ field's name."""
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -144,6 +145,20 @@ def test_a_manifest_may_lack_git_revision_and_image() -> None:
         and "git-sha" not in by_hand.metadata()
         and "image" not in by_hand.metadata()
     )
+
+
+def test_a_manifest_names_the_harmony_library() -> None:
+    """As an input, not as a field of the format: readers of older versions accept it."""
+    harmony = replace(PROVENANCE, harmony="pkg:pypi/oss-harmony@0.0.11")
+    made = statement(provenance=harmony)
+    assert made["predicate"]["buildDefinition"]["resolvedDependencies"][-1] == {
+        "name": "harmony",
+        "uri": "pkg:pypi/oss-harmony@0.0.11",
+        "digest": {},
+        "annotations": {},
+    }
+    assert manifest.parse("d/manifest.json", json_bytes(made)).provenance == harmony
+    assert harmony.metadata()["harmony"] == "pkg:pypi/oss-harmony@0.0.11"
 
 
 @pytest.mark.parametrize(

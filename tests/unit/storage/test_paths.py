@@ -32,6 +32,7 @@ FOLDER = "runs/team/first-run-0123abcd"
             "datasets/d1/train/part-12345.documents.parquet",
         ),
         (paths.census("d1", 7), "datasets/d1/census/part-00007.json"),
+        (paths.document_hashes("d1", 7), "datasets/d1/hashes/part-00007.bin"),
         (paths.part_record("d1", 7), "datasets/d1/parts/part-00007.json"),
         (paths.manifest(paths.dataset("d1")), "datasets/d1/manifest.json"),
         (paths.scores("s1"), "scores/s1"),
