@@ -7,28 +7,37 @@ preprocess/part_writer.py, the build order in preprocess/step.py.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from vpmoe.api import DistillRun
+from vpmoe.api.dataset import Effort
 from vpmoe.api.progress import DatasetStatus
 from vpmoe.data.inputs import Inputs, resolve_source
 from vpmoe.data.vocabulary import VOCABULARY_SHA256
 from vpmoe.failure import Permanent
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.bucket import json_bytes
-from vpmoe.storage.manifest import Input, Manifest
+from vpmoe.storage.manifest import Input, Manifest, Sha256
 from vpmoe.storage.paths import Split
+from vpmoe.storage.records import facts_of, load_record
 
 SPLITS: tuple[Split, Split] = ("train", "valid")
 
 UNKNOWN = "unknown"
-"""The label of rows without a language or exercise in all counts."""
+"""The label of rows without a language or exercise, in all counts and in a stage's subset."""
 
-WRITER = 2
+WRITER = 3
 """Version of the code that turns rows into bytes. Raise it with every change of rendering, filters, sampling,
 order or file formats."""
+
+
+def clean_label(label: str | None) -> str | None:
+    """A row's language or exercise without blanks around it. None if it has none: null, empty and blank mean
+    the same everywhere."""
+    return (label or "").strip() or None
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,53 @@ class DatasetRef:
     @property
     def manifest(self) -> str:
         return paths.manifest(self.folder)
+
+
+@dataclass(frozen=True)
+class ResolvedDataset:
+    """The content of a run's inputs.json."""
+
+    dataset: Sha256
+    """Id of the dataset."""
+    inputs: Inputs
+
+
+class SplitFacts(TypedDict):
+    """Of a split, in a dataset's manifest."""
+
+    documents: int
+
+
+class FactsOfSplits(TypedDict):
+    """Of both splits, in a dataset's manifest."""
+
+    train: SplitFacts
+    valid: SplitFacts
+
+
+class ConversationFacts(TypedDict):
+    """Of dataset.conversation, in a dataset's manifest."""
+
+    identity: str
+    knowledgeCutoff: str
+    date: str | None
+    effort: Effort
+
+
+class SettingsFacts(TypedDict):
+    """Of spec.dataset, in a dataset's manifest."""
+
+    conversation: ConversationFacts
+    maxLength: int
+
+
+class DatasetFacts(TypedDict):
+    """The facts of a dataset's manifest that its readers use."""
+
+    id: Sha256
+    parts: int
+    settings: SettingsFacts
+    splits: FactsOfSplits
 
 
 def dataset_settings(run: DistillRun) -> dict[str, Any]:
@@ -64,8 +120,8 @@ def resolve_dataset(run: DistillRun, bucket: Bucket) -> DatasetRef:
     """The run's dataset. The first job to call this lists the source and stores the result with the run;
     later jobs read it.
 
-    Input that is added or changed after that does not become part of the run. Raises what `resolve_source`
-    raises.
+    Input that is added or changed after that does not become part of the run, unless a file turns out to be
+    unusable (`release_inputs`). Raises what `resolve_source` raises.
     """
     key = paths.inputs(run)
     if not bucket.exists(key):
@@ -73,8 +129,19 @@ def resolve_dataset(run: DistillRun, bucket: Bucket) -> DatasetRef:
         found = {"dataset": dataset_id(dataset_settings(run), inputs), "inputs": inputs.as_json()}
         # Creates only: if another worker was first, its result is the one that is read below.
         bucket.create(key, json_bytes(found), {"config": run.config_hash})
-    stored = bucket.get_json(key)
-    return DatasetRef(stored["dataset"], Inputs.from_json(stored["inputs"]))
+    stored = load_record(bucket, key, ResolvedDataset)
+    return DatasetRef(stored.dataset, stored.inputs)
+
+
+def release_inputs(run: DistillRun, bucket: Bucket, dataset: DatasetRef) -> None:
+    """Forget the input that the run was resolved to, because it cannot be used.
+
+    The next attempt lists the source again, so it finds the files repaired or removed. Does nothing if the
+    run has other input by now.
+    """
+    key = paths.inputs(run)
+    if bucket.exists(key) and load_record(bucket, key, ResolvedDataset).dataset == dataset.id:
+        bucket.delete(key)
 
 
 def load_dataset(run: DistillRun, bucket: Bucket) -> Manifest:
@@ -84,7 +151,9 @@ def load_dataset(run: DistillRun, bucket: Bucket) -> Manifest:
         raise Permanent(
             f"{bucket.url(key)}: the run's dataset is not built yet. Run python -m jobs.preprocess first."
         )
-    return manifest.load(bucket, key)
+    found = manifest.load(bucket, key)
+    facts_of(bucket, found, "dataset", DatasetFacts)
+    return found
 
 
 def load_training_dataset(run: DistillRun, bucket: Bucket) -> Manifest:
@@ -131,7 +200,7 @@ def recorded_parts(bucket: Bucket, record: str) -> set[int]:
         found.key.rpartition("part-")[2].removesuffix(".json")
         for found in bucket.list(record.rpartition("/")[0] + "/")
     )
-    return {int(number) for number in numbers}
+    return {int(number) for number in numbers if re.fullmatch(r"[0-9]{1,9}", number)}
 
 
 def sum_counts(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

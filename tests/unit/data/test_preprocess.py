@@ -1,6 +1,7 @@
 """Preprocessing on a real S3 store: the same bytes for any number of workers and processes and after any
 failure, every row counted, no partial output."""
 
+import io
 import json
 import os
 import random
@@ -30,6 +31,7 @@ from vpmoe.data.preprocess.encode import EncoderPool
 from vpmoe.data.spans import spans_of_documents
 from vpmoe.data.tokenizer import tokenizer
 from vpmoe.failure import Permanent, Terminated
+from vpmoe.process.board import ProgressBoard
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Manifest
@@ -73,6 +75,7 @@ def preprocess(
     worker: int | None = None,
     stopping: threading.Event | None = None,
     encoders: EncoderPool | None = None,
+    board: ProgressBoard | None = None,
 ) -> tuple[Bucket, DistillRun]:
     """Preprocess in this process; return the bucket and the run."""
     run = DistillRun.parse(spec)
@@ -88,7 +91,15 @@ def preprocess(
         1,
         "2026-01-01T00:00:00Z",
     )
-    step.preprocess(run, bucket, provenance, stopping or threading.Event(), worker, encoders or ONE_PROCESS)
+    step.preprocess(
+        run,
+        bucket,
+        provenance,
+        stopping or threading.Event(),
+        board or ProgressBoard(),
+        worker,
+        encoders or ONE_PROCESS,
+    )
     return bucket, run
 
 
@@ -112,6 +123,8 @@ def load_documents(
     read: dict[str, tuple[list[int], list[int]]] = {}
     for part in range(found.facts["parts"]):
         stem = f"{split}/part-{part:05d}"
+        if not any(name.startswith(f"{stem}.") for name in found.subjects):
+            continue
         files = {}
         for name in ("tokens.bin", "tokens.idx", "spans.bin", "spans.idx", "documents.parquet"):
             files[name] = folder / f"{split}-{part}.{name}"
@@ -403,6 +416,86 @@ def test_a_record_is_the_same_for_any_number_of_processes(spec: dict[str, Any], 
     ]
 
 
+def put_rows(spec: dict[str, Any], folder: Path, key: str, rows: list[dict[str, Any]]) -> None:
+    """Add a shard of these rows, whose other columns have defaults."""
+    defaults: dict[str, Any] = dict.fromkeys(sample.COLUMNS) | {"query": "q", "synthetic_answer": "a"}
+    table = pa.Table.from_pylist([defaults | row for row in rows], schema=sample.SCHEMA)
+    pq.write_table(table, folder / "rows.parquet")
+    open_bucket(spec).put_file(key, folder / "rows.parquet", {})
+
+
+def test_duplicates_empty_queries_and_contradictions_are_in_the_manifest_and_the_last_line(
+    run_spec: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two files with the same base name: rows without an id do not collide, all else counts across files."""
+    run_spec["spec"]["dataset"]["source"] = run_spec["spec"]["dataset"]["source"].replace("*", "**/*")
+    run_spec["spec"]["dataset"]["validFraction"] = 0.0
+    wrong = {"constraints": "result: 42", "synthetic_answer": "41\n" + "x" * 500}
+    put_rows(
+        run_spec,
+        tmp_path,
+        "input/en/part.parquet",
+        [
+            {"synth_id": "twice", "query": "one"},
+            {"synth_id": "twice", "query": "two"},
+            {"synth_id": None, "query": "three"},
+            {"synth_id": "c", "query": ""},
+            {"synth_id": "gone", "query": None},
+            *({"synth_id": f"wrong {number}" + "y" * 500, **wrong} for number in range(2)),
+        ],
+    )
+    put_rows(
+        run_spec,
+        tmp_path,
+        "input/fr/part.parquet",
+        [
+            {"synth_id": "twice", "query": "one", "language": " "},
+            {"synth_id": "d", "query": "three", "language": ""},
+            {"synth_id": None, "query": "four", "exercise": "\u3000"},
+            {"synth_id": " ", "query": " \n", "exercise": " rag "},
+            *({"synth_id": f"wrong {number}", **wrong} for number in range(2, 4)),
+        ],
+    )
+    with caplog.at_level("INFO"):
+        bucket, run = preprocess(run_spec)
+    found = load_manifest(bucket, run)
+    assert found.facts["duplicates"] == {"ids": 2, "queries": 2}
+    assert found.facts["emptyQueries"] == 2
+    assert found.facts["dropped"] == {"contradictedResult": 4}
+    folder = f"s3://{bucket.name}/{bucket.prefix}input"
+    assert found.facts["contradictions"] == [
+        {
+            "file": f"{folder}/{file}/part.parquet",
+            "row": row,
+            "id": (f"wrong {number}" + "y" * 500 * (number < 2))[:100],
+            "result": "42",
+            "answer": "41",
+        }
+        for number, (file, row) in enumerate([("en", 5), ("en", 6), ("fr", 4)])
+    ]
+    assert {name: one["documents"] for name, one in found.facts["languages"].items()} == {"unknown": 8}
+    assert {name: one["documents"] for name, one in found.facts["exercises"].items()} == {
+        "rag": 1,
+        "unknown": 7,
+    }
+    ids = load_documents(bucket, found, "train", tmp_path)
+    keys = [f"{bucket.prefix}input/{place}" for place in ("en/part.parquet#2", "fr/part.parquet#2")]
+    assert set(ids) == {"twice", "c", "d", *keys, f"{bucket.prefix}input/fr/part.parquet#3"}
+    tables = [pq.read_table(tmp_path / f"train-{part}.documents.parquet") for part in range(2)]
+    labels = pa.concat_tables(tables).select(["language", "exercise"]).to_pylist()
+    assert {tuple(label.values()) for label in labels} == {(None, None), (None, "rag")}
+    last = [record.getMessage() for record in caplog.records if record.name.startswith("vpmoe")][-1]
+    for part in (
+        "8 documents of 13 rows",
+        "unreadable rows: 1;",
+        "4 contradictedResult",
+        "duplicates: 2 ids, 2 queries",
+        "empty queries: 2",
+    ):
+        assert part in last
+    assert load_progress(bucket, run)["message"] == "Complete; unreadable rows: 1"
+
+
 def test_more_unreadable_rows_than_allowed_stop_the_step(spec: dict[str, Any], tmp_path: Path) -> None:
     put_shard_with_bad_rows(spec, tmp_path, bad=7)
     with pytest.raises(
@@ -416,30 +509,191 @@ def test_more_unreadable_rows_than_allowed_stop_the_step(spec: dict[str, Any], t
     assert load_manifest(*preprocess(spec)).facts["unreadable"]["rows"] == 7
 
 
-@pytest.mark.parametrize("fraction, empty", [(0.0, "valid"), (0.9999999, "train")])
-def test_a_part_may_have_an_empty_split(
+def test_of_a_damaged_row_group_the_last_row_is_named(
+    spec: dict[str, Any], sample_parquet: list[Path]
+) -> None:
+    open_bucket(spec).put_bytes("input/synth_bad.parquet", sample_shard(sample_parquet, "rows"), {})
+    rows = pq.read_metadata(sample_parquet[1]).num_rows
+    with pytest.raises(
+        Permanent,
+        match=rf"synth_bad.parquet, the last of them row {rows - 1}, from 0: row group 0 is damaged",
+    ):
+        preprocess(spec)
+
+
+def sample_shard(sample_parquet: list[Path], damage: str) -> bytes:
+    """The sample's second shard, damaged."""
+    path = sample_parquet[1]
+    data = path.read_bytes()
+    if damage == "cut":
+        return data[:-100]
+    if damage == "column":
+        file = io.BytesIO()
+        pq.write_table(pq.read_table(path).drop_columns(["synthetic_answer"]), file)
+        return file.getvalue()
+    if damage == "type":
+        file = io.BytesIO()
+        table = pq.read_table(path)
+        pq.write_table(table.set_column(0, "synth_id", pa.array(range(len(table)))), file)
+        return file.getvalue()
+    if damage == "rows":
+        changed = bytearray(data)
+        column = pq.read_metadata(path).row_group(0).column(sample.SCHEMA.get_field_index("synthetic_answer"))
+        start = column.dictionary_page_offset or column.data_page_offset
+        changed[start : start + 16] = b"\xff" * 16
+        return bytes(changed)
+    return b""
+
+
+@pytest.mark.parametrize("repair", ["rewritten", "removed"])
+@pytest.mark.parametrize("damage", ["cut", "column", "type", "rows", "empty"])
+def test_a_run_goes_on_when_its_input_is_repaired(
+    spec: dict[str, Any], sample_parquet: list[Path], damage: str, repair: str
+) -> None:
+    """Also if other parts were done: damaged rows are found only when their part is made."""
+    bucket, key = open_bucket(spec), f"input/{sample_parquet[1].name}"
+    bucket.put_bytes(key, sample_shard(sample_parquet, damage), {})
+    spec["spec"]["dataset"]["workers"] = 3
+    run = DistillRun.parse(spec)
+    before = dataset.resolve_dataset(run, bucket)
+    if damage == "rows":
+        preprocess(spec, worker=0)
+    for _ in range(2):  # the second attempt finds the file as it was
+        with pytest.raises(Permanent, match=r"it then lists dataset.source again") as error:
+            preprocess(spec)
+        assert bucket.url(key) in str(error.value)
+        assert not bucket.exists(paths.inputs(run))
+    done = dataset.completed_parts(before, bucket)
+    assert done == ({0} if damage == "rows" else set())
+    if repair == "removed":
+        bucket.delete(key)
+    else:
+        bucket.put_file(key, sample_parquet[1], {})
+    repaired = load_manifest(*preprocess(spec))
+    assert repaired.facts["rows"] == (48 if repair == "removed" else 72)
+    assert dataset.resolve_dataset(run, bucket).id != before.id
+    clean = load_manifest(*preprocess(with_prefix(spec, "clean")))
+    assert sha256_by_name(repaired) == sha256_by_name(clean)
+
+
+def test_a_worker_with_other_input_does_not_release_that_of_the_run(
+    spec: dict[str, Any], sample_parquet: list[Path]
+) -> None:
+    bucket, run = open_bucket(spec), DistillRun.parse(spec)
+    old = dataset.resolve_dataset(run, bucket)
+    bucket.delete(paths.inputs(run))
+    bucket.put_file("input/synth_000.parquet", sample_parquet[0], {})
+    new = dataset.resolve_dataset(run, bucket)
+    dataset.release_inputs(run, bucket, old)
+    assert bucket.exists(paths.inputs(run))
+    dataset.release_inputs(run, bucket, new)
+    assert not bucket.exists(paths.inputs(run))
+
+
+def test_the_columns_of_all_files_are_checked_before_a_part_is_made(
+    spec: dict[str, Any], sample_parquet: list[Path]
+) -> None:
+    """By each worker, also by those whose own files are right."""
+    bucket = open_bucket(spec)
+    bucket.put_bytes("input/synth_999.parquet", sample_shard(sample_parquet, "column"), {})
+    spec["spec"]["dataset"]["workers"] = 2
+    for worker in (0, 1, None):
+        with pytest.raises(Permanent, match=r"synth_999.parquet: no column synthetic_answer"):
+            preprocess(spec, worker=worker)
+    folder = dataset.resolve_dataset(DistillRun.parse(spec), bucket).folder
+    assert {found.key.split("/")[2] for found in bucket.list(f"{folder}/")} == {"census"}
+
+
+def test_files_without_a_column_that_others_have_are_logged(
+    spec: dict[str, Any], sample_parquet: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    file = io.BytesIO()
+    pq.write_table(pq.read_table(sample_parquet[1]).drop_columns(["constraints", "language"]), file)
+    open_bucket(spec).put_bytes(f"input/{sample_parquet[1].name}", file.getvalue(), {})
+    preprocess(spec)
+    for name in ("constraints", "language"):
+        assert f"1 of 3 files have no column {name}: it is null in all their rows" in caplog.text
+
+
+def check_that_megatron_reads_every_part(found: Manifest, bucket: Bucket, folder: Path) -> set[str]:
+    """Open all parts with Megatron's own reader, as its GPTDataset does: memory-mapped, and by pread. Returns
+    what precedes the parts' file names."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    for name, subject in found.subjects.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        bucket.download(subject, folder / name)
+    stems = {name.partition(".")[0] for name in found.subjects}
+    for stem, kind in ((stem, kind) for stem in stems for kind in ("tokens", "spans")):
+        rows = pq.read_table(folder / f"{stem}.documents.parquet").to_pylist()
+        for mmap in (True, False):
+            opened = IndexedDataset(str(folder / f"{stem}.{kind}"), mmap=mmap)
+            assert [len(opened[document]) for document in range(len(opened))] == [
+                row["tokens"] for row in rows
+            ]
+    return stems
+
+
+@pytest.mark.parametrize(
+    "fraction, empty",
+    [
+        pytest.param(0.0, "valid", id="nothing held out"),
+        pytest.param(1e-9, "valid", id="too small for the rows"),
+        pytest.param(0.9999999, "train", id="everything held out"),
+    ],
+)
+def test_a_split_without_documents_has_no_files(
     spec: dict[str, Any], tmp_path: Path, fraction: float, empty: str
 ) -> None:
     spec["spec"]["dataset"]["validFraction"] = fraction
     bucket, run = preprocess(spec)
     found = load_manifest(bucket, run)
     assert found.facts["splits"][empty]["documents"] == 0
-    assert found.subjects[f"{empty}/part-00002.tokens.bin"].size == 0
-    assert load_documents(bucket, found, empty, tmp_path) == {}
+    stems = check_that_megatron_reads_every_part(found, bucket, tmp_path)
+    (full,) = {"train", "valid"} - {empty}
+    assert stems == {f"{full}/part-{part:05d}" for part in range(3)}
+    assert not list(bucket.list(f"datasets/{found.facts['id']}/{empty}/"))
 
 
-def test_a_shard_without_rows_becomes_an_empty_part_with_its_number(
-    spec: dict[str, Any], tmp_path: Path
+def test_a_part_has_the_files_of_the_splits_that_it_has_documents_of(
+    spec: dict[str, Any], tmp_path: Path, sample_parquet: list[Path]
 ) -> None:
-    empty = tmp_path / "empty.parquet"
-    pq.write_table(pa.Table.from_pylist([], schema=sample.SCHEMA), empty)
-    for name in ("synth_000.parquet", "synth_002b.parquet", "synth_999.parquet"):
-        open_bucket(spec).put_file(f"input/{name}", empty, {})
+    """Shards of few rows: one without any, one that is held out, one that is not, one whose rows are all
+    dropped."""
+    rows = pq.read_table(sample_parquet[0])
+    held_out = pa.compute.is_in(
+        rows["synth_id"],
+        value_set=pa.array(
+            [one for one in rows["synth_id"].to_pylist() if sampling.is_valid(one, 0.15)], pa.string()
+        ),
+    )
+    bucket = open_bucket(spec)
+    bucket.delete_prefix("input/")
+    shards = {
+        "0-both": rows,
+        "1-none": rows.slice(0, 0),
+        "2-valid": rows.filter(held_out),
+        "3-train": rows.filter(pa.compute.invert(held_out)),
+        "4-dropped": rows.set_column(
+            rows.schema.get_field_index("synthetic_answer"),
+            "synthetic_answer",
+            pa.array([" "] * len(rows), pa.string()),
+        ),
+        "5-valid": rows.filter(held_out).slice(0, 1),
+    }
+    for name, table in shards.items():
+        pq.write_table(table, tmp_path / name)
+        bucket.put_file(f"input/{name}.parquet", tmp_path / name, {})
+    spec["spec"]["dataset"]["sampling"] = {"memorizationMax": 1, "nonEnglishMax": 1}
     bucket, run = preprocess(spec)
     found = load_manifest(bucket, run)
-    sizes = [found.subjects[f"train/part-{part:05d}.tokens.bin"].size for part in range(6)]
-    assert [size > 0 for size in sizes] == [False, True, True, False, True, False]
-    assert found.facts["rows"] == 72
+    assert run.spec.dataset.valid_fraction == 0.15
+    assert check_that_megatron_reads_every_part(found, bucket, tmp_path) == {
+        f"{split}/part-{part:05d}"
+        for split, parts in (("train", (0, 3)), ("valid", (0, 2, 5)))
+        for part in parts
+    }
+    assert found.facts["parts"] == 6
 
 
 def test_documents_are_shuffled_within_a_part(
@@ -469,7 +723,7 @@ def test_preprocessing_does_not_import_torch() -> None:
         "from vpmoe.data.inputs import InputShard; from vpmoe.data.preprocess import rows\n"
         "path = demo.sample.write(pathlib.Path(tempfile.mkdtemp()))[0]\n"
         "class Local:\n"
-        "    def other(self, name): return self\n"
+        "    def other(self, name, field): return self\n"
         "    def fetch_range(self, wanted, start, stop): return path.read_bytes()[start:stop]\n"
         "reader = rows.ShardReader(InputShard('s3://b/k', path.stat().st_size, ''), Local(), rows.METADATA)\n"
         "assert sum(batch.columns.num_rows for batch in reader.batches(10)) == 24\n"

@@ -19,6 +19,7 @@ from vpmoe.data.harmony import Renderer, SystemMessage
 from vpmoe.data.inputs import InputShard, resolve_source
 from vpmoe.data.preprocess import encode, text
 from vpmoe.data.preprocess.encode import COLUMNS, PreprocessContext, make_chunk
+from vpmoe.data.preprocess.filters import Contradiction
 from vpmoe.data.preprocess.rows import RowBatch, ShardReader
 from vpmoe.data.preprocess.sampling import BINS, Thresholds
 from vpmoe.data.preprocess.text import UnreadableRows, decode_columns
@@ -207,10 +208,10 @@ def test_shards_are_sorted_by_key(bucket: Bucket, tmp_path: Path) -> None:
         put_shard(bucket, write_numbered_rows(tmp_path, 1, 1), f"input/{name}.parquet")
     (tmp_path / "x.txt").write_text("no parquet")
     bucket.put_file("input/readme.txt", tmp_path / "x.txt", {})
-    assert [shard.name for shard in resolve_source(bucket.url("input/*.parquet"), bucket).shards] == [
-        "a.parquet",
-        "b.parquet",
-        "c.parquet",
+    assert [shard.key for shard in resolve_source(bucket.url("input/*.parquet"), bucket).shards] == [
+        bucket.prefix + "input/a.parquet",
+        bucket.prefix + "input/b.parquet",
+        bucket.prefix + "input/c.parquet",
     ]
 
 
@@ -276,6 +277,24 @@ def test_a_dataset_of_the_hub_is_read_at_the_commit_of_its_revision(
     assert name.startswith(
         "Permanent dataset.source: hf://PleIAs/OTHER: the Hugging Face hub has no such dataset or revision"
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data/[1].parquet",
+        "data/a@b c.parquet",
+        "data/x::y.parquet",
+        "data/w?x#y%20.parquet",
+        "data/*.parquet",
+        "data/é🪨+{}.parquet",
+    ],
+)
+def test_a_file_of_the_hub_is_read_by_its_exact_name(sample_parquet: list[Path], name: str) -> None:
+    files = {name: sample_parquet[0].read_bytes(), "data/1.parquet.old": b"", "README.md": b"#"}
+    with fake_hub.serve("owner/name", files) as (endpoint, _):
+        _, ids = resolve_on_hub(endpoint, "hf://owner/name")
+    assert ids == str([row["synth_id"] for row in pq.read_table(sample_parquet[0]).to_pylist()])
 
 
 def test_an_unreachable_hub_is_reported_with_the_remedy() -> None:
@@ -344,9 +363,10 @@ def test_a_chunk_becomes_documents_and_counts_of_dropped_rows() -> None:
             {**good, "query": " " * 1_000_000 + "\U00032718"},
         ]
     )
-    got = encode.encode_chunk(make_chunk(2, "x.parquet", 100, batch), CONTEXT)
+    got = encode.encode_chunk(make_chunk(2, "in/x.parquet", 100, batch), CONTEXT)
     assert got.rows == 8
-    assert got.labels_D == [("good", "en", "mcq"), ("x.parquet#106", None, None)]
+    assert got.labels_D == [("good", "en", "mcq"), ("in/x.parquet#106", None, None)]
+    assert got.contradictions == {103: ("good", Contradiction("42", "41"))}
     assert got.dropped == {"blankAnswer": 1, "failedGeneration": 1, "contradictedResult": 1, "tooLong": 1}
     assert list(got.unreadable) == [105, 107]
     assert got.unreadable[105] == "query is null"
@@ -355,6 +375,26 @@ def test_a_chunk_becomes_documents_and_counts_of_dropped_rows() -> None:
     expected = [renderer.render("q", None, "r", "a").ids, renderer.render("q", None, None, "a").ids]
     assert got.ids_T.tolist() == np.concatenate(expected).tolist()
     assert len(set(got.order_D.tolist())) == 2
+
+
+@pytest.mark.parametrize("blank", [None, "", "  ", "\t", "\u00a0", "\u3000\n"])
+def test_blank_labels_and_queries_of_a_row(blank: str | None) -> None:
+    """Labels: none. A null query is unreadable; an empty one is a document and counted."""
+    row = {"synth_id": "a", "synthetic_answer": "x", "query": "q", "language": blank, "exercise": blank}
+    got = encode.encode_chunk(make_chunk(0, "x", 0, rows_batch([row, {**row, "query": blank}])), CONTEXT)
+    assert set(got.labels_D) == {("a", None, None)}
+    assert (len(got.labels_D), got.empty_queries, len(got.unreadable)) == (
+        (1, 0, 1) if blank is None else (2, 1, 0)
+    )
+    assert got.hashes_2D.dtype == np.uint64 and got.hashes_2D.shape == (2, len(got.labels_D))
+
+
+def test_fingerprints_are_those_of_id_and_user_message() -> None:
+    row = {"synth_id": "a", "synthetic_answer": "x", "query": "q"}
+    rows = [row, row, {**row, "synth_id": "b"}, {**row, "query": "other"}, {**row, "query_seed_text": "seed"}]
+    (ids, queries) = encode.encode_chunk(make_chunk(0, "x", 0, rows_batch(rows)), CONTEXT).hashes_2D.tolist()
+    assert [len(set(ids[:count])) for count in (2, 3, 4, 5)] == [1, 2, 2, 2]
+    assert [len(set(queries[:count])) for count in (2, 3, 4, 5)] == [1, 1, 2, 3]
 
 
 def test_a_document_of_the_maximum_length_is_kept_and_a_longer_one_dropped() -> None:

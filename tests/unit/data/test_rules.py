@@ -1,16 +1,16 @@
-"""The rules of preprocessing: which rows are dropped, sampled and held out, which objects a source matches,
-and what decides a dataset's id."""
+"""The rules of preprocessing: which rows are sampled and held out, which objects a source matches, and what
+decides a dataset's id. Which rows are dropped is in test_filters.py."""
 
 from hashlib import blake2b
 
 import numpy as np
 import pytest
 
-from vpmoe.data.dataset import dataset_id
-from vpmoe.data.inputs import Inputs, InputShard, glob_pattern
+from vpmoe.data.dataset import clean_label, dataset_id
+from vpmoe.data.glob import glob_pattern
+from vpmoe.data.inputs import Inputs, InputShard
 from vpmoe.data.preprocess import sampling
 from vpmoe.data.preprocess.encode import row_identity
-from vpmoe.data.preprocess.filters import contradicted, quality
 from vpmoe.data.preprocess.sampling import (
     BINS,
     FOREIGN,
@@ -20,82 +20,6 @@ from vpmoe.data.preprocess.sampling import (
     row_class,
 )
 from vpmoe.failure import Permanent
-
-
-@pytest.mark.parametrize(
-    "answer, constraints, reason",
-    [
-        ("Paris.", None, None),
-        ("Paris.", "", None),
-        (None, None, "blankAnswer"),
-        ("", None, "blankAnswer"),
-        (" \n\t", "result: 4", "blankAnswer"),
-        ("42", "result:Failed after maximum attempts", "failedGeneration"),
-        ("42", "attempts: 5\nRESULT:  failed AFTER maximum Attempts", "failedGeneration"),
-        ("41", "result: 42", "contradictedResult"),
-        ("B) Paris", "result: C", "contradictedResult"),
-        (
-            "A guide said that the mission failed after maximum attempts",
-            "<source_1>failed after maximum attempts</source_1>",
-            None,
-        ),
-    ],
-)
-def test_a_dropped_row_has_one_reason(
-    answer: str | None, constraints: str | None, reason: str | None
-) -> None:
-    assert quality(answer, constraints) == reason
-
-
-@pytest.mark.parametrize(
-    "result, line, contradicts",
-    [
-        ("B", "B", False),
-        ("B", "b", False),
-        ("B", "**B**", False),
-        ("B", "(B)", False),
-        ("B", "B) Paris", False),
-        ("B", "B. Paris", False),
-        ("B", "Answer: B", False),
-        ("B", "The correct answer is B.", False),
-        ("(b)", "The answer is **(B)** Paris", False),
-        ("B", "C", True),
-        ("B", "c)", False),
-        ("B", "C) Rome", True),
-        ("B", "Answer: C", True),
-        ("B", "The correct option is (C)", True),
-        ("B", "\\boxed{C}", True),
-        ("B", "Paris", False),
-        ("B", "A good start is to compare both.", False),
-        ("A", "I think so", False),
-        ("42", "42", False),
-        ("42", "**42**", False),
-        ("42", "The answer is 42.", False),
-        ("42", "x = 42 apples", False),
-        ("42.0", "42", False),
-        ("42", "41", True),
-        ("42", "The answer is 41.", True),
-        ("42", "420", True),
-        ("-3", "3", True),
-        ("-3", "−3", False),
-        ("42", "First, 6 boxes of 7: 42", False),
-        ("42", "It cannot be said.", False),
-        ("1,234", "1234", False),
-        ("1234.5", "1.234,5", False),
-        ("3,5", "3.5", False),
-        ("25 %", "25 percent", False),
-        ("$20", "20 dollars", False),
-        ("1/2", "0.7", False),
-        ("a long explanation with 7", "8", False),
-        ("yes", "no", False),
-    ],
-)
-def test_only_a_clear_choice_or_number_in_the_first_line_contradicts_the_result(
-    result: str, line: str, contradicts: bool
-) -> None:
-    assert (
-        contradicted(f"steps: 3\nresult: {result}", f"{line}\n\nLater lines may say C or 17.") is contradicts
-    )
 
 
 @pytest.mark.parametrize(
@@ -209,9 +133,41 @@ def test_the_held_out_fraction_is_right_and_independent_of_sampling() -> None:
     assert 400 < lower_half < 600
 
 
-def test_a_row_without_id_is_identified_by_file_and_number() -> None:
-    assert row_identity("mcq_1", "a.parquet", 3) == "mcq_1"
-    assert row_identity(None, "a.parquet", 3) == row_identity(" ", "a.parquet", 3) == "a.parquet#3"
+def test_a_row_without_id_is_identified_by_the_key_of_its_file_and_its_number() -> None:
+    assert row_identity("mcq_1", "x/a.parquet", 3) == "mcq_1"
+    for missing in (None, "", " ", "\t\n", "\u3000"):
+        assert row_identity(missing, "x/a.parquet", 3) == "x/a.parquet#3"
+    assert row_identity(None, "y/a.parquet", 3) != row_identity(None, "x/a.parquet", 3)
+
+
+@pytest.mark.parametrize(
+    "url, key",
+    [
+        ("s3://corpora/a.parquet", "a.parquet"),
+        ("s3://corpora/en/part-0.parquet", "en/part-0.parquet"),
+        ("s3://corpora/de/part-0.parquet", "de/part-0.parquet"),
+        ("s3://corpora//a//b.parquet", "/a//b.parquet"),
+        ("s3://corpora/a@b/c#1?.parquet", "a@b/c#1?.parquet"),
+        (f"hf://datasets/PleIAs/SYNTH@{'0' * 40}/synth_001.parquet", "synth_001.parquet"),
+        (f"hf://datasets/PleIAs/SYNTH@{'0' * 40}/data/x@y/synth_001.parquet", "data/x@y/synth_001.parquet"),
+        (f"hf://datasets/squad@{'0' * 40}/plain_text/train.parquet", "plain_text/train.parquet"),
+    ],
+)
+def test_a_shards_key_is_its_whole_path_without_bucket_or_commit(url: str, key: str) -> None:
+    assert InputShard(url, 1, "").key == key
+
+
+@pytest.mark.parametrize("blank", [None, "", " ", "\t", "\r\n", "\u00a0", "\u3000 "])
+def test_every_blank_label_is_none(blank: str | None) -> None:
+    assert clean_label(blank) is None
+    assert row_class(blank, blank) == 0
+    assert row_class("fr", blank) == FOREIGN
+    assert row_class(blank, "memorization") == MEMORIZATION
+
+
+@pytest.mark.parametrize("label", ["en", " en", "en\n", "\u00a0en "])
+def test_blanks_around_a_label_do_not_matter(label: str) -> None:
+    assert clean_label(label) == "en"
 
 
 @pytest.mark.parametrize(

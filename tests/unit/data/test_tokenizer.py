@@ -10,21 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fakes.hostile_texts import ASSIGNED, LONG, NEW_CHARACTERS, PROBES
 from vpmoe.data import vocabulary_file
 from vpmoe.data.tokenizer import CHECK_INTERVAL, Tokenizer, _known, tokenizer
 from vpmoe.failure import Permanent
-
-ASSIGNED = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE0200), 0xF0000, 0x10FFFF]
-"""Every code point that Unicode assigns or may assign next, and one of each private plane."""
-NEW_CHARACTERS = "\u088f\u1acf\U00032718\U000323b0"
-"""Letters and a mark that are new in Unicode 17."""
 
 
 def assigned_characters() -> Iterator[str]:
     return map(chr, ASSIGNED)
 
 
-@pytest.mark.parametrize("probe", ["{}'s", "!{}a A{}'LL\n"], ids=["before-a-contraction", "between"])
+@pytest.mark.parametrize("probe", PROBES, ids=["before-a-contraction", "between"])
 def test_gigatoken_differs_from_tiktoken_only_for_characters_passed_to_tiktoken(probe: str) -> None:
     fast = gigatoken.Tokenizer.from_tiktoken(
         vocabulary_file.install() / vocabulary_file.FOR_HARMONY, "o200k", {}
@@ -53,15 +49,7 @@ def test_any_text_has_tiktokens_ids(text: str) -> None:
 
 
 def test_long_runs_and_marks_have_tiktokens_ids() -> None:
-    for text in (
-        "x" * 100_000,
-        "\n" * 100_000,
-        "1" * 99_999,
-        "漢" * 50_000,
-        "\0" * 1000,
-        " " * 5_000 + "end",
-        "→ ⟨H≈0.5⟩ ├─ ☐" * 999,
-    ):
+    for text in LONG:
         assert tokenizer().encode(text).tolist() == vocabulary_file.encoding().encode_ordinary(text)
 
 

@@ -8,6 +8,7 @@ not.
 
 import os
 import signal
+import tempfile
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -24,12 +25,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from vpmoe.data.harmony import HarmonyDocument, Renderer, SystemMessage
+from vpmoe.data.dataset import clean_label
+from vpmoe.data.harmony import HarmonyDocument, Renderer, SystemMessage, user_text
 from vpmoe.data.preprocess import sampling
-from vpmoe.data.preprocess.filters import quality
+from vpmoe.data.preprocess.duplicates import fingerprint
+from vpmoe.data.preprocess.filters import Contradiction, contradiction, quality
 from vpmoe.data.preprocess.text import decode_columns
 from vpmoe.data.tokenizer import Ids, tokenizer
-from vpmoe.failure import Retriable
+from vpmoe.failure import Permanent, Retriable
 
 COLUMNS = (
     "synth_id",
@@ -44,6 +47,10 @@ COLUMNS = (
 
 CHUNK_ROWS = 64
 """Rows per chunk: some 80,000 tokens, tens of milliseconds of work for one millisecond of transfer."""
+
+LONGEST_FOLDER = 107 - len("/pymp-12345678/listener-12345678")
+"""Longest path, in bytes, of the folder for temporary files: multiprocessing has its sockets below it, and
+the kernel allows paths of 107 bytes."""
 
 CHUNKS_AHEAD = 4
 """Chunks queued per process, so that none idles while the shard is read. Bounds memory: a chunk has under 1
@@ -67,8 +74,8 @@ class RowChunk:
 
     part: int
     """Number of the shard and its part."""
-    name: str
-    """The shard's file name."""
+    key: str
+    """The shard's key (InputShard.key)."""
     first: int
     """Number of the first row in the file."""
     columns: bytes
@@ -88,22 +95,28 @@ class EncodedChunk:
     order_D: NDArray[np.uint64]
     """Sort key of the document in its part."""
     labels_D: list[tuple[str, str | None, str | None]]
-    """Row id, language, exercise."""
+    """Row id, language (None if it has none), exercise (None if it has none)."""
+    hashes_2D: NDArray[np.uint64]
+    """Fingerprints of each document's row id and of its user message (duplicates.py)."""
+    empty_queries: int
+    """Documents whose query is blank."""
     rows: int
     dropped: Counter[str]
+    contradictions: dict[int, tuple[str, Contradiction]]
+    """By row of the file, the row id and the contradiction of each row dropped as contradictedResult."""
     unreadable: dict[int, str]
     """By row of the file, why it cannot be read."""
     surrogates: int
     """Rows in which surrogates were replaced (text.py)."""
 
 
-def make_chunk(part: int, name: str, first: int, columns: pa.RecordBatch) -> RowChunk:
+def make_chunk(part: int, key: str, first: int, columns: pa.RecordBatch) -> RowChunk:
     """Serialize rows for another process. A slice of a larger batch is serialized without the rest of the
     batch."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, columns.schema) as stream:
         stream.write_batch(columns)
-    return RowChunk(part, name, first, sink.getvalue().to_pybytes())
+    return RowChunk(part, key, first, sink.getvalue().to_pybytes())
 
 
 def encode_chunk(chunk: RowChunk, context: PreprocessContext) -> EncodedChunk:
@@ -116,7 +129,10 @@ def encode_chunk(chunk: RowChunk, context: PreprocessContext) -> EncodedChunk:
     documents: list[HarmonyDocument] = []
     labels: list[tuple[str, str | None, str | None]] = []
     order: list[int] = []
+    questions: list[str] = []
+    empty_queries = 0
     dropped: Counter[str] = Counter()
+    contradictions: dict[int, tuple[str, Contradiction]] = {}
     unreadable = {chunk.first + row: reason for row, reason in texts.unreadable.items()}
     values = zip(*(texts.columns[name] for name in COLUMNS), strict=True)
     for row, (synth_id, query, seed_text, constraints, reasoning, answer, language, exercise) in enumerate(
@@ -127,10 +143,12 @@ def encode_chunk(chunk: RowChunk, context: PreprocessContext) -> EncodedChunk:
         if query is None:
             unreadable[row] = "query is null"
             continue
+        row_id = row_identity(synth_id, chunk.key, row)
         if reason := quality(answer, constraints):
             dropped[reason] += 1
+            if reason == "contradictedResult" and (found := contradiction(constraints or "", answer or "")):
+                contradictions[row] = row_id, found
             continue
-        row_id = row_identity(synth_id, chunk.name, row)
         if not context.thresholds.keeps(sampling.row_class(language, exercise), row_id):
             dropped["notSampled"] += 1
             continue
@@ -143,7 +161,9 @@ def encode_chunk(chunk: RowChunk, context: PreprocessContext) -> EncodedChunk:
             dropped["tooLong"] += 1
             continue
         documents.append(document)
-        labels.append((row_id, language, exercise))
+        labels.append((row_id, clean_label(language), clean_label(exercise)))
+        questions.append(user_text(query, seed_text))
+        empty_queries += not query.strip()
         order.append(_order(context.dataset_id, chunk.part, row))
     return EncodedChunk(
         part=chunk.part,
@@ -156,17 +176,23 @@ def encode_chunk(chunk: RowChunk, context: PreprocessContext) -> EncodedChunk:
         ),
         order_D=np.array(order, np.uint64),
         labels_D=labels,
+        hashes_2D=np.array(
+            [[fingerprint(row_id) for row_id, _, _ in labels], [fingerprint(text) for text in questions]],
+            np.uint64,
+        ),
+        empty_queries=empty_queries,
         rows=batch.num_rows,
         dropped=dropped,
+        contradictions=contradictions,
         unreadable=unreadable,
         surrogates=len(texts.surrogates),
     )
 
 
-def row_identity(synth_id: str | None, name: str, row: int) -> str:
-    """The id by which a row is sampled, split and listed: its synth_id, or file name and row number if it has
-    none."""
-    return synth_id if synth_id and synth_id.strip() else f"{name}#{row}"
+def row_identity(synth_id: str | None, key: str, row: int) -> str:
+    """The id by which a row is sampled, split and listed: its synth_id, or the key of its shard and its row
+    number if it has none."""
+    return synth_id if synth_id and synth_id.strip() else f"{key}#{row}"
 
 
 def available_cores() -> int:
@@ -185,7 +211,14 @@ class EncoderPool:
     """
 
     def __init__(self, processes: int | None = None) -> None:
+        """Raises Permanent if the path of the temporary folder is too long for sockets."""
         self.processes = processes or available_cores()
+        folder = tempfile.gettempdir()
+        if len(os.fsencode(folder)) > LONGEST_FOLDER:
+            raise Permanent(
+                f"TMPDIR: {folder} is longer than {LONGEST_FOLDER} bytes, so the sockets of the encoding "
+                "processes cannot be in it. Point TMPDIR to a shorter path; it may be a symbolic link."
+            )
         # Not fork: this process has threads, and sockets that a forked child would keep open.
         context = get_context("forkserver")
         context.set_forkserver_preload([__name__])

@@ -6,22 +6,27 @@ sampling.py.
 """
 
 import re
+from dataclasses import dataclass
 from typing import Literal
+
+from vpmoe.data.preprocess.single_value import certainly_differ, read_value
 
 Dropped = Literal["blankAnswer", "failedGeneration", "contradictedResult", "notSampled", "tooLong"]
 """The reasons for dropping a readable row, counted in the manifest. The first that applies, in this order,
 counts."""
 
 FAILED = re.compile(r"result\s*:\s*failed after maximum attempts", re.IGNORECASE)
-RESULT = re.compile(r"\bresult\s*:[ \t]*([^\n;]*)", re.IGNORECASE)
+FIELD = re.compile(r"[\s*•-]*(?P<key>[^\W\d](?:[^\W\d]|[ -]){0,40}?)[\s*]*:[\s*]*(?P<value>.*)")
+LIST_START = re.compile(r"[*_]*(?:#+\s+[*_]*[01ai][.):]?|[(\[]?[01ai][.):])[*_]*", re.IGNORECASE)
+"""A line that may be the mark of a list's first item if others follow: `1.`, `A)`, `# 1`."""
 
-CHOICE = r"\(?([A-J])\)?"
-CHOICE_ALONE = re.compile(rf"{CHOICE}[.):]?", re.IGNORECASE)
-CHOICE_FIRST = re.compile(rf"{CHOICE}(?:[.):,–—]|\s-|\s*$)")
-CHOICE_NAMED = re.compile(rf"\b(?:answer|option|choice)\b(?:\s+is)?\s*:?\s*{CHOICE}(?![\w'’])", re.IGNORECASE)
-MARKDOWN = re.compile(r"[*_`#>$\\]|boxed|[{}]")
-NUMBER = re.compile(r"[-+−]?\d+(?:[.,]\d+)*")
-NUMBER_ALONE = re.compile(rf"[€£]?\s*({NUMBER.pattern})\s*[%€£]?\.?")
+
+@dataclass(frozen=True)
+class Contradiction:
+    """The result of a row's own check, and the first line of its answer, which is another value."""
+
+    result: str
+    answer: str
 
 
 def quality(answer: str | None, constraints: str | None) -> Dropped | None:
@@ -33,42 +38,41 @@ def quality(answer: str | None, constraints: str | None) -> Dropped | None:
         return None
     if FAILED.search(constraints):
         return "failedGeneration"
-    return "contradictedResult" if contradicted(constraints, answer) else None
+    return "contradictedResult" if contradiction(constraints, answer) else None
 
 
-def contradicted(constraints: str, answer: str) -> bool:
-    """Whether a `result:` line of the constraints is a choice or a number, and the first line of the answer
-    has a different one.
+def contradiction(constraints: str, answer: str) -> Contradiction | None:
+    """The contradiction between a row's check and its answer; None if there is none, or it is not certain.
 
-    Only certain contradictions count. There is none if the result is neither one letter nor one number, or if
-    the first line of the answer has no letter or number: constraints also contain prose (RAG evidence), and
-    answers may begin with a sentence.
+    It is certain if the constraints are fields (`attempts: 3`) of which one is the `result`, the result and
+    the first line of the answer are each one number or one option letter alone, in any usual notation
+    (single_value.py), and no other line of the answer is one that may be the result. Constraints that contain
+    prose are evidence, and prove nothing.
     """
-    line = MARKDOWN.sub("", answer.strip().partition("\n")[0]).strip()
-    return any(
-        _contradicts(MARKDOWN.sub("", found.group(1)).strip(), line) for found in RESULT.finditer(constraints)
-    )
+    if (result := stated_result(constraints)) is None or (expected := read_value(result)) is None:
+        return None
+    first, *others = answer.strip().splitlines() or [""]
+    if not certainly_differ(expected, read_value(first)) or (others and LIST_START.fullmatch(first.strip())):
+        return None
+    if any(value and not certainly_differ(expected, value) for value in map(read_value, others)):
+        return None
+    return Contradiction(result, first.strip())
 
 
-def _contradicts(result: str, line: str) -> bool:
-    if expected := CHOICE_ALONE.fullmatch(result):
-        given = _choice(line)
-        return given is not None and given != expected[1].upper()
-    if number := NUMBER_ALONE.fullmatch(result):
-        values = [_readings(text) for text in NUMBER.findall(line)]
-        return bool(values) and not any(_readings(number[1]) & value for value in values)
-    return False
+def stated_result(constraints: str) -> str | None:
+    """The value of the field `result`. None if there is not exactly one, or anything is not a field.
 
-
-def _choice(line: str) -> str | None:
-    """The letter that a line chooses: `B`, `B) Paris`, `Answer: B`, `The correct option is (B)`; None for `A
-    good start`."""
-    found = CHOICE_FIRST.match(line) or CHOICE_NAMED.search(line)
-    return found[1].upper() if found else None
-
-
-def _readings(text: str) -> set[float]:
-    """The possible values of a number, because separators differ by country: `1,234` is 1234 or 1.234."""
-    text = text.replace("−", "-")
-    as_thousands = text.replace(",", ""), text.replace(".", "").replace(",", ".")
-    return {round(float(reading), 9) for reading in as_thousands if reading.count(".") <= 1}
+    Fields are separated by line ends or semicolons.
+    """
+    results = []
+    for line in filter(str.strip, constraints.splitlines()):
+        fields: list[tuple[str, str]] = []
+        for text in line.split(";"):
+            if found := FIELD.fullmatch(text):
+                fields.append((found["key"], found["value"]))
+            elif not fields:
+                return None
+            elif text.strip():  # the semicolon was part of the value
+                fields[-1] = (fields[-1][0], f"{fields[-1][1]};{text}")
+        results += [value.strip() for key, value in fields if key.strip().casefold() == "result"]
+    return results[0] if len(results) == 1 else None

@@ -33,6 +33,12 @@ COPY_TOKENS = 1 << 20
 LISTED_UNREADABLE = 100
 """Unreadable rows that are listed in a record. All of them are counted and logged."""
 
+LISTED_CONTRADICTIONS = 3
+"""Rows dropped as contradictedResult that are listed in a record. All of them are counted."""
+
+LISTED_CHARACTERS = 100
+"""Characters of a listed row's id, result and answer; the rest is cut off."""
+
 DOCUMENTS = pa.schema(
     [
         ("synth_id", pa.string()),
@@ -66,6 +72,9 @@ class PartWriter:
         self.dropped: Counter[str] = Counter()
         self.unreadable: list[UnreadableRows] = []
         self.surrogates = 0
+        self.empty_queries = 0
+        self.contradictions: list[dict[str, Any]] = []
+        self._hashes: list[NDArray[np.uint64]] = []
         self._logged = 0
 
     def discard(self) -> None:
@@ -95,6 +104,14 @@ class PartWriter:
             UnreadableRows(row, row + 1, reason) for row, reason in sorted(encoded.unreadable.items())
         ]
         self.surrogates += encoded.surrogates
+        self.empty_queries += encoded.empty_queries
+        self._hashes.append(encoded.hashes_2D)
+        for row, (row_id, found) in encoded.contradictions.items():
+            if len(self.contradictions) < LISTED_CONTRADICTIONS:
+                texts = {"id": row_id, "result": found.result, "answer": found.answer}
+                self.contradictions.append(
+                    {"row": row, **{name: text[:LISTED_CHARACTERS] for name, text in texts.items()}}
+                )
 
     def skip_rows(self, unreadable: UnreadableRows) -> None:
         """Count rows that could not be read at all."""
@@ -111,16 +128,24 @@ class PartWriter:
     def unreadable_rows(self) -> int:
         return sum(found.stop - found.first for found in self.unreadable)
 
+    def hashes_2D(self) -> NDArray[np.uint64]:
+        """The fingerprints of all documents' ids and user messages, in the shard's order."""
+        return np.concatenate([np.empty((2, 0), np.uint64), *self._hashes], axis=1)
+
     def write(self) -> dict[Split, dict[PartFile, Path]]:
         """Write the part's files into its scratch folder and close it for `add`. Raises OSError if the disk
-        is full."""
+        is full.
+
+        A split without documents has no files: Megatron's IndexedDataset cannot map an empty .bin.
+        """
         written: dict[Split, dict[PartFile, Path]] = {}
         for split in SPLITS:
             self._arrived[split].close()
-            files = {file: self._folder / f"{split}.{file}" for file in FILES}
-            write_split(self._splits[split], Path(self._arrived[split].name), files)
+            documents = self._splits[split]
+            if any(len(lengths_D3) for lengths_D3 in documents.lengths):
+                written[split] = {file: self._folder / f"{split}.{file}" for file in FILES}
+                write_split(documents, Path(self._arrived[split].name), written[split])
             Path(self._arrived[split].name).unlink()
-            written[split] = files
         return written
 
     def counts(self) -> dict[str, Any]:
@@ -136,6 +161,8 @@ class PartWriter:
                 "first": [[u.first, u.stop, u.reason] for u in unreadable[:LISTED_UNREADABLE]],
             },
             "surrogates": self.surrogates,
+            "emptyQueries": self.empty_queries,
+            "contradictions": self.contradictions,
             "splits": {split: split_counts(self._splits[split]) for split in SPLITS},
         }
 
@@ -160,14 +187,12 @@ def split_counts(documents: SplitDocuments) -> dict[str, Any]:
 
 
 def write_split(documents: SplitDocuments, arrived: Path, files: dict[PartFile, Path]) -> None:
-    """Write a split's five files, with its documents in their final order."""
-    lengths_D3 = concatenate(documents.lengths, (0, 3), np.int64)
-    order_D = np.argsort(concatenate(documents.order, (0,), np.uint64), kind="stable")
+    """Write the five files of a split that has documents, in their final order."""
+    lengths_D3 = np.concatenate(documents.lengths)
+    order_D = np.argsort(np.concatenate(documents.order), kind="stable")
     tokens_D = lengths_D3.sum(axis=1) + 1
     starts_D = np.cumsum(tokens_D) - tokens_D
-    ids_T = (
-        np.memmap(arrived, dtype="<i4", mode="r").view(np.ndarray) if len(order_D) else np.empty(0, np.int32)
-    )
+    ids_T = np.memmap(arrived, dtype="<i4", mode="r").view(np.ndarray)
     with files["tokens.bin"].open("wb") as tokens_file, files["spans.bin"].open("wb") as spans_file:
         for chosen in document_batches(order_D, tokens_D):
             tokens_file.write(
@@ -181,9 +206,7 @@ def write_split(documents: SplitDocuments, arrived: Path, files: dict[PartFile, 
             spans_file.write(spans_of_documents(lengths_D3[chosen]))
     files["tokens.idx"].write_bytes(index_bytes(tokens_D[order_D], np.int32))
     files["spans.idx"].write_bytes(index_bytes(tokens_D[order_D], np.uint8))
-    ids, languages, exercises = (
-        zip(*(documents.labels[d] for d in order_D), strict=True) if len(order_D) else ((), (), ())
-    )
+    ids, languages, exercises = zip(*(documents.labels[d] for d in order_D), strict=True)
     columns = [
         ids,
         languages,

@@ -10,16 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import datasets
-import fsspec
-import httpx2
 import pyarrow as pa
 import pyarrow.dataset as pads
-import pyarrow.parquet as pq
 
-from vpmoe.data.inputs import InputShard
+from vpmoe.data.inputs import REMEDY, InputFault, InputShard
+from vpmoe.data.preprocess import footer
+from vpmoe.data.preprocess.columns import NULLABLE, check_columns
 from vpmoe.data.preprocess.shard_files import OpenShard
 from vpmoe.data.preprocess.text import UnreadableRows
-from vpmoe.failure import Permanent, Retriable
 from vpmoe.storage import Bucket
 
 # Otherwise the library imports torch when a dataset is streamed.
@@ -28,12 +26,6 @@ datasets.config.TORCH_AVAILABLE = False
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 # We raise or count the errors that it would log.
 datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
-
-REQUIRED = ("synth_id", "query", "synthetic_reasoning", "synthetic_answer")
-"""Columns that every file must have."""
-
-NULLABLE = ("query_seed_text", "constraints", "language", "exercise")
-"""Columns whose values may be null. A file may lack them."""
 
 METADATA = ("synth_id", "language", "exercise")
 """Columns that sampling needs: a small part of a shard."""
@@ -53,21 +45,24 @@ class RowBatch:
 
 
 class ShardReader:
-    """Reads one shard. The constructor reads the footer and checks the columns.
+    """Reads one shard. The constructor reads the footer and checks all columns of SYNTH that the file has.
 
-    Raises Permanent if the file is not parquet, lacks a required column or has a column that is not text;
+    Raises InputFault if the file is not parquet, lacks a required column or has a column that is not text;
     StorageError (for the Hugging Face hub Retriable) if it cannot be fetched.
     """
 
     def __init__(self, shard: InputShard, bucket: Bucket, columns: Sequence[str]) -> None:
         self.shard = shard
-        self._source = None if shard.url.startswith("hf://") else OpenShard(shard, bucket)
-        self._url = shard.url if self._source is None else self._source.url
-        footer = self._footer()
-        self._columns = _check_columns(shard, footer.schema.to_arrow_schema(), columns)
-        if self._source is not None:
-            self._source.in_blocks = 2 * _column_bytes(footer, self._columns) > shard.size
-        self._groups = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+        self._source = OpenShard(shard, bucket)
+        found = self._footer()
+        check_columns(shard.url, found)
+        self.absent = [name for name in NULLABLE if name not in {field.name for field in found.fields}]
+        types = {field.name: field.type for field in found.fields}
+        self._types = {
+            name: "string" if types[name] == "string" else "large_string" for name in columns if name in types
+        }
+        self._source.in_blocks = 2 * sum(found.sizes.get(name, 0) for name in self._types) > shard.size
+        self._groups = found.rows
         self.rows = sum(self._groups)
 
     def batches(self, size: int) -> Iterator[RowBatch | UnreadableRows]:
@@ -95,8 +90,11 @@ class ShardReader:
                 for batch in table.combine_chunks().to_batches():
                     yield RowBatch(row, batch)
                     row += batch.num_rows
-        except (pa.ArrowException, OSError, httpx2.HTTPError) as error:
-            self._raise_unless_damage(error)
+            if row < stop:
+                raise pa.ArrowInvalid(f"it ends after {row - first} of {stop - first} rows")
+        except (pa.ArrowException, OSError) as error:
+            if not is_damage(error):
+                raise
             yield UnreadableRows(row, stop, f"row group {group} is damaged: {error}")
 
     def _stream(self, size: int, cache: str) -> datasets.IterableDataset:
@@ -104,10 +102,11 @@ class ShardReader:
         lock files."""
         stream = datasets.load_dataset(
             "parquet",
-            data_files=[self._url],
+            data_files=[self._source.url],
             split="train",
             streaming=True,
-            columns=self._columns,
+            columns=list(self._types),
+            features=datasets.Features({name: datasets.Value(kind) for name, kind in self._types.items()}),
             batch_size=size,
             fragment_scan_options=pads.ParquetFragmentScanOptions(
                 use_buffered_stream=True,
@@ -119,57 +118,16 @@ class ShardReader:
         )
         return stream.reshard().with_format("arrow")
 
-    def _footer(self) -> pq.FileMetaData:
+    def _footer(self) -> footer.Footer:
         try:
-            with fsspec.open(self._url, "rb") as file:
-                return pq.read_metadata(file)
-        except (pa.ArrowException, OSError, httpx2.HTTPError) as error:
-            self._raise_unless_damage(error)
-            raise Permanent(
-                f"{self.shard.url}: not a parquet file: {error}. Replace the file or exclude it from "
-                "dataset.source."
-            ) from error
-
-    def _raise_unless_damage(self, error: Exception) -> None:
-        """Return if Arrow could not decode the data; raise an error of the network or disk.
-
-        Arrow reports damaged data with its own exceptions or with a plain OSError without errno.
-        """
-        if isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None):
-            return
-        if self.shard.url.startswith("hf://"):
-            raise Retriable(
-                f"{self.shard.url} could not be fetched from the Hugging Face hub ({type(error).__name__}: "
-                f"{error})."
-            ) from error
-        raise error
+            return footer.PARSER.parse(footer.footer_bytes(self.shard.size, self._source.fetch))
+        except footer.DamagedFooter as error:
+            raise InputFault(f"{self.shard.url}: not a parquet file: {error}. {REMEDY}") from error
 
 
-def _column_bytes(footer: pq.FileMetaData, columns: Sequence[str]) -> int:
-    """Compressed size of some columns of a file, in bytes."""
-    chunks = (
-        footer.row_group(group).column(number)
-        for group in range(footer.num_row_groups)
-        for number in range(footer.num_columns)
-    )
-    return sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema in columns)
+def is_damage(error: Exception) -> bool:
+    """Whether Arrow could not decode the data, and the network or the disk has not failed.
 
-
-def _check_columns(shard: InputShard, schema: pa.Schema, columns: Sequence[str]) -> list[str]:
-    """Those of `columns` that the file has. Raises Permanent if a required one is missing or one is not
-    text."""
-    missing = [name for name in columns if name in REQUIRED and name not in schema.names]
-    if missing:
-        raise Permanent(
-            f"{shard.url}: no column {', '.join(missing)}; the file has {', '.join(schema.names) or 'none'}. "
-            "dataset.source must name files with the columns of PleIAs/SYNTH; "
-            f"{', '.join(REQUIRED)} are required."
-        )
-    present = [name for name in columns if name in schema.names]
-    for name in present:
-        kind = schema.field(name).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-            raise Permanent(
-                f"{shard.url}: column {name} has type {kind}, not text. Write it as plain strings."
-            )
-    return present
+    Arrow reports damaged data with its own exceptions or with a plain OSError without errno.
+    """
+    return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)

@@ -11,6 +11,7 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+from vpmoe.data.dataset import clean_label
 from vpmoe.failure import Permanent
 
 BINS = 1024
@@ -43,9 +44,10 @@ class Thresholds:
 
 def row_class(language: str | None, exercise: str | None) -> int:
     """A row's class. A row without language counts as English, one without exercise not as memorization."""
-    memorized = exercise is not None and exercise.strip().casefold() == "memorization"
-    tag = language.strip().casefold().replace("_", "-").partition("-")[0] if language is not None else ""
-    return MEMORIZATION * memorized + FOREIGN * (tag != "" and tag not in ENGLISH)
+    language, exercise = clean_label(language), clean_label(exercise)
+    memorized = exercise is not None and exercise.casefold() == "memorization"
+    foreign = language is not None and language.casefold().replace("_", "-").partition("-")[0] not in ENGLISH
+    return MEMORIZATION * memorized + FOREIGN * foreign
 
 
 def hash_bin(row_id: str) -> int:

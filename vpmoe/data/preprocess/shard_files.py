@@ -1,11 +1,13 @@
-"""An fsspec file system for input shards in S3, because the datasets library opens all files with fsspec.
+"""An fsspec file system for input shards, because the datasets library opens all files with fsspec.
 
-It reads through vpmoe.storage, with its retries, and each range must come from the object that was listed.
-Files of a Hugging Face dataset use fsspec's own hf:// at the resolved commit.
+It reads S3 through vpmoe.storage, with its retries, and each range must come from the object that was listed;
+a file of a Hugging Face dataset is read at the resolved commit. fsspec and the datasets library see a made-up
+name instead of the file's own, which they would take for a glob, a chain of URLs (`::`) or a compressed file.
 """
 
 import uuid
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -34,38 +36,47 @@ every file in a process with the options of the dataset that was loaded last."""
 
 
 class OpenShard:
-    """One S3 shard, available to fsspec under `url` as long as this object lives.
+    """One shard, available to fsspec under `url` as long as this object lives.
 
     The end of the file is cached, because every open reads it. If `in_blocks` is set, all other bytes are
     fetched and cached in blocks; otherwise each request fetches exactly its range.
     """
 
     def __init__(self, shard: InputShard, bucket: Bucket) -> None:
-        name, key = paths.split_url(shard.url)
-        self.url = f"{PROTOCOL}://{uuid.uuid4().hex}/{name}/{key}"
+        self.url = f"{PROTOCOL}://{uuid.uuid4().hex}.parquet"
         OPEN_SHARDS[InputFileSystem._strip_protocol(self.url)] = self
         self.size = shard.size
         self.in_blocks = False
-        self._store = bucket.other(name)
-        self._object = Object(key, shard.size, shard.etag)
+        self._read_range = range_reader(shard, bucket)
         self._block = lru_cache(CACHED_BLOCKS)(self._fetch_block)
         self._end = b""
 
     def fetch(self, start: int, stop: int) -> bytes:
         """Bytes [start, stop). Raises StorageError, also if the object is no longer the one that was
-        listed."""
+        listed; Retriable or Permanent from the hub."""
         end = max(0, self.size - FOOTER)
         if start >= end:
-            self._end = self._end or self._store.fetch_range(self._object, end, self.size)
+            self._end = self._end or self._read_range(end, self.size)
             return self._end[start - end : stop - end]
         if not self.in_blocks:
-            return self._store.fetch_range(self._object, start, stop)
+            return self._read_range(start, stop)
         first = start // BLOCK
         data = b"".join(self._block(number) for number in range(first, (stop - 1) // BLOCK + 1))
         return data[start - first * BLOCK : stop - first * BLOCK]
 
     def _fetch_block(self, number: int) -> bytes:
-        return self._store.fetch_range(self._object, number * BLOCK, min((number + 1) * BLOCK, self.size))
+        return self._read_range(number * BLOCK, min((number + 1) * BLOCK, self.size))
+
+
+def range_reader(shard: InputShard, bucket: Bucket) -> Callable[[int, int], bytes]:
+    """A function that fetches bytes [start, stop) of exactly this shard."""
+    if shard.url.startswith("hf://"):
+        from vpmoe.data import hub  # imported only if needed: the hub's client takes seconds to import
+
+        return partial(hub.read_range, shard.url)
+    name, key = paths.split_url(shard.url)
+    store, pinned = bucket.other(name, "dataset.source"), Object(key, shard.size, shard.etag)
+    return lambda start, stop: store.fetch_range(pinned, start, stop)
 
 
 class InputFileSystem(AbstractFileSystem):  # type: ignore[misc]

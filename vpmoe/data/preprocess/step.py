@@ -20,11 +20,15 @@ from vpmoe.data.dataset import (
     dataset_facts,
     dataset_id,
     dataset_settings,
+    recorded_parts,
+    release_inputs,
     resolve_dataset,
 )
 from vpmoe.data.harmony import SystemMessage
+from vpmoe.data.inputs import InputFault
 from vpmoe.data.preprocess import census, sampling
-from vpmoe.data.preprocess.dataset_manifest import merge_records, write_manifest
+from vpmoe.data.preprocess.dataset_manifest import PartRecord, merge_records, summary, write_manifest
+from vpmoe.data.preprocess.duplicates import count_duplicates, hashes_bytes
 from vpmoe.data.preprocess.encode import (
     CHUNK_ROWS,
     COLUMNS,
@@ -37,12 +41,18 @@ from vpmoe.data.preprocess.part_writer import PartWriter
 from vpmoe.data.preprocess.rows import ShardReader
 from vpmoe.data.preprocess.text import UnreadableRows
 from vpmoe.failure import Permanent
+from vpmoe.process.board import ProgressBoard
 from vpmoe.process.step_worker import StepWorker, scratch_disk
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
+from vpmoe.storage.blocks import in_order
 from vpmoe.storage.bucket import json_bytes
+from vpmoe.storage.records import load_record
 
 log = logging.getLogger(__name__)
+
+CENSUS_THREADS = 8
+"""Records of the census that are fetched at the same time."""
 
 READ_ROWS = 512
 """Rows per read, some 4 MB. Each read costs the datasets library milliseconds."""
@@ -76,6 +86,7 @@ def preprocess(
     bucket: Bucket,
     provenance: Provenance,
     stopping: threading.Event,
+    board: ProgressBoard,
     index: int | None,
     encoders: EncoderPool,
 ) -> DatasetRef:
@@ -86,10 +97,10 @@ def preprocess(
     of the input or the configuration, StorageError, Retriable for a full disk or a killed process, Terminated
     if it was asked to stop.
     """
-    worker = PreprocessWorker(run, bucket, provenance, stopping, index, resolve_dataset(run, bucket))
+    worker = PreprocessWorker(run, bucket, provenance, stopping, board, index, resolve_dataset(run, bucket))
     if bucket.exists(worker.dataset.manifest):
         log.info("Reusing dataset %s, which is complete", bucket.url(worker.dataset.folder))
-        report_success(worker, "Reused")
+        report_success(worker, "Reused", reused=True)
         return worker.dataset
     check_writer(worker)
     log.info(
@@ -99,10 +110,14 @@ def preprocess(
         worker.dataset.inputs.source,
     )
     encoders.start()
-    counted = count_rows(worker)
-    context = make_context(worker, counted)
-    make_parts(worker, encoders, context, allowed_unreadable(run, counted.rows))
-    finish(worker, context, counted.rows)
+    try:
+        counted = count_rows(worker)
+        context = make_context(worker, counted)
+        make_parts(worker, encoders, context, allowed_unreadable(run, counted.rows))
+        finish(worker, context, counted.rows)
+    except InputFault:
+        release_inputs(run, bucket, worker.dataset)
+        raise
     return worker.dataset
 
 
@@ -121,20 +136,31 @@ def check_writer(worker: PreprocessWorker) -> None:
 
 def count_rows(worker: PreprocessWorker) -> census.Census:
     """The census of all shards. Counts this worker's own shards first, then those that no other worker has
-    counted."""
+    counted. Raises InputFault for the first shard that cannot be used."""
     report(worker, "Counting rows")
-    own = worker.own_parts()
-    order = [*own, *(part for part in range(worker.parts) if part not in own)]
-    counted = []
-    for part in order:
+    bucket, dataset, own = worker.bucket, worker.dataset, worker.own_parts()
+    others = [part for part in range(worker.parts) if part not in own]
+    for parts, shared in ((own, False), (others, True)):
+        counted = recorded_parts(bucket, paths.census(dataset.id, 0))
+        for part in parts:
+            worker.check_stop()
+            key = paths.census(dataset.id, part)
+            if part in counted or (shared and bucket.exists(key)):
+                continue
+            found = census.count_shard(dataset.inputs.shards[part], bucket)
+            bucket.create(key, json_bytes(found.as_json()), worker.provenance.metadata())
+
+    def stored(part: int) -> census.Census:
         worker.check_stop()
-        key = paths.census(worker.dataset.id, part)
-        if worker.bucket.exists(key):
-            counted.append(census.Census.from_json(worker.bucket.get_json(key)))
-            continue
-        counted.append(census.count_shard(worker.dataset.inputs.shards[part], worker.bucket))
-        worker.bucket.create(key, json_bytes(counted[-1].as_json()), worker.provenance.metadata())
-    return census.merge_censuses(counted)
+        return load_record(bucket, paths.census(dataset.id, part), census.StoredCensus).restored()
+
+    merged = census.merge_censuses(in_order(stored, range(worker.parts), CENSUS_THREADS))
+    for name, files in merged.absent.items():
+        if files < worker.parts:
+            log.warning(
+                "%d of %d files have no column %s: it is null in all their rows", files, worker.parts, name
+            )
+    return merged
 
 
 def make_context(worker: PreprocessWorker, counted: census.Census) -> PreprocessContext:
@@ -208,7 +234,7 @@ def read_parts(
                 continue
             for first in range(0, batch.columns.num_rows, CHUNK_ROWS):
                 yield make_chunk(
-                    number, shard.name, batch.first + first, batch.columns.slice(first, CHUNK_ROWS)
+                    number, shard.key, batch.first + first, batch.columns.slice(first, CHUNK_ROWS)
                 )
 
 
@@ -221,8 +247,11 @@ def log_unreadable(worker: PreprocessWorker, number: int, part: PartWriter, allo
             "%s: rows [%d, %d) (from 0) cannot be read: %s", shard.url, rows.first, rows.stop, rows.reason
         )
     if part.unreadable_rows > allowed:
+        last = part.unreadable[-1]
         raise too_many_unreadable(
-            part.unreadable_rows, allowed, f"{shard.url}, last row {part.unreadable[-1].first}"
+            part.unreadable_rows,
+            allowed,
+            f"{shard.url}, the last of them row {last.stop - 1}, from 0: {last.reason}",
         )
 
 
@@ -244,6 +273,7 @@ def store_part(worker: PreprocessWorker, number: int, part: PartWriter, seconds:
                 entries.append(manifest.entry(stored.subject(dataset.folder)))
     finally:
         part.discard()
+    bucket.put_bytes(paths.document_hashes(dataset.id, number), hashes_bytes(part.hashes_2D()), metadata)
     record = {"part": number, "shard": dataset.inputs.shards[number].url, **part.counts(), "files": entries}
     if not bucket.create(paths.part_record(dataset.id, number), json_bytes(record), metadata):
         raise Permanent(
@@ -266,10 +296,12 @@ def allowed_unreadable(run: DistillRun, rows: int) -> int:
     return max(ALWAYS_TOLERATED, int(run.spec.dataset.unreadable_max * rows))
 
 
-def too_many_unreadable(found: int, allowed: int, where: str) -> Permanent:
-    return Permanent(
+def too_many_unreadable(found: int, allowed: int, where: str) -> InputFault:
+    return InputFault(
         f"dataset.source: {found} rows cannot be read ({where}), more than the {allowed} that "
-        "dataset.unreadableMax allows. Repair or exclude the files, or raise dataset.unreadableMax."
+        "dataset.unreadableMax allows. Write the files again or remove them, and start the step again (in a "
+        "cluster raise runtime.attempts): it then lists dataset.source again, and makes all parts again. Or "
+        "exclude the files from dataset.source or raise dataset.unreadableMax in a new run."
     )
 
 
@@ -283,23 +315,27 @@ def finish(worker: PreprocessWorker, context: PreprocessContext, rows: int) -> N
         if bucket.exists(dataset.manifest):
             report_success(worker, "Complete")
         return
-    records = [bucket.get_json(paths.part_record(dataset.id, part)) for part in range(worker.parts)]
+    records = [
+        load_record(bucket, paths.part_record(dataset.id, part), PartRecord) for part in range(worker.parts)
+    ]
     facts = merge_records(records, dataset.inputs.shards)
     if facts["unreadable"]["rows"] > allowed_unreadable(worker.run, rows):
         raise too_many_unreadable(
             facts["unreadable"]["rows"], allowed_unreadable(worker.run, rows), "in all shards together"
         )
     if not facts["documents"]:
-        raise Permanent(f"dataset.source: all {facts['rows']} rows were dropped: {facts['dropped']}.")
+        raise InputFault(
+            f"dataset.source: all {facts['rows']} rows were dropped: {facts['dropped']}, "
+            f"{facts['unreadable']['rows']} unreadable."
+        )
+    with scratch_disk("preprocess", SCRATCH_PER_PART):
+        facts["duplicates"] = count_duplicates(dataset.id, worker.parts, bucket, worker.check_stop)
     write_manifest(
-        dataset, dataset_settings(worker.run), context.thresholds, records, worker.provenance, bucket
+        dataset, dataset_settings(worker.run), context.thresholds, facts, records, worker.provenance, bucket
     )
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in facts["dropped"].items()) or "none"
-    log.info(
-        f"The dataset is complete: {facts['documents']:,} documents, {facts['tokens']:,} tokens; dropped "
-        f"rows: {dropped}"
-    )
-    report_success(worker, "Complete")
+    log.info("The dataset is complete: %s", summary(facts))
+    unreadable = facts["unreadable"]["rows"]
+    report_success(worker, f"Complete; unreadable rows: {unreadable:,}" if unreadable else "Complete")
 
 
 def report(worker: PreprocessWorker, message: str, speed: float | None = None) -> None:
@@ -307,8 +343,8 @@ def report(worker: PreprocessWorker, message: str, speed: float | None = None) -
     worker.report(message, len(completed_parts(worker.dataset, worker.bucket)), worker.parts, speed)
 
 
-def report_success(worker: PreprocessWorker, message: str) -> None:
+def report_success(worker: PreprocessWorker, message: str, reused: bool = False) -> None:
     """Report that the dataset is complete, with its id and manifest."""
     made = manifest.load(worker.bucket, worker.dataset.manifest)
     facts = dataset_facts(worker.bucket, made)
-    worker.report_success(message, worker.parts, facts)
+    worker.report_success(message, worker.parts, facts, reused=reused)
