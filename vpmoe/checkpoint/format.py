@@ -5,9 +5,7 @@ No torch.distributed and no megatron-core: the inference image exports a student
 restores a learner in vpmoe.trainer.checkpoint.reader.
 """
 
-import json
 import re
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +14,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from vpmoe.checkpoint.safetensors_header import (
+    LENGTH_BYTES,
+    InvalidCheckpoint,
+    header_length,
+    parse_header,
+)
 from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.storage import Bucket, StorageError, Subject, manifest, paths
 from vpmoe.storage.manifest import Manifest
@@ -23,6 +27,8 @@ from vpmoe.storage.manifest import Manifest
 KEY = re.compile(r"(.+)\[(\d+):(\d+)\]")
 WEIGHTS = ("main/", "buffer/")
 """Prefixes of the names of the student's tensors. All others are optimizer and random state."""
+RANDOM = "random/"
+"""Prefix of the names of random states."""
 
 
 class CheckpointRejected(Exception):
@@ -47,19 +53,45 @@ TensorSlices = Mapping[str, Sequence[TensorSlice]]
 
 
 def read_slices(bucket: Bucket, files: Iterable[Subject]) -> dict[str, list[TensorSlice]]:
-    """The tensor slices in these files, from their headers (safetensors: 8 bytes length, JSON, data)."""
+    """The tensor slices in these files, from their headers.
+
+    Raises CheckpointRejected, with the file's name, if a header is damaged or a slice is not what its key
+    says.
+    """
     slices: dict[str, list[TensorSlice]] = {}
     for file in files:
-        (length,) = struct.unpack("<Q", bucket.read(file, 0, 8))
-        for key, entry in json.loads(bucket.read(file, 8, 8 + length)).items():
+        try:
+            length = header_length(bucket.read(file, 0, min(LENGTH_BYTES, file.size)), file.size, file.key)
+            begin = LENGTH_BYTES + length
+            tensors = parse_header(bucket.read(file, LENGTH_BYTES, begin), file.size - begin, file.key)
+        except InvalidCheckpoint as error:
+            raise CheckpointRejected(f"{error} Another program wrote it.") from error
+        for key, tensor in tensors.items():
             if parsed := KEY.fullmatch(key):
-                offset = 8 + length + entry["data_offsets"][0]
+                start, stop = int(parsed[2]), int(parsed[3])
+                if tensor.shape != (stop - start,):
+                    raise CheckpointRejected(
+                        f"{file.key}: {key} is {list(tensor.shape)}. Another program wrote it."
+                    )
                 slices.setdefault(parsed[1], []).append(
-                    TensorSlice(int(parsed[2]), int(parsed[3]), file, key, offset, entry["dtype"])
+                    TensorSlice(start, stop, file, key, begin + tensor.start, tensor.dtype)
                 )
     for tensor_slices in slices.values():
         tensor_slices.sort(key=lambda one: one[:2])
     return slices
+
+
+def read_train_state(stored: Manifest) -> TrainState:
+    """The train state in a checkpoint's manifest.
+
+    Raises CheckpointRejected if the manifest is of something else, ValidationError if its state is invalid.
+    """
+    if stored.kind != "checkpoint":
+        raise CheckpointRejected(
+            f"{stored.key} is the manifest of {stored.kind}, not of a checkpoint. Name a folder "
+            "checkpoints/STAGE/ITERATION of a run."
+        )
+    return TrainState.model_validate(stored.facts.get("position"))
 
 
 def count_elements(slices: Sequence[TensorSlice]) -> int:
@@ -68,7 +100,13 @@ def count_elements(slices: Sequence[TensorSlice]) -> int:
 
 
 def check_coverage(name: str, slices: Sequence[TensorSlice], size: int) -> None:
-    """Raises CheckpointRejected if the slices do not cover [0, size) without gap or overlap."""
+    """Raises CheckpointRejected if the slices do not cover [0, size) without gap or overlap, or are not of
+    the type that the writer uses: bytes for random state, else F32."""
+    expected = "U8" if name.startswith(RANDOM) else "F32"
+    if other := {one.dtype for one in slices} - {expected}:
+        raise CheckpointRejected(
+            f"{name} is {', '.join(sorted(other))}, expected {expected}: another version of vpmoe wrote it."
+        )
     covered = 0
     for one in slices:
         if one.start != covered:
@@ -118,7 +156,7 @@ def open_weights(bucket: Bucket, folder: str) -> Weights:
     """
     try:
         stored = manifest.load(bucket, paths.manifest(folder))
-        train_state = TrainState.model_validate(stored.facts.get("position"))
+        train_state = read_train_state(stored)
         slices = {
             name: tensor_slices
             for name, tensor_slices in read_slices(bucket, stored.subjects.values()).items()
@@ -126,10 +164,6 @@ def open_weights(bucket: Bucket, folder: str) -> Weights:
         }
         for name, tensor_slices in slices.items():
             check_coverage(name, tensor_slices, tensor_slices[-1].stop)
-            if other := {one.dtype for one in tensor_slices} - {"F32"}:
-                raise CheckpointRejected(
-                    f"{name} is {', '.join(sorted(other))}, expected F32: another version of vpmoe wrote it."
-                )
     except StorageError as error:
         if error.reason not in ("Altered", "Missing"):
             raise

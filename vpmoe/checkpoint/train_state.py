@@ -5,6 +5,8 @@ The manifest's key is "position". No torch here: the launcher reads the state be
 Weights are in format.py.
 """
 
+import re
+
 from pydantic import ConfigDict, Field, ValidationError
 
 from vpmoe.api.base import Record
@@ -109,12 +111,17 @@ class TrainState(Record):
 
 
 def list_iterations(bucket: Bucket, folder: str) -> list[int]:
-    """Iterations of the stage's checkpoints, newest first."""
-    names = [found.key.removeprefix(folder + "/") for found in bucket.list(folder + "/")]
-    return sorted(
-        (int(name.removesuffix("/manifest.json")) for name in names if name.endswith("/manifest.json")),
-        reverse=True,
+    """Iterations of the stage's checkpoints, newest first. Other objects in the folder are ignored."""
+    names = (found.key.removeprefix(folder + "/") for found in bucket.list(folder + "/"))
+    found = (
+        iteration_of(name.removesuffix("/manifest.json")) for name in names if name.endswith("/manifest.json")
     )
+    return sorted((one for one in found if one is not None), reverse=True)
+
+
+def iteration_of(name: str) -> int | None:
+    """The iteration of a checkpoint's folder; None if no job gives a folder this name."""
+    return int(name) if re.fullmatch(r"0|[1-9][0-9]{0,11}", name) else None
 
 
 def load_stage_end(bucket: Bucket, folder: str) -> tuple[Manifest, TrainState] | None:

@@ -55,7 +55,7 @@ def read_texts(url: str, bucket: Bucket) -> list[CanaryText]:
     Raises Permanent if there is nothing to measure or an object is not UTF-8 text; StorageError.
     """
     name, key = paths.split_url(url)
-    store, key = bucket.other(name), key.rstrip("/")
+    store, key = bucket.other(name, "evaluation.canary"), key.removesuffix("/")
     found = [
         _read_text(store, entry.key)
         for entry in store.list(key)

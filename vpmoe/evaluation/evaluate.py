@@ -26,6 +26,8 @@ from vpmoe.evaluation.student import EvaluatedStudent
 from vpmoe.failure import Permanent
 from vpmoe.inference.engine_pool import SamplingRequest
 from vpmoe.inference.verify import InferenceEngines
+from vpmoe.process.board import ProgressBoard
+from vpmoe.process.gpu import GpuUse, ReadGpus, not_read
 from vpmoe.provenance import Provenance
 from vpmoe.rollout import evaluation_record
 from vpmoe.rollout.evaluation_record import CanaryResult, EvaluationRecord
@@ -48,6 +50,8 @@ class EvaluationLine(MetricsLine):
     event: str = "evaluation"
     seconds: dict[str, float]
     """Duration of each thing that the attempt did, by name."""
+    gpu: GpuUse
+    """During the whole attempt."""
 
 
 def evaluate(
@@ -56,7 +60,9 @@ def evaluate(
     bucket: Bucket,
     provenance: Provenance,
     stopping: threading.Event,
+    board: ProgressBoard,
     engines: InferenceEngines,
+    read_gpus: ReadGpus = not_read,
 ) -> EvaluationRecord:
     """Measure the student at the end of a stage unless that was done; returns the content of evaluation.json.
 
@@ -64,15 +70,16 @@ def evaluate(
     stage has not finished, its last checkpoint is damaged, or there is nothing to measure with; StorageError;
     Retriable if the disk is full; Terminated if it was asked to stop.
     """
-    job = EvaluationWorker(run, bucket, provenance, stopping, None, stage, load_dataset(run, bucket))
+    job = EvaluationWorker(run, bucket, provenance, stopping, board, None, stage, load_dataset(run, bucket))
     if found := evaluation_record.load_evaluation(run, stage.name, bucket):
         check_current(job, found)
         log.info("Reused: %s: %s", bucket.url(paths.evaluation(run, stage.name)), summary(found))
-        job.report_measured("Reused", found.valid_share)
+        job.report_measured("Reused", found.valid_share, reused=True)
         return found
     with tempfile.TemporaryDirectory(prefix="vpmoe-evaluate-") as scratch:
         measured = measure_student(job, engines, Path(scratch))
-    line = EvaluationLine(attempt=provenance.attempt, seconds=job.seconds).dump() | measured.dump()
+    line = EvaluationLine(attempt=provenance.attempt, seconds=job.seconds, gpu=read_gpus()).dump()
+    line |= measured.dump()
     text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
     # create: if the attempt is killed after this, the next one leaves the line of metrics as it is.
     bucket.create(paths.metrics(run, provenance.step, "000000"), text.encode(), provenance.metadata())

@@ -19,6 +19,7 @@ from vpmoe.process.step_worker import StepWorker
 from vpmoe.storage import paths
 from vpmoe.storage.bucket import json_bytes
 from vpmoe.storage.manifest import Manifest
+from vpmoe.storage.records import load_record
 
 REPORT_SECONDS = 10.0
 """Seconds between two reports within a part."""
@@ -43,11 +44,12 @@ class EvaluationWorker(StepWorker):
 
     def report_running(self, message: str) -> None:
         """Report what the step is doing, and how many parts are measured."""
-        self.write_progress(message, parts=self._amount(), dataset=dataset_facts(self.bucket, self.dataset))
+        self.publish_progress(message, parts=self._amount(), dataset=dataset_facts(self.bucket, self.dataset))
 
-    def report_measured(self, message: str, validity: float | None) -> None:
-        """Report success. `validity`: share of valid completions, None if none was sampled."""
-        self.write_progress(
+    def report_measured(self, message: str, validity: float | None, *, reused: bool = False) -> None:
+        """Report success. `validity`: share of valid completions, None if none was sampled. `reused`: an
+        earlier attempt has measured all of it."""
+        self.publish_progress(
             message,
             "Succeeded",
             parts=self._amount()
@@ -55,6 +57,7 @@ class EvaluationWorker(StepWorker):
             else None,  # none if an earlier attempt measured all of them
             validity=validity,
             dataset=dataset_facts(self.bucket, self.dataset),
+            reused=reused,
         )
 
     def _amount(self) -> Amount:
@@ -92,5 +95,4 @@ class EvaluationWorker(StepWorker):
         if not self.bucket.exists(key):
             self.bucket.create(key, json_bytes(measure()), self.provenance.metadata())
         self.measured.append(name)
-        fields: dict[str, Any] = self.bucket.get_json(key)
-        return fields
+        return load_record(self.bucket, key, dict[str, Any])

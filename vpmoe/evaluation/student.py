@@ -12,16 +12,15 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from vpmoe.checkpoint.format import CheckpointRejected, Weights, open_weights
-from vpmoe.checkpoint.train_state import list_iterations
+from vpmoe.checkpoint.format import Weights
 from vpmoe.data.tokenizer import Ids
 from vpmoe.evaluation.job import EvaluationWorker
-from vpmoe.failure import Permanent, Retriable
+from vpmoe.failure import Retriable
 from vpmoe.inference.engine_pool import SamplingRequest
 from vpmoe.inference.verify import InferenceEngines
 from vpmoe.model import hf_export
 from vpmoe.model.shapes import SHAPES
-from vpmoe.storage import paths
+from vpmoe.model.stage_end import open_stage_end
 
 
 class EvaluatedStudent:
@@ -29,8 +28,8 @@ class EvaluatedStudent:
     more."""
 
     def __init__(self, job: EvaluationWorker, engines: InferenceEngines, scratch: Path) -> None:
-        """Find the checkpoint; load nothing yet. Raises as `find_last_checkpoint` does."""
-        self.checkpoint = find_last_checkpoint(job)
+        """Find the checkpoint; load nothing yet. Raises as `open_stage_end` does."""
+        self.checkpoint = open_stage_end(job.run, job.stage.name, job.bucket, "evaluated")
         self._job = job
         self._engines = engines
         self._folder = scratch / "student"
@@ -57,33 +56,6 @@ class EvaluatedStudent:
     def sample(self, requests: Sequence[SamplingRequest]) -> list[Ids]:
         """The ids of each request's completion, [C]."""
         return [completion.ids_C for completion in self._engines.sample(requests, self._job.check_stop)]
-
-
-def find_last_checkpoint(job: EvaluationWorker) -> Weights:
-    """The last checkpoint of a finished stage.
-
-    Raises Permanent if the stage has not finished or the checkpoint is damaged.
-    """
-    name, folder = job.stage.name, paths.checkpoints(job.run, job.stage.name)
-    newest = list_iterations(job.bucket, folder)[:1]
-    if not newest:
-        raise Permanent(
-            f"{job.bucket.url(folder)}: stage {name} has no checkpoint. Train it first: python -m "
-            f"jobs.train --step {name}."
-        )
-    try:
-        found = open_weights(job.bucket, f"{folder}/{newest[0]}")
-    except CheckpointRejected as refusal:
-        raise Permanent(
-            f"stage {name} cannot be evaluated: {refusal} Restore its objects, or delete its folder and "
-            f"train the last steps again: python -m jobs.train --step {name}."
-        ) from refusal
-    if not found.train_state.finished:
-        raise Permanent(
-            f"stage {name} has trained {found.train_state.tokens} tokens. Train it to its end: python -m "
-            f"jobs.train --step {name}."
-        )
-    return found
 
 
 def export_student(job: EvaluationWorker, checkpoint: Weights, folder: Path) -> None:

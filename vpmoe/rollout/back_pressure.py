@@ -16,6 +16,7 @@ from vpmoe.api import DistillRun
 from vpmoe.api.base import Record
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.bucket import json_bytes
+from vpmoe.storage.records import load_record
 
 AdjustedSetting = Literal["maxTokens", "effort", "teacher"]
 
@@ -46,7 +47,7 @@ def applies_to(adjustments: Sequence[Adjustment], window: int) -> tuple[Adjustme
 def read_adjustments(bucket: Bucket, run: DistillRun, stage: str) -> list[Adjustment]:
     """All adjustments of a stage so far, in order."""
     prefix = paths.turn(run, stage, 0).removesuffix("000000.json")
-    return [Adjustment.model_validate(bucket.get_json(found.key)) for found in bucket.list(prefix)]
+    return [load_record(bucket, found.key, Adjustment) for found in bucket.list(prefix)]
 
 
 def write_adjustment(

@@ -5,9 +5,9 @@ vpmoe.evaluation measures it, gate.py decides by it.
 """
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Annotated, Any, Self, get_args
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from vpmoe.api import DistillRun
 from vpmoe.api.base import Record
@@ -23,12 +23,18 @@ class EffortResult(Record):
 
     model_config = ConfigDict(extra="forbid")
 
-    validity: dict[str, int]
-    """Number of completions by validity (validity.VALIDITIES)."""
+    validity: dict[str, Annotated[int, Field(ge=0)]]
+    """Number of completions by validity (validity.VALIDITIES); at least one is counted."""
     mean_tokens: float
     """Mean length in tokens, stop token included."""
     most_tokens: int
     """Length of the longest completion."""
+
+    @model_validator(mode="after")
+    def _counts_completions(self) -> Self:
+        if not sum(self.validity.values()):
+            raise ValueError("validity counts no completion")
+        return self
 
 
 class CanaryResult(Record):
@@ -64,12 +70,18 @@ class EvaluationRecord(Record):
     """Their mean negative log-likelihood by span, in nats per token; None if none was scored."""
     completions: int = 0
     """Number of completions sampled."""
-    validity: dict[str, int] = Field(default_factory=dict)
+    validity: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
     """Number of completions by validity (validity.VALIDITIES); empty if none was sampled."""
     efforts: dict[str, EffortResult] = Field(default_factory=dict)
     """Validity and lengths by reasoning effort."""
     canary: CanaryResult | None = None
     """None if evaluation.canary is not set."""
+
+    @model_validator(mode="after")
+    def _counts_each_completion(self) -> Self:
+        if sum(self.validity.values()) != self.completions:
+            raise ValueError("validity does not count as many completions as there are")
+        return self
 
     @property
     def valid_share(self) -> float | None:

@@ -14,6 +14,7 @@ from vpmoe.api.base import Record
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.bucket import json_bytes
 from vpmoe.storage.manifest import Manifest
+from vpmoe.storage.records import facts_of
 
 KIND = "weights"
 """Kind of a version's manifest."""
@@ -64,7 +65,7 @@ def find_version(
     if not bucket.exists(key):
         return None
     found = manifest.load(bucket, key)
-    return found, PolicyVersion.model_validate(found.facts)
+    return found, facts_of(bucket, found, KIND, PolicyVersion)
 
 
 def weights_digest(published: Manifest) -> str:

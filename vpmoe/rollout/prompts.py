@@ -5,9 +5,9 @@ by the start of an assistant message. Every sampled token has a span, whatever w
 decides whether a completion is valid. Which prompts a window has is in windows.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,27 +63,52 @@ def completion_spans(ids_T: Ids) -> NDArray[np.uint8]:
     reasoning.
     """
     span_T = np.full(len(ids_T), REASONING, np.uint8)
+    for message in completion_messages(ids_T):
+        if message.channel == "final":
+            span_T[message.start : message.end + 1] = FINAL
+    return span_T
+
+
+class CompletionMessage(NamedTuple):
+    """A message of a completion: its header is [start, content), its content (content, end)."""
+
+    start: int
+    content: int
+    """Place of `<|message|>`; the completion's length if it ends within the header."""
+    end: int
+    """Place of the token that closes the message; the completion's length if none does."""
+    channel: str
+    """The channel that the header names; empty if it names none."""
+
+
+def completion_messages(ids_T: Ids) -> Iterator[CompletionMessage]:
+    """The messages of a completion, parsed as `completion_spans` says."""
     at = 0
     while at < len(ids_T):
         content = _find_next(ids_T, at, MESSAGE)
         end = _find_next(ids_T, content, END, RETURN, CALL)
-        if _channel_name(ids_T[at:content]) == "final":
-            span_T[at : end + 1] = FINAL
+        yield CompletionMessage(at, content, end, _channel_name(ids_T[at:content]))
         at = _find_next(ids_T, end + 1, START)
-    return span_T
 
 
 def completion_validity(ids_T: Ids) -> str:
     """Which of validity.VALIDITIES a completion is.
 
     The first that applies of truncated, valid, unclosedReasoning, noFinal and wrongOrder.
+
+    openai-harmony parses the completion together with the `<|start|>assistant` that ends its prompt, because
+    the sampled header continues that one: with a parser that is told the role, a completion that says the
+    role again would be valid. A valid completion is one that openai-harmony parses, and in addition: all
+    messages are the assistant's, without a name, a recipient or a content type; all but the last are analysis
+    and the last is final and has text; and it ends with `<|return|>`.
     """
     if not len(ids_T) or ids_T[-1] not in STOP_IDS:
         return TRUNCATED
-    parser = StreamableParser(_harmony(), Role.ASSISTANT)
+    parser = StreamableParser(_harmony(), role=None)
     try:
-        for token in ids_T.tolist():
+        for token in (START, ROLE_ASSISTANT, *ids_T.tolist()):
             parser.process(token)
+        parser.process_eos()
         ended = parser.state == StreamState.EXPECT_START
     except HarmonyError:
         ended = False
@@ -96,7 +121,8 @@ def completion_validity(ids_T: Ids) -> str:
     if not finals:
         return UNCLOSED_REASONING if ended and messages and messages[-1].channel == "analysis" else NO_FINAL
     plain = all(
-        m.author.role == Role.ASSISTANT and m.recipient is None and m.content_type is None for m in messages
+        (m.author.role, m.author.name, m.recipient, m.content_type) == (Role.ASSISTANT, None, None, None)
+        for m in messages
     )
     in_order = [m.channel for m in messages] == ["analysis"] * (len(messages) - 1) + ["final"]
     return VALID if ended and plain and in_order and ids_T[-1] == RETURN else WRONG_ORDER

@@ -210,11 +210,14 @@ def _arrow_bytes(schema: pa.Schema, columns: Sequence[Sequence[Any]], header: Re
 def _read_table(data: bytes, schema: pa.Schema, where: str) -> tuple[pa.Table, Any]:
     try:
         table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
+        table.validate(full=True)  # its offsets and lengths, before anything is read by them
         found = json.loads(table.schema.metadata[HEADER_KEY])
-    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise _damaged(where, f"it is not a window file ({type(error).__name__}: {error})") from error
     if not table.schema.equals(schema):
         raise _damaged(where, f"its columns are {', '.join(table.schema.names)}")
+    if any(column.null_count for column in table.columns):
+        raise _damaged(where, "some of its values are null")
     return table, found
 
 

@@ -24,6 +24,8 @@ from vpmoe.data.dataset import dataset_facts, load_training_dataset
 from vpmoe.data.reader import BlockCache
 from vpmoe.failure import Permanent
 from vpmoe.inference.verify import InferenceEngines, LoadStats, load_version
+from vpmoe.process.board import ProgressBoard
+from vpmoe.process.gpu import GpuUse, ReadGpus, not_read
 from vpmoe.process.step_worker import StepWorker, step_succeeded
 from vpmoe.provenance import Provenance
 from vpmoe.rollout import back_pressure, policy_version
@@ -85,6 +87,8 @@ class WindowLine(MetricsLine):
     """Number of rollouts by effort and validity."""
     lengths: dict[str, Lengths]
     """By effort."""
+    gpu: GpuUse | None
+    """While the batch was sampled; None except for the first window of a batch."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +147,10 @@ def sample_stage(
     bucket: Bucket,
     provenance: Provenance,
     stopping: threading.Event,
+    board: ProgressBoard,
     engines: InferenceEngines,
     scratch: Path,
+    read_gpus: ReadGpus = not_read,
 ) -> None:
     """Sample every window of the stage that has no rollouts yet, as soon as its version is published.
 
@@ -156,7 +162,7 @@ def sample_stage(
     it was asked to stop.
     """
     require_validity(run, stage, bucket)
-    job = SamplerWorker(run, bucket, provenance, stopping, None, stage, engines, scratch)
+    job = SamplerWorker(run, bucket, provenance, stopping, board, None, stage, engines, scratch)
     made = load_training_dataset(run, bucket)
     curriculum = Curriculum(stage)
     before, source = job.newest_window(), None
@@ -172,10 +178,11 @@ def sample_stage(
         first, *others = curriculum.windows_of(version.version)
         windows = f"windows {first} to {others[-1]}" if others else f"window {first}"
         job.report_windows(f"Sampling {windows} from version {version.version}", before)
+        read_gpus()  # what they did before is not the batch's
         batch = sample_version(
             source, version, back_pressure.read_adjustments(bucket, run, stage.name), engines, job.check_stop
         )
-        before = write_windows(job, source, published, version, batch, before, waited, loading)
+        before = write_windows(job, source, published, version, batch, before, waited, loading, read_gpus())
     done = before.window + 1 if before else 0
     job.report_success(
         "Complete" if before and before.last else "The stage has ended", done, dataset_facts(bucket, made)
@@ -207,6 +214,7 @@ def write_windows(
     before: RolloutHeader | None,
     waited: float,
     loading: LoadStats,
+    gpu: GpuUse,
 ) -> RolloutHeader:
     """Write the windows of a batch that come after `before`, up to the stage's last; returns the header of
     the last one.
@@ -246,6 +254,7 @@ def write_windows(
             tokens_per_second=batch.speed,
             rollouts=len(rollouts),
             load=None if place else VersionLoad(seconds=loading.seconds, probe=loading.probe),
+            gpu=None if place else gpu,
             **rollout_stats(rollouts),
         )
         write_metrics(job, line)

@@ -1,5 +1,6 @@
 """A teacher on the Hugging Face hub: resolve a revision to a commit and its files, and download them."""
 
+import glob
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
@@ -27,10 +28,14 @@ def commit_and_files(model: str) -> tuple[str, list[tuple[str, int, str]]]:
 
 
 def download(model: str, commit: str, names: list[str], folder: Path) -> None:
-    """Download these files of a commit into `folder`; existing files are kept.
+    """Download these files of a commit into `folder`; existing files are kept. What a killed process has left
+    of a file is not continued: it may never have reached the disk.
 
-    Raises as commit_and_files does.
+    Raises as commit_and_files does; OSError if the disk is full or cannot be written.
     """
     repository = model.removeprefix("hf://").partition("@")[0]
+    for part in folder.glob(".cache/huggingface/download/*.incomplete"):
+        part.unlink(missing_ok=True)
     with hub_errors(f"teacher.model: {model}", "model", INSTEAD):
-        snapshot_download(repository, revision=commit, local_dir=folder, allow_patterns=names)
+        exact = [glob.escape(name) for name in names]
+        snapshot_download(repository, revision=commit, local_dir=folder, allow_patterns=exact)

@@ -7,22 +7,24 @@ No torch: the trainer imports this too. vpmoe.inference.teacher_engine runs the 
 import base64
 import hashlib
 import json
-import struct
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vpmoe.api import DistillRun
+from vpmoe.checkpoint.safetensors_header import InvalidCheckpoint, read_folder, read_json_object
 from vpmoe.data.vocabulary import TEXT_IDS, VOCABULARY_SHA256, VOCABULARY_SIZE
 from vpmoe.failure import Permanent
 from vpmoe.storage import BLOCK, Bucket, Object, paths
 from vpmoe.storage.blocks import block_range, in_order
 from vpmoe.storage.bucket import json_bytes
-from vpmoe.storage.local import written_whole
+from vpmoe.storage.records import load_record
+from vpmoe.teacher import cache
 
-THREADS = 8
-"""Blocks of a file that are downloaded at the same time."""
+LONGEST_NAME = 240
+"""Bytes of the longest file name. File systems hold 255; a file has a longer name while it is downloaded."""
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Floating-point types: their name in a safetensors header, and in torch."""
@@ -59,10 +61,6 @@ class TeacherRef:
     def as_json(self) -> dict[str, Any]:
         return {"model": self.model, "commit": self.commit, "files": [asdict(file) for file in self.files]}
 
-    @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> "TeacherRef":
-        return cls(found["model"], found["commit"], tuple(TeacherFile(**file) for file in found["files"]))
-
 
 def resolve_teacher(run: DistillRun, bucket: Bucket) -> TeacherRef:
     """The run's teacher.
@@ -77,7 +75,7 @@ def resolve_teacher(run: DistillRun, bucket: Bucket) -> TeacherRef:
         found = find_teacher(run.spec.teacher.model, bucket)
         # The first of two concurrent jobs wins.
         bucket.create(key, json_bytes(found.as_json()), {"config": run.config_hash})
-    return TeacherRef.from_json(bucket.get_json(key))
+    return load_record(bucket, key, TeacherRef)
 
 
 def find_teacher(model: str, bucket: Bucket) -> TeacherRef:
@@ -93,10 +91,11 @@ def find_teacher(model: str, bucket: Bucket) -> TeacherRef:
         found = [TeacherFile(*file) for file in listed]
     else:
         name, key = paths.split_url(model)
-        folder = key.rstrip("/") + "/"
+        folder = key.removesuffix("/") + "/"
+        store = bucket.other(name, "teacher.model")
         found = [
-            TeacherFile(seen.key.removeprefix(folder), seen.size, seen.etag)
-            for seen in bucket.other(name).list(folder)
+            TeacherFile(seen.key.removeprefix(folder), seen.size, store.pin(seen).etag)
+            for seen in store.list(folder)
         ]
     files = tuple(
         sorted((file for file in found if file.name and "/" not in file.name), key=lambda file: file.name)
@@ -106,40 +105,70 @@ def find_teacher(model: str, bucket: Bucket) -> TeacherRef:
             f"teacher.model: {model} has no config.json. Name a Hugging Face model directory, as "
             "save_pretrained writes it: config.json and *.safetensors."
         )
+    if not any(file.name.endswith(".safetensors") for file in files):
+        raise Permanent(
+            f"teacher.model: {model} has no *.safetensors file beside its config.json. Copy the whole model "
+            "directory; only safetensors are read."
+        )
+    for file in files:
+        if file.name in (".", "..") or "\0" in file.name or len(file.name.encode()) > LONGEST_NAME:
+            raise Permanent(
+                f"teacher.model: {model}: no file of a disk can be called {file.name!r:.300}. Remove it from "
+                "the model directory, or give it another name."
+            )
     return TeacherRef(model, commit, files)
 
 
 def fetch_teacher(
     teacher: TeacherRef, bucket: Bucket, folder: Path, check_stop: Callable[[], None] = lambda: None
 ) -> Path:
-    """Download the model into a directory of its own below `folder` and return that. Existing files are kept.
+    """A directory below `folder` with the model's files. Those that are not there, or are not what was
+    downloaded, are downloaded (vpmoe.teacher.cache).
 
     `check_stop` is called before every block and may raise. Raises StorageError (Altered) if a file is no
-    longer the pinned one, and (Local) if the disk is full.
+    longer the pinned one, and (Local) if the disk is full; Permanent if it cannot be written.
     """
-    directory = folder / teacher.sha256[:16]
-    directory.mkdir(parents=True, exist_ok=True)
-    if teacher.commit:
+
+    def from_hub(names: list[str], directory: Path) -> Iterator[tuple[str, cache.Blocks]]:
         from vpmoe.teacher import hub
 
-        hub.download(teacher.model, teacher.commit, [file.name for file in teacher.files], directory)
-        return directory
-    name, key = paths.split_url(teacher.model)
-    store = bucket.other(name)
-    for file in teacher.files:
-        path = directory / file.name
-        if path.is_file():  # files appear whole, and the directory belongs to this content
-            continue
-        pinned = Object(f"{key.rstrip('/')}/{file.name}", file.size, file.etag)
+        hub.download(teacher.model, str(teacher.commit), names, directory)
+        for name in names:
+            yield name, cache.hash_synced(directory / name)
 
-        def block(index: int, pinned: Object = pinned) -> bytes:
-            check_stop()
-            return store.fetch_range(pinned, *block_range(pinned.size, index))
+    def from_bucket(names: list[str], directory: Path) -> Iterator[tuple[str, cache.Blocks]]:
+        name, key = paths.split_url(teacher.model)
+        store = bucket.other(name, "teacher.model")
+        for file in (file for file in teacher.files if file.name in names):
+            pinned = Object(f"{key.removesuffix('/')}/{file.name}", file.size, file.etag)
 
-        with written_whole(path, file.size, store.url(pinned.key)) as written:
-            for data in in_order(block, range(-(-file.size // BLOCK)), THREADS):
-                written.write(data)
-    return directory
+            def block(index: int, pinned: Object = pinned) -> tuple[bytes, str]:
+                check_stop()
+                data = store.fetch_range(pinned, *block_range(pinned.size, index))
+                return data, hashlib.sha256(data).hexdigest()
+
+            blocks = in_order(block, range(-(-file.size // BLOCK)), cache.THREADS)
+            yield (
+                file.name,
+                cache.write_blocks(directory / file.name, file.size, store.url(pinned.key), blocks),
+            )
+
+    sizes = {file.name: file.size for file in teacher.files}
+    download = from_hub if teacher.commit else from_bucket
+    return cache.complete(folder, folder_name(teacher, bucket), sizes, download, check_stop)
+
+
+def folder_name(teacher: TeacherRef, bucket: Bucket) -> str:
+    """Name of the teacher's folder: its model's name, and a hash of where it comes from and of its content.
+
+    Stores need not derive ETags from content, so equal ones of two sources prove nothing.
+    """
+    source = teacher.model.partition("@")[0].rstrip("/")
+    if not teacher.commit:
+        source = f"{bucket.endpoint} {source}"
+    key = hashlib.sha256(json_bytes({"source": source, "teacher": teacher.sha256})).hexdigest()[:16]
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", source.rpartition("/")[2])[:64]
+    return f"{name}-{key}".lstrip(".")
 
 
 def check_vocabulary(directory: Path) -> None:
@@ -175,7 +204,7 @@ def tiktoken_file(tokenizer: Path) -> bytes:
         return b"".join(
             b"%s %d\n" % (base64.b64encode(bytes(byte[c] for c in token)), rank) for rank, token in ranks
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return b""
 
 
@@ -190,33 +219,42 @@ def byte_of_character() -> dict[str, int]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The model's config.json. Raises Permanent if it is not JSON."""
+    """The model's config.json. Raises Permanent if there is none, or if it is not a JSON object."""
     try:
-        found: dict[str, Any] = json.loads((directory / "config.json").read_bytes())
-    except ValueError as error:
+        return read_json_object(directory / "config.json")
+    except InvalidCheckpoint as error:
+        raise Permanent(f"teacher.model: {error} Write the model's directory again.") from error
+
+
+def declared_dtype(config: Mapping[str, Any]) -> str | None:
+    """torch's name of the dtype that config.json declares; None if it declares none.
+
+    Raises Permanent if no engine computes in it.
+    """
+    declared = config.get("dtype") or config.get("torch_dtype")
+    if not declared:
+        return None
+    name = str(declared).removeprefix("torch.")
+    if name not in DTYPES.values():
         raise Permanent(
-            f"teacher.model: config.json is not JSON ({error}). Write the model's directory again."
-        ) from error
-    return found
+            f"teacher.model: config.json declares dtype {declared!r:.80}, not one of "
+            f"{', '.join(DTYPES.values())}. Declare the type in which the weights were saved."
+        )
+    return name
 
 
 def checkpoint_dtype(directory: Path) -> str:
     """torch's name of the checkpoint's dtype: as declared in config.json, otherwise that of its output
     projection.
 
-    Raises Permanent if neither is there.
+    Raises Permanent if neither is there, InvalidCheckpoint as read_folder does.
     """
-    settings = read_config(directory)
-    declared = settings.get("dtype") or settings.get("torch_dtype")
-    if declared:
-        return str(declared).removeprefix("torch.")
-    for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size))
-        for name in ("lm_head.weight", "model.embed_tokens.weight"):
-            if header.get(name, {}).get("dtype") in DTYPES:
-                return DTYPES[header[name]["dtype"]]
+    if declared := declared_dtype(read_config(directory)):
+        return declared
+    stored = read_folder(directory)
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        if name in stored and stored[name].dtype in DTYPES:
+            return DTYPES[stored[name].dtype]
     raise Permanent(
         "teacher.model: config.json names no dtype, and no *.safetensors file has an lm_head.weight. Add "
         "dtype to config.json."

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vpmoe.data.dataset import UNKNOWN
+from vpmoe.data.dataset import UNKNOWN, clean_label
 from vpmoe.data.index import index_bytes, read_index
 from vpmoe.data.spans import SPANS
 from vpmoe.data.tokenizer import Ids
@@ -23,6 +23,7 @@ from vpmoe.storage import Bucket, paths
 from vpmoe.storage.manifest import Manifest
 from vpmoe.storage.paths import PartFile, ScoresFile
 from vpmoe.teacher.histogram import CODES, sparse
+from vpmoe.teacher.uniform import UniformCheck
 
 MIN_LOGP = np.float32(-100.0)
 """Lowest log-probability that is stored: exact in float16, and exp() of it is 0 there."""
@@ -40,6 +41,9 @@ DOCUMENTS = pa.schema(
     ]
 )
 
+LABELS = ["synth_id", "language", "exercise"]
+"""Columns that are those of the dataset's part."""
+
 
 class ScoredPart:
     """Part `number` of the scores while it is made, in `folder`.
@@ -50,22 +54,26 @@ class ScoredPart:
     def __init__(
         self, dataset: Manifest, number: int, picked_D: NDArray[np.bool_], bucket: Bucket, folder: Path
     ) -> None:
-        """Download the dataset's part.
+        """Download the dataset's part, if it has documents.
 
         Raises StorageError if it is not what its manifest says, OSError if the disk is full.
         """
         self._folder = folder
         self.number = number
-        wanted: list[PartFile] = ["tokens.idx", "documents.parquet", "spans.bin"]
-        for file in [*wanted, "tokens.bin"] if picked_D.any() else wanted[:2]:
+        wanted: list[PartFile] = ["tokens.idx", "documents.parquet"] if len(picked_D) else []
+        if picked_D.any():
+            wanted += ["spans.bin", "tokens.bin"]
+        for file in wanted:
             name = paths.dataset_part(dataset.facts["id"], "train", number, file).removeprefix(
                 paths.dataset(dataset.facts["id"]) + "/"
             )
             bucket.download(dataset.subjects[name], folder / file)
-        lengths_D = read_index(folder / "tokens.idx").lengths
+        lengths_D = read_index(folder / "tokens.idx").lengths if len(picked_D) else np.empty(0, np.int32)
         self._starts = np.concatenate([[0], np.cumsum(lengths_D, dtype=np.int64)])
-        self._labels = pq.read_table(
-            folder / "documents.parquet", columns=["synth_id", "language", "exercise"]
+        self._labels = (
+            pq.read_table(folder / "documents.parquet", columns=LABELS)
+            if len(picked_D)
+            else pa.schema([DOCUMENTS.field(name) for name in LABELS]).empty_table()
         )
         if not len(lengths_D) == len(picked_D) == self._labels.num_rows:
             raise Permanent(
@@ -79,6 +87,7 @@ class ScoredPart:
         self._means_D = {name: np.full(len(picked_D), np.nan, np.float32) for name in SPANS}
         self._counts = {name: np.zeros(CODES, np.int64) for name in SPANS}
         self._tokens_of = np.zeros(len(picked_D), np.int64)
+        self._uniform = UniformCheck(f"training part {number}")
         with (folder / "logp.bin").open("wb") as empty:
             for start in range(0, int(self._starts[-1]), COPY_TOKENS):
                 empty.write(np.full(min(COPY_TOKENS, int(self._starts[-1]) - start), NOT_SCORED).tobytes())
@@ -106,7 +115,8 @@ class ScoredPart:
     def add(self, document: int, logp_T: NDArray[np.float32]) -> None:
         """Add a document's log-probabilities, [T].
 
-        Raises Permanent if a supervised token has none, OSError if the disk is full.
+        Raises Permanent if a supervised token has none, or if all of the part so far are uniform; OSError if
+        the disk is full.
         """
         start, stop = int(self._starts[document]), int(self._starts[document + 1])
         span_T = self._spans_T[start:stop]
@@ -119,6 +129,7 @@ class ScoredPart:
                 f"probability, the first at {missing[0]} of {stop - start}. Its weights may hold numbers "
                 "that are not finite, or overflow in their dtype; try another checkpoint."
             )
+        self._uniform.add(logp_T[span_T > 0])
         self._logp.seek(stored_T.itemsize * start)
         self._logp.write(stored_T.tobytes())
         for name, span in SPANS.items():
@@ -129,11 +140,13 @@ class ScoredPart:
                 self._means_D[name][document] = of_span.mean(dtype=np.float64)
 
     def write(self) -> dict[ScoresFile, Path]:
-        """Finish the files; returns their paths.
+        """Finish the files; returns their paths. A part without documents has none.
 
         Nothing can be added afterwards. Raises OSError if the disk is full.
         """
         self._logp.close()
+        if not len(self._picked_D):
+            return {}
         (self._folder / "logp.idx").write_bytes(index_bytes(np.diff(self._starts), np.float16))
         means = [pa.array(values, pa.float32(), mask=np.isnan(values)) for values in self._means_D.values()]
         columns = [*self._labels.columns, pa.array(self._picked_D), *means]
@@ -157,7 +170,7 @@ class ScoredPart:
         for kind, column in (("languages", "language"), ("exercises", "exercise")):
             labels = self._labels[column].filter(pa.array(self._picked_D)).to_pylist()
             for label, tokens in zip(labels, self._tokens_of[self._picked_D].tolist(), strict=True):
-                entry = by[kind].setdefault(label or UNKNOWN, {"documents": 0, "tokens": 0})
+                entry = by[kind].setdefault(clean_label(label) or UNKNOWN, {"documents": 0, "tokens": 0})
                 entry["documents"] += 1
                 entry["tokens"] += tokens
         return {

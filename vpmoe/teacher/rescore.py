@@ -8,6 +8,7 @@ worker that finds all records writes the manifest. The teacher is loaded for the
 not at all if there is nothing to do. part.py makes the files of a part.
 """
 
+import json
 import logging
 import tempfile
 import threading
@@ -24,19 +25,24 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vpmoe.api import DistillRun
+from vpmoe.api.metrics import MetricsLine
 from vpmoe.data.dataset import dataset_facts, load_dataset
 from vpmoe.data.system_message import EffortSubstitution
 from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Permanent
+from vpmoe.process.board import ProgressBoard
+from vpmoe.process.gpu import GpuUse, ReadGpus, not_read
 from vpmoe.process.step_worker import StepWorker, scratch_disk
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.blocks import in_order
 from vpmoe.storage.bucket import json_bytes
 from vpmoe.storage.manifest import Manifest
+from vpmoe.storage.records import load_record
 from vpmoe.teacher import model, subset
 from vpmoe.teacher.part import ScoredPart
 from vpmoe.teacher.scores import (
+    PartScores,
     ScoresRef,
     claim_scores,
     done_parts,
@@ -69,6 +75,25 @@ LoadTeacher = Callable[[Path, int], Teacher]
 """Loads a teacher: (directory, maximum length of a sequence in tokens) → teacher."""
 
 
+class PartLine(MetricsLine):
+    """The step's line of metrics for a part of a set of scores."""
+
+    event: str = "part"
+    worker: int
+    scores: str
+    """Id of the set of scores."""
+    part: int
+    documents: int
+    """Documents that were scored."""
+    tokens: int
+    """Their tokens with a score."""
+    seconds: float
+    """Time to score the part and to upload it."""
+    tokens_per_second: float
+    gpu: GpuUse
+    """While the part was scored."""
+
+
 @dataclass(frozen=True)
 class RescoreWorker(StepWorker):
     """One worker of one attempt at the step."""
@@ -77,6 +102,7 @@ class RescoreWorker(StepWorker):
     scores: Sequence[ScoresRef]
     load: LoadTeacher
     scratch: Path
+    read_gpus: ReadGpus = not_read
 
     @property
     def parts(self) -> int:
@@ -115,9 +141,11 @@ def rescore(
     bucket: Bucket,
     provenance: Provenance,
     stopping: threading.Event,
+    board: ProgressBoard,
     worker: int | None,
     load_teacher: LoadTeacher,
     scratch: Path,
+    read_gpus: ReadGpus = not_read,
 ) -> list[ScoresRef]:
     """Do this worker's share of the step. Returns the sets of scores that the run's stages train on.
 
@@ -131,18 +159,23 @@ def rescore(
         bucket,
         provenance,
         stopping,
+        board,
         worker,
         dataset,
         resolve_all_scores(run, bucket, dataset),
         load_teacher,
         scratch,
+        read_gpus,
     )
     if job.complete():
         for scores in job.scores:
             load_scores(scores, bucket)
             log.info("Reused: %s is complete", bucket.url(scores.folder))
         job.report_success(
-            "Reused" if job.scores else "No stage trains on scores", job.total, dataset_facts(bucket, dataset)
+            "Reused" if job.scores else "No stage trains on scores",
+            job.total,
+            dataset_facts(bucket, dataset),
+            reused=bool(job.scores),
         )
         return list(job.scores)
     for scores in job.scores:
@@ -189,9 +222,12 @@ def pick_documents(job: RescoreWorker, scores: ScoresRef) -> list[NDArray[np.boo
 
 
 def read_labels(job: RescoreWorker, part: int) -> subset.DocumentLabels:
-    """The labels and lengths of the documents of a part."""
+    """The labels and lengths of the documents of a part; a part without training documents has no files."""
     job.check_stop()
-    content = b"".join(job.bucket.blocks(job.dataset.subjects[f"train/part-{part:05d}.documents.parquet"]))
+    subject = job.dataset.subjects.get(f"train/part-{part:05d}.documents.parquet")
+    if subject is None:
+        return subset.NO_DOCUMENTS
+    content = b"".join(job.bucket.blocks(subject))
     return subset.document_labels(
         pq.read_table(pa.BufferReader(content), columns=["language", "exercise", "reasoning", "final"])
     )
@@ -207,26 +243,47 @@ def score_part(job: RescoreWorker, scores: ScoresRef, number: int, picked_D: NDA
     with tempfile.TemporaryDirectory(prefix=f"vpmoe-scores-{number:05d}-") as folder:
         with scratch_disk("rescore", DISK_NEED):
             part = ScoredPart(job.dataset, number, picked_D, bucket, Path(folder))
+            job.read_gpus()  # what they did before is not the part's
             if picked_D.any():
                 score_documents(job, part)
+            gpu = job.read_gpus()
             files = part.write()
         entries = []
         for file, path in files.items():
             stored = bucket.put_file(paths.scores_part(scores.id, number, file), path, metadata)
             entries.append(manifest.entry(stored.subject(scores.folder)))
     record = {"part": number, "content": scores.content, **part.counts(), "files": entries}
+    tokens, seconds = sum(record["tokens"].values()), time.monotonic() - started
+    line = PartLine(
+        attempt=job.provenance.attempt,
+        worker=job.worker or 0,
+        scores=scores.id,
+        part=number,
+        documents=record["documents"],
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_second=tokens / seconds,
+        gpu=gpu,
+    )
+    write_part_metrics(job, line)  # before the record, after which no attempt comes back to this part
     if not bucket.create(paths.scores_record(scores.id, number), json_bytes(record), metadata):
         raise Permanent(
             f"{bucket.url(paths.scores_record(scores.id, number))}: another writer scored the same part "
             "with other bits, on another kind of machine or with another version of vLLM. Delete this "
             "record and run the step again: only that part is scored again."
         )
-    tokens, seconds = sum(record["tokens"].values()), time.monotonic() - started
     log.info(
         f"Scored part {number}: {record['documents']:,} of {len(picked_D):,} documents scored, {tokens:,} "
         f"supervised tokens, {seconds:,.0f} s"
     )
     job.report(f"Scored part {number}", job.done(), job.total, tokens / seconds if tokens else None)
+
+
+def write_part_metrics(job: RescoreWorker, line: PartLine) -> None:
+    """Write a part's line of metrics."""
+    key = paths.metrics(job.run, job.provenance.step, f"{line.scores[:16]}-{line.part:05d}")
+    text = json.dumps(line.dump(), allow_nan=False) + "\n"
+    job.bucket.put_bytes(key, text.encode(), job.provenance.metadata())
 
 
 def score_documents(job: RescoreWorker, part: ScoredPart) -> None:
@@ -256,7 +313,10 @@ def write_manifests(job: RescoreWorker) -> None:
     """
     for scores in job.scores:
         if len(done_parts(scores, job.bucket)) == job.parts and not job.bucket.exists(scores.manifest):
-            records = [job.bucket.get_json(paths.scores_record(scores.id, part)) for part in range(job.parts)]
+            records = [
+                load_record(job.bucket, paths.scores_record(scores.id, part), PartScores)
+                for part in range(job.parts)
+            ]
             made = write_scores_manifest(scores, job.dataset, records, job.provenance, job.bucket)
             means = ", ".join(
                 f"{span} {mean:.3f}" for span, mean in made.facts["mean"].items() if mean is not None

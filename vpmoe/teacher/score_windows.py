@@ -24,6 +24,8 @@ from vpmoe.api.metrics import MetricsLine
 from vpmoe.api.stages import OnPolicy
 from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.failure import Permanent
+from vpmoe.process.board import ProgressBoard
+from vpmoe.process.gpu import GpuUse, ReadGpus, not_read
 from vpmoe.process.step_worker import StepWorker, step_succeeded
 from vpmoe.provenance import Provenance
 from vpmoe.rollout.gate import require_validity
@@ -31,6 +33,7 @@ from vpmoe.rollout.window_files import ScoresHeader, WindowRollouts, read_rollou
 from vpmoe.storage import Bucket, paths
 from vpmoe.teacher import model
 from vpmoe.teacher.rescore import LoadTeacher, Teacher
+from vpmoe.teacher.uniform import UniformCheck
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,8 @@ class ScoringLine(MetricsLine):
     tokens: int
     """Tokens of the window: prompts and completions."""
     tokens_per_second: float
+    gpu: GpuUse
+    """While the window was scored."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class ScoringWorker(StepWorker):
     stage: OnPolicy
     teacher: str
     """TeacherRef.sha256 of the run's teacher."""
+    read_gpus: ReadGpus = not_read
     sampled: set[int] = field(default_factory=set)
     """Windows known to have rollouts."""
     scored: set[int] = field(default_factory=set)
@@ -120,9 +126,11 @@ def score_windows(
     bucket: Bucket,
     provenance: Provenance,
     stopping: threading.Event,
+    board: ProgressBoard,
     worker: int | None,
     load_teacher: LoadTeacher,
     scratch: Path,
+    read_gpus: ReadGpus = not_read,
 ) -> int:
     """Score this worker's windows until the stage has no more; returns how many were scored.
 
@@ -131,7 +139,7 @@ def score_windows(
     """
     require_validity(run, stage, bucket)
     found = model.resolve_teacher(run, bucket)
-    job = ScoringWorker(run, bucket, provenance, stopping, worker, stage, found.sha256)
+    job = ScoringWorker(run, bucket, provenance, stopping, board, worker, stage, found.sha256, read_gpus)
     job.refresh()
     missing = (window for window in count(worker or 0, job.workers) if window not in job.scored)
     window, done = next(missing), 0
@@ -156,6 +164,7 @@ def score_window(job: ScoringWorker, teacher: Teacher, window: int) -> bool:
         return False
     available = time.monotonic()
     sampled = read_window(job, window)
+    job.read_gpus()  # what it did before is not the window's
     logp = score_rollouts(job, teacher, sampled)
     seconds, tokens = time.monotonic() - available, sum(len(one.ids_T) for one in sampled.rollouts)
     line = ScoringLine(
@@ -166,6 +175,7 @@ def score_window(job: ScoringWorker, teacher: Teacher, window: int) -> bool:
         wait_rollouts=available - started,
         tokens=tokens,
         tokens_per_second=tokens / seconds,
+        gpu=job.read_gpus(),
     )
     write_window_metrics(job, line)  # before the scores, after which no attempt comes back to this window
     write_scores(job, sampled, logp)
@@ -230,9 +240,11 @@ def score_rollouts(
     """For each rollout the teacher's log-probabilities of its completion, [C], given the same prompt as the
     student's.
 
-    The prompt keeps its effort. Raises Permanent if a token has no log-probability.
+    The prompt keeps its effort. Raises Permanent if a token has no log-probability, or if all of the window
+    so far are uniform.
     """
     logp = []
+    uniform = UniformCheck(f"window {sampled.header.window}")
     for one, logp_T in zip(
         sampled.rollouts, teacher.score((one.ids_T for one in sampled.rollouts), job.check_stop), strict=True
     ):
@@ -245,6 +257,7 @@ def score_rollouts(
                 f"first at {missing[0]} of {len(logp_C)}. Its weights may hold numbers that are not finite, "
                 "or overflow in their dtype; try another checkpoint."
             )
+        uniform.add(logp_C)
         logp.append(logp_C)
     return logp
 

@@ -9,9 +9,10 @@ part, rescore.py decides the order.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
+from pydantic import AfterValidator, Field
 
 from vpmoe.api import DistillRun
 from vpmoe.api.stages import Subset
@@ -21,7 +22,8 @@ from vpmoe.failure import Permanent
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.bucket import json_bytes
-from vpmoe.storage.manifest import Input, Manifest
+from vpmoe.storage.manifest import Input, Manifest, Sha256, SubjectEntry
+from vpmoe.storage.records import facts_of, load_record
 from vpmoe.teacher.histogram import CODES, dense, mean, sparse
 from vpmoe.teacher.model import TeacherRef, resolve_teacher
 
@@ -74,6 +76,61 @@ class ScoresRef:
         }
 
 
+class ScoredDataset(TypedDict):
+    """The dataset in the origin of scores."""
+
+    content: str
+
+
+class ScoresOrigin(TypedDict):
+    """What a worker reads of an origin.json."""
+
+    dataset: ScoredDataset
+
+
+class SpanCounts(TypedDict):
+    """A number for each span."""
+
+    reasoning: int
+    final: int
+
+
+def _finite(bits: int) -> int:
+    if not np.isfinite(np.uint16(bits).view(np.float16)):
+        raise ValueError(f"the float16 of bits {bits} is not finite")
+    return bits
+
+
+Bits = Annotated[int, Field(ge=0, lt=CODES), AfterValidator(_finite)]
+Histogram = list[tuple[Bits, Annotated[int, Field(gt=0, lt=1 << 53)]]]
+"""histogram.sparse: pairs of float16 bits and count."""
+
+
+class SpanHistograms(TypedDict):
+    """A histogram for each span."""
+
+    reasoning: Histogram
+    final: Histogram
+
+
+class ScoresFacts(ScoresOrigin):
+    """The facts of the scores' manifest that its readers use."""
+
+    id: Sha256
+    histogram: SpanHistograms
+
+
+class PartScores(TypedDict):
+    """What a worker reads of a part's record."""
+
+    documents: int
+    tokens: SpanCounts
+    languages: dict[str, dict[str, int]]
+    exercises: dict[str, dict[str, int]]
+    histogram: SpanHistograms
+    files: list[SubjectEntry]
+
+
 def resolve_scores(run: DistillRun, subset: Subset, bucket: Bucket, dataset: Manifest) -> ScoresRef:
     """The scores of a subset of the dataset. Raises what `resolve_teacher` raises."""
     teacher = resolve_teacher(run, bucket)
@@ -106,7 +163,8 @@ def load_scores(scores: ScoresRef, bucket: Bucket) -> Manifest:
     Raises Permanent if they are of another content, StorageError (Missing) if there is none.
     """
     made = manifest.load(bucket, scores.manifest)
-    check_content(scores, made.facts["dataset"]["content"], bucket.url(made.key), bucket)
+    facts = facts_of(bucket, made, "scores", ScoresFacts)
+    check_content(scores, facts["dataset"]["content"], bucket.url(made.key), bucket)
     return made
 
 
@@ -118,7 +176,8 @@ def claim_scores(scores: ScoresRef, bucket: Bucket, provenance: Provenance) -> N
     """
     key = paths.scores_origin(scores.id)
     if not bucket.create(key, json_bytes(scores.origin()), provenance.metadata()):
-        check_content(scores, bucket.get_json(key)["dataset"]["content"], bucket.url(key), bucket)
+        origin = load_record(bucket, key, ScoresOrigin)
+        check_content(scores, origin["dataset"]["content"], bucket.url(key), bucket)
 
 
 def check_content(scores: ScoresRef, content: str, where: str, bucket: Bucket) -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vpmoe.api.stages import Subset
-from vpmoe.data.dataset import UNKNOWN
+from vpmoe.data.dataset import UNKNOWN, clean_label
 
 Label = tuple[str, str]
 """(language, exercise), each "unknown" if the document has none."""
@@ -34,14 +34,16 @@ class DocumentLabels:
     """[D] supervised tokens of each document: reasoning and final."""
 
 
+NO_DOCUMENTS = DocumentLabels([], np.empty(0, np.uint8), np.empty(0, np.int32), np.empty(0, np.int32))
+"""Of a part without training documents."""
+
+
 def document_labels(table: pa.Table) -> DocumentLabels:
     """From the columns language, exercise, reasoning and final of a part's documents.parquet."""
-    language, exercise = (
-        table[name].combine_chunks().fill_null(UNKNOWN).dictionary_encode()
-        for name in ("language", "exercise")
+    (languages, language_D), (exercises, exercise_D) = (
+        _distinct_labels(table[name].combine_chunks()) for name in ("language", "exercise")
     )
-    languages, exercises = language.dictionary.to_pylist(), exercise.dictionary.to_pylist()
-    both_D = language.indices.to_numpy().astype(np.int64) * len(exercises) + exercise.indices.to_numpy()
+    both_D = language_D * len(exercises) + exercise_D
     occurring, label_D = np.unique(both_D, return_inverse=True)
     labels = [
         (languages[both // len(exercises)], exercises[both % len(exercises)]) for both in occurring.tolist()
@@ -50,6 +52,15 @@ def document_labels(table: pa.Table) -> DocumentLabels:
     return DocumentLabels(
         labels, label_D.astype(np.min_scalar_type(len(labels))), reasoning_D, reasoning_D + final_D
     )
+
+
+def _distinct_labels(column: pa.StringArray) -> tuple[list[str], NDArray[np.int64]]:
+    """The distinct languages or exercises of a column, and for each document the index of its own, [D]."""
+    found = column.fill_null("").dictionary_encode()
+    labels = [clean_label(label) or UNKNOWN for label in found.dictionary.to_pylist()]
+    number = {label: index for index, label in enumerate(dict.fromkeys(labels))}
+    numbers = np.array([number[label] for label in labels], np.int64)
+    return list(number), numbers[found.indices.to_numpy()]
 
 
 def pick_documents(parts: Sequence[DocumentLabels], subset: Subset, seed: str) -> list[NDArray[np.bool_]]:

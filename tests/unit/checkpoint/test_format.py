@@ -102,6 +102,17 @@ def test_slices_of_many_files_are_joined(bucket: Bucket, tmp_path: Path) -> None
         pytest.param(
             [{"main/a[0:2]": torch.zeros(2).half()}], "main/a is F16, expected F32", id="another-type"
         ),
+        pytest.param(
+            [{"main/a[0:2]": torch.zeros(2)}, {"main/a[2:4]": torch.zeros(2).bfloat16()}],
+            "main/a is BF16, expected F32",
+            id="one-slice-of-another-type",
+        ),
+        pytest.param(
+            [{"main/a[0:2]": torch.zeros(3)}], r"main/a\[0:2\] is \[3\]. Another program", id="longer"
+        ),
+        pytest.param([{"main/a[0:4]": torch.zeros(2)}], r"main/a\[0:4\] is \[2\]", id="shorter"),
+        pytest.param([{"buffer/a[0:4]": torch.zeros(2, 2)}], r"buffer/a\[0:4\] is \[2, 2\]", id="matrix"),
+        pytest.param([{"main/a[4:2]": torch.zeros(2)}], r"main/a\[4:2\] is \[2\]", id="backwards"),
     ],
 )
 def test_incomplete_tensors_are_rejected(
@@ -109,6 +120,29 @@ def test_incomplete_tensors_are_rejected(
 ) -> None:
     write_checkpoint(bucket, "c/1", files, tmp_path)
     with pytest.raises(CheckpointRejected, match=f"checkpoint s3://.*/c/1 cannot be used.*{message}"):
+        open_weights(bucket, "c/1")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        pytest.param(b"", "is not a safetensors file, or is cut: it has 0 bytes", id="empty"),
+        pytest.param(b"\x05\x00", "it has 2 bytes", id="two-bytes"),
+        pytest.param(b"<!DOCTYPE html><html></html>", "is not a safetensors file", id="web-page"),
+        pytest.param((1 << 40).to_bytes(8, "little") + b"{}", "promise a header of", id="length"),
+        pytest.param((2).to_bytes(8, "little") + b"[]", "is not a JSON object", id="list"),
+        pytest.param((2).to_bytes(8, "little") + b"{}x", "its tensors have 0 bytes", id="more-bytes"),
+        pytest.param((9).to_bytes(8, "little") + b'{"a": {}}', "entry of a has no dtype", id="entry"),
+    ],
+)
+def test_a_file_of_another_program_is_rejected_by_name(bucket: Bucket, content: bytes, message: str) -> None:
+    """Its manifest is right: the file was never a part of a checkpoint."""
+    subject = bucket.put_bytes("c/1/rank-00000.safetensors", content, {}).subject("c/1")
+    inputs = [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})]
+    facts = {"ranks": 1, "position": state_at(1).dump()}
+    statement = manifest.statement("checkpoint", [subject], facts, datasets.PROVENANCE, inputs)
+    manifest.write(bucket, paths.manifest("c/1"), statement)
+    with pytest.raises(CheckpointRejected, match=f"c/1 cannot be used.*rank-00000.safetensors.*{message}"):
         open_weights(bucket, "c/1")
 
 

@@ -44,6 +44,7 @@ from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import SHAPES
 from vpmoe.objectives.vanilla import vanilla
+from vpmoe.process.board import ProgressBoard
 from vpmoe.provenance import Provenance
 from vpmoe.rollout.evaluation_record import EvaluationRecord, load_evaluation
 from vpmoe.rollout.prompts import completion_validity
@@ -151,7 +152,7 @@ def spec(run_spec: dict[str, Any], sample_parquet: list[Path], amounts: Amounts)
     bucket.put_bytes("canary/a.txt", amounts.canary.encode(), {})
     bucket.put_bytes("canary/b.txt", b"Short.", {})
     with EncoderPool(1) as encoders:
-        preprocess(run, bucket, provenance(run), threading.Event(), None, encoders)
+        preprocess(run, bucket, provenance(run), threading.Event(), ProgressBoard(), None, encoders)
     return run_spec
 
 
@@ -176,7 +177,13 @@ def run_evaluation(
 ) -> EvaluationRecord:
     run = stage.run
     return evaluate(
-        run, stage.stage, stage.bucket, provenance(run, attempt), stopping or threading.Event(), engines
+        run,
+        stage.stage,
+        stage.bucket,
+        provenance(run, attempt),
+        stopping or threading.Event(),
+        stage.board,
+        engines,
     )
 
 
@@ -321,6 +328,7 @@ def test_the_figures_equal_those_of_the_trainer_and_transformers(
         for entry in stage.bucket.list(paths.metrics(stage.run, STEP, "").removesuffix(".jsonl"))
     ]
     line = json.loads(lines)
+    assert line["gpu"]["reason"] == "not measured", "the job gives it a meter"
     assert line.items() >= found.dump().items() and set(line["seconds"]) == {
         "export",
         "load",

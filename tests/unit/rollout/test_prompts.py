@@ -27,7 +27,7 @@ from vpmoe.data import vocabulary_file
 from vpmoe.data.harmony import Renderer, SystemMessage, user_text
 from vpmoe.data.spans import FINAL, REASONING, spans_of_documents
 from vpmoe.data.tokenizer import tokenizer
-from vpmoe.data.vocabulary import STOP_IDS
+from vpmoe.data.vocabulary import RETURN, STOP_IDS
 from vpmoe.failure import Permanent
 from vpmoe.rollout.prompts import PromptBuilder, completion_spans, completion_validity
 from vpmoe.rollout.validity import VALIDITIES
@@ -238,7 +238,26 @@ def test_a_document_of_another_dataset_is_rejected(renderer: Renderer) -> None:
         pytest.param(
             FINAL_END + ASSISTANT + "<|return|>", "wrongOrder", FINAL_END, id="returned-in-the-next-header"
         ),
-        pytest.param(ASSISTANT + FINAL_RETURN, "wrongOrder", ASSISTANT + FINAL_RETURN, id="extra-start"),
+        pytest.param(ASSISTANT + FINAL_RETURN, "noFinal", ASSISTANT + FINAL_RETURN, id="extra-start"),
+        pytest.param("assistant" + FINAL_RETURN, "noFinal", "assistant" + FINAL_RETURN, id="role-twice"),
+        pytest.param(
+            "assistant" + ANALYSIS + ASSISTANT + FINAL_RETURN,
+            "noFinal",
+            ASSISTANT + FINAL_RETURN,
+            id="role-twice-before-reasoning",
+        ),
+        pytest.param(
+            ANALYSIS + ASSISTANT + "assistant" + FINAL_RETURN,
+            "noFinal",
+            ASSISTANT + "assistant" + FINAL_RETURN,
+            id="role-twice-after-reasoning",
+        ),
+        pytest.param("user" + FINAL_RETURN, "noFinal", "user" + FINAL_RETURN, id="another-role-appended"),
+        pytest.param("final" + FINAL_RETURN, "noFinal", "final" + FINAL_RETURN, id="channel-without-marker"),
+        pytest.param("s" + FINAL_RETURN, "noFinal", "s" + FINAL_RETURN, id="role-goes-on"),
+        pytest.param(" to=user" + FINAL_RETURN, "wrongOrder", " to=user" + FINAL_RETURN, id="recipient"),
+        pytest.param(":me" + FINAL_RETURN, "noFinal", ":me" + FINAL_RETURN, id="named-author"),
+        pytest.param(" " + FINAL_RETURN, "valid", " " + FINAL_RETURN, id="a-blank-after-the-role"),
         pytest.param(
             ANALYSIS + "<|start|>user<|message|>q<|end|>" + ASSISTANT + FINAL_RETURN,
             "wrongOrder",
@@ -315,6 +334,21 @@ SAMPLED = st.lists(TOKENS, max_size=25).map(
     lambda lists: [token for tokens in lists for token in tokens if token not in STOP_IDS]
 )
 
+HARMONY_LIKE = st.lists(
+    st.sampled_from(
+        [
+            *(ids(piece).tolist() for piece in PIECES),
+            *(
+                ids(part).tolist()
+                for part in (ANALYSIS + ASSISTANT, FINAL_RETURN[:-10], FINAL_END, ASSISTANT)
+            ),
+            *(ids(piece).tolist() for piece in ("<|constrain|>", ":me", "\n", "<|endoftext|>", "tool")),
+        ]
+    ),
+    max_size=6,
+).map(lambda lists: [token for tokens in lists for token in tokens])
+PROMPT_END = ids(ASSISTANT).tolist()
+
 
 @settings(
     max_examples=400,
@@ -331,7 +365,9 @@ def test_any_completion_has_the_channels_of_openai_harmony(
     completion = np.array(sampled if stop is None else [*sampled, stop], np.int32)
     span_T = completion_spans(completion)
     assert len(span_T) == len(completion)
-    parser = StreamableParser(openai_encoding, Role.ASSISTANT)
+    parser = StreamableParser(openai_encoding, role=None)
+    for token in PROMPT_END:
+        parser.process(token)
     for token, span in zip(completion.tolist(), span_T.tolist(), strict=True):
         try:
             parser.process(token)
@@ -341,4 +377,36 @@ def test_any_completion_has_the_channels_of_openai_harmony(
             assert span == (FINAL if parser.current_channel == "final" else REASONING)
     found = completion_validity(completion)
     assert found in VALIDITIES and (found == "truncated") == (stop is None)
-    assert found != "valid" or (span_T == FINAL).any()
+
+
+@settings(
+    max_examples=1500,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(HARMONY_LIKE, st.sampled_from([*STOP_IDS, None]))
+@example(ids("assistant" + FINAL_RETURN).tolist()[:-1], 200002)
+@example(ids(" " + FINAL_RETURN).tolist()[:-1], 200002)
+def test_a_completion_is_valid_if_openai_harmony_parses_it_and_our_stricter_rules_hold(
+    openai_encoding: HarmonyEncoding, sampled: list[int], stop: int | None
+) -> None:
+    """openai-harmony parses the completion as it was sampled, from `<|start|>assistant` on. Stricter than it
+    are: the end with `<|return|>`, the order, a final message with text, and no name, recipient or type."""
+    completion = [*sampled, *([] if stop is None else [stop])]
+    try:
+        messages = openai_encoding.parse_messages_from_completion_tokens([*PROMPT_END, *completion], None)
+    except HarmonyError:
+        messages = []
+    channels = [message.channel for message in messages]
+    valid = (
+        bool(messages)
+        and stop == RETURN
+        and channels == ["analysis"] * (len(messages) - 1) + ["final"]
+        and messages[-1].content[0].text.strip() != ""
+        and all(m.author.role == Role.ASSISTANT and m.author.name is None for m in messages)
+        and all(m.recipient is None and m.content_type is None for m in messages)
+    )
+    ids_T = np.array(completion, np.int32)
+    assert (completion_validity(ids_T) == "valid") == valid
+    assert not valid or (completion_spans(ids_T) == FINAL).any()

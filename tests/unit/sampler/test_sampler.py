@@ -38,6 +38,7 @@ from vpmoe.failure import Permanent, Terminated
 from vpmoe.inference import hf_model
 from vpmoe.inference.engine_pool import Completion, EnginePool, SamplingRequest
 from vpmoe.model.learner import Learner
+from vpmoe.process.board import ProgressBoard
 from vpmoe.provenance import Provenance
 from vpmoe.rollout import policy_version, prompts
 from vpmoe.rollout.back_pressure import Adjustment, write_adjustment
@@ -123,6 +124,7 @@ class SamplerRun:
             self.bucket,
             step_provenance,
             stopping or threading.Event(),
+            ProgressBoard(),
             engines or self.engines,
             self.scratch,
         )
@@ -170,7 +172,9 @@ def spec(s3: S3, sample_parquet: list[Path]) -> dict[str, Any]:
     for path in sample_parquet:
         bucket.put_file(f"input/{path.name}", path, {})
     with EncoderPool(1) as encoders:
-        preprocess(run, bucket, provenance(run, "preprocess"), threading.Event(), None, encoders)
+        preprocess(
+            run, bucket, provenance(run, "preprocess"), threading.Event(), ProgressBoard(), None, encoders
+        )
     return run_document
 
 
@@ -336,6 +340,7 @@ def test_a_stage_is_sampled_to_its_end_from_the_scheduled_versions(sampler_run: 
     ]
     assert [line["load"] is not None for line in lines] == [True, False, False, True, False]
     assert all(line["load"]["probe"] <= 1e-4 for line in lines if line["load"])
+    assert [line["gpu"] is not None for line in lines] == [True, False, False, True, False]
     assert [line["together"] for line in lines] == [3, 3, 3, 2, 2] and len(
         {line["seconds"] for line in lines}
     ) == 2
@@ -562,11 +567,11 @@ def test_a_student_that_differs_from_the_trainers_fails_the_probe(
     sampler_run.publish(5, index=0)
     facts = policy_version.find_version(sampler_run.bucket, sampler_run.run, "onpolicy", 5)
     assert facts
-    weights = load_file(student.folder / "model-00001.safetensors")
+    weights = load_file(student.folder / "model-00001-of-00001.safetensors")
     weights["model.layers.2.mlp.experts.down"] *= 1.01
     with_stage_fields = tmp_path / "changed"
     shutil.copytree(student.folder, with_stage_fields)
-    save_file(weights, with_stage_fields / "model-00001.safetensors", metadata={"format": "pt"})
+    save_file(weights, with_stage_fields / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
     version_facts = facts[1].model_copy(update={"version": 0})
     policy_versions.publish(
         sampler_run.bucket,
@@ -595,7 +600,7 @@ def test_a_truncated_object_is_named(sampler_run: SamplerRun, s3: S3, kind: str)
     key = (
         sampler_run.key(2)
         if kind == "window"
-        else f"{paths.weights(sampler_run.run, 'onpolicy', 0)}/model-00001.safetensors"
+        else f"{paths.weights(sampler_run.run, 'onpolicy', 0)}/model-00001-of-00001.safetensors"
     )
     file = s3.folder / sampler_run.bucket.name / key
     os.truncate(file, file.stat().st_size // 2)

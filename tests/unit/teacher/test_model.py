@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 
 from tests.fakes import fake_hub
+from tests.fakes.sparse_checkpoint import header_of, write_file, write_folder
 from vpmoe.api import DistillRun
 from vpmoe.data import vocabulary_file
 from vpmoe.failure import Permanent, Terminated
@@ -65,6 +67,26 @@ def test_a_folder_without_a_model_is_rejected(run: DistillRun, bucket: Bucket) -
         )  # a prefix of the folder's name is not the folder
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param([], id="config-alone"),
+        pytest.param(["pytorch_model.bin"], id="pickle"),
+        pytest.param(["model.gguf"], id="gguf"),
+        pytest.param(["original/model.safetensors"], id="in-a-folder-alone"),
+        pytest.param(["model.safetensors.index.json"], id="index-alone"),
+        pytest.param(["tokenizer.json", "metal/model.bin"], id="tokenizer-alone"),
+    ],
+)
+def test_a_folder_without_weights_is_rejected_before_it_is_downloaded(
+    bucket: Bucket, names: list[str]
+) -> None:
+    for name in ["config.json", *names]:
+        bucket.put_bytes(f"models/empty/{name}", b"{}", {})
+    with pytest.raises(Permanent, match=r"^teacher.model: s3://.*/models/empty has no \*.safetensors file"):
+        model.find_teacher(f"s3://{bucket.name}/models/empty", bucket)
+
+
 def test_fetching_downloads_the_files_and_resumes_after_a_stop(
     run: DistillRun, bucket: Bucket, tmp_path: Path
 ) -> None:
@@ -80,7 +102,7 @@ def test_fetching_downloads_the_files_and_resumes_after_a_stop(
     with pytest.raises(Terminated):
         model.fetch_teacher(resolved, bucket, tmp_path, stop_at_the_third_check)
     assert not list(tmp_path.glob("*/.model*")) and not list(tmp_path.glob("*/model*"))
-    before = (tmp_path / resolved.sha256[:16] / "config.json").stat()
+    before = (tmp_path / model.folder_name(resolved, bucket) / "config.json").stat()
     directory = model.fetch_teacher(resolved, bucket, tmp_path)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == {
         name: FILES[name] for name in FILES if "/" not in name
@@ -95,6 +117,32 @@ def test_a_changed_file_is_rejected(run: DistillRun, bucket: Bucket, tmp_path: P
         StorageError, match=r"models/teacher/config.json: .* the run was resolved to 22 bytes"
     ):
         model.fetch_teacher(resolved, bucket, tmp_path)
+
+
+def test_a_cut_file_is_downloaded_again(run: DistillRun, bucket: Bucket, tmp_path: Path) -> None:
+    resolved = model.resolve_teacher(run, bucket)
+    directory = model.fetch_teacher(resolved, bucket, tmp_path)
+    os.truncate(directory / "model.safetensors", BLOCK)
+    assert model.fetch_teacher(resolved, bucket, tmp_path) == directory
+    assert (directory / "model.safetensors").read_bytes() == FILES["model.safetensors"]
+
+
+def test_teachers_of_two_sources_never_share_a_folder(run: DistillRun, bucket: Bucket) -> None:
+    """Stores need not derive ETags from content."""
+    found = model.resolve_teacher(run, bucket)
+    other_store = bucket.other(bucket.name)
+    other_store.endpoint = "https://other.example.com"
+    names = {
+        model.folder_name(found, bucket),
+        model.folder_name(found, other_store),
+        model.folder_name(replace(found, model="s3://models/teacher"), bucket),
+        model.folder_name(replace(found, files=found.files[:1]), bucket),
+    }
+    assert len(names) == 4 and all(name.startswith("teacher-") for name in names)
+    hub = model.TeacherRef("hf://openai/gpt-oss-20b@main", "0" * 40, found.files)
+    same = replace(hub, model=f"hf://openai/gpt-oss-20b@{'0' * 40}", files=())
+    assert model.folder_name(hub, bucket) == model.folder_name(same, bucket)
+    assert model.folder_name(hub, bucket).startswith("gpt-oss-20b-")
 
 
 def run_with_hub(endpoint: str, code: str, folder: Path) -> str:
@@ -178,6 +226,27 @@ def test_a_directory_without_tokenizer_files_is_accepted(tmp_path: Path) -> None
     model.check_vocabulary(write_directory(tmp_path, {"vocab_size": 201088}))
 
 
+def test_a_hub_model_is_verified_and_only_damaged_files_are_downloaded_again(tmp_path: Path) -> None:
+    with fake_hub.serve("openai/gpt-oss-20b", FILES, kind="models") as (endpoint, requests):
+        code = """
+import os
+found = model.find_teacher("hf://openai/gpt-oss-20b", None)
+directory = model.fetch_teacher(found, None, Path(os.environ["FOLDER"]) / "models")
+assert model.fetch_teacher(found, None, Path(os.environ["FOLDER"]) / "models") == directory
+print("whole", flush=True)
+weights = directory / "model.safetensors"
+data = weights.read_bytes()
+weights.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+(directory / ".cache/huggingface/download/config.json.x.incomplete").write_bytes(b"half")
+model.fetch_teacher(found, None, Path(os.environ["FOLDER"]) / "models")
+assert weights.read_bytes() == data
+assert not list(directory.glob(".cache/huggingface/download/*.incomplete"))
+"""
+        assert run_with_hub(endpoint, code, tmp_path) == "whole"
+    asked = [path.rpartition("/")[2] for path in requests if "/resolve/" in path]
+    assert asked.count("model.safetensors") > asked.count("config.json") > 0
+
+
 def swap_two_ids(content: dict[str, Any]) -> None:
     """Swap the ids of two tokens."""
     content["model"]["vocab"]["a"], content["model"]["vocab"]["b"] = (
@@ -238,21 +307,22 @@ def test_another_vocabulary_size_is_rejected(tmp_path: Path, config: dict[str, A
 def test_the_dtype_is_that_of_the_config_or_else_of_the_weights(
     tmp_path: Path, config: dict[str, Any], saved: str, expected: str
 ) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    weights = {
-        "lm_head.weight": torch.zeros(2, 2, dtype=getattr(torch, saved)),
-        "blocks": torch.zeros(3, dtype=torch.uint8),
-    }
-    save_file(weights, write_directory(tmp_path, config) / "model-00002-of-00002.safetensors")
-    save_file({"blocks": torch.zeros(3, dtype=torch.uint8)}, tmp_path / "model-00001-of-00002.safetensors")
+    names = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
+    tensors = {"blocks": ("U8", [3]), "lm_head.weight": (names[saved], [2, 2])}
+    write_folder(tmp_path, config, tensors, 2)
+    write_file(tmp_path / "model-00000-of-00009.safetensors", header_of({"lm_head.weight": ("F64", [1])}))
     assert model.checkpoint_dtype(tmp_path) == expected
+
+
+def test_a_dtype_in_which_no_engine_computes_is_rejected() -> None:
+    for dtype in ("float64", "int8", "auto", "float8_e4m3fn", ["float32"], 16):
+        with pytest.raises(Permanent, match=r"config.json declares dtype .*, not one of float32, bfloat16"):
+            model.declared_dtype({"dtype": dtype})
 
 
 def test_a_checkpoint_without_dtype_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(Permanent, match=r"Add dtype to config.json"):
-        model.checkpoint_dtype(write_directory(tmp_path, {}))
+        model.checkpoint_dtype(write_folder(tmp_path, {}, {"blocks": ("U8", [3])}))
 
 
 def test_modules_that_resolve_the_teacher_import_neither_torch_nor_vllm() -> None:

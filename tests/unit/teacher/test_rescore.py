@@ -10,9 +10,10 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,8 +21,9 @@ import pytest
 import yaml
 from numpy.typing import NDArray
 
+from demo import sample
 from tests.fakes.students import new_seed
-from tests.fakes.teacher_steps import provenance, rescore_here
+from tests.fakes.teacher_steps import UniformTeacher, provenance, rescore_here
 from tests.fakes.tiny_teacher import Remote
 from vpmoe.api import DistillRun
 from vpmoe.api.stages import Rescored
@@ -29,13 +31,16 @@ from vpmoe.data import dataset
 from vpmoe.data.index import read_index
 from vpmoe.data.preprocess.encode import EncoderPool
 from vpmoe.data.preprocess.step import preprocess
+from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.data.system_message import EffortSubstitution
 from vpmoe.failure import Permanent, Terminated
+from vpmoe.process.board import ProgressBoard
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Manifest
 from vpmoe.storage.verify import verify
 from vpmoe.teacher import histogram, scores
 from vpmoe.teacher.part import MIN_LOGP, to_float16
+from vpmoe.trainer.data.scored_documents import ScoredDocuments
 
 ROOT = Path(__file__).parents[3]
 SCRATCH: Path
@@ -61,13 +66,15 @@ def spec(run_spec: dict[str, Any], sample_parquet: list[Path], stored_teacher: s
     for path in sample_parquet:
         bucket.put_file(f"input/{path.name}", path, {})
     with EncoderPool(1) as encoders:
-        preprocess(run, bucket, provenance(run, "rescore"), threading.Event(), None, encoders)
+        preprocess(
+            run, bucket, provenance(run, "rescore"), threading.Event(), ProgressBoard(), None, encoders
+        )
     return run_spec
 
 
 def run_rescore(
     spec: dict[str, Any],
-    scorer: Remote | None,
+    scorer: Remote | UniformTeacher | None,
     worker: int | None = None,
     stopping: threading.Event | None = None,
 ) -> list[scores.ScoresRef]:
@@ -183,6 +190,12 @@ def test_picked_documents_are_scored_and_the_facts_equal_a_recount(
     assert (facts["effort"], facts["dataset"]["content"]) == ("low", scores.training_content(source))
     assert written.inputs["dataset"].digest == {"sha256": source.sha256}
     assert progress(spec, bucket)["parts"] == {"done": 3, "total": 3}
+    folder = paths.metrics(DistillRun.parse(spec), "rescore", "").removesuffix(".jsonl")
+    lines = [bucket.get_json(found.key) for found in bucket.list(folder)]
+    assert [(line["event"], line["part"]) for line in lines] == [("part", 0), ("part", 1), ("part", 2)]
+    assert sum(line["documents"] for line in lines) == facts["documents"]
+    assert sum(line["tokens"] for line in lines) == sum(facts["tokens"].values())
+    assert all(line["gpu"]["reason"] == "not measured" for line in lines), "the job gives it a meter"
     assert not verify(bucket, written.key.rpartition("/")[0], print).failed
 
 
@@ -234,7 +247,9 @@ def test_the_id_of_scores_depends_on_what_changes_them(
     def resolved() -> str:
         run = DistillRun.parse(spec)
         with EncoderPool(1) as encoders:
-            preprocess(run, bucket, provenance(run, "rescore"), threading.Event(), None, encoders)
+            preprocess(
+                run, bucket, provenance(run, "rescore"), threading.Event(), ProgressBoard(), None, encoders
+            )
         (stage,) = (stage for stage in run.spec.stages if isinstance(stage, Rescored))
         return scores.resolve_scores(run, stage, bucket, dataset.load_dataset(run, bucket)).id
 
@@ -411,6 +426,50 @@ def test_an_empty_subset_is_an_error(spec: dict[str, Any], scorer: Remote) -> No
         run_rescore(spec, scorer)
 
 
+class SureTeacher:
+    """Finds every token as likely as every other. The tests that need a real teacher have one; here the
+    files of the parts matter, not what is in them."""
+
+    max_length = 10**6
+
+    def score(
+        self, sequences: Iterable[NDArray[np.int32]], check_stop: Callable[[], None]
+    ) -> Iterator[NDArray[np.float32]]:
+        for ids_T in sequences:
+            yield np.full(len(ids_T), -0.5, np.float32)
+
+
+def test_a_part_without_training_documents_has_no_files_and_megatron_reads_all_others(
+    spec: dict[str, Any], bucket: Bucket, tmp_path: Path
+) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    rows = pq.read_table(sample.write(tmp_path, shards=1)[0])
+    for name in ("synth_001b", "synth_999"):
+        pq.write_table(rows.slice(0, 0), tmp_path / name)
+        bucket.put_file(f"input/{name}.parquet", tmp_path / name, {})
+    spec["metadata"]["name"] = "sparse"
+    spec["spec"]["stages"][1]["subset"] = {"fraction": 1.0, "prefer": "none"}
+    run = DistillRun.parse(spec)
+    with EncoderPool(1) as encoders:
+        preprocess(
+            run, bucket, provenance(run, "preprocess"), threading.Event(), ProgressBoard(), None, encoders
+        )
+    written = run_for_manifest(spec, cast(Remote, SureTeacher()))
+    assert written.facts["parts"] == 5
+    stems = {name.partition(".")[0] for name in written.subjects}
+    assert stems == {f"train/part-{part:05d}" for part in (0, 2, 3)}
+    for stem in stems:
+        for kind in ("bin", "idx"):
+            bucket.download(written.subjects[f"{stem}.logp.{kind}"], tmp_path / f"logp.{kind}")
+        assert len(IndexedDataset(str(tmp_path / "logp"))) > 0
+    source = dataset.load_dataset(run, bucket)
+    cache = BlockCache(bucket, tmp_path / "blocks")
+    with closing(DatasetReader(source, "train", cache)) as documents:
+        scored = ScoredDocuments(documents, written, cache)
+        assert sum(map(len, scored.lengths)) == written.facts["documents"] > 0
+
+
 def test_a_missing_dataset_is_an_error(spec: dict[str, Any], bucket: Bucket) -> None:
     bucket.delete(dataset.resolve_dataset(DistillRun.parse(spec), bucket).manifest)
     with pytest.raises(
@@ -440,6 +499,13 @@ def test_a_teacher_whose_score_is_nan_is_rejected(
         ),
     ):
         run_rescore(spec, scorer)
+
+
+def test_a_teacher_whose_scores_are_uniform_is_rejected(spec: dict[str, Any], bucket: Bucket) -> None:
+    """As without an output matrix. No part is stored."""
+    with pytest.raises(Permanent, match=r"^teacher.model: training part 0: all \d+ tokens .* is uniform"):
+        run_rescore(spec, UniformTeacher())
+    assert not [found.key for found in bucket.list("scores/") if "part-" in found.key]
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tests.fakes.reference_scores import TOLERANCE, expected
 from tests.fakes.store import S3
 from tests.fakes.students import new_seed
-from tests.fakes.teacher_steps import provenance, score_windows_here
+from tests.fakes.teacher_steps import UniformTeacher, provenance, score_windows_here
 from tests.fakes.tiny_teacher import Remote
 from tests.fakes.waiting import wait_until
 from vpmoe.api import DistillRun
@@ -84,7 +84,7 @@ def spec(run_spec: dict[str, Any], stored_teacher: str) -> dict[str, Any]:
 
 def score_windows_of(
     spec: dict[str, Any],
-    scorer: Remote | None,
+    scorer: Remote | UniformTeacher | None,
     worker: int | None = None,
     stopping: threading.Event | None = None,
     attempt: int = 1,
@@ -216,6 +216,7 @@ def test_every_sampled_token_has_the_log_probability_of_transformers(
     assert all(
         line["seconds"] > 0 and line["tokensPerSecond"] == line["tokens"] / line["seconds"] for line in lines
     )
+    assert all(line["gpu"]["reason"] == "not measured" for line in lines), "the job gives it a meter"
 
 
 def test_windows_are_scored_as_they_appear_and_waits_are_measured(
@@ -530,6 +531,14 @@ def test_a_token_without_a_probability_is_rejected(
         match=r"teacher.model: rollout 0 of prompt 0 of window 0: the teacher gave 1 of its tokens no prob",
     ):
         score_windows_of(spec, scorer)
+    assert not bucket.exists(key(spec, 0, "scores"))
+
+
+def test_a_teacher_whose_scores_are_uniform_is_rejected(spec: dict[str, Any], bucket: Bucket) -> None:
+    """As without an output matrix. The window gets no scores."""
+    write_rollouts(spec, bucket, 0, np.random.default_rng(new_seed()), last=True)
+    with pytest.raises(Permanent, match=r"^teacher.model: window 0: all \d+ tokens .* is uniform"):
+        score_windows_of(spec, UniformTeacher())
     assert not bucket.exists(key(spec, 0, "scores"))
 
 

@@ -16,7 +16,7 @@ from vpmoe.teacher import subset
 EN, FR, NONE = ("en", "mcq"), ("fr", "mcq"), ("unknown", "unknown")
 
 
-def part(*documents: tuple[tuple[str, str], int, int]) -> subset.DocumentLabels:
+def part(*documents: tuple[tuple[str | None, str | None], int, int]) -> subset.DocumentLabels:
     """The labels of a part with these documents (label, reasoning tokens, final tokens)."""
     rows = [
         {"language": label[0], "exercise": label[1], "reasoning": reasoning, "final": final}
@@ -43,6 +43,16 @@ def picked(parts: list[subset.DocumentLabels], seed: str = "d", **fields: Any) -
 
 PARTS = [part((EN, 10, 10), (EN, 40, 10), (FR, 30, 10)), part((EN, 20, 10), (FR, 0, 10), (NONE, 5, 5))]
 """160 assistant tokens: en 20 + 50 + 30, fr 40 + 10, unknown 10."""
+
+
+@pytest.mark.parametrize("blank", [None, "", " ", "\t\n", "\u00a0", "\u3000"])
+def test_every_blank_label_is_unknown(blank: str | None) -> None:
+    found = part(
+        ((blank, blank), 1, 1), (NONE, 1, 1), (("en", blank), 1, 1), ((" en ", "mcq"), 1, 1), (EN, 1, 1)
+    )
+    assert sorted(found.labels) == sorted({NONE, ("en", "unknown"), EN})
+    assert [found.labels[index] for index in found.label_D] == [NONE, NONE, ("en", "unknown"), EN, EN]
+    assert picked([found], exercises=["unknown"]) == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize(
