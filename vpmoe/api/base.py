@@ -7,14 +7,24 @@ The rules themselves are in the models and in rules.py.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic.alias_generators import to_camel
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 NO_TERMS: Mapping[str, str] = {}
+STORED = "stored"
+"""Validation context of a run that the API server has stored: an earlier version may have accepted it."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,9 @@ class Rule:
     each: str = ""
     """Name of a list field: the condition is then checked for every item, which CEL calls `s`. If empty,
     `item` is the model."""
+    at_apply: bool = False
+    """Whether a stored run may break it, because the rule is newer than the fields: such a run goes on. The
+    API server does not check it again either, as long as the field stays as it is."""
 
     def problems(self, model: BaseModel) -> list[str]:
         """The messages of all violations in `model`."""
@@ -142,8 +155,10 @@ class ApiModel(BaseModel):
         return described
 
     @model_validator(mode="after")
-    def _rules_hold(self) -> Self:
-        problems = [(rule.path, message) for rule in self.rules for message in rule.problems(self)]
+    def _rules_hold(self, info: ValidationInfo) -> Self:
+        stored = info.context == STORED
+        rules = [rule for rule in self.rules if not (stored and rule.at_apply)]
+        problems = [(rule.path, message) for rule in rules for message in rule.problems(self)]
         if problems:
             raise PydanticCustomError("rules", "{first}", {"first": problems[0][1], "problems": problems})
         return self
@@ -168,3 +183,11 @@ class Record(BaseModel):
     def dump(self) -> dict[str, Any]:
         """The record as JSON values: camelCase keys, without fields that are None."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _as_utf8(text: Any) -> Any:
+    return text.encode(errors="replace").decode() if isinstance(text, str) else text
+
+
+AnyText = Annotated[str, BeforeValidator(_as_utf8)]
+"""A text of any origin, without what UTF-8 cannot express: a file name in an error may hold any byte."""

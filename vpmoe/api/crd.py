@@ -13,6 +13,10 @@ from vpmoe.api.status import Status
 from vpmoe.api.structural import Schema, structural, with_defaults_described, without_defaults
 from vpmoe.api.text import write_yaml
 
+RELEASE = "0.1.0"
+"""The release of this project. The CRD carries it: an operator of an older release leaves it alone."""
+RELEASE_ANNOTATION = f"{GROUP}/release"
+
 COLUMNS = (
     ("Phase", "string", ".status.phase", 0, "State of the run."),
     (
@@ -33,37 +37,59 @@ COLUMNS = (
     ),
     ("Age", "date", ".metadata.creationTimestamp", 0, "Time since the run was created."),
     ("Teacher", "string", ".spec.teacher.model", 1, "The teacher model."),
+    ("Model", "string", ".status.model", 1, "Folder of the exported model."),
     ("Config", "string", ".status.config", 1, "First 16 hex digits of the configuration's hash."),
+)
+
+_HAS_STEPS = "has(oldSelf.status) && has(oldSelf.status.steps)"
+STARTED = f"{_HAS_STEPS} && oldSelf.status.steps.exists(s, has(s.started))"
+"""CEL: the first step has started."""
+ALIVE = (
+    "has(oldSelf.status) && has(oldSelf.status.phase) && oldSelf.status.phase == 'Running' || "
+    f"{_HAS_STEPS} && oldSelf.status.steps.exists(s, has(s.state) && s.state == 'Running')"
+)
+"""CEL: the run has children, or holds GPUs between two attempts. A child that waits in Kueue's queue counts:
+it has its pod template already, although the phase is Queued."""
+FIXED = (
+    "cannot change after the first step has started: only suspend, ttlAfterFinished, deletionPolicy and "
+    "runtime can. Apply a run with another name, or delete this run first."
+)
+SUSPEND_FIRST = (
+    "cannot change while the run is alive: only runtime.attempts, runtime.interruptions and runtime.onStall "
+    "can. "
+    "Set spec.suspend to true, wait for phase Suspended, change it, and set spec.suspend to false."
 )
 
 
 def immutability_rules(spec: Schema) -> list[dict[str, str]]:
-    """One rule per immutable field: once the first step has started, only MUTABLE and MUTABLE_RUNTIME can
-    change.
+    """One rule per field that cannot always change. Fields of runtime are fixed while a step is alive, all
+    others but MUTABLE once the first step has started.
 
     The rules read status, so they belong to the whole object and not to spec.
     """
-    started = (
-        "has(oldSelf.status) && has(oldSelf.status.steps) && oldSelf.status.steps.exists(s, has(s.started))"
-    )
-    only = (
-        "cannot change after the first step has started: only suspend, ttlAfterFinished, deletionPolicy and "
-        "runtime.attempts can. "
-    )
-    parts = [
-        ("spec", spec, (*MUTABLE, "runtime")),
-        ("spec.runtime", spec["properties"]["runtime"], MUTABLE_RUNTIME),
-    ]
+    runtime = spec["properties"]["runtime"]
     return [
-        {
-            "rule": f"!({started}) || {_cel_unchanged(parent, field, schema)}",
-            "message": f"{only}Apply a run with another name, or delete this run first.",
-            "fieldPath": f".{parent}.{field}",
-        }
-        for parent, schema, mutable in parts
-        for field in schema["properties"]
-        if field not in mutable
+        *(
+            _immutable("spec", spec, field, STARTED, FIXED)
+            for field in spec["properties"]
+            if field not in (*MUTABLE, "runtime")
+        ),
+        *(
+            _immutable("spec.runtime", runtime, field, ALIVE, SUSPEND_FIRST)
+            for field in runtime["properties"]
+            if field not in MUTABLE_RUNTIME
+        ),
     ]
+
+
+def _immutable(parent: str, schema: Schema, field: str, when: str, message: str) -> dict[str, str]:
+    return {
+        # Compared first, because the API server evaluates the rule at each write of the status too, where
+        # nothing of spec has changed.
+        "rule": f"{_cel_unchanged(parent, field, schema)} || !({when})",
+        "message": message,
+        "fieldPath": f".{parent}.{field}",
+    }
 
 
 def _cel_unchanged(parent: str, field: str, schema: Schema) -> str:
@@ -109,7 +135,7 @@ def crd() -> dict[str, Any]:
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{PLURAL}.{GROUP}"},
+        "metadata": {"name": f"{PLURAL}.{GROUP}", "annotations": {RELEASE_ANNOTATION: RELEASE}},
         "spec": {
             "group": GROUP,
             "names": {

@@ -15,8 +15,8 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
 SOURCE = TextPattern(
     r"s3://[^/*?\[]+/.+|hf://[^/@]+/[^/@]+(@[^/@]+)?",
-    "must be s3://bucket/path/*.parquet, or hf://owner/name or hf://owner/name@revision of a Hugging Face "
-    "dataset",
+    "must be s3://bucket/path/*.parquet, s3://bucket/**/*.parquet for a whole bucket, or hf://owner/name or "
+    "hf://owner/name@revision of a Hugging Face dataset",
     max_length=1024,
 )
 MONTH = TextPattern(r"[0-9]{4}-(0[1-9]|1[0-2])", "must be a month as a string, such as 2024-06")
@@ -61,8 +61,12 @@ class DatasetSpec(ApiModel):
 
     source: Annotated[str, SOURCE]
     """Parquet files with the columns of SYNTH: s3://bucket/path/*.parquet on the endpoint of spec.storage, or
-    hf://owner/name@revision of a Hugging Face dataset. Without a revision the newest commit is resolved once
-    and recorded in the run."""
+    hf://owner/name@revision for all *.parquet files of a Hugging Face dataset. Without a revision the newest
+    commit is resolved once and recorded in the run. An S3 path is a pattern for whole keys: * is any
+    characters within a folder, ** any across folders, ? one character, [abc] or [0-9] one of a set.
+    Everything else stands for itself, braces and backslashes too; [*], [?] and [[] stand for the characters *
+    ? and [. Sets that are negated ([!a], [^a]) and folders without a pattern are refused. Another source is
+    another dataset."""
     max_length: Annotated[
         int, Field(ge=16, le=1_048_576, json_schema_extra={"inherits": "training.sequenceLength"})
     ]

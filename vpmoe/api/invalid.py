@@ -12,6 +12,10 @@ from vpmoe.api.stages import KINDS
 _KIND_NAMES = tuple(kind.__name__ for kind in KINDS)
 
 
+SHOWN = 200
+"""Characters of a value in a message; a longer value is cut off."""
+
+
 class Invalid(ValueError):
     """A DistillRun that does not validate. `problems` has one line per problem."""
 
@@ -87,7 +91,10 @@ def _value(value: object) -> str:
         return f"a list of {len(value)}"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    if isinstance(value, int) and abs(value) >= 10**SHOWN:  # Python prints none of more than 4,300 digits
+        return f"a number of more than {SHOWN} digits"
+    text = f'"{value}"' if isinstance(value, str) else str(value)
+    return f"{text[:SHOWN]}… ({len(text)} characters)" if len(text) > SHOWN else text
 
 
 def _message(detail: ErrorDetails, context: Mapping[str, Any]) -> str:

@@ -1,5 +1,4 @@
-"""Labels and annotations that record the origin of an object: run, step, attempt, commit, configuration and
-dataset.
+"""Labels and annotations that record the origin of an object: run, step, attempt, configuration and dataset.
 
 Labels are for selectors and have shortened hashes; annotations have the full values.
 """
@@ -7,12 +6,15 @@ Labels are for selectors and have shortened hashes; annotations have the full va
 import re
 
 RUN = "vpmoe.dev/run"
+RUN_UID = "vpmoe.dev/run-uid"
+RUN_DOCUMENT = "vpmoe.dev/run-document"
 STEP = "vpmoe.dev/step"
 ATTEMPT = "vpmoe.dev/attempt"
-GIT_SHA = "vpmoe.dev/git-sha"
 CONFIG = "vpmoe.dev/config"
 DATASET = "vpmoe.dev/dataset"
 FINALIZER = "vpmoe.dev/delete-from-bucket"
+KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
+"""Label of an object that Kueue admits."""
 
 SHORT = 16
 """Number of hex digits of a hash in a label."""
@@ -31,22 +33,20 @@ def label_value(key: str, value: str) -> str:
     return value
 
 
-def labels(
-    run: str, *, step: str, attempt: int, git_sha: str, config: str, dataset: str | None = None
-) -> dict[str, str]:
+def labels(run: str, *, step: str, attempt: int, config: str, dataset: str | None = None) -> dict[str, str]:
     """Labels of an object of a step, with hashes shortened to 16 hex digits. `dataset` is None before its id
     is known."""
-    values = {RUN: run, STEP: step, ATTEMPT: str(attempt), GIT_SHA: git_sha[:SHORT], CONFIG: config[:SHORT]}
+    values = {RUN: run, STEP: step, ATTEMPT: str(attempt), CONFIG: config[:SHORT]}
     if dataset is not None:
         values[DATASET] = dataset[:SHORT]
     return {key: label_value(key, value) for key, value in values.items()}
 
 
 def annotations(
-    run: str, *, step: str, attempt: int, git_sha: str, config: str, dataset: str | None = None
+    run: str, *, step: str, attempt: int, config: str, dataset: str | None = None
 ) -> dict[str, str]:
     """Annotations of an object of a step: the values of `labels` with full hashes."""
-    values = {RUN: run, STEP: step, ATTEMPT: str(attempt), GIT_SHA: git_sha, CONFIG: config}
+    values = {RUN: run, STEP: step, ATTEMPT: str(attempt), CONFIG: config}
     if dataset is not None:
         values[DATASET] = dataset
     return values

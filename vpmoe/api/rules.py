@@ -4,7 +4,9 @@ The class Rule is in base.py; invalid.py puts the field in front of a message.
 """
 
 from vpmoe.api.base import Rule
+from vpmoe.api.card import CARD_MEMORY, GIB, cel_card_memory, parse_card_memory
 from vpmoe.api.layout import EXPERTS, pod_size, ranks
+from vpmoe.api.memory import cel_training_memory, stage_memory
 from vpmoe.api.quantities import cel_is_tokens, cel_tokens
 from vpmoe.api.spec_fields import SpecFields
 from vpmoe.api.stages import OPTIMIZER_OF_KIND, Require, Stage, StageFields
@@ -13,26 +15,50 @@ from vpmoe.api.training import Optimizer
 # CEL for what layout.py computes, over `self` (the spec) and `s` (a stage as the API server stores it).
 _SAMPLER = "(has(s.sampler) && has(s.sampler.gpus) ? s.sampler.gpus : (self.student.gpus + 1) / 2)"
 _RANKS = f"(self.student.gpus - (s.kind == 'OnPolicy' ? {_SAMPLER} : 0))"
-_POD = (
-    f"(has(self.student.gpusPerPod) && self.student.gpusPerPod < {_RANKS} "
-    f"? self.student.gpusPerPod : {_RANKS})"
-)
+
+
+def _pod(ranks: str) -> str:
+    return (
+        f"(has(self.student.gpusPerPod) && self.student.gpusPerPod < {ranks} "
+        f"? self.student.gpusPerPod : {ranks})"
+    )
+
+
+def _let(name: str, value: str, condition: str) -> str:
+    """CEL: the condition, in which `name` is the value. Each look at a field costs the API server much more
+    than the list.
+    """
+    return f"[{value}].all({name}, {condition})"
+
+
+_POD = _pod(_RANKS)
 _EXPERTS = (
     "("
     + " : ".join(f"self.student.shape == '{shape}' ? {experts}" for shape, experts in EXPERTS.items())
     + " : 0)"
 )
-_IS_BATCH = cel_is_tokens("self.training.globalBatchTokens")
-_BATCH = cel_tokens("self.training.globalBatchTokens")
-_COMMON_LOW, _COMMON_PEAK = "self.training.optimizer.minLearningRate", "self.training.optimizer.learningRate"
-_PEAK = (
-    "(has(s.optimizer) && has(s.optimizer.learningRate) ? s.optimizer.learningRate : "
-    + "".join(
-        f"s.kind == '{kind}' ? {changed['learningRate']} : " for kind, changed in OPTIMIZER_OF_KIND.items()
+_COMMON = "self.training.optimizer"
+_BATCH = "self.training.globalBatchTokens"
+
+
+def _peak(common: str) -> str:
+    return (
+        "(has(s.optimizer) && has(s.optimizer.learningRate) ? s.optimizer.learningRate : "
+        + "".join(
+            f"s.kind == '{kind}' ? {changed['learningRate']} : "
+            for kind, changed in OPTIMIZER_OF_KIND.items()
+        )
+        + f"{common}.learningRate)"
     )
-    + f"{_COMMON_PEAK})"
-)
-_LOW = f"(has(s.optimizer) && has(s.optimizer.minLearningRate) ? s.optimizer.minLearningRate : {_COMMON_LOW})"
+
+
+def _low(common: str) -> str:
+    return (
+        "(has(s.optimizer) && has(s.optimizer.minLearningRate) ? s.optimizer.minLearningRate : "
+        f"{common}.minLearningRate)"
+    )
+
+
 _REQUIRED = (
     "(s.kind != 'OnPolicy' ? 0.0 : has(s.require) && has(s.require.validity) "
     f"? s.require.validity : {Require().validity})"
@@ -104,9 +130,16 @@ def _small_batch(spec: SpecFields, stage: StageFields) -> dict[str, object] | No
     return {"batch": batch, "stage": stage.name, "ranks": world, "length": length, "least": world * length}
 
 
-def _nothing_sampled(spec: SpecFields, stage: Stage) -> dict[str, object] | None:
-    broken = stage.stop is not None and stage.stop.min_validity > 0 and not stage.samples
-    return {"stage": stage.name, "kind": stage.kind} if broken else None
+def _not_a_stage(spec: SpecFields) -> dict[str, object] | None:
+    stages = [stage.name for stage in spec.stages]
+    unknown = [name for name in spec.export.stages if name not in stages]
+    return {"name": unknown[0]} if unknown else None
+
+
+def _exported_twice(spec: SpecFields) -> dict[str, object] | None:
+    names = spec.export.stages
+    twice = [name for i, name in enumerate(names) if name in names[:i]]
+    return {"name": twice[0]} if twice else None
 
 
 def _nothing_held_out(spec: SpecFields, stage: Stage) -> dict[str, object] | None:
@@ -136,7 +169,29 @@ def _not_measured(spec: SpecFields, stage: StageFields) -> dict[str, object] | N
     )
 
 
+def _too_little_memory(spec: SpecFields, stage: StageFields) -> dict[str, object] | None:
+    memory, world = spec.runtime.gpu_memory, ranks(spec.student, stage)
+    if memory is None or world < 1:
+        return None
+    need = stage_memory(spec.student, stage, spec.training.sequence_length).total
+    if need <= parse_card_memory(memory):
+        return None
+    return {
+        "stage": stage.name,
+        "shape": spec.student.shape,
+        "ranks": world,
+        "need": -(-need // GIB),
+        "memory": memory,
+    }
+
+
+_MEMORY = "self.runtime.gpuMemory"
+_NEED = cel_training_memory(
+    "self.student.shape", "r", "self.student.expertParallel", "self.training.sequenceLength"
+)
 _STAGE = {"stage": "s.name"}
+_EXPORTED = "self.export.stages"
+_EXPORTS_NONE = f"!has(self.export) || !has({_EXPORTED})"
 
 RULES = (
     Rule(
@@ -166,9 +221,9 @@ RULES = (
     Rule(
         "training.optimizer",
         "minLearningRate {low} is above learningRate {peak}. Lower minLearningRate or raise learningRate.",
-        cel=f"{_COMMON_LOW} <= {_COMMON_PEAK}",
+        cel=_let("o", _COMMON, "o.minLearningRate <= o.learningRate"),
         broken=lambda spec, _: _too_low(spec.training.optimizer),
-        terms={"low": _COMMON_LOW, "peak": _COMMON_PEAK},
+        terms={"low": f"{_COMMON}.minLearningRate", "peak": f"{_COMMON}.learningRate"},
     ),
     Rule(
         "stages",
@@ -183,9 +238,9 @@ RULES = (
         "stages",
         "stage {stage}: minLearningRate {low} is above learningRate {peak}. Lower minLearningRate or raise "
         "learningRate.",
-        cel=f"{_COMMON_LOW} > {_COMMON_PEAK} || {_LOW} <= {_PEAK}",
+        cel=_let("o", _COMMON, f"o.minLearningRate > o.learningRate || {_low('o')} <= {_peak('o')}"),
         broken=_too_low_for_stage,
-        terms={**_STAGE, "low": f"{_LOW}", "peak": f"{_PEAK}"},
+        terms={**_STAGE, "low": _low(_COMMON), "peak": _peak(_COMMON)},
         each="stages",
     ),
     Rule(
@@ -201,7 +256,7 @@ RULES = (
         "stages",
         "stage {stage}: {ranks} ranks are not a multiple of student.expertParallel {parallel}. Lower "
         "student.expertParallel, or change the number of GPUs.",
-        cel=f"{_RANKS} < 1 || {_RANKS} % self.student.expertParallel == 0",
+        cel=_let("r", _RANKS, "r < 1 || r % self.student.expertParallel == 0"),
         broken=_uneven_ranks,
         terms={**_STAGE, "ranks": f"{_RANKS}", "parallel": "self.student.expertParallel"},
         each="stages",
@@ -211,7 +266,7 @@ RULES = (
         "stage {stage}: {ranks} GPUs do not divide into pods of {size}. Set student.gpusPerPod to a divisor "
         "of the "
         "ranks of every stage.",
-        cel=f"{_RANKS} < 1 || {_RANKS} % {_POD} == 0",
+        cel=_let("r", _RANKS, f"r < 1 || r % {_pod('r')} == 0"),
         broken=_uneven_pods,
         terms={**_STAGE, "ranks": f"{_RANKS}", "size": f"{_POD}"},
         each="stages",
@@ -221,7 +276,7 @@ RULES = (
         "stage {stage}: {ranks} GPUs in pods of {size} need several pods, but runtime.backend Job has one "
         "pod. Use "
         "PyTorchJob.",
-        cel=f"self.runtime.backend != 'Job' || {_RANKS} <= {_POD}",
+        cel=f"self.runtime.backend != 'Job' || {_let('r', _RANKS, 'r <= ' + _pod('r'))}",
         broken=_several_pods,
         terms={**_STAGE, "ranks": f"{_RANKS}", "size": f"{_POD}"},
         each="stages",
@@ -231,14 +286,46 @@ RULES = (
         "{batch} is less than one sequence on every rank of stage {stage}: {ranks} × {length} = {least}. "
         "Raise it, "
         "or lower training.sequenceLength.",
-        cel=f"{_RANKS} < 1 || !{_IS_BATCH} || {_BATCH} >= double({_RANKS} * self.training.sequenceLength)",
+        cel=_let(
+            "r",
+            _RANKS,
+            "r < 1 || "
+            + _let(
+                "b",
+                _BATCH,
+                f"!{cel_is_tokens('b')} || {cel_tokens('b')} >= double(r * self.training.sequenceLength)",
+            ),
+        ),
         broken=_small_batch,
         terms={
             **_STAGE,
-            "batch": f"int({_BATCH})",
+            "batch": f"int({cel_tokens(_BATCH)})",
             "ranks": f"{_RANKS}",
             "length": "self.training.sequenceLength",
             "least": f"{_RANKS} * self.training.sequenceLength",
+        },
+        each="stages",
+    ),
+    Rule(
+        "runtime.gpuMemory",
+        "stage {stage}: training {shape} on {ranks} GPUs takes {need} GiB of each, more than {memory}. Give "
+        "the stage more GPUs (raise student.gpus or lower sampler.gpus), raise student.expertParallel, lower "
+        "training.sequenceLength, or use GPUs with more memory and name it here. `vpmoe plan` shows the "
+        "items.",
+        cel=f"!has({_MEMORY}) || "
+        + _let(
+            "m",
+            _MEMORY,
+            f"!m.matches('^(?:{CARD_MEMORY})$') || "
+            + _let("r", _RANKS, f"r < 1 || {_NEED} <= {cel_card_memory('m')}"),
+        ),
+        broken=_too_little_memory,
+        terms={
+            **_STAGE,
+            "shape": "self.student.shape",
+            "ranks": _RANKS,
+            "need": f"[{_RANKS}].map(r, ({_NEED} + {GIB - 1}) / {GIB})[0]",
+            "memory": _MEMORY,
         },
         each="stages",
     ),
@@ -263,16 +350,6 @@ RULES = (
     ),
     Rule(
         "stages",
-        "stage {stage}: stop.minValidity is above 0, but a stage of kind {kind} does not sample and cannot "
-        "measure "
-        "validity. Set it to 0.",
-        cel="s.kind == 'OnPolicy' || !has(s.stop) || !has(s.stop.minValidity) || s.stop.minValidity == 0.0",
-        broken=_nothing_sampled,
-        terms={**_STAGE, "kind": "s.kind"},
-        each="stages",
-    ),
-    Rule(
-        "stages",
         "stage {stage}: stop needs the held-out loss, but evaluation.documents is 0. Raise "
         "evaluation.documents, or "
         "remove stop.",
@@ -290,5 +367,19 @@ RULES = (
         broken=_no_teacher,
         terms={**_STAGE, "kind": "s.kind"},
         each="stages",
+    ),
+    Rule(
+        "export.stages",
+        "{name} is not the name of a stage. Name stages of spec.stages, or write [] to export none.",
+        cel=f"{_EXPORTS_NONE} || {_EXPORTED}.all(e, self.stages.exists(s, s.name == e))",
+        broken=lambda spec, _: _not_a_stage(spec),
+        terms={"name": f"{_EXPORTED}.filter(e, !self.stages.exists(s, s.name == e))[0]"},
+    ),
+    Rule(
+        "export.stages",
+        "{name} is named twice. Remove one.",
+        cel=f"{_EXPORTS_NONE} || {_EXPORTED}.all(e, {_EXPORTED}.exists_one(f, f == e))",
+        broken=lambda spec, _: _exported_twice(spec),
+        terms={"name": f"{_EXPORTED}.filter(e, !{_EXPORTED}.exists_one(f, f == e))[0]"},
     ),
 )

@@ -5,17 +5,18 @@ It does not include the status, which is in status.py.
 
 import hashlib
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
-from vpmoe.api.base import ApiModel, TextPattern
+from vpmoe.api.base import STORED, ApiModel, TextPattern
 from vpmoe.api.invalid import Invalid, problems
 from vpmoe.api.runtime import Role
-from vpmoe.api.spec import MUTABLE, MUTABLE_RUNTIME, Spec
+from vpmoe.api.spec import MUTABLE, Spec
 from vpmoe.api.stages import Stage
 from vpmoe.api.text import read_yaml
 
@@ -24,11 +25,34 @@ API_VERSION = f"{GROUP}/{VERSION}"
 
 PREPROCESS, RESCORE = "preprocess", "rescore"
 """Steps that do not belong to a stage."""
-SAMPLER, TEACHER, EVALUATE = "sampler", "teacher", "evaluate"
+SAMPLER, TEACHER, EVALUATE, EXPORT = "sampler", "teacher", "evaluate", "export"
 """Suffixes of a stage's other steps, as in <stage>-sampler. A stage's name has no hyphen and is none of
 these."""
+MOST_BYTES = 3 << 19
+"""Largest file of a run: etcd's limit of an object, 1.5 MiB."""
 STEP_NAME = 25
 """Longest name of a step in characters: 16 of a stage, a hyphen, and evaluate."""
+
+HASHED_RUNTIME = {
+    "backend": "PyTorchJob",
+    "stalledAfter": "15m",
+    "resources": {},
+    "serviceAccountName": "",
+    "imagePullSecrets": [],
+    "nodeSelector": {},
+    "tolerations": [],
+    "priorityClassName": "",
+    "queueName": "",
+}
+"""What the configuration's hash has in the place of spec.runtime, which is no part of it: the defaults of the
+time when it was. So the hash of a run with a default runtime, and the folder of one that was started by hand,
+stay what they were. Never changes."""
+
+
+def needs_gpus(step: str) -> bool:
+    """Whether the pods of the step of that name have GPUs."""
+    return step != PREPROCESS and not step.endswith(f"-{EXPORT}")
+
 
 RUN_NAME = TextPattern(
     r"[a-z]([-a-z0-9]{0,28}[a-z0-9])?",
@@ -64,10 +88,14 @@ class DistillRun(ApiModel):
     """Name and namespace."""
     spec: Spec
     """The specification of the run."""
+    _recorded_hash: str | None = PrivateAttr(None)
 
     @classmethod
-    def parse(cls, written: Any, source: str = "DistillRun") -> Self:
-        """A run from the mapping of a file or of an API object. Raises Invalid, which lists every problem."""
+    def parse(cls, written: Any, source: str = "DistillRun", *, stored: bool = False) -> Self:
+        """A run from the mapping of a file or of an API object. Raises Invalid, which lists every problem.
+
+        `stored`: it was applied before, perhaps to an earlier version; rules for new runs are not checked.
+        """
         if not isinstance(written, dict):
             raise Invalid(
                 [
@@ -78,29 +106,55 @@ class DistillRun(ApiModel):
             )
         body = {key: value for key, value in written.items() if key != "status"}
         try:
-            return cls.model_validate(body)
+            return cls.model_validate(body, context=STORED if stored else None)
         except ValidationError as error:
             raise Invalid(problems(error, body), source) from None
 
     @cached_property
     def _config(self) -> dict[str, Any]:
         spec = self.spec.model_dump(mode="json", by_alias=True)
-        spec = {field: value for field, value in spec.items() if field not in MUTABLE}
-        spec["runtime"] = {
-            field: value for field, value in spec["runtime"].items() if field not in MUTABLE_RUNTIME
-        }
+        left_out = (*MUTABLE, "runtime", *(("export",) if self._exports_by_default else ()))
+        spec = {field: value for field, value in spec.items() if field not in left_out}
         return {"apiVersion": self.api_version, "kind": self.kind, "spec": spec}
 
+    @property
+    def _exports_by_default(self) -> bool:
+        """Whether the last stage is exported and no other.
+
+        Then the configuration does not say so: runs that started when there was no export keep their hash,
+        and their jobs, of whichever version, can read the configuration.
+        """
+        return self.spec.export.stages == (self.spec.stages[-1].name,)
+
     def config(self) -> dict[str, Any]:
-        """The configuration: every default set, mutable fields left out. `parse` accepts it with metadata
-        added."""
+        """The configuration: every default set but that of export, without runtime and the fields that can
+        always change. `parse` accepts it with metadata added."""
         return json.loads(json.dumps(self._config))  # type: ignore[no-any-return]
 
     @cached_property
     def config_hash(self) -> str:
-        """SHA-256, 64 hex digits, of the configuration as canonical JSON: sorted keys, no spaces, UTF-8."""
-        text = json.dumps(self._config, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        """SHA-256, 64 hex digits, of the configuration as canonical JSON: sorted keys, no spaces, UTF-8.
+
+        Of a run that has started: the hash that was recorded then, if it is known (`with_recorded_hash`).
+        """
+        if self._recorded_hash is not None:
+            return self._recorded_hash
+        hashed = {**self._config, "spec": {**self._config["spec"], "runtime": HASHED_RUNTIME}}
+        text = json.dumps(hashed, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def with_recorded_hash(self, recorded: str) -> Self:
+        """This run with the configuration's hash that was recorded when its first step started.
+
+        A later version may compute another one, because it knows more fields or hashes fewer. Whatever a run
+        writes and compares has one hash for its whole life. Raises ValueError if it is not 64 hex digits.
+        """
+        if re.fullmatch(r"[0-9a-f]{64}", recorded) is None:
+            raise ValueError(f"{recorded!r} is not the hash of a configuration: 64 lowercase hex digits")
+        run = self.model_copy()
+        run.__dict__.pop("config_hash", None)
+        run._recorded_hash = recorded
+        return run
 
     def document(self) -> dict[str, Any]:
         """The configuration with metadata: the run file that the operator gives to jobs."""
@@ -119,6 +173,16 @@ class DistillRun(ApiModel):
         folder name."""
         return (self.metadata.uid or self.config_hash)[:8]
 
+    @property
+    def identity(self) -> str:
+        """namespace/name-uid8: differs from that of every other run, also of the same name."""
+        return f"{self.metadata.namespace}/{self.metadata.name}-{self.uid8}"
+
+    @property
+    def folder(self) -> str:
+        """The run's folder in the bucket, below spec.storage.prefix."""
+        return f"runs/{self.identity}"
+
     def stage(self, name: str) -> Stage:
         """The stage with that name. Raises KeyError, which lists the stages of the run."""
         for stage in self.spec.stages:
@@ -128,13 +192,20 @@ class DistillRun(ApiModel):
         raise KeyError(f"{name} is not a stage of {self.metadata.name}, which has {known}")
 
     def steps(self) -> tuple[str, ...]:
-        """Names of the run's steps in order: preprocess, rescore if a stage needs it, then those of each
-        stage."""
-        rescore = (RESCORE,) if any(stage.needs_rescoring for stage in self.spec.stages) else ()
-        return (PREPROCESS, *rescore, *(step for stage in self.spec.stages for step in self.steps_of(stage)))
+        """Names of the run's steps in order: preprocess, rescore if a stage needs it, those of each stage,
+        then the exports."""
+        stages = self.spec.stages
+        rescore = (RESCORE,) if any(stage.needs_rescoring for stage in stages) else ()
+        exports = (f"{stage.name}-{EXPORT}" for stage in stages if stage.name in self.spec.export.stages)
+        return (
+            PREPROCESS,
+            *rescore,
+            *(step for stage in stages for step in self.steps_of(stage)),
+            *exports,
+        )
 
     def steps_of(self, stage: Stage) -> tuple[str, ...]:
-        """Names of a stage's steps in order. The training step has the stage's name.
+        """Names of a stage's steps in order, without its export. The training step has the stage's name.
 
         If the stage samples, its sampler and teacher steps run beside the training step. If the evaluation
         measures completions or a canary, the step evaluate follows.
@@ -158,7 +229,13 @@ class DistillRun(ApiModel):
         stage = self.stage_of(step)
         if stage is None:
             return "preprocess" if step == PREPROCESS else "rescore"
-        roles: dict[str, Role] = {"": "train", SAMPLER: "sampler", TEACHER: "teacher", EVALUATE: "evaluate"}
+        roles: dict[str, Role] = {
+            "": "train",
+            SAMPLER: "sampler",
+            TEACHER: "teacher",
+            EVALUATE: "evaluate",
+            EXPORT: "export",
+        }
         return roles[step.partition("-")[2]]
 
     def needs(self, step: str) -> tuple[str, ...]:
@@ -169,24 +246,35 @@ class DistillRun(ApiModel):
         together. Rescoring needs the dataset only and runs beside Vanilla stages, which do not use the
         teacher's GPUs. All other stages wait for rescoring: Rescored for the scores, TeacherForced and
         OnPolicy for the GPUs. Steps that run at the same time therefore never need more than teacher.gpus +
-        student.gpus.
+        student.gpus. Exports start when all other steps have succeeded, so that the run has no use for its
+        GPUs any more.
         """
         stage, role = self.stage_of(step), self.role(step)
         if stage is None:
             return () if role == "preprocess" else (PREPROCESS,)
         if role == "evaluate":
             return self.steps_of(stage)[:-1]
+        if role == "export":
+            return self._last_steps(self.spec.stages[-1])
         position = self.spec.stages.index(stage)
-        before = self.steps_of(self.spec.stages[position - 1]) if position else (PREPROCESS,)
-        last = before[-1:] if self.role(before[-1]) == "evaluate" else before
+        last = self._last_steps(self.spec.stages[position - 1]) if position else (PREPROCESS,)
         waits = RESCORE in self.steps() and stage.needs_teacher
         return (*last, RESCORE) if waits else last
+
+    def _last_steps(self, stage: Stage) -> tuple[str, ...]:
+        """The steps of a stage after which what follows may start."""
+        steps = self.steps_of(stage)
+        return steps[-1:] if self.role(steps[-1]) == "evaluate" else steps
 
 
 def load_run(path: str | Path) -> DistillRun:
     """The run in a YAML or JSON file. Raises Invalid, which lists every problem, or OSError if the file is
     unreadable."""
+    with Path(path).open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise Invalid([f"is larger than {MOST_BYTES} bytes, the most that a cluster stores"], str(path))
     try:
-        return DistillRun.parse(read_yaml(Path(path).read_text(encoding="utf-8")), source=str(path))
+        return DistillRun.parse(read_yaml(content.decode()), source=str(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise Invalid([f"is not YAML: {error}"], str(path)) from None

@@ -16,10 +16,10 @@ from vpmoe.api.student import StudentSpec
 from vpmoe.api.training import TrainingSpec
 
 MUTABLE = ("suspend", "ttlAfterFinished", "deletionPolicy")
-"""Fields of spec that can change after the first step has started. They are not part of the configuration's
+"""Fields of spec that can change at any time. Neither they nor runtime are part of the configuration's
 hash."""
-MUTABLE_RUNTIME = ("attempts",)
-"""Such fields of spec.runtime."""
+MUTABLE_RUNTIME = ("attempts", "interruptions", "onStall", "scheduling")
+"""Such fields of spec.runtime. Its other fields can change while nothing of the run is alive."""
 
 
 def fill(spec: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +35,16 @@ def fill(spec: dict[str, Any]) -> dict[str, Any]:
             _fill_sampler(_fill_optimizer(stage, _mapping(training.get("optimizer"))), gpus)
             for stage in spec["stages"]
         ]
+    if isinstance(spec.get("export", {}), dict):
+        filled["export"] = default_export(spec.get("stages")) | spec.get("export", {})
     return filled
+
+
+def default_export(stages: Any) -> dict[str, Any]:
+    """spec.export if it is not written: the last stage. None of stages that are malformed."""
+    last = stages[-1] if isinstance(stages, list) and stages else None
+    name = _mapping(last).get("name")
+    return {"stages": [name] if isinstance(name, str) else []}
 
 
 def _mapping(written: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pydantic import Field, Strict
 from vpmoe.api.base import ApiModel
 from vpmoe.api.dataset import DatasetSpec
 from vpmoe.api.evaluation import EvaluationSpec
+from vpmoe.api.export import ExportSpec
 from vpmoe.api.quantities import Duration
 from vpmoe.api.runtime import RuntimeSpec
 from vpmoe.api.stages import Stage
@@ -38,10 +39,14 @@ class SpecFields(ApiModel):
     of the one before."""
     evaluation: EvaluationSpec = EvaluationSpec()
     """What is measured while a stage trains and after it."""
+    export: Annotated[ExportSpec, Field(json_schema_extra={"inherits": "stages"})]
+    """The stages whose student is written to the bucket as a model for transformers and vLLM. Absent exports
+    the last stage."""
     storage: StorageSpec
     """The S3 bucket that holds everything the run reads and writes."""
     runtime: RuntimeSpec = RuntimeSpec()
-    """Settings of the run's pods and of retries."""
+    """Settings of the run's pods and of retries. Can be changed while nothing of the run is alive: before its
+    first step, Queued, Suspended or Failed; attempts at any time. The next attempt of a step uses them."""
     resume_from: Annotated[str, S3_FOLDER] | None = None
     """Folder of another run, s3://bucket/…/runs/namespace/name-uid, whose last checkpoint, optimizer state
     and data position this run continues; null starts from the beginning."""

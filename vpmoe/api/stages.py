@@ -23,6 +23,7 @@ BUILT_IN_STEPS = (
     "teacher",
     "sampler",
     "evaluate",
+    "export",
     "report",
     "train",
     "config",
@@ -64,8 +65,10 @@ class Stop(ApiModel):
     reverse KL. Higher ends the stage earlier."""
     min_validity: Share = 0.0
     """Share of valid Harmony completions, between 0 and 1, that must be reached before the stage can end
-    early; 0 disables the check. Only OnPolicy stages sample while they train, so it must be 0 in all
-    others."""
+    early. Higher ends the stage later; 0 requires nothing. It acts from the first evaluation that measured
+    validity: in OnPolicy, of the rollouts since the evaluation before. This version measures no validity
+    while stages of other kinds train, so such a stage with a value above 0 never ends early and uses all its
+    tokens."""
 
 
 class StageFields(ApiModel):

@@ -6,11 +6,12 @@ To add a field, add it here and run `make manifests`: the API server drops field
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from vpmoe.api.base import Record
 from vpmoe.api.progress import Address, CheckpointStatus, Count, DatasetStatus, Hash, HeldOut
-from vpmoe.api.run import STEP_NAME
+from vpmoe.api.run import STEP_NAME, needs_gpus
+from vpmoe.api.runtime import RuntimeSpec
 
 RunPhase = Literal["Pending", "Queued", "Running", "Suspended", "Succeeded", "Failed"]
 StepState = Literal["Pending", "Queued", "Running", "Suspended", "Retrying", "Succeeded", "Failed"]
@@ -18,9 +19,15 @@ ConditionType = Literal["Ready", "Progressing", "Suspended", "Stalled", "Failed"
 
 MESSAGE = 1024
 """Longest message in a status, in characters."""
-MOST_STEPS = 33
-"""Most steps of a run: preprocess, and four in each of eight OnPolicy stages. A run with rescore has fewer,
-because a Rescored stage has two."""
+INTERRUPTIONS_EXHAUSTED = "InterruptionsExhausted"
+"""Reason of a step that has failed because it was interrupted runtime.interruptions times in a row."""
+MAX_IMAGES = 8
+"""Most images of a step that a status keeps."""
+MAX_IMAGE, MAX_DIGEST = 512, 160
+"""Longest reference and digest of an image in a status, in characters."""
+MOST_STEPS = 41
+"""Most steps of a run: preprocess, four in each of eight OnPolicy stages, and an export of each. A run with
+rescore has fewer, because a Rescored stage has two and an export."""
 
 
 def _shortened(text: str) -> str:
@@ -40,7 +47,14 @@ StepName = Annotated[str, Field(max_length=STEP_NAME)]
 Number = Annotated[float, AfterValidator(_rounded)]
 
 
-class Condition(Record):
+class StatusRecord(Record):
+    """Base of the parts of a status. Unknown fields stay as long as the part does: an operator of an older
+    version must not delete what a newer one has written."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Condition(StatusRecord):
     """One aspect of the run, as `kubectl wait --for=condition=…` reads it."""
 
     type: Annotated[str, Field(max_length=64, pattern=r"^[A-Z][A-Za-z0-9]*$")]
@@ -58,7 +72,7 @@ class Condition(Record):
     """Time of the last change of the condition's status."""
 
 
-class ChildRef(Record):
+class ChildRef(StatusRecord):
     """The object that runs an attempt of a step."""
 
     kind: Annotated[str, Field(max_length=64)]
@@ -69,12 +83,39 @@ class ChildRef(Record):
     """Uid of the object; absent until it has been created."""
 
 
-class StepStatus(Record):
+class AttemptOutcome(StatusRecord):
+    """How an attempt ended while pods of it still exist."""
+
+    result: Literal["Succeeded", "Permanent", "Interrupted", "Retriable", "Error"]
+    """Succeeded, or the kind of the failure: Permanent, Interrupted, Retriable or Error."""
+    message: Message = ""
+    """The outcome as a sentence."""
+
+
+class StepImage(StatusRecord):
+    """An image that pods of a step ran, and the attempts that did. It is that of the container of the job
+    itself."""
+
+    first_attempt: Count
+    """Number of the first attempt that ran it."""
+    last_attempt: Count
+    """Number of the last attempt that ran it. All attempts between the two did, or left no pod that could be
+    read."""
+    image: Annotated[str, Field(max_length=MAX_IMAGE)]
+    """Reference of the image in the pods."""
+    digest: Annotated[str, Field(max_length=MAX_DIGEST)] | None = None
+    """Digest of the image as the node reports it, such as sha256:…. Absent if the node reports none."""
+    commit: Annotated[str, Field(max_length=64)] | None = None
+    """Commit of this project that the pods reported. Empty if the image does not hold its commit. Absent if
+    no pod has reported, or if they are of an older version."""
+
+
+class StepStatus(StatusRecord):
     """Status of one step: preprocess, rescore, or a step of a stage."""
 
     name: StepName
     """Name of the step: preprocess, rescore, the stage's name for its training step, or <stage>-sampler,
-    <stage>-teacher, <stage>-evaluate."""
+    <stage>-teacher, <stage>-evaluate, <stage>-export."""
     state: StepState = "Pending"
     """Pending, Queued for GPUs, Running, Suspended, Retrying after a failure, Succeeded or Failed."""
     attempt: Count = 0
@@ -84,8 +125,8 @@ class StepStatus(Record):
     """Consecutive failures without a new checkpoint, part or window. The step fails at runtime.attempts
     failures."""
     interruptions: Count = 0
-    """Consecutive interruptions from outside, such as evictions and drains, without a new checkpoint, part or
-    window. They do not count as failures."""
+    """Consecutive interruptions from outside, such as drains and lost nodes, without a new checkpoint, part
+    or window. They do not count as failures. The step fails at runtime.interruptions interruptions."""
     tokens_done: Count | None = None
     """Tokens trained on."""
     tokens_total: Count | None = None
@@ -105,29 +146,54 @@ class StepStatus(Record):
     """Time when the step succeeded or failed permanently."""
     progressed: datetime | None = None
     """Time of the last progress. After runtime.stalledAfter without progress the run's condition Stalled is
-    True."""
+    True. After two attempts in a row without a new checkpoint, part or window, only such a one is
+    progress."""
+    unreadable_since: datetime | None = None
+    """Time since when the step's progress cannot be read from its pods; absent while it can. This time does
+    not count for runtime.stalledAfter."""
     retry_at: datetime | None = None
     """Time of the next attempt after a failure."""
     child: ChildRef | None = None
     """The object of the latest attempt."""
+    resumed: datetime | None = None
+    """Time when the latest attempt's PyTorchJob was last resumed by Kueue, as of when all of its pods ran;
+    absent if it was not."""
+    outcome: AttemptOutcome | None = None
+    """How the latest attempt ended, while its pods are being removed; otherwise absent."""
     checkpoint: CheckpointStatus | None = None
     """The step's latest checkpoint."""
+    furthest: Count | None = None
+    """Optimizer step of the step's furthest checkpoint; absent if that is the latest one. Only a checkpoint
+    beyond it resets failures and interruptions."""
     held_out: HeldOut | None = None
     """Held-out loss by span before the first optimizer step and at the latest evaluation, in nats per
     token."""
     validity: Number | None = None
     """Share of the completions sampled after the stage that are valid Harmony."""
+    model: Address | None = None
+    """s3:// URL of the folder with the model that the step has exported."""
     reused: bool = False
     """true if the step's outputs were already in the bucket and no work was needed."""
+    images: Annotated[tuple[StepImage, ...], Field(max_length=MAX_IMAGES)] | None = None
+    """What the step's attempts ran, in order: one entry as long as it was the same, another one after an
+    upgrade. Two entries with the same attempt: its pods ran different images. The latest eight are kept.
+    Absent until pods have started."""
+
+    def is_final(self, runtime: RuntimeSpec) -> bool:
+        """Whether the step has failed and the limit that it reached has not been raised since."""
+        if self.reason == INTERRUPTIONS_EXHAUSTED:
+            return self.state == "Failed" and self.interruptions >= runtime.interruptions
+        return self.state == "Failed" and self.failures >= runtime.attempts
 
 
-class RunProvenance(Record):
+class RunProvenance(StatusRecord):
     """The code, configuration and data of the run."""
 
     git_sha: Annotated[str, Field(max_length=64)] | None = None
-    """Commit of this project."""
+    """Only of a run that an older version has started: the commit that its operator was told then. What ran
+    is in steps[].images."""
     image: Annotated[str, Field(max_length=512)] | None = None
-    """Image of the training pods."""
+    """Only of a run that an older version has started: image of its training pods at that time."""
     config_hash: Hash | None = None
     """SHA-256 of the resolved configuration, 64 hex digits."""
     dataset: DatasetStatus | None = None
@@ -136,7 +202,7 @@ class RunProvenance(Record):
     """s3:// URL of the run's folder: configuration, metrics, checkpoints."""
 
 
-class Status(Record):
+class Status(StatusRecord):
     """State of the run. Only the operator writes it."""
 
     observed_generation: Count = 0
@@ -162,10 +228,15 @@ class Status(Record):
     """Held-out loss by span of the stage that is training or trained last, in nats per token."""
     validity: Number | None = None
     """Share of the completions sampled after the latest stage that are valid Harmony."""
+    model: Address | None = None
+    """s3:// URL of the folder with the exported model, for transformers and vLLM; that of the latest stage if
+    several are exported."""
     started: datetime | None = None
     """Time when the first step started."""
     finished: datetime | None = None
     """Time when the run succeeded or failed."""
+    clearing: datetime | None = None
+    """Time since when the folder of a deleted run is being deleted from the bucket; absent before."""
     conditions: Annotated[
         tuple[Condition, ...], Field(max_length=16, json_schema_extra={"listMapKey": "type"})
     ] = ()
@@ -188,20 +259,32 @@ class Status(Record):
         return tuple(step for step in self.steps if step.state == "Running")
 
     @property
+    def gpu_step_started(self) -> bool:
+        """Whether a step that needs GPUs has started."""
+        return any(step.attempt and needs_gpus(step.name) for step in self.steps)
+
+    @property
+    def gpu_steps_finished(self) -> bool:
+        """Whether all steps that need GPUs have succeeded: at most exports are left."""
+        left = any(needs_gpus(step.name) and step.state != "Succeeded" for step in self.steps)
+        return self.gpu_step_started and not left
+
+    @property
     def holds_gpus(self) -> bool:
-        """Whether the run holds its GPUs: from its first child until it is suspended or finished.
+        """Whether the run holds its GPUs: from its first step that needs them until the last one has
+        succeeded, or the run is suspended or finished.
 
         A pause between two attempts does not release them.
         """
-        return self.phase == "Running"
+        return self.phase == "Running" and self.gpu_step_started and not self.gpu_steps_finished
 
-    def failed_step(self, attempts: int) -> StepStatus | None:
+    def failed_step(self, runtime: RuntimeSpec) -> StepStatus | None:
         """The step whose failure ends the run, the first to fail if there are several; None if none has
-        failed `attempts` times.
+        failed for good.
 
-        Raising runtime.attempts makes a failed step one that may be retried.
+        Raising runtime.attempts or runtime.interruptions makes a failed step one that may be retried.
         """
-        failed = [step for step in self.steps if step.state == "Failed" and step.failures >= attempts]
+        failed = [step for step in self.steps if step.is_final(runtime)]
         return min(failed, key=lambda step: step.finished.timestamp() if step.finished else 0.0, default=None)
 
     def step_status(self, step: str) -> StepStatus | None:

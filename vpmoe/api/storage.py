@@ -35,8 +35,9 @@ class StorageSpec(ApiModel):
     """Path inside the bucket under which all objects are stored; empty means the root. Only runs with the
     same prefix share datasets."""
     credentials_secret: Annotated[str, SECRET] | None = None
-    """Secret in the run's namespace with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; null or absent
-    uses the identity of the pods' service account."""
+    """Secret in the run's namespace with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY and, for
+    temporary credentials, AWS_SESSION_TOKEN; null or absent uses the identity of the pods' service
+    account."""
     region: Annotated[str, Field(min_length=1, max_length=64)] = "us-east-1"
     """Region that requests are signed for. Most services other than AWS ignore it."""
     addressing_style: Literal["auto", "path", "virtual"] = "auto"

@@ -5,14 +5,15 @@ writes the string "3e-4" without quotes.
 """
 
 import re
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the numbers of YAML 1.2, without dates, that rejects duplicate keys."""
+    """SafeLoader with the numbers of YAML 1.2, without dates, that rejects duplicate keys and reports every
+    value that it cannot convert with its position."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own class attribute)
         first: [
@@ -23,7 +24,18 @@ class _Loader(yaml.SafeLoader):
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError) as error:  # what PyYAML's constructors raise
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"this is no {kind} ({error}). Quote it if it is a text", node.start_mark
+            ) from error
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        if not isinstance(node, yaml.MappingNode):
+            return super().construct_mapping(node, deep)  # which says that it is none
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
@@ -57,7 +69,22 @@ for resolver in (_Loader, _Dumper):
 
 def read_yaml(text: str) -> Any:
     """The only document in `text`. Raises yaml.YAMLError, with the position, if it cannot be read."""
-    return yaml.load(text, Loader=_Loader)
+    return _read(lambda: yaml.load(text, Loader=_Loader))
+
+
+def read_yaml_documents(text: str) -> list[Any]:
+    """All documents in `text`, without empty ones. Raises yaml.YAMLError, with the position, if one cannot be
+    read."""
+    return _read(lambda: [found for found in yaml.load_all(text, Loader=_Loader) if found is not None])
+
+
+def _read[T](load: Callable[[], T]) -> T:
+    try:
+        return load()
+    except RecursionError:
+        raise yaml.YAMLError("lists and mappings are nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # of PyYAML's scanner, for an escape such as "\UFFFFFFFF"
+        raise yaml.YAMLError(f"an escape is no character of Unicode ({error})") from error
 
 
 def write_yaml(value: Any) -> str:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from tests.fakes import valid_specs
 from vpmoe.api import DistillRun, labels
-from vpmoe.api.progress import Amount, CheckpointStatus, HeldOut, Progress, SpanLoss
+from vpmoe.api.progress import Amount, CheckpointStatus, HeldOut, Progress, ProgressCondition, SpanLoss
 from vpmoe.api.run import STEP_NAME
 from vpmoe.api.status import MESSAGE, MOST_STEPS, ChildRef, Condition, Status, StepStatus
 
@@ -33,6 +33,20 @@ def test_progress_is_read_as_it_was_written() -> None:
     assert document["heldOut"] == {"before": {"reasoning": 2.0}}
     assert document["updated"] == "2026-01-02T03:04:05Z"
     assert Progress.model_validate(document) == progress
+
+
+def test_a_message_may_hold_a_file_name_that_is_not_utf_8() -> None:
+    slow = ProgressCondition(type="Slow", status="True", reason="Slow", message="\udcff")
+    progress = Progress(
+        step="first",
+        attempt=1,
+        state="Running",
+        updated=NOW,
+        message="reading \udcff.parquet",
+        conditions=(slow,),
+    )
+    read = Progress.model_validate_json(progress.to_json())
+    assert (read.message, read.conditions[0].message) == ("reading ?.parquet", "?")
 
 
 def test_progress_of_a_newer_writer_is_read() -> None:
@@ -69,7 +83,8 @@ def test_a_message_that_is_too_long_is_shortened_and_not_rejected() -> None:
 
 def test_the_longest_status_is_much_smaller_than_the_limit_of_etcd() -> None:
     stages = [{**valid_specs.ONPOLICY, "name": f"{i}".rjust(16, "b")} for i in range(8)]
-    steps = DistillRun.parse(valid_specs.manifest({"spec.stages": stages})).steps()
+    export = {"stages": [stage["name"] for stage in stages]}
+    steps = DistillRun.parse(valid_specs.manifest({"spec.stages": stages, "spec.export": export})).steps()
     assert (len(steps), max(map(len, steps))) == (MOST_STEPS, STEP_NAME)
     facts = CheckpointStatus(iteration=10**9, tokens=10**15, manifest="s3://" + "m" * 2043, sha256=SHA)
     child = ChildRef(kind="PyTorchJob", name="n" * 63, uid="u" * 36)
@@ -107,13 +122,11 @@ def test_labels_are_shortened_and_annotations_are_not() -> None:
     facts: dict[str, Any] = {
         "step": "first",
         "attempt": 3,
-        "git_sha": "cd" * 20,
         "config": SHA,
         "dataset": SHA,
     }
     label_values = labels.labels("run", **facts)
     assert label_values[labels.CONFIG] == label_values[labels.DATASET] == SHA[:16]
-    assert label_values[labels.GIT_SHA] == ("cd" * 20)[:16]
     assert label_values[labels.ATTEMPT] == "3"
     assert labels.annotations("run", **facts) | label_values == {
         **labels.annotations("run", **facts),
@@ -122,10 +135,22 @@ def test_labels_are_shortened_and_annotations_are_not() -> None:
     assert labels.annotations("run", **facts)[labels.CONFIG] == SHA
 
 
+@pytest.mark.parametrize("commit", ["", "ab" * 20, "cd" * 32, None])
+def test_a_progress_keeps_a_commit_and_says_whether_there_is_none(commit: str | None) -> None:
+    progress = Progress(step="first", attempt=1, state="Running", updated=NOW, commit=commit)
+    assert ("commit" in progress.dump()) is (commit is not None)
+    assert Progress.model_validate_json(progress.to_json()) == progress
+
+
+@pytest.mark.parametrize("wrong", ["main", "ab" * 19, "AB" * 20, "ab" * 20 + "\n", "x" * 10**6, 7, ["a"], {}])
+def test_a_wrong_commit_does_not_count_and_hides_nothing_else(wrong: Any) -> None:
+    whole = {"step": "first", "attempt": 1, "state": "Running", "updated": NOW, "message": "fine"}
+    progress = Progress.model_validate({**whole, "commit": wrong})
+    assert (progress.commit, progress.message) == (None, "fine")
+
+
 def test_an_unknown_dataset_has_no_label() -> None:
-    assert labels.DATASET not in labels.labels(
-        "run", step="preprocess", attempt=1, git_sha="cd" * 20, config=SHA
-    )
+    assert labels.DATASET not in labels.labels("run", step="preprocess", attempt=1, config=SHA)
 
 
 @pytest.mark.parametrize("value", ["a b", "-a", "a" * 64, "é", "a/b"])

@@ -1,6 +1,7 @@
 """DistillRun: parsing, defaults, errors with the remedy, steps, and the configuration hash."""
 
 import json
+import pickle
 import re
 from datetime import date
 from pathlib import Path
@@ -13,12 +14,17 @@ from hypothesis import strategies as st
 
 from tests.fakes import invalid_specs, valid_specs
 from vpmoe.api import DistillRun, Invalid, OnPolicy, Rescored, load_run
-from vpmoe.api.run import STEP_NAME
+from vpmoe.api.run import STEP_NAME, needs_gpus
+from vpmoe.api.runtime import RuntimeSpec
 from vpmoe.api.text import read_yaml, write_yaml
 
 EXAMPLES = Path(__file__).parents[3] / "manifests" / "examples"
 FULL = EXAMPLES / "full.yaml"
+CONTRACT = Path(__file__).parents[2] / "fakes" / "contract.yaml"
+"""The fields and spellings that stay valid in every version: fields may be added, none of these renamed."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
+MINIMAL_HASH = "c88ee2a5caa3759b3726571f7dcf3fc4da17f70e0ad43b9c53b27c91a1139f26"
+"""Hash of valid_specs.MINIMAL before spec.export existed, at commit d3a952b."""
 
 
 def load_text(text: str, folder: Path) -> DistillRun:
@@ -115,9 +121,14 @@ def test_a_malformed_object_is_the_only_problem_reported() -> None:
     assert caught.value.problems == ("spec.training: 3 must be a mapping",)
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*sorted(EXAMPLES.glob("*.yaml")), CONTRACT], ids=lambda path: path.stem)
 def test_an_example_is_a_valid_run(path: Path) -> None:
     load_run(path)
+
+
+def test_the_contract_requires_validity_of_a_stage_that_does_not_sample() -> None:
+    first = load_run(CONTRACT).spec.stages[0]
+    assert not first.samples and first.stop is not None and first.stop.min_validity == 0.95
 
 
 def test_the_full_example_has_every_field() -> None:
@@ -183,6 +194,7 @@ def test_the_defaults_of_all_kinds_of_stages() -> None:
         "onpolicy-teacher",
         "onpolicy",
         "onpolicy-evaluate",
+        "onpolicy-export",
     )
     assert run.stage("forced") is forced
 
@@ -279,9 +291,58 @@ def test_a_step_needs_the_stage_before_its_scores_and_the_teachers_gpus(
         {"name": f"s{i}", "kind": kind, "tokens": 1000, **REQUIRED_OF_KIND.get(kind, {})}
         for i, kind in enumerate(kinds)
     ]
-    run = DistillRun.parse(valid_specs.manifest({"spec.stages": stages, "spec.evaluation": evaluation}))
+    changes = {"spec.stages": stages, "spec.evaluation": evaluation, "spec.export": {"stages": []}}
+    run = DistillRun.parse(valid_specs.manifest(changes))
     assert run.steps() == tuple(needs)
     assert {step: list(run.needs(step)) for step in run.steps()} == needs
+
+
+@pytest.mark.parametrize(
+    "export, evaluation, exports",
+    [
+        pytest.param({}, {}, {"s2-export": ("s2-evaluate",)}, id="by default the last stage"),
+        pytest.param({"spec.export": {}}, {}, {"s2-export": ("s2-evaluate",)}, id="without stages the same"),
+        pytest.param({"spec.export": {"stages": []}}, {}, {}, id="none"),
+        pytest.param(
+            {"spec.export": {"stages": ["s2", "s0"]}},
+            NOT_EVALUATED,
+            dict.fromkeys(("s0-export", "s2-export"), ("s2-sampler", "s2-teacher", "s2")),
+            id="two, in the order of the stages",
+        ),
+    ],
+)
+def test_exports_are_the_last_steps_and_need_all_others(
+    export: dict[str, Any], evaluation: dict[str, Any], exports: dict[str, tuple[str, ...]]
+) -> None:
+    kinds = ("Vanilla", "Rescored", "OnPolicy")
+    stages = [
+        {"name": f"s{i}", "kind": kind, "tokens": 1000, **REQUIRED_OF_KIND.get(kind, {})}
+        for i, kind in enumerate(kinds)
+    ]
+    changes = {"spec.stages": stages, "spec.evaluation": evaluation, **export}
+    run = DistillRun.parse(valid_specs.manifest(changes))
+    steps = run.steps()
+    assert steps[len(steps) - len(exports) :] == tuple(exports)
+    assert {step: run.needs(step) for step in exports} == exports
+    assert [step for step in steps if run.role(step) == "export"] == list(exports)
+    for step in steps:
+        assert needs_gpus(step) is (run.role(step) not in ("preprocess", "export"))
+        if step not in exports:
+            assert not {*run.needs(step)} & {*exports}, "nothing waits for an export"
+
+
+def test_the_default_of_export_changes_neither_the_configuration_nor_its_hash() -> None:
+    """So runs that were started before there was an export go on: by hand, also in the same folder."""
+    absent, explicit, none = (
+        DistillRun.parse(valid_specs.manifest(export))
+        for export in ({}, {"spec.export": {"stages": ["first"]}}, {"spec.export": {"stages": []}})
+    )
+    assert absent.spec.export.stages == ("first",)
+    assert "export" not in absent.config()["spec"]
+    assert absent.config_hash == explicit.config_hash == MINIMAL_HASH
+    assert none.config()["spec"]["export"] == {"stages": []} and none.config_hash != MINIMAL_HASH
+    for run in (absent, none):
+        assert DistillRun.parse(run.document()).spec == run.spec
 
 
 def test_an_unknown_step_is_rejected() -> None:
@@ -290,7 +351,8 @@ def test_an_unknown_step_is_rejected() -> None:
         for method in (run.needs, run.role, run.stage_of):
             with pytest.raises(
                 KeyError,
-                match=f"{name} is not a step of minimal, which has preprocess, first, first-evaluate",
+                match=f"{name} is not a step of minimal, which has preprocess, first, first-evaluate, "
+                "first-export",
             ):
                 method(name)
 
@@ -310,6 +372,7 @@ def test_role_and_stage_of_a_step() -> None:
         "onpolicy-teacher": "teacher",
         "onpolicy": "train",
         "onpolicy-evaluate": "evaluate",
+        "onpolicy-export": "export",
     }
     assert [run.stage_of(step) for step in ("preprocess", "rescore")] == [None, None]
     for stage in run.spec.stages:
@@ -426,8 +489,7 @@ EQUIVALENT = {
     "suspended": {"spec.suspend": True},
     "kept for a day": {"spec.ttlAfterFinished": "1d"},
     "deleted with its folder": {"spec.deletionPolicy": "Delete"},
-    "more attempts": {"spec.runtime.attempts": 9},
-    "the same time in other units": {"spec.runtime.stalledAfter": "900s"},
+    "another runtime": {"spec.runtime": valid_specs.RUNTIME},
     "another name": {"metadata.name": "other"},
 }
 
@@ -442,13 +504,65 @@ def test_equivalent_runs_have_the_same_hash(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "path, value",
-    [("spec.training.seed", 1), ("spec.stages.0.tokens", "1000000001"), ("spec.runtime.backend", "Job")],
+    [
+        ("spec.training.seed", 1),
+        ("spec.stages.0.tokens", "1000000001"),
+        ("spec.student.gpusPerPod", 1),
+        ("spec.storage.bucket", "other"),
+    ],
 )
 def test_different_configurations_have_different_hashes(path: str, value: object) -> None:
     assert (
         DistillRun.parse(valid_specs.manifest({path: value})).config_hash
         != DistillRun.parse(valid_specs.manifest({})).config_hash
     )
+
+
+def test_no_field_of_runtime_is_part_of_the_configuration() -> None:
+    assert set(EQUIVALENT["another runtime"]["spec.runtime"]) == {
+        str(field.alias) for field in RuntimeSpec.model_fields.values()
+    }, "the case above changes every field"
+    assert "runtime" not in load_run(FULL).config()["spec"]
+    assert "runtime" not in load_run(FULL).document()["spec"]
+
+
+def test_the_hash_of_a_run_is_that_of_the_versions_before() -> None:
+    """Written down when runtime had no env from Secrets, no cache and no settings of pods."""
+    assert DistillRun.parse(valid_specs.manifest({})).config_hash == (
+        "c88ee2a5caa3759b3726571f7dcf3fc4da17f70e0ad43b9c53b27c91a1139f26"
+    )
+
+
+NEW_RULES = {
+    name: bad.changes
+    for name, bad in invalid_specs.INVALID.items()
+    if name
+    in ("HF_TOKEN in plain text", "a proxy with a password", "a resource that is none", "half a device")
+}
+
+
+@pytest.mark.parametrize("name", NEW_RULES)
+def test_a_stored_run_goes_on_that_a_later_rule_would_reject(name: str) -> None:
+    assert DistillRun.parse(valid_specs.manifest(NEW_RULES[name]), stored=True).spec.runtime
+
+
+def test_a_stored_run_is_rejected_for_what_every_version_rejects() -> None:
+    with pytest.raises(Invalid, match="HOME is reserved"):
+        DistillRun.parse(valid_specs.manifest({"spec.runtime.env": [{"name": "HOME"}]}), stored=True)
+
+
+def test_a_started_run_keeps_the_hash_that_was_recorded() -> None:
+    run = load_run(FULL)
+    recorded = run.with_recorded_hash("0f" * 32)
+    assert (recorded.config_hash, recorded.uid8, recorded.spec) == ("0f" * 32, "0f0f0f0f", run.spec)
+    assert run.config_hash != recorded.config_hash
+    assert pickle.loads(pickle.dumps(recorded)).config_hash == "0f" * 32, "workers get the run pickled"
+
+
+@pytest.mark.parametrize("text", ["", "0f", "0F" * 32, "0g" * 32, "0f" * 33])
+def test_a_text_that_is_no_hash_is_rejected(text: str) -> None:
+    with pytest.raises(ValueError, match="is not the hash of a configuration"):
+        load_run(FULL).with_recorded_hash(text)
 
 
 @settings(max_examples=25, deadline=None)
