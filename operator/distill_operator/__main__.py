@@ -12,21 +12,25 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any, NoReturn
 
 from distill_operator import health, metrics
 from distill_operator.kube import Kube, KubeError
 from distill_operator.leader_election import Lease, LeaseLost
-from distill_operator.orphans import active_keys, delete_orphans
-from distill_operator.reconcile import Reconciler, list_runs
+from distill_operator.namespaces import WatchedNamespaces
+from distill_operator.pod_progress import PodProgress
+from distill_operator.reconcile import Reconciler
+from distill_operator.resync import Resync
 from distill_operator.settings import Settings, load_settings
-from distill_operator.step_progress import Buckets, SecretMissing
-from distill_operator.watch import Key, Watcher
+from distill_operator.watch import Change, Key, Watches, WatchStuck
 from distill_operator.workqueue import WorkQueue
-from vpmoe.storage import StorageError
 
 log = logging.getLogger("distill_operator")
 
 WORKERS = 4
+BRIEF_SECONDS = 2.0
+"""How long the reconcile for a child that is about to change again waits, so that one reconcile sees both
+changes. What a user waits for, that pods run or that a child has finished, does not wait."""
 EXIT_FAILED = 70
 """Exit code after a task that must not end has ended. The kubelet restarts the container."""
 
@@ -38,67 +42,84 @@ class Operator:
         self._kube, self._settings = kube, settings
         self._queue: WorkQueue[Key] = WorkQueue()
         self._lease = Lease(kube, namespace, settings.lease.name, identity, settings.lease.seconds)
-        self._resync_now = asyncio.Event()
-        self._reconciler = Reconciler(kube, Buckets(kube), settings, gpus_released=self._resync_now.set)
-        self._leading = False
+        kube.write_seconds = self._lease.seconds_left
+        self._watches: Watches | None = None
+        namespaces = WatchedNamespaces(kube, settings.watch_namespaces)
+        progress = PodProgress(self._queue.put, settings.progress_seconds)
+        self._reconciler = Reconciler(kube, progress, settings, namespaces)
+        admission, last = self._reconciler.admission, self._reconciler.last
+        self._resync = Resync(kube, settings, namespaces, admission, last, self._queue.put)
 
     async def run(self) -> int:
         """Stand by, lead, end. Returns the exit code. A lost lease ends the process at once."""
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        runner = await health.serve(self._settings.port, self._find_problem, self._refresh_gauges)
+        runner = await health.serve(
+            self._settings.port,
+            self._find_health_problem,
+            lambda: self._watches.readiness_problem() if self._watches else "",
+            self._refresh_gauges,
+        )
         log.info("serving probes and metrics on port %d", self._settings.port)
         stopping = asyncio.create_task(stop.wait(), name="stop")
         acquiring = asyncio.create_task(self._lease.acquire(), name="lease")
-        await asyncio.wait({stopping, acquiring}, return_when=asyncio.FIRST_COMPLETED)
+        ended, _ = await asyncio.wait({stopping, acquiring}, return_when=asyncio.FIRST_COMPLETED)
+        if acquiring in ended and acquiring.exception() is not None:
+            self._fail([acquiring])
         code = 0
-        if acquiring.done():
+        if acquiring in ended:
             code = await self._lead(stopping)
         acquiring.cancel()
         await runner.cleanup()
         return code
 
     async def _lead(self, stopping: asyncio.Task[bool]) -> int:
-        self._leading = True
+        """Run what only the holder of the lease runs, until the stop signal."""
         metrics.LEADING.set(1)
-        watch_ended = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        watcher = Watcher(
-            self._queue.put_from_thread,
+        home = asyncio.get_running_loop()
+        self._watches = Watches(
+            self._kube,
+            lambda change: home.call_soon_threadsafe(self._queue_changed, change),
             self._settings.watch_namespaces,
-            lambda: loop.call_soon_threadsafe(watch_ended.set),
         )
         tasks = {
             asyncio.create_task(self._lease.hold(), name="lease"),
-            asyncio.create_task(self._resync(), name="resync"),
-            asyncio.create_task(watch_ended.wait(), name="watch"),
+            asyncio.create_task(self._resync.run(), name="resync"),
+            asyncio.create_task(self._reconciler.admission.run(self._queue.put), name="admission"),
+            *(asyncio.create_task(watch, name=name) for name, watch in self._watches.tasks()),
             *(asyncio.create_task(self._work(), name=f"worker-{number}") for number in range(WORKERS)),
         }
-        watcher.start()
         ended, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
         failed = [task for task in ended if task is not stopping]
-        for task in failed:
-            error = task.exception()
-            log.critical(
-                "task %s ended unexpectedly: %s",
-                task.get_name(),
-                error,
-                exc_info=error if not isinstance(error, LeaseLost) else None,
-            )
-        if failed:  # at once, without finishing anything: another process may lead already
-            logging.shutdown()
-            os._exit(EXIT_FAILED)
+        if failed:
+            self._fail(failed)
         log.info("received a stop signal")
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        watcher.stop()
         try:
             await self._lease.release()
         except KubeError as error:
             log.warning("the lease was not released, so a standby waits until it expires: %s", error)
         return 0
+
+    def _queue_changed(self, change: Change) -> None:
+        """Queue the run of an event, unless its last reconcile saw that object as it is now: most events are
+        about the operator's own writes.
+        """
+        if not self._reconciler.last.covers(change):
+            self._queue.put(change.key, BRIEF_SECONDS if change.brief else 0.0)
+
+    def _fail(self, tasks: list[asyncio.Task[Any]]) -> NoReturn:
+        """End the process at once, without finishing anything: another process may lead already."""
+        for task in tasks:
+            error = task.exception()
+            expected = isinstance(error, LeaseLost | WatchStuck)
+            log.critical(
+                "task %s ended unexpectedly: %s", task.get_name(), error, exc_info=None if expected else error
+            )
+        exit_now(EXIT_FAILED)
 
     async def _work(self) -> None:
         """Reconcile one key after the other. An error of one run never stops the work on others."""
@@ -110,6 +131,7 @@ class Operator:
                 await asyncio.wait({task})
             finally:
                 task.cancel()
+                await asyncio.wait({task}, timeout=1)
             metrics.RECONCILE_SECONDS.observe(time.monotonic() - started)
             error = task.exception()
             if error is None:
@@ -119,7 +141,7 @@ class Operator:
                     self._queue.put(key, requeue_after)
                 metrics.RECONCILES.labels("done").inc()
                 continue
-            expected = isinstance(error, KubeError | StorageError | SecretMissing)
+            expected = isinstance(error, KubeError)
             delay = self._queue.failed(key)
             metrics.RECONCILES.labels("failed" if expected else "bug").inc()
             log.log(
@@ -131,39 +153,32 @@ class Operator:
                 exc_info=None if expected else error,
             )
 
-    async def _resync(self) -> None:
-        """Queue every active run and delete orphans, periodically, and at once when GPUs are released."""
-        while True:
-            self._resync_now.clear()
-            try:
-                runs = await list_runs(self._kube, self._settings)
-                for key in active_keys(runs):
-                    self._queue.put(key)
-                await delete_orphans(self._kube, self._settings, runs)
-            except KubeError as error:
-                log.warning("the resync failed: %s", error)
-            try:
-                async with asyncio.timeout(self._settings.resync_seconds):
-                    await self._resync_now.wait()
-            except TimeoutError:
-                continue
-
-    def _find_problem(self) -> str:
+    def _find_health_problem(self) -> str:
         return health.health_problem(
-            self._leading,
+            self._watches is not None,
             self._queue.oldest_age(),
             health.seconds_since(self._kube.last_answer),
             self._settings.stuck_seconds,
+            self._watches.health_problem() if self._watches else "",
         )
 
     def _refresh_gauges(self) -> None:
         metrics.QUEUE_DEPTH.set(len(self._queue))
         metrics.QUEUE_AGE.set(self._queue.oldest_age())
+        if self._watches:
+            self._watches.refresh_gauges()
+
+
+def exit_now(code: int) -> NoReturn:
+    """End the process whatever its threads do: Python itself would wait for those of thread pools."""
+    logging.shutdown()
+    os._exit(code)
 
 
 def configure_logging(level: str) -> None:
-    """Log to stderr, one line a record, times in UTC. kopf and the HTTP libraries log warnings and errors
-    only.
+    """Log to stderr, one line a record, times in UTC.
+
+    Libraries log warnings and errors only, and kopf nothing: watch.py logs its errors in one line each.
     """
     formatter = logging.Formatter(
         "%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S"
@@ -172,8 +187,9 @@ def configure_logging(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    # kopf warns that it receives no signals in a thread. This process handles them.
-    logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)
+    kopf = logging.getLogger("kopf")
+    kopf.setLevel(logging.DEBUG if level == "debug" else logging.ERROR)
+    kopf.propagate = level == "debug"
     log.setLevel(level.upper())
 
 
@@ -195,16 +211,19 @@ def main() -> int:
         print(error, file=sys.stderr)  # noqa: T201 (logging is configured by this file)
         return 2
     configure_logging(settings.log_level)
-    return asyncio.run(operate(settings, arguments.namespace, arguments.identity))
+    asyncio.run(operate(settings, arguments.namespace, arguments.identity))
+    return 0
 
 
-async def operate(settings: Settings, namespace: str, identity: str) -> int:
-    """Connect, run, close."""
-    kube = await asyncio.to_thread(Kube.connect)
+async def operate(settings: Settings, namespace: str, identity: str) -> NoReturn:
+    """Run the operator, and end the process."""
+    code = EXIT_FAILED
     try:
-        return await Operator(kube, settings, namespace, identity).run()
-    finally:
-        await kube.close()
+        kube = await asyncio.to_thread(Kube.connect)
+        code = await Operator(kube, settings, namespace, identity).run()
+    except Exception:
+        log.critical("the operator has failed", exc_info=True)
+    exit_now(code)
 
 
 if __name__ == "__main__":

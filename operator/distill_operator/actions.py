@@ -34,7 +34,14 @@ class SetFinalizer:
 
 @dataclass(frozen=True)
 class ClearBucket:
-    """Delete the run's folder from the bucket, and nothing else."""
+    """Create the Job that deletes the run's folder from the bucket."""
+
+
+@dataclass(frozen=True)
+class ReportCleared:
+    """Post an Event that the run's folder was deleted, and how many objects it had, if that is known."""
+
+    objects: int | None
 
 
 @dataclass(frozen=True)
@@ -49,4 +56,4 @@ class DeleteRun:
     """Delete the DistillRun itself: it finished ttlAfterFinished ago."""
 
 
-Action = CreateChild | DeleteChild | SetFinalizer | ClearBucket | KeepBucket | DeleteRun
+Action = CreateChild | DeleteChild | SetFinalizer | ClearBucket | ReportCleared | KeepBucket | DeleteRun

@@ -15,12 +15,12 @@ COMMON_LABELS = {"app.kubernetes.io/managed-by": "distill-operator", "app.kubern
 
 @dataclass(frozen=True)
 class Origin:
-    """Provenance that the labels and annotations of every child carry.
+    """Provenance that the labels and annotations of every child carry: the hash of the run's configuration,
+    and the dataset's id, which is known after preprocessing.
 
-    `dataset` is the dataset's id, known after preprocessing.
+    The commit is none of it: the operator learns it from the pods, after they have started.
     """
 
-    git_sha: str
     config: str
     dataset: str | None
 
@@ -89,7 +89,6 @@ def _label_values(attempt: Attempt) -> Any:
     return {
         "step": attempt.step,
         "attempt": attempt.number,
-        "git_sha": origin.git_sha,
         "config": origin.config,
         "dataset": origin.dataset,
     }

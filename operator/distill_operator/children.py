@@ -20,21 +20,17 @@ from vpmoe.api import DistillRun, Stage, labels
 from vpmoe.api.layout import layout
 from vpmoe.api.text import write_yaml
 
-KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
 SINGLE_POD: Json = {"completions": 1, "parallelism": 1}
 
 
 def build_config_map(run: DistillRun, origin: Origin) -> Json:
     """The ConfigMap with the resolved run, which every pod mounts.
 
-    Immutable: a run's configuration does not change under its pods.
+    Immutable: a run's configuration does not change under its pods. spec.runtime, which may change, is not in
+    it: pods get it from their template.
     """
-    whole = {labels.RUN: run.metadata.name, labels.GIT_SHA: origin.git_sha, labels.CONFIG: origin.config}
-    short = {
-        **whole,
-        labels.GIT_SHA: origin.git_sha[: labels.SHORT],
-        labels.CONFIG: origin.config[: labels.SHORT],
-    }
+    whole = {labels.RUN: run.metadata.name, labels.CONFIG: origin.config}
+    short = {**whole, labels.CONFIG: origin.config[: labels.SHORT]}
     return {
         "apiVersion": CONFIGMAP.api_version,
         "kind": CONFIGMAP.name,
@@ -57,13 +53,15 @@ def build_child(attempt: Attempt) -> Json:
         "rescore",
         "teacher",
     ):  # each pod has a whole teacher and scores its share of parts or windows
-        return _job(attempt, _indexed(spec.teacher.gpus), build_pod(attempt, 1))
+        return _job(attempt, _indexed(spec.teacher.gpus), build_pod(attempt, 1, teacher=True))
     if stage is not None and role == "train":
         return (
             build_pytorchjob(attempt, stage)
             if spec.runtime.backend == PYTORCHJOB.name
             else build_train_job(attempt, stage)
         )
+    if role == "export":  # reads a checkpoint and writes files, on a CPU
+        return _job(attempt, SINGLE_POD, build_pod(attempt, 0))
     gpus = stage.sampler_gpus if stage is not None and role == "sampler" else 1
     return _job(attempt, SINGLE_POD, build_pod(attempt, gpus))  # a sampler, or an evaluation
 
@@ -71,7 +69,7 @@ def build_child(attempt: Attempt) -> Json:
 def build_train_job(attempt: Attempt, stage: Stage) -> Json:
     """A Job of one pod with all processes of the stage, including the teacher of a TeacherForced stage."""
     gpus = layout(attempt.run.spec.student, attempt.run.spec.training, stage).first_pod_gpus
-    return _job(attempt, SINGLE_POD, build_pod(attempt, gpus))
+    return _job(attempt, SINGLE_POD, build_pod(attempt, gpus, teacher=bool(stage.teacher_processes)))
 
 
 def build_pytorchjob(attempt: Attempt, stage: Stage) -> Json:
@@ -80,9 +78,10 @@ def build_pytorchjob(attempt: Attempt, stage: Stage) -> Json:
     The teacher of a TeacherForced stage runs in the Master.
     """
     shape = layout(attempt.run.spec.student, attempt.run.spec.training, stage)
-    replicas = {"Master": _replica(attempt, 1, shape.first_pod_gpus)}
+    teacher = bool(stage.teacher_processes)
+    replicas = {"Master": _replica(attempt, 1, shape.first_pod_gpus, teacher)}
     if shape.pods > 1:
-        replicas["Worker"] = _replica(attempt, shape.pods - 1, shape.processes_per_pod)
+        replicas["Worker"] = _replica(attempt, shape.pods - 1, shape.processes_per_pod, False)
     return {
         "apiVersion": PYTORCHJOB.api_version,
         "kind": PYTORCHJOB.name,
@@ -90,15 +89,16 @@ def build_pytorchjob(attempt: Attempt, stage: Stage) -> Json:
         "spec": {
             "nprocPerNode": str(shape.processes_per_pod),
             "runPolicy": {
-                "cleanPodPolicy": "Running"
-            },  # with None, pods that survive a failure keep their GPUs
+                "cleanPodPolicy": "Running",  # with None, pods that survive a failure keep their GPUs
+                **_suspended(attempt),
+            },
             "pytorchReplicaSpecs": replicas,
         },
     }
 
 
-def _replica(attempt: Attempt, count: int, gpus: int) -> Json:
-    pod = build_pod(attempt, gpus, container="pytorch")
+def _replica(attempt: Attempt, count: int, gpus: int, teacher: bool) -> Json:
+    pod = build_pod(attempt, gpus, teacher=teacher)
     pod["spec"].pop("restartPolicy")  # set on the replica
     return {"replicas": count, "restartPolicy": "Never", "template": pod}
 
@@ -116,15 +116,21 @@ def _job(attempt: Attempt, shape: Json, pod: Json) -> Json:
             **shape,
             "backoffLimit": 0,  # each attempt is a Job; its pods are kept for their logs
             "podReplacementPolicy": "Failed",  # no second pod while the first still saves its checkpoint
+            **_suspended(attempt),
             "template": pod,
         },
     }
+
+
+def _suspended(attempt: Attempt) -> Json:
+    """An object with a queue is created suspended, and Kueue resumes it when it admits it."""
+    return {"suspend": True} if attempt.run.spec.runtime.queue_name else {}
 
 
 def _metadata(attempt: Attempt) -> Json:
     queue = attempt.run.spec.runtime.queue_name
     return {
         **owned_metadata(attempt.run, attempt.name),
-        "labels": {**child_labels(attempt), **({KUEUE_QUEUE: queue} if queue else {})},
+        "labels": {**child_labels(attempt), **({labels.KUEUE_QUEUE: queue} if queue else {})},
         "annotations": child_annotations(attempt),
     }

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from distill_operator.step_progress import ProgressReading
+from distill_operator.pod_records import ProgressReading
 from vpmoe.api.status import Condition, Status
 
-STORAGE_REACHABLE = "StorageReachable"
+PROGRESS_READABLE = "ProgressReadable"
+REMOVED = ("StorageReachable",)
+"""Conditions that an older operator has set and that this one removes."""
 CONDITION_TYPES = ("Ready", "Progressing", "Suspended", "Stalled", "Failed", "Succeeded")
+STATUS_UNREADABLE = "StatusUnreadable"
+"""Reason of Stalled: a newer version has written the status."""
+RECONCILE_ERROR = "ReconcileError"
+"""Reason of Stalled: the last reconcile has failed."""
 MAX_JOB_CONDITIONS = 6
 """Conditions that jobs may add; the status has room for 16 in all."""
 
@@ -30,8 +36,10 @@ class Headline:
 
 
 def unchanged(status: Status) -> Headline:
-    """The headline that the status has already."""
+    """The headline that the status has already, without a failure of the operator itself."""
     ready, stalled = status.condition("Ready"), status.condition("Stalled")
+    if stalled is not None and stalled.reason in (STATUS_UNREADABLE, RECONCILE_ERROR):
+        stalled = None
     return Headline(
         ready.reason if ready else status.phase,
         status.message,
@@ -63,7 +71,7 @@ def update_conditions(
         else:  # the message is long: Ready has it, the others do not repeat it
             message = headline.message if type_ == "Ready" or (type_ == "Failed" and truth[type_]) else ""
             new.append((type_, "True" if truth[type_] else "False", headline.reason, message))
-    new += _storage_condition(before, readings)
+    new += _progress_condition(status, before, readings)
     new += _job_conditions(before, readings)
     old = {condition.type: condition for condition in before.conditions}
     return Status.model_validate(
@@ -90,16 +98,20 @@ def _condition(
     )
 
 
-def _storage_condition(
-    before: Status, readings: Collection[ProgressReading]
+def _progress_condition(
+    status: Status, before: Status, readings: Collection[ProgressReading]
 ) -> list[tuple[str, Truth, str, str]]:
-    old = before.condition(STORAGE_REACHABLE)
+    """Whether the pods of all running steps serve their progress. A run without pods has no such
+    condition."""
+    old = before.condition(PROGRESS_READABLE)
+    if status.phase in ("Suspended", "Succeeded", "Failed"):
+        return []
     for reading in readings:
         if reading.problem:
-            return [(STORAGE_REACHABLE, "False", reading.reason, reading.problem)]
+            return [(PROGRESS_READABLE, "False", reading.reason, reading.problem)]
     if any(reading.attempted for reading in readings):
-        return [(STORAGE_REACHABLE, "True", "Answered", "")]
-    return [(STORAGE_REACHABLE, old.status, old.reason, old.message)] if old else []
+        return [(PROGRESS_READABLE, "True", "Answered", "")]
+    return [(PROGRESS_READABLE, old.status, old.reason, old.message)] if old else []
 
 
 def _job_conditions(
@@ -112,5 +124,6 @@ def _job_conditions(
             c.type: (c.type, c.status, c.reason, c.message)
             for c in (reading.progress.conditions if reading.progress else ())
         }
-    reported = [found for type_, found in known.items() if type_ not in (*CONDITION_TYPES, STORAGE_REACHABLE)]
+    ours = (*CONDITION_TYPES, PROGRESS_READABLE, *REMOVED)
+    reported = [found for type_, found in known.items() if type_ not in ours]
     return reported[-MAX_JOB_CONDITIONS:]

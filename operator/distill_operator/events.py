@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from distill_operator.conditions import PROGRESS_READABLE
 from distill_operator.kube import DISTILLRUN, EVENT, Conflict, Json, Kube, KubeError
+from distill_operator.pod_template import COMMIT_FILE
+from distill_operator.step_images import describe_image, images_of, is_another
 from vpmoe.api.status import MESSAGE, Condition, Status, StepStatus
 
 log = logging.getLogger(__name__)
@@ -39,7 +42,12 @@ def events_between(before: Status, after: Status) -> list[EventSpec]:
 
     Progress is not an Event.
     """
-    return [*_step_events(before, after), *_phase_events(before, after), *_condition_events(before, after)]
+    return [
+        *_step_events(before, after),
+        *_image_events(before, after),
+        *_phase_events(before, after),
+        *_condition_events(before, after),
+    ]
 
 
 def _step_events(before: Status, after: Status) -> Iterator[EventSpec]:
@@ -55,6 +63,58 @@ def _step_events(before: Status, after: Status) -> Iterator[EventSpec]:
             )
         if step.state == "Succeeded" and old.state != "Succeeded":
             yield EventSpec("Normal", "StepSucceeded", f"step {step.name} has succeeded: {step.message}")
+
+
+def _image_events(before: Status, after: Status) -> Iterator[EventSpec]:
+    """Events for images that do not hold their commit, each once a run, and for steps whose attempts or pods
+    ran different images.
+    """
+    unknown = {
+        (image.image, image.digest)
+        for step in before.steps
+        for image in step.images or ()
+        if image.commit == ""
+    }
+    for step in after.steps:
+        for image in step.images or ():
+            if image.commit == "" and (image.image, image.digest) not in unknown:
+                unknown.add((image.image, image.digest))
+                yield EventSpec(
+                    "Warning",
+                    "CommitUnknown",
+                    f"step {step.name}: image {describe_image(image)} does not hold its commit in "
+                    f"{COMMIT_FILE}, so what ran is recorded without it. Write it to this file when you "
+                    "build the image.",
+                )
+        old = before.step_status(step.name) or StepStatus(name=step.name)
+        for attempt in sorted({old.attempt, step.attempt}):
+            yield from _differences(step, attempt, known=len(images_of(old.images or (), attempt)))
+
+
+def _differences(step: StepStatus, attempt: int, known: int) -> Iterator[EventSpec]:
+    """The Event for what this attempt ran, if it differs among its pods or from the attempt before. `known`:
+    number of its images that were known already.
+    """
+    found = images_of(step.images or (), attempt)
+    if len(found) > max(known, 1):
+        listed = "; ".join(describe_image(image) for image in found)
+        yield EventSpec(
+            "Warning",
+            "ImagesDiffer",
+            f"step {step.name}: pods of attempt {attempt} run different images: {listed}",
+        )
+    elif len(found) > known and found[0].first_attempt == attempt:
+        earlier = [image for image in step.images or () if image.last_attempt < attempt]
+        last = max(earlier, key=lambda image: image.last_attempt, default=None)
+        if last is not None and is_another(last, found[0]):
+            moved = last.image == found[0].image
+            yield EventSpec(
+                "Warning" if moved else "Normal",
+                "ImageChanged",
+                f"step {step.name}: attempt {attempt} runs {describe_image(found[0])}; "
+                f"attempt {last.last_attempt} ran {describe_image(last)}"
+                + (": the tag was moved" if moved else ""),
+            )
 
 
 def _phase_events(before: Status, after: Status) -> Iterator[EventSpec]:
@@ -77,7 +137,7 @@ def _phase_events(before: Status, after: Status) -> Iterator[EventSpec]:
 
 
 def _condition_events(before: Status, after: Status) -> Iterator[EventSpec]:
-    """Events for Stalled, StorageReachable and conditions of jobs whose status changed, and for new reasons
+    """Events for Stalled, ProgressReadable and conditions of jobs whose status changed, and for new reasons
     of the latter.
     """
     for new in after.conditions:
@@ -85,11 +145,11 @@ def _condition_events(before: Status, after: Status) -> Iterator[EventSpec]:
         same = old is not None and old.status == new.status and not _has_news(old, new)
         if new.type in WITHOUT_EVENTS or same:
             continue
-        if new.type == "StorageReachable":
+        if new.type == PROGRESS_READABLE:
             if new.status == "False":
-                yield EventSpec("Warning", "StorageUnreachable", new.message)
+                yield EventSpec("Warning", "ProgressUnreadable", new.message)
             elif old is not None:
-                yield EventSpec("Normal", "StorageReachable", "the bucket answers again")
+                yield EventSpec("Normal", PROGRESS_READABLE, "the progress can be read again")
         elif new.status == "True":
             yield EventSpec(
                 "Warning", new.reason if new.type == "Stalled" else new.type, new.message or new.reason
@@ -103,7 +163,7 @@ def _has_news(old: Condition, new: Condition) -> bool:
 
     Messages may hold figures that change all the time.
     """
-    if new.type in ("Stalled", "StorageReachable"):
+    if new.type in ("Stalled", PROGRESS_READABLE):
         return False
     return old.reason != new.reason or (new.type in REPEATED and old.message != new.message)
 

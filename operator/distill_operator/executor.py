@@ -1,4 +1,5 @@
-"""Executes the actions of a plan: creates and deletes children, sets the finalizer, clears the bucket.
+"""Executes the actions of a plan: creates and deletes children, sets the finalizer, starts the deletion of a
+run's folder.
 
 Each action may be repeated.
 
@@ -6,7 +7,9 @@ reconcile.py decides when, and in which order.
 """
 
 import logging
-from dataclasses import dataclass, field
+import math
+import time
+from dataclasses import dataclass, field, replace
 
 from distill_operator.actions import (
     Action,
@@ -15,25 +18,47 @@ from distill_operator.actions import (
     DeleteChild,
     DeleteRun,
     KeepBucket,
+    ReportCleared,
     SetFinalizer,
 )
-from distill_operator.attempt import Attempt, Origin, child_kind
+from distill_operator.attempt import Attempt, Origin, child_kind, config_map_name
 from distill_operator.children import build_child, build_config_map
+from distill_operator.clear_job import STEP as CLEAR_STEP
+from distill_operator.clear_job import build_clear_job
 from distill_operator.events import EventSpec, post_event
-from distill_operator.kube import CHILD_KINDS, CONFIGMAP, DISTILLRUN, Conflict, Json, Kind, Kube, KubeError
-from distill_operator.observe import ObservedRun, is_controlled_by
+from distill_operator.kube import (
+    CHILD_KINDS,
+    CONFIGMAP,
+    DISTILLRUN,
+    JOB,
+    NAMESPACE_ENDS,
+    Conflict,
+    Json,
+    Kind,
+    Kube,
+    KubeError,
+)
+from distill_operator.observe import ChildObservation, ObservedRun, is_controlled_by
 from distill_operator.settings import Settings
-from distill_operator.step_progress import Buckets, SecretMissing
 from distill_operator.watch import Key
 from vpmoe.api import DistillRun, labels
 from vpmoe.api.status import Status
 from vpmoe.clock import now_to_second
-from vpmoe.storage import StorageError
 
 log = logging.getLogger(__name__)
 
 REJECTED = (400, 403, 413, 422)
 """Status codes that a retry alone does not change."""
+WEBHOOK_FAILED = "failed calling webhook"
+"""Part of the API server's message, with code 500, if an admission webhook does not answer."""
+TOLERATED_FAILURES = 2
+"""Other errors in a row with which the API server refuses a child, and which are not reported yet."""
+REPORT_SECONDS = 60.0
+"""Seconds for which a reported rejection keeps its text although later ones differ: each report is a write,
+which reconciles the run again."""
+STARTING_SECONDS = 5.0
+"""Seconds after the creation of a child in which no Events are read about pods that do not run yet: most need
+some time. Less than `pollSeconds`."""
 
 
 class NameTaken(KubeError):
@@ -41,24 +66,59 @@ class NameTaken(KubeError):
 
 
 @dataclass
+class Rejections:
+    """Rejections of one child in a row."""
+
+    message: str = ""
+    """The one that is reported; empty if none is yet."""
+    reported: float = float("-inf")
+    """Monotonic time of the report."""
+    failures: int = 0
+
+    def add(self, error: KubeError) -> None:
+        self.failures += 1
+        rejected = error.code in REJECTED or WEBHOOK_FAILED in str(error)
+        if rejected or (error.code and self.failures > TOLERATED_FAILURES):
+            now = time.monotonic()
+            if now - self.reported >= REPORT_SECONDS:
+                self.message, self.reported = str(error), now
+
+
+@dataclass
 class ActionExecutor:
     """Executes actions, and remembers which children the API server rejected."""
 
     kube: Kube
-    buckets: Buckets
     settings: Settings
-    _create_errors: dict[Key, dict[str, str]] = field(default_factory=dict)
+    _rejections: dict[Key, dict[str, Rejections]] = field(default_factory=dict)
+    _ending_namespaces: set[Key] = field(default_factory=set)
+    """Runs whose Job was rejected because their namespace is being deleted."""
+    _created: dict[Key, dict[str, float]] = field(default_factory=dict)
+    """When the latest child of each step was created, in monotonic seconds."""
 
     def create_errors(self, key: Key) -> dict[str, str]:
-        """The API server's last rejection of a run's children, by step."""
-        return self._create_errors.get(key, {})
+        """The API server's rejection of a run's children, by step."""
+        rejections = self._rejections.get(key, {})
+        return {step: found.message for step, found in rejections.items() if found.message}
+
+    def has_just_created(self, key: Key, step: str) -> bool:
+        """Whether the step's latest child was created in the last STARTING_SECONDS."""
+        created = self._created.get(key, {}).get(step, -math.inf)
+        return time.monotonic() - created < STARTING_SECONDS
 
     def forget(self, key: Key) -> None:
         """Drop what is remembered about a run that no longer exists."""
-        self._create_errors.pop(key, None)
+        self._created.pop(key, None)
+        self._rejections.pop(key, None)
+        self._ending_namespaces.discard(key)
+
+    def add_clear_errors(self, key: Key, observation: ChildObservation) -> ChildObservation:
+        """The observation of the Job that deletes the run's folder, with its last rejection."""
+        error = self.create_errors(key).get(CLEAR_STEP, "")
+        return replace(observation, create_error=error, namespace_ends=key in self._ending_namespaces)
 
     async def execute(self, action: Action, observed: ObservedRun, status: Status, obj: Json) -> Json:
-        """Execute one action. Returns the DistillRun after it. Raises KubeError and StorageError."""
+        """Execute one action. Returns the DistillRun after it. Raises KubeError."""
         log.info("%s/%s: %s", observed.namespace, observed.name, action)
         match action:
             case CreateChild(step, attempt):
@@ -71,9 +131,14 @@ class ActionExecutor:
                 return await self._set_finalizer(obj, present)
             case ClearBucket():
                 assert observed.run is not None
-                await self._clear_bucket(observed.run, obj)
+                await self._start_clearing(observed.run)
+            case ReportCleared(objects):
+                count = "all" if objects is None else f"{objects}"
+                message = f"deleted {count} objects of {_folder(status)} from the bucket"
+                await self._report(obj, EventSpec("Normal", "BucketCleared", message))
             case KeepBucket(why):
-                await post_event(self.kube, obj, _bucket_kept(why), now_to_second())
+                message = f"{_folder(status)} was not deleted from the bucket: {why}"
+                await self._report(obj, EventSpec("Warning", "BucketKept", message))
             case DeleteRun():
                 await self.kube.delete(
                     DISTILLRUN, observed.namespace, observed.name, observed.uid, "Background"
@@ -86,15 +151,29 @@ class ActionExecutor:
         A rejection is kept for the next observation, which reports it in the status.
         """
         namespace, uid = run.metadata.namespace, run.metadata.uid or ""
-        errors = self._create_errors.setdefault((namespace, run.metadata.name), {})
+        key = namespace, run.metadata.name
         try:
-            await self._ensure(CONFIGMAP, build_config_map(run, attempt.origin), namespace, uid)
+            await self._ensure_config_map(run, attempt.origin)
             await self._ensure(child_kind(run, attempt.step), build_child(attempt), namespace, uid)
-        except KubeError as error:
-            if error.code in REJECTED:
-                errors[attempt.step] = str(error)
+        except NameTaken:
             raise
-        errors.pop(attempt.step, None)
+        except KubeError as error:
+            self._note_rejection(key, attempt.step, error)
+            raise
+        self._rejections.get(key, {}).pop(attempt.step, None)
+        self._created.setdefault(key, {})[attempt.step] = time.monotonic()
+
+    def _note_rejection(self, key: Key, step: str, error: KubeError) -> None:
+        self._rejections.setdefault(key, {}).setdefault(step, Rejections()).add(error)
+
+    async def _ensure_config_map(self, run: DistillRun, origin: Origin) -> None:
+        """Create the run's ConfigMap unless it exists, as for every child but the first: looking costs
+        much less than writing its YAML.
+        """
+        namespace, uid = run.metadata.namespace, run.metadata.uid or ""
+        existing = await self.kube.get(CONFIGMAP, namespace, config_map_name(run))
+        if existing is None or not is_controlled_by(existing, uid):
+            await self._ensure(CONFIGMAP, build_config_map(run, origin), namespace, uid)
 
     async def _ensure(self, kind: Kind, obj: Json, namespace: str, uid: str) -> None:
         """Create the object, or find that the run owns it already.
@@ -128,38 +207,39 @@ class ActionExecutor:
         }
         return await self.kube.patch(DISTILLRUN, meta["namespace"], meta["name"], {"metadata": change})
 
-    async def _clear_bucket(self, run: DistillRun, obj: Json) -> None:
-        """Delete the run's folder.
-
-        If the credentials are gone, it is kept and an Event says so. Raises StorageError, to be retried.
-        """
+    async def _start_clearing(self, run: DistillRun) -> None:
+        """Create the Job that deletes the run's folder. A rejection is kept for the next observation."""
+        key = (run.metadata.namespace, run.metadata.name)
         try:
-            count = await self.buckets.delete_run_folder(run)
-        except SecretMissing as error:
-            event = _bucket_kept(str(error))
-        except StorageError as error:
-            message = (
-                f"{error} The deletion is retried. "
-                "To delete the run without its folder, set deletionPolicy to Retain."
-            )
-            await post_event(
-                self.kube, obj, EventSpec("Warning", "BucketNotCleared", message), now_to_second()
-            )
+            await self.kube.create(JOB, build_clear_job(run, self.settings))
+        except Conflict:  # the next observation says whose it is
+            return
+        except KubeError as error:
+            self._note_rejection(key, CLEAR_STEP, error)
+            if error.reason == NAMESPACE_ENDS:
+                self._ending_namespaces.add(key)
             raise
-        else:
-            event = EventSpec(
-                "Normal", "BucketCleared", f"deleted {count} objects of the run from the bucket"
-            )
+        self._rejections.get(key, {}).pop(CLEAR_STEP, None)
+
+    async def _report(self, obj: Json, event: EventSpec) -> None:
+        """Log what became of the run's folder, and post it as an Event. A namespace that is being deleted
+        accepts no Events.
+        """
+        meta = obj["metadata"]
+        level = logging.WARNING if event.type == "Warning" else logging.INFO
+        log.log(level, "%s/%s: %s", meta["namespace"], meta["name"], event.message)
         await post_event(self.kube, obj, event, now_to_second())
 
 
-def _bucket_kept(why: str) -> EventSpec:
-    return EventSpec("Warning", "BucketKept", f"the run's folder was not deleted from the bucket: {why}")
+def _folder(status: Status) -> str:
+    """The run's folder, for people."""
+    folder = status.provenance.folder if status.provenance is not None else None
+    return f"the run's folder {folder}" if folder else "the run's folder"
 
 
 def _origin(status: Status) -> Origin:
     """Provenance of a run's children, from the status as it was when the run started."""
     found = status.provenance
-    if found is None or found.git_sha is None or found.config_hash is None:
+    if found is None or found.config_hash is None:
         raise KubeError("status.provenance is missing. Only the operator may write the status.")
-    return Origin(found.git_sha, found.config_hash, found.dataset.id if found.dataset else None)
+    return Origin(found.config_hash, found.dataset.id if found.dataset else None)

@@ -1,29 +1,27 @@
 """Client for the Kubernetes API: plain JSON objects, live reads, typed errors.
 
-No cache and no retries.
-
-lightkube provides configuration, certificates and rotating tokens. Its typed resources are not used: they
-cannot delete with a uid as precondition, and templates, tests and kubectl show the same objects as plain
-JSON.
+No cache and no retries. Requests go through the official client (connection.py).
 """
 
+import asyncio
+import math
 import time
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import quote
 
-import httpx2
-from lightkube.config.client_adapter import AsyncClient, ConnectionParams
-from lightkube.config.kubeconfig import KubeConfig
-
+from distill_operator.connection import JSON, Answer, AnswerTooLarge, Connection, ConnectionProblem
 from distill_operator.metrics import API_CALLS
 
 Json = dict[str, Any]
+Page = list[Json]
 
-TIMEOUT = httpx2.Timeout(10.0)
-PAGE = 500
-JSON = "application/json"
+PAGE = 250
+"""Objects of a page of a list; fewer if they are so large that their page is not read."""
 FIELD_MANAGER = "distill-operator"
+NAMESPACE_ENDS = "NamespaceTerminating"
+"""KubeError.reason if an object is not created because its namespace is being deleted."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,6 @@ DISTILLRUN = Kind("vpmoe.dev", "v1alpha1", "distillruns", "DistillRun")
 JOB = Kind("batch", "v1", "jobs", "Job")
 PYTORCHJOB = Kind("kubeflow.org", "v1", "pytorchjobs", "PyTorchJob")
 CONFIGMAP = Kind("", "v1", "configmaps", "ConfigMap")
-SECRET = Kind("", "v1", "secrets", "Secret")
 POD = Kind("", "v1", "pods", "Pod")
 NODE = Kind("", "v1", "nodes", "Node", namespaced=False)
 EVENT = Kind("", "v1", "events", "Event")
@@ -81,31 +78,41 @@ class KindMissing(KubeError):
     """404 for the resource type itself: its CRD is not installed."""
 
 
+class TooLarge(KubeError):
+    """The response is larger than what is read of one."""
+
+
+class WriteFenced(KubeError):
+    """The write was not sent: another process may lead by now."""
+
+
 class Kube:
     """A connection to one API server.
 
     Every method raises KubeError. `last_answer` (monotonic seconds) is for the probes.
+
+    `write_seconds` returns how long this process may still write; every write except those of Leases is
+    checked against it just before it is sent, and given up at its end.
     """
 
-    def __init__(self, http: httpx2.AsyncClient) -> None:
-        self._http = http
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self.last_answer = time.monotonic()
+        self.write_seconds: Callable[[], float] = lambda: math.inf
 
     @classmethod
     def connect(cls) -> Self:
         """Connect with the pod's service account, or outside a pod with KUBECONFIG.
 
-        Raises lightkube.ConfigError without both.
+        Blocks: an event loop calls it in a thread.
         """
-        config = KubeConfig.from_env().get()
-        if config is None:
-            raise KubeError(
-                "the kubeconfig has no current context: set one in the file that KUBECONFIG names"
-            )
-        return cls(AsyncClient(config, ConnectionParams(timeout=TIMEOUT)))
+        try:
+            return cls(Connection.open())
+        except ConnectionProblem as error:
+            raise KubeError(f"cannot connect to the API server: {error}") from error
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._connection.close()
 
     async def get(self, kind: Kind, namespace: str | None, name: str) -> Json | None:
         """The live object; None if it does not exist."""
@@ -116,22 +123,43 @@ class Kube:
                 return None
             raise
 
+    async def list_first(self, kind: Kind, namespace: str, limit: int, fields: str) -> list[Json]:
+        """The first objects of the namespace that match, at most `limit`, in one request."""
+        query = {"limit": str(limit), "fieldSelector": fields}
+        page = await self._call("GET", kind.path(namespace), params=query)
+        return [{"apiVersion": kind.api_version, "kind": kind.name, **item} for item in page["items"]]
+
     async def list(
         self, kind: Kind, namespace: str | None = None, labels: str = "", fields: str = ""
     ) -> list[Json]:
         """All objects of the namespace, or of every namespace if it is None. apiVersion and kind are filled
         in.
         """
-        items: list[Json] = []
+        return [item async for page in self.pages(kind, namespace, labels, fields) for item in page]
+
+    async def pages(
+        self, kind: Kind, namespace: str | None = None, labels: str = "", fields: str = ""
+    ) -> AsyncIterator[Page]:
+        """The objects of `list`, page by page, for lists that may be too large to keep whole. Without
+        managedFields, which take half of an object's memory.
+        """
         query = {"limit": str(PAGE), "labelSelector": labels, "fieldSelector": fields, "continue": ""}
         while True:
-            page = await self._call(
-                "GET", kind.path(namespace), params={key: value for key, value in query.items() if value}
-            )
-            items += [{"apiVersion": kind.api_version, "kind": kind.name, **item} for item in page["items"]]
+            try:
+                page = await self._call(
+                    "GET", kind.path(namespace), params={key: value for key, value in query.items() if value}
+                )
+            except TooLarge:
+                if query["limit"] == "1":
+                    raise
+                query["limit"] = str(int(query["limit"]) // 8 or 1)
+                continue
+            for item in page["items"]:
+                item["metadata"].pop("managedFields", None)
+            yield [{"apiVersion": kind.api_version, "kind": kind.name, **item} for item in page["items"]]
             query["continue"] = page["metadata"].get("continue", "")
             if not query["continue"]:
-                return items
+                return
 
     async def create(self, kind: Kind, obj: Json) -> Json:
         """Create the object. Raises Conflict if the name is taken."""
@@ -163,9 +191,15 @@ class Kube:
         )
 
     async def delete(
-        self, kind: Kind, namespace: str | None, name: str, uid: str, propagation: str = "Foreground"
+        self,
+        kind: Kind,
+        namespace: str | None,
+        name: str,
+        uid: str,
+        propagation: str = "Foreground",
+        version: str | None = None,
     ) -> None:
-        """Delete the object of this uid, if it still exists.
+        """Delete the object of this uid, if it still exists and, with `version`, was not changed since then.
 
         Foreground: it stays until its pods have terminated.
         """
@@ -173,11 +207,11 @@ class Kube:
             "kind": "DeleteOptions",
             "apiVersion": "v1",
             "propagationPolicy": propagation,
-            "preconditions": {"uid": uid},
+            "preconditions": {"uid": uid} if version is None else {"uid": uid, "resourceVersion": version},
         }
         try:
             await self._call("DELETE", kind.path(namespace, name), body=options)
-        except Conflict:  # the uid differs: the object that was meant is gone
+        except Conflict:  # uid or version differ: the object that was meant is gone
             return
         except KubeError as error:
             if error.code != 404:
@@ -202,33 +236,37 @@ class Kube:
         body: Json | None = None,
         content_type: str = "application/json",
     ) -> Json:
+        seconds = math.inf
+        if method != "GET" and not path.startswith(f"/apis/{LEASE.api_version}/"):
+            seconds = self.write_seconds()
+            if seconds <= 0:
+                raise WriteFenced(f"{method} {path}: not sent, because this process may no longer lead")
         try:
-            answer = await self._http.request(
-                method,
-                path,
-                params=params,
-                json=body,
-                headers={"Content-Type": content_type} if body is not None else None,
-            )
-        except httpx2.HTTPError as error:
+            async with asyncio.timeout(None if seconds == math.inf else seconds):
+                answer = await self._connection.request(method, path, params, body, content_type)
+        except (ConnectionProblem, TimeoutError) as error:
             API_CALLS.labels(method, "0").inc()
-            raise KubeError(f"{method} {path}: {type(error).__name__} {error}".rstrip()) from error
-        API_CALLS.labels(method, str(answer.status_code)).inc()
-        if answer.status_code < 500:
+            failure = TooLarge if isinstance(error, AnswerTooLarge) else KubeError
+            raise failure(f"{method} {path}: {str(error) or type(error).__name__}") from error
+        API_CALLS.labels(method, str(answer.code)).inc()
+        if answer.code < 500:
             self.last_answer = time.monotonic()
-        if answer.is_success:
-            result: Json = answer.json()
-            return result
-        raise _error(method, path, answer)
+        if not 200 <= answer.code < 300:
+            raise _error(method, path, answer)
+        result = answer.json()
+        if result is None:
+            raise KubeError(f"{method} {path}: the response is not a JSON object", answer.code)
+        return result
 
 
-def _error(method: str, path: str, answer: httpx2.Response) -> KubeError:
-    is_status = answer.headers.get("Content-Type", "").startswith(JSON)
-    status: Json = answer.json() if is_status else {"message": answer.text.strip()}
-    message = f"{method} {path}: {answer.status_code} {status.get('message', '')}".rstrip()
-    reason = status.get("reason", "")
-    if answer.status_code == 409:
+def _error(method: str, path: str, answer: Answer) -> KubeError:
+    status = answer.json() if answer.content_type.startswith(JSON) else None
+    status = status or {"message": answer.body.decode(errors="replace").strip()}
+    message = f"{method} {path}: {answer.code} {status.get('message', '')}".rstrip()
+    causes = [cause.get("reason") for cause in (status.get("details") or {}).get("causes") or []]
+    reason = NAMESPACE_ENDS if NAMESPACE_ENDS in causes else status.get("reason", "")
+    if answer.code == 409:
         return Conflict(message, 409, reason)
-    if answer.status_code == 404 and not (status.get("details") or {}).get("name"):
+    if answer.code == 404 and not (status.get("details") or {}).get("name"):
         return KindMissing(message, 404, reason)
-    return KubeError(message, answer.status_code, reason)
+    return KubeError(message, answer.code, reason)

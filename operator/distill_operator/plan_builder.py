@@ -6,16 +6,18 @@ steps.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from distill_operator import conditions
 from distill_operator.actions import Action
 from distill_operator.gpu_scheduler import Decision
 from distill_operator.observe import ChildObservation, ObservedChildren, ObservedRun
+from distill_operator.pod_records import AttemptId, ProgressReading, advance, progress_problem
 from distill_operator.settings import Settings
-from distill_operator.step_progress import ProgressReading
+from distill_operator.step_timers import StepTimer
 from vpmoe.api import DistillRun
+from vpmoe.api.progress import Progress
 from vpmoe.api.status import RunPhase, Status, StepStatus
 
 
@@ -24,12 +26,14 @@ class Plan:
     """The status to write, the actions to execute in order once it is written, and when to requeue the run at
     the latest.
 
-    `requeue_at` is None if only an event of the cluster needs another reconcile.
+    `requeue_at` is None if only an event of the cluster needs another reconcile. `poll`: the run waits for
+    something of which no event tells, so it is reconciled again soon as well.
     """
 
     status: Status
     actions: tuple[Action, ...]
     requeue_at: datetime | None
+    poll: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,16 @@ class PlanBuilder:
     decision: Decision | None
     settings: Settings
     now: datetime
+    timers: Mapping[str, StepTimer]
+    """By step. Without a timer the wall clock counts."""
     status: Status = field(init=False)
     headline: conditions.Headline = field(init=False)
     summaries: dict[str, StepSummary] = field(default_factory=dict)
     """By step, of the steps that run or could run."""
     actions: list[Action] = field(default_factory=list)
     requeue_times: list[datetime] = field(default_factory=list)
+    polls: bool = False
+    """The run waits for something of which no event tells."""
 
     def __post_init__(self) -> None:
         self.status = self.observed.status
@@ -82,11 +90,27 @@ class PlanBuilder:
         self.requeue_times.append(time)
 
     def build(self) -> Plan:
+        if self.observed.failure is not None:  # it stays until a whole reconcile has succeeded
+            self.set_stalled(*self.observed.failure)
         status = updated(self.status, observed_generation=self.observed.generation)
         status = conditions.update_conditions(
             status, self.observed.status, self.headline, list(self.readings.values()), self.now
         )
-        return Plan(status, tuple(self.actions), min(self.requeue_times, default=None))
+        return Plan(
+            status, tuple(self.actions), min(self.requeue_times, default=None), self._waits_without_events()
+        )
+
+    def _waits_without_events(self) -> bool:
+        """Whether something may change that the run waits for, and no watch shows it."""
+        if self.polls:
+            return True
+        if self.status.phase in ("Succeeded", "Failed", "Suspended") and not self.observed.deleting:
+            return False
+        found = [*self.children.by_step.values(), self.children.clear]
+        return self.children.backend_missing or any(
+            one.name_conflict is not None or (one.child is not None and one.child.changes_silently)
+            for one in found
+        )
 
 
 @dataclass(frozen=True)
@@ -116,6 +140,35 @@ class StepContext:
         return self.builder.readings.get(self.name, ProgressReading())
 
     @property
+    def report(self) -> Progress | None:
+        """The latest attempt's newest progress: what its pods serve, or recorded when they ended. None if
+        neither is known.
+        """
+        child = self.observation.child
+        recorded = child.record.progress if child is not None and child.record is not None else None
+        known = [found for found in (self.reading.progress, recorded) if found is not None]
+        attempt = AttemptId(self.run.identity, self.name, self.step.attempt)
+        own = [found for found in known if not progress_problem(found, attempt)]
+        return max(own, key=advance, default=None)
+
+    @property
+    def progress_is_known(self) -> bool:
+        """Whether the step's pods have answered, so that no progress means that there is none."""
+        return self.reading.attempted and not self.reading.problem
+
+    @property
+    def timer(self) -> StepTimer | None:
+        return self.builder.timers.get(self.name)
+
+    @property
+    def idle(self) -> timedelta:
+        """Time since the step's last progress."""
+        progressed, timer = self.step.progressed, self.timer
+        if timer is None or progressed is None or progressed != self.before.progressed:
+            return self.builder.now - (progressed or self.builder.now)
+        return timer.idle
+
+    @property
     def unmet_dependencies(self) -> list[str]:
         """The steps that must succeed before this one may start, and have not."""
         done = {step.name for step in self.builder.status.steps if step.state == "Succeeded"}
@@ -127,11 +180,15 @@ class StepContext:
         return self.run.role(self.name) in ("sampler", "teacher")
 
     @property
+    def trainer(self) -> "StepContext":
+        """The training step of this step's stage; itself if it belongs to none."""
+        stage = self.run.stage_of(self.name)
+        return self if stage is None else replace(self, name=stage.name)
+
+    @property
     def obsolete(self) -> bool:
         """Whether it serves a trainer that has succeeded."""
-        stage = self.run.stage_of(self.name)
-        trainer = self.builder.status.step_status(stage.name) if stage is not None else None
-        return self.serves_trainer and trainer is not None and trainer.state == "Succeeded"
+        return self.serves_trainer and self.trainer.step.state == "Succeeded"
 
     def update(self, **changes: Any) -> StepStatus:
         """Change fields of the step's status, and return it."""
@@ -151,6 +208,11 @@ class StepContext:
         self.builder.summaries[self.name] = replace(
             self.builder.summaries[self.name], stalled=(reason, message)
         )
+
+    def requeue_after(self, left: timedelta) -> None:
+        """Reconcile again after this time, if any is left."""
+        if left > timedelta():
+            self.builder.requeue_at(self.builder.now + left)
 
     def add(self, action: Action) -> None:
         self.builder.actions.append(action)

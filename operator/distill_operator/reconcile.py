@@ -8,25 +8,21 @@ plan.py, the execution of each action is in executor.py.
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
 
 from distill_operator.actions import CreateChild
+from distill_operator.admission import Admission
 from distill_operator.attempt import config_map_name
+from distill_operator.conditions import RECONCILE_ERROR, STATUS_UNREADABLE
 from distill_operator.events import events_between, post_event
 from distill_operator.executor import ActionExecutor
-from distill_operator.gpu_scheduler import (
-    Decision,
-    GpuRequest,
-    admit,
-    gpu_request,
-    schedulable_nodes,
-    waits_for_gpus,
-)
+from distill_operator.failure_report import report_failure
+from distill_operator.gpu_scheduler import Decision
 from distill_operator.kube import (
     CHILD_KINDS,
     DISTILLRUN,
-    NODE,
     PYTORCHJOB,
     Conflict,
     Json,
@@ -34,17 +30,24 @@ from distill_operator.kube import (
     Kube,
     KubeError,
 )
+from distill_operator.last_reconciles import ChildName, LastReconciles
+from distill_operator.namespaces import WatchedNamespaces, is_refusal
 from distill_operator.observe import (
     ChildObservation,
+    ObservedChild,
     ObservedChildren,
     ObservedRun,
     observe_child,
+    observe_clear_job,
     parse_run,
 )
-from distill_operator.plan import plan
+from distill_operator.plan import plan, plan_unreadable
 from distill_operator.plan_builder import Plan
+from distill_operator.pod_progress import PodProgress
+from distill_operator.pod_records import AttemptId, ProgressReading
+from distill_operator.pod_template import container_name
 from distill_operator.settings import Settings
-from distill_operator.step_progress import Buckets, ProgressReading
+from distill_operator.step_timers import StepTimers
 from distill_operator.watch import Key
 from vpmoe.api import DistillRun
 from vpmoe.clock import now_to_second
@@ -54,6 +57,13 @@ log = logging.getLogger(__name__)
 CONFLICT_RETRIES = 5
 """Reconciles in a row of a run that others change at the same time, before the queue's backoff."""
 BACKEND_CACHE_SECONDS = 60.0
+POLLS = 10.0
+"""Reconciles a second, of all runs together, that only look at what no event tells."""
+MAX_FAILURE = 500
+"""Characters of a failure that its report has."""
+REPORT_SECONDS = 60.0
+"""A failing reconcile with another message each time is reported so often at most: each report is an event
+that reconciles the run again."""
 
 
 @dataclass
@@ -61,23 +71,43 @@ class Reconciler:
     """Reconciles runs. Safe to use from several tasks for different runs."""
 
     kube: Kube
-    buckets: Buckets
+    progress: PodProgress
     settings: Settings
-    gpus_released: Callable[[], None]
-    """Called when a run releases its GPUs: runs that wait for them may start."""
+    namespaces: WatchedNamespaces
 
     def __post_init__(self) -> None:
-        self._admission = asyncio.Lock()  # two runs must not both be admitted to the same GPUs
+        self.admission = Admission(self.kube, self.settings, self.namespaces, self._pytorchjobs_missing)
         self._backend_seen = float("-inf")
-        self._executor = ActionExecutor(self.kube, self.buckets, self.settings)
+        self._executor = ActionExecutor(self.kube, self.settings)
+        self._timers = StepTimers()
+        self._failures: dict[Key, tuple[str, float]] = {}  # message and time of the last report
+        self.last = LastReconciles()
+        self._polled: set[Key] = set()  # runs that wait for something of which no event tells
 
     async def reconcile(self, key: Key) -> float | None:
         """Reconcile the run.
 
         Returns the seconds after which to requeue it, or None if only an event needs another reconcile.
 
-        Raises KubeError, StorageError and SecretMissing; the work queue retries with a backoff.
+        Raises KubeError; the work queue retries with a backoff. Any exception is also reported in the run's
+        status, if another reconcile alone will not help.
         """
+        try:
+            requeue_after = await self._reconcile(key)
+        except BaseException as error:
+            if isinstance(error, GeneratorExit) or _is_cancelled():  # the process ends
+                raise
+            self.last.forget(key)
+            self._polled.discard(key)
+            await self._note_failure(key, error)
+            if isinstance(error, Exception):
+                raise
+            # asyncio would end the process with a SystemExit, and take a stray CancelledError for its own.
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
+        # After a failure once more: the status that was just written still reports it.
+        return requeue_after if self._failures.pop(key, None) is None else 0.0
+
+    async def _reconcile(self, key: Key) -> float | None:
         for _ in range(CONFLICT_RETRIES):
             try:
                 return await self._reconcile_once(key)
@@ -86,115 +116,230 @@ class Reconciler:
         raise KubeError(f"{key[0]}/{key[1]} changed during {CONFLICT_RETRIES} reconciles in a row")
 
     async def _reconcile_once(self, key: Key) -> float | None:
-        obj = await self.kube.get(DISTILLRUN, *key)
+        began = self.last.clock()
+        try:
+            obj = await self.kube.get(DISTILLRUN, *key)
+        except KubeError as error:
+            if is_refusal(error) and self.namespaces.refuses(key[0]):
+                self.last.forget(key)
+                return None  # the resync requeues it when the namespace can be read again
+            raise
+        self._polled.discard(key)
         if obj is None:
+            self.last.forget(key)
             self._executor.forget(key)
-            self.gpus_released()
+            self.progress.keep(key, ())
+            self._timers.forget(key)
+            self._failures.pop(key, None)
+            self.admission.forget(key)
             return None
-        observed = parse_run(obj)
-        if waits_for_gpus(observed) and observed.run is not None:
-            async with self._admission:
-                requests, nodes = await self._gpu_requests(), schedulable_nodes(await self.kube.list(NODE))
-                decision = admit(gpu_request(observed.run, observed), requests, nodes)
-                decided, written = await self._plan_and_write(obj, observed, decision)
-        else:
-            decided, written = await self._plan_and_write(obj, observed, None)
-        now = now_to_second()
-        for event in events_between(observed.status, decided.status):
-            await post_event(self.kube, written, event, now)
-        create_error: KubeError | None = None
+        observed, version = parse_run(obj), obj["metadata"]["resourceVersion"]
+        last = self.last.begin(key, began, version)
+        self.admission.observe(observed, version)
+        if observed.unreadable:
+            await self._leave_alone(observed, obj)
+            last.named, last.completed = frozenset(), self.last.clock()
+            return None
+        if failed := self._failures.get(key):
+            observed = replace(observed, failure=(RECONCILE_ERROR, failed[0]))
+        decision = self.admission.decision(key)
+        if decision is None and self.admission.is_waiting(key):
+            self.last.forget(key)
+            return None  # the next look at the queue decides, and requeues the run
+        try:
+            decided, written, children, now = await self._plan_and_write(obj, observed, decision)
+        except Exception as error:
+            if not (isinstance(error, KubeError) and may_be_written(error)):
+                self.admission.observe(observed, version)  # ends its claim
+            raise
+        self.admission.observe(
+            replace(observed, status=decided.status), written["metadata"]["resourceVersion"]
+        )
+        self.admission.reconciled(key)
+        last.run = written["metadata"]["resourceVersion"]
+        last.named, last.children = _children_after(decided, children)
+        errors = list[KubeError]()
         for action in decided.actions:
             try:
                 written = await self._executor.execute(action, observed, decided.status, written)
+                last.run = written["metadata"]["resourceVersion"]
             except KubeError as error:
-                if not isinstance(action, CreateChild):
-                    raise
-                create_error = error  # raised later: the children of other steps are created all the same
-        if create_error is not None:
-            raise create_error
-        if observed.status.holds_gpus and not decided.status.holds_gpus:
-            self.gpus_released()
-        return (
-            None
-            if decided.requeue_at is None
-            else max(0.0, (decided.requeue_at - now_to_second()).total_seconds())
-        )
+                errors.append(error)
+                if not isinstance(action, CreateChild):  # children of other steps are created all the same
+                    break
+        for event in events_between(observed.status, decided.status):  # children do not wait for them
+            await post_event(self.kube, written, event, now_to_second())
+        if errors:
+            raise errors[-1]
+        last.completed = self.last.clock()
+        if observed.deleting:  # its reconciles read other objects
+            self.last.forget(key)
+        return self._requeue_after(key, decided, now)
+
+    def _requeue_after(self, key: Key, decided: Plan, now: datetime) -> float | None:
+        """Seconds after which to requeue the run: for its next timer, or to look at what no event tells. The
+        more runs need such looks, the longer each waits for the next. `now` is the time of the plan.
+        """
+        delays = []
+        if decided.requeue_at is not None:
+            delays.append(max(0.0, (decided.requeue_at - now).total_seconds()))
+        if decided.poll:
+            self._polled.add(key)
+            delays.append(max(self.settings.poll_seconds, len(self._polled) / POLLS))
+        return min(delays, default=None)
+
+    async def _leave_alone(self, observed: ObservedRun, obj: Json) -> None:
+        """Report that the run's status cannot be read. Nothing else happens to the run but its deletion."""
+        for action in plan_unreadable(observed):
+            obj = await self._executor.execute(action, observed, observed.status, obj)
+        if not observed.deleting:
+            message = (
+                f"This version of the operator cannot read the run's status and leaves the run alone: "
+                f"{observed.invalid}. Upgrade the operator to the version that wrote it."
+            )
+            await report_failure(self.kube, obj, STATUS_UNREADABLE, message, now_to_second())
+
+    async def _note_failure(self, key: Key, error: BaseException) -> None:
+        """Report in the run's status why its reconcile has failed, unless it was an error that ends by itself
+        or that the next plan reports.
+        """
+        if is_transient(error) or (isinstance(error, KubeError) and self._executor.create_errors(key)):
+            return
+        text = str(error) if isinstance(error, KubeError) else f"{type(error).__name__}: {error}"
+        text = text[:MAX_FAILURE]
+        message, reported = self._failures.get(key, ("", float("-inf")))
+        if text != message and time.monotonic() - reported >= REPORT_SECONDS:
+            self._failures[key] = text, time.monotonic()
+        try:
+            obj = await self.kube.get(DISTILLRUN, *key)
+            if obj is not None:
+                now, message = now_to_second(), self._failures[key][0]
+                await report_failure(self.kube, obj, RECONCILE_ERROR, message, now)
+        except KubeError as refused:
+            log.warning("%s/%s: the failure is not in its status: %s", *key, refused)
+        except Exception:
+            log.exception("%s/%s: the failure is not in its status", *key)
 
     async def _plan_and_write(
         self, obj: Json, observed: ObservedRun, decision: Decision | None
-    ) -> tuple[Plan, Json]:
+    ) -> tuple[Plan, Json, ObservedChildren, datetime]:
         """Plan, and write the status if it differs.
 
-        Returns the plan, and the DistillRun with the status as written.
+        Returns the plan, the DistillRun with the status as written, the children that the plan is about, and
+        its time.
         """
         children, readings = await self._observe_children(observed)
-        decided = plan(observed, children, readings, decision, self.settings, now_to_second())
+        now = now_to_second()
+        timers = self._timers.observe(observed, children, readings, self.settings, now)
+        decided = plan(observed, children, readings, decision, self.settings, now, timers)
         status = decided.status.dump()
         if status == obj.get("status"):
-            return decided, obj
-        return decided, await self.kube.replace(DISTILLRUN, {**obj, "status": status}, "status")
+            return decided, obj, children, now
+        written = await self.kube.replace(DISTILLRUN, {**obj, "status": status}, "status")
+        return decided, written, children, now
 
     async def _observe_children(
         self, observed: ObservedRun
     ) -> tuple[ObservedChildren, dict[str, ProgressReading]]:
-        """The children of the steps that are Running, and the progress of these steps."""
+        """The children of the steps that are Running, and the newest known progress of these steps."""
         run, observations, readings = (
             observed.run,
             dict[str, ChildObservation](),
             dict[str, ProgressReading](),
         )
-        if run is None or observed.status.phase == "Succeeded":
+        key = (observed.namespace, observed.name)
+        self.progress.keep(key, [] if observed.deleting else [step.name for step in observed.status.running])
+        if run is None or (observed.status.phase == "Succeeded" and not observed.deleting):
             return ObservedChildren(), {}
         backend_missing = not observed.deleting and await self._backend_missing(run)
-        create_errors = self._executor.create_errors((observed.namespace, observed.name))
+        create_errors = self._executor.create_errors(key)
         for step in observed.status.running:
             if step.child is None:
                 continue
             kind, name = CHILD_KINDS[step.child.kind], step.child.name
             try:
-                observation = await observe_child(self.kube, observed, kind, name, config_map_name(run))
+                container = container_name(kind, run.role(step.name))
+                observation = await observe_child(
+                    self.kube,
+                    observed,
+                    kind,
+                    name,
+                    config_map_name(run),
+                    container,
+                    partial(self.progress.wants_pods, key, step.name),
+                    explain=not self._executor.has_just_created(key, step.name),
+                )
             except KindMissing:
                 backend_missing = True
                 continue
             observations[step.name] = replace(observation, create_error=create_errors.get(step.name, ""))
             if not observed.deleting:
-                readings[step.name] = await self.buckets.read_progress(run, step.name)
-        return ObservedChildren(observations, backend_missing), readings
+                attempt = AttemptId(run.identity, step.name, step.attempt)
+                readings[step.name] = self._progress_of(key, attempt, observation.child)
+        clear = ChildObservation()
+        clears = run.spec.deletion_policy == "Delete" or observed.status.clearing is not None
+        if observed.deleting and observed.has_finalizer and clears:
+            clear = await observe_clear_job(self.kube, observed, run)
+            clear = self._executor.add_clear_errors(key, clear)
+        return ObservedChildren(observations, backend_missing, clear), readings
+
+    def _progress_of(self, key: Key, attempt: AttemptId, child: ObservedChild | None) -> ProgressReading:
+        """The newest reading of the attempt's progress, which is read in the background from now on."""
+        if child is None or not child.alive:
+            return self.progress.latest(key, attempt)
+        if child.state == "Running" and child.host_network and not child.pods:
+            problem = f"{attempt.step}: pod {child.host_network} is on the host network: nodes are not asked"
+            return ProgressReading(attempted=True, problem=problem, reason="HostNetwork")
+        return self.progress.follow(
+            key, attempt, child.uid, child.pods, child.state == "Ending", child.hidden
+        )
 
     async def _backend_missing(self, run: DistillRun) -> bool:
         """Whether the cluster lacks the resource type of runtime.backend.
 
         Only a positive answer of the cluster is cached.
         """
-        if (
-            run.spec.runtime.backend != PYTORCHJOB.name
-            or time.monotonic() - self._backend_seen < BACKEND_CACHE_SECONDS
-        ):
+        return run.spec.runtime.backend == PYTORCHJOB.name and await self._pytorchjobs_missing()
+
+    async def _pytorchjobs_missing(self) -> bool:
+        if time.monotonic() - self._backend_seen < BACKEND_CACHE_SECONDS:
             return False
         if not await self.kube.serves(PYTORCHJOB):
             return True
         self._backend_seen = time.monotonic()
         return False
 
-    async def _gpu_requests(self) -> list[GpuRequest]:
-        """Requests of all runs that hold GPUs or wait for nothing else, read now, so that statuses written
-        before are included.
 
-        A run that waits for the backend is left out: it must not block younger ones.
-        """
-        requests = []
-        for obj in await list_runs(self.kube, self.settings):
-            observed = parse_run(obj)
-            run = observed.run
-            if run is not None and (
-                observed.status.holds_gpus
-                or (waits_for_gpus(observed) and not await self._backend_missing(run))
-            ):
-                requests.append(gpu_request(run, observed))
-        return requests
+def _children_after(
+    decided: Plan, observed: ObservedChildren
+) -> tuple[frozenset[ChildName], dict[ChildName, str | None]]:
+    """The children that the status names, and the versions of those that were read; None for those that did
+    not exist, among them any that is created now.
+    """
+    running = [(step.name, step.child) for step in decided.status.running if step.child is not None]
+    named = {(child.kind, child.name): step for step, child in running}
+    created = {action.step for action in decided.actions if isinstance(action, CreateChild)}
+    versions = dict[ChildName, str | None]()
+    for name, step in named.items():
+        found = observed.by_step[step].child if step in observed.by_step else None
+        if found is not None and (found.kind, found.name) == name:
+            versions[name] = found.version or None
+        elif step in created or step in observed.by_step:
+            versions[name] = None
+    return frozenset(named), versions
 
 
-async def list_runs(kube: Kube, settings: Settings) -> list[Json]:
-    """All DistillRuns of the watched namespaces. Raises KubeError."""
-    namespaces: list[str | None] = [*settings.watch_namespaces] or [None]
-    return [obj for namespace in namespaces for obj in await kube.list(DISTILLRUN, namespace)]
+def may_be_written(error: KubeError) -> bool:
+    """Whether the API server may have applied the write that failed: it did not reject it."""
+    return not 400 <= error.code < 500
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the error ends by itself: no answer of the API server, its overload, a concurrent write."""
+    return isinstance(error, KubeError) and (error.code in (0, 409, 429) or error.code >= 500)
+
+
+def _is_cancelled() -> bool:
+    """Whether the current task is to end."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -16,7 +16,7 @@ from vpmoe.api.status import Status, StepStatus
 
 ROLE_SHARES: Mapping[Role, float] = {"preprocess": 0.05, "rescore": 0.05, "evaluate": 0.01}
 """Share of the whole run that each step of these roles counts for. The stages divide the rest by their
-tokens."""
+tokens; exports count for nothing."""
 
 
 def summarize_run(builder: PlanBuilder, run: DistillRun, contexts: Sequence[StepContext]) -> None:
@@ -24,7 +24,7 @@ def summarize_run(builder: PlanBuilder, run: DistillRun, contexts: Sequence[Step
 
     A failed step fails the run once no child is alive.
     """
-    status, cause = builder.status, builder.status.failed_step(run.spec.runtime.attempts)
+    status, cause = builder.status, builder.status.failed_step(run.spec.runtime)
     if all(step.state == "Succeeded" for step in status.steps):
         builder.update(finished=builder.now, progress="100%", tokens_per_second=None)
         builder.set_headline("Succeeded", "Succeeded", _success_message(status))
@@ -85,10 +85,10 @@ def _stage_waiting_for(builder: PlanBuilder, context: StepContext) -> str:
 def _set_columns(builder: PlanBuilder, context: StepContext) -> None:
     """Set STEP, TOKENS/S and LOSS.
 
-    If the bucket does not answer, the last known speed of the same step is kept. A training step that begins
+    If progress cannot be read, the last known speed of the same step is kept. A training step that begins
     to lead clears the loss of the stage before: the two may be different quantities.
     """
-    progress, another_step = context.reading.progress, builder.status.step != context.name
+    progress, another_step = context.report, builder.status.step != context.name
     if context.step.state != "Running":
         builder.update(tokens_per_second=None)
     elif progress is not None or another_step:
@@ -101,7 +101,8 @@ def _set_columns(builder: PlanBuilder, context: StepContext) -> None:
 
 def _success_message(status: Status) -> str:
     checkpoint = f". Last checkpoint: {status.checkpoint.manifest}" if status.checkpoint else ""
-    return f"All {len(status.steps)} steps have succeeded{checkpoint}"
+    model = f". Model: {status.model}" if status.model else ""
+    return f"All {len(status.steps)} steps have succeeded{checkpoint}{model}"
 
 
 def _parts_done(name: str, status: Status) -> float:

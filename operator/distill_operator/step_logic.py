@@ -13,11 +13,21 @@ from distill_operator.kube import PYTORCHJOB
 from distill_operator.observe import NameConflict, ObservedChild
 from distill_operator.plan_builder import StepContext
 from distill_operator.pod_diagnosis import Failure
-from distill_operator.settings import Settings
-from vpmoe.api.status import ChildRef, RunPhase, RunProvenance, StepStatus
+from distill_operator.step_images import merge_images
+from distill_operator.step_timers import HELD, retry_pause
+from vpmoe.api.quantities import format_duration
+from vpmoe.api.status import (
+    INTERRUPTIONS_EXHAUSTED,
+    AttemptOutcome,
+    ChildRef,
+    RunPhase,
+    RunProvenance,
+    StepStatus,
+)
 
-REUSED = "Reused"
-"""The progress message of a step that found all of its output in the bucket already."""
+REPEATED = 2
+"""Number of attempts in a row without a new checkpoint, part or window after which only such a one counts as
+progress: the next attempt may do again what these did, and end like them."""
 
 
 def record_outcome(context: StepContext) -> None:
@@ -25,18 +35,27 @@ def record_outcome(context: StepContext) -> None:
 
     Otherwise it stays Running.
     """
+    _note_readability(context)
+    _note_images(context)
     _merge_progress(context)
-    step, child, progress = context.step, context.observation.child, context.reading.progress
-    if backend_unavailable(context) or context.observation.name_conflict is not None:
+    step, child, progress = context.step, context.observation.child, context.report
+    if backend_unavailable(context):
         return
-    if child is None:
-        if progress is not None and progress.state == "Succeeded" and progress.attempt == step.attempt:
+    if step.outcome is not None:
+        if child is None:  # its pods are gone
+            _finish(context, step.outcome)
+    elif context.observation.name_conflict is not None:
+        return
+    elif child is None:
+        if progress is not None and progress.state == "Succeeded":
             _succeed(context)
         elif context.run.spec.suspend or step.reason == "Stopping":
             context.update(state="Suspended")  # the operator deleted the child
         elif step.child is None or step.child.uid is not None:  # without a uid it was never created
             name = f"{step.child.kind} {step.child.name}" if step.child else "its child"
             _fail(context, Failure("Interrupted", f"{name} was deleted"))
+    elif child.lingering:
+        _record_lingering(context, child)
     elif child.state == "Succeeded":
         _succeed(context)
     elif child.state == "Failed" and child.failure is not None:
@@ -50,20 +69,27 @@ def monitor(context: StepContext) -> None:
     observation = context.observation
     if backend_unavailable(context):
         report_missing_backend(context, "Running")
+    elif context.step.outcome is not None and observation.child is not None:
+        _remove_pods(context, observation.child, context.step.outcome)
     elif observation.name_conflict is not None:
         _report_name_conflict(context, observation.name_conflict)
     elif observation.child is None:
         _create_child(context, observation.create_error)
-    elif observation.child.state == "Succeeded":
-        _wait_for_result(context)
-    elif observation.child.missing_pod and context.before.reason == "Running":
+    elif _was_deleted(context, observation.child):
         # The training operator would replace the pod within the attempt; the others might wait forever.
         message = f"pod {observation.child.missing_pod} was deleted while it ran"
         context.update(message=message)
         context.summarize(
             "Ending", f"{context.name}: {message}; stopping its other pods, then the next attempt resumes"
         )
+        check_stalled(context, "PodPending", message)
         _delete_child(context, observation.child)
+    elif _must_restart(context):
+        limit = format_duration(context.run.spec.runtime.stalled_after)
+        message = f"no progress for {limit} (runtime.stalledAfter) while its pods ran"
+        outcome = AttemptOutcome(result="Error", message=message)
+        context.update(outcome=outcome)
+        _remove_pods(context, observation.child, outcome)
     else:
         _summarize_child(context, observation.child)
 
@@ -78,8 +104,8 @@ def stop(context: StepContext) -> None:
         report_missing_backend(context, "Running")
     elif child is None:
         suspend(context)
-    elif child.state == "Succeeded":
-        _wait_for_result(context)
+    elif context.step.outcome is not None:
+        _remove_pods(context, child, context.step.outcome)
     else:
         message = f"{context.name}: stopping at a checkpoint" + (
             f" ({child.message})" if child.message else ""
@@ -106,6 +132,7 @@ def release(context: StepContext) -> None:
             failures=0,
             interruptions=0,
             retry_at=None,
+            outcome=None,
             message="training has succeeded",
             reason="Succeeded",
         )
@@ -130,19 +157,26 @@ def report_missing_backend(context: StepContext, phase: RunPhase) -> None:
     """
     message = (
         "runtime.backend is PyTorchJob, but this cluster does not serve pytorchjobs.kubeflow.org. "
-        "Install the Kubeflow training operator, or apply a new run with backend Job."
+        "Install the Kubeflow training operator, or set runtime.backend to Job."
     )
     context.summarize("KubeflowMissing", message, phase)
     context.set_stalled("KubeflowMissing", message)
 
 
-def backoff(pauses: int, settings: Settings) -> timedelta:
-    """Pause before the next attempt after this number of pauses: base, twice that, four times that, …, at
-    most the limit.
-    """
-    return timedelta(
-        seconds=min(settings.backoff.base_seconds * 2.0 ** min(pauses, 30), settings.backoff.limit_seconds)
-    )
+def pause_left(context: StepContext) -> timedelta:
+    """Time until a Retrying step starts its next attempt, at most its pause, whatever the wall clock says."""
+    step, timer = context.step, context.timer
+    if timer is not None and context.before.state == "Retrying":
+        return timer.pause_left
+    left = (step.retry_at or context.builder.now) - context.builder.now
+    return min(left, retry_pause(step, context.builder.settings))
+
+
+def wait_for_retry(context: StepContext, left: timedelta) -> None:
+    """A Retrying step that starts its next attempt after the time `left`."""
+    context.builder.requeue_at(context.builder.now + max(left, timedelta()))
+    context.summarize("Retrying", context.step.message)
+    check_stalled(context, "NoProgress", context.step.message)
 
 
 def backend_unavailable(context: StepContext) -> bool:
@@ -151,6 +185,16 @@ def backend_unavailable(context: StepContext) -> bool:
     """
     child = context.step.child
     return context.builder.children.backend_missing and child is not None and child.kind == PYTORCHJOB.name
+
+
+def _was_deleted(context: StepContext, child: ObservedChild) -> bool:
+    """Whether a pod of the child was deleted while it ran: it is missing, and all pods ran before.
+
+    If Kueue suspended and resumed the child since then, for instance while no operator ran, its pods are made
+    again within the attempt.
+    """
+    resumed = child.resumed is not None and child.resumed != context.before.resumed
+    return bool(child.missing_pod) and context.before.reason == "Running" and not resumed
 
 
 def _create_child(context: StepContext, create_error: str) -> None:
@@ -163,13 +207,7 @@ def _create_child(context: StepContext, create_error: str) -> None:
         context.set_stalled("ChildRefused", message)
     else:
         context.summarize("Starting", step.message)
-
-
-def _wait_for_result(context: StepContext) -> None:
-    """The child has succeeded, but the bucket does not answer."""
-    message = f"{context.name} has finished; waiting for the bucket to answer, to read the result"
-    context.summarize("StorageUnreachable", message)
-    _check_stalled(context, "NoProgress", message)
+        check_stalled(context, "NoProgress", step.message)
 
 
 def _report_name_conflict(context: StepContext, conflict: NameConflict) -> None:
@@ -183,6 +221,38 @@ def _report_name_conflict(context: StepContext, conflict: NameConflict) -> None:
         context.set_stalled("NameTaken", message)
 
 
+def _remove_pods(context: StepContext, child: ObservedChild, outcome: AttemptOutcome) -> None:
+    """A step whose attempt has ended and has pods alive: delete its child."""
+    message = f"{outcome.message}; removing its pods" + (f" ({child.message})" if child.deleting else "")
+    context.update(message=message)
+    context.summarize("Ending", f"{context.name}: {message}")
+    check_stalled(context, "NoProgress", message)
+    _delete_child(context, child)
+
+
+def _must_restart(context: StepContext) -> bool:
+    """Whether onStall is Restart and the step hangs: all of its pods run, its progress can be read, and there
+    was none for runtime.stalledAfter.
+
+    The sampler and the teacher of an OnPolicy stage may only be waiting for its trainer, and the trainer for
+    them. Which of them hangs is not known, so those that make no progress are restarted with the trainer.
+    """
+    if context.run.spec.runtime.on_stall == "Report":
+        return False
+    if context.timer is not None:
+        left = timedelta(seconds=context.run.spec.runtime.stalled_after) - context.timer.unchanged
+        context.requeue_after(left)
+    return _hangs(context) and (not context.serves_trainer or _hangs(context.trainer))
+
+
+def _hangs(context: StepContext) -> bool:
+    limit = timedelta(seconds=context.run.spec.runtime.stalled_after)
+    if context.step.state != "Running" or context.timer is None or context.timer.unchanged < limit:
+        return False
+    child = context.observation.child
+    return child is not None and child.state == "Running"
+
+
 def _delete_child(context: StepContext, child: ObservedChild) -> None:
     ref = ChildRef(kind=child.kind, name=child.name, uid=child.uid)
     context.update(child=ref)
@@ -192,72 +262,132 @@ def _delete_child(context: StepContext, child: ObservedChild) -> None:
 
 def _summarize_child(context: StepContext, child: ObservedChild) -> None:
     """A child that is alive and may continue."""
-    reason = {"Waiting": "Held" if child.suspended else "PodPending", "Ending": "Ending"}.get(
+    reason = {"Waiting": HELD if child.suspended else "PodPending", "Ending": "Ending"}.get(
         child.state, "Running"
     )
-    progress, step = context.reading.progress, context.step
-    activity = child.message or (progress.message if progress else "") or f"attempt {step.attempt} is running"
-    moved = {"progressed": context.builder.now} if context.before.reason != reason else {}
+    report, step = context.report, context.step
+    activity = child.message or (report.message if report else "") or f"attempt {step.attempt} is running"
     ref = ChildRef(kind=child.kind, name=child.name, uid=child.uid)
-    context.update(child=ref, message=activity, **moved)
+    resumed = child.resumed if reason == "Running" else step.resumed
+    context.update(child=ref, message=activity, resumed=resumed)
+    if context.before.reason != reason:
+        _note_start(context)
     queued = (
         child.suspended and context.run.spec.runtime.queue_name
     )  # not admitted by Kueue: it holds nothing
     context.summarize(reason, f"{step.name}: {activity}", "Queued" if queued else "Running")
     # A running sampler or teacher may be waiting for the trainer: only the trainer's time counts.
-    waits_for_trainer = context.serves_trainer and child.state == "Running"
+    waits_for_trainer = (
+        context.serves_trainer and child.state == "Running" and _attempts_in_a_row(step) < REPEATED
+    )
     if not child.suspended and not waits_for_trainer:
-        _check_stalled(context, "NoProgress" if child.state == "Running" else "PodPending", activity)
+        check_stalled(context, "NoProgress" if child.state == "Running" else "PodPending", activity)
 
 
-def _check_stalled(context: StepContext, reason: str, message: str) -> None:
-    """Mark the step stalled if it has made no progress for runtime.stalledAfter, or requeue for that time.
-
-    If the bucket does not answer, progress is unknown: that is then the reason.
+def _note_start(context: StepContext) -> None:
+    """The pods of a step have started, or got further on the way to it. That is progress, but not of an
+    attempt that follows a failed one. Time in a queue does not count for runtime.stalledAfter in any case.
     """
-    builder, step = context.builder, context.step
+    step, now, timer = context.step, context.builder.now, context.timer
+    if _attempts_in_a_row(step) == 0 or step.progressed is None:
+        context.update(progressed=now)
+    elif context.before.reason == HELD:
+        held = timer.held if timer is not None else timedelta()
+        context.update(progressed=min(now, step.progressed + held))
+
+
+def check_stalled(context: StepContext, reason: str, message: str) -> None:
+    """Mark the step stalled if it has made no progress for runtime.stalledAfter; otherwise requeue for the
+    time at which it would be.
+
+    While its progress cannot be read, it is not known whether it makes any.
+    """
+    step, limit = context.step, timedelta(seconds=context.run.spec.runtime.stalled_after)
     if step.progressed is None:
         return
-    deadline = step.progressed + timedelta(seconds=context.run.spec.runtime.stalled_after)
-    if builder.now < deadline:
-        builder.requeue_at(deadline)
+    if context.idle < limit:
+        context.requeue_after(limit - context.idle)
         return
-    if context.reading.problem and reason == "NoProgress":
-        reason, message = "StorageUnreachable", context.reading.problem
+    if reason == "NoProgress" and _progress_is_unknown(context):
+        return
     context.set_stalled(
         reason, f"{step.name} has made no progress since {step.progressed:%Y-%m-%d %H:%M:%S} UTC: {message}"
     )
 
 
-def _merge_progress(context: StepContext) -> None:
-    """Copy the step's progress report into the status. A new checkpoint resets its failures.
+def _progress_is_unknown(context: StepContext) -> bool:
+    """Whether the step's pods run and their progress cannot be read, or has not been read yet.
 
-    Steps without checkpoints: a new part or window.
+    After a failed attempt it is known that there was none before.
     """
-    progress, step, builder = context.reading.progress, context.step, context.builder
+    child, reading = context.observation.child, context.reading
+    if child is None or child.state != "Running":
+        return False
+    return bool(reading.problem) or (not reading.attempted and _attempts_in_a_row(context.step) == 0)
+
+
+def _note_readability(context: StepContext) -> None:
+    """Record since when progress cannot be read. That time does not count for runtime.stalledAfter."""
+    step, child, now = context.step, context.observation.child, context.builder.now
+    if context.reading.problem:
+        context.update(unreadable_since=step.unreadable_since or now)
+    elif step.unreadable_since is not None and (
+        context.progress_is_known or child is None or not child.alive
+    ):
+        progressed = step.progressed and min(now, step.progressed + (now - step.unreadable_since))
+        context.update(unreadable_since=None, progressed=progressed)
+
+
+def _note_images(context: StepContext) -> None:
+    """Record what the attempt's pods run: the images that the cluster reports, and the commits that the pods
+    report.
+    """
+    child, step = context.observation.child, context.step
+    reports = context.reading.images | (child.images if child is not None else frozenset())
+    if reports:
+        context.update(images=merge_images(step.images or (), step.attempt, reports))
+
+
+def _merge_progress(context: StepContext) -> None:
+    """Copy the attempt's progress into the status. A new checkpoint resets the step's failures.
+
+    Steps without checkpoints: a new part or window. Their number never falls: an attempt that has not looked
+    for all of them yet, or a pod that knows of fewer, has not lost any. What an attempt finds when it starts
+    was saved by those before it, so their progress counts even if nothing was known of it.
+
+    Anything else that changes is progress too, except after REPEATED attempts without a checkpoint.
+    """
+    progress, step, builder = context.report, context.step, context.builder
     if progress is None:
         return
     tokens, parts, changes = progress.tokens, progress.parts, dict[str, Any]()
     if tokens is not None:
         changes |= {"tokens_done": tokens.done, "tokens_total": tokens.total}
     if parts is not None:
-        changes |= {"parts_done": parts.done, "parts_total": parts.total}
+        changes |= {"parts_done": max(parts.done, step.parts_done or 0), "parts_total": parts.total}
     if progress.checkpoint is not None:
         changes["checkpoint"] = progress.checkpoint
     if progress.held_out is not None:
         changes["held_out"] = progress.held_out
     if progress.validity is not None:
         changes["validity"] = progress.validity
-    if any(dict(step)[name] != value for name, value in changes.items()):
-        changes["progressed"] = builder.now
+    if progress.model is not None:
+        changes["model"] = progress.model
+    moved = any(dict(step)[name] != value for name, value in changes.items())
     after = context.update(**changes)
-    if _saved_work(after) > _saved_work(step):
-        context.update(failures=0, interruptions=0)
+    saved, furthest = _saved_work(after), max(_saved_work(step), step.furthest or 0)
+    # An attempt that falls back to an older checkpoint has saved nothing new before it is further than that.
+    after = context.update(furthest=furthest if saved < furthest else None)
+    if saved > furthest:
+        context.update(failures=0, interruptions=0, progressed=builder.now)
+    elif moved and _attempts_in_a_row(step) < REPEATED:
+        context.update(progressed=builder.now)
     builder.update(
         loss=progress.loss if progress.loss is not None else builder.status.loss,
         checkpoint=after.checkpoint or builder.status.checkpoint,
         held_out=after.held_out or builder.status.held_out,
         validity=after.validity if progress.validity is not None else builder.status.validity,
+        model=next((one.model for one in reversed(builder.status.steps) if one.model), builder.status.model),
     )
     if progress.dataset is not None and builder.status.provenance is not None:
         builder.update(
@@ -274,21 +404,56 @@ def _saved_work(step: StepStatus) -> int:
     return step.checkpoint.iteration if step.checkpoint else step.parts_done or 0
 
 
-def _succeed(context: StepContext) -> None:
-    """The child has succeeded.
+def _attempts_in_a_row(step: StepStatus) -> int:
+    """Number of attempts that ended one after the other without a new checkpoint, part or window."""
+    return step.failures + step.interruptions
 
-    So has the step once its last progress is read: later children carry the dataset's id.
+
+def _record_lingering(context: StepContext, child: ObservedChild) -> None:
+    """Record how the attempt ended although other containers keep its pods alive.
+
+    The pods hold GPUs, so the step stays Running until they have been removed. What is recorded is the
+    outcome then: the pods cannot be asked again.
     """
-    if context.reading.problem:
-        return
-    progress = context.reading.progress
-    message = (progress.message if progress else "") or "finished"
+    failure, report = child.failure, context.report
+    if failure is not None:
+        context.update(outcome=AttemptOutcome(result=failure.kind, message=failure.message))
+    else:
+        outcome = AttemptOutcome(result="Succeeded", message=_success_message(context))
+        context.update(outcome=outcome, reused=report is not None and bool(report.reused))
+
+
+def _finish(context: StepContext, outcome: AttemptOutcome) -> None:
+    """The pods of an attempt that had ended are gone."""
+    context.update(outcome=None)
+    if outcome.result == "Succeeded":
+        _record_success(context, outcome.message)
+    else:
+        _fail(context, Failure(outcome.result, outcome.message))
+
+
+def _succeed(context: StepContext) -> None:
+    """The child has succeeded, and so has the step: with what its pods recorded, or the last known progress
+    if they are gone.
+    """
+    report = context.report
+    context.update(reused=report is not None and bool(report.reused))
+    _record_success(context, _success_message(context))
+
+
+def _success_message(context: StepContext) -> str:
+    """What the job said last."""
+    child, report = context.observation.child, context.report
+    recorded = child.record.message if child is not None and child.record is not None else ""
+    return recorded or (report.message if report is not None else "") or "finished"
+
+
+def _record_success(context: StepContext, message: str) -> None:
     context.update(
         state="Succeeded",
         finished=context.builder.now,
         message=message,
         reason="Succeeded",
-        reused=message == REUSED,
         failures=0,
         interruptions=0,
     )
@@ -297,12 +462,11 @@ def _succeed(context: StepContext) -> None:
 def _fail(context: StepContext, failure: Failure) -> None:
     """An attempt has ended without success.
 
-    Interruptions from outside do not count; runtime.attempts bounds the others.
+    runtime.interruptions bounds interruptions from outside, runtime.attempts everything else.
     """
     step, attempts = context.step, context.run.spec.runtime.attempts
-    if failure.kind == "Interrupted" or (failure.kind == "Retriable" and bool(context.reading.problem)):
-        message = f"step {step.name} was interrupted (attempt {step.attempt}): {failure.message}"
-        _retry(context, message, interruptions=1)
+    if failure.kind == "Interrupted":
+        _interrupt(context, failure)
         return
     failures = max(step.failures + 1, attempts if failure.kind == "Permanent" else 0)
     if failure.kind == "Permanent":
@@ -324,22 +488,44 @@ def _fail(context: StepContext, failure: Failure) -> None:
     )
 
 
+def _interrupt(context: StepContext, failure: Failure) -> None:
+    """An attempt was stopped from outside. Without any progress in between, the last of
+    runtime.interruptions fails the step.
+    """
+    step, limit = context.step, context.run.spec.runtime.interruptions
+    interruptions = step.interruptions + 1
+    counted = f"attempt {step.attempt}"
+    if interruptions > 1:
+        counted += f", interruption {interruptions} of {limit} in a row"
+    message = f"step {step.name} was interrupted ({counted}): {failure.message}"
+    if interruptions < limit:
+        _retry(context, message, interruptions=1)
+        return
+    context.update(
+        state="Failed",
+        interruptions=interruptions,
+        finished=context.builder.now,
+        message=f"{message}. No attempt made progress. "
+        "Remove the cause, then raise runtime.interruptions to continue.",
+        reason=INTERRUPTIONS_EXHAUSTED,
+    )
+
+
 def _retry(context: StepContext, message: str, failures: int = 0, interruptions: int = 0) -> None:
     """Count the failure or interruption, and set the time of the next attempt.
 
     A first interruption is retried at once.
     """
-    step, now = context.step, context.builder.now
-    failures, interruptions = step.failures + failures, step.interruptions + interruptions
-    pause = (
-        backoff(failures + interruptions - 1, context.builder.settings)
-        if failures + interruptions > 1 or failures
-        else timedelta()
-    )
-    context.update(
+    step = context.step
+    waited_for_trainer = context.serves_trainer and _attempts_in_a_row(step) == 0
+    step = context.update(
         state="Retrying",
-        failures=failures,
-        interruptions=interruptions,
-        retry_at=now + pause,
+        failures=step.failures + failures,
+        interruptions=step.interruptions + interruptions,
+        progressed=context.builder.now if waited_for_trainer else step.progressed,
+    )
+    pause = retry_pause(step, context.builder.settings)
+    context.update(
+        retry_at=context.builder.now + pause,
         message=f"{message}. Retrying in {pause.total_seconds():.0f} s.",
     )

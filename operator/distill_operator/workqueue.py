@@ -1,16 +1,20 @@
 """Work queue: deduplicates keys, runs each key at most once at a time, supports delayed requeue and
 exponential backoff.
 
-All methods belong to one event loop; only `put_from_thread` may be called from another thread.
+All methods belong to one event loop.
 """
 
 import asyncio
+import heapq
+import itertools
 import random
 import time
 from collections.abc import Callable, Hashable
 
 BACKOFF_SECONDS = 0.5
 BACKOFF_LIMIT_SECONDS = 60.0
+SPARE_ENTRIES = 100
+"""Entries of the heap that may be outdated, beside as many as there are keys."""
 
 
 class WorkQueue[Key: Hashable]:
@@ -25,10 +29,11 @@ class WorkQueue[Key: Hashable]:
         self._clock = clock
         self._jitter = jitter
         self._due: dict[Key, float] = {}
+        self._heap: list[tuple[float, int, Key]] = []  # of _due, and entries that no longer hold
+        self._order = itertools.count()
         self._in_progress: dict[Key, float] = {}  # start time by key
         self._failures: dict[Key, int] = {}
         self._changed = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     def put(self, key: Key, delay: float = 0.0) -> None:
         """Request that the key is due in `delay` seconds.
@@ -38,32 +43,29 @@ class WorkQueue[Key: Hashable]:
         due = self._clock() + delay
         if due < self._due.get(key, float("inf")):
             self._due[key] = due
-            self._changed.set()
-
-    def put_from_thread(self, key: Key) -> None:
-        """`put` from another thread. Does nothing before the first `get`: a resync follows in any case."""
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self.put, key)
+            self._push(key, due)
 
     async def get(self) -> Key:
         """Wait for the key that has been due longest and is not in progress.
 
         It is in progress until `done` or `failed`.
         """
-        self._loop = asyncio.get_running_loop()
         while True:
             self._changed.clear()
-            ready = {key: due for key, due in self._due.items() if key not in self._in_progress}
-            if ready:
-                key, due = min(ready.items(), key=lambda item: item[1])
+            wait = None
+            while self._heap:
+                due, _, key = self._heap[0]
+                if self._due.get(key) != due or key in self._in_progress:  # `_finish` adds it again
+                    heapq.heappop(self._heap)
+                    continue
                 wait = due - self._clock()
-                if wait <= 0:
-                    del self._due[key]
-                    self._in_progress[key] = self._clock()
-                    self._changed.set()  # several workers wait on one event: wake the next
-                    return key
-            else:
-                wait = None
+                if wait > 0:
+                    break
+                heapq.heappop(self._heap)
+                del self._due[key]
+                self._in_progress[key] = self._clock()
+                self._changed.set()  # several workers wait on one event: wake the next
+                return key
             try:
                 async with asyncio.timeout(wait):
                     await self._changed.wait()
@@ -100,8 +102,19 @@ class WorkQueue[Key: Hashable]:
         )
 
     def __len__(self) -> int:
-        return len(self._due) + len(self._in_progress)
+        """Number of keys that are due or in progress."""
+        now = self._clock()
+        return len({key for key, due in self._due.items() if due <= now} | self._in_progress.keys())
 
     def _finish(self, key: Key) -> None:
         del self._in_progress[key]
+        if key in self._due:
+            self._push(key, self._due[key])
+        self._changed.set()
+
+    def _push(self, key: Key, due: float) -> None:
+        heapq.heappush(self._heap, (due, next(self._order), key))
+        if len(self._heap) > 2 * len(self._due) + SPARE_ENTRIES:  # outdated ones may be due in hours
+            self._heap = [(due, next(self._order), key) for key, due in self._due.items()]
+            heapq.heapify(self._heap)
         self._changed.set()

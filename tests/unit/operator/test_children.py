@@ -2,10 +2,12 @@
 
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from distill_operator import pod_template
 from distill_operator.attempt import Attempt, Origin, child_name
 from distill_operator.children import build_child, build_config_map
 from distill_operator.settings import Settings
@@ -14,15 +16,16 @@ from tests.fakes.simulated_cluster import (
     EVALUATED,
     ONPOLICY,
     SETTINGS,
-    SHA,
     UID,
     manifest,
     observed_run,
     pod_templates,
 )
 from vpmoe.api import DistillRun, Invalid
+from vpmoe.api.environment import RESERVED_ENV
+from vpmoe.provenance import COMMIT_FILE
 
-ORIGIN = Origin(SHA, "b" * 64, "d" * 64)
+ORIGIN = Origin("b" * 64, "d" * 64)
 RESCORED = [{"name": "rescored", "kind": "Rescored", "tokens": 1000}]
 FORCED = [{"name": "forced", "kind": "TeacherForced", "tokens": 1000}]
 EVALUATED_ONPOLICY = {
@@ -31,6 +34,7 @@ EVALUATED_ONPOLICY = {
     "teacher": {"model": "s3://models/teacher", "gpus": 2},
     "training": {"sequenceLength": 512, "globalBatchTokens": 8192},
     "evaluation": EVALUATED,
+    "export": {"stages": ["onpolicy"]},
 }
 SCHEDULING = {
     "nodeSelector": {"pool": "a"},
@@ -69,7 +73,7 @@ CHILDREN = [
     ),
     *(
         pytest.param(f"onpolicy{suffix}", EVALUATED_ONPOLICY, id=f"OnPolicy{suffix}")
-        for suffix in ("-sampler", "-teacher", "", "-evaluate")
+        for suffix in ("-sampler", "-teacher", "", "-evaluate", "-export")
     ),
 ]
 ROLES = {
@@ -78,6 +82,7 @@ ROLES = {
     "onpolicy-sampler": "sampler",
     "onpolicy-teacher": "teacher",
     "onpolicy-evaluate": "evaluate",
+    "onpolicy-export": "export",
 }
 """Role of each step that does not train."""
 
@@ -114,20 +119,19 @@ def test_child_and_pods_have_their_provenance(step: str, spec: dict[str, Any]) -
             step,
             "2",
         )
-        assert (labels["vpmoe.dev/git-sha"], labels["vpmoe.dev/config"], labels["vpmoe.dev/dataset"]) == (
-            SHA[:16],
-            "b" * 16,
-            "d" * 16,
-        )
-        assert (
-            annotations["vpmoe.dev/git-sha"],
-            annotations["vpmoe.dev/config"],
-            annotations["vpmoe.dev/dataset"],
-        ) == (
-            SHA,
-            "b" * 64,
-            "d" * 64,
-        )
+        assert (labels["vpmoe.dev/config"], labels["vpmoe.dev/dataset"]) == ("b" * 16, "d" * 16)
+        assert (annotations["vpmoe.dev/config"], annotations["vpmoe.dev/dataset"]) == ("b" * 64, "d" * 64)
+
+
+@pytest.mark.parametrize("step, spec", CHILDREN)
+def test_nothing_hides_the_commit_in_the_image(step: str, spec: dict[str, Any]) -> None:
+    """The pods find it beside their code, and no volume may be mounted over it."""
+    for template in templates(child(step, **spec)):
+        (container,) = template["spec"]["containers"]
+        code = Path(container["workingDir"])
+        assert code / COMMIT_FILE == Path(pod_template.COMMIT_FILE)
+        mounted = [Path(mount["mountPath"]) for mount in container["volumeMounts"]]
+        assert not any((code / COMMIT_FILE).is_relative_to(path) for path in mounted)
 
 
 @pytest.mark.parametrize("step, spec", CHILDREN)
@@ -301,6 +305,25 @@ def test_the_jobs_of_an_on_policy_stage_share_the_runs_gpus(
     assert {"name": "VPMOE_IMAGE", "value": image} in container["env"]
 
 
+def test_an_export_has_one_pod_without_a_gpu_and_may_run_on_nodes_without() -> None:
+    job = child("onpolicy-export", **EVALUATED_ONPOLICY)
+    assert (job["kind"], job["spec"]["completions"], job["spec"]["parallelism"]) == ("Job", 1, 1)
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert (container["name"], container["image"]) == ("export", "vpmoe/inference:1")
+    assert container["command"][2:] == [
+        "jobs.export",
+        "--run",
+        "/etc/vpmoe/run.yaml",
+        "--step",
+        "onpolicy-export",
+        "--attempt",
+        "2",
+    ]
+    assert "limits" not in container["resources"]
+    assert "tolerations" not in pod, "of the taint of nodes with GPUs"
+
+
 def test_only_a_step_that_trains_is_a_pytorchjob() -> None:
     kinds = {step: child(step, **EVALUATED_ONPOLICY)["kind"] for step in run(**EVALUATED_ONPOLICY).steps()}
     assert {step for step, kind in kinds.items() if kind == "PyTorchJob"} == {"onpolicy"}
@@ -333,9 +356,16 @@ def test_credentials_come_from_the_runs_secret_or_the_service_account(secret: st
     from_secrets = {
         entry["name"]: entry["valueFrom"]["secretKeyRef"] for entry in env if "valueFrom" in entry
     }
-    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if secret else ()
-    assert from_secrets == {name: {"name": "vpmoe-s3", "key": name} for name in names}
-    assert {entry["name"]: entry.get("value") for entry in env}["VPMOE_GIT_SHA"] == SHA
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN") if secret else ()
+    assert {name: (of["name"], of["key"]) for name, of in from_secrets.items()} == {
+        name: ("vpmoe-s3", name) for name in names
+    }
+    assert [name for name, of in from_secrets.items() if of.get("optional")] == list(names[2:]), (
+        "a pod starts without a token, and not without the keys"
+    )
+    assert "VPMOE_GIT_SHA" not in {entry["name"] for entry in env}, (
+        "only the image knows what it was built from"
+    )
 
 
 def test_the_certificates_of_the_store_are_mounted_and_set_in_the_environment() -> None:
@@ -344,15 +374,30 @@ def test_the_certificates_of_the_store_are_mounted_and_set_in_the_environment() 
     assert any(volume.get("secret", {}).get("secretName") == "authority" for volume in pod["volumes"])
 
 
+def test_preprocess_alone_is_told_the_memory_of_a_gpu() -> None:
+    """runtime is not in a pod's run file; the other steps do not compare it."""
+    variable = {"name": "VPMOE_GPU_MEMORY", "value": "80Gi"}
+    for step in ("preprocess", "vanilla"):
+        (template, *_) = templates(child(step=step, runtime={"gpuMemory": "80Gi"}))
+        assert (variable in template["spec"]["containers"][0]["env"]) == (step == "preprocess")
+    (template, *_) = templates(child(step="preprocess"))
+    assert "VPMOE_GPU_MEMORY" not in str(template)
+
+
 def test_every_pod_has_the_fields_of_spec_runtime() -> None:
     runtime = {
         **SCHEDULING,
         "serviceAccountName": "writer",
         "priorityClassName": "high",
         "imagePullSecrets": [{"name": "registry"}],
+        "env": [{"name": "NCCL_DEBUG", "value": "INFO"}, {"name": "EMPTY"}],
     }
     for template in templates(child(runtime=runtime, student={"shape": "tiny", "gpus": 2, "gpusPerPod": 1})):
         pod = template["spec"]
+        assert pod["containers"][0]["env"][-2:] == [
+            {"name": "NCCL_DEBUG", "value": "INFO"},
+            {"name": "EMPTY", "value": ""},
+        ]
         assert (pod["serviceAccountName"], pod["priorityClassName"], pod["imagePullSecrets"]) == (
             "writer",
             "high",
@@ -360,28 +405,81 @@ def test_every_pod_has_the_fields_of_spec_runtime() -> None:
         )
         assert (pod["nodeSelector"], pod["tolerations"]) == (
             SCHEDULING["nodeSelector"],
-            SCHEDULING["tolerations"],
+            [*SCHEDULING["tolerations"], {"key": "nvidia.com/gpu", "operator": "Exists"}],
         )
 
 
-def test_queue_name_becomes_a_label_of_the_child() -> None:
-    assert child(runtime={"queueName": "team"})["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
-    assert "kueue.x-k8s.io/queue-name" not in child()["metadata"]["labels"]
+@pytest.mark.parametrize("step, spec", CHILDREN)
+def test_the_environment_that_the_operator_sets_is_reserved(step: str, spec: dict[str, Any]) -> None:
+    """So a run cannot set it to something else."""
+    storage = {"endpoint": "http://s3:9000", "bucket": "vpmoe", "credentialsSecret": "s", "caSecret": "ca"}
+    for template in templates(child(step, **spec, storage=storage)):
+        for entry in template["spec"]["containers"][0]["env"]:
+            assert re.fullmatch(RESERVED_ENV, entry["name"]), entry
+
+
+def test_pods_get_the_recorded_hash_and_a_config_map_without_runtime() -> None:
+    """spec.runtime may change between two attempts, the ConfigMap of the run may not."""
+    runtime = {
+        "env": [{"name": "NCCL_DEBUG", "value": "INFO"}],
+        "resources": {"train": {"limits": {"cpu": 1}}},
+    }
+    assert build_config_map(run(runtime=runtime), ORIGIN) == build_config_map(run(), ORIGIN)
+    env = templates(child(runtime=runtime))[0]["spec"]["containers"][0]["env"]
+    assert {"name": "VPMOE_CONFIG_HASH", "value": "b" * 64} in env, "that of the status, not one of its own"
 
 
 @pytest.mark.parametrize("step, spec", CHILDREN)
-def test_only_training_pods_declare_and_serve_a_metrics_port(step: str, spec: dict[str, Any]) -> None:
+def test_pods_with_gpus_tolerate_the_taint_of_nodes_with_gpus(step: str, spec: dict[str, Any]) -> None:
+    toleration = {"key": "example.com/gpu", "operator": "Exists"}
+    settings = SETTINGS.model_copy(update={"gpu_resource": "example.com/gpu"})
+    for own in ([], [toleration]):
+        changed = {**spec, "runtime": {**spec.get("runtime", {}), "tolerations": own}}
+        for template in templates(child(step, settings=settings, **changed)):
+            limits = template["spec"]["containers"][0]["resources"].get("limits", {})
+            expected = [toleration] if own or "example.com/gpu" in limits else []
+            assert template["spec"].get("tolerations", []) == expected
+
+
+def test_gpus_are_requested_as_the_resource_of_the_chart_and_only_by_the_layout() -> None:
+    settings = SETTINGS.model_copy(update={"gpu_resource": "example.com/gpu"})
+    written = {
+        role: {"requests": {"cpu": "2", "example.com/gpu": "7"}, "limits": {"example.com/gpu": "7"}}
+        for role in ("preprocess", "train")
+    }
+    found = [
+        template["spec"]["containers"][0]["resources"]
+        for step in ("preprocess", "vanilla")
+        for template in templates(child(step, settings=settings, runtime={"resources": written}))
+    ]
+    assert found == [
+        {"requests": {"cpu": "2"}},
+        {"requests": {"cpu": "2"}, "limits": {"example.com/gpu": 2}},
+    ]
+
+
+@pytest.mark.parametrize("step, spec", CHILDREN)
+def test_a_child_with_a_queue_is_labelled_and_created_suspended(step: str, spec: dict[str, Any]) -> None:
+    for queue in ("team", ""):
+        made = child(step, **{**spec, "runtime": {**spec.get("runtime", {}), "queueName": queue}})
+        suspend = made["spec"].get("suspend", made["spec"].get("runPolicy", {}).get("suspend"))
+        label = made["metadata"]["labels"].get("kueue.x-k8s.io/queue-name")
+        assert (label, suspend) == (("team", True) if queue else (None, None))
+
+
+@pytest.mark.parametrize("step, spec", CHILDREN)
+def test_every_pod_declares_the_port_at_which_it_serves(step: str, spec: dict[str, Any]) -> None:
     for template in templates(child(step, **spec)):
         container = template["spec"]["containers"][0]
         env = {entry["name"]: entry.get("value") for entry in container["env"]}
-        ports = [str(port["containerPort"]) for port in container.get("ports", [])]
-        assert ports == [env[name] for name in ("VPMOE_METRICS_PORT",) if name in env]
-        assert len(ports) == (step not in ROLES)
+        assert container["ports"] == [{"name": "metrics", "containerPort": 9090}]
+        assert env["VPMOE_SERVE_PORT"] == "9090"
 
 
 def test_the_longest_names_are_valid_in_kubernetes() -> None:
     stages = [{"name": "q" * 16, "kind": "Rescored", "tokens": 1000}, {**ONPOLICY, "name": "s" * 16}]
-    spec = {**named_manifest("x")["spec"], "stages": stages, "evaluation": EVALUATED}
+    export = {"stages": [stage["name"] for stage in stages]}
+    spec = {**named_manifest("x")["spec"], "stages": stages, "evaluation": EVALUATED, "export": export}
     longest = DistillRun.parse({**named_manifest("r" * 30), "spec": spec})
     for step in longest.steps():
         obj = build_child(Attempt(longest, step, 9999, ORIGIN, SETTINGS))
@@ -398,11 +496,12 @@ def test_the_longest_names_are_valid_in_kubernetes() -> None:
 
 
 def test_children_of_different_runs_have_different_names() -> None:
-    """No stage can be named sampler, teacher or evaluate, so a child's name determines the run's name."""
+    """No stage can be named sampler, teacher, evaluate or export, so a child's name determines the run's."""
     names = Counter[str]()
-    for name in ("a", "a-b", "a-b-c", "a-sampler", "a-b-sampler", "a-evaluate"):
+    for name in ("a", "a-b", "a-b-c", "a-sampler", "a-b-sampler", "a-evaluate", "a-export", "a-b-export"):
         stages = [{**ONPOLICY, "name": stage} for stage in ("b", "c", "a1", "bsampler")]
-        spec = {**named_manifest("x")["spec"], "stages": stages, "evaluation": EVALUATED}
+        export = {"stages": [stage["name"] for stage in stages]}
+        spec = {**named_manifest("x")["spec"], "stages": stages, "evaluation": EVALUATED, "export": export}
         parsed = DistillRun.parse({**named_manifest(name), "spec": spec})
         names.update(child_name(parsed, step, attempt) for step in parsed.steps() for attempt in (1, 11))
     assert {name for name, count in names.items() if count > 1} == set()

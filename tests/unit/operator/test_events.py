@@ -1,14 +1,15 @@
 """Events of a run's transitions, orphans, the settings file, kopf's settings, and modules that the operator
 must not load."""
 
+import asyncio
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from distill_operator import watch
+from distill_operator import orphans, watch
 from distill_operator.events import event_name, events_between
 from distill_operator.gpu_scheduler import Decision
 from distill_operator.orphans import is_active, is_orphan
@@ -16,15 +17,17 @@ from distill_operator.pod_diagnosis import Failure
 from distill_operator.settings import load_settings
 
 from tests.fakes.simulated_cluster import (
-    AWAY,
     PERMANENT,
+    UNREADABLE,
     SimulatedCluster,
     manifest,
     onpolicy_run,
     progress,
     rescoring_run,
+    waiting_run,
 )
 from vpmoe.api import labels
+from vpmoe.api.status import Status
 
 
 def reasons(cluster: SimulatedCluster) -> list[str]:
@@ -39,12 +42,13 @@ def test_each_transition_of_a_run_is_one_event() -> None:
     assert reasons(cluster) == []
     cluster.set_child_state("Succeeded")
     cluster.set_progress(progress("preprocess", state="Succeeded", done=4))
-    assert reasons(cluster) == ["StepSucceeded", "StepStarted"]
+    assert reasons(cluster) == ["StepSucceeded"]
+    assert reasons(cluster) == ["StepStarted"]
     cluster.set_child_state("Running")
     cluster.set_progress(progress("vanilla", done=100))
     assert reasons(cluster) == []
-    cluster.set_progress(AWAY)
-    assert reasons(cluster) == ["StorageUnreachable"]
+    cluster.set_progress(UNREADABLE)
+    assert reasons(cluster) == ["ProgressUnreadable"]
     cluster.set_progress(
         progress(
             "vanilla",
@@ -52,7 +56,7 @@ def test_each_transition_of_a_run_is_one_event() -> None:
             conditions=[{"type": "RouterCollapse", "status": "True", "reason": "DeadExpert"}],
         )
     )
-    assert reasons(cluster) == ["StorageReachable", "RouterCollapse"]
+    assert reasons(cluster) == ["ProgressReadable", "RouterCollapse"]
     cluster.set_child_state("Failed", Failure("Error", "exit 1"))
     assert reasons(cluster) == ["StepRetrying"]
     cluster.advance(60)
@@ -84,10 +88,11 @@ def test_events_name_their_step() -> None:
 
 
 def test_a_run_that_is_queued_or_cannot_start_has_an_event() -> None:
-    assert reasons(SimulatedCluster(decision=Decision(False, "no", unschedulable=True))) == [
-        "Queued",
-        "PoolTooSmall",
-    ]
+    assert reasons(waiting_run(Decision(False, "no"))) == ["Queued"]
+    too_large = SimulatedCluster(decision=Decision(False, "no", unschedulable=True))
+    assert reasons(too_large) == ["StepStarted", "PoolTooSmall"]
+    too_large.set_child_state("Succeeded")
+    assert reasons(too_large) == ["StepSucceeded", "Queued"]
     assert reasons(SimulatedCluster({"nonsense": 1})) == ["RunFailed"]
     assert reasons(SimulatedCluster(backend_missing=True)) == ["KubeflowMissing"]
 
@@ -170,6 +175,29 @@ def test_a_child_alive_that_is_not_named_by_status_is_an_orphan(
     assert is_orphan({**manifest(), "status": status}, child) is orphan
 
 
+def test_children_that_statuses_name_cost_no_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep looks at every child of every run in each resync."""
+    cluster = rescoring_run()
+    parsed = list[Any]()
+    monkeypatch.setattr(Status, "model_validate", lambda found: (parsed.append(found), cluster.status)[1])
+    runs = [
+        {
+            **manifest(),
+            "metadata": {**manifest()["metadata"], "uid": f"u{i}"},
+            "status": cluster.status.dump(),
+        }
+        for i in range(3)
+    ]
+    owners = [[{"uid": f"u{i}", "controller": True}] for i in (0, 1, 2, 3)]
+    children = [
+        {"kind": "Job", "metadata": {"name": name, "ownerReferences": owner}, "spec": {}}
+        for owner in owners
+        for name in ("first-rescore-a1", "first-vanilla-a1")
+    ]
+    asyncio.run(orphans.delete_orphans(cast(Any, None), runs, children))
+    assert parsed == []
+
+
 @pytest.mark.parametrize(
     "obj, expected",
     [
@@ -199,7 +227,6 @@ def test_a_finished_run_is_active_only_if_it_expires_or_was_edited(
 @pytest.mark.parametrize(
     "text, message",
     [
-        pytest.param("gitSha: main", "gitSha: String should match pattern", id="no sha"),
         pytest.param("nonsense: 1", "nonsense: Extra inputs are not permitted", id="unknown field"),
         pytest.param("resyncSeconds: 0", "resyncSeconds: Input should be greater than 0", id="zero"),
         pytest.param("images: {trainer: a}", "images.inference: Field required", id="image missing"),
@@ -221,12 +248,12 @@ def test_kopf_only_watches_objects() -> None:
     assert settings.watching.server_timeout and settings.networking.request_timeout, (
         "every request has a timeout"
     )
-    registry = watch.handlers(lambda key: None)
+    registry = watch.handlers(lambda key: None, [watch.Watch(kind, None) for kind in watch.KINDS], [])
     for kind in (registry._changing, registry._spawning, registry._indexing):
         assert not kind.get_all_handlers(), "these handlers would annotate objects or add a finalizer"
 
 
-def test_the_operator_loads_no_tensor_library() -> None:
+def test_the_operator_loads_neither_a_tensor_library_nor_a_storage_client() -> None:
     code = (
         "import json, sys, distill_operator.__main__, distill_operator.crd\nprint(json.dumps([*sys.modules]))"
     )
@@ -234,6 +261,7 @@ def test_the_operator_loads_no_tensor_library() -> None:
     loaded = json.loads(
         subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     )
-    assert not {"torch", "numpy", "pyarrow", "datasets", "tiktoken", "megatron"} & {
-        name.split(".")[0] for name in loaded
-    }
+    tensors = {"torch", "numpy", "pyarrow", "datasets", "tiktoken", "megatron"}
+    storage = {"boto3", "botocore", "s3transfer"}
+    assert not (tensors | storage) & {name.split(".")[0] for name in loaded}
+    assert not {"vpmoe.storage", "vpmoe.failure", "vpmoe.process"} & {*loaded}

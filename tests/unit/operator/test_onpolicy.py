@@ -22,6 +22,7 @@ from tests.fakes.simulated_cluster import (
     onpolicy_run,
     progress,
     training_run,
+    waiting_run,
 )
 
 SAMPLER, TEACHER, TRAINER = TRIO = ("onpolicy-sampler", "onpolicy-teacher", "onpolicy")
@@ -42,6 +43,7 @@ def test_a_stage_from_its_first_reconcile_to_its_evaluation() -> None:
     assert created(cluster.reconcile()) == ["preprocess-a1"]
     cluster.set_child_state("Succeeded")
     cluster.set_progress(progress("preprocess", state="Succeeded", done=4))
+    assert created(cluster.reconcile()) == []
     assert created(cluster.reconcile()) == [f"{step}-a1" for step in TRIO], "all three in one plan"
     assert cluster.gpus_in_use() == 3
     for step in TRIO:
@@ -92,10 +94,7 @@ def test_a_stage_from_its_first_reconcile_to_its_evaluation() -> None:
 
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
 def test_an_operator_that_crashes_while_creating_three_children_creates_each_once(after: int) -> None:
-    cluster = SimulatedCluster({"stages": [ONPOLICY]})
-    cluster.reconcile()
-    cluster.set_child_state("Succeeded")
-    cluster.set_progress(progress("preprocess", state="Succeeded", done=4))
+    cluster = waiting_run(stages=[ONPOLICY])
     cluster.reconcile(crash_after=after)
     cluster.reconcile_repeatedly()
     assert cluster.created[1:] == [f"first-{step}-a1" for step in TRIO] == cluster.alive_children()

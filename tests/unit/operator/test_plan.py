@@ -14,16 +14,15 @@ from distill_operator.actions import (
     KeepBucket,
     SetFinalizer,
 )
-from distill_operator.gpu_scheduler import Decision
+from distill_operator.gpu_scheduler import Decision, waits_for_gpus
 from distill_operator.observe import ChildObservation, NameConflict, ObservedChildren
 from distill_operator.plan import plan
 from distill_operator.pod_diagnosis import Failure
-from distill_operator.step_progress import ProgressReading
+from distill_operator.pod_records import ProgressReading
 
 from tests.fakes.simulated_cluster import (
     ADMITTED,
     ALL_KINDS,
-    AWAY,
     ERROR,
     EVALUATED,
     EVICTED,
@@ -32,6 +31,7 @@ from tests.fakes.simulated_cluster import (
     RETRIABLE,
     SETTINGS,
     START,
+    UNREADABLE,
     SimulatedCluster,
     condition,
     observed_run,
@@ -39,6 +39,7 @@ from tests.fakes.simulated_cluster import (
     progress,
     rescoring_run,
     training_run,
+    waiting_run,
 )
 from vpmoe.api.status import MESSAGE, Status
 
@@ -53,6 +54,8 @@ def test_a_run_from_its_first_reconcile_to_succeeded() -> None:
     )
     cluster.set_child_state("Succeeded")
     cluster.set_progress(progress("preprocess", state="Succeeded", done=4))
+    assert cluster.reconcile().actions == (), "nothing is decided about its GPUs yet"
+    assert (cluster.status.phase, cluster.status.holds_gpus) == ("Running", False)
     assert cluster.reconcile().actions == (CreateChild("vanilla", 1),)
     assert cluster.status.provenance is not None
     assert cluster.status.provenance.dataset is not None
@@ -122,17 +125,80 @@ def test_no_child_is_created_before_status_names_it() -> None:
     "decision, phase",
     [pytest.param(ADMITTED, "Running", id="fits"), pytest.param(Decision(False, "no"), "Queued", id="not")],
 )
-def test_no_child_is_created_unless_the_run_is_admitted(decision: Decision, phase: str) -> None:
-    cluster = SimulatedCluster(decision=decision)
+def test_no_child_with_gpus_is_created_unless_the_run_is_admitted(decision: Decision, phase: str) -> None:
+    cluster = waiting_run(decision)
     decided = cluster.reconcile()
     assert (decided.status.phase, bool(decided.actions)) == (phase, decision.admitted)
     assert decided.status.message == ("no" if phase == "Queued" else decided.status.message)
 
 
+def test_a_run_is_preprocessed_without_gpus_whatever_the_queue_decides() -> None:
+    cluster = SimulatedCluster(decision=Decision(False, "no"))
+    assert cluster.reconcile().actions == (CreateChild("preprocess", 1),)
+    for state in ("Waiting", "Running"):
+        cluster.set_child_state(state, message="pod first-preprocess-a1-0 cannot be scheduled: no 64 CPUs")
+        cluster.reconcile()
+        assert (cluster.status.phase, cluster.status.holds_gpus) == ("Running", False)
+    cluster.set_child_state("Failed", ERROR)
+    assert cluster.reconcile().status.phase == "Running"
+    assert cluster.reconcile().requeue_at == cluster.now + timedelta(seconds=10)
+    assert not cluster.status.holds_gpus
+
+
+def test_a_run_holds_its_gpus_from_the_first_step_that_needs_them_to_its_end() -> None:
+    cluster = waiting_run(stages=ALL_KINDS, evaluation=EVALUATED)
+    held = []
+    while cluster.status.phase != "Succeeded":
+        cluster.reconcile()
+        held.append(cluster.status.holds_gpus)
+        for step in cluster.status.running:
+            cluster.set_progress(progress(step.name, state="Succeeded", iteration=1, done=4))
+            cluster.set_child_state("Failed" if not step.failures else "Succeeded", ERROR, step.name)
+        cluster.advance(60)
+    assert held == [True] * (len(held) - 1) + [False], "through every retry and between the steps"
+
+
 def test_a_run_that_is_too_large_for_the_pool_is_stalled() -> None:
-    decided = SimulatedCluster(decision=Decision(False, "16 of 8", unschedulable=True)).reconcile()
+    decided = waiting_run(Decision(False, "16 of 8", unschedulable=True)).reconcile()
     assert condition(decided, "Stalled") == ("True", "PoolTooSmall")
     assert decided.status.phase == "Queued"
+
+
+def test_a_run_hears_that_it_is_too_large_for_the_pool_while_it_preprocesses() -> None:
+    cluster = SimulatedCluster(decision=Decision(False, "16 of 8", unschedulable=True))
+    decided = cluster.reconcile()
+    assert decided.actions == (CreateChild("preprocess", 1),)
+    assert (decided.status.phase, condition(decided, "Stalled")) == ("Running", ("True", "PoolTooSmall"))
+    undecided = plan(observed_run(cluster.status), ObservedChildren(), {}, None, SETTINGS, START)
+    assert condition(undecided, "Stalled") == ("True", "PoolTooSmall"), "an operator that has just started"
+    cluster.decision = ADMITTED
+    cluster.set_child_state("Succeeded")
+    cluster.set_progress(progress("preprocess", state="Succeeded", done=4))
+    cluster.reconcile()
+    assert condition(cluster.reconcile(), "Stalled")[0] == "False"
+    assert cluster.status.holds_gpus
+
+
+@pytest.mark.parametrize(
+    "chart, runtime, admitted",
+    [
+        pytest.param("Queued", {}, False, id="queued by the chart"),
+        pytest.param("Queued", {"scheduling": "Immediate"}, True, id="immediate by the run"),
+        pytest.param("Immediate", {}, True, id="immediate by the chart"),
+        pytest.param("Immediate", {"scheduling": "Queued"}, False, id="queued by the run"),
+        pytest.param("Queued", {"queueName": "team"}, True, id="Kueue admits it"),
+        pytest.param("Immediate", {"scheduling": "Queued", "queueName": "team"}, True, id="Kueue, not we"),
+    ],
+)
+def test_only_runs_with_scheduling_queued_wait_for_this_operators_queue(
+    chart: str, runtime: dict[str, Any], admitted: bool
+) -> None:
+    settings = SETTINGS.model_copy(update={"scheduling": chart})
+    cluster = waiting_run()
+    decided = plan(
+        observed_run(cluster.status, runtime=runtime), ObservedChildren(), {}, None, settings, cluster.now
+    )
+    assert decided.actions == ((CreateChild("vanilla", 1),) if admitted else ())
 
 
 @pytest.mark.parametrize("ending", [True, False])
@@ -163,9 +229,15 @@ def test_a_child_that_the_api_server_rejects_is_reported_and_retried() -> None:
     assert decided.actions == (CreateChild("preprocess", 1),)
 
 
-def test_a_run_never_starts_without_the_schedulers_decision() -> None:
-    with pytest.raises(ValueError, match="needs a Decision"):
-        plan(observed_run(), ObservedChildren(), {}, None, SETTINGS, START)
+def test_a_run_never_starts_with_gpus_without_the_schedulers_decision() -> None:
+    for cluster in (waiting_run(), training_run()):
+        cluster.spec["suspend"] = True
+        cluster.reconcile()
+        cluster.children.clear()
+        cluster.reconcile()
+        cluster.spec["suspend"] = False
+        decided = plan(observed_run(cluster.status), ObservedChildren(), {}, None, SETTINGS, START)
+        assert (decided.actions, decided.status.holds_gpus) == ((), False)
 
 
 def test_a_run_with_an_invalid_spec_never_starts() -> None:
@@ -194,6 +266,106 @@ def test_a_run_started_by_a_version_with_fewer_steps_gets_the_missing_ones() -> 
     cluster.set_child_state("Succeeded")
     cluster.set_progress(progress("vanilla", state="Succeeded", iteration=6, done=1000))
     assert cluster.reconcile().actions == (CreateChild("vanilla-evaluate", 1),)
+
+
+EXPORTED: dict[str, Any] = {"export": {"stages": ["vanilla"]}}
+
+
+def trained_run(**spec: Any) -> SimulatedCluster:
+    """A run whose stage has succeeded just now."""
+    cluster = training_run(**spec)
+    cluster.set_child_state("Succeeded")
+    cluster.set_progress(progress("vanilla", state="Succeeded", iteration=6, done=1000))
+    return cluster
+
+
+def test_an_export_starts_after_the_last_stage_and_the_run_releases_its_gpus() -> None:
+    cluster = trained_run(**EXPORTED)
+    cluster.decision = Decision(False, "no GPU is free")
+    assert cluster.reconcile().actions == (CreateChild("vanilla-export", 1),)
+    assert (cluster.status.phase, cluster.status.holds_gpus, cluster.gpus_in_use()) == ("Running", False, 0)
+    assert not waits_for_gpus(observed_run(cluster.status, **cluster.spec), SETTINGS)
+    cluster.set_child_state("Running")
+    cluster.set_progress(progress("vanilla-export", done=1, message="Uploading config.json"))
+    status = cluster.reconcile().status
+    assert (status.step, status.progress, status.message) == (
+        "vanilla-export",
+        "99%",
+        "vanilla-export: Uploading config.json",
+    )
+    cluster.set_child_state("Failed", ERROR)
+    cluster.reconcile()
+    cluster.advance(70)
+    assert cluster.reconcile().actions == (CreateChild("vanilla-export", 2),), "it needs no admission either"
+    cluster.set_child_state("Succeeded")
+    model = "s3://vpmoe/here/runs/team/first-0a1b2c3d/models/vanilla"
+    cluster.set_progress(progress("vanilla-export", 2, "Succeeded", done=4, model=model))
+    status = cluster.reconcile().status
+    assert (status.phase, status.model, status.step_status("vanilla-export").model) == (  # type: ignore[union-attr]
+        "Succeeded",
+        model,
+        model,
+    )
+    assert status.message.endswith(f"Model: {model}")
+
+
+def test_of_several_exported_stages_the_status_names_the_model_of_the_latest() -> None:
+    cluster = SimulatedCluster({"stages": ALL_KINDS[:2], "export": {"stages": ["rescored", "vanilla"]}})
+    for _ in range(12):
+        cluster.reconcile()
+        for step in cluster.status.running[::-1]:
+            name = step.name
+            more = {"model": f"s3://vpmoe/{name}"} if name.endswith("-export") else {}
+            cluster.set_child_state("Succeeded", step=name)
+            cluster.set_progress(progress(name, step.attempt, "Succeeded", iteration=6, done=4, **more))
+    assert (cluster.status.phase, cluster.status.model) == ("Succeeded", "s3://vpmoe/rescored-export")
+    assert cluster.created[-2:] == ["first-vanilla-export-a1", "first-rescored-export-a1"]
+
+
+def test_a_run_of_a_version_without_exports_gets_one_unless_it_has_succeeded() -> None:
+    """A run that trains, or has failed, exports its last stage in the end. One that has succeeded does not
+    change."""
+    older = training_run()
+    assert [step.name for step in older.status.steps] == ["preprocess", "vanilla"]
+    older.spec = {"export": {}}
+    assert [step.name for step in older.reconcile().status.steps] == [
+        "preprocess",
+        "vanilla",
+        "vanilla-export",
+    ]
+    assert older.status.holds_gpus
+    older.set_child_state("Succeeded")
+    older.set_progress(progress("vanilla", state="Succeeded", iteration=6, done=1000))
+    assert older.reconcile().actions == (CreateChild("vanilla-export", 1),)
+
+    ended = trained_run()
+    ended.reconcile()
+    succeeded = ended.status
+    assert succeeded.phase == "Succeeded"
+    ended.spec = {"export": {}}
+    assert ended.reconcile_repeatedly().actions == ()
+    assert ended.status == succeeded
+
+    failed = training_run(runtime={"attempts": 1})
+    failed.set_child_state("Failed", ERROR)
+    assert failed.reconcile().status.phase == "Failed"
+    failed.spec = {"export": {}, "runtime": {"attempts": 1}}
+    decided = failed.reconcile_repeatedly()
+    assert (decided.status.phase, decided.actions) == ("Failed", ())
+    failed.spec = {"export": {}, "runtime": {"attempts": 2}}
+    assert failed.reconcile().actions == (CreateChild("vanilla", 2),)
+
+
+def test_a_suspended_export_frees_nothing_and_continues_without_gpus() -> None:
+    cluster = trained_run(**EXPORTED)
+    cluster.reconcile()
+    cluster.set_child_state("Running")
+    cluster.spec["suspend"] = True
+    assert [type(action) for action in cluster.reconcile().actions] == [DeleteChild]
+    cluster.remove_children("vanilla-export")
+    assert cluster.reconcile().status.phase == "Suspended"
+    cluster.spec["suspend"], cluster.decision = False, Decision(False, "no GPU is free")
+    assert cluster.reconcile().actions == (CreateChild("vanilla-export", 2),)
 
 
 def test_a_run_that_becomes_invalid_while_it_runs_keeps_its_child() -> None:
@@ -226,7 +398,7 @@ def test_the_bucket_is_cleared_only_when_nothing_can_write_to_it_any_more() -> N
     assert [type(action) for action in cluster.reconcile().actions] == [DeleteChild]
     assert cluster.reconcile().actions == (), "the child's pods are terminating"
     del cluster.children[child.name]
-    assert cluster.reconcile().actions == (ClearBucket(), SetFinalizer(False))
+    assert cluster.reconcile().actions == (ClearBucket(),)
 
 
 def test_every_message_fits_into_the_status() -> None:
@@ -242,6 +414,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "three kinds": {"stages": ALL_KINDS},
     "the teacher first": {"stages": [ALL_KINDS[2], ALL_KINDS[0], ALL_KINDS[1]]},
     "all kinds, evaluated": {"stages": [*ALL_KINDS, ONPOLICY], "evaluation": EVALUATED},
+    "exported": {"stages": [*ALL_KINDS[:2], ONPOLICY], "export": {"stages": ["vanilla", "onpolicy"]}},
     "on-policy first": {"stages": [ONPOLICY, ALL_KINDS[1], {**ONPOLICY, "name": "again"}]},
 }
 
@@ -251,8 +424,8 @@ STAGES: dict[str, dict[str, Any]] = {
 def test_at_most_one_child_per_step_is_alive_and_it_is_the_one_that_status_names(
     seed: int, stages: str
 ) -> None:
-    """The run always succeeds, although children end at random, the operator crashes at random and a user
-    suspends and resumes the run.
+    """The run always succeeds, although children end at random, some only when their pods are deleted, the
+    operator crashes at random and a user suspends and resumes the run.
 
     SimulatedCluster asserts that no step starts before the steps that it needs, and that the children alive
     never request more GPUs than the run has. A Failed run has no child alive.
@@ -293,12 +466,13 @@ def test_at_most_one_child_per_step_is_alive_and_it_is_the_one_that_status_names
                 cluster.set_progress(
                     progress(step.name, step.attempt, state, iteration=iteration, done=min(iteration, 4))
                 )
+                lingering = rng.random() < 0.3  # a sidecar keeps its pods alive until the child is deleted
                 if event in (failures := {"fail": ERROR, "evict": EVICTED, "refuse": PERMANENT}):
-                    cluster.set_child_state("Failed", failures[event], step.name)
+                    cluster.set_child_state("Failed", failures[event], step.name, lingering=lingering)
                 elif event == "vanish":
                     cluster.remove_children(step.name)
                 elif event == "end":
-                    cluster.set_child_state("Succeeded", step=step.name)
+                    cluster.set_child_state("Succeeded", step=step.name, lingering=lingering)
         cluster.advance(70 if undisturbed else rng.choice([0, 10, 70]))
     assert cluster.status.phase == "Succeeded"
     assert len(cluster.created) == len(set(cluster.created))
@@ -558,46 +732,13 @@ def test_a_permanent_failure_is_not_retried_until_attempts_is_raised() -> None:
     assert cluster.reconcile().actions == (CreateChild("vanilla", 2),)
 
 
-@pytest.mark.parametrize(
-    "reading, failures",
-    [
-        pytest.param(AWAY, 0, id="unreachable"),
-        pytest.param(ProgressReading(attempted=True), 1, id="reachable"),
-    ],
-)
-def test_a_retriable_error_of_a_job_counts_only_if_the_operator_can_reach_the_bucket(
-    reading: ProgressReading, failures: int
-) -> None:
+@pytest.mark.parametrize("reading", [UNREADABLE, ProgressReading(attempted=True)], ids=["unreadable", "none"])
+def test_a_retriable_error_of_a_job_is_a_failure(reading: ProgressReading) -> None:
     cluster = training_run()
     cluster.set_child_state("Failed", RETRIABLE)
     cluster.set_progress(reading)
     cluster.reconcile()
-    assert cluster.status.steps[1].failures == failures
-
-
-def test_an_unreachable_bucket_changes_only_a_condition() -> None:
-    cluster = training_run()
-    cluster.set_progress(progress("vanilla", iteration=3, done=500, loss=2.5))
-    before = cluster.reconcile().status
-    cluster.set_progress(AWAY)
-    decided = cluster.reconcile()
-    assert condition(decided, "StorageReachable") == ("False", "Unreachable")
-    assert (decided.status.phase, decided.status.loss, decided.status.steps) == (
-        "Running",
-        before.loss,
-        before.steps,
-    )
-    cluster.set_progress(progress("vanilla", iteration=3, done=500, loss=2.5))
-    assert condition(cluster.reconcile(), "StorageReachable") == ("True", "Answered")
-
-
-def test_a_success_is_recorded_once_the_bucket_is_reachable() -> None:
-    cluster = training_run()
-    cluster.set_child_state("Succeeded")
-    cluster.set_progress(AWAY)
-    assert cluster.reconcile().status.phase == "Running"
-    cluster.set_progress(progress("vanilla", state="Succeeded", iteration=6, done=1000))
-    assert cluster.reconcile().status.phase == "Succeeded"
+    assert cluster.status.steps[1].failures == 1
 
 
 def test_a_run_is_suspended_when_its_deleted_child_is_gone() -> None:
@@ -644,7 +785,7 @@ def test_a_run_resumed_while_stopping_continues_when_the_old_child_is_gone() -> 
 @pytest.mark.parametrize("phase", ["fresh", "queued", "between attempts"])
 def test_a_run_without_a_child_is_suspended_at_once(phase: str) -> None:
     cluster = (
-        SimulatedCluster(decision=Decision(False, "no"))
+        waiting_run(Decision(False, "no"))
         if phase == "queued"
         else SimulatedCluster()
         if phase == "fresh"
@@ -680,11 +821,51 @@ def test_a_pod_deleted_while_running_ends_the_attempt_without_counting_a_failure
     assert cluster.reconcile().actions == (), "attempt 2 has not run yet"
 
 
+@pytest.mark.parametrize("seen_suspended", [True, False], ids=["operator up", "operator away"])
+def test_a_child_that_kueue_preempts_and_resumes_keeps_its_attempt(seen_suspended: bool) -> None:
+    cluster = training_run(runtime={"queueName": "team"})
+    cluster.advance(60)
+    if seen_suspended:
+        cluster.set_child_state("Waiting", suspended=True, message="is suspended until Kueue admits it")
+        assert (cluster.reconcile().actions, cluster.status.phase) == ((), "Queued")
+        assert cluster.step("vanilla").reason == "Held"
+        cluster.advance(60)
+    cluster.set_child_state(
+        "Waiting", suspended=False, missing_pod="first-vanilla-a1-master-0", resumed=cluster.now, message=""
+    )
+    cluster.advance(5)
+    assert (cluster.reconcile().actions, cluster.status.phase) == ((), "Running")
+    cluster.set_child_state("Running")
+    cluster.reconcile()
+    cluster.advance(60)
+    cluster.set_child_state("Waiting")
+    assert [type(action) for action in cluster.reconcile().actions] == [DeleteChild], "deleted after all"
+
+
+@pytest.mark.parametrize("failure", [ERROR, EVICTED], ids=["failed", "interrupted"])
+def test_a_later_attempt_that_kueue_admits_is_told_from_one_that_it_preempts(failure: Failure) -> None:
+    """A later attempt is no progress, so the time of the last progress does not say when its pods started."""
+    cluster = training_run(runtime={"queueName": "team"})
+    for _ in range(2):
+        cluster.set_child_state("Failed", failure)
+        cluster.reconcile()
+        cluster.advance(60)
+        cluster.reconcile()
+        cluster.set_child_state("Running", resumed=cluster.now)
+        cluster.reconcile()
+    cluster.advance(60)
+    cluster.set_child_state("Waiting", missing_pod="first-vanilla-a3-master-0", resumed=cluster.now)
+    assert cluster.reconcile().actions == (), "preempted and admitted again"
+    cluster.set_child_state("Running")
+    cluster.reconcile()
+    cluster.set_child_state("Waiting")
+    assert [type(action) for action in cluster.reconcile().actions] == [DeleteChild], "a pod was deleted"
+
+
 @pytest.mark.parametrize(
     "state, reading, reason",
     [
         pytest.param("Running", progress("vanilla"), "NoProgress", id="no progress"),
-        pytest.param("Running", AWAY, "StorageUnreachable", id="bucket unreachable"),
         pytest.param("Waiting", ProgressReading(attempted=True), "PodPending", id="pod pending"),
     ],
 )
@@ -734,7 +915,7 @@ def test_the_finalizer_follows_the_deletion_policy() -> None:
         pytest.param(
             {"deletionPolicy": "Retain"}, (SetFinalizer(False),), id="changed to Retain while deleting"
         ),
-        pytest.param({"deletionPolicy": "Delete"}, (ClearBucket(), SetFinalizer(False)), id="Delete"),
+        pytest.param({"deletionPolicy": "Delete"}, (SetFinalizer(False),), id="Delete, and never started"),
     ],
 )
 def test_a_deleted_run_without_a_child_alive_is_finalized(
@@ -781,7 +962,7 @@ def test_a_run_with_a_queue_is_queued_until_kueue_admits_it() -> None:
     cluster = SimulatedCluster({"runtime": {"queueName": "team", "backend": "Job"}})
     cluster.reconcile()
     cluster.set_child_state(
-        "Waiting", suspended=True, message="Job first-preprocess-a1 is suspended by its queue"
+        "Waiting", suspended=True, message="Job first-preprocess-a1 is suspended until Kueue admits it"
     )
     assert cluster.reconcile().status.phase == "Queued"
     cluster.set_child_state("Running", suspended=False, message="")
@@ -793,7 +974,7 @@ def test_a_condition_reported_by_a_job_stays_until_it_is_reported_again() -> Non
     reported = {"type": "RouterCollapse", "status": "True", "reason": "DeadExpert", "message": "layer 7"}
     cluster.set_progress(progress("vanilla", conditions=[reported]))
     assert condition(cluster.reconcile(), "RouterCollapse") == ("True", "DeadExpert")
-    cluster.set_progress(AWAY)
+    cluster.set_progress(UNREADABLE)
     assert condition(cluster.reconcile(), "RouterCollapse")[0] == "True"
     cluster.set_progress(progress("vanilla", conditions=[{**reported, "status": "False"}]))
     assert condition(cluster.reconcile(), "RouterCollapse")[0] == "False"

@@ -1,6 +1,7 @@
 """Diagnosis of pods and children: state, reason for waiting, cause of failure."""
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -57,6 +58,18 @@ DRAINED = {
         ),
         pytest.param([pod(main=reported("Retriable", 75, "away"))], "Retriable", "exit 75", id="retriable"),
         pytest.param(
+            [pod(main=terminated(75, '{"class": "Retriable", "reason": "Unreachable", "message": "away"}'))],
+            "Interrupted",
+            "exit 75",
+            id="the store is away",
+        ),
+        pytest.param(
+            [pod(main=terminated(75, '{"class": "Retriable", "reason": "Local", "message": "disk full"}'))],
+            "Retriable",
+            "exit 75",
+            id="the disk is full",
+        ),
+        pytest.param(
             [pod(main=reported("Internal", 70, "KeyError: x"))], "Error", '"KeyError: x"', id="internal"
         ),
         pytest.param(
@@ -78,19 +91,7 @@ DRAINED = {
         pytest.param(
             [pod(main=terminated(137), conditions=[DRAINED])], "Interrupted", "drain of node a", id="drained"
         ),
-        pytest.param(
-            [pod(main=terminated(137), reason="Evicted")],
-            "Interrupted",
-            "Evicted",
-            id="evicted by the kubelet",
-        ),
         pytest.param([pod(reason="NodeLost")], "Interrupted", "NodeLost", id="node lost"),
-        pytest.param(
-            [pod(reason="UnexpectedAdmissionError")],
-            "Interrupted",
-            "UnexpectedAdmissionError",
-            id="rejected by the kubelet",
-        ),
         pytest.param(
             [pod(reason="DeadlineExceeded")], "Error", "DeadlineExceeded", id="failed without a container"
         ),
@@ -103,7 +104,7 @@ DRAINED = {
     ],
 )
 def test_the_cause_of_a_failed_child(pods: list[dict[str, Any]], kind: str, expected: str) -> None:
-    failure = failure_cause(pods, "BackoffLimitExceeded: …")
+    failure = failure_cause(pods, "BackoffLimitExceeded: …", "main")
     assert failure.kind == kind
     assert expected in failure.message
 
@@ -148,7 +149,7 @@ def test_the_cause_of_a_failed_child(pods: list[dict[str, Any]], kind: str, expe
     ],
 )
 def test_the_pod_that_caused_the_failure(pods: list[dict[str, Any]], name: str) -> None:
-    assert f"pod {name}" in failure_cause(pods, "").message
+    assert f"pod {name}" in failure_cause(pods, "", "main").message
 
 
 def waiting(reason: str, message: str = "") -> dict[str, Any]:
@@ -203,6 +204,7 @@ MOUNT_FAILED = {
         pytest.param(
             [], [FORBIDDEN], "job j: FailedCreate: violates PodSecurity", id="rejected by pod security"
         ),
+        pytest.param([], [{"reason": "Odd"}], ": Odd: ", id="an Event that somebody else has made"),
         pytest.param(
             [pod(phase="Pending", main=waiting("ContainerCreating"))], [], "pod p is starting", id="starting"
         ),
@@ -212,7 +214,7 @@ MOUNT_FAILED = {
 def test_the_reason_why_a_child_waits(
     pods: list[dict[str, Any]], events: list[dict[str, Any]], expected: str
 ) -> None:
-    assert expected in waiting_reason(pods, events)
+    assert expected in waiting_reason(pods, events, "main")
 
 
 def job(*conditions_true: str, deleting: bool = False, **status: Any) -> dict[str, Any]:
@@ -284,8 +286,9 @@ def test_the_state_of_a_child(obj: dict[str, Any], state: str) -> None:
 def test_a_failed_child_with_pods_alive_is_ending() -> None:
     obj = pytorchjob(("Failed", "True"))
     alive = pod("worker", "Running", main={"running": {}})
-    assert describe_child(obj, "Failed", "", [pod("master", main=terminated(1)), alive], []).state == "Ending"
-    assert describe_child(obj, "Failed", "", [pod("master", main=terminated(1))], []).state == "Failed"
+    failed = pod("master", main=terminated(1))
+    assert describe_child(obj, "Failed", "", [failed, alive], [], "main").state == "Ending"
+    assert describe_child(obj, "Failed", "", [failed], [], "main").state == "Failed"
 
 
 @pytest.mark.parametrize(
@@ -303,15 +306,48 @@ def test_a_pod_of_a_running_pytorchjob_that_is_not_running_is_missing(
     phases: dict[str, str], missing: str
 ) -> None:
     pods = [pod(name, phase) for name, phase in phases.items()]
-    assert (
-        describe_child(pytorchjob(("Running", "True"), workers=1), "Waiting", "", pods, []).missing_pod
-        == missing
-    )
+    obj = pytorchjob(("Running", "True"), workers=1)
+    assert describe_child(obj, "Waiting", "", pods, [], "main").missing_pod == missing
 
 
 def test_a_child_suspended_by_kueue_is_suspended() -> None:
     suspended = {**job(), "spec": {"parallelism": 2, "suspend": True}}
-    assert describe_child(suspended, "Waiting", "", [], []).suspended
+    assert describe_child(suspended, "Waiting", "", [], [], "main").suspended
+
+
+def suspended_pytorchjob(suspend: bool, since: str, condition: bool | None = None) -> dict[str, Any]:
+    """A PyTorchJob that ran before it was suspended, and perhaps resumed.
+
+    Its condition is `condition`, if its controller has not seen the change yet.
+    """
+    condition = suspend if condition is None else condition
+    obj = pytorchjob(("Running", "False"), ("Suspended", str(condition)), workers=1)
+    obj["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "team"}
+    obj["spec"]["runPolicy"] = {"suspend": suspend}
+    for condition in obj["status"]["conditions"]:
+        condition["lastTransitionTime"] = since
+    return obj
+
+
+@pytest.mark.parametrize("pods", [[], [pod("j-master-0", "Running")]], ids=["gone", "ending"])
+def test_a_preempted_pytorchjob_is_held_and_no_pod_is_missing(pods: list[dict[str, Any]]) -> None:
+    found = describe_child(
+        suspended_pytorchjob(True, "2026-01-01T00:00:10Z"), "Waiting", "", pods, [], "main"
+    )
+    assert (found.suspended, found.missing_pod, found.resumed) == (True, "", None)
+    assert found.message == "PyTorchJob j is suspended until Kueue admits it to queue team"
+
+
+def test_a_pod_that_the_controller_of_a_resumed_pytorchjob_will_still_make_is_not_missing() -> None:
+    obj = suspended_pytorchjob(False, "2026-01-01T00:00:10Z", condition=True)
+    found = describe_child(obj, "Waiting", "", [], [], "main")
+    assert (found.suspended, found.missing_pod, found.resumed) == (False, "", None)
+
+
+def test_the_time_at_which_a_pytorchjob_was_resumed_is_observed() -> None:
+    found = describe_child(suspended_pytorchjob(False, "2026-01-01T00:00:10Z"), "Waiting", "", [], [], "main")
+    assert (found.suspended, found.missing_pod) == (False, "j-master-0")
+    assert found.resumed == datetime(2026, 1, 1, 0, 0, 10, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(

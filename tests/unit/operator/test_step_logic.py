@@ -4,28 +4,29 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from distill_operator.actions import ClearBucket, CreateChild, DeleteChild, SetFinalizer
+from distill_operator.actions import ClearBucket, CreateChild, DeleteChild
 from distill_operator.gpu_scheduler import Decision
 from distill_operator.observe import ChildObservation, NameConflict, ObservedChild, ObservedChildren
 from distill_operator.plan import plan
 from distill_operator.plan_builder import Plan
 from distill_operator.pod_diagnosis import Failure
-from distill_operator.step_progress import ProgressReading
+from distill_operator.pod_records import ProgressReading
 
 from tests.fakes.simulated_cluster import (
     ADMITTED,
     ALL_KINDS,
-    AWAY,
     ERROR,
     EVICTED,
     PERMANENT,
     SETTINGS,
+    UNREADABLE,
     SimulatedCluster,
     condition,
     observed_run,
     progress,
     rescoring_run,
     training_run,
+    waiting_run,
 )
 
 TWO = ("rescore", "vanilla")
@@ -52,6 +53,7 @@ def test_a_run_of_three_kinds_from_its_first_reconcile_to_succeeded() -> None:
     ]
     cluster.set_child_state("Succeeded")
     cluster.set_progress(progress("preprocess", state="Succeeded", done=4))
+    assert created(cluster.reconcile()) == []
     assert created(cluster.reconcile()) == ["rescore-a1", "vanilla-a1"]
     assert (cluster.status.step, cluster.status.message) == (
         "vanilla",
@@ -107,7 +109,7 @@ def test_vanilla_continues_if_rescoring_finishes_first() -> None:
 def test_a_step_that_finds_its_output_in_the_bucket_is_reused() -> None:
     cluster = rescoring_run()
     cluster.set_child_state("Succeeded", step="rescore")
-    cluster.set_progress(progress("rescore", state="Succeeded", done=4, message="Reused"))
+    cluster.set_progress(progress("rescore", state="Succeeded", done=4, message="Reused", reused=True))
     cluster.reconcile()
     assert (
         cluster.step("rescore").reused,
@@ -241,19 +243,6 @@ def test_a_step_that_succeeds_while_the_run_is_suspended_is_recorded() -> None:
     assert created(cluster.reconcile()) == ["vanilla-a2"]
 
 
-def test_success_that_cannot_be_read_yet_is_not_deleted_by_suspend() -> None:
-    cluster = rescoring_run()
-    cluster.spec["suspend"] = True
-    cluster.set_child_state("Succeeded", step="rescore")
-    cluster.readings["rescore"] = AWAY
-    assert deleted(cluster.reconcile()) == ["first-vanilla-a1"]
-    cluster.remove_children("vanilla")
-    assert condition(cluster.reconcile(), "Progressing") == ("True", "StorageUnreachable")
-    cluster.set_progress(progress("rescore", state="Succeeded", done=4))
-    assert cluster.reconcile().status.phase == "Suspended"
-    assert cluster.step("rescore").state == "Succeeded"
-
-
 def test_raising_attempts_while_other_steps_stop_continues_all() -> None:
     cluster = rescoring_run()
     cluster.set_child_state("Failed", PERMANENT, "rescore")
@@ -306,7 +295,7 @@ def test_a_deleted_run_waits_for_both_children_before_its_bucket_is_cleared() ->
     cluster.remove_children("vanilla")
     assert cluster.reconcile().actions == ()
     cluster.remove_children("rescore")
-    assert cluster.reconcile().actions == (ClearBucket(), SetFinalizer(False))
+    assert cluster.reconcile().actions == (ClearBucket(),)
 
 
 @pytest.mark.parametrize("step", TWO)
@@ -327,10 +316,7 @@ def test_a_run_is_stalled_if_either_step_is_and_its_summary_is_that_of_training(
 
 
 def test_a_child_that_is_rejected_or_whose_name_is_taken_blocks_only_its_own_step() -> None:
-    cluster = SimulatedCluster({"stages": ALL_KINDS})
-    cluster.reconcile()
-    cluster.set_child_state("Succeeded")
-    cluster.set_progress(progress("preprocess", state="Succeeded", done=4))
+    cluster = waiting_run(stages=ALL_KINDS)
     cluster.reconcile(crash_after=0)
     for observation, reason in (
         (ChildObservation(create_error="403 quota"), "ChildRefused"),
@@ -381,7 +367,7 @@ def test_kueue_admits_each_step_separately(held: tuple[str, ...], phase: str, me
     cluster = rescoring_run(runtime={"queueName": "team", "backend": "Job"})
     for step in held:
         cluster.set_child_state(
-            "Waiting", step=step, suspended=True, message=f"Job first-{step}-a1 is suspended by its queue"
+            "Waiting", step=step, suspended=True, message=f"Job first-{step}-a1 is suspended until"
         )
     decided = cluster.reconcile()
     assert decided.status.phase == phase
@@ -391,13 +377,13 @@ def test_kueue_admits_each_step_separately(held: tuple[str, ...], phase: str, me
     ]
 
 
-def test_an_unreachable_bucket_is_one_condition_and_speed_is_that_of_the_training_step() -> None:
+def test_unreadable_progress_is_one_condition_and_speed_is_that_of_the_training_step() -> None:
     cluster = rescoring_run()
     cluster.set_progress(progress("vanilla", iteration=3, done=500, tokensPerSecond=10.0, loss=2.5))
     cluster.reconcile()
-    cluster.readings["rescore"] = AWAY
-    assert condition(cluster.reconcile(), "StorageReachable") == ("False", "Unreachable")
-    cluster.set_progress(AWAY)
+    cluster.readings["rescore"] = UNREADABLE
+    assert condition(cluster.reconcile(), "ProgressReadable") == ("False", "Unreachable")
+    cluster.set_progress(UNREADABLE)
     cluster.reconcile()
     assert (cluster.status.tokens_per_second, cluster.status.loss) == (10.0, 2.5)
     cluster.readings["vanilla"] = progress("vanilla", state="Succeeded", iteration=6, done=1000, loss=2.0)

@@ -1,6 +1,8 @@
 """Work queue: deduplication, one worker per key, delayed requeue, backoff; and the health probes."""
 
 import asyncio
+import random
+import secrets
 from collections.abc import Coroutine
 from typing import Any
 
@@ -122,26 +124,69 @@ def test_failures_back_off_up_to_a_limit_and_a_success_resets_them(
     assert delays[10] == 0.5
 
 
-def test_another_thread_can_wake_a_worker() -> None:
-    async def work() -> str:
-        queue: WorkQueue[str] = WorkQueue()
-        waiting_get = asyncio.create_task(queue.get())
-        await asyncio.sleep(0)
-        await asyncio.to_thread(queue.put_from_thread, "a")
-        return await waiting_get
+def test_any_sequence_of_requests_returns_the_keys_of_a_plain_search(
+    queue: WorkQueue[str], clock: Clock
+) -> None:
+    """Each step is compared with a search of all keys for the one that has been due longest."""
 
-    assert run(work()) == "a"
+    async def work() -> None:
+        due: dict[str, float] = {}
+        in_progress: list[str] = []
+        for _ in range(3000):
+            clock.now += rng.choice((0, 0, 1, 10))
+            key, delay = rng.choice("abcdefgh"), rng.choice((-5, 0, 1, 20))
+            queue.put(key, delay)
+            due[key] = min(due.get(key, float("inf")), clock.now + delay)
+            if in_progress and rng.random() < 0.4:
+                key = in_progress.pop(rng.randrange(len(in_progress)))
+                if rng.random() < 0.7:
+                    queue.done(key)
+                else:
+                    due[key] = min(due.get(key, float("inf")), clock.now + queue.failed(key))
+            ready = {key: when for key, when in due.items() if when <= clock.now and key not in in_progress}
+            if not ready:
+                assert await is_nothing_due(queue)
+                continue
+            found = await queue.get()
+            assert due[found] == min(ready.values())
+            del due[found]
+            in_progress.append(found)
+
+    seed = secrets.randbelow(1 << 32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    run(work())
+
+
+def test_timers_that_no_longer_hold_take_no_memory(queue: WorkQueue[str], clock: Clock) -> None:
+    """A run that is reconciled every few seconds has another timer of half an hour each time."""
+
+    async def work() -> None:
+        for _ in range(2000):
+            clock.now += 10
+            for key in ("a", "b", "c"):
+                queue.put(key)
+                assert await queue.get() == key
+                queue.done(key)
+                queue.put(key, 1800)
+        assert len(queue._heap) < 200
+        clock.now += 1800
+        assert sorted([await queue.get() for _ in "abc"]) == ["a", "b", "c"]
+        assert await is_nothing_due(queue)
+
+    run(work())
 
 
 def test_the_oldest_age_is_that_of_keys_due_or_in_progress(queue: WorkQueue[str], clock: Clock) -> None:
     async def work() -> None:
         assert queue.oldest_age() == 0
         queue.put("later", delay=1000)
-        assert queue.oldest_age() == 0, "the key is not due"
+        assert (queue.oldest_age(), len(queue)) == (0, 0), "the key is not due"
         queue.put("now")
         clock.now += 30
-        assert queue.oldest_age() == 30
+        assert (queue.oldest_age(), len(queue)) == (30, 1)
         await queue.get()
+        assert len(queue) == 1
         clock.now += 7
         assert queue.oldest_age() == 7, "the key has been in progress for 7 s"
 
@@ -164,3 +209,4 @@ def test_probes_fail_if_there_is_a_health_problem(
 ) -> None:
     assert health_problem(leading, queue_age, since_response, 300).startswith(problem)
     assert bool(health_problem(leading, queue_age, since_response, 300)) is bool(problem)
+    assert health_problem(leading, 1, 1, 300, "a watch is silent") == ("a watch is silent" if leading else "")
