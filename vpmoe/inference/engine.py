@@ -25,6 +25,7 @@ from vpmoe.inference.vllm_options import (
     BATCH_TOKENS,
     STEP_TOKENS,
     Device,
+    check_attention,
     check_device,
     engine_options,
     prepare_environment,
@@ -130,20 +131,24 @@ class StudentEngine:
         # and a CPU generator has no offset to rewind. So there a step holds a whole prompt.
         chunked = self.device == "cuda"
         step_tokens = STEP_TOKENS["cuda"] if chunked else max(STEP_TOKENS["cpu"], self.max_length)
-        return vllm.LLM(
+        llm = vllm.LLM(
             str(folder),
             **engine_options(dtype, self.max_length),
             max_num_batched_tokens=step_tokens,
             enable_chunked_prefill=chunked,
             max_num_seqs=MAX_SEQUENCES[self.device],
         )
+        check_attention(llm, "the student")
+        return llm
 
 
 def _read_weights(folder: Path) -> "Iterator[tuple[str, Tensor]]":
     """All weights by name; one file is in memory at a time."""
     from safetensors.torch import load_file
 
-    for file in sorted(folder.glob("*.safetensors")):
+    from vpmoe.model import hf_export
+
+    for file in hf_export.weight_files(folder):
         yield from load_file(file).items()
 
 
@@ -165,7 +170,7 @@ def main() -> None:
     """Serve calls over the connection whose file descriptor is the first argument, until it is closed.
 
     A call is (number, name of a method of StudentEngine, arguments); the reply is (number, result or
-    Failure).
+    TerminationRecord).
     """
     set_parent_death_signal()
     for each in (signal.SIGTERM, signal.SIGINT):

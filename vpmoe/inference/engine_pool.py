@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from vpmoe.api.termination import TerminationRecord
 from vpmoe.data.tokenizer import Ids
-from vpmoe.failure import Failure, Permanent, Retriable
+from vpmoe.failure import Permanent, Retriable
 
 POLL_SECONDS = 0.2
 """Seconds between two calls of `check_stop` while engines work."""
@@ -147,7 +148,7 @@ class EnginePool:
             check_stop()  # the pod's termination may have reached the engines first
             raise _engine_exited(number, self._processes[number].wait()) from None
         for number in sorted(replies):
-            if isinstance(replies[number], Failure):
+            if isinstance(replies[number], TerminationRecord):
                 raise engine_error(number, replies[number])
         return [replies[number] for number in sorted(replies)]
 
@@ -160,7 +161,7 @@ def _engine_exited(number: int, code: int) -> Retriable:
     )
 
 
-def engine_error(number: int, failure: Failure) -> Exception:
+def engine_error(number: int, failure: TerminationRecord) -> Exception:
     """An engine's failure as an exception of the same class; RuntimeError if the class is none of
     vpmoe.failure."""
     kinds: dict[str, type[Exception]] = {"Permanent": Permanent, "Retriable": Retriable}
@@ -183,6 +184,6 @@ def engine_environment(environment: Mapping[str, str], number: int, gpus: int) -
     if len(devices) < gpus:
         raise Permanent(
             f"CUDA_VISIBLE_DEVICES is {visible}: {len(devices)} devices for {gpus} engines. Name as many as "
-            "stages[].sampler.gpus, or unset it."
+            "stages[].sampler.gpus, or unset it (in a pod: runtime.env)."
         )
     return changes | {"CUDA_VISIBLE_DEVICES": devices[number]}

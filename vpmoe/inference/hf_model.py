@@ -1,36 +1,19 @@
-"""The student in transformers: the reference implementation that vLLM's is compared with.
-
-It is Qwen3's model (grouped-query attention with norms on queries and keys, RMSNorm, half-rotated RoPE, no
-biases, untied embeddings) with other feed-forward layers.
-"""
+"""Loads the student into transformers: the reference implementation that vLLM's is compared with."""
 
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM
-from transformers.models.qwen3 import Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from vpmoe.inference import hf_config
-from vpmoe.inference.hf_config import StudentConfig
-from vpmoe.inference.layers import feed_forward
 from vpmoe.model import hf_export
+from vpmoe.model.configuration_vpmoe import VpmoeConfig
+from vpmoe.model.modeling_vpmoe import VpmoeForCausalLM
 from vpmoe.model.shapes import Shape
 
 
-class VpmoeForCausalLM(Qwen3ForCausalLM):  # type: ignore[misc]
-    config_class = StudentConfig
-    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
-
-    def __init__(self, config: StudentConfig) -> None:
-        super().__init__(config)
-        for number, layer in enumerate(self.model.layers):
-            layer.mlp = feed_forward(config, number)
-        self.post_init()
-
-
 def register() -> None:
-    """Register the student with AutoModelForCausalLM. Idempotent."""
-    hf_config.register()
-    AutoModelForCausalLM.register(StudentConfig, VpmoeForCausalLM, exist_ok=True)
+    """Register the student with AutoConfig and AutoModelForCausalLM. Idempotent."""
+    AutoConfig.register(VpmoeConfig.model_type, VpmoeConfig, exist_ok=True)
+    AutoModelForCausalLM.register(VpmoeConfig, VpmoeForCausalLM, exist_ok=True)
 
 
 def load_student(folder: Path, shape: Shape) -> VpmoeForCausalLM:

@@ -18,6 +18,7 @@ from vpmoe.failure import Permanent
 from vpmoe.inference.vllm_options import (
     BATCH_TOKENS,
     STEP_TOKENS,
+    check_attention,
     check_device,
     engine_options,
     prepare_environment,
@@ -26,6 +27,7 @@ from vpmoe.inference.vllm_options import (
     token_batches,
 )
 from vpmoe.teacher import model
+from vpmoe.teacher.weights import HEAD, check_weights, has_output_matrix
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +41,16 @@ class TeacherEngine:
     def __init__(self, directory: Path, max_length: int) -> None:
         """Load the model in `directory` to score sequences of up to `max_length` tokens.
 
-        Raises Permanent if the model has another vocabulary or a shorter context, or if there is no GPU for
-        it.
+        Raises Permanent if the model is not whole, has another vocabulary or a shorter context, or if there
+        is no GPU for it.
         """
         model.check_vocabulary(directory)
+        check_weights(directory)
+        if not has_output_matrix(directory):
+            raise Permanent(
+                f"teacher.model: {HEAD} is missing, and vLLM does not tie GPT-OSS' output to its embeddings. "
+                "Save the model with tie_word_embeddings false and an output matrix of its own."
+            )
         positions = model.read_config(directory).get("max_position_embeddings")
         if positions is not None and max_length >= positions:
             raise Permanent(
@@ -52,6 +60,7 @@ class TeacherEngine:
             )
         self.max_length = max_length
         prepare_environment()
+        check_config(directory)
         import vllm
 
         self.device = check_device("the teacher", "spec.teacher.gpus")
@@ -64,6 +73,7 @@ class TeacherEngine:
             max_num_seqs=MAX_SEQUENCES,
             enable_chunked_prefill=True,
         )
+        check_attention(self._llm, "the teacher")
         self._params = scoring_params()
 
     def score(
@@ -98,3 +108,25 @@ class TeacherEngine:
             if len(ids_T) > 1:
                 logp_T[1:] = prompt_logp(next(outputs), ids_T)
             yield logp_T
+
+
+def check_config(directory: Path) -> None:
+    """Raise Permanent if transformers, whose configurations vLLM uses, cannot read config.json."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        OSError,
+        StrictDataclassError,
+    ) as error:
+        raise Permanent(
+            f"teacher.model: transformers cannot read config.json: {error}. Use the one that belongs to the "
+            "weights."
+        ) from error

@@ -1,9 +1,10 @@
-"""The student as an out-of-tree vLLM model: vLLM's attention, embeddings and logits; layers.py for the rest.
+"""The student as an out-of-tree vLLM model: vLLM's attention, embeddings and logits, and the feed-forward
+layers of modeling_vpmoe.py.
 
 A model runs on one device. The student fits, and more throughput comes from more engine processes. vLLM's
-fused experts support squared ReLU without a gate on GPUs only; layers.feed_forward is the place to choose
-them. On the CPU vLLM repacks the weights of its own linear layers and experts when it loads them, and a later
-load then silently has no effect; the plain torch layers used here do not have this problem.
+fused experts support squared ReLU without a gate on GPUs only; modeling_vpmoe.feed_forward is the place to
+choose them. On the CPU vLLM repacks the weights of its own linear layers and experts when it loads them, and
+a later load then silently has no effect; the plain torch layers used here do not have this problem.
 """
 
 from collections.abc import Iterable
@@ -11,16 +12,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers import AutoConfig
 from vllm import ModelRegistry
 from vllm.config import CacheConfig, VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-from vpmoe.inference import hf_config
-from vpmoe.inference.hf_config import StudentConfig
-from vpmoe.inference.layers import feed_forward
-from vpmoe.model.hf_export import ARCHITECTURE
+from vpmoe.model.configuration_vpmoe import VpmoeConfig
+from vpmoe.model.modeling_vpmoe import feed_forward
 
 MIN_HEAD_DIM = 32
 """Smallest head size of vLLM's kernels. The heads of `tiny` are padded with zeros, which change no
@@ -28,7 +28,7 @@ product."""
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: StudentConfig, cache: CacheConfig | None, prefix: str) -> None:
+    def __init__(self, config: VpmoeConfig, cache: CacheConfig | None, prefix: str) -> None:
         super().__init__()
         self.width = config.head_dim
         self.padding = max(MIN_HEAD_DIM - self.width, 0)
@@ -66,7 +66,7 @@ def _apply_rotary(x_NhD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: StudentConfig, cache: CacheConfig | None, number: int, prefix: str) -> None:
+    def __init__(self, config: VpmoeConfig, cache: CacheConfig | None, number: int, prefix: str) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = SelfAttention(config, cache, f"{prefix}.self_attn")
@@ -80,7 +80,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: StudentConfig, cache: CacheConfig | None, prefix: str) -> None:
+    def __init__(self, config: VpmoeConfig, cache: CacheConfig | None, prefix: str) -> None:
         super().__init__()
         self.width, self.base = config.head_dim, config.rope_parameters["rope_theta"]
         self.embed_tokens = VocabParallelEmbedding(
@@ -113,7 +113,7 @@ class VpmoeForCausalLM(nn.Module):
                 f"the student runs on one device, and vLLM was started on {ranks}. Set its parallel sizes "
                 "to 1."
             )
-        config: StudentConfig = vllm_config.model_config.hf_config
+        config: VpmoeConfig = vllm_config.model_config.hf_config
         self.model = Decoder(config, vllm_config.cache_config, f"{prefix}.model" if prefix else "model")
         self.lm_head = ParallelLMHead(
             config.vocab_size, config.hidden_size, prefix=f"{prefix}.lm_head" if prefix else "lm_head"
@@ -169,6 +169,7 @@ def register() -> None:
     Call it in the process that creates the engine. If this package is installed, vLLM's plugin loader calls
     it.
     """
-    hf_config.register()
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, VpmoeForCausalLM)
+    AutoConfig.register(VpmoeConfig.model_type, VpmoeConfig, exist_ok=True)
+    architecture = VpmoeForCausalLM.__name__
+    if architecture not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(architecture, VpmoeForCausalLM)

@@ -7,9 +7,7 @@ neither vLLM nor torch before `prepare_environment` has run.
 
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Permanent
 from vpmoe.process.memory import keep_freed_memory
+from vpmoe.storage.scratch import shared_folder
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -46,7 +45,6 @@ def prepare_environment() -> None:
     No compilation: only the counting of larger logits would be compiled, which takes tens of seconds and a C
     compiler. No network, no files outside of TMPDIR, and no look-up of the user, who need not have a name.
     """
-    scratch = Path(tempfile.gettempdir())
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CONFIGURE_LOGGING": "0",
@@ -54,11 +52,11 @@ def prepare_environment() -> None:
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_CPU_KVCACHE_SPACE": CPU_CACHE_GIB,
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_CACHE_ROOT": str(scratch / "vllm"),
-        "VLLM_CONFIG_ROOT": str(scratch / "vllm"),
+        "VLLM_CACHE_ROOT": str(shared_folder("vllm")),
+        "VLLM_CONFIG_ROOT": str(shared_folder("vllm")),
         "TORCHDYNAMO_DISABLE": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
-        "TRITON_CACHE_DIR": str(scratch / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(shared_folder("inductor")),
+        "TRITON_CACHE_DIR": str(shared_folder("triton")),
         "HF_HUB_OFFLINE": "1",
         "USER": str(os.getuid()),
     }
@@ -86,7 +84,7 @@ def check_device(owner: str, field: str) -> Device:
     if not torch.cuda.device_count():
         raise Permanent(
             f"this pod has no CUDA device for {owner}. Give it one ({field}), install the driver, or set "
-            "CUDA_VISIBLE_DEVICES to the empty string to compute on the CPU."
+            "CUDA_VISIBLE_DEVICES to the empty string (in a pod: runtime.env) to compute on the CPU."
         )
     if not current_platform.is_cuda():
         raise Permanent(
@@ -111,6 +109,26 @@ def engine_options(dtype: str, max_length: int) -> dict[str, Any]:
         "use_tqdm_on_load": False,
         "seed": 0,
     }
+
+
+def check_attention(llm: Any, owner: str) -> None:
+    """Raise Permanent if vLLM computes the model's attention with FlexAttention, its last resort.
+
+    FlexAttention has to be compiled, and here nothing is (TORCHDYNAMO_DISABLE): it would materialise the
+    scores of all pairs of tokens, without a word. Compiling it is no way out: beyond its recompile limit it
+    falls back to the same (https://github.com/vllm-project/vllm/issues/27178). `owner`: whose model it is.
+    """
+    backends = {name for of_rank in llm.apply_model(_attention_backends) for name in of_rank}
+    if "FLEX_ATTENTION" in backends:
+        raise Permanent(
+            f"vLLM has only FlexAttention for {owner}'s attention on this GPU, in this dtype and head size. "
+            "Save the model in bfloat16, or use a GPU that vLLM has kernels for."
+        )
+
+
+def _attention_backends(model: Any) -> list[str]:
+    """Names of vLLM's implementations of attention that a model's layers use."""
+    return [module.attn_backend.get_name() for module in model.modules() if hasattr(module, "attn_backend")]
 
 
 def scoring_params() -> "SamplingParams":

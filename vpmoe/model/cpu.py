@@ -44,8 +44,8 @@ def install() -> None:
     """Prepare torch and megatron-core for the CPU. Idempotent. Raises RuntimeError if CUDA is available."""
     if torch.cuda.is_available():
         raise RuntimeError(
-            "vpmoe.model.cpu is for machines without CUDA. Set CUDA_VISIBLE_DEVICES to the empty string to "
-            "hide the GPUs."
+            "vpmoe.model.cpu is for machines without CUDA. Set CUDA_VISIBLE_DEVICES to the empty string (in "
+            "a pod: runtime.env) to hide the GPUs."
         )
     cuda: Any = torch.cuda
     if cuda.Stream is _Stream:

@@ -24,7 +24,7 @@ def choose(megatron: bool = True) -> torch.device:
         raise Permanent(
             f"process {local_rank} of this pod finds {torch.cuda.device_count()} CUDA devices. Give the pod "
             "one GPU per process (spec.student.gpus, gpusPerPod), install the driver, or set "
-            "CUDA_VISIBLE_DEVICES to the empty string to compute on the CPU."
+            "CUDA_VISIBLE_DEVICES to the empty string (in a pod: runtime.env) to compute on the CPU."
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -11,7 +11,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn.functional import grouped_mm
+
+from vpmoe.model.grouped import grouped_product
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -45,6 +46,6 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
         """Output [n, H]. `tokens_E` [experts of this rank]: the number of rows of each expert; the n rows
         are sorted by expert."""
         ends_E = tokens_E.cumsum(0).to(device=input_nH.device, dtype=torch.int32)
-        inner_nW = squared_relu(grouped_mm(input_nH, self.up.transpose(1, 2), offs=ends_E))
+        inner_nW = squared_relu(grouped_product(input_nH, self.up, ends_E))
         inner_nW = (inner_nW * weight_n.unsqueeze(1)).to(input_nH.dtype)
-        return grouped_mm(inner_nW, self.down.transpose(1, 2), offs=ends_E), None
+        return grouped_product(inner_nW, self.down, ends_E), None

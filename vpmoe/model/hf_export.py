@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vpmoe.checkpoint.safetensors_header import INDEX, InvalidCheckpoint, read_folder, read_json_object
 from vpmoe.data.vocabulary import CALL, RETURN
 from vpmoe.failure import Permanent
 from vpmoe.model.shapes import Shape
 
 MODEL_TYPE = "vpmoe"
 ARCHITECTURE = "VpmoeForCausalLM"
-INDEX = "model.safetensors.index.json"
 
 FILE_BYTES = 2 << 30
-"""Size in bytes at which a file is closed. It bounds the writer's memory and the size of one read."""
+"""Largest size of a file in bytes, unless one tensor is larger. It bounds the writer's memory and the size of
+one read."""
 
 ONLY_IN_TRAINING = ("main/projection",)
 """Parameters of the state that are not exported: the projection of TeacherForced."""
@@ -154,7 +154,18 @@ def hf_config(shape: Shape, positions: int, dtype: torch.dtype) -> dict[str, Any
 def export_student(
     folder: Path, shape: Shape, positions: int, sizes: Mapping[str, int], read: ReadTensor, dtype: torch.dtype
 ) -> None:
-    """Write the student into `folder`, config.json last.
+    """Write the student's weights and configuration into `folder`, config.json last.
+
+    Raises Permanent as `write_weights` does.
+    """
+    write_weights(folder, shape, sizes, read, dtype)
+    (folder / "config.json").write_text(json.dumps(hf_config(shape, positions, dtype), indent=1))
+
+
+def write_weights(
+    folder: Path, shape: Shape, sizes: Mapping[str, int], read: ReadTensor, dtype: torch.dtype
+) -> None:
+    """Write the weights into `folder`, which then has no config.json: one file is in memory at a time.
 
     `sizes` maps the state's tensors to their numbers of elements (state.sizes, or a checkpoint's). Those of
     kind "main" and "buffer" are exported, and `read` returns them. With `dtype` bfloat16 they are rounded as
@@ -171,22 +182,48 @@ def export_student(
     _same(held, wanted, f"the state to export as {shape.name}", "Give the shape that it was trained with.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
-    weight_map: dict[str, str] = {}
-    waiting: dict[str, Tensor] = {}
-    files = 0
-    for name, part in table.items():
-        flat = read(part.source, 0, wanted[part.source])
-        waiting[name] = part.cut_from(flat).to(
-            "cpu", torch.float32 if name.endswith(BIAS) else dtype, copy=True
-        )
-        if name == next(reversed(table)) or sum(tensor.nbytes for tensor in waiting.values()) >= FILE_BYTES:
-            files += 1
-            file = f"model-{files:05}.safetensors"
-            save_file(waiting, folder / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(waiting, file)
-            waiting = {}
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
-    (folder / "config.json").write_text(json.dumps(hf_config(shape, positions, dtype), indent=1))
+    files = weights_by_file(shape, dtype)
+    for file, names in files.items():
+        tensors = {
+            name: table[name]
+            .cut_from(read(table[name].source, 0, wanted[table[name].source]))
+            .to("cpu", stored_dtype(name, dtype), copy=True)
+            for name in names
+        }
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": weight_bytes(shape, dtype)}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of an exported tensor. `dtype`: the type of the weights."""
+    return torch.float32 if name.endswith(BIAS) else dtype
+
+
+def weight_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes of all exported tensors."""
+    return sum(_nbytes(name, part, dtype) for name, part in exported_tensors(shape).items())
+
+
+def weights_by_file(shape: Shape, dtype: torch.dtype) -> dict[str, list[str]]:
+    """The names of each file's tensors, in order; every file has at most FILE_BYTES, or one tensor."""
+    files: list[list[str]] = [[]]
+    filled = 0
+    for name, part in exported_tensors(shape).items():
+        size = _nbytes(name, part, dtype)
+        if files[-1] and filled + size > FILE_BYTES:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += size
+    return {
+        f"model-{number:05}-of-{len(files):05}.safetensors": names for number, names in enumerate(files, 1)
+    }
+
+
+def _nbytes(name: str, part: ExportedTensor, dtype: torch.dtype) -> int:
+    return math.prod(part.shape) * stored_dtype(name, dtype).itemsize
 
 
 def check_export(folder: Path, shape: Shape) -> None:
@@ -196,21 +233,19 @@ def check_export(folder: Path, shape: Shape) -> None:
     fills it with random numbers. Reads headers only.
     """
     try:
-        config = json.loads((folder / "config.json").read_bytes())
-        files = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-        dtype = getattr(torch, str(config.get("dtype")), None)
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise Permanent(
-                f"{folder}/config.json: dtype is {config.get('dtype')}. Students are exported in float32 or "
-                "bfloat16."
-            )
-        found = {name: held for file in files for name, held in _header(folder / file).items()}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        config = read_json_object(folder / "config.json")
+        stored = read_folder(folder)
+    except InvalidCheckpoint as error:
         raise Permanent(
-            f"{folder} is not a complete checkpoint ({type(error).__name__}: {error}). Export the student "
-            "again."
+            f"{folder} is not a complete checkpoint: {error} Export the student again."
         ) from error
-    fields = hf_config(shape, config.get("max_position_embeddings"), dtype)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(str(config.get("dtype")))
+    if dtype is None:
+        raise Permanent(
+            f"{folder}/config.json: dtype is {config.get('dtype')}. Students are exported in float32 or "
+            "bfloat16."
+        )
+    fields = hf_config(shape, config.get("max_position_embeddings", 0), dtype)
     _same(
         {name: config.get(name) for name in fields},
         fields,
@@ -219,18 +254,16 @@ def check_export(folder: Path, shape: Shape) -> None:
     )
     type_of = {torch.float32: "F32", torch.bfloat16: "BF16"}
     wanted = {
-        name: (type_of[torch.float32 if name.endswith(BIAS) else dtype], list(part.shape))
+        name: (type_of[stored_dtype(name, dtype)], list(part.shape))
         for name, part in exported_tensors(shape).items()
     }
+    found = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in stored.items()}
     _same(found, wanted, str(folder), "Export the student again.")
 
 
-def _header(file: Path) -> dict[str, tuple[str, list[int]]]:
-    with safe_open(file, "pt") as opened:
-        return {
-            name: ((held := opened.get_slice(name)).get_dtype(), held.get_shape())
-            for name in opened.keys()  # noqa: SIM118 (an opened safetensors file is not a mapping)
-        }
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that check_export has accepted."""
+    return [folder / file for file in sorted({tensor.file for tensor in read_folder(folder).values()})]
 
 
 def _same(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str, remedy: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.fakes.students import new_seed
 from tests.fakes.waiting import wait_until
-from vpmoe.failure import Failure, Permanent, Retriable
+from vpmoe.failure import Permanent, Retriable, failure_record
 from vpmoe.inference.engine_pool import EnginePool, SamplingRequest, engine_environment, engine_error
 from vpmoe.inference.verify import verify_against_probe
 from vpmoe.rollout.policy_version import Probe
@@ -53,7 +53,7 @@ def test_fewer_devices_than_engines_are_rejected() -> None:
     "kind, error", [("Permanent", Permanent), ("Retriable", Retriable), ("Internal", RuntimeError)]
 )
 def test_an_engines_error_keeps_its_class(kind: str, error: type[Exception]) -> None:
-    found = engine_error(3, Failure(kind, None, 1, "no memory"))
+    found = engine_error(3, failure_record(kind, "no memory"))
     assert type(found) is error and str(found) == "engine 3: no memory"
 
 

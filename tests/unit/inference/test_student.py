@@ -9,6 +9,7 @@ import sys
 import textwrap
 import tomllib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +22,13 @@ from safetensors.torch import load_file, save_file
 from tests.fakes import policy_versions
 from tests.fakes.policy_versions import TINY, trainer_logp
 from tests.fakes.students import SMALL, copy_slices, documents, join_slices, learner, new_seed, read_from
+from vpmoe.checkpoint.safetensors_header import INDEX
 from vpmoe.data.harmony import Renderer, SystemMessage
 from vpmoe.data.tokenizer import Tokenizer
 from vpmoe.failure import Permanent
 from vpmoe.inference import hf_model
 from vpmoe.inference.engine_pool import EnginePool, SamplingRequest
+from vpmoe.inference.vllm_options import check_attention
 from vpmoe.model import hf_export, state
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
@@ -180,6 +183,13 @@ def test_vllm_finds_the_student_through_the_entry_point() -> None:
     )
 
 
+def save_indexed(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write the tensors as the only file of a checkpoint, and its index."""
+    save_file(tensors, folder / "model-00001-of-00001.safetensors")
+    weight_map = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
 @pytest.mark.parametrize("change", ["missing", "extra", "misshapen"])
 def test_vllm_rejects_incomplete_weights(
     exported: Path, engines: EnginePool, tmp_path: Path, change: str
@@ -189,14 +199,14 @@ def test_vllm_rejects_incomplete_weights(
     engines.load(exported)
     before = engines.score([sequence])
     shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
-    tensors = load_file(exported / "model-00001.safetensors")
+    tensors = load_file(exported / "model-00001-of-00001.safetensors")
     norm = tensors.pop("model.norm.weight")
     changed = {
         "missing": {},
         "extra": {"model.norm.weight": norm, "extra": norm.clone()},
         "misshapen": {"model.norm.weight": norm[1:].clone()},
     }
-    save_file(tensors | changed[change], tmp_path / "model-00001.safetensors")
+    save_indexed(tensors | changed[change], tmp_path)
     messages = {
         "missing": "model.norm.weight is missing",
         "extra": "extra is not a part of this student",
@@ -226,7 +236,7 @@ def test_an_export_from_a_checkpoint_equals_one_from_the_learner(
     files = sorted((tmp_path / "read").glob("*.safetensors"))
     assert len(files) > 3
     read = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    live = load_file(tmp_path / "live" / "model-00001.safetensors")
+    live = load_file(tmp_path / "live" / "model-00001-of-00001.safetensors")
     assert set(live) == set(read) == set(hf_export.exported_tensors(SMALL)) and all(
         torch.equal(live[name], read[name]) for name in live
     )
@@ -244,7 +254,7 @@ def test_a_bf16_export_rounds_as_the_trainer_and_keeps_biases_in_float32(
     hf_export.export_student(
         tmp_path, SMALL, 256, state.sizes(source), state.copy_weights(source), torch.bfloat16
     )
-    tensors = load_file(tmp_path / "model-00001.safetensors")
+    tensors = load_file(tmp_path / "model-00001-of-00001.safetensors")
     assert torch.equal(tensors["lm_head.weight"], source.student.output.detach().bfloat16())
     assert {name for name, tensor in tensors.items() if tensor.dtype == torch.float32} == {
         name for name in tensors if name.endswith("_bias")
@@ -320,12 +330,78 @@ def test_an_incomplete_checkpoint_is_rejected(
     hf_export.export_student(
         tmp_path, SMALL, 256, state.sizes(source), state.copy_weights(source), torch.float32
     )
-    file = tmp_path / "model-00001.safetensors"
-    tensors = load_file(file)
+    tensors = load_file(tmp_path / "model-00001-of-00001.safetensors")
     change(tensors)
-    save_file(tensors, file)
+    save_indexed(tensors, tmp_path)
     with pytest.raises(Permanent, match=message):
         hf_model.load_student(tmp_path, SMALL)
+
+
+FILE = "model-00001-of-00001.safetensors"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        pytest.param(lambda d: (d / FILE).unlink(), f"{FILE}, which {INDEX} names, is missing", id="no-file"),
+        pytest.param(lambda d: (d / FILE).write_bytes(b""), f"{FILE} is not a safetensors file", id="empty"),
+        pytest.param(
+            lambda d: (d / FILE).write_bytes((d / FILE).read_bytes()[:-4]), f"{FILE} is cut", id="cut"
+        ),
+        pytest.param(lambda d: (d / INDEX).unlink(), f"no {INDEX}", id="no-index"),
+        pytest.param(lambda d: (d / INDEX).write_text("{}"), f"{INDEX} has no weight_map", id="no-map"),
+        pytest.param(
+            lambda d: (d / INDEX).write_text((d / INDEX).read_text().replace("lm_head", "head")),
+            f"head.weight is missing in {FILE}",
+            id="another-name",
+        ),
+        pytest.param(lambda d: (d / "config.json").unlink(), "config.json cannot be read", id="no-config"),
+        pytest.param(lambda d: (d / "config.json").write_text("[]"), "is not a JSON object", id="list"),
+        pytest.param(lambda d: (d / "config.json").write_text("{}"), "dtype is None", id="no-dtype"),
+        pytest.param(
+            lambda d: (d / "config.json").write_text('{"dtype": ["float32"]}'), "dtype is", id="dtype-list"
+        ),
+    ],
+)
+def test_a_damaged_export_is_rejected(
+    device: torch.device, tmp_path: Path, change: Callable[[Path], object], message: str
+) -> None:
+    source = learner(device)
+    hf_export.export_student(
+        tmp_path, SMALL, 256, state.sizes(source), state.copy_weights(source), torch.float32
+    )
+    change(tmp_path)
+    with pytest.raises(Permanent, match=f"{tmp_path}.*{message}.*xport"):
+        hf_export.check_export(tmp_path, SMALL)
+
+
+@pytest.mark.parametrize(
+    "backends, refused",
+    [
+        ([["CPU_ATTN"]], False),
+        ([["FLASH_ATTN", "FLASH_ATTN"]], False),
+        ([["TRITON_ATTN"]], False),
+        ([[]], False),
+        ([["FLEX_ATTENTION"]], True),
+        ([["FLASH_ATTN", "FLEX_ATTENTION"]], True),
+        ([["TRITON_ATTN"], ["FLEX_ATTENTION"]], True),
+    ],
+)
+def test_vllm_s_flex_attention_is_refused(backends: list[list[str]], refused: bool) -> None:
+    """Stand-in layers: vLLM chooses FlexAttention only on a GPU for which it has no other kernel."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.attn_backend = type("Backend", (), {"get_name": staticmethod(lambda: name)})
+
+    class Engine:
+        def apply_model(self, function: Callable[[torch.nn.Module], list[str]]) -> list[list[str]]:
+            models = [torch.nn.ModuleList([torch.nn.Linear(1, 1), *map(Layer, names)]) for names in backends]
+            return [function(model) for model in models]
+
+    with pytest.raises(Permanent, match="only FlexAttention for the teacher") if refused else nullcontext():
+        check_attention(Engine(), "the teacher")
 
 
 def test_an_export_of_another_shape_or_dtype_is_rejected(device: torch.device, tmp_path: Path) -> None:
@@ -340,7 +416,7 @@ def test_an_export_of_another_shape_or_dtype_is_rejected(device: torch.device, t
     with pytest.raises(Permanent, match="dtype is float16"):
         hf_export.check_export(tmp_path, SMALL)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    file = tmp_path / "model-00001.safetensors"
+    file = tmp_path / "model-00001-of-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(Permanent, match="is not a complete checkpoint"):
         hf_export.check_export(tmp_path, SMALL)

@@ -1,5 +1,6 @@
 """The teacher's log-probabilities by vLLM equal those of its checkpoint in transformers, token by token."""
 
+import json
 import pwd
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ from openai_harmony import (
     load_harmony_encoding,
 )
 
+from tests.fakes import tiny_teacher
 from tests.fakes.reference_scores import TOLERANCE, expected
 from tests.fakes.students import new_seed
 from tests.fakes.tiny_teacher import Remote
@@ -27,7 +29,7 @@ from vpmoe.data.system_message import EffortSubstitution
 from vpmoe.data.tokenizer import Tokenizer
 from vpmoe.data.vocabulary import END_OF_DOCUMENT, VOCABULARY_SIZE
 from vpmoe.failure import Permanent
-from vpmoe.inference.teacher_engine import TeacherEngine
+from vpmoe.inference.teacher_engine import TeacherEngine, check_config
 from vpmoe.inference.vllm_options import check_device, token_batches
 
 if TYPE_CHECKING:
@@ -209,6 +211,32 @@ def test_a_context_that_is_too_short_is_rejected_before_loading(teacher: Path) -
         Permanent, match="max_position_embeddings is 4096, and the longest document is 4096 tokens"
     ):
         TeacherEngine(teacher, 4096)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        pytest.param({"sliding_window": "x"}, "sliding_window", id="window"),
+        pytest.param({"rms_norm_eps": "a"}, "rms_norm_eps", id="epsilon"),
+        pytest.param({"layer_types": ["a", "b"]}, "layer_types", id="layer-types"),
+        pytest.param({"swiglu_limit": "q"}, "swiglu_limit", id="limit"),
+        pytest.param({"initializer_range": None}, "initializer_range", id="range"),
+    ],
+)
+def test_a_config_that_transformers_cannot_read_is_rejected(
+    teacher: Path, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    config = json.loads((teacher / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Permanent, match=rf"^teacher.model: .*config.json: (.|\n)*{message}"):
+        check_config(tmp_path)
+
+
+def test_an_output_matrix_that_is_tied_is_rejected(tmp_path: Path) -> None:
+    """vLLM's GPT-OSS has an output matrix of its own, and would leave it as zeros."""
+    tiny_teacher.write(tmp_path, tie_word_embeddings=True)
+    with pytest.raises(Permanent, match=r"^teacher.model: lm_head.weight is missing, and vLLM does not tie"):
+        TeacherEngine(tmp_path, 100)
 
 
 def test_a_user_without_name_and_home_can_score(scorer: Remote, teacher_address: str) -> None:

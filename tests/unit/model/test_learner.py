@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.fakes.students import SMALL, copy_slices, join_slices, learner, new_seed, ragged_batches, read_from
+from vpmoe.api.memory import OPTIMIZER
 from vpmoe.model import state
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
@@ -101,6 +102,9 @@ def test_bf16_weights_are_their_main_parameters_rounded(device: torch.device) ->
     main parameters keep what bf16 rounds off."""
     it = after_one_step(bf16_learner(device))
     tensors = join_slices([copy_slices(it)], state.sizes(it))
+    parameters = sum(weight.numel() for weight in it.student.parameters())
+    checkpoint = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("buffer/"))
+    assert checkpoint == OPTIMIZER * parameters, "the plan's bytes of a checkpoint: no bf16 weights"
     restored = bf16_learner(device)
     state.restore(restored, read_from(tensors), steps=1)
     for each in (it, restored):

@@ -1,16 +1,21 @@
-"""The student's feed-forward layers in plain torch, for transformers and vLLM.
+"""The student in transformers, and its feed-forward layers in plain torch, which vLLM's model has too.
 
-Parameters have their checkpoint names.
+The student is Qwen3's model (grouped-query attention with norms on queries and keys, RMSNorm, half-rotated
+RoPE, no biases, untied embeddings) with other feed-forward layers. Parameters have their checkpoint names. It
+computes the same as the trainer's student, without balance losses and expert parallelism. No operation
+synchronises with the GPU.
 
-They compute the same as the trainer's (vpmoe.model), without gradients, balance losses and expert
-parallelism. No operation synchronises with the GPU.
+This file is copied into every exported model folder, so it imports nothing but torch, transformers and the
+files beside it that are copied too.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import grouped_mm, linear
+from torch.nn.functional import linear
+from transformers.models.qwen3 import Qwen3ForCausalLM
 
-from vpmoe.inference.hf_config import StudentConfig
+from .configuration_vpmoe import VpmoeConfig
+from .grouped import grouped_product
 
 
 class MLP(nn.Module):
@@ -34,7 +39,7 @@ class Router(nn.Module):
     (group_limited_topk). The group routers of vLLM and transformers sum the best two for every K.
     """
 
-    def __init__(self, config: StudentConfig) -> None:
+    def __init__(self, config: VpmoeConfig) -> None:
         super().__init__()
         self.choices, self.scaling = config.num_experts_per_tok, config.routed_scaling_factor
         self.groups, self.chosen_groups = config.n_group, config.topk_group
@@ -68,7 +73,7 @@ class Experts(nn.Module):
     Rows are sorted by expert, then multiplied by two grouped matrix products.
     """
 
-    def __init__(self, config: StudentConfig) -> None:
+    def __init__(self, config: VpmoeConfig) -> None:
         super().__init__()
         experts, width, hidden = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.up = nn.Parameter(torch.empty(experts, width, hidden))
@@ -79,16 +84,16 @@ class Experts(nn.Module):
         numbers_E = torch.arange(len(self.up), device=expert_C.device)
         ends_E = torch.searchsorted(expert_C, numbers_E, right=True, out_int32=True)
         rows_CH = hidden_NH[order // expert_NK.shape[1]]
-        inner_CW = torch.relu(grouped_mm(rows_CH, self.up.transpose(1, 2), offs=ends_E)).square()
+        inner_CW = torch.relu(grouped_product(rows_CH, self.up, ends_E)).square()
         inner_CW = (inner_CW * weight_NK.flatten()[order].unsqueeze(1)).to(hidden_NH.dtype)
-        out_CH = grouped_mm(inner_CW, self.down.transpose(1, 2), offs=ends_E)
+        out_CH = grouped_product(inner_CW, self.down, ends_E)
         return out_CH[order.argsort()].view(*expert_NK.shape, -1).sum(1)
 
 
 class MoE(nn.Module):
     """Mixture of experts: the routed experts plus the shared one."""
 
-    def __init__(self, config: StudentConfig) -> None:
+    def __init__(self, config: VpmoeConfig) -> None:
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
@@ -101,10 +106,21 @@ class MoE(nn.Module):
         return routed.view_as(hidden) + shared
 
 
-def feed_forward(config: StudentConfig, layer: int) -> MLP | MoE:
+def feed_forward(config: VpmoeConfig, layer: int) -> MLP | MoE:
     """The feed-forward part of a layer. Choose other implementations for a kind of device here."""
     return (
         MLP(config.hidden_size, config.intermediate_size)
         if layer < config.first_k_dense_replace
         else MoE(config)
     )
+
+
+class VpmoeForCausalLM(Qwen3ForCausalLM):  # type: ignore[misc]
+    config_class = VpmoeConfig
+    _keep_in_fp32_modules_strict = ("e_score_correction_bias",)
+
+    def __init__(self, config: VpmoeConfig) -> None:
+        super().__init__(config)
+        for number, layer in enumerate(self.model.layers):
+            layer.mlp = feed_forward(config, number)
+        self.post_init()

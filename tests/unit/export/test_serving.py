@@ -1,0 +1,114 @@
+"""vLLM's server answers chats with an exported student, with reasoning and final message apart."""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from openai_harmony import HarmonyEncoding
+
+from tests.fakes import clean_environment
+from tests.fakes.conversations import SYSTEM, harmony_ids
+from tests.fakes.model_folders import write_learner
+from tests.fakes.policy_versions import TINY, trainer_logp
+from tests.fakes.students import new_seed
+from tests.fakes.vllm_server import serve
+from vpmoe.data.harmony import Renderer
+from vpmoe.data.tokenizer import tokenizer
+from vpmoe.data.vocabulary import RETURN
+from vpmoe.model.batch import Batch
+from vpmoe.model.learner import Learner
+from vpmoe.objectives.vanilla import vanilla
+
+pytestmark = pytest.mark.engine
+
+QUESTION = {"role": "user", "content": "How deep is the pond? <|end|>"}
+REASONING, ANSWER = "The rope was 3 m long ⟨H≈0.4⟩.", "About 3 m 🐟."
+
+
+@pytest.fixture(scope="module")
+def memorised(device: torch.device) -> Learner:
+    """A tiny student that has learned one document by heart."""
+    learner = Learner.build(
+        TINY, device, sequence_length=256, seed=new_seed(), weight_decay=0.0, gradient_clip=1.0
+    )
+    document = Renderer(tokenizer(), SYSTEM).render(str(QUESTION["content"]), None, REASONING, ANSWER)
+    ids = torch.from_numpy(document.ids.astype("int64"))[None]
+    spans = torch.zeros_like(ids, dtype=torch.uint8)
+    spans[:, document.prompt :] = 1
+    spans[:, document.prompt + document.reasoning :] = 2
+    spans[:, -1] = 0
+    batch = Batch.from_rows(ids, spans, torch.zeros_like(ids, dtype=torch.int32))
+    objective = vanilla(batch.counts, {"reasoning": 1.0, "final": 1.0})
+    for _ in range(20):
+        for _ in range(25):
+            learner.forward_backward([batch], objective, int(batch.counts[0]))
+            learner.step(1e-2)
+        (logp,) = trainer_logp(learner, [document.ids])
+        if logp[document.prompt - 1 : -1].min() > np.log(0.9):
+            return learner
+    pytest.fail(f"not learned by heart: {logp}")
+
+
+@pytest.fixture(scope="module")
+def served(wheel: Path, memorised: Learner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of vLLM's server of that student, with this package as an installed plugin."""
+    scratch = tmp_path_factory.mktemp("serve")
+    folder = write_learner(scratch / "vpmoe-tiny", memorised, positions=512)
+    programs = clean_environment.install_beside_everything(wheel, scratch / "venv")
+    options = ("--served-model-name", "vpmoe", "--reasoning-parser", "hf", "--max-num-seqs", "4")
+    with serve(programs, folder, scratch, *options) as address:
+        yield address
+
+
+def post(url: str, **body: Any) -> bytes:
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions",
+        json.dumps({"model": "vpmoe", "messages": [QUESTION], **body}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        content: bytes = answer.read()
+    return content
+
+
+def test_an_answer_has_reasoning_and_content(served: str, harmony: HarmonyEncoding) -> None:
+    """The student answers what it has learned, so the whole prompt has the ids of training."""
+    found = json.loads(post(served, temperature=0, max_tokens=100, return_token_ids=True))
+    (choice,) = found["choices"]
+    assert found["prompt_token_ids"] == harmony_ids(harmony, [QUESTION])
+    assert choice["token_ids"][-1] == RETURN and choice["finish_reason"] == "stop"
+    assert choice["message"]["reasoning"] == REASONING
+    assert choice["message"]["content"] == ANSWER
+
+
+def test_a_streamed_answer_has_reasoning_and_content(served: str) -> None:
+    lines = post(served, temperature=0, max_tokens=100, stream=True).decode().splitlines()
+    deltas = [
+        json.loads(line.removeprefix("data: "))["choices"][0]["delta"]
+        for line in lines
+        if line.startswith("data: {")
+    ]
+    assert "".join(delta.get("reasoning") or "" for delta in deltas) == REASONING
+    assert "".join(delta.get("content") or "" for delta in deltas) == ANSWER
+
+
+def test_an_answer_that_is_cut_off_has_reasoning_only(served: str) -> None:
+    (choice,) = json.loads(post(served, temperature=0, max_tokens=8))["choices"]
+    assert choice["finish_reason"] == "length"
+    assert REASONING.startswith(choice["message"]["reasoning"]) and not choice["message"]["content"]
+
+
+def test_requests_choose_the_effort(served: str, harmony: HarmonyEncoding) -> None:
+    for effort in ("low", "medium"):
+        body = json.loads(post(served, max_tokens=1, return_token_ids=True, reasoning_effort=effort))
+        expected = harmony_ids(harmony, [QUESTION], system=replace(SYSTEM, effort=effort))
+        assert body["prompt_token_ids"] == expected
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        post(served, reasoning_effort="none")

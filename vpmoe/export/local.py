@@ -1,0 +1,142 @@
+"""`vpmoe export`: the student of a run's stage, from the bucket into a folder on this machine.
+
+A model that the run has exported is downloaded, each block verified. Otherwise the same files are made here
+from the stage's last checkpoint.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from vpmoe.api import DistillRun, Stage
+from vpmoe.api.storage import StorageSpec
+from vpmoe.clock import timestamp
+from vpmoe.export.stage_model import load_exported, open_stage_model
+from vpmoe.failure import Permanent
+from vpmoe.provenance import Provenance, git_sha
+from vpmoe.storage import Bucket, StorageError, Subject, paths
+from vpmoe.storage.blocks import hash_file
+from vpmoe.storage.bucket import json_bytes
+from vpmoe.storage.manifest import Manifest
+from vpmoe.storage.scratch import temporary_folder
+
+RUN_FOLDER = re.compile(r"(?:(?P<prefix>.+)/)?(?P<folder>runs/[^/]+/[^/]+-(?P<uid8>[0-9a-f]{8}))/?")
+MANIFEST = "manifest.json"
+
+
+def open_run(url: str) -> tuple[DistillRun, Bucket]:
+    """The run in the folder at `url` and its bucket. Endpoint, region and credentials come from the
+    environment, as for AWS's own tools.
+
+    Raises Permanent if it is no run's folder, Invalid if its run.json is no DistillRun, StorageError.
+    """
+    name, key = _split(url)
+    found = RUN_FOLDER.fullmatch(key)
+    if found is None:
+        raise Permanent(f"{url} is not the folder of a run. {_WHERE}")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    storage = StorageSpec(
+        bucket=name,
+        prefix=found["prefix"] or "",
+        region=region or StorageSpec.model_fields["region"].default,
+    )
+    bucket, run_json = Bucket.open(storage), f"{found['folder']}/run.json"
+    try:
+        stored = bucket.get_json(run_json)
+    except StorageError as error:
+        if error.reason != "Missing":
+            raise
+        raise Permanent(
+            f"{bucket.url(run_json)} does not exist, so no job of this run has started. {_WHERE}"
+        ) from None
+    if isinstance(stored, dict) and isinstance(stored.get("metadata"), dict):
+        # Of a run that was started by hand, an older version may have computed another hash.
+        stored["metadata"].setdefault("uid", found["uid8"])
+    run = DistillRun.parse(stored, source=bucket.url(run_json))
+    if run.folder != found["folder"]:
+        raise Permanent(
+            f"{bucket.url(run_json)} is of the run {run.identity}. It was copied: use that run's folder."
+        )
+    return run, bucket
+
+
+_WHERE = (
+    "Give s3://BUCKET/PREFIX/runs/NAMESPACE/NAME-UID8: kubectl get distillrun NAME "
+    "--output=jsonpath='{.status.provenance.folder}' prints it."
+)
+
+
+def _split(url: str) -> tuple[str, str]:
+    try:
+        return paths.split_url(url)
+    except ValueError as error:
+        raise Permanent(f"{error} {_WHERE}") from None
+
+
+def choose_stage(run: DistillRun, name: str | None) -> Stage:
+    """The stage of that name, by default the last. Raises Permanent if there is none."""
+    if name is None:
+        return run.spec.stages[-1]
+    try:
+        return run.stage(name)
+    except KeyError as error:
+        raise Permanent(f"--stage {name}: {error.args[0]}.") from None
+
+
+def export_to(
+    folder: Path, run: DistillRun, stage: Stage, bucket: Bucket, report: Callable[[str], None]
+) -> None:
+    """Write the student at the end of a stage into the new folder `folder`, which appears whole or not at
+    all.
+
+    `report` is called with a line about what is done. Raises Permanent if `folder` exists, the stage has not
+    finished or its checkpoint is damaged; StorageError; OSError if the disk cannot be written.
+    """
+    if os.path.lexists(folder):
+        raise Permanent(f"{folder} exists. Name a new folder, or remove it.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(folder.parent) as scratch:
+        made = scratch / "model"
+        if found := load_exported(run, stage.name, bucket):
+            report(f"Downloading {bucket.url(paths.model(run, stage.name))}")
+            download(found, bucket, made)
+        else:
+            model = open_stage_model(run, stage, bucket)
+            report(f"Exporting {bucket.url(model.checkpoint.manifest.key)}")
+            model.write(made, model.checkpoint.read)
+            statement = model.statement(
+                _subjects(run, stage, made), _provenance(run, stage, model.facts.config)
+            )
+            (made / MANIFEST).write_bytes(json_bytes(statement))
+        made.rename(folder)
+
+
+def download(found: Manifest, bucket: Bucket, folder: Path) -> None:
+    """Download what a manifest names into the new folder `folder`, and the manifest."""
+    folder.mkdir()
+    for name, subject in found.subjects.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        bucket.download(subject, path)
+    (folder / MANIFEST).write_bytes(bucket.get(found.key))
+
+
+def _subjects(run: DistillRun, stage: Stage, made: Path) -> list[Subject]:
+    key = paths.model(run, stage.name)
+    files = [path for path in sorted(made.rglob("*")) if path.is_file()]
+    return [hash_file(f"{key}/{path.relative_to(made).as_posix()}", path).subject(key) for path in files]
+
+
+def _provenance(run: DistillRun, stage: Stage, config: str) -> Provenance:
+    return Provenance(
+        git_sha=git_sha(),
+        image=os.environ.get("VPMOE_IMAGE") or None,
+        config=config,
+        namespace=run.metadata.namespace,
+        name=run.metadata.name,
+        uid8=run.uid8,
+        step=f"{stage.name}-export",
+        attempt=1,
+        started=timestamp(),
+    )
