@@ -1,0 +1,230 @@
+"""A run's plan: bytes and hours by hand, the teacher's size, the OnPolicy totals, what does not fit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes import valid_specs
+from tests.fakes.teacher_configs import GPT_OSS_20B
+from vpmoe.api import DistillRun, OnPolicy, load_run
+from vpmoe.api.card import GIB
+from vpmoe.api.memory import STUDENTS
+from vpmoe.inference import vllm_options
+from vpmoe.plan import memory, onpolicy
+from vpmoe.plan.onpolicy import rollout_totals
+from vpmoe.plan.plan import Assumptions, Plan, make_plan
+from vpmoe.plan.teacher import KNOWN, TeacherSize, known_teacher
+from vpmoe.plan.throughput import CARDS, MEASURED
+from vpmoe.rollout import curriculum
+from vpmoe.rollout.forecast import Assumptions as Lengths
+from vpmoe.rollout.forecast import Forecast, forecast_phases
+from vpmoe.teacher.weights import MXFP4_TYPE, check_config, wanted_tensors
+
+ROOT = Path(__file__).parents[3]
+EXAMPLES = ROOT / "manifests" / "examples"
+H100 = CARDS["h100-80"]
+
+
+def plan_of(changes: dict[str, Any], teacher: str = "gpt-oss-120b", **assumed: Any) -> Plan:
+    run = DistillRun.parse(valid_specs.manifest(changes))
+    return make_plan(run, Assumptions(H100, H100.memory, KNOWN[teacher], **assumed))
+
+
+@pytest.mark.parametrize("layers, experts, name", [(24, 32, "gpt-oss-20b"), (36, 128, "gpt-oss-120b")])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_teacher_s_bytes_are_those_of_its_tensors(
+    layers: int, experts: int, name: str, packed: bool
+) -> None:
+    """The tensors that the checkpoint must have are counted independently, in teacher/weights.py."""
+    config: dict[str, Any] = {**GPT_OSS_20B, "num_hidden_layers": layers, "num_local_experts": experts}
+    if not packed:
+        del config["quantization_config"]
+    check_config(config)
+    size = TeacherSize.from_config(config, name)
+    tensors = list(wanted_tensors(config))
+    elements = [(tensor.packed, _product(tensor.shape)) for tensor in tensors]
+    assert MXFP4_TYPE == "U8"
+    assert size.stored == sum(number * (1 if one else 2) for one, number in elements)
+    if not packed:
+        assert size.parameters == sum(number for _, number in elements)
+        assert size.widened == size.stored - 2 * 201_088 * 2880
+    else:
+        assert size == KNOWN[name]
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    found = 1
+    for one in shape:
+        found *= one
+    return found
+
+
+def test_the_releases_have_their_published_parameters() -> None:
+    assert round(KNOWN["gpt-oss-20b"].parameters / 1e9, 1) == 20.9
+    assert round(KNOWN["gpt-oss-120b"].parameters / 1e9, 1) == 116.8
+
+
+@pytest.mark.parametrize(
+    "model, name",
+    [
+        ("hf://openai/gpt-oss-20b", "gpt-oss-20b"),
+        ("hf://openai/gpt-oss-120b@abc", "gpt-oss-120b"),
+        ("s3://models/gpt-oss-120b/", "gpt-oss-120b"),
+        ("s3://models/gpt-oss-120b-tuned", None),
+    ],
+)
+def test_a_release_is_known_by_its_name(model: str, name: str | None) -> None:
+    found = known_teacher(model)
+    assert (found and found.name) == name
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"hidden_size": "big"}, "hidden_size is 'big', expected a positive integer"),
+        ({"head_dim": 0}, "head_dim is 0, expected a positive integer"),
+        ({"dtype": "int8"}, "dtype is 'int8', expected one of float32, bfloat16, float16"),
+    ],
+)
+def test_a_malformed_config_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TeacherSize.from_config({**GPT_OSS_20B, **change}, "x")
+
+
+def test_the_plan_has_the_constants_of_the_engines_and_of_the_curriculum() -> None:
+    from vpmoe.trainer.teacher_forced import model
+
+    share, whole = memory.VLLM_SHARE
+    assert share / whole == vllm_options.GPU_MEMORY
+    assert vllm_options.STEP_TOKENS["cuda"] == memory.STEP_TOKENS
+    assert memory.FORWARD_TOKENS == model.ROOM
+    assert onpolicy.EFFORTS == curriculum.EFFORTS and onpolicy.RAMP == curriculum.RAMP
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"anchor": 0}, {"publishEvery": 1, "rollout": {"promptsPerWindow": 99}}]
+)
+def test_totals_of_an_onpolicy_stage_are_those_of_the_forecast(changes: dict[str, Any]) -> None:
+    """The forecast counts whole windows; over the hundreds of a stage the two differ by less than 1 %."""
+    stage = {**valid_specs.ONPOLICY, "tokens": "2B", **changes}
+    run = DistillRun.parse(valid_specs.manifest({"spec.stages": [stage]}))
+    found = run.spec.stages[0]
+    assert isinstance(found, OnPolicy)
+    lengths = {"low": 300, "medium": 700, "high": 1500}
+    exact = sum(forecast_phases(run.spec, found, Lengths(100, lengths)), Forecast())
+    totals = rollout_totals(run.spec, found, 100, lengths)
+    assert totals.windows == pytest.approx(exact.windows, rel=0.01)
+    assert totals.tokens == pytest.approx(exact.on_policy, rel=0.01)
+    assert totals.rollouts == pytest.approx(exact.rollouts, rel=0.01)
+    assert totals.versions == pytest.approx(len(exact.versions), rel=0.02)
+
+
+def test_hours_of_a_run_by_hand() -> None:
+    """Rescoring runs beside the Vanilla stage, and the Rescored stage waits for both."""
+    plan = plan_of(
+        {
+            "spec.stages": [*valid_specs.MINIMAL["spec"]["stages"], valid_specs.RESCORED],
+            "spec.evaluation.completions": 0,
+        },
+        speeds={"train": 1000.0, "score": 10_000.0},
+    )
+    first, rescored, scores = 1e9 / 7000 / 3600, 2e9 / 7000 / 3600, 1e9 / 10_000 / 3600
+    pause = STUDENTS["vpmoe-6b"].checkpoint / 1e9 / 3600
+    hours = {step.step: step.hours for step in plan.steps}
+    assert hours["preprocess"] is None
+    assert hours["first"] == pytest.approx(first + 20 * pause)
+    assert hours["rescored"] == pytest.approx(rescored + 40 * pause)
+    assert hours["rescore"] == pytest.approx(scores)
+    assert plan.hours == pytest.approx(max(first + 20 * pause, scores) + rescored + 40 * pause)
+    assert plan.gpu_hours == pytest.approx(7 * (first + rescored + 60 * pause) + scores)
+
+
+def test_the_slowest_role_decides_an_onpolicy_stage() -> None:
+    changes = {"spec.stages": [valid_specs.ONPOLICY]}
+    for slow, role in (("train", "train"), ("sample", "sampler"), ("score", "teacher")):
+        speeds = {"train": 1e6, "sample": 1e6, "score": 1e6, slow: 10.0}
+        (step,) = (one for one in plan_of(changes, speeds=speeds).steps if one.step == "onpolicy")
+        assert step.slowest == role and step.gpus == {"train": 3, "sampler": 4, "teacher": 1}
+
+
+def test_a_speed_that_nobody_measured_makes_the_hours_unknown() -> None:
+    plan = plan_of({"spec.student.shape": "tiny"})
+    assert plan.hours is None and plan.gpu_hours is None
+    assert "train: tiny was not measured; give --train-tokens-per-second" in plan.sources
+
+
+def test_bytes_in_the_bucket_by_hand() -> None:
+    plan = plan_of(
+        {
+            "spec.stages": [
+                *valid_specs.MINIMAL["spec"]["stages"],
+                valid_specs.RESCORED,
+                valid_specs.ONPOLICY,
+            ],
+            "spec.training.checkpoint": {"everyTokens": "400M", "keep": 4},
+        },
+        dataset_tokens=2 * 10**9,
+    )
+    parameters = 6_035_264_512
+    assert plan.bucket["dataset"] == 10**10
+    assert plan.bucket["scores"] == 2 * 4 * 10**8, "a fifth of 2 B tokens, in float16"
+    assert plan.bucket["checkpoints"] == (3 + 4 + 4) * 12 * parameters
+    assert plan.bucket["exported model"] == 2 * parameters
+    assert plan.bucket["policy versions"] == 3 * 2 * parameters
+
+
+def test_every_role_has_its_memory_and_it_fits_where_it_ran() -> None:
+    """Trainers of 4 and of 3 ranks, the sampler and both releases as teachers ran on H100s of 80 GB."""
+    stages = [*valid_specs.MINIMAL["spec"]["stages"], valid_specs.RESCORED, valid_specs.ONPOLICY]
+    plan = plan_of({"spec.stages": stages})
+    assert [(one.step, one.role) for one in plan.memory] == [
+        ("first", "train"),
+        ("rescored", "train"),
+        ("onpolicy", "train"),
+        ("onpolicy-sampler", "sampler"),
+        ("rescore", "teacher"),
+        ("onpolicy-teacher", "teacher"),
+        ("evaluate", "evaluate"),
+    ]
+    assert plan.problems == [] and all(one.total <= one.card for one in plan.memory)
+
+
+@pytest.mark.parametrize("card, problems", [(79, 1), (139, 1), (222, 0)])
+def test_the_large_release_does_not_fit_beside_a_teacherforced_stage(card: int, problems: int) -> None:
+    run = DistillRun.parse(valid_specs.manifest({"spec.stages": [valid_specs.FORCED]}))
+    plan = make_plan(run, Assumptions(H100, card * GIB, KNOWN["gpt-oss-120b"]))
+    assert len(plan.problems) == problems
+    for problem in plan.problems:
+        assert problem == (
+            f"spec.teacher.model: gpt-oss-120b needs GPUs of 221 GiB, and a GPU has {card}.0 GiB "
+            "(spec.runtime.gpuMemory): stage forced of kind TeacherForced holds the whole teacher in "
+            "transformers on one GPU (216.5 GiB of weights, MXFP4 widened). Either use a smaller teacher, "
+            "such as gpt-oss-20b, leave out the TeacherForced stage, or use GPUs with more memory."
+        )
+    small = make_plan(run, Assumptions(H100, H100.memory, KNOWN["gpt-oss-20b"]))
+    assert small.problems == []
+
+
+def test_a_teacher_too_large_for_vllm_is_refused_in_every_step_that_uses_it() -> None:
+    plan = make_plan(
+        DistillRun.parse(valid_specs.manifest({"spec.stages": [valid_specs.RESCORED, valid_specs.ONPOLICY]})),
+        Assumptions(H100, 48 * GIB, KNOWN["gpt-oss-120b"]),
+    )
+    teacher = [problem for problem in plan.problems if problem.startswith("spec.teacher.model")]
+    assert len(teacher) == 2 and "step rescore holds" in teacher[0] and "onpolicy-teacher" in teacher[1]
+
+
+def test_speeds_are_those_of_the_benchmarks_page() -> None:
+    """Each figure, with its unit, is on the page that describes how it was measured."""
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    for one in MEASURED:
+        text = f"{one.tokens_per_second:,.0f}"
+        assert text in page, one
+
+
+def test_the_examples_fit() -> None:
+    for path in sorted(EXAMPLES.glob("*.yaml")):
+        run = load_run(path)
+        plan = make_plan(run, Assumptions(H100, H100.memory, known_teacher(run.spec.teacher.model)))
+        assert plan.problems == [], path

@@ -1,0 +1,159 @@
+"""Memory of each GPU by role and item, beside the card's, and what does not fit.
+
+The trainer's arithmetic is vpmoe.api.memory, which runtime.gpuMemory is checked with.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vpmoe.api.card import GIB
+from vpmoe.api.layout import ranks
+from vpmoe.api.memory import GRADIENT, OPTIMIZER, STUDENTS, VOCABULARY, WEIGHT, stage_memory
+from vpmoe.api.spec import Spec
+from vpmoe.api.stages import StageFields
+from vpmoe.plan.teacher import TeacherSize
+
+VLLM_SHARE = (17, 20)
+"""Share of the card that vLLM plans with, as a fraction: vllm_options.GPU_MEMORY. The rest must hold the
+logits of prompts."""
+STEP_TOKENS = 2048
+"""Tokens of one forward in vLLM, whose logits are held twice in fp32 and once in the model's type:
+vllm_options.STEP_TOKENS."""
+LOGITS = STEP_TOKENS * VOCABULARY * 10
+ENGINE = GIB
+"""An engine's CUDA context, and its memory during a forward. An estimate."""
+FORWARD_TOKENS = 16_384
+"""Positions of one forward of the teacher of a TeacherForced stage: teacher_forced.model.ROOM."""
+
+
+@dataclass(frozen=True)
+class RoleMemory:
+    """Memory of each GPU of one role."""
+
+    step: str
+    role: str
+    """train, sampler, teacher or evaluate."""
+    gpus: int
+    items: Mapping[str, int]
+    """Bytes by item (ITEMS)."""
+    card: int
+    needed: int
+    """Bytes that a card must have."""
+
+    ITEMS: ClassVar = ("weights", "gradients", "optimizer", "activations", "logits", "cache", "context")
+
+    @property
+    def total(self) -> int:
+        return sum(self.items.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.card
+
+
+def memory_by_role(spec: Spec, card: int, teacher: TeacherSize | None) -> list[RoleMemory]:
+    """The memory of every role that the run has. The teacher's is left out if its size is not known."""
+    found = [training_role(spec, stage, card, teacher) for stage in spec.stages]
+    for stage in spec.stages:
+        if stage.samples:
+            found.append(student_engine(spec, f"{stage.name}-sampler", "sampler", stage.sampler_gpus, card))
+    if teacher is not None:
+        found += teacher_roles(spec, card, teacher)
+    if spec.evaluation.completions or spec.evaluation.canary:
+        found.append(student_engine(spec, "evaluate", "evaluate", 1, card))
+    return found
+
+
+def training_role(spec: Spec, stage: StageFields, card: int, teacher: TeacherSize | None) -> RoleMemory:
+    """A stage's trainer. In a TeacherForced stage it also holds the teacher's output matrix, and trains a
+    projection to the teacher's width."""
+    memory = stage_memory(spec.student, stage, spec.training.sequence_length)
+    world = ranks(spec.student, stage)
+    items = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+        "logits": memory.head,
+        "context": memory.context,
+    }
+    if teacher is not None and stage.teacher_processes:
+        hidden = STUDENTS[spec.student.shape].hidden
+        projection = hidden * teacher.hidden if hidden != teacher.hidden else 0
+        items["weights"] += WEIGHT * projection
+        items["gradients"] += GRADIENT * projection
+        items["optimizer"] += OPTIMIZER * projection // world
+        items["logits"] += teacher.output
+    return RoleMemory(stage.name, "train", world, items, card, sum(items.values()))
+
+
+def student_engine(spec: Spec, step: str, role: str, gpus: int, card: int) -> RoleMemory:
+    """The student in vLLM."""
+    size = STUDENTS[spec.student.shape]
+    return _engine(step, role, gpus, card, size.weights, size.cached * spec.training.sequence_length)
+
+
+def teacher_roles(spec: Spec, card: int, teacher: TeacherSize) -> Iterator[RoleMemory]:
+    """The teacher of each step that has one: in vLLM, or in transformers beside a TeacherForced stage."""
+    length = spec.training.sequence_length
+    scoring = ["rescore"] if any(stage.needs_rescoring for stage in spec.stages) else []
+    scoring += [f"{stage.name}-teacher" for stage in spec.stages if stage.samples]
+    for step in scoring:
+        yield _engine(step, "teacher", spec.teacher.gpus, card, teacher.stored, teacher.cached * length)
+    for stage in spec.stages:
+        if stage.teacher_processes:
+            yield forced_teacher(stage.name, teacher, card)
+
+
+def forced_teacher(step: str, teacher: TeacherSize, card: int) -> RoleMemory:
+    """The teacher process of a TeacherForced stage: one GPU holds the whole model in transformers, with
+    MXFP4 widened."""
+    layer = 8 * teacher.hidden + teacher.experts_per_token * (2 * teacher.hidden + 4 * teacher.inner)
+    items = {
+        "weights": teacher.widened,
+        "activations": FORWARD_TOKENS * layer * teacher.itemsize,  # of one layer; an estimate
+        "context": ENGINE,
+    }
+    return RoleMemory(step, "teacher", 1, items, card, sum(items.values()))
+
+
+def _engine(step: str, role: str, gpus: int, card: int, weights: int, least: int) -> RoleMemory:
+    """A model in vLLM, whose cache of keys and values takes what is left of vLLM's share; `least` is that of
+    one sequence."""
+    share, whole = VLLM_SHARE
+    cache = max(least, card * share // whole - weights - ENGINE)
+    needed = max(
+        -(-(weights + least + ENGINE) * whole // share),
+        -(-LOGITS * whole // (whole - share)),
+    )
+    items = {"weights": weights, "logits": LOGITS, "cache": cache, "context": ENGINE}
+    return RoleMemory(step, role, gpus, items, card, needed)
+
+
+def teacher_problem(memory: RoleMemory, teacher: TeacherSize, card: str) -> str:
+    """Why the teacher of a step does not fit, with the numbers and the remedy. `card`: the GPUs' memory."""
+    need, weights = -(-memory.needed // GIB), f"{memory.items['weights'] / GIB:.1f} GiB of weights"
+    if "activations" in memory.items:
+        widened = ", MXFP4 widened" if teacher.packed else ""
+        why = (
+            f"stage {memory.step} of kind TeacherForced holds the whole teacher in transformers on one GPU "
+            f"({weights}{widened})"
+        )
+        remedy = "use a smaller teacher, such as gpt-oss-20b, leave out the TeacherForced stage"
+    else:
+        why = f"step {memory.step} holds the whole teacher in vLLM on each of its GPUs ({weights})"
+        remedy = "use a smaller teacher, or its release in MXFP4"
+    return (
+        f"spec.teacher.model: {teacher.name} needs GPUs of {need} GiB, and a GPU has {card} "
+        f"(spec.runtime.gpuMemory): {why}. Either {remedy}, or use GPUs with more memory."
+    )
+
+
+def teacher_problems(spec: Spec, teacher: TeacherSize, card: int, written: str) -> list[str]:
+    """What does not fit of the teacher's roles on cards of `card` bytes, `written` for people."""
+    return [
+        teacher_problem(role, teacher, written)
+        for role in teacher_roles(spec, card, teacher)
+        if not role.fits
+    ]

@@ -1,0 +1,329 @@
+"""A run's plan: steps with their GPUs and hours, checkpoints, bytes in the bucket, memory, and what cannot
+work."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vpmoe.api.card import GIB
+from vpmoe.api.layout import layout
+from vpmoe.api.memory import STUDENTS
+from vpmoe.api.run import EVALUATE, PREPROCESS, RESCORE, DistillRun
+from vpmoe.api.stages import OnPolicy, Stage
+from vpmoe.plan.memory import RoleMemory, memory_by_role, teacher_problems
+from vpmoe.plan.onpolicy import EFFORTS, RolloutTotals, rollout_totals
+from vpmoe.plan.teacher import TeacherSize
+from vpmoe.plan.throughput import DECODE_SECONDS, Card, Measured, Work, measured
+
+TOKEN_BYTES = 5
+"""Bytes of a token in a dataset: int32 and its span."""
+SCORE_BYTES = 2
+"""Bytes of a token in scores: float16."""
+PROMPT_BYTES, COMPLETION_BYTES = 4, 13
+"""Bytes of a token in the files of windows: its id; in completions also span, and both models' log p in
+fp32."""
+SAMPLED_AT_ONCE = 256
+"""Completions that an evaluation samples at the same time."""
+HELD_VERSIONS = 2
+"""Policy versions whose weights are kept beside those that waiting windows are sampled from: the one that is
+sampled from and the one that is uploaded."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the specification does not say."""
+
+    card: Card
+    memory: int
+    """Bytes of each GPU."""
+    teacher: TeacherSize | None
+    """None if its size is not known: then neither its memory nor its speed is."""
+    prompt: int = 128
+    """Tokens of a prompt."""
+    completion: Mapping[str, int] = field(default_factory=dict)
+    """Tokens of a completion by effort; half of maxTokens for an effort that is absent."""
+    dataset_tokens: int | None = None
+    speeds: Mapping[Work, float] = field(default_factory=dict)
+    """Tokens a second of one GPU, instead of those measured."""
+    disk_speed: float = 1e9
+    """Bytes a second at which a pod writes to its scratch disk, and to the bucket."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step, or a training step with those that run beside it."""
+
+    step: str
+    kind: str
+    tokens: int | None
+    gpus: Mapping[str, int]
+    """GPUs by role."""
+    hours: float | None
+    """None if no speed is known."""
+    tokens_per_second: float | None
+    """Of the slowest role."""
+    slowest: str
+    """The role that decides the hours."""
+    pause_hours: float = 0.0
+    """Part of `hours` in which training waits for checkpoints."""
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """The checkpoints of a stage."""
+
+    stage: str
+    number: int
+    kept: int
+    size: int
+    """Bytes of one."""
+    pause_seconds: float
+    """Time that training waits for one."""
+    upload_seconds: float
+    """Time of an upload, during which training goes on."""
+    interval_seconds: float | None
+    """Time between two of them; None if no speed is known."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's plan."""
+
+    run: str
+    card: str
+    card_memory: int
+    teacher: str | None
+    gpus: int
+    """GPUs that are alive at once, at most."""
+    hours: float | None
+    """From the start of preprocessing, without it and without waiting for GPUs."""
+    gpu_hours: float | None
+    steps: list[StepPlan]
+    checkpoints: list[CheckpointPlan]
+    bucket: dict[str, int | None]
+    """Bytes at the end of the run by kind; None if not known."""
+    memory: list[RoleMemory]
+    problems: list[str]
+    """Why the run cannot work, with the numbers and the remedy."""
+    sources: list[str]
+    """Where the speeds come from, and what was assumed."""
+
+
+def make_plan(run: DistillRun, assumed: Assumptions) -> Plan:
+    """The plan of a run."""
+    return _Planner(run, assumed).plan()
+
+
+class _Planner:
+    def __init__(self, run: DistillRun, assumed: Assumptions) -> None:
+        self.run, self.spec, self.assumed = run, run.spec, assumed
+        self.size = STUDENTS[run.spec.student.shape]
+        self.sources: list[str] = []
+        self.rollouts = {
+            stage.name: rollout_totals(run.spec, stage, assumed.prompt, self._completion(stage))
+            for stage in run.spec.stages
+            if isinstance(stage, OnPolicy)
+        }
+        self._note(f"disk and bucket: {assumed.disk_speed / 1e9:g} GB/s a pod, assumed")
+
+    def plan(self) -> Plan:
+        steps, hours = self._steps()
+        speeds = {step.step: step.tokens_per_second for step in steps}
+        memory = memory_by_role(self.spec, self.assumed.memory, self.assumed.teacher)
+        known = [step.hours for step in steps if step.step != PREPROCESS]
+        gpu_hours = sum((step.hours or 0.0) * sum(step.gpus.values()) for step in steps)
+        return Plan(
+            run=self.run.metadata.name,
+            card=self.assumed.card.name,
+            card_memory=self.assumed.memory,
+            teacher=self.assumed.teacher.name if self.assumed.teacher else None,
+            gpus=self.spec.teacher.gpus + self.spec.student.gpus,
+            hours=hours,
+            gpu_hours=None if None in known else gpu_hours,
+            steps=steps,
+            checkpoints=[self._checkpoints(stage, speeds[stage.name]) for stage in self.spec.stages],
+            bucket=self._bucket(),
+            memory=memory,
+            problems=self._problems(memory),
+            sources=self.sources,
+        )
+
+    def _completion(self, stage: OnPolicy) -> dict[str, int]:
+        """The assumed lengths of completions by effort; notes them."""
+        allowed = stage.rollout.max_tokens
+        found = {name: self.assumed.completion.get(name, -(-getattr(allowed, name) // 2)) for name in EFFORTS}
+        lengths = ", ".join(f"{name} {tokens:,}" for name, tokens in found.items())
+        self._note(
+            f"{stage.name}: prompts of {self.assumed.prompt:,} tokens, completions of {lengths}, assumed"
+        )
+        return found
+
+    def _speed(self, work: Work) -> float | None:
+        """Tokens a second of one GPU; notes where it comes from."""
+        model: str = self.spec.student.shape
+        if work == "score":
+            model = self.assumed.teacher.name if self.assumed.teacher else "teacher.model"
+        if work in self.assumed.speeds:
+            speed = self.assumed.speeds[work]
+            self._note(f"{work}: {speed:,.0f} tokens/s a GPU, given")
+            return speed
+        found: Measured | None = measured(work, model, self.assumed.card.name)
+        if found is None:
+            self._note(f"{work}: {model} was not measured; give --{work}-tokens-per-second")
+            return None
+        self._note(
+            f"{work}: {found.tokens_per_second:,.0f} tokens/s a GPU, {model} ({found.source}, {found.date})"
+        )
+        return found.tokens_per_second
+
+    def _note(self, text: str) -> None:
+        if text not in self.sources:
+            self.sources.append(text)
+
+    def _steps(self) -> tuple[list[StepPlan], float | None]:
+        """The steps in order, and the hours until the last one ends."""
+        steps = [StepPlan(PREPROCESS, "", None, {}, None, None, "")]
+        scored = 0.0
+        ends: float | None = 0.0
+        if any(stage.needs_rescoring for stage in self.spec.stages):
+            rescore = self._rescore()
+            steps.append(rescore)
+            scored = rescore.hours or 0.0
+            ends = None if rescore.hours is None else 0.0
+        for stage in self.spec.stages:
+            training, evaluation = self._training(stage), self._evaluation(stage)
+            for step in (training, *evaluation):
+                steps.append(step)
+                known = ends is not None and step.hours is not None
+                ends = ends + step.hours if known else None  # type: ignore[operator]
+                if step is training and ends is not None and stage.needs_teacher:
+                    ends = max(ends, scored + (training.hours or 0.0))
+        return steps, ends
+
+    def _rescore(self) -> StepPlan:
+        tokens = sum(self._scored_tokens().values())
+        gpus = self.spec.teacher.gpus
+        speed = self._speed("score")
+        hours = tokens / (gpus * speed) / 3600 if speed else None
+        return StepPlan(
+            RESCORE, "scores", tokens, {"teacher": gpus}, hours, speed and gpus * speed, "teacher"
+        )
+
+    def _scored_tokens(self) -> dict[str, int]:
+        """Assistant tokens that the teacher scores, by the subset that stages share."""
+        found = {}
+        for stage in self.spec.stages:
+            if (subset := stage.scored_subset) is not None:
+                share = self.assumed.dataset_tokens
+                most = subset.tokens if share is None else int(subset.fraction * share)
+                found[subset.model_dump_json()] = min(subset.tokens, most)
+        return found
+
+    def _training(self, stage: Stage) -> StepPlan:
+        """The training step, with the sampler and the teacher beside it. The slowest role decides."""
+        shape = layout(self.spec.student, self.spec.training, stage)
+        gpus = {"train": shape.ranks}
+        work: dict[str, tuple[Work, float, int]] = {"train": ("train", float(stage.tokens), shape.ranks)}
+        if (totals := self.rollouts.get(stage.name)) is not None:
+            gpus |= {"sampler": stage.sampler_gpus, "teacher": self.spec.teacher.gpus}
+            work |= {
+                "sampler": ("sample", totals.completions, stage.sampler_gpus),
+                "teacher": ("score", totals.tokens, self.spec.teacher.gpus),
+            }
+        elif stage.teacher_processes:
+            gpus |= {"teacher": stage.teacher_processes}
+            self._note(f"{stage.name}: the teacher beside the trainer was not measured; it may be slower")
+        hours = {}
+        for role, (kind, tokens, number) in work.items():
+            speed = self._speed(kind)
+            hours[role] = tokens / (number * speed) / 3600 if speed else None
+        slowest = max(hours, key=lambda role: hours[role] or 0.0)
+        busy = hours[slowest]
+        if busy is None or None in hours.values():
+            return StepPlan(stage.name, stage.kind, stage.tokens, gpus, None, None, "")
+        checkpoints = self._checkpoints(stage)
+        pauses = checkpoints.number * checkpoints.pause_seconds / 3600
+        return StepPlan(
+            stage.name,
+            stage.kind,
+            stage.tokens,
+            gpus,
+            busy + pauses,
+            stage.tokens / busy / 3600,
+            slowest,
+            pauses,
+        )
+
+    def _checkpoints(self, stage: Stage, speed: float | None = None) -> CheckpointPlan:
+        """The checkpoints of a stage that trains `speed` tokens a second, None if that is not known."""
+        policy = self.spec.training.checkpoint
+        shape = layout(self.spec.student, self.spec.training, stage)
+        number = -(-stage.tokens // policy.every_tokens)
+        seconds = self.size.checkpoint / shape.pods / self.assumed.disk_speed
+        return CheckpointPlan(
+            stage=stage.name,
+            number=number,
+            kept=min(policy.keep, number),
+            size=self.size.checkpoint,
+            pause_seconds=seconds,
+            upload_seconds=seconds,
+            interval_seconds=policy.every_tokens / speed if speed else None,
+        )
+
+    def _evaluation(self, stage: Stage) -> list[StepPlan]:
+        """The evaluation after a stage: completions as long as they may be, without held-out documents."""
+        wanted = self.spec.evaluation
+        if not wanted.completions and not wanted.canary:
+            return []
+        rounds = -(-wanted.completions // SAMPLED_AT_ONCE)
+        longest = max(
+            (one.rollout.max_tokens.high for one in self.spec.stages if isinstance(one, OnPolicy)),
+            default=4096,
+        )
+        seconds = rounds * min(longest, self.spec.training.sequence_length) * DECODE_SECONDS
+        return [
+            StepPlan(f"{stage.name}-{EVALUATE}", "", None, {"evaluate": 1}, seconds / 3600, None, "evaluate")
+        ]
+
+    def _bucket(self) -> dict[str, int | None]:
+        """Bytes at the end of the run by kind."""
+        tokens = self.assumed.dataset_tokens
+        found: dict[str, int | None] = {"dataset": tokens * TOKEN_BYTES if tokens is not None else None}
+        if scored := self._scored_tokens():
+            found["scores"] = sum(scored.values()) * SCORE_BYTES
+        if self.rollouts:
+            found["windows"] = round(sum(map(_window_bytes, self.rollouts.values())))
+            found["policy versions"] = self.size.weights * max(
+                HELD_VERSIONS + -(-stage.staleness // stage.publish_every)
+                for stage in self.spec.stages
+                if isinstance(stage, OnPolicy)
+            )
+        found["checkpoints"] = sum(one.kept * one.size for one in map(self._checkpoints, self.spec.stages))
+        found["exported model"] = self.size.weights
+        return found
+
+    def _problems(self, memory: list[RoleMemory]) -> list[str]:
+        """What does not fit on the cards."""
+        card = f"{self.assumed.memory / GIB:.1f} GiB"
+        problems = [
+            f"spec.student: {_WHO[role.role]} of {role.step} needs {-(-role.needed // GIB)} GiB on each of "
+            f"its {role.gpus} GPUs, and a GPU has {card} (spec.runtime.gpuMemory). {_REMEDIES[role.role]}"
+            for role in memory
+            if not role.fits and role.role != "teacher"
+        ]
+        if self.assumed.teacher is not None:
+            problems += teacher_problems(self.spec, self.assumed.teacher, self.assumed.memory, card)
+        return problems
+
+
+def _window_bytes(totals: RolloutTotals) -> float:
+    prompts = totals.tokens - totals.completions
+    return prompts * PROMPT_BYTES + totals.completions * COMPLETION_BYTES
+
+
+_WHO = {"train": "the trainer", "sampler": "the sampler", "evaluate": "the student"}
+_REMEDIES = {
+    "train": "Give the stage more GPUs (raise student.gpus or lower sampler.gpus), raise "
+    "student.expertParallel, lower training.sequenceLength, or use GPUs with more memory.",
+    "sampler": "Use GPUs with more memory.",
+    "evaluate": "Use GPUs with more memory.",
+}

@@ -1,0 +1,111 @@
+"""A plan as text for people, and as JSON."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from vpmoe.api.card import GIB
+from vpmoe.api.quantities import format_tokens
+from vpmoe.plan.memory import RoleMemory
+from vpmoe.plan.plan import Plan
+
+UNKNOWN = "–"
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan as tables. Numbers are rounded to three digits."""
+    steps = [("step", "tokens", "GPUs", "tokens/s", "slowest", "hours", "pauses, hours")]
+    for step in plan.steps:
+        gpus = " + ".join(f"{number} {role}" for role, number in step.gpus.items()) or "none"
+        steps.append(
+            (
+                step.step,
+                UNKNOWN if step.tokens is None else format_tokens(step.tokens),
+                gpus,
+                count(step.tokens_per_second),
+                step.slowest or UNKNOWN,
+                hours(step.hours),
+                hours(step.pause_hours) if step.pause_hours else UNKNOWN,
+            )
+        )
+    checkpoints = [("checkpoints", "written", "kept", "GB", "pause, s", "upload, s", "interval, s")]
+    for one in plan.checkpoints:
+        interval = UNKNOWN if one.interval_seconds is None else f"{one.interval_seconds:,.0f}"
+        checkpoints.append(
+            (
+                one.stage,
+                f"{one.number:,}",
+                str(one.kept),
+                gigabytes(one.size),
+                f"{one.pause_seconds:,.0f}",
+                f"{one.upload_seconds:,.0f}",
+                interval,
+            )
+        )
+    bucket = [("in the bucket", "GB")]
+    bucket += [(kind, UNKNOWN if size is None else gigabytes(size)) for kind, size in plan.bucket.items()]
+    bucket.append(("all", gigabytes(sum(size or 0 for size in plan.bucket.values()))))
+    head = (
+        f"{plan.run}: {hours(plan.hours)} hours and {hours(plan.gpu_hours)} GPU hours on {plan.gpus} GPUs of "
+        f"{plan.card_memory / GIB:.1f} GiB ({plan.card}), without preprocessing; teacher "
+        f"{plan.teacher or 'of unknown size'}"
+    )
+    sources = "\n".join(f"- {source}" for source in plan.sources)
+    tables = (steps, checkpoints, bucket, memory_rows(plan.memory))
+    return "\n\n".join([head, *(table(rows) for rows in tables), f"Speeds and lengths:\n{sources}"])
+
+
+def memory_rows(memory: Sequence[RoleMemory]) -> list[tuple[str, ...]]:
+    """The memory of each GPU by role, in GiB."""
+    rows: list[tuple[str, ...]] = [("GiB of each GPU", "role", "GPUs", *RoleMemory.ITEMS, "total", "card")]
+    for role in memory:
+        items = [f"{role.items[name] / GIB:.1f}" if name in role.items else "" for name in role.ITEMS]
+        verdict = f"{role.card / GIB:.1f}" + ("" if role.fits else f", needs {-(-role.needed // GIB)}")
+        rows.append((role.step, role.role, str(role.gpus), *items, f"{role.total / GIB:.1f}", verdict))
+    return rows
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values: camelCase keys; bytes, seconds, hours and tokens; null if not known."""
+    found = asdict(plan)
+    for role, planned in zip(plan.memory, found["memory"], strict=True):
+        planned |= {"total": role.total, "fits": role.fits}
+    return {_camel(key): _camel_values(value) for key, value in found.items() if key != "bucket"} | {
+        "bucket": found["bucket"]
+    }
+
+
+def _camel_values(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_camel_values(each) for each in value]
+    if isinstance(value, Mapping):
+        return {_camel(key): _camel_values(each) for key, each in value.items()}
+    return value
+
+
+def _camel(key: str) -> str:
+    first, *others = key.split("_")
+    return first + "".join(word.capitalize() for word in others)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows in columns: the first left-aligned, the others right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
+
+
+def count(value: float | None) -> str:
+    """A count with three digits: 1234567 is 1.23M."""
+    return UNKNOWN if value is None else format_tokens(int(float(f"{value:.3g}")))
+
+
+def hours(value: float | None) -> str:
+    """Hours with one decimal."""
+    return UNKNOWN if value is None else f"{value:,.1f}"
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as GB (10^9) with three digits."""
+    number = float(f"{size / 1e9:.3g}")
+    return f"{number:,.0f}" if number >= 100 else f"{number:g}"

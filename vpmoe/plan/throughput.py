@@ -1,0 +1,54 @@
+"""Tokens a second that were measured, by role, model and card. The commands and conditions are in
+docs/benchmarks.md."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vpmoe.api.card import GIB
+
+Work = Literal["train", "sample", "score"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """A kind of GPU."""
+
+    name: str
+    memory: int
+    """Bytes that CUDA reports, rounded down."""
+
+
+CARDS = {card.name: card for card in (Card("h100-80", 79 * GIB), Card("h200-141", 139 * GIB))}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One measurement."""
+
+    work: Work
+    model: str
+    """student.shape, or the teacher's release."""
+    card: str
+    tokens_per_second: float
+    """Of one GPU."""
+    date: str
+    source: str
+
+
+MEASURED = (
+    Measured("train", "vpmoe-6b", "h100-80", 5950, "2026-11-27", "4 × H100, microbatches of 8,192 tokens"),
+    Measured(
+        "train", "vpmoe-6b", "h200-141", 11_300, "2026-11-23", "benchmarks.step, 1 × H200, no communication"
+    ),
+    Measured("sample", "vpmoe-6b", "h100-80", 2750, "2026-11-27", "1 × H100, 512 sequences"),
+    Measured("score", "gpt-oss-120b", "h100-80", 20_900, "2026-11-27", "1 × H100, random weights"),
+    Measured("score", "gpt-oss-20b", "h100-80", 24_100, "2026-11-27", "1 × H100, random weights"),
+)
+DECODE_SECONDS = 0.19
+"""Seconds of one decoding step of vpmoe-6b with up to 512 sequences on an H100 (benchmarks.decode)."""
+
+
+def measured(work: Work, model: str, card: str) -> Measured | None:
+    """The measurement on this card, or else on another one; None if there is none."""
+    found = [one for one in MEASURED if (one.work, one.model) == (work, model)]
+    return next((one for one in found if one.card == card), found[0] if found else None)
