@@ -3,9 +3,10 @@
 All the work is in vpmoe.evaluation; this file binds it to a pod, or to a shell.
 """
 
-from jobs.entrypoint import entrypoint
+from jobs.entrypoint import entrypoint, record_success
 from vpmoe.evaluation.evaluate import evaluate
 from vpmoe.inference.engine_pool import EnginePool
+from vpmoe.process.gpu import job_meter
 
 
 def main() -> None:
@@ -13,8 +14,19 @@ def main() -> None:
     run, context = entrypoint("evaluate")
     stage = run.stage_of(context.step)
     assert stage is not None, "entrypoint rejects steps of other roles"
-    with EnginePool(1, run.spec.student.shape, run.spec.training.sequence_length + 1) as engines:
-        evaluate(run, stage, context.bucket, context.provenance, context.stopping, engines)
+    shape, length = run.spec.student.shape, run.spec.training.sequence_length + 1
+    with EnginePool(1, shape, length) as engines, job_meter() as meter:
+        evaluate(
+            run,
+            stage,
+            context.bucket,
+            context.provenance,
+            context.stopping,
+            context.board,
+            engines,
+            meter.read,
+        )
+    record_success(context.board)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,30 @@
 All the work is in vpmoe.teacher; this file binds it to a pod, or to a shell.
 """
 
-import tempfile
-from pathlib import Path
-
-from jobs.entrypoint import entrypoint
+from jobs.entrypoint import entrypoint, record_success
 from vpmoe.inference.teacher_engine import TeacherEngine
+from vpmoe.process.gpu import job_meter
+from vpmoe.teacher.cache import teacher_folder
 from vpmoe.teacher.rescore import rescore
 
 
 def main() -> None:
     """Score this pod's parts."""
     run, context = entrypoint("rescore")
-    scratch = Path(tempfile.gettempdir()) / "vpmoe-teacher"
-    rescore(run, context.bucket, context.provenance, context.stopping, context.worker, TeacherEngine, scratch)
+    scratch = teacher_folder()
+    with job_meter() as meter:
+        rescore(
+            run,
+            context.bucket,
+            context.provenance,
+            context.stopping,
+            context.board,
+            context.worker,
+            TeacherEngine,
+            scratch,
+            meter.read,
+        )
+    record_success(context.board)
 
 
 if __name__ == "__main__":

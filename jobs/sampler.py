@@ -3,13 +3,12 @@
 All the work is in vpmoe.sampler; this file binds it to a pod, or to a shell.
 """
 
-import tempfile
-from pathlib import Path
-
-from jobs.entrypoint import entrypoint
+from jobs.entrypoint import entrypoint, record_success
 from vpmoe.api.stages import OnPolicy
 from vpmoe.inference.engine_pool import EnginePool
+from vpmoe.process.gpu import job_meter
 from vpmoe.sampler.sampler import sample_stage
+from vpmoe.storage.scratch import shared_folder
 
 
 def main() -> None:
@@ -17,9 +16,21 @@ def main() -> None:
     run, context = entrypoint("sampler")
     stage = run.stage_of(context.step)
     assert isinstance(stage, OnPolicy), "no other stage has a step of this role"
-    scratch = Path(tempfile.gettempdir()) / "vpmoe-sampler"
-    with EnginePool(stage.sampler.gpus, run.spec.student.shape, run.spec.training.sequence_length) as engines:
-        sample_stage(run, stage, context.bucket, context.provenance, context.stopping, engines, scratch)
+    scratch = shared_folder("vpmoe-sampler")
+    shape, length = run.spec.student.shape, run.spec.training.sequence_length
+    with EnginePool(stage.sampler.gpus, shape, length) as engines, job_meter() as meter:
+        sample_stage(
+            run,
+            stage,
+            context.bucket,
+            context.provenance,
+            context.stopping,
+            context.board,
+            engines,
+            scratch,
+            meter.read,
+        )
+    record_success(context.board)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
 All the work is in vpmoe.teacher; this file binds it to a pod, or to a shell.
 """
 
-import tempfile
-from pathlib import Path
-
-from jobs.entrypoint import entrypoint
+from jobs.entrypoint import entrypoint, record_success
 from vpmoe.api.stages import OnPolicy
 from vpmoe.inference.teacher_engine import TeacherEngine
+from vpmoe.process.gpu import job_meter
+from vpmoe.teacher.cache import teacher_folder
 from vpmoe.teacher.score_windows import score_windows
 
 
@@ -17,17 +16,21 @@ def main() -> None:
     run, context = entrypoint("teacher")
     stage = run.stage_of(context.step)
     assert isinstance(stage, OnPolicy), "no other stage has a step of this role"
-    scratch = Path(tempfile.gettempdir()) / "vpmoe-teacher"
-    score_windows(
-        run,
-        stage,
-        context.bucket,
-        context.provenance,
-        context.stopping,
-        context.worker,
-        TeacherEngine,
-        scratch,
-    )
+    scratch = teacher_folder()
+    with job_meter() as meter:
+        score_windows(
+            run,
+            stage,
+            context.bucket,
+            context.provenance,
+            context.stopping,
+            context.board,
+            context.worker,
+            TeacherEngine,
+            scratch,
+            meter.read,
+        )
+    record_success(context.board)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,16 @@ as the teacher of a TeacherForced stage.
 import logging
 import os
 import sys
-import tempfile
 from pathlib import Path
 
-from jobs.entrypoint import JobContext, entrypoint
+from jobs.entrypoint import JobContext, entrypoint, record_success
 from vpmoe.api import DistillRun
 from vpmoe.api.layout import layout
 from vpmoe.data.dataset import load_training_dataset
 from vpmoe.process import launcher
 from vpmoe.process.memory import keep_freed_memory
 from vpmoe.rollout import gate
+from vpmoe.teacher.cache import teacher_folder
 from vpmoe.trainer import stage_inputs
 
 log = logging.getLogger(__name__)
@@ -29,16 +29,28 @@ def main() -> None:
             keep_freed_memory()
         (teach if os.environ.get("VPMOE_PART") == "teacher" else work)(*entrypoint("train"))
     else:
-        raise SystemExit(start(*entrypoint("train")))
+        run, context = entrypoint("train")
+        code = start(run, context)
+        if code == 0:  # rank 0 has recorded it with the progress, but it may be in another pod
+            record_success(context.board)
+        raise SystemExit(code)
 
 
 def start(run: DistillRun, context: JobContext) -> int:
     """Launch the stage's processes, wait for them and return the exit code. Launches none for a finished
     stage."""
     stage = stage_inputs.training_stage(run, context.step)
-    if end := stage_inputs.report_if_finished(run, stage, context.bucket, context.provenance):
+    if end := stage_inputs.report_if_finished(run, stage, context.bucket, context.provenance, context.board):
         log.info("Stage %s has already finished: %d steps, %d tokens", stage.name, end.steps, end.tokens)
         return 0
+    if stage.stop is not None and stage.stop.min_validity > 0 and not stage.samples:
+        log.warning(
+            "Stage %s: a stage of kind %s does not measure validity, so stop.minValidity %g keeps it from "
+            "ending early. Set it to 0 to end by the held-out loss alone",
+            stage.name,
+            stage.kind,
+            stage.stop.min_validity,
+        )
     gate.require_validity(run, stage, context.bucket)
     stage_inputs.load_scores(run, stage, context.bucket, load_training_dataset(run, context.bucket))
     placement = launcher.place_ranks(
@@ -72,8 +84,11 @@ def work(run: DistillRun, context: JobContext) -> None:
             stopping=context.stopping,
             scratch=Path(os.environ["VPMOE_SCRATCH"]),
             scores=stage_inputs.load_scores(run, stage, context.bucket, dataset),
+            board=context.board,
         )
     )
+    if os.environ["RANK"] == "0":
+        record_success(context.board)
 
 
 def teach(run: DistillRun, context: JobContext) -> None:
@@ -86,7 +101,7 @@ def teach(run: DistillRun, context: JobContext) -> None:
         students=int(os.environ["WORLD_SIZE"]),
         address=os.environ["MASTER_ADDR"],
         port=int(os.environ["VPMOE_TEACHER_PORT"]),
-        folder=Path(tempfile.gettempdir()) / "vpmoe-teacher",
+        folder=teacher_folder(),
         stopping=context.stopping,
     )
 

@@ -1,22 +1,30 @@
-"""Where an object comes from: the code, image, configuration, run, step and attempt that wrote it.
+"""Where an object comes from: the code, image, configuration, run, step, attempt and Harmony library that
+wrote it.
 
 Collected once per process. Every manifest holds all of it, every object's metadata a short form. A process
 does not know its inputs when it starts, so they are recorded in the manifest only (vpmoe.storage.manifest).
 """
 
+import functools
 import logging
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+"""The folder that this code is in: a git checkout, or /opt/vpmoe of an image."""
+COMMIT_FILE = "commit"
+"""File in that folder with the commit that an image was built from, in hexadecimal digits. In a pod it is
+/opt/vpmoe/commit: /etc/vpmoe, for example, is hidden there by the volume with the run."""
 SHA = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 SYMBOLIC_REFS = 5
 """Symbolic refs that git follows at most."""
+HARMONY = "oss-harmony"
+"""The distribution that provides the module openai_harmony: vLLM requires it. openai-harmony has files of the
+same names, so only one of the two may be installed."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,9 @@ class Provenance:
     attempt: int
     started: str
     """RFC 3339 in UTC."""
+    harmony: str | None = None
+    """Package URL, with the version, of the Harmony library, which decides whether a completion is valid.
+    None if it is not installed, as in the trainer's image."""
 
     @property
     def run(self) -> str:
@@ -49,27 +60,48 @@ class Provenance:
             "run": self.run,
             "step": self.step,
             "attempt": str(self.attempt),
+            "harmony": self.harmony,
         }
         return {name: value for name, value in values.items() if value is not None}
 
 
-def git_sha(environment: Mapping[str, str] = os.environ, checkout: Path = CHECKOUT) -> str | None:
-    """The commit of the running code: VPMOE_GIT_SHA (set in images), else HEAD of the checkout, else None
-    with a warning.
+def harmony_package() -> str | None:
+    """Package URL of the installed Harmony library, with its version; None if it is not installed."""
+    try:
+        return f"pkg:pypi/{HARMONY}@{version(HARMONY)}"
+    except PackageNotFoundError:
+        return None
 
-    Uncommitted changes are ignored. Reads git's files itself: images have no git.
+
+@functools.cache
+def git_sha(checkout: Path = CHECKOUT) -> str | None:
+    """The commit of the code in `checkout`: HEAD if it is a git checkout, else what its COMMIT_FILE says,
+    else None with a warning.
+
+    HEAD comes first: a COMMIT_FILE in a checkout is left over from building an image. No environment variable
+    counts: it would say what somebody believes to run. The answer is that of the first call, because the
+    process goes on with the code that it has loaded. Uncommitted changes are ignored. Reads git's files
+    itself: images have no git.
     """
-    from_environment = environment.get("VPMOE_GIT_SHA")
-    if from_environment:
-        return from_environment
-    commit = read_head(checkout / ".git")
+    commit = read_head(checkout / ".git") or read_commit_file(checkout / COMMIT_FILE)
     if commit is None:
         log.warning(
-            "The git commit is unknown: VPMOE_GIT_SHA is not set and %s is not a git checkout. "
-            "Manifests will record null.",
+            "The git commit is unknown: %s is not a git checkout, and %s does not hold a commit of 40 or 64 "
+            "hexadecimal digits. Manifests will record null. Write the commit to this file when the image is "
+            "built.",
             checkout,
+            checkout / COMMIT_FILE,
         )
     return commit
+
+
+def read_commit_file(path: Path) -> str | None:
+    """The commit in a COMMIT_FILE; None if there is no such file or it holds something else."""
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None
+    return text if SHA.fullmatch(text) else None
 
 
 def read_head(git: Path) -> str | None:

@@ -31,7 +31,9 @@ from dataclasses import dataclass
 
 from vpmoe import failure
 from vpmoe.api.layout import Layout
-from vpmoe.failure import Failure, Permanent
+from vpmoe.api.termination import EXIT_CODES, TerminationRecord
+from vpmoe.failure import Permanent, failure_record
+from vpmoe.process.environment import MOST_PODS, read_number, read_text
 
 log = logging.getLogger(__name__)
 
@@ -73,21 +75,23 @@ class Placement:
 def place_ranks(layout: Layout, environment: Mapping[str, str], teacher: bool = False) -> Placement:
     """The ranks of this pod; `teacher` adds a port for the teacher.
 
-    Raises Permanent if the number of pods is not that of the layout.
+    Raises Permanent if the number of pods is not that of the layout, or a variable is not set or malformed.
     """
     if "PET_NNODES" not in environment:
         return Placement(
             layout.ranks, 0, layout.ranks, "127.0.0.1", free_port(), free_port() if teacher else None
         )
-    pods = int(environment["PET_NNODES"])
+    remedy = "The training operator sets PET_* in the pods of a PyTorchJob; unset PET_NNODES elsewhere."
+    pods = read_number("PET_NNODES", 1, MOST_PODS, remedy, environment)
     if pods != layout.pods:
         raise Permanent(
             f"PET_NNODES: this job has {pods} pods, but {layout.ranks} ranks with {layout.processes_per_pod} "
             f"per pod need {layout.pods}. The job was created for another configuration; delete it."
         )
-    node = int(environment["PET_NODE_RANK"])
+    node = read_number("PET_NODE_RANK", 0, pods - 1, remedy, environment)
     each = layout.processes_per_pod
-    address, port = environment["PET_MASTER_ADDR"], int(environment["PET_MASTER_PORT"])
+    address = read_text("PET_MASTER_ADDR", remedy, environment)
+    port = read_number("PET_MASTER_PORT", 1, 65_535 - TEACHER_PORT_OFFSET, remedy, environment)
     return Placement(
         layout.ranks, node * each, each, address, port, port + TEACHER_PORT_OFFSET if teacher else None
     )
@@ -190,24 +194,18 @@ def supervise(workers: Mapping[int, "subprocess.Popen[bytes]"], stopping: thread
         time.sleep(POLL_SECONDS)
     if failed is not None:
         return exit_code_of(failed, codes[failed] or 0)
-    if failure.EXIT_CODES["Terminated"] in codes.values():
-        return failure.EXIT_CODES["Terminated"]
+    if EXIT_CODES["Terminated"] in codes.values():
+        return EXIT_CODES["Terminated"]
     if any(codes.values()):
-        return record_failure(
-            Failure(
-                "Terminated",
-                None,
-                failure.EXIT_CODES["Terminated"],
-                "The stage was asked to stop before training began; no progress was lost.",
-            )
-        )
+        message = "The stage was asked to stop before training began; no progress was lost."
+        return record_failure(failure_record("Terminated", message))
     return 0
 
 
 def was_stopped(code: int, signalled: bool) -> bool:
     """Whether a worker exited because of SIGTERM to all workers. Before it installs its handler, the signal
     itself ends it."""
-    return code == failure.EXIT_CODES["Terminated"] or (signalled and code == -signal.SIGTERM)
+    return code == EXIT_CODES["Terminated"] or (signalled and code == -signal.SIGTERM)
 
 
 def exit_code_of(rank: int, code: int) -> int:
@@ -215,7 +213,7 @@ def exit_code_of(rank: int, code: int) -> int:
     if code > 0:
         log.error("%s failed with exit code %d", worker_name(rank).capitalize(), code)
         return code
-    return failure.EXIT_CODES["Retriable"]
+    return EXIT_CODES["Retriable"]
 
 
 def record_killed(rank: int, code: int) -> int:
@@ -226,10 +224,8 @@ def record_killed(rank: int, code: int) -> int:
         f"{worker_name(rank)} was killed by {name}. The usual cause is that the container ran out of memory: "
         "raise the limit in runtime.resources.train."
     )
-    return record_failure(
-        Failure("Retriable", None if rank == TEACHER else rank, failure.EXIT_CODES["Retriable"], message),
-        overwrite=True,
-    )
+    of_rank = None if rank == TEACHER else rank
+    return record_failure(failure_record("Retriable", message, of_rank), overwrite=True)
 
 
 def worker_name(rank: int) -> str:
@@ -237,19 +233,17 @@ def worker_name(rank: int) -> str:
     return "the teacher" if rank == TEACHER else f"rank {rank}"
 
 
-def record_failure(found: Failure, overwrite: bool = False) -> int:
-    """Log a failure, write it as the termination message (see write_termination_message) and return its exit
-    code."""
+def record_failure(found: TerminationRecord, overwrite: bool = False) -> int:
+    """Log a failure, write it as the termination record (see write_record) and return its exit code."""
     log.error("%s: %s", found.kind, found.message)
-    path = failure.termination_log_path()
-    if path:
-        failure.write_termination_message(found, path, overwrite)
-    return found.exit_code
+    failure.write_record(found, overwrite)
+    return EXIT_CODES[found.kind]
 
 
 def set_parent_death_signal() -> None:
     """Have the kernel kill this process when its launcher dies. An orphaned worker would overwrite the next
     attempt's objects."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if str(os.getppid()) != os.environ["VPMOE_LAUNCHER"]:
+    launcher = os.environ.get("VPMOE_LAUNCHER")
+    if launcher is not None and str(os.getppid()) != launcher:
         raise SystemExit("The launcher has exited.")

@@ -9,14 +9,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, DatasetStatus, Progress
 from vpmoe.clock import now
 from vpmoe.failure import Retriable, Terminated
+from vpmoe.process.board import ProgressBoard
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, paths
+from vpmoe.storage.records import load_record
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class StepWorker:
     provenance: Provenance
     stopping: threading.Event
     """Set when the process is asked to stop."""
+    board: ProgressBoard
+    """Where the progress is published."""
     worker: int | None
     """Index among the pods of an Indexed Job; None if this process makes all parts."""
 
@@ -54,17 +58,22 @@ class StepWorker:
 
     def report(self, message: str, done: int, parts: int, speed: float | None = None) -> None:
         """Report progress: the parts that all workers have done, and this worker's tokens per second."""
-        self.write_progress(message, parts=Amount(done=done, total=parts), tokens_per_second=speed)
+        self.publish_progress(message, parts=Amount(done=done, total=parts), tokens_per_second=speed)
 
-    def report_success(self, message: str, parts: int, dataset: DatasetStatus | None = None) -> None:
+    def report_success(
+        self, message: str, parts: int, dataset: DatasetStatus | None = None, *, reused: bool = False
+    ) -> None:
         """Report that the step is complete. This must be the last report of the step.
+
+        `reused`: its outputs were in the bucket already.
 
         A worker that finds parts missing reports that first and looks for the manifest afterwards. If another
         worker completed the step in between, this worker then sees the manifest and reports success again.
         """
-        self.write_progress(message, "Succeeded", parts=Amount(done=parts, total=parts), dataset=dataset)
+        done = Amount(done=parts, total=parts)
+        self.publish_progress(message, "Succeeded", parts=done, dataset=dataset, reused=reused)
 
-    def write_progress(
+    def publish_progress(
         self,
         message: str,
         state: Literal["Running", "Succeeded"] = "Running",
@@ -72,28 +81,40 @@ class StepWorker:
         parts: Amount | None = None,
         tokens_per_second: float | None = None,
         validity: float | None = None,
+        model: str | None = None,
         dataset: DatasetStatus | None = None,
+        reused: bool = False,
     ) -> None:
-        """Overwrite the step's progress.json."""
+        """Publish the step's progress on the board, then overwrite its progress.json."""
         progress = Progress(
+            run=self.provenance.run,
             step=self.provenance.step,
             attempt=self.provenance.attempt,
             state=state,
             message=message,
+            reused=reused or None,
             updated=now(),
             parts=parts,
             tokens_per_second=tokens_per_second,
             validity=validity,
+            model=model,
             dataset=dataset,
         )
+        self.board.progress = progress
         key = paths.progress(self.run, self.provenance.step)
         self.bucket.write_json(key, progress.dump(), self.provenance.metadata())
+
+
+class StepState(TypedDict):
+    """What other steps read of a progress.json, of any version."""
+
+    state: str
 
 
 def step_succeeded(run: DistillRun, bucket: Bucket, step: str) -> bool:
     """Whether a step of the run has reported success."""
     key = paths.progress(run, step)
-    return bucket.exists(key) and bucket.get_json(key)["state"] == "Succeeded"
+    return bucket.exists(key) and load_record(bucket, key, StepState)["state"] == "Succeeded"
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What every process of a stage is given, and the group over which ranks exchange small objects."""
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from torch import distributed as dist
 
 from vpmoe.api import DistillRun
 from vpmoe.api.stages import Stage
+from vpmoe.process.board import ProgressBoard
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket
 from vpmoe.storage.manifest import Manifest
@@ -29,6 +30,8 @@ class StageContext:
     """A folder on the pod's disk that all its processes share and that is deleted when they end."""
     scores: Manifest | None = None
     """The teacher's scores that a Rescored stage trains on."""
+    board: ProgressBoard = field(default_factory=ProgressBoard)
+    """Where rank 0 publishes progress and metrics."""
 
 
 class ObjectGroup:

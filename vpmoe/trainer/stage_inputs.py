@@ -10,6 +10,8 @@ from vpmoe.checkpoint.train_state import TrainState, checkpoint_facts, held_out_
 from vpmoe.clock import now
 from vpmoe.data.dataset import dataset_facts, load_training_dataset
 from vpmoe.failure import Permanent
+from vpmoe.process.board import ProgressBoard
+from vpmoe.process.step_worker import step_succeeded
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.manifest import Input, Manifest
@@ -53,29 +55,30 @@ def teacher_input(run: DistillRun, bucket: Bucket) -> Input:
 
 
 def report_if_finished(
-    run: DistillRun, stage: Stage, bucket: Bucket, provenance: Provenance
+    run: DistillRun, stage: Stage, bucket: Bucket, provenance: Provenance, board: ProgressBoard
 ) -> TrainState | None:
     """The state at the stage's end if an earlier attempt reached it, otherwise None.
 
-    An attempt that was killed after its last checkpoint has not written Succeeded to progress.json; this
-    writes it.
+    Publishes the progress at that end. An attempt that was killed after its last checkpoint has not written
+    Succeeded to progress.json; this writes it.
     """
     reached = load_stage_end(bucket, paths.checkpoints(run, stage.name))
     if reached is None:
         return None
     checkpoint, state = reached
-    key = paths.progress(run, stage.name)
-    if not bucket.exists(key) or bucket.get_json(key)["state"] != "Succeeded":
-        progress = Progress(
-            step=stage.name,
-            attempt=provenance.attempt,
-            state="Succeeded",
-            message=f"Finished by attempt {checkpoint.provenance.attempt}",
-            updated=now(),
-            tokens=Amount(done=state.tokens, total=state.tokens),
-            held_out=held_out_losses(state),
-            checkpoint=checkpoint_facts(bucket, checkpoint, state),
-            dataset=dataset_facts(bucket, load_training_dataset(run, bucket)),
-        )
-        bucket.write_json(key, progress.dump(), provenance.metadata())
+    board.progress = Progress(
+        run=provenance.run,
+        step=stage.name,
+        attempt=provenance.attempt,
+        state="Succeeded",
+        message=f"Finished by attempt {checkpoint.provenance.attempt}",
+        updated=now(),
+        tokens=Amount(done=state.tokens, total=state.tokens),
+        held_out=held_out_losses(state),
+        checkpoint=checkpoint_facts(bucket, checkpoint, state),
+        dataset=dataset_facts(bucket, load_training_dataset(run, bucket)),
+    )
+    if not step_succeeded(run, bucket, stage.name):
+        key = paths.progress(run, stage.name)
+        bucket.write_json(key, board.progress.dump(), provenance.metadata())
     return state

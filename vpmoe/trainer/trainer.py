@@ -264,6 +264,7 @@ def not_finite(what: str, step: int) -> Permanent:
 
 def _first_progress(context: StageContext) -> Progress:
     return Progress(
+        run=context.provenance.run,
         step=context.stage.name,
         attempt=context.provenance.attempt,
         state="Running",

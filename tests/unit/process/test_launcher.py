@@ -149,11 +149,11 @@ def test_it_exits_with_the_code_of_the_first_failed_worker(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str, code: int, message: str | None
 ) -> None:
     assert launch_two_ranks(monkeypatch, tmp_path / "log", program) == code
-    found = failure.read_termination_message(tmp_path / "log")
+    found = failure.read_record(tmp_path / "log")
     assert (
         found is None
         if message is None
-        else found is not None and found.message.startswith(message) and found.exit_code == code
+        else found is not None and found.message.startswith(message) and found.exit == code
     )
 
 
@@ -191,7 +191,7 @@ def test_ranks_and_their_teacher_end_together(
 ) -> None:
     placement = Placement(3, 0, 2, "127.0.0.1", 1, teacher_port=2)
     assert launch(monkeypatch, tmp_path / "log", PREAMBLE + program, placement, None, grace) == code
-    found = failure.read_termination_message(tmp_path / "log")
+    found = failure.read_record(tmp_path / "log")
     assert (
         found is None
         if message is None
@@ -214,7 +214,7 @@ def test_the_message_about_a_killed_worker_replaces_those_of_its_peers(
         f"rank == '2' and exec({kill_and_report!r}); time.sleep(0 if rank == '2' else 60); sys.exit(70)"
     )
     assert launch_two_ranks(monkeypatch, log, program, grace=5) == 75
-    found = failure.read_termination_message(log)
+    found = failure.read_record(log)
     assert found is not None and found.message.startswith("rank 1 was killed by SIGKILL") and found.rank == 1
 
 
@@ -249,7 +249,7 @@ def test_workers_without_a_signal_handler_are_stopped(
     stopping = threading.Event()
     threading.Timer(0.5, stopping.set).start()
     assert launch_two_ranks(monkeypatch, tmp_path / "log", "import time; time.sleep(60)", stopping) == 143
-    found = failure.read_termination_message(tmp_path / "log")
+    found = failure.read_record(tmp_path / "log")
     assert found is not None and found.kind == "Terminated"
 
 
@@ -270,3 +270,23 @@ def test_workers_die_with_their_launcher(tmp_path: Path) -> None:
     process.send_signal(signal.SIGKILL)
     assert process.stdout.read() == b"", "the pipe is closed when its last writer, the worker, has exited"
     process.wait()
+
+
+@pytest.mark.parametrize("name", ["PET_NNODES", "PET_NODE_RANK", "PET_MASTER_PORT"])
+@pytest.mark.parametrize(
+    "value", ["", "abc", "-1", "1.0", " 1", "٣", "0x1", "9" * 5000, "2147483648"], ids=lambda value: value[:9]
+)
+def test_a_malformed_variable_of_a_pod_is_named(run_spec: dict[str, Any], name: str, value: str) -> None:
+    run = spec(run_spec, gpus=4, gpusPerPod=2)
+    with pytest.raises(Permanent, match=rf"^{name}(=| is empty)"):
+        launcher.place_ranks(
+            layout(run.spec.student, run.spec.training, run.spec.stages[0]), {**POD, name: value}
+        )
+
+
+@pytest.mark.parametrize("name", ["PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"])
+def test_a_variable_of_a_pod_that_is_not_set_is_named(run_spec: dict[str, Any], name: str) -> None:
+    run = spec(run_spec, gpus=4, gpusPerPod=2)
+    environment = {one: value for one, value in POD.items() if one != name}
+    with pytest.raises(Permanent, match=f"^{name} is not set. The training operator sets PET_"):
+        launcher.place_ranks(layout(run.spec.student, run.spec.training, run.spec.stages[0]), environment)

@@ -21,7 +21,8 @@ from vpmoe.failure import Permanent
 from vpmoe.model import state
 from vpmoe.model.learner import Learner
 from vpmoe.storage import Bucket, manifest, paths
-from vpmoe.trainer.checkpoint.writer import BUFFERS, rank_file
+from vpmoe.storage.manifest import Input
+from vpmoe.trainer.checkpoint.writer import BUFFERS, prune, rank_file
 from vpmoe.trainer.context import StageContext
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -104,6 +105,49 @@ def test_a_stage_without_a_usable_checkpoint_fails_instead_of_starting_over(
     with pytest.raises(
         Permanent, match=r"none of its 2 checkpoints can be used.*delete s3://.*/checkpoints/vanilla to train"
     ):
+        start_of(context, learner)
+    assert equal_states(learner, filled(device, 2.0)), "the learner is unchanged"
+
+
+@pytest.mark.parametrize(
+    "kind, change, message",
+    [
+        ("main/", lambda tensor: tensor.double(), "is F64, expected F32"),
+        ("main/", lambda tensor: tensor.bfloat16(), "is BF16, expected F32"),
+        ("exp_avg/", lambda tensor: tensor.half(), "is F16, expected F32"),
+        ("exp_avg_sq/", lambda tensor: tensor.int(), "is I32, expected F32"),
+        ("random/", lambda tensor: tensor.float(), "is F32, expected U8"),
+        ("main/", lambda tensor: tensor.view(1, -1), r"is \[1, \d+\]. Another program wrote it"),
+        ("random/", lambda tensor: tensor[1:].clone(), r"is \[\d+\]. Another program wrote it"),
+    ],
+)
+def test_a_checkpoint_with_a_tensor_of_another_type_is_rejected(
+    context: StageContext,
+    device: torch.device,
+    tmp_path: Path,
+    kind: str,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    message: str,
+) -> None:
+    """As an edited one, with a new manifest. Nothing is loaded."""
+    save_checkpoints(context, filled(device, 1.0), state_at(1))
+    folder = paths.checkpoint(context.run, "vanilla", 1)
+    before = manifest.load(context.bucket, paths.manifest(folder))
+    context.bucket.download(before.subjects[rank_file(0)], tmp_path / "file")
+    tensors = load_file(tmp_path / "file")
+    name = next(name for name in tensors if name.startswith(kind))
+    save_file(tensors | {name: change(tensors[name])}, tmp_path / "file")
+    stored = [
+        context.bucket.put_file(f"{folder}/{rank_file(0)}", tmp_path / "file", {}),
+        context.bucket.put_bytes(f"{folder}/{BUFFERS}", context.bucket.get(f"{folder}/{BUFFERS}"), {}),
+    ]
+    context.bucket.delete(paths.manifest(folder))
+    subjects = [one.subject(folder) for one in stored]
+    inputs = list(before.inputs.values())
+    statement = manifest.statement("checkpoint", subjects, before.facts, before.provenance, inputs)
+    manifest.write(context.bucket, paths.manifest(folder), statement)
+    learner = filled(device, 2.0)
+    with pytest.raises(Permanent, match=message):
         start_of(context, learner)
     assert equal_states(learner, filled(device, 2.0)), "the learner is unchanged"
 
@@ -303,6 +347,67 @@ def test_a_first_stage_can_start_from_another_run(
         0 if field == "init" else 4
     )
     assert equal_states(learner, written) is (field == "resumeFrom")
+
+
+def write_manifest_of(kind: str) -> Callable[[Bucket], object]:
+    def write(bucket: Bucket) -> None:
+        subject = bucket.put_bytes("other/config.json", b"{}", {}).subject("other")
+        inputs = [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})]
+        statement = manifest.statement(kind, [subject], {"ranks": 1}, datasets.PROVENANCE, inputs)
+        manifest.write(bucket, paths.manifest("other"), statement)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        pytest.param(lambda bucket: None, r"other/manifest.json: .*there is no such object", id="nothing"),
+        pytest.param(
+            lambda bucket: bucket.put_bytes("other/model.safetensors", b"x", {}),
+            r"other/manifest.json: .*there is no such object",
+            id="hugging-face-model",
+        ),
+        pytest.param(
+            lambda bucket: bucket.put_bytes("other/manifest.json", b"{}", {}),
+            r"other/manifest.json",
+            id="another-program-s-manifest",
+        ),
+        pytest.param(
+            write_manifest_of("weights"),
+            "is the manifest of weights, not of a checkpoint. Name a",
+            id="export",
+        ),
+        pytest.param(write_manifest_of("dataset"), "is the manifest of dataset, not of a ch", id="dataset"),
+        pytest.param(write_manifest_of("scores"), "is the manifest of scores, not of a ch", id="scores"),
+        pytest.param(write_manifest_of("checkpoint"), "TrainState", id="checkpoint-without-state"),
+    ],
+)
+def test_initial_weights_that_are_no_checkpoint_are_rejected(
+    context: StageContext,
+    run_spec: dict[str, Any],
+    device: torch.device,
+    tmp_path: Path,
+    write: Callable[[Bucket], object],
+    message: str,
+) -> None:
+    write(context.bucket)
+    run_spec["spec"]["student"]["init"] = context.bucket.url("other")
+    learner = filled(device, 2.0)
+    with pytest.raises(Permanent, match=rf"stage vanilla cannot begin: (.|\n)*{message}"):
+        start_of(datasets.context(context.bucket, run_spec, tmp_path, context.dataset), learner)
+    assert equal_states(learner, filled(device, 2.0)), "the learner is unchanged"
+
+
+def test_only_iterations_are_checkpoints(context: StageContext, device: torch.device) -> None:
+    save_checkpoints(context, filled(device, 1.0), state_at(3))
+    folder = paths.checkpoints(context.run, "vanilla")
+    names = ("latest", "-1", "02", "1.5", "٤", "5/copy", "best of 7", "9" * 30, "9" * 200)
+    for name in names:
+        context.bucket.put_bytes(f"{folder}/{name}/manifest.json", b"{}", {})
+    assert list_iterations(context.bucket, folder) == [3]
+    prune(context.bucket, folder, 1)
+    assert all(context.bucket.exists(f"{folder}/{name}/manifest.json") for name in (*names, "3"))
 
 
 def test_the_end_of_a_stage_is_read_without_its_weights(

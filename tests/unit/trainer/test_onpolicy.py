@@ -8,7 +8,6 @@ import json
 import pickle
 import random
 import signal
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from vpmoe.checkpoint.train_state import TrainState, list_iterations, load_stage
 from vpmoe.data.mixture import interleave
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model.learner import Learner
-from vpmoe.process.launcher import free_port
 from vpmoe.rollout import back_pressure, policy_version
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Manifest
@@ -178,11 +176,7 @@ def test_windows_and_anchor_steps_alternate_and_versions_are_published(make_trai
     )
 
 
-def test_the_line_of_a_window_has_its_metrics(
-    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    port = free_port()
-    monkeypatch.setenv("VPMOE_METRICS_PORT", str(port))
+def test_the_line_of_a_window_has_its_metrics(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
     trainer.run()
     line = metrics_lines(trainer)[0]
@@ -213,7 +207,7 @@ def test_the_line_of_a_window_has_its_metrics(
         and 0 <= evaluations[-1]["validity"] <= 1
         and "heldOut" in evaluations[-1]
     )
-    prometheus = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    prometheus = trainer.context.board.metrics().decode()
     for name in (
         'reverse_kl{namespace="default",run="tiny-run",span="final"',
         "sampler_kl{",

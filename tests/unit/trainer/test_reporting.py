@@ -23,13 +23,14 @@ from vpmoe.model.spans import weighted_sum
 from vpmoe.objectives.onpolicy import BoundedShares, OnPolicyMeasures
 from vpmoe.objectives.rescored import ConfidenceWeights, RescoredMeasures
 from vpmoe.objectives.teacher_forced import TeacherForcedMeasures
+from vpmoe.process.gpu import GpuUse
 from vpmoe.storage import Bucket, Patience, paths
 from vpmoe.trainer.context import StageContext
 from vpmoe.trainer.onpolicy.window_metrics import FirstWindow, Lengths, WindowMetrics
 from vpmoe.trainer.onpolicy.window_stats import WindowEvaluation
 from vpmoe.trainer.onpolicy.window_wait import WindowBuffer
 from vpmoe.trainer.reporting import uploader
-from vpmoe.trainer.reporting.gpu import GpuUse, as_vector, read_gpu
+from vpmoe.trainer.reporting.gpu import as_vector, read_gpu, use_of_ranks
 from vpmoe.trainer.reporting.lines import (
     EvaluationLine,
     HeldOutLoss,
@@ -131,6 +132,8 @@ def test_a_temporarily_unavailable_store_loses_nothing(
         proxy.faults = [Fault("503", "PUT", times=4)]
         progress_uploader.log(trainer_line("step", 1))
         progress_uploader.update(message="Training, step 1 of 2")
+        assert away.board.progress is not None
+        assert away.board.progress.message == "Training, step 1 of 2", "published while the store is away"
         wait_until(lambda: not proxy.faults[0].times, "four writes failed")
         progress_uploader.check()
         progress_uploader.finish(message="Finished")
@@ -153,7 +156,7 @@ def test_a_line_has_null_for_what_was_not_measured() -> None:
     weights = {"reasoning": 1.0, "final": 0.5}
     assert weighted_sum({"reasoning": 2.0, "final": 3.0}, weights) == 3.5
     assert weighted_sum({"reasoning": None, "final": 3.0}, weights) == 1.5
-    gpu = GpuUse.from_sum(as_vector(read_gpu(torch.device("cpu")), 0, 1))
+    gpu = use_of_ranks(as_vector(read_gpu(torch.device("cpu")), 0, 1))
     line = step_line(step=7, gpu=gpu, loss_by_span={"reasoning": None, "final": 3.0})
     found = json.loads(json.dumps(line.dump(), allow_nan=False))
     assert (found["event"], found["step"], found["attempt"]) == ("step", 7, 1)

@@ -196,7 +196,7 @@ def test_a_supervised_token_without_a_score_is_rejected(
     assert len(parts.logp(PackedDocument(0, 3, int(parts.lengths[0][3])))) == parts.lengths[0][3]
     with pytest.raises(
         Permanent,
-        match=r"document 6 of training part 1 counts as scored, but some .* tokens have no score",
+        match=r"document 6 of train/part-00001 counts as scored, but some .* tokens have no score",
     ):
         parts.logp(PackedDocument(1, 3, int(parts.lengths[1][3])))
 

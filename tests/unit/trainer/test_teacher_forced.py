@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.fakes import tiny_teacher
 from tests.fakes.students import documents, new_seed
+from vpmoe.checkpoint.safetensors_header import INDEX
 from vpmoe.failure import Permanent, Retriable, Terminated
 from vpmoe.model.batch import Batch
 from vpmoe.process.launcher import free_port
@@ -125,12 +126,17 @@ def test_only_the_output_matrix_is_read(tmp_path: Path, tied: bool) -> None:
     names = {"model.embed_tokens.weight": expected if tied else torch.zeros(7, 3)} | (
         {} if tied else {"lm_head.weight": expected}
     )
-    for number, (name, tensor) in enumerate(names.items()):
-        save_file({name: tensor}, tmp_path / f"model-{number}.safetensors")
+    files = {name: f"model-{number}.safetensors" for number, name in enumerate(names)}
+    for name, tensor in names.items():
+        save_file({name: tensor}, tmp_path / files[name])
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": files}))
+    save_file({"lm_head.weight": torch.zeros(7, 3)}, tmp_path / "a-shard-of-an-earlier-save.safetensors")
     (tmp_path / "config.json").write_text(f'{{"hidden_size": 3, "tie_word_embeddings": {str(tied).lower()}}}')
     assert torch.equal(model.output_matrix(tmp_path), expected) and model.width(tmp_path) == 3
-    (tmp_path / f"model-{len(names) - 1}.safetensors").unlink()
-    with pytest.raises(Permanent, match=r"no \*.safetensors file holds lm_head.weight"):
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": "x.safetensors"}}))
+    save_file({"x": expected}, tmp_path / "x.safetensors")
+    missing = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    with pytest.raises(Permanent, match=f"^teacher.model: {missing} is missing"):
         model.output_matrix(tmp_path)
 
 
@@ -220,6 +226,100 @@ def test_a_lost_process_is_named() -> None:
     ends[1] = None  # this closes the student's end
     with pytest.raises(Retriable, match="rank 0 is gone, or does not answer"):
         ends[0].receive_host(0, 2, torch.int64)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.1.self_attn.sinks",
+        "model.layers.0.mlp.router.bias",
+        "model.layers.1.mlp.experts.down_proj",
+    ],
+)
+def test_a_missing_tensor_is_not_drawn_at_random(directory: Path, tmp_path: Path, name: str) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
+    with pytest.raises(Permanent, match=f"^teacher.model: {name} is missing"):
+        model.load_teacher(tmp_path, CPU)
+
+
+@pytest.mark.parametrize(
+    "kind, names, message",
+    [
+        ("missing_keys", {"layers.0.self_attn.sinks"}, "missing keys: layers.0.self_attn.sinks"),
+        ("unexpected_keys", {"lm_head.weight", "extra"}, r"unexpected keys: extra\."),
+        ("mismatched_keys", {("norm.weight", (1,), (2,))}, "mismatched keys: .'norm.weight'"),
+        ("error_msgs", ["a size mismatch"], "error msgs: a size mismatch"),
+        ("missing_keys", {"a", "b", "c", "d", "e"}, "missing keys: a, b, c and 2 more"),
+    ],
+)
+def test_what_transformers_did_not_load_is_an_error(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, kind: str, names: object, message: str
+) -> None:
+    """The report is injected: with a whole checkpoint transformers of this version loads all."""
+    from transformers import AutoModel
+
+    load = AutoModel.from_pretrained
+
+    def with_fault(*arguments: object, **more: object) -> tuple[object, dict[str, object]]:
+        loaded, report = load(*arguments, **more)
+        assert set(report) == {"missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"}
+        return loaded, report | {kind: names}
+
+    monkeypatch.setattr(AutoModel, "from_pretrained", with_fault)
+    with pytest.raises(Permanent, match=f"transformers reports {message}"):
+        model.load_teacher(directory, CPU)
+
+
+def test_the_output_of_random_weights_is_accepted(directory: Path, teacher: torch.nn.Module) -> None:
+    model.check_output(teacher, model.output_matrix(directory))
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("output", 0.0, "its output is uniform"),
+        ("output", 1.0, "its output is uniform"),
+        ("norm", 0.0, "its output is uniform"),
+        ("output", torch.nan, "log-probabilities are not finite"),
+        ("norm", torch.inf, "log-probabilities are not finite"),
+    ],
+)
+def test_a_teacher_whose_output_says_nothing_is_rejected(
+    directory: Path, name: str, value: float, message: str
+) -> None:
+    loaded, output = model.load_teacher(directory, CPU), model.output_matrix(directory)
+    with torch.no_grad():
+        (output if name == "output" else loaded.norm.weight).fill_(value)
+    with pytest.raises(Permanent, match=message):
+        model.check_output(loaded, output)
+
+
+def test_attention_that_would_not_be_compiled_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own limit, with a function in place of FlexAttention, which is compiled on GPUs alone."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
+    model.forbid_eager_attention()
+    assert torch._dynamo.config.fail_on_recompile_limit_hit and torch._dynamo.config.recompile_limit > 8
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    compiled = torch.compile(lambda ids, width: ids.float() * width, backend="eager", dynamic=False)
+
+    class Compiled:
+        config = type("", (), {"hidden_size": 1})()
+        dtype = torch.float32
+
+        def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> object:
+            hidden = compiled(input_ids, 1).unsqueeze(-1)
+            return type("", (), {"last_hidden_state": hidden})()
+
+    with pytest.raises(Retriable, match=r"FlexAttention was compiled \d+ times, .* the last \[1, 5\]"):
+        for length in range(3, 9):
+            model.hidden_states(Compiled(), torch.arange(length), [DocumentRange(0, length)])
 
 
 def test_experts_in_mxfp4_are_widened_without_other_packages(directory: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The training loop with a small student: what stops it, what it reports, and exact resumption."""
 
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from vpmoe.checkpoint.train_state import list_iterations, load_stage_end
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model.learner import Learner
 from vpmoe.model.router import routers
-from vpmoe.process.launcher import free_port
 from vpmoe.storage import Bucket, paths
 from vpmoe.trainer.data import collate
 from vpmoe.trainer.reporting import router_monitor
@@ -163,14 +161,20 @@ def test_a_stage_ends_early_if_its_evaluations_improve_too_little(
     )
 
 
-def test_prometheus_metrics_of_the_latest_step_are_served_if_a_port_is_set(
-    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+def test_a_stage_that_does_not_measure_the_required_validity_uses_all_its_tokens(
+    make_trainer: MakeTrainer, bucket: Bucket, spec: dict[str, Any]
 ) -> None:
-    port = free_port()
-    monkeypatch.setenv("VPMOE_METRICS_PORT", str(port))
+    spec["spec"]["stages"][0]["stop"] = {"evaluations": 1, "minImprovement": 0.9, "minValidity": 0.01}
     trainer = make_trainer(RecordingReporter())
     trainer.run()
-    prometheus = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    stage_end = load_stage_end(bucket, paths.checkpoints(trainer.context.run, "vanilla"))
+    assert stage_end is not None and stage_end[1].tokens >= 2000
+
+
+def test_prometheus_metrics_of_the_latest_step_are_on_the_board(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(RecordingReporter())
+    trainer.run()
+    prometheus = trainer.context.board.metrics().decode()
     assert (
         f'vpmoe_train_step{{namespace="default",run="tiny-run",stage="vanilla"}} {trainer.stage.plan.steps}.0'
         in prometheus

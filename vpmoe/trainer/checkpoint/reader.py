@@ -17,12 +17,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vpmoe.checkpoint.format import (
+    RANDOM,
     WEIGHTS,
     CheckpointRejected,
     TensorSlice,
     check_coverage,
     count_elements,
     read_slices,
+    read_train_state,
 )
 from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.model import distributed, state
@@ -97,7 +99,7 @@ class CheckpointReader:
             self._learner, found.read_range, found.state.iteration if moments else 0, moments, found.unset
         )
         own = f"random/{distributed.rank()}/"
-        if moments and found.manifest.facts["ranks"] == distributed.world_size():
+        if moments and found.manifest.facts.get("ranks") == distributed.world_size():
             names = [name for name in found.slices if name.startswith(own)]
             state.set_random_state(
                 {
@@ -113,7 +115,7 @@ class CheckpointReader:
     def _verify(self, bucket: Bucket, folder: str, moments: bool, begins: bool) -> VerifiedCheckpoint:
         """The checkpoint, with every file that this rank needs downloaded and verified."""
         stored = manifest.load(bucket, paths.manifest(folder))
-        saved_state = TrainState.model_validate(stored.facts.get("position"))
+        saved_state = read_train_state(stored)
         slices = read_slices(bucket, stored.subjects.values())
         sizes = {
             name: size
@@ -135,11 +137,10 @@ class CheckpointReader:
             (held.name, held.start, held.stop) for held in state.slices(self._learner) if held.name in sizes
         ]
         ranges += [(name, 0, size) for name, size in sizes.items() if name.startswith("buffer/")]
-        ranges += [
-            (name, 0, of[-1].stop)
-            for name, of in slices.items()
-            if name.startswith(f"random/{distributed.rank()}/")
-        ]
+        for name, of in slices.items():
+            if name.startswith(f"{RANDOM}{distributed.rank()}/"):
+                check_coverage(name, of, of[-1].stop)
+                ranges.append((name, 0, of[-1].stop))
         needed = {
             piece.file
             for name, start, stop in ranges

@@ -86,11 +86,12 @@ def _beginning(context: StageContext, reader: CheckpointReader) -> Start:
         return _from_run(context, reader, run.spec.resume_from)
     if run.spec.student.init:
         name, key = paths.split_url(run.spec.student.init)
-        found, _ = reader.restore(bucket.other(name), key.rstrip("/"), moments=False, begins=True)
+        source = bucket.other(name, "student.init")
+        found, _ = reader.restore(source, key.removesuffix("/"), moments=False, begins=True)
         return Start(
             initial_state(stage.name),
             f"from the weights of {run.spec.student.init}",
-            _sources(bucket.other(name), found),
+            _sources(source, found),
         )
     return Start(initial_state(stage.name), f"from random weights of seed {run.spec.training.seed}")
 
@@ -121,7 +122,7 @@ def _from_run(context: StageContext, reader: CheckpointReader, url: str) -> Star
     """Start from another run's newest checkpoint. Its data position is kept only if both runs have the same
     dataset."""
     name, key = paths.split_url(url)
-    bucket, folder = context.bucket.other(name), f"{key.rstrip('/')}/checkpoints"
+    bucket, folder = context.bucket.other(name, "resumeFrom"), f"{key.rstrip('/')}/checkpoints"
     stages = {found.key.removeprefix(folder + "/").split("/")[0] for found in bucket.list(folder + "/")}
     newest = max(
         (

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vpmoe.api.progress import CheckpointStatus
-from vpmoe.checkpoint.train_state import TrainState, checkpoint_facts, list_iterations
+from vpmoe.checkpoint.train_state import TrainState, checkpoint_facts, iteration_of, list_iterations
 from vpmoe.failure import Retriable
 from vpmoe.model import distributed, state
 from vpmoe.model.learner import Learner
@@ -149,9 +149,10 @@ class CheckpointWriter:
 
 def prune(bucket: Bucket, folder: str, keep: int) -> None:
     """Delete all but the `keep` newest checkpoints of a stage, and what killed attempts left before those.
-    The stage's last always stays."""
+    The stage's last always stays, and so does what no job writes there."""
     kept = list_iterations(bucket, folder)[:keep]
-    present = {int(found.key.removeprefix(folder + "/").split("/")[0]) for found in bucket.list(folder + "/")}
+    names = {found.key.removeprefix(folder + "/").partition("/")[0] for found in bucket.list(folder + "/")}
+    present = {iteration for name in names if (iteration := iteration_of(name)) is not None}
     for iteration in sorted(present - set(kept)):
         if iteration < kept[0]:
             bucket.delete_prefix(f"{folder}/{iteration}")

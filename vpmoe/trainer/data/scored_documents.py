@@ -58,9 +58,9 @@ class ScoredDocuments:
         _, spans_T = self._documents.read_document(original)
         if np.isnan(logp_T[spans_T > 0]).any():
             raise Permanent(
-                f"{self._scores.key}: document {original.number} of training part {original.part} counts as "
-                "scored, but some of its supervised tokens have no score. Rescoring does not write such "
-                "scores. Delete their folder to have them made again."
+                f"{self._scores.key}: document {original.number} of {self._documents.stem(original.part)} "
+                "counts as scored, but some of its supervised tokens have no score. Rescoring does not write "
+                "such scores. Delete their folder to have them made again."
             )
         return logp_T
 
@@ -84,6 +84,8 @@ class ScoredDocuments:
         return self._scores.subjects[f"{self._documents.stem(part)}.logp.bin"]
 
     def _scored_in(self, part: int, documents: int) -> NDArray[np.int64]:
+        if not documents:  # of a dataset of an older version, in which such a part has files
+            return np.empty(0, np.int64)
         name = f"{self._documents.stem(part)}.documents.parquet"
         if name not in self._scores.subjects:
             raise Permanent(

@@ -11,7 +11,7 @@ from vpmoe.api.base import Record
 from vpmoe.api.metrics import BySpan, Measures, MetricsLine, Sample, samples_by_span
 from vpmoe.api.progress import SpanLoss
 from vpmoe.model.router import ExpertLoad
-from vpmoe.trainer.reporting.gpu import GpuUse
+from vpmoe.process.gpu import GpuUse
 
 LOADS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0)
 """Bounds of the load histogram, in mean loads: experts at most at a quarter of the mean, …, above 16 times

@@ -5,7 +5,6 @@ The lines are in lines.py; uploader.py writes them to the bucket.
 """
 
 import logging
-import os
 from collections import deque
 from typing import Any
 
@@ -18,7 +17,7 @@ from vpmoe.model import distributed
 from vpmoe.model.learner import Outcome
 from vpmoe.trainer.checkpoint.resume import Start
 from vpmoe.trainer.context import StageContext
-from vpmoe.trainer.reporting.gpu import GpuUse
+from vpmoe.trainer.reporting.gpu import use_of_ranks
 from vpmoe.trainer.reporting.lines import (
     EvaluationLine,
     HeldOutLoss,
@@ -52,13 +51,15 @@ class StageReporter:
         self._lines: list[TrainerLine] = []
         self._router_monitor: RouterMonitor | None = None
         self._speed: deque[tuple[int, float]] = deque(maxlen=LATEST_STEPS)
-        port = os.environ.get("VPMOE_METRICS_PORT")
-        labels = {
-            "namespace": context.run.metadata.namespace,
-            "run": context.run.metadata.name,
-            "stage": context.stage.name,
-        }
-        self._prometheus = Prometheus(labels, int(port)) if uploader and port else None
+        self._prometheus: Prometheus | None = None
+        if uploader:
+            labels = {
+                "namespace": context.run.metadata.namespace,
+                "run": context.run.metadata.name,
+                "stage": context.stage.name,
+            }
+            self._prometheus = Prometheus(labels)
+            context.board.metrics = self._prometheus.render
 
     def starting(self, state: TrainState) -> None:
         """Report what the attempt starts from."""
@@ -131,7 +132,7 @@ class StageReporter:
                 tokens_per_second=self._tokens_per_second(),
                 router=router_load(outcome.load),
                 exercises=self._stage.plan.exercises(step),
-                gpu=GpuUse.from_sum(gpus),
+                gpu=use_of_ranks(gpus),
                 measures=outcome.measures,
                 of_kind=self._stage.step_metrics(),
             )

@@ -1,5 +1,5 @@
-"""Writes what rank 0 reports of a stage to the bucket, from a thread: progress.json, and lines of metrics as
-small objects.
+"""Publishes the progress of a stage, and writes what rank 0 reports to the bucket, from a thread:
+progress.json, and lines of metrics as small objects.
 
 The line of a step is in the bucket before the next checkpoint exists, and a resumed attempt writes no second
 line for a step that has one. So over all objects each step of the stage has exactly one line, whatever was
@@ -28,11 +28,11 @@ NAME = re.compile(r"(\d+)-a\d+-\d+-(\d+)")
 
 class ProgressUploader:
     """Progress and metrics of one attempt. `update` and `log` do not wait for the store; `check` raises what
-    it refused for good."""
+    it refused for good. The board has each progress at once, whatever the store does."""
 
     def __init__(self, context: StageContext, progress: Progress) -> None:
         self._context = context
-        self._progress = progress
+        self._progress = context.board.progress = progress
         self._written: Progress | None = None
         self._lines: list[TrainerLine] = []
         self._fault: StorageError | None = None
@@ -49,6 +49,7 @@ class ProgressUploader:
         which shows the hang."""
         with self._changing:
             self._progress = self._progress.model_copy(update={**changes, "updated": now()})
+            self._context.board.progress = self._progress
 
     def log(self, *lines: TrainerLine) -> None:
         """Add all lines of one step, which stay together, unless an earlier attempt has written that

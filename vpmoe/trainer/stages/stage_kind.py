@@ -124,8 +124,12 @@ class StageKind(ABC):
         return None
 
     def ends_early(self, state: TrainState, stop: Stop) -> bool:
-        """Whether the stage has stopped improving. It follows from the evaluations in the state alone."""
-        return no_longer_improves(state.held_out, stop)
+        """Whether the stage has stopped improving and is as valid as `stop` requires. It follows from the
+        evaluations in the state alone.
+
+        A kind that does not sample measures no validity, so it cannot reach one that is required.
+        """
+        return stop.min_validity == 0 and no_longer_improves(state.held_out, stop)
 
     def before_checkpoint(self) -> None:
         """Called before a checkpoint is saved. Returns once everything exists that a resumed attempt could

@@ -18,6 +18,7 @@ from vpmoe.failure import Permanent, Retriable, Terminated
 from vpmoe.model.device import choose
 from vpmoe.storage import Bucket
 from vpmoe.teacher.model import check_vocabulary, fetch_teacher, resolve_teacher
+from vpmoe.teacher.weights import check_weights
 from vpmoe.trainer.teacher_forced import model
 from vpmoe.trainer.teacher_forced.channel import Channel, CheckStop, host, stop_check
 from vpmoe.trainer.teacher_forced.protocol import WIRE, parse_question
@@ -62,6 +63,7 @@ def _serve(
     channel = host(address, port, students, device, check_stop)
     directory = fetch_teacher(resolve_teacher(run, bucket), bucket, folder, check_stop)
     check_vocabulary(directory)
+    check_weights(directory)
     channel.set_number("width", model.width(directory))
     output_VG = model.output_matrix(directory)
     if len(output_VG) != VOCABULARY_SIZE:
@@ -77,8 +79,9 @@ def _serve(
         model.width(directory),
         device,
     )
-    channel.set_number("loaded", 1)
     output_VG = output_VG.to(device, WIRE[device.type])
+    model.check_output(teacher, output_VG)
+    channel.set_number("loaded", 1)
     for student in range(students):
         channel.send(student, output_VG)
     answer_questions(channel, teacher)

@@ -1,0 +1,19 @@
+"""What a process shows to others while it works: its latest progress, and its metrics.
+
+The work publishes here, and never waits. jobs/pod_server.py serves it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vpmoe.api.progress import Progress
+
+
+@dataclass
+class ProgressBoard:
+    """The board of one process. Threads may share it: a reader sees the old value or the new one."""
+
+    progress: Progress | None = None
+    """The latest progress of the step that this process knows; None before the first."""
+    metrics: Callable[[], bytes] = bytes
+    """Renders the metrics in Prometheus' text format; empty for a process that has none."""
