@@ -1,8 +1,8 @@
-"""A single-node Kubernetes in Linux namespaces, with Kubeflow's training operator, an S3 store and eight
-GPUs.
+"""A single-node Kubernetes, with Kubeflow's training operator, an S3 store and eight GPUs: compiled, in Linux
+namespaces (dev.py), or by kind, in Docker (kind.py).
 
 Use `python -m devcluster up|down|status`, or `devcluster.cluster` from Python. The Kubernetes is real; the
-GPUs are only advertised. The product does not know this cluster: it uses helm, kubectl and S3, as on any
+GPUs are only advertised. The product does not know these clusters: it uses helm, kubectl and S3, as on any
 other.
 """
 

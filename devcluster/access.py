@@ -1,6 +1,7 @@
 """Access to a running cluster: kubectl, helm and the S3 store."""
 
 import os
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,14 @@ from devcluster.configuration import NODE
 
 @dataclass(frozen=True)
 class S3:
-    """A store. The host and pods reach it at the same address."""
+    """A store."""
 
     endpoint: str
+    """Its address from the host."""
     access_key: str
     secret_key: str
+    pod_endpoint: str
+    """Its address from pods, which runs name in storage.endpoint."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Cluster:
     kubectl_path: Path
     helm_path: Path
     s3: S3
+    chart_arguments: tuple[str, ...]
+    """Arguments of helm that name the images of the operator and of the jobs on this cluster."""
 
     def kubectl(self, *arguments: str, input: str | None = None) -> str:
         """Runs kubectl; returns its stdout. Raises ClusterError with its stderr."""
@@ -46,3 +52,13 @@ def call(command: list[str], kubeconfig: Path, input: str | None = None) -> str:
             f"{shown}: status {ended.returncode}: {needs.last_lines(ended.stderr or ended.stdout, 8)}"
         )
     return ended.stdout
+
+
+def program(name: str) -> Path:
+    """A program of the user's, for a cluster that does not bring its own. Raises ClusterError."""
+    found = shutil.which(name)
+    if not found:
+        raise ClusterError(
+            f"CLUSTER={os.environ.get('CLUSTER')} uses your {name}, and it is not on PATH: install it."
+        )
+    return Path(found)

@@ -22,6 +22,8 @@ from devcluster import ClusterError, needs, say
 SOURCES = Path(__file__).parent / "kube"
 VERSITYGW = "github.com/versity/versitygw/cmd/versitygw@v1.8.0"
 TRAINING_OPERATOR = "github.com/kubeflow/training-operator/cmd/training-operator.v1@v1.9.3"
+KUEUE_MANAGER = "sigs.k8s.io/kueue/cmd/kueue@v0.17.0"
+KIND_PROGRAM = "sigs.k8s.io/kind@v0.33.0"
 FLAGS = ("-v", "-trimpath", "-ldflags")
 
 
@@ -115,8 +117,8 @@ def kube_inputs() -> bytes:
 
 
 def build_kube(into: Path, log: Path) -> None:
-    """Kubernetes, etcd, CoreDNS, kubectl and helm as one file with many names; and Kubernetes' static
-    `pause`."""
+    """Kubernetes, etcd, CoreDNS, kubeadm, kubectl and helm as one file with many names; and Kubernetes'
+    static `pause`."""
     needs.packages(needs.COMPILER_PACKAGES)
     run_go(["build", *FLAGS, kube_linker_flags(), "-o", str(into / "kube"), "."], log, cwd=SOURCES)
     for name in KUBE_PROGRAMS:
@@ -136,12 +138,27 @@ def build_versitygw(into: Path, log: Path) -> None:
 
 
 def build_training_operator(into: Path, log: Path) -> None:
-    """The program and its module's manifests: `up` then needs neither Go nor its module cache."""
     run_go(["install", *FLAGS, "-s -w", TRAINING_OPERATOR], log, GOBIN=str(into))
     (into / "training-operator.v1").rename(into / "training-operator")
-    module, version = TRAINING_OPERATOR.split("/cmd/")[0], TRAINING_OPERATOR.split("@")[1]
-    shutil.copytree(module_folder(f"{module}@{version}") / "manifests", into / "manifests")
-    for copied in (into / "manifests", *(into / "manifests").rglob("*")):
+    copy_folder(TRAINING_OPERATOR, "manifests", into / "manifests")
+
+
+def build_kueue(into: Path, log: Path) -> None:
+    run_go(["install", *FLAGS, "-s -w", KUEUE_MANAGER], log, GOBIN=str(into))
+    copy_folder(KUEUE_MANAGER, "config", into / "manifests")
+
+
+def build_kind(into: Path, log: Path) -> None:
+    """kind, and the files that a node image needs."""
+    run_go(["install", *FLAGS, "-s -w", KIND_PROGRAM], log, GOBIN=str(into))
+    copy_folder(KIND_PROGRAM, "images/base/files", into / "files")
+
+
+def copy_folder(program: str, folder: str, into: Path) -> None:
+    """Copy a folder of a program's module: its use then needs neither Go nor its module cache."""
+    path, _, version = program.partition("@")
+    shutil.copytree(module_folder(f"{path.split('/cmd/')[0]}@{version}") / folder, into)
+    for copied in (into, *into.rglob("*")):
         copied.chmod(0o755 if copied.is_dir() else 0o644)  # Go's module cache is read-only
 
 
@@ -198,7 +215,7 @@ def try_lock(descriptor: int) -> bool:
 
 
 CONTROL_PLANE = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler")
-KUBE_PROGRAMS = (*CONTROL_PLANE, "kubelet", "kube-proxy", "coredns", "kubectl", "helm")
+KUBE_PROGRAMS = (*CONTROL_PLANE, "kubelet", "kube-proxy", "kubeadm", "coredns", "kubectl", "helm")
 KUBE = Target("kube", ("kube", "pause", *KUBE_PROGRAMS), kube_inputs, build_kube, minutes=6)
 S3 = Target("versitygw", ("versitygw",), lambda: VERSITYGW.encode(), build_versitygw, minutes=1)
 KUBEFLOW = Target(
@@ -208,4 +225,6 @@ KUBEFLOW = Target(
     build_training_operator,
     minutes=2,
 )
-TARGETS = (KUBE, S3, KUBEFLOW)
+KUEUE = Target("kueue", ("kueue", "manifests"), lambda: KUEUE_MANAGER.encode(), build_kueue, minutes=5)
+KIND = Target("kind", ("kind", "files"), lambda: KIND_PROGRAM.encode(), build_kind, minutes=1)
+TARGETS = (KUBE, S3, KUBEFLOW, KUEUE, KIND)

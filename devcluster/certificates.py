@@ -44,16 +44,16 @@ def make(folder: Path) -> None:
     made.rename(folder)
 
 
-def make_webhook(folder: Path) -> None:
-    """Create `folder` with ca and tls for the training operator's webhook.
+def make_webhook(folder: Path, authority_name: str, service: str, namespace: str) -> None:
+    """Create `folder` with ca and tls for the webhook of a controller that checks its own certificates.
 
-    Without them the operator makes its own, and waits 90 s until the kubelet has updated its Secret.
+    Without them it makes its own, and waits 90 s until the kubelet has updated its Secret.
     """
-    # The operator checks the authority under this name and reads only the traditional key format.
+    # Such a controller checks the authority under its name and reads only the traditional key format.
     made = new_folder(folder)
-    authority(made, "training-operator-ca", "subjectAltName=DNS:training-operator-ca", key=RSA)
+    authority(made, authority_name, f"subjectAltName=DNS:{authority_name}", key=RSA)
     run("rsa", "-traditional", "-in", f"{made}/ca.key", "-out", f"{made}/ca.key")
-    certificate(made, "tls", "/CN=training-operator", "subjectAltName=DNS:training-operator.kubeflow.svc")
+    certificate(made, "tls", f"/CN={service}", f"subjectAltName=DNS:{service}.{namespace}.svc")
     made.rename(folder)
 
 

@@ -18,11 +18,14 @@ API = f"https://{NODE}:6443"
 S3_ENDPOINT, S3_ACCESS_KEY, S3_SECRET_KEY = f"http://{NODE}:9000", "devcluster", "devcluster-secret"
 NODE_NAME = "node0"
 GPUS = 8
+OPERATOR_NAMESPACE = "vpmoe-system"
 
 ROOT = "/run/devcluster"
 STATE = f"{ROOT}/state"
 CONFIG, PKI = f"{STATE}/config", f"{STATE}/pki"
 CONTAINERD = "/run/containerd/containerd.sock"
+AUDIT_LOG = "audit.log"
+"""File in logs/ with the operator's requests, one JSON object a line. A full one gets a time in its name."""
 
 USERS = {
     "admin": ("kubernetes-admin", "system:masters"),
@@ -37,15 +40,24 @@ USERS = {
 All controllers have one identity with all rights: with one account each they start five seconds later.
 """
 
-STUB = "docker.io/devcluster"
+STUB = "localhost/devcluster"
 IMAGES = (
-    *(f"docker.io/vpmoe/{name}:dev" for name in ("operator", "trainer", "inference")),
+    *(f"localhost/vpmoe/{name}:dev" for name in ("operator", "trainer", "inference")),
     *(f"{STUB}/{name}:dev" for name in ("coredns", "training-operator", "training-operator-init", "pause")),
 )
 """All names of the stub image."""
 
-STANDIN_IMAGE, STANDIN = "docker.io/vpmoe/standin:dev", "tests/fakes/standin"
+STANDIN_IMAGE, STANDIN = "localhost/vpmoe/standin:dev", "tests/fakes/standin"
 """The same image with this folder's package `jobs` first on PYTHONPATH. The operator's tests run it."""
+OTHER_IMAGE, OTHER_COMMIT = "localhost/vpmoe/standin:other", "0123456789" * 4
+"""The stand-in image as if it had been built from another commit."""
+UNMARKED_IMAGE = "localhost/vpmoe/standin:unmarked"
+"""The stand-in image built without the file that holds its commit."""
+
+IMAGES_FILE = "images.tar"
+"""File in config/ with the images that the node has loaded."""
+IMPORT_IMAGES = ("ctr", "--address", CONTAINERD, "--namespace", "k8s.io", "images", "import")
+"""Command that loads the images of an archive, to be run in the node."""
 
 KERNEL_SETTINGS = (
     "vm/overcommit_memory",
@@ -107,6 +119,7 @@ def render(folders: Folders, mounts: tuple[Mount, ...], oci_spec: Mapping[str, A
         "cni/10-devcluster.conflist": as_json(cni()),
         "kubelet.yaml": as_json(kubelet(cgroup)),
         "proxy.yaml": as_json(proxy()),
+        "audit.yaml": as_json(audit_policy()),
         "resolv.conf": "# No resolver: names outside the cluster are not for its pods.\n",
         **{
             f"{user}.kubeconfig": as_json(node_kubeconfig(user))
@@ -143,6 +156,12 @@ def daemons() -> tuple[Daemon, ...]:
         "--requestheader-allowed-names=aggregator",
         "--requestheader-username-headers=X-Remote-User",
         "--authorization-mode=Node,RBAC",
+        # As in OpenShift: a controller needs a right of its own to block the deletion of an owner.
+        "--enable-admission-plugins=OwnerReferencesPermissionEnforcement",
+        f"--audit-policy-file={CONFIG}/audit.yaml",
+        f"--audit-log-path={STATE}/logs/{AUDIT_LOG}",
+        "--audit-log-maxsize=100",
+        "--audit-log-maxbackup=1",
         "--allow-privileged=true",
     )
     # The data does not survive the node, so etcd need not wait for the disk.
@@ -224,6 +243,22 @@ def proxy() -> dict[str, Any]:
         "clusterCIDR": PODS,
         "clientConnection": {"kubeconfig": f"{CONFIG}/proxy.kubeconfig"},
         "conntrack": {"maxPerCore": 0},  # do not change the machine's limit
+    }
+
+
+def audit_policy() -> dict[str, Any]:
+    """Record who asked for what in requests of the operator, without bodies.
+
+    Tests compare the requests with the permissions that the chart grants.
+    """
+    return {
+        "apiVersion": "audit.k8s.io/v1",
+        "kind": "Policy",
+        "omitStages": ["RequestReceived"],
+        "rules": [
+            {"level": "Metadata", "userGroups": [f"system:serviceaccounts:{OPERATOR_NAMESPACE}"]},
+            {"level": "None"},
+        ],
     }
 
 

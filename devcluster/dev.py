@@ -16,10 +16,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from devcluster import ClusterError, addons, binaries, certificates, configuration, host, image, needs, say
 from devcluster.access import S3, Cluster
+from vpmoe.provenance import git_sha
 
 STATE = host.CHECKOUT / ".devcluster"
 LOCK = Path("/run/vpmoe-devcluster.lock")
@@ -27,7 +29,13 @@ CLUSTER = Cluster(
     STATE / "kubeconfig",
     STATE / "bin" / "kubectl",
     STATE / "bin" / "helm",
-    S3(configuration.S3_ENDPOINT, configuration.S3_ACCESS_KEY, configuration.S3_SECRET_KEY),
+    S3(
+        configuration.S3_ENDPOINT,
+        configuration.S3_ACCESS_KEY,
+        configuration.S3_SECRET_KEY,
+        pod_endpoint=configuration.S3_ENDPOINT,
+    ),
+    chart_arguments=("--values", "charts/distill-operator/values-dev.yaml"),
 )
 START_SECONDS = 60
 """Time limit for the API server and the store. They usually take 3 s."""
@@ -39,15 +47,47 @@ def up() -> Cluster:
     folders, mounts = sources()
     with exclusively():
         files = configuration.render(folders, mounts, default_container())
-        images = image.archive(Path(folders.kube, "pause").read_bytes())
-        fingerprint = configuration.fingerprint(
-            {**files, **addons.sources(), "images": hashlib.sha256(images).hexdigest()}
-        )
-        if not is_running(fingerprint):
+        pause = Path(folders.kube, "pause").read_bytes()
+        images = image.archive(pause, git_sha() or "")
+        # Without the commit: a new one needs other images, and no other cluster.
+        unmarked = hashlib.sha256(image.archive(pause, "")).hexdigest()
+        fingerprint = configuration.fingerprint({**files, **addons.sources(), "images": unmarked})
+        if is_running(fingerprint):
+            update_images(images)
+        else:
             began = time.monotonic()
             begin(folders, files, images, fingerprint)
             say(f"the development cluster is ready after {time.monotonic() - began:.0f} s")
-    return CLUSTER
+    sources_of_operator = rf"podAnnotations.vpmoe\.dev/sources={operator_hash()[:16]}"
+    return replace(CLUSTER, chart_arguments=(*CLUSTER.chart_arguments, "--set-string", sources_of_operator))
+
+
+def operator_hash() -> str:
+    """sha256 of the operator's sources. Pods mount the checkout, so an edit must restart the operator."""
+    digest = hashlib.sha256()
+    for folder in ("operator/distill_operator", "vpmoe/api"):
+        for path in sorted((host.CHECKOUT / folder).rglob("*.py")):
+            digest.update(path.relative_to(host.CHECKOUT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def helm() -> Path:
+    """The compiled helm. It is compiled now if it is missing, without a cluster."""
+    return binaries.path("helm")
+
+
+def update_images(images: bytes) -> None:
+    """Load these images into the running node, unless it has them. Pods that start later report their
+    commit.
+    """
+    loaded, new = STATE / "config" / configuration.IMAGES_FILE, STATE / "config" / "new-images.tar"
+    node = host.running()
+    if node is None or loaded.read_bytes() == images:
+        return
+    new.write_bytes(images)
+    host.load_images(node, new.name)
+    new.replace(loaded)
+    say("loaded images with the present commit")
 
 
 def begin(folders: configuration.Folders, files: Mapping[str, str], images: bytes, fingerprint: str) -> None:
@@ -59,7 +99,11 @@ def begin(folders: configuration.Folders, files: Mapping[str, str], images: byte
     try:
         node = host.start(STATE)
         manifests = addons.render(
-            CLUSTER, Path(folders.kubeflow) / "manifests", STATE / "config" / "kubeflow"
+            CLUSTER,
+            Path(folders.kubeflow) / "manifests",
+            STATE / "config" / "kubeflow",
+            [addons.MANIFESTS / "coredns.yaml"],
+            compiled_images=True,
         )
         host.wait_for(ended_or_answers, "the API server and the store", START_SECONDS)
         addons.install(CLUSTER, manifests)
@@ -201,7 +245,7 @@ def prepare(folders: configuration.Folders, files: Mapping[str, str], images: by
         (STATE / name).mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (STATE / "config" / name).write_text(text)
-    (STATE / "config" / "images.tar").write_bytes(images)
+    (STATE / "config" / configuration.IMAGES_FILE).write_bytes(images)
     certificates.make(STATE / "pki")
     CLUSTER.kubeconfig.touch(mode=0o600)
     CLUSTER.kubeconfig.write_text(certificates.admin_kubeconfig(STATE / "pki"))

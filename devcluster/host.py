@@ -93,6 +93,15 @@ def start(state: Path) -> Node:
     return node
 
 
+def load_images(node: Node, name: str) -> None:
+    """Load the images of an archive in config/. Raises ClusterError with containerd's message."""
+    enter = ("nsenter", f"--target={node.pid}", "--mount")
+    command = [*enter, *configuration.IMPORT_IMAGES, f"{configuration.CONFIG}/{name}"]
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    if ended.returncode != 0:
+        raise ClusterError(f"the images could not be loaded: {needs.last_lines(ended.stderr)}")
+
+
 def end(node: Node) -> None:
     """Kill the node and wait until its last process, which created its namespaces, has ended."""
     process = Path("/proc", str(node.pid))

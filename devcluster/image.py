@@ -10,9 +10,10 @@ import io
 import json
 import platform
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from devcluster import configuration
+from vpmoe.provenance import COMMIT_FILE
 
 WORKING_FOLDER = "/opt/vpmoe"
 ENVIRONMENT = {
@@ -32,8 +33,16 @@ GROUP = "root:x:0:\nnonroot:x:65532:\n"
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 
-def archive(pause: bytes) -> bytes:
-    """A tar for `ctr images import`. `pause` is inside because the sandbox container has no mounts."""
+REVISION_LABEL = "org.opencontainers.image.revision"
+"""The OCI label of an image with the commit that it was built from."""
+
+
+def archive(pause: bytes, commit: str) -> bytes:
+    """A tar for `ctr images import`. `pause` is inside because the sandbox container has no mounts.
+
+    The images say that they were built from `commit`, that of the mounted code. If it is empty they say
+    nothing.
+    """
     files = {"etc/passwd": PASSWD.encode(), "etc/group": GROUP.encode(), "coredns": b"", "manager": b""}
     layer = tar(
         [
@@ -43,19 +52,30 @@ def archive(pause: bytes) -> bytes:
             entry("pause", pause, mode=0o755),
         ]
     )
-    configs, manifest = [], []
-    for names, environment in (
-        (configuration.IMAGES, ENVIRONMENT),
-        ((configuration.STANDIN_IMAGE,), STANDIN_ENVIRONMENT),
+    contents, manifest = {"layer.tar": layer}, []
+    for names, environment, built_from in (
+        (configuration.IMAGES, ENVIRONMENT, commit),
+        ((configuration.STANDIN_IMAGE,), STANDIN_ENVIRONMENT, commit),
+        ((configuration.OTHER_IMAGE,), STANDIN_ENVIRONMENT, configuration.OTHER_COMMIT),
+        ((configuration.UNMARKED_IMAGE,), STANDIN_ENVIRONMENT, ""),
     ):
-        config = json.dumps(image_config(layer, environment)).encode()
+        layers = {"layer.tar": layer}
+        if built_from:
+            layers[f"{built_from}.tar"] = commit_layer(built_from)
+        config = json.dumps(image_config(list(layers.values()), environment, built_from)).encode()
         name = f"{hashlib.sha256(config).hexdigest()}.json"
-        configs.append(entry(name, config))
-        manifest.append({"Config": name, "RepoTags": names, "Layers": ["layer.tar"]})
-    return tar([entry("layer.tar", layer), *configs, entry("manifest.json", json.dumps(manifest).encode())])
+        contents |= {**layers, name: config}
+        manifest.append({"Config": name, "RepoTags": names, "Layers": list(layers)})
+    contents["manifest.json"] = json.dumps(manifest).encode()
+    return tar(entry(name, data) for name, data in contents.items())
 
 
-def image_config(layer: bytes, environment: Mapping[str, str]) -> dict[str, object]:
+def commit_layer(commit: str) -> bytes:
+    """The layer with the file that our images hold their commit in."""
+    return tar([entry(f"{WORKING_FOLDER}/{COMMIT_FILE}".lstrip("/"), f"{commit}\n".encode())])
+
+
+def image_config(layers: Sequence[bytes], environment: Mapping[str, str], commit: str) -> dict[str, object]:
     return {
         "architecture": ARCHITECTURES[platform.machine()],
         "os": "linux",
@@ -63,8 +83,12 @@ def image_config(layer: bytes, environment: Mapping[str, str]) -> dict[str, obje
             "Env": [f"{name}={value}" for name, value in environment.items()],
             "WorkingDir": WORKING_FOLDER,
             "Cmd": ["/pause"],
+            "Labels": {REVISION_LABEL: commit} if commit else {},
         },
-        "rootfs": {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]},
+        "rootfs": {
+            "type": "layers",
+            "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in layers],
+        },
     }
 
 

@@ -1,47 +1,25 @@
-"""Installs the operator on the development cluster, with helm and the chart's development values."""
+"""Installs the operator on the selected cluster, with helm, as a user does."""
 
-import hashlib
-from pathlib import Path
+from devcluster.access import Cluster
+from devcluster.configuration import OPERATOR_NAMESPACE
 
-from devcluster.cluster import Cluster
-from vpmoe.provenance import git_sha
-
-ROOT = Path(__file__).parent.parent
-NAMESPACE = "vpmoe-system"
+NAMESPACE = OPERATOR_NAMESPACE
 SECRET = "vpmoe-s3"
 
 
-def sources_hash() -> str:
-    """sha256 of the operator's sources. Pods mount the checkout, so an edit must restart the operator."""
-    digest = hashlib.sha256()
-    for folder in ("operator/distill_operator", "vpmoe/api", "vpmoe/storage"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
-
-
-def operator(cluster: Cluster) -> list[str]:
-    """Install or upgrade the operator and wait until it is ready. Returns helm's arguments."""
-    arguments = [
-        "upgrade",
-        "--install",
-        "distill-operator",
-        "charts/distill-operator",
-        "--namespace",
-        NAMESPACE,
-        "--create-namespace",
-        "--values",
-        "charts/distill-operator/values-dev.yaml",
-        "--set-string",
-        f"gitSha={git_sha() or ''}",
-        "--set-string",
-        rf"podAnnotations.vpmoe\.dev/sources={sources_hash()[:16]}",
-        "--wait",
-        "--timeout",
-        "2m",
+def arguments(cluster: Cluster) -> list[str]:
+    """The arguments of helm that install the operator or upgrade it."""
+    return [
+        *("upgrade", "--install", "distill-operator", "charts/distill-operator"),
+        *("--namespace", NAMESPACE, "--create-namespace"),
+        *cluster.chart_arguments,
+        *("--wait", "--timeout", "2m"),
     ]
-    cluster.helm(*arguments)
-    return arguments
+
+
+def operator(cluster: Cluster) -> None:
+    """Install or upgrade the operator and wait until it is ready."""
+    cluster.helm(*arguments(cluster))
 
 
 def credentials(cluster: Cluster, namespace: str) -> None:

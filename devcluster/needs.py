@@ -16,7 +16,9 @@ from devcluster import ClusterError, say
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """The node's search path. A root shell's PATH may lack the sbin folders."""
 
-ELSEWHERE = "Or use your own cluster: CLUSTER=current takes kubectl's current context."
+ELSEWHERE = (
+    "Or use another cluster: CLUSTER=kind needs Docker, CLUSTER=current takes kubectl's current context."
+)
 
 NODE_PACKAGES = {
     "containerd": "containerd",
@@ -28,6 +30,7 @@ NODE_PACKAGES = {
     "openssl": "openssl",
     "mount": "mount",
     "unshare": "util-linux",
+    "nsenter": "util-linux",
     "setsid": "util-linux",
 }
 """Program or file → its Debian package."""

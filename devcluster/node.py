@@ -111,16 +111,7 @@ def start(daemons: list[configuration.Daemon], running: dict[int, str]) -> None:
 
 
 def load_images(running: dict[int, str]) -> None:
-    command = (
-        "ctr",
-        "--address",
-        configuration.CONTAINERD,
-        "--namespace",
-        "k8s.io",
-        "images",
-        "import",
-        f"{configuration.CONFIG}/images.tar",
-    )
+    command = (*configuration.IMPORT_IMAGES, f"{configuration.CONFIG}/{configuration.IMAGES_FILE}")
     wait_for(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode == 0, running)
 
 

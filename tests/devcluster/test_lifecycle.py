@@ -116,6 +116,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
     checkout = tmp_path_factory.mktemp("checkout")
     for name in ("devcluster", "vpmoe", "jobs", "operator", "tests"):
         shutil.copytree(host.CHECKOUT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (checkout / "commit").write_text("c" * 40 + "\n")  # it is no git checkout
     private_run = 'mount --make-rprivate / && mount -t tmpfs tmpfs /run && ip link set lo up && exec "$@"'
     first_process = ("sh", "-c", private_run, "sh", sys.executable, "-c", FIRST_PROCESS)
     outer = subprocess.Popen([*DIES_WITH_PYTEST, "unshare", *NAMESPACES, *first_process])

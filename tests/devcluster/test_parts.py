@@ -69,7 +69,8 @@ def test_openssl_of_a_killed_start_does_not_write_into_the_files_of_the_next_one
     folder = tmp_path / "state" / "webhook"
     folder.parent.mkdir()
     code = (
-        f"from devcluster import certificates; certificates.make_webhook(certificates.Path({str(folder)!r}))"
+        "from devcluster import certificates; "
+        f"certificates.make_webhook(certificates.Path({str(folder)!r}), 'ca', 'service', 'namespace')"
     )
     killed = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -79,7 +80,7 @@ def test_openssl_of_a_killed_start_does_not_write_into_the_files_of_the_next_one
     host.wait_for((tmp_path / "started").exists, "openssl", 20)
     killed.kill()
     killed.wait()
-    certificates.make_webhook(folder)
+    certificates.make_webhook(folder, "ca", "service", "namespace")
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     time.sleep(2)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
@@ -97,7 +98,7 @@ def test_an_unknown_program_is_rejected_by_name() -> None:
     [
         pytest.param(
             ("sys.platform", "darwin"),
-            "needs Linux, this is darwin. Or use your own cluster: CLUSTER=current",
+            "needs Linux, this is darwin. Or use another cluster: CLUSTER=kind needs Docker, CLUSTER=current",
             id="not Linux",
         ),
         pytest.param(
@@ -131,8 +132,7 @@ def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "chosen, message",
     [
-        pytest.param("kind", "CLUSTER=kind is not available yet", id="kind"),
-        pytest.param("minikube", "CLUSTER=minikube: dev .* or current", id="unknown"),
+        pytest.param("minikube", "CLUSTER=minikube: choose dev .* kind .* or current", id="unknown"),
         pytest.param("current", "AWS_ENDPOINT_URL", id="current without a store"),
     ],
 )
@@ -155,9 +155,12 @@ def test_the_users_own_cluster_is_named_used_and_never_stopped(
     monkeypatch.setenv("PATH", f"{running.kubectl_path.parent}:{os.environ['PATH']}")
     for name, value in (("ENDPOINT_URL", "http://store"), ("ACCESS_KEY_ID", "a"), ("SECRET_ACCESS_KEY", "b")):
         monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("REGISTRY", "registry.example.com/vpmoe")
+    monkeypatch.setenv("TAG", "v1")
     users = cluster.up()
     assert "CLUSTER=current: context devcluster at https://10.89.0.2:6443" in capsys.readouterr().err
-    assert users.s3 == access.S3("http://store", "a", "b")
+    assert users.s3 == access.S3("http://store", "a", "b", pod_endpoint="http://store")
+    assert "images.registry=registry.example.com/vpmoe" in users.chart_arguments
     assert users.kubectl("get", "nodes", "--output=name") == "node/node0\n"
     assert cluster.status()[0].startswith("NAME")
     with pytest.raises(ClusterError, match="your own cluster, down does not touch it"):
@@ -213,6 +216,7 @@ def test_the_interpreter_of_the_system_needs_no_mount() -> None:
 
 
 def test_building_the_image_again_gives_the_same_bytes() -> None:
-    first = image.archive(b"pause")
+    first = image.archive(b"pause", "a" * 40)
     time.sleep(0.01)
-    assert image.archive(b"pause") == first
+    assert image.archive(b"pause", "a" * 40) == first
+    assert image.archive(b"pause", "b" * 40) != first

@@ -5,14 +5,16 @@ import json
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
 
-from devcluster import ClusterError, configuration, dev
+from devcluster import ClusterError, configuration, dev, image
 from devcluster.access import Cluster
 from tests.fakes.waiting import wait_until
+from vpmoe.provenance import git_sha
 
 pytestmark = pytest.mark.cluster
 
@@ -55,7 +57,7 @@ def pod_spec(command: list[str], gpus: int = 0, container: str = "main") -> dict
     limits = {"nvidia.com/gpu": gpus} if gpus else {}
     main = {
         "name": container,
-        "image": "vpmoe/trainer:dev",
+        "image": "localhost/vpmoe/trainer:dev",
         "command": command,
         "securityContext": LOCKED_DOWN,
         "resources": {"limits": limits},
@@ -141,9 +143,10 @@ def shell(pods: Namespace) -> str:
         pytest.param(["pwd"], "/opt/vpmoe", id="working folder"),
         pytest.param(
             ["ls", "-A", "/opt/vpmoe"],
-            ".venv jobs operator tests vpmoe",
+            ".venv commit jobs operator tests vpmoe",
             id="only the part of the checkout that jobs need",
         ),
+        pytest.param(["cat", "/opt/vpmoe/commit"], git_sha() or "", id="the commit of the image"),
         pytest.param(
             ["sh", "-c", "echo ${CUDA_VISIBLE_DEVICES-unset}"], "", id="no visible GPU: jobs run on the CPU"
         ),
@@ -176,6 +179,22 @@ def shell(pods: Namespace) -> str:
 )
 def test_the_environment_of_a_pod(pods: Namespace, shell: str, command: list[str], expected: str) -> None:
     assert expected in " ".join(pods.kubectl("exec", shell, "--", *command).split())
+
+
+def test_pods_that_start_after_a_commit_have_it_and_others_keep_theirs(pods: Namespace, shell: str) -> None:
+    """Neither is the cluster another one then, nor must it be started again."""
+    loaded = (dev.STATE / "config" / configuration.IMAGES_FILE).read_bytes()
+    folders, _ = dev.sources()
+    commit = secrets.token_hex(20)
+    try:
+        dev.update_images(image.archive(Path(folders.kube, "pause").read_bytes(), commit))
+        pods.start("later", ["cat", "/opt/vpmoe/commit"])
+        pods.wait("later", "{.status.phase}", "Succeeded")
+        assert pods.kubectl("logs", "later").strip() == commit
+        assert pods.kubectl("exec", shell, "--", "cat", "/opt/vpmoe/commit").strip() == git_sha()
+    finally:
+        dev.update_images(loaded)
+    dev.up()
 
 
 def test_a_name_outside_the_cluster_is_an_error(pods: Namespace, shell: str) -> None:
