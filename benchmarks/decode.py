@@ -2,7 +2,7 @@
 
     python -m benchmarks.decode [--shape vpmoe-6b] [--context 512] [--sequences 1,16,64,128,256]
 
-Runs the exported student's layers (vpmoe/inference/layers.py) in bf16 with random weights, with torch's
+Runs the exported student's layers (vpmoe/model/modeling_vpmoe.py) in bf16 with random weights, with torch's
 attention of one token per sequence over a full cache. The forward pass is timed twice: launched from Python,
 as in an eager engine, and as one CUDA graph. Then the sampling of a token per sequence from fp32 logits is
 timed, each sequence with its own generator. The last lines fit a straight line to the times over N: the cost
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from vpmoe.inference.hf_config import StudentConfig
-from vpmoe.inference.hf_model import VpmoeForCausalLM
 from vpmoe.model import hf_export
+from vpmoe.model.configuration_vpmoe import VpmoeConfig
+from vpmoe.model.modeling_vpmoe import VpmoeForCausalLM
 from vpmoe.model.shapes import SHAPES, Shape
 
 
@@ -32,7 +32,7 @@ def student(shape: Shape, positions: int) -> Any:
     config = hf_export.hf_config(shape, positions, torch.bfloat16)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model: Any = VpmoeForCausalLM(StudentConfig(**config))
+        model: Any = VpmoeForCausalLM(VpmoeConfig(**config))
         for parameter in model.parameters():
             parameter.data.normal_(std=0.02) if parameter.dim() > 1 else parameter.data.fill_(1)
     torch.set_default_dtype(torch.float32)

@@ -44,6 +44,7 @@ from vpmoe.data.harmony import user_text
 from vpmoe.data.preprocess.encode import EncoderPool
 from vpmoe.data.preprocess.filters import quality
 from vpmoe.data.preprocess.step import preprocess
+from vpmoe.process.board import ProgressBoard
 from vpmoe.process.launcher import free_port
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket
@@ -168,7 +169,7 @@ def end_to_end(endpoint: str, store: int, source: str, encoders: EncoderPool) ->
         None, None, run.config_hash, "default", "benchmark", run.uid8, "preprocess", 1, "2026-01-01T00:00:00Z"
     )
     started, before = time.perf_counter(), cpu_seconds(store)
-    preprocess(run, bucket, provenance, threading.Event(), None, encoders)
+    preprocess(run, bucket, provenance, threading.Event(), ProgressBoard(), None, encoders)
     seconds, cpu = time.perf_counter() - started, cpu_seconds(store) - before
     bucket.delete_prefix("datasets")
     return seconds, cpu

@@ -1,12 +1,13 @@
-"""The demonstration: one small DistillRun from `helm install` to a trained student, on the development
-cluster.
+"""The demonstration: one small DistillRun from `helm install` to a trained student, on the selected cluster.
 
 It types what a user would type and shows it: helm, kubectl create, apply, get. What it shows of the run it
-reads from the run's status and metrics. A second run deletes the DistillRun and creates it again. Cluster and
-run stay up afterwards."""
+reads from the run's status and metrics. At the end the exported student answers a question. A second run
+deletes the DistillRun and creates it again. Cluster and run stay up afterwards."""
 
 import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from demo.live_view import LiveView, step_lines
 from demo.plot import plot
 from demo.summary import summary
 from demo.teacher import SHARDS, make_teacher
-from devcluster import install
+from devcluster import configuration, install
 from devcluster.cluster import Cluster, up
 
 NAMESPACE = "default"
@@ -32,7 +33,14 @@ RUN = "demo"
 MANIFEST = "manifests/examples/demo.yaml"
 BUCKETS = ("corpora", "models", "vpmoe")
 TEACHER = "tiny-gpt-oss"
-PICTURE = Path(".devcluster/demo.svg")
+PICTURE = "demo.svg"
+"""File beside the kubeconfig."""
+MODEL = "model"
+"""Folder beside the kubeconfig."""
+QUESTION = "Why does the Moon always show the same face to Earth?"
+"""A question of the sample."""
+ANSWER_TOKENS = 192
+"""Longest answer that is shown: it takes seconds on a CPU."""
 DEADLINE = 900
 """Seconds after which a run that has not ended is reported as stuck."""
 POLL_SECONDS = 1.0
@@ -50,7 +58,7 @@ def show_command(*command: str) -> None:
 
 
 def s3_client(cluster: Cluster) -> Any:
-    """A client of the development cluster's S3 store."""
+    """A client of the cluster's S3 store."""
     return boto3.client(
         "s3",
         endpoint_url=cluster.s3.endpoint,
@@ -84,6 +92,18 @@ def upload(store: Any) -> None:
     for file in files:  # config.json last: a model without it is incomplete
         store.upload_file(str(file), "models", f"{TEACHER}/{file.name}")
     say(f"         at s3://models/{TEACHER}/")
+
+
+def apply(cluster: Cluster) -> None:
+    """Apply MANIFEST. It names the store of the development cluster; another cluster's replaces it."""
+    manifest, endpoint = Path(MANIFEST).read_text(), cluster.s3.pod_endpoint
+    if endpoint == configuration.S3_ENDPOINT:
+        show_command("kubectl", "apply", "--filename", MANIFEST)
+    else:
+        replacement = f"s,{configuration.S3_ENDPOINT},{endpoint},"
+        say(f"\n$ {shlex.join(['sed', replacement, MANIFEST])} | kubectl apply --filename -")
+        manifest = manifest.replace(configuration.S3_ENDPOINT, endpoint)
+    say(cluster.kubectl("apply", "--namespace", NAMESPACE, "--filename", "-", input=manifest).rstrip())
 
 
 def get_run(cluster: Cluster) -> dict[str, Any]:
@@ -123,7 +143,8 @@ def report(cluster: Cluster, store: Any, run: dict[str, Any]) -> None:
     prefix = folder.removeprefix("s3://vpmoe/")
     stages = read_metrics(store, prefix, [stage["name"] for stage in run["spec"]["stages"]])
     say("\n" + "\n".join(summary(stages)))
-    say(f"\nPicture      {plot(stages, PICTURE).resolve()}")
+    say(f"\nPicture      {plot(stages, cluster.kubeconfig.with_name(PICTURE)).resolve()}")
+    say(f"Model        {status['model']}")
     say(f"Checkpoint   {status['checkpoint']['manifest']}")
     say(f"Dataset      {status['provenance']['dataset']['manifest']}")
     say(f"Run          {folder}")
@@ -153,13 +174,44 @@ def read_metrics(store: Any, folder: str, stages: Iterable[str]) -> dict[str, li
     return found
 
 
+def export_command(folder: str, model: Path) -> list[str]:
+    """The command that brings the exported student of the run with this folder into `model`."""
+    return [sys.executable, "-m", "vpmoe", "export", folder, "--to", str(model)]
+
+
+def chat_command(model: Path) -> list[str]:
+    """The command that asks the student in `model`."""
+    tokens = ("--max-tokens", str(ANSWER_TOKENS))
+    return [sys.executable, "-m", "vpmoe", "chat", str(model), QUESTION, "--effort", "high", *tokens]
+
+
+def ask(cluster: Cluster, run: dict[str, Any]) -> None:
+    """Download the exported student, ask it, and print its answer and how to ask again.
+
+    It has learned from a few thousand tokens: it knows the form of an answer at best.
+    """
+    store = {
+        "AWS_ENDPOINT_URL": cluster.s3.endpoint,
+        "AWS_ACCESS_KEY_ID": cluster.s3.access_key,
+        "AWS_SECRET_ACCESS_KEY": cluster.s3.secret_key,
+    }
+    model = cluster.kubeconfig.with_name(MODEL)
+    shutil.rmtree(model, ignore_errors=True)
+    for command in (export_command(run["status"]["provenance"]["folder"], model), chat_command(model)):
+        show_command(*typed(command))
+        subprocess.run(command, env={**os.environ, **store}, check=True)
+    say("\nAsk it something else:\n  " + shlex.join(typed(chat_command(model))))
+
+
+def typed(command: list[str]) -> list[str]:
+    """The command as a user types it in the checkout."""
+    return [".venv/bin/python", *command[1:]]
+
+
 def main() -> None:
     started = time.monotonic()
     cluster = up()
-    values = "--values=charts/distill-operator/values-dev.yaml"
-    show_command(
-        "helm", "upgrade", "--install", "distill-operator", "charts/distill-operator", values, "--wait"
-    )
+    show_command("helm", *install.arguments(cluster))
     install.operator(cluster)
     say(cluster.kubectl("get", "deployment,pods", "--namespace", install.NAMESPACE).rstrip())
     store = s3_client(cluster)
@@ -167,10 +219,11 @@ def main() -> None:
     install.credentials(cluster, NAMESPACE)
     delete = ("delete", "distillrun", RUN, "--namespace", NAMESPACE, "--ignore-not-found", "--wait")
     cluster.kubectl(*delete, "--timeout=120s")
-    show_command("kubectl", "apply", "--filename", MANIFEST)
-    say(cluster.kubectl("apply", "--namespace", NAMESPACE, "--filename", MANIFEST).rstrip())
-    report(cluster, store, follow(cluster))
-    say(f"\n{time.monotonic() - started:.0f} s.")
+    apply(cluster)
+    run = follow(cluster)
+    report(cluster, store, run)
+    say(f"\n{time.monotonic() - started:.0f} s. Now the student answers a question, on this machine:")
+    ask(cluster, run)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 
+from devcluster import cluster as selected
 from devcluster import install
 from devcluster.cluster import Cluster, up
+from tests.fakes.control_plane import ControlPlane
 from tests.fakes.store import S3, small_run
 from tests.fakes.waiting import answers, wait_until
 from vpmoe.api.storage import StorageSpec
@@ -32,7 +34,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
-LANES = {"s3": "server", "teacher_address": "engine", "engines": "engine", "cluster": "cluster", "gpu": "gpu"}
+LANES = {
+    "s3": "server",
+    "teacher_address": "engine",
+    "engines": "engine",
+    "helm": "cluster",
+    "cluster": "cluster",
+    "control_plane": "cluster",
+    "gpu": "gpu",
+}
 """Fixture → the marker of every test that uses it, directly or through other fixtures."""
 DESELECTED_GPU_TESTS = pytest.StashKey[int]()
 
@@ -137,11 +147,24 @@ def real_parquet() -> list[Path]:
 
 
 @pytest.fixture(scope="session")
+def helm() -> Path:
+    """The helm of the selected cluster, compiled if needed. It renders the chart without a cluster."""
+    return selected.helm()
+
+
+@pytest.fixture(scope="session")
 def cluster() -> Cluster:
-    """The running development cluster, with the operator of this checkout installed by its chart."""
+    """The selected cluster, running, with the operator of this checkout installed by its chart."""
     running = up()
     install.operator(running)
     return running
+
+
+@pytest.fixture(scope="session")
+def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
+    """A control plane without nodes and without the operator, beside the development cluster."""
+    with ControlPlane(tmp_path_factory.mktemp("control-plane")) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

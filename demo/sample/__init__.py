@@ -3,7 +3,7 @@ read, real text to train on.
 
 `rows.jsonl` holds them, a row a line: eight languages, the exercises of SYNTH, passages in the public domain
 as seed texts, and the quirks that preprocessing must survive (blank reasoning, a blank answer, a NUL, null
-language and exercise, a generation that was given up, answers that their own check contradicts). `python -m
+language and exercise, a generation that was given up, an answer that its own check contradicts). `python -m
 demo.sample FOLDER` writes them as parquet shards.
 """
 

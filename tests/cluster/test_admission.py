@@ -20,9 +20,13 @@ from tests.fakes import invalid_specs, valid_specs
 from vpmoe.api import DistillRun, load_run
 from vpmoe.api.crd import crd
 from vpmoe.api.run import GROUP, PLURAL
+from vpmoe.api.runtime import RuntimeSpec
 
 MANIFESTS = Path(__file__).parents[2] / "manifests"
-EXAMPLES = sorted((MANIFESTS / "examples").glob("*.yaml"))
+EXAMPLES = [
+    *sorted((MANIFESTS / "examples").glob("*.yaml")),
+    Path(__file__).parents[1] / "fakes" / "contract.yaml",
+]
 VALID = {
     name: valid_specs.manifest(changes, f"good-{i}")
     for i, (name, changes) in enumerate(valid_specs.VALID.items())
@@ -97,7 +101,7 @@ def test_a_valid_run_is_accepted_with_the_defaults_of_the_models(
     applied: dict[str, dict[str, Any]], name: str
 ) -> None:
     returned = applied[VALID[name]["metadata"]["name"]]
-    assert DistillRun.parse(returned).config() == DistillRun.parse(VALID[name]).config()
+    assert DistillRun.parse(returned).spec == DistillRun.parse(VALID[name]).spec
 
 
 @pytest.mark.parametrize("name", INVALID)
@@ -200,6 +204,7 @@ STATUS = {
     "tokensPerSecond": 12345,
     "loss": 2.3456,
     "config": "0123456789abcdef",
+    "model": "s3://vpmoe/models/first",
     "steps": [
         {"name": "preprocess", "state": "Succeeded", "started": "2026-01-01T00:00:00Z"},
         {"name": "first", "state": "Running", "started": "2026-01-01T00:01:00Z"},
@@ -244,8 +249,19 @@ def twin_manifest(group: str) -> dict[str, Any]:
 
 IMMUTABLE = (
     "cannot change after the first step has started: "
-    "only suspend, ttlAfterFinished, deletionPolicy and runtime.attempts can."
+    "only suspend, ttlAfterFinished, deletionPolicy and runtime can."
 )
+FIXED_WHILE_ALIVE = (
+    "cannot change while the run is alive: only runtime.attempts, runtime.interruptions and runtime.onStall "
+    "can. Set spec.suspend to true, wait for "
+    "phase Suspended, change it, and set spec.suspend to false."
+)
+ALWAYS = {
+    field: valid_specs.RUNTIME[field] for field in ("attempts", "interruptions", "onStall", "scheduling")
+}
+"""A change to every field of spec.runtime that may change at any time."""
+RUNTIME = {field: value for field, value in valid_specs.RUNTIME.items() if field not in ALWAYS}
+"""A change to every other field of spec.runtime."""
 
 
 @pytest.mark.parametrize(
@@ -260,8 +276,6 @@ IMMUTABLE = (
         ),
         pytest.param("spec.evaluation", {"evaluation": {"documents": 1}}, id="the evaluation"),
         pytest.param("spec.storage", {"storage": {"prefix": "elsewhere"}}, id="the bucket"),
-        pytest.param("spec.runtime.backend", {"runtime": {"backend": "Job"}}, id="the backend"),
-        pytest.param("spec.runtime.nodeSelector", {"runtime": {"nodeSelector": {"a": "b"}}}, id="the nodes"),
         pytest.param(
             "spec.resumeFrom",
             {"resumeFrom": "s3://vpmoe/runs/default/other-01234567"},
@@ -287,6 +301,8 @@ def test_the_configuration_of_a_started_run_cannot_change(
         pytest.param({"ttlAfterFinished": "1d"}, id="ttlAfterFinished"),
         pytest.param({"deletionPolicy": "Delete"}, id="deletionPolicy"),
         pytest.param({"runtime": {"attempts": 9}}, id="attempts"),
+        pytest.param({"runtime": {"interruptions": 9, "onStall": "Restart"}}, id="interruptions, onStall"),
+        pytest.param({"runtime": {"scheduling": "Immediate"}}, id="scheduling"),
         pytest.param({"student": {"gpus": 7}}, id="the same value"),
     ],
 )
@@ -302,6 +318,80 @@ def test_other_fields_of_a_started_run_may_change(
         "--patch",
         json.dumps({"spec": change}),
     )
+
+
+def set_status(cluster: Cluster, resource: str, name: str, status: dict[str, Any]) -> None:
+    """Replace phase and steps of a run's status, as the operator does."""
+    cluster.kubectl(
+        "patch",
+        resource,
+        name,
+        "--subresource=status",
+        "--type=merge",
+        "--patch",
+        json.dumps({"status": status}),
+    )
+
+
+def step_states(*states: str) -> list[dict[str, str]]:
+    """A step of each state, of which the first has started."""
+    steps = [{"name": f"step{i}", "state": state} for i, state in enumerate(states)]
+    return [{**steps[0], "started": "2026-01-01T00:00:00Z"}, *steps[1:]]
+
+
+NOT_ALIVE = {
+    "not started": {"phase": "Pending", "steps": [{"name": "preprocess", "state": "Pending"}]},
+    "queued": {"phase": "Queued", "steps": step_states("Succeeded", "Queued")},
+    "pending": {"phase": "Pending", "steps": step_states("Succeeded", "Pending")},
+    "suspended": {"phase": "Suspended", "steps": step_states("Succeeded", "Suspended", "Pending")},
+    "failed": {"phase": "Failed", "steps": step_states("Succeeded", "Failed", "Pending")},
+    "without a status": {"phase": None, "steps": None},
+}
+ALIVE = {
+    "running": {"phase": "Running", "steps": step_states("Succeeded", "Running")},
+    "between two attempts": {"phase": "Running", "steps": step_states("Succeeded", "Retrying")},
+    "held by Kueue": {"phase": "Queued", "steps": step_states("Succeeded", "Running")},
+}
+
+
+@pytest.fixture(scope="module")
+def changing(cluster: Cluster, twin_crd: str) -> str:
+    """A run whose status tests replace."""
+    body = {
+        **twin_manifest(twin_crd.partition(".")[2]),
+        "metadata": {"name": "changing", "namespace": "default"},
+    }
+    cluster.kubectl("create", "--filename", "-", input=json.dumps(body))
+    return "changing"
+
+
+def patch_runtime(cluster: Cluster, resource: str, name: str, runtime: dict[str, Any]) -> str:
+    """Errors of a change to spec.runtime that is not stored."""
+    patch = json.dumps({"spec": {"runtime": runtime}})
+    return kubectl(cluster, "patch", resource, name, "--type=merge", "--dry-run=server", "--patch", patch)[1]
+
+
+def test_the_cases_change_every_field_of_runtime() -> None:
+    assert {*RUNTIME, *ALWAYS} == {str(field.alias) for field in RuntimeSpec.model_fields.values()}
+
+
+@pytest.mark.parametrize("status", [pytest.param(status, id=name) for name, status in NOT_ALIVE.items()])
+def test_runtime_may_change_while_nothing_of_the_run_is_alive(
+    cluster: Cluster, twin_crd: str, changing: str, status: dict[str, Any]
+) -> None:
+    set_status(cluster, twin_crd, changing, status)
+    assert patch_runtime(cluster, twin_crd, changing, RUNTIME) == ""
+
+
+@pytest.mark.parametrize("status", [pytest.param(status, id=name) for name, status in ALIVE.items()])
+def test_runtime_of_a_live_run_cannot_change_and_the_message_says_to_suspend(
+    cluster: Cluster, twin_crd: str, changing: str, status: dict[str, Any]
+) -> None:
+    set_status(cluster, twin_crd, changing, status)
+    errors = patch_runtime(cluster, twin_crd, changing, {**RUNTIME, **ALWAYS})
+    assert errors.count(FIXED_WHILE_ALIVE) == len(RUNTIME)
+    assert {field for field in RUNTIME if f"spec.runtime.{field}: Invalid value: " in errors} == set(RUNTIME)
+    assert patch_runtime(cluster, twin_crd, changing, ALWAYS) == ""
 
 
 def test_a_run_may_change_until_its_first_step_has_started(cluster: Cluster, twin_crd: str) -> None:
@@ -337,7 +427,8 @@ def test_kubectl_get_shows_the_progress_of_a_run(cluster: Cluster, twin_crd: str
     }
     narrow, wide = columns(), columns("--output=wide")
     assert {key: value for key, value in narrow.items() if key != "AGE"} == expected
-    assert {key: wide[key] for key in ("TEACHER", "CONFIG")} == {
+    assert {key: wide[key] for key in ("TEACHER", "MODEL", "CONFIG")} == {
         "TEACHER": "s3://models/gpt-oss-120b",
+        "MODEL": "s3://vpmoe/models/first",
         "CONFIG": "0123456789abcdef",
     }

@@ -1,123 +1,71 @@
-"""The Helm chart: values, permissions, security, installation and upgrade of the CRD."""
+"""The Helm chart on a cluster: installation, upgrade of the CRD, security, and the roles for people.
+
+What the chart renders is tested in tests/unit/operator/test_chart.py.
+"""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from devcluster import install
+from devcluster import binaries, install
 from devcluster.access import Cluster
-from tests.fakes.run_harness import ROOT, rejection
+from tests.fakes import chart
+from tests.fakes.run_harness import ROOT
+from tests.fakes.waiting import wait_until
 
-CHART = ROOT / "charts/distill-operator"
-APP_VERSION = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
-GIT_SHA = ["--set", f"gitSha={'a' * 40}"]
-REGISTRY = ["--set", "images.registry=r.example.com/vpmoe"]
-DEV = ["--values", str(CHART / "values-dev.yaml"), *GIT_SHA]
+CHART = str(chart.FOLDER)
+DEV = ["--values", str(chart.FOLDER / "values-dev.yaml")]
 CRD = "distillruns.vpmoe.dev"
-
-
-def render_chart(cluster: Cluster, *arguments: str) -> list[dict[str, Any]]:
-    return [
-        obj for obj in yaml.safe_load_all(cluster.helm("template", "x", str(CHART), *DEV, *arguments)) if obj
-    ]
-
-
-def test_the_chart_passes_lint(cluster: Cluster) -> None:
-    cluster.helm("lint", "--strict", str(CHART), *DEV)
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        pytest.param([], "--set gitSha=$(git rev-parse HEAD)", id="no commit"),
-        pytest.param([], "--set images.registry=registry.example.com/vpmoe", id="no images"),
-        pytest.param(["--set", "gitSha=main"], 'gitSha is "main", not a commit', id="a branch as commit"),
-        pytest.param(GIT_SHA, "images.registry is empty", id="only the commit"),
-        pytest.param(
-            [*GIT_SHA, "--set", "images.trainer=mine"], "images.registry is empty", id="one image of three"
-        ),
-        pytest.param(
-            [*GIT_SHA, *REGISTRY, "--set", "resyncSeconds=0"], "resyncSeconds", id="an interval of 0"
-        ),
-        pytest.param([*GIT_SHA, *REGISTRY, "--set", "image=mine"], "image", id="unknown value"),
+PROMETHEUS_OPERATOR = "github.com/prometheus-operator/prometheus-operator@v0.85.0"
+PROMETHEUS_CRDS = "example/prometheus-operator-crd"
+EVERYTHING: dict[str, Any] = {
+    "replicas": 2,
+    "env": [{"name": "A", "value": "b"}],
+    "labels": {"team": "x"},
+    "annotations": {"team": "x"},
+    "podLabels": {"pod": "x"},
+    "serviceAccountAnnotations": {"role": "arn"},
+    "imagePullSecrets": [{"name": "pull"}],
+    "nodeSelector": {"kubernetes.io/os": "linux"},
+    "tolerations": [
+        {"key": "dedicated", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 5}
     ],
-)
-def test_invalid_values_are_rejected_with_the_remedy(
-    cluster: Cluster, arguments: list[str], message: str
-) -> None:
-    assert message in rejection(lambda: cluster.helm("template", "x", str(CHART), *arguments))
-
-
-@pytest.mark.parametrize(
-    "arguments, images",
-    [
-        pytest.param([], ["r.example.com/vpmoe/{}:" + APP_VERSION] * 3, id="appVersion"),
-        pytest.param(["--set", "images.tag=dev"], ["r.example.com/vpmoe/{}:dev"] * 3, id="tag"),
-        pytest.param(
-            ["--set", "images.trainer=other/train:2"],
-            [
-                "r.example.com/vpmoe/{}:" + APP_VERSION,
-                "other/train:2",
-                "r.example.com/vpmoe/{}:" + APP_VERSION,
-            ],
-            id="one full reference",
-        ),
+    "topologySpreadConstraints": [
+        {"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway"}
     ],
-)
-def test_the_command_of_the_readme_sets_the_images(
-    cluster: Cluster, arguments: list[str], images: list[str]
-) -> None:
-    printed = cluster.helm("template", "distill-operator", str(CHART), *GIT_SHA, *REGISTRY, *arguments)
-    objects = {obj["kind"]: obj for obj in yaml.safe_load_all(printed) if obj}
-    pod = objects["Deployment"]["spec"]["template"]["spec"]
-    settings = yaml.safe_load(objects["ConfigMap"]["data"]["operator.yaml"])
-    operator, trainer, inference = images
-    for container in [*pod["initContainers"], *pod["containers"]]:
-        assert container["image"] == operator.format("operator")
-    assert settings["images"] == {
-        "trainer": trainer.format("trainer"),
-        "inference": inference.format("inference"),
-    }
-
-
-@pytest.mark.parametrize("namespaces", ["", "team-a,team-b"])
-def test_permissions_name_their_resources(cluster: Cluster, namespaces: str) -> None:
-    objects = render_chart(cluster, *(["--set", f"watchNamespaces={{{namespaces}}}"] if namespaces else []))
-    roles = [obj for obj in objects if obj["kind"] in ("Role", "ClusterRole")]
-    rules = [rule for role in roles for rule in role["rules"]]
-    assert "*" not in json.dumps(rules)
-    cluster_resources = {
-        resource
-        for role in roles
-        if role["kind"] == "ClusterRole"
-        for rule in role["rules"]
-        for resource in rule["resources"]
-    }
-    assert ("secrets" in cluster_resources) is (namespaces == "")
-    assert cluster_resources >= {"nodes", "customresourcedefinitions"}
-    for rule in rules:
-        if "customresourcedefinitions" in rule["resources"]:
-            assert rule["resourceNames"] == [CRD]
-
-
-def test_the_operators_pod_satisfies_the_restricted_standard(cluster: Cluster) -> None:
-    (deployment,) = [obj for obj in render_chart(cluster) if obj["kind"] == "Deployment"]
-    pod = deployment["spec"]["template"]["spec"]
-    assert pod["securityContext"]["runAsNonRoot"] is True
-    for container in [*pod["initContainers"], *pod["containers"]]:
-        assert container["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
+    "affinity": {
+        "podAntiAffinity": {
+            "preferredDuringSchedulingIgnoredDuringExecution": [
+                {
+                    "weight": 1,
+                    "podAffinityTerm": {
+                        "topologyKey": "kubernetes.io/hostname",
+                        "labelSelector": {"matchLabels": {"app.kubernetes.io/name": "distill-operator"}},
+                    },
+                }
+            ]
         }
-        assert "memory" in container["resources"]["limits"]
+    },
+    "networkPolicy": {
+        "enabled": True,
+        "metricsFrom": [{"namespaceSelector": {}}],
+        "apiServerCidrs": ["10.0.0.0/8"],
+        "extraEgress": [{"ports": [{"port": 9000}], "to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]}],
+    },
+    "monitoring": {"enabled": True},
+}
+"""A value for every optional field of the objects."""
 
 
 def test_installation_and_upgrade_update_a_crd_applied_by_kubectl(cluster: Cluster, tmp_path: Path) -> None:
-    """The older CRD has another description and lacks a field."""
+    """The older CRD has another description and lacks a field.
+
+    The namespace enforces the restricted pod security standard.
+    """
     current = yaml.safe_load((ROOT / "manifests/crd.yaml").read_text())
     old = json.loads(json.dumps(current))
     schema = old["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
@@ -131,22 +79,16 @@ def test_installation_and_upgrade_update_a_crd_applied_by_kubectl(cluster: Clust
     cluster.kubectl("apply", "--filename", str(tmp_path / "old.json"))
     assert "ttlAfterFinished" not in crd_schema(cluster)["properties"]["spec"]["properties"]
     namespace = "chart-test"
-    arguments = [
-        "--namespace",
-        namespace,
-        "--create-namespace",
-        "--set",
-        f"watchNamespaces={{{namespace}}}",
-        "--wait",
-        "--timeout",
-        "2m",
-    ]
+    options = ["--set", f"replicas=2,watchNamespaces={{{namespace}}},networkPolicy.enabled=true"]
+    arguments = ["--namespace", namespace, *options, "--wait", "--timeout", "2m"]
+    cluster.kubectl("create", "namespace", namespace)
+    cluster.kubectl("label", "namespace", namespace, "pod-security.kubernetes.io/enforce=restricted")
     try:
-        cluster.helm("install", "second", str(CHART), *DEV, *arguments)
+        cluster.helm("install", "second", CHART, *DEV, *arguments)
         assert "ttlAfterFinished" in crd_schema(cluster)["properties"]["spec"]["properties"]
         cluster.kubectl("apply", "--filename", str(ROOT / "manifests/crd.yaml"))
         cluster.kubectl("apply", "--filename", str(tmp_path / "old.json"))
-        cluster.helm("upgrade", "second", str(CHART), *DEV, *arguments, "--set", "logLevel=debug")
+        cluster.helm("upgrade", "second", CHART, *DEV, *arguments, "--set", "logLevel=debug")
         assert (
             crd_schema(cluster)["description"]
             == current["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["description"]
@@ -165,6 +107,82 @@ def crd_schema(cluster: Cluster) -> dict[str, Any]:
     found = json.loads(cluster.kubectl("get", "crd", CRD, "--output=json"))
     schema: dict[str, Any] = found["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     return schema
+
+
+@pytest.fixture
+def monitors(cluster: Cluster) -> Iterator[None]:
+    """The CRDs of the Prometheus operator, from its Go module. Those of a user's own cluster are kept."""
+    installed = cluster.kubectl("get", "customresourcedefinitions", "--output=name")
+    names = [
+        f"{kind}.monitoring.coreos.com"
+        for kind in ("servicemonitors", "podmonitors")
+        if f"/{kind}.monitoring.coreos.com" not in installed
+    ]
+    for name in names:
+        plural, group = name.split(".", 1)
+        file = binaries.module_folder(PROMETHEUS_OPERATOR) / f"{PROMETHEUS_CRDS}/{group}_{plural}.yaml"
+        cluster.kubectl("create", "--filename", str(file))
+        cluster.kubectl("wait", "--for=condition=Established", f"customresourcedefinition/{name}")
+    yield
+    if names:
+        cluster.kubectl("delete", "customresourcedefinitions", *names)
+
+
+@pytest.mark.parametrize("namespaces", [[], ["default"]])
+def test_the_api_server_accepts_every_object(
+    cluster: Cluster, helm: Path, monitors: None, namespaces: list[str]
+) -> None:
+    """With strict validation: an unknown or misplaced field is an error."""
+    objects = chart.Chart(helm).render({**EVERYTHING, "watchNamespaces": namespaces}, "x", "default")
+    assert {"ServiceMonitor", "PodMonitor", "NetworkPolicy", "PodDisruptionBudget"} <= {
+        obj["kind"] for obj in objects
+    }
+    cluster.kubectl(
+        "create", "--dry-run=server", "--validate=strict", "--filename=-", input=yaml.safe_dump_all(objects)
+    )
+
+
+def test_people_with_edit_and_view_may_edit_and_read_runs(cluster: Cluster, namespace: str) -> None:
+    """Kubernetes adds the chart's roles to its own. Nobody but the operator may write a status."""
+    for role in ("admin", "edit", "view"):
+        cluster.kubectl(
+            "create",
+            "rolebinding",
+            f"{role}s",
+            f"--clusterrole={role}",
+            f"--user={role}er",
+            "--namespace",
+            namespace,
+        )
+
+    def may(role: str, verb: str, subresource: str = "") -> bool:
+        attributes = {
+            "namespace": namespace,
+            "group": "vpmoe.dev",
+            "resource": "distillruns",
+            "subresource": subresource,
+            "verb": verb,
+        }
+        review = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SubjectAccessReview",
+            "spec": {"user": f"{role}er", "resourceAttributes": attributes},
+        }
+        printed = cluster.kubectl("create", "--filename=-", "--output=json", input=json.dumps(review))
+        return bool(json.loads(printed)["status"]["allowed"])
+
+    wait_until(lambda: may("view", "get"), "Kubernetes has added the rules to its roles", 30)
+    assert {
+        (role, verb)
+        for role in ("admin", "edit")
+        for verb in ("create", "patch", "delete")
+        if may(role, verb)
+    } == {(role, verb) for role in ("admin", "edit") for verb in ("create", "patch", "delete")}
+    assert all(may("view", verb) for verb in ("get", "list", "watch"))
+    assert not any(may("view", verb) for verb in ("create", "update", "patch", "delete"))
+    assert not any(
+        may(role, verb, "status") for role in ("admin", "edit", "view") for verb in ("update", "patch")
+    )
 
 
 def test_the_installed_operator_is_ready_and_unprivileged(cluster: Cluster) -> None:

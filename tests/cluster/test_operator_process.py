@@ -1,16 +1,21 @@
 """The operator's process on a real control plane: killed after every write, with a standby, without its
 lease, without Kubeflow."""
 
+import contextlib
+import random
+import secrets
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import yaml
 
 from devcluster import install
 from devcluster.access import Cluster
 from tests.fakes import run_harness
-from tests.fakes.api_proxy import ApiProxy, OperatorProcess, created_kinds
+from tests.fakes.api_proxy import ApiProxy, OperatorProcess, WatchFault, created_kinds
 from tests.fakes.run_harness import STAGES, RunHarness
 from tests.fakes.waiting import answers, wait_until
 
@@ -129,6 +134,159 @@ def test_a_standby_is_healthy_and_takes_over_when_the_leader_is_killed(
 
 def metrics(process: OperatorProcess) -> str:
     return str(urllib.request.urlopen(f"http://127.0.0.1:{process.port}/metrics").read().decode())
+
+
+def test_leaders_that_are_killed_or_frozen_after_any_write_hand_over_without_a_duplicate(
+    harness: RunHarness, cluster: Cluster, proxy: ApiProxy, tmp_path: Path
+) -> None:
+    """Each leader makes one or two writes and is then killed, or frozen until its standby leads: when it is
+    continued, it must not write any more."""
+    seed = secrets.randbelow(1 << 32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    operators: list[OperatorProcess] = []
+    interrupted: dict[str, str] = {}
+
+    def succeeded() -> bool:
+        return harness.status("passed").get("phase") == "Succeeded"
+
+    with contextlib.ExitStack() as proxies:
+
+        def start_operator() -> OperatorProcess:
+            own_proxy = proxies.enter_context(ApiProxy(cluster))
+            identity = f"operator-{len(operators)}"
+            operator = OperatorProcess(own_proxy, tmp_path, harness.namespace, identity, lease_seconds=6)
+            interrupt = operator.freeze if len(operators) % 2 else operator.kill
+            interrupt_after_writes(operator, rng.choice((1, 1, 2)), interrupt, interrupted)
+            operator.start()
+            operators.append(operator)
+            return operator
+
+        leader = start_operator()
+        wait_until(leader.leads, "the first operator leads", 60)
+        three_stages = {"teacher": {"model": "s3://models/none", "gpus": 1}, "stages": STAGES}
+        harness.apply("passed", "steps=4 every=2 pause=0 parts=2", deletionPolicy="Delete", **three_stages)
+        while True:
+            standby = start_operator()
+            wait_until(lambda who=leader.identity: who in interrupted or succeeded(), "a write", 240)  # type: ignore[misc]
+            if succeeded():
+                break
+            wait_until(standby.leads, f"the standby leads; {interrupted}", 60)
+            if leader.process.poll() is None:
+                before = writes_of_runs(leader)
+                leader.thaw()
+                assert leader.process.wait(timeout=60) == 70
+                assert writes_of_runs(leader) == before, "it wrote after it had lost the lease"
+            leader = standby
+        for operator in operators:
+            if operator.process.poll() is None:
+                operator.kill()
+    assert harness.child_names("passed") == sorted(
+        f"passed-{step}-a1" for step in ("preprocess", "rescore", "vanilla", "rescored", "teacherforced")
+    )
+    created = [kind for operator in operators for kind in created_kinds(operator.proxy.writes)]
+    assert sorted(created) == ["jobs"] * 2 + ["pytorchjobs"] * 3
+    assert len(interrupted) > 8, interrupted
+    harness.patch("passed", deletionPolicy="Retain")
+    harness.kubectl(
+        "patch", "distillrun", "passed", "--type=merge", "--patch", '{"metadata":{"finalizers":[]}}'
+    )
+
+
+def interrupt_after_writes(
+    operator: OperatorProcess, count: int, interrupt: Callable[[], None], interrupted: dict[str, str]
+) -> None:
+    """Interrupt the operator after that many writes, before the last is answered. Then `interrupted` has that
+    write, by the operator's identity."""
+    written: list[str] = []
+
+    def after_write(method: str, path: str) -> None:
+        if "/leases" in path or len(written) == count:
+            return
+        written.append(f"{method} {path}")
+        if len(written) == count:
+            interrupt()
+            interrupted[operator.identity] = written[-1]
+
+    operator.proxy.after_write = after_write
+
+
+def writes_of_runs(operator: OperatorProcess) -> int:
+    """The number of writes that the operator has sent, without those of the lease."""
+    return sum(method != "GET" and "/leases" not in path for method, path in operator.proxy.requests)
+
+
+@pytest.mark.parametrize(
+    "other", ["/version", "/api/v1/nodes", "/healthz", "/nothing"], ids=["object", "list", "text", "error"]
+)
+def test_nobody_leads_without_the_lease(
+    harness: RunHarness, proxy: ApiProxy, tmp_path: Path, other: str
+) -> None:
+    """Whatever the response to a request for the lease is."""
+    proxy.rewrite_path = lambda path: other if "/leases" in path else path
+    operator = OperatorProcess(proxy, tmp_path, harness.namespace)
+    operator.start()
+    wait_until(
+        lambda: len(proxy.requests) > 2 or operator.process.poll() is not None,
+        "it asks several times, or ends",
+        60,
+    )
+    assert operator.process.poll() in (None, 70)
+    assert not operator.leads()
+    assert {path for _, path in proxy.requests} == {other}, "it asks for nothing else"
+    operator.kill()
+
+
+def test_watches_that_break_in_each_way_work_again(
+    harness: RunHarness, cluster: Cluster, proxy: ApiProxy, tmp_path: Path
+) -> None:
+    """Each fault breaks the watches of a namespace of its own, and leaves those of another alone. The resync,
+    which would find the runs too, comes once an hour."""
+    faults: dict[str, WatchFault] = {
+        f"{harness.namespace}-{fault.lower().replace(' ', '-')}": fault for fault in get_args(WatchFault)
+    }
+    ends_kopf = [name for name, fault in faults.items() if fault in ("404", "410", "ERROR 500")]
+    namespaces = [harness.namespace, *faults]
+    for namespace in faults:
+        cluster.kubectl("create", "namespace", namespace)
+
+    def apply(run: str) -> None:
+        manifest = yaml.safe_dump(harness.manifest(run, suspend=True))
+        for namespace in namespaces:
+            cluster.kubectl("apply", "--filename=-", f"--namespace={namespace}", input=manifest)
+
+    def wait_until_seen(run: str, namespace: str) -> None:
+        query = ["get", "distillrun", run, f"--namespace={namespace}", "--output=jsonpath={.status.phase}"]
+        wait_until(lambda: bool(cluster.kubectl(*query)), f"{run} is seen in {namespace}", 90, 1)
+
+    def restarted(namespace: str) -> bool:
+        return f'vpmoe_operator_watch_restarts_total{{namespace="{namespace}"' in metrics(operator)
+
+    operator = OperatorProcess(
+        proxy,
+        tmp_path,
+        harness.namespace,
+        settings={"resyncSeconds": 3600, "watchNamespaces": namespaces},
+    )
+    operator.start()
+    wait_until(operator.leads, "the operator leads")
+    apply("before")
+    for namespace in namespaces:
+        wait_until_seen("before", namespace)
+    proxy.watch_fault = lambda path: faults.get(path.partition("/namespaces/")[2].partition("/")[0])
+    wait_until(lambda: all(map(restarted, ends_kopf)), "watches are started again", 120, 1)
+    apply("during")
+    wait_until_seen("during", harness.namespace)
+    proxy.watch_fault = lambda path: None
+    apply("after")
+    for namespace in namespaces:
+        wait_until_seen("after", namespace)
+    assert not restarted(harness.namespace)
+    for probe in ("healthz", "readyz"):
+        assert urllib.request.urlopen(f"http://127.0.0.1:{operator.port}/{probe}").read() == b"ok\n"
+    assert operator.stop() == 0
+    for namespace in faults:
+        cluster.kubectl("delete", "namespace", namespace, "--wait=false")
 
 
 def test_an_operator_exits_when_it_has_lost_its_lease(

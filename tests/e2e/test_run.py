@@ -20,6 +20,7 @@ import yaml
 from demo import sample
 from devcluster.cluster import Cluster
 from tests.fakes.waiting import wait_until
+from vpmoe.provenance import git_sha
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.timeout(1800)  # the first test waits for both runs
@@ -30,7 +31,7 @@ RUNS = {"one-pod": None, "two-pods": 1}
 
 @pytest.fixture(scope="module")
 def environment(cluster: Cluster) -> dict[str, str]:
-    """Environment of an S3 client of the development cluster."""
+    """Environment of an S3 client of the selected cluster."""
     return {
         **os.environ,
         "AWS_ENDPOINT_URL": cluster.s3.endpoint,
@@ -61,7 +62,7 @@ def runs(
         s3_client.upload_file(str(shard), bucket, f"input/{shard.name}")
     manifest = yaml.safe_load((ROOT / "manifests/examples/demo.yaml").read_text())
     manifest["spec"]["dataset"]["source"] = f"s3://{bucket}/input/*.parquet"
-    manifest["spec"]["storage"]["bucket"] = bucket
+    manifest["spec"]["storage"] |= {"bucket": bucket, "endpoint": cluster.s3.pod_endpoint}
     # the Vanilla stage alone; the others are in test_stages.py
     manifest["spec"]["stages"] = [{**manifest["spec"]["stages"][0], "tokens": "8k"}]
     manifest["spec"]["training"]["optimizer"] = {"learningRate": 1.0e-2, "warmupTokens": "1k"}
@@ -89,7 +90,9 @@ def test_a_run_succeeds_and_its_loss_decreases_in_both_spans(runs: dict[str, Any
     status = runs[name]["status"]
     assert status["phase"] == "Succeeded", status.get("message")
     steps = [(step["name"], step["state"]) for step in status["steps"]]
-    assert steps == [("preprocess", "Succeeded"), ("vanilla", "Succeeded"), ("vanilla-evaluate", "Succeeded")]
+    assert steps == [
+        (step, "Succeeded") for step in ("preprocess", "vanilla", "vanilla-evaluate", "vanilla-export")
+    ]
     for span in ("reasoning", "final"):
         assert status["heldOut"]["latest"][span] < status["heldOut"]["before"][span] - 0.5
 
@@ -142,6 +145,26 @@ def test_every_object_in_the_bucket_matches_its_manifest(
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_the_exported_student_answers_from_the_bucket(
+    runs: dict[str, Any], environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The same command lines as a user's."""
+    status = runs["one-pod"]["status"]
+    assert status["model"] == f"{status['provenance']['folder']}/models/vanilla"
+    model = tmp_path / "model"
+    for arguments, expected in (
+        (["export", status["provenance"]["folder"], "--to", str(model)], "Downloading"),
+        (["chat", str(model), "What is a prime?", "--max-tokens", "8"], "Reasoning (medium effort):"),
+    ):
+        command = [sys.executable, "-m", "vpmoe", *arguments]
+        found = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert found.returncode == 0, found.stderr
+        assert expected in found.stdout
+    assert "one-pod" in (model / "README.md").read_text()
+
+
 def test_the_bucket_has_the_documented_layout(runs: dict[str, Any], s3_client: Any, namespace: str) -> None:
     run = runs["one-pod"]
     keys = {
@@ -176,10 +199,13 @@ def test_every_pod_has_its_provenance(cluster: Cluster, namespace: str, runs: di
     for pod in pods:
         labels, annotations = pod["metadata"]["labels"], pod["metadata"]["annotations"]
         run = runs[labels["vpmoe.dev/run"]]
-        assert labels["vpmoe.dev/step"] in ("preprocess", "vanilla", "vanilla-evaluate")
+        assert labels["vpmoe.dev/step"] in ("preprocess", "vanilla", "vanilla-evaluate", "vanilla-export")
         assert labels["vpmoe.dev/attempt"] == "1"
         assert annotations["vpmoe.dev/config"].startswith(run["status"]["config"])
-        assert annotations["vpmoe.dev/git-sha"]
+        steps = {step["name"]: step for step in run["status"]["steps"]}
+        (image,) = steps[labels["vpmoe.dev/step"]]["images"]
+        assert (image["firstAttempt"], image["lastAttempt"], image["commit"]) == (1, 1, git_sha())
+        assert image["digest"].startswith("sha256:")
         assert cluster.kubectl("logs", pod["metadata"]["name"], "--namespace", namespace).strip()
 
 
@@ -189,9 +215,9 @@ def test_kubectl_shows_status_events_and_documentation(
     table = cluster.kubectl("get", "distillruns", "--namespace", namespace).splitlines()
     assert table[0].split() == ["NAME", "PHASE", "STEP", "PROGRESS", "TOKENS/S", "LOSS", "AGE"]
     assert {line.split()[0]: line.split()[1:4] for line in table[1:]} == {
-        name: ["Succeeded", "vanilla-evaluate", "100%"] for name in RUNS
+        name: ["Succeeded", "vanilla-export", "100%"] for name in RUNS
     }
-    for column in ("TEACHER", "CONFIG"):
+    for column in ("TEACHER", "MODEL", "CONFIG"):
         assert column in cluster.kubectl("get", "drun", "--namespace", namespace, "--output=wide")
     described = cluster.kubectl("describe", "distillrun", "one-pod", "--namespace", namespace)
     assert "Succeeded" in described and "Events:" in described

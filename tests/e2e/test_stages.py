@@ -51,7 +51,7 @@ STAGES = [
     },
 ]
 ROLES = ("onpolicy-sampler", "onpolicy-teacher", "onpolicy")
-STEPS = ("preprocess", "rescore", "vanilla", "rescored", "forced", *ROLES)
+STEPS = ("preprocess", "rescore", "vanilla", "rescored", "forced", *ROLES, "onpolicy-export")
 LATEST_KILLS = {
     "preprocess": [2.0],
     "rescore": [40.0],
@@ -61,6 +61,7 @@ LATEST_KILLS = {
     "onpolicy-sampler": [60.0],
     "onpolicy-teacher": [60.0],
     "onpolicy": [40.0, 40.0],
+    "onpolicy-export": [4.0],
 }
 """The latest kill of a step's pods, in seconds after their start; one entry per kill. Most of this time is
 spent in loading vLLM."""
@@ -95,8 +96,8 @@ class StageRuns:
         spec["training"] |= {"globalBatchTokens": 2048, "checkpoint": {"everyTokens": "4k", "keep": 2}}
         spec["stages"] = stages
         spec["evaluation"] = {"everyTokens": "8k", "documents": 8, "completions": 0}
-        spec["storage"]["bucket"] = bucket
-        spec["runtime"] = {"attempts": 20}
+        spec["storage"] |= {"bucket": bucket, "endpoint": self.cluster.s3.pod_endpoint}
+        spec["runtime"]["attempts"] = 20
         self.kubectl("apply", "--filename", "-", input=yaml.safe_dump(document))
 
     def get(self, name: str) -> dict[str, Any]:
@@ -257,6 +258,18 @@ def test_kills_do_not_change_the_bits_of_the_weights(bench: StageRuns, stage: st
     undisturbed, killed = ({subject["name"]: subject["digest"] for subject in end["subject"]} for end in ends)
     assert undisturbed == killed
     assert "rank-00000.safetensors" in undisturbed
+
+
+def test_kills_do_not_change_the_bytes_of_the_exported_model(bench: StageRuns) -> None:
+    """Except those of its card, which names the run."""
+    models = []
+    for name in ("undisturbed", "killed"):
+        url = bench.get(name)["status"]["model"]
+        assert url == bench.step(name, "onpolicy-export")["model"]
+        subjects = bench.read_manifest(f"{url}/manifest.json")["subject"]
+        models.append({found["name"]: found["digest"] for found in subjects if found["name"] != "README.md"})
+    assert models[0] == models[1]
+    assert {"config.json", "tokenizer.json", "chat_template.jinja"} < set(models[0])
 
 
 def test_kills_do_not_change_the_bytes_of_the_scores(bench: StageRuns) -> None:

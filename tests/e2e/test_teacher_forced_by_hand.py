@@ -48,9 +48,8 @@ def jobs(
 ) -> Iterator[LocalJobs]:
     """A bucket with a dataset and a teacher."""
     folder = tmp_path_factory.mktemp("forced")
-    with prepared_bucket(s3, [*sample_parquet, *real_parquet], folder, STAGES) as it:
-        for path in tiny_teacher.write(folder / "teacher", hidden_size=WIDTH).iterdir():
-            it.bucket.put_file(f"models/teacher/{path.name}", path, {})
+    teacher = tiny_teacher.write(folder / "teacher", hidden_size=WIDTH)
+    with prepared_bucket(s3, [*sample_parquet, *real_parquet], folder, STAGES, teacher) as it:
         yield it
 
 

@@ -5,7 +5,6 @@ All runs have a few steps and one dataset of the sample and further real rows. T
 process needs ten seconds for its imports.
 """
 
-import json
 import os
 import random
 import re
@@ -13,6 +12,7 @@ import secrets
 import signal
 import socket
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,8 +30,11 @@ from tests.fakes.local_jobs import (
     run_until,
 )
 from tests.fakes.store import S3
+from vpmoe.api.progress import Progress
 from vpmoe.checkpoint.train_state import list_iterations
+from vpmoe.failure import read_record
 from vpmoe.model.shapes import SHAPES
+from vpmoe.process.launcher import free_port
 from vpmoe.storage import paths
 
 
@@ -94,12 +97,20 @@ def two_pods(jobs: LocalJobs) -> Path:
             PET_MASTER_PORT=port,
             RANK=str(node),
             WORLD_SIZE="2",
+            VPMOE_TERMINATION_LOG=str(jobs.folder / f"pod-{node}"),
         )
         for node in range(2)
     ]
     logs = [pod.communicate(timeout=400)[1] for pod in pods]
     assert [pod.returncode for pod in pods] == [0, 0], logs
     return file
+
+
+def test_both_pods_record_their_success_and_the_first_the_progress(jobs: LocalJobs, two_pods: Path) -> None:
+    first, second = (read_record(jobs.folder / f"pod-{node}") for node in range(2))
+    assert first is not None and second is not None
+    assert (first.kind, second.kind, second.progress) == ("Succeeded", "Succeeded", None)
+    assert first.progress == read_progress(jobs, two_pods)
 
 
 def test_the_loss_decreases_on_real_rows_in_both_spans(jobs: LocalJobs, uninterrupted: Path) -> None:
@@ -174,10 +185,21 @@ def test_a_finished_stage_is_not_trained_again(jobs: LocalJobs, uninterrupted: P
     jobs.bucket.delete(
         paths.progress(read_run(uninterrupted), "vanilla")
     )  # as if it had been killed before its last report
-    assert f"Stage vanilla has already finished: {len(steps)} steps" in jobs.finish(
-        "train", uninterrupted, "--step", "vanilla", "--attempt", "2"
+    termination = jobs.folder / "finished"
+    process = jobs.start(
+        "train",
+        uninterrupted,
+        "--step",
+        "vanilla",
+        "--attempt",
+        "2",
+        VPMOE_TERMINATION_LOG=str(termination),
     )
+    log = process.communicate(timeout=400)[1]
+    assert process.returncode == 0 and f"Stage vanilla has already finished: {len(steps)} steps" in log
     progress = read_progress(jobs, uninterrupted)
+    record = read_record(termination)
+    assert record is not None and (record.kind, record.progress) == ("Succeeded", progress)
     assert (
         progress.state == "Succeeded"
         and progress.message == "Finished by attempt 1"
@@ -219,16 +241,36 @@ def test_two_stopped_and_killed_processes_end_with_the_same_bits_as_two_pods(
     termination = jobs.folder / "termination-log"
     termination.touch()
     steps = len(logged_steps(jobs, two_pods))
-    process = jobs.start("train", file, "--step", "vanilla", VPMOE_TERMINATION_LOG=str(termination))
-    run_until(process, f"step 1 of {steps}:", lambda: process.send_signal(signal.SIGTERM))
-    message = json.loads(termination.read_bytes())
-    assert process.returncode == 143 and (message["class"], message["exit"]) == ("Terminated", 143)
+    port = free_port()
+    process = jobs.start(
+        "train",
+        file,
+        "--step",
+        "vanilla",
+        VPMOE_TERMINATION_LOG=str(termination),
+        VPMOE_SERVE_PORT=str(port),
+    )
+    served: dict[str, str] = {}
+
+    def read_and_stop() -> None:
+        for path in ("progress", "metrics"):
+            served[path] = urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}").read().decode()
+        process.send_signal(signal.SIGTERM)
+
+    run_until(process, f"step 1 of {steps}:", read_and_stop)
+    record = read_record(termination)
+    assert process.returncode == 143
+    assert record is not None and (record.kind, record.exit) == ("Terminated", 143)
     stopped = read_progress(jobs, file)
     assert (
         stopped.state == "Running"
         and stopped.checkpoint is not None
-        and f"after step {stopped.checkpoint.iteration} of" in message["message"]
+        and f"after step {stopped.checkpoint.iteration} of" in record.message
     )
+    assert record.progress == stopped, "whichever rank wrote the record first"
+    running = Progress.model_validate_json(served["progress"])
+    assert (running.step, running.attempt, running.state) == ("vanilla", 1, "Running")
+    assert 'vpmoe_train_step{namespace="default",run="stopped",stage="vanilla"}' in served["metrics"]
 
     kill_in_random_step(jobs, file, stopped.checkpoint.iteration + 1, steps, "--attempt", "2")
     jobs.finish("train", file, "--step", "vanilla", "--attempt", "3")

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Literal, Self
 
 import aiohttp
 import yaml
@@ -42,11 +42,16 @@ HOP_BY_HOP = {
     "authorization",
 }
 SETTINGS = {
-    "gitSha": "f" * 40,
     "images": {"trainer": run_harness.IMAGE, "inference": run_harness.IMAGE},
     "resyncSeconds": 1,
+    "pollSeconds": 1,
     "backoff": {"baseSeconds": 0.5, "limitSeconds": 5},
 }
+
+
+WatchFault = Literal["404", "410", "ERROR 410", "ERROR 500", "silent", "cut"]
+"""How a watch breaks: an error instead of a stream, an ERROR in the stream, no more data, a lost connection.
+Streams that have begun break too."""
 
 
 @dataclass
@@ -54,13 +59,17 @@ class ApiProxy:
     """Forwards requests.
 
     `after_write` is called after a write has succeeded and before it is answered; `rewrite_path` changes
-    paths.
+    paths; `watch_fault` returns what is wrong with watches of a path.
     """
 
     cluster: Cluster
     after_write: Callable[[str, str], None] = lambda method, path: None
     rewrite_path: Callable[[str], str] = lambda path: path
+    watch_fault: "Callable[[str], WatchFault | None]" = lambda path: None
     writes: list[tuple[str, str]] = field(default_factory=list)
+    """Writes that have succeeded."""
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    """All requests, before they are forwarded."""
     url: str = ""
 
     def __enter__(self) -> Self:
@@ -91,16 +100,18 @@ class ApiProxy:
         self._loop.run_forever()
 
     async def _listen(self) -> None:
+        self._over = asyncio.Event()
         self._session = aiohttp.ClientSession(auto_decompress=False)
         app = web.Application(client_max_size=2**24)
         app.router.add_route("*", "/{path:.*}", self._pass)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1, handler_cancellation=True)
         await self._runner.setup()
         listener = socket.create_server(("127.0.0.1", 0))
         await web.SockSite(self._runner, listener).start()
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
 
     async def _end(self) -> None:
+        self._over.set()
         await self._runner.cleanup()
         await self._session.close()
 
@@ -111,8 +122,13 @@ class ApiProxy:
         } | self._headers
         url = f"{self._server}{path}" + (f"?{request.query_string}" if request.query_string else "")
         body = await request.read()
+        self.requests.append((request.method, path))
+        watches = "watch" in request.query
+        fault = self.watch_fault(path) if watches else None
+        if fault in ("404", "410"):
+            return web.json_response(error_status(int(fault)), status=int(fault))
         async with self._session.request(
-            request.method, url, data=body, headers=headers, ssl=self._tls
+            request.method, url, data=body or None, headers=headers, ssl=self._tls
         ) as answer:
             if request.method in WRITES:
                 content = await answer.read()
@@ -123,9 +139,53 @@ class ApiProxy:
             response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
             with contextlib.suppress(ConnectionResetError):  # the client is dead
                 await response.prepare(request)
-                async for chunk in answer.content.iter_any():
-                    await response.write(chunk)
+                breaking = asyncio.create_task(self._wait_for_fault(path)) if watches else None
+                try:
+                    await self._forward(request, answer, response, breaking)
+                finally:
+                    if breaking is not None:
+                        breaking.cancel()
             return response
+
+    async def _forward(
+        self,
+        request: web.Request,
+        answer: aiohttp.ClientResponse,
+        response: web.StreamResponse,
+        breaking: asyncio.Task[WatchFault] | None,
+    ) -> None:
+        """Forward the body, until `breaking` returns what is wrong with it."""
+        while True:
+            reading = asyncio.ensure_future(answer.content.readany())
+            try:
+                await asyncio.wait(
+                    {reading, *([breaking] if breaking else [])}, return_when="FIRST_COMPLETED"
+                )
+                if breaking is None or not breaking.done():
+                    chunk = reading.result()
+                    if not chunk:
+                        return
+                    await response.write(chunk)
+                    continue
+            finally:
+                reading.cancel()
+                with contextlib.suppress(asyncio.CancelledError, aiohttp.ClientError):
+                    await reading
+            fault = breaking.result()
+            if fault == "silent":
+                await self._over.wait()
+            elif fault.startswith("ERROR"):
+                event = {"type": "ERROR", "object": error_status(int(fault[-3:]))}
+                await response.write(json.dumps(event).encode() + b"\n")
+            elif request.transport is not None:
+                request.transport.abort()
+            return
+
+    async def _wait_for_fault(self, path: str) -> WatchFault:
+        """Poll until a watch of the path is to break."""
+        while (fault := self.watch_fault(path)) is None:
+            await asyncio.sleep(0.1)
+        return fault
 
 
 @dataclass
@@ -138,6 +198,8 @@ class OperatorProcess:
     identity: str = "one"
     lease_seconds: int = 60
     port: int = field(default_factory=free_port)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings that differ from SETTINGS."""
 
     def start(self) -> None:
         """Start the process. Does not wait."""
@@ -149,13 +211,14 @@ class OperatorProcess:
             "users": [{"name": "proxy", "user": {"token": "the proxy has the real one"}}],
             "contexts": [{"name": "proxy", "context": {"cluster": "proxy", "user": "proxy"}}],
         }
-        (self.folder / "kubeconfig").write_text(json.dumps(kubeconfig))
+        (self.folder / f"{self.identity}-kubeconfig").write_text(json.dumps(kubeconfig))
         lease = {"name": "distill-operator", "seconds": self.lease_seconds}
-        settings = {**SETTINGS, "watchNamespaces": [self.namespace], "port": self.port, "lease": lease}
-        (self.folder / "operator.yaml").write_text(yaml.safe_dump(settings))
+        own = {"watchNamespaces": [self.namespace], "port": self.port, "lease": lease}
+        settings = {**SETTINGS, **own, **self.settings}
+        (self.folder / f"{self.identity}.yaml").write_text(yaml.safe_dump(settings))
         command = [
             "--config",
-            str(self.folder / "operator.yaml"),
+            str(self.folder / f"{self.identity}.yaml"),
             "--namespace",
             install.NAMESPACE,
             "--identity",
@@ -164,7 +227,7 @@ class OperatorProcess:
         environment = {
             **os.environ,
             "PYTHONPATH": ".:operator",
-            "KUBECONFIG": str(self.folder / "kubeconfig"),
+            "KUBECONFIG": str(self.folder / f"{self.identity}-kubeconfig"),
         }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -184,6 +247,14 @@ class OperatorProcess:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
+    def freeze(self) -> None:
+        """SIGSTOP."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        self.process.send_signal(signal.SIGCONT)
+
     def stop(self) -> int:
         """SIGTERM. Returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
@@ -191,6 +262,18 @@ class OperatorProcess:
 
     def leads(self) -> bool:
         return f"{self.identity} holds lease" in self.log.read_text()
+
+
+def error_status(code: int) -> dict[str, Any]:
+    """An error as the API server returns it."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Status",
+        "status": "Failure",
+        "code": code,
+        "reason": {404: "NotFound", 410: "Expired"}.get(code, "InternalError"),
+        "message": "broken by the proxy",
+    }
 
 
 def created_kinds(writes: list[tuple[str, str]]) -> list[str]:

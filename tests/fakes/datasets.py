@@ -39,7 +39,8 @@ def random_documents(random: np.random.Generator, count: int, longest: int = 40)
 
 
 def write_dataset(bucket: Bucket, train: Sequence[Documents], valid: Sequence[Documents]) -> Manifest:
-    """Write a dataset of these parts. Every second document has the exercise "even", the others none."""
+    """Write a dataset of these parts. Every second document has the exercise "even", the others
+    none, written in the three ways of earlier writers."""
     folder, subjects, facts = f"datasets/{HEX}", [], {}
     for split, parts in (("train", train), ("valid", valid)):
         for number, documents in enumerate(parts):
@@ -47,7 +48,11 @@ def write_dataset(bucket: Bucket, train: Sequence[Documents], valid: Sequence[Do
             table = pa.table(
                 {
                     "exercise": pa.array(
-                        ["even" if d % 2 == 0 else None for d in range(len(documents))], pa.string()
+                        [
+                            "even" if d % 2 == 0 else (None, "", " ")[d // 2 % 3]
+                            for d in range(len(documents))
+                        ],
+                        pa.string(),
                     )
                 }
             )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
+from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -42,7 +43,7 @@ def serve(name: str, files: dict[str, bytes], kind: str = "datasets") -> Iterato
             elif path == f"/api/{kind}/{name}/tree/{COMMIT}":
                 self.respond(200, [{"type": "file", **blob} for blob in blobs])
             elif path.startswith(f"{root}/resolve/{COMMIT}/"):
-                data = files[path.partition(f"/{COMMIT}/")[2]]
+                data = files[unquote(path.partition(f"/{COMMIT}/")[2])]
                 start, stop = re.findall(r"\d+", self.headers.get("Range", "")) or (0, len(data) - 1)
                 self.respond(206 if "Range" in self.headers else 200, data[int(start) : int(stop) + 1])
             else:

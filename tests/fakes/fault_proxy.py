@@ -10,7 +10,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPResponse
@@ -19,7 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-Kind = Literal["503", "lost", "reset", "truncated", "flipped", "stalled", "unconditional", "held"]
+Kind = Literal[
+    "503", "lost", "reset", "truncated", "flipped", "stalled", "unconditional", "held", "edited", "answered"
+]
+
+type Response = tuple[int, dict[str, str], bytes]
+"""Status, headers with names in lower case, and body."""
 
 
 @dataclass
@@ -30,12 +35,14 @@ class Fault:
     without a response. reset: half of the body, then a TCP reset. truncated: half of the body, then an
     orderly close. flipped: one bit of the body is flipped. stalled: no response for two seconds.
     unconditional: the response to a failed condition (412) becomes 200. held: forwarded only when
-    `FaultProxy.release` is set.
+    `FaultProxy.release` is set. edited: `edit` gives the response for the one of the server.
+    answered: not forwarded; the response is what `edit` makes of an empty one.
     """
 
     kind: Kind
     request: str
     times: int = 1_000_000
+    edit: Callable[[Response], Response] | None = None
 
 
 class FaultProxy(ThreadingHTTPServer):
@@ -63,14 +70,14 @@ class FaultProxy(ThreadingHTTPServer):
         self.faults, self.requests, self.headers = [], [], []
         self.release.clear()
 
-    def record_request(self, request: str) -> Kind | None:
+    def record_request(self, request: str) -> Fault | None:
         """Record a request; return its fault, if any."""
         with self._lock:
             self.requests.append(request)
             for fault in self.faults:
                 if fault.times and re.search(fault.request, request):
                     fault.times -= 1
-                    return fault.kind
+                    return fault
         return None
 
     def count(self, pattern: str) -> int:
@@ -91,7 +98,8 @@ class Handler(BaseHTTPRequestHandler):
         """Handle a request of any method."""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
-        fault = self.server.record_request(f"{self.command} {self.path}")
+        found = self.server.record_request(f"{self.command} {self.path}")
+        fault = found.kind if found else None
         if fault == "503":
             self.respond(503, [("Content-Length", "0")], b"")
             return
@@ -99,6 +107,9 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(2)
         if fault == "held":
             self.server.release.wait(20)
+        if found and found.edit and fault == "answered":
+            self.respond_edited(found.edit((0, {}, b"")))
+            return
         response, content = self.forward(body)
         if fault == "lost":
             self.close_connection = True
@@ -107,6 +118,10 @@ class Handler(BaseHTTPRequestHandler):
             content = content[:-1] + bytes([content[-1] ^ 1])
         if fault == "unconditional" and response.status == 412:
             self.respond(200, [("Content-Length", "0"), ("ETag", '"x"')], b"")
+            return
+        if found and found.edit:
+            given = {name.lower(): value for name, value in response.getheaders()}
+            self.respond_edited(found.edit((response.status, given, content)))
             return
         half = fault in ("reset", "truncated")
         if fault == "reset":
@@ -130,6 +145,15 @@ class Handler(BaseHTTPRequestHandler):
         content = response.read()
         connection.close()
         return response, content
+
+    def respond_edited(self, response: Response) -> None:
+        """Send a response with the length of its body."""
+        status, headers, content = response
+        if self.command == "HEAD":
+            content = b""
+        else:
+            headers["content-length"] = str(len(content))
+        self.respond(status, list(headers.items()), content)
 
     def respond(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
         """Send a response to the client."""

@@ -1,6 +1,7 @@
 """Invalid DistillRuns by name, each with the expected message: one table for both validators."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from tests.fakes.valid_specs import DROP, FORCED, GATED, MINIMAL, ONPOLICY, RESCORED, Changes, phases
 from vpmoe.api.stages import BUILT_IN_STEPS
@@ -130,6 +131,23 @@ INVALID: dict[str, InvalidSpec] = {
         "must be at least 1",
         "should be greater than or equal to 1",
     ),
+    "no interruption": InvalidSpec(
+        {"spec.runtime.interruptions": 0},
+        "spec.runtime.interruptions",
+        "must be at least 1",
+        "should be greater than or equal to 1",
+    ),
+    "another reaction to a stall": InvalidSpec(
+        {"spec.runtime.onStall": "Delete"},
+        "spec.runtime.onStall",
+        '"Delete" must be one of Report, Restart',
+        'spec.runtime.onStall: Unsupported value: "Delete": supported values: "Report", "Restart"',
+    ),
+    "a restart of every attempt at once": InvalidSpec(
+        {"spec.runtime.onStall": "Restart", "spec.runtime.stalledAfter": "0h0s"},
+        "spec.runtime.onStall",
+        "Restart needs a stalledAfter above 0s",
+    ),
     "a share above 1": InvalidSpec(
         {"spec.dataset.sampling.memorizationMax": 1.1},
         "spec.dataset.sampling.memorizationMax",
@@ -158,7 +176,7 @@ INVALID: dict[str, InvalidSpec] = {
     "a source that is a path": InvalidSpec(
         {"spec.dataset.source": "/data"},
         "spec.dataset.source",
-        "must be s3://bucket/path/*.parquet, or hf://",
+        "must be s3://bucket/path/*.parquet, s3://bucket/**/*.parquet for a whole bucket, or hf://",
     ),
     "a source without a path": InvalidSpec(
         {"spec.dataset.source": "s3://corpora"}, "spec.dataset.source", "must be s3://bucket/path/*.parquet"
@@ -421,13 +439,6 @@ INVALID: dict[str, InvalidSpec] = {
         "stage gated: require.validity 0.8 is not measured if evaluation.completions is 0. Raise "
         "evaluation.completions, or set require.validity to 0.",
     ),
-    "early stop by validity in Vanilla": InvalidSpec(
-        {"spec.stages": [{**MINIMAL["spec"]["stages"][0], "stop": {"minValidity": 0.9}}]},
-        "spec.stages",
-        "stop.minValidity is above 0, but a stage of kind Vanilla does not sample and cannot measure "
-        "validity. "
-        "Set it to 0.",
-    ),
     "early stop without held-out documents": InvalidSpec(
         {"spec.stages": [{**MINIMAL["spec"]["stages"][0], "stop": {}}], "spec.evaluation.documents": 0},
         "spec.stages",
@@ -446,5 +457,232 @@ INVALID: dict[str, InvalidSpec] = {
         "spec.runtime.resources.train",
         "nvidia.com/gpu cannot be set here. Use student.gpus, student.gpusPerPod, sampler.gpus and "
         "teacher.gpus.",
+    ),
+    "a variable that is set twice": InvalidSpec(
+        {"spec.runtime.env": [{"name": "A", "value": "1"}, {"name": "B"}, {"name": "A", "value": "1"}]},
+        "spec.runtime.env",
+        "A is set twice. Remove one.",
+    ),
+    "a card without a unit": InvalidSpec(
+        {"spec.runtime.gpuMemory": "80"},
+        "spec.runtime.gpuMemory",
+        'must be the memory of one GPU in whole G or Gi, such as "80G", "80Gi" or "141G"',
+    ),
+    "a card on which two ranks do not fit": InvalidSpec(
+        {"spec.runtime.gpuMemory": "80Gi", "spec.student.gpus": 2},
+        "spec.runtime.gpuMemory",
+        "stage first: training vpmoe-6b on 2 GPUs takes 82 GiB of each, more than 80Gi. Give the stage more "
+        "GPUs (raise student.gpus or lower sampler.gpus), raise student.expertParallel, lower "
+        "training.sequenceLength, or use GPUs with more memory and name it here.",
+    ),
+    "a card on which the ranks beside a sampler do not fit": InvalidSpec(
+        {
+            "spec.runtime.gpuMemory": "80G",
+            "spec.student.gpus": 7,
+            "spec.stages": [{**ONPOLICY, "sampler": {"gpus": 6}}],
+        },
+        "spec.runtime.gpuMemory",
+        "stage onpolicy: training vpmoe-6b on 1 GPUs takes 116 GiB of each, more than 80G.",
+    ),
+    "a card that long sequences do not fit on": InvalidSpec(
+        {
+            "spec.runtime.gpuMemory": "80Gi",
+            "spec.training.sequenceLength": 131_072,
+            "spec.training.globalBatchTokens": "1M",
+        },
+        "spec.runtime.gpuMemory",
+        "stage first: training vpmoe-6b on 7 GPUs takes 88 GiB of each, more than 80Gi.",
+    ),
+    "an export of a stage that does not exist": InvalidSpec(
+        {"spec.export": {"stages": ["first", "last"]}},
+        "spec.export.stages",
+        "last is not the name of a stage. Name stages of spec.stages, or write [] to export none.",
+    ),
+    "a stage that is exported twice": InvalidSpec(
+        {"spec.export": {"stages": ["first", "first"]}},
+        "spec.export.stages",
+        "first is named twice. Remove one.",
+    ),
+    "a variable whose name is no name": InvalidSpec(
+        {"spec.runtime.env": [{"name": "1-x"}]},
+        "spec.runtime.env[0].name",
+        "must be the name of an environment variable",
+    ),
+}
+INVALID |= {
+    f"the reserved variable {name}": InvalidSpec(
+        {"spec.runtime.env": [{"name": "FREE"}, {"name": name, "value": "x"}]},
+        "spec.runtime.env[1].name",
+        f"{name} is reserved: the operator, Kubernetes or the launcher sets it. Remove it.",
+    )
+    for name in ("VPMOE_IMAGE", "VPMOE_", "AWS_ACCESS_KEY_ID", "HOME", "TMPDIR", "PET_NNODES", "WORLD_SIZE")
+}
+
+
+def _env(name: str, **fields: Any) -> Changes:
+    return {"spec.runtime.env": [{"name": name, **fields}]}
+
+
+def _train(**resources: Any) -> Changes:
+    return {"spec.runtime.resources": {"train": resources}}
+
+
+IS_CREDENTIAL = (
+    "{} holds a credential, and what is written here or in a ConfigMap can be read by everybody who may read "
+    "runs. Put it into a Secret, and name that in valueFrom.secretKeyRef or in runtime.envFrom."
+)
+INVALID |= {
+    f"{name} in plain text": InvalidSpec(
+        _env(name, value="x"), "spec.runtime.env[0].name", IS_CREDENTIAL.format(name)
+    )
+    for name in (
+        "HF_TOKEN",
+        "TOKEN",
+        "hf_token",
+        "PROXY_PASSWORD",
+        "CLIENT_SECRET",
+        "WANDB_API_KEY",
+        "SSH_PRIVATE_KEY",
+    )
+}
+INVALID |= {
+    f"the key {key} as a label": InvalidSpec(
+        {"spec.runtime.podLabels": {"team": "a", key: "x"}}, "spec.runtime.podLabels", f"{key} is reserved: "
+    )
+    for key in (
+        "vpmoe.dev/run",
+        "a.vpmoe.dev/b",
+        "app.kubernetes.io/part-of",
+        "kubernetes.io/metadata.name",
+        "batch.kubernetes.io/job-name",
+        "k8s.io/a",
+        "cluster-autoscaler.kubernetes.io/safe-to-evict",
+        "training.kubeflow.org/job-name",
+        "kueue.x-k8s.io/queue-name",
+        "job-name",
+    )
+}
+INVALID |= {
+    f"the key {key} as an annotation": InvalidSpec(
+        {"spec.runtime.podAnnotations": {"note": "a", key: "x"}},
+        "spec.runtime.podAnnotations",
+        f"{key} is reserved: ",
+    )
+    for key in (
+        "vpmoe.dev/run-document",
+        "container.apparmor.security.beta.kubernetes.io/pytorch",
+        "training.kubeflow.org/a",
+    )
+}
+INVALID |= {
+    "a credential in a ConfigMap": InvalidSpec(
+        _env("HF_TOKEN", valueFrom={"configMapKeyRef": {"name": "a", "key": "b"}}),
+        "spec.runtime.env[0].name",
+        IS_CREDENTIAL.format("HF_TOKEN"),
+    ),
+    "a proxy with a password": InvalidSpec(
+        _env("HTTPS_PROXY", value="http://me:hunter2@proxy:3128"),
+        "spec.runtime.env[0].value",
+        "the URL in HTTPS_PROXY holds a password, which everybody can read who may read runs. Put the whole "
+        "value into a Secret",
+    ),
+    "a value and a source": InvalidSpec(
+        _env("A", value="a", valueFrom={"secretKeyRef": {"name": "a", "key": "a"}}),
+        "spec.runtime.env[0].valueFrom",
+        "A has a value and a valueFrom. Remove one.",
+    ),
+    "a source that is none": InvalidSpec(
+        _env("A", valueFrom={}),
+        "spec.runtime.env[0].valueFrom",
+        "needs one of secretKeyRef and configMapKeyRef, and not both.",
+    ),
+    "a source that is two": InvalidSpec(
+        _env(
+            "A",
+            valueFrom={
+                "secretKeyRef": {"name": "a", "key": "a"},
+                "configMapKeyRef": {"name": "a", "key": "a"},
+            },
+        ),
+        "spec.runtime.env[0].valueFrom",
+        "needs one of secretKeyRef and configMapKeyRef, and not both.",
+    ),
+    "a key that is none": InvalidSpec(
+        _env("A", valueFrom={"secretKeyRef": {"name": "a", "key": "a b"}}),
+        "spec.runtime.env[0].valueFrom.secretKeyRef.key",
+        "must be a key of a Secret or ConfigMap",
+    ),
+    "a reserved variable of a Secret": InvalidSpec(
+        _env("AWS_SECRET_ACCESS_KEY", valueFrom={"secretKeyRef": {"name": "a", "key": "a"}}),
+        "spec.runtime.env[0].name",
+        "AWS_* follow from storage.credentialsSecret, endpoint, region and caSecret",
+    ),
+    "envFrom of nothing": InvalidSpec(
+        {"spec.runtime.envFrom": [{"prefix": "A_"}]},
+        "spec.runtime.envFrom[0]",
+        "needs one of secretRef and configMapRef, and not both.",
+    ),
+    "a reserved prefix": InvalidSpec(
+        {"spec.runtime.envFrom": [{"prefix": "AWS_S3_", "secretRef": {"name": "a"}}]},
+        "spec.runtime.envFrom[0].prefix",
+        "AWS_S3_ makes reserved names",
+    ),
+    "a prefix that is none": InvalidSpec(
+        {"spec.runtime.envFrom": [{"prefix": "A-", "secretRef": {"name": "a"}}]},
+        "spec.runtime.envFrom[0].prefix",
+        "must begin the names of environment variables",
+    ),
+    "a label's key that is none": InvalidSpec(
+        {"spec.runtime.podLabels": {"a b": "c"}}, "spec.runtime.podLabels", "a b is no key."
+    ),
+    "a label's value that is none": InvalidSpec(
+        {"spec.runtime.podLabels": {"team": "a b"}},
+        "spec.runtime.podLabels.team",
+        "must be a label's value",
+        "spec.runtime.podLabels[team]",
+    ),
+    "a resource that is none": InvalidSpec(
+        _train(requests={"gpu": 1}), "spec.runtime.resources.train.requests", "gpu is no resource: write cpu"
+    ),
+    "half a device": InvalidSpec(
+        _train(limits={"rdma/hca": "500m"}),
+        "spec.runtime.resources.train.limits",
+        "rdma/hca is counted in whole numbers.",
+    ),
+    "a device with another limit": InvalidSpec(
+        _train(requests={"rdma/hca": 1}, limits={"rdma/hca": 2}),
+        "spec.runtime.resources.train.limits",
+        "rdma/hca differs from its request.",
+    ),
+    "huge pages alone": InvalidSpec(
+        _train(limits={"hugepages-2Mi": "1Gi"}),
+        "spec.runtime.resources.train",
+        "huge pages need cpu or memory beside them. Add one.",
+    ),
+    "another capability": InvalidSpec(
+        {"spec.runtime.capabilities": ["SYS_ADMIN"]},
+        "spec.runtime.capabilities[0]",
+        "must be IPC_LOCK",
+        'spec.runtime.capabilities[0]: Unsupported value: "SYS_ADMIN": supported values: "IPC_LOCK"',
+    ),
+    "shared memory in words": InvalidSpec(
+        {"spec.runtime.sharedMemory": "half"}, "spec.runtime.sharedMemory", "must be a quantity"
+    ),
+    "the network of the node": InvalidSpec(
+        {"spec.runtime.hostNetwork": True},
+        "spec.runtime.hostNetwork",
+        "there is no such field",
+        'unknown field "spec.runtime.hostNetwork"',
+    ),
+    "a cache without a claim": InvalidSpec(
+        {"spec.runtime.teacherCache": {}},
+        "spec.runtime.teacherCache.claimName",
+        "is required",
+        "spec.runtime.teacherCache.claimName: Required value",
+    ),
+    "a cache in a path": InvalidSpec(
+        {"spec.runtime.teacherCache": {"claimName": "/mnt"}},
+        "spec.runtime.teacherCache.claimName",
+        "must be the name of a PersistentVolumeClaim",
     ),
 }

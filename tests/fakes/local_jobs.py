@@ -79,9 +79,11 @@ class LocalJobs:
 
 @contextmanager
 def prepared_bucket(
-    s3: S3, rows: list[Path], folder: Path, stages: list[dict[str, Any]]
+    s3: S3, rows: list[Path], folder: Path, stages: list[dict[str, Any]], teacher: Path | None = None
 ) -> Iterator[LocalJobs]:
-    """A bucket with the dataset of these rows, for runs with these stages."""
+    """A bucket with the dataset of these rows and the teacher, for runs with these stages. Stages that need a
+    teacher need it from preprocessing on, which reads its configuration.
+    """
     name = f"by-hand-{secrets.token_hex(4)}"
     (s3.folder / name).mkdir()
     spec = {
@@ -108,6 +110,8 @@ def prepared_bucket(
     it.bucket = Bucket.open(DistillRun.parse(yaml.safe_load(file.read_text())).spec.storage)
     for number, path in enumerate(rows):
         it.bucket.put_file(f"input/{number:03d}.parquet", path, {})
+    for path in teacher.iterdir() if teacher is not None else ():
+        it.bucket.put_file(f"models/teacher/{path.name}", path, {})
     it.finish("preprocess", file)
     yield it
     for process in it.started:

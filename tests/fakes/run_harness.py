@@ -6,6 +6,7 @@ Only the jobs are fake: tests/fakes/standin.
 import copy
 import json
 import secrets
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -18,16 +19,16 @@ import httpx2
 import pytest
 import yaml
 from distill_operator.kube import DISTILLRUN, EVENT, JOB, POD, PYTORCHJOB, Kind
-from lightkube.config import client_adapter
-from lightkube.config.kubeconfig import KubeConfig
+from kubernetes.client import Configuration
+from kubernetes.config import load_kube_config
 
 from devcluster import ClusterError, install
 from devcluster.access import Cluster
 
 ROOT = Path(__file__).parents[2]
-IMAGE = "vpmoe/standin:dev"
+IMAGE = "localhost/vpmoe/standin:dev"
 IMAGES = ["--set", f"images.trainer={IMAGE}", "--set", f"images.inference={IMAGE}"]
-FAST = ["--set", "resyncSeconds=2", "--set", "backoff.baseSeconds=1", *IMAGES]
+FAST = ["--set", "resyncSeconds=2", "--set", "pollSeconds=2", "--set", "backoff.baseSeconds=1", *IMAGES]
 """Helm values with the stand-in images and short intervals."""
 
 
@@ -40,6 +41,15 @@ def upgrade_operator(cluster: Cluster, *arguments: str) -> None:
 def restore_operator(cluster: Cluster) -> None:
     """Upgrade the operator to the development values."""
     install.operator(cluster)
+
+
+def api_client(kubeconfig: Path) -> httpx2.Client:
+    """A client of the API server, with the client certificate of the kubeconfig."""
+    found = Configuration()
+    load_kube_config(str(kubeconfig), client_configuration=found)
+    context = ssl.create_default_context(cafile=found.ssl_ca_cert)
+    context.load_cert_chain(found.cert_file, found.key_file)
+    return httpx2.Client(base_url=found.host, verify=context, timeout=10)
 
 
 STAGES = [
@@ -73,10 +83,7 @@ class RunHarness:
         )
         bucket = f"runs-{secrets.token_hex(4)}"
         client.create_bucket(Bucket=bucket)
-        api = client_adapter.Client(
-            KubeConfig.from_file(cluster.kubeconfig).get(), client_adapter.ConnectionParams()
-        )
-        return cls(cluster, namespace, bucket, client, api)
+        return cls(cluster, namespace, bucket, client, api_client(cluster.kubeconfig))
 
     def kubectl(self, *arguments: str, input: str | None = None) -> str:
         return self.cluster.kubectl("--namespace", self.namespace, *arguments, input=input)
@@ -98,6 +105,7 @@ class RunHarness:
             "training": {"sequenceLength": 512, "globalBatchTokens": 4096},
             "stages": [{"name": "vanilla", "kind": "Vanilla", "tokens": 6000}],
             "evaluation": {"completions": 0},
+            "export": {"stages": []},
             "storage": self.storage(install.SECRET),
             **copy.deepcopy(changes),
         }
@@ -178,18 +186,20 @@ class RunHarness:
     def storage(self, secret: str, endpoint: str = "") -> dict[str, Any]:
         """A spec.storage with this Secret and endpoint."""
         return {
-            "endpoint": endpoint or self.cluster.s3.endpoint,
+            "endpoint": endpoint or self.cluster.s3.pod_endpoint,
             "bucket": self.bucket,
             "credentialsSecret": secret,
         }
 
     def objects(self, name: str, *kinds: Kind) -> list[dict[str, Any]]:
-        """Objects with the run's label."""
-        return [
-            found
-            for kind in kinds
-            for found in self.get_object(kind, labelSelector=f"vpmoe.dev/run={name}")["items"]
-        ]
+        """Objects with the run's label, without the Job that deletes its folder and the pods of that Job."""
+        selector = f"vpmoe.dev/run={name},vpmoe.dev/step!=clear"
+        return [found for kind in kinds for found in self.get_object(kind, labelSelector=selector)["items"]]
+
+    def clear_jobs(self, name: str) -> list[dict[str, Any]]:
+        """The Job that deletes the run's folder; empty if there is none."""
+        selector = f"vpmoe.dev/run={name},vpmoe.dev/step=clear"
+        return list(self.get_object(JOB, labelSelector=selector)["items"])
 
     def child_names(self, name: str) -> list[str]:
         """Names of all Jobs and PyTorchJobs of a run."""
@@ -201,6 +211,13 @@ class RunHarness:
             EVENT, fieldSelector=f"involvedObject.kind=DistillRun,involvedObject.name={name}"
         )["items"]
         return {event["reason"]: event["message"] for event in listed}
+
+    def create_event(self, name: str, kind: str) -> None:
+        """Create an Event of this kind, Normal or Warning, about an object that does not exist."""
+        about = {"kind": "Pod", "namespace": self.namespace, "name": name, "uid": f"uid-of-{name}"}
+        metadata = {"name": f"{name}.{secrets.token_hex(4)}", "namespace": self.namespace}
+        event = {"metadata": metadata, "involvedObject": about, "type": kind, "reason": "Other"}
+        self.api.post(EVENT.path(self.namespace), json=event).raise_for_status()
 
     def starts(self, name: str, step: str = "vanilla") -> list[tuple[int, int]]:
         """(attempt, step or number of parts that it started from) of each process of a step, in order."""

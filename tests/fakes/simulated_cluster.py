@@ -17,11 +17,12 @@ from distill_operator.actions import (
     DeleteChild,
     DeleteRun,
     KeepBucket,
+    ReportCleared,
     SetFinalizer,
 )
 from distill_operator.attempt import Attempt, Origin, child_kind, child_name
 from distill_operator.children import build_child
-from distill_operator.gpu_scheduler import Decision
+from distill_operator.gpu_scheduler import Decision, waits_for_gpus, will_need_gpus
 from distill_operator.observe import (
     ChildObservation,
     ObservedChild,
@@ -33,20 +34,19 @@ from distill_operator.observe import (
 from distill_operator.plan import plan
 from distill_operator.plan_builder import Plan
 from distill_operator.pod_diagnosis import Failure
+from distill_operator.pod_records import ProgressReading
 from distill_operator.settings import Settings
-from distill_operator.step_progress import ProgressReading
+from distill_operator.step_timers import StepTimers
 
 from vpmoe.api.progress import Amount, CheckpointStatus, DatasetStatus, Progress
 from vpmoe.api.status import Status, StepStatus
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 UID = "0a1b2c3d-0000-4000-8000-000000000001"
-SHA = "a" * 40
 ADMITTED = Decision(True, "fits")
 
 SETTINGS = Settings.model_validate(
     {
-        "gitSha": SHA,
         "images": {"trainer": "vpmoe/trainer:1", "inference": "vpmoe/inference:1"},
         "lease": {"name": "distill-operator"},
         "resources": {"train": {"requests": {"cpu": "4"}}, "rescore": {"requests": {"memory": "2Gi"}}},
@@ -76,6 +76,7 @@ def manifest(**spec: Any) -> dict[str, Any]:
             "training": {"sequenceLength": 512, "globalBatchTokens": 2048},
             "stages": [{"name": "vanilla", "kind": "Vanilla", "tokens": 1000}],
             "evaluation": {"completions": 0},
+            "export": {"stages": []},
             "storage": {"endpoint": "http://s3:9000", "bucket": "vpmoe", "prefix": "here"},
             **copy.deepcopy(spec),
         },
@@ -147,7 +148,7 @@ ERROR = Failure("Error", "pod x, container pytorch, exit 137 (killed)")
 EVICTED = Failure("Interrupted", "pod x was disrupted (EvictionByEvictionAPI: drained)")
 PERMANENT = Failure("Permanent", "pod x, exit 65")
 RETRIABLE = Failure("Retriable", "pod x, exit 75")
-AWAY = ProgressReading(attempted=True, problem="s3://vpmoe: GetObject failed", reason="Unreachable")
+UNREADABLE = ProgressReading(attempted=True, problem="pod x did not answer", reason="Unreachable")
 
 
 @dataclass
@@ -166,13 +167,26 @@ class SimulatedCluster:
     now: datetime = START
     deleting: bool = False
     has_finalizer: bool = False
-    bucket_cleared: bool = False
+    clear_job: ChildObservation = field(default_factory=ChildObservation)
+    """The Job that deletes the run's folder."""
+    reports: list[str | int | None] = field(default_factory=list)
+    """What was reported of the run's folder: the number of objects deleted, or why it was kept."""
     run_deleted: bool = False
     backend_missing: bool = False
     created: list[str] = field(default_factory=list)
     """Names of all children that were ever created, in order."""
     requested_gpus: dict[str, int] = field(default_factory=dict)
     """By name of the child."""
+    uptime: float = 0.0
+    """The operator's monotonic clock, in seconds."""
+    timers: StepTimers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.restart_operator()
+
+    def restart_operator(self) -> None:
+        """Forget what only the operator's process knows."""
+        self.timers = StepTimers(lambda: self.uptime)
 
     def plan(self) -> Plan:
         """Plan from the present state. Changes nothing."""
@@ -182,10 +196,24 @@ class SimulatedCluster:
         children = ObservedChildren(
             {step: ChildObservation(self.children.get(name)) for step, name in named.items()},
             self.backend_missing,
+            self.clear_job,
         )
-        readings = {step: self.readings.get(step, self.default_reading) for step in named}
-        decision = None if self.status.holds_gpus else self.decision
-        return plan(observed, children, readings, decision, SETTINGS, self.now)
+        readings = {step: self._reading(step, self.children.get(name)) for step, name in named.items()}
+        timers = self.timers.observe(observed, children, readings, SETTINGS, self.now)
+        decision = self._decision(observed)
+        return plan(observed, children, readings, decision, SETTINGS, self.now, timers)
+
+    def _decision(self, observed: ObservedRun) -> Decision | None:
+        """What admission passes to plan(): a run that does not wait yet only hears that it never fits."""
+        hears = waits_for_gpus(observed, SETTINGS) or (
+            self.decision.unschedulable and will_need_gpus(observed, SETTINGS)
+        )
+        return self.decision if hears else None
+
+    def _reading(self, step: str, child: ObservedChild | None) -> ProgressReading:
+        """The step's reading. Of a child that has ended only the last progress is known."""
+        reading = self.readings.get(step, self.default_reading)
+        return reading if child is not None and child.alive else ProgressReading(reading.progress)
 
     def reconcile(self, crash_after: int | None = None) -> Plan:
         """Plan, write the status, execute the actions; with `crash_after`, only the first ones."""
@@ -207,6 +235,11 @@ class SimulatedCluster:
         """Change the child of the step; by default of the last Running step."""
         name = self.child(step).name
         self.children[name] = replace(self.children[name], state=state, failure=failure, **more)
+
+    def set_clear_job(self, state: State, **more: Any) -> None:
+        """Change the Job that deletes the run's folder."""
+        assert self.clear_job.child is not None
+        self.clear_job = ChildObservation(replace(self.clear_job.child, state=state, **more))
 
     def child(self, step: str = "") -> ObservedChild:
         """The child of the step; by default of the last Running step."""
@@ -236,6 +269,12 @@ class SimulatedCluster:
         return found
 
     def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += timedelta(seconds=seconds)
+        self.uptime += seconds
+
+    def step_clock(self, seconds: float) -> None:
+        """Set the wall clock forward, or back, while no time passes."""
         self.now += timedelta(seconds=seconds)
 
     def alive_children(self) -> list[str]:
@@ -254,7 +293,7 @@ class SimulatedCluster:
                 assert (
                     stage is None
                     or step == stage.name
-                    or run.role(step) == "evaluate"
+                    or run.role(step) in ("evaluate", "export")
                     or self.step(stage.name).state != "Succeeded"
                 ), name
                 assert all(self.step(needed).state == "Succeeded" for needed in run.needs(step)), (
@@ -263,7 +302,7 @@ class SimulatedCluster:
                 if name not in self.children:
                     self.created.append(name)
                     self.requested_gpus[name] = child_gpus(
-                        build_child(Attempt(run, step, attempt, Origin(SHA, "b" * 64, None), SETTINGS))
+                        build_child(Attempt(run, step, attempt, Origin("b" * 64, None), SETTINGS))
                     )
                     self.children[name] = ObservedChild(
                         child_kind(run, step).name, name, f"uid-{len(self.created)}", "Waiting"
@@ -272,6 +311,9 @@ class SimulatedCluster:
                     self.alive_children()
                 )
             case DeleteChild(ref):
+                if self.clear_job.child is not None and ref.name == self.clear_job.child.name:
+                    self.clear_job = ChildObservation()
+                    return
                 child = self.children.get(ref.name)
                 if child is not None and child.alive and ref.uid in (None, child.uid):
                     self.children[ref.name] = replace(child, state="Ending", deleting=True)
@@ -281,19 +323,29 @@ class SimulatedCluster:
                 self.has_finalizer = present
             case ClearBucket():
                 assert not self.alive_children(), "the bucket is cleared while a child is alive"
-                self.bucket_cleared = True
-            case KeepBucket():
-                pass
+                job = ObservedChild("Job", "first-clear-0a1b2c3d", "uid-clear", "Waiting")
+                self.clear_job = ChildObservation(job)
+            case ReportCleared(objects):
+                self.reports.append(objects)
+            case KeepBucket(why):
+                self.reports.append(why)
             case DeleteRun():
                 self.run_deleted = True
 
 
-def training_run(**spec: Any) -> SimulatedCluster:
-    """A run whose preprocessing is done and whose first stage trains, before its first checkpoint."""
-    cluster = SimulatedCluster(spec)
+def waiting_run(decision: Decision = ADMITTED, **spec: Any) -> SimulatedCluster:
+    """A run that has preprocessed its dataset and needs GPUs next. The next reconcile has `decision`."""
+    cluster = SimulatedCluster(spec, decision=decision)
     cluster.reconcile()
     cluster.set_child_state("Succeeded")
     cluster.set_progress(progress("preprocess", state="Succeeded", done=4))
+    cluster.reconcile()
+    return cluster
+
+
+def training_run(**spec: Any) -> SimulatedCluster:
+    """A run whose preprocessing is done and whose first stage trains, before its first checkpoint."""
+    cluster = waiting_run(**spec)
     cluster.reconcile()
     for step in cluster.status.running:
         cluster.set_child_state("Running", step=step.name)

@@ -1,15 +1,21 @@
 """The two steps of the teacher, run in the calling process with a teacher that is already loaded."""
 
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.fakes.tiny_teacher import Remote
+import numpy as np
+from numpy.typing import NDArray
+
+from tests.fakes.tiny_teacher import LONGEST, Remote
 from vpmoe.api import DistillRun
 from vpmoe.api.stages import OnPolicy
+from vpmoe.process.board import ProgressBoard
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket
 from vpmoe.teacher import rescore, score_windows, scores
+from vpmoe.teacher.uniform import UNIFORM
 
 
 def provenance(run: DistillRun, step: str, attempt: int = 1) -> Provenance:
@@ -26,9 +32,21 @@ def provenance(run: DistillRun, step: str, attempt: int = 1) -> Provenance:
     )
 
 
+class UniformTeacher:
+    """A teacher without an output matrix, as vLLM loads it: every token has the same log-probability."""
+
+    max_length = LONGEST
+
+    def score(
+        self, sequences: Iterable[NDArray[np.int32]], check_stop: Callable[[], None] = lambda: None
+    ) -> Iterator[NDArray[np.float32]]:
+        for ids_T in sequences:
+            yield np.where(np.arange(len(ids_T)) == 0, np.nan, UNIFORM).astype(np.float32)
+
+
 def rescore_here(
     spec: dict[str, Any],
-    scorer: Remote | None,
+    scorer: Remote | UniformTeacher | None,
     scratch: Path,
     worker: int | None = None,
     stopping: threading.Event | None = None,
@@ -36,7 +54,7 @@ def rescore_here(
     """Run the rescore step with the shared teacher. If `scorer` is None, the step must not load a teacher."""
     run = DistillRun.parse(spec)
 
-    def load(directory: Path, longest: int) -> Remote:
+    def load(directory: Path, longest: int) -> Remote | UniformTeacher:
         assert (
             scorer and (directory / "model.safetensors").stat().st_size > 1e8 and longest <= scorer.max_length
         )
@@ -47,6 +65,7 @@ def rescore_here(
         Bucket.open(run.spec.storage),
         provenance(run, "rescore"),
         stopping or threading.Event(),
+        ProgressBoard(),
         worker,
         load,
         scratch,
@@ -55,7 +74,7 @@ def rescore_here(
 
 def score_windows_here(
     spec: dict[str, Any],
-    scorer: Remote | None,
+    scorer: Remote | UniformTeacher | None,
     scratch: Path,
     worker: int | None = None,
     stopping: threading.Event | None = None,
@@ -69,7 +88,7 @@ def score_windows_here(
     stage = run.stage("onpolicy")
     assert isinstance(stage, OnPolicy)
 
-    def load(directory: Path, longest: int) -> Remote:
+    def load(directory: Path, longest: int) -> Remote | UniformTeacher:
         assert (
             scorer
             and (directory / "model.safetensors").stat().st_size > 1e8
@@ -84,6 +103,7 @@ def score_windows_here(
         bucket,
         provenance(run, "onpolicy-teacher", attempt),
         stopping or threading.Event(),
+        ProgressBoard(),
         worker,
         load,
         scratch,

@@ -26,6 +26,32 @@ ONPOLICY = {"name": "onpolicy", "kind": "OnPolicy", "require": {"validity": 0}}
 """A stage that can be the first, because it requires no evaluation."""
 GATED = {"name": "gated", "kind": "OnPolicy"}
 """A stage that requires an evaluation of the stage before."""
+RUNTIME: dict[str, Any] = {
+    "backend": "Job",
+    "attempts": 9,
+    "interruptions": 9,
+    "stalledAfter": "1h",
+    "onStall": "Restart",
+    "resources": {"train": {"limits": {"memory": "256Gi"}}},
+    "serviceAccountName": "other",
+    "imagePullSecrets": [{"name": "registry"}],
+    "nodeSelector": {"a": "b"},
+    "tolerations": [{"key": "gpu", "operator": "Exists"}],
+    "priorityClassName": "high",
+    "queueName": "team",
+    "scheduling": "Immediate",
+    "env": [{"name": "NCCL_DEBUG", "value": "INFO"}],
+    "envFrom": [{"secretRef": {"name": "hub"}}],
+    "podLabels": {"team": "a"},
+    "podAnnotations": {"note": "a"},
+    "schedulerName": "other",
+    "runtimeClassName": "nvidia",
+    "sharedMemory": "1Gi",
+    "capabilities": ["IPC_LOCK"],
+    "teacherCache": {"claimName": "teachers"},
+    "gpuMemory": "141G",
+}
+"""Every field of spec.runtime, with a value that is not its default."""
 
 
 def phases(*shares: float) -> list[dict[str, Any]]:
@@ -77,6 +103,12 @@ VALID: dict[str, Changes] = {
     },
     "a plain Job on one node": {"spec.runtime.backend": "Job"},
     "no teacher for Vanilla": {"spec.teacher.gpus": 0},
+    "a card on which three ranks fit": {"spec.runtime.gpuMemory": "80G", "spec.student.gpus": 3},
+    "a card of which nothing is said": {"spec.runtime.gpuMemory": None, "spec.student.gpus": 1},
+    "experts shared by two ranks on a small card": {
+        "spec.runtime.gpuMemory": "80Gi",
+        "spec.student": {"gpus": 2, "expertParallel": 2},
+    },
     "a Hugging Face dataset": {"spec.dataset.source": "hf://PleIAs/SYNTH@0123abc"},
     "a stage that changes part of the optimizer": {
         "spec.stages.0.optimizer": {"learningRate": 0.001, "warmupTokens": "1k"}
@@ -86,6 +118,12 @@ VALID: dict[str, Changes] = {
         "spec.stages": [ONPOLICY],
     },
     "early stop with its defaults": {"spec.stages.0.stop": {}},
+    "early stop by validity in each kind": {
+        "spec.stages": [
+            {**stage, "stop": {"minValidity": 0.95}}
+            for stage in (*MINIMAL["spec"]["stages"], RESCORED, FORCED, ONPOLICY)
+        ],
+    },
     "a part of each object of each kind": {
         "spec.stages": [
             {**RESCORED, "subset": {"fraction": 1}, "confidence": {"max": 8}, "mix": 1},
@@ -119,7 +157,70 @@ VALID: dict[str, Changes] = {
         "spec.runtime.nodeSelector": {"vpmoe.dev/pool": "h200"},
         "spec.runtime.tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
         "spec.runtime.imagePullSecrets": [{"name": "registry"}],
+        "spec.runtime.scheduling": "Immediate",
     },
+    "limits of attempts": {"spec.runtime.attempts": 100, "spec.runtime.interruptions": 1000},
+    "a hung step is restarted": {"spec.runtime.onStall": "Restart", "spec.runtime.stalledAfter": "0m10s"},
+    "no time to stall": {"spec.runtime.stalledAfter": "0s"},
+    "variables of the pods": {
+        "spec.runtime.env": [
+            {"name": "NCCL_DEBUG", "value": "INFO"},
+            {"name": "_empty"},
+            {"name": "HOMES", "value": "not reserved: only whole names and prefixes with _ are"},
+        ]
+    },
+    "variables of Secrets and ConfigMaps": {
+        "spec.runtime.env": [
+            {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}},
+            {
+                "name": "HF_ENDPOINT",
+                "valueFrom": {"configMapKeyRef": {"name": "hub", "key": "endpoint.url", "optional": True}},
+            },
+            {"name": "WANDB_API_KEY", "value": ""},
+            {"name": "TOKENIZERS_PARALLELISM", "value": "false"},
+            {"name": "HF_TOKEN_PATH", "value": "/tmp/token"},
+            {"name": "HTTPS_PROXY", "value": "http://proxy:3128"},
+            {"name": "NO_PROXY", "value": "s3.example.com,10.0.0.0/8"},
+        ],
+        "spec.runtime.envFrom": [
+            {"secretRef": {"name": "hub"}},
+            {"configMapRef": {"name": "nccl.settings", "optional": True}, "prefix": "NCCL_"},
+        ],
+    },
+    "null where a source is none": {
+        "spec.runtime.env": [
+            {"name": "A", "value": "a", "valueFrom": None},
+            {"name": "B", "valueFrom": {"secretKeyRef": {"name": "b", "key": "b"}, "configMapKeyRef": None}},
+        ],
+        "spec.runtime.envFrom": [{"secretRef": {"name": "a"}, "configMapRef": None}],
+        "spec.runtime.sharedMemory": None,
+        "spec.runtime.teacherCache": None,
+    },
+    "labels and annotations of the pods": {
+        "spec.runtime.podLabels": {"team": "a", "example.com/cost-center": "R-7.b", "empty": ""},
+        "spec.runtime.podAnnotations": {
+            "k8s.v1.cni.cncf.io/networks": '[{"name": "rdma"}]',
+            "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+            "kueue.x-k8s.io/podset-required-topology": "cloud.provider.com/topology-block",
+            "note": "é: anything",
+        },
+    },
+    "devices and huge pages": {
+        "spec.runtime.resources": {
+            "train": {
+                "requests": {"memory": "64Gi", "vpc.amazonaws.com/efa": 4, "hugepages-2Mi": "5120Mi"},
+                "limits": {"memory": "128Gi", "rdma/hca": "1", "vpc.amazonaws.com/efa": "4"},
+            },
+        },
+        "spec.runtime.capabilities": ["IPC_LOCK"],
+        "spec.runtime.sharedMemory": "16Gi",
+    },
+    "shared memory in bytes": {"spec.runtime.sharedMemory": 17179869184},
+    "another scheduler and runtime class": {
+        "spec.runtime.schedulerName": "volcano",
+        "spec.runtime.runtimeClassName": "nvidia",
+    },
+    "a cache of the teacher": {"spec.runtime.teacherCache": {"claimName": "teachers"}},
     "durations": {"spec.runtime.stalledAfter": "1h30m", "spec.ttlAfterFinished": "7d"},
     "a name of thirty characters": {"metadata.name": "a" + "-" * 28 + "z"},
     "a stage's name of sixteen": {"spec.stages.0.name": "a123456789012345"},
@@ -131,6 +232,12 @@ VALID: dict[str, Changes] = {
             "date": "2025-12-31",
             "effort": "low",
         },
+    },
+    "no export": {"spec.export": {"stages": []}},
+    "an export with its default": {"spec.export": {}},
+    "exports in any order": {
+        "spec.stages": [*MINIMAL["spec"]["stages"], RESCORED, ONPOLICY],
+        "spec.export": {"stages": ["onpolicy", "first"]},
     },
     "a conversation without a date": {"spec.dataset.conversation.date": None},
 }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.fakes import pod_user
+from tests.fakes import clean_environment, pod_user
 from tests.fakes.store import S3
 from tests.fakes.waiting import wait_until
 from vpmoe.storage import Bucket
@@ -37,6 +37,12 @@ def device() -> "Iterator[torch.device]":
     del os.environ["CUDA_VISIBLE_DEVICES"]
     if before is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout."""
+    return clean_environment.build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from vpmoe.clock import timestamp
 from vpmoe.data.dataset import load_dataset
 from vpmoe.data.preprocess.encode import EncoderPool
 from vpmoe.data.preprocess.step import preprocess
+from vpmoe.process.board import ProgressBoard
 from vpmoe.provenance import Provenance
 from vpmoe.rollout.prompts import completion_spans, completion_validity
 from vpmoe.storage import Bucket, paths
@@ -50,7 +51,7 @@ def test_the_dataset_of_the_sample(run: DistillRun, tmp_path: Path) -> None:
         None, None, run.config_hash, meta.namespace, meta.name, run.uid8, "preprocess", 1, timestamp()
     )
     with EncoderPool(1) as encoders:
-        preprocess(run, bucket, step_provenance, threading.Event(), None, encoders)
+        preprocess(run, bucket, step_provenance, threading.Event(), ProgressBoard(), None, encoders)
     dataset = load_dataset(run, bucket)
     assert dataset.facts["id"] == RECORDED["id"]
     assert {name: subject.sha256 for name, subject in dataset.subjects.items()} == RECORDED["subjects"]

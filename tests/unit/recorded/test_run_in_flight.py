@@ -3,6 +3,8 @@
 import json
 from collections import Counter
 
+from pydantic import TypeAdapter
+
 from tests.fakes.recorded import documents, plain
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Progress
@@ -53,15 +55,18 @@ def test_evaluations() -> None:
 
 def test_configurations() -> None:
     for path, data in documents_ending_with("run.json").items():
-        assert json_bytes(DistillRun.parse(json.loads(data)).document()) == data, path
+        stored = json.loads(data)
+        read = DistillRun.parse(stored).document()
+        assert stored["spec"].pop("runtime"), "it was part of the configuration then"
+        assert json_bytes(read) == json_bytes(stored), path
 
 
 def test_resolved_inputs_and_teacher() -> None:
     for path, data in documents_ending_with("/inputs.json").items():
         inputs = json.loads(data)["inputs"]
-        assert plain(Inputs.from_json(inputs).as_json()) == inputs, path
+        assert plain(TypeAdapter(Inputs).validate_python(inputs).as_json()) == inputs, path
     for path, data in documents_ending_with("/teacher.json").items():
-        assert json_bytes(TeacherRef.from_json(json.loads(data)).as_json()) == data, path
+        assert json_bytes(TypeAdapter(TeacherRef).validate_json(data).as_json()) == data, path
 
 
 def test_adjustments() -> None:

@@ -2,8 +2,8 @@
 
 import hashlib
 
-from jobs.entrypoint import entrypoint
-from jobs.script import Script
+from jobs.entrypoint import entrypoint, record_success
+from jobs.script import Script, report_progress
 from vpmoe.api.progress import Amount, DatasetStatus, Progress
 from vpmoe.clock import now
 from vpmoe.storage import paths
@@ -20,6 +20,7 @@ def main() -> None:
     for part in range(total + 1):
         state = "Succeeded" if part == total else "Running"
         progress = Progress(
+            run=run.identity,
             step=context.step,
             attempt=context.attempt,
             state=state,
@@ -28,10 +29,11 @@ def main() -> None:
             parts=Amount(done=part, total=total),
             dataset=facts,
         )
-        if not context.worker:  # one worker writes for all
-            context.bucket.write_json(paths.progress(run, context.step), progress.dump())
+        if not context.worker:  # one worker reports for all
+            report_progress(run, context, progress)
         if part < total:
             script.reach(-1 - part)
+    record_success(context.board)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import hashlib
 import socket
 import time
 
-from jobs.entrypoint import JobContext, entrypoint
-from jobs.script import Script
+from jobs.entrypoint import JobContext, entrypoint, record_success
+from jobs.script import Script, report_progress
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, Progress
 from vpmoe.clock import now
@@ -25,9 +25,17 @@ def main() -> None:
     pod = f"{paths.run(run)}/standin/rescore/{socket.gethostname()}.json"
     context.bucket.write_json(pod, {"attempt": context.attempt, "from": found})
     if found == total:
-        report(run, context, total, total, "Reused" if context.attempt == 1 else "")  # else its own
-        return
-    report(run, context, found, total)
+        report(run, context, total, total, reused=context.attempt == 1)  # else its own
+    else:
+        score(run, context, script, total, worker, workers)
+    record_success(context.board)
+
+
+def score(
+    run: DistillRun, context: JobContext, script: Script, total: int, worker: int, workers: int
+) -> None:
+    """Write this worker's parts that are missing."""
+    report(run, context, done(run, context), total)
     wait_for(script.settings.get("beside", ""), run, context)
     for part in range(worker, total, workers):
         key = f"{scores(run)}/{part}.json"
@@ -50,17 +58,19 @@ def done(run: DistillRun, context: JobContext) -> int:
     return len(list(context.bucket.list(scores(run) + "/")))
 
 
-def report(run: DistillRun, context: JobContext, count: int, total: int, message: str = "") -> None:
-    """Write progress.json as the real job does."""
+def report(run: DistillRun, context: JobContext, count: int, total: int, reused: bool = False) -> None:
+    """Report the progress of all workers."""
     progress = Progress(
+        run=run.identity,
         step=context.step,
         attempt=context.attempt,
         state="Succeeded" if count == total else "Running",
-        message=message or f"{count} of {total} parts",
+        message="Reused" if reused else f"{count} of {total} parts",
+        reused=reused or None,
         updated=now(),
         parts=Amount(done=count, total=total),
     )
-    context.bucket.write_json(paths.progress(run, context.step), progress.dump())
+    report_progress(run, context, progress)
 
 
 def wait_for(step: str, run: DistillRun, context: JobContext) -> None:

@@ -11,9 +11,11 @@ hurry   attempt from which a single step does all that is left
 kill    attempt:step at which the process sends itself SIGKILL; several, separated by commas
 fail    attempt:step at which it raises an error; several, separated by commas
 refuse  attempt:step at which it raises Permanent
+hang    attempt:step at which it does nothing for `hung` seconds, 45 by default; several, separated by commas
 
 Steps count from 0, parts of preprocessing are -1, -2, …, parts of rescoring -101, -102, …, windows sampled
--201, -202, …, and windows scored -301, -302, …; `vanilla@1:3` applies to step vanilla only.
+-201, -202, …, windows scored -301, -302, …, and an export is -401; `vanilla@1:3` applies to step vanilla
+only.
 """
 
 import os
@@ -23,7 +25,9 @@ from dataclasses import dataclass
 
 from jobs.entrypoint import JobContext
 from vpmoe.api import DistillRun
+from vpmoe.api.progress import Progress
 from vpmoe.failure import Permanent
+from vpmoe.storage import paths
 
 
 @dataclass(frozen=True)
@@ -57,4 +61,13 @@ class Script:
             raise RuntimeError(f"stand-in fails at step {step}")
         if here & {*self.settings.get("refuse", "").split(",")}:
             raise Permanent(f"stand-in refuses at step {step}")
+        if here & {*self.settings.get("hang", "").split(",")}:
+            time.sleep(self.number("hung", 45))
         time.sleep(self.number("pause", 0.1))
+
+
+def report_progress(run: DistillRun, context: JobContext, progress: Progress) -> None:
+    """Publish the progress and write progress.json, as the real jobs do."""
+    context.board.progress = progress
+    key = paths.progress(run, context.step)
+    context.bucket.write_json(key, progress.dump(), context.provenance.metadata())

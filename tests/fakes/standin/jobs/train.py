@@ -8,8 +8,9 @@ import os
 import socket
 import time
 
-from jobs.entrypoint import JobContext, entrypoint
-from jobs.script import Script
+from jobs import pod_server
+from jobs.entrypoint import JobContext, entrypoint, record_success
+from jobs.script import Script, report_progress
 from jobs.windows import wait_for
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, CheckpointStatus, HeldOut, Progress, SpanLoss
@@ -29,7 +30,10 @@ def main() -> None:
     )
     if os.environ.get("RANK", "0") != "0":  # a Worker of a PyTorchJob
         wait_for_master(run, context)
+        record_success(context.board)
         return
+    if port := os.environ.get(pod_server.PORT_VARIABLE):  # the entrypoint takes it for the ranks' launcher
+        pod_server.serve(context.board, port)
     report(run, context, first, steps, first)
     saved = first
     for step in range(steps - 1 if script.hurries else first, steps):
@@ -40,10 +44,11 @@ def main() -> None:
         if (step + 1) % every == 0 or step + 1 == steps or stopping:
             saved = step + 1
             key = paths.manifest(paths.checkpoint(run, context.step, saved))
-            context.bucket.write_json(key, {"iteration": saved})
+            context.bucket.write_json(key, {"iteration": saved}, context.provenance.metadata())
         report(run, context, step + 1, steps, saved)
         if stopping and step + 1 < steps:
             raise Terminated(f"checkpoint {saved} is saved")
+    record_success(context.board)
 
 
 def last_checkpoint(run: DistillRun, context: JobContext) -> int:
@@ -56,7 +61,7 @@ def last_checkpoint(run: DistillRun, context: JobContext) -> int:
 
 
 def report(run: DistillRun, context: JobContext, done: int, steps: int, saved: int) -> None:
-    """Write progress.json as the real job does."""
+    """Report the progress."""
     tokens = run.stage(context.step).tokens
     folder = paths.checkpoint(run, context.step, saved)
     facts = CheckpointStatus(
@@ -66,6 +71,7 @@ def report(run: DistillRun, context: JobContext, done: int, steps: int, saved: i
         sha256="0" * 64,
     )
     progress = Progress(
+        run=run.identity,
         step=context.step,
         attempt=context.attempt,
         state="Succeeded" if done == steps else "Running",
@@ -79,7 +85,7 @@ def report(run: DistillRun, context: JobContext, done: int, steps: int, saved: i
             before=SpanLoss(reasoning=9.0, final=8.0), latest=SpanLoss(reasoning=8.0, final=7.0)
         ),
     )
-    context.bucket.write_json(paths.progress(run, context.step), progress.dump())
+    report_progress(run, context, progress)
 
 
 def wait_for_master(run: DistillRun, context: JobContext) -> None:

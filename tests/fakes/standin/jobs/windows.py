@@ -5,7 +5,7 @@ import time
 from typing import Literal
 
 from jobs.entrypoint import JobContext
-from jobs.script import Script
+from jobs.script import Script, report_progress
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Amount, Progress
 from vpmoe.clock import now
@@ -51,10 +51,11 @@ def stage_of(run: DistillRun, context: JobContext) -> str:
 
 
 def report(run: DistillRun, context: JobContext, kind: Kind, total: int) -> None:
-    """Write progress.json as the real job does."""
+    """Report the progress of all workers."""
     folder = paths.window(run, stage_of(run, context), 0, kind).rpartition("/")[0]
     count = sum(found.key.endswith(f".{kind}.arrow") for found in context.bucket.list(folder + "/"))
     progress = Progress(
+        run=run.identity,
         step=context.step,
         attempt=context.attempt,
         state="Succeeded" if count == total else "Running",
@@ -62,4 +63,4 @@ def report(run: DistillRun, context: JobContext, kind: Kind, total: int) -> None
         updated=now(),
         parts=Amount(done=count, total=total),
     )
-    context.bucket.write_json(paths.progress(run, context.step), progress.dump())
+    report_progress(run, context, progress)
