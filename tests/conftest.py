@@ -5,6 +5,7 @@ without the markers server, engine and cluster; `make test` runs all tests but g
 those.
 """
 
+import contextlib
 import os
 import secrets
 import subprocess
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 
+from devcluster import binaries, install
 from devcluster import cluster as selected
-from devcluster import install
 from devcluster.cluster import Cluster, up
 from tests.fakes.control_plane import ControlPlane
 from tests.fakes.store import S3, small_run
@@ -61,6 +62,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in gpu_tests]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Compile what the tests start before the first of them: a test's timeout would include it."""
+    if session.config.option.collectonly:
+        return
+    lanes = {marker.name for item in session.items for marker in item.iter_markers()}
+    programs = {"versitygw"} if "server" in lanes else set()
+    if "cluster" in lanes and selected.choice() != "current":
+        programs |= {"versitygw", "kube-apiserver", "training-operator"}
+    capture = session.config.pluginmanager.getplugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+        for program in sorted(programs):
+            binaries.path(program)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     if count := config.stash.get(DESELECTED_GPU_TESTS, 0):
         terminalreporter.write_line(f"Not run: {count} tests that need a GPU. `make test-gpu` runs them.")
@@ -81,8 +97,6 @@ def gpu() -> "torch.device":
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
     """The S3 store: versitygw on loopback."""
-    from devcluster import binaries
-
     folder = tmp_path_factory.mktemp("s3")
     port = free_port()
     server = S3(f"http://127.0.0.1:{port}", "test", "test-secret", folder)
