@@ -83,7 +83,7 @@ def without_unused(run: Json, known: bool = False) -> Json:
         return {**run, "metadata": meta}
     kept = {name: status[name] for name in ("phase", "observedGeneration", "steps") if name in status}
     if isinstance(kept.get("steps"), list):
-        kept["steps"] = _running_steps(status)
+        kept["steps"] = [step for step in _steps(status) if step.get("state") == "Running"]
     return {
         "metadata": _named(run["metadata"]),
         "spec": {"ttlAfterFinished": run["spec"].get("ttlAfterFinished")},
@@ -106,9 +106,10 @@ def is_active(run: Json) -> bool:
 def is_orphan(run: Json, child: Json) -> bool:
     """Whether a child of this run is running or waiting although the run's status does not name it.
 
+    A step ends with its own containers, before the child's controller says so: what it ran is no orphan.
     Nothing is an orphan of a run whose status this version cannot read.
     """
-    if _is_named(run, child["metadata"]["name"]):
+    if _is_named(run, child["metadata"]):
         return False  # without parsing the status: the usual case, for each child in each resync
     try:
         status = read_status(run, None)
@@ -118,18 +119,24 @@ def is_orphan(run: Json, child: Json) -> bool:
     return child_state(child)[0] in ("Waiting", "Running") and child["metadata"]["name"] not in named
 
 
-def _is_named(run: Json, child: str) -> bool:
-    """Whether the JSON of the run's status has a Running step with that child."""
-    running = _running_steps(stored_status(run))
-    return any(isinstance(step.get("child"), dict) and step["child"].get("name") == child for step in running)
+def _is_named(run: Json, child: Json) -> bool:
+    """Whether the JSON of the run's status has a Running step with a child of that name, or any step with
+    the child of that uid. `child` is the child's metadata.
+    """
+    for step in _steps(stored_status(run)):
+        named = step.get("child")
+        if not isinstance(named, dict):
+            continue
+        if step.get("state") == "Running" and named.get("name") == child["name"]:
+            return True
+        if named.get("uid") is not None and named["uid"] == child.get("uid"):
+            return True
+    return False
 
 
-def _running_steps(status: Json) -> list[Json]:
-    """The JSON of the steps that are Running."""
+def _steps(status: Json) -> list[Json]:
     steps = status.get("steps")
-    if not isinstance(steps, list):
-        return []
-    return [step for step in steps if isinstance(step, dict) and step.get("state") == "Running"]
+    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
 
 
 def _summary(child: Json) -> Json:
@@ -161,9 +168,8 @@ def _phase(run: Json) -> str:
 
 
 async def _delete_orphan(kube: Kube, kind: Kind, run: Json, child: Json) -> None:
-    """Delete an orphan, unless a status written since then names it, because the status is always written
-    before the child is created; or the child was changed since then: it may have finished, and then its step
-    has, and no status names it any more.
+    """Delete an orphan, unless the whole status as it is now names it, because the status is always written
+    before the child is created; or the child was changed since then: it may have finished.
     """
     meta, name = run["metadata"], child["metadata"]["name"]
     latest = await kube.get(DISTILLRUN, meta["namespace"], meta["name"])

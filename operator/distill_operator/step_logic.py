@@ -436,7 +436,9 @@ def _succeed(context: StepContext) -> None:
     """The child has succeeded, and so has the step: with what its pods recorded, or the last known progress
     if they are gone.
     """
-    report = context.report
+    report, child = context.report, context.observation.child
+    if child is not None:  # it may be alive: its uid says that it is no orphan
+        context.update(child=ChildRef(kind=child.kind, name=child.name, uid=child.uid))
     context.update(reused=report is not None and bool(report.reused))
     _record_success(context, _success_message(context))
 

@@ -322,6 +322,26 @@ def test_an_orphan_that_cannot_be_deleted_does_not_keep_others() -> None:
     assert world.jobs() == ["a-x-a9"]
 
 
+def test_a_child_whose_step_has_ended_before_its_controller_says_so_is_no_orphan() -> None:
+    """A step ends with its own containers; a busy controller of PyTorchJobs notices seconds later."""
+    for known in (False, True):
+        world = World()
+        ended = {"name": "preprocess", "kind": "Preprocess", "state": "Succeeded", "attempt": 1}
+        named = {"kind": JOB.name, "name": "quick-preprocess-a1", "uid": "c"}
+        world.add("quick", status={**RUNNING, "steps": [{**ended, "child": named}]})
+        owner = {"uid": world.run("quick")["metadata"]["uid"], "controller": True}
+        meta = {"namespace": "team", "ownerReferences": [owner]}
+        own = {"metadata": {**meta, "name": named["name"], "uid": "c"}, "spec": {}, "kind": JOB.name}
+        late = {"metadata": {**meta, "name": "quick-vanilla-a1", "uid": "d"}, "spec": {}, "kind": JOB.name}
+        world.api.add(JOB, own)
+        world.api.add(JOB, late)
+        runs = asyncio.run(world.namespaces.list(DISTILLRUN)).complete()
+        children = asyncio.run(list_children(world.namespaces)).complete()
+        kept = [orphans.without_unused(run, known) for run in runs]
+        asyncio.run(delete_orphans(world.kube, kept, children))
+        assert world.jobs() == [named["name"]]
+
+
 def test_a_child_that_has_finished_since_the_list_is_no_orphan() -> None:
     """Its step has finished too, so that the status does not name it any more."""
     world = World()

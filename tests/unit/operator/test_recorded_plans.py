@@ -171,7 +171,8 @@ def changed_since(moment: dict[str, Any]) -> dict[str, Any]:
     """The recorded status with what the operator has decided differently since then.
 
     A retry does not start runtime.stalledAfter again. A step that has reached it is Stalled also while its
-    pods are removed. What ran is known from pods, and not when a run starts.
+    pods are removed. What ran is known from pods, and not when a run starts. A step that succeeds names the
+    uid of its child, also if it was never seen running.
     """
     status: dict[str, Any] = json.loads(json.dumps(moment["plan"]["status"]))
     status["conditions"] = present_conditions(moment)
@@ -182,6 +183,9 @@ def changed_since(moment: dict[str, Any]) -> dict[str, Any]:
     for step in status["steps"]:
         if before.get(step["name"], {}).get("state") == "Retrying" and step["state"] == "Running":
             step["progressed"] = before[step["name"]]["progressed"]
+        observed = moment["seen"].get(step["name"], {}).get("child")
+        if step["state"] == "Succeeded" and before.get(step["name"], {}).get("state") == "Running" and observed:
+            step["child"]["uid"] = observed["uid"]
     if moment["what"] == "a pod of the trainer was removed":
         for condition in status["conditions"]:
             condition |= STALLED.get(condition["type"], {})
