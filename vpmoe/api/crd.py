@@ -5,6 +5,7 @@ A test checks that the committed file is equal to the output.
 """
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from vpmoe.api.run import GROUP, KIND, PLURAL, RUN_NAME, VERSION, DistillRun
@@ -50,13 +51,21 @@ ALIVE = (
 )
 """CEL: the run has children, or holds GPUs between two attempts. A child that waits in Kueue's queue counts:
 it has its pod template already, although the phase is Queued."""
+
+
+def _and(names: Iterable[str]) -> str:
+    """The names as words: a, b and c."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}"
+
+
 FIXED = (
-    "cannot change after the first step has started: only suspend, ttlAfterFinished, deletionPolicy and "
-    "runtime can. Apply a run with another name, or delete this run first."
+    f"cannot change after the first step has started: only {_and((*MUTABLE, 'runtime'))} can. Apply a run "
+    "with another name, or delete this run first."
 )
 SUSPEND_FIRST = (
-    "cannot change while the run is alive: only runtime.attempts, runtime.interruptions and runtime.onStall "
-    "can. "
+    "cannot change while the run is alive: only "
+    f"{_and(f'runtime.{field}' for field in MUTABLE_RUNTIME)} can. "
     "Set spec.suspend to true, wait for phase Suspended, change it, and set spec.suspend to false."
 )
 

@@ -46,7 +46,8 @@ class SpecFields(ApiModel):
     """The S3 bucket that holds everything the run reads and writes."""
     runtime: RuntimeSpec = RuntimeSpec()
     """Settings of the run's pods and of retries. Can be changed while nothing of the run is alive: before its
-    first step, Queued, Suspended or Failed; attempts at any time. The next attempt of a step uses them."""
+    first step, Queued, Suspended or Failed; attempts, interruptions, onStall and scheduling at any time. The
+    next attempt of a step uses them."""
     resume_from: Annotated[str, S3_FOLDER] | None = None
     """Folder of another run, s3://bucket/…/runs/namespace/name-uid, whose last checkpoint, optimizer state
     and data position this run continues; null starts from the beginning."""

@@ -1,6 +1,7 @@
 """The CRD follows from the models, and the committed file is up to date."""
 
 import json
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,12 @@ import yaml
 
 from vpmoe.api.crd import ALIVE, RELEASE_ANNOTATION, STARTED, crd, render
 from vpmoe.api.run import DistillRun
+from vpmoe.api.runtime import RuntimeSpec
 from vpmoe.api.spec import Spec
 from vpmoe.api.status import Status
 
 MANIFESTS = Path(__file__).parents[3] / "manifests"
+GUIDE = MANIFESTS.parent / "docs/guides/run.md"
 MAX_ANNOTATION_BYTES = 262_144
 """Client-side apply stores the whole object in an annotation, and this is the limit of its size."""
 
@@ -165,6 +168,31 @@ def test_all_fields_of_runtime_are_fixed_while_the_run_is_alive_except_attempts(
         ".spec.runtime.scheduling",
     }
     assert fixed & fixed_fields(schema, STARTED) == set()
+
+
+def test_messages_descriptions_and_the_guide_name_the_fields_that_may_change(schema: dict[str, Any]) -> None:
+    """All of them, and no other: the fields without a rule are the reference."""
+    spec = schema["properties"]["spec"]["properties"]
+    runtime = spec["runtime"]["properties"]
+    always = {f"spec.{name}" for name in spec if f".spec.{name}" not in fixed_fields(schema, STARTED)}
+    always_runtime = {name for name in runtime if f".spec.runtime.{name}" not in fixed_fields(schema, ALIVE)}
+    messages = {rule["fieldPath"]: rule["message"] for rule in schema["x-kubernetes-validations"]}
+    (only,) = re.findall(r"only (.*?) can\.", messages[".spec.dataset"])
+    assert {f"spec.{name}" for name in re.split(", | and ", only)} == always
+    (only,) = re.findall(r"only (.*?) can\.", messages[".spec.runtime.backend"])
+    assert set(re.split(", | and ", only)) == {f"runtime.{name}" for name in always_runtime}
+
+    (of_the_field,) = re.findall(r"Failed; (.*?) at any time", spec["runtime"]["description"])
+    (of_the_model,) = re.findall(r"retries\. (.*?) can\s+be changed at any", str(RuntimeSpec.__doc__))
+    for listed in (of_the_field, of_the_model.replace("`", "")):
+        assert set(re.split(", | and ", listed)) == always_runtime
+    (guide,) = re.findall(
+        r"After the first step has started, only (.*?) and, while", GUIDE.read_text(), re.DOTALL
+    )
+    assert set(re.findall(r"`(.*?)`", guide)) == {
+        *(name.removeprefix("spec.") for name in always - {"spec.runtime"}),
+        *(f"runtime.{name}" for name in always_runtime),
+    }
 
 
 def test_the_crd_has_every_field_of_the_models(schema: dict[str, Any]) -> None:
