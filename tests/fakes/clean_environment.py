@@ -1,4 +1,4 @@
-"""The wheel of this checkout, and Python environments that have it and not the checkout.
+"""A copy of this checkout, its wheel, and Python environments that have it and not the checkout.
 
 Nothing is downloaded: the wheel is built with the setuptools of this environment, and what it depends on is
 copied from it.
@@ -20,9 +20,8 @@ ROOT = Path(__file__).parents[2]
 SITE = "lib/python3.12/site-packages"
 
 
-def build_wheel(folder: Path) -> Path:
-    """The wheel of the checkout's files that git does not ignore, built in a copy of them."""
-    copy = folder / "source"
+def copy_checkout(folder: Path) -> Path:
+    """Copy the checkout's files that git does not ignore into a new folder. Returns the folder."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -31,8 +30,14 @@ def build_wheel(folder: Path) -> Path:
     )
     for name in listed.stdout.decode().split("\0"):
         if name and (ROOT / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, copy / name)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+def build_wheel(folder: Path) -> Path:
+    """The wheel of the checkout's files that git does not ignore, built in a copy of them."""
+    copy = copy_checkout(folder / "source")
     code = "import setuptools.build_meta as backend, sys; backend.build_wheel(sys.argv[1])"
     command = [sys.executable, "-c", code, str(folder)]
     subprocess.run(command, cwd=copy, env=environment(), check=True, capture_output=True)
