@@ -1,4 +1,7 @@
-"""vLLM's server answers chats with an exported student, with reasoning and final message apart."""
+"""vLLM's server finds an exported student by the package's entry point, continues as transformers does, and
+answers chats with reasoning and final message apart.
+
+All tests use one server, in an environment that has the wheel and not the checkout."""
 
 import json
 import urllib.error
@@ -22,6 +25,7 @@ from tests.fakes.vllm_server import serve
 from vpmoe.data.harmony import Renderer
 from vpmoe.data.tokenizer import tokenizer
 from vpmoe.data.vocabulary import RETURN
+from vpmoe.inference import hf_model
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
 from vpmoe.objectives.vanilla import vanilla
@@ -57,30 +61,59 @@ def memorised(device: torch.device) -> Learner:
 
 
 @pytest.fixture(scope="module")
-def served(wheel: Path, memorised: Learner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def exported(memorised: Learner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model folder of that student."""
+    return write_learner(tmp_path_factory.mktemp("export") / "vpmoe-tiny", memorised, positions=512)
+
+
+@pytest.fixture(scope="module")
+def served(wheel: Path, exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of vLLM's server of that student, with this package as an installed plugin."""
     scratch = tmp_path_factory.mktemp("serve")
-    folder = write_learner(scratch / "vpmoe-tiny", memorised, positions=512)
     programs = clean_environment.install_beside_everything(wheel, scratch / "venv")
     options = ("--served-model-name", "vpmoe", "--reasoning-parser", "hf", "--max-num-seqs", "4")
-    with serve(programs, folder, scratch, *options) as address:
+    with serve(programs, exported, scratch, *options) as address:
         yield address
 
 
-def post(url: str, **body: Any) -> bytes:
+def post(url: str, body: dict[str, Any]) -> bytes:
     request = urllib.request.Request(
-        f"{url}/v1/chat/completions",
-        json.dumps({"model": "vpmoe", "messages": [QUESTION], **body}).encode(),
-        {"Content-Type": "application/json"},
+        url, json.dumps({"model": "vpmoe", **body}).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=120) as answer:
         content: bytes = answer.read()
     return content
 
 
+def chat(url: str, **body: Any) -> bytes:
+    return post(f"{url}/v1/chat/completions", {"messages": [QUESTION], **body})
+
+
+def test_a_continuation_is_that_of_transformers(served: str, exported: Path) -> None:
+    """Greedy, in float32, after random ids.
+
+    The tokens are equal: the logits of the two likeliest differ by 1e-2 or more (the least of 480 that were
+    measured), far above rounding (2e-5 by benchmarks.agreement).
+    """
+    prompt = np.random.default_rng(new_seed()).integers(0, TINY.vocabulary, 40).tolist()
+    body = {
+        "prompt": prompt,
+        "max_tokens": 16,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    (choice,) = json.loads(post(f"{served}/v1/completions", body))["choices"]
+    model = hf_model.load_student(exported, TINY)
+    expected = model.generate(
+        torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert choice["token_ids"] == expected[0, 40:].tolist()
+
+
 def test_an_answer_has_reasoning_and_content(served: str, harmony: HarmonyEncoding) -> None:
     """The student answers what it has learned, so the whole prompt has the ids of training."""
-    found = json.loads(post(served, temperature=0, max_tokens=100, return_token_ids=True))
+    found = json.loads(chat(served, temperature=0, max_tokens=100, return_token_ids=True))
     (choice,) = found["choices"]
     assert found["prompt_token_ids"] == harmony_ids(harmony, [QUESTION])
     assert choice["token_ids"][-1] == RETURN and choice["finish_reason"] == "stop"
@@ -89,7 +122,7 @@ def test_an_answer_has_reasoning_and_content(served: str, harmony: HarmonyEncodi
 
 
 def test_a_streamed_answer_has_reasoning_and_content(served: str) -> None:
-    lines = post(served, temperature=0, max_tokens=100, stream=True).decode().splitlines()
+    lines = chat(served, temperature=0, max_tokens=100, stream=True).decode().splitlines()
     deltas = [
         json.loads(line.removeprefix("data: "))["choices"][0]["delta"]
         for line in lines
@@ -100,15 +133,15 @@ def test_a_streamed_answer_has_reasoning_and_content(served: str) -> None:
 
 
 def test_an_answer_that_is_cut_off_has_reasoning_only(served: str) -> None:
-    (choice,) = json.loads(post(served, temperature=0, max_tokens=8))["choices"]
+    (choice,) = json.loads(chat(served, temperature=0, max_tokens=8))["choices"]
     assert choice["finish_reason"] == "length"
     assert REASONING.startswith(choice["message"]["reasoning"]) and not choice["message"]["content"]
 
 
 def test_requests_choose_the_effort(served: str, harmony: HarmonyEncoding) -> None:
     for effort in ("low", "medium"):
-        body = json.loads(post(served, max_tokens=1, return_token_ids=True, reasoning_effort=effort))
+        body = json.loads(chat(served, max_tokens=1, return_token_ids=True, reasoning_effort=effort))
         expected = harmony_ids(harmony, [QUESTION], system=replace(SYSTEM, effort=effort))
         assert body["prompt_token_ids"] == expected
     with pytest.raises(urllib.error.HTTPError, match="400"):
-        post(served, reasoning_effort="none")
+        chat(served, reasoning_effort="none")
