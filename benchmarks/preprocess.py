@@ -246,6 +246,7 @@ def main() -> None:
                             tokens / seconds / 1e6,
                             raw_seconds / seconds,
                             raw_cpu / cpu,
+                            tokens / cpu / 1e6,
                         )
                     )
                     sys.stdout.write(
@@ -258,9 +259,10 @@ def main() -> None:
 
 def format_figures(figures: tuple[float, ...]) -> str:
     """The figures of one repeat, or the medians, as text."""
-    raw_speed, speed, of_raw, of_raw_cpu = figures
+    raw_speed, speed, of_raw, of_raw_cpu, of_core = figures
     speeds = f"raw {raw_speed:.2f}, end to end {speed:.2f} M tokens/s"
-    return f"{speeds}, {of_raw:.0%} of raw; by CPU time {of_raw_cpu:.0%} of raw"
+    by_cpu = f"by CPU time {of_raw_cpu:.0%} of raw, {of_core:.2f} M tokens a CPU second"
+    return f"{speeds}, {of_raw:.0%} of raw; {by_cpu}"
 
 
 if __name__ == "__main__":

@@ -25,6 +25,13 @@ _TOKENS = r"[0-9][0-9_]*(\.[0-9]+)?[kKMBT]?"
 _ZEROS = {"k": 3, "K": 3, "M": 6, "B": 9, "T": 12}
 _DURATION = r"([0-9]+d)?([0-9]+h)?([0-9]+m)?([0-9]+s)?"
 _QUANTITY = r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei|e[0-9]+)?"
+_UNITS = {
+    "": 1.0,
+    "m": 1e-3,
+    **{unit: 1000.0**power for power, unit in enumerate("kMGTPE", 1)},
+    **{f"{unit}i": 1024.0**power for power, unit in enumerate("KMGTPE", 1)},
+}
+"""Suffix of a Kubernetes quantity → its factor."""
 _LONGEST = 24
 _SECONDS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 
@@ -76,6 +83,15 @@ def format_duration(seconds: int) -> str:
         if count:
             parts.append(f"{count}{unit}")
     return "".join(parts) or "0s"
+
+
+def parse_quantity(text: str) -> float:
+    """The number of a Kubernetes quantity: "500m" is 0.5, "4" is 4, "1Ki" is 1024. Raises ValueError."""
+    if re.fullmatch(_QUANTITY, text) is None:
+        raise ValueError(f"{text!r} {QUANTITY_WORDS}")
+    number = re.match(r"[0-9.]+(e[0-9]+)?", text)
+    assert number is not None
+    return float(number[0]) * _UNITS[text[number.end() :]]
 
 
 def cel_is_tokens(value: str) -> str:

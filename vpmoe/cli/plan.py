@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HELP = "hours, GPUs, bytes and memory of a run, before anything is spent"
 EFFORTS = ("low", "medium", "high")
-WORK = ("train", "sample", "score")
+WORK = ("preprocess", "train", "sample", "score")
 CARDS = ("h100-80", "h200-141")
 LARGE = 100 * GIB
 """Memory from which a card counts as the larger one, if --gpu does not say."""
@@ -42,12 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     teacher.add_argument(
         "--teacher", choices=("gpt-oss-20b", "gpt-oss-120b"), help="the release that the teacher is"
     )
-    for work, who in zip(WORK, ("the trainer", "the sampler", "the teacher"), strict=True):
+    parts = ("CPU core that preprocesses", "GPU of the trainer", "GPU of the sampler", "GPU of the teacher")
+    for work, part in zip(WORK, parts, strict=True):
         parser.add_argument(
             f"--{work}-tokens-per-second",
             type=positive_number,
             metavar="N",
-            help=f"speed of one GPU of {who} (default: as measured, docs/benchmarks.md)",
+            help=f"speed of one {part} (default: as measured, docs/benchmarks.md)",
         )
     parser.add_argument(
         "--dataset-tokens", type=tokens, metavar="TOKENS", help="tokens of the dataset, such as 40B"
@@ -113,6 +114,7 @@ def assumptions(planned: DistillRun, arguments: argparse.Namespace) -> "Assumpti
             str(arguments.file),
         )
     given: dict[Work, float | None] = {
+        "preprocess": arguments.preprocess_tokens_per_second,
         "train": arguments.train_tokens_per_second,
         "sample": arguments.sample_tokens_per_second,
         "score": arguments.score_tokens_per_second,

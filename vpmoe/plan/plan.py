@@ -7,13 +7,20 @@ from dataclasses import dataclass, field
 from vpmoe.api.card import GIB
 from vpmoe.api.layout import layout
 from vpmoe.api.memory import STUDENTS
+from vpmoe.api.quantities import parse_quantity
 from vpmoe.api.run import EVALUATE, PREPROCESS, RESCORE, DistillRun
+from vpmoe.api.spec import Spec
 from vpmoe.api.stages import OnPolicy, Stage
 from vpmoe.plan.memory import RoleMemory, memory_by_role, teacher_problems
 from vpmoe.plan.onpolicy import EFFORTS, RolloutTotals, rollout_totals
 from vpmoe.plan.teacher import TeacherSize
-from vpmoe.plan.throughput import DECODE_SECONDS, Card, Measured, Work, measured
+from vpmoe.plan.throughput import DECODE_SECONDS, TEXT, Card, Measured, Work, measured
 
+CHART_CORES = 1.0
+"""CPU cores that the chart's jobResources requests for preprocessing."""
+MOST_CORES = 2.0
+"""CPU cores of a worker that are counted, at most. More were not measured, and one process reads and writes
+for all of them."""
 TOKEN_BYTES = 5
 """Bytes of a token in a dataset: int32 and its span."""
 SCORE_BYTES = 2
@@ -43,7 +50,7 @@ class Assumptions:
     """Tokens of a completion by effort; half of maxTokens for an effort that is absent."""
     dataset_tokens: int | None = None
     speeds: Mapping[Work, float] = field(default_factory=dict)
-    """Tokens a second of one GPU, instead of those measured."""
+    """Tokens a second of one GPU, in preprocessing of one CPU core, instead of those measured."""
     disk_speed: float = 1e9
     """Bytes a second at which a pod writes to its scratch disk, and to the bucket."""
 
@@ -95,8 +102,10 @@ class Plan:
     gpus: int
     """GPUs that are alive at once, at most."""
     hours: float | None
-    """From the start of preprocessing, without it and without waiting for GPUs."""
+    """From the end of preprocessing, without waiting for GPUs."""
     gpu_hours: float | None
+    preprocess_cpu_hours: float | None
+    """Time of CPU cores for preprocessing; None if the dataset's tokens are not known."""
     steps: list[StepPlan]
     checkpoints: list[CheckpointPlan]
     bucket: dict[str, int | None]
@@ -106,6 +115,14 @@ class Plan:
     """Why the run cannot work, with the numbers and the remedy."""
     sources: list[str]
     """Where the speeds come from, and what was assumed."""
+
+
+def worker_cores(spec: Spec) -> float:
+    """CPU cores that a pod uses to preprocess: its limit, else its request, else the request of the chart; at
+    most MOST_CORES."""
+    resources = spec.runtime.resources.get("preprocess")
+    written = (resources.limits.get("cpu") or resources.requests.get("cpu")) if resources else None
+    return min(MOST_CORES, (parse_quantity(written) if written else 0.0) or CHART_CORES)
 
 
 def make_plan(run: DistillRun, assumed: Assumptions) -> Plan:
@@ -139,6 +156,7 @@ class _Planner:
             gpus=self.spec.teacher.gpus + self.spec.student.gpus,
             hours=hours,
             gpu_hours=None if None in known else gpu_hours,
+            preprocess_cpu_hours=self._cpu_hours(steps[0]),
             steps=steps,
             checkpoints=[self._checkpoints(stage, speeds[stage.name]) for stage in self.spec.stages],
             bucket=self._bucket(),
@@ -158,20 +176,22 @@ class _Planner:
         return found
 
     def _speed(self, work: Work) -> float | None:
-        """Tokens a second of one GPU; notes where it comes from."""
-        model: str = self.spec.student.shape
+        """Tokens a second of one GPU, in preprocessing of one CPU core; notes where it comes from."""
+        model: str = TEXT if work == "preprocess" else self.spec.student.shape
+        unit = "CPU core" if work == "preprocess" else "GPU"
         if work == "score":
             model = self.assumed.teacher.name if self.assumed.teacher else "teacher.model"
         if work in self.assumed.speeds:
             speed = self.assumed.speeds[work]
-            self._note(f"{work}: {speed:,.0f} tokens/s a GPU, given")
+            self._note(f"{work}: {speed:,.0f} tokens/s a {unit}, given")
             return speed
         found: Measured | None = measured(work, model, self.assumed.card.name)
         if found is None:
             self._note(f"{work}: {model} was not measured; give --{work}-tokens-per-second")
             return None
         self._note(
-            f"{work}: {found.tokens_per_second:,.0f} tokens/s a GPU, {model} ({found.source}, {found.date})"
+            f"{work}: {found.tokens_per_second:,.0f} tokens/s a {unit}, {model} "
+            f"({found.source}, {found.date})"
         )
         return found.tokens_per_second
 
@@ -181,7 +201,7 @@ class _Planner:
 
     def _steps(self) -> tuple[list[StepPlan], float | None]:
         """The steps in order, and the hours until the last one ends."""
-        steps = [StepPlan(PREPROCESS, "", None, {}, None, None, "")]
+        steps = [self._preprocess()]
         scored = 0.0
         ends: float | None = 0.0
         if any(stage.needs_rescoring for stage in self.spec.stages):
@@ -198,6 +218,22 @@ class _Planner:
                 if step is training and ends is not None and stage.needs_teacher:
                     ends = max(ends, scored + (training.hours or 0.0))
         return steps, ends
+
+    def _preprocess(self) -> StepPlan:
+        """Preprocessing, whose workers share the dataset's tokens. Its hours need the number of tokens."""
+        workers, cores = self.spec.dataset.workers, worker_cores(self.spec)
+        tokens, speed = self.assumed.dataset_tokens, self._speed("preprocess")
+        together = workers * cores * speed if speed else None
+        hours = tokens / together / 3600 if tokens is not None and together else None
+        hint = "" if tokens is not None else "; give --dataset-tokens for its hours"
+        self._note(f"preprocess: {workers} workers (dataset.workers) that use {cores:g} CPU each{hint}")
+        return StepPlan(PREPROCESS, "", tokens, {}, hours, together, "" if hours is None else PREPROCESS)
+
+    def _cpu_hours(self, preprocess: StepPlan) -> float | None:
+        """CPU hours of that step."""
+        if preprocess.hours is None:
+            return None
+        return preprocess.hours * self.spec.dataset.workers * worker_cores(self.spec)
 
     def _rescore(self) -> StepPlan:
         tokens = sum(self._scored_tokens().values())

@@ -45,9 +45,15 @@ def plan_text(plan: Plan) -> str:
     bucket = [("in the bucket", "GB")]
     bucket += [(kind, UNKNOWN if size is None else gigabytes(size)) for kind, size in plan.bucket.items()]
     bucket.append(("all", gigabytes(sum(size or 0 for size in plan.bucket.values()))))
+    before = "without preprocessing"
+    if plan.preprocess_cpu_hours is not None:
+        before = (
+            f"after {hours(plan.steps[0].hours)} hours of preprocessing ({hours(plan.preprocess_cpu_hours)} "
+            "CPU hours)"
+        )
     head = (
         f"{plan.run}: {hours(plan.hours)} hours and {hours(plan.gpu_hours)} GPU hours on {plan.gpus} GPUs of "
-        f"{plan.card_memory / GIB:.1f} GiB ({plan.card}), without preprocessing; teacher "
+        f"{plan.card_memory / GIB:.1f} GiB ({plan.card}), {before}; teacher "
         f"{plan.teacher or 'of unknown size'}"
     )
     sources = "\n".join(f"- {source}" for source in plan.sources)
@@ -102,7 +108,9 @@ def count(value: float | None) -> str:
 
 def hours(value: float | None) -> str:
     """Hours with one decimal."""
-    return UNKNOWN if value is None else f"{value:,.1f}"
+    if value is None:
+        return UNKNOWN
+    return "<0.1" if 0 < value < 0.05 else f"{value:,.1f}"
 
 
 def gigabytes(size: int) -> str:

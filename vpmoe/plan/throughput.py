@@ -6,7 +6,11 @@ from typing import Literal
 
 from vpmoe.api.card import GIB
 
-Work = Literal["train", "sample", "score"]
+Work = Literal["preprocess", "train", "sample", "score"]
+TEXT = "text"
+"""What preprocessing reads, in place of a model."""
+CPU = "cpu"
+"""What preprocessing runs on, in place of a card."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,15 @@ class Measured:
     """student.shape, or the teacher's release."""
     card: str
     tokens_per_second: float
-    """Of one GPU."""
+    """Of one GPU, in preprocessing of one CPU core."""
     date: str
     source: str
 
 
 MEASURED = (
+    Measured(
+        "preprocess", TEXT, CPU, 4_700_000, "2026-11-29", "benchmarks.preprocess, CPU time, repeated rows"
+    ),
     Measured("train", "vpmoe-6b", "h100-80", 5950, "2026-11-27", "4 × H100, microbatches of 8,192 tokens"),
     Measured(
         "train", "vpmoe-6b", "h200-141", 11_300, "2026-11-23", "benchmarks.step, 1 × H200, no communication"

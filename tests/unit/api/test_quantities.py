@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vpmoe.api.quantities import MOST_TOKENS, format_duration, format_tokens, parse_duration, parse_tokens
+from vpmoe.api.quantities import (
+    MOST_TOKENS,
+    format_duration,
+    format_tokens,
+    parse_duration,
+    parse_quantity,
+    parse_tokens,
+)
 
 
 @pytest.mark.parametrize(
@@ -94,3 +101,25 @@ def test_an_invalid_duration_is_rejected_with_the_remedy(text: object) -> None:
 @given(st.integers(0, 10**9))
 def test_a_formatted_duration_is_parsed_to_the_same_seconds(seconds: int) -> None:
     assert parse_duration(format_duration(seconds)) == seconds
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("4", 4),
+        ("0.5", 0.5),
+        ("500m", 0.5),
+        ("2k", 2000),
+        ("1E", 1e18),
+        ("1e3", 1000),
+        ("1.5Gi", 1.5 * 2**30),
+    ],
+)
+def test_a_kubernetes_quantity_is_parsed(text: str, number: float) -> None:
+    assert parse_quantity(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "m", "1 m", "-1", "1KB", "1e"])
+def test_text_that_is_no_quantity_is_rejected(text: str) -> None:
+    with pytest.raises(ValueError, match="must be a quantity"):
+        parse_quantity(text)

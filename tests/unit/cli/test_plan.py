@@ -46,7 +46,8 @@ def test_as_json_it_has_numbers_and_null_for_what_is_not_known(
     found = json.loads(capsys.readouterr().out)
     assert found["run"] == "minimal" and found["card"] == "h100-80" and found["gpus"] == 8
     preprocess, first, evaluate = found["steps"]
-    assert preprocess["hours"] is None and evaluate["step"] == "first-evaluate"
+    assert preprocess["tokens"] == 2 * 10**9 and evaluate["step"] == "first-evaluate"
+    assert preprocess["hours"] == pytest.approx(found["preprocessCpuHours"] / 8), "eight workers of one core"
     assert first["gpus"] == {"train": 7} and first["tokensPerSecond"] == pytest.approx(7 * 5950)
     assert found["bucket"]["dataset"] == 10**10 and found["bucket"]["exported model"] == 12_070_529_024
     assert found["memory"][0]["fits"] is True and found["memory"][0]["items"]["weights"] == 12_070_529_024
@@ -56,10 +57,15 @@ def test_as_json_it_has_numbers_and_null_for_what_is_not_known(
 
 def test_speeds_and_lengths_can_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write(tmp_path, **{"spec.stages": [valid_specs.ONPOLICY]})
-    options = "--train-tokens-per-second 1e4 --sample-tokens-per-second 5000 --score-tokens-per-second 9e9"
+    options = (
+        "--preprocess-tokens-per-second 1e6 --train-tokens-per-second 1e4 --sample-tokens-per-second 5000 "
+        "--score-tokens-per-second 9e9 --dataset-tokens 36B"
+    )
     lengths = "--prompt 100 --completion low=300,medium=700,high=1500"
     assert main(["plan", file, *options.split(), *lengths.split()]) == 0
     out = capsys.readouterr().out
+    assert ", after 1.2 hours of preprocessing (10.0 CPU hours); teacher" in out
+    assert "preprocess: 1,000,000 tokens/s a CPU core, given" in out
     assert "train: 10,000 tokens/s a GPU, given" in out and "sample: 5,000 tokens/s a GPU, given" in out
     assert "onpolicy: prompts of 100 tokens, completions of low 300, medium 700, high 1,500, assumed" in out
 

@@ -6,14 +6,16 @@ from typing import Any
 import pytest
 
 from tests.fakes import valid_specs
+from tests.fakes.chart import VALUES
 from tests.fakes.teacher_configs import GPT_OSS_20B
 from vpmoe.api import DistillRun, OnPolicy, load_run
 from vpmoe.api.card import GIB
 from vpmoe.api.memory import STUDENTS
+from vpmoe.api.quantities import parse_quantity
 from vpmoe.inference import vllm_options
 from vpmoe.plan import memory, onpolicy
 from vpmoe.plan.onpolicy import rollout_totals
-from vpmoe.plan.plan import Assumptions, Plan, make_plan
+from vpmoe.plan.plan import CHART_CORES, Assumptions, Plan, make_plan
 from vpmoe.plan.teacher import KNOWN, TeacherSize, known_teacher
 from vpmoe.plan.throughput import CARDS, MEASURED
 from vpmoe.rollout import curriculum
@@ -138,6 +140,41 @@ def test_hours_of_a_run_by_hand() -> None:
     assert hours["rescore"] == pytest.approx(scores)
     assert plan.hours == pytest.approx(max(first + 20 * pause, scores) + rescored + 40 * pause)
     assert plan.gpu_hours == pytest.approx(7 * (first + rescored + 60 * pause) + scores)
+
+
+@pytest.mark.parametrize(
+    "resources, cores",
+    [
+        ({}, 1),
+        ({"preprocess": {"requests": {"cpu": "500m"}}}, 0.5),
+        ({"preprocess": {"requests": {"cpu": "0.5"}, "limits": {"cpu": "1500m"}}}, 1.5),
+        ({"preprocess": {"requests": {"cpu": 64}}}, 2),
+        ({"preprocess": {"limits": {"memory": "4Gi"}}}, 1),
+        ({"train": {"limits": {"cpu": 4}}}, 1),
+    ],
+    ids=str,
+)
+def test_workers_share_the_tokens_of_preprocessing(resources: dict[str, Any], cores: float) -> None:
+    changes = {"spec.runtime.resources": resources, "spec.dataset.workers": 5}
+    plan = plan_of(changes, speeds={"preprocess": 1e6}, dataset_tokens=18 * 10**9)
+    first = plan.steps[0]
+    assert (first.step, first.slowest) == ("preprocess", "preprocess")
+    assert first.hours == pytest.approx(18e9 / (5 * cores * 1e6) / 3600)
+    assert plan.preprocess_cpu_hours == pytest.approx(5)
+    assert plan.hours == plan_of(changes).hours, "they begin after preprocessing"
+
+
+def test_preprocessing_of_unknown_tokens_has_a_speed_and_no_hours() -> None:
+    plan = plan_of({"spec.dataset.workers": 5}, speeds={"preprocess": 1e6})
+    assert plan.steps[0].hours is None and plan.preprocess_cpu_hours is None
+    assert plan.steps[0].tokens_per_second == 5e6
+    hint = "preprocess: 5 workers (dataset.workers) that use 1 CPU each; give --dataset-tokens for its hours"
+    assert hint in plan.sources
+
+
+def test_a_worker_has_the_cpus_of_the_chart() -> None:
+    assert parse_quantity(VALUES["jobResources"]["preprocess"]["requests"]["cpu"]) == CHART_CORES
+    assert "cpu" not in VALUES["jobResources"]["preprocess"]["limits"]
 
 
 def test_the_slowest_role_decides_an_onpolicy_stage() -> None:
