@@ -181,10 +181,11 @@ def changed_since(moment: dict[str, Any]) -> dict[str, Any]:
             status.get("provenance", {}).pop(name, None)
     before = {step["name"]: step for step in moment["object"]["status"].get("steps", [])}
     for step in status["steps"]:
-        if before.get(step["name"], {}).get("state") == "Retrying" and step["state"] == "Running":
+        earlier = before.get(step["name"], {}).get("state")
+        if earlier == "Retrying" and step["state"] == "Running":
             step["progressed"] = before[step["name"]]["progressed"]
         observed = moment["seen"].get(step["name"], {}).get("child")
-        if step["state"] == "Succeeded" and before.get(step["name"], {}).get("state") == "Running" and observed:
+        if earlier == "Running" and step["state"] == "Succeeded" and observed:
             step["child"]["uid"] = observed["uid"]
     if moment["what"] == "a pod of the trainer was removed":
         for condition in status["conditions"]:
