@@ -38,7 +38,6 @@ from demo.tiny_gpt_oss import TINY
 from devcluster import binaries
 from vpmoe.api import DistillRun, load_run
 from vpmoe.data.dataset import WRITER, dataset_settings
-from vpmoe.data.harmony import SystemMessage
 from vpmoe.data.preprocess import census, encode, sampling
 from vpmoe.data.system_message import EffortSubstitution
 from vpmoe.data.vocabulary import CALL, END_OF_DOCUMENT, RETURN, VOCABULARY_SIZE
@@ -134,8 +133,9 @@ def training_documents(run: DistillRun) -> list[list[TeacherDocument]]:
     thresholds = sampling.choose_thresholds(
         histogram, bounds.keep, bounds.memorization_max, bounds.non_english_max
     )
-    system = SystemMessage(**spec.conversation.model_dump())
-    context = encode.PreprocessContext("", system, spec.max_length, spec.valid_fraction, thresholds)
+    context = encode.PreprocessContext(
+        "", spec.conversation, spec.max_length, spec.valid_fraction, thresholds
+    )
     conversation = dataset_settings(run)["conversation"]
     substitutions = [EffortSubstitution(conversation, effort) for effort in EFFORTS]
     return [

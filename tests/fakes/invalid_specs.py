@@ -194,6 +194,37 @@ INVALID: dict[str, InvalidSpec] = {
         "spec.dataset.conversation.date",
         "must be a day as a string",
     ),
+    "an unknown effort": InvalidSpec(
+        {"spec.dataset.conversation.effort": "maximal"},
+        "spec.dataset.conversation.effort",
+        "must be low, medium or high, or shares in this order",
+    ),
+    "shares of efforts in another order": InvalidSpec(
+        {"spec.dataset.conversation.effort": "high=0.5,low=0.5"},
+        "spec.dataset.conversation.effort",
+        "must be low, medium or high, or shares in this order",
+    ),
+    "a share of an effort with seven decimals": InvalidSpec(
+        {"spec.dataset.conversation.effort": "low=0.5000000,high=0.5"},
+        "spec.dataset.conversation.effort",
+        "must be low, medium or high, or shares in this order",
+    ),
+    "shares of efforts as a mapping": InvalidSpec(
+        {"spec.dataset.conversation.effort": {"low": 1}},
+        "spec.dataset.conversation.effort",
+        "must be low, medium or high, or shares in this order",
+        "spec.dataset.conversation.effort in body must be of type string",
+    ),
+    "shares of efforts that add up to 0.9": InvalidSpec(
+        {"spec.dataset.conversation.effort": "low=0.3,medium=0.4,high=0.2"},
+        "spec.dataset.conversation.effort",
+        "has shares that do not add up to 1. Change them to add up to 1.",
+    ),
+    "shares of efforts that are off by two millionths": InvalidSpec(
+        {"spec.dataset.conversation.effort": "low=0.333332,medium=0.333333,high=0.333333"},
+        "spec.dataset.conversation.effort",
+        "has shares that do not add up to 1. Change them to add up to 1.",
+    ),
     "month 13": InvalidSpec(
         {"spec.dataset.conversation.knowledgeCutoff": "2024-13"},
         "spec.dataset.conversation.knowledgeCutoff",

@@ -233,6 +233,14 @@ VALID: dict[str, Changes] = {
             "effort": "low",
         },
     },
+    "shares of efforts": {"spec.dataset.conversation.effort": "low=0.3,medium=0.4,high=0.3"},
+    "shares of efforts in thirds": {
+        "spec.dataset.conversation.effort": "low=0.333333,medium=0.333333,high=0.333333"
+    },
+    "a share of 1 and one of 0": {"spec.dataset.conversation.effort": "medium=1.0,high=0"},
+    "an effort that is a mix by default": {
+        "spec.stages": [*MINIMAL["spec"]["stages"], ONPOLICY, {**ONPOLICY, "name": "more", "tokens": "1B"}]
+    },
     "no export": {"spec.export": {"stages": []}},
     "an export with its default": {"spec.export": {}},
     "exports in any order": {

@@ -3,13 +3,13 @@
 Every field except `workers` is part of the dataset's id.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from vpmoe.api.base import ApiModel, TextPattern
+from vpmoe.api.effort import EffortMix
 
-Effort = Literal["low", "medium", "high"]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
@@ -41,7 +41,7 @@ class Sampling(ApiModel):
 
 
 class Conversation(ApiModel):
-    """The system message of every document. The student must be served with the same system message."""
+    """The system message of the documents. The student must be served with the same system message."""
 
     identity: Annotated[str, Field(max_length=1024)] = "You are vpMoE, a large language model."
     """First line of the system message: the name and role of the student."""
@@ -50,9 +50,13 @@ class Conversation(ApiModel):
     date: Annotated[str, DAY] | None = "2026-01-01"
     """Current date in the system message, as YYYY-MM-DD; null omits the line. Client-side `kubectl apply`
     drops nulls: use --server-side. The date is fixed because it is part of the dataset."""
-    effort: Effort = "high"
-    """Reasoning effort in the system message: low, medium or high. OnPolicy stages replace it for each
-    prompt."""
+    effort: Annotated[EffortMix, Field(json_schema_extra={"inherits": "stages"})] = "high"
+    """Reasoning effort in the system message: low, medium or high for all documents, or the share of each as
+    a text such as "low=0.3,medium=0.4,high=0.3"; the shares must add up to 1. With shares, a hash of a
+    document's id draws its effort, which its system message has from then on. OnPolicy stages replace it for
+    each prompt. The default is the mix of the whole curriculum, phases weighted by their share and stages by
+    their tokens, so that the student knows every effort before it samples at it; without an OnPolicy stage it
+    is high."""
 
 
 class DatasetSpec(ApiModel):
@@ -82,7 +86,7 @@ class DatasetSpec(ApiModel):
     sampling: Sampling = Sampling()
     """Which documents are kept."""
     conversation: Conversation = Conversation()
-    """The system message of every document."""
+    """The system message of the documents."""
     workers: Annotated[int, Field(ge=1, le=1024)] = 8
     """Number of parallel preprocessing pods. More is faster, up to the number of input files; the result is
     byte-identical."""

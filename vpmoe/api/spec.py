@@ -4,14 +4,17 @@ Some defaults come from another field or from the stage's kind. `fill` sets them
 field of a Spec refers to another for its value. The fields are in spec_fields.py and the rules in rules.py.
 """
 
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, ClassVar
 
-from pydantic import model_validator
+from pydantic import ValidationError, model_validator
 
-from vpmoe.api.base import Rule
+from vpmoe.api.base import STORED, Rule
+from vpmoe.api.effort import EFFORTS, write_mix
 from vpmoe.api.rules import RULES
 from vpmoe.api.spec_fields import SpecFields
-from vpmoe.api.stages import OPTIMIZER_OF_KIND
+from vpmoe.api.stages import OPTIMIZER_OF_KIND, OnPolicy
 from vpmoe.api.student import StudentSpec
 from vpmoe.api.training import TrainingSpec
 
@@ -26,15 +29,15 @@ def fill(spec: dict[str, Any]) -> dict[str, Any]:
     """A copy of the written specification with all derived defaults set. Malformed parts stay unchanged."""
     training = _mapping(spec.get("training"))
     filled = dict(spec)
-    if isinstance(spec.get("dataset"), dict):
-        length = training.get("sequenceLength", TrainingSpec.model_fields["sequence_length"].default)
-        filled["dataset"] = {"maxLength": length} | spec["dataset"]
     if isinstance(spec.get("stages"), list):
         gpus = _mapping(spec.get("student")).get("gpus", StudentSpec.model_fields["gpus"].default)
         filled["stages"] = [
             _fill_sampler(_fill_optimizer(stage, _mapping(training.get("optimizer"))), gpus)
             for stage in spec["stages"]
         ]
+    if isinstance(spec.get("dataset"), dict):
+        length = training.get("sequenceLength", TrainingSpec.model_fields["sequence_length"].default)
+        filled["dataset"] = {"maxLength": length} | _fill_effort(spec["dataset"], filled.get("stages"))
     if isinstance(spec.get("export", {}), dict):
         filled["export"] = default_export(spec.get("stages")) | spec.get("export", {})
     return filled
@@ -45,6 +48,41 @@ def default_export(stages: Any) -> dict[str, Any]:
     last = stages[-1] if isinstance(stages, list) and stages else None
     name = _mapping(last).get("name")
     return {"stages": [name] if isinstance(name, str) else []}
+
+
+def _fill_effort(dataset: dict[str, Any], stages: Any) -> dict[str, Any]:
+    conversation = dataset.get("conversation", {})
+    if not isinstance(conversation, dict):
+        return dataset
+    return dataset | {"conversation": {"effort": default_effort(stages)} | conversation}
+
+
+def default_effort(stages: Any) -> str:
+    """dataset.conversation.effort if it is not written: the mix of all curricula together; high if no stage
+    is OnPolicy.
+
+    `stages` are filled. It is also high if an OnPolicy stage is malformed: the run is then rejected for that.
+    """
+    written = stages if isinstance(stages, list) else []
+    sampling = [stage for stage in written if _mapping(stage).get("kind") == "OnPolicy"]
+    try:
+        found = [OnPolicy.model_validate(stage, context=STORED) for stage in sampling]
+    except ValidationError:
+        found = []
+    return overall_mix(found) if found else "high"
+
+
+def overall_mix(stages: Sequence[OnPolicy]) -> str:
+    """The share of each effort in the curricula of the stages, at least one: phases weighted by their share,
+    stages by their tokens."""
+    weights = dict.fromkeys(EFFORTS, Fraction(0))
+    for stage in stages:
+        for phase in stage.curriculum:
+            for effort in EFFORTS:
+                share = Fraction(str(phase.share)) * Fraction(str(getattr(phase.effort, effort)))
+                weights[effort] += stage.tokens * share
+    total = sum(weights.values())
+    return write_mix({effort: weight / total for effort, weight in weights.items()})
 
 
 def _mapping(written: Any) -> dict[str, Any]:

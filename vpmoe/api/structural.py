@@ -120,9 +120,9 @@ def _members(node: Schema, defs: dict[str, Schema]) -> Schema:
         properties[name] = _node(written, defs)
         if "inherits" in written:  # filled in from another field, which the API server cannot do
             inherited.append(name)
-            properties[name] = {
-                key: value for key, value in without_defaults(properties[name]).items() if key != _RULES
-            }
+            properties[name] = without_defaults(properties[name])
+            if "properties" in properties[name]:  # its rules need members that may be filled in later
+                properties[name].pop(_RULES, None)
     required = [name for name in node.get("required", []) if name not in inherited]
     return {"properties": properties, **({"required": required} if required else {})}
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from vpmoe.api.base import ApiModel, TextPattern
-from vpmoe.api.dataset import Effort
+from vpmoe.api.effort import Effort
 
 ShapeName = Literal["vpmoe-6b", "tiny"]
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from vpmoe.api.dataset import Effort
+from vpmoe.api.effort import Effort
 from vpmoe.api.termination import EXIT_CODES, WRONG_USAGE
 
 if TYPE_CHECKING:

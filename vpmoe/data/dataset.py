@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from vpmoe.api import DistillRun
-from vpmoe.api.dataset import Effort
+from vpmoe.api.effort import EffortMix
 from vpmoe.api.progress import DatasetStatus
 from vpmoe.data.inputs import Inputs, resolve_source
 from vpmoe.data.vocabulary import VOCABULARY_SHA256
@@ -84,7 +84,7 @@ class ConversationFacts(TypedDict):
     identity: str
     knowledgeCutoff: str
     date: str | None
-    effort: Effort
+    effort: EffortMix
 
 
 class SettingsFacts(TypedDict):

@@ -25,8 +25,8 @@ CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be inclu
 
 @dataclass(frozen=True)
 class SystemMessage:
-    """Content of the system message: `spec.dataset.conversation`. All of it is pinned, because it is part of
-    the data."""
+    """Content of a document's system message: `spec.dataset.conversation`, with the one effort that was
+    drawn for the document if there are shares. All of it is pinned, because it is part of the data."""
 
     identity: str
     knowledge_cutoff: str

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from vpmoe.api import DistillRun, Stage
-from vpmoe.api.dataset import Effort
+from vpmoe.api.effort import Effort
 from vpmoe.api.progress import SpanLoss
 from vpmoe.api.text import write_yaml
 from vpmoe.checkpoint.train_state import TrainState

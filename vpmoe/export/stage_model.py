@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from vpmoe.api import DistillRun, Stage
+from vpmoe.api.effort import most_frequent
 from vpmoe.checkpoint.format import Weights
 from vpmoe.checkpoint.train_state import TrainState, load_stage_end
 from vpmoe.data.dataset import load_dataset, resolve_dataset
@@ -60,7 +61,9 @@ class StageModel:
             read=read,
             dtype=DTYPE,
             positions=self.run.spec.training.sequence_length,
-            system=SystemMessage(said["identity"], said["knowledgeCutoff"], said["date"], said["effort"]),
+            system=SystemMessage(
+                said["identity"], said["knowledgeCutoff"], said["date"], most_frequent(said["effort"])
+            ),
         )
         (folder / CARD).write_text(model_card(self.facts), encoding="utf-8")
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vpmoe.api.dataset import Effort
+from vpmoe.api.effort import Effort
 from vpmoe.checkpoint.safetensors_header import InvalidCheckpoint, read_folder, read_json_object
 from vpmoe.data.tokenizer import Ids
 from vpmoe.data.vocabulary import STOP_IDS

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from vpmoe.api import DistillRun
 from vpmoe.api.base import Record
-from vpmoe.api.dataset import Effort
+from vpmoe.api.effort import Effort
 from vpmoe.api.progress import SpanLoss
 from vpmoe.failure import Permanent
 from vpmoe.rollout.validity import VALID

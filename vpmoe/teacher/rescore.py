@@ -294,7 +294,7 @@ def score_documents(job: RescoreWorker, part: ScoredPart) -> None:
     for count, (document, logp_S) in enumerate(
         zip(documents, teacher.score(sent, job.check_stop), strict=True), 1
     ):
-        part.add(document, job.effort.from_teacher(logp_S))
+        part.add(document, job.effort.from_teacher(part.ids(document), logp_S))
         tokens += len(logp_S)
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()

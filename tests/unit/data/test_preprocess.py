@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from openai_harmony import HarmonyEncodingName, load_harmony_encoding
 
 from demo import sample
+from tests.fakes.conversations import harmony_ids
 from vpmoe.api import DistillRun
 from vpmoe.data import dataset, vocabulary, vocabulary_file
-from vpmoe.data.harmony import Renderer, SystemMessage
+from vpmoe.data.harmony import Renderer, SystemMessage, user_text
 from vpmoe.data.index import read_index
 from vpmoe.data.preprocess import filters, sampling, step
 from vpmoe.data.preprocess.encode import EncoderPool
 from vpmoe.data.spans import spans_of_documents
 from vpmoe.data.tokenizer import tokenizer
+from vpmoe.data.vocabulary import END_OF_DOCUMENT
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.process.board import ProgressBoard
 from vpmoe.provenance import Provenance
@@ -185,6 +189,49 @@ def test_every_kept_row_is_in_its_split_with_the_right_tokens(spec: dict[str, An
     assert load_progress(bucket, run)["state"] == "Succeeded"
     assert load_progress(bucket, run)["parts"] == {"done": 3, "total": 3}
     assert load_progress(bucket, run)["dataset"]["sha256"] == found.sha256
+
+
+def test_each_document_says_the_effort_that_is_drawn_for_its_id(spec: dict[str, Any], tmp_path: Path) -> None:
+    """Compared with openai-harmony, and the same for each row wherever it is in the input."""
+    spec["spec"]["dataset"]["conversation"] = {"effort": "low=0.3,medium=0.4,high=0.3"}
+    bucket, run = preprocess(spec)
+    found, conversation = load_manifest(bucket, run), run.spec.dataset.conversation
+    said = conversation.identity, conversation.knowledge_cutoff, conversation.date
+    rows = {row["synth_id"]: row for row in sample.rows()}
+    encoding, counts = load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS), Counter[str]()
+    efforts = efforts_by_id(bucket, found)
+    for split in ("train", "valid"):
+        for synth_id, (ids, _) in load_documents(bucket, found, split, tmp_path).items():
+            effort, row = efforts[synth_id], rows[synth_id]
+            user = {"role": "user", "content": user_text(row["query"], row["query_seed_text"])}
+            answer = {"role": "assistant", "content": row["synthetic_answer"]}
+            if (row["synthetic_reasoning"] or "").strip():
+                answer["reasoning_content"] = row["synthetic_reasoning"]
+            system = SystemMessage(*said, effort)
+            expected = harmony_ids(encoding, [user, answer], system=system, answer=False)
+            assert ids == [*expected, END_OF_DOCUMENT]
+            assert effort == sampling.draw_effort(synth_id, conversation.effort)
+            counts[effort] += 1
+    assert {name: count["documents"] for name, count in found.facts["efforts"].items()} == counts
+    assert set(counts) == {"low", "medium", "high"} and counts.total() == found.facts["documents"]
+    assert sum(count["tokens"] for count in found.facts["efforts"].values()) == found.facts["tokens"]
+    assert found.facts["settings"]["conversation"]["effort"] == conversation.effort
+
+    moved = with_prefix(spec, "moved")
+    moved["spec"]["dataset"]["source"] = moved["spec"]["dataset"]["source"].replace("input", "moved-input")
+    put_rows(spec, tmp_path, "moved-input/all.parquet", sample.rows()[::-1])
+    elsewhere = preprocess(moved)
+    assert efforts_by_id(elsewhere[0], load_manifest(*elsewhere)) == efforts
+
+
+def efforts_by_id(bucket: Bucket, found: Manifest) -> dict[str, str]:
+    """The effort of every document of both splits, by synth_id, from documents.parquet."""
+    efforts = {}
+    for name, subject in found.subjects.items():
+        if name.endswith(".documents.parquet"):
+            table = pq.read_table(pa.BufferReader(b"".join(bucket.blocks(subject))))
+            efforts |= dict(zip(table["synth_id"].to_pylist(), table["effort"].to_pylist(), strict=True))
+    return efforts
 
 
 def test_workers_and_processes_do_not_change_a_byte(spec: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from demo import sample
 from tests.fakes import fake_hub
+from vpmoe.api.dataset import Conversation
 from vpmoe.data import vocabulary_file
 from vpmoe.data.harmony import Renderer, SystemMessage
 from vpmoe.data.inputs import InputShard, resolve_source
@@ -29,7 +30,8 @@ from vpmoe.storage import Bucket, StorageError
 
 ROOT = Path(__file__).parents[3]
 SETTING = SystemMessage("You are vpMoE, a large language model.", "2024-06", "2026-01-01", "high")
-CONTEXT = PreprocessContext("0" * 64, SETTING, 400, 0.2, Thresholds((BINS,) * 4))
+CONVERSATION = Conversation()
+CONTEXT = PreprocessContext("0" * 64, CONVERSATION, 400, 0.2, Thresholds((BINS,) * 4))
 
 
 def strings(*values: bytes | None) -> pa.Array:
@@ -407,7 +409,7 @@ def test_a_document_of_the_maximum_length_is_kept_and_a_longer_one_dropped() -> 
     for bound, kept in ((length, 1), (length - 1, 0)):
         got = encode.encode_chunk(
             make_chunk(0, "x", 0, rows_batch([row])),
-            PreprocessContext("0" * 64, SETTING, bound, 0.0, Thresholds((BINS,) * 4)),
+            PreprocessContext("0" * 64, CONVERSATION, bound, 0.0, Thresholds((BINS,) * 4)),
         )
         assert (len(got.labels_D), got.dropped["tooLong"]) == (kept, 1 - kept)
 
@@ -415,7 +417,7 @@ def test_a_document_of_the_maximum_length_is_kept_and_a_longer_one_dropped() -> 
 def test_rows_above_the_threshold_of_their_class_are_not_sampled() -> None:
     got = encode.encode_chunk(
         make_chunk(0, "x", 0, rows_batch(sample.rows())),
-        PreprocessContext("0" * 64, SETTING, 4096, 0.0, Thresholds((BINS, 0, BINS, 0))),
+        PreprocessContext("0" * 64, CONVERSATION, 4096, 0.0, Thresholds((BINS, 0, BINS, 0))),
     )
     assert got.dropped["notSampled"] > 30
     assert not any(exercise == "memorization" for _, _, exercise in got.labels_D)

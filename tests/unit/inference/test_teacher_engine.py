@@ -127,20 +127,23 @@ def render_with_openai_harmony(effort: ReasoningEffort) -> list[int]:
     return ids
 
 
+@pytest.mark.parametrize(
+    "mix, own", [("high", "high"), ("low=0.5,high=0.5", "low"), ("low=0.2,medium=0.7,high=0.1", "medium")]
+)
 @pytest.mark.parametrize("teacher_effort", list(ReasoningEffort), ids=lambda effort: effort.name.lower())
 def test_with_another_effort_the_document_is_scored_as_rendered_with_that_effort(
-    scorer: Remote, reference: "PreTrainedModel", teacher_effort: ReasoningEffort
+    scorer: Remote, reference: "PreTrainedModel", teacher_effort: ReasoningEffort, mix: str, own: str
 ) -> None:
-    settings = conversation("high")
+    settings = conversation(mix)
     system_message = SystemMessage(
-        str(settings["identity"]), str(settings["knowledgeCutoff"]), settings["date"], "high"
+        str(settings["identity"]), str(settings["knowledgeCutoff"]), settings["date"], own
     )
     document = Renderer(Tokenizer(), system_message).render("How wide is the pond?", None, REASONING, ANSWER)
     effort = EffortSubstitution(settings, teacher_effort.name.lower())
     sent_S = effort.to_teacher(document.ids)
     rendered = render_with_openai_harmony(teacher_effort)
     assert sent_S.tolist() == rendered and len(sent_S) == len(document.ids) + effort.extra_tokens
-    logp_T = effort.from_teacher(next(scorer.score([sent_S])))
+    logp_T = effort.from_teacher(document.ids, next(scorer.score([sent_S])))
     assert len(logp_T) == len(document.ids) and np.isnan(logp_T[-1])
     supervised = document.reasoning + document.final
     wanted_S = expected(reference, np.array(rendered, np.int32))

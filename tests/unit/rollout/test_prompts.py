@@ -2,6 +2,7 @@
 completions."""
 
 from collections.abc import Iterator, Mapping
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -92,8 +93,8 @@ def render(
 
 
 @pytest.mark.parametrize("effort", list(EFFORT))
-def test_a_prompt_equals_that_of_openai_harmony(
-    openai_encoding: HarmonyEncoding, renderer: Renderer, effort: str
+def test_a_prompt_equals_that_of_openai_harmony_whichever_effort_the_document_has(
+    openai_encoding: HarmonyEncoding, effort: str
 ) -> None:
     system = (
         SystemContent.new()
@@ -101,8 +102,9 @@ def test_a_prompt_equals_that_of_openai_harmony(
         .with_knowledge_cutoff(CONVERSATION["knowledgeCutoff"])
     )
     system = system.with_conversation_start_date(CONVERSATION["date"]).with_reasoning_effort(EFFORT[effort])
-    prompts = PromptBuilder(CONVERSATION)
-    for user, reasoning, answer in texts():
+    of_documents = cycle(Renderer(tokenizer(), setting(CONVERSATION | {"effort": own})) for own in EFFORT)
+    prompts = PromptBuilder(CONVERSATION | {"effort": "low=0.3,medium=0.3,high=0.4"})
+    for renderer, (user, reasoning, answer) in zip(of_documents, texts(), strict=False):
         messages = [
             Message.from_role_and_content(Role.SYSTEM, system),
             Message.from_role_and_content(Role.USER, user),
@@ -129,6 +131,8 @@ def test_a_document_of_another_dataset_is_rejected(renderer: Renderer) -> None:
     ids, span_T = render(renderer, "q", "r", "a")
     with pytest.raises(Permanent, match="does not begin with the system message"):
         PromptBuilder(CONVERSATION | {"effort": "low"}).build(ids, span_T, "high")
+    with pytest.raises(Permanent, match="does not begin with the system message"):
+        PromptBuilder(CONVERSATION | {"effort": "low=0.5,medium=0.5"}).build(ids, span_T, "high")
     with pytest.raises(ValueError, match="without a supervised token"):
         PromptBuilder(CONVERSATION).build(ids, np.zeros_like(span_T), "high")
 

@@ -159,7 +159,8 @@ def test_picked_documents_are_scored_and_the_facts_equal_a_recount(
             assert score_row["reasoning"] is None and score_row["final"] is None
             continue
         assert np.isfinite(logp_T[span_T > 0]).all() and np.isnan(logp_T[-1])
-        separate_T = effort.from_teacher(next(scorer.score([effort.to_teacher(source_row["tokens"])])))
+        ids_T = source_row["tokens"]
+        separate_T = effort.from_teacher(ids_T, next(scorer.score([effort.to_teacher(ids_T)])))
         assert np.array_equal(np.isnan(logp_T), np.isnan(separate_T))
         # The order of summation differs between a single document and a batch: 1e-4, as against transformers.
         # float16 rounds by 2^-11.

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from pydantic import ConfigDict
 
@@ -33,6 +33,8 @@ class SplitCounts(TypedDict):
     final: int
     languages: dict[str, dict[str, int]]
     exercises: dict[str, dict[str, int]]
+    efforts: NotRequired[dict[str, dict[str, int]]]
+    """Only if efforts were drawn."""
 
 
 class CountsOfSplits(TypedDict):

@@ -25,6 +25,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from vpmoe.api.dataset import Conversation
+from vpmoe.api.effort import Effort
 from vpmoe.data.dataset import clean_label
 from vpmoe.data.harmony import HarmonyDocument, Renderer, SystemMessage, user_text
 from vpmoe.data.preprocess import sampling
@@ -62,7 +64,7 @@ class PreprocessContext:
     """All settings that decide, together with a row, what becomes of the row."""
 
     dataset_id: str
-    system: SystemMessage
+    conversation: Conversation
     max_length: int
     valid_fraction: float
     thresholds: sampling.Thresholds
@@ -96,6 +98,8 @@ class EncodedChunk:
     """Sort key of the document in its part."""
     labels_D: list[tuple[str, str | None, str | None]]
     """Row id, language (None if it has none), exercise (None if it has none)."""
+    efforts_D: list[Effort]
+    """Reasoning effort in the document's system message."""
     hashes_2D: NDArray[np.uint64]
     """Fingerprints of each document's row id and of its user message (duplicates.py)."""
     empty_queries: int
@@ -125,9 +129,9 @@ def encode_chunk(chunk: RowChunk, context: PreprocessContext) -> EncodedChunk:
     with pa.ipc.open_stream(chunk.columns) as stream:
         (batch,) = stream
     texts = decode_columns(batch, COLUMNS)
-    renderer = _renderer(context.system)
     documents: list[HarmonyDocument] = []
     labels: list[tuple[str, str | None, str | None]] = []
+    efforts: list[Effort] = []
     order: list[int] = []
     questions: list[str] = []
     empty_queries = 0
@@ -153,7 +157,10 @@ def encode_chunk(chunk: RowChunk, context: PreprocessContext) -> EncodedChunk:
             dropped["notSampled"] += 1
             continue
         try:
-            document = renderer.render(query, seed_text, reasoning, answer or "")
+            effort = sampling.draw_effort(row_id, context.conversation.effort)
+            document = _renderer(context.conversation, effort).render(
+                query, seed_text, reasoning, answer or ""
+            )
         except ValueError as error:
             unreadable[row] = str(error)
             continue
@@ -162,6 +169,7 @@ def encode_chunk(chunk: RowChunk, context: PreprocessContext) -> EncodedChunk:
             continue
         documents.append(document)
         labels.append((row_id, clean_label(language), clean_label(exercise)))
+        efforts.append(effort)
         questions.append(user_text(query, seed_text))
         empty_queries += not query.strip()
         order.append(_order(context.dataset_id, chunk.part, row))
@@ -176,6 +184,7 @@ def encode_chunk(chunk: RowChunk, context: PreprocessContext) -> EncodedChunk:
         ),
         order_D=np.array(order, np.uint64),
         labels_D=labels,
+        efforts_D=efforts,
         hashes_2D=np.array(
             [[fingerprint(row_id) for row_id, _, _ in labels], [fingerprint(text) for text in questions]],
             np.uint64,
@@ -271,8 +280,8 @@ def _exit_with_parent(sentinel: int) -> None:
 
 
 @cache
-def _renderer(system: SystemMessage) -> Renderer:
-    return Renderer(tokenizer(), system)
+def _renderer(said: Conversation, effort: Effort) -> Renderer:
+    return Renderer(tokenizer(), SystemMessage(said.identity, said.knowledge_cutoff, said.date, effort))
 
 
 def _order(dataset_id: str, part: int, row: int) -> int:

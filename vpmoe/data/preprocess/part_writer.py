@@ -8,7 +8,7 @@ disk holds a part's tokens twice, or three times while the next part is encoded.
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from vpmoe.api.effort import Effort
 from vpmoe.data.dataset import SPLITS, UNKNOWN
 from vpmoe.data.index import index_bytes
 from vpmoe.data.preprocess.encode import EncodedChunk
@@ -50,6 +51,11 @@ DOCUMENTS = pa.schema(
     ]
 )
 
+DRAWN_EFFORT = pa.field("effort", pa.string())
+"""The further column of DOCUMENTS in a dataset whose documents have different efforts. A dataset of one
+effort has neither the column nor the counts by effort: its files are the same bytes as before there were
+shares."""
+
 
 @dataclass
 class SplitDocuments:
@@ -58,12 +64,15 @@ class SplitDocuments:
     lengths: list[NDArray[np.int64]] = field(default_factory=list)
     order: list[NDArray[np.uint64]] = field(default_factory=list)
     labels: list[tuple[str, str | None, str | None]] = field(default_factory=list)
+    efforts: list[Effort] = field(default_factory=list)
 
 
 class PartWriter:
     """Collects one part in its own scratch folder below TMPDIR, until `discard`."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, drawn_efforts: bool) -> None:
+        """`drawn_efforts`: the documents have different efforts."""
+        self._drawn_efforts = drawn_efforts
         self._scratch = tempfile.TemporaryDirectory(prefix=f"vpmoe-part-{number:05d}-")
         self._folder = Path(self._scratch.name)
         self._splits = {split: SplitDocuments() for split in SPLITS}
@@ -93,6 +102,9 @@ class PartWriter:
             documents.order.append(encoded.order_D[chosen_D])
             documents.labels.extend(
                 label for label, chosen in zip(encoded.labels_D, chosen_D, strict=True) if chosen
+            )
+            documents.efforts.extend(
+                effort for effort, chosen in zip(encoded.efforts_D, chosen_D, strict=True) if chosen
             )
             if chosen_D.any():
                 self._arrived[split].write(
@@ -144,7 +156,8 @@ class PartWriter:
             documents = self._splits[split]
             if any(len(lengths_D3) for lengths_D3 in documents.lengths):
                 written[split] = {file: self._folder / f"{split}.{file}" for file in FILES}
-                write_split(documents, Path(self._arrived[split].name), written[split])
+                arrived = Path(self._arrived[split].name)
+                write_split(documents, arrived, written[split], drawn_efforts=self._drawn_efforts)
             Path(self._arrived[split].name).unlink()
         return written
 
@@ -163,17 +176,26 @@ class PartWriter:
             "surrogates": self.surrogates,
             "emptyQueries": self.empty_queries,
             "contradictions": self.contradictions,
-            "splits": {split: split_counts(self._splits[split]) for split in SPLITS},
+            "splits": {
+                split: split_counts(self._splits[split], drawn_efforts=self._drawn_efforts)
+                for split in SPLITS
+            },
         }
 
 
-def split_counts(documents: SplitDocuments) -> dict[str, Any]:
-    """Documents and tokens of a split: in total, by span, by language and by exercise."""
+def split_counts(documents: SplitDocuments, *, drawn_efforts: bool) -> dict[str, Any]:
+    """Documents and tokens of a split: in total, by span, by language, by exercise and by drawn effort."""
     lengths_D3 = concatenate(documents.lengths, (0, 3), np.int64)
     tokens_D = lengths_D3.sum(axis=1) + 1
-    by: dict[str, dict[str, dict[str, int]]] = {"languages": {}, "exercises": {}}
-    for tokens, (_, language, exercise) in zip(tokens_D.tolist(), documents.labels, strict=True):
-        for kind, label in (("languages", language), ("exercises", exercise)):
+    labels: dict[str, Sequence[str | None]] = {
+        "languages": [language for _, language, _ in documents.labels],
+        "exercises": [exercise for _, _, exercise in documents.labels],
+    }
+    if drawn_efforts:
+        labels["efforts"] = documents.efforts
+    by: dict[str, dict[str, dict[str, int]]] = {kind: {} for kind in labels}
+    for kind, of_documents in labels.items():
+        for tokens, label in zip(tokens_D.tolist(), of_documents, strict=True):
             entry = by[kind].setdefault(label or UNKNOWN, {"documents": 0, "tokens": 0})
             entry["documents"] += 1
             entry["tokens"] += tokens
@@ -186,7 +208,9 @@ def split_counts(documents: SplitDocuments) -> dict[str, Any]:
     }
 
 
-def write_split(documents: SplitDocuments, arrived: Path, files: dict[PartFile, Path]) -> None:
+def write_split(
+    documents: SplitDocuments, arrived: Path, files: dict[PartFile, Path], *, drawn_efforts: bool
+) -> None:
     """Write the five files of a split that has documents, in their final order."""
     lengths_D3 = np.concatenate(documents.lengths)
     order_D = np.argsort(np.concatenate(documents.order), kind="stable")
@@ -213,8 +237,12 @@ def write_split(documents: SplitDocuments, arrived: Path, files: dict[PartFile, 
         exercises,
         *(values[order_D].astype(np.int32) for values in (tokens_D, lengths_D3[:, 1], lengths_D3[:, 2])),
     ]
+    schema = DOCUMENTS
+    if drawn_efforts:
+        columns.append([documents.efforts[d] for d in order_D])
+        schema = DOCUMENTS.append(DRAWN_EFFORT)
     pq.write_table(
-        pa.table([pa.array(c, f.type) for c, f in zip(columns, DOCUMENTS, strict=True)], schema=DOCUMENTS),
+        pa.table([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema),
         files["documents.parquet"],
         compression="zstd",
     )

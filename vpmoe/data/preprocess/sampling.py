@@ -1,16 +1,19 @@
-"""Decides which rows are kept and which are held out. A pure function of each row's id and of the census of
-all rows (census.py).
+"""Decides which rows are kept, which are held out, and which reasoning effort each has. A pure function of
+each row's id and of the census of all rows (census.py).
 
 A row's id is hashed to a number in [0, 1). The row is kept if the number is below the threshold of its class,
-so all workers decide alike, in any order. A different hash of the id decides the split.
+so all workers decide alike, in any order. Different hashes of the id decide the split and the effort.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vpmoe.api.effort import Effort, effort_shares
 from vpmoe.data.dataset import clean_label
 from vpmoe.failure import Permanent
 
@@ -63,6 +66,26 @@ def is_valid(row_id: str, valid_fraction: float) -> bool:
     """Whether a row is held out: blake2b-64 of its id, as a big-endian fraction of 2^64, is below
     `valid_fraction`."""
     return int.from_bytes(blake2b(row_id.encode(), digest_size=8).digest()) < valid_fraction * 2**64
+
+
+def draw_effort(row_id: str, mix: str) -> Effort:
+    """The effort of a row's document: the first of the EffortMix whose cumulative share is above blake2b-64
+    of the row's id, as a big-endian fraction of 2^64."""
+    bounds = _effort_bounds(mix)
+    if len(bounds) == 1:
+        return bounds[0][0]
+    drawn = int.from_bytes(blake2b(row_id.encode(), digest_size=8, person=b"vpmoe.doc_effort").digest())
+    return next(effort for effort, bound in bounds if drawn < bound)
+
+
+@cache
+def _effort_bounds(mix: str) -> list[tuple[Effort, int]]:
+    """Each effort with its cumulative share, in units of 2^-64; the last is 2^64."""
+    shares = effort_shares(mix)
+    return [
+        (effort, int(share * 2**64))
+        for effort, share in zip(shares, accumulate(shares.values()), strict=True)
+    ]
 
 
 def choose_thresholds(

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from vpmoe.api import DistillRun
+from vpmoe.api.effort import effort_shares
 from vpmoe.data.dataset import (
     DatasetRef,
     completed_parts,
@@ -24,7 +25,6 @@ from vpmoe.data.dataset import (
     release_inputs,
     resolve_dataset,
 )
-from vpmoe.data.harmony import SystemMessage
 from vpmoe.data.inputs import InputFault
 from vpmoe.data.preprocess import census, sampling
 from vpmoe.data.preprocess.dataset_manifest import PartRecord, merge_records, summary, write_manifest
@@ -172,11 +172,9 @@ def make_context(worker: PreprocessWorker, counted: census.Census) -> Preprocess
     )
     kept = ", ".join(f"{name} {share:.1%}" for name, share in thresholds.shares().items())
     log.info("The input has %d rows. Kept shares: %s", counted.rows, kept)
-    conversation = spec.conversation
-    system = SystemMessage(
-        conversation.identity, conversation.knowledge_cutoff, conversation.date, conversation.effort
+    return PreprocessContext(
+        worker.dataset.id, spec.conversation, spec.max_length, spec.valid_fraction, thresholds
     )
-    return PreprocessContext(worker.dataset.id, system, spec.max_length, spec.valid_fraction, thresholds)
 
 
 def make_parts(
@@ -221,11 +219,12 @@ def read_parts(
 ) -> Iterator[RowChunk]:
     """The chunks of some shards, one shard after the other. Each part is added to `opened` before its shard
     is read."""
+    drawn_efforts = len(effort_shares(worker.run.spec.dataset.conversation.effort)) > 1
     for number in numbers:
         shard = worker.dataset.inputs.shards[number]
         reader = ShardReader(shard, worker.bucket, COLUMNS)
         with scratch_disk("preprocess", SCRATCH_PER_PART):
-            opened[number] = part = PartWriter(number)
+            opened[number] = part = PartWriter(number, drawn_efforts=drawn_efforts)
         for batch in reader.batches(READ_ROWS):
             worker.check_stop()
             if isinstance(batch, UnreadableRows):
