@@ -225,6 +225,12 @@ INVALID: dict[str, InvalidSpec] = {
         "spec.dataset.conversation.effort",
         "has shares that do not add up to 1. Change them to add up to 1.",
     ),
+    "a negative limit of collapsed steps": InvalidSpec(
+        {"spec.training.maxCollapsedSteps": -1},
+        "spec.training.maxCollapsedSteps",
+        "-1 must be at least 0",
+        "spec.training.maxCollapsedSteps in body should be greater than or equal to 0",
+    ),
     "month 13": InvalidSpec(
         {"spec.dataset.conversation.knowledgeCutoff": "2024-13"},
         "spec.dataset.conversation.knowledgeCutoff",

@@ -75,6 +75,8 @@ VALID: dict[str, Changes] = {
         "spec.evaluation.everyTokens": "123.456K",
         "spec.training.checkpoint.everyTokens": "0.000001M",
     },
+    "no limit of collapsed steps": {"spec.training.maxCollapsedSteps": 0},
+    "a limit of collapsed steps": {"spec.training.maxCollapsedSteps": 250},
     "no warm-up": {"spec.training.optimizer.warmupTokens": 0},
     "warm-up and checkpoints longer than the stage": {
         "spec.stages.0.tokens": "1M",

@@ -19,6 +19,7 @@ from vpmoe.api.runtime import Role
 from vpmoe.api.spec import MUTABLE, Spec
 from vpmoe.api.stages import Stage
 from vpmoe.api.text import read_yaml
+from vpmoe.api.training import TrainingSpec
 
 GROUP, VERSION, KIND, PLURAL = "vpmoe.dev", "v1alpha1", "DistillRun", "distillruns"
 API_VERSION = f"{GROUP}/{VERSION}"
@@ -47,6 +48,10 @@ HASHED_RUNTIME = {
 """What the configuration's hash has in the place of spec.runtime, which is no part of it: the defaults of the
 time when it was. So the hash of a run with a default runtime, and the folder of one that was started by hand,
 stay what they were. Never changes."""
+NEWER_TRAINING = ("maxCollapsedSteps",)
+"""Fields of spec.training that the configuration has only if they do not have their default. So runs that
+started when there was no such field keep their hash, and their jobs, of whichever version, can read the
+configuration."""
 
 
 def needs_gpus(step: str) -> bool:
@@ -115,6 +120,12 @@ class DistillRun(ApiModel):
         spec = self.spec.model_dump(mode="json", by_alias=True)
         left_out = (*MUTABLE, "runtime", *(("export",) if self._exports_by_default else ()))
         spec = {field: value for field, value in spec.items() if field not in left_out}
+        defaults = TrainingSpec().model_dump(mode="json", by_alias=True)
+        spec["training"] = {
+            field: value
+            for field, value in spec["training"].items()
+            if field not in NEWER_TRAINING or value != defaults[field]
+        }
         return {"apiVersion": self.api_version, "kind": self.kind, "spec": spec}
 
     @property
@@ -127,8 +138,8 @@ class DistillRun(ApiModel):
         return self.spec.export.stages == (self.spec.stages[-1].name,)
 
     def config(self) -> dict[str, Any]:
-        """The configuration: every default set but that of export, without runtime and the fields that can
-        always change. `parse` accepts it with metadata added."""
+        """The configuration: every default set but those of export and NEWER_TRAINING, without runtime and
+        the fields that can always change. `parse` accepts it with metadata added."""
         return json.loads(json.dumps(self._config))  # type: ignore[no-any-return]
 
     @cached_property

@@ -70,6 +70,13 @@ class TrainingSpec(ApiModel):
     """The optimizer of every stage that does not override it."""
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     """How often checkpoints are written and how many are kept."""
+    max_collapsed_steps: Annotated[int, Field(ge=0, le=1_000_000_000)] = 1000
+    """Optimizer steps in a row for which the router of a layer may be collapsed: an expert gets no token, or
+    the busiest gets more than 16 times the mean. The stage then fails, with a checkpoint and the layer's
+    name. Lower stops a stage that wastes its GPUs sooner, and may stop one that would recover: balancing
+    moves an expert's bias by 0.001 a step against scores between 0 and 1, so with the default only a stage
+    stops in which it has failed. 0 never stops a stage. An attempt counts from its own start. The run has the
+    condition RouterCollapse after 100 such steps in any case."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1234
     """Seed of everything random: initial weights, data order, sampling. Change it to repeat a run with other
     random numbers."""

@@ -7,6 +7,7 @@ bucket. So a run that was killed and resumed ends with the same weights as one t
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from typing import NoReturn
 
@@ -23,6 +24,7 @@ from vpmoe.model import distributed
 from vpmoe.model.batch import Batch
 from vpmoe.model.device import choose
 from vpmoe.model.learner import Learner, Outcome
+from vpmoe.model.router import routers
 from vpmoe.model.shapes import SHAPES
 from vpmoe.model.spans import weighted_sum
 from vpmoe.trainer.checkpoint.resume import Start, load_start
@@ -32,6 +34,7 @@ from vpmoe.trainer.data.held_out import HeldOutDocuments
 from vpmoe.trainer.reporting.gpu import as_vector, read_gpu
 from vpmoe.trainer.reporting.lines import HeldOutLoss
 from vpmoe.trainer.reporting.reporter import StageReporter
+from vpmoe.trainer.reporting.router_monitor import Collapse, RouterMonitor
 from vpmoe.trainer.reporting.uploader import ProgressUploader
 from vpmoe.trainer.schedule import due, learning_rate
 from vpmoe.trainer.stages.select import for_stage
@@ -106,6 +109,11 @@ class Trainer:
         self.checkpoints = checkpoints
         self.start = start
         self.reporter = StageReporter(context, start, stage, uploader)
+        self.router_monitor = RouterMonitor(
+            list(routers(learner.student)),
+            learner.student.config.num_moe_experts,
+            context.run.spec.training.max_collapsed_steps,
+        )
 
     def run(self) -> None:
         """The loop. What is global is known before the forward; what is final happens after the checks."""
@@ -145,9 +153,12 @@ class Trainer:
                 state = self._evaluate(state)
             early = stop is not None and self.stage.ends_early(state, stop)
             state = state.model_copy(update={"finished": early or spent})
-            self.reporter.flush(state, outcome)
+            collapsed = self._watch_routers(outcome)
+            self.reporter.flush(state, outcome, collapsed)
             if state.finished or due(before, state.tokens, spec.training.checkpoint.every_tokens):
                 self._save(state)
+            if not state.finished and (ending := self.router_monitor.over_limit(collapsed)):
+                self._end_collapsed(state, ending)
             self.checkpoints.check()
             self.stage.check()
         self.stage.stop()
@@ -226,6 +237,25 @@ class Trainer:
             self.reporter.log_evaluation(state, loss, of_kind, time.monotonic() - began)
         return state
 
+    def _watch_routers(self, outcome: Outcome) -> list[Collapse]:
+        """The layers whose router is collapsed after a step, the same on every rank: the loads are global."""
+        load = outcome.load
+        assert load is not None
+        return self.router_monitor.add_step(load.tokens.numpy(), load.max_over_mean.numpy())
+
+    def _end_collapsed(self, state: TrainState, ending: Sequence[Collapse]) -> NoReturn:
+        """Save the state and raise Permanent."""
+        self._stop_and_save(state)
+        others = f" (and {len(ending) - 1} more layers)" if len(ending) > 1 else ""
+        raise Permanent(
+            f"RouterCollapse: {ending[0].message}{others}. That is training.maxCollapsedSteps "
+            f"({self.router_monitor.limit}), so the stage ends after {self.reporter.step_of(state)}; "
+            f"checkpoint {state.iteration} has its state. To go on from there all the same, raise "
+            "runtime.attempts: the next attempt counts anew. Or start a new run, which may resumeFrom this "
+            "one's last checkpoint, with a lower optimizer.learningRate or another "
+            "training.maxCollapsedSteps (0 never ends a stage)."
+        )
+
     def _waiting(self, message: str) -> None:
         """Called while a step is waited for, so that an upload that fails ends the wait."""
         self.checkpoints.check()
@@ -237,13 +267,17 @@ class Trainer:
 
     def _stop(self, state: TrainState) -> NoReturn:
         """Save the state and raise Terminated."""
+        self._stop_and_save(state)
+        message = f"Stopped after {self.reporter.step_of(state)}, all of it saved"
+        self.reporter.stopped(message)
+        raise Terminated(message)
+
+    def _stop_and_save(self, state: TrainState) -> None:
+        """Make no more steps; return when the state is in the bucket."""
         self.stage.stop()
         if state.steps > self.start.state.steps and self.checkpoints.saved != state.iteration:
             self._save(state)
         self.checkpoints.wait()
-        message = f"Stopped after {self.reporter.step_of(state)}, all of it saved"
-        self.reporter.stopped(message)
-        raise Terminated(message)
 
 
 def check_finite(outcome: Outcome, step: int) -> None:

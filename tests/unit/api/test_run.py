@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.fakes import invalid_specs, valid_specs
 from vpmoe.api import DistillRun, Invalid, OnPolicy, Rescored, load_run
-from vpmoe.api.run import STEP_NAME, needs_gpus
+from vpmoe.api.run import NEWER_TRAINING, STEP_NAME, needs_gpus
 from vpmoe.api.runtime import RuntimeSpec
 from vpmoe.api.text import read_yaml, write_yaml
 
@@ -345,6 +345,23 @@ def test_the_default_of_export_changes_neither_the_configuration_nor_its_hash() 
         assert DistillRun.parse(run.document()).spec == run.spec
 
 
+def test_the_defaults_of_newer_fields_of_training_are_not_in_the_configuration() -> None:
+    """So runs that were started before there were these fields keep their hash, as above."""
+    absent, explicit, other = (
+        DistillRun.parse(valid_specs.manifest(changes))
+        for changes in (
+            {},
+            {"spec.training.maxCollapsedSteps": 1000},
+            {"spec.training.maxCollapsedSteps": 0},
+        )
+    )
+    assert not {*NEWER_TRAINING} & {*absent.config()["spec"]["training"]}
+    assert absent.config_hash == explicit.config_hash == MINIMAL_HASH
+    assert other.config()["spec"]["training"]["maxCollapsedSteps"] == 0
+    for run in (absent, other):
+        assert DistillRun.parse(run.document()).spec == run.spec
+
+
 def test_an_unknown_step_is_rejected() -> None:
     run = DistillRun.parse(valid_specs.manifest({}))
     for name in ("rescore", "other", "first-sampler", "other-evaluate", "-evaluate", "first-"):
@@ -506,6 +523,8 @@ def test_equivalent_runs_have_the_same_hash(changes: dict[str, Any]) -> None:
     "path, value",
     [
         ("spec.training.seed", 1),
+        ("spec.training.maxCollapsedSteps", 999),
+        ("spec.dataset.conversation.effort", "low=0.5,high=0.5"),
         ("spec.stages.0.tokens", "1000000001"),
         ("spec.student.gpusPerPod", 1),
         ("spec.storage.bucket", "other"),

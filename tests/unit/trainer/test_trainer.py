@@ -12,8 +12,9 @@ from tests.fakes import datasets, students, trainers
 from tests.fakes.checkpoints import equal_states
 from tests.fakes.reporters import RecordingReporter, stop_after
 from tests.fakes.students import copy_slices
+from vpmoe.api.termination import TerminationRecord
 from vpmoe.checkpoint.train_state import list_iterations, load_stage_end
-from vpmoe.failure import Permanent, Terminated
+from vpmoe.failure import Permanent, Terminated, classify_error
 from vpmoe.model.learner import Learner
 from vpmoe.model.router import routers
 from vpmoe.storage import Bucket, paths
@@ -140,6 +141,57 @@ def test_a_collapsed_router_is_a_condition_that_names_the_layer(
         for line in trainer.reporter.uploader.lines
         if line["event"] == "step"
     )
+
+
+def test_a_router_that_stays_collapsed_ends_the_stage_with_a_checkpoint_and_the_layers_name(
+    make_trainer: MakeTrainer, bucket: Bucket, spec: dict[str, Any], device: torch.device
+) -> None:
+    """A real collapse: expert 3 is never chosen, because its bias is far below what balancing can correct.
+
+    The other experts get enough of the 200 tokens of a step never to be without one for three steps.
+    """
+    spec["spec"]["training"] |= {"maxCollapsedSteps": 3, "checkpoint": {"everyTokens": 100_000, "keep": 9}}
+    learner = students.learner(device)
+    routers(learner.student)["layers.2"].expert_bias[3] = -1e6
+    trainer = make_trainer(RecordingReporter(), learner)
+    with pytest.raises(Permanent) as caught:
+        trainer.run()
+    steps = trainer.stage.plan.steps
+    assert steps is not None and steps > 6
+    assert str(caught.value).startswith(
+        "RouterCollapse: layers.2: 1 experts without a token, for up to 3 steps: 3. That is "
+        f"training.maxCollapsedSteps (3), so the stage ends after step 3 of {steps}; checkpoint 3 has its "
+    )
+    assert isinstance(trainer.reporter.uploader, RecordingReporter)
+    (condition,) = trainer.reporter.uploader.progress["conditions"]
+    assert (condition.type, condition.reason) == ("RouterCollapse", "DeadExpert")
+    assert condition.message.startswith("layers.2: ")
+
+    # What the operator reads of the pod: no retry, and the layer.
+    record = TerminationRecord.parse(classify_error(caught.value, rank=0).to_json_line().decode())
+    assert record is not None and (record.kind, record.exit) == ("Permanent", 65)
+    assert "RouterCollapse: layers.2" in record.message
+
+    # The checkpoint is whole and not the end of the stage; an attempt that continues counts anew.
+    folder = paths.checkpoints(trainer.context.run, "vanilla")
+    assert list_iterations(bucket, folder) == [3] and load_stage_end(bucket, folder) is None
+    again = make_trainer(RecordingReporter())
+    assert again.start.state.steps == 3 and equal_states(again.learner, trainer.learner)
+    with pytest.raises(Permanent, match=r"RouterCollapse: layers\.2: .* the stage ends after step 6 of"):
+        again.run()
+
+
+def test_a_collapse_that_is_shorter_than_the_limit_or_without_one_does_not_end_the_stage(
+    make_trainer: MakeTrainer, bucket: Bucket, spec: dict[str, Any], device: torch.device
+) -> None:
+    for name, limit in (("none", 0), ("long", 100)):
+        spec["metadata"]["name"] = name
+        spec["spec"]["training"]["maxCollapsedSteps"] = limit
+        learner = students.learner(device)
+        routers(learner.student)["layers.2"].expert_bias[3] = -1e6
+        trainer = make_trainer(RecordingReporter(), learner)
+        trainer.run()
+        assert load_stage_end(bucket, paths.checkpoints(trainer.context.run, "vanilla")) is not None
 
 
 def test_a_stage_ends_early_if_its_evaluations_improve_too_little(

@@ -6,6 +6,7 @@ The lines are in lines.py; uploader.py writes them to the bucket.
 
 import logging
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +28,7 @@ from vpmoe.trainer.reporting.lines import (
     router_load,
 )
 from vpmoe.trainer.reporting.prometheus import Prometheus
-from vpmoe.trainer.reporting.router_monitor import RouterMonitor
+from vpmoe.trainer.reporting.router_monitor import Collapse
 from vpmoe.trainer.reporting.uploader import ProgressUploader
 from vpmoe.trainer.stages.stage_kind import StageKind
 
@@ -49,7 +50,6 @@ class StageReporter:
         self._start = start
         self._stage = stage
         self._lines: list[TrainerLine] = []
-        self._router_monitor: RouterMonitor | None = None
         self._speed: deque[tuple[int, float]] = deque(maxlen=LATEST_STEPS)
         self._prometheus: Prometheus | None = None
         if uploader:
@@ -162,9 +162,9 @@ class StageReporter:
             )
             self._lines.append(line)
 
-    def flush(self, state: TrainState, outcome: Outcome) -> None:
-        """Report the step that led to `state`: its lines, log and progress. Raises what the store refused for
-        good."""
+    def flush(self, state: TrainState, outcome: Outcome, collapsed: Sequence[Collapse]) -> None:
+        """Report the step that led to `state`: its lines, log, progress and collapsed layers. Raises what the
+        store refused for good."""
         if not self.uploader:
             return
         self.uploader.check()
@@ -174,7 +174,14 @@ class StageReporter:
         self.uploader.update(
             message=f"Training, {self.step_of(state)}",
             tokens_per_second=speed,
-            conditions=self._conditions(*self._collapsed(outcome)),
+            conditions=self._conditions(
+                *(
+                    ProgressCondition(
+                        type="RouterCollapse", status="True", reason=found.reason, message=found.message
+                    )
+                    for found in collapsed[:3]
+                )
+            ),
             **({"loss": loss.value} if loss.reported else {}),
             **self._amounts(state),
         )
@@ -211,20 +218,8 @@ class StageReporter:
     def _tokens_per_second(self) -> float:
         return sum(tokens for tokens, _ in self._speed) / sum(seconds for _, seconds in self._speed)
 
-    def _collapsed(self, outcome: Outcome) -> list[ProgressCondition]:
-        """Conditions of the layers whose router is collapsed after this step, three at most."""
-        load = outcome.load
-        assert load is not None
-        self._router_monitor = self._router_monitor or RouterMonitor(list(load.layers), load.tokens.shape[1])
-        return [
-            ProgressCondition(
-                type="RouterCollapse", status="True", reason=found.reason, message=found.message
-            )
-            for found in self._router_monitor.add_step(load.tokens.numpy(), load.max_over_mean.numpy())[:3]
-        ]
-
     def _conditions(self, *found: ProgressCondition) -> tuple[ProgressCondition, ...]:
-        """Conditions for the run's status, those of rejected checkpoints first, three at most."""
+        """Conditions for the run's status, those of rejected checkpoints first, three of these at most."""
         rejected = [
             ProgressCondition(type="CheckpointRefused", status="True", reason="Altered", message=message)
             for message in self._start.rejected[:3]
