@@ -46,7 +46,11 @@ class FinishedStage:
 def finish_stage(s3: S3, rows: list[Path], learner: Learner, scratch: Path, **spec: Any) -> FinishedStage:
     """Write the dataset, run.json and a checkpoint of `learner` at the end of stage vanilla."""
     written = small_run(s3)
-    written["spec"]["dataset"] |= {"sampling": {"nonEnglishMax": 0.6}, "validFraction": 0.45}
+    written["spec"]["dataset"] |= {
+        "sampling": {"nonEnglishMax": 0.6},
+        "validFraction": 0.45,
+        "conversation": {"effort": "low=0.7,high=0.3"},
+    }
     written["spec"] |= spec
     run = DistillRun.parse(written)
     bucket = Bucket.open(run.spec.storage)

@@ -98,6 +98,8 @@ def test_the_model_is_in_the_bucket_with_its_statement(finished: FinishedStage) 
     checkpoint = manifest.load(bucket, paths.manifest(paths.checkpoint(finished.run, "vanilla", 3)))
     assert made.inputs["checkpoint"].digest == {"sha256": checkpoint.sha256}
     assert {"tokenizer", "dataset"} < set(made.inputs)
+    template = bucket.get(f"{folder}/chat_template.jinja").decode()
+    assert '{%- set effort = reasoning_effort or "low" %}' in template, "which most documents say"
     lines: list[str] = []
     assert verify(bucket, folder, lines.append).failed == 0
     assert not [line for line in lines if line.startswith("note")], (

@@ -57,7 +57,11 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> None:
 def spec(run_spec: dict[str, Any], sample_parquet: list[Path], stored_teacher: str) -> dict[str, Any]:
     """A run with a Rescored stage, whose dataset is built from the sample."""
     run_spec["spec"]["teacher"]["model"] = stored_teacher
-    run_spec["spec"]["dataset"] |= {"sampling": {"nonEnglishMax": 0.6}, "maxLength": 512}
+    run_spec["spec"]["dataset"] |= {
+        "sampling": {"nonEnglishMax": 0.6},
+        "maxLength": 512,
+        "conversation": {"effort": "low=0.3,medium=0.3,high=0.4"},
+    }
     run_spec["spec"]["stages"].append(
         {"name": "rescored", "kind": "Rescored", "tokens": 8192, "subset": {"fraction": 0.2}}
     )
@@ -145,6 +149,7 @@ def test_picked_documents_are_scored_and_the_facts_equal_a_recount(
         read_documents(bucket, written, ("logp",), tmp_path),
     )
     assert [row["synth_id"] for row in source_rows] == [row["synth_id"] for row in score_rows]
+    assert {row["effort"] for row in source_rows} == {"low", "medium", "high"}
     effort = EffortSubstitution(source.facts["settings"]["conversation"], "low")
     counts: dict[int, Counter[int]] = {1: Counter(), 2: Counter()}
     tokens_of_exercise: Counter[str] = Counter()
