@@ -27,16 +27,17 @@ test-quick: setup
 	@$(python) -m pytest tests/unit -m "not server and not engine and not cluster" | $(lines)
 
 # Three parts run in parallel. The tests with engines are a part of their own, because an engine needs 5 GB; the
-# cluster's tests mostly wait. The operator's chaos has a control plane of its own and follows the engines. The
-# end-to-end tests load the CPU and run last.
+# cluster's tests mostly wait. The operator's chaos has a control plane of its own and follows the engines, and the
+# end-to-end tests without a cluster follow it. Those on the cluster load the CPU and run last.
 test: lint      ## run lint and all tests except those that need a GPU or Kueue
 	@$(MAKE) --no-print-directory --keep-going --jobs=3 test-cluster test-engine test-local
-	@$(python) -m pytest tests/e2e
+	@$(python) -m pytest tests/e2e -m cluster
 test-local: setup
 	@$(python) -m pytest tests/unit tests/gpu -m "not engine" | $(lines)
 test-engine: setup
 	@$(python) -m pytest tests/unit -m engine | $(lines)
 	@$(python) -m pytest $(chaos) | $(lines)
+	@$(python) -m pytest tests/e2e -m "not cluster" | $(lines)
 test-cluster: setup
 	@$(python) -m pytest tests/devcluster tests/cluster --ignore $(chaos) --ignore $(kueue) | $(lines)
 
