@@ -41,7 +41,9 @@ class StudentSize:
     layer: int
     """Bytes of a position inside one layer, values and gradients."""
     cached: int
-    """Bytes of a position's keys and values in a sampler."""
+    """Bytes of a position's keys and values in a sampler, in the layers that keep those of all positions."""
+    window: int = 0
+    """Bytes of a sequence's keys and values in a sampler, in the layers that keep those of a window."""
 
     @property
     def checkpoint(self) -> int:

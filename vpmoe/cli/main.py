@@ -24,6 +24,7 @@ from vpmoe.api.termination import EXIT_CODES, WRONG_USAGE
 
 SUBCOMMANDS = {
     "chat": "model",
+    "count": "",
     "export": "model",
     "plan": "",
     "validate": "",

@@ -1,10 +1,12 @@
 """The students' shapes: numbers without torch, for counting parameters and checking layouts.
 
 The modules of a shape are in student.py, with the properties that all shapes share: QK-norm, RMSNorm, squared
-ReLU without a gate, sigmoid scores, no biases, no dropout, embeddings not tied to the output.
+ReLU without a gate, sigmoid scores, no dropout, embeddings not tied to the output. What a shape can have or
+lack are its parts (PARTS); `with_locked_parts` gives a shape all of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from vpmoe.data.vocabulary import VOCABULARY_SIZE
 
@@ -53,30 +55,121 @@ class Shape:
     recompute: bool = False
     """Recompute each layer's activations in the backward: a third more arithmetic, but only one stored tensor
     per layer."""
+    global_every: int | None = None
+    """Every n-th layer is global, the others are local: 4 makes layers 4, 8, … global. None: all are local. The
+    window, the tensor product and ALiBi depend on it."""
+    local_window: int | None = None
+    """Positions that a query of a local layer attends to, itself included, inside its document. None: all
+    before it. A sampler keeps the keys and values of that many positions."""
+    tensor_product_ranks: tuple[int, int] | None = None
+    """Ranks of the tensor products that are a local layer's queries, and its keys and values (TPA): all heads
+    share so many vectors, and each position mixes them anew. None: linear projections, as in global layers."""
+    learned_frequencies: bool = False
+    """Learn the frequencies of the rotation, one set for all layers that rotate; they start at those of
+    `rope_base`. False: they stay there."""
+    alibi: bool = False
+    """Positions in global layers are a bias that falls linearly with the distance, with a fixed slope per head.
+    False: they rotate queries and keys, as in local layers."""
+    softmax_offset: bool = False
+    """A learned number s per query head and layer, whose exp(s) is added to the softmax's denominator. A head
+    can then attend to nothing."""
+    value_residual: bool = False
+    """Layers after the first mix their values with the first layer's, in a learned proportion per layer."""
+    linear_biases: bool = False
+    """Biases of all linear maps but the router's: projections of attention (of a tensor product: on its
+    queries, keys and values), feed-forward layers, experts."""
+    router_bias: bool = False
+    """A learned bias of the router's logits, before the sigmoid; the selection bias is another. The locked
+    number of parameters, 6,029,894,927, has none: with it there are 20,224 more."""
 
     @property
     def moe_layers(self) -> int:
         return self.layers - self.dense_layers
 
+    @property
+    def global_layers(self) -> int:
+        return self.layers // self.global_every if self.global_every else 0
+
+    def is_global(self, layer: int) -> bool:
+        """Whether `layer`, counted from 0, is a global one."""
+        return self.global_every is not None and (layer + 1) % self.global_every == 0
+
+    def window(self, layer: int) -> int | None:
+        """Positions that a query of this layer attends to; None without a limit."""
+        return None if self.is_global(layer) else self.local_window
+
+    def ranks(self, layer: int) -> tuple[int, int] | None:
+        """Ranks of this layer's tensor products; None if its projections are linear."""
+        return None if self.is_global(layer) else self.tensor_product_ranks
+
+    def slopes(self, layer: int) -> list[float] | None:
+        """ALiBi's slope of each query head, as in arXiv 2108.12409: 2^(−8/heads), 2^(−16/heads), … None if the
+        layer rotates."""
+        if not (self.alibi and self.is_global(layer)):
+            return None
+        return [2.0 ** (-8 * (head + 1) / self.heads) for head in range(self.heads)]
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The values of PARTS."""
+        return {name: getattr(self, name) for name in PARTS}
+
+    @property
+    def qkv_width(self) -> int:
+        """Width of queries, keys and values of a position together."""
+        return (self.heads + 2 * self.kv_heads) * self.head_width
+
+    @property
+    def factors_width(self) -> int:
+        """Width of what a tensor product is made of: of each head its mixture of `rank` vectors, and the
+        vectors; for queries, keys and values."""
+        query_rank, kv_rank = self.tensor_product_ranks or (0, 0)
+        return query_rank * (self.heads + self.head_width) + 2 * kv_rank * (self.kv_heads + self.head_width)
+
+    def parameters_by_part(self) -> dict[str, int]:
+        """Number of trainable parameters by part, without the expert biases, which the router updates itself."""
+        products = 0 if self.tensor_product_ranks is None else self.layers - self.global_layers
+        projections = self.hidden * (
+            (self.layers - products) * self.qkv_width
+            + products * self.factors_width
+            + self.layers * self.heads * self.head_width
+        )
+        rows = self.expert_width + self.hidden  # outputs of an expert's two matrices
+        biases = (
+            self.layers * (self.qkv_width + self.hidden)
+            + self.dense_layers * (self.dense_width + self.hidden)
+            + self.moe_layers * (self.shared_width + self.hidden)
+        )
+        return {
+            "embeddings": self.vocabulary * self.hidden,
+            "output": self.vocabulary * self.hidden,
+            "norms": self.layers * (2 * self.hidden + 2 * self.head_width) + self.hidden,
+            "attention": projections,
+            "dense feed-forward": self.dense_layers * 2 * self.hidden * self.dense_width,
+            "routers": self.moe_layers * self.hidden * self.experts,
+            "experts": self.moe_layers * 2 * self.hidden * self.experts * self.expert_width,
+            "shared experts": self.moe_layers * 2 * self.hidden * self.shared_width,
+            "linear biases": biases * self.linear_biases,
+            "experts' biases": self.moe_layers * self.experts * rows * self.linear_biases,
+            "routers' biases": self.moe_layers * self.experts * self.router_bias,
+            "rotation frequencies": self.head_width // 2 * self.learned_frequencies,
+            "softmax offsets": self.layers * self.heads * self.softmax_offset,
+            "value residual": (self.layers - 1) * self.value_residual,
+        }
+
     def parameters(self) -> int:
         """Number of trainable parameters, without the expert biases, which the router updates itself."""
-        attention = (
-            self.hidden * self.head_width * (2 * self.heads + 2 * self.kv_heads)
-            + 2 * self.head_width
-            + self.hidden
-        )
-        dense = 2 * self.hidden * self.dense_width + self.hidden
-        mixture = (
-            2 * self.hidden * (self.experts * self.expert_width + self.shared_width)
-            + self.hidden * self.experts
-            + self.hidden
-        )
-        ends = 2 * self.vocabulary * self.hidden + self.hidden
-        return self.layers * attention + self.dense_layers * dense + self.moe_layers * mixture + ends
+        return sum(self.parameters_by_part().values())
 
     def expert_parameters(self) -> int:
         """Number of the parameters that expert parallelism divides."""
-        return self.moe_layers * 2 * self.hidden * self.experts * self.expert_width
+        by_part = self.parameters_by_part()
+        return by_part["experts"] + by_part["experts' biases"]
+
+    def active_parameters(self) -> int:
+        """Number of the parameters that a token passes through; all of embeddings and output counts."""
+        unused = self.experts - self.experts_per_token
+        return self.parameters() - self.expert_parameters() // self.experts * unused
 
     def layer_bytes(self) -> int:
         """Bytes of a position that a mixture layer's forward computes in bf16, and the router in fp32.
@@ -84,18 +177,50 @@ class Shape:
         Without recomputation PyTorch keeps them for the backward. By counting tensors, so an estimate: for
         vpmoe-6b 44 kB, where 41 kB were measured (20 layers, sequences of 32,768 tokens).
         """
-        attention = (self.heads + 2 * self.kv_heads) * self.head_width  # queries, keys and values
+        attention = self.qkv_width + self.factors_width  # queries, keys and values, and what they are made of
         attention += 2 * (self.heads + self.kv_heads) * self.head_width  # normalised; rotated, and the result
+        attention += self.kv_heads * self.head_width * self.value_residual  # the values, mixed
         experts = 2 * self.experts_per_token * (self.hidden + self.expert_width)
         return 2 * (6 * self.hidden + attention + experts + 2 * self.shared_width) + 12 * self.experts
 
     def saved_bytes(self) -> int:
         """Bytes of a position that a forward keeps for the backward."""
-        return self.layers * (2 * self.hidden if self.recompute else self.layer_bytes())
+        first_values = 2 * self.kv_heads * self.head_width * self.value_residual
+        return self.layers * (2 * self.hidden if self.recompute else self.layer_bytes()) + first_values
 
     def cached_bytes(self) -> int:
-        """Bytes of a position's keys and values in bf16."""
-        return self.layers * 2 * 2 * self.kv_heads * self.head_width
+        """Bytes of a position's keys and values in bf16, in the layers that keep those of all positions."""
+        layers = self.layers if self.local_window is None else self.global_layers
+        return layers * 2 * 2 * self.kv_heads * self.head_width
+
+    def window_bytes(self) -> int:
+        """Bytes of a sequence's keys and values in bf16 in the layers that keep those of a window only."""
+        if self.local_window is None:
+            return 0
+        local_layers = self.layers - self.global_layers
+        return local_layers * self.local_window * 2 * 2 * self.kv_heads * self.head_width
+
+
+LOCKED_PARTS: dict[str, Any] = {
+    "global_every": 4,
+    "local_window": 128,
+    "tensor_product_ranks": (4, 2),
+    "learned_frequencies": True,
+    "alibi": True,
+    "softmax_offset": True,
+    "value_residual": True,
+    "linear_biases": True,
+    "router_bias": False,
+}
+"""The parts of the complete student. Each can be switched alone (dataclasses.replace)."""
+
+PARTS = tuple(LOCKED_PARTS)
+"""Fields of a Shape that are its parts; a student without any has their defaults."""
+
+
+def with_locked_parts(shape: Shape) -> Shape:
+    """The complete architecture of a shape: LOCKED_PARTS."""
+    return replace(shape, **LOCKED_PARTS)
 
 
 SHAPES = {

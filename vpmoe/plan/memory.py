@@ -91,7 +91,8 @@ def training_role(spec: Spec, stage: StageFields, card: int, teacher: TeacherSiz
 def student_engine(spec: Spec, step: str, role: str, gpus: int, card: int) -> RoleMemory:
     """The student in vLLM."""
     size = STUDENTS[spec.student.shape]
-    return _engine(step, role, gpus, card, size.weights, size.cached * spec.training.sequence_length)
+    sequence = size.cached * spec.training.sequence_length + size.window
+    return _engine(step, role, gpus, card, size.weights, sequence)
 
 
 def teacher_roles(spec: Spec, card: int, teacher: TeacherSize) -> Iterator[RoleMemory]:

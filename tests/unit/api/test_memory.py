@@ -50,6 +50,7 @@ def test_the_api_has_the_numbers_of_the_shapes(name: str) -> None:
         shape.saved_bytes(),
         2 * shape.layer_bytes(),
         shape.cached_bytes(),
+        shape.window_bytes(),
     )
     assert shape.vocabulary == VOCABULARY
 
