@@ -11,6 +11,7 @@ from tests.fakes.students import copy_slices
 from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.model import state
 from vpmoe.model.learner import Learner
+from vpmoe.model.shapes import Shape
 from vpmoe.storage.manifest import Input
 from vpmoe.trainer.checkpoint.resume import initial_state
 from vpmoe.trainer.checkpoint.writer import CheckpointWriter
@@ -23,10 +24,10 @@ def state_at(iteration: int, **changes: Any) -> TrainState:
     )
 
 
-def filled(device: torch.device, number: float) -> Learner:
+def filled(device: torch.device, number: float, shape: Shape = students.SMALL) -> Learner:
     """A student whose tensors are `number` + index / 1000, so that students of different numbers differ in
     every element."""
-    learner = students.learner(device)
+    learner = students.learner(device, shape)
     for piece in state.slices(learner):
         piece.tensor.copy_(torch.arange(piece.start, piece.stop) / 1000 + number)
     return learner

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from tests.fakes.students import copy_slices, documents, join_slices, learner, ragged_batches, read_from
+from tests.fakes.students import (
+    COMPLETE,
+    copy_slices,
+    documents,
+    join_slices,
+    learner,
+    ragged_batches,
+    read_from,
+)
 from vpmoe.model import distributed, state
 from vpmoe.model.batch import Batch
 from vpmoe.model.device import choose
@@ -66,18 +74,18 @@ def layout(device: torch.device, folder: Path, expert_parallel: int) -> dict[str
     own_batches = slice(0, 3) if rank == 0 else slice(3, 5)
     if expert_parallel > 1:
         own_batches = slice(0, 2) if rank == 0 else slice(2, 4)
-    trained = learner(device, expert_parallel=expert_parallel)
+    trained = learner(device, COMPLETE, expert_parallel=expert_parallel)
     outcomes = train(trained, own_batches, range(2))
     state_after_two = copy_slices(trained)
     third = train(trained, own_batches, range(2, 3)), weights(trained)
 
     gathered: list[Any] = [None] * distributed.world_size()
     torch.distributed.all_gather_object(gathered, state_after_two)
-    restored = learner(device, expert_parallel=expert_parallel)
+    restored = learner(device, COMPLETE, expert_parallel=expert_parallel)
     state.restore(restored, read_from(join_slices(gathered, state.sizes(restored))), steps=2)
     repeated = train(restored, own_batches, range(2, 3)), weights(restored)
 
-    converted = learner(device, expert_parallel=expert_parallel)
+    converted = learner(device, COMPLETE, expert_parallel=expert_parallel)
     state.restore(converted, read_from(torch.load(folder / "one.pt")), steps=2)
     converted_state = copy_slices(converted), weights(converted)
     read, sizes = state.copy_weights(converted), state.sizes(converted)

@@ -8,13 +8,19 @@ import torch
 from vpmoe.model import state
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
-from vpmoe.model.shapes import SHAPES, Shape
+from vpmoe.model.shapes import SHAPES, Shape, with_locked_parts
 
 SMALL = replace(
     SHAPES["tiny"], name="small", vocabulary=512, hidden=32, dense_width=64, expert_width=16, shared_width=32
 )
 """`tiny` with a small vocabulary and small layers, for speed; the number of layers, experts and groups is the
 same."""
+
+COMPLETE = replace(
+    with_locked_parts(SMALL), name="complete", layers=5, local_window=8, router_bias=True, recompute=True
+)
+"""Every part of the architecture, the router's bias too. Layer 4 is global; documents are longer than the
+window."""
 
 
 def new_seed() -> int:

@@ -31,6 +31,11 @@ RANDOM = "random/"
 """Prefix of the names of random states."""
 
 
+PARTS_FACT = "parts"
+"""Fact of a checkpoint's manifest: the parts of its student's architecture (vpmoe.model.shapes). Absent if it
+has none, as in checkpoints from before there were any."""
+
+
 class CheckpointRejected(Exception):
     """A checkpoint is damaged or belongs to another student. All ranks raise it with the same message."""
 

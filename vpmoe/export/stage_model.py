@@ -13,7 +13,7 @@ import torch
 
 from vpmoe.api import DistillRun, Stage
 from vpmoe.api.effort import most_frequent
-from vpmoe.checkpoint.format import Weights
+from vpmoe.checkpoint.format import PARTS_FACT, Weights
 from vpmoe.checkpoint.train_state import TrainState, load_stage_end
 from vpmoe.data.dataset import load_dataset, resolve_dataset
 from vpmoe.data.harmony import SystemMessage
@@ -21,7 +21,7 @@ from vpmoe.export.model_card import ModelFacts, StageFacts, model_card
 from vpmoe.export.model_folder import write_model_folder
 from vpmoe.failure import Permanent
 from vpmoe.model.hf_export import ReadTensor
-from vpmoe.model.shapes import SHAPES
+from vpmoe.model.shapes import SHAPES, other_parts
 from vpmoe.model.stage_end import open_stage_end
 from vpmoe.provenance import Provenance
 from vpmoe.rollout.evaluation_record import load_evaluation
@@ -53,10 +53,16 @@ class StageModel:
 
         Raises as `write_model_folder` does.
         """
+        shape = SHAPES[self.run.spec.student.shape]
+        if difference := other_parts(self.checkpoint.manifest.facts.get(PARTS_FACT, {}), shape):
+            raise Permanent(
+                f"checkpoint {self.facts.checkpoint} cannot be exported: {difference}. Export it with the "
+                "version of vpMoE that trained it."
+            )
         said = self.dataset.facts["settings"]["conversation"]
         write_model_folder(
             folder,
-            SHAPES[self.run.spec.student.shape],
+            shape,
             sizes=self.checkpoint.sizes,
             read=read,
             dtype=DTYPE,

@@ -3,16 +3,19 @@
 Without Transformer Engine, megatron-core executes its experts one by one: 256 of them take about 700 times
 as long as their arithmetic. Stacked, any number of experts is two parameters, and a rank's experts are a
 slice of the whole stack, so a checkpoint fits every expert-parallel layout. The choice of a token's experts
-is in router.py, the dispatch to them in dispatch.py.
+is in router.py, the dispatch to them in dispatch.py. Beside them, the shared expert.
 """
+
+from copy import copy
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from vpmoe.model.grouped import grouped_product
+from vpmoe.model.grouped import expert_of_row, grouped_product, rows_of
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -20,8 +23,12 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 class StackedExperts(MegatronModule):  # type: ignore[misc]
-    """This rank's experts: down_e(squared_relu(up_e(x)) · p) for the tokens sorted by expert; p is the
-    token's weight for expert e."""
+    """This rank's experts: p · (down_e(squared_relu(up_e(x) + b₁)) + b₂) for the tokens sorted by expert; p
+    is the token's weight for expert e.
+
+    The biases are flat, [experts·width] and [experts·H]: megatron's optimizer gives weight decay to what is
+    not a vector, and no other bias has any.
+    """
 
     def __init__(
         self,
@@ -38,6 +45,13 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
         self.down = nn.Parameter(
             torch.empty((shape[0], shape[2], shape[1]), dtype=config.params_dtype, device=place)
         )
+        self.up_bias: nn.Parameter | None = None
+        self.down_bias: nn.Parameter | None = None
+        if config.add_bias_linear:
+            self.up_bias, self.down_bias = (
+                nn.Parameter(torch.empty(experts * width, dtype=config.params_dtype, device=place))
+                for width in (shape[1], shape[2])
+            )
         for weight in self.parameters():
             # megatron's name for "reduced over the ranks that hold the same experts, not over all ranks"
             weight.allreduce = config.expert_model_parallel_size == 1
@@ -46,6 +60,37 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
         """Output [n, H]. `tokens_E` [experts of this rank]: the number of rows of each expert; the n rows
         are sorted by expert."""
         ends_E = tokens_E.cumsum(0).to(device=input_nH.device, dtype=torch.int32)
-        inner_nW = squared_relu(grouped_product(input_nH, self.up, ends_E))
+        inner_nW = grouped_product(input_nH, self.up, ends_E)
+        if self.up_bias is None:
+            inner_nW = (squared_relu(inner_nW) * weight_n.unsqueeze(1)).to(input_nH.dtype)
+            return grouped_product(inner_nW, self.down, ends_E), None
+        expert_n = expert_of_row(ends_E, len(input_nH))
+        inner_nW = squared_relu(inner_nW + rows_of(self.up_bias, expert_n, len(self.up)))
         inner_nW = (inner_nW * weight_n.unsqueeze(1)).to(input_nH.dtype)
-        return grouped_product(inner_nW, self.down, ends_E), None
+        bias_nH = rows_of(self.down_bias, expert_n, len(self.up)) * weight_n.unsqueeze(1)
+        return grouped_product(inner_nW, self.down, ends_E) + bias_nH.to(input_nH.dtype), None
+
+
+class SharedExpert(MLP):  # type: ignore[misc]
+    """The expert that every token passes through. megatron's SharedExpertMLP allows no bias."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        gate: bool,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
+        assert not gate, "the student's shared expert has no gate"
+        own = copy(config)
+        own.ffn_hidden_size = config.moe_shared_expert_intermediate_size
+        super().__init__(
+            own, submodules, ffn_hidden_size=own.ffn_hidden_size, tp_group=pg_collection.tp, name=name
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Output […, H], its bias included."""
+        out, bias = super().forward(hidden)
+        summed: Tensor = out if bias is None else out + bias
+        return summed

@@ -1,4 +1,5 @@
-"""The grouped matrix product of the experts, with the gradients that its definition implies on every GPU.
+"""The grouped matrix product of the experts, with the gradients that its definition implies on every GPU, and
+the rows of their biases.
 
 This file is copied into every exported model folder, so it imports nothing but torch.
 """
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import embedding, grouped_mm
 
 
 def grouped_product(rows_nI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -21,6 +22,21 @@ def grouped_product(rows_nI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tens
     if torch.is_grad_enabled() and weight_EOI.requires_grad and leaves_empty_groups_unset(weight_EOI.device):
         weight_EOI = clear_gradient_of_empty_groups(weight_EOI, ends_E)
     return grouped_mm(rows_nI, weight_EOI.transpose(1, 2), offs=ends_E)
+
+
+def expert_of_row(ends_E: Tensor, rows: int) -> Tensor:
+    """[rows] int64: the group of each row. `ends_E` as in `grouped_product`."""
+    return torch.searchsorted(
+        ends_E, torch.arange(rows, device=ends_E.device, dtype=ends_E.dtype), right=True
+    )
+
+
+def rows_of(bias: Tensor, expert_n: Tensor, experts: int) -> Tensor:
+    """[n, W]: each row's bias, from those of all experts, flat.
+
+    As an embedding, whose backward sums in a fixed order on GPUs, where an index's backward does not.
+    """
+    return embedding(expert_n, bias.view(experts, -1))
 
 
 def leaves_empty_groups_unset(device: torch.device) -> bool:

@@ -16,22 +16,27 @@ from torch import Tensor, nn
 
 
 class Router(TopKRouter):  # type: ignore[misc]
-    """Chooses experts by sigmoid(x·W) + bias and weights them by the sigmoid alone, all of it in fp32.
+    """Chooses experts by sigmoid(x·W) + selection bias and weights them by the sigmoid alone, all of it in
+    fp32; with `bias`, a learned one is added to x·W.
 
     Buffers, in fp32 for every dtype of the parameters: `expert_bias` [E] is part of a checkpoint;
     `local_tokens_per_expert` [E] and `aux_sum` are this rank's sums since the last step, over positions that
     are not padding.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, bias: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.bias: nn.Parameter | None = None  # megatron creates one with the other linear biases
+        if bias:
+            self.bias = nn.Parameter(torch.empty_like(self.weight[:, 0]))
         self.register_buffer(
             "aux_sum", torch.zeros((), dtype=torch.float32, device=self.expert_bias.device), persistent=False
         )
 
     def gating(self, input: Tensor) -> Tensor:
         dtype = torch.promote_types(input.dtype, torch.float32)
-        logits: Tensor = nn.functional.linear(input.to(dtype), self.weight.to(dtype))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        logits: Tensor = nn.functional.linear(input.to(dtype), self.weight.to(dtype), bias)
         return logits
 
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:

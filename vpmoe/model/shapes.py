@@ -5,6 +5,7 @@ ReLU without a gate, sigmoid scores, no dropout, embeddings not tied to the outp
 lack are its parts (PARTS); `with_locked_parts` gives a shape all of them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,23 +57,23 @@ class Shape:
     """Recompute each layer's activations in the backward: a third more arithmetic, but only one stored tensor
     per layer."""
     global_every: int | None = None
-    """Every n-th layer is global, the others are local: 4 makes layers 4, 8, … global. None: all are local. The
-    window, the tensor product and ALiBi depend on it."""
+    """Every n-th layer is global, the others are local: 4 makes layers 4, 8, … global. None: all are local.
+    The window, the tensor product and ALiBi depend on it."""
     local_window: int | None = None
     """Positions that a query of a local layer attends to, itself included, inside its document. None: all
     before it. A sampler keeps the keys and values of that many positions."""
     tensor_product_ranks: tuple[int, int] | None = None
     """Ranks of the tensor products that are a local layer's queries, and its keys and values (TPA): all heads
-    share so many vectors, and each position mixes them anew. None: linear projections, as in global layers."""
+    of a position mix so many vectors. None: linear projections, as in global layers."""
     learned_frequencies: bool = False
     """Learn the frequencies of the rotation, one set for all layers that rotate; they start at those of
     `rope_base`. False: they stay there."""
     alibi: bool = False
-    """Positions in global layers are a bias that falls linearly with the distance, with a fixed slope per head.
-    False: they rotate queries and keys, as in local layers."""
+    """Positions in global layers are a bias that falls linearly with the distance, with a fixed slope per
+    head. False: they rotate queries and keys, as in local layers."""
     softmax_offset: bool = False
-    """A learned number s per query head and layer, whose exp(s) is added to the softmax's denominator. A head
-    can then attend to nothing."""
+    """A learned number s per query head and layer: exp(s) is added to the softmax's denominator, so that a
+    head can attend to nothing."""
     value_residual: bool = False
     """Layers after the first mix their values with the first layer's, in a learned proportion per layer."""
     linear_biases: bool = False
@@ -103,16 +104,17 @@ class Shape:
         return None if self.is_global(layer) else self.tensor_product_ranks
 
     def slopes(self, layer: int) -> list[float] | None:
-        """ALiBi's slope of each query head, as in arXiv 2108.12409: 2^(−8/heads), 2^(−16/heads), … None if the
-        layer rotates."""
+        """ALiBi's slope of each query head, as in arXiv 2108.12409: 2^(−8/heads), 2^(−16/heads), … None if
+        the layer rotates."""
         if not (self.alibi and self.is_global(layer)):
             return None
         return [2.0 ** (-8 * (head + 1) / self.heads) for head in range(self.heads)]
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The values of PARTS."""
-        return {name: getattr(self, name) for name in PARTS}
+        """The parts that are on, as JSON has them: field of PARTS → value."""
+        values = {name: getattr(self, name) for name in PARTS if getattr(self, name) != getattr(Shape, name)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @property
     def qkv_width(self) -> int:
@@ -127,7 +129,8 @@ class Shape:
         return query_rank * (self.heads + self.head_width) + 2 * kv_rank * (self.kv_heads + self.head_width)
 
     def parameters_by_part(self) -> dict[str, int]:
-        """Number of trainable parameters by part, without the expert biases, which the router updates itself."""
+        """Number of trainable parameters by part, without the expert biases, which the router updates
+        itself."""
         products = 0 if self.tensor_product_ranks is None else self.layers - self.global_layers
         projections = self.hidden * (
             (self.layers - products) * self.qkv_width
@@ -216,6 +219,20 @@ LOCKED_PARTS: dict[str, Any] = {
 
 PARTS = tuple(LOCKED_PARTS)
 """Fields of a Shape that are its parts; a student without any has their defaults."""
+
+
+def other_parts(found: Mapping[str, Any], shape: Shape) -> str | None:
+    """How a student with the parts `found`, as in Shape.parts, differs from one of `shape`; None if it does
+    not."""
+    own = shape.parts
+    differing = [name for name in PARTS if found.get(name) != own.get(name)]
+    differing += sorted({*found} - {*PARTS})
+    if not differing:
+        return None
+    listed = ", ".join(
+        f"{name} ({found.get(name, 'off')}, here {own.get(name, 'off')})" for name in differing
+    )
+    return f"its student has other parts than {shape.name}: {listed}"
 
 
 def with_locked_parts(shape: Shape) -> Shape:

@@ -4,10 +4,10 @@ It uses neither of megatron-core's models. GPTModel is deprecated in 0.19. Hybri
 requires Transformer Engine's norm at its end, counts attention and feed-forward as separate layers (160
 instead of 80, in every parameter's name), applies one row of rotary angles to all documents, and ends in
 logits, which the loss head avoids. The parts of the two are not deprecated, and this file assembles them:
-VocabParallelEmbedding, TransformerBlock with TransformerLayers (SelfAttention, MLP, MoELayer), RMSNorm. We
-implement the parts that megatron-core provides only with Transformer Engine or implements incorrectly:
-attention inside documents, stacked experts and their dispatch, the router, and an output matrix that only the
-loss head multiplies.
+VocabParallelEmbedding, TransformerBlock with TransformerLayers (MLP, MoELayer), RMSNorm. We implement the
+parts that megatron-core provides only with Transformer Engine or implements incorrectly, or not at all:
+self-attention inside documents, stacked experts and their dispatch, the router, and an output matrix that
+only the loss head multiplies.
 
 There is no tensor, pipeline or context parallelism. At tensor parallelism 1 the vocabulary is not padded, so
 all of its ids are defined. Expert parallelism is megatron's.
@@ -26,31 +26,38 @@ from megatron.core.tensor_parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from vpmoe.model.attention import PackedAttention, packed_seq_params_for
+from vpmoe.model.attention import packed_seq_params_for
 from vpmoe.model.batch import Batch
 from vpmoe.model.dispatch import MixtureLayer
-from vpmoe.model.experts import StackedExperts, squared_relu
+from vpmoe.model.experts import SharedExpert, StackedExperts, squared_relu
 from vpmoe.model.router import Router
+from vpmoe.model.self_attention import Layer, SelfAttention
 from vpmoe.model.shapes import Shape
+
+FREQUENCY_SCALE = 16
+"""A learned frequency is exp(log_frequency / FREQUENCY_SCALE), so a step of the optimizer changes it by a
+sixteenth of what it would change an exponent."""
+
+VALUE_MIX = 4.0
+"""Initial value_mix of the value residual: λ = sigmoid(4) = 0.982, so layers begin with nearly their own
+values, and the sigmoid still has a slope."""
 
 
 class Student(MegatronModule):  # type: ignore[misc]
     """A call returns the normalised hidden states [T, H] of a batch; `output` [V, H] maps them to logits.
 
     `projection` [G, H] maps hidden states to a teacher's width G (TeacherForced); None without a teacher, or
-    if the widths are equal.
+    if the widths are equal. `log_frequency` [head width / 2] are the learned frequencies of the rotation, in
+    fp32 for every dtype of the others.
     """
 
     def __init__(
@@ -67,6 +74,11 @@ class Student(MegatronModule):  # type: ignore[misc]
         self.output = nn.Parameter(
             torch.empty((shape.vocabulary, shape.hidden), dtype=config.params_dtype, device=place)
         )
+        self.log_frequency: nn.Parameter | None = None
+        if shape.learned_frequencies:
+            self.log_frequency = nn.Parameter(
+                torch.empty(shape.head_width // 2, dtype=torch.float32, device=place)
+            )
         self.projection: nn.Parameter | None = None
         if teacher_width not in (None, shape.hidden):
             self.projection = nn.Parameter(
@@ -94,11 +106,15 @@ class Student(MegatronModule):  # type: ignore[misc]
         return cast(Tensor, hidden_SbH).transpose(0, 1).reshape(rows * positions, -1)
 
     def _angles(self, position_Sb: Tensor) -> Tensor:
-        """Angles of RoPE [S, b, 1, head width]: position · base^(−2i / width), in the half-and-half order of
-        rotate_half."""
+        """Angles of the rotation [S, b, 1, head width], in the half-and-half order of `rotate`: position ·
+        base^(−2i / width), or position · exp(log_frequency / 16) if the frequencies are learned."""
         width = self.shape.head_width
-        exponent = torch.arange(0, width, 2, dtype=torch.float32, device=position_Sb.device) / width
-        angle = position_Sb.float().unsqueeze(-1) * self.shape.rope_base**-exponent
+        if self.log_frequency is None:
+            exponent = torch.arange(0, width, 2, dtype=torch.float32, device=position_Sb.device) / width
+            frequency = self.shape.rope_base**-exponent
+        else:
+            frequency = (self.log_frequency / FREQUENCY_SCALE).exp()
+        angle = position_Sb.float().unsqueeze(-1) * frequency
         return torch.cat([angle, angle], dim=-1).unsqueeze(2)
 
 
@@ -163,7 +179,8 @@ def _config(shape: Shape, device: torch.device, expert_parallel: int) -> Transfo
         qk_layernorm=True,
         activation_func=squared_relu,
         gated_linear_unit=False,
-        add_bias_linear=False,
+        # Of the dense layer and the shared experts. Attention, experts and router create theirs themselves.
+        add_bias_linear=shape.linear_biases,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,
@@ -191,24 +208,16 @@ def _layers(shape: Shape) -> TransformerBlockSubmodules:
     mixture = partial(
         MixtureLayer,
         submodules=MoESubmodules(
-            router=Router, experts=StackedExperts, shared_experts=partial(SharedExpertMLP, submodules=linears)
+            router=partial(Router, bias=shape.router_bias),
+            experts=StackedExperts,
+            shared_experts=partial(SharedExpert, submodules=linears),
         ),
     )
-    attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.padding_causal},
-        submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=PackedAttention,
-            linear_proj=RowParallelLinear,
-            q_layernorm=_rms_norm,
-            k_layernorm=_rms_norm,
-        ),
-    )
+    attention = ModuleSpec(module=SelfAttention, params={"shape": shape})
 
     def layer(feed_forward: object) -> ModuleSpec:
         return ModuleSpec(
-            module=TransformerLayer,
+            module=Layer,
             submodules=TransformerLayerSubmodules(
                 input_layernorm=_rms_norm,
                 self_attention=attention,
@@ -227,17 +236,25 @@ WRITES_TO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "experts.down")
 """Matrices whose product is added to the residual stream. There are 2·layers of them, so their initial
 standard deviation is divided by √(2·layers)."""
 
+INITIAL_VECTORS = {"norm.weight": 1.0, "bias": 0.0, ".offset": 0.0, ".value_mix": VALUE_MIX}
+"""Ending of a vector's name → its initial value."""
+
 
 @torch.no_grad()
 def _initialise(student: Student, seed: int) -> None:
-    """Set norms to 1 and draw matrices from a normal distribution.
+    """Set norms to 1, biases and softmax offsets to 0, and draw matrices from a normal distribution.
 
     A parameter's numbers depend on (seed, name) only, not on the order of parameters or the layout.
     """
     shape = student.shape
     for name, parameter in student.named_parameters():
+        if name == "log_frequency":
+            exponent = torch.arange(0, shape.head_width, 2, dtype=torch.float64) / shape.head_width
+            parameter.copy_(-FREQUENCY_SCALE * exponent * math.log(shape.rope_base))
+            continue
         if parameter.dim() == 1:
-            parameter.fill_(1)
+            starts = (start for ending, start in INITIAL_VECTORS.items() if name.endswith(ending))
+            parameter.fill_(next(starts))
             continue
         std = shape.embedding_std if name == "embedding.weight" else shape.init_std
         if name.endswith(WRITES_TO_RESIDUAL):

@@ -1,5 +1,5 @@
-"""Two ranks and one process compute the same loss and steps, a state of any layout is restored into any
-other, and a failure of one rank stops all."""
+"""With every part of the architecture, two ranks and one process compute the same loss and steps, a state of
+any layout is restored into any other, and a failure of one rank stops all."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 
 from tests.fakes import model_ranks
 from tests.fakes.ranks import run_ranks
-from tests.fakes.students import copy_slices, join_slices, learner, read_from
+from tests.fakes.students import COMPLETE, copy_slices, join_slices, learner, read_from
 from vpmoe.model import state
 from vpmoe.model.learner import Learner
 
@@ -16,7 +16,7 @@ from vpmoe.model.learner import Learner
 @pytest.fixture(scope="module")
 def one_process(device: torch.device) -> dict[str, Any]:
     """Three steps in this process, with the state after two."""
-    it = learner(device)
+    it = learner(device, COMPLETE)
     outcomes = model_ranks.train(it, slice(None), range(2))
     tensors = join_slices([copy_slices(it)], state.sizes(it))
     return {
@@ -86,7 +86,7 @@ def test_one_process_restores_the_state_of_two_ranks(
 ) -> None:
     """Main parameters, moments and biases are bit for bit those of the two ranks, and the weights equal the
     main parameters."""
-    it = learner(device)
+    it = learner(device, COMPLETE)
     tensors = join_slices([two_ranks[rank][expert_parallel]["state"] for rank in range(2)], state.sizes(it))
     state.restore(it, read_from(tensors), steps=2)
     assert_state_equals(it, tensors)
@@ -131,7 +131,7 @@ def test_a_nan_on_one_rank_stops_both_before_any_weight_changes(
 
 
 def test_one_process_continues_with_the_same_bits(one_process: dict[str, Any], device: torch.device) -> None:
-    it = learner(device)
+    it = learner(device, COMPLETE)
     state.restore(it, read_from(one_process["state"]), steps=2)
     ((repeated, norm),) = model_ranks.train(it, slice(None), range(2, 3))
     ((third, wanted),) = one_process["third"]

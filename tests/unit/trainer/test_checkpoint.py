@@ -159,6 +159,29 @@ def test_a_checkpoint_of_another_student_is_rejected(context: StageContext, devi
         start_of(context, other)
 
 
+def test_a_checkpoint_of_other_parts_is_rejected_with_their_names(
+    context: StageContext, device: torch.device
+) -> None:
+    """Also if the parts have no parameters, so that no tensor tells the students apart."""
+    save_checkpoints(context, filled(device, 1.0), state_at(1))
+    windowed = replace(students.SMALL, local_window=8, global_every=2, alibi=True)
+    with pytest.raises(
+        Permanent,
+        match=r"its student has other parts than small: global_every \(off, here 2\), local_window \(off, "
+        r"here 8\), alibi \(off, here True\)\. Begin with a checkpoint of the same parts, or without one",
+    ):
+        start_of(context, filled(device, 2.0, windowed))
+    save_checkpoints(context, filled(device, 1.0, windowed), state_at(1))
+    with pytest.raises(Permanent, match=r"than small: global_every \(2, here off\), local_window"):
+        start_of(context, filled(device, 2.0))
+
+
+def test_a_complete_student_resumes_with_the_same_bits(context: StageContext, device: torch.device) -> None:
+    written, learner = (filled(device, number, students.COMPLETE) for number in (1.0, 2.0))
+    save_checkpoints(context, written, state_at(4))
+    assert start_of(context, learner).state == state_at(4) and equal_states(learner, written)
+
+
 def test_the_newest_checkpoints_are_kept_and_leftovers_of_a_killed_attempt_are_deleted(
     context: StageContext, device: torch.device
 ) -> None:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vpmoe.checkpoint.format import (
+    PARTS_FACT,
     RANDOM,
     WEIGHTS,
     CheckpointRejected,
@@ -29,6 +30,7 @@ from vpmoe.checkpoint.format import (
 from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.model import distributed, state
 from vpmoe.model.learner import Learner
+from vpmoe.model.shapes import other_parts
 from vpmoe.storage import Bucket, StorageError, Subject, manifest, paths
 from vpmoe.storage.manifest import Manifest
 from vpmoe.trainer.context import ObjectGroup
@@ -115,6 +117,10 @@ class CheckpointReader:
     def _verify(self, bucket: Bucket, folder: str, moments: bool, begins: bool) -> VerifiedCheckpoint:
         """The checkpoint, with every file that this rank needs downloaded and verified."""
         stored = manifest.load(bucket, paths.manifest(folder))
+        if difference := other_parts(stored.facts.get(PARTS_FACT, {}), self._learner.student.shape):
+            raise CheckpointRejected(
+                f"{difference}. Begin with a checkpoint of the same parts, or without one."
+            )
         saved_state = read_train_state(stored)
         slices = read_slices(bucket, stored.subjects.values())
         sizes = {

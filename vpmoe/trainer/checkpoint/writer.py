@@ -4,7 +4,7 @@ checkpoints/<stage>/<iteration>/ holds
   rank-00003.safetensors … one file a rank: the rank's named ranges of the fp32 state (vpmoe/model/state.py; a
                            tensor's key is `name[start:stop]`) and its random state;
   buffers.safetensors      of rank 0;
-  manifest.json            last, with the TrainState among its facts.
+  manifest.json            last, with the TrainState and the student's parts among its facts.
 Without its manifest a checkpoint does not exist, so a kill at any moment loses at most the steps since the
 checkpoint before. reader.py loads checkpoints.
 """
@@ -13,12 +13,13 @@ import logging
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vpmoe.api.progress import CheckpointStatus
+from vpmoe.checkpoint.format import PARTS_FACT
 from vpmoe.checkpoint.train_state import TrainState, checkpoint_facts, iteration_of, list_iterations
 from vpmoe.failure import Retriable
 from vpmoe.model import distributed, state
@@ -91,7 +92,7 @@ class CheckpointWriter:
             save_file(tensors, folder / name, metadata={"format": "pt"})
             names.append(name)
         self.saved = at.iteration
-        self._upload.start(self._write, at, folder, names)
+        self._upload.start(self._write, at, folder, names, learner.student.shape.parts)
 
     def wait(self) -> None:
         """Return once the checkpoint that is being uploaded, if any, exists. Raises on every rank what
@@ -106,7 +107,7 @@ class CheckpointWriter:
         """End the thread, after the upload that may still be running."""
         self._upload.close()
 
-    def _write(self, at: TrainState, folder: Path, names: list[str]) -> None:
+    def _write(self, at: TrainState, folder: Path, names: list[str], parts: dict[str, Any]) -> None:
         bucket, run = self._context.bucket, self._context.run
         key = paths.checkpoint(run, at.stage, at.iteration)
         # a killed attempt may have left files there, or the checkpoint there was rejected
@@ -118,7 +119,9 @@ class CheckpointWriter:
         if self._report:
             self._report.flush_metrics()
             subjects = [one.subject(key) for of_rank in stored_by_rank for one in of_rank]
-            facts = {"ranks": distributed.world_size(), "position": at.dump()}
+            facts: dict[str, Any] = {"ranks": distributed.world_size(), "position": at.dump()}
+            if parts:
+                facts[PARTS_FACT] = parts
             statement = manifest.statement(
                 "checkpoint", subjects, facts, self._context.provenance, self._inputs
             )
