@@ -1,6 +1,7 @@
 """Tiny students in which every part affects the output, and their publication as policy versions."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from vpmoe.model import hf_export, state
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import target_logp
 from vpmoe.model.learner import Learner
-from vpmoe.model.shapes import SHAPES
+from vpmoe.model.shapes import SHAPES, Shape, with_locked_parts
 from vpmoe.provenance import Provenance
 from vpmoe.rollout import policy_version
 from vpmoe.rollout.policy_version import PolicyVersion
@@ -24,16 +25,25 @@ from vpmoe.storage.manifest import Manifest
 from vpmoe.trainer.onpolicy.publisher import compute_probe
 
 TINY = SHAPES["tiny"]
+COMPLETE_TINY = replace(with_locked_parts(TINY), name="complete-tiny", layers=5, router_bias=True)
+"""`tiny` with every part of the architecture, the router's bias too. Layer 4 is global."""
 ANALYSIS, FINAL = (vocabulary_file.encoding().encode_ordinary(name)[0] for name in ("analysis", "final"))
 Ids = NDArray[np.int32]
 
 
-def learner(device: torch.device, seed: int) -> Learner:
-    """A tiny student in which every part affects the output: no norm is 1, and biases change the routing."""
+def learner(device: torch.device, seed: int, shape: Shape = TINY) -> Learner:
+    """A tiny student in which every part affects the output: no norm is 1, biases are not 0 and change the
+    routing, and frequencies have moved."""
     torch.manual_seed(seed)
-    built = Learner.build(TINY, device, sequence_length=4096, seed=1234, weight_decay=0.1, gradient_clip=1.0)
+    built = Learner.build(shape, device, sequence_length=4096, seed=1234, weight_decay=0.1, gradient_clip=1.0)
     with torch.no_grad():
         for name, parameter in built.student.named_parameters():
+            if name == "log_frequency":
+                parameter.add_(torch.randn_like(parameter))
+                continue
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+                continue
             parameter.uniform_(0.5, 1.5) if parameter.dim() == 1 else parameter.normal_(
                 std=0.3 if name == "embedding.weight" else 0.15
             )
@@ -46,7 +56,7 @@ def learner(device: torch.device, seed: int) -> Learner:
 def export(folder: Path, learner: Learner) -> Path:
     """Export the student's checkpoint in float32."""
     hf_export.export_student(
-        folder, TINY, 4096, state.sizes(learner), state.copy_weights(learner), torch.float32
+        folder, learner.student.shape, 4096, state.sizes(learner), state.copy_weights(learner), torch.float32
     )
     return folder
 

@@ -9,7 +9,7 @@ PACKAGES = {name: ROOT / name for name in ("vpmoe", "jobs", "devcluster", "demo"
     "distill_operator": ROOT / "operator/distill_operator"
 }
 
-COPIED = ("configuration_vpmoe.py", "grouped.py", "modeling_vpmoe.py")
+COPIED = ("configuration_vpmoe.py", "grouped.py", "modeling_vpmoe.py", "tensor_product.py")
 """Files of vpmoe.model that are copied into exported model folders."""
 
 

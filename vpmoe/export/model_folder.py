@@ -27,7 +27,7 @@ from vpmoe.model.shapes import Shape
 from vpmoe.storage.errors import StorageError
 from vpmoe.storage.scratch import lock_new_folder, remove_leftovers
 
-CODE = ("configuration_vpmoe.py", "grouped.py", "modeling_vpmoe.py")
+CODE = ("configuration_vpmoe.py", "grouped.py", "modeling_vpmoe.py", "tensor_product.py")
 """Files of vpmoe.model that the folder has too. They import each other by relative names, and of other
 packages only torch and transformers."""
 

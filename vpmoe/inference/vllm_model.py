@@ -1,5 +1,5 @@
-"""The student as an out-of-tree vLLM model: vLLM's attention, embeddings and logits, and the feed-forward
-layers of modeling_vpmoe.py.
+"""The student as an out-of-tree vLLM model: vLLM's attention, embeddings and logits, and the projections and
+feed-forward layers of modeling_vpmoe.py.
 
 A model runs on one device. The student fits, and more throughput comes from more engine processes. vLLM's
 fused experts support squared ReLU without a gate on GPUs only; modeling_vpmoe.feed_forward is the place to
@@ -18,71 +18,75 @@ from vllm.config import CacheConfig, VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.platforms import current_platform
 
 from vpmoe.model.configuration_vpmoe import VpmoeConfig
-from vpmoe.model.modeling_vpmoe import feed_forward
+from vpmoe.model.modeling_vpmoe import Projections, feed_forward, rotation
 
 MIN_HEAD_DIM = 32
 """Smallest head size of vLLM's kernels. The heads of `tiny` are padded with zeros, which change no
 product."""
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, config: VpmoeConfig, cache: CacheConfig | None, prefix: str) -> None:
-        super().__init__()
-        self.width = config.head_dim
+class SelfAttention(Projections):
+    """vLLM's attention of a layer: its cache of keys and values, of a window's positions in local layers."""
+
+    def __init__(self, config: VpmoeConfig, cache: CacheConfig | None, number: int, prefix: str) -> None:
+        super().__init__(config, number)
         self.padding = max(MIN_HEAD_DIM - self.width, 0)
-        heads, groups = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(config.hidden_size, heads * self.width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, groups * self.width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, groups * self.width, bias=False)
-        self.o_proj = nn.Linear(heads * self.width, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.width, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(self.width, eps=config.rms_norm_eps)
+        if self.slopes is not None and self.softmax_offset is not None and current_platform.is_cuda():
+            raise ValueError(
+                "vLLM has no kernel for GPUs with both ALiBi and a softmax offset: FlashAttention 3 has no "
+                "ALiBi, and Triton's is right only up to a number per query, which a softmax with an offset "
+                "does not cancel. Sample on the CPU, or a student without one of the two."
+            )
+        sinks = {} if self.softmax_offset is None else {"sinks": self.softmax_offset.data}
         self.attn = Attention(
-            heads,
+            self.heads,
             self.width + self.padding,
             self.width**-0.5,
-            num_kv_heads=groups,
+            num_kv_heads=self.groups,
+            alibi_slopes=self.slopes,
             cache_config=cache,
+            per_layer_sliding_window=self.window,
             prefix=f"{prefix}.attn",
+            **sinks,
         )
 
-    def forward(self, hidden_NH: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
-        query, key, value = (
-            project(hidden_NH).unflatten(1, (-1, self.width))
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        query, key = (_apply_rotary(x, cos_ND, sin_ND) for x in (self.q_norm(query), self.k_norm(key)))
+    def forward(
+        self, hidden_NH: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, first_value_NgD: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(output [N, H], values [N, groups, D])."""
+        query, key, value = self.project(hidden_NH, cos_N1D, sin_N1D, first_value_NgD)
         out = self.attn(*(pad(x, (0, self.padding)).flatten(1) for x in (query, key, value)))
         heads = out.unflatten(1, (-1, self.width + self.padding))[..., : self.width]
-        projected: Tensor = self.o_proj(heads.flatten(1))
-        return projected
-
-
-def _apply_rotary(x_NhD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
-    first, second = x_NhD.chunk(2, dim=-1)
-    return x_NhD * cos_ND.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin_ND.unsqueeze(1)
+        return self.o_proj(heads.flatten(1)), value
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: VpmoeConfig, cache: CacheConfig | None, number: int, prefix: str) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = SelfAttention(config, cache, f"{prefix}.self_attn")
+        self.self_attn = SelfAttention(config, cache, number, f"{prefix}.self_attn")
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = feed_forward(config, number)
 
-    def forward(self, hidden_NH: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
-        hidden_NH = hidden_NH + self.self_attn(self.input_layernorm(hidden_NH), cos_ND, sin_ND)
-        out: Tensor = hidden_NH + self.mlp(self.post_attention_layernorm(hidden_NH))
-        return out
+    def forward(
+        self, hidden_NH: Tensor, cos_N1D: Tensor, sin_N1D: Tensor, first_value_NgD: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(hidden states [N, H], values [N, groups, D]): the first layer's values are for those after it."""
+        out, value = self.self_attn(self.input_layernorm(hidden_NH), cos_N1D, sin_N1D, first_value_NgD)
+        hidden_NH = hidden_NH + out
+        return hidden_NH + self.mlp(self.post_attention_layernorm(hidden_NH)), value
 
 
 class Decoder(nn.Module):
     def __init__(self, config: VpmoeConfig, cache: CacheConfig | None, prefix: str) -> None:
         super().__init__()
-        self.width, self.base = config.head_dim, config.rope_parameters["rope_theta"]
+        self.config = config
+        self.log_frequency: nn.Parameter | None = None
+        if config.learned_frequencies:
+            self.log_frequency = nn.Parameter(torch.empty(config.head_dim // 2, dtype=torch.float32))
         self.embed_tokens = VocabParallelEmbedding(
             config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
         )
@@ -93,11 +97,13 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_NH: Tensor, positions_N: Tensor) -> Tensor:
-        exponent = torch.arange(0, self.width, 2, dtype=torch.float32, device=positions_N.device) / self.width
-        angle = positions_N.float().unsqueeze(1) * self.base**-exponent
-        cos_ND, sin_ND = (torch.cat([x, x], dim=1).to(hidden_NH.dtype) for x in (angle.cos(), angle.sin()))
+        cos_N1D, sin_N1D = (
+            part.to(hidden_NH.dtype) for part in rotation(positions_N, self.config, self.log_frequency)
+        )
+        first_value_NgD: Tensor | None = None
         for layer in self.layers:
-            hidden_NH = layer(hidden_NH, cos_ND, sin_ND)
+            hidden_NH, value_NgD = layer(hidden_NH, cos_N1D, sin_N1D, first_value_NgD)
+            first_value_NgD = value_NgD if first_value_NgD is None else first_value_NgD
         out: Tensor = self.norm(hidden_NH)
         return out
 

@@ -119,7 +119,9 @@ def packed_attention(
     lengths = boundaries.diff().tolist()
     runs = zip(*(torch.split(x, lengths) for x in (query_nhD, key_ngD, value_ngD)), strict=True)
     if parts:
-        return torch.cat([_run_in_blocks(*qkv, window, slopes_h, offset_h) for qkv in runs])
+        return torch.cat(
+            [_run_in_blocks(query, key, value, window, slopes_h, offset_h) for query, key, value in runs]
+        )
     return torch.cat([_run(*qkv) for qkv in runs])
 
 

@@ -61,7 +61,7 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
         are sorted by expert."""
         ends_E = tokens_E.cumsum(0).to(device=input_nH.device, dtype=torch.int32)
         inner_nW = grouped_product(input_nH, self.up, ends_E)
-        if self.up_bias is None:
+        if self.up_bias is None or self.down_bias is None:
             inner_nW = (squared_relu(inner_nW) * weight_n.unsqueeze(1)).to(input_nH.dtype)
             return grouped_product(inner_nW, self.down, ends_E), None
         expert_n = expert_of_row(ends_E, len(input_nH))

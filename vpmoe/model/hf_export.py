@@ -19,7 +19,7 @@ from torch import Tensor
 from vpmoe.checkpoint.safetensors_header import INDEX, InvalidCheckpoint, read_folder, read_json_object
 from vpmoe.data.vocabulary import CALL, RETURN
 from vpmoe.failure import Permanent
-from vpmoe.model.shapes import Shape
+from vpmoe.model.shapes import PARTS, Shape, other_parts
 
 MODEL_TYPE = "vpmoe"
 ARCHITECTURE = "VpmoeForCausalLM"
@@ -32,7 +32,10 @@ ONLY_IN_TRAINING = ("main/projection",)
 """Parameters of the state that are not exported: the projection of TeacherForced."""
 
 BIAS = ".e_score_correction_bias"
-"""Suffix of the experts' selection biases, which are fp32 for every dtype of the weights, as in training."""
+"""Suffix of the experts' selection biases."""
+
+FLOAT32 = (BIAS, ".softmax_offset", ".value_mix", ".log_frequency")
+"""Suffixes of the tensors that are fp32 for every dtype of the weights, as in training."""
 
 ReadTensor = Callable[[str, int, int], Tensor]
 """`(name in the state, start, stop) -> fp32 [stop − start]`, as in vpmoe/model/state.py."""
@@ -59,7 +62,7 @@ class ExportedTensor:
 def exported_tensors(shape: Shape) -> dict[str, ExportedTensor]:
     """All tensors of a checkpoint by name.
 
-    megatron-core keeps queries, keys and values in one matrix: for each key-value head the rows of its
+    The trainer keeps queries, keys and values in one matrix: for each key-value head the rows of its
     queries, then of its key, then of its value.
     """
     table: dict[str, ExportedTensor] = {}
@@ -67,52 +70,69 @@ def exported_tensors(shape: Shape) -> dict[str, ExportedTensor]:
     def add(name: str, source: str, *size: int, kind: str = "main") -> None:
         table[name] = ExportedTensor(f"{kind}/{source}", size, size)
 
+    def add_linear(name: str, source: str, rows: int, columns: int) -> None:
+        add(f"{name}.weight", f"{source}.weight", rows, columns)
+        if shape.linear_biases:
+            add(f"{name}.bias", f"{source}.bias", rows)
+
+    def add_qkv(to: str, of: str, kind: str, *columns: int) -> None:
+        picks = {"q": slice(0, share), "k": slice(share, share + 1), "v": slice(share + 1, share + 2)}
+        for letter, pick in picks.items():
+            rows = shape.kv_heads * (pick.stop - pick.start) * width
+            table[f"{to}.self_attn.{letter}_proj.{kind}"] = ExportedTensor(
+                f"main/{of}.self_attention.linear_qkv.{kind}",
+                (rows, *columns),
+                (shape.kv_heads, share + 2, width * math.prod(columns)),
+                pick,
+            )
+
     hidden, width = shape.hidden, shape.head_width
     share = shape.heads // shape.kv_heads
     add("model.embed_tokens.weight", "embedding.weight", shape.vocabulary, hidden)
     add("model.norm.weight", "decoder.final_layernorm.weight", hidden)
     add("lm_head.weight", "output", shape.vocabulary, hidden)
+    if shape.learned_frequencies:
+        add("model.log_frequency", "log_frequency", width // 2)
     for number in range(shape.layers):
         to, of = f"model.layers.{number}", f"decoder.layers.{number}"
         add(f"{to}.input_layernorm.weight", f"{of}.input_layernorm.weight", hidden)
-        picks = {"q": slice(0, share), "k": slice(share, share + 1), "v": slice(share + 1, share + 2)}
-        for letter, pick in picks.items():
-            rows = shape.kv_heads * (pick.stop - pick.start) * width
-            table[f"{to}.self_attn.{letter}_proj.weight"] = ExportedTensor(
-                f"main/{of}.self_attention.linear_qkv.weight",
-                (rows, hidden),
-                (shape.kv_heads, share + 2, width * hidden),
-                pick,
+        if shape.ranks(number) is not None:
+            own, theirs = f"{to}.self_attn.tensor_product", f"{of}.self_attention.tensor_product"
+            add(f"{own}.weight", f"{theirs}.weight", shape.factors_width, hidden)
+            if shape.linear_biases:
+                add(f"{own}.bias", f"{theirs}.bias", shape.qkv_width)
+        else:
+            add_qkv(to, of, "weight", hidden)
+            if shape.linear_biases:
+                add_qkv(to, of, "bias")
+        if shape.softmax_offset:
+            add(
+                f"{to}.self_attn.softmax_offset",
+                f"{of}.self_attention.core_attention.offset",
+                shape.heads,
             )
+        if shape.value_residual and number > 0:
+            add(f"{to}.self_attn.value_mix", f"{of}.self_attention.value_mix", 1)
         add(f"{to}.self_attn.q_norm.weight", f"{of}.self_attention.q_layernorm.weight", width)
         add(f"{to}.self_attn.k_norm.weight", f"{of}.self_attention.k_layernorm.weight", width)
-        add(
-            f"{to}.self_attn.o_proj.weight",
-            f"{of}.self_attention.linear_proj.weight",
-            hidden,
-            shape.heads * width,
-        )
+        add_linear(f"{to}.self_attn.o_proj", f"{of}.self_attention.linear_proj", hidden, shape.heads * width)
         add(f"{to}.post_attention_layernorm.weight", f"{of}.pre_mlp_layernorm.weight", hidden)
         if number < shape.dense_layers:
-            add(f"{to}.mlp.up_proj.weight", f"{of}.mlp.linear_fc1.weight", shape.dense_width, hidden)
-            add(f"{to}.mlp.down_proj.weight", f"{of}.mlp.linear_fc2.weight", hidden, shape.dense_width)
+            add_linear(f"{to}.mlp.up_proj", f"{of}.mlp.linear_fc1", shape.dense_width, hidden)
+            add_linear(f"{to}.mlp.down_proj", f"{of}.mlp.linear_fc2", hidden, shape.dense_width)
             continue
         add(f"{to}.mlp.gate.weight", f"{of}.mlp.router.weight", shape.experts, hidden)
+        if shape.router_bias:
+            add(f"{to}.mlp.gate.bias", f"{of}.mlp.router.bias", shape.experts)
         add(f"{to}.mlp.gate{BIAS}", f"{of}.mlp.router.expert_bias", shape.experts, kind="buffer")
         add(f"{to}.mlp.experts.up", f"{of}.mlp.experts.up", shape.experts, shape.expert_width, hidden)
         add(f"{to}.mlp.experts.down", f"{of}.mlp.experts.down", shape.experts, hidden, shape.expert_width)
-        add(
-            f"{to}.mlp.shared_expert.up_proj.weight",
-            f"{of}.mlp.shared_experts.linear_fc1.weight",
-            shape.shared_width,
-            hidden,
-        )
-        add(
-            f"{to}.mlp.shared_expert.down_proj.weight",
-            f"{of}.mlp.shared_experts.linear_fc2.weight",
-            hidden,
-            shape.shared_width,
-        )
+        if shape.linear_biases:
+            for name, rows in (("up_bias", shape.expert_width), ("down_bias", hidden)):
+                add(f"{to}.mlp.experts.{name}", f"{of}.mlp.experts.{name}", shape.experts, rows)
+        shared, width_of_shared = f"{of}.mlp.shared_experts", shape.shared_width
+        add_linear(f"{to}.mlp.shared_expert.up_proj", f"{shared}.linear_fc1", width_of_shared, hidden)
+        add_linear(f"{to}.mlp.shared_expert.down_proj", f"{shared}.linear_fc2", hidden, width_of_shared)
     return table
 
 
@@ -148,6 +168,7 @@ def hf_config(shape: Shape, positions: int, dtype: torch.dtype) -> dict[str, Any
         "eos_token_id": [RETURN, CALL],
         # transformers treats the padding id's embedding specially; here every id is an ordinary one.
         "pad_token_id": None,
+        **shape.parts,
     }
 
 
@@ -198,7 +219,7 @@ def write_weights(
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """The type of an exported tensor. `dtype`: the type of the weights."""
-    return torch.float32 if name.endswith(BIAS) else dtype
+    return torch.float32 if name.endswith(FLOAT32) else dtype
 
 
 def weight_bytes(shape: Shape, dtype: torch.dtype) -> int:
@@ -245,6 +266,9 @@ def check_export(folder: Path, shape: Shape) -> None:
             f"{folder}/config.json: dtype is {config.get('dtype')}. Students are exported in float32 or "
             "bfloat16."
         )
+    found_parts = {name: config[name] for name in PARTS if name in config}
+    if difference := other_parts(found_parts, shape):
+        raise Permanent(f"{folder}: {difference}. Use an export of a student with the same parts.")
     fields = hf_config(shape, config.get("max_position_embeddings", 0), dtype)
     _same(
         {name: config.get(name) for name in fields},

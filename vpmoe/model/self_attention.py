@@ -8,6 +8,7 @@ no parts, so that checkpoints and bits are the same. Attention itself is in atte
 from typing import Any, cast
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
@@ -15,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from vpmoe.model.attention import PackedAttention, PackedSeqParams
+from vpmoe.model.attention import PackedAttention
 from vpmoe.model.shapes import Shape
 from vpmoe.model.tensor_product import tensor_product
 
@@ -133,7 +134,7 @@ class TensorProduct(MegatronModule):  # type: ignore[misc]
         parts = tensor_product(factors, heads, groups, width, shape.tensor_product_ranks)
         if self.bias is None:
             return parts
-        biases = self.bias.view(-1, width).split([heads, groups, groups])
+        biases = torch.split(self.bias.view(-1, width), [heads, groups, groups])
         query, key, value = (part + bias for part, bias in zip(parts, biases, strict=True))
         return query, key, value
 

@@ -23,7 +23,8 @@ def tensor_product(
         shapes += [(count, rank), (rank, width)]
         sizes += [count * rank, rank * width]
     pieces = [
-        piece.unflatten(-1, shape) for piece, shape in zip(factors.split(sizes, -1), shapes, strict=True)
+        piece.reshape(*piece.shape[:-1], *shape)
+        for piece, shape in zip(torch.split(factors, sizes, -1), shapes, strict=True)
     ]
     query, key, value = (
         torch.matmul(mixture, vectors) / vectors.shape[-2]

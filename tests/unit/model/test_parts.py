@@ -98,7 +98,9 @@ def test_attention_equals_its_definition_in_float64(window: int | None, alibi: b
         *inputs, boundaries, int(boundaries.diff().max()), window=window, slopes_h=parts[0], offset_h=parts[1]
     )
     want = dense_attention(
-        *exact[:3],
+        exact[0],
+        exact[1],
+        exact[2],
         boundaries,
         window,
         None if parts[0] is None else parts[0].double(),
