@@ -6,12 +6,22 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.fakes.students import SMALL, copy_slices, join_slices, learner, new_seed, ragged_batches, read_from
+from tests.fakes.students import (
+    COMPLETE,
+    SMALL,
+    copy_slices,
+    join_slices,
+    learner,
+    new_seed,
+    ragged_batches,
+    read_from,
+)
 from vpmoe.api.memory import OPTIMIZER
 from vpmoe.model import state
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
 from vpmoe.model.objective import Objective
+from vpmoe.model.shapes import Shape
 from vpmoe.model.student import Student, _config, _initialise
 from vpmoe.objectives.vanilla import vanilla
 
@@ -28,9 +38,9 @@ def objective_of(batches: list[Batch]) -> tuple[Objective, int]:
     return vanilla(counts, EVEN), int(counts[0])
 
 
-def bf16_learner(device: torch.device) -> Learner:
+def bf16_learner(device: torch.device, shape: Shape) -> Learner:
     """A learner on the CPU with the precision of a GPU: bf16 weights, fp32 main parameters."""
-    student = Student(SMALL, _config(SMALL, torch.device("cuda"), 1), sequence_length=64)
+    student = Student(shape, _config(shape, torch.device("cuda"), 1), sequence_length=64)
     _initialise(student, 1)
     return Learner(student, device, weight_decay=0.1, gradient_clip=1.0)
 
@@ -97,21 +107,23 @@ def test_evaluation_changes_no_state(device: torch.device, batches: list[Batch])
     assert results[0] == results[1] and it.evaluate([]).cross_entropy == {"reasoning": None, "final": None}
 
 
-def test_bf16_weights_are_their_main_parameters_rounded(device: torch.device) -> None:
+@pytest.mark.parametrize("shape", [SMALL, COMPLETE], ids=lambda shape: shape.name)
+def test_bf16_weights_are_their_main_parameters_rounded(device: torch.device, shape: Shape) -> None:
     """After a step and after a restore. The next step of the restored learner has the same bits, because the
-    main parameters keep what bf16 rounds off."""
-    it = after_one_step(bf16_learner(device))
+    main parameters keep what bf16 rounds off. Frequencies, offsets and λ are fp32 themselves."""
+    it = after_one_step(bf16_learner(device, shape))
     tensors = join_slices([copy_slices(it)], state.sizes(it))
     parameters = sum(weight.numel() for weight in it.student.parameters())
     checkpoint = sum(tensor.nbytes for name, tensor in tensors.items() if not name.startswith("buffer/"))
     assert checkpoint == OPTIMIZER * parameters, "the plan's bytes of a checkpoint: no bf16 weights"
-    restored = bf16_learner(device)
+    restored = bf16_learner(device, shape)
     state.restore(restored, read_from(tensors), steps=1)
     for each in (it, restored):
         for name, weight in each.student.named_parameters():
             main = tensors[f"main/{name}"]
-            assert weight.dtype == torch.bfloat16 and main.dtype == torch.float32
-            assert torch.equal(weight.flatten(), main.bfloat16())
+            kept = name.endswith(("log_frequency", ".offset", ".value_mix"))
+            assert weight.dtype == (torch.float32 if kept else torch.bfloat16) and main.dtype == torch.float32
+            assert torch.equal(weight.flatten(), main.to(weight.dtype))
     assert any(
         not torch.equal(main, main.bfloat16().float())
         for name, main in tensors.items()
