@@ -2,19 +2,31 @@
 
 import secrets
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from vpmoe.model import state
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
-from vpmoe.model.shapes import SHAPES, Shape, with_locked_parts
+from vpmoe.model.shapes import PARTS, SHAPES, Shape, with_locked_parts
+
+WITHOUT: dict[str, Any] = {name: getattr(Shape, name) for name in PARTS}
+"""The value of each part of the architecture that is left out."""
 
 SMALL = replace(
-    SHAPES["tiny"], name="small", vocabulary=512, hidden=32, dense_width=64, expert_width=16, shared_width=32
+    SHAPES["tiny"],
+    name="small",
+    layers=3,
+    vocabulary=512,
+    hidden=32,
+    dense_width=64,
+    expert_width=16,
+    shared_width=32,
+    **WITHOUT,
 )
-"""`tiny` with a small vocabulary and small layers, for speed; the number of layers, experts and groups is the
-same."""
+"""`tiny` with a small vocabulary and small layers, for speed, and no part of the architecture; the number of
+experts and groups is the same."""
 
 COMPLETE = replace(
     with_locked_parts(SMALL), name="complete", layers=5, local_window=8, router_bias=True, recompute=True

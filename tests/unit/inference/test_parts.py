@@ -14,13 +14,13 @@ import torch
 from tests.fakes import policy_versions
 from tests.fakes.complete_engine import COMPLETION
 from tests.fakes.policy_versions import COMPLETE_TINY, TINY, trainer_logp
-from tests.fakes.students import COMPLETE, documents, learner, new_seed
+from tests.fakes.students import COMPLETE, WITHOUT, documents, learner, new_seed
 from vpmoe.failure import Permanent
 from vpmoe.inference import hf_model
 from vpmoe.model import hf_export, state
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
-from vpmoe.model.shapes import PARTS, Shape
+from vpmoe.model.shapes import PARTS
 from vpmoe.objectives.vanilla import vanilla
 
 ROOT = Path(__file__).parents[3]
@@ -174,7 +174,7 @@ def test_a_folder_of_other_parts_is_rejected_with_their_names(
     with pytest.raises(
         Permanent, match=rf"its student has other parts than complete: {name} \(.*, here off\)\. "
     ):
-        hf_model.load_student(tmp_path, replace(COMPLETE, **{name: getattr(Shape, name)}))
+        hf_model.load_student(tmp_path, replace(COMPLETE, **{name: WITHOUT[name]}))
 
 
 def test_a_bf16_export_keeps_offsets_frequencies_and_mixes_in_float32(

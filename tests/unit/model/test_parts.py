@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.fakes.students import COMPLETE, SMALL, documents, learner, new_seed, ragged_batches
+from tests.fakes.students import COMPLETE, SMALL, WITHOUT, documents, learner, new_seed, ragged_batches
 from vpmoe.model.attention import QUERIES, packed_attention
 from vpmoe.model.batch import Batch
 from vpmoe.model.experts import StackedExperts
@@ -19,8 +19,6 @@ from vpmoe.model.tensor_product import tensor_product
 from vpmoe.objectives.vanilla import vanilla
 
 EVEN = {"reasoning": 1.0, "final": 1.0}
-WITHOUT = {name: getattr(Shape, name) for name in PARTS}
-"""The value of each part that is left out."""
 
 
 def student(shape: Shape, device: torch.device) -> Student:

@@ -117,11 +117,11 @@ class CheckpointReader:
     def _verify(self, bucket: Bucket, folder: str, moments: bool, begins: bool) -> VerifiedCheckpoint:
         """The checkpoint, with every file that this rank needs downloaded and verified."""
         stored = manifest.load(bucket, paths.manifest(folder))
+        saved_state = read_train_state(stored)
         if difference := other_parts(stored.facts.get(PARTS_FACT, {}), self._learner.student.shape):
             raise CheckpointRejected(
                 f"{difference}. Begin with a checkpoint of the same parts, or without one."
             )
-        saved_state = read_train_state(stored)
         slices = read_slices(bucket, stored.subjects.values())
         sizes = {
             name: size
