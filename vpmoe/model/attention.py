@@ -2,8 +2,8 @@
 
 A query attends to the keys of its own document up to itself. megatron's local attention does not support
 packed sequences, and its other implementation needs Transformer Engine. So we implement it: on the GPU,
-FlashAttention through torch's variable-length interface, which has none of the three yet; on the CPU, one
-product per document, or per block of queries.
+FlashAttention through torch's variable-length interface, or attention_gpu.py's kernels with any of the three;
+on the CPU, one product per document, or per block of queries.
 """
 
 import torch
@@ -98,9 +98,16 @@ def packed_attention(
     parts = window is not None or slopes_h is not None or offset_h is not None
     if query_nhD.is_cuda:
         if parts:
-            raise NotImplementedError(
-                "attention with a window, ALiBi or a softmax offset has no kernel for GPUs yet. Train a "
-                "shape without these parts, or hide the GPUs (CUDA_VISIBLE_DEVICES set to the empty string)."
+            from vpmoe.model import attention_gpu  # its kernels are Triton's, which needs a GPU
+
+            return attention_gpu.packed_attention(
+                query_nhD,
+                key_ngD,
+                value_ngD,
+                boundaries,
+                window=window,
+                slopes_h=slopes_h,
+                offset_h=offset_h,
             )
         causal = (-1, 0)
         out = varlen_attn(
