@@ -60,7 +60,7 @@ def packed_attention(
     ):
         if number not in allowed:
             raise ValueError(f"the {name} is {number}; attention on a GPU takes one of {allowed}.")
-    out: Tensor = _PackedAttention.apply(
+    out: Tensor = _PackedAttention.apply(  # type: ignore[no-untyped-call]
         query_nhD, key_ngD, value_ngD, offset_h, boundaries, window, slopes_h
     )
     return out
@@ -112,7 +112,7 @@ class _PackedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_out_nhD: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, spans, slopes_h, offset_h, out, log2_sum_nh = ctx.saved_tensors
         grad_out = grad_out_nhD.contiguous()
@@ -188,7 +188,7 @@ def _spans(boundaries, spans, n, runs, steps, BLOCK: tl.constexpr):  # type: ign
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rows(
+def _rows(  # type: ignore[no-untyped-def]
     spans,
     slopes,
     n,
@@ -198,7 +198,7 @@ def _rows(
     WINDOW: tl.constexpr,
     ALIBI: tl.constexpr,
     M: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """A program's rows, positions × query heads of a group: (group, first position of the tile, position of
     each row, head of each row, its slope in units of q·k, first key that it sees).
 
@@ -381,6 +381,10 @@ def _add_to_queries(  # type: ignore[no-untyped-def]
     MASK: tl.constexpr,
     N: tl.constexpr,
 ):
+    """Add the keys from `begin` to `end` to the rows' Σ gradient · k.
+
+    `constant`: log₂ of each row's sum of weights, plus the constant of ALiBi that its logits leave out.
+    """
     column = tl.arange(0, N)
     inner = tl.arange(0, D)
     for start in range(begin, end, N):
@@ -508,7 +512,7 @@ def _add_to_keys(  # type: ignore[no-untyped-def]
     last,
     slope,
     head,
-    share,
+    ahead,
     H: tl.constexpr,
     D: tl.constexpr,
     SCALE: tl.constexpr,
@@ -516,10 +520,13 @@ def _add_to_keys(  # type: ignore[no-untyped-def]
     MASK: tl.constexpr,
     P: tl.constexpr,
 ):
-    """Add the queries from `begin` to `end`, but none from `high` on."""
+    """Add the queries from `begin` to `end`, but none from `high` on, to Σ gradient · q and Σ P · grad_out.
+
+    `ahead`: how many positions after the tile's first each row is.
+    """
     inner = tl.arange(0, D)
     for start in range(begin, end, P):
-        i = start + share
+        i = start + ahead
         row = tl.minimum(i, n - 1).to(tl.int64) * H + head
         q = tl.load(query + row[:, None] * D + inner[None, :])
         go = tl.load(grad_out + row[:, None] * D + inner[None, :])
