@@ -10,11 +10,13 @@ import os
 import secrets
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
+from botocore.loaders import JSONFileLoader
 
 from devcluster import binaries, install
 from devcluster import cluster as selected
@@ -115,10 +117,14 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         AWS_SECRET_ACCESS_KEY=server.secret_key,
         AWS_ENDPOINT_URL=server.endpoint,
     )
+    # Each new client reads botocore's files again, the largest of 2 MB, and changes nothing of what it reads.
+    read, read_once = JSONFileLoader.load_file, cache(JSONFileLoader().load_file)
+    JSONFileLoader.load_file = lambda self, path: read_once(path)  # type: ignore[method-assign]
     try:
         wait_until(lambda: answers(server.endpoint), "versitygw answers")
         yield server
     finally:
+        JSONFileLoader.load_file = read  # type: ignore[method-assign]
         process.kill()
         process.wait()
         for name, value in before.items():
