@@ -25,7 +25,9 @@ from openai_harmony import HarmonyEncodingName, load_harmony_encoding
 
 from demo import sample
 from tests.fakes.conversations import harmony_ids
+from tests.fakes.store import S3
 from vpmoe.api import DistillRun
+from vpmoe.api.storage import StorageSpec
 from vpmoe.data import dataset, vocabulary, vocabulary_file
 from vpmoe.data.harmony import Renderer, SystemMessage, user_text
 from vpmoe.data.index import read_index
@@ -38,10 +40,13 @@ from vpmoe.failure import Permanent, Terminated
 from vpmoe.process.board import ProgressBoard
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
+from vpmoe.storage.client import connect
 from vpmoe.storage.manifest import Manifest
+from vpmoe.storage.retries import JOB
 
 ROOT = Path(__file__).parents[3]
 ONE_PROCESS: EncoderPool
+THREE_PROCESSES: EncoderPool
 
 
 @pytest.fixture
@@ -67,10 +72,19 @@ def with_prefix(spec: dict[str, Any], folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def encoders() -> Iterator[None]:
-    """One encoding process for all tests of this module: loading the vocabulary takes longer than the
+    """Encoding processes for all tests of this module: loading the vocabulary takes longer than the
     sample."""
-    global ONE_PROCESS
-    with EncoderPool(1) as ONE_PROCESS:
+    global ONE_PROCESS, THREE_PROCESSES
+    with EncoderPool(1) as ONE_PROCESS, EncoderPool(3) as THREE_PROCESSES:
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def client(s3: S3) -> Iterator[None]:
+    """One client of the store for all tests of this module: to create one takes longer than most steps."""
+    with pytest.MonkeyPatch.context() as changed:
+        shared = connect(StorageSpec(endpoint=s3.endpoint, bucket="none"), JOB)
+        changed.setattr("vpmoe.storage.bucket.connect", lambda spec, patience: shared)
         yield
 
 
@@ -235,8 +249,7 @@ def efforts_by_id(bucket: Bucket, found: Manifest) -> dict[str, str]:
 
 
 def test_workers_and_processes_do_not_change_a_byte(spec: dict[str, Any]) -> None:
-    with EncoderPool(2) as two_processes:
-        alone = preprocess(with_prefix(spec, "alone"), encoders=two_processes)
+    alone = preprocess(with_prefix(spec, "alone"), encoders=THREE_PROCESSES)
     spec["spec"]["dataset"]["workers"] = 2
     for worker in (1, 0):
         two = preprocess(with_prefix(spec, "two"), worker)
@@ -448,10 +461,9 @@ def test_a_record_is_the_same_for_any_number_of_processes(spec: dict[str, Any], 
     open_bucket(spec).put_file("input/synth_bad.parquet", path, {})
     spec["spec"]["dataset"]["unreadableMax"] = 0.5
     records = []
-    for number in (1, 3):
-        changed = with_prefix(spec, f"with-{number}")
-        with EncoderPool(number) as encoders:
-            bucket, run = preprocess(changed, encoders=encoders)
+    for encoders in (ONE_PROCESS, THREE_PROCESSES):
+        changed = with_prefix(spec, f"with-{encoders.processes}")
+        bucket, run = preprocess(changed, encoders=encoders)
         records.append(bucket.get(paths.part_record(dataset.resolve_dataset(run, bucket).id, 3)))
     assert records[0] == records[1]
     assert [found[:2] for found in json.loads(records[0])["unreadable"]["first"]] == [
