@@ -1,19 +1,21 @@
 """The evaluation step on a real S3 store with the real engine: its figures equal those of the trainer and of
 transformers, and its failures name their cause.
 
-The tests share one engine. The student is `tiny` after one optimizer step, with weights so large that every
-part affects the output.
+The tests share one engine, one dataset and one checkpoint, of which each has a copy. The student is `tiny`
+after one optimizer step, with weights so large that every part affects the output.
 """
 
 import json
 import math
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 
 from tests.fakes import pod_user
 from tests.fakes.checkpoints import alter, save_checkpoints, state_at
-from tests.fakes.store import S3
+from tests.fakes.store import S3, small_run
 from tests.fakes.students import documents, learner
 from tests.fakes.tiny_teacher import LONGEST
 from tests.fakes.waiting import wait_until
@@ -120,9 +122,10 @@ def amounts(request: pytest.FixtureRequest) -> Amounts:
     return getattr(request, "param", Amounts())
 
 
-@pytest.fixture
-def spec(run_spec: dict[str, Any], sample_parquet: list[Path], amounts: Amounts) -> dict[str, Any]:
-    """A run whose dataset is built from the sample, with a canary in its bucket."""
+@pytest.fixture(scope="module")
+def first_spec(s3: S3, sample_parquet: list[Path]) -> dict[str, Any]:
+    """A run whose dataset is built from the sample. Other runs in its bucket share it."""
+    run_spec = small_run(s3)
     run_spec["spec"]["dataset"] |= {
         "sampling": {"nonEnglishMax": 0.6},
         "maxLength": 256,
@@ -139,21 +142,37 @@ def spec(run_spec: dict[str, Any], sample_parquet: list[Path], amounts: Amounts)
         "rollout": rollout,
     }
     run_spec["spec"]["stages"].append(on_policy)
-    texts = f"s3://{run_spec['spec']['storage']['bucket']}/canary"
-    run_spec["spec"]["evaluation"] |= {
-        "documents": amounts.documents,
-        "completions": amounts.completions,
-        "canary": texts,
-    }
+    run_spec["spec"]["evaluation"] |= {"completions": 6}
     run = DistillRun.parse(run_spec)
     bucket = Bucket.open(run.spec.storage)
     for path in sample_parquet:
         bucket.put_file(f"input/{path.name}", path, {})
-    bucket.put_bytes("canary/a.txt", amounts.canary.encode(), {})
-    bucket.put_bytes("canary/b.txt", b"Short.", {})
     with EncoderPool(1) as encoders:
         preprocess(run, bucket, provenance(run), threading.Event(), ProgressBoard(), None, encoders)
     return run_spec
+
+
+@pytest.fixture
+def spec(first_spec: dict[str, Any], bucket: Bucket, amounts: Amounts) -> dict[str, Any]:
+    """A run of its own with that dataset, and with a canary in its bucket."""
+    name = f"r{secrets.token_hex(4)}"
+    bucket.put_bytes(f"canary/{name}/a.txt", amounts.canary.encode(), {})
+    bucket.put_bytes(f"canary/{name}/b.txt", b"Short.", {})
+    evaluation = first_spec["spec"]["evaluation"] | {
+        "documents": amounts.documents,
+        "completions": amounts.completions,
+        "canary": bucket.url(f"canary/{name}"),
+    }
+    return first_spec | {
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": first_spec["spec"] | {"evaluation": evaluation},
+    }
+
+
+@pytest.fixture
+def bucket(first_spec: dict[str, Any], store: Bucket) -> Bucket:
+    """The bucket of all runs."""
+    return store.other(first_spec["spec"]["storage"]["bucket"])
 
 
 def stage_context(spec: dict[str, Any], bucket: Bucket, scratch: Path) -> StageContext:
@@ -164,12 +183,32 @@ def stage_context(spec: dict[str, Any], bucket: Bucket, scratch: Path) -> StageC
     )  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def stage(spec: dict[str, Any], bucket: Bucket, trained: Learner, tmp_path: Path) -> StageContext:
-    """The context of a finished stage, whose checkpoint is that student."""
-    context = stage_context(spec, bucket, tmp_path)
+@pytest.fixture(scope="module")
+def checkpoint(
+    first_spec: dict[str, Any],
+    s3: S3,
+    store: Bucket,
+    trained: Learner,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The folder of that student's checkpoint at the end of a stage: 300 MB, which take seconds to write
+    through the store."""
+    bucket = store.other(first_spec["spec"]["storage"]["bucket"])
+    context = stage_context(first_spec, bucket, tmp_path_factory.mktemp("checkpoint"))
     save_checkpoints(context, trained, state_at(3, finished=True))
-    return context
+    return s3.folder / bucket.name / paths.checkpoint(context.run, "vanilla", 3)
+
+
+@pytest.fixture
+def stage(
+    spec: dict[str, Any], bucket: Bucket, checkpoint: Path, s3: S3, tmp_path: Path
+) -> Iterator[StageContext]:
+    """The context of a finished stage with a copy of that checkpoint."""
+    context = stage_context(spec, bucket, tmp_path)
+    folder = s3.folder / bucket.name / paths.checkpoint(context.run, "vanilla", 3)
+    shutil.copytree(checkpoint, folder)  # with the extended attributes, in which the store has its metadata
+    yield context
+    shutil.rmtree(folder)
 
 
 def run_evaluation(
