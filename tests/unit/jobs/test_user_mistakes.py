@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -27,9 +27,11 @@ import yaml
 from jobs.entrypoint import entrypoint, register_run
 from tests.fakes.mutations import mutate_bytes, mutate_json, mutate_value
 from tests.fakes.recorded import documents
+from tests.fakes.store import S3
 from tests.fakes.students import new_seed
 from vpmoe.api import DistillRun, load_run
 from vpmoe.api.stages import Confidence
+from vpmoe.api.storage import StorageSpec
 from vpmoe.checkpoint.train_state import load_stage_end
 from vpmoe.data.dataset import load_training_dataset, recorded_parts, resolve_dataset
 from vpmoe.data.preprocess.census import StoredCensus
@@ -45,11 +47,15 @@ from vpmoe.rollout.evaluation_record import load_evaluation, parse_evaluation
 from vpmoe.rollout.policy_version import find_version
 from vpmoe.rollout.window_files import read_rollouts, read_scores
 from vpmoe.storage import Bucket, manifest, paths
+from vpmoe.storage.client import connect
 from vpmoe.storage.records import facts_of, load_record
 from vpmoe.storage.retries import Patience
 from vpmoe.storage.scratch import PREFIX
 from vpmoe.teacher import scores
 from vpmoe.teacher.model import resolve_teacher
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 CONTRACT = Path(__file__).parents[2] / "fakes" / "contract.yaml"
 RUN = DistillRun.parse(json.loads(documents()["tiny/runs/team/inflight-0a1b2c3d/run.json"]))
@@ -187,13 +193,16 @@ def test_random_changes_of_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("role", ROLES)
 def test_every_job_names_what_is_wrong_with_its_run_and_its_arguments(role: str, tmp_path: Path) -> None:
-    """As a process: a job's imports, its command line and its exit."""
+    """As a process: a job's imports, its command line and its exit. `clear` reads the run itself, all others
+    in the same function, which does not know the role: one of them shows it."""
     (tmp_path / "bad.yaml").write_bytes(FILES["binary"])
-    for arguments, message in (
-        (["--run", str(tmp_path / "bad.yaml")], "is not YAML"),
-        (["--run", str(tmp_path)], "Is a directory"),
-        (["--attempt", "x"], f"python -m jobs.{role}: "),
-    ):
+    mistakes = [(["--attempt", "x"], f"python -m jobs.{role}: ")]
+    if role in ("clear", "preprocess"):
+        mistakes += [
+            (["--run", str(tmp_path / "bad.yaml")], "is not YAML"),
+            (["--run", str(tmp_path)], "Is a directory"),
+        ]
+    for arguments, message in mistakes:
         found = subprocess.run(
             [sys.executable, "-m", f"jobs.{role}", *arguments],
             cwd=CHECKOUT,
@@ -345,6 +354,7 @@ def test_objects_that_no_job_writes_are_ignored(stored: Bucket) -> None:
 
 # Environment
 
+ONCE = Patience(attempts=1, connect=2, read=2)
 NUMBERS = ("", "abc", "-1", "1e3", "٣", "0x10", " 1", "9" * 5000, "4.5", "1\n", "2147483648000000000000")
 GARBAGE = ("", "x", "::", "/", "/dev/null", "\udcff", "a" * 5000, "http://[", "https://user:p@:99999", "\x01")
 VARIABLES: dict[str, tuple[str, ...]] = {
@@ -368,13 +378,25 @@ VARIABLES: dict[str, tuple[str, ...]] = {
 }
 
 
+OTHERS = (
+    *("JOB_COMPLETION_INDEX", "VPMOE_SERVE_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"),
+    *("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_PORT", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"),
+    *("VPMOE_IMAGE", "VPMOE_CONFIG_HASH", "VPMOE_TERMINATION_LOG", "VPMOE_PART", "TMPDIR", "TEMP"),
+)
+"""Those that botocore does not read, so that one client of the store serves all their values."""
+
+
+@pytest.fixture(scope="module")
+def client(s3: S3) -> "S3Client":
+    return connect(StorageSpec(endpoint=s3.endpoint, bucket="none"), ONCE)
+
+
 @pytest.fixture
 def job_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Restore what a job changes in its process. Requests to the store are made once."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setenv("VPMOE_TERMINATION_LOG", str(tmp_path / "termination"))
-    once = Patience(attempts=1, connect=2, read=2)
-    monkeypatch.setattr(Bucket, "open", partial(Bucket.open, patience=once))
+    monkeypatch.setattr(Bucket, "open", partial(Bucket.open, patience=ONCE))
     root, handler, temporary = logging.getLogger(), signal.getsignal(signal.SIGTERM), tempfile.tempdir
     handlers, level = root.handlers[:], root.level
     yield
@@ -390,10 +412,13 @@ def test_a_variable_of_the_environment(
     run_spec: dict[str, Any],
     bucket: Bucket,
     tmp_path: Path,
+    client: "S3Client",
     job_process: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)  # a relative path is one too
+    if name in OTHERS:
+        monkeypatch.setattr("vpmoe.storage.bucket.connect", lambda spec, patience: client)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run_spec))
     for value in VARIABLES[name]:
         with monkeypatch.context() as changed:
