@@ -4,13 +4,11 @@ conversations."""
 import random
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from jinja2 import TemplateError
 from openai_harmony import Conversation, HarmonyEncoding, Message, Role
-from transformers import AutoTokenizer
 
 from tests.fakes.conversations import SYSTEM, Messages, harmony_ids
 from tests.fakes.hostile_texts import NEW_CHARACTERS, TEXTS
@@ -20,11 +18,6 @@ from vpmoe.data.tokenizer import tokenizer
 from vpmoe.data.vocabulary import CHANNEL, END_OF_DOCUMENT, START
 from vpmoe.export.chat_template import chat_template
 from vpmoe.export.tokenizer_files import ESCAPE
-
-
-@pytest.fixture(scope="module")
-def exported(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def ids(exported: Any, messages: Messages, *, answer: bool = True, **variables: Any) -> list[int]:

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from tests.fakes import pod_user
 from tests.fakes.finished_stages import FinishedStage, finish_stage
 from tests.fakes.store import S3
 from tests.fakes.waiting import wait_until
+from vpmoe.checkpoint.format import open_weights
 from vpmoe.cli import chat as chat_command
 from vpmoe.cli.main import main
 from vpmoe.data import vocabulary_file
@@ -24,9 +27,10 @@ from vpmoe.export.step import export_stage
 from vpmoe.inference.chat import Answer, ChatModel
 from vpmoe.model.learner import Learner
 from vpmoe.process.board import ProgressBoard
-from vpmoe.storage import manifest, paths
+from vpmoe.storage import StorageError, manifest, paths
 
 ROOT = Path(__file__).parents[3]
+STEP = "vanilla-export"
 QUESTION = "Why is the sky blue?"
 
 
@@ -48,6 +52,11 @@ def model(finished: FinishedStage, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+@pytest.fixture(scope="module")
+def chat(model: Path) -> ChatModel:
+    return ChatModel(model)
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -64,14 +73,35 @@ def test_a_model_that_is_not_exported_is_made_with_a_statement_of_its_files(
     assert [path.name for path in model.parent.iterdir()] == ["model"]
 
 
-def test_a_model_in_the_bucket_is_downloaded_and_is_the_same(
+def export_as_a_pod(finished: FinishedStage, scratch: Path) -> None:
+    """Run the export job as a user without name and home, who writes to TMPDIR only."""
+    scratch.mkdir()
+    scratch.chmod(0o777)
+    written = finished.run.document()
+    written["metadata"] = {"name": finished.run.metadata.name, "namespace": "default"}
+    (scratch / "run.yaml").write_text(yaml.safe_dump(written))
+    command = [sys.executable, "-m", "jobs.export", "--run", str(scratch / "run.yaml"), "--step", STEP]
+    found = subprocess.run(
+        [*pod_user.COMMAND, *command],
+        cwd=ROOT,
+        env=pod_user.environment(scratch),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert list(scratch.glob("vpmoe_*")) == []
+
+
+def test_a_model_that_the_job_has_exported_is_downloaded_and_is_the_same(
     model: Path, finished: FinishedStage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = finished.run
-    export_stage(
-        run, run.spec.stages[0], finished.bucket, finished.provenance(), threading.Event(), ProgressBoard()
-    )
     try:
+        export_as_a_pod(finished, tmp_path / "pod")
+        progress = finished.bucket.get_json(paths.progress(run, STEP))
+        url = finished.bucket.url(paths.model(run, "vanilla"))
+        assert (progress["state"], progress["model"]) == ("Succeeded", url)
         assert main(["export", f"{finished.url}/", "--stage", "vanilla", "--to", str(tmp_path / "m")]) == 0
         made, downloaded = content(model), content(tmp_path / "m")
         assert downloaded.pop("manifest.json") == finished.bucket.get(
@@ -82,6 +112,32 @@ def test_a_model_in_the_bucket_is_downloaded_and_is_the_same(
         assert f"Downloading {finished.url}/models/vanilla" in capsys.readouterr().out
     finally:
         finished.bucket.delete_prefix(f"{paths.run(run)}/models")
+
+
+def test_a_damaged_block_of_weights_is_refused(finished: FinishedStage) -> None:
+    """A bit of a weight, which is in another block than the names and sizes that are read first."""
+    path = finished.folder / paths.checkpoint(finished.run, "vanilla", 3) / "rank-00000.safetensors"
+    weights = open_weights(finished.bucket, paths.checkpoint(finished.run, "vanilla", 3))
+    with path.open("r+b") as file:
+        file.seek(weights.slices["main/output"][0].offset)
+        (whole,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([whole ^ 1]))
+        file.flush()
+        try:
+            with pytest.raises(StorageError, match=r"rank-00000.safetensors: sha256 of block [1-9]"):
+                export_stage(
+                    finished.run,
+                    finished.run.spec.stages[0],
+                    finished.bucket,
+                    finished.provenance(),
+                    threading.Event(),
+                    ProgressBoard(),
+                )
+        finally:
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([whole]))
+    assert not finished.bucket.exists(paths.manifest(paths.model(finished.run, "vanilla")))
 
 
 @pytest.mark.parametrize(
@@ -167,33 +223,27 @@ FINAL = [
     ],
 )
 def test_reasoning_and_final_answer_are_taken_apart(
-    model: Path, ids: list[int], answer: tuple[str, str, bool]
+    chat: ChatModel, ids: list[int], answer: tuple[str, str, bool]
 ) -> None:
-    found = loaded(model)._parse(np.array(ids, np.int32))
+    found = chat._parse(np.array(ids, np.int32))
     assert (found.reasoning, found.final, found.ended, found.tokens) == (*answer, len(ids))
 
 
-_LOADED: dict[Path, ChatModel] = {}
-
-
-def loaded(model: Path) -> ChatModel:
-    return _LOADED.setdefault(model, ChatModel(model))
-
-
-def test_an_answer_is_the_same_each_time_and_depends_on_the_effort(model: Path) -> None:
-    first, again, high = (loaded(model).answer(QUESTION, effort, 12) for effort in ("low", "low", "high"))
+def test_an_answer_is_the_same_each_time_and_depends_on_the_effort(chat: ChatModel) -> None:
+    first, again, high = (chat.answer(QUESTION, effort, 12) for effort in ("low", "low", "high"))
     assert first == again != high
     assert 0 < first.tokens <= 12
 
 
 def test_chat_prints_both_parts(
-    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: Path, chat: ChatModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["chat", str(model), QUESTION, "--effort", "high", "--max-tokens", "6"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("Reasoning (high effort):\n  ")
     assert "\n\nFinal answer" in out
     monkeypatch.setattr("sys.stdin", io.StringIO(QUESTION))
+    monkeypatch.setattr("vpmoe.inference.chat.ChatModel", lambda folder: chat)
     assert main(["chat", str(model), "--effort", "high", "--max-tokens", "6"]) == 0
     assert capsys.readouterr().out == out
 

@@ -1,20 +1,15 @@
 """The model card: what the run knows about the student, in Hugging Face's form."""
 
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
-from tests.fakes.finished_stages import COMMIT, FinishedStage, finish_stage
-from tests.fakes.store import S3
+from tests.fakes.finished_stages import COMMIT, FinishedStage
 from vpmoe.export.model_card import ModelFacts, StageFacts, model_card
 from vpmoe.export.stage_model import open_stage_model
-from vpmoe.model.learner import Learner
 from vpmoe.rollout.evaluation_record import EvaluationRecord
 from vpmoe.storage import paths
 from vpmoe.storage.bucket import json_bytes
@@ -40,12 +35,8 @@ EVALUATION: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def finished(
-    s3: S3, sample_parquet: list[Path], student: Learner, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[FinishedStage]:
-    found = finish_stage(s3, sample_parquet, student, tmp_path_factory.mktemp("stage"))
-    yield found
-    shutil.rmtree(found.folder)
+def finished(small_stage: FinishedStage) -> FinishedStage:
+    return small_stage
 
 
 @pytest.fixture

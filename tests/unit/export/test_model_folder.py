@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,6 @@ from vpmoe.model.learner import Learner
 from vpmoe.model.modeling_vpmoe import VpmoeForCausalLM
 from vpmoe.storage.errors import StorageError
 
-ROOT = Path(__file__).parents[3]
 TOLERANCE = 1e-4
 """Nats, as in tests/unit/inference/test_student.py."""
 
@@ -166,26 +166,26 @@ def test_weights_are_in_several_files_with_an_index(tmp_path: Path, monkeypatch:
         assert len(held) == 1 or sum(tensor.nbytes for tensor in held.values()) <= 10_000
 
 
-KILLED = """
-    import os, signal, sys
-    from pathlib import Path
-    from tests.fakes import model_folders
+def write_until_killed(folder: Path, last: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Write the folder in a process that kills itself when it reads tensor number `last`, or before it
+    renames the folder. Returns its exit code. A fork: to import torch again takes longer than all else."""
+    reads = count(1)
 
-    reads = 0
-
-    def read(name, start, stop):
-        global reads
-        reads += 1
-        if reads == int(sys.argv[2]):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return model_folders.random_weights(name, start, stop)
-
-    def rename(path, target):
+    def kill(*arguments: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    Path.rename = rename
-    model_folders.write_small(Path(sys.argv[1]), read)
-"""
+    def read(name: str, start: int, stop: int) -> torch.Tensor:
+        if next(reads) == last:
+            kill()
+        return random_weights(name, start, stop)
+
+    if not (child := os.fork()):
+        try:
+            monkeypatch.setattr(Path, "rename", kill)
+            write_small(folder, read)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.mark.parametrize(
@@ -193,14 +193,11 @@ KILLED = """
     [1, len(hf_export.exported_tensors(SMALL)), 0],
     ids=["first-tensor", "last-tensor", "before-the-end"],
 )
-def test_a_killed_process_leaves_nothing_that_looks_whole(tmp_path: Path, reads: int) -> None:
+def test_a_killed_process_leaves_nothing_that_looks_whole(
+    tmp_path: Path, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "model"
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(folder), str(reads)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == -signal.SIGKILL
+    assert write_until_killed(folder, reads, monkeypatch) == -signal.SIGKILL
     left = [path.name for path in tmp_path.iterdir()]
     assert left and all(name.startswith("vpmoe_") for name in left)
     if reads:

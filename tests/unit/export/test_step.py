@@ -1,21 +1,21 @@
-"""The export step on a real S3 store: what it writes, what the next attempt does again, what it refuses."""
+"""The export step on a real S3 store: what it writes, what the next attempt does again, what it refuses.
+
+The student is small; test_local.py has one of the shape `tiny`, with the job and a damaged block of weights.
+"""
 
 import json
-import shutil
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
-from tests.fakes import pod_user
-from tests.fakes.finished_stages import FinishedStage, finish_again, finish_stage
+from tests.fakes.finished_stages import FinishedStage, finish_again
 from tests.fakes.store import S3
+from tests.fakes.students import SMALL
 from vpmoe.checkpoint.format import open_weights
 from vpmoe.checkpoint.safetensors_header import INDEX
 from vpmoe.export.step import export_stage
@@ -25,30 +25,20 @@ from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import SHAPES
 from vpmoe.process.board import ProgressBoard
 from vpmoe.process.step_worker import step_succeeded
-from vpmoe.storage import Bucket, StorageError, Stored, manifest, paths
+from vpmoe.storage import Bucket, Stored, manifest, paths
 from vpmoe.storage.manifest import Manifest
 from vpmoe.storage.verify import verify
 
-ROOT = Path(__file__).parents[3]
-TINY = SHAPES["tiny"]
 STEP = "vanilla-export"
 
 
-@pytest.fixture(scope="module")
-def stage(
-    s3: S3, sample_parquet: list[Path], student: Learner, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[FinishedStage]:
-    found = finish_stage(s3, sample_parquet, student, tmp_path_factory.mktemp("stage"))
-    yield found
-    shutil.rmtree(found.folder)  # a checkpoint has 300 MB
-
-
 @pytest.fixture
-def finished(stage: FinishedStage) -> FinishedStage:
-    """The stage, not exported yet."""
-    stage.bucket.delete_prefix(f"{paths.run(stage.run)}/models")
-    stage.bucket.delete_prefix(f"{paths.run(stage.run)}/steps")
-    return stage
+def finished(small_stage: FinishedStage, monkeypatch: pytest.MonkeyPatch) -> FinishedStage:
+    """The stage, not exported yet. In this process, `tiny` is the shape of its student."""
+    monkeypatch.setitem(SHAPES, "tiny", replace(SMALL, name="tiny"))
+    small_stage.bucket.delete_prefix(f"{paths.run(small_stage.run)}/models")
+    small_stage.bucket.delete_prefix(f"{paths.run(small_stage.run)}/steps")
+    return small_stage
 
 
 def export(
@@ -134,7 +124,7 @@ def test_the_weights_are_those_of_the_checkpoint_rounded_to_bfloat16(
     weights = open_weights(finished.bucket, paths.checkpoint(finished.run, "vanilla", 3))
     index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
     files = {file: load_file(tmp_path / file) for file in set(index.values())}
-    for name, part in hf_export.exported_tensors(TINY).items():
+    for name, part in hf_export.exported_tensors(SMALL).items():
         whole = part.cut_from(weights.read(part.source, 0, weights.sizes[part.source]))
         assert torch.equal(files[index[name]][name], whole.to(hf_export.stored_dtype(name, torch.bfloat16)))
 
@@ -211,10 +201,10 @@ def test_two_exports_have_equal_files(finished: FinishedStage) -> None:
 
 
 def test_a_model_of_an_older_checkpoint_is_refused(
-    finished: FinishedStage, student: Learner, tmp_path: Path
+    finished: FinishedStage, small_student: Learner, tmp_path: Path
 ) -> None:
     export(finished)
-    finish_again(finished, student, tmp_path, 4)
+    finish_again(finished, small_student, tmp_path, 4)
     try:
         with pytest.raises(
             Permanent, match=r"trained again since\. Delete s3://.*/models/vanilla to have it"
@@ -238,35 +228,3 @@ def test_a_stage_that_has_not_finished_is_refused(finished: FinishedStage) -> No
             export(finished)
     finally:
         finished.bucket.put_bytes(key, stored, {})
-
-
-def test_a_damaged_checkpoint_is_refused(finished: FinishedStage) -> None:
-    """A bit of a weight. A bit of the optimizer's state does not matter: the export does not read it."""
-    path = finished.folder / paths.checkpoint(finished.run, "vanilla", 3) / "rank-00000.safetensors"
-    weights = open_weights(finished.bucket, paths.checkpoint(finished.run, "vanilla", 3))
-    content = path.read_bytes()
-    altered = bytearray(content)
-    altered[weights.slices["main/output"][0].offset] ^= 1
-    path.write_bytes(altered)
-    try:
-        with pytest.raises(StorageError, match=r"rank-00000.safetensors: sha256 of block"):
-            export(finished)
-    finally:
-        path.write_bytes(content)
-    assert not finished.bucket.exists(paths.manifest(model_key(finished)))
-
-
-def test_the_job_runs_with_the_rights_of_a_pod(finished: FinishedStage, tmp_path: Path) -> None:
-    """A user without name and home, who writes to TMPDIR only."""
-    tmp_path.chmod(0o777)
-    file = tmp_path / "run.yaml"
-    written = finished.run.document()
-    written["metadata"] = {"name": finished.run.metadata.name, "namespace": "default"}
-    file.write_text(yaml.safe_dump(written))
-    command = [*pod_user.COMMAND, sys.executable, "-m", "jobs.export", "--run", str(file), "--step", STEP]
-    environment = pod_user.environment(tmp_path)
-    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    progress = finished.bucket.get_json(paths.progress(finished.run, STEP))
-    assert (progress["state"], progress["model"]) == ("Succeeded", finished.bucket.url(model_key(finished)))
-    assert list(tmp_path.glob("vpmoe_*")) == []

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from openai_harmony import HarmonyEncoding
-from transformers import AutoTokenizer
 
 from tests.fakes.hostile_texts import ASSIGNED, LONG, NEW_CHARACTERS, PROBES, TEXTS
 from tests.fakes.students import new_seed
@@ -16,11 +15,6 @@ from vpmoe.data.tokenizer import tokenizer
 from vpmoe.data.vocabulary import PADDING, RETURN, TEXT_IDS, VOCABULARY_SIZE
 from vpmoe.export import tokenizer_files
 from vpmoe.export.tokenizer_files import ESCAPE
-
-
-@pytest.fixture(scope="module")
-def exported(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def encode(exported: Any, texts: list[str]) -> list[list[int]]:
@@ -109,6 +103,10 @@ def test_every_token_decodes_to_its_bytes(exported: Any) -> None:
         reference.decode_single_token_bytes(token).decode(errors="replace") for token in range(TEXT_IDS)
     ]
     assert np.array_equal(found, expected)
+
+
+def test_the_file_is_the_same_each_time(folder: Path) -> None:
+    assert (folder / "tokenizer.json").read_text(encoding="utf-8") == tokenizer_files.tokenizer_json()
 
 
 def test_settings(exported: Any) -> None:
