@@ -1,18 +1,15 @@
 """Fixtures of the unit tests: torch on the CPU with one rank, a tiny teacher, and vLLM engines."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.fakes import clean_environment, pod_user
+from tests.fakes import clean_environment
+from tests.fakes.engine_process import engine_process
 from tests.fakes.store import S3
-from tests.fakes.waiting import wait_until
 from vpmoe.storage import Bucket
 
 if TYPE_CHECKING:
@@ -61,38 +58,6 @@ def stored_teacher(teacher: Path, s3: S3, store: Bucket) -> str:
     for path in teacher.iterdir():
         bucket.put_file(f"tiny/{path.name}", path, {})
     return bucket.url("tiny")
-
-
-@contextmanager
-def engine_process(module: str, model: Path, scratch: Path) -> Iterator[str]:
-    """Start `python -m module` with a model; yields its socket once the model is loaded.
-
-    It has the rights of a pod: a user without name and home who reads all files and writes to TMPDIR.
-    """
-    from tests.fakes.tiny_teacher import LONGEST
-
-    scratch.chmod(0o777)
-    address = str(scratch / "socket")
-    with (scratch / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [*pod_user.COMMAND, sys.executable, "-m", module, address, str(model), str(LONGEST)],
-            cwd=Path(__file__).parents[2],
-            env=pod_user.environment(scratch),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        wait_until(
-            lambda: Path(address).exists() or process.poll() is not None,
-            f"{module} has loaded its model",
-            240,
-            every=0.2,
-        )
-        assert process.poll() is None, (scratch / "log").read_text()
-        yield address
-    finally:
-        process.kill()
-        process.wait()
 
 
 # An engine needs 5 GB, so it is stopped after each module. With session scope, several would run at once.
