@@ -86,8 +86,9 @@ class ObservedChild:
     suspended: bool = False
     """Kueue or a user has suspended it: it waits without pods."""
     missing_pod: str = ""
-    """Of a Waiting PyTorchJob that is not suspended: a pod that does not exist or does not run. If all pods
-    ran before, and it was not suspended and resumed since, it was deleted."""
+    """Of a PyTorchJob that is not suspended: a pod that does not exist, does not run, or was made when the
+    PyTorchJob ran already. If all pods ran before, and it was not suspended and resumed since, one was
+    deleted."""
     resumed: datetime | None = None
     """When a PyTorchJob was last resumed after it was suspended."""
     message: str = ""
@@ -404,8 +405,10 @@ def describe_child(
         until = f"Kueue admits it to queue {queue}" if queue else "its suspend is false again"
         message = f"{obj['kind']} {meta['name']} is suspended until {until}"
     elif state == "Waiting":
-        missing = _missing_pod(obj, pods)
+        missing = _missing_pod(obj, pods) or _replaced_pod(obj, pods)
         message = pod_diagnosis.waiting_reason(pods, warnings, container)
+    elif state == "Running":
+        missing = _replaced_pod(obj, pods)
     elif state == "Failed" and any(pod_diagnosis.is_alive(pod) for pod in pods):
         state = "Ending"  # a PyTorchJob is Failed before all of its pods end: the others may still write
     elif state == "Failed":
@@ -494,6 +497,22 @@ def _missing_pod(obj: Json, pods: list[Json]) -> str:
         for index in range(spec.get("replicas", 1))
     ]
     return next((name for name in names if name not in started), "")
+
+
+def _replaced_pod(obj: Json, pods: list[Json]) -> str:
+    """The only pod of a PyTorchJob if it is younger than the condition Running: its controller has made it in
+    the place of one that was deleted, which it may do faster than the operator looks.
+
+    Of several pods one may have been made later for want of quota. If one of them is replaced, the others
+    lose their connection to it and fail.
+    """
+    conditions = obj.get("status", {}).get("conditions", [])
+    running = next((one for one in conditions if one["type"] == "Running" and one["status"] == "True"), {})
+    if obj["kind"] != PYTORCHJOB.name or _pods_wanted(obj) > 1 or "lastTransitionTime" not in running:
+        return ""
+    since = datetime.fromisoformat(running["lastTransitionTime"])
+    made = {pod["metadata"]["name"]: pod["metadata"]["creationTimestamp"] for pod in pods}
+    return next((name for name, time in made.items() if datetime.fromisoformat(time) > since), "")
 
 
 def _resumed(obj: Json) -> datetime | None:

@@ -15,7 +15,7 @@ from distill_operator.actions import (
     SetFinalizer,
 )
 from distill_operator.gpu_scheduler import Decision, waits_for_gpus
-from distill_operator.observe import ChildObservation, NameConflict, ObservedChildren
+from distill_operator.observe import ChildObservation, NameConflict, ObservedChildren, State
 from distill_operator.plan import plan
 from distill_operator.pod_diagnosis import Failure
 from distill_operator.pod_records import ProgressReading
@@ -809,9 +809,10 @@ def test_a_failed_child_is_not_retried_while_its_pods_are_alive() -> None:
     assert "worker-0 is ending" in decided.status.message
 
 
-def test_a_pod_deleted_while_running_ends_the_attempt_without_counting_a_failure() -> None:
+@pytest.mark.parametrize("seen", ["Waiting", "Running"], ids=["before it is replaced", "afterwards"])
+def test_a_pod_deleted_while_running_ends_the_attempt_without_counting_a_failure(seen: State) -> None:
     cluster = training_run(runtime={"attempts": 1})
-    cluster.set_child_state("Waiting", missing_pod="first-vanilla-a1-master-0")
+    cluster.set_child_state(seen, missing_pod="first-vanilla-a1-master-0")
     assert [type(action) for action in cluster.reconcile().actions] == [DeleteChild]
     assert cluster.reconcile().actions == ()
     del cluster.children["first-vanilla-a1"]

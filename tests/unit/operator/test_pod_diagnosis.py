@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from distill_operator.observe import child_state, describe_child, is_controlled_by
+from distill_operator.observe import State, child_state, describe_child, is_controlled_by
 from distill_operator.pod_diagnosis import failure_cause, waiting_reason
 
 
@@ -308,6 +308,28 @@ def test_a_pod_of_a_running_pytorchjob_that_is_not_running_is_missing(
     pods = [pod(name, phase) for name, phase in phases.items()]
     obj = pytorchjob(("Running", "True"), workers=1)
     assert describe_child(obj, "Waiting", "", pods, [], "main").missing_pod == missing
+
+
+@pytest.mark.parametrize("state", ["Running", "Waiting"])
+@pytest.mark.parametrize(
+    "created, workers, missing",
+    [
+        pytest.param("2026-01-01T00:00:10Z", 0, "", id="older than the condition"),
+        pytest.param("2026-01-01T00:00:12Z", 0, "", id="of its second"),
+        pytest.param("2026-01-01T00:00:13Z", 0, "j-master-0", id="made in the place of another"),
+        pytest.param("2026-01-01T00:00:13Z", 1, "", id="made later, as a worker for want of quota"),
+    ],
+)
+def test_a_pod_made_after_its_pytorchjob_ran_has_replaced_another(
+    state: State, created: str, workers: int, missing: str
+) -> None:
+    """The training operator replaces a pod that was deleted by force within milliseconds."""
+    pods = [pod("j-master-0", "Running"), *(pod(f"j-worker-{i}", "Running") for i in range(workers))]
+    for one in pods:
+        one["metadata"]["creationTimestamp"] = created
+    obj = pytorchjob(("Running", "True"), workers=workers)
+    obj["status"]["conditions"][0]["lastTransitionTime"] = "2026-01-01T00:00:12Z"
+    assert describe_child(obj, state, "", pods, [], "main").missing_pod == missing
 
 
 def test_a_child_suspended_by_kueue_is_suspended() -> None:
