@@ -213,7 +213,7 @@ INVALID: dict[str, InvalidSpec] = {
         {"spec.dataset.conversation.effort": {"low": 1}},
         "spec.dataset.conversation.effort",
         "must be low, medium or high, or shares in this order",
-        "spec.dataset.conversation.effort in body must be of type string",
+        'unknown field "spec.dataset.conversation.effort.low"',
     ),
     "shares of efforts that add up to 0.9": InvalidSpec(
         {"spec.dataset.conversation.effort": "low=0.3,medium=0.4,high=0.2"},
