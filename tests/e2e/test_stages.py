@@ -91,6 +91,8 @@ class StageRuns:
         spec = document["spec"]
         document["metadata"]["name"] = name
         spec["dataset"]["source"] = f"s3://{self.name}-source/input/*.parquet"
+        # stated, because the default of a run without an OnPolicy stage would be another dataset
+        spec["dataset"]["conversation"] = {"effort": "low=0.3,medium=0.4,high=0.3"}
         spec["teacher"]["model"] = f"s3://{self.name}-source/teacher"
         spec["student"]["gpus"] = 2
         spec["training"] |= {"globalBatchTokens": 2048, "checkpoint": {"everyTokens": "4k", "keep": 2}}
