@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from vpmoe.model.grouped import expert_of_row, grouped_product, rows_of
+from vpmoe.model.grouped import grouped_product, grouped_product_with_bias, rows_of
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -64,11 +64,9 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
         if self.up_bias is None or self.down_bias is None:
             inner_nW = (squared_relu(inner_nW) * weight_n.unsqueeze(1)).to(input_nH.dtype)
             return grouped_product(inner_nW, self.down, ends_E), None
-        expert_n = expert_of_row(ends_E, len(input_nH))
-        inner_nW = squared_relu(inner_nW + rows_of(self.up_bias, expert_n, len(self.up)))
+        inner_nW = squared_relu(inner_nW + rows_of(self.up_bias, ends_E, len(input_nH)))
         inner_nW = (inner_nW * weight_n.unsqueeze(1)).to(input_nH.dtype)
-        bias_nH = rows_of(self.down_bias, expert_n, len(self.up)) * weight_n.unsqueeze(1)
-        return grouped_product(inner_nW, self.down, ends_E) + bias_nH.to(input_nH.dtype), None
+        return grouped_product_with_bias(inner_nW, self.down, self.down_bias, weight_n, ends_E), None
 
 
 class SharedExpert(MLP):  # type: ignore[misc]

@@ -1,5 +1,5 @@
 """The grouped matrix product of the experts, with the gradients that its definition implies on every GPU, and
-the rows of their biases.
+their biases.
 
 This file is copied into every exported model folder, so it imports nothing but torch.
 """
@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, grouped_mm
+from torch.nn.functional import grouped_mm, pad
+
+COLUMN = 8
+"""Columns that stand for one: a row of a GPU's grouped product has a multiple of 16 bytes."""
 
 
 def grouped_product(rows_nI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -24,19 +27,49 @@ def grouped_product(rows_nI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tens
     return grouped_mm(rows_nI, weight_EOI.transpose(1, 2), offs=ends_E)
 
 
-def expert_of_row(ends_E: Tensor, rows: int) -> Tensor:
-    """[rows] int64: the group of each row. `ends_E` as in `grouped_product`."""
-    return torch.searchsorted(
-        ends_E, torch.arange(rows, device=ends_E.device, dtype=ends_E.dtype), right=True
-    )
+def grouped_product_with_bias(
+    rows_nI: Tensor, weight_EOI: Tensor, bias: Tensor, share_n: Tensor, ends_E: Tensor
+) -> Tensor:
+    """[n, O]: grouped_product, plus each row's share of its group's bias. `bias` is flat, [groups · O].
 
-
-def rows_of(bias: Tensor, expert_n: Tensor, experts: int) -> Tensor:
-    """[n, W]: each row's bias, from those of all experts, flat.
-
-    As an embedding, whose backward sums in a fixed order on GPUs, where an index's backward does not.
+    The biases are one more column of the matrices and the shares one more of the rows. Beside the product
+    they would need passes over [n, O] in fp32, which on a GPU take longer than the experts' products.
     """
-    return embedding(expert_n, bias.view(experts, -1))
+    spare = (0, COLUMN - 1)
+    rows = torch.cat([rows_nI, pad(share_n.unsqueeze(1).to(rows_nI.dtype), spare)], 1)
+    weight = torch.cat([weight_EOI, pad(bias.view(*weight_EOI.shape[:2], 1), spare)], 2)
+    return grouped_product(rows, weight, ends_E)
+
+
+def rows_of(bias: Tensor, ends_E: Tensor, rows: int) -> Tensor:
+    """[rows, W]: the bias of each row's group. `bias` is flat, [groups · W]; `ends_E` as in
+    `grouped_product`.
+
+    The gradient is a grouped product with ones. An index's backward, and an embedding's from some thousand
+    rows on, would add a group's rows in another order each time on GPUs.
+    """
+    chosen: Tensor = _RowsOf.apply(bias, ends_E, rows)  # type: ignore[no-untyped-call]
+    return chosen
+
+
+class _RowsOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, ends_E: Tensor, rows: int) -> Tensor:
+        ctx.save_for_backward(ends_E)
+        row_n = torch.arange(rows, device=ends_E.device, dtype=ends_E.dtype)
+        return bias.view(len(ends_E), -1).index_select(0, torch.searchsorted(ends_E, row_n, right=True))
+
+    @staticmethod
+    def backward(ctx: Any, gradient_nW: Tensor) -> tuple[Tensor, None, None]:
+        (ends_E,) = ctx.saved_tensors
+        rows, width = gradient_nW.shape
+        if not rows:
+            return gradient_nW.new_zeros(len(ends_E) * width), None, None
+        ones_Cn = gradient_nW.new_ones(rows, COLUMN).T
+        sums_EW = grouped_mm(ones_Cn, gradient_nW.contiguous(), offs=ends_E)[:, 0]
+        if leaves_empty_groups_unset(gradient_nW.device):
+            sums_EW = sums_EW.masked_fill(_empty(ends_E).unsqueeze(1), 0)
+        return sums_EW.flatten(), None, None
 
 
 def leaves_empty_groups_unset(device: torch.device) -> bool:
@@ -54,6 +87,11 @@ def clear_gradient_of_empty_groups(weight_EOI: Tensor, ends_E: Tensor) -> Tensor
     return same
 
 
+def _empty(ends_E: Tensor) -> Tensor:
+    """[E] bool: which groups have no rows."""
+    return ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+
+
 class _ClearEmpty(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -63,5 +101,5 @@ class _ClearEmpty(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_EOI: Tensor) -> tuple[Tensor, None]:
         (ends_E,) = ctx.saved_tensors
-        empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
-        return gradient_EOI.masked_fill(empty_E[:, None, None], 0), None  # not a product: garbage may be NaN
+        # not a product: garbage may be NaN
+        return gradient_EOI.masked_fill(_empty(ends_E)[:, None, None], 0), None

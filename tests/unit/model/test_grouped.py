@@ -8,7 +8,13 @@ from torch import Tensor
 
 from tests.fakes.students import new_seed
 from vpmoe.model import grouped
-from vpmoe.model.grouped import clear_gradient_of_empty_groups, grouped_product, leaves_empty_groups_unset
+from vpmoe.model.grouped import (
+    clear_gradient_of_empty_groups,
+    grouped_product,
+    grouped_product_with_bias,
+    leaves_empty_groups_unset,
+    rows_of,
+)
 
 ROWS = {
     "first-empty": [0, 3, 4],
@@ -67,6 +73,27 @@ def test_the_product_and_its_gradients_equal_those_of_each_group(rows: list[int]
     found.backward(direction)
     wanted = reference(rows, inputs, weight, direction)
     for one, other in zip((found, inputs.grad, weight.grad), wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_biases_and_their_gradients_equal_those_of_each_group(rows: list[int]) -> None:
+    inputs, weight, ends, direction = random_inputs(rows)
+    leaves = [inputs, weight, torch.randn(len(rows) * 16), torch.randn(len(rows) * 8), torch.rand(sum(rows))]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    x, w, down, up, share = leaves
+    found = grouped_product_with_bias(x + rows_of(up, ends, sum(rows)), w, down, share, ends)
+    x, w, down, up, share = exact
+    group = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows))
+    wanted = torch.einsum("ni,noi->no", x + up.view(-1, 8)[group], w[group])
+    wanted = wanted + share.unsqueeze(1) * down.view(-1, 16)[group]
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    gradients = (
+        torch.autograd.grad(out, of, to)
+        for out, of, to in ((found, leaves, direction), (wanted, exact, direction.double()))
+    )
+    for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
 
 
