@@ -2,7 +2,8 @@
 
 megatron-core's SelfAttention has linear projections only, rotates in every layer, and passes nothing from one
 layer to the next. This one has the same parameters under the same names in the same order where a shape has
-no parts, so that checkpoints and bits are the same. Attention itself is in attention.py.
+no parts, so that checkpoints and bits are the same. Attention itself is in attention.py, the GPU's kernels of
+tensor products and value residual in self_attention_gpu.py.
 """
 
 from typing import Any, cast
@@ -131,6 +132,12 @@ class TensorProduct(MegatronModule):  # type: ignore[misc]
         assert shape.tensor_product_ranks is not None, "only such layers have this module"
         heads, groups, width = shape.heads, shape.kv_heads, shape.head_width
         factors = nn.functional.linear(hidden, self.weight)
+        if factors.is_cuda:
+            from vpmoe.model import self_attention_gpu  # its kernels are Triton's, which needs a GPU
+
+            return self_attention_gpu.tensor_product(
+                factors, self.bias, heads, groups, width, shape.tensor_product_ranks
+            )
         parts = tensor_product(factors, heads, groups, width, shape.tensor_product_ranks)
         if self.bias is None:
             return parts
@@ -147,6 +154,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def mix_values(value: Tensor, first_value: Tensor, value_mix: Tensor) -> Tensor:
     """λ · value + (1 − λ) · first_value, λ = sigmoid(value_mix), in fp32."""
+    if value.is_cuda:
+        from vpmoe.model import self_attention_gpu
+
+        return self_attention_gpu.mix_values(value, first_value, value_mix)
     share = value_mix.sigmoid()
     return (share * value + (1 - share) * first_value).to(value.dtype)
 
