@@ -10,6 +10,7 @@ from vpmoe.model import state
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import PARTS, SHAPES, Shape, with_locked_parts
+from vpmoe.model.student import Student, build
 
 WITHOUT: dict[str, Any] = {name: getattr(Shape, name) for name in PARTS}
 """The value of each part of the architecture that is left out."""
@@ -39,6 +40,21 @@ def new_seed() -> int:
     seed = secrets.randbelow(1 << 32)
     print(f"seed {seed}")
     return seed
+
+
+def perturbed(shape: Shape, device: torch.device) -> Student:
+    """A student in which every part affects the output: no vector has its initial value."""
+    torch.manual_seed(new_seed())
+    built = build(shape, device, sequence_length=4096, seed=1234)
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if name == "log_frequency":
+                parameter += torch.randn_like(parameter)
+            elif parameter.dim() == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+            else:
+                parameter.normal_(std=0.15)
+    return built
 
 
 def learner(device: torch.device, shape: Shape = SMALL, **kwargs: int) -> Learner:

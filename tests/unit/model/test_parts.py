@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.fakes.students import COMPLETE, SMALL, WITHOUT, documents, learner, new_seed, ragged_batches
+from tests.fakes.students import (
+    COMPLETE,
+    SMALL,
+    WITHOUT,
+    documents,
+    learner,
+    new_seed,
+    perturbed,
+    ragged_batches,
+)
 from vpmoe.model.attention import QUERIES, packed_attention
 from vpmoe.model.batch import Batch
 from vpmoe.model.experts import StackedExperts
@@ -19,21 +28,6 @@ from vpmoe.model.tensor_product import tensor_product
 from vpmoe.objectives.vanilla import vanilla
 
 EVEN = {"reasoning": 1.0, "final": 1.0}
-
-
-def student(shape: Shape, device: torch.device) -> Student:
-    """A student in which every part affects the output: no vector has its initial value."""
-    torch.manual_seed(new_seed())
-    built = build(shape, device, sequence_length=256, seed=1234)
-    with torch.no_grad():
-        for name, parameter in built.named_parameters():
-            if name == "log_frequency":
-                parameter += torch.randn_like(parameter)
-            elif parameter.dim() == 1:
-                parameter += 0.3 * torch.randn_like(parameter)
-            else:
-                parameter.normal_(std=0.15)
-    return built
 
 
 def assert_gradients(got: Tensor, want: Tensor, pairs: list[tuple[Tensor, Tensor]], tolerance: float) -> None:
@@ -151,7 +145,7 @@ def test_tensor_products_have_the_gradients_of_finite_differences() -> None:
 
 def test_learned_rotation_equals_complex_products_in_float64(device: torch.device) -> None:
     """Angles of learned frequencies, rotated vectors, and the gradients of both."""
-    built = student(COMPLETE, device)
+    built = perturbed(COMPLETE, device)
     position = torch.randint(0, 50, (9, 2))
     x = torch.randn(9, 2, 3, 16, requires_grad=True)
     exact = [part.detach().double().requires_grad_() for part in (x, built.log_frequency)]
@@ -203,7 +197,7 @@ def test_biased_experts_equal_sequential_ones_in_float64(device: torch.device) -
 
 
 def test_the_routers_bias_is_added_before_the_sigmoid(device: torch.device) -> None:
-    router = student(COMPLETE, device).decoder.layers[1].mlp.router
+    router = perturbed(COMPLETE, device).decoder.layers[1].mlp.router
     x = torch.randn(6, 1, COMPLETE.hidden)
     want = x.double() @ router.weight.double().T + router.bias.double()
     torch.testing.assert_close(router.gating(x).double(), want, rtol=1e-5, atol=1e-5)
@@ -213,8 +207,8 @@ def test_the_routers_bias_is_added_before_the_sigmoid(device: torch.device) -> N
 def test_every_part_changes_the_output(device: torch.device, part: str) -> None:
     """Left out of a complete student with the same other weights. Otherwise agreement with transformers and
     vLLM would not show that they have it."""
-    complete = student(COMPLETE, device)
-    without = student(replace(COMPLETE, **{part: WITHOUT[part]}), device)
+    complete = perturbed(COMPLETE, device)
+    without = perturbed(replace(COMPLETE, **{part: WITHOUT[part]}), device)
     with torch.no_grad():
         for name, parameter in without.named_parameters():
             kept = dict(complete.named_parameters()).get(name)
@@ -289,7 +283,7 @@ def hidden_and_embeddings(model: Student, batch: Batch) -> tuple[Tensor, Tensor]
 
 def test_documents_are_isolated_with_every_part(device: torch.device) -> None:
     """The gradient of one document's loss is exactly 0 for the embeddings of other documents and padding."""
-    model = student(replace(COMPLETE, aux_coefficient=0.0, recompute=False), device)
+    model = perturbed(replace(COMPLETE, aux_coefficient=0.0, recompute=False), device)
     lengths = [9, 1, 17, 12]
     packed = documents(torch.Generator().manual_seed(new_seed()), lengths, 50)
     hidden, embeddings = hidden_and_embeddings(model, Batch.from_rows(*packed))
@@ -305,7 +299,7 @@ def test_documents_are_isolated_with_every_part(device: torch.device) -> None:
 
 
 def test_a_document_alone_has_the_hidden_states_that_it_has_in_a_row(device: torch.device) -> None:
-    model = student(COMPLETE, device)
+    model = perturbed(COMPLETE, device)
     packed = documents(torch.Generator().manual_seed(new_seed()), [13, 21, 8], 64)
     with torch.no_grad():
         hidden = model(Batch.from_rows(*packed))
@@ -317,7 +311,7 @@ def test_local_layers_alone_see_no_further_than_their_windows_reach(device: torc
     """Two layers with a window of 8 reach 14 positions back, and not one further."""
     shape = replace(COMPLETE, layers=2, global_every=None, aux_coefficient=0.0, recompute=False)
     hidden, embeddings = hidden_and_embeddings(
-        student(shape, device),
+        perturbed(shape, device),
         Batch.from_rows(*documents(torch.Generator().manual_seed(new_seed()), [40], 40)),
     )
     (gradient,) = torch.autograd.grad(hidden[30].sum(), embeddings)
