@@ -28,14 +28,17 @@ from vpmoe.objectives.vanilla import vanilla
 
 def active_parameters(shape: Shape) -> int:
     """Number of parameters that a token is multiplied with: without the other experts and the embeddings."""
-    idle = (
-        (shape.experts - shape.experts_per_token) * 2 * shape.hidden * shape.expert_width * shape.moe_layers
-    )
-    return shape.parameters() - idle - shape.vocabulary * shape.hidden
+    return shape.active_parameters() - shape.vocabulary * shape.hidden
 
 
-def random_rows(shape: Shape, sequences: int, length: int, generator: torch.Generator) -> list[Batch]:
-    """`sequences` batches of one packed row of random documents."""
+def random_rows(
+    shape: Shape,
+    sequences: int,
+    length: int,
+    generator: torch.Generator,
+    sizes: tuple[int, int] = (200, 1200),
+) -> list[Batch]:
+    """`sequences` batches of one packed row of random documents, whose lengths are in `sizes`."""
     batches = []
     for _ in range(sequences):
         tokens = torch.randint(0, shape.vocabulary, (1, length), generator=generator)
@@ -45,7 +48,7 @@ def random_rows(shape: Shape, sequences: int, length: int, generator: torch.Gene
         )
         start = number = 0
         while start < length:
-            size = int(torch.randint(200, 1200, (), generator=generator))
+            size = int(torch.randint(*sizes, (), generator=generator))
             documents[0, start : start + size] = number
             spans[0, start : start + size // 4] = 0
             spans[0, start + size // 2 : start + size] = 2

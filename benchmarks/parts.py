@@ -1,0 +1,149 @@
+"""Time of a training step with each part of the student, beside the step without parts and a floor.
+
+    python -m benchmarks.parts [--shape vpmoe-6b] [--layers 20] [--tokens 32768] [--steps 12] [--kernels 25]
+
+Trains the shape's first layers at full width, from random weights, on one packed row of random documents of
+300 to 4,000 tokens: without parts, with each part alone, with all. "forward, backward" and "optimizer" are
+medians; "GPU" is the time of the kernels of one forward and backward, by the profiler. After both, the cost
+beside the step without parts; that of the kernels varies less. MFU counts 6 floating-point operations per
+token and multiplied parameter (not the attention's), as a share of 989 TFLOP/s; the floor is the same
+operations at the rate of a large square product. Then the kernels of a forward and backward with all parts
+that take most time. Needs a GPU.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.step import active_parameters, product_rate, random_rows
+from vpmoe.model import device as devices
+from vpmoe.model import distributed
+from vpmoe.model.shapes import LOCKED_PARTS, SHAPES, Shape
+from vpmoe.objectives.vanilla import vanilla
+
+PEAK = 989e12
+"""Floating-point operations of an H100 or H200 in a second in bf16, by their data sheet."""
+GLOBAL = {"global_every": LOCKED_PARTS["global_every"]}
+CASES: dict[str, dict[str, Any]] = {
+    "no part": {},
+    "all": LOCKED_PARTS,
+    "window": GLOBAL | {"local_window": LOCKED_PARTS["local_window"]},
+    "ALiBi": GLOBAL | {"alibi": True},
+    "softmax offset": {"softmax_offset": True},
+    "window, ALiBi, offset": GLOBAL
+    | {"local_window": LOCKED_PARTS["local_window"], "alibi": True, "softmax_offset": True},
+    "tensor products": GLOBAL | {"tensor_product_ranks": LOCKED_PARTS["tensor_product_ranks"]},
+    "learned frequencies": {"learned_frequencies": True},
+    "value residual": {"value_residual": True},
+    "biases": {"linear_biases": True},
+    "router's bias": {"router_bias": True},
+}
+"""Name of a row → the parts that are on. In global layers a part of local layers is off, and the other way
+round."""
+
+
+@dataclass
+class Cost:
+    """Of one step, in milliseconds."""
+
+    forward_backward: float
+    optimizer: float
+    kernels: dict[str, tuple[int, float]]
+    """Name → launches and time on the GPU, of one forward and backward."""
+    peak: int
+    """Bytes allocated, beside what earlier students left."""
+
+    @property
+    def total(self) -> float:
+        return self.forward_backward + self.optimizer
+
+    @property
+    def on_gpu(self) -> float:
+        return sum(time for _, time in self.kernels.values())
+
+
+def measure(shape: Shape, device: torch.device, tokens: int, steps: int) -> Cost:
+    """Medians of `steps` steps after two that are not counted."""
+    from vpmoe.model.learner import Learner
+
+    before = torch.cuda.memory_allocated()
+    learner = Learner.build(
+        shape, device, sequence_length=tokens, seed=1, weight_decay=0.1, gradient_clip=1.0
+    )
+    batches = random_rows(shape, 1, tokens, torch.Generator().manual_seed(1), (300, 4000))
+    counts = batches[0].counts
+    times = []
+
+    def forward_backward() -> None:
+        learner.forward_backward(batches, vanilla(counts, {"reasoning": 1.0, "final": 1.0}), int(counts[0]))
+        torch.cuda.synchronize()
+
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2 + steps):
+        start = time.perf_counter()
+        forward_backward()
+        middle = time.perf_counter()
+        learner.step(3e-4)
+        torch.cuda.synchronize()
+        times.append((1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)))
+    peak = torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        forward_backward()
+    kernels: dict[str, tuple[int, float]] = {}
+    for event in profiler.events():
+        if event.device_type == DeviceType.CUDA:
+            launches, spent = kernels.get(event.name, (0, 0.0))
+            kernels[event.name] = launches + 1, spent + event.device_time / 1e3
+    return Cost(*(statistics.median(part) for part in zip(*times[2:], strict=True)), kernels, peak)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="vpmoe-6b")
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=32768, help="positions of the microbatch")
+    parser.add_argument("--steps", type=int, default=12, help="steps to measure, after two not counted")
+    parser.add_argument("--kernels", type=int, default=25, help="rows of the table of kernels")
+    given = parser.parse_args()
+    device = devices.choose()
+    distributed.start(device)
+    rate = product_rate(device)
+    plain = replace(SHAPES[given.shape], layers=given.layers, recompute=False)
+    print(f"{'':22} forward, backward  optimizer    step             GPU  tokens/s    MFU  floor  GiB")
+    costs: dict[str, Cost] = {}
+    for name, parts in CASES.items():
+        shape = replace(plain, **parts)
+        cost = costs[name] = measure(shape, device, given.tokens, given.steps)
+        gc.collect()
+        torch.cuda.empty_cache()
+        operations = 6 * active_parameters(shape) * given.tokens
+        seconds, least = cost.total / 1e3, costs["no part"]
+        print(
+            f"{name:22} {cost.forward_backward:14.1f} ms {cost.optimizer:7.1f} ms "
+            f"{100 * (cost.total / least.total - 1):+5.1f} % {cost.on_gpu:6.1f} ms "
+            f"{100 * (cost.on_gpu / least.on_gpu - 1):+5.1f} % {given.tokens / seconds:9,.0f} "
+            f"{100 * operations / seconds / PEAK:4.1f} % {seconds * rate / operations:5.1f}× "
+            f"{cost.peak / 2**30:4.0f}",
+            flush=True,
+        )
+    cost = costs["all"]
+    launches = sum(count for count, _ in cost.kernels.values())
+    print(f"\n{cost.on_gpu:.1f} ms on the GPU in {launches:,} kernels, all parts:")
+    for name, (launches, spent) in sorted(cost.kernels.items(), key=lambda kernel: -kernel[1][1])[
+        : given.kernels
+    ]:
+        print(f"{spent:8.2f} ms {100 * spent / cost.on_gpu:5.1f} % {launches:6,} × {name[:120]}")
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
