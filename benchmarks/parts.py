@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # is not in its __all__
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.step import active_parameters, product_rate, random_rows
@@ -101,7 +101,8 @@ def measure(shape: Shape, device: torch.device, tokens: int, steps: int) -> Cost
         if event.device_type == DeviceType.CUDA:
             launches, spent = kernels.get(event.name, (0, 0.0))
             kernels[event.name] = launches + 1, spent + event.device_time / 1e3
-    return Cost(*(statistics.median(part) for part in zip(*times[2:], strict=True)), kernels, peak)
+    passes, updates = (statistics.median(part) for part in zip(*times[2:], strict=True))
+    return Cost(passes, updates, kernels, peak)
 
 
 def main() -> None:

@@ -507,10 +507,16 @@ def _replaced_pod(obj: Json, pods: list[Json]) -> str:
     lose their connection to it and fail.
     """
     conditions = obj.get("status", {}).get("conditions", [])
-    running = next((one for one in conditions if one["type"] == "Running" and one["status"] == "True"), {})
-    if obj["kind"] != PYTORCHJOB.name or _pods_wanted(obj) > 1 or "lastTransitionTime" not in running:
+    began = [
+        condition["lastTransitionTime"]
+        for condition in conditions
+        if condition["type"] == "Running"
+        and condition["status"] == "True"
+        and "lastTransitionTime" in condition
+    ]
+    if obj["kind"] != PYTORCHJOB.name or _pods_wanted(obj) > 1 or not began:
         return ""
-    since = datetime.fromisoformat(running["lastTransitionTime"])
+    since = datetime.fromisoformat(began[0])
     made = {pod["metadata"]["name"]: pod["metadata"]["creationTimestamp"] for pod in pods}
     return next((name for name, time in made.items() if datetime.fromisoformat(time) > since), "")
 
