@@ -24,7 +24,7 @@ from distill_operator.pod_records import (
     serving_pods,
 )
 from vpmoe.api import DistillRun, Invalid, labels
-from vpmoe.api.status import Status
+from vpmoe.api.status import ChildRef, Status
 from vpmoe.api.termination import TerminationRecord
 
 POD_LABEL = {JOB.name: "batch.kubernetes.io/job-name", PYTORCHJOB.name: "training.kubeflow.org/job-name"}
@@ -107,6 +107,11 @@ class ObservedChild:
     """It runs, and its own containers may end without a change of the object."""
     images: ImageReports = frozenset()
     """What its pods run or ran; empty if pods were not listed."""
+
+    @property
+    def ref(self) -> ChildRef:
+        """As a status names it."""
+        return ChildRef(kind=self.kind, name=self.name, uid=self.uid)
 
     @property
     def alive(self) -> bool:
@@ -483,7 +488,7 @@ def _missing_pod(obj: Json, pods: list[Json]) -> str:
     A Job counts its deleted pods as failed by itself. While a PyTorchJob has the condition Suspended, its
     controller has not made the pods again yet, although Kueue has resumed it.
     """
-    if obj["kind"] != PYTORCHJOB.name or _suspended_condition(obj).get("status") == "True":
+    if obj["kind"] != PYTORCHJOB.name or _condition(obj, "Suspended").get("status") == "True":
         return ""
     started = {
         pod["metadata"]["name"]
@@ -506,32 +511,29 @@ def _replaced_pod(obj: Json, pods: list[Json]) -> str:
     Of several pods one may have been made later for want of quota. If one of them is replaced, the others
     lose their connection to it and fail.
     """
-    conditions = obj.get("status", {}).get("conditions", [])
-    began = [
-        condition["lastTransitionTime"]
-        for condition in conditions
-        if condition["type"] == "Running"
-        and condition["status"] == "True"
-        and "lastTransitionTime" in condition
-    ]
-    if obj["kind"] != PYTORCHJOB.name or _pods_wanted(obj) > 1 or not began:
+    since = _since(obj, "Running", "True")
+    if obj["kind"] != PYTORCHJOB.name or _pods_wanted(obj) > 1 or since is None:
         return ""
-    since = datetime.fromisoformat(began[0])
     made = {pod["metadata"]["name"]: pod["metadata"]["creationTimestamp"] for pod in pods}
     return next((name for name, time in made.items() if datetime.fromisoformat(time) > since), "")
 
 
 def _resumed(obj: Json) -> datetime | None:
     """When the PyTorchJob was resumed; None if it never was, or is suspended."""
-    condition = _suspended_condition(obj)
-    since = condition.get("lastTransitionTime")
-    return datetime.fromisoformat(since) if since and condition["status"] == "False" else None
+    return _since(obj, "Suspended", "False")
 
 
-def _suspended_condition(obj: Json) -> Json:
-    """The condition Suspended of a Job or PyTorchJob; empty if it never was suspended."""
+def _since(obj: Json, name: str, status: str) -> datetime | None:
+    """Since when the condition has this status; None if it has another one or does not exist."""
+    condition = _condition(obj, name)
+    time = condition.get("lastTransitionTime")
+    return datetime.fromisoformat(time) if time and condition["status"] == status else None
+
+
+def _condition(obj: Json, name: str) -> Json:
+    """The condition of that type of a Job or PyTorchJob; empty if it does not exist."""
     conditions = obj.get("status", {}).get("conditions", [])
-    return next((found for found in conditions if found["type"] == "Suspended"), {})
+    return next((found for found in conditions if found["type"] == name), {})
 
 
 def _all_pods_run(obj: Json) -> bool:

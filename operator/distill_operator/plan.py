@@ -313,11 +313,7 @@ def _finalize(builder: PlanBuilder) -> None:
             "Deleting",
             f"Waiting for {names} to terminate before the run's folder is deleted from the bucket",
         )
-        builder.actions += [
-            DeleteChild(ChildRef(kind=child.kind, name=child.name, uid=child.uid))
-            for child in alive
-            if not child.deleting
-        ]
+        builder.actions += [DeleteChild(child.ref) for child in alive if not child.deleting]
     elif builder.status.started is None:  # no job has run, so there is no folder
         builder.actions.append(SetFinalizer(False))
     else:
@@ -371,4 +367,4 @@ def _stop_clearing(builder: PlanBuilder) -> None:
     """Delete the Job that deletes the run's folder, if it may still do so."""
     job = builder.children.clear.child
     if job is not None and job.alive:
-        builder.actions.append(DeleteChild(ChildRef(kind=job.kind, name=job.name, uid=job.uid)))
+        builder.actions.append(DeleteChild(job.ref))

@@ -19,7 +19,6 @@ from vpmoe.api.quantities import format_duration
 from vpmoe.api.status import (
     INTERRUPTIONS_EXHAUSTED,
     AttemptOutcome,
-    ChildRef,
     RunPhase,
     RunProvenance,
     StepStatus,
@@ -254,10 +253,9 @@ def _hangs(context: StepContext) -> bool:
 
 
 def _delete_child(context: StepContext, child: ObservedChild) -> None:
-    ref = ChildRef(kind=child.kind, name=child.name, uid=child.uid)
-    context.update(child=ref)
+    context.update(child=child.ref)
     if not child.deleting:
-        context.add(DeleteChild(ref))
+        context.add(DeleteChild(child.ref))
 
 
 def _summarize_child(context: StepContext, child: ObservedChild) -> None:
@@ -267,9 +265,8 @@ def _summarize_child(context: StepContext, child: ObservedChild) -> None:
     )
     report, step = context.report, context.step
     activity = child.message or (report.message if report else "") or f"attempt {step.attempt} is running"
-    ref = ChildRef(kind=child.kind, name=child.name, uid=child.uid)
     resumed = child.resumed if reason == "Running" else step.resumed
-    context.update(child=ref, message=activity, resumed=resumed)
+    context.update(child=child.ref, message=activity, resumed=resumed)
     if context.before.reason != reason:
         _note_start(context)
     queued = (
@@ -438,7 +435,7 @@ def _succeed(context: StepContext) -> None:
     """
     report, child = context.report, context.observation.child
     if child is not None:  # it may be alive: its uid says that it is no orphan
-        context.update(child=ChildRef(kind=child.kind, name=child.name, uid=child.uid))
+        context.update(child=child.ref)
     context.update(reused=report is not None and bool(report.reused))
     _record_success(context, _success_message(context))
 
