@@ -1,10 +1,12 @@
 """Small students and ragged random batches for the tests of model and objectives."""
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vpmoe.model import state
 from vpmoe.model.batch import Batch
@@ -127,3 +129,26 @@ def join_slices(
 
 def read_from(tensors: dict[str, torch.Tensor]) -> state.ReadTensor:
     return lambda name, start, stop: tensors[name][start:stop]
+
+
+def hidden_and_embeddings(model: Student, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Hidden states, and the embeddings that they were computed from, for gradients."""
+    kept = []
+    handle = model.embedding.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    hidden = model(batch)
+    handle.remove()
+    return hidden, kept[0]
+
+
+def check_isolation(model: Student, hidden: Tensor, embeddings: Tensor, lengths: Sequence[int]) -> None:
+    """Of documents that begin the first row: the gradient of each one's loss is not 0 for its own embeddings,
+    and exactly 0 for all others."""
+    begin = 0
+    for length in lengths:
+        own = slice(begin, begin + length)
+        loss = hidden[own].pow(2).sum() + (hidden[own] @ model.output.T).logsumexp(1).sum()
+        (gradient,) = torch.autograd.grad(loss, embeddings, retain_graph=True)
+        outside = torch.ones(gradient.shape[:2], dtype=torch.bool)
+        outside[0, own] = False
+        assert (gradient[0, own] != 0).any() and (gradient[outside] == 0).all()
+        begin += length

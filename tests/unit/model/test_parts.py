@@ -12,7 +12,9 @@ from tests.fakes.students import (
     COMPLETE,
     SMALL,
     WITHOUT,
+    check_isolation,
     documents,
+    hidden_and_embeddings,
     learner,
     new_seed,
     perturbed,
@@ -23,7 +25,7 @@ from vpmoe.model.batch import Batch
 from vpmoe.model.experts import StackedExperts
 from vpmoe.model.self_attention import TensorProduct, mix_values, rotate
 from vpmoe.model.shapes import LOCKED_PARTS, PARTS, SHAPES, Shape, with_locked_parts
-from vpmoe.model.student import Student, _config, build
+from vpmoe.model.student import _config, build
 from vpmoe.model.tensor_product import tensor_product
 from vpmoe.objectives.vanilla import vanilla
 
@@ -272,30 +274,13 @@ def test_the_complete_vpmoe_6b_is_built_with_its_number_of_parameters(device: to
     assert [layers[n].self_attention.core_attention.window for n in (0, 2, 3)] == [128, 128, None]
 
 
-def hidden_and_embeddings(model: Student, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Hidden states, and the embeddings that they were computed from, for gradients."""
-    kept = []
-    handle = model.embedding.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    hidden = model(batch)
-    handle.remove()
-    return hidden, kept[0]
-
-
 def test_documents_are_isolated_with_every_part(device: torch.device) -> None:
     """The gradient of one document's loss is exactly 0 for the embeddings of other documents and padding."""
     model = perturbed(replace(COMPLETE, aux_coefficient=0.0, recompute=False), device)
     lengths = [9, 1, 17, 12]
     packed = documents(torch.Generator().manual_seed(new_seed()), lengths, 50)
     hidden, embeddings = hidden_and_embeddings(model, Batch.from_rows(*packed))
-    begin = 0
-    for length in lengths:
-        own = slice(begin, begin + length)
-        loss = hidden[own].pow(2).sum() + (hidden[own] @ model.output.T).logsumexp(1).sum()
-        (gradient,) = torch.autograd.grad(loss, embeddings, retain_graph=True)
-        outside = torch.ones(gradient.shape[:2], dtype=torch.bool)
-        outside[0, own] = False
-        assert (gradient[0, own] != 0).any() and (gradient[outside] == 0).all()
-        begin += length
+    check_isolation(model, hidden, embeddings, lengths)
 
 
 def test_a_document_alone_has_the_hidden_states_that_it_has_in_a_row(device: torch.device) -> None:

@@ -5,9 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.fakes.students import SMALL, documents, learner, new_seed, ragged_batches
+from tests.fakes.students import (
+    SMALL,
+    check_isolation,
+    documents,
+    hidden_and_embeddings,
+    learner,
+    new_seed,
+    ragged_batches,
+)
 from vpmoe.api.layout import EXPERTS
 from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.model.attention import PackedAttention, packed_seq_params_for
@@ -23,15 +30,6 @@ EVEN = {"reasoning": 1.0, "final": 1.0}
 
 def student(device: torch.device, shape: Shape = SMALL) -> Student:
     return build(shape, device, sequence_length=256, seed=1234)
-
-
-def hidden_and_embeddings(model: Student, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Hidden states, and the embeddings that they were computed from, for gradients."""
-    kept = []
-    handle = model.embedding.register_forward_hook(lambda module, inputs, output: kept.append(output))
-    hidden = model(batch)
-    handle.remove()
-    return hidden, kept[0]
 
 
 def test_vpmoe_6b_has_six_billion_parameters(device: torch.device) -> None:
@@ -93,15 +91,7 @@ def test_documents_are_isolated(device: torch.device) -> None:
         )
     )
     hidden, embeddings = hidden_and_embeddings(model, batch)
-    begin = 0
-    for length in lengths:
-        own = slice(begin, begin + length)
-        loss = hidden[own].pow(2).sum() + (hidden[own] @ model.output.T).logsumexp(1).sum()
-        (gradient,) = torch.autograd.grad(loss, embeddings, retain_graph=True)
-        outside = torch.ones(gradient.shape[:2], dtype=torch.bool)
-        outside[0, own] = False
-        assert (gradient[0, own] != 0).any() and (gradient[outside] == 0).all()
-        begin += length
+    check_isolation(model, hidden, embeddings, lengths)
 
 
 def test_hidden_states_do_not_depend_on_the_documents_position_in_the_row(device: torch.device) -> None:
