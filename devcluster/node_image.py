@@ -109,11 +109,19 @@ def debian() -> str:
         docker.run("debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", RELEASE, root)
         for pattern in UNUSED:
             for path in root.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(path)
         archive = Path(folder) / "root.tar"
         docker.run("tar", "--create", "--directory", root, "--file", archive, ".")
         docker.run("docker", "import", archive, image)
     return image
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link, never what a link points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def build(image: str, base: str, context: Path) -> None:

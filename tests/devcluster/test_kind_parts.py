@@ -85,3 +85,16 @@ def test_missing_images_of_your_own_cluster_are_named(monkeypatch: pytest.Monkey
     monkeypatch.setenv("TAG", "v1")
     with pytest.raises(ClusterError, match="set REGISTRY to those that you built with `make images`"):
         current.chart_arguments()
+
+
+def test_links_are_removed_and_not_what_they_point_to(tmp_path: Path) -> None:
+    # Debian's packages have links to folders among what the node does not need.
+    kept = tmp_path / "kept" / "file"
+    kept.parent.mkdir()
+    kept.write_text("kept")
+    for link, target in (("to-folder", "kept"), ("to-file", "kept/file"), ("to-nothing", "gone")):
+        (tmp_path / link).symlink_to(target)
+        node_image.remove(tmp_path / link)
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    node_image.remove(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"] and kept.read_text() == "kept"
