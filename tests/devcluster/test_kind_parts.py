@@ -2,11 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from devcluster import ClusterError, addons, configuration, current, kind, node_image
+from vpmoe.api.runtime import Role
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,6 +87,12 @@ def test_missing_images_of_your_own_cluster_are_named(monkeypatch: pytest.Monkey
     monkeypatch.setenv("TAG", "v1")
     with pytest.raises(ClusterError, match="set REGISTRY to those that you built with `make images`"):
         current.chart_arguments()
+
+
+def test_demonstration_fits_a_small_node() -> None:
+    # A role that is not named asks for the chart's 2 or 4 CPUs, which a node of two cores never has free.
+    run = yaml.safe_load((ROOT / "manifests/examples/demo.yaml").read_text())
+    assert set(run["spec"]["runtime"]["resources"]) == set(get_args(Role))
 
 
 def test_links_are_removed_and_not_what_they_point_to(tmp_path: Path) -> None:
