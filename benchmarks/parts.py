@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.step import active_parameters, product_rate, random_rows
 from vpmoe.model import device as devices
 from vpmoe.model import distributed
-from vpmoe.model.shapes import LOCKED_PARTS, SHAPES, Shape
+from vpmoe.model.shapes import LOCKED_PARTS, PARTS, SHAPES, Shape
 from vpmoe.objectives.vanilla import vanilla
 
 PEAK = 989e12
@@ -118,7 +118,8 @@ def main() -> None:
     device = devices.choose()
     distributed.start(device)
     rate = product_rate(device)
-    plain = replace(SHAPES[given.shape], layers=given.layers, recompute=False)
+    off = {name: getattr(Shape, name) for name in PARTS}
+    plain = replace(SHAPES[given.shape], layers=given.layers, recompute=False, **off)
     print(f"{'':22} forward, backward  optimizer    step             GPU  tokens/s    MFU  floor  GiB")
     costs: dict[str, Cost] = {}
     for name, parts in CASES.items():

@@ -1,7 +1,6 @@
 """Tiny students in which every part affects the output, and their publication as policy versions."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from vpmoe.model import hf_export, state
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import target_logp
 from vpmoe.model.learner import Learner
-from vpmoe.model.shapes import SHAPES, Shape, with_locked_parts
+from vpmoe.model.shapes import SHAPES, Shape
 from vpmoe.provenance import Provenance
 from vpmoe.rollout import policy_version
 from vpmoe.rollout.policy_version import PolicyVersion
@@ -25,8 +24,6 @@ from vpmoe.storage.manifest import Manifest
 from vpmoe.trainer.onpolicy.publisher import compute_probe
 
 TINY = SHAPES["tiny"]
-COMPLETE_TINY = replace(with_locked_parts(TINY), name="complete-tiny", layers=5, router_bias=True)
-"""`tiny` with every part of the architecture, the router's bias too. Layer 4 is global."""
 ANALYSIS, FINAL = (vocabulary_file.encoding().encode_ordinary(name)[0] for name in ("analysis", "final"))
 Ids = NDArray[np.int32]
 
@@ -77,12 +74,13 @@ def trainer_logp(learner: Learner, sequences: Sequence[Ids]) -> list[NDArray[np.
 def end_early(learner: Learner) -> Learner:
     """The same student, changed so that most completions end after about ten tokens: one component of the
     hidden state is always large, no layer writes to it, and it favours the tokens that end messages."""
+    writing = [f"{part}.{kind}" for part in ("linear_proj", "linear_fc2") for kind in ("weight", "bias")]
     with torch.no_grad():
         for name, parameter in learner.student.named_parameters():
-            if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            if name.endswith(tuple(writing)):
                 parameter[0] = 0.0
-            elif name.endswith("experts.down"):
-                parameter[:, 0] = 0.0
+            elif name.endswith(("experts.down", "experts.down_bias")):
+                parameter.view(TINY.experts, TINY.hidden, -1)[:, 0] = 0.0
             elif name == "decoder.final_layernorm.weight":
                 parameter[0] = 1.0
         learner.student.embedding.weight[:, 0] = 100.0

@@ -11,7 +11,7 @@ from torch import Tensor
 from vpmoe.model import state
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
-from vpmoe.model.shapes import PARTS, SHAPES, Shape, with_locked_parts
+from vpmoe.model.shapes import LOCKED_PARTS, PARTS, SHAPES, Shape
 from vpmoe.model.student import Student, build
 
 WITHOUT: dict[str, Any] = {name: getattr(Shape, name) for name in PARTS}
@@ -32,7 +32,11 @@ SMALL = replace(
 experts and groups is the same."""
 
 COMPLETE = replace(
-    with_locked_parts(SMALL), name="complete", layers=5, local_window=8, router_bias=True, recompute=True
+    SMALL,
+    name="complete",
+    layers=5,
+    recompute=True,
+    **LOCKED_PARTS | {"local_window": 8, "router_bias": True},
 )
 """Every part of the architecture, the router's bias too. Layer 4 is global; documents are longer than the
 window."""

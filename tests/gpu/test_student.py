@@ -14,12 +14,10 @@ from vpmoe.model import device as devices
 from vpmoe.model import distributed
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
-from vpmoe.model.shapes import SHAPES, Shape, with_locked_parts
+from vpmoe.model.shapes import SHAPES, Shape
 from vpmoe.objectives.vanilla import vanilla
 
-COMPLETE = replace(
-    with_locked_parts(SHAPES["tiny"]), layers=5, router_bias=True, vocabulary=2048, aux_coefficient=0.0
-)
+COMPLETE = replace(SHAPES["tiny"], router_bias=True, vocabulary=2048, aux_coefficient=0.0)
 """Every part, the router's bias too: four local layers and a global one."""
 PLAIN = replace(COMPLETE, **WITHOUT)
 LENGTHS = [300, 1, 150, 129, 400]

@@ -42,7 +42,7 @@ class StudentSize:
     """Bytes of a position inside one layer, values and gradients."""
     cached: int
     """Bytes of a position's keys and values in a sampler, in the layers that keep those of all positions."""
-    window: int = 0
+    window: int
     """Bytes of a sequence's keys and values in a sampler, in the layers that keep those of a window."""
 
     @property
@@ -63,8 +63,8 @@ class StudentSize:
 
 
 STUDENTS = {
-    "vpmoe-6b": StudentSize(6_035_264_512, 5_301_600_256, 1024, 163_840, 88_064, 81_920),
-    "tiny": StudentSize(25_892_384, 65_536, 64, 7_584, 5_056, 384),
+    "vpmoe-6b": StudentSize(6_029_894_927, 5_324_898_304, 1024, 164_352, 93_344, 20_480, 7_864_320),
+    "tiny": StudentSize(26_011_264, 134_144, 64, 14_544, 5_792, 128, 65_536),
 }
 """Size of each shape of student.shape."""
 

@@ -1,7 +1,7 @@
 """Count the student's parameters by part: in all, and those that a token passes through.
 
-By the definitions of docs/reference/student.md, with every part of the architecture or, with --without, all
-but those named. Needs neither a GPU nor torch.
+By the definitions of docs/reference/student.md; --without leaves out a part of the architecture. Needs
+neither a GPU nor torch.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the count and return 0. Raises Invalid if the shape or a part is not known."""
     from vpmoe.api.invalid import Invalid
-    from vpmoe.model.shapes import PARTS, SHAPES, Shape, with_locked_parts
+    from vpmoe.model.shapes import PARTS, SHAPES, Shape
 
     if arguments.shape not in SHAPES:
         raise Invalid(
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         if part not in PARTS:
             raise Invalid([f"--without: {part} is not a part. Use one of {', '.join(PARTS)}."], "vpmoe count")
     off = {name: getattr(Shape, name) for name in arguments.without}
-    shape = replace(with_locked_parts(SHAPES[arguments.shape]), **off)
+    shape = replace(SHAPES[arguments.shape], **off)
     by_part, active = shape.parameters_by_part(), shape.active_parameters()
     ends = by_part["embeddings"] + by_part["output"]
     sums = {

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 
 MAX_SEQUENCES: dict[Device, int] = {"cpu": 32, "cuda": 1024}
 """Completions that are sampled at the same time, at most. The cost of a forward pass hardly depends on their
-number. By calculation, a GPU of 80 GB with vpmoe-6b and 80 kB of keys and values per token holds some 600
-tokens of each. If they grow longer, vLLM preempts some and computes them again."""
+number. By calculation, a GPU of 80 GB with vpmoe-6b holds some 1,900 tokens of each: 20 kB of keys and values
+per token in the global layers, and 8 MB per completion in the others. If they grow longer, vLLM preempts some
+and computes them again."""
 
 
 class StudentEngine:
@@ -117,6 +118,29 @@ class StudentEngine:
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
             logp += [prompt_logp(output, ids_T) for output, ids_T in zip(outputs, batch, strict=True)]
         return logp
+
+    def attention(self) -> list[tuple[str, int | None]]:
+        """Of each layer, in order: vLLM's implementation of its attention, and the number of positions of a
+        sequence whose keys and values it keeps; None: all.
+
+        For diagnosis. vLLM decides both by itself, and where it does not keep windows it keeps all positions.
+        """
+        from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+        engine = self._llm.llm_engine
+        layers = engine.vllm_config.compilation_config.static_forward_context
+        spec_of = {
+            name: group.kv_cache_spec
+            for group in engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+            for name in group.layer_names
+        }
+        return [
+            (
+                layer.get_attn_backend().get_name(),
+                spec.sliding_window if isinstance(spec := spec_of[name], SlidingWindowSpec) else None,
+            )
+            for name, layer in layers.items()
+        ]
 
     def _start(self, folder: Path) -> Any:
         """vLLM with the weights in `folder`."""

@@ -2,11 +2,11 @@
 
 The modules of a shape are in student.py, with the properties that all shapes share: QK-norm, RMSNorm, squared
 ReLU without a gate, sigmoid scores, no dropout, embeddings not tied to the output. What a shape can have or
-lack are its parts (PARTS); `with_locked_parts` gives a shape all of them.
+lack are its parts (PARTS); those of SHAPES have LOCKED_PARTS.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from vpmoe.data.vocabulary import VOCABULARY_SIZE
@@ -215,7 +215,7 @@ LOCKED_PARTS: dict[str, Any] = {
     "linear_biases": True,
     "router_bias": False,
 }
-"""The parts of the complete student. Each can be switched alone (dataclasses.replace)."""
+"""The parts of the registered shapes. Each can be switched alone (dataclasses.replace)."""
 
 PARTS = tuple(LOCKED_PARTS)
 """Fields of a Shape that are its parts; a student without any has their defaults."""
@@ -233,11 +233,6 @@ def other_parts(found: Mapping[str, Any], shape: Shape) -> str | None:
         f"{name} ({found.get(name, 'off')}, here {own.get(name, 'off')})" for name in differing
     )
     return f"its student has other parts than {shape.name}: {listed}"
-
-
-def with_locked_parts(shape: Shape) -> Shape:
-    """The complete architecture of a shape: LOCKED_PARTS."""
-    return replace(shape, **LOCKED_PARTS)
 
 
 SHAPES = {
@@ -260,11 +255,13 @@ SHAPES = {
             expert_groups_per_token=4,
             embedding_std=1.0,
             recompute=True,
+            **LOCKED_PARTS,
         ),
         # Small enough for a laptop; the same code and the full vocabulary, so token ids are the real ones.
+        # Layer 4 is global, and a local one follows it.
         Shape(
             name="tiny",
-            layers=3,
+            layers=5,
             dense_layers=1,
             hidden=64,
             heads=4,
@@ -277,6 +274,7 @@ SHAPES = {
             shared_width=64,
             expert_groups=4,
             expert_groups_per_token=2,
+            **LOCKED_PARTS,
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""`vpmoe count`: the numbers of the complete student, and what a part costs."""
+"""`vpmoe count`: the numbers of the locked student, and what a part costs."""
 
 import json
 

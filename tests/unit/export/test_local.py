@@ -230,9 +230,10 @@ def test_reasoning_and_final_answer_are_taken_apart(
 
 
 def test_an_answer_is_the_same_each_time_and_depends_on_the_effort(chat: ChatModel) -> None:
-    first, again, high = (chat.answer(QUESTION, effort, 12) for effort in ("low", "low", "high"))
+    """The most likely tokens of random weights: the first few may be the same for both efforts."""
+    first, again, high = (chat.answer(QUESTION, effort, 48) for effort in ("low", "low", "high"))
     assert first == again != high
-    assert 0 < first.tokens <= 12
+    assert 0 < first.tokens <= 48
 
 
 def test_chat_prints_both_parts(

@@ -1,120 +1,18 @@
-"""The student with every part of the architecture is the same in the trainer, in transformers and in vLLM."""
+"""The parts of the architecture in transformers: gradients, and folders of students that have other parts."""
 
-import os
-import pickle
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from tests.fakes import policy_versions
-from tests.fakes.complete_engine import COMPLETION
-from tests.fakes.policy_versions import COMPLETE_TINY, TINY, trainer_logp
 from tests.fakes.students import COMPLETE, WITHOUT, documents, learner, new_seed
 from vpmoe.failure import Permanent
 from vpmoe.inference import hf_model
 from vpmoe.model import hf_export, state
 from vpmoe.model.batch import Batch
-from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import PARTS
 from vpmoe.objectives.vanilla import vanilla
-
-ROOT = Path(__file__).parents[3]
-TOLERANCE = 1e-4
-"""Nats, as in test_student.py."""
-LENGTHS = (3, 127, 128, 129, 300, 600)
-"""Of documents around the window of 128 and past vLLM's batch of 512 tokens."""
-
-
-def sequences(seed: int) -> list[np.ndarray]:
-    random = np.random.default_rng(seed)
-    return [random.integers(0, TINY.vocabulary, length).astype(np.int32) for length in LENGTHS]
-
-
-@pytest.fixture(scope="module")
-def complete(device: torch.device) -> Learner:
-    return policy_versions.learner(device, new_seed(), COMPLETE_TINY)
-
-
-@pytest.fixture(scope="module")
-def exported(complete: Learner, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return policy_versions.export(tmp_path_factory.mktemp("complete"), complete)
-
-
-def test_transformers_agrees_at_every_position(complete: Learner, exported: Path) -> None:
-    given = sequences(new_seed())
-    model = hf_model.load_student(exported, COMPLETE_TINY)
-    for ids_T, expected in zip(given, trainer_logp(complete, given), strict=True):
-        ids = torch.from_numpy(ids_T.astype(np.int64))
-        with torch.no_grad():
-            logits_TV = model(ids[None]).logits[0]
-        got = logits_TV[:-1].double().log_softmax(1).gather(1, ids[1:, None])[:, 0].numpy()
-        assert np.abs(got - expected).max() <= TOLERANCE
-    assert expected.std() > 0.5, "log-probabilities differ between tokens"
-
-
-def test_a_cache_and_padding_change_nothing_past_the_window(exported: Path) -> None:
-    """Two sequences, the shorter padded on the left: a prompt of 140, then three tokens one by one."""
-    model = hf_model.load_student(exported, COMPLETE_TINY)
-    ids = torch.from_numpy(sequences(new_seed())[4].astype(np.int64))[:143][None]
-    padded = torch.cat([ids, torch.nn.functional.pad(ids[:, :130], (13, 0))])
-    seen = torch.ones_like(padded)
-    seen[1, :13] = 0
-    positions = (seen.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        whole, short = model(ids).logits[0], model(ids[:, :130]).logits[0]
-        step = model(
-            padded[:, :140], attention_mask=seen[:, :140], position_ids=positions[:, :140], use_cache=True
-        )
-        found = [step.logits]
-        for at in range(140, 143):
-            step = model(
-                padded[:, at : at + 1],
-                attention_mask=seen[:, : at + 1],
-                position_ids=positions[:, at : at + 1],
-                past_key_values=step.past_key_values,
-                use_cache=True,
-            )
-            found.append(step.logits)
-    both = torch.cat(found, 1)
-    torch.testing.assert_close(both[0], whole, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(both[1, 13:], short, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.engine
-def test_vllm_agrees_before_and_past_the_window(complete: Learner, exported: Path, tmp_path: Path) -> None:
-    """Scored prompts, and completions that decoding made one token at a time. Local layers cache the keys and
-    values of a window, the global one all of them."""
-    given = sequences(new_seed())
-    prompts = [given[0], given[1], given[4]]
-    np.savez(
-        tmp_path / "given.npz",
-        **{f"sequence{n}": ids_T for n, ids_T in enumerate(given)},
-        **{f"prompt{n}": ids_P for n, ids_P in enumerate(prompts)},
-    )
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.fakes.complete_engine"),
-            *(exported, tmp_path / "given.npz", tmp_path / "out.pickle"),
-        ],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        cwd=ROOT,
-        check=True,
-    )
-    scored, sampled, cached, layers = pickle.loads((tmp_path / "out.pickle").read_bytes())
-    for got, expected in zip(scored, trainer_logp(complete, given), strict=True):
-        assert np.abs(got - expected).max() <= TOLERANCE
-    whole = [np.concatenate([ids_P, one.ids_C]) for ids_P, one in zip(prompts, sampled, strict=True)]
-    for one, expected in zip(sampled, trainer_logp(complete, whole), strict=True):
-        assert len(one.ids_C) == COMPLETION
-        assert np.abs(one.logp_C - expected[-COMPLETION:]).max() <= TOLERANCE
-    windows = [128, 128, 128, None, 128]
-    assert cached == {f"model.layers.{n}.self_attn.attn": window for n, window in enumerate(windows)}
-    assert layers == [("CPU_ATTN", window) for window in windows]
 
 
 @pytest.mark.parametrize(

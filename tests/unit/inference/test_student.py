@@ -38,6 +38,8 @@ ROOT = Path(__file__).parents[3]
 TOLERANCE = 1e-4
 """Nats. All compute in float32 with different orders of summation, over up to 600 positions and 201,088
 logits."""
+COMPLETION = 150
+"""Tokens of a completion that is longer than the window of 128."""
 
 
 def harmony_documents(random: np.random.Generator) -> list[NDArray[np.int32]]:
@@ -53,6 +55,12 @@ def harmony_documents(random: np.random.Generator) -> list[NDArray[np.int32]]:
         np.array(render(text(4), None, text(reasoning), text(final)).ids, np.int32)
         for reasoning, final in sizes
     ]
+
+
+def scored_sequences(random: np.random.Generator) -> list[NDArray[np.int32]]:
+    """Harmony documents, and random ids of lengths around the window of 128."""
+    around = [random.integers(0, TINY.vocabulary, length).astype(np.int32) for length in (3, 127, 128, 129)]
+    return harmony_documents(random) + around
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,7 @@ def exported(trained: Learner, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_transformers_agrees_at_every_position(trained: Learner, exported: Path) -> None:
-    sequences = harmony_documents(np.random.default_rng(new_seed()))
+    sequences = scored_sequences(np.random.default_rng(new_seed()))
     model = hf_model.load_student(exported, TINY)
     for ids_T, expected in zip(sequences, trainer_logp(trained, sequences), strict=True):
         ids = torch.from_numpy(ids_T.astype(np.int64))
@@ -107,9 +115,37 @@ def test_generation_with_a_cache_equals_a_full_forward(exported: Path) -> None:
     assert torch.equal(logits[19:-1].argmax(1), out[0, 20:])
 
 
+def test_a_cache_and_padding_change_nothing_past_the_window(exported: Path) -> None:
+    """Two sequences, the shorter padded on the left: a prompt of 140, then three tokens one by one."""
+    model = hf_model.load_student(exported, TINY)
+    ids = torch.from_numpy(np.random.default_rng(new_seed()).integers(0, TINY.vocabulary, (1, 143)))
+    padded = torch.cat([ids, torch.nn.functional.pad(ids[:, :130], (13, 0))])
+    seen = torch.ones_like(padded)
+    seen[1, :13] = 0
+    positions = (seen.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        whole, short = model(ids).logits[0], model(ids[:, :130]).logits[0]
+        step = model(
+            padded[:, :140], attention_mask=seen[:, :140], position_ids=positions[:, :140], use_cache=True
+        )
+        found = [step.logits]
+        for at in range(140, 143):
+            step = model(
+                padded[:, at : at + 1],
+                attention_mask=seen[:, : at + 1],
+                position_ids=positions[:, at : at + 1],
+                past_key_values=step.past_key_values,
+                use_cache=True,
+            )
+            found.append(step.logits)
+    both = torch.cat(found, 1)
+    torch.testing.assert_close(both[0], whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(both[1, 13:], short, rtol=1e-4, atol=1e-4)
+
+
 def test_vllm_agrees_at_every_position(trained: Learner, exported: Path, engines: EnginePool) -> None:
-    sequences = harmony_documents(np.random.default_rng(new_seed()))
-    assert max(map(len, sequences)) > 512
+    sequences = scored_sequences(np.random.default_rng(new_seed()))
+    assert max(map(len, sequences)) > 512, "longer than one of vLLM's batches"
     engines.load(exported)
     (found,) = engines.score(sequences)
     for got, expected in zip(found, trainer_logp(trained, sequences), strict=True):
@@ -141,6 +177,23 @@ def test_samples_are_a_function_of_the_seed_and_their_log_probabilities_equal_th
     ]
     for one, expected in zip(first, trainer_logp(trained, whole_sequences), strict=True):
         assert np.abs(one.logp_C - expected[-24:]).max() <= TOLERANCE
+
+
+def test_vllm_decodes_past_the_window_as_the_trainer(
+    trained: Learner, exported: Path, engines: EnginePool
+) -> None:
+    """Completions longer than the window, made one token at a time. Local layers keep the keys and values of
+    a window only, the global one all of them."""
+    random = np.random.default_rng(new_seed())
+    prompts = [random.integers(0, TINY.vocabulary, length).astype(np.int32) for length in (3, 127, 300)]
+    engines.load(exported)
+    found = engines.sample([SamplingRequest(ids_P, n, COMPLETION) for n, ids_P in enumerate(prompts)])
+    whole = [np.concatenate([ids_P, one.ids_C]) for ids_P, one in zip(prompts, found, strict=True)]
+    for one, expected in zip(found, trainer_logp(trained, whole), strict=True):
+        assert len(one.ids_C) == COMPLETION
+        assert np.abs(one.logp_C - expected[-COMPLETION:]).max() <= TOLERANCE
+    (layers,) = engines._call("attention", [()], lambda: None)
+    assert layers == [("CPU_ATTN", window) for window in (128, 128, 128, None, 128)]
 
 
 def test_vllm_loads_other_weights_into_the_running_engine(

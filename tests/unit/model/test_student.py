@@ -32,25 +32,31 @@ def student(device: torch.device, shape: Shape = SMALL) -> Student:
     return build(shape, device, sequence_length=256, seed=1234)
 
 
-def test_vpmoe_6b_has_six_billion_parameters(device: torch.device) -> None:
+def test_vpmoe_6b_is_the_locked_student(device: torch.device) -> None:
     shape = SHAPES["vpmoe-6b"]
-    assert round(shape.parameters() / 1e9, 1) == 6.0 and shape.vocabulary == VOCABULARY_SIZE == 201_088
+    assert shape.parameters() == 6_029_894_927 and shape.vocabulary == VOCABULARY_SIZE == 201_088
     with torch.device("meta"):
         built = build(shape, torch.device("meta"), sequence_length=8192, seed=0)
     assert sum(p.numel() for p in built.parameters()) == shape.parameters()
     assert len(built.decoder.layers) == 80 and built.embedding.weight is not built.output
-    layer = built.decoder.layers[79]
+    layers = built.decoder.layers
+    layer = layers[79]
     assert layer.mlp.experts.up.shape == (
         256,
         128,
         1024,
     ) and layer.mlp.shared_experts.linear_fc1.weight.shape == (512, 1024)
-    assert built.decoder.layers[0].mlp.linear_fc1.weight.shape == (4096, 1024)
+    assert layers[0].mlp.linear_fc1.weight.shape == (4096, 1024)
     assert layer.self_attention.linear_qkv.weight.shape == ((8 + 2 * 2) * 128, 1024)
+    with_linear_projections = [n for n in range(80) if hasattr(layers[n].self_attention, "linear_qkv")]
+    assert with_linear_projections == [*range(3, 80, 4)], "global layers"
+    assert shape.slopes(3) == [2.0**-head for head in range(1, 9)] and shape.slopes(2) is None
+    assert [layers[n].self_attention.core_attention.window for n in (0, 2, 3)] == [128, 128, None]
 
 
 def test_tiny_has_its_stated_size_and_the_same_vocabulary(device: torch.device) -> None:
     shape = SHAPES["tiny"]
+    assert [shape.is_global(layer) for layer in range(shape.layers)] == [False, False, False, True, False]
     with torch.device("meta"):
         built = build(shape, torch.device("meta"), sequence_length=64, seed=0)
     assert (

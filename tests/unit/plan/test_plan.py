@@ -203,7 +203,7 @@ def test_bytes_in_the_bucket_by_hand() -> None:
         },
         dataset_tokens=2 * 10**9,
     )
-    parameters = 6_035_264_512
+    parameters = 6_029_894_927
     assert plan.bucket["dataset"] == 10**10
     assert plan.bucket["scores"] == 2 * 4 * 10**8, "a fifth of 2 B tokens, in float16"
     assert plan.bucket["checkpoints"] == (3 + 4 + 4) * 12 * parameters
