@@ -147,8 +147,10 @@ def test_a_metrics_line_has_every_field_that_is_always_logged(jobs: LocalJobs, u
     } <= set(line)
     assert sum(line["exercises"].values()) == pytest.approx(1) and line["learningRate"] == pytest.approx(1e-3)
     assert line["gpu"] == {"utilisation": None, "memoryHeadroom": None, "reason": "computed on the CPU"}
-    assert sum(line["router"]["histogram"]["experts"]) == SHAPES["tiny"].moe_layers * SHAPES["tiny"].experts
-    assert set(line["router"]["maxOverMean"]) == {"layers.1", "layers.2"}
+    shape = SHAPES["tiny"]
+    assert sum(line["router"]["histogram"]["experts"]) == shape.moe_layers * shape.experts
+    mixtures = range(shape.dense_layers, shape.layers)
+    assert set(line["router"]["maxOverMean"]) == {f"layers.{layer}" for layer in mixtures}
     first, second = metrics_lines(jobs, uninterrupted, "evaluation")
     assert (first["step"], second["step"]) == (0, line["step"]) and second["heldOut"]["final"] < first[
         "heldOut"

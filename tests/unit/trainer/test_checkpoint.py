@@ -2,6 +2,7 @@
 later stages."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from vpmoe.checkpoint.train_state import TrainState, list_iterations, load_stage
 from vpmoe.failure import Permanent
 from vpmoe.model import state
 from vpmoe.model.learner import Learner
+from vpmoe.model.shapes import LOCKED_PARTS, PARTS, SHAPES, other_parts
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Input
 from vpmoe.trainer.checkpoint.writer import BUFFERS, prune, rank_file
@@ -174,6 +176,21 @@ def test_a_checkpoint_of_other_parts_is_rejected_with_their_names(
     save_checkpoints(context, filled(device, 1.0, windowed), state_at(1))
     with pytest.raises(Permanent, match=r"than small: global_every \(2, here off\), local_window"):
         start_of(context, filled(device, 2.0))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_checkpoint_from_before_the_locked_parts_is_rejected_with_their_names(
+    context: StageContext, device: torch.device, name: str
+) -> None:
+    """Of the small student: which parts a checkpoint lacks does not depend on its size."""
+    save_checkpoints(context, filled(device, 1.0), state_at(1))
+    parts = SHAPES[name].parts
+    assert set(parts) == set(PARTS) - {"router_bias"}
+    listed = ", ".join(f"{part} (off, here {value})" for part, value in parts.items())
+    assert other_parts({}, SHAPES[name]) == f"its student has other parts than {name}: {listed}"
+    locked = replace(students.SMALL, **LOCKED_PARTS)
+    with pytest.raises(Permanent, match=re.escape(f"its student has other parts than small: {listed}. ")):
+        start_of(context, students.learner(device, locked))
 
 
 def test_a_complete_student_resumes_with_the_same_bits(context: StageContext, device: torch.device) -> None:
