@@ -2,28 +2,29 @@
 
     python -m benchmarks.decode [--shape vpmoe-6b] [--context 512] [--sequences 1,16,64,128,256]
 
-Runs the exported student's layers (vpmoe/model/modeling_vpmoe.py) in bf16 with random weights, with torch's
-attention of one token per sequence over a full cache. The forward pass is timed twice: launched from Python,
-as in an eager engine, and as one CUDA graph. Then the sampling of a token per sequence from fp32 logits is
-timed, each sequence with its own generator. The last lines fit a straight line to the times over N: the cost
-of a step, and the cost per sequence. They are the `--decode` and `--decode-token` of benchmarks.pipeline.
-Needs a GPU.
+Runs the exported student's layers (vpmoe/model/modeling_vpmoe.py) in bf16 with random weights; attention of
+one token per sequence over a full cache is torch's products and softmax. The forward pass is timed twice:
+launched from Python, as in an eager engine, and as one CUDA graph. Then the sampling of a token per sequence
+from fp32 logits is timed, each sequence with its own generator. The last lines fit a straight line to the
+times over N: the cost of a step, and the cost per sequence. They are the `--decode` and `--decode-token` of
+benchmarks.pipeline. Needs a GPU.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from vpmoe.model import hf_export
 from vpmoe.model.configuration_vpmoe import VpmoeConfig
-from vpmoe.model.modeling_vpmoe import VpmoeForCausalLM
+from vpmoe.model.modeling_vpmoe import VpmoeForCausalLM, rotation
 from vpmoe.model.shapes import SHAPES, Shape
 
 
@@ -39,32 +40,56 @@ def student(shape: Shape, positions: int) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def rotate(heads_NhD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position embeddings to the two halves of each head."""
-    left, right = heads_NhD.chunk(2, dim=-1)
-    return heads_NhD * cos + torch.cat((-right, left), dim=-1) * sin
+class LayerCache(NamedTuple):
+    """What one layer keeps of N sequences: keys and values [N, key-value heads, positions, width], those of a
+    window in a local layer; and `bias`, [key-value heads, heads of each, 1 + positions]: the softmax offset,
+    and what ALiBi adds to the scores."""
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
 
 
-def forward(model: Any, shape: Shape, ids_N: Tensor, cache: Tensor) -> Tensor:
-    """Logits [N, V] of the next token of each sequence.
+def random_cache(model: Any, shape: Shape, count: int, context: int) -> list[LayerCache]:
+    """A full cache of `count` sequences of `context` positions, the current one included."""
+    found = []
+    for number, layer in enumerate(model.model.layers):
+        weight = layer.input_layernorm.weight
+        positions = min(shape.window(number) or context, context)
+        distance_k = torch.arange(positions, device=weight.device).flip(0)
+        slopes_h = torch.tensor(shape.slopes(number) or [0.0] * shape.heads, device=weight.device)
+        offset_h = layer.self_attn.softmax_offset
+        if offset_h is None:
+            offset_h = torch.full_like(slopes_h, -torch.inf)
+        bias_hk = torch.cat([offset_h[:, None], -slopes_h[:, None] * distance_k], dim=1)
+        size = (count, shape.kv_heads, positions, shape.head_width)
+        keys, values = (torch.randn(size, dtype=weight.dtype, device=weight.device) for _ in range(2))
+        found.append(LayerCache(keys, values, bias_hk.unflatten(0, (shape.kv_heads, -1))))
+    return found
 
-    `cache` is [layers, 2, N, key-value heads, context, width].
-    """
-    hidden_NH, width = model.model.embed_tokens(ids_N), shape.head_width
-    position = torch.full((1, 1), cache.shape[4] - 1, device=ids_N.device)
-    cos, sin = model.model.rotary_emb(hidden_NH, position)
-    for layer, (keys, values) in zip(model.model.layers, cache, strict=True):
-        attention, normed_NH = layer.self_attn, layer.input_layernorm(hidden_NH)
-        query, key = (
-            rotate(norm(project(normed_NH).view(len(ids_N), -1, width)), cos, sin)
-            for norm, project in ((attention.q_norm, attention.q_proj), (attention.k_norm, attention.k_proj))
+
+def forward(model: Any, ids_N: Tensor, position_1: Tensor, cache: list[LayerCache]) -> Tensor:
+    """Logits [N, V] of the next token of each sequence, all of which are at the same position."""
+    decoder = model.model
+    hidden_NH = decoder.embed_tokens(ids_N)
+    cos, sin = (
+        part.to(hidden_NH.dtype) for part in rotation(position_1, model.config, decoder.log_frequency)
+    )
+    first_NgD: Tensor | None = None
+    for layer, held in zip(decoder.layers, cache, strict=True):
+        attention = layer.self_attn
+        query_NhD, key_NgD, value_NgD = attention.project(
+            layer.input_layernorm(hidden_NH), cos, sin, first_NgD
         )
-        keys[:, :, -1] = key
-        values[:, :, -1] = attention.v_proj(normed_NH).view(len(ids_N), -1, width)
-        seen = scaled_dot_product_attention(query.unsqueeze(2), keys, values, enable_gqa=True)
-        hidden_NH = hidden_NH + attention.o_proj(seen.reshape(len(ids_N), -1))
+        first_NgD = value_NgD if first_NgD is None else first_NgD
+        held.keys[:, :, -1] = key_NgD
+        held.values[:, :, -1] = value_NgD
+        query_NgrD = query_NhD.unflatten(1, (len(held.bias), -1)) * attention.width**-0.5
+        score_Ngrk = pad((query_NgrD @ held.keys.mT).float(), (1, 0)) + held.bias
+        weight_Ngrk = score_Ngrk.softmax(3)[..., 1:].to(hidden_NH.dtype)
+        hidden_NH = hidden_NH + attention.o_proj((weight_Ngrk @ held.values).flatten(1))
         hidden_NH = hidden_NH + layer.mlp(layer.post_attention_layernorm(hidden_NH))
-    logits: Tensor = model.lm_head(model.model.norm(hidden_NH))
+    logits: Tensor = model.lm_head(decoder.norm(hidden_NH))
     return logits
 
 
@@ -131,24 +156,15 @@ def main() -> None:
     print(
         f"{'N':>5}  {'eager ms':>9}  {'graph ms':>9}  {'sample ms':>9}  {'tokens/s, eager':>15}  {'graph':>8}"
     )
-    found = []
+    position_1, found = torch.tensor([given.context - 1], device="cuda"), []
     for count in given.sequences:
         ids_N = torch.randint(0, shape.vocabulary, (count,), device="cuda")
-        cache = torch.randn(
-            shape.layers,
-            2,
-            count,
-            shape.kv_heads,
-            given.context,
-            shape.head_width,
-            dtype=torch.bfloat16,
-            device="cuda",
-        )
+        cache = random_cache(model, shape, count, given.context)
         generators = [torch.Generator("cuda").manual_seed(seed) for seed in range(count)]
-        eager = seconds(lambda ids_N=ids_N, cache=cache: forward(model, shape, ids_N, cache))
-        logits_NV = forward(model, shape, ids_N, cache)
+        step = partial(forward, model, ids_N, position_1, cache)
+        eager, logits_NV = seconds(step), step()
         sampling = seconds(lambda logits_NV=logits_NV, generators=generators: sample(logits_NV, generators))
-        captured = seconds(cuda_graph(lambda ids_N=ids_N, cache=cache: forward(model, shape, ids_N, cache)))
+        captured = seconds(cuda_graph(step))
         found.append((count, eager + sampling, captured + sampling))
         speeds = count / (eager + sampling), count / (captured + sampling)
         print(
@@ -156,7 +172,7 @@ def main() -> None:
             f"{speeds[0]:15,.0f}  {speeds[1]:8,.0f}",
             flush=True,
         )
-        del cache
+        del cache, step
     counts, *times = zip(*found, strict=True)
     for name, values in zip(("eager", "graph"), times, strict=True):
         slope, start = np.polyfit(counts, values, 1)
