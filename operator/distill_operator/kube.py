@@ -20,6 +20,8 @@ Page = list[Json]
 PAGE = 250
 """Objects of a page of a list; fewer if they are so large that their page is not read."""
 FIELD_MANAGER = "distill-operator"
+NO_SUCH_PATH = b"404 page not found"
+"""The API server's answer for a path that it does not serve. Every other error of it is a Status."""
 NAMESPACE_ENDS = "NamespaceTerminating"
 """KubeError.reason if an object is not created because its namespace is being deleted."""
 
@@ -62,7 +64,9 @@ CHILD_KINDS = {kind.name: kind for kind in (JOB, PYTORCHJOB)}
 
 
 class KubeError(Exception):
-    """The API server returned an error, or did not answer (code 0)."""
+    """The API server returned an error, or did not answer (code 0). A 404 that is not its own, or is not
+    complete, is no answer: it does not tell what does not exist.
+    """
 
     def __init__(self, message: str, code: int = 0, reason: str = "") -> None:
         super().__init__(message)
@@ -75,7 +79,7 @@ class Conflict(KubeError):
 
 
 class KindMissing(KubeError):
-    """404 for the resource type itself: its CRD is not installed."""
+    """404 of the API server for the resource type itself: its CRD is not installed."""
 
 
 class TooLarge(KubeError):
@@ -261,7 +265,11 @@ class Kube:
 
 def _error(method: str, path: str, answer: Answer) -> KubeError:
     status = answer.json() if answer.content_type.startswith(JSON) else None
-    status = status or {"message": answer.body.decode(errors="replace").strip()}
+    text = answer.body.decode(errors="replace").strip()
+    if answer.code == 404 and not _says_not_found(answer, status):
+        # A gateway's page, or half of a Status. The object may exist.
+        return KubeError(f"{method} {path}: 404 that is no complete answer of the API server: {text!r:.80}")
+    status = status or {"message": text}
     message = f"{method} {path}: {answer.code} {status.get('message', '')}".rstrip()
     causes = [cause.get("reason") for cause in (status.get("details") or {}).get("causes") or []]
     reason = NAMESPACE_ENDS if NAMESPACE_ENDS in causes else status.get("reason", "")
@@ -270,3 +278,10 @@ def _error(method: str, path: str, answer: Answer) -> KubeError:
     if answer.code == 404 and not (status.get("details") or {}).get("name"):
         return KindMissing(message, 404, reason)
     return KubeError(message, answer.code, reason)
+
+
+def _says_not_found(answer: Answer, status: Json | None) -> bool:
+    """Whether a 404 is the API server's own, and complete."""
+    if status is None:
+        return answer.body.strip() == NO_SUCH_PATH
+    return status.get("kind") == "Status"

@@ -242,7 +242,7 @@ async def observe_child(
     """
     obj = await kube.get(kind, observed.namespace, name)
     if obj is None:
-        left = await _observe_pods_left(kube, observed.namespace, kind, name, config_map, container)
+        left = await observe_pods_left(kube, observed.namespace, kind, name, config_map, container)
         if left is not None:
             return ChildObservation(child=left)
         existing = await kube.get(CONFIGMAP, observed.namespace, config_map)
@@ -259,7 +259,7 @@ async def observe_child(
     return ChildObservation(child=await _describe(kube, observed.namespace, obj, container, explain))
 
 
-async def _observe_pods_left(
+async def observe_pods_left(
     kube: Kube, namespace: str, kind: Kind, name: str, config_map: str, container: str
 ) -> ObservedChild | None:
     """A child that was deleted and whose pods are still alive, as one that is Ending; None if it has none.

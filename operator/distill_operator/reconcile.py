@@ -39,6 +39,7 @@ from distill_operator.observe import (
     ObservedRun,
     observe_child,
     observe_clear_job,
+    observe_pods_left,
     parse_run,
 )
 from distill_operator.plan import plan, plan_unreadable
@@ -270,8 +271,16 @@ class Reconciler:
                     explain=not self._executor.has_just_created(key, step.name),
                 )
             except KindMissing:
+                if kind != PYTORCHJOB:  # Jobs and pods are always served: the step's state is not known
+                    raise
                 backend_missing = True
-                continue
+                if not observed.deleting:
+                    continue
+                # Its CRD was deleted. Pods may be alive, and write to the folder that is to be cleared.
+                left = await observe_pods_left(
+                    self.kube, observed.namespace, kind, name, config_map_name(run), container
+                )
+                observation = ChildObservation(child=left)
             observations[step.name] = replace(observation, create_error=create_errors.get(step.name, ""))
             if not observed.deleting:
                 attempt = AttemptId(run.identity, step.name, step.attempt)

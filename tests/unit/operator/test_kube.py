@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 from aiohttp import web
 from distill_operator.connection import Connection
-from distill_operator.kube import DISTILLRUN, JOB, LEASE, Kube, KubeError, WriteFenced
+from distill_operator.kube import DISTILLRUN, JOB, LEASE, KindMissing, Kube, KubeError, WriteFenced
 from kubernetes.aio.client import Configuration
 
 OBJECT = {"metadata": {"namespace": "a", "name": "b"}}
@@ -81,12 +81,15 @@ def test_a_write_is_given_up_when_the_process_may_no_longer_write(write: str) ->
 
 @pytest.mark.parametrize("status", [200, 201, 403, 404, 409, 422, 429, 500, 503])
 def test_every_response_that_is_no_json_object_is_a_kube_error(status: int) -> None:
+    """A 404 that does not say what does not exist is no answer: it would be taken for an object or a kind."""
+
     async def work(kube: Kube) -> None:
         while bodies:
-            for call in (kube.list(JOB, "a"), kube.create(JOB, OBJECT)):
+            for call in (kube.get(JOB, "a", "b"), kube.list(JOB, "a"), kube.create(JOB, OBJECT)):
                 with pytest.raises(KubeError, match="jobs") as caught:
                     await call
-                assert caught.value.code == status
+                assert caught.value.code == (0 if status == 404 else status)
+                assert not isinstance(caught.value, KindMissing)
             bodies.pop()
 
     bodies = ["", '{"kind": "Sta', "[]", '"text"', "<html>", "\x80"]
