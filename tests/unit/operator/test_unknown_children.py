@@ -1,5 +1,5 @@
-"""A child is gone only if the API server says so. An answer that is cut short, or a gateway's, starts no second
-attempt beside pods that are alive, and clears no bucket that they write to."""
+"""A child is gone only if the API server says so. An answer that is cut short, or a gateway's, starts no
+second attempt beside pods that are alive, and clears no bucket that they write to."""
 
 import asyncio
 import json
