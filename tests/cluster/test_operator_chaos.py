@@ -40,6 +40,6 @@ def test_no_run_is_harmed_by_kills_faults_and_clocks(
     outcome = asyncio.run(run(batch, plane.kubeconfig, namespace, tmp_path))
     print(f"seed {batch.seed}: {outcome.requests.total()} requests in {outcome.seconds:.0f} s")
     print(f"killed at {outcome.killed_at}")
-    assert not outcome.violations, "\n".join([f"seed {batch.seed}", *outcome.violations])
+    assert not outcome.violations, "\n".join([f"seed {batch.seed}", *outcome.violations, *outcome.timelines])
     writes = {"PUT distillruns/status", "POST jobs", "POST configmaps", "POST events"}
     assert outcome.killed_at.total() > 8 and len(writes & outcome.killed_at.keys()) > 2, outcome.killed_at

@@ -69,8 +69,8 @@ def main() -> int:
                 ", ".join(f"{name} {seconds:.1f}" for name, seconds in cpu.items()),
                 flush=True,
             )
-            for violation in outcome.violations:
-                print("  ", violation, flush=True)
+            for line in [*outcome.violations, *outcome.timelines]:
+                print("  ", line, flush=True)
             broken = broken or bool(outcome.violations)
     return int(broken)
 

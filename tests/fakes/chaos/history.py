@@ -8,6 +8,7 @@ from one sequence, etcd's revisions, so what is true at the same time needs no c
 import asyncio
 import contextlib
 import json
+import time
 import urllib.parse
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class Change:
     kind: str
     obj: Json
     """As it was after the change, or last before it was deleted."""
+    seen: float = 0.0
+    """Monotonic seconds when the recorder saw it."""
 
     @property
     def name(self) -> str:
@@ -114,7 +117,7 @@ class Recorder:
             raise RuntimeError(str(obj))
         version = int(obj["metadata"]["resourceVersion"])
         obj["metadata"].pop("managedFields", None)
-        self._changes.append(Change(version, event["type"], kind.name, obj))
+        self._changes.append(Change(version, event["type"], kind.name, obj, time.monotonic()))
         if event["type"] == "DELETED":
             with contextlib.suppress(KeyError):
                 del self._latest[kind.name][obj["metadata"]["name"]]

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from aiohttp import web
 from tests.fakes.api_proxy import HOP_BY_HOP, WRITES, error_status
 from tests.fakes.api_server import ApiServer
 from tests.fakes.chaos.invariants import Write
+from tests.fakes.chaos.timeline import MOST_BODY, Read, Reads
 
 Fate = Literal[
     "pass",
@@ -38,7 +40,7 @@ Fate = Literal[
 ]
 """What happens to a request. Without "after": before it is forwarded. cut: the connection is lost. late: so
 too, and the request arrives all the same, somewhat later. kill: the replica is killed, its connection cut.
-half: half of the answer arrives. 410 is for lists."""
+half: half of the answer arrives, which may be a 404. 410 is for lists."""
 WATCH_FATES = (*["pass"] * 14, "cut", "silent", "ERROR 410", "ERROR 500", "410", "500")
 WRITE_FAULTS: tuple[Fate, ...] = (
     *("slow", "cut", "cut after", "late", "409", "429", "429", "500", "500 after"),
@@ -106,6 +108,8 @@ class ChaosProxy:
     kill: Callable[[], None]
     writes: list[Write]
     """Of all replicas, in order: those that were applied are added."""
+    reads: Reads = field(default_factory=Reads)
+    """Of all replicas: what they read, watches excepted."""
     faults: Counter[str] = field(default_factory=Counter)
     """How often each fate befell each kind of request."""
     requests: Counter[str] = field(default_factory=Counter)
@@ -136,6 +140,7 @@ class ChaosProxy:
             self.faults[f"{fate}: {request.method} {request_kind(request.path)}"] += 1
         match fate:
             case "409" | "410" | "429" | "500":
+                self._keep(request, fate, int(fate))
                 headers = {"Retry-After": "1"} if fate == "429" else {}
                 return web.json_response(error_status(int(fate)), status=int(fate), headers=headers)
             case "slow":
@@ -151,8 +156,11 @@ class ChaosProxy:
                 late.add_done_callback(self._late.discard)
                 return self._cut(request)
             case "cut":
+                self._keep(request, fate)
                 return self._cut(request)
         answer = await asyncio.shield(self._forward(request, body))
+        assert isinstance(answer.body, bytes)
+        self._keep(request, fate, answer.status, answer.body)
         match fate:
             case "kill after":
                 self.kill()
@@ -162,9 +170,14 @@ class ChaosProxy:
             case "500 after":
                 return web.json_response(error_status(500), status=500)
             case "half":
-                assert isinstance(answer.body, bytes)
                 answer.body = answer.body[: len(answer.body) // 2]
         return answer
+
+    def _keep(self, request: web.Request, fate: Fate, status: int = 0, body: bytes = b"") -> None:
+        """Keep a read for a timeline. Those of the Lease belong to no run."""
+        if request.method == "GET" and "/leases" not in request.path:
+            kept = body if len(body) <= MOST_BODY else b""
+            self.reads.add(Read(time.monotonic(), self.identity, request.raw_path, fate, status, kept))
 
     async def _forward_late(self, request: web.Request, body: bytes) -> web.Response:
         await asyncio.sleep(LATE_SECONDS)
