@@ -26,7 +26,6 @@ NINE: dict[str, Any] = {
     "student": {"shape": "tiny", "gpus": 9},
     "training": {"sequenceLength": 512, "globalBatchTokens": 8192},
 }
-DEPLOYMENT = ["deployment/distill-operator", f"--namespace={install.NAMESPACE}"]
 
 
 @pytest.fixture(scope="module")
@@ -172,20 +171,11 @@ def test_children_with_a_queue_wait_for_kueue_and_keep_their_place_when_preempte
     tokens = wait_until_training(tokens)
 
     for resumed in (False, True):
-        cluster.kubectl("scale", *DEPLOYMENT, "--replicas=0")
-        cluster.kubectl(
-            "wait",
-            "--for=delete",
-            "pod",
-            "--selector=app.kubernetes.io/name=distill-operator",
-            f"--namespace={install.NAMESPACE}",
-            "--timeout=60s",
-        )
-        suspend(harness, PYTORCHJOB, training, True)
-        harness.wait_until("queued", lambda: vanilla_pods() == [], "its pods are gone")
-        if resumed:
-            suspend(harness, PYTORCHJOB, training, False)
-        cluster.kubectl("scale", *DEPLOYMENT, "--replicas=1")
+        with run_harness.operator_away(cluster):
+            suspend(harness, PYTORCHJOB, training, True)
+            harness.wait_until("queued", lambda: vanilla_pods() == [], "its pods are gone")
+            if resumed:
+                suspend(harness, PYTORCHJOB, training, False)
         if not resumed:
             wait_for_message(harness, "queued", "is suspended until Kueue admits it to queue team")
             suspend(harness, PYTORCHJOB, training, False)

@@ -7,7 +7,6 @@ import json
 import re
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from distill_operator.kube import CHILD_KINDS, CONFIGMAP, JOB, POD, PYTORCHJOB
 
 from devcluster import cluster as selected
-from devcluster import install, kueue
+from devcluster import kueue
 from devcluster.access import Cluster
 from tests.fakes import run_harness
 from tests.fakes.run_harness import RunHarness
@@ -30,7 +29,6 @@ EIGHT: dict[str, Any] = {
 LONG, SHORT = "steps=1000 pause=0.3 every=2", "steps=2"
 QUEUED: dict[str, Any] = {"queueName": QUEUE}
 BACKENDS = pytest.mark.parametrize("backend", ["PyTorchJob", "Job"])
-DEPLOYMENT = ["deployment/distill-operator", f"--namespace={install.NAMESPACE}"]
 
 
 def queues() -> str:
@@ -113,20 +111,6 @@ def assert_nothing_was_counted(harness: RunHarness, name: str) -> None:
     assert harness.child_names(name) == [f"{name}-preprocess-a1", f"{name}-vanilla-a1"]
     assert not {"StepRetrying", "StepFailed"} & harness.events(name).keys()
     assert harness.starts(name)[-1][1] > 0, "it went on from a checkpoint"
-
-
-@contextmanager
-def operator_away(cluster: Cluster) -> Iterator[None]:
-    """No operator runs in this context."""
-    cluster.kubectl("scale", *DEPLOYMENT, "--replicas=0")
-    selector = "--selector=app.kubernetes.io/name=distill-operator"
-    cluster.kubectl(
-        "wait", "--for=delete", "pod", selector, f"--namespace={install.NAMESPACE}", "--timeout=60s"
-    )
-    try:
-        yield
-    finally:
-        cluster.kubectl("scale", *DEPLOYMENT, "--replicas=1")
 
 
 def preempt(harness: RunHarness, child: str) -> None:
@@ -239,7 +223,7 @@ def test_a_run_that_is_preempted_while_the_operator_is_away_keeps_its_place(
     harness.apply(name, LONG, **FOUR, runtime={**QUEUED, "backend": backend})
     tokens = wait_until_training(harness, name)
     before = place(harness, backend, child)
-    with operator_away(cluster):
+    with run_harness.operator_away(cluster):
         preempt(harness, child)
         if admitted:
             harness.kubectl("delete", "job", "somebody")

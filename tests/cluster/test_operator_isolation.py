@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import yaml
 
-from devcluster import install
 from devcluster.access import Cluster
 from tests.fakes import run_harness
 from tests.fakes.api_proxy import ApiProxy, OperatorProcess
@@ -28,17 +27,8 @@ NEWER = "999.0.0"
 @pytest.fixture(scope="module")
 def harness(cluster: Cluster, namespace: str) -> Iterator[RunHarness]:
     """A harness without the installed operator: these tests start their own."""
-    run_harness.upgrade_operator(cluster, "--set", "replicas=0")
-    cluster.kubectl(
-        "wait",
-        "--for=delete",
-        "pod",
-        "--selector=app.kubernetes.io/name=distill-operator",
-        f"--namespace={install.NAMESPACE}",
-    )
-    cluster.kubectl(
-        "delete", "lease", "distill-operator", "--ignore-not-found", f"--namespace={install.NAMESPACE}"
-    )
+    run_harness.stop_operator(cluster)
+    run_harness.delete_lease(cluster)
     yield RunHarness.create(cluster, namespace)
     run_harness.restore_operator(cluster)
 

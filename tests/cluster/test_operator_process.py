@@ -23,23 +23,14 @@ from tests.fakes.waiting import answers, wait_until
 @pytest.fixture(scope="module")
 def harness(cluster: Cluster, namespace: str) -> Iterator[RunHarness]:
     """A harness without the installed operator: these tests start their own."""
-    run_harness.upgrade_operator(cluster, "--set", "replicas=0")
-    cluster.kubectl(
-        "wait",
-        "--for=delete",
-        "pod",
-        "--selector=app.kubernetes.io/name=distill-operator",
-        f"--namespace={install.NAMESPACE}",
-    )
+    run_harness.stop_operator(cluster)
     yield RunHarness.create(cluster, namespace)
     run_harness.restore_operator(cluster)
 
 
 @pytest.fixture
 def proxy(cluster: Cluster, harness: RunHarness) -> Iterator[ApiProxy]:
-    cluster.kubectl(
-        "delete", "lease", "distill-operator", "--ignore-not-found", f"--namespace={install.NAMESPACE}"
-    )
+    run_harness.delete_lease(cluster)
     with ApiProxy(cluster) as proxy:
         yield proxy
 

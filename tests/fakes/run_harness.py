@@ -3,13 +3,14 @@
 Only the jobs are fake: tests/fakes/standin.
 """
 
+import contextlib
 import copy
 import json
 import secrets
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,29 @@ def upgrade_operator(cluster: Cluster, *arguments: str) -> None:
     """Upgrade the installed operator with other values."""
     place = ["distill-operator", "charts/distill-operator", "--namespace", install.NAMESPACE]
     cluster.helm("upgrade", *place, "--reuse-values", *arguments, "--wait", "--timeout", "2m")
+
+
+def stop_operator(cluster: Cluster) -> None:
+    """Upgrade the installed operator to no replica, and wait until its pods are gone."""
+    upgrade_operator(cluster, "--set", "replicas=0")
+    pods = ["pod", "--selector=app.kubernetes.io/name=distill-operator", f"--namespace={install.NAMESPACE}"]
+    cluster.kubectl("wait", "--for=delete", *pods, "--timeout=60s")
+
+
+@contextlib.contextmanager
+def operator_away(cluster: Cluster) -> Iterator[None]:
+    """No installed operator runs in this context."""
+    stop_operator(cluster)
+    try:
+        yield
+    finally:
+        upgrade_operator(cluster, "--set", "replicas=1")
+
+
+def delete_lease(cluster: Cluster) -> None:
+    """Delete the operator's Lease, which a process that was killed may still hold."""
+    lease = ["lease", "distill-operator", f"--namespace={install.NAMESPACE}"]
+    cluster.kubectl("delete", *lease, "--ignore-not-found")
 
 
 def restore_operator(cluster: Cluster) -> None:
