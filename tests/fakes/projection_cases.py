@@ -1,4 +1,4 @@
-"""The kernels of self_attention_gpu.py beside their definitions in float64.
+"""The kernels of self_attention_gpu.py and qk_norm_gpu.py beside their definitions in float64.
 
     TRITON_INTERPRET=1 python -m tests.fakes.projection_cases
 
@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vpmoe.model import self_attention_gpu
+from vpmoe.model import qk_norm_gpu, self_attention_gpu
+from vpmoe.model.self_attention import rotate
 from vpmoe.model.tensor_product import tensor_product
 
 ROUNDED = 5e-3
@@ -69,11 +70,44 @@ def mixed_values(device: torch.device, dtype: torch.dtype, positions: int) -> li
     )
 
 
+def normed_and_rotated(
+    device: torch.device, dtype: torch.dtype, positions: int, width: int, *, rotates: bool = True
+) -> list[Tensor]:
+    """Queries that are a view, as a layer's split of its projections is; angles of up to 3e4, as in a long
+    document. fp32 rounds such an angle by 1e-3, so both get the same one."""
+    mixed = torch.randn(positions, 2, 10, width, device=device, dtype=dtype)
+    query, key = (part.detach().requires_grad_() for part in mixed.split([8, 2], 2))
+    weights = [(1 + 0.3 * torch.randn(width, device=device)).to(dtype).requires_grad_() for _ in range(2)]
+    inputs = [query, key, *weights]
+    if rotates:
+        frequency = 10_000 ** -(torch.arange(0, width, 2, device=device) / width)
+        half = torch.randint(0, 32_768, (positions, 2, 1, 1), device=device) * frequency
+        inputs.append(torch.cat([half, half], 3).requires_grad_())
+
+    def kernel(query: Tensor, key: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        angle = others[2] if rotates else None
+        return qk_norm_gpu.norm_and_rotate(query, key, others[0], others[1], 1e-6, angle)
+
+    def definition(query: Tensor, key: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        out = []
+        for x, weight in ((query, others[0]), (key, others[1])):
+            y = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+            if rotates:  # the kernel's gradient of an angle is in the first half
+                angle = torch.cat([others[2][..., : width // 2]] * 2, -1)
+                y = rotate(y, angle.cos(), angle.sin())
+            out.append(y)
+        return tuple(out)
+
+    return assert_near(kernel, definition, *inputs)
+
+
 def main() -> None:
     torch.manual_seed(1)
     cpu = torch.device("cpu")
     tensor_products(cpu, torch.float16, 11, 16, biased=True)
     mixed_values(cpu, torch.float16, 40)
+    normed_and_rotated(cpu, torch.float16, 35, 16)
+    normed_and_rotated(cpu, torch.float16, 3, 16, rotates=False)
 
 
 if __name__ == "__main__":

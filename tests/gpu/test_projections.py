@@ -1,9 +1,10 @@
-"""Tensor products and mixed values on a GPU: equal to float64, and repeatable."""
+"""Tensor products, mixed values, norms and rotation on a GPU: equal to float64, and repeatable."""
 
 import pytest
 import torch
+import triton
 
-from tests.fakes.projection_cases import mixed_values, tensor_products
+from tests.fakes.projection_cases import mixed_values, normed_and_rotated, tensor_products
 from tests.fakes.students import new_seed
 
 
@@ -21,12 +22,39 @@ def test_mixed_values_equal_float64(gpu: torch.device, positions: int) -> None:
     mixed_values(gpu, torch.bfloat16, positions)
 
 
+@pytest.mark.parametrize("rotates", [True, False], ids=["rotated", ""])
+@pytest.mark.parametrize("width", [16, 128])
+@pytest.mark.parametrize("positions", [1, 31, 3000])
+def test_norms_and_rotation_equal_float64(
+    gpu: torch.device, positions: int, width: int, rotates: bool
+) -> None:
+    torch.manual_seed(new_seed())
+    normed_and_rotated(gpu, torch.bfloat16, positions, width, rotates=rotates)
+
+
+def test_other_numbers_of_positions_compile_nothing(
+    gpu: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    normed_and_rotated(gpu, torch.bfloat16, 100, 128)
+    compiled: list[object] = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **details: compiled.append(details)
+    )
+    for positions in (1, 16, 17, 4096):
+        normed_and_rotated(gpu, torch.bfloat16, positions, 128)
+    assert not compiled
+
+
 def test_results_are_the_same_in_each_call(gpu: torch.device) -> None:
     seed = new_seed()
     runs = []
     for _ in range(2):
         torch.manual_seed(seed)
         runs.append(
-            [*tensor_products(gpu, torch.bfloat16, 5000, 128, True), *mixed_values(gpu, torch.bfloat16, 5000)]
+            [
+                *tensor_products(gpu, torch.bfloat16, 5000, 128, True),
+                *mixed_values(gpu, torch.bfloat16, 5000),
+                *normed_and_rotated(gpu, torch.bfloat16, 5000, 128),
+            ]
         )
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))

@@ -2,8 +2,8 @@
 
 megatron-core's SelfAttention has linear projections only, rotates in every layer, and passes nothing from one
 layer to the next. This one has the same parameters under the same names in the same order where a shape has
-no parts, so that checkpoints and bits are the same. Attention itself is in attention.py, the GPU's kernels of
-tensor products and value residual in self_attention_gpu.py.
+no parts, so that checkpoints and bits are the same. Attention itself is in attention.py; the GPU's kernels are
+in self_attention_gpu.py (tensor products, value residual) and qk_norm_gpu.py (norms and rotation).
 """
 
 from typing import Any, cast
@@ -85,10 +85,7 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
         and without value residual.
         """
         query, key, value = self._projections(hidden_SbH)
-        query, key = self.q_layernorm(query), self.k_layernorm(key)
-        if self.rotates:
-            cos, sin = (part.to(query.dtype) for part in (angle_Sb1D.cos(), angle_Sb1D.sin()))
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = self._norm_and_rotate(query, key, angle_Sb1D)
         if self.value_mix is not None:
             assert first_value is not None, "the first layer's values come with the hidden states"
             value = mix_values(value, first_value, self.value_mix)
@@ -107,6 +104,20 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
             [share * width, width, width], dim=-1
         )
         return query.reshape(*query.shape[:2], -1, width), key, value
+
+    def _norm_and_rotate(self, query: Tensor, key: Tensor, angle_Sb1D: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's norms of queries and keys, and its rotation if it has one."""
+        if query.is_cuda:
+            from vpmoe.model import qk_norm_gpu  # its kernels are Triton's, which needs a GPU
+
+            weights = self.q_layernorm.weight, self.k_layernorm.weight
+            angle = angle_Sb1D if self.rotates else None
+            return qk_norm_gpu.norm_and_rotate(query, key, *weights, self.shape.norm_epsilon, angle)
+        query, key = self.q_layernorm(query), self.k_layernorm(key)
+        if self.rotates:
+            cos, sin = (part.to(query.dtype) for part in (angle_Sb1D.cos(), angle_Sb1D.sin()))
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        return query, key
 
 
 class TensorProduct(MegatronModule):  # type: ignore[misc]

@@ -1,0 +1,312 @@
+"""Norm and rotation of queries and keys on a GPU, one pass over memory in either direction: Triton kernels.
+
+torch takes some thirty kernels for it, forward and backward, and rounds to bf16 between them. Here everything
+between the inputs and the outputs is fp32, cosines and sines too, which a program computes once for all heads
+of its positions. The definitions, which the CPU computes, are in self_attention.py. No atomic additions, so
+results are the same in each call.
+"""
+
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+POSITIONS = 16
+"""Positions that a program holds at a time."""
+STEPS = 2
+"""Times that a program of the gradients does this. Each has a row in the sums of the gradients of weights."""
+
+
+def norm_and_rotate(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    epsilon: float,
+    angle: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Queries […, heads, D] and keys […, groups, D], each head divided by the root of its mean square and
+    multiplied by its weight [D], then rotated.
+
+    `angle` […, 1, D] in fp32: its first half, twice; only the first half is read, and has the gradient. None:
+    no rotation. D is a power of 2.
+    """
+    normed: tuple[Tensor, Tensor] = _NormAndRotate.apply(  # type: ignore[no-untyped-call]
+        query, key, query_weight, key_weight, angle, epsilon
+    )
+    return normed
+
+
+class _NormAndRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        query_weight: Tensor,
+        key_weight: Tensor,
+        angle: Tensor | None,
+        epsilon: float,
+    ) -> tuple[Tensor, Tensor]:
+        query, key = query.contiguous(), key.contiguous()
+        angle = None if angle is None else angle.contiguous()
+        heads, width = query.shape[-2:]
+        positions = query.numel() // (heads * width)
+        out_query, out_key = torch.empty_like(query), torch.empty_like(key)
+        ctx.shape = (heads, key.shape[-2], width, epsilon, angle is not None)
+        _forward[(triton.cdiv(positions, POSITIONS),)](
+            query,
+            key,
+            query_weight,
+            key_weight,
+            angle,
+            out_query,
+            out_key,
+            positions,
+            *ctx.shape,
+            POSITIONS,
+            num_warps=4,
+        )
+        ctx.save_for_backward(query, key, query_weight, key_weight, angle)
+        return out_query, out_key
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, query_weight, key_weight, angle = ctx.saved_tensors
+        heads, _, width = ctx.shape[:3]
+        positions = query.numel() // (heads * width)
+        programs = triton.cdiv(positions, POSITIONS * STEPS)
+        out_query, out_key = torch.empty_like(query), torch.empty_like(key)
+        sums = torch.empty(programs, 2, width, dtype=torch.float32, device=query.device)
+        grad_angle = torch.empty_like(angle) if ctx.needs_input_grad[4] else None
+        _backward[(programs,)](
+            grad_query.contiguous(),
+            grad_key.contiguous(),
+            query,
+            key,
+            query_weight,
+            key_weight,
+            angle,
+            out_query,
+            out_key,
+            sums,
+            grad_angle,
+            positions,
+            *ctx.shape,
+            grad_angle is not None,
+            POSITIONS,
+            STEPS,
+            num_warps=4,
+        )
+        grad_query_weight, grad_key_weight = sums.sum(0).to(query_weight.dtype)
+        return out_query, out_key, grad_query_weight, grad_key_weight, grad_angle, None
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _cos_and_sin(angle, t, inside, D: tl.constexpr, ROTATES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of positions t [T]: [T, D / 2] each; of the angle 0 without rotation.
+
+    The instructions for them are accurate between −π and π only, so whole turns are taken off first. The
+    first part of 2π has so few bits that its products are exact (Cody and Waite's method).
+    """
+    half = tl.arange(0, D // 2)
+    x = tl.zeros((t.shape[0], D // 2), tl.float32)
+    if ROTATES:
+        x = tl.load(angle + t.to(tl.int64)[:, None] * D + half[None, :], mask=inside, other=0.0)
+        turns = tl.floor(x * 0.15915494309189535 + 0.5)
+        x = (x - turns * 6.28125) - turns * 0.0019353071795864769
+    return tl.cos(x), tl.sin(x)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _normed(x, place, inside, D: tl.constexpr, EPSILON: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(first half of x / √(mean x² + epsilon), second half, the factor) of heads [T], without the weight."""
+    first = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x + place + D // 2, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.rsqrt((tl.sum(first * first, 1) + tl.sum(second * second, 1)) / D + EPSILON)
+    return first * factor[:, None], second * factor[:, None], factor
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _heads(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    out,
+    t,
+    inside,
+    cos,
+    sin,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    EPSILON: tl.constexpr,
+    ROTATES: tl.constexpr,
+):
+    half = tl.arange(0, D // 2)
+    weight_1 = tl.load(weight + half).to(tl.float32)[None, :]
+    weight_2 = tl.load(weight + D // 2 + half).to(tl.float32)[None, :]
+    for h in tl.static_range(H):
+        place = (t.to(tl.int64) * H + h)[:, None] * D + half[None, :]
+        first, second, _ = _normed(x, place, inside, D, EPSILON)
+        first *= weight_1
+        second *= weight_2
+        if ROTATES:
+            turned = first * cos - second * sin
+            second = second * cos + first * sin
+            first = turned
+        tl.store(out + place, first.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + place + D // 2, second.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]
+def _forward(  # type: ignore[no-untyped-def]
+    query,
+    key,
+    query_weight,
+    key_weight,
+    angle,
+    out_query,
+    out_key,
+    n,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    EPSILON: tl.constexpr,
+    ROTATES: tl.constexpr,
+    T: tl.constexpr,
+):
+    t = tl.program_id(0) * T + tl.arange(0, T)
+    inside = (t < n)[:, None]
+    cos, sin = _cos_and_sin(angle, t, inside, D, ROTATES)
+    _heads(query, query_weight, out_query, t, inside, cos, sin, H, D, EPSILON, ROTATES)
+    _heads(key, key_weight, out_key, t, inside, cos, sin, G, D, EPSILON, ROTATES)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gradients_of_heads(  # type: ignore[no-untyped-def]
+    gradient,
+    x,
+    weight,
+    out,
+    t,
+    inside,
+    cos,
+    sin,
+    turn,
+    sum_1,
+    sum_2,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    EPSILON: tl.constexpr,
+    ROTATES: tl.constexpr,
+):
+    """(gradient of the angles, of the weight's first half, of its second) [T, D / 2], added to those given.
+
+    With rotated y₁, y₂, the derivative of y₁ by the angle is −y₂ and that of y₂ is y₁. Turned back, as
+    gradients d₁ and d₂ of the components n₁ and n₂ before the rotation, that is n₁·d₂ − n₂·d₁.
+    """
+    half = tl.arange(0, D // 2)
+    weight_1 = tl.load(weight + half).to(tl.float32)[None, :]
+    weight_2 = tl.load(weight + D // 2 + half).to(tl.float32)[None, :]
+    for h in tl.static_range(H):
+        place = (t.to(tl.int64) * H + h)[:, None] * D + half[None, :]
+        first, second, factor = _normed(x, place, inside, D, EPSILON)
+        d_1 = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+        d_2 = tl.load(gradient + place + D // 2, mask=inside, other=0.0).to(tl.float32)
+        if ROTATES:
+            turned = d_1 * cos + d_2 * sin
+            d_2 = d_2 * cos - d_1 * sin
+            d_1 = turned
+            turn += first * weight_1 * d_2 - second * weight_2 * d_1
+        sum_1 += d_1 * first
+        sum_2 += d_2 * second
+        d_1 *= weight_1
+        d_2 *= weight_2
+        mean = ((tl.sum(d_1 * first, 1) + tl.sum(d_2 * second, 1)) / D)[:, None]
+        d_1 = (d_1 - first * mean) * factor[:, None]
+        d_2 = (d_2 - second * mean) * factor[:, None]
+        tl.store(out + place, d_1.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + place + D // 2, d_2.to(out.dtype.element_ty), mask=inside)
+    return turn, sum_1, sum_2
+
+
+@triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]
+def _backward(  # type: ignore[no-untyped-def]
+    grad_query,
+    grad_key,
+    query,
+    key,
+    query_weight,
+    key_weight,
+    angle,
+    out_query,
+    out_key,
+    sums,
+    grad_angle,
+    n,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    EPSILON: tl.constexpr,
+    ROTATES: tl.constexpr,
+    ANGLES: tl.constexpr,
+    T: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """`sums` [programs, 2, D]: each program's part of the gradients of the queries' and the keys' weight."""
+    half = tl.arange(0, D // 2)
+    query_1 = tl.zeros((T, D // 2), tl.float32)
+    query_2 = tl.zeros((T, D // 2), tl.float32)
+    key_1 = tl.zeros((T, D // 2), tl.float32)
+    key_2 = tl.zeros((T, D // 2), tl.float32)
+    for step in range(STEPS):
+        t = (tl.program_id(0) * STEPS + step) * T + tl.arange(0, T)
+        inside = (t < n)[:, None]
+        cos, sin = _cos_and_sin(angle, t, inside, D, ROTATES)
+        turn = tl.zeros((T, D // 2), tl.float32)
+        turn, query_1, query_2 = _gradients_of_heads(
+            grad_query,
+            query,
+            query_weight,
+            out_query,
+            t,
+            inside,
+            cos,
+            sin,
+            turn,
+            query_1,
+            query_2,
+            H,
+            D,
+            EPSILON,
+            ROTATES,
+        )
+        turn, key_1, key_2 = _gradients_of_heads(
+            grad_key,
+            key,
+            key_weight,
+            out_key,
+            t,
+            inside,
+            cos,
+            sin,
+            turn,
+            key_1,
+            key_2,
+            G,
+            D,
+            EPSILON,
+            ROTATES,
+        )
+        if ANGLES:
+            place = t.to(tl.int64)[:, None] * D + half[None, :]
+            tl.store(grad_angle + place, turn, mask=inside)
+            tl.store(grad_angle + place + D // 2, tl.zeros_like(turn), mask=inside)
+    row = sums + tl.program_id(0) * 2 * D + half
+    tl.store(row, tl.sum(query_1, 0))
+    tl.store(row + D // 2, tl.sum(query_2, 0))
+    tl.store(row + D, tl.sum(key_1, 0))
+    tl.store(row + D + D // 2, tl.sum(key_2, 0))
