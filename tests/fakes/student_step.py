@@ -76,35 +76,37 @@ def compute(student: Student, step: Step, device: torch.device) -> Result:
 
 
 class _Choices:
-    """Records the routers' choices of a student, or imposes given ones."""
+    """Records the routers' choices of a student, or imposes given ones (on the CPU)."""
 
     def __init__(self, student: Student, given: list[Tensor] | None) -> None:
         self.routers = [layer.mlp.router for layer in student.decoder.layers if hasattr(layer.mlp, "router")]
         self.made: list[list[Tensor]] = [[] for _ in self.routers]
-        for number, router in enumerate(self.routers):
-            router.router_replay = _Replay(self.made[number], None if given is None else given[number])
+        self.hooks = []
+        for number, (router, made) in enumerate(zip(self.routers, self.made, strict=True)):
+            self.hooks.append(
+                router.register_forward_hook(
+                    lambda module, inputs, output, made=made: made.append(output[1].detach().long())
+                )
+            )
+            if given is not None:
+                router.router_replay = _Replay(given[number])
 
     def remove(self) -> list[Tensor]:
         """The choices of the first forward."""
-        for router in self.routers:
+        for router, hook in zip(self.routers, self.hooks, strict=True):
             router.router_replay = None
+            hook.remove()
         return [made[0] for made in self.made]
 
 
 class _Replay:
     """megatron's interface for it (RouterReplay), without its global list."""
 
-    def __init__(self, made: list[Tensor], given: Tensor | None) -> None:
-        self.made, self.given = made, given
+    def __init__(self, given: Tensor) -> None:
+        self.given = given
 
     def get_replay_topk(self, scores, topk, groups, group_topk, choose):  # type: ignore[no-untyped-def]
-        if self.given is None:
-            values, chosen = choose(scores, topk, num_groups=groups, group_topk=group_topk)
-        else:
-            chosen = self.given.to(scores.device)
-            values = scores.gather(1, chosen)
-        self.made.append(chosen)
-        return values, chosen
+        return scores.gather(1, self.given), self.given
 
 
 def on_cpu(step: Step, folder: Path) -> Result:

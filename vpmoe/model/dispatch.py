@@ -4,7 +4,8 @@ Without Transformer Engine, megatron-core's dispatcher splits its input into one
 them again, four times per layer and again in the backward. At 256 experts that takes two fifths of a training
 step on a GPU. Here every choice (a token and one of its experts) is a row, and one permutation sorts the rows
 by expert. Combining is the inverse permutation and a sum over each token's choices, which is also the
-gradient of dispatching. So neither direction scatters, and both are deterministic.
+gradient of dispatching. So neither direction scatters, and both are deterministic. The GPU's kernels are in
+dispatch_gpu.py.
 """
 
 from typing import Any
@@ -36,18 +37,16 @@ class Dispatcher(MoETokenDispatcher):  # type: ignore[misc]
     """
 
     def dispatch_preprocess(
-        self, hidden: Tensor, chosen_NE: Tensor, weight_NE: Tensor
+        self, hidden: Tensor, expert_NK: Tensor, weight_NK: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(rows [C, H], weights [C]), one per choice, sorted by expert."""
         self.shape = hidden.shape
         self.choices = self.config.moe_router_topk
-        # Every token has exactly K choices, so the size is known without waiting for the GPU.
-        expert_C = torch.nonzero_static(chosen_NE, size=len(chosen_NE) * self.choices)[:, 1]
-        self.order, self.inverse = _sorted(expert_C)
-        self.tokens_E = chosen_NE.sum(0)
-        weight_C = weight_NE.gather(1, expert_C.view(len(chosen_NE), self.choices)).flatten()
+        self.order, self.inverse, self.tokens_E = _by_expert(
+            expert_NK.flatten(), self.config.num_moe_experts
+        )
         rows_CH = spread(hidden.view(-1, self.shape[-1]), self.order, self.inverse, self.choices)
-        return rows_CH, spread(weight_C, self.order, self.inverse, 1)
+        return rows_CH, spread(weight_NK.flatten(), self.order, self.inverse, 1)
 
     def token_dispatch(self, rows_CH: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
         """(rows, weights) that all ranks send to this rank's experts, by rank, then by expert."""
@@ -87,6 +86,15 @@ class Dispatcher(MoETokenDispatcher):  # type: ignore[misc]
         return collect(rows_CH, self.order, self.inverse, self.choices).view(self.shape)
 
 
+def _by_expert(expert_C: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(the stable order that sorts the choices by expert, its inverse, number of choices of each expert)."""
+    if expert_C.is_cuda:
+        from vpmoe.model import dispatch_gpu  # its kernels are Triton's, which needs a GPU
+
+        return dispatch_gpu.sorted_by_expert(expert_C, experts)
+    return *_sorted(expert_C), expert_C.bincount(minlength=experts)
+
+
 def _sorted(key_C: Tensor) -> tuple[Tensor, Tensor]:
     """(the stable order that sorts the keys, its inverse)."""
     order = key_C.argsort(stable=True)
@@ -110,6 +118,10 @@ def _spread(tokens: Tensor, order: Tensor, choices: int) -> Tensor:
 
 
 def _collect(rows: Tensor, inverse: Tensor, choices: int) -> Tensor:
+    if rows.is_cuda and choices > 1:
+        from vpmoe.model import dispatch_gpu
+
+        return dispatch_gpu.sum_of_rows(rows, inverse, choices)
     return rows.index_select(0, inverse).view(-1, choices, *rows.shape[1:]).sum(1)
 
 

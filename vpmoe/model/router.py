@@ -4,6 +4,9 @@ It is megatron-core's sigmoid router with groups and selection bias, corrected i
 fp32 product fails without Transformer Engine. Its count of tokens per expert, which moves the biases, accepts
 no padding mask (the shapes do not match). Its sequence balance loss divides by the mean length of the rows,
 which gives NaN for rows that are all padding and wrong shares for uneven rows.
+
+A token's K choices are two tensors [N, K], as dispatch.py takes them, not megatron's [N, E]. The GPU's kernels
+are in router_gpu.py.
 """
 
 from dataclasses import dataclass
@@ -32,6 +35,48 @@ class Router(TopKRouter):  # type: ignore[misc]
         self.register_buffer(
             "aux_sum", torch.zeros((), dtype=torch.float32, device=self.expert_bias.device), persistent=False
         )
+
+    def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(weights [N, K] fp32, experts [N, K]) of the choices of N = S·b tokens `input` [S, b, H].
+        `padding_mask` [S, b]."""
+        if input.is_cuda:
+            assert padding_mask is not None, "the student always passes its padding"
+            return self._forward_on_gpu(input, padding_mask)
+        weight_NE, chosen_NE = super().forward(input, padding_mask)
+        # Every token has exactly K choices.
+        expert_C = torch.nonzero_static(chosen_NE, size=len(chosen_NE) * self.topk)[:, 1]
+        expert_NK = expert_C.view(len(chosen_NE), self.topk)
+        return weight_NE.gather(1, expert_NK), expert_NK
+
+    def _forward_on_gpu(self, input: Tensor, padding_Sb: Tensor) -> tuple[Tensor, Tensor]:
+        from vpmoe.model import router_gpu  # its kernels are Triton's, which needs a GPU
+
+        assert self.router_replay is None, "the kernels choose the experts themselves"
+        self._maintain_float32_expert_bias()
+        config = self.config
+        rule = router_gpu.Rule(
+            self.num_experts,
+            self.topk,
+            config.moe_router_num_groups,
+            config.moe_router_group_topk,
+            config.moe_router_topk_scaling_factor,
+        )
+        coefficient = self.get_aux_loss_coeff("seq_aux_loss")
+        # Recomputation runs a forward twice; only the one with gradients counts.
+        counted = torch.is_grad_enabled()
+        weight_NK, expert_NK, balance = router_gpu.route(
+            input.reshape(-1, input.shape[-1]),
+            self.weight,
+            self.bias,
+            self.expert_bias,
+            padding_Sb,
+            rule,
+            router_gpu.Load(self.local_tokens_per_expert, self.aux_sum) if counted else None,
+            balanced=counted and self.training and coefficient > 0,
+        )
+        if balance is not None:
+            weight_NK = MoEAuxLossAutoScaler.apply(weight_NK, coefficient * balance)
+        return weight_NK, expert_NK
 
     def gating(self, input: Tensor) -> Tensor:
         dtype = torch.promote_types(input.dtype, torch.float32)
