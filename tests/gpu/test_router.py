@@ -50,7 +50,10 @@ def random_inputs(gpu: torch.device, positions: int, rows: int, rule: Rule) -> l
 def run(inputs: list[Tensor], rule: Rule, direction: Tensor) -> list[Tensor]:
     """Weights, experts, balance loss, tokens of each expert and the gradients of hidden, weight and bias."""
     load = Load(torch.zeros(rule.experts).to(direction), torch.zeros(()).to(direction))
-    weight, expert, balance = route(*inputs, rule, load, balanced=True)
+    hidden, router_weight, bias, selection_bias, padding = inputs
+    weight, expert, balance = route(
+        hidden, router_weight, bias, selection_bias, padding, rule, load, balanced=True
+    )
     assert balance is not None
     loss = (weight * direction).sum() + 30 * balance
     return [weight, expert, balance, load.tokens_E, *torch.autograd.grad(loss, inputs[:3])]

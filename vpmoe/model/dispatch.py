@@ -42,9 +42,7 @@ class Dispatcher(MoETokenDispatcher):  # type: ignore[misc]
         """(rows [C, H], weights [C]), one per choice, sorted by expert."""
         self.shape = hidden.shape
         self.choices = self.config.moe_router_topk
-        self.order, self.inverse, self.tokens_E = _by_expert(
-            expert_NK.flatten(), self.config.num_moe_experts
-        )
+        self.order, self.inverse, self.tokens_E = _by_expert(expert_NK.flatten(), self.config.num_moe_experts)
         rows_CH = spread(hidden.view(-1, self.shape[-1]), self.order, self.inverse, self.choices)
         return rows_CH, spread(weight_NK.flatten(), self.order, self.inverse, 1)
 

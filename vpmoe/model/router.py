@@ -5,8 +5,8 @@ fp32 product fails without Transformer Engine. Its count of tokens per expert, w
 no padding mask (the shapes do not match). Its sequence balance loss divides by the mean length of the rows,
 which gives NaN for rows that are all padding and wrong shares for uneven rows.
 
-A token's K choices are two tensors [N, K], as dispatch.py takes them, not megatron's [N, E]. The GPU's kernels
-are in router_gpu.py.
+A token's K choices are two tensors [N, K], as dispatch.py takes them, not megatron's [N, E]. The GPU's
+kernels are in router_gpu.py.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The router on a GPU: one product, one kernel and one small one forward, one kernel and two products backward.
+"""The router on a GPU: a product and two kernels forward, one kernel and two products backward.
 
 megatron's router takes some sixty kernels for the same, most of them passes over [tokens, experts] in fp32,
 and sorts each row four times. The definition, which the CPU computes, is in router.py.
@@ -61,8 +61,8 @@ def route(
     """
     if hidden_NH.dtype != torch.bfloat16 or weight_EH.dtype != torch.bfloat16:
         raise ValueError(
-            f"hidden states are {hidden_NH.dtype}, the router's weight {weight_EH.dtype}; the router on a GPU "
-            "takes bf16. Cast them."
+            f"hidden states are {hidden_NH.dtype}, the router's weight {weight_EH.dtype}; on a GPU both have "
+            "to be bf16. Cast them."
         )
     for name, number in zip(Rule._fields[:4], rule[:4], strict=True):
         if number & (number - 1):

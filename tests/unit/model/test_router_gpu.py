@@ -21,7 +21,9 @@ def test_kernels_equal_float64_in_the_interpreter() -> None:
 @pytest.mark.parametrize(
     "dtype, choices, message",
     [
-        pytest.param(torch.float32, 2, "hidden states are torch.float32.* takes bf16. Cast them", id="fp32"),
+        pytest.param(
+            torch.float32, 2, "hidden states are torch.float32.* have to be bf16. Cast them", id="fp32"
+        ),
         pytest.param(torch.bfloat16, 3, "choices of the router is 3; .* power of 2", id="choices"),
     ],
 )
