@@ -1,4 +1,4 @@
-"""The kernels of self_attention_gpu.py and qk_norm_gpu.py beside their definitions in float64.
+"""The kernels of self_attention_gpu.py, qk_norm_gpu.py and norm_gpu.py beside their definitions in float64.
 
     TRITON_INTERPRET=1 python -m tests.fakes.projection_cases
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vpmoe.model import qk_norm_gpu, self_attention_gpu
+from vpmoe.model import norm_gpu, qk_norm_gpu, self_attention_gpu
 from vpmoe.model.self_attention import rotate
 from vpmoe.model.tensor_product import tensor_product
 
@@ -101,6 +101,16 @@ def normed_and_rotated(
     return assert_near(kernel, definition, *inputs)
 
 
+def normed(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> list[Tensor]:
+    x = torch.randn(rows, 2, width, device=device, dtype=dtype).requires_grad_()
+    weight = (1 + 0.3 * torch.randn(width, device=device)).to(dtype).requires_grad_()
+
+    def definition(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return (x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight,)
+
+    return assert_near(lambda x, weight: (norm_gpu.rms_norm(x, weight, 1e-6),), definition, x, weight)
+
+
 def main() -> None:
     torch.manual_seed(1)
     cpu = torch.device("cpu")
@@ -108,6 +118,7 @@ def main() -> None:
     mixed_values(cpu, torch.float16, 40)
     normed_and_rotated(cpu, torch.float16, 35, 16)
     normed_and_rotated(cpu, torch.float16, 3, 16, rotates=False)
+    normed(cpu, torch.float16, 40, 24)
 
 
 if __name__ == "__main__":

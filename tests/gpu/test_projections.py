@@ -1,10 +1,15 @@
-"""Tensor products, mixed values, norms and rotation on a GPU: equal to float64, and repeatable."""
+"""A layer's kernels on a GPU but attention, router and products of experts: equal to float64, repeatable."""
 
 import pytest
 import torch
 import triton
 
-from tests.fakes.projection_cases import mixed_values, normed_and_rotated, tensor_products
+from tests.fakes.projection_cases import (
+    mixed_values,
+    normed,
+    normed_and_rotated,
+    tensor_products,
+)
 from tests.fakes.students import new_seed
 
 
@@ -32,16 +37,26 @@ def test_norms_and_rotation_equal_float64(
     normed_and_rotated(gpu, torch.bfloat16, positions, width, rotates=rotates)
 
 
+@pytest.mark.parametrize("rows, width", [(1, 64), (1000, 1024), (777, 96)])
+def test_norms_equal_float64(gpu: torch.device, rows: int, width: int) -> None:
+    torch.manual_seed(new_seed())
+    normed(gpu, torch.bfloat16, rows, width)
+
+
 def test_other_numbers_of_positions_compile_nothing(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    normed_and_rotated(gpu, torch.bfloat16, 100, 128)
+    def everything(positions: int) -> None:
+        normed_and_rotated(gpu, torch.bfloat16, positions, 128)
+        normed(gpu, torch.bfloat16, positions, 1024)
+
+    everything(100)
     compiled: list[object] = []
     monkeypatch.setattr(
         triton.knobs.runtime, "jit_post_compile_hook", lambda **details: compiled.append(details)
     )
     for positions in (1, 16, 17, 4096):
-        normed_and_rotated(gpu, torch.bfloat16, positions, 128)
+        everything(positions)
     assert not compiled
 
 
@@ -55,6 +70,7 @@ def test_results_are_the_same_in_each_call(gpu: torch.device) -> None:
                 *tensor_products(gpu, torch.bfloat16, 5000, 128, True),
                 *mixed_values(gpu, torch.bfloat16, 5000),
                 *normed_and_rotated(gpu, torch.bfloat16, 5000, 128),
+                *normed(gpu, torch.bfloat16, 5000, 1024),
             ]
         )
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))

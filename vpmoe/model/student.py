@@ -198,8 +198,20 @@ def _config(shape: Shape, device: torch.device, expert_parallel: int) -> Transfo
     )
 
 
-def _rms_norm(config: TransformerConfig, hidden_size: int, eps: float) -> nn.RMSNorm:
-    return nn.RMSNorm(hidden_size, eps=eps, dtype=config.params_dtype)
+class RMSNorm(nn.RMSNorm):
+    """torch's; on a GPU with the kernels of norm_gpu.py."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            from vpmoe.model import norm_gpu  # its kernels are Triton's, which needs a GPU
+
+            assert self.eps is not None, "the shape gives it"
+            return norm_gpu.rms_norm(x, self.weight, self.eps)
+        return super().forward(x)
+
+
+def _rms_norm(config: TransformerConfig, hidden_size: int, eps: float) -> RMSNorm:
+    return RMSNorm(hidden_size, eps=eps, dtype=config.params_dtype)
 
 
 def _layers(shape: Shape) -> TransformerBlockSubmodules:
