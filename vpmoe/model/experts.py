@@ -3,7 +3,8 @@
 Without Transformer Engine, megatron-core executes its experts one by one: 256 of them take about 700 times
 as long as their arithmetic. Stacked, any number of experts is two parameters, and a rank's experts are a
 slice of the whole stack, so a checkpoint fits every expert-parallel layout. The choice of a token's experts
-is in router.py, the dispatch to them in dispatch.py. Beside them, the shared expert.
+is in router.py, the dispatch to them in dispatch.py, the GPU's kernels in experts_gpu.py. Beside them, the
+shared expert.
 """
 
 from copy import copy
@@ -15,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from vpmoe.model.grouped import grouped_product, grouped_product_with_bias, rows_of
+from vpmoe.model.grouped import grouped_product, grouped_product_with_bias, rows_of, with_bias_columns
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -61,6 +62,12 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
         are sorted by expert."""
         ends_E = tokens_E.cumsum(0).to(device=input_nH.device, dtype=torch.int32)
         inner_nW = grouped_product(input_nH, self.up, ends_E)
+        if inner_nW.is_cuda:
+            from vpmoe.model import experts_gpu  # its kernels are Triton's, which needs a GPU
+
+            rows = experts_gpu.activated(inner_nW, self.up_bias, weight_n, ends_E)
+            down = self.down if self.down_bias is None else with_bias_columns(self.down, self.down_bias)
+            return grouped_product(rows, down, ends_E), None
         if self.up_bias is None or self.down_bias is None:
             inner_nW = (squared_relu(inner_nW) * weight_n.unsqueeze(1)).to(input_nH.dtype)
             return grouped_product(inner_nW, self.down, ends_E), None

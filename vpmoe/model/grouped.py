@@ -35,10 +35,13 @@ def grouped_product_with_bias(
     The biases are one more column of the matrices and the shares one more of the rows. Beside the product
     they would need passes over [n, O] in fp32, which on a GPU take longer than the experts' products.
     """
-    spare = (0, COLUMN - 1)
-    rows = torch.cat([rows_nI, pad(share_n.unsqueeze(1).to(rows_nI.dtype), spare)], 1)
-    weight = torch.cat([weight_EOI, pad(bias.view(*weight_EOI.shape[:2], 1), spare)], 2)
-    return grouped_product(rows, weight, ends_E)
+    share_nC = pad(share_n.unsqueeze(1).to(rows_nI.dtype), (0, COLUMN - 1))
+    return grouped_product(torch.cat([rows_nI, share_nC], 1), with_bias_columns(weight_EOI, bias), ends_E)
+
+
+def with_bias_columns(weight_EOI: Tensor, bias: Tensor) -> Tensor:
+    """[E, O, I + COLUMN]: the matrices, their bias, then zeros. `bias` is flat, [groups · O]."""
+    return torch.cat([weight_EOI, pad(bias.view(*weight_EOI.shape[:2], 1), (0, COLUMN - 1))], 2)
 
 
 def rows_of(bias: Tensor, ends_E: Tensor, rows: int) -> Tensor:
