@@ -1,5 +1,5 @@
-"""The kernels of self_attention_gpu.py, qk_norm_gpu.py, norm_gpu.py and experts_gpu.py
-beside their definitions in float64.
+"""The kernels of self_attention_gpu.py, qk_norm_gpu.py, norm_gpu.py, linear_gpu.py and
+experts_gpu.py beside their definitions in float64.
 
     TRITON_INTERPRET=1 python -m tests.fakes.projection_cases
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vpmoe.model import experts_gpu, norm_gpu, qk_norm_gpu, self_attention_gpu
+from vpmoe.model import experts_gpu, linear_gpu, norm_gpu, qk_norm_gpu, self_attention_gpu
 from vpmoe.model.grouped import COLUMN
 from vpmoe.model.self_attention import rotate
 from vpmoe.model.tensor_product import tensor_product
@@ -136,6 +136,21 @@ def activated_rows(
     return assert_near(kernel, definition, *inputs)
 
 
+def linear_maps(
+    device: torch.device, dtype: torch.dtype, positions: int, inputs: int, outputs: int
+) -> list[Tensor]:
+    x = torch.randn(positions, 2, inputs, device=device, dtype=dtype).requires_grad_()
+    weight = torch.randn(outputs, inputs, device=device, dtype=dtype).requires_grad_()
+    bias = torch.randn(outputs, device=device, dtype=dtype).requires_grad_()
+    return assert_near(
+        lambda *leaves: (linear_gpu.linear(*leaves),),
+        lambda x, weight, bias: (x @ weight.T + bias,),
+        x,
+        weight,
+        bias,
+    )
+
+
 def main() -> None:
     torch.manual_seed(1)
     cpu = torch.device("cpu")
@@ -144,6 +159,7 @@ def main() -> None:
     normed_and_rotated(cpu, torch.float16, 35, 16)
     normed_and_rotated(cpu, torch.float16, 3, 16, rotates=False)
     normed(cpu, torch.float16, 40, 24)
+    linear_maps(cpu, torch.float16, 150, 8, 24)
     activated_rows(cpu, torch.float16, [3, 0, 40, 1], 24, biased=True)
     activated_rows(cpu, torch.float16, [0, 5], 16, biased=False)
 

@@ -6,6 +6,7 @@ import triton
 
 from tests.fakes.projection_cases import (
     activated_rows,
+    linear_maps,
     mixed_values,
     normed,
     normed_and_rotated,
@@ -44,6 +45,12 @@ def test_norms_equal_float64(gpu: torch.device, rows: int, width: int) -> None:
     normed(gpu, torch.bfloat16, rows, width)
 
 
+@pytest.mark.parametrize("positions, inputs, outputs", [(1, 64, 64), (3000, 256, 512), (777, 128, 96)])
+def test_linear_maps_equal_float64(gpu: torch.device, positions: int, inputs: int, outputs: int) -> None:
+    torch.manual_seed(new_seed())
+    linear_maps(gpu, torch.bfloat16, positions, inputs, outputs)
+
+
 ROWS = [[162, 0, 2577, 446, 0, 83], [0, 0, 0, 7]]
 """Of each expert."""
 
@@ -62,6 +69,7 @@ def test_other_numbers_of_positions_compile_nothing(
     def everything(positions: int) -> None:
         normed_and_rotated(gpu, torch.bfloat16, positions, 128)
         normed(gpu, torch.bfloat16, positions, 1024)
+        linear_maps(gpu, torch.bfloat16, positions, 64, 512)
         activated_rows(gpu, torch.bfloat16, [positions, 0, 5], 128, biased=True)
 
     everything(100)
@@ -85,6 +93,7 @@ def test_results_are_the_same_in_each_call(gpu: torch.device) -> None:
                 *mixed_values(gpu, torch.bfloat16, 5000),
                 *normed_and_rotated(gpu, torch.bfloat16, 5000, 128),
                 *normed(gpu, torch.bfloat16, 5000, 1024),
+                *linear_maps(gpu, torch.bfloat16, 5000, 256, 512),
                 *activated_rows(gpu, torch.bfloat16, [700, 0, 9000], 128, biased=True),
             ]
         )

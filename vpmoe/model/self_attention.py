@@ -2,8 +2,9 @@
 
 megatron-core's SelfAttention has linear projections only, rotates in every layer, and passes nothing from one
 layer to the next. This one has the same parameters under the same names in the same order where a shape has
-no parts, so that checkpoints and bits are the same. Attention itself is in attention.py; the GPU's kernels are
-in self_attention_gpu.py (tensor products, value residual) and qk_norm_gpu.py (norms and rotation).
+no parts, so that checkpoints and bits are the same. Attention itself is in attention.py; the GPU's kernels
+are in self_attention_gpu.py (tensor products, value residual), qk_norm_gpu.py (norms and rotation) and
+linear_gpu.py (biases).
 """
 
 from typing import Any, cast
@@ -90,6 +91,8 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
             assert first_value is not None, "the first layer's values come with the hidden states"
             value = mix_values(value, first_value, self.value_mix)
         out = self.core_attention(query, key, value, None, packed_seq_params=packed_seq_params)
+        if out.is_cuda:
+            return (_linear_on_gpu(self.linear_proj, out), None), value
         return self.linear_proj(out), value
 
     def _projections(self, hidden_SbH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,9 +101,13 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
         if shape.ranks(self.layer) is not None:
             return cast(tuple[Tensor, Tensor, Tensor], self.tensor_product(hidden_SbH))
         # megatron's order: for each key-value head its queries, its key, its value
-        mixed, _ = self.linear_qkv(hidden_SbH)
+        mixed = (
+            _linear_on_gpu(self.linear_qkv, hidden_SbH)
+            if hidden_SbH.is_cuda
+            else cast(Tensor, self.linear_qkv(hidden_SbH)[0])
+        )
         width, share = shape.head_width, shape.heads // shape.kv_heads
-        query, key, value = mixed.unflatten(-1, (shape.kv_heads, -1)).split(
+        query, key, value = mixed.unflatten(-1, (shape.kv_heads, -1)).split(  # type: ignore[no-untyped-call]
             [share * width, width, width], dim=-1
         )
         return query.reshape(*query.shape[:2], -1, width), key, value
@@ -118,6 +125,13 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
             cos, sin = (part.to(query.dtype) for part in (angle_Sb1D.cos(), angle_Sb1D.sin()))
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         return query, key
+
+
+def _linear_on_gpu(layer: nn.Module, x: Tensor) -> Tensor:
+    """x times the weight of one of megatron's linear layers, plus its bias."""
+    from vpmoe.model import linear_gpu  # its kernels are Triton's, which needs a GPU
+
+    return linear_gpu.linear(x, cast(Tensor, layer.weight), cast(Tensor | None, layer.bias))
 
 
 class TensorProduct(MegatronModule):  # type: ignore[misc]

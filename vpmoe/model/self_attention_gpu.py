@@ -14,6 +14,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vpmoe.model.linear_gpu import column_sums
+
 POSITIONS = 8
 """Positions of a program of the tensor products."""
 NUMBERS = 4096
@@ -91,9 +93,9 @@ class _TensorProduct(torch.autograd.Function):
                 POSITIONS,
             )
             if ctx.biased:
-                grad_bias.append(gradient.view(positions, -1).sum(0))
+                grad_bias.append(column_sums(gradient.view(positions, -1)))
             first += rank * (count + ctx.width)
-        return grad_factors, torch.cat(grad_bias) if ctx.biased else None, None, None
+        return grad_factors, torch.cat(grad_bias).to(factors.dtype) if ctx.biased else None, None, None
 
 
 @triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]
