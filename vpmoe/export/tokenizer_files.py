@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vpmoe.data import vocabulary_file
+from vpmoe.data.byte_level import CHARACTERS
 from vpmoe.data.vocabulary import PADDING, RETURN, TEXT_IDS, VOCABULARY_SIZE
 
 ESCAPE = "\ufdd0"
@@ -40,8 +41,7 @@ def tokenizer_json() -> str:
     """The content of tokenizer.json, about 12 MB."""
     encoding = vocabulary_file.encoding()
     ranks: Mapping[bytes, int] = encoding._mergeable_ranks
-    character = _characters_of_bytes()
-    text = {token: "".join(map(character.__getitem__, token)) for token in ranks}
+    text = {token: "".join(map(CHARACTERS.__getitem__, token)) for token in ranks}
     split = {
         "type": "Split",
         "pattern": {"Regex": encoding._pat_str},
@@ -125,11 +125,3 @@ def merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
         found = [(left, right) for left, right in halves if left in ranks and right in ranks]
         pairs += sorted(found, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
     return pairs
-
-
-def _characters_of_bytes() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary: itself where it can be printed in
-    Latin-1, otherwise the next one from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte if byte in printable else 0x100 + others.index(byte)) for byte in range(256)]

@@ -13,8 +13,6 @@ There is no tensor, pipeline or context parallelism. At tensor parallelism 1 the
 all of its ids are defined. Expert parallelism is megatron's.
 """
 
-import hashlib
-import math
 from functools import partial
 from typing import cast
 
@@ -39,17 +37,16 @@ from vpmoe.model.attention import packed_seq_params_for
 from vpmoe.model.batch import Batch
 from vpmoe.model.dispatch import MixtureLayer
 from vpmoe.model.experts import SharedExpert, StackedExperts, squared_relu
+from vpmoe.model.initial import (
+    FREQUENCY_SCALE,
+    generator_for,
+    initial_std,
+    initial_vector,
+    log_frequencies,
+)
 from vpmoe.model.router import Router
 from vpmoe.model.self_attention import Layer, SelfAttention
 from vpmoe.model.shapes import Shape
-
-FREQUENCY_SCALE = 16
-"""A learned frequency is exp(log_frequency / FREQUENCY_SCALE), so a step of the optimizer changes it by a
-sixteenth of what it would change an exponent."""
-
-VALUE_MIX = 4.0
-"""Initial value_mix of the value residual: λ = sigmoid(4) = 0.982, so layers begin with nearly their own
-values, and the sigmoid still has a slope."""
 
 
 class Student(MegatronModule):  # type: ignore[misc]
@@ -244,35 +241,21 @@ def _layers(shape: Shape) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_rms_norm)
 
 
-WRITES_TO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight", "experts.down")
-"""Matrices whose product is added to the residual stream. There are 2·layers of them, so their initial
-standard deviation is divided by √(2·layers)."""
-
-INITIAL_VECTORS = {"norm.weight": 1.0, "bias": 0.0, ".offset": 0.0, ".value_mix": VALUE_MIX}
-"""Ending of a vector's name → its initial value."""
-
-
 @torch.no_grad()
 def _initialise(student: Student, seed: int) -> None:
     """Set norms to 1, biases and softmax offsets to 0, and draw matrices from a normal distribution.
 
-    A parameter's numbers depend on (seed, name) only, not on the order of parameters or the layout.
+    A parameter's numbers depend on (seed, name) only (initial.py).
     """
     shape = student.shape
     for name, parameter in student.named_parameters():
         if name == "log_frequency":
-            exponent = torch.arange(0, shape.head_width, 2, dtype=torch.float64) / shape.head_width
-            parameter.copy_(-FREQUENCY_SCALE * exponent * math.log(shape.rope_base))
+            parameter.copy_(log_frequencies(shape.head_width, shape.rope_base))
             continue
         if parameter.dim() == 1:
-            starts = (start for ending, start in INITIAL_VECTORS.items() if name.endswith(ending))
-            parameter.fill_(next(starts))
+            parameter.fill_(initial_vector(name))
             continue
-        std = shape.embedding_std if name == "embedding.weight" else shape.init_std
-        if name.endswith(WRITES_TO_RESIDUAL):
-            std /= math.sqrt(2 * shape.layers)
-        digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest()
-        generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest))
+        std, generator = initial_std(name, shape), generator_for(name, seed, parameter.device)
         if parameter.dim() < 3:
             parameter.normal_(0, std, generator=generator)
         else:  # this rank's share of the stacked experts
