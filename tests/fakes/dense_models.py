@@ -59,12 +59,16 @@ def dense_model(kind: str, seed: int = 1, **changed: Any) -> Qwen3ForCausalLM | 
 def save_dense_model(
     folder: Path,
     kind: str = "qwen3",
+    *,
+    model: Qwen3ForCausalLM | LlamaForCausalLM | None = None,
     tokenizer: Tokenizer | None = None,
     dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
     **changed: Any,
 ) -> Qwen3ForCausalLM | LlamaForCausalLM:
-    """Save such a model and a tokenizer into `folder`; returns the model."""
-    model = dense_model(kind, **changed)
-    model.to(dtype).save_pretrained(folder)
+    """Save a model, by default a new one, and a tokenizer into `folder`. Returns the model in fp32, its
+    numbers rounded to `dtype`."""
+    model = model or dense_model(kind, **changed)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     (tokenizer or byte_tokenizer()).save(str(folder / "tokenizer.json"))
     return model.float()

@@ -156,3 +156,19 @@ def check_isolation(model: Student, hidden: Tensor, embeddings: Tensor, lengths:
         outside[0, own] = False
         assert (gradient[0, own] != 0).any() and (gradient[outside] == 0).all()
         begin += length
+
+
+def with_weights(shape: Shape, device: torch.device, weights: dict[str, Tensor]) -> Student:
+    """A student with these weights, by the names and in the shapes of its parameters and selection biases."""
+    built = build(shape, device, sequence_length=256, seed=1)
+    held = {f"main/{name}": parameter for name, parameter in built.named_parameters()}
+    held |= {
+        f"buffer/{name}": buffer for name, buffer in built.named_buffers() if name.endswith(".expert_bias")
+    }
+    assert {name: part.shape for name, part in held.items()} == {
+        name: part.shape for name, part in weights.items()
+    }
+    with torch.no_grad():
+        for name, part in held.items():
+            part.copy_(weights[name])
+    return built

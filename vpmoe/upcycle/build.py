@@ -192,7 +192,9 @@ class Upcycling:
             if not up:
                 made = made * (shape.experts_per_token / shape.routed_scaling)
             made = made + self._normal(name, tuple(made.shape), NOISE * float(matrix.std()))
-            return made if up else made.transpose(1, 2)
+            if not up:
+                made = made.transpose(1, 2)
+            return made
         width = origin.size[0 if up else 1]
         taken = order[:width]
         if up:
