@@ -26,6 +26,7 @@ SUBCOMMANDS = {
     "chat": "model",
     "count": "",
     "export": "model",
+    "init": "model",
     "plan": "",
     "validate": "",
     "verify": "data",

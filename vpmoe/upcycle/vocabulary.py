@@ -90,6 +90,18 @@ class VocabularyMap:
         rows[which] = table.mean(0) + noise * table.std(0)
         return rows
 
+    def table(self) -> list[str]:
+        """The counts as lines of text."""
+        counts = self.as_json()
+        lines = [
+            f"rows      {len(self.origins):,} of the vocabulary; tokens that the source has not: "
+            f"{self.method}"
+        ]
+        for kind, numbers in counts["byKind"].items():
+            said = ", ".join(f"{number:,} {origin}" for origin, number in numbers.items())
+            lines.append(f"          {kind}: {said}")
+        return lines
+
     def as_json(self) -> dict[str, Any]:
         """Counts for a manifest: rows by origin, in all and by kind of token."""
         both = Counter(zip(self.kinds, self.origins, strict=True))
