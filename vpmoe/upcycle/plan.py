@@ -78,25 +78,41 @@ class UpcyclePlan:
             f"parts     {', '.join(shape.parts) or 'none'}",
             f"layers    student ← source: {', '.join(own)}",
         ]
-        if inserted := [n for n, layer in enumerate(self.layers) if layer.inserted]:
-            lines.append(f"inserted  {ranges(inserted)}")
+        kinds = self._kinds()
+        lines += [f"{name:<10}{ranges(kinds[name])}" for name in ("inserted", "global") if kinds[name]]
+        order = [split_name(name)[1] for name in self.tensors]
         rows = [
-            (
-                group.tensor,
-                ranges(group.layers) if group.layers else "",
-                group.method,
-                group.source,
-                group.note,
-            )
-            for group in self.groups()
+            (group.tensor, self._layers(group.layers), group.method, group.source, group.note)
+            for group in sorted(self.groups(), key=lambda group: order.index(group.tensor))
         ]
         head = ("tensor", "layers", "method", "from", "")
         widths = [max(len(row[column]) for row in [head, *rows]) for column in range(4)]
-        widths[1] = min(widths[1], 24)  # longer lists push their line out, no other
         for row in [head, *rows]:
             cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
             lines.append("  ".join([*cells, row[4]]).rstrip())
         return lines + [f"note      {note}" for note in self.notes]
+
+    def _kinds(self) -> dict[str, tuple[int, ...]]:
+        """The layers of each kind by its name in the table."""
+        shape, every = self.shape, range(self.shape.layers)
+        inserted = {n for n in every if self.layers[n].inserted}
+        whole = {
+            "all": set(every),
+            "dense": set(range(shape.dense_layers)),
+            "mixture": set(range(shape.dense_layers, shape.layers)),
+            "global": {n for n in every if shape.is_global(n)},
+            "local": {n for n in every if not shape.is_global(n)},
+        }
+        found = {**whole, "inserted": inserted, "from source": set(every) - inserted}
+        for name in ("mixture", "global", "local"):
+            found[f"{name}, inserted"] = whole[name] & inserted
+            found[f"{name}, from source"] = whole[name] - inserted
+        return {name: tuple(sorted(layers)) for name, layers in found.items()}
+
+    def _layers(self, layers: tuple[int, ...]) -> str:
+        """The name of these layers' kind, or their numbers if they are no whole kind."""
+        names = [name for name, own in self._kinds().items() if own == layers]
+        return names[0] if layers and names else ranges(layers)
 
     def groups(self) -> list["TensorGroup"]:
         """The tensors in groups of one name and origin over several layers."""
@@ -251,9 +267,7 @@ class _Tensors:
         if layer.inserted:
             projection = _filled(size, "identity", 0.0)
         elif not held:
-            projection = _filled(
-                size, "zeroed", 0.0, "tensor products are drawn: their output begins at nothing"
-            )
+            projection = _filled(size, "zeroed", 0.0, "their tensor products are drawn")
         else:
             note = f"columns of {source.heads // shape.heads} query heads summed" if pools else ""
             projection = TensorOrigin(size, pools or "copied", (f"{theirs}.o_proj.weight",), note=note)
@@ -272,7 +286,7 @@ class _Tensors:
                 TensorOrigin((shape.qkv_width, shape.hidden), pools or "copied", names, note=note),
             )
         else:
-            note = "a tensor product is quadratic and cannot hold a linear projection"
+            note = "quadratic: cannot hold the source's linear projections"
             yield (
                 f"{attention}.tensor_product.weight",
                 TensorOrigin((shape.factors_width, shape.hidden), "drawn", note=note),
