@@ -73,7 +73,7 @@ def texts() -> list[str]:
 
 def pieces_of(documents: Sequence[str], encode: Callable[[str], list[int]]) -> Tensor:
     """Pieces of ROW tokens, [n, ROW]; what is left of a document is left out."""
-    encoded = [torch.tensor(encode(text)) for text in documents]
+    encoded = [torch.tensor(encode(text), dtype=torch.int64) for text in documents]
     return torch.cat([ids[: len(ids) // ROW * ROW].view(-1, ROW) for ids in encoded])
 
 

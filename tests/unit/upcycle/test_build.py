@@ -1,5 +1,6 @@
 """Weights from a dense model: what is said to preserve the function does, against transformers' own model."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.fakes.dense_models import dense_model, save_dense_model
 from tests.fakes.students import COMPLETE, SMALL, new_seed, with_weights
+from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.failure import Permanent
 from vpmoe.model.attention import packed_seq_params_for
 from vpmoe.model.batch import Batch
@@ -315,8 +318,6 @@ def _cut(folder: Path) -> None:
 
 
 def _integers(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     path = folder / "model.safetensors"
     save_file({name: part.to(torch.int8) for name, part in load_file(path).items()}, path)
 
@@ -342,3 +343,35 @@ def test_a_source_of_another_width_is_refused_with_its_folder(tmp_path: Path) ->
     save_dense_model(tmp_path)
     with pytest.raises(Permanent, match=f"{tmp_path.name}: config.json: hidden_size is 32, and wide has 64"):
         prepare(tmp_path, replace(SMALL, name="wide", hidden=64), SEED)
+
+
+def _donor(folder: Path, rows: int) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    table = torch.randn(rows, 8, generator=torch.Generator().manual_seed(new_seed()))
+    index = {
+        "weight_map": {"model.embed_tokens.weight": "one.safetensors", "lm_head.weight": "two.safetensors"}
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"model.embed_tokens.weight": table.bfloat16()}, folder / "one.safetensors")
+    return folder
+
+
+def test_of_a_donor_only_the_file_with_its_embeddings_is_read(tmp_path: Path) -> None:
+    save_dense_model(tmp_path / "source")
+    donor = _donor(tmp_path / "donor", VOCABULARY_SIZE)
+    weights, facts = upcycle(tmp_path / "source", SMALL, SEED, donor)
+    plain, _ = upcycle(tmp_path / "source", SMALL, SEED)
+    differing = {name for name in weights if not torch.equal(weights[name], plain[name])}
+    assert differing == {"main/embedding.weight", "main/output"}
+    assert facts["vocabulary"]["method"] == "donor"
+    assert facts["donor"]["files"].keys() == {"config.json", "one.safetensors"}
+
+
+def test_a_donor_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    save_dense_model(tmp_path / "source")
+    donor = _donor(tmp_path / "donor", 1_000)
+    with pytest.raises(
+        Permanent, match=r"donor: .* is BF16 \[1000, 8\], expected .* with 201,088 rows. Use a"
+    ):
+        prepare(tmp_path / "source", SMALL, SEED, donor)
