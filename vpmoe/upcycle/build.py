@@ -185,25 +185,22 @@ class Upcycling:
         shape, read = self.plan.shape, self.source.read
         down = read(origin.sources[-1])
         order = by_importance(down)
-        of_experts, up = name.endswith((".experts.up", ".experts.down")), name.endswith((".up", "fc1.weight"))
+        up = name.endswith((".up", "fc1.weight"))
         matrix = read(origin.sources[0]) if up else down.T  # a unit is a row
-        if of_experts:
-            made: Tensor = matrix[expert_units(order, shape)]
+        if name.endswith((".experts.up", ".experts.down")):
+            copies = matrix[expert_units(order, shape)]
             if not up:
-                made = made * (shape.experts_per_token / shape.routed_scaling)
-            made = made + self._normal(name, tuple(made.shape), NOISE * float(matrix.std()))
-            if not up:
-                made = made.transpose(1, 2)
-            return made
-        width = origin.size[0 if up else 1]
-        taken = order[:width]
+                copies = copies * (shape.experts_per_token / shape.routed_scaling)
+            noisy = copies + self._normal(name, tuple(copies.shape), NOISE * float(matrix.std()))
+            return noisy if up else noisy.transpose(1, 2)
+        taken = order[: origin.size[0 if up else 1]]
         if up:
             made = self._normal(name, origin.size, initial_std(name, shape))
             made[: len(taken)] = matrix[taken]
             return made
-        made = torch.zeros(width, shape.hidden)
-        made[: len(taken)] = matrix[taken] * math.sqrt(len(order) / len(taken))
-        return made.T
+        made = torch.zeros(origin.size)
+        made[:, : len(taken)] = matrix[taken].T * math.sqrt(len(order) / len(taken))
+        return made
 
     def _normal(self, name: str, size: tuple[int, ...], std: float) -> Tensor:
         return torch.empty(size).normal_(

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +56,7 @@ def test_out_has_the_weights_and_what_they_were_made_from(source: Path, tmp_path
         manifest["source"]["files"]["config.json"]
         == hashlib.sha256((source / "config.json").read_bytes()).hexdigest()
     )
-    assert os.listdir(out.parent) == ["student"]
+    assert list(out.parent.iterdir()) == [out]
 
 
 @pytest.mark.parametrize(
@@ -91,4 +90,4 @@ def test_a_failed_write_leaves_nothing(source: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(build.Upcycling, "tensor", fails)
     out = tmp_path / "student"
     assert main(["init", "--model", str(source), "--shape", "tiny", "--out", str(out)]) == 75
-    assert os.listdir(tmp_path) == ["source"]
+    assert list(tmp_path.iterdir()) == [source]
