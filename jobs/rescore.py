@@ -6,7 +6,7 @@ All the work is in vpmoe.teacher; this file binds it to a pod, or to a shell.
 from jobs.entrypoint import entrypoint, record_success
 from vpmoe.inference.teacher_engine import TeacherEngine
 from vpmoe.process.gpu import job_meter
-from vpmoe.teacher.cache import teacher_folder
+from vpmoe.teacher.folder import teacher_folder
 from vpmoe.teacher.rescore import rescore
 
 

@@ -7,7 +7,7 @@ from jobs.entrypoint import entrypoint, record_success
 from vpmoe.api.stages import OnPolicy
 from vpmoe.inference.teacher_engine import TeacherEngine
 from vpmoe.process.gpu import job_meter
-from vpmoe.teacher.cache import teacher_folder
+from vpmoe.teacher.folder import teacher_folder
 from vpmoe.teacher.score_windows import score_windows
 
 

@@ -16,7 +16,7 @@ from vpmoe.data.dataset import load_training_dataset
 from vpmoe.process import launcher
 from vpmoe.process.memory import keep_freed_memory
 from vpmoe.rollout import gate
-from vpmoe.teacher.cache import teacher_folder
+from vpmoe.teacher.folder import teacher_folder
 from vpmoe.trainer import stage_inputs
 
 log = logging.getLogger(__name__)

@@ -83,7 +83,7 @@ class ScoresHeader(Record):
     rollouts: str
     """sha256 of the file of rollouts."""
     teacher: str
-    """vpmoe.teacher.model.TeacherRef.sha256 of the run's teacher."""
+    """vpmoe.pretrained.model_files.ModelRef.sha256 of the run's teacher."""
 
 
 @dataclass(frozen=True)

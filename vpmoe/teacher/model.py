@@ -1,5 +1,4 @@
-"""The teacher's model: its files, pinned once per run; their download; and whether its vocabulary is the
-datasets'.
+"""The teacher's model: its files, pinned once per run, and whether its vocabulary is the datasets'.
 
 No torch: the trainer imports this too. vpmoe.inference.teacher_engine runs the model.
 """
@@ -7,9 +6,7 @@ No torch: the trainer imports this too. vpmoe.inference.teacher_engine runs the 
 import base64
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,158 +14,29 @@ from vpmoe.api import DistillRun
 from vpmoe.checkpoint.safetensors_header import InvalidCheckpoint, read_folder, read_json_object
 from vpmoe.data.vocabulary import TEXT_IDS, VOCABULARY_SHA256, VOCABULARY_SIZE
 from vpmoe.failure import Permanent
-from vpmoe.storage import BLOCK, Bucket, Object, paths
-from vpmoe.storage.blocks import block_range, in_order
-from vpmoe.storage.bucket import json_bytes
-from vpmoe.storage.records import load_record
-from vpmoe.teacher import cache
-
-LONGEST_NAME = 240
-"""Bytes of the longest file name. File systems hold 255; a file has a longer name while it is downloaded."""
+from vpmoe.pretrained.model_files import ModelRef, fetch_model, find_model, resolve_model
+from vpmoe.storage import Bucket, paths
+from vpmoe.teacher.folder import FIELD, teacher_in
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Floating-point types: their name in a safetensors header, and in torch."""
 
 
-@dataclass(frozen=True)
-class TeacherFile:
-    """A file of the model: name in the directory, size in bytes, and ETag in the store or content id on the
-    hub."""
-
-    name: str
-    size: int
-    etag: str
+def resolve_teacher(run: DistillRun, bucket: Bucket) -> ModelRef:
+    """The run's teacher, as resolve_model finds it."""
+    return resolve_model(FIELD, run.spec.teacher.model, bucket, paths.teacher(run), run.config_hash)
 
 
-@dataclass(frozen=True)
-class TeacherRef:
-    """A model with every file pinned to its content.
-
-    `commit`: of a Hugging Face model; None for one in a bucket.
-    """
-
-    model: str
-    commit: str | None
-    files: tuple[TeacherFile, ...]
-
-    @property
-    def sha256(self) -> str:
-        """Hash (hex) of the model's content, independent of its address: its commit, or (name, size, ETag) of
-        its files."""
-        content = self.commit or [[file.name, file.size, file.etag] for file in self.files]
-        return hashlib.sha256(json_bytes({"teacher": content})).hexdigest()
-
-    def as_json(self) -> dict[str, Any]:
-        return {"model": self.model, "commit": self.commit, "files": [asdict(file) for file in self.files]}
-
-
-def resolve_teacher(run: DistillRun, bucket: Bucket) -> TeacherRef:
-    """The run's teacher.
-
-    The first job lists its files and writes the result into the run; later ones read that.
-
-    Raises Permanent if there is no model directory, Retriable if the hub does not answer, StorageError if the
-    store fails.
-    """
-    key = paths.teacher(run)
-    if not bucket.exists(key):
-        found = find_teacher(run.spec.teacher.model, bucket)
-        # The first of two concurrent jobs wins.
-        bucket.create(key, json_bytes(found.as_json()), {"config": run.config_hash})
-    return load_record(bucket, key, TeacherRef)
-
-
-def find_teacher(model: str, bucket: Bucket) -> TeacherRef:
-    """The current files of `teacher.model`. `bucket`: any bucket of the store that holds s3:// models.
-
-    Subdirectories are ignored: `original` and `metal` of GPT-OSS hold its weights again in other formats.
-    """
-    commit = None
-    if model.startswith("hf://"):
-        from vpmoe.teacher import hub  # here, because importing the hub's client takes seconds
-
-        commit, listed = hub.commit_and_files(model)
-        found = [TeacherFile(*file) for file in listed]
-    else:
-        name, key = paths.split_url(model)
-        folder = key.removesuffix("/") + "/"
-        store = bucket.other(name, "teacher.model")
-        found = [
-            TeacherFile(seen.key.removeprefix(folder), seen.size, store.pin(seen).etag)
-            for seen in store.list(folder)
-        ]
-    files = tuple(
-        sorted((file for file in found if file.name and "/" not in file.name), key=lambda file: file.name)
-    )
-    if not any(file.name == "config.json" for file in files):
-        raise Permanent(
-            f"teacher.model: {model} has no config.json. Name a Hugging Face model directory, as "
-            "save_pretrained writes it: config.json and *.safetensors."
-        )
-    if not any(file.name.endswith(".safetensors") for file in files):
-        raise Permanent(
-            f"teacher.model: {model} has no *.safetensors file beside its config.json. Copy the whole model "
-            "directory; only safetensors are read."
-        )
-    for file in files:
-        if file.name in (".", "..") or "\0" in file.name or len(file.name.encode()) > LONGEST_NAME:
-            raise Permanent(
-                f"teacher.model: {model}: no file of a disk can be called {file.name!r:.300}. Remove it from "
-                "the model directory, or give it another name."
-            )
-    return TeacherRef(model, commit, files)
+def find_teacher(model: str, bucket: Bucket) -> ModelRef:
+    """The current files of `teacher.model`. `bucket`: any bucket of the store that holds s3:// models."""
+    return find_model(FIELD, model, bucket)
 
 
 def fetch_teacher(
-    teacher: TeacherRef, bucket: Bucket, folder: Path, check_stop: Callable[[], None] = lambda: None
+    teacher: ModelRef, bucket: Bucket, folder: Path, check_stop: Callable[[], None] = lambda: None
 ) -> Path:
-    """A directory below `folder` with the model's files. Those that are not there, or are not what was
-    downloaded, are downloaded (vpmoe.teacher.cache).
-
-    `check_stop` is called before every block and may raise. Raises StorageError (Altered) if a file is no
-    longer the pinned one, and (Local) if the disk is full; Permanent if it cannot be written.
-    """
-
-    def from_hub(names: list[str], directory: Path) -> Iterator[tuple[str, cache.Blocks]]:
-        from vpmoe.teacher import hub
-
-        hub.download(teacher.model, str(teacher.commit), names, directory)
-        for name in names:
-            yield name, cache.hash_synced(directory / name)
-
-    def from_bucket(names: list[str], directory: Path) -> Iterator[tuple[str, cache.Blocks]]:
-        name, key = paths.split_url(teacher.model)
-        store = bucket.other(name, "teacher.model")
-        for file in (file for file in teacher.files if file.name in names):
-            pinned = Object(f"{key.removesuffix('/')}/{file.name}", file.size, file.etag)
-
-            def block(index: int, pinned: Object = pinned) -> tuple[bytes, str]:
-                check_stop()
-                data = store.fetch_range(pinned, *block_range(pinned.size, index))
-                return data, hashlib.sha256(data).hexdigest()
-
-            blocks = in_order(block, range(-(-file.size // BLOCK)), cache.THREADS)
-            yield (
-                file.name,
-                cache.write_blocks(directory / file.name, file.size, store.url(pinned.key), blocks),
-            )
-
-    sizes = {file.name: file.size for file in teacher.files}
-    download = from_hub if teacher.commit else from_bucket
-    return cache.complete(folder, folder_name(teacher, bucket), sizes, download, check_stop)
-
-
-def folder_name(teacher: TeacherRef, bucket: Bucket) -> str:
-    """Name of the teacher's folder: its model's name, and a hash of where it comes from and of its content.
-
-    Stores need not derive ETags from content, so equal ones of two sources prove nothing.
-    """
-    source = teacher.model.partition("@")[0].rstrip("/")
-    if not teacher.commit:
-        source = f"{bucket.endpoint} {source}"
-    key = hashlib.sha256(json_bytes({"source": source, "teacher": teacher.sha256})).hexdigest()[:16]
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", source.rpartition("/")[2])[:64]
-    return f"{name}-{key}".lstrip(".")
+    """A directory below `folder` with the teacher's files, as fetch_model makes it."""
+    return fetch_model(teacher_in(folder), teacher, bucket, folder, check_stop)
 
 
 def check_vocabulary(directory: Path) -> None:

@@ -69,7 +69,7 @@ class ScoringWorker(StepWorker):
 
     stage: OnPolicy
     teacher: str
-    """TeacherRef.sha256 of the run's teacher."""
+    """ModelRef.sha256 of the run's teacher."""
     read_gpus: ReadGpus = not_read
     sampled: set[int] = field(default_factory=set)
     """Windows known to have rollouts."""

@@ -19,13 +19,14 @@ from vpmoe.api.stages import Subset
 from vpmoe.data.dataset import recorded_parts, sum_counts
 from vpmoe.data.spans import SPANS
 from vpmoe.failure import Permanent
+from vpmoe.pretrained.model_files import ModelRef
 from vpmoe.provenance import Provenance
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.bucket import json_bytes
 from vpmoe.storage.manifest import Input, Manifest, Sha256, SubjectEntry
 from vpmoe.storage.records import facts_of, load_record
 from vpmoe.teacher.histogram import CODES, dense, mean, sparse
-from vpmoe.teacher.model import TeacherRef, resolve_teacher
+from vpmoe.teacher.model import resolve_teacher
 
 SCORES_WRITER = 1
 """Version of the code that turns a teacher's log-probabilities into bytes. Raise it with every change of
@@ -40,7 +41,7 @@ class ScoresRef:
     """Id of the dataset."""
     content: str
     """`training_content` of the dataset."""
-    teacher: TeacherRef
+    teacher: ModelRef
     effort: str
     subset: Subset
 

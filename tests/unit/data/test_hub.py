@@ -14,9 +14,9 @@ from vpmoe.process.environment import check_environment
 
 try:
     check_environment()
-    from vpmoe.teacher import hub
+    from vpmoe.pretrained import hub
 
-    hub.commit_and_files("hf://owner/name")
+    hub.commit_and_files("teacher.model", "hf://owner/name")
 except Exception as error:
     found = classify_error(error)
     print(found.kind, found.message)

@@ -10,13 +10,13 @@ from vpmoe.api import DistillRun
 from vpmoe.api.progress import Progress
 from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.data.inputs import Inputs
+from vpmoe.pretrained.model_files import ModelRef
 from vpmoe.rollout.back_pressure import Adjustment
 from vpmoe.rollout.evaluation_record import parse_evaluation
 from vpmoe.rollout.policy_version import PolicyVersion
 from vpmoe.rollout.window_files import ScoresHeader, read_rollouts, read_scores, rollouts_bytes, scores_bytes
 from vpmoe.storage import manifest
 from vpmoe.storage.bucket import json_bytes
-from vpmoe.teacher.model import TeacherRef
 
 DOCUMENTS = documents()
 
@@ -66,7 +66,7 @@ def test_resolved_inputs_and_teacher() -> None:
         inputs = json.loads(data)["inputs"]
         assert plain(TypeAdapter(Inputs).validate_python(inputs).as_json()) == inputs, path
     for path, data in documents_ending_with("/teacher.json").items():
-        assert json_bytes(TypeAdapter(TeacherRef).validate_json(data).as_json()) == data, path
+        assert json_bytes(TypeAdapter(ModelRef).validate_json(data).as_json()) == data, path
 
 
 def test_adjustments() -> None:

@@ -18,6 +18,7 @@ from tests.fakes.sparse_checkpoint import header_of, write_file, write_folder
 from vpmoe.api import DistillRun
 from vpmoe.data import vocabulary_file
 from vpmoe.failure import Permanent, Terminated
+from vpmoe.pretrained.model_files import ModelRef, folder_name
 from vpmoe.storage import BLOCK, Bucket, StorageError, paths
 from vpmoe.teacher import model
 
@@ -102,7 +103,7 @@ def test_fetching_downloads_the_files_and_resumes_after_a_stop(
     with pytest.raises(Terminated):
         model.fetch_teacher(resolved, bucket, tmp_path, stop_at_the_third_check)
     assert not list(tmp_path.glob("*/.model*")) and not list(tmp_path.glob("*/model*"))
-    before = (tmp_path / model.folder_name(resolved, bucket) / "config.json").stat()
+    before = (tmp_path / folder_name(resolved, bucket) / "config.json").stat()
     directory = model.fetch_teacher(resolved, bucket, tmp_path)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == {
         name: FILES[name] for name in FILES if "/" not in name
@@ -133,16 +134,16 @@ def test_teachers_of_two_sources_never_share_a_folder(run: DistillRun, bucket: B
     other_store = bucket.other(bucket.name)
     other_store.endpoint = "https://other.example.com"
     names = {
-        model.folder_name(found, bucket),
-        model.folder_name(found, other_store),
-        model.folder_name(replace(found, model="s3://models/teacher"), bucket),
-        model.folder_name(replace(found, files=found.files[:1]), bucket),
+        folder_name(found, bucket),
+        folder_name(found, other_store),
+        folder_name(replace(found, model="s3://models/teacher"), bucket),
+        folder_name(replace(found, files=found.files[:1]), bucket),
     }
     assert len(names) == 4 and all(name.startswith("teacher-") for name in names)
-    hub = model.TeacherRef("hf://openai/gpt-oss-20b@main", "0" * 40, found.files)
+    hub = ModelRef("hf://openai/gpt-oss-20b@main", "0" * 40, found.files)
     same = replace(hub, model=f"hf://openai/gpt-oss-20b@{'0' * 40}", files=())
-    assert model.folder_name(hub, bucket) == model.folder_name(same, bucket)
-    assert model.folder_name(hub, bucket).startswith("gpt-oss-20b-")
+    assert folder_name(hub, bucket) == folder_name(same, bucket)
+    assert folder_name(hub, bucket).startswith("gpt-oss-20b-")
 
 
 def run_with_hub(endpoint: str, code: str, folder: Path) -> str:

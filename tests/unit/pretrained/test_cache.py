@@ -1,4 +1,4 @@
-"""The teacher's cache: files appear whole, are verified, and are downloaded once for all processes."""
+"""The cache of models: files appear whole, are verified, and are downloaded once for all processes."""
 
 import errno
 import fcntl
@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from vpmoe.failure import Permanent, Terminated
+from vpmoe.pretrained import cache
 from vpmoe.provenance import CHECKOUT
 from vpmoe.storage import BLOCK, StorageError
 from vpmoe.storage.blocks import hash_bytes
-from vpmoe.teacher import cache
+from vpmoe.teacher import folder as teachers
 
 FILES = {"config.json": b"{}", "model.safetensors": os.urandom(2 * BLOCK + 5), "empty.txt": b""}
 SIZES = {name: len(data) for name, data in FILES.items()}
@@ -42,11 +43,11 @@ class Source:
                     range(0, len(data), BLOCK), hash_bytes(name, data).blocks, strict=True
                 )
             ]
-            yield name, cache.write_blocks(directory / name, len(data), f"source/{name}", blocks)
+            yield name, cache.write_blocks(directory / name, len(data), f"source/{name}", blocks, "")
 
 
 def complete(folder: Path, source: Source, check_stop: Callable[[], None] = lambda: None) -> Path:
-    return cache.complete(folder, "model-0123", SIZES, source, check_stop)
+    return cache.complete(teachers.teacher_in(folder), folder, "model-0123", SIZES, source, check_stop)
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -117,7 +118,7 @@ def test_a_download_that_was_stopped_goes_on_with_the_files_that_are_missing(tmp
 PROCESS = """
 import hashlib, logging, sys, time
 from pathlib import Path
-from vpmoe.teacher import cache
+from vpmoe.pretrained import cache
 logging.basicConfig(level=logging.INFO)
 folder, mode = Path(sys.argv[1]), sys.argv[2]
 data = b"x" * 1000
@@ -133,10 +134,12 @@ def download(names, directory):
                 print("half", flush=True)
                 sys.stdin.read()
         blocks = [(data, hashlib.sha256(data).hexdigest())]
-        yield name, cache.write_blocks(directory / name, 1000, "source", blocks)
+        yield name, cache.write_blocks(directory / name, 1000, "source", blocks, "")
         time.sleep(0.2)
 
-directory = cache.complete(folder, "m", {f"{n}.safetensors": 1000 for n in range(5)}, download, lambda: None)
+purpose = cache.Purpose("teacher.model", "the teacher", "", "")
+sizes = {f"{n}.safetensors": 1000 for n in range(5)}
+directory = cache.complete(purpose, folder, "m", sizes, download, lambda: None)
 assert sorted(p.name for p in directory.glob("*.safetensors")) == [f"{n}.safetensors" for n in range(5)]
 assert all(p.read_bytes() == data for p in directory.glob("*.safetensors"))
 print("done", flush=True)
@@ -239,7 +242,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_downloaded(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch, volume: bool
 ) -> None:
     if volume:
-        monkeypatch.setenv(cache.VARIABLE, str(small_disk))
+        monkeypatch.setenv(teachers.VARIABLE, str(small_disk))
     source = Source()
     with pytest.raises(StorageError) as caught:
         complete(small_disk, source)
@@ -253,15 +256,17 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_downloaded(
 def test_a_read_only_volume_is_enough_for_a_whole_teacher_and_named_for_another(
     small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(cache.VARIABLE, str(small_disk))
+    monkeypatch.setenv(teachers.VARIABLE, str(small_disk))
     whole = {"config.json": SIZES["config.json"], "empty.txt": 0}
-    cache.complete(small_disk, "model-0123", whole, Source(), lambda: None)
+    teacher = teachers.teacher_in(small_disk)
+    cache.complete(teacher, small_disk, "model-0123", whole, Source(), lambda: None)
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     source = Source()
-    assert cache.complete(small_disk, "model-0123", whole, source, lambda: None) == small_disk / "model-0123"
+    directory = cache.complete(teacher, small_disk, "model-0123", whole, source, lambda: None)
+    assert directory == small_disk / "model-0123"
     for name in ("model-0123", "another"):
         with pytest.raises(Permanent, match=r"Read-only file system.*claim of runtime\.teacherCache"):
-            cache.complete(small_disk, name, SIZES, source, lambda: None)
+            cache.complete(teacher, small_disk, name, SIZES, source, lambda: None)
     assert source.asked == []
 
 
@@ -284,10 +289,10 @@ def test_a_folder_that_can_be_none_is_permanent(path: str) -> None:
 def test_the_folder_is_the_volume_of_the_run_or_below_tmpdir(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(cache.VARIABLE, raising=False)
-    assert cache.teacher_folder().name == "vpmoe-teacher"
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path))
-    assert cache.teacher_folder() == tmp_path
+    monkeypatch.delenv(teachers.VARIABLE, raising=False)
+    assert teachers.teacher_folder().name == "vpmoe-teacher"
+    monkeypatch.setenv(teachers.VARIABLE, str(tmp_path))
+    assert teachers.teacher_folder() == tmp_path
 
 
 def test_the_record_has_every_block(tmp_path: Path) -> None:

@@ -1,14 +1,13 @@
-"""Keeps a teacher's files on a disk: whole, verified, and shared by the processes that need them.
+"""Keeps a model's files on a disk: whole, verified, and shared by the processes that need them.
 
-The disk is the pod's own, or the volume of runtime.teacherCache, which pods of several runs share. Each
-teacher has there
+The disk is the pod's own, or a volume that pods of several runs share. Each model has there
 
     <name>/         its files. Each appears whole: it is written under another name, synced, and renamed
     <name>.json     size and sha256 of each block (8 MiB) of every file that was downloaded
     <name>.lock     locked by the process that downloads
 
 A process reads all files before it uses them, and downloads again what is missing, cut or altered. Where
-files come from is in model.py and hub.py.
+files come from is in model_files.py and hub.py.
 """
 
 import errno
@@ -21,6 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,9 @@ from vpmoe.failure import Permanent
 from vpmoe.storage import BLOCK, StorageError
 from vpmoe.storage.blocks import in_order
 from vpmoe.storage.local import written_whole
-from vpmoe.storage.scratch import shared_folder
 
 log = logging.getLogger(__name__)
 
-VARIABLE = "VPMOE_TEACHER_CACHE"
-"""Variable of pods with runtime.teacherCache: where its volume is mounted."""
 THREADS = 8
 """Blocks of a file that are read or downloaded at the same time."""
 PAUSE = 1.0
@@ -53,14 +50,27 @@ Download = Callable[[list[str], Path], Iterator[tuple[str, Blocks]]]
 there."""
 
 
-def teacher_folder() -> Path:
-    """The folder of this process for teachers: the volume of runtime.teacherCache, or one below TMPDIR."""
-    volume = os.environ.get(VARIABLE)
-    return Path(volume) if volume else shared_folder("vpmoe-teacher")
+@dataclass(frozen=True)
+class Purpose:
+    """What a model is for, in messages."""
+
+    field: str
+    """Field of the specification that names the model."""
+    name: str
+    """What the model is to the run, such as "the teacher"."""
+    if_full: str
+    """What to do if the disk is full."""
+    if_read_only: str
+    """What to do if files are missing in a folder that cannot be written."""
 
 
 def complete(
-    folder: Path, name: str, sizes: Mapping[str, int], download: Download, check_stop: Callable[[], None]
+    purpose: Purpose,
+    folder: Path,
+    name: str,
+    sizes: Mapping[str, int],
+    download: Download,
+    check_stop: Callable[[], None],
 ) -> Path:
     """The directory `name` below `folder` with all files of `sizes`, each of as many bytes. Downloads those
     that are missing or damaged.
@@ -69,24 +79,24 @@ def complete(
     Raises Permanent if the folder cannot be written, and StorageError (Local) if the disk is full.
     """
     directory, record = folder / name, folder / f"{name}.json"
-    with _explained(directory):
+    with _explained(purpose, directory):
         damaged = find_damaged(directory, sizes, read_record(record), check_stop)
         if not damaged:
-            log.info("All %d files of the teacher are in %s", len(sizes), directory)
+            log.info("All %d files of %s are in %s", len(sizes), purpose.name, directory)
             return directory
         directory.mkdir(parents=True, exist_ok=True)
         _share(directory, FOLDER_MODE)
-        with _locked(folder / f"{name}.lock", check_stop):
+        with _locked(folder / f"{name}.lock", purpose, check_stop):
             known = read_record(record)  # another process may have downloaded files meanwhile
             damaged = find_damaged(directory, {file: sizes[file] for file in damaged}, known, check_stop)
             for file in damaged:
                 (directory / file).unlink(missing_ok=True)
                 known.pop(file, None)
-            _check_space(directory, sum(sizes[file] for file in damaged))
+            _check_space(purpose, directory, sum(sizes[file] for file in damaged))
             for file, blocks in download(list(damaged), directory) if damaged else ():
                 _share(directory / file, FILE_MODE)
                 known[file] = {"size": (directory / file).stat().st_size, "blocks": list(blocks)}
-                _write_record(record, known)
+                _write_record(record, known, purpose)
     return directory
 
 
@@ -159,17 +169,20 @@ def read_record(path: Path) -> dict[str, Any]:
     return found
 
 
-def _write_record(path: Path, known: Mapping[str, Any]) -> None:
+def _write_record(path: Path, known: Mapping[str, Any], purpose: Purpose) -> None:
     data = json.dumps(known, sort_keys=True).encode()
-    with written_whole(path, len(data), str(path), _remedy(path.parent)) as file:
+    with written_whole(path, len(data), str(path), purpose.if_full) as file:
         file.write(data)
     _share(path, FILE_MODE)
 
 
-def write_blocks(path: Path, size: int, source: str, blocks: Iterable[tuple[bytes, str]]) -> Blocks:
-    """Write a file, whole, from blocks and their hashes. Returns the hashes."""
+def write_blocks(
+    path: Path, size: int, source: str, blocks: Iterable[tuple[bytes, str]], if_full: str
+) -> Blocks:
+    """Write a file, whole, from blocks and their hashes. Returns the hashes. `if_full`: what to do if the
+    disk is full."""
     hashes = []
-    with written_whole(path, size, source, _remedy(path.parent.parent)) as file:
+    with written_whole(path, size, source, if_full) as file:
         for data, sha256 in blocks:
             file.write(data)
             hashes.append(sha256)
@@ -182,15 +195,15 @@ def _share(path: Path, mode: int) -> None:
 
 
 @contextmanager
-def _locked(path: Path, check_stop: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock of a teacher. The kernel, or the file server, releases that of a process that died."""
+def _locked(path: Path, purpose: Purpose, check_stop: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of a model. The kernel, or the file server, releases that of a process that died."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, FILE_MODE)
     try:
         _share(path, FILE_MODE)
         waits = False
         while not _lock(descriptor, path):
             if not waits:
-                log.info("Waiting: another process downloads the teacher (it has locked %s)", path)
+                log.info("Waiting: another process downloads %s (it has locked %s)", purpose.name, path)
             waits = True
             check_stop()
             time.sleep(PAUSE)
@@ -212,55 +225,28 @@ def _lock(descriptor: int, path: Path) -> bool:
     return True
 
 
-def _check_space(directory: Path, needed: int) -> None:
+def _check_space(purpose: Purpose, directory: Path, needed: int) -> None:
     """Raise StorageError (Local) if the disk has not as many bytes left."""
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise StorageError(
-            f"{directory}: the files of teacher.model that are missing need {needed} bytes, and {free} are "
-            f"free. {_remedy(directory.parent)}",
+            f"{directory}: the files of {purpose.field} that are missing need {needed} bytes, and {free} are "
+            f"free. {purpose.if_full}",
             "Local",
         )
 
 
 @contextmanager
-def _explained(directory: Path) -> Iterator[None]:
+def _explained(purpose: Purpose, directory: Path) -> Iterator[None]:
     """Translate the errors of a disk that is full, or where files cannot be read or written."""
-    folder = directory.parent
     try:
         yield
     except OSError as error:
-        why = f"teacher.model: {error.filename or directory}: {error.strerror}"
+        why = f"{purpose.field}: {error.filename or directory}: {error.strerror}"
         if error.errno in FULL:
-            raise StorageError(f"{why}. {_remedy(folder)}", "Local") from error
+            raise StorageError(f"{why}. {purpose.if_full}", "Local") from error
         if error.errno in DAMAGED:
             raise
         raise Permanent(
-            f"{why}, and files of the teacher are missing in {directory}. {_writable(folder)}"
+            f"{why}, and files of {purpose.name} are missing in {directory}. {purpose.if_read_only}"
         ) from error
-
-
-def _is_volume(folder: Path) -> bool:
-    return os.environ.get(VARIABLE) == str(folder)
-
-
-def _writable(folder: Path) -> str:
-    if _is_volume(folder):
-        return (
-            "The pods must be able to write the claim of runtime.teacherCache (user and group 65532) as long "
-            "as it lacks files. Change the claim, or fill it by a run that may write."
-        )
-    return "Point TMPDIR to a disk that can be written (in a pod: name a claim in runtime.teacherCache)."
-
-
-def _remedy(folder: Path) -> str:
-    """What to do about a full disk."""
-    if _is_volume(folder):
-        return (
-            "Enlarge the claim of runtime.teacherCache, or delete the folders in it of teachers that no run "
-            "uses any more."
-        )
-    return (
-        "Free space there, or point TMPDIR to more (in a pod: raise the ephemeral-storage in "
-        "runtime.resources, or name a claim in runtime.teacherCache)."
-    )
