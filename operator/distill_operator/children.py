@@ -60,7 +60,7 @@ def build_child(attempt: Attempt) -> Json:
             if spec.runtime.backend == PYTORCHJOB.name
             else build_train_job(attempt, stage)
         )
-    if role == "export":  # reads a checkpoint and writes files, on a CPU
+    if role in ("init", "export"):  # reads a model and writes files, on a CPU
         return _job(attempt, SINGLE_POD, build_pod(attempt, 0))
     gpus = stage.sampler_gpus if stage is not None and role == "sampler" else 1
     return _job(attempt, SINGLE_POD, build_pod(attempt, gpus))  # a sampler, or an evaluation

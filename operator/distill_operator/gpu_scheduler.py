@@ -20,7 +20,7 @@ from distill_operator.pod_template import gpu_tolerations
 from distill_operator.settings import Settings
 from vpmoe.api import DistillRun
 from vpmoe.api.layout import largest_pod
-from vpmoe.api.run import PREPROCESS
+from vpmoe.api.run import PREPROCESS, needs_gpus
 from vpmoe.api.runtime import Toleration
 from vpmoe.api.status import ChildRef
 
@@ -252,11 +252,14 @@ def will_need_gpus(observed: ObservedRun, settings: Settings) -> bool:
 
 
 def waits_for_gpus(observed: ObservedRun, settings: Settings) -> bool:
-    """Whether the run needs a Decision: it needs GPUs now, and holds none. A run that preprocesses does not
-    wait yet.
+    """Whether the run needs a Decision: a step with GPUs could start now, and the run holds none. A run that
+    preprocesses, or whose first stage waits for its initial weights, does not wait yet.
     """
-    preprocess = observed.status.step_status(PREPROCESS)
-    return will_need_gpus(observed, settings) and preprocess is not None and preprocess.state == "Succeeded"
+    run, done = observed.run, {step.name for step in observed.status.steps if step.state == "Succeeded"}
+    if run is None or PREPROCESS not in done or not will_need_gpus(observed, settings):
+        return False
+    left = [step for step in run.steps() if needs_gpus(step) and step not in done]
+    return any(done.issuperset(run.needs(step)) for step in left)
 
 
 def gpu_request(run: DistillRun, observed: ObservedRun, settings: Settings) -> GpuRequest:

@@ -10,13 +10,13 @@ from dataclasses import replace
 
 from distill_operator.plan_builder import PlanBuilder, StepContext, StepSummary
 from vpmoe.api import DistillRun, Stage
-from vpmoe.api.run import RESCORE
+from vpmoe.api.run import INIT, RESCORE
 from vpmoe.api.runtime import Role
 from vpmoe.api.status import Status, StepStatus
 
 ROLE_SHARES: Mapping[Role, float] = {"preprocess": 0.05, "rescore": 0.05, "evaluate": 0.01}
 """Share of the whole run that each step of these roles counts for. The stages divide the rest by their
-tokens; exports count for nothing."""
+tokens; init and exports count for nothing."""
 
 
 def summarize_run(builder: PlanBuilder, run: DistillRun, contexts: Sequence[StepContext]) -> None:
@@ -74,12 +74,12 @@ def _choose_headline(
 
 
 def _stage_waiting_for(builder: PlanBuilder, context: StepContext) -> str:
-    """The stage that waits for nothing but rescoring, if this step is rescoring; otherwise empty."""
-    if context.name != RESCORE:
+    """The stage that waits for nothing but this step, if it is init or rescoring; otherwise empty."""
+    if context.name not in (INIT, RESCORE):
         return ""
     pending = [step.name for step in builder.status.steps if step.state == "Pending"]
     trainers = [replace(context, name=name) for name in pending if context.run.role(name) == "train"]
-    return next((stage.name for stage in trainers if stage.unmet_dependencies == [RESCORE]), "")
+    return next((stage.name for stage in trainers if stage.unmet_dependencies == [context.name]), "")
 
 
 def _set_columns(builder: PlanBuilder, context: StepContext) -> None:

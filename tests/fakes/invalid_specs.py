@@ -94,7 +94,7 @@ INVALID: dict[str, InvalidSpec] = {
     "an unknown role": InvalidSpec(
         {"spec.runtime.resources": {"trainer": {}}},
         "spec.runtime.resources.trainer",
-        "must be one of preprocess, rescore, train",
+        "must be one of init, preprocess, rescore, train",
         'unknown field "spec.runtime.resources.trainer"',
     ),
     "a number as text": InvalidSpec(
@@ -187,7 +187,45 @@ INVALID: dict[str, InvalidSpec] = {
         "must be s3://bucket/path of a Hugging Face",
     ),
     "weights in a folder": InvalidSpec(
-        {"spec.student.init": "/weights"}, "spec.student.init", "must be s3://bucket/path"
+        {"spec.student.init": {"checkpoint": "/weights"}},
+        "spec.student.init.checkpoint",
+        "must be s3://bucket/path",
+    ),
+    "weights as earlier versions wrote them": InvalidSpec(
+        {"spec.student.init": "s3://vpmoe/weights"},
+        "spec.student.init",
+        "is no mapping: write the address of a checkpoint as init.checkpoint",
+        "spec.student.init in body must be of type object",
+    ),
+    "no weights": InvalidSpec(
+        {"spec.student.init": {}}, "spec.student.init", "needs one of checkpoint and upcycle, and not both."
+    ),
+    "weights of two origins": InvalidSpec(
+        {"spec.student.init": {"checkpoint": "s3://a/b", "upcycle": {"model": "s3://a/c"}}},
+        "spec.student.init",
+        "needs one of checkpoint and upcycle, and not both.",
+    ),
+    "weights of a checkpoint in a run that continues another": InvalidSpec(
+        {"spec.student.init": {"checkpoint": "s3://a/b"}, "spec.resumeFrom": "s3://a/runs/b/c-01234567"},
+        "spec.student.init",
+        "is given beside resumeFrom, which brings weights of its own. Remove one.",
+    ),
+    "a dense model that is a name": InvalidSpec(
+        {"spec.student.init": {"upcycle": {"model": "Qwen3-0.6B"}}},
+        "spec.student.init.upcycle.model",
+        "must be s3://bucket/path of a Hugging Face",
+    ),
+    "a dense model without a name": InvalidSpec(
+        {"spec.student.init": {"upcycle": {"seed": 1}}},
+        "spec.student.init.upcycle.model",
+        "is required",
+        "spec.student.init.upcycle.model: Required value",
+    ),
+    "a negative seed of a dense model": InvalidSpec(
+        {"spec.student.init": {"upcycle": {"model": "s3://a/b", "seed": -1}}},
+        "spec.student.init.upcycle.seed",
+        "must be at least 0",
+        "spec.student.init.upcycle.seed in body should be greater than or equal to 0",
     ),
     "a date in words": InvalidSpec(
         {"spec.dataset.conversation.date": "1 May"},

@@ -101,7 +101,7 @@ def progress(
     `done`: tokens of a step that trains, parts or windows of any other.
     """
     address = "s3://vpmoe/somewhere/manifest.json"
-    trains = step not in ("preprocess", "rescore") and "-" not in step
+    trains = step not in ("init", "preprocess", "rescore") and "-" not in step
     amount = {"tokens": Amount(done=done, total=1000)} if trains else {"parts": Amount(done=done, total=4)}
     checkpoint = (
         CheckpointStatus(iteration=iteration, tokens=done, manifest=address, sha256="c" * 64)

@@ -94,6 +94,14 @@ VALID: dict[str, Changes] = {
         "spec.ttlAfterFinished": None,
         "spec.stages.0.stop": None,
     },
+    "the weights of another run": {"spec.student.init": {"checkpoint": "s3://vpmoe/runs/a/b-01234567/init/"}},
+    "a dense model in a bucket": {"spec.student.init": {"upcycle": {"model": "s3://models/Qwen3-0.6B"}}},
+    "a dense model of the hub with a seed": {
+        "spec.student.init": {
+            "checkpoint": None,
+            "upcycle": {"model": "hf://Qwen/Qwen3-0.6B@main", "seed": 2**32 - 1},
+        }
+    },
     "short sequences, to which the default of maxLength is lowered": {"spec.training.sequenceLength": 512},
     "a batch of exactly one sequence a rank": {"spec.training.globalBatchTokens": 7 * 8192},
     "pods that divide the ranks": {"spec.student.gpus": 8, "spec.student.gpusPerPod": 4},

@@ -25,6 +25,8 @@ Measured with 2 and with 4 ranks."""
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
 """Bytes of a parameter: the weight in bf16 and the gradient in fp32 on every rank; fp32 weight and two Adam
 moments on one of the ranks."""
+MAIN_WEIGHT = 4
+"""Bytes of the fp32 weight."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class StudentSize:
     def checkpoint(self) -> int:
         """Bytes of a checkpoint: weights and both moments in fp32."""
         return OPTIMIZER * self.parameters
+
+    @property
+    def main_weights(self) -> int:
+        """Bytes of the weights alone in fp32: of initial weights."""
+        return MAIN_WEIGHT * self.parameters
 
     @property
     def weights(self) -> int:

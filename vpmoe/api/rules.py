@@ -382,4 +382,11 @@ RULES = (
         broken=lambda spec, _: _exported_twice(spec),
         terms={"name": f"{_EXPORTED}.filter(e, !{_EXPORTED}.exists_one(f, f == e))[0]"},
     ),
+    Rule(
+        "student.init",
+        "is given beside resumeFrom, which brings weights of its own. Remove one.",
+        cel="!has(self.student.init) || !has(self.resumeFrom)",
+        broken=lambda spec, _: {} if spec.student.init and spec.resume_from else None,
+        at_apply=True,
+    ),
 )

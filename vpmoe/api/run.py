@@ -18,14 +18,16 @@ from vpmoe.api.invalid import Invalid, problems
 from vpmoe.api.runtime import Role
 from vpmoe.api.spec import MUTABLE, Spec
 from vpmoe.api.stages import Stage
+from vpmoe.api.student import UpcycleSpec
 from vpmoe.api.text import read_yaml
 from vpmoe.api.training import TrainingSpec
 
 GROUP, VERSION, KIND, PLURAL = "vpmoe.dev", "v1alpha1", "DistillRun", "distillruns"
 API_VERSION = f"{GROUP}/{VERSION}"
 
-PREPROCESS, RESCORE = "preprocess", "rescore"
-"""Steps that do not belong to a stage."""
+INIT, PREPROCESS, RESCORE = "init", "preprocess", "rescore"
+RUN_ROLES: dict[str, Role] = {INIT: "init", PREPROCESS: "preprocess", RESCORE: "rescore"}
+"""Steps that do not belong to a stage, and their roles."""
 SAMPLER, TEACHER, EVALUATE, EXPORT = "sampler", "teacher", "evaluate", "export"
 """Suffixes of a stage's other steps, as in <stage>-sampler. A stage's name has no hyphen and is none of
 these."""
@@ -56,7 +58,7 @@ configuration."""
 
 def needs_gpus(step: str) -> bool:
     """Whether the pods of the step of that name have GPUs."""
-    return step != PREPROCESS and not step.endswith(f"-{EXPORT}")
+    return step not in (INIT, PREPROCESS) and not step.endswith(f"-{EXPORT}")
 
 
 RUN_NAME = TextPattern(
@@ -194,6 +196,12 @@ class DistillRun(ApiModel):
         """The run's folder in the bucket, below spec.storage.prefix."""
         return f"runs/{self.identity}"
 
+    @property
+    def upcycle(self) -> UpcycleSpec | None:
+        """The dense model that the student begins with, if any."""
+        init = self.spec.student.init
+        return init.upcycle if init is not None else None
+
     def stage(self, name: str) -> Stage:
         """The stage with that name. Raises KeyError, which lists the stages of the run."""
         for stage in self.spec.stages:
@@ -203,12 +211,14 @@ class DistillRun(ApiModel):
         raise KeyError(f"{name} is not a stage of {self.metadata.name}, which has {known}")
 
     def steps(self) -> tuple[str, ...]:
-        """Names of the run's steps in order: preprocess, rescore if a stage needs it, those of each stage,
-        then the exports."""
+        """Names of the run's steps in order: init if the student begins with a dense model, preprocess,
+        rescore if a stage needs it, those of each stage, then the exports."""
         stages = self.spec.stages
+        init = (INIT,) if self.upcycle is not None else ()
         rescore = (RESCORE,) if any(stage.needs_rescoring for stage in stages) else ()
         exports = (f"{stage.name}-{EXPORT}" for stage in stages if stage.name in self.spec.export.stages)
         return (
+            *init,
             PREPROCESS,
             *rescore,
             *(step for stage in stages for step in self.steps_of(stage)),
@@ -227,19 +237,18 @@ class DistillRun(ApiModel):
         return (*beside, stage.name, *after)
 
     def stage_of(self, step: str) -> Stage | None:
-        """The stage of a step; None for preprocess and rescore. Raises KeyError if the run has no such
+        """The stage of a step; None for init, preprocess and rescore. Raises KeyError if the run has no such
         step."""
         if step not in self.steps():
             raise KeyError(
                 f"{step} is not a step of {self.metadata.name}, which has {', '.join(self.steps())}"
             )
-        return None if step in (PREPROCESS, RESCORE) else self.stage(step.partition("-")[0])
+        return None if step in RUN_ROLES else self.stage(step.partition("-")[0])
 
     def role(self, step: str) -> Role:
         """The role of a step's pods. Raises KeyError if the run has no such step."""
-        stage = self.stage_of(step)
-        if stage is None:
-            return "preprocess" if step == PREPROCESS else "rescore"
+        if self.stage_of(step) is None:
+            return RUN_ROLES[step]
         roles: dict[str, Role] = {
             "": "train",
             SAMPLER: "sampler",
@@ -253,7 +262,8 @@ class DistillRun(ApiModel):
         """The steps that must have succeeded before this step can start. Raises KeyError if the run has no
         such step.
 
-        A stage starts after the stage before it has been evaluated. The steps of a stage that samples start
+        A stage starts after the stage before it has been evaluated, the first after init and preprocess,
+        which run side by side. The steps of a stage that samples start
         together. Rescoring needs the dataset only and runs beside Vanilla stages, which do not use the
         teacher's GPUs. All other stages wait for rescoring: Rescored for the scores, TeacherForced and
         OnPolicy for the GPUs. Steps that run at the same time therefore never need more than teacher.gpus +
@@ -262,15 +272,20 @@ class DistillRun(ApiModel):
         """
         stage, role = self.stage_of(step), self.role(step)
         if stage is None:
-            return () if role == "preprocess" else (PREPROCESS,)
+            return (PREPROCESS,) if role == "rescore" else ()
         if role == "evaluate":
             return self.steps_of(stage)[:-1]
         if role == "export":
             return self._last_steps(self.spec.stages[-1])
         position = self.spec.stages.index(stage)
-        last = self._last_steps(self.spec.stages[position - 1]) if position else (PREPROCESS,)
+        last = self._last_steps(self.spec.stages[position - 1]) if position else self._first_steps
         waits = RESCORE in self.steps() and stage.needs_teacher
         return (*last, RESCORE) if waits else last
+
+    @property
+    def _first_steps(self) -> tuple[str, ...]:
+        """The steps after which the first stage may start."""
+        return tuple(step for step in self.steps() if step in (INIT, PREPROCESS))
 
     def _last_steps(self, stage: Stage) -> tuple[str, ...]:
         """The steps of a stage after which what follows may start."""

@@ -12,7 +12,7 @@ from vpmoe.api.environment import EnvFromSource, EnvVar, repeated_name
 from vpmoe.api.quantities import Duration, QuantityText
 from vpmoe.api.storage import SECRET
 
-Role = Literal["preprocess", "rescore", "train", "teacher", "sampler", "evaluate", "export"]
+Role = Literal["init", "preprocess", "rescore", "train", "teacher", "sampler", "evaluate", "export"]
 
 NAME = TextPattern(
     r"|[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", "must be the name of an object in the cluster, or empty", 253
@@ -236,7 +236,7 @@ class RuntimeSpec(ApiModel):
     failure; progress that cannot be read is never a reason, and a step must start within stalledAfter. Can be
     changed at any time."""
     resources: dict[Role, Resources] = Field(default={})
-    """Resource requests and limits by role: preprocess, rescore, train, teacher, sampler, evaluate,
+    """Resource requests and limits by role: init, preprocess, rescore, train, teacher, sampler, evaluate,
     export. A role that is absent uses the defaults of the chart."""
     service_account_name: Annotated[str, NAME] = ""
     """Service account of the run's pods; empty uses the namespace's default. Pods need no permissions in the

@@ -17,6 +17,7 @@ from vpmoe.api.quantities import Tokens
 from vpmoe.api.training import Optimizer
 
 BUILT_IN_STEPS = (
+    "init",
     "preprocess",
     "rescore",
     "score",

@@ -25,9 +25,9 @@ MAX_IMAGES = 8
 """Most images of a step that a status keeps."""
 MAX_IMAGE, MAX_DIGEST = 512, 160
 """Longest reference and digest of an image in a status, in characters."""
-MOST_STEPS = 41
-"""Most steps of a run: preprocess, four in each of eight OnPolicy stages, and an export of each. A run with
-rescore has fewer, because a Rescored stage has two and an export."""
+MOST_STEPS = 42
+"""Most steps of a run: init, preprocess, four in each of eight OnPolicy stages, and an export of each. A run
+with rescore has fewer, because a Rescored stage has two and an export."""
 
 
 def _shortened(text: str) -> str:
@@ -111,11 +111,11 @@ class StepImage(StatusRecord):
 
 
 class StepStatus(StatusRecord):
-    """Status of one step: preprocess, rescore, or a step of a stage."""
+    """Status of one step: init, preprocess, rescore, or a step of a stage."""
 
     name: StepName
-    """Name of the step: preprocess, rescore, the stage's name for its training step, or <stage>-sampler,
-    <stage>-teacher, <stage>-evaluate, <stage>-export."""
+    """Name of the step: init, preprocess, rescore, the stage's name for its training step, or
+    <stage>-sampler, <stage>-teacher, <stage>-evaluate, <stage>-export."""
     state: StepState = "Pending"
     """Pending, Queued for GPUs, Running, Suspended, Retrying after a failure, Succeeded or Failed."""
     attempt: Count = 0
@@ -244,8 +244,8 @@ class Status(StatusRecord):
     steps: Annotated[
         tuple[StepStatus, ...], Field(max_length=MOST_STEPS, json_schema_extra={"listMapKey": "name"})
     ] = ()
-    """Steps in the order in which they start. rescore runs beside Vanilla stages; the sampler and teacher of
-    an OnPolicy stage run beside its training step."""
+    """Steps in the order in which they start. init runs beside preprocess, rescore beside Vanilla stages; the
+    sampler and teacher of an OnPolicy stage run beside its training step."""
     provenance: RunProvenance | None = None
     """The code, configuration and data of the run."""
 

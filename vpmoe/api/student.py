@@ -1,10 +1,10 @@
-"""spec.teacher and spec.student: the two models and the GPUs of each."""
+"""spec.teacher and spec.student: the two models, the GPUs of each, and where the student begins."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from vpmoe.api.base import ApiModel, TextPattern
+from vpmoe.api.base import ApiModel, Rule, TextPattern, invalid_text
 from vpmoe.api.effort import Effort
 
 ShapeName = Literal["vpmoe-6b", "tiny"]
@@ -31,14 +31,45 @@ class TeacherSpec(ApiModel):
     Vanilla."""
 
 
+class UpcycleSpec(ApiModel):
+    """A dense model that becomes the student's initial weights."""
+
+    model: Annotated[str, MODEL]
+    """Hugging Face model directory of a dense model like Qwen3 or Llama, of the student's hidden width:
+    s3://bucket/path on the endpoint of spec.storage, or hf://owner/name@revision. Without a revision the
+    newest commit is resolved once and recorded in the run."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1234
+    """Seed of what the dense model does not give: noise of the experts, routers, tensor products. Change it
+    to begin with other random numbers; training.seed does not change these weights."""
+
+
+class InitSpec(ApiModel):
+    """Initial weights of the student: one of checkpoint and upcycle. The optimizer begins anew."""
+
+    checkpoint: Annotated[str, S3_FOLDER] | None = None
+    """Weights and expert biases of a checkpoint of another run, or of its init folder: s3://bucket/path on
+    the endpoint of spec.storage. It must be of the same shape."""
+    upcycle: UpcycleSpec | None = None
+    """Make the weights from a dense model, in the step init before the first stage, without GPUs."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            "",
+            "needs one of checkpoint and upcycle, and not both.",
+            cel="has(self.checkpoint) != has(self.upcycle)",
+            broken=lambda init, _: {} if (init.checkpoint is None) == (init.upcycle is None) else None,
+        ),
+    )
+
+
 class StudentSpec(ApiModel):
     """The model to train and its GPUs."""
 
     shape: ShapeName = "vpmoe-6b"
     """Architecture: vpmoe-6b (80 layers, 256 experts, 6.0 billion parameters), or tiny, which runs the same
     code, for trial runs."""
-    init: Annotated[str, S3_FOLDER] | None = None
-    """Initial weights: s3://bucket/path of a checkpoint of another run; null starts from random weights."""
+    init: InitSpec | None = None
+    """Initial weights: a checkpoint of another run, or a dense model; null starts from random weights."""
     gpus: Annotated[int, Field(ge=1, le=4096)] = 7
     """GPUs of the student, one data-parallel rank on each. OnPolicy stages give some of them to the sampler
     (sampler.gpus)."""
@@ -49,3 +80,11 @@ class StudentSpec(ApiModel):
     expert_parallel: Annotated[int, Field(ge=1, le=256)] = 1
     """Number of ranks that share one set of experts. It must divide the experts of the shape and the ranks of
     every stage. Higher uses less memory on each GPU and adds all-to-all communication."""
+
+    @field_validator("init", mode="before")
+    @classmethod
+    def _no_address(cls, init: Any) -> Any:
+        """Rejects what earlier versions had here, and says how it is written now."""
+        if isinstance(init, str):
+            raise invalid_text("is no mapping: write the address of a checkpoint as init.checkpoint")
+        return init

@@ -8,7 +8,7 @@ from vpmoe.api.card import GIB
 from vpmoe.api.layout import layout
 from vpmoe.api.memory import STUDENTS
 from vpmoe.api.quantities import parse_quantity
-from vpmoe.api.run import EVALUATE, PREPROCESS, RESCORE, DistillRun
+from vpmoe.api.run import EVALUATE, INIT, PREPROCESS, RESCORE, DistillRun
 from vpmoe.api.spec import Spec
 from vpmoe.api.stages import OnPolicy, Stage
 from vpmoe.plan.memory import RoleMemory, memory_by_role, teacher_problems
@@ -102,7 +102,7 @@ class Plan:
     gpus: int
     """GPUs that are alive at once, at most."""
     hours: float | None
-    """From the end of preprocessing, without waiting for GPUs."""
+    """From the end of preprocessing and of the step init, without waiting for GPUs."""
     gpu_hours: float | None
     preprocess_cpu_hours: float | None
     """Time of CPU cores for preprocessing; None if the dataset's tokens are not known."""
@@ -115,6 +115,11 @@ class Plan:
     """Why the run cannot work, with the numbers and the remedy."""
     sources: list[str]
     """Where the speeds come from, and what was assumed."""
+
+    @property
+    def preprocess(self) -> StepPlan:
+        """The step preprocess."""
+        return next(step for step in self.steps if step.step == PREPROCESS)
 
 
 def worker_cores(spec: Spec) -> float:
@@ -156,7 +161,7 @@ class _Planner:
             gpus=self.spec.teacher.gpus + self.spec.student.gpus,
             hours=hours,
             gpu_hours=None if None in known else gpu_hours,
-            preprocess_cpu_hours=self._cpu_hours(steps[0]),
+            preprocess_cpu_hours=self._cpu_hours(next(step for step in steps if step.step == PREPROCESS)),
             steps=steps,
             checkpoints=[self._checkpoints(stage, speeds[stage.name]) for stage in self.spec.stages],
             bucket=self._bucket(),
@@ -201,7 +206,7 @@ class _Planner:
 
     def _steps(self) -> tuple[list[StepPlan], float | None]:
         """The steps in order, and the hours until the last one ends."""
-        steps = [self._preprocess()]
+        steps = [*self._init(), self._preprocess()]
         scored = 0.0
         ends: float | None = 0.0
         if any(stage.needs_rescoring for stage in self.spec.stages):
@@ -218,6 +223,17 @@ class _Planner:
                 if step is training and ends is not None and stage.needs_teacher:
                     ends = max(ends, scored + (training.hours or 0.0))
         return steps, ends
+
+    def _init(self) -> list[StepPlan]:
+        """The initial weights, if they are made from a dense model: written to disk, then to the bucket."""
+        if self.run.upcycle is None:
+            return []
+        seconds = 2 * self.size.main_weights / self.assumed.disk_speed
+        self._note(
+            f"init: writes {self.size.main_weights / 1e9:.3g} GB, beside preprocessing; neither the download "
+            f"of {self.run.upcycle.model} nor the arithmetic was measured"
+        )
+        return [StepPlan(INIT, "", None, {}, seconds / 3600, None, INIT)]
 
     def _preprocess(self) -> StepPlan:
         """Preprocessing, whose workers share the dataset's tokens. Its hours need the number of tokens."""
@@ -324,6 +340,8 @@ class _Planner:
         """Bytes at the end of the run by kind."""
         tokens = self.assumed.dataset_tokens
         found: dict[str, int | None] = {"dataset": tokens * TOKEN_BYTES if tokens is not None else None}
+        if self.run.upcycle is not None:
+            found["initial weights"] = self.size.main_weights
         if scored := self._scored_tokens():
             found["scores"] = sum(scored.values()) * SCORE_BYTES
         if self.rollouts:

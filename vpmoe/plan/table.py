@@ -48,8 +48,8 @@ def plan_text(plan: Plan) -> str:
     before = "without preprocessing"
     if plan.preprocess_cpu_hours is not None:
         before = (
-            f"after {hours(plan.steps[0].hours)} hours of preprocessing ({hours(plan.preprocess_cpu_hours)} "
-            "CPU hours)"
+            f"after {hours(plan.preprocess.hours)} hours of preprocessing "
+            f"({hours(plan.preprocess_cpu_hours)} CPU hours)"
         )
     head = (
         f"{plan.run}: {hours(plan.hours)} hours and {hours(plan.gpu_hours)} GPU hours on {plan.gpus} GPUs of "

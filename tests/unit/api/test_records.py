@@ -84,7 +84,9 @@ def test_a_message_that_is_too_long_is_shortened_and_not_rejected() -> None:
 def test_the_longest_status_is_much_smaller_than_the_limit_of_etcd() -> None:
     stages = [{**valid_specs.ONPOLICY, "name": f"{i}".rjust(16, "b")} for i in range(8)]
     export = {"stages": [stage["name"] for stage in stages]}
-    steps = DistillRun.parse(valid_specs.manifest({"spec.stages": stages, "spec.export": export})).steps()
+    init = {"upcycle": {"model": "s3://models/dense"}}
+    changes = {"spec.stages": stages, "spec.export": export, "spec.student.init": init}
+    steps = DistillRun.parse(valid_specs.manifest(changes)).steps()
     assert (len(steps), max(map(len, steps))) == (MOST_STEPS, STEP_NAME)
     facts = CheckpointStatus(iteration=10**9, tokens=10**15, manifest="s3://" + "m" * 2043, sha256=SHA)
     child = ChildRef(kind="PyTorchJob", name="n" * 63, uid="u" * 36)

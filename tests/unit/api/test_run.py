@@ -200,6 +200,8 @@ def test_the_defaults_of_all_kinds_of_stages() -> None:
 
 
 NOT_EVALUATED = {"completions": 0}
+UPCYCLED = "upcycled"
+"""Stands beside the kinds of stages for a run whose student begins with a dense model."""
 REQUIRED_OF_KIND = {"OnPolicy": {"require": {"validity": 0}}}
 
 
@@ -282,16 +284,47 @@ REQUIRED_OF_KIND = {"OnPolicy": {"require": {"validity": 0}}}
             {"preprocess": [], "s0": ["preprocess"], "s0-evaluate": ["s0"]},
             id="a canary is a reason to evaluate",
         ),
+        pytest.param(
+            ["Vanilla", "Rescored", UPCYCLED],
+            NOT_EVALUATED,
+            {
+                "init": [],
+                "preprocess": [],
+                "rescore": ["preprocess"],
+                "s0": ["init", "preprocess"],
+                "s1": ["s0", "rescore"],
+            },
+            id="initial weights beside preprocessing",
+        ),
+        pytest.param(
+            ["OnPolicy", UPCYCLED],
+            NOT_EVALUATED,
+            {
+                "init": [],
+                "preprocess": [],
+                "s0-sampler": ["init", "preprocess"],
+                "s0-teacher": ["init", "preprocess"],
+                "s0": ["init", "preprocess"],
+            },
+            id="initial weights before all steps of an on-policy stage",
+        ),
     ],
 )
 def test_a_step_needs_the_stage_before_its_scores_and_the_teachers_gpus(
     kinds: list[str], evaluation: dict[str, Any], needs: dict[str, list[str]]
 ) -> None:
+    init = {"upcycle": {"model": "s3://models/dense"}} if UPCYCLED in kinds else None
     stages = [
         {"name": f"s{i}", "kind": kind, "tokens": 1000, **REQUIRED_OF_KIND.get(kind, {})}
         for i, kind in enumerate(kinds)
+        if kind != UPCYCLED
     ]
-    changes = {"spec.stages": stages, "spec.evaluation": evaluation, "spec.export": {"stages": []}}
+    changes = {
+        "spec.stages": stages,
+        "spec.evaluation": evaluation,
+        "spec.export": {"stages": []},
+        "spec.student.init": init,
+    }
     run = DistillRun.parse(valid_specs.manifest(changes))
     assert run.steps() == tuple(needs)
     assert {step: list(run.needs(step)) for step in run.steps()} == needs
@@ -375,8 +408,10 @@ def test_an_unknown_step_is_rejected() -> None:
 
 
 def test_role_and_stage_of_a_step() -> None:
-    run = DistillRun.parse(valid_specs.manifest(valid_specs.VALID["stages of all kinds"]))
+    dense = valid_specs.VALID["a dense model in a bucket"]
+    run = DistillRun.parse(valid_specs.manifest(valid_specs.VALID["stages of all kinds"] | dense))
     assert {step: run.role(step) for step in run.steps()} == {
+        "init": "init",
         "preprocess": "preprocess",
         "rescore": "rescore",
         "first": "train",
@@ -391,7 +426,8 @@ def test_role_and_stage_of_a_step() -> None:
         "onpolicy-evaluate": "evaluate",
         "onpolicy-export": "export",
     }
-    assert [run.stage_of(step) for step in ("preprocess", "rescore")] == [None, None]
+    assert [run.stage_of(step) for step in ("init", "preprocess", "rescore")] == [None, None, None]
+    assert [step for step in run.steps() if not needs_gpus(step)] == ["init", "preprocess", "onpolicy-export"]
     for stage in run.spec.stages:
         assert {run.stage_of(step) for step in run.steps_of(stage)} == {stage}
 

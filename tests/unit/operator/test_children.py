@@ -36,6 +36,7 @@ EVALUATED_ONPOLICY = {
     "evaluation": EVALUATED,
     "export": {"stages": ["onpolicy"]},
 }
+UPCYCLED = {"student": {"shape": "tiny", "gpus": 2, "init": {"upcycle": {"model": "s3://models/dense"}}}}
 SCHEDULING = {
     "nodeSelector": {"pool": "a"},
     "tolerations": [{"key": "gpu", "operator": "Exists", "tolerationSeconds": 5}],
@@ -59,6 +60,7 @@ def templates(obj: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 CHILDREN = [
+    pytest.param("init", UPCYCLED, id="init"),
     pytest.param("preprocess", {}, id="preprocess"),
     pytest.param("vanilla", {}, id="PyTorchJob"),
     pytest.param(
@@ -77,6 +79,7 @@ CHILDREN = [
     ),
 ]
 ROLES = {
+    "init": "init",
     "preprocess": "preprocess",
     "rescore": "rescore",
     "onpolicy-sampler": "sampler",
@@ -305,18 +308,27 @@ def test_the_jobs_of_an_on_policy_stage_share_the_runs_gpus(
     assert {"name": "VPMOE_IMAGE", "value": image} in container["env"]
 
 
-def test_an_export_has_one_pod_without_a_gpu_and_may_run_on_nodes_without() -> None:
-    job = child("onpolicy-export", **EVALUATED_ONPOLICY)
+@pytest.mark.parametrize(
+    "step, spec, role, image",
+    [
+        pytest.param("init", UPCYCLED, "init", "vpmoe/trainer:1", id="init"),
+        pytest.param("onpolicy-export", EVALUATED_ONPOLICY, "export", "vpmoe/inference:1", id="export"),
+    ],
+)
+def test_a_step_that_writes_a_model_has_one_pod_without_a_gpu_and_may_run_on_nodes_without(
+    step: str, spec: dict[str, Any], role: str, image: str
+) -> None:
+    job = child(step, **spec)
     assert (job["kind"], job["spec"]["completions"], job["spec"]["parallelism"]) == ("Job", 1, 1)
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    assert (container["name"], container["image"]) == ("export", "vpmoe/inference:1")
+    assert (container["name"], container["image"]) == (role, image)
     assert container["command"][2:] == [
-        "jobs.export",
+        f"jobs.{role}",
         "--run",
         "/etc/vpmoe/run.yaml",
         "--step",
-        "onpolicy-export",
+        step,
         "--attempt",
         "2",
     ]

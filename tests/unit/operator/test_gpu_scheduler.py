@@ -374,6 +374,24 @@ def test_a_run_waits_from_the_end_of_preprocessing_until_it_holds_gpus() -> None
         assert tuple(found) == expected
 
 
+def test_a_run_does_not_wait_for_gpus_while_its_initial_weights_are_made() -> None:
+    """Other runs get them. A run that can rescore meanwhile needs them at once."""
+    upcycled = {"shape": "tiny", "gpus": 4, "init": {"upcycle": {"model": "s3://models/dense"}}}
+    preprocessed = waiting_run(student=upcycled).status
+    made = preprocessed.model_copy(
+        update={"steps": tuple(step.model_copy(update={"state": "Succeeded"}) for step in preprocessed.steps)}
+    )
+    both = made.model_copy(update={"steps": made.steps[:2]})
+    for status, stages, waits in (
+        (preprocessed, ALL_KINDS[:1], False),
+        (preprocessed, ALL_KINDS[:2], True),
+        (both, ALL_KINDS[:1], True),
+    ):
+        observed = observed_run(status, student=upcycled, stages=stages)
+        assert observed.run is not None and will_need_gpus(observed, SETTINGS)
+        assert waits_for_gpus(observed, SETTINGS) is waits
+
+
 @pytest.mark.parametrize(
     "stages, student, per_pod",
     [

@@ -268,6 +268,46 @@ def test_a_run_started_by_a_version_with_fewer_steps_gets_the_missing_ones() -> 
     assert cluster.reconcile().actions == (CreateChild("vanilla-evaluate", 1),)
 
 
+UPCYCLED: dict[str, Any] = {
+    "student": {"shape": "tiny", "gpus": 2, "init": {"upcycle": {"model": "s3://models/dense"}}}
+}
+
+
+def test_the_first_stage_waits_for_its_initial_weights_which_are_made_beside_preprocessing() -> None:
+    cluster = SimulatedCluster(UPCYCLED)
+    assert cluster.reconcile().actions == (CreateChild("init", 1), CreateChild("preprocess", 1))
+    assert [step.name for step in cluster.status.steps] == ["init", "preprocess", "vanilla"]
+    cluster.set_child_state("Running", step="init")
+    cluster.set_child_state("Succeeded", step="preprocess")
+    cluster.set_progress(progress("preprocess", state="Succeeded", done=4))
+    cluster.set_progress(progress("init", done=1, message="Writing file 2 of 4"))
+    cluster.reconcile_repeatedly()
+    assert cluster.step("vanilla").message == "waiting for init"
+    assert (cluster.status.phase, cluster.status.holds_gpus) == ("Running", False)
+    assert cluster.status.message == "init: Writing file 2 of 4; stage vanilla is waiting for it"
+    cluster.set_child_state("Succeeded", step="init")
+    cluster.set_progress(progress("init", state="Succeeded", done=4))
+    cluster.reconcile()
+    assert cluster.reconcile().actions == (CreateChild("vanilla", 1),)
+    assert (cluster.step("init").state, cluster.step("init").parts_done) == ("Succeeded", 4)
+
+
+def test_a_dense_model_that_cannot_be_used_fails_the_run_before_it_has_gpus() -> None:
+    cluster = SimulatedCluster(UPCYCLED)
+    cluster.reconcile()
+    cluster.set_child_state("Failed", PERMANENT, step="init")
+    cluster.reconcile_repeatedly()
+    assert cluster.alive_children() == ["first-preprocess-a1"], "it stops first"
+    cluster.remove_children()
+    status = cluster.reconcile_repeatedly().status
+    assert (status.phase, status.gpu_step_started, cluster.created) == (
+        "Failed",
+        False,
+        ["first-init-a1", "first-preprocess-a1"],
+    )
+    assert status.message.startswith("step init failed (attempt 1): pod x, exit 65.")
+
+
 EXPORTED: dict[str, Any] = {"export": {"stages": ["vanilla"]}}
 
 

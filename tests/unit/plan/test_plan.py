@@ -16,6 +16,7 @@ from vpmoe.inference import vllm_options
 from vpmoe.plan import memory, onpolicy
 from vpmoe.plan.onpolicy import rollout_totals
 from vpmoe.plan.plan import CHART_CORES, Assumptions, Plan, make_plan
+from vpmoe.plan.table import plan_text
 from vpmoe.plan.teacher import KNOWN, TeacherSize, known_teacher
 from vpmoe.plan.throughput import CARDS, MEASURED
 from vpmoe.rollout import curriculum
@@ -162,6 +163,19 @@ def test_workers_share_the_tokens_of_preprocessing(resources: dict[str, Any], co
     assert first.hours == pytest.approx(18e9 / (5 * cores * 1e6) / 3600)
     assert plan.preprocess_cpu_hours == pytest.approx(5)
     assert plan.hours == plan_of(changes).hours, "they begin after preprocessing"
+
+
+def test_initial_weights_are_written_to_disk_and_bucket_beside_preprocessing() -> None:
+    changes = {"spec.student.init": {"upcycle": {"model": "hf://Qwen/Qwen3-0.6B"}}}
+    plan = plan_of(changes, speeds={"preprocess": 1e6}, dataset_tokens=10**9, disk_speed=5e8)
+    other = plan_of({}, speeds={"preprocess": 1e6}, dataset_tokens=10**9, disk_speed=5e8)
+    size = 4 * STUDENTS["vpmoe-6b"].parameters
+    assert [step.step for step in plan.steps][:2] == ["init", "preprocess"]
+    assert plan.steps[0].hours == pytest.approx(2 * size / 5e8 / 3600) and not plan.steps[0].gpus
+    assert plan.bucket["initial weights"] == size and "initial weights" not in other.bucket
+    assert (plan.hours, plan.gpu_hours) == (other.hours, other.gpu_hours)
+    assert plan.preprocess_cpu_hours == other.preprocess_cpu_hours is not None
+    assert "of preprocessing (" in plan_text(plan) and "\ninit " in plan_text(plan)
 
 
 def test_preprocessing_of_unknown_tokens_has_a_speed_and_no_hours() -> None:

@@ -284,7 +284,7 @@ def test_an_answer_is_explained_for_every_request(
 
 
 @pytest.mark.parametrize(
-    "field", ["dataset.source", "teacher.model", "evaluation.canary", "student.init", "resumeFrom"]
+    "field", ["dataset.source", "teacher.model", "evaluation.canary", "student.init.checkpoint", "resumeFrom"]
 )
 def test_a_bucket_that_another_field_names_is_told_apart(
     proxy: FaultProxy, proxied: Bucket, bucket: Bucket, field: str
