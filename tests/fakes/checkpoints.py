@@ -8,12 +8,11 @@ import torch
 from tests.fakes import datasets, students
 from tests.fakes.reporters import NullReporter
 from tests.fakes.students import copy_slices
-from vpmoe.checkpoint.train_state import TrainState
+from vpmoe.checkpoint.train_state import TrainState, initial_state
 from vpmoe.model import state
 from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import Shape
 from vpmoe.storage.manifest import Input
-from vpmoe.trainer.checkpoint.resume import initial_state
 from vpmoe.trainer.checkpoint.writer import CheckpointWriter
 from vpmoe.trainer.context import StageContext
 

@@ -31,6 +31,9 @@ RANDOM = "random/"
 """Prefix of the names of random states."""
 
 
+KINDS = ("checkpoint", "init")
+"""Kinds of manifest that name a student's weights in this format: of a checkpoint, and of initial weights,
+which have neither optimizer nor random state."""
 PARTS_FACT = "parts"
 """Fact of a checkpoint's manifest: the parts of its student's architecture (vpmoe.model.shapes). Absent if it
 has none, as in checkpoints from before there were any."""
@@ -91,10 +94,10 @@ def read_train_state(stored: Manifest) -> TrainState:
 
     Raises CheckpointRejected if the manifest is of something else, ValidationError if its state is invalid.
     """
-    if stored.kind != "checkpoint":
+    if stored.kind not in KINDS:
         raise CheckpointRejected(
             f"{stored.key} is the manifest of {stored.kind}, not of a checkpoint. Name a folder "
-            "checkpoints/STAGE/ITERATION of a run."
+            "checkpoints/STAGE/ITERATION or init of a run."
         )
     return TrainState.model_validate(stored.facts.get("position"))
 

@@ -110,6 +110,11 @@ class TrainState(Record):
     """State of the objective, fixed when the stage begins; only for Rescored."""
 
 
+def initial_state(stage: str) -> TrainState:
+    """The state in which a run's first stage begins."""
+    return TrainState(stage=stage, steps=0, tokens=0, iteration=0, first_sequence=0, next_sequence=0, epoch=0)
+
+
 def list_iterations(bucket: Bucket, folder: str) -> list[int]:
     """Iterations of the stage's checkpoints, newest first. Other objects in the folder are ignored."""
     names = (found.key.removeprefix(folder + "/") for found in bucket.list(folder + "/"))

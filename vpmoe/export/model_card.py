@@ -15,7 +15,7 @@ from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.data.inputs import Inputs
 from vpmoe.model.shapes import SHAPES
 from vpmoe.rollout.evaluation_record import EvaluationRecord
-from vpmoe.storage.manifest import Manifest
+from vpmoe.storage.manifest import Input, Manifest
 
 HUB = "hf://"
 UNKNOWN = "not known"
@@ -53,6 +53,13 @@ class ModelFacts:
     inputs: Inputs
     dataset: Manifest
 
+    @property
+    def init(self) -> Input | None:
+        """The initial weights that were made from a dense model. None if there are none, or if the first
+        stage's last checkpoint, whose manifest names them, is gone."""
+        first = self.stages[0].manifest
+        return first.inputs.get("init") if first is not None else None
+
 
 def model_card(facts: ModelFacts) -> str:
     """The text of README.md."""
@@ -73,8 +80,16 @@ def front_matter(facts: ModelFacts) -> dict[str, Any]:
     """The card's metadata in the form of the Hugging Face hub."""
     source = facts.inputs.source
     datasets = {"datasets": [_hub_name(source)]} if source.startswith(HUB) else {}
+    upcycle = facts.run.upcycle
+    base = {"base_model": _hub_name(upcycle.model)} if upcycle and upcycle.model.startswith(HUB) else {}
     tags = ["vpmoe", "mixture-of-experts", "distillation"]
-    return {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags, **datasets}
+    return {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+        **base,
+        **datasets,
+    }
 
 
 def _hub_name(url: str) -> str:
@@ -97,12 +112,24 @@ def _introduction(facts: ModelFacts) -> str:
         "vpMoE. It answers in the Harmony format: reasoning first, then the final answer. Longest sequence: "
         f"{spec.training.sequence_length:,} tokens."
     )
-    begins = [
-        f"Its weights begin with {_code(url)}."
-        for url in (spec.student.init, spec.resume_from)
-        if url is not None
+    return "\n\n".join([text, *_beginning(facts)])
+
+
+def _beginning(facts: ModelFacts) -> list[str]:
+    """What the weights began with: a sentence, or none if they were random."""
+    spec, upcycle = facts.run.spec, facts.run.upcycle
+    if upcycle is None:
+        checkpoint = spec.student.init.checkpoint if spec.student.init is not None else None
+        return [f"Its weights begin with {_code(url)}." for url in (checkpoint, spec.resume_from) if url]
+    text = f"Its weights begin with those of the dense model {_code(upcycle.model)}"
+    if facts.init is None:
+        return [f"{text}."]
+    commit = facts.init.facts["digest"].get("gitCommit")
+    at = f" at commit {_code(commit)}" if commit else ""
+    return [
+        f"{text}{at}, made into this architecture: {_code(facts.init.uri)}, sha256 "
+        f"{_code(facts.init.digest['sha256'])}."
     ]
-    return "\n\n".join([text, *begins])
 
 
 def _use() -> str:

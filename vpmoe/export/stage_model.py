@@ -87,7 +87,8 @@ class StageModel:
             "dtype": str(DTYPE).removeprefix("torch."),
             "positions": self.run.spec.training.sequence_length,
         }
-        inputs = {**stored.inputs, own.name: own}
+        initial = {} if self.facts.init is None else {self.facts.init.name: self.facts.init}
+        inputs = {**initial, **stored.inputs, own.name: own}
         return manifest.statement(KIND, subjects, facts, provenance, list(inputs.values()))
 
 

@@ -22,6 +22,8 @@ from vpmoe.storage.errors import StorageError
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
 BUILDER = "https://vpmoe.dev/jobs"
+WITHOUT_DATASET = ("dataset", "init")
+"""Kinds of manifest whose objects are made from no dataset."""
 HARMONY = "harmony"
 """Name of the input that is the Harmony library."""
 
@@ -36,7 +38,7 @@ Invocation = Annotated[str, StringConstraints(pattern=r"^[^/]+/[^/]+-[0-9a-f]{8}
 class Input:
     """An input of a manifest's objects.
 
-    name: its role; "tokenizer" and, in everything made from a dataset, "dataset" are required, others are
+    name: its role; "tokenizer" is required, and "dataset" in all but WITHOUT_DATASET; others are
     free (an input shard's key, "checkpoint"). uri: its address. digest: by algorithm, e.g. {"sha256": …} or
     {"gitCommit": …}. facts: what else identifies it, e.g. {"size": …, "etag": …} of an object without a
     digest.
@@ -220,10 +222,10 @@ def statement(
 
     The writer's Harmony library is the input HARMONY, if it has one.
 
-    Raises ValueError if a required input is missing ("tokenizer"; "dataset", except of a dataset itself), and
+    Raises ValueError if a required input is missing ("tokenizer"; "dataset", except in WITHOUT_DATASET), and
     for anything that `load` would reject.
     """
-    for needed in ("tokenizer",) if kind == "dataset" else ("tokenizer", "dataset"):
+    for needed in ("tokenizer",) if kind in WITHOUT_DATASET else ("tokenizer", "dataset"):
         if not any(found.name == needed and found.digest for found in inputs):
             raise ValueError(
                 f"a manifest of kind {kind} has to name its {needed} with a digest among its inputs"

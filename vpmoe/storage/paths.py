@@ -12,6 +12,8 @@
     runs/<namespace>/<name>-<uid8>/run.json      the resolved, immutable configuration
       …/inputs.json                              the dataset and input objects that the run was resolved to
       …/teacher.json                             the teacher files that the run was resolved to
+      …/init.json                                the dense model's files that the run was resolved to
+      …/init/…, manifest.json                    the initial weights that are made from it
       …/steps/<step>/{progress.json, metrics/*.jsonl}
       …/steps/<stage>-evaluate/evaluation.json, parts/<part>-<checkpoint>.json
       …/checkpoints/<stage>/<iteration>/…, manifest.json
@@ -110,6 +112,16 @@ def inputs(of: "DistillRun") -> str:
 def teacher(of: "DistillRun") -> str:
     """The teacher files that the run was resolved to; written once."""
     return f"{run(of)}/teacher.json"
+
+
+def init_source(of: "DistillRun") -> str:
+    """The files of the dense model that the run was resolved to; written once."""
+    return f"{run(of)}/init.json"
+
+
+def init(of: "DistillRun") -> str:
+    """Folder of the initial weights that are made from a dense model."""
+    return f"{run(of)}/init"
 
 
 def progress(of: "DistillRun", step: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from tests.fakes.finished_stages import COMMIT, FinishedStage
+from vpmoe.api import DistillRun
 from vpmoe.export.model_card import ModelFacts, StageFacts, model_card
 from vpmoe.export.stage_model import open_stage_model
 from vpmoe.rollout.evaluation_record import EvaluationRecord
@@ -137,6 +138,36 @@ def test_teacher_and_first_weights_are_named(finished: FinishedStage, facts: Mod
     )
     assert "distilled from `s3://models/gpt-oss-120b` by vpMoE" in text
     assert "Its weights begin with `s3://vpmoe/runs/a/b-01234567`." in text
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize(
+    "model, commit, named",
+    [
+        ("hf://Qwen/Qwen3-0.6B@main", "0" * 40, f"`hf://Qwen/Qwen3-0.6B@main` at commit `{'0' * 40}`"),
+        ("s3://models/qwen3", None, "`s3://models/qwen3`"),
+    ],
+    ids=["hub", "bucket"],
+)
+def test_the_dense_model_that_the_student_began_with_is_named(
+    finished: FinishedStage, facts: ModelFacts, model: str, commit: str | None, named: str, known: bool
+) -> None:
+    """With the manifest of the initial weights, if the first stage's checkpoint still says which."""
+    written = finished.run.document()
+    written["spec"]["student"]["init"] = {"upcycle": {"model": model}}
+    last = facts.stages[-1].manifest
+    assert last is not None
+    digest = {"sha256": "e" * 64} | ({"gitCommit": commit} if commit else {})
+    made_of = {"model": model, "digest": digest}
+    init = Input("init", "s3://a/init/manifest.json", {"sha256": "d" * 64}, made_of)
+    changed = replace(last, inputs={**last.inputs, "init": init}) if known else None
+    text = model_card(replace(with_last(facts, manifest=changed), run=DistillRun.parse(written)))
+    if known:
+        made = f"made into this architecture: `s3://a/init/manifest.json`, sha256 `{'d' * 64}`."
+        assert f"Its weights begin with those of the dense model {named}, {made}" in text
+    else:
+        assert f"Its weights begin with those of the dense model `{model}`." in text
+    assert ("base_model: Qwen/Qwen3-0.6B\n" in text) is model.startswith("hf://")
 
 
 def test_equal_facts_give_equal_cards_and_no_clock_is_in_them(

@@ -17,13 +17,14 @@ from tests.fakes.checkpoints import alter, empty, equal_states, filled, save_che
 from tests.fakes.store import S3
 from tests.fakes.students import copy_slices
 from tests.fakes.trainers import start_of
-from vpmoe.checkpoint.train_state import TrainState, list_iterations, load_stage_end
+from vpmoe.api import DistillRun
+from vpmoe.checkpoint.train_state import TrainState, initial_state, list_iterations, load_stage_end
 from vpmoe.failure import Permanent
 from vpmoe.model import state
 from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import LOCKED_PARTS, PARTS, SHAPES, other_parts
 from vpmoe.storage import Bucket, manifest, paths
-from vpmoe.storage.manifest import Input
+from vpmoe.storage.manifest import Input, Manifest
 from vpmoe.trainer.checkpoint.writer import BUFFERS, prune, rank_file
 from vpmoe.trainer.context import StageContext
 
@@ -365,12 +366,14 @@ def test_a_stage_does_not_resume_without_its_own_projection(
 def test_a_first_stage_can_start_from_another_run(
     context: StageContext, run_spec: dict[str, Any], device: torch.device, tmp_path: Path, field: str
 ) -> None:
-    """student.init takes only the weights; resumeFrom also the optimizer and, for the same dataset, the data
-    position."""
+    """student.init.checkpoint takes only the weights; resumeFrom also the optimizer and, for the same
+    dataset, the data position."""
     written = filled(device, 1.0)
     save_checkpoints(context, written, state_at(3), state_at(4, next_sequence=8))
     folder = paths.checkpoint(context.run, "vanilla", 4) if field == "init" else paths.run(context.run)
-    (run_spec["spec"]["student"] if field == "init" else run_spec["spec"])[field] = context.bucket.url(folder)
+    url = context.bucket.url(folder)
+    run_spec["spec"]["student"] |= {"init": {"checkpoint": url}} if field == "init" else {}
+    run_spec["spec"] |= {"resumeFrom": url} if field == "resumeFrom" else {}
     run_spec["metadata"]["name"] = "another"
     learner = filled(device, 2.0)
     started = start_of(datasets.context(context.bucket, run_spec, tmp_path, context.dataset), learner)
@@ -387,6 +390,70 @@ def test_a_first_stage_can_start_from_another_run(
         0 if field == "init" else 4
     )
     assert equal_states(learner, written) is (field == "resumeFrom")
+
+
+UPCYCLE = {"upcycle": {"model": "hf://owner/dense@main", "seed": 7}}
+
+
+def write_initial_weights(context: StageContext, run: DistillRun, learner: Learner) -> Manifest:
+    """What the step init writes, with the weights of `learner`."""
+    bucket, folder, path = context.bucket, paths.init(run), context.scratch / "weights-00000.safetensors"
+    tensors = {
+        f"{name}[0:{whole.numel()}]": whole
+        for name, slices in copy_slices(learner).items()
+        if name.startswith(("main/", "buffer/"))
+        for whole in [slices[0][1]]
+    }
+    save_file(tensors, path)
+    subject = bucket.put_file(f"{folder}/{path.name}", path, {}).subject(folder)
+    source = Input("model", "hf://owner/dense@main", {"sha256": datasets.HEX, "gitCommit": "0" * 40}, {})
+    made = manifest.statement(
+        "init",
+        [subject],
+        {"position": initial_state("init").dump()},
+        datasets.PROVENANCE,
+        [datasets.TOKENIZER, source],
+    )
+    return manifest.write(bucket, paths.manifest(folder), made)
+
+
+@pytest.mark.parametrize("field", ["upcycle", "checkpoint"])
+def test_a_first_stage_can_start_from_weights_that_were_made_from_a_dense_model(
+    context: StageContext, run_spec: dict[str, Any], device: torch.device, tmp_path: Path, field: str
+) -> None:
+    """Those of its own step init, which its checkpoints then name; or of the step init of another run."""
+    run_spec["spec"]["student"]["init"] = UPCYCLE
+    run, written = DistillRun.parse(run_spec), filled(device, 1.0)
+    made = write_initial_weights(context, run, written)
+    if field == "checkpoint":
+        run_spec["spec"]["student"]["init"] = {"checkpoint": context.bucket.url(paths.init(run)) + "/"}
+        run_spec["metadata"]["name"] = "another"
+    learner = students.learner(device)
+    started = start_of(datasets.context(context.bucket, run_spec, tmp_path, context.dataset), learner)
+    expected, found = copy_slices(written), copy_slices(learner)
+    for name in found:
+        if name.startswith(("main/", "buffer/")):
+            assert torch.equal(found[name][0][1], expected[name][0][1]), name
+        else:
+            assert not found[name][0][1].any(), "Adam's moments begin at 0"
+    state = started.state
+    assert (state.steps, state.tokens, state.iteration, state.next_sequence, learner.steps) == (0, 0, 0, 0, 0)
+    (source,) = started.sources
+    assert (source.uri, source.digest) == (context.bucket.url(made.key), {"sha256": made.sha256})
+    if field == "upcycle":
+        assert (source.name, source.facts["model"]) == ("init", "hf://owner/dense@main")
+        assert started.origin == "from the dense model hf://owner/dense@main"
+        assert source.facts["digest"]["gitCommit"] == "0" * 40
+    else:
+        assert source.name == "checkpoint"
+
+
+def test_a_first_stage_does_not_start_before_its_initial_weights_are_made(
+    context: StageContext, run_spec: dict[str, Any], device: torch.device, tmp_path: Path
+) -> None:
+    run_spec["spec"]["student"]["init"] = UPCYCLE
+    with pytest.raises(Permanent, match=r"/init: the run's initial weights are not made yet. Run python -m"):
+        start_of(datasets.context(context.bucket, run_spec, tmp_path, context.dataset), filled(device, 2.0))
 
 
 def write_manifest_of(kind: str) -> Callable[[Bucket], object]:
@@ -432,7 +499,7 @@ def test_initial_weights_that_are_no_checkpoint_are_rejected(
     message: str,
 ) -> None:
     write(context.bucket)
-    run_spec["spec"]["student"]["init"] = context.bucket.url("other")
+    run_spec["spec"]["student"]["init"] = {"checkpoint": context.bucket.url("other")}
     learner = filled(device, 2.0)
     with pytest.raises(Permanent, match=rf"stage vanilla cannot begin: (.|\n)*{message}"):
         start_of(datasets.context(context.bucket, run_spec, tmp_path, context.dataset), learner)

@@ -11,14 +11,13 @@ import torch
 
 from tests.fakes import datasets, students
 from tests.fakes.students import SMALL, new_seed
-from vpmoe.checkpoint.train_state import TrainState, WindowStream
+from vpmoe.checkpoint.train_state import TrainState, WindowStream, initial_state
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.inference import hf_model
 from vpmoe.model.learner import Learner
 from vpmoe.rollout import policy_version
 from vpmoe.storage import Bucket, StorageError, manifest, paths
 from vpmoe.storage.manifest import Input
-from vpmoe.trainer.checkpoint.resume import initial_state
 from vpmoe.trainer.context import StageContext
 from vpmoe.trainer.onpolicy.publisher import Publisher, probe_sequences
 

@@ -1,5 +1,5 @@
 """Where a stage starts: at its newest usable checkpoint, the end of the stage before, another run's
-checkpoint, or random weights.
+checkpoint, the initial weights that the step init has made, or random weights.
 
 A damaged checkpoint of the stage is rejected with an error in the log, and the one before it is used:
 repeating some steps is better than continuing from something unknown. A stage that has to begin from one
@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from vpmoe.api.student import InitSpec
 from vpmoe.checkpoint.format import CheckpointRejected
-from vpmoe.checkpoint.train_state import TrainState, list_iterations
+from vpmoe.checkpoint.train_state import TrainState, initial_state, list_iterations
 from vpmoe.failure import Permanent
 from vpmoe.model import distributed
 from vpmoe.model.learner import Learner
@@ -78,22 +79,36 @@ def load_start(context: StageContext, stage: StageKind, learner: Learner) -> Sta
 
 def _beginning(context: StageContext, reader: CheckpointReader) -> Start:
     """The start of a stage that has no checkpoint yet."""
-    run, stage, bucket = context.run, context.stage, context.bucket
+    run, stage = context.run, context.stage
     number = [one.name for one in run.spec.stages].index(stage.name)
     if number:
         return _after_stage(context, reader, run.spec.stages[number - 1].name)
     if run.spec.resume_from:
         return _from_run(context, reader, run.spec.resume_from)
-    if run.spec.student.init:
-        name, key = paths.split_url(run.spec.student.init)
-        source = bucket.other(name, "student.init")
-        found, _ = reader.restore(source, key.removesuffix("/"), moments=False, begins=True)
-        return Start(
-            initial_state(stage.name),
-            f"from the weights of {run.spec.student.init}",
-            _sources(source, found),
-        )
+    if run.spec.student.init is not None:
+        return _from_weights(context, reader, run.spec.student.init)
     return Start(initial_state(stage.name), f"from random weights of seed {run.spec.training.seed}")
+
+
+def _from_weights(context: StageContext, reader: CheckpointReader, init: InitSpec) -> Start:
+    """From the weights alone of another run's checkpoint, or from those that the step init has made."""
+    state, run = initial_state(context.stage.name), context.run
+    if init.checkpoint is not None:
+        name, key = paths.split_url(init.checkpoint)
+        source = context.bucket.other(name, "student.init.checkpoint")
+        found, _ = reader.restore(source, key.removesuffix("/"), moments=False, begins=True)
+        return Start(state, f"from the weights of {init.checkpoint}", _sources(source, found))
+    folder = paths.init(run)
+    if not context.bucket.exists(paths.manifest(folder)):
+        raise Permanent(
+            f"{context.bucket.url(folder)}: the run's initial weights are not made yet. Run python -m "
+            "jobs.init first."
+        )
+    found, _ = reader.restore(context.bucket, folder, moments=False, begins=True)
+    model = found.inputs["model"]
+    facts = {"model": model.uri, "digest": dict(model.digest)}
+    own = Input("init", context.bucket.url(found.key), {"sha256": found.sha256}, facts)
+    return Start(state, f"from the dense model {model.uri}", (own,))
 
 
 def _after_stage(context: StageContext, reader: CheckpointReader, before: str) -> Start:
@@ -145,11 +160,6 @@ def _from_run(context: StageContext, reader: CheckpointReader, url: str) -> Star
         f"from the newest checkpoint of {url}",
         _sources(bucket, found),
     )
-
-
-def initial_state(stage: str) -> TrainState:
-    """The state in which a run's first stage begins."""
-    return TrainState(stage=stage, steps=0, tokens=0, iteration=0, first_sequence=0, next_sequence=0, epoch=0)
 
 
 def next_stage_state(before: TrainState, stage: str) -> TrainState:
