@@ -1,9 +1,11 @@
-"""Complete Vanilla runs on the cluster with real jobs, from parquet to a trained student.
+"""Complete Vanilla runs on the cluster with real jobs, from parquet and a dense model to a trained student.
 
 Two runs of one recipe: one pod with two processes, and a Master and a Worker with one each. The runs share a
-dataset and start together, so that both preprocess it at the same time.
+dataset and start together, so that both preprocess it at the same time. Their students begin with the same
+small Qwen3.
 """
 
+import hashlib
 import json
 import os
 import secrets
@@ -19,6 +21,7 @@ import yaml
 
 from demo import sample
 from devcluster.cluster import Cluster
+from tests.fakes.dense_models import save_dense_model
 from tests.fakes.waiting import wait_until
 from vpmoe.provenance import git_sha
 
@@ -27,6 +30,9 @@ pytestmark = pytest.mark.timeout(1800)  # the first test waits for both runs
 
 RUNS = {"one-pod": None, "two-pods": 1}
 """Run name → student.gpusPerPod."""
+STEPS = ("init", "preprocess", "vanilla", "vanilla-evaluate", "vanilla-export")
+DENSE = {"hidden_size": 64, "num_hidden_layers": 2}
+"""Of the width of `tiny`."""
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +66,10 @@ def runs(
     s3_client.create_bucket(Bucket=bucket)
     for shard in sample.write(tmp_path_factory.mktemp("shards"), shards=2):
         s3_client.upload_file(str(shard), bucket, f"input/{shard.name}")
+    dense = tmp_path_factory.mktemp("dense")
+    save_dense_model(dense, **DENSE)
+    for path in dense.iterdir():
+        s3_client.upload_file(str(path), bucket, f"dense/{path.name}")
     manifest = yaml.safe_load((ROOT / "manifests/examples/demo.yaml").read_text())
     manifest["spec"]["dataset"]["source"] = f"s3://{bucket}/input/*.parquet"
     manifest["spec"]["storage"] |= {"bucket": bucket, "endpoint": cluster.s3.pod_endpoint}
@@ -67,6 +77,7 @@ def runs(
     manifest["spec"]["stages"] = [{**manifest["spec"]["stages"][0], "tokens": "8k"}]
     manifest["spec"]["training"]["optimizer"] = {"learningRate": 1.0e-2, "warmupTokens": "1k"}
     manifest["spec"]["evaluation"] = {"everyTokens": "4k", "documents": 16, "completions": 6}
+    manifest["spec"]["student"]["init"] = {"upcycle": {"model": f"s3://{bucket}/dense"}}
     for name, size in RUNS.items():
         manifest["metadata"]["name"] = name
         manifest["spec"]["student"]["gpusPerPod"] = size
@@ -85,14 +96,23 @@ def runs(
     yield {name: get(name) for name in RUNS}
 
 
+def step_of(run: dict[str, Any], name: str) -> Any:
+    """A step's status."""
+    return next(step for step in run["status"]["steps"] if step["name"] == name)
+
+
+def folder_of(run: dict[str, Any]) -> str:
+    """Key of the run's folder."""
+    metadata = run["metadata"]
+    return f"runs/{metadata['namespace']}/{metadata['name']}-{metadata['uid'][:8]}"
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_succeeds_and_its_loss_decreases_in_both_spans(runs: dict[str, Any], name: str) -> None:
     status = runs[name]["status"]
     assert status["phase"] == "Succeeded", status.get("message")
     steps = [(step["name"], step["state"]) for step in status["steps"]]
-    assert steps == [
-        (step, "Succeeded") for step in ("preprocess", "vanilla", "vanilla-evaluate", "vanilla-export")
-    ]
+    assert steps == [(step, "Succeeded") for step in STEPS]
     for span in ("reasoning", "final"):
         assert status["heldOut"]["latest"][span] < status["heldOut"]["before"][span] - 0.5
 
@@ -102,7 +122,7 @@ def test_a_master_and_a_worker_reach_the_loss_of_one_pod(
 ) -> None:
     one, two = (runs[name]["status"]["heldOut"] for name in RUNS)
     assert one == two  # the same processes, batches and order of sums
-    child = runs["two-pods"]["status"]["steps"][1]["child"]["name"]
+    child = step_of(runs["two-pods"], "vanilla")["child"]["name"]
     job = json.loads(cluster.kubectl("get", "pytorchjob", child, "--namespace", namespace, "--output=json"))
     assert {role: spec["replicas"] for role, spec in job["spec"]["pytorchReplicaSpecs"].items()} == {
         "Master": 1,
@@ -110,22 +130,20 @@ def test_a_master_and_a_worker_reach_the_loss_of_one_pod(
     }
 
 
-def test_the_evaluation_equals_the_trainers_measurement(
-    runs: dict[str, Any], s3_client: Any, namespace: str
-) -> None:
+def test_the_evaluation_equals_the_trainers_measurement(runs: dict[str, Any], s3_client: Any) -> None:
     found = []
-    for name, run in runs.items():
-        key = f"runs/{namespace}/{name}-{run['metadata']['uid'][:8]}/steps/vanilla-evaluate/evaluation.json"
+    for run in runs.values():
+        key = f"{folder_of(run)}/steps/vanilla-evaluate/evaluation.json"
         evaluation = json.loads(
             s3_client.get_object(Bucket=run["spec"]["storage"]["bucket"], Key=key)["Body"].read()
         )
-        held_out = run["status"]["steps"][1]["heldOut"]["latest"]
+        held_out = step_of(run, "vanilla")["heldOut"]["latest"]
         for span in ("reasoning", "final"):
             assert evaluation["heldOut"][span] == pytest.approx(
                 held_out[span], abs=1e-4
             )  # the order of float32 sums differs
         assert sum(evaluation["validity"].values()) == evaluation["completions"] == 6
-        assert run["status"]["steps"][2]["validity"] == evaluation["validity"].get("valid", 0) / 6
+        assert step_of(run, "vanilla-evaluate")["validity"] == evaluation["validity"].get("valid", 0) / 6
         found.append(
             {
                 field: value
@@ -134,6 +152,29 @@ def test_the_evaluation_equals_the_trainers_measurement(
             }
         )
     assert found[0] == found[1], "equal weights give equal results"
+
+
+def test_both_runs_begin_with_the_same_weights_of_the_dense_model(
+    runs: dict[str, Any], s3_client: Any
+) -> None:
+    """Their checkpoints name them, and the card of the exported model the dense one."""
+    weights = []
+    for run in runs.values():
+        bucket, folder = run["spec"]["storage"]["bucket"], folder_of(run)
+
+        def read(key: str, bucket: str = bucket) -> bytes:
+            content: bytes = s3_client.get_object(Bucket=bucket, Key=key)["Body"].read()
+            return content
+
+        init = read(f"{folder}/init/manifest.json")
+        weights.append({one["name"]: one["digest"] for one in json.loads(init)["subject"]})
+        latest = step_of(run, "vanilla")["checkpoint"]["manifest"].removeprefix(f"s3://{bucket}/")
+        checkpoint = json.loads(read(latest))
+        inputs = checkpoint["predicate"]["buildDefinition"]["resolvedDependencies"]
+        (source,) = (one for one in inputs if one["name"] == "init")
+        assert source["digest"] == {"sha256": hashlib.sha256(init).hexdigest()}
+        assert f"dense model `s3://{bucket}/dense`" in read(f"{folder}/models/vanilla/README.md").decode()
+    assert weights[0] == weights[1] != {}
 
 
 def test_every_object_in_the_bucket_matches_its_manifest(
@@ -165,14 +206,14 @@ def test_the_exported_student_answers_from_the_bucket(
     assert "one-pod" in (model / "README.md").read_text()
 
 
-def test_the_bucket_has_the_documented_layout(runs: dict[str, Any], s3_client: Any, namespace: str) -> None:
+def test_the_bucket_has_the_documented_layout(runs: dict[str, Any], s3_client: Any) -> None:
     run = runs["one-pod"]
     keys = {
         entry["Key"]
         for entry in s3_client.list_objects_v2(Bucket=run["spec"]["storage"]["bucket"])["Contents"]
     }
     dataset = f"datasets/{run['status']['provenance']['dataset']['id']}"
-    folder = f"runs/{namespace}/one-pod-{run['metadata']['uid'][:8]}"
+    folder = folder_of(run)
     parts = {
         f"{dataset}/{split}/part-{part:05d}.{file}"
         for split in ("train", "valid")
@@ -182,6 +223,8 @@ def test_the_bucket_has_the_documented_layout(runs: dict[str, Any], s3_client: A
     assert keys >= parts | {
         f"{dataset}/manifest.json",
         f"{folder}/run.json",
+        f"{folder}/init.json",
+        f"{folder}/init/manifest.json",
         f"{folder}/steps/vanilla/progress.json",
     }
     assert any(key.startswith(f"{folder}/steps/vanilla/metrics/") and key.endswith(".jsonl") for key in keys)
@@ -199,7 +242,7 @@ def test_every_pod_has_its_provenance(cluster: Cluster, namespace: str, runs: di
     for pod in pods:
         labels, annotations = pod["metadata"]["labels"], pod["metadata"]["annotations"]
         run = runs[labels["vpmoe.dev/run"]]
-        assert labels["vpmoe.dev/step"] in ("preprocess", "vanilla", "vanilla-evaluate", "vanilla-export")
+        assert labels["vpmoe.dev/step"] in STEPS
         assert labels["vpmoe.dev/attempt"] == "1"
         assert annotations["vpmoe.dev/config"].startswith(run["status"]["config"])
         steps = {step["name"]: step for step in run["status"]["steps"]}
