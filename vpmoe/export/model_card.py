@@ -124,11 +124,11 @@ def _beginning(facts: ModelFacts) -> list[str]:
     text = f"Its weights begin with those of the dense model {_code(upcycle.model)}"
     if facts.init is None:
         return [f"{text}."]
-    commit = facts.init.facts["digest"].get("gitCommit")
-    at = f" at commit {_code(commit)}" if commit else ""
+    commit = facts.init.facts.get("gitCommit")
+    at = f" at commit {_code(str(commit))}" if commit else ""
     return [
         f"{text}{at}, made into this architecture: {_code(facts.init.uri)}, sha256 "
-        f"{_code(facts.init.digest['sha256'])}."
+        f"{_code(facts.init.digest.get('sha256', UNKNOWN))}."
     ]
 
 

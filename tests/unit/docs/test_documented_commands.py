@@ -109,7 +109,7 @@ PROOFS: dict[str, RunHere | RunBy | NotRun] = {
     ".venv/bin/python -m vpmoe chat .devcluster/model "
     "'Why does the Moon always show the same face to Earth?' "
     "--effort high --max-tokens 192": RunBy((STUDENT,), "another question, and a shorter answer"),
-    "python -m jobs.preprocess": RunBy((RUN,), "in the pods of the run"),
+    "python -m jobs.init": RunBy((RUN,), "in the pods of the run"),
     "helm install": RunBy((CHART,), "helm upgrade --install"),
 }
 """Each command of README → what shows that it works."""

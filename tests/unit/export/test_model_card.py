@@ -157,8 +157,7 @@ def test_the_dense_model_that_the_student_began_with_is_named(
     written["spec"]["student"]["init"] = {"upcycle": {"model": model}}
     last = facts.stages[-1].manifest
     assert last is not None
-    digest = {"sha256": "e" * 64} | ({"gitCommit": commit} if commit else {})
-    made_of = {"model": model, "digest": digest}
+    made_of = {"model": model} | ({"gitCommit": commit} if commit else {})
     init = Input("init", "s3://a/init/manifest.json", {"sha256": "d" * 64}, made_of)
     changed = replace(last, inputs={**last.inputs, "init": init}) if known else None
     text = model_card(replace(with_last(facts, manifest=changed), run=DistillRun.parse(written)))

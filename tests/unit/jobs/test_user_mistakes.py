@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
 CONTRACT = Path(__file__).parents[2] / "fakes" / "contract.yaml"
 RUN = DistillRun.parse(json.loads(documents()["tiny/runs/team/inflight-0a1b2c3d/run.json"]))
-ROLES = ("preprocess", "rescore", "train", "sampler", "teacher", "evaluate", "export", "clear")
+ROLES = ("init", "preprocess", "rescore", "train", "sampler", "teacher", "evaluate", "export", "clear")
 
 
 def outcome(action: Callable[[], object]) -> tuple[str, str]:

@@ -443,7 +443,7 @@ def test_a_first_stage_can_start_from_weights_that_were_made_from_a_dense_model(
     if field == "upcycle":
         assert (source.name, source.facts["model"]) == ("init", "hf://owner/dense@main")
         assert started.origin == "from the dense model hf://owner/dense@main"
-        assert source.facts["digest"]["gitCommit"] == "0" * 40
+        assert source.facts["gitCommit"] == "0" * 40
     else:
         assert source.name == "checkpoint"
 

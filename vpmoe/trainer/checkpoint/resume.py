@@ -106,7 +106,8 @@ def _from_weights(context: StageContext, reader: CheckpointReader, init: InitSpe
         )
     found, _ = reader.restore(context.bucket, folder, moments=False, begins=True)
     model = found.inputs["model"]
-    facts = {"model": model.uri, "digest": dict(model.digest)}
+    commit = {name: digest for name, digest in model.digest.items() if name == "gitCommit"}
+    facts = {"model": model.uri, **commit}
     own = Input("init", context.bucket.url(found.key), {"sha256": found.sha256}, facts)
     return Start(state, f"from the dense model {model.uri}", (own,))
 
