@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+from tests.fakes.dense_models import save_dense_model
 from tests.fakes.store import S3
 from vpmoe.api import DistillRun
 from vpmoe.api.progress import Progress
@@ -213,8 +214,13 @@ def test_a_run_is_preprocessed_trained_and_evaluated_in_containers(
     }
     spec["training"]["optimizer"] |= {"warmupTokens": 512}
     spec["evaluation"] = {"everyTokens": "1k", "documents": 2, "completions": 3}
+    spec["student"]["init"] = {"upcycle": {"model": f"s3://{spec['storage']['bucket']}/dense"}}
     parsed = DistillRun.parse(dict(run_spec))
     bucket = store.other(spec["storage"]["bucket"])
+    (dense := tmp_path / "dense").mkdir()
+    save_dense_model(dense, hidden_size=64)
+    for file in dense.iterdir():
+        bucket.put_file(f"dense/{file.name}", file, {})
     for number, file in enumerate(sample_parquet):
         bucket.put_file(f"input/{number:03d}.parquet", file, {})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(dict(run_spec)))
@@ -227,6 +233,7 @@ def test_a_run_is_preprocessed_trained_and_evaluated_in_containers(
     )
     tmp_path.chmod(0o755)
     for image, role, step in (
+        ("trainer", "init", "init"),
         ("trainer", "preprocess", "preprocess"),
         ("trainer", "train", "vanilla"),
         ("inference", "evaluate", "vanilla-evaluate"),

@@ -123,7 +123,8 @@ class Progress(Record):
     """Tokens of this stage: trained on, and planned."""
     parts: Amount | None = None
     """Parts of the dataset or of the scores: written, and to write. For a sampler or teacher, windows: done,
-    and known so far. For an export, files of the model."""
+    and known so far. For an export, files of the model;
+    for init, of the weights."""
     tokens_per_second: float | None = None
     """Recent speed, padding excluded."""
     loss: float | None = None

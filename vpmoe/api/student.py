@@ -38,7 +38,7 @@ class UpcycleSpec(ApiModel):
     """Hugging Face model directory of a dense model like Qwen3 or Llama, of the student's hidden width:
     s3://bucket/path on the endpoint of spec.storage, or hf://owner/name@revision. Without a revision the
     newest commit is resolved once and recorded in the run."""
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1234
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of what the dense model does not give: noise of the experts, routers, tensor products. Change it
     to begin with other random numbers; training.seed does not change these weights."""
 

@@ -81,7 +81,7 @@ def make_initial_weights(
         directory = fetch_model(PURPOSE, source, bucket, Path(scratch), job.check_stop)
         job.publish_progress(f"Planning what becomes of {wanted.model}")
         upcycling = prepare_upcycling(directory, wanted, SHAPES[run.spec.student.shape])
-        for line in upcycling.plan.table():
+        for line in [*upcycling.plan.table(), *upcycling.vocabulary.table()]:
             log.info("%s", line)
         subjects = write(job, upcycling, Path(scratch))
         made = statement(upcycling, source, subjects, provenance)
