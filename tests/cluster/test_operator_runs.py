@@ -76,6 +76,8 @@ def harness(cluster: Cluster, namespace: str, s3_proxy: S3Proxy) -> Iterator[Run
     harness.apply("onpolicy", ENDLESS_WINDOWS, **FOUR_GPUS)
     harness.observe_pods("onpolicy")
     harness.apply("killed", "steps=6 every=2 kill=1:4")
+    dense = {"shape": "tiny", "gpus": 1, "init": {"upcycle": {"model": "s3://models/none"}}}
+    harness.apply("dense", "steps=1 kill=init@1:-501", student=dense)
     harness.apply("unkillable", "fail=1:0,2:0", runtime={"attempts": 2})
     harness.apply("refusing", "refuse=1:0")
     harness.apply("pair", "steps=3", student={"shape": "tiny", "gpus": 2, "gpusPerPod": 1})
@@ -173,6 +175,26 @@ def test_a_pod_killed_during_training_resumes_from_its_checkpoint_as_attempt_2(
     )
     assert events["StepRetrying"].startswith(message)
     harness.kubectl("wait", "--for=condition=Succeeded", "distillrun/killed", "--timeout=5s")
+
+
+def test_the_first_stage_waits_for_its_initial_weights_also_if_their_pod_is_killed(
+    harness: RunHarness,
+) -> None:
+    status = harness.wait_for_phase("dense", "Succeeded", "Failed")
+    assert status["phase"] == "Succeeded", status["message"]
+    steps = {step["name"]: (step["state"], step["attempt"]) for step in status["steps"]}
+    assert steps == {
+        "init": ("Succeeded", 2),
+        "preprocess": ("Succeeded", 1),
+        "vanilla": ("Succeeded", 1),
+    }
+    assert harness.child_names("dense") == [
+        "dense-init-a1",
+        "dense-init-a2",
+        "dense-preprocess-a1",
+        "dense-vanilla-a1",
+    ]
+    assert harness.step("dense", "init")["finished"] <= harness.step("dense", "vanilla")["started"]
 
 
 def test_a_run_of_three_kinds_succeeds_and_rescores_beside_vanilla(harness: RunHarness) -> None:
