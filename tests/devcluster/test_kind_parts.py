@@ -2,13 +2,12 @@
 
 import re
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
 
 from devcluster import ClusterError, addons, configuration, current, kind, node_image
-from vpmoe.api.runtime import Role
+from vpmoe.api import DistillRun
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,8 +90,8 @@ def test_missing_images_of_your_own_cluster_are_named(monkeypatch: pytest.Monkey
 
 def test_demonstration_fits_a_small_node() -> None:
     # A role that is not named asks for the chart's 2 or 4 CPUs, which a node of two cores never has free.
-    run = yaml.safe_load((ROOT / "manifests/examples/demo.yaml").read_text())
-    assert set(run["spec"]["runtime"]["resources"]) == set(get_args(Role))
+    run = DistillRun.model_validate(yaml.safe_load((ROOT / "manifests/examples/demo.yaml").read_text()))
+    assert {run.role(step) for step in run.steps()} <= set(run.spec.runtime.resources)
 
 
 def test_links_are_removed_and_not_what_they_point_to(tmp_path: Path) -> None:
