@@ -31,6 +31,9 @@ SMALL = replace(
 """`tiny` with a small vocabulary and small layers, for speed, and no part of the architecture; the number of
 experts and groups is the same."""
 
+LOCKED = replace(SMALL, name="locked", layers=SHAPES["tiny"].layers, **LOCKED_PARTS)
+"""Of that size, with the parts of the registered shapes."""
+
 COMPLETE = replace(
     SMALL,
     name="complete",

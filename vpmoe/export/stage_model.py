@@ -13,7 +13,7 @@ import torch
 
 from vpmoe.api import DistillRun, Stage
 from vpmoe.api.effort import most_frequent
-from vpmoe.checkpoint.format import PARTS_FACT, Weights
+from vpmoe.checkpoint.format import Weights
 from vpmoe.checkpoint.train_state import TrainState, load_stage_end
 from vpmoe.data.dataset import load_dataset, resolve_dataset
 from vpmoe.data.harmony import SystemMessage
@@ -21,7 +21,7 @@ from vpmoe.export.model_card import ModelFacts, StageFacts, model_card
 from vpmoe.export.model_folder import write_model_folder
 from vpmoe.failure import Permanent
 from vpmoe.model.hf_export import ReadTensor
-from vpmoe.model.shapes import SHAPES, other_parts
+from vpmoe.model.shapes import SHAPES
 from vpmoe.model.stage_end import open_stage_end
 from vpmoe.provenance import Provenance
 from vpmoe.rollout.evaluation_record import load_evaluation
@@ -53,16 +53,10 @@ class StageModel:
 
         Raises as `write_model_folder` does.
         """
-        shape = SHAPES[self.run.spec.student.shape]
-        if difference := other_parts(self.checkpoint.manifest.facts.get(PARTS_FACT, {}), shape):
-            raise Permanent(
-                f"checkpoint {self.facts.checkpoint} cannot be exported: {difference}. Export it with the "
-                "version of vpMoE that trained it."
-            )
         said = self.dataset.facts["settings"]["conversation"]
         write_model_folder(
             folder,
-            shape,
+            SHAPES[self.run.spec.student.shape],
             sizes=self.checkpoint.sizes,
             read=read,
             dtype=DTYPE,
@@ -95,7 +89,7 @@ class StageModel:
 def open_stage_model(run: DistillRun, stage: Stage, bucket: Bucket) -> StageModel:
     """The student of a finished stage, and what its card says; weights are not read yet.
 
-    Raises Permanent if the stage has not finished, or a record of the run is damaged; StorageError.
+    Raises as `open_stage_end` does, and Permanent if a record of the run is damaged.
     """
     checkpoint = open_stage_end(run, stage.name, bucket, "exported")
     dataset = load_dataset(run, bucket)

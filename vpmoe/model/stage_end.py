@@ -1,9 +1,10 @@
 """The student at the end of a stage: the last checkpoint of a finished stage, for evaluation and export."""
 
 from vpmoe.api import DistillRun
-from vpmoe.checkpoint.format import CheckpointRejected, Weights, open_weights
+from vpmoe.checkpoint.format import PARTS_FACT, CheckpointRejected, Weights, open_weights
 from vpmoe.checkpoint.train_state import list_iterations
 from vpmoe.failure import Permanent
+from vpmoe.model.shapes import SHAPES, other_parts
 from vpmoe.storage import Bucket, paths
 
 
@@ -11,8 +12,8 @@ def open_stage_end(run: DistillRun, stage: str, bucket: Bucket, wanted: str) -> 
     """The last checkpoint of a finished stage. `wanted`: what the student is to be, for errors, such as
     "evaluated".
 
-    Raises Permanent if the stage has not finished or the checkpoint is damaged, StorageError if the store
-    does not answer.
+    Raises Permanent if the stage has not finished, or the checkpoint is damaged or of a student with other
+    parts than the run's shape; StorageError if the store does not answer.
     """
     folder = paths.checkpoints(run, stage)
     train = f"python -m jobs.train --step {stage}"
@@ -29,5 +30,10 @@ def open_stage_end(run: DistillRun, stage: str, bucket: Bucket, wanted: str) -> 
     if not found.train_state.finished:
         raise Permanent(
             f"stage {stage} has trained {found.train_state.tokens} tokens. Train it to its end: {train}."
+        )
+    if difference := other_parts(found.manifest.facts.get(PARTS_FACT, {}), SHAPES[run.spec.student.shape]):
+        raise Permanent(
+            f"stage {stage} cannot be {wanted}: checkpoint {bucket.url(found.manifest.key)}: {difference}. "
+            "Use the version of vpMoE that trained it."
         )
     return found

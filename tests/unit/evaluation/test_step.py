@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from tests.fakes import pod_user
 from tests.fakes.checkpoints import alter, save_checkpoints, state_at
 from tests.fakes.store import S3, small_run
-from tests.fakes.students import documents, learner
+from tests.fakes.students import LOCKED, SMALL, documents, learner
 from tests.fakes.tiny_teacher import LONGEST
 from tests.fakes.waiting import wait_until
 from vpmoe.api import DistillRun
@@ -44,7 +44,7 @@ from vpmoe.inference import hf_model
 from vpmoe.inference.engine_pool import CheckStop, Completion, EnginePool, SamplingRequest
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
-from vpmoe.model.shapes import SHAPES
+from vpmoe.model.shapes import SHAPES, Shape
 from vpmoe.objectives.vanilla import vanilla
 from vpmoe.process.board import ProgressBoard
 from vpmoe.provenance import Provenance
@@ -473,37 +473,49 @@ def test_the_first_writer_of_a_part_wins(stage: StageContext, engines: EnginePoo
 
 
 @pytest.mark.parametrize(
-    "position, damage, message",
+    "shape, position, damage, message",
     [
         pytest.param(
+            LOCKED,
             None,
             None,
             "checkpoints/vanilla: stage vanilla has no checkpoint. Train it first",
             id="not-started",
         ),
         pytest.param(
+            LOCKED,
             state_at(2),
             None,
             "stage vanilla has trained 200 tokens. Train it to its end: python -m jobs.train --step vanilla",
             id="not-finished",
         ),
         pytest.param(
+            LOCKED,
             state_at(2, finished=True),
             rank_file(0),
             f"vanilla/2 cannot be used. .*{rank_file(0)}.*sha256 of block 0",
             id="damaged",
         ),
         pytest.param(
+            LOCKED,
             state_at(2, finished=True),
             "manifest.json",
             "vanilla/2 cannot be used. .*manifest.json.*sha256",
             id="damaged-manifest",
         ),
         pytest.param(
+            LOCKED,
             state_at(2, finished=True),
             "",
             "the state to export as tiny: main/decoder.final_layernorm.weight is 32, wanted 64",
             id="of-another-shape",
+        ),
+        pytest.param(
+            SMALL,
+            state_at(2, finished=True),
+            "",
+            r"vanilla/2/manifest\.json: its student has other parts than tiny: global_every \(off, here 4\)",
+            id="of-other-parts",
         ),
     ],
 )
@@ -513,13 +525,14 @@ def test_a_student_that_cannot_be_measured_is_rejected_with_its_name(
     s3: S3,
     tmp_path: Path,
     device: torch.device,
+    shape: Shape,
     position: Any,
     damage: str | None,
     message: str,
 ) -> None:
     stage = stage_context(spec, bucket, tmp_path)
     if position is not None:
-        save_checkpoints(stage, learner(device), position)
+        save_checkpoints(stage, learner(device, shape), position)
     if damage:
         alter(s3.folder / bucket.name / paths.checkpoint(stage.run, "vanilla", 2) / damage)
     with pytest.raises(Permanent, match=message):

@@ -14,7 +14,7 @@ from tests.fakes import policy_versions
 from tests.fakes.finished_stages import FinishedStage, finish_stage
 from tests.fakes.model_folders import write_learner
 from tests.fakes.store import S3
-from tests.fakes.students import SMALL, new_seed
+from tests.fakes.students import LOCKED, new_seed
 from vpmoe.data import vocabulary_file
 from vpmoe.export import model_folder, tokenizer_files
 from vpmoe.model.learner import Learner
@@ -38,7 +38,7 @@ def student(device: torch.device) -> Learner:
 @pytest.fixture(scope="session")
 def small_student(device: torch.device) -> Learner:
     """Such a student of 1 MB, for tests that write and read it again and again."""
-    return policy_versions.learner(device, new_seed(), SMALL)
+    return policy_versions.learner(device, new_seed(), LOCKED)
 
 
 @pytest.fixture(scope="session")

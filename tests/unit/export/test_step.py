@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.fakes.finished_stages import FinishedStage, finish_again
 from tests.fakes.store import S3
-from tests.fakes.students import SMALL
+from tests.fakes.students import LOCKED
 from vpmoe.checkpoint.format import open_weights
 from vpmoe.checkpoint.safetensors_header import INDEX
 from vpmoe.export.step import export_stage
@@ -35,7 +35,7 @@ STEP = "vanilla-export"
 @pytest.fixture
 def finished(small_stage: FinishedStage, monkeypatch: pytest.MonkeyPatch) -> FinishedStage:
     """The stage, not exported yet. In this process, `tiny` is the shape of its student."""
-    monkeypatch.setitem(SHAPES, "tiny", replace(SMALL, name="tiny"))
+    monkeypatch.setitem(SHAPES, "tiny", replace(LOCKED, name="tiny"))
     small_stage.bucket.delete_prefix(f"{paths.run(small_stage.run)}/models")
     small_stage.bucket.delete_prefix(f"{paths.run(small_stage.run)}/steps")
     return small_stage
@@ -124,7 +124,7 @@ def test_the_weights_are_those_of_the_checkpoint_rounded_to_bfloat16(
     weights = open_weights(finished.bucket, paths.checkpoint(finished.run, "vanilla", 3))
     index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
     files = {file: load_file(tmp_path / file) for file in set(index.values())}
-    for name, part in hf_export.exported_tensors(SMALL).items():
+    for name, part in hf_export.exported_tensors(LOCKED).items():
         whole = part.cut_from(weights.read(part.source, 0, weights.sizes[part.source]))
         assert torch.equal(files[index[name]][name], whole.to(hf_export.stored_dtype(name, torch.bfloat16)))
 
@@ -212,6 +212,18 @@ def test_a_model_of_an_older_checkpoint_is_refused(
             export(finished, attempt=2)
     finally:
         finished.bucket.delete_prefix(paths.checkpoint(finished.run, "vanilla", 4))
+
+
+def test_a_checkpoint_of_other_parts_is_refused_with_their_names(
+    finished: FinishedStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if no tensor tells the students apart."""
+    monkeypatch.setitem(SHAPES, "tiny", replace(LOCKED, name="tiny", local_window=64, alibi=False))
+    found = (
+        r"parts than tiny: local_window \(128, here 64\), alibi \(True, here off\)\. Use the version of vpMoE"
+    )
+    with pytest.raises(Permanent, match=rf"vanilla cannot be exported: .*manifest\.json: .* {found}"):
+        export(finished)
 
 
 def test_a_stage_that_has_not_finished_is_refused(finished: FinishedStage) -> None:

@@ -22,7 +22,7 @@ from vpmoe.checkpoint.train_state import TrainState, initial_state, list_iterati
 from vpmoe.failure import Permanent
 from vpmoe.model import state
 from vpmoe.model.learner import Learner
-from vpmoe.model.shapes import LOCKED_PARTS, PARTS, SHAPES, other_parts
+from vpmoe.model.shapes import PARTS, SHAPES, other_parts
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Input, Manifest
 from vpmoe.trainer.checkpoint.writer import BUFFERS, prune, rank_file
@@ -189,9 +189,8 @@ def test_a_checkpoint_from_before_the_locked_parts_is_rejected_with_their_names(
     assert set(parts) == set(PARTS) - {"router_bias"}
     listed = ", ".join(f"{part} (off, here {value})" for part, value in parts.items())
     assert other_parts({}, SHAPES[name]) == f"its student has other parts than {name}: {listed}"
-    locked = replace(students.SMALL, **LOCKED_PARTS)
-    with pytest.raises(Permanent, match=re.escape(f"its student has other parts than small: {listed}. ")):
-        start_of(context, students.learner(device, locked))
+    with pytest.raises(Permanent, match=re.escape(f"its student has other parts than locked: {listed}. ")):
+        start_of(context, students.learner(device, students.LOCKED))
 
 
 def test_a_complete_student_resumes_with_the_same_bits(context: StageContext, device: torch.device) -> None:
