@@ -3,7 +3,8 @@ compared with, and what `vpmoe plan` shows.
 
 Integer arithmetic, the same in Python and in CEL. Weights, gradients and optimizer state are exact, the rest
 is an estimate. Without CONTEXT it gives 57.1 GiB where PyTorch had 57 at its peak (vpmoe-6b, 4 H100,
-sequences of 8,192 tokens) and 62.9 where it had 61 (of 32,768).
+sequences of 8,192 tokens) and 63.1 where it had 61 (of 32,768). Measured without the parts of
+vpmoe.model.shapes, which by the same arithmetic change it by 0.1 GiB.
 """
 
 from dataclasses import dataclass

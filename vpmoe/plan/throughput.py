@@ -37,22 +37,36 @@ class Measured:
     """Of one GPU, in preprocessing of one CPU core."""
     date: str
     source: str
+    """How it was measured. "without parts": of the student without the parts of vpmoe.model.shapes."""
 
 
 MEASURED = (
     Measured(
         "preprocess", TEXT, CPU, 4_700_000, "2026-11-29", "benchmarks.preprocess, CPU time, repeated rows"
     ),
-    Measured("train", "vpmoe-6b", "h100-80", 5950, "2026-11-27", "4 × H100, microbatches of 8,192 tokens"),
     Measured(
-        "train", "vpmoe-6b", "h200-141", 11_300, "2026-11-23", "benchmarks.step, 1 × H200, no communication"
+        "train",
+        "vpmoe-6b",
+        "h100-80",
+        5950,
+        "2026-11-27",
+        "4 × H100, microbatches of 8,192 tokens, without parts",
     ),
-    Measured("sample", "vpmoe-6b", "h100-80", 2750, "2026-11-27", "1 × H100, 512 sequences"),
+    Measured(
+        "train",
+        "vpmoe-6b",
+        "h200-141",
+        11_300,
+        "2026-11-23",
+        "benchmarks.step, 1 × H200, no communication, without parts",
+    ),
+    Measured("sample", "vpmoe-6b", "h100-80", 2750, "2026-11-27", "1 × H100, 512 sequences, without parts"),
     Measured("score", "gpt-oss-120b", "h100-80", 20_900, "2026-11-27", "1 × H100, random weights"),
     Measured("score", "gpt-oss-20b", "h100-80", 24_100, "2026-11-27", "1 × H100, random weights"),
 )
 DECODE_SECONDS = 0.19
-"""Seconds of one decoding step of vpmoe-6b with up to 512 sequences on an H100 (benchmarks.decode)."""
+"""Seconds of one decoding step of vpmoe-6b, without parts, with up to 512 sequences on an H100
+(benchmarks.decode)."""
 
 
 def measured(work: Work, model: str, card: str) -> Measured | None:
