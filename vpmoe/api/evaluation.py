@@ -23,5 +23,6 @@ class EvaluationSpec(ApiModel):
     effort. More is less noisy and slower: with 256, the standard error of a share is about 0.03. 0 measures
     none."""
     canary: Annotated[str, S3_FOLDER] | None = None
-    """Text that is never trained on, measured in bits per byte after each stage: s3://bucket/path of a UTF-8
-    text or of a folder of texts on the endpoint of spec.storage. null measures none."""
+    """Text that is never trained on, measured in bits per byte by the evaluation after each stage: s3://bucket/path
+    of a UTF-8 text or of a folder of texts on the endpoint of spec.storage. null measures the texts that come
+    with vpMoE: prompts and plain text in eleven languages."""

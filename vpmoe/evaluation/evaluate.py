@@ -1,7 +1,7 @@
 """The evaluation step: takes the student of a stage's last checkpoint, writes evaluation.json once.
 
-questions.py and canary.py decide what is asked, measures.py computes figures from the answers, student.py
-exports and loads the student.
+questions.py and vpmoe/data/canary.py decide what is asked, measures.py computes figures from the answers,
+student.py exports and loads the student.
 """
 
 import json
@@ -17,10 +17,11 @@ from typing import Any
 from vpmoe.api import DistillRun, Stage
 from vpmoe.api.metrics import MetricsLine
 from vpmoe.checkpoint.train_state import load_stage_end
+from vpmoe.data import canary
 from vpmoe.data.dataset import load_dataset
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.data.tokenizer import Ids
-from vpmoe.evaluation import canary, measures, questions
+from vpmoe.evaluation import measures, questions
 from vpmoe.evaluation.job import EvaluationWorker
 from vpmoe.evaluation.student import EvaluatedStudent
 from vpmoe.failure import Permanent
@@ -144,8 +145,7 @@ def measurements(
         parts["heldOut"] = partial(score_documents, job, student, valid)
     if wanted.completions:
         parts["completions"] = partial(sample_completions, job, student, valid)
-    if wanted.canary is not None:
-        parts["canary"] = partial(score_texts, job, student, wanted.canary)
+    parts["canary"] = partial(score_texts, job, student, wanted.canary)
     return parts
 
 
@@ -197,9 +197,9 @@ def sample_completions(
     }
 
 
-def score_texts(job: EvaluationWorker, student: EvaluatedStudent, url: str) -> dict[str, Any]:
-    """Measure bits per byte of the canary at an address."""
-    texts, length = canary.read_texts(url, job.bucket), job.run.spec.training.sequence_length
+def score_texts(job: EvaluationWorker, student: EvaluatedStudent, url: str | None) -> dict[str, Any]:
+    """Measure bits per byte of the canary at an address, or of the packaged one."""
+    texts, length = canary.load_texts(url, job.bucket), job.run.spec.training.sequence_length
     windows = [
         (text.ids_T, window) for text in texts for window in canary.split_windows(len(text.ids_T), length)
     ]

@@ -38,9 +38,9 @@ class EvaluationWorker(StepWorker):
 
     @property
     def parts(self) -> int:
-        """Number of parts that the run asks for."""
+        """Number of parts that the run asks for. The canary is always one."""
         wanted = self.run.spec.evaluation
-        return bool(wanted.documents) + bool(wanted.completions) + (wanted.canary is not None)
+        return bool(wanted.documents) + bool(wanted.completions) + 1
 
     def report_running(self, message: str) -> None:
         """Report what the step is doing, and how many parts are measured."""

@@ -75,7 +75,7 @@ class EvaluationRecord(Record):
     efforts: dict[str, EffortResult] = Field(default_factory=dict)
     """Validity and lengths by reasoning effort."""
     canary: CanaryResult | None = None
-    """None if evaluation.canary is not set."""
+    """None if a version that had no canary of its own wrote the record, and evaluation.canary was not set."""
 
     @model_validator(mode="after")
     def _counts_each_completion(self) -> Self:

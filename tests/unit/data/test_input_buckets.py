@@ -7,8 +7,8 @@ import pytest
 from tests.fakes.fault_proxy import Fault, Response, faulty
 from tests.fakes.store import S3
 from vpmoe.api.storage import StorageSpec
+from vpmoe.data.canary import read_texts
 from vpmoe.data.inputs import resolve_source
-from vpmoe.evaluation.canary import read_texts
 from vpmoe.storage import Bucket, Patience, StorageError
 from vpmoe.teacher.model import find_teacher
 

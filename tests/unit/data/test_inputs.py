@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vpmoe.data import canary
 from vpmoe.data.glob import escape, glob_pattern
 from vpmoe.data.inputs import resolve_source
 from vpmoe.data.preprocess.columns import REQUIRED
 from vpmoe.data.preprocess.rows import ShardReader
 from vpmoe.data.preprocess.text import UnreadableRows, decode_columns
-from vpmoe.evaluation import canary
 from vpmoe.failure import Permanent
 from vpmoe.storage import Bucket, Object, StorageError
 from vpmoe.teacher import model

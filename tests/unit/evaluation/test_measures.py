@@ -1,7 +1,12 @@
 """Questions are a function of the seed; figures equal those computed by hand."""
 
+import json
 import math
+import tomllib
+import unicodedata
 from collections import Counter
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +17,15 @@ from hypothesis import strategies as st
 from tests.fakes.completions import ANALYSIS, ASSISTANT, FINAL_END, FINAL_RETURN, ids
 from tests.fakes.students import new_seed
 from vpmoe.api import DistillRun
-from vpmoe.data import vocabulary, vocabulary_file
-from vpmoe.evaluation import canary, measures, questions
+from vpmoe.data import canary, vocabulary, vocabulary_file
+from vpmoe.evaluation import measures, questions
 from vpmoe.failure import Permanent
 from vpmoe.rollout import evaluation_record
 from vpmoe.rollout.validity import VALIDITIES
 from vpmoe.storage import Bucket
 from vpmoe.trainer.data.held_out import held_out_rows
+
+ROOT = Path(__file__).parents[3]
 
 
 def random_lengths(random: np.random.Generator, parts: int) -> list[np.ndarray]:
@@ -185,6 +192,24 @@ def test_the_canary_is_a_text_or_a_folder_of_texts(bucket: Bucket) -> None:
     digest = canary.texts_digest(found)
     bucket.put_bytes("canary/b.txt", b"another text", {})
     assert canary.texts_digest(canary.read_texts(f"s3://{bucket.name}/canary", bucket)) != digest
+
+
+def test_the_packaged_canary_is_prompts_and_texts_in_several_languages(bucket: Bucket) -> None:
+    stored = json.loads((files("vpmoe.data") / "canary.json").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert stored["licence"] == project["license"], "the texts have the licence of the code"
+    written = [text for kind in ("prompts", "texts") for of in stored[kind].values() for text in of]
+    assert len(set(written)) == len(written) and all(text == text.strip() for text in written[:33])
+    counts = [sum(map(len, stored[kind].values())) for kind in ("prompts", "texts")]
+    assert counts == [33, 15] and set(stored["prompts"]) == set(stored["texts"])
+    scripts = {unicodedata.name(text[0]).split()[0] for text in written}
+    assert {"LATIN", "CYRILLIC", "ARABIC", "CJK"} <= scripts and len(stored["prompts"]) == 11
+    found = canary.load_texts(None, bucket)
+    assert [vocabulary_file.encoding().decode(text.ids_T.tolist()) for text in found] == written
+    assert sum(len(text.ids_T) for text in found) < 2000, "it is measured often, so it is small"
+    assert canary.texts_digest(found).startswith("a38eee201c4d44a1"), (
+        "figures of different texts cannot be compared: changing one is a change for users (CHANGELOG.md)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from tests.fakes.students import LOCKED, SMALL, documents, learner
 from tests.fakes.tiny_teacher import LONGEST
 from tests.fakes.waiting import wait_until
 from vpmoe.api import DistillRun
-from vpmoe.data import dataset, vocabulary_file
+from vpmoe.data import canary, dataset, vocabulary_file
 from vpmoe.data.preprocess.encode import EncoderPool
 from vpmoe.data.preprocess.step import preprocess
 from vpmoe.data.reader import BlockCache, DatasetReader
@@ -113,7 +113,8 @@ class Amounts:
 
     documents: int = 3
     completions: int = 6
-    canary: str = SENTENCE
+    canary: str | None = SENTENCE
+    """None: the run names none."""
 
 
 @pytest.fixture
@@ -156,12 +157,13 @@ def first_spec(s3: S3, sample_parquet: list[Path]) -> dict[str, Any]:
 def spec(first_spec: dict[str, Any], bucket: Bucket, amounts: Amounts) -> dict[str, Any]:
     """A run of its own with that dataset, and with a canary in its bucket."""
     name = f"r{secrets.token_hex(4)}"
-    bucket.put_bytes(f"canary/{name}/a.txt", amounts.canary.encode(), {})
-    bucket.put_bytes(f"canary/{name}/b.txt", b"Short.", {})
+    if amounts.canary is not None:
+        bucket.put_bytes(f"canary/{name}/a.txt", amounts.canary.encode(), {})
+        bucket.put_bytes(f"canary/{name}/b.txt", b"Short.", {})
     evaluation = first_spec["spec"]["evaluation"] | {
         "documents": amounts.documents,
         "completions": amounts.completions,
-        "canary": bucket.url(f"canary/{name}"),
+        "canary": None if amounts.canary is None else bucket.url(f"canary/{name}"),
     }
     return first_spec | {
         "metadata": {"name": name, "namespace": "default"},
@@ -375,6 +377,17 @@ def test_the_figures_equal_those_of_the_trainer_and_transformers(
         "completions",
         "canary",
     }
+
+
+@pytest.mark.parametrize("amounts", [Amounts(0, 3, None)], indirect=True, ids=["packaged"])
+def test_a_run_that_names_no_canary_measures_the_packaged_one(
+    stage: StageContext, engines: EnginePool
+) -> None:
+    found = run_evaluation(stage, engines).canary
+    texts = canary.packaged_texts()
+    assert found is not None and found.sha256 == canary.texts_digest(texts)
+    assert found.bytes == sum(text.size for text in texts) and math.isfinite(found.bits_per_byte)
+    assert progress(stage)["parts"] == {"done": 2, "total": 2}
 
 
 def delete_objects(stage: StageContext, name: str) -> None:

@@ -6,11 +6,16 @@ window has at most training.sequenceLength tokens. The first window of a text co
 first, which nothing predicts. Each next window begins half a window later and counts the tokens that no
 earlier window has counted. So every token is counted once, given all tokens of its text before it or at least
 half a window of them.
+
+The texts are the run's own, in a bucket, or those that come with the package, in canary.json: prompts as
+people write them and plain text, in several languages, in our own words and under the package's licence.
 """
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 
 from vpmoe.data import vocabulary_file
 from vpmoe.data.tokenizer import Ids, tokenizer
@@ -20,7 +25,7 @@ from vpmoe.storage import Bucket, paths
 
 @dataclass(frozen=True)
 class CanaryText:
-    """One object of the canary."""
+    """One text of the canary."""
 
     sha256: str
     ids_T: Ids
@@ -46,6 +51,22 @@ def split_windows(tokens: int, max_length: int) -> list[CanaryWindow]:
             found.append(CanaryWindow(start, counted, stop))
             counted = stop
     return found
+
+
+def load_texts(url: str | None, bucket: Bucket) -> list[CanaryText]:
+    """The texts of evaluation.canary, or those of the package if it names none. Raises as `read_texts`."""
+    return packaged_texts() if url is None else read_texts(url, bucket)
+
+
+def packaged_texts() -> list[CanaryText]:
+    """The texts that come with the package: the prompts, then the plain texts, by language."""
+    found = json.loads((files("vpmoe.data") / "canary.json").read_text(encoding="utf-8"))
+    return [
+        _encode(text.encode())
+        for kind in ("prompts", "texts")
+        for of_language in found[kind].values()
+        for text in of_language
+    ]
 
 
 def read_texts(url: str, bucket: Bucket) -> list[CanaryText]:
@@ -75,12 +96,16 @@ def texts_digest(found: Sequence[CanaryText]) -> str:
 
 
 def _read_text(bucket: Bucket, key: str) -> CanaryText:
-    data = bucket.get(key)
     try:
-        ids_T = tokenizer().encode(data.decode())
+        return _encode(bucket.get(key))
     except ValueError as error:
         raise Permanent(
             f"evaluation.canary: {bucket.url(key)} cannot be encoded as text ({error}). Give UTF-8 text."
         ) from error
+
+
+def _encode(data: bytes) -> CanaryText:
+    """Raises ValueError if it is not UTF-8, or no tokenizer can encode it."""
+    ids_T = tokenizer().encode(data.decode())
     first = len(vocabulary_file.encoding().decode_single_token_bytes(int(ids_T[0]))) if len(ids_T) else 0
     return CanaryText(hashlib.sha256(data).hexdigest(), ids_T, len(data) - first)
