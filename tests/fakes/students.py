@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from vpmoe.data.canary import CanaryText
 from vpmoe.model import state
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
@@ -70,6 +72,15 @@ def learner(device: torch.device, shape: Shape = SMALL, **kwargs: int) -> Learne
     return Learner.build(
         shape, device, sequence_length=256, seed=1234, weight_decay=0.1, gradient_clip=1.0, **kwargs
     )
+
+
+def load_canary(url: str | None, bucket: object) -> list[CanaryText]:
+    """In the place of vpmoe.data.canary.load_texts: a canary of the small vocabulary."""
+    random = np.random.default_rng(7)
+    return [
+        CanaryText(f"{number}" * 64, random.integers(0, SMALL.vocabulary, tokens, np.int32), 250)
+        for number, tokens in enumerate((40, 200, 3, 64))
+    ]
 
 
 def documents(

@@ -230,7 +230,10 @@ class Trainer:
                 raise not_finite("the held-out loss", state.steps - 1)
             loss = HeldOutLoss(held_out=measured, weighted=weighted, documents=self.held_out.documents)
             state = state.model_copy(update={"latest": measured, "held_out": (*state.held_out, weighted)})
-        evaluation = self.stage.evaluate(state)
+        try:
+            evaluation = self.stage.evaluate(self.learner, state)
+        except ArithmeticError as error:
+            raise not_finite(str(error), state.steps - 1) from error
         if evaluation:
             state, of_kind = evaluation
         if loss or evaluation:

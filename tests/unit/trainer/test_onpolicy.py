@@ -23,6 +23,7 @@ from tests.fakes.onpolicy_ranks import PeerReporter
 from tests.fakes.ranks import run_ranks
 from tests.fakes.students import new_seed
 from vpmoe.checkpoint.train_state import TrainState, list_iterations, load_stage_end
+from vpmoe.data import canary
 from vpmoe.data.mixture import interleave
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model.learner import Learner
@@ -69,6 +70,7 @@ def spec(run_spec: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch) -> list[datasets.Documents]:
     monkeypatch.setattr(collate, "PADDING", 0)  # the small vocabulary has no other
+    monkeypatch.setattr(canary, "load_texts", students.load_canary)  # nor the ids of real texts
     monkeypatch.setattr(window_wait, "POLL", 0.01)
     documents = np.random.default_rng(11)
     return [datasets.random_documents(documents, 60), datasets.random_documents(documents, 40)]
@@ -203,16 +205,20 @@ def test_the_line_of_a_window_has_its_metrics(make_trainer: MakeTrainer) -> None
         TOKENS,
     )
     assert (
-        "reverseKl" not in evaluations[0]
+        evaluations[0]["reverseKl"] is None
         and 0 <= evaluations[-1]["validity"] <= 1
         and "heldOut" in evaluations[-1]
     )
+    assert len(evaluations) > 2 and all(line["canary"]["bytes"] == 1000 for line in evaluations)
+    bits = [line["canary"]["bitsPerByte"] for line in evaluations]
+    assert len(set(bits)) == len(bits), "measured with the weights of each evaluation"
     prometheus = trainer.context.board.metrics().decode()
     for name in (
         'reverse_kl{namespace="default",run="tiny-run",span="final"',
         "sampler_kl{",
         "window_staleness{",
         "wait_rollouts_seconds{",
+        "canary_bits_per_byte{",
     ):
         assert f"vpmoe_train_{name}" in prometheus
     assert (

@@ -24,6 +24,7 @@ from vpmoe.objectives.onpolicy import BoundedShares, OnPolicyMeasures
 from vpmoe.objectives.rescored import ConfidenceWeights, RescoredMeasures
 from vpmoe.objectives.teacher_forced import TeacherForcedMeasures
 from vpmoe.process.gpu import GpuUse
+from vpmoe.rollout.evaluation_record import CanaryResult
 from vpmoe.storage import Bucket, Patience, paths
 from vpmoe.trainer.context import StageContext
 from vpmoe.trainer.onpolicy.window_metrics import FirstWindow, Lengths, WindowMetrics
@@ -304,7 +305,9 @@ def evaluation_line(loss: HeldOutLoss | None, of_kind: Measures | None) -> Evalu
 
 
 HELD_OUT = HeldOutLoss(held_out=SpanLoss(reasoning=1.0), weighted=1.0, documents=9)
-WINDOWS = WindowEvaluation(reverse_kl=0.5, validity=0.9)
+WINDOWS = WindowEvaluation(
+    reverse_kl=0.5, validity=0.9, canary=CanaryResult(bits_per_byte=2.0, bytes=100, sha256="e" * 64)
+)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +342,9 @@ WINDOWS = WindowEvaluation(reverse_kl=0.5, validity=0.9)
         ),
         pytest.param(
             evaluation_line(HELD_OUT, WINDOWS),
-            ALWAYS | {"heldOut", "weighted", "documents", "reverseKl", "validity", "seconds"},
+            ALWAYS
+            | {"heldOut", "weighted", "documents", "reverseKl", "validity", "seconds", "canary"}
+            | {"canary.bitsPerByte", "canary.bytes", "canary.sha256"},
             id="evaluation-of-OnPolicy",
         ),
         pytest.param(

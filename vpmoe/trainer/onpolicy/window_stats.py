@@ -1,14 +1,15 @@
 """What the trained windows have shown: the sums between two evaluations, and whether the sampler computes
 another student. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from vpmoe.api.metrics import BySpan, Measures
+from vpmoe.api.metrics import BySpan, Measures, Sample
 from vpmoe.api.stages import Stop
 from vpmoe.checkpoint.train_state import WindowStats, WindowStream
 from vpmoe.data.spans import SPANS
 from vpmoe.failure import Permanent
 from vpmoe.objectives.onpolicy import OnPolicyMeasures
+from vpmoe.rollout.evaluation_record import CanaryResult
 from vpmoe.trainer.schedule import no_longer_improves
 
 PATIENCE = 10
@@ -16,13 +17,17 @@ PATIENCE = 10
 
 
 class WindowEvaluation(Measures):
-    """What an evaluation of an OnPolicy stage adds to its line, once windows were trained."""
+    """What an evaluation of an OnPolicy stage adds to its line."""
 
-    reverse_kl: float
+    reverse_kl: float | None
     """Estimate of KL(student‖teacher) over the windows since the evaluation before, spans weighted, in
-    nats."""
-    validity: float
-    """Share of their rollouts that are valid Harmony."""
+    nats. None before windows were evaluated."""
+    validity: float | None
+    """Share of their rollouts that are valid Harmony. None before windows were evaluated."""
+    canary: CanaryResult
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample("canary_bits_per_byte", "Bits per byte of the canary", self.canary.bits_per_byte)
 
 
 def add_window(
@@ -54,11 +59,11 @@ def close_window_stats(stream: WindowStream, weights: Mapping[str, float]) -> Wi
     )
 
 
-def evaluation_of(stream: WindowStream | None) -> WindowEvaluation | None:
-    """What the latest evaluation measured; None before windows were evaluated."""
+def evaluation_of(stream: WindowStream | None, canary: CanaryResult) -> WindowEvaluation:
+    """What the latest evaluation measured."""
     if stream is None or not stream.reverse_kl:
-        return None
-    return WindowEvaluation(reverse_kl=stream.reverse_kl[-1], validity=stream.validity)
+        return WindowEvaluation(reverse_kl=None, validity=None, canary=canary)
+    return WindowEvaluation(reverse_kl=stream.reverse_kl[-1], validity=stream.validity, canary=canary)
 
 
 def ends_early(stream: WindowStream | None, stop: Stop) -> bool:

@@ -157,14 +157,15 @@ class EvaluationLine(TrainerLine):
     """What only this kind of stage has."""
 
     def samples(self) -> Iterable[Sample]:
-        if self.loss is None:
-            return []
-        held_out = self.loss.held_out
-        return samples_by_span(
-            "held_out_loss",
-            "Held-out loss by span, nats a token",
-            {"reasoning": held_out.reasoning, "final": held_out.final},
-        )
+        if self.loss is not None:
+            held_out = self.loss.held_out
+            yield from samples_by_span(
+                "held_out_loss",
+                "Held-out loss by span, nats a token",
+                {"reasoning": held_out.reasoning, "final": held_out.final},
+            )
+        if self.of_kind is not None:
+            yield from self.of_kind.samples()
 
 
 def router_load(load: ExpertLoad) -> RouterLoad:

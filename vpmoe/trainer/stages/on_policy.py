@@ -1,6 +1,7 @@
 """An OnPolicy stage: on windows of the student's own samples, which the teacher has scored, with Vanilla
 anchor steps between them."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from vpmoe.api.metrics import Measures
 from vpmoe.api.progress import ProgressCondition
 from vpmoe.api.stages import OnPolicy, Stop
 from vpmoe.checkpoint.train_state import TrainState, WindowStream
+from vpmoe.data import canary
 from vpmoe.data.reader import DatasetReader
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner, Outcome
@@ -19,11 +21,14 @@ from vpmoe.objectives.vanilla import vanilla
 from vpmoe.storage.manifest import Input
 from vpmoe.trainer import stage_inputs
 from vpmoe.trainer.context import StageContext
+from vpmoe.trainer.data.canary_windows import CanaryWindows
 from vpmoe.trainer.onpolicy import window_stats
 from vpmoe.trainer.onpolicy.coordinator import OnPolicyCoordinator
 from vpmoe.trainer.onpolicy.publisher import Publisher, probe_sequences
 from vpmoe.trainer.onpolicy.window_metrics import FirstWindow
 from vpmoe.trainer.stages.stage_kind import StageEvaluation, StageKind, StepLoss
+
+log = logging.getLogger(__name__)
 
 
 class OnPolicyStage(StageKind):
@@ -54,6 +59,8 @@ class OnPolicyStage(StageKind):
             self.publisher,
             sequences_per_step=self.sequences_per_step,
         )
+        texts = canary.load_texts(self.context.run.spec.evaluation.canary, self.context.bucket)
+        self._canary = CanaryWindows(texts, self.context.run.spec.training.sequence_length)
 
     def begin(self, learner: Learner, state: TrainState) -> None:
         """Publishes version 0, which the sampler waits for."""
@@ -94,10 +101,13 @@ class OnPolicyStage(StageKind):
         self.coordinator.add_seconds(seconds)
         self.coordinator.publish_due(learner, state)
 
-    def evaluate(self, state: TrainState) -> StageEvaluation:
-        """Closes the sums over the windows since the evaluation before."""
+    def evaluate(self, learner: Learner, state: TrainState) -> StageEvaluation:
+        """Measures the canary, which shows what a student loses that learns from its own samples alone, and
+        closes the sums over the windows since the evaluation before."""
+        found = self._canary.measure(learner)
+        log.info("Canary after %d steps: %.4f bits per byte", state.steps, found.bits_per_byte)
         state = self.coordinator.evaluate(state, self.span_weights)
-        return StageEvaluation(state, window_stats.evaluation_of(state.windows))
+        return StageEvaluation(state, window_stats.evaluation_of(state.windows, found))
 
     def ends_early(self, state: TrainState, stop: Stop) -> bool:
         """By the reverse KL in place of the held-out loss, and only if enough of the latest rollouts are

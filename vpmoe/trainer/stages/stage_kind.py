@@ -119,8 +119,12 @@ class StageKind(ABC):
         """Called when the weights have moved to `state`, after a step that took `seconds`, waiting
         included."""
 
-    def evaluate(self, state: TrainState) -> StageEvaluation | None:
-        """What an evaluation measures beside the held-out loss; None for a kind that measures nothing."""
+    def evaluate(self, learner: Learner, state: TrainState) -> StageEvaluation | None:
+        """What an evaluation measures beside the held-out loss; None for a kind that measures nothing. Every
+        rank calls it.
+
+        Raises ArithmeticError, on every rank, with what it measured if that is not finite.
+        """
         return None
 
     def ends_early(self, state: TrainState, stop: Stop) -> bool:
