@@ -204,13 +204,21 @@ def request_stop(stopping: threading.Event, number: int, frame: FrameType | None
 
 
 def first_step(role: str, run: DistillRun, bucket: Bucket) -> str:
-    """The default step: the role's first that has not reported success, or its last if all have."""
+    """The default step: the role's first that has not reported success, or its last if all have. A step that
+    serves a trainer which has finished counts as finished."""
     steps = [step for step in run.steps() if run.role(step) == role]
     if not steps:
         raise failure.Permanent(
             f"jobs.{role} has nothing to do: the run's steps are {', '.join(run.steps())}. Start another job."
         )
-    return next((step for step in steps if not step_succeeded(run, bucket, step)), steps[-1])
+    return next((step for step in steps if not _finished(run, bucket, step)), steps[-1])
+
+
+def _finished(run: DistillRun, bucket: Bucket, step: str) -> bool:
+    if step_succeeded(run, bucket, step):
+        return True
+    trainer = run.stage_of(step) if run.serves_trainer(step) else None
+    return trainer is not None and step_succeeded(run, bucket, trainer.name)
 
 
 def register_run(run: DistillRun, bucket: Bucket) -> None:

@@ -62,8 +62,13 @@ def build_child(attempt: Attempt) -> Json:
         )
     if role in ("init", "export"):  # reads a model and writes files, on a CPU
         return _job(attempt, SINGLE_POD, build_pod(attempt, 0))
-    gpus = stage.sampler_gpus if stage is not None and role == "sampler" else 1
-    return _job(attempt, SINGLE_POD, build_pod(attempt, gpus))  # a sampler, or an evaluation
+    if role == "sampler":
+        gpus = stage.sampler_gpus if stage is not None else 0
+    elif attempt.run.serves_trainer(attempt.step):  # an evaluation beside the trainer, on the teacher's GPU
+        gpus = min(1, spec.teacher.gpus)
+    else:  # an evaluation after the trainer, on one of its GPUs
+        gpus = 1
+    return _job(attempt, SINGLE_POD, build_pod(attempt, gpus))
 
 
 def build_train_job(attempt: Attempt, stage: Stage) -> Json:

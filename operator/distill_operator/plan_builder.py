@@ -176,8 +176,10 @@ class StepContext:
 
     @property
     def serves_trainer(self) -> bool:
-        """Whether it is the sampler or the teacher of an OnPolicy stage, which run beside its trainer."""
-        return self.run.role(self.name) in ("sampler", "teacher")
+        """Whether it runs beside a trainer: the sampler or the teacher of an OnPolicy stage, or the step that
+        measures the validity of a stage's checkpoints.
+        """
+        return self.run.serves_trainer(self.name)
 
     @property
     def trainer(self) -> "StepContext":

@@ -16,7 +16,7 @@ from vpmoe.api.status import Status, StepStatus
 
 ROLE_SHARES: Mapping[Role, float] = {"preprocess": 0.05, "rescore": 0.05, "evaluate": 0.01}
 """Share of the whole run that each step of these roles counts for. The stages divide the rest by their
-tokens; init and exports count for nothing."""
+tokens; init, exports and steps beside a trainer count for nothing."""
 
 
 def summarize_run(builder: PlanBuilder, run: DistillRun, contexts: Sequence[StepContext]) -> None:
@@ -45,7 +45,11 @@ def percent_done(run: DistillRun, status: Status) -> str:
     """Share of the whole run that is done, as a percentage, rounded down. Only a finished run shows 100%."""
     planned = sum(stage.tokens for stage in run.spec.stages)
     trained = sum(_tokens_done(stage, status) for stage in run.spec.stages) / planned
-    shares = {step: ROLE_SHARES[role] for step in run.steps() if (role := run.role(step)) in ROLE_SHARES}
+    shares = {
+        step: ROLE_SHARES[role]
+        for step in run.steps()
+        if (role := run.role(step)) in ROLE_SHARES and not run.serves_trainer(step)
+    }
     done = sum(share * _parts_done(name, status) for name, share in shares.items())
     return f"{min(99, int(100 * (done + (1 - sum(shares.values())) * trained)))}%"
 

@@ -234,7 +234,8 @@ def _must_restart(context: StepContext) -> bool:
     was none for runtime.stalledAfter.
 
     The sampler and the teacher of an OnPolicy stage may only be waiting for its trainer, and the trainer for
-    them. Which of them hangs is not known, so those that make no progress are restarted with the trainer.
+    them; the step that measures validity waits for checkpoints. Which of them hangs is not known, so those
+    that make no progress are restarted with the trainer.
     """
     if context.run.spec.runtime.on_stall == "Report":
         return False
@@ -273,7 +274,7 @@ def _summarize_child(context: StepContext, child: ObservedChild) -> None:
         child.suspended and context.run.spec.runtime.queue_name
     )  # not admitted by Kueue: it holds nothing
     context.summarize(reason, f"{step.name}: {activity}", "Queued" if queued else "Running")
-    # A running sampler or teacher may be waiting for the trainer: only the trainer's time counts.
+    # A running step that serves a trainer may be waiting for it: only the trainer's time counts.
     waits_for_trainer = (
         context.serves_trainer and child.state == "Running" and _attempts_in_a_row(step) < REPEATED
     )

@@ -30,9 +30,15 @@ pytestmark = pytest.mark.timeout(1800)  # the first test waits for both runs
 
 RUNS = {"one-pod": None, "two-pods": 1}
 """Run name → student.gpusPerPod."""
-STEPS = ("init", "preprocess", "vanilla", "vanilla-evaluate", "vanilla-export")
 DENSE = {"hidden_size": 64, "num_hidden_layers": 2}
 """Of the width of `tiny`."""
+MEASURED = "one-pod"
+"""The run whose checkpoints are measured while it trains, by the step vanilla-validity."""
+
+
+def step_of(run: dict[str, Any], name: str) -> Any:
+    """The status of a run's step."""
+    return next(step for step in run["status"]["steps"] if step["name"] == name)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +87,9 @@ def runs(
     for name, size in RUNS.items():
         manifest["metadata"]["name"] = name
         manifest["spec"]["student"]["gpusPerPod"] = size
+        # the first run has the step that measures validity; no stage is so long that it ends early
+        stop = {"evaluations": 1000, "minValidity": 0.01} if name == MEASURED else None
+        manifest["spec"]["stages"][0]["stop"] = stop
         cluster.kubectl("apply", "--namespace", namespace, "--filename", "-", input=yaml.safe_dump(manifest))
 
     def get(name: str) -> Any:
@@ -112,7 +121,11 @@ def test_a_run_succeeds_and_its_loss_decreases_in_both_spans(runs: dict[str, Any
     status = runs[name]["status"]
     assert status["phase"] == "Succeeded", status.get("message")
     steps = [(step["name"], step["state"]) for step in status["steps"]]
-    assert steps == [(step, "Succeeded") for step in STEPS]
+    beside = ("vanilla-validity",) if name == MEASURED else ()
+    assert steps == [
+        (step, "Succeeded")
+        for step in ("init", "preprocess", *beside, "vanilla", "vanilla-evaluate", "vanilla-export")
+    ]
     for span in ("reasoning", "final"):
         assert status["heldOut"]["latest"][span] < status["heldOut"]["before"][span] - 0.5
 
@@ -143,7 +156,8 @@ def test_the_evaluation_equals_the_trainers_measurement(runs: dict[str, Any], s3
                 held_out[span], abs=1e-4
             )  # the order of float32 sums differs
         assert sum(evaluation["validity"].values()) == evaluation["completions"] == 6
-        assert step_of(run, "vanilla-evaluate")["validity"] == evaluation["validity"].get("valid", 0) / 6
+        share = evaluation["validity"].get("valid", 0) / 6
+        assert step_of(run, "vanilla-evaluate")["validity"] == share
         found.append(
             {
                 field: value
@@ -231,6 +245,9 @@ def test_the_bucket_has_the_documented_layout(runs: dict[str, Any], s3_client: A
     assert any(
         key.startswith(f"{folder}/checkpoints/vanilla/") and key.endswith("/manifest.json") for key in keys
     )
+    assert any(key.startswith(f"{folder}/steps/vanilla/validity-") for key in keys), (
+        "each evaluation writes down what it knew of the validity that stop requires"
+    )
     assert not any(".probe/" in key for key in keys)
 
 
@@ -242,7 +259,7 @@ def test_every_pod_has_its_provenance(cluster: Cluster, namespace: str, runs: di
     for pod in pods:
         labels, annotations = pod["metadata"]["labels"], pod["metadata"]["annotations"]
         run = runs[labels["vpmoe.dev/run"]]
-        assert labels["vpmoe.dev/step"] in STEPS
+        assert labels["vpmoe.dev/step"] in [step["name"] for step in run["status"]["steps"]]
         assert labels["vpmoe.dev/attempt"] == "1"
         assert annotations["vpmoe.dev/config"].startswith(run["status"]["config"])
         steps = {step["name"]: step for step in run["status"]["steps"]}

@@ -28,9 +28,11 @@ API_VERSION = f"{GROUP}/{VERSION}"
 INIT, PREPROCESS, RESCORE = "init", "preprocess", "rescore"
 RUN_ROLES: dict[str, Role] = {INIT: "init", PREPROCESS: "preprocess", RESCORE: "rescore"}
 """Steps that do not belong to a stage, and their roles."""
-SAMPLER, TEACHER, EVALUATE, EXPORT = "sampler", "teacher", "evaluate", "export"
+SAMPLER, TEACHER, VALIDITY, EVALUATE, EXPORT = "sampler", "teacher", "validity", "evaluate", "export"
 """Suffixes of a stage's other steps, as in <stage>-sampler. A stage's name has no hyphen and is none of
 these."""
+BESIDE_TRAINER = (SAMPLER, TEACHER, VALIDITY)
+"""Suffixes of the steps that run while the stage trains."""
 MOST_BYTES = 3 << 19
 """Largest file of a run: etcd's limit of an object, 1.5 MiB."""
 STEP_NAME = 25
@@ -228,13 +230,26 @@ class DistillRun(ApiModel):
     def steps_of(self, stage: Stage) -> tuple[str, ...]:
         """Names of a stage's steps in order, without its export. The training step has the stage's name.
 
-        If the stage samples, its sampler and teacher steps run beside the training step. If the evaluation
-        measures completions or a canary, the step evaluate follows.
+        If the stage samples, its sampler and teacher steps run beside the training step. If its stop requires
+        a validity that nothing else measures, the step validity does. If the evaluation measures completions
+        or a canary, the step evaluate follows.
         """
         evaluation = self.spec.evaluation
-        beside = (f"{stage.name}-{SAMPLER}", f"{stage.name}-{TEACHER}") if stage.samples else ()
+        beside: tuple[str, ...] = ()
+        if stage.samples:
+            beside = (f"{stage.name}-{SAMPLER}", f"{stage.name}-{TEACHER}")
+        elif self.measures_validity(stage):
+            beside = (f"{stage.name}-{VALIDITY}",)
         after = (f"{stage.name}-{EVALUATE}",) if evaluation.completions or evaluation.canary else ()
         return (*beside, stage.name, *after)
+
+    def measures_validity(self, stage: Stage) -> bool:
+        """Whether the stage has the step validity, which measures its checkpoints while it trains."""
+        return stage.needs_measured_validity and self.spec.evaluation.completions > 0
+
+    def serves_trainer(self, step: str) -> bool:
+        """Whether the step runs beside a training step, and has nothing to do when that has succeeded."""
+        return step.partition("-")[2] in BESIDE_TRAINER
 
     def stage_of(self, step: str) -> Stage | None:
         """The stage of a step; None for init, preprocess and rescore. Raises KeyError if the run has no such
@@ -253,6 +268,7 @@ class DistillRun(ApiModel):
             "": "train",
             SAMPLER: "sampler",
             TEACHER: "teacher",
+            VALIDITY: "evaluate",
             EVALUATE: "evaluate",
             EXPORT: "export",
         }
@@ -266,20 +282,21 @@ class DistillRun(ApiModel):
         which run side by side. The steps of a stage that samples start
         together. Rescoring needs the dataset only and runs beside Vanilla stages, which do not use the
         teacher's GPUs. All other stages wait for rescoring: Rescored for the scores, TeacherForced and
-        OnPolicy for the GPUs. Steps that run at the same time therefore never need more than teacher.gpus +
-        student.gpus. Exports start when all other steps have succeeded, so that the run has no use for its
-        GPUs any more.
+        OnPolicy for the GPUs. So does the step validity, which takes one of these GPUs: beside a Vanilla
+        stage it may start later than the stage. Steps that run at the same time therefore never need more
+        than teacher.gpus + student.gpus. Exports start when all other steps have succeeded, so that the run
+        has no use for its GPUs any more.
         """
         stage, role = self.stage_of(step), self.role(step)
         if stage is None:
             return (PREPROCESS,) if role == "rescore" else ()
-        if role == "evaluate":
+        if role == "evaluate" and not self.serves_trainer(step):
             return self.steps_of(stage)[:-1]
         if role == "export":
             return self._last_steps(self.spec.stages[-1])
         position = self.spec.stages.index(stage)
         last = self._last_steps(self.spec.stages[position - 1]) if position else self._first_steps
-        waits = RESCORE in self.steps() and stage.needs_teacher
+        waits = RESCORE in self.steps() and (stage.needs_teacher or role == "evaluate")
         return (*last, RESCORE) if waits else last
 
     @property

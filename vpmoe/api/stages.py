@@ -24,6 +24,7 @@ BUILT_IN_STEPS = (
     "teacher",
     "sampler",
     "evaluate",
+    "validity",
     "export",
     "report",
     "train",
@@ -66,10 +67,11 @@ class Stop(ApiModel):
     reverse KL. Higher ends the stage earlier."""
     min_validity: Share = 0.0
     """Share of valid Harmony completions, between 0 and 1, that must be reached before the stage can end
-    early. Higher ends the stage later; 0 requires nothing. It acts from the first evaluation that measured
-    validity: in OnPolicy, of the rollouts since the evaluation before. This version measures no validity
-    while stages of other kinds train, so such a stage with a value above 0 never ends early and uses all its
-    tokens."""
+    early. Higher ends the stage later; 0 requires nothing. In OnPolicy it is that of the rollouts since the
+    evaluation before. In Vanilla and Rescored it is that of the newest checkpoint that the step
+    <stage>-validity has measured, with evaluation.completions samples, on a GPU of the teacher. It is not
+    measured while a TeacherForced stage trains, or if evaluation.completions is 0: then a stage with a value
+    above 0 never ends early and uses all its tokens."""
 
 
 class StageFields(ApiModel):
@@ -103,6 +105,13 @@ class StageFields(ApiModel):
     def teacher_processes(self) -> int:
         """Teacher processes in the first training pod, one GPU each; 0 except in a TeacherForced stage."""
         return 0
+
+    @property
+    def needs_measured_validity(self) -> bool:
+        """Whether its stop needs a validity that only a step beside it can measure, on a GPU of the teacher:
+        it does not sample, and the teacher does not run beside it."""
+        required = self.stop is not None and self.stop.min_validity > 0
+        return required and not self.samples and not self.teacher_processes
 
     @property
     def scored_subset(self) -> "Subset | None":

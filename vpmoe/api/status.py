@@ -115,7 +115,7 @@ class StepStatus(StatusRecord):
 
     name: StepName
     """Name of the step: init, preprocess, rescore, the stage's name for its training step, or
-    <stage>-sampler, <stage>-teacher, <stage>-evaluate, <stage>-export."""
+    <stage>-sampler, <stage>-teacher, <stage>-validity, <stage>-evaluate, <stage>-export."""
     state: StepState = "Pending"
     """Pending, Queued for GPUs, Running, Suspended, Retrying after a failure, Succeeded or Failed."""
     attempt: Count = 0

@@ -75,6 +75,17 @@ class WindowStream(Record):
     """Share of valid rollouts between the latest evaluation and the one before."""
 
 
+class CheckpointValidity(Record):
+    """The validity of a checkpoint of the stage, measured beside the training."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    iteration: int
+    """The checkpoint."""
+    share: float
+    """Share of its completions that are valid Harmony."""
+
+
 class TrainState(Record):
     """A stage after some of its optimizer steps. It determines the data order, so no data state is kept."""
 
@@ -100,6 +111,9 @@ class TrainState(Record):
     """Held-out loss of the latest evaluation."""
     held_out: tuple[float, ...] = ()
     """Span-weighted held-out loss before the first step and at each evaluation; `stop` is decided from it."""
+    validity: CheckpointValidity | None = None
+    """What the latest evaluation knew of the stage's validity; `stop` is decided from it. None if nothing was
+    measured, and in an OnPolicy stage, whose own rollouts are in `windows`."""
     finished: bool = False
     """Whether the stage is complete. The next stage may begin only from a finished one."""
     scored: ScoredStream | None = None

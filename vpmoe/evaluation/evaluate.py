@@ -27,6 +27,7 @@ from vpmoe.evaluation.student import EvaluatedStudent
 from vpmoe.failure import Permanent
 from vpmoe.inference.engine_pool import SamplingRequest
 from vpmoe.inference.verify import InferenceEngines
+from vpmoe.model.stage_end import open_stage_end
 from vpmoe.process.board import ProgressBoard
 from vpmoe.process.gpu import GpuUse, ReadGpus, not_read
 from vpmoe.provenance import Provenance
@@ -71,7 +72,10 @@ def evaluate(
     stage has not finished, its last checkpoint is damaged, or there is nothing to measure with; StorageError;
     Retriable if the disk is full; Terminated if it was asked to stop.
     """
-    job = EvaluationWorker(run, bucket, provenance, stopping, board, None, stage, load_dataset(run, bucket))
+    wanted = run.spec.evaluation
+    parts = bool(wanted.documents) + bool(wanted.completions) + 1  # the canary is always one
+    dataset = load_dataset(run, bucket)
+    job = EvaluationWorker(run, bucket, provenance, stopping, board, None, stage, dataset, parts)
     if found := evaluation_record.load_evaluation(run, stage.name, bucket):
         check_current(job, found)
         log.info("Reused: %s: %s", bucket.url(paths.evaluation(run, stage.name)), summary(found))
@@ -108,8 +112,8 @@ def check_current(job: EvaluationWorker, found: EvaluationRecord) -> None:
 
 def measure_student(job: EvaluationWorker, engines: InferenceEngines, scratch: Path) -> EvaluationRecord:
     """Measure all that the run asks for. `scratch`: for the exported student and the documents."""
-    student = EvaluatedStudent(job, engines, scratch)
-    checkpoint, found = student.checkpoint, dict[str, Any]()
+    checkpoint = open_stage_end(job.run, job.stage.name, job.bucket, "evaluated")
+    student, found = EvaluatedStudent(job, engines, scratch / "student", checkpoint), dict[str, Any]()
     with closing(DatasetReader(job.dataset, "valid", BlockCache(job.bucket, scratch / "blocks"))) as valid:
         parts = measurements(job, student, valid)
         for name, part in parts.items():

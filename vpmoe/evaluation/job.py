@@ -31,20 +31,22 @@ class EvaluationWorker(StepWorker):
 
     stage: Stage
     dataset: Manifest
+    parts: int
+    """Number of parts that are to be measured."""
     measured: list[str] = field(default_factory=list)
     """Names of the parts that are in the bucket."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Duration of each thing that this attempt did, by name."""
 
-    @property
-    def parts(self) -> int:
-        """Number of parts that the run asks for. The canary is always one."""
-        wanted = self.run.spec.evaluation
-        return bool(wanted.documents) + bool(wanted.completions) + 1
-
-    def report_running(self, message: str) -> None:
-        """Report what the step is doing, and how many parts are measured."""
-        self.publish_progress(message, parts=self._amount(), dataset=dataset_facts(self.bucket, self.dataset))
+    def report_running(self, message: str, validity: float | None = None) -> None:
+        """Report what the step is doing, and how many parts are measured. `validity`: share of valid
+        completions in the latest measurement, if there is one."""
+        self.publish_progress(
+            message,
+            parts=self._amount(),
+            validity=validity,
+            dataset=dataset_facts(self.bucket, self.dataset),
+        )
 
     def report_measured(self, message: str, validity: float | None, *, reused: bool = False) -> None:
         """Report success. `validity`: share of valid completions, None if none was sampled. `reused`: an
@@ -61,7 +63,7 @@ class EvaluationWorker(StepWorker):
         )
 
     def _amount(self) -> Amount:
-        return Amount(done=len(self.measured), total=self.parts)
+        return Amount(done=len(self.measured), total=max(self.parts, len(self.measured)))
 
     @contextmanager
     def timed(self, name: str, message: str = "") -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The evaluated student: a stage's last checkpoint, exported to local disk and loaded into an engine when
+"""The evaluated student: a checkpoint of a stage, exported to local disk and loaded into an engine when
 something is to be asked."""
 
 import os
@@ -20,19 +20,20 @@ from vpmoe.inference.engine_pool import SamplingRequest
 from vpmoe.inference.verify import InferenceEngines
 from vpmoe.model import hf_export
 from vpmoe.model.shapes import SHAPES
-from vpmoe.model.stage_end import open_stage_end
 
 
 class EvaluatedStudent:
     """`engines`: one engine for sequences of training.sequenceLength + 1 tokens, as scoring generates one
     more."""
 
-    def __init__(self, job: EvaluationWorker, engines: InferenceEngines, scratch: Path) -> None:
-        """Find the checkpoint; load nothing yet. Raises as `open_stage_end` does."""
-        self.checkpoint = open_stage_end(job.run, job.stage.name, job.bucket, "evaluated")
+    def __init__(
+        self, job: EvaluationWorker, engines: InferenceEngines, folder: Path, checkpoint: Weights
+    ) -> None:
+        """Loads nothing yet. `folder` is for the exported student; it must not exist."""
+        self.checkpoint = checkpoint
         self._job = job
         self._engines = engines
-        self._folder = scratch / "student"
+        self._folder = folder
         self._loaded = False
 
     def load(self) -> None:

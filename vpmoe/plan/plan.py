@@ -281,6 +281,8 @@ class _Planner:
                 "sampler": ("sample", totals.completions, stage.sampler_gpus),
                 "teacher": ("score", totals.tokens, self.spec.teacher.gpus),
             }
+        elif self.run.measures_validity(stage):
+            gpus |= {"evaluate": min(1, self.spec.teacher.gpus)}
         elif stage.teacher_processes:
             gpus |= {"teacher": stage.teacher_processes}
             self._note(f"{stage.name}: the teacher beside the trainer was not measured; it may be slower")

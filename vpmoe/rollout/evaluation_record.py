@@ -1,9 +1,11 @@
-"""The record of a stage's evaluation: steps/<stage>-evaluate/evaluation.json, written once.
+"""The record of a stage's evaluation: steps/<stage>-evaluate/evaluation.json, written once, and those of its
+checkpoints' validity: steps/<stage>-validity/evaluation-000003.json, each written once.
 
-It holds nothing of the attempt that wrote it, no time and no speed; those are in the metrics.
-vpmoe.evaluation measures it, gate.py decides by it.
+They hold nothing of the attempt that wrote them, no time and no speed; those are in the metrics.
+vpmoe.evaluation measures them. gate.py decides by the first, the trainer's `stop` by the others.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Self, get_args
 
@@ -111,8 +113,28 @@ def load_evaluation(run: DistillRun, stage: str, bucket: Bucket) -> EvaluationRe
     return parse_evaluation(bucket.get_json(key), stage, bucket.url(key)) if bucket.exists(key) else None
 
 
-def parse_evaluation(found: Any, stage: str, where: str) -> EvaluationRecord:
-    """An evaluation from its JSON. Raises Permanent, with the address `where`, if it is malformed."""
+def measured_validities(run: DistillRun, stage: str, bucket: Bucket) -> list[int]:
+    """The numbers of the validities that were measured while a stage trained, in order."""
+    prefix = paths.validity(run, stage, 0).removesuffix("000000.json")
+    names = (found.key.removeprefix(prefix) for found in bucket.list(prefix))
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"(\d{6,})\.json", name)))
+
+
+def load_validity(run: DistillRun, stage: str, bucket: Bucket, number: int) -> EvaluationRecord:
+    """A validity that was measured while a stage trained. Raises Permanent if it is malformed or counts no
+    completion, StorageError."""
+    key = paths.validity(run, stage, number)
+    found = parse_evaluation(bucket.get_json(key), stage, bucket.url(key), "validity")
+    if not found.completions:
+        raise Permanent(f"{bucket.url(key)} counts no completion. Delete it to have it measured again.")
+    return found
+
+
+def parse_evaluation(found: Any, stage: str, where: str, step: str = "evaluate") -> EvaluationRecord:
+    """An evaluation from its JSON. `step`: suffix of the step that makes it.
+
+    Raises Permanent, with the address `where`, if it is malformed.
+    """
     try:
         return EvaluationRecord.model_validate(found)
     except ValidationError as error:
@@ -120,5 +142,5 @@ def parse_evaluation(found: Any, stage: str, where: str) -> EvaluationRecord:
         raise Permanent(
             f"{where}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}. It was altered, or written by "
             "another version; delete it to have it measured again: python -m jobs.evaluate --step "
-            f"{stage}-evaluate."
+            f"{stage}-{step}."
         ) from error

@@ -15,6 +15,8 @@
       …/init.json                                the dense model's files that the run was resolved to
       …/init/…, manifest.json                    the initial weights that are made from it
       …/steps/<step>/{progress.json, metrics/*.jsonl}
+      …/steps/<stage>-validity/evaluation-000003.json
+      …/steps/<stage>/validity-<iteration>.json  what the stage knew when it decided about `stop`
       …/steps/<stage>-evaluate/evaluation.json, parts/<part>-<checkpoint>.json
       …/checkpoints/<stage>/<iteration>/…, manifest.json
       …/weights/<stage>/v000012/…, manifest.json
@@ -147,6 +149,17 @@ def evaluation_parts(of: "DistillRun", stage: str) -> str:
 def evaluation_part(of: "DistillRun", stage: str, part: str, checkpoint: str) -> str:
     """One part of an evaluation, written once; `checkpoint` is the sha256 of the checkpoint's manifest."""
     return f"{evaluation_parts(of, stage)}/{part}-{checkpoint[:16]}.json"
+
+
+def validity(of: "DistillRun", stage: str, number: int) -> str:
+    """The validity of a checkpoint of a stage after `number` times evaluation.everyTokens, or some more;
+    written once."""
+    return f"{run(of)}/steps/{stage}-validity/evaluation-{number:06d}.json"
+
+
+def known_validity(of: "DistillRun", stage: str, iteration: int) -> str:
+    """The validity that a stage's evaluation after `iteration` optimizer steps had; written once."""
+    return f"{run(of)}/steps/{stage}/validity-{iteration}.json"
 
 
 def checkpoints(of: "DistillRun", step: str) -> str:

@@ -121,6 +121,35 @@ def test_a_malformed_object_is_the_only_problem_reported() -> None:
     assert caught.value.problems == ("spec.training: 3 must be a mapping",)
 
 
+def test_validity_is_measured_on_a_gpu_of_the_teacher_beside_a_stage_that_needs_it_to_stop() -> None:
+    kinds = ["Vanilla", "Rescored", "TeacherForced", "OnPolicy"]
+    stages = [
+        {
+            "name": kind.lower(),
+            "kind": kind,
+            "tokens": 1000,
+            "stop": {"minValidity": 0.5},
+            **REQUIRED_OF_KIND.get(kind, {}),
+        }
+        for kind in kinds
+    ]
+    run = DistillRun.parse(valid_specs.manifest({"spec.stages": stages}))
+    assert [step for step in run.steps() if step.endswith("-validity")] == [
+        "vanilla-validity",
+        "rescored-validity",
+    ], "a teacher runs beside the others, and OnPolicy measures its own rollouts"
+    assert run.role("vanilla-validity") == "evaluate"
+    assert run.needs("vanilla-validity") == ("preprocess", "rescore"), "rescoring has the GPUs until it ends"
+    assert run.needs("vanilla") == ("preprocess",), "the stage does not wait for it"
+    assert run.needs("rescored-validity") == run.needs("rescored") == ("vanilla-evaluate", "rescore")
+    assert run.needs("vanilla-evaluate") == ("vanilla-validity", "vanilla")
+    beside = [step for step in run.steps() if run.serves_trainer(step)]
+    assert beside == ["vanilla-validity", "rescored-validity", "onpolicy-sampler", "onpolicy-teacher"]
+    stages[0]["stop"] = {"minValidity": 0}
+    alone = {"spec.stages": stages[:1]}
+    assert "vanilla-validity" not in DistillRun.parse(valid_specs.manifest(alone)).steps()
+
+
 @pytest.mark.parametrize("path", [*sorted(EXAMPLES.glob("*.yaml")), CONTRACT], ids=lambda path: path.stem)
 def test_an_example_is_a_valid_run(path: Path) -> None:
     load_run(path)

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from vpmoe.data.preprocess.step import preprocess
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.data.vocabulary import RETURN
 from vpmoe.evaluation.evaluate import evaluate
+from vpmoe.evaluation.validity import measure_while_training
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.inference import hf_model
 from vpmoe.inference.engine_pool import CheckStop, Completion, EnginePool, SamplingRequest
@@ -48,6 +49,7 @@ from vpmoe.model.shapes import SHAPES, Shape
 from vpmoe.objectives.vanilla import vanilla
 from vpmoe.process.board import ProgressBoard
 from vpmoe.provenance import Provenance
+from vpmoe.rollout import evaluation_record
 from vpmoe.rollout.evaluation_record import EvaluationRecord, load_evaluation
 from vpmoe.rollout.prompts import completion_validity
 from vpmoe.storage import Bucket, manifest, paths
@@ -562,6 +564,107 @@ def test_a_damaged_block_of_weights_is_rejected_with_its_name(stage: StageContex
     with pytest.raises(Exception, match=r"rank-00000.safetensors: sha256 of block \d+ is") as caught:
         run_evaluation(stage, UnusedEngines())
     assert not getattr(caught.value, "retriable", True)
+
+
+def validity_context(spec: dict[str, Any], bucket: Bucket, scratch: Path) -> StageContext:
+    """A stage whose checkpoints are measured each 200 tokens, which is two iterations of `state_at`."""
+    run_spec = json.loads(json.dumps(spec))
+    run_spec["spec"]["evaluation"] |= {"everyTokens": 200}
+    run_spec["spec"]["stages"][0]["stop"] = {"minValidity": 0.5}
+    return stage_context(run_spec, bucket, scratch)
+
+
+class WatchedStage:
+    """A stage whose trainer writes its next checkpoint, or finishes, each time the step looks for one."""
+
+    def __init__(self, stage: StageContext, *actions: Callable[[], object]) -> None:
+        self.stage = stage
+        self._actions = list(actions)
+        self.reports: list[tuple[str, float | None]] = []
+
+    def measure(self, engines: Any, attempt: int = 1) -> dict[str, Any]:
+        """Run an attempt; returns its last progress."""
+        run, step = self.stage.run, "vanilla-validity"
+        measure_while_training(
+            run,
+            self.stage.stage,
+            self.stage.bucket,
+            replace(provenance(run, attempt), step=step),
+            self.stopping(),
+            self.stage.board,
+            engines,
+        )
+        found: dict[str, Any] = self.stage.bucket.get_json(paths.progress(run, step))
+        return found
+
+    def stopping(self) -> threading.Event:
+        actions = self._actions
+
+        class Event(threading.Event):
+            def wait(self, timeout: float | None = None) -> bool:
+                assert actions, "the step waits for something that never comes"
+                actions.pop(0)()
+                return False
+
+        return Event()
+
+    def finish(self) -> None:
+        """What the trainer reports at its end."""
+        key = paths.progress(self.stage.run, "vanilla")
+        self.stage.bucket.write_json(key, {"state": "Succeeded"}, {})
+
+
+@pytest.mark.parametrize("amounts", [Amounts(2, 6, None)], indirect=True, ids=["validity"])
+def test_each_multiple_of_tokens_is_measured_once_by_its_newest_checkpoint(
+    spec: dict[str, Any],
+    bucket: Bucket,
+    engines: EnginePool,
+    trained: Learner,
+    device: torch.device,
+    s3: S3,
+    tmp_path: Path,
+) -> None:
+    stage = validity_context(spec, bucket, tmp_path)
+    run, folder = stage.run, paths.checkpoints(stage.run, "vanilla")
+
+    def write(iteration: int, student: Learner = trained, **changes: Any) -> Callable[[], object]:
+        return lambda: save_checkpoints(stage, student, state_at(iteration, **changes))
+
+    def prune(iteration: int) -> Callable[[], object]:
+        return lambda: bucket.delete_prefix(f"{folder}/{iteration}")
+
+    recorder = RecordingEngines(engines)
+    watched = WatchedStage(
+        stage,
+        write(1, learner(device)),  # not due: it is not even read
+        write(5),
+        prune(1),
+    )
+
+    # The checkpoint is pruned while the student is sampled, and a damaged one follows.
+    def damaged() -> None:
+        write(6, learner(device))()
+        alter(s3.folder / bucket.name / f"{folder}/6/{rank_file(0)}")
+
+    watched._actions += [damaged, write(7, learner(device), finished=True), watched.finish]
+    last = watched.measure(recorder)
+    assert evaluation_record.measured_validities(run, "vanilla", bucket) == [2], (
+        "400 tokens have passed at iteration 5; the first multiple had no checkpoint of its own"
+    )
+    record = evaluation_record.load_validity(run, "vanilla", bucket, 2)
+    assert (record.iteration, record.completions, record.held_out, record.canary) == (5, 6, None, None)
+    expected = Counter(completion_validity(completion.ids_C) for _, completion in recorder.sampled)
+    assert {kind: count for kind, count in record.validity.items() if count} == expected
+    assert [request.max_tokens for request, _ in recorder.sampled] == [8, 16, 24] * 2
+    assert (last["state"], last["message"]) == ("Succeeded", "The stage has ended")
+    assert last["validity"] == record.valid_share and last["parts"]["done"] == 1
+
+    stage.bucket.write_json(paths.progress(run, "vanilla"), {"state": "Running"}, {})
+    bucket.delete_prefix(f"{folder}/7")
+    bucket.delete_prefix(f"{folder}/6")
+    again = WatchedStage(stage, watched.finish)
+    last = again.measure(UnusedEngines(), attempt=2)
+    assert (last["validity"], last["attempt"]) == (record.valid_share, 2), "not measured again"
 
 
 def run_job(run_file: Path, attempt: int, scratch: Path) -> "subprocess.Popen[bytes]":

@@ -46,6 +46,8 @@ FOLDER = "runs/team/first-run-0123abcd"
         (paths.teacher(RUN), f"{FOLDER}/teacher.json"),
         (paths.progress(RUN, "vanilla"), f"{FOLDER}/steps/vanilla/progress.json"),
         (paths.metrics(RUN, "vanilla", "00000001"), f"{FOLDER}/steps/vanilla/metrics/00000001.jsonl"),
+        (paths.validity(RUN, "vanilla", 3), f"{FOLDER}/steps/vanilla-validity/evaluation-000003.json"),
+        (paths.known_validity(RUN, "vanilla", 90), f"{FOLDER}/steps/vanilla/validity-90.json"),
         (paths.evaluation(RUN, "vanilla"), f"{FOLDER}/steps/vanilla-evaluate/evaluation.json"),
         (
             paths.evaluation_part(RUN, "vanilla", "canary", "0123456789abcdef" * 4),

@@ -223,6 +223,75 @@ def test_a_stage_that_does_not_measure_the_required_validity_uses_all_its_tokens
     assert stage_end is not None and stage_end[1].tokens >= 2000
 
 
+class Killed(BaseException):
+    """Ends a trainer as a kill does: nothing more is reported or saved."""
+
+
+def put_validity(trainer: Trainer, number: int, valid: int) -> None:
+    """The record of the step validity: `valid` of 6 completions."""
+    run = trainer.context.run
+    record = {
+        "run": run.identity,
+        "config": run.config_hash,
+        "stage": "vanilla",
+        "iteration": number,
+        "checkpoint": "c" * 64,
+        "completions": 6,
+        "validity": {"valid": valid, "truncated": 6 - valid},
+    }
+    trainer.context.bucket.write_json(paths.validity(run, "vanilla", number), record, {})
+
+
+def evaluations(trainer: Trainer) -> list[tuple[int, Any, Any]]:
+    """Of each evaluation the multiple of everyTokens, the validity and the checkpoint that has it."""
+    assert isinstance(trainer.reporter.uploader, RecordingReporter)
+    return [
+        (line["tokens"] // 800, line["validity"], line["validityIteration"])
+        for line in trainer.reporter.uploader.lines
+        if line["event"] == "evaluation"
+    ]
+
+
+def test_a_stage_ends_early_when_a_measured_checkpoint_is_valid_enough(
+    make_trainer: MakeTrainer, bucket: Bucket, spec: dict[str, Any]
+) -> None:
+    spec["spec"]["evaluation"] |= {"everyTokens": 800, "completions": 6}
+    spec["spec"]["stages"][0]["stop"] = {"evaluations": 1, "minImprovement": 0.9, "minValidity": 0.5}
+    trainer = make_trainer(RecordingReporter())
+    put_validity(trainer, 1, 2)
+    put_validity(trainer, 2, 3)
+    put_validity(trainer, 3, 0)  # of a checkpoint that this stage never reaches
+    trainer.run()
+    assert evaluations(trainer) == [(0, None, None), (1, 2 / 6, 1), (2, 3 / 6, 2)]
+    stage_end = load_stage_end(bucket, paths.checkpoints(trainer.context.run, "vanilla"))
+    assert stage_end is not None and stage_end[1].tokens < 2000
+    assert stage_end[1].validity is not None and stage_end[1].validity.share == 0.5
+
+
+def test_a_resumed_stage_decides_by_the_validity_that_it_knew_before(
+    make_trainer: MakeTrainer, bucket: Bucket, spec: dict[str, Any]
+) -> None:
+    spec["spec"]["evaluation"] |= {"everyTokens": 800, "completions": 6}
+    spec["spec"]["stages"][0]["stop"] = {"evaluations": 1, "minImprovement": 0.9, "minValidity": 0.5}
+    reporter = RecordingReporter()
+
+    def kill_after_the_first_evaluation(step: int) -> None:
+        if sum(line["event"] == "evaluation" for line in reporter.lines) == 2:
+            raise Killed
+
+    reporter._after = kill_after_the_first_evaluation
+    killed = make_trainer(reporter)
+    with pytest.raises(Killed):
+        killed.run()
+    assert evaluations(killed) == [(0, None, None), (1, None, None)]
+    put_validity(killed, 1, 6)  # measured between the attempts
+    resumed = make_trainer(RecordingReporter())
+    resumed.run()
+    assert evaluations(resumed)[-2:] == [(1, None, None), (2, 1.0, 1)], "the first decision is the same"
+    assert isinstance(resumed.reporter.uploader, RecordingReporter)
+    assert resumed.reporter.uploader.progress["state"] == "Succeeded"
+
+
 def test_prometheus_metrics_of_the_latest_step_are_on_the_board(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(RecordingReporter())
     trainer.run()

@@ -25,6 +25,7 @@ from vpmoe.trainer.context import StageContext
 from vpmoe.trainer.data.scored_documents import ScoredDocuments
 from vpmoe.trainer.data.step_plan import DatasetSteps, StepPlan
 from vpmoe.trainer.schedule import no_longer_improves
+from vpmoe.trainer.stages.validity import ValidityEvaluation, ValidityReader
 
 
 class StepLoss(NamedTuple):
@@ -60,6 +61,7 @@ class StageKind(ABC):
         self.context = context
         self.documents = documents
         self.span_weights = context.run.spec.training.span_weights.model_dump()
+        self._validity = ValidityReader(context) if context.run.measures_validity(context.stage) else None
 
     # Before the first step
 
@@ -120,20 +122,29 @@ class StageKind(ABC):
         included."""
 
     def evaluate(self, learner: Learner, state: TrainState) -> StageEvaluation | None:
-        """What an evaluation measures beside the held-out loss; None for a kind that measures nothing. Every
-        rank calls it.
+        """What an evaluation measures beside the held-out loss; None if that is nothing. Every rank calls it.
 
         Raises ArithmeticError, on every rank, with what it measured if that is not finite.
         """
-        return None
+        if self._validity is None:
+            return None
+        found = self._validity.known(state)
+        return StageEvaluation(
+            state.model_copy(update={"validity": found}),
+            ValidityEvaluation(
+                validity=None if found is None else found.share,
+                validity_iteration=None if found is None else found.iteration,
+            ),
+        )
 
     def ends_early(self, state: TrainState, stop: Stop) -> bool:
         """Whether the stage has stopped improving and is as valid as `stop` requires. It follows from the
         evaluations in the state alone.
 
-        A kind that does not sample measures no validity, so it cannot reach one that is required.
+        Before the first measurement of validity the stage cannot have reached one that is required.
         """
-        return stop.min_validity == 0 and no_longer_improves(state.held_out, stop)
+        reached = state.validity is not None and state.validity.share >= stop.min_validity
+        return (reached or stop.min_validity == 0) and no_longer_improves(state.held_out, stop)
 
     def before_checkpoint(self) -> None:
         """Called before a checkpoint is saved. Returns once everything exists that a resumed attempt could
