@@ -21,7 +21,7 @@ from tests.fakes.chaos.history import Recorder
 from tests.fakes.chaos.invariants import History, Write, controller, violations
 from tests.fakes.chaos.proxy import ChaosProxy, FaultPlan
 from tests.fakes.chaos.runs import Script, scripts, wrong_ends
-from tests.fakes.chaos.timeline import Reads, timelines
+from tests.fakes.chaos.timeline import Requests, timelines
 from tests.fakes.chaos.warm_operator import WarmOperator
 from vpmoe.api import labels
 from vpmoe.process.launcher import free_port
@@ -63,7 +63,7 @@ class Outcome:
     seconds: float
     history: History
     timelines: list[str]
-    """Lines about the runs that have violations: what has changed, and what the replicas have read."""
+    """Lines about the runs that have violations: what has changed, and what the replicas have requested."""
 
 
 @dataclass
@@ -213,12 +213,12 @@ async def run(batch: Batch, kubeconfig: Path, namespace: str, folder: Path) -> O
         chaos = _Chaos(batch, api, namespace, recorder, scripts(batch.seed, batch.runs))
         operators, proxies, tasks = [], [], []
         writes: list[Write] = []
-        reads = Reads()
+        kept = Requests()
         for number in range(batch.replicas):
             identity = f"operator-{number}"
             plan = FaultPlan(f"{batch.seed} {identity}", batch.fault_rate, batch.kills // batch.replicas)
             kill = lambda number=number: operators[number].kill()  # noqa: E731
-            proxy = ChaosProxy(api, identity, plan, kill, writes, reads)
+            proxy = ChaosProxy(api, identity, plan, kill, writes, kept)
             await stack.enter_async_context(proxy)
             operator = WarmOperator(folder, identity, _settings(namespace), _kubeconfig(proxy.url), namespace)
             operators.append(await stack.enter_async_context(operator))
@@ -263,7 +263,7 @@ async def run(batch: Batch, kubeconfig: Path, namespace: str, folder: Path) -> O
         len(history.changes),
         time.monotonic() - started,
         history,
-        list(timelines(found, (script.name for script in chaos.scripts), history.changes, reads.kept)),
+        list(timelines(found, (script.name for script in chaos.scripts), history.changes, kept.kept)),
     )
 
 

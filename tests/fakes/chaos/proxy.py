@@ -20,7 +20,7 @@ from aiohttp import web
 from tests.fakes.api_proxy import HOP_BY_HOP, WRITES, error_status
 from tests.fakes.api_server import ApiServer
 from tests.fakes.chaos.invariants import Write
-from tests.fakes.chaos.timeline import MOST_BODY, Read, Reads
+from tests.fakes.chaos.timeline import MOST_BODY, Request, Requests
 
 Fate = Literal[
     "pass",
@@ -108,8 +108,8 @@ class ChaosProxy:
     kill: Callable[[], None]
     writes: list[Write]
     """Of all replicas, in order: those that were applied are added."""
-    reads: Reads = field(default_factory=Reads)
-    """Of all replicas: what they read, watches excepted."""
+    kept: Requests = field(default_factory=Requests)
+    """Of all replicas, for a timeline."""
     faults: Counter[str] = field(default_factory=Counter)
     """How often each fate befell each kind of request."""
     requests: Counter[str] = field(default_factory=Counter)
@@ -140,27 +140,27 @@ class ChaosProxy:
             self.faults[f"{fate}: {request.method} {request_kind(request.path)}"] += 1
         match fate:
             case "409" | "410" | "429" | "500":
-                self._keep(request, fate, int(fate))
+                self._keep(request, body, fate, int(fate))
                 headers = {"Retry-After": "1"} if fate == "429" else {}
                 return web.json_response(error_status(int(fate)), status=int(fate), headers=headers)
             case "slow":
                 await asyncio.sleep(SLOW_SECONDS)
-            case "kill":
-                self.kill()
+            case "kill" | "cut":
+                self._keep(request, body, fate)
+                if fate == "kill":
+                    self.kill()
                 return self._cut(request)
             case "late" | "kill late":
+                self._keep(request, body, fate)
                 if fate == "kill late":
                     self.kill()
                 late = asyncio.create_task(self._forward_late(request, body))
                 self._late.add(late)
                 late.add_done_callback(self._late.discard)
                 return self._cut(request)
-            case "cut":
-                self._keep(request, fate)
-                return self._cut(request)
         answer = await asyncio.shield(self._forward(request, body))
         assert isinstance(answer.body, bytes)
-        self._keep(request, fate, answer.status, answer.body)
+        self._keep(request, body, fate, answer.status, answer.body)
         match fate:
             case "kill after":
                 self.kill()
@@ -173,11 +173,17 @@ class ChaosProxy:
                 answer.body = answer.body[: len(answer.body) // 2]
         return answer
 
-    def _keep(self, request: web.Request, fate: Fate, status: int = 0, body: bytes = b"") -> None:
-        """Keep a read for a timeline. Those of the Lease belong to no run."""
-        if request.method == "GET" and "/leases" not in request.path:
-            kept = body if len(body) <= MOST_BODY else b""
-            self.reads.add(Read(time.monotonic(), self.identity, request.raw_path, fate, status, kept))
+    def _keep(
+        self, request: web.Request, sent: bytes, fate: Fate, status: int = 0, answer: bytes = b""
+    ) -> None:
+        """Keep a request for a timeline. Those about the Lease belong to no run."""
+        if "/leases" in request.path:
+            return
+        method, path = request.method, request.raw_path
+        if method == "POST":
+            path += "/" + json.loads(sent).get("metadata", {}).get("name", "")
+        body = answer if method == "GET" and len(answer) <= MOST_BODY else b""
+        self.kept.add(Request(time.monotonic(), self.identity, method, path, fate, status, body))
 
     async def _forward_late(self, request: web.Request, body: bytes) -> web.Response:
         await asyncio.sleep(LATE_SECONDS)

@@ -1,5 +1,5 @@
 """What has happened to one run of a batch, for people who look for the cause of a violation: the changes of
-its objects in etcd, and what each replica of the operator read meanwhile, in order of time.
+its objects in etcd, and the requests of each replica of the operator, in order of time.
 """
 
 import json
@@ -23,62 +23,64 @@ MOST_RUNS = 3
 
 
 @dataclass(frozen=True)
-class Read:
-    """A read by a replica, and what the API server answered. `fate` (proxy.Fate) is what the proxy made of
-    the answer: of "half", half of the body arrived."""
+class Request:
+    """A request of a replica, and what the API server answered. `fate` (proxy.Fate) is what the proxy made of
+    them: of "half", half of the answer arrived; "late" and "kill late" reach the API server somewhat later.
+    """
 
     time: float
     """Monotonic seconds of the answer."""
     identity: str
+    method: str
     path: str
-    """With its query, as it was sent."""
+    """With its query, as it was sent. Of a POST also the name of the object."""
     fate: str
     status: int
     """0 if there was no answer."""
-    body: bytes
-    """Empty if it was larger than MOST_BODY."""
+    body: bytes = b""
+    """The answer to a GET; empty if it was larger than MOST_BODY."""
 
 
 @dataclass
-class Reads:
-    """The last reads of all replicas."""
+class Requests:
+    """The last requests of all replicas, watches excepted."""
 
     most_bytes: int = MOST_BYTES
-    kept: deque[Read] = field(default_factory=deque)
+    kept: deque[Request] = field(default_factory=deque)
     bytes: int = 0
-    """Of the bodies and paths that are kept."""
+    """Of the answers and paths that are kept."""
 
-    def add(self, read: Read) -> None:
-        """Keep a read, and drop the oldest ones for it. Parses nothing."""
-        self.kept.append(read)
-        self.bytes += _size(read)
+    def add(self, request: Request) -> None:
+        """Keep a request, and drop the oldest ones for it. Parses nothing."""
+        self.kept.append(request)
+        self.bytes += _size(request)
         while self.bytes > self.most_bytes:
             self.bytes -= _size(self.kept.popleft())
 
 
-def _size(read: Read) -> int:
-    return len(read.body) + len(read.path)
+def _size(request: Request) -> int:
+    return len(request.body) + len(request.path)
 
 
 def timelines(
-    violations: Iterable[str], names: Iterable[str], changes: Sequence[Change], reads: Iterable[Read]
+    violations: Iterable[str], names: Iterable[str], changes: Sequence[Change], requests: Iterable[Request]
 ) -> Iterator[str]:
     """The timelines of the runs among `names` that violations mention, of at most MOST_RUNS of them."""
-    text, reads = "\n".join(violations), list(reads)
+    text, requests = "\n".join(violations), list(requests)
     mentioned = [name for name in names if re.search(rf"\b{re.escape(name)}\b", text)]
     for name in mentioned[:MOST_RUNS]:
         yield f"timeline of {name}"
-        yield from timeline(name, changes, reads)
+        yield from timeline(name, changes, requests)
 
 
-def timeline(name: str, changes: Iterable[Change], reads: Iterable[Read]) -> list[str]:
-    """The changes of a run and of what belongs to it, and the reads of them, oldest first. Times are seconds
-    since the first. The recorder sees a change somewhat later than it happens: a resourceVersion tells more.
+def timeline(name: str, changes: Iterable[Change], requests: Iterable[Request]) -> list[str]:
+    """The changes of a run and of what belongs to it, and the requests about them, oldest first, with the
+    seconds since the first. The recorder sees a change somewhat later than it happens: go by resourceVersion.
     """
     own = re.compile(rf"[/=]{re.escape(name)}\b")
     found = [
         *((change.seen, _change(change)) for change in changes if _belongs(change.name, name)),
-        *((read.time, _read(read)) for read in reads if own.search(urllib.parse.unquote(read.path))),
+        *((one.time, _request(one)) for one in requests if own.search(urllib.parse.unquote(one.path))),
     ]
     found.sort(key=lambda one: one[0])
     start = found[0][0] if found else 0.0
@@ -94,20 +96,21 @@ def _change(change: Change) -> str:
     return f"{change.version} {change.type} {change.kind} {_describe(change.obj)}"
 
 
-def _read(read: Read) -> str:
-    head = f"{read.identity} reads {urllib.parse.unquote(read.path)}: "
-    head += f"[{read.fate}] " if read.fate != "pass" else ""
-    if not read.status:
+def _request(request: Request) -> str:
+    head = f"{request.identity} {request.method} {urllib.parse.unquote(request.path)}: "
+    head += f"[{request.fate}] " if request.fate != "pass" else ""
+    if not request.status:
         return f"{head}no answer"
+    head += f"{request.status}"
     try:
-        answer: Json = json.loads(read.body)
+        answer: Json = json.loads(request.body)
     except ValueError:
-        return f"{head}{read.status} ({len(read.body)} bytes kept)"
+        return head
     if "items" not in answer:
-        return f"{head}{read.status} {_describe(answer)}"
+        return f"{head} {_describe(answer)}"
     version = answer.get("metadata", {}).get("resourceVersion", "")
     items = "; ".join(map(_describe, answer["items"])) or "nothing"
-    return f"{head}{read.status} at {version}: {items}"
+    return f"{head} at {version}: {items}"
 
 
 def _describe(obj: Json) -> str:
