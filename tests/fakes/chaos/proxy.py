@@ -158,7 +158,11 @@ class ChaosProxy:
                 self._late.add(late)
                 late.add_done_callback(self._late.discard)
                 return self._cut(request)
-        answer = await asyncio.shield(self._forward(request, body))
+        try:
+            answer = await asyncio.shield(self._forward(request, body))
+        except asyncio.CancelledError:  # the replica has given up, or was killed at another request
+            self._keep(request, body, fate)
+            raise
         assert isinstance(answer.body, bytes)
         self._keep(request, body, fate, answer.status, answer.body)
         match fate:
