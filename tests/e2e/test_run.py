@@ -105,11 +105,6 @@ def runs(
     yield {name: get(name) for name in RUNS}
 
 
-def step_of(run: dict[str, Any], name: str) -> Any:
-    """A step's status."""
-    return next(step for step in run["status"]["steps"] if step["name"] == name)
-
-
 def folder_of(run: dict[str, Any]) -> str:
     """Key of the run's folder."""
     metadata = run["metadata"]

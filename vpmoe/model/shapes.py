@@ -178,8 +178,9 @@ class Shape:
         """Bytes of a position that a mixture layer's forward computes in bf16, and the router in fp32.
 
         Without recomputation PyTorch keeps them for the backward. By counting tensors, so an estimate: for
-        vpmoe-6b 44 kB, where 41 kB were measured (20 layers, sequences of 32,768 tokens). That was before the
-        kernels of norms, router and experts' activation, which keep some 10 kB less with all parts.
+        vpmoe-6b without parts 44 kB, where 41 kB were measured (20 layers, sequences of 32,768 tokens). That
+        was before the kernels of norms, router and experts' activation, which keep some 10 kB less with all
+        parts.
         """
         attention = self.qkv_width + self.factors_width  # queries, keys and values, and what they are made of
         attention += 2 * (self.heads + self.kv_heads) * self.head_width  # normalised; rotated, and the result
