@@ -44,7 +44,7 @@ from vpmoe.model import device as devices
 from vpmoe.model import distributed, state
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
-from vpmoe.model.shapes import PARTS, SHAPES, Shape, with_locked_parts
+from vpmoe.model.shapes import PARTS, SHAPES, Shape
 from vpmoe.objectives.vanilla import vanilla
 from vpmoe.upcycle.build import Upcycling, prepare
 from vpmoe.upcycle.source_tokenizer import load_source_tokenizer
@@ -211,9 +211,7 @@ def main() -> None:
     source_rows, source_held = (
         pieces_of(part, lambda text: tokenizer.encode(text).ids) for part in (for_source, held_texts)
     )
-    complete = replace(
-        with_locked_parts(SHAPES["tiny"]), layers=given.student_layers, vocabulary=given.vocabulary
-    )
+    complete = replace(SHAPES["tiny"], layers=given.student_layers, vocabulary=given.vocabulary)
     shapes = {
         "every part": complete,
         "no part": replace(complete, **{part: getattr(Shape, part) for part in PARTS}),

@@ -211,7 +211,7 @@ class Upcycling:
 def by_importance(down: Tensor) -> Tensor:
     """The units of a feed-forward layer, those with the largest columns of the down projection [H, units]
     first."""
-    return down.norm(dim=0).argsort(descending=True, stable=True)
+    return torch.argsort(torch.linalg.vector_norm(down, dim=0), descending=True, stable=True)
 
 
 def expert_units(order: Tensor, shape: Shape) -> Tensor:

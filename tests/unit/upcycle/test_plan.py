@@ -8,7 +8,7 @@ import torch
 
 from tests.fakes.students import COMPLETE, SMALL, WITHOUT
 from vpmoe.failure import Permanent
-from vpmoe.model.shapes import SHAPES, Shape, with_locked_parts
+from vpmoe.model.shapes import SHAPES, Shape
 from vpmoe.model.student import build
 from vpmoe.upcycle.plan import UpcyclePlan, holds_source_attention, plan, ranges, spread
 from vpmoe.upcycle.source import Source
@@ -85,7 +85,7 @@ def test_every_tensor_of_the_student_has_an_origin_of_its_shape(shape: Shape, de
 
 
 def test_the_whole_student_has_an_origin(device: torch.device) -> None:
-    shape = with_locked_parts(SHAPES["vpmoe-6b"])
+    shape = SHAPES["vpmoe-6b"]
     with torch.device("meta"):
         built = build(shape, torch.device("meta"), sequence_length=64, seed=0)
     found = planned(shape, QWEN3_0_6B)
@@ -120,7 +120,7 @@ def test_equal_depth_is_one_to_one() -> None:
 
 
 def test_the_table_names_every_tensor_and_what_is_lost() -> None:
-    lines = "\n".join(planned(with_locked_parts(SHAPES["vpmoe-6b"]), QWEN3_0_6B).table())
+    lines = "\n".join(planned(SHAPES["vpmoe-6b"], QWEN3_0_6B).table())
     for said in (
         "28 layers, hidden 1,024, 16/8 heads of 128, feed-forward 3,072",
         "self_attention.linear_qkv.weight",
