@@ -4,9 +4,10 @@
                                       tensor `name` has the key `name[0:elements]`
     init/manifest.json                last
 
-The model's files are pinned when the step first starts, so that a later attempt makes the same bits. Files
-without a manifest do not exist: the next attempt of a step that was killed makes and uploads them again. What
-becomes of which tensor is in plan.py and build.py.
+The model's files are pinned when the step first starts, so that a later attempt makes the same bits. The pins
+of a model that cannot be used are deleted: it may be repaired. Files without a manifest do not exist: the
+next attempt of a step that was killed makes and uploads them again. What becomes of which tensor is in
+plan.py and build.py.
 """
 
 import logging
@@ -80,7 +81,11 @@ def make_initial_weights(
     with tempfile.TemporaryDirectory(prefix="vpmoe-init-") as scratch:
         directory = fetch_model(PURPOSE, source, bucket, Path(scratch), job.check_stop)
         job.publish_progress(f"Planning what becomes of {wanted.model}")
-        upcycling = prepare_upcycling(directory, wanted, SHAPES[run.spec.student.shape])
+        try:
+            upcycling = prepare_upcycling(directory, wanted, SHAPES[run.spec.student.shape])
+        except Permanent:
+            bucket.delete(paths.init_source(run))  # so that the next attempt finds the model repaired
+            raise
         for line in [*upcycling.plan.table(), *upcycling.vocabulary.table()]:
             log.info("%s", line)
         subjects = write(job, upcycling, Path(scratch))

@@ -272,6 +272,17 @@ def test_a_model_that_cannot_become_the_student_is_permanent_with_field_and_reme
     assert not list(bucket.list(paths.init(run) + "/"))
 
 
+def test_the_next_attempt_finds_a_model_that_was_repaired(
+    run: DistillRun, bucket: Bucket, dense: Path
+) -> None:
+    bucket.delete("models/dense/tokenizer.json")
+    with pytest.raises(Permanent, match=r"tokenizer\.json"):
+        make(run, bucket)
+    bucket.put_file("models/dense/tokenizer.json", dense / "tokenizer.json", {})
+    made, _ = make(run, bucket)
+    assert made.inputs["model"].facts["files"] == len(list(dense.iterdir()))
+
+
 def test_a_model_of_the_hub_is_pinned_to_its_commit(
     run_spec: dict[str, Any], bucket: Bucket, dense: Path, tmp_path: Path
 ) -> None:
@@ -293,3 +304,9 @@ def test_a_model_of_the_hub_is_pinned_to_its_commit(
     weights = open_weights(bucket, paths.init(run))
     for name, tensor in expected.items():
         assert torch.equal(weights.read(name, 0, tensor.numel()), tensor.flatten()), name
+
+
+def test_files_are_as_full_as_they_can_be_and_a_larger_tensor_has_one_of_its_own() -> None:
+    rows = FILE_BYTES // 8
+    sizes = {"a": (rows,), "b": (rows,), "c": (1,), "d": (2 * rows, 2), "e": (), "f": (3,)}
+    assert step.divide(sizes) == [["a", "b"], ["c"], ["d"], ["e", "f"]]
