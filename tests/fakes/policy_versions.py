@@ -1,6 +1,7 @@
 """Tiny students in which every part affects the output, and their publication as policy versions."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,10 @@ from vpmoe.storage.manifest import Manifest
 from vpmoe.trainer.onpolicy.publisher import compute_probe
 
 TINY = SHAPES["tiny"]
+COMPLETE_TINY = replace(TINY, name="complete-tiny", router_bias=True)
+"""`tiny` with the part that it lacks too, the router's bias."""
+COMPLETE_WIDE = replace(SHAPES["vpmoe-6b"], name="complete-wide", layers=8)
+"""The first 8 layers of vpmoe-6b, of which two are global."""
 ANALYSIS, FINAL = (vocabulary_file.encoding().encode_ordinary(name)[0] for name in ("analysis", "final"))
 Ids = NDArray[np.int32]
 
