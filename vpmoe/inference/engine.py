@@ -28,6 +28,7 @@ from vpmoe.inference.vllm_options import (
     check_attention,
     check_device,
     engine_options,
+    gpu_sampling_options,
     prepare_environment,
     prompt_logp,
     scoring_params,
@@ -142,8 +143,8 @@ class StudentEngine:
             for name, layer in layers.items()
         ]
 
-    def _start(self, folder: Path) -> Any:
-        """vLLM with the weights in `folder`."""
+    def _start(self, folder: Path, **options: Any) -> Any:
+        """vLLM with the weights in `folder`. `options`: of vllm.LLM, in place of this engine's."""
         import vllm
 
         from vpmoe.inference import vllm_model
@@ -157,10 +158,14 @@ class StudentEngine:
         step_tokens = STEP_TOKENS["cuda"] if chunked else max(STEP_TOKENS["cpu"], self.max_length)
         llm = vllm.LLM(
             str(folder),
-            **engine_options(dtype, self.max_length),
-            max_num_batched_tokens=step_tokens,
-            enable_chunked_prefill=chunked,
-            max_num_seqs=MAX_SEQUENCES[self.device],
+            **engine_options(dtype, self.max_length)
+            | {
+                "max_num_batched_tokens": step_tokens,
+                "enable_chunked_prefill": chunked,
+                "max_num_seqs": MAX_SEQUENCES[self.device],
+            }
+            | (gpu_sampling_options() if self.device == "cuda" else {})
+            | options,
         )
         check_attention(llm, "the student")
         return llm

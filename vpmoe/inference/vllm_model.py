@@ -19,6 +19,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionBackend
 
 from vpmoe.model.configuration_vpmoe import VpmoeConfig
 from vpmoe.model.modeling_vpmoe import Projections, feed_forward, rotation
@@ -34,12 +35,6 @@ class SelfAttention(Projections):
     def __init__(self, config: VpmoeConfig, cache: CacheConfig | None, number: int, prefix: str) -> None:
         super().__init__(config, number)
         self.padding = max(MIN_HEAD_DIM - self.width, 0)
-        if self.slopes is not None and self.softmax_offset is not None and current_platform.is_cuda():
-            raise ValueError(
-                "vLLM has no kernel for GPUs with both ALiBi and a softmax offset: FlashAttention 3 has no "
-                "ALiBi, and Triton's is right only up to a number per query, which a softmax with an offset "
-                "does not cancel. Sample on the CPU, or a student without one of the two."
-            )
         sinks = {} if self.softmax_offset is None else {"sinks": self.softmax_offset.data}
         self.attn = Attention(
             self.heads,
@@ -50,6 +45,7 @@ class SelfAttention(Projections):
             cache_config=cache,
             per_layer_sliding_window=self.window,
             prefix=f"{prefix}.attn",
+            attn_backend=_attention_backend(self.slopes is not None, self.softmax_offset is not None),
             **sinks,
         )
 
@@ -58,9 +54,34 @@ class SelfAttention(Projections):
     ) -> tuple[Tensor, Tensor]:
         """(output [N, H], values [N, groups, D])."""
         query, key, value = self.project(hidden_NH, cos_N1D, sin_N1D, first_value_NgD)
-        out = self.attn(*(pad(x, (0, self.padding)).flatten(1) for x in (query, key, value)))
+        return self.attend(query, key, value), value
+
+    def attend(self, query_NhD: Tensor, key_NgD: Tensor, value_NgD: Tensor) -> Tensor:
+        """Output [N, H] of attention and its projection."""
+        out = self.attn(*(pad(x, (0, self.padding)).flatten(1) for x in (query_NhD, key_NgD, value_NgD)))
         heads = out.unflatten(1, (-1, self.width + self.padding))[..., : self.width]
-        return self.o_proj(heads.flatten(1)), value
+        projected: Tensor = self.o_proj(heads.flatten(1))
+        return projected
+
+
+def _attention_backend(alibi: bool, offset: bool) -> type[AttentionBackend] | None:
+    """vLLM's backend for a layer; None where vLLM's own choice is right.
+
+    On GPUs that choice is FlashAttention 3, which has no ALiBi and rounds the offsets to bf16.
+    """
+    if not current_platform.is_cuda() or not (alibi or offset):
+        return None
+    # imported here: their kernels are Triton's, which needs a GPU
+    if alibi:
+        from vpmoe.inference import alibi_attention
+
+        alibi_attention.register()
+        exact: type[AttentionBackend] = alibi_attention.ExactAlibiBackend
+        return exact
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+
+    backend: type[AttentionBackend] = TritonAttentionBackend
+    return backend
 
 
 class DecoderLayer(nn.Module):
@@ -97,6 +118,10 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_NH: Tensor, positions_N: Tensor) -> Tensor:
+        if hidden_NH.is_cuda:
+            from vpmoe.inference import gpu_student  # its kernels are Triton's, which needs a GPU
+
+            return gpu_student.forward(self, hidden_NH, positions_N)
         cos_N1D, sin_N1D = (
             part.to(hidden_NH.dtype) for part in rotation(positions_N, self.config, self.log_frequency)
         )

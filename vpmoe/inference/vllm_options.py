@@ -34,6 +34,10 @@ GPU_MEMORY = 0.85
 """Share of the GPU that vLLM plans with. It does not count the logits of prompts (STEP_TOKENS), so the rest
 must hold them."""
 
+GRAPH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, 512, 64), *range(512, 1025, 128))
+"""Numbers of sequences for which a decoding step is captured as a CUDA graph. A step is padded to the next
+one, by at most a third from 24 on."""
+
 CPU_CACHE_GIB = "1"
 """Size of the key-value cache on the CPU."""
 
@@ -108,6 +112,23 @@ def engine_options(dtype: str, max_length: int) -> dict[str, Any]:
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         "seed": 0,
+    }
+
+
+def gpu_sampling_options() -> dict[str, Any]:
+    """The options of vllm.LLM for sampling on a GPU, in addition to engine_options.
+
+    A step that only decodes is a CUDA graph, without compilation; a step with prompts is not. Logits are in
+    float32, as the trainer's: the matrix product's own sums, not rounded to the model's dtype.
+    """
+    return {
+        "enforce_eager": False,
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": list(GRAPH_SIZES),
+        },
+        "hf_overrides": {"head_dtype": "float32"},
     }
 
 

@@ -1,0 +1,36 @@
+"""Exact ALiBi in vLLM on a GPU: what its kernel is given, without a GPU."""
+
+import subprocess
+import sys
+
+CHECK = """
+from dataclasses import fields
+
+import torch
+from vpmoe.inference import alibi_attention
+from vpmoe.inference.alibi_attention import TritonAttentionMetadata, one_query_each
+
+# three sequences with 3, 1 and 4 queries at the end of 3, 9 and 6 keys; the last two queries are padding
+given = dict.fromkeys((field.name for field in fields(TritonAttentionMetadata)), None) | {
+    "num_actual_tokens": 10,
+    "max_query_len": 4,
+    "query_start_loc": torch.tensor([0, 3, 4, 8], dtype=torch.int32),
+    "seq_lens": torch.tensor([3, 9, 6], dtype=torch.int32),
+    "block_table": torch.tensor([[7, 0], [5, 2], [1, 3]], dtype=torch.int32),
+}
+found = one_query_each(TritonAttentionMetadata(**given))
+assert found.max_query_len == 1
+assert found.query_start_loc.tolist() == list(range(11))
+assert found.seq_lens.tolist() == [1, 2, 3, 9, 3, 4, 5, 6, 6, 6]
+assert found.block_table.tolist() == [[7, 0]] * 3 + [[5, 2]] + [[1, 3]] * 6
+assert found.seq_lens.dtype == found.query_start_loc.dtype == found.block_table.dtype == torch.int32
+alibi_attention.register()
+backend = alibi_attention.AttentionBackendEnum["CUSTOM"].get_class()
+assert backend is alibi_attention.ExactAlibiBackend and backend.get_name() == "CUSTOM"
+"""
+
+
+def test_each_query_of_a_prompt_sees_the_keys_before_it() -> None:
+    """In a process of its own: vLLM reads the environment when it is imported."""
+    done = subprocess.run([sys.executable, "-c", CHECK], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,65 @@
+"""The attention backend of the student's global layers in vLLM on a GPU: vLLM's Triton attention with exact
+ALiBi.
+
+vLLM 0.32's Triton kernel adds slope · (key − first query of the step) to the logits of all queries that a
+sequence has in a step. That is ALiBi up to a number per query, which a softmax without an offset cancels, and
+with one does not. For a sequence's only query the number is 0. So where a step holds more than one query of a
+sequence (prompts), each query becomes a sequence of its own: the keys before it, its own included, in the
+same blocks of the cache. Steps that only decode are vLLM's own, also inside a CUDA graph.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionBackend,
+    TritonAttentionMetadata,
+    TritonAttentionMetadataBuilder,
+)
+
+
+def one_query_each(metadata: TritonAttentionMetadata) -> TritonAttentionMetadata:
+    """The metadata of the same attention with every query in a sequence of its own."""
+    queries = metadata.num_actual_tokens
+    ends = metadata.query_start_loc[1 : len(metadata.seq_lens) + 1]
+    query = torch.arange(queries + 1, dtype=torch.int32, device=ends.device)
+    # int32 of both: another dtype would be converted first. Padding after the last sequence belongs to it.
+    sequence = torch.searchsorted(ends, query[:-1], right=True).clamp_(max=len(ends) - 1)
+    after = (ends[sequence] - 1 - query[:-1]).clamp_(min=0)
+    return replace(
+        metadata,
+        max_query_len=1,
+        query_start_loc=query,
+        seq_lens=metadata.seq_lens[sequence] - after,
+        block_table=metadata.block_table[sequence],
+    )
+
+
+class ExactAlibiMetadataBuilder(TritonAttentionMetadataBuilder):  # type: ignore[misc]
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> TritonAttentionMetadata:
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        return metadata if metadata.max_query_len == 1 else one_query_each(metadata)
+
+
+class ExactAlibiBackend(TritonAttentionBackend):  # type: ignore[misc]
+    @staticmethod
+    def get_name() -> str:
+        """vLLM's name for a backend of somebody else."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_builder_cls() -> type[Any]:
+        return ExactAlibiMetadataBuilder
+
+
+def register() -> None:
+    """Register the backend with vLLM, which knows the backends of its layers by name. Idempotent."""
+    register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.{ExactAlibiBackend.__name__}")
