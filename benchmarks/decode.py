@@ -1,182 +1,235 @@
-"""Time of one decoding step of the student, a token for each of N sequences. Floor: reading its weights once.
+"""Time of one decoding step of the student in vLLM, a token for each of N sequences, beside floor and peer.
 
-    python -m benchmarks.decode [--shape vpmoe-6b] [--context 512] [--sequences 1,16,64,128,256]
+    python -m benchmarks.decode [--shape vpmoe-6b] [--parts] [--sequences 1,64,512] [--length 256] [--profile]
+    python -m benchmarks.decode --peer granite
 
-Runs the exported student's layers (vpmoe/model/modeling_vpmoe.py) in bf16 with random weights; attention of
-one token per sequence over a full cache is torch's products and softmax. The forward pass is timed twice:
-launched from Python, as in an eager engine, and as one CUDA graph. Then the sampling of a token per sequence
-from fp32 logits is timed, each sequence with its own generator. The last lines fit a straight line to the
-times over N: the cost of a step, and the cost per sequence. They are the `--decode` and `--decode-token` of
-benchmarks.pipeline. Needs a GPU.
+Runs the sampler's own engine (vpmoe/inference/engine.py) in bf16 with random weights: N random prompts of
+--prompt tokens, and completions of --length and of an eighth of it. A step's time is the difference of the
+two divided by that of their lengths, without the prompts' computation, and with scheduling and sampling.
+"call" is the whole call of --length, its prompts included. `--parts` gives the shape every part of the
+architecture. Floor: reading the weights once (of the experts, those that some sequence chose, for uniformly
+random choices), and the keys and values of the mean context once, at --bandwidth. The last lines fit a
+straight line to the times over N, the cost of a step, and that per sequence: they are the `--decode` and
+`--decode-token` of benchmarks.pipeline. Then 3 N completions of --length / 4 to --length · 7 / 4 are sampled
+with at most N, the largest, at a time, so that most steps also start a prompt.
+
+`--peer` runs another model's shape in the same vLLM instead, with the same CUDA graphs and dummy weights:
+`granite` is Granite-MoE 3B-A0.8B, which has about as many active parameters as vpmoe-6b, in 32 layers. Needs
+a GPU, and vLLM for CUDA.
 """
 
 import argparse
-import statistics
+import json
+import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
 
-from vpmoe.model import hf_export
-from vpmoe.model.configuration_vpmoe import VpmoeConfig
-from vpmoe.model.modeling_vpmoe import VpmoeForCausalLM, rotation
-from vpmoe.model.shapes import SHAPES, Shape
+from vpmoe.inference.engine import StudentEngine
+from vpmoe.inference.vllm_options import gpu_sampling_options, prepare_environment
+from vpmoe.model.shapes import SHAPES, Shape, with_locked_parts
 
-
-def student(shape: Shape, positions: int) -> Any:
-    """A student with random weights, on the GPU."""
-    config = hf_export.hf_config(shape, positions, torch.bfloat16)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model: Any = VpmoeForCausalLM(VpmoeConfig(**config))
-        for parameter in model.parameters():
-            parameter.data.normal_(std=0.02) if parameter.dim() > 1 else parameter.data.fill_(1)
-    torch.set_default_dtype(torch.float32)
-    return model.eval().requires_grad_(False)
-
-
-class LayerCache(NamedTuple):
-    """What one layer keeps of N sequences: keys and values [N, key-value heads, positions, width], those of a
-    window in a local layer; and `bias`, [key-value heads, heads of each, 1 + positions]: the softmax offset,
-    and what ALiBi adds to the scores."""
-
-    keys: Tensor
-    values: Tensor
-    bias: Tensor
-
-
-def random_cache(model: Any, shape: Shape, count: int, context: int) -> list[LayerCache]:
-    """A full cache of `count` sequences of `context` positions, the current one included."""
-    found = []
-    for number, layer in enumerate(model.model.layers):
-        weight = layer.input_layernorm.weight
-        positions = min(shape.window(number) or context, context)
-        distance_k = torch.arange(positions, device=weight.device).flip(0)
-        slopes_h = torch.tensor(shape.slopes(number) or [0.0] * shape.heads, device=weight.device)
-        offset_h = layer.self_attn.softmax_offset
-        if offset_h is None:
-            offset_h = torch.full_like(slopes_h, -torch.inf)
-        bias_hk = torch.cat([offset_h[:, None], -slopes_h[:, None] * distance_k], dim=1)
-        size = (count, shape.kv_heads, positions, shape.head_width)
-        keys, values = (torch.randn(size, dtype=weight.dtype, device=weight.device) for _ in range(2))
-        found.append(LayerCache(keys, values, bias_hk.unflatten(0, (shape.kv_heads, -1))))
-    return found
+PEERS: dict[str, dict[str, Any]] = {
+    "granite": {
+        "architectures": ["GraniteMoeForCausalLM"],
+        "model_type": "granitemoe",
+        "vocab_size": 49155,
+        "hidden_size": 1536,
+        "intermediate_size": 512,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "num_local_experts": 40,
+        "num_experts_per_tok": 8,
+        "embedding_multiplier": 12.0,
+        "logits_scaling": 6.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.015625,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    },
+}
 
 
-def forward(model: Any, ids_N: Tensor, position_1: Tensor, cache: list[LayerCache]) -> Tensor:
-    """Logits [N, V] of the next token of each sequence, all of which are at the same position."""
-    decoder = model.model
-    hidden_NH = decoder.embed_tokens(ids_N)
-    cos, sin = (
-        part.to(hidden_NH.dtype) for part in rotation(position_1, model.config, decoder.log_frequency)
-    )
-    first_NgD: Tensor | None = None
-    for layer, held in zip(decoder.layers, cache, strict=True):
-        attention = layer.self_attn
-        query_NhD, key_NgD, value_NgD = attention.project(
-            layer.input_layernorm(hidden_NH), cos, sin, first_NgD
+def student(shape: Shape, max_length: int, sequences: int) -> StudentEngine:
+    """An engine with random weights: every expert is as likely as any other."""
+    import torch
+
+    from vpmoe.model import hf_export
+
+    engine = StudentEngine(shape, max_length)
+    with tempfile.TemporaryDirectory() as folder:
+        config = hf_export.hf_config(shape, max_length, torch.bfloat16)
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        engine._llm = engine._start(Path(folder), load_format="dummy", max_num_seqs=sequences)
+    engine._llm.apply_model(_randomise)
+    return engine
+
+
+def _randomise(model: Any) -> None:
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.data.fill_(1)
+        elif parameter.dim() == 1 and not name.endswith("log_frequency"):
+            parameter.data.zero_()
+        elif name.endswith("log_frequency"):
+            parameter.data.copy_(torch.linspace(0, -140, len(parameter)))
+        else:
+            parameter.data.normal_(std=parameter.shape[-1] ** -0.5)
+
+
+def peer(name: str, max_length: int, sequences: int) -> Any:
+    """vLLM with a peer's shape and dummy weights."""
+    prepare_environment()
+    import vllm
+
+    graphs = gpu_sampling_options()["compilation_config"]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(PEERS[name]))
+        return vllm.LLM(
+            folder,
+            skip_tokenizer_init=True,
+            load_format="dummy",
+            dtype="bfloat16",
+            max_model_len=max_length,
+            max_num_seqs=sequences,
+            enable_prefix_caching=False,
+            compilation_config=graphs,
+            disable_log_stats=True,
+            seed=0,
         )
-        first_NgD = value_NgD if first_NgD is None else first_NgD
-        held.keys[:, :, -1] = key_NgD
-        held.values[:, :, -1] = value_NgD
-        query_NgrD = query_NhD.unflatten(1, (len(held.bias), -1)) * attention.width**-0.5
-        score_Ngrk = pad((query_NgrD @ held.keys.mT).float(), (1, 0)) + held.bias
-        weight_Ngrk = score_Ngrk.softmax(3)[..., 1:].to(hidden_NH.dtype)
-        hidden_NH = hidden_NH + attention.o_proj((weight_Ngrk @ held.values).flatten(1))
-        hidden_NH = hidden_NH + layer.mlp(layer.post_attention_layernorm(hidden_NH))
-    logits: Tensor = model.lm_head(decoder.norm(hidden_NH))
-    return logits
 
 
-def sample(logits_NV: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """Sample a token per sequence and return its log-probability, [N, 1].
-
-    Samples as vLLM does for requests with seeds: with exponential noise, generated row by row.
-    """
-    logp_NV = logits_NV.float().log_softmax(1)
-    noise_NV = torch.empty_like(logp_NV)
-    for row, generator in zip(noise_NV, generators, strict=True):
-        row.exponential_(generator=generator)
-    token_N = logp_NV.exp().div_(noise_NV).argmax(1)
-    return logp_NV.gather(1, token_N[:, None])
+def floor_ms(shape: Shape, sequences: int, context: int, bandwidth: float) -> float:
+    """Milliseconds to read a step's weights, keys and values once."""
+    unused = (1 - shape.experts_per_token / shape.experts) ** sequences
+    weights = 2 * (shape.parameters() - shape.vocabulary * shape.hidden - shape.expert_parameters() * unused)
+    window = min(context / (shape.local_window or context), 1.0)
+    return (weights + sequences * (shape.cached_bytes() * context + shape.window_bytes() * window)) / (
+        bandwidth * 1e6
+    )
 
 
-def seconds(call: Callable[[], object], repeats: int = 10) -> float:
-    """Median seconds of a call."""
-    times = []
-    for _ in range(repeats + 2):
+def print_profile(call: Callable[[], object], steps: int) -> None:
+    """Print the kernels of a call that take longest, each as milliseconds a step."""
+    from torch.autograd import DeviceType  # type: ignore[attr-defined]
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        call()
+    by_name: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    for event in recorded.events():
+        if event.device_type == DeviceType.CUDA:
+            by_name[event.name[:70]][0] += 1
+            by_name[event.name[:70]][1] += event.device_time / 1e3 / steps
+    total = sum(ms for _, ms in by_name.values())
+    launches = sum(count for count, _ in by_name.values()) / steps
+    print(f"profile of {steps} steps: {total:.2f} ms and {launches:.0f} kernels a step")
+    for name, (count, ms) in sorted(by_name.items(), key=lambda item: -item[1][1])[:30]:
+        print(f"{ms:8.3f} ms  {count / steps:7.1f}  {name}")
+
+
+class Sampler:
+    """Asks an engine as the sampler does, but without stop tokens, so that lengths are what they are set
+    to."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+        self.random = np.random.default_rng(0)
+
+    def seconds(self, prompt: int, lengths: list[int]) -> float:
+        """Seconds to sample completions of these lengths, of random prompts."""
+        import torch
+        import vllm
+
+        params = [
+            vllm.SamplingParams(
+                max_tokens=length, temperature=1.0, seed=n, logprobs=0, ignore_eos=True, detokenize=False
+            )
+            for n, length in enumerate(lengths)
+        ]
+        asked = [{"prompt_token_ids": self.random.integers(0, 40000, prompt).tolist()} for _ in lengths]
         torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+        started = time.perf_counter()
+        outputs = self.llm.generate(asked, params, use_tqdm=False)
+        assert [len(output.outputs[0].token_ids) for output in outputs] == lengths
+        return time.perf_counter() - started
 
 
-def cuda_graph(call: Callable[[], object]) -> Callable[[], object]:
-    """The call, captured as one CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured, stream=stream):
-        call()
-    return captured.replay
-
-
-@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="vpmoe-6b")
-    parser.add_argument("--context", type=int, default=512, help="positions in the cache of each sequence")
+    parser.add_argument("--parts", action="store_true", help="with every part of the architecture")
+    parser.add_argument("--peer", choices=PEERS, help="another model instead of the student")
+    parser.add_argument("--prompt", type=int, default=103, help="tokens of a prompt")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a completion")
     parser.add_argument(
         "--sequences",
         type=lambda text: [int(count) for count in text.split(",")],
-        default=[1, 16, 64, 128, 256],
+        default=[1, 64, 512],
         help="values of N, comma-separated",
     )
+    parser.add_argument("--bandwidth", type=float, default=4800.0, help="of the GPU's memory, GB/s")
+    parser.add_argument("--profile", action="store_true", help="list kernels at the largest N")
     given = parser.parse_args()
     shape = SHAPES[given.shape]
-    model = student(shape, given.context)
-    held = sum(parameter.numel() for parameter in model.parameters())
-    half = torch.empty(held // 2, dtype=torch.bfloat16, device="cuda")
-    floor = seconds(half.clone)  # half of the weights, read and written, is as many bytes as reading all
-    del half
+    shape = with_locked_parts(shape) if given.parts else shape
+    largest = max(given.sequences)
+    longest = given.prompt + given.length * 7 // 4 + 1
+    started = time.perf_counter()
+    llm = peer(given.peer, longest, largest) if given.peer else student(shape, longest, largest)._llm
+    import torch
+    import vllm
+
     print(
-        f"{torch.cuda.get_device_name()}, {given.shape}, context {given.context}; floor {floor * 1e3:.1f} ms"
+        f"{torch.cuda.get_device_name()}, {given.peer or shape.name}"
+        f"{', every part' * (given.parts and given.peer is None)}, vLLM {vllm.__version__}, torch "
+        f"{torch.__version__}; started in {time.perf_counter() - started:.0f} s"
     )
-    print(
-        f"{'N':>5}  {'eager ms':>9}  {'graph ms':>9}  {'sample ms':>9}  {'tokens/s, eager':>15}  {'graph':>8}"
-    )
-    position_1, found = torch.tensor([given.context - 1], device="cuda"), []
+    measure(Sampler(llm), given, None if given.peer else shape)
+
+
+def measure(sampler: Sampler, given: argparse.Namespace, shape: Shape | None) -> None:
+    print(f"{'N':>5}  {'ms a step':>9}  {'floor ms':>8}  {'tokens/s':>9}  {'call tokens/s':>13}")
+    short, times = given.length // 8, []
     for count in given.sequences:
-        ids_N = torch.randint(0, shape.vocabulary, (count,), device="cuda")
-        cache = random_cache(model, shape, count, given.context)
-        generators = [torch.Generator("cuda").manual_seed(seed) for seed in range(count)]
-        step = partial(forward, model, ids_N, position_1, cache)
-        eager, logits_NV = seconds(step), step()
-        sampling = seconds(lambda logits_NV=logits_NV, generators=generators: sample(logits_NV, generators))
-        captured = seconds(cuda_graph(step))
-        found.append((count, eager + sampling, captured + sampling))
-        speeds = count / (eager + sampling), count / (captured + sampling)
+        sampler.seconds(given.prompt, [2] * count)  # compiles kernels
+        first = sampler.seconds(given.prompt, [short] * count)
+        whole = sampler.seconds(given.prompt, [given.length] * count)
+        times.append((whole - first) / (given.length - short) * 1e3)
+        floor = ""
+        if shape is not None:
+            context = given.prompt + (given.length + short) // 2
+            floor = f"{floor_ms(shape, count, context, given.bandwidth):.2f}"
         print(
-            f"{count:5}  {eager * 1e3:9.1f}  {captured * 1e3:9.1f}  {sampling * 1e3:9.2f}  "
-            f"{speeds[0]:15,.0f}  {speeds[1]:8,.0f}",
+            f"{count:>5}  {times[-1]:>9.2f}  {floor:>8}  {count / times[-1] * 1e3:>9,.0f}  "
+            f"{count * given.length / whole:>13,.0f}",
             flush=True,
         )
-        del cache, step
-    counts, *times = zip(*found, strict=True)
-    for name, values in zip(("eager", "graph"), times, strict=True):
-        slope, start = np.polyfit(counts, values, 1)
-        print(f"{name}: {start * 1e3:.1f} ms per step, plus {slope * 1e6:.0f} µs per sequence")
+    if len(times) > 1:
+        slope, start = np.polyfit(given.sequences, times, 1)
+        print(f"a step costs {start / 1e3:.4f} s and {slope / 1e3:.6f} s a sequence")
+    largest = max(given.sequences)
+    lengths = sampler.random.integers(given.length // 4, given.length * 7 // 4 + 1, 3 * largest).tolist()
+    seconds = sampler.seconds(given.prompt, lengths)
+    print(f"{len(lengths)} completions, at most {largest} at a time: {sum(lengths) / seconds:,.0f} tokens/s")
+    if given.profile:
+        print_profile(lambda: sampler.seconds(1, [32] * largest), 32)
 
 
 if __name__ == "__main__":
