@@ -14,6 +14,7 @@ from tests.fakes.inference_cases import (
 from tests.fakes.policy_versions import COMPLETE_TINY
 from tests.fakes.students import new_seed
 from vpmoe.inference import gpu_kernels
+from vpmoe.model.shapes import Shape
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -29,18 +30,18 @@ def no_gradients() -> Iterator[None]:
 @pytest.mark.parametrize("layer", [0, 2, 3])
 @pytest.mark.parametrize("shape", [COMPLETE_TINY, COMPLETE], ids=["tiny", "vpmoe-6b"])
 def test_queries_keys_and_values_equal_float64(
-    gpu: torch.device, shape: "object", layer: int, dtype: torch.dtype
+    gpu: torch.device, shape: Shape, layer: int, dtype: torch.dtype
 ) -> None:
-    queries_keys_and_values(shape, layer, gpu, dtype, 70)  # type: ignore[arg-type]
+    queries_keys_and_values(shape, layer, gpu, dtype, 70)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layer, tokens", [(0, 70), (1, 1), (1, 130), (1, 700)])
 @pytest.mark.parametrize("shape", [COMPLETE_TINY, COMPLETE], ids=["tiny", "vpmoe-6b"])
 def test_feed_forward_layers_equal_float64(
-    gpu: torch.device, shape: "object", layer: int, tokens: int, dtype: torch.dtype
+    gpu: torch.device, shape: Shape, layer: int, tokens: int, dtype: torch.dtype
 ) -> None:
-    feed_forward_layers(shape, layer, gpu, dtype, tokens)  # type: ignore[arg-type]
+    feed_forward_layers(shape, layer, gpu, dtype, tokens)
 
 
 @pytest.mark.parametrize("tokens", [1, 256, 5000])
