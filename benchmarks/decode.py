@@ -1,17 +1,17 @@
 """Time of one decoding step of the student in vLLM, a token for each of N sequences, beside floor and peer.
 
-    python -m benchmarks.decode [--shape vpmoe-6b] [--parts] [--sequences 1,64,512] [--length 256] [--profile]
+    python -m benchmarks.decode [--shape vpmoe-6b] [--sequences 1,64,512] [--length 256] [--profile]
     python -m benchmarks.decode --peer granite
 
 Runs the sampler's own engine (vpmoe/inference/engine.py) in bf16 with random weights: N random prompts of
 --prompt tokens, and completions of --length and of an eighth of it. A step's time is the difference of the
 two divided by that of their lengths, without the prompts' computation, and with scheduling and sampling.
-"call" is the whole call of --length, its prompts included. `--parts` gives the shape every part of the
-architecture. Floor: reading the weights once (of the experts, those that some sequence chose, for uniformly
-random choices), and the keys and values of the mean context once, at --bandwidth. The last lines fit a
-straight line to the times over N, the cost of a step, and that per sequence: they are the `--decode` and
-`--decode-token` of benchmarks.pipeline. Then 3 N completions of --length / 4 to --length · 7 / 4 are sampled
-with at most N, the largest, at a time, so that most steps also start a prompt.
+"call" is the whole call of --length, its prompts included. Floor: reading the weights once (of the experts,
+those that some sequence chose, for uniformly random choices), and the keys and values of the mean context
+once, at --bandwidth. The last lines fit a straight line to the times over N, the cost of a step, and that per
+sequence: they are the `--decode` and `--decode-token` of benchmarks.pipeline. Then 3 N completions of
+--length / 4 to --length · 7 / 4 are sampled with at most N, the largest, at a time, so that most steps also
+start a prompt.
 
 `--peer` runs another model's shape in the same vLLM instead, with the same CUDA graphs and dummy weights:
 `granite` is Granite-MoE 3B-A0.8B, which has about as many active parameters as vpmoe-6b, in 32 layers. Needs
@@ -31,7 +31,7 @@ import numpy as np
 
 from vpmoe.inference.engine import StudentEngine
 from vpmoe.inference.vllm_options import gpu_sampling_options, prepare_environment
-from vpmoe.model.shapes import SHAPES, Shape, with_locked_parts
+from vpmoe.model.shapes import SHAPES, Shape
 
 PEERS: dict[str, dict[str, Any]] = {
     "granite": {
@@ -174,7 +174,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="vpmoe-6b")
-    parser.add_argument("--parts", action="store_true", help="with every part of the architecture")
     parser.add_argument("--peer", choices=PEERS, help="another model instead of the student")
     parser.add_argument("--prompt", type=int, default=103, help="tokens of a prompt")
     parser.add_argument("--length", type=int, default=256, help="tokens of a completion")
@@ -188,7 +187,6 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="list kernels at the largest N")
     given = parser.parse_args()
     shape = SHAPES[given.shape]
-    shape = with_locked_parts(shape) if given.parts else shape
     largest = max(given.sequences)
     longest = given.prompt + given.length * 7 // 4 + 1
     started = time.perf_counter()
@@ -197,9 +195,8 @@ def main() -> None:
     import vllm
 
     print(
-        f"{torch.cuda.get_device_name()}, {given.peer or shape.name}"
-        f"{', every part' * (given.parts and given.peer is None)}, vLLM {vllm.__version__}, torch "
-        f"{torch.__version__}; started in {time.perf_counter() - started:.0f} s"
+        f"{torch.cuda.get_device_name()}, {given.peer or shape.name}, vLLM {vllm.__version__}, "
+        f"torch {torch.__version__}; started in {time.perf_counter() - started:.0f} s"
     )
     measure(Sampler(llm), given, None if given.peer else shape)
 

@@ -83,11 +83,13 @@ PROOFS: dict[str, RunHere | RunBy | NotRun] = {
     "make down": RunBy((f"{LIFECYCLE}::test_down_restores_the_machine",), "python -m devcluster down"),
     "make check": NotRun("nothing: it runs this test"),
     "make test": NotRun("nothing: it runs this test"),
+    "make test-kind": NotRun("Docker, and half an hour"),
     "pip install .": RunBy(
         ("tests/unit/package/test_wheel.py::test_the_wheel_requires_pydantic_and_yaml_only",),
         "the wheel that pip would build, installed by uv without a package index",
     ),
     "vpmoe validate manifests/examples/full.yaml": RunHere("full is valid: stages vanilla (Vanilla)"),
+    "vpmoe count --shape vpmoe-6b": RunHere("6,029,894,927"),
     "vpmoe plan manifests/examples/full.yaml": RunHere("GPU hours on 8 GPUs"),
     "make images push REGISTRY=registry.example.com/vpmoe": RunBy(
         (IMAGES,), "the images that `make images` builds; to push them needs a registry"

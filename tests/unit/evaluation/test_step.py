@@ -432,9 +432,7 @@ def test_an_evaluation_of_another_checkpoint_is_rejected(stage: StageContext, en
     ):
         run_evaluation(stage, UnusedEngines(), attempt=2)
     delete_objects(stage, "evaluation.json")
-    with pytest.raises(
-        Permanent, match="the state to export as tiny"
-    ):  # no part of it is reused: the export is attempted
+    with pytest.raises(Permanent, match="its student has other parts than tiny"):  # its checkpoint is read
         run_evaluation(stage, UnusedEngines(), attempt=3)
 
 
