@@ -4,21 +4,18 @@ Between dense matrix products and vLLM's attention, everything is a kernel of gp
 sum of one half of a layer is computed together with the norm of the next.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import linear
 
 from vpmoe.inference import gpu_kernels
 from vpmoe.model.head import chunk_logits
-from vpmoe.model.modeling_vpmoe import MLP, MoE, rotation
-
-if TYPE_CHECKING:
-    from vpmoe.inference.vllm_model import Decoder, SelfAttention
+from vpmoe.model.modeling_vpmoe import MLP, MoE, Projections, rotation
 
 
-def forward(decoder: "Decoder", hidden_NH: Tensor, positions_N: Tensor) -> Tensor:
-    """Hidden states [N, H] after the last norm, of embeddings [N, H]."""
+def forward(decoder: Any, hidden_NH: Tensor, positions_N: Tensor) -> Tensor:
+    """Hidden states [N, H] after the last norm, of embeddings [N, H]. `decoder`: vllm_model.Decoder."""
     cos_N1D, sin_N1D = rotation(positions_N, decoder.config, decoder.log_frequency)
     turn = cos_N1D.squeeze(1), sin_N1D.squeeze(1)
     epsilon = decoder.config.rms_norm_eps
@@ -38,7 +35,7 @@ def forward(decoder: "Decoder", hidden_NH: Tensor, positions_N: Tensor) -> Tenso
 
 
 def project(
-    attention: "SelfAttention",
+    attention: Projections,
     normed_NH: Tensor,
     turn: tuple[Tensor, Tensor],
     first_value_NgD: Tensor | None,
