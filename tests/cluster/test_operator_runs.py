@@ -21,8 +21,9 @@ LONG = "steps=3000 pause=0.3 every=2 hurry=2"
 RESCORING_SCRIPT = "steps=8 every=4 pause=0.5 parts=6 beside=vanilla kill=rescore@1:-103,rescored@1:5"
 """Rescoring is killed once and runs beside a Vanilla stage of four seconds. The Rescored stage is killed
 once."""
-ENDLESS_WINDOWS = "steps=6 every=2 pause=0.5 windows=3000 kill=onpolicy-sampler@1:-203"
-"""The sampler is killed once. Sampler and teacher would continue long after the end of training."""
+ENDLESS_WINDOWS = "steps=16 every=2 pause=0.5 windows=3000 kill=onpolicy-sampler@1:-203"
+"""The sampler is killed once. Sampler and teacher would continue long after the end of training, which takes
+so long that the operator reads the progress of the sampler's second attempt on a busy machine too."""
 FOUR_GPUS: dict[str, Any] = {
     "teacher": {"model": "s3://models/none", "gpus": 2},
     "student": {"shape": "tiny", "gpus": 2},
