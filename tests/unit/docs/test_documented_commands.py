@@ -105,7 +105,7 @@ PROOFS: dict[str, RunHere | RunBy | NotRun] = {
     "kubectl get distillruns --output=wide": RunBy((KUBECTL,)),
     "kubectl get distillruns --watch": RunBy((KUBECTL,), "without --watch"),
     "kubectl explain distillrun.spec": RunBy((KUBECTL,), "of distillrun.spec.stages"),
-    ".venv/bin/python -m vpmoe export s3://vpmoe/runs/default/demo-4a9d37c3 --to .devcluster/model": RunBy(
+    ".venv/bin/python -m vpmoe export s3://vpmoe/runs/default/demo-338abf4f --to .devcluster/model": RunBy(
         (STUDENT,), "of that test's run"
     ),
     ".venv/bin/python -m vpmoe chat .devcluster/model "
