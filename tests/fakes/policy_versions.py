@@ -17,6 +17,7 @@ from vpmoe.model.batch import Batch
 from vpmoe.model.head import target_logp
 from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import SHAPES, Shape
+from vpmoe.model.student import Student
 from vpmoe.provenance import Provenance
 from vpmoe.rollout import policy_version
 from vpmoe.rollout.policy_version import PolicyVersion
@@ -64,16 +65,21 @@ def export(folder: Path, learner: Learner) -> Path:
 
 
 def trainer_logp(learner: Learner, sequences: Sequence[Ids]) -> list[NDArray[np.float32]]:
+    """As student_logp, of the student that the learner trains."""
+    return student_logp(learner.student, sequences)
+
+
+@torch.no_grad()
+def student_logp(student: Student, sequences: Sequence[Ids]) -> list[NDArray[np.float32]]:
     """The trainer's log-probabilities of each sequence's ids given those before, [T − 1] each. All sequences
     are packed into one row."""
     ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64))[None]
-    number = torch.repeat_interleave(
-        torch.arange(len(sequences)), torch.tensor([len(ids_T) for ids_T in sequences])
-    )[None]
-    batch = Batch.from_rows(ids, torch.full_like(ids, 1, dtype=torch.uint8), number.int())
-    with torch.no_grad():
-        logp = target_logp(learner.student(batch), learner.student.output, batch.target)
-    return [part[:-1].numpy() for part in logp.split([len(ids_T) for ids_T in sequences])]
+    lengths = [len(ids_T) for ids_T in sequences]
+    number = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(lengths))[None]
+    batch = Batch.from_rows(ids, torch.ones_like(ids, dtype=torch.uint8), number.int())
+    batch = batch.to(student.output.device)
+    logp = target_logp(student(batch), student.output, batch.target)
+    return [part[:-1].cpu().numpy() for part in logp.split(lengths)]
 
 
 def end_early(learner: Learner) -> Learner:

@@ -9,7 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -19,13 +19,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.fakes.policy_versions import COMPLETE_TINY, COMPLETE_WIDE, Ids
+from tests.fakes.policy_versions import COMPLETE_TINY, COMPLETE_WIDE, Ids, student_logp
 from tests.fakes.students import new_seed
 from vpmoe.inference import hf_model
-from vpmoe.model import device as devices
-from vpmoe.model import distributed, hf_export, state
-from vpmoe.model.batch import Batch
-from vpmoe.model.head import target_logp
+from vpmoe.model import hf_export, state
 from vpmoe.model.shapes import Shape
 from vpmoe.model.student import Student, build
 
@@ -48,14 +45,6 @@ class Sampled(NamedTuple):
     sampled: list[Any]
     attention: list[tuple[str, int | None]]
     """StudentEngine.attention()."""
-
-
-@pytest.fixture(scope="module")
-def device(gpu: torch.device) -> Iterator[torch.device]:
-    chosen = devices.choose()
-    distributed.start(chosen)
-    yield chosen
-    distributed.stop()
 
 
 def sequences(vocabulary: int) -> list[Ids]:
@@ -95,18 +84,6 @@ def export(folder: Path, student: Student, dtype: torch.dtype) -> Path:
     held: Any = SimpleNamespace(student=student, device=student.output.device)
     hf_export.export_student(folder, student.shape, 4096, state.sizes(held), state.copy_weights(held), dtype)
     return folder
-
-
-@torch.no_grad()
-def trainer_logp(student: Student, given: Sequence[Ids]) -> list[NDArray[np.float32]]:
-    """As policy_versions.trainer_logp, on the student's device."""
-    ids = torch.from_numpy(np.concatenate(given).astype(np.int64))[None]
-    lengths = [len(ids_T) for ids_T in given]
-    number = torch.repeat_interleave(torch.arange(len(given)), torch.tensor(lengths))[None]
-    batch = Batch.from_rows(ids, torch.ones_like(ids, dtype=torch.uint8), number.int())
-    batch = batch.to(student.output.device)
-    logp = target_logp(student(batch), student.output, batch.target)
-    return [part[:-1].cpu().numpy() for part in logp.split(lengths)]
 
 
 @torch.no_grad()
@@ -177,8 +154,8 @@ def test_log_probabilities_in_bf16_are_the_trainers(
     given = sequences(shape.vocabulary)
     found = run_vllm(shape, given, tmp_path, other, folder)
     check_layers(shape, found)
-    scored = np.concatenate(trainer_logp(student, given)) - np.concatenate(found.scored)
-    expected = trainer_logp(student, completed(given, found))
+    scored = np.concatenate(student_logp(student, given)) - np.concatenate(found.scored)
+    expected = student_logp(student, completed(given, found))
     drawn = np.concatenate(
         [logp[-len(one.ids_C) :] - one.logp_C for one, logp in zip(found.sampled, expected, strict=True)]
     ).astype(np.float64)

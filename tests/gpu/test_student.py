@@ -1,6 +1,5 @@
 """The student on a GPU, with every part and with none: bf16 beside the same weights in float32 on the CPU."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +9,6 @@ from torch import Tensor
 
 from tests.fakes.student_step import Result, Step, compute, copy_weights, on_cpu
 from tests.fakes.students import WITHOUT, documents, new_seed, perturbed
-from vpmoe.model import device as devices
-from vpmoe.model import distributed
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import SHAPES, Shape
@@ -32,14 +29,6 @@ each tensor of each layer (2⁻⁹): on an H200 the hidden states differ by 1.0e
 1e-2 to 3e-2, with parts and without; sums of few numbers of either sign (of offsets, of the router's bias)
 by up to 8e-2. A reference with a window of 127 differs by 3.1e-2 and 1.2e-1, without another part by more;
 but the value residual starts near λ = 1, so it shows in its own gradient and in test_projections.py."""
-
-
-@pytest.fixture(scope="module")
-def device(gpu: torch.device) -> Iterator[torch.device]:
-    chosen = devices.choose()
-    distributed.start(chosen)
-    yield chosen
-    distributed.stop()
 
 
 def random_rows(shape: Shape) -> tuple[Tensor, ...]:
