@@ -279,13 +279,12 @@ class DistillRun(ApiModel):
         such step.
 
         A stage starts after the stage before it has been evaluated, the first after init and preprocess,
-        which run side by side. The steps of a stage that samples start
-        together. Rescoring needs the dataset only and runs beside Vanilla stages, which do not use the
-        teacher's GPUs. All other stages wait for rescoring: Rescored for the scores, TeacherForced and
-        OnPolicy for the GPUs. So does the step validity, which takes one of these GPUs: beside a Vanilla
-        stage it may start later than the stage. Steps that run at the same time therefore never need more
-        than teacher.gpus + student.gpus. Exports start when all other steps have succeeded, so that the run
-        has no use for its GPUs any more.
+        which run side by side. The steps of a stage that samples start together. Rescoring needs the dataset
+        only and runs beside Vanilla stages, which do not use the teacher's GPUs. All other stages wait for
+        rescoring: Rescored for the scores, TeacherForced and OnPolicy for the GPUs. So does the step
+        validity, which takes one of these GPUs: beside a Vanilla stage it may start later than the stage.
+        Steps that run at the same time therefore never need more than teacher.gpus + student.gpus. Exports
+        start when all other steps have succeeded, so that the run has no use for its GPUs any more.
         """
         stage, role = self.stage_of(step), self.role(step)
         if stage is None:

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     try:
         made = prepare(arguments.model, SHAPES[arguments.shape], arguments.seed, arguments.donor)
-        for line in [*made.plan.table(), *made.vocabulary.table()]:
+        for line in made.table():
             say(line)
         if arguments.out is not None:
             say(f"Writing {weight_bytes(made.sizes()):,} bytes into {arguments.out}")

@@ -109,6 +109,10 @@ class Upcycling:
     seed: int
     donor: SourceFolder | None
 
+    def table(self) -> list[str]:
+        """The plan and the origin of the vocabulary's rows as lines of text."""
+        return [*self.plan.table(), *self.vocabulary.table()]
+
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of the student by its name in the trainer's checkpoint."""
         return {name: origin.size for name, origin in self.plan.tensors.items()}

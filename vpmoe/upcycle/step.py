@@ -86,7 +86,7 @@ def make_initial_weights(
         except Permanent:
             bucket.delete(paths.init_source(run))  # so that the next attempt finds the model repaired
             raise
-        for line in [*upcycling.plan.table(), *upcycling.vocabulary.table()]:
+        for line in upcycling.table():
             log.info("%s", line)
         subjects = write(job, upcycling, Path(scratch))
         made = statement(upcycling, source, subjects, provenance)
