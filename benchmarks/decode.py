@@ -123,23 +123,28 @@ def floor_ms(shape: Shape, sequences: int, context: int, bandwidth: float) -> fl
     )
 
 
-def print_profile(call: Callable[[], object], steps: int) -> None:
-    """Print the kernels of a call that take longest, each as milliseconds a step."""
+PROFILED = 32
+"""Steps of a profile."""
+
+
+def print_profile(step: Callable[[], object]) -> None:
+    """Print the kernels of PROFILED steps that take longest, each as milliseconds a step."""
     from torch.autograd import DeviceType  # type: ignore[attr-defined]
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        call()
+        for _ in range(PROFILED):
+            step()
     by_name: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     for event in recorded.events():
         if event.device_type == DeviceType.CUDA:
-            by_name[event.name[:70]][0] += 1
-            by_name[event.name[:70]][1] += event.device_time / 1e3 / steps
+            by_name[event.name[:110]][0] += 1
+            by_name[event.name[:110]][1] += event.device_time / 1e3 / PROFILED
     total = sum(ms for _, ms in by_name.values())
-    launches = sum(count for count, _ in by_name.values()) / steps
-    print(f"profile of {steps} steps: {total:.2f} ms and {launches:.0f} kernels a step")
-    for name, (count, ms) in sorted(by_name.items(), key=lambda item: -item[1][1])[:30]:
-        print(f"{ms:8.3f} ms  {count / steps:7.1f}  {name}")
+    launches = sum(count for count, _ in by_name.values()) / PROFILED
+    print(f"{total:.2f} ms and {launches:.0f} kernels a step, of which")
+    for name, (count, ms) in sorted(by_name.items(), key=lambda item: -item[1][1])[:40]:
+        print(f"{ms:8.3f} ms  {count / PROFILED:7.1f}  {name}")
 
 
 class Sampler:
@@ -150,9 +155,8 @@ class Sampler:
         self.llm = llm
         self.random = np.random.default_rng(0)
 
-    def seconds(self, prompt: int, lengths: list[int]) -> float:
-        """Seconds to sample completions of these lengths, of random prompts."""
-        import torch
+    def requests(self, prompt: int, lengths: list[int]) -> tuple[list[Any], list[Any]]:
+        """Random prompts and the sampling parameters for completions of these lengths."""
         import vllm
 
         params = [
@@ -161,7 +165,28 @@ class Sampler:
             )
             for n, length in enumerate(lengths)
         ]
-        asked = [{"prompt_token_ids": self.random.integers(0, 40000, prompt).tolist()} for _ in lengths]
+        return [
+            {"prompt_token_ids": self.random.integers(0, 40000, prompt).tolist()} for _ in lengths
+        ], params
+
+    def profile(self, prompt: int, length: int, sequences: int) -> None:
+        """Print the kernels of steps that only decode, after half of `length` has been sampled."""
+        engine = self.llm.llm_engine
+        ids = [f"profiled-{n}" for n in range(sequences)]
+        for name, asked, params in zip(ids, *self.requests(prompt, [length] * sequences), strict=True):
+            engine.add_request(name, asked, params)
+        grown = 0
+        while grown < length // 2:
+            grown = min([len(output.outputs[0].token_ids) for output in engine.step()], default=0)
+        print(f"profile of {PROFILED} steps of {sequences} sequences of {prompt + grown} tokens: ", end="")
+        print_profile(engine.step)
+        engine.abort_request(ids)
+
+    def seconds(self, prompt: int, lengths: list[int]) -> float:
+        """Seconds to sample completions of these lengths, of random prompts."""
+        import torch
+
+        asked, params = self.requests(prompt, lengths)
         torch.cuda.synchronize()
         started = time.perf_counter()
         outputs = self.llm.generate(asked, params, use_tqdm=False)
@@ -188,7 +213,7 @@ def main() -> None:
     given = parser.parse_args()
     shape = SHAPES[given.shape]
     largest = max(given.sequences)
-    longest = given.prompt + given.length * 7 // 4 + 1
+    longest = given.prompt + 2 * given.length + 1
     started = time.perf_counter()
     llm = peer(given.peer, longest, largest) if given.peer else student(shape, longest, largest)._llm
     import torch
@@ -226,7 +251,7 @@ def measure(sampler: Sampler, given: argparse.Namespace, shape: Shape | None) ->
     seconds = sampler.seconds(given.prompt, lengths)
     print(f"{len(lengths)} completions, at most {largest} at a time: {sum(lengths) / seconds:,.0f} tokens/s")
     if given.profile:
-        print_profile(lambda: sampler.seconds(1, [32] * largest), 32)
+        sampler.profile(given.prompt, 2 * given.length, largest)
 
 
 if __name__ == "__main__":
