@@ -23,7 +23,7 @@ from vpmoe.api.stages import OnPolicy
 from vpmoe.data.dataset import dataset_facts, load_training_dataset
 from vpmoe.data.reader import BlockCache
 from vpmoe.failure import Permanent
-from vpmoe.inference.verify import InferenceEngines, LoadStats, load_version
+from vpmoe.inference.verify import LoadStats, SamplingEngines, load_version
 from vpmoe.process.board import ProgressBoard
 from vpmoe.process.gpu import GpuUse, ReadGpus, not_read
 from vpmoe.process.step_worker import StepWorker, step_succeeded
@@ -96,7 +96,7 @@ class SamplerWorker(StepWorker):
     """One attempt at sampling a stage. Its parts are windows."""
 
     stage: OnPolicy
-    engines: InferenceEngines
+    engines: SamplingEngines
     scratch: Path
 
     def url(self, number: int) -> str:
@@ -148,7 +148,7 @@ def sample_stage(
     provenance: Provenance,
     stopping: threading.Event,
     board: ProgressBoard,
-    engines: InferenceEngines,
+    engines: SamplingEngines,
     scratch: Path,
     read_gpus: ReadGpus = not_read,
 ) -> None:

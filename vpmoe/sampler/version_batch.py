@@ -16,7 +16,7 @@ from vpmoe.api.stages import OnPolicy
 from vpmoe.data.packing import SequenceStream, first_documents, packed_documents
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.inference.engine_pool import CheckStop, Completion, SamplingRequest
-from vpmoe.inference.verify import InferenceEngines
+from vpmoe.inference.verify import SamplingEngines
 from vpmoe.rollout import prompts
 from vpmoe.rollout.back_pressure import Adjustment
 from vpmoe.rollout.policy_version import PolicyVersion
@@ -75,7 +75,7 @@ def sample_version(
     source: PromptSource,
     version: PolicyVersion,
     adjustments: Sequence[Adjustment],
-    engines: InferenceEngines,
+    engines: SamplingEngines,
     check_stop: CheckStop,
 ) -> SampledVersion:
     """Sample all windows of the version that the engines hold. `adjustments`: all so far.
@@ -90,9 +90,11 @@ def sample_version(
         for number in source.windows.curriculum.windows_of(version.version)
     ]
     requests = [list(source.requests(window)) for window in windows]
-    completions = iter(
-        engines.sample([request for of_window in requests for _, _, request in of_window], check_stop)
-    )
+    asked = [request for of_window in requests for _, _, request in of_window]
+    if engines.depth is None:
+        completions = iter(engines.sample(asked, check_stop))
+    else:
+        completions = iter([one for _, one in sorted(engines.sample_queue(asked, check_stop))])
     sampled = [[make_rollout(*one, next(completions)) for one in of_window] for of_window in requests]
     seconds = time.monotonic() - started
     tokens = sum(len(one.logp_C) for rollouts in sampled for one in rollouts)

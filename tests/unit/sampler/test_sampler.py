@@ -482,6 +482,10 @@ class HookedEngines:
     def loaded(self) -> bool:
         return self._engines.loaded
 
+    @property
+    def depth(self) -> int | None:
+        return self._engines.depth
+
     def sample(self, requests: list[SamplingRequest], check_stop: Callable[[], None]) -> list[Completion]:
         self._before()
         self.requests.append(len(requests))
