@@ -3,9 +3,12 @@
 All the work is in vpmoe.sampler; this file binds it to a pod, or to a shell.
 """
 
+import os
+
 from jobs.entrypoint import entrypoint, record_success
 from vpmoe.api.stages import OnPolicy
 from vpmoe.inference.engine_pool import EnginePool
+from vpmoe.inference.request_queue import queue_depth
 from vpmoe.process.gpu import job_meter
 from vpmoe.sampler.sampler import sample_stage
 from vpmoe.storage.scratch import shared_folder
@@ -18,7 +21,8 @@ def main() -> None:
     assert isinstance(stage, OnPolicy), "no other stage has a step of this role"
     scratch = shared_folder("vpmoe-sampler")
     shape, length = run.spec.student.shape, run.spec.training.sequence_length
-    with EnginePool(stage.sampler.gpus, shape, length) as engines, job_meter() as meter:
+    depth = queue_depth(os.environ)
+    with EnginePool(stage.sampler.gpus, shape, length, depth) as engines, job_meter() as meter:
         sample_stage(
             run,
             stage,

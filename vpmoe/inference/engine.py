@@ -3,15 +3,17 @@ sequences.
 
 `python -m vpmoe.inference.engine` is one engine process, on one GPU or on the CPU. engine_pool.py starts it
 and sends it requests; `vllm_options` says why vLLM runs in this process. On the CPU the same requests in the
-same order give the same bits, whether the weights were loaded first or replaced others.
+same order give the same bits from `sample`, whether the weights were loaded first or replaced others.
 """
 
 import json
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,13 +41,16 @@ from vpmoe.process.launcher import set_parent_death_signal
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from vllm import RequestOutput
+    from vllm import RequestOutput, SamplingParams
 
 MAX_SEQUENCES: dict[Device, int] = {"cpu": 32, "cuda": 1024}
 """Completions that are sampled at the same time, at most. The cost of a forward pass hardly depends on their
 number. By calculation, a GPU of 80 GB with vpmoe-6b holds some 1,900 tokens of each: 20 kB of keys and values
 per token in the global layers, and 8 MB per completion in the others. If they grow longer, vLLM preempts some
 and computes them again."""
+
+Call = tuple[int, str, tuple[Any, ...]]
+"""Number, name of a method of StudentEngine, arguments."""
 
 
 class StudentEngine:
@@ -62,6 +67,8 @@ class StudentEngine:
         prepare_environment()
         self.shape, self.max_length = shape, max_length
         self.device = check_device("the sampler", "stages[].sampler.gpus")
+        self.growing: set[int] = set()
+        """Numbers of the requests that were added and are not finished."""
         self._llm: Any = None
 
     def load(self, folder: Path) -> None:
@@ -82,30 +89,34 @@ class StudentEngine:
 
         All requests form one batch. Raises ValueError if a request may grow beyond `max_length`.
         """
-        import vllm
-
-        for one in requests:
-            if len(one.ids_P) + one.max_tokens > self.max_length:
-                raise ValueError(
-                    f"{one.max_tokens} tokens after a prompt of {len(one.ids_P)}, and the student was "
-                    f"loaded for {self.max_length}"
-                )
-        params = [
-            vllm.SamplingParams(
-                max_tokens=one.max_tokens,
-                temperature=1.0,
-                top_p=1.0,
-                seed=one.seed,
-                stop_token_ids=list(STOP_IDS),
-                ignore_eos=True,
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-            )
-            for one in requests
-        ]
+        params = [self._params(one) for one in requests]
         prompts = [{"prompt_token_ids": one.ids_P.tolist()} for one in requests]
         return [_completion(output) for output in self._llm.generate(prompts, params, use_tqdm=False)]
+
+    def add(self, numbered: Sequence[tuple[int, SamplingRequest]]) -> None:
+        """Add requests, each with a number of its own, to those that grow; `step` samples them.
+
+        Raises ValueError if a request may grow beyond `max_length`.
+        """
+        from vllm.inputs.engine import tokens_input
+
+        for number, one in numbered:
+            params = self._params(one)
+            self._llm.llm_engine.add_request(str(number), tokens_input(one.ids_P.tolist()), params)
+            self.growing.add(number)
+
+    def step(self) -> list[tuple[int, Completion]]:
+        """Compute one step of vLLM: a token of each completion that grows, or prompts. Returns the numbers of
+        the requests that it finished, with their completions."""
+        finished = [(int(output.request_id), _completion(output)) for output in self._llm.llm_engine.step()]
+        self.growing -= {number for number, _ in finished}
+        return finished
+
+    def drop(self) -> None:
+        """Drop all requests that grow."""
+        if self.growing:
+            self._llm.llm_engine.abort_request([str(number) for number in self.growing])
+            self.growing.clear()
 
     def score(self, sequences: Sequence[Ids]) -> list[NDArray[np.float32]]:
         """For each sequence of T < `max_length` ids, [T − 1]: the log-probability of each id but the first.
@@ -142,6 +153,29 @@ class StudentEngine:
             )
             for name, layer in layers.items()
         ]
+
+    def _params(self, request: SamplingRequest) -> "SamplingParams":
+        """vLLM's parameters for a request. Raises ValueError if it may grow beyond `max_length`."""
+        import vllm
+        from vllm.sampling_params import RequestOutputKind
+
+        if len(request.ids_P) + request.max_tokens > self.max_length:
+            raise ValueError(
+                f"{request.max_tokens} tokens after a prompt of {len(request.ids_P)}, and the student was "
+                f"loaded for {self.max_length}"
+            )
+        return vllm.SamplingParams(
+            max_tokens=request.max_tokens,
+            temperature=1.0,
+            top_p=1.0,
+            seed=request.seed,
+            stop_token_ids=list(STOP_IDS),
+            ignore_eos=True,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
 
     def _start(self, folder: Path, **options: Any) -> Any:
         """vLLM with the weights in `folder`. `options`: of vllm.LLM, in place of this engine's."""
@@ -199,25 +233,46 @@ def main() -> None:
     """Serve calls over the connection whose file descriptor is the first argument, until it is closed.
 
     A call is (number, name of a method of StudentEngine, arguments); the reply is (number, result or
-    TerminationRecord).
+    TerminationRecord). After `add` the engine calls `step` by itself until it has finished all that was
+    added, and takes further calls in between. These two have a reply only if they finished a request or
+    failed. A call with another number drops what was added before.
     """
     set_parent_death_signal()
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, signal.SIG_IGN)  # the process that started this one decides when it ends
     connection, engine = Connection(int(sys.argv[1])), None
+    calls: SimpleQueue[Call | None] = SimpleQueue()
+    # In a thread: the caller never waits for a step, so both cannot wait for each other with full pipes.
+    threading.Thread(target=_receive, args=(connection, calls), daemon=True).start()
+    current, stepping = 0, False
     while True:
-        try:
-            number, name, arguments = connection.recv()
-        except EOFError:
+        call = (current, "step", ()) if stepping and calls.empty() else calls.get()
+        if call is None:
             return
+        number, name, arguments = call
         try:
             engine = engine or StudentEngine(SHAPES[sys.argv[2]], int(sys.argv[3]))
-            connection.send((number, getattr(engine, name)(*arguments)))
+            if number != current:
+                engine.drop()
+                current = number
+            reply = getattr(engine, name)(*arguments)
+            stepping = bool(engine.growing)
         except Exception as error:  # noqa: BLE001 (the caller raises it)
-            found = failure.classify_error(error)
-            if found.kind == "Internal":
+            reply, stepping = failure.classify_error(error), False
+            if reply.kind == "Internal":
                 sys.__excepthook__(type(error), error, error.__traceback__)
-            connection.send((number, found))
+        if reply or name not in ("add", "step"):
+            connection.send((number, reply))
+
+
+def _receive(connection: Connection, calls: "SimpleQueue[Call | None]") -> None:
+    """Put every call into `calls`; None at the end of the connection."""
+    while True:
+        try:
+            calls.put(connection.recv())
+        except EOFError:
+            calls.put(None)
+            return
 
 
 if __name__ == "__main__":

@@ -2,15 +2,18 @@
 request.
 
 The process that asks imports neither vLLM nor torch. Engines end when it ends, however it ends. An engine's
-error is raised here with its own class. Requests are assigned to engines by their index, so the assignment
-depends on the list of requests and the number of engines only.
+error is raised here with its own class. `sample` assigns requests to engines by their index, so the
+assignment depends on the list of requests and the number of engines only; `sample_queue` gives the next
+request to whichever engine has room (request_queue.py).
 """
 
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -22,6 +25,7 @@ from numpy.typing import NDArray
 from vpmoe.api.termination import TerminationRecord
 from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Permanent, Retriable
+from vpmoe.inference.request_queue import RequestSize, longest_first, next_engines
 
 POLL_SECONDS = 0.2
 """Seconds between two calls of `check_stop` while engines work."""
@@ -56,12 +60,15 @@ class EnginePool:
     be called from a thread that lives as long as the engines are needed: they end with that thread.
     """
 
-    def __init__(self, gpus: int, shape: str, max_length: int) -> None:
+    def __init__(self, gpus: int, shape: str, max_length: int, depth: int | None = None) -> None:
         """One engine for each of `gpus` GPUs; `shape` is a name in vpmoe.model.shapes, `max_length` in
-        tokens.
+        tokens. `depth`: request_queue.queue_depth.
 
         Raises Permanent if CUDA_VISIBLE_DEVICES names fewer devices.
         """
+        self.depth = depth
+        """Requests that an engine holds at the same time in `sample_queue`; None: the engines share no
+        queue."""
         self.loaded = False
         """Whether the engines hold weights, so that the next `load` replaces them in place."""
         self._environments = [engine_environment(os.environ, number, gpus) for number in range(gpus)]
@@ -103,6 +110,38 @@ class EnginePool:
             completions[number::engines] = reply
         return completions
 
+    def sample_queue(
+        self, requests: Sequence[SamplingRequest], check_stop: CheckStop = lambda: None
+    ) -> Iterator[tuple[int, Completion]]:
+        """Sample all requests from one queue, long completions first; yields the index of a request and its
+        completion as soon as an engine has finished it.
+
+        An engine gets further requests while others of its still grow, so it computes full batches until the
+        queue is empty. It goes on while the caller handles a completion. If the caller stops before the end,
+        the engines drop what is left at the next call.
+        """
+        assert self.depth, "this pool was started without a queue"
+        order = longest_first([RequestSize(one.max_tokens, len(one.ids_P)) for one in requests])
+        waiting = deque((index, requests[index]) for index in order)
+        held = [0] * len(self._processes)
+        self._calls += 1
+        while waiting or any(held):
+            given: list[list[tuple[int, SamplingRequest]]] = [[] for _ in held]
+            for engine in next_engines(len(waiting), held, self.depth):
+                given[engine].append(waiting.popleft())
+                held[engine] += 1
+            for engine, numbered in enumerate(given):
+                if numbered:
+                    self._send(engine, "add", (numbered,), check_stop)
+            finished = self._receive([engine for engine, count in enumerate(held) if count], check_stop)
+            for engine, reply in finished.items():
+                if isinstance(reply, TerminationRecord):
+                    raise engine_error(engine, reply)
+                held[engine] -= len(reply)
+            for reply in finished.values():
+                yield from reply
+            check_stop()
+
     def score(
         self, sequences: Sequence[Ids], check_stop: CheckStop = lambda: None
     ) -> list[list[NDArray[np.float32]]]:
@@ -130,27 +169,40 @@ class EnginePool:
         """
         replies: dict[int, Any] = {}
         self._calls += 1
-        number = 0
+        for engine in range(len(self._processes)):
+            self._send(engine, method, arguments[engine], check_stop)
+        while missing := [engine for engine in range(len(self._processes)) if engine not in replies]:
+            replies |= self._receive(missing, check_stop)
+            check_stop()
+        for engine in sorted(replies):
+            if isinstance(replies[engine], TerminationRecord):
+                raise engine_error(engine, replies[engine])
+        return [replies[engine] for engine in sorted(replies)]
+
+    def _send(self, engine: int, method: str, arguments: tuple[Any, ...], check_stop: CheckStop) -> None:
+        with self._alive(engine, check_stop):
+            self._connections[engine].send((self._calls, method, arguments))
+
+    def _receive(self, engines: Sequence[int], check_stop: CheckStop) -> dict[int, Any]:
+        """By engine, a reply to the current call that arrives within POLL_SECONDS; at most one of each."""
+        ready = wait([self._connections[engine] for engine in engines], POLL_SECONDS)
+        replies = {}
+        for engine in engines:
+            if self._connections[engine] in ready:
+                with self._alive(engine, check_stop):
+                    call, reply = self._connections[engine].recv()
+                if call == self._calls:
+                    replies[engine] = reply
+        return replies
+
+    @contextmanager
+    def _alive(self, engine: int, check_stop: CheckStop) -> Iterator[None]:
+        """Raise Retriable if the engine's process has ended."""
         try:
-            for number, connection in enumerate(self._connections):
-                connection.send((self._calls, method, arguments[number]))
-            while len(replies) < len(self._connections):
-                ready = wait(
-                    [each for number, each in enumerate(self._connections) if number not in replies],
-                    POLL_SECONDS,
-                )
-                for number in [number for number, each in enumerate(self._connections) if each in ready]:
-                    call, reply = self._connections[number].recv()
-                    if call == self._calls:
-                        replies[number] = reply
-                check_stop()
+            yield
         except (EOFError, ConnectionError):
             check_stop()  # the pod's termination may have reached the engines first
-            raise _engine_exited(number, self._processes[number].wait()) from None
-        for number in sorted(replies):
-            if isinstance(replies[number], TerminationRecord):
-                raise engine_error(number, replies[number])
-        return [replies[number] for number in sorted(replies)]
+            raise _engine_exited(engine, self._processes[engine].wait()) from None
 
 
 def _engine_exited(number: int, code: int) -> Retriable:

@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -43,6 +43,16 @@ class InferenceEngines(Protocol):
     def load(self, folder: Path, check_stop: CheckStop) -> None: ...
     def sample(self, requests: Sequence[SamplingRequest], check_stop: CheckStop) -> list[Completion]: ...
     def score(self, sequences: Sequence[Ids], check_stop: CheckStop) -> list[list[NDArray[np.float32]]]: ...
+
+
+class SamplingEngines(InferenceEngines, Protocol):
+    """What the sampler needs of engine_pool.EnginePool."""
+
+    depth: int | None
+
+    def sample_queue(
+        self, requests: Sequence[SamplingRequest], check_stop: CheckStop
+    ) -> Iterator[tuple[int, Completion]]: ...
 
 
 @dataclass(frozen=True)

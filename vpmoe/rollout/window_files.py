@@ -7,7 +7,6 @@ vpmoe.trainer.onpolicy.window_batch.
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,16 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict
 
 from vpmoe.api.base import Record
 from vpmoe.data.tokenizer import Ids
-from vpmoe.failure import Permanent
+from vpmoe.rollout.arrow_files import arrow_bytes, column_values, damaged, list_column, read_table
 
 MIN_LOGP = -100.0
 """Lowest log-probability that is stored: −inf would make the loss NaN."""
-HEADER_KEY = b"vpmoe"
-"""Key of the header, as JSON, in the metadata of the Arrow schema."""
 
 ROLLOUTS = pa.schema(
     [
@@ -134,6 +131,11 @@ def rollouts_bytes(header: RolloutHeader, rollouts: Sequence[Rollout]) -> bytes:
 
     Raises ValueError if a rollout's lengths do not match or a log-probability is NaN.
     """
+    return arrow_bytes(ROLLOUTS, rollout_columns(rollouts), header)
+
+
+def rollout_columns(rollouts: Sequence[Rollout]) -> list[list[Any]]:
+    """The columns of ROLLOUTS. Raises as rollouts_bytes does."""
     for one in rollouts:
         if not 0 < len(one.logp_C) == len(one.span_C) < len(one.ids_T):
             lengths = f"{len(one.ids_T)} ids, {len(one.span_C)} spans, {len(one.logp_C)} log-probabilities"
@@ -141,7 +143,7 @@ def rollouts_bytes(header: RolloutHeader, rollouts: Sequence[Rollout]) -> bytes:
                 f"rollout {one.rollout} of prompt {one.prompt}: {lengths} are not those of a prompt and a "
                 "completion"
             )
-    columns: list[list[Any]] = [
+    return [
         [one.prompt for one in rollouts],
         [one.rollout for one in rollouts],
         [one.document for one in rollouts],
@@ -151,28 +153,24 @@ def rollouts_bytes(header: RolloutHeader, rollouts: Sequence[Rollout]) -> bytes:
         [one.span_C for one in rollouts],
         [clamp_logp(one.logp_C) for one in rollouts],
     ]
-    return _arrow_bytes(ROLLOUTS, columns, header)
 
 
 def scores_bytes(header: ScoresHeader, logp: Sequence[NDArray[np.float32]]) -> bytes:
     """The bytes of a file of scores: [C] for each rollout's completion. Raises ValueError if one is NaN."""
-    return _arrow_bytes(SCORES, [[clamp_logp(logp_C) for logp_C in logp]], header)
+    return arrow_bytes(SCORES, [[clamp_logp(logp_C) for logp_C in logp]], header)
 
 
 def read_rollouts(data: bytes, where: str) -> WindowRollouts:
     """Parse a file of rollouts. Raises Permanent, with the address `where`, if it is not one."""
-    table, found = _read_table(data, ROLLOUTS, where)
-    try:
-        header = RolloutHeader.model_validate(found)
-    except ValidationError as error:
-        raise _damaged(where, str(error.errors()[0]["msg"])) from error
-    columns = [
-        _list_column(table, name) if pa.types.is_list(table[name].type) else table[name].to_pylist()
-        for name in ROLLOUTS.names
+    table, header = read_table(data, ROLLOUTS, RolloutHeader, "a window file", where)
+    return WindowRollouts(header, parse_rollouts(table), hashlib.sha256(data).hexdigest())
+
+
+def parse_rollouts(table: pa.Table) -> list[Rollout]:
+    """The rollouts of a table that has the columns of ROLLOUTS."""
+    return [
+        Rollout(*row) for row in zip(*(column_values(table, name) for name in ROLLOUTS.names), strict=True)
     ]
-    return WindowRollouts(
-        header, [Rollout(*row) for row in zip(*columns, strict=True)], hashlib.sha256(data).hexdigest()
-    )
 
 
 def read_scores(data: bytes, where: str, of: WindowRollouts) -> list[NDArray[np.float32]]:
@@ -180,53 +178,14 @@ def read_scores(data: bytes, where: str, of: WindowRollouts) -> list[NDArray[np.
 
     Raises Permanent, with the address `where`, if it is not one, or if it is of other rollouts than `of`.
     """
-    table, found = _read_table(data, SCORES, where)
-    try:
-        header = ScoresHeader.model_validate(found)
-    except ValidationError as error:
-        raise _damaged(where, str(error.errors()[0]["msg"])) from error
-    logp = _list_column(table, "logp")
+    table, header = read_table(data, SCORES, ScoresHeader, "a window file", where)
+    logp = list_column(table, "logp")
     if header.rollouts != of.sha256:
-        raise _damaged(
+        raise damaged(
             where,
             f"it has the scores of other rollouts ({header.rollouts}) than those of window "
             f"{of.header.window} ({of.sha256})",
         )
     if [len(logp_C) for logp_C in logp] != [len(one.logp_C) for one in of.rollouts]:
-        raise _damaged(where, "it does not have one score for each sampled token")
+        raise damaged(where, "it does not have one score for each sampled token")
     return logp
-
-
-def _arrow_bytes(schema: pa.Schema, columns: Sequence[Sequence[Any]], header: Record) -> bytes:
-    metadata = json.dumps(header.dump(), sort_keys=True).encode()
-    arrays = [pa.array(list(column), field.type) for column, field in zip(columns, schema, strict=True)]
-    table = pa.table(arrays, schema=schema.with_metadata({HEADER_KEY: metadata}))
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
-
-
-def _read_table(data: bytes, schema: pa.Schema, where: str) -> tuple[pa.Table, Any]:
-    try:
-        table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
-        table.validate(full=True)  # its offsets and lengths, before anything is read by them
-        found = json.loads(table.schema.metadata[HEADER_KEY])
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise _damaged(where, f"it is not a window file ({type(error).__name__}: {error})") from error
-    if not table.schema.equals(schema):
-        raise _damaged(where, f"its columns are {', '.join(table.schema.names)}")
-    if any(column.null_count for column in table.columns):
-        raise _damaged(where, "some of its values are null")
-    return table, found
-
-
-def _list_column(table: pa.Table, name: str) -> list[NDArray[Any]]:
-    """The rows of a column of lists, as arrays."""
-    return [row.values.to_numpy() for row in table[name]]
-
-
-def _damaged(where: str, why: str) -> Permanent:
-    return Permanent(
-        f"{where}: {why}. The object was changed after it was written; delete it to have it written again."
-    )

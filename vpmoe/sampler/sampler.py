@@ -1,8 +1,8 @@
 """The sampler of an OnPolicy stage: samples the stage's windows, one policy version after the other.
 
-It has no state: it continues with the first window that has no rollouts, whichever attempt sampled those
-before. The first writer of a window wins. windows.py (vpmoe.rollout) says what a window contains,
-version_batch.py samples it.
+It has no state: it continues with the first window that has no rollouts, and within it with the rollouts that
+are in no part, whichever attempt sampled those before. The first writer of a window wins. windows.py
+(vpmoe.rollout) says what a window contains, version_batch.py samples it.
 """
 
 import json
@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from vpmoe.api.stages import OnPolicy
 from vpmoe.data.dataset import dataset_facts, load_training_dataset
 from vpmoe.data.reader import BlockCache
 from vpmoe.failure import Permanent
-from vpmoe.inference.verify import InferenceEngines, LoadStats, load_version
+from vpmoe.inference.verify import LoadStats, SamplingEngines, load_version
 from vpmoe.process.board import ProgressBoard
 from vpmoe.process.gpu import GpuUse, ReadGpus, not_read
 from vpmoe.process.step_worker import StepWorker, step_succeeded
@@ -31,8 +32,10 @@ from vpmoe.provenance import Provenance
 from vpmoe.rollout import back_pressure, policy_version
 from vpmoe.rollout.curriculum import EFFORTS, Curriculum
 from vpmoe.rollout.gate import require_validity
+from vpmoe.rollout.part_files import PartHeader
 from vpmoe.rollout.policy_version import PolicyVersion
 from vpmoe.rollout.window_files import Rollout, RolloutHeader, read_rollouts, rollouts_bytes
+from vpmoe.sampler.part_log import PartLog
 from vpmoe.sampler.version_batch import PromptSource, SampledVersion, sample_version
 from vpmoe.storage import Bucket, paths
 from vpmoe.storage.manifest import Manifest
@@ -77,8 +80,10 @@ class WindowLine(MetricsLine):
     tokens: int
     """Tokens of the window: prompts and completions."""
     tokens_per_second: float
-    """Sampled tokens per second, over the batch."""
+    """Sampled tokens per second, over the batch, without those of earlier attempts."""
     rollouts: int
+    adopted: int
+    """Rollouts that earlier attempts had sampled, from part files."""
     load: VersionLoad | None
     """None except for the first window of a batch."""
     effort: dict[str, int]
@@ -96,7 +101,7 @@ class SamplerWorker(StepWorker):
     """One attempt at sampling a stage. Its parts are windows."""
 
     stage: OnPolicy
-    engines: InferenceEngines
+    engines: SamplingEngines
     scratch: Path
 
     def url(self, number: int) -> str:
@@ -124,12 +129,22 @@ class SamplerWorker(StepWorker):
 
     def newest_window(self) -> RolloutHeader | None:
         """The header of the last window before the first gap; None if the first window has no rollouts."""
-        prefix = paths.window(self.run, self.stage.name, 0, "rollouts").removesuffix(
-            "window-000000.rollouts.arrow"
-        )
+        prefix = paths.window(self.run, self.stage.name, 0, "rollouts").removesuffix("000000.rollouts.arrow")
         there = {int(found[1]) for each in self.bucket.list(prefix) if (found := NAME.search(each.key))}
         first = next(number for number in range(len(there) + 1) if number not in there)
         return self.read_header(first - 1) if first else None
+
+    def part_log(self, version: int, weights: str) -> PartLog:
+        """The parts of a version. `weights`: policy_version.weights_digest."""
+        header = PartHeader(
+            run=self.provenance.run,
+            config=self.run.config_hash,
+            stage=self.stage.name,
+            version=version,
+            weights=weights,
+            part=0,
+        )
+        return PartLog(self.bucket, self.run, header, self.provenance.metadata())
 
     def report_windows(self, message: str, before: RolloutHeader | None, speed: float | None = None) -> None:
         """Report the windows up to `before` as done.
@@ -148,7 +163,7 @@ def sample_stage(
     provenance: Provenance,
     stopping: threading.Event,
     board: ProgressBoard,
-    engines: InferenceEngines,
+    engines: SamplingEngines,
     scratch: Path,
     read_gpus: ReadGpus = not_read,
 ) -> None:
@@ -180,13 +195,26 @@ def sample_stage(
         job.report_windows(f"Sampling {windows} from version {version.version}", before)
         read_gpus()  # what they did before is not the batch's
         batch = sample_version(
-            source, version, back_pressure.read_adjustments(bucket, run, stage.name), engines, job.check_stop
+            source,
+            version,
+            back_pressure.read_adjustments(bucket, run, stage.name),
+            engines,
+            job.part_log(version.version, policy_version.weights_digest(published)),
+            job.check_stop,
+            partial(report_part, job, windows, before),
         )
         before = write_windows(job, source, published, version, batch, before, waited, loading, read_gpus())
     done = before.window + 1 if before else 0
     job.report_success(
         "Complete" if before and before.last else "The stage has ended", done, dataset_facts(bucket, made)
     )
+
+
+def report_part(
+    job: SamplerWorker, windows: str, before: RolloutHeader | None, finished: int, planned: int
+) -> None:
+    """Report how many rollouts of the batch are in the bucket. `windows`: those of the batch, in words."""
+    job.report_windows(f"Sampling {windows}: {finished:,} of {planned:,} rollouts", before)
 
 
 def wait_for_version(
@@ -253,6 +281,7 @@ def write_windows(
             tokens=tokens,
             tokens_per_second=batch.speed,
             rollouts=len(rollouts),
+            adopted=batch.adopted[window.number],
             load=None if place else VersionLoad(seconds=loading.seconds, probe=loading.probe),
             gpu=None if place else gpu,
             **rollout_stats(rollouts),

@@ -1,12 +1,15 @@
 """All windows that are sampled from one policy version, as one batch.
 
 The cost of a decoding step hardly depends on the number of sequences (benchmarks/decode.py), so all windows
-whose contents are known are sampled together. sampler.py loads the weights and writes the windows.
+whose contents are known are sampled together. sampler.py loads the weights and writes the windows,
+part_log.py writes what has finished before.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,12 +19,14 @@ from vpmoe.api.stages import OnPolicy
 from vpmoe.data.packing import SequenceStream, first_documents, packed_documents
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.inference.engine_pool import CheckStop, Completion, SamplingRequest
-from vpmoe.inference.verify import InferenceEngines
+from vpmoe.inference.verify import SamplingEngines
 from vpmoe.rollout import prompts
 from vpmoe.rollout.back_pressure import Adjustment
+from vpmoe.rollout.part_files import RolloutKey
 from vpmoe.rollout.policy_version import PolicyVersion
 from vpmoe.rollout.window_files import Rollout
 from vpmoe.rollout.windows import PromptPlan, WindowPlan, WindowSchedule, completion_limit
+from vpmoe.sampler.part_log import PartLog
 from vpmoe.storage.manifest import Manifest
 
 
@@ -60,57 +65,106 @@ class PromptSource:
                 yield prompt, rollout, SamplingRequest(ids_P, seed, bound)
 
 
+class PlannedRollout(NamedTuple):
+    """A rollout of a version, before it is sampled."""
+
+    key: RolloutKey
+    prompt: PromptPlan
+    request: SamplingRequest
+
+
 @dataclass(frozen=True)
 class SampledVersion:
     """The sampled windows of a version."""
 
     windows: Sequence[tuple[WindowPlan, Sequence[Rollout]]]
+    adopted: Counter[int]
+    """By window, the number of rollouts that earlier attempts had sampled."""
     seconds: float
     """Time to build and sample all of them."""
     speed: float
-    """Sampled tokens per second."""
+    """Sampled tokens per second, without those of earlier attempts."""
 
 
 def sample_version(
     source: PromptSource,
     version: PolicyVersion,
     adjustments: Sequence[Adjustment],
-    engines: InferenceEngines,
+    engines: SamplingEngines,
+    parts: PartLog,
     check_stop: CheckStop,
+    report: Callable[[int, int], None] = lambda finished, planned: None,
 ) -> SampledVersion:
-    """Sample all windows of the version that the engines hold. `adjustments`: all so far.
+    """Sample all windows of the version that the engines hold. `adjustments`: all so far. `report`: called
+    after each part with the numbers of finished and of all rollouts.
 
-    Windows that are in the bucket already, or come after the stage's end, are sampled too. The bits depend on
-    what is computed together, so the batch must depend on the version alone and not on how far an earlier
-    attempt came.
+    Windows that are in the bucket already, or come after the stage's end, are sampled too. On the CPU the
+    bits depend on what is computed together, so the batch must depend on the version alone and not on how far
+    an earlier attempt came. Engines that share a queue sample only what is in no part, and write parts.
     """
     started = time.monotonic()
     windows = [
         source.windows.window(number, version.tokens, adjustments)
         for number in source.windows.curriculum.windows_of(version.version)
     ]
-    requests = [list(source.requests(window)) for window in windows]
-    completions = iter(
-        engines.sample([request for of_window in requests for _, _, request in of_window], check_stop)
-    )
-    sampled = [[make_rollout(*one, next(completions)) for one in of_window] for of_window in requests]
+    planned = [
+        PlannedRollout(RolloutKey(window.number, prompt.place, rollout), prompt, request)
+        for window in windows
+        for prompt, rollout, request in source.requests(window)
+    ]
+    adopted: Counter[int] = Counter()
+    adopted_tokens = 0
+    if engines.depth is None:
+        completions = engines.sample([one.request for one in planned], check_stop)
+        rollouts = [make_rollout(*one) for one in zip(planned, completions, strict=True)]
+    else:
+        parts.adopt_all({one.key: one.request for one in planned})
+        adopted.update(key.window for key in parts.rollouts)
+        adopted_tokens = sum(len(one.logp_C) for one in parts.rollouts.values())
+        sample_missing(planned, engines, parts, check_stop, report)
+        rollouts = [parts.rollouts[one.key] for one in planned]
+    of_window: dict[int, list[Rollout]] = {window.number: [] for window in windows}
+    for one, rollout in zip(planned, rollouts, strict=True):
+        of_window[one.key.window].append(rollout)
     seconds = time.monotonic() - started
-    tokens = sum(len(one.logp_C) for rollouts in sampled for one in rollouts)
-    return SampledVersion(list(zip(windows, sampled, strict=True)), seconds, tokens / seconds)
+    tokens = sum(len(one.logp_C) for one in rollouts) - adopted_tokens
+    return SampledVersion(
+        [(window, of_window[window.number]) for window in windows], adopted, seconds, tokens / seconds
+    )
 
 
-def make_rollout(
-    prompt: PromptPlan, number: int, request: SamplingRequest, completion: Completion
-) -> Rollout:
+def sample_missing(
+    planned: Sequence[PlannedRollout],
+    engines: SamplingEngines,
+    parts: PartLog,
+    check_stop: CheckStop,
+    report: Callable[[int, int], None],
+) -> None:
+    """Sample the rollouts that are in no part. In the end all are; also what had finished before an error."""
+
+    def wait() -> None:
+        check_stop()
+        if parts.write_if_due():
+            report(len(parts.rollouts), len(planned))
+
+    missing = [one for one in planned if one.key not in parts.rollouts]
+    try:
+        for index, completion in engines.sample_queue([one.request for one in missing], wait):
+            parts.add(missing[index].key, make_rollout(missing[index], completion))
+    finally:
+        parts.write()
+
+
+def make_rollout(planned: PlannedRollout, completion: Completion) -> Rollout:
     """A completion as it is stored: with its prompt, the span of each token, and its Harmony validity."""
     ids_C = completion.ids_C
     return Rollout(
-        prompt.place,
-        number,
-        prompt.document,
-        prompt.effort,
+        planned.prompt.place,
+        planned.key.rollout,
+        planned.prompt.document,
+        planned.prompt.effort,
         prompts.completion_validity(ids_C),
-        np.concatenate([request.ids_P, ids_C]),
+        np.concatenate([planned.request.ids_P, ids_C]),
         prompts.completion_spans(ids_C),
         completion.logp_C,
     )

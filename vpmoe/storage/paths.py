@@ -21,6 +21,7 @@
       …/checkpoints/<stage>/<iteration>/…, manifest.json
       …/weights/<stage>/v000012/…, manifest.json
       …/rollouts/<stage>/window-000000.{rollouts,scores}.arrow, turn-000001.json
+      …/rollouts/<stage>/v000012/part-000003.rollouts.arrow, part-000003.scores-00.arrow
       …/models/<stage>/…, manifest.json          the exported student of a stage
       …/steps/<stage>-export/parts/<file>.json   what an export has uploaded so far
 
@@ -180,6 +181,16 @@ def weights(of: "DistillRun", step: str, version: int) -> str:
 def window(of: "DistillRun", step: str, index: int, kind: Literal["rollouts", "scores"]) -> str:
     """The rollouts or the scores of a window."""
     return f"{run(of)}/rollouts/{step}/window-{index:06d}.{kind}.arrow"
+
+
+def part(of: "DistillRun", step: str, version: int, number: int) -> str:
+    """Part `number` of the rollouts of a version, written before their windows."""
+    return f"{run(of)}/rollouts/{step}/v{version:06d}/part-{number:06d}.rollouts.arrow"
+
+
+def part_scores(of: "DistillRun", step: str, version: int, number: int, worker: int) -> str:
+    """The scores that a worker of the teacher has made of a part: those of its own windows."""
+    return f"{run(of)}/rollouts/{step}/v{version:06d}/part-{number:06d}.scores-{worker:02d}.arrow"
 
 
 def turn(of: "DistillRun", step: str, number: int) -> str:

@@ -124,12 +124,44 @@ def test_two_engines_share_the_requests_and_return_completions_in_order(
         repeated = engines.sample(requests)
         first_only = engines.sample(requests[::2])[:1]
         scores = engines.score([requests[4].ids_P])
+        check_queue(engines, random)
     assert [len(one.ids_C) for one in found] == [1, 2, 3, 4, 5]
     assert all(np.array_equal(one.logp_C, other.logp_C) for one, other in zip(found, repeated, strict=True))
     assert np.array_equal(first_only[0].ids_C, found[0].ids_C)
     assert len(scores) == 2 and np.array_equal(scores[0][0], scores[1][0]), (
         "every engine computes the scores of its own weights"
     )
+
+
+def check_queue(engines: EnginePool, random: np.random.Generator) -> None:
+    """Two engines with one queue: what a request draws does not depend on the engine, every request is
+    answered once, a call that was given up has no effect on the next, and a dead engine is named."""
+    lengths = random.integers(1, 30, 14).tolist()
+    requests = [
+        SamplingRequest(random.integers(0, 1000, 5, dtype=np.int32), n, length)
+        for n, length in enumerate(lengths)
+    ]
+    expected = engines.sample(requests)
+    engines.depth = 2
+    next(
+        engines.sample_queue(requests[::-1])
+    )  # given up after one completion, its requests have other numbers
+    engines.depth = 3
+    found = list(engines.sample_queue(requests))
+    assert sorted(index for index, _ in found) == list(range(14))
+    assert lengths[found[-1][0]] < max(lengths), "the longest started first"
+    different = 0
+    for index, one in found:
+        if np.array_equal(one.ids_C, expected[index].ids_C):
+            assert np.abs(one.logp_C - expected[index].logp_C).max() <= 1e-4
+        else:
+            different += 1
+    assert different <= 1, "a draw that falls between two tokens within rounding is rare"
+    completions = engines.sample_queue(requests)
+    next(completions)
+    engines._processes[1].kill()
+    with pytest.raises(Retriable, match="engine 1 was killed by SIGKILL"):
+        list(completions)
 
 
 PROBE = Probe(ids=((5, 6, 7), (8, 9)), logp=((-1.0, -2.0), (-100.0,)))

@@ -1,6 +1,7 @@
 """Sampler on a real store with real vLLM: every window has the right contents from the right version, also
 after failures."""
 
+import dataclasses
 import json
 import os
 import secrets
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,9 +44,10 @@ from vpmoe.provenance import Provenance
 from vpmoe.rollout import policy_version, prompts
 from vpmoe.rollout.back_pressure import Adjustment, write_adjustment
 from vpmoe.rollout.curriculum import Curriculum
-from vpmoe.rollout.window_files import WindowRollouts, read_rollouts, rollouts_bytes
+from vpmoe.rollout.part_files import Part, PartHeader, RolloutKey, list_parts, part_bytes, read_part
+from vpmoe.rollout.window_files import Rollout, WindowRollouts, read_rollouts, rollouts_bytes
 from vpmoe.rollout.windows import WindowSchedule
-from vpmoe.sampler import sampler
+from vpmoe.sampler import part_log, sampler
 from vpmoe.storage import Bucket, StorageError, manifest, paths
 
 ROOT = Path(__file__).parents[3]
@@ -134,6 +136,15 @@ class SamplerRun:
 
     def window(self, number: int) -> WindowRollouts:
         return read_rollouts(self.bucket.get(self.key(number)), self.key(number))
+
+    def parts(self, version: int = 0) -> list[int]:
+        return list_parts(self.bucket, self.run, "onpolicy", version)
+
+    def part(self, number: int) -> Part:
+        return read_part(self.bucket, self.part_key(number), {"version": 0, "part": number})
+
+    def part_key(self, number: int) -> str:
+        return paths.part(self.run, "onpolicy", 0, number)
 
     def windows(self) -> list[int]:
         return [number for number in range(9) if self.bucket.exists(self.key(number))]
@@ -311,6 +322,7 @@ def test_a_stage_is_sampled_to_its_end_from_the_scheduled_versions(sampler_run: 
     sampler_run.publish(0)
     sample_while_training(sampler_run)
     assert sampler_run.windows() == [0, 1, 2, 3, 4]
+    assert sampler_run.parts(0) == sampler_run.parts(2) == [], "only GPUs have parts"
     dataset_manifest = load_dataset(sampler_run.run, sampler_run.bucket)
     parts = DatasetReader(
         dataset_manifest, "train", BlockCache(sampler_run.bucket, sampler_run.scratch / "blocks")
@@ -482,12 +494,26 @@ class HookedEngines:
     def loaded(self) -> bool:
         return self._engines.loaded
 
+    @property
+    def depth(self) -> int | None:
+        return self._engines.depth
+
     def sample(self, requests: list[SamplingRequest], check_stop: Callable[[], None]) -> list[Completion]:
         self._before()
         self.requests.append(len(requests))
         found = self._engines.sample(requests, check_stop)
         self._after()
         return found
+
+    def sample_queue(
+        self, requests: list[SamplingRequest], check_stop: Callable[[], None]
+    ) -> Iterator[tuple[int, Completion]]:
+        """`after` is called after each completion."""
+        self._before()
+        self.requests.append(len(requests))
+        for found in self._engines.sample_queue(requests, check_stop):
+            yield found
+            self._after()
 
 
 def test_the_first_writer_of_a_window_wins(sampler_run: SamplerRun) -> None:
@@ -620,3 +646,157 @@ def test_a_window_of_another_configuration_is_rejected(sampler_run: SamplerRun) 
         match=r"window-000002.rollouts.arrow: it is window 2 of stage onpolicy of .*, configuration 0000",
     ):
         sampler_run.sample()
+
+
+@pytest.fixture
+def queue(sampler_run: SamplerRun, monkeypatch: pytest.MonkeyPatch) -> SamplerRun:
+    """A run whose version 0 is published. Its engine has a queue, as on GPUs, and all that has finished goes
+    into a part at once."""
+    monkeypatch.setattr(sampler_run.engines, "depth", 4)
+    monkeypatch.setattr(part_log, "PART_SECONDS", 0.0)
+    sampler_run.publish(0)
+    return sampler_run
+
+
+class Killed(BaseException):
+    """In place of SIGKILL: nothing is written after it."""
+
+
+def kill_at_write(
+    sampler_run: SamplerRun, monkeypatch: pytest.MonkeyPatch, key: str, *, before: bool = False
+) -> None:
+    """Sample, and die when this object is written: before or after it is in the bucket."""
+    create, killed = sampler_run.bucket.create, False
+
+    def dying(written: str, data: bytes, metadata: Any) -> bool:
+        nonlocal killed
+        killed = killed or (before and written == key)
+        if killed:
+            raise Killed
+        found = create(written, data, metadata)
+        killed = written == key
+        if killed:
+            raise Killed
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler_run.bucket, "create", dying)
+        with pytest.raises(Killed):
+            sampler_run.sample(engines=engines_for_one_version(sampler_run))
+    sampler_run.bucket.delete(paths.progress(sampler_run.run, "onpolicy"))
+
+
+def check_parts(sampler_run: SamplerRun) -> None:
+    """Every rollout of the windows of version 0 is in one part, the same."""
+    rollouts: dict[RolloutKey, Rollout] = {}
+    for number in sampler_run.parts():
+        found = sampler_run.part(number).rollouts
+        assert not found.keys() & rollouts.keys()
+        rollouts |= found
+    assert sampler_run.windows() == [0, 1, 2] and len(rollouts) == 15
+    for number in range(3):
+        window = sampler_run.window(number)
+        assert [(one.prompt, one.rollout) for one in window.rollouts] == [(place, 0) for place in range(5)]
+        for one in window.rollouts:
+            other = rollouts[RolloutKey(number, one.prompt, one.rollout)]
+            assert np.array_equal(one.ids_T, other.ids_T) and np.array_equal(one.logp_C, other.logp_C)
+            assert (one.document, one.effort, one.validity) == (other.document, other.effort, other.validity)
+
+
+@pytest.mark.parametrize(
+    "point, before",
+    [("part 1", False), ("window 0", True), ("window 0", False)],
+    ids=["after-a-part", "before-the-windows", "between-windows"],
+)
+def test_a_killed_sampler_adopts_its_parts_and_samples_only_the_rest(
+    queue: SamplerRun, monkeypatch: pytest.MonkeyPatch, point: str, before: bool
+) -> None:
+    key = queue.part_key(1) if point == "part 1" else queue.key(0)
+    kill_at_write(queue, monkeypatch, key, before=before)
+    parts = {number: queue.bucket.head(queue.part_key(number)).etag for number in queue.parts()}
+    adopted = sum(len(queue.part(number).rollouts) for number in parts)
+    assert len(parts) > 1 and (adopted == 15) == (point == "window 0")
+    assert queue.windows() == ([0] if point == "window 0" and not before else [])
+    hooked = engines_for_one_version(queue)
+    queue.sample(engines=hooked)
+    assert hooked.requests == [15 - adopted], "no rollout is sampled again"
+    check_parts(queue)
+    assert {n: queue.bucket.head(queue.part_key(n)).etag for n in parts} == parts
+    line = json.loads(queue.bucket.get(paths.metrics(queue.run, "onpolicy-sampler", "000001")))
+    assert line["adopted"] == 5 if point == "window 0" else line["adopted"] < 5
+
+
+def test_a_stop_in_a_queue_writes_what_has_finished(queue: SamplerRun) -> None:
+    stopping = threading.Event()
+    with pytest.raises(Terminated, match="onpolicy-sampler was asked to stop"):
+        queue.sample(stopping, HookedEngines(queue.engines, after=stopping.set))
+    finished = sum(len(queue.part(number).rollouts) for number in queue.parts())
+    assert 0 < finished < 15 and queue.windows() == []
+    hooked = engines_for_one_version(queue)
+    queue.sample(engines=hooked)
+    assert hooked.requests == [15 - finished]
+    check_parts(queue)
+
+
+def test_the_first_writer_of_a_part_wins(queue: SamplerRun) -> None:
+    """The other adopts its rollouts in place of its own."""
+    queue.sample(engines=engines_for_one_version(queue))
+    part = queue.part(0)
+    ours = queue.window(0).rollouts[0]
+    theirs = dataclasses.replace(ours, logp_C=np.full_like(ours.logp_C, -3))
+    key = RolloutKey(0, ours.prompt, ours.rollout)
+    for number in queue.parts():
+        queue.bucket.delete(queue.part_key(number))
+    for number in range(3):
+        queue.bucket.delete(queue.key(number))
+    data = part_bytes(part.header, {key: theirs})
+    queue.sample(
+        engines=engines_for_one_version(queue, lambda: queue.bucket.create(queue.part_key(0), data, {}))
+    )
+    assert (queue.window(0).rollouts[0].logp_C == -3).all()
+    check_parts(queue)
+
+
+@pytest.mark.parametrize("fault", ["truncated", "config", "weights", "window", "prompt"])
+def test_a_part_of_something_else_is_rejected_by_name(queue: SamplerRun, s3: S3, fault: str) -> None:
+    header = part_header(queue)
+    rollout = Rollout(
+        0,
+        0,
+        0,
+        "low",
+        "valid",
+        np.arange(9, dtype=np.int32),
+        np.ones(3, np.uint8),
+        np.full(3, -1, np.float32),
+    )
+    changed = {fault: "0" * 64} if fault in ("config", "weights") else {}
+    rows = {RolloutKey(9 if fault == "window" else 0, 0, 0): rollout}
+    key = queue.part_key(0)
+    queue.bucket.create(key, part_bytes(header.model_copy(update=changed), rows), {})
+    if fault == "truncated":
+        file = s3.folder / queue.bucket.name / key
+        os.truncate(file, file.stat().st_size // 2)
+    message = {
+        "truncated": "sha256 is",
+        "config": "config is 0000",
+        "weights": "weights is 0000",
+        "window": "version 0 has no rollout 0 of prompt 0 of window 9",
+        "prompt": "rollout 0 of prompt 0 of window 0 has another prompt",
+    }[fault]
+    with pytest.raises((StorageError, Permanent), match=rf"{queue.bucket.url(key)}: {message}.*delete it"):
+        queue.sample()
+    assert queue.windows() == []
+
+
+def part_header(sampler_run: SamplerRun) -> PartHeader:
+    found = policy_version.find_version(sampler_run.bucket, sampler_run.run, "onpolicy", 0)
+    assert found
+    return PartHeader(
+        run=provenance(sampler_run.run, "onpolicy-sampler").run,
+        config=sampler_run.run.config_hash,
+        stage="onpolicy",
+        version=0,
+        weights=policy_version.weights_digest(found[0]),
+        part=0,
+    )

@@ -1,0 +1,57 @@
+"""The queue of requests that all engines of a pool share on GPUs: its order, and which engine gets the next
+request.
+
+Pure; engine_pool.py sends the requests. On the CPU there is no such queue: a completion's bits depend on what
+is computed beside it, and a fixed assignment makes them a function of the list of requests. On GPUs they are
+not reproducible anyway, and a fixed assignment would leave engines idle while one still has long completions.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+GPU_DEPTH = 1024 + 128
+"""Requests that an engine on a GPU holds at the same time, at most: those that grow
+(engine.MAX_SEQUENCES["cuda"]), and some that take the place of finished ones while the pool is busy with
+something else, as when it writes to the bucket. More would make engines end at different times."""
+
+
+class RequestSize(NamedTuple):
+    """What is known of a request's work before it is sampled, in tokens."""
+
+    max_tokens: int
+    """Length limit of the completion."""
+    prompt: int
+
+
+def queue_depth(environment: Mapping[str, str]) -> int | None:
+    """Requests that an engine holds at the same time, from one queue for all engines; None: every engine is
+    given its share at once.
+
+    A queue on GPUs, a fixed share on the CPU (CUDA_VISIBLE_DEVICES is set and empty).
+    """
+    return None if environment.get("CUDA_VISIBLE_DEVICES") == "" else GPU_DEPTH
+
+
+def longest_first(sizes: Sequence[RequestSize]) -> list[int]:
+    """The order of a queue: indices of the requests, by length limit, then by prompt, longest first.
+
+    A completion that starts last ends last, so the long ones start first and the short ones fill the gaps.
+    Equal ones keep their order.
+    """
+    return sorted(range(len(sizes)), key=lambda index: sizes[index], reverse=True)
+
+
+def next_engines(waiting: int, held: Sequence[int], depth: int) -> list[int]:
+    """The engine of each of the next requests of a queue: always the one that holds fewest, until `waiting`
+    requests are given or every engine holds `depth`.
+
+    `held`: requests that each engine holds now.
+    """
+    now, engines = list(held), []
+    for _ in range(waiting):
+        engine = min(range(len(now)), key=now.__getitem__)
+        if now[engine] >= depth:
+            break
+        now[engine] += 1
+        engines.append(engine)
+    return engines

@@ -1,0 +1,116 @@
+"""The parts of a version's rollouts: written while the version is sampled, and adopted by a sampler that
+starts anew, which then samples only the rest.
+
+part_files.py (vpmoe.rollout) describes the files.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from itertools import count
+
+import numpy as np
+
+from vpmoe.api import DistillRun
+from vpmoe.inference.engine_pool import SamplingRequest
+from vpmoe.rollout.part_files import (
+    PartHeader,
+    RolloutKey,
+    foreign_part,
+    list_parts,
+    part_bytes,
+    read_part,
+)
+from vpmoe.rollout.window_files import Rollout
+from vpmoe.storage import Bucket, paths
+
+log = logging.getLogger(__name__)
+
+PART_SECONDS = 20.0
+"""Seconds from one part to the next. A sampler that is killed loses what has finished since the last part,
+and what still grows."""
+
+
+class PartLog:
+    """The rollouts of one version that are in parts, of all samplers, and those that are not written yet."""
+
+    def __init__(
+        self, bucket: Bucket, run: DistillRun, header: PartHeader, metadata: Mapping[str, str]
+    ) -> None:
+        """`header`: of the version's parts; its `part` is not used. `metadata`: of the objects."""
+        self.rollouts: dict[RolloutKey, Rollout] = {}
+        """Those that are in the bucket."""
+        self._bucket, self._run, self._header, self._metadata = bucket, run, header, metadata
+        self._requests: Mapping[RolloutKey, SamplingRequest] = {}
+        self._parts: set[int] = set()
+        self._pending: dict[RolloutKey, Rollout] = {}
+        self._written = time.monotonic()
+
+    def adopt_all(self, requests: Mapping[RolloutKey, SamplingRequest]) -> None:
+        """Read all parts of the version. `requests`: those of all of its rollouts.
+
+        Raises StorageError if a part was altered, Permanent if it is of another run, configuration or
+        version, or holds something that was not requested.
+        """
+        self._requests = requests
+        header = self._header
+        for number in list_parts(self._bucket, self._run, header.stage, header.version):
+            self._adopt(number)
+        if self.rollouts:
+            log.info(
+                f"Adopted {len(self.rollouts):,} of {len(requests):,} rollouts of version {header.version} "
+                f"from {len(self._parts)} parts"
+            )
+
+    def add(self, key: RolloutKey, rollout: Rollout) -> None:
+        """A rollout that has finished. It is written with the next part, unless another sampler's is in the
+        bucket."""
+        if key not in self.rollouts:
+            self._pending[key] = rollout
+
+    def write_if_due(self) -> bool:
+        """Write a part if the last one is PART_SECONDS old; returns whether it did."""
+        due = bool(self._pending) and time.monotonic() - self._written >= PART_SECONDS
+        if due:
+            self.write()
+        return due
+
+    def write(self) -> None:
+        """Write all rollouts that are in no part yet.
+
+        If another sampler has written a part of the same number, its rollouts replace ours.
+        """
+        while self._pending:
+            number = next(number for number in count() if number not in self._parts)
+            data = part_bytes(self._header.model_copy(update={"part": number}), self._pending)
+            if self._bucket.create(self._key(number), data, self._metadata):
+                self._parts.add(number)
+                self.rollouts |= self._pending
+                self._pending = {}
+            else:
+                log.warning(
+                    "%s was written by another sampler; adopting its rollouts",
+                    self._bucket.url(self._key(number)),
+                )
+                self._adopt(number)
+        self._written = time.monotonic()
+
+    def _adopt(self, number: int) -> None:
+        expected = self._header.model_copy(update={"part": number}).dump()
+        part = read_part(self._bucket, self._key(number), expected)
+        where = self._bucket.url(self._key(number))
+        for key, rollout in part.rollouts.items():
+            which = f"rollout {key.rollout} of prompt {key.prompt} of window {key.window}"
+            request = self._requests.get(key)
+            if request is None:
+                raise foreign_part(where, f"version {self._header.version} has no {which}")
+            if not np.array_equal(rollout.ids_T[: rollout.prompt_length], request.ids_P):
+                raise foreign_part(where, f"{which} has another prompt")
+            if key in self.rollouts:
+                raise foreign_part(where, f"{which} is in another part too")
+            self.rollouts[key] = rollout
+            self._pending.pop(key, None)
+        self._parts.add(number)
+
+    def _key(self, number: int) -> str:
+        return paths.part(self._run, self._header.stage, self._header.version, number)
