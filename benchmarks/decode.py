@@ -1,21 +1,22 @@
-"""Time of one decoding step of the student in vLLM, a token for each of N sequences, beside floor and peer.
+"""Tokens per second of the student in vLLM, beside the floor of its memory traffic or beside a peer.
 
-    python -m benchmarks.decode [--shape vpmoe-6b] [--sequences 1,64,512] [--length 256] [--profile]
+    python -m benchmarks.decode [--shape vpmoe-6b] [--sequences 1,64,512] [--profile]
     python -m benchmarks.decode --peer granite
 
-Runs the sampler's own engine (vpmoe/inference/engine.py) in bf16 with random weights: N random prompts of
---prompt tokens, and completions of --length and of an eighth of it. A step's time is the difference of the
-two divided by that of their lengths, without the prompts' computation, and with scheduling and sampling.
-"call" is the whole call of --length, its prompts included. Floor: reading the weights once (of the experts,
-those that some sequence chose, for uniformly random choices), and the keys and values of the mean context
-once, at --bandwidth. The last lines fit a straight line to the times over N, the cost of a step, and that per
-sequence: they are the `--decode` and `--decode-token` of benchmarks.pipeline. Then 3 N completions of
---length / 4 to --length · 7 / 4 are sampled with at most N, the largest, at a time, so that most steps also
-start a prompt.
+Runs the sampler's own engine (vpmoe/inference/engine.py) in bf16 with random weights, on random prompts of
+--prompt tokens. First, for each N of --sequences, the mean time of --steps steps in which N sequences get a
+token each, with scheduling and sampling, from some 40 tokens of completion on. Floor: reading the weights
+once (of the experts, those that some sequence chose, for uniformly random choices), and the keys and values
+of the mean context once, at --bandwidth. A straight line through the times over N gives the cost of a step,
+and that per sequence: they are the `--decode` and `--decode-token` of benchmarks.pipeline.
 
-`--peer` runs another model's shape in the same vLLM instead, with the same CUDA graphs and dummy weights:
-`granite` is Granite-MoE 3B-A0.8B, which has about as many active parameters as vpmoe-6b, in 32 layers. Needs
-a GPU, and vLLM for CUDA.
+Then "steadily": for --seconds, as many sequences grow as the largest N allows, with completions of --shortest
+to --longest tokens, each replaced by another when it ends. At the start each has an age as if that had gone
+on for long.
+
+`--peer` runs another model's shape in the same vLLM instead, asked in the same way, with the same CUDA
+graphs, vLLM's own scheduler and dummy weights: `granite` is Granite-MoE 3B-A0.8B, which has about as many
+active parameters as vpmoe-6b, in 32 layers. Needs a GPU, and vLLM for CUDA.
 """
 
 import argparse
@@ -23,14 +24,15 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vpmoe.inference.engine import StudentEngine
-from vpmoe.inference.vllm_options import gpu_sampling_options, prepare_environment
+from vpmoe.inference.engine_pool import SamplingRequest
+from vpmoe.inference.vllm_options import GPU_MEMORY, SAMPLING_STEP_TOKENS, gpu_sampling_options
 from vpmoe.model.shapes import SHAPES, Shape
 
 PEERS: dict[str, dict[str, Any]] = {
@@ -62,7 +64,7 @@ PEERS: dict[str, dict[str, Any]] = {
 }
 
 
-def student(shape: Shape, max_length: int, sequences: int) -> StudentEngine:
+def student(shape: Shape, max_length: int) -> StudentEngine:
     """An engine with random weights: every expert is as likely as any other."""
     import torch
 
@@ -72,7 +74,7 @@ def student(shape: Shape, max_length: int, sequences: int) -> StudentEngine:
     with tempfile.TemporaryDirectory() as folder:
         config = hf_export.hf_config(shape, max_length, torch.bfloat16)
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        engine._llm = engine._start(Path(folder), load_format="dummy", max_num_seqs=sequences)
+        engine._llm = engine._start(Path(folder), load_format="dummy")
     engine._llm.apply_model(_randomise)
     return engine
 
@@ -91,26 +93,28 @@ def _randomise(model: Any) -> None:
             parameter.data.normal_(std=parameter.shape[-1] ** -0.5)
 
 
-def peer(name: str, max_length: int, sequences: int) -> Any:
-    """vLLM with a peer's shape and dummy weights."""
-    prepare_environment()
+def peer(name: str, max_length: int) -> StudentEngine:
+    """An engine that asks a peer's shape with dummy weights."""
+    engine = StudentEngine(SHAPES["vpmoe-6b"], max_length)
     import vllm
 
-    graphs = gpu_sampling_options()["compilation_config"]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(PEERS[name]))
-        return vllm.LLM(
+        engine._llm = vllm.LLM(
             folder,
             skip_tokenizer_init=True,
             load_format="dummy",
             dtype="bfloat16",
             max_model_len=max_length,
-            max_num_seqs=sequences,
+            max_num_seqs=engine.sequences,
+            max_num_batched_tokens=SAMPLING_STEP_TOKENS,
+            gpu_memory_utilization=GPU_MEMORY,
             enable_prefix_caching=False,
-            compilation_config=graphs,
+            compilation_config=gpu_sampling_options()["compilation_config"],
             disable_log_stats=True,
             seed=0,
         )
+    return engine
 
 
 def floor_ms(shape: Shape, sequences: int, context: int, bandwidth: float) -> float:
@@ -148,50 +152,47 @@ def print_profile(step: Callable[[], object]) -> None:
 
 
 class Sampler:
-    """Asks an engine as the sampler does, but without stop tokens, so that lengths are what they are set
-    to."""
+    """Asks an engine as the sampler does. So a completion also ends at a stop token, which random weights
+    draw once in some 70,000 tokens."""
 
-    def __init__(self, llm: Any) -> None:
-        self.llm = llm
+    def __init__(self, engine: StudentEngine, prompt: int) -> None:
+        self.engine, self.prompt = engine, prompt
         self.random = np.random.default_rng(0)
+        self.asked = 0
 
-    def requests(self, prompt: int, lengths: list[int]) -> tuple[list[Any], list[Any]]:
-        """Random prompts and the sampling parameters for completions of these lengths."""
-        import vllm
+    def add(self, lengths: Sequence[int]) -> None:
+        """Ask for completions of these lengths, of random prompts."""
+        for length in lengths:
+            ids_P = self.random.integers(0, 40000, self.prompt).astype(np.int32)
+            self.engine.add([(self.asked, SamplingRequest(ids_P, self.asked, int(length)))])
+            self.asked += 1
 
-        params = [
-            vllm.SamplingParams(
-                max_tokens=length, temperature=1.0, seed=n, logprobs=0, ignore_eos=True, detokenize=False
-            )
-            for n, length in enumerate(lengths)
-        ]
-        return [
-            {"prompt_token_ids": self.random.integers(0, 40000, prompt).tolist()} for _ in lengths
-        ], params
+    def tokens(self) -> list[int]:
+        """Tokens of each completion that vLLM has and has not finished."""
+        scheduler = self.engine._llm.llm_engine.engine_core.engine_core.scheduler
+        return [request.num_output_tokens for request in scheduler.running]
 
-    def profile(self, prompt: int, length: int, sequences: int) -> None:
-        """Print the kernels of steps that only decode, after half of `length` has been sampled."""
-        engine = self.llm.llm_engine
-        ids = [f"profiled-{n}" for n in range(sequences)]
-        for name, asked, params in zip(ids, *self.requests(prompt, [length] * sequences), strict=True):
-            engine.add_request(name, asked, params)
-        grown = 0
-        while grown < length // 2:
-            grown = min([len(output.outputs[0].token_ids) for output in engine.step()], default=0)
-        print(f"profile of {PROFILED} steps of {sequences} sequences of {prompt + grown} tokens: ", end="")
-        print_profile(engine.step)
-        engine.abort_request(ids)
+    def grow(self, sequences: int, length: int, tokens: int) -> None:
+        """Ask for completions of `length`, and step until each has `tokens`."""
+        self.add([length] * sequences)
+        while len(grown := self.tokens()) < sequences or min(grown) < tokens:
+            self.add([length] * len(self.engine.step()))  # in place of those that drew a stop token
 
-    def seconds(self, prompt: int, lengths: list[int]) -> float:
-        """Seconds to sample completions of these lengths, of random prompts."""
+    def seconds(self, steps: int) -> float:
+        """Seconds of a step, the mean of `steps`."""
         import torch
 
-        asked, params = self.requests(prompt, lengths)
         torch.cuda.synchronize()
         started = time.perf_counter()
-        outputs = self.llm.generate(asked, params, use_tqdm=False)
-        assert [len(output.outputs[0].token_ids) for output in outputs] == lengths
-        return time.perf_counter() - started
+        for _ in range(steps):
+            self.engine.step()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - started) / steps
+
+    def drop(self) -> None:
+        self.engine.drop()
+        while self.tokens():
+            self.engine.step()
 
 
 def main() -> None:
@@ -201,7 +202,10 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="vpmoe-6b")
     parser.add_argument("--peer", choices=PEERS, help="another model instead of the student")
     parser.add_argument("--prompt", type=int, default=103, help="tokens of a prompt")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a completion")
+    parser.add_argument("--shortest", type=int, default=256, help="tokens of a completion")
+    parser.add_argument("--longest", type=int, default=2048, help="tokens of a completion")
+    parser.add_argument("--steps", type=int, default=100, help="steps to time for each N")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of steady sampling")
     parser.add_argument(
         "--sequences",
         type=lambda text: [int(count) for count in text.split(",")],
@@ -212,10 +216,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="list kernels at the largest N")
     given = parser.parse_args()
     shape = SHAPES[given.shape]
-    largest = max(given.sequences)
-    longest = given.prompt + 2 * given.length + 1
     started = time.perf_counter()
-    llm = peer(given.peer, longest, largest) if given.peer else student(shape, longest, largest)._llm
+    longest = given.prompt + given.longest
+    engine = peer(given.peer, longest) if given.peer else student(shape, longest)
     import torch
     import vllm
 
@@ -223,35 +226,54 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}, {given.peer or shape.name}, vLLM {vllm.__version__}, "
         f"torch {torch.__version__}; started in {time.perf_counter() - started:.0f} s"
     )
-    measure(Sampler(llm), given, None if given.peer else shape)
+    measure(Sampler(engine, given.prompt), given, None if given.peer else shape)
 
 
 def measure(sampler: Sampler, given: argparse.Namespace, shape: Shape | None) -> None:
-    print(f"{'N':>5}  {'ms a step':>9}  {'floor ms':>8}  {'tokens/s':>9}  {'call tokens/s':>13}")
-    short, times = given.length // 8, []
+    print(f"{'N':>5}  {'ms a step':>9}  {'floor ms':>8}  {'tokens/s':>9}")
+    begin, times = 40, []
     for count in given.sequences:
-        sampler.seconds(given.prompt, [2] * count)  # compiles kernels
-        first = sampler.seconds(given.prompt, [short] * count)
-        whole = sampler.seconds(given.prompt, [given.length] * count)
-        times.append((whole - first) / (given.length - short) * 1e3)
+        sampler.grow(count, given.longest, begin)
+        times.append(sampler.seconds(given.steps) * 1e3)
+        sampler.drop()
         floor = ""
         if shape is not None:
-            context = given.prompt + (given.length + short) // 2
+            context = given.prompt + begin + given.steps // 2
             floor = f"{floor_ms(shape, count, context, given.bandwidth):.2f}"
-        print(
-            f"{count:>5}  {times[-1]:>9.2f}  {floor:>8}  {count / times[-1] * 1e3:>9,.0f}  "
-            f"{count * given.length / whole:>13,.0f}",
-            flush=True,
-        )
+        print(f"{count:>5}  {times[-1]:>9.2f}  {floor:>8}  {count / times[-1] * 1e3:>9,.0f}", flush=True)
     if len(times) > 1:
         slope, start = np.polyfit(given.sequences, times, 1)
         print(f"a step costs {start / 1e3:.4f} s and {slope / 1e3:.6f} s a sequence")
     largest = max(given.sequences)
-    lengths = sampler.random.integers(given.length // 4, given.length * 7 // 4 + 1, 3 * largest).tolist()
-    seconds = sampler.seconds(given.prompt, lengths)
-    print(f"{len(lengths)} completions, at most {largest} at a time: {sum(lengths) / seconds:,.0f} tokens/s")
+    steadily(sampler, given, largest)
     if given.profile:
-        sampler.profile(given.prompt, 2 * given.length, largest)
+        sampler.grow(largest, given.longest, 256)
+        print(f"{PROFILED} steps of {largest} sequences of some {given.prompt + 256} tokens: ", end="")
+        print_profile(sampler.engine.step)
+
+
+def steadily(sampler: Sampler, given: argparse.Namespace, sequences: int) -> None:
+    """Print the tokens a second while `sequences` completions grow and finished ones are replaced."""
+    lengths = given.shortest, given.longest + 1
+    sampler.engine.sequences = sequences
+    # A completion is met in proportion to its length, at an age that is uniform. Only what is left is asked
+    # for, so contexts are shorter at the start than they become.
+    met = sampler.random.choice(np.arange(*lengths), sequences, p=np.arange(*lengths) / sum(range(*lengths)))
+    sampler.add(np.maximum(met * sampler.random.random(sequences), 1).astype(int).tolist())
+    while len(sampler.tokens()) < sequences // 2 or sampler.engine.waiting:
+        sampler.engine.step()
+    started, sampled, steps = time.perf_counter(), -sum(sampler.tokens()), 0
+    while (seconds := time.perf_counter() - started) < given.seconds:
+        missing = sequences - len(sampler.engine.growing) - len(sampler.engine.waiting)
+        sampler.add(sampler.random.integers(*lengths, missing).tolist())
+        sampled += sum(len(completion.ids_C) for _, completion in sampler.engine.step())
+        steps += 1
+    sampled += sum(sampler.tokens())
+    print(
+        f"steadily {sequences} completions of {given.shortest} to {given.longest} tokens, for "
+        f"{seconds:.0f} s: {sampled / seconds:,.0f} tokens/s, {seconds / steps * 1e3:.1f} ms a step"
+    )
+    sampler.drop()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,8 +24,10 @@ from vpmoe import failure
 from vpmoe.data.tokenizer import Ids
 from vpmoe.data.vocabulary import STOP_IDS
 from vpmoe.inference.engine_pool import Completion, SamplingRequest
+from vpmoe.inference.request_queue import admitted
 from vpmoe.inference.vllm_options import (
     BATCH_TOKENS,
+    SAMPLING_STEP_TOKENS,
     STEP_TOKENS,
     Device,
     check_attention,
@@ -67,8 +70,12 @@ class StudentEngine:
         prepare_environment()
         self.shape, self.max_length = shape, max_length
         self.device = check_device("the sampler", "stages[].sampler.gpus")
+        self.sequences = MAX_SEQUENCES[self.device]
+        """Completions that are sampled at the same time, at most, by `step`."""
+        self.waiting: deque[tuple[int, SamplingRequest]] = deque()
+        """Requests that were added and not yet given to vLLM, with their numbers."""
         self.growing: set[int] = set()
-        """Numbers of the requests that were added and are not finished."""
+        """Numbers of the requests that vLLM has and has not finished."""
         self._llm: Any = None
 
     def load(self, folder: Path) -> None:
@@ -89,31 +96,38 @@ class StudentEngine:
 
         All requests form one batch. Raises ValueError if a request may grow beyond `max_length`.
         """
+        for one in requests:
+            self._check_length(one)
         params = [self._params(one) for one in requests]
         prompts = [{"prompt_token_ids": one.ids_P.tolist()} for one in requests]
         return [_completion(output) for output in self._llm.generate(prompts, params, use_tqdm=False)]
 
     def add(self, numbered: Sequence[tuple[int, SamplingRequest]]) -> None:
-        """Add requests, each with a number of its own, to those that grow; `step` samples them.
+        """Add requests, each with a number of its own; `step` samples them.
 
         Raises ValueError if a request may grow beyond `max_length`.
         """
-        from vllm.inputs.engine import tokens_input
-
-        for number, one in numbered:
-            params = self._params(one)
-            self._llm.llm_engine.add_request(str(number), tokens_input(one.ids_P.tolist()), params)
-            self.growing.add(number)
+        for _, one in numbered:
+            self._check_length(one)
+        self.waiting.extend(numbered)
 
     def step(self) -> list[tuple[int, Completion]]:
-        """Compute one step of vLLM: a token of each completion that grows, or prompts. Returns the numbers of
-        the requests that it finished, with their completions."""
+        """Compute one step of vLLM: a token of each completion that grows, and prompts. Returns the numbers
+        of the requests that it finished, with their completions."""
+        from vllm.inputs.engine import tokens_input
+
+        for _ in range(admitted(len(self.waiting), len(self.growing), self.sequences)):
+            number, one = self.waiting.popleft()
+            prompt = tokens_input(one.ids_P.tolist())
+            self._llm.llm_engine.add_request(str(number), prompt, self._params(one))
+            self.growing.add(number)
         finished = [(int(output.request_id), _completion(output)) for output in self._llm.llm_engine.step()]
         self.growing -= {number for number, _ in finished}
         return finished
 
     def drop(self) -> None:
-        """Drop all requests that grow."""
+        """Drop all requests that were added."""
+        self.waiting.clear()
         if self.growing:
             self._llm.llm_engine.abort_request([str(number) for number in self.growing])
             self.growing.clear()
@@ -154,16 +168,18 @@ class StudentEngine:
             for name, layer in layers.items()
         ]
 
-    def _params(self, request: SamplingRequest) -> "SamplingParams":
-        """vLLM's parameters for a request. Raises ValueError if it may grow beyond `max_length`."""
-        import vllm
-        from vllm.sampling_params import RequestOutputKind
-
+    def _check_length(self, request: SamplingRequest) -> None:
         if len(request.ids_P) + request.max_tokens > self.max_length:
             raise ValueError(
                 f"{request.max_tokens} tokens after a prompt of {len(request.ids_P)}, and the student was "
                 f"loaded for {self.max_length}"
             )
+
+    def _params(self, request: SamplingRequest) -> "SamplingParams":
+        """vLLM's parameters for a request."""
+        import vllm
+        from vllm.sampling_params import RequestOutputKind
+
         return vllm.SamplingParams(
             max_tokens=request.max_tokens,
             temperature=1.0,
@@ -185,11 +201,11 @@ class StudentEngine:
 
         vllm_model.register()
         dtype = json.loads((folder / "config.json").read_text())["dtype"]  # "auto" would downcast float32
-        # The logits of scored prompts are held whole, so a GPU computes prompts in chunks (STEP_TOKENS). The
-        # CPU cannot: vLLM samples a token after each chunk and discards it by rewinding the random generator,
-        # and a CPU generator has no offset to rewind. So there a step holds a whole prompt.
+        # The logits of scored prompts are held whole, so a GPU computes prompts in chunks. The CPU cannot:
+        # vLLM samples a token after each chunk and discards it by rewinding the random generator, and a CPU
+        # generator has no offset to rewind. So there a step holds a whole prompt.
         chunked = self.device == "cuda"
-        step_tokens = STEP_TOKENS["cuda"] if chunked else max(STEP_TOKENS["cpu"], self.max_length)
+        step_tokens = SAMPLING_STEP_TOKENS if chunked else max(STEP_TOKENS["cpu"], self.max_length)
         llm = vllm.LLM(
             str(folder),
             **engine_options(dtype, self.max_length)
@@ -256,7 +272,7 @@ def main() -> None:
                 engine.drop()
                 current = number
             reply = getattr(engine, name)(*arguments)
-            stepping = bool(engine.growing)
+            stepping = bool(engine.waiting or engine.growing)
         except Exception as error:  # noqa: BLE001 (the caller raises it)
             reply, stepping = failure.classify_error(error), False
             if reply.kind == "Internal":

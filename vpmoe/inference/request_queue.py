@@ -15,6 +15,12 @@ GPU_DEPTH = 1024 + 128
 something else, as when it writes to the bucket. More would make engines end at different times."""
 
 
+ADMITTED = 32
+"""Requests whose prompts an engine on a GPU computes in the same step, unless it has fewer. A step with
+prompts is no CUDA graph, so the host takes as long to launch it as for several steps without; waiting for
+more keeps places of the batch empty."""
+
+
 class RequestSize(NamedTuple):
     """What is known of a request's work before it is sampled, in tokens."""
 
@@ -55,3 +61,10 @@ def next_engines(waiting: int, held: Sequence[int], depth: int) -> list[int]:
         now[engine] += 1
         engines.append(engine)
     return engines
+
+
+def admitted(waiting: int, growing: int, sequences: int) -> int:
+    """How many of an engine's `waiting` requests it starts now: as many as there is room for among its
+    `sequences`, but only once there is room for ADMITTED or for all."""
+    room = sequences - growing
+    return min(waiting, room) if room >= min(ADMITTED, waiting) else 0

@@ -58,9 +58,13 @@ class SelfAttention(Projections):
 
     def attend(self, query_NhD: Tensor, key_NgD: Tensor, value_NgD: Tensor) -> Tensor:
         """Output [N, H] of attention and its projection."""
-        out = self.attn(*(pad(x, (0, self.padding)).flatten(1) for x in (query_NhD, key_NgD, value_NgD)))
-        heads = out.unflatten(1, (-1, self.width + self.padding))[..., : self.width]
-        projected: Tensor = self.o_proj(heads.flatten(1))
+        parts = [query_NhD, key_NgD, value_NgD]
+        if self.padding:  # without any, `pad` would copy
+            parts = [pad(x, (0, self.padding)) for x in parts]
+        out = self.attn(*(x.flatten(1) for x in parts))
+        if self.padding:
+            out = out.unflatten(1, (-1, self.width + self.padding))[..., : self.width].flatten(1)
+        projected: Tensor = self.o_proj(out)
         return projected
 
 
@@ -71,17 +75,14 @@ def _attention_backend(alibi: bool, offset: bool) -> type[AttentionBackend] | No
     """
     if not current_platform.is_cuda() or not (alibi or offset):
         return None
-    # imported here: their kernels are Triton's, which needs a GPU
-    if alibi:
-        from vpmoe.inference import alibi_attention
+    from vpmoe.inference import gpu_attention  # its kernels are Triton's, which needs a GPU
 
-        alibi_attention.register()
-        exact: type[AttentionBackend] = alibi_attention.ExactAlibiBackend
-        return exact
-    from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
-
-    backend: type[AttentionBackend] = TritonAttentionBackend
-    return backend
+    if not alibi:
+        window: type[AttentionBackend] = gpu_attention.WindowBackend
+        return window
+    gpu_attention.register()
+    exact: type[AttentionBackend] = gpu_attention.ExactAlibiBackend
+    return exact
 
 
 class DecoderLayer(nn.Module):

@@ -30,6 +30,12 @@ STEP_TOKENS: dict[Device, int] = {"cpu": 512, "cuda": 2048}
 """Tokens of one forward pass; longer sequences are computed in chunks. vLLM holds the logits of all of them:
 [2048, 201088] twice in float32 and once in the model's dtype, 4 GB; [512, 201088] in float32, 0.8 GB."""
 
+SAMPLING_STEP_TOKENS = 4096
+"""Tokens of one forward pass of the student on a GPU: a token of each completion that grows (engine.py) and
+the prompts of those that start together (request_queue.ADMITTED), in one pass for prompts of up to 96 tokens.
+The logits of scored prompts (a probe) are held whole: [4096, 201088] twice in float32 and once in bfloat16,
+8 GB."""
+
 GPU_MEMORY = 0.85
 """Share of the GPU that vLLM plans with. It does not count the logits of prompts (STEP_TOKENS), so the rest
 must hold them."""
@@ -119,10 +125,13 @@ def gpu_sampling_options() -> dict[str, Any]:
     """The options of vllm.LLM for sampling on a GPU, in addition to engine_options.
 
     A step that only decodes is a CUDA graph, without compilation; a step with prompts is not. Logits are in
-    float32, as the trainer's: the matrix product's own sums, not rounded to the model's dtype.
+    float32, as the trainer's: the matrix product's own sums, not rounded to the model's dtype. The host
+    prepares a step while the GPU computes the one before.
     """
     return {
         "enforce_eager": False,
+        "async_scheduling": True,
+        "scheduler_cls": "vpmoe.inference.sampling_scheduler.SamplingScheduler",
         "compilation_config": {
             "mode": 0,
             "cudagraph_mode": "FULL_DECODE_ONLY",

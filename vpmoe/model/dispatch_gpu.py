@@ -26,7 +26,8 @@ def sorted_by_expert(expert_C: Tensor, experts: int) -> tuple[Tensor, Tensor, Te
     width = triton.next_power_of_2(experts)
     _count[(blocks,)](expert_C, count_EB, choices, blocks, experts, width, CHOICES)
     end_EB = count_EB.view(-1).cumsum(0, dtype=torch.int32)
-    order, inverse = torch.empty(2, choices, dtype=torch.int64, device=device)
+    # each at the start of an allocation: Triton compiles another kernel for a pointer of another alignment
+    order, inverse = (torch.empty(choices, dtype=torch.int64, device=device) for _ in range(2))
     _place[(blocks,)](expert_C, count_EB, end_EB, order, inverse, choices, blocks, CHOICES)
     return order, inverse, count_EB.sum(1)
 

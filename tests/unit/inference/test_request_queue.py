@@ -6,8 +6,10 @@ import pytest
 from tests.fakes.students import new_seed
 from vpmoe.inference.engine import MAX_SEQUENCES
 from vpmoe.inference.request_queue import (
+    ADMITTED,
     GPU_DEPTH,
     RequestSize,
+    admitted,
     longest_first,
     next_engines,
     queue_depth,
@@ -65,3 +67,19 @@ def test_a_queue_ends_earlier_than_a_fixed_assignment() -> None:
 
     queued = steps_of_queue(longest_first([RequestSize(int(limit), 100) for limit in limits]))
     assert queued < max(steps_of_share(engine) for engine in range(4))
+
+
+@pytest.mark.parametrize(
+    "waiting, growing, starts",
+    [
+        pytest.param(1100, 0, 1024, id="all-places"),
+        pytest.param(100, 1024, 0, id="no-room"),
+        pytest.param(100, 1024 - ADMITTED + 1, 0, id="room-for-too-few"),
+        pytest.param(100, 1024 - ADMITTED, ADMITTED, id="room-for-enough"),
+        pytest.param(3, 1021, 3, id="room-for-the-last"),
+        pytest.param(3, 1022, 0, id="no-room-for-all-of-the-last"),
+        pytest.param(0, 5, 0, id="nothing-left"),
+    ],
+)
+def test_prompts_start_together(waiting: int, growing: int, starts: int) -> None:
+    assert admitted(waiting, growing, 1024) == starts

@@ -1,14 +1,15 @@
-"""Exact ALiBi in vLLM on a GPU: what its kernel is given, without a GPU."""
+"""Attention in vLLM on a GPU: what its kernel is given, without a GPU."""
 
 import subprocess
 import sys
 
 CHECK = """
 from dataclasses import fields
+from types import SimpleNamespace
 
 import torch
-from vpmoe.inference import alibi_attention
-from vpmoe.inference.alibi_attention import TritonAttentionMetadata, one_query_each
+from vpmoe.inference import gpu_attention
+from vpmoe.inference.gpu_attention import TritonAttentionMetadata, one_query_each
 
 # three sequences with 3, 1 and 4 queries at the end of 3, 9 and 6 keys; the last two queries are padding
 given = dict.fromkeys((field.name for field in fields(TritonAttentionMetadata)), None) | {
@@ -24,9 +25,20 @@ assert found.query_start_loc.tolist() == list(range(11))
 assert found.seq_lens.tolist() == [1, 2, 3, 9, 3, 4, 5, 6, 6, 6]
 assert found.block_table.tolist() == [[7, 0]] * 3 + [[5, 2]] + [[1, 3]] * 6
 assert found.seq_lens.dtype == found.query_start_loc.dtype == found.block_table.dtype == torch.int32
-alibi_attention.register()
-backend = alibi_attention.AttentionBackendEnum["CUSTOM"].get_class()
-assert backend is alibi_attention.ExactAlibiBackend and backend.get_name() == "CUSTOM"
+
+# vLLM takes the width of its buffer from the configuration, which has heads of 8; the layers' are padded
+def init(self, spec, layers, config, device):
+    self.softmax_segm_output = torch.empty(64, 4, 16, 8)
+
+
+gpu_attention.TritonAttentionMetadataBuilder.__init__ = init
+for backend in (gpu_attention.WindowBackend, gpu_attention.ExactAlibiBackend):
+    builder = backend.get_builder_cls()(SimpleNamespace(head_size=32), [], None, None)
+    assert builder.softmax_segm_output.shape == (64, 4, 16, 32)
+assert gpu_attention.WindowBackend.get_name() == "TRITON_ATTN"
+gpu_attention.register()
+backend = gpu_attention.AttentionBackendEnum["CUSTOM"].get_class()
+assert backend is gpu_attention.ExactAlibiBackend and backend.get_name() == "CUSTOM"
 """
 
 

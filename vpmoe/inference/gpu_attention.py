@@ -1,5 +1,5 @@
-"""The attention backend of the student's global layers in vLLM on a GPU: vLLM's Triton attention with exact
-ALiBi.
+"""The student's attention in vLLM on a GPU: vLLM's Triton attention with buffers for padded heads, and, in
+global layers, with exact ALiBi.
 
 vLLM 0.32's Triton kernel adds slope · (key − first query of the step) to the logits of all queries that a
 sequence has in a step. That is ALiBi up to a number per query, which a softmax without an offset cancels, and
@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.utils.math_utils import next_power_of_2
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.backends.triton_attn import (
@@ -38,7 +39,33 @@ def one_query_each(metadata: TritonAttentionMetadata) -> TritonAttentionMetadata
     )
 
 
-class ExactAlibiMetadataBuilder(TritonAttentionMetadataBuilder):  # type: ignore[misc]
+class MetadataBuilder(TritonAttentionMetadataBuilder):  # type: ignore[misc]
+    """vLLM's, with a buffer for partial outputs that is as wide as the layers' heads.
+
+    vLLM takes the width from the model's configuration, and vllm_model.py pads the heads of `tiny`: its
+    kernel would write past the end of the buffer.
+    """
+
+    softmax_segm_output: torch.Tensor
+    """[sequences, heads, segments, width]."""
+
+    def __init__(self, kv_cache_spec: Any, *others: Any) -> None:
+        super().__init__(kv_cache_spec, *others)
+        width = next_power_of_2(kv_cache_spec.head_size)
+        self.softmax_segm_output = self.softmax_segm_output.new_empty(
+            *self.softmax_segm_output.shape[:-1], width
+        )
+
+
+class WindowBackend(TritonAttentionBackend):  # type: ignore[misc]
+    """Of local layers."""
+
+    @staticmethod
+    def get_builder_cls() -> type[Any]:
+        return MetadataBuilder
+
+
+class ExactAlibiMetadataBuilder(MetadataBuilder):
     def build(
         self,
         common_prefix_len: int,
@@ -50,6 +77,8 @@ class ExactAlibiMetadataBuilder(TritonAttentionMetadataBuilder):  # type: ignore
 
 
 class ExactAlibiBackend(TritonAttentionBackend):  # type: ignore[misc]
+    """Of global layers."""
+
     @staticmethod
     def get_name() -> str:
         """vLLM's name for a backend of somebody else."""
@@ -61,5 +90,6 @@ class ExactAlibiBackend(TritonAttentionBackend):  # type: ignore[misc]
 
 
 def register() -> None:
-    """Register the backend with vLLM, which knows the backends of its layers by name. Idempotent."""
+    """Register the backend of global layers with vLLM, which knows the backends of its layers by name.
+    Idempotent."""
     register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.{ExactAlibiBackend.__name__}")
