@@ -1,4 +1,4 @@
-"""The kernels of vpmoe/inference/gpu_kernels.py beside the modules of modeling_vpmoe.py in float64.
+"""The kernels of inference on a GPU (gpu_kernels.py, decode_attention.py) beside the same in float64.
 
     TRITON_INTERPRET=1 python -m tests.fakes.inference_cases
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.fakes.policy_versions import COMPLETE_TINY
 from tests.fakes.students import WITHOUT, new_seed
 from vpmoe.inference import gpu_kernels, gpu_student
+from vpmoe.inference.decode_attention import decode_attention
 from vpmoe.model import hf_export
 from vpmoe.model.configuration_vpmoe import VpmoeConfig
 from vpmoe.model.modeling_vpmoe import MLP, MoE, Projections, feed_forward, rotation
@@ -62,6 +63,50 @@ def queries_keys_and_values(
     )
     for name, x, y in zip(("queries", "keys", "values"), found, wanted, strict=True):
         assert relative(x, y) <= TOLERANCE[dtype], (shape.name, layer, name, relative(x, y))
+
+
+def decoding_attention(
+    shape: Shape, layer: int, device: torch.device, dtype: torch.dtype, sequences: int, longest: int
+) -> None:
+    """Over a cache whose blocks are in random order, with garbage where nothing may be read."""
+    heads, groups, width, window = shape.heads, shape.kv_heads, max(shape.head_width, 32), shape.window(layer)
+    block = 16
+    query_NhD = torch.randn(sequences, heads, width, device=device).to(dtype)
+    length_N = torch.randint(0, longest + 1, (sequences,), dtype=torch.int32, device=device)
+    length_N[: min(3, sequences)] = torch.tensor([longest, 1, 0], dtype=torch.int32)[:sequences]
+    blocks = -(-longest // block)
+    cache = torch.randn(sequences * blocks + 1, groups, block, 2 * width, device=device).to(dtype)
+    cache[0] = torch.nan
+    blocks_NB = (torch.randperm(sequences * blocks, device=device) + 1).view(sequences, blocks).int()
+    key_NTgD, value_NTgD = cache[blocks_NB].transpose(2, 3).flatten(1, 2).double().split(width, -1)
+    position_T = torch.arange(blocks * block, device=device)
+    seen_NT = position_T < length_N[:, None]
+    if window is not None:
+        seen_NT &= position_T >= length_N[:, None] - window
+        blocks_NB[~seen_NT.unflatten(1, (blocks, block)).any(2)] = 0  # as vLLM has it
+    slope_h = None if window is not None else torch.rand(heads, device=device)
+    offset_h = torch.randn(heads, device=device)
+    out = torch.full_like(query_NhD, torch.nan)
+    decode_attention(
+        query_NhD,
+        cache,
+        blocks_NB,
+        length_N,
+        scale=width**-0.5,
+        window=window,
+        slope_h=slope_h,
+        offset_h=offset_h,
+        out=out,
+    )
+    key_NThD, value_NThD = (x.repeat_interleave(heads // groups, 2) for x in (key_NTgD, value_NTgD))
+    score_NhT = torch.einsum("nhd,nthd->nht", query_NhD.double(), key_NThD) * width**-0.5
+    if slope_h is not None:
+        score_NhT += slope_h.double()[:, None] * (position_T - (length_N[:, None] - 1))[:, None]
+    score_NhT = score_NhT.masked_fill(~seen_NT[:, None], -torch.inf)
+    with_offset = torch.cat([score_NhT, offset_h.double().expand(sequences, -1)[..., None]], 2)
+    weight_NhT = with_offset.softmax(2)[..., :-1]
+    wanted = torch.einsum("nht,nthd->nhd", weight_NhT, value_NThD.nan_to_num())
+    assert relative(out, wanted) <= TOLERANCE[dtype], (shape.name, layer, relative(out, wanted))
 
 
 def exact_output(layer: MLP | MoE, normed_NH: Tensor) -> Tensor:
@@ -117,6 +162,8 @@ def main() -> None:
             for layer, tokens in ((0, 3), (1, 1), (1, 70)):
                 feed_forward_layers(shape, layer, device, torch.float32, tokens)
         experts_are_sorted(device, 300)
+        for layer in (0, 3):
+            decoding_attention(COMPLETE_TINY, layer, device, torch.float32, 4, 300)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 
 from tests.fakes.inference_cases import (
     COMPLETE,
+    decoding_attention,
     experts_are_sorted,
     feed_forward_layers,
     queries_keys_and_values,
@@ -33,6 +34,15 @@ def test_queries_keys_and_values_equal_float64(
     gpu: torch.device, shape: Shape, layer: int, dtype: torch.dtype
 ) -> None:
     queries_keys_and_values(shape, layer, gpu, dtype, 70)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", [0, 3], ids=["local", "global"])
+@pytest.mark.parametrize("shape", [COMPLETE_TINY, COMPLETE], ids=["tiny", "vpmoe-6b"])
+def test_attention_of_decoding_equals_float64(
+    gpu: torch.device, shape: Shape, layer: int, dtype: torch.dtype
+) -> None:
+    decoding_attention(shape, layer, gpu, dtype, 130, 700)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,11 +1,11 @@
-"""The student's attention in vLLM on a GPU: vLLM's Triton attention with buffers for padded heads, and, in
-global layers, with exact ALiBi.
+"""The student's attention in vLLM on a GPU: vLLM's Triton attention, with a kernel of our own where many
+sequences decode, with buffers for padded heads, and, in global layers, with exact ALiBi.
 
 vLLM 0.32's Triton kernel adds slope · (key − first query of the step) to the logits of all queries that a
 sequence has in a step. That is ALiBi up to a number per query, which a softmax without an offset cancels, and
 with one does not. For a sequence's only query the number is 0. So where a step holds more than one query of a
 sequence (prompts), each query becomes a sequence of its own: the keys before it, its own included, in the
-same blocks of the cache. Steps that only decode are vLLM's own, also inside a CUDA graph.
+same blocks of the cache. Steps that only decode are left as they are.
 """
 
 from dataclasses import replace
@@ -17,9 +17,16 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.backends.triton_attn import (
     TritonAttentionBackend,
+    TritonAttentionImpl,
     TritonAttentionMetadata,
     TritonAttentionMetadataBuilder,
 )
+
+from vpmoe.inference.decode_attention import decode_attention
+
+MANY = 64
+"""Sequences from which on decode_attention.py computes a step. With fewer, vLLM's kernel also splits the keys
+of a sequence (as many as two groups need to have a program for each of an H100's processors)."""
 
 
 def one_query_each(metadata: TritonAttentionMetadata) -> TritonAttentionMetadata:
@@ -57,8 +64,43 @@ class MetadataBuilder(TritonAttentionMetadataBuilder):  # type: ignore[misc]
         )
 
 
+class Implementation(TritonAttentionImpl):  # type: ignore[misc]
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: TritonAttentionMetadata | None,
+        output: torch.Tensor,
+        *others: Any,
+    ) -> torch.Tensor:
+        metadata = attn_metadata
+        if metadata is None or metadata.max_query_len > 1 or len(metadata.seq_lens) < MANY:
+            out: torch.Tensor = super().forward(layer, query, key, value, kv_cache, metadata, output, *others)
+            return out
+        sequences = metadata.num_actual_tokens
+        decode_attention(
+            query[:sequences],
+            kv_cache,
+            metadata.block_table,
+            metadata.seq_lens,
+            scale=self.scale,
+            window=self.sliding_window[0] + 1 if self.sliding_window[0] >= 0 else None,
+            slope_h=self.alibi_slopes,
+            offset_h=self.sinks,
+            out=output[:sequences],
+        )
+        return output
+
+
 class WindowBackend(TritonAttentionBackend):  # type: ignore[misc]
     """Of local layers."""
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        return Implementation
 
     @staticmethod
     def get_builder_cls() -> type[Any]:
@@ -83,6 +125,10 @@ class ExactAlibiBackend(TritonAttentionBackend):  # type: ignore[misc]
     def get_name() -> str:
         """vLLM's name for a backend of somebody else."""
         return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[Any]:
+        return Implementation
 
     @staticmethod
     def get_builder_cls() -> type[Any]:
