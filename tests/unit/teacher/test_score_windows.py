@@ -27,6 +27,15 @@ from tests.fakes.waiting import wait_until
 from vpmoe.api import DistillRun
 from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.failure import Permanent, Terminated
+from vpmoe.rollout.part_files import (
+    PartHeader,
+    PartScoresHeader,
+    RolloutKey,
+    part_bytes,
+    part_scores_bytes,
+    read_part,
+    read_part_scores,
+)
 from vpmoe.rollout.window_files import (
     Rollout,
     RolloutHeader,
@@ -654,3 +663,203 @@ def test_the_job_stops_on_sigterm_and_resumes_when_restarted(
     process = start()
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "Loading the teacher" not in output, output
+
+
+def part_key(spec: dict[str, Any], number: int) -> str:
+    return paths.part(DistillRun.parse(spec), "onpolicy", 0, number)
+
+
+def part_scores_key(spec: dict[str, Any], number: int, worker: int = 0) -> str:
+    return paths.part_scores(DistillRun.parse(spec), "onpolicy", 0, number, worker)
+
+
+def write_part(
+    spec: dict[str, Any], bucket: Bucket, number: int, rollouts: dict[RolloutKey, Rollout], **changes: Any
+) -> None:
+    """Write a part of version 0 as the sampler does. `changes`: of its header."""
+    header = rollout_header(spec, 0)
+    part = PartHeader(
+        run=header.run, config=header.config, stage="onpolicy", version=0, weights=header.weights, part=number
+    )
+    assert bucket.create(part_key(spec, number), part_bytes(part.model_copy(update=changes), rollouts), {})
+
+
+def windows_of_version_0(random: np.random.Generator, count: int = 2) -> dict[RolloutKey, Rollout]:
+    """The rollouts of the first windows, three of each."""
+    return {
+        RolloutKey(window, one.prompt, one.rollout): one
+        for window in range(count)
+        for one in random_rollouts(random)
+    }
+
+
+def write_windows(
+    spec: dict[str, Any], bucket: Bucket, rollouts: dict[RolloutKey, Rollout]
+) -> list[WindowRollouts]:
+    """Write the windows that have these rollouts; the stage ends with the last."""
+    numbers = sorted({key.window for key in rollouts})
+    found = []
+    for window in numbers:
+        of_window = [one for key, one in rollouts.items() if key.window == window]
+        data = rollouts_bytes(rollout_header(spec, window, window == numbers[-1]), of_window)
+        assert bucket.create(key(spec, window, "rollouts"), data, {})
+        found.append(read_rollouts(data, "here"))
+    return found
+
+
+def check_scores(
+    spec: dict[str, Any], bucket: Bucket, reference: "PreTrainedModel", written: list[WindowRollouts]
+) -> None:
+    for one in written:
+        for rollout, logp_C in zip(one.rollouts, read_window_scores(spec, bucket, one), strict=True):
+            wanted_T = expected(reference, rollout.ids_T)
+            assert np.abs(logp_C - wanted_T[rollout.prompt_length :]).max() <= TOLERANCE
+
+
+def score_parts_only(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, parts: Sequence[int], worker: int = 0
+) -> None:
+    """Run the teacher until these parts have scores, then stop it, as if it was killed before a window was
+    there."""
+    stopping = threading.Event()
+    with running_in_thread(spec, scorer, worker=worker, stopping=stopping) as outcomes:
+        for number in parts:
+            wait_until(
+                lambda number=number: bucket.exists(part_scores_key(spec, number, worker)),
+                "the part is scored",
+                120,
+            )
+        stopping.set()
+    assert isinstance(outcomes[0], Terminated)
+
+
+def test_parts_are_scored_before_their_windows_are_there(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, reference: "PreTrainedModel"
+) -> None:
+    """The windows' scores come from there, also after a restart. Nothing is scored twice."""
+    rollouts = windows_of_version_0(np.random.default_rng(new_seed()))
+    keys = list(rollouts)
+    before = scorer.sequences
+    for number, some in enumerate((keys[3:5], [keys[0], keys[5]])):
+        write_part(spec, bucket, number, {each: rollouts[each] for each in some})
+    score_parts_only(spec, bucket, scorer, [0, 1])
+    assert scorer.sequences == before + 4
+    etags = [bucket.head(part_scores_key(spec, number)).etag for number in (0, 1)]
+    with running_in_thread(spec, scorer) as outcomes:
+        write_part(spec, bucket, 2, {keys[1]: rollouts[keys[1]]})
+        wait_until(lambda: bucket.exists(part_scores_key(spec, 2)), "the next part is scored", 120)
+        written = write_windows(spec, bucket, rollouts)  # with keys[2], which is in no part
+    assert outcomes == [2] and scorer.sequences == before + len(rollouts)
+    check_scores(spec, bucket, reference, written)
+    assert [bucket.head(part_scores_key(spec, number)).etag for number in (0, 1)] == etags
+    assert [line["early"] for line in metrics_lines(spec, bucket)] == [2, 3]
+
+
+def test_a_teacher_killed_between_part_and_window_takes_the_scores_of_the_part(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, reference: "PreTrainedModel"
+) -> None:
+    rollouts = windows_of_version_0(np.random.default_rng(new_seed()), count=1)
+    write_part(spec, bucket, 0, rollouts)
+    score_parts_only(spec, bucket, scorer, [0])
+    written, before = write_windows(spec, bucket, rollouts), scorer.sequences
+    assert score_windows_of(spec, scorer) == 1 and scorer.sequences == before
+    check_scores(spec, bucket, reference, written)
+    (line,) = metrics_lines(spec, bucket)
+    assert line["early"] == 3 and line["tokensPerSecond"] == 0 and line["seconds"] > 0
+
+
+@pytest.mark.parametrize("fault", ["other part", "other teacher", "truncated"])
+def test_scores_of_a_part_that_are_not_valid_are_made_again(
+    spec: dict[str, Any],
+    bucket: Bucket,
+    scorer: Remote,
+    reference: "PreTrainedModel",
+    s3: S3,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+) -> None:
+    rollouts = windows_of_version_0(np.random.default_rng(new_seed()), count=1)
+    write_part(spec, bucket, 0, rollouts)
+    score_parts_only(spec, bucket, scorer, [0])
+    if fault == "truncated":
+        file = s3.folder / bucket.name / part_scores_key(spec, 0)
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        part = read_part(bucket, part_key(spec, 0), {})
+        found = read_part_scores(
+            bucket.get(part_scores_key(spec, 0)), "here", part, resolved_teacher(spec, bucket)
+        )
+        header = PartScoresHeader(
+            run=part.header.run,
+            stage="onpolicy",
+            version=0,
+            part=0,
+            worker=0,
+            rollouts="0" * 64 if fault == "other part" else part.sha256,
+            teacher="0" * 64 if fault == "other teacher" else resolved_teacher(spec, bucket),
+        )
+        data = part_scores_bytes(header, {each: one - 1 for each, one in found.items()})
+        bucket.put_bytes(part_scores_key(spec, 0), data, {})
+    before = scorer.sequences
+    with running_in_thread(spec, scorer) as outcomes:
+        wait_until(lambda: scorer.sequences == before + 3, "the part is scored again", 120)
+        written = write_windows(spec, bucket, rollouts)
+    assert outcomes == [1] and scorer.sequences == before + 3
+    check_scores(spec, bucket, reference, written)
+    (warning,) = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert part_scores_key(spec, 0) in warning and "Scoring its rollouts again." in warning
+
+
+def resolved_teacher(spec: dict[str, Any], bucket: Bucket) -> str:
+    return model.resolve_teacher(DistillRun.parse(spec), bucket).sha256
+
+
+def test_a_rollout_with_other_ids_than_in_its_part_is_scored_again(
+    spec: dict[str, Any],
+    bucket: Bucket,
+    scorer: Remote,
+    reference: "PreTrainedModel",
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rollouts = windows_of_version_0(np.random.default_rng(new_seed()), count=1)
+    write_part(spec, bucket, 0, rollouts)
+    score_parts_only(spec, bucket, scorer, [0])
+    (first, one), *_ = rollouts.items()
+    changed = replace(one, ids_T=(one.ids_T + 1) % VOCABULARY_SIZE)
+    written, before = write_windows(spec, bucket, rollouts | {first: changed}), scorer.sequences
+    assert score_windows_of(spec, scorer) == 1 and scorer.sequences == before + 1
+    check_scores(spec, bucket, reference, written)
+    assert "1 of its rollouts have other ids than in the parts of version 0" in caplog.text
+
+
+def test_two_workers_score_their_own_windows_rollouts_of_a_part(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, reference: "PreTrainedModel"
+) -> None:
+    spec["spec"]["teacher"]["gpus"] = 2
+    rollouts = windows_of_version_0(np.random.default_rng(new_seed()))
+    write_part(spec, bucket, 0, rollouts)
+    before = scorer.sequences
+    for worker in (0, 1):
+        score_parts_only(spec, bucket, scorer, [0], worker)
+    assert scorer.sequences == before + len(rollouts)
+    written = write_windows(spec, bucket, rollouts)
+    assert [score_windows_of(spec, scorer, worker=worker) for worker in (0, 1)] == [1, 1]
+    assert scorer.sequences == before + len(rollouts)
+    check_scores(spec, bucket, reference, written)
+
+
+@pytest.mark.parametrize("fault", ["truncated", "config", "ids"])
+def test_an_invalid_part_is_rejected_with_its_object_name(
+    spec: dict[str, Any], bucket: Bucket, scorer: Remote, s3: S3, fault: str
+) -> None:
+    rollouts = windows_of_version_0(np.random.default_rng(new_seed()), count=1)
+    (first, one), *_ = rollouts.items()
+    if fault == "ids":
+        rollouts[first] = replace(one, ids_T=one.ids_T + VOCABULARY_SIZE)
+    write_part(spec, bucket, 0, rollouts, **({"config": "0" * 64} if fault == "config" else {}))
+    if fault == "truncated":
+        file = s3.folder / bucket.name / part_key(spec, 0)
+        os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises((Permanent, StorageError), match=rf"s3://.*/{part_key(spec, 0)}: .* delete it"):
+        score_windows_of(spec, scorer)
+    assert not bucket.exists(part_scores_key(spec, 0))
