@@ -67,11 +67,7 @@ class TeacherEngine:
         prepare_environment()
         check_config(directory)
         device = check_device("the teacher", "spec.teacher.gpus")
-        if device == "cpu" and is_mxfp4(model.read_config(directory)):
-            raise Permanent(
-                "teacher.model: its experts are in MXFP4, for which vLLM has no kernel on the CPU. Use a "
-                "GPU, or a teacher that is not quantised."
-            )
+        check_kernels(directory, device)
         self.forward_tokens = STEP_TOKENS["cpu"] if device == "cpu" else tokens_on_gpu(directory, max_length)
         self._llm = load_vllm(directory, device, max_length, self.forward_tokens)
         check_attention(self._llm, "the teacher")
@@ -113,6 +109,15 @@ class TeacherEngine:
                     raise RuntimeError(f"vLLM returned {next_T.shape} scores of {len(ids_T)} ids")
                 logp_T[1:] = next_T[:-1]
             yield logp_T
+
+
+def check_kernels(directory: Path, device: Device) -> None:
+    """Raise Permanent if vLLM has no kernels for the experts on this device."""
+    if device == "cpu" and is_mxfp4(model.read_config(directory)):
+        raise Permanent(
+            "teacher.model: its experts are in MXFP4, for which vLLM has no kernel on the CPU. Use a GPU, or "
+            "a teacher that is not quantised."
+        )
 
 
 def tokens_on_gpu(directory: Path, max_length: int) -> int:
