@@ -34,10 +34,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 LONGEST = 1200
 """Documents have fewer tokens than this."""
 
+MEMORY = ("RssAnon", "RssFile")
 SHAPES = ("gpt-oss-20b", "gpt-oss-120b")
 SHORTEST_SCORED, LONGEST_SCORED = 800, 2200
 """Lengths of the documents that are scored with --shape."""
@@ -168,6 +170,31 @@ def peak_host_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class HostMemory:
+    """The most memory of this process while it is entered, in bytes: its own, and the parts of files that it
+    has mapped, which the kernel takes back when it needs memory."""
+
+    def __init__(self) -> None:
+        self.own = self.mapped = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.05):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            kib = {name: int(line.split()[1]) for line in lines if (name := line.partition(":")[0]) in MEMORY}
+            self.own = max(self.own, kib["RssAnon"] * 1024)
+            self.mapped = max(self.mapped, kib["RssFile"] * 1024)
+
+
 def shape_config(shape: str, layers: int | None) -> dict[str, Any]:
     """config.json of a release, with `layers` layers instead of its own."""
     from tests.fakes.teacher_configs import GPT_OSS_20B, GPT_OSS_120B
@@ -225,14 +252,16 @@ def measure_shape(given: argparse.Namespace, directory: Path) -> None:
     """Print the rows of --shape for an engine of our own."""
     import torch
 
-    host, start = peak_host_memory(), time.perf_counter()
+    start = time.perf_counter()
     forwards = [int(tokens) for tokens in given.forward.split(",")]
     load_format = "auto" if given.written else "dummy"
-    engine = engine_of_shape(directory, max(forwards), load_format)
+    with HostMemory() as host:
+        engine = engine_of_shape(directory, max(forwards), load_format)
     weights = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
     print(
         f"loaded ({load_format}) in {time.perf_counter() - start:.1f} s, with {weights / 2**30:.1f} GiB on "
-        f"the GPU (weights and cache) and {(peak_host_memory() - host) / 2**30:.1f} GiB more host memory",
+        f"the GPU (weights and cache), at most {host.own / 2**30:.1f} GiB of host memory and "
+        f"{host.mapped / 2**30:.1f} GiB of mapped files",
         flush=True,
     )
     batch = scored_documents(given.tokens)
