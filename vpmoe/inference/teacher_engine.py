@@ -8,31 +8,37 @@ up to the caller.
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vpmoe.api.card import GIB
 from vpmoe.data.tokenizer import Ids
 from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.failure import Permanent
 from vpmoe.inference.vllm_options import (
-    BATCH_TOKENS,
     STEP_TOKENS,
+    Device,
     check_attention,
     check_device,
     engine_options,
     prepare_environment,
-    prompt_logp,
-    scoring_params,
     token_batches,
 )
+from vpmoe.plan.scoring import forward_tokens, needed_to_score
+from vpmoe.plan.teacher import TeacherSize
 from vpmoe.teacher import model
-from vpmoe.teacher.weights import HEAD, check_weights, has_output_matrix
+from vpmoe.teacher.weights import HEAD, check_weights, has_output_matrix, is_mxfp4
 
 log = logging.getLogger(__name__)
 
-MAX_SEQUENCES = 32
-"""Sequences of one forward pass, at most."""
+MAX_SEQUENCES: dict[Device, int] = {"cpu": 32, "cuda": 256}
+"""Sequences of one forward, at most. Documents of 64 tokens fill one on a GPU."""
+
+BATCH_FORWARDS = 4
+"""Forwards for which vLLM gets sequences in one call: on a GPU a second of work, after which a job can
+stop."""
 
 
 class TeacherEngine:
@@ -52,29 +58,19 @@ class TeacherEngine:
                 "Save the model with tie_word_embeddings false and an output matrix of its own."
             )
         positions = model.read_config(directory).get("max_position_embeddings")
-        if positions is not None and max_length >= positions:
+        if positions is not None and max_length > positions:
             raise Permanent(
                 f"teacher.model: max_position_embeddings is {positions}, and the longest document is "
-                f"{max_length} tokens plus one that vLLM generates. Lower dataset.maxLength, or use a model "
-                "with a longer context."
+                f"{max_length} tokens. Lower dataset.maxLength, or use a model with a longer context."
             )
         self.max_length = max_length
         prepare_environment()
         check_config(directory)
-        import vllm
-
-        self.device = check_device("the teacher", "spec.teacher.gpus")
-        dtype = model.checkpoint_dtype(directory)
-        log.info("Loading the teacher in %s", dtype)
-        self._llm = vllm.LLM(
-            str(directory),
-            **engine_options(dtype, max_length + 1),  # vLLM cannot score without generating a token
-            max_num_batched_tokens=STEP_TOKENS[self.device],
-            max_num_seqs=MAX_SEQUENCES,
-            enable_chunked_prefill=True,
-        )
+        device = check_device("the teacher", "spec.teacher.gpus")
+        check_kernels(directory, device)
+        self.forward_tokens = STEP_TOKENS["cpu"] if device == "cpu" else tokens_on_gpu(directory, max_length)
+        self._llm = load_vllm(directory, device, max_length, self.forward_tokens)
         check_attention(self._llm, "the teacher")
-        self._params = scoring_params()
 
     def score(
         self, sequences: Iterable[Ids], check_stop: Callable[[], None] = lambda: None
@@ -82,11 +78,11 @@ class TeacherEngine:
         """For each sequence of T ids, [T] float32: the log-probability of each id given those before; NaN for
         the first.
 
-        Consumes `sequences` lazily, BATCH_TOKENS at a time, and calls `check_stop`, which may raise, before
-        each batch. Raises ValueError if a sequence is longer than `max_length` or has an id outside of the
-        vocabulary.
+        Consumes `sequences` lazily, those of BATCH_FORWARDS at a time, and calls `check_stop`, which may
+        raise, before each batch. Raises ValueError if a sequence is longer than `max_length` or has an id
+        outside of the vocabulary.
         """
-        for batch in token_batches(sequences, BATCH_TOKENS[self.device]):
+        for batch in token_batches(sequences, BATCH_FORWARDS * self.forward_tokens):
             check_stop()
             yield from self._score(batch)
 
@@ -101,13 +97,90 @@ class TeacherEngine:
                     f"ids from {ids_T.min()} to {ids_T.max()}, and the vocabulary has ids from 0 to "
                     f"{VOCABULARY_SIZE - 1}"
                 )
+        from vpmoe.inference.teacher_model import TASK
+
         prompts = [{"prompt_token_ids": ids_T.tolist()} for ids_T in batch if len(ids_T) > 1]
-        outputs = iter(self._llm.generate(prompts, self._params, use_tqdm=False) if prompts else [])
+        outputs = iter(self._llm.encode(prompts, pooling_task=TASK, use_tqdm=False) if prompts else [])
         for ids_T in batch:
             logp_T = np.full(len(ids_T), np.nan, np.float32)
             if len(ids_T) > 1:
-                logp_T[1:] = prompt_logp(next(outputs), ids_T)
+                next_T = next(outputs).outputs.data.numpy()  # of the id after each
+                if next_T.shape != ids_T.shape:
+                    raise RuntimeError(f"vLLM returned {next_T.shape} scores of {len(ids_T)} ids")
+                logp_T[1:] = next_T[:-1]
             yield logp_T
+
+
+def check_kernels(directory: Path, device: Device) -> None:
+    """Raise Permanent if vLLM has no kernels for the experts on this device."""
+    if device == "cpu" and is_mxfp4(model.read_config(directory)):
+        raise Permanent(
+            "teacher.model: its experts are in MXFP4, for which vLLM has no kernel on the CPU. Use a GPU, or "
+            "a teacher that is not quantised."
+        )
+
+
+def tokens_on_gpu(directory: Path, max_length: int) -> int:
+    """Tokens of one forward on this process's GPU, from its memory and the model in `directory`.
+
+    Raises Permanent if the model leaves no room for a forward.
+    """
+    import torch
+
+    card = torch.cuda.get_device_properties(0).total_memory
+    size = TeacherSize.from_config(
+        model.read_config(directory) | {"dtype": model.checkpoint_dtype(directory)}, directory.name
+    )
+    tokens = forward_tokens(size, card, max_length)
+    if not tokens:
+        raise Permanent(
+            f"teacher.model: {size.stored / GIB:.1f} GiB of weights, scoring documents of up to {max_length} "
+            f"tokens, need a GPU of {needed_to_score(size, max_length) / GIB:.1f} GiB, and this pod's "
+            f"(spec.teacher.gpus) has {card / GIB:.1f}. Use GPUs with more memory, a smaller teacher, or its "
+            "release in MXFP4."
+        )
+    log.info(
+        "Scoring %d tokens in a forward: the GPU has %.1f GiB, the weights %.1f GiB",
+        tokens,
+        card / GIB,
+        size.stored / GIB,
+    )
+    return tokens
+
+
+def load_vllm(directory: Path, device: Device, max_length: int, tokens: int, **options: Any) -> Any:
+    """vLLM with the model in `directory`, which computes a forward of `tokens` tokens to see that it fits.
+
+    `options`: of vllm.LLM, in place of the teacher's. Raises Permanent if it does not.
+    """
+    import torch
+    import vllm
+
+    from vpmoe.inference import teacher_model
+
+    teacher_model.register()
+    dtype = model.checkpoint_dtype(directory)
+    log.info("Loading the teacher in %s", dtype)
+    try:
+        return vllm.LLM(
+            str(directory),
+            **engine_options(dtype, max_length)
+            | {
+                "runner": "pooling",
+                "max_num_batched_tokens": tokens,
+                "max_num_seqs": MAX_SEQUENCES[device],
+                "enable_chunked_prefill": True,
+            }
+            | options,
+        )
+    except (torch.OutOfMemoryError, ValueError) as error:
+        if isinstance(error, ValueError) and "memory" not in str(error):
+            raise  # vLLM has no error of its own for a cache that does not fit
+        raise Permanent(
+            f"teacher.model: the model and a forward of {tokens} tokens do not fit on this pod's GPU "
+            f"(spec.teacher.gpus): {error} Use GPUs with more memory or a smaller teacher, and see that no "
+            "other process uses the GPU."
+        ) from error
 
 
 def check_config(directory: Path) -> None:

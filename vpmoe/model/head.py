@@ -106,15 +106,16 @@ def target_chunks(targets_T: Tensor, longest: int) -> Iterator[Tensor]:
 
 
 def chunk_logits(hidden_tH: Tensor, weight_VH: Tensor) -> Tensor:
-    """[t, V], in fp32 if hidden is bf16."""
-    if hidden_tH.dtype == torch.bfloat16:  # keep the product's fp32 accumulator
+    """[t, V], in fp32 if hidden is bf16 or fp16."""
+    if hidden_tH.dtype in (torch.bfloat16, torch.float16):  # keep the product's fp32 accumulator
         return torch.mm(hidden_tH, weight_VH.T, out_dtype=torch.float32)
     return hidden_tH @ weight_VH.T
 
 
 def _logp(hidden_tH: Tensor, weight_VH: Tensor, targets_t: Tensor) -> Tensor:
-    """log p of the targets [t]. On the GPU the logits are not stored."""
-    if hidden_tH.is_cuda:
+    """log p of the targets [t]. On the GPU the logits are not stored, unless hidden is fp32, for which the
+    kernel's tiles are too large."""
+    if hidden_tH.is_cuda and hidden_tH.dtype != torch.float32:
         from vpmoe.model import kernels  # Triton, which only a GPU needs
 
         return kernels.logp(hidden_tH, weight_VH, targets_t)

@@ -12,17 +12,13 @@ from vpmoe.api.layout import ranks
 from vpmoe.api.memory import GRADIENT, OPTIMIZER, STUDENTS, VOCABULARY, WEIGHT, stage_memory
 from vpmoe.api.spec import Spec
 from vpmoe.api.stages import StageFields
+from vpmoe.plan.scoring import ENGINE, LEAST_TOKENS, VLLM_SHARE, engine_share, forward_tokens, needed_to_score
 from vpmoe.plan.teacher import TeacherSize
 
-VLLM_SHARE = (17, 20)
-"""Share of the card that vLLM plans with, as a fraction: vllm_options.GPU_MEMORY. The rest must hold the
-logits of prompts."""
 STEP_TOKENS = 2048
-"""Tokens of one forward in vLLM, whose logits are held twice in fp32 and once in the model's type:
-vllm_options.STEP_TOKENS."""
+"""Tokens of one forward of the student in vLLM, whose logits are held twice in fp32 and once in the model's
+type: vllm_options.STEP_TOKENS."""
 LOGITS = STEP_TOKENS * VOCABULARY * 10
-ENGINE = GIB
-"""An engine's CUDA context, and its memory during a forward. An estimate."""
 FORWARD_TOKENS = 16_384
 """Positions of one forward of the teacher of a TeacherForced stage: teacher_forced.model.ROOM."""
 
@@ -101,29 +97,42 @@ def teacher_roles(spec: Spec, card: int, teacher: TeacherSize) -> Iterator[RoleM
     scoring = ["rescore"] if any(stage.needs_rescoring for stage in spec.stages) else []
     scoring += [f"{stage.name}-teacher" for stage in spec.stages if stage.samples]
     for step in scoring:
-        yield _engine(step, "teacher", spec.teacher.gpus, card, teacher.stored, teacher.cached * length)
+        yield scoring_teacher(step, teacher, spec.teacher.gpus, card, length)
     for stage in spec.stages:
         if stage.teacher_processes:
             yield forced_teacher(stage.name, teacher, card)
 
 
+def scoring_teacher(step: str, teacher: TeacherSize, gpus: int, card: int, length: int) -> RoleMemory:
+    """The teacher in vLLM, which scores sequences of up to `length` tokens."""
+    tokens = max(LEAST_TOKENS, forward_tokens(teacher, card, length))
+    activations = tokens * teacher.activations
+    least = teacher.cached * (tokens + length)
+    items = {
+        "weights": teacher.stored,
+        "activations": activations,
+        "cache": max(least, engine_share(card) - teacher.stored - activations - ENGINE),
+        "context": ENGINE,
+    }
+    return RoleMemory(step, "teacher", gpus, items, card, needed_to_score(teacher, length))
+
+
 def forced_teacher(step: str, teacher: TeacherSize, card: int) -> RoleMemory:
     """The teacher process of a TeacherForced stage: one GPU holds the whole model in transformers, with
     MXFP4 widened."""
-    layer = 8 * teacher.hidden + teacher.experts_per_token * (2 * teacher.hidden + 4 * teacher.inner)
     items = {
         "weights": teacher.widened,
-        "activations": FORWARD_TOKENS * layer * teacher.itemsize,  # of one layer; an estimate
+        "activations": FORWARD_TOKENS * teacher.activations,
         "context": ENGINE,
     }
     return RoleMemory(step, "teacher", 1, items, card, sum(items.values()))
 
 
 def _engine(step: str, role: str, gpus: int, card: int, weights: int, least: int) -> RoleMemory:
-    """A model in vLLM, whose cache of keys and values takes what is left of vLLM's share; `least` is that of
-    one sequence."""
+    """The student in vLLM, whose cache of keys and values takes what is left of vLLM's share; `least` is that
+    of one sequence."""
     share, whole = VLLM_SHARE
-    cache = max(least, card * share // whole - weights - ENGINE)
+    cache = max(least, engine_share(card) - weights - ENGINE)
     needed = max(
         -(-(weights + least + ENGINE) * whole // share),
         -(-LOGITS * whole // (whole - share)),
@@ -135,7 +144,7 @@ def _engine(step: str, role: str, gpus: int, card: int, weights: int, least: int
 def teacher_problem(memory: RoleMemory, teacher: TeacherSize, card: str) -> str:
     """Why the teacher of a step does not fit, with the numbers and the remedy. `card`: the GPUs' memory."""
     need, weights = -(-memory.needed // GIB), f"{memory.items['weights'] / GIB:.1f} GiB of weights"
-    if "activations" in memory.items:
+    if "cache" not in memory.items:
         widened = ", MXFP4 widened" if teacher.packed else ""
         why = (
             f"stage {memory.step} of kind TeacherForced holds the whole teacher in transformers on one GPU "

@@ -110,6 +110,13 @@ class TeacherSize:
         """Bytes of a position's keys and values."""
         return self.layers * 2 * self.kv_heads * self.head_width * self.itemsize
 
+    @property
+    def activations(self) -> int:
+        """Bytes of a position's activations in one layer, which is all that a forward holds: hidden states,
+        residual and attention, and of each of its experts what goes in and out, gate and up, and their
+        product. An estimate."""
+        return self.itemsize * (8 * self.hidden + self.experts_per_token * (2 * self.hidden + 4 * self.inner))
+
 
 def _gpt_oss(name: str, layers: int, experts: int) -> TeacherSize:
     return TeacherSize(name, 201_088, 2880, 2880, layers, 64, 8, 64, experts, 4, True, 2)

@@ -211,9 +211,9 @@ def test_a_missing_gpu_is_an_error_and_the_cpu_is_not_used(monkeypatch: pytest.M
 
 def test_a_context_that_is_too_short_is_rejected_before_loading(teacher: Path) -> None:
     with pytest.raises(
-        Permanent, match="max_position_embeddings is 4096, and the longest document is 4096 tokens"
+        Permanent, match="max_position_embeddings is 4096, and the longest document is 4097 tokens"
     ):
-        TeacherEngine(teacher, 4096)
+        TeacherEngine(teacher, 4097)
 
 
 @pytest.mark.parametrize(
