@@ -271,7 +271,7 @@ def gpu_request(run: DistillRun, observed: ObservedRun, settings: Settings) -> G
         created=observed.created,
         teacher=spec.teacher.gpus,
         student=spec.student.gpus,
-        largest_pod=max(largest_pod(spec.student, stage) for stage in spec.stages),
+        largest_pod=max(largest_pod(spec.teacher, spec.student, stage) for stage in spec.stages),
         placement=Placement(
             frozenset(spec.runtime.node_selector.items()),
             frozenset(gpu_tolerations(run, settings)),
