@@ -432,7 +432,7 @@ def _never_fits(request: GpuRequest, share: Share) -> str:
             f"{_needs(request)} in pods of {request.largest_pod}; the largest node of the pool has "
             f"{share.largest}"
         )
-        remedy = "lower student.gpusPerPod or sampler.gpus"
+        remedy = "lower student.gpusPerPod, sampler.gpus or teacher.gpus"
     else:
         return ""
     return (

@@ -9,7 +9,15 @@ from typing import ClassVar
 
 from vpmoe.api.card import GIB
 from vpmoe.api.layout import ranks, teacher_processes
-from vpmoe.api.memory import GRADIENT, OPTIMIZER, STUDENTS, VOCABULARY, WEIGHT, stage_memory
+from vpmoe.api.memory import (
+    GRADIENT,
+    OPTIMIZER,
+    STUDENTS,
+    VOCABULARY,
+    WEIGHT,
+    microbatch,
+    stage_memory,
+)
 from vpmoe.api.spec import Spec
 from vpmoe.api.stages import StageFields
 from vpmoe.plan.teacher import TeacherSize
@@ -27,7 +35,9 @@ FORWARD_TOKENS = 16_384
 """Tokens of one forward of the teacher of a TeacherForced stage: teacher_hidden.FORWARD_TOKENS."""
 HIDDEN_SHARE = (9, 10)
 """Share of the card that vLLM plans with for that teacher, as a fraction: teacher_hidden.GPU_MEMORY. The rest
-must hold the answers on their way to the students."""
+must hold the output matrix and the answers, on their way to the students."""
+ANSWERS = 3
+"""Copies of hidden states that such a teacher holds: those of a forward, placed, and on their way."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +118,16 @@ def teacher_roles(spec: Spec, card: int, teacher: TeacherSize) -> Iterator[RoleM
     for stage in spec.stages:
         if stage.runs_teacher:
             gpus = teacher_processes(spec.teacher, spec.student, stage)
-            yield forced_teacher(stage.name, teacher, gpus, card, spec.dataset.max_length)
+            positions = -(-ranks(spec.student, stage) // gpus) * microbatch(length)
+            yield forced_teacher(stage.name, teacher, gpus, card, spec.dataset.max_length, positions)
 
 
-def forced_teacher(step: str, teacher: TeacherSize, gpus: int, card: int, longest: int) -> RoleMemory:
+def forced_teacher(
+    step: str, teacher: TeacherSize, gpus: int, card: int, longest: int, positions: int
+) -> RoleMemory:
     """A teacher beside a TeacherForced stage: each of its GPUs holds the whole model in vLLM, as it is stored
-    and without the output matrix, which the students have. `longest`: tokens of a document."""
+    and without the output matrix, which it sends to the students. `longest`: tokens of a document;
+    `positions`: those that it answers at a time."""
     share, whole = HIDDEN_SHARE
     layer = 8 * teacher.hidden + teacher.experts_per_token * (2 * teacher.hidden + 4 * teacher.inner)
     items = {
@@ -122,8 +136,14 @@ def forced_teacher(step: str, teacher: TeacherSize, gpus: int, card: int, longes
         "context": ENGINE,
     }
     held, least = sum(items.values()), teacher.cached * longest
+    answers = ANSWERS * positions * teacher.hidden * teacher.itemsize
+    needed = max(
+        -(-(held + least) * whole // share),
+        -(-(teacher.output + answers) * whole // (whole - share)),
+    )
     items["cache"] = max(least, card * share // whole - held)
-    return RoleMemory(step, "teacher", gpus, items, card, -(-(held + least) * whole // share))
+    items["logits"] = teacher.output + answers
+    return RoleMemory(step, "teacher", gpus, items, card, needed)
 
 
 def _engine(step: str, role: str, gpus: int, card: int, weights: int, least: int) -> RoleMemory:

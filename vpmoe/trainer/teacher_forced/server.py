@@ -75,7 +75,7 @@ def _serve(
             f"teacher.model: its output matrix has {len(output_VG)} rows, not {VOCABULARY_SIZE}. Give a "
             "whole checkpoint."
         )
-    engine = HiddenStateEngine(directory, run.spec.dataset.max_length)
+    engine = HiddenStateEngine(directory, max(run.spec.dataset.max_length, model.PROBE))
     log.info(
         "Loaded teacher %s: %s, hidden states %d wide, on %s, for ranks %s",
         run.spec.teacher.model,
