@@ -135,7 +135,7 @@ def forced_teacher(
         "activations": FORWARD_TOKENS * layer * teacher.itemsize,  # of one layer; an estimate
         "context": ENGINE,
     }
-    held, least = sum(items.values()), teacher.cached * longest
+    held, least = sum(items.values()), teacher.cached * (FORWARD_TOKENS + longest)
     answers = ANSWERS * positions * teacher.hidden * teacher.itemsize
     needed = max(
         -(-(held + least) * whole // share),
@@ -162,7 +162,7 @@ def _engine(step: str, role: str, gpus: int, card: int, weights: int, least: int
 def teacher_problem(memory: RoleMemory, teacher: TeacherSize, card: str) -> str:
     """Why the teacher of a step does not fit, with the numbers and the remedy. `card`: the GPUs' memory."""
     need, weights = -(-memory.needed // GIB), f"{memory.items['weights'] / GIB:.1f} GiB of weights"
-    beside = "beside its students " if "activations" in memory.items else ""
+    beside = "beside its students " if {"activations", "logits"} <= memory.items.keys() else ""
     return (
         f"spec.teacher.model: {teacher.name} needs GPUs of {need} GiB, and a GPU has {card} "
         f"(spec.runtime.gpuMemory): step {memory.step} holds the whole teacher in vLLM {beside}on each of "

@@ -43,7 +43,7 @@ def test_the_large_release_is_a_teacherforced_teacher_on_a_card_that_holds_it(
     with pytest.raises(Permanent) as raised:
         check_teacher(run, bucket, "64Gi")
     assert str(raised.value) == (
-        f"spec.teacher.model: {run.spec.teacher.model} needs GPUs of 71 GiB, and a GPU has 64Gi "
+        f"spec.teacher.model: {run.spec.teacher.model} needs GPUs of 72 GiB, and a GPU has 64Gi "
         "(spec.runtime.gpuMemory): step forced holds the whole teacher in vLLM beside its students on each "
         "of its GPUs (59.7 GiB of weights). Either use a smaller teacher, or its release in MXFP4, or use "
         "GPUs with more memory."
@@ -134,7 +134,7 @@ check_teacher(run, Bucket.open(run.spec.storage), "64Gi")
             text=True,
             check=False,
         )
-    assert "hf://openai/gpt-oss-120b needs GPUs of 71 GiB" in done.stderr, done.stderr
+    assert "hf://openai/gpt-oss-120b needs GPUs of 72 GiB" in done.stderr, done.stderr
     assert not [path for path in requests if "model.safetensors" in path]
 
 
@@ -154,4 +154,4 @@ def test_preprocess_ends_with_65_before_it_reads_the_dataset(
         check=False,
     )
     assert done.returncode == 65, done.stderr
-    assert "needs GPUs of 71 GiB, and a GPU has 64Gi (spec.runtime.gpuMemory)" in done.stderr
+    assert "needs GPUs of 72 GiB, and a GPU has 64Gi (spec.runtime.gpuMemory)" in done.stderr
