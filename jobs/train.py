@@ -1,7 +1,7 @@
 """Train one stage of a run. All the work is in vpmoe.trainer; this file binds it to a pod, or to a shell.
 
-Without LOCAL_RANK in the environment this is the launcher: it starts the same file once a rank, and once more
-as the teacher of a TeacherForced stage.
+Without LOCAL_RANK in the environment this is the launcher: it starts the same file once a rank, and once for
+each teacher of a TeacherForced stage.
 """
 
 import logging
@@ -11,9 +11,10 @@ from pathlib import Path
 
 from jobs.entrypoint import JobContext, entrypoint, record_success
 from vpmoe.api import DistillRun
-from vpmoe.api.layout import layout
+from vpmoe.api.layout import layout, teacher_processes
 from vpmoe.data.dataset import load_training_dataset
 from vpmoe.process import launcher
+from vpmoe.process.environment import teacher_ports
 from vpmoe.process.memory import keep_freed_memory
 from vpmoe.rollout import gate
 from vpmoe.teacher.folder import teacher_folder
@@ -54,8 +55,11 @@ def start(run: DistillRun, context: JobContext) -> int:
         )
     gate.require_validity(run, stage, context.bucket)
     stage_inputs.load_scores(run, stage, context.bucket, load_training_dataset(run, context.bucket))
+    spec = run.spec
     placement = launcher.place_ranks(
-        layout(run.spec.student, run.spec.training, stage), os.environ, bool(stage.teacher_processes)
+        layout(spec.student, spec.training, stage),
+        os.environ,
+        teacher_processes(spec.teacher, spec.student, stage),
     )
     command = [sys.executable, "-m", "jobs.train", *sys.argv[1:], "--step", stage.name]
     return launcher.launch_workers(placement, command, context.stopping)
@@ -93,15 +97,19 @@ def work(run: DistillRun, context: JobContext) -> None:
 
 
 def teach(run: DistillRun, context: JobContext) -> None:
-    """Run the teacher beside the ranks."""
+    """Run a teacher beside the ranks."""
+    from vpmoe.inference.vllm_options import prepare_environment
+
+    prepare_environment()  # before torch is imported
     from vpmoe.trainer.teacher_forced.server import serve
 
     serve(
         run,
         context.bucket,
+        teacher=int(os.environ["VPMOE_TEACHER"]),
         students=int(os.environ["WORLD_SIZE"]),
         address=os.environ["MASTER_ADDR"],
-        port=int(os.environ["VPMOE_TEACHER_PORT"]),
+        ports=teacher_ports(),
         folder=teacher_folder(),
         stopping=context.stopping,
     )
