@@ -7,6 +7,7 @@ from jobs.entrypoint import entrypoint, record_success
 from vpmoe.api.stages import OnPolicy
 from vpmoe.inference.engine_pool import EnginePool
 from vpmoe.process.gpu import job_meter
+from vpmoe.rollout.version_volume import VersionVolume, mounted_volume
 from vpmoe.sampler.sampler import sample_stage
 from vpmoe.storage.scratch import shared_folder
 
@@ -17,6 +18,8 @@ def main() -> None:
     stage = run.stage_of(context.step)
     assert isinstance(stage, OnPolicy), "no other stage has a step of this role"
     scratch = shared_folder("vpmoe-sampler")
+    mounted = mounted_volume()
+    volume = VersionVolume(mounted, run, stage.name) if mounted else None
     shape, length = run.spec.student.shape, run.spec.training.sequence_length
     with EnginePool(stage.sampler.gpus, shape, length) as engines, job_meter() as meter:
         sample_stage(
@@ -29,6 +32,7 @@ def main() -> None:
             engines,
             scratch,
             meter.read,
+            volume,
         )
     record_success(context.board)
 

@@ -84,9 +84,10 @@ def build_pytorchjob(attempt: Attempt, stage: Stage) -> Json:
     """
     shape = layout(attempt.run.spec.student, attempt.run.spec.training, stage)
     teacher = bool(stage.teacher_processes)
-    replicas = {"Master": _replica(attempt, 1, shape.first_pod_gpus, teacher)}
+    replicas = {"Master": _replica(1, build_pod(attempt, shape.first_pod_gpus, teacher=teacher))}
     if shape.pods > 1:
-        replicas["Worker"] = _replica(attempt, shape.pods - 1, shape.processes_per_pod, False)
+        worker = build_pod(attempt, shape.processes_per_pod, first=False)
+        replicas["Worker"] = _replica(shape.pods - 1, worker)
     return {
         "apiVersion": PYTORCHJOB.api_version,
         "kind": PYTORCHJOB.name,
@@ -102,8 +103,7 @@ def build_pytorchjob(attempt: Attempt, stage: Stage) -> Json:
     }
 
 
-def _replica(attempt: Attempt, count: int, gpus: int, teacher: bool) -> Json:
-    pod = build_pod(attempt, gpus, teacher=teacher)
+def _replica(count: int, pod: Json) -> Json:
     pod["spec"].pop("restartPolicy")  # set on the replica
     return {"replicas": count, "restartPolicy": "Never", "template": pod}
 
