@@ -10,6 +10,7 @@ from vpmoe.api.stages import OnPolicy
 from vpmoe.inference.engine_pool import EnginePool
 from vpmoe.inference.request_queue import queue_depth
 from vpmoe.process.gpu import job_meter
+from vpmoe.rollout.version_volume import VersionVolume, mounted_volume
 from vpmoe.sampler.sampler import sample_stage
 from vpmoe.storage.scratch import shared_folder
 
@@ -20,6 +21,8 @@ def main() -> None:
     stage = run.stage_of(context.step)
     assert isinstance(stage, OnPolicy), "no other stage has a step of this role"
     scratch = shared_folder("vpmoe-sampler")
+    mounted = mounted_volume()
+    volume = VersionVolume(mounted, run, stage.name) if mounted else None
     shape, length = run.spec.student.shape, run.spec.training.sequence_length
     depth = queue_depth(os.environ)
     with EnginePool(stage.sampler.gpus, shape, length, depth) as engines, job_meter() as meter:
@@ -33,6 +36,7 @@ def main() -> None:
             engines,
             scratch,
             meter.read,
+            volume,
         )
     record_success(context.board)
 

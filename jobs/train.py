@@ -17,6 +17,7 @@ from vpmoe.process import launcher
 from vpmoe.process.environment import teacher_ports
 from vpmoe.process.memory import keep_freed_memory
 from vpmoe.rollout import gate
+from vpmoe.rollout.version_volume import mounted_volume
 from vpmoe.teacher.folder import teacher_folder
 from vpmoe.trainer import stage_inputs
 
@@ -88,6 +89,7 @@ def work(run: DistillRun, context: JobContext) -> None:
             provenance=context.provenance,
             stopping=context.stopping,
             scratch=Path(os.environ["VPMOE_SCRATCH"]),
+            weights_volume=mounted_volume(),
             scores=stage_inputs.load_scores(run, stage, context.bucket, dataset),
             board=context.board,
         )

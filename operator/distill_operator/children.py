@@ -86,9 +86,10 @@ def build_pytorchjob(attempt: Attempt, stage: Stage) -> Json:
     spec = attempt.run.spec
     shape = layout(spec.student, spec.training, stage)
     gpus = first_pod_gpus(spec.teacher, spec.student, stage)
-    replicas = {"Master": _replica(attempt, 1, gpus, stage.runs_teacher)}
+    replicas = {"Master": _replica(1, build_pod(attempt, gpus, teacher=stage.runs_teacher))}
     if shape.pods > 1:
-        replicas["Worker"] = _replica(attempt, shape.pods - 1, shape.processes_per_pod, False)
+        worker = build_pod(attempt, shape.processes_per_pod, first=False)
+        replicas["Worker"] = _replica(shape.pods - 1, worker)
     return {
         "apiVersion": PYTORCHJOB.api_version,
         "kind": PYTORCHJOB.name,
@@ -104,8 +105,7 @@ def build_pytorchjob(attempt: Attempt, stage: Stage) -> Json:
     }
 
 
-def _replica(attempt: Attempt, count: int, gpus: int, teacher: bool) -> Json:
-    pod = build_pod(attempt, gpus, teacher=teacher)
+def _replica(count: int, pod: Json) -> Json:
     pod["spec"].pop("restartPolicy")  # set on the replica
     return {"replicas": count, "restartPolicy": "Never", "template": pod}
 

@@ -39,6 +39,8 @@ CONTAINER_SECURITY: Json = {
 }
 TEACHER_CACHE = "/var/cache/vpmoe/teacher"
 """Where the volume of runtime.teacherCache is mounted."""
+WEIGHTS_VOLUME = "/var/cache/vpmoe/weights"
+"""Where the volume of runtime.weightsVolume is mounted."""
 INDEXED: tuple[Role, ...] = ("preprocess", "rescore", "teacher")
 """Roles whose pods belong to an Indexed Job, which sets JOB_COMPLETION_INDEX."""
 OF_PYTORCHJOB = ("PET_*", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
@@ -65,9 +67,9 @@ def container_name(kind: Kind, role: Role) -> str:
     return "pytorch" if kind is PYTORCHJOB else role
 
 
-def build_pod(attempt: Attempt, gpus: int, *, teacher: bool = False) -> Json:
+def build_pod(attempt: Attempt, gpus: int, *, teacher: bool = False, first: bool = True) -> Json:
     """The template of a pod with `gpus` GPUs and one container. `teacher`: a process of it loads the
-    teacher."""
+    teacher. `first`: it is not one of the further pods of a PyTorchJob."""
     run, role = attempt.run, attempt.run.role(attempt.step)
     runtime = run.spec.runtime
     main = _container(attempt, role, gpus)
@@ -78,6 +80,12 @@ def build_pod(attempt: Attempt, gpus: int, *, teacher: bool = False) -> Json:
         )
         main["volumeMounts"].append({"name": "teacher", "mountPath": TEACHER_CACHE})
         main["env"].insert(0, {"name": "VPMOE_TEACHER_CACHE", "value": TEACHER_CACHE})
+    if first and runtime.weights_volume is not None and _exchanges_versions(attempt):
+        claim = runtime.weights_volume.claim_name
+        volumes.append({"name": "weights", "persistentVolumeClaim": {"claimName": claim}})
+        read_only = {"readOnly": True} if role == "sampler" else {}
+        main["volumeMounts"].append({"name": "weights", "mountPath": WEIGHTS_VOLUME, **read_only})
+        main["env"].insert(0, {"name": "VPMOE_WEIGHTS_VOLUME", "value": WEIGHTS_VOLUME})
     trains = OF_PYTORCHJOB if child_kind(run, attempt.step) is PYTORCHJOB else ()
     _declare_environment(main, *(("JOB_COMPLETION_INDEX",) if role in INDEXED else trains))
     tolerations = gpu_tolerations(run, attempt.settings) if gpus else runtime.tolerations
@@ -95,6 +103,12 @@ def build_pod(attempt: Attempt, gpus: int, *, teacher: bool = False) -> Json:
             **{key: value for key, value in of_steps.items() if value},
         },
     }
+
+
+def _exchanges_versions(attempt: Attempt) -> bool:
+    """Whether the step writes or loads policy versions: the trainer of an OnPolicy stage, and the sampler."""
+    stage = attempt.run.stage_of(attempt.step)
+    return stage is not None and stage.samples and attempt.run.role(attempt.step) in ("train", "sampler")
 
 
 def build_clear_pod(run: DistillRun, image: str, container: str) -> Json:

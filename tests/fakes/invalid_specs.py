@@ -755,6 +755,11 @@ INVALID |= {
         "is required",
         "spec.runtime.teacherCache.claimName: Required value",
     ),
+    "a volume for versions in a path": InvalidSpec(
+        {"spec.runtime.weightsVolume": {"claimName": "/mnt"}},
+        "spec.runtime.weightsVolume.claimName",
+        "must be the name of a PersistentVolumeClaim",
+    ),
     "a cache in a path": InvalidSpec(
         {"spec.runtime.teacherCache": {"claimName": "/mnt"}},
         "spec.runtime.teacherCache.claimName",

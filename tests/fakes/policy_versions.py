@@ -1,8 +1,10 @@
 """Tiny students in which every part affects the output, and their publication as policy versions."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,9 @@ from vpmoe.model.student import Student
 from vpmoe.provenance import Provenance
 from vpmoe.rollout import policy_version
 from vpmoe.rollout.policy_version import PolicyVersion
-from vpmoe.storage import Bucket, manifest, paths
+from vpmoe.rollout.version_volume import VersionVolume
+from vpmoe.storage import Bucket, Subject, manifest, paths
+from vpmoe.storage.blocks import hash_files
 from vpmoe.storage.manifest import Manifest
 from vpmoe.trainer.onpolicy.publisher import compute_probe
 
@@ -125,12 +129,36 @@ def publish(
 
     `other_facts` are published instead of the student's facts.
     """
-    dataset, folder_key = load_dataset(run, bucket), paths.weights(run, "onpolicy", number)
+    facts = other_facts or version_facts(learner, number, tokens, first_prompt)
+    key = paths.weights(run, "onpolicy", number)
+    subjects = [
+        bucket.put_file(f"{key}/{file.name}", file, {}).subject(key) for file in sorted(folder.iterdir())
+    ]
+    made = version_statement(bucket, run, facts, subjects)
+    return manifest.write(bucket, paths.manifest(key), made)
+
+
+def write_to_volume(
+    volume: VersionVolume, bucket: Bucket, run: DistillRun, folder: Path, facts: PolicyVersion
+) -> Path:
+    """Write the student in `folder` to a volume, as the trainer does before it publishes it. Returns its
+    folder there."""
+    key = paths.weights(run, "onpolicy", facts.version)
+    with volume.new_version() as new:
+        for file in folder.iterdir():
+            shutil.copy(file, new)
+        files = {f"{key}/{file.name}": file for file in sorted(new.iterdir())}
+        subjects = [stored.subject(key) for stored in hash_files(files, 2)]
+        return volume.add(new, facts.version, version_statement(bucket, run, facts, subjects))
+
+
+def version_facts(learner: Learner, number: int, tokens: int, first_prompt: int = 0) -> PolicyVersion:
+    """The facts of a version that is this student."""
     ids = [
         tuple(np.random.default_rng(length).integers(0, TINY.vocabulary, length).tolist())
         for length in (5, 40, 64)
     ]
-    facts = other_facts or PolicyVersion(
+    return PolicyVersion(
         version=number,
         steps=number,
         tokens=tokens,
@@ -139,10 +167,13 @@ def publish(
         first_prompt=first_prompt,
         probe=compute_probe(learner, [np.array(ids_T, np.int32) for ids_T in ids]),
     )
-    subjects = [
-        bucket.put_file(f"{folder_key}/{file.name}", file, {}).subject(folder_key)
-        for file in sorted(folder.iterdir())
-    ]
+
+
+def version_statement(
+    bucket: Bucket, run: DistillRun, facts: PolicyVersion, subjects: Sequence[Subject]
+) -> dict[str, Any]:
+    """The manifest of a version of the run."""
+    dataset = load_dataset(run, bucket)
     provenance = Provenance(
         None,
         None,
@@ -155,8 +186,4 @@ def publish(
         "2026-01-01T00:00:00Z",
     )
     inputs = [dataset.inputs["tokenizer"], dataset_input(bucket, dataset)]
-    return manifest.write(
-        bucket,
-        paths.manifest(folder_key),
-        manifest.statement(policy_version.KIND, subjects, facts.dump(), provenance, inputs),
-    )
+    return manifest.statement(policy_version.KIND, subjects, facts.dump(), provenance, inputs)

@@ -49,6 +49,7 @@ RUNTIME: dict[str, Any] = {
     "sharedMemory": "1Gi",
     "capabilities": ["IPC_LOCK"],
     "teacherCache": {"claimName": "teachers"},
+    "weightsVolume": {"claimName": "weights"},
     "gpuMemory": "141G",
 }
 """Every field of spec.runtime, with a value that is not its default."""
@@ -205,6 +206,7 @@ VALID: dict[str, Changes] = {
         "spec.runtime.envFrom": [{"secretRef": {"name": "a"}, "configMapRef": None}],
         "spec.runtime.sharedMemory": None,
         "spec.runtime.teacherCache": None,
+        "spec.runtime.weightsVolume": None,
     },
     "labels and annotations of the pods": {
         "spec.runtime.podLabels": {"team": "a", "example.com/cost-center": "R-7.b", "empty": ""},
@@ -231,6 +233,7 @@ VALID: dict[str, Changes] = {
         "spec.runtime.runtimeClassName": "nvidia",
     },
     "a cache of the teacher": {"spec.runtime.teacherCache": {"claimName": "teachers"}},
+    "a volume for versions": {"spec.runtime.weightsVolume": {"claimName": "weights"}},
     "durations": {"spec.runtime.stalledAfter": "1h30m", "spec.ttlAfterFinished": "7d"},
     "a name of thirty characters": {"metadata.name": "a" + "-" * 28 + "z"},
     "a stage's name of sixteen": {"spec.stages.0.name": "a123456789012345"},

@@ -173,6 +173,15 @@ class TeacherCache(ApiModel):
     pods that score at the same time must be able to mount it: ReadWriteMany, or one node."""
 
 
+class WeightsVolume(ApiModel):
+    """A volume on which the trainer leaves policy versions for the sampler."""
+
+    claim_name: Annotated[str, CLAIM]
+    """Name of a PersistentVolumeClaim in the run's namespace. It must exist, with room for
+    ⌈staleness / publishEvery⌉ + 1 versions of an OnPolicy stage, and trainer and sampler must be able to
+    mount it: one node, or ReadWriteMany. Its file system must have locks."""
+
+
 METADATA_KEY = r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 RESERVED_KEY = (
     r"(.*\.)?(kubernetes|k8s)\.io/.*|(.*\.)?vpmoe\.dev/.*|training\.kubeflow\.org/.*"
@@ -288,6 +297,10 @@ class RuntimeSpec(ApiModel):
     teacher_cache: TeacherCache | None = None
     """Volume that keeps the teacher's files, so that pods and runs after the first do not download them
     again; null downloads them to the disk of each pod that loads the teacher."""
+    weights_volume: WeightsVolume | None = None
+    """Volume by which the trainer of an OnPolicy stage hands each policy version to the sampler, beside the
+    bucket, such as a disk or memory of the node that both run on; null: the sampler waits for the upload to
+    the bucket and downloads it."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         *_metadata_keys("podLabels", "pod_labels"),

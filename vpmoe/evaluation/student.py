@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
 from vpmoe.checkpoint.format import Weights
 from vpmoe.data.tokenizer import Ids
@@ -78,7 +77,7 @@ def export_student(job: EvaluationWorker, checkpoint: Weights, folder: Path) -> 
             raise OSError(f"{free} bytes are free")
         # one more position than in training, because scoring generates a token
         hf_export.export_student(folder, shape, training.sequence_length + 1, checkpoint.sizes, read, dtype)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise Retriable(
             f"{tempfile.gettempdir()}: {error}. The exported student needs {needed} bytes there; point "
             "TMPDIR to a larger disk, or raise the ephemeral storage in runtime.resources.evaluate."

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from vpmoe.data.harmony import SystemMessage
 from vpmoe.data.vocabulary import PADDING, STOP_IDS
@@ -65,9 +64,9 @@ def write_model_folder(
     """Write weights, configuration, modeling code, tokenizer and chat template into the new folder `folder`.
 
     `sizes` and `read`: the weights, such as those of `vpmoe.checkpoint.format.open_weights`. They are read in
-    the order of the files, at most one file at a time is in memory (hf_export.FILE_BYTES), and `read` may
-    raise to stop. `dtype` is bfloat16 or float32. `positions`: the longest sequence that the student was
-    trained on (training.sequenceLength). `system`: the run's system message (spec.dataset.conversation),
+    the order of the files, one tensor at a time is in memory, and `read` may raise to stop. `dtype` is
+    bfloat16 or float32. `positions`: the longest sequence that the student was trained on
+    (training.sequenceLength). `system`: the run's system message (spec.dataset.conversation),
     which the chat template writes when a conversation does not override it.
 
     The folder appears under its name when all files are written and synced. A process that is killed leaves
@@ -90,7 +89,7 @@ def write_model_folder(
             for name, content in _other_files(shape, dtype, positions, system).items():
                 (temporary / name).write_bytes(content)
             for path in sorted(temporary.iterdir()):
-                path.chmod(0o644)  # safetensors' files are private otherwise
+                path.chmod(0o644)  # whatever the umask
                 _sync(path)
             temporary.chmod(0o755)
             _sync(temporary)
@@ -101,7 +100,7 @@ def write_model_folder(
             shutil.rmtree(temporary, ignore_errors=True)
             with lock:
                 Path(lock.name).unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise StorageError(
             f"{folder} cannot be written: {error}. The model needs {needed} bytes there; free space, or name "
             "a folder on a larger disk.",

@@ -1,7 +1,7 @@
-"""Load a policy version into the engines: download it, load it, and verify that it computes what the trainer
-computed.
+"""Load a policy version into the engines: download it, or find it on a volume, load it, and verify that it
+computes what the trainer computed.
 
-One version is on disk at a time. The sampler decides which version it needs and when.
+One downloaded version is on disk at a time. The sampler decides which version it needs and when.
 """
 
 import json
@@ -9,9 +9,10 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Permanent, Retriable
 from vpmoe.inference.engine_pool import CheckStop, Completion, SamplingRequest
 from vpmoe.rollout.policy_version import PolicyVersion, Probe
+from vpmoe.rollout.version_volume import VersionVolume
 from vpmoe.rollout.window_files import MIN_LOGP
 from vpmoe.storage import Bucket
 from vpmoe.storage.manifest import Manifest
@@ -33,6 +35,10 @@ BFLOAT16_TOLERANCE = 0.2
 """Largest mean difference over a probe's tokens in bfloat16, in nats. vpmoe-6b with logits of standard
 deviation 3 gives a mean of 0.04 and 0.3 at a single token (benchmarks/agreement.py); another student gives
 more than 1."""
+
+
+Source = Literal["bucket", "volume"]
+"""Where a version's weights are read."""
 
 
 class InferenceEngines(Protocol):
@@ -60,9 +66,10 @@ class LoadStats:
     """How loading a version went; part of the sampler's metrics."""
 
     seconds: float
-    """From the start of the download until the version was verified."""
+    """From the start of the download, or of reading the volume, until the version was verified."""
     probe: float
     """Largest difference from the trainer's log-probabilities of the probe, in nats."""
+    source: Source
 
 
 def load_version(
@@ -72,30 +79,61 @@ def load_version(
     engines: InferenceEngines,
     scratch: Path,
     check_stop: CheckStop,
-) -> LoadStats:
+    volume: VersionVolume | None = None,
+) -> LoadStats | None:
     """Load a version's weights into the engines and verify them against its probe.
+
+    `volume`: the volume that `published` was found on; None if that was the bucket. Returns None if the
+    volume has not the version any more, as `published` says: find it again.
 
     Raises StorageError if a file is not what the manifest says, Permanent if the files are not a student of
     the run or if newly started engines compute another student, and Retriable if engines that held other
     weights before do: new engines may compute it correctly.
     """
     started, fresh = time.monotonic(), not engines.loaded
-    folder = fetch_weights(bucket, published, scratch, check_stop)
-    engines.load(folder, check_stop)
+    with weights_folder(bucket, published, scratch, check_stop, volume) as folder:
+        if folder is None:
+            return None
+        read = time.monotonic()
+        engines.load(folder, check_stop)
+        exact = json.loads((folder / "config.json").read_bytes())["dtype"] == "float32"
+    loaded = time.monotonic()
     scores = engines.score([np.array(ids, np.int32) for ids in version.probe.ids], check_stop)
-    exact = json.loads((folder / "config.json").read_bytes())["dtype"] == "float32"
     worst = max(
         verify_against_probe(version.probe, logp, exact, fresh, f"{bucket.url(published.key)}: engine {n}")
         for n, logp in enumerate(scores)
     )
-    stats = LoadStats(time.monotonic() - started, worst)
+    stats = LoadStats(time.monotonic() - started, worst, "volume" if volume else "bucket")
     log.info(
-        "Loaded and verified version %d in %.1f s: at most %.2g nats from the trainer's log-probabilities",
+        "Loaded and verified version %d from the %s in %.1f s (files %.1f, engines %.1f): at most %.2g nats "
+        "from the trainer's log-probabilities",
         version.version,
+        stats.source,
         stats.seconds,
+        read - started,
+        loaded - read,
         worst,
     )
     return stats
+
+
+@contextmanager
+def weights_folder(
+    bucket: Bucket,
+    published: Manifest,
+    scratch: Path,
+    check_stop: CheckStop,
+    volume: VersionVolume | None,
+) -> Iterator[Path | None]:
+    """A folder with a version's files, each block verified: on the volume it was found on, or downloaded.
+
+    None if it is not on that volume any more.
+    """
+    if volume is None:
+        yield fetch_weights(bucket, published, scratch, check_stop)
+    else:
+        with volume.reading(published, check_stop) as folder:
+            yield folder
 
 
 def fetch_weights(bucket: Bucket, published: Manifest, scratch: Path, check_stop: CheckStop) -> Path:

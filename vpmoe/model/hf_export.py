@@ -9,24 +9,30 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vpmoe.checkpoint.safetensors_header import INDEX, InvalidCheckpoint, read_folder, read_json_object
+from vpmoe.checkpoint.safetensors_header import (
+    INDEX,
+    LENGTH_BYTES,
+    InvalidCheckpoint,
+    read_folder,
+    read_json_object,
+)
 from vpmoe.data.vocabulary import CALL, RETURN
 from vpmoe.failure import Permanent
 from vpmoe.model.shapes import PARTS, Shape, other_parts
+from vpmoe.storage.blocks import in_order
 
 MODEL_TYPE = "vpmoe"
 ARCHITECTURE = "VpmoeForCausalLM"
 
 FILE_BYTES = 2 << 30
-"""Largest size of a file in bytes, unless one tensor is larger. It bounds the writer's memory and the size of
-one read."""
+"""Largest size of a file in bytes, unless one tensor is larger."""
 
 ONLY_IN_TRAINING = ("main/projection",)
 """Parameters of the state that are not exported: the projection of TeacherForced."""
@@ -37,8 +43,15 @@ BIAS = ".e_score_correction_bias"
 FLOAT32 = (BIAS, ".softmax_offset", ".value_mix", ".log_frequency")
 """Suffixes of the tensors that are fp32 for every dtype of the weights, as in training."""
 
+ALIGNMENT = 8
+"""Length of a safetensors header in bytes is a multiple of it."""
+
 ReadTensor = Callable[[str, int, int], Tensor]
-"""`(name in the state, start, stop) -> fp32 [stop − start]`, as in vpmoe/model/state.py."""
+"""`(name in the state, start, stop) -> [stop − start]`, on any device, in fp32 or in the type of the weights;
+names as in vpmoe/model/state.py."""
+
+SAFETENSORS = {torch.float32: "F32", torch.bfloat16: "BF16"}
+"""safetensors' names of the types of exported tensors."""
 
 
 @dataclass(frozen=True)
@@ -173,20 +186,34 @@ def hf_config(shape: Shape, positions: int, dtype: torch.dtype) -> dict[str, Any
 
 
 def export_student(
-    folder: Path, shape: Shape, positions: int, sizes: Mapping[str, int], read: ReadTensor, dtype: torch.dtype
+    folder: Path,
+    shape: Shape,
+    positions: int,
+    sizes: Mapping[str, int],
+    read: ReadTensor,
+    dtype: torch.dtype,
+    threads: int = 1,
 ) -> None:
     """Write the student's weights and configuration into `folder`, config.json last.
 
     Raises Permanent as `write_weights` does.
     """
-    write_weights(folder, shape, sizes, read, dtype)
+    write_weights(folder, shape, sizes, read, dtype, threads)
     (folder / "config.json").write_text(json.dumps(hf_config(shape, positions, dtype), indent=1))
 
 
 def write_weights(
-    folder: Path, shape: Shape, sizes: Mapping[str, int], read: ReadTensor, dtype: torch.dtype
+    folder: Path,
+    shape: Shape,
+    sizes: Mapping[str, int],
+    read: ReadTensor,
+    dtype: torch.dtype,
+    threads: int = 1,
 ) -> None:
-    """Write the weights into `folder`, which then has no config.json: one file is in memory at a time.
+    """Write the weights into `folder`, which then has no config.json.
+
+    `threads` files are written at the same time, in the order of their names, and of each one tensor is in
+    memory: where `read` returns parts of a copy, as state.copy_weights does, writing is as fast as the disk.
 
     `sizes` maps the state's tensors to their numbers of elements (state.sizes, or a checkpoint's). Those of
     kind "main" and "buffer" are exported, and `read` returns them. With `dtype` bfloat16 they are rounded as
@@ -204,17 +231,53 @@ def write_weights(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     files = weights_by_file(shape, dtype)
-    for file, names in files.items():
-        tensors = {
-            name: table[name]
-            .cut_from(read(table[name].source, 0, wanted[table[name].source]))
-            .to("cpu", stored_dtype(name, dtype), copy=True)
-            for name in names
-        }
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+
+    def write(file: str) -> None:
+        _write_file(folder / file, {name: table[name] for name in files[file]}, read, dtype)
+
+    for _ in in_order(write, files, threads):
+        pass
     weight_map = {name: file for file, names in files.items() for name in names}
     index = {"metadata": {"total_size": weight_bytes(shape, dtype)}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
+@torch.no_grad()
+def _write_file(
+    path: Path, tensors: Mapping[str, ExportedTensor], read: ReadTensor, dtype: torch.dtype
+) -> None:
+    """Write a safetensors file (https://huggingface.co/docs/safetensors), the same bytes as save_file's.
+
+    save_file holds all tensors of a file twice, and the interpreter while it copies them, so that threads
+    would write one after the other.
+    """
+    # as the library: larger types first, so that every tensor is aligned, then by name
+    names = sorted(tensors, key=lambda name: (-stored_dtype(name, dtype).itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    stop = 0
+    for name in names:
+        start, stop = stop, stop + _nbytes(name, tensors[name], dtype)
+        header[name] = {
+            "dtype": SAFETENSORS[stored_dtype(name, dtype)],
+            "shape": tensors[name].shape,
+            "data_offsets": [start, stop],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    with path.open("wb", buffering=0) as file:
+        _write_bytes(file, len(text).to_bytes(LENGTH_BYTES, "little") + text)
+        for name in names:
+            part = tensors[name]
+            tensor = part.cut_from(read(part.source, 0, math.prod(part.view)))
+            stored = tensor.to("cpu", stored_dtype(name, dtype)).contiguous()
+            _write_bytes(file, memoryview(stored.flatten().view(torch.uint8).numpy()))
+
+
+def _write_bytes(file: RawIOBase, data: bytes | memoryview) -> None:
+    """Write all of `data`: one call of the system writes at most 2 GiB."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -276,9 +339,8 @@ def check_export(folder: Path, shape: Shape) -> None:
         f"{folder}/config.json, not a {shape.name}",
         "Export the student again.",
     )
-    type_of = {torch.float32: "F32", torch.bfloat16: "BF16"}
     wanted = {
-        name: (type_of[stored_dtype(name, dtype)], list(part.shape))
+        name: (SAFETENSORS[stored_dtype(name, dtype)], list(part.shape))
         for name, part in exported_tensors(shape).items()
     }
     found = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in stored.items()}

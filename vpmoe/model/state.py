@@ -144,10 +144,14 @@ def restore(
 
 
 @torch.no_grad()
-def copy_weights(learner: StatefulLearner, into: dict[str, Tensor] | None = None) -> ReadTensor:
-    """Copy the weights and expert biases to the CPU. Returns a reader of the copy by the state's names.
+def copy_weights(
+    learner: StatefulLearner, into: dict[str, Tensor] | None = None
+) -> Callable[[str, int, int], Tensor]:
+    """Copy the weights and expert biases to the CPU. Returns a reader of the copy by the state's names, for
+    hf_export.
 
-    The weights of a student on the GPU are bf16; the reader converts them to fp32. All ranks call it, because
+    The reader returns parts of the copy, without copying them, in the type of the student's tensors: on the
+    GPU weights are bf16. All ranks call it, because
     with expert parallelism no rank has all experts. Only rank 0 has the copy; the other ranks' readers raise
     KeyError. `into` keeps the copy's memory for the next call, which overwrites it: a GPU copies forty times
     as fast into pinned memory, and pinning takes longer than everything else.
@@ -168,7 +172,7 @@ def copy_weights(learner: StatefulLearner, into: dict[str, Tensor] | None = None
             held[name].copy_(whole, non_blocking=True)
     if learner.device.type == "cuda":
         torch.cuda.synchronize()
-    return lambda name, start, stop: held[name][start:stop].float()
+    return lambda name, start, stop: held[name][start:stop]
 
 
 def _fill(tensor: Tensor, read: ReadTensor, name: str, start: int) -> None:

@@ -6,7 +6,7 @@ part_files.py (vpmoe.rollout) describes the files.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
 
 import numpy as np
@@ -35,12 +35,19 @@ class PartLog:
     """The rollouts of one version that are in parts, of all samplers, and those that are not written yet."""
 
     def __init__(
-        self, bucket: Bucket, run: DistillRun, header: PartHeader, metadata: Mapping[str, str]
+        self,
+        bucket: Bucket,
+        run: DistillRun,
+        header: PartHeader,
+        metadata: Mapping[str, str],
+        recorded: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`header`: of the version's parts; its `part` is not used. `metadata`: of the objects."""
+        """`header`: of the version's parts; its `part` is not used. `metadata`: of the objects. `recorded`:
+        whether the bucket has the version; before it does, the version has no parts."""
         self.rollouts: dict[RolloutKey, Rollout] = {}
         """Those that are in the bucket."""
         self._bucket, self._run, self._header, self._metadata = bucket, run, header, metadata
+        self._recorded = recorded
         self._requests: Mapping[RolloutKey, SamplingRequest] = {}
         self._parts: set[int] = set()
         self._pending: dict[RolloutKey, Rollout] = {}
@@ -54,6 +61,8 @@ class PartLog:
         """
         self._requests = requests
         header = self._header
+        if not self._recorded():
+            return
         for number in list_parts(self._bucket, self._run, header.stage, header.version):
             self._adopt(number)
         if self.rollouts:
@@ -71,12 +80,18 @@ class PartLog:
     def write_if_due(self) -> bool:
         """Write a part if the last one is PART_SECONDS old; returns whether it did."""
         due = bool(self._pending) and time.monotonic() - self._written >= PART_SECONDS
-        if due:
+        return due and self.write_if_recorded()
+
+    def write_if_recorded(self) -> bool:
+        """Write all rollouts that are in no part yet, if the bucket has the version; returns whether it
+        has."""
+        recorded = self._recorded()
+        if recorded:
             self.write()
-        return due
+        return recorded
 
     def write(self) -> None:
-        """Write all rollouts that are in no part yet.
+        """Write all rollouts that are in no part yet. The bucket must have the version.
 
         If another sampler has written a part of the same number, its rollouts replace ours.
         """

@@ -1,7 +1,9 @@
 """The sampler of an OnPolicy stage: samples the stage's windows, one policy version after the other.
 
 It has no state: it continues with the first window that has no rollouts, and within it with the rollouts that
-are in no part, whichever attempt sampled those before. The first writer of a window wins. windows.py
+are in no part, whichever attempt sampled those before. The first writer of a window wins. A version may be on
+a volume before it is in the bucket, which is the record: it is sampled from at once, and what was sampled is
+written when the bucket has it. windows.py
 (vpmoe.rollout) says what a window contains, version_batch.py samples it.
 """
 
@@ -11,11 +13,11 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vpmoe.api import DistillRun
 from vpmoe.api.base import Record
@@ -24,16 +26,18 @@ from vpmoe.api.stages import OnPolicy
 from vpmoe.data.dataset import dataset_facts, load_training_dataset
 from vpmoe.data.reader import BlockCache
 from vpmoe.failure import Permanent
-from vpmoe.inference.verify import LoadStats, SamplingEngines, load_version
+from vpmoe.inference.verify import LoadStats, SamplingEngines, Source, load_version
 from vpmoe.process.board import ProgressBoard
 from vpmoe.process.gpu import GpuUse, ReadGpus, not_read
 from vpmoe.process.step_worker import StepWorker, step_succeeded
 from vpmoe.provenance import Provenance
 from vpmoe.rollout import back_pressure, policy_version
+from vpmoe.rollout.back_pressure import Adjustment
 from vpmoe.rollout.curriculum import EFFORTS, Curriculum
 from vpmoe.rollout.gate import require_validity
 from vpmoe.rollout.part_files import PartHeader
 from vpmoe.rollout.policy_version import PolicyVersion
+from vpmoe.rollout.version_volume import VersionVolume
 from vpmoe.rollout.window_files import Rollout, RolloutHeader, read_rollouts, rollouts_bytes
 from vpmoe.sampler.part_log import PartLog
 from vpmoe.sampler.version_batch import PromptSource, SampledVersion, sample_version
@@ -44,6 +48,8 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 """Seconds between two checks for a version."""
+VOLUME_SECONDS = 0.1
+"""Seconds between two checks whether it is on the volume."""
 REPORT_SECONDS = 30.0
 """Seconds between reports while waiting for a version."""
 NAME = re.compile(r"window-(\d{6})\.rollouts\.arrow")
@@ -53,9 +59,20 @@ class VersionLoad(Record):
     """How the version of a batch was loaded."""
 
     seconds: float
-    """From the start of the download until the version was verified."""
+    """From the start of the download, or of reading the volume, until the version was verified."""
     probe: float
     """Largest difference from the trainer's log-probabilities of the probe, in nats."""
+    source: Source
+    """Where its files were read."""
+
+
+class FoundVersion(NamedTuple):
+    """A version that is published, or is on the volume before it is."""
+
+    published: Manifest
+    facts: PolicyVersion
+    volume: VersionVolume | None
+    """The volume that it was found on; None: the bucket."""
 
 
 class Lengths(Record):
@@ -134,7 +151,7 @@ class SamplerWorker(StepWorker):
         first = next(number for number in range(len(there) + 1) if number not in there)
         return self.read_header(first - 1) if first else None
 
-    def part_log(self, version: int, weights: str) -> PartLog:
+    def part_log(self, version: int, weights: str, recorded: Callable[[], bool]) -> PartLog:
         """The parts of a version. `weights`: policy_version.weights_digest."""
         header = PartHeader(
             run=self.provenance.run,
@@ -144,7 +161,7 @@ class SamplerWorker(StepWorker):
             weights=weights,
             part=0,
         )
-        return PartLog(self.bucket, self.run, header, self.provenance.metadata())
+        return PartLog(self.bucket, self.run, header, self.provenance.metadata(), recorded)
 
     def report_windows(self, message: str, before: RolloutHeader | None, speed: float | None = None) -> None:
         """Report the windows up to `before` as done.
@@ -166,8 +183,10 @@ def sample_stage(
     engines: SamplingEngines,
     scratch: Path,
     read_gpus: ReadGpus = not_read,
+    volume: VersionVolume | None = None,
 ) -> None:
-    """Sample every window of the stage that has no rollouts yet, as soon as its version is published.
+    """Sample every window of the stage that has no rollouts yet, as soon as its version is published, or is
+    on `volume`.
 
     Returns after the last window, or when training has ended. Keeps files below `scratch`. A window is
     written whole or not at all.
@@ -183,26 +202,34 @@ def sample_stage(
     before, source = job.newest_window(), None
     while before is None or not before.last:
         waiting = time.monotonic()
-        found = wait_for_version(job, curriculum.version_of(before.window + 1 if before else 0), before)
+        number = curriculum.version_of(before.window + 1 if before else 0)
+        found = wait_for_version(job, number, before, volume)
         if found is None:
             break
-        (published, version), waited = found, time.monotonic() - waiting
+        (published, version, found_on), waited = found, time.monotonic() - waiting
         source = source or PromptSource(run, stage, made, version, BlockCache(bucket, scratch / "blocks"))
         job.report_windows(f"Loading version {version.version}", before)
-        loading = load_version(bucket, published, version, engines, scratch, job.check_stop)
+        loading = load_version(bucket, published, version, engines, scratch, job.check_stop, found_on)
+        if loading is None:
+            continue
         first, *others = curriculum.windows_of(version.version)
         windows = f"windows {first} to {others[-1]}" if others else f"window {first}"
         job.report_windows(f"Sampling {windows} from version {version.version}", before)
         read_gpus()  # what they did before is not the batch's
+        adjustments = back_pressure.read_adjustments(bucket, run, stage.name)
+        record = VersionRecord(job, found, adjustments)
         batch = sample_version(
             source,
             version,
-            back_pressure.read_adjustments(bucket, run, stage.name),
+            adjustments,
             engines,
-            job.part_log(version.version, policy_version.weights_digest(published)),
+            job.part_log(version.version, policy_version.weights_digest(published), record.is_there),
             job.check_stop,
+            partial(record.wait, before),
             partial(report_part, job, windows, before),
         )
+        if batch is None:
+            continue
         before = write_windows(job, source, published, version, batch, before, waited, loading, read_gpus())
     done = before.window + 1 if before else 0
     job.report_success(
@@ -218,19 +245,74 @@ def report_part(
 
 
 def wait_for_version(
-    job: SamplerWorker, number: int, before: RolloutHeader | None
-) -> tuple[Manifest, PolicyVersion] | None:
-    """Wait until a version is published. Returns None if the stage ends first."""
+    job: SamplerWorker, number: int, before: RolloutHeader | None, volume: VersionVolume | None = None
+) -> FoundVersion | None:
+    """Wait until a version is on the volume, if one is given, or published. Returns None if the stage ends
+    first."""
     reported = -REPORT_SECONDS
     while not job.stage_finished():
+        if volume and (found := volume.find(number)):
+            return FoundVersion(*found, volume)
         if found := policy_version.find_version(job.bucket, job.run, job.stage.name, number):
-            return found
+            return FoundVersion(*found, None)
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
             job.report_windows(f"Waiting for version {number}", before)
-        job.stopping.wait(POLL_SECONDS)
+        wait_for_poll(job, number, volume)
         job.check_stop()
     return None
+
+
+def wait_for_poll(job: SamplerWorker, number: int, volume: VersionVolume | None) -> None:
+    """Wait for POLL_SECONDS, or until the version appears on the volume, or a request to stop."""
+    until = time.monotonic() + POLL_SECONDS
+    there = volume is not None and volume.has(number)
+    while (left := until - time.monotonic()) > 0 and not job.stopping.is_set():
+        if volume is not None and not there and volume.has(number):
+            return
+        job.stopping.wait(min(left, VOLUME_SECONDS) if volume else left)
+
+
+class VersionRecord:
+    """Whether the bucket has a version that was found on the volume and is sampled from with these
+    adjustments. Nothing that was sampled is written before.
+
+    The bucket can have another one: the trainer that wrote it to the volume was killed, and the next attempt
+    has computed other weights or made another adjustment.
+    """
+
+    def __init__(self, job: SamplerWorker, found: FoundVersion, adjustments: Sequence[Adjustment]) -> None:
+        self._job, self._found, self._adjustments = job, found, adjustments
+        self._same: bool | None = None if found.volume else True
+        """None: the bucket has no such version yet."""
+
+    def is_there(self) -> bool:
+        """Whether the bucket has this version now."""
+        job, number = self._job, self._found.facts.version
+        if self._same is None and (
+            recorded := policy_version.find_version(job.bucket, job.run, job.stage.name, number)
+        ):
+            self._same = self._equals(*recorded)
+        return bool(self._same)
+
+    def wait(self, before: RolloutHeader | None) -> bool:
+        """Wait until the bucket has the version. False if it then is another one, or if the stage ends
+        first."""
+        if self._same is None:
+            recorded = wait_for_version(self._job, self._found.facts.version, before)
+            self._same = recorded is not None and self._equals(recorded.published, recorded.facts)
+        return self._same
+
+    def _equals(self, published: Manifest, facts: PolicyVersion) -> bool:
+        job, found = self._job, self._found
+        contents = {policy_version.weights_digest(one) for one in (published, found.published)}
+        last = Curriculum(job.stage).windows_of(facts.version)[-1]
+        now = back_pressure.read_adjustments(job.bucket, job.run, job.stage.name)
+        applied = [[one for one in each if one.window <= last] for each in (self._adjustments, now)]
+        if len(contents) == 1 and facts == found.facts and applied[0] == applied[1]:
+            return True
+        log.warning("The trainer has made version %d again; its windows are sampled again", facts.version)
+        return False
 
 
 def write_windows(
@@ -282,7 +364,9 @@ def write_windows(
             tokens_per_second=batch.speed,
             rollouts=len(rollouts),
             adopted=batch.adopted[window.number],
-            load=None if place else VersionLoad(seconds=loading.seconds, probe=loading.probe),
+            load=None
+            if place
+            else VersionLoad(seconds=loading.seconds, probe=loading.probe, source=loading.source),
             gpu=None if place else gpu,
             **rollout_stats(rollouts),
         )

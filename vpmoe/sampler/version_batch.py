@@ -93,10 +93,12 @@ def sample_version(
     engines: SamplingEngines,
     parts: PartLog,
     check_stop: CheckStop,
+    recorded: Callable[[], bool] = lambda: True,
     report: Callable[[int, int], None] = lambda finished, planned: None,
-) -> SampledVersion:
-    """Sample all windows of the version that the engines hold. `adjustments`: all so far. `report`: called
-    after each part with the numbers of finished and of all rollouts.
+) -> SampledVersion | None:
+    """Sample all windows of the version that the engines hold. `adjustments`: all so far. `recorded`: called
+    at the end, waits until the bucket has the version; None is returned if it says that the bucket never
+    will. `report`: called after each part with the numbers of finished and of all rollouts.
 
     Windows that are in the bucket already, or come after the stage's end, are sampled too. On the CPU the
     bits depend on what is computed together, so the batch must depend on the version alone and not on how far
@@ -117,16 +119,22 @@ def sample_version(
     if engines.depth is None:
         completions = engines.sample([one.request for one in planned], check_stop)
         rollouts = [make_rollout(*one) for one in zip(planned, completions, strict=True)]
+        seconds = time.monotonic() - started
+        if not recorded():
+            return None
     else:
         parts.adopt_all({one.key: one.request for one in planned})
         adopted.update(key.window for key in parts.rollouts)
         adopted_tokens = sum(len(one.logp_C) for one in parts.rollouts.values())
         sample_missing(planned, engines, parts, check_stop, report)
+        seconds = time.monotonic() - started
+        if not recorded():
+            return None
+        parts.write()
         rollouts = [parts.rollouts[one.key] for one in planned]
     of_window: dict[int, list[Rollout]] = {window.number: [] for window in windows}
     for one, rollout in zip(planned, rollouts, strict=True):
         of_window[one.key.window].append(rollout)
-    seconds = time.monotonic() - started
     tokens = sum(len(one.logp_C) for one in rollouts) - adopted_tokens
     return SampledVersion(
         [(window, of_window[window.number]) for window in windows], adopted, seconds, tokens / seconds
@@ -140,7 +148,7 @@ def sample_missing(
     check_stop: CheckStop,
     report: Callable[[int, int], None],
 ) -> None:
-    """Sample the rollouts that are in no part. In the end all are; also what had finished before an error."""
+    """Sample the rollouts that are in no part. What had finished before an error is written."""
 
     def wait() -> None:
         check_stop()
@@ -151,8 +159,9 @@ def sample_missing(
     try:
         for index, completion in engines.sample_queue([one.request for one in missing], wait):
             parts.add(missing[index].key, make_rollout(missing[index], completion))
-    finally:
-        parts.write()
+    except BaseException:
+        parts.write_if_recorded()
+        raise
 
 
 def make_rollout(planned: PlannedRollout, completion: Completion) -> Rollout:

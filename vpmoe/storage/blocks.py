@@ -5,8 +5,9 @@ block is one part of a multipart upload.
 """
 
 import hashlib
+import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +76,54 @@ def hash_file(key: str, path: Path) -> Stored:
         for block in read_blocks(file):
             hasher.add(block)
     return hasher.stored(key)
+
+
+def hash_files(files: Mapping[str, Path], threads: int) -> list[Stored]:
+    """As `hash_file` of each key and path, in `threads` threads. A file's own sha256 takes one thread, so no
+    number of them is faster than the largest file."""
+    with ThreadPoolExecutor(threads) as pool:
+        wholes = [pool.submit(_hash_whole, path) for path in files.values()]
+        sizes = [path.stat().st_size for path in files.values()]
+        blocks = [
+            [pool.submit(hash_block, path, index) for index in range(-(-size // BLOCK))]
+            for path, size in zip(files.values(), sizes, strict=True)
+        ]
+        return [
+            Stored(key, size, whole.result(), tuple(block.result() for block in of_file))
+            for key, size, whole, of_file in zip(files, sizes, wholes, blocks, strict=True)
+        ]
+
+
+def _hash_whole(path: Path) -> str:
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_block(path: Path, index: int) -> str:
+    """sha256, in hex, of a file's block `index`."""
+    with path.open("rb", buffering=0) as file:
+        return hashlib.sha256(os.pread(file.fileno(), BLOCK, index * BLOCK)).hexdigest()
+
+
+def file_fault(
+    path: Path, stored: Stored, threads: int, check_stop: Callable[[], None] = lambda: None
+) -> str:
+    """What is wrong with a file that is to hold the content of an object; empty if nothing is.
+
+    All blocks are read, in `threads` threads. `check_stop` is called for each and may raise.
+    """
+    if (size := path.stat().st_size) != stored.size:
+        return f"has {size} bytes, and its manifest says {stored.size}"
+
+    def is_whole(index: int) -> bool:
+        check_stop()
+        return hash_block(path, index) == stored.blocks[index]
+
+    for index, whole in enumerate(in_order(is_whole, range(len(stored.blocks)), threads)):
+        if not whole:
+            start, stop = block_range(size, index)
+            return f"was altered: the sha256 of bytes {start} to {stop} is not that of its manifest"
+    return ""
 
 
 def read_blocks(file: BinaryIO) -> Iterator[bytes]:

@@ -32,6 +32,8 @@ class StageContext:
     """The teacher's scores that a Rescored stage trains on."""
     board: ProgressBoard = field(default_factory=ProgressBoard)
     """Where rank 0 publishes progress and metrics."""
+    weights_volume: Path | None = None
+    """Where runtime.weightsVolume is mounted; None in pods without it."""
 
 
 class ObjectGroup:

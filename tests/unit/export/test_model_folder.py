@@ -1,6 +1,7 @@
 """A model folder is whole or absent, and transformers computes the student from it without this package."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -18,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 from tests.fakes.conversations import SYSTEM
 from tests.fakes.model_folders import SIZES, random_weights, write_small
 from tests.fakes.policy_versions import TINY, trainer_logp
-from tests.fakes.students import SMALL, new_seed
+from tests.fakes.students import COMPLETE, SMALL, new_seed
 from vpmoe.checkpoint.safetensors_header import INDEX, read_folder
 from vpmoe.data.harmony import Renderer
 from vpmoe.data.tokenizer import tokenizer
@@ -164,6 +165,24 @@ def test_weights_are_in_several_files_with_an_index(tmp_path: Path, monkeypatch:
     for name in names:
         held = load_file(tmp_path / "model" / name)
         assert len(held) == 1 or sum(tensor.nbytes for tensor in held.values()) <= 10_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bytes_are_those_of_the_safetensors_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """For any number of threads. Of a student with tensors of both types, and with one file of several."""
+    monkeypatch.setattr(hf_export, "FILE_BYTES", 60_000)
+    parts = hf_export.exported_tensors(COMPLETE).values()
+    sizes = {part.source: math.prod(part.view) for part in parts}
+    for threads in (1, 3):
+        hf_export.write_weights(tmp_path / str(threads), COMPLETE, sizes, random_weights, dtype, threads)
+    files = hf_export.weight_files(tmp_path / "1")
+    assert len(files) > 3 and max(len(load_file(file)) for file in files) > 1
+    for file in files:
+        save_file(load_file(file), tmp_path / "library", metadata={"format": "pt"})
+        assert file.read_bytes() == (tmp_path / "library").read_bytes()
+        assert file.read_bytes() == (tmp_path / "3" / file.name).read_bytes()
 
 
 def write_until_killed(folder: Path, last: int, monkeypatch: pytest.MonkeyPatch) -> int:

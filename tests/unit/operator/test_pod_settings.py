@@ -6,11 +6,12 @@ import pytest
 from distill_operator.attempt import Attempt, Origin
 from distill_operator.children import build_child
 from distill_operator.clear_job import build_clear_job
-from distill_operator.pod_template import CA_FOLDER, TEACHER_CACHE
+from distill_operator.pod_template import CA_FOLDER, TEACHER_CACHE, WEIGHTS_VOLUME
 
 from tests.fakes.simulated_cluster import EVALUATED, ONPOLICY, SETTINGS, observed_run, pod_templates
 from vpmoe.api import DistillRun
 from vpmoe.process.environment import DECLARED
+from vpmoe.rollout.version_volume import VARIABLE
 
 ORIGIN = Origin("b" * 64, "d" * 64)
 STAGES = [
@@ -71,7 +72,7 @@ def test_a_run_without_these_fields_has_the_pods_of_the_versions_before(step: st
         main = container(pod)
         assert {"envFrom", "runtimeClassName", "schedulerName"} & {*main, *pod["spec"]} == set()
         names = {entry["name"] for entry in main["env"]}
-        assert not names & {DECLARED, "VPMOE_TEACHER_CACHE"}
+        assert not names & {DECLARED, "VPMOE_TEACHER_CACHE", "VPMOE_WEIGHTS_VOLUME"}
         assert [volume["name"] for volume in pod["spec"]["volumes"]] == ["config", "tmp", "shm"]
         assert {"name": "shm", "emptyDir": {"medium": "Memory"}} in pod["spec"]["volumes"]
         assert {key.partition("/")[0] for key in pod["metadata"]["labels"]} == {
@@ -112,7 +113,12 @@ DECLARED_BY = {
 @pytest.mark.parametrize("step", [*STEPS, "clear"])
 def test_a_pod_with_env_from_knows_which_reserved_variables_are_its_own(step: str, backend: str) -> None:
     storage = {"bucket": "vpmoe", "credentialsSecret": "s3", "caSecret": "ca"}
-    runtime = {"backend": backend, "envFrom": [HUB], "teacherCache": {"claimName": "teachers"}}
+    runtime = {
+        "backend": backend,
+        "envFrom": [HUB],
+        "teacherCache": {"claimName": "teachers"},
+        "weightsVolume": {"claimName": "weights"},
+    }
     for pod in (
         [clear_pod(runtime, storage=storage)] if step == "clear" else pods(step, runtime, storage=storage)
     ):
@@ -210,6 +216,33 @@ def test_only_the_pod_with_the_teacher_mounts_the_cache() -> None:
     master, worker = pods("forced", {"teacherCache": {"claimName": "teachers"}}, student=student)
     assert "teacher" in {volume["name"] for volume in master["spec"]["volumes"]}
     assert "teacher" not in {volume["name"] for volume in worker["spec"]["volumes"]}
+
+
+@pytest.mark.parametrize("backend", ["PyTorchJob", "Job"])
+@pytest.mark.parametrize("step", [*STEPS, "clear"])
+def test_trainer_and_sampler_of_an_on_policy_stage_mount_the_volume(step: str, backend: str) -> None:
+    """The sampler only reads it."""
+    runtime = {"backend": backend, "weightsVolume": {"claimName": "weights"}}
+    for pod in [clear_pod(runtime)] if step == "clear" else pods(step, runtime):
+        main = container(pod)
+        volumes = [one for one in pod["spec"]["volumes"] if one["name"] == "weights"]
+        mounts = [one for one in main["volumeMounts"] if one["name"] == "weights"]
+        variables = [one["value"] for one in main["env"] if one["name"] == VARIABLE]
+        if step in ("onpolicy", "onpolicy-sampler"):
+            read_only = {"readOnly": True} if step == "onpolicy-sampler" else {}
+            assert volumes == [{"name": "weights", "persistentVolumeClaim": {"claimName": "weights"}}]
+            assert mounts == [{"name": "weights", "mountPath": WEIGHTS_VOLUME, **read_only}]
+            assert variables == [WEIGHTS_VOLUME]
+        else:
+            assert not volumes and not mounts and not variables
+
+
+def test_only_the_trainers_first_pod_mounts_the_volume() -> None:
+    """Rank 0 writes versions. A claim of one node would keep the others from starting."""
+    student = {"shape": "tiny", "gpus": 4, "gpusPerPod": 1}
+    master, worker = pods("onpolicy", {"weightsVolume": {"claimName": "weights"}}, student=student)
+    assert "weights" in {volume["name"] for volume in master["spec"]["volumes"]}
+    assert "weights" not in {volume["name"] for volume in worker["spec"]["volumes"]}
 
 
 def test_the_certificates_of_the_store_are_where_the_guide_says() -> None:

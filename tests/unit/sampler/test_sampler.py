@@ -45,6 +45,7 @@ from vpmoe.rollout import policy_version, prompts
 from vpmoe.rollout.back_pressure import Adjustment, write_adjustment
 from vpmoe.rollout.curriculum import Curriculum
 from vpmoe.rollout.part_files import Part, PartHeader, RolloutKey, list_parts, part_bytes, read_part
+from vpmoe.rollout.version_volume import VersionVolume
 from vpmoe.rollout.window_files import Rollout, WindowRollouts, read_rollouts, rollouts_bytes
 from vpmoe.rollout.windows import WindowSchedule
 from vpmoe.sampler import part_log, sampler
@@ -116,7 +117,23 @@ class SamplerRun:
             self.bucket, self.run, student.folder, student.learner, number, tokens, first_prompt=FIRST_PROMPT
         )
 
-    def sample(self, stopping: threading.Event | None = None, engines: Any = None) -> None:
+    @property
+    def volume(self) -> VersionVolume:
+        """A volume that the trainer has too."""
+        return VersionVolume(self.scratch / "volume", self.run, "onpolicy")
+
+    def write_to_volume(self, number: int, index: int) -> Path:
+        """Write a version to the volume, as the trainer does before it publishes it."""
+        student = self.students[index]
+        facts = policy_versions.version_facts(student.learner, number, 0, FIRST_PROMPT)
+        return policy_versions.write_to_volume(self.volume, self.bucket, self.run, student.folder, facts)
+
+    def sample(
+        self,
+        stopping: threading.Event | None = None,
+        engines: Any = None,
+        volume: VersionVolume | None = None,
+    ) -> None:
         """Run the sampler with the shared engine, as if the engine had loaded no weights."""
         self.engines.loaded = False
         step_provenance = provenance(self.run, "onpolicy-sampler")
@@ -129,6 +146,7 @@ class SamplerRun:
             ProgressBoard(),
             engines or self.engines,
             self.scratch,
+            volume=volume,
         )
 
     def key(self, number: int) -> str:
@@ -800,3 +818,121 @@ def part_header(sampler_run: SamplerRun) -> PartHeader:
         weights=policy_version.weights_digest(found[0]),
         part=0,
     )
+
+
+def test_a_version_on_the_volume_is_sampled_from_before_it_is_in_the_bucket(
+    sampler_run: SamplerRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing is written before it is. The windows are the bits of those that are sampled by the
+    bucket."""
+    monkeypatch.setattr(sampler, "POLL_SECONDS", 0.1)
+    sampler_run.run = with_stage_fields(sampler_run.run, tokens=10)  # ends with window 0
+    sampler_run.write_to_volume(0, index=0)
+
+    def after() -> None:
+        assert sampler_run.windows() == [] and not list(sampler_run.scratch.glob("weights"))
+        sampler_run.publish(0)
+
+    sampler_run.sample(engines=HookedEngines(sampler_run.engines, after=after), volume=sampler_run.volume)
+    assert sampler_run.windows() == [0] and load_of(sampler_run, 0)["source"] == "volume"
+    by_volume = sampler_run.bucket.get(sampler_run.key(0))
+    sampler_run.bucket.delete(sampler_run.key(0))
+    sampler_run.sample()
+    assert sampler_run.bucket.get(sampler_run.key(0)) == by_volume
+    assert load_of(sampler_run, 0)["source"] == "bucket"
+
+
+def load_of(sampler_run: SamplerRun, window: int) -> dict[str, Any]:
+    """How the version of a window was loaded, by the sampler's metrics."""
+    key = paths.metrics(sampler_run.run, "onpolicy-sampler", f"{window:06d}")
+    load: dict[str, Any] = json.loads(sampler_run.bucket.get(key))["load"]
+    return load
+
+
+def publish_other(sampler_run: SamplerRun) -> None:
+    sampler_run.publish(0, index=1)
+    shutil.rmtree(sampler_run.volume.folder(0))
+
+
+def adjust(sampler_run: SamplerRun) -> None:
+    adjustment = Adjustment(number=1, window=0, setting="maxTokens", waiting=0.7)
+    write_adjustment(sampler_run.bucket, sampler_run.run, "onpolicy", adjustment, {})
+    sampler_run.publish(0, index=0)
+
+
+@pytest.mark.parametrize("change, index", [(publish_other, 1), (adjust, 0)], ids=["weights", "adjustment"])
+def test_a_version_that_another_attempt_made_again_is_sampled_again(
+    sampler_run: SamplerRun,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[SamplerRun], None],
+    index: int,
+) -> None:
+    """The trainer was killed after it wrote version 0 to the volume. The next attempt publishes another
+    student as version 0, or makes an adjustment before it."""
+    monkeypatch.setattr(sampler, "POLL_SECONDS", 0.1)
+    sampler_run.run = with_stage_fields(sampler_run.run, tokens=10)
+    sampler_run.write_to_volume(0, index=0)
+    hooked = HookedEngines(
+        sampler_run.engines, after=lambda: None if len(hooked.requests) > 1 else change(sampler_run)
+    )
+    sampler_run.sample(engines=hooked, volume=sampler_run.volume)
+    assert hooked.requests == [15, 15] and "made version 0 again" in caplog.text
+    record = policy_version.find_version(sampler_run.bucket, sampler_run.run, "onpolicy", 0)
+    assert record is not None
+    header = sampler_run.window(0).header
+    assert header.weights == policy_version.weights_digest(record[0])
+    assert header.turns == (change is adjust)
+    again = sampler_run.bucket.get(sampler_run.key(0))
+    sampler_run.bucket.delete(sampler_run.key(0))
+    sampler_run.sample()
+    assert sampler_run.bucket.get(sampler_run.key(0)) == again
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["recorded", "made-again"])
+def test_a_version_on_the_volume_has_no_parts_before_it_is_in_the_bucket(
+    sampler_run: SamplerRun, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """Nor ever, if the bucket then has another one."""
+    monkeypatch.setattr(sampler_run.engines, "depth", 4)
+    monkeypatch.setattr(part_log, "PART_SECONDS", 0.0)
+    monkeypatch.setattr(sampler, "POLL_SECONDS", 0.1)
+    sampler_run.run = with_stage_fields(sampler_run.run, tokens=10)
+    sampler_run.write_to_volume(0, index=0)
+    seen: list[list[int]] = []
+
+    def after() -> None:
+        seen.append(sampler_run.parts())
+        if len(seen) == 5:
+            publish_other(sampler_run) if again else sampler_run.publish(0, index=0)
+
+    hooked = HookedEngines(sampler_run.engines, after=after)
+    sampler_run.sample(engines=hooked, volume=sampler_run.volume)
+    assert hooked.requests == [15, 15] if again else [15]
+    first = next(number for number, parts in enumerate(seen) if parts)
+    assert first >= (15 if again else 5)
+    weights = part_header(sampler_run).weights
+    parts = [sampler_run.part(number) for number in sampler_run.parts()]
+    assert {part.header.weights for part in parts} == {weights} == {sampler_run.window(0).header.weights}
+    assert sum(len(part.rollouts) for part in parts) == 15
+
+
+def test_a_version_that_is_damaged_on_the_volume_is_taken_from_the_bucket(
+    sampler_run: SamplerRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When it is there: the sampler waits for it."""
+    monkeypatch.setattr(sampler, "POLL_SECONDS", 0.1)
+    sampler_run.run = with_stage_fields(sampler_run.run, tokens=10)
+    folder = sampler_run.write_to_volume(0, index=0)
+    (folder / "config.json").write_text("{}")
+    with ThreadPoolExecutor(1) as pool:
+        sampled = pool.submit(sampler_run.sample, volume=sampler_run.volume)
+        wait_until(
+            lambda: sampler_run.progress()["message"] == "Waiting for version 0",
+            "the sampler waits for the bucket",
+            60,
+        )
+        assert sampler_run.windows() == []
+        sampler_run.publish(0)
+        sampled.result()
+    assert sampler_run.windows() == [0] and load_of(sampler_run, 0)["source"] == "bucket"

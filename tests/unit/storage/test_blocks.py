@@ -2,13 +2,23 @@
 
 import hashlib
 import io
+import os
 import random
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from vpmoe.storage.blocks import BLOCK, block_range, hash_bytes, in_order, read_blocks
+from vpmoe.storage.blocks import (
+    BLOCK,
+    block_range,
+    file_fault,
+    hash_bytes,
+    hash_files,
+    in_order,
+    read_blocks,
+)
 
 
 def test_results_are_in_order_and_few_items_are_in_memory() -> None:
@@ -47,3 +57,26 @@ def test_blocks_cover_every_byte_exactly_once() -> None:
             stop - start for start, stop in ranges
         ], seed
         assert (stored.size, stored.sha256) == (size, hashlib.sha256(data).hexdigest())
+
+
+def test_files_that_are_hashed_in_threads_have_the_hashes_of_their_content(tmp_path: Path) -> None:
+    contents = {f"folder/{size}": os.urandom(size) for size in (0, 1, BLOCK, 2 * BLOCK + 3)}
+    for key, content in contents.items():
+        (tmp_path / key.rpartition("/")[2]).write_bytes(content)
+    files = {key: tmp_path / key.rpartition("/")[2] for key in contents}
+    stored = hash_files(files, 3)
+    assert stored == [hash_bytes(key, content) for key, content in contents.items()]
+    assert [file_fault(files[one.key], one, 3) for one in stored] == [""] * 4
+
+
+def test_the_first_block_that_differs_is_named(tmp_path: Path) -> None:
+    content = bytearray(os.urandom(3 * BLOCK))
+    stored = hash_bytes("x", bytes(content))
+    content[2 * BLOCK - 1] ^= 1
+    content[-1] ^= 1
+    (tmp_path / "x").write_bytes(content)
+    assert file_fault(tmp_path / "x", stored, 2) == (
+        f"was altered: the sha256 of bytes {BLOCK} to {2 * BLOCK} is not that of its manifest"
+    )
+    os.truncate(tmp_path / "x", 5)
+    assert file_fault(tmp_path / "x", stored, 2) == f"has 5 bytes, and its manifest says {3 * BLOCK}"

@@ -1,7 +1,8 @@
-"""Policy versions on a real store: transformers loads the student, old weights are pruned, failures are
-raised."""
+"""Policy versions on a real store, also by a volume: transformers loads the student, old weights are pruned,
+failures are raised."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.inference import hf_model
 from vpmoe.model.learner import Learner
 from vpmoe.rollout import policy_version
+from vpmoe.rollout.version_volume import MANIFEST, VersionVolume
 from vpmoe.storage import Bucket, StorageError, manifest, paths
 from vpmoe.storage.manifest import Input
 from vpmoe.trainer.context import StageContext
@@ -78,7 +80,7 @@ def test_a_version_is_the_student_at_the_call_of_publish(
     with torch.no_grad():
         learner.student.output.zero_()  # training continues during the upload
     publisher.wait()
-    assert publisher.exists(2) and not list(context.scratch.glob("version-*"))
+    assert publisher.exists(2) and {path.name for path in context.scratch.iterdir()} == {"blocks"}
     found = policy_version.find_version(context.bucket, context.run, "vanilla", 2)
     assert found is not None
     published, facts = found
@@ -158,3 +160,93 @@ def test_a_failed_upload_is_raised(
     with pytest.raises(StorageError, match="rejected"):
         publisher.wait()
     assert not publisher.exists(2)
+
+
+@pytest.fixture
+def by_volume(context: StageContext, tmp_path: Path) -> StageContext:
+    """The context of a pod with a volume."""
+    return replace(context, weights_volume=tmp_path / "volume")
+
+
+def volume_of(context: StageContext) -> VersionVolume:
+    """The volume as a sampler's pod has it."""
+    assert context.weights_volume is not None
+    return VersionVolume(context.weights_volume, context.run, "vanilla")
+
+
+def on_volume(context: StageContext) -> list[str]:
+    return sorted(path.name for path in volume_of(context).folder(0).parent.iterdir())
+
+
+def test_the_version_on_the_volume_is_that_of_the_bucket(
+    by_volume: StageContext, device: torch.device
+) -> None:
+    """The same manifest, and the same files."""
+    publisher = make_publisher(by_volume)
+    publisher.publish(random_learner(device), state_at(2))
+    publisher.wait()
+    found = policy_version.find_version(by_volume.bucket, by_volume.run, "vanilla", 2)
+    assert found is not None and volume_of(by_volume).find(2) == found
+    with volume_of(by_volume).reading(found[0], lambda: None) as folder:
+        assert folder is not None
+        assert by_volume.bucket.get(found[0].key) == (folder / MANIFEST).read_bytes()
+        assert hf_model.load_student(folder, SMALL)
+    assert on_volume(by_volume) == ["v000002"]
+    assert {path.name for path in by_volume.scratch.iterdir()} == {"blocks", "volume"}
+    publisher.close()
+
+
+def test_the_volume_has_no_more_versions_than_windows_need(
+    by_volume: StageContext, device: torch.device
+) -> None:
+    """Older ones leave it before the next is written, and the last ones with the stage."""
+    publisher, learner = make_publisher(by_volume), random_learner(device)
+    for number in (0, 2, 4):
+        publisher.publish(learner, state_at(number), oldest=number - 3)
+        publisher.wait()
+    assert on_volume(by_volume) == ["v000002", "v000004"]
+    publisher.empty_volume()
+    assert on_volume(by_volume) == []
+    publisher.close()
+
+
+def test_a_version_that_was_not_recorded_leaves_the_volume_with_the_next_attempt(
+    by_volume: StageContext, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fault is injected: a real store cannot be made to show it."""
+    publisher, learner = make_publisher(by_volume), random_learner(device)
+    publisher.publish(learner, state_at(2))
+    publisher.wait()
+
+    def rejected(*_: object) -> None:
+        raise StorageError("rejected", "Refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write", rejected)
+        publisher.publish(learner, state_at(4))
+        with pytest.raises(StorageError, match="rejected"):
+            publisher.wait()
+    assert volume_of(by_volume).find(4) is not None and not publisher.exists(4)
+    publisher.close()
+    make_publisher(by_volume).close()
+    assert on_volume(by_volume) == ["v000002"]
+
+
+def test_a_file_that_is_altered_before_its_upload_is_an_error(
+    by_volume: StageContext, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the version is not recorded. The moment is that of `add`."""
+    add = VersionVolume.add
+
+    def alter(volume: VersionVolume, *given: Any) -> Path:
+        folder = add(volume, *given)
+        (folder / "config.json").write_text("{}")
+        return folder
+
+    monkeypatch.setattr(VersionVolume, "add", alter)
+    publisher = make_publisher(by_volume)
+    publisher.publish(random_learner(device), state_at(2))
+    with pytest.raises(StorageError, match=r"config\.json: it was altered before it was uploaded") as error:
+        publisher.wait()
+    assert error.value.reason == "Local" and not publisher.exists(2)
+    publisher.close()

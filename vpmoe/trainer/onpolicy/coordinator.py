@@ -172,11 +172,12 @@ class OnPolicyCoordinator:
         """
         version = _stream_of(state).trained
         every, staleness = self._stage.publish_every, self._stage.staleness
+        oldest = version - staleness - every + 1
         due = version % every == 0 and state.steps == self.curriculum.steps_trained(version)
         if due and self._window_follows(state) and not self._publisher.exists(version):
             self._adjust(version + staleness)
-            self._publisher.publish(learner, state)
-        self._publisher.prune(version - staleness - every + 1)
+            self._publisher.publish(learner, state, oldest)
+        self._publisher.prune(oldest)
 
     def evaluate(self, state: TrainState, weights: Mapping[str, float]) -> TrainState:
         """The state with the reverse KL and validity of the windows since the evaluation before; unchanged if
@@ -199,6 +200,7 @@ class OnPolicyCoordinator:
         """Return once every version is published. After a stage that did not end `early` no version is needed
         any more."""
         self._publisher.wait()
+        self._publisher.empty_volume()
         if not early:
             self._publisher.prune(1 << 62)
 

@@ -1,18 +1,20 @@
 """Publishes policy versions: the student after some windows, with a probe by which the sampler verifies what
 it loads.
 
-Training waits while the weights are copied, but not while they are uploaded; one upload runs at a time. A
-version whose manifest exists is never published again, even by a resumed attempt. A version that no window
-can need any more loses its weights and keeps its manifest. coordinator.py decides when a version is due; its
-record is in vpmoe/rollout/policy_version.py.
+Training waits while the weights are copied, but not while they are written and uploaded; one upload runs at a
+time. With runtime.weightsVolume the files are written to the volume, where the sampler finds them before they
+are in the bucket (vpmoe/rollout/version_volume.py). A version whose manifest exists is never published again,
+even by a resumed attempt. A version that no window can need any more loses its weights and keeps its
+manifest. coordinator.py decides when a version is due; its record is in vpmoe/rollout/policy_version.py.
 """
 
 import logging
 import re
-import shutil
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,9 +31,12 @@ from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import Shape
 from vpmoe.rollout import policy_version
 from vpmoe.rollout.policy_version import PolicyVersion, Probe
+from vpmoe.rollout.version_volume import VersionVolume
 from vpmoe.rollout.window_files import MIN_LOGP
-from vpmoe.storage import manifest, paths
+from vpmoe.storage import StorageError, Subject, manifest, paths
+from vpmoe.storage.blocks import hash_files
 from vpmoe.storage.manifest import Input
+from vpmoe.storage.scratch import temporary_folder
 from vpmoe.trainer.background_upload import BackgroundUpload
 from vpmoe.trainer.context import ObjectGroup, StageContext
 
@@ -41,6 +46,8 @@ PROBE_DOCUMENTS = 4
 """Documents of a version's probe."""
 PROBE_TOKENS = 64
 """Ids of each of them at most."""
+THREADS = 12
+"""Files of a version that are written, and parts of them that are hashed, at the same time."""
 PATIENCE = timedelta(hours=1)
 """How long the ranks wait for rank 0 to hear from the store whether a version exists."""
 WEIGHT_FILE = re.compile(r"/v(\d+)/(?!manifest\.json$)")
@@ -59,6 +66,11 @@ class Publisher:
         self._upload = BackgroundUpload("publish")
         self._copy: dict[str, Tensor] = {}
         """Memory of the weights that are being uploaded."""
+        self._volume: VersionVolume | None = None
+        """The volume of runtime.weightsVolume; rank 0's alone."""
+        if distributed.rank() == 0 and context.weights_volume is not None:
+            self._volume = VersionVolume(context.weights_volume, context.run, context.stage.name)
+            self._volume.clean(context.bucket)
         folder = paths.weights(context.run, context.stage.name, 0).rpartition("/")[0]
         found = context.bucket.list(folder + "/") if distributed.rank() == 0 else ()
         self._with_weights = {int(match[1]) for one in found if (match := WEIGHT_FILE.search(one.key))}
@@ -88,8 +100,12 @@ class Publisher:
             self._latest_content = (version, policy_version.weights_digest(found[0]))
         return self._latest_content[1]
 
-    def publish(self, learner: Learner, at: TrainState) -> None:
-        """Copy the weights and begin to upload them as the version of the state `at`. Every rank calls it."""
+    def publish(self, learner: Learner, at: TrainState, oldest: int = 0) -> None:
+        """Copy the weights and begin to upload them as the version of the state `at`. Every rank calls it.
+
+        `oldest`: oldest version that a window may still need. Older ones leave the volume before this one is
+        written to it, so that it never holds more than it must.
+        """
         self.wait()
         assert at.windows is not None
         student = learner.student
@@ -107,6 +123,7 @@ class Publisher:
             self._upload.start(
                 self._write,
                 version,
+                oldest,
                 read,
                 sizes,
                 student.shape,
@@ -125,6 +142,13 @@ class Publisher:
                 if found.key != paths.manifest(folder):
                     self._context.bucket.delete(found.key)
             self._with_weights.discard(version)
+        if self._volume is not None:
+            self._volume.prune(below)
+
+    def empty_volume(self) -> None:
+        """Remove the stage's versions from the volume, if there is one: the stage has ended."""
+        if self._volume is not None:
+            self._volume.prune(1 << 62)
 
     def wait(self) -> None:
         """Return once the version that is being uploaded, if any, exists. Raises on rank 0 what prevented
@@ -142,36 +166,51 @@ class Publisher:
     def _write(
         self,
         version: PolicyVersion,
-        read: state.ReadTensor,
+        oldest: int,
+        read: hf_export.ReadTensor,
         sizes: dict[str, int],
         shape: Shape,
         positions: int,
         dtype: torch.dtype,
     ) -> None:
-        context = self._context
-        local = context.scratch / f"version-{version.version}"
-        shutil.rmtree(local, ignore_errors=True)
-        hf_export.export_student(local, shape, positions, sizes, read, dtype)
+        context, started = self._context, time.monotonic()
         key = paths.weights(context.run, context.stage.name, version.version)
-        metadata = context.provenance.metadata()
-        subjects = [
-            context.bucket.put_file(f"{key}/{file.name}", file, metadata).subject(key)
-            for file in sorted(local.iterdir())
-        ]
-        shutil.rmtree(local)
-        statement = manifest.statement(
-            policy_version.KIND, subjects, version.dump(), context.provenance, list(self._inputs)
-        )
+        if self._volume is not None:
+            self._volume.prune(oldest)
+        with self._volume.new_version() if self._volume else temporary_folder(context.scratch) as folder:
+            hf_export.export_student(folder, shape, positions, sizes, read, dtype, THREADS)
+            files = {f"{key}/{file.name}": file for file in sorted(folder.iterdir())}
+            subjects = [stored.subject(key) for stored in hash_files(files, THREADS)]
+            statement = manifest.statement(
+                policy_version.KIND, subjects, version.dump(), context.provenance, list(self._inputs)
+            )
+            if self._volume is not None:
+                folder = self._volume.add(folder, version.version, statement)
+            written = time.monotonic() - started
+            self._upload_files(folder, subjects)
         manifest.write(context.bucket, paths.manifest(key), statement)
         self._with_weights.add(version.version)
-        size = sum(subject.size for subject in subjects)
         log.info(
-            "Published policy version %d to %s: after %d steps, %.1f MB",
+            "Published policy version %d to %s: after %d steps, %.1f MB, written in %.1f s, sent in %.1f s",
             version.version,
             context.bucket.url(key),
             version.steps,
-            size / 1e6,
+            sum(subject.size for subject in subjects) / 1e6,
+            written,
+            time.monotonic() - started - written,
         )
+
+    def _upload_files(self, folder: Path, subjects: Sequence[Subject]) -> None:
+        """Upload the files of a version. Raises StorageError if one is not what it was when it was hashed."""
+        metadata = self._context.provenance.metadata()
+        for subject in subjects:
+            path = folder / subject.name
+            if self._context.bucket.put_file(subject.key, path, metadata).sha256 != subject.sha256:
+                raise StorageError(
+                    f"{path}: it was altered before it was uploaded. Keep other programs out of "
+                    f"{folder.parent}, and check the disk.",
+                    "Local",
+                )
 
 
 def probe_sequences(documents: DatasetReader) -> list[Ids]:
