@@ -60,11 +60,11 @@ def check_context(run: DistillRun, positions: int | None) -> None:
         stage.samples for stage in spec.stages
     )
     for field, longest in scored:
-        if positions is not None and longest >= positions:
+        if positions is not None and longest > positions:
             raise Permanent(
                 f"teacher.model: max_position_embeddings is {positions}, and {field} is {longest}: the "
-                "teacher must score texts of that length, plus one token that vLLM generates. Lower "
-                f"{field}, or use a model with a longer context."
+                f"teacher must score texts of that length. Lower {field}, or use a model with a longer "
+                "context."
             )
 
 
