@@ -98,7 +98,7 @@ def teacher_roles(spec: Spec, card: int, teacher: TeacherSize) -> Iterator[RoleM
     """The teacher of each step that has one: in vLLM, or in transformers beside a TeacherForced stage."""
     length = spec.training.sequence_length
     if any(stage.needs_rescoring for stage in spec.stages):
-        yield scoring_teacher("rescore", teacher, spec.teacher.gpus, card, length)
+        yield scoring_teacher("rescore", teacher, spec.rescoring_gpus, card, length)
     for stage in spec.stages:
         if stage.samples:
             yield scoring_teacher(f"{stage.name}-teacher", teacher, spec.teacher.gpus, card, length)

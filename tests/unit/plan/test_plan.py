@@ -171,6 +171,36 @@ def test_hours_of_a_run_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
+    "gpus, score, before, noted",
+    [
+        pytest.param(None, 10_000.0, False, "27.8 hours on 1 GPUs (rescore.gpus) beside 4", id="less"),
+        pytest.param(None, 1_000.0, False, "on 8 GPUs it would take 34.7 hours before them", id="more"),
+        pytest.param(8, 1_000.0, True, "34.7 hours on 8 GPUs (rescore.gpus), then 4", id="students' GPUs"),
+    ],
+)
+def test_hours_of_rescoring_beside_or_before_the_vanilla_stage(
+    gpus: int | None, score: float, before: bool, noted: str
+) -> None:
+    plan = plan_of(
+        {
+            "spec.stages": [*valid_specs.MINIMAL["spec"]["stages"], valid_specs.RESCORED],
+            "spec.evaluation.completions": 0,
+            "spec.rescore": {"gpus": gpus},
+        },
+        speeds={"train": 1000.0, "score": score},
+    )
+    first, rescored, scores = (
+        next(step.hours or 0.0 for step in plan.steps if step.step == name)
+        for name in ("first", "rescored", "rescore")
+    )
+    assert scores == pytest.approx(1e9 / ((gpus or 1) * score) / 3600)
+    assert plan.hours == pytest.approx((scores + first if before else max(scores, first)) + rescored)
+    (note,) = (one for one in plan.sources if one.startswith("rescore:"))
+    assert noted in note and ("would take" in note) == (score < 10_000 and not before)
+    assert next(role.gpus for role in plan.memory if role.step == "rescore") == (gpus or 1)
+
+
+@pytest.mark.parametrize(
     "resources, cores",
     [
         ({}, 1),
