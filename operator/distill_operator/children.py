@@ -49,11 +49,9 @@ def build_child(attempt: Attempt) -> Json:
     spec, role, stage = attempt.run.spec, attempt.run.role(attempt.step), attempt.run.stage_of(attempt.step)
     if role == "preprocess":  # each pod processes its share of the input shards
         return _job(attempt, _indexed(spec.dataset.workers), build_pod(attempt, 0))
-    if role in (
-        "rescore",
-        "teacher",
-    ):  # each pod has a whole teacher and scores its share of parts or windows
-        return _job(attempt, _indexed(spec.teacher.gpus), build_pod(attempt, 1, teacher=True))
+    if role in ("rescore", "teacher"):  # each pod has a whole teacher, scores its share of parts or windows
+        pods = spec.rescoring_gpus if role == "rescore" else spec.teacher.gpus
+        return _job(attempt, _indexed(pods), build_pod(attempt, 1, teacher=True))
     if stage is not None and role == "train":
         return (
             build_pytorchjob(attempt, stage)

@@ -527,6 +527,11 @@ INVALID: dict[str, InvalidSpec] = {
         "Vanilla "
         "stages only.",
     ),
+    "rescoring on more GPUs than there are": InvalidSpec(
+        {"spec.teacher.gpus": 2, "spec.rescore.gpus": 10},
+        "spec.rescore.gpus",
+        "10 are more than the run has: teacher.gpus 2 + student.gpus 7. Lower it.",
+    ),
     "GPUs among the resources": InvalidSpec(
         {"spec.runtime.resources": {"train": {"limits": {"nvidia.com/gpu": 1}}}},
         "spec.runtime.resources.train",

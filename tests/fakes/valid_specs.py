@@ -113,6 +113,8 @@ VALID: dict[str, Changes] = {
         "spec.student.expertParallel": 4,
     },
     "a plain Job on one node": {"spec.runtime.backend": "Job"},
+    "rescoring on all GPUs": {"spec.rescore.gpus": 8, "spec.stages": [RESCORED]},
+    "rescoring on fewer GPUs than the teacher has": {"spec.teacher.gpus": 4, "spec.rescore": {"gpus": 2}},
     "no teacher for Vanilla": {"spec.teacher.gpus": 0},
     "a card on which three ranks fit": {"spec.runtime.gpuMemory": "80G", "spec.student.gpus": 3},
     "a card of which nothing is said": {"spec.runtime.gpuMemory": None, "spec.student.gpus": 1},

@@ -153,6 +153,11 @@ def _no_teacher(spec: SpecFields, stage: Stage) -> dict[str, object] | None:
     )
 
 
+def _too_many_to_rescore(spec: SpecFields) -> dict[str, object] | None:
+    gpus, teacher, student = spec.rescoring_gpus, spec.teacher.gpus, spec.student.gpus
+    return {"gpus": gpus, "teacher": teacher, "student": student} if gpus > teacher + student else None
+
+
 def _nothing_before(spec: SpecFields, stage: StageFields) -> dict[str, object] | None:
     required = stage.required_validity
     return (
@@ -367,6 +372,18 @@ RULES = (
         broken=_no_teacher,
         terms={**_STAGE, "kind": "s.kind"},
         each="stages",
+    ),
+    Rule(
+        "rescore.gpus",
+        "{gpus} are more than the run has: teacher.gpus {teacher} + student.gpus {student}. Lower it.",
+        cel="!has(self.rescore) || !has(self.rescore.gpus) || self.rescore.gpus <= self.teacher.gpus + "
+        "self.student.gpus",
+        broken=lambda spec, _: _too_many_to_rescore(spec),
+        terms={
+            "gpus": "self.rescore.gpus",
+            "teacher": "self.teacher.gpus",
+            "student": "self.student.gpus",
+        },
     ),
     Rule(
         "export.stages",

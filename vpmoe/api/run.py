@@ -18,7 +18,7 @@ from vpmoe.api.invalid import Invalid, problems
 from vpmoe.api.runtime import Role
 from vpmoe.api.spec import MUTABLE, Spec
 from vpmoe.api.stages import Stage
-from vpmoe.api.student import UpcycleSpec
+from vpmoe.api.student import RescoreSpec, UpcycleSpec
 from vpmoe.api.text import read_yaml
 from vpmoe.api.training import TrainingSpec
 
@@ -122,7 +122,11 @@ class DistillRun(ApiModel):
     @cached_property
     def _config(self) -> dict[str, Any]:
         spec = self.spec.model_dump(mode="json", by_alias=True)
-        left_out = (*MUTABLE, "runtime", *(("export",) if self._exports_by_default else ()))
+        left_out = {*MUTABLE, "runtime"}
+        if self._exports_by_default:
+            left_out.add("export")
+        if self.spec.rescore == RescoreSpec():
+            left_out.add("rescore")
         spec = {field: value for field, value in spec.items() if field not in left_out}
         defaults = TrainingSpec().model_dump(mode="json", by_alias=True)
         spec["training"] = {
@@ -142,8 +146,8 @@ class DistillRun(ApiModel):
         return self.spec.export.stages == (self.spec.stages[-1].name,)
 
     def config(self) -> dict[str, Any]:
-        """The configuration: every default set but those of export and NEWER_TRAINING, without runtime and
-        the fields that can always change. `parse` accepts it with metadata added."""
+        """The configuration: every default set but those of export, rescore and NEWER_TRAINING, without
+        runtime and the fields that can always change. `parse` accepts it with metadata added."""
         return json.loads(json.dumps(self._config))  # type: ignore[no-any-return]
 
     @cached_property
@@ -283,8 +287,9 @@ class DistillRun(ApiModel):
         only and runs beside Vanilla stages, which do not use the teacher's GPUs. All other stages wait for
         rescoring: Rescored for the scores, TeacherForced and OnPolicy for the GPUs. So does the step
         validity, which takes one of these GPUs: beside a Vanilla stage it may start later than the stage.
-        Steps that run at the same time therefore never need more than teacher.gpus + student.gpus. Exports
-        start when all other steps have succeeded, so that the run has no use for its GPUs any more.
+        If rescoring takes GPUs of the student too (rescore.gpus), Vanilla stages wait for it as well. So
+        steps that run at the same time never need more than teacher.gpus + student.gpus. Exports start when
+        all other steps have succeeded, so that the run has no use for its GPUs any more.
         """
         stage, role = self.stage_of(step), self.role(step)
         if stage is None:
@@ -295,7 +300,9 @@ class DistillRun(ApiModel):
             return self._last_steps(self.spec.stages[-1])
         position = self.spec.stages.index(stage)
         last = self._last_steps(self.spec.stages[position - 1]) if position else self._first_steps
-        waits = RESCORE in self.steps() and (stage.needs_teacher or role == "evaluate")
+        waits = RESCORE in self.steps() and (
+            stage.needs_teacher or role == "evaluate" or self.spec.rescores_first
+        )
         return (*last, RESCORE) if waits else last
 
     @property

@@ -16,7 +16,7 @@ from vpmoe.api.quantities import Duration
 from vpmoe.api.runtime import RuntimeSpec
 from vpmoe.api.stages import Stage
 from vpmoe.api.storage import StorageSpec
-from vpmoe.api.student import S3_FOLDER, StudentSpec, TeacherSpec
+from vpmoe.api.student import S3_FOLDER, RescoreSpec, StudentSpec, TeacherSpec
 from vpmoe.api.training import TrainingSpec
 
 
@@ -30,6 +30,8 @@ class SpecFields(ApiModel):
     """The source of the training text and how it becomes tokens."""
     teacher: TeacherSpec
     """The model to distill from."""
+    rescore: RescoreSpec = RescoreSpec()
+    """How documents are scored for Rescored stages."""
     student: StudentSpec = StudentSpec()
     """The model to train and its GPUs."""
     training: TrainingSpec = TrainingSpec()
@@ -57,3 +59,13 @@ class SpecFields(ApiModel):
     time."""
     ttl_after_finished: Duration | None = None
     """Time after which a finished run is deleted, such as "7d"; null keeps it. Can be changed at any time."""
+
+    @property
+    def rescoring_gpus(self) -> int:
+        """GPUs of the step rescore, one pod each."""
+        return self.teacher.gpus if self.rescore.gpus is None else self.rescore.gpus
+
+    @property
+    def rescores_first(self) -> bool:
+        """Whether the step rescore needs GPUs of the student, so that stages start when it has succeeded."""
+        return self.rescoring_gpus > self.teacher.gpus

@@ -26,7 +26,7 @@ from vpmoe.inference.vllm_options import (
     prepare_environment,
     token_batches,
 )
-from vpmoe.plan.scoring import forward_tokens, needed_to_score
+from vpmoe.plan.scoring import SCORING_SHARE, forward_tokens, needed_to_score
 from vpmoe.plan.teacher import TeacherSize
 from vpmoe.teacher import model
 from vpmoe.teacher.weights import HEAD, check_weights, has_output_matrix, is_mxfp4
@@ -159,6 +159,7 @@ def load_vllm(directory: Path, device: Device, max_length: int, tokens: int, **o
     from vpmoe.inference import teacher_model
 
     teacher_model.register()
+    share, whole = SCORING_SHARE
     dtype = model.checkpoint_dtype(directory)
     log.info("Loading the teacher in %s", dtype)
     try:
@@ -171,6 +172,7 @@ def load_vllm(directory: Path, device: Device, max_length: int, tokens: int, **o
                 "max_num_seqs": MAX_SEQUENCES[device],
                 "enable_chunked_prefill": True,
             }
+            | ({"gpu_memory_utilization": share / whole} if device == "cuda" else {})
             | options,
         )
     except (torch.OutOfMemoryError, ValueError) as error:

@@ -20,9 +20,12 @@ from vpmoe.api.memory import (
 )
 from vpmoe.api.spec import Spec
 from vpmoe.api.stages import StageFields
-from vpmoe.plan.scoring import ENGINE, LEAST_TOKENS, VLLM_SHARE, engine_share, forward_tokens, needed_to_score
+from vpmoe.plan.scoring import ENGINE, LEAST_TOKENS, forward_tokens, needed_to_score, scoring_share
 from vpmoe.plan.teacher import TeacherSize
 
+VLLM_SHARE = (17, 20)
+"""Share of the card that vLLM plans with for the student, as a fraction: vllm_options.GPU_MEMORY. The rest
+must hold the logits of prompts."""
 STEP_TOKENS = 2048
 """Tokens of one forward of the student in vLLM, whose logits are held twice in fp32 and once in the model's
 type: vllm_options.STEP_TOKENS."""
@@ -107,10 +110,11 @@ def student_engine(spec: Spec, step: str, role: str, gpus: int, card: int) -> Ro
 def teacher_roles(spec: Spec, card: int, teacher: TeacherSize) -> Iterator[RoleMemory]:
     """The teacher of each step that has one."""
     length = spec.training.sequence_length
-    scoring = ["rescore"] if any(stage.needs_rescoring for stage in spec.stages) else []
-    scoring += [f"{stage.name}-teacher" for stage in spec.stages if stage.samples]
-    for step in scoring:
-        yield scoring_teacher(step, teacher, spec.teacher.gpus, card, length)
+    if any(stage.needs_rescoring for stage in spec.stages):
+        yield scoring_teacher("rescore", teacher, spec.rescoring_gpus, card, length)
+    for stage in spec.stages:
+        if stage.samples:
+            yield scoring_teacher(f"{stage.name}-teacher", teacher, spec.teacher.gpus, card, length)
     for stage in spec.stages:
         if stage.runs_teacher:
             gpus = teacher_processes(spec.teacher, spec.student, stage)
@@ -126,7 +130,7 @@ def scoring_teacher(step: str, teacher: TeacherSize, gpus: int, card: int, lengt
     items = {
         "weights": teacher.stored,
         "activations": activations,
-        "cache": max(least, engine_share(card) - teacher.stored - activations - ENGINE),
+        "cache": max(least, scoring_share(card) - teacher.stored - activations - ENGINE),
         "context": ENGINE,
     }
     return RoleMemory(step, "teacher", gpus, items, card, needed_to_score(teacher, length))
@@ -159,7 +163,7 @@ def _engine(step: str, role: str, gpus: int, card: int, weights: int, least: int
     """The student in vLLM, whose cache of keys and values takes what is left of vLLM's share; `least` is that
     of one sequence."""
     share, whole = VLLM_SHARE
-    cache = max(least, engine_share(card) - weights - ENGINE)
+    cache = max(least, card * share // whole - weights - ENGINE)
     needed = max(
         -(-(weights + least + ENGINE) * whole // share),
         -(-LOGITS * whole // (whole - share)),

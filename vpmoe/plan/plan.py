@@ -1,8 +1,9 @@
 """A run's plan: steps with their GPUs and hours, checkpoints, bytes in the bucket, memory, and what cannot
 work."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from vpmoe.api.card import GIB
 from vpmoe.api.layout import layout, teacher_processes
@@ -232,7 +233,7 @@ class _Planner:
             rescore = self._rescore()
             steps.append(rescore)
             scored = rescore.hours or 0.0
-            ends = None if rescore.hours is None else 0.0
+            ends = None if rescore.hours is None else (scored if self.spec.rescores_first else 0.0)
         for stage in self.spec.stages:
             training, evaluation = self._training(stage), self._evaluation(stage)
             for step in (training, *evaluation):
@@ -241,7 +242,36 @@ class _Planner:
                 ends = ends + step.hours if known else None  # type: ignore[operator]
                 if step is training and ends is not None and stage.needs_teacher:
                     ends = max(ends, scored + (training.hours or 0.0))
+        self._note_rescoring(steps)
         return steps, ends
+
+    def _note_rescoring(self, steps: Sequence[StepPlan]) -> None:
+        """Note how long rescoring takes beside, or before, the stages that do not need it."""
+        rescore = next((step for step in steps if step.step == RESCORE), None)
+        if rescore is None or rescore.hours is None:
+            return
+        beside = list(takewhile(lambda stage: not stage.needs_teacher, self.spec.stages))
+        names = {step for stage in beside for step in self.run.steps_of(stage)}
+        hours = [step.hours for step in steps if step.step in names]
+        if None in hours:
+            return
+        trained = sum(one for one in hours if one is not None)
+        gpus, every = self.spec.rescoring_gpus, self.spec.teacher.gpus + self.spec.student.gpus
+        taken = f"rescore: {rescore.hours:.1f} hours on {gpus} GPUs (rescore.gpus)"
+        if self.spec.rescores_first:
+            self._note(f"{taken}, then {trained:.1f} hours of stages that do not need the teacher")
+            return
+        waits = max(0.0, rescore.hours - trained)
+        together = rescore.hours * gpus / every
+        advice = (
+            f"; on {every} GPUs it would take {together:.1f} hours before them"
+            if together + trained < max(rescore.hours, trained)
+            else ""
+        )
+        self._note(
+            f"{taken} beside {trained:.1f} hours of stages that do not need the teacher: the student's GPUs "
+            f"wait {waits:.1f} hours for scores{advice}"
+        )
 
     def _init(self) -> list[StepPlan]:
         """The initial weights, if they are made from a dense model: written to disk, then to the bucket."""
@@ -272,7 +302,7 @@ class _Planner:
 
     def _rescore(self) -> StepPlan:
         tokens = sum(self._scored_tokens().values())
-        gpus = self.spec.teacher.gpus
+        gpus = self.spec.rescoring_gpus
         speed = self._speed("score")
         hours = tokens / (gpus * speed) / 3600 if speed else None
         return StepPlan(

@@ -57,22 +57,18 @@ def check_context(run: DistillRun, positions: int | None) -> None:
     spec = run.spec
     if positions is None:
         return
-    if any(stage.runs_teacher for stage in spec.stages) and spec.dataset.max_length > positions:
-        raise Permanent(
-            f"teacher.model: max_position_embeddings is {positions}, and dataset.maxLength is "
-            f"{spec.dataset.max_length}: the teacher must read documents of that length. Lower "
-            "dataset.maxLength, or use a model with a longer context."
-        )
-    scored = [("dataset.maxLength", spec.dataset.max_length)] * any(s.needs_rescoring for s in spec.stages)
-    scored += [("training.sequenceLength", spec.training.sequence_length)] * any(
+    texts = [("dataset.maxLength", spec.dataset.max_length)] * any(
+        stage.needs_rescoring or stage.runs_teacher for stage in spec.stages
+    )
+    texts += [("training.sequenceLength", spec.training.sequence_length)] * any(
         stage.samples for stage in spec.stages
     )
-    for field, longest in scored:
-        if longest >= positions:
+    for field, longest in texts:
+        if longest > positions:
             raise Permanent(
                 f"teacher.model: max_position_embeddings is {positions}, and {field} is {longest}: the "
-                "teacher must score texts of that length, plus one token that vLLM generates. Lower "
-                f"{field}, or use a model with a longer context."
+                f"teacher must read texts of that length. Lower {field}, or use a model with a longer "
+                "context."
             )
 
 

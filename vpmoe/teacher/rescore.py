@@ -188,7 +188,7 @@ def score_missing_parts(job: RescoreWorker, scores: ScoresRef) -> None:
     """Make those of this worker's parts of a set of scores that have no record."""
     claim_scores(scores, job.bucket, job.provenance)
     done = done_parts(scores, job.bucket)
-    missing = [part for part in job.share(job.parts, job.run.spec.teacher.gpus) if part not in done]
+    missing = [part for part in job.share(job.parts, job.run.spec.rescoring_gpus) if part not in done]
     if not missing:
         return
     job.report("Picking documents", job.done(), job.total)

@@ -424,6 +424,30 @@ def test_the_defaults_of_newer_fields_of_training_are_not_in_the_configuration()
         assert DistillRun.parse(run.document()).spec == run.spec
 
 
+def test_rescoring_on_the_teachers_gpus_is_not_in_the_configuration() -> None:
+    """So runs that were started before there was spec.rescore keep their hash."""
+    absent, explicit, other = (
+        DistillRun.parse(valid_specs.manifest(changes))
+        for changes in ({}, {"spec.rescore": {}}, {"spec.rescore": {"gpus": 3}})
+    )
+    assert "rescore" not in absent.config()["spec"]
+    assert absent.config_hash == explicit.config_hash == MINIMAL_HASH != other.config_hash
+    assert other.config()["spec"]["rescore"] == {"gpus": 3}
+
+
+@pytest.mark.parametrize("gpus, waits", [(None, False), (1, False), (2, False), (3, True), (9, True)])
+def test_stages_wait_for_rescoring_that_takes_gpus_of_the_student(gpus: int | None, waits: bool) -> None:
+    changes = {
+        "spec.stages": [*valid_specs.MINIMAL["spec"]["stages"], valid_specs.RESCORED],
+        "spec.teacher.gpus": 2,
+        "spec.rescore": {"gpus": gpus},
+    }
+    run = DistillRun.parse(valid_specs.manifest(changes))
+    assert run.spec.rescoring_gpus == (gpus or 2)
+    assert run.needs("rescore") == ("preprocess",)
+    assert run.needs("first") == (("preprocess", "rescore") if waits else ("preprocess",))
+
+
 def test_an_unknown_step_is_rejected() -> None:
     run = DistillRun.parse(valid_specs.manifest({}))
     for name in ("rescore", "other", "first-sampler", "other-evaluate", "-evaluate", "first-"):

@@ -267,6 +267,16 @@ def test_rescoring_is_an_indexed_job_with_a_teacher_in_each_pod() -> None:
     assert container["resources"] == {"requests": {"memory": "2Gi"}, "limits": {"nvidia.com/gpu": 1}}
 
 
+@pytest.mark.parametrize("gpus, pods", [(None, 2), (1, 1), (4, 4)])
+def test_rescoring_has_a_pod_for_each_of_its_gpus(gpus: int | None, pods: int) -> None:
+    teacher = {"model": "s3://models/teacher", "gpus": 2}
+    job = child("rescore", stages=RESCORED, teacher=teacher, rescore={"gpus": gpus})
+    spec = job["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", pods, pods)
+    (container,) = spec["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+
+
 @pytest.mark.parametrize(
     "step, pods, gpus, image",
     [

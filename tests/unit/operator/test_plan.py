@@ -546,6 +546,7 @@ SHAPES = [
         8,
         id="three GPUs sample, one scores, four train",
     ),
+    pytest.param({"rescore": {"gpus": 3}}, {"rescore"}, 3, id="rescoring on all GPUs, before the stages"),
     pytest.param(
         {"stages": [ALL_KINDS[1]], "student": {"shape": "tiny", "gpus": 4}},
         {"rescored"},

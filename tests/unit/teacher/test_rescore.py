@@ -294,7 +294,7 @@ def test_two_workers_write_the_same_bytes_as_one_and_the_last_reports_success(
 ) -> None:
     by_one_worker = run_for_manifest(spec, scorer)
     delete_scores(bucket, run_rescore(spec, None)[0])
-    spec["spec"]["teacher"]["gpus"] = 2
+    spec["spec"]["rescore"] = {"gpus": 2}
     spec["metadata"]["name"] = "two"
     run_rescore(spec, scorer, worker=1)
     assert (
