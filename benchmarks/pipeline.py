@@ -17,7 +17,8 @@ tokens per second. Columns:
   on-policy    tokens of windows per second; an anchor step has globalBatchTokens for every window size
   /floor       the time relative to the floor, the time of the role with the most work if it never waited
 
-The trainer works while it copies weights; the sampler does not work while it loads them. Not simulated:
+The trainer works while it copies weights; the sampler does not work while it loads them. With a volume the
+sampler begins with a version before it is in the bucket, and writes windows afterwards. Not simulated:
 completions that vLLM preempts and recomputes when the KV cache is full.
 """
 
@@ -80,6 +81,11 @@ ASSUMED = {
         22.5,
         "seconds for the sampler to fetch a version, load it into its engines and verify it: same source",
     ),
+    "volume": (
+        0.0,
+        "seconds from the copy until a version is on a volume that the sampler's --load is from "
+        "(runtime.weightsVolume): benchmarks.publication --shape; 0 without a volume",
+    ),
     "poll": (1.0, "seconds between two polls for an object; half of it is lost at each wait, on average"),
 }
 
@@ -98,6 +104,7 @@ class Times(NamedTuple):
     copy: float
     publish: float
     load: float
+    volume: float
     poll: float
 
 
@@ -243,8 +250,10 @@ def simulate(
     anchors = np.arange(1, -(-stage.tokens // anchor_tokens) + 1) * anchor_tokens
     anchor_seconds = plan.sequences_per_rank * times.microbatch + times.step
     lost = times.poll / 2
-    # By version: the time when it is in the bucket, and the tokens of the stage when it was published.
+    # By version: the time when it is in the bucket, the tokens of the stage when it was published, and the
+    # time when the sampler finds it.
     published, seen_at = {0: times.copy + times.publish}, {0: 0}
+    found = {0: times.copy + times.volume if times.volume else published[0] + lost}
     trained = uploaded = published[0]
     sampled, scored = 0.0, [0.0] * teachers
     loaded, seen, number, step = -1, 0, 0, 0
@@ -259,7 +268,8 @@ def simulate(
         if version != loaded:
             together = WindowRequests(prompt, sum((each.sampled for each in batch), ()))
             takes = sampling_seconds(together, stage.sampler.gpus, slots, times)
-            sampled = max(sampled, published[version] + lost) + times.load + takes
+            sampled = max(sampled, found[version]) + times.load + takes
+            sampled = max(sampled, published[version])  # nothing is written before the record
             out.sampler += takes
             loaded = version
 
@@ -281,6 +291,7 @@ def simulate(
             trained = max(trained, uploaded) + times.copy  # one upload runs at a time
             out.trainer += times.copy
             published[number] = uploaded = trained + times.publish
+            found[number] = trained + times.volume if times.volume else uploaded + lost
             seen_at[number] = seen + window.tokens
         seen = after
     out.total, out.seen = trained, seen

@@ -1,7 +1,7 @@
 """Seconds from a trainer's optimizer step until engines can sample from the new policy version.
 
-    python -m benchmarks.publication --shape vpmoe-6b [--versions 2] [--folder /dev/shm]
-    python -m benchmarks.publication [--versions 2] [--disk 1.2] [--pcie 25] [--probe 0.3] [--bucket 0.25,1,3]
+    python -m benchmarks.publication --shape vpmoe-6b [--versions 3] [--folder /dev/shm]
+    python -m benchmarks.publication [--versions 3] [--disk 1.2] [--pcie 25] [--probe 0.3] [--bucket 0.25,1,3]
 
 With --shape: by a volume (runtime.weightsVolume), on this machine's GPU if it has one; no store is needed.
 The parts of a version in their order, with the code of trainer and sampler, beside floors measured in the
@@ -405,7 +405,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path("/dev/shm"), help="the volume, with --shape (default: /dev/shm)"
     )
-    parser.add_argument("--versions", type=int, default=2, help="versions to measure after version 0")
+    parser.add_argument("--versions", type=int, default=3, help="versions to measure after version 0")
     parser.add_argument(
         "--disk", type=float, default=1.2, help="GB/s to read or write a pod's disk (default: 1.2)"
     )

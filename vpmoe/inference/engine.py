@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -43,7 +43,6 @@ from vpmoe.model.shapes import SHAPES, Shape
 from vpmoe.process.launcher import set_parent_death_signal
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from vllm import RequestOutput, SamplingParams
 
 MAX_SEQUENCES: dict[Device, int] = {"cpu": 32, "cuda": 1024}
@@ -68,6 +67,8 @@ class StudentEngine:
         Raises Permanent if there is no GPU for it.
         """
         prepare_environment()
+        from vpmoe.inference.weight_reader import WeightReader  # imports torch
+
         self.shape, self.max_length = shape, max_length
         self.device = check_device("the sampler", "stages[].sampler.gpus")
         self.sequences = MAX_SEQUENCES[self.device]
@@ -77,6 +78,7 @@ class StudentEngine:
         self.growing: set[int] = set()
         """Numbers of the requests that vLLM has and has not finished."""
         self._llm: Any = None
+        self._reader = WeightReader(pinned=self.device == "cuda")
 
     def load(self, folder: Path) -> None:
         """Use the weights in `folder` from now on.
@@ -89,7 +91,8 @@ class StudentEngine:
         if self._llm is None:
             self._llm = self._start(folder)
         else:
-            self._llm.apply_model(lambda model: model.load_weights(_read_weights(folder)))
+            weights = self._reader.read(folder)
+            self._llm.apply_model(lambda model: model.load_weights(weights))
 
     def sample(self, requests: Sequence[SamplingRequest]) -> list[Completion]:
         """One completion per request, at temperature 1 and from the whole vocabulary, stop token included.
@@ -219,16 +222,6 @@ class StudentEngine:
         )
         check_attention(llm, "the student")
         return llm
-
-
-def _read_weights(folder: Path) -> "Iterator[tuple[str, Tensor]]":
-    """All weights by name; one file is in memory at a time."""
-    from safetensors.torch import load_file
-
-    from vpmoe.model import hf_export
-
-    for file in hf_export.weight_files(folder):
-        yield from load_file(file).items()
 
 
 def _completion(output: "RequestOutput") -> Completion:

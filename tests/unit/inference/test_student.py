@@ -2,6 +2,7 @@
 rejected."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,14 +20,23 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from tests.fakes import policy_versions
+from tests.fakes import model_folders, policy_versions
 from tests.fakes.policy_versions import TINY, trainer_logp
-from tests.fakes.students import SMALL, copy_slices, documents, join_slices, learner, new_seed, read_from
+from tests.fakes.students import (
+    COMPLETE,
+    SMALL,
+    copy_slices,
+    documents,
+    join_slices,
+    learner,
+    new_seed,
+    read_from,
+)
 from vpmoe.checkpoint.safetensors_header import INDEX
 from vpmoe.data.harmony import Renderer, SystemMessage
 from vpmoe.data.tokenizer import Tokenizer
 from vpmoe.failure import Permanent
-from vpmoe.inference import hf_model
+from vpmoe.inference import hf_model, weight_reader
 from vpmoe.inference.engine_pool import EnginePool, SamplingRequest
 from vpmoe.inference.vllm_options import check_attention
 from vpmoe.model import hf_export, state
@@ -474,3 +484,33 @@ def test_an_export_of_another_shape_or_dtype_is_rejected(device: torch.device, t
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(Permanent, match="is not a complete checkpoint"):
         hf_export.check_export(tmp_path, SMALL)
+
+
+def test_the_reader_returns_every_tensor_of_every_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the safetensors library does, of both types, and of a larger checkpoint after a smaller one. A
+    tensor is larger than a piece, and there are more than buffers."""
+    monkeypatch.setattr(weight_reader, "PIECE", 1000)
+    monkeypatch.setattr(hf_export, "FILE_BYTES", 60_000)
+    reader = weight_reader.WeightReader(pinned=False)
+    for number, (shape, dtype) in enumerate([(SMALL, torch.bfloat16), (COMPLETE, torch.float32)] * 2):
+        sizes = {part.source: math.prod(part.view) for part in hf_export.exported_tensors(shape).values()}
+        folder = tmp_path / str(number)
+        hf_export.write_weights(folder, shape, sizes, model_folders.random_weights, dtype)
+        expected = {k: v for file in hf_export.weight_files(folder) for k, v in load_file(file).items()}
+        found = {name: tensor.clone() for name, tensor in reader.read(folder)}
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+
+
+def test_a_file_that_ends_early_is_an_error(tmp_path: Path) -> None:
+    sizes = {part.source: math.prod(part.view) for part in hf_export.exported_tensors(SMALL).values()}
+    hf_export.write_weights(tmp_path, SMALL, sizes, model_folders.random_weights, torch.float32)
+    (file,) = hf_export.weight_files(tmp_path)
+    tensors = weight_reader.WeightReader(pinned=False).read(tmp_path)
+    next(tensors)
+    os.truncate(file, 1000)
+    with pytest.raises(EOFError, match="a file of the checkpoint ends before byte"):
+        list(tensors)
