@@ -17,9 +17,9 @@ tokens per second. Columns:
   on-policy    tokens of windows per second; an anchor step has globalBatchTokens for every window size
   /floor       the time relative to the floor, the time of the role with the most work if it never waited
 
-The trainer works while it copies weights; the sampler does not work while it loads them. With a volume the
-sampler begins with a version before it is in the bucket, and writes windows afterwards. Not simulated:
-completions that vLLM preempts and recomputes when the KV cache is full.
+The trainer works while it copies weights; the sampler does not work while it loads them. Engines share one
+queue, and the teacher scores finished completions in parts. Not simulated: completions that vLLM preempts and
+recomputes when the KV cache is full.
 """
 
 import argparse
@@ -39,8 +39,10 @@ from vpmoe.api.quantities import parse_tokens
 from vpmoe.api.stages import OnPolicy
 from vpmoe.data.packing import pack_sequences
 from vpmoe.inference.engine import MAX_SEQUENCES
+from vpmoe.inference.request_queue import RequestSize, longest_first
 from vpmoe.rollout.__main__ import PROMPT_TOKENS, parse_lengths
 from vpmoe.rollout.windows import WindowPlan, WindowSchedule, completion_limit
+from vpmoe.sampler.part_log import PART_SECONDS
 
 GPUS = 8
 DOCUMENTS = 1_000_000
@@ -131,9 +133,11 @@ class Result:
 
 
 class WindowRequests(NamedTuple):
-    """The requests of a window, in order: tokens of each prompt and of each completion."""
+    """The requests of a window, in order: tokens of each prompt, and of each completion its limit and its
+    length."""
 
     prompt: int
+    limits: tuple[int, ...]
     sampled: tuple[int, ...]
 
     @property
@@ -184,38 +188,72 @@ def sampled_requests(
 
     Lengths are log-normal around the mean of the effort; a share of `runaway` reaches the limit.
     """
-    sampled = []
+    limits, sampled = [], []
     for one in window.prompts:
         most = completion_limit(prompt, one.effort, window.max_tokens, bound)
         middle = NormalDist(np.log(mean[one.effort]) - times.spread**2 / 2, times.spread)
         for seed in one.seeds:
             high, low = divmod(seed, 1 << 32)
             drawn = most if low < times.runaway * 2**32 else int(np.exp(middle.inv_cdf((high + 0.5) / 2**31)))
+            limits.append(most)
             sampled.append(min(most, max(1, drawn)))
-    return WindowRequests(prompt, tuple(sampled))
+    return WindowRequests(prompt, tuple(limits), tuple(sampled))
+
+
+class SampledBatch(NamedTuple):
+    """How long a batch takes, and what is finished before."""
+
+    seconds: float
+    """Until its last completion has finished."""
+    parts: tuple[tuple[float, int], ...]
+    """Of each part, the seconds after which it is written, and its tokens, prompts included. What finishes
+    after the last one comes with the windows."""
 
 
 @lru_cache(None)
-def sampling_seconds(requests: WindowRequests, engines: int, slots: int, times: Times) -> float:
-    """Seconds until the slowest engine has finished its share of the requests.
+def sample_batch(requests: WindowRequests, engines: int, slots: int, times: Times) -> SampledBatch:
+    """Sample requests from one queue for all engines, as request_queue.py orders it.
 
     A decoding step costs `decode` even if few sequences are left.
     """
-    slowest = 0.0
-    for number in range(engines):
-        mine = requests.sampled[number::engines]
-        busy = list(mine[:slots])
-        heapq.heapify(busy)
-        for length in mine[slots:]:
-            heapq.heapreplace(busy, busy[0] + length)
-        steps = max(busy, default=0)
-        slowest = max(
-            slowest,
-            steps * times.decode
-            + sum(mine) * times.decode_token
-            + len(mine) * requests.prompt / times.prefill,
-        )
-    return slowest
+    sizes = [RequestSize(limit, requests.prompt) for limit in requests.limits]
+    busy: list[int] = [0] * (engines * slots)  # of each place, the step at which it is free
+    ends, lengths = [], [requests.sampled[number] for number in longest_first(sizes)]
+    for length in lengths:
+        ends.append(busy[0] + length)
+        heapq.heapreplace(busy, ends[-1])
+    steps = max(ends, default=0)
+    seconds = (
+        steps * times.decode
+        + sum(lengths) / engines * times.decode_token
+        + len(lengths) / engines * requests.prompt / times.prefill
+    )
+    count = int(seconds / PART_SECONDS)
+    parts = [0] * count
+    for end, length in zip(ends, lengths, strict=True):
+        number = int(end / steps * seconds / PART_SECONDS)
+        if number < count:
+            parts[number] += length + requests.prompt
+    return SampledBatch(
+        seconds, tuple((PART_SECONDS * (number + 1), tokens) for number, tokens in enumerate(parts))
+    )
+
+
+def score_parts(
+    batch: SampledBatch, began: float, free: float, tokens: int, teachers: int, times: Times
+) -> tuple[float, float]:
+    """What one of the teachers scores of a batch, whose sampling `began`, while the batch is sampled.
+
+    `free`: when the teacher is; `tokens`: of the batch. Returns when it is free again, and the share of its
+    windows' tokens that is left to score.
+    """
+    done = 0
+    for written, finished in batch.parts:
+        begin = max(free, began + written + times.poll / 2)
+        if begin >= began + batch.seconds:
+            break
+        free, done = begin + finished / teachers / times.score, done + finished
+    return free, 1 - done / tokens
 
 
 @lru_cache(None)
@@ -236,7 +274,8 @@ def simulate(
 ) -> Result:
     """Simulate the stage window by window: each role starts when it is free and its input exists.
 
-    The sampler takes all windows of a version as one batch, which is complete with its last completion.
+    The sampler takes all windows of a version as one batch. Its windows are written when its last completion
+    has finished; the teacher scores the parts of the batch before.
     """
     spec = run.spec
     plan, bound, teachers = (
@@ -256,6 +295,8 @@ def simulate(
     found = {0: times.copy + times.volume if times.volume else published[0] + lost}
     trained = uploaded = published[0]
     sampled, scored = 0.0, [0.0] * teachers
+    # By teacher: the share of the loaded version's tokens that is not scored in parts.
+    left = [1.0] * teachers
     loaded, seen, number, step = -1, 0, 0, 0
     out = Result(f"{teachers} + {stage.sampler.gpus} + {plan.ranks}", trainer=times.copy)
     while seen < stage.tokens:
@@ -266,16 +307,27 @@ def simulate(
         ]
         window = batch[number - course.windows_of(version)[0]]
         if version != loaded:
-            together = WindowRequests(prompt, sum((each.sampled for each in batch), ()))
-            takes = sampling_seconds(together, stage.sampler.gpus, slots, times)
-            sampled = max(sampled, found[version]) + times.load + takes
-            sampled = max(sampled, published[version])  # nothing is written before the record
-            out.sampler += takes
+            together = WindowRequests(
+                prompt,
+                sum((each.limits for each in batch), ()),
+                sum((each.sampled for each in batch), ()),
+            )
+            of_batch = sample_batch(together, stage.sampler.gpus, slots, times)
+            began = max(sampled, found[version]) + times.load
+            sampled = max(began + of_batch.seconds, published[version])  # nothing is written before
+            out.sampler += of_batch.seconds
+            for each in range(teachers):
+                free = max(scored[each], published[version])
+                scored[each], left[each] = score_parts(
+                    of_batch, began, free, together.tokens, teachers, times
+                )
             loaded = version
 
         takes = window.tokens / times.score
-        scored[number % teachers] = max(scored[number % teachers], sampled + lost) + takes
         out.teacher += takes / teachers
+        scored[number % teachers] = (
+            max(scored[number % teachers], sampled + lost) + takes * left[number % teachers]
+        )
 
         while not course.is_window(step):
             trained, out.trainer, step = trained + anchor_seconds, out.trainer + anchor_seconds, step + 1
