@@ -10,7 +10,7 @@ once (of the experts, those that some sequence chose, for uniformly random choic
 of the mean context once, at --bandwidth. A straight line through the times over N gives the cost of a step,
 and that per sequence: they are the `--decode` and `--decode-token` of benchmarks.pipeline.
 
-Then "steadily": for --seconds, as many sequences grow as the largest N allows, with completions of --shortest
+Then, for each number of --steadily and for --seconds, so many sequences grow, with completions of --shortest
 to --longest tokens, each replaced by another when it ends. At the start each has an age as if that had gone
 on for long.
 
@@ -212,8 +212,14 @@ def main() -> None:
         default=[1, 64, 512],
         help="values of N, comma-separated",
     )
+    parser.add_argument(
+        "--steadily",
+        type=lambda text: [int(count) for count in text.split(",")],
+        default=[512],
+        help="numbers of sequences to sample steadily, comma-separated",
+    )
     parser.add_argument("--bandwidth", type=float, default=4800.0, help="of the GPU's memory, GB/s")
-    parser.add_argument("--profile", action="store_true", help="list kernels at the largest N")
+    parser.add_argument("--profile", action="store_true", help="list the kernels of the largest N")
     given = parser.parse_args()
     shape = SHAPES[given.shape]
     started = time.perf_counter()
@@ -244,9 +250,10 @@ def measure(sampler: Sampler, given: argparse.Namespace, shape: Shape | None) ->
     if len(times) > 1:
         slope, start = np.polyfit(given.sequences, times, 1)
         print(f"a step costs {start / 1e3:.4f} s and {slope / 1e3:.6f} s a sequence")
-    largest = max(given.sequences)
-    steadily(sampler, given, largest)
+    for count in given.steadily:
+        steadily(sampler, given, count)
     if given.profile:
+        largest = max(given.sequences)
         sampler.grow(largest, given.longest, 256)
         print(f"{PROFILED} steps of {largest} sequences of some {given.prompt + 256} tokens: ", end="")
         print_profile(sampler.engine.step)
