@@ -93,9 +93,17 @@ def _randomise(model: Any) -> None:
             parameter.data.normal_(std=parameter.shape[-1] ** -0.5)
 
 
+class PeerEngine(StudentEngine):
+    def _params(self, request: SamplingRequest) -> Any:
+        """Without the student's stop tokens, which are not in a peer's vocabulary."""
+        params = super()._params(request)
+        params.stop_token_ids = []
+        return params
+
+
 def peer(name: str, max_length: int) -> StudentEngine:
     """An engine that asks a peer's shape with dummy weights."""
-    engine = StudentEngine(SHAPES["vpmoe-6b"], max_length)
+    engine = PeerEngine(SHAPES["vpmoe-6b"], max_length)
     import vllm
 
     with tempfile.TemporaryDirectory() as folder:

@@ -241,7 +241,9 @@ def set_forward(llm: Any, tokens: int) -> None:
 
 def leave_out_head(model: Any) -> None:
     """Have the teacher return zeros in place of log-probabilities."""
-    model.pooler._logp = lambda hidden_NH, targets_N: hidden_NH.new_zeros(len(hidden_NH))
+    import torch
+
+    model.pooler._logp = lambda hidden_NH, targets_N: hidden_NH.new_zeros(len(hidden_NH), dtype=torch.float32)
 
 
 def restore_head(model: Any) -> None:

@@ -10,8 +10,9 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-POSITIONS = 64
-"""Positions that a program reads at a time."""
+MANY = 256
+"""Sequences from which on a program reads 32 positions at a time instead of 128: then other programs hide the
+wait for memory, and small programs leave room for more of them."""
 
 
 def decode_attention(
@@ -35,6 +36,7 @@ def decode_attention(
     """
     sequences, heads, width = query_NhD.shape
     groups, block = cache.shape[1:3]
+    many = sequences >= MANY
     _decode[(sequences, groups)](
         query_NhD,
         cache,
@@ -54,12 +56,12 @@ def decode_attention(
         max(triton.next_power_of_2(heads // groups), 16),
         width,
         block,
-        POSITIONS,
+        32 if many else 128,
         window or 0,
         slope_h is not None,
         offset_h is not None,
-        num_warps=4,
-        num_stages=3,
+        num_warps=2 if many else 4,
+        num_stages=2 if many else 3,
     )
 
 

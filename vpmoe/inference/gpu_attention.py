@@ -74,11 +74,14 @@ class Implementation(TritonAttentionImpl):  # type: ignore[misc]
         kv_cache: torch.Tensor,
         attn_metadata: TritonAttentionMetadata | None,
         output: torch.Tensor,
-        *others: Any,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         metadata = attn_metadata
         if metadata is None or metadata.max_query_len > 1 or len(metadata.seq_lens) < MANY:
-            out: torch.Tensor = super().forward(layer, query, key, value, kv_cache, metadata, output, *others)
+            out: torch.Tensor = super().forward(
+                *(layer, query, key, value, kv_cache, metadata, output, output_scale, output_block_scale)
+            )
             return out
         sequences = metadata.num_actual_tokens
         decode_attention(
