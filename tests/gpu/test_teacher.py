@@ -79,7 +79,11 @@ def load(folder: Path, dtype: torch.dtype, packed: bool) -> PreTrainedModel:
     """The checkpoint in transformers; MXFP4 is widened, which bf16 represents exactly."""
     quantization = {"quantization_config": Mxfp4Config(dequantize=True)} if packed else {}
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16 if packed else dtype, attn_implementation="eager", **quantization
+        folder,
+        dtype=torch.bfloat16 if packed else dtype,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        **quantization,
     )
     return model.to(dtype).cuda().eval()
 

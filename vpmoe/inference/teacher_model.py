@@ -26,13 +26,11 @@ from vpmoe.teacher.weights import ARCHITECTURE
 TASK: PoolingTask = "token_classify"
 """vLLM's name of what this model does: a result for each token of the input. "token_embed" is another, for
 which vLLM wants a tokenizer."""
-
-
 CPU_ROWS = 128
 """Tokens whose logits the CPU holds at a time: 103 MB in float32."""
 
 
-class TokenLogp(Pooler):
+class TokenLogp(Pooler):  # type: ignore[misc]
     """For each finished sequence of T ids, [T] float32: the log-probability of the id after each; NaN for the
     last. None for a sequence of which tokens are still to come."""
 
@@ -57,13 +55,17 @@ class TokenLogp(Pooler):
             targets_N[first : first + len(next_ids)] = next_ids
             first += size
         found: list[Tensor | None] = []
-        for logp_t, state, finished in zip(
-            self._logp(hidden_states, targets_N).split(sizes),
+        for logp_t, size, end, state, finished in zip(
+            torch.split(self._logp(hidden_states, targets_N), sizes),
+            sizes,
+            ends,
             pooling_metadata.pooling_states,
             cursor.get_finished_mask(),
             strict=True,
         ):
             earlier = state.hidden_states_cache  # vLLM keeps it until the sequence is finished
+            if size == end:
+                earlier.clear()  # a sequence that vLLM preempted begins again
             earlier.append(logp_t)
             found.append(torch.cat(earlier) if finished else None)
             if finished:
@@ -84,7 +86,7 @@ class TokenLogp(Pooler):
         return logp_N
 
 
-class ScoringGptOss(GptOssForCausalLM):
+class ScoringGptOss(GptOssForCausalLM):  # type: ignore[misc]
     """vLLM's GPT-OSS, implementing VllmModelForPooling. It runs on one device: the pooler needs the whole
     output matrix."""
 

@@ -257,7 +257,7 @@ class _Planner:
             return
         trained = sum(one for one in hours if one is not None)
         gpus, every = self.spec.rescoring_gpus, self.spec.teacher.gpus + self.spec.student.gpus
-        taken = f"rescore: {rescore.hours:.1f} hours on {gpus} GPUs (rescore.gpus)"
+        taken = f"rescore: {rescore.hours:.1f} hours on {gpus} GPU{'s' * (gpus > 1)} (rescore.gpus)"
         if self.spec.rescores_first:
             self._note(f"{taken}, then {trained:.1f} hours of stages that do not need the teacher")
             return

@@ -173,7 +173,7 @@ def test_hours_of_a_run_by_hand() -> None:
 @pytest.mark.parametrize(
     "gpus, score, before, noted",
     [
-        pytest.param(None, 10_000.0, False, "27.8 hours on 1 GPUs (rescore.gpus) beside 4", id="less"),
+        pytest.param(None, 10_000.0, False, "27.8 hours on 1 GPU (rescore.gpus) beside 4", id="less"),
         pytest.param(None, 1_000.0, False, "on 8 GPUs it would take 34.7 hours before them", id="more"),
         pytest.param(8, 1_000.0, True, "34.7 hours on 8 GPUs (rescore.gpus), then 4", id="students' GPUs"),
     ],
