@@ -94,6 +94,6 @@ lock: setup     ## write requirements.lock and docker/*.lock from pyproject.toml
 	@$(of_image) --extra operator -o docker/operator.lock
 	@$(of_image) --extra model -o docker/shared.lock
 	@$(of_image) --extra train -o docker/trainer.lock
-	@$(of_image) --extra inference-cpu -o docker/inference-cpu.lock
-	@$(of_image) --extra inference-cuda -o docker/inference-cuda.lock
+	@$(of_image) --extra train --extra inference-cpu -o docker/inference-cpu.lock
+	@$(of_image) --extra train --extra inference-cuda -o docker/inference-cuda.lock
 	@$(compile) --constraints requirements.lock --group tools -o docker/tools.lock

@@ -17,7 +17,7 @@ from distill_operator.attempt import (
 from distill_operator.kube import CONFIGMAP, JOB, PYTORCHJOB, Json
 from distill_operator.pod_template import build_pod
 from vpmoe.api import DistillRun, Stage, labels
-from vpmoe.api.layout import layout
+from vpmoe.api.layout import first_pod_gpus, layout
 from vpmoe.api.text import write_yaml
 
 SINGLE_POD: Json = {"completions": 1, "parallelism": 1}
@@ -70,19 +70,21 @@ def build_child(attempt: Attempt) -> Json:
 
 
 def build_train_job(attempt: Attempt, stage: Stage) -> Json:
-    """A Job of one pod with all processes of the stage, including the teacher of a TeacherForced stage."""
-    gpus = layout(attempt.run.spec.student, attempt.run.spec.training, stage).first_pod_gpus
-    return _job(attempt, SINGLE_POD, build_pod(attempt, gpus, teacher=bool(stage.teacher_processes)))
+    """A Job of one pod with all processes of the stage, including the teachers of a TeacherForced stage."""
+    spec = attempt.run.spec
+    gpus = first_pod_gpus(spec.teacher, spec.student, stage)
+    return _job(attempt, SINGLE_POD, build_pod(attempt, gpus, teacher=stage.runs_teacher))
 
 
 def build_pytorchjob(attempt: Attempt, stage: Stage) -> Json:
     """A PyTorchJob of one Master and a Worker for each further pod.
 
-    The teacher of a TeacherForced stage runs in the Master.
+    The teachers of a TeacherForced stage run in the Master.
     """
-    shape = layout(attempt.run.spec.student, attempt.run.spec.training, stage)
-    teacher = bool(stage.teacher_processes)
-    replicas = {"Master": _replica(attempt, 1, shape.first_pod_gpus, teacher)}
+    spec = attempt.run.spec
+    shape = layout(spec.student, spec.training, stage)
+    gpus = first_pod_gpus(spec.teacher, spec.student, stage)
+    replicas = {"Master": _replica(attempt, 1, gpus, stage.runs_teacher)}
     if shape.pods > 1:
         replicas["Worker"] = _replica(attempt, shape.pods - 1, shape.processes_per_pod, False)
     return {

@@ -271,7 +271,7 @@ def gpu_request(run: DistillRun, observed: ObservedRun, settings: Settings) -> G
         created=observed.created,
         teacher=spec.teacher.gpus,
         student=spec.student.gpus,
-        largest_pod=max(largest_pod(spec.student, stage) for stage in spec.stages),
+        largest_pod=max(largest_pod(spec.teacher, spec.student, stage) for stage in spec.stages),
         placement=Placement(
             frozenset(spec.runtime.node_selector.items()),
             frozenset(gpu_tolerations(run, settings)),
@@ -432,7 +432,7 @@ def _never_fits(request: GpuRequest, share: Share) -> str:
             f"{_needs(request)} in pods of {request.largest_pod}; the largest node of the pool has "
             f"{share.largest}"
         )
-        remedy = "lower student.gpusPerPod or sampler.gpus"
+        remedy = "lower student.gpusPerPod, sampler.gpus or teacher.gpus"
     else:
         return ""
     return (

@@ -187,7 +187,7 @@ def gpu_tolerations(run: DistillRun, settings: Settings) -> tuple[Toleration, ..
 
 def _container(attempt: Attempt, role: Role, gpus: int) -> Json:
     run, images = attempt.run, attempt.settings.images
-    image = images.inference if role in INFERENCE else images.trainer
+    image = images.inference if role in INFERENCE or _runs_teacher(attempt) else images.trainer
     command = [
         "python",
         "-m",
@@ -226,6 +226,13 @@ def _container(attempt: Attempt, role: Role, gpus: int) -> Json:
             *_ca_mount(run),
         ],
     }
+
+
+def _runs_teacher(attempt: Attempt) -> bool:
+    """Whether ranks and teachers of a TeacherForced stage run in the pods: the inference image has vLLM for
+    these and megatron-core for those."""
+    stage = attempt.run.stage_of(attempt.step)
+    return attempt.run.role(attempt.step) == "train" and stage is not None and stage.runs_teacher
 
 
 def _variable(variable: EnvVar) -> Json:

@@ -6,7 +6,7 @@ Pure arithmetic over the specification. Divisibility is checked by rules.py, so 
 from dataclasses import dataclass
 
 from vpmoe.api.stages import StageFields
-from vpmoe.api.student import StudentSpec
+from vpmoe.api.student import StudentSpec, TeacherSpec
 from vpmoe.api.training import TrainingSpec
 
 EXPERTS = {"vpmoe-6b": 256, "tiny": 8}
@@ -23,10 +23,6 @@ class Layout:
     """Number of training pods: the Master and pods − 1 Workers of a PyTorchJob, or the one pod of a Job."""
     processes_per_pod: int
     """Training processes in each pod, one GPU each."""
-    first_pod_gpus: int
-    """GPUs of the first pod, which is the Master or the one pod of a Job. In a TeacherForced stage it is one
-    more than its training processes: the teacher process runs there, on the last GPU, whatever teacher.gpus
-    is."""
     data_parallel: int
     """Data-parallel size: all ranks."""
     expert_parallel: int
@@ -58,7 +54,6 @@ def layout(student: StudentSpec, training: TrainingSpec, stage: StageFields) -> 
         ranks=world,
         pods=world // size,
         processes_per_pod=size,
-        first_pod_gpus=size + stage.teacher_processes,
         data_parallel=world,
         expert_parallel=student.expert_parallel,
         sequences_per_rank=per_rank,
@@ -67,6 +62,18 @@ def layout(student: StudentSpec, training: TrainingSpec, stage: StageFields) -> 
     )
 
 
-def largest_pod(student: StudentSpec, stage: StageFields) -> int:
+def teacher_processes(teacher: TeacherSpec, student: StudentSpec, stage: StageFields) -> int:
+    """Teachers that run beside the ranks of a TeacherForced stage, one GPU each: teacher.gpus, but at most
+    one a rank. 0 in other stages."""
+    return min(teacher.gpus, ranks(student, stage)) if stage.runs_teacher else 0
+
+
+def first_pod_gpus(teacher: TeacherSpec, student: StudentSpec, stage: StageFields) -> int:
+    """GPUs of the first training pod, which is the Master or the one pod of a Job: those of its ranks, then
+    those of the teachers."""
+    return pod_size(student, stage) + teacher_processes(teacher, student, stage)
+
+
+def largest_pod(teacher: TeacherSpec, student: StudentSpec, stage: StageFields) -> int:
     """GPUs of the stage's largest pod: the first training pod or the sampler's pod."""
-    return max(pod_size(student, stage) + stage.teacher_processes, stage.sampler_gpus)
+    return max(first_pod_gpus(teacher, student, stage), stage.sampler_gpus)

@@ -93,6 +93,9 @@ class StageFields(ApiModel):
     """Whether the student samples while the stage trains: the stage has the steps sampler and teacher."""
     needs_teacher: ClassVar[bool] = True
     """Whether the stage uses the teacher's GPUs, or scores that the teacher made."""
+    runs_teacher: ClassVar[bool] = False
+    """Whether the training pods themselves run the teacher: the stage is TeacherForced. layout.py says where
+    and how often."""
     needs_rescoring: ClassVar[bool] = False
     """Whether the run's step rescore must have finished before the stage."""
 
@@ -102,16 +105,11 @@ class StageFields(ApiModel):
         return 0
 
     @property
-    def teacher_processes(self) -> int:
-        """Teacher processes in the first training pod, one GPU each; 0 except in a TeacherForced stage."""
-        return 0
-
-    @property
     def needs_measured_validity(self) -> bool:
         """Whether its stop needs a validity that only a step beside it can measure, on a GPU of the teacher:
         it does not sample, and the teacher does not run beside it."""
         required = self.stop is not None and self.stop.min_validity > 0
-        return required and not self.samples and not self.teacher_processes
+        return required and not self.samples and not self.runs_teacher
 
     @property
     def scored_subset(self) -> "Subset | None":
@@ -249,16 +247,14 @@ class LossWeights(ApiModel):
 class TeacherForced(StageFields):
     """Training towards the teacher's hidden states and distribution on the dataset's documents."""
 
+    runs_teacher: ClassVar[bool] = True
+
     kind: Literal["TeacherForced"]
     """As in Vanilla."""
     tokens: Tokens = 665_000_000
     """As in Vanilla."""
     loss: LossWeights = LossWeights()
     """Weights of the three terms of the loss."""
-
-    @property
-    def teacher_processes(self) -> int:
-        return 1
 
 
 class Require(ApiModel):

@@ -27,8 +27,10 @@ class TeacherSpec(ApiModel):
     """Reasoning effort in the teacher's system message when it scores: low, medium or high. It has no effect
     in TeacherForced stages, where teacher and student read the same tokens."""
     gpus: Annotated[int, Field(ge=0, le=1024)] = 1
-    """GPUs of the teacher, one replica on each. More score faster. 0 is allowed only if every stage is
-    Vanilla."""
+    """GPUs of the teacher, one replica on each. More score faster, and in a TeacherForced stage keep the
+    students busier: there each replica serves its share of the students, at most one a student, and all of
+    them run in the first training pod. vpmoe plan prints which number suits the students. 0 is allowed only
+    if every stage is Vanilla."""
 
 
 class RescoreSpec(ApiModel):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HELP = "hours, GPUs, bytes and memory of a run, before anything is spent"
 EFFORTS = ("low", "medium", "high")
-WORK = ("preprocess", "train", "sample", "score")
+WORK = ("preprocess", "train", "sample", "score", "hidden")
 CARDS = ("h100-80", "h200-141")
 LARGE = 100 * GIB
 """Memory from which a card counts as the larger one, if --gpu does not say."""
@@ -42,7 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     teacher.add_argument(
         "--teacher", choices=("gpt-oss-20b", "gpt-oss-120b"), help="the release that the teacher is"
     )
-    parts = ("CPU core that preprocesses", "GPU of the trainer", "GPU of the sampler", "GPU of the teacher")
+    parts = (
+        "CPU core that preprocesses",
+        "GPU of the trainer",
+        "GPU of the sampler",
+        "GPU of the teacher that scores",
+        "GPU of the teacher beside a TeacherForced stage",
+    )
     for work, part in zip(WORK, parts, strict=True):
         parser.add_argument(
             f"--{work}-tokens-per-second",
@@ -118,6 +124,7 @@ def assumptions(planned: DistillRun, arguments: argparse.Namespace) -> "Assumpti
         "train": arguments.train_tokens_per_second,
         "sample": arguments.sample_tokens_per_second,
         "score": arguments.score_tokens_per_second,
+        "hidden": arguments.hidden_tokens_per_second,
     }
     return Assumptions(
         card=card,

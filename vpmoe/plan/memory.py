@@ -8,8 +8,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from vpmoe.api.card import GIB
-from vpmoe.api.layout import ranks
-from vpmoe.api.memory import GRADIENT, OPTIMIZER, STUDENTS, VOCABULARY, WEIGHT, stage_memory
+from vpmoe.api.layout import ranks, teacher_processes
+from vpmoe.api.memory import (
+    GRADIENT,
+    OPTIMIZER,
+    STUDENTS,
+    VOCABULARY,
+    WEIGHT,
+    microbatch,
+    stage_memory,
+)
 from vpmoe.api.spec import Spec
 from vpmoe.api.stages import StageFields
 from vpmoe.plan.scoring import ENGINE, LEAST_TOKENS, forward_tokens, needed_to_score, scoring_share
@@ -23,7 +31,12 @@ STEP_TOKENS = 2048
 type: vllm_options.STEP_TOKENS."""
 LOGITS = STEP_TOKENS * VOCABULARY * 10
 FORWARD_TOKENS = 16_384
-"""Positions of one forward of the teacher of a TeacherForced stage: teacher_forced.model.ROOM."""
+"""Tokens of one forward of the teacher of a TeacherForced stage: teacher_hidden.FORWARD_TOKENS."""
+HIDDEN_SHARE = (9, 10)
+"""Share of the card that vLLM plans with for that teacher, as a fraction: teacher_hidden.GPU_MEMORY. The rest
+must hold the output matrix and the answers, on their way to the students."""
+ANSWERS = 3
+"""Copies of hidden states that such a teacher holds: those of a forward, placed, and on their way."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ def training_role(spec: Spec, stage: StageFields, card: int, teacher: TeacherSiz
         "logits": memory.head,
         "context": memory.context,
     }
-    if teacher is not None and stage.teacher_processes:
+    if teacher is not None and stage.runs_teacher:
         hidden = STUDENTS[spec.student.shape].hidden
         projection = hidden * teacher.hidden if hidden != teacher.hidden else 0
         items["weights"] += WEIGHT * projection
@@ -95,7 +108,7 @@ def student_engine(spec: Spec, step: str, role: str, gpus: int, card: int) -> Ro
 
 
 def teacher_roles(spec: Spec, card: int, teacher: TeacherSize) -> Iterator[RoleMemory]:
-    """The teacher of each step that has one: in vLLM, or in transformers beside a TeacherForced stage."""
+    """The teacher of each step that has one."""
     length = spec.training.sequence_length
     if any(stage.needs_rescoring for stage in spec.stages):
         yield scoring_teacher("rescore", teacher, spec.rescoring_gpus, card, length)
@@ -103,8 +116,10 @@ def teacher_roles(spec: Spec, card: int, teacher: TeacherSize) -> Iterator[RoleM
         if stage.samples:
             yield scoring_teacher(f"{stage.name}-teacher", teacher, spec.teacher.gpus, card, length)
     for stage in spec.stages:
-        if stage.teacher_processes:
-            yield forced_teacher(stage.name, teacher, card)
+        if stage.runs_teacher:
+            gpus = teacher_processes(spec.teacher, spec.student, stage)
+            positions = -(-ranks(spec.student, stage) // gpus) * microbatch(length)
+            yield forced_teacher(stage.name, teacher, gpus, card, spec.dataset.max_length, positions)
 
 
 def scoring_teacher(step: str, teacher: TeacherSize, gpus: int, card: int, length: int) -> RoleMemory:
@@ -121,15 +136,27 @@ def scoring_teacher(step: str, teacher: TeacherSize, gpus: int, card: int, lengt
     return RoleMemory(step, "teacher", gpus, items, card, needed_to_score(teacher, length))
 
 
-def forced_teacher(step: str, teacher: TeacherSize, card: int) -> RoleMemory:
-    """The teacher process of a TeacherForced stage: one GPU holds the whole model in transformers, with
-    MXFP4 widened."""
+def forced_teacher(
+    step: str, teacher: TeacherSize, gpus: int, card: int, longest: int, positions: int
+) -> RoleMemory:
+    """A teacher beside a TeacherForced stage: each of its GPUs holds the whole model in vLLM, as it is stored
+    and without the output matrix, which it sends to the students. `longest`: tokens of a document;
+    `positions`: those that it answers at a time."""
+    share, whole = HIDDEN_SHARE
     items = {
-        "weights": teacher.widened,
+        "weights": teacher.stored - teacher.output,
         "activations": FORWARD_TOKENS * teacher.activations,
         "context": ENGINE,
     }
-    return RoleMemory(step, "teacher", 1, items, card, sum(items.values()))
+    held, least = sum(items.values()), teacher.cached * (FORWARD_TOKENS + longest)
+    answers = ANSWERS * positions * teacher.hidden * teacher.itemsize
+    needed = max(
+        -(-(held + least) * whole // share),
+        -(-(teacher.output + answers) * whole // (whole - share)),
+    )
+    items["cache"] = max(least, card * share // whole - held)
+    items["logits"] = teacher.output + answers
+    return RoleMemory(step, "teacher", gpus, items, card, needed)
 
 
 def _engine(step: str, role: str, gpus: int, card: int, weights: int, least: int) -> RoleMemory:
@@ -148,19 +175,12 @@ def _engine(step: str, role: str, gpus: int, card: int, weights: int, least: int
 def teacher_problem(memory: RoleMemory, teacher: TeacherSize, card: str) -> str:
     """Why the teacher of a step does not fit, with the numbers and the remedy. `card`: the GPUs' memory."""
     need, weights = -(-memory.needed // GIB), f"{memory.items['weights'] / GIB:.1f} GiB of weights"
-    if "cache" not in memory.items:
-        widened = ", MXFP4 widened" if teacher.packed else ""
-        why = (
-            f"stage {memory.step} of kind TeacherForced holds the whole teacher in transformers on one GPU "
-            f"({weights}{widened})"
-        )
-        remedy = "use a smaller teacher, such as gpt-oss-20b, leave out the TeacherForced stage"
-    else:
-        why = f"step {memory.step} holds the whole teacher in vLLM on each of its GPUs ({weights})"
-        remedy = "use a smaller teacher, or its release in MXFP4"
+    beside = "beside its students " if {"activations", "logits"} <= memory.items.keys() else ""
     return (
         f"spec.teacher.model: {teacher.name} needs GPUs of {need} GiB, and a GPU has {card} "
-        f"(spec.runtime.gpuMemory): {why}. Either {remedy}, or use GPUs with more memory."
+        f"(spec.runtime.gpuMemory): step {memory.step} holds the whole teacher in vLLM {beside}on each of "
+        f"its GPUs ({weights}). Either use a smaller teacher, or its release in MXFP4, or use GPUs with more "
+        "memory."
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from vpmoe.api.card import GIB
-from vpmoe.api.layout import layout
+from vpmoe.api.layout import layout, teacher_processes
 from vpmoe.api.memory import STUDENTS
 from vpmoe.api.quantities import parse_quantity
 from vpmoe.api.run import EVALUATE, INIT, PREPROCESS, RESCORE, DistillRun
@@ -73,6 +73,8 @@ class StepPlan:
     """The role that decides the hours."""
     pause_hours: float = 0.0
     """Part of `hours` in which training waits for checkpoints."""
+    busy: Mapping[str, float] = field(default_factory=dict)
+    """Of roles that wait for each other: the share of the hours without pauses in which each has work."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,20 @@ def worker_cores(spec: Spec) -> float:
     return min(MOST_CORES, (parse_quantity(written) if written else 0.0) or CHART_CORES)
 
 
+def best_split(gpus: int, teacher: float, student: float, expert_parallel: int = 1) -> tuple[int, int] | None:
+    """(GPUs of the teacher, of the student) with which a TeacherForced stage makes the most tokens, of those
+    with a whole number of copies of the experts; the fewest teachers of equals. None if there is none.
+
+    `teacher`, `student`: tokens a second of one GPU.
+    """
+    splits = [
+        (gpus - ranks, ranks)
+        for ranks in range(gpus - 1, 0, -1)
+        if ranks % expert_parallel == 0 and gpus - ranks <= ranks
+    ]
+    return max(splits, key=lambda split: min(split[0] * teacher, split[1] * student), default=None)
+
+
 def make_plan(run: DistillRun, assumed: Assumptions) -> Plan:
     """The plan of a run."""
     return _Planner(run, assumed).plan()
@@ -185,13 +201,16 @@ class _Planner:
         """Tokens a second of one GPU, in preprocessing of one CPU core; notes where it comes from."""
         model: str = TEXT if work == "preprocess" else self.spec.student.shape
         unit = "CPU core" if work == "preprocess" else "GPU"
-        if work == "score":
+        if work in ("score", "hidden"):
             model = self.assumed.teacher.name if self.assumed.teacher else "teacher.model"
         if work in self.assumed.speeds:
             speed = self.assumed.speeds[work]
             self._note(f"{work}: {speed:,.0f} tokens/s a {unit}, given")
             return speed
         found: Measured | None = measured(work, model, self.assumed.card.name)
+        if found is None and work == "hidden":
+            self._note("hidden: at least as fast as score, which is the same forward and the logits after it")
+            return self._speed("score")
         if found is None:
             self._note(f"{work}: {model} was not measured; give --{work}-tokens-per-second")
             return None
@@ -313,9 +332,10 @@ class _Planner:
             }
         elif self.run.measures_validity(stage):
             gpus |= {"evaluate": min(1, self.spec.teacher.gpus)}
-        elif stage.teacher_processes:
-            gpus |= {"teacher": stage.teacher_processes}
-            self._note(f"{stage.name}: the teacher beside the trainer was not measured; it may be slower")
+        elif stage.runs_teacher:
+            teachers = teacher_processes(self.spec.teacher, self.spec.student, stage)
+            gpus |= {"teacher": teachers}
+            work |= {"teacher": ("hidden", float(stage.tokens), teachers)}
         hours = {}
         for role, (kind, tokens, number) in work.items():
             speed = self._speed(kind)
@@ -324,6 +344,8 @@ class _Planner:
         busy = hours[slowest]
         if busy is None or None in hours.values():
             return StepPlan(stage.name, stage.kind, stage.tokens, gpus, None, None, "")
+        if stage.runs_teacher:
+            self._note_split(stage, hours["train"] / busy)  # type: ignore[operator]  # all hours are known
         checkpoints = self._checkpoints(stage)
         pauses = checkpoints.number * checkpoints.pause_seconds / 3600
         return StepPlan(
@@ -335,7 +357,27 @@ class _Planner:
             stage.tokens / busy / 3600,
             slowest,
             pauses,
+            {role: (of_role or 0.0) / busy for role, of_role in hours.items()} if len(hours) > 1 else {},
         )
+
+    def _note_split(self, stage: Stage, busy: float) -> None:
+        """Notes how busy the students of a TeacherForced stage are, and how its GPUs are split best."""
+        spec = self.spec
+        teacher, student = self._speed("hidden"), self._speed("train")
+        assert teacher is not None and student is not None
+        teachers = teacher_processes(spec.teacher, spec.student, stage)
+        gpus = spec.teacher.gpus + spec.student.gpus
+        split = best_split(gpus, teacher, student, spec.student.expert_parallel)
+        now = min(teachers * teacher, spec.student.gpus * student)
+        most = min(split[0] * teacher, split[1] * student) if split else now
+        text = f"{stage.name}: the students are busy for {100 * busy:.0f} % of the time"
+        if split and most > 1.005 * now:
+            self._note(
+                f"{text}. Of {gpus} GPUs, {split[0]} for the teacher and {split[1]} for the student make the "
+                f"most tokens: {most:,.0f} a second, not {now:,.0f} (teacher.gpus, student.gpus)"
+            )
+        else:
+            self._note(f"{text}; no other split of {gpus} GPUs makes more tokens")
 
     def _checkpoints(self, stage: Stage, speed: float | None = None) -> CheckpointPlan:
         """The checkpoints of a stage that trains `speed` tokens a second, None if that is not known."""

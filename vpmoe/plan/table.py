@@ -14,7 +14,7 @@ UNKNOWN = "–"
 
 def plan_text(plan: Plan) -> str:
     """The plan as tables. Numbers are rounded to three digits."""
-    steps = [("step", "tokens", "GPUs", "tokens/s", "slowest", "hours", "pauses, hours")]
+    steps = [("step", "tokens", "GPUs", "tokens/s", "slowest", "hours", "pauses, hours", "busy")]
     for step in plan.steps:
         gpus = " + ".join(f"{number} {role}" for role, number in step.gpus.items()) or "none"
         steps.append(
@@ -26,6 +26,7 @@ def plan_text(plan: Plan) -> str:
                 step.slowest or UNKNOWN,
                 hours(step.hours),
                 hours(step.pause_hours) if step.pause_hours else UNKNOWN,
+                ", ".join(f"{role} {100 * share:.0f} %" for role, share in step.busy.items()) or UNKNOWN,
             )
         )
     checkpoints = [("checkpoints", "written", "kept", "GB", "pause, s", "upload, s", "interval, s")]

@@ -1,5 +1,4 @@
-"""The size of a teacher, from its config.json: parameters, and the bytes that it takes in vLLM and in
-transformers."""
+"""The size of a teacher, from its config.json: parameters, and the bytes that it takes in vLLM."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ class TeacherSize:
     packed: bool
     """Whether the experts' matrices are stored in MXFP4."""
     itemsize: int
-    """Bytes of every other number, and of all numbers once they are widened."""
+    """Bytes of every other number."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str) -> "TeacherSize":
@@ -94,11 +93,6 @@ class TeacherSize:
         if not self.packed:
             return self.parameters * self.itemsize
         return (self.parameters - self.expert_numbers) * self.itemsize + self.expert_numbers * 17 // 32
-
-    @property
-    def widened(self) -> int:
-        """Bytes of the model in transformers: without the output matrix, with all numbers widened."""
-        return (self.parameters - self.head_numbers) * self.itemsize
 
     @property
     def output(self) -> int:

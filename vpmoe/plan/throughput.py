@@ -6,7 +6,8 @@ from typing import Literal
 
 from vpmoe.api.card import GIB
 
-Work = Literal["preprocess", "train", "sample", "score"]
+Work = Literal["preprocess", "train", "sample", "score", "hidden"]
+"""hidden: the teacher's hidden states for a TeacherForced stage."""
 TEXT = "text"
 """What preprocessing reads, in place of a model."""
 CPU = "cpu"

@@ -17,6 +17,8 @@ from vpmoe.failure import Permanent, Retriable
 
 MOST_PODS = 1 << 20
 STARTED_BY_LAUNCHER = "The launcher sets it for its processes; unset LOCAL_RANK to start the launcher."
+TEACHER_PORTS = "VPMOE_TEACHER_PORTS"
+"""Variable with the port of each teacher of a TeacherForced stage, separated by commas."""
 DECLARED = "VPMOE_DECLARED"
 """Variable of a pod with runtime.envFrom: the reserved variables that the operator, Kubernetes and the
 training operator set there, separated by spaces. A name may end with *."""
@@ -64,10 +66,23 @@ def check_rank(environment: Mapping[str, str] = os.environ) -> None:
     if not teacher:
         read_number("RANK", 0, ranks - 1, STARTED_BY_LAUNCHER, environment)
     read_number("MASTER_PORT", 1, 65_535, STARTED_BY_LAUNCHER, environment)
-    if teacher or "VPMOE_TEACHER_PORT" in environment:
-        read_number("VPMOE_TEACHER_PORT", 1, 65_535, STARTED_BY_LAUNCHER, environment)
+    if teacher or TEACHER_PORTS in environment:
+        ports = teacher_ports(environment)
+        if teacher:
+            read_number("VPMOE_TEACHER", 0, len(ports) - 1, STARTED_BY_LAUNCHER, environment)
     for name in ("MASTER_ADDR", "VPMOE_LAUNCHER", "VPMOE_SCRATCH"):
         read_text(name, STARTED_BY_LAUNCHER, environment)
+
+
+def teacher_ports(environment: Mapping[str, str] = os.environ) -> list[int]:
+    """The port of each teacher of a TeacherForced stage, at MASTER_ADDR. Raises Permanent if the variable is
+    not set or malformed."""
+    value = read_text(TEACHER_PORTS, STARTED_BY_LAUNCHER, environment)
+    if not re.fullmatch(r"[0-9]{1,5}(,[0-9]{1,5})*", value):
+        raise Permanent(
+            f"{TEACHER_PORTS}={value[:80]!r} is no list of ports like 23457,23458. {STARTED_BY_LAUNCHER}"
+        )
+    return [int(port) for port in value.split(",")]
 
 
 def worker_index(environment: Mapping[str, str] = os.environ) -> int | None:

@@ -6,8 +6,8 @@ single timeout for workers that save a checkpoint after SIGTERM (minutes) and wo
 collective because another one failed (seconds). It imports torch (300 MB, some seconds) only to start
 processes. Workers are not restarted here; the operator retries the step.
 
-A TeacherForced stage has one more process, the teacher. The first pod's launcher starts it, on the GPU after
-those of its ranks.
+A TeacherForced stage has further processes, its teachers. The first pod's launcher starts them, on the GPUs
+after those of its ranks.
 
 In a pod of a PyTorchJob, PET_NNODES, PET_NODE_RANK, PET_MASTER_ADDR and PET_MASTER_PORT identify the pod.
 (RANK and WORLD_SIZE are set too, but count pods; they are ignored.) Without these variables all ranks are
@@ -33,7 +33,7 @@ from vpmoe import failure
 from vpmoe.api.layout import Layout
 from vpmoe.api.termination import EXIT_CODES, TerminationRecord
 from vpmoe.failure import Permanent, failure_record
-from vpmoe.process.environment import MOST_PODS, read_number, read_text
+from vpmoe.process.environment import MOST_PODS, TEACHER_PORTS, read_number, read_text
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +42,12 @@ GRACE_SECONDS = 30.0
 upload."""
 POLL_SECONDS = 0.1
 TEACHER = -1
-"""The teacher process in mappings by rank."""
+"""The first teacher in mappings by rank; the others are −2, −3 and so on."""
 TEACHER_PORT_OFFSET = 1
-"""In pods the teacher listens on PET_MASTER_PORT (always 23456) plus this offset, at the first pod's
-address."""
+"""In pods the first teacher listens on PET_MASTER_PORT (always 23456) plus this offset, at the first pod's
+address; the others on the ports after it."""
+NO_GPU = "-1"
+"""Value of CUDA_VISIBLE_DEVICES with which a process sees no GPU, and is not told to use the CPU."""
 RENDEZVOUS_PORTS = range(20_000, 30_000)
 """Rendezvous ports on one machine, below Linux' ephemeral range, which starts at 32768."""
 PR_SET_PDEATHSIG = 1
@@ -63,24 +65,23 @@ class Placement:
     """Ranks of this pod."""
     address: str
     port: int
-    teacher_port: int | None = None
-    """Port of the teacher, at the same address; None in a stage without a teacher."""
+    teacher_ports: tuple[int, ...] = ()
+    """Port of each teacher, at the same address."""
 
     @property
-    def starts_teacher(self) -> bool:
-        """Whether this launcher starts the teacher process."""
-        return self.teacher_port is not None and self.first == 0
+    def teachers_here(self) -> int:
+        """Teachers that this launcher starts."""
+        return len(self.teacher_ports) if self.first == 0 else 0
 
 
-def place_ranks(layout: Layout, environment: Mapping[str, str], teacher: bool = False) -> Placement:
-    """The ranks of this pod; `teacher` adds a port for the teacher.
+def place_ranks(layout: Layout, environment: Mapping[str, str], teachers: int = 0) -> Placement:
+    """The ranks of this pod, and the ports of `teachers`.
 
     Raises Permanent if the number of pods is not that of the layout, or a variable is not set or malformed.
     """
     if "PET_NNODES" not in environment:
-        return Placement(
-            layout.ranks, 0, layout.ranks, "127.0.0.1", free_port(), free_port() if teacher else None
-        )
+        port, *teacher_ports = free_ports(1 + teachers)
+        return Placement(layout.ranks, 0, layout.ranks, "127.0.0.1", port, tuple(teacher_ports))
     remedy = "The training operator sets PET_* in the pods of a PyTorchJob; unset PET_NNODES elsewhere."
     pods = read_number("PET_NNODES", 1, MOST_PODS, remedy, environment)
     if pods != layout.pods:
@@ -91,31 +92,40 @@ def place_ranks(layout: Layout, environment: Mapping[str, str], teacher: bool = 
     node = read_number("PET_NODE_RANK", 0, pods - 1, remedy, environment)
     each = layout.processes_per_pod
     address = read_text("PET_MASTER_ADDR", remedy, environment)
-    port = read_number("PET_MASTER_PORT", 1, 65_535 - TEACHER_PORT_OFFSET, remedy, environment)
-    return Placement(
-        layout.ranks, node * each, each, address, port, port + TEACHER_PORT_OFFSET if teacher else None
-    )
+    port = read_number("PET_MASTER_PORT", 1, 65_535 - max(1, teachers), remedy, environment)
+    first = port + TEACHER_PORT_OFFSET
+    return Placement(layout.ranks, node * each, each, address, port, tuple(range(first, first + teachers)))
 
 
 def free_port() -> int:
-    """A free loopback port below the ephemeral range. Raises Permanent if there is none.
+    """A free loopback port, as free_ports finds it."""
+    return free_ports(1)[0]
 
-    Rank 0 binds the port only after its imports. Until then an outgoing connection could be assigned an
+
+def free_ports(number: int) -> list[int]:
+    """Different free loopback ports below the ephemeral range. Raises Permanent if there are not as many.
+
+    Rank 0 binds its port only after its imports. Until then an outgoing connection could be assigned an
     ephemeral port.
     """
+    found: list[int] = []
     for port in random.sample(RENDEZVOUS_PORTS, len(RENDEZVOUS_PORTS)):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            found.append(port)
+        if len(found) == number:
+            return found
     raise Permanent(
-        f"no port from {RENDEZVOUS_PORTS.start} to {RENDEZVOUS_PORTS.stop - 1} is free for the rendezvous. "
-        "Stop some of the processes that listen there."
+        f"of the ports from {RENDEZVOUS_PORTS.start} to {RENDEZVOUS_PORTS.stop - 1}, {len(found)} are free, "
+        f"and the rendezvous needs {number}. Stop some of the processes that listen there."
     )
 
 
-def launch_workers(placement: Placement, command: Sequence[str], stopping: threading.Event) -> int:
-    """Run `command` for each rank of this pod and for the teacher, if any, until all have exited; return the
-    launcher's exit code.
+def launch_workers(
+    placement: Placement, command: Sequence[str], teacher_command: Sequence[str], stopping: threading.Event
+) -> int:
+    """Run `command` for each rank of this pod, and `teacher_command` for each of its teachers, until all have
+    exited; return the launcher's exit code.
 
     The code is 0 if all succeeded, else that of the process that failed first. That process writes the
     termination message (vpmoe.failure). If it was killed by a signal, the launcher writes the message and
@@ -123,14 +133,15 @@ def launch_workers(placement: Placement, command: Sequence[str], stopping: threa
     """
     with tempfile.TemporaryDirectory(prefix="vpmoe-train-") as scratch:
         workers = {}
-        for local in range(placement.here + placement.starts_teacher):
+        for local in range(placement.here + placement.teachers_here):
             environment = {
                 **os.environ,
                 **worker_environment(placement, local, os.environ),
                 "VPMOE_SCRATCH": scratch,
             }
-            rank = placement.first + local if local < placement.here else TEACHER
-            workers[rank] = subprocess.Popen(command, env=environment)
+            teacher = local - placement.here
+            rank = placement.first + local if teacher < 0 else TEACHER - teacher
+            workers[rank] = subprocess.Popen(command if teacher < 0 else teacher_command, env=environment)
         try:
             return supervise(workers, stopping)
         finally:
@@ -140,7 +151,7 @@ def launch_workers(placement: Placement, command: Sequence[str], stopping: threa
 
 
 def worker_environment(placement: Placement, local: int, environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables of the `local`-th process of this pod. The teacher comes after the ranks."""
+    """The environment variables of the `local`-th process of this pod. Teachers come after the ranks."""
     variables = {
         "RANK": str(placement.first + local),
         "LOCAL_RANK": str(local),
@@ -153,11 +164,25 @@ def worker_environment(placement: Placement, local: int, environment: Mapping[st
         "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
         "VPMOE_LAUNCHER": str(os.getpid()),
     }
-    if placement.teacher_port is not None:
-        variables["VPMOE_TEACHER_PORT"] = str(placement.teacher_port)
-        if local == placement.here:
-            variables |= {"VPMOE_PART": "teacher", "RANK": ""}  # the teacher has no rank
+    if placement.teacher_ports:
+        variables[TEACHER_PORTS] = ",".join(map(str, placement.teacher_ports))
+    if local >= placement.here:
+        variables |= {
+            "VPMOE_PART": "teacher",
+            "VPMOE_TEACHER": str(local - placement.here),
+            "RANK": "",  # a teacher has none
+            "LOCAL_RANK": "0",
+            "CUDA_VISIBLE_DEVICES": own_device(local, environment.get("CUDA_VISIBLE_DEVICES")),
+        }
     return variables
+
+
+def own_device(local: int, visible: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES of a process that is to see the `local`-th GPU alone: vLLM has no other way to
+    choose one. `visible`: the variable of this pod."""
+    if visible is None:
+        return str(local)
+    return visible and (visible.split(",")[local:] or [NO_GPU])[0]
 
 
 def supervise(workers: Mapping[int, "subprocess.Popen[bytes]"], stopping: threading.Event) -> int:
@@ -165,8 +190,8 @@ def supervise(workers: Mapping[int, "subprocess.Popen[bytes]"], stopping: thread
     the first failure.
 
     Stopping is not a failure: after SIGTERM the ranks have as much time as their checkpoint takes. The
-    launcher does not wait for the teacher: once all ranks have exited and one failed, it returns; after
-    SIGTERM the teacher has at most GRACE_SECONDS.
+    launcher does not wait for teachers: once all ranks have exited and one failed, it returns; after SIGTERM
+    teachers have at most GRACE_SECONDS.
     """
     signalled, failed, deadline = False, None, math.inf
     while True:
@@ -184,7 +209,7 @@ def supervise(workers: Mapping[int, "subprocess.Popen[bytes]"], stopping: thread
             signalled = True
             for worker in workers.values():
                 worker.send_signal(signal.SIGTERM)
-        if all(code is not None for rank, code in codes.items() if rank != TEACHER):
+        if all(code is not None for rank, code in codes.items() if rank > TEACHER):
             if failed is not None:
                 break
             if signalled:
@@ -224,13 +249,15 @@ def record_killed(rank: int, code: int) -> int:
         f"{worker_name(rank)} was killed by {name}. The usual cause is that the container ran out of memory: "
         "raise the limit in runtime.resources.train."
     )
-    of_rank = None if rank == TEACHER else rank
+    of_rank = None if rank <= TEACHER else rank
     return record_failure(failure_record("Retriable", message, of_rank), overwrite=True)
 
 
 def worker_name(rank: int) -> str:
     """A worker's name in messages."""
-    return "the teacher" if rank == TEACHER else f"rank {rank}"
+    if rank > TEACHER:
+        return f"rank {rank}"
+    return "the teacher" if rank == TEACHER else f"teacher {TEACHER - rank}"
 
 
 def record_failure(found: TerminationRecord, overwrite: bool = False) -> int:

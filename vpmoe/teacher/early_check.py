@@ -52,18 +52,22 @@ def check_teacher(
 
 
 def check_context(run: DistillRun, positions: int | None) -> None:
-    """Raise Permanent if a text that the teacher scores in vLLM can be longer than its context of
+    """Raise Permanent if a text that the teacher reads in vLLM can be longer than its context of
     `positions`."""
     spec = run.spec
-    scored = [("dataset.maxLength", spec.dataset.max_length)] * any(s.needs_rescoring for s in spec.stages)
+    if positions is None:
+        return
+    scored = [("dataset.maxLength", spec.dataset.max_length)] * any(
+        stage.needs_rescoring or stage.runs_teacher for stage in spec.stages
+    )
     scored += [("training.sequenceLength", spec.training.sequence_length)] * any(
         stage.samples for stage in spec.stages
     )
     for field, longest in scored:
-        if positions is not None and longest > positions:
+        if longest > positions:
             raise Permanent(
                 f"teacher.model: max_position_embeddings is {positions}, and {field} is {longest}: the "
-                f"teacher must score texts of that length. Lower {field}, or use a model with a longer "
+                f"teacher must read texts of that length. Lower {field}, or use a model with a longer "
                 "context."
             )
 

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 
 from tests.fakes import valid_specs
 from vpmoe.api import DistillRun, Invalid
-from vpmoe.api.layout import EXPERTS, Layout, largest_pod, layout
+from vpmoe.api.layout import (
+    EXPERTS,
+    Layout,
+    first_pod_gpus,
+    largest_pod,
+    layout,
+    teacher_processes,
+)
 from vpmoe.api.student import StudentSpec
 
 
@@ -20,17 +27,17 @@ def stage_layout(changes: dict[str, Any], stage: str = "first") -> Layout:
 @pytest.mark.parametrize(
     "changes, stage, expected",
     [
-        pytest.param({}, "first", Layout(7, 1, 7, 7, 7, 1, 17, 119, 119 * 8192), id="seven GPUs in one pod"),
+        pytest.param({}, "first", Layout(7, 1, 7, 7, 1, 17, 119, 119 * 8192), id="seven GPUs in one pod"),
         pytest.param(
             {"spec.stages": [valid_specs.ONPOLICY]},
             "onpolicy",
-            Layout(3, 1, 3, 3, 3, 1, 40, 120, 120 * 8192),
+            Layout(3, 1, 3, 3, 1, 40, 120, 120 * 8192),
             id="half of the GPUs, rounded up, go to the sampler",
         ),
         pytest.param(
             {"spec.student.gpusPerPod": 1},
             "first",
-            Layout(7, 7, 1, 1, 7, 1, 17, 119, 119 * 8192),
+            Layout(7, 7, 1, 7, 1, 17, 119, 119 * 8192),
             id="one pod per GPU",
         ),
         pytest.param(
@@ -39,7 +46,7 @@ def stage_layout(changes: dict[str, Any], stage: str = "first") -> Layout:
                 "spec.training.globalBatchTokens": "131072",
             },
             "first",
-            Layout(16, 2, 8, 8, 16, 4, 1, 16, 131_072),
+            Layout(16, 2, 8, 16, 4, 1, 16, 131_072),
             id="two nodes, experts on four ranks, the smallest batch",
         ),
         pytest.param(
@@ -48,13 +55,13 @@ def stage_layout(changes: dict[str, Any], stage: str = "first") -> Layout:
                 "spec.stages": [{**valid_specs.ONPOLICY, "sampler": {"gpus": 1}}],
             },
             "onpolicy",
-            Layout(7, 1, 7, 7, 7, 1, 17, 119, 119 * 8192),
+            Layout(7, 1, 7, 7, 1, 17, 119, 119 * 8192),
             id="a pod is no larger than the stage",
         ),
         pytest.param(
             {"spec.stages": [valid_specs.FORCED]},
             "forced",
-            Layout(7, 1, 7, 8, 7, 1, 17, 119, 119 * 8192),
+            Layout(7, 1, 7, 7, 1, 17, 119, 119 * 8192),
             id="the teacher is not a rank",
         ),
     ],
@@ -104,7 +111,7 @@ def test_a_run_is_accepted_exactly_if_its_layout_is_valid(
     "stage, gpus",
     [
         pytest.param(valid_specs.MINIMAL["spec"]["stages"][0], 2, id="training"),
-        pytest.param(valid_specs.FORCED, 3, id="training with the teacher's process"),
+        pytest.param(valid_specs.FORCED, 4, id="training with the teachers' processes"),
         pytest.param({**valid_specs.ONPOLICY, "sampler": {"gpus": 4}}, 4, id="the sampler"),
         pytest.param(
             {**valid_specs.ONPOLICY, "sampler": {"gpus": 2}}, 2, id="training and a sampler of equal size"
@@ -113,9 +120,31 @@ def test_a_run_is_accepted_exactly_if_its_layout_is_valid(
 )
 def test_a_node_must_hold_the_largest_pod(stage: dict[str, Any], gpus: int) -> None:
     run = DistillRun.parse(
-        valid_specs.manifest({"spec.student": {"gpus": 8, "gpusPerPod": 2}, "spec.stages": [stage]})
+        valid_specs.manifest(
+            {
+                "spec.student": {"gpus": 8, "gpusPerPod": 2},
+                "spec.teacher": {"model": "s3://models/teacher", "gpus": 2},
+                "spec.stages": [stage],
+            }
+        )
     )
-    assert largest_pod(run.spec.student, run.spec.stages[0]) == gpus
+    assert largest_pod(run.spec.teacher, run.spec.student, run.spec.stages[0]) == gpus
+
+
+@pytest.mark.parametrize("gpus, teachers", [(1, 1), (3, 3), (5, 4)])
+def test_a_teacher_has_at_least_one_student(gpus: int, teachers: int) -> None:
+    run = DistillRun.parse(
+        valid_specs.manifest(
+            {
+                "spec.student": {"gpus": 4},
+                "spec.teacher": {"model": "s3://models/teacher", "gpus": gpus},
+                "spec.stages": [valid_specs.FORCED],
+            }
+        )
+    )
+    stage = run.spec.stages[0]
+    assert teacher_processes(run.spec.teacher, run.spec.student, stage) == teachers
+    assert first_pod_gpus(run.spec.teacher, run.spec.student, stage) == 4 + teachers
 
 
 def test_every_shape_has_its_number_of_experts() -> None:

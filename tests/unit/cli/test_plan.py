@@ -92,9 +92,8 @@ def test_a_run_that_cannot_fit_is_refused_with_the_numbers(
     assert main(["plan", file, "--gpu", "h100-80"]) == 65
     out, err = capsys.readouterr()
     assert "79.0, needs 84" in out, "the table shows what does not fit"
-    trainer, teacher = err.splitlines()
+    (trainer,) = err.splitlines()
     assert trainer.startswith(f"{file}: spec.student: the trainer of forced needs 84 GiB on each")
-    assert "gpt-oss-120b needs GPUs of 221 GiB, and a GPU has 79.0 GiB" in teacher
 
 
 def test_a_run_that_the_api_server_rejects_is_rejected(

@@ -225,11 +225,11 @@ def test_a_job_has_all_processes_in_one_pod(stage: list[Any] | None, step: str, 
 @pytest.mark.parametrize(
     "student, master, worker",
     [
-        pytest.param({"gpus": 7}, 8, None, id="one pod"),
-        pytest.param({"gpus": 4, "gpusPerPod": 2}, 3, 2, id="two pods"),
+        pytest.param({"gpus": 6}, 8, None, id="one pod"),
+        pytest.param({"gpus": 4, "gpusPerPod": 2}, 4, 2, id="two pods"),
     ],
 )
-def test_the_master_of_a_teacher_forced_stage_has_one_more_gpu_for_the_teacher(
+def test_the_pods_of_a_teacher_forced_stage_have_vllm_and_the_master_the_teachers_gpus(
     student: dict[str, Any], master: int, worker: int | None
 ) -> None:
     training_run = {"sequenceLength": 512, "globalBatchTokens": 8192}
@@ -242,8 +242,12 @@ def test_the_master_of_a_teacher_forced_stage_has_one_more_gpu_for_the_teacher(
         for role, replica in spec["pytorchReplicaSpecs"].items()
     }
     assert gpus == {"Master": master, **({"Worker": worker} if worker else {})}
+    assert {
+        replica["template"]["spec"]["containers"][0]["image"]
+        for replica in spec["pytorchReplicaSpecs"].values()
+    } == {"vpmoe/inference:1"}
     assert spec["nprocPerNode"] == str(student.get("gpusPerPod", student["gpus"])), (
-        "torchrun starts the ranks, the launcher the teacher"
+        "torchrun starts the ranks, the launcher the teachers"
     )
 
 

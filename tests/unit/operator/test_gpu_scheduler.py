@@ -396,12 +396,12 @@ def test_a_run_does_not_wait_for_gpus_while_its_initial_weights_are_made() -> No
     "stages, student, per_pod",
     [
         pytest.param(ALL_KINDS[:2], {"gpus": 4}, 4, id="students"),
-        pytest.param(ALL_KINDS, {"gpus": 4}, 5, id="students and the teacher's process"),
+        pytest.param(ALL_KINDS, {"gpus": 4}, 6, id="students and the teachers' processes"),
         pytest.param(
             ALL_KINDS,
             {"gpus": 4, "gpusPerPod": 1},
-            2,
-            id="one student per pod, and the teacher's process beside one",
+            3,
+            id="one student per pod, and the teachers' processes beside one",
         ),
         pytest.param(
             [{**ONPOLICY, "sampler": {"gpus": 3}}],

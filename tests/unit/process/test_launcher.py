@@ -58,35 +58,49 @@ def test_each_pod_starts_its_own_ranks(
 
 
 @pytest.mark.parametrize(
-    "environment, starts_teacher, port",
+    "environment, here, ports",
     [
-        pytest.param({}, True, None, id="without-cluster"),
-        pytest.param({**POD, "PET_NODE_RANK": "0"}, True, 23457, id="first-pod"),
-        pytest.param(POD, False, 23457, id="second-pod"),
+        pytest.param({}, 3, None, id="without-cluster"),
+        pytest.param({**POD, "PET_NODE_RANK": "0"}, 3, (23457, 23458, 23459), id="first-pod"),
+        pytest.param(POD, 0, (23457, 23458, 23459), id="second-pod"),
     ],
 )
-def test_the_first_pod_starts_the_teacher_on_the_gpu_after_its_ranks(
-    run_spec: dict[str, Any], environment: dict[str, str], starts_teacher: bool, port: int | None
+def test_the_first_pod_starts_the_teachers_on_the_gpus_after_its_ranks(
+    run_spec: dict[str, Any], environment: dict[str, str], here: int, ports: tuple[int, ...] | None
 ) -> None:
     run = spec(run_spec, gpus=4, gpusPerPod=2)
     placement = launcher.place_ranks(
-        layout(run.spec.student, run.spec.training, run.spec.stages[0]), environment, teacher=True
+        layout(run.spec.student, run.spec.training, run.spec.stages[0]), environment, teachers=3
     )
-    assert placement.starts_teacher is starts_teacher and (
-        placement.teacher_port == port if port else placement.teacher_port != placement.port
+    assert placement.teachers_here == here
+    assert placement.teacher_ports == ports if ports else len({placement.port, *placement.teacher_ports}) == 4
+    student, *teachers = (
+        launcher.worker_environment(placement, local, environment)
+        for local in (0, *range(placement.here, placement.here + 3))
     )
-    student, teacher = (
-        launcher.worker_environment(placement, local, environment) for local in (0, placement.here)
-    )
-    assert (
-        teacher["LOCAL_RANK"] == str(placement.here)
-        and teacher["VPMOE_PART"] == "teacher"
-        and not teacher["RANK"]
-    )
-    assert "VPMOE_PART" not in student and student["VPMOE_TEACHER_PORT"] == teacher["VPMOE_TEACHER_PORT"]
-    assert not launcher.place_ranks(
-        layout(run.spec.student, run.spec.training, run.spec.stages[0]), environment
-    ).starts_teacher
+    assert not {"VPMOE_PART", "CUDA_VISIBLE_DEVICES"} & set(student)
+    assert student["VPMOE_TEACHER_PORTS"] == ",".join(map(str, placement.teacher_ports))
+    for number, teacher in enumerate(teachers):
+        assert teacher["VPMOE_PART"] == "teacher" and teacher["VPMOE_TEACHER"] == str(number)
+        assert not teacher["RANK"] and teacher["VPMOE_TEACHER_PORTS"] == student["VPMOE_TEACHER_PORTS"]
+        assert teacher["CUDA_VISIBLE_DEVICES"] == str(placement.here + number)
+        assert teacher["LOCAL_RANK"] == "0", "the only GPU that it sees"
+    alone = launcher.place_ranks(layout(run.spec.student, run.spec.training, run.spec.stages[0]), environment)
+    assert not alone.teachers_here and "VPMOE_TEACHER_PORTS" not in launcher.worker_environment(alone, 0, {})
+
+
+@pytest.mark.parametrize(
+    "visible, own",
+    [
+        pytest.param(None, "2", id="all"),
+        pytest.param("", "", id="the-cpu"),
+        pytest.param("4,5,6", "6", id="some"),
+        pytest.param("GPU-a,GPU-b,GPU-c", "GPU-c", id="by-name"),
+        pytest.param("4,5", "-1", id="too-few"),
+    ],
+)
+def test_a_teacher_sees_its_own_gpu(visible: str | None, own: str) -> None:
+    assert launcher.own_device(2, visible) == own
 
 
 def test_a_number_of_pods_other_than_the_layouts_is_rejected(run_spec: dict[str, Any]) -> None:
@@ -133,7 +147,8 @@ def launch(
     log.touch()
     monkeypatch.setenv("VPMOE_TERMINATION_LOG", str(log))
     monkeypatch.setattr(launcher, "GRACE_SECONDS", grace)
-    return launcher.launch_workers(placement, [sys.executable, "-c", program], stopping or threading.Event())
+    command = [sys.executable, "-c", program]
+    return launcher.launch_workers(placement, command, command, stopping or threading.Event())
 
 
 @pytest.mark.parametrize(
@@ -189,7 +204,7 @@ def test_ranks_and_their_teacher_end_together(
     code: int,
     message: str | None,
 ) -> None:
-    placement = Placement(3, 0, 2, "127.0.0.1", 1, teacher_port=2)
+    placement = Placement(3, 0, 2, "127.0.0.1", 1, teacher_ports=(2,))
     assert launch(monkeypatch, tmp_path / "log", PREAMBLE + program, placement, None, grace) == code
     found = failure.read_record(tmp_path / "log")
     assert (
@@ -261,7 +276,7 @@ def test_workers_die_with_their_launcher(tmp_path: Path) -> None:
     parent = (
         "import sys, threading; from vpmoe.process.launcher import Placement, launch_workers; "
         f"launch_workers(Placement(1, 0, 1, '127.0.0.1', 1), [sys.executable, '-c', {worker!r}], "
-        "threading.Event())"
+        "[], threading.Event())"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", parent], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}

@@ -1,15 +1,19 @@
-"""A TeacherForced stage: towards the distribution of a teacher that runs beside the students, in a process of
+"""A TeacherForced stage: towards the distribution of a teacher that runs beside the students, in processes of
 its own."""
 
-from collections.abc import Callable, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from vpmoe.api.metrics import Measures, Sample
 from vpmoe.api.stages import TeacherForced
 from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.data.reader import DatasetReader
 from vpmoe.model.batch import Batch
+from vpmoe.model.learner import Learner
 from vpmoe.model.objective import Objective
 from vpmoe.model.shapes import SHAPES
 from vpmoe.objectives.teacher_forced import teacher_forced
@@ -18,6 +22,26 @@ from vpmoe.trainer import stage_inputs
 from vpmoe.trainer.context import StageContext
 from vpmoe.trainer.stages.stage_kind import StageKind
 from vpmoe.trainer.teacher_forced.client import connect
+
+log = logging.getLogger(__name__)
+
+
+class TeacherWait(Measures):
+    """Whether the teacher keeps up with the students, on rank 0."""
+
+    teacher_wait_seconds: float
+    """Seconds of the step in which the student's device had nothing to do but wait for the teacher."""
+    student_busy: float
+    """Share of the step's time in which it had."""
+
+    def samples(self) -> Iterable[Sample]:
+        return [
+            Sample(
+                "student_busy",
+                "Share of the latest step's time in which rank 0 did not wait for the teacher",
+                self.student_busy,
+            )
+        ]
 
 
 class TeacherForcedStage(StageKind):
@@ -30,6 +54,10 @@ class TeacherForcedStage(StageKind):
         the teacher."""
         super().__init__(context, documents)
         self._stage = stage
+        self._began = 0.0
+        """When the step began."""
+        self._waited = self._trained = 0.0
+        """Seconds of this attempt's steps: waiting for the teacher, and all."""
         self._teacher = connect(context, device)
         self.teacher_width = self._teacher.width
 
@@ -43,6 +71,8 @@ class TeacherForcedStage(StageKind):
     def batches(self, state: TrainState, waiting: Callable[[str], None]) -> list[Batch]:
         """Announces them to the teacher, with the first of the next step: the teacher works one microbatch
         ahead."""
+        self._began = time.monotonic()
+        self._teacher.meter.reset()
         batches = self._steps.batches(state.steps)
         self._teacher.announce(batches, self._steps.first_batch(state.steps + 1))
         return batches
@@ -52,6 +82,20 @@ class TeacherForcedStage(StageKind):
             counts, self.span_weights, self._stage.loss, self._output_VG, self._teacher.hidden_of
         )
 
+    def step_metrics(self) -> TeacherWait:
+        waited, seconds = self._teacher.meter.seconds(), time.monotonic() - self._began
+        return TeacherWait(teacher_wait_seconds=waited, student_busy=1 - min(waited / seconds, 1.0))
+
+    def after_step(self, learner: Learner, state: TrainState, seconds: float) -> None:
+        self._waited += self._teacher.meter.seconds()
+        self._trained += seconds
+
     def stop(self) -> None:
         """Disconnects from the teacher, whose process then exits."""
+        if self._trained:
+            log.info(
+                "The student was busy for %.1f %% of %.0f s of training, else it waited for the teacher",
+                100 * (1 - min(self._waited / self._trained, 1.0)),
+                self._trained,
+            )
         self._teacher.disconnect()

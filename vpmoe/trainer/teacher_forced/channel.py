@@ -1,4 +1,4 @@
-"""The connection between a stage's students and its teacher: a process group with a store of its own, for
+"""The connection between a teacher and its students: a process group with a store of its own, for
 point-to-point messages only.
 
 It is separate from the students' process group, whose collectives (optimizer, checkpoints) do not include the
@@ -6,9 +6,9 @@ teacher. Headers and token ids are host tensors and travel by gloo, which notice
 dies. Hidden states and matrices travel by NCCL between GPUs, by gloo between CPUs. The teacher sends a header
 before each of them, so no GPU waits in a kernel for a tensor that is not there.
 
-The store is in the teacher's process. Students keep the ranks that they have among themselves; the teacher
-has the next one. Whatever can take minutes is waited for at the store, where a waiting process can still be
-stopped.
+The store is in the teacher's process. In the group students are numbered in the order of their ranks; the
+teacher has the next number. Whatever can take minutes is waited for at the store, where a waiting process can
+still be stopped.
 """
 
 import threading
@@ -41,19 +41,20 @@ CheckStop = Callable[[], None]
 class Channel:
     """One end of the connection. `host` makes the teacher's, `join` a student's."""
 
-    def __init__(self, store: Store, rank: int, students: int, device: torch.device) -> None:
-        self.students = students
-        self.teacher = students
-        """The teacher's rank."""
+    def __init__(self, store: Store, number: int, ranks: Sequence[int], device: torch.device) -> None:
+        """`number`: of this end in the group. `ranks`: of the students in the stage."""
+        self.ranks = ranks
+        self.teacher = len(ranks)
+        """The teacher's number."""
         self.device = device
         self._store = store
-        size = students + 1
-        self._host_group: Any = dist.ProcessGroupGloo(PrefixStore("host", store), rank, size, PATIENCE)
+        size = len(ranks) + 1
+        self._host_group: Any = dist.ProcessGroupGloo(PrefixStore("host", store), number, size, PATIENCE)
         self._device_group: Any = self._host_group
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = PATIENCE
-            self._device_group = dist.ProcessGroupNCCL(PrefixStore("device", store), rank, size, options)
+            self._device_group = dist.ProcessGroupNCCL(PrefixStore("device", store), number, size, options)
         self._sending: dict[tuple[str, int], deque[tuple[dist.Work, Tensor]]] = {}
 
     def set_number(self, name: str, number: int) -> None:
@@ -103,32 +104,34 @@ class Channel:
         sending.append((_attempt(self._name(peer), send), tensor))
 
     def _name(self, peer: int) -> str:
-        return "the teacher" if peer == self.teacher else f"rank {peer}"
+        return "the teacher" if peer == self.teacher else f"rank {self.ranks[peer]}"
 
 
-def host(address: str, port: int, students: int, device: torch.device, check_stop: CheckStop) -> Channel:
-    """The teacher's end; returns when all students have joined. Raises Retriable if the port is taken or a
-    student does not join."""
+def host(
+    address: str, port: int, ranks: Sequence[int], device: torch.device, check_stop: CheckStop
+) -> Channel:
+    """The end of a teacher of these ranks; returns when all of them have joined. Raises Retriable if the port
+    is taken or a student does not join."""
     store = _attempt(
         "a student", lambda: TCPStore(address, port, is_master=True, timeout=PATIENCE, wait_for_workers=False)
     )
-    distributed.agree_to_start(store, _members(students), check_stop, PATIENCE)
-    return Channel(store, students, students, device)
+    distributed.agree_to_start(store, _members(ranks), check_stop, PATIENCE)
+    return Channel(store, len(ranks), ranks, device)
 
 
 def join(
-    address: str, port: int, rank: int, students: int, device: torch.device, check_stop: CheckStop
+    address: str, port: int, rank: int, ranks: Sequence[int], device: torch.device, check_stop: CheckStop
 ) -> Channel:
-    """A student's end; returns when the teacher and all students have joined. Raises Retriable if the
-    teacher does not answer."""
+    """The end of a student, `rank` among the teacher's `ranks`; returns when the teacher and all its students
+    have joined. Raises Retriable if the teacher does not answer."""
     store = distributed.connect(address, port, "the teacher", check_stop, PATIENCE)
     store.set(f"student {rank}", "")
-    distributed.agree_to_start(store, _members(students), check_stop, PATIENCE)
-    return Channel(store, rank, students, device)
+    distributed.agree_to_start(store, _members(ranks), check_stop, PATIENCE)
+    return Channel(store, ranks.index(rank), ranks, device)
 
 
-def _members(students: int) -> list[str]:
-    return [f"student {rank}" for rank in range(students)]
+def _members(ranks: Sequence[int]) -> list[str]:
+    return [f"student {rank}" for rank in ranks]
 
 
 def stop_check(stopping: threading.Event) -> CheckStop:

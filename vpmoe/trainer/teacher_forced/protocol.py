@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vpmoe.data.tokenizer import Ids
 from vpmoe.model.batch import Batch
 
 WIRE = {"cpu": torch.float32, "cuda": torch.bfloat16}
@@ -33,6 +34,12 @@ class Question(NamedTuple):
         return torch.tensor([len(self.tokens), len(self.documents)])
 
     @property
+    def ids(self) -> list[Ids]:
+        """The ids of each document."""
+        tokens_T: Ids = self.tokens.numpy()
+        return [tokens_T[start : start + length] for start, length in self.documents]
+
+    @property
     def body(self) -> Tensor:
         """[T + 2·documents] int32: ids, then start and length of each document."""
         return torch.cat([self.tokens, torch.tensor(self.documents, dtype=torch.int32).flatten()])
@@ -56,3 +63,8 @@ def parse_question(header: Tensor, body: Tensor) -> Question:
     return Question(
         tokens, [DocumentRange(start, length) for start, length in documents.view(-1, 2).tolist()]
     )
+
+
+def ranks_of(teacher: int, teachers: int, students: int) -> range:
+    """The ranks that learn from one of a stage's teachers: they are dealt in turn."""
+    return range(teacher, students, teachers)
