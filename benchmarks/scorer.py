@@ -206,7 +206,7 @@ def shape_config(shape: str, layers: int | None) -> dict[str, Any]:
 
 def engine_of_shape(directory: Path, forward: int, load_format: str) -> "TeacherEngine":
     """The teacher's engine for forwards of up to `forward` tokens, with dummy or stored weights."""
-    from vpmoe.inference import teacher_engine
+    from vpmoe.inference import teacher_engine, teacher_model
     from vpmoe.inference.vllm_options import check_device, prepare_environment
 
     class Unchecked(teacher_engine.TeacherEngine):
@@ -217,7 +217,7 @@ def engine_of_shape(directory: Path, forward: int, load_format: str) -> "Teacher
             self.max_length, self.forward_tokens = LONGEST_SCORED, forward
             device = check_device("the teacher", "spec.teacher.gpus")
             self._llm = teacher_engine.load_vllm(
-                directory, device, LONGEST_SCORED, forward, load_format=load_format
+                directory, device, LONGEST_SCORED, forward, teacher_model.register, load_format=load_format
             )
 
     return Unchecked()

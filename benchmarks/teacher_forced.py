@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.scorer import SHAPES, shape_config
 from vpmoe.api.card import GIB
 from vpmoe.data.tokenizer import Ids
 from vpmoe.data.vocabulary import VOCABULARY_SIZE
@@ -48,54 +49,15 @@ if TYPE_CHECKING:
 
 SHORTEST, LONGEST = 200, 2200
 """Lengths of documents."""
-LAYERS = {"gpt-oss-20b": (24, 32), "gpt-oss-120b": (36, 128)}
-"""Layers, and experts of each."""
 
 
 def config_of(shape: str, layers: int | None) -> dict[str, Any]:
     """The config.json of a release, or of a small model of `layers` layers that is not quantised."""
-    depth, experts = LAYERS[shape]
-    config: dict[str, Any] = {
-        "architectures": ["GptOssForCausalLM"],
-        "model_type": "gpt_oss",
-        "dtype": "bfloat16",
-        "vocab_size": VOCABULARY_SIZE,
-        "hidden_size": 2880,
-        "intermediate_size": 2880,
-        "num_hidden_layers": depth,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "num_local_experts": experts,
-        "num_experts_per_tok": 4,
-        "max_position_embeddings": 131_072,
-        "sliding_window": 128,
-        "rope_theta": 150_000.0,
-        "rope_scaling": {
-            "rope_type": "yarn",
-            "factor": 32.0,
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "truncate": False,
-            "original_max_position_embeddings": 4096,
-        },
-        "swiglu_limit": 7.0,
-        "pad_token_id": 199_999,
-        "eos_token_id": 200_002,
-        "quantization_config": {
-            "quant_method": "mxfp4",
-            "modules_to_not_convert": [
-                "model.layers.*.self_attn",
-                "model.layers.*.mlp.router",
-                "model.embed_tokens",
-                "lm_head",
-            ],
-        },
-    }
+    config = shape_config(shape, layers) | {"dtype": "bfloat16"}
     if layers is not None:
         del config["quantization_config"]
-        config |= {"num_hidden_layers": layers, "hidden_size": 64, "intermediate_size": 64}
-        config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+        config |= {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 4}
+        config |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     return config
 
 
@@ -120,7 +82,7 @@ def engine_of(shape: str, layers: int | None, card: float | None) -> Any:
         """Without the checks of a checkpoint, of which dummy weights have none."""
 
         def __init__(self, directory: Path, **options: Any) -> None:
-            self._load(directory, LONGEST, "bfloat16", load_format="dummy", **options)
+            self._load(directory, LONGEST, load_format="dummy", **options)
 
     options = {}
     if card is not None:
@@ -241,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=LAYERS, default="gpt-oss-20b")
+    parser.add_argument("--shape", choices=SHAPES, default="gpt-oss-20b")
     parser.add_argument("--students", type=int, default=7, help="questions that are answered together")
     parser.add_argument("--positions", type=int, default=8192, help="positions of a question")
     parser.add_argument("--repeats", type=int, default=5)
@@ -262,7 +224,7 @@ def main() -> None:
         port, *ports = launcher.free_ports(1 + given.teachers)
         placement = launcher.Placement(given.gpus, 0, given.gpus, "127.0.0.1", port, tuple(ports))
         command = [sys.executable, "-m", "benchmarks.teacher_forced", *sys.argv[1:]]
-        raise SystemExit(launcher.launch_workers(placement, command, threading.Event()))
+        raise SystemExit(launcher.launch_workers(placement, command, command, threading.Event()))
     measure(given)
 
 

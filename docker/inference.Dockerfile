@@ -1,5 +1,5 @@
 # Models in vLLM: python -m jobs.rescore, jobs.teacher, jobs.sampler, jobs.evaluate, vllm serve; and jobs.train of a TeacherForced stage,
-# whose teacher is in vLLM beside the trainer. `make images` builds it.
+# whose teachers (jobs.forced_teacher) are in vLLM beside the ranks. `make images` builds it.
 # VARIANT: cuda, or cpu for clusters without GPUs.
 ARG BASE
 # hadolint ignore=DL3006

@@ -1,7 +1,7 @@
 """Train one stage of a run. All the work is in vpmoe.trainer; this file binds it to a pod, or to a shell.
 
-Without LOCAL_RANK in the environment this is the launcher: it starts the same file once a rank, and once for
-each teacher of a TeacherForced stage.
+Without LOCAL_RANK in the environment this is the launcher: it starts the same file once a rank, and
+jobs.forced_teacher once for each teacher of a TeacherForced stage.
 """
 
 import logging
@@ -14,11 +14,9 @@ from vpmoe.api import DistillRun
 from vpmoe.api.layout import layout, teacher_processes
 from vpmoe.data.dataset import load_training_dataset
 from vpmoe.process import launcher
-from vpmoe.process.environment import teacher_ports
 from vpmoe.process.memory import keep_freed_memory
 from vpmoe.rollout import gate
 from vpmoe.rollout.version_volume import mounted_volume
-from vpmoe.teacher.folder import teacher_folder
 from vpmoe.trainer import stage_inputs
 
 log = logging.getLogger(__name__)
@@ -29,7 +27,7 @@ def main() -> None:
         launcher.set_parent_death_signal()
         if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             keep_freed_memory()
-        (teach if os.environ.get("VPMOE_PART") == "teacher" else work)(*entrypoint("train"))
+        work(*entrypoint("train"))
     else:
         run, context = entrypoint("train")
         code = start(run, context)
@@ -62,8 +60,11 @@ def start(run: DistillRun, context: JobContext) -> int:
         os.environ,
         teacher_processes(spec.teacher, spec.student, stage),
     )
-    command = [sys.executable, "-m", "jobs.train", *sys.argv[1:], "--step", stage.name]
-    return launcher.launch_workers(placement, command, context.stopping)
+    rank, teacher = (
+        [sys.executable, "-m", module, *sys.argv[1:], "--step", stage.name]
+        for module in ("jobs.train", "jobs.forced_teacher")
+    )
+    return launcher.launch_workers(placement, rank, teacher, context.stopping)
 
 
 def work(run: DistillRun, context: JobContext) -> None:
@@ -96,25 +97,6 @@ def work(run: DistillRun, context: JobContext) -> None:
     )
     if os.environ["RANK"] == "0":
         record_success(context.board)
-
-
-def teach(run: DistillRun, context: JobContext) -> None:
-    """Run a teacher beside the ranks."""
-    from vpmoe.inference.vllm_options import prepare_environment
-
-    prepare_environment()  # before torch is imported
-    from vpmoe.trainer.teacher_forced.server import serve
-
-    serve(
-        run,
-        context.bucket,
-        teacher=int(os.environ["VPMOE_TEACHER"]),
-        students=int(os.environ["WORLD_SIZE"]),
-        address=os.environ["MASTER_ADDR"],
-        ports=teacher_ports(),
-        folder=teacher_folder(),
-        stopping=context.stopping,
-    )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ vLLM runs in a process of its own (tests/fakes/hidden_states.py). The documents 
 forward, so one of them is computed in two.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -17,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from transformers import GptOssForCausalLM, Mxfp4Config
 
-from tests.fakes import tiny_teacher
+from tests.fakes import mxfp4_teacher, tiny_teacher
 from tests.fakes.students import new_seed
 from tests.fakes.waiting import wait_until
 from vpmoe.data.tokenizer import Ids
@@ -102,9 +100,7 @@ def test_every_position_agrees_in_float32(gpu: torch.device, tmp_path: Path) -> 
 
 def test_experts_in_mxfp4_agree_as_well_as_bf16_can(gpu: torch.device, tmp_path: Path) -> None:
     given = documents()
-    directory = pack(
-        tiny_teacher.write(tmp_path / "wide", seed=new_seed(), hidden_size=320, intermediate_size=320)
-    )
+    directory = mxfp4_teacher.write(tmp_path / "released", seed=new_seed())
     with engine(directory, tmp_path) as hidden_states:
         found = hidden_states(given)
     exact = reference(directory, torch.float32, True, given)
@@ -112,25 +108,3 @@ def test_experts_in_mxfp4_agree_as_well_as_bf16_can(gpu: torch.device, tmp_path:
     error, allowed = (float(np.square(one - exact).mean() ** 0.5) for one in (found, rounded))
     print(f"MXFP4: error {error:.4f}, transformers' in bf16 {allowed:.4f}, magnitude {exact.std():.2f}")
     assert error <= BF16 * allowed < 0.5 * exact.std()
-
-
-def pack(directory: Path) -> Path:
-    """Replace the experts' matrices by random ones in MXFP4, in OpenAI's format: blocks of 32 four-bit
-    numbers that share a scale, [experts, outer, inner / 32, 16 bytes]. The rest becomes bf16. 320 is no
-    multiple of 128, to which kernels pad."""
-    generator = torch.Generator().manual_seed(new_seed())
-    stored = load_file(directory / "model.safetensors")
-    tensors = {name: tensor.bfloat16() for name, tensor in stored.items()}
-    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
-        experts, inner, outer = tensors.pop(name).shape
-        shape = (experts, outer, inner // 32)
-        tensors[f"{name}_blocks"] = torch.randint(
-            0, 256, (*shape, 16), dtype=torch.uint8, generator=generator
-        )
-        tensors[f"{name}_scales"] = torch.randint(120, 123, shape, dtype=torch.uint8, generator=generator)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((directory / "config.json").read_text()) | {"dtype": "bfloat16"}
-    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory

@@ -69,7 +69,9 @@ class TeacherEngine:
         device = check_device("the teacher", "spec.teacher.gpus")
         check_kernels(directory, device)
         self.forward_tokens = STEP_TOKENS["cpu"] if device == "cpu" else tokens_on_gpu(directory, max_length)
-        self._llm = load_vllm(directory, device, max_length, self.forward_tokens)
+        from vpmoe.inference import teacher_model
+
+        self._llm = load_vllm(directory, device, max_length, self.forward_tokens, teacher_model.register)
         check_attention(self._llm, "the teacher")
 
     def score(
@@ -148,17 +150,23 @@ def tokens_on_gpu(directory: Path, max_length: int) -> int:
     return tokens
 
 
-def load_vllm(directory: Path, device: Device, max_length: int, tokens: int, **options: Any) -> Any:
+def load_vllm(
+    directory: Path,
+    device: Device,
+    max_length: int,
+    tokens: int,
+    register: Callable[[], None],
+    **options: Any,
+) -> Any:
     """vLLM with the model in `directory`, which computes a forward of `tokens` tokens to see that it fits.
 
-    `options`: of vllm.LLM, in place of the teacher's. Raises Permanent if it does not.
+    `register` says as which class vLLM loads GPT-OSS in this process. `options`: of vllm.LLM, in place of the
+    teacher's. Raises Permanent if it does not.
     """
     import torch
     import vllm
 
-    from vpmoe.inference import teacher_model
-
-    teacher_model.register()
+    register()
     share, whole = SCORING_SHARE
     dtype = model.checkpoint_dtype(directory)
     log.info("Loading the teacher in %s", dtype)

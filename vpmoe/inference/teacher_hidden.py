@@ -5,7 +5,6 @@ vLLM packs many documents into a forward, without padding, and computes a GPT-OS
 Scores are teacher_engine.py's; where documents come from and where rows go is up to the caller.
 """
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,14 @@ from torch import Tensor
 
 from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Permanent
-from vpmoe.inference.teacher_engine import check_config
-from vpmoe.inference.vllm_options import (
-    Device,
-    check_attention,
-    check_device,
-    engine_options,
-    prepare_environment,
-)
+from vpmoe.inference.teacher_engine import check_config, check_kernels, load_vllm
+from vpmoe.inference.vllm_options import Device, check_attention, check_device, prepare_environment
 from vpmoe.teacher import model
-from vpmoe.teacher.weights import check_weights, is_mxfp4
-
-log = logging.getLogger(__name__)
+from vpmoe.teacher.weights import check_weights
 
 FORWARD_TOKENS: dict[Device, int] = {"cpu": 2048, "cuda": 16_384}
 """Tokens of one forward. A longer document is computed in chunks. There are no logits, so more would fit, but
 a GPU is busy at this size."""
-MAX_DOCUMENTS: dict[Device, int] = {"cpu": 64, "cuda": 256}
-"""Documents of one forward."""
 GPU_MEMORY = 0.9
 """Share of the GPU that vLLM plans with. The rest holds the answers and what NCCL needs to send them."""
 
@@ -55,37 +44,25 @@ class HiddenStateEngine:
             )
         prepare_environment()
         check_config(directory)
-        if teacher_device().type == "cpu" and is_mxfp4(model.read_config(directory)):
-            raise Permanent(
-                "teacher.model: its experts are in MXFP4, for which vLLM has no kernel on the CPU. Use a "
-                "GPU, or a teacher that is not quantised."
-            )
-        self._load(directory, max_length, model.checkpoint_dtype(directory))
+        check_kernels(directory, "cuda" if teacher_device().type == "cuda" else "cpu")
+        self._load(directory, max_length)
 
-    def _load(self, directory: Path, max_length: int, dtype: str, **options: Any) -> None:
+    def _load(self, directory: Path, max_length: int, **options: Any) -> None:
         """`options`: of vllm.LLM, in place of this engine's."""
-        import vllm
-
         from vpmoe.inference import teacher_hidden_model
 
         self.max_length = max_length
         self.device = teacher_device()
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.dtype: torch.dtype = getattr(torch, model.checkpoint_dtype(directory))
         self.width = int(model.read_config(directory)["hidden_size"])
         device: Device = "cuda" if self.device.type == "cuda" else "cpu"
-        log.info("Loading the teacher in %s", dtype)
-        teacher_hidden_model.register()
-        self._llm = vllm.LLM(
-            str(directory),
-            **engine_options(dtype, max_length)
-            | {
-                "runner": "pooling",
-                "gpu_memory_utilization": GPU_MEMORY,
-                "max_num_batched_tokens": FORWARD_TOKENS[device],
-                "max_num_seqs": MAX_DOCUMENTS[device],
-                "enable_chunked_prefill": True,
-            }
-            | options,
+        self._llm = load_vllm(
+            directory,
+            device,
+            max_length,
+            FORWARD_TOKENS[device],
+            teacher_hidden_model.register,
+            **{"gpu_memory_utilization": GPU_MEMORY} | options,
         )
         check_attention(self._llm, "the teacher")
         self._task, self._request = teacher_hidden_model.TASK, teacher_hidden_model.request

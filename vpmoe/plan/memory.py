@@ -145,7 +145,7 @@ def forced_teacher(
     share, whole = HIDDEN_SHARE
     items = {
         "weights": teacher.stored - teacher.output,
-        "activations": FORWARD_TOKENS * teacher.activations,  # of one layer; an estimate
+        "activations": FORWARD_TOKENS * teacher.activations,
         "context": ENGINE,
     }
     held, least = sum(items.values()), teacher.cached * (FORWARD_TOKENS + longest)

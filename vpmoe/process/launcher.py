@@ -121,9 +121,11 @@ def free_ports(number: int) -> list[int]:
     )
 
 
-def launch_workers(placement: Placement, command: Sequence[str], stopping: threading.Event) -> int:
-    """Run `command` for each rank of this pod and for the teachers, if any, until all have exited; return the
-    launcher's exit code.
+def launch_workers(
+    placement: Placement, command: Sequence[str], teacher_command: Sequence[str], stopping: threading.Event
+) -> int:
+    """Run `command` for each rank of this pod, and `teacher_command` for each of its teachers, until all have
+    exited; return the launcher's exit code.
 
     The code is 0 if all succeeded, else that of the process that failed first. That process writes the
     termination message (vpmoe.failure). If it was killed by a signal, the launcher writes the message and
@@ -139,7 +141,7 @@ def launch_workers(placement: Placement, command: Sequence[str], stopping: threa
             }
             teacher = local - placement.here
             rank = placement.first + local if teacher < 0 else TEACHER - teacher
-            workers[rank] = subprocess.Popen(command, env=environment)
+            workers[rank] = subprocess.Popen(command if teacher < 0 else teacher_command, env=environment)
         try:
             return supervise(workers, stopping)
         finally:

@@ -57,13 +57,13 @@ def check_context(run: DistillRun, positions: int | None) -> None:
     spec = run.spec
     if positions is None:
         return
-    texts = [("dataset.maxLength", spec.dataset.max_length)] * any(
+    scored = [("dataset.maxLength", spec.dataset.max_length)] * any(
         stage.needs_rescoring or stage.runs_teacher for stage in spec.stages
     )
-    texts += [("training.sequenceLength", spec.training.sequence_length)] * any(
+    scored += [("training.sequenceLength", spec.training.sequence_length)] * any(
         stage.samples for stage in spec.stages
     )
-    for field, longest in texts:
+    for field, longest in scored:
         if longest > positions:
             raise Permanent(
                 f"teacher.model: max_position_embeddings is {positions}, and {field} is {longest}: the "

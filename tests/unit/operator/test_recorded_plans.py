@@ -124,7 +124,8 @@ def decision(moment: dict[str, Any]) -> Decision | None:
 
 def children_of_today(recorded: dict[str, Any]) -> dict[str, Any]:
     """The recorded children, with what has changed since: pods with GPUs tolerate the taint of nodes with
-    GPUs, a child with a queue is created suspended, and no object has the commit, which pods report.
+    GPUs, a child with a queue is created suspended, no object has the commit, which pods report, and a
+    TeacherForced stage runs the image with vLLM.
     """
     for step, child in recorded.items():
         templates = [] if step == "configMap" else [template for _, template in pod_templates(child)]
@@ -136,6 +137,13 @@ def children_of_today(recorded: dict[str, Any]) -> dict[str, Any]:
         if "kueue.x-k8s.io/queue-name" in child["metadata"]["labels"]:
             spec.get("runPolicy", spec)["suspend"] = True
         for template in templates:
+            if step == "forced":
+                container = template["spec"]["containers"][0]
+                trainer = container["image"]
+                inference = container["image"] = trainer.replace("trainer", "inference")
+                for entry in container["env"]:
+                    if entry.get("value") == trainer:
+                        entry["value"] = inference
             if "nvidia.com/gpu" in template["spec"]["containers"][0]["resources"].get("limits", {}):
                 known = template["spec"].get("tolerations", [])
                 template["spec"]["tolerations"] = [*known, {"key": "nvidia.com/gpu", "operator": "Exists"}]

@@ -21,9 +21,11 @@ ROOT = Path(__file__).parents[3]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 INFERENCE = (
     "jobs.evaluate",
+    "jobs.forced_teacher",
     "jobs.rescore",
     "jobs.sampler",
     "jobs.teacher",
+    "jobs.train",
     "vpmoe.inference.engine",
     "vpmoe.inference.vllm_model",
 )
@@ -32,8 +34,8 @@ LOCKS = {
     "docker/operator.lock": ("operator",),
     "docker/shared.lock": ("model",),
     "docker/trainer.lock": ("train",),
-    "docker/inference-cpu.lock": ("inference-cpu",),
-    "docker/inference-cuda.lock": ("inference-cuda",),
+    "docker/inference-cpu.lock": ("train", "inference-cpu"),
+    "docker/inference-cuda.lock": ("train", "inference-cuda"),
 }
 """Lock → the extras that it is made of."""
 PROGRAMS = {

@@ -147,7 +147,8 @@ def launch(
     log.touch()
     monkeypatch.setenv("VPMOE_TERMINATION_LOG", str(log))
     monkeypatch.setattr(launcher, "GRACE_SECONDS", grace)
-    return launcher.launch_workers(placement, [sys.executable, "-c", program], stopping or threading.Event())
+    command = [sys.executable, "-c", program]
+    return launcher.launch_workers(placement, command, command, stopping or threading.Event())
 
 
 @pytest.mark.parametrize(
@@ -275,7 +276,7 @@ def test_workers_die_with_their_launcher(tmp_path: Path) -> None:
     parent = (
         "import sys, threading; from vpmoe.process.launcher import Placement, launch_workers; "
         f"launch_workers(Placement(1, 0, 1, '127.0.0.1', 1), [sys.executable, '-c', {worker!r}], "
-        "threading.Event())"
+        "[], threading.Event())"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", parent], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": "."}
