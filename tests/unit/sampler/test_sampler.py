@@ -45,7 +45,7 @@ from vpmoe.rollout import policy_version, prompts
 from vpmoe.rollout.back_pressure import Adjustment, write_adjustment
 from vpmoe.rollout.curriculum import Curriculum
 from vpmoe.rollout.part_files import Part, PartHeader, RolloutKey, list_parts, part_bytes, read_part
-from vpmoe.rollout.version_volume import VersionVolume
+from vpmoe.rollout.version_volume import VARIABLE, VersionVolume
 from vpmoe.rollout.window_files import Rollout, WindowRollouts, read_rollouts, rollouts_bytes
 from vpmoe.rollout.windows import WindowSchedule
 from vpmoe.sampler import part_log, sampler
@@ -415,7 +415,8 @@ def wait_while_running(true: Callable[[], bool], process: "subprocess.Popen[str]
 def test_an_attempt_that_starts_within_a_version_writes_the_missing_windows_with_the_same_bytes(
     sampler_run: SamplerRun,
 ) -> None:
-    """With the running engine, which has loaded other weights in between, and with a job and a new engine."""
+    """With the running engine, which has loaded other weights in between, and with a job and a new engine,
+    which has the version from a volume."""
     sampler_run.publish(0)
     sampler_run.publish(2, 700)
     sampler_run.sample()
@@ -442,13 +443,15 @@ def test_an_attempt_that_starts_within_a_version_writes_the_missing_windows_with
             sampler_run.bucket.delete(sampler_run.key(number))
     sampler_run.bucket.delete(paths.manifest(paths.weights(sampler_run.run, "onpolicy", 2)))
     sampler_run.bucket.delete(paths.progress(sampler_run.run, "onpolicy-sampler"))
-    process = start_job(sampler_run)
+    sampler_run.write_to_volume(0, index=0)
+    process = start_job(sampler_run, **{VARIABLE: str(sampler_run.scratch / "volume")})
     wait_while_running(
         lambda: "Waiting for version 2" in sampler_run.progress()["message"], process, "the job waits"
     )
     assert {number: sampler_run.bucket.get(sampler_run.key(number)) for number in sampler_run.windows()} == {
         n: written[n] for n in (0, 1, 2)
     }
+    assert load_of(sampler_run, 1)["source"] == "volume"
     (engine,) = child_pids(process.pid)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]

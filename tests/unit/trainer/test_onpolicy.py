@@ -9,6 +9,7 @@ import pickle
 import random
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +94,14 @@ def make_trainer(
     tmp_path: Path,
     device: torch.device,
 ) -> MakeTrainer:
-    """Makes trainers at the stage's state according to the bucket, with fake peers."""
+    """Makes trainers at the stage's state according to the bucket, with fake peers and a volume."""
 
     def make(
         uploader: PeerReporter | None = None, stage: str = "onpolicy", learner: Learner | None = None
     ) -> Trainer:
         uploader = uploader or PeerReporter()
         context = datasets.context(bucket, spec, tmp_path, dataset, stage)
+        context = replace(context, weights_volume=tmp_path / "volume")
         uploader.peers = FakePeers(context, train, tmp_path)
         return trainers.trainer(context, device, learner or students.learner(device), uploader, held_out=9)
 
@@ -125,8 +127,25 @@ def object_etags(trainer: Trainer, folder: str) -> dict[str, str]:
     return {found.key.removeprefix(prefix): found.etag for found in trainer.context.bucket.list(prefix)}
 
 
+def count_versions_on_volume(trainer: Trainer) -> list[int]:
+    """A list that gets, whenever a version is added to the volume, the number of those that are there."""
+    assert isinstance(trainer.stage, OnPolicyStage) and trainer.stage.publisher is not None
+    volume, counts = trainer.stage.publisher._volume, []
+    assert volume is not None
+    add = volume.add
+
+    def count(*given: Any) -> Path:
+        folder = add(*given)
+        counts.append(len(list(folder.parent.iterdir())) - 1)  # the writer's lock is beside them
+        return folder
+
+    volume.add = count  # type: ignore[method-assign]
+    return counts
+
+
 def test_windows_and_anchor_steps_alternate_and_versions_are_published(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
+    on_volume = count_versions_on_volume(trainer)
     trainer.run()
     steps, end = metrics_lines(trainer), final_state(trainer)
     kinds = [line["kind"] for line in steps]
@@ -166,6 +185,9 @@ def test_windows_and_anchor_steps_alternate_and_versions_are_published(make_trai
         and len(versions) <= last // EVERY + 2
     )
     assert all(name.endswith("/manifest.json") for name in weights), "the weights are deleted at the end"
+    assert max(on_volume) == -(-STALENESS // EVERY) + 1 and len(on_volume) == len(versions)
+    assert trainer.context.weights_volume is not None
+    assert not list(trainer.context.weights_volume.rglob("v0*")), "the volume is empty at the end"
     for line in (
         window_lines
     ):  # its version is as old as the plan says, and on a CPU the sampler computes what the trainer does
@@ -423,10 +445,10 @@ def test_an_adjustment_is_written_once_if_the_trainer_is_killed_before_it_publis
     publisher = killed.stage.publisher
     publish = publisher.publish
 
-    def publish_or_die(learner: Learner, position: TrainState) -> None:
+    def publish_or_die(learner: Learner, position: TrainState, oldest: int) -> None:
         if position.windows is not None and position.windows.trained == 2:
             raise Killed
-        publish(learner, position)
+        publish(learner, position, oldest)
 
     publisher.publish = publish_or_die  # type: ignore[method-assign]
     with pytest.raises(Killed):
