@@ -32,6 +32,7 @@ import numpy as np
 
 from vpmoe.inference.engine import StudentEngine
 from vpmoe.inference.engine_pool import SamplingRequest
+from vpmoe.inference.request_queue import ADMITTED
 from vpmoe.inference.vllm_options import GPU_MEMORY, SAMPLING_STEP_TOKENS, gpu_sampling_options
 from vpmoe.model.shapes import SHAPES, Shape
 
@@ -159,6 +160,41 @@ def print_profile(step: Callable[[], object]) -> None:
         print(f"{ms:8.3f} ms  {count / PROFILED:7.1f}  {name}")
 
 
+def print_host_times(sampler: "Sampler") -> None:
+    """Print where the host is during PROFILED steps, as milliseconds a step: in vLLM's scheduler, launching,
+    waiting for the GPU's results and reading them, taking them into account, and making outputs."""
+    llm = sampler.engine._llm.llm_engine
+    core = llm.engine_core.engine_core
+    from vllm.v1.worker.gpu.async_utils import AsyncOutput
+
+    spent: dict[str, float] = defaultdict(float)
+
+    def timed(owner: Any, name: str, label: str) -> Callable[[], None]:
+        call = getattr(owner, name)
+
+        def measured(*arguments: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            result = call(*arguments, **options)
+            spent[label] += time.perf_counter() - started
+            return result
+
+        setattr(owner, name, measured)
+        return lambda: setattr(owner, name, call)
+
+    restore = [
+        timed(core.scheduler, "schedule", "schedule"),
+        timed(core.model_executor, "execute_model", "launch"),
+        timed(core.model_executor, "sample_tokens", "launch sampling"),
+        timed(AsyncOutput, "get_output", "wait"),
+        timed(core.scheduler, "update_from_output", "update"),
+        timed(llm.output_processor, "process_outputs", "outputs"),
+    ]
+    spent["step"] = sampler.seconds(PROFILED) * PROFILED
+    for each in restore:
+        each()
+    print("host: " + ", ".join(f"{name} {took / PROFILED * 1e3:.2f} ms" for name, took in spent.items()))
+
+
 class Sampler:
     """Asks an engine as the sampler does. So a completion also ends at a stop token, which random weights
     draw once in some 70,000 tokens."""
@@ -227,7 +263,9 @@ def main() -> None:
         help="numbers of sequences to sample steadily, comma-separated",
     )
     parser.add_argument("--bandwidth", type=float, default=4800.0, help="of the GPU's memory, GB/s")
-    parser.add_argument("--profile", action="store_true", help="list the kernels of the largest N")
+    parser.add_argument(
+        "--profile", action="store_true", help="list the kernels of the largest N, and where the host is"
+    )
     given = parser.parse_args()
     shape = SHAPES[given.shape]
     started = time.perf_counter()
@@ -265,6 +303,7 @@ def measure(sampler: Sampler, given: argparse.Namespace, shape: Shape | None) ->
         sampler.grow(largest, given.longest, 256)
         print(f"{PROFILED} steps of {largest} sequences of some {given.prompt + 256} tokens: ", end="")
         print_profile(sampler.engine.step)
+        print_host_times(sampler)
 
 
 def steadily(sampler: Sampler, given: argparse.Namespace, sequences: int) -> None:
@@ -275,11 +314,11 @@ def steadily(sampler: Sampler, given: argparse.Namespace, sequences: int) -> Non
     # for, so contexts are shorter at the start than they become.
     met = sampler.random.choice(np.arange(*lengths), sequences, p=np.arange(*lengths) / sum(range(*lengths)))
     sampler.add(np.maximum(met * sampler.random.random(sequences), 1).astype(int).tolist())
-    while len(sampler.tokens()) < sequences // 2 or sampler.engine.waiting:
+    while sampler.engine.waiting or 0 in sampler.tokens():
         sampler.engine.step()
     started, sampled, steps = time.perf_counter(), -sum(sampler.tokens()), 0
     while (seconds := time.perf_counter() - started) < given.seconds:
-        missing = sequences - len(sampler.engine.growing) - len(sampler.engine.waiting)
+        missing = sequences + 2 * ADMITTED - len(sampler.engine.growing) - len(sampler.engine.waiting)
         sampler.add(sampler.random.integers(*lengths, missing).tolist())
         sampled += sum(len(completion.ids_C) for _, completion in sampler.engine.step())
         steps += 1

@@ -131,7 +131,6 @@ def gpu_sampling_options() -> dict[str, Any]:
     return {
         "enforce_eager": False,
         "async_scheduling": True,
-        "scheduler_cls": "vpmoe.inference.sampling_scheduler.SamplingScheduler",
         "compilation_config": {
             "mode": 0,
             "cudagraph_mode": "FULL_DECODE_ONLY",
