@@ -32,10 +32,10 @@ LENGTHS = (3, 127, 128, 129, 300, 600, 600, 600)
 PROMPTS = (0, 1, 2, 4, 5)
 FLOAT32 = 1e-4
 """Allowed difference of log p in nats, on an H200 up to 1.2e-5."""
-MEAN, LARGEST, K3 = 0.08, 1.2, 5e-3
+MEAN, LARGEST, K3 = 0.05, 0.8, 2e-3
 """Allowed differences of log p in bf16, in nats: mean, largest, and k3, the estimate of KL(sampler‖trainer)
-that training reports as samplerKl. On a CPU, transformers' bf16 differs from its float32 by 0.041, 0.42 and
-1.7e-3 for such weights (docs/benchmarks.md); two that round differently differ by more."""
+that training reports as samplerKl. On an H200 0.024, 0.40 and 9.6e-4 for the wide student, less for tiny
+(docs/benchmarks.md); twice as much is allowed for other seeds."""
 
 
 class Sampled(NamedTuple):
