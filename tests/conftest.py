@@ -39,6 +39,7 @@ hypothesis.settings.load_profile("untimed")
 
 LANES = {
     "s3": "server",
+    "browser": "server",
     "teacher_address": "engine",
     "engines": "engine",
     "helm": "cluster",
