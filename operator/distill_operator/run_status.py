@@ -16,7 +16,7 @@ from vpmoe.api.status import Status, StepStatus
 
 ROLE_SHARES: Mapping[Role, float] = {"preprocess": 0.05, "rescore": 0.05, "evaluate": 0.01}
 """Share of the whole run that each step of these roles counts for. The stages divide the rest by their
-tokens; init, exports and steps beside a trainer count for nothing."""
+tokens; init, exports, reports and steps beside a trainer count for nothing."""
 
 
 def summarize_run(builder: PlanBuilder, run: DistillRun, contexts: Sequence[StepContext]) -> None:

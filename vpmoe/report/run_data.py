@@ -144,6 +144,7 @@ class RunData:
     """s3:// URL of the run's folder."""
     made: datetime
     steps: tuple[StepRecord, ...]
+    """Without those that write reports."""
     evaluations: Mapping[str, EvaluationRecord]
     """By stage, those that were measured after it."""
     validities: Mapping[str, Sequence[EvaluationRecord]]
@@ -233,6 +234,8 @@ class _Reader:
                     step = key.removeprefix(f"{self.folder}/steps/").partition("/")[0]
                     lines[step] += parse_lines(content, self.bucket.url(key))
         for name in self.run.steps():
+            if self.run.role(name) == "report":  # a page does not tell about itself
+                continue
             stage = self.run.stage_of(name)
             yield StepRecord(
                 name=name,
@@ -287,10 +290,12 @@ class _Reader:
         for found in manifests:
             if found.kind == "scores":
                 facts = facts_of(self.bucket, found, "scores", ScoresFacts)
+                found_by_span = facts["histogram"]
                 counts = {
-                    span: _rebin(dense(histogram)) for span, histogram in sorted(facts["histogram"].items())
+                    "reasoning": _rebin(dense(found_by_span["reasoning"])),
+                    "final": _rebin(dense(found_by_span["final"])),
                 }
-                yield TeacherLogp(DOCUMENTS, counts)  # type: ignore[arg-type]
+                yield TeacherLogp(DOCUMENTS, counts)
 
     def _windows(self, stage: str) -> Iterable[tuple[WindowRollouts, list[NDArray[np.float32]]]]:
         """Up to WINDOWS windows of a stage that the teacher has scored, with the scores."""

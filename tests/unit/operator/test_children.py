@@ -35,6 +35,7 @@ EVALUATED_ONPOLICY = {
     "training": {"sequenceLength": 512, "globalBatchTokens": 8192},
     "evaluation": EVALUATED,
     "export": {"stages": ["onpolicy"]},
+    "runtime": {"report": True},
 }
 UPCYCLED = {"student": {"shape": "tiny", "gpus": 2, "init": {"upcycle": {"model": "s3://models/dense"}}}}
 SCHEDULING = {
@@ -75,7 +76,7 @@ CHILDREN = [
     ),
     *(
         pytest.param(f"onpolicy{suffix}", EVALUATED_ONPOLICY, id=f"OnPolicy{suffix}")
-        for suffix in ("-sampler", "-teacher", "", "-evaluate", "-export")
+        for suffix in ("-sampler", "-teacher", "", "-evaluate", "-export", "-report")
     ),
 ]
 ROLES = {
@@ -86,6 +87,7 @@ ROLES = {
     "onpolicy-teacher": "teacher",
     "onpolicy-evaluate": "evaluate",
     "onpolicy-export": "export",
+    "onpolicy-report": "report",
 }
 """Role of each step that does not train."""
 
@@ -313,6 +315,7 @@ def test_the_jobs_of_an_on_policy_stage_share_the_runs_gpus(
     [
         pytest.param("init", UPCYCLED, "init", "vpmoe/trainer:1", id="init"),
         pytest.param("onpolicy-export", EVALUATED_ONPOLICY, "export", "vpmoe/inference:1", id="export"),
+        pytest.param("onpolicy-report", EVALUATED_ONPOLICY, "report", "vpmoe/inference:1", id="report"),
     ],
 )
 def test_a_step_that_writes_a_model_has_one_pod_without_a_gpu_and_may_run_on_nodes_without(

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[3]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 INFERENCE = (
     "jobs.evaluate",
+    "jobs.report",
     "jobs.rescore",
     "jobs.sampler",
     "jobs.teacher",
