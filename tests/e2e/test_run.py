@@ -119,7 +119,10 @@ def test_a_run_succeeds_and_its_loss_decreases_in_both_spans(runs: dict[str, Any
     beside = ("vanilla-validity",) if name == MEASURED else ()
     assert steps == [
         (step, "Succeeded")
-        for step in ("init", "preprocess", *beside, "vanilla", "vanilla-evaluate", "vanilla-export")
+        for step in (
+            *("init", "preprocess", *beside, "vanilla", "vanilla-evaluate", "vanilla-export"),
+            "vanilla-report",
+        )
     ]
     for span in ("reasoning", "final"):
         assert status["heldOut"]["latest"][span] < status["heldOut"]["before"][span] - 0.5
@@ -235,6 +238,7 @@ def test_the_bucket_has_the_documented_layout(runs: dict[str, Any], s3_client: A
         f"{folder}/init.json",
         f"{folder}/init/manifest.json",
         f"{folder}/steps/vanilla/progress.json",
+        f"{folder}/report/index.html",  # also a step that could not write it counts as succeeded
     }
     assert any(key.startswith(f"{folder}/steps/vanilla/metrics/") and key.endswith(".jsonl") for key in keys)
     assert any(

@@ -107,25 +107,25 @@ _WHAT = {
 
 
 def _stage_sentence(data: RunData, stage: Stage, step: StepRecord) -> str:
-    tokens = max(int(line["tokens"]) for line in step.lines)
-    text = f"In stage {stage.name} ({stage.kind}) it {_WHAT[stage.kind]}: {count(tokens)} tokens"
-    changes = []
-    if losses := _held_out(step):
-        for span in SPANS:
-            before, after = losses[0].get(span), losses[-1].get(span)
-            if before is not None and after is not None and len(losses) > 1:
-                changes.append(f"{span} {before:.2f} → {after:.2f}")
+    tokens = count(max(int(line["tokens"]) for line in step.lines))
+    sentences = [f"In stage {stage.name} ({stage.kind}) it {_WHAT[stage.kind]}, over {tokens} tokens."]
+    losses = _held_out(step)
+    changes = [
+        f"{span} {before:.2f} → {after:.2f}"
+        for span in SPANS
+        if len(losses) > 1
+        and (before := losses[0].get(span)) is not None
+        and (after := losses[-1].get(span)) is not None
+    ]
     if changes:
-        text += f"; held-out loss: {', '.join(changes)} nats a token"
+        sentences.append(f"Held-out loss: {', '.join(changes)} nats a token.")
     if windows := _reverse_kl(step):
-        text += (
-            f"; distance to the teacher on its own text: {fmean(windows[:ENDS]):.2f} → "
-            f"{fmean(windows[-ENDS:]):.2f} nats a token"
-        )
+        first, last = fmean(windows[:ENDS]), fmean(windows[-ENDS:])
+        sentences.append(f"Distance to the teacher on its own text: {first:.2f} → {last:.2f} nats a token.")
     evaluation = data.evaluations.get(stage.name)
     if evaluation is not None and evaluation.valid_share is not None:
-        text += f"; {evaluation.valid_share:.0%} of its answers were valid afterwards"
-    return text + "."
+        sentences.append(f"Afterwards {evaluation.valid_share:.0%} of its answers were valid.")
+    return " ".join(sentences)
 
 
 def conditions(data: RunData) -> list[str]:

@@ -677,7 +677,7 @@ def _over_tokens(data: RunData, unit: str, kind: str | None = None, *, yaxis: Ma
         "xaxis": {
             "title": {"text": "tokens trained on, all stages"},
             "range": [first - margin, last + margin],
-            "tickformat": "~s",
+            "exponentformat": "B",  # k, M and B, as in the specification
             "hoverformat": ",.0f",
         },
         "yaxis": {"title": {"text": unit}, **yaxis},

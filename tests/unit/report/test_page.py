@@ -122,7 +122,7 @@ def test_what_a_run_says_cannot_become_markup(recorded_data: RunData) -> None:
 def test_the_page_tells_the_story_of_the_run(recorded_data: RunData) -> None:
     text = page(recorded_data, lambda key: f"s3://bucket/{key}")
     assert "The run is not finished: 12 of 13 steps are done, and none was running" in text
-    assert "held-out loss: reasoning 12.23 → 11.44, final 12.21 → 11.54 nats a token" in text
+    assert "Held-out loss: reasoning 12.23 → 11.44, final 12.21 → 11.54 nats a token." in text
     assert "vanilla took 2 attempts." in text
     assert "TrainerStarved" in text
     assert 'href="s3://bucket/runs/team/inflight-0a1b2c3d/checkpoints/onpolicy/22/manifest.json"' in text

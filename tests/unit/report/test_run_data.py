@@ -22,7 +22,8 @@ FOLDER = f"tiny/{RUN}"
 
 
 def test_every_step_has_its_metrics_in_order_and_its_progress(recorded_data: RunData) -> None:
-    assert [step.name for step in recorded_data.steps] == list(recorded_data.run.steps())
+    names = [name for name in recorded_data.run.steps() if not name.endswith("-report")]
+    assert [step.name for step in recorded_data.steps] == names
     for step in recorded_data.steps:
         found = sorted(lines(step.name), key=lambda line: str(line["time"]))
         assert list(step.lines) == found, step.name
