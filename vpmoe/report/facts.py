@@ -166,14 +166,39 @@ def key_figures(data: RunData) -> list[Figure]:
     if data.activities:
         start = min(one.start for one in data.activities)
         end = max(one.end for one in data.activities)
-        found.append(
-            Figure(
-                "Time so far",
-                duration((end - start) / timedelta(hours=1)),
-                f"since {start:%Y-%m-%d %H:%M} UTC",
-            )
-        )
+        time = duration((end - start) / timedelta(hours=1))
+        found.append(Figure("Time so far", time, f"since {start:%Y-%m-%d %H:%M} UTC"))
+    if (left := time_left(data)) is not None:
+        found.append(Figure("Time left, about", duration(left[0]), f"{left[1]:.2g} times what is planned"))
     return found
+
+
+def time_left(data: RunData) -> tuple[float, float] | None:
+    """Hours of training and evaluation that are left, and the factor by which training has taken longer than
+    planned until now: the plan's hours of what is left, times that factor.
+
+    None if nothing is left, nothing has been trained, or the plan does not know the speed of a step.
+    """
+    left = measured = planned_hours = 0.0
+    for row in planned(data).steps:
+        step = data.step(row.step)
+        if step.role not in ("train", "evaluate"):
+            continue
+        done = 1.0 if step.state == "Succeeded" else _share_trained(step)
+        if row.hours is None:
+            return None
+        left += row.hours * (1 - done)
+        if step.role == "train":
+            measured += sum(one.hours for one in _attempts(data, row.step))
+            planned_hours += row.hours * done
+    if not left or not measured or not planned_hours:
+        return None
+    return left * measured / planned_hours, measured / planned_hours
+
+
+def _share_trained(step: StepRecord) -> float:
+    amount = step.progress.tokens if step.progress is not None else None
+    return min(1.0, amount.done / amount.total) if amount is not None and amount.total else 0.0
 
 
 def costs(data: RunData) -> tuple[list[Cost], list[str]]:
