@@ -274,9 +274,9 @@ def test_kubectl_shows_status_events_and_documentation(
     table = cluster.kubectl("get", "distillruns", "--namespace", namespace).splitlines()
     assert table[0].split() == ["NAME", "PHASE", "STEP", "PROGRESS", "TOKENS/S", "LOSS", "AGE"]
     assert {line.split()[0]: line.split()[1:4] for line in table[1:]} == {
-        name: ["Succeeded", "vanilla-export", "100%"] for name in RUNS
+        name: ["Succeeded", "vanilla-report", "100%"] for name in RUNS
     }
-    for column in ("TEACHER", "MODEL", "CONFIG"):
+    for column in ("ETA", "TEACHER", "MODEL", "CONFIG"):
         assert column in cluster.kubectl("get", "drun", "--namespace", namespace, "--output=wide")
     described = cluster.kubectl("describe", "distillrun", "one-pod", "--namespace", namespace)
     assert "Succeeded" in described and "Events:" in described

@@ -218,6 +218,10 @@ class Status(StatusRecord):
     """Share of the whole run that is done, such as "42%"."""
     tokens_per_second: Number | None = None
     """Tokens per second of that step, padding excluded."""
+    eta: Annotated[str, Field(max_length=20)] | None = None
+    """When the run will have trained and evaluated all of its stages, about, in UTC to the minute, such as
+    2026-11-30T04:10Z: at the present speed, and for later stages by the plan, times the factor by which the
+    present one is slower than planned. Absent if that is not known, and while no stage has trained."""
     loss: Number | None = None
     """What the stage minimises, in nats per token, reasoning and final weighted by spanWeights: the
     cross-entropy of the latest optimizer step; in an OnPolicy stage the reverse KL over the latest window."""

@@ -14,15 +14,13 @@ from vpmoe.data.spans import SPANS
 from vpmoe.plan.plan import Assumptions, Plan, make_plan
 from vpmoe.plan.table import count
 from vpmoe.plan.teacher import known_teacher
-from vpmoe.plan.throughput import CARDS
+from vpmoe.plan.throughput import suggested_card
 from vpmoe.report.run_data import Activity, Line, RunData, StepRecord
 from vpmoe.storage.manifest import Manifest
 
 UNKNOWN = "–"
 ENDS = 3
 """Windows at either end that are averaged, because the reverse KL of one window varies with its samples."""
-DEFAULT_CARD = "h100-80"
-"""The card of `vpmoe plan` without --gpu, for a plan of which the bucket does not know the card."""
 
 
 @dataclass(frozen=True)
@@ -221,8 +219,9 @@ def costs(data: RunData) -> tuple[list[Cost], list[str]]:
 
 
 def planned(data: RunData) -> Plan:
-    """The plan of the run, as `vpmoe plan` makes it without a card, with the dataset's real tokens."""
-    card, dataset = CARDS[DEFAULT_CARD], data.manifest("dataset")
+    """The plan of the run, as `vpmoe plan` makes it without a card, which the bucket does not know, and with
+    the dataset's real tokens."""
+    card, dataset = suggested_card(None), data.manifest("dataset")
     tokens = int(dataset.facts["splits"]["train"]["tokens"]) if dataset is not None else None
     teacher = known_teacher(data.run.spec.teacher.model)
     return make_plan(data.run, Assumptions(card, card.memory, teacher, dataset_tokens=tokens))

@@ -143,9 +143,10 @@ def children_of_today(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_exports(status: dict[str, Any]) -> dict[str, Any]:
-    """The status without the steps that a run of an older operator gets now: the export of its last stage,
-    which waits for all others.
+    """The status without what a run of an older operator gets now: the estimate of its end, and the export of
+    its last stage, which waits for all others.
     """
+    status.pop("eta", None)
     exports = [step for step in status["steps"] if step["name"].endswith("-export")]
     assert all(step["state"] == "Pending" and step["attempt"] == 0 for step in exports)
     return {**status, "steps": [step for step in status["steps"] if step not in exports]}
