@@ -35,8 +35,8 @@ EVALUATED_ONPOLICY = {
     "training": {"sequenceLength": 512, "globalBatchTokens": 8192},
     "evaluation": EVALUATED,
     "export": {"stages": ["onpolicy"]},
-    "runtime": {"report": True},
 }
+REPORTED_ONPOLICY = {**EVALUATED_ONPOLICY, "runtime": {"report": True}}
 UPCYCLED = {"student": {"shape": "tiny", "gpus": 2, "init": {"upcycle": {"model": "s3://models/dense"}}}}
 SCHEDULING = {
     "nodeSelector": {"pool": "a"},
@@ -76,8 +76,9 @@ CHILDREN = [
     ),
     *(
         pytest.param(f"onpolicy{suffix}", EVALUATED_ONPOLICY, id=f"OnPolicy{suffix}")
-        for suffix in ("-sampler", "-teacher", "", "-evaluate", "-export", "-report")
+        for suffix in ("-sampler", "-teacher", "", "-evaluate", "-export")
     ),
+    pytest.param("onpolicy-report", REPORTED_ONPOLICY, id="report"),
 ]
 ROLES = {
     "init": "init",
@@ -315,7 +316,7 @@ def test_the_jobs_of_an_on_policy_stage_share_the_runs_gpus(
     [
         pytest.param("init", UPCYCLED, "init", "vpmoe/trainer:1", id="init"),
         pytest.param("onpolicy-export", EVALUATED_ONPOLICY, "export", "vpmoe/inference:1", id="export"),
-        pytest.param("onpolicy-report", EVALUATED_ONPOLICY, "report", "vpmoe/inference:1", id="report"),
+        pytest.param("onpolicy-report", REPORTED_ONPOLICY, "report", "vpmoe/inference:1", id="report"),
     ],
 )
 def test_a_step_that_writes_a_model_has_one_pod_without_a_gpu_and_may_run_on_nodes_without(
