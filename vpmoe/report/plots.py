@@ -191,7 +191,7 @@ def reverse_kl(data: RunData) -> Plot:
         "Distance to the teacher, on what the student writes itself",
         "Does the teacher agree more and more with what the student writes?",
         "KL(student‖teacher) in nats a token, estimated from the sampled tokens of each window; 0 is full "
-        "agreement.",
+        "agreement, and an estimate may be below.",
         _span_lines(_stage_points(data, "step", lambda line: line.get("reverseKl")), "lines+markers"),
         _over_tokens(data, "nats a token", "OnPolicy"),
         missing=_missing_stage(data, "OnPolicy", "Waits for the first window of stage {} to be trained on."),

@@ -69,6 +69,7 @@ class Activity:
 
     @property
     def hours(self) -> float:
+        """How long it ran."""
         return (self.end - self.start) / timedelta(hours=1)
 
 
