@@ -33,8 +33,8 @@ RUN = "demo"
 MANIFEST = "manifests/examples/demo.yaml"
 BUCKETS = ("corpora", "models", "vpmoe")
 TEACHER = "tiny-gpt-oss"
-PICTURE = "demo.svg"
-"""File beside the kubeconfig."""
+PICTURE, REPORT = "demo.svg", "report.html"
+"""Files beside the kubeconfig."""
 MODEL = "model"
 """Folder beside the kubeconfig."""
 QUESTION = "Why does the Moon always show the same face to Earth?"
@@ -136,7 +136,7 @@ def follow(cluster: Cluster) -> dict[str, Any]:
 
 
 def report(cluster: Cluster, store: Any, run: dict[str, Any]) -> None:
-    """Print what the student learned, a picture of the losses, and where everything is."""
+    """Print what the student learned, a picture of the losses, the run's report, and where everything is."""
     show_command("kubectl", "get", "distillruns", "--output=wide")
     say(cluster.kubectl("get", "distillruns", "--namespace", NAMESPACE, "--output=wide").rstrip())
     status, folder = run["status"], run["status"]["provenance"]["folder"]
@@ -144,6 +144,9 @@ def report(cluster: Cluster, store: Any, run: dict[str, Any]) -> None:
     stages = read_metrics(store, prefix, [stage["name"] for stage in run["spec"]["stages"]])
     say("\n" + "\n".join(summary(stages)))
     say(f"\nPicture      {plot(stages, cluster.kubeconfig.with_name(PICTURE)).resolve()}")
+    page = cluster.kubeconfig.with_name(REPORT)
+    store.download_file("vpmoe", f"{prefix}/report/index.html", str(page))
+    say(f"Report       {page.resolve()}")
     say(f"Model        {status['model']}")
     say(f"Checkpoint   {status['checkpoint']['manifest']}")
     say(f"Dataset      {status['provenance']['dataset']['manifest']}")

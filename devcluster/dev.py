@@ -65,7 +65,7 @@ def up() -> Cluster:
 def operator_hash() -> str:
     """sha256 of the operator's sources. Pods mount the checkout, so an edit must restart the operator."""
     digest = hashlib.sha256()
-    for folder in ("operator/distill_operator", "vpmoe/api"):
+    for folder in ("operator/distill_operator", "vpmoe/api", "vpmoe/plan"):
         for path in sorted((host.CHECKOUT / folder).rglob("*.py")):
             digest.update(path.relative_to(host.CHECKOUT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -21,6 +21,7 @@ from botocore.loaders import JSONFileLoader
 from devcluster import binaries, install
 from devcluster import cluster as selected
 from devcluster.cluster import Cluster, up
+from tests.fakes import browser
 from tests.fakes.control_plane import ControlPlane
 from tests.fakes.store import S3, small_run
 from tests.fakes.waiting import answers, wait_until
@@ -39,6 +40,7 @@ hypothesis.settings.load_profile("untimed")
 
 LANES = {
     "s3": "server",
+    "browser": "server",
     "teacher_address": "engine",
     "engines": "engine",
     "helm": "cluster",
@@ -71,6 +73,8 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         return
     lanes = {marker.name for item in session.items for marker in item.iter_markers()}
     programs = {"versitygw"} if "server" in lanes else set()
+    if any("browser" in getattr(item, "fixturenames", ()) for item in session.items):
+        browser.program()  # installs it
     if "cluster" in lanes and selected.choice() != "current":
         programs |= {"versitygw", "kube-apiserver", "training-operator"}
     capture = session.config.pluginmanager.getplugin("capturemanager")

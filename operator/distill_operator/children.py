@@ -58,7 +58,7 @@ def build_child(attempt: Attempt) -> Json:
             if spec.runtime.backend == PYTORCHJOB.name
             else build_train_job(attempt, stage)
         )
-    if role in ("init", "export"):  # reads a model and writes files, on a CPU
+    if role in ("init", "export", "report"):  # reads objects and writes files, on a CPU
         return _job(attempt, SINGLE_POD, build_pod(attempt, 0))
     if role == "sampler":
         gpus = stage.sampler_gpus if stage is not None else 0

@@ -23,7 +23,7 @@ from vpmoe.api.environment import RESERVED_ENV, EnvVar
 from vpmoe.api.runtime import Role, Toleration, is_extended
 from vpmoe.api.text import write_yaml
 
-INFERENCE: tuple[Role, ...] = ("rescore", "teacher", "sampler", "evaluate", "export")
+INFERENCE: tuple[Role, ...] = ("rescore", "teacher", "sampler", "evaluate", "export", "report")
 """Roles that load a model in vLLM, or write one. Their pods run the inference image."""
 USER = 65532
 WORKING_FOLDER = "/opt/vpmoe"

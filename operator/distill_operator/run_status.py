@@ -8,6 +8,7 @@ watch. The run is Stalled if any step is. Per-step decisions are in step_logic.p
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from distill_operator.estimate import estimated_end
 from distill_operator.plan_builder import PlanBuilder, StepContext, StepSummary
 from vpmoe.api import DistillRun, Stage
 from vpmoe.api.run import INIT, RESCORE
@@ -16,7 +17,7 @@ from vpmoe.api.status import Status, StepStatus
 
 ROLE_SHARES: Mapping[Role, float] = {"preprocess": 0.05, "rescore": 0.05, "evaluate": 0.01}
 """Share of the whole run that each step of these roles counts for. The stages divide the rest by their
-tokens; init, exports and steps beside a trainer count for nothing."""
+tokens; init, exports, reports and steps beside a trainer count for nothing."""
 
 
 def summarize_run(builder: PlanBuilder, run: DistillRun, contexts: Sequence[StepContext]) -> None:
@@ -39,6 +40,7 @@ def summarize_run(builder: PlanBuilder, run: DistillRun, contexts: Sequence[Step
         _choose_headline(
             builder, cause, [(step, summaries[step.name]) for step in contexts if step.name in summaries]
         )
+    _set_eta(builder, run)
 
 
 def percent_done(run: DistillRun, status: Status) -> str:
@@ -101,6 +103,15 @@ def _set_columns(builder: PlanBuilder, context: StepContext) -> None:
         builder.update(loss=progress.loss if progress else None)
     if context.step.attempt:
         builder.update(step=context.name)
+
+
+def _set_eta(builder: PlanBuilder, run: DistillRun) -> None:
+    """Set ETA while a stage trains. Between stages it stays, and a run that does not run has none."""
+    end = estimated_end(run, builder.status)
+    if builder.status.phase != "Running":
+        builder.update(eta=None)
+    elif end is not None:
+        builder.update(eta=f"{end:%Y-%m-%dT%H:%MZ}")
 
 
 def _success_message(status: Status) -> str:

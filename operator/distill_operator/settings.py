@@ -30,7 +30,7 @@ class Images(SettingsModel):
     trainer: str
     """Preprocessing and training."""
     inference: str
-    """Rescoring, teacher, sampler, evaluation and export."""
+    """Rescoring, teacher, sampler, evaluation, export and report."""
 
 
 class Backoff(SettingsModel):

@@ -479,6 +479,9 @@ def _fail(context: StepContext, failure: Failure) -> None:
     if failures < attempts:
         _retry(context, message, failures=1)
         return
+    if context.run.role(step.name) == "report":
+        _skip(context, message)
+        return
     context.update(
         state="Failed",
         failures=failures,
@@ -501,6 +504,9 @@ def _interrupt(context: StepContext, failure: Failure) -> None:
     if interruptions < limit:
         _retry(context, message, interruptions=1)
         return
+    if context.run.role(step.name) == "report":
+        _skip(context, message)
+        return
     context.update(
         state="Failed",
         interruptions=interruptions,
@@ -509,6 +515,11 @@ def _interrupt(context: StepContext, failure: Failure) -> None:
         "Remove the cause, then raise runtime.interruptions to continue.",
         reason=INTERRUPTIONS_EXHAUSTED,
     )
+
+
+def _skip(context: StepContext, message: str) -> None:
+    """A report that cannot be made: the run goes on, and its result does not depend on it."""
+    _record_success(context, f"{message}. The run goes on without it: vpmoe report makes it at any time.")
 
 
 def _retry(context: StepContext, message: str, failures: int = 0, interruptions: int = 0) -> None:

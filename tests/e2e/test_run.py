@@ -119,7 +119,10 @@ def test_a_run_succeeds_and_its_loss_decreases_in_both_spans(runs: dict[str, Any
     beside = ("vanilla-validity",) if name == MEASURED else ()
     assert steps == [
         (step, "Succeeded")
-        for step in ("init", "preprocess", *beside, "vanilla", "vanilla-evaluate", "vanilla-export")
+        for step in (
+            *("init", "preprocess", *beside, "vanilla", "vanilla-evaluate", "vanilla-export"),
+            "vanilla-report",
+        )
     ]
     for span in ("reasoning", "final"):
         assert status["heldOut"]["latest"][span] < status["heldOut"]["before"][span] - 0.5
@@ -235,6 +238,7 @@ def test_the_bucket_has_the_documented_layout(runs: dict[str, Any], s3_client: A
         f"{folder}/init.json",
         f"{folder}/init/manifest.json",
         f"{folder}/steps/vanilla/progress.json",
+        f"{folder}/report/index.html",  # also a step that could not write it counts as succeeded
     }
     assert any(key.startswith(f"{folder}/steps/vanilla/metrics/") and key.endswith(".jsonl") for key in keys)
     assert any(
@@ -270,9 +274,9 @@ def test_kubectl_shows_status_events_and_documentation(
     table = cluster.kubectl("get", "distillruns", "--namespace", namespace).splitlines()
     assert table[0].split() == ["NAME", "PHASE", "STEP", "PROGRESS", "TOKENS/S", "LOSS", "AGE"]
     assert {line.split()[0]: line.split()[1:4] for line in table[1:]} == {
-        name: ["Succeeded", "vanilla-export", "100%"] for name in RUNS
+        name: ["Succeeded", "vanilla-report", "100%"] for name in RUNS
     }
-    for column in ("TEACHER", "MODEL", "CONFIG"):
+    for column in ("ETA", "TEACHER", "MODEL", "CONFIG"):
         assert column in cluster.kubectl("get", "drun", "--namespace", namespace, "--output=wide")
     described = cluster.kubectl("describe", "distillrun", "one-pod", "--namespace", namespace)
     assert "Succeeded" in described and "Events:" in described

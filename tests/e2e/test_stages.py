@@ -51,7 +51,10 @@ STAGES = [
     },
 ]
 ROLES = ("onpolicy-sampler", "onpolicy-teacher", "onpolicy")
-STEPS = ("preprocess", "rescore", "vanilla", "rescored", "forced", *ROLES, "onpolicy-export")
+STEPS = (
+    *("preprocess", "rescore", "vanilla", "vanilla-report", "rescored", "rescored-report"),
+    *("forced", "forced-report", *ROLES, "onpolicy-export", "onpolicy-report"),
+)
 LATEST_KILLS = {
     "preprocess": [2.0],
     "rescore": [40.0],
@@ -235,6 +238,8 @@ def test_a_run_of_all_kinds_of_stages_succeeds(bench: StageRuns, name: str) -> N
         )
     else:
         assert [step["attempt"] for step in status["steps"]] == [1] * len(STEPS)
+    reports = [step for step in status["steps"] if step["name"].endswith("-report")]
+    assert all(step["message"].startswith("Wrote s3://") for step in reports), reports
 
 
 def test_rescoring_ran_beside_vanilla_and_before_the_stages_that_need_it(bench: StageRuns) -> None:

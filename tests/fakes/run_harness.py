@@ -116,7 +116,9 @@ class RunHarness:
         """A run of one GPU.
 
         `script` is its stand-ins' script (standin/jobs/script.py); `changes` replace fields of its spec.
+        It has no reports unless spec.runtime.report says so.
         """
+        runtime = {"report": False, **changes.pop("runtime", {})}
         spec = {
             "dataset": {
                 "source": f"s3://{self.bucket}/none",
@@ -131,6 +133,7 @@ class RunHarness:
             "evaluation": {"completions": 0},
             "export": {"stages": []},
             "storage": self.storage(install.SECRET),
+            "runtime": copy.deepcopy(runtime),
             **copy.deepcopy(changes),
         }
         return {

@@ -56,7 +56,9 @@ SETTINGS = Settings.model_validate(
 
 
 def manifest(**spec: Any) -> dict[str, Any]:
-    """A DistillRun as the API server returns it. Keywords replace fields of its spec."""
+    """A DistillRun as the API server returns it. Keywords replace fields of its spec. It has no reports
+    unless spec.runtime.report says so."""
+    runtime = {"report": False, **spec.pop("runtime", {})}
     return {
         "apiVersion": "vpmoe.dev/v1alpha1",
         "kind": "DistillRun",
@@ -78,6 +80,7 @@ def manifest(**spec: Any) -> dict[str, Any]:
             "evaluation": {"completions": 0},
             "export": {"stages": []},
             "storage": {"endpoint": "http://s3:9000", "bucket": "vpmoe", "prefix": "here"},
+            "runtime": copy.deepcopy(runtime),
             **copy.deepcopy(spec),
         },
     }
@@ -293,7 +296,7 @@ class SimulatedCluster:
                 assert (
                     stage is None
                     or step == stage.name
-                    or run.role(step) in ("evaluate", "export")
+                    or run.role(step) in ("evaluate", "export", "report")
                     or self.step(stage.name).state != "Succeeded"
                 ), name
                 assert all(self.step(needed).state == "Succeeded" for needed in run.needs(step)), (

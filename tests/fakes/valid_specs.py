@@ -32,6 +32,7 @@ RUNTIME: dict[str, Any] = {
     "interruptions": 9,
     "stalledAfter": "1h",
     "onStall": "Restart",
+    "report": False,
     "resources": {"train": {"limits": {"memory": "256Gi"}}},
     "serviceAccountName": "other",
     "imagePullSecrets": [{"name": "registry"}],

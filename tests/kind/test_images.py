@@ -165,7 +165,10 @@ def test_no_layer_has_a_setting_of_the_machine_that_built_it(
         ("operator", ["python", "-m", "distill_operator", "--help"]),
         ("trainer", ["python", "-c", "import jobs.preprocess, jobs.train, jobs.clear, megatron.core, torch"]),
         ("trainer", ["gcc", "--version"]),
-        ("inference", ["python", "-c", "import jobs.rescore, jobs.teacher, jobs.sampler, jobs.evaluate"]),
+        (
+            "inference",
+            ["python", "-c", "import jobs.rescore, jobs.teacher, jobs.sampler, jobs.evaluate, jobs.report"],
+        ),
         ("inference", ["python", "-c", "import jobs.train, jobs.forced_teacher, megatron.core"]),
         ("inference", ["python", "-m", "vllm.entrypoints.openai.api_server", "--help"]),
         ("inference", ["gcc", "--version"]),

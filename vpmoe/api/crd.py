@@ -37,6 +37,7 @@ COLUMNS = (
         "What the stage minimises, in nats per token: cross-entropy, or the reverse KL in an OnPolicy stage.",
     ),
     ("Age", "date", ".metadata.creationTimestamp", 0, "Time since the run was created."),
+    ("ETA", "string", ".status.eta", 1, "When all stages will have been trained and evaluated, about."),
     ("Teacher", "string", ".spec.teacher.model", 1, "The teacher model."),
     ("Model", "string", ".status.model", 1, "Folder of the exported model."),
     ("Config", "string", ".status.config", 1, "First 16 hex digits of the configuration's hash."),

@@ -28,7 +28,8 @@ API_VERSION = f"{GROUP}/{VERSION}"
 INIT, PREPROCESS, RESCORE = "init", "preprocess", "rescore"
 RUN_ROLES: dict[str, Role] = {INIT: "init", PREPROCESS: "preprocess", RESCORE: "rescore"}
 """Steps that do not belong to a stage, and their roles."""
-SAMPLER, TEACHER, VALIDITY, EVALUATE, EXPORT = "sampler", "teacher", "validity", "evaluate", "export"
+SAMPLER, TEACHER, VALIDITY, EVALUATE = "sampler", "teacher", "validity", "evaluate"
+EXPORT, REPORT = "export", "report"
 """Suffixes of a stage's other steps, as in <stage>-sampler. A stage's name has no hyphen and is none of
 these."""
 BESIDE_TRAINER = (SAMPLER, TEACHER, VALIDITY)
@@ -60,7 +61,7 @@ configuration."""
 
 def needs_gpus(step: str) -> bool:
     """Whether the pods of the step of that name have GPUs."""
-    return step not in (INIT, PREPROCESS) and not step.endswith(f"-{EXPORT}")
+    return step not in (INIT, PREPROCESS) and not step.endswith((f"-{EXPORT}", f"-{REPORT}"))
 
 
 RUN_NAME = TextPattern(
@@ -218,21 +219,32 @@ class DistillRun(ApiModel):
 
     def steps(self) -> tuple[str, ...]:
         """Names of the run's steps in order: init if the student begins with a dense model, preprocess,
-        rescore if a stage needs it, those of each stage, then the exports."""
+        rescore if a stage needs it, those of each stage and its report, then the exports and the last
+        report."""
         stages = self.spec.stages
         init = (INIT,) if self.upcycle is not None else ()
         rescore = (RESCORE,) if any(stage.needs_rescoring for stage in stages) else ()
-        exports = (f"{stage.name}-{EXPORT}" for stage in stages if stage.name in self.spec.export.stages)
+        reports = {
+            stage.name: (f"{stage.name}-{REPORT}",) if self.spec.runtime.report else () for stage in stages
+        }
         return (
             *init,
             PREPROCESS,
             *rescore,
-            *(step for stage in stages for step in self.steps_of(stage)),
-            *exports,
+            *(step for stage in stages[:-1] for step in (*self.steps_of(stage), *reports[stage.name])),
+            *self.steps_of(stages[-1]),
+            *self._exports,
+            *reports[stages[-1].name],
         )
 
+    @property
+    def _exports(self) -> tuple[str, ...]:
+        stages = self.spec.stages
+        return tuple(f"{stage.name}-{EXPORT}" for stage in stages if stage.name in self.spec.export.stages)
+
     def steps_of(self, stage: Stage) -> tuple[str, ...]:
-        """Names of a stage's steps in order, without its export. The training step has the stage's name.
+        """Names of a stage's steps in order, without its export and its report. The training step has the
+        stage's name.
 
         If the stage samples, its sampler and teacher steps run beside the training step. If its stop requires
         a validity that nothing else measures, the step validity does. If the evaluation measures completions
@@ -275,6 +287,7 @@ class DistillRun(ApiModel):
             VALIDITY: "evaluate",
             EVALUATE: "evaluate",
             EXPORT: "export",
+            REPORT: "report",
         }
         return roles[step.partition("-")[2]]
 
@@ -289,7 +302,8 @@ class DistillRun(ApiModel):
         validity, which takes one of these GPUs: beside a Vanilla stage it may start later than the stage.
         If rescoring takes GPUs of the student too (rescore.gpus), Vanilla stages wait for it as well. So
         steps that run at the same time never need more than teacher.gpus + student.gpus. Exports start when
-        all other steps have succeeded, so that the run has no use for its GPUs any more.
+        all other steps but the last report have succeeded, so that the run has no use for its GPUs any more.
+        A stage's report follows the stage, that of the last stage the exports; nothing waits for it.
         """
         stage, role = self.stage_of(step), self.role(step)
         if stage is None:
@@ -298,6 +312,8 @@ class DistillRun(ApiModel):
             return self.steps_of(stage)[:-1]
         if role == "export":
             return self._last_steps(self.spec.stages[-1])
+        if role == "report":
+            return (stage is self.spec.stages[-1] and self._exports) or self._last_steps(stage)
         position = self.spec.stages.index(stage)
         last = self._last_steps(self.spec.stages[position - 1]) if position else self._first_steps
         waits = RESCORE in self.steps() and (

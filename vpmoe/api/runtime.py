@@ -12,7 +12,7 @@ from vpmoe.api.environment import EnvFromSource, EnvVar, repeated_name
 from vpmoe.api.quantities import Duration, QuantityText
 from vpmoe.api.storage import SECRET
 
-Role = Literal["init", "preprocess", "rescore", "train", "teacher", "sampler", "evaluate", "export"]
+Role = Literal["init", "preprocess", "rescore", "train", "teacher", "sampler", "evaluate", "export", "report"]
 
 NAME = TextPattern(
     r"|[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", "must be the name of an object in the cluster, or empty", 253
@@ -244,9 +244,12 @@ class RuntimeSpec(ApiModel):
     sets the condition Stalled. Restart also deletes its pods and makes a new attempt, which counts as a
     failure; progress that cannot be read is never a reason, and a step must start within stalledAfter. Can be
     changed at any time."""
+    report: bool = True
+    """Whether a step without GPUs writes the run's report, report/index.html, after each stage. If it fails,
+    the run goes on without it."""
     resources: dict[Role, Resources] = Field(default={})
     """Resource requests and limits by role: init, preprocess, rescore, train, teacher, sampler, evaluate,
-    export. A role that is absent uses the defaults of the chart."""
+    export, report. A role that is absent uses the defaults of the chart."""
     service_account_name: Annotated[str, NAME] = ""
     """Service account of the run's pods; empty uses the namespace's default. Pods need no permissions in the
     cluster."""

@@ -25,9 +25,9 @@ MAX_IMAGES = 8
 """Most images of a step that a status keeps."""
 MAX_IMAGE, MAX_DIGEST = 512, 160
 """Longest reference and digest of an image in a status, in characters."""
-MOST_STEPS = 42
-"""Most steps of a run: init, preprocess, four in each of eight OnPolicy stages, and an export of each. A run
-with rescore has fewer, because a Rescored stage has two and an export."""
+MOST_STEPS = 50
+"""Most steps of a run: init, preprocess, four in each of eight OnPolicy stages, and an export and a report of
+each. A run with rescore has fewer, because a Rescored stage has two, an export and a report."""
 
 
 def _shortened(text: str) -> str:
@@ -115,7 +115,8 @@ class StepStatus(StatusRecord):
 
     name: StepName
     """Name of the step: init, preprocess, rescore, the stage's name for its training step, or
-    <stage>-sampler, <stage>-teacher, <stage>-validity, <stage>-evaluate, <stage>-export."""
+    <stage>-sampler, <stage>-teacher, <stage>-validity, <stage>-evaluate, <stage>-export,
+    <stage>-report."""
     state: StepState = "Pending"
     """Pending, Queued for GPUs, Running, Suspended, Retrying after a failure, Succeeded or Failed."""
     attempt: Count = 0
@@ -217,6 +218,10 @@ class Status(StatusRecord):
     """Share of the whole run that is done, such as "42%"."""
     tokens_per_second: Number | None = None
     """Tokens per second of that step, padding excluded."""
+    eta: Annotated[str, Field(max_length=20)] | None = None
+    """When the run will have trained and evaluated all of its stages, about, in UTC to the minute, such as
+    2026-11-30T04:10Z: at the present speed, and for later stages by the plan, times the factor by which the
+    present one is slower than planned. Absent if that is not known, and while no stage has trained."""
     loss: Number | None = None
     """What the stage minimises, in nats per token, reasoning and final weighted by spanWeights: the
     cross-entropy of the latest optimizer step; in an OnPolicy stage the reverse KL over the latest window."""

@@ -28,6 +28,7 @@ SUBCOMMANDS = {
     "export": "model",
     "init": "model",
     "plan": "",
+    "report": "report",
     "validate": "",
     "verify": "data",
 }

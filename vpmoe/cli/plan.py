@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vpmoe.api import DistillRun, Invalid, load_run
-from vpmoe.api.card import GIB, parse_card_memory
+from vpmoe.api.card import parse_card_memory
 from vpmoe.api.quantities import parse_tokens
 from vpmoe.api.termination import EXIT_CODES
 
@@ -23,8 +23,6 @@ HELP = "hours, GPUs, bytes and memory of a run, before anything is spent"
 EFFORTS = ("low", "medium", "high")
 WORK = ("preprocess", "train", "sample", "score", "hidden")
 CARDS = ("h100-80", "h200-141")
-LARGE = 100 * GIB
-"""Memory from which a card counts as the larger one, if --gpu does not say."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,12 +102,11 @@ def assumptions(planned: DistillRun, arguments: argparse.Namespace) -> "Assumpti
     """What the command line adds to the specification. Raises Invalid."""
     from vpmoe.plan.plan import Assumptions
     from vpmoe.plan.throughput import CARDS as BY_NAME
-    from vpmoe.plan.throughput import Work
+    from vpmoe.plan.throughput import Work, suggested_card
 
     written = planned.spec.runtime.gpu_memory
     memory = parse_card_memory(written) if written and not arguments.gpu else None
-    name = arguments.gpu or ("h200-141" if memory and memory >= LARGE else "h100-80")
-    card = BY_NAME[name]
+    card = BY_NAME[arguments.gpu] if arguments.gpu else suggested_card(memory)
     room = planned.spec.training.sequence_length - arguments.prompt
     if room < 1:
         raise Invalid(

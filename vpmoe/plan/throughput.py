@@ -24,6 +24,13 @@ class Card:
 
 
 CARDS = {card.name: card for card in (Card("h100-80", 79 * GIB), Card("h200-141", 139 * GIB))}
+LARGE = 100 * GIB
+"""Memory from which a card counts as the larger one."""
+
+
+def suggested_card(memory: int | None) -> Card:
+    """The card that runtime.gpuMemory suggests, given its bytes; None if the run does not say."""
+    return CARDS["h200-141" if memory and memory >= LARGE else "h100-80"]
 
 
 @dataclass(frozen=True)

@@ -112,14 +112,20 @@ class Bucket:
 
     # Writing
 
-    def put_bytes(self, key: str, data: bytes, metadata: Mapping[str, str]) -> Stored:
-        """Write a small object, replacing any. Its sha256 is in its metadata, and `get` verifies it."""
+    def put_bytes(
+        self, key: str, data: bytes, metadata: Mapping[str, str], *, content_type: str | None = None
+    ) -> Stored:
+        """Write a small object, replacing any. Its sha256 is in its metadata, and `get` verifies it.
+
+        `content_type`: for an object that a browser opens; by default the store's.
+        """
         stored = hash_bytes(key, data)
-        self._put(key, data, self._checked(key, {**metadata, "sha256": stored.sha256}))
+        checked = self._checked(key, {**metadata, "sha256": stored.sha256})
+        self._put(key, data, checked, **({"ContentType": content_type} if content_type else {}))
         return stored
 
     def write_json(self, key: str, value: object, metadata: Mapping[str, str] = {}) -> Stored:
-        """Write `value` as JSON, replacing any. For progress.json, the only object that changes."""
+        """Write `value` as JSON, replacing any. For progress.json, which changes."""
         return self.put_bytes(key, json_bytes(value), metadata)
 
     def create(self, key: str, data: bytes, metadata: Mapping[str, str]) -> bool:
@@ -151,11 +157,13 @@ class Bucket:
                 return self.put_bytes(key, first, metadata)
             return self._put_multipart(key, chain([first], blocks), metadata)
 
-    def _put(self, key: str, data: bytes, metadata: Mapping[str, str], **condition: Any) -> None:
+    def _put(self, key: str, data: bytes, metadata: Mapping[str, str], **further: Any) -> None:
+        condition = "IfNoneMatch" in further
+
         def put() -> None:
             try:
                 self._client.put_object(
-                    Bucket=self.name, Key=self.prefix + key, Body=data, Metadata=metadata, **condition
+                    Bucket=self.name, Key=self.prefix + key, Body=data, Metadata=metadata, **further
                 )
             except ClientError as error:
                 if condition and status_and_code(error)[0] == 412:

@@ -24,6 +24,7 @@
       …/rollouts/<stage>/v000012/part-000003.rollouts.arrow, part-000003.scores-00.arrow
       …/models/<stage>/…, manifest.json          the exported student of a stage
       …/steps/<stage>-export/parts/<file>.json   what an export has uploaded so far
+      …/report/index.html                        what happened in the run, for people
 
 Folders have no slash at their end.
 """
@@ -201,6 +202,11 @@ def turn(of: "DistillRun", step: str, number: int) -> str:
 def model(of: "DistillRun", stage: str) -> str:
     """Folder of the exported student of a stage: a model folder for transformers and vLLM."""
     return f"{run(of)}/models/{stage}"
+
+
+def report(of: "DistillRun") -> str:
+    """The report of the run, a page for people; overwritten after each stage."""
+    return f"{run(of)}/report/index.html"
 
 
 def export_part(of: "DistillRun", stage: str, file: str) -> str:

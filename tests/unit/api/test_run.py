@@ -215,15 +215,19 @@ def test_the_defaults_of_all_kinds_of_stages() -> None:
         "rescore",
         "first",
         "first-evaluate",
+        "first-report",
         "rescored",
         "rescored-evaluate",
+        "rescored-report",
         "forced",
         "forced-evaluate",
+        "forced-report",
         "onpolicy-sampler",
         "onpolicy-teacher",
         "onpolicy",
         "onpolicy-evaluate",
         "onpolicy-export",
+        "onpolicy-report",
     )
     assert run.stage("forced") is forced
 
@@ -352,6 +356,7 @@ def test_a_step_needs_the_stage_before_its_scores_and_the_teachers_gpus(
         "spec.stages": stages,
         "spec.evaluation": evaluation,
         "spec.export": {"stages": []},
+        "spec.runtime": {"report": False},
         "spec.student.init": init,
     }
     run = DistillRun.parse(valid_specs.manifest(changes))
@@ -382,7 +387,8 @@ def test_exports_are_the_last_steps_and_need_all_others(
         for i, kind in enumerate(kinds)
     ]
     changes = {"spec.stages": stages, "spec.evaluation": evaluation, **export}
-    run = DistillRun.parse(valid_specs.manifest(changes))
+    without_reports = {"spec.runtime": {"report": False}}
+    run = DistillRun.parse(valid_specs.manifest(changes | without_reports))
     steps = run.steps()
     assert steps[len(steps) - len(exports) :] == tuple(exports)
     assert {step: run.needs(step) for step in exports} == exports
@@ -391,6 +397,17 @@ def test_exports_are_the_last_steps_and_need_all_others(
         assert needs_gpus(step) is (run.role(step) not in ("preprocess", "export"))
         if step not in exports:
             assert not {*run.needs(step)} & {*exports}, "nothing waits for an export"
+    reported = DistillRun.parse(valid_specs.manifest(changes))
+    reports = {step: reported.needs(step) for step in reported.steps() if reported.role(step) == "report"}
+    assert tuple(step for step in reported.steps() if step not in reports) == steps
+    assert reports == {
+        "s0-report": run.steps_of(run.stage("s0"))[-1:],
+        "s1-report": run.steps_of(run.stage("s1"))[-1:],
+        "s2-report": tuple(exports) or ("s2-evaluate",),
+    }
+    for step in reported.steps():
+        assert not {*reported.needs(step)} & {*reports}, "nothing waits for a report"
+        assert step not in reports or not needs_gpus(step)
 
 
 def test_the_default_of_export_changes_neither_the_configuration_nor_its_hash() -> None:
@@ -455,7 +472,7 @@ def test_an_unknown_step_is_rejected() -> None:
             with pytest.raises(
                 KeyError,
                 match=f"{name} is not a step of minimal, which has preprocess, first, first-evaluate, "
-                "first-export",
+                "first-export, first-report",
             ):
                 method(name)
 
@@ -469,18 +486,23 @@ def test_role_and_stage_of_a_step() -> None:
         "rescore": "rescore",
         "first": "train",
         "first-evaluate": "evaluate",
+        "first-report": "report",
         "rescored": "train",
         "rescored-evaluate": "evaluate",
+        "rescored-report": "report",
         "forced": "train",
         "forced-evaluate": "evaluate",
+        "forced-report": "report",
         "onpolicy-sampler": "sampler",
         "onpolicy-teacher": "teacher",
         "onpolicy": "train",
         "onpolicy-evaluate": "evaluate",
         "onpolicy-export": "export",
+        "onpolicy-report": "report",
     }
     assert [run.stage_of(step) for step in ("init", "preprocess", "rescore")] == [None, None, None]
-    assert [step for step in run.steps() if not needs_gpus(step)] == ["init", "preprocess", "onpolicy-export"]
+    without_gpus = [step for step in run.steps() if not needs_gpus(step) and run.role(step) != "report"]
+    assert without_gpus == ["init", "preprocess", "onpolicy-export"]
     for stage in run.spec.stages:
         assert {run.stage_of(step) for step in run.steps_of(stage)} == {stage}
 

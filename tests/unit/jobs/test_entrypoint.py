@@ -156,7 +156,8 @@ def test_an_error_ends_the_job_with_its_code_and_one_line(
     [
         pytest.param(
             ["--step", "rescored"],
-            "--step rescored: the run has no such step. Choose one of preprocess, vanilla, vanilla-export.",
+            "--step rescored: the run has no such step. Choose one of preprocess, vanilla, vanilla-export, "
+            "vanilla-report.",
             id="step",
         ),
         pytest.param(
@@ -280,7 +281,8 @@ def test_a_job_runs_the_first_unfinished_step_of_its_role(
 def test_a_job_without_a_step_in_the_run_is_rejected(start: Start) -> None:
     with pytest.raises(
         Permanent,
-        match=r"jobs\.sampler has nothing to do: the run's steps are preprocess, vanilla, vanilla-export\.",
+        match=r"jobs\.sampler has nothing to do: the run's steps are preprocess, vanilla, vanilla-export, "
+        r"vanilla-report\.",
     ):
         start("sampler")
 

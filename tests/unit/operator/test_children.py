@@ -36,6 +36,7 @@ EVALUATED_ONPOLICY = {
     "evaluation": EVALUATED,
     "export": {"stages": ["onpolicy"]},
 }
+REPORTED_ONPOLICY = {**EVALUATED_ONPOLICY, "runtime": {"report": True}}
 UPCYCLED = {"student": {"shape": "tiny", "gpus": 2, "init": {"upcycle": {"model": "s3://models/dense"}}}}
 SCHEDULING = {
     "nodeSelector": {"pool": "a"},
@@ -77,6 +78,7 @@ CHILDREN = [
         pytest.param(f"onpolicy{suffix}", EVALUATED_ONPOLICY, id=f"OnPolicy{suffix}")
         for suffix in ("-sampler", "-teacher", "", "-evaluate", "-export")
     ),
+    pytest.param("onpolicy-report", REPORTED_ONPOLICY, id="report"),
 ]
 ROLES = {
     "init": "init",
@@ -86,6 +88,7 @@ ROLES = {
     "onpolicy-teacher": "teacher",
     "onpolicy-evaluate": "evaluate",
     "onpolicy-export": "export",
+    "onpolicy-report": "report",
 }
 """Role of each step that does not train."""
 
@@ -327,6 +330,7 @@ def test_the_jobs_of_an_on_policy_stage_share_the_runs_gpus(
     [
         pytest.param("init", UPCYCLED, "init", "vpmoe/trainer:1", id="init"),
         pytest.param("onpolicy-export", EVALUATED_ONPOLICY, "export", "vpmoe/inference:1", id="export"),
+        pytest.param("onpolicy-report", REPORTED_ONPOLICY, "report", "vpmoe/inference:1", id="report"),
     ],
 )
 def test_a_step_that_writes_a_model_has_one_pod_without_a_gpu_and_may_run_on_nodes_without(

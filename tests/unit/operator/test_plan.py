@@ -349,6 +349,50 @@ def test_an_export_starts_after_the_last_stage_and_the_run_releases_its_gpus() -
     assert status.message.endswith(f"Model: {model}")
 
 
+REPORTED: dict[str, Any] = {
+    "stages": [{"name": name, "kind": "Vanilla", "tokens": 1000} for name in ("vanilla", "second")],
+    "runtime": {"report": True, "attempts": 1, "interruptions": 1},
+}
+
+
+def test_a_report_runs_beside_the_next_stage_and_the_last_one_ends_the_run() -> None:
+    cluster = trained_run(**REPORTED)
+    assert cluster.reconcile().actions == (CreateChild("vanilla-report", 1), CreateChild("second", 1))
+    cluster.set_child_state("Running", step="second")
+    cluster.set_child_state("Succeeded", step="vanilla-report")
+    assert cluster.reconcile().status.step == "second", "people watch the step that trains"
+    assert cluster.step("vanilla-report").state == "Succeeded"
+    cluster.set_child_state("Succeeded", step="second")
+    assert cluster.reconcile().actions == (CreateChild("second-report", 1),)
+    assert (cluster.status.phase, cluster.status.holds_gpus) == ("Running", False)
+    cluster.set_child_state("Succeeded", step="second-report")
+    assert cluster.reconcile().status.phase == "Succeeded"
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        pytest.param(ERROR, id="error"),
+        pytest.param(Failure("Permanent", "an object is damaged"), id="permanent"),
+        pytest.param(Failure("Interrupted", "node drained"), id="interrupted"),
+    ],
+)
+def test_a_report_that_fails_for_good_fails_no_run(failure: Failure) -> None:
+    cluster = trained_run(**REPORTED)
+    cluster.reconcile()
+    cluster.set_child_state("Running", step="second")
+    cluster.set_child_state("Failed", failure, step="vanilla-report")
+    status = cluster.reconcile().status
+    step = cluster.step("vanilla-report")
+    assert (status.phase, status.step, step.state) == ("Running", "second", "Succeeded")
+    assert failure.message in step.message
+    assert step.message.endswith("The run goes on without it: vpmoe report makes it at any time.")
+    cluster.set_child_state("Succeeded", step="second")
+    cluster.reconcile()
+    cluster.set_child_state("Failed", failure, step="second-report")
+    assert cluster.reconcile().status.phase == "Succeeded"
+
+
 def test_of_several_exported_stages_the_status_names_the_model_of_the_latest() -> None:
     cluster = SimulatedCluster({"stages": ALL_KINDS[:2], "export": {"stages": ["rescored", "vanilla"]}})
     for _ in range(12):

@@ -151,9 +151,10 @@ def children_of_today(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_exports(status: dict[str, Any]) -> dict[str, Any]:
-    """The status without the steps that a run of an older operator gets now: the export of its last stage,
-    which waits for all others.
+    """The status without what a run of an older operator gets now: the estimate of its end, and the export of
+    its last stage, which waits for all others.
     """
+    status.pop("eta", None)
     exports = [step for step in status["steps"] if step["name"].endswith("-export")]
     assert all(step["state"] == "Pending" and step["attempt"] == 0 for step in exports)
     return {**status, "steps": [step for step in status["steps"] if step not in exports]}
@@ -171,9 +172,11 @@ def without_messages(document: Any) -> Any:
 
 def as_stored(recorded: dict[str, Any]) -> dict[str, Any]:
     """The recorded DistillRun with the reasoning effort that the API server of then added to it. Today's
-    default may be another one; the other defaults are still the same."""
+    default may be another one; the other defaults are still the same. It has no reports, which a run of an
+    older operator gets now beside its other steps."""
     stored = copy.deepcopy(recorded)
     stored["spec"]["dataset"].setdefault("conversation", {}).setdefault("effort", "high")
+    stored["spec"].setdefault("runtime", {})["report"] = False
     return stored
 
 
@@ -247,8 +250,8 @@ def test_children_equal_those_of_an_older_operator(example: str, settings: Setti
     run = DistillRun.parse(yaml.safe_load(recorded["configMap"]["data"]["run.yaml"]))
     config_hash = recorded["configMap"]["metadata"]["annotations"]["vpmoe.dev/config"]
     origin = Origin(config_hash, "d" * 64)
-    # Since then, the last stage is exported.
-    steps = [step for step in run.steps() if run.role(step) != "export"]
+    # Since then, the last stage is exported, and there are reports.
+    steps = [step for step in run.steps() if run.role(step) not in ("export", "report")]
     built = {step: build_child(Attempt(run, step, 2, origin, settings)) for step in steps}
     for step, child in built.items():
         for (_, template), (_, before) in zip(

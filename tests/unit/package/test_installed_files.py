@@ -22,6 +22,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 INFERENCE = (
     "jobs.evaluate",
     "jobs.forced_teacher",
+    "jobs.report",
     "jobs.rescore",
     "jobs.sampler",
     "jobs.teacher",

@@ -14,8 +14,8 @@ refuse  attempt:step at which it raises Permanent
 hang    attempt:step at which it does nothing for `hung` seconds, 45 by default; several, separated by commas
 
 Steps count from 0, parts of preprocessing are -1, -2, …, parts of rescoring -101, -102, …, windows sampled
--201, -202, …, windows scored -301, -302, …, an export is -401, and init -501; `vanilla@1:3` applies to step
-vanilla only.
+-201, -202, …, windows scored -301, -302, …, an export is -401, init -501, and a
+report -601; `vanilla@1:3` applies to step vanilla only.
 """
 
 import os
