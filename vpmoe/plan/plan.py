@@ -9,6 +9,7 @@ from vpmoe.api.card import GIB
 from vpmoe.api.layout import layout, teacher_processes
 from vpmoe.api.memory import STUDENTS
 from vpmoe.api.quantities import parse_quantity
+from vpmoe.api.rules import RULES
 from vpmoe.api.run import EVALUATE, INIT, PREPROCESS, RESCORE, DistillRun
 from vpmoe.api.spec import Spec
 from vpmoe.api.stages import OnPolicy, Stage
@@ -133,18 +134,14 @@ def worker_cores(spec: Spec) -> float:
     return min(MOST_CORES, (parse_quantity(written) if written else 0.0) or CHART_CORES)
 
 
-def best_split(gpus: int, teacher: float, student: float, expert_parallel: int = 1) -> tuple[int, int] | None:
-    """(GPUs of the teacher, of the student) with which a TeacherForced stage makes the most tokens, of those
-    with a whole number of copies of the experts; the fewest teachers of equals. None if there is none.
+def splits(gpus: int, teacher: float, student: float) -> list[tuple[int, int]]:
+    """(GPUs of the teacher, of the student): the ways to divide them in a TeacherForced stage, that with the
+    most tokens first; of equals, that with the fewest teachers. Every teacher has a student.
 
     `teacher`, `student`: tokens a second of one GPU.
     """
-    splits = [
-        (gpus - ranks, ranks)
-        for ranks in range(gpus - 1, 0, -1)
-        if ranks % expert_parallel == 0 and gpus - ranks <= ranks
-    ]
-    return max(splits, key=lambda split: min(split[0] * teacher, split[1] * student), default=None)
+    ways = [(teachers, gpus - teachers) for teachers in range(1, gpus // 2 + 1)]
+    return sorted(ways, key=lambda way: min(way[0] * teacher, way[1] * student), reverse=True)
 
 
 def make_plan(run: DistillRun, assumed: Assumptions) -> Plan:
@@ -367,7 +364,8 @@ class _Planner:
         assert teacher is not None and student is not None
         teachers = teacher_processes(spec.teacher, spec.student, stage)
         gpus = spec.teacher.gpus + spec.student.gpus
-        split = best_split(gpus, teacher, student, spec.student.expert_parallel)
+        ways = splits(gpus, teacher, student)
+        split = next((way for way in ways if self._accepted(stage, *way)), None)
         now = min(teachers * teacher, spec.student.gpus * student)
         most = min(split[0] * teacher, split[1] * student) if split else now
         text = f"{stage.name}: the students are busy for {100 * busy:.0f} % of the time"
@@ -378,6 +376,19 @@ class _Planner:
             )
         else:
             self._note(f"{text}; no other split of {gpus} GPUs makes more tokens")
+
+    def _accepted(self, stage: Stage, teacher: int, student: int) -> bool:
+        """Whether the API server accepts the stage with these GPUs, of the memory that is assumed."""
+        spec = self.spec.model_copy(
+            update={
+                "teacher": self.spec.teacher.model_copy(update={"gpus": teacher}),
+                "student": self.spec.student.model_copy(update={"gpus": student}),
+                "runtime": self.spec.runtime.model_copy(
+                    update={"gpu_memory": f"{self.assumed.memory // GIB}Gi"}
+                ),
+            }
+        )
+        return all(rule.broken(spec, stage) is None for rule in RULES if rule.each == "stages")
 
     def _checkpoints(self, stage: Stage, speed: float | None = None) -> CheckpointPlan:
         """The checkpoints of a stage that trains `speed` tokens a second, None if that is not known."""

@@ -15,11 +15,11 @@ from vpmoe.api.quantities import parse_quantity
 from vpmoe.inference import teacher_hidden, vllm_options
 from vpmoe.plan import memory, onpolicy
 from vpmoe.plan.onpolicy import rollout_totals
-from vpmoe.plan.plan import CHART_CORES, Assumptions, Plan, best_split, make_plan
+from vpmoe.plan.plan import CHART_CORES, Assumptions, Plan, make_plan, splits
 from vpmoe.plan.scoring import LEAST_TOKENS, MOST_TOKENS, forward_tokens, needed_to_score, scoring_share
 from vpmoe.plan.table import plan_text
 from vpmoe.plan.teacher import KNOWN, TeacherSize, known_teacher
-from vpmoe.plan.throughput import CARDS, MEASURED
+from vpmoe.plan.throughput import CARDS, MEASURED, Work
 from vpmoe.rollout import curriculum
 from vpmoe.rollout.forecast import Assumptions as Lengths
 from vpmoe.rollout.forecast import Forecast, forecast_phases
@@ -317,20 +317,62 @@ def test_the_large_release_fits_beside_a_teacherforced_stage_as_it_is_stored(
 
 
 @pytest.mark.parametrize(
-    "gpus, teacher, student, expert_parallel, split",
+    "gpus, teacher, student, best",
     [
-        pytest.param(8, 70_000, 11_300, 1, (1, 7), id="one-teacher-is-too-slow-by-a-little"),
-        pytest.param(8, 30_000, 11_300, 1, (2, 6), id="two"),
-        pytest.param(8, 30_000, 11_300, 4, (4, 4), id="experts-on-four-ranks"),
-        pytest.param(16, 66_000, 5950, 1, (2, 14), id="equal-at-the-fewest-teachers"),
-        pytest.param(2, 1, 1e9, 1, (1, 1), id="two-gpus"),
-        pytest.param(8, 10, 10, 8, None, id="no-split-has-a-valid-layout"),
+        pytest.param(8, 70_000, 11_300, [(1, 7), (2, 6), (3, 5), (4, 4)], id="one-teacher-is-enough"),
+        pytest.param(8, 30_000, 11_300, [(2, 6), (3, 5), (4, 4), (1, 7)], id="two"),
+        pytest.param(16, 66_000, 5950, [(2, 14), (3, 13)], id="sixteen"),
+        pytest.param(4, 1, 1, [(2, 2), (1, 3)], id="equal-speeds"),
+        pytest.param(9, 10, 1e9, [(4, 5), (3, 6), (2, 7), (1, 8)], id="every-teacher-has-a-student"),
+        pytest.param(2, 1, 1e9, [(1, 1)], id="two-gpus"),
     ],
 )
-def test_the_split_with_the_most_tokens(
-    gpus: int, teacher: float, student: float, expert_parallel: int, split: tuple[int, int] | None
+def test_the_split_with_the_most_tokens_comes_first(
+    gpus: int, teacher: float, student: float, best: list[tuple[int, int]]
 ) -> None:
-    assert best_split(gpus, teacher, student, expert_parallel) == split
+    found = splits(gpus, teacher, student)
+    assert found[: len(best)] == best and len(found) == gpus // 2
+
+
+@pytest.mark.parametrize(
+    "changes, card, split",
+    [
+        pytest.param({"spec.student.gpus": 7}, 79, (3, 5), id="any"),
+        pytest.param({"spec.student": {"gpus": 4, "expertParallel": 4}}, 79, None, id="experts"),
+        pytest.param(
+            {"spec.student": {"gpus": 8, "expertParallel": 4}, "spec.teacher.gpus": 4},
+            79,
+            None,
+            id="experts-on-eight",
+        ),
+        pytest.param({"spec.student": {"gpus": 8, "gpusPerPod": 4}}, 79, None, id="pods-of-four"),
+        pytest.param({"spec.student": {"gpus": 8, "gpusPerPod": 2}}, 79, (3, 6), id="pods-of-two"),
+        pytest.param({"spec.student.gpus": 3}, 79, None, id="two-ranks-have-too-little-memory"),
+        pytest.param({"spec.student.gpus": 3}, 139, (2, 2), id="two-ranks-have-enough"),
+        pytest.param(
+            {"spec.student": {"gpus": 4}, "spec.teacher.gpus": 3, "spec.training.globalBatchTokens": "32768"},
+            79,
+            None,
+            id="the-batch-is-four-sequences",
+        ),
+    ],
+)
+def test_only_a_split_that_the_api_server_accepts_is_proposed(
+    changes: dict[str, Any], card: int, split: tuple[int, int] | None
+) -> None:
+    run = DistillRun.parse(valid_specs.manifest(changes | {"spec.stages": [valid_specs.FORCED]}))
+    speeds: dict[Work, float] = {"train": 11_300, "hidden": 20_000}
+    plan = make_plan(run, Assumptions(H100, card * GIB, KNOWN["gpt-oss-20b"], speeds=speeds))
+    (note,) = (one for one in plan.sources if one.startswith("forced: the students"))
+    assert ("no other split" in note) == (split is None)
+    if split is not None:
+        teacher, student = split
+        assert f" {teacher} for the teacher and {student} for the student make" in note
+        proposed = {"spec.teacher.gpus": teacher, "spec.student.gpus": student}
+        if "spec.student" in changes:
+            proposed = {"spec.teacher.gpus": teacher, "spec.student": changes["spec.student"] | {"gpus": student}}
+        memory_field = {"spec.runtime.gpuMemory": f"{card}Gi", "spec.stages": [valid_specs.FORCED]}
+        DistillRun.parse(valid_specs.manifest(changes | memory_field | proposed))
 
 
 def test_the_slower_of_teacher_and_students_decides_a_teacherforced_stage() -> None:
