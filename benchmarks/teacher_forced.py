@@ -76,7 +76,8 @@ def engine_of(shape: str, layers: int | None, card: float | None) -> Any:
     prepare_environment()
     import torch
 
-    from vpmoe.inference.teacher_hidden import GPU_MEMORY, HiddenStateEngine
+    from vpmoe.inference.teacher_hidden import HiddenStateEngine
+    from vpmoe.plan.scoring import teacher_share
 
     class Dummy(HiddenStateEngine):
         """Without the checks of a checkpoint, of which dummy weights have none."""
@@ -87,7 +88,7 @@ def engine_of(shape: str, layers: int | None, card: float | None) -> Any:
     options = {}
     if card is not None:
         memory = torch.cuda.get_device_properties(0).total_memory
-        options = {"gpu_memory_utilization": GPU_MEMORY * card * GIB / memory}
+        options = {"gpu_memory_utilization": teacher_share(int(card * GIB)) / memory}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config_of(shape, layers)))
         return Dummy(Path(folder), **options)

@@ -39,8 +39,8 @@ class RescoreSpec(ApiModel):
     gpus: Annotated[int, Field(ge=1, le=5120)] | None = None
     """GPUs of the step rescore, one replica of the teacher on each; null takes those of the teacher
     (teacher.gpus), beside Vanilla stages. More, up to teacher.gpus + student.gpus, also take GPUs of the
-    student: then every stage waits until rescoring has ended. That is faster if rescoring takes longer than
-    the Vanilla stages; `vpmoe plan` has the hours of both."""
+    student: then every stage waits until rescoring has ended. That is faster if rescoring beside the Vanilla
+    stages would take much longer than they do; `vpmoe plan` has the hours of both."""
 
 
 class UpcycleSpec(ApiModel):

@@ -26,7 +26,7 @@ from vpmoe.inference.vllm_options import (
     prepare_environment,
     token_batches,
 )
-from vpmoe.plan.scoring import SCORING_SHARE, forward_tokens, needed_to_score
+from vpmoe.plan.scoring import TEACHER_SHARE, forward_tokens, needed_to_score
 from vpmoe.plan.teacher import TeacherSize
 from vpmoe.teacher import model
 from vpmoe.teacher.weights import HEAD, check_weights, has_output_matrix, is_mxfp4
@@ -57,17 +57,8 @@ class TeacherEngine:
                 f"teacher.model: {HEAD} is missing, and vLLM does not tie GPT-OSS' output to its embeddings. "
                 "Save the model with tie_word_embeddings false and an output matrix of its own."
             )
-        positions = model.read_config(directory).get("max_position_embeddings")
-        if positions is not None and max_length > positions:
-            raise Permanent(
-                f"teacher.model: max_position_embeddings is {positions}, and the longest document is "
-                f"{max_length} tokens. Lower dataset.maxLength, or use a model with a longer context."
-            )
+        device = check_loadable(directory, max_length)
         self.max_length = max_length
-        prepare_environment()
-        check_config(directory)
-        device = check_device("the teacher", "spec.teacher.gpus")
-        check_kernels(directory, device)
         self.forward_tokens = STEP_TOKENS["cpu"] if device == "cpu" else tokens_on_gpu(directory, max_length)
         from vpmoe.inference import teacher_model
 
@@ -111,6 +102,25 @@ class TeacherEngine:
                     raise RuntimeError(f"vLLM returned {next_T.shape} scores of {len(ids_T)} ids")
                 logp_T[1:] = next_T[:-1]
             yield logp_T
+
+
+def check_loadable(directory: Path, max_length: int) -> Device:
+    """The device for the model in `directory`, which is to read texts of up to `max_length` tokens.
+
+    Raises Permanent if it has a shorter context, if transformers cannot read its configuration, if there is
+    no GPU, or if vLLM has no kernels for the experts on the CPU.
+    """
+    positions = model.read_config(directory).get("max_position_embeddings")
+    if positions is not None and max_length > positions:
+        raise Permanent(
+            f"teacher.model: max_position_embeddings is {positions}, and the longest document is "
+            f"{max_length} tokens. Lower dataset.maxLength, or use a model with a longer context."
+        )
+    prepare_environment()
+    check_config(directory)
+    device = check_device("the teacher", "spec.teacher.gpus")
+    check_kernels(directory, device)
+    return device
 
 
 def check_kernels(directory: Path, device: Device) -> None:
@@ -167,7 +177,7 @@ def load_vllm(
     import vllm
 
     register()
-    share, whole = SCORING_SHARE
+    share, whole = TEACHER_SHARE
     dtype = model.checkpoint_dtype(directory)
     log.info("Loading the teacher in %s", dtype)
     try:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from vpmoe.data.tokenizer import Ids
-from vpmoe.failure import Permanent
-from vpmoe.inference.teacher_engine import check_config, check_kernels, load_vllm
+from vpmoe.inference.teacher_engine import check_loadable, load_vllm
 from vpmoe.inference.vllm_options import Device, check_attention, check_device, prepare_environment
 from vpmoe.teacher import model
 from vpmoe.teacher.weights import check_weights
@@ -23,8 +22,6 @@ from vpmoe.teacher.weights import check_weights
 FORWARD_TOKENS: dict[Device, int] = {"cpu": 2048, "cuda": 16_384}
 """Tokens of one forward. A longer document is computed in chunks. There are no logits, so more would fit, but
 a GPU is busy at this size."""
-GPU_MEMORY = 0.9
-"""Share of the GPU that vLLM plans with. The rest holds the answers and what NCCL needs to send them."""
 
 
 class HiddenStateEngine:
@@ -33,18 +30,10 @@ class HiddenStateEngine:
     def __init__(self, directory: Path, max_length: int) -> None:
         """Load the model in `directory` for documents of up to `max_length` tokens.
 
-        Raises Permanent if the model is not whole, has a shorter context, or if there is no GPU for it.
+        Raises Permanent if the model is not whole, and as check_loadable and load_vllm do.
         """
         check_weights(directory)
-        positions = model.read_config(directory).get("max_position_embeddings")
-        if positions is not None and max_length > positions:
-            raise Permanent(
-                f"teacher.model: max_position_embeddings is {positions}, and documents have up to "
-                f"{max_length} tokens. Lower dataset.maxLength, or use a model with a longer context."
-            )
-        prepare_environment()
-        check_config(directory)
-        check_kernels(directory, "cuda" if teacher_device().type == "cuda" else "cpu")
+        check_loadable(directory, max_length)
         self._load(directory, max_length)
 
     def _load(self, directory: Path, max_length: int, **options: Any) -> None:
@@ -62,7 +51,7 @@ class HiddenStateEngine:
             max_length,
             FORWARD_TOKENS[device],
             teacher_hidden_model.register,
-            **{"gpu_memory_utilization": GPU_MEMORY} | options,
+            **options,
         )
         check_attention(self._llm, "the teacher")
         self._task, self._request = teacher_hidden_model.TASK, teacher_hidden_model.request

@@ -18,9 +18,9 @@ from vllm.model_executor.models.gpt_oss import GptOssForCausalLM
 from vllm.tasks import PoolingTask
 from vllm.v1.pool.metadata import PoolingMetadata
 
-TASK: PoolingTask = "token_classify"
-"""The task that requests are sent as. It only has to be token-wise, and not one of the embeddings', for which
-vLLM wants a tokenizer."""
+from vpmoe.inference.teacher_model import TASK
+from vpmoe.teacher.weights import ARCHITECTURE
+
 START = "start"
 """Key of PoolingParams.extra_kwargs: the row of the answer at which the document begins."""
 
@@ -66,4 +66,4 @@ def register() -> None:
 
     It keeps GPT-OSS' own name, by which vLLM knows how its MXFP4 is stored.
     """
-    ModelRegistry.register_model(GptOssForCausalLM.__name__, GptOssHiddenStates)
+    ModelRegistry.register_model(ARCHITECTURE, GptOssHiddenStates)

@@ -24,8 +24,8 @@ from vpmoe.model.spans import NO_TARGET
 from vpmoe.teacher.weights import ARCHITECTURE
 
 TASK: PoolingTask = "token_classify"
-"""vLLM's name of what this model does: a result for each token of the input. "token_embed" is another, for
-which vLLM wants a tokenizer."""
+"""vLLM's name of what a teacher's model does: a result for each token of the input. "token_embed" is another,
+for which vLLM wants a tokenizer."""
 CPU_ROWS = 128
 """Tokens whose logits the CPU holds at a time: 103 MB in float32."""
 

@@ -84,11 +84,17 @@ def check_device(owner: str, field: str) -> Device:
     "cuda".
 
     `owner` and `field`, for the error: which process needs the GPU, and the field of the run that gives it
-    one. Raises Permanent if there is no GPU, or if vLLM was not built for CUDA.
+    one. Raises Permanent if vLLM is not installed or not built for CUDA, or if there is no GPU.
     """
     import torch
-    from vllm.platforms import current_platform
 
+    try:
+        from vllm.platforms import current_platform
+    except ModuleNotFoundError as error:
+        raise Permanent(
+            f"{owner} needs vLLM, which is not installed ({error}). Use the inference image, or install the "
+            "extra inference-cuda or inference-cpu."
+        ) from error
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return "cpu"
     if not torch.cuda.device_count():

@@ -20,7 +20,14 @@ from vpmoe.api.memory import (
 )
 from vpmoe.api.spec import Spec
 from vpmoe.api.stages import StageFields
-from vpmoe.plan.scoring import ENGINE, LEAST_TOKENS, forward_tokens, needed_to_score, scoring_share
+from vpmoe.plan.scoring import (
+    ENGINE,
+    LEAST_TOKENS,
+    TEACHER_SHARE,
+    forward_tokens,
+    needed_to_score,
+    teacher_share,
+)
 from vpmoe.plan.teacher import TeacherSize
 
 VLLM_SHARE = (17, 20)
@@ -32,9 +39,6 @@ type: vllm_options.STEP_TOKENS."""
 LOGITS = STEP_TOKENS * VOCABULARY * 10
 FORWARD_TOKENS = 16_384
 """Tokens of one forward of the teacher of a TeacherForced stage: teacher_hidden.FORWARD_TOKENS."""
-HIDDEN_SHARE = (9, 10)
-"""Share of the card that vLLM plans with for that teacher, as a fraction: teacher_hidden.GPU_MEMORY. The rest
-must hold the output matrix and the answers, on their way to the students."""
 ANSWERS = 3
 """Copies of hidden states that such a teacher holds: those of a forward, placed, and on their way."""
 
@@ -130,7 +134,7 @@ def scoring_teacher(step: str, teacher: TeacherSize, gpus: int, card: int, lengt
     items = {
         "weights": teacher.stored,
         "activations": activations,
-        "cache": max(least, scoring_share(card) - teacher.stored - activations - ENGINE),
+        "cache": max(least, teacher_share(card) - teacher.stored - activations - ENGINE),
         "context": ENGINE,
     }
     return RoleMemory(step, "teacher", gpus, items, card, needed_to_score(teacher, length))
@@ -142,7 +146,7 @@ def forced_teacher(
     """A teacher beside a TeacherForced stage: each of its GPUs holds the whole model in vLLM, as it is stored
     and without the output matrix, which it sends to the students. `longest`: tokens of a document;
     `positions`: those that it answers at a time."""
-    share, whole = HIDDEN_SHARE
+    share, whole = TEACHER_SHARE
     items = {
         "weights": teacher.stored - teacher.output,
         "activations": FORWARD_TOKENS * teacher.activations,
@@ -154,7 +158,7 @@ def forced_teacher(
         -(-(held + least) * whole // share),
         -(-(teacher.output + answers) * whole // (whole - share)),
     )
-    items["cache"] = max(least, card * share // whole - held)
+    items["cache"] = max(least, teacher_share(card) - held)
     items["logits"] = teacher.output + answers
     return RoleMemory(step, "teacher", gpus, items, card, needed)
 

@@ -8,9 +8,10 @@ and vLLM, which measures a forward of that size before it accepts work, checks t
 from vpmoe.api.card import GIB
 from vpmoe.plan.teacher import TeacherSize
 
-SCORING_SHARE = (9, 10)
-"""Share of the card that vLLM plans with, as a fraction. It measures all that a forward holds. The rest is
-for the driver, and for what the allocator cannot use."""
+TEACHER_SHARE = (9, 10)
+"""Share of the card that vLLM plans with for the teacher, as a fraction. It measures all that a forward
+holds. The rest is for the driver, for what the allocator cannot use, and beside a TeacherForced stage for the
+output matrix and the answers on their way to the students."""
 ENGINE = GIB
 """An engine's CUDA context, and what it holds besides weights, activations and cache. An estimate."""
 MOST_TOKENS = 16_384
@@ -22,9 +23,9 @@ GRAIN = 1_024
 """The tokens of a forward are a multiple of this."""
 
 
-def scoring_share(card: int) -> int:
+def teacher_share(card: int) -> int:
     """Bytes of a card that vLLM plans with."""
-    share, whole = SCORING_SHARE
+    share, whole = TEACHER_SHARE
     return card * share // whole
 
 
@@ -34,13 +35,13 @@ def forward_tokens(teacher: TeacherSize, card: int, length: int) -> int:
 
     0 if fewer than LEAST_TOKENS fit: such a teacher needs needed_to_score(…) bytes.
     """
-    room = scoring_share(card) - teacher.stored - ENGINE - length * teacher.cached
+    room = teacher_share(card) - teacher.stored - ENGINE - length * teacher.cached
     fitting = room // (teacher.activations + teacher.cached) // GRAIN * GRAIN
     return min(fitting, MOST_TOKENS) if fitting >= LEAST_TOKENS else 0
 
 
 def needed_to_score(teacher: TeacherSize, length: int) -> int:
     """Bytes that a card must have for forwards of LEAST_TOKENS."""
-    share, whole = SCORING_SHARE
+    share, whole = TEACHER_SHARE
     least = LEAST_TOKENS * (teacher.activations + teacher.cached) + length * teacher.cached
     return -(-(teacher.stored + ENGINE + least) * whole // share)

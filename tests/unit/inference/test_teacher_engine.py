@@ -2,6 +2,7 @@
 
 import json
 import pwd
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -205,6 +206,15 @@ def test_a_missing_gpu_is_an_error_and_the_cpu_is_not_used(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(
         Permanent, match=r"no CUDA device for the teacher\. .* CUDA_VISIBLE_DEVICES to the empty string"
+    ):
+        check_device("the teacher", "spec.teacher.gpus")
+
+
+def test_a_python_without_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: the extra `train`, or the trainer image, is not enough for a TeacherForced stage."""
+    monkeypatch.setitem(sys.modules, "vllm.platforms", None)
+    with pytest.raises(
+        Permanent, match=r"^the teacher needs vLLM, which is not installed .* inference image"
     ):
         check_device("the teacher", "spec.teacher.gpus")
 

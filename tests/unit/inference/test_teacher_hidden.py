@@ -81,7 +81,7 @@ def test_no_documents_have_no_hidden_states(engine: Connection) -> None:
 
 
 def test_a_context_that_is_too_short_is_rejected_before_loading(teacher: Path) -> None:
-    with pytest.raises(Permanent, match="max_position_embeddings is 4096, and documents have up to 4097"):
+    with pytest.raises(Permanent, match="max_position_embeddings is 4096, and the longest document is 4097"):
         HiddenStateEngine(teacher, 4097)
 
 

@@ -16,7 +16,7 @@ from vpmoe.inference import teacher_hidden, vllm_options
 from vpmoe.plan import memory, onpolicy
 from vpmoe.plan.onpolicy import rollout_totals
 from vpmoe.plan.plan import CHART_CORES, Assumptions, Plan, make_plan, splits
-from vpmoe.plan.scoring import LEAST_TOKENS, MOST_TOKENS, forward_tokens, needed_to_score, scoring_share
+from vpmoe.plan.scoring import LEAST_TOKENS, MOST_TOKENS, forward_tokens, needed_to_score, teacher_share
 from vpmoe.plan.table import plan_text
 from vpmoe.plan.teacher import KNOWN, TeacherSize, known_teacher
 from vpmoe.plan.throughput import CARDS, MEASURED, Work
@@ -118,7 +118,7 @@ def test_a_forward_fits_from_the_named_card_on(name: str, length: int) -> None:
     assert forward_tokens(teacher, card, length) == LEAST_TOKENS
     assert forward_tokens(teacher, card - 2, length) == 0
     role = memory.scoring_teacher("rescore", teacher, 1, card, length)
-    assert role.fits and role.total <= scoring_share(card)
+    assert role.fits and role.total <= teacher_share(card)
     assert not memory.scoring_teacher("rescore", teacher, 1, card - 2, length).fits
 
 
@@ -126,8 +126,6 @@ def test_the_plan_has_the_constants_of_the_engines_and_of_the_curriculum() -> No
     share, whole = memory.VLLM_SHARE
     assert share / whole == vllm_options.GPU_MEMORY
     assert vllm_options.STEP_TOKENS["cuda"] == memory.STEP_TOKENS
-    share, whole = memory.HIDDEN_SHARE
-    assert share / whole == teacher_hidden.GPU_MEMORY
     assert teacher_hidden.FORWARD_TOKENS["cuda"] == memory.FORWARD_TOKENS
     assert onpolicy.EFFORTS == curriculum.EFFORTS and onpolicy.RAMP == curriculum.RAMP
 
@@ -370,7 +368,10 @@ def test_only_a_split_that_the_api_server_accepts_is_proposed(
         assert f" {teacher} for the teacher and {student} for the student make" in note
         proposed = {"spec.teacher.gpus": teacher, "spec.student.gpus": student}
         if "spec.student" in changes:
-            proposed = {"spec.teacher.gpus": teacher, "spec.student": changes["spec.student"] | {"gpus": student}}
+            proposed = {
+                "spec.teacher.gpus": teacher,
+                "spec.student": changes["spec.student"] | {"gpus": student},
+            }
         memory_field = {"spec.runtime.gpuMemory": f"{card}Gi", "spec.stages": [valid_specs.FORCED]}
         DistillRun.parse(valid_specs.manifest(changes | memory_field | proposed))
 
