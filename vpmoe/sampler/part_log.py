@@ -1,5 +1,5 @@
-"""The parts of a version's rollouts: written while the version is sampled, and adopted by a sampler that
-starts anew, which then samples only the rest.
+"""The parts of a version's rollouts: written while the version is sampled, and adopted by a restarted
+sampler, which then samples only the rest.
 
 part_files.py (vpmoe.rollout) describes the files.
 """
@@ -16,12 +16,11 @@ from vpmoe.inference.engine_pool import SamplingRequest
 from vpmoe.rollout.part_files import (
     PartHeader,
     RolloutKey,
-    foreign_part,
     list_parts,
     part_bytes,
     read_part,
 )
-from vpmoe.rollout.window_files import Rollout
+from vpmoe.rollout.window_files import Rollout, foreign_rollouts
 from vpmoe.storage import Bucket, paths
 
 log = logging.getLogger(__name__)
@@ -124,11 +123,11 @@ class PartLog:
             which = f"rollout {key.rollout} of prompt {key.prompt} of window {key.window}"
             request = self._requests.get(key)
             if request is None:
-                raise foreign_part(where, f"version {self._header.version} has no {which}")
+                raise foreign_rollouts(where, f"version {self._header.version} has no {which}")
             if not np.array_equal(rollout.ids_T[: rollout.prompt_length], request.ids_P):
-                raise foreign_part(where, f"{which} has another prompt")
+                raise foreign_rollouts(where, f"{which} has another prompt")
             if key in self.rollouts:
-                raise foreign_part(where, f"{which} is in another part too")
+                raise foreign_rollouts(where, f"{which} is in another part too")
         self.rollouts |= part.rollouts
         for key in part.rollouts:
             self._pending.pop(key, None)

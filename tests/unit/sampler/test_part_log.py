@@ -1,4 +1,4 @@
-"""The log of a version's parts, without engines: how often the bucket is asked, and parts of somebody else."""
+"""The log of a version's parts, without engines: how often the bucket is asked, and foreign parts."""
 
 from collections.abc import Iterable
 
