@@ -126,7 +126,7 @@ class ExactAlibiBackend(TritonAttentionBackend):  # type: ignore[misc]
 
     @staticmethod
     def get_name() -> str:
-        """vLLM's name for a backend of somebody else."""
+        """vLLM's name for a third-party backend."""
         return "CUSTOM"
 
     @staticmethod

@@ -13,8 +13,6 @@ GPU_DEPTH = 1024 + 128
 """Requests that an engine on a GPU holds at the same time, at most: those that grow
 (engine.MAX_SEQUENCES["cuda"]), and some that take the place of finished ones while the pool is busy with
 something else, as when it writes to the bucket. More would make engines end at different times."""
-
-
 ADMITTED = 32
 """Requests whose prompts an engine on a GPU computes in the same step, unless it has fewer. A step with
 prompts is no CUDA graph, so the host takes as long to launch it as for several steps without; waiting for

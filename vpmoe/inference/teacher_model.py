@@ -1,8 +1,8 @@
 """GPT-OSS in vLLM as a model that returns log-probabilities of its input instead of sampling from it.
 
 vLLM's own way, `prompt_logprobs`, holds the logits of a forward's tokens: on the CPU of all at once, on GPUs
-of 1,024 at a time in the model's dtype, which it then reads three times, one of them for ranks that nobody
-uses. So this is a pooling model: vLLM runs the layers and gives the hidden states of a step to `pooler`. On a
+of 1,024 at a time in the model's dtype, which it then reads three times, one of them for ranks that are not
+used. So this is a pooling model: vLLM runs the layers and gives the hidden states of a step to `pooler`. On a
 GPU `target_logp` computes the output layer without storing logits; on the CPU vLLM's own product does, for
 CPU_ROWS tokens at a time. Nothing is sampled. The model is otherwise vLLM's, and so is its loading.
 """

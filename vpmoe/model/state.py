@@ -151,10 +151,10 @@ def copy_weights(
     hf_export.
 
     The reader returns parts of the copy, without copying them, in the type of the student's tensors: on the
-    GPU weights are bf16. All ranks call it, because
-    with expert parallelism no rank has all experts. Only rank 0 has the copy; the other ranks' readers raise
-    KeyError. `into` keeps the copy's memory for the next call, which overwrites it: a GPU copies forty times
-    as fast into pinned memory, and pinning takes longer than everything else.
+    GPU weights are bf16. All ranks call it, because with expert parallelism no rank has all experts. Only
+    rank 0 has the copy; the other ranks' readers raise KeyError. `into` keeps the copy's memory for the next
+    call, which overwrites it: a GPU copies forty times as fast into pinned memory, and pinning takes longer
+    than everything else.
     """
     held = {} if into is None else into
     parameters = [(f"main/{name}", parameter) for name, parameter in learner.student.named_parameters()]

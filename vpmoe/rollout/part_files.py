@@ -20,9 +20,16 @@ from pydantic import ConfigDict
 
 from vpmoe.api import DistillRun
 from vpmoe.api.base import Record
-from vpmoe.failure import Permanent
 from vpmoe.rollout.arrow_files import arrow_bytes, column_values, damaged, list_column, read_table
-from vpmoe.rollout.window_files import ROLLOUTS, SCORES, Rollout, clamp_logp, parse_rollouts, rollout_columns
+from vpmoe.rollout.window_files import (
+    ROLLOUTS,
+    SCORES,
+    Rollout,
+    clamp_logp,
+    foreign_rollouts,
+    parse_rollouts,
+    rollout_columns,
+)
 from vpmoe.storage import Bucket, paths
 
 WINDOW = pa.field("window", pa.int32(), nullable=False)
@@ -119,7 +126,7 @@ def read_part(bucket: Bucket, key: str, expected: Mapping[str, object]) -> Part:
     table, header = read_table(data, PART_ROLLOUTS, PartHeader, "a part file", where)
     for name, value in expected.items():
         if getattr(header, name) != value:
-            raise foreign_part(where, f"{name} is {getattr(header, name)} there and {value} here")
+            raise foreign_rollouts(where, f"{name} is {getattr(header, name)} there and {value} here")
     rollouts = parse_rollouts(table.select(ROLLOUTS.names))
     windows = column_values(table, "window")
     keys = [
@@ -149,10 +156,3 @@ def read_part_scores(
     if any(key not in of.rollouts or len(one) != len(of.rollouts[key].logp_C) for key, one in logp.items()):
         raise damaged(where, "it does not have one score for each sampled token")
     return logp
-
-
-def foreign_part(where: str, why: str) -> Permanent:
-    """The error for a part that this run's sampler did not write."""
-    return Permanent(
-        f"{where}: {why}. The run's sampler did not write it; delete it to have its rollouts sampled again."
-    )

@@ -58,7 +58,7 @@ class VersionVolume:
         """`root`: where the volume is mounted."""
         self._root, self._run, self._stage = root, run, stage
         self._unusable: set[str] = set()
-        """sha256 of the manifests of versions that could not be read."""
+        """sha256 of the manifests of versions that could not be read, or that the bucket does not have."""
 
     def folder(self, version: int) -> Path:
         """The folder of a version."""
@@ -94,16 +94,20 @@ class VersionVolume:
                 yield folder
 
     def add(self, folder: Path, version: int, statement: Mapping[str, Any]) -> Path:
-        """Make the files in `folder`, of `new_version`, the version with this manifest. Returns their new
-        folder."""
+        """Make the files in `folder`, of `new_version`, the version with this manifest. Returns the folder
+        that they are in now.
+
+        That is `folder` if a sampler is loading the version that an earlier attempt of the trainer left: this
+        one is then in the bucket only.
+        """
         with self._explained():
             (folder / MANIFEST).write_bytes(json_bytes(statement))
             for path in folder.iterdir():
                 path.chmod(FILE_MODE)
             folder.chmod(FOLDER_MODE)
             final = self.folder(version)
-            if final.exists():
-                self._remove(version)
+            if final.exists() and not self._remove(version):
+                return folder
             folder.rename(final)
             return final
 
@@ -137,6 +141,10 @@ class VersionVolume:
             return None
         return None if found.sha256 in self._unusable else (found, facts)
 
+    def reject(self, published: Manifest) -> None:
+        """Make `find` not return this version again: it is not the one that the bucket has."""
+        self._unusable.add(published.sha256)
+
     @contextmanager
     def reading(self, published: Manifest, check_stop: Callable[[], None]) -> Iterator[Path | None]:
         """The folder of a version that `find` has returned, which stays until the end of the `with` block,
@@ -160,23 +168,24 @@ class VersionVolume:
                 fault = "was removed"
             if fault:
                 log.warning("%s %s. The version has to be taken from the bucket", folder, fault)
-                self._unusable.add(published.sha256)
+                self.reject(published)
             yield None if fault else folder
 
-    def _remove(self, version: int) -> None:
-        """Remove a version unless a sampler is loading it: first its name, then its files."""
+    def _remove(self, version: int) -> bool:
+        """Remove a version: first its name, then its files. False if a sampler is loading it; then it
+        stays."""
         folder = self.folder(version)
         try:
-            lock = _lock(folder / MANIFEST, fcntl.LOCK_EX)
+            with _lock(folder / MANIFEST, fcntl.LOCK_EX):
+                (folder / MANIFEST).unlink()
         except BlockingIOError:
             log.info("%s is being loaded, and is removed later", folder)
-            return
-        except FileNotFoundError:  # no version, or one whose removal was interrupted
-            shutil.rmtree(folder, ignore_errors=True)
-            return
-        with lock:
-            (folder / MANIFEST).unlink()
-            shutil.rmtree(folder)
+            return False
+        except FileNotFoundError:
+            pass  # no version, or one whose removal was interrupted, or is going on in the other thread
+        # The trainer's upload and its main thread remove the same versions at the same time.
+        shutil.rmtree(folder, onexc=_unless_missing)
+        return True
 
     def _versions(self) -> list[int]:
         return sorted(
@@ -207,6 +216,12 @@ class VersionVolume:
                 "of each OnPolicy stage that uses it, and user and group 65532 must be able to write it.",
                 "Local",
             ) from error
+
+
+def _unless_missing(_: Callable[..., Any], __: str, error: BaseException) -> None:
+    """How shutil.rmtree handles an error: what is gone already needs no removal."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _lock(path: Path, how: int) -> BinaryIO:

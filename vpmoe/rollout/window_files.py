@@ -18,6 +18,7 @@ from pydantic import ConfigDict
 
 from vpmoe.api.base import Record
 from vpmoe.data.tokenizer import Ids
+from vpmoe.failure import Permanent
 from vpmoe.rollout.arrow_files import arrow_bytes, column_values, damaged, list_column, read_table
 
 MIN_LOGP = -100.0
@@ -189,3 +190,10 @@ def read_scores(data: bytes, where: str, of: WindowRollouts) -> list[NDArray[np.
     if [len(logp_C) for logp_C in logp] != [len(one.logp_C) for one in of.rollouts]:
         raise damaged(where, "it does not have one score for each sampled token")
     return logp
+
+
+def foreign_rollouts(where: str, why: str) -> Permanent:
+    """The error for rollouts of a window or a part that this run's sampler did not write."""
+    return Permanent(
+        f"{where}: {why}. The run's sampler did not write it; delete it to have its rollouts sampled again."
+    )

@@ -1,5 +1,5 @@
-"""The parts of a version's rollouts: written while the version is sampled, and adopted by a sampler that
-starts anew, which then samples only the rest.
+"""The parts of a version's rollouts: written while the version is sampled, and adopted by a restarted
+sampler, which then samples only the rest.
 
 part_files.py (vpmoe.rollout) describes the files.
 """
@@ -16,12 +16,11 @@ from vpmoe.inference.engine_pool import SamplingRequest
 from vpmoe.rollout.part_files import (
     PartHeader,
     RolloutKey,
-    foreign_part,
     list_parts,
     part_bytes,
     read_part,
 )
-from vpmoe.rollout.window_files import Rollout
+from vpmoe.rollout.window_files import Rollout, foreign_rollouts
 from vpmoe.storage import Bucket, paths
 
 log = logging.getLogger(__name__)
@@ -29,6 +28,8 @@ log = logging.getLogger(__name__)
 PART_SECONDS = 20.0
 """Seconds from one part to the next. A sampler that is killed loses what has finished since the last part,
 and what still grows."""
+RECORD_SECONDS = 1.0
+"""Seconds between two checks whether the bucket has the version, once a part is due."""
 
 
 class PartLog:
@@ -51,7 +52,8 @@ class PartLog:
         self._requests: Mapping[RolloutKey, SamplingRequest] = {}
         self._parts: set[int] = set()
         self._pending: dict[RolloutKey, Rollout] = {}
-        self._written = time.monotonic()
+        self._due = time.monotonic() + PART_SECONDS
+        """When the next part is written, or the bucket is asked again."""
 
     def adopt_all(self, requests: Mapping[RolloutKey, SamplingRequest]) -> None:
         """Read all parts of the version. `requests`: those of all of its rollouts.
@@ -78,9 +80,12 @@ class PartLog:
             self._pending[key] = rollout
 
     def write_if_due(self) -> bool:
-        """Write a part if the last one is PART_SECONDS old; returns whether it did."""
-        due = bool(self._pending) and time.monotonic() - self._written >= PART_SECONDS
-        return due and self.write_if_recorded()
+        """Write a part if the last one is PART_SECONDS old and the bucket has the version; returns whether it
+        did."""
+        if not self._pending or time.monotonic() < self._due:
+            return False
+        self._due = time.monotonic() + RECORD_SECONDS  # it is called after every decoding step
+        return self.write_if_recorded()
 
     def write_if_recorded(self) -> bool:
         """Write all rollouts that are in no part yet, if the bucket has the version; returns whether it
@@ -108,7 +113,7 @@ class PartLog:
                     self._bucket.url(self._key(number)),
                 )
                 self._adopt(number)
-        self._written = time.monotonic()
+        self._due = time.monotonic() + PART_SECONDS
 
     def _adopt(self, number: int) -> None:
         expected = self._header.model_copy(update={"part": number}).dump()
@@ -118,12 +123,13 @@ class PartLog:
             which = f"rollout {key.rollout} of prompt {key.prompt} of window {key.window}"
             request = self._requests.get(key)
             if request is None:
-                raise foreign_part(where, f"version {self._header.version} has no {which}")
+                raise foreign_rollouts(where, f"version {self._header.version} has no {which}")
             if not np.array_equal(rollout.ids_T[: rollout.prompt_length], request.ids_P):
-                raise foreign_part(where, f"{which} has another prompt")
+                raise foreign_rollouts(where, f"{which} has another prompt")
             if key in self.rollouts:
-                raise foreign_part(where, f"{which} is in another part too")
-            self.rollouts[key] = rollout
+                raise foreign_rollouts(where, f"{which} is in another part too")
+        self.rollouts |= part.rollouts
+        for key in part.rollouts:
             self._pending.pop(key, None)
         self._parts.add(number)
 

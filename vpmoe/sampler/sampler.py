@@ -3,8 +3,8 @@
 It has no state: it continues with the first window that has no rollouts, and within it with the rollouts that
 are in no part, whichever attempt sampled those before. The first writer of a window wins. A version may be on
 a volume before it is in the bucket, which is the record: it is sampled from at once, and what was sampled is
-written when the bucket has it. windows.py
-(vpmoe.rollout) says what a window contains, version_batch.py samples it.
+written when the bucket has it. windows.py (vpmoe.rollout) says what a window contains, version_batch.py
+samples it.
 """
 
 import json
@@ -229,6 +229,8 @@ def sample_stage(
             partial(report_part, job, windows, before),
         )
         if batch is None:
+            if found_on:
+                found_on.reject(published)
             continue
         before = write_windows(job, source, published, version, batch, before, waited, loading, read_gpus())
     done = before.window + 1 if before else 0

@@ -2,7 +2,7 @@
 
 A worker scores the rollouts of its own windows in each part, and writes them beside the part, in an object
 that names the part's hash. When a window is written, it takes the scores of the window's rollouts from there.
-A worker that starts anew reads what earlier attempts have written. part_files.py (vpmoe.rollout) describes
+A restarted worker reads what earlier attempts have written. part_files.py (vpmoe.rollout) describes
 the files.
 """
 

@@ -19,7 +19,7 @@ from vpmoe.failure import Permanent
 from vpmoe.process.gpu import ReadGpus, not_read
 from vpmoe.process.step_worker import StepWorker, step_succeeded
 from vpmoe.rollout.part_files import RolloutKey
-from vpmoe.rollout.window_files import Rollout, WindowRollouts, read_rollouts
+from vpmoe.rollout.window_files import Rollout, WindowRollouts, foreign_rollouts, read_rollouts
 from vpmoe.storage import paths
 from vpmoe.teacher.rescore import Teacher
 from vpmoe.teacher.uniform import UniformCheck
@@ -100,12 +100,12 @@ def read_window(job: ScoringWorker, window: int) -> WindowRollouts:
     }
     for name, value in ours.items():
         if getattr(sampled.header, name) != value:
-            raise _foreign_rollouts(
-                job, key, f"{name} is {getattr(sampled.header, name)} there and {value} here"
+            raise foreign_rollouts(
+                job.bucket.url(key), f"{name} is {getattr(sampled.header, name)} there and {value} here"
             )
     check_rollouts(job, key, sampled.rollouts)
     if len({(one.prompt, one.rollout) for one in sampled.rollouts}) < len(sampled.rollouts):
-        raise _foreign_rollouts(job, key, "it has a rollout twice")
+        raise foreign_rollouts(job.bucket.url(key), "it has a rollout twice")
     job.last[window] = sampled.header.last
     return sampled
 
@@ -117,9 +117,11 @@ def check_rollouts(job: ScoringWorker, key: str, rollouts: Iterable[Rollout]) ->
         which = f"rollout {one.rollout} of prompt {one.prompt}"
         if not 0 < len(one.logp_C) < len(one.ids_T) <= longest:
             tokens = f"{len(one.ids_T)} tokens, {len(one.logp_C)} of them sampled"
-            raise _foreign_rollouts(job, key, f"{which} has {tokens}; sequenceLength is {longest}")
+            raise foreign_rollouts(job.bucket.url(key), f"{which} has {tokens}; sequenceLength is {longest}")
         if not 0 <= one.ids_T.min() <= one.ids_T.max() < VOCABULARY_SIZE:
-            raise _foreign_rollouts(job, key, f"{which} has ids from {one.ids_T.min()} to {one.ids_T.max()}")
+            raise foreign_rollouts(
+                job.bucket.url(key), f"{which} has ids from {one.ids_T.min()} to {one.ids_T.max()}"
+            )
 
 
 def score_rollouts(
@@ -147,10 +149,3 @@ def score_rollouts(
         uniform.add(logp_C)
         found[key] = logp_C
     return found
-
-
-def _foreign_rollouts(job: ScoringWorker, key: str, why: str) -> Permanent:
-    return Permanent(
-        f"{job.bucket.url(key)}: {why}. The run's sampler did not write it; delete it to have them "
-        "sampled again."
-    )

@@ -91,7 +91,7 @@ def in_process(volume: VersionVolume, tmp_path: Path, script: str) -> subprocess
         from tests.unit.rollout.test_version_volume import STAGE, go_on, write
         run = load_run(Path({str(tmp_path / "run.yaml")!r}))
         volume = VersionVolume(Path({str(volume._root)!r}), run, STAGE)
-        def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+        def die(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
     """
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(head) + textwrap.dedent(script)],
@@ -238,6 +238,41 @@ def test_what_a_sampler_loads_is_removed_when_it_has_ended(
     process.communicate()
     volume.prune(4)
     assert versions(volume) == ["v000004"]
+
+
+def test_two_threads_may_remove_a_version_at_the_same_time(
+    volume: VersionVolume, run: DistillRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer's upload and its main thread do. The second removes all that the first was about to."""
+    write(volume, run, 2)
+    unlink = Path.unlink
+
+    def slow(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        volume.prune(3)
+
+    monkeypatch.setattr(Path, "unlink", slow)
+    volume.prune(3)
+    assert versions(volume) == []
+
+
+def test_a_version_that_a_sampler_is_loading_is_not_replaced(
+    volume: VersionVolume, run: DistillRun, bucket: Bucket
+) -> None:
+    """The trainer was killed before the bucket had it, and its next attempt is quick. The new one is not on
+    the volume, and nothing is left of it there."""
+    write(volume, run, 2)
+    found = volume.find(2)
+    assert found is not None
+    other = VersionVolume(volume._root, run, STAGE)
+    with volume.reading(found[0], go_on) as folder:
+        assert folder is not None
+        other.clean(bucket)
+        with other.new_version() as new:
+            assert other.add(new, 2, {}) == new and (new / MANIFEST).exists()
+        assert versions(volume) == ["v000002"]
+    volume.reject(found[0])
+    assert volume.find(2) is None
 
 
 def test_versions_that_the_bucket_does_not_record_are_removed(

@@ -853,8 +853,8 @@ def load_of(sampler_run: SamplerRun, window: int) -> dict[str, Any]:
 
 
 def publish_other(sampler_run: SamplerRun) -> None:
+    """By a trainer without the volume, on which the version of the one before stays."""
     sampler_run.publish(0, index=1)
-    shutil.rmtree(sampler_run.volume.folder(0))
 
 
 def adjust(sampler_run: SamplerRun) -> None:
@@ -899,6 +899,7 @@ def test_a_version_on_the_volume_has_no_parts_before_it_is_in_the_bucket(
     """Nor ever, if the bucket then has another one."""
     monkeypatch.setattr(sampler_run.engines, "depth", 4)
     monkeypatch.setattr(part_log, "PART_SECONDS", 0.0)
+    monkeypatch.setattr(part_log, "RECORD_SECONDS", 0.0)
     monkeypatch.setattr(sampler, "POLL_SECONDS", 0.1)
     sampler_run.run = with_stage_fields(sampler_run.run, tokens=10)
     sampler_run.write_to_volume(0, index=0)
