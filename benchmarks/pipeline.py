@@ -1,7 +1,7 @@
 """Simulation of an OnPolicy stage on 8 GPUs: throughput, and which role waits for which.
 
     python -m benchmarks.pipeline [--run manifests/examples/full.yaml] [--tokens 100M] [--prompts N]
-        [--completion low=300,medium=700,high=1500] [--decode 0.190] …
+        [--completion low=300,medium=700,high=1500] [--decode 0.004] …
 
 The stage's own rules (version of each window, anchor steps, efforts, rollouts, packing) are simulated for
 `--tokens` tokens, with the curriculum's phases scaled to them. Durations are options; their help says where
@@ -61,11 +61,11 @@ MEASURED = {
         "standard deviation of the logarithm of a completion's length at one effort; as in SYNTH's rows",
     ),
     "decode": (
-        0.190,
-        "seconds of a decoding step without CUDA graph, a token per sequence (0.023 with a CUDA graph): "
-        "benchmarks.decode, H100",
+        0.0039,
+        "seconds of a decoding step, a token per sequence, before what each sequence adds: benchmarks.decode, "
+        "H200, 1 to 1,024 sequences",
     ),
-    "decode-token": (7.5e-5, "seconds that each sequence in flight adds to a step, context 512; same source"),
+    "decode-token": (4.5e-5, "seconds that each sequence in flight adds to a step; same source"),
 }
 ASSUMED = {
     "prefill": (30_000.0, "prompt tokens per second on one GPU of the sampler"),

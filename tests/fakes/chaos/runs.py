@@ -62,7 +62,12 @@ def spec(hollow: str, gpus: int = 1, **changes: Any) -> dict[str, Any]:
         "evaluation": {"completions": 0},
         "export": {"stages": []},
         "storage": {"endpoint": "http://none:9000", "bucket": "none"},
-        "runtime": {"backend": "Job", "env": [{"name": "HOLLOW", "value": hollow}], **runtime},
+        "runtime": {
+            "backend": "Job",
+            "report": False,
+            "env": [{"name": "HOLLOW", "value": hollow}],
+            **runtime,
+        },
         **changes,
     }
 
@@ -100,7 +105,8 @@ def _dataset(rng: random.Random) -> dict[str, Any]:
 def stages(name: str, rng: random.Random) -> Script:
     teacher = {"model": "s3://models/none", "gpus": rng.choice((1, 2))}
     evaluation = {"completions": rng.choice((0, 8))}
-    return Script(name, spec(_times(rng), stages=[VANILLA, RESCORED], teacher=teacher, evaluation=evaluation))
+    fields = {"stages": [VANILLA, RESCORED], "teacher": teacher, "evaluation": evaluation}
+    return Script(name, spec(_times(rng), runtime={"report": True}, **fields))
 
 
 def onpolicy(name: str, rng: random.Random) -> Script:
