@@ -200,7 +200,7 @@ def test_a_killed_or_stopped_process_does_not_change_the_bits(jobs: LocalJobs, u
     file = jobs.run_file("killed", gpus=2)
     steps = len(logged_steps(jobs, uninterrupted, "forced"))
     ends = {
-        "teacher": (75, "Retriable", "the teacher was killed by SIGKILL"),
+        "teacher": (75, "Retriable", "teacher 0 was killed by SIGKILL"),
         "launcher": (143, "Terminated", "Stopped after step"),
         "student": (75, "Retriable", "rank 1 was killed by SIGKILL"),
     }

@@ -179,12 +179,16 @@ def _engine(step: str, role: str, gpus: int, card: int, weights: int, least: int
 def teacher_problem(memory: RoleMemory, teacher: TeacherSize, card: str) -> str:
     """Why the teacher of a step does not fit, with the numbers and the remedy. `card`: the GPUs' memory."""
     need, weights = -(-memory.needed // GIB), f"{memory.items['weights'] / GIB:.1f} GiB of weights"
-    beside = "beside its students " if {"activations", "logits"} <= memory.items.keys() else ""
+    beside = fewer = ""
+    if "logits" in memory.items:
+        beside = "beside its students "
+        weights += f", {memory.items['logits'] / GIB:.1f} GiB of output matrix and answers"
+        fewer = "raise spec.teacher.gpus, so that each has fewer students, or "
     return (
         f"spec.teacher.model: {teacher.name} needs GPUs of {need} GiB, and a GPU has {card} "
         f"(spec.runtime.gpuMemory): step {memory.step} holds the whole teacher in vLLM {beside}on each of "
-        f"its GPUs ({weights}). Either use a smaller teacher, or its release in MXFP4, or use GPUs with more "
-        "memory."
+        f"its GPUs ({weights}). Either use a smaller teacher, or its release in MXFP4, or {fewer}use GPUs "
+        "with more memory."
     )
 
 

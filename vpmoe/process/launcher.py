@@ -255,9 +255,7 @@ def record_killed(rank: int, code: int) -> int:
 
 def worker_name(rank: int) -> str:
     """A worker's name in messages."""
-    if rank > TEACHER:
-        return f"rank {rank}"
-    return "the teacher" if rank == TEACHER else f"teacher {TEACHER - rank}"
+    return f"rank {rank}" if rank > TEACHER else f"teacher {TEACHER - rank}"
 
 
 def record_failure(found: TerminationRecord, overwrite: bool = False) -> int:

@@ -309,9 +309,26 @@ def test_the_large_release_fits_beside_a_teacherforced_stage_as_it_is_stored(
         assert problem == (
             f"spec.teacher.model: gpt-oss-120b needs GPUs of 73 GiB, and a GPU has {card}.0 GiB "
             "(spec.runtime.gpuMemory): step forced holds the whole teacher in vLLM beside its students on "
-            "each of its GPUs (59.7 GiB of weights). Either use a smaller teacher, or its release in MXFP4, "
-            "or use GPUs with more memory."
+            "each of its GPUs (59.7 GiB of weights, 2.0 GiB of output matrix and answers). Either use a "
+            "smaller teacher, or its release in MXFP4, or raise spec.teacher.gpus, so that each has fewer "
+            "students, or use GPUs with more memory."
         )
+
+
+@pytest.mark.parametrize("teachers, fits", [(1, False), (2, True)])
+def test_answers_for_many_students_need_more_teachers(teachers: int, fits: bool) -> None:
+    """Three copies of 63 × 8,192 hidden states of 2,880 numbers, 8.9 GB, and 1.2 GB of output matrix, in a
+    tenth of the card."""
+    changes = {
+        "spec.stages": [valid_specs.FORCED],
+        "spec.student": {"gpus": 63, "gpusPerPod": 7},
+        "spec.training.globalBatchTokens": "1M",
+        "spec.teacher.gpus": teachers,
+    }
+    problems = plan_of(changes, teacher="gpt-oss-20b").problems
+    assert len(problems) == (not fits)
+    assert all("9.4 GiB of output matrix and answers)" in one for one in problems)
+    assert all("or raise spec.teacher.gpus, so that each has fewer students" in one for one in problems)
 
 
 @pytest.mark.parametrize(

@@ -184,19 +184,26 @@ PREAMBLE = "import os, signal, sys, time; teacher = os.environ.get('VPMOE_PART')
             60,
             65,
             None,
-            id="the-teacher-outlives-failed-ranks",
+            id="the-teachers-outlive-failed-ranks",
         ),
-        pytest.param("time.sleep(0 if teacher else 60); sys.exit(65)", 0.3, 65, None, id="the-teacher-fails"),
+        pytest.param("time.sleep(0 if teacher else 60); sys.exit(65)", 0.3, 65, None, id="the-teachers-fail"),
         pytest.param(
             "os.kill(os.getpid(), 9) if teacher else time.sleep(60)",
             0.3,
             75,
-            "the teacher was killed by SIGKILL",
+            "teacher 0 was killed by SIGKILL",
             id="killed",
+        ),
+        pytest.param(
+            "os.environ.get('VPMOE_TEACHER') == '1' and os.kill(os.getpid(), 9); time.sleep(60)",
+            0.3,
+            75,
+            "teacher 1 was killed by SIGKILL",
+            id="the-second-teacher-is-killed",
         ),
     ],
 )
-def test_ranks_and_their_teacher_end_together(
+def test_ranks_and_their_teachers_end_together(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     program: str,
@@ -204,7 +211,7 @@ def test_ranks_and_their_teacher_end_together(
     code: int,
     message: str | None,
 ) -> None:
-    placement = Placement(3, 0, 2, "127.0.0.1", 1, teacher_ports=(2,))
+    placement = Placement(3, 0, 2, "127.0.0.1", 1, teacher_ports=(2, 3))
     assert launch(monkeypatch, tmp_path / "log", PREAMBLE + program, placement, None, grace) == code
     found = failure.read_record(tmp_path / "log")
     assert (

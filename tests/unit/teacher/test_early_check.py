@@ -45,8 +45,9 @@ def test_the_large_release_is_a_teacherforced_teacher_on_a_card_that_holds_it(
     assert str(raised.value) == (
         f"spec.teacher.model: {run.spec.teacher.model} needs GPUs of 72 GiB, and a GPU has 64Gi "
         "(spec.runtime.gpuMemory): step forced holds the whole teacher in vLLM beside its students on each "
-        "of its GPUs (59.7 GiB of weights). Either use a smaller teacher, or its release in MXFP4, or use "
-        "GPUs with more memory."
+        "of its GPUs (59.7 GiB of weights, 1.2 GiB of output matrix and answers). Either use a smaller "
+        "teacher, or its release in MXFP4, or raise spec.teacher.gpus, so that each has fewer students, or "
+        "use GPUs with more memory."
     )
     check_teacher(run, bucket, "80Gi")
     check_teacher(run, bucket, None)
