@@ -62,7 +62,7 @@ MEASURED = {
     ),
     "decode": (
         0.0039,
-        "seconds of a decoding step, a token per sequence, before what each sequence adds: benchmarks.decode, "
+        "seconds of a decoding step with a token per sequence, without what each adds: benchmarks.decode, "
         "H200, 1 to 1,024 sequences",
     ),
     "decode-token": (4.5e-5, "seconds that each sequence in flight adds to a step; same source"),
