@@ -40,7 +40,7 @@ class RescoreSpec(ApiModel):
     """GPUs of the step rescore, one replica of the teacher on each; null takes those of the teacher
     (teacher.gpus), beside Vanilla stages. More, up to teacher.gpus + student.gpus, also take GPUs of the
     student: then every stage waits until rescoring has ended. That is faster if rescoring beside the Vanilla
-    stages would take much longer than they do; `vpmoe plan` has the hours of both."""
+    stages would take much longer than they do; `vpmoe plan` says which is faster."""
 
 
 class UpcycleSpec(ApiModel):

@@ -39,6 +39,7 @@ class HiddenStateEngine:
     def _load(self, directory: Path, max_length: int, **options: Any) -> None:
         """`options`: of vllm.LLM, in place of this engine's."""
         from vpmoe.inference import teacher_hidden_model
+        from vpmoe.inference.teacher_model import TASK
 
         self.max_length = max_length
         self.device = teacher_device()
@@ -54,7 +55,7 @@ class HiddenStateEngine:
             **options,
         )
         check_attention(self._llm, "the teacher")
-        self._task, self._request = teacher_hidden_model.TASK, teacher_hidden_model.request
+        self._task, self._request = TASK, teacher_hidden_model.request
         (self._pooler,) = self._llm.apply_model(_pooler)
 
     def hidden_states(self, documents: Sequence[Ids]) -> Tensor:

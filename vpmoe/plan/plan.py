@@ -256,7 +256,14 @@ class _Planner:
         gpus, every = self.spec.rescoring_gpus, self.spec.teacher.gpus + self.spec.student.gpus
         taken = f"rescore: {rescore.hours:.1f} hours on {gpus} GPU{'s' * (gpus > 1)} (rescore.gpus)"
         if self.spec.rescores_first:
-            self._note(f"{taken}, then {trained:.1f} hours of stages that do not need the teacher")
+            few = self.spec.teacher.gpus
+            alone = rescore.hours * gpus / few
+            advice = (
+                f"; on {few} GPU{'s' * (few > 1)} it would take {alone:.1f} hours beside them"
+                if max(alone, trained) < rescore.hours + trained
+                else ""
+            )
+            self._note(f"{taken}, then {trained:.1f} hours of stages that do not need the teacher{advice}")
             return
         waits = max(0.0, rescore.hours - trained)
         together = rescore.hours * gpus / every
