@@ -1,6 +1,7 @@
 """The log of a version's parts, without engines: how often the bucket is asked, and foreign parts."""
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def test_the_bucket_is_asked_once_a_second_whether_it_has_the_version(
         asked.append(now)
         return now >= 23
 
-    monkeypatch.setattr(part_log.time, "monotonic", lambda: now)
+    monkeypatch.setattr(part_log, "time", SimpleNamespace(monotonic=lambda: now))
     log = PartLog(bucket, run, HEADER, {}, recorded)
     log.adopt_all(requests(rollouts))
     first, *others = rollouts.items()
