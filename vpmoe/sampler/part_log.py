@@ -41,7 +41,7 @@ class PartLog:
         run: DistillRun,
         header: PartHeader,
         metadata: Mapping[str, str],
-        recorded: Callable[[], bool] = lambda: True,
+        recorded: Callable[[], bool],
     ) -> None:
         """`header`: of the version's parts; its `part` is not used. `metadata`: of the objects. `recorded`:
         whether the bucket has the version; before it does, the version has no parts."""

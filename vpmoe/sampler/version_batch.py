@@ -93,8 +93,8 @@ def sample_version(
     engines: SamplingEngines,
     parts: PartLog,
     check_stop: CheckStop,
-    recorded: Callable[[], bool] = lambda: True,
-    report: Callable[[int, int], None] = lambda finished, planned: None,
+    recorded: Callable[[], bool],
+    report: Callable[[int, int], None],
 ) -> SampledVersion | None:
     """Sample all windows of the version that the engines hold. `adjustments`: all so far. `recorded`: called
     at the end, waits until the bucket has the version; None is returned if it says that the bucket never

@@ -72,7 +72,7 @@ def test_a_part_of_something_else_is_named_as_often_as_it_is_met(
     wanted = requests(rollouts)
     last = [*rollouts][-1]
     wanted[last] = wanted[last]._replace(ids_P=wanted[last].ids_P[:0])
-    log = PartLog(bucket, run, HEADER, {})
+    log = PartLog(bucket, run, HEADER, {}, lambda: True)
     log.adopt_all(wanted)
     bucket.create(
         paths.part(run, HEADER.stage, HEADER.version, 0),
