@@ -10,7 +10,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-MANY = 256
+BUSY = 256
 """Sequences from which on a program reads 32 positions at a time instead of 128: then other programs hide the
 wait for memory, and small programs leave room for more of them."""
 
@@ -36,7 +36,7 @@ def decode_attention(
     """
     sequences, heads, width = query_NhD.shape
     groups, block = cache.shape[1:3]
-    many = sequences >= MANY
+    many = sequences >= BUSY
     _decode[(sequences, groups)](
         query_NhD,
         cache,
