@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.fakes.part_rollouts import HEADER, random_rollouts
 from tests.fakes.students import new_seed
-from tests.unit.rollout.test_part_files import HEADER, random_rollouts
 from vpmoe.api import DistillRun
 from vpmoe.failure import Permanent
 from vpmoe.inference.engine_pool import SamplingRequest
