@@ -203,6 +203,7 @@ STATUS = {
     "progress": "42%",
     "tokensPerSecond": 12345,
     "loss": 2.3456,
+    "eta": "2026-01-02T03:04Z",
     "config": "0123456789abcdef",
     "model": "s3://vpmoe/models/first",
     "steps": [
@@ -427,7 +428,8 @@ def test_kubectl_get_shows_the_progress_of_a_run(cluster: Cluster, twin_crd: str
     }
     narrow, wide = columns(), columns("--output=wide")
     assert {key: value for key, value in narrow.items() if key != "AGE"} == expected
-    assert {key: wide[key] for key in ("TEACHER", "MODEL", "CONFIG")} == {
+    assert {key: wide[key] for key in ("ETA", "TEACHER", "MODEL", "CONFIG")} == {
+        "ETA": "2026-01-02T03:04Z",
         "TEACHER": "s3://models/gpt-oss-120b",
         "MODEL": "s3://vpmoe/models/first",
         "CONFIG": "0123456789abcdef",
