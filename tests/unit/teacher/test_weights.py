@@ -396,30 +396,19 @@ def test_folders_beside_the_checkpoint_are_ignored(tmp_path: Path) -> None:
     check_weights(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "load",
-    [
-        pytest.param(
-            "from vpmoe.inference.teacher_engine import TeacherEngine as load; argument = 100", id="vllm"
-        ),
-        pytest.param(
-            "import torch; from vpmoe.trainer.teacher_forced.model import load_teacher as load; "
-            "argument = torch.device('cpu')",
-            id="transformers",
-        ),
-    ],
-)
-def test_both_engines_refuse_before_they_import_vllm_or_transformers(tmp_path: Path, load: str) -> None:
+@pytest.mark.parametrize("engine", ["teacher_engine.TeacherEngine", "teacher_hidden.HiddenStateEngine"])
+def test_both_engines_refuse_before_they_import_vllm_or_transformers(tmp_path: Path, engine: str) -> None:
     config = SMALL | {"vocab_size": 201_088}
     tensors = tensors_of(config)
     del tensors["lm_head.weight"]
     write_folder(tmp_path, config, tensors)
+    module, name = engine.split(".")
     code = f"""
 import sys
 from pathlib import Path
-{load}
+from vpmoe.inference.{module} import {name}
 try:
-    load(Path({str(tmp_path)!r}), argument)
+    {name}(Path({str(tmp_path)!r}), 100)
 except Exception as error:
     assert not {{"vllm", "transformers"}} & set(sys.modules)
     print(type(error).__name__, error)
