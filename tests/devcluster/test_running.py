@@ -190,7 +190,7 @@ def test_pods_that_start_after_a_commit_have_it_and_others_keep_theirs(pods: Nam
         dev.update_images(image.archive(Path(folders.kube, "pause").read_bytes(), commit))
         pods.start("later", ["cat", "/opt/vpmoe/commit"])
         pods.wait("later", "{.status.phase}", "Succeeded")
-        assert pods.kubectl("logs", "later").strip() == commit
+        wait_until(lambda: pods.kubectl("logs", "later").strip() == commit, "the log has the commit")
         assert pods.kubectl("exec", shell, "--", "cat", "/opt/vpmoe/commit").strip() == git_sha()
     finally:
         dev.update_images(loaded)
