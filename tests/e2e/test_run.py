@@ -84,6 +84,8 @@ def runs(
     manifest["spec"]["training"]["optimizer"] = {"learningRate": 1.0e-2, "warmupTokens": "1k"}
     manifest["spec"]["evaluation"] = {"everyTokens": "4k", "documents": 16, "completions": 6}
     manifest["spec"]["student"]["init"] = {"upcycle": {"model": f"s3://{bucket}/dense"}}
+    # the chart's are for real models: a node of two cores has no room for them
+    manifest["spec"]["runtime"]["resources"]["init"] = {"requests": {"cpu": "100m", "memory": "1Gi"}}
     for name, size in RUNS.items():
         manifest["metadata"]["name"] = name
         manifest["spec"]["student"]["gpusPerPod"] = size
