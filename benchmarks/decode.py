@@ -33,7 +33,7 @@ import numpy as np
 from vpmoe.inference.engine import StudentEngine
 from vpmoe.inference.engine_pool import SamplingRequest
 from vpmoe.inference.request_queue import ADMITTED
-from vpmoe.inference.vllm_options import GPU_MEMORY, SAMPLING_STEP_TOKENS, gpu_sampling_options
+from vpmoe.inference.vllm_options import GPU_MEMORY, STEP_TOKENS, gpu_sampling_options
 from vpmoe.model.shapes import SHAPES, Shape
 
 PEERS: dict[str, dict[str, Any]] = {
@@ -116,7 +116,7 @@ def peer(name: str, max_length: int) -> StudentEngine:
             dtype="bfloat16",
             max_model_len=max_length,
             max_num_seqs=engine.sequences,
-            max_num_batched_tokens=SAMPLING_STEP_TOKENS,
+            max_num_batched_tokens=STEP_TOKENS["cuda"],
             gpu_memory_utilization=GPU_MEMORY,
             enable_prefix_caching=False,
             compilation_config=gpu_sampling_options()["compilation_config"],

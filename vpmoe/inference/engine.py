@@ -27,7 +27,6 @@ from vpmoe.inference.engine_pool import Completion, SamplingRequest
 from vpmoe.inference.request_queue import admitted
 from vpmoe.inference.vllm_options import (
     BATCH_TOKENS,
-    SAMPLING_STEP_TOKENS,
     STEP_TOKENS,
     Device,
     check_attention,
@@ -208,7 +207,7 @@ class StudentEngine:
         # vLLM samples a token after each chunk and discards it by rewinding the random generator, and a CPU
         # generator has no offset to rewind. So there a step holds a whole prompt.
         chunked = self.device == "cuda"
-        step_tokens = SAMPLING_STEP_TOKENS if chunked else max(STEP_TOKENS["cpu"], self.max_length)
+        step_tokens = STEP_TOKENS["cuda"] if chunked else max(STEP_TOKENS["cpu"], self.max_length)
         llm = vllm.LLM(
             str(folder),
             **engine_options(dtype, self.max_length)

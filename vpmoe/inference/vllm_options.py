@@ -26,15 +26,12 @@ Device = Literal["cpu", "cuda"]
 BATCH_TOKENS: dict[Device, int] = {"cpu": 1 << 11, "cuda": 1 << 15}
 """Tokens given to vLLM in one call when scoring: seconds of work, after which a job can stop."""
 
-STEP_TOKENS: dict[Device, int] = {"cpu": 512, "cuda": 2048}
-"""Tokens of one forward pass; longer sequences are computed in chunks. vLLM holds the logits of all of them:
-[2048, 201088] twice in float32 and once in the model's dtype, 4 GB; [512, 201088] in float32, 0.8 GB."""
-
-SAMPLING_STEP_TOKENS = 4096
-"""Tokens of one forward pass of the student on a GPU: a token of each completion that grows (engine.py) and
-the prompts of those that start together (request_queue.ADMITTED), in one pass for prompts of up to 96 tokens.
-The logits of scored prompts (a probe) are held whole: [4096, 201088] twice in float32 and once in bfloat16,
-8 GB."""
+STEP_TOKENS: dict[Device, int] = {"cpu": 512, "cuda": 4096}
+"""Tokens of one forward pass of the student, and of the teacher on the CPU; longer sequences are computed in
+chunks. On a GPU: a token of each completion that grows (engine.py) and the prompts of those that start
+together (request_queue.ADMITTED), in one pass for prompts of up to 96 tokens. The logits of scored prompts (a
+probe) may be held whole: [4096, 201088] twice in float32 and once in the model's dtype, 8 GB; [512, 201088]
+in float32, 0.8 GB."""
 
 GPU_MEMORY = 0.85
 """Share of the GPU that vLLM plans with. It does not count the logits of prompts (STEP_TOKENS), so the rest

@@ -33,7 +33,7 @@ from vpmoe.plan.teacher import TeacherSize
 VLLM_SHARE = (17, 20)
 """Share of the card that vLLM plans with for the student, as a fraction: vllm_options.GPU_MEMORY. The rest
 must hold the logits of prompts."""
-STEP_TOKENS = 2048
+STEP_TOKENS = 4096
 """Tokens of one forward of the student in vLLM, whose logits are held twice in fp32 and once in the model's
 type: vllm_options.STEP_TOKENS."""
 LOGITS = STEP_TOKENS * VOCABULARY * 10
