@@ -162,9 +162,9 @@ def print_profile(step: Callable[[], object]) -> None:
 
 def print_host_times(sampler: "Sampler") -> None:
     """Print where the host is during PROFILED steps, as milliseconds a step: in vLLM's scheduler, launching,
-    waiting for the GPU's results and reading them, taking them into account, and making outputs."""
-    llm = sampler.engine._llm.llm_engine
-    core = llm.engine_core.engine_core
+    waiting for the GPU's results and reading them, and taking them into account; the rest of the step is this
+    project's and what lies between."""
+    core = sampler.engine._llm.llm_engine.engine_core.engine_core
     from vllm.v1.worker.gpu.async_utils import AsyncOutput
 
     spent: dict[str, float] = defaultdict(float)
@@ -187,7 +187,6 @@ def print_host_times(sampler: "Sampler") -> None:
         timed(core.model_executor, "sample_tokens", "launch sampling"),
         timed(AsyncOutput, "get_output", "wait"),
         timed(core.scheduler, "update_from_output", "update"),
-        timed(llm.output_processor, "process_outputs", "outputs"),
     ]
     spent["step"] = sampler.seconds(PROFILED) * PROFILED
     for each in restore:

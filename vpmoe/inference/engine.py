@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
+from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -43,6 +44,7 @@ from vpmoe.process.launcher import set_parent_death_signal
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
+    from vllm.v1.engine import EngineCoreOutput
 
 MAX_SEQUENCES: dict[Device, int] = {"cpu": 32, "cuda": 1024}
 """Completions that are sampled at the same time, at most. The cost of a forward pass hardly depends on their
@@ -52,6 +54,35 @@ and computes them again."""
 
 Call = tuple[int, str, tuple[Any, ...]]
 """Number, name of a method of StudentEngine, arguments."""
+
+
+class Growing:
+    """A completion that vLLM has not finished."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._ids: list[int] = []
+        self._logp: list[np.float32] = []
+
+    def grow(self, output: "EngineCoreOutput") -> None:
+        """Take over a step's tokens.
+
+        Raises RuntimeError if their log-probabilities are of other tokens, or if vLLM gave up.
+        """
+        if output.finish_reason is not None and output.finish_reason.name not in ("STOP", "LENGTH"):
+            raise RuntimeError(f"vLLM ended request {self.number} with {output.finish_reason.name}")
+        for at, token in enumerate(output.new_token_ids):
+            logprobs = output.new_logprobs
+            if logprobs is None or logprobs.logprob_token_ids[at, 0] != token:
+                raise RuntimeError(
+                    f"vLLM sampled token {token} of request {self.number} and returned the log-probability "
+                    f"of {logprobs and logprobs.logprob_token_ids[at, 0]}"
+                )
+            self._ids.append(token)
+            self._logp.append(logprobs.logprobs[at, 0])
+
+    def completion(self) -> Completion:
+        return Completion(np.array(self._ids, np.int32), np.array(self._logp, np.float32))
 
 
 class StudentEngine:
@@ -74,8 +105,9 @@ class StudentEngine:
         """Completions that are sampled at the same time, at most, by `step`."""
         self.waiting: deque[tuple[int, SamplingRequest]] = deque()
         """Requests that were added and not yet given to vLLM, with their numbers."""
-        self.growing: set[int] = set()
-        """Numbers of the requests that vLLM has and has not finished."""
+        self.growing: dict[str, Growing] = {}
+        """What vLLM has and has not finished, by vLLM's name of the request."""
+        self._names = count()
         self._llm: Any = None
         self._reader = WeightReader(pinned=self.device == "cuda")
 
@@ -115,23 +147,37 @@ class StudentEngine:
 
     def step(self) -> list[tuple[int, Completion]]:
         """Compute one step of vLLM: a token of each completion that grows, and prompts. Returns the numbers
-        of the requests that it finished, with their completions."""
+        of the requests that it finished, with their completions.
+
+        Asks vLLM's core. LLMEngine would make an output of each completion in each step, which took 4 ms
+        with 512 of them, in a step whose kernels take 13 ms (docs/benchmarks.md).
+        """
         from vllm.inputs.engine import tokens_input
 
+        engine = self._llm.llm_engine
         for _ in range(admitted(len(self.waiting), len(self.growing), self.sequences)):
             number, one = self.waiting.popleft()
-            prompt = tokens_input(one.ids_P.tolist())
-            self._llm.llm_engine.add_request(str(number), prompt, self._params(one))
-            self.growing.add(number)
-        finished = [(int(output.request_id), _completion(output)) for output in self._llm.llm_engine.step()]
-        self.growing -= {number for number, _ in finished}
+            # A name is used once: vLLM may still compute a step of a request that was dropped.
+            name = f"sampled{next(self._names)}"
+            request = engine.input_processor.process_inputs(
+                name, tokens_input(one.ids_P.tolist()), self._params(one), engine.get_supported_tasks()
+            )
+            engine.engine_core.add_request(request)
+            self.growing[name] = Growing(number)
+        finished = []
+        for output in engine.engine_core.get_output().outputs:
+            growing = self.growing[output.request_id]
+            growing.grow(output)
+            if output.finish_reason is not None:
+                finished.append((growing.number, growing.completion()))
+                del self.growing[output.request_id]
         return finished
 
     def drop(self) -> None:
         """Drop all requests that were added."""
         self.waiting.clear()
         if self.growing:
-            self._llm.llm_engine.abort_request([str(number) for number in self.growing])
+            self._llm.llm_engine.engine_core.abort_requests(list(self.growing))
             self.growing.clear()
 
     def score(self, sequences: Sequence[Ids]) -> list[NDArray[np.float32]]:

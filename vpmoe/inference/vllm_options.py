@@ -74,6 +74,8 @@ def prepare_environment() -> None:
     logging.getLogger("vllm").setLevel(logging.WARNING)
     # It warns that there is no tokenizer. None is needed: prompts are token ids.
     logging.getLogger("vllm.renderers").setLevel(logging.ERROR)
+    # It warns that a scheduler of one's own has to fit the version of vLLM. It does: vLLM is pinned.
+    logging.getLogger("vllm.config.scheduler").setLevel(logging.ERROR)
 
 
 def check_device(owner: str, field: str) -> Device:
@@ -129,11 +131,13 @@ def gpu_sampling_options() -> dict[str, Any]:
 
     A step that only decodes is a CUDA graph, without compilation; a step with prompts is not. Logits are in
     float32, as the trainer's: the matrix product's own sums, not rounded to the model's dtype. The host
-    prepares a step while the GPU computes the one before.
+    prepares a step while the GPU computes the one before, with vLLM's scheduler but for the work that it
+    does in vain (sampling_scheduler.py).
     """
     return {
         "enforce_eager": False,
         "async_scheduling": True,
+        "scheduler_cls": "vpmoe.inference.sampling_scheduler.SamplingScheduler",
         "compilation_config": {
             "mode": 0,
             "cudagraph_mode": "FULL_DECODE_ONLY",

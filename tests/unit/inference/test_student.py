@@ -35,6 +35,7 @@ from tests.fakes.students import (
 from vpmoe.checkpoint.safetensors_header import INDEX
 from vpmoe.data.harmony import Renderer, SystemMessage
 from vpmoe.data.tokenizer import Tokenizer
+from vpmoe.data.vocabulary import STOP_IDS
 from vpmoe.failure import Permanent
 from vpmoe.inference import hf_model, weight_reader
 from vpmoe.inference.engine_pool import EnginePool, SamplingRequest
@@ -188,6 +189,29 @@ def test_samples_are_a_function_of_the_seed_and_their_log_probabilities_equal_th
     ]
     for one, expected in zip(first, trainer_logp(trained, whole_sequences), strict=True):
         assert np.abs(one.logp_C - expected[-24:]).max() <= TOLERANCE
+
+
+def test_a_queue_answers_every_request_once_with_its_own_log_probabilities(
+    trained: Learner, exported: Path, engines: EnginePool
+) -> None:
+    """As on GPUs, where the engine takes each step's tokens from vLLM's core. A request that was dropped in
+    mid-step gives nothing to one that follows under the same number."""
+    seed = new_seed()
+    random = np.random.default_rng(seed)
+    requests = [
+        SamplingRequest(random.integers(0, TINY.vocabulary, length).astype(np.int32), seed + n, limit)
+        for n, (length, limit) in enumerate(zip((3, 40, 130, 7, 90), (30, 1, 12, 140, 8), strict=True))
+    ]
+    engines.load(exported)
+    next(engines.sample_queue(requests))
+    answers = list(engines.sample_queue(requests))
+    assert sorted(number for number, _ in answers) == list(range(len(requests)))
+    found = [completion for _, completion in sorted(answers, key=lambda answer: answer[0])]
+    whole = [np.concatenate([one.ids_P, answer.ids_C]) for one, answer in zip(requests, found, strict=True)]
+    for one, answer, expected in zip(requests, found, trainer_logp(trained, whole), strict=True):
+        assert len(answer.ids_C) == one.max_tokens or answer.ids_C[-1] in STOP_IDS
+        assert answer.ids_C.dtype == np.int32 and answer.logp_C.dtype == np.float32
+        assert np.abs(answer.logp_C - expected[-len(answer.ids_C) :]).max() <= TOLERANCE
 
 
 def test_vllm_decodes_past_the_window_as_the_trainer(
