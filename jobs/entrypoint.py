@@ -27,6 +27,7 @@ from vpmoe.api import DistillRun, load_run
 from vpmoe.clock import timestamp
 from vpmoe.process.board import ProgressBoard
 from vpmoe.process.environment import check_env_from, check_environment, check_rank, worker_index
+from vpmoe.process.exporter import MetricsExporter
 from vpmoe.process.step_worker import step_succeeded
 from vpmoe.provenance import Provenance, git_sha, harmony_package
 from vpmoe.storage import Bucket, paths
@@ -82,7 +83,8 @@ def entrypoint(role: str, arguments: list[str] | None = None) -> tuple[DistillRu
     if run.role(step) != role:
         raise failure.Permanent(f"--step {step} is not a step of jobs.{role}. Start jobs.{run.role(step)}.")
     register_run(run, bucket)
-    metadata = run.metadata
+    metadata, stage = run.metadata, run.stage_of(step)
+    board.metrics = MetricsExporter(run=metadata.name, stage=stage.name if stage else "", role=role)
     provenance = Provenance(
         git_sha=git_sha(),
         image=os.environ.get("VPMOE_IMAGE") or None,

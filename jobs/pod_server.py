@@ -81,7 +81,8 @@ class PodRequest(BaseHTTPRequestHandler):
                     served = progress.model_copy(update={"commit": self.server.commit})
                     self._answer(HTTPStatus.OK, "application/json", served.to_json())
             case "/metrics":
-                self._answer(HTTPStatus.OK, METRICS_TYPE, self.server.board.metrics())
+                board = self.server.board
+                self._answer(HTTPStatus.OK, METRICS_TYPE, board.metrics.render(board.progress))
             case _:
                 self._answer(HTTPStatus.NOT_FOUND)
 

@@ -9,7 +9,7 @@ import contextlib
 import os
 import secrets
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from botocore.loaders import JSONFileLoader
 from devcluster import binaries, install
 from devcluster import cluster as selected
 from devcluster.cluster import Cluster, up
-from tests.fakes import browser
+from tests.fakes import browser, prometheus
 from tests.fakes.control_plane import ControlPlane
 from tests.fakes.store import S3, small_run
 from tests.fakes.waiting import answers, wait_until
@@ -41,6 +41,7 @@ hypothesis.settings.load_profile("untimed")
 LANES = {
     "s3": "server",
     "browser": "server",
+    "promtool": "server",
     "teacher_address": "engine",
     "engines": "engine",
     "helm": "cluster",
@@ -73,8 +74,9 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         return
     lanes = {marker.name for item in session.items for marker in item.iter_markers()}
     programs = {"versitygw"} if "server" in lanes else set()
-    if any("browser" in getattr(item, "fixturenames", ()) for item in session.items):
-        browser.program()  # installs it
+    for fixture, install_package in (("browser", browser.program), ("promtool", prometheus.install)):
+        if any(fixture in getattr(item, "fixturenames", ()) for item in session.items):
+            install_package()
     if "cluster" in lanes and selected.choice() != "current":
         programs |= {"versitygw", "kube-apiserver", "training-operator"}
     capture = session.config.pluginmanager.getplugin("capturemanager")
@@ -168,6 +170,12 @@ def sample_parquet(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def real_parquet() -> list[Path]:
     """Further parquet files of SYNTH rows: the paths in VPMOE_TEST_PARQUET, colon-separated."""
     return [Path(name) for name in os.environ.get("VPMOE_TEST_PARQUET", "").split(":") if name]
+
+
+@pytest.fixture(scope="session")
+def promtool() -> Callable[..., str]:
+    """prometheus.promtool, for tests that use it or start a Prometheus."""
+    return prometheus.promtool
 
 
 @pytest.fixture(scope="session")

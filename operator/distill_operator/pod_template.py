@@ -73,6 +73,8 @@ def build_pod(attempt: Attempt, gpus: int, *, teacher: bool = False, first: bool
     run, role = attempt.run, attempt.run.role(attempt.step)
     runtime = run.spec.runtime
     main = _container(attempt, role, gpus)
+    if first:  # of a training step only the process of rank 0 serves
+        main["ports"] = [{"name": "metrics", "containerPort": POD_PORT}]
     volumes = _volumes(run)
     if teacher and runtime.teacher_cache is not None:
         volumes.append(
@@ -229,7 +231,6 @@ def _container(attempt: Attempt, role: Role, gpus: int) -> Json:
             *map(_variable, run.spec.runtime.env),
         ],
         **_env_from(run),
-        "ports": [{"name": "metrics", "containerPort": POD_PORT}],
         "resources": _resources(attempt, role, gpus),
         "securityContext": _container_security(run, role),
         "terminationMessagePolicy": "FallbackToLogsOnError",

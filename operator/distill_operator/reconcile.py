@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 
+from distill_operator import metrics
 from distill_operator.actions import CreateChild
 from distill_operator.admission import Admission
 from distill_operator.attempt import config_map_name
@@ -123,6 +124,7 @@ class Reconciler:
         except KubeError as error:
             if is_refusal(error) and self.namespaces.refuses(key[0]):
                 self.last.forget(key)
+                metrics.show_run(*key, None)
                 return None  # the resync requeues it when the namespace can be read again
             raise
         self._polled.discard(key)
@@ -133,6 +135,7 @@ class Reconciler:
             self._timers.forget(key)
             self._failures.pop(key, None)
             self.admission.forget(key)
+            metrics.show_run(*key, None)
             return None
         observed, version = parse_run(obj), obj["metadata"]["resourceVersion"]
         last = self.last.begin(key, began, version)
@@ -157,6 +160,7 @@ class Reconciler:
             replace(observed, status=decided.status), written["metadata"]["resourceVersion"]
         )
         self.admission.reconciled(key)
+        metrics.show_run(*key, decided.status)
         last.run = written["metadata"]["resourceVersion"]
         last.named, last.children = _children_after(decided, children)
         errors = list[KubeError]()

@@ -56,7 +56,7 @@ EVERYTHING: dict[str, Any] = {
         "apiServerCidrs": ["10.0.0.0/8"],
         "extraEgress": [{"ports": [{"port": 9000}], "to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]}],
     },
-    "monitoring": {"enabled": True},
+    "monitoring": {"enabled": True, "alerts": True, "dashboards": True},
 }
 """A value for every optional field of the objects."""
 
@@ -115,7 +115,7 @@ def monitors(cluster: Cluster) -> Iterator[None]:
     installed = cluster.kubectl("get", "customresourcedefinitions", "--output=name")
     names = [
         f"{kind}.monitoring.coreos.com"
-        for kind in ("servicemonitors", "podmonitors")
+        for kind in ("servicemonitors", "podmonitors", "prometheusrules")
         if f"/{kind}.monitoring.coreos.com" not in installed
     ]
     for name in names:
@@ -134,9 +134,8 @@ def test_the_api_server_accepts_every_object(
 ) -> None:
     """With strict validation: an unknown or misplaced field is an error."""
     objects = chart.Chart(helm).render({**EVERYTHING, "watchNamespaces": namespaces}, "x", "default")
-    assert {"ServiceMonitor", "PodMonitor", "NetworkPolicy", "PodDisruptionBudget"} <= {
-        obj["kind"] for obj in objects
-    }
+    optional = {"ServiceMonitor", "PodMonitor", "PrometheusRule", "NetworkPolicy", "PodDisruptionBudget"}
+    assert optional <= {obj["kind"] for obj in objects}
     cluster.kubectl(
         "create", "--dry-run=server", "--validate=strict", "--filename=-", input=yaml.safe_dump_all(objects)
     )

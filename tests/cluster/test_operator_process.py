@@ -251,7 +251,7 @@ def test_watches_that_break_in_each_way_work_again(
         wait_until(lambda: bool(cluster.kubectl(*query)), f"{run} is seen in {namespace}", 90, 1)
 
     def restarted(namespace: str) -> bool:
-        return f'vpmoe_operator_watch_restarts_total{{namespace="{namespace}"' in metrics(operator)
+        return f'vpmoe_operator_watch_restarts_total{{run_namespace="{namespace}"' in metrics(operator)
 
     operator = OperatorProcess(
         proxy,

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,11 @@ import yaml
 from demo import sample
 from devcluster import ClusterError, install
 from devcluster.cluster import Cluster
-from tests.fakes import tiny_teacher
+from tests.fakes import prometheus, tiny_teacher
+from tests.fakes.prometheus import DASHBOARDS, Prometheus
+from tests.fakes.scraped_cluster import pods_of_cluster
 from tests.fakes.waiting import wait_until
+from vpmoe.api import pod_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.timeout(2400)  # the first test waits for both runs
@@ -195,8 +199,23 @@ def kill_at_random(
 
 
 @pytest.fixture(scope="module")
-def bench(cluster: Cluster, namespace: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StageRuns]:
-    """Both runs after their end: "undisturbed" and "killed"."""
+def scraped(
+    cluster: Cluster, namespace: str, promtool: object, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Prometheus]:
+    """A Prometheus that scrapes the pods of the runs and the operator."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    with (
+        pods_of_cluster(cluster.kubeconfig, folder, namespace, install.NAMESPACE) as pods,
+        prometheus.server(folder, [pods], interval=1) as it,
+    ):
+        yield it
+
+
+@pytest.fixture(scope="module")
+def bench(
+    cluster: Cluster, namespace: str, scraped: Prometheus, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[StageRuns]:
+    """Both runs after their end: "undisturbed" and "killed". Prometheus has scraped their pods meanwhile."""
     it = StageRuns(cluster, namespace)
     for bucket in ("source", "undisturbed", "killed"):
         it.client.create_bucket(Bucket=f"{it.name}-{bucket}")
@@ -253,6 +272,38 @@ def test_the_three_roles_started_together_and_ended_with_the_trainer(bench: Stag
     step = {name: bench.step("undisturbed", name) for name in ROLES}
     assert len({found["started"] for found in step.values()}) == 1
     assert step["onpolicy-sampler"]["partsDone"] == step["onpolicy-teacher"]["partsDone"] >= 3
+
+
+SECONDS_AT_THE_END = {"vpmoe_rescore_part_seconds_sum", "vpmoe_rescore_part_seconds_count"}
+"""Of a process that may end before it is scraped once more."""
+
+
+def test_every_query_of_a_dashboard_finds_time_series_of_the_run(
+    bench: StageRuns, scraped: Prometheus, namespace: str
+) -> None:
+    """In a real scrape: of the run's pods, and of the operator, whatever killed it meanwhile."""
+    status = bench.get("undisturbed")["status"]
+    start, end = (datetime.fromisoformat(status[name]).timestamp() for name in ("started", "finished"))
+    variables = {"namespace": namespace, "run": "undisturbed"}
+    empty = prometheus.panels_without_data(scraped, DASHBOARDS["run"], start, end, **variables)
+    assert {name for query in empty for name in query.names} <= prometheus.WITH_GPUS | SECONDS_AT_THE_END
+    place = {"namespace": install.NAMESPACE}
+    empty = prometheus.panels_without_data(scraped, DASHBOARDS["operator"], start, end, **place)
+    assert {name for query in empty for name in query.names} <= {"vpmoe_operator_run_condition"}
+
+
+def test_the_pods_of_a_run_have_every_metric(bench: StageRuns, scraped: Prometheus, namespace: str) -> None:
+    """Except those of GPUs, of a collapse, and of completions, which this run does not measure."""
+    status = bench.get("undisturbed")["status"]
+    start, end = (datetime.fromisoformat(status[name]).timestamp() for name in ("started", "finished"))
+    missing = {
+        metric
+        for metric in pod_metrics.METRICS
+        for series in metric.series()
+        if not scraped.series(f'{series}{{namespace="{namespace}",run="undisturbed"}}', start, end)
+    }
+    gpus = {pod_metrics.GPU_UTILISATION, pod_metrics.GPU_MEMORY_FREE}
+    assert missing <= gpus | {pod_metrics.CONDITION, pod_metrics.VALIDITY}
 
 
 @pytest.mark.parametrize("stage", ["vanilla", "rescored", "forced", "onpolicy"])

@@ -59,7 +59,8 @@ def find(objects: list[Json], kind: str, suffix: str = "") -> Json:
 
 def settings(objects: list[Json]) -> Json:
     """The operator's settings file."""
-    found: Json = yaml.safe_load(find(objects, "ConfigMap")["data"]["operator.yaml"])
+    (file,) = [obj["data"]["operator.yaml"] for obj in objects if "operator.yaml" in obj.get("data", {})]
+    found: Json = yaml.safe_load(file)
     return found
 
 

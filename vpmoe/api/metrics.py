@@ -6,7 +6,7 @@ is absent.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
 
@@ -17,20 +17,39 @@ BySpan = dict[str, float | None]
 """A number for each span of tokens (reasoning, final); None if there was no such token."""
 
 
-class Sample(NamedTuple):
-    """One number for Prometheus."""
+class Metric(NamedTuple):
+    """A metric for Prometheus. All of them are in pod_metrics.py."""
 
     name: str
-    """Of the gauge, without the prefix of the role."""
+    """In full, but for the _total of a counter, and the _sum and _count of a summary."""
+    kind: Literal["gauge", "counter", "summary"]
     help: str
+    labels: tuple[str, ...] = ()
+    """Its own, beside those of the process."""
+
+    def series(self) -> tuple[str, ...]:
+        """The names of its time series."""
+        match self.kind:
+            case "counter":
+                return (f"{self.name}_total",)
+            case "summary":
+                return (f"{self.name}_sum", f"{self.name}_count")
+            case _:
+                return (self.name,)
+
+
+class Sample(NamedTuple):
+    """One number for a metric."""
+
+    metric: Metric
     value: float | None
-    """None is not shown."""
+    """A gauge's new value, what is added to a counter, or an observation for a summary. None is not shown."""
     labels: Mapping[str, str] = {}
 
 
-def samples_by_span(name: str, help: str, values: BySpan) -> list[Sample]:
-    """The same gauge for each span."""
-    return [Sample(name, help, value, {"span": span}) for span, value in values.items()]
+def samples_by_span(metric: Metric, values: BySpan) -> list[Sample]:
+    """A number of the metric for each span."""
+    return [Sample(metric, value, {"span": span}) for span, value in values.items()]
 
 
 class Measures(Record):

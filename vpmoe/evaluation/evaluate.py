@@ -8,14 +8,14 @@ import json
 import logging
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vpmoe.api import DistillRun, Stage
-from vpmoe.api.metrics import MetricsLine
+from vpmoe.api.metrics import MetricsLine, Sample
 from vpmoe.checkpoint.train_state import load_stage_end
 from vpmoe.data import canary
 from vpmoe.data.dataset import load_dataset
@@ -55,6 +55,9 @@ class EvaluationLine(MetricsLine):
     gpu: GpuUse
     """During the whole attempt."""
 
+    def samples(self) -> Iterable[Sample]:
+        return self.gpu.samples()
+
 
 def evaluate(
     run: DistillRun,
@@ -83,9 +86,9 @@ def evaluate(
         return found
     with tempfile.TemporaryDirectory(prefix="vpmoe-evaluate-") as scratch:
         measured = measure_student(job, engines, Path(scratch))
-    line = EvaluationLine(attempt=provenance.attempt, seconds=job.seconds, gpu=read_gpus()).dump()
-    line |= measured.dump()
-    text = json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+    line = EvaluationLine(attempt=provenance.attempt, seconds=job.seconds, gpu=read_gpus())
+    board.metrics.record(line.samples())
+    text = json.dumps(line.dump() | measured.dump(), ensure_ascii=False, allow_nan=False) + "\n"
     # create: if the attempt is killed after this, the next one leaves the line of metrics as it is.
     bucket.create(paths.metrics(run, provenance.step, "000000"), text.encode(), provenance.metadata())
     key = paths.evaluation(run, stage.name)

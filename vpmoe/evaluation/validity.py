@@ -87,7 +87,8 @@ def measure_while_training(
             if time.monotonic() - reported > REPORT_SECONDS:
                 reported = time.monotonic()
                 job.report_running("Waiting for a checkpoint", latest)
-            job.pause(POLL_SECONDS)
+            with board.metrics.waiting("checkpoint"):
+                job.pause(POLL_SECONDS)
     job.report_measured("The stage has ended", latest)
 
 
@@ -121,8 +122,9 @@ def _measure(
     record = evaluation_record.parse_evaluation(
         _fields(job, checkpoint, found), stage, bucket.url(key), "validity"
     )
-    line = EvaluationLine(attempt=job.provenance.attempt, seconds=job.seconds, gpu=read_gpus()).dump()
-    text = json.dumps(line | record.dump(), ensure_ascii=False, allow_nan=False) + "\n"
+    line = EvaluationLine(attempt=job.provenance.attempt, seconds=job.seconds, gpu=read_gpus())
+    job.board.metrics.record(line.samples())
+    text = json.dumps(line.dump() | record.dump(), ensure_ascii=False, allow_nan=False) + "\n"
     metrics = paths.metrics(run, job.provenance.step, f"{number:06d}")
     bucket.create(metrics, text.encode(), job.provenance.metadata())
     if not bucket.create(key, json_bytes(record.dump()), job.provenance.metadata()):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from vpmoe.api import pod_metrics
 from vpmoe.api.base import Record
 from vpmoe.api.metrics import BySpan, Measures, Sample, samples_by_span
 from vpmoe.data.spans import SPANS
@@ -50,16 +51,8 @@ class OnPolicyMeasures(Measures):
 
     def samples(self) -> Iterable[Sample]:
         return [
-            *samples_by_span(
-                "reverse_kl",
-                "KL(student‖teacher) over the latest window's sampled tokens by span, nats a token",
-                self.reverse_kl,
-            ),
-            *samples_by_span(
-                "sampler_kl",
-                "KL(sampler‖trainer) over the latest window's sampled tokens by span, nats a token",
-                self.sampler_kl,
-            ),
+            *samples_by_span(pod_metrics.REVERSE_KL, self.reverse_kl),
+            *samples_by_span(pod_metrics.SAMPLER_KL, self.sampler_kl),
         ]
 
 

@@ -10,6 +10,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
+from vpmoe.api import pod_metrics
 from vpmoe.api.base import Record
 from vpmoe.api.metrics import BySpan, Measures, Sample, samples_by_span
 from vpmoe.api.stages import Confidence
@@ -45,27 +46,12 @@ class RescoredMeasures(Measures):
     """The teacher's mean log-probability, in nats."""
 
     def samples(self) -> Iterable[Sample]:
-        weight = self.weight
-        return [
-            *samples_by_span(
-                "teacher_logp",
-                "Teacher's mean log-probability in the latest scored step by span, nats",
-                self.teacher_logp,
-            ),
-            *samples_by_span(
-                "weight_mean", "Mean confidence weight in the latest scored step by span", weight.mean
-            ),
-            *samples_by_span(
-                "weight_saturation_low_ratio",
-                "Share of weights at confidence.min by span",
-                weight.saturation_low,
-            ),
-            *samples_by_span(
-                "weight_saturation_high_ratio",
-                "Share of weights at confidence.max by span",
-                weight.saturation_high,
-            ),
-        ]
+        yield from samples_by_span(pod_metrics.TEACHER_LOGP, self.teacher_logp)
+        yield from samples_by_span(pod_metrics.WEIGHT_MEAN, self.weight.mean)
+        for span, share in self.weight.saturation_low.items():
+            yield Sample(pod_metrics.WEIGHT_SATURATION, share, {"span": span, "bound": "min"})
+        for span, share in self.weight.saturation_high.items():
+            yield Sample(pod_metrics.WEIGHT_SATURATION, share, {"span": span, "bound": "max"})
 
 
 def rescored(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from vpmoe.api import pod_metrics
 from vpmoe.api.metrics import BySpan, Measures, Sample, samples_by_span
 from vpmoe.api.stages import LossWeights
 from vpmoe.data.spans import SPANS
@@ -33,16 +34,8 @@ class TeacherForcedMeasures(Measures):
 
     def samples(self) -> Iterable[Sample]:
         return [
-            *samples_by_span(
-                "teacher_kl",
-                "KL(teacher‖student) at the stage's temperature in the latest step by span, nats",
-                self.kl,
-            ),
-            *samples_by_span(
-                "teacher_cosine",
-                "Cosine of student's and teacher's hidden states in the latest step by span",
-                self.cosine,
-            ),
+            *samples_by_span(pod_metrics.TEACHER_KL, self.kl),
+            *samples_by_span(pod_metrics.TEACHER_COSINE, self.cosine),
         ]
 
 

@@ -3,10 +3,10 @@
 The work publishes here, and never waits. jobs/pod_server.py serves it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vpmoe.api.progress import Progress
+from vpmoe.process.exporter import MetricsExporter
 
 
 @dataclass
@@ -15,5 +15,5 @@ class ProgressBoard:
 
     progress: Progress | None = None
     """The latest progress of the step that this process knows; None before the first."""
-    metrics: Callable[[], bytes] = bytes
-    """Renders the metrics in Prometheus' text format; empty for a process that has none."""
+    metrics: MetricsExporter = field(default_factory=MetricsExporter)
+    """The metrics for Prometheus."""

@@ -8,11 +8,13 @@ reason, never a zero.
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from vpmoe.api.base import Record
+from vpmoe.api.metrics import Sample
+from vpmoe.api.pod_metrics import GPU_MEMORY_FREE, GPU_UTILISATION
 
 NO_GPU = "computed on the CPU"
 NOT_READ = "not measured"
@@ -29,6 +31,10 @@ class GpuUse(Record):
     """Least of the GPUs, in bytes."""
     reason: str | None
     """Why the others are null."""
+
+    def samples(self) -> Iterable[Sample]:
+        """The numbers that Prometheus shows."""
+        return (Sample(GPU_UTILISATION, self.utilisation), Sample(GPU_MEMORY_FREE, self.memory_headroom))
 
 
 class GpuReading(NamedTuple):

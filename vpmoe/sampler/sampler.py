@@ -13,15 +13,15 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vpmoe.api import DistillRun
+from vpmoe.api import DistillRun, pod_metrics
 from vpmoe.api.base import Record
-from vpmoe.api.metrics import MetricsLine
+from vpmoe.api.metrics import MetricsLine, Sample
 from vpmoe.api.stages import OnPolicy
 from vpmoe.data.dataset import dataset_facts, load_training_dataset
 from vpmoe.data.reader import BlockCache
@@ -111,6 +111,21 @@ class WindowLine(MetricsLine):
     """By effort."""
     gpu: GpuUse | None
     """While the batch was sampled; None except for the first window of a batch."""
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample(pod_metrics.SAMPLER_WINDOW, self.window)
+        yield Sample(pod_metrics.SAMPLER_VERSION, self.version)
+        for effort, counts in self.validity.items():
+            for validity, count in counts.items():
+                labels = {"effort": effort, "validity": validity}
+                yield Sample(pod_metrics.SAMPLER_ROLLOUTS, count, labels)
+        if self.load is not None:  # the first window of a batch
+            yield Sample(pod_metrics.TOKENS, self.tokens_per_second * self.seconds)
+            yield Sample(pod_metrics.SAMPLER_BATCH_SECONDS, self.seconds)
+            yield Sample(pod_metrics.SAMPLER_LOAD_SECONDS, self.load.seconds)
+            yield Sample(pod_metrics.SAMPLER_PROBE, self.load.probe)
+        if self.gpu is not None:
+            yield from self.gpu.samples()
 
 
 @dataclass(frozen=True)
@@ -260,7 +275,8 @@ def wait_for_version(
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
             job.report_windows(f"Waiting for version {number}", before)
-        wait_for_poll(job, number, volume)
+        with job.board.metrics.waiting("weights"):
+            wait_for_poll(job, number, volume)
         job.check_stop()
     return None
 
@@ -412,3 +428,4 @@ def write_metrics(job: SamplerWorker, line: WindowLine) -> None:
     key = paths.metrics(job.run, job.provenance.step, f"{line.window:06d}")
     data = json.dumps(line.dump(), allow_nan=False) + "\n"
     job.bucket.put_bytes(key, data.encode(), job.provenance.metadata())
+    job.board.metrics.record(line.samples())

@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vpmoe.api import DistillRun
-from vpmoe.api.metrics import MetricsLine
+from vpmoe.api import DistillRun, pod_metrics
+from vpmoe.api.metrics import MetricsLine, Sample
 from vpmoe.data.dataset import dataset_facts, load_dataset
 from vpmoe.data.system_message import EffortSubstitution
 from vpmoe.data.tokenizer import Ids
@@ -92,6 +92,11 @@ class PartLine(MetricsLine):
     tokens_per_second: float
     gpu: GpuUse
     """While the part was scored."""
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample(pod_metrics.TOKENS, self.tokens)
+        yield Sample(pod_metrics.RESCORE_PART_SECONDS, self.seconds)
+        yield from self.gpu.samples()
 
 
 @dataclass(frozen=True)
@@ -284,6 +289,7 @@ def write_part_metrics(job: RescoreWorker, line: PartLine) -> None:
     key = paths.metrics(job.run, job.provenance.step, f"{line.scores[:16]}-{line.part:05d}")
     text = json.dumps(line.dump(), allow_nan=False) + "\n"
     job.bucket.put_bytes(key, text.encode(), job.provenance.metadata())
+    job.board.metrics.record(line.samples())
 
 
 def score_documents(job: RescoreWorker, part: ScoredPart) -> None:

@@ -11,14 +11,15 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vpmoe.api import DistillRun
-from vpmoe.api.metrics import MetricsLine
+from vpmoe.api import DistillRun, pod_metrics
+from vpmoe.api.metrics import MetricsLine, Sample
 from vpmoe.api.stages import OnPolicy
 from vpmoe.process.board import ProgressBoard
 from vpmoe.process.gpu import GpuUse, ReadGpus, not_read
@@ -59,6 +60,12 @@ class ScoringLine(MetricsLine):
     """Rollouts that were scored before the window was there, from parts."""
     gpu: GpuUse
     """While the window was scored; if some of it was in parts, since the window before."""
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample(pod_metrics.TEACHER_WINDOW, self.window)
+        yield Sample(pod_metrics.TEACHER_WINDOW_SECONDS, self.seconds)
+        yield Sample(pod_metrics.TOKENS, self.tokens_per_second * self.seconds)
+        yield from self.gpu.samples()
 
 
 def score_windows(
@@ -158,7 +165,8 @@ def wait_for_rollouts(job: ScoringWorker, parts: PartScorer, window: int) -> boo
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
             job.report_windows(f"Waiting for window {window}")
-        job.pause(POLL_SECONDS)
+        with job.board.metrics.waiting("rollouts"):
+            job.pause(POLL_SECONDS)
 
 
 def write_scores(job: ScoringWorker, sampled: WindowRollouts, logp: list[NDArray[np.float32]]) -> None:
@@ -187,6 +195,7 @@ def write_window_metrics(job: ScoringWorker, line: ScoringLine) -> None:
     """Write a window's line of metrics: one object per window, so scoring it again leaves no second line."""
     key = paths.metrics(job.run, job.provenance.step, f"window-{line.window:06d}")
     job.bucket.put_bytes(key, json.dumps(line.dump()).encode() + b"\n", job.provenance.metadata())
+    job.board.metrics.record(line.samples())
 
 
 def report_end(job: ScoringWorker) -> None:

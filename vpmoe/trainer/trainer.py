@@ -14,6 +14,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from vpmoe.api.metrics import Sample
+from vpmoe.api.pod_metrics import CHECKPOINT_SAVE_SECONDS
 from vpmoe.api.progress import Progress
 from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.clock import now
@@ -265,8 +267,11 @@ class Trainer:
         self.reporter.waiting(message)
 
     def _save(self, state: TrainState) -> None:
+        began = time.monotonic()
         self.stage.before_checkpoint()
         self.checkpoints.save(self.learner, state)
+        stopped = Sample(CHECKPOINT_SAVE_SECONDS, time.monotonic() - began)
+        self.context.board.metrics.record([stopped])
 
     def _stop(self, state: TrainState) -> NoReturn:
         """Save the state and raise Terminated."""

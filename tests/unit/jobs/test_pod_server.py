@@ -13,7 +13,8 @@ import pytest
 from jobs import pod_server
 from jobs.entrypoint import serves_progress
 from tests.fakes.recorded import small_run
-from vpmoe.api import DistillRun
+from vpmoe.api import DistillRun, pod_metrics
+from vpmoe.api.metrics import Sample
 from vpmoe.api.progress import PROGRESS_BYTES, Progress
 from vpmoe.failure import Permanent
 from vpmoe.process.board import ProgressBoard
@@ -72,9 +73,11 @@ def test_a_progress_of_any_size_is_served_in_64_kib() -> None:
 def test_metrics_are_rendered_when_they_are_asked_for() -> None:
     board = ProgressBoard()
     with served(board) as port:
-        assert get(port, "/metrics") == (200, pod_server.METRICS_TYPE, b""), "a role without metrics"
-        board.metrics = lambda: b"vpmoe_train_step 7.0\n"
-        assert get(port, "/metrics")[2] == b"vpmoe_train_step 7.0\n"
+        assert get(port, "/metrics") == (200, pod_server.METRICS_TYPE, b""), "before the first number"
+        board.metrics.record([Sample(pod_metrics.STEP, 7)])
+        assert b'vpmoe_train_step{role="",run="",stage=""} 7.0\n' in get(port, "/metrics")[2]
+        board.progress = PROGRESS
+        assert b"vpmoe_step_progress_timestamp_seconds{" in get(port, "/metrics")[2]
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")

@@ -21,6 +21,11 @@ PREFERRED = {"preferredDuringSchedulingIgnoredDuringExecution": []}
 AFFINITIES = ("nodeAffinity", "podAffinity", "podAntiAffinity")
 PEER = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
 
+SWITCHES: Json = {
+    "networkPolicy": {"enabled": True},
+    "monitoring": {"enabled": True, "alerts": True, "dashboards": True},
+}
+"""Values that switch on what is optional."""
 UNUSED = {"global", "gitSha"}
 """Values that the chart accepts and does not use: Helm's own, and one that earlier versions needed."""
 PLACES: dict[str, tuple[Any, ...]] = {
@@ -68,8 +73,8 @@ PLACES: dict[str, tuple[Any, ...]] = {
     "priorityClassName": ("high", f"{POD}.priorityClassName"),
     "serviceAccountName": ("mine", f"{POD}.serviceAccountName"),
     "serviceAccountAnnotations": ({"role": "arn"}, "ServiceAccount metadata.annotations"),
-    "labels": ({"team": "x"}, "ConfigMap metadata.labels.team", "x"),
-    "annotations": ({"team": "x"}, "ConfigMap metadata.annotations"),
+    "labels": ({"team": "x"}, "ConfigMap/distill-operator metadata.labels.team", "x"),
+    "annotations": ({"team": "x"}, "ConfigMap/distill-operator metadata.annotations"),
     "aggregateRoles": (
         False,
         "ClusterRole/-editor metadata.labels.rbac~authorization~k8s~io/aggregate-to-edit",
@@ -87,6 +92,9 @@ PLACES: dict[str, tuple[Any, ...]] = {
     "monitoring.enabled": (True, "Service kind", "Service"),
     "monitoring.intervalSeconds": (90, "ServiceMonitor spec.endpoints.0.interval", "90s"),
     "monitoring.labels": ({"release": "p"}, "PodMonitor metadata.labels.release", "p"),
+    "monitoring.alerts": (True, "PrometheusRule kind", "PrometheusRule"),
+    "monitoring.dashboards": (True, "ConfigMap/-dashboard-run kind", "ConfigMap"),
+    "monitoring.dashboardLabels": ({"a": "b"}, "ConfigMap/-dashboard-operator metadata.labels.a", "b"),
 }
 """Value → what a test sets it to, the place where that must appear, and what appears there if not the same.
 A dot in a key is written ~."""
@@ -113,8 +121,8 @@ def switched_on(path: str, value: Any) -> Json:
     """Values with this one changed, and what it belongs to switched on."""
     values = nested(path, value)
     group = path.split(".")[0]
-    if group in ("networkPolicy", "monitoring"):
-        values[group] = {"enabled": True, **values[group]}
+    if group in SWITCHES:
+        values[group] = {**SWITCHES[group], **values[group]}
     if group in REQUIRED:
         values = {
             **REQUIRED,
@@ -158,7 +166,7 @@ def test_every_value_has_a_test_of_its_effect() -> None:
 @pytest.fixture(scope="module")
 def defaults(chart: Chart) -> list[Json]:
     """The objects of the default values, with the optional ones."""
-    return chart.render({"networkPolicy": {"enabled": True}, "monitoring": {"enabled": True}})
+    return chart.render(SWITCHES)
 
 
 @pytest.mark.parametrize("path", PLACES)
@@ -167,7 +175,7 @@ def test_a_value_appears_where_it_is_used(chart: Chart, defaults: list[Json], pa
     expected = other[0] if other else value
     objects = chart.render(switched_on(path, value))
     assert look(objects, place) == expected
-    if not path.endswith(".enabled"):
+    if value is not True:
         assert look(defaults, place) != expected, "it is the default: this test shows nothing"
     Settings.model_validate(rendered.settings(objects))
 
@@ -281,12 +289,12 @@ def test_text_that_looks_like_another_type_stays_text(chart: Chart, text: str) -
             "priorityClassName": text,
             "serviceAccountAnnotations": {"b": text},
             "networkPolicy": {"enabled": True, "apiServerCidrs": [text]},
-            "monitoring": {"enabled": True, "labels": {"a": text}},
+            "monitoring": {**SWITCHES["monitoring"], "labels": {"a": text}, "dashboardLabels": {"b": text}},
         }
         objects = chart.render(values, release=text, namespace=text)
         objects += chart.render({"serviceAccountName": text})
         for obj in objects:
-            if obj["kind"] == "ConfigMap":
+            if "operator.yaml" in obj.get("data", {}):
                 obj["data"] = rendered.settings([obj])
             if obj["kind"] == "Deployment":
                 del obj["spec"]["template"]["metadata"]["annotations"]["vpmoe.dev/settings"]
@@ -306,6 +314,8 @@ def test_text_that_looks_like_another_type_stays_text(chart: Chart, text: str) -
         pytest.param(
             {"monitoring": {"enabled": True}}, {"Service", "ServiceMonitor", "PodMonitor"}, id="monitoring"
         ),
+        pytest.param({"monitoring": {"alerts": True}}, {"PrometheusRule"}, id="alerts"),
+        pytest.param({"monitoring": {"dashboards": True}}, {"ConfigMap"}, id="dashboards"),
     ],
 )
 def test_optional_objects_are_made_only_if_they_are_asked_for(
@@ -327,8 +337,7 @@ def test_labels_and_annotations_are_on_every_object_and_change_no_selector(chart
     values = {
         "replicas": 2,
         "watchNamespaces": ["a"],
-        "networkPolicy": {"enabled": True},
-        "monitoring": {"enabled": True},
+        **SWITCHES,
     }
     marks = {"labels": {"team": "x", "app.kubernetes.io/part-of": "mine"}, "annotations": {"team": "x"}}
     plain, marked = chart.render(values), chart.render({**values, **marks})

@@ -498,12 +498,22 @@ def test_a_child_with_a_queue_is_labelled_and_created_suspended(step: str, spec:
 
 
 @pytest.mark.parametrize("step, spec", CHILDREN)
-def test_every_pod_declares_the_port_at_which_it_serves(step: str, spec: dict[str, Any]) -> None:
-    for template in templates(child(step, **spec)):
-        container = template["spec"]["containers"][0]
-        env = {entry["name"]: entry.get("value") for entry in container["env"]}
-        assert container["ports"] == [{"name": "metrics", "containerPort": 9090}]
-        assert env["VPMOE_SERVE_PORT"] == "9090"
+def test_every_pod_that_serves_declares_its_port(step: str, spec: dict[str, Any]) -> None:
+    """Prometheus would report another pod that declares it as down."""
+    first, *further = templates(child(step, **spec))
+    (container,) = first["spec"]["containers"]
+    env = {entry["name"]: entry.get("value") for entry in container["env"]}
+    assert container["ports"] == [{"name": "metrics", "containerPort": 9090}]
+    assert env["VPMOE_SERVE_PORT"] == "9090"
+    assert not any("ports" in one for template in further for one in template["spec"]["containers"])
+
+
+def test_the_workers_of_a_training_step_declare_no_port() -> None:
+    replicas = child("vanilla", student={"shape": "tiny", "gpus": 2, "gpusPerPod": 1})["spec"][
+        "pytorchReplicaSpecs"
+    ]
+    containers = {name: one["template"]["spec"]["containers"][0] for name, one in replicas.items()}
+    assert "ports" in containers["Master"] and "ports" not in containers["Worker"]
 
 
 def test_the_longest_names_are_valid_in_kubernetes() -> None:

@@ -129,7 +129,8 @@ def restarts(namespace: str) -> float:
         sample.value
         for metric in REGISTRY.collect()
         for sample in metric.samples
-        if sample.name == "vpmoe_operator_watch_restarts_total" and sample.labels["namespace"] == namespace
+        if sample.name == "vpmoe_operator_watch_restarts_total"
+        and sample.labels["run_namespace"] == namespace
     )
 
 
@@ -274,7 +275,7 @@ def test_probes_and_metrics_know_how_long_a_watch_has_been_silent(
 
     def age(bench: Bench, kind: Kind) -> float:
         bench.watches.refresh_gauges()
-        labels = {"namespace": "", "resource": kind.plural}
+        labels = {"run_namespace": "", "resource": kind.plural}
         return REGISTRY.get_sample_value("vpmoe_operator_watch_age_seconds", labels) or 0.0
 
     async def work(bench: Bench) -> None:

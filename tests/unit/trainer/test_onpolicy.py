@@ -7,6 +7,7 @@ import contextlib
 import json
 import pickle
 import random
+import re
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -234,19 +235,19 @@ def test_the_line_of_a_window_has_its_metrics(make_trainer: MakeTrainer) -> None
     assert len(evaluations) > 2 and all(line["canary"]["bytes"] == 1000 for line in evaluations)
     bits = [line["canary"]["bitsPerByte"] for line in evaluations]
     assert len(set(bits)) == len(bits), "measured with the weights of each evaluation"
-    prometheus = trainer.context.board.metrics().decode()
-    for name in (
-        'reverse_kl{namespace="default",run="tiny-run",span="final"',
-        "sampler_kl{",
-        "window_staleness{",
-        "wait_rollouts_seconds{",
-        "canary_bits_per_byte{",
+    prometheus = trainer.context.board.metrics.render(None).decode()
+    for series in (
+        'train_reverse_kl_nats{role="",run="",span="final"',
+        "train_sampler_kl_nats{",
+        "train_window_staleness{",
+        "train_canary_bits_per_byte{",
+        'train_ready_windows{role="",run="",stage="",state="scored"',
+        'train_window_valid_ratio{effort="',
     ):
-        assert f"vpmoe_train_{name}" in prometheus
-    assert (
-        'vpmoe_train_buffer_windows{kind="scored"' in prometheus
-        and 'vpmoe_train_valid_ratio{effort="' in prometheus
-    )
+        assert f"\nvpmoe_{series}" in prometheus
+    waits = [line["waitRollouts"] + line["waitScores"] for line in metrics_lines(trainer) if "window" in line]
+    counted = re.findall(r"vpmoe_wait_seconds_total{.*} (.*)", prometheus)
+    assert sum(map(float, counted)) == pytest.approx(sum(waits))
 
 
 class Killed(BaseException):

@@ -295,13 +295,14 @@ def test_a_resumed_stage_decides_by_the_validity_that_it_knew_before(
 def test_prometheus_metrics_of_the_latest_step_are_on_the_board(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(RecordingReporter())
     trainer.run()
-    prometheus = trainer.context.board.metrics().decode()
-    assert (
-        f'vpmoe_train_step{{namespace="default",run="tiny-run",stage="vanilla"}} {trainer.stage.plan.steps}.0'
-        in prometheus
-    )
-    assert (
-        'vpmoe_train_held_out_loss{namespace="default",run="tiny-run",span="final",stage="vanilla"}'
-        in prometheus
-    )
-    assert "vpmoe_train_gpu_utilisation_ratio{" not in prometheus, "there is no GPU metric without a GPU"
+    prometheus = trainer.context.board.metrics.render(None).decode()
+    steps, tokens = trainer.stage.plan.steps, trainer.stage.plan.total
+    for series in (
+        f'vpmoe_train_step{{role="",run="",stage=""}} {steps}.0',
+        f'vpmoe_train_step_seconds_count{{kind="Vanilla",role="",run="",stage=""}} {steps}.0',
+        f'vpmoe_tokens_total{{role="",run="",stage=""}} {tokens}.0',
+        'vpmoe_train_held_out_loss_nats{role="",run="",span="final",stage=""} ',
+        'vpmoe_train_checkpoint_upload_seconds_count{role="",run="",stage=""} ',
+    ):
+        assert f"\n{series}" in prometheus
+    assert "vpmoe_gpu_utilisation_ratio{" not in prometheus, "there is no GPU metric without a GPU"

@@ -10,6 +10,7 @@ checkpoint before. reader.py loads checkpoints.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any, Protocol
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vpmoe.api.metrics import Sample
+from vpmoe.api.pod_metrics import CHECKPOINT_TIME, CHECKPOINT_UPLOAD_SECONDS
 from vpmoe.api.progress import CheckpointStatus
 from vpmoe.checkpoint.format import PARTS_FACT
 from vpmoe.checkpoint.train_state import TrainState, checkpoint_facts, iteration_of, list_iterations
@@ -108,7 +111,7 @@ class CheckpointWriter:
         self._upload.close()
 
     def _write(self, at: TrainState, folder: Path, names: list[str], parts: dict[str, Any]) -> None:
-        bucket, run = self._context.bucket, self._context.run
+        bucket, run, began = self._context.bucket, self._context.run, time.monotonic()
         key = paths.checkpoint(run, at.stage, at.iteration)
         # a killed attempt may have left files there, or the checkpoint there was rejected
         self._agree(_fault(lambda: bucket.delete_prefix(key)) if self._report else None)
@@ -127,6 +130,8 @@ class CheckpointWriter:
             )
             written = manifest.write(bucket, paths.manifest(key), statement)
             self._report.update(checkpoint=checkpoint_facts(bucket, written, at))
+            uploaded = Sample(CHECKPOINT_UPLOAD_SECONDS, time.monotonic() - began)
+            self._context.board.metrics.record([uploaded, Sample(CHECKPOINT_TIME, time.time())])
             log.info(
                 "Wrote checkpoint %s: %d files, %.1f MB",
                 bucket.url(key),

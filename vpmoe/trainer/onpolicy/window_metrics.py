@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from vpmoe.api import pod_metrics
 from vpmoe.api.base import Record
 from vpmoe.api.metrics import Measures, Sample
 from vpmoe.rollout.validity import VALID
@@ -43,36 +44,15 @@ class WindowMetrics(Measures):
     buffer: WindowBuffer
 
     def samples(self) -> Iterable[Sample]:
-        yield Sample("window", "Latest window that was trained", self.window)
-        yield Sample(
-            "window_staleness",
-            "Windows trained since the version that the latest one was sampled from",
-            self.staleness,
-        )
-        yield Sample(
-            "wait_rollouts_seconds",
-            "Seconds for which the latest window's rollouts were waited for",
-            self.wait_rollouts,
-        )
-        yield Sample(
-            "wait_scores_seconds",
-            "Seconds for which the latest window's scores were waited for",
-            self.wait_scores,
-        )
-        for kind, count in (("sampled", self.buffer.sampled), ("scored", self.buffer.scored)):
-            yield Sample(
-                "buffer_windows",
-                "Windows that were ready ahead of the trainer, sampled and scored",
-                count,
-                {"kind": kind},
-            )
+        yield Sample(pod_metrics.WINDOW, self.window)
+        yield Sample(pod_metrics.WINDOW_PHASE, self.phase)
+        yield Sample(pod_metrics.WINDOW_STALENESS, self.staleness)
+        yield Sample(pod_metrics.READY_WINDOWS, self.buffer.sampled, {"state": "sampled"})
+        yield Sample(pod_metrics.READY_WINDOWS, self.buffer.scored, {"state": "scored"})
         for effort, shares in self.validity.items():
-            yield Sample(
-                "valid_ratio",
-                "Share of the latest window's rollouts that are valid Harmony by effort",
-                shares.get(VALID, 0),
-                {"effort": effort},
-            )
+            yield Sample(pod_metrics.WINDOW_VALID, shares.get(VALID, 0), {"effort": effort})
+        for effort, lengths in self.lengths.items():
+            yield Sample(pod_metrics.WINDOW_LENGTH, lengths.mean, {"effort": effort})
 
 
 class FirstWindow(Measures):

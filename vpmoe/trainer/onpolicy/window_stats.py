@@ -3,6 +3,7 @@ another student. Pure."""
 
 from collections.abc import Iterable, Mapping
 
+from vpmoe.api import pod_metrics
 from vpmoe.api.metrics import BySpan, Measures, Sample
 from vpmoe.api.stages import Stop
 from vpmoe.checkpoint.train_state import WindowStats, WindowStream
@@ -27,7 +28,7 @@ class WindowEvaluation(Measures):
     canary: CanaryResult
 
     def samples(self) -> Iterable[Sample]:
-        yield Sample("canary_bits_per_byte", "Bits per byte of the canary", self.canary.bits_per_byte)
+        yield Sample(pod_metrics.CANARY, self.canary.bits_per_byte)
 
 
 def add_window(

@@ -10,6 +10,8 @@ from datetime import timedelta
 from typing import Literal, NamedTuple
 
 from vpmoe.api.base import Record
+from vpmoe.api.metrics import Sample
+from vpmoe.api.pod_metrics import WAIT_SECONDS
 from vpmoe.model import distributed
 from vpmoe.storage import paths
 from vpmoe.trainer.context import ObjectGroup, StageContext
@@ -64,7 +66,9 @@ class WindowWait:
                 return Waits(**waited)
             waiting(missing)
             self._context.stopping.wait(POLL)
-            waited[missing] += (now := time.monotonic()) - looked
+            seconds = (now := time.monotonic()) - looked
+            waited[missing] += seconds
+            self._context.board.metrics.record([Sample(WAIT_SECONDS, seconds, {"reason": missing})])
             looked = now
 
     def buffer(self, window: int, most: int) -> WindowBuffer:

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
+from vpmoe.api import pod_metrics
 from vpmoe.api.base import Record
 from vpmoe.api.metrics import BySpan, Measures, MetricsLine, Sample, samples_by_span
 from vpmoe.api.progress import SpanLoss
@@ -105,31 +106,17 @@ class StepLine(TrainerLine):
 
     def samples(self) -> Iterable[Sample]:
         router = self.router
-        yield Sample("step", "Optimizer steps of the stage", self.step)
-        yield Sample("tokens", "Tokens of the stage, padding excluded", self.tokens)
-        yield Sample("epoch", "Pass over the data", self.epoch)
-        yield Sample("loss", "Loss of the latest step", self.loss)
-        yield Sample("gradient_norm", "Norm of the latest gradient before clipping", self.gradient_norm)
-        yield Sample("learning_rate", "Learning rate of the latest step", self.learning_rate)
-        yield Sample("tokens_per_second", "Tokens a second over the last steps", self.tokens_per_second)
-        yield from samples_by_span(
-            "span_loss", "Loss of the latest step by span, nats a token", self.loss_by_span
-        )
-        yield Sample(
-            "router_max_over_mean",
-            "Busiest expert's load over the mean, the worst layer's",
-            max(router.max_over_mean.values()),
-        )
-        yield Sample(
-            "router_dead_experts",
-            "Experts without a token in the latest step, all layers",
-            sum(router.dead.values()),
-        )
-        yield Sample("router_aux_loss", "Balance loss of the router, 1 when balanced", router.aux_loss)
-        yield Sample("gpu_utilisation_ratio", "Mean utilisation of the ranks' GPUs", self.gpu.utilisation)
-        yield Sample(
-            "gpu_memory_headroom_bytes", "Least free memory of the ranks' GPUs", self.gpu.memory_headroom
-        )
+        yield Sample(pod_metrics.STEP, self.step)
+        yield Sample(pod_metrics.EPOCH, self.epoch)
+        yield Sample(pod_metrics.STEP_SECONDS, self.seconds, {"kind": self.kind})
+        yield Sample(pod_metrics.LOSS, self.loss)
+        yield from samples_by_span(pod_metrics.SPAN_LOSS, self.loss_by_span)
+        yield Sample(pod_metrics.GRADIENT_NORM, self.gradient_norm)
+        yield Sample(pod_metrics.LEARNING_RATE, self.learning_rate)
+        yield Sample(pod_metrics.ROUTER_MAX_LOAD, max(router.max_over_mean.values()))
+        yield Sample(pod_metrics.ROUTER_DEAD_EXPERTS, sum(router.dead.values()))
+        yield Sample(pod_metrics.ROUTER_AUX_LOSS, router.aux_loss)
+        yield from self.gpu.samples()
         for part in (self.measures, self.of_kind):
             if part is not None:
                 yield from part.samples()
@@ -157,13 +144,11 @@ class EvaluationLine(TrainerLine):
     """What only this kind of stage has."""
 
     def samples(self) -> Iterable[Sample]:
+        yield Sample(pod_metrics.EVALUATION_SECONDS, self.seconds)
         if self.loss is not None:
             held_out = self.loss.held_out
-            yield from samples_by_span(
-                "held_out_loss",
-                "Held-out loss by span, nats a token",
-                {"reasoning": held_out.reasoning, "final": held_out.final},
-            )
+            by_span = {"reasoning": held_out.reasoning, "final": held_out.final}
+            yield from samples_by_span(pod_metrics.HELD_OUT_LOSS, by_span)
         if self.of_kind is not None:
             yield from self.of_kind.samples()
 

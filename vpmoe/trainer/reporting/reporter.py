@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vpmoe.api.metrics import Measures
+from vpmoe.api import pod_metrics
+from vpmoe.api.metrics import Measures, Sample
 from vpmoe.api.progress import Amount, ProgressCondition
 from vpmoe.checkpoint.train_state import TrainState, checkpoint_facts, held_out_losses
 from vpmoe.model import distributed
@@ -27,7 +28,6 @@ from vpmoe.trainer.reporting.lines import (
     TrainerLine,
     router_load,
 )
-from vpmoe.trainer.reporting.prometheus import Prometheus
 from vpmoe.trainer.reporting.router_monitor import Collapse
 from vpmoe.trainer.reporting.uploader import ProgressUploader
 from vpmoe.trainer.stages.stage_kind import StageKind
@@ -51,15 +51,6 @@ class StageReporter:
         self._stage = stage
         self._lines: list[TrainerLine] = []
         self._speed: deque[tuple[int, float]] = deque(maxlen=LATEST_STEPS)
-        self._prometheus: Prometheus | None = None
-        if uploader:
-            labels = {
-                "namespace": context.run.metadata.namespace,
-                "run": context.run.metadata.name,
-                "stage": context.stage.name,
-            }
-            self._prometheus = Prometheus(labels)
-            context.board.metrics = self._prometheus.render
 
     def starting(self, state: TrainState) -> None:
         """Report what the attempt starts from."""
@@ -137,6 +128,7 @@ class StageReporter:
                 of_kind=self._stage.step_metrics(),
             )
             self._lines.append(line)
+            self._context.board.metrics.record([Sample(pod_metrics.TOKENS, tokens)])
 
     def log_evaluation(
         self, state: TrainState, loss: HeldOutLoss | None, of_kind: Measures | None, seconds: float
@@ -212,8 +204,8 @@ class StageReporter:
     def _write_lines(self, uploader: ProgressUploader) -> None:
         lines, self._lines = self._lines, []
         uploader.log(*lines)
-        if self._prometheus:
-            self._prometheus.show(lines)
+        for line in lines:
+            self._context.board.metrics.record(line.samples())
 
     def _tokens_per_second(self) -> float:
         return sum(tokens for tokens, _ in self._speed) / sum(seconds for _, seconds in self._speed)

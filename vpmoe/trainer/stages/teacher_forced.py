@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from vpmoe.api import pod_metrics
 from vpmoe.api.metrics import Measures, Sample
 from vpmoe.api.stages import TeacherForced
 from vpmoe.checkpoint.train_state import TrainState
@@ -35,13 +36,7 @@ class TeacherWait(Measures):
     """Share of the step's time in which it had."""
 
     def samples(self) -> Iterable[Sample]:
-        return [
-            Sample(
-                "student_busy",
-                "Share of the latest step's time in which rank 0 did not wait for the teacher",
-                self.student_busy,
-            )
-        ]
+        return [Sample(pod_metrics.WAIT_SECONDS, self.teacher_wait_seconds, {"reason": "teacher"})]
 
 
 class TeacherForcedStage(StageKind):
