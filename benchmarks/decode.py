@@ -1,129 +1,77 @@
 """Tokens per second of the student in vLLM, beside the floor of its memory traffic or beside a peer.
 
-    python -m benchmarks.decode [--shape vpmoe-6b] [--sequences 1,64,512] [--profile]
-    python -m benchmarks.decode --peer granite
+    python -m benchmarks.decode [--shape vpmoe-6b] [--engines N] [--sequences 1,64,512] [--profile]
+    python -m benchmarks.decode --peer granite [--engines N]
 
-Runs the sampler's own engine (vpmoe/inference/engine.py) in bf16 with random weights, on random prompts of
---prompt tokens. First, for each N of --sequences, the mean time of --steps steps in which N sequences get a
-token each, with scheduling and sampling, from some 40 tokens of completion on. Floor: reading the weights
-once (of the experts, those that some sequence chose, for uniformly random choices), and the keys and values
-of the mean context once, at --bandwidth. A straight line through the times over N gives the cost of a step,
-and that per sequence: they are the `--decode` and `--decode-token` of benchmarks.pipeline.
+Runs the sampler's own engines (vpmoe/inference/engine.py) on one GPU, in bf16 with random weights, on random
+prompts of --prompt tokens: as many as the sampler would start on this card (vpmoe/plan/sampling.py), or
+exactly --engines. Their pool and queue are the sampler's too.
 
-Then, for each number of --steadily and for --seconds, so many sequences grow, with completions of --shortest
-to --longest tokens, each replaced by another when it ends. At the start each has an age as if that had gone
-on for long.
+First, with one engine while the others are idle: for each N of --sequences, the mean time of --steps steps in
+which N sequences get a token each, with scheduling and sampling, from some 40 tokens of completion on. Floor:
+reading the weights once (of the experts, those that some sequence chose, for uniformly random choices), and
+the keys and values of the mean context once, at --bandwidth. A straight line through the times over N gives
+the cost of a step, and that per sequence: DECODE of benchmarks.pipeline for one engine. `--sequences ""`
+leaves this out.
 
-`--peer` runs another model's shape in the same vLLM instead, asked in the same way, with the same CUDA
-graphs, vLLM's own scheduler and dummy weights: `granite` is Granite-MoE 3B-A0.8B, which has about as many
-active parameters as vpmoe-6b, in 32 layers. Needs a GPU, and vLLM for CUDA.
+Then, for each number of --steadily and for --seconds, so many sequences grow in each engine, with completions
+of --shortest to --longest tokens, each replaced by another when it ends. At the start each has an age as if
+that had gone on for long. Of several numbers, a straight line through the times of a step over them is DECODE
+for so many engines.
+
+`--peer` runs another model's shape in the same vLLM instead, asked in the same way, in as many engines, with
+the same CUDA graphs, vLLM's own scheduler and dummy weights: `granite` is Granite-MoE 3B-A0.8B, which has
+about as many active parameters as vpmoe-6b, in 32 layers. Needs a GPU, and vLLM for CUDA; on the CPU
+(CUDA_VISIBLE_DEVICES set and empty) a small shape shows that it runs.
 """
 
 import argparse
 import json
-import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from vpmoe.inference.engine import StudentEngine
-from vpmoe.inference.engine_pool import SamplingRequest
+from benchmarks.decode_engine import PEERS, Record, Settings, random_prompt
+from vpmoe.api.card import GIB
+from vpmoe.inference.engine_pool import EnginePool, SamplingRequest, describe_gpu
 from vpmoe.inference.request_queue import ADMITTED
-from vpmoe.inference.vllm_options import GPU_MEMORY, STEP_TOKENS, gpu_sampling_options
 from vpmoe.model.shapes import SHAPES, Shape
+from vpmoe.plan.sampling import ENGINES, SEQUENCES, EngineMemory
 
-PEERS: dict[str, dict[str, Any]] = {
-    "granite": {
-        "architectures": ["GraniteMoeForCausalLM"],
-        "model_type": "granitemoe",
-        "vocab_size": 49155,
-        "hidden_size": 1536,
-        "intermediate_size": 512,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "hidden_act": "silu",
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "num_local_experts": 40,
-        "num_experts_per_tok": 8,
-        "embedding_multiplier": 12.0,
-        "logits_scaling": 6.0,
-        "residual_multiplier": 0.22,
-        "attention_multiplier": 0.015625,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-    },
-}
+BEGIN = 40
+"""Tokens of the completions when a step is timed."""
+SETTLING = 5.0
+"""Seconds of steady sampling in addition to --seconds, in which prompts are computed and all engines fill
+up."""
 
 
-def student(shape: Shape, max_length: int) -> StudentEngine:
-    """An engine with random weights: every expert is as likely as any other."""
-    import torch
+class MeasuredPool(EnginePool):
+    """The sampler's pool, with engines of benchmarks.decode_engine on one GPU."""
 
-    from vpmoe.model import hf_export
-
-    engine = StudentEngine(shape, max_length)
-    with tempfile.TemporaryDirectory() as folder:
-        config = hf_export.hf_config(shape, max_length, torch.bfloat16)
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        engine._llm = engine._start(Path(folder), load_format="dummy")
-    engine._llm.apply_model(_randomise)
-    return engine
-
-
-def _randomise(model: Any) -> None:
-    import torch
-
-    for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
-            parameter.data.fill_(1)
-        elif parameter.dim() == 1 and not name.endswith("log_frequency"):
-            parameter.data.zero_()
-        elif name.endswith("log_frequency"):
-            parameter.data.copy_(torch.linspace(0, -140, len(parameter)))
-        else:
-            parameter.data.normal_(std=parameter.shape[-1] ** -0.5)
-
-
-class PeerEngine(StudentEngine):
-    def _params(self, request: SamplingRequest) -> Any:
-        """Without the student's stop tokens, which are not in a peer's vocabulary."""
-        params = super()._params(request)
-        params.stop_token_ids = []
-        return params
-
-
-def peer(name: str, max_length: int) -> StudentEngine:
-    """An engine that asks a peer's shape with dummy weights."""
-    engine = PeerEngine(SHAPES["vpmoe-6b"], max_length)
-    import vllm
-
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(PEERS[name]))
-        engine._llm = vllm.LLM(
-            folder,
-            skip_tokenizer_init=True,
-            load_format="dummy",
-            dtype="bfloat16",
-            max_model_len=max_length,
-            max_num_seqs=engine.sequences,
-            max_num_batched_tokens=STEP_TOKENS["cuda"],
-            gpu_memory_utilization=GPU_MEMORY,
-            enable_prefix_caching=False,
-            compilation_config=gpu_sampling_options()["compilation_config"],
-            disable_log_stats=True,
-            seed=0,
+    def __init__(self, given: argparse.Namespace) -> None:
+        settings = Settings(given.shape, given.peer, given.engines is not None, seed=0)
+        super().__init__(
+            gpus=1,
+            shape=json.dumps(settings._asdict()),
+            max_length=given.prompt + given.longest,
+            per_gpu=given.engines or ENGINES,
+            module="benchmarks.decode_engine",
         )
-    return engine
+
+    @property
+    def engines(self) -> int:
+        return len(self.gpu_of)
+
+    def of_first(self, method: str, *arguments: object, idle: tuple[object, ...] | None = None) -> object:
+        """What the first engine returns. `idle`: the arguments of the others; None: the same."""
+        others = arguments if idle is None else idle
+        return self._call(method, [arguments, *[others] * (self.engines - 1)], lambda: None)[0]
+
+    def of_each(self, method: str, *arguments: object) -> list[object]:
+        """What each engine returns."""
+        return self._call(method, [arguments] * self.engines, lambda: None)
 
 
 def floor_ms(shape: Shape, sequences: int, context: int, bandwidth: float) -> float:
@@ -136,197 +84,155 @@ def floor_ms(shape: Shape, sequences: int, context: int, bandwidth: float) -> fl
     )
 
 
-PROFILED = 32
-"""Steps of a profile."""
+def line(counts: Sequence[int], seconds: Sequence[float]) -> str:
+    """The straight line through the times of a step over the number of sequences, in words."""
+    slope, start = np.polyfit(counts, seconds, 1)
+    return f"a step costs {start:.4f} s and {slope:.6f} s a sequence"
 
 
-def print_profile(step: Callable[[], object]) -> None:
-    """Print the kernels of PROFILED steps that take longest, each as milliseconds a step."""
-    from torch.autograd import DeviceType  # type: ignore[attr-defined]
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        for _ in range(PROFILED):
-            step()
-    by_name: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-    for event in recorded.events():
-        if event.device_type == DeviceType.CUDA:
-            by_name[event.name[:110]][0] += 1
-            by_name[event.name[:110]][1] += event.device_time / 1e3 / PROFILED
-    total = sum(ms for _, ms in by_name.values())
-    launches = sum(count for count, _ in by_name.values()) / PROFILED
-    print(f"{total:.2f} ms and {launches:.0f} kernels a step, of which")
-    for name, (count, ms) in sorted(by_name.items(), key=lambda item: -item[1][1])[:40]:
-        print(f"{ms:8.3f} ms  {count / PROFILED:7.1f}  {name}")
+def print_steps(pool: MeasuredPool, given: argparse.Namespace) -> None:
+    """Print the times of a step of one engine."""
+    lengths = given.prompt, given.longest, BEGIN, given.steps
+    times = pool.of_first("step_times", given.sequences, *lengths, idle=((), *lengths))
+    assert isinstance(times, list)
+    print("One engine, the others idle:" if pool.engines > 1 else "One engine:")
+    print(f"{'N':>5}  {'ms a step':>9}  {'floor ms':>8}  {'tokens/s':>9}")
+    for count, seconds in zip(given.sequences, times, strict=True):
+        floor = ""
+        if given.peer is None:
+            context = given.prompt + BEGIN + given.steps // 2
+            floor = f"{floor_ms(SHAPES[given.shape], count, context, given.bandwidth):.2f}"
+        print(f"{count:>5}  {seconds * 1e3:>9.2f}  {floor:>8}  {count / seconds:>9,.0f}", flush=True)
+    if len(times) > 1:
+        print(line(given.sequences, times))
 
 
-def print_host_times(sampler: "Sampler") -> None:
-    """Print where the host is during PROFILED steps, as milliseconds a step: in vLLM's scheduler, launching,
-    waiting for the GPU's results and reading them, and taking them into account; the rest of the step is this
-    project's and what lies between."""
-    core = sampler.engine._llm.llm_engine.engine_core.engine_core
-    from vllm.v1.worker.gpu.async_utils import AsyncOutput
-
-    spent: dict[str, float] = defaultdict(float)
-
-    def timed(owner: Any, name: str, label: str) -> Callable[[], None]:
-        call = getattr(owner, name)
-
-        def measured(*arguments: Any, **options: Any) -> Any:
-            started = time.perf_counter()
-            result = call(*arguments, **options)
-            spent[label] += time.perf_counter() - started
-            return result
-
-        setattr(owner, name, measured)
-        return lambda: setattr(owner, name, call)
-
-    restore = [
-        timed(core.scheduler, "schedule", "schedule"),
-        timed(core.model_executor, "execute_model", "launch"),
-        timed(core.model_executor, "sample_tokens", "launch sampling"),
-        timed(AsyncOutput, "get_output", "wait"),
-        timed(core.scheduler, "update_from_output", "update"),
-    ]
-    spent["step"] = sampler.seconds(PROFILED) * PROFILED
-    for each in restore:
-        each()
-    print("host: " + ", ".join(f"{name} {took / PROFILED * 1e3:.2f} ms" for name, took in spent.items()))
+def requests(
+    engines: int, sequences: int, given: argparse.Namespace
+) -> Iterator[tuple[int, SamplingRequest]]:
+    """Endless requests of random lengths; the first ones, for all places of all engines, ask for what is left
+    of completions of random ages."""
+    random = np.random.default_rng(0)
+    lengths = np.arange(given.shortest, given.longest + 1)
+    places = engines * sequences
+    # A completion is met in proportion to its length, at an age that is uniform. Only what is left is asked
+    # for, so contexts are shorter at the start than they become.
+    met = random.choice(lengths, places, p=lengths / lengths.sum())
+    first = np.maximum(met * random.random(places), 1).astype(int).tolist()
+    number = 0
+    while True:
+        length = first[number] if number < places else int(random.choice(lengths))
+        yield number, SamplingRequest(random_prompt(random, given.prompt), number, length)
+        number += 1
 
 
-class Sampler:
-    """Asks an engine as the sampler does. So a completion also ends at a stop token, which random weights
-    draw once in some 70,000 tokens."""
-
-    def __init__(self, engine: StudentEngine, prompt: int) -> None:
-        self.engine, self.prompt = engine, prompt
-        self.random = np.random.default_rng(0)
-        self.asked = 0
-
-    def add(self, lengths: Sequence[int]) -> None:
-        """Ask for completions of these lengths, of random prompts."""
-        for length in lengths:
-            ids_P = self.random.integers(0, 40000, self.prompt).astype(np.int32)
-            self.engine.add([(self.asked, SamplingRequest(ids_P, self.asked, int(length)))])
-            self.asked += 1
-
-    def tokens(self) -> list[int]:
-        """Tokens of each completion that vLLM has and has not finished."""
-        scheduler = self.engine._llm.llm_engine.engine_core.engine_core.scheduler
-        return [request.num_output_tokens for request in scheduler.running]
-
-    def grow(self, sequences: int, length: int, tokens: int) -> None:
-        """Ask for completions of `length`, and step until each has `tokens`."""
-        self.add([length] * sequences)
-        while len(grown := self.tokens()) < sequences or min(grown) < tokens:
-            self.add([length] * len(self.engine.step()))  # in place of those that drew a stop token
-
-    def seconds(self, steps: int) -> float:
-        """Seconds of a step, the mean of `steps`."""
-        import torch
-
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(steps):
-            self.engine.step()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - started) / steps
-
-    def drop(self) -> None:
-        self.engine.drop()
-        while self.tokens():
-            self.engine.step()
+def between(records: Sequence[Record], start: float, end: float) -> tuple[float, float]:
+    """(tokens, steps) of an engine from one time to another, interpolated between its records."""
+    times = [one.time for one in records]
+    tokens = np.interp([start, end], times, [one.tokens for one in records])
+    steps = np.interp([start, end], times, [one.steps for one in records])
+    return float(tokens[1] - tokens[0]), float(steps[1] - steps[0])
 
 
-def main() -> None:
+def print_steadily(pool: MeasuredPool, given: argparse.Namespace, sequences: int) -> float:
+    """Print the tokens a second while `sequences` completions grow in each engine and finished ones are
+    replaced; returns the seconds of a step."""
+    pool.of_each("begin", sequences)
+    pool.depth = sequences + 2 * ADMITTED
+    until = time.monotonic() + SETTLING + given.seconds
+
+    def check() -> None:
+        if time.monotonic() > until:
+            raise TimeoutError
+
+    try:
+        for _ in pool.sample_in_order(requests(pool.engines, sequences, given), check):
+            pass
+    except TimeoutError:
+        records: list[list[Record]] = pool.of_each("recorded")  # type: ignore[assignment]
+    # The same time of all engines, in which each is full.
+    start = max(next((one.time for one in each if one.full), until) for each in records)
+    end = min(each[-1].time for each in records)
+    if end <= start:
+        raise SystemExit(f"{sequences} completions did not fill the engines in time: raise --seconds")
+    sampled = [between(each, start, end) for each in records]
+    tokens = sum(of_engine for of_engine, _ in sampled)
+    step = (end - start) * pool.engines / sum(steps for _, steps in sampled)
+    each = " in each" if pool.engines > 1 else ""
+    print(
+        f"steadily {sequences} completions{each} of {given.shortest} to {given.longest} tokens, for "
+        f"{end - start:.0f} s: {tokens / (end - start):,.0f} tokens/s on the GPU with {pool.engines} "
+        f"engine{'s' * (pool.engines > 1)}, {step * 1e3:.1f} ms a step",
+        flush=True,
+    )
+    return step
+
+
+def print_allocated(pool: MeasuredPool, memory: EngineMemory) -> None:
+    """Print the memory that engines have in fact, beside what was planned."""
+    allocated: list[tuple[int, int]] = pool.of_each("allocated")  # type: ignore[assignment]
+    most, used = (max(numbers) / GIB for numbers in zip(*allocated, strict=True))
+    each = memory.total / pool.engines - memory.context
+    print(
+        f"memory: PyTorch of an engine had at most {most:.1f} GiB, planned {each / GIB:.1f}; all on the GPU "
+        f"have {used:.1f} GiB, planned {memory.total / GIB:.1f}",
+        flush=True,
+    )
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Numbers of sequences, from text such as 1,64; none from the empty text. Raises ArgumentTypeError."""
+    found = [int(each) for each in text.split(",") if each]
+    if not all(1 <= each <= SEQUENCES for each in found):
+        raise argparse.ArgumentTypeError(f"an engine samples 1 to {SEQUENCES} sequences at a time")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=SHAPES, default="vpmoe-6b")
     parser.add_argument("--peer", choices=PEERS, help="another model instead of the student")
+    parser.add_argument(
+        "--engines", type=int, help="engines on the GPU (default: as many as the sampler would start)"
+    )
     parser.add_argument("--prompt", type=int, default=103, help="tokens of a prompt")
     parser.add_argument("--shortest", type=int, default=256, help="tokens of a completion")
     parser.add_argument("--longest", type=int, default=2048, help="tokens of a completion")
     parser.add_argument("--steps", type=int, default=100, help="steps to time for each N")
     parser.add_argument("--seconds", type=float, default=15.0, help="of steady sampling")
     parser.add_argument(
-        "--sequences",
-        type=lambda text: [int(count) for count in text.split(",")],
-        default=[1, 64, 512],
-        help="values of N, comma-separated",
+        "--sequences", type=whole_numbers, default=[1, 64, 512], help="values of N, comma-separated"
     )
     parser.add_argument(
         "--steadily",
-        type=lambda text: [int(count) for count in text.split(",")],
+        type=whole_numbers,
         default=[512],
-        help="numbers of sequences to sample steadily, comma-separated",
+        help="numbers of sequences to sample steadily in each engine, comma-separated",
     )
     parser.add_argument("--bandwidth", type=float, default=4800.0, help="of the GPU's memory, GB/s")
     parser.add_argument(
         "--profile", action="store_true", help="list the kernels of the largest N, and where the host is"
     )
-    given = parser.parse_args()
-    shape = SHAPES[given.shape]
+    given = parser.parse_args(arguments)
     started = time.perf_counter()
-    longest = given.prompt + given.longest
-    engine = peer(given.peer, longest) if given.peer else student(shape, longest)
-    import torch
-    import vllm
-
-    print(
-        f"{torch.cuda.get_device_name()}, {given.peer or shape.name}, vLLM {vllm.__version__}, "
-        f"torch {torch.__version__}; started in {time.perf_counter() - started:.0f} s"
-    )
-    measure(Sampler(engine, given.prompt), given, None if given.peer else shape)
-
-
-def measure(sampler: Sampler, given: argparse.Namespace, shape: Shape | None) -> None:
-    print(f"{'N':>5}  {'ms a step':>9}  {'floor ms':>8}  {'tokens/s':>9}")
-    begin, times = 40, []
-    for count in given.sequences:
-        sampler.grow(count, given.longest, begin)
-        times.append(sampler.seconds(given.steps) * 1e3)
-        sampler.drop()
-        floor = ""
-        if shape is not None:
-            context = given.prompt + begin + given.steps // 2
-            floor = f"{floor_ms(shape, count, context, given.bandwidth):.2f}"
-        print(f"{count:>5}  {times[-1]:>9.2f}  {floor:>8}  {count / times[-1] * 1e3:>9,.0f}", flush=True)
-    if len(times) > 1:
-        slope, start = np.polyfit(given.sequences, times, 1)
-        print(f"a step costs {start / 1e3:.4f} s and {slope / 1e3:.6f} s a sequence")
-    for count in given.steadily:
-        steadily(sampler, given, count)
-    if given.profile:
-        largest = max(given.sequences)
-        sampler.grow(largest, given.longest, 256)
-        print(f"{PROFILED} steps of {largest} sequences of some {given.prompt + 256} tokens: ", end="")
-        print_profile(sampler.engine.step)
-        print_host_times(sampler)
-
-
-def steadily(sampler: Sampler, given: argparse.Namespace, sequences: int) -> None:
-    """Print the tokens a second while `sequences` completions grow and finished ones are replaced."""
-    lengths = given.shortest, given.longest + 1
-    sampler.engine.sequences = sequences
-    # A completion is met in proportion to its length, at an age that is uniform. Only what is left is asked
-    # for, so contexts are shorter at the start than they become.
-    met = sampler.random.choice(np.arange(*lengths), sequences, p=np.arange(*lengths) / sum(range(*lengths)))
-    sampler.add(np.maximum(met * sampler.random.random(sequences), 1).astype(int).tolist())
-    while sampler.engine.waiting or 0 in sampler.tokens():
-        sampler.engine.step()
-    started, sampled, steps = time.perf_counter(), -sum(sampler.tokens()), 0
-    while (seconds := time.perf_counter() - started) < given.seconds:
-        missing = sequences + 2 * ADMITTED - len(sampler.engine.growing) - len(sampler.engine.waiting)
-        sampler.add(sampler.random.integers(*lengths, missing).tolist())
-        sampled += sum(len(completion.ids_C) for _, completion in sampler.engine.step())
-        steps += 1
-    sampled += sum(sampler.tokens())
-    print(
-        f"steadily {sequences} completions of {given.shortest} to {given.longest} tokens, for "
-        f"{seconds:.0f} s: {sampled / seconds:,.0f} tokens/s, {seconds / steps * 1e3:.1f} ms a step"
-    )
-    sampler.drop()
+    with MeasuredPool(given) as pool:
+        pool.load(Path())  # it has no files
+        memory = pool.of_first("divide", pool.engines)
+        assert isinstance(memory, EngineMemory)
+        print(f"{pool.of_first('describe')}; started in {time.perf_counter() - started:.0f} s")
+        print(describe_gpu(0, pool.gpu_of, memory), flush=True)
+        if given.sequences:
+            print_steps(pool, given)
+        steps = [print_steadily(pool, given, count) for count in given.steadily]
+        if len(steps) > 1:
+            print(f"beside each other {line(given.steadily, steps)}")
+        print_allocated(pool, memory)
+        if given.profile:
+            largest = max([*given.sequences, *given.steadily])
+            shown = given.prompt, given.longest
+            pool.of_first("profile", largest, *shown, idle=(0, *shown))
 
 
 if __name__ == "__main__":

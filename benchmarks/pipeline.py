@@ -1,7 +1,7 @@
 """Simulation of an OnPolicy stage on 8 GPUs: throughput, and which role waits for which.
 
     python -m benchmarks.pipeline [--run manifests/examples/full.yaml] [--tokens 100M] [--prompts N]
-        [--completion low=300,medium=700,high=1500] [--decode 0.004] …
+        [--completion low=300,medium=700,high=1500] [--engines 3] [--decode 0.004] …
 
 The stage's own rules (version of each window, anchor steps, efforts, rollouts, packing) are simulated for
 `--tokens` tokens, with the curriculum's phases scaled to them. Durations are options; their help says where
@@ -38,8 +38,8 @@ from vpmoe.api.layout import layout
 from vpmoe.api.quantities import parse_tokens
 from vpmoe.api.stages import OnPolicy
 from vpmoe.data.packing import pack_sequences
-from vpmoe.inference.engine import MAX_SEQUENCES
 from vpmoe.inference.request_queue import RequestSize, longest_first
+from vpmoe.plan.sampling import SEQUENCES
 from vpmoe.rollout.__main__ import PROMPT_TOKENS, parse_lengths
 from vpmoe.rollout.windows import WindowPlan, WindowSchedule, completion_limit
 from vpmoe.sampler.part_log import PART_SECONDS
@@ -49,6 +49,19 @@ DOCUMENTS = 1_000_000
 PACES = [(staleness, every) for staleness in range(5) for every in (1, 2)] + [(4, 4), (8, 8)]
 """(staleness, publishEvery) of the tables."""
 
+
+class DecodingStep(NamedTuple):
+    """Seconds of a decoding step of one of several engines that share a GPU, each with as many sequences."""
+
+    decode: float
+    """Of a step with a token per sequence, without what each adds."""
+    token: float
+    """What each sequence adds."""
+
+
+DECODE = {1: DecodingStep(0.0039, 4.5e-5)}
+"""By engines on a GPU, the straight line that benchmarks.decode prints; of one: H200, 1 to 1,024
+sequences."""
 MEASURED = {
     "microbatch": (
         0.72,
@@ -60,12 +73,6 @@ MEASURED = {
         0.34,
         "standard deviation of the logarithm of a completion's length at one effort; as in SYNTH's rows",
     ),
-    "decode": (
-        0.0039,
-        "seconds of a decoding step with a token per sequence, without what each adds: benchmarks.decode, "
-        "H200, 1 to 1,024 sequences",
-    ),
-    "decode-token": (4.5e-5, "seconds that each sequence in flight adds to a step; same source"),
 }
 ASSUMED = {
     "prefill": (30_000.0, "prompt tokens per second on one GPU of the sampler"),
@@ -93,13 +100,11 @@ ASSUMED = {
 
 
 class Times(NamedTuple):
-    """The values of MEASURED and ASSUMED, or of the options that replace them."""
+    """The values of MEASURED, ASSUMED and DECODE, or of the options that replace them."""
 
     microbatch: float
     step: float
     spread: float
-    decode: float
-    decode_token: float
     prefill: float
     runaway: float
     score: float
@@ -108,6 +113,10 @@ class Times(NamedTuple):
     load: float
     volume: float
     poll: float
+    engines: int
+    """Engines on each GPU of the sampler."""
+    decode: float
+    decode_token: float
 
 
 @dataclass
@@ -211,11 +220,12 @@ class SampledBatch(NamedTuple):
 
 
 @lru_cache(None)
-def sample_batch(requests: WindowRequests, engines: int, slots: int, times: Times) -> SampledBatch:
+def sample_batch(requests: WindowRequests, gpus: int, slots: int, times: Times) -> SampledBatch:
     """Sample requests from one queue for all engines, as request_queue.py orders it.
 
-    A decoding step costs `decode` even if few sequences are left.
+    A decoding step costs `decode` even if few sequences are left. `slots`: of each engine.
     """
+    engines = gpus * times.engines
     sizes = [RequestSize(limit, requests.prompt) for limit in requests.limits]
     busy: list[int] = [0] * (engines * slots)  # of each place, the step at which it is free
     ends, lengths = [], [requests.sampled[number] for number in longest_first(sizes)]
@@ -226,7 +236,7 @@ def sample_batch(requests: WindowRequests, engines: int, slots: int, times: Time
     seconds = (
         steps * times.decode
         + sum(lengths) / engines * times.decode_token
-        + len(lengths) / engines * requests.prompt / times.prefill
+        + len(lengths) / gpus * requests.prompt / times.prefill
     )
     count = int(seconds / PART_SECONDS)
     parts = [0] * count
@@ -402,15 +412,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--slots",
         type=int,
-        default=MAX_SEQUENCES["cuda"],
-        help=f"sequences in flight per engine (default: {MAX_SEQUENCES['cuda']})",
+        default=SEQUENCES,
+        help=f"sequences in flight per engine (default: {SEQUENCES})",
     )
+    parser.add_argument(
+        "--engines",
+        type=int,
+        default=max(DECODE),
+        help=f"engines on each GPU of the sampler (default: {max(DECODE)}, the most that were measured)",
+    )
+    for name, what in (
+        ("decode", "seconds of a decoding step, without what each sequence adds"),
+        ("decode-token", "seconds that each sequence in flight adds to a step"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            type=float,
+            metavar="X",
+            help=f"{what}, of one of --engines on a GPU (default: as benchmarks.decode measured for so many)",
+        )
     for kind, known in (("measured", MEASURED), ("assumed", ASSUMED)):
         for name, (value, what) in known.items():
             parser.add_argument(
                 f"--{name}", type=float, default=value, metavar="X", help=f"{what} ({kind}: {value:g})"
             )
     given = parser.parse_args(arguments)
+    if given.engines not in DECODE and None in (given.decode, given.decode_token):
+        parser.error(
+            f"a step of {given.engines} engines on a GPU was not measured: give --decode and --decode-token, "
+            f"as benchmarks.decode --engines {given.engines} prints them"
+        )
+    if given.decode is None:
+        given.decode = DECODE[given.engines].decode
+    if given.decode_token is None:
+        given.decode_token = DECODE[given.engines].token
     run = load_run(given.run)
     (stage,) = (stage for stage in run.spec.stages if isinstance(stage, OnPolicy))
     rollout = stage.rollout.model_dump(mode="json", by_alias=True)
@@ -422,7 +457,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Times(**{name: getattr(given, name) for name in Times._fields}),
     )
     mean = ", ".join(f"{effort} {length:,}" for effort, length in given.completion.items())
-    print(f"{given.tokens:,} tokens, {each:,} prompts per window, {given.slots} sequences per engine.")
+    print(
+        f"{given.tokens:,} tokens, {each:,} prompts per window; {given.engines} engines per GPU, "
+        f"{given.slots} sequences per engine, a step of {given.decode:g} s and {given.decode_token:g} s a "
+        "sequence."
+    )
     print(f"Prompts of {given.prompt} tokens, mean completion {mean}; anchor {stage.anchor:g}.")
     for kind, known in (("Measured", MEASURED), ("Assumed", ASSUMED)):
         print(f"{kind}: " + ", ".join(f"{name} {getattr(given, name.replace('-', '_')):g}" for name in known))

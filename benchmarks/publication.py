@@ -13,8 +13,8 @@ same run:
                                                 longer, of the largest file on one
   verify     sha256 of blocks by the sampler    sha256 of all bytes once on all cores, or, if that takes
                                                 longer, reading them from the page cache
-  load       into a running vLLM engine         a plain copy from pinned memory to the GPU
-  probe      the engine's log-probabilities     none
+  load       into all running vLLM engines      a plain copy from pinned memory to the GPU for each
+  probe      the engines' log-probabilities     none
 Training waits for the first two. The sampler looks for a version ten times a second, which is not counted. A
 student without an optimizer makes all versions, each with another output matrix, and is freed; then the
 engine starts with version 0, and the others replace it. --folder holds all of them: (versions + 1) × 12 GB
@@ -61,6 +61,7 @@ from vpmoe.api.stages import OnPolicy
 from vpmoe.checkpoint.train_state import TrainState, WindowStream
 from vpmoe.inference import verify
 from vpmoe.inference.engine_pool import EnginePool
+from vpmoe.inference.request_queue import engines_per_gpu
 from vpmoe.model import device as devices
 from vpmoe.model import distributed, hf_export, state
 from vpmoe.model.batch import Batch
@@ -329,8 +330,9 @@ def copy_rate(device: torch.device) -> float:
 def load_versions(
     name: str, volume: VersionVolume, made: Iterable[Measured], scratch: Path
 ) -> Iterable[list[float]]:
-    """Load the versions into an engine as the sampler does; yields the seconds of PARTS for each."""
-    with EnginePool(1, name, LONGEST) as engines:
+    """Load the versions into the engines of a GPU as the sampler does; yields the seconds of PARTS for
+    each."""
+    with EnginePool(1, name, LONGEST, per_gpu=engines_per_gpu(os.environ)) as engines:
         for published, facts, seconds in made:
             exact, fresh = torch.cuda.is_available() is False, not engines.loaded
             times = [time.perf_counter()]
@@ -339,10 +341,13 @@ def load_versions(
                 times.append(time.perf_counter())
                 engines.load(folder)
             times.append(time.perf_counter())
-            (scores,) = engines.score([np.array(ids, np.int32) for ids in facts.probe.ids])
-            worst = verify.verify_against_probe(facts.probe, scores, exact, fresh, f"version {facts.version}")
+            found = engines.score([np.array(ids, np.int32) for ids in facts.probe.ids])
+            where = f"version {facts.version}"
+            worst = max(
+                verify.verify_against_probe(facts.probe, scores, exact, fresh, where) for scores in found
+            )
             times.append(time.perf_counter())
-            print(f"version {facts.version} loaded, probe at most {worst:.2g} nats", flush=True)
+            print(f"{where} loaded by {len(found)} engines, probe at most {worst:.2g} nats", flush=True)
             yield [*seconds, *(stop - start for start, stop in pairwise(times))]
 
 

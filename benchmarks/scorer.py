@@ -297,6 +297,7 @@ def measure_peer(given: argparse.Namespace, directory: Path) -> None:
     llm = vllm.LLM(
         str(directory),
         **vllm_options.engine_options(model.checkpoint_dtype(directory), LONGEST_SCORED + 1),
+        gpu_memory_utilization=0.85,
         load_format="auto" if given.written else "dummy",
         max_num_batched_tokens=max(forwards),
         max_num_seqs=256,

@@ -8,7 +8,7 @@ import os
 from jobs.entrypoint import entrypoint, record_success
 from vpmoe.api.stages import OnPolicy
 from vpmoe.inference.engine_pool import EnginePool
-from vpmoe.inference.request_queue import queue_depth
+from vpmoe.inference.request_queue import engines_per_gpu, queue_depth
 from vpmoe.process.gpu import job_meter
 from vpmoe.rollout.version_volume import VersionVolume, mounted_volume
 from vpmoe.sampler.sampler import sample_stage
@@ -24,8 +24,8 @@ def main() -> None:
     mounted = mounted_volume()
     volume = VersionVolume(mounted, run, stage.name) if mounted else None
     shape, length = run.spec.student.shape, run.spec.training.sequence_length
-    depth = queue_depth(os.environ)
-    with EnginePool(stage.sampler.gpus, shape, length, depth) as engines, job_meter() as meter:
+    gpus, depth, most = stage.sampler.gpus, queue_depth(os.environ), engines_per_gpu(os.environ)
+    with EnginePool(gpus, shape, length, depth, most) as engines, job_meter() as meter:
         sample_stage(
             run,
             stage,

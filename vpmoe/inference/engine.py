@@ -1,9 +1,10 @@
 """The student in vLLM: samples completions with the log-probability of each sampled token, and scores
 sequences.
 
-`python -m vpmoe.inference.engine` is one engine process, on one GPU or on the CPU. engine_pool.py starts it
-and sends it requests; `vllm_options` says why vLLM runs in this process. On the CPU the same requests in the
-same order give the same bits from `sample`, whether the weights were loaded first or replaced others.
+`python -m vpmoe.inference.engine` is one engine process, on a GPU that others may share, or on the CPU.
+engine_pool.py starts it and sends it requests; `vllm_options` says why vLLM runs in this process. On the CPU
+the same requests in the same order give the same bits from `sample`, whether the weights were loaded first or
+replaced others.
 """
 
 import json
@@ -11,7 +12,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,8 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpmoe import failure
+from vpmoe.api.card import GIB
+from vpmoe.api.memory import StudentSize
 from vpmoe.data.tokenizer import Ids
 from vpmoe.data.vocabulary import STOP_IDS
+from vpmoe.failure import Permanent
 from vpmoe.inference.engine_pool import Completion, SamplingRequest
 from vpmoe.inference.request_queue import admitted
 from vpmoe.inference.vllm_options import (
@@ -40,17 +44,16 @@ from vpmoe.inference.vllm_options import (
     token_batches,
 )
 from vpmoe.model.shapes import SHAPES, Shape
+from vpmoe.plan.sampling import SEQUENCES, EngineMemory, divide_card, needed_to_sample, share_card
 from vpmoe.process.launcher import set_parent_death_signal
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
     from vllm.v1.engine import EngineCoreOutput
 
-MAX_SEQUENCES: dict[Device, int] = {"cpu": 32, "cuda": 1024}
-"""Completions that are sampled at the same time, at most. The cost of a forward pass hardly depends on their
-number. By calculation, a GPU of 80 GB with vpmoe-6b holds some 1,900 tokens of each: 20 kB of keys and values
-per token in the global layers, and 8 MB per completion in the others. If they grow longer, vLLM preempts some
-and computes them again."""
+MAX_SEQUENCES: dict[Device, int] = {"cpu": 32, "cuda": SEQUENCES}
+"""Completions that are sampled at the same time, at most. If they grow longer than the cache has room for,
+vLLM preempts some and computes them again."""
 
 Call = tuple[int, str, tuple[Any, ...]]
 """Number, name of a method of StudentEngine, arguments."""
@@ -100,6 +103,7 @@ class StudentEngine:
         from vpmoe.inference.weight_reader import WeightReader  # imports torch
 
         self.shape, self.max_length = shape, max_length
+        self.size = student_size(shape)
         self.device = check_device("the sampler", "stages[].sampler.gpus")
         self.sequences = MAX_SEQUENCES[self.device]
         """Completions that are sampled at the same time, at most, by `step`."""
@@ -111,16 +115,24 @@ class StudentEngine:
         self._llm: Any = None
         self._reader = WeightReader(pinned=self.device == "cuda")
 
-    def load(self, folder: Path) -> None:
-        """Use the weights in `folder` from now on.
+    def divide(self, most: int) -> EngineMemory:
+        """How many engines, at most `most`, share this engine's GPU, and the memory of each.
 
-        Raises Permanent if they are not a whole student of this shape.
+        Raises Permanent if the GPU holds none.
+        """
+        return divide_card(self.size, self._card(), self.max_length, most)
+
+    def load(self, folder: Path, engines: int = 1) -> None:
+        """Use the weights in `folder` from now on. `engines`: those that share this engine's GPU; the first
+        load divides its memory.
+
+        Raises Permanent if they are not a whole student of this shape, or if the GPU holds no engine.
         """
         from vpmoe.model import hf_export
 
         hf_export.check_export(folder, self.shape)
         if self._llm is None:
-            self._llm = self._start(folder)
+            self._llm = self._start(folder, engines)
         else:
             weights = self._reader.read(folder)
             self._llm.apply_model(lambda model: model.load_weights(weights))
@@ -241,8 +253,24 @@ class StudentEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _start(self, folder: Path, **options: Any) -> Any:
-        """vLLM with the weights in `folder`. `options`: of vllm.LLM, in place of this engine's."""
+    def _card(self) -> int:
+        """Bytes of this engine's GPU. Raises Permanent if it holds no engine."""
+        import torch
+
+        card: int = torch.cuda.get_device_properties(0).total_memory
+        check_card(self.shape.name, self.size, card, self.max_length)
+        return card
+
+    def _device_options(self, engines: int) -> dict[str, Any]:
+        """Options of vllm.LLM for one of `engines` engines on this device. Raises Permanent if a GPU holds
+        none."""
+        if self.device == "cpu":
+            return {}
+        return gpu_sampling_options(share_card(self.size, self._card(), self.max_length, engines).cache)
+
+    def _start(self, folder: Path, engines: int, **options: Any) -> Any:
+        """vLLM with the weights in `folder`, as one of `engines` on its GPU. `options`: of vllm.LLM, in place
+        of this engine's."""
         import vllm
 
         from vpmoe.inference import vllm_model
@@ -262,11 +290,34 @@ class StudentEngine:
                 "enable_chunked_prefill": chunked,
                 "max_num_seqs": MAX_SEQUENCES[self.device],
             }
-            | (gpu_sampling_options() if self.device == "cuda" else {})
+            | self._device_options(engines)
             | options,
         )
         check_attention(llm, "the student")
         return llm
+
+
+def check_card(name: str, size: StudentSize, card: int, max_length: int) -> None:
+    """Raise Permanent if a card of `card` bytes holds no engine of the shape `name`."""
+    needed = needed_to_sample(size, max_length)
+    if needed > card:
+        raise Permanent(
+            f"{name} with sequences of {max_length} tokens needs GPUs of {needed / GIB:.1f} GiB, and this "
+            f"pod's (stages[].sampler.gpus) has {card / GIB:.1f}. Use GPUs with more memory."
+        )
+
+
+def student_size(shape: Shape) -> StudentSize:
+    """The numbers of a shape that decide its memory; of a registered one vpmoe.api.memory has them."""
+    return StudentSize(
+        shape.parameters(),
+        shape.expert_parameters(),
+        shape.hidden,
+        shape.saved_bytes(),
+        2 * shape.layer_bytes(),
+        shape.cached_bytes(),
+        shape.window_bytes(),
+    )
 
 
 def _completion(output: "RequestOutput") -> Completion:
@@ -283,8 +334,9 @@ def _completion(output: "RequestOutput") -> Completion:
     return Completion(np.array(sampled.token_ids, np.int32), np.array(sampled.logprobs.logprobs, np.float32))
 
 
-def main() -> None:
-    """Serve calls over the connection whose file descriptor is the first argument, until it is closed.
+def serve(make: Callable[[str, int], StudentEngine]) -> None:
+    """Serve calls over the connection whose file descriptor is the first argument of this process, until it
+    is closed. `make`: makes the engine, of the next two arguments: a shape's name, and the longest sequence.
 
     A call is (number, name of a method of StudentEngine, arguments); the reply is (number, result or
     TerminationRecord). After `add` the engine calls `step` by itself until it has finished all that was
@@ -305,7 +357,7 @@ def main() -> None:
             return
         number, name, arguments = call
         try:
-            engine = engine or StudentEngine(SHAPES[sys.argv[2]], int(sys.argv[3]))
+            engine = engine or make(sys.argv[2], int(sys.argv[3]))
             if number != current:
                 engine.drop()
                 current = number
@@ -327,6 +379,11 @@ def _receive(connection: Connection, calls: "SimpleQueue[Call | None]") -> None:
         except EOFError:
             calls.put(None)
             return
+
+
+def main() -> None:
+    """Be an engine of a registered shape."""
+    serve(lambda shape, max_length: StudentEngine(SHAPES[shape], max_length))
 
 
 if __name__ == "__main__":

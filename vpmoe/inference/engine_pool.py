@@ -1,5 +1,5 @@
-"""The student's engines of a job: one process per GPU (engine.py), which load weights, sample and score on
-request.
+"""The student's engines of a job: processes (engine.py), one or several on a GPU, which load weights, sample
+and score on request.
 
 The process that asks imports neither vLLM nor torch. Engines end when it ends, however it ends. An engine's
 error is raised here with its own class. `sample` assigns requests to engines by their index, so the
@@ -7,13 +7,14 @@ assignment depends on the list of requests and the number of engines only; `samp
 request to whichever engine has room (request_queue.py).
 """
 
+import logging
 import os
 import signal
 import subprocess
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -22,11 +23,17 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from vpmoe.api.card import GIB
 from vpmoe.api.termination import TerminationRecord
 from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Permanent, Retriable
 from vpmoe.inference.request_queue import RequestSize, longest_first, next_engines
+from vpmoe.plan.sampling import EngineMemory
 
+log = logging.getLogger(__name__)
+
+ENGINE = "vpmoe.inference.engine"
+"""The module that an engine's process runs."""
 POLL_SECONDS = 0.2
 """Seconds between two calls of `check_stop` while engines work."""
 
@@ -60,9 +67,18 @@ class EnginePool:
     be called from a thread that lives as long as the engines are needed: they end with that thread.
     """
 
-    def __init__(self, gpus: int, shape: str, max_length: int, depth: int | None = None) -> None:
-        """One engine for each of `gpus` GPUs; `shape` is a name in vpmoe.model.shapes, `max_length` in
-        tokens. `depth`: request_queue.queue_depth.
+    def __init__(
+        self,
+        gpus: int,
+        shape: str,
+        max_length: int,
+        depth: int | None = None,
+        per_gpu: int = 1,
+        module: str = ENGINE,
+    ) -> None:
+        """`shape` is a name in vpmoe.model.shapes, `max_length` in tokens. `depth`:
+        request_queue.queue_depth. `per_gpu`: engines on each of `gpus` GPUs, fewer if its memory holds no
+        more (vpmoe.plan.sampling). `module`: what an engine's process runs; it calls engine.serve.
 
         Raises Permanent if CUDA_VISIBLE_DEVICES names fewer devices.
         """
@@ -71,7 +87,11 @@ class EnginePool:
         queue."""
         self.loaded = False
         """Whether the engines hold weights, so that the next `load` replaces them in place."""
+        self.gpu_of: list[int] = []
+        """By engine, the number of its GPU: first one engine of each GPU, then the second ones, and so on."""
         self._environments = [engine_environment(os.environ, number, gpus) for number in range(gpus)]
+        self._per_gpu = per_gpu
+        self._command = [sys.executable, "-m", module]
         self._arguments = (shape, str(max_length))
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
@@ -92,9 +112,9 @@ class EnginePool:
     def load(self, folder: Path, check_stop: CheckStop = lambda: None) -> None:
         """Make all engines use the weights in `folder`."""
         if not self._processes:
-            for changes in self._environments:
-                self._start(changes)
-        self._call("load", [(folder,)] * len(self._processes), check_stop)
+            self._start_engines(check_stop)
+        engines = [(folder, self.gpu_of.count(gpu)) for gpu in self.gpu_of]
+        self._call("load", engines, check_stop)
         self.loaded = True
 
     def sample(
@@ -116,19 +136,32 @@ class EnginePool:
         """Sample all requests from one queue, long completions first; yields the index of a request and its
         completion as soon as an engine has finished it.
 
+        If the caller stops before the end, the engines drop what is left at the next call.
+        """
+        order = longest_first([RequestSize(one.max_tokens, len(one.ids_P)) for one in requests])
+        return self.sample_in_order(((index, requests[index]) for index in order), check_stop)
+
+    def sample_in_order(
+        self, numbered: Iterable[tuple[int, SamplingRequest]], check_stop: CheckStop = lambda: None
+    ) -> Iterator[tuple[int, Completion]]:
+        """As `sample_queue`, of requests with numbers, which are taken in their order and as late as
+        possible; yields numbers.
+
         An engine gets further requests while others of its still grow, so it computes full batches until the
-        queue is empty. It goes on while the caller handles a completion. If the caller stops before the end,
-        the engines drop what is left at the next call.
+        queue is empty. It goes on while the caller handles a completion.
         """
         assert self.depth, "this pool was started without a queue"
-        order = longest_first([RequestSize(one.max_tokens, len(one.ids_P)) for one in requests])
-        waiting = deque((index, requests[index]) for index in order)
+        queue = iter(numbered)
         held = [0] * len(self._processes)
         self._calls += 1
-        while waiting or any(held):
+        while True:
+            room = sum(self.depth - count for count in held)
+            taken = list(islice(queue, room))
+            if not taken and not any(held):
+                return
             given: list[list[tuple[int, SamplingRequest]]] = [[] for _ in held]
-            for engine in next_engines(len(waiting), held, self.depth):
-                given[engine].append(waiting.popleft())
+            for one, engine in zip(taken, next_engines(len(taken), held, self.depth), strict=True):
+                given[engine].append(one)
                 held[engine] += 1
             for engine, numbered in enumerate(given):
                 if numbered:
@@ -151,15 +184,33 @@ class EnginePool:
         """
         return self._call("score", [(sequences,)] * len(self._processes), check_stop)
 
-    def _start(self, changes: Mapping[str, str]) -> None:
-        """Start an engine process with `changes` to the environment."""
+    def _start_engines(self, check_stop: CheckStop) -> None:
+        """Start one engine on each GPU, then those that its memory has room for beside it."""
+        gpus = range(len(self._environments))
+        for gpu in gpus:
+            self._start(gpu)
+        if self._per_gpu > 1:
+            shared: list[EngineMemory] = self._call("divide", [(self._per_gpu,)] * len(gpus), check_stop)
+            for engine in range(1, self._per_gpu):
+                for gpu in gpus:
+                    if engine < shared[gpu].engines:
+                        self._start(gpu)
+            for gpu in gpus:
+                log.info("%s", describe_gpu(gpu, self.gpu_of, shared[gpu]))
+
+    def _start(self, gpu: int) -> None:
+        """Start an engine process on a GPU."""
         ours, theirs = Pipe()
         with theirs:
-            command = [sys.executable, "-m", "vpmoe.inference.engine", str(theirs.fileno()), *self._arguments]
             self._processes.append(
-                subprocess.Popen(command, env={**os.environ, **changes}, pass_fds=[theirs.fileno()])
+                subprocess.Popen(
+                    [*self._command, str(theirs.fileno()), *self._arguments],
+                    env={**os.environ, **self._environments[gpu]},
+                    pass_fds=[theirs.fileno()],
+                )
             )
         self._connections.append(ours)
+        self.gpu_of.append(gpu)
 
     def _call(self, method: str, arguments: Sequence[tuple[Any, ...]], check_stop: CheckStop) -> list[Any]:
         """Call a method of every engine, each with its own arguments; returns the results.
@@ -205,6 +256,18 @@ class EnginePool:
             raise _engine_exited(engine, self._processes[engine].wait()) from None
 
 
+def describe_gpu(gpu: int, gpu_of: Sequence[int], memory: EngineMemory) -> str:
+    """How engines share a GPU, for the log. `gpu_of`: by engine, the number of its GPU."""
+    names = [str(engine) for engine, its in enumerate(gpu_of) if its == gpu]
+    listed = f"engines {', '.join(names[:-1])} and {names[-1]}" if names[1:] else f"engine {names[0]}"
+    each = "each " if names[1:] else ""
+    return (
+        f"GPU {gpu}, {memory.card / GIB:.1f} GiB: {listed}, {each}with {memory.weights / GIB:.1f} GiB of "
+        f"weights and {memory.cache / GIB:.1f} GiB of keys and values, {memory.sequences} of the longest "
+        "sequences"
+    )
+
+
 def _engine_exited(number: int, code: int) -> Retriable:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return Retriable(
@@ -220,8 +283,9 @@ def engine_error(number: int, failure: TerminationRecord) -> Exception:
     return kinds.get(failure.kind, RuntimeError)(f"engine {number}: {failure.message}")
 
 
-def engine_environment(environment: Mapping[str, str], number: int, gpus: int) -> dict[str, str]:
-    """The variables that engine `number` of `gpus` has in addition to `environment`, or with other values.
+def engine_environment(environment: Mapping[str, str], gpu: int, gpus: int) -> dict[str, str]:
+    """The variables that engines on GPU number `gpu` of `gpus` have in addition to `environment`, or with
+    other values.
 
     Raises Permanent if CUDA_VISIBLE_DEVICES is set to fewer than `gpus` devices. Set and empty, it means the
     CPU.
@@ -235,7 +299,7 @@ def engine_environment(environment: Mapping[str, str], number: int, gpus: int) -
     devices = [str(device) for device in range(gpus)] if visible is None else visible.split(",")
     if len(devices) < gpus:
         raise Permanent(
-            f"CUDA_VISIBLE_DEVICES is {visible}: {len(devices)} devices for {gpus} engines. Name as many as "
-            "stages[].sampler.gpus, or unset it (in a pod: runtime.env)."
+            f"CUDA_VISIBLE_DEVICES is {visible}: {len(devices)} devices, and {gpus} are used. Name as many "
+            "as stages[].sampler.gpus, or unset it (in a pod: runtime.env)."
         )
-    return changes | {"CUDA_VISIBLE_DEVICES": devices[number]}
+    return changes | {"CUDA_VISIBLE_DEVICES": devices[gpu]}

@@ -9,14 +9,16 @@ not reproducible anyway, and a fixed assignment would leave engines idle while o
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-GPU_DEPTH = 1024 + 128
-"""Requests that an engine on a GPU holds at the same time, at most: those that grow
-(engine.MAX_SEQUENCES["cuda"]), and some that take the place of finished ones while the pool is busy with
-something else, as when it writes to the bucket. More would make engines end at different times."""
+from vpmoe.plan.sampling import ENGINES, SEQUENCES
+
+GPU_DEPTH = SEQUENCES + 128
+"""Requests that an engine on a GPU holds at the same time, at most: those that grow, and some that take the
+place of finished ones while the pool is busy with something else, as when it writes to the bucket. More would
+make engines end at different times."""
 ADMITTED = 32
 """Requests whose prompts an engine on a GPU computes in the same step, unless it has fewer. A step with
 prompts is no CUDA graph, so the host takes as long to launch it as for several steps without; waiting for
-more keeps places of the batch empty."""
+more keeps places of the batch empty: at most a sixteenth of them."""
 
 
 class RequestSize(NamedTuple):
@@ -34,6 +36,12 @@ def queue_depth(environment: Mapping[str, str]) -> int | None:
     A queue on GPUs, a fixed share on the CPU (CUDA_VISIBLE_DEVICES is set and empty).
     """
     return None if environment.get("CUDA_VISIBLE_DEVICES") == "" else GPU_DEPTH
+
+
+def engines_per_gpu(environment: Mapping[str, str]) -> int:
+    """Engines that a sampler starts on each GPU, at most; on the CPU one in place of each GPU, whose batch
+    then is a function of the list of requests and of sampler.gpus."""
+    return 1 if queue_depth(environment) is None else ENGINES
 
 
 def longest_first(sizes: Sequence[RequestSize]) -> list[int]:
@@ -63,6 +71,6 @@ def next_engines(waiting: int, held: Sequence[int], depth: int) -> list[int]:
 
 def admitted(waiting: int, growing: int, sequences: int) -> int:
     """How many of an engine's `waiting` requests it starts now: as many as there is room for among its
-    `sequences`, but only once there is room for ADMITTED or for all."""
+    `sequences`, but only once there is room for ADMITTED, for a sixteenth of them or for all."""
     room = sequences - growing
-    return min(waiting, room) if room >= min(ADMITTED, waiting) else 0
+    return min(waiting, room) if room >= min(ADMITTED, max(1, sequences // 16), waiting) else 0

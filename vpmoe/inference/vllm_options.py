@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from vpmoe.data.tokenizer import Ids
 from vpmoe.failure import Permanent
+from vpmoe.plan import sampling
 from vpmoe.process.memory import keep_freed_memory
 from vpmoe.storage.scratch import shared_folder
 
@@ -26,18 +27,15 @@ Device = Literal["cpu", "cuda"]
 BATCH_TOKENS: dict[Device, int] = {"cpu": 1 << 11, "cuda": 1 << 15}
 """Tokens given to vLLM in one call when scoring: seconds of work, after which a job can stop."""
 
-STEP_TOKENS: dict[Device, int] = {"cpu": 512, "cuda": 4096}
+STEP_TOKENS: dict[Device, int] = {"cpu": 512, "cuda": sampling.STEP_TOKENS}
 """Tokens of one forward pass of the student, and of the teacher on the CPU; longer sequences are computed in
-chunks. On a GPU: a token of each completion that grows (engine.py) and the prompts of those that start
-together (request_queue.ADMITTED), in one pass for prompts of up to 96 tokens. The logits of scored prompts (a
-probe) may be held whole: [4096, 201088] twice in float32 and once in the model's dtype, 8 GB; [512, 201088]
-in float32, 0.8 GB."""
+chunks. On the CPU the logits of scored prompts are held whole: [512, 201088] in float32, 0.8 GB."""
 
-GPU_MEMORY = 0.85
-"""Share of the GPU that vLLM plans with. It does not count the logits of prompts (STEP_TOKENS), so the rest
-must hold them."""
+CHECKED_SHARE = 0.01
+"""Share of the GPU that must be free when a student's engine starts: its cache has a size of its own
+(plan/sampling.py), and the engines beside it allocate theirs meanwhile."""
 
-GRAPH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, 512, 64), *range(512, 1025, 128))
+GRAPH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, sampling.SEQUENCES + 1, 64))
 """Numbers of sequences for which a decoding step is captured as a CUDA graph. A step is padded to the next
 one, by at most a third from 24 on."""
 
@@ -116,7 +114,6 @@ def engine_options(dtype: str, max_length: int) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "dtype": dtype,
         "max_model_len": max_length,
-        "gpu_memory_utilization": GPU_MEMORY,
         "enforce_eager": True,
         "enable_prefix_caching": False,
         "async_scheduling": False,
@@ -126,8 +123,9 @@ def engine_options(dtype: str, max_length: int) -> dict[str, Any]:
     }
 
 
-def gpu_sampling_options() -> dict[str, Any]:
-    """The options of vllm.LLM for sampling on a GPU, in addition to engine_options.
+def gpu_sampling_options(cache: int) -> dict[str, Any]:
+    """The options of vllm.LLM for sampling on a GPU, in addition to engine_options. `cache`: bytes of keys
+    and values.
 
     A step that only decodes is a CUDA graph, without compilation; a step with prompts is not. Logits are in
     float32, as the trainer's: the matrix product's own sums, not rounded to the model's dtype. The host
@@ -138,6 +136,8 @@ def gpu_sampling_options() -> dict[str, Any]:
         "enforce_eager": False,
         "async_scheduling": True,
         "scheduler_cls": "vpmoe.inference.sampling_scheduler.SamplingScheduler",
+        "kv_cache_memory_bytes": cache,
+        "gpu_memory_utilization": CHECKED_SHARE,
         "compilation_config": {
             "mode": 0,
             "cudagraph_mode": "FULL_DECODE_ONLY",

@@ -13,13 +13,13 @@ from vpmoe.api.memory import (
     GRADIENT,
     OPTIMIZER,
     STUDENTS,
-    VOCABULARY,
     WEIGHT,
     microbatch,
     stage_memory,
 )
 from vpmoe.api.spec import Spec
 from vpmoe.api.stages import StageFields
+from vpmoe.plan.sampling import ENGINES, divide_card, needed_to_sample, sequence_bytes
 from vpmoe.plan.scoring import (
     ENGINE,
     LEAST_TOKENS,
@@ -30,13 +30,6 @@ from vpmoe.plan.scoring import (
 )
 from vpmoe.plan.teacher import TeacherSize
 
-VLLM_SHARE = (17, 20)
-"""Share of the card that vLLM plans with for the student, as a fraction: vllm_options.GPU_MEMORY. The rest
-must hold the logits of prompts."""
-STEP_TOKENS = 4096
-"""Tokens of one forward of the student in vLLM, whose logits are held twice in fp32 and once in the model's
-type: vllm_options.STEP_TOKENS."""
-LOGITS = STEP_TOKENS * VOCABULARY * 10
 FORWARD_TOKENS = 16_384
 """Tokens of one forward of the teacher of a TeacherForced stage: teacher_hidden.FORWARD_TOKENS."""
 ANSWERS = 3
@@ -56,6 +49,10 @@ class RoleMemory:
     card: int
     needed: int
     """Bytes that a card must have."""
+    engines: int = 1
+    """Processes on each GPU. `items` are of all."""
+    sequences: int | None = None
+    """Of the student in vLLM: sequences of the longest length in the cache of each engine."""
 
     ITEMS: ClassVar = ("weights", "gradients", "optimizer", "activations", "logits", "cache", "context")
 
@@ -73,11 +70,11 @@ def memory_by_role(spec: Spec, card: int, teacher: TeacherSize | None) -> list[R
     found = [training_role(spec, stage, card, teacher) for stage in spec.stages]
     for stage in spec.stages:
         if stage.samples:
-            found.append(student_engine(spec, f"{stage.name}-sampler", "sampler", stage.sampler_gpus, card))
+            found.append(sampling_engines(spec, stage, card))
     if teacher is not None:
         found += teacher_roles(spec, card, teacher)
     if spec.evaluation.completions or spec.evaluation.canary:
-        found.append(student_engine(spec, "evaluate", "evaluate", 1, card))
+        found.append(evaluating_engine(spec, card))
     return found
 
 
@@ -104,11 +101,31 @@ def training_role(spec: Spec, stage: StageFields, card: int, teacher: TeacherSiz
     return RoleMemory(stage.name, "train", world, items, card, sum(items.values()))
 
 
-def student_engine(spec: Spec, step: str, role: str, gpus: int, card: int) -> RoleMemory:
-    """The student in vLLM."""
+def sampling_engines(spec: Spec, stage: StageFields, card: int) -> RoleMemory:
+    """A stage's sampler."""
+    length = spec.training.sequence_length
+    return _engines(spec, f"{stage.name}-sampler", "sampler", stage.sampler_gpus, card, length, ENGINES)
+
+
+def evaluating_engine(spec: Spec, card: int) -> RoleMemory:
+    """The student that is evaluated, whose engine generates a token after each sequence that it scores."""
+    return _engines(spec, "evaluate", "evaluate", 1, card, spec.training.sequence_length + 1, 1)
+
+
+def _engines(spec: Spec, step: str, role: str, gpus: int, card: int, length: int, most: int) -> RoleMemory:
+    """The student in vLLM for sequences of up to `length` tokens, with at most `most` engines on each GPU.
+    Their caches take what is left, of at least one sequence."""
     size = STUDENTS[spec.student.shape]
-    sequence = size.cached * spec.training.sequence_length + size.window
-    return _engine(step, role, gpus, card, size.weights, sequence)
+    one = divide_card(size, card, length, most)
+    items = {
+        "weights": one.engines * one.weights,
+        "activations": one.engines * one.activations,
+        "logits": one.engines * one.logits,
+        "cache": max(one.engines * one.cache, sequence_bytes(size, length)),
+        "context": one.engines * one.context,
+    }
+    needed = needed_to_sample(size, length)
+    return RoleMemory(step, role, gpus, items, card, needed, one.engines, one.sequences)
 
 
 def teacher_roles(spec: Spec, card: int, teacher: TeacherSize) -> Iterator[RoleMemory]:
@@ -161,19 +178,6 @@ def forced_teacher(
     items["cache"] = max(least, teacher_share(card) - held)
     items["logits"] = teacher.output + answers
     return RoleMemory(step, "teacher", gpus, items, card, needed)
-
-
-def _engine(step: str, role: str, gpus: int, card: int, weights: int, least: int) -> RoleMemory:
-    """The student in vLLM, whose cache of keys and values takes what is left of vLLM's share; `least` is that
-    of one sequence."""
-    share, whole = VLLM_SHARE
-    cache = max(least, card * share // whole - weights - ENGINE)
-    needed = max(
-        -(-(weights + least + ENGINE) * whole // share),
-        -(-LOGITS * whole // (whole - share)),
-    )
-    items = {"weights": weights, "logits": LOGITS, "cache": cache, "context": ENGINE}
-    return RoleMemory(step, role, gpus, items, card, needed)
 
 
 def teacher_problem(memory: RoleMemory, teacher: TeacherSize, card: str) -> str:

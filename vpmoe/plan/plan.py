@@ -15,6 +15,7 @@ from vpmoe.api.spec import Spec
 from vpmoe.api.stages import OnPolicy, Stage
 from vpmoe.plan.memory import RoleMemory, memory_by_role, teacher_problems
 from vpmoe.plan.onpolicy import EFFORTS, RolloutTotals, rollout_totals
+from vpmoe.plan.sampling import ENGINES, SEQUENCES, divide_card
 from vpmoe.plan.teacher import TeacherSize
 from vpmoe.plan.throughput import DECODE_SECONDS, TEXT, Card, Measured, Work, measured
 
@@ -165,6 +166,7 @@ class _Planner:
         steps, hours = self._steps()
         speeds = {step.step: step.tokens_per_second for step in steps}
         memory = memory_by_role(self.spec, self.assumed.memory, self.assumed.teacher)
+        self._note_engines(memory)
         known = [step.hours for step in steps if step.step != PREPROCESS]
         gpu_hours = sum((step.hours or 0.0) * sum(step.gpus.values()) for step in steps)
         return Plan(
@@ -183,6 +185,18 @@ class _Planner:
             problems=self._problems(memory),
             sources=self.sources,
         )
+
+    def _note_engines(self, memory: Sequence[RoleMemory]) -> None:
+        """Note how many engines share a GPU of each sampler, and how much each of their caches holds."""
+        for role in memory:
+            if role.role == "sampler" and role.fits:
+                length = self.spec.training.sequence_length
+                each, some = (", each", "s") if role.engines > 1 else ("", "")
+                self._note(
+                    f"{role.step}: {role.engines} engine{some} on each GPU{each} with "
+                    f"{role.items['cache'] / role.engines / GIB:.1f} GiB of keys and values, which are "
+                    f"{role.sequences} sequences of {length:,} tokens; it samples up to {SEQUENCES} at a time"
+                )
 
     def _completion(self, stage: OnPolicy) -> dict[str, int]:
         """The assumed lengths of completions by effort; notes them."""
@@ -204,18 +218,28 @@ class _Planner:
             speed = self.assumed.speeds[work]
             self._note(f"{work}: {speed:,.0f} tokens/s a {unit}, given")
             return speed
-        found: Measured | None = measured(work, model, self.assumed.card.name)
+        engines = self._engines() if work == "sample" else 1
+        found: Measured | None = measured(work, model, self.assumed.card.name, engines)
         if found is None and work == "hidden":
             self._note("hidden: at least as fast as score, which is the same forward and the logits after it")
             return self._speed("score")
         if found is None:
             self._note(f"{work}: {model} was not measured; give --{work}-tokens-per-second")
             return None
+        fewer = (
+            f"; measured with {found.engines} engine{'s' * (found.engines > 1)} on a GPU, and here {engines} "
+            "share one"
+        )
         self._note(
             f"{work}: {found.tokens_per_second:,.0f} tokens/s a {unit}, {model} "
-            f"({found.source}, {found.date})"
+            f"({found.source}, {found.date}){fewer if found.engines < engines else ''}"
         )
         return found.tokens_per_second
+
+    def _engines(self) -> int:
+        """Engines of a sampler on each GPU."""
+        length = self.spec.training.sequence_length
+        return divide_card(self.size, self.assumed.memory, length, ENGINES).engines
 
     def _note(self, text: str) -> None:
         if text not in self.sources:

@@ -64,11 +64,15 @@ def plan_text(plan: Plan) -> str:
 
 def memory_rows(memory: Sequence[RoleMemory]) -> list[tuple[str, ...]]:
     """The memory of each GPU by role, in GiB."""
-    rows: list[tuple[str, ...]] = [("GiB of each GPU", "role", "GPUs", *RoleMemory.ITEMS, "total", "card")]
+    head = ("GiB of each GPU", "role", "GPUs", "engines", *RoleMemory.ITEMS, "total", "card")
+    rows: list[tuple[str, ...]] = [head]
     for role in memory:
         items = [f"{role.items[name] / GIB:.1f}" if name in role.items else "" for name in role.ITEMS]
         verdict = f"{role.card / GIB:.1f}" + ("" if role.fits else f", needs {-(-role.needed // GIB)}")
-        rows.append((role.step, role.role, str(role.gpus), *items, f"{role.total / GIB:.1f}", verdict))
+        engines = "" if role.sequences is None else str(role.engines)
+        rows.append(
+            (role.step, role.role, str(role.gpus), engines, *items, f"{role.total / GIB:.1f}", verdict)
+        )
     return rows
 
 

@@ -46,6 +46,8 @@ class Measured:
     date: str
     source: str
     """How it was measured. "without parts": of the student without the parts of vpmoe.model.shapes."""
+    engines: int = 1
+    """Engines that shared the GPU; more than one only in sampling (vpmoe.plan.sampling)."""
 
 
 MEASURED = (
@@ -81,10 +83,13 @@ MEASURED = (
     Measured("score", "gpt-oss-20b", "h100-80", 24_100, "2026-11-27", "1 × H100, random weights"),
 )
 DECODE_SECONDS = 0.026
-"""Seconds of one decoding step of vpmoe-6b with 512 sequences on an H200 (benchmarks.decode)."""
+"""Seconds of one decoding step of vpmoe-6b with 512 sequences on an H200, of one engine that has the GPU for
+itself, as in an evaluation (benchmarks.decode)."""
 
 
-def measured(work: Work, model: str, card: str) -> Measured | None:
-    """The measurement on this card, or else on another one; None if there is none."""
-    found = [one for one in MEASURED if (one.work, one.model) == (work, model)]
-    return next((one for one in found if one.card == card), found[0] if found else None)
+def measured(work: Work, model: str, card: str, engines: int = 1) -> Measured | None:
+    """The measurement on this card, or else on another one; None if there is none. Of several: with
+    `engines` engines on a GPU, or else with the most of fewer."""
+    found = [one for one in MEASURED if (one.work, one.model) == (work, model) and one.engines <= engines]
+    here = [one for one in found if one.card == card] or [one for one in found if one.card == found[0].card]
+    return max(here, key=lambda one: one.engines, default=None)

@@ -1,5 +1,7 @@
-"""Engine processes: devices, requests, the death of a process, and verification against a probe."""
+"""Engine processes: devices and engines that share them, requests, the death of a process, and verification
+against a probe."""
 
+import logging
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.fakes.shared_engine import BROKEN
 from tests.fakes.students import new_seed
 from tests.fakes.waiting import wait_until
 from vpmoe.failure import Permanent, Retriable, failure_record
@@ -30,7 +33,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [("", [None, None]), (None, ["0", "1"]), ("4,7", ["4", "7"]), ("GPU-1,GPU-2,GPU-3", ["GPU-1", "GPU-2"])],
     ids=["cpu", "all", "some", "more-than-needed"],
 )
-def test_each_engine_has_a_device_of_its_own(visible: str | None, devices: list[str | None]) -> None:
+def test_the_engines_of_each_gpu_see_it_alone(visible: str | None, devices: list[str | None]) -> None:
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     found = [engine_environment(environment, number, 2) for number in range(2)]
     assert [environment_of_engine.get("CUDA_VISIBLE_DEVICES") for environment_of_engine in found] == devices
@@ -38,11 +41,11 @@ def test_each_engine_has_a_device_of_its_own(visible: str | None, devices: list[
     assert engine_environment({"OMP_NUM_THREADS": "3"}, 0, 1)["OMP_NUM_THREADS"] == "3"
 
 
-def test_fewer_devices_than_engines_are_rejected() -> None:
+def test_fewer_devices_than_gpus_are_rejected() -> None:
     with pytest.raises(
         Permanent,
         match=(
-            r"CUDA_VISIBLE_DEVICES is 3: 1 devices for 2 engines\. Name as many as "
+            r"CUDA_VISIBLE_DEVICES is 3: 1 devices, and 2 are used\. Name as many as "
             r"stages\[\]\.sampler\.gpus"
         ),
     ):
@@ -55,6 +58,78 @@ def test_fewer_devices_than_engines_are_rejected() -> None:
 def test_an_engines_error_keeps_its_class(kind: str, error: type[Exception]) -> None:
     found = engine_error(3, failure_record(kind, "no memory"))
     assert type(found) is error and str(found) == "engine 3: no memory"
+
+
+SHARED = "tests.fakes.shared_engine"
+ONE = SamplingRequest(np.int32([5, 6]), 0, 1)
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> EnginePool:
+    """Two GPUs, of which the first has room for two of three engines and the second for one."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("SHARED_ENGINES", "2,1")
+    return EnginePool(2, "tiny", 64, depth=4, per_gpu=3, module=SHARED)
+
+
+def test_each_gpu_has_as_many_engines_as_it_has_room_for(
+    shared: EnginePool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO), shared as engines:
+        for version in (3, 4):
+            engines.load(Path(f"/{version}"))
+            found = [scores[0].tolist() for scores in engines.score([ONE.ids_P])]
+            assert found == [[0, version, 2], [1, version, 1], [0, version, 2]], (
+                "engine by engine: its device, the version, and how many share the device"
+            )
+        assert engines.gpu_of == [0, 1, 0]
+    assert caplog.messages == [
+        "GPU 0, 80.0 GiB: engines 0 and 2, each with 11.0 GiB of weights and 24.0 GiB of keys and values, "
+        "150 of the longest sequences",
+        "GPU 1, 80.0 GiB: engine 1, with 11.0 GiB of weights and 24.0 GiB of keys and values, 150 of the "
+        "longest sequences",
+    ]
+
+
+def test_all_engines_of_all_gpus_share_one_queue(shared: EnginePool) -> None:
+    with shared as engines:
+        engines.load(Path("/3"))
+        processes = {process.pid for process in engines._processes}
+        found = list(engines.sample_queue([ONE] * 40))
+        some = engines.sample_in_order((number, ONE) for number in range(1_000_000))
+        endless = [next(some)[0] for _ in range(30)]
+        after = list(engines.sample_queue([ONE] * 5))
+    assert sorted(number for number, _ in found) == list(range(40))
+    assert {int(completion.ids_C[0]) for _, completion in found} == processes
+    assert max(endless) < 30 + 3 * 4, "requests are taken as engines have room, from an endless list too"
+    assert sorted(number for number, _ in after) == list(range(5)), "what was given up is dropped"
+
+
+def test_one_of_several_engines_on_a_gpu_is_named_when_it_dies(shared: EnginePool) -> None:
+    with shared as engines:
+        engines.load(Path("/3"))
+        answered = engines.sample_in_order((number, ONE) for number in range(1_000_000))
+        next(answered)
+        engines._processes[2].kill()
+        with pytest.raises(Retriable, match=r"engine 2 was killed by SIGKILL.*runtime\.resources\.sampler"):
+            for _ in answered:
+                pass
+    assert all(process.poll() is not None for process in engines._processes), "the others are stopped too"
+
+
+def test_an_error_of_one_of_several_engines_keeps_its_class(shared: EnginePool) -> None:
+    with shared as engines:
+        engines.load(Path("/3"))
+        with pytest.raises(Permanent, match=f"engine 1: /{BROKEN} is not a complete checkpoint"):
+            engines.load(Path(f"/{BROKEN}"))
+
+
+def test_engines_of_their_own_gpus_are_not_asked_how_many_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("SHARED_ENGINES", "9,9")
+    with EnginePool(2, "tiny", 64, module=SHARED) as engines:
+        engines.load(Path("/3"))
+        assert [scores[0].tolist() for scores in engines.score([ONE.ids_P])] == [[0, 3, 1], [1, 3, 1]]
 
 
 @pytest.mark.engine
@@ -110,15 +185,18 @@ def test_engines_end_with_the_process_that_started_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-def test_two_engines_share_the_requests_and_return_completions_in_order(
-    tmp_path: Path, device: object
-) -> None:
+def test_two_engines_share_a_device_and_the_requests_and_load_again(tmp_path: Path, device: object) -> None:
     from tests.fakes import policy_versions
 
-    folder = policy_versions.export(tmp_path, policy_versions.learner(device, new_seed()))  # type: ignore[arg-type]
+    learners = [policy_versions.learner(device, new_seed()) for _ in range(2)]  # type: ignore[arg-type]
+    folder, other = (
+        policy_versions.export(tmp_path / str(number), learner) for number, learner in enumerate(learners)
+    )
     random = np.random.default_rng(new_seed())
     requests = [SamplingRequest(random.integers(0, 1000, 5 + n, dtype=np.int32), n, 1 + n) for n in range(5)]
-    with EnginePool(2, "tiny", 64) as engines:
+    with EnginePool(1, "tiny", 64, per_gpu=2, module=SHARED) as engines:
+        engines.load(other)
+        reloaded = engines.score([requests[4].ids_P])
         engines.load(folder)
         found = engines.sample(requests)
         repeated = engines.sample(requests)
@@ -131,6 +209,10 @@ def test_two_engines_share_the_requests_and_return_completions_in_order(
     assert len(scores) == 2 and np.array_equal(scores[0][0], scores[1][0]), (
         "every engine computes the scores of its own weights"
     )
+    for learner, computed in zip(learners, (scores, reloaded), strict=True):
+        (expected,) = policy_versions.trainer_logp(learner, [requests[4].ids_P])
+        for (of_engine,) in computed:
+            assert np.abs(of_engine - expected).max() <= 1e-4, "all engines have the weights that were loaded"
 
 
 def check_queue(engines: EnginePool, random: np.random.Generator) -> None:

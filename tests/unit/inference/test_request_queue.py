@@ -10,16 +10,23 @@ from vpmoe.inference.request_queue import (
     GPU_DEPTH,
     RequestSize,
     admitted,
+    engines_per_gpu,
     longest_first,
     next_engines,
     queue_depth,
 )
+from vpmoe.plan.sampling import ENGINES
 
 
 def test_only_gpus_share_a_queue() -> None:
     assert queue_depth({"CUDA_VISIBLE_DEVICES": ""}) is None
     assert queue_depth({}) == queue_depth({"CUDA_VISIBLE_DEVICES": "0,1"}) == GPU_DEPTH
     assert MAX_SEQUENCES["cuda"] < GPU_DEPTH, "an engine has requests in reserve"
+
+
+def test_only_gpus_have_several_engines() -> None:
+    assert engines_per_gpu({"CUDA_VISIBLE_DEVICES": ""}) == 1
+    assert engines_per_gpu({}) == engines_per_gpu({"CUDA_VISIBLE_DEVICES": "0,1"}) == ENGINES > 1
 
 
 def test_long_completions_come_first_and_equal_ones_keep_their_order() -> None:
@@ -83,3 +90,9 @@ def test_a_queue_ends_earlier_than_a_fixed_assignment() -> None:
 )
 def test_prompts_start_together(waiting: int, growing: int, starts: int) -> None:
     assert admitted(waiting, growing, 1024) == starts
+
+
+@pytest.mark.parametrize("sequences, together", [(512, 32), (64, 4), (8, 1)])
+def test_a_small_engine_does_not_wait_for_as_many_as_it_has_places(sequences: int, together: int) -> None:
+    starting = [growing for growing in range(sequences + 1) if admitted(1000, growing, sequences)]
+    assert max(starting) == sequences - together

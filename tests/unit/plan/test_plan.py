@@ -1,5 +1,6 @@
 """A run's plan: bytes and hours by hand, the teacher's size, the OnPolicy totals, what does not fit."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ from vpmoe.api import DistillRun, OnPolicy, load_run
 from vpmoe.api.card import GIB
 from vpmoe.api.memory import STUDENTS
 from vpmoe.api.quantities import parse_quantity
-from vpmoe.inference import teacher_hidden, vllm_options
-from vpmoe.plan import memory, onpolicy
+from vpmoe.inference import teacher_hidden
+from vpmoe.plan import memory, onpolicy, throughput
 from vpmoe.plan.onpolicy import rollout_totals
 from vpmoe.plan.plan import CHART_CORES, Assumptions, Plan, make_plan, splits
+from vpmoe.plan.sampling import ENGINES, SAMPLING_SHARE, divide_card
 from vpmoe.plan.scoring import LEAST_TOKENS, MOST_TOKENS, forward_tokens, needed_to_score, teacher_share
-from vpmoe.plan.table import plan_text
+from vpmoe.plan.table import memory_rows, plan_text
 from vpmoe.plan.teacher import KNOWN, TeacherSize, known_teacher
-from vpmoe.plan.throughput import CARDS, MEASURED, Work
+from vpmoe.plan.throughput import CARDS, MEASURED, Measured, Work
 from vpmoe.rollout import curriculum
 from vpmoe.rollout.forecast import Assumptions as Lengths
 from vpmoe.rollout.forecast import Forecast, forecast_phases
@@ -123,9 +125,6 @@ def test_a_forward_fits_from_the_named_card_on(name: str, length: int) -> None:
 
 
 def test_the_plan_has_the_constants_of_the_engines_and_of_the_curriculum() -> None:
-    share, whole = memory.VLLM_SHARE
-    assert share / whole == vllm_options.GPU_MEMORY
-    assert vllm_options.STEP_TOKENS["cuda"] == memory.STEP_TOKENS
     assert teacher_hidden.FORWARD_TOKENS["cuda"] == memory.FORWARD_TOKENS
     assert onpolicy.EFFORTS == curriculum.EFFORTS and onpolicy.RAMP == curriculum.RAMP
 
@@ -295,6 +294,74 @@ def test_every_role_has_its_memory_and_it_fits_where_it_ran() -> None:
         ("evaluate", "evaluate"),
     ]
     assert plan.problems == [] and all(one.total <= one.card for one in plan.memory)
+
+
+@pytest.mark.parametrize("card, engines", [(30, 1), (79, 2), (139, 3)])
+def test_a_samplers_gpu_is_divided_among_its_engines(card: int, engines: int) -> None:
+    """The evaluation has one engine on the same card."""
+    run = DistillRun.parse(valid_specs.manifest({"spec.stages": [valid_specs.ONPOLICY]}))
+    plan = make_plan(run, Assumptions(H100, card * GIB, KNOWN["gpt-oss-20b"]))
+    sampler, evaluation = (role for role in plan.memory if role.sequences is not None)
+    assert (sampler.role, sampler.engines) == ("sampler", engines)
+    assert (evaluation.role, evaluation.engines) == ("evaluate", 1)
+    length = run.spec.training.sequence_length
+    share, whole = SAMPLING_SHARE
+    one = divide_card(STUDENTS["vpmoe-6b"], card * GIB, length, ENGINES)
+    assert sampler.items["weights"] == engines * 2 * STUDENTS["vpmoe-6b"].parameters
+    assert sampler.total == one.total <= card * GIB * share // whole
+    assert sampler.items["cache"] == engines * one.cache
+    (note,) = (one for one in plan.sources if one.startswith("onpolicy-sampler:"))
+    assert f"{engines} engine{'s' * (engines > 1)} on each GPU" in note
+    assert f"{one.cache / GIB:.1f} GiB of keys and values" in note
+    assert f"{sampler.sequences} sequences of {length:,} tokens" in note
+    head, *rows = memory_rows(plan.memory)
+    column = head.index("engines")
+    assert {row[1]: row[column] for row in rows} == {
+        "train": "",
+        "sampler": str(engines),
+        "teacher": "",
+        "evaluate": "1",
+    }
+
+
+def test_a_card_that_holds_no_engine_is_a_problem_with_its_remedy() -> None:
+    plan = make_plan(
+        DistillRun.parse(valid_specs.manifest({"spec.stages": [valid_specs.ONPOLICY]})),
+        Assumptions(H100, 16 * GIB, KNOWN["gpt-oss-20b"]),
+    )
+    (problem,) = (one for one in plan.problems if "the sampler of onpolicy-sampler" in one)
+    assert re.search(r"needs 1\d GiB on each of its 4 GPUs, and a GPU has 16\.0 GiB.*more memory", problem)
+    assert not any(source.startswith("onpolicy-sampler:") for source in plan.sources)
+
+
+@pytest.mark.parametrize(
+    "card, model, engines, found",
+    [
+        pytest.param("large", "a", 3, 34.0, id="as-many"),
+        pytest.param("large", "a", 2, 17.0, id="the-most-of-fewer"),
+        pytest.param("large", "a", 4, 34.0, id="fewer-than-there-are"),
+        pytest.param("other", "a", 3, 2.0, id="another-card"),
+        pytest.param("large", "b", 3, None, id="another-model"),
+    ],
+)
+def test_the_speed_of_sampling_is_that_of_as_many_engines(
+    monkeypatch: pytest.MonkeyPatch, card: str, model: str, engines: int, found: float | None
+) -> None:
+    rows = [("small", 2.0, 1), ("large", 17.0, 1), ("large", 34.0, 3)]
+    table = tuple(Measured("sample", "a", name, speed, "", "", count) for name, speed, count in rows)
+    monkeypatch.setattr(throughput, "MEASURED", table)
+    one = throughput.measured("sample", model, card, engines)
+    assert (one and one.tokens_per_second) == found
+
+
+def test_a_speed_of_fewer_engines_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"spec.stages": [valid_specs.ONPOLICY]}
+    (note,) = (one for one in plan_of(changes).sources if one.startswith("sample:"))
+    assert note.endswith("; measured with 1 engine on a GPU, and here 2 share one")
+    both = Measured("sample", "vpmoe-6b", "h100-80", 5000, "", "", engines=2)
+    monkeypatch.setattr(throughput, "MEASURED", (*MEASURED, both))
+    (note,) = (one for one in plan_of(changes).sources if one.startswith("sample:"))
+    assert note.startswith("sample: 5,000 tokens/s") and "measured with" not in note
 
 
 @pytest.mark.parametrize("card, problems", [(72, 1), (73, 0), (79, 0), (139, 0)])
