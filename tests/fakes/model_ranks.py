@@ -62,7 +62,9 @@ def error_message(action: Any) -> str:
     return "nothing was raised"
 
 
-def layout(device: torch.device, folder: Path, expert_parallel: int) -> dict[str, Any]:
+def layout(
+    device: torch.device, folder: Path, expert_parallel: int, sharded_gradients: bool = False
+) -> dict[str, Any]:
     """Results of one layout.
 
     Two steps, a copy of the state, and a third step; the third step again from that copy; the state of one
@@ -70,18 +72,18 @@ def layout(device: torch.device, folder: Path, expert_parallel: int) -> dict[str
     """
     rank = distributed.rank()
     # Data-parallel ranks may have different numbers of microbatches (rank 1: one of documents, one of
-    # padding). Expert-parallel ranks may not.
+    # padding). Expert-parallel ranks may not, and neither may those that shard gradients.
     own_batches = slice(0, 3) if rank == 0 else slice(3, 5)
-    if expert_parallel > 1:
+    if expert_parallel > 1 or sharded_gradients:
         own_batches = slice(0, 2) if rank == 0 else slice(2, 4)
-    trained = learner(device, COMPLETE, expert_parallel=expert_parallel)
+    trained = learner(device, COMPLETE, expert_parallel=expert_parallel, sharded_gradients=sharded_gradients)
     outcomes = train(trained, own_batches, range(2))
     state_after_two = copy_slices(trained)
     third = train(trained, own_batches, range(2, 3)), weights(trained)
 
     gathered: list[Any] = [None] * distributed.world_size()
     torch.distributed.all_gather_object(gathered, state_after_two)
-    restored = learner(device, COMPLETE, expert_parallel=expert_parallel)
+    restored = learner(device, COMPLETE, expert_parallel=expert_parallel, sharded_gradients=sharded_gradients)
     state.restore(restored, read_from(join_slices(gathered, state.sizes(restored))), steps=2)
     repeated = train(restored, own_batches, range(2, 3)), weights(restored)
 
@@ -120,9 +122,11 @@ def main(folder: Path) -> None:
     """Train in both layouts, as the rank that the environment names."""
     device = choose()
     distributed.start(device)
-    results = {1: layout(device, folder, 1)}
+    results: dict[int | str, dict[str, Any]] = {1: layout(device, folder, 1)}
+    results["sharded"] = layout(device, folder, 1, sharded_gradients=True)
     parallel_state.destroy_model_parallel()
     distributed.set_expert_parallel(2)
     results[2] = layout(device, folder, 2)
+    results["sharded experts"] = layout(device, folder, 2, sharded_gradients=True)
     torch.save(results, folder / f"rank-{distributed.rank()}.pt")
     distributed.stop()
