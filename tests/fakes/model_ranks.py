@@ -24,6 +24,7 @@ from vpmoe.model.batch import Batch
 from vpmoe.model.device import choose
 from vpmoe.model.learner import Learner, Outcome
 from vpmoe.model.objective import Objective, Weighted
+from vpmoe.model.sharded_gradients import ShardedGradients
 from vpmoe.objectives.vanilla import vanilla
 
 WEIGHTS = {"reasoning": 0.7, "final": 1.6}
@@ -54,6 +55,16 @@ def weights(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in learner.student.named_parameters()}
 
 
+def kept_gradients(learner: Learner) -> int:
+    """Bytes of this rank's gradients between two steps."""
+    learner.ddp.zero_grad_buffer()
+    sums = [parameter.main_grad for parameter in learner.student.parameters()]  # type: ignore[attr-defined]
+    if isinstance(learner.ddp, ShardedGradients):
+        sums += [shard.sum for shard in learner.ddp._shards]
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in sums}
+    return sum(storages.values())
+
+
 def error_message(action: Any) -> str:
     try:
         action()
@@ -81,6 +92,8 @@ def layout(
     state_after_two = copy_slices(trained)
     third = train(trained, own_batches, range(2, 3)), weights(trained)
 
+    gradient_bytes = kept_gradients(trained)
+
     gathered: list[Any] = [None] * distributed.world_size()
     torch.distributed.all_gather_object(gathered, state_after_two)
     restored = learner(device, COMPLETE, expert_parallel=expert_parallel, sharded_gradients=sharded_gradients)
@@ -106,6 +119,7 @@ def layout(
     unchanged = all(torch.equal(weights_before[name], weight) for name, weight in weights(trained).items())
     return {
         "outcomes": outcomes,
+        "gradient_bytes": gradient_bytes,
         "state": state_after_two,
         "steps": restored.steps,
         "third": third,

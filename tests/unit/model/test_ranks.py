@@ -74,6 +74,16 @@ def test_two_ranks_train_like_one_process(
         )
 
 
+def test_sharded_gradients_take_a_rank_s_share_of_the_memory(two_ranks: list[Any]) -> None:
+    """Half of all: of the experts too, of which an expert-parallel rank has half the gradients as it is, all
+    its own."""
+    for rank in range(2):
+        whole, sharded, experts, own = (
+            two_ranks[rank][layout]["gradient_bytes"] for layout in (1, "sharded", 2, "sharded experts")
+        )
+        assert 2 * sharded == whole > experts > own == sharded
+
+
 @layouts
 def test_a_restored_state_continues_with_the_same_bits(two_ranks: list[Any], layout: int | str) -> None:
     for rank in range(2):
