@@ -2,7 +2,8 @@
 rate; the memory that `vpmoe plan` predicts.
 
     python -m benchmarks.step [--shape tiny] [--layers N] [--tokens 2048] [--microbatches 2] [--recompute N]
-    python -m benchmarks.step --shape vpmoe-6b --sweep
+    python -m benchmarks.step --shape vpmoe-6b --sweep [--steps 3]
+    python -m benchmarks.step --shape vpmoe-6b --gpus 2 --card 79 --tokens 32768 --recompute 74 --sharded
 
 Prints the median time of a Vanilla step, tokens per second, and the ratio to the floor: 6 floating-point
 operations per token and active parameter, 2 more in recomputed layers, at the rate measured for a large
@@ -12,17 +13,21 @@ on the same batches; the two alternate.
 
 --sweep measures the cases of SWEEP one after the other, each with the shape's first layers, and prints a line
 for each, with the difference of the prediction to the peak in per cent. --sharded divides the sums of
-gradients over the ranks.
+gradients over the ranks. --card gives PyTorch what it would have on a smaller card: the third command is what
+`vpmoe plan` chooses for two of 80 GB.
 
-One process, or one a GPU under torchrun. On the CPU if CUDA_VISIBLE_DEVICES is set and empty (shape tiny; its
+On the CPU if CUDA_VISIBLE_DEVICES is set and empty (shape tiny; its
 memory is not PyTorch's alone and is not compared). Documents (200 to 1,200 tokens) and scores are random, so
 the loss has no meaning beyond being finite.
 """
 
 import argparse
 import gc
+import os
 import resource
 import statistics
+import sys
+import threading
 import time
 from dataclasses import asdict, dataclass, replace
 
@@ -38,6 +43,7 @@ from vpmoe.model.objective import Objective
 from vpmoe.model.shapes import SHAPES, Shape
 from vpmoe.objectives.rescored import rescored
 from vpmoe.objectives.vanilla import vanilla
+from vpmoe.process.launcher import Placement, free_port, launch_workers
 
 
 def active_parameters(shape: Shape) -> int:
@@ -196,6 +202,15 @@ def measure(shape: Shape, case: Case, device: torch.device, microbatches: int, s
     )
 
 
+def limit_memory(card: int, device: torch.device) -> None:
+    """Let PyTorch allocate as much as it could on a card of `card` bytes, on which CUDA and NCCL have as much
+    as here."""
+    distributed.sum_over_ranks(torch.ones(1))  # NCCL allocates its buffers
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction((card - outside) / total, device)
+
+
 def predicted(shape: Shape, case: Case) -> TrainingMemory:
     """By the plan's arithmetic, for this shape's layers and these ranks."""
     return training_memory(
@@ -251,9 +266,19 @@ def main() -> None:
     parser.add_argument(
         "--steps", type=int, default=5, help="steps to measure, after one that is not counted"
     )
+    parser.add_argument("--gpus", type=int, default=1, help="processes, one a GPU")
+    parser.add_argument(
+        "--card", type=int, metavar="GIB", help="give PyTorch what it would have on a card of so many GiB"
+    )
     given = parser.parse_args()
+    if given.gpus > 1 and "RANK" not in os.environ:
+        placement = Placement(given.gpus, 0, given.gpus, "127.0.0.1", free_port())
+        command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:]]
+        sys.exit(launch_workers(placement, command, [], threading.Event()))
     device = devices.choose()
     distributed.start(device)
+    if given.card is not None:
+        limit_memory(given.card * GIB, device)
     if given.sweep:
         sweep(given.shape, device, given.steps)
         distributed.stop()

@@ -96,8 +96,8 @@ def test_a_card_that_cannot_hold_what_the_stage_keeps_is_an_error(context: Stage
         "stage vanilla: its checkpoints were made with microbatches of 32,768 positions, 61 recomputed "
         f"layers and sharded gradients, which takes {need / GIB:.1f} GiB of each GPU, and a GPU has "
         f"{need / GIB:.1f}. A stage keeps this, so that its sums stay the same. Continue on GPUs with as "
-        "much memory (runtime.nodeSelector, runtime.gpuMemory), or start a new run that has resumeFrom this one's "
-        "folder: it chooses again."
+        "much memory (runtime.nodeSelector, runtime.gpuMemory), or start a new run that has resumeFrom "
+        "this one's folder: it chooses again."
     )
 
 
