@@ -90,9 +90,13 @@ def peer_size(config: dict[str, Any]) -> StudentSize:
     return StudentSize(
         parameters=config["vocab_size"] * hidden + layers * (experts + others) + hidden,
         expert_parameters=layers * experts,
+        layers=layers,
         hidden=hidden,
-        saved=0,
-        layer=2 * computed,
+        kept=2 * computed,
+        kept_weights=0,
+        stem=0,
+        backward=0,
+        backward_weights=0,
         cached=layers * 2 * 2 * keys,
         window=0,
     )

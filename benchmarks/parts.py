@@ -119,7 +119,7 @@ def main() -> None:
     distributed.start(device)
     rate = product_rate(device)
     off = {name: getattr(Shape, name) for name in PARTS}
-    plain = replace(SHAPES[given.shape], layers=given.layers, recompute=False, **off)
+    plain = replace(SHAPES[given.shape], layers=given.layers, **off)
     print(f"{'':22} forward, backward  optimizer    step             GPU  tokens/s    MFU  floor  GiB")
     costs: dict[str, Cost] = {}
     for name, parts in CASES.items():

@@ -1,21 +1,40 @@
-"""Time of one optimizer step of a student. Floor: the step's own matrix products at the device's rate.
+"""Time and memory of one optimizer step of a student. Floors: the step's own matrix products at the device's
+rate; the memory that `vpmoe plan` predicts.
 
-    python -m benchmarks.step [--shape tiny] [--sequence 2048] [--sequences 2] [--steps 5]
+    python -m benchmarks.step [--shape tiny] [--layers N] [--tokens 2048] [--microbatches 2] [--recompute N]
+    python -m benchmarks.step --shape vpmoe-6b --sweep [--steps 3]
+    python -m benchmarks.step --shape vpmoe-6b --gpus 2 --card 79 --tokens 32768 --recompute 74 --sharded
 
-Prints the median time of a Vanilla step, tokens per second, peak memory and the ratio to the floor: 6
-floating-point operations per token and active parameter (8 with activation recomputation), at the rate
-measured for a large square product. Then prints the time of a Rescored step on the same batches; the two
-alternate. One process, on one GPU, or on the CPU if CUDA_VISIBLE_DEVICES is set and empty (shape tiny).
-Documents (200 to 1,200 tokens) and scores are random, so the loss has no meaning beyond being finite.
+Prints the median time of a Vanilla step, tokens per second, and the ratio to the floor: 6 floating-point
+operations per token and active parameter, 2 more in recomputed layers, at the rate measured for a large
+square product. Peak memory of PyTorch stands beside its prediction by vpmoe/api/memory.py, and beside what
+the process has outside PyTorch and what the allocator holds unused. Then prints the time of a Rescored step
+on the same batches; the two alternate.
+
+--sweep measures the cases of SWEEP one after the other, each with the shape's first layers, and prints a line
+for each, with the difference of the prediction to the peak in per cent. --sharded divides the sums of
+gradients over the ranks. --card gives PyTorch what it would have on a smaller card: the third command is what
+`vpmoe plan` chooses for two of 80 GB.
+
+On the CPU if CUDA_VISIBLE_DEVICES is set and empty (shape tiny; its
+memory is not PyTorch's alone and is not compared). Documents (200 to 1,200 tokens) and scores are random, so
+the loss has no meaning beyond being finite.
 """
 
 import argparse
+import gc
+import os
 import resource
 import statistics
+import sys
+import threading
 import time
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
+from vpmoe.api.card import GIB
+from vpmoe.api.memory import TrainingMemory, training_memory
 from vpmoe.api.stages import Confidence
 from vpmoe.model import device as devices
 from vpmoe.model import distributed
@@ -24,6 +43,7 @@ from vpmoe.model.objective import Objective
 from vpmoe.model.shapes import SHAPES, Shape
 from vpmoe.objectives.rescored import rescored
 from vpmoe.objectives.vanilla import vanilla
+from vpmoe.process.launcher import Placement, free_port, launch_workers
 
 
 def active_parameters(shape: Shape) -> int:
@@ -77,27 +97,69 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
-    parser.add_argument("--sequence", type=int, default=2048, help="positions of a packed sequence")
-    parser.add_argument("--sequences", type=int, default=2, help="sequences per step, each a microbatch")
-    parser.add_argument(
-        "--steps", type=int, default=5, help="steps to measure, after one that is not counted"
-    )
-    given = parser.parse_args()
-    shape = SHAPES[given.shape]
-    device = devices.choose()
-    distributed.start(device)
+@dataclass(frozen=True)
+class Case:
+    """What is measured."""
+
+    layers: int
+    tokens: int
+    """Positions of a microbatch, one packed row."""
+    recomputed: int
+    sharded: bool = False
+
+
+SWEEP = (
+    Case(20, 8192, 0),
+    Case(20, 16_384, 0),
+    Case(20, 32_768, 0),
+    Case(20, 32_768, 10),
+    Case(20, 32_768, 20),
+    Case(20, 16_384, 20),
+    Case(20, 65_536, 20),
+    Case(40, 16_384, 20),
+    Case(40, 32_768, 0),
+    Case(20, 16_384, 20, sharded=True),
+)
+"""Of vpmoe-6b on a card of 141 GB: each term of the arithmetic decides one of them, and pairs show what a
+microbatch costs beside its tokens (FIXED of vpmoe/api/microbatch.py)."""
+
+
+@dataclass
+class Cost:
+    """Medians, in seconds, and bytes."""
+
+    vanilla: float
+    rescored: float
+    forward_backward: float
+    peak: int
+    """Most that PyTorch had allocated, beside what earlier students left."""
+    unused: int
+    """What its allocator held beside that at its peak."""
+    outside: int
+    """What this process and others have on the GPU beside PyTorch's."""
+    losses: list[float]
+    tokens: int
+
+
+def measure(shape: Shape, case: Case, device: torch.device, microbatches: int, steps: int) -> Cost:
+    """Medians of `steps` steps after one that is not counted. The peak is of all."""
     from vpmoe.model.learner import Learner
 
+    on_gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
     learner = Learner.build(
-        shape, device, sequence_length=given.sequence, seed=1, weight_decay=0.1, gradient_clip=1.0
+        shape,
+        device,
+        sequence_length=case.tokens,
+        seed=1,
+        weight_decay=0.1,
+        gradient_clip=1.0,
+        recomputed_layers=case.recomputed,
+        sharded_gradients=case.sharded,
     )
-    batches = random_rows(shape, given.sequences, given.sequence, torch.Generator().manual_seed(1))
-    counts = torch.stack([batch.counts for batch in batches]).sum(0)
+    generator = torch.Generator().manual_seed(1 + distributed.rank())
+    batches = random_rows(shape, microbatches, case.tokens, generator)
+    counts = distributed.sum_over_ranks(torch.stack([batch.counts for batch in batches]).sum(0))
     tokens, even = int(counts[0]), {"reasoning": 1.0, "final": 1.0}
 
     def objective(kind: str) -> Objective:
@@ -108,31 +170,153 @@ def main() -> None:
         )
 
     times: dict[str, list[float]] = {"Vanilla": [], "Rescored": []}
-    losses = []
-    for _ in range(given.steps + 1):
+    passes, losses = [], []
+    for number in range(steps + 1):
+        if on_gpu and number == 0:
+            torch.cuda.reset_peak_memory_stats()  # of training: building holds weights twice for a moment
         for kind, seconds in times.items():
             synchronize(device)
             start = time.perf_counter()
             losses.append(learner.forward_backward(batches, objective(kind), positions=tokens).loss)
+            synchronize(device)
+            middle = time.perf_counter()
             learner.step(3e-4)
             synchronize(device)
             seconds.append(time.perf_counter() - start)
-    rate = product_rate(device)
-    step, rescored_step = (statistics.median(seconds[1:]) for seconds in times.values())
-    floor = (8 if shape.recompute else 6) * active_parameters(shape) * tokens / rate
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            if kind == "Vanilla":
+                passes.append(middle - start)
+    step, rescored_step, passed = (statistics.median(x[1:]) for x in (*times.values(), passes))
+    if not on_gpu:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return Cost(step, rescored_step, passed, peak, 0, 0, losses, tokens)
+    free, total = torch.cuda.mem_get_info()
+    return Cost(
+        step,
+        rescored_step,
+        passed,
+        torch.cuda.max_memory_allocated() - before,
+        torch.cuda.max_memory_reserved() - torch.cuda.max_memory_allocated(),
+        total - free - torch.cuda.memory_reserved(),
+        losses,
+        tokens,
     )
+
+
+def limit_memory(card: int, device: torch.device) -> None:
+    """Let PyTorch allocate as much as it could on a card of `card` bytes, on which CUDA and NCCL have as much
+    as here."""
+    distributed.sum_over_ranks(torch.ones(1))  # NCCL allocates its buffers
+    free, total = torch.cuda.mem_get_info(device)
+    outside = total - free - torch.cuda.memory_reserved(device)
+    torch.cuda.set_per_process_memory_fraction((card - outside) / total, device)
+
+
+def predicted(shape: Shape, case: Case) -> TrainingMemory:
+    """By the plan's arithmetic, for this shape's layers and these ranks."""
+    return training_memory(
+        shape.size(), distributed.world_size(), 1, case.tokens, case.recomputed, case.sharded
+    )
+
+
+def operations(shape: Shape, case: Case) -> float:
+    """Floating-point operations of a token, forward and backward."""
+    inside = active_parameters(shape) - shape.vocabulary * shape.hidden
+    return 6 * active_parameters(shape) + 2 * inside * case.recomputed / shape.layers
+
+
+def describe(case: Case) -> str:
+    text = f"{case.layers} layers, {case.tokens:,} positions, {case.recomputed} recomputed"
+    return text + (", sharded gradients" if case.sharded else "")
+
+
+def sweep(name: str, device: torch.device, steps: int) -> None:
+    """A line for each case of SWEEP."""
     print(
-        f"{shape.name} on {device}: {shape.parameters():,} parameters, "
-        f"{active_parameters(shape):,} active; {tokens:,} tokens per step"
+        "layers  positions  recomputed  gradients  predicted  measured     off  outside  unused  "
+        "pass, ms  step, ms  tokens/s"
     )
-    print(f"step {step * 1e3:,.0f} ms, {tokens / step:,.0f} tokens/s; peak memory {peak / 2**30:.1f} GiB")
-    print(f"loss {losses[0]:.2f} → {losses[-2]:.2f}")
-    print(f"floor of its products {floor * 1e3:,.0f} ms at {rate / 1e12:,.1f} TFLOP/s: {step / floor:.1f}×")
-    print(f"Rescored step {rescored_step * 1e3:,.0f} ms: {rescored_step / step:.3f}× the Vanilla step")
+    for case in SWEEP:
+        shape = replace(SHAPES[name], layers=case.layers)
+        cost, memory = measure(shape, case, device, 1, steps), predicted(shape, case)
+        expected = memory.total - memory.context
+        gradients = "sharded" if case.sharded else "whole"
+        print(
+            f"{case.layers:6} {case.tokens:10,} {case.recomputed:11}  {gradients:>9} "
+            f"{expected / GIB:10.1f} {cost.peak / GIB:9.1f} {100 * (expected / cost.peak - 1):+6.1f} % "
+            f"{cost.outside / GIB:8.1f} {cost.unused / GIB:7.1f} {cost.forward_backward * 1e3:9,.0f} "
+            f"{cost.vanilla * 1e3:9,.0f} {cost.tokens / cost.vanilla:9,.0f}",
+            flush=True,
+        )
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
+    parser.add_argument("--layers", type=int, help="the shape's first layers alone (default: all)")
+    parser.add_argument("--tokens", type=int, default=2048, help="positions of a microbatch, one row")
+    parser.add_argument("--microbatches", type=int, default=2, help="microbatches of a rank in a step")
+    parser.add_argument("--recompute", type=int, default=0, help="layers that are recomputed")
+    parser.add_argument("--sharded", action="store_true", help="each rank keeps its share of the gradients")
+    parser.add_argument("--sweep", action="store_true", help="measure the cases of SWEEP instead")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="steps to measure, after one that is not counted"
+    )
+    parser.add_argument("--gpus", type=int, default=1, help="processes, one a GPU")
+    parser.add_argument(
+        "--card", type=int, metavar="GIB", help="give PyTorch what it would have on a card of so many GiB"
+    )
+    given = parser.parse_args()
+    if given.gpus > 1 and "RANK" not in os.environ:
+        placement = Placement(given.gpus, 0, given.gpus, "127.0.0.1", free_port())
+        command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:]]
+        sys.exit(launch_workers(placement, command, [], threading.Event()))
+    device = devices.choose()
+    distributed.start(device)
+    if given.card is not None:
+        limit_memory(given.card * GIB, device)
+    if given.sweep:
+        sweep(given.shape, device, given.steps)
+        distributed.stop()
+        return
+    layers = given.layers or SHAPES[given.shape].layers
+    shape = replace(SHAPES[given.shape], layers=layers)
+    case = Case(layers, given.tokens, given.recompute, given.sharded)
+    cost, memory = measure(shape, case, device, given.microbatches, given.steps), predicted(shape, case)
+    rate = product_rate(device)
+    floor = operations(shape, case) * cost.tokens / rate / distributed.world_size()
+    if distributed.rank() == 0:
+        print(
+            f"{shape.name} on {device}, {distributed.world_size()} ranks, {describe(case)}: "
+            f"{shape.parameters():,} parameters, {active_parameters(shape):,} active; {cost.tokens:,} tokens "
+            "per step"
+        )
+        print(
+            f"step {cost.vanilla * 1e3:,.0f} ms, of which forward and backward "
+            f"{cost.forward_backward * 1e3:,.0f}; {cost.tokens / cost.vanilla:,.0f} tokens/s"
+        )
+        expected = memory.total - memory.context
+        print(f"peak memory {cost.peak / GIB:.1f} GiB", end="")
+        if device.type == "cuda":
+            print(
+                f", predicted {expected / GIB:.1f} ({100 * (expected / cost.peak - 1):+.1f} %); beside it "
+                f"{cost.outside / GIB:.1f} GiB outside PyTorch and {cost.unused / GIB:.1f} unused, together "
+                f"{(cost.outside + cost.unused) / GIB:.1f} of {memory.context / GIB:.0f} predicted",
+                end="",
+            )
+        items = ", ".join(f"{name} {value / GIB:.1f}" for name, value in asdict(memory).items())
+        print(f"\npredicted by part, GiB: {items}")
+        print(f"loss {cost.losses[0]:.2f} → {cost.losses[-2]:.2f}")
+        print(
+            f"floor of its products {floor * 1e3:,.0f} ms at {rate / 1e12:,.1f} TFLOP/s: "
+            f"{cost.vanilla / floor:.1f}×"
+        )
+        beside = cost.rescored / cost.vanilla
+        print(f"Rescored step {cost.rescored * 1e3:,.0f} ms: {beside:.3f}× the Vanilla step")
     distributed.stop()
 
 

@@ -8,6 +8,7 @@ import torch
 from tests.fakes import datasets, students
 from tests.fakes.reporters import NullReporter
 from tests.fakes.students import copy_slices
+from vpmoe.api.microbatch import on_cpu
 from vpmoe.checkpoint.train_state import TrainState, initial_state
 from vpmoe.model import state
 from vpmoe.model.learner import Learner
@@ -18,9 +19,9 @@ from vpmoe.trainer.context import StageContext
 
 
 def state_at(iteration: int, **changes: Any) -> TrainState:
-    return initial_state("vanilla").model_copy(
-        update={"iteration": iteration, "steps": iteration, "tokens": 100 * iteration, **changes}
-    )
+    """A state of the stage vanilla of run_spec, whose sequences have 512 tokens, on the CPU."""
+    counts = {"iteration": iteration, "steps": iteration, "tokens": 100 * iteration}
+    return initial_state("vanilla").model_copy(update={"microbatch": on_cpu(512)} | counts | changes)
 
 
 def filled(device: torch.device, number: float, shape: Shape = students.SMALL) -> Learner:

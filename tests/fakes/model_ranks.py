@@ -24,6 +24,7 @@ from vpmoe.model.batch import Batch
 from vpmoe.model.device import choose
 from vpmoe.model.learner import Learner, Outcome
 from vpmoe.model.objective import Objective, Weighted
+from vpmoe.model.sharded_gradients import ShardedGradients
 from vpmoe.objectives.vanilla import vanilla
 
 WEIGHTS = {"reasoning": 0.7, "final": 1.6}
@@ -54,6 +55,16 @@ def weights(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in learner.student.named_parameters()}
 
 
+def kept_gradients(learner: Learner) -> int:
+    """Bytes of this rank's gradients between two steps."""
+    learner.ddp.zero_grad_buffer()
+    sums = [parameter.main_grad for parameter in learner.student.parameters()]  # type: ignore[attr-defined]
+    if isinstance(learner.ddp, ShardedGradients):
+        sums += [shard.sum for shard in learner.ddp._shards]
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in sums}
+    return sum(storages.values())
+
+
 def error_message(action: Any) -> str:
     try:
         action()
@@ -62,7 +73,9 @@ def error_message(action: Any) -> str:
     return "nothing was raised"
 
 
-def layout(device: torch.device, folder: Path, expert_parallel: int) -> dict[str, Any]:
+def layout(
+    device: torch.device, folder: Path, expert_parallel: int, sharded_gradients: bool = False
+) -> dict[str, Any]:
     """Results of one layout.
 
     Two steps, a copy of the state, and a third step; the third step again from that copy; the state of one
@@ -70,18 +83,20 @@ def layout(device: torch.device, folder: Path, expert_parallel: int) -> dict[str
     """
     rank = distributed.rank()
     # Data-parallel ranks may have different numbers of microbatches (rank 1: one of documents, one of
-    # padding). Expert-parallel ranks may not.
+    # padding). Expert-parallel ranks may not, and neither may those that shard gradients.
     own_batches = slice(0, 3) if rank == 0 else slice(3, 5)
-    if expert_parallel > 1:
+    if expert_parallel > 1 or sharded_gradients:
         own_batches = slice(0, 2) if rank == 0 else slice(2, 4)
-    trained = learner(device, COMPLETE, expert_parallel=expert_parallel)
+    trained = learner(device, COMPLETE, expert_parallel=expert_parallel, sharded_gradients=sharded_gradients)
     outcomes = train(trained, own_batches, range(2))
     state_after_two = copy_slices(trained)
     third = train(trained, own_batches, range(2, 3)), weights(trained)
 
+    gradient_bytes = kept_gradients(trained)
+
     gathered: list[Any] = [None] * distributed.world_size()
     torch.distributed.all_gather_object(gathered, state_after_two)
-    restored = learner(device, COMPLETE, expert_parallel=expert_parallel)
+    restored = learner(device, COMPLETE, expert_parallel=expert_parallel, sharded_gradients=sharded_gradients)
     state.restore(restored, read_from(join_slices(gathered, state.sizes(restored))), steps=2)
     repeated = train(restored, own_batches, range(2, 3)), weights(restored)
 
@@ -104,6 +119,7 @@ def layout(device: torch.device, folder: Path, expert_parallel: int) -> dict[str
     unchanged = all(torch.equal(weights_before[name], weight) for name, weight in weights(trained).items())
     return {
         "outcomes": outcomes,
+        "gradient_bytes": gradient_bytes,
         "state": state_after_two,
         "steps": restored.steps,
         "third": third,
@@ -120,9 +136,11 @@ def main(folder: Path) -> None:
     """Train in both layouts, as the rank that the environment names."""
     device = choose()
     distributed.start(device)
-    results = {1: layout(device, folder, 1)}
+    results: dict[int | str, dict[str, Any]] = {1: layout(device, folder, 1)}
+    results["sharded"] = layout(device, folder, 1, sharded_gradients=True)
     parallel_state.destroy_model_parallel()
     distributed.set_expert_parallel(2)
     results[2] = layout(device, folder, 2)
+    results["sharded experts"] = layout(device, folder, 2, sharded_gradients=True)
     torch.save(results, folder / f"rank-{distributed.rank()}.pt")
     distributed.stop()

@@ -40,11 +40,10 @@ COMPLETE = replace(
     SMALL,
     name="complete",
     layers=5,
-    recompute=True,
     **LOCKED_PARTS | {"local_window": 8, "router_bias": True},
 )
 """Every part of the architecture, the router's bias too. Layer 4 is global; documents are longer than the
-window."""
+window. `learner` and `perturbed` recompute its layers."""
 
 
 def new_seed() -> int:
@@ -53,10 +52,11 @@ def new_seed() -> int:
     return seed
 
 
-def perturbed(shape: Shape, device: torch.device) -> Student:
+def perturbed(shape: Shape, device: torch.device, recomputed_layers: int | None = None) -> Student:
     """A student in which every part affects the output: no vector has its initial value."""
     torch.manual_seed(new_seed())
-    built = build(shape, device, sequence_length=4096, seed=1234)
+    layers = _recomputed(shape) if recomputed_layers is None else recomputed_layers
+    built = build(shape, device, sequence_length=4096, seed=1234, recomputed_layers=layers)
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             if name == "log_frequency":
@@ -69,9 +69,14 @@ def perturbed(shape: Shape, device: torch.device) -> Student:
 
 
 def learner(device: torch.device, shape: Shape = SMALL, **kwargs: int) -> Learner:
+    kwargs = {"recomputed_layers": _recomputed(shape)} | kwargs
     return Learner.build(
         shape, device, sequence_length=256, seed=1234, weight_decay=0.1, gradient_clip=1.0, **kwargs
     )
+
+
+def _recomputed(shape: Shape) -> int:
+    return shape.layers if shape.name == COMPLETE.name else 0
 
 
 def load_canary(url: str | None, bucket: object) -> list[CanaryText]:

@@ -3,6 +3,7 @@
 import torch
 
 from tests.fakes import datasets
+from vpmoe.api.microbatch import on_cpu
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.model.learner import Learner
 from vpmoe.storage.manifest import Input
@@ -22,7 +23,9 @@ def stage_kind(context: StageContext) -> StageKind:
     """The kind of the context's stage, on the CPU."""
     cache = BlockCache(context.bucket, context.scratch / "blocks")
     documents = DatasetReader(context.dataset, "train", cache)
-    return for_stage(context, documents, cache, torch.device("cpu"))
+    stage = for_stage(context, documents, cache, torch.device("cpu"))
+    stage.microbatch = on_cpu(context.run.spec.training.sequence_length)
+    return stage
 
 
 def start_of(context: StageContext, learner: Learner) -> Start:
@@ -45,6 +48,8 @@ def trainer(
     if held_out:
         training, cache = context.run.spec.training, BlockCache(context.bucket, context.scratch / "blocks")
         valid = DatasetReader(context.dataset, "valid", cache)
-        documents = HeldOutDocuments(valid, held_out, training.seed, training.sequence_length)
+        documents = HeldOutDocuments(
+            valid, held_out, training.seed, training.sequence_length, stage.microbatch
+        )
     stage.prepare(start.state, INPUTS)
     return Trainer(context, device, learner, stage, documents, checkpoints, start, uploader)

@@ -117,7 +117,7 @@ VALID: dict[str, Changes] = {
     "rescoring on all GPUs": {"spec.rescore.gpus": 8, "spec.stages": [RESCORED]},
     "rescoring on fewer GPUs than the teacher has": {"spec.teacher.gpus": 4, "spec.rescore": {"gpus": 2}},
     "no teacher for Vanilla": {"spec.teacher.gpus": 0},
-    "a card on which three ranks fit": {"spec.runtime.gpuMemory": "80G", "spec.student.gpus": 3},
+    "a card on which two ranks fit": {"spec.runtime.gpuMemory": "80G", "spec.student.gpus": 2},
     "a card of which nothing is said": {"spec.runtime.gpuMemory": None, "spec.student.gpus": 1},
     "experts shared by two ranks on a small card": {
         "spec.runtime.gpuMemory": "80Gi",

@@ -1,11 +1,9 @@
 """Memory that training takes on each GPU, as far as the specification decides it: what runtime.gpuMemory is
-compared with, and what `vpmoe plan` shows.
+compared with, what `vpmoe plan` shows, and what the trainer's microbatch is chosen by (microbatch.py).
 
-Integer arithmetic, the same in Python and in CEL. Weights, gradients and optimizer state are exact, the rest
-is an estimate. Without CONTEXT it gives 57.1 GiB where PyTorch had 57 at its peak (vpmoe-6b, 4 H100,
-sequences of 8,192 tokens) and 63.1 where it had 61 (of 32,768). Measured without the parts of
-vpmoe.model.shapes, which by the same arithmetic change it by 0.1 GiB.
-"""
+Integer arithmetic, the same in Python and in CEL. Weights, gradients and optimizer state are exact; what a
+layer keeps is counted tensor by tensor (vpmoe.model.shapes); the rest is an estimate. `benchmarks.step`
+prints it beside the peak that PyTorch had. Without CONTEXT, of which PyTorch knows nothing."""
 
 from dataclasses import dataclass
 
@@ -15,19 +13,23 @@ from vpmoe.api.stages import StageFields
 from vpmoe.api.student import StudentSpec
 
 VOCABULARY = 201_088
-MICROBATCH = 8192
-"""Positions of one microbatch, rounded down to whole sequences; a longer sequence is one of its own."""
+LEAST = 8192
+"""Positions of the shortest microbatch, rounded down to whole sequences; a longer sequence is one of its
+own."""
 HEAD_CHUNK = 2669
 """Positions whose logits the loss head holds at the same time: 2 GiB in fp32."""
 CONTEXT = 8 * GIB
 """Memory outside PyTorch: the CUDA context, kernels and NCCL's buffers, and what the allocator cannot use.
-Measured with 2 and with 4 ranks."""
+Measured with 2 and with 4 ranks, before the allocator had expandable segments."""
 
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
-"""Bytes of a parameter: the weight in bf16 and the gradient in fp32 on every rank; fp32 weight and two Adam
-moments on one of the ranks."""
+"""Bytes of a parameter: the weight in bf16 on every rank; the gradient in fp32 on every rank, or if gradients
+are sharded on one of the ranks; fp32 weight and two Adam moments on one of the ranks."""
 MAIN_WEIGHT = 4
 """Bytes of the fp32 weight."""
+BUCKET = 80_000_000
+"""Most gradients of two of megatron's buckets, without a matrix of the vocabulary's size: a bucket is full
+from 40 million on."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,30 @@ class StudentSize:
     parameters: int
     expert_parameters: int
     """Those of the experts, which expert parallelism divides. Part of `parameters`."""
+    layers: int
     hidden: int
-    saved: int
-    """Bytes of a position that a forward keeps for the backward."""
-    layer: int
-    """Bytes of a position inside one layer, values and gradients."""
+    kept: int
+    """Bytes of a position that a layer keeps for the backward if it is not recomputed: those of the mean
+    layer. A recomputed layer keeps its input, in bf16."""
+    kept_weights: int
+    """Bytes that such a layer keeps whatever the positions, copies of the experts' weights: those of the mean
+    layer."""
+    stem: int
+    """Bytes of a position that are kept once."""
+    backward: int
+    """Bytes of a position that a layer's backward holds beside what was kept."""
+    backward_weights: int
+    """Bytes that it holds whatever the positions, without expert parallelism, which divides them."""
     cached: int
     """Bytes of a position's keys and values in a sampler, in the layers that keep those of all positions."""
     window: int
     """Bytes of a sequence's keys and values in a sampler, in the layers that keep those of a window."""
+
+    @property
+    def forward(self) -> int:
+        """Bytes of a position that a layer's forward holds in vLLM, at most: what it would hold for a
+        backward, too."""
+        return self.kept + self.backward
 
     @property
     def checkpoint(self) -> int:
@@ -66,13 +83,41 @@ class StudentSize:
     @property
     def head(self) -> int:
         """Bytes of the loss head: logits of a chunk in fp32, their gradient in bf16; the matrix's gradient in
-        fp32, and twice in bf16."""
-        return HEAD_CHUNK * VOCABULARY * 6 + VOCABULARY * self.hidden * 8
+        fp32."""
+        return HEAD_CHUNK * VOCABULARY * 6 + VOCABULARY * self.hidden * 4
+
+    @property
+    def input(self) -> int:
+        """Bytes of a position that a recomputed layer keeps."""
+        return 2 * self.hidden
+
+    @property
+    def buckets(self) -> int:
+        """Bytes of the whole gradients that a rank holds at a time if gradients are sharded: the bucket of
+        the embeddings or the output matrix, and two others."""
+        return GRADIENT * (VOCABULARY * self.hidden + BUCKET)
+
+    @property
+    def shards(self) -> bool:
+        """Whether two ranks need less memory with sharded gradients."""
+        return GRADIENT * self.parameters // 2 > self.buckets
 
 
 STUDENTS = {
-    "vpmoe-6b": StudentSize(6_029_894_927, 5_324_898_304, 1024, 164_352, 93_344, 20_480, 7_864_320),
-    "tiny": StudentSize(26_011_264, 134_144, 64, 14_544, 5_792, 128, 65_536),
+    "vpmoe-6b": StudentSize(
+        6_029_894_927,
+        5_324_898_304,
+        80,
+        1024,
+        31_522,
+        70_411_878,
+        7198,
+        25_664,
+        201_326_592,
+        20_480,
+        7_864_320,
+    ),
+    "tiny": StudentSize(26_011_264, 134_144, 5, 64, 2316, 32_768, 542, 1184, 98_304, 128, 65_536),
 }
 """Size of each shape of student.shape."""
 
@@ -85,7 +130,9 @@ class TrainingMemory:
     gradients: int
     optimizer: int
     activations: int
+    """What the forward keeps for the backward."""
     head: int
+    """The loss head at the end of the forward, or a layer's backward where that needs more."""
     context: int
 
     @property
@@ -94,45 +141,103 @@ class TrainingMemory:
 
 
 def training_memory(
-    size: StudentSize, ranks: int, expert_parallel: int, sequence_length: int
+    size: StudentSize,
+    ranks: int,
+    expert_parallel: int,
+    positions: int,
+    recomputed_layers: int,
+    sharded_gradients: bool,
+    teacher_width: int | None = None,
 ) -> TrainingMemory:
-    """Memory of one of `ranks` GPUs, of which `expert_parallel` share a set of experts."""
+    """Memory of one of `ranks` GPUs, of which `expert_parallel` share a set of experts, with microbatches of
+    `positions` positions, of whose layers the first `recomputed_layers` are recomputed.
+
+    `teacher_width` is that of the hidden states of a teacher beside the students, in a TeacherForced stage:
+    such a stage also holds the teacher's output matrix and its hidden states of a microbatch, and trains a
+    projection to its width, which has a gradient of the hidden states' size.
+    """
     held = size.parameters - size.expert_parameters + size.expert_parameters // expert_parallel
+    kept = size.layers - recomputed_layers
+    backward = size.backward * positions + size.backward_weights
+    if not kept:
+        backward += size.kept * positions + size.kept_weights
+    if sharded_gradients:
+        backward += size.buckets
+    width = teacher_width or 0
+    projection = width * size.hidden if width != size.hidden else 0
     return TrainingMemory(
-        weights=WEIGHT * held,
-        gradients=GRADIENT * held,
-        optimizer=OPTIMIZER * size.parameters // ranks,
-        activations=(size.saved + size.layer + 4 * size.hidden) * microbatch(sequence_length),
-        head=size.head,
+        weights=WEIGHT * (held + projection),
+        gradients=(GRADIENT * size.parameters // ranks if sharded_gradients else GRADIENT * held)
+        + GRADIENT * projection,
+        optimizer=OPTIMIZER * (size.parameters + projection) // ranks,
+        activations=(size.stem + size.input * recomputed_layers + size.kept * kept + 4 * width) * positions
+        + size.kept_weights // expert_parallel * kept,
+        head=max(size.head, backward) + WEIGHT * VOCABULARY * width,
         context=CONTEXT,
     )
 
 
-def microbatch(sequence_length: int) -> int:
-    """Positions of one microbatch."""
-    return max(1, MICROBATCH // sequence_length) * sequence_length
+def least_rows(sequence_length: int) -> int:
+    """Sequences of the shortest microbatch."""
+    return max(1, LEAST // sequence_length)
+
+
+def least_memory(
+    size: StudentSize,
+    ranks: int,
+    expert_parallel: int,
+    sequence_length: int,
+    teacher_width: int | None = None,
+) -> TrainingMemory:
+    """The least memory that training takes: the shortest microbatch, every layer recomputed, and gradients
+    sharded where that helps."""
+    return training_memory(
+        size,
+        ranks,
+        expert_parallel,
+        least_rows(sequence_length) * sequence_length,
+        size.layers,
+        ranks > 1 and size.shards,
+        teacher_width,
+    )
 
 
 def stage_memory(student: StudentSpec, stage: StageFields, sequence_length: int) -> TrainingMemory:
-    """Memory of each GPU that trains in a stage. The stage needs at least one rank."""
-    return training_memory(
+    """The least memory of each GPU that trains in a stage, without what a teacher needs. The stage needs at
+    least one rank."""
+    return least_memory(
         STUDENTS[student.shape], ranks(student, stage), student.expert_parallel, sequence_length
     )
 
 
-def cel_training_memory(shape: str, ranks: str, expert_parallel: str, sequence_length: str) -> str:
-    """CEL for the total of training_memory. All arguments are CEL."""
-    share = WEIGHT + GRADIENT
+def cel_least_memory(shape: str, ranks: str, expert_parallel: str, sequence_length: str) -> str:
+    """CEL for the total of least_memory. All arguments are CEL."""
     positions = (
-        f"({sequence_length} < {MICROBATCH} ? {MICROBATCH} / {sequence_length} * {sequence_length} : "
-        f"{sequence_length})"
+        f"({sequence_length} < {LEAST} ? {LEAST} / {sequence_length} * {sequence_length} : {sequence_length})"
     )
-    last, *others = [
-        f"{share * (size.parameters - size.expert_parameters) + size.head + CONTEXT} + "
-        f"{size.expert_parameters} / {expert_parallel} * {share} + {OPTIMIZER * size.parameters} / {ranks} + "
-        f"{size.saved + size.layer + 4 * size.hidden} * {positions}"
-        for size in reversed(STUDENTS.values())
-    ]
+
+    def total(size: StudentSize, sharded: bool) -> str:
+        share = WEIGHT if sharded else WEIGHT + GRADIENT
+        each = size.backward + size.kept
+        constant = size.backward_weights + size.kept_weights + (size.buckets if sharded else 0)
+        longest = (size.head - constant) // each  # with so many positions the head needs as much, or more
+        assert longest >= LEAST, "the head decides how much the shortest microbatches need"
+        terms = [
+            f"{share * (size.parameters - size.expert_parameters) + CONTEXT}",
+            f"{size.expert_parameters} / {expert_parallel} * {share}",
+            f"{OPTIMIZER * size.parameters} / {ranks}",
+            f"{size.stem + size.input * size.layers} * {positions}",
+            f"({sequence_length} > {longest} ? {each} * {sequence_length} + {constant} : {size.head})",
+        ]
+        if sharded:
+            terms.append(f"{GRADIENT * size.parameters} / {ranks}")
+        return " + ".join(terms)
+
+    def of_shape(size: StudentSize) -> str:
+        whole = total(size, sharded=False)
+        return f"({ranks} > 1 ? {total(size, sharded=True)} : {whole})" if size.shards else whole
+
+    last, *others = [of_shape(size) for size in reversed(STUDENTS.values())]
     text = last
     for name, other in zip(list(STUDENTS)[-2::-1], others, strict=True):
         text = f"{shape} == '{name}' ? {other} : {text}"

@@ -6,7 +6,7 @@ The class Rule is in base.py; invalid.py puts the field in front of a message.
 from vpmoe.api.base import Rule
 from vpmoe.api.card import CARD_MEMORY, GIB, cel_card_memory, parse_card_memory
 from vpmoe.api.layout import EXPERTS, pod_size, ranks
-from vpmoe.api.memory import cel_training_memory, stage_memory
+from vpmoe.api.memory import cel_least_memory, stage_memory
 from vpmoe.api.quantities import cel_is_tokens, cel_tokens
 from vpmoe.api.spec_fields import SpecFields
 from vpmoe.api.stages import OPTIMIZER_OF_KIND, Require, Stage, StageFields
@@ -191,7 +191,7 @@ def _too_little_memory(spec: SpecFields, stage: StageFields) -> dict[str, object
 
 
 _MEMORY = "self.runtime.gpuMemory"
-_NEED = cel_training_memory(
+_NEED = cel_least_memory(
     "self.student.shape", "r", "self.student.expertParallel", "self.training.sequenceLength"
 )
 _STAGE = {"stage": "s.name"}
@@ -313,10 +313,10 @@ RULES = (
     ),
     Rule(
         "runtime.gpuMemory",
-        "stage {stage}: training {shape} on {ranks} GPUs takes {need} GiB of each, more than {memory}. Give "
-        "the stage more GPUs (raise student.gpus or lower sampler.gpus), raise student.expertParallel, lower "
-        "training.sequenceLength, or use GPUs with more memory and name it here. `vpmoe plan` shows the "
-        "items.",
+        "stage {stage}: training {shape} on {ranks} GPUs takes at least {need} GiB of each, more than "
+        "{memory}. Give the stage more GPUs (raise student.gpus or lower sampler.gpus), raise "
+        "student.expertParallel, lower training.sequenceLength, or use GPUs with more memory and name it "
+        "here. `vpmoe plan` shows the items.",
         cel=f"!has({_MEMORY}) || "
         + _let(
             "m",

@@ -10,6 +10,7 @@ import re
 from pydantic import ConfigDict, Field, ValidationError
 
 from vpmoe.api.base import Record
+from vpmoe.api.microbatch import Microbatch
 from vpmoe.api.progress import CheckpointStatus, HeldOut, SpanLoss
 from vpmoe.storage import Bucket, StorageError, manifest, paths
 from vpmoe.storage.manifest import Manifest
@@ -120,6 +121,9 @@ class TrainState(Record):
     """None if no stage so far has read scored documents."""
     windows: WindowStream | None = None
     """None if no stage so far was OnPolicy."""
+    microbatch: Microbatch | None = None
+    """How the stage divides a rank's sequences, chosen when it began, so that another card changes no sum.
+    None in checkpoints of earlier versions, and of initial weights."""
     objective: ConfidenceCentre | None = None
     """State of the objective, fixed when the stage begins; only for Rescored."""
 

@@ -103,7 +103,7 @@ class StudentEngine:
         from vpmoe.inference.weight_reader import WeightReader  # imports torch
 
         self.shape, self.max_length = shape, max_length
-        self.size = student_size(shape)
+        self.size = shape.size()
         self.device = check_device("the sampler", "stages[].sampler.gpus")
         self.sequences = MAX_SEQUENCES[self.device]
         """Completions that are sampled at the same time, at most, by `step`."""
@@ -305,19 +305,6 @@ def check_card(name: str, size: StudentSize, card: int, max_length: int) -> None
             f"{name} with sequences of {max_length} tokens needs GPUs of {needed / GIB:.1f} GiB, and this "
             f"pod's (stages[].sampler.gpus) has {card / GIB:.1f}. Use GPUs with more memory."
         )
-
-
-def student_size(shape: Shape) -> StudentSize:
-    """The numbers of a shape that decide its memory; of a registered one vpmoe.api.memory has them."""
-    return StudentSize(
-        shape.parameters(),
-        shape.expert_parameters(),
-        shape.hidden,
-        shape.saved_bytes(),
-        2 * shape.layer_bytes(),
-        shape.cached_bytes(),
-        shape.window_bytes(),
-    )
 
 
 def _completion(output: "RequestOutput") -> Completion:

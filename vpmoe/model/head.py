@@ -67,6 +67,7 @@ class _Head(torch.autograd.Function):
             grad_hidden_TH[rows_t] = grad_tV @ weight_VH
             add_product_(grad_weight_VH, grad_tV.T, hidden_tH)
             logp_T[rows_t] = logp_t
+            del logits_tV, grad_tV  # or they would exist beside the next chunk's
         ctx.save_for_backward(grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype))
         ctx.mark_non_differentiable(logp_T)
         return loss, logp_T

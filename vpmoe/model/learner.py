@@ -33,6 +33,7 @@ from vpmoe.model.head import target_logp
 from vpmoe.model.objective import Objective
 from vpmoe.model.router import ExpertLoad, Router, routers
 from vpmoe.model.shapes import Shape
+from vpmoe.model.sharded_gradients import ShardedGradients
 from vpmoe.model.student import Student, build
 
 BETAS = (0.9, 0.95)
@@ -62,7 +63,13 @@ class Learner:
     """
 
     def __init__(
-        self, student: Student, device: torch.device, *, weight_decay: float, gradient_clip: float
+        self,
+        student: Student,
+        device: torch.device,
+        *,
+        weight_decay: float,
+        gradient_clip: float,
+        sharded_gradients: bool = False,
     ) -> None:
         self.student = student
         self.device = device
@@ -71,7 +78,7 @@ class Learner:
         self._routers = routers(student)
         self._positions: Tensor | None = None
         bf16 = student.config.bf16
-        self.ddp = DistributedDataParallel(
+        self.ddp = (ShardedGradients if sharded_gradients else DistributedDataParallel)(
             student.config,
             # Parameters are gathered in the step, not overlapped with the next forward: the overlap saves a
             # few percent of a step, but a checkpoint taken before that forward would hold stale parameters.
@@ -110,8 +117,11 @@ class Learner:
         gradient_clip: float,
         expert_parallel: int = 1,
         teacher_width: int | None = None,
+        recomputed_layers: int = 0,
+        sharded_gradients: bool = False,
     ) -> "Learner":
-        """A new student (see student.build) with an empty optimizer."""
+        """A new student (see student.build) with an empty optimizer. `sharded_gradients`: see
+        sharded_gradients.py."""
         student = build(
             shape,
             device,
@@ -119,8 +129,15 @@ class Learner:
             seed=seed,
             expert_parallel=expert_parallel,
             teacher_width=teacher_width,
+            recomputed_layers=recomputed_layers,
         )
-        return cls(student, device, weight_decay=weight_decay, gradient_clip=gradient_clip)
+        return cls(
+            student,
+            device,
+            weight_decay=weight_decay,
+            gradient_clip=gradient_clip,
+            sharded_gradients=sharded_gradients,
+        )
 
     @property
     def steps(self) -> int:
@@ -132,8 +149,8 @@ class Learner:
         least one.
 
         `positions` is the number of the global batch's positions that are not padding. No weight changes:
-        check the outcome, then call `step`. With expert parallelism all ranks need the same number of
-        batches. Raises ValueError if `positions` is wrong.
+        check the outcome, then call `step`. With expert parallelism or sharded gradients all ranks need the
+        same number of batches. Raises ValueError if `positions` is wrong.
 
         The loss is multiplied by `positions`, and `step` divides all gradients by it. So the balance losses,
         which megatron weights by positions, become means over positions, and bf16 gradients keep an ordinary
@@ -188,7 +205,10 @@ class Learner:
         finalize_model_grads([self.ddp], num_tokens=positions.to(self.device))
         for router in self._routers.values():
             router.aux_sum.zero_()
-        self.optimizer.prepare_grads()
+        if isinstance(self.ddp, ShardedGradients):
+            self.ddp.hand_over(self.optimizer)
+        else:
+            self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(norm):
             raise ArithmeticError(

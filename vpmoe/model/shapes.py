@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vpmoe.api.memory import StudentSize
 from vpmoe.data.vocabulary import VOCABULARY_SIZE
 
 
@@ -53,9 +54,6 @@ class Shape:
     """Initial standard deviation of the embeddings. If it is small, the sum of many layers' outputs outweighs
     the token's embedding, and the routers choose the same few experts for every token before anything is
     learned (see also arXiv 2312.16903)."""
-    recompute: bool = False
-    """Recompute each layer's activations in the backward: a third more arithmetic, but only one stored tensor
-    per layer."""
     global_every: int | None = None
     """Every n-th layer is global, the others are local: 4 makes layers 4, 8, … global. None: all are local.
     The window, the tensor product and ALiBi depend on it."""
@@ -174,24 +172,89 @@ class Shape:
         unused = self.experts - self.experts_per_token
         return self.parameters() - self.expert_parameters() // self.experts * unused
 
-    def layer_bytes(self) -> int:
-        """Bytes of a position that a mixture layer's forward computes in bf16, and the router in fp32.
+    def kept_bytes(self, layer: int) -> int:
+        """Bytes of a position that a forward on a GPU keeps of `layer` (from 0) for the backward, without
+        recomputation. H is the hidden width, D a head's, K a token's experts, W an expert's width.
 
-        Without recomputation PyTorch keeps them for the backward. By counting tensors, so an estimate: for
-        vpmoe-6b without parts 44 kB, where 41 kB were measured (20 layers, sequences of 32,768 tokens). That
-        was before the kernels of norms, router and experts' activation, which keep some 10 kB less with all
-        parts.
+        A bf16 number has two bytes. What is kept, and by which autograd function:
+          norm_gpu: the residual stream before each of the two parts, 2·H
+          linear_gpu, self_attention, router_gpu: what the two norms return, as input of the products, 2·H
+          self_attention_gpu: the factors of a tensor product, in a local layer; the values before they are
+            mixed with the first layer's
+          qk_norm_gpu: queries and keys before their norms
+          attention_gpu: queries, keys, values, output; in four bytes a number where the position's document
+            begins and ends, and a head's log of the sum
+          a dense layer's and the shared expert's feed-forward: before and after the square
+          router_gpu: logits in fp32, and in four bytes a number each choice's expert
+          dispatch, experts_gpu: a choice's weight in fp32, its place in the sorted order and back in int64
+          grouped, experts_gpu: a choice's row before the first product (H), after it (W), and before the
+            second (W, and COLUMN for the bias)
+        Sums of residuals, biases and what leaves the experts are not kept.
         """
-        attention = self.qkv_width + self.factors_width  # queries, keys and values, and what they are made of
-        attention += 2 * (self.heads + self.kv_heads) * self.head_width  # normalised; rotated, and the result
-        attention += self.kv_heads * self.head_width * self.value_residual  # the values, mixed
-        experts = 2 * self.experts_per_token * (self.hidden + self.expert_width)
-        return 2 * (6 * self.hidden + attention + experts + 2 * self.shared_width) + 12 * self.experts
+        heads, groups, width = self.heads, self.kv_heads, self.head_width
+        numbers = 4 * self.hidden
+        numbers += self.factors_width if self.ranks(layer) is not None else 0
+        numbers += groups * width if self.value_residual and layer > 0 else 0
+        numbers += (heads + groups) * width  # before their norms
+        numbers += self.qkv_width + heads * width
+        found = 2 * numbers + 4 * (2 + heads)
+        if layer < self.dense_layers:
+            return found + 2 * 2 * self.dense_width
+        row = self.hidden + self.expert_width + self._expert_columns
+        choice = 2 * row + 4 + 4 + 8 + 8
+        return found + 2 * 2 * self.shared_width + 4 * self.experts + self.experts_per_token * choice
 
-    def saved_bytes(self) -> int:
-        """Bytes of a position that a forward keeps for the backward."""
+    def mean_kept_bytes(self) -> int:
+        """kept_bytes of the mean layer, rounded up."""
+        return -(-sum(map(self.kept_bytes, range(self.layers))) // self.layers)
+
+    def kept_weights(self) -> int:
+        """Bytes that a forward keeps of a mixture layer whatever the positions: the experts' second matrices
+        with their biases as a column (grouped.with_bias_columns), which are a copy."""
+        if not self.linear_biases:
+            return 0
+        return 2 * self.experts * self.hidden * self._expert_columns
+
+    def stem_bytes(self) -> int:
+        """Bytes of a position that are kept once, however many layers there are and are recomputed: the first
+        layer's values; the rotation's angles in fp32; the input of the last norm, what it returns, and the
+        gradient of that, which the loss head computes in the forward; and the batch itself."""
+        batch = 3 * 8 + 1 + 1 + 4  # tokens, positions and targets; span and padding; log p
         first_values = 2 * self.kv_heads * self.head_width * self.value_residual
-        return self.layers * (2 * self.hidden if self.recompute else self.layer_bytes()) + first_values
+        return first_values + 4 * self.head_width + 3 * 2 * self.hidden + batch
+
+    def backward_bytes(self) -> int:
+        """Bytes of a position that the backward of a mixture layer holds at the same time beside what the
+        forward kept: gradients of the rows before and after the second product or before the first, and of
+        the residual stream and what was added to it."""
+        rows = 2 * self.hidden + self._expert_columns
+        return 2 * (self.experts_per_token * rows + 4 * self.hidden)
+
+    def backward_weights(self) -> int:
+        """Bytes of the gradients of a mixture layer's experts, before they are added to the fp32 buffers."""
+        matrix = 2 * self.experts * self.hidden * self.expert_width
+        return 2 * matrix + (matrix if self.linear_biases else 0)
+
+    @property
+    def _expert_columns(self) -> int:
+        """Columns of the experts' second matrix in the grouped product: grouped.COLUMN more with biases."""
+        return self.expert_width + 8 * self.linear_biases
+
+    def size(self) -> StudentSize:
+        """What the arithmetic of memory needs of the shape."""
+        return StudentSize(
+            parameters=self.parameters(),
+            expert_parameters=self.expert_parameters(),
+            layers=self.layers,
+            hidden=self.hidden,
+            kept=self.mean_kept_bytes(),
+            kept_weights=self.kept_weights() * self.moe_layers // self.layers,
+            stem=self.stem_bytes(),
+            backward=self.backward_bytes(),
+            backward_weights=self.backward_weights(),
+            cached=self.cached_bytes(),
+            window=self.window_bytes(),
+        )
 
     def cached_bytes(self) -> int:
         """Bytes of a position's keys and values in bf16, in the layers that keep those of all positions."""
@@ -256,7 +319,6 @@ SHAPES = {
             expert_groups=8,
             expert_groups_per_token=4,
             embedding_std=1.0,
-            recompute=True,
             **LOCKED_PARTS,
         ),
         # Small enough for a laptop; the same code and the full vocabulary, so token ids are the real ones.

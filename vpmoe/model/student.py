@@ -123,27 +123,33 @@ def build(
     seed: int,
     expert_parallel: int = 1,
     teacher_width: int | None = None,
+    recomputed_layers: int = 0,
 ) -> Student:
     """A new student with random weights: bf16 on the GPU, fp32 on the CPU. On device "meta" it has no weights
     and serves to count them.
 
     `teacher_width` is the width of the teacher's hidden states with which the student's are compared; None
-    without such a teacher. Every rank builds the same weights from the same seed, in every layout. Needs the
-    process groups of distributed.start. Raises ValueError if `expert_parallel` does not divide the experts.
-    """
+    without such a teacher. The first `recomputed_layers` layers keep only their input for the backward, which
+    computes the rest again, with the same bits. Every rank builds the same weights from the same seed, in
+    every layout. Needs the process groups of distributed.start. Raises ValueError if `expert_parallel` does
+    not divide the experts."""
     if expert_parallel < 1 or shape.experts % expert_parallel:
         raise ValueError(
             f"student.expertParallel: {expert_parallel} does not divide the {shape.experts} experts of "
             f"{shape.name}."
         )
-    student = Student(shape, _config(shape, device, expert_parallel), sequence_length, teacher_width)
+    student = Student(
+        shape, _config(shape, device, expert_parallel, recomputed_layers), sequence_length, teacher_width
+    )
     if device.type != "meta":
         student.to(device)  # megatron leaves the router's weight on the CPU
         _initialise(student, seed)
     return student
 
 
-def _config(shape: Shape, device: torch.device, expert_parallel: int) -> TransformerConfig:
+def _config(
+    shape: Shape, device: torch.device, expert_parallel: int, recomputed_layers: int = 0
+) -> TransformerConfig:
     bf16 = device.type == "cuda"
     return TransformerConfig(
         num_layers=shape.layers,
@@ -187,9 +193,9 @@ def _config(shape: Shape, device: torch.device, expert_parallel: int) -> Transfo
         persist_layer_norm=False,
         perform_initialization=False,  # see _initialise
         use_cpu_initialization=device.type == "meta",  # creates parameters on torch's default device
-        recompute_granularity="full" if shape.recompute else None,
-        recompute_method="uniform" if shape.recompute else None,
-        recompute_num_layers=1 if shape.recompute else None,
+        recompute_granularity="full" if recomputed_layers else None,
+        recompute_method="block" if recomputed_layers else None,
+        recompute_num_layers=recomputed_layers or None,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
     )

@@ -1,7 +1,7 @@
 """Memory of each GPU by role and item, beside the card's, and what does not fit.
 
-The trainer's arithmetic is vpmoe.api.memory, which runtime.gpuMemory is checked with.
-"""
+The trainer's arithmetic is vpmoe.api.memory, which runtime.gpuMemory is checked with; its microbatch is
+chosen in vpmoe.api.microbatch, by the trainer as here."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,14 +9,8 @@ from typing import ClassVar
 
 from vpmoe.api.card import GIB
 from vpmoe.api.layout import ranks, teacher_processes
-from vpmoe.api.memory import (
-    GRADIENT,
-    OPTIMIZER,
-    STUDENTS,
-    WEIGHT,
-    microbatch,
-    stage_memory,
-)
+from vpmoe.api.memory import STUDENTS
+from vpmoe.api.microbatch import Microbatch, choose_for_stage, least_for_stage, memory_of_stage
 from vpmoe.api.spec import Spec
 from vpmoe.api.stages import StageFields
 from vpmoe.plan.sampling import ENGINES, divide_card, needed_to_sample, sequence_bytes
@@ -37,6 +31,19 @@ ANSWERS = 3
 
 
 @dataclass(frozen=True)
+class MicrobatchPlan:
+    """A trainer's microbatch."""
+
+    positions: int
+    sequences: int
+    recomputed_layers: int
+    """Layers whose activations are computed again in the backward."""
+    layers: int
+    sharded_gradients: bool
+    """Whether each rank keeps its share of the gradients only."""
+
+
+@dataclass(frozen=True)
 class RoleMemory:
     """Memory of each GPU of one role."""
 
@@ -53,6 +60,8 @@ class RoleMemory:
     """Processes on each GPU. `items` are of all."""
     sequences: int | None = None
     """Of the student in vLLM: sequences of the longest length in the cache of each engine."""
+    microbatch: MicrobatchPlan | None = None
+    """The trainer's: the one that needs the least memory if none fits. None for the other roles."""
 
     ITEMS: ClassVar = ("weights", "gradients", "optimizer", "activations", "logits", "cache", "context")
 
@@ -81,8 +90,16 @@ def memory_by_role(spec: Spec, card: int, teacher: TeacherSize | None) -> list[R
 def training_role(spec: Spec, stage: StageFields, card: int, teacher: TeacherSize | None) -> RoleMemory:
     """A stage's trainer. In a TeacherForced stage it also holds the teacher's output matrix, and trains a
     projection to the teacher's width."""
-    memory = stage_memory(spec.student, stage, spec.training.sequence_length)
-    world = ranks(spec.student, stage)
+    width = teacher.hidden if teacher is not None and stage.runs_teacher else None
+    chosen = trainer_microbatch(spec, stage, card, width)
+    memory = memory_of_stage(chosen, spec, stage, width)
+    microbatch = MicrobatchPlan(
+        positions=chosen.rows * spec.training.sequence_length,
+        sequences=chosen.rows,
+        recomputed_layers=chosen.recomputed_layers,
+        layers=STUDENTS[spec.student.shape].layers,
+        sharded_gradients=chosen.sharded_gradients,
+    )
     items = {
         "weights": memory.weights,
         "gradients": memory.gradients,
@@ -91,14 +108,14 @@ def training_role(spec: Spec, stage: StageFields, card: int, teacher: TeacherSiz
         "logits": memory.head,
         "context": memory.context,
     }
-    if teacher is not None and stage.runs_teacher:
-        hidden = STUDENTS[spec.student.shape].hidden
-        projection = hidden * teacher.hidden if hidden != teacher.hidden else 0
-        items["weights"] += WEIGHT * projection
-        items["gradients"] += GRADIENT * projection
-        items["optimizer"] += OPTIMIZER * projection // world
-        items["logits"] += teacher.output
-    return RoleMemory(stage.name, "train", world, items, card, sum(items.values()))
+    return RoleMemory(
+        stage.name, "train", ranks(spec.student, stage), items, card, memory.total, microbatch=microbatch
+    )
+
+
+def trainer_microbatch(spec: Spec, stage: StageFields, card: int, teacher_width: int | None) -> Microbatch:
+    """The microbatch of a stage's trainer; if none fits, the one that needs the least memory."""
+    return choose_for_stage(spec, stage, card, teacher_width) or least_for_stage(spec, stage)
 
 
 def sampling_engines(spec: Spec, stage: StageFields, card: int) -> RoleMemory:
@@ -138,8 +155,9 @@ def teacher_roles(spec: Spec, card: int, teacher: TeacherSize) -> Iterator[RoleM
             yield scoring_teacher(f"{stage.name}-teacher", teacher, spec.teacher.gpus, card, length)
     for stage in spec.stages:
         if stage.runs_teacher:
+            microbatch = trainer_microbatch(spec, stage, card, teacher.hidden)
             gpus = teacher_processes(spec.teacher, spec.student, stage)
-            positions = -(-ranks(spec.student, stage) // gpus) * microbatch(length)
+            positions = -(-ranks(spec.student, stage) // gpus) * microbatch.rows * length
             yield forced_teacher(stage.name, teacher, gpus, card, spec.dataset.max_length, positions)
 
 

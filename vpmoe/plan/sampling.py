@@ -11,8 +11,8 @@ from vpmoe.api.card import GIB
 from vpmoe.api.memory import VOCABULARY, StudentSize
 
 ENGINES = 2
-"""Engines of the sampler on one GPU, at most. On an H200 two sample a third more tokens a second than one, and
-a third engine adds 2 %: two fill the GPU (docs/benchmarks.md)."""
+"""Engines of the sampler on one GPU, at most. On an H200 two sample a third more tokens a second than one, and a
+third engine adds 2 %: two fill the GPU (docs/benchmarks.md)."""
 SEQUENCES = 1024
 """Completions that an engine on a GPU samples at the same time, at most. Of those it holds, as many grow as
 its cache has room for. A step reads the experts once for all of them: two engines of 1,024 sample a quarter
@@ -76,7 +76,7 @@ def share_card(size: StudentSize, card: int, length: int, engines: int) -> Engin
     """
     share, whole = SAMPLING_SHARE
     of_one = sequence_bytes(size, length)
-    activations = STEP_TOKENS * size.layer
+    activations = STEP_TOKENS * size.forward
     rest = card * share // whole // engines - size.weights - activations - LOGITS - ENGINE_CONTEXT
     cache = max(0, min(rest, SEQUENCES * of_one))
     return EngineMemory(
@@ -97,5 +97,5 @@ def divide_card(size: StudentSize, card: int, length: int, most: int) -> EngineM
 def needed_to_sample(size: StudentSize, length: int) -> int:
     """Bytes that a card must have for one engine with a cache of one sequence of `length` tokens."""
     share, whole = SAMPLING_SHARE
-    one = size.weights + STEP_TOKENS * size.layer + LOGITS + ENGINE_CONTEXT + sequence_bytes(size, length)
+    one = size.weights + STEP_TOKENS * size.forward + LOGITS + ENGINE_CONTEXT + sequence_bytes(size, length)
     return -(-one * whole // share)

@@ -58,8 +58,19 @@ def plan_text(plan: Plan) -> str:
         f"{plan.teacher or 'of unknown size'}"
     )
     sources = "\n".join(f"- {source}" for source in plan.sources)
-    tables = (steps, checkpoints, bucket, memory_rows(plan.memory))
+    tables = (steps, checkpoints, bucket, microbatch_rows(plan.memory), memory_rows(plan.memory))
     return "\n\n".join([head, *(table(rows) for rows in tables), f"Speeds and lengths:\n{sources}"])
+
+
+def microbatch_rows(memory: Sequence[RoleMemory]) -> list[tuple[str, ...]]:
+    """How each stage's trainer divides a rank's sequences."""
+    rows: list[tuple[str, ...]] = [("microbatch", "positions", "sequences", "recomputed layers", "gradients")]
+    for role in memory:
+        if (one := role.microbatch) is not None:
+            gradients = "sharded" if one.sharded_gradients else "whole"
+            recomputed = f"{one.recomputed_layers} of {one.layers}"
+            rows.append((role.step, f"{one.positions:,}", str(one.sequences), recomputed, gradients))
+    return rows
 
 
 def memory_rows(memory: Sequence[RoleMemory]) -> list[tuple[str, ...]]:

@@ -51,6 +51,9 @@ NO_GPU = "-1"
 RENDEZVOUS_PORTS = range(20_000, 30_000)
 """Rendezvous ports on one machine, below Linux' ephemeral range, which starts at 32768."""
 PR_SET_PDEATHSIG = 1
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""torch's variables of the GPU allocator. If none is set, ranks have segments that grow: microbatches of
+different lengths otherwise leave gaps of gibibytes that no tensor fits into."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,8 @@ def worker_environment(placement: Placement, local: int, environment: Mapping[st
         "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
         "VPMOE_LAUNCHER": str(os.getpid()),
     }
+    if local < placement.here and not {*ALLOCATOR} & {*environment}:
+        variables[ALLOCATOR[0]] = "expandable_segments:True"
     if placement.teacher_ports:
         variables[TEACHER_PORTS] = ",".join(map(str, placement.teacher_ports))
     if local >= placement.here:

@@ -33,6 +33,7 @@ from vpmoe.trainer.checkpoint.resume import Start, load_start
 from vpmoe.trainer.checkpoint.writer import CheckpointWriter
 from vpmoe.trainer.context import StageContext
 from vpmoe.trainer.data.held_out import HeldOutDocuments
+from vpmoe.trainer.microbatch import microbatch_of_attempt
 from vpmoe.trainer.reporting.gpu import as_vector, read_gpu
 from vpmoe.trainer.reporting.lines import HeldOutLoss
 from vpmoe.trainer.reporting.reporter import StageReporter
@@ -59,6 +60,7 @@ def train(context: StageContext) -> None:
         cache = BlockCache(context.bucket, context.scratch / "blocks")
         documents = opened.enter_context(closing(DatasetReader(context.dataset, "train", cache)))
         stage = opened.enter_context(closing(for_stage(context, documents, cache, device)))
+        stage.microbatch = microbatch_of_attempt(context, device, stage.teacher_width)
         learner = Learner.build(
             SHAPES[spec.student.shape],
             device,
@@ -68,6 +70,8 @@ def train(context: StageContext) -> None:
             gradient_clip=context.stage.optimizer.gradient_clip,
             expert_parallel=spec.student.expert_parallel,
             teacher_width=stage.teacher_width,
+            recomputed_layers=stage.microbatch.recomputed_layers,
+            sharded_gradients=stage.microbatch.sharded_gradients,
         )
         start = load_start(context, stage, learner)
         inputs = [
@@ -81,7 +85,11 @@ def train(context: StageContext) -> None:
         if spec.evaluation.documents:
             valid = opened.enter_context(closing(DatasetReader(context.dataset, "valid", cache)))
             held_out = HeldOutDocuments(
-                valid, spec.evaluation.documents, spec.training.seed, spec.training.sequence_length
+                valid,
+                spec.evaluation.documents,
+                spec.training.seed,
+                spec.training.sequence_length,
+                stage.microbatch,
             )
         stage.prepare(start.state, inputs)
         Trainer(context, device, learner, stage, held_out, checkpoints, start, uploader).run()

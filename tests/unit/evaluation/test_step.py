@@ -33,6 +33,7 @@ from tests.fakes.students import LOCKED, SMALL, documents, learner
 from tests.fakes.tiny_teacher import LONGEST
 from tests.fakes.waiting import wait_until
 from vpmoe.api import DistillRun
+from vpmoe.api.microbatch import on_cpu
 from vpmoe.data import canary, dataset, vocabulary_file
 from vpmoe.data.preprocess.encode import EncoderPool
 from vpmoe.data.preprocess.step import preprocess
@@ -323,7 +324,9 @@ def test_the_figures_equal_those_of_the_trainer_and_transformers(
     found = run_evaluation(stage, recorder)
     (model,) = models
     valid = DatasetReader(stage.dataset, "valid", BlockCache(stage.bucket, tmp_path / "cache"))
-    trainer_loss = HeldOutDocuments(valid, 8, stage.run.spec.training.seed, LENGTH).loss(trained)
+    trainer_loss = HeldOutDocuments(valid, 8, stage.run.spec.training.seed, LENGTH, on_cpu(LENGTH)).loss(
+        trained
+    )
     assert found.held_out is not None and found.documents == 8 < sum(map(len, valid.lengths))
     for name in ("reasoning", "final"):
         got, expected = getattr(found.held_out, name), getattr(trainer_loss, name)

@@ -30,8 +30,8 @@ def one_process(device: torch.device) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two_ranks(
     one_process: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[int, dict[str, Any]]]:
-    """The results of each of two ranks, by expert parallelism. See tests/fakes/model_ranks.py."""
+) -> list[dict[int | str, dict[str, Any]]]:
+    """The results of each of two ranks, by layout. See tests/fakes/model_ranks.py."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save(one_process["state"], folder / "one.pt")
     assert run_ranks(model_ranks.main, folder) == [0, 0]
@@ -39,18 +39,24 @@ def two_ranks(
 
 
 layouts = pytest.mark.parametrize(
-    "expert_parallel", [pytest.param(1, id="data-parallel"), pytest.param(2, id="expert-parallel")]
+    "layout",
+    [
+        pytest.param(1, id="data-parallel"),
+        pytest.param(2, id="expert-parallel"),
+        pytest.param("sharded", id="data-parallel, sharded gradients"),
+        pytest.param("sharded experts", id="expert-parallel, sharded gradients"),
+    ],
 )
 
 
 @layouts
 def test_two_ranks_train_like_one_process(
-    one_process: dict[str, Any], two_ranks: list[Any], expert_parallel: int, device: torch.device
+    one_process: dict[str, Any], two_ranks: list[Any], layout: int | str, device: torch.device
 ) -> None:
     """Loss, cross-entropies, expert counts and gradient norms of the same global batches, on both ranks."""
     for rank in range(2):
         for (outcome, norm), (wanted, wanted_norm) in zip(
-            two_ranks[rank][expert_parallel]["outcomes"], one_process["outcomes"], strict=True
+            two_ranks[rank][layout]["outcomes"], one_process["outcomes"], strict=True
         ):
             assert outcome.loss == pytest.approx(wanted.loss, rel=1e-5) and norm == pytest.approx(
                 wanted_norm, rel=1e-4
@@ -60,7 +66,7 @@ def test_two_ranks_train_like_one_process(
                 and outcome.tokens == wanted.tokens
             )
         first, first_wanted = (
-            two_ranks[rank][expert_parallel]["outcomes"][0][0].load,
+            two_ranks[rank][layout]["outcomes"][0][0].load,
             one_process["outcomes"][0][0].load,
         )
         assert torch.equal(first.tokens, first_wanted.tokens) and first.aux.tolist() == pytest.approx(
@@ -68,10 +74,20 @@ def test_two_ranks_train_like_one_process(
         )
 
 
-@layouts
-def test_a_restored_state_continues_with_the_same_bits(two_ranks: list[Any], expert_parallel: int) -> None:
+def test_sharded_gradients_take_a_rank_s_share_of_the_memory(two_ranks: list[Any]) -> None:
+    """Half of all: of the experts too, of which an expert-parallel rank has half the gradients as it is, all
+    its own."""
     for rank in range(2):
-        result = two_ranks[rank][expert_parallel]
+        whole, sharded, experts, own = (
+            two_ranks[rank][layout]["gradient_bytes"] for layout in (1, "sharded", 2, "sharded experts")
+        )
+        assert 2 * sharded == whole > experts > own == sharded
+
+
+@layouts
+def test_a_restored_state_continues_with_the_same_bits(two_ranks: list[Any], layout: int | str) -> None:
+    for rank in range(2):
+        result = two_ranks[rank][layout]
         (((third, norm),), weights), (((repeated, repeated_norm),), repeated_weights) = (
             result["third"],
             result["repeated"],
@@ -82,27 +98,27 @@ def test_a_restored_state_continues_with_the_same_bits(two_ranks: list[Any], exp
 
 @layouts
 def test_one_process_restores_the_state_of_two_ranks(
-    two_ranks: list[Any], expert_parallel: int, device: torch.device
+    two_ranks: list[Any], layout: int | str, device: torch.device
 ) -> None:
     """Main parameters, moments and biases are bit for bit those of the two ranks, and the weights equal the
     main parameters."""
     it = learner(device, COMPLETE)
-    tensors = join_slices([two_ranks[rank][expert_parallel]["state"] for rank in range(2)], state.sizes(it))
+    tensors = join_slices([two_ranks[rank][layout]["state"] for rank in range(2)], state.sizes(it))
     state.restore(it, read_from(tensors), steps=2)
     assert_state_equals(it, tensors)
 
 
 @layouts
 def test_two_ranks_restore_the_state_of_one_process(
-    one_process: dict[str, Any], two_ranks: list[Any], expert_parallel: int
+    one_process: dict[str, Any], two_ranks: list[Any], layout: int | str
 ) -> None:
     tensors = join_slices(
-        [two_ranks[rank][expert_parallel]["converted"][0] for rank in range(2)],
+        [two_ranks[rank][layout]["converted"][0] for rank in range(2)],
         {name: len(t) for name, t in one_process["state"].items()},
     )
     assert all(torch.equal(tensor, one_process["state"][name]) for name, tensor in tensors.items())
     for rank in range(2):
-        for name, weight in two_ranks[rank][expert_parallel]["converted"][1].items():
+        for name, weight in two_ranks[rank][layout]["converted"][1].items():
             wanted = one_process["state"][f"main/{name}"]
             if weight.numel() < len(wanted):  # this rank's half of the experts
                 wanted = wanted[rank * weight.numel() : (rank + 1) * weight.numel()]
@@ -111,9 +127,9 @@ def test_two_ranks_restore_the_state_of_one_process(
 
 @layouts
 def test_rank_0_exports_the_weights_of_all_ranks(
-    one_process: dict[str, Any], two_ranks: list[Any], expert_parallel: int
+    one_process: dict[str, Any], two_ranks: list[Any], layout: int | str
 ) -> None:
-    exported = two_ranks[0][expert_parallel]["exported"]
+    exported = two_ranks[0][layout]["exported"]
     wanted = {name for name in one_process["state"] if name.startswith(("main/", "buffer/"))}
     assert exported.keys() == wanted and all(
         torch.equal(exported[name], one_process["state"][name]) for name in wanted
@@ -122,10 +138,10 @@ def test_rank_0_exports_the_weights_of_all_ranks(
 
 @layouts
 def test_a_nan_on_one_rank_stops_both_before_any_weight_changes(
-    two_ranks: list[Any], expert_parallel: int
+    two_ranks: list[Any], layout: int | str
 ) -> None:
     for rank in range(2):
-        result = two_ranks[rank][expert_parallel]
+        result = two_ranks[rank][layout]
         assert result["broken_loss"] != result["broken_loss"] and result["unchanged"]
         assert result["raised"] == "step 4: the gradient's norm is nan. No weight was moved."
 

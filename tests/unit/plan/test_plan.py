@@ -15,6 +15,7 @@ from vpmoe.api.memory import STUDENTS
 from vpmoe.api.quantities import parse_quantity
 from vpmoe.inference import teacher_hidden
 from vpmoe.plan import memory, onpolicy, throughput
+from vpmoe.plan.memory import MicrobatchPlan
 from vpmoe.plan.onpolicy import rollout_totals
 from vpmoe.plan.plan import CHART_CORES, Assumptions, Plan, make_plan, splits
 from vpmoe.plan.sampling import ENGINES, SAMPLING_SHARE, divide_card
@@ -296,7 +297,7 @@ def test_every_role_has_its_memory_and_it_fits_where_it_ran() -> None:
     assert plan.problems == [] and all(one.total <= one.card for one in plan.memory)
 
 
-@pytest.mark.parametrize("card, engines", [(30, 1), (79, 2), (139, 3)])
+@pytest.mark.parametrize("card, engines", [(30, 1), (79, 2), (139, 2)])
 def test_a_samplers_gpu_is_divided_among_its_engines(card: int, engines: int) -> None:
     """The evaluation has one engine on the same card."""
     run = DistillRun.parse(valid_specs.manifest({"spec.stages": [valid_specs.ONPOLICY]}))
@@ -364,6 +365,25 @@ def test_a_speed_of_fewer_engines_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     assert note.startswith("sample: 5,000 tokens/s") and "measured with" not in note
 
 
+@pytest.mark.parametrize(
+    "gpus, memory, wanted",
+    [
+        pytest.param(7, 139, MicrobatchPlan(32_768, 4, 0, 80, False), id="everything-kept"),
+        pytest.param(7, 79, MicrobatchPlan(32_768, 4, 61, 80, False), id="most-layers-recomputed"),
+        pytest.param(2, 79, MicrobatchPlan(32_768, 4, 74, 80, True), id="two-ranks-of-80-gb"),
+        pytest.param(2, 70, MicrobatchPlan(8192, 1, 78, 80, True), id="two-ranks-of-less"),
+    ],
+)
+def test_the_plan_has_each_trainer_s_microbatch(gpus: int, memory: int, wanted: MicrobatchPlan) -> None:
+    run = DistillRun.parse(valid_specs.manifest({"spec.student.gpus": gpus}))
+    plan = make_plan(run, Assumptions(H100, memory * GIB, None))
+    assert [one.microbatch for one in plan.memory if one.role == "train"] == [wanted]
+    assert all(one.microbatch is None for one in plan.memory if one.role != "train")
+    kept = "sharded" if wanted.sharded_gradients else "whole"
+    row = f"{wanted.positions:,} {wanted.sequences} {wanted.recomputed_layers} of 80 {kept}"
+    assert f"first {row}" in [" ".join(line.split()) for line in plan_text(plan).splitlines()]
+
+
 @pytest.mark.parametrize("card, problems", [(72, 1), (73, 0), (79, 0), (139, 0)])
 def test_the_large_release_fits_beside_a_teacherforced_stage_as_it_is_stored(
     card: int, problems: int
@@ -377,7 +397,7 @@ def test_the_large_release_fits_beside_a_teacherforced_stage_as_it_is_stored(
         assert problem == (
             f"spec.teacher.model: gpt-oss-120b needs GPUs of 73 GiB, and a GPU has {card}.0 GiB "
             "(spec.runtime.gpuMemory): step forced holds the whole teacher in vLLM beside its students on "
-            "each of its GPUs (59.7 GiB of weights, 2.0 GiB of output matrix and answers). Either use a "
+            "each of its GPUs (59.7 GiB of weights, 4.8 GiB of output matrix and answers). Either use a "
             "smaller teacher, or its release in MXFP4, or raise spec.teacher.gpus, so that each has fewer "
             "students, or use GPUs with more memory."
         )
@@ -430,8 +450,8 @@ def test_the_split_with_the_most_tokens_comes_first(
         ),
         pytest.param({"spec.student": {"gpus": 8, "gpusPerPod": 4}}, 79, None, id="pods-of-four"),
         pytest.param({"spec.student": {"gpus": 8, "gpusPerPod": 2}}, 79, (3, 6), id="pods-of-two"),
-        pytest.param({"spec.student.gpus": 3}, 79, None, id="two-ranks-have-too-little-memory"),
-        pytest.param({"spec.student.gpus": 3}, 139, (2, 2), id="two-ranks-have-enough"),
+        pytest.param({"spec.student.gpus": 3}, 69, None, id="two-ranks-have-too-little-memory"),
+        pytest.param({"spec.student.gpus": 3}, 79, (2, 2), id="two-ranks-have-enough"),
         pytest.param(
             {"spec.student": {"gpus": 4}, "spec.teacher.gpus": 3, "spec.training.globalBatchTokens": "32768"},
             79,

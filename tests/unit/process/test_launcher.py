@@ -79,12 +79,17 @@ def test_the_first_pod_starts_the_teachers_on_the_gpus_after_its_ranks(
         for local in (0, *range(placement.here, placement.here + 3))
     )
     assert not {"VPMOE_PART", "CUDA_VISIBLE_DEVICES"} & set(student)
+    assert student["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        of_user = launcher.worker_environment(placement, 0, environment | {name: "max_split_size_mb:512"})
+        assert not {name, "PYTORCH_CUDA_ALLOC_CONF"} & set(of_user), "the user's own stays as it is"
     assert student["VPMOE_TEACHER_PORTS"] == ",".join(map(str, placement.teacher_ports))
     for number, teacher in enumerate(teachers):
         assert teacher["VPMOE_PART"] == "teacher" and teacher["VPMOE_TEACHER"] == str(number)
         assert not teacher["RANK"] and teacher["VPMOE_TEACHER_PORTS"] == student["VPMOE_TEACHER_PORTS"]
         assert teacher["CUDA_VISIBLE_DEVICES"] == str(placement.here + number)
         assert teacher["LOCAL_RANK"] == "0", "the only GPU that it sees"
+        assert "PYTORCH_CUDA_ALLOC_CONF" not in teacher, "vLLM decides on its own"
     alone = launcher.place_ranks(layout(run.spec.student, run.spec.training, run.spec.stages[0]), environment)
     assert not alone.teachers_here and "VPMOE_TEACHER_PORTS" not in launcher.worker_environment(alone, 0, {})
 

@@ -8,6 +8,7 @@ import torch
 
 from tests.fakes import students
 from tests.fakes.students import SMALL, new_seed
+from vpmoe.api.microbatch import Microbatch
 from vpmoe.data.canary import CanaryText, texts_digest
 from vpmoe.model import distributed
 from vpmoe.model.batch import Batch
@@ -15,6 +16,7 @@ from vpmoe.trainer.data import collate
 from vpmoe.trainer.data.canary_windows import CanaryWindows
 
 LENGTH = 24
+MICROBATCH = Microbatch(rows=2, few_shapes=True)
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def test_the_bits_are_those_of_every_token_once(texts: list[CanaryText], device:
             spans[0, -1] = 2
             alone = Batch.from_rows(ids, spans, torch.zeros_like(ids, dtype=torch.int32))
             bits -= float(learner.logp(alone)[len(ids[0]) - 2]) / math.log(2)
-    found = CanaryWindows(texts, LENGTH).measure(learner)
+    found = CanaryWindows(texts, LENGTH, MICROBATCH).measure(learner)
     size = sum(text.size for text in texts)
     # float32 with another order of summation: 1e-4 nats a token, of which there are fewer than bytes
     assert abs(found.bits_per_byte - bits / size) <= 1e-4 / math.log(2) and bits > size / 5
@@ -54,12 +56,11 @@ def test_the_bits_are_those_of_every_token_once(texts: list[CanaryText], device:
 def test_ranks_share_the_windows_in_equally_many_batches(
     texts: list[CanaryText], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collate, "MICROBATCH", LENGTH)
     of_ranks = []
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        of_ranks.append(CanaryWindows(texts, LENGTH).batches)
+        of_ranks.append(CanaryWindows(texts, LENGTH, MICROBATCH).batches)
     assert len({len(batches) for batches in of_ranks}) == 1
     counted = sum(int(batch.counts[2]) for batches in of_ranks for batch in batches)
     assert counted == sum(max(len(text.ids_T) - 1, 0) for text in texts)
@@ -70,4 +71,4 @@ def test_a_student_that_is_not_finite_is_an_error(texts: list[CanaryText], devic
     with torch.no_grad():
         learner.student.output.fill_(torch.nan)
     with pytest.raises(ArithmeticError, match="the canary's bits per byte"):
-        CanaryWindows(texts, LENGTH).measure(learner)
+        CanaryWindows(texts, LENGTH, MICROBATCH).measure(learner)

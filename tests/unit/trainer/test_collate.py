@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from tests.fakes import datasets
+from vpmoe.api.microbatch import Microbatch
 from vpmoe.data.packing import PackedDocument
 from vpmoe.data.vocabulary import PADDING
-from vpmoe.trainer.data import collate, held_out
+from vpmoe.trainer.data import held_out
 from vpmoe.trainer.data.collate import assemble, microbatches
 
 RANDOM = np.random.default_rng(5)
@@ -43,14 +44,18 @@ def test_a_row_that_overflows_is_an_error() -> None:
         )
 
 
-def test_microbatches_have_all_rows_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collate, "MICROBATCH", 200)
-    rows = [[packed_document(0, number)] for number in range(7)]
-    batches = microbatches(rows, read_document, 64)
-    assert [len(batch.tokens) for batch in batches] == [3, 3, 1]
+@pytest.mark.parametrize("few_shapes, last", [(False, 3), (True, 4)], ids=["as they are", "padded"])
+def test_microbatches_have_all_rows_in_order(few_shapes: bool, last: int) -> None:
+    rows = [[packed_document(0, number)] for number in range(11)]
+    batches = microbatches(rows, read_document, 64, Microbatch(rows=4, few_shapes=few_shapes))
+    assert [len(batch.tokens) for batch in batches] == [4, 4, last]
+    padding = batches[2].padding[3:]
+    assert padding.all() and len(padding) == last - 3
     assert torch.equal(
-        torch.cat([batch.tokens for batch in batches]), assemble(rows, read_document, 64).tokens
+        torch.cat([batch.tokens for batch in batches])[:11], assemble(rows, read_document, 64).tokens
     )
+    counts = torch.stack([batch.counts for batch in batches]).sum(0)
+    assert torch.equal(counts, assemble(rows, read_document, 64).counts)
 
 
 @pytest.mark.parametrize(

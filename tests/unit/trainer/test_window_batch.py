@@ -13,6 +13,7 @@ import torch
 
 from tests.fakes import datasets
 from tests.fakes.students import learner, new_seed
+from vpmoe.api.microbatch import Microbatch
 from vpmoe.failure import Permanent
 from vpmoe.model.batch import Batch
 from vpmoe.objectives.onpolicy import on_policy
@@ -101,16 +102,15 @@ def documents_of(batch: Batch) -> list[tuple[list[int], list[list[float]]]]:
     return found
 
 
+@pytest.mark.parametrize("few_shapes", [False, True], ids=["as they are", "padded"])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
-def test_each_rollout_is_in_one_row_of_one_rank_with_its_numbers(
-    ranks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("vpmoe.trainer.data.collate.MICROBATCH", 2 * LENGTH)
+def test_each_rollout_is_in_one_row_of_one_rank_with_its_numbers(ranks: int, few_shapes: bool) -> None:
     random = np.random.default_rng(new_seed())
     rollouts = random_rollouts(random, int(random.integers(1, 40)))
     teacher = [-random.exponential(3, size=len(one.logp_C)).astype(np.float32) for one in rollouts]
     window = ScoredWindow(window_of(rollouts), teacher, ("", ""))
-    batches_of_rank = [window_batches(window, LENGTH, rank, ranks) for rank in range(ranks)]
+    divided = Microbatch(rows=4, few_shapes=few_shapes)
+    batches_of_rank = [window_batches(window, LENGTH, rank, ranks, divided) for rank in range(ranks)]
     assert len({tuple(batch.tokens.shape for batch in batches) for batches in batches_of_rank}) == 1, (
         "expert-parallel ranks have batches of equal shapes"
     )
@@ -131,7 +131,8 @@ def test_each_rollout_is_in_one_row_of_one_rank_with_its_numbers(
 def test_loss_and_gradient_over_ranks_equal_float64_of_single_rollouts(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The reference computes each rollout alone, token by token (design §6).
+    """The reference computes each rollout alone, token by token (design §6); the trainer's microbatches have
+    rows of padding.
 
     Tolerance: terms of both signs nearly cancel in sums over some hundred tokens, which fp32 adds up to 1e-6
     of their size.
@@ -147,7 +148,13 @@ def test_loss_and_gradient_over_ranks_equal_float64_of_single_rollouts(
     batches = [
         batch
         for rank in range(3)
-        for batch in window_batches(ScoredWindow(window_of(rollouts), teacher, ("", "")), LENGTH, rank, 3)
+        for batch in window_batches(
+            ScoredWindow(window_of(rollouts), teacher, ("", "")),
+            LENGTH,
+            rank,
+            3,
+            Microbatch(rows=4, few_shapes=True),
+        )
     ]
     counts = torch.stack([batch.counts for batch in batches]).sum(0)
     outcome = student_learner.forward_backward(batches, on_policy(counts, weights), int(counts[0]))

@@ -21,7 +21,7 @@ from vpmoe.model.learner import Learner
 from vpmoe.objectives.vanilla import vanilla
 from vpmoe.upcycle.build import upcycle
 
-SHAPE = replace(COMPLETE, vocabulary=1024, recompute=False)
+SHAPE = replace(COMPLETE, vocabulary=1024)
 LENGTH, ROWS = 64, 8
 RATE = 3e-3
 

@@ -46,8 +46,8 @@ def load_start(context: StageContext, stage: StageKind, learner: Learner) -> Sta
     """Load the learner with the state that the attempt starts from. Every rank calls it and gets the same
     answer.
 
-    Raises Permanent if checkpoints exist but none can be used, or if the one from which the stage has to
-    start cannot be used.
+    The state has the microbatch of `stage`, with which the attempt goes on. Raises Permanent if checkpoints
+    exist but none can be used, or if the one from which the stage has to start cannot be used.
     """
     name, bucket = context.stage.name, context.bucket
     reader = CheckpointReader(context.scratch, learner)
@@ -62,7 +62,11 @@ def load_start(context: StageContext, stage: StageKind, learner: Learner) -> Sta
             continue
         stage.check_resumed(state)
         return Start(
-            state, f"from its checkpoint {iteration}", _sources(bucket, found), tuple(rejected), found
+            _with_microbatch(state, stage),
+            f"from its checkpoint {iteration}",
+            _sources(bucket, found),
+            tuple(rejected),
+            found,
         )
     if rejected:
         raise Permanent(
@@ -74,7 +78,11 @@ def load_start(context: StageContext, stage: StageKind, learner: Learner) -> Sta
     except CheckpointRejected as rejection:
         raise Permanent(f"stage {name} cannot begin: {rejection}") from rejection
     seed_random(context.run.spec.training.seed, name, distributed.rank())
-    return replace(start, state=stage.first_state(start.state))
+    return replace(start, state=_with_microbatch(stage.first_state(start.state), stage))
+
+
+def _with_microbatch(state: TrainState, stage: StageKind) -> TrainState:
+    return state.model_copy(update={"microbatch": stage.microbatch})
 
 
 def _beginning(context: StageContext, reader: CheckpointReader) -> Start:

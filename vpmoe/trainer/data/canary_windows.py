@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from vpmoe.api.microbatch import Microbatch
 from vpmoe.data import canary, packing
 from vpmoe.data.canary import CanaryText
 from vpmoe.data.packing import PackedDocument
@@ -25,7 +26,7 @@ from vpmoe.trainer.data import collate
 class CanaryWindows:
     """This rank's share of the canary's windows, kept in memory for all evaluations."""
 
-    def __init__(self, texts: Sequence[CanaryText], sequence_length: int) -> None:
+    def __init__(self, texts: Sequence[CanaryText], sequence_length: int, microbatch: Microbatch) -> None:
         """`texts` have at least one token to count; `load_texts` has checked that."""
         self._bytes = sum(text.size for text in texts)
         self._sha256 = canary.texts_digest(texts)
@@ -50,7 +51,7 @@ class CanaryWindows:
             spans_T[window.first - window.start :] = FINAL  # which span it is makes no difference
             return ids_T[window.start : window.stop], spans_T
 
-        self.batches: list[Batch] = collate.microbatches(rows[rank::ranks], read, sequence_length)
+        self.batches: list[Batch] = collate.microbatches(rows[rank::ranks], read, sequence_length, microbatch)
 
     def measure(self, learner: Learner) -> CanaryResult:
         """Over all ranks. Raises ArithmeticError on every rank if the figure is not finite."""

@@ -4,11 +4,13 @@ Positions, targets and counts are derived in vpmoe/model/batch.py.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vpmoe.api.microbatch import Microbatch
 from vpmoe.data.packing import PackedDocument
 from vpmoe.data.vocabulary import PADDING
 from vpmoe.model.batch import Batch
@@ -18,29 +20,26 @@ ReadDocument = Callable[[PackedDocument], tuple[NDArray[np.int32], NDArray[np.ui
 LogpOf = Callable[[PackedDocument], NDArray[np.floating]]
 """A log-probability of each token of a document, the teacher's or the sampler's; NaN if it has none."""
 
-MICROBATCH = 8192
-"""Positions of one microbatch, rounded down to whole rows: one row of the longest sequence, or several short
-rows."""
-
-
-def rows_per_microbatch(sequence_length: int) -> int:
-    """Rows of one microbatch."""
-    return max(1, MICROBATCH // sequence_length)
-
 
 def microbatches(
     rows: Sequence[Sequence[PackedDocument]],
     read: ReadDocument,
     sequence_length: int,
+    microbatch: Microbatch,
     teacher_logp: LogpOf | None = None,
     sampler_logp: LogpOf | None = None,
 ) -> list[Batch]:
-    """The rows in order as microbatches of about MICROBATCH positions. All but the last have the same number
-    of rows. See `assemble`."""
-    each = rows_per_microbatch(sequence_length)
+    """The rows in order as microbatches of Microbatch.sizes, the last one filled up with rows of padding. See
+    `assemble`.
+
+    Rows of padding add nothing to losses, gradients, counts and the router's load; sums of other tensors may
+    be rounded differently beside them.
+    """
+    sizes = microbatch.sizes(len(rows), sequence_length)
+    padded = [*rows, *([] for _ in range(sum(sizes) - len(rows)))]
     return [
-        assemble(rows[start : start + each], read, sequence_length, teacher_logp, sampler_logp)
-        for start in range(0, len(rows), each)
+        assemble(padded[stop - size : stop], read, sequence_length, teacher_logp, sampler_logp)
+        for size, stop in zip(sizes, accumulate(sizes), strict=True)
     ]
 
 

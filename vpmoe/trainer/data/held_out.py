@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from vpmoe.api.microbatch import Microbatch
 from vpmoe.api.progress import SpanLoss
 from vpmoe.data import packing
 from vpmoe.data.packing import PackedDocument
@@ -37,7 +38,9 @@ def held_out_rows(
 class HeldOutDocuments:
     """This rank's share of the held-out documents, kept in memory for all evaluations."""
 
-    def __init__(self, valid: DatasetReader, documents: int, seed: int, sequence_length: int) -> None:
+    def __init__(
+        self, valid: DatasetReader, documents: int, seed: int, sequence_length: int, microbatch: Microbatch
+    ) -> None:
         """The split must not be empty; load_training_dataset has checked that."""
         self.documents = min(documents, sum(len(part) for part in valid.lengths))
         rows = held_out_rows(valid.lengths, documents, seed, sequence_length)
@@ -46,7 +49,9 @@ class HeldOutDocuments:
         rows += [[] for _ in range(-len(rows) % ranks)]
         rows = rows[rank::ranks]
         valid.prefetch(document for row in rows for document in row)
-        self.batches: list[Batch] = collate.microbatches(rows, valid.read_document, sequence_length)
+        self.batches: list[Batch] = collate.microbatches(
+            rows, valid.read_document, sequence_length, microbatch
+        )
 
     def loss(self, learner: Learner) -> SpanLoss:
         """Mean negative log-likelihood of each span's tokens over all ranks, in nats."""

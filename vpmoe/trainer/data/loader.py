@@ -6,10 +6,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from vpmoe.api.microbatch import Microbatch
 from vpmoe.data.packing import PackedDocument, SequenceStream, rank_sequences
 from vpmoe.failure import Permanent
 from vpmoe.model.batch import Batch
-from vpmoe.trainer.data.collate import LogpOf, microbatches, rows_per_microbatch
+from vpmoe.trainer.data.collate import LogpOf, microbatches
 
 AHEAD = 32
 """Steps whose documents are fetched before they are needed."""
@@ -38,6 +39,7 @@ class Stream:
         steps: int,
         rank: int,
         ranks: int,
+        microbatch: Microbatch,
         teacher_logp: LogpOf | None = None,
     ) -> None:
         """`first`: the sequence that the stage begins with; `steps`: the stage's steps on this stream;
@@ -48,6 +50,7 @@ class Stream:
         self._sequences_per_step = sequences_per_step
         self._steps = steps
         self._rank, self._ranks = rank, ranks
+        self._microbatch = microbatch
         self._teacher_logp = teacher_logp
         self._fetched = -1
 
@@ -63,8 +66,9 @@ class Stream:
         """The first of this rank's microbatches of a step; None after the last step."""
         if step >= self._steps:
             return None
-        rows = self._rows(step, self._rank, self._ranks)[: rows_per_microbatch(self._plan.sequence_length)]
-        return self._microbatches(rows)[0]
+        rows = self._rows(step, self._rank, self._ranks)
+        first = self._microbatch.sizes(len(rows), self._plan.sequence_length)[0]
+        return self._microbatches(rows[:first])[0]
 
     def exercises(self, step: int) -> dict[str, float]:
         """Share of each exercise in the whole step, all ranks together, by tokens."""
@@ -73,7 +77,11 @@ class Stream:
 
     def _microbatches(self, rows: Sequence[Sequence[PackedDocument]]) -> list[Batch]:
         return microbatches(
-            rows, self._documents.read_document, self._plan.sequence_length, self._teacher_logp
+            rows,
+            self._documents.read_document,
+            self._plan.sequence_length,
+            self._microbatch,
+            self._teacher_logp,
         )
 
     def _rows(self, step: int, rank: int, ranks: int) -> list[list[PackedDocument]]:

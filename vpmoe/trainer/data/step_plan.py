@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from vpmoe.api.microbatch import Microbatch
 from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.data.mixture import mix_streams
 from vpmoe.data.reader import DatasetReader
@@ -58,6 +59,7 @@ class DatasetSteps:
         sequence_length: int,
         rank: int,
         ranks: int,
+        microbatch: Microbatch,
         scored: ScoredDocuments | None = None,
         scored_kind: str = "",
         scored_share: float = 0.0,
@@ -84,10 +86,20 @@ class DatasetSteps:
         self.total = int(self.mixture.seen[-1])
         plain, of_scored = self.mixture.steps_by_kind(self.steps)
         self._kinds = (kind, scored_kind)
-        self._streams = [Stream(documents, self._plan, first, self._each, plain, rank, ranks)]
+        self._streams = [Stream(documents, self._plan, first, self._each, plain, rank, ranks, microbatch)]
         if scored is not None and scored_plan is not None:
             self._streams.append(
-                Stream(scored, scored_plan, scored_first, self._each, of_scored, rank, ranks, scored.logp)
+                Stream(
+                    scored,
+                    scored_plan,
+                    scored_first,
+                    self._each,
+                    of_scored,
+                    rank,
+                    ranks,
+                    microbatch,
+                    scored.logp,
+                )
             )
 
     def kind(self, step: int) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from vpmoe.api.microbatch import Microbatch
 from vpmoe.api.progress import ProgressCondition
 from vpmoe.api.stages import OnPolicy
 from vpmoe.checkpoint.train_state import TrainState, WindowStream
@@ -52,6 +53,7 @@ class OnPolicyCoordinator:
         publisher: Publisher,
         *,
         sequences_per_step: int,
+        microbatch: Microbatch,
     ) -> None:
         """`start` is the stage's state. Raises Permanent if there is nothing to train on, or no step would
         be a window."""
@@ -61,6 +63,7 @@ class OnPolicyCoordinator:
         self._documents = documents
         self._publisher = publisher
         self._each = sequences_per_step
+        self._microbatch = microbatch
         self._rank, self._ranks = distributed.rank(), distributed.world_size()
         self._sequence_length = training.sequence_length
         self.curriculum = Curriculum(stage)
@@ -73,7 +76,7 @@ class OnPolicyCoordinator:
         """Tokens of the stage's first anchor steps together, after each of them."""
         first, steps = start.first_sequence, len(self.anchors)
         self._stream = Stream(
-            documents, self._plan, first, sequences_per_step, steps, self._rank, self._ranks
+            documents, self._plan, first, sequences_per_step, steps, self._rank, self._ranks, microbatch
         )
         self._first_document = packing.first_documents([len(part) for part in documents.lengths])
         self._wait = WindowWait(context)
@@ -115,7 +118,9 @@ class OnPolicyCoordinator:
         """See StepPlan. Of a window's step those of the window that was loaded."""
         if not self.curriculum.is_window(step):
             return self._stream.batches(self._anchors_before(step))
-        return window_batch.window_batches(self._loaded(step), self._sequence_length, self._rank, self._ranks)
+        return window_batch.window_batches(
+            self._loaded(step), self._sequence_length, self._rank, self._ranks, self._microbatch
+        )
 
     def exercises(self, step: int) -> dict[str, float]:
         """See StepPlan. A rollout is of its prompt's exercise."""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpmoe.api import DistillRun
+from vpmoe.api.microbatch import Microbatch
 from vpmoe.data import packing
 from vpmoe.data.packing import PackedDocument
 from vpmoe.data.spans import SPANS
@@ -110,7 +111,9 @@ def rows_of_rank(lengths: Sequence[int], sequence_length: int, rank: int, ranks:
     return packed[rank::ranks]
 
 
-def window_batches(window: ScoredWindow, sequence_length: int, rank: int, ranks: int) -> list[Batch]:
+def window_batches(
+    window: ScoredWindow, sequence_length: int, rank: int, ranks: int, microbatch: Microbatch
+) -> list[Batch]:
     """This rank's microbatches, with the teacher's and the sampler's log p of the sampled tokens. Over all
     ranks each rollout is there once."""
     rollouts = window.rollouts
@@ -128,6 +131,7 @@ def window_batches(window: ScoredWindow, sequence_length: int, rank: int, ranks:
             with_prompt(document.number, rollouts[document.number].span_C, 0),
         ),
         sequence_length,
+        microbatch,
         lambda document: with_prompt(document.number, window.teacher[document.number], np.nan),
         lambda document: with_prompt(document.number, rollouts[document.number].logp_C, np.nan),
     )

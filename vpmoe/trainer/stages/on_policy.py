@@ -58,9 +58,11 @@ class OnPolicyStage(StageKind):
             state,
             self.publisher,
             sequences_per_step=self.sequences_per_step,
+            microbatch=self.microbatch,
         )
         texts = canary.load_texts(self.context.run.spec.evaluation.canary, self.context.bucket)
-        self._canary = CanaryWindows(texts, self.context.run.spec.training.sequence_length)
+        length = self.context.run.spec.training.sequence_length
+        self._canary = CanaryWindows(texts, length, self.microbatch)
 
     def begin(self, learner: Learner, state: TrainState) -> None:
         """Publishes version 0, which the sampler waits for."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vpmoe.api.layout import layout
 from vpmoe.api.metrics import Measures
+from vpmoe.api.microbatch import Microbatch
 from vpmoe.api.progress import ProgressCondition
 from vpmoe.api.stages import Stop
 from vpmoe.checkpoint.train_state import TrainState
@@ -53,6 +54,8 @@ class StageKind(ABC):
 
     plan: StepPlan
     """The stage's steps. Set by `prepare`."""
+    microbatch: Microbatch
+    """How this rank's sequences are divided. Set by the trainer, before `prepare`."""
     teacher_width: int | None = None
     """Width of the hidden states of a teacher that runs beside the students."""
 
@@ -188,6 +191,7 @@ class StageKind(ABC):
             sequence_length=training.sequence_length,
             rank=distributed.rank(),
             ranks=distributed.world_size(),
+            microbatch=self.microbatch,
             scored=scored,
             scored_kind=scored_kind,
             scored_share=scored_share,
