@@ -21,7 +21,7 @@ from botocore.loaders import JSONFileLoader
 from devcluster import binaries, install
 from devcluster import cluster as selected
 from devcluster.cluster import Cluster, up
-from tests.fakes import browser
+from tests.fakes import browser, terminal
 from tests.fakes.control_plane import ControlPlane
 from tests.fakes.store import S3, small_run
 from tests.fakes.waiting import answers, wait_until
@@ -41,6 +41,7 @@ hypothesis.settings.load_profile("untimed")
 LANES = {
     "s3": "server",
     "browser": "server",
+    "terminal": "server",
     "teacher_address": "engine",
     "engines": "engine",
     "helm": "cluster",
@@ -75,6 +76,8 @@ def pytest_runtestloop(session: pytest.Session) -> None:
     programs = {"versitygw"} if "server" in lanes else set()
     if any("browser" in getattr(item, "fixturenames", ()) for item in session.items):
         browser.program()  # installs it
+    if any("terminal" in getattr(item, "fixturenames", ()) for item in session.items):
+        terminal.program()  # installs it
     if "cluster" in lanes and selected.choice() != "current":
         programs |= {"versitygw", "kube-apiserver", "training-operator"}
     capture = session.config.pluginmanager.getplugin("capturemanager")
