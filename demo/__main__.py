@@ -8,24 +8,23 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import boto3
-from rich.console import Console
 
 from demo import sample
-from demo.live_view import LiveView, step_lines
 from demo.plot import plot
 from demo.summary import summary
 from demo.teacher import SHARDS, make_teacher
 from devcluster import configuration, install
+from devcluster.access import environment
 from devcluster.cluster import Cluster, up
 
 NAMESPACE = "default"
@@ -43,7 +42,6 @@ ANSWER_TOKENS = 192
 """Longest answer that is shown: it takes seconds on a CPU."""
 DEADLINE = 900
 """Seconds after which a run that has not ended is reported as stuck."""
-POLL_SECONDS = 1.0
 
 
 def say(text: str = "") -> None:
@@ -113,21 +111,25 @@ def get_run(cluster: Cluster) -> dict[str, Any]:
     return run
 
 
+def follow_command() -> list[str]:
+    """The command that shows the run until it ends."""
+    return [sys.executable, "-m", "vpmoe", "status", RUN, "--namespace", NAMESPACE, "--watch"]
+
+
 def follow(cluster: Cluster) -> dict[str, Any]:
     """Show the steps of the run until it has ended, and return it.
 
     Raises SystemExit with the output of `kubectl describe` if the run fails or does not end in time.
     """
-    say()
-    end = time.monotonic() + DEADLINE
-    with LiveView(Console()) as view:
-        while True:
-            run = get_run(cluster)
-            status = run.get("status", {})
-            view.show(step_lines(status, datetime.now(UTC)))
-            if status.get("phase") in ("Succeeded", "Failed") or time.monotonic() > end:
-                break
-            time.sleep(POLL_SECONDS)
+    command = follow_command()
+    show_command(*typed(command))
+    with subprocess.Popen(command, env=environment(cluster.kubeconfig)) as watching:
+        try:
+            watching.wait(DEADLINE)
+        except subprocess.TimeoutExpired:
+            watching.send_signal(signal.SIGINT)
+    run = get_run(cluster)
+    status = run.get("status", {})
     if status.get("phase") != "Succeeded":
         say(cluster.kubectl("describe", "distillrun", RUN, "--namespace", NAMESPACE))
         pods = f"kubectl get pods --selector vpmoe.dev/run={RUN}"

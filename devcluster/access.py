@@ -42,10 +42,16 @@ class Cluster:
         return call([str(self.helm_path), *arguments], self.kubeconfig, input)
 
 
-def call(command: list[str], kubeconfig: Path, input: str | None = None) -> str:
+def environment(kubeconfig: Path) -> dict[str, str]:
+    """Environment of a program that reads this kubeconfig."""
     direct = ",".join(filter(None, (os.environ.get("NO_PROXY"), NODE)))  # a proxy does not lead to the node
-    environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "NO_PROXY": direct}
-    ended = subprocess.run(command, env=environment, input=input, capture_output=True, text=True, check=False)
+    return {**os.environ, "KUBECONFIG": str(kubeconfig), "NO_PROXY": direct}
+
+
+def call(command: list[str], kubeconfig: Path, input: str | None = None) -> str:
+    ended = subprocess.run(
+        command, env=environment(kubeconfig), input=input, capture_output=True, text=True, check=False
+    )
     if ended.returncode != 0:
         shown = " ".join([Path(command[0]).name, *command[1:]])
         raise ClusterError(

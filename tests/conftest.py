@@ -21,7 +21,7 @@ from botocore.loaders import JSONFileLoader
 from devcluster import binaries, install
 from devcluster import cluster as selected
 from devcluster.cluster import Cluster, up
-from tests.fakes import browser, prometheus
+from tests.fakes import browser, prometheus, terminal
 from tests.fakes.control_plane import ControlPlane
 from tests.fakes.store import S3, small_run
 from tests.fakes.waiting import answers, wait_until
@@ -42,6 +42,7 @@ LANES = {
     "s3": "server",
     "browser": "server",
     "promtool": "server",
+    "terminal": "server",
     "teacher_address": "engine",
     "engines": "engine",
     "helm": "cluster",
@@ -74,7 +75,8 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         return
     lanes = {marker.name for item in session.items for marker in item.iter_markers()}
     programs = {"versitygw"} if "server" in lanes else set()
-    for fixture, install_package in (("browser", browser.program), ("promtool", prometheus.install)):
+    packages = {"browser": browser.program, "promtool": prometheus.install, "terminal": terminal.program}
+    for fixture, install_package in packages.items():
         if any(fixture in getattr(item, "fixturenames", ()) for item in session.items):
             install_package()
     if "cluster" in lanes and selected.choice() != "current":

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from demo import sample
+from devcluster import access
 from devcluster.cluster import Cluster
 from tests.fakes.dense_models import save_dense_model
 from tests.fakes.waiting import wait_until
@@ -286,3 +287,21 @@ def test_kubectl_shows_status_events_and_documentation(
     cluster.kubectl(
         "wait", "--for=condition=Succeeded", "distillrun", "--all", "--namespace", namespace, "--timeout=5s"
     )
+
+
+def test_the_report_is_made_by_the_runs_name(
+    cluster: Cluster, namespace: str, runs: dict[str, Any], environment: dict[str, str], tmp_path: Path
+) -> None:
+    """The run's folder is known from the cluster; only the bucket's credentials are given."""
+    page = tmp_path / "page.html"
+    command = ["report", MEASURED, "--namespace", namespace, "--output", str(page)]
+    here = access.environment(cluster.kubeconfig)
+    ended = subprocess.run(
+        [sys.executable, "-m", "vpmoe", *command],
+        cwd=ROOT,
+        env={**environment, **{name: here[name] for name in ("KUBECONFIG", "NO_PROXY")}},
+        capture_output=True,
+        text=True,
+    )
+    assert (ended.returncode, ended.stdout) == (0, f"{page}\n"), ended.stderr
+    assert runs[MEASURED]["status"]["provenance"]["folder"] in page.read_text()

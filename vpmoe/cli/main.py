@@ -1,4 +1,7 @@
-"""The command `vpmoe`: reads the command line and runs one subcommand.
+"""The command `vpmoe`: reads the command line and runs one subcommand. `kubectl distill` is the same command.
+
+kubectl runs a program called kubectl-distill on PATH as its subcommand `distill`; the package installs one,
+and a symbolic link of that name to `vpmoe` is another.
 
 A subcommand NAME is the module vpmoe/cli/NAME.py, which has
 
@@ -16,6 +19,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn, Protocol, cast
 
 from vpmoe.api.crd import RELEASE
@@ -27,12 +31,20 @@ SUBCOMMANDS = {
     "count": "",
     "export": "model",
     "init": "model",
+    "logs": "kubectl",
     "plan": "",
     "report": "report",
+    "status": "kubectl",
     "validate": "",
     "verify": "data",
 }
 """Name of each subcommand → the extra of this package that it needs; "" if pydantic and PyYAML are enough."""
+
+EXTRA_OF_CLUSTERS, CLIENT = "kubectl", "kubernetes"
+"""The extra with which a subcommand reads a cluster, and its package: `report` needs it only for a run's
+name."""
+PLUGIN = "kubectl-distill"
+"""Name of the program for kubectl."""
 
 WRONG_INPUT = EXIT_CODES["Permanent"]
 """Exit code for a file, an object or an environment that is wrong."""
@@ -66,8 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Invalid as error:
         sys.stderr.write(f"{error}\n")
     except ModuleNotFoundError as error:
-        extra = SUBCOMMANDS[arguments.subcommand]
-        if not extra or str(error.name).partition(".")[0] == "vpmoe":
+        package = str(error.name).partition(".")[0]
+        extra = EXTRA_OF_CLUSTERS if package == CLIENT else SUBCOMMANDS[arguments.subcommand]
+        if not extra or package == "vpmoe":
             raise
         sys.stderr.write(
             f"vpmoe {arguments.subcommand}: the Python package {error.name} is not installed. Install vpmoe "
@@ -78,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command_line(first: Sequence[str]) -> CommandLine:
     """The parser. If `first`, the first argument, names a subcommand, then only that one is imported."""
-    parser = CommandLine(prog="vpmoe", description="Distils GPT-OSS into a student on Kubernetes.")
+    prog = "kubectl distill" if Path(sys.argv[0]).name == PLUGIN else "vpmoe"
+    parser = CommandLine(prog=prog, description="Distils GPT-OSS into a student on Kubernetes.")
     parser.add_argument("--version", action="version", version=f"vpmoe {RELEASE}")
     commands = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
     for name in [name for name in SUBCOMMANDS if name in first] or SUBCOMMANDS:

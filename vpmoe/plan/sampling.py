@@ -11,7 +11,7 @@ from vpmoe.api.card import GIB
 from vpmoe.api.memory import VOCABULARY, StudentSize
 
 ENGINES = 2
-"""Engines of the sampler on one GPU, at most. On an H200 two sample a third more tokens a second than one, and a
+"""Engines of the sampler on one GPU, at most. On an H200 two sample a third more tokens a second than one; a
 third engine adds 2 %: two fill the GPU (docs/benchmarks.md)."""
 SEQUENCES = 1024
 """Completions that an engine on a GPU samples at the same time, at most. Of those it holds, as many grow as

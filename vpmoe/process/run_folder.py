@@ -11,9 +11,9 @@ from vpmoe.storage import Bucket, StorageError, paths
 RUN_FOLDER = re.compile(r"(?:(?P<prefix>.+)/)?(?P<folder>runs/[^/]+/[^/]+-(?P<uid8>[0-9a-f]{8}))/?")
 
 
-def open_run(url: str) -> tuple[DistillRun, Bucket]:
+def open_run(url: str, store: StorageSpec | None = None) -> tuple[DistillRun, Bucket]:
     """The run in the folder at `url` and its bucket. Endpoint, region and credentials come from the
-    environment, as for AWS's own tools.
+    environment, as for AWS's own tools; what it does not name, from `store`.
 
     Raises Permanent if it is no run's folder, Invalid if its run.json is no DistillRun, StorageError.
     """
@@ -25,8 +25,11 @@ def open_run(url: str) -> tuple[DistillRun, Bucket]:
     storage = StorageSpec(
         bucket=name,
         prefix=found["prefix"] or "",
-        region=region or StorageSpec.model_fields["region"].default,
+        region=region or (store.region if store else StorageSpec.model_fields["region"].default),
     )
+    if store is not None:
+        known = {"endpoint": store.endpoint, "addressing_style": store.addressing_style}
+        storage = storage.model_copy(update=known)
     bucket, run_json = Bucket.open(storage), f"{found['folder']}/run.json"
     try:
         stored = bucket.get_json(run_json)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from demo.__main__ import QUESTION, chat_command, export_command, typed
+from demo.__main__ import NAMESPACE, QUESTION, RUN, chat_command, export_command, follow_command, typed
 from demo.sample import rows
 from vpmoe.cli.main import command_line
 
@@ -19,3 +19,14 @@ def test_the_student_is_exported_and_asked_a_question_of_the_sample() -> None:
     assert (chat.subcommand, chat.folder, chat.question, chat.effort) == ("chat", MODEL, QUESTION, "high")
     assert QUESTION in {row["query"] for row in rows()}
     assert typed(chat_command(MODEL))[:4] == [".venv/bin/python", "-m", "vpmoe", "chat"]
+
+
+def test_the_run_is_followed_as_by_a_user() -> None:
+    command = typed(follow_command())[3:]
+    watched = command_line(command[:1]).parse_args(command)
+    assert (watched.subcommand, watched.name, watched.namespace, watched.watch) == (
+        "status",
+        RUN,
+        NAMESPACE,
+        True,
+    )

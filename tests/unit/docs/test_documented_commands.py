@@ -104,6 +104,13 @@ PROOFS: dict[str, RunHere | RunBy | NotRun] = {
     "kubectl apply -f manifests/examples/onpolicy.yaml": RunBy((EXAMPLES,), "with --dry-run=server"),
     "kubectl get distillruns --output=wide": RunBy((KUBECTL,)),
     "kubectl get distillruns --watch": RunBy((KUBECTL,), "without --watch"),
+    "kubectl distill status onpolicy --watch": RunBy(
+        (
+            "tests/cluster/test_follow.py::test_the_plugin_runs_under_kubectl",
+            "tests/cluster/test_follow.py::test_a_run_is_watched_until_it_succeeds_and_its_logs_are_followed",
+        ),
+        "of another run",
+    ),
     "kubectl explain distillrun.spec": RunBy((KUBECTL,), "of distillrun.spec.stages"),
     ".venv/bin/python -m vpmoe export s3://vpmoe/runs/default/demo-338abf4f --to .devcluster/model": RunBy(
         (STUDENT,), "of that test's run"
@@ -238,6 +245,8 @@ def unknown(words: list[str], vpmoe_is_a_function: bool) -> Iterator[str]:
             name = value.partition("=")[0]
             if option == "--set" and name not in dict(chart.fields()):
                 yield f"the chart has no value {name}"
+    if words[:2] == ["kubectl", "distill"] and len(words) > 2:
+        yield from _unknown_to_vpmoe(words[2:])
     for place, word in enumerate(words):
         rest = words[place + 1 :]
         if word.endswith("python") and rest[:1] == ["-m"]:
@@ -314,6 +323,8 @@ def test_a_name_that_does_not_exist_is_found() -> None:
         "python -m jobs.train --runs run.yaml",
         "vpmoe check run.yaml",
         "vpmoe plan run.yaml --gpus 8",
+        "kubectl distill statuses first",
+        "kubectl distill logs first --pods 0",
         'X=1 helm install a b --set "image.tag=$(vpmoe show)"',
     )
     found = Counter(text for text in wrong for words in calls(text) for _ in unknown(words, False))

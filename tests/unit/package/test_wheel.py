@@ -76,13 +76,34 @@ def test_validate_runs_on_any_machine(programs: Path, tmp_path: Path) -> None:
     assert "spec.student.gpus: 0 must be at least 1" in invalid.stderr
 
 
-def test_a_subcommand_whose_extra_is_missing_names_it(programs: Path, tmp_path: Path) -> None:
-    found = run(tmp_path, programs / "vpmoe", "verify", "s3://bucket")
+@pytest.mark.parametrize(
+    "extra, arguments",
+    [
+        ("data", ["verify", "s3://bucket"]),
+        ("kubectl", ["status", "first"]),
+        ("kubectl", ["logs", "first"]),
+        ("kubectl", ["report", "first"]),
+        ("report", ["report", "s3://bucket/runs/default/first-0a1b2c3d"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_a_subcommand_whose_extra_is_missing_names_it(
+    extra: str, arguments: list[str], programs: Path, tmp_path: Path
+) -> None:
+    found = run(tmp_path, programs / "vpmoe", *arguments)
     assert (found.returncode, found.stdout) == (65, "")
-    assert found.stderr.startswith("vpmoe verify: the Python package ")
+    assert found.stderr.startswith(f"vpmoe {arguments[0]}: the Python package ")
     assert found.stderr.endswith(
-        " is not installed. Install vpmoe with the extra data: pip install 'vpmoe[data]'\n"
+        f" is not installed. Install vpmoe with the extra {extra}: pip install 'vpmoe[{extra}]'\n"
     )
+
+
+def test_kubectl_finds_the_same_command_as_its_plugin(programs: Path, tmp_path: Path) -> None:
+    """kubectl runs kubectl-distill from PATH for `kubectl distill`."""
+    found = run(tmp_path, programs / "kubectl-distill", "--help")
+    assert (found.returncode, found.stderr) == (0, "")
+    assert found.stdout.startswith("usage: kubectl distill ")
+    assert run(tmp_path, programs / "kubectl-distill", "plan", FULL).returncode == 0
 
 
 def test_help_names_every_subcommand(programs: Path, tmp_path: Path) -> None:

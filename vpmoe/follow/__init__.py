@@ -1,0 +1,1 @@
+"""Follows a run in a cluster: reads its DistillRun, pods and logs as a user of kubectl, and shows them."""
