@@ -27,6 +27,7 @@ SUBCOMMANDS = {
     "count": "",
     "export": "model",
     "init": "model",
+    "metrics": "trackers",
     "plan": "",
     "report": "report",
     "validate": "",

@@ -218,13 +218,7 @@ class _Reader:
         return [key for key in self.keys if key.startswith(whole) and key.endswith(ending)]
 
     def _get(self, key: str) -> bytes | None:
-        """An object's content; None if it has been deleted since it was listed."""
-        try:
-            return self.bucket.get(key)
-        except StorageError as error:
-            if error.reason != "Missing":
-                raise
-            return None
+        return get_if_there(self.bucket, key)
 
     def _steps(self) -> Iterable[StepRecord]:
         lines: dict[str, list[Line]] = defaultdict(list)
@@ -242,20 +236,9 @@ class _Reader:
                 name=name,
                 role=self.run.role(name),
                 stage=stage.name if stage is not None else None,
-                progress=self._progress(name),
+                progress=read_progress(self.run, self.bucket, name),
                 lines=tuple(sorted(lines[name], key=line_time)),
             )
-
-    def _progress(self, step: str) -> Progress | None:
-        key = paths.progress(self.run, step)
-        content = self._get(key) if key in self.keys else None
-        try:
-            return Progress.model_validate_json(content) if content is not None else None
-        except ValidationError as error:
-            raise Permanent(
-                f"{self.bucket.url(key)}: {error.errors()[0]['msg']}. It was altered, or written by another "
-                "version; delete it and make the report again."
-            ) from error
 
     def _manifests(self, steps: Sequence[StepRecord]) -> Iterable[Manifest]:
         found: list[Manifest] = []
@@ -308,6 +291,29 @@ class _Reader:
             if rollouts is not None and scores is not None:
                 window = read_rollouts(rollouts, self.bucket.url(rollouts_key))
                 yield window, read_scores(scores, self.bucket.url(key), window)
+
+
+def get_if_there(bucket: Bucket, key: str) -> bytes | None:
+    """An object's content; None if it does not exist, or has been deleted since it was listed."""
+    try:
+        return bucket.get(key)
+    except StorageError as error:
+        if error.reason != "Missing":
+            raise
+        return None
+
+
+def read_progress(run: DistillRun, bucket: Bucket, step: str) -> Progress | None:
+    """The progress of a step; None if it has not started. Raises Permanent if it is malformed."""
+    key = paths.progress(run, step)
+    content = get_if_there(bucket, key)
+    try:
+        return Progress.model_validate_json(content) if content is not None else None
+    except ValidationError as error:
+        raise Permanent(
+            f"{bucket.url(key)}: {error.errors()[0]['msg']}. It was altered, or written by another "
+            "version; delete it and make the report again."
+        ) from error
 
 
 def parse_lines(content: bytes, where: str) -> list[Line]:

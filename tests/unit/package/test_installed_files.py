@@ -31,7 +31,7 @@ INFERENCE = (
     "vpmoe.inference.vllm_model",
 )
 LOCKS = {
-    "requirements.lock": ("operator", "data", "train", "inference-cpu", "demo", "dev"),
+    "requirements.lock": ("operator", "data", "train", "inference-cpu", "trackers", "demo", "dev"),
     "docker/operator.lock": ("operator",),
     "docker/shared.lock": ("model",),
     "docker/trainer.lock": ("train",),
