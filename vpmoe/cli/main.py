@@ -25,6 +25,7 @@ from vpmoe.api.termination import EXIT_CODES, WRONG_USAGE
 SUBCOMMANDS = {
     "chat": "model",
     "count": "",
+    "evaluate": "evaluate",
     "export": "model",
     "init": "model",
     "metrics": "trackers",

@@ -33,6 +33,7 @@ from vpmoe.rollout.evaluation_record import (
     load_validity,
     measured_validities,
 )
+from vpmoe.rollout.task_record import TaskEvaluation, load_task_evaluations
 from vpmoe.rollout.validity import VALID
 from vpmoe.rollout.window_files import Rollout, WindowRollouts, read_rollouts, read_scores
 from vpmoe.storage import Bucket, StorageError, paths
@@ -150,6 +151,8 @@ class RunData:
     """By stage, those that were measured after it."""
     validities: Mapping[str, Sequence[EvaluationRecord]]
     """By stage, those that were measured while it trained."""
+    tasks: Mapping[str, TaskEvaluation]
+    """By stage, answers to benchmark tasks."""
     teacher_logp: tuple[TeacherLogp, ...]
     completions: tuple[Completion, ...]
     """Of the first and of the last window that was read."""
@@ -204,6 +207,7 @@ class _Reader:
             steps=steps,
             evaluations={stage: found for stage, found in evaluations.items() if found is not None},
             validities=validities,
+            tasks=load_task_evaluations(self.run, self.bucket) if self._below("tasks/") else {},
             teacher_logp=(*self._scores(manifests), *map(_window_logp, windows)),
             completions=tuple(
                 found for window in (*windows[:1], *windows[1:][-1:]) for found in _completions(*window)

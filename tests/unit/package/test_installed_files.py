@@ -31,7 +31,16 @@ INFERENCE = (
     "vpmoe.inference.vllm_model",
 )
 LOCKS = {
-    "requirements.lock": ("operator", "data", "train", "inference-cpu", "trackers", "demo", "dev"),
+    "requirements.lock": (
+        "operator",
+        "data",
+        "train",
+        "inference-cpu",
+        "evaluate",
+        "trackers",
+        "demo",
+        "dev",
+    ),
     "docker/operator.lock": ("operator",),
     "docker/shared.lock": ("model",),
     "docker/trainer.lock": ("train",),
