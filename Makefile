@@ -90,7 +90,7 @@ manifests: setup  ## write manifests/crd.yaml and docs/reference/api.md from vpm
 compile = .venv/bin/uv pip compile --quiet --python-version 3.12 --generate-hashes --no-emit-index-url --no-header $(options)
 of_image = $(compile) --constraints requirements.lock pyproject.toml
 lock: setup     ## write requirements.lock and docker/*.lock from pyproject.toml
-	@$(compile) pyproject.toml $(addprefix --extra ,operator data train inference-cpu kubectl demo dev) --group tools -o requirements.lock
+	@$(compile) pyproject.toml $(addprefix --extra ,operator data train inference-cpu kubectl evaluate trackers demo dev) --group tools -o requirements.lock
 	@$(of_image) --extra operator -o docker/operator.lock
 	@$(of_image) --extra model -o docker/shared.lock
 	@$(of_image) --extra train -o docker/trainer.lock

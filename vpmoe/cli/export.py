@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns 0, 75 if the store is away or the disk is full, else 65."""
-    from vpmoe.export.local import choose_stage, export_to
+    from vpmoe.export.local import export_to
     from vpmoe.failure import classify_error
-    from vpmoe.process.run_folder import open_run
+    from vpmoe.process.run_folder import choose_stage, open_run
 
     try:
         distill_run, bucket = open_run(arguments.url)

@@ -29,9 +29,11 @@ from vpmoe.api.termination import EXIT_CODES, WRONG_USAGE
 SUBCOMMANDS = {
     "chat": "model",
     "count": "",
+    "evaluate": "evaluate",
     "export": "model",
     "init": "model",
     "logs": "kubectl",
+    "metrics": "trackers",
     "plan": "",
     "report": "report",
     "status": "kubectl",

@@ -22,16 +22,6 @@ from vpmoe.storage.scratch import temporary_folder
 MANIFEST = "manifest.json"
 
 
-def choose_stage(run: DistillRun, name: str | None) -> Stage:
-    """The stage of that name, by default the last. Raises Permanent if there is none."""
-    if name is None:
-        return run.spec.stages[-1]
-    try:
-        return run.stage(name)
-    except KeyError as error:
-        raise Permanent(f"--stage {name}: {error.args[0]}.") from None
-
-
 def export_to(
     folder: Path, run: DistillRun, stage: Stage, bucket: Bucket, report: Callable[[str], None]
 ) -> None:

@@ -3,7 +3,7 @@
 import os
 import re
 
-from vpmoe.api import DistillRun
+from vpmoe.api import DistillRun, Stage
 from vpmoe.api.storage import StorageSpec
 from vpmoe.failure import Permanent
 from vpmoe.storage import Bucket, StorageError, paths
@@ -48,6 +48,16 @@ def open_run(url: str, store: StorageSpec | None = None) -> tuple[DistillRun, Bu
             f"{bucket.url(run_json)} is of the run {run.identity}. It was copied: use that run's folder."
         )
     return run, bucket
+
+
+def choose_stage(run: DistillRun, name: str | None) -> Stage:
+    """The stage of that name, by default the last. Raises Permanent if there is none."""
+    if name is None:
+        return run.spec.stages[-1]
+    try:
+        return run.stage(name)
+    except KeyError as error:
+        raise Permanent(f"--stage {name}: {error.args[0]}.") from None
 
 
 _WHERE = (

@@ -8,6 +8,7 @@ from datetime import timedelta
 from statistics import fmean
 
 from vpmoe.api.card import GIB
+from vpmoe.api.effort import EFFORTS
 from vpmoe.api.run import SAMPLER, TEACHER, VALIDITY
 from vpmoe.api.stages import Stage
 from vpmoe.data.spans import SPANS
@@ -16,6 +17,7 @@ from vpmoe.plan.table import count
 from vpmoe.plan.teacher import known_teacher
 from vpmoe.plan.throughput import suggested_card
 from vpmoe.report.run_data import Activity, Line, RunData, StepRecord
+from vpmoe.rollout.task_record import TaskEvaluation
 from vpmoe.storage.manifest import Manifest
 
 UNKNOWN = "–"
@@ -161,6 +163,8 @@ def key_figures(data: RunData) -> list[Figure]:
     if shares:
         before_text = f"; was {shares[0]:.0%}" if len(shares) > 1 else ""
         found.append(Figure("Valid answers", f"{shares[-1]:.0%}", f"at the latest evaluation{before_text}"))
+    if data.tasks:
+        found.append(_right_answers(list(data.tasks.values())[-1]))
     if data.activities:
         start = min(one.start for one in data.activities)
         end = max(one.end for one in data.activities)
@@ -169,6 +173,17 @@ def key_figures(data: RunData) -> list[Figure]:
     if (left := time_left(data)) is not None:
         found.append(Figure("Time left, about", duration(left[0]), f"{left[1]:.2g} times what is planned"))
     return found
+
+
+def _right_answers(found: TaskEvaluation) -> Figure:
+    """Over all tasks, at the highest effort that was asked."""
+    effort = [effort for effort in EFFORTS if effort in found.max_tokens][-1]
+    shares = {}
+    for side in found.models:
+        results = [one for one in found.results if (one.side, one.effort) == (side, effort)]
+        shares[side] = sum(one.right for one in results) / sum(one.questions for one in results)
+    teacher = f"; the teacher {shares['teacher']:.0%}" if "teacher" in shares else ""
+    return Figure("Right answers", f"{shares['student']:.0%}", f"to questions, at {effort} effort{teacher}")
 
 
 def time_left(data: RunData) -> tuple[float, float] | None:

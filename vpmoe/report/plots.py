@@ -12,6 +12,7 @@ from itertools import batched
 from statistics import fmean
 from typing import Any
 
+from vpmoe.api.effort import EFFORTS, Effort
 from vpmoe.api.stages import Stage
 from vpmoe.data.spans import SPANS
 from vpmoe.report.facts import duration
@@ -25,6 +26,7 @@ from vpmoe.report.run_data import (
     TeacherLogp,
     line_time,
 )
+from vpmoe.rollout.task_record import Side, TaskEvaluation
 from vpmoe.rollout.validity import VALID
 
 Json = dict[str, Any]
@@ -36,6 +38,7 @@ COLUMNS = 160
 """Columns of the heat map. More steps are averaged."""
 SPAN_COLOURS = {"reasoning": "#d9730d", "final": "#2f81f7"}
 EFFORT_COLOURS = {"low": "#2da44e", "medium": "#c69026", "high": "#e5534b"}
+SIDE_COLOURS: dict[Side, str] = {"student": "#2f81f7", "teacher": "#a371f7"}
 ROLE_COLOURS = {
     "train": "#2f81f7",
     "sampler": "#d9730d",
@@ -95,6 +98,7 @@ def all_plots(data: RunData) -> list[tuple[str, list[Plot]]]:
             "Does it come closer to its teacher?",
             [reverse_kl(data), teacher_forced_kl(data), teacher_logp(data)],
         ),
+        ("Is the student good?", [right_answers(data), task_tokens(data), task_form(data)]),
         (
             "What does it write?",
             [validity_after_stages(data), validity_by_effort(data), lengths(data), efforts(data)],
@@ -256,6 +260,154 @@ def _chosen(found: Sequence[TeacherLogp]) -> Sequence[TeacherLogp]:
     documents = [one for one in found if one.tokens == DOCUMENTS][:1]
     windows = [one for one in found if one.tokens != DOCUMENTS]
     return [*documents, *windows[:1], *windows[1:][-1:]]
+
+
+# Answers to tasks
+
+
+def right_answers(data: RunData) -> Plot:
+    """Share of right answers by task and effort, student beside teacher."""
+    found, traces = _latest_tasks(data), []
+    cells = [(task, effort) for task in found.tasks for effort in _asked(found)] if found else []
+    for side, colour in SIDE_COLOURS.items():
+        results = [found.of(side, effort, task) for task, effort in cells] if found else []
+        if any(results):
+            traces.append(
+                {
+                    "type": "bar",
+                    "name": side,
+                    "x": [f"{task}<br>{effort}" for task, effort in cells],
+                    "y": [_short(100 * one.accuracy) if one else None for one in results],
+                    "error_y": {
+                        "type": "data",
+                        "symmetric": False,
+                        "array": [
+                            _short(100 * (one.interval[1] - one.accuracy)) if one else None for one in results
+                        ],
+                        "arrayminus": [
+                            _short(100 * (one.accuracy - one.interval[0])) if one else None for one in results
+                        ],
+                        "thickness": 1,
+                        "color": "#8b949e",
+                    },
+                    "customdata": [
+                        [one.right, one.questions, one.cut_off] if one else [0, 0, 0] for one in results
+                    ],
+                    "marker": {"color": colour},
+                    "hovertemplate": "%{y:.1f}% right: %{customdata[0]} of %{customdata[1]}; "
+                    "%{customdata[2]} cut off",
+                }
+            )
+    return Plot(
+        "right-answers",
+        "Right answers to questions",
+        "Does the student answer as well as its teacher?",
+        "Share of right answers to benchmark tasks by reasoning effort, "
+        f"{_of_stage(data)}with 95% confidence intervals. An answer that is cut off is wrong.",
+        traces,
+        {
+            "barmode": "group",
+            "xaxis": {"type": "category"},
+            "yaxis": {"title": {"text": "% right"}, **PERCENT},
+        },
+        wide=True,
+        missing=_NO_TASKS,
+    )
+
+
+def task_tokens(data: RunData) -> Plot:
+    """Mean tokens of reasoning and answer by effort, student beside teacher, over all tasks."""
+    sums = _task_sums(data)
+    names = [_column(side, effort) for side, effort in sums]
+    traces = [
+        {
+            "type": "bar",
+            "name": span,
+            "x": names,
+            "y": [_short(found[span] / found["questions"]) for found in sums.values()],
+            "marker": {"color": colour},
+            "hovertemplate": "%{y:.0f} tokens",
+        }
+        for span, colour in SPAN_COLOURS.items()
+        if names
+    ]
+    return Plot(
+        "task-tokens",
+        "Length of its answers",
+        "Does the student think as long as its teacher, and longer when more effort is asked for?",
+        "Mean tokens of reasoning and of the final answer, over all tasks.",
+        traces,
+        {"barmode": "stack", "xaxis": {"type": "category"}, "yaxis": {"title": {"text": "tokens"}}},
+        missing=_NO_TASKS,
+    )
+
+
+def task_form(data: RunData) -> Plot:
+    """Shares of valid and of cut-off answers by effort, student beside teacher, over all tasks."""
+    sums = _task_sums(data)
+    names = [_column(side, effort) for side, effort in sums]
+    traces = [
+        {
+            "type": "bar",
+            "name": name,
+            "x": names,
+            "y": [_short(100 * found[name] / found["questions"]) for found in sums.values()],
+            "marker": {"color": colour},
+            "hovertemplate": "%{y:.0f}%",
+        }
+        for name, colour in (("valid", "#2da44e"), ("cut off", "#e5534b"))
+        if names
+    ]
+    return Plot(
+        "task-form",
+        "Form of its answers",
+        "Are answers wrong because they never end?",
+        "Share of the answers that are valid Harmony, and of those that ended at the limit of tokens, over "
+        "all tasks.",
+        traces,
+        {"barmode": "group", "xaxis": {"type": "category"}, "yaxis": {"title": {"text": "%"}, **PERCENT}},
+        missing=_NO_TASKS,
+    )
+
+
+_NO_TASKS = "Waits for the command vpmoe evaluate --run, which asks student and teacher questions."
+
+
+def _latest_tasks(data: RunData) -> TaskEvaluation | None:
+    """The answers to tasks after the latest stage that has some."""
+    return data.tasks[list(data.tasks)[-1]] if data.tasks else None
+
+
+def _asked(found: TaskEvaluation) -> list[Effort]:
+    """The efforts that were asked, from low to high."""
+    return [effort for effort in EFFORTS if effort in found.max_tokens]
+
+
+def _of_stage(data: RunData) -> str:
+    return f"after stage {list(data.tasks)[-1]}, " if data.tasks else ""
+
+
+def _task_sums(data: RunData) -> dict[tuple[Side, str], dict[str, int]]:
+    """By side and effort: questions, tokens of reasoning and of final messages, valid and cut-off answers."""
+    found = _latest_tasks(data)
+    sums: dict[tuple[Side, str], dict[str, int]] = {}
+    all_results = found.results if found else ()
+    for effort in _asked(found) if found else ():
+        for side in SIDE_COLOURS:
+            results = [one for one in all_results if (one.side, one.effort) == (side, effort)]
+            if results:
+                sums[side, effort] = {
+                    "questions": sum(one.questions for one in results),
+                    "reasoning": sum(one.reasoning_tokens for one in results),
+                    "final": sum(one.final_tokens for one in results),
+                    "valid": sum(one.validity.get(VALID, 0) for one in results),
+                    "cut off": sum(one.cut_off for one in results),
+                }
+    return sums
+
+
+def _column(side: str, effort: str) -> str:
+    return f"{effort}<br>{side}"
 
 
 # What it writes

@@ -33,6 +33,7 @@ from vpmoe.rollout.evaluation_record import (
     load_validity,
     measured_validities,
 )
+from vpmoe.rollout.task_record import TaskEvaluation, load_task_evaluations
 from vpmoe.rollout.validity import VALID
 from vpmoe.rollout.window_files import Rollout, WindowRollouts, read_rollouts, read_scores
 from vpmoe.storage import Bucket, StorageError, paths
@@ -150,6 +151,8 @@ class RunData:
     """By stage, those that were measured after it."""
     validities: Mapping[str, Sequence[EvaluationRecord]]
     """By stage, those that were measured while it trained."""
+    tasks: Mapping[str, TaskEvaluation]
+    """By stage, answers to benchmark tasks."""
     teacher_logp: tuple[TeacherLogp, ...]
     completions: tuple[Completion, ...]
     """Of the first and of the last window that was read."""
@@ -204,6 +207,7 @@ class _Reader:
             steps=steps,
             evaluations={stage: found for stage, found in evaluations.items() if found is not None},
             validities=validities,
+            tasks=load_task_evaluations(self.run, self.bucket) if self._below("tasks/") else {},
             teacher_logp=(*self._scores(manifests), *map(_window_logp, windows)),
             completions=tuple(
                 found for window in (*windows[:1], *windows[1:][-1:]) for found in _completions(*window)
@@ -218,13 +222,7 @@ class _Reader:
         return [key for key in self.keys if key.startswith(whole) and key.endswith(ending)]
 
     def _get(self, key: str) -> bytes | None:
-        """An object's content; None if it has been deleted since it was listed."""
-        try:
-            return self.bucket.get(key)
-        except StorageError as error:
-            if error.reason != "Missing":
-                raise
-            return None
+        return get_if_there(self.bucket, key)
 
     def _steps(self) -> Iterable[StepRecord]:
         lines: dict[str, list[Line]] = defaultdict(list)
@@ -242,20 +240,9 @@ class _Reader:
                 name=name,
                 role=self.run.role(name),
                 stage=stage.name if stage is not None else None,
-                progress=self._progress(name),
+                progress=read_progress(self.run, self.bucket, name),
                 lines=tuple(sorted(lines[name], key=line_time)),
             )
-
-    def _progress(self, step: str) -> Progress | None:
-        key = paths.progress(self.run, step)
-        content = self._get(key) if key in self.keys else None
-        try:
-            return Progress.model_validate_json(content) if content is not None else None
-        except ValidationError as error:
-            raise Permanent(
-                f"{self.bucket.url(key)}: {error.errors()[0]['msg']}. It was altered, or written by another "
-                "version; delete it and make the report again."
-            ) from error
 
     def _manifests(self, steps: Sequence[StepRecord]) -> Iterable[Manifest]:
         found: list[Manifest] = []
@@ -308,6 +295,29 @@ class _Reader:
             if rollouts is not None and scores is not None:
                 window = read_rollouts(rollouts, self.bucket.url(rollouts_key))
                 yield window, read_scores(scores, self.bucket.url(key), window)
+
+
+def get_if_there(bucket: Bucket, key: str) -> bytes | None:
+    """An object's content; None if it does not exist, or has been deleted since it was listed."""
+    try:
+        return bucket.get(key)
+    except StorageError as error:
+        if error.reason != "Missing":
+            raise
+        return None
+
+
+def read_progress(run: DistillRun, bucket: Bucket, step: str) -> Progress | None:
+    """The progress of a step; None if it has not started. Raises Permanent if it is malformed."""
+    key = paths.progress(run, step)
+    content = get_if_there(bucket, key)
+    try:
+        return Progress.model_validate_json(content) if content is not None else None
+    except ValidationError as error:
+        raise Permanent(
+            f"{bucket.url(key)}: {error.errors()[0]['msg']}. It was altered, or written by another "
+            "version; delete it and make the report again."
+        ) from error
 
 
 def parse_lines(content: bytes, where: str) -> list[Line]:

@@ -350,6 +350,12 @@ class Bucket:
         found = self._persist("HeadObject", key, lambda: self._head(key))
         return Object(key, found["ContentLength"], etag_of(found))
 
+    def metadata(self, key: str) -> dict[str, str]:
+        """The metadata of an object, such as Provenance.metadata. Raises StorageError (Missing) if it does
+        not exist."""
+        found = self._persist("HeadObject", key, lambda: self._head(key))
+        return dict(found["Metadata"])
+
     def _head(self, key: str) -> Mapping[str, Any]:
         """The answer to HEAD. An error of HEAD has no body and so no code; GET is asked for it."""
         try:

@@ -24,6 +24,7 @@
       …/rollouts/<stage>/v000012/part-000003.rollouts.arrow, part-000003.scores-00.arrow
       …/models/<stage>/…, manifest.json          the exported student of a stage
       …/steps/<stage>-export/parts/<file>.json   what an export has uploaded so far
+      …/tasks/<stage>.json                       right answers to benchmark tasks
       …/report/index.html                        what happened in the run, for people
 
 Folders have no slash at their end.
@@ -151,6 +152,11 @@ def evaluation_parts(of: "DistillRun", stage: str) -> str:
 def evaluation_part(of: "DistillRun", stage: str, part: str, checkpoint: str) -> str:
     """One part of an evaluation, written once; `checkpoint` is the sha256 of the checkpoint's manifest."""
     return f"{evaluation_parts(of, stage)}/{part}-{checkpoint[:16]}.json"
+
+
+def task_evaluation(of: "DistillRun", stage: str) -> str:
+    """Right answers of the student of a stage to benchmark tasks; replaced by a later evaluation."""
+    return f"{run(of)}/tasks/{stage}.json"
 
 
 def validity(of: "DistillRun", stage: str, number: int) -> str:

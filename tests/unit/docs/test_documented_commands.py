@@ -303,14 +303,20 @@ def _unknown_to_vpmoe(arguments: list[str]) -> Iterator[str]:
         yield f"vpmoe has no subcommand {name}"
         return
     options = {word.partition("=")[0] for word in arguments if word.startswith("--")}
-    yield from (f"vpmoe {name} has no option {option}" for option in options - _options_of_vpmoe(name))
+    words = [name, *(arguments[1:2] if name in WITH_COMMANDS else [])]
+    known = _options_of_vpmoe(" ".join(words))
+    yield from (f"vpmoe {' '.join(words)} has no option {option}" for option in options - known)
+
+
+WITH_COMMANDS = {"metrics"}
+"""Subcommands with commands of their own."""
 
 
 @cache
 def _options_of_vpmoe(subcommand: str) -> set[str]:
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        main([*filter(None, [subcommand]), "--help"])
+        main([*subcommand.split(), "--help"])
     return set(re.findall(r"--[a-z][a-z-]*", shown.getvalue()))
 
 
@@ -325,6 +331,7 @@ def test_a_name_that_does_not_exist_is_found() -> None:
         "vpmoe plan run.yaml --gpus 8",
         "kubectl distill statuses first",
         "kubectl distill logs first --pods 0",
+        "vpmoe metrics sync s3://vpmoe/runs --too mlflow",
         'X=1 helm install a b --set "image.tag=$(vpmoe show)"',
     )
     found = Counter(text for text in wrong for words in calls(text) for _ in unknown(words, False))

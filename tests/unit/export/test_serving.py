@@ -22,6 +22,7 @@ from tests.fakes.model_folders import write_learner
 from tests.fakes.policy_versions import TINY, trainer_logp
 from tests.fakes.students import new_seed
 from tests.fakes.vllm_server import serve
+from vpmoe.cli.main import main
 from vpmoe.data.harmony import Renderer
 from vpmoe.data.tokenizer import tokenizer
 from vpmoe.data.vocabulary import RETURN
@@ -29,6 +30,8 @@ from vpmoe.inference import hf_model
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
 from vpmoe.objectives.vanilla import vanilla
+from vpmoe.rollout.task_record import TaskEvaluation
+from vpmoe.task_evaluation.tasks import make
 
 pytestmark = pytest.mark.engine
 
@@ -145,3 +148,45 @@ def test_requests_choose_the_effort(served: str, harmony: HarmonyEncoding) -> No
         assert body["prompt_token_ids"] == expected
     with pytest.raises(urllib.error.HTTPError, match="400"):
         chat(served, reasoning_effort="none")
+
+
+def test_its_answers_to_a_task_are_counted_by_effort(
+    served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At high effort it answers what it has learned; at low effort it is cut off after three tokens. As
+    teacher the same server gives the same answers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    text = (Path(make.__file__).parent / "vpmoe_spelling.yaml").read_text()
+    own = {
+        "task: vpmoe_spelling": "task: pond",
+        "custom_dataset: !function loader.load": "dataset_path: json",
+        "questions: vpmoe_spelling.jsonl": "data_files: {test: pond.jsonl}",
+        "\\n\\nEnd your answer with that word alone.": "",
+        "([^\\\\W_]+)": "([0-9]+ m)",
+    }
+    for old, new in own.items():
+        assert old in text
+        text = text.replace(old, new)
+    (tmp_path / "pond.yaml").write_text(text)
+    (tmp_path / "pond.jsonl").write_text(json.dumps({"question": QUESTION["content"], "answer": "3 M"}))
+    options = ["--task", "pond", "--task-dir", ".", "--max-tokens", "low=3,high=100", "--temperature", "0"]
+    assert main(["evaluate", "--student", served, "--teacher", served, *options]) == 0
+    found = TaskEvaluation.model_validate_json((tmp_path / "tasks.json").read_bytes())
+    assert found.models == {"student": "vpmoe", "teacher": "vpmoe"}
+    document = Renderer(tokenizer(), SYSTEM).render(str(QUESTION["content"]), None, REASONING, ANSWER)
+    for one in found.results:
+        if one.effort == "low":
+            assert (one.right, one.cut_off, one.reasoning_tokens, one.final_tokens) == (0, 1, 3, 0)
+        else:
+            assert (one.right, one.validity) == (1, {"valid": 1})
+            # <|start|>assistant of the first message stands in the prompt.
+            assert one.reasoning_tokens == document.reasoning - 2 and one.final_tokens == document.final
+    assert len(found.results) == 4
+
+    files = []
+    for name in ("first.json", "second.json"):  # sampled at temperature 1, one question at a time
+        same = ["--limit", "3", "--concurrency", "1", "--max-tokens", "low=20,medium=20", "--output", name]
+        assert main(["evaluate", "--student", served, *same]) == 0
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1]

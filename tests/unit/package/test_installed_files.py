@@ -31,7 +31,17 @@ INFERENCE = (
     "vpmoe.inference.vllm_model",
 )
 LOCKS = {
-    "requirements.lock": ("operator", "data", "train", "inference-cpu", "kubectl", "demo", "dev"),
+    "requirements.lock": (
+        "operator",
+        "data",
+        "train",
+        "inference-cpu",
+        "kubectl",
+        "evaluate",
+        "trackers",
+        "demo",
+        "dev",
+    ),
     "docker/operator.lock": ("operator",),
     "docker/shared.lock": ("model",),
     "docker/trainer.lock": ("train",),

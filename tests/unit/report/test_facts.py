@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes import task_records
 from vpmoe.api import DistillRun, load_run
 from vpmoe.api.progress import Amount, Progress
 from vpmoe.plan.plan import Assumptions, make_plan
 from vpmoe.plan.teacher import KNOWN
 from vpmoe.plan.throughput import CARDS
-from vpmoe.report.facts import costs, data_size, duration, time_left
+from vpmoe.report.facts import Figure, costs, data_size, duration, key_figures, time_left
 from vpmoe.report.run_data import Activity, RunData, StepRecord
+from vpmoe.rollout.task_record import TaskEvaluation
 
 FULL = Path(__file__).parents[3] / "manifests" / "examples" / "full.yaml"
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -51,7 +53,7 @@ def data() -> RunData:
         Activity(name, 1, START, START + timedelta(hours=SLOWER * share * hours[name]))
         for name, share in done.items()
     ]
-    return RunData(run, "s3://x", START, tuple(steps), {}, {}, (), (), (), tuple(activities))
+    return RunData(run, "s3://x", START, tuple(steps), {}, {}, {}, (), (), (), tuple(activities))
 
 
 def test_the_time_left_is_the_plans_times_what_training_took_longer(data: RunData) -> None:
@@ -88,3 +90,16 @@ def test_a_duration_has_the_unit_that_suits_it(hours: float, text: str) -> None:
 )
 def test_a_size_has_the_unit_that_suits_it(size: int, text: str) -> None:
     assert data_size(size) == text
+
+
+def test_right_answers_are_those_over_all_tasks_at_the_highest_effort(data: RunData) -> None:
+    def shown(record: TaskEvaluation) -> Figure:
+        figures = key_figures(dataclasses.replace(data, tasks={"vanilla": record}))
+        (found,) = [figure for figure in figures if figure.name == "Right answers"]
+        return found
+
+    both = task_records.record("vanilla")
+    assert shown(both) == Figure("Right answers", "45%", "to questions, at high effort; the teacher 95%")
+    alone = task_records.record("vanilla", sides=("student",))
+    assert shown(alone).note == "to questions, at high effort"
+    assert not [figure for figure in key_figures(data) if figure.name == "Right answers"]

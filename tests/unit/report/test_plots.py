@@ -8,7 +8,7 @@ from typing import Any
 import plotly.graph_objects as graph
 import pytest
 
-from tests.fakes import recorded_run
+from tests.fakes import recorded_run, task_records
 from tests.fakes.recorded_run import keep_only, lines
 from tests.fakes.store import S3
 from vpmoe.process.run_folder import open_run
@@ -182,3 +182,42 @@ def test_long_lines_are_averaged_over_neighbours(count: int) -> None:
     assert len(found) <= POINTS and len(found) == min(count, len(found))
     size = -(-count // POINTS) or 1
     assert found[:1] == [(fmean(range(size)), fmean(x * x for x in range(size)))][: len(found)]
+
+
+def test_right_answers_are_those_of_the_latest_record_with_its_intervals(recorded_data: RunData) -> None:
+    found = drawn(recorded_data)
+    plot = found["right-answers"]
+    for side in ("student", "teacher"):
+        assert points(plot, side) == [
+            (f"{task}<br>{effort}", 100 * right / task_records.QUESTIONS)
+            for task in task_records.TASKS
+            for effort, right in task_records.RIGHT[side].items()
+        ]
+    assert "after stage onpolicy, with 95% confidence intervals" in plot.reading
+    # Wilson's interval of 4 right of 20: 8.07 % to 41.60 % (R: prop.test(4, 20, correct = FALSE)).
+    (bars,) = [trace["error_y"] for trace in plot.traces if trace["name"] == "student"]
+    assert (20 - bars["arrayminus"][0], 20 + bars["array"][0]) == pytest.approx((8.066, 41.602), abs=1e-3)
+
+
+def test_lengths_and_form_of_answers_are_means_over_the_tasks(recorded_data: RunData) -> None:
+    found = drawn(recorded_data)
+    assert points(found["task-tokens"], "reasoning") == [
+        (f"{effort}<br>{side}", tokens * (2 if side == "teacher" else 1))
+        for effort, tokens in task_records.TOKENS.items()
+        for side in ("student", "teacher")
+    ]
+    assert {y for _, y in points(found["task-tokens"], "final")} == {10}
+    assert points(found["task-form"], "cut off")[:2] == [("low<br>student", 30), ("low<br>teacher", 5)]
+    assert points(found["task-form"], "valid")[:2] == [("low<br>student", 70), ("low<br>teacher", 95)]
+
+
+def test_a_student_alone_is_drawn_too_and_a_run_without_answers_says_how_to_get_some(
+    recorded_data: RunData,
+) -> None:
+    alone = dataclasses.replace(
+        recorded_data, tasks={"vanilla": task_records.record("vanilla", sides=("student",))}
+    )
+    assert [trace["name"] for trace in drawn(alone)["right-answers"].traces] == ["student"]
+    none = drawn(dataclasses.replace(recorded_data, tasks={}))
+    for name in ("right-answers", "task-tokens", "task-form"):
+        assert not none[name].traces and "vpmoe evaluate --run" in none[name].missing
