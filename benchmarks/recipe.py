@@ -1,8 +1,10 @@
-"""A short recipe on one machine: real jobs on its GPUs, with an S3 store on loopback, within a time limit.
+r"""A short recipe on one machine: real jobs on its GPUs, with an S3 store on loopback, within a time limit.
 
-    python -m benchmarks.recipe --limit 250 --gpus teacher=0 sampler=1 trainer=2,3
-    python -m benchmarks.recipe --limit 250 --gpus teacher=0 sampler=0 trainer=1 --share teacher=0.4 sampler=0.5
-    python -m benchmarks.recipe --limit 600 --stages Vanilla,Rescored,OnPolicy --after evaluate,export,report …
+    python -m benchmarks.recipe --limit 250 --gpus teacher=0 sampler=1 trainer=2,3 [--kill sampler] …
+    python -m benchmarks.recipe --limit 250 --gpus teacher=0 sampler=0 trainer=1 \
+        --share teacher=0.4 sampler=0.5
+    python -m benchmarks.recipe --limit 600 --gpus teacher=0 sampler=1,2,3,4 trainer=5,6,7 \
+        --teacher gpt-oss-120b --stages Vanilla,Rescored,OnPolicy --after evaluate,export,report
 
 A process takes the place of each pod, with the command and the environment that the operator gives it; the
 training pod's launcher starts a process a GPU. Steps start in the operator's order, when their GPUs are free.
@@ -331,7 +333,7 @@ def arguments() -> argparse.Namespace:
         "--weights-volume",
         type=Path,
         metavar="FOLDER",
-        help="volume of runtime.weightsVolume (default: none)",
+        help="volume of runtime.weightsVolume",
     )
     add(
         "--scratch",
@@ -402,8 +404,8 @@ def placement(gpus: list[str], shares: list[str]) -> Placement:
         roles = [role for role in ROLES if gpu in found[role]]
         if sum(parts.get(role, 1.0) for role in roles) > 1:
             raise ValueError(
-                f"--gpus: {' and '.join(roles)} share GPU {gpu}, and use more than the whole of it. Give them "
-                "--share teacher=PART sampler=PART that add up to 1 at most; the trainer shares none"
+                f"--gpus: {' and '.join(roles)} share GPU {gpu}, and use more than the whole of it. Give "
+                "them --share teacher=PART sampler=PART that add up to 1 at most; the trainer shares none"
             )
     return Placement(found, parts)
 

@@ -1,5 +1,5 @@
-"""Figures of a finished run of benchmarks.recipe: from its metrics and records in the bucket, from readings of
-the GPUs, and from `vpmoe plan`.
+"""Figures of a finished run of benchmarks.recipe: from its metrics and records in the bucket, from readings
+of the GPUs, and from `vpmoe plan`.
 """
 
 import json

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -111,8 +112,7 @@ class Pod:
         self.name = f"{step}-a{attempt}-{index}"
         self.log = settings.logs / f"{self.name}.log"
         self.termination = settings.logs / f"{self.name}.end"
-        self._folder = settings.scratch / f"{len(list(settings.scratch.iterdir()))}"
-        self._folder.mkdir()
+        self._folder = Path(tempfile.mkdtemp(dir=settings.scratch))  # short: sockets are below it
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command(settings, step, attempt),
