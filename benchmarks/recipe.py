@@ -69,6 +69,7 @@ from benchmarks.recipe_steps import (
     StepRunner,
     adopt_orphans,
     kill_descendants,
+    on_cpu,
 )
 from benchmarks.step import active_parameters
 from demo import sample
@@ -180,21 +181,23 @@ def prepare(given: argparse.Namespace, runner: StepRunner, objects: Path) -> flo
     name = given.teacher if given.teacher_layers is None else f"{given.teacher}-{given.teacher_layers}"
     kept = given.teacher_folder and given.teacher_folder / name
     made = kept if kept and kept.exists() else folder(kept.parent if kept else objects) / f"new-{name}"
-    gpu = (
-        {}
-        if os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-        else {"CUDA_VISIBLE_DEVICES": given.placement.gpus["teacher"][0]}
-    )
+    if made != kept:
+        shutil.rmtree(made, ignore_errors=True)  # of a run that was interrupted
+    gpu = {} if on_cpu() else {"CUDA_VISIBLE_DEVICES": given.placement.gpus["teacher"][0]}
     command = [sys.executable, "-m", "benchmarks.recipe_prepare"]
     options = ["--layers", str(given.teacher_layers)] if given.teacher_layers else []
-    process = subprocess.run(
-        [*command, str(made), given.teacher, *options],
-        cwd=ROOT,
-        env={**os.environ, **gpu},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
+    try:
+        process = subprocess.run(
+            [*command, str(made), given.teacher, *options],
+            cwd=ROOT,
+            env={**os.environ, **gpu},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=max(0.0, runner.deadline - time.monotonic()),
+        )
+    except subprocess.TimeoutExpired:
+        raise RunFailed("the time limit has passed (--limit) before the teacher was written") from None
     if process.returncode:
         raise RunFailed(f"benchmarks.recipe_prepare ended with exit code {process.returncode}")
     found = json.loads(process.stdout.splitlines()[-1])

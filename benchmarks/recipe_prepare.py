@@ -1,5 +1,5 @@
 """Prepares a run of benchmarks.recipe on one GPU, or on the CPU: measures the rate of a large product, and
-writes a teacher of random weights.
+writes a teacher of random weights, unless its folder exists.
 
     python -m benchmarks.recipe_prepare FOLDER tiny|gpt-oss-20b|gpt-oss-120b [--layers N]
 
@@ -40,7 +40,8 @@ def main() -> None:
     given = parser.parse_args()
     device = devices.choose(megatron=False)
     rate, began = product_rate(device), time.monotonic()
-    write_teacher(given.folder, given.name, given.layers, device.type == "cuda")
+    if not given.folder.exists():
+        write_teacher(given.folder, given.name, given.layers, device.type == "cuda")
     print(json.dumps({"rate": rate, "seconds": time.monotonic() - began}))
 
 

@@ -43,6 +43,7 @@ LANES = {
     "browser": "server",
     "teacher_address": "engine",
     "engines": "engine",
+    "recipe": "engine",
     "helm": "cluster",
     "cluster": "cluster",
     "control_plane": "cluster",
