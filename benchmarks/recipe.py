@@ -33,7 +33,7 @@ counts as memory. On the CPU, if CUDA_VISIBLE_DEVICES is set and empty: GPUs are
 
 Roles that share a GPU need --share: the part of its memory that each plans with. --layers makes a student
 with the shape's first layers. Both are no options of the jobs: a sitecustomize.py makes these changes
-(recipe_overrides.py). `vpmoe plan` does not know of them.
+(tests/fakes/pod_overrides.py). `vpmoe plan` does not know of them.
 """
 
 import argparse
@@ -59,20 +59,19 @@ import yaml
 from benchmarks.preprocess import store
 from benchmarks.recipe_figures import GpuRecorder, Report
 from benchmarks.recipe_prepare import TEACHERS
-from benchmarks.recipe_steps import (
-    ROLES,
+from benchmarks.step import active_parameters
+from demo import sample
+from tests.fakes.local_pods import (
     ROOT,
     VICTIMS,
-    Placement,
     RunFailed,
     Settings,
     StepRunner,
     adopt_orphans,
     kill_descendants,
     on_cpu,
+    parse_placement,
 )
-from benchmarks.step import active_parameters
-from demo import sample
 from vpmoe.api import DistillRun
 from vpmoe.api.quantities import parse_tokens
 from vpmoe.model.shapes import SHAPES
@@ -375,42 +374,13 @@ def arguments() -> argparse.Namespace:
     add("--card", choices=sorted(CARDS), default="h200-141", help="card of the plan (default: h200-141)")
     given = parser.parse_args()
     try:
-        given.placement = placement(given.gpus, given.share)
+        given.placement = parse_placement(given.gpus, given.share)
     except ValueError as error:
         parser.error(str(error))
     for path in (given.scratch, given.bucket):
         if path is not None:
             folder(path)
     return given
-
-
-def placement(gpus: list[str], shares: list[str]) -> Placement:
-    """The GPUs and shares of --gpus and --share. Raises ValueError, which says what to change."""
-    found: dict[str, tuple[str, ...]] = {}
-    for text in gpus:
-        role, _, names = text.partition("=")
-        if role not in ROLES or not all(names.split(",")):
-            raise ValueError(f"--gpus {text}: write ROLE=N,… for {', '.join(ROLES)}, such as trainer=2,3")
-        found[role] = tuple(names.split(","))
-    if missing := [role for role in ROLES if role not in found]:
-        raise ValueError(f"--gpus: {', '.join(missing)} has none. Write {missing[0]}=N")
-    parts: dict[str, float] = {}
-    for text in shares:
-        role, _, part = text.partition("=")
-        try:
-            parts[role] = float(part)
-        except ValueError:
-            parts[role] = 0.0
-        if role not in ("teacher", "sampler") or not 0 < parts[role] <= 1:
-            raise ValueError(f"--share {text}: write teacher=PART or sampler=PART, above 0 and at most 1")
-    for gpu in {name for names in found.values() for name in names}:
-        roles = [role for role in ROLES if gpu in found[role]]
-        if sum(parts.get(role, 1.0) for role in roles) > 1:
-            raise ValueError(
-                f"--gpus: {' and '.join(roles)} share GPU {gpu}, and use more than the whole of it. Give "
-                "them --share teacher=PART sampler=PART that add up to 1 at most; the trainer shares none"
-            )
-    return Placement(found, parts)
 
 
 def kinds(text: str) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recipe_steps import ROOT, Placement, Span, on_cpu
+from tests.fakes.local_pods import ROOT, Placement, Span, on_cpu
 from vpmoe.api import DistillRun
 from vpmoe.api.card import GIB
 from vpmoe.api.progress import Progress

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,7 @@ import pytest
 from distill_operator.attempt import Attempt, Origin
 from distill_operator.children import build_child
 
-from benchmarks.recipe import placement
-from benchmarks.recipe_steps import Settings, command, environment
+from tests.fakes.local_pods import Settings, command, environment, parse_placement
 from tests.fakes.simulated_cluster import SETTINGS, pod_templates
 from tests.fakes.store import S3
 from vpmoe.api import DistillRun
@@ -27,7 +28,14 @@ SMALL = (
 
 
 @pytest.fixture
-def recipe(s3: S3, tmp_path: Path) -> Any:
+def scratch() -> Iterator[Path]:
+    """A folder with a short path: sockets are below it."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def recipe(s3: S3, scratch: Path) -> Any:
     """Runs the benchmark on the CPU: its arguments → exit code and output. `s3` is not used by it, but has
     the store's program compiled."""
 
@@ -67,7 +75,7 @@ def alive(folder: Path) -> list[str]:
     return found
 
 
-def test_a_stage_ends_although_an_engine_is_killed_and_nothing_is_left(recipe: Any, tmp_path: Path) -> None:
+def test_a_stage_ends_although_an_engine_is_killed_and_nothing_is_left(recipe: Any, scratch: Path) -> None:
     code, output = recipe("--limit", "500", "--kill", "sampler")
     assert code == 0, output
     assert re.search(r"onpolicy-sampler: killed process \d+ of attempt 1\n", output), output
@@ -77,13 +85,13 @@ def test_a_stage_ends_although_an_engine_is_killed_and_nothing_is_left(recipe: A
     windows = re.findall(r"(sampler|teacher): (\d+) windows", output)
     assert len(windows) == 2 and len({number for _, number in windows}) == 1 and int(windows[0][1]) >= 3
     assert re.search(r"from step to sampling: \d+\.\d s \(version 1\)", output), output
-    assert not alive(tmp_path) and not list(tmp_path.iterdir())
+    assert not alive(scratch) and not list(scratch.iterdir())
 
 
-def test_nothing_is_left_at_the_limit(recipe: Any, tmp_path: Path) -> None:
+def test_nothing_is_left_at_the_limit(recipe: Any, scratch: Path) -> None:
     code, output = recipe("--limit", "2")
     assert code == 1 and "the time limit has passed (--limit)" in output, output
-    assert not alive(tmp_path) and not list(tmp_path.iterdir())
+    assert not alive(scratch) and not list(scratch.iterdir())
 
 
 NOT_HERE = {
@@ -120,7 +128,7 @@ def test_pods_are_the_operators(tmp_path: Path) -> None:
             },
         }
     )
-    placed = placement(["teacher=0,1", "sampler=2,3", "trainer=4,5,6"], [])
+    placed = parse_placement(["teacher=0,1", "sampler=2,3", "trainer=4,5,6"], [])
     here = Settings(run, Path("/etc/vpmoe/run.yaml"), placed, tmp_path, tmp_path, tmp_path, tmp_path, None)
     for step in run.steps():
         child = build_child(Attempt(run, step, 2, Origin(run.config_hash, None), SETTINGS))
@@ -151,4 +159,4 @@ def test_pods_are_the_operators(tmp_path: Path) -> None:
 )
 def test_a_placement_that_cannot_be_is_refused(gpus: list[str], shares: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        placement(gpus, shares)
+        parse_placement(gpus, shares)

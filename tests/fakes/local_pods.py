@@ -1,4 +1,4 @@
-"""Runs the steps of a run on this machine as the operator runs them on a cluster: each when those that it
+"""Runs the steps of a run as local processes, as the operator runs them on a cluster: each when those that it
 needs have succeeded and its GPUs are free, with the pod's command and environment.
 
 A process takes the place of a pod. Pods of a training step are one: its launcher starts a process a GPU.
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.recipe_overrides import customization
+from tests.fakes.pod_overrides import customization
 from vpmoe.api import DistillRun
 from vpmoe.api.runtime import Role
 from vpmoe.process.launcher import NO_GPU, free_port, set_parent_death_signal
@@ -27,7 +27,7 @@ from vpmoe.rollout.version_volume import VARIABLE as WEIGHTS_VOLUME
 from vpmoe.storage import Bucket, paths
 from vpmoe.teacher.folder import VARIABLE as TEACHER_CACHE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROLES = ("teacher", "sampler", "trainer")
 """Roles that --gpus places."""
 INDEXED: tuple[Role, ...] = ("preprocess", "rescore", "teacher")
@@ -82,6 +82,36 @@ class Placement:
     def share(self, role: Role) -> float:
         """The part of its GPUs' memory that a pod of this role uses."""
         return self.shares.get("teacher" if role == "rescore" else role, 1.0)
+
+
+def parse_placement(gpus: list[str], shares: list[str]) -> Placement:
+    """The GPUs and shares of benchmarks.recipe's --gpus and --share. Raises ValueError, which says what to
+    change."""
+    found: dict[str, tuple[str, ...]] = {}
+    for text in gpus:
+        role, _, names = text.partition("=")
+        if role not in ROLES or not all(names.split(",")):
+            raise ValueError(f"--gpus {text}: write ROLE=N,… for {', '.join(ROLES)}, such as trainer=2,3")
+        found[role] = tuple(names.split(","))
+    if missing := [role for role in ROLES if role not in found]:
+        raise ValueError(f"--gpus: {', '.join(missing)} has none. Write {missing[0]}=N")
+    parts: dict[str, float] = {}
+    for text in shares:
+        role, _, part = text.partition("=")
+        try:
+            parts[role] = float(part)
+        except ValueError:
+            parts[role] = 0.0
+        if role not in ("teacher", "sampler") or not 0 < parts[role] <= 1:
+            raise ValueError(f"--share {text}: write teacher=PART or sampler=PART, above 0 and at most 1")
+    for gpu in {name for names in found.values() for name in names}:
+        roles = [role for role in ROLES if gpu in found[role]]
+        if sum(parts.get(role, 1.0) for role in roles) > 1:
+            raise ValueError(
+                f"--gpus: {' and '.join(roles)} share GPU {gpu}, and use more than the whole of it. Give "
+                "them --share teacher=PART sampler=PART that add up to 1 at most; the trainer shares none"
+            )
+    return Placement(found, parts)
 
 
 @dataclass

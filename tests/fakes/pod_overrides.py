@@ -1,8 +1,8 @@
-"""Changes that benchmarks.recipe makes to the processes of a pod where no field of a run has them: a student
-with fewer layers, and a part of a GPU's memory.
+"""Changes to the processes of a pod (local_pods.py) where no field of a run has them: a student with fewer
+layers, and a part of a GPU's memory.
 
 A sitecustomize.py in front of PYTHONPATH calls `install`, so all processes of the pod have the changes. It
-shadows one that the machine has. Without --layers and --share there is none, and pods run the code as it is.
+shadows one that the machine has. A pod without changes has none, and runs the code as it is.
 """
 
 import fcntl
@@ -22,7 +22,7 @@ Patch = Callable[[ModuleType], None]
 def customization(layers: int | None, share: float, locks: Path) -> str:
     """The text of a sitecustomize.py; the arguments are those of `install`."""
     return (
-        f"from benchmarks.recipe_overrides import install\n\ninstall({layers!r}, {share!r}, {str(locks)!r})\n"
+        f"from tests.fakes.pod_overrides import install\n\ninstall({layers!r}, {share!r}, {str(locks)!r})\n"
     )
 
 
@@ -64,13 +64,13 @@ class PatchingFinder(MetaPathFinder):
         return spec
 
 
-def shorten(module: ModuleType, layers: int) -> None:
+def shorten(module: Any, layers: int) -> None:
     """vpmoe.model.shapes: every shape has at most `layers` layers, its first ones."""
     for name, shape in module.SHAPES.items():
         module.SHAPES[name] = replace(shape, layers=min(shape.layers, layers))
 
 
-def shrink_card(module: ModuleType, share: float) -> None:
+def shrink_card(module: Any, share: float) -> None:
     """torch.cuda: the properties of a GPU have a share of its memory, from which engines plan theirs."""
     whole = module.get_device_properties
 
@@ -85,7 +85,7 @@ def shrink_card(module: ModuleType, share: float) -> None:
     module.get_device_properties = lambda *device, **named: Properties(whole(*device, **named))
 
 
-def shrink_engines(module: ModuleType, share: float, locks: str) -> None:
+def shrink_engines(module: Any, share: float, locks: str) -> None:
     """vllm.entrypoints.llm: an engine takes its share of the memory that vLLM may use.
 
     vLLM measures what an engine needs by what the whole GPU has free before and after. So no other engine
