@@ -47,7 +47,7 @@ def recipe(s3: S3, scratch: Path) -> Any:
                 "benchmarks.recipe",
                 *SMALL.split(),
                 "--scratch",
-                str(tmp_path),
+                str(scratch),
                 *arguments,
             ],
             cwd=ROOT,
