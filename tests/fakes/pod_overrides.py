@@ -94,7 +94,8 @@ def shrink_engines(module: Any, share: float, locks: str) -> None:
     start = module.LLM.__init__
 
     def start_alone(engine: Any, *arguments: Any, **options: Any) -> None:
-        options["gpu_memory_utilization"] = share * options["gpu_memory_utilization"]
+        if "gpu_memory_utilization" in options:  # not on the CPU
+            options["gpu_memory_utilization"] *= share
         gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
         with (Path(locks) / f"gpu-{gpu}.lock").open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_SH if "kv_cache_memory_bytes" in options else fcntl.LOCK_EX)
