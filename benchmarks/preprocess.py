@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -176,9 +176,12 @@ def end_to_end(endpoint: str, store: int, source: str, encoders: EncoderPool) ->
 
 
 @contextmanager
-def store() -> Iterator[tuple[str, int, Path]]:
-    """A versitygw on loopback: (endpoint, process id, folder that holds a folder per bucket)."""
-    with tempfile.TemporaryDirectory(prefix="vpmoe-benchmark-") as folder:
+def store(above: Path | None = None, options: Sequence[str] = ()) -> Iterator[tuple[str, int, Path]]:
+    """A versitygw on loopback: (endpoint, process id, folder that holds a folder per bucket).
+
+    The folder is made below `above`, else below TMPDIR. `options`: of `versitygw posix`.
+    """
+    with tempfile.TemporaryDirectory(prefix="vpmoe-benchmark-", dir=above) as folder:
         port = free_port()
         endpoint = f"http://127.0.0.1:{port}"
         os.environ.update(
@@ -186,7 +189,7 @@ def store() -> Iterator[tuple[str, int, Path]]:
         )
         (Path(folder) / "benchmark").mkdir()
         server = subprocess.Popen(
-            [binaries.path("versitygw"), "--port", f"127.0.0.1:{port}", "posix", folder],
+            [binaries.path("versitygw"), "--port", f"127.0.0.1:{port}", "posix", *options, folder],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "ROOT_ACCESS_KEY": "benchmark", "ROOT_SECRET_KEY": "benchmark"},

@@ -45,6 +45,7 @@ LANES = {
     "terminal": "server",
     "teacher_address": "engine",
     "engines": "engine",
+    "recipe": "engine",
     "helm": "cluster",
     "cluster": "cluster",
     "control_plane": "cluster",
