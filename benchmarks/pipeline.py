@@ -59,9 +59,9 @@ class DecodingStep(NamedTuple):
     """What each sequence adds."""
 
 
-DECODE = {1: DecodingStep(0.0039, 4.5e-5)}
-"""By engines on a GPU, the straight line that benchmarks.decode prints; of one: H200, 1 to 1,024
-sequences."""
+DECODE = {1: DecodingStep(0.0071, 2.1e-5), 2: DecodingStep(0.0099, 3.2e-5)}
+"""By engines on a GPU, the straight line through the steps of 512 and 1,024 sequences that benchmarks.decode
+measures while completions grow and are replaced, so with the prompts' steps: H200."""
 MEASURED = {
     "microbatch": (
         0.72,
@@ -78,8 +78,8 @@ ASSUMED = {
     "prefill": (30_000.0, "prompt tokens per second on one GPU of the sampler"),
     "runaway": (0.01, "share of completions that reach their limit"),
     "score": (
-        15_000.0,
-        "tokens per second that one teacher scores; gpt-oss-20b with transformers, bf16, H100: 16,800",
+        67_500.0,
+        "tokens per second that one teacher scores: gpt-oss-20b, benchmarks.scorer, H200",
     ),
     "copy": (
         0.8,

@@ -70,19 +70,37 @@ MEASURED = (
         "2026-11-23",
         "benchmarks.step, 1 × H200, no communication, without parts",
     ),
-    Measured("sample", "vpmoe-6b", "h100-80", 2750, "2026-11-27", "1 × H100, 512 sequences, without parts"),
     Measured(
         "sample",
         "vpmoe-6b",
         "h200-141",
-        17_600,
+        35_600,
         "2026-11-29",
-        "1 × H200, 512 completions of 256 to 2,048 tokens at a time",
+        "1 × H200, 1,024 completions of 256 to 2,048 tokens at a time",
+    ),
+    Measured(
+        "sample",
+        "vpmoe-6b",
+        "h200-141",
+        47_700,
+        "2026-11-29",
+        "1 × H200, 2 × 1,024 completions of 256 to 2,048 tokens at a time",
+        engines=2,
     ),
     Measured("score", "gpt-oss-120b", "h100-80", 20_900, "2026-11-27", "1 × H100, random weights"),
-    Measured("score", "gpt-oss-20b", "h100-80", 24_100, "2026-11-27", "1 × H100, random weights"),
+    Measured(
+        "score", "gpt-oss-20b", "h200-141", 67_500, "2026-11-29", "benchmarks.scorer, 1 × H200, random weights"
+    ),
+    Measured(
+        "hidden",
+        "gpt-oss-20b",
+        "h200-141",
+        83_600,
+        "2026-11-29",
+        "benchmarks.teacher_forced, 1 × H200, random weights",
+    ),
 )
-DECODE_SECONDS = 0.026
+DECODE_SECONDS = 0.013
 """Seconds of one decoding step of vpmoe-6b with 512 sequences on an H200, of one engine that has the GPU for
 itself, as in an evaluation (benchmarks.decode)."""
 
