@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vpmoe.api.progress import Progress
-from vpmoe.checkpoint.train_state import TrainState
+from vpmoe.checkpoint.train_state import SKIPPED_KEPT, SkippedStep, TrainState, figure
 from vpmoe.clock import now
 from vpmoe.data.dataset import dataset_facts, dataset_input
 from vpmoe.data.reader import BlockCache, DatasetReader
@@ -23,7 +23,7 @@ from vpmoe.failure import Permanent, Terminated
 from vpmoe.model import distributed
 from vpmoe.model.batch import Batch
 from vpmoe.model.device import choose
-from vpmoe.model.learner import Learner, Outcome
+from vpmoe.model.learner import Learner, NotFinite, Outcome
 from vpmoe.model.router import routers
 from vpmoe.model.shapes import SHAPES
 from vpmoe.model.spans import weighted_sum
@@ -40,6 +40,11 @@ from vpmoe.trainer.schedule import due, learning_rate
 from vpmoe.trainer.stages.select import for_stage
 from vpmoe.trainer.stages.stage_kind import StageKind
 from vpmoe.trainer.teacher_forced.channel import stop_check
+
+MAX_SKIPPED = 3
+"""Steps in a row that are skipped because the loss or the gradient is not finite; the next one ends the
+stage. Documents are shuffled, so one that overflows is in one batch, or in two that are neighbours. What
+spoils four batches in a row is in the weights, and to go on would read the data for nothing."""
 
 
 def train(context: StageContext) -> None:
@@ -119,6 +124,7 @@ class Trainer:
         """The loop. What is global is known before the forward; what is final happens after the checks."""
         spec, stop = self.context.run.spec, self.context.stage.stop
         state = self._begin()
+        collapsed: list[Collapse] = []
         while not state.finished:
             step, began, before = state.steps, time.monotonic(), state.tokens
             batches = self.stage.batches(
@@ -132,29 +138,30 @@ class Trainer:
             tokens = int(counts[0])
             objective = self.stage.objective(step, counts)
             outcome = self.learner.forward_backward(batches, objective, positions=tokens)
-            check_finite(outcome, step)  # before the optimizer can make it permanent
-            state = self.stage.check_step(state, outcome)
             rate = self._learning_rate(before + tokens)
-            norm = self._move_weights(rate, step)
+            state, norm = self._move_weights(state, outcome, rate, tokens)
             state = self._advance(state, tokens)
             seconds = time.monotonic() - began
-            self.reporter.log_step(
-                state,
-                outcome,
-                learning_rate=rate,
-                gradient_norm=norm,
-                gpus=gpus,
-                tokens=tokens,
-                seconds=seconds,
-            )
+            if norm is None:
+                self.reporter.log_skipped(state, tokens=tokens, seconds=seconds)
+            else:
+                self.reporter.log_step(
+                    state,
+                    outcome,
+                    learning_rate=rate,
+                    gradient_norm=norm,
+                    gpus=gpus,
+                    tokens=tokens,
+                    seconds=seconds,
+                )
+                collapsed = self._watch_routers(outcome)  # the loads of a skipped step mean nothing
             self.stage.after_step(self.learner, state, seconds)
             spent = state.tokens >= self.context.stage.tokens
             if spent or due(before, state.tokens, spec.evaluation.every_tokens):
                 state = self._evaluate(state)
             early = stop is not None and self.stage.ends_early(state, stop)
             state = state.model_copy(update={"finished": early or spent})
-            collapsed = self._watch_routers(outcome)
-            self.reporter.flush(state, outcome, collapsed)
+            self.reporter.flush(state, None if norm is None else outcome, collapsed)
             if state.finished or due(before, state.tokens, spec.training.checkpoint.every_tokens):
                 self._save(state)
             if not state.finished and (ending := self.router_monitor.over_limit(collapsed)):
@@ -200,13 +207,43 @@ class Trainer:
             optimizer.min_learning_rate,
         )
 
-    def _move_weights(self, rate: float, step: int) -> float:
-        """Take the optimizer step and return the gradient's norm. Raises Permanent if that is not
-        finite."""
+    def _move_weights(
+        self, state: TrainState, outcome: Outcome, rate: float, tokens: int
+    ) -> tuple[TrainState, float | None]:
+        """Take the optimizer step: the state with what was measured, and the gradient's norm.
+
+        If the loss or the norm is not finite, no weight moves: the state with the skipped step, and None.
+        Every rank has the same loss and norm, so all decide the same. Raises Permanent after MAX_SKIPPED
+        such steps in a row.
+        """
+        finite = math.isfinite(outcome.loss)
+        checked = self.stage.check_step(state, outcome) if finite else state
         try:
-            return self.learner.step(rate)
-        except ArithmeticError as error:
-            raise not_finite(f"the gradient's norm ({error})", step) from error
+            return checked, self.learner.step(rate)
+        except NotFinite as error:
+            what = f"the gradient's norm ({error.norm})" if finite else f"the loss ({outcome.loss})"
+            if state.skipped_in_a_row >= MAX_SKIPPED:
+                raise not_finite(what, state) from error
+            return self._skip(state, outcome, error.norm, tokens), None
+
+    def _skip(self, state: TrainState, outcome: Outcome, norm: float, tokens: int) -> TrainState:
+        """The state with the step at hand recorded as skipped."""
+        skipped = SkippedStep(
+            step=state.steps + 1,
+            number=state.skipped[-1].number + 1 if state.skipped else 1,
+            kind=self.stage.plan.kind(state.steps),
+            tokens=tokens,
+            loss=figure(outcome.loss),
+            loss_by_rank=tuple(map(figure, outcome.loss_by_rank)),
+            gradient_norm=figure(norm),
+            batch=self.stage.plan.describe(state.steps),
+        )
+        return state.model_copy(
+            update={
+                "skipped": (*state.skipped, skipped)[-SKIPPED_KEPT:],
+                "skipped_iterations": state.skipped_iterations + 1,
+            }
+        )
 
     def _advance(self, state: TrainState, tokens: int) -> TrainState:
         """The state after one more step, of `tokens` tokens."""
@@ -227,13 +264,13 @@ class Trainer:
                 {"reasoning": measured.reasoning, "final": measured.final}, self.stage.span_weights
             )
             if not math.isfinite(weighted):
-                raise not_finite("the held-out loss", state.steps - 1)
+                raise not_finite("the held-out loss", state)
             loss = HeldOutLoss(held_out=measured, weighted=weighted, documents=self.held_out.documents)
             state = state.model_copy(update={"latest": measured, "held_out": (*state.held_out, weighted)})
         try:
             evaluation = self.stage.evaluate(self.learner, state)
         except ArithmeticError as error:
-            raise not_finite(str(error), state.steps - 1) from error
+            raise not_finite(str(error), state) from error
         if evaluation:
             state, of_kind = evaluation
         if loss or evaluation:
@@ -283,19 +320,15 @@ class Trainer:
         self.checkpoints.wait()
 
 
-def check_finite(outcome: Outcome, step: int) -> None:
-    """Raise Permanent if the step's loss is not finite, the same on every rank."""
-    if not math.isfinite(outcome.loss):
-        raise not_finite(f"the loss ({outcome.loss})", step)
-
-
-def not_finite(what: str, step: int) -> Permanent:
-    """The error of a number that ended training. Another attempt would have the same data and arithmetic, and
-    meet it again."""
+def not_finite(what: str, state: TrainState) -> Permanent:
+    """The error of a number that ended training, after the steps of `state`. Another attempt would have the
+    same data and arithmetic, and meet it again."""
+    skipped = state.skipped_in_a_row
+    row = f", and neither were those of the {skipped} steps before, which were skipped" if skipped else ""
     return Permanent(
-        f"NonFinite: {what} is not finite at step {step + 1}; the weights were not touched. In a new run, "
-        "which may resumeFrom this one's last checkpoint, lower optimizer.learningRate or gradientClip, or "
-        "lengthen warmupTokens."
+        f"NonFinite: {what} is not finite after {state.steps} steps{row}; the weights were not touched. In a "
+        "new run, which may resumeFrom this one's last checkpoint, lower optimizer.learningRate or "
+        "gradientClip, or lengthen warmupTokens."
     )
 
 

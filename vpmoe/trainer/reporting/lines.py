@@ -10,6 +10,7 @@ from pydantic import Field
 from vpmoe.api.base import Record
 from vpmoe.api.metrics import BySpan, Measures, MetricsLine, Sample, samples_by_span
 from vpmoe.api.progress import SpanLoss
+from vpmoe.checkpoint.train_state import Figure, StepBatch
 from vpmoe.model.router import ExpertLoad
 from vpmoe.process.gpu import GpuUse
 
@@ -41,6 +42,8 @@ class StartLine(TrainerLine):
     """What the attempt starts from, for people."""
     refused: tuple[str, ...]
     """Checkpoints that were rejected, and why."""
+    skipped: int
+    """Steps of the stage that earlier attempts skipped."""
     ranks: int
     steps: int | None
     """Steps of the stage; None if the number is not known ahead."""
@@ -51,6 +54,9 @@ class StartLine(TrainerLine):
     """The log-probability of confidence weight 1 by span, of a Rescored stage."""
     of_kind: Measures | None = None
     """What only this kind of stage has."""
+
+    def samples(self) -> Iterable[Sample]:
+        yield _skipped(self.skipped)
 
 
 class LoadHistogram(Record):
@@ -135,6 +141,29 @@ class StepLine(TrainerLine):
                 yield from part.samples()
 
 
+class SkippedLine(TrainerLine):
+    """One step that was skipped, in place of its StepLine: loss or gradient were not finite, the weights did
+    not move."""
+
+    event: Literal["skipped"] = "skipped"
+    number: int
+    """Number among the stage's skipped steps, from 1."""
+    kind: str
+    """How the step would have trained."""
+    batch_tokens: int
+    """Tokens of its batch, padding excluded."""
+    loss: Figure
+    loss_by_rank: tuple[Figure, ...]
+    """What each rank added to it."""
+    gradient_norm: Figure
+    batch: StepBatch
+    """What it read."""
+    seconds: float
+
+    def samples(self) -> Iterable[Sample]:
+        yield _skipped(self.number)
+
+
 class HeldOutLoss(Measures):
     """The held-out loss of an evaluation."""
 
@@ -166,6 +195,12 @@ class EvaluationLine(TrainerLine):
             )
         if self.of_kind is not None:
             yield from self.of_kind.samples()
+
+
+def _skipped(number: int) -> Sample:
+    return Sample(
+        "skipped_steps", "Steps of the stage that were skipped: loss or gradient were not finite", number
+    )
 
 
 def router_load(load: ExpertLoad) -> RouterLoad:
