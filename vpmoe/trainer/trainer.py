@@ -5,11 +5,12 @@ from (seed, step), from the state that a checkpoint holds and, in an OnPolicy st
 bucket. So a run that was killed and resumed ends with the same weights as one that was not.
 """
 
+import logging
 import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ from vpmoe.trainer.schedule import due, learning_rate
 from vpmoe.trainer.stages.select import for_stage
 from vpmoe.trainer.stages.stage_kind import StageKind
 from vpmoe.trainer.teacher_forced.channel import stop_check
+
+log = logging.getLogger(__name__)
 
 MAX_SKIPPED = 3
 """Steps in a row that are skipped because the loss or the gradient is not finite; the next one ends the
@@ -79,7 +82,7 @@ def train(context: StageContext) -> None:
             *start.sources,
             *stage.inputs(),
         ]
-        checkpoints = opened.enter_context(closing(CheckpointWriter(context, inputs, uploader)))
+        checkpoints = opened.enter_context(closing(CheckpointWriter(context, learner, inputs, uploader)))
         held_out = None
         if spec.evaluation.documents:
             valid = opened.enter_context(closing(DatasetReader(context.dataset, "valid", cache)))
@@ -89,6 +92,23 @@ def train(context: StageContext) -> None:
         stage.prepare(start.state, inputs)
         Trainer(context, device, learner, stage, held_out, checkpoints, start, uploader).run()
     distributed.stop()
+
+
+class Agreed(NamedTuple):
+    """What all ranks know before a step."""
+
+    counts: Tensor
+    """[3] int64: positions and targets by span of the global batch."""
+    stopping: bool
+    """Whether any rank was asked to stop."""
+    failed: bool
+    """Whether a checkpoint could not be written."""
+    writing: bool
+    """Whether any rank is still writing a checkpoint."""
+    overdue: bool
+    """Whether training.checkpoint.interval has passed, by the clock of rank 0."""
+    gpus: Tensor
+    """[2·ranks] readings of all GPUs (gpu.as_vector)."""
 
 
 class Trainer:
@@ -125,6 +145,8 @@ class Trainer:
         spec, stop = self.context.run.spec, self.context.stage.stop
         state = self._begin()
         collapsed: list[Collapse] = []
+        overdue = late = False
+        """Of the next checkpoint: whether it is due, and whether its delay was reported."""
         while not state.finished:
             step, began, before = state.steps, time.monotonic(), state.tokens
             batches = self.stage.batches(
@@ -132,11 +154,19 @@ class Trainer:
             )  # a function of (seed, step), and of the window
             if batches is None:
                 self._stop(state)
-            counts, stopping, gpus = self._agree(batches)  # before any forward: denominators are global
-            if stopping:
+            agreed = self._agree(batches)  # before any forward: denominators are global
+            if agreed.failed:
+                self.checkpoints.wait()  # raises, on every rank
+            if agreed.stopping:
                 self._stop(state)
-            tokens = int(counts[0])
-            objective = self.stage.objective(step, counts)
+            if overdue and not agreed.writing:
+                self._save(state)
+                overdue = late = False
+            elif overdue and not late:
+                self._tell_late(state)
+                late = True
+            tokens = int(agreed.counts[0])
+            objective = self.stage.objective(step, agreed.counts)
             outcome = self.learner.forward_backward(batches, objective, positions=tokens)
             rate = self._learning_rate(before + tokens)
             state, norm = self._move_weights(state, outcome, rate, tokens)
@@ -150,7 +180,7 @@ class Trainer:
                     outcome,
                     learning_rate=rate,
                     gradient_norm=norm,
-                    gpus=gpus,
+                    gpus=agreed.gpus,
                     tokens=tokens,
                     seconds=seconds,
                 )
@@ -162,11 +192,12 @@ class Trainer:
             early = stop is not None and self.stage.ends_early(state, stop)
             state = state.model_copy(update={"finished": early or spent})
             self.reporter.flush(state, None if norm is None else outcome, collapsed)
-            if state.finished or due(before, state.tokens, spec.training.checkpoint.every_tokens):
+            overdue |= agreed.overdue or due(before, state.tokens, spec.training.checkpoint.every_tokens)
+            if state.finished or (overdue and not agreed.writing):
                 self._save(state)
+                overdue = late = False
             if not state.finished and (ending := self.router_monitor.over_limit(collapsed)):
                 self._end_collapsed(state, ending)
-            self.checkpoints.check()
             self.stage.check()
         self.stage.stop()
         self.checkpoints.wait()
@@ -184,16 +215,29 @@ class Trainer:
         self.reporter.started(state)
         return state
 
-    def _agree(self, batches: list[Batch]) -> tuple[Tensor, bool, Tensor]:
-        """One all-reduce a step: (the global counts, whether any rank was asked to stop, readings of all
-        GPUs)."""
+    def _agree(self, batches: list[Batch]) -> Agreed:
+        """One all-reduce a step: what all ranks must know, and act on alike."""
         rank, ranks = distributed.rank(), distributed.world_size()
         counts = torch.stack([batch.counts for batch in batches]).sum(0)
-        stopping = torch.tensor([float(self.context.stopping.is_set())], dtype=torch.float64)
+        interval = self.context.run.spec.training.checkpoint.interval
+        flags = [
+            self.context.stopping.is_set(),
+            self.checkpoints.failed,
+            self.checkpoints.writing,
+            rank == 0 and 0 < interval <= self.checkpoints.age,
+        ]
         total = distributed.sum_over_ranks(
-            torch.cat([counts.double(), stopping, as_vector(read_gpu(self.device), rank, ranks)])
+            torch.cat(
+                [
+                    counts.double(),
+                    torch.tensor(flags, dtype=torch.float64),
+                    as_vector(read_gpu(self.device), rank, ranks),
+                ]
+            )
         )
-        return total[: len(counts)].long(), bool(total[len(counts)]), total[len(counts) + 1 :]
+        counts, flags_F, gpus = torch.split(total, [len(counts), len(flags), 2 * ranks])
+        stopping, failed, writing, overdue = (flags_F > 0).tolist()
+        return Agreed(counts.long(), stopping, failed, writing, overdue, gpus)
 
     def _learning_rate(self, seen: int) -> float:
         """Of the step after which the stage has seen `seen` tokens. Only the last step of an OnPolicy stage
@@ -218,6 +262,7 @@ class Trainer:
         """
         finite = math.isfinite(outcome.loss)
         checked = self.stage.check_step(state, outcome) if finite else state
+        self.checkpoints.hold_changes()
         try:
             return checked, self.learner.step(rate)
         except NotFinite as error:
@@ -303,7 +348,20 @@ class Trainer:
 
     def _save(self, state: TrainState) -> None:
         self.stage.before_checkpoint()
-        self.checkpoints.save(self.learner, state)
+        self.checkpoints.save(state)
+
+    def _tell_late(self, state: TrainState) -> None:
+        """Say that the checkpoint at `state` has to wait; rank 0 says it for all."""
+        if distributed.rank() == 0:
+            log.warning(
+                "Checkpoint %d is due, but checkpoint %s is still being written, for %.0f s so far. Training "
+                "goes on, and the next checkpoint follows when that one exists. To lose less work in a "
+                "failure, give the bucket more bandwidth; to write less, raise "
+                "training.checkpoint.everyTokens and interval",
+                state.iteration,
+                self.checkpoints.saved,
+                self.checkpoints.age,
+            )
 
     def _stop(self, state: TrainState) -> NoReturn:
         """Save the state and raise Terminated."""
