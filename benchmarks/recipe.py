@@ -31,7 +31,8 @@ At the end, after Ctrl-C too, nothing that was started is alive. Files are below
 vpmoe-6b have 72 GB, versions 12), those of the bucket below --bucket; /dev/shm is faster than most disks, and
 counts as memory. On the CPU, if CUDA_VISIBLE_DEVICES is set and empty: GPUs are only counted then.
 
-Roles that share a GPU need --share: the part of its memory that each plans with. --layers makes a student
+Roles that share a GPU need --share: the part of its memory that each plans with (a trainer with few layers
+fits beside the others). --layers makes a student
 with the shape's first layers. Both are no options of the jobs: a sitecustomize.py makes these changes
 (tests/fakes/pod_overrides.py). `vpmoe plan` does not know of them.
 """
@@ -320,7 +321,7 @@ def arguments() -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="ROLE=PART",
-        help="of a GPU's memory, for teacher and sampler",
+        help="of a GPU's memory",
     )
     add("--stages", type=kinds, default=["OnPolicy"], metavar="KIND,…", help="(default: OnPolicy)")
     add("--after", type=afterwards, default=[], metavar="STEP,…", help=f"also {', '.join(AFTER)}")

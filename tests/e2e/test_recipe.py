@@ -153,7 +153,7 @@ def test_pods_are_the_operators(tmp_path: Path) -> None:
         (["teacher=0", "trainer=1"], [], "--gpus: sampler has none"),
         (["teacher=0", "sampler=1", "trainer=2", "other=3"], [], "--gpus other=3: write ROLE=N"),
         (["teacher=0", "sampler=", "trainer=2"], [], "--gpus sampler=: write ROLE=N"),
-        (["teacher=0", "sampler=1", "trainer=2"], ["trainer=0.5"], "--share trainer=0.5: write"),
+        (["teacher=0", "sampler=1", "trainer=2"], ["export=0.5"], "--share export=0.5: write"),
         (["teacher=0", "sampler=1", "trainer=2"], ["teacher=x"], "--share teacher=x: write"),
     ],
 )

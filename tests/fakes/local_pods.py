@@ -81,7 +81,8 @@ class Placement:
 
     def share(self, role: Role) -> float:
         """The part of its GPUs' memory that a pod of this role uses."""
-        return self.shares.get("teacher" if role == "rescore" else role, 1.0)
+        named = {"rescore": "teacher", "train": "trainer", "evaluate": "trainer"}
+        return self.shares.get(named.get(role, role), 1.0)
 
 
 def parse_placement(gpus: list[str], shares: list[str]) -> Placement:
@@ -102,14 +103,14 @@ def parse_placement(gpus: list[str], shares: list[str]) -> Placement:
             parts[role] = float(part)
         except ValueError:
             parts[role] = 0.0
-        if role not in ("teacher", "sampler") or not 0 < parts[role] <= 1:
-            raise ValueError(f"--share {text}: write teacher=PART or sampler=PART, above 0 and at most 1")
+        if role not in ROLES or not 0 < parts[role] <= 1:
+            raise ValueError(f"--share {text}: write ROLE=PART, above 0 and at most 1, for {', '.join(ROLES)}")
     for gpu in {name for names in found.values() for name in names}:
         roles = [role for role in ROLES if gpu in found[role]]
         if sum(parts.get(role, 1.0) for role in roles) > 1:
             raise ValueError(
                 f"--gpus: {' and '.join(roles)} share GPU {gpu}, and use more than the whole of it. Give "
-                "them --share teacher=PART sampler=PART that add up to 1 at most; the trainer shares none"
+                f"them --share {' '.join(f'{role}=PART' for role in roles)} that add up to 1 at most"
             )
     return Placement(found, parts)
 
