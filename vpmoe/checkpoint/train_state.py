@@ -7,6 +7,7 @@ Weights are in format.py.
 
 import math
 import re
+from operator import not_
 from typing import Literal
 
 from pydantic import ConfigDict, Field, ValidationError
@@ -159,9 +160,10 @@ class TrainState(Record):
     """Tokens of the stage that the student has processed, excluding padding."""
     iteration: int
     """Optimizer steps over all stages, skipped ones included: the checkpoint's name."""
-    skipped_iterations: int = 0
-    """Those of `iteration` that were skipped."""
-    skipped: tuple[SkippedStep, ...] = ()
+    skipped_iterations: int = Field(default=0, exclude_if=not_)
+    """Those of `iteration` that were skipped. Not written if there are none, as the next field: older
+    versions reject a state with fields that they do not know."""
+    skipped: tuple[SkippedStep, ...] = Field(default=(), exclude_if=not_)
     """The latest skipped steps of the stage, at most SKIPPED_KEPT."""
     first_sequence: int
     """Sequence of the training stream that the stage began with, after the last one of the previous stage."""
