@@ -83,5 +83,5 @@ def engines(device: "torch.device") -> "Iterator[EnginePool]":
     from tests.fakes.tiny_teacher import LONGEST
     from vpmoe.inference.engine_pool import EnginePool
 
-    with EnginePool(1, "tiny", LONGEST, depth=4) as started:
+    with EnginePool(1, "tiny", LONGEST) as started:
         yield started

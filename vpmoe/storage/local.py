@@ -29,7 +29,7 @@ def written_whole(path: Path, size: int, source: str, remedy: str = REMEDY) -> I
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            temporary.replace(path)  # still locked: otherwise another process may take it for left over
     except OSError as error:
         raise StorageError(
             f"{source}: its {size} bytes cannot be written to {path}: {error.strerror}. {remedy}",
@@ -45,7 +45,10 @@ def _locked_file(path: Path) -> BinaryIO:
     while True:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(descriptor)
-        file = Path(name).open("r+b")  # noqa: SIM115 (open as long as it is locked)
+        try:
+            file = Path(name).open("r+b")  # noqa: SIM115 (open as long as it is locked)
+        except FileNotFoundError:  # a process that removes leftovers came between
+            continue
         if lock_new(file):
             return file
         file.close()

@@ -144,7 +144,7 @@ def test_an_incomplete_checkpoint_is_a_permanent_error(tmp_path: Path) -> None:
 @pytest.mark.engine
 def test_a_killed_engine_is_a_retriable_error_that_names_it(tmp_path: Path) -> None:
     def kill() -> None:
-        wait_until(lambda: bool(engines._processes), "the engines are started")
+        wait_until(lambda: len(engines._processes) == 2, "the engines are started")
         engines._processes[1].kill()
 
     with EnginePool(2, "tiny", 64) as engines, ThreadPoolExecutor(1) as pool:

@@ -192,7 +192,7 @@ def test_samples_are_a_function_of_the_seed_and_their_log_probabilities_equal_th
 
 
 def test_a_queue_answers_every_request_once_with_its_own_log_probabilities(
-    trained: Learner, exported: Path, engines: EnginePool
+    trained: Learner, exported: Path, engines: EnginePool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on GPUs, where the engine takes each step's tokens from vLLM's core. A request that was dropped in
     mid-step gives nothing to one that follows under the same number."""
@@ -202,6 +202,7 @@ def test_a_queue_answers_every_request_once_with_its_own_log_probabilities(
         SamplingRequest(random.integers(0, TINY.vocabulary, length).astype(np.int32), seed + n, limit)
         for n, (length, limit) in enumerate(zip((3, 40, 130, 7, 90), (30, 1, 12, 140, 8), strict=True))
     ]
+    monkeypatch.setattr(engines, "depth", 4)
     engines.load(exported)
     next(engines.sample_queue(requests))
     answers = list(engines.sample_queue(requests))

@@ -143,6 +143,28 @@ def test_a_half_written_file_of_a_killed_process_goes_with_the_next_attempt(tmp_
     assert path.read_bytes() == b"half" and list(tmp_path.iterdir()) == [path]
 
 
+def test_several_write_the_same_file_at_once(tmp_path: Path) -> None:
+    """As encoder processes do with the vocabulary, and as pods of a node do. Locks are of open files, so
+    threads meet as processes do."""
+    path, errors = tmp_path / "vocabulary", []
+
+    def write(content: bytes) -> None:
+        try:
+            for _ in range(40):
+                with written_whole(path, len(content), "pkg:pypi/package") as file:
+                    file.write(content)
+                assert len(set(path.read_bytes())) == 1
+        except Exception as error:  # noqa: BLE001 (raised below)
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(bytes([number]) * 1000,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == [] and list(tmp_path.iterdir()) == [path]
+
+
 def test_what_cannot_be_locked_stays(tmp_path: Path) -> None:
     """A folder, a broken link and a file that is not there are no files of ours."""
     (tmp_path / "folder").mkdir()
