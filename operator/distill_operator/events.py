@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 COMPONENT = "distill-operator"
 PHASE_REASONS = {"Queued": "Queued", "Suspended": "Suspended", "Succeeded": "RunSucceeded"}
 """Event reason of a run that enters the phase."""
-REPEATED = ("TrainerStarved",)
+REPEATED = ("TrainerStarved", "StepSkipped")
 """Conditions of jobs of which every new message is an Event: another setting was adjusted, with the same
-or another reason."""
+or another reason; another step was skipped."""
 WITHOUT_EVENTS = ("Ready", "Progressing", "Suspended", "Failed", "Succeeded")
 """Conditions that the phase or a step reports already."""
 

@@ -20,7 +20,9 @@ from distill_operator.kube import PYTORCHJOB, Json, Kind
 from distill_operator.settings import Settings
 from vpmoe.api import DistillRun, labels
 from vpmoe.api.environment import RESERVED_ENV, EnvVar
+from vpmoe.api.quantities import parse_quantity
 from vpmoe.api.runtime import Role, Toleration, is_extended
+from vpmoe.api.saving import LEAST_GRACE_SECONDS, grace_seconds, host_copies
 from vpmoe.api.text import write_yaml
 
 INFERENCE: tuple[Role, ...] = ("rescore", "teacher", "sampler", "evaluate", "export", "report")
@@ -50,14 +52,13 @@ CLEAR_RESOURCES: Json = {
     "limits": {"cpu": "1", "memory": "1Gi"},
 }
 """Of the pod that deletes a run's folder."""
-GRACE_SECONDS = 300
-"""Time for the last checkpoint after SIGTERM."""
 SECRET_KEYS: dict[str, Json] = {
     "AWS_ACCESS_KEY_ID": {},
     "AWS_SECRET_ACCESS_KEY": {},
     "AWS_SESSION_TOKEN": {"optional": True},  # only temporary credentials have one
 }
 """Keys of the Secret with the storage credentials that become environment variables of the same name."""
+MEBI = 1 << 20
 POD_PORT = 9090
 """Port at which every pod serves /progress for the operator and /metrics for Prometheus."""
 
@@ -102,9 +103,18 @@ def build_pod(attempt: Attempt, gpus: int, *, teacher: bool = False, first: bool
         },
         "spec": {
             **_pod_spec(run, main, volumes, tolerations),
+            "terminationGracePeriodSeconds": _grace_seconds(attempt, role),
             **{key: value for key, value in of_steps.items() if value},
         },
     }
+
+
+def _grace_seconds(attempt: Attempt, role: Role) -> int:
+    """Time after SIGTERM: for a trainer's last checkpoint."""
+    spec, stage = attempt.run.spec, attempt.run.stage_of(attempt.step)
+    if role != "train" or stage is None:
+        return LEAST_GRACE_SECONDS
+    return grace_seconds(spec.student, spec.training, stage)
 
 
 def _exchanges_versions(attempt: Attempt) -> bool:
@@ -173,7 +183,7 @@ def _pod_spec(
     }
     return {
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "terminationGracePeriodSeconds": LEAST_GRACE_SECONDS,
         "shareProcessNamespace": True,  # process 1 ignores SIGTERM until its handler is set
         "automountServiceAccountToken": False,  # jobs never touch the Kubernetes API
         "enableServiceLinks": False,
@@ -317,10 +327,18 @@ def _credentials(run: DistillRun) -> list[Json]:
 def _resources(attempt: Attempt, role: Role, gpus: int) -> Json:
     """Requests and limits of the run for this role, or else the chart's. GPUs are always the layout's.
 
-    What cannot be overcommitted needs a limit, which is its request.
+    The chart's memory of a trainer is without the copies that are uploaded, whose size is the run's; a run's
+    own is the whole. What cannot be overcommitted needs a limit, which is its request.
     """
-    configured: Any = attempt.run.spec.runtime.resources.get(role) or attempt.settings.resources.get(role)
+    own: Any = attempt.run.spec.runtime.resources.get(role)
+    configured: Any = own or attempt.settings.resources.get(role)
     requests, limits = (dict(configured.requests), dict(configured.limits)) if configured else ({}, {})
+    stage = attempt.run.stage_of(attempt.step)
+    if role == "train" and stage is not None and not own:
+        copies = host_copies(attempt.run.spec.student, attempt.run.spec.training, stage)
+        for amounts in (requests, limits):
+            if "memory" in amounts:
+                amounts["memory"] = f"{-(-int(parse_quantity(amounts['memory']) + copies) // MEBI)}Mi"
     resource = attempt.settings.gpu_resource
     requests.pop(resource, None)
     limits.pop(resource, None)

@@ -36,10 +36,13 @@ def filled(device: torch.device, number: float, shape: Shape = students.SMALL) -
 def save_checkpoints(context: StageContext, learner: Learner, *positions: TrainState) -> NullReporter:
     uploader = NullReporter()
     checkpoints = CheckpointWriter(
-        context, [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})], uploader
+        context,
+        learner,
+        [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})],
+        uploader,
     )
     for position in positions:
-        checkpoints.save(learner, position)
+        checkpoints.save(position)
     checkpoints.wait()
     checkpoints.close()
     return uploader

@@ -104,7 +104,9 @@ def parse_placement(gpus: list[str], shares: list[str]) -> Placement:
         except ValueError:
             parts[role] = 0.0
         if role not in ROLES or not 0 < parts[role] <= 1:
-            raise ValueError(f"--share {text}: write ROLE=PART, above 0 and at most 1, for {', '.join(ROLES)}")
+            raise ValueError(
+                f"--share {text}: write ROLE=PART, above 0 and at most 1, for {', '.join(ROLES)}"
+            )
     for gpu in {name for names in found.values() for name in names}:
         roles = [role for role in ROLES if gpu in found[role]]
         if sum(parts.get(role, 1.0) for role in roles) > 1:

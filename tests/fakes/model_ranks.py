@@ -65,6 +65,17 @@ def kept_gradients(learner: Learner) -> int:
     return sum(storages.values())
 
 
+def equal(one: Any, other: Any) -> bool:
+    """Whether two states, of the same structure, have the same bits."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
 def error_message(action: Any) -> str:
     try:
         action()
@@ -79,7 +90,8 @@ def layout(
     """Results of one layout.
 
     Two steps, a copy of the state, and a third step; the third step again from that copy; the state of one
-    process, loaded and copied again; a step with a loss that is not finite on rank 1.
+    process, loaded and copied again; two steps that are not finite on rank 1 alone, the loss of one and the
+    gradient of the other, and a fourth step after them.
     """
     rank = distributed.rank()
     # Data-parallel ranks may have different numbers of microbatches (rank 1: one of documents, one of
@@ -110,23 +122,33 @@ def layout(
         else {}
     )
 
-    weights_before = weights(trained)
+    before = copy_slices(trained), weights(trained)
     batches = global_batch(0)
     objective, positions = objective_of(batches)
     nan = Weighted(lambda batch: lambda logp_t, rows_t: logp_t * torch.nan)
     outcome = trained.forward_backward(batches[own_batches], nan if rank == 1 else objective, positions)
-    raised = error_message(lambda: trained.step(1e-2))
-    unchanged = all(torch.equal(weights_before[name], weight) for name, weight in weights(trained).items())
+    raised = [error_message(lambda: trained.step(1e-2))]
+    spoiled = trained.student.output.register_hook(lambda gradient: gradient * (torch.inf if rank else 1))
+    finite = trained.forward_backward(batches[own_batches], objective_of(batches)[0], positions)
+    spoiled.remove()
+    raised.append(error_message(lambda: trained.step(1e-2)))
+    unchanged = equal(before, (copy_slices(trained), weights(trained)))
+    steps = restored.steps
+    fourth = train(trained, own_batches, range(3, 4)), weights(trained)
+    undisturbed = train(restored, own_batches, range(3, 4)), weights(restored)
     return {
         "outcomes": outcomes,
         "gradient_bytes": gradient_bytes,
         "state": state_after_two,
-        "steps": restored.steps,
+        "steps": steps,
         "third": third,
         "repeated": repeated,
         "converted": converted_state,
         "exported": exported,
-        "broken_loss": outcome.loss,
+        "broken_loss": (outcome.loss, outcome.loss_by_rank),
+        "finite_loss": (finite.loss, finite.loss_by_rank),
+        "fourth": fourth,
+        "undisturbed": undisturbed,
         "raised": raised,
         "unchanged": unchanged,
     }

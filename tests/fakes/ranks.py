@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vpmoe.process.launcher import free_port
 
-RANKS = ("tests.fakes.model_ranks", "tests.fakes.onpolicy_ranks")
+RANKS = ("tests.fakes.model_ranks", "tests.fakes.onpolicy_ranks", "tests.fakes.checkpoint_ranks")
 
 
 def run_ranks(

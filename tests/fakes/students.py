@@ -68,7 +68,7 @@ def perturbed(shape: Shape, device: torch.device, recomputed_layers: int | None 
     return built
 
 
-def learner(device: torch.device, shape: Shape = SMALL, **kwargs: int) -> Learner:
+def learner(device: torch.device, shape: Shape = SMALL, **kwargs: int | None) -> Learner:
     kwargs = {"recomputed_layers": _recomputed(shape)} | kwargs
     return Learner.build(
         shape, device, sequence_length=256, seed=1234, weight_decay=0.1, gradient_clip=1.0, **kwargs

@@ -55,6 +55,9 @@ GPU_MEMORY_FREE = Metric(
 STEP = Metric("vpmoe_train_step", "gauge", "Optimizer steps of the stage.")
 EPOCH = Metric("vpmoe_train_epoch", "gauge", "Pass over the data.")
 STEP_SECONDS = Metric("vpmoe_train_step_seconds", "summary", "Time of optimizer steps.", ("kind",))
+SKIPPED_STEPS = Metric(
+    "vpmoe_train_skipped_steps", "counter", "Steps that were skipped: loss or gradient were not finite."
+)
 LOSS = Metric("vpmoe_train_loss", "gauge", "What the latest step minimised; a surrogate in OnPolicy steps.")
 SPAN_LOSS = Metric(
     "vpmoe_train_span_loss_nats", "gauge", "Mean -log p of the latest step, in nats a token.", ("span",)

@@ -20,7 +20,7 @@ from vpmoe.api.spec import MUTABLE, Spec
 from vpmoe.api.stages import Stage
 from vpmoe.api.student import RescoreSpec, UpcycleSpec
 from vpmoe.api.text import read_yaml
-from vpmoe.api.training import TrainingSpec
+from vpmoe.api.training import CheckpointPolicy, TrainingSpec
 
 GROUP, VERSION, KIND, PLURAL = "vpmoe.dev", "v1alpha1", "DistillRun", "distillruns"
 API_VERSION = f"{GROUP}/{VERSION}"
@@ -135,6 +135,8 @@ class DistillRun(ApiModel):
             for field, value in spec["training"].items()
             if field not in NEWER_TRAINING or value != defaults[field]
         }
+        if self.spec.training.checkpoint.interval == CheckpointPolicy().interval:
+            del spec["training"]["checkpoint"]["interval"]  # as NEWER_TRAINING
         return {"apiVersion": self.api_version, "kind": self.kind, "spec": spec}
 
     @property
@@ -147,8 +149,9 @@ class DistillRun(ApiModel):
         return self.spec.export.stages == (self.spec.stages[-1].name,)
 
     def config(self) -> dict[str, Any]:
-        """The configuration: every default set but those of export, rescore and NEWER_TRAINING, without
-        runtime and the fields that can always change. `parse` accepts it with metadata added."""
+        """The configuration: every default set but those of export, rescore, NEWER_TRAINING and
+        training.checkpoint.interval, without runtime and the fields that can always change. `parse` accepts
+        it with metadata added."""
         return json.loads(json.dumps(self._config))  # type: ignore[no-any-return]
 
     @cached_property

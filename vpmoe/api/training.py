@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from vpmoe.api.base import ApiModel
-from vpmoe.api.quantities import Tokens, TokensOrNone
+from vpmoe.api.quantities import Duration, Tokens, TokensOrNone
 
 Weight = Annotated[float, Field(ge=0, le=1000)]
 
@@ -44,11 +44,17 @@ class Optimizer(ApiModel):
 
 
 class CheckpointPolicy(ApiModel):
-    """How often checkpoints are written and how many are kept."""
+    """How often checkpoints are written and how many are kept. Whichever of everyTokens and interval is
+    reached first makes one; a checkpoint that is due while another is being written waits for its end, and
+    training goes on."""
 
     every_tokens: Tokens = 50_000_000
     """Tokens between two checkpoints; the end of a stage always writes one. Lower loses less work when a pod
     fails, and writes more bytes."""
+    interval: Duration = 1800
+    """Time between two checkpoints, such as "30m", from the beginning of one to that of the next. It bounds
+    the work that a failure loses in a slow stage; "0s" sets no bound. What is trained does not depend on
+    it."""
     keep: Annotated[int, Field(ge=1, le=1000)] = 3
     """Number of latest checkpoints to keep in each stage. The last checkpoint of a stage is never removed.
     Higher uses more of the bucket: a vpmoe-6b checkpoint is 72 GB."""

@@ -1,4 +1,4 @@
-"""Read the headers of safetensors files, and verify that the files hold what their headers promise.
+"""Read and write the headers of safetensors files, and verify that the files hold what their headers promise.
 
 Plain Python: a job rejects a damaged checkpoint before it imports torch, vLLM or transformers. No tensor is
 read, so a checkpoint of 60 GB takes milliseconds. The format is described at
@@ -8,10 +8,10 @@ without gaps.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 INDEX = "model.safetensors.index.json"
 """File that names the shard of every tensor, in a folder of several shards."""
@@ -19,6 +19,8 @@ SINGLE = "model.safetensors"
 """The only file of a folder without index."""
 
 LENGTH_BYTES = 8
+ALIGNMENT = 8
+"""A header's length is a multiple of this, so that tensors are aligned."""
 MAX_HEADER = 100_000_000
 """Longest header in bytes that the safetensors library reads."""
 
@@ -52,6 +54,33 @@ class StoredTensor:
     start: int
     """First byte, counted from the end of the header."""
     stop: int
+
+
+class TensorEntry(NamedTuple):
+    """A tensor to write."""
+
+    name: str
+    dtype: str
+    """safetensors' name of the type."""
+    shape: list[int]
+    nbytes: int
+
+
+def write_header(tensors: Iterable[TensorEntry]) -> bytes:
+    """The beginning of a file with these tensors, in the order in which their bytes follow it: the same as
+    the library's for the order of the library, which is larger types first, then by name."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    stop = 0
+    for tensor in tensors:
+        start, stop = stop, stop + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": [start, stop],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def header_length(first: bytes, size: int, file: str) -> int:

@@ -5,7 +5,10 @@ The manifest's key is "position". No torch here: the launcher reads the state be
 Weights are in format.py.
 """
 
+import math
 import re
+from operator import not_
+from typing import Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -87,6 +90,63 @@ class CheckpointValidity(Record):
     """Share of its completions that are valid Harmony."""
 
 
+Figure = float | Literal["nan", "inf", "-inf"]
+"""A number that need not be finite, as JSON can say it."""
+
+
+def figure(value: float) -> Figure:
+    """The number as a Figure."""
+    if math.isnan(value):
+        return "nan"
+    if math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return value
+
+
+class StepBatch(Record):
+    """What a step read, all ranks together."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    documents: dict[str, tuple[int, ...]]
+    """By part of the dataset's split, the numbers of its documents in the part, from 0, ascending. Of a
+    window: those whose prompts it answers."""
+    first_sequence: int | None = None
+    """The first of its packed sequences in the stream that the step reads; rank r has the r-th share of
+    them. None of a window."""
+    sequences: int | None = None
+    """How many. None of a window."""
+    window: int | None = None
+    """Number of the window. None of any other step."""
+
+
+class SkippedStep(Record):
+    """A step of which the loss or the gradient was not finite. Its data count as read; the weights did not
+    move."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int
+    """Number among the stage's steps, from 1."""
+    number: int
+    """Number among the stage's skipped steps, from 1."""
+    kind: str
+    """How it would have trained: a name of api.stages.KINDS."""
+    tokens: int
+    """Tokens of its batch, padding excluded."""
+    loss: Figure
+    """Over all ranks."""
+    loss_by_rank: tuple[Figure, ...]
+    """What each rank added to it. All finite if the gradient alone was not."""
+    gradient_norm: Figure
+    """Over all ranks."""
+    batch: StepBatch
+
+
+SKIPPED_KEPT = 16
+"""Skipped steps of which a train state says what they read. The metrics have all of them."""
+
+
 class TrainState(Record):
     """A stage after some of its optimizer steps. It determines the data order, so no data state is kept."""
 
@@ -99,7 +159,12 @@ class TrainState(Record):
     tokens: int
     """Tokens of the stage that the student has processed, excluding padding."""
     iteration: int
-    """Optimizer steps over all stages: the checkpoint's name, and the count for Adam's bias correction."""
+    """Optimizer steps over all stages, skipped ones included: the checkpoint's name."""
+    skipped_iterations: int = Field(default=0, exclude_if=not_)
+    """Those of `iteration` that were skipped. Not written if there are none, as the next field: older
+    versions reject a state with fields that they do not know."""
+    skipped: tuple[SkippedStep, ...] = Field(default=(), exclude_if=not_)
+    """The latest skipped steps of the stage, at most SKIPPED_KEPT."""
     first_sequence: int
     """Sequence of the training stream that the stage began with, after the last one of the previous stage."""
     next_sequence: int
@@ -126,6 +191,21 @@ class TrainState(Record):
     None in checkpoints of earlier versions, and of initial weights."""
     objective: ConfidenceCentre | None = None
     """State of the objective, fixed when the stage begins; only for Rescored."""
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps over all stages that moved the weights: the count for Adam's bias correction."""
+        return self.iteration - self.skipped_iterations
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """How many of the stage's latest steps, without one between them that was not, were skipped."""
+        count = 0
+        for one in reversed(self.skipped):
+            if one.step != self.steps - count:
+                break
+            count += 1
+        return count
 
 
 def initial_state(stage: str) -> TrainState:

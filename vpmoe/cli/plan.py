@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_number,
         default=1.0,
         metavar="N",
-        help="speed of a pod's scratch disk and of the bucket, for checkpoints (default: 1)",
+        help="speed of a pod to the bucket, for checkpoints, and of its scratch disk (default: 1)",
     )
     parser.add_argument("--output", choices=("text", "json"), default="text", help="form of the plan")
 

@@ -182,6 +182,13 @@ class DatasetReader:
             tokens[self.exercises(document.part)[document.number]] += document.length
         return {name: count / tokens.total() for name, count in sorted(tokens.items())}
 
+    def numbers_by_part(self, documents: Iterable[PackedDocument]) -> dict[str, tuple[int, ...]]:
+        """The documents' numbers in their parts, ascending, by the part's stem."""
+        found: dict[str, set[int]] = {}
+        for document in documents:
+            found.setdefault(self.stem(document.part), set()).add(document.number)
+        return {stem: tuple(sorted(numbers)) for stem, numbers in sorted(found.items())}
+
     def close(self) -> None:
         """Stop the threads and cancel pending prefetches."""
         self._pool.shutdown(cancel_futures=True)

@@ -33,6 +33,8 @@ REMEDIES: Mapping[str, str] = {
     # conditions of jobs, and of their pods
     "RouterCollapse": "Selection biases correct it within some hundred steps; otherwise start again "
     "with a lower learning rate",
+    "StepSkipped": "The stage goes on without it; after three in a row the next one fails it. If there are "
+    "many, start again with a lower learning rate",
     "CheckpointRefused": "`vpmoe verify` on the run's folder names the damaged objects",
     "TrainerStarved": "The run adapts by itself; more sampler.gpus or teacher.gpus end the wait",
     "Unreachable": "Open port 9090 of the run's pods to the operator: a NetworkPolicy or a mesh closes it",

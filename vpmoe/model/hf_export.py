@@ -18,10 +18,11 @@ from torch import Tensor
 
 from vpmoe.checkpoint.safetensors_header import (
     INDEX,
-    LENGTH_BYTES,
     InvalidCheckpoint,
+    TensorEntry,
     read_folder,
     read_json_object,
+    write_header,
 )
 from vpmoe.data.vocabulary import CALL, RETURN
 from vpmoe.failure import Permanent
@@ -42,9 +43,6 @@ BIAS = ".e_score_correction_bias"
 
 FLOAT32 = (BIAS, ".softmax_offset", ".value_mix", ".log_frequency")
 """Suffixes of the tensors that are fp32 for every dtype of the weights, as in training."""
-
-ALIGNMENT = 8
-"""Length of a safetensors header in bytes is a multiple of it."""
 
 ReadTensor = Callable[[str, int, int], Tensor]
 """`(name in the state, start, stop) -> [stop − start]`, on any device, in fp32 or in the type of the weights;
@@ -253,19 +251,17 @@ def _write_file(
     """
     # as the library: larger types first, so that every tensor is aligned, then by name
     names = sorted(tensors, key=lambda name: (-stored_dtype(name, dtype).itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    stop = 0
-    for name in names:
-        start, stop = stop, stop + _nbytes(name, tensors[name], dtype)
-        header[name] = {
-            "dtype": SAFETENSORS[stored_dtype(name, dtype)],
-            "shape": tensors[name].shape,
-            "data_offsets": [start, stop],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
+    header = write_header(
+        TensorEntry(
+            name,
+            SAFETENSORS[stored_dtype(name, dtype)],
+            list(tensors[name].shape),
+            _nbytes(name, tensors[name], dtype),
+        )
+        for name in names
+    )
     with path.open("wb", buffering=0) as file:
-        _write_bytes(file, len(text).to_bytes(LENGTH_BYTES, "little") + text)
+        _write_bytes(file, header)
         for name in names:
             part = tensors[name]
             tensor = part.cut_from(read(part.source, 0, math.prod(part.view)))

@@ -54,12 +54,23 @@ class Outcome:
     """Number of tokens of each expert; None after an evaluation."""
     measures: Measures | None = None
     """What the objective measured; its class depends on the objective."""
+    loss_by_rank: tuple[float, ...] = ()
+    """What each rank added to the loss; empty after an evaluation."""
+
+
+class NotFinite(ArithmeticError):
+    """The loss or the gradient of a step is not finite. All ranks raise it, and nothing was changed."""
+
+    def __init__(self, message: str, norm: float) -> None:
+        """`norm`: of the gradient."""
+        super().__init__(message)
+        self.norm = norm
 
 
 class Learner:
     """A student in training, with its DDP and optimizer. Create it with `build`.
 
-    A training step: forward_backward, check the outcome, step.
+    A training step: forward_backward, step. A step whose loss or gradient is not finite changes nothing.
     """
 
     def __init__(
@@ -77,6 +88,8 @@ class Learner:
         self.gradient_clip = gradient_clip
         self._routers = routers(student)
         self._positions: Tensor | None = None
+        self._loss = 0.0
+        """Of the latest forward_backward."""
         bf16 = student.config.bf16
         self.ddp = (ShardedGradients if sharded_gradients else DistributedDataParallel)(
             student.config,
@@ -148,9 +161,9 @@ class Learner:
         """Compute gradients of objective + balance loss over the global batch. `batches` are this rank's, at
         least one.
 
-        `positions` is the number of the global batch's positions that are not padding. No weight changes:
-        check the outcome, then call `step`. With expert parallelism or sharded gradients all ranks need the
-        same number of batches. Raises ValueError if `positions` is wrong.
+        `positions` is the number of the global batch's positions that are not padding. No weight changes
+        before `step`. With expert parallelism or sharded gradients all ranks need the same number of batches.
+        Raises ValueError if `positions` is wrong.
 
         The loss is multiplied by `positions`, and `step` divides all gradients by it. So the balance losses,
         which megatron weights by positions, become means over positions, and bf16 gradients keep an ordinary
@@ -166,7 +179,9 @@ class Learner:
                 loss.backward()  # type: ignore[no-untyped-call]
             sums.add(here, logp_T, loss.detach() / positions)
         self._positions = torch.stack([batch.counts[0] for batch in batches]).sum()
-        return sums.outcome(positions, self._routers, objective)
+        outcome = sums.outcome(positions, self._routers, objective)
+        self._loss = outcome.loss
+        return outcome
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Outcome:
@@ -194,7 +209,8 @@ class Learner:
         """Sum the gradients over the ranks, clip them, update weights and expert biases. Returns the gradient
         norm before clipping.
 
-        Raises ArithmeticError on every rank, before any weight has moved, if the norm is not finite.
+        Raises NotFinite on every rank if the loss or the norm is not finite. Weights, expert biases and
+        moments are then as before, and the next forward_backward may follow.
         """
         if self._positions is None:
             raise RuntimeError(
@@ -202,6 +218,8 @@ class Learner:
                 "step. Call forward_backward first."
             )
         positions, self._positions = self._positions, None
+        biases = [router.expert_bias.clone() for router in self._routers.values()]
+        # It also moves the expert biases, by the step's counts, which mean nothing if the step is bad.
         finalize_model_grads([self.ddp], num_tokens=positions.to(self.device))
         for router in self._routers.values():
             router.aux_sum.zero_()
@@ -210,10 +228,11 @@ class Learner:
         else:
             self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
-        if not math.isfinite(norm):
-            raise ArithmeticError(
-                f"step {self.steps + 1}: the gradient's norm is {norm}. No weight was moved."
-            )
+        if not (math.isfinite(norm) and math.isfinite(self._loss)):
+            for router, bias in zip(self._routers.values(), biases, strict=True):
+                router.expert_bias.copy_(bias)
+            found = f"the loss is {self._loss}" if math.isfinite(norm) else f"the gradient's norm is {norm}"
+            raise NotFinite(f"step {self.steps + 1}: {found}. No weight was moved.", norm)
         clip_grads_with_norm_(
             self.optimizer.get_parameters(), self.gradient_clip, torch.tensor(norm, device=self.device)
         )
@@ -248,14 +267,16 @@ class _Sums:
     ) -> Outcome:
         """Sum over the ranks. Raises ValueError if the batches do not have `positions` positions."""
         measured = objective.sums().to(self.nll) if objective else self.nll[:0]
-        sums = [self.loss.unsqueeze(0), self.nll, self.counts.to(self.nll), measured]
+        loss_R = self.nll.new_zeros(distributed.world_size())
+        loss_R[distributed.rank()] = self.loss
+        sums = [self.loss.unsqueeze(0), loss_R, self.nll, self.counts.to(self.nll), measured]
         if by_layer:
             sums += [
                 torch.stack([getattr(r, name) for r in by_layer.values()]).double()
                 for name in ("local_tokens_per_expert", "aux_sum")
             ]
         sizes = [part.numel() for part in sums]
-        loss, nll, counts, measured, *load = torch.split(
+        loss, loss_R, nll, counts, measured, *load = torch.split(
             distributed.sum_over_ranks(torch.cat([part.flatten() for part in sums])), sizes
         )
         if positions not in (None, int(counts[0])):
@@ -276,4 +297,5 @@ class _Sums:
             if by_layer
             else None,
             measures=objective.measures(measured) if objective else None,
+            loss_by_rank=tuple(loss_R.tolist()) if objective else (),
         )

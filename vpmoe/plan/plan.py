@@ -1,6 +1,7 @@
 """A run's plan: steps with their GPUs and hours, checkpoints, bytes in the bucket, memory, and what cannot
 work."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -11,6 +12,7 @@ from vpmoe.api.memory import STUDENTS
 from vpmoe.api.quantities import parse_quantity
 from vpmoe.api.rules import RULES
 from vpmoe.api.run import EVALUATE, INIT, PREPROCESS, RESCORE, DistillRun
+from vpmoe.api.saving import BUCKET_SPEED, grace_seconds, host_copies, pod_checkpoint
 from vpmoe.api.spec import Spec
 from vpmoe.api.stages import OnPolicy, Stage
 from vpmoe.plan.memory import RoleMemory, memory_by_role, teacher_problems
@@ -33,6 +35,11 @@ PROMPT_BYTES, COMPLETION_BYTES = 4, 13
 fp32."""
 SAMPLED_AT_ONCE = 256
 """Completions that an evaluation samples at the same time."""
+COPY_SPEED = 25e9
+"""Bytes a second of the copy of a GPU's state into pinned memory, over PCIe: half of what a copy alone
+reaches on a machine with an H100, because the GPUs of a pod share the host's memory."""
+HOST_MEMORY = 32
+"""GiB of host memory of a trainer's pod beside its copies: the request of the chart."""
 HELD_VERSIONS = 2
 """Policy versions whose weights are kept beside those that waiting windows are sampled from: the one that is
 sampled from and the one that is uploaded."""
@@ -55,7 +62,7 @@ class Assumptions:
     speeds: Mapping[Work, float] = field(default_factory=dict)
     """Tokens a second of one GPU, in preprocessing of one CPU core, instead of those measured."""
     disk_speed: float = 1e9
-    """Bytes a second at which a pod writes to its scratch disk, and to the bucket."""
+    """Bytes a second at which a pod writes to the bucket, and the step init to its scratch disk."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +96,15 @@ class CheckpointPlan:
     size: int
     """Bytes of one."""
     pause_seconds: float
-    """Time that training waits for one."""
+    """Time of the copy to host memory. Training waits for one at most as long: forward and backward go on."""
     upload_seconds: float
-    """Time of an upload, during which training goes on."""
+    """Time of an upload, during which training goes on. The next checkpoint waits for its end."""
     interval_seconds: float | None
     """Time between two of them; None if no speed is known."""
+    host_bytes: int
+    """Host memory of each training pod for the copies that are uploaded."""
+    grace_seconds: int
+    """Time after SIGTERM in which the pod saves its last checkpoint: its terminationGracePeriodSeconds."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +172,11 @@ class _Planner:
             if isinstance(stage, OnPolicy)
         }
         self._note(f"disk and bucket: {assumed.disk_speed / 1e9:g} GB/s a pod, assumed")
+        if assumed.disk_speed < BUCKET_SPEED:
+            self._note(
+                f"grace: {BUCKET_SPEED / 1e9:g} GB/s a pod; a slower one is killed before its last "
+                "checkpoint is written, and the stage continues from the one before"
+            )
 
     def plan(self) -> Plan:
         steps, hours = self._steps()
@@ -374,7 +390,7 @@ class _Planner:
             return StepPlan(stage.name, stage.kind, stage.tokens, gpus, None, None, "")
         if stage.runs_teacher:
             self._note_split(stage, hours["train"] / busy)  # type: ignore[operator]  # all hours are known
-        checkpoints = self._checkpoints(stage)
+        checkpoints = self._checkpoints(stage, stage.tokens / busy / 3600)
         pauses = checkpoints.number * checkpoints.pause_seconds / 3600
         return StepPlan(
             stage.name,
@@ -423,18 +439,25 @@ class _Planner:
 
     def _checkpoints(self, stage: Stage, speed: float | None = None) -> CheckpointPlan:
         """The checkpoints of a stage that trains `speed` tokens a second, None if that is not known."""
-        policy = self.spec.training.checkpoint
-        shape = layout(self.spec.student, self.spec.training, stage)
+        student, training = self.spec.student, self.spec.training
+        policy = training.checkpoint
         number = -(-stage.tokens // policy.every_tokens)
-        seconds = self.size.checkpoint / shape.pods / self.assumed.disk_speed
+        upload = pod_checkpoint(student, training, stage) / self.assumed.disk_speed
+        interval = None
+        if speed:
+            bound = policy.interval or float("inf")
+            interval = max(min(policy.every_tokens / speed, bound), upload)
+            number = math.ceil(stage.tokens / speed / interval - 1e-9)  # less the rounding of the division
         return CheckpointPlan(
             stage=stage.name,
             number=number,
             kept=min(policy.keep, number),
             size=self.size.checkpoint,
-            pause_seconds=seconds,
-            upload_seconds=seconds,
-            interval_seconds=policy.every_tokens / speed if speed else None,
+            pause_seconds=self.size.checkpoint / layout(student, training, stage).ranks / COPY_SPEED,
+            upload_seconds=upload,
+            interval_seconds=interval,
+            host_bytes=host_copies(student, training, stage),
+            grace_seconds=grace_seconds(student, training, stage),
         )
 
     def _evaluation(self, stage: Stage) -> list[StepPlan]:
@@ -467,7 +490,9 @@ class _Planner:
                 for stage in self.spec.stages
                 if isinstance(stage, OnPolicy)
             )
-        found["checkpoints"] = sum(one.kept * one.size for one in map(self._checkpoints, self.spec.stages))
+        found["checkpoints"] = sum(
+            one.kept * one.size for stage in self.spec.stages for one in [self._checkpoints(stage)]
+        )
         found["exported model"] = self.size.weights
         return found
 
@@ -480,9 +505,29 @@ class _Planner:
             for role in memory
             if not role.fits and role.role != "teacher"
         ]
+        problems += self._host_problems()
         if self.assumed.teacher is not None:
             problems += teacher_problems(self.spec, self.assumed.teacher, self.assumed.memory, card)
         return problems
+
+    def _host_problems(self) -> list[str]:
+        """Stages whose trainers would be killed for their copies, by the run's own limit of memory."""
+        resources = self.spec.runtime.resources.get("train")
+        limit = resources.limits.get("memory") if resources else None
+        if limit is None:
+            return []
+        needed = {
+            stage.name: host_copies(self.spec.student, self.spec.training, stage)
+            for stage in self.spec.stages
+        }
+        name = max(needed, key=lambda stage: needed[stage])
+        if needed[name] <= parse_quantity(limit):
+            return []
+        return [
+            f"spec.runtime.resources.train: the memory limit {limit} is less than the "
+            f"{needed[name] / GIB:.1f} GiB that each pod of stage {name} holds while its state is uploaded. "
+            f"Raise it to {-(-needed[name] // GIB) + HOST_MEMORY}Gi or more, or leave it out."
+        ]
 
 
 def _window_bytes(totals: RolloutTotals) -> float:

@@ -30,6 +30,7 @@ def plan_text(plan: Plan) -> str:
             )
         )
     checkpoints = [("checkpoints", "written", "kept", "GB", "pause, s", "upload, s", "interval, s")]
+    saving = [("each training pod", "host memory for copies, GB", "grace period, s")]
     for one in plan.checkpoints:
         interval = UNKNOWN if one.interval_seconds is None else f"{one.interval_seconds:,.0f}"
         checkpoints.append(
@@ -38,11 +39,12 @@ def plan_text(plan: Plan) -> str:
                 f"{one.number:,}",
                 str(one.kept),
                 gigabytes(one.size),
-                f"{one.pause_seconds:,.0f}",
+                f"{one.pause_seconds:,.1f}",
                 f"{one.upload_seconds:,.0f}",
                 interval,
             )
         )
+        saving.append((one.stage, gigabytes(one.host_bytes), f"{one.grace_seconds:,}"))
     bucket = [("in the bucket", "GB")]
     bucket += [(kind, UNKNOWN if size is None else gigabytes(size)) for kind, size in plan.bucket.items()]
     bucket.append(("all", gigabytes(sum(size or 0 for size in plan.bucket.values()))))
@@ -58,7 +60,7 @@ def plan_text(plan: Plan) -> str:
         f"{plan.teacher or 'of unknown size'}"
     )
     sources = "\n".join(f"- {source}" for source in plan.sources)
-    tables = (steps, checkpoints, bucket, microbatch_rows(plan.memory), memory_rows(plan.memory))
+    tables = (steps, checkpoints, saving, bucket, microbatch_rows(plan.memory), memory_rows(plan.memory))
     return "\n\n".join([head, *(table(rows) for rows in tables), f"Speeds and lengths:\n{sources}"])
 
 

@@ -23,6 +23,8 @@ from vpmoe.storage.manifest import Manifest
 UNKNOWN = "–"
 ENDS = 3
 """Windows at either end that are averaged, because the reverse KL of one window varies with its samples."""
+NAMED = 5
+"""Skipped steps of a stage that are named."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,12 @@ def _stage_sentence(data: RunData, stage: Stage, step: StepRecord) -> str:
     if windows := _reverse_kl(step):
         first, last = fmean(windows[:ENDS]), fmean(windows[-ENDS:])
         sentences.append(f"Distance to the teacher on its own text: {first:.2f} → {last:.2f} nats a token.")
+    if skipped := step.events("skipped"):
+        numbers = ", ".join(str(line["step"]) for line in skipped[:NAMED])
+        more = f" and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
+        sentences.append(
+            f"It skipped step {numbers}{more}: the loss or the gradient was not finite, so no weight moved."
+        )
     evaluation = data.evaluations.get(stage.name)
     if evaluation is not None and evaluation.valid_share is not None:
         sentences.append(f"Afterwards {evaluation.valid_share:.0%} of its answers were valid.")

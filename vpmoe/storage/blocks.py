@@ -132,6 +132,22 @@ def read_blocks(file: BinaryIO) -> Iterator[bytes]:
         yield block
 
 
+def join_blocks(parts: Iterable[bytes | memoryview]) -> Iterator[bytes]:
+    """The bytes of all parts together in blocks. The last is shorter; without a byte there is none."""
+    pieces: list[memoryview] = []
+    room = BLOCK
+    for part in parts:
+        rest = memoryview(part)
+        while rest:
+            pieces.append(rest[:room])
+            rest, room = rest[room:], room - len(pieces[-1])
+            if not room:
+                yield b"".join(pieces)
+                pieces, room = [], BLOCK
+    if pieces:
+        yield b"".join(pieces)
+
+
 def block_range(size: int, index: int) -> tuple[int, int]:
     """Start and stop of block `index` in an object of `size` bytes."""
     return index * BLOCK, min((index + 1) * BLOCK, size)

@@ -19,7 +19,16 @@ from typing import TYPE_CHECKING, Any
 from botocore.exceptions import ClientError
 
 from vpmoe.storage.answers import UnusableAnswer
-from vpmoe.storage.blocks import BLOCK, Hasher, Stored, block_range, hash_bytes, in_order, read_blocks
+from vpmoe.storage.blocks import (
+    BLOCK,
+    Hasher,
+    Stored,
+    block_range,
+    hash_bytes,
+    in_order,
+    join_blocks,
+    read_blocks,
+)
 from vpmoe.storage.client import connect
 from vpmoe.storage.errors import Incomplete, Request, StorageError, explain, shown, status_and_code
 from vpmoe.storage.listing import ListingFault, entries
@@ -145,17 +154,28 @@ class Bucket:
         Raises StorageError, also for a file of more than MAX_PARTS blocks; OSError if the file cannot be
         read.
         """
-        if path.stat().st_size > MAX_PARTS * BLOCK:
-            raise StorageError(
-                f"{path}: {path.stat().st_size} bytes do not fit into one object. Write it as several files.",
-                "Local",
-            )
         with path.open("rb") as file:
-            blocks = read_blocks(file)
-            first = next(blocks, b"")
-            if len(first) < BLOCK:
-                return self.put_bytes(key, first, metadata)
-            return self._put_multipart(key, chain([first], blocks), metadata)
+            return self._put_blocks(key, path.stat().st_size, str(path), read_blocks(file), metadata)
+
+    def put_parts(
+        self, key: str, size: int, parts: Iterable[bytes | memoryview], metadata: Mapping[str, str]
+    ) -> Stored:
+        """Write an object of `size` bytes that are in memory, in these parts, as `put_file` does that of a
+        file: a block is copied at a time. Raises StorageError."""
+        return self._put_blocks(key, size, self.url(key), join_blocks(parts), metadata)
+
+    def _put_blocks(
+        self, key: str, size: int, source: str, blocks: Iterator[bytes], metadata: Mapping[str, str]
+    ) -> Stored:
+        """`source`: what has the content, for a message."""
+        if size > MAX_PARTS * BLOCK:
+            raise StorageError(
+                f"{source}: {size} bytes do not fit into one object. Write it as several files.", "Local"
+            )
+        first = next(blocks, b"")
+        if len(first) < BLOCK:
+            return self.put_bytes(key, first, metadata)
+        return self._put_multipart(key, chain([first], blocks), metadata)
 
     def _put(self, key: str, data: bytes, metadata: Mapping[str, str], **further: Any) -> None:
         condition = "IfNoneMatch" in further

@@ -39,6 +39,8 @@ def row(line: Line, x: int, group: str) -> Row | None:
     """The row of a line; None if it has no number. `group`: of the line's own numbers."""
     if line["event"] == "start":
         return None
+    if line["event"] == "skipped":  # its other numbers are of a batch that changed nothing
+        return Row(x, line_time(line), {f"{group}/skipped": float(line["number"])})
     values = {UNNAMED.sub("_", name): value for name, value in _values(line, group)}
     return Row(x, line_time(line), values) if values else None
 

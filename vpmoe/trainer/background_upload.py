@@ -28,6 +28,16 @@ class BackgroundUpload:
         if self._upload and self._upload.done():
             self.wait()
 
+    @property
+    def running(self) -> bool:
+        """Whether an upload has not ended."""
+        return self._upload is not None and not self._upload.done()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the latest upload has failed, and its error was not raised yet."""
+        return self._upload is not None and self._upload.done() and self._upload.exception() is not None
+
     def close(self) -> None:
         """End the thread, after the upload that may still be running."""
         self._thread.shutdown()

@@ -5,11 +5,12 @@ from (seed, step), from the state that a checkpoint holds and, in an OnPolicy st
 bucket. So a run that was killed and resumed ends with the same weights as one that was not.
 """
 
+import logging
 import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from vpmoe.api.metrics import Sample
 from vpmoe.api.pod_metrics import CHECKPOINT_SAVE_SECONDS
 from vpmoe.api.progress import Progress
-from vpmoe.checkpoint.train_state import TrainState
+from vpmoe.checkpoint.train_state import SKIPPED_KEPT, SkippedStep, TrainState, figure
 from vpmoe.clock import now
 from vpmoe.data.dataset import dataset_facts, dataset_input
 from vpmoe.data.reader import BlockCache, DatasetReader
@@ -25,7 +26,7 @@ from vpmoe.failure import Permanent, Terminated
 from vpmoe.model import distributed
 from vpmoe.model.batch import Batch
 from vpmoe.model.device import choose
-from vpmoe.model.learner import Learner, Outcome
+from vpmoe.model.learner import Learner, NotFinite, Outcome
 from vpmoe.model.router import routers
 from vpmoe.model.shapes import SHAPES
 from vpmoe.model.spans import weighted_sum
@@ -43,6 +44,13 @@ from vpmoe.trainer.schedule import due, learning_rate
 from vpmoe.trainer.stages.select import for_stage
 from vpmoe.trainer.stages.stage_kind import StageKind
 from vpmoe.trainer.teacher_forced.channel import stop_check
+
+log = logging.getLogger(__name__)
+
+MAX_SKIPPED = 3
+"""Steps in a row that are skipped because the loss or the gradient is not finite; the next one ends the
+stage. Documents are shuffled, so one that overflows is in one batch, or in two that are neighbours. What
+spoils four batches in a row is in the weights, and to go on would read the data for nothing."""
 
 
 def train(context: StageContext) -> None:
@@ -80,7 +88,7 @@ def train(context: StageContext) -> None:
             *start.sources,
             *stage.inputs(),
         ]
-        checkpoints = opened.enter_context(closing(CheckpointWriter(context, inputs, uploader)))
+        checkpoints = opened.enter_context(closing(CheckpointWriter(context, learner, inputs, uploader)))
         held_out = None
         if spec.evaluation.documents:
             valid = opened.enter_context(closing(DatasetReader(context.dataset, "valid", cache)))
@@ -94,6 +102,23 @@ def train(context: StageContext) -> None:
         stage.prepare(start.state, inputs)
         Trainer(context, device, learner, stage, held_out, checkpoints, start, uploader).run()
     distributed.stop()
+
+
+class Agreed(NamedTuple):
+    """What all ranks know before a step."""
+
+    counts: Tensor
+    """[3] int64: positions and targets by span of the global batch."""
+    stopping: bool
+    """Whether any rank was asked to stop."""
+    failed: bool
+    """Whether a checkpoint could not be written."""
+    writing: bool
+    """Whether any rank is still writing a checkpoint."""
+    overdue: bool
+    """Whether training.checkpoint.interval has passed, by the clock of rank 0."""
+    gpus: Tensor
+    """[2·ranks] readings of all GPUs (gpu.as_vector)."""
 
 
 class Trainer:
@@ -129,6 +154,9 @@ class Trainer:
         """The loop. What is global is known before the forward; what is final happens after the checks."""
         spec, stop = self.context.run.spec, self.context.stage.stop
         state = self._begin()
+        collapsed: list[Collapse] = []
+        overdue = late = False
+        """Of the next checkpoint: whether it is due, and whether its delay was reported."""
         while not state.finished:
             step, began, before = state.steps, time.monotonic(), state.tokens
             batches = self.stage.batches(
@@ -136,40 +164,50 @@ class Trainer:
             )  # a function of (seed, step), and of the window
             if batches is None:
                 self._stop(state)
-            counts, stopping, gpus = self._agree(batches)  # before any forward: denominators are global
-            if stopping:
+            agreed = self._agree(batches)  # before any forward: denominators are global
+            if agreed.failed:
+                self.checkpoints.wait()  # raises, on every rank
+            if agreed.stopping:
                 self._stop(state)
-            tokens = int(counts[0])
-            objective = self.stage.objective(step, counts)
+            if overdue and not agreed.writing:
+                self._save(state)
+                overdue = late = False
+            elif overdue and not late:
+                self._tell_late(state)
+                late = True
+            tokens = int(agreed.counts[0])
+            objective = self.stage.objective(step, agreed.counts)
             outcome = self.learner.forward_backward(batches, objective, positions=tokens)
-            check_finite(outcome, step)  # before the optimizer can make it permanent
-            state = self.stage.check_step(state, outcome)
             rate = self._learning_rate(before + tokens)
-            norm = self._move_weights(rate, step)
+            state, norm = self._move_weights(state, outcome, rate, tokens)
             state = self._advance(state, tokens)
             seconds = time.monotonic() - began
-            self.reporter.log_step(
-                state,
-                outcome,
-                learning_rate=rate,
-                gradient_norm=norm,
-                gpus=gpus,
-                tokens=tokens,
-                seconds=seconds,
-            )
+            if norm is None:
+                self.reporter.log_skipped(state, tokens=tokens, seconds=seconds)
+            else:
+                self.reporter.log_step(
+                    state,
+                    outcome,
+                    learning_rate=rate,
+                    gradient_norm=norm,
+                    gpus=agreed.gpus,
+                    tokens=tokens,
+                    seconds=seconds,
+                )
+                collapsed = self._watch_routers(outcome)  # the loads of a skipped step mean nothing
             self.stage.after_step(self.learner, state, seconds)
             spent = state.tokens >= self.context.stage.tokens
             if spent or due(before, state.tokens, spec.evaluation.every_tokens):
                 state = self._evaluate(state)
             early = stop is not None and self.stage.ends_early(state, stop)
             state = state.model_copy(update={"finished": early or spent})
-            collapsed = self._watch_routers(outcome)
-            self.reporter.flush(state, outcome, collapsed)
-            if state.finished or due(before, state.tokens, spec.training.checkpoint.every_tokens):
+            self.reporter.flush(state, None if norm is None else outcome, collapsed)
+            overdue |= agreed.overdue or due(before, state.tokens, spec.training.checkpoint.every_tokens)
+            if state.finished or (overdue and not agreed.writing):
                 self._save(state)
+                overdue = late = False
             if not state.finished and (ending := self.router_monitor.over_limit(collapsed)):
                 self._end_collapsed(state, ending)
-            self.checkpoints.check()
             self.stage.check()
         self.stage.stop()
         self.checkpoints.wait()
@@ -187,16 +225,29 @@ class Trainer:
         self.reporter.started(state)
         return state
 
-    def _agree(self, batches: list[Batch]) -> tuple[Tensor, bool, Tensor]:
-        """One all-reduce a step: (the global counts, whether any rank was asked to stop, readings of all
-        GPUs)."""
+    def _agree(self, batches: list[Batch]) -> Agreed:
+        """One all-reduce a step: what all ranks must know, and act on alike."""
         rank, ranks = distributed.rank(), distributed.world_size()
         counts = torch.stack([batch.counts for batch in batches]).sum(0)
-        stopping = torch.tensor([float(self.context.stopping.is_set())], dtype=torch.float64)
+        interval = self.context.run.spec.training.checkpoint.interval
+        flags = [
+            self.context.stopping.is_set(),
+            self.checkpoints.failed,
+            self.checkpoints.writing,
+            rank == 0 and 0 < interval <= self.checkpoints.age,
+        ]
         total = distributed.sum_over_ranks(
-            torch.cat([counts.double(), stopping, as_vector(read_gpu(self.device), rank, ranks)])
+            torch.cat(
+                [
+                    counts.double(),
+                    torch.tensor(flags, dtype=torch.float64),
+                    as_vector(read_gpu(self.device), rank, ranks),
+                ]
+            )
         )
-        return total[: len(counts)].long(), bool(total[len(counts)]), total[len(counts) + 1 :]
+        counts, flags_F, gpus = torch.split(total, [len(counts), len(flags), 2 * ranks])
+        stopping, failed, writing, overdue = (flags_F > 0).tolist()
+        return Agreed(counts.long(), stopping, failed, writing, overdue, gpus)
 
     def _learning_rate(self, seen: int) -> float:
         """Of the step after which the stage has seen `seen` tokens. Only the last step of an OnPolicy stage
@@ -210,13 +261,44 @@ class Trainer:
             optimizer.min_learning_rate,
         )
 
-    def _move_weights(self, rate: float, step: int) -> float:
-        """Take the optimizer step and return the gradient's norm. Raises Permanent if that is not
-        finite."""
+    def _move_weights(
+        self, state: TrainState, outcome: Outcome, rate: float, tokens: int
+    ) -> tuple[TrainState, float | None]:
+        """Take the optimizer step: the state with what was measured, and the gradient's norm.
+
+        If the loss or the norm is not finite, no weight moves: the state with the skipped step, and None.
+        Every rank has the same loss and norm, so all decide the same. Raises Permanent after MAX_SKIPPED
+        such steps in a row.
+        """
+        finite = math.isfinite(outcome.loss)
+        checked = self.stage.check_step(state, outcome) if finite else state
+        self.checkpoints.hold_changes()
         try:
-            return self.learner.step(rate)
-        except ArithmeticError as error:
-            raise not_finite(f"the gradient's norm ({error})", step) from error
+            return checked, self.learner.step(rate)
+        except NotFinite as error:
+            what = f"the gradient's norm ({error.norm})" if finite else f"the loss ({outcome.loss})"
+            if state.skipped_in_a_row >= MAX_SKIPPED:
+                raise not_finite(what, state) from error
+            return self._skip(state, outcome, error.norm, tokens), None
+
+    def _skip(self, state: TrainState, outcome: Outcome, norm: float, tokens: int) -> TrainState:
+        """The state with the step at hand recorded as skipped."""
+        skipped = SkippedStep(
+            step=state.steps + 1,
+            number=state.skipped[-1].number + 1 if state.skipped else 1,
+            kind=self.stage.plan.kind(state.steps),
+            tokens=tokens,
+            loss=figure(outcome.loss),
+            loss_by_rank=tuple(map(figure, outcome.loss_by_rank)),
+            gradient_norm=figure(norm),
+            batch=self.stage.plan.describe(state.steps),
+        )
+        return state.model_copy(
+            update={
+                "skipped": (*state.skipped, skipped)[-SKIPPED_KEPT:],
+                "skipped_iterations": state.skipped_iterations + 1,
+            }
+        )
 
     def _advance(self, state: TrainState, tokens: int) -> TrainState:
         """The state after one more step, of `tokens` tokens."""
@@ -237,13 +319,13 @@ class Trainer:
                 {"reasoning": measured.reasoning, "final": measured.final}, self.stage.span_weights
             )
             if not math.isfinite(weighted):
-                raise not_finite("the held-out loss", state.steps - 1)
+                raise not_finite("the held-out loss", state)
             loss = HeldOutLoss(held_out=measured, weighted=weighted, documents=self.held_out.documents)
             state = state.model_copy(update={"latest": measured, "held_out": (*state.held_out, weighted)})
         try:
             evaluation = self.stage.evaluate(self.learner, state)
         except ArithmeticError as error:
-            raise not_finite(str(error), state.steps - 1) from error
+            raise not_finite(str(error), state) from error
         if evaluation:
             state, of_kind = evaluation
         if loss or evaluation:
@@ -277,9 +359,22 @@ class Trainer:
     def _save(self, state: TrainState) -> None:
         began = time.monotonic()
         self.stage.before_checkpoint()
-        self.checkpoints.save(self.learner, state)
+        self.checkpoints.save(state)
         stopped = Sample(CHECKPOINT_SAVE_SECONDS, time.monotonic() - began)
         self.context.board.metrics.record([stopped])
+
+    def _tell_late(self, state: TrainState) -> None:
+        """Say that the checkpoint at `state` has to wait; rank 0 says it for all."""
+        if distributed.rank() == 0:
+            log.warning(
+                "Checkpoint %d is due, but checkpoint %s is still being written, for %.0f s so far. Training "
+                "goes on, and the next checkpoint follows when that one exists. To lose less work in a "
+                "failure, give the bucket more bandwidth; to write less, raise "
+                "training.checkpoint.everyTokens and interval",
+                state.iteration,
+                self.checkpoints.saved,
+                self.checkpoints.age,
+            )
 
     def _stop(self, state: TrainState) -> NoReturn:
         """Save the state and raise Terminated."""
@@ -296,19 +391,15 @@ class Trainer:
         self.checkpoints.wait()
 
 
-def check_finite(outcome: Outcome, step: int) -> None:
-    """Raise Permanent if the step's loss is not finite, the same on every rank."""
-    if not math.isfinite(outcome.loss):
-        raise not_finite(f"the loss ({outcome.loss})", step)
-
-
-def not_finite(what: str, step: int) -> Permanent:
-    """The error of a number that ended training. Another attempt would have the same data and arithmetic, and
-    meet it again."""
+def not_finite(what: str, state: TrainState) -> Permanent:
+    """The error of a number that ended training, after the steps of `state`. Another attempt would have the
+    same data and arithmetic, and meet it again."""
+    skipped = state.skipped_in_a_row
+    row = f", and neither were those of the {skipped} steps before, which were skipped" if skipped else ""
     return Permanent(
-        f"NonFinite: {what} is not finite at step {step + 1}; the weights were not touched. In a new run, "
-        "which may resumeFrom this one's last checkpoint, lower optimizer.learningRate or gradientClip, or "
-        "lengthen warmupTokens."
+        f"NonFinite: {what} is not finite after {state.steps} steps{row}; the weights were not touched. In a "
+        "new run, which may resumeFrom this one's last checkpoint, lower optimizer.learningRate or "
+        "gradientClip, or lengthen warmupTokens."
     )
 
 

@@ -20,7 +20,7 @@ from vpmoe.checkpoint.format import WEIGHTS, CheckpointRejected, open_weights
 from vpmoe.model import hf_export, state
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Input
-from vpmoe.trainer.checkpoint.writer import BUFFERS, rank_file
+from vpmoe.trainer.checkpoint.state_copy import BUFFERS, rank_file
 from vpmoe.trainer.context import StageContext
 
 pytestmark = pytest.mark.usefixtures("device")

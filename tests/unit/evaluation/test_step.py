@@ -55,7 +55,7 @@ from vpmoe.rollout.evaluation_record import EvaluationRecord, load_evaluation
 from vpmoe.rollout.prompts import completion_validity
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.bucket import json_bytes
-from vpmoe.trainer.checkpoint.writer import rank_file
+from vpmoe.trainer.checkpoint.state_copy import rank_file
 from vpmoe.trainer.context import StageContext
 from vpmoe.trainer.data.held_out import HeldOutDocuments
 

@@ -23,6 +23,7 @@ from tests.fakes.simulated_cluster import (
 )
 from vpmoe.api import DistillRun, Invalid
 from vpmoe.api.environment import RESERVED_ENV
+from vpmoe.api.runtime import Resources
 from vpmoe.provenance import COMMIT_FILE
 
 ORIGIN = Origin("b" * 64, "d" * 64)
@@ -36,6 +37,7 @@ EVALUATED_ONPOLICY = {
     "evaluation": EVALUATED,
     "export": {"stages": ["onpolicy"]},
 }
+SEVEN, BATCH = {"shape": "vpmoe-6b", "gpus": 7}, {"sequenceLength": 512, "globalBatchTokens": 8192}
 REPORTED_ONPOLICY = {**EVALUATED_ONPOLICY, "runtime": {"report": True}}
 UPCYCLED = {"student": {"shape": "tiny", "gpus": 2, "init": {"upcycle": {"model": "s3://models/dense"}}}}
 SCHEDULING = {
@@ -110,7 +112,7 @@ def test_every_pod_satisfies_the_restricted_standard(step: str, spec: dict[str, 
         writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
         assert writable == {"/tmp", "/dev/shm"}
         assert {"name": "shm", "emptyDir": {"medium": "Memory"}} in pod["volumes"]
-        assert pod["terminationGracePeriodSeconds"] == 300
+        assert pod["terminationGracePeriodSeconds"] >= 300
         assert pod["shareProcessNamespace"] is True, "process 1 ignores SIGTERM before it has a handler"
         assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
 
@@ -377,6 +379,47 @@ def test_resources_of_the_run_override_those_of_the_chart(
         templates(child(runtime={"resources": run_resources}))[0]["spec"]["containers"][0]["resources"]
         == resources
     )
+
+
+@pytest.mark.parametrize(
+    "step, spec, size, seconds",
+    [
+        # Two checkpoints of 72.4 GB, the one that is being written and the last, at 0.25 GB/s: 580 s; and a
+        # minute.
+        pytest.param("vanilla", {"student": SEVEN, "training": BATCH}, 72_358_739_124, 640, id="one-pod"),
+        pytest.param(
+            "vanilla",
+            {"student": {**SEVEN, "gpusPerPod": 1}, "training": BATCH},
+            72_358_739_124 / 7,
+            300,
+            id="seven-pods",
+        ),
+        pytest.param("vanilla", {"student": {"shape": "tiny", "gpus": 2}}, 312_135_168, 300, id="tiny"),
+        # Also the copy of a policy version, in bf16.
+        pytest.param("onpolicy", EVALUATED_ONPOLICY, 312_135_168 + 52_022_528, 300, id="onpolicy"),
+    ],
+)
+def test_a_trainer_has_the_time_and_the_memory_to_save_its_state(
+    step: str, spec: dict[str, Any], size: float, seconds: int
+) -> None:
+    """The chart's memory is without the copies; memory that the run sets is the whole."""
+    settings = SETTINGS.model_copy(
+        update={"resources": {"train": Resources(requests={"memory": "32Gi"}, limits={"memory": "64Gi"})}}
+    )
+    found = templates(child(step, settings=settings, **spec))
+    assert {pod["spec"]["terminationGracePeriodSeconds"] for pod in found} == {seconds}
+    for pod in found:
+        resources = pod["spec"]["containers"][0]["resources"]
+        for name, least in (("requests", 32 << 30), ("limits", 64 << 30)):
+            mebi = int(resources[name]["memory"].removesuffix("Mi"))
+            assert 0 <= mebi * 2**20 - (least + size) < 2**20 + 1
+    own = {"runtime": {"resources": {"train": {"requests": {"memory": "200Gi"}}}}}
+    resources = templates(child(step, settings=settings, **spec, **own))[0]["spec"]["containers"][0][
+        "resources"
+    ]
+    assert resources["requests"]["memory"] == "200Gi"
+    other = templates(child("preprocess", settings=settings, **spec))[0]["spec"]
+    assert other["terminationGracePeriodSeconds"] == 300
 
 
 @pytest.mark.parametrize("secret", ["vpmoe-s3", None])

@@ -124,6 +124,16 @@ def test_each_adjustment_of_a_setting_is_an_event() -> None:
     assert set_starved("HighEffortLowered", "adjustment 3", "False") == []
 
 
+def test_each_skipped_step_is_an_event() -> None:
+    cluster = rescoring_run()
+    found = []
+    for message in ("step 3 was skipped", "step 3 was skipped", "step 9 was skipped"):
+        condition = {"type": "StepSkipped", "status": "True", "reason": "NonFinite", "message": message}
+        cluster.set_progress(progress("vanilla", done=100, conditions=[condition]))
+        found.append(reasons(cluster))
+    assert found == [["StepSkipped"], [], ["StepSkipped"]]
+
+
 def test_a_condition_of_a_job_is_a_new_event_only_if_its_reason_changes() -> None:
     cluster = rescoring_run()
 

@@ -1,5 +1,6 @@
 """A run's plan: bytes and hours by hand, the teacher's size, the OnPolicy totals, what does not fit."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -158,22 +159,74 @@ def test_hours_of_a_run_by_hand() -> None:
         speeds={"train": 1000.0, "score": 10_000.0},
     )
     first, rescored, scores = 1e9 / 7000 / 3600, 2e9 / 7000 / 3600, 1e9 / 10_000 / 3600
-    pause = STUDENTS["vpmoe-6b"].checkpoint / 1e9 / 3600
+    # 50M tokens take two hours, so the 30 minutes of training.checkpoint.interval come first. The state of
+    # each of 7 GPUs is copied at 25 GB/s.
+    pause = STUDENTS["vpmoe-6b"].checkpoint / 7 / 25e9 / 3600
+    first_pauses, rescored_pauses = (math.ceil(hours / 0.5) * pause for hours in (first, rescored))
     hours = {step.step: step.hours for step in plan.steps}
     assert hours["preprocess"] is None
-    assert hours["first"] == pytest.approx(first + 20 * pause)
-    assert hours["rescored"] == pytest.approx(rescored + 40 * pause)
+    assert hours["first"] == pytest.approx(first + first_pauses)
+    assert hours["rescored"] == pytest.approx(rescored + rescored_pauses)
     assert hours["rescore"] == pytest.approx(scores)
-    assert plan.hours == pytest.approx(max(first + 20 * pause, scores) + rescored + 40 * pause)
-    assert plan.gpu_hours == pytest.approx(7 * (first + rescored + 60 * pause) + scores)
+    assert plan.hours == pytest.approx(max(first + first_pauses, scores) + rescored + rescored_pauses)
+    every = first + first_pauses + rescored + rescored_pauses
+    assert plan.gpu_hours == pytest.approx(7 * every + scores)
+
+
+@pytest.mark.parametrize(
+    "changes, speed, disk_speed, expected",
+    [
+        # 7 GPUs, one pod: 72.4 GB. Number, interval, upload, host GB, grace.
+        pytest.param({}, 10_000.0, 1e9, (20, 714, 72, 72, 640), id="by-tokens"),
+        pytest.param({}, 1000.0, 1e9, (80, 1800, 72, 72, 640), id="by-time"),
+        pytest.param({}, 70_000.0, 0.25e9, (8, 289, 289, 72, 640), id="by-the-bucket"),
+        pytest.param(
+            {"spec.training.checkpoint": {"interval": "0s"}},
+            100.0,
+            1e9,
+            (20, 71429, 72, 72, 640),
+            id="unbounded",
+        ),
+        pytest.param({"spec.student.gpusPerPod": 1}, 10_000.0, 1e9, (20, 714, 10, 10, 300), id="seven-pods"),
+    ],
+)
+def test_checkpoints_come_by_tokens_or_time_and_as_fast_as_the_bucket_takes_them(
+    changes: dict[str, Any], speed: float, disk_speed: float, expected: tuple[int, ...]
+) -> None:
+    plan = plan_of(
+        {"spec.evaluation.completions": 0, **changes}, speeds={"train": speed}, disk_speed=disk_speed
+    )
+    (found,) = plan.checkpoints
+    assert found.interval_seconds is not None
+    assert expected == (
+        found.number,
+        round(found.interval_seconds),
+        round(found.upload_seconds),
+        round(found.host_bytes / 1e9),
+        found.grace_seconds,
+    )
+    shown = plan_text(plan)
+    assert f"{found.grace_seconds}" in shown and "host memory for copies" in shown
+    slow = [one for one in plan.sources if one.startswith("grace:")]
+    assert len(slow) == (disk_speed < 0.25e9)
+
+
+def test_a_memory_limit_that_the_copies_exceed_is_a_problem() -> None:
+    limits = {"spec.runtime.resources": {"train": {"limits": {"memory": "64Gi"}}}}
+    (problem,) = plan_of(limits).problems
+    assert problem == (
+        "spec.runtime.resources.train: the memory limit 64Gi is less than the 67.4 GiB that each pod of "
+        "stage first holds while its state is uploaded. Raise it to 100Gi or more, or leave it out."
+    )
+    assert not plan_of({"spec.runtime.resources": {"train": {"limits": {"memory": "100Gi"}}}}).problems
 
 
 @pytest.mark.parametrize(
     "gpus, score, before, noted",
     [
-        pytest.param(None, 10_000.0, False, "27.8 hours on 1 GPU (rescore.gpus) beside 4", id="less"),
+        pytest.param(None, 10_000.0, False, "27.8 hours on 1 GPU (rescore.gpus) beside 39.7", id="less"),
         pytest.param(None, 1_000.0, False, "on 8 GPUs it would take 34.7 hours before them", id="more"),
-        pytest.param(8, 1_000.0, True, "34.7 hours on 8 GPUs (rescore.gpus), then 4", id="students' GPUs"),
+        pytest.param(8, 1_000.0, True, "34.7 hours on 8 GPUs (rescore.gpus), then 39.7", id="students' GPUs"),
         pytest.param(8, 1e4, True, "on 1 GPU it would take 27.8 hours beside them", id="needless"),
     ],
 )

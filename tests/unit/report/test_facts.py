@@ -12,7 +12,7 @@ from vpmoe.api.progress import Amount, Progress
 from vpmoe.plan.plan import Assumptions, make_plan
 from vpmoe.plan.teacher import KNOWN
 from vpmoe.plan.throughput import CARDS
-from vpmoe.report.facts import Figure, costs, data_size, duration, key_figures, time_left
+from vpmoe.report.facts import Figure, costs, data_size, duration, key_figures, story, time_left
 from vpmoe.report.run_data import Activity, RunData, StepRecord
 from vpmoe.rollout.task_record import TaskEvaluation
 
@@ -68,6 +68,19 @@ def test_the_time_left_of_a_run_that_has_not_trained_or_is_not_planned_is_not_kn
     tiny = data.run.spec.student.model_copy(update={"shape": "tiny"})
     run = data.run.model_copy(update={"spec": data.run.spec.model_copy(update={"student": tiny})})
     assert time_left(dataclasses.replace(data, run=run)) is None
+
+
+@pytest.mark.parametrize(
+    "skipped, text",
+    [([3], "It skipped step 3: the"), (list(range(3, 10)), "It skipped step 3, 4, 5, 6, 7 and 2 more: the")],
+)
+def test_the_steps_that_a_stage_skipped_are_named(data: RunData, skipped: list[int], text: str) -> None:
+    lines = tuple({"event": "skipped", "step": step, "tokens": 10 * step} for step in skipped)
+    steps = tuple(
+        dataclasses.replace(step, lines=lines) if step.name == "vanilla" else step for step in data.steps
+    )
+    (sentence,) = story(dataclasses.replace(data, steps=steps))
+    assert text in sentence
 
 
 def test_gpu_hours_are_those_of_all_gpus_of_the_steps_that_ran(data: RunData) -> None:

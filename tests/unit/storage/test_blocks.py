@@ -6,6 +6,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from vpmoe.storage.blocks import (
     hash_bytes,
     hash_files,
     in_order,
+    join_blocks,
     read_blocks,
 )
 
@@ -57,6 +59,23 @@ def test_blocks_cover_every_byte_exactly_once() -> None:
             stop - start for start, stop in ranges
         ], seed
         assert (stored.size, stored.sha256) == (size, hashlib.sha256(data).hexdigest())
+
+
+def test_parts_of_any_length_are_joined_into_blocks() -> None:
+    generator = random.Random(seed := random.randrange(1 << 32))
+    print(f"seed {seed}")
+    data = generator.randbytes(2 * BLOCK + 12_345)
+    for ends in (
+        [],
+        [0, 0, 1],
+        [BLOCK],
+        [BLOCK - 1, BLOCK + 1, 2 * BLOCK],
+        sorted(generator.choices(range(len(data)), k=50)),
+    ):
+        parts = [memoryview(data)[start:stop] for start, stop in pairwise([0, *ends, len(data)])]
+        blocks = list(join_blocks(parts))
+        assert [len(block) for block in blocks] == [BLOCK, BLOCK, 12_345] and b"".join(blocks) == data
+    assert not list(join_blocks([])) and not list(join_blocks([b""]))
 
 
 def test_files_that_are_hashed_in_threads_have_the_hashes_of_their_content(tmp_path: Path) -> None:

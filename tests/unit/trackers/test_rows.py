@@ -53,5 +53,9 @@ def test_sampler_trainer_and_evaluation_have_the_same_names_for_the_same_thing()
 def test_a_start_has_no_row_and_what_is_not_finite_no_value() -> None:
     assert row(recorded_run.lines("vanilla", "start")[0], 0, "train") is None
     assert row({"event": "step", **TIME, "loss": math.nan, "lossBySpan": {"final": None}}, 0, "train") is None
+    skipped = {"event": "skipped", **TIME, "number": 2, "loss": "nan", "gradientNorm": "inf"}
+    skipped |= {"seconds": 1.0, "batchTokens": 9, "batch": {"firstSequence": 4}}
+    bad = row(skipped, 7, "train")
+    assert bad is not None and bad.x == 7 and bad.values == {"train/skipped": 2.0}
     odd = row({"event": "step", **TIME, "exercises": {"Q&A (short)": 1.0}}, 0, "train")
     assert odd is not None and odd.values == {"exercises/q_a _short_": 1.0}

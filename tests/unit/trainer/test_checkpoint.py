@@ -25,7 +25,8 @@ from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import PARTS, SHAPES, other_parts
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Input, Manifest
-from vpmoe.trainer.checkpoint.writer import BUFFERS, prune, rank_file
+from vpmoe.trainer.checkpoint.state_copy import BUFFERS, rank_file
+from vpmoe.trainer.checkpoint.writer import prune
 from vpmoe.trainer.context import StageContext
 
 pytestmark = pytest.mark.usefixtures("device")

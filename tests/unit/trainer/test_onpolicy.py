@@ -24,11 +24,12 @@ from tests.fakes.fake_onpolicy_peers import FakePeers
 from tests.fakes.onpolicy_ranks import PeerReporter
 from tests.fakes.ranks import run_ranks
 from tests.fakes.students import new_seed
-from vpmoe.checkpoint.train_state import TrainState, list_iterations, load_stage_end
+from vpmoe.checkpoint.train_state import TrainState, WindowStats, list_iterations, load_stage_end
 from vpmoe.data import canary
 from vpmoe.data.mixture import interleave
 from vpmoe.failure import Permanent, Terminated
 from vpmoe.model.learner import Learner
+from vpmoe.model.objective import Objective
 from vpmoe.rollout import back_pressure, policy_version
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Manifest
@@ -355,6 +356,75 @@ def test_a_sampler_that_computes_another_student_fails_the_stage(
     assert [line["kind"] for line in metrics_lines(trainer)].count(
         "OnPolicy"
     ) == 2 and trainer.learner.steps == len(metrics_lines(trainer))
+
+
+def spoil_step(trainer: Trainer, bad: int) -> list[WindowStats]:
+    """Make the weights infinite during the forward of step `bad` (from 0), and only then. The list gets the
+    sums over windows before and after that step."""
+    objective, after_step, sums = trainer.stage.objective, trainer.stage.after_step, []
+    weight = trainer.learner.student.embedding.weight
+    kept = torch.empty_like(weight)
+
+    def spoiling(step: int, counts: torch.Tensor) -> Objective:
+        if step == bad:
+            kept.copy_(weight)
+            weight.data.fill_(torch.inf)
+        return objective(step, counts)
+
+    def restoring(learner: Learner, state: TrainState, seconds: float) -> None:
+        if state.steps == bad + 1:
+            weight.data.copy_(kept)
+        if bad <= state.steps <= bad + 1 and state.windows is not None:
+            sums.append(state.windows.since)
+        after_step(learner, state, seconds)
+
+    trainer.stage.objective, trainer.stage.after_step = spoiling, restoring  # type: ignore[method-assign]
+    return sums
+
+
+@pytest.mark.parametrize("kind, bad", [("OnPolicy", 4), ("Vanilla", 3)])
+def test_a_bad_step_is_skipped_and_its_window_counts_as_read(
+    make_trainer: MakeTrainer, spec: dict[str, Any], kind: str, bad: int
+) -> None:
+    """The windows go on, each once, and none of the bad numbers is in what evaluations sum up. A trainer that
+    was killed after the step ends with the same bits and state."""
+    spec["metadata"]["name"] = "alone"
+    trainer = make_trainer()
+    assert trainer.stage.plan.kind(bad) == kind
+    sums = spoil_step(trainer, bad)
+    trainer.run()
+    assert len(sums) == 2 and sums[0] == sums[1]
+    end = final_state(trainer)
+    (skipped,) = end.skipped
+    assert (skipped.step, skipped.kind, skipped.loss) == (bad + 1, kind, "nan")
+    assert end.windows is not None and end.updates == end.steps - 1 == trainer.learner.steps
+    windows = [line["window"] for line in metrics_lines(trainer) if line["kind"] == "OnPolicy"]
+    (line,) = metrics_lines(trainer, "skipped")
+    if kind == "OnPolicy":
+        assert skipped.batch.window == line["batch"]["window"] and skipped.batch.first_sequence is None
+        assert sorted([*windows, skipped.batch.window]) == list(range(end.windows.trained))
+        prompts = sum(map(len, skipped.batch.documents.values()))
+        assert prompts == ONPOLICY["rollout"]["promptsPerWindow"]  # type: ignore[index]
+    else:
+        assert windows == list(range(end.windows.trained))
+        assert (skipped.batch.window, skipped.batch.sequences) == (None, 2)
+
+    spec["metadata"]["name"] = "killed"
+
+    def kill(step: int) -> None:
+        if step == bad + 2:
+            raise Killed
+
+    killed = make_trainer(PeerReporter(kill))
+    spoil_step(killed, bad)
+    with pytest.raises(Killed):
+        killed.run()
+    killed.stage.close()  # a kill would end these threads; here they finish their work
+    killed.checkpoints.close()
+    resumed = make_trainer()
+    spoil_step(resumed, bad)
+    resumed.run()
+    assert equal_states(resumed.learner, trainer.learner) and final_state(resumed) == end
 
 
 @pytest.mark.parametrize(

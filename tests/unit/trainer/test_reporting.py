@@ -16,6 +16,7 @@ from tests.fakes.waiting import wait_until
 from vpmoe.api.metrics import BySpan, Measures
 from vpmoe.api.progress import Amount, Progress, SpanLoss
 from vpmoe.api.storage import StorageSpec
+from vpmoe.checkpoint.train_state import StepBatch
 from vpmoe.clock import now
 from vpmoe.data.spans import SPANS
 from vpmoe.model.router import ExpertLoad
@@ -35,6 +36,7 @@ from vpmoe.trainer.reporting.gpu import as_vector, read_gpu, use_of_ranks
 from vpmoe.trainer.reporting.lines import (
     EvaluationLine,
     HeldOutLoss,
+    SkippedLine,
     StartLine,
     StepLine,
     TrainerLine,
@@ -231,7 +233,9 @@ STEP = ALWAYS | {
     "gpu.memoryHeadroom",
     "gpu.reason",
 }
-START = ALWAYS | {"from", "refused", "ranks", "steps", "sequencesPerStep", "stageTokens", "centre"}
+START = ALWAYS | {"from", "refused", "skipped", "ranks", "steps", "sequencesPerStep", "stageTokens", "centre"}
+SKIPPED = ALWAYS | {"number", "kind", "batchTokens", "seconds", "loss", "lossByRank", "gradientNorm"}
+SKIPPED |= {"batch", "batch.documents", "batch.firstSequence", "batch.sequences", "batch.window"}
 RESCORED = RescoredMeasures(
     weight=ConfidenceWeights(mean=BOTH, saturation_low=BOTH, saturation_high=BOTH), teacher_logp=BOTH
 )
@@ -276,8 +280,9 @@ OPEN_OBJECTS = {
     "rollouts",
     "validity",
     "lengths",
+    "batch.documents",
 }
-"""Objects whose keys are spans, layers, exercises or efforts."""
+"""Objects whose keys are spans, layers, exercises, efforts or parts."""
 
 
 def start_line(**fields: Any) -> StartLine:
@@ -289,12 +294,31 @@ def start_line(**fields: Any) -> StartLine:
         epoch=0,
         origin="from random weights",
         refused=(),
+        skipped=0,
         ranks=1,
         steps=None,
         sequences_per_step=4,
         stage_tokens=100,
         centre=None,
         **fields,
+    )
+
+
+def skipped_line() -> SkippedLine:
+    return SkippedLine(
+        attempt=1,
+        step=1,
+        iteration=1,
+        tokens=100,
+        epoch=0,
+        number=1,
+        kind="Vanilla",
+        batch_tokens=100,
+        loss="nan",
+        loss_by_rank=(1.0, "nan"),
+        gradient_norm="inf",
+        batch=StepBatch(documents={"train/part-00000": (3,)}, first_sequence=0, sequences=4),
+        seconds=1.0,
     )
 
 
@@ -335,6 +359,7 @@ WINDOWS = WindowEvaluation(
             START | {"windows", "firstPrompt"},
             id="start-of-OnPolicy",
         ),
+        pytest.param(skipped_line(), SKIPPED, id="skipped"),
         pytest.param(
             evaluation_line(HELD_OUT, None),
             ALWAYS | {"heldOut", "weighted", "documents", "seconds"},

@@ -14,12 +14,17 @@ from tests.fakes.reporters import RecordingReporter, stop_after
 from tests.fakes.students import copy_slices
 from vpmoe.api.termination import TerminationRecord
 from vpmoe.checkpoint.train_state import list_iterations, load_stage_end
+from vpmoe.data.packing import PackedDocument
 from vpmoe.failure import Permanent, Terminated, classify_error
+from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
 from vpmoe.model.router import routers
+from vpmoe.model.shapes import SHAPES
 from vpmoe.storage import Bucket, paths
 from vpmoe.trainer.data import collate
 from vpmoe.trainer.reporting import router_monitor
+from vpmoe.trainer.stages import teacher_forced
+from vpmoe.trainer.teacher_forced.client import WaitMeter
 from vpmoe.trainer.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -52,14 +57,13 @@ def make_trainer(
     """Makes trainers at the stage's state according to the bucket."""
     monkeypatch.setattr(collate, "PADDING", 0)  # the small vocabulary has no other
     random = np.random.default_rng(11)
-    dataset = datasets.write_dataset(
-        bucket,
-        [datasets.random_documents(random, 60), datasets.random_documents(random, 40)],
-        [datasets.random_documents(random, 9)],
-    )
+    documents = [datasets.random_documents(random, 60), datasets.random_documents(random, 40)]
+    dataset = datasets.write_dataset(bucket, documents, [datasets.random_documents(random, 9)])
+    scores = datasets.write_scores(bucket, dataset, documents, random)
 
     def make(uploader: RecordingReporter, learner: Learner | None = None) -> Trainer:
-        context = datasets.context(bucket, spec, tmp_path, dataset)
+        of_stage = scores if spec["spec"]["stages"][0]["kind"] == "Rescored" else None
+        context = datasets.context(bucket, spec, tmp_path, dataset, scores=of_stage)
         return trainers.trainer(context, device, learner or students.learner(device), uploader, held_out=9)
 
     return make
@@ -99,7 +103,7 @@ def test_a_stopped_stage_resumes_to_the_same_bits(
     assert ends[0] is not None and ends[1] is not None and ends[0][1] == ends[1][1]
 
 
-def test_a_loss_that_is_not_finite_is_an_error_and_changes_no_weight(
+def test_after_three_skipped_steps_the_next_is_an_error_and_no_weight_has_changed(
     make_trainer: MakeTrainer, bucket: Bucket, device: torch.device
 ) -> None:
     learner = students.learner(device)
@@ -108,18 +112,191 @@ def test_a_loss_that_is_not_finite_is_an_error_and_changes_no_weight(
     before = copy_slices(learner)
     trainer = make_trainer(RecordingReporter(), learner)
     trainer.held_out = None
-    with pytest.raises(
-        Permanent, match=r"NonFinite: the loss .* is not finite at step 1; the weights were not touched"
-    ):
+    message = (
+        r"NonFinite: the loss \(nan\) is not finite after 3 steps, and neither were those of the 3 steps "
+        "before, which were skipped; the weights were not touched. In a new run"
+    )
+    with pytest.raises(Permanent, match=message):
         trainer.run()
     assert all(
         torch.equal(after[1], before_step[1])
         for name, slices in copy_slices(learner).items()
         for after, before_step in zip(slices, before[name], strict=True)
     )
-    assert learner.steps == 0 and not list_iterations(
-        bucket, paths.checkpoints(trainer.context.run, "vanilla")
+    assert learner.steps == 0
+    # The next attempt counts on: it begins after two skipped steps.
+    assert list_iterations(bucket, paths.checkpoints(trainer.context.run, "vanilla")) == [2]
+    again = make_trainer(RecordingReporter())
+    again.held_out = None
+    assert again.start.state.skipped_in_a_row == 2 and again.learner.steps == 0
+    with pytest.raises(Permanent, match=message):
+        again.run()
+
+
+def token_of_one_step(trainer: Trainer, step: int) -> int:
+    """A token that only the batch of this step has, and no held-out document."""
+    assert trainer.held_out is not None and trainer.stage.plan.steps is not None
+    others = [
+        batch.tokens[~batch.padding]
+        for other in range(trainer.stage.plan.steps)
+        if other != step
+        for batch in trainer.stage.plan.batches(other)
+    ] + [batch.tokens[~batch.padding] for batch in trainer.held_out.batches]
+    own = [batch.tokens[~batch.padding] for batch in trainer.stage.plan.batches(step)]
+    return min(set(torch.cat(own).tolist()) - set(torch.cat(others).tolist()))
+
+
+def with_embedding(
+    device: torch.device, token: int, value: float, teacher_width: int | None = None
+) -> Learner:
+    """A student whose embedding of a token is `value`: infinite, it spoils the batches that have the token,
+    and those alone."""
+    learner = students.learner(device, teacher_width=teacher_width)
+    with torch.no_grad():
+        learner.student.embedding.weight[token] = value
+    return learner
+
+
+def train_by_hand(trainer: Trainer, learner: Learner, bad: int) -> int:
+    """Train a learner on the steps of a trainer that has not begun, but for the step `bad`. Returns the
+    stage's tokens."""
+    seen, state = 0, trainer.start.state
+    assert trainer.stage.plan.steps is not None
+    for step in range(trainer.stage.plan.steps):
+        batches = trainer.stage.batches(state.model_copy(update={"steps": step}), lambda message: None)
+        assert batches is not None
+        counts = torch.stack([batch.counts for batch in batches]).sum(0)
+        seen += int(counts[0])
+        if step != bad:
+            objective = trainer.stage.objective(step, counts)
+            learner.forward_backward(batches, objective, int(counts[0]))
+            learner.step(trainer._learning_rate(seen))
+    return seen
+
+
+def test_a_bad_step_is_skipped_and_recorded_and_training_is_as_if_it_had_no_batch(
+    make_trainer: MakeTrainer, spec: dict[str, Any], device: torch.device
+) -> None:
+    """The reference trains by hand on the other steps. A resumed stage ends with the same bits and state."""
+    spec["metadata"]["name"] = "alone"
+    reporter = RecordingReporter()
+    bad, probe = 2, make_trainer(RecordingReporter())
+    token, steps = token_of_one_step(probe, bad), probe.stage.plan.steps
+    assert steps is not None
+    trainer = make_trainer(reporter, with_embedding(device, token, torch.inf))
+    trainer.run()
+
+    reference = with_embedding(device, token, torch.inf)
+    seen = train_by_hand(probe, reference, bad)
+    assert equal_states(trainer.learner, reference) and trainer.learner.steps == steps - 1
+
+    # What is recorded: the step's documents, in the state, in its line, and as a condition.
+    end = load_stage_end(trainer.context.bucket, paths.checkpoints(trainer.context.run, "vanilla"))
+    assert end is not None
+    (skipped,) = end[1].skipped
+    assert (end[1].steps, end[1].iteration, end[1].updates, end[1].tokens) == (steps, steps, steps - 1, seen)
+    batches = probe.stage.plan.batches(bad)
+    assert (skipped.step, skipped.number, skipped.kind) == (bad + 1, 1, "Vanilla")
+    assert (skipped.loss, skipped.loss_by_rank, skipped.gradient_norm) == ("nan", ("nan",), "nan")
+    assert skipped.tokens == sum(int(batch.counts[0]) for batch in batches)
+    documents = probe.stage.documents
+    read = [
+        documents.read_document(PackedDocument(part, number, int(documents.lengths[part][number])))[0]
+        for part in range(2)
+        for number in skipped.batch.documents.get(documents.stem(part), ())
+    ]
+    trained = torch.cat([batch.tokens[~batch.padding] for batch in batches])
+    assert sorted(np.concatenate(read).tolist()) == sorted(trained.tolist())
+    assert (skipped.batch.first_sequence, skipped.batch.sequences) == (bad * 4, 4)
+    lines = [line for line in reporter.lines if line["event"] in ("step", "skipped")]
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    (line,) = (line for line in lines if line["event"] == "skipped")
+    assert line["step"] == bad + 1 and line["batch"]["documents"] == skipped.dump()["batch"]["documents"]
+    (condition,) = reporter.progress["conditions"]
+    assert (condition.type, condition.reason) == ("StepSkipped", "NonFinite")
+    assert condition.message == (
+        "step 3 was skipped: loss nan (rank 0), gradient norm nan. No weight moved; the stage has skipped 1 "
+        "so far"
     )
+    samples = trainer.context.board.metrics.render(None).decode().splitlines()
+    (value,) = (line.split()[-1] for line in samples if line.startswith("vpmoe_train_skipped_steps_total{"))
+    assert float(value) == 1
+
+    spec["metadata"]["name"] = "stopped"
+    stopped: list[Trainer] = []
+    stop = RecordingReporter(stop_after(bad + 1, lambda: stopped[0].context))
+    stopped.append(make_trainer(stop, with_embedding(device, token, torch.inf)))
+    with pytest.raises(Terminated):
+        stopped[0].run()
+    resumed = make_trainer(RecordingReporter())
+    assert resumed.learner.steps == bad and resumed.start.state.steps == bad + 1
+    resumed.run()
+    resumed_end = load_stage_end(resumed.context.bucket, paths.checkpoints(resumed.context.run, "vanilla"))
+    assert equal_states(resumed.learner, reference) and resumed_end is not None and resumed_end[1] == end[1]
+
+
+class LocalTeacher:
+    """In the place of a RemoteTeacher: its hidden states follow from the tokens. As with the remote one, each
+    microbatch must have been announced and is asked for once, in that order."""
+
+    width = 24
+
+    def __init__(self) -> None:
+        self._announced: list[Batch] = []
+        self.meter = WaitMeter(torch.device("cpu"))
+        generator = torch.Generator().manual_seed(5)
+        self._hidden_VG = torch.randn(students.SMALL.vocabulary, self.width, generator=generator)
+
+    def output(self, vocabulary: int) -> torch.Tensor:
+        return self._hidden_VG.flip(0)
+
+    def announce(self, batches: list[Batch], then: Batch | None = None) -> None:
+        self._announced = list(batches)
+
+    def hidden_of(self, batch: Batch) -> torch.Tensor:
+        assert torch.equal(batch.tokens, self._announced.pop(0).tokens)
+        return self._hidden_VG[batch.tokens.flatten()]
+
+    def disconnect(self) -> None:
+        assert not self._announced
+
+
+@pytest.mark.parametrize(
+    "stage, kind",
+    [
+        pytest.param({"kind": "Rescored", "mix": 0.5}, "Rescored", id="Rescored"),
+        pytest.param({"kind": "Rescored", "mix": 0.5}, "Vanilla", id="Vanilla-step-of-Rescored"),
+        pytest.param({"kind": "TeacherForced"}, "TeacherForced", id="TeacherForced"),
+    ],
+)
+def test_every_kind_of_stage_on_the_dataset_skips_a_bad_step(
+    make_trainer: MakeTrainer,
+    bucket: Bucket,
+    spec: dict[str, Any],
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: dict[str, Any],
+    kind: str,
+) -> None:
+    monkeypatch.setattr(teacher_forced, "connect", lambda context, device: LocalTeacher())
+    monkeypatch.setitem(SHAPES, "tiny", students.SMALL)
+    spec["spec"]["stages"] = [{"name": "vanilla", "tokens": 2000, **stage}]
+    width = LocalTeacher.width if kind == "TeacherForced" else None
+    probe = make_trainer(RecordingReporter(), students.learner(device, teacher_width=width))
+    plan = probe.stage.plan
+    assert plan.steps is not None
+    bad = next(step for step in range(2, plan.steps) if plan.kind(step) == kind)
+    token = token_of_one_step(probe, bad)
+    trainer, reference = (with_embedding(device, token, torch.inf, width) for _ in range(2))
+    run = make_trainer(RecordingReporter(), trainer)
+    run.run()
+    train_by_hand(probe, reference, bad)
+    end = load_stage_end(bucket, paths.checkpoints(run.context.run, "vanilla"))
+    assert end is not None and equal_states(trainer, reference)
+    (skipped,) = end[1].skipped
+    assert (skipped.kind, skipped.step, skipped.loss) == (kind, bad + 1, "nan")
+    if kind == "Rescored":
+        assert all(number % 2 == 0 for of in skipped.batch.documents.values() for number in of), "scored ones"
 
 
 def test_a_collapsed_router_is_a_condition_that_names_the_layer(

@@ -98,7 +98,7 @@ class CheckpointReader:
             faults = " ".join(f"Rank {rank}: {fault}" for fault, rank in first_rank_of.items())
             raise CheckpointRejected(f"checkpoint {bucket.url(folder)} cannot be used. {faults}")
         state.restore(
-            self._learner, found.read_range, found.state.iteration if moments else 0, moments, found.unset
+            self._learner, found.read_range, found.state.updates if moments else 0, moments, found.unset
         )
         own = f"random/{distributed.rank()}/"
         if moments and found.manifest.facts.get("ranks") == distributed.world_size():

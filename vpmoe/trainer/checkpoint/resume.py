@@ -179,6 +179,7 @@ def next_stage_state(before: TrainState, stage: str) -> TrainState:
         steps=0,
         tokens=0,
         iteration=before.iteration,
+        skipped_iterations=before.skipped_iterations,
         first_sequence=before.next_sequence,
         next_sequence=before.next_sequence,
         epoch=before.epoch,

@@ -1,4 +1,8 @@
-"""Checkpoint writer: training waits while files are written to local disk, but not while they are uploaded.
+"""Checkpoint writer: training goes on while a copy of its state is uploaded.
+
+`save` begins a copy to host memory (state_copy.py) and returns. A thread waits for the copy and uploads it
+from there, without a disk. Its collectives are on a process group of its own, so they never meet training's.
+One checkpoint is written at a time.
 
 checkpoints/<stage>/<iteration>/ holds
   rank-00003.safetensors … one file a rank: the rank's named ranges of the fp32 state (vpmoe/model/state.py; a
@@ -10,31 +14,26 @@ checkpoint before. reader.py loads checkpoints.
 """
 
 import logging
-import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
+from time import monotonic, time
 from typing import Any, Protocol
-
-from safetensors.torch import save_file
-from torch import Tensor
 
 from vpmoe.api.metrics import Sample
 from vpmoe.api.pod_metrics import CHECKPOINT_TIME, CHECKPOINT_UPLOAD_SECONDS
 from vpmoe.api.progress import CheckpointStatus
 from vpmoe.checkpoint.format import PARTS_FACT
 from vpmoe.checkpoint.train_state import TrainState, checkpoint_facts, iteration_of, list_iterations
-from vpmoe.failure import Retriable
-from vpmoe.model import distributed, state
+from vpmoe.model import distributed
 from vpmoe.model.learner import Learner
 from vpmoe.storage import Bucket, StorageError, Stored, manifest, paths
 from vpmoe.storage.manifest import Input
 from vpmoe.trainer.background_upload import BackgroundUpload
+from vpmoe.trainer.checkpoint.state_copy import FileCopy, StateCopy
 from vpmoe.trainer.context import ObjectGroup, StageContext
 
 log = logging.getLogger(__name__)
 
-BUFFERS = "buffers.safetensors"
 PATIENCE = timedelta(hours=1)
 """How much longer one rank's upload may take than another's."""
 
@@ -50,33 +49,20 @@ class CheckpointReport(Protocol):
         """Report the checkpoint as the latest. Called after the manifest."""
 
 
-def rank_file(rank: int) -> str:
-    """Name of a rank's file in a checkpoint."""
-    return f"rank-{rank:05d}.safetensors"
-
-
-def checkpoint_files(learner: Learner) -> dict[str, dict[str, Tensor]]:
-    """This rank's files of a checkpoint: by name the tensors in it, copied to the CPU."""
-    files: dict[str, dict[str, Tensor]] = {}
-    for held in state.slices(learner):
-        file = BUFFERS if held.name.startswith("buffer/") else rank_file(distributed.rank())
-        files.setdefault(file, {})[f"{held.name}[{held.start}:{held.stop}]"] = held.tensor.detach().to(
-            "cpu", copy=True
-        )
-    rank = distributed.rank()
-    random = {
-        f"random/{rank}/{name}[0:{values.numel()}]": values for name, values in state.random_state().items()
-    }
-    files.setdefault(rank_file(rank), {}).update(random)
-    return files
-
-
 class CheckpointWriter:
-    """Writes a stage's checkpoints, one at a time: a save waits for the upload of the one before."""
+    """Writes a stage's checkpoints, one at a time: a save waits for the one before."""
 
-    def __init__(self, context: StageContext, inputs: list[Input], report: CheckpointReport | None) -> None:
-        """`inputs`: what the stage's weights are made from, for the manifests. Every rank has a writer;
-        `report` is rank 0's alone."""
+    def __init__(
+        self,
+        context: StageContext,
+        learner: Learner,
+        inputs: list[Input],
+        report: CheckpointReport | None,
+    ) -> None:
+        """Allocates the memory of a copy of the learner's state. `inputs`: what the stage's weights are made
+        from, for the manifests. Every rank has a writer; `report` is rank 0's alone."""
+        self._learner = learner
+        self._copy = StateCopy(learner)
         self._context = context
         self._inputs = inputs
         self._report = report
@@ -84,18 +70,35 @@ class CheckpointWriter:
         self._upload = BackgroundUpload("checkpoint")
         self.saved: int | None = None
         """Iteration of the latest save."""
+        self._saved_at = monotonic()
 
-    def save(self, learner: Learner, at: TrainState) -> None:
-        """Write this rank's files and begin to upload them. Every rank calls it after the same step."""
+    @property
+    def age(self) -> float:
+        """Seconds since the latest save, or since the attempt began."""
+        return monotonic() - self._saved_at
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank has a checkpoint that is being written."""
+        return self._upload.running
+
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint could not be written. Every rank then has an error for `wait` to raise, at the
+        latest when it returns."""
+        return self._upload.failed
+
+    def save(self, at: TrainState) -> None:
+        """Begin to copy this rank's state, and to write it once it is copied. Every rank calls it after the
+        same step, and `hold_changes` before the next one changes the state."""
         self.wait()
-        folder = self._context.scratch / f"checkpoint-{at.iteration}"
-        folder.mkdir(exist_ok=True)
-        names = []
-        for name, tensors in checkpoint_files(learner).items():
-            save_file(tensors, folder / name, metadata={"format": "pt"})
-            names.append(name)
-        self.saved = at.iteration
-        self._upload.start(self._write, at, folder, names, learner.student.shape.parts)
+        self._copy.take(self._learner)
+        self.saved, self._saved_at = at.iteration, monotonic()
+        self._upload.start(self._write, at, self._learner.student.shape.parts)
+
+    def hold_changes(self) -> None:
+        """Keep the device from changing the state before it is copied; the host does not wait."""
+        self._copy.hold_changes()
 
     def wait(self) -> None:
         """Return once the checkpoint that is being uploaded, if any, exists. Raises on every rank what
@@ -107,52 +110,63 @@ class CheckpointWriter:
         self._upload.check()
 
     def close(self) -> None:
-        """End the thread, after the upload that may still be running."""
+        """End the thread, after the upload that may still be running, and free the copy's memory."""
         self._upload.close()
+        self._copy.close()
 
-    def _write(self, at: TrainState, folder: Path, names: list[str], parts: dict[str, Any]) -> None:
-        bucket, run, began = self._context.bucket, self._context.run, time.monotonic()
+    def _write(self, at: TrainState, parts: dict[str, Any]) -> None:
+        self._copy.wait()
+        bucket, run = self._context.bucket, self._context.run
         key = paths.checkpoint(run, at.stage, at.iteration)
         # a killed attempt may have left files there, or the checkpoint there was rejected
         self._agree(_fault(lambda: bucket.delete_prefix(key)) if self._report else None)
         stored: list[Stored] = []
-        fault = _fault(lambda: stored.extend(self._put(key, folder / name) for name in names))
+        fault = _fault(
+            lambda: stored.extend(self._put(f"{key}/{name}", file) for name, file in self._copy.files.items())
+        )
         stored_by_rank = self._group.gather(stored)
         self._agree(fault)
-        if self._report:
-            self._report.flush_metrics()
-            subjects = [one.subject(key) for of_rank in stored_by_rank for one in of_rank]
-            facts: dict[str, Any] = {"ranks": distributed.world_size(), "position": at.dump()}
-            if parts:
-                facts[PARTS_FACT] = parts
-            statement = manifest.statement(
-                "checkpoint", subjects, facts, self._context.provenance, self._inputs
-            )
-            written = manifest.write(bucket, paths.manifest(key), statement)
-            self._report.update(checkpoint=checkpoint_facts(bucket, written, at))
-            uploaded = Sample(CHECKPOINT_UPLOAD_SECONDS, time.monotonic() - began)
-            self._context.board.metrics.record([uploaded, Sample(CHECKPOINT_TIME, time.time())])
-            log.info(
-                "Wrote checkpoint %s: %d files, %.1f MB",
-                bucket.url(key),
-                len(subjects),
-                sum(one.size for one in subjects) / 1e6,
-            )
-            prune(bucket, paths.checkpoints(run, at.stage), run.spec.training.checkpoint.keep)
+        self._agree(_fault(lambda: self._complete(at, key, stored_by_rank, parts)) if self._report else None)
 
-    def _put(self, key: str, path: Path) -> Stored:
-        stored = self._context.bucket.put_file(
-            f"{key}/{path.name}", path, self._context.provenance.metadata()
+    def _complete(
+        self, at: TrainState, key: str, stored_by_rank: list[list[Stored]], parts: dict[str, Any]
+    ) -> None:
+        """Write the manifest, which makes it a checkpoint. Rank 0 calls it."""
+        assert self._report is not None
+        bucket, run = self._context.bucket, self._context.run
+        self._report.flush_metrics()
+        subjects = [one.subject(key) for of_rank in stored_by_rank for one in of_rank]
+        facts: dict[str, Any] = {"ranks": distributed.world_size(), "position": at.dump()}
+        if parts:
+            facts[PARTS_FACT] = parts
+        statement = manifest.statement("checkpoint", subjects, facts, self._context.provenance, self._inputs)
+        written = manifest.write(bucket, paths.manifest(key), statement)
+        self._report.update(checkpoint=checkpoint_facts(bucket, written, at))
+        uploaded = Sample(CHECKPOINT_UPLOAD_SECONDS, self.age)
+        self._context.board.metrics.record([uploaded, Sample(CHECKPOINT_TIME, time())])
+        log.info(
+            "Wrote checkpoint %s: %d files, %.1f MB",
+            bucket.url(key),
+            len(subjects),
+            sum(one.size for one in subjects) / 1e6,
         )
-        path.unlink()
-        return stored
+        prune(bucket, paths.checkpoints(run, at.stage), run.spec.training.checkpoint.keep)
 
-    def _agree(self, fault: str | None) -> None:
-        """Raise Retriable on every rank if any rank has a fault: a checkpoint is complete or does not
+    def _put(self, key: str, file: FileCopy) -> Stored:
+        return self._context.bucket.put_parts(
+            key, file.size, file.parts(), self._context.provenance.metadata()
+        )
+
+    def _agree(self, fault: StorageError | None) -> None:
+        """Raise StorageError on every rank if any rank has a fault: a checkpoint is complete or does not
         exist."""
-        for rank, found in enumerate(self._group.gather(fault)):
+        told = (str(fault), fault.reason) if fault else None
+        for rank, found in enumerate(self._group.gather(told)):
             if found:
-                raise Retriable(f"rank {rank} could not upload its part of a checkpoint: {found}")
+                message, reason = found
+                raise StorageError(
+                    f"rank {rank} could not write its part of a checkpoint: {message}", reason
+                ) from fault
 
 
 def prune(bucket: Bucket, folder: str, keep: int) -> None:
@@ -166,10 +180,10 @@ def prune(bucket: Bucket, folder: str, keep: int) -> None:
             bucket.delete_prefix(f"{folder}/{iteration}")
 
 
-def _fault(action: Callable[[], object]) -> str | None:
-    """The error of `action` as a message for the other ranks; None if it succeeded."""
+def _fault(action: Callable[[], object]) -> StorageError | None:
+    """The error of `action`, for the other ranks; None if it succeeded."""
     try:
         action()
-    except (StorageError, OSError) as error:
-        return str(error)
+    except StorageError as error:
+        return error
     return None

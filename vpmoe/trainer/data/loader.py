@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpmoe.api.microbatch import Microbatch
+from vpmoe.checkpoint.train_state import StepBatch
 from vpmoe.data.packing import PackedDocument, SequenceStream, rank_sequences
 from vpmoe.failure import Permanent
 from vpmoe.model.batch import Batch
@@ -24,6 +25,7 @@ class Documents(Protocol):
     def read_document(self, document: PackedDocument) -> tuple[NDArray[np.int32], NDArray[np.uint8]]: ...
     def prefetch(self, documents: Iterable[PackedDocument]) -> None: ...
     def exercise_shares(self, documents: Iterable[PackedDocument]) -> dict[str, float]: ...
+    def numbers_by_part(self, documents: Iterable[PackedDocument]) -> dict[str, tuple[int, ...]]: ...
 
 
 class Stream:
@@ -74,6 +76,15 @@ class Stream:
         """Share of each exercise in the whole step, all ranks together, by tokens."""
         rows = self._rows(step, 0, 1)
         return self._documents.exercise_shares(document for row in rows for document in row)
+
+    def describe(self, step: int) -> StepBatch:
+        """What the whole step reads, all ranks together."""
+        rows = self._rows(step, 0, 1)
+        return StepBatch(
+            documents=self._documents.numbers_by_part(document for row in rows for document in row),
+            first_sequence=self._first + step * self._sequences_per_step,
+            sequences=len(rows),
+        )
 
     def _microbatches(self, rows: Sequence[Sequence[PackedDocument]]) -> list[Batch]:
         return microbatches(

@@ -74,6 +74,10 @@ class ScoredDocuments:
         """See DatasetReader."""
         return self._documents.exercise_shares(self._original(document) for document in documents)
 
+    def numbers_by_part(self, documents: Iterable[PackedDocument]) -> dict[str, tuple[int, ...]]:
+        """See DatasetReader: the numbers are those among all documents."""
+        return self._documents.numbers_by_part(self._original(document) for document in documents)
+
     def _original(self, document: PackedDocument) -> PackedDocument:
         """The document with its number among all documents of its part."""
         return PackedDocument(

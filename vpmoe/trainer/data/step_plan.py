@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpmoe.api.microbatch import Microbatch
-from vpmoe.checkpoint.train_state import TrainState
+from vpmoe.checkpoint.train_state import StepBatch, TrainState
 from vpmoe.data.mixture import mix_streams
 from vpmoe.data.reader import DatasetReader
 from vpmoe.model.batch import Batch
@@ -34,6 +34,9 @@ class StepPlan(Protocol):
 
     def exercises(self, step: int) -> dict[str, float]:
         """Share of each exercise in the whole step, all ranks together, by tokens."""
+
+    def describe(self, step: int) -> StepBatch:
+        """What the whole step reads, all ranks together."""
 
     def advance(self, state: TrainState) -> TrainState:
         """The state with its data streams after the step at `state`; its counts of steps and tokens stay."""
@@ -119,6 +122,10 @@ class DatasetSteps:
     def exercises(self, step: int) -> dict[str, float]:
         """See StepPlan."""
         return self._streams[self._number(step)].exercises(self.mixture.index_in_stream(step))
+
+    def describe(self, step: int) -> StepBatch:
+        """See StepPlan."""
+        return self._streams[self._number(step)].describe(self.mixture.index_in_stream(step))
 
     def advance(self, state: TrainState) -> TrainState:
         """See StepPlan."""

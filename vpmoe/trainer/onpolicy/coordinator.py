@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from vpmoe.api.microbatch import Microbatch
 from vpmoe.api.progress import ProgressCondition
 from vpmoe.api.stages import OnPolicy
-from vpmoe.checkpoint.train_state import TrainState, WindowStream
+from vpmoe.checkpoint.train_state import StepBatch, TrainState, WindowStream
 from vpmoe.data import packing
 from vpmoe.data.mixture import exact_share
+from vpmoe.data.packing import PackedDocument
 from vpmoe.data.reader import DatasetReader
 from vpmoe.model import distributed
 from vpmoe.model.batch import Batch
@@ -126,11 +127,18 @@ class OnPolicyCoordinator:
         """See StepPlan. A rollout is of its prompt's exercise."""
         if not self.curriculum.is_window(step):
             return self._stream.exercises(self._anchors_before(step))
-        rollouts = self._loaded(step).rollouts
-        numbers = np.array([one.document for one in rollouts], np.int32)
-        asked = packing.packed_documents(numbers, self._first_document, self._documents.lengths)
+        asked, rollouts = self._prompts(step), self._loaded(step).rollouts
         return self._documents.exercise_shares(
             document._replace(length=len(one.ids_T)) for document, one in zip(asked, rollouts, strict=True)
+        )
+
+    def describe(self, step: int) -> StepBatch:
+        """See StepPlan."""
+        if not self.curriculum.is_window(step):
+            return self._stream.describe(self._anchors_before(step))
+        return StepBatch(
+            documents=self._documents.numbers_by_part(self._prompts(step)),
+            window=self._loaded(step).sampled.header.window,
         )
 
     def record_window(self, state: TrainState, outcome: Outcome) -> TrainState:
@@ -228,6 +236,11 @@ class OnPolicyCoordinator:
             self._window is not None and self.curriculum.step_of(self._window.sampled.header.window) == step
         )
         return self._window
+
+    def _prompts(self, step: int) -> list[PackedDocument]:
+        """The document of each rollout's prompt, of a window's step."""
+        numbers = np.array([one.document for one in self._loaded(step).rollouts], np.int32)
+        return packing.packed_documents(numbers, self._first_document, self._documents.lengths)
 
     def _anchors_before(self, step: int) -> int:
         return int(step * self._anchor_share)

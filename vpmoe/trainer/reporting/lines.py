@@ -11,6 +11,7 @@ from vpmoe.api import pod_metrics
 from vpmoe.api.base import Record
 from vpmoe.api.metrics import BySpan, Measures, MetricsLine, Sample, samples_by_span
 from vpmoe.api.progress import SpanLoss
+from vpmoe.checkpoint.train_state import Figure, StepBatch
 from vpmoe.model.router import ExpertLoad
 from vpmoe.process.gpu import GpuUse
 
@@ -42,6 +43,8 @@ class StartLine(TrainerLine):
     """What the attempt starts from, for people."""
     refused: tuple[str, ...]
     """Checkpoints that were rejected, and why."""
+    skipped: int
+    """Steps of the stage that earlier attempts skipped."""
     ranks: int
     steps: int | None
     """Steps of the stage; None if the number is not known ahead."""
@@ -120,6 +123,31 @@ class StepLine(TrainerLine):
         for part in (self.measures, self.of_kind):
             if part is not None:
                 yield from part.samples()
+
+
+class SkippedLine(TrainerLine):
+    """One step that was skipped, in place of its StepLine: loss or gradient were not finite, the weights did
+    not move."""
+
+    event: Literal["skipped"] = "skipped"
+    number: int
+    """Number among the stage's skipped steps, from 1."""
+    kind: str
+    """How the step would have trained."""
+    batch_tokens: int
+    """Tokens of its batch, padding excluded."""
+    loss: Figure
+    loss_by_rank: tuple[Figure, ...]
+    """What each rank added to it."""
+    gradient_norm: Figure
+    batch: StepBatch
+    """What it read."""
+    seconds: float
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample(pod_metrics.STEP, self.step)
+        yield Sample(pod_metrics.EPOCH, self.epoch)
+        yield Sample(pod_metrics.SKIPPED_STEPS, 1)
 
 
 class HeldOutLoss(Measures):

@@ -14,7 +14,7 @@ from torch import Tensor
 from vpmoe.api import pod_metrics
 from vpmoe.api.metrics import Measures, Sample
 from vpmoe.api.progress import Amount, ProgressCondition
-from vpmoe.checkpoint.train_state import TrainState, checkpoint_facts, held_out_losses
+from vpmoe.checkpoint.train_state import SkippedStep, TrainState, checkpoint_facts, held_out_losses
 from vpmoe.model import distributed
 from vpmoe.model.learner import Outcome
 from vpmoe.trainer.checkpoint.resume import Start
@@ -23,6 +23,7 @@ from vpmoe.trainer.reporting.gpu import use_of_ranks
 from vpmoe.trainer.reporting.lines import (
     EvaluationLine,
     HeldOutLoss,
+    SkippedLine,
     StartLine,
     StepLine,
     TrainerLine,
@@ -73,6 +74,7 @@ class StageReporter:
                 epoch=state.epoch,
                 origin=self._start.origin,
                 refused=self._start.rejected,
+                skipped=state.skipped[-1].number if state.skipped else 0,
                 ranks=distributed.world_size(),
                 steps=plan.steps,
                 sequences_per_step=sequences,
@@ -83,7 +85,7 @@ class StageReporter:
             self._lines.append(line)
             own = checkpoint_facts(self._context.bucket, self._start.own, state) if self._start.own else None
             message = f"Training {self._start.origin}, {done}"
-            self.uploader.update(message=message, checkpoint=own, conditions=self._conditions())
+            self.uploader.update(message=message, checkpoint=own, conditions=self._conditions(state))
 
     def started(self, state: TrainState) -> None:
         """Report what was measured before the first step."""
@@ -130,6 +132,29 @@ class StageReporter:
             self._lines.append(line)
             self._context.board.metrics.record([Sample(pod_metrics.TOKENS, tokens)])
 
+    def log_skipped(self, state: TrainState, *, tokens: int, seconds: float) -> None:
+        """Add the line of the step that was skipped and led to `state`."""
+        self._speed.append((tokens, seconds))
+        skipped = state.skipped[-1]
+        log.warning("%s", _why_skipped(skipped))
+        if self.uploader:
+            line = SkippedLine(
+                attempt=self._context.provenance.attempt,
+                step=state.steps,
+                iteration=state.iteration,
+                tokens=state.tokens,
+                epoch=state.epoch,
+                number=skipped.number,
+                kind=skipped.kind,
+                batch_tokens=skipped.tokens,
+                loss=skipped.loss,
+                loss_by_rank=skipped.loss_by_rank,
+                gradient_norm=skipped.gradient_norm,
+                batch=skipped.batch,
+                seconds=seconds,
+            )
+            self._lines.append(line)
+
     def log_evaluation(
         self, state: TrainState, loss: HeldOutLoss | None, of_kind: Measures | None, seconds: float
     ) -> None:
@@ -154,27 +179,32 @@ class StageReporter:
             )
             self._lines.append(line)
 
-    def flush(self, state: TrainState, outcome: Outcome, collapsed: Sequence[Collapse]) -> None:
-        """Report the step that led to `state`: its lines, log, progress and collapsed layers. Raises what the
-        store refused for good."""
+    def flush(self, state: TrainState, outcome: Outcome | None, collapsed: Sequence[Collapse]) -> None:
+        """Report the step that led to `state`: its lines, log, progress and collapsed layers. `outcome` is
+        None if it was skipped. Raises what the store refused for good."""
         if not self.uploader:
             return
         self.uploader.check()
         self._write_lines(self.uploader)
-        loss, speed = self._stage.step_loss(state.steps - 1, outcome), self._tokens_per_second()
-        log.info("%s: %s %.4f, %.0f tokens/s", self.step_of(state), loss.name, loss.value, speed)
+        speed = self._tokens_per_second()
+        reported: dict[str, float] = {}
+        if outcome is not None:
+            loss = self._stage.step_loss(state.steps - 1, outcome)
+            log.info("%s: %s %.4f, %.0f tokens/s", self.step_of(state), loss.name, loss.value, speed)
+            reported = {"loss": loss.value} if loss.reported else {}
         self.uploader.update(
             message=f"Training, {self.step_of(state)}",
             tokens_per_second=speed,
             conditions=self._conditions(
+                state,
                 *(
                     ProgressCondition(
                         type="RouterCollapse", status="True", reason=found.reason, message=found.message
                     )
                     for found in collapsed[:3]
-                )
+                ),
             ),
-            **({"loss": loss.value} if loss.reported else {}),
+            **reported,
             **self._amounts(state),
         )
 
@@ -210,13 +240,20 @@ class StageReporter:
     def _tokens_per_second(self) -> float:
         return sum(tokens for tokens, _ in self._speed) / sum(seconds for _, seconds in self._speed)
 
-    def _conditions(self, *found: ProgressCondition) -> tuple[ProgressCondition, ...]:
-        """Conditions for the run's status, those of rejected checkpoints first, three of these at most."""
+    def _conditions(self, state: TrainState, *found: ProgressCondition) -> tuple[ProgressCondition, ...]:
+        """Conditions for the run's status, those of rejected checkpoints first, three of these at most, then
+        that of the latest skipped step."""
         rejected = [
             ProgressCondition(type="CheckpointRefused", status="True", reason="Altered", message=message)
             for message in self._start.rejected[:3]
         ]
-        return (*rejected, *self._stage.conditions(), *found)
+        skipped = [
+            ProgressCondition(
+                type="StepSkipped", status="True", reason="NonFinite", message=_why_skipped(latest)
+            )
+            for latest in state.skipped[-1:]
+        ]
+        return (*rejected, *skipped, *self._stage.conditions(), *found)
 
     def _amounts(self, state: TrainState) -> dict[str, Any]:
         """The fields of the progress that follow from the state."""
@@ -224,3 +261,14 @@ class StageReporter:
             "tokens": Amount(done=state.tokens, total=self._stage.plan.total),
             "held_out": held_out_losses(state),
         }
+
+
+def _why_skipped(skipped: SkippedStep) -> str:
+    """What was wrong with the latest skipped step, for people."""
+    ranks = [rank for rank, loss in enumerate(skipped.loss_by_rank) if not isinstance(loss, float)]
+    where = f" (rank {', '.join(map(str, ranks))})" if ranks else ""
+    window = "" if skipped.batch.window is None else f", window {skipped.batch.window},"
+    return (
+        f"step {skipped.step}{window} was skipped: loss {skipped.loss}{where}, gradient norm "
+        f"{skipped.gradient_norm}. No weight moved; the stage has skipped {skipped.number} so far"
+    )

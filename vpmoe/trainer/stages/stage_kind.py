@@ -108,7 +108,8 @@ class StageKind(ABC):
         """What a step minimises. `counts` is [positions, N_reasoning, N_final] of the global batch."""
 
     def check_step(self, state: TrainState, outcome: Outcome) -> TrainState:
-        """The state with what the forward has measured. Raises Permanent if the weights must not move."""
+        """The state with what the forward has measured. Raises Permanent if the weights must not move. Not
+        called if the loss is not finite; the state is dropped if the gradient is not."""
         return state
 
     def step_loss(self, step: int, outcome: Outcome) -> StepLoss:
@@ -121,8 +122,8 @@ class StageKind(ABC):
         return None
 
     def after_step(self, learner: Learner, state: TrainState, seconds: float) -> None:
-        """Called when the weights have moved to `state`, after a step that took `seconds`, waiting
-        included."""
+        """Called when the stage is at `state`, after a step that took `seconds`, waiting included. The step
+        has moved the weights, unless it was skipped."""
 
     def evaluate(self, learner: Learner, state: TrainState) -> StageEvaluation | None:
         """What an evaluation measures beside the held-out loss; None if that is nothing. Every rank calls it.
