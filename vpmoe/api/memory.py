@@ -18,9 +18,10 @@ LEAST = 8192
 own."""
 HEAD_CHUNK = 2669
 """Positions whose logits the loss head holds at the same time: 2 GiB in fp32."""
-CONTEXT = 8 * GIB
+CONTEXT = 9 * GIB
 """Memory outside PyTorch: the CUDA context, kernels and NCCL's buffers, and what the allocator cannot use.
-Measured with 2 and with 4 ranks, before the allocator had expandable segments."""
+8 GiB with 2 and with 4 ranks on H100s, before the allocator had expandable segments; 8.9 with them and one
+rank on an H200."""
 
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
 """Bytes of a parameter: the weight in bf16 on every rank; the gradient in fp32 on every rank, or if gradients

@@ -201,7 +201,13 @@ def test_ctrl_c_ends_following(run: RunServer) -> None:
     run.logs = {MASTER: endless(), WORKER: endless()}
     command = [sys.executable, "-m", "vpmoe", "logs", "first", "--follow"]
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # The tests themselves may run where Ctrl-C is ignored, as in a background job of a shell.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         assert {process.stdout.readline(), process.stdout.readline()} == {
