@@ -42,9 +42,9 @@ from vpmoe.plan.sampling import ENGINES, SEQUENCES, EngineMemory
 
 BEGIN = 40
 """Tokens of the completions when a step is timed."""
-SETTLING = 5.0
-"""Seconds of steady sampling in addition to --seconds, in which prompts are computed and all engines fill
-up."""
+SETTLING = 5.0, 0.02
+"""Seconds of steady sampling in addition to --seconds, and for each sequence of an engine: in them prompts are
+computed and all engines fill up."""
 
 
 class MeasuredPool(EnginePool):
@@ -139,7 +139,8 @@ def print_steadily(pool: MeasuredPool, given: argparse.Namespace, sequences: int
     replaced; returns the seconds of a step."""
     pool.of_each("begin", sequences)
     pool.depth = sequences + 2 * ADMITTED
-    until = time.monotonic() + SETTLING + given.seconds
+    settling, each_sequence = SETTLING
+    until = time.monotonic() + settling + sequences * each_sequence + given.seconds
 
     def check() -> None:
         if time.monotonic() > until:

@@ -16,6 +16,7 @@ from distill_operator.attempt import Attempt, Origin
 from distill_operator.children import build_child
 
 from tests.fakes.local_pods import Settings, command, environment, parse_placement
+from tests.fakes.pod_overrides import customization
 from tests.fakes.simulated_cluster import SETTINGS, pod_templates
 from tests.fakes.store import S3
 from vpmoe.api import DistillRun
@@ -160,3 +161,16 @@ def test_pods_are_the_operators(tmp_path: Path) -> None:
 def test_a_placement_that_cannot_be_is_refused(gpus: list[str], shares: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_placement(gpus, shares)
+
+
+def test_a_student_with_fewer_layers_takes_less_memory(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(customization(20, 1.0, tmp_path))
+    code = (
+        "from vpmoe.model.shapes import SHAPES; from vpmoe.api.memory import STUDENTS\n"
+        "print(SHAPES['vpmoe-6b'].layers, STUDENTS['vpmoe-6b'] == SHAPES['vpmoe-6b'].size())"
+    )
+    variables = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    printed = subprocess.run(
+        [sys.executable, "-c", code], env=variables, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.split() == ["20", "True"]

@@ -65,9 +65,13 @@ class PatchingFinder(MetaPathFinder):
 
 
 def shorten(module: Any, layers: int) -> None:
-    """vpmoe.model.shapes: every shape has at most `layers` layers, its first ones."""
+    """vpmoe.model.shapes: every shape has at most `layers` layers, its first ones, and vpmoe.api.memory
+    counts as many."""
+    from vpmoe.api.memory import STUDENTS
+
     for name, shape in module.SHAPES.items():
         module.SHAPES[name] = replace(shape, layers=min(shape.layers, layers))
+        STUDENTS[name] = module.SHAPES[name].size()
 
 
 def shrink_card(module: Any, share: float) -> None:
