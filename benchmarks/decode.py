@@ -43,7 +43,7 @@ from vpmoe.plan.sampling import ENGINES, SEQUENCES, EngineMemory
 BEGIN = 40
 """Tokens of the completions when a step is timed."""
 SETTLING = 5.0, 0.02
-"""Seconds of steady sampling in addition to --seconds, and for each sequence of an engine: in them prompts are
+"""Seconds of steady sampling in addition to --seconds, and for each sequence of an engine: prompts are then
 computed and all engines fill up."""
 
 
