@@ -3,6 +3,7 @@ lease, without Kubeflow."""
 
 import contextlib
 import random
+import re
 import secrets
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -251,7 +252,8 @@ def test_watches_that_break_in_each_way_work_again(
         wait_until(lambda: bool(cluster.kubectl(*query)), f"{run} is seen in {namespace}", 90, 1)
 
     def restarted(namespace: str) -> bool:
-        return f'vpmoe_operator_watch_restarts_total{{run_namespace="{namespace}"' in metrics(operator)
+        named = rf'^vpmoe_operator_watch_restarts_total{{[^}}]*run_namespace="{namespace}"'
+        return re.search(named, metrics(operator), re.MULTILINE) is not None
 
     operator = OperatorProcess(
         proxy,
