@@ -167,6 +167,7 @@ def of_user(harness: RunHarness, folder: Path, token: str) -> Path:
 
 def test_a_cluster_without_the_crd_is_told_how_to_get_it(tmp_path: Path) -> None:
     with ControlPlane(tmp_path, scheduler=False) as bare:
+        bare.kubectl("delete", "crd", "distillruns.vpmoe.dev", "--timeout=60s")
         ended = subprocess.run(
             [sys.executable, "-m", "vpmoe", "status", "first"],
             cwd=ROOT,

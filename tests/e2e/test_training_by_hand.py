@@ -272,7 +272,7 @@ def test_two_stopped_and_killed_processes_end_with_the_same_bits_as_two_pods(
     assert record.progress == stopped, "whichever rank wrote the record first"
     running = Progress.model_validate_json(served["progress"])
     assert (running.step, running.attempt, running.state) == ("vanilla", 1, "Running")
-    assert 'vpmoe_train_step{namespace="default",run="stopped",stage="vanilla"}' in served["metrics"]
+    assert 'vpmoe_train_step{role="train",run="stopped",stage="vanilla"}' in served["metrics"]
 
     kill_in_random_step(jobs, file, stopped.checkpoint.iteration + 1, steps, "--attempt", "2")
     jobs.finish("train", file, "--step", "vanilla", "--attempt", "3")
