@@ -67,11 +67,7 @@ class StageReporter:
         )
         if self.uploader:
             line = StartLine(
-                attempt=self._context.provenance.attempt,
-                step=state.steps,
-                iteration=state.iteration,
-                tokens=state.tokens,
-                epoch=state.epoch,
+                **self._position(state),
                 origin=self._start.origin,
                 refused=self._start.rejected,
                 skipped=state.skipped[-1].number if state.skipped else 0,
@@ -86,6 +82,16 @@ class StageReporter:
             own = checkpoint_facts(self._context.bucket, self._start.own, state) if self._start.own else None
             message = f"Training {self._start.origin}, {done}"
             self.uploader.update(message=message, checkpoint=own, conditions=self._conditions(state))
+
+    def _position(self, state: TrainState) -> dict[str, Any]:
+        """What every line says of where the stage is."""
+        return {
+            "attempt": self._context.provenance.attempt,
+            "step": state.steps,
+            "iteration": state.iteration,
+            "tokens": state.tokens,
+            "epoch": state.epoch,
+        }
 
     def started(self, state: TrainState) -> None:
         """Report what was measured before the first step."""
@@ -110,11 +116,7 @@ class StageReporter:
             assert outcome.load is not None
             step = state.steps - 1
             line = StepLine(
-                attempt=self._context.provenance.attempt,
-                step=state.steps,
-                iteration=state.iteration,
-                tokens=state.tokens,
-                epoch=state.epoch,
+                **self._position(state),
                 kind=self._stage.plan.kind(step),
                 loss=outcome.loss,
                 loss_by_span=outcome.cross_entropy,
@@ -139,11 +141,7 @@ class StageReporter:
         log.warning("%s", _why_skipped(skipped))
         if self.uploader:
             line = SkippedLine(
-                attempt=self._context.provenance.attempt,
-                step=state.steps,
-                iteration=state.iteration,
-                tokens=state.tokens,
-                epoch=state.epoch,
+                **self._position(state),
                 number=skipped.number,
                 kind=skipped.kind,
                 batch_tokens=skipped.tokens,
@@ -168,11 +166,7 @@ class StageReporter:
             )
         if self.uploader:
             line = EvaluationLine(
-                attempt=self._context.provenance.attempt,
-                step=state.steps,
-                iteration=state.iteration,
-                tokens=state.tokens,
-                epoch=state.epoch,
+                **self._position(state),
                 seconds=seconds,
                 loss=loss,
                 of_kind=of_kind,
