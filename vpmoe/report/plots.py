@@ -317,26 +317,12 @@ def right_answers(data: RunData) -> Plot:
 
 def task_tokens(data: RunData) -> Plot:
     """Mean tokens of reasoning and answer by effort, student beside teacher, over all tasks."""
-    sums = _task_sums(data)
-    names = [_column(side, effort) for side, effort in sums]
-    traces = [
-        {
-            "type": "bar",
-            "name": span,
-            "x": names,
-            "y": [_short(found[span] / found["questions"]) for found in sums.values()],
-            "marker": {"color": colour},
-            "hovertemplate": "%{y:.0f} tokens",
-        }
-        for span, colour in SPAN_COLOURS.items()
-        if names
-    ]
     return Plot(
         "task-tokens",
         "Length of its answers",
         "Does the student think as long as its teacher, and longer when more effort is asked for?",
         "Mean tokens of reasoning and of the final answer, over all tasks.",
-        traces,
+        _bars_by_effort(data, SPAN_COLOURS, 1, " tokens"),
         {"barmode": "stack", "xaxis": {"type": "category"}, "yaxis": {"title": {"text": "tokens"}}},
         missing=_NO_TASKS,
     )
@@ -344,30 +330,36 @@ def task_tokens(data: RunData) -> Plot:
 
 def task_form(data: RunData) -> Plot:
     """Shares of valid and of cut-off answers by effort, student beside teacher, over all tasks."""
-    sums = _task_sums(data)
-    names = [_column(side, effort) for side, effort in sums]
-    traces = [
-        {
-            "type": "bar",
-            "name": name,
-            "x": names,
-            "y": [_short(100 * found[name] / found["questions"]) for found in sums.values()],
-            "marker": {"color": colour},
-            "hovertemplate": "%{y:.0f}%",
-        }
-        for name, colour in (("valid", "#2da44e"), ("cut off", "#e5534b"))
-        if names
-    ]
     return Plot(
         "task-form",
         "Form of its answers",
         "Are answers wrong because they never end?",
         "Share of the answers that are valid Harmony, and of those that ended at the limit of tokens, over "
         "all tasks.",
-        traces,
+        _bars_by_effort(data, FORM_COLOURS, 100, "%"),
         {"barmode": "group", "xaxis": {"type": "category"}, "yaxis": {"title": {"text": "%"}, **PERCENT}},
         missing=_NO_TASKS,
     )
+
+
+FORM_COLOURS = {"valid": "#2da44e", "cut off": "#e5534b"}
+
+
+def _bars_by_effort(data: RunData, colours: Mapping[str, str], times: int, unit: str) -> list[Json]:
+    """For each name of `colours`, `times` its mean a question, by side and effort, over all tasks."""
+    sums = _task_sums(data)
+    return [
+        {
+            "type": "bar",
+            "name": name,
+            "x": [_column(side, effort) for side, effort in sums],
+            "y": [_short(times * found[name] / found["questions"]) for found in sums.values()],
+            "marker": {"color": colour},
+            "hovertemplate": f"%{{y:.0f}}{unit}",
+        }
+        for name, colour in colours.items()
+        if sums
+    ]
 
 
 _NO_TASKS = "Waits for the command vpmoe evaluate --run, which asks student and teacher questions."
