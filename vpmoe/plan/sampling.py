@@ -76,12 +76,9 @@ def share_card(size: StudentSize, card: int, length: int, engines: int) -> Engin
     """
     share, whole = SAMPLING_SHARE
     of_one = sequence_bytes(size, length)
-    activations = STEP_TOKENS * size.forward
-    rest = card * share // whole // engines - size.weights - activations - LOGITS - ENGINE_CONTEXT
+    rest = card * share // whole // engines - sum(_fixed(size))
     cache = max(0, min(rest, SEQUENCES * of_one))
-    return EngineMemory(
-        card, engines, size.weights, activations, LOGITS, ENGINE_CONTEXT, cache, cache // of_one
-    )
+    return EngineMemory(card, engines, *_fixed(size), cache, cache // of_one)
 
 
 def divide_card(size: StudentSize, card: int, length: int, most: int) -> EngineMemory:
@@ -97,5 +94,10 @@ def divide_card(size: StudentSize, card: int, length: int, most: int) -> EngineM
 def needed_to_sample(size: StudentSize, length: int) -> int:
     """Bytes that a card must have for one engine with a cache of one sequence of `length` tokens."""
     share, whole = SAMPLING_SHARE
-    one = size.weights + STEP_TOKENS * size.forward + LOGITS + ENGINE_CONTEXT + sequence_bytes(size, length)
+    one = sum(_fixed(size)) + sequence_bytes(size, length)
     return -(-one * whole // share)
+
+
+def _fixed(size: StudentSize) -> tuple[int, int, int, int]:
+    """Bytes of an engine whatever its cache: weights, activations, logits, context."""
+    return size.weights, STEP_TOKENS * size.forward, LOGITS, ENGINE_CONTEXT
