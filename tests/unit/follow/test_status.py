@@ -159,17 +159,21 @@ def test_the_plugin_is_the_same_command_under_its_own_name(
     assert (wrong.returncode, wrong.stderr.partition("\n")[0][:29]) == (64, "usage: kubectl distill status")
 
 
-def test_in_a_terminal_the_run_is_redrawn_in_place_and_ctrl_c_ends_it(
-    server: RunServer, cluster: SimulatedCluster, terminal: Terminal
-) -> None:
-    environment = {
+def in_screen(server: RunServer) -> dict[str, str]:
+    """Variables of a command in a terminal."""
+    return {
         "KUBECONFIG": str(server.kubeconfig),
         "PYTHONPATH": str(ROOT),
         "NO_PROXY": "*",
         "TERM": "screen",
     }
+
+
+def test_in_a_terminal_the_run_is_redrawn_in_place_and_ctrl_c_ends_it(
+    server: RunServer, cluster: SimulatedCluster, terminal: Terminal
+) -> None:
     command = [sys.executable, "-m", "vpmoe", "status", "first", "--watch"]
-    terminal.start(command, environment)
+    terminal.start(command, in_screen(server))
     screen = terminal.wait_for("400 of 1k tokens")
     assert screen[0].startswith("team/first  Running 43%")
     go_on(server, cluster)
@@ -192,13 +196,7 @@ def test_in_a_terminal_the_run_is_redrawn_in_place_and_ctrl_c_ends_it(
 def test_in_a_narrow_terminal_the_end_of_a_run_ends_the_command(
     server: RunServer, cluster: SimulatedCluster, terminal: Terminal
 ) -> None:
-    environment = {
-        "KUBECONFIG": str(server.kubeconfig),
-        "PYTHONPATH": str(ROOT),
-        "NO_PROXY": "*",
-        "TERM": "screen",
-    }
-    terminal.start([sys.executable, "-m", "vpmoe", "status", "first", "-w"], environment)
+    terminal.start([sys.executable, "-m", "vpmoe", "status", "first", "-w"], in_screen(server))
     terminal.wait_for("● vanilla")
     for _ in range(4):
         go_on(server, cluster)
