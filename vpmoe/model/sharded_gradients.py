@@ -44,6 +44,7 @@ class ShardedGradients(DistributedDataParallel):  # type: ignore[misc]
                     # megatron's hook, which adds parameter.grad to parameter.main_grad and then calls
                     # register_grad_ready, runs after this one.
                     parameter.register_post_accumulate_grad_hook(shard.allocate)
+                    parameter.allocate_main_grad = shard.allocate
                     self._shard_of[parameter] = self.param_to_bucket_group[parameter] = shard
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
