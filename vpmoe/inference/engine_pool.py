@@ -184,6 +184,13 @@ class EnginePool:
         """
         return self._call("score", [(sequences,)] * len(self._processes), check_stop)
 
+    def check_engines(self, check_stop: CheckStop) -> None:
+        """Raise Retriable if an engine's process has ended, which otherwise the next call finds."""
+        for engine, process in enumerate(self._processes):
+            if process.poll() is not None:
+                check_stop()  # the pod's termination may have reached the engines first
+                raise _engine_exited(engine, process.wait())
+
     def _start_engines(self, check_stop: CheckStop) -> None:
         """Start one engine on each GPU, then those that its memory has room for beside it."""
         gpus = range(len(self._environments))

@@ -59,6 +59,7 @@ class SamplingEngines(InferenceEngines, Protocol):
     def sample_queue(
         self, requests: Sequence[SamplingRequest], check_stop: CheckStop
     ) -> Iterator[tuple[int, Completion]]: ...
+    def check_engines(self, check_stop: CheckStop) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -90,11 +90,27 @@ MEASURED = (
     Measured("score", "gpt-oss-120b", "h100-80", 20_900, "2026-11-27", "1 × H100, random weights"),
     Measured(
         "score",
+        "gpt-oss-120b",
+        "h200-141",
+        49_500,
+        "2026-11-29",
+        "benchmarks.scorer, 1 × H200, random weights",
+    ),
+    Measured(
+        "score",
         "gpt-oss-20b",
         "h200-141",
         67_500,
         "2026-11-29",
         "benchmarks.scorer, 1 × H200, random weights",
+    ),
+    Measured(
+        "hidden",
+        "gpt-oss-120b",
+        "h200-141",
+        56_800,
+        "2026-11-29",
+        "benchmarks.teacher_forced --card 79, 1 × H200, random weights",
     ),
     Measured(
         "hidden",

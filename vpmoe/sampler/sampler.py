@@ -265,7 +265,7 @@ def wait_for_version(
     job: SamplerWorker, number: int, before: RolloutHeader | None, volume: VersionVolume | None = None
 ) -> FoundVersion | None:
     """Wait until a version is on the volume, if one is given, or published. Returns None if the stage ends
-    first."""
+    first. Raises Retriable if an engine ends: the next attempt then loads while this version is awaited."""
     reported = -REPORT_SECONDS
     while not job.stage_finished():
         if volume and (found := volume.find(number)):
@@ -278,6 +278,7 @@ def wait_for_version(
         with job.board.metrics.waiting("weights"):
             wait_for_poll(job, number, volume)
         job.check_stop()
+        job.engines.check_engines(job.check_stop)
     return None
 
 

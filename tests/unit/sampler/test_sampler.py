@@ -35,7 +35,7 @@ from vpmoe.data.preprocess.encode import EncoderPool
 from vpmoe.data.preprocess.step import preprocess
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.data.vocabulary import STOP_IDS
-from vpmoe.failure import Permanent, Terminated
+from vpmoe.failure import Permanent, Retriable, Terminated
 from vpmoe.inference import hf_model
 from vpmoe.inference.engine_pool import Completion, EnginePool, SamplingRequest
 from vpmoe.model.learner import Learner
@@ -508,7 +508,7 @@ class HookedEngines:
         after: Callable[[], object] = lambda: None,
     ) -> None:
         self._engines, self._before, self._after = engines, before, after
-        self.load, self.score = engines.load, engines.score
+        self.load, self.score, self.check_engines = engines.load, engines.score, engines.check_engines
         self.requests: list[int] = []
 
     @property
@@ -535,6 +535,20 @@ class HookedEngines:
         for found in self._engines.sample_queue(requests, check_stop):
             yield found
             self._after()
+
+
+def test_an_engine_that_dies_while_a_version_is_awaited_ends_the_attempt(
+    sampler_run: SamplerRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: the next attempt's engines can start before that version is there."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("SHARED_ENGINES", "2")
+    with EnginePool(1, "tiny", 64, depth=4, per_gpu=2, module="tests.fakes.shared_engine") as engines:
+        engines.load(Path("/3"))
+        engines._processes[0].kill()
+        engines._processes[0].wait()
+        with pytest.raises(Retriable, match="engine 0 was killed by SIGKILL"):
+            sampler_run.sample(engines=engines)
 
 
 def test_the_first_writer_of_a_window_wins(sampler_run: SamplerRun) -> None:
