@@ -219,7 +219,7 @@ class Learner:
         sums = _Sums(self.device)
         for batch in batches:
             here = batch.to(self.device)
-            sums.add(here, target_logp(self.student(here), self.student.output, here.target))
+            sums.add(here, self._logp_of(here))
         return sums.outcome()
 
     @torch.no_grad()
@@ -229,7 +229,11 @@ class Learner:
         All ranks call it with the same batch.
         """
         here = batch.to(self.device)
-        return target_logp(self.student(here), self.student.output, here.target).cpu()
+        return self._logp_of(here).cpu()
+
+    def _logp_of(self, here: Batch) -> Tensor:
+        """log p of a batch on the device [T], without gradients; NaN without a target."""
+        return target_logp(self.student(here), self.student.output, here.target, here.target_rows)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> float:
