@@ -73,9 +73,10 @@ def forced_loss(
             f"hidden states are {hidden_TH.shape[1]} wide, the teacher's {teacher.hidden_TG.shape[1]}: a "
             "projection is missing."
         )
-    return Forced(
-        *_Head.apply(hidden_TH, output_VH, projection_GH, teacher, targets_T, share_T, terms, rows_N)
-    )  # type: ignore[no-untyped-call]
+    found = _Head.apply(  # type: ignore[no-untyped-call]
+        hidden_TH, output_VH, projection_GH, teacher, targets_T, share_T, terms, rows_N
+    )
+    return Forced(*found)
 
 
 class _Head(torch.autograd.Function):
