@@ -230,7 +230,13 @@ def limit_memory(card: int, device: torch.device) -> None:
 def predicted(shape: Shape, case: Case) -> TrainingMemory:
     """By the plan's arithmetic, for this shape's layers and these ranks."""
     return training_memory(
-        shape.size(), distributed.world_size(), 1, case.tokens, case.recomputed, case.sharded
+        shape.size(),
+        distributed.world_size(),
+        1,
+        case.tokens,
+        case.recomputed,
+        case.sharded,
+        graphs=case.graphs,
     )
 
 

@@ -12,6 +12,8 @@ hooks would, so that sums over the ranks still run beside the backward. Embeddin
 without graphs, and so does everything that takes no gradient. `unsupported` says where there are none.
 """
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,6 +27,8 @@ from torch.func import functional_call
 from vpmoe.model.attention import packed_seq_params_for
 from vpmoe.model.batch import Batch
 from vpmoe.model.shapes import Shape
+
+log = logging.getLogger(__name__)
 
 ERRORS = "thread_local"
 """What CUDA forbids during a capture: calls of the capturing thread alone. Threads of NCCL, uploads and
@@ -200,6 +204,7 @@ class LayerGraphs:
         """
         key = tuple(batch.tokens.shape)
         if key not in self._shapes:
+            began = time.monotonic()
             try:
                 self._shapes[key] = self._capture(hidden_SbH, angle_Sb1D, batch)
             except Exception as error:
@@ -208,6 +213,12 @@ class LayerGraphs:
                     f"× {key[1]} positions: {error.__context__ or error}. An operation of a layer waits for "
                     "the GPU, or memory is short. Learner.build(graphs=False) trains without graphs."
                 ) from error
+            log.info(
+                "Captured CUDA graphs of %d layers for microbatches of %d × %d positions in %.1f s",
+                len(self._layers),
+                *key,
+                time.monotonic() - began,
+            )
         shape = self._shapes[key]
         shape.chain.inputs.fill(hidden_SbH, angle_Sb1D, batch)
         out: Tensor = _Replay.apply(hidden_SbH, angle_Sb1D, self, shape)  # type: ignore[no-untyped-call]

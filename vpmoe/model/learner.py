@@ -170,7 +170,8 @@ class Learner:
             sharded_gradients=sharded_gradients,
         )
         if reason is not None:
-            log.info("Layers run without CUDA graphs: %s", reason)
+            if self.device.type == "cuda":
+                log.info("Layers run without CUDA graphs: %s", reason)
             return None
         return LayerGraphs(student.decoder.layers, config.recompute_num_layers or 0, self._gradient_ready)
 
