@@ -188,6 +188,7 @@ class LayerGraphs:
         """`recomputed`: how many of the first layers keep only their input. `ready` is called in the
         backward for each of the layers' parameters, once its gradient was added to its `main_grad`."""
         self._layers = list(layers)
+        self._parameters = [list(layer.parameters()) for layer in layers]
         self._recomputed = recomputed
         self._ready = ready
         self._pool = torch.cuda.graph_pool_handle()
@@ -257,9 +258,9 @@ class LayerGraphs:
                 "overwritten what it needs. Call it before."
             )
         shape.chain.inputs.gradient.copy_(gradient_SbH)
-        for graph, layer in zip(shape.backwards, reversed(self._layers), strict=True):
+        for graph, parameters in zip(shape.backwards, reversed(self._parameters), strict=True):
             graph.replay()
-            for parameter in layer.parameters():
+            for parameter in parameters:
                 self._ready(parameter)
 
 

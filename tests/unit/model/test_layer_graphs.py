@@ -62,6 +62,7 @@ class Uncaptured(LayerGraphs):
 
     def __init__(self, it: Learner, recomputed: int) -> None:
         self._layers = list(it.student.decoder.layers)
+        self._parameters = [list(layer.parameters()) for layer in self._layers]
         self._recomputed = recomputed
         self._ready = it._gradient_ready
         self._shapes = {}
