@@ -211,8 +211,8 @@ class LayerGraphs:
             except Exception as error:
                 raise RuntimeError(
                     f"the student's layers could not be captured as CUDA graphs for microbatches of {key[0]} "
-                    f"× {key[1]} positions: {error.__context__ or error}. An operation of a layer waits for "
-                    "the GPU, or memory is short. Learner.build(graphs=False) trains without graphs."
+                    f"× {key[1]} positions: {error.__context__ or error}. The usual causes are an operation "
+                    "that waits for the GPU, and too little memory. Learner.build(graphs=False) trains without."
                 ) from error
             log.info(
                 "Captured CUDA graphs of %d layers for microbatches of %d × %d positions in %.1f s",

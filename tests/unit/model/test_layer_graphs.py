@@ -112,6 +112,24 @@ def test_the_steps_of_a_chain_give_the_bits_of_a_whole_backward(
         assert error <= (0 if gradient.dim() > 1 else 1e-5), name
 
 
+class Uncapturable(Uncaptured):
+    __call__ = LayerGraphs.__call__
+
+    def _capture(self, hidden_SbH: Tensor, angle_Sb1D: Tensor, batch: Batch) -> _Shape:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def test_a_failed_capture_names_shape_cause_and_remedy(device: torch.device) -> None:
+    it = learner(device, SMALL)
+    batch = ragged_batches(torch.Generator().manual_seed(new_seed()), 1)[0]
+    rows, positions = batch.tokens.shape
+    message = (
+        f"graphs for microbatches of {rows} × {positions} positions: operation not permitted when stream"
+    )
+    with pytest.raises(RuntimeError, match=message + r".*graphs=False"):
+        it.student(batch, Uncapturable(it, 0))
+
+
 def test_a_backward_after_the_next_forward_is_rejected(device: torch.device) -> None:
     it = learner(device, SMALL)
     graphs = Uncaptured(it, 0)
