@@ -212,7 +212,7 @@ class LayerGraphs:
                 raise RuntimeError(
                     f"the student's layers could not be captured as CUDA graphs for microbatches of {key[0]} "
                     f"× {key[1]} positions: {error.__context__ or error}. The usual causes are an operation "
-                    "that waits for the GPU, and too little memory. Learner.build(graphs=False) trains without."
+                    "that waits for the GPU, and too little memory. Learner.build(graphs=False) has none."
                 ) from error
             log.info(
                 "Captured CUDA graphs of %d layers for microbatches of %d × %d positions in %.1f s",
