@@ -3,12 +3,13 @@
     python -m benchmarks.parts [--shape vpmoe-6b] [--layers 20] [--tokens 32768] [--steps 12] [--kernels 25]
 
 Trains the shape's first layers at full width, from random weights, on one packed row of random documents of
-300 to 4,000 tokens: without parts, with each part alone, with all. "forward, backward" and "optimizer" are
-medians; "GPU" is the time of the kernels of one forward and backward, by the profiler. After both, the cost
-beside the step without parts; that of the kernels varies less. MFU counts 6 floating-point operations per
-token and multiplied parameter (not the attention's), as a share of 989 TFLOP/s; the floor is the same
-operations at the rate of a large square product. Then the kernels of a forward and backward with all parts
-that take most time. Needs a GPU.
+300 to 4,000 tokens: without parts, with each part alone, with all. These steps run their layers without CUDA
+graphs, which not every part allows; the last row has all parts and graphs, as in the trainer. "forward,
+backward" and "optimizer" are medians; "GPU" is the time of the kernels of one forward and backward, by the
+profiler. After both, the cost beside the step without parts; that of the kernels varies less. MFU counts 6
+floating-point operations per token and multiplied parameter (not the attention's), as a share of 989 TFLOP/s;
+the floor is the same operations at the rate of a large square product. Then the kernels of a forward and
+backward of the last row that take most time. Needs a GPU.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]  # is not in its __all__
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.step import active_parameters, product_rate, random_rows
+from benchmarks.step import active_parameters, memory_of_graphs, product_rate, random_rows
 from vpmoe.model import device as devices
 from vpmoe.model import distributed
 from vpmoe.model.shapes import LOCKED_PARTS, PARTS, SHAPES, Shape
@@ -47,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Name of a row → the parts that are on. In global layers a part of local layers is off, and the other way
 round."""
+GRAPHS = "all, with graphs"
 
 
 @dataclass
@@ -69,13 +71,19 @@ class Cost:
         return sum(time for _, time in self.kernels.values())
 
 
-def measure(shape: Shape, device: torch.device, tokens: int, steps: int) -> Cost:
+def measure(shape: Shape, device: torch.device, tokens: int, steps: int, graphs: bool) -> Cost:
     """Medians of `steps` steps after two that are not counted."""
     from vpmoe.model.learner import Learner
 
     before = torch.cuda.memory_allocated()
     learner = Learner.build(
-        shape, device, sequence_length=tokens, seed=1, weight_decay=0.1, gradient_clip=1.0
+        shape,
+        device,
+        sequence_length=tokens,
+        seed=1,
+        weight_decay=0.1,
+        gradient_clip=1.0,
+        graphs=graphs,
     )
     batches = random_rows(shape, 1, tokens, torch.Generator().manual_seed(1), (300, 4000))
     counts = batches[0].counts
@@ -85,15 +93,16 @@ def measure(shape: Shape, device: torch.device, tokens: int, steps: int) -> Cost
         learner.forward_backward(batches, vanilla(counts, {"reasoning": 1.0, "final": 1.0}), int(counts[0]))
         torch.cuda.synchronize()
 
-    torch.cuda.reset_peak_memory_stats()
-    for _ in range(2 + steps):
+    for number in range(2 + steps):
+        if number < 2:  # a capture has no head
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         forward_backward()
         middle = time.perf_counter()
         learner.step(3e-4)
         torch.cuda.synchronize()
         times.append((1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)))
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.max_memory_allocated() + memory_of_graphs() - before
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         forward_backward()
     kernels: dict[str, tuple[int, float]] = {}
@@ -122,9 +131,9 @@ def main() -> None:
     plain = replace(SHAPES[given.shape], layers=given.layers, **off)
     print(f"{'':22} forward, backward  optimizer    step             GPU  tokens/s    MFU  floor  GiB")
     costs: dict[str, Cost] = {}
-    for name, parts in CASES.items():
+    for name, parts in (CASES | {GRAPHS: LOCKED_PARTS}).items():
         shape = replace(plain, **parts)
-        cost = costs[name] = measure(shape, device, given.tokens, given.steps)
+        cost = costs[name] = measure(shape, device, given.tokens, given.steps, name == GRAPHS)
         gc.collect()
         torch.cuda.empty_cache()
         operations = 6 * active_parameters(shape) * given.tokens
@@ -137,9 +146,9 @@ def main() -> None:
             f"{cost.peak / 2**30:4.0f}",
             flush=True,
         )
-    cost = costs["all"]
+    cost = costs[GRAPHS]
     launches = sum(count for count, _ in cost.kernels.values())
-    print(f"\n{cost.on_gpu:.1f} ms on the GPU in {launches:,} kernels, all parts:")
+    print(f"\n{cost.on_gpu:.1f} ms on the GPU in {launches:,} kernels, all parts with graphs:")
     for name, (launches, spent) in sorted(cost.kernels.items(), key=lambda kernel: -kernel[1][1])[
         : given.kernels
     ]:

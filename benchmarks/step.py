@@ -13,8 +13,9 @@ on the same batches; the two alternate.
 
 --sweep measures the cases of SWEEP one after the other, each with the shape's first layers, and prints a line
 for each, with the difference of the prediction to the peak in per cent. --sharded divides the sums of
-gradients over the ranks. --card gives PyTorch what it would have on a smaller card: the third command is what
-`vpmoe plan` chooses for two of 80 GB.
+gradients over the ranks. --no-graphs runs layers without CUDA graphs, which the trainer uses where it can
+(vpmoe/model/layer_graphs.py). --card gives PyTorch what it would have on a smaller card: the third command is
+what `vpmoe plan` chooses for two of 80 GB.
 
 On the CPU if CUDA_VISIBLE_DEVICES is set and empty (shape tiny; its
 memory is not PyTorch's alone and is not compared). Documents (200 to 1,200 tokens) and scores are random, so
@@ -106,6 +107,7 @@ class Case:
     """Positions of a microbatch, one packed row."""
     recomputed: int
     sharded: bool = False
+    graphs: bool = True
 
 
 SWEEP = (
@@ -132,7 +134,8 @@ class Cost:
     rescored: float
     forward_backward: float
     peak: int
-    """Most that PyTorch had allocated, beside what earlier students left."""
+    """Most that PyTorch had allocated, beside what earlier students left. With graphs: in a step after the
+    capture, and with what is the graphs' alone."""
     unused: int
     """What its allocator held beside that at its peak."""
     outside: int
@@ -141,8 +144,19 @@ class Cost:
     tokens: int
 
 
+def memory_of_graphs() -> int:
+    """Bytes in which captured graphs keep activations and temporary tensors. PyTorch counts them as reserved,
+    but not as allocated."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in segments
+        if segment["segment_pool_id"] != (0, 0)
+    )
+
+
 def measure(shape: Shape, case: Case, device: torch.device, microbatches: int, steps: int) -> Cost:
-    """Medians of `steps` steps after one that is not counted. The peak is of all."""
+    """Medians of `steps` steps after one that is not counted, in which layers are captured."""
     from vpmoe.model.learner import Learner
 
     on_gpu = device.type == "cuda"
@@ -156,6 +170,7 @@ def measure(shape: Shape, case: Case, device: torch.device, microbatches: int, s
         gradient_clip=1.0,
         recomputed_layers=case.recomputed,
         sharded_gradients=case.sharded,
+        graphs=case.graphs,
     )
     generator = torch.Generator().manual_seed(1 + distributed.rank())
     batches = random_rows(shape, microbatches, case.tokens, generator)
@@ -172,8 +187,8 @@ def measure(shape: Shape, case: Case, device: torch.device, microbatches: int, s
     times: dict[str, list[float]] = {"Vanilla": [], "Rescored": []}
     passes, losses = [], []
     for number in range(steps + 1):
-        if on_gpu and number == 0:
-            torch.cuda.reset_peak_memory_stats()  # of training: building holds weights twice for a moment
+        if on_gpu and number < 2:  # building holds weights twice for a moment, and a capture has no head
+            torch.cuda.reset_peak_memory_stats()
         for kind, seconds in times.items():
             synchronize(device)
             start = time.perf_counter()
@@ -190,12 +205,13 @@ def measure(shape: Shape, case: Case, device: torch.device, microbatches: int, s
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return Cost(step, rescored_step, passed, peak, 0, 0, losses, tokens)
     free, total = torch.cuda.mem_get_info()
+    peak = torch.cuda.max_memory_allocated() + memory_of_graphs()
     return Cost(
         step,
         rescored_step,
         passed,
-        torch.cuda.max_memory_allocated() - before,
-        torch.cuda.max_memory_reserved() - torch.cuda.max_memory_allocated(),
+        peak - before,
+        torch.cuda.max_memory_reserved() - peak,
         total - free - torch.cuda.memory_reserved(),
         losses,
         tokens,
@@ -214,7 +230,13 @@ def limit_memory(card: int, device: torch.device) -> None:
 def predicted(shape: Shape, case: Case) -> TrainingMemory:
     """By the plan's arithmetic, for this shape's layers and these ranks."""
     return training_memory(
-        shape.size(), distributed.world_size(), 1, case.tokens, case.recomputed, case.sharded
+        shape.size(),
+        distributed.world_size(),
+        1,
+        case.tokens,
+        case.recomputed,
+        case.sharded,
+        graphs=case.graphs,
     )
 
 
@@ -226,7 +248,8 @@ def operations(shape: Shape, case: Case) -> float:
 
 def describe(case: Case) -> str:
     text = f"{case.layers} layers, {case.tokens:,} positions, {case.recomputed} recomputed"
-    return text + (", sharded gradients" if case.sharded else "")
+    text += ", sharded gradients" if case.sharded else ""
+    return text + ("" if case.graphs else ", no graphs")
 
 
 def sweep(name: str, device: torch.device, steps: int) -> None:
@@ -262,6 +285,7 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=2, help="microbatches of a rank in a step")
     parser.add_argument("--recompute", type=int, default=0, help="layers that are recomputed")
     parser.add_argument("--sharded", action="store_true", help="each rank keeps its share of the gradients")
+    parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="layers without CUDA graphs")
     parser.add_argument("--sweep", action="store_true", help="measure the cases of SWEEP instead")
     parser.add_argument(
         "--steps", type=int, default=5, help="steps to measure, after one that is not counted"
@@ -285,7 +309,7 @@ def main() -> None:
         return
     layers = given.layers or SHAPES[given.shape].layers
     shape = replace(SHAPES[given.shape], layers=layers)
-    case = Case(layers, given.tokens, given.recompute, given.sharded)
+    case = Case(layers, given.tokens, given.recompute, given.sharded, given.graphs)
     cost, memory = measure(shape, case, device, given.microbatches, given.steps), predicted(shape, case)
     rate = product_rate(device)
     floor = operations(shape, case) * cost.tokens / rate / distributed.world_size()

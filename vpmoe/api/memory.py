@@ -55,6 +55,9 @@ class StudentSize:
     """Bytes of a position that a layer's backward holds beside what was kept."""
     backward_weights: int
     """Bytes that it holds whatever the positions, without expert parallelism, which divides them."""
+    graphed: int
+    """Bytes of a position that CUDA graphs of the layers hold beside that: their inputs, at fixed
+    addresses."""
     cached: int
     """Bytes of a position's keys and values in a sampler, in the layers that keep those of all positions."""
     window: int
@@ -112,13 +115,14 @@ STUDENTS = {
         1024,
         31_522,
         70_411_878,
-        7198,
+        7206,
         25_664,
         201_326_592,
+        4613,
         20_480,
         7_864_320,
     ),
-    "tiny": StudentSize(26_011_264, 134_144, 5, 64, 2316, 32_768, 542, 1184, 98_304, 128, 65_536),
+    "tiny": StudentSize(26_011_264, 134_144, 5, 64, 2316, 32_768, 550, 1184, 98_304, 325, 128, 65_536),
 }
 """Size of each shape of student.shape."""
 
@@ -133,7 +137,8 @@ class TrainingMemory:
     activations: int
     """What the forward keeps for the backward."""
     head: int
-    """The loss head at the end of the forward, or a layer's backward where that needs more."""
+    """The loss head at the end of the forward, or a layer's backward where that needs more; with CUDA graphs
+    the two together, because the graphs' memory is their own."""
     context: int
 
     @property
@@ -149,13 +154,16 @@ def training_memory(
     recomputed_layers: int,
     sharded_gradients: bool,
     teacher_width: int | None = None,
+    graphs: bool = True,
 ) -> TrainingMemory:
     """Memory of one of `ranks` GPUs, of which `expert_parallel` share a set of experts, with microbatches of
     `positions` positions, of whose layers the first `recomputed_layers` are recomputed.
 
     `teacher_width` is that of the hidden states of a teacher beside the students, in a TeacherForced stage:
     such a stage also holds the teacher's output matrix and its hidden states of a microbatch, and trains a
-    projection to its width, which has a gradient of the hidden states' size.
+    projection to its width, which has a gradient of the hidden states' size. `graphs`: whether layers are
+    CUDA graphs where they can be, without expert parallelism and with whole gradients
+    (vpmoe/model/layer_graphs.py).
     """
     held = size.parameters - size.expert_parameters + size.expert_parameters // expert_parallel
     kept = size.layers - recomputed_layers
@@ -164,6 +172,9 @@ def training_memory(
         backward += size.kept * positions + size.kept_weights
     if sharded_gradients:
         backward += size.buckets
+    head = max(size.head, backward)
+    if graphs and expert_parallel == 1 and not sharded_gradients:
+        head = size.head + backward + size.graphed * positions
     width = teacher_width or 0
     projection = width * size.hidden if width != size.hidden else 0
     return TrainingMemory(
@@ -173,7 +184,7 @@ def training_memory(
         optimizer=OPTIMIZER * (size.parameters + projection) // ranks,
         activations=(size.stem + size.input * recomputed_layers + size.kept * kept + 4 * width) * positions
         + size.kept_weights // expert_parallel * kept,
-        head=max(size.head, backward) + WEIGHT * VOCABULARY * width,
+        head=head + WEIGHT * VOCABULARY * width,
         context=CONTEXT,
     )
 
@@ -223,12 +234,16 @@ def cel_least_memory(shape: str, ranks: str, expert_parallel: str, sequence_leng
         constant = size.backward_weights + size.kept_weights + (size.buckets if sharded else 0)
         longest = (size.head - constant) // each  # with so many positions the head needs as much, or more
         assert longest >= LEAST, "the head decides how much the shortest microbatches need"
+        head = f"({sequence_length} > {longest} ? {each} * {sequence_length} + {constant} : {size.head})"
+        if not sharded:
+            graphed = f"{size.head + constant} + {each + size.graphed} * {positions}"
+            head = f"({expert_parallel} == 1 ? {graphed} : {head})"
         terms = [
             f"{share * (size.parameters - size.expert_parameters) + CONTEXT}",
             f"{size.expert_parameters} / {expert_parallel} * {share}",
             f"{OPTIMIZER * size.parameters} / {ranks}",
             f"{size.stem + size.input * size.layers} * {positions}",
-            f"({sequence_length} > {longest} ? {each} * {sequence_length} + {constant} : {size.head})",
+            head,
         ]
         if sharded:
             terms.append(f"{GRADIENT * size.parameters} / {ranks}")

@@ -28,6 +28,8 @@ class Batch:
     """[T] int64, the token that each position predicts, or spans.NO_TARGET"""
     span: Tensor
     """[T] uint8, the span of that token, or 0"""
+    target_rows: Tensor
+    """[N] int64, the positions that have a target, in order"""
     boundaries: Tensor
     """[documents + 1] int32 over T: the start of each run of one document or of padding, then T. Attention
     never crosses a boundary."""
@@ -76,6 +78,7 @@ class Batch:
             padding=padding,
             target=target,
             span=span,
+            target_rows=spans.target_rows(target),
             boundaries=boundaries.int(),
             longest=int(lengths.max()),
             counts=torch.stack([(~padding).sum(), *((span == number).sum() for number in SPANS.values())]),
@@ -86,9 +89,13 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device; `counts` stays on the CPU."""
+        """The same batch on another device; `counts` stays on the CPU.
+
+        Goes to a GPU through pinned memory: from other memory a copy would wait for what the GPU was given
+        before.
+        """
         moved = {
-            field.name: value.to(device, non_blocking=True)
+            field.name: (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor) and field.name != "counts"
         }

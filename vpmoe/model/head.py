@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vpmoe.model.spans import NO_TARGET
+from vpmoe.model.spans import target_rows
 
 Coefficient = Callable[[Tensor, Tensor], Tensor]
 """`(logp_t [t] detached, rows_t [t] int64) -> c_t [t]`: the coefficients of a chunk's targets; rows_t are
@@ -27,23 +27,31 @@ CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 
 
 def head_loss(
-    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, coefficient: Coefficient
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    coefficient: Coefficient,
+    rows_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(Σ c·(−log p), log p [T] detached). Positions with target NO_TARGET are skipped; their log p is NaN.
 
     Differentiable in hidden and weight. On the GPU hidden and weight are bf16; logits, sums and the weight's
     gradient are fp32. Elsewhere everything has the dtype of hidden (fp32, or fp64 in tests). Autograd gets
-    both gradients in their parameter's dtype.
+    both gradients in their parameter's dtype. `rows_N` [N] int64 are the positions that have a target, in
+    order (Batch.target_rows); without it they are found, for which the host waits for the GPU.
     """
-    loss, logp_T = _Head.apply(hidden_TH, weight_VH, targets_T, coefficient)  # type: ignore[no-untyped-call]
+    loss, logp_T = _Head.apply(hidden_TH, weight_VH, targets_T, coefficient, rows_N)  # type: ignore[no-untyped-call]
     return loss, logp_T
 
 
 @torch.no_grad()
-def target_logp(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
-    """log p(target) [T] without gradients; NaN without a target. In fp32, or fp64 if hidden is."""
+def target_logp(
+    hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, rows_N: Tensor | None = None
+) -> Tensor:
+    """log p(target) [T] without gradients; NaN without a target. In fp32, or fp64 if hidden is. `rows_N`: see
+    head_loss."""
     logp_T = unscored_logp(hidden_TH)
-    for rows_t in target_chunks(targets_T, _longest(weight_VH)):
+    for rows_t in target_chunks(targets_T, _longest(weight_VH), rows_N):
         logp_T[rows_t] = _logp(hidden_TH[rows_t], weight_VH, targets_T[rows_t])
     return logp_T
 
@@ -51,13 +59,18 @@ def target_logp(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tens
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, coefficient: Coefficient
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        targets_T: Tensor,
+        coefficient: Coefficient,
+        rows_N: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         logp_T = unscored_logp(hidden_TH)
         loss = logp_T.new_zeros(())
         grad_hidden_TH = torch.zeros_like(hidden_TH)
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=logp_T.dtype)
-        for rows_t in target_chunks(targets_T, _longest(weight_VH)):
+        for rows_t in target_chunks(targets_T, _longest(weight_VH), rows_N):
             hidden_tH, targets_t = hidden_TH[rows_t], targets_T[rows_t]
             logits_tV = chunk_logits(hidden_tH, weight_VH)
             lse_t, logp_t = _log_sum_exp(logits_tV, targets_t)
@@ -74,11 +87,12 @@ class _Head(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_TH, grad_weight_VH = ctx.saved_tensors
         return (
             grad_hidden_TH * grad_loss.to(grad_hidden_TH.dtype),
             grad_weight_VH * grad_loss.to(grad_weight_VH.dtype),
+            None,
             None,
             None,
         )
@@ -99,11 +113,13 @@ def _longest(weight_VH: Tensor) -> int:
     return max(1, CHUNK_BYTES[weight_VH.device.type] // (4 * len(weight_VH)))
 
 
-def target_chunks(targets_T: Tensor, longest: int) -> Iterator[Tensor]:
-    """Indices of the positions that have a target, in pieces of about equal length, at most `longest`."""
-    rows_T = (targets_T != NO_TARGET).nonzero().squeeze(1)
-    pieces = -(-len(rows_T) // longest)
-    yield from rows_T.tensor_split(pieces) if pieces else ()
+def target_chunks(targets_T: Tensor, longest: int, rows_N: Tensor | None = None) -> Iterator[Tensor]:
+    """Indices of the positions that have a target, in pieces of about equal length, at most `longest`.
+    `rows_N`: see head_loss."""
+    if rows_N is None:
+        rows_N = target_rows(targets_T)
+    pieces = -(-len(rows_N) // longest)
+    yield from rows_N.tensor_split(pieces) if pieces else ()
 
 
 def chunk_logits(hidden_tH: Tensor, weight_VH: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ closures over losses) exists for pipeline stages that this student does not have
 """
 
 import contextlib
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from vpmoe.api.metrics import BySpan, Measures
@@ -30,11 +31,14 @@ from vpmoe.data.spans import SPANS
 from vpmoe.model import distributed, state
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import target_logp
+from vpmoe.model.layer_graphs import LayerGraphs, unsupported
 from vpmoe.model.objective import Objective
 from vpmoe.model.router import ExpertLoad, Router, routers
 from vpmoe.model.shapes import Shape
 from vpmoe.model.sharded_gradients import ShardedGradients
 from vpmoe.model.student import Student, build
+
+log = logging.getLogger(__name__)
 
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
@@ -81,6 +85,7 @@ class Learner:
         weight_decay: float,
         gradient_clip: float,
         sharded_gradients: bool = False,
+        graphs: bool = True,
     ) -> None:
         self.student = student
         self.device = device
@@ -117,6 +122,7 @@ class Learner:
             group["fused"] = True  # one pass over memory; torch's default on the CPU makes ten
         state.allocate_moments(self)
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=device))
+        self._graphs = self._layer_graphs(sharded_gradients) if graphs else None
 
     @classmethod
     def build(
@@ -132,9 +138,11 @@ class Learner:
         teacher_width: int | None = None,
         recomputed_layers: int = 0,
         sharded_gradients: bool = False,
+        graphs: bool = True,
     ) -> "Learner":
         """A new student (see student.build) with an empty optimizer. `sharded_gradients`: see
-        sharded_gradients.py."""
+        sharded_gradients.py. `graphs`: whether layers run as CUDA graphs in training, with the same bits,
+        where layer_graphs.unsupported allows it."""
         student = build(
             shape,
             device,
@@ -150,7 +158,27 @@ class Learner:
             weight_decay=weight_decay,
             gradient_clip=gradient_clip,
             sharded_gradients=sharded_gradients,
+            graphs=graphs,
         )
+
+    def _layer_graphs(self, sharded_gradients: bool) -> LayerGraphs | None:
+        student, config = self.student, self.student.config
+        reason = unsupported(
+            student.shape,
+            self.device,
+            expert_parallel=config.expert_model_parallel_size,
+            sharded_gradients=sharded_gradients,
+        )
+        if reason is not None:
+            if self.device.type == "cuda":
+                log.info("Layers run without CUDA graphs: %s", reason)
+            return None
+        return LayerGraphs(student.decoder.layers, config.recompute_num_layers or 0, self._gradient_ready)
+
+    def _gradient_ready(self, parameter: nn.Parameter) -> None:
+        """What megatron's hook does once a parameter's gradient was added to its fp32 buffer."""
+        group = self.ddp.param_to_bucket_group[parameter]
+        group.register_grad_ready(parameter, self.ddp.force_all_reduce)
 
     @property
     def steps(self) -> int:
@@ -175,7 +203,7 @@ class Learner:
         for batch in batches:
             with self.ddp.no_sync() if batch is not batches[-1] else contextlib.nullcontext():
                 here = batch.to(self.device)
-                loss, logp_T = objective.loss(here, self.ddp(here), self.student, positions)
+                loss, logp_T = objective.loss(here, self.ddp(here, self._graphs), self.student, positions)
                 loss.backward()  # type: ignore[no-untyped-call]
             sums.add(here, logp_T, loss.detach() / positions)
         self._positions = torch.stack([batch.counts[0] for batch in batches]).sum()
@@ -192,7 +220,7 @@ class Learner:
         sums = _Sums(self.device)
         for batch in batches:
             here = batch.to(self.device)
-            sums.add(here, target_logp(self.student(here), self.student.output, here.target))
+            sums.add(here, self._logp_of(here))
         return sums.outcome()
 
     @torch.no_grad()
@@ -202,7 +230,11 @@ class Learner:
         All ranks call it with the same batch.
         """
         here = batch.to(self.device)
-        return target_logp(self.student(here), self.student.output, here.target).cpu()
+        return self._logp_of(here).cpu()
+
+    def _logp_of(self, here: Batch) -> Tensor:
+        """log p of a batch on the device [T], without gradients; NaN without a target."""
+        return target_logp(self.student(here), self.student.output, here.target, here.target_rows)
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> float:

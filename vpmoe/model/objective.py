@@ -68,6 +68,7 @@ class Weighted:
             student.output,
             batch.target,
             lambda logp_t, rows_t: coefficient(logp_t, rows_t) * scale,
+            batch.target_rows,
         )
         self._sums.append(self.sums_of(batch, logp_T))
         return loss, logp_T

@@ -219,7 +219,7 @@ class Shape:
         """Bytes of a position that are kept once, however many layers there are and are recomputed: the first
         layer's values; the rotation's angles in fp32; the input of the last norm, what it returns, and the
         gradient of that, which the loss head computes in the forward; and the batch itself."""
-        batch = 3 * 8 + 1 + 1 + 4  # tokens, positions and targets; span and padding; log p
+        batch = 4 * 8 + 1 + 1 + 4  # tokens, positions, targets and their places; span and padding; log p
         first_values = 2 * self.kv_heads * self.head_width * self.value_residual
         return first_values + 4 * self.head_width + 3 * 2 * self.hidden + batch
 
@@ -234,6 +234,11 @@ class Shape:
         """Bytes of the gradients of a mixture layer's experts, before they are added to the fp32 buffers."""
         matrix = 2 * self.experts * self.hidden * self.expert_width
         return 2 * matrix + (matrix if self.linear_biases else 0)
+
+    def graphed_bytes(self) -> int:
+        """Bytes of a position that are inputs of the layers' CUDA graphs: hidden states of the first layer,
+        gradient of the last one's, the rotation's angles in fp32, padding, boundaries of documents."""
+        return 2 * 2 * self.hidden + 4 * self.head_width + 1 + 4
 
     @property
     def _expert_columns(self) -> int:
@@ -252,6 +257,7 @@ class Shape:
             stem=self.stem_bytes(),
             backward=self.backward_bytes(),
             backward_weights=self.backward_weights(),
+            graphed=self.graphed_bytes(),
             cached=self.cached_bytes(),
             window=self.window_bytes(),
         )

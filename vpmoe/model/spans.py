@@ -4,7 +4,7 @@ Position t predicts the token at t + 1 of the same document, which is a target u
 user, headers of other turns). A document's last position and padding predict nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ def targets(tokens_bS: Tensor, spans_bS: Tensor, documents_bS: Tensor) -> tuple[
     token_bS[:, :-1] = torch.where(same, tokens_bS[:, 1:], NO_TARGET)
     span_bS[:, :-1] = torch.where(same, spans_bS[:, 1:], 0)
     return token_bS.flatten(), span_bS.flatten()
+
+
+def target_rows(target_T: Tensor) -> Tensor:
+    """[N] int64: the positions that have a target, in order."""
+    return (target_T != NO_TARGET).nonzero().squeeze(1)
 
 
 def shift_to_targets(values_bS: Tensor, target_T: Tensor) -> Tensor:
@@ -60,6 +65,17 @@ def coefficient_by_span(counts: Tensor, weights: Mapping[str, float]) -> list[fl
     which its coefficient would apply.
     """
     return [weight / max(int(n), 1) for weight, n in zip(weights_by_span(weights), counts, strict=True)]
+
+
+def values_of_spans(by_span: Sequence[float], span_T: Tensor) -> Tensor:
+    """[T] fp32: the value of each position's span, from a list indexed by span number.
+
+    Without a tensor of the list: a copy of it to a GPU would wait for what the GPU was given before.
+    """
+    values_T = torch.full(span_T.shape, by_span[0], dtype=torch.float32, device=span_T.device)
+    for span, value in enumerate(by_span[1:], start=1):
+        values_T.masked_fill_(span_T == span, value)
+    return values_T
 
 
 def means_by_span(total: Tensor, sums: int) -> list[BySpan]:

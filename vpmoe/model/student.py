@@ -14,7 +14,7 @@ all of its ids are defined. Expert parallelism is megatron's.
 """
 
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from megatron.core import parallel_state
@@ -47,6 +47,9 @@ from vpmoe.model.initial import (
 from vpmoe.model.router import Router
 from vpmoe.model.self_attention import Layer, SelfAttention
 from vpmoe.model.shapes import Shape
+
+if TYPE_CHECKING:
+    from vpmoe.model.layer_graphs import LayerGraphs
 
 
 class Student(MegatronModule):  # type: ignore[misc]
@@ -82,10 +85,11 @@ class Student(MegatronModule):  # type: ignore[misc]
                 torch.empty((teacher_width, shape.hidden), dtype=config.params_dtype, device=place)
             )
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, graphs: "LayerGraphs | None" = None) -> Tensor:
         """Hidden states [T, H] of the batch's T = b·S positions, in row order.
 
-        Raises ValueError if a row is longer than `sequence_length`.
+        With `graphs` these run the layers, with the same bits. Raises ValueError if a row is longer than
+        `sequence_length`.
         """
         rows, positions = batch.tokens.shape
         if positions > self.sequence_length:
@@ -93,13 +97,18 @@ class Student(MegatronModule):  # type: ignore[misc]
                 f"training.sequenceLength: a row has {positions} positions, but the student was built for "
                 f"{self.sequence_length}."
             )
-        hidden_SbH = self.decoder(
-            hidden_states=self.embedding(batch.tokens).transpose(0, 1).contiguous(),
-            attention_mask=None,
-            rotary_pos_emb=self._angles(batch.position.T),
-            packed_seq_params=packed_seq_params_for(batch.boundaries, batch.longest),
-            padding_mask=batch.padding,
-        )
+        hidden_SbH = self.embedding(batch.tokens).transpose(0, 1).contiguous()
+        angle_Sb1D = self._angles(batch.position.T)
+        if graphs is not None:
+            hidden_SbH = self.decoder.final_layernorm(graphs(hidden_SbH, angle_Sb1D, batch))
+        else:
+            hidden_SbH = self.decoder(
+                hidden_states=hidden_SbH,
+                attention_mask=None,
+                rotary_pos_emb=angle_Sb1D,
+                packed_seq_params=packed_seq_params_for(batch.boundaries, batch.longest),
+                padding_mask=batch.padding,
+            )
         return cast(Tensor, hidden_SbH).transpose(0, 1).reshape(rows * positions, -1)
 
     def _angles(self, position_Sb: Tensor) -> Tensor:

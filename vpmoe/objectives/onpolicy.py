@@ -19,7 +19,7 @@ from vpmoe.data.spans import SPANS
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import Coefficient
 from vpmoe.model.objective import Weighted
-from vpmoe.model.spans import coefficient_by_span, means_by_span
+from vpmoe.model.spans import coefficient_by_span, means_by_span, values_of_spans
 
 MOST_ADVANTAGE = 20.0
 """Bound on the advantage of one token, in nats, either way."""
@@ -70,7 +70,7 @@ def on_policy(counts: Tensor, weights: Mapping[str, float]) -> Weighted:
     by_span = coefficient_by_span(counts, weights)
 
     def coefficient_of(batch: Batch) -> Coefficient:
-        share_T = torch.tensor(by_span, dtype=torch.float32, device=batch.span.device)[batch.span.long()]
+        share_T = values_of_spans(by_span, batch.span)
         teacher_T, sampler_T = stored_logp(batch)
 
         def coefficient(logp_t: Tensor, rows_t: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from vpmoe.data.spans import SPANS
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import Coefficient
 from vpmoe.model.objective import Weighted
-from vpmoe.model.spans import coefficient_by_span, means_by_span
+from vpmoe.model.spans import coefficient_by_span, means_by_span, values_of_spans
 
 SUMS = 5
 """Sums of each span: tokens, weights, weights at the lower bound, weights at the upper bound, the teacher's
@@ -67,13 +67,13 @@ def rescored(
 
     def weight(batch: Batch) -> Tensor:
         """[T] fp32; undefined without a target."""
-        m_T = torch.tensor(m_by_span, dtype=torch.float32, device=batch.span.device)[batch.span.long()]
+        m_T = values_of_spans(m_by_span, batch.span)
         return (
             ((teacher_logp(batch) - m_T) / confidence.temperature).exp().clamp(confidence.min, confidence.max)
         )
 
     def coefficient_of(batch: Batch) -> Coefficient:
-        c_T = torch.tensor(by_span, dtype=torch.float32, device=batch.span.device)[batch.span.long()]
+        c_T = values_of_spans(by_span, batch.span)
         c_T = torch.where(batch.span > 0, c_T * weight(batch), 0)
         return lambda logp_t, rows_t: c_T[rows_t]
 

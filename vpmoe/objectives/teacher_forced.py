@@ -13,7 +13,7 @@ from vpmoe.api.metrics import BySpan, Measures, Sample, samples_by_span
 from vpmoe.api.stages import LossWeights
 from vpmoe.data.spans import SPANS
 from vpmoe.model.batch import Batch
-from vpmoe.model.spans import coefficient_by_span, means_by_span
+from vpmoe.model.spans import coefficient_by_span, means_by_span, values_of_spans
 from vpmoe.objectives.teacher_forced_head import Teacher, forced_loss
 
 if TYPE_CHECKING:
@@ -58,22 +58,26 @@ class TeacherForced:
     ) -> tuple[Tensor, Tensor]:
         """See Objective. The share is scaled and not the loss: a factor on bf16 gradients would be
         rounded."""
-        share_T = (
-            torch.tensor(self.share, dtype=torch.float32, device=batch.span.device)[batch.span.long()] * scale
-        )
+        share_T = values_of_spans(self.share, batch.span) * scale
         teacher = Teacher(self.hidden_of(batch), self.output_VG)
         found = forced_loss(
-            hidden_TH, student.output, student.projection, teacher, batch.target, share_T, self.terms
+            hidden_TH,
+            student.output,
+            student.projection,
+            teacher,
+            batch.target,
+            share_T,
+            self.terms,
+            batch.target_rows,
         )
-        parts = (found.kl_T, found.cosine_T)
+        parts = (torch.ones_like(found.kl_T), found.kl_T, found.cosine_T)
         by_span = torch.stack(
             [
                 torch.stack([part.where(batch.span == span, 0).double().sum() for part in parts])
                 for span in SPANS.values()
             ]
         )
-        targets = batch.counts[1:].to(by_span).unsqueeze(1)
-        self._sums.append(torch.cat([targets, by_span], dim=1).flatten())
+        self._sums.append(by_span.flatten())
         return found.loss, found.logp_T
 
     def sums(self) -> Tensor:

@@ -58,21 +58,25 @@ def forced_loss(
     targets_T: Tensor,
     share_T: Tensor,
     terms: "LossWeights",
+    rows_N: Tensor | None = None,
 ) -> Forced:
     """The loss of one microbatch, differentiable in hidden, output and projection. Positions
     whose target is NO_TARGET add nothing.
 
     `share_T` is each token's weight, w_span / N_span. `projection_GH` brings the student's hidden states to
-    the teacher's width; None if both have the same width. On the GPU all inputs are bf16 and sums are fp32
-    (logits: see teacher_forced_kernels.py). Elsewhere everything has the type of hidden. Raises ValueError
-    if a projection is missing.
+    the teacher's width; None if both have the same width. `rows_N`: see head.head_loss. On the GPU all inputs
+    are bf16 and sums are fp32 (logits: see teacher_forced_kernels.py). Elsewhere everything has the type of
+    hidden. Raises ValueError if a projection is missing.
     """
     if projection_GH is None and hidden_TH.shape[1] != teacher.hidden_TG.shape[1]:
         raise ValueError(
             f"hidden states are {hidden_TH.shape[1]} wide, the teacher's {teacher.hidden_TG.shape[1]}: a "
             "projection is missing."
         )
-    return Forced(*_Head.apply(hidden_TH, output_VH, projection_GH, teacher, targets_T, share_T, terms))  # type: ignore[no-untyped-call]
+    found = _Head.apply(  # type: ignore[no-untyped-call]
+        hidden_TH, output_VH, projection_GH, teacher, targets_T, share_T, terms, rows_N
+    )
+    return Forced(*found)
 
 
 class _Head(torch.autograd.Function):
@@ -86,6 +90,7 @@ class _Head(torch.autograd.Function):
         targets_T: Tensor,
         share_T: Tensor,
         terms: "LossWeights",
+        rows_N: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logp_T, kl_T, cosine_T = (unscored_logp(hidden_TH) for _ in range(3))
         loss = logp_T.new_zeros(())
@@ -94,7 +99,7 @@ class _Head(torch.autograd.Function):
         grad_projection_GH = (
             None if projection_GH is None else torch.zeros_like(projection_GH, dtype=logp_T.dtype)
         )
-        for rows_t in target_chunks(targets_T, _longest(output_VH)):
+        for rows_t in target_chunks(targets_T, _longest(output_VH), rows_N):
             hidden_tH, targets_t, share_t = (
                 hidden_TH[rows_t],
                 targets_T[rows_t],
@@ -128,6 +133,7 @@ class _Head(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         return (
             *(None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors),
+            None,
             None,
             None,
             None,

@@ -3,13 +3,12 @@ anchor of later stages."""
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import Coefficient
 from vpmoe.model.objective import Weighted
-from vpmoe.model.spans import coefficient_by_span
+from vpmoe.model.spans import coefficient_by_span, values_of_spans
 
 
 def vanilla(counts: Tensor, weights: Mapping[str, float]) -> Weighted:
@@ -21,7 +20,7 @@ def vanilla(counts: Tensor, weights: Mapping[str, float]) -> Weighted:
     by_span = coefficient_by_span(counts, weights)
 
     def coefficient_of(batch: Batch) -> Coefficient:
-        c_T = torch.tensor(by_span, dtype=torch.float32, device=batch.span.device)[batch.span.long()]
+        c_T = values_of_spans(by_span, batch.span)
         return lambda logp_t, rows_t: c_T[rows_t]
 
     return Weighted(coefficient_of)

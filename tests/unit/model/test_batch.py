@@ -51,6 +51,12 @@ def test_positions_boundaries_padding_and_counts_are_derived_from_the_rows(
     assert batch.boundaries.dtype == torch.int32
 
 
+def test_target_rows_are_the_positions_with_a_target() -> None:
+    batch = batch_of([0, 0, 1, 1, 1, -1], [-1, -1, -1, -1, -1, -1], [4, 4, 4, 5, 6, 6])
+    assert batch.target_rows.tolist() == [0, 2, 3, 12, 13, 16] and batch.target_rows.dtype == torch.int64
+    assert batch.target_rows.equal((batch.target >= 0).nonzero().squeeze(1))
+
+
 def test_counts_stay_on_the_cpu_when_a_batch_is_moved() -> None:
     moved = batch_of([0, 0, -1]).to(torch.device("meta"))
     assert moved.tokens.is_meta and moved.boundaries.is_meta and moved.counts.device.type == "cpu"

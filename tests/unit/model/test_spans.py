@@ -68,6 +68,12 @@ def test_coefficients_divide_by_the_counts_of_the_global_batch() -> None:
     )
 
 
+def test_values_of_spans_are_those_of_a_table() -> None:
+    span_T = torch.tensor([0, 2, 1, 1, 0, 2], dtype=torch.uint8)
+    found = spans.values_of_spans([0.5, 1 / 3, -7e30], span_T)
+    assert found.equal(torch.tensor([0.5, 1 / 3, -7e30])[span_T.long()])
+
+
 def test_an_absent_span_contributes_nothing() -> None:
     tokens, span, documents = (
         torch.arange(4).unsqueeze(0),
