@@ -38,7 +38,6 @@ def random_sizes(number: int) -> list[tuple[StudentSize, int, int]]:
             1024,
             int(10 ** generator.uniform(3, 5)),
             0,
-            0,
             int(10 ** generator.uniform(3, 6)),
             0,
             int(10 ** generator.uniform(2, 6)),
