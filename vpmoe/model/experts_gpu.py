@@ -31,7 +31,7 @@ ROWS = 128
 TILES = {
     "up": (64, 8, 3),
     "down's gradient": (64, 8, 3),
-    "rows": (128, 8, 2),
+    "rows": (64, 4, 2),
     "weights": (64, 128, 8, 5),
 }
 """(hidden numbers of a step; warps, stages of loads in flight) of the products from tokens; (columns of a
@@ -543,16 +543,22 @@ def _sums_over_rows(  # type: ignore[no-untyped-def]
                 beside = tl.load(side + row * SIDE + s[None, :], mask=inside, other=0.0)
                 by_side = tl.dot(of_tokens, beside, by_side)
     target += expert.to(tl.int64) * H * W
-    place = w[:, None] * H + h[None, :] if UP else h[:, None] * W + w[None, :]
-    place = target + place
+    first: tl.constexpr = W if UP else B
+    second: tl.constexpr = B if UP else W
+    row = tl.arange(0, first)[:, None] * H if UP else h[:, None] * W
+    # one half of the columns after the other: fewer registers
+    halves = tl.split(tl.permute(tl.reshape(total, (first, 2, second // 2)), (0, 2, 1)))
+    for half in tl.static_range(2):
+        column = (part * B if UP else 0) + half * (second // 2) + tl.arange(0, second // 2)
+        place = target + row + column[None, :]
+        value = halves[half]
+        if ADD:
+            value += tl.load(place)
+        tl.store(place, value.to(target.dtype.element_ty))
     if bias is not None:
+        own = part < (1 if UP else H)  # up's is the same in every part
         by_bias = tl.sum(tl.where(s[None, :] == 0, by_side, 0.0), 1)
         beside = bias + (expert * W + w if UP else expert * H + h)
-    if ADD:
-        total += tl.load(place)
-    tl.store(place, total.to(target.dtype.element_ty))
-    if bias is not None:
         if ADD_BIAS:
-            by_bias += tl.load(beside)
-        if not UP or part == 0:
-            tl.store(beside, by_bias.to(bias.dtype.element_ty))
+            by_bias += tl.load(beside, mask=own, other=0.0)
+        tl.store(beside, by_bias.to(bias.dtype.element_ty), mask=own)
