@@ -93,7 +93,6 @@ def peer_size(config: dict[str, Any]) -> StudentSize:
         layers=layers,
         hidden=hidden,
         kept=2 * computed,
-        kept_weights=0,
         stem=0,
         backward=0,
         backward_weights=0,

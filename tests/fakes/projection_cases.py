@@ -1,5 +1,5 @@
-"""The kernels of self_attention_gpu.py, qk_norm_gpu.py, norm_gpu.py, linear_gpu.py and
-experts_gpu.py beside their definitions in float64.
+"""The kernels of self_attention_gpu.py, qk_norm_gpu.py, norm_gpu.py and linear_gpu.py beside their
+definitions in float64.
 
     TRITON_INTERPRET=1 python -m tests.fakes.projection_cases
 
@@ -11,8 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vpmoe.model import experts_gpu, linear_gpu, norm_gpu, qk_norm_gpu, self_attention_gpu
-from vpmoe.model.grouped import COLUMN
+from vpmoe.model import linear_gpu, norm_gpu, qk_norm_gpu, self_attention_gpu
 from vpmoe.model.self_attention import rotate
 from vpmoe.model.tensor_product import tensor_product
 
@@ -113,29 +112,6 @@ def normed(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> l
     return assert_near(lambda x, weight: (norm_gpu.rms_norm(x, weight, 1e-6),), definition, x, weight)
 
 
-def activated_rows(
-    device: torch.device, dtype: torch.dtype, rows: list[int], width: int, biased: bool
-) -> list[Tensor]:
-    """`rows` of each expert."""
-    ends = torch.tensor(rows, device=device).cumsum(0, dtype=torch.int32)
-    expert = torch.arange(len(rows), device=device).repeat_interleave(torch.tensor(rows, device=device))
-    inputs = [torch.randn(sum(rows), width, device=device, dtype=dtype).requires_grad_()]
-    inputs.append(torch.rand(sum(rows), device=device).requires_grad_())
-    if biased:
-        inputs.append(torch.randn(len(rows) * width, device=device, dtype=dtype).requires_grad_())
-
-    def kernel(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
-        return (experts_gpu.activated(x, bias, weight, ends),)
-
-    def definition(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
-        if bias is None:
-            return (x.relu().square() * weight[:, None],)
-        x = (x + bias.view(len(rows), width)[expert]).relu().square() * weight[:, None]
-        return (torch.cat([x, torch.nn.functional.pad(weight[:, None], (0, COLUMN - 1))], 1),)
-
-    return assert_near(kernel, definition, *inputs)
-
-
 def linear_maps(
     device: torch.device, dtype: torch.dtype, positions: int, inputs: int, outputs: int
 ) -> list[Tensor]:
@@ -160,8 +136,6 @@ def main() -> None:
     normed_and_rotated(cpu, torch.float16, 3, 16, rotates=False)
     normed(cpu, torch.float16, 40, 24)
     linear_maps(cpu, torch.float16, 150, 8, 24)
-    activated_rows(cpu, torch.float16, [3, 0, 40, 1], 24, biased=True)
-    activated_rows(cpu, torch.float16, [0, 5], 16, biased=False)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""The experts' grouped product and biases on a GPU against float64, with experts that get no token."""
+"""The routed experts on a GPU, from tokens to their sums, and the exported model's grouped product: equal to
+float64, with experts that get no token."""
 
 import pytest
 import torch
+import triton
 
+from tests.fakes.expert_cases import mixtures, no_rows
 from tests.fakes.students import new_seed
-from vpmoe.model.grouped import grouped_product, grouped_product_with_bias, rows_of
+from vpmoe.model import experts_gpu
+from vpmoe.model.grouped import grouped_product
 
 
 @pytest.mark.parametrize("rows", [[162, 0, 2577, 446, 0, 83], [0, 0, 0, 7], [0, 0, 0, 0]], ids=str)
@@ -26,43 +30,77 @@ def test_empty_experts_have_gradient_zero(gpu: torch.device, rows: list[int]) ->
     assert (weight.grad.double() - exact[1].grad).norm() <= 2e-2 * exact[1].grad.norm()
 
 
-@pytest.mark.parametrize("rows", [[162, 0, 2577, 446, 0, 83], [0, 0, 0, 7], [0, 0, 0, 0]], ids=str)
-def test_biases_equal_float64(gpu: torch.device, rows: list[int]) -> None:
-    """Outputs and gradients; those of empty experts are 0. Inputs are exact in bf16 but for the shares."""
+@pytest.mark.parametrize("buffered", [False, True], ids=["", "buffers"])
+@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("tokens, hidden, width", [(1, 64, 16), (333, 64, 32), (1000, 1024, 128)])
+def test_mixtures_equal_float64(
+    gpu: torch.device, tokens: int, hidden: int, width: int, biased: bool, buffered: bool
+) -> None:
+    """Outputs and every gradient; the first of four chosen experts has half of the choices. With buffers,
+    those of the weights are added in two calls."""
     torch.manual_seed(new_seed())
-    groups, total = len(rows), sum(rows)
-    sizes = [(total, 128), (groups, 256, 128), (groups * 256,), (groups * 128,)]
-    inputs = [torch.randn(*size, device=gpu, dtype=torch.bfloat16).requires_grad_() for size in sizes]
-    share = torch.rand(total, device=gpu).requires_grad_()
-    ends = torch.tensor(rows, device=gpu).cumsum(0, dtype=torch.int32)
-    direction = torch.randn(total, 256, device=gpu, dtype=torch.bfloat16)
-    dirty = [torch.full_like(inputs[1], torch.nan) for _ in range(4)]
-    del dirty
-    leaves = [*inputs, share]
-    x, weight, down, up = inputs
-    found = grouped_product_with_bias(x + rows_of(up, ends, total), weight, down, share, ends)
-    gradients = torch.autograd.grad(found, leaves, direction)
-    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    x, weight, down, up, share = exact
-    expert = torch.arange(groups, device=gpu).repeat_interleave(torch.tensor(rows, device=gpu))
-    inner = (x + up.view(groups, -1)[expert]).split(rows)
-    wanted = torch.cat([x @ w.T for x, w in zip(inner, weight, strict=True)])
-    wanted = wanted + share.unsqueeze(1) * down.view(groups, -1)[expert]
-    for one, other in zip(
-        (found, *gradients), (wanted, *torch.autograd.grad(wanted, exact, direction.double())), strict=True
-    ):
-        assert (one.double() - other).norm() <= 1e-2 * other.norm()
-    empty = torch.tensor(rows, device=gpu) == 0
-    assert all((gradient.reshape(groups, -1)[empty] == 0).all() for gradient in gradients[1:4])
+    mixtures(gpu, torch.bfloat16, tokens, hidden, width, biased=biased, buffered=buffered)
 
 
-def test_gradients_of_biases_are_the_same_in_each_call(gpu: torch.device) -> None:
-    """With as many rows as a microbatch of 32,768 tokens has: an embedding's backward adds so many
-    atomically."""
+@pytest.mark.parametrize("choices", [1, 4])
+def test_many_experts_equal_float64(gpu: torch.device, choices: int) -> None:
+    """The real widths and numbers; of a row that another rank sent there is one choice."""
     torch.manual_seed(new_seed())
-    rows = torch.randint(0, 1024, (256,), device=gpu)
-    total, ends = int(rows.sum()), rows.cumsum(0, dtype=torch.int32)
-    bias = torch.randn(256 * 128, device=gpu, dtype=torch.bfloat16, requires_grad=True)
-    direction = torch.randn(total, 128, device=gpu, dtype=torch.bfloat16)
-    first, *others = (torch.autograd.grad(rows_of(bias, ends, total), bias, direction)[0] for _ in range(5))
-    assert all(torch.equal(first, other) for other in others)
+    chosen = [expert for expert in range(256) if expert % 7]
+    mixtures(gpu, torch.bfloat16, 8192, 1024, 128, choices=choices, chosen=chosen, experts=256)
+
+
+def test_a_rank_without_rows_has_gradient_zero(gpu: torch.device) -> None:
+    no_rows(gpu, torch.bfloat16)
+
+
+def test_results_are_the_same_in_each_call(gpu: torch.device) -> None:
+    seed = new_seed()
+    runs = []
+    for buffered in (False, False, True, True):
+        torch.manual_seed(seed)
+        runs.append(mixtures(gpu, torch.bfloat16, 5000, 1024, 128, buffered=buffered))
+    for first, second in (runs[:2], runs[2:]):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_other_numbers_of_tokens_compile_nothing(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixtures(gpu, torch.bfloat16, 100, 256, 128)
+    compiled: list[object] = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **details: compiled.append(details)
+    )
+    for tokens in (1, 16, 17, 4096):
+        mixtures(gpu, torch.bfloat16, tokens, 256, 128)
+    assert not compiled
+
+
+def test_forward_and_backward_are_captured_in_a_graph(gpu: torch.device) -> None:
+    """Other tokens and other choices give what they give without a graph."""
+    torch.manual_seed(new_seed())
+    up, down = (torch.randn(8, *size, device=gpu).bfloat16() / 8 for size in ((32, 64), (64, 32)))
+    x, share = torch.randn(200, 64, device=gpu).bfloat16(), torch.rand(800, device=gpu)
+    leaves = [leaf.requires_grad_() for leaf in (x, share, up, down)]
+    expert = torch.randint(0, 8, (800,), device=gpu)
+
+    def step() -> list[torch.Tensor]:
+        order = expert.argsort(stable=True)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(800, device=gpu))
+        tokens = (expert[:, None] == torch.arange(8, device=gpu)).sum(0)
+        out = experts_gpu.mixture(x, share, up, down, None, None, order, inverse, tokens, 4)
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for experts in (8, 3):
+        expert.copy_(torch.randint(0, experts, (800,), device=gpu))
+        with torch.no_grad():
+            x.normal_()
+        graph.replay()
+        assert all(torch.equal(x, y) for x, y in zip(captured, step(), strict=True))

@@ -5,7 +5,6 @@ import torch
 import triton
 
 from tests.fakes.projection_cases import (
-    activated_rows,
     linear_maps,
     mixed_values,
     normed,
@@ -51,18 +50,6 @@ def test_linear_maps_equal_float64(gpu: torch.device, positions: int, inputs: in
     linear_maps(gpu, torch.bfloat16, positions, inputs, outputs)
 
 
-ROWS = [[162, 0, 2577, 446, 0, 83], [0, 0, 0, 7]]
-"""Of each expert."""
-
-
-@pytest.mark.parametrize("biased", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("width", [32, 128])
-@pytest.mark.parametrize("rows", ROWS, ids=str)
-def test_activated_rows_equal_float64(gpu: torch.device, rows: list[int], width: int, biased: bool) -> None:
-    torch.manual_seed(new_seed())
-    activated_rows(gpu, torch.bfloat16, rows, width, biased)
-
-
 def test_other_numbers_of_positions_compile_nothing(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +57,6 @@ def test_other_numbers_of_positions_compile_nothing(
         normed_and_rotated(gpu, torch.bfloat16, positions, 128)
         normed(gpu, torch.bfloat16, positions, 1024)
         linear_maps(gpu, torch.bfloat16, positions, 64, 512)
-        activated_rows(gpu, torch.bfloat16, [positions, 0, 5], 128, biased=True)
 
     everything(100)
     compiled: list[object] = []
@@ -94,7 +80,6 @@ def test_results_are_the_same_in_each_call(gpu: torch.device) -> None:
                 *normed_and_rotated(gpu, torch.bfloat16, 5000, 128),
                 *normed(gpu, torch.bfloat16, 5000, 1024),
                 *linear_maps(gpu, torch.bfloat16, 5000, 256, 512),
-                *activated_rows(gpu, torch.bfloat16, [700, 0, 9000], 128, biased=True),
             ]
         )
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))

@@ -46,9 +46,6 @@ class StudentSize:
     kept: int
     """Bytes of a position that a layer keeps for the backward if it is not recomputed: those of the mean
     layer. A recomputed layer keeps its input, in bf16."""
-    kept_weights: int
-    """Bytes that such a layer keeps whatever the positions, copies of the experts' weights: those of the mean
-    layer."""
     stem: int
     """Bytes of a position that are kept once."""
     backward: int
@@ -109,20 +106,9 @@ class StudentSize:
 
 STUDENTS = {
     "vpmoe-6b": StudentSize(
-        6_029_894_927,
-        5_324_898_304,
-        80,
-        1024,
-        31_522,
-        70_411_878,
-        7206,
-        25_664,
-        201_326_592,
-        4613,
-        20_480,
-        7_864_320,
+        6_029_894_927, 5_324_898_304, 80, 1024, 22_358, 7206, 17_424, 134_217_728, 4613, 20_480, 7_864_320
     ),
-    "tiny": StudentSize(26_011_264, 134_144, 5, 64, 2316, 32_768, 550, 1184, 98_304, 325, 128, 65_536),
+    "tiny": StudentSize(26_011_264, 134_144, 5, 64, 1983, 550, 904, 65_536, 325, 128, 65_536),
 }
 """Size of each shape of student.shape."""
 
@@ -169,7 +155,7 @@ def training_memory(
     kept = size.layers - recomputed_layers
     backward = size.backward * positions + size.backward_weights
     if not kept:
-        backward += size.kept * positions + size.kept_weights
+        backward += size.kept * positions
     if sharded_gradients:
         backward += size.buckets
     head = max(size.head, backward)
@@ -182,8 +168,7 @@ def training_memory(
         gradients=(GRADIENT * size.parameters // ranks if sharded_gradients else GRADIENT * held)
         + GRADIENT * projection,
         optimizer=OPTIMIZER * (size.parameters + projection) // ranks,
-        activations=(size.stem + size.input * recomputed_layers + size.kept * kept + 4 * width) * positions
-        + size.kept_weights // expert_parallel * kept,
+        activations=(size.stem + size.input * recomputed_layers + size.kept * kept + 4 * width) * positions,
         head=head + WEIGHT * VOCABULARY * width,
         context=CONTEXT,
     )
@@ -231,7 +216,7 @@ def cel_least_memory(shape: str, ranks: str, expert_parallel: str, sequence_leng
     def total(size: StudentSize, sharded: bool) -> str:
         share = WEIGHT if sharded else WEIGHT + GRADIENT
         each = size.backward + size.kept
-        constant = size.backward_weights + size.kept_weights + (size.buckets if sharded else 0)
+        constant = size.backward_weights + (size.buckets if sharded else 0)
         longest = (size.head - constant) // each  # with so many positions the head needs as much, or more
         assert longest >= LEAST, "the head decides how much the shortest microbatches need"
         head = f"({sequence_length} > {longest} ? {each} * {sequence_length} + {constant} : {size.head})"

@@ -4,10 +4,12 @@ Without Transformer Engine, megatron-core's dispatcher splits its input into one
 them again, four times per layer and again in the backward. At 256 experts that takes two fifths of a training
 step on a GPU. Here every choice (a token and one of its experts) is a row, and one permutation sorts the rows
 by expert. Combining is the inverse permutation and a sum over each token's choices, which is also the
-gradient of dispatching. So neither direction scatters, and both are deterministic. The GPU's kernels are in
-dispatch_gpu.py.
+gradient of dispatching. So neither direction scatters, and both are deterministic. The last permutation, to
+the experts of a rank, is described by a `Sorting` and left to experts.py: a GPU's products read through it.
+The GPU's kernels are in dispatch_gpu.py.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +32,20 @@ class MixtureLayer(MoELayer):  # type: ignore[misc]
         self.token_dispatcher = Dispatcher(config, pg_collection)
 
 
+@dataclass(frozen=True)
+class Sorting:
+    """How the choices that a rank's experts compute are sorted by expert."""
+
+    order_C: Tensor
+    """The choice of each row; choice c is of token c // choices."""
+    inverse_C: Tensor
+    """The row of each choice."""
+    tokens_E: Tensor
+    """Number of rows of each expert."""
+    choices: int
+    """Of a token."""
+
+
 class Dispatcher(MoETokenDispatcher):  # type: ignore[misc]
     """The steps of a mixture layer's forward, in the order in which megatron calls them.
 
@@ -39,58 +55,68 @@ class Dispatcher(MoETokenDispatcher):  # type: ignore[misc]
     def dispatch_preprocess(
         self, hidden: Tensor, expert_NK: Tensor, weight_NK: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(rows [C, H], weights [C]), one per choice, sorted by expert."""
+        """(tokens [N, H], weights [C]). With several ranks, a row [C, H] and a weight per choice, sorted by
+        expert."""
         self.shape = hidden.shape
-        self.choices = self.config.moe_router_topk
-        self.order, self.inverse, self.tokens_E = _by_expert(expert_NK.flatten(), self.config.num_moe_experts)
-        rows_CH = spread(hidden.view(-1, self.shape[-1]), self.order, self.inverse, self.choices)
-        return rows_CH, spread(weight_NK.flatten(), self.order, self.inverse, 1)
+        tokens_NH, weight_C = hidden.view(-1, self.shape[-1]), weight_NK.flatten()
+        self.sorting = _by_expert(expert_NK.flatten(), self.config.num_moe_experts, expert_NK.shape[1])
+        if self.ep_size == 1:
+            return tokens_NH, weight_C
+        self.sent = sent = self.sorting
+        return (
+            spread(tokens_NH, sent.order_C, sent.inverse_C, sent.choices),
+            spread(weight_C, sent.order_C, sent.inverse_C, 1),
+        )
 
-    def token_dispatch(self, rows_CH: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
+    def token_dispatch(self, rows: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
         """(rows, weights) that all ranks send to this rank's experts, by rank, then by expert."""
         if self.ep_size == 1:
-            return rows_CH, weight_C
-        all_tokens = self.tokens_E.new_empty(self.ep_size * len(self.tokens_E))
-        dist.all_gather_single(all_tokens, self.tokens_E, group=self.ep_group)
+            return rows, weight_C
+        tokens_E = self.sent.tokens_E
+        all_tokens = tokens_E.new_empty(self.ep_size * len(tokens_E))
+        dist.all_gather_single(all_tokens, tokens_E, group=self.ep_group)
         self.received_Re = all_tokens.view(self.ep_size, -1).chunk(self.ep_size, dim=1)[self.ep_rank]
         self.sends, self.receives = (
-            self.tokens_E.view(self.ep_size, -1).sum(1).tolist(),
+            tokens_E.view(self.ep_size, -1).sum(1).tolist(),
             self.received_Re.sum(1).tolist(),
         )
-        exchanged = (all_to_all(self.ep_group, x, self.receives, self.sends) for x in (rows_CH, weight_C))
+        exchanged = (all_to_all(self.ep_group, x, self.receives, self.sends) for x in (rows, weight_C))
         return next(exchanged), next(exchanged)
 
-    def dispatch_postprocess(self, rows_CH: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(rows sorted by this rank's experts, tokens for each of them, weights)."""
-        if self.ep_size == 1:
-            return rows_CH, self.tokens_E, weight_C
-        expert_e = torch.arange(self.received_Re.shape[1], device=rows_CH.device).repeat(self.ep_size)
-        here, back = self.here, self.back = _sorted(expert_e.repeat_interleave(self.received_Re.flatten()))
-        return spread(rows_CH, here, back, 1), self.received_Re.sum(0), spread(weight_C, here, back, 1)
+    def dispatch_postprocess(self, rows: Tensor, weight_C: Tensor) -> tuple[Tensor, Sorting, Tensor]:
+        """(rows, how their choices are sorted by this rank's experts, weights): a received row is a token
+        with one choice."""
+        if self.ep_size > 1:
+            expert_e = torch.arange(self.received_Re.shape[1], device=rows.device).repeat(self.ep_size)
+            order, inverse = _sorted(expert_e.repeat_interleave(self.received_Re.flatten()))
+            self.sorting = Sorting(order, inverse, self.received_Re.sum(0), 1)
+        return rows, self.sorting, weight_C
 
-    def combine_preprocess(self, rows_CH: Tensor) -> Tensor:
-        """The experts' outputs, in the order in which their inputs were received."""
-        return rows_CH if self.ep_size == 1 else collect(rows_CH, self.here, self.back, 1)
+    def combine_preprocess(self, rows: Tensor) -> Tensor:
+        """The experts' outputs, which are in the order of their inputs."""
+        return rows
 
-    def token_combine(self, rows_CH: Tensor) -> Tensor:
+    def token_combine(self, rows: Tensor) -> Tensor:
         """The outputs for this rank's tokens, sent back by the ranks of their experts."""
         sent: Tensor = (
-            rows_CH if self.ep_size == 1 else all_to_all(self.ep_group, rows_CH, self.sends, self.receives)
+            rows if self.ep_size == 1 else all_to_all(self.ep_group, rows, self.sends, self.receives)
         )
         return sent
 
-    def combine_postprocess(self, rows_CH: Tensor) -> Tensor:
+    def combine_postprocess(self, rows: Tensor) -> Tensor:
         """Each token's sum over its choices, in the shape of dispatch_preprocess's `hidden`."""
-        return collect(rows_CH, self.order, self.inverse, self.choices).view(self.shape)
+        if self.ep_size > 1:
+            rows = collect(rows, self.sent.order_C, self.sent.inverse_C, self.sent.choices)
+        return rows.view(self.shape)
 
 
-def _by_expert(expert_C: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(the stable order that sorts the choices by expert, its inverse, number of choices of each expert)."""
+def _by_expert(expert_C: Tensor, experts: int, choices: int) -> Sorting:
+    """Choices sorted by expert, in a stable order."""
     if expert_C.is_cuda:
         from vpmoe.model import dispatch_gpu  # its kernels are Triton's, which needs a GPU
 
-        return dispatch_gpu.sorted_by_expert(expert_C, experts)
-    return *_sorted(expert_C), expert_C.bincount(minlength=experts)
+        return Sorting(*dispatch_gpu.sorted_by_expert(expert_C, experts), choices)
+    return Sorting(*_sorted(expert_C), expert_C.bincount(minlength=experts), choices)
 
 
 def _sorted(key_C: Tensor) -> tuple[Tensor, Tensor]:

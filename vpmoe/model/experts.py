@@ -3,8 +3,8 @@
 Without Transformer Engine, megatron-core executes its experts one by one: 256 of them take about 700 times
 as long as their arithmetic. Stacked, any number of experts is two parameters, and a rank's experts are a
 slice of the whole stack, so a checkpoint fits every expert-parallel layout. The choice of a token's experts
-is in router.py, the dispatch to them in dispatch.py, the GPU's kernels in experts_gpu.py. Beside them, the
-shared expert.
+is in router.py, the dispatch to them in dispatch.py, their computation on a GPU in experts_gpu.py. Beside
+them, the shared expert.
 """
 
 from copy import copy
@@ -16,7 +16,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from vpmoe.model.grouped import grouped_product, grouped_product_with_bias, rows_of, with_bias_columns
+from vpmoe.model.dispatch import Sorting, collect, spread
+from vpmoe.model.grouped import grouped_product, grouped_product_with_bias, rows_of
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -24,8 +25,8 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 class StackedExperts(MegatronModule):  # type: ignore[misc]
-    """This rank's experts: p · (down_e(squared_relu(up_e(x) + b₁)) + b₂) for the tokens sorted by expert; p
-    is the token's weight for expert e.
+    """This rank's experts: the sum over a token's choices of p · (down_e(squared_relu(up_e(x) + b₁)) + b₂);
+    p is the token's weight for expert e.
 
     The biases are flat, [experts·width] and [experts·H]: megatron's optimizer gives weight decay to what is
     not a vector, and no other bias has any.
@@ -57,23 +58,39 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
             # megatron's name for "reduced over the ranks that hold the same experts, not over all ranks"
             weight.allreduce = config.expert_model_parallel_size == 1
 
-    def forward(self, input_nH: Tensor, tokens_E: Tensor, weight_n: Tensor) -> tuple[Tensor, None]:
-        """Output [n, H]. `tokens_E` [experts of this rank]: the number of rows of each expert; the n rows
-        are sorted by expert."""
-        ends_E = tokens_E.cumsum(0).to(device=input_nH.device, dtype=torch.int32)
-        inner_nW = grouped_product(input_nH, self.up, ends_E)
-        if inner_nW.is_cuda:
+    def forward(self, input_NH: Tensor, sorting: Sorting, weight_C: Tensor) -> tuple[Tensor, None]:
+        """[N, H]: the sum over each token's choices. `sorting` is by expert of this rank; a weight per
+        choice, in their own order."""
+        if input_NH.is_cuda:
             from vpmoe.model import experts_gpu  # its kernels are Triton's, which needs a GPU
 
-            rows = experts_gpu.activated(inner_nW, self.up_bias, weight_n, ends_E)
-            down = self.down if self.down_bias is None else with_bias_columns(self.down, self.down_bias)
-            return grouped_product(rows, down, ends_E), None
+            return experts_gpu.mixture(
+                input_NH,
+                weight_C,
+                self.up,
+                self.down,
+                self.up_bias,
+                self.down_bias,
+                sorting.order_C,
+                sorting.inverse_C,
+                sorting.tokens_E,
+                sorting.choices,
+            ), None
+        order_C, inverse_C, choices = sorting.order_C, sorting.inverse_C, sorting.choices
+        rows_CH = spread(input_NH, order_C, inverse_C, choices)
+        rows_CH = self._of_rows(rows_CH, sorting.tokens_E, spread(weight_C, order_C, inverse_C, 1))
+        return collect(rows_CH, order_C, inverse_C, choices), None
+
+    def _of_rows(self, input_CH: Tensor, tokens_E: Tensor, weight_C: Tensor) -> Tensor:
+        """[C, H], of rows sorted by expert."""
+        ends_E = tokens_E.cumsum(0).to(device=input_CH.device, dtype=torch.int32)
+        inner_CW = grouped_product(input_CH, self.up, ends_E)
         if self.up_bias is None or self.down_bias is None:
-            inner_nW = (squared_relu(inner_nW) * weight_n.unsqueeze(1)).to(input_nH.dtype)
-            return grouped_product(inner_nW, self.down, ends_E), None
-        inner_nW = squared_relu(inner_nW + rows_of(self.up_bias, ends_E, len(input_nH)))
-        inner_nW = (inner_nW * weight_n.unsqueeze(1)).to(input_nH.dtype)
-        return grouped_product_with_bias(inner_nW, self.down, self.down_bias, weight_n, ends_E), None
+            inner_CW = (squared_relu(inner_CW) * weight_C.unsqueeze(1)).to(input_CH.dtype)
+            return grouped_product(inner_CW, self.down, ends_E)
+        inner_CW = squared_relu(inner_CW + rows_of(self.up_bias, ends_E, len(input_CH)))
+        inner_CW = (inner_CW * weight_C.unsqueeze(1)).to(input_CH.dtype)
+        return grouped_product_with_bias(inner_CW, self.down, self.down_bias, weight_C, ends_E)
 
 
 class SharedExpert(MLP):  # type: ignore[misc]

@@ -32,8 +32,8 @@ def grouped_product_with_bias(
 ) -> Tensor:
     """[n, O]: grouped_product, plus each row's share of its group's bias. `bias` is flat, [groups · O].
 
-    The biases are one more column of the matrices and the shares one more of the rows. Beside the product
-    they would need passes over [n, O] in fp32, which on a GPU take longer than the experts' products.
+    The biases are one more column of the matrices and the shares one more of the rows. The trainer's kernels
+    on a GPU add a bias themselves (experts_gpu.py).
     """
     share_nC = pad(share_n.unsqueeze(1).to(rows_nI.dtype), (0, COLUMN - 1))
     return grouped_product(torch.cat([rows_nI, share_nC], 1), with_bias_columns(weight_EOI, bias), ends_E)
@@ -46,10 +46,7 @@ def with_bias_columns(weight_EOI: Tensor, bias: Tensor) -> Tensor:
 
 def rows_of(bias: Tensor, ends_E: Tensor, rows: int) -> Tensor:
     """[rows, W]: the bias of each row's group. `bias` is flat, [groups · W]; `ends_E` as in
-    `grouped_product`.
-
-    The gradient is a grouped product with ones. An index's backward, and an embedding's from some thousand
-    rows on, would add a group's rows in another order each time on GPUs.
+    `grouped_product`. The gradient is a grouped product with ones.
     """
     chosen: Tensor = _RowsOf.apply(bias, ends_E, rows)  # type: ignore[no-untyped-call]
     return chosen
@@ -70,8 +67,6 @@ class _RowsOf(torch.autograd.Function):
             return gradient_nW.new_zeros(len(ends_E) * width), None, None
         ones_Cn = gradient_nW.new_ones(rows, COLUMN).T
         sums_EW = grouped_mm(ones_Cn, gradient_nW.contiguous(), offs=ends_E)[:, 0]
-        if leaves_empty_groups_unset(gradient_nW.device):
-            sums_EW = sums_EW.masked_fill(_empty(ends_E).unsqueeze(1), 0)
         return sums_EW.flatten(), None, None
 
 

@@ -186,10 +186,9 @@ class Shape:
             begins and ends, and a head's log of the sum
           a dense layer's and the shared expert's feed-forward: before and after the square
           router_gpu: logits in fp32, and in four bytes a number each choice's expert
-          dispatch, experts_gpu: a choice's weight in fp32, its place in the sorted order and back in int64
-          grouped, experts_gpu: a choice's row before the first product (H), after it (W), and before the
-            second (W, and COLUMN for the bias)
-        Sums of residuals, biases and what leaves the experts are not kept.
+          experts_gpu: a choice's weight in fp32, its place in the sorted order and back in int64, and its
+            row after the first product, W
+        Sums of residuals, biases, rows that enter or leave the experts and their activations are not kept.
         """
         heads, groups, width = self.heads, self.kv_heads, self.head_width
         numbers = 4 * self.hidden
@@ -200,20 +199,12 @@ class Shape:
         found = 2 * numbers + 4 * (2 + heads)
         if layer < self.dense_layers:
             return found + 2 * 2 * self.dense_width
-        row = self.hidden + self.expert_width + self._expert_columns
-        choice = 2 * row + 4 + 4 + 8 + 8
+        choice = 2 * self.expert_width + 4 + 4 + 8 + 8
         return found + 2 * 2 * self.shared_width + 4 * self.experts + self.experts_per_token * choice
 
     def mean_kept_bytes(self) -> int:
         """kept_bytes of the mean layer, rounded up."""
         return -(-sum(map(self.kept_bytes, range(self.layers))) // self.layers)
-
-    def kept_weights(self) -> int:
-        """Bytes that a forward keeps of a mixture layer whatever the positions: the experts' second matrices
-        with their biases as a column (grouped.with_bias_columns), which are a copy."""
-        if not self.linear_biases:
-            return 0
-        return 2 * self.experts * self.hidden * self._expert_columns
 
     def stem_bytes(self) -> int:
         """Bytes of a position that are kept once, however many layers there are and are recomputed: the first
@@ -225,25 +216,20 @@ class Shape:
 
     def backward_bytes(self) -> int:
         """Bytes of a position that the backward of a mixture layer holds at the same time beside what the
-        forward kept: gradients of the rows before and after the second product or before the first, and of
-        the residual stream and what was added to it."""
-        rows = 2 * self.hidden + self._expert_columns
-        return 2 * (self.experts_per_token * rows + 4 * self.hidden)
+        forward kept: gradients of a choice's row after the first product, of its input and of its weight
+        in fp32, and of the residual stream and what was added to it."""
+        choice = 2 * (self.hidden + self.expert_width) + 4
+        return self.experts_per_token * choice + 2 * 4 * self.hidden
 
     def backward_weights(self) -> int:
-        """Bytes of the gradients of a mixture layer's experts, before they are added to the fp32 buffers."""
-        matrix = 2 * self.experts * self.hidden * self.expert_width
-        return 2 * matrix + (matrix if self.linear_biases else 0)
+        """Bytes of the gradients of a mixture layer's two stacks of matrices in bf16. Beside fp32 buffers
+        they are memory that only megatron's hook sees (main_gradient.py)."""
+        return 2 * 2 * self.experts * self.hidden * self.expert_width
 
     def graphed_bytes(self) -> int:
         """Bytes of a position that are inputs of the layers' CUDA graphs: hidden states of the first layer,
         gradient of the last one's, the rotation's angles in fp32, padding, boundaries of documents."""
         return 2 * 2 * self.hidden + 4 * self.head_width + 1 + 4
-
-    @property
-    def _expert_columns(self) -> int:
-        """Columns of the experts' second matrix in the grouped product: grouped.COLUMN more with biases."""
-        return self.expert_width + 8 * self.linear_biases
 
     def size(self) -> StudentSize:
         """What the arithmetic of memory needs of the shape."""
@@ -253,7 +239,6 @@ class Shape:
             layers=self.layers,
             hidden=self.hidden,
             kept=self.mean_kept_bytes(),
-            kept_weights=self.kept_weights() * self.moe_layers // self.layers,
             stem=self.stem_bytes(),
             backward=self.backward_bytes(),
             backward_weights=self.backward_weights(),

@@ -91,9 +91,9 @@ def test_a_run_that_cannot_fit_is_refused_with_the_numbers(
     file = write(tmp_path, **{"spec.student.gpus": 1, "spec.stages": [valid_specs.FORCED]})
     assert main(["plan", file, "--gpu", "h100-80"]) == 65
     out, err = capsys.readouterr()
-    assert "79.0, needs 118" in out, "the table shows what does not fit"
+    assert "79.0, needs 117" in out, "the table shows what does not fit"
     (trainer,) = err.splitlines()
-    assert trainer.startswith(f"{file}: spec.student: the trainer of forced needs 118 GiB on each")
+    assert trainer.startswith(f"{file}: spec.student: the trainer of forced needs 117 GiB on each")
 
 
 def test_a_run_that_the_api_server_rejects_is_rejected(

@@ -22,6 +22,7 @@ from tests.fakes.students import (
 )
 from vpmoe.model.attention import QUERIES, packed_attention
 from vpmoe.model.batch import Batch
+from vpmoe.model.dispatch import Sorting
 from vpmoe.model.experts import StackedExperts
 from vpmoe.model.self_attention import TensorProduct, mix_values, rotate
 from vpmoe.model.shapes import LOCKED_PARTS, PARTS, SHAPES
@@ -187,7 +188,8 @@ def test_biased_experts_equal_sequential_ones_in_float64(device: torch.device) -
         torch.nn.init.normal_(weight)
     leaves = [torch.randn(20, COMPLETE.hidden, requires_grad=True), torch.rand(20, requires_grad=True)]
     leaves += [experts.up, experts.down, experts.up_bias, experts.down_bias]
-    got, _ = experts(leaves[0], counts, leaves[1])
+    rows = torch.arange(20)
+    got, _ = experts(leaves[0], Sorting(rows, rows, counts, 1), leaves[1])
     exact = [x.detach().double().requires_grad_() for x in leaves]
     x, p, up, down, up_bias, down_bias = exact
     expert = torch.arange(6).repeat_interleave(counts)

@@ -19,6 +19,7 @@ from vpmoe.api.layout import EXPERTS
 from vpmoe.data.vocabulary import VOCABULARY_SIZE
 from vpmoe.model.attention import PackedAttention, packed_seq_params_for
 from vpmoe.model.batch import Batch
+from vpmoe.model.dispatch import Sorting
 from vpmoe.model.experts import StackedExperts
 from vpmoe.model.shapes import SHAPES, Shape
 from vpmoe.model.student import Student, _config, build
@@ -140,7 +141,8 @@ def test_stacked_experts_equal_sequential_ones_in_float64(device: torch.device) 
     for weight in experts.parameters():
         torch.nn.init.normal_(weight)
     inputs, weight_n = torch.randn(20, SMALL.hidden, requires_grad=True), torch.rand(20, requires_grad=True)
-    got, _ = experts(inputs, counts, weight_n)
+    rows = torch.arange(20)
+    got, _ = experts(inputs, Sorting(rows, rows, counts, 1), weight_n)
     exact = [x.detach().double().requires_grad_() for x in (inputs, weight_n, experts.up, experts.down)]
     pieces = zip(
         exact[0].split(counts.tolist()), exact[1].split(counts.tolist()), exact[2], exact[3], strict=True

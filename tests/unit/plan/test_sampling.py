@@ -38,7 +38,6 @@ def random_sizes(number: int) -> list[tuple[StudentSize, int, int]]:
             1024,
             int(10 ** generator.uniform(3, 5)),
             0,
-            0,
             int(10 ** generator.uniform(3, 6)),
             0,
             0,
@@ -101,12 +100,12 @@ def test_a_card_holds_one_engine_from_the_named_size_on() -> None:
     "card, engines", [pytest.param(79, 2, id="h100-80"), pytest.param(139, 2, id="h200-141")]
 )
 def test_engines_of_the_large_student(card: int, engines: int) -> None:
-    """By hand for 139 GiB: 134.3 GB of 149.2; twice 12.06 GB of weights, 0.23 of a forward, 1.65 of
-    logits and 2.68 of context leave 50.5 GB each, and a sequence of 8,192 tokens takes 0.176."""
+    """By hand for 139 GiB: 134.3 GB of 149.2; twice 12.06 GB of weights, 0.16 of a forward, 1.65 of
+    logits and 2.68 of context leave 50.6 GB each, and a sequence of 8,192 tokens takes 0.176."""
     found = divide_card(STUDENTS["vpmoe-6b"], card * GIB, 8192, ENGINES)
     assert found.engines == engines
     if card == 139:
-        assert found.cache == pytest.approx(50.5e9, rel=0.005) and found.sequences == 287
+        assert found.cache == pytest.approx(50.6e9, rel=0.005) and found.sequences == 288
 
 
 def test_a_small_student_has_no_more_cache_than_it_can_fill() -> None:
