@@ -149,9 +149,24 @@ def no_rows(device: torch.device, dtype: torch.dtype) -> None:
     assert all((found[name] == 0).all() for name in ("up", "down", "up bias", "down bias"))
 
 
+def tiles(device: torch.device, tokens: list[int]) -> None:
+    """Every row of an expert is in one tile, and a tile has rows of one expert."""
+    ends, found = experts_gpu._tiles_of(torch.tensor(tokens, device=device), sum(tokens))
+    wanted = [
+        [expert, sum(tokens[:expert]) + first]
+        for expert, rows in enumerate(tokens)
+        for first in range(0, rows, experts_gpu.ROWS)
+    ]
+    assert ends.tolist() == torch.tensor(tokens).cumsum(0).tolist()
+    assert found[: len(wanted)].tolist() == wanted
+    assert (found[len(wanted) :, 0] == -1).all()
+
+
 def main() -> None:
     torch.manual_seed(1)
     cpu = torch.device("cpu")
+    tiles(cpu, [0, 300, 128, 0, 1, 129])
+    tiles(cpu, [0, 0, 0])
     mixtures(cpu, torch.float16, 75, 64, 16)
     mixtures(cpu, torch.float16, 20, 128, 32, choices=2, biased=False)
     mixtures(cpu, torch.float16, 150, 64, 16, choices=1, buffered=True)

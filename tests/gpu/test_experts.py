@@ -5,7 +5,7 @@ import pytest
 import torch
 import triton
 
-from tests.fakes.expert_cases import mixtures, no_rows
+from tests.fakes.expert_cases import mixtures, no_rows, tiles
 from tests.fakes.students import new_seed
 from vpmoe.model import experts_gpu
 from vpmoe.model.grouped import grouped_product
@@ -48,6 +48,11 @@ def test_many_experts_equal_float64(gpu: torch.device, choices: int) -> None:
     torch.manual_seed(new_seed())
     chosen = [expert for expert in range(256) if expert % 7]
     mixtures(gpu, torch.bfloat16, 8192, 1024, 128, choices=choices, chosen=chosen, experts=256)
+
+
+@pytest.mark.parametrize("tokens", [[0, 300, 128, 0, 1, 129], [20_000, 3], [512] * 256], ids=len)
+def test_tiles_have_every_row_once(gpu: torch.device, tokens: list[int]) -> None:
+    tiles(gpu, tokens)
 
 
 def test_a_rank_without_rows_has_gradient_zero(gpu: torch.device) -> None:
