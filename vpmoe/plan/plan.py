@@ -156,6 +156,17 @@ def splits(gpus: int, teacher: float, student: float) -> list[tuple[int, int]]:
     return sorted(ways, key=lambda way: min(way[0] * teacher, way[1] * student), reverse=True)
 
 
+def divisions(gpus: int, work: dict[str, float]) -> list[dict[str, int]]:
+    """GPUs of "teacher", "sampler" and "train", at least one each: the ways to divide them in an OnPolicy
+    stage, that with the least time first. `work`: hours of each on one GPU."""
+    ways = [
+        {"teacher": teacher, "sampler": sampler, "train": gpus - teacher - sampler}
+        for teacher in range(1, gpus - 1)
+        for sampler in range(1, gpus - teacher)
+    ]
+    return sorted(ways, key=lambda way: max(work[role] / way[role] for role in work))
+
+
 def make_plan(run: DistillRun, assumed: Assumptions) -> Plan:
     """The plan of a run."""
     return _Planner(run, assumed).plan()
@@ -390,6 +401,8 @@ class _Planner:
             return StepPlan(stage.name, stage.kind, stage.tokens, gpus, None, None, "")
         if stage.runs_teacher:
             self._note_split(stage, hours["train"] / busy)  # type: ignore[operator]  # all hours are known
+        if isinstance(stage, OnPolicy):
+            self._note_roles(stage, {role: hours[role] * gpus[role] for role in hours}, busy)  # type: ignore[operator]
         checkpoints = self._checkpoints(stage, stage.tokens / busy / 3600)
         pauses = checkpoints.number * checkpoints.pause_seconds / 3600
         return StepPlan(
@@ -423,6 +436,27 @@ class _Planner:
             )
         else:
             self._note(f"{text}; no other split of {gpus} GPUs makes more tokens")
+
+    def _note_roles(self, stage: OnPolicy, work: dict[str, float], busy: float) -> None:
+        """Notes how the GPUs of an OnPolicy stage are divided best. `work`: GPU hours by role; `busy`: hours
+        of the slowest role now."""
+        gpus = self.spec.teacher.gpus + self.spec.student.gpus
+        for roles in divisions(gpus, work):
+            sampler = stage.sampler.model_copy(update={"gpus": roles["sampler"]})
+            divided = stage.model_copy(update={"sampler": sampler})
+            if self._accepted(divided, roles["teacher"], gpus - roles["teacher"]):
+                break
+        else:
+            return
+        least = max(work[role] / roles[role] for role in work)
+        if least < 0.995 * busy:
+            self._note(
+                f"{stage.name}: {roles['teacher']} of {gpus} GPUs for the teacher, {roles['sampler']} to "
+                f"sample and {roles['train']} to train take the least time: {least:.1f} hours, not "
+                f"{busy:.1f} (teacher.gpus, student.gpus, stages[].sampler.gpus)"
+            )
+        else:
+            self._note(f"{stage.name}: no other division of {gpus} GPUs takes less time")
 
     def _accepted(self, stage: Stage, teacher: int, student: int) -> bool:
         """Whether the API server accepts the stage with these GPUs, of the memory that is assumed."""

@@ -564,6 +564,35 @@ def test_the_slower_of_teacher_and_students_decides_a_teacherforced_stage() -> N
     )
 
 
+@pytest.mark.parametrize(
+    "speeds, roles",
+    [
+        pytest.param({"train": 11_000, "sample": 50_000, "score": 60_000}, (1, 1, 6), id="slow-training"),
+        pytest.param({"train": 60_000, "sample": 50_000, "score": 60_000}, (2, 3, 3), id="all-alike"),
+        pytest.param(
+            {"train": 60_000, "sample": 5_000, "score": 60_000}, (1, 5, 2), id="one-gpu-holds-no-training"
+        ),
+    ],
+)
+def test_an_onpolicy_stage_s_best_division_of_gpus_is_named(
+    speeds: dict[Work, float], roles: tuple[int, int, int]
+) -> None:
+    """The named hours are those of a plan with these GPUs, which then names no other."""
+    stage = valid_specs.ONPOLICY | {"tokens": "1B"}
+    changes: dict[str, Any] = {"spec.stages": [stage], "spec.student.gpus": 7}
+    here = plan_of(changes, speeds=speeds)
+    (note,) = (one for one in here.sources if one.startswith("onpolicy: ") and " GPUs" in one)
+    teacher, sampler, train = roles
+    assert f"{teacher} of 8 GPUs for the teacher, {sampler} to sample and {train} to train take" in note
+    changes["spec.teacher.gpus"], changes["spec.student.gpus"] = teacher, sampler + train
+    changes["spec.stages"] = [stage | {"sampler": {"gpus": sampler}}]
+    best = plan_of(changes, speeds=speeds)
+    assert any(one == "onpolicy: no other division of 8 GPUs takes less time" for one in best.sources)
+    step = next(step for step in best.steps if step.step == "onpolicy")
+    assert step.hours is not None
+    assert f" {step.hours - step.pause_hours:.1f} hours, not " in note
+
+
 def test_hidden_states_that_were_not_measured_are_as_fast_as_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scoring is the same forward, and the logits after it."""
     known = tuple(one for one in MEASURED if one.work != "hidden")
