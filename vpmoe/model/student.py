@@ -94,13 +94,21 @@ class Student(MegatronModule):  # type: ignore[misc]
                 f"{self.sequence_length}."
             )
         hidden_SbH = self.decoder(
-            hidden_states=self.embedding(batch.tokens).transpose(0, 1).contiguous(),
+            hidden_states=self._embedded(batch.tokens),
             attention_mask=None,
             rotary_pos_emb=self._angles(batch.position.T),
             packed_seq_params=packed_seq_params_for(batch.boundaries, batch.longest),
             padding_mask=batch.padding,
         )
         return cast(Tensor, hidden_SbH).transpose(0, 1).reshape(rows * positions, -1)
+
+    def _embedded(self, tokens_bS: Tensor) -> Tensor:
+        """[S, b, H]"""
+        if tokens_bS.is_cuda:
+            from vpmoe.model import embedding_gpu  # its kernel is Triton's, which needs a GPU
+
+            return embedding_gpu.embedding(tokens_bS.T, self.embedding.weight)
+        return cast(Tensor, self.embedding(tokens_bS)).transpose(0, 1).contiguous()
 
     def _angles(self, position_Sb: Tensor) -> Tensor:
         """Angles of the rotation [S, b, 1, head width], in the half-and-half order of `rotate`: position ·
