@@ -63,7 +63,14 @@ class TeacherForced:
         )
         teacher = Teacher(self.hidden_of(batch), self.output_VG)
         found = forced_loss(
-            hidden_TH, student.output, student.projection, teacher, batch.target, share_T, self.terms
+            hidden_TH,
+            student.output,
+            student.projection,
+            teacher,
+            batch.target,
+            share_T,
+            self.terms,
+            final=True,
         )
         parts = (found.kl_T, found.cosine_T)
         by_span = torch.stack(
