@@ -83,9 +83,14 @@ class StudentSize:
 
     @property
     def head(self) -> int:
-        """Bytes of the loss head: logits of a chunk in fp32, their gradient in bf16; the matrix's gradient in
-        fp32."""
-        return HEAD_CHUNK * VOCABULARY * 6 + VOCABULARY * self.hidden * 4
+        """Bytes of the loss head: logits of a chunk in fp32, their gradient in bf16."""
+        return HEAD_CHUNK * VOCABULARY * 6
+
+    @property
+    def output_gradient(self) -> int:
+        """Bytes of the output matrix's gradient. The loss head adds to it during the forward, so if gradients
+        are sharded, it has memory from then on."""
+        return GRADIENT * VOCABULARY * self.hidden
 
     @property
     def input(self) -> int:
@@ -96,7 +101,7 @@ class StudentSize:
     def buckets(self) -> int:
         """Bytes of the whole gradients that a rank holds at a time if gradients are sharded: the bucket of
         the embeddings or the output matrix, and two others."""
-        return GRADIENT * (VOCABULARY * self.hidden + BUCKET)
+        return self.output_gradient + GRADIENT * BUCKET
 
     @property
     def shards(self) -> bool:
@@ -162,8 +167,10 @@ def training_memory(
     backward = size.backward * positions + size.backward_weights
     if not kept:
         backward += size.kept * positions + size.kept_weights
+    head = size.head
     if sharded_gradients:
         backward += size.buckets
+        head += size.output_gradient
     width = teacher_width or 0
     projection = width * size.hidden if width != size.hidden else 0
     return TrainingMemory(
@@ -173,7 +180,7 @@ def training_memory(
         optimizer=OPTIMIZER * (size.parameters + projection) // ranks,
         activations=(size.stem + size.input * recomputed_layers + size.kept * kept + 4 * width) * positions
         + size.kept_weights // expert_parallel * kept,
-        head=max(size.head, backward) + WEIGHT * VOCABULARY * width,
+        head=max(head, backward) + WEIGHT * VOCABULARY * width,
         context=CONTEXT,
     )
 
@@ -221,14 +228,15 @@ def cel_least_memory(shape: str, ranks: str, expert_parallel: str, sequence_leng
         share = WEIGHT if sharded else WEIGHT + GRADIENT
         each = size.backward + size.kept
         constant = size.backward_weights + size.kept_weights + (size.buckets if sharded else 0)
-        longest = (size.head - constant) // each  # with so many positions the head needs as much, or more
+        head = size.head + (size.output_gradient if sharded else 0)
+        longest = (head - constant) // each  # with so many positions the head needs as much, or more
         assert longest >= LEAST, "the head decides how much the shortest microbatches need"
         terms = [
             f"{share * (size.parameters - size.expert_parameters) + CONTEXT}",
             f"{size.expert_parameters} / {expert_parallel} * {share}",
             f"{OPTIMIZER * size.parameters} / {ranks}",
             f"{size.stem + size.input * size.layers} * {positions}",
-            f"({sequence_length} > {longest} ? {each} * {sequence_length} + {constant} : {size.head})",
+            f"({sequence_length} > {longest} ? {each} * {sequence_length} + {constant} : {head})",
         ]
         if sharded:
             terms.append(f"{GRADIENT * size.parameters} / {ranks}")

@@ -424,7 +424,7 @@ def test_a_speed_of_fewer_engines_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     "gpus, memory, wanted",
     [
         pytest.param(7, 139, MicrobatchPlan(32_768, 4, 0, 80, False), id="everything-kept"),
-        pytest.param(7, 79, MicrobatchPlan(32_768, 4, 62, 80, False), id="most-layers-recomputed"),
+        pytest.param(7, 79, MicrobatchPlan(32_768, 4, 61, 80, False), id="most-layers-recomputed"),
         pytest.param(2, 79, MicrobatchPlan(32_768, 4, 75, 80, True), id="two-ranks-of-80-gb"),
         pytest.param(2, 70, MicrobatchPlan(8192, 1, 80, 80, True), id="two-ranks-of-less"),
     ],
