@@ -1,5 +1,5 @@
-"""The kernels of self_attention_gpu.py, qk_norm_gpu.py, norm_gpu.py and linear_gpu.py beside their
-definitions in float64.
+"""The kernels of self_attention_gpu.py, qk_norm_gpu.py, norm_gpu.py, linear_gpu.py and embedding_gpu.py
+beside their definitions in float64.
 
     TRITON_INTERPRET=1 python -m tests.fakes.projection_cases
 
@@ -11,18 +11,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vpmoe.model import linear_gpu, norm_gpu, qk_norm_gpu, self_attention_gpu
+from vpmoe.model import embedding_gpu, linear_gpu, norm_gpu, qk_norm_gpu, self_attention_gpu
 from vpmoe.model.self_attention import rotate
 from vpmoe.model.tensor_product import tensor_product
+
+Function = Callable[..., tuple[Tensor, ...]]
 
 ROUNDED = 5e-3
 """Allowed relative error of a norm: sums are fp32, and only outputs and gradients are rounded to bf16 (2⁻⁹,
 which a norm shows as 2e-3)."""
 
+SUMMED = 1e-5
+"""Allowed relative error of the norm of a sum in fp32 of products that are exact in fp32."""
 
-def assert_near(
-    kernel: Callable[..., tuple[Tensor, ...]], definition: Callable[..., tuple[Tensor, ...]], *inputs: Tensor
-) -> list[Tensor]:
+
+def assert_near(kernel: Function, definition: Function, *inputs: Tensor) -> list[Tensor]:
     """Outputs and gradients of both agree. Returns the kernel's."""
     exact = [x.detach().double().requires_grad_() for x in inputs]
     found, wanted = kernel(*inputs), definition(*exact)
@@ -118,13 +121,90 @@ def linear_maps(
     x = torch.randn(positions, 2, inputs, device=device, dtype=dtype).requires_grad_()
     weight = torch.randn(outputs, inputs, device=device, dtype=dtype).requires_grad_()
     bias = torch.randn(outputs, device=device, dtype=dtype).requires_grad_()
+    return [
+        *assert_near(
+            lambda *leaves: (linear_gpu.linear(*leaves),),
+            lambda x, weight, bias: (x @ weight.T + bias,),
+            x,
+            weight,
+            bias,
+        ),
+        *assert_near(
+            lambda x, weight: (linear_gpu.linear(x, weight, None),),
+            lambda x, weight: (x @ weight.T,),
+            x,
+            weight,
+        ),
+    ]
+
+
+def some_tokens(device: torch.device, positions: int, vocabulary: int) -> Tensor:
+    """Half of them are the same one."""
+    tokens = torch.randint(0, vocabulary, (positions, 2), device=device)
+    return tokens.where(torch.rand(positions, 2, device=device) < 0.5, vocabulary // 2)
+
+
+def embedded(
+    device: torch.device, dtype: torch.dtype, positions: int, vocabulary: int, width: int
+) -> list[Tensor]:
+    tokens = some_tokens(device, positions, vocabulary)
+    weight = torch.randn(vocabulary, width, device=device, dtype=dtype).requires_grad_()
     return assert_near(
-        lambda *leaves: (linear_gpu.linear(*leaves),),
-        lambda x, weight, bias: (x @ weight.T + bias,),
-        x,
-        weight,
-        bias,
+        lambda weight: (embedding_gpu.embedding(tokens, weight),), lambda weight: (weight[tokens],), weight
     )
+
+
+def in_buffers(device: torch.device, dtype: torch.dtype, positions: int, width: int) -> list[Tensor]:
+    """Two backwards add the gradients of parameters to fp32 buffers, without rounding them before. Returns
+    the buffers."""
+    tokens = some_tokens(device, positions, 50)
+    x = torch.randn(positions, 2, 2 * width, device=device, dtype=dtype)
+    factors = torch.randn(positions, 4 * (8 + 16) + 2 * 2 * (2 + 16), device=device, dtype=dtype)
+
+    def products(bias: Tensor) -> tuple[Tensor, ...]:
+        return self_attention_gpu.tensor_product(factors, bias, 8, 2, 16, (4, 2))
+
+    def exact_products(bias: Tensor) -> tuple[Tensor, ...]:
+        biases = bias.view(12, 16).split([8, 2, 2])
+        return tuple(bias.expand(positions, -1, -1) for bias in biases)
+
+    cases: list[tuple[list[tuple[int, ...]], Function, Function]] = [
+        (
+            [(width, 2 * width), (width,)],
+            lambda weight, bias: (linear_gpu.linear(x, weight, bias),),
+            lambda weight, bias: (x.double() @ weight.T + bias,),
+        ),
+        (
+            [(width, 2 * width)],
+            lambda weight: (linear_gpu.linear(x, weight, None),),
+            lambda weight: (x.double() @ weight.T,),
+        ),
+        ([(192,)], products, exact_products),
+        (
+            [(50, width)],
+            lambda weight: (embedding_gpu.embedding(tokens, weight),),
+            lambda weight: (weight[tokens],),
+        ),
+    ]
+    buffers = []
+    for shapes, kernel, definition in cases:
+        leaves = [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for shape in shapes]
+        for leaf in leaves:
+            leaf.main_grad = torch.randn(leaf.shape, device=device)  # type: ignore[attr-defined]
+        wanted = [leaf.main_grad.double() for leaf in leaves]  # type: ignore[attr-defined]
+        for _ in range(2):
+            found = kernel(*leaves)
+            directions = [torch.randn_like(out) for out in found]
+            torch.autograd.backward(found, directions)
+            exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+            added = torch.autograd.grad(definition(*exact), exact, [d.double() for d in directions])
+            wanted = [before + here for before, here in zip(wanted, added, strict=True)]
+        for leaf, total in zip(leaves, wanted, strict=True):
+            main: Tensor = leaf.main_grad  # type: ignore[attr-defined]
+            assert leaf.grad_added_to_main_grad and leaf.grad is not None  # type: ignore[attr-defined]
+            assert (main.double() - total).norm() <= SUMMED * total.norm()
+            buffers.append(main)
+    return buffers
 
 
 def main() -> None:
@@ -136,6 +216,8 @@ def main() -> None:
     normed_and_rotated(cpu, torch.float16, 3, 16, rotates=False)
     normed(cpu, torch.float16, 40, 24)
     linear_maps(cpu, torch.float16, 150, 8, 24)
+    embedded(cpu, torch.float16, 50, 9, 24)
+    in_buffers(cpu, torch.float32, 150, 24)  # a CPU has no product of fp16 with an fp32 sum
 
 
 if __name__ == "__main__":

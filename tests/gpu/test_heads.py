@@ -53,6 +53,43 @@ def test_head_loss_equals_float64(gpu: torch.device) -> None:
     assert_gradients_near(weight.grad, exact[1].grad)
 
 
+def test_a_final_loss_adds_to_the_fp32_buffer(gpu: torch.device) -> None:
+    """Of two microbatches, what two losses that are not final give as a gradient, but without its rounding to
+    bf16. Without gradients the buffer stays as it is."""
+    torch.manual_seed(new_seed())
+    weight = random_matrix(gpu, VOCABULARY, HIDDEN, 0.1)
+    before = 0.01 * torch.randn(VOCABULARY, HIDDEN, device=gpu)
+    final = weight.detach().clone().requires_grad_()
+    final.main_grad = before.clone()  # type: ignore[attr-defined]
+    wanted = before.double()
+    for _ in range(2):
+        hidden, chosen = random_matrix(gpu, TOKENS, HIDDEN, 1), random_targets(gpu)
+        coefficients = torch.randn(TOKENS, device=gpu)
+        with torch.no_grad():
+            head_loss(hidden, final, chosen, lambda logp_t, rows_t, c=coefficients: c[rows_t], final=True)
+        results = []
+        for matrix, is_final in ((weight, False), (final, True)):
+            loss, logp = head_loss(
+                hidden, matrix, chosen, lambda logp_t, rows_t, c=coefficients: c[rows_t], final=is_final
+            )
+            gradients = torch.autograd.grad(loss, [hidden, matrix])
+            results.append((loss, logp, gradients[0]))
+        wanted += gradients_of_head(hidden, weight, chosen, coefficients)
+        assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(*results, strict=True))
+    main: Tensor = final.main_grad  # type: ignore[attr-defined]
+    assert final.grad_added_to_main_grad  # type: ignore[attr-defined]
+    assert_gradients_near(main - before, wanted - before)
+
+
+def gradients_of_head(hidden: Tensor, weight: Tensor, chosen: Tensor, coefficients: Tensor) -> Tensor:
+    """Of the weight, in float64."""
+    exact = weight.detach().double().requires_grad_()
+    rows = (chosen != NO_TARGET).nonzero().squeeze(1)
+    logp = (hidden.detach().double()[rows] @ exact.T).log_softmax(1).gather(1, chosen[rows, None]).squeeze(1)
+    (gradient,) = torch.autograd.grad(-(coefficients.double()[rows] * logp).sum(), exact)
+    return gradient
+
+
 def test_forced_loss_equals_float64(gpu: torch.device) -> None:
     torch.manual_seed(new_seed())
     hidden, output, chosen = (
@@ -65,8 +102,14 @@ def test_forced_loss_equals_float64(gpu: torch.device) -> None:
         random_matrix(gpu, VOCABULARY, HIDDEN, 0.1).detach(),
     )
     share, terms = torch.rand(TOKENS, device=gpu), LossWeights(ce=0.3, kl=0.5, hidden=0.0, temperature=2.5)
-    found = forced_loss(hidden, output, None, Teacher(teacher_hidden, teacher_output), chosen, share, terms)
+    teacher = Teacher(teacher_hidden, teacher_output)
+    final = output.detach().clone().requires_grad_()
+    final.main_grad = torch.zeros(output.shape, device=gpu)  # type: ignore[attr-defined]
+    forced_loss(hidden, final, None, teacher, chosen, share, terms, final=True).loss.backward()
+    grad_hidden, hidden.grad = hidden.grad, None
+    found = forced_loss(hidden, output, None, teacher, chosen, share, terms)
     found.loss.backward()
+    assert hidden.grad is not None and grad_hidden is not None and torch.equal(grad_hidden, hidden.grad)
     exact = [x.detach().double().requires_grad_() for x in (hidden, output)]
     rows = (chosen != NO_TARGET).nonzero().squeeze(1)
     logits = exact[0][rows] @ exact[1].T
@@ -81,3 +124,4 @@ def test_forced_loss_equals_float64(gpu: torch.device) -> None:
     assert found.kl_T[rows].double().tolist() == pytest.approx(kl.tolist(), abs=LOGP)
     assert_gradients_near(hidden.grad, exact[0].grad)
     assert_gradients_near(output.grad, exact[1].grad)
+    assert_gradients_near(final.main_grad, exact[1].grad)  # type: ignore[attr-defined]

@@ -5,6 +5,8 @@ import torch
 import triton
 
 from tests.fakes.projection_cases import (
+    embedded,
+    in_buffers,
     linear_maps,
     mixed_values,
     normed,
@@ -50,6 +52,18 @@ def test_linear_maps_equal_float64(gpu: torch.device, positions: int, inputs: in
     linear_maps(gpu, torch.bfloat16, positions, inputs, outputs)
 
 
+@pytest.mark.parametrize("positions, vocabulary, width", [(1, 5, 64), (3000, 700, 1024), (777, 90, 96)])
+def test_embeddings_equal_float64(gpu: torch.device, positions: int, vocabulary: int, width: int) -> None:
+    torch.manual_seed(new_seed())
+    embedded(gpu, torch.bfloat16, positions, vocabulary, width)
+
+
+@pytest.mark.parametrize("positions, width", [(1, 32), (3000, 512), (777, 48)])
+def test_gradients_are_added_to_fp32_buffers(gpu: torch.device, positions: int, width: int) -> None:
+    torch.manual_seed(new_seed())
+    in_buffers(gpu, torch.bfloat16, positions, width)
+
+
 def test_other_numbers_of_positions_compile_nothing(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,6 +71,7 @@ def test_other_numbers_of_positions_compile_nothing(
         normed_and_rotated(gpu, torch.bfloat16, positions, 128)
         normed(gpu, torch.bfloat16, positions, 1024)
         linear_maps(gpu, torch.bfloat16, positions, 64, 512)
+        in_buffers(gpu, torch.bfloat16, positions, 512)
 
     everything(100)
     compiled: list[object] = []
@@ -80,6 +95,8 @@ def test_results_are_the_same_in_each_call(gpu: torch.device) -> None:
                 *normed_and_rotated(gpu, torch.bfloat16, 5000, 128),
                 *normed(gpu, torch.bfloat16, 5000, 1024),
                 *linear_maps(gpu, torch.bfloat16, 5000, 256, 512),
+                *embedded(gpu, torch.bfloat16, 5000, 700, 1024),
+                *in_buffers(gpu, torch.bfloat16, 5000, 512),
             ]
         )
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))

@@ -90,6 +90,21 @@ def test_rows_are_summed(gpu: torch.device, tokens: int, width: int) -> None:
     summed_rows(gpu, torch.bfloat16, tokens, width)
 
 
+def test_gradients_are_added_to_fp32_buffers(gpu: torch.device) -> None:
+    torch.manual_seed(new_seed())
+    inputs = random_inputs(gpu, 333, 3, LARGE)
+    direction = torch.randn(999, LARGE.choices, device=gpu)
+    wanted = run(inputs, LARGE, direction)[-2:]
+    before = [torch.randn(weight.shape, device=gpu) for weight in inputs[1:3]]
+    for weight, main in zip(inputs[1:3], before, strict=True):
+        weight.main_grad = main.clone()  # type: ignore[attr-defined]
+    for _ in range(2):
+        run(inputs, LARGE, direction)
+    for weight, main, gradient in zip(inputs[1:3], before, wanted, strict=True):
+        added = weight.main_grad - main  # type: ignore[attr-defined]
+        assert (added - 2 * gradient.float()).norm() <= ROUNDED * added.norm()
+
+
 def test_results_are_the_same_in_each_call(gpu: torch.device) -> None:
     torch.manual_seed(new_seed())
     inputs = random_inputs(gpu, 8192, 2, LARGE)

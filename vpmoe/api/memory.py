@@ -83,9 +83,14 @@ class StudentSize:
 
     @property
     def head(self) -> int:
-        """Bytes of the loss head: logits of a chunk in fp32, their gradient in bf16; the matrix's gradient in
-        fp32."""
-        return HEAD_CHUNK * VOCABULARY * 6 + VOCABULARY * self.hidden * 4
+        """Bytes of the loss head: logits of a chunk in fp32, their gradient in bf16."""
+        return HEAD_CHUNK * VOCABULARY * 6
+
+    @property
+    def output_gradient(self) -> int:
+        """Bytes of the output matrix's gradient. The loss head adds to it during the forward, so if gradients
+        are sharded, it has memory from then on."""
+        return GRADIENT * VOCABULARY * self.hidden
 
     @property
     def input(self) -> int:
@@ -96,7 +101,7 @@ class StudentSize:
     def buckets(self) -> int:
         """Bytes of the whole gradients that a rank holds at a time if gradients are sharded: the bucket of
         the embeddings or the output matrix, and two others."""
-        return GRADIENT * (VOCABULARY * self.hidden + BUCKET)
+        return self.output_gradient + GRADIENT * BUCKET
 
     @property
     def shards(self) -> bool:
@@ -156,9 +161,11 @@ def training_memory(
     backward = size.backward * positions + size.backward_weights
     if not kept:
         backward += size.kept * positions
+    head = size.head
     if sharded_gradients:
         backward += size.buckets
-    head = max(size.head, backward)
+        head += size.output_gradient
+    head = max(head, backward)
     if graphs and expert_parallel == 1 and not sharded_gradients:
         head = size.head + backward + size.graphed * positions
     width = teacher_width or 0
@@ -217,9 +224,10 @@ def cel_least_memory(shape: str, ranks: str, expert_parallel: str, sequence_leng
         share = WEIGHT if sharded else WEIGHT + GRADIENT
         each = size.backward + size.kept
         constant = size.backward_weights + (size.buckets if sharded else 0)
-        longest = (size.head - constant) // each  # with so many positions the head needs as much, or more
+        alone = size.head + (size.output_gradient if sharded else 0)
+        longest = (alone - constant) // each  # with so many positions the head needs as much, or more
         assert longest >= LEAST, "the head decides how much the shortest microbatches need"
-        head = f"({sequence_length} > {longest} ? {each} * {sequence_length} + {constant} : {size.head})"
+        head = f"({sequence_length} > {longest} ? {each} * {sequence_length} + {constant} : {alone})"
         if not sharded:
             graphed = f"{size.head + constant} + {each + size.graphed} * {positions}"
             head = f"({expert_parallel} == 1 ? {graphed} : {head})"

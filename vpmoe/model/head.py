@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vpmoe.model.main_gradient import add_product_, in_main_gradient, main_gradient
 from vpmoe.model.spans import target_rows
 
 Coefficient = Callable[[Tensor, Tensor], Tensor]
@@ -32,6 +33,8 @@ def head_loss(
     targets_T: Tensor,
     coefficient: Coefficient,
     rows_N: Tensor | None = None,
+    *,
+    final: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(Σ c·(−log p), log p [T] detached). Positions with target NO_TARGET are skipped; their log p is NaN.
 
@@ -39,9 +42,21 @@ def head_loss(
     gradient are fp32. Elsewhere everything has the dtype of hidden (fp32, or fp64 in tests). Autograd gets
     both gradients in their parameter's dtype. `rows_N` [N] int64 are the positions that have a target, in
     order (Batch.target_rows); without it they are found, for which the host waits for the GPU.
+
+    `final`: the caller differentiates this loss itself, once, without a factor. Then, on a GPU, the weight's
+    gradient is added to its fp32 buffer, if it has one, before this function returns.
     """
-    loss, logp_T = _Head.apply(hidden_TH, weight_VH, targets_T, coefficient, rows_N)  # type: ignore[no-untyped-call]
+    main_VH = gradients_in_forward(weight_VH) if final else None
+    loss, logp_T = _Head.apply(  # type: ignore[no-untyped-call]
+        hidden_TH, weight_VH, targets_T, coefficient, rows_N, main_VH
+    )
     return loss, logp_T
+
+
+def gradients_in_forward(weight: Tensor) -> Tensor | None:
+    """The fp32 buffer to which a head adds the gradient of a weight as soon as it is known; None if it has to
+    wait for the backward. On the CPU it waits, which keeps the bits of a run as they are."""
+    return main_gradient(weight) if weight.is_cuda and torch.is_grad_enabled() else None
 
 
 @torch.no_grad()
@@ -65,11 +80,12 @@ class _Head(torch.autograd.Function):
         targets_T: Tensor,
         coefficient: Coefficient,
         rows_N: Tensor | None,
+        main_VH: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         logp_T = unscored_logp(hidden_TH)
         loss = logp_T.new_zeros(())
         grad_hidden_TH = torch.zeros_like(hidden_TH)
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=logp_T.dtype)
+        grad_weight_VH = torch.zeros_like(weight_VH, dtype=logp_T.dtype) if main_VH is None else main_VH
         for rows_t in target_chunks(targets_T, _longest(weight_VH), rows_N):
             hidden_tH, targets_t = hidden_TH[rows_t], targets_T[rows_t]
             logits_tV = chunk_logits(hidden_tH, weight_VH)
@@ -81,21 +97,32 @@ class _Head(torch.autograd.Function):
             add_product_(grad_weight_VH, grad_tV.T, hidden_tH)
             logp_T[rows_t] = logp_t
             del logits_tV, grad_tV  # or they would exist beside the next chunk's
-        ctx.save_for_backward(grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype))
+        ctx.added = main_VH is not None
+        ctx.save_for_backward(grad_hidden_TH, weight_VH if ctx.added else grad_weight_VH.to(weight_VH.dtype))
         ctx.mark_non_differentiable(logp_T)
         return loss, logp_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_TH, grad_weight_VH = ctx.saved_tensors
+        grad_hidden_TH, weight_or_gradient_VH = ctx.saved_tensors
+        if ctx.added:
+            assert_final(grad_loss)
+            return grad_hidden_TH, in_main_gradient(weight_or_gradient_VH), None, None, None, None
         return (
             grad_hidden_TH * grad_loss.to(grad_hidden_TH.dtype),
-            grad_weight_VH * grad_loss.to(grad_weight_VH.dtype),
+            weight_or_gradient_VH * grad_loss.to(weight_or_gradient_VH.dtype),
+            None,
             None,
             None,
             None,
         )
+
+
+def assert_final(grad_loss: Tensor) -> None:
+    """End the process, without waiting for the GPU, if a loss that was said to be final has a factor: its
+    gradients are in the buffers without it."""
+    torch._assert_async(grad_loss == 1, "a final loss must be differentiated as it is")
 
 
 def unscored_logp(hidden_TH: Tensor) -> Tensor:
@@ -160,11 +187,3 @@ def _gradient_(
     grad_tV = logits_tV.sub_(lse_t.unsqueeze(1)).exp_().mul_(c_t.unsqueeze(1))
     grad_tV[torch.arange(len(targets_t), device=targets_t.device), targets_t] -= c_t
     return grad_tV
-
-
-def add_product_(sum_VH: Tensor, left_Vt: Tensor, right_tH: Tensor) -> None:
-    """sum += left @ right, with the sum in fp32 even if the factors are bf16."""
-    if left_Vt.dtype == sum_VH.dtype:
-        sum_VH.addmm_(left_Vt, right_tH)
-    else:
-        torch.addmm(sum_VH, left_Vt, right_tH, out_dtype=torch.float32, out=sum_VH)

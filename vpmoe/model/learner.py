@@ -24,7 +24,8 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_
+from torch import distributed as dist
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from vpmoe.api.metrics import BySpan, Measures
 from vpmoe.data.spans import SPANS
@@ -93,6 +94,7 @@ class Learner:
         self.gradient_clip = gradient_clip
         self._routers = routers(student)
         self._positions: Tensor | None = None
+        """Of the global batch, without padding."""
         self._loss = 0.0
         """Of the latest forward_backward."""
         bf16 = student.config.bf16
@@ -206,8 +208,8 @@ class Learner:
                 loss, logp_T = objective.loss(here, self.ddp(here, self._graphs), self.student, positions)
                 loss.backward()  # type: ignore[no-untyped-call]
             sums.add(here, logp_T, loss.detach() / positions)
-        self._positions = torch.stack([batch.counts[0] for batch in batches]).sum()
         outcome = sums.outcome(positions, self._routers, objective)
+        self._positions = torch.tensor(positions)
         self._loss = outcome.loss
         return outcome
 
@@ -252,27 +254,39 @@ class Learner:
         positions, self._positions = self._positions, None
         biases = [router.expert_bias.clone() for router in self._routers.values()]
         # It also moves the expert biases, by the step's counts, which mean nothing if the step is bad.
-        finalize_model_grads([self.ddp], num_tokens=positions.to(self.device))
+        finalize_model_grads([self.ddp])
         for router in self._routers.values():
             router.aux_sum.zero_()
         if isinstance(self.ddp, ShardedGradients):
             self.ddp.hand_over(self.optimizer)
         else:
             self.optimizer.prepare_grads()
-        norm = float(self.optimizer.get_grad_norm())
+        parameters = self.optimizer.get_parameters()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        # Only those of this rank's share, which it uses; finalize_model_grads would divide all.
+        torch._foreach_mul_(gradients, (1.0 / positions.clamp(min=1)).to(self.device))
+        norm = self._norm(gradients)
         if not (math.isfinite(norm) and math.isfinite(self._loss)):
             for router, bias in zip(self._routers.values(), biases, strict=True):
                 router.expert_bias.copy_(bias)
             found = f"the loss is {self._loss}" if math.isfinite(norm) else f"the gradient's norm is {norm}"
             raise NotFinite(f"step {self.steps + 1}: {found}. No weight was moved.", norm)
-        clip_grads_with_norm_(
-            self.optimizer.get_parameters(), self.gradient_clip, torch.tensor(norm, device=self.device)
-        )
+        total = torch.tensor(norm)
+        if self.gradient_clip / (total + 1e-6) < 1:  # torch's factor: it would also multiply by 1
+            clip_grads_with_norm_(parameters, self.gradient_clip, total)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             # wd_mult is 0 for norms, as megatron's scheduler would set it.
             group["weight_decay"] = self.weight_decay * group["wd_mult"]
         self.optimizer.step_with_ready_grads()
+        return norm
+
+    def _norm(self, gradients: list[Tensor]) -> float:
+        """The norm over all ranks' gradients. megatron's get_grad_norm reads each parameter's norm from the
+        GPU by itself."""
+        square = get_total_norm(gradients) ** 2
+        dist.all_reduce(square, group=self.optimizer.get_grad_stats_parallel_group())
+        norm: float = float(square) ** 0.5
         return norm
 
 

@@ -17,11 +17,40 @@ def add_to_main_gradient(weight: Tensor, add: Callable[[Tensor], None]) -> Tenso
     gradient: uninitialised memory, for megatron's hook. None if the parameter has no buffer, as in a student
     without DDP: `add` was not called, and the backward computes the gradient in the parameter's dtype.
     """
+    main = main_gradient(weight)
+    if main is None:
+        return None
+    add(main)
+    return in_main_gradient(weight)
+
+
+def main_gradient(weight: Tensor) -> Tensor | None:
+    """The fp32 buffer of a parameter's gradient, in its shape; None without one."""
     if not hasattr(weight, "main_grad"):
         return None
     allocate: Callable[[Tensor], None] | None = getattr(weight, "allocate_main_grad", None)
     if allocate is not None:  # sharded_gradients.py: a bucket has memory from its first gradient on
         allocate(weight)
-    add(weight.main_grad)
+    main: Tensor = weight.main_grad
+    return main
+
+
+def in_main_gradient(weight: Tensor) -> Tensor:
+    """What a backward returns as a parameter's gradient that is in its buffer already."""
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # read by megatron's hook
     return torch.empty_like(weight)
+
+
+def gradient_of_weight(weight_OI: Tensor, gradient_NO: Tensor, x_NI: Tensor) -> Tensor:
+    """What a backward of y = x · weightᵀ returns as the gradient of the weight: gradientᵀ · x. Added to the
+    weight's buffer if it has one, as in add_to_main_gradient."""
+    added = add_to_main_gradient(weight_OI, lambda main_OI: add_product_(main_OI, gradient_NO.T, x_NI))
+    return gradient_NO.T @ x_NI if added is None else added
+
+
+def add_product_(sum_MN: Tensor, left_MK: Tensor, right_KN: Tensor) -> None:
+    """sum += left @ right, with the sum in fp32 even if the factors are bf16."""
+    if left_MK.dtype == sum_MN.dtype:
+        sum_MN.addmm_(left_MK, right_KN)
+    else:
+        torch.addmm(sum_MN, left_MK, right_KN, out_dtype=torch.float32, out=sum_MN)

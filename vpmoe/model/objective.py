@@ -28,7 +28,8 @@ class Objective(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """(`scale` · this microbatch's share of the loss, log p of its targets [T] detached).
 
-        log p is NaN without a target.
+        log p is NaN without a target. The caller differentiates the loss once, as it is: on a GPU the
+        gradient of the output matrix may be in its fp32 buffer already.
         """
 
     def sums(self) -> Tensor:
@@ -69,6 +70,7 @@ class Weighted:
             batch.target,
             lambda logp_t, rows_t: coefficient(logp_t, rows_t) * scale,
             batch.target_rows,
+            final=True,
         )
         self._sums.append(self.sums_of(batch, logp_T))
         return loss, logp_T

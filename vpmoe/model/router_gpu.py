@@ -17,6 +17,9 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vpmoe.model.main_gradient import add_to_main_gradient
+from vpmoe.model.sums_gpu import gradient_of_vector
+
 POSITIONS = 16
 """Positions of a row that a program holds at a time."""
 WARPS = 4
@@ -107,7 +110,14 @@ class _Route(torch.autograd.Function):
         )
         grad_hidden_NH = halves_N2E @ torch.cat([weight_EH, weight_EH])
         grad_weight_2EH = torch.mm(halves_N2E.T, hidden_NH, out_dtype=torch.float32)
-        grad_weight_EH = grad_weight_2EH.view(2, *weight_EH.shape).sum(0).to(weight_EH.dtype)
+        of_high, of_low = grad_weight_2EH.view(2, *weight_EH.shape)
+
+        def add(main_EH: Tensor) -> None:
+            main_EH.add_(of_low).add_(of_high)
+
+        grad_weight_EH = add_to_main_gradient(weight_EH, add)
+        if grad_weight_EH is None:
+            grad_weight_EH = (of_high + of_low).to(weight_EH.dtype)
         return grad_hidden_NH, grad_weight_EH, grad_bias_E, None, None, None, None, None
 
 
@@ -193,7 +203,7 @@ def gradient_of_logits(
     )
     if sums is None or bias_E is None:
         return halves_N2E, None
-    return halves_N2E, sums.sum((0, 1)).to(bias_E.dtype)
+    return halves_N2E, gradient_of_vector(bias_E, sums.view(-1, experts))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

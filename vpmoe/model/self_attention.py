@@ -4,7 +4,7 @@ megatron-core's SelfAttention has linear projections only, rotates in every laye
 layer to the next. This one has the same parameters under the same names in the same order where a shape has
 no parts, so that checkpoints and bits are the same. Attention itself is in attention.py; the GPU's kernels
 are in self_attention_gpu.py (tensor products, value residual), qk_norm_gpu.py (norms and rotation) and
-linear_gpu.py (biases).
+linear_gpu.py (projections).
 """
 
 from typing import Any, cast
@@ -156,13 +156,14 @@ class TensorProduct(MegatronModule):  # type: ignore[misc]
         shape = self.shape
         assert shape.tensor_product_ranks is not None, "only such layers have this module"
         heads, groups, width = shape.heads, shape.kv_heads, shape.head_width
-        factors = nn.functional.linear(hidden, self.weight)
-        if factors.is_cuda:
-            from vpmoe.model import self_attention_gpu  # its kernels are Triton's, which needs a GPU
+        if hidden.is_cuda:
+            from vpmoe.model import linear_gpu, self_attention_gpu  # their kernels are Triton's
 
+            factors = linear_gpu.linear(hidden, self.weight, None)
             return self_attention_gpu.tensor_product(
                 factors, self.bias, heads, groups, width, shape.tensor_product_ranks
             )
+        factors = nn.functional.linear(hidden, self.weight)
         parts = tensor_product(factors, heads, groups, width, shape.tensor_product_ranks)
         if self.bias is None:
             return parts

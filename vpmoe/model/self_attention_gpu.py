@@ -14,7 +14,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vpmoe.model.linear_gpu import column_sums
+from vpmoe.model.sums_gpu import gradient_of_vector
 
 POSITIONS = 8
 """Positions of a program of the tensor products."""
@@ -45,8 +45,8 @@ class _TensorProduct(torch.autograd.Function):
         ctx: Any, factors: Tensor, bias: Tensor | None, parts: tuple[tuple[int, int], ...], width: int
     ) -> tuple[Tensor, ...]:
         factors = factors.contiguous()
-        ctx.save_for_backward(factors)
-        ctx.parts, ctx.width, ctx.biased = parts, width, bias is not None
+        ctx.save_for_backward(factors, bias)
+        ctx.parts, ctx.width = parts, width
         positions = factors.numel() // factors.shape[-1]
         outs = []
         first = first_bias = 0
@@ -73,29 +73,35 @@ class _TensorProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (factors,) = ctx.saved_tensors
+        factors, bias = ctx.saved_tensors
         positions = factors.numel() // factors.shape[-1]
+        programs = triton.cdiv(positions, POSITIONS)
         grad_factors = torch.empty_like(factors)
-        grad_bias = []
-        first = 0
+        sums = None
+        if bias is not None:
+            sums = torch.empty(programs, len(bias), dtype=torch.float32, device=bias.device)
+        first = first_bias = 0
         for (count, rank), gradient in zip(ctx.parts, gradients, strict=True):
             gradient = gradient.contiguous()
-            _gradients_of_factors[(triton.cdiv(positions, POSITIONS),)](
+            _gradients_of_factors[(programs,)](
                 factors,
                 gradient,
                 grad_factors,
+                None if sums is None else sums[:, first_bias:],
+                0 if sums is None else sums.shape[1],
                 positions,
                 first,
                 factors.shape[-1],
                 count,
                 rank,
                 ctx.width,
+                sums is not None,
                 POSITIONS,
             )
-            if ctx.biased:
-                grad_bias.append(column_sums(gradient.view(positions, -1)))
             first += rank * (count + ctx.width)
-        return grad_factors, torch.cat(grad_bias).to(factors.dtype) if ctx.biased else None, None, None
+            first_bias += count * ctx.width
+        grad_bias = None if sums is None else gradient_of_vector(bias, sums)
+        return grad_factors, grad_bias, None, None
 
 
 @triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]
@@ -135,14 +141,18 @@ def _gradients_of_factors(  # type: ignore[no-untyped-def]
     factors,
     gradient,
     grad_factors,
+    sums,
+    W: tl.constexpr,
     n,
     FIRST: tl.constexpr,
     F: tl.constexpr,
     H: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
+    BIASED: tl.constexpr,
     T: tl.constexpr,
 ):
+    """`sums` [programs, W]: in H · D columns each program's part of the gradient of the bias."""
     t = tl.program_id(0) * T + tl.arange(0, T)
     inside = t < n
     inner = tl.arange(0, D)
@@ -154,6 +164,8 @@ def _gradients_of_factors(  # type: ignore[no-untyped-def]
         for h in tl.static_range(H):
             place = gradient + (t.to(tl.int64) * H + h)[:, None] * D + inner[None, :]
             g = tl.load(place, mask=inside[:, None], other=0.0).to(tl.float32)
+            if BIASED and r == 0:
+                tl.store(sums + tl.program_id(0).to(tl.int64) * W + h * D + inner, tl.sum(g, 0))
             a = tl.load(factors + start + h * R + r, mask=inside, other=0.0).to(tl.float32)
             grad_b += a[:, None] * g
             grad_a = tl.sum(b * g, 1) / R

@@ -26,7 +26,7 @@ class ShardedGradients(DistributedDataParallel):  # type: ignore[misc]
     """A DDP as Learner uses it. All ranks need the same number of backwards before an optimizer step, and
     every backward gives every parameter a gradient.
 
-    After finish_grad_sync and scale_gradients, `hand_over` gives the optimizer its gradients.
+    After finish_grad_sync, `hand_over` gives the optimizer its gradients.
     """
 
     def __init__(self, config: Any, ddp_config: DistributedDataParallelConfig, module: nn.Module) -> None:
@@ -65,11 +65,6 @@ class ShardedGradients(DistributedDataParallel):  # type: ignore[misc]
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
         """Wait for the sums."""
         self._finish()
-
-    def scale_gradients(self, scaling_factor: Tensor) -> None:
-        """Multiply the sums."""
-        for shard in self._shards:
-            shard.sum *= scaling_factor
 
     def hand_over(self, optimizer: Any) -> None:
         """Give the optimizer's fp32 parameters their gradients: megatron's `prepare_grads` without a loss

@@ -97,7 +97,7 @@ class Student(MegatronModule):  # type: ignore[misc]
                 f"training.sequenceLength: a row has {positions} positions, but the student was built for "
                 f"{self.sequence_length}."
             )
-        hidden_SbH = self.embedding(batch.tokens).transpose(0, 1).contiguous()
+        hidden_SbH = self._embedded(batch.tokens)
         angle_Sb1D = self._angles(batch.position.T)
         if graphs is not None:
             hidden_SbH = self.decoder.final_layernorm(graphs(hidden_SbH, angle_Sb1D, batch))
@@ -110,6 +110,14 @@ class Student(MegatronModule):  # type: ignore[misc]
                 padding_mask=batch.padding,
             )
         return cast(Tensor, hidden_SbH).transpose(0, 1).reshape(rows * positions, -1)
+
+    def _embedded(self, tokens_bS: Tensor) -> Tensor:
+        """[S, b, H]"""
+        if tokens_bS.is_cuda:
+            from vpmoe.model import embedding_gpu  # its kernel is Triton's, which needs a GPU
+
+            return embedding_gpu.embedding(tokens_bS.T, self.embedding.weight)
+        return cast(Tensor, self.embedding(tokens_bS)).transpose(0, 1).contiguous()
 
     def _angles(self, position_Sb: Tensor) -> Tensor:
         """Angles of the rotation [S, b, 1, head width], in the half-and-half order of `rotate`: position ·

@@ -69,6 +69,7 @@ class TeacherForced:
             share_T,
             self.terms,
             batch.target_rows,
+            final=True,
         )
         parts = (torch.ones_like(found.kl_T), found.kl_T, found.cosine_T)
         by_span = torch.stack(

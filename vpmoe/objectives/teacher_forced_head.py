@@ -15,15 +15,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vpmoe.model.head import add_product_, chunk_logits, target_chunks, unscored_logp
+from vpmoe.model.head import (
+    assert_final,
+    chunk_logits,
+    gradients_in_forward,
+    target_chunks,
+    unscored_logp,
+)
+from vpmoe.model.main_gradient import add_product_, in_main_gradient
 
 if TYPE_CHECKING:
     from vpmoe.api.stages import LossWeights
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 400 << 20}
-"""Bound on the teacher's logits of one chunk; on a GPU the student's are half as much again. With the fp32
-sum of the matrix's gradient (0.8 GiB at hidden 1,024) the peak stays below 1 GiB beside the gradients
-themselves; shorter chunks would read and write that sum more often."""
+"""Bound on the teacher's logits of one chunk; on a GPU the student's are half as much again. Shorter
+chunks would read and write the fp32 sum of the matrix's gradient more often (0.8 GiB at hidden 1,024)."""
 EPSILON = 1e-8
 """Least length of a hidden state in the cosine, as in torch.nn.functional.cosine_similarity."""
 
@@ -59,22 +65,29 @@ def forced_loss(
     share_T: Tensor,
     terms: "LossWeights",
     rows_N: Tensor | None = None,
+    *,
+    final: bool = False,
 ) -> Forced:
     """The loss of one microbatch, differentiable in hidden, output and projection. Positions
     whose target is NO_TARGET add nothing.
 
     `share_T` is each token's weight, w_span / N_span. `projection_GH` brings the student's hidden states to
-    the teacher's width; None if both have the same width. `rows_N`: see head.head_loss. On the GPU all inputs
-    are bf16 and sums are fp32 (logits: see teacher_forced_kernels.py). Elsewhere everything has the type of
-    hidden. Raises ValueError if a projection is missing.
+    the teacher's width; None if both have the same width. `rows_N` and `final` are those of head.head_loss,
+    `final` for both matrices. On the GPU all inputs are bf16 and sums are fp32 (logits: see
+    teacher_forced_kernels.py). Elsewhere everything has the type of hidden. Raises ValueError if a projection
+    is missing.
     """
     if projection_GH is None and hidden_TH.shape[1] != teacher.hidden_TG.shape[1]:
         raise ValueError(
             f"hidden states are {hidden_TH.shape[1]} wide, the teacher's {teacher.hidden_TG.shape[1]}: a "
             "projection is missing."
         )
+    mains = tuple(
+        gradients_in_forward(matrix) if final and matrix is not None else None
+        for matrix in (output_VH, projection_GH)
+    )
     found = _Head.apply(  # type: ignore[no-untyped-call]
-        hidden_TH, output_VH, projection_GH, teacher, targets_T, share_T, terms, rows_N
+        hidden_TH, output_VH, projection_GH, teacher, targets_T, share_T, terms, rows_N, *mains
     )
     return Forced(*found)
 
@@ -91,14 +104,17 @@ class _Head(torch.autograd.Function):
         share_T: Tensor,
         terms: "LossWeights",
         rows_N: Tensor | None,
+        main_VH: Tensor | None,
+        main_GH: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logp_T, kl_T, cosine_T = (unscored_logp(hidden_TH) for _ in range(3))
         loss = logp_T.new_zeros(())
         grad_hidden_TH = torch.zeros_like(hidden_TH)
-        grad_output_VH = torch.zeros_like(output_VH, dtype=logp_T.dtype)
-        grad_projection_GH = (
-            None if projection_GH is None else torch.zeros_like(projection_GH, dtype=logp_T.dtype)
+        grad_output_VH, grad_projection_GH = (
+            torch.zeros_like(matrix, dtype=logp_T.dtype) if main is None and matrix is not None else main
+            for matrix, main in ((output_VH, main_VH), (projection_GH, main_GH))
         )
+        assert grad_output_VH is not None
         for rows_t in target_chunks(targets_T, _longest(output_VH), rows_N):
             hidden_tH, targets_t, share_t = (
                 hidden_TH[rows_t],
@@ -123,22 +139,32 @@ class _Head(torch.autograd.Function):
             )
             logp_T[rows_t], kl_T[rows_t], cosine_T[rows_t] = logp_t, kl_t, cosine_t
             del teacher_tV, grad_tV  # frees the memory for the next chunk
-        grad_projection_GH = None if grad_projection_GH is None else grad_projection_GH.to(hidden_TH.dtype)
-        ctx.save_for_backward(grad_hidden_TH, grad_output_VH.to(output_VH.dtype), grad_projection_GH)
+        ctx.added = main_VH is not None
+        if ctx.added:
+            ctx.save_for_backward(grad_hidden_TH, output_VH, projection_GH)
+        else:
+            grad_projection_GH = (
+                None if grad_projection_GH is None else grad_projection_GH.to(hidden_TH.dtype)
+            )
+            ctx.save_for_backward(grad_hidden_TH, grad_output_VH.to(output_VH.dtype), grad_projection_GH)
         ctx.mark_non_differentiable(logp_T, kl_T, cosine_T)
         return loss, logp_T, kl_T, cosine_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return (
-            *(None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        if ctx.added:
+            assert_final(grad_loss)
+            grad_hidden_TH, *matrices = ctx.saved_tensors
+            gradients = [
+                grad_hidden_TH,
+                *(None if matrix is None else in_main_gradient(matrix) for matrix in matrices),
+            ]
+        else:
+            gradients = [
+                None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors
+            ]
+        return (*gradients, None, None, None, None, None, None, None)
 
 
 def _longest(output_VH: Tensor) -> int:

@@ -101,6 +101,16 @@ def test_loss_and_gradients_equal_eager_float64(
     )
 
 
+def test_on_the_cpu_a_final_loss_leaves_the_buffer_to_megatrons_hook() -> None:
+    hidden, weight, targets, numbers = random_inputs(torch.float32, new_seed())
+    weight.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
+    gradients = []
+    for final in (False, True):
+        loss, _ = head_loss(hidden, weight, targets, fixed_coefficient(numbers), final=final)
+        gradients.append(torch.autograd.grad(loss, weight)[0])
+    assert torch.equal(*gradients) and (weight.main_grad == 0).all()  # type: ignore[attr-defined]
+
+
 def test_positions_without_a_target_contribute_nothing() -> None:
     hidden, weight, targets, numbers = random_inputs(torch.float64, new_seed())
     loss, logp = head_loss(hidden, weight, targets, fixed_coefficient(numbers))
