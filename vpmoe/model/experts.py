@@ -97,10 +97,10 @@ class SharedExpert(MLP):  # type: ignore[misc]
     def forward(self, hidden: Tensor) -> Tensor:
         """Output […, H], its bias included."""
         if hidden.is_cuda:
-            from vpmoe.model import linear_gpu  # its kernels are Triton's, which needs a GPU
+            from vpmoe.model import activation_gpu, linear_gpu  # their kernels are Triton's
 
             up, down = self.linear_fc1, self.linear_fc2
-            inner = squared_relu(linear_gpu.linear(hidden, up.weight, up.bias))
+            inner = activation_gpu.squared_relu(linear_gpu.linear(hidden, up.weight, up.bias))
             return linear_gpu.linear(inner, down.weight, down.bias)
         out, bias = super().forward(hidden)
         summed: Tensor = out if bias is None else out + bias
