@@ -1,5 +1,5 @@
-"""The kernels of self_attention_gpu.py, qk_norm_gpu.py, norm_gpu.py, linear_gpu.py and
-experts_gpu.py beside their definitions in float64.
+"""The kernels of self_attention_gpu.py, qk_norm_gpu.py, norm_gpu.py, activation_gpu.py,
+linear_gpu.py and experts_gpu.py beside their definitions in float64.
 
     TRITON_INTERPRET=1 python -m tests.fakes.projection_cases
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vpmoe.model import experts_gpu, linear_gpu, norm_gpu, qk_norm_gpu, self_attention_gpu
+from vpmoe.model import activation_gpu, experts_gpu, linear_gpu, norm_gpu, qk_norm_gpu, self_attention_gpu
 from vpmoe.model.grouped import COLUMN
 from vpmoe.model.self_attention import rotate
 from vpmoe.model.tensor_product import tensor_product
@@ -103,14 +103,52 @@ def normed_and_rotated(
     return assert_near(kernel, definition, *inputs)
 
 
-def normed(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> list[Tensor]:
-    x = torch.randn(rows, 2, width, device=device, dtype=dtype).requires_grad_()
+def normed(
+    device: torch.device, dtype: torch.dtype, rows: int, width: int, addends: int = 1, readers: int = 1
+) -> list[Tensor]:
+    """A sum of the stream, which is rounded, so that its norm is of another one than in float64."""
+    parts = [torch.randn(rows, 2, width, device=device, dtype=dtype).requires_grad_() for _ in range(addends)]
     weight = (1 + 0.3 * torch.randn(width, device=device)).to(dtype).requires_grad_()
 
-    def definition(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        return (x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight,)
+    def definition(weight: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        x = torch.stack(parts).sum(0)
+        return x, *[x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight] * readers
 
-    return assert_near(lambda x, weight: (norm_gpu.rms_norm(x, weight, 1e-6),), definition, x, weight)
+    return assert_near(
+        lambda weight, *parts: norm_gpu.sum_and_norm(parts, weight, 1e-6, readers),
+        definition,
+        weight,
+        *parts,
+    )
+
+
+def norm_of_which_only_some_is_read(device: torch.device, dtype: torch.dtype) -> None:
+    """Autograd then gives None for the gradients of the others, of the stream too."""
+    leaves = [torch.randn(5, 24, device=device, dtype=dtype).requires_grad_() for _ in range(2)]
+    weight = torch.ones(24, device=device, dtype=dtype)
+    stream, _, second, third = norm_gpu.sum_and_norm(tuple(leaves), weight, 1e-6, 3)
+    direction = torch.randn_like(stream)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    total = exact[0] + exact[1]
+    norm = total / (total.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    for outputs, wanted in (([second], [norm]), ([stream], [total]), ([stream, third], [total, norm])):
+        ways = [direction] * len(outputs)
+        found = torch.autograd.grad(outputs, leaves, ways, retain_graph=True)
+        exactly = torch.autograd.grad(wanted, exact, [x.double() for x in ways], retain_graph=True)
+        for x, y in zip(found, exactly, strict=True):
+            assert (x.double() - y).norm() <= ROUNDED * y.norm()
+
+
+def totals(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> list[Tensor]:
+    parts = [torch.randn(rows, width, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
+    return assert_near(
+        lambda *parts: (norm_gpu.total_of(*parts),), lambda *parts: (torch.stack(parts).sum(0),), *parts
+    )
+
+
+def squared_relus(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> list[Tensor]:
+    x = torch.randn(rows, width, device=device, dtype=dtype).requires_grad_()
+    return assert_near(lambda x: (activation_gpu.squared_relu(x),), lambda x: (x.relu().square(),), x)
 
 
 def activated_rows(
@@ -159,6 +197,10 @@ def main() -> None:
     normed_and_rotated(cpu, torch.float16, 35, 16)
     normed_and_rotated(cpu, torch.float16, 3, 16, rotates=False)
     normed(cpu, torch.float16, 40, 24)
+    normed(cpu, torch.float16, 40, 24, addends=2, readers=3)
+    norm_of_which_only_some_is_read(cpu, torch.float16)
+    totals(cpu, torch.float16, 3, 24)
+    squared_relus(cpu, torch.float16, 3, 24)
     linear_maps(cpu, torch.float16, 150, 8, 24)
     activated_rows(cpu, torch.float16, [3, 0, 40, 1], 24, biased=True)
     activated_rows(cpu, torch.float16, [0, 5], 16, biased=False)

@@ -8,9 +8,12 @@ from tests.fakes.projection_cases import (
     activated_rows,
     linear_maps,
     mixed_values,
+    norm_of_which_only_some_is_read,
     normed,
     normed_and_rotated,
+    squared_relus,
     tensor_products,
+    totals,
 )
 from tests.fakes.students import new_seed
 
@@ -39,10 +42,30 @@ def test_norms_and_rotation_equal_float64(
     normed_and_rotated(gpu, torch.bfloat16, positions, width, rotates=rotates)
 
 
+@pytest.mark.parametrize("addends, readers", [(1, 1), (2, 1), (1, 2), (2, 3)])
 @pytest.mark.parametrize("rows, width", [(1, 64), (1000, 1024), (777, 96)])
-def test_norms_equal_float64(gpu: torch.device, rows: int, width: int) -> None:
+def test_sums_and_norms_equal_float64(
+    gpu: torch.device, rows: int, width: int, addends: int, readers: int
+) -> None:
     torch.manual_seed(new_seed())
-    normed(gpu, torch.bfloat16, rows, width)
+    normed(gpu, torch.bfloat16, rows, width, addends, readers)
+
+
+def test_a_norm_of_which_only_some_is_read_has_the_right_gradient(gpu: torch.device) -> None:
+    torch.manual_seed(new_seed())
+    norm_of_which_only_some_is_read(gpu, torch.bfloat16)
+
+
+@pytest.mark.parametrize("rows, width", [(1, 64), (1001, 1024)])
+def test_totals_equal_float64(gpu: torch.device, rows: int, width: int) -> None:
+    torch.manual_seed(new_seed())
+    totals(gpu, torch.bfloat16, rows, width)
+
+
+@pytest.mark.parametrize("rows, width", [(1, 64), (1001, 512)])
+def test_squared_relus_equal_float64(gpu: torch.device, rows: int, width: int) -> None:
+    torch.manual_seed(new_seed())
+    squared_relus(gpu, torch.bfloat16, rows, width)
 
 
 @pytest.mark.parametrize("positions, inputs, outputs", [(1, 64, 64), (3000, 256, 512), (777, 128, 96)])
@@ -69,6 +92,9 @@ def test_other_numbers_of_positions_compile_nothing(
     def everything(positions: int) -> None:
         normed_and_rotated(gpu, torch.bfloat16, positions, 128)
         normed(gpu, torch.bfloat16, positions, 1024)
+        normed(gpu, torch.bfloat16, positions, 1024, addends=2, readers=3)
+        totals(gpu, torch.bfloat16, positions, 1024)
+        squared_relus(gpu, torch.bfloat16, positions, 512)
         linear_maps(gpu, torch.bfloat16, positions, 64, 512)
         activated_rows(gpu, torch.bfloat16, [positions, 0, 5], 128, biased=True)
 
@@ -92,7 +118,9 @@ def test_results_are_the_same_in_each_call(gpu: torch.device) -> None:
                 *tensor_products(gpu, torch.bfloat16, 5000, 128, True),
                 *mixed_values(gpu, torch.bfloat16, 5000),
                 *normed_and_rotated(gpu, torch.bfloat16, 5000, 128),
-                *normed(gpu, torch.bfloat16, 5000, 1024),
+                *normed(gpu, torch.bfloat16, 5000, 1024, addends=2, readers=3),
+                *totals(gpu, torch.bfloat16, 5000, 1024),
+                *squared_relus(gpu, torch.bfloat16, 5000, 512),
                 *linear_maps(gpu, torch.bfloat16, 5000, 256, 512),
                 *activated_rows(gpu, torch.bfloat16, [700, 0, 9000], 128, biased=True),
             ]

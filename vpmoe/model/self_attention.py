@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from vpmoe.model.attention import PackedAttention
+from vpmoe.model.residual import total_of
 from vpmoe.model.shapes import Shape
 from vpmoe.model.tensor_product import tensor_product
 
@@ -188,28 +189,29 @@ def mix_values(value: Tensor, first_value: Tensor, value_mix: Tensor) -> Tensor:
 
 
 class Layer(TransformerLayer):  # type: ignore[misc]
-    """megatron's layer, whose attention also gets the first layer's values.
+    """megatron's layer with two more rules: attention also gets the first layer's values, and a norm adds to
+    the residual stream what the part before it returned (residual.py).
 
-    They travel as megatron's `context`, which the block passes from layer to layer and through recomputation;
-    it is None without value residual, and before the first layer.
+    The values travel as megatron's `context`, which the block passes from layer to layer and through
+    recomputation; it is None without value residual, and before the first layer.
     """
 
-    def _forward_attention(
+    def forward(
         self,
         hidden_states: Tensor,
         *,
         context: Tensor | None,
         rotary_pos_emb: Tensor,
         packed_seq_params: PackedSeqParams,
+        padding_mask: Tensor,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        out_and_bias, value = self.self_attention(
-            self.input_layernorm(hidden_states), rotary_pos_emb, context, packed_seq_params
-        )
-        with self.bias_dropout_add_exec_handler():
-            hidden_states = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)(
-                out_and_bias, hidden_states, self.hidden_dropout
-            )
+        """(hidden states [S, b, H], `context` for the next layer). `padding_mask` [b, S]."""
+        stream, normed = self.input_layernorm(hidden_states)
+        (out, bias), value = self.self_attention(normed, rotary_pos_emb, context, packed_seq_params)
+        attended = out if bias is None else out + bias
+        stream, *normed = self.pre_mlp_layernorm(stream, attended, readers=self.mlp.readers)
+        addends = self.mlp.addends(*normed, padding_bS=padding_mask)
         if context is None and self.self_attention.shape.value_residual:
             context = value
-        return hidden_states, context
+        return total_of((*addends, stream)), context
