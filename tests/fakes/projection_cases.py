@@ -7,6 +7,7 @@ runs them without a GPU.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,10 +58,15 @@ def tensor_products(
     return assert_near(kernel, definition, *inputs)
 
 
-def mixed_values(device: torch.device, dtype: torch.dtype, positions: int) -> list[Tensor]:
+def mixed_values(
+    device: torch.device, dtype: torch.dtype, positions: int, *, apart: bool = True
+) -> list[Tensor]:
+    """Not `apart`: values that stand beside other numbers, as in a layer's projections."""
     value, first = (
         torch.randn(positions, 1, 2, 64, device=device, dtype=dtype).requires_grad_() for _ in range(2)
     )
+    if not apart:
+        value = torch.randn(positions, 1, 2, 192, device=device, dtype=dtype)[..., 128:].requires_grad_()
     mix = torch.tensor([0.3], device=device, requires_grad=True)
 
     def definition(value: Tensor, first: Tensor, mix: Tensor) -> tuple[Tensor, ...]:
@@ -70,6 +76,18 @@ def mixed_values(device: torch.device, dtype: torch.dtype, positions: int) -> li
     return assert_near(
         lambda *inputs: (self_attention_gpu.mix_values(*inputs),), definition, value, first, mix
     )
+
+
+def gradient_of_mix_in_its_buffer(device: torch.device, dtype: torch.dtype) -> None:
+    """It is added to what is there."""
+    value, first = (torch.randn(3000, 1, 2, 64, device=device, dtype=dtype) for _ in range(2))
+    mix: Any = torch.tensor([0.3], device=device, requires_grad=True)
+    direction = torch.randn_like(value)
+    self_attention_gpu.mix_values(value, first, mix).backward(direction)
+    wanted, mix.grad = mix.grad, None
+    mix.main_grad, mix.grad_added_to_main_grad = torch.ones_like(mix), False
+    self_attention_gpu.mix_values(value, first, mix).backward(direction)
+    assert mix.grad_added_to_main_grad and torch.equal(mix.main_grad, 1 + wanted)
 
 
 def normed_and_rotated(
@@ -101,6 +119,29 @@ def normed_and_rotated(
         return tuple(out)
 
     return assert_near(kernel, definition, *inputs)
+
+
+def normed_projections(
+    device: torch.device, dtype: torch.dtype, positions: int, width: int, *, rotates: bool
+) -> list[Tensor]:
+    """Of two groups with four query heads each; the values come out as they are."""
+    mixed = torch.randn(positions, 2, 2, 6 * width, device=device, dtype=dtype).requires_grad_()
+    weights = [(1 + 0.3 * torch.randn(width, device=device)).to(dtype).requires_grad_() for _ in range(2)]
+    half = torch.rand(positions, 2, 1, width // 2, device=device)
+    angle = torch.cat([half, half], 3) if rotates else None
+
+    def kernel(mixed: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return qk_norm_gpu.norm_and_rotate_projections(mixed, weights[0], weights[1], 1e-6, angle, 8)
+
+    def definition(mixed: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        query, key, value = mixed.split([4 * width, width, width], 3)
+        out = []
+        for x, weight in ((query.reshape(positions, 2, 8, width), weights[0]), (key, weights[1])):
+            y = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+            out.append(y if angle is None else rotate(y, angle.double().cos(), angle.double().sin()))
+        return *out, value
+
+    return assert_near(kernel, definition, mixed, *weights)
 
 
 def normed(
@@ -194,8 +235,12 @@ def main() -> None:
     cpu = torch.device("cpu")
     tensor_products(cpu, torch.float16, 11, 16, biased=True)
     mixed_values(cpu, torch.float16, 40)
+    mixed_values(cpu, torch.float16, 40, apart=False)
+    gradient_of_mix_in_its_buffer(cpu, torch.float16)
     normed_and_rotated(cpu, torch.float16, 35, 16)
     normed_and_rotated(cpu, torch.float16, 3, 16, rotates=False)
+    normed_projections(cpu, torch.float16, 19, 16, rotates=True)
+    normed_projections(cpu, torch.float16, 3, 16, rotates=False)
     normed(cpu, torch.float16, 40, 24)
     normed(cpu, torch.float16, 40, 24, addends=2, readers=3)
     norm_of_which_only_some_is_read(cpu, torch.float16)

@@ -6,11 +6,13 @@ import triton
 
 from tests.fakes.projection_cases import (
     activated_rows,
+    gradient_of_mix_in_its_buffer,
     linear_maps,
     mixed_values,
     norm_of_which_only_some_is_read,
     normed,
     normed_and_rotated,
+    normed_projections,
     squared_relus,
     tensor_products,
     totals,
@@ -26,10 +28,16 @@ def test_tensor_products_equal_float64(gpu: torch.device, positions: int, width:
     tensor_products(gpu, torch.bfloat16, positions, width, biased)
 
 
+@pytest.mark.parametrize("apart", [True, False], ids=["apart", "among others"])
 @pytest.mark.parametrize("positions", [1, 31, 3000])
-def test_mixed_values_equal_float64(gpu: torch.device, positions: int) -> None:
+def test_mixed_values_equal_float64(gpu: torch.device, positions: int, apart: bool) -> None:
     torch.manual_seed(new_seed())
-    mixed_values(gpu, torch.bfloat16, positions)
+    mixed_values(gpu, torch.bfloat16, positions, apart=apart)
+
+
+def test_the_gradient_of_mixed_values_share_is_added_to_its_buffer(gpu: torch.device) -> None:
+    torch.manual_seed(new_seed())
+    gradient_of_mix_in_its_buffer(gpu, torch.bfloat16)
 
 
 @pytest.mark.parametrize("rotates", [True, False], ids=["rotated", ""])
@@ -40,6 +48,16 @@ def test_norms_and_rotation_equal_float64(
 ) -> None:
     torch.manual_seed(new_seed())
     normed_and_rotated(gpu, torch.bfloat16, positions, width, rotates=rotates)
+
+
+@pytest.mark.parametrize("rotates", [True, False], ids=["rotated", ""])
+@pytest.mark.parametrize("width", [16, 128])
+@pytest.mark.parametrize("positions", [1, 31, 3000])
+def test_norms_and_rotation_of_projections_equal_float64(
+    gpu: torch.device, positions: int, width: int, rotates: bool
+) -> None:
+    torch.manual_seed(new_seed())
+    normed_projections(gpu, torch.bfloat16, positions, width, rotates=rotates)
 
 
 @pytest.mark.parametrize("addends, readers", [(1, 1), (2, 1), (1, 2), (2, 3)])
@@ -91,6 +109,7 @@ def test_other_numbers_of_positions_compile_nothing(
 ) -> None:
     def everything(positions: int) -> None:
         normed_and_rotated(gpu, torch.bfloat16, positions, 128)
+        normed_projections(gpu, torch.bfloat16, positions, 128, rotates=False)
         normed(gpu, torch.bfloat16, positions, 1024)
         normed(gpu, torch.bfloat16, positions, 1024, addends=2, readers=3)
         totals(gpu, torch.bfloat16, positions, 1024)
@@ -118,6 +137,7 @@ def test_results_are_the_same_in_each_call(gpu: torch.device) -> None:
                 *tensor_products(gpu, torch.bfloat16, 5000, 128, True),
                 *mixed_values(gpu, torch.bfloat16, 5000),
                 *normed_and_rotated(gpu, torch.bfloat16, 5000, 128),
+                *normed_projections(gpu, torch.bfloat16, 5000, 128, rotates=False),
                 *normed(gpu, torch.bfloat16, 5000, 1024, addends=2, readers=3),
                 *totals(gpu, torch.bfloat16, 5000, 1024),
                 *squared_relus(gpu, torch.bfloat16, 5000, 512),

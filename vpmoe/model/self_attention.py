@@ -86,8 +86,11 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
         `angle_Sb1D`: angles of the rotation. `first_value`: the first layer's values; None in the first layer
         and without value residual.
         """
-        query, key, value = self._projections(hidden_SbH)
-        query, key = self._norm_and_rotate(query, key, angle_Sb1D)
+        if hidden_SbH.is_cuda and self.shape.ranks(self.layer) is None:
+            query, key, value = self._normed_projections_on_gpu(hidden_SbH, angle_Sb1D)
+        else:
+            query, key, value = self._projections(hidden_SbH)
+            query, key = self._norm_and_rotate(query, key, angle_Sb1D)
         if self.value_mix is not None:
             assert first_value is not None, "the first layer's values come with the hidden states"
             value = mix_values(value, first_value, self.value_mix)
@@ -102,16 +105,29 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
         if shape.ranks(self.layer) is not None:
             return cast(tuple[Tensor, Tensor, Tensor], self.tensor_product(hidden_SbH))
         # megatron's order: for each key-value head its queries, its key, its value
-        mixed = (
-            _linear_on_gpu(self.linear_qkv, hidden_SbH)
-            if hidden_SbH.is_cuda
-            else cast(Tensor, self.linear_qkv(hidden_SbH)[0])
-        )
+        mixed = cast(Tensor, self.linear_qkv(hidden_SbH)[0])
         width, share = shape.head_width, shape.heads // shape.kv_heads
         query, key, value = mixed.unflatten(-1, (shape.kv_heads, -1)).split(  # type: ignore[no-untyped-call]
             [share * width, width, width], dim=-1
         )
         return query.reshape(*query.shape[:2], -1, width), key, value
+
+    def _normed_projections_on_gpu(
+        self, hidden_SbH: Tensor, angle_Sb1D: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`_projections` that are linear, after `_norm_and_rotate`, which reads them where the product wrote
+        them."""
+        from vpmoe.model import qk_norm_gpu  # its kernels are Triton's, which needs a GPU
+
+        mixed = _linear_on_gpu(self.linear_qkv, hidden_SbH)
+        return qk_norm_gpu.norm_and_rotate_projections(
+            mixed.unflatten(-1, (self.shape.kv_heads, -1)),  # type: ignore[no-untyped-call]
+            self.q_layernorm.weight,
+            self.k_layernorm.weight,
+            self.shape.norm_epsilon,
+            angle_Sb1D if self.rotates else None,
+            self.shape.heads,
+        )
 
     def _norm_and_rotate(self, query: Tensor, key: Tensor, angle_Sb1D: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's norms of queries and keys, and its rotation if it has one."""
