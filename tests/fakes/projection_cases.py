@@ -1,5 +1,5 @@
-"""The kernels of self_attention_gpu.py, qk_norm_gpu.py, norm_gpu.py, linear_gpu.py and embedding_gpu.py
-beside their definitions in float64.
+"""The kernels of self_attention_gpu.py, qk_norm_gpu.py, norm_gpu.py, activation_gpu.py, linear_gpu.py and
+embedding_gpu.py beside their definitions in float64.
 
     TRITON_INTERPRET=1 python -m tests.fakes.projection_cases
 
@@ -7,11 +7,19 @@ runs them without a GPU.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vpmoe.model import embedding_gpu, linear_gpu, norm_gpu, qk_norm_gpu, self_attention_gpu
+from vpmoe.model import (
+    activation_gpu,
+    embedding_gpu,
+    linear_gpu,
+    norm_gpu,
+    qk_norm_gpu,
+    self_attention_gpu,
+)
 from vpmoe.model.self_attention import rotate
 from vpmoe.model.tensor_product import tensor_product
 
@@ -59,10 +67,15 @@ def tensor_products(
     return assert_near(kernel, definition, *inputs)
 
 
-def mixed_values(device: torch.device, dtype: torch.dtype, positions: int) -> list[Tensor]:
+def mixed_values(
+    device: torch.device, dtype: torch.dtype, positions: int, *, apart: bool = True
+) -> list[Tensor]:
+    """Not `apart`: values that stand beside other numbers, as in a layer's projections."""
     value, first = (
         torch.randn(positions, 1, 2, 64, device=device, dtype=dtype).requires_grad_() for _ in range(2)
     )
+    if not apart:
+        value = torch.randn(positions, 1, 2, 192, device=device, dtype=dtype)[..., 128:].requires_grad_()
     mix = torch.tensor([0.3], device=device, requires_grad=True)
 
     def definition(value: Tensor, first: Tensor, mix: Tensor) -> tuple[Tensor, ...]:
@@ -72,6 +85,18 @@ def mixed_values(device: torch.device, dtype: torch.dtype, positions: int) -> li
     return assert_near(
         lambda *inputs: (self_attention_gpu.mix_values(*inputs),), definition, value, first, mix
     )
+
+
+def gradient_of_mix_in_its_buffer(device: torch.device, dtype: torch.dtype) -> None:
+    """It is added to what is there."""
+    value, first = (torch.randn(3000, 1, 2, 64, device=device, dtype=dtype) for _ in range(2))
+    mix: Any = torch.tensor([0.3], device=device, requires_grad=True)
+    direction = torch.randn_like(value)
+    self_attention_gpu.mix_values(value, first, mix).backward(direction)
+    wanted, mix.grad = mix.grad, None
+    mix.main_grad, mix.grad_added_to_main_grad = torch.ones_like(mix), False
+    self_attention_gpu.mix_values(value, first, mix).backward(direction)
+    assert mix.grad_added_to_main_grad and torch.equal(mix.main_grad, 1 + wanted)
 
 
 def normed_and_rotated(
@@ -105,14 +130,75 @@ def normed_and_rotated(
     return assert_near(kernel, definition, *inputs)
 
 
-def normed(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> list[Tensor]:
-    x = torch.randn(rows, 2, width, device=device, dtype=dtype).requires_grad_()
+def normed_projections(
+    device: torch.device, dtype: torch.dtype, positions: int, width: int, *, rotates: bool
+) -> list[Tensor]:
+    """Of two groups with four query heads each; the values come out as they are."""
+    mixed = torch.randn(positions, 2, 2, 6 * width, device=device, dtype=dtype).requires_grad_()
+    weights = [(1 + 0.3 * torch.randn(width, device=device)).to(dtype).requires_grad_() for _ in range(2)]
+    half = torch.rand(positions, 2, 1, width // 2, device=device)
+    angle = torch.cat([half, half], 3) if rotates else None
+
+    def kernel(mixed: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return qk_norm_gpu.norm_and_rotate_projections(mixed, weights[0], weights[1], 1e-6, angle, 8)
+
+    def definition(mixed: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        query, key, value = mixed.split([4 * width, width, width], 3)
+        out = []
+        for x, weight in ((query.reshape(positions, 2, 8, width), weights[0]), (key, weights[1])):
+            y = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+            out.append(y if angle is None else rotate(y, angle.double().cos(), angle.double().sin()))
+        return *out, value
+
+    return assert_near(kernel, definition, mixed, *weights)
+
+
+def normed(
+    device: torch.device, dtype: torch.dtype, rows: int, width: int, addends: int = 1, readers: int = 1
+) -> list[Tensor]:
+    """A sum of the stream, which is rounded, so that its norm is of another one than in float64."""
+    parts = [torch.randn(rows, 2, width, device=device, dtype=dtype).requires_grad_() for _ in range(addends)]
     weight = (1 + 0.3 * torch.randn(width, device=device)).to(dtype).requires_grad_()
 
-    def definition(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        return (x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight,)
+    def definition(weight: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        x = torch.stack(parts).sum(0)
+        return x, *[x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight] * readers
 
-    return assert_near(lambda x, weight: (norm_gpu.rms_norm(x, weight, 1e-6),), definition, x, weight)
+    return assert_near(
+        lambda weight, *parts: norm_gpu.sum_and_norm(parts, weight, 1e-6, readers),
+        definition,
+        weight,
+        *parts,
+    )
+
+
+def norm_of_which_only_some_is_read(device: torch.device, dtype: torch.dtype) -> None:
+    """Autograd then gives None for the gradients of the others, of the stream too."""
+    leaves = [torch.randn(5, 24, device=device, dtype=dtype).requires_grad_() for _ in range(2)]
+    weight = torch.ones(24, device=device, dtype=dtype)
+    stream, _, second, third = norm_gpu.sum_and_norm(tuple(leaves), weight, 1e-6, 3)
+    direction = torch.randn_like(stream)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    total = exact[0] + exact[1]
+    norm = total / (total.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    for outputs, wanted in (([second], [norm]), ([stream], [total]), ([stream, third], [total, norm])):
+        ways = [direction] * len(outputs)
+        found = torch.autograd.grad(outputs, leaves, ways, retain_graph=True)
+        exactly = torch.autograd.grad(wanted, exact, [x.double() for x in ways], retain_graph=True)
+        for x, y in zip(found, exactly, strict=True):
+            assert (x.double() - y).norm() <= ROUNDED * y.norm()
+
+
+def totals(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> list[Tensor]:
+    parts = [torch.randn(rows, width, device=device, dtype=dtype).requires_grad_() for _ in range(3)]
+    return assert_near(
+        lambda *parts: (norm_gpu.total_of(*parts),), lambda *parts: (torch.stack(parts).sum(0),), *parts
+    )
+
+
+def squared_relus(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> list[Tensor]:
+    x = torch.randn(rows, width, device=device, dtype=dtype).requires_grad_()
+    return assert_near(lambda x: (activation_gpu.squared_relu(x),), lambda x: (x.relu().square(),), x)
 
 
 def linear_maps(
@@ -212,9 +298,17 @@ def main() -> None:
     cpu = torch.device("cpu")
     tensor_products(cpu, torch.float16, 11, 16, biased=True)
     mixed_values(cpu, torch.float16, 40)
+    mixed_values(cpu, torch.float16, 40, apart=False)
+    gradient_of_mix_in_its_buffer(cpu, torch.float16)
     normed_and_rotated(cpu, torch.float16, 35, 16)
     normed_and_rotated(cpu, torch.float16, 3, 16, rotates=False)
+    normed_projections(cpu, torch.float16, 19, 16, rotates=True)
+    normed_projections(cpu, torch.float16, 3, 16, rotates=False)
     normed(cpu, torch.float16, 40, 24)
+    normed(cpu, torch.float16, 40, 24, addends=2, readers=3)
+    norm_of_which_only_some_is_read(cpu, torch.float16)
+    totals(cpu, torch.float16, 3, 24)
+    squared_relus(cpu, torch.float16, 3, 24)
     linear_maps(cpu, torch.float16, 150, 8, 24)
     embedded(cpu, torch.float16, 50, 9, 24)
     in_buffers(cpu, torch.float32, 150, 24)  # a CPU has no product of fp16 with an fp32 sum

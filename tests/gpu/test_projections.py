@@ -6,12 +6,17 @@ import triton
 
 from tests.fakes.projection_cases import (
     embedded,
+    gradient_of_mix_in_its_buffer,
     in_buffers,
     linear_maps,
     mixed_values,
+    norm_of_which_only_some_is_read,
     normed,
     normed_and_rotated,
+    normed_projections,
+    squared_relus,
     tensor_products,
+    totals,
 )
 from tests.fakes.students import new_seed
 
@@ -24,10 +29,16 @@ def test_tensor_products_equal_float64(gpu: torch.device, positions: int, width:
     tensor_products(gpu, torch.bfloat16, positions, width, biased)
 
 
+@pytest.mark.parametrize("apart", [True, False], ids=["apart", "among others"])
 @pytest.mark.parametrize("positions", [1, 31, 3000])
-def test_mixed_values_equal_float64(gpu: torch.device, positions: int) -> None:
+def test_mixed_values_equal_float64(gpu: torch.device, positions: int, apart: bool) -> None:
     torch.manual_seed(new_seed())
-    mixed_values(gpu, torch.bfloat16, positions)
+    mixed_values(gpu, torch.bfloat16, positions, apart=apart)
+
+
+def test_the_gradient_of_mixed_values_share_is_added_to_its_buffer(gpu: torch.device) -> None:
+    torch.manual_seed(new_seed())
+    gradient_of_mix_in_its_buffer(gpu, torch.bfloat16)
 
 
 @pytest.mark.parametrize("rotates", [True, False], ids=["rotated", ""])
@@ -40,10 +51,40 @@ def test_norms_and_rotation_equal_float64(
     normed_and_rotated(gpu, torch.bfloat16, positions, width, rotates=rotates)
 
 
-@pytest.mark.parametrize("rows, width", [(1, 64), (1000, 1024), (777, 96)])
-def test_norms_equal_float64(gpu: torch.device, rows: int, width: int) -> None:
+@pytest.mark.parametrize("rotates", [True, False], ids=["rotated", ""])
+@pytest.mark.parametrize("width", [16, 128])
+@pytest.mark.parametrize("positions", [1, 31, 3000])
+def test_norms_and_rotation_of_projections_equal_float64(
+    gpu: torch.device, positions: int, width: int, rotates: bool
+) -> None:
     torch.manual_seed(new_seed())
-    normed(gpu, torch.bfloat16, rows, width)
+    normed_projections(gpu, torch.bfloat16, positions, width, rotates=rotates)
+
+
+@pytest.mark.parametrize("addends, readers", [(1, 1), (2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize("rows, width", [(1, 64), (1000, 1024), (777, 96)])
+def test_sums_and_norms_equal_float64(
+    gpu: torch.device, rows: int, width: int, addends: int, readers: int
+) -> None:
+    torch.manual_seed(new_seed())
+    normed(gpu, torch.bfloat16, rows, width, addends, readers)
+
+
+def test_a_norm_of_which_only_some_is_read_has_the_right_gradient(gpu: torch.device) -> None:
+    torch.manual_seed(new_seed())
+    norm_of_which_only_some_is_read(gpu, torch.bfloat16)
+
+
+@pytest.mark.parametrize("rows, width", [(1, 64), (1001, 1024)])
+def test_totals_equal_float64(gpu: torch.device, rows: int, width: int) -> None:
+    torch.manual_seed(new_seed())
+    totals(gpu, torch.bfloat16, rows, width)
+
+
+@pytest.mark.parametrize("rows, width", [(1, 64), (1001, 512)])
+def test_squared_relus_equal_float64(gpu: torch.device, rows: int, width: int) -> None:
+    torch.manual_seed(new_seed())
+    squared_relus(gpu, torch.bfloat16, rows, width)
 
 
 @pytest.mark.parametrize("positions, inputs, outputs", [(1, 64, 64), (3000, 256, 512), (777, 128, 96)])
@@ -69,7 +110,11 @@ def test_other_numbers_of_positions_compile_nothing(
 ) -> None:
     def everything(positions: int) -> None:
         normed_and_rotated(gpu, torch.bfloat16, positions, 128)
+        normed_projections(gpu, torch.bfloat16, positions, 128, rotates=False)
         normed(gpu, torch.bfloat16, positions, 1024)
+        normed(gpu, torch.bfloat16, positions, 1024, addends=2, readers=3)
+        totals(gpu, torch.bfloat16, positions, 1024)
+        squared_relus(gpu, torch.bfloat16, positions, 512)
         linear_maps(gpu, torch.bfloat16, positions, 64, 512)
         in_buffers(gpu, torch.bfloat16, positions, 512)
 
@@ -93,7 +138,10 @@ def test_results_are_the_same_in_each_call(gpu: torch.device) -> None:
                 *tensor_products(gpu, torch.bfloat16, 5000, 128, True),
                 *mixed_values(gpu, torch.bfloat16, 5000),
                 *normed_and_rotated(gpu, torch.bfloat16, 5000, 128),
-                *normed(gpu, torch.bfloat16, 5000, 1024),
+                *normed_projections(gpu, torch.bfloat16, 5000, 128, rotates=False),
+                *normed(gpu, torch.bfloat16, 5000, 1024, addends=2, readers=3),
+                *totals(gpu, torch.bfloat16, 5000, 1024),
+                *squared_relus(gpu, torch.bfloat16, 5000, 512),
                 *linear_maps(gpu, torch.bfloat16, 5000, 256, 512),
                 *embedded(gpu, torch.bfloat16, 5000, 700, 1024),
                 *in_buffers(gpu, torch.bfloat16, 5000, 512),

@@ -25,11 +25,27 @@ from torch import distributed as dist
 class MixtureLayer(MoELayer):  # type: ignore[misc]
     """megatron's mixture layer (router, experts, shared expert) with the dispatcher below."""
 
+    readers = 3
+    """Of its input: see `addends`."""
+
     def __init__(
         self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection, **kwargs: Any
     ) -> None:
         super().__init__(config, pg_collection=pg_collection, **kwargs)
         self.token_dispatcher = Dispatcher(config, pg_collection)
+
+    def addends(
+        self, for_shared: Tensor, for_router: Tensor, for_routed: Tensor, *, padding_bS: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(output of the routed experts, of the shared one) [S, b, H]; megatron's forward adds them.
+
+        Its readers of the input get equal tensors, whose gradients come one by one (residual.py)."""
+        shared = self.shared_experts_compute(for_shared)
+        weight_NK, expert_NK = self.route(for_router, padding_bS.T)
+        dispatched, weight_C = self.preprocess(for_routed, weight_NK, expert_NK)
+        dispatched, weight_C = self.dispatch(dispatched, weight_C)
+        combined = self.combine(self.routed_experts_compute(dispatched, weight_C)[0])
+        return self.token_dispatcher.combine_postprocess(combined), shared
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,30 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
         return grouped_product_with_bias(inner_CW, self.down, self.down_bias, weight_C, ends_E)
 
 
-class SharedExpert(MLP):  # type: ignore[misc]
+class FeedForward(MLP):  # type: ignore[misc]
+    """megatron's feed-forward part, without a mixture: of a dense layer."""
+
+    readers = 1
+    """Of its input, as in MixtureLayer."""
+
+    def addends(self, hidden: Tensor, *, padding_bS: Tensor) -> tuple[Tensor]:
+        """Its output […, H] alone, bias included; MixtureLayer.addends has more."""
+        return (self.biased(hidden),)
+
+    def biased(self, hidden: Tensor) -> Tensor:
+        """Output […, H], its bias included."""
+        if hidden.is_cuda:
+            from vpmoe.model import activation_gpu, linear_gpu  # their kernels are Triton's
+
+            up, down = self.linear_fc1, self.linear_fc2
+            inner = activation_gpu.squared_relu(linear_gpu.linear(hidden, up.weight, up.bias))
+            return linear_gpu.linear(inner, down.weight, down.bias)
+        out, bias = super().forward(hidden)
+        summed: Tensor = out if bias is None else out + bias
+        return summed
+
+
+class SharedExpert(FeedForward):
     """The expert that every token passes through. megatron's SharedExpertMLP allows no bias."""
 
     def __init__(
@@ -113,12 +136,4 @@ class SharedExpert(MLP):  # type: ignore[misc]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Output […, H], its bias included."""
-        if hidden.is_cuda:
-            from vpmoe.model import linear_gpu  # its kernels are Triton's, which needs a GPU
-
-            up, down = self.linear_fc1, self.linear_fc2
-            inner = squared_relu(linear_gpu.linear(hidden, up.weight, up.bias))
-            return linear_gpu.linear(inner, down.weight, down.bias)
-        out, bias = super().forward(hidden)
-        summed: Tensor = out if bias is None else out + bias
-        return summed
+        return self.biased(hidden)

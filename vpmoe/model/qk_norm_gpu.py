@@ -6,7 +6,7 @@ of its positions. The definitions, which the CPU computes, are in self_attention
 results are the same in each call.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton  # type: ignore[import-untyped]
@@ -40,6 +40,34 @@ def norm_and_rotate(
     return normed
 
 
+def norm_and_rotate_projections(
+    mixed: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    epsilon: float,
+    angle: Tensor | None,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`norm_and_rotate` of one tensor […, groups, (heads / groups + 2) · D] that has of each group its
+    queries, its key and its value; the last, a view, is returned as it is. Nothing is copied apart.
+    """
+    parts: tuple[Tensor, Tensor, Tensor] = _OfProjections.apply(  # type: ignore[no-untyped-call]
+        mixed, query_weight, key_weight, angle, epsilon, heads
+    )
+    return parts
+
+
+class _Layout(NamedTuple):
+    """Where a position's heads are: groups of consecutive ones."""
+
+    position: int
+    """Numbers from a position to the next."""
+    group: int
+    """Numbers from a group to the next."""
+    share: int
+    """Heads of a group."""
+
+
 class _NormAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -54,22 +82,11 @@ class _NormAndRotate(torch.autograd.Function):
         query, key = query.contiguous(), key.contiguous()
         angle = None if angle is None else angle.contiguous()
         heads, width = query.shape[-2:]
-        positions = query.numel() // (heads * width)
+        groups = key.shape[-2]
+        ctx.layouts = _Layout(heads * width, 0, heads), _Layout(groups * width, 0, groups)
         out_query, out_key = torch.empty_like(query), torch.empty_like(key)
-        ctx.shape = (heads, key.shape[-2], width, epsilon, angle is not None)
-        _forward[(triton.cdiv(positions, POSITIONS),)](
-            query,
-            key,
-            query_weight,
-            key_weight,
-            angle,
-            out_query,
-            out_key,
-            positions,
-            *ctx.shape,
-            POSITIONS,
-            num_warps=4,
-        )
+        ctx.epsilon = epsilon
+        _run_forward(query, key, query_weight, key_weight, angle, out_query, out_key, ctx.layouts, epsilon)
         ctx.save_for_backward(query, key, query_weight, key_weight, angle)
         return out_query, out_key
 
@@ -77,15 +94,10 @@ class _NormAndRotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
         query, key, query_weight, key_weight, angle = ctx.saved_tensors
-        heads, _, width = ctx.shape[:3]
-        positions = query.numel() // (heads * width)
-        programs = triton.cdiv(positions, POSITIONS * STEPS)
         out_query, out_key = torch.empty_like(query), torch.empty_like(key)
-        sums = torch.empty(programs, 2, width, dtype=torch.float32, device=query.device)
-        grad_angle = torch.empty_like(angle) if ctx.needs_input_grad[4] else None
-        _backward[(programs,)](
-            grad_query.contiguous(),
-            grad_key.contiguous(),
+        of_others = _run_backward(
+            grad_query,
+            grad_key,
             query,
             key,
             query_weight,
@@ -93,17 +105,156 @@ class _NormAndRotate(torch.autograd.Function):
             angle,
             out_query,
             out_key,
-            sums,
-            grad_angle,
-            positions,
-            *ctx.shape,
-            grad_angle is not None,
-            POSITIONS,
-            STEPS,
-            num_warps=4,
+            ctx.layouts,
+            ctx.epsilon,
+            angles=ctx.needs_input_grad[4],
         )
-        grad_query_weight, grad_key_weight = sums.sum(0).to(query_weight.dtype)
-        return out_query, out_key, grad_query_weight, grad_key_weight, grad_angle, None
+        return out_query, out_key, *of_others, None
+
+
+class _OfProjections(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mixed: Tensor,
+        query_weight: Tensor,
+        key_weight: Tensor,
+        angle: Tensor | None,
+        epsilon: float,
+        heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mixed = mixed.contiguous()
+        angle = None if angle is None else angle.contiguous()
+        width, groups = len(query_weight), mixed.shape[-2]
+        share, group = heads // groups, mixed.shape[-1]
+        out_query = mixed.new_empty(*mixed.shape[:-2], heads, width)
+        out_key = mixed.new_empty(*mixed.shape[:-2], groups, width)
+        ctx.layouts = _Layout(groups * group, group, share), _Layout(groups * group, group, 1)
+        ctx.epsilon = epsilon
+        _run_forward(
+            mixed,
+            mixed[..., share * width :],
+            query_weight,
+            key_weight,
+            angle,
+            out_query,
+            out_key,
+            ctx.layouts,
+            epsilon,
+        )
+        ctx.save_for_backward(mixed, query_weight, key_weight, angle)
+        return out_query, out_key, mixed.detach()[..., -width:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        mixed, query_weight, key_weight, angle = ctx.saved_tensors
+        width, share = len(query_weight), ctx.layouts[0].share
+        out = torch.empty_like(mixed)
+        of_others = _run_backward(
+            grad_query,
+            grad_key,
+            mixed,
+            mixed[..., share * width :],
+            query_weight,
+            key_weight,
+            angle,
+            out,
+            out[..., share * width :],
+            ctx.layouts,
+            ctx.epsilon,
+            angles=ctx.needs_input_grad[3],
+        )
+        out[..., -width:].copy_(grad_value)
+        return out, *of_others, None, None
+
+
+def _run_forward(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    angle: Tensor | None,
+    out_query: Tensor,
+    out_key: Tensor,
+    layouts: tuple[_Layout, _Layout],
+    epsilon: float,
+) -> None:
+    """`layouts` of queries and keys that are read; those that are written are contiguous."""
+    heads, width = out_query.shape[-2:]
+    positions = out_query.numel() // (heads * width)
+    _forward[(triton.cdiv(positions, POSITIONS),)](
+        query,
+        key,
+        query_weight,
+        key_weight,
+        angle,
+        out_query,
+        out_key,
+        positions,
+        heads,
+        out_key.shape[-2],
+        *layouts[0],
+        *layouts[1],
+        width,
+        epsilon,
+        angle is not None,
+        POSITIONS,
+        num_warps=4,
+    )
+
+
+def _run_backward(
+    grad_query: Tensor,
+    grad_key: Tensor,
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    angle: Tensor | None,
+    out_query: Tensor,
+    out_key: Tensor,
+    layouts: tuple[_Layout, _Layout],
+    epsilon: float,
+    *,
+    angles: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the two weights and, if `angles`, of the angles. `layouts` of queries and keys, and of
+    their gradients, which are written to `out_query` and `out_key`."""
+    heads, width = grad_query.shape[-2:]
+    positions = grad_query.numel() // (heads * width)
+    programs = triton.cdiv(positions, POSITIONS * STEPS)
+    sums = torch.empty(programs, 2, width, dtype=torch.float32, device=query.device)
+    grad_angle = torch.empty_like(angle) if angles and angle is not None else None
+    _backward[(programs,)](
+        grad_query.contiguous(),
+        grad_key.contiguous(),
+        query,
+        key,
+        query_weight,
+        key_weight,
+        angle,
+        out_query,
+        out_key,
+        sums,
+        grad_angle,
+        positions,
+        heads,
+        grad_key.shape[-2],
+        *layouts[0],
+        *layouts[1],
+        width,
+        epsilon,
+        angle is not None,
+        grad_angle is not None,
+        POSITIONS,
+        STEPS,
+        num_warps=4,
+    )
+    grad_query_weight, grad_key_weight = sums.sum(0).to(query_weight.dtype)
+    return grad_query_weight, grad_key_weight, grad_angle
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -141,6 +292,9 @@ def _heads(  # type: ignore[no-untyped-def]
     cos,
     sin,
     H: tl.constexpr,
+    POSITION: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHARE: tl.constexpr,
     D: tl.constexpr,
     EPSILON: tl.constexpr,
     ROTATES: tl.constexpr,
@@ -150,7 +304,8 @@ def _heads(  # type: ignore[no-untyped-def]
     weight_2 = tl.load(weight + D // 2 + half).to(tl.float32)[None, :]
     for h in tl.static_range(H):
         place = (t.to(tl.int64) * H + h)[:, None] * D + half[None, :]
-        first, second, _ = _normed(x, place, inside, D, EPSILON)
+        read = (t.to(tl.int64) * POSITION + h // SHARE * GROUP + h % SHARE * D)[:, None] + half[None, :]
+        first, second, _ = _normed(x, read, inside, D, EPSILON)
         first *= weight_1
         second *= weight_2
         if ROTATES:
@@ -173,6 +328,12 @@ def _forward(  # type: ignore[no-untyped-def]
     n,
     H: tl.constexpr,
     G: tl.constexpr,
+    QUERY_POSITION: tl.constexpr,
+    QUERY_GROUP: tl.constexpr,
+    QUERY_SHARE: tl.constexpr,
+    KEY_POSITION: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    KEY_SHARE: tl.constexpr,
     D: tl.constexpr,
     EPSILON: tl.constexpr,
     ROTATES: tl.constexpr,
@@ -181,8 +342,38 @@ def _forward(  # type: ignore[no-untyped-def]
     t = tl.program_id(0) * T + tl.arange(0, T)
     inside = (t < n)[:, None]
     cos, sin = _cos_and_sin(angle, t, inside, D, ROTATES)
-    _heads(query, query_weight, out_query, t, inside, cos, sin, H, D, EPSILON, ROTATES)
-    _heads(key, key_weight, out_key, t, inside, cos, sin, G, D, EPSILON, ROTATES)
+    _heads(
+        query,
+        query_weight,
+        out_query,
+        t,
+        inside,
+        cos,
+        sin,
+        H,
+        QUERY_POSITION,
+        QUERY_GROUP,
+        QUERY_SHARE,
+        D,
+        EPSILON,
+        ROTATES,
+    )
+    _heads(
+        key,
+        key_weight,
+        out_key,
+        t,
+        inside,
+        cos,
+        sin,
+        G,
+        KEY_POSITION,
+        KEY_GROUP,
+        KEY_SHARE,
+        D,
+        EPSILON,
+        ROTATES,
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -199,6 +390,9 @@ def _gradients_of_heads(  # type: ignore[no-untyped-def]
     sum_1,
     sum_2,
     H: tl.constexpr,
+    POSITION: tl.constexpr,
+    GROUP: tl.constexpr,
+    SHARE: tl.constexpr,
     D: tl.constexpr,
     EPSILON: tl.constexpr,
     ROTATES: tl.constexpr,
@@ -213,7 +407,8 @@ def _gradients_of_heads(  # type: ignore[no-untyped-def]
     weight_2 = tl.load(weight + D // 2 + half).to(tl.float32)[None, :]
     for h in tl.static_range(H):
         place = (t.to(tl.int64) * H + h)[:, None] * D + half[None, :]
-        first, second, factor = _normed(x, place, inside, D, EPSILON)
+        read = (t.to(tl.int64) * POSITION + h // SHARE * GROUP + h % SHARE * D)[:, None] + half[None, :]
+        first, second, factor = _normed(x, read, inside, D, EPSILON)
         d_1 = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
         d_2 = tl.load(gradient + place + D // 2, mask=inside, other=0.0).to(tl.float32)
         if ROTATES:
@@ -228,8 +423,8 @@ def _gradients_of_heads(  # type: ignore[no-untyped-def]
         mean = ((tl.sum(d_1 * first, 1) + tl.sum(d_2 * second, 1)) / D)[:, None]
         d_1 = (d_1 - first * mean) * factor[:, None]
         d_2 = (d_2 - second * mean) * factor[:, None]
-        tl.store(out + place, d_1.to(out.dtype.element_ty), mask=inside)
-        tl.store(out + place + D // 2, d_2.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + read, d_1.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + read + D // 2, d_2.to(out.dtype.element_ty), mask=inside)
     return turn, sum_1, sum_2
 
 
@@ -249,6 +444,12 @@ def _backward(  # type: ignore[no-untyped-def]
     n,
     H: tl.constexpr,
     G: tl.constexpr,
+    QUERY_POSITION: tl.constexpr,
+    QUERY_GROUP: tl.constexpr,
+    QUERY_SHARE: tl.constexpr,
+    KEY_POSITION: tl.constexpr,
+    KEY_GROUP: tl.constexpr,
+    KEY_SHARE: tl.constexpr,
     D: tl.constexpr,
     EPSILON: tl.constexpr,
     ROTATES: tl.constexpr,
@@ -280,6 +481,9 @@ def _backward(  # type: ignore[no-untyped-def]
             query_1,
             query_2,
             H,
+            QUERY_POSITION,
+            QUERY_GROUP,
+            QUERY_SHARE,
             D,
             EPSILON,
             ROTATES,
@@ -297,6 +501,9 @@ def _backward(  # type: ignore[no-untyped-def]
             key_1,
             key_2,
             G,
+            KEY_POSITION,
+            KEY_GROUP,
+            KEY_SHARE,
             D,
             EPSILON,
             ROTATES,

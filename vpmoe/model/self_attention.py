@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from vpmoe.model.attention import PackedAttention
+from vpmoe.model.residual import total_of
 from vpmoe.model.shapes import Shape
 from vpmoe.model.tensor_product import tensor_product
 
@@ -85,8 +86,11 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
         `angle_Sb1D`: angles of the rotation. `first_value`: the first layer's values; None in the first layer
         and without value residual.
         """
-        query, key, value = self._projections(hidden_SbH)
-        query, key = self._norm_and_rotate(query, key, angle_Sb1D)
+        if hidden_SbH.is_cuda and self.shape.ranks(self.layer) is None:
+            query, key, value = self._normed_projections_on_gpu(hidden_SbH, angle_Sb1D)
+        else:
+            query, key, value = self._projections(hidden_SbH)
+            query, key = self._norm_and_rotate(query, key, angle_Sb1D)
         if self.value_mix is not None:
             assert first_value is not None, "the first layer's values come with the hidden states"
             value = mix_values(value, first_value, self.value_mix)
@@ -101,16 +105,29 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
         if shape.ranks(self.layer) is not None:
             return cast(tuple[Tensor, Tensor, Tensor], self.tensor_product(hidden_SbH))
         # megatron's order: for each key-value head its queries, its key, its value
-        mixed = (
-            _linear_on_gpu(self.linear_qkv, hidden_SbH)
-            if hidden_SbH.is_cuda
-            else cast(Tensor, self.linear_qkv(hidden_SbH)[0])
-        )
+        mixed = cast(Tensor, self.linear_qkv(hidden_SbH)[0])
         width, share = shape.head_width, shape.heads // shape.kv_heads
         query, key, value = mixed.unflatten(-1, (shape.kv_heads, -1)).split(  # type: ignore[no-untyped-call]
             [share * width, width, width], dim=-1
         )
         return query.reshape(*query.shape[:2], -1, width), key, value
+
+    def _normed_projections_on_gpu(
+        self, hidden_SbH: Tensor, angle_Sb1D: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`_projections` that are linear, after `_norm_and_rotate`, which reads them where the product wrote
+        them."""
+        from vpmoe.model import qk_norm_gpu  # its kernels are Triton's, which needs a GPU
+
+        mixed = _linear_on_gpu(self.linear_qkv, hidden_SbH)
+        return qk_norm_gpu.norm_and_rotate_projections(
+            mixed.unflatten(-1, (self.shape.kv_heads, -1)),  # type: ignore[no-untyped-call]
+            self.q_layernorm.weight,
+            self.k_layernorm.weight,
+            self.shape.norm_epsilon,
+            angle_Sb1D if self.rotates else None,
+            self.shape.heads,
+        )
 
     def _norm_and_rotate(self, query: Tensor, key: Tensor, angle_Sb1D: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's norms of queries and keys, and its rotation if it has one."""
@@ -189,28 +206,29 @@ def mix_values(value: Tensor, first_value: Tensor, value_mix: Tensor) -> Tensor:
 
 
 class Layer(TransformerLayer):  # type: ignore[misc]
-    """megatron's layer, whose attention also gets the first layer's values.
+    """megatron's layer with two more rules: attention also gets the first layer's values, and a norm adds to
+    the residual stream what the part before it returned (residual.py).
 
-    They travel as megatron's `context`, which the block passes from layer to layer and through recomputation;
-    it is None without value residual, and before the first layer.
+    The values travel as megatron's `context`, which the block passes from layer to layer and through
+    recomputation; it is None without value residual, and before the first layer.
     """
 
-    def _forward_attention(
+    def forward(
         self,
         hidden_states: Tensor,
         *,
         context: Tensor | None,
         rotary_pos_emb: Tensor,
         packed_seq_params: PackedSeqParams,
+        padding_mask: Tensor,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        out_and_bias, value = self.self_attention(
-            self.input_layernorm(hidden_states), rotary_pos_emb, context, packed_seq_params
-        )
-        with self.bias_dropout_add_exec_handler():
-            hidden_states = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)(
-                out_and_bias, hidden_states, self.hidden_dropout
-            )
+        """(hidden states [S, b, H], `context` for the next layer). `padding_mask` [b, S]."""
+        stream, normed = self.input_layernorm(hidden_states)
+        (out, bias), value = self.self_attention(normed, rotary_pos_emb, context, packed_seq_params)
+        attended = out if bias is None else out + bias
+        stream, *normed = self.pre_mlp_layernorm(stream, attended, readers=self.mlp.readers)
+        addends = self.mlp.addends(*normed, padding_bS=padding_mask)
         if context is None and self.self_attention.shape.value_residual:
             context = value
-        return hidden_states, context
+        return total_of((*addends, stream)), context

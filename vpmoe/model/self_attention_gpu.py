@@ -14,12 +14,15 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vpmoe.model.main_gradient import add_to_main_gradient
 from vpmoe.model.sums_gpu import gradient_of_vector
 
 POSITIONS = 8
 """Positions of a program of the tensor products."""
 NUMBERS = 4096
 """Numbers of a program that mixes values."""
+SUMS = 1024
+"""Sums that the last kernel of a gradient of λ adds at a time."""
 
 
 def tensor_product(
@@ -176,58 +179,98 @@ def _gradients_of_factors(  # type: ignore[no-untyped-def]
 class _MixValues(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, first_value: Tensor, value_mix: Tensor) -> Tensor:
-        value, first_value = value.contiguous(), first_value.contiguous()
-        ctx.save_for_backward(value, first_value, value_mix)
-        out = torch.empty_like(value)
-        _mix[(triton.cdiv(value.numel(), NUMBERS),)](
-            value, first_value, value_mix, out, value.numel(), NUMBERS, num_warps=8
+        first_value = first_value.contiguous()
+        width = value.shape[-1]
+        heads = value.reshape(-1, width)  # a view of values that stand among queries and keys
+        ctx.save_for_backward(heads, first_value, value_mix)
+        out = torch.empty_like(first_value)
+        _mix[(triton.cdiv(out.numel(), NUMBERS),)](
+            heads, first_value, value_mix, out, out.numel(), width, heads.stride(0), NUMBERS, num_warps=8
         )
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        value, first_value, value_mix = ctx.saved_tensors
-        programs = triton.cdiv(value.numel(), NUMBERS)
-        grad_value, grad_first = torch.empty_like(value), torch.empty_like(value)
-        sums = torch.empty(programs, dtype=torch.float32, device=value.device)
+        heads, first_value, value_mix = ctx.saved_tensors
+        programs = triton.cdiv(first_value.numel(), NUMBERS)
+        grad_value, grad_first = torch.empty_like(first_value), torch.empty_like(first_value)
+        sums = torch.empty(programs, dtype=torch.float32, device=first_value.device)
         _gradients_of_values[(programs,)](
             gradient.contiguous(),
-            value,
+            heads,
             first_value,
             value_mix,
             grad_value,
             grad_first,
             sums,
-            value.numel(),
+            first_value.numel(),
+            first_value.shape[-1],
+            heads.stride(0),
             NUMBERS,
             num_warps=8,
         )
-        share = value_mix.sigmoid()
-        return grad_value, grad_first, sums.sum() * share * (1 - share)
+
+        def gradient_of_mix(out: Tensor, *, add: bool) -> None:
+            _gradient_of_mix[(1,)](sums, value_mix, out, programs, add, SUMS, num_warps=4)
+
+        grad_mix = add_to_main_gradient(value_mix, lambda main: gradient_of_mix(main, add=True))
+        if grad_mix is None:
+            grad_mix = torch.empty_like(value_mix)
+            gradient_of_mix(grad_mix, add=False)
+        return grad_value, grad_first, grad_mix
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _mix(value, first_value, value_mix, out, n, B: tl.constexpr):  # type: ignore[no-untyped-def]
+def _mix(  # type: ignore[no-untyped-def]
+    value, first_value, value_mix, out, n, D: tl.constexpr, STRIDE: tl.constexpr, B: tl.constexpr
+):
+    """STRIDE: numbers from a head of `value` to the next."""
     i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = i < n
     share = tl.sigmoid(tl.load(value_mix))
-    own = tl.load(value + i, mask=inside).to(tl.float32)
+    own = tl.load(value + i // D * STRIDE + i % D, mask=inside).to(tl.float32)
     first = tl.load(first_value + i, mask=inside).to(tl.float32)
     tl.store(out + i, (share * own + (1 - share) * first).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gradients_of_values(  # type: ignore[no-untyped-def]
-    gradient, value, first_value, value_mix, grad_value, grad_first, sums, n, B: tl.constexpr
+    gradient,
+    value,
+    first_value,
+    value_mix,
+    grad_value,
+    grad_first,
+    sums,
+    n,
+    D: tl.constexpr,
+    STRIDE: tl.constexpr,
+    B: tl.constexpr,
 ):
     """Also stores each program's part of the gradient of λ."""
     i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     inside = i < n
     share = tl.sigmoid(tl.load(value_mix))
     g = tl.load(gradient + i, mask=inside, other=0.0).to(tl.float32)
-    own = tl.load(value + i, mask=inside, other=0.0).to(tl.float32)
+    own = tl.load(value + i // D * STRIDE + i % D, mask=inside, other=0.0).to(tl.float32)
     first = tl.load(first_value + i, mask=inside, other=0.0).to(tl.float32)
     tl.store(grad_value + i, (share * g).to(grad_value.dtype.element_ty), mask=inside)
     tl.store(grad_first + i, ((1 - share) * g).to(grad_first.dtype.element_ty), mask=inside)
     tl.store(sums + tl.program_id(0), tl.sum(g * (own - first), 0))
+
+
+@triton.jit(do_not_specialize=["programs"])  # type: ignore[untyped-decorator]
+def _gradient_of_mix(  # type: ignore[no-untyped-def]
+    sums, value_mix, out, programs, ADD: tl.constexpr, B: tl.constexpr
+):
+    """From the programs' parts of the gradient of λ, that of its logit, stored or added."""
+    total = tl.zeros((B,), tl.float32)
+    for first in range(0, programs, B):
+        i = first + tl.arange(0, B)
+        total += tl.load(sums + i, mask=i < programs, other=0.0)
+    share = tl.sigmoid(tl.load(value_mix))
+    found = tl.sum(total, 0) * share * (1 - share)
+    if ADD:
+        found += tl.load(out)
+    tl.store(out, found)

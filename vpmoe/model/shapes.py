@@ -181,10 +181,11 @@ class Shape:
           linear_gpu, self_attention, router_gpu: what the two norms return, as input of the products, 2·H
           self_attention_gpu: the factors of a tensor product, in a local layer; the values before they are
             mixed with the first layer's
-          qk_norm_gpu: queries and keys before their norms
+          qk_norm_gpu: queries and keys before their norms; of linear projections with the values, mixed or
+            not
           attention_gpu: queries, keys, values, output; in four bytes a number where the position's document
             begins and ends, and a head's log of the sum
-          a dense layer's and the shared expert's feed-forward: before and after the square
+          a dense layer's and the shared expert's feed-forward (activation_gpu): before and after the square
           router_gpu: logits in fp32, and in four bytes a number each choice's expert
           experts_gpu: a choice's weight in fp32, its place in the sorted order and back in int64, and its
             row after the first product, W
@@ -193,7 +194,8 @@ class Shape:
         heads, groups, width = self.heads, self.kv_heads, self.head_width
         numbers = 4 * self.hidden
         numbers += self.factors_width if self.ranks(layer) is not None else 0
-        numbers += groups * width if self.value_residual and layer > 0 else 0
+        mixes = self.value_residual and layer > 0
+        numbers += groups * width if mixes or self.ranks(layer) is None else 0
         numbers += (heads + groups) * width  # before their norms
         numbers += self.qkv_width + heads * width
         found = 2 * numbers + 4 * (2 + heads)

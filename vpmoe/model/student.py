@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -36,7 +35,7 @@ from torch import Tensor, nn
 from vpmoe.model.attention import packed_seq_params_for
 from vpmoe.model.batch import Batch
 from vpmoe.model.dispatch import MixtureLayer
-from vpmoe.model.experts import SharedExpert, StackedExperts, squared_relu
+from vpmoe.model.experts import FeedForward, SharedExpert, StackedExperts, squared_relu
 from vpmoe.model.initial import (
     FREQUENCY_SCALE,
     generator_for,
@@ -44,6 +43,7 @@ from vpmoe.model.initial import (
     initial_vector,
     log_frequencies,
 )
+from vpmoe.model.residual import RMSNorm, StreamNorm
 from vpmoe.model.router import Router
 from vpmoe.model.self_attention import Layer, SelfAttention
 from vpmoe.model.shapes import Shape
@@ -218,25 +218,13 @@ def _config(
     )
 
 
-class RMSNorm(nn.RMSNorm):
-    """torch's; on a GPU with the kernels of norm_gpu.py."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:
-            from vpmoe.model import norm_gpu  # its kernels are Triton's, which needs a GPU
-
-            assert self.eps is not None, "the shape gives it"
-            return norm_gpu.rms_norm(x, self.weight, self.eps)
-        return super().forward(x)
-
-
-def _rms_norm(config: TransformerConfig, hidden_size: int, eps: float) -> RMSNorm:
-    return RMSNorm(hidden_size, eps=eps, dtype=config.params_dtype)
+def _norm(kind: type[RMSNorm], config: TransformerConfig, hidden_size: int, eps: float) -> RMSNorm:
+    return kind(hidden_size, eps=eps, dtype=config.params_dtype)
 
 
 def _layers(shape: Shape) -> TransformerBlockSubmodules:
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    dense = partial(MLP.as_mlp_submodule, submodules=linears)
+    dense = partial(FeedForward.as_mlp_submodule, submodules=linears)
     mixture = partial(
         MixtureLayer,
         submodules=MoESubmodules(
@@ -251,17 +239,15 @@ def _layers(shape: Shape) -> TransformerBlockSubmodules:
         return ModuleSpec(
             module=Layer,
             submodules=TransformerLayerSubmodules(
-                input_layernorm=_rms_norm,
+                input_layernorm=partial(_norm, StreamNorm),
                 self_attention=attention,
-                self_attn_bda=get_bias_dropout_add,
-                pre_mlp_layernorm=_rms_norm,
+                pre_mlp_layernorm=partial(_norm, StreamNorm),
                 mlp=feed_forward,
-                mlp_bda=get_bias_dropout_add,
             ),
         )
 
     layers = [layer(dense)] * shape.dense_layers + [layer(mixture)] * shape.moe_layers
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=_rms_norm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=partial(_norm, RMSNorm))
 
 
 @torch.no_grad()
