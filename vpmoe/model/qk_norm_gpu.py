@@ -14,6 +14,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vpmoe.model.sums_gpu import gradient_of_vector
+
 POSITIONS = 16
 """Positions that a program holds at a time."""
 STEPS = 2
@@ -102,8 +104,10 @@ class _NormAndRotate(torch.autograd.Function):
             STEPS,
             num_warps=4,
         )
-        grad_query_weight, grad_key_weight = sums.sum(0).to(query_weight.dtype)
-        return out_query, out_key, grad_query_weight, grad_key_weight, grad_angle, None
+        grad_weights = [
+            gradient_of_vector(weight, sums[:, i]) for i, weight in enumerate((query_weight, key_weight))
+        ]
+        return out_query, out_key, *grad_weights, grad_angle, None
 
 
 @triton.jit  # type: ignore[untyped-decorator]
