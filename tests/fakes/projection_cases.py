@@ -254,6 +254,15 @@ def in_buffers(device: torch.device, dtype: torch.dtype, positions: int, width: 
         biases = bias.view(12, 16).split([8, 2, 2])
         return tuple(bias.expand(positions, -1, -1) for bias in biases)
 
+    query, key = (torch.randn(positions, 1, heads, 16, device=device, dtype=dtype) for heads in (8, 2))
+
+    def normed_heads(*weights: Tensor) -> tuple[Tensor, ...]:
+        return qk_norm_gpu.norm_and_rotate(query, key, weights[0], weights[1], 1e-6, None)
+
+    def exact_normed_heads(*weights: Tensor) -> tuple[Tensor, ...]:
+        exact = zip((query.double(), key.double()), weights, strict=True)
+        return tuple(x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight for x, weight in exact)
+
     cases: list[tuple[list[tuple[int, ...]], Function, Function]] = [
         (
             [(width, 2 * width), (width,)],
@@ -266,6 +275,7 @@ def in_buffers(device: torch.device, dtype: torch.dtype, positions: int, width: 
             lambda weight: (x.double() @ weight.T,),
         ),
         ([(192,)], products, exact_products),
+        ([(16,), (16,)], normed_heads, exact_normed_heads),
         (
             [(50, width)],
             lambda weight: (embedding_gpu.embedding(tokens, weight),),

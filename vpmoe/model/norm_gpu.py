@@ -17,6 +17,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vpmoe.model.sums_gpu import gradient_of_vector
+
 FORWARD = (4096, 8)
 """Numbers that a program of a norm holds, of whole rows, and its warps."""
 BACKWARD = (4096, 8, 8)
@@ -109,7 +111,7 @@ class _SumAndNorm(torch.autograd.Function):
             num_warps=warps,
         )
         grad_added = out if ctx.addends == 2 else None
-        return out, grad_added, sums.sum(0).to(weight.dtype), None, None
+        return out, grad_added, gradient_of_vector(weight, sums), None, None
 
 
 class _TotalOf(torch.autograd.Function):

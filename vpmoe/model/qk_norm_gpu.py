@@ -14,6 +14,8 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vpmoe.model.sums_gpu import gradient_of_vector
+
 POSITIONS = 16
 """Positions that a program holds at a time."""
 STEPS = 2
@@ -253,8 +255,11 @@ def _run_backward(
         STEPS,
         num_warps=4,
     )
-    grad_query_weight, grad_key_weight = sums.sum(0).to(query_weight.dtype)
-    return grad_query_weight, grad_key_weight, grad_angle
+    return (
+        gradient_of_vector(query_weight, sums[:, 0]),
+        gradient_of_vector(key_weight, sums[:, 1]),
+        grad_angle,
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]

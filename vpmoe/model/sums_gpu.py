@@ -32,7 +32,7 @@ def column_sums(x_NW: Tensor) -> Tensor:
 
 def gradient_of_vector(vector_W: Tensor, sums_PW: Tensor) -> Tensor:
     """What a backward returns as the gradient of a parameter [W]: Σ over the rows of `sums_PW` (fp32,
-    contiguous, at least one row). Added to the parameter's fp32 buffer if it has one, as in
+    at least one row, contiguous in itself). Added to the parameter's fp32 buffer if it has one, as in
     add_to_main_gradient."""
     added = add_to_main_gradient(vector_W, lambda main_W: _total_of(sums_PW, main_W, add=True))
     if added is not None:
@@ -44,7 +44,9 @@ def gradient_of_vector(vector_W: Tensor, sums_PW: Tensor) -> Tensor:
 
 def _total_of(sums_PW: Tensor, out_W: Tensor, *, add: bool) -> None:
     rows, width = sums_PW.shape
-    _total[(triton.cdiv(width, TOTAL[1]),)](sums_PW, out_W, rows, width, add, *TOTAL, num_warps=4)
+    _total[(triton.cdiv(width, TOTAL[1]),)](
+        sums_PW, out_W, rows, sums_PW.stride(0), width, add, *TOTAL, num_warps=4
+    )
 
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
@@ -65,14 +67,21 @@ def _column_sums(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _total(  # type: ignore[no-untyped-def]
-    sums, out, rows, W: tl.constexpr, ADD: tl.constexpr, T: tl.constexpr, B: tl.constexpr
+    sums,
+    out,
+    rows,
+    STRIDE: tl.constexpr,
+    W: tl.constexpr,
+    ADD: tl.constexpr,
+    T: tl.constexpr,
+    B: tl.constexpr,
 ):
     column = tl.program_id(0) * B + tl.arange(0, B)
     total = tl.zeros((T, B), tl.float32)
     for first in range(0, rows, T):
         row = first + tl.arange(0, T)
         inside = (row < rows)[:, None] & (column < W)[None, :]
-        total += tl.load(sums + row.to(tl.int64)[:, None] * W + column[None, :], mask=inside, other=0.0)
+        total += tl.load(sums + row.to(tl.int64)[:, None] * STRIDE + column[None, :], mask=inside, other=0.0)
     found = tl.sum(total, 0)
     if ADD:
         found += tl.load(out + column, mask=column < W, other=0.0)

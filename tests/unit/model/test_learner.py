@@ -87,6 +87,15 @@ def test_gradients_are_clipped_and_the_returned_norm_is_unclipped(
     assert moments.norm().item() == pytest.approx(0.1 * min(norm, 1.0), rel=1e-4)
 
 
+def test_the_norm_has_the_bits_of_megatrons(device: torch.device, batches: list[Batch]) -> None:
+    it = learner(device)
+    it.forward_backward(batches, *objective_of(batches))
+    it.ddp.finish_grad_sync()
+    it.optimizer.prepare_grads()
+    gradients = [parameter.grad for parameter in it.optimizer.get_parameters()]
+    assert it._norm(gradients) == it.optimizer.get_grad_norm() > 0
+
+
 def test_weight_decay_applies_to_matrices_and_not_to_norms(device: torch.device) -> None:
     """With zero gradients, decay multiplies matrices by 1 − rate · decay and leaves norms unchanged."""
     it = learner(device)
