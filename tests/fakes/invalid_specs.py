@@ -571,7 +571,7 @@ INVALID: dict[str, InvalidSpec] = {
             "spec.training.globalBatchTokens": "2M",
         },
         "spec.runtime.gpuMemory",
-        "stage first: training vpmoe-6b on 7 GPUs takes at least 86 GiB of each, more than 80Gi.",
+        "stage first: training vpmoe-6b on 7 GPUs takes at least 87 GiB of each, more than 80Gi.",
     ),
     "an export of a stage that does not exist": InvalidSpec(
         {"spec.export": {"stages": ["first", "last"]}},

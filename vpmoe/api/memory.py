@@ -18,10 +18,9 @@ LEAST = 8192
 own."""
 HEAD_CHUNK = 2669
 """Positions whose logits the loss head holds at the same time: 2 GiB in fp32."""
-CONTEXT = 9 * GIB
-"""Memory outside PyTorch: the CUDA context, kernels and NCCL's buffers, and what the allocator cannot use.
-8 GiB with 2 and with 4 ranks on H100s, before the allocator had expandable segments; 8.9 with them and one
-rank on an H200."""
+CONTEXT = 10 * GIB
+"""Memory outside PyTorch: the CUDA context, kernels and NCCL's buffers; and what the allocator cannot use. 8.9
+and 1.0 GiB with expandable segments and CUDA graphs, with one rank and with two on H200s."""
 
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
 """Bytes of a parameter: the weight in bf16 on every rank; the gradient in fp32 on every rank, or if gradients

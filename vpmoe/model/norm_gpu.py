@@ -21,7 +21,7 @@ from vpmoe.model.sums_gpu import gradient_of_vector
 
 FORWARD = (4096, 8)
 """Numbers that a program of a norm holds, of whole rows, and its warps."""
-BACKWARD = (4096, 8, 8)
+BACKWARD = (1024, 4, 32)
 """The same of a norm's gradients, and the times that a program does this. Each program has a row in the sum
 of the weight's gradient."""
 READERS = 3

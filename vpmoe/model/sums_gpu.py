@@ -14,7 +14,7 @@ from vpmoe.model.main_gradient import add_to_main_gradient
 
 ROWS, COLUMNS, STEPS = 32, 128, 8
 """Rows and columns that a program of `column_sums` holds at a time, and how often it does."""
-TOTAL = (64, 32)
+TOTAL = (128, 8)
 """Rows and columns that a program of the last sum holds at a time."""
 
 

@@ -57,18 +57,10 @@ MEASURED = (
     Measured(
         "train",
         "vpmoe-6b",
-        "h100-80",
-        5950,
-        "2026-11-27",
-        "4 × H100, microbatches of 8,192 tokens, without parts",
-    ),
-    Measured(
-        "train",
-        "vpmoe-6b",
         "h200-141",
-        11_300,
-        "2026-11-23",
-        "benchmarks.step, 1 × H200, no communication, without parts",
+        70_200,
+        "2026-11-29",
+        "benchmarks.step, 2 × H200, two microbatches of 32,768 tokens an optimizer step",
     ),
     Measured(
         "sample",

@@ -70,7 +70,7 @@ def test_validate_runs_on_any_machine(programs: Path, tmp_path: Path) -> None:
         valid = run(tmp_path, *command, "validate", "run.yaml")
         assert (valid.returncode, valid.stderr) == (0, "")
         assert valid.stdout.startswith("run.yaml: default/full is valid: stages vanilla (Vanilla), ")
-    file.write_text(FULL.read_text().replace("gpus: 7", "gpus: 0"))
+    file.write_text(FULL.read_text().replace("gpus: 6", "gpus: 0"))
     invalid = run(tmp_path, programs / "vpmoe", "validate", "run.yaml")
     assert (invalid.returncode, invalid.stdout) == (65, "")
     assert "spec.student.gpus: 0 must be at least 1" in invalid.stderr
