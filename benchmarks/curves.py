@@ -12,9 +12,8 @@ sample), encoded and packed as a run does it. FILE gets the documents, the setti
 The second trains the first seed's student on this device, on the same batches, from the same float32
 weights, and prints a table. It ends with exit code 1 unless
   the first step's loss and gradient norm, of the same weights, are those of the reference within FIRST;
-  loss and gradient norm, smoothed over WINDOW steps, differ from the reference of the same seed by no more
-    than the references of all seeds differ from each other near that step, or by FLOOR of the value if that
-    is more;
+  the loss, smoothed over WINDOW steps, differs from the reference of the same seed by no more than the
+    references of all seeds differ from each other near that step, or by FLOOR of the value if that is more;
   every parameter, and every expert by itself, moved as far from its start as in the references, within MOVED,
     if it has FEWEST elements;
   a new student, restored from the copy of the state that a checkpoint is made of in the middle of the curve,
@@ -25,6 +24,7 @@ documents: its weights are random ones of the device.
 
 Adam's step does not depend on a gradient's scale, so an error that scales a parameter's gradient moves no
 loss. Scaled gradients of all parameters show in the first norm; those of one in tests/gpu/test_student.py.
+Later norms are printed only: a few large ones decide each mean, and rounding alone moves them.
 
 The vocabulary is reduced by default: the documents' most frequent ids, renumbered, and one id for all others.
 With 201,088 logits a token two cores would compute little else.
@@ -32,6 +32,7 @@ With 201,088 logits a token two cores would compute little else.
 
 import argparse
 import json
+import logging
 import math
 import statistics
 import sys
@@ -71,12 +72,12 @@ NEAR = 25
 other."""
 FLOOR = 0.005
 """Difference of a smoothed value, relative to it, that is allowed if the seeds differ by less."""
-FEWEST = 64
+FEWEST = 256
 """Elements of a parameter, or of one expert of a stack, whose distance is compared. Those with fewer walk at
-random, by up to eleven times as far for one seed as for another."""
+random: one by up to eleven times as far for one seed as for another, those of 64 by up to twice."""
 MOVED = 1.5
 """Factor by which a parameter may have moved less than in the reference in which it moved least, or more than
-in that in which it moved most."""
+in that in which it moved most. Products rounded to bf16, emulated on the CPU, gave 0.82 and 1.19."""
 LOADS = 50
 """Steps whose loads are added: a step's tokens are too few to tell of one expert of 256."""
 BUSIEST = 2.0
@@ -338,9 +339,9 @@ def print_curves(found: Curve, references: Sequence[Curve]) -> list[str]:
                 f"{values[2]:9.4f} {values[3]:9.4f} {values[4]:8.2f}"
             )
         print(f"{'largest, median':>24} {'':53} {beside.of_band.max():.2f}, {np.median(beside.of_band):.2f}")
-        if not beside.inside:
+        if name == "loss" and not beside.inside:
             worst = int(beside.of_band.argmax())
-            wrong.append(f"the {name} leaves the band, most in the {WINDOW} steps from step {worst + 1}")
+            wrong.append(f"the loss leaves the band, most in the {WINDOW} steps from step {worst + 1}")
     ratios = [found.moved[name] / (of or math.inf) for name, of in references[0].moved.items()]
     print(
         f"{len(ratios)} parameters and experts moved {min(ratios):.2f} to {max(ratios):.2f} times as far as "
@@ -456,6 +457,9 @@ def make_reference(
     return curves
 
 
+DEFAULTS = {"seeds": 3, "steps": 200, "tokens": 2048, "vocabulary": 8192, "rate": 3e-3}
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -464,27 +468,36 @@ def arguments() -> argparse.Namespace:
     file = parser.add_mutually_exclusive_group(required=True)
     file.add_argument("--reference", type=Path, metavar="FILE", help="write the CPU's curves")
     file.add_argument("--against", type=Path, metavar="FILE", help="compare with that file's curves")
-    add("--parquet", type=Path, help="rows of the reference (default: the repository's sample)")
-    add("--seeds", type=int, default=3, help="of the reference, at least 2 (default: 3)")
-    add("--steps", type=int, default=200, help="of the reference, or of another student (default: 200)")
     add("--balance", type=int, default=500, help="steps after which the load is checked (default: 500)")
     add("--shape", choices=sorted(SHAPES), help="with --against: another student than the reference's")
-    add("--layers", type=int, help="the shape's first layers alone (default: all)")
-    add("--tokens", type=int, default=2048, help="positions of a step, one row (default: 2048)")
-    add("--vocabulary", type=int, default=8192, help="ids that the student has (default: 8192)")
-    add("--rate", type=float, default=3e-3, help=f"learning rate after {WARMUP} steps (default: 3e-3)")
+    own = parser.add_argument_group("of the reference or of --shape")
+    own.add_argument("--parquet", type=Path, help="rows of the reference (default: the repository's sample)")
+    own.add_argument("--seeds", type=int, help="of the reference, 2 or more (default: 3)")
+    own.add_argument("--layers", type=int, help="the shape's first layers alone (default: all)")
+    own.add_argument("--steps", type=int, help="of a curve (default: 200)")
+    own.add_argument("--tokens", type=int, help="positions of a step, one row (default: 2048)")
+    own.add_argument("--vocabulary", type=int, help="ids that the student has (default: 8192)")
+    own.add_argument("--rate", type=float, help=f"learning rate after {WARMUP} steps (default: 3e-3)")
     given = parser.parse_args()
     if given.reference and given.shape:
         parser.error("--shape is of --against: the reference is tiny's, which a CPU can train.")
-    if given.reference and given.seeds < 2:
+    of_reference = ["parquet", "seeds", *(["layers", *DEFAULTS] if not given.shape else [])]
+    if given.against and (unused := [name for name in of_reference if getattr(given, name) is not None]):
+        parser.error(f"--{unused[0]}: the file of --against decides it. Give it to --reference.")
+    for name, value in DEFAULTS.items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
+    if given.seeds < 2:
         parser.error(f"--seeds {given.seeds}: the band is the spread of two or more.")
     if given.steps < 2:
-        parser.error(f"--steps {given.steps}: it is saved after half of them, so at least 2.")
+        parser.error(f"--steps {given.steps}: the state is saved after half of them, so at least 2.")
     return given
 
 
 def main() -> None:
     given = arguments()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("vpmoe").setLevel(logging.INFO)  # says why layers run without CUDA graphs, if they do
     device = devices.choose()
     if given.reference and device.type != "cpu":
         sys.exit("--reference is of the CPU: set CUDA_VISIBLE_DEVICES to the empty string.")

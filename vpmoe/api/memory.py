@@ -19,8 +19,8 @@ own."""
 HEAD_CHUNK = 2669
 """Positions whose logits the loss head holds at the same time: 2 GiB in fp32."""
 CONTEXT = 10 * GIB
-"""Memory outside PyTorch: the CUDA context, kernels and NCCL's buffers; and what the allocator cannot use. 8.9
-and 1.0 GiB with expandable segments and CUDA graphs, with one rank and with two on H200s."""
+"""Memory outside PyTorch: the CUDA context, kernels and NCCL's buffers; and what the allocator cannot use.
+8.9 and 1.0 GiB with expandable segments and CUDA graphs, with one rank and with two on H200s."""
 
 WEIGHT, GRADIENT, OPTIMIZER = 2, 4, 12
 """Bytes of a parameter: the weight in bf16 on every rank; the gradient in fp32 on every rank, or if gradients
