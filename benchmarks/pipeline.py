@@ -64,11 +64,11 @@ DECODE = {1: DecodingStep(0.0071, 2.1e-5), 2: DecodingStep(0.0099, 3.2e-5)}
 measures while completions grow and are replaced, so with the prompts' steps: H200."""
 MEASURED = {
     "microbatch": (
-        0.72,
-        "seconds of a microbatch of one row of sequenceLength on one GPU: vpmoe-6b, 8,192 tokens, H200; "
-        "docs/benchmarks.md",
+        0.1024,
+        "seconds of a microbatch of one row of sequenceLength on one GPU: vpmoe-6b, 8,192 tokens, a quarter "
+        "of the time for 32,768, 2 × H200; docs/benchmarks.md",
     ),
-    "step": (0.12, "seconds of an optimizer step, without its microbatches; same source"),
+    "step": (0.115, "seconds of an optimizer step, without its microbatches; same source"),
     "spread": (
         0.34,
         "standard deviation of the logarithm of a completion's length at one effort; as in SYNTH's rows",

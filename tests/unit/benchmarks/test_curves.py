@@ -11,7 +11,6 @@ import torch
 
 from benchmarks import curves
 from benchmarks.curves import Case, Curve, Document, Training
-from vpmoe.model import learner as learner_module
 from vpmoe.model import state
 from vpmoe.model.learner import Learner
 from vpmoe.model.router import ExpertLoad
@@ -100,12 +99,14 @@ def test_the_reference_itself_is_right(
 
 
 def scaled_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = vars(learner_module)["finalize_model_grads"]
+    whole = Learner.step
 
-    def finalize(model: list[object], num_tokens: torch.Tensor) -> None:
-        whole(model, num_tokens=num_tokens / 1.05)
+    def step(learner: Learner, rate: float) -> float:
+        assert learner._positions is not None
+        learner._positions = learner._positions / 1.05  # which divide them
+        return whole(learner, rate)
 
-    monkeypatch.setattr(learner_module, "finalize_model_grads", finalize)
+    monkeypatch.setattr(Learner, "step", step)
 
 
 def frozen_expert(monkeypatch: pytest.MonkeyPatch) -> None:
