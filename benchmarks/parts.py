@@ -1,19 +1,20 @@
 """Time of a training step with each part of the student, beside the step without parts and a floor.
 
     python -m benchmarks.parts [--shape vpmoe-6b] [--layers 20] [--tokens 32768] [--steps 12] [--kernels 25]
+    python -m benchmarks.parts --only "no part" all "all, with graphs"
 
 Trains the shape's first layers at full width, from random weights, on one packed row of random documents of
 300 to 4,000 tokens: without parts, with each part alone, with all. These steps run their layers without CUDA
 graphs, which not every part allows; the last row has all parts and graphs, as in the trainer. "forward,
 backward" and "optimizer" are medians; "GPU" is the time of the kernels of one forward and backward, by the
-profiler. After both, the cost beside the step without parts; that of the kernels varies less. MFU counts 6
+profiler. After the step and the kernels, the cost beside the step without parts, if that is measured; that of
+the kernels varies less. MFU counts 6
 floating-point operations per token and multiplied parameter (not the attention's), as a share of 989 TFLOP/s;
-the floor is the same operations at the rate of a large square product. Then the kernels of a forward and
-backward of the last row that take most time. Needs a GPU.
+the floor is the same operations at the rate of a large square product. GiB: PyTorch's peak. Then the kernels of
+a forward and backward of the last row that take most time. Needs a GPU.
 """
 
 import argparse
-import gc
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ import torch
 from torch.autograd import DeviceType  # type: ignore[attr-defined]  # is not in its __all__
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.step import active_parameters, memory_of_graphs, product_rate, random_rows
+from benchmarks.step import active_parameters, free_students, memory_of_graphs, product_rate, random_rows
 from vpmoe.model import device as devices
 from vpmoe.model import distributed
 from vpmoe.model.shapes import LOCKED_PARTS, PARTS, SHAPES, Shape
@@ -49,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
 """Name of a row → the parts that are on. In global layers a part of local layers is off, and the other way
 round."""
 GRAPHS = "all, with graphs"
+ROWS = CASES | {GRAPHS: LOCKED_PARTS}
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Cost:
     kernels: dict[str, tuple[int, float]]
     """Name → launches and time on the GPU, of one forward and backward."""
     peak: int
-    """Bytes allocated, beside what earlier students left."""
+    """Bytes that PyTorch had allocated, those of the graphs among them."""
 
     @property
     def total(self) -> float:
@@ -75,7 +77,7 @@ def measure(shape: Shape, device: torch.device, tokens: int, steps: int, graphs:
     """Medians of `steps` steps after two that are not counted."""
     from vpmoe.model.learner import Learner
 
-    before = torch.cuda.memory_allocated()
+    free_students(device)
     learner = Learner.build(
         shape,
         device,
@@ -102,7 +104,7 @@ def measure(shape: Shape, device: torch.device, tokens: int, steps: int, graphs:
         learner.step(3e-4)
         torch.cuda.synchronize()
         times.append((1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)))
-    peak = torch.cuda.max_memory_allocated() + memory_of_graphs() - before
+    peak = torch.cuda.max_memory_allocated() + memory_of_graphs()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         forward_backward()
     kernels: dict[str, tuple[int, float]] = {}
@@ -114,6 +116,11 @@ def measure(shape: Shape, device: torch.device, tokens: int, steps: int, graphs:
     return Cost(passes, updates, kernels, peak)
 
 
+def beside(found: float, without: float | None) -> str:
+    """The cost beside the row without parts; blank if that row is not measured."""
+    return 7 * " " if without is None else f"{100 * (found / without - 1):+5.1f} %"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -123,6 +130,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768, help="positions of the microbatch")
     parser.add_argument("--steps", type=int, default=12, help="steps to measure, after two not counted")
     parser.add_argument("--kernels", type=int, default=25, help="rows of the table of kernels")
+    parser.add_argument(
+        "--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="measure these rows alone"
+    )
     given = parser.parse_args()
     device = devices.choose()
     distributed.start(device)
@@ -130,25 +140,23 @@ def main() -> None:
     off = {name: getattr(Shape, name) for name in PARTS}
     plain = replace(SHAPES[given.shape], layers=given.layers, **off)
     print(f"{'':22} forward, backward  optimizer    step             GPU  tokens/s    MFU  floor  GiB")
-    costs: dict[str, Cost] = {}
-    for name, parts in (CASES | {GRAPHS: LOCKED_PARTS}).items():
-        shape = replace(plain, **parts)
-        cost = costs[name] = measure(shape, device, given.tokens, given.steps, name == GRAPHS)
-        gc.collect()
-        torch.cuda.empty_cache()
-        operations = 6 * active_parameters(shape) * given.tokens
-        seconds, least = cost.total / 1e3, costs["no part"]
+    least: tuple[float | None, float | None] = (None, None)
+    for row in [row for row in ROWS if row in given.only]:
+        shape = replace(plain, **ROWS[row])
+        cost = measure(shape, device, given.tokens, given.steps, row == GRAPHS)
+        if row == "no part":
+            least = cost.total, cost.on_gpu
+        operations, seconds = 6 * active_parameters(shape) * given.tokens, cost.total / 1e3
         print(
-            f"{name:22} {cost.forward_backward:14.1f} ms {cost.optimizer:7.1f} ms "
-            f"{100 * (cost.total / least.total - 1):+5.1f} % {cost.on_gpu:6.1f} ms "
-            f"{100 * (cost.on_gpu / least.on_gpu - 1):+5.1f} % {given.tokens / seconds:9,.0f} "
+            f"{row:22} {cost.forward_backward:14.1f} ms {cost.optimizer:7.1f} ms "
+            f"{beside(cost.total, least[0])} {cost.on_gpu:6.1f} ms "
+            f"{beside(cost.on_gpu, least[1])} {given.tokens / seconds:9,.0f} "
             f"{100 * operations / seconds / PEAK:4.1f} % {seconds * rate / operations:5.1f}× "
             f"{cost.peak / 2**30:4.0f}",
             flush=True,
         )
-    cost = costs[GRAPHS]
     launches = sum(count for count, _ in cost.kernels.values())
-    print(f"\n{cost.on_gpu:.1f} ms on the GPU in {launches:,} kernels, all parts with graphs:")
+    print(f"\n{cost.on_gpu:.1f} ms on the GPU in {launches:,} kernels, {row}:")
     for name, (launches, spent) in sorted(cost.kernels.items(), key=lambda kernel: -kernel[1][1])[
         : given.kernels
     ]:

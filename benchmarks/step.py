@@ -126,6 +126,10 @@ SWEEP = (
 microbatch costs beside its tokens (FIXED of vpmoe/api/microbatch.py)."""
 
 
+LEFT = GIB // 2
+"""Bytes that may be allocated before a student is built: workspaces of products."""
+
+
 @dataclass
 class Cost:
     """Medians, in seconds, and bytes."""
@@ -134,14 +138,32 @@ class Cost:
     rescored: float
     forward_backward: float
     peak: int
-    """Most that PyTorch had allocated, beside what earlier students left. With graphs: in a step after the
-    capture, and with what is the graphs' alone."""
+    """Most that PyTorch had allocated. With graphs: in a step after the capture, and with what is the graphs'
+    alone."""
     unused: int
     """What its allocator held beside that at its peak."""
     outside: int
     """What this process and others have on the GPU beside PyTorch's."""
     losses: list[float]
     tokens: int
+
+
+def free_students(device: torch.device) -> None:
+    """Free the students of earlier measurements, so that a peak is this one's alone. Raises RuntimeError if
+    more than LEFT stays allocated.
+
+    A student, its DDP and its hooks refer to each other. One collection only finalises some of them, and the
+    student is freed by a second one, whenever that comes.
+    """
+    for _ in range(2):
+        gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        if (held := torch.cuda.memory_allocated(device)) > LEFT:
+            raise RuntimeError(
+                f"{held / GIB:.1f} GiB are still allocated before a student is built, which its peak would "
+                "include. Something refers to an earlier one."
+            )
 
 
 def memory_of_graphs() -> int:
@@ -160,7 +182,7 @@ def measure(shape: Shape, case: Case, device: torch.device, microbatches: int, s
     from vpmoe.model.learner import Learner
 
     on_gpu = device.type == "cuda"
-    before = torch.cuda.memory_allocated() if on_gpu else 0
+    free_students(device)
     learner = Learner.build(
         shape,
         device,
@@ -210,7 +232,7 @@ def measure(shape: Shape, case: Case, device: torch.device, microbatches: int, s
         step,
         rescored_step,
         passed,
-        peak - before,
+        peak,
         torch.cuda.max_memory_reserved() - peak,
         total - free - torch.cuda.memory_reserved(),
         losses,
@@ -270,9 +292,6 @@ def sweep(name: str, device: torch.device, steps: int) -> None:
             f"{cost.vanilla * 1e3:9,.0f} {cost.tokens / cost.vanilla:9,.0f}",
             flush=True,
         )
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 def main() -> None:

@@ -59,6 +59,8 @@ class ShardedGradients(DistributedDataParallel):  # type: ignore[misc]
     def zero_grad_buffer(self) -> None:
         """Begin a step."""
         self._finish()
+        for parameter in self.params_with_grad:
+            parameter.grad_added_to_main_grad = False  # see main_gradient.py
         for shard in self._shards:
             shard.sum.zero_()
 

@@ -17,10 +17,11 @@ from tests.fakes.students import (
     read_from,
 )
 from vpmoe.api.memory import OPTIMIZER
-from vpmoe.model import state
+from vpmoe.model import head, state
 from vpmoe.model.batch import Batch
-from vpmoe.model.learner import Learner
-from vpmoe.model.objective import Objective
+from vpmoe.model.learner import Learner, NotFinite
+from vpmoe.model.main_gradient import main_gradient
+from vpmoe.model.objective import Objective, Weighted
 from vpmoe.model.shapes import Shape
 from vpmoe.model.student import Student, _config, _initialise
 from vpmoe.objectives.vanilla import vanilla
@@ -94,6 +95,34 @@ def test_the_norm_has_the_bits_of_megatrons(device: torch.device, batches: list[
     it.optimizer.prepare_grads()
     gradients = [parameter.grad for parameter in it.optimizer.get_parameters()]
     assert it._norm(gradients) == it.optimizer.get_grad_norm() > 0
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+def test_gradients_that_the_head_adds_in_the_forward_are_the_same(
+    device: torch.device, batches: list[Batch], monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    """As on a GPU: the output matrix's buffer gets them before the backward, and megatron's hook only learns
+    of it. After a rejected step, and an evaluation, nothing of them is left."""
+    wanted = learner(device)
+    wanted.forward_backward(batches, *objective_of(batches))
+    norm = wanted.step(1e-2)
+    monkeypatch.setattr(
+        head,
+        "gradients_in_forward",
+        lambda weight: main_gradient(weight) if torch.is_grad_enabled() else None,
+    )
+    it = learner(device, sharded_gradients=sharded)
+    nan = Weighted(lambda batch: lambda logp_t, rows_t: logp_t * torch.nan)
+    it.forward_backward(batches, nan, objective_of(batches)[1])
+    assert it.student.output.grad_added_to_main_grad
+    with pytest.raises(NotFinite):
+        it.step(1e-2)
+    it.evaluate(batches)
+    it.ddp.zero_grad_buffer()
+    assert not any(x.grad_added_to_main_grad for x in it.student.parameters())
+    it.forward_backward(batches, *objective_of(batches))
+    assert it.step(1e-2) == pytest.approx(norm, rel=1e-5)  # fp32 sums in another order
+    torch.testing.assert_close(it.student.output, wanted.student.output, rtol=1e-4, atol=1e-6)
 
 
 def test_weight_decay_applies_to_matrices_and_not_to_norms(device: torch.device) -> None:
