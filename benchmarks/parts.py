@@ -8,10 +8,10 @@ Trains the shape's first layers at full width, from random weights, on one packe
 graphs, which not every part allows; the last row has all parts and graphs, as in the trainer. "forward,
 backward" and "optimizer" are medians; "GPU" is the time of the kernels of one forward and backward, by the
 profiler. After the step and the kernels, the cost beside the step without parts, if that is measured; that of
-the kernels varies less. MFU counts 6
-floating-point operations per token and multiplied parameter (not the attention's), as a share of 989 TFLOP/s;
-the floor is the same operations at the rate of a large square product. GiB: PyTorch's peak. Then the kernels of
-a forward and backward of the last row that take most time. Needs a GPU.
+the kernels varies less. MFU counts 6 floating-point operations per token and multiplied parameter (not the
+attention's), as a share of 989 TFLOP/s; the floor is the same operations at the rate of a large square
+product. GiB: PyTorch's peak. Then the kernels of a forward and backward of the last row that take most time.
+Needs a GPU.
 """
 
 import argparse
