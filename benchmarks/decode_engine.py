@@ -97,6 +97,7 @@ def peer_size(config: dict[str, Any]) -> StudentSize:
         backward=0,
         backward_weights=0,
         graphed=0,
+        received=0,
         cached=layers * 2 * 2 * keys,
         window=0,
     )

@@ -54,6 +54,9 @@ class StudentSize:
     graphed: int
     """Bytes of a position that CUDA graphs of the layers hold beside that: their inputs, at fixed
     addresses."""
+    received: int
+    """Bytes of a position's rows that are exchanged with expert parallelism. A layer then keeps them for the
+    backward too, which holds twice as much beside."""
     cached: int
     """Bytes of a position's keys and values in a sampler, in the layers that keep those of all positions."""
     window: int
@@ -110,9 +113,20 @@ class StudentSize:
 
 STUDENTS = {
     "vpmoe-6b": StudentSize(
-        6_029_894_927, 5_324_898_304, 80, 1024, 22_358, 7206, 17_424, 134_217_728, 4613, 20_480, 7_864_320
+        6_029_894_927,
+        5_324_898_304,
+        80,
+        1024,
+        22_358,
+        7206,
+        17_424,
+        134_217_728,
+        4613,
+        8256,
+        20_480,
+        7_864_320,
     ),
-    "tiny": StudentSize(26_011_264, 134_144, 5, 64, 1983, 550, 904, 65_536, 325, 128, 65_536),
+    "tiny": StudentSize(26_011_264, 134_144, 5, 64, 1983, 550, 904, 65_536, 325, 288, 128, 65_536),
 }
 """Size of each shape of student.shape."""
 
@@ -157,9 +171,11 @@ def training_memory(
     """
     held = size.parameters - size.expert_parameters + size.expert_parameters // expert_parallel
     kept = size.layers - recomputed_layers
-    backward = size.backward * positions + size.backward_weights
+    received = size.received if expert_parallel > 1 else 0
+    each = size.kept + received
+    backward = (size.backward + 2 * received) * positions + size.backward_weights
     if not kept:
-        backward += size.kept * positions
+        backward += each * positions
     head = size.head
     if sharded_gradients:
         backward += size.buckets
@@ -174,7 +190,7 @@ def training_memory(
         gradients=(GRADIENT * size.parameters // ranks if sharded_gradients else GRADIENT * held)
         + GRADIENT * projection,
         optimizer=OPTIMIZER * (size.parameters + projection) // ranks,
-        activations=(size.stem + size.input * recomputed_layers + size.kept * kept + 4 * width) * positions,
+        activations=(size.stem + size.input * recomputed_layers + each * kept + 4 * width) * positions,
         head=head + WEIGHT * VOCABULARY * width,
         context=CONTEXT,
     )
@@ -221,15 +237,18 @@ def cel_least_memory(shape: str, ranks: str, expert_parallel: str, sequence_leng
 
     def total(size: StudentSize, sharded: bool) -> str:
         share = WEIGHT if sharded else WEIGHT + GRADIENT
-        each = size.backward + size.kept
         constant = size.backward_weights + (size.buckets if sharded else 0)
         alone = size.head + (size.output_gradient if sharded else 0)
-        longest = (alone - constant) // each  # with so many positions the head needs as much, or more
-        assert longest >= LEAST, "the head decides how much the shortest microbatches need"
-        head = f"({sequence_length} > {longest} ? {each} * {sequence_length} + {constant} : {alone})"
-        if not sharded:
-            graphed = f"{size.head + constant} + {each + size.graphed} * {positions}"
-            head = f"({expert_parallel} == 1 ? {graphed} : {head})"
+
+        def head_or_backward(received: int) -> str:
+            each = size.backward + size.kept + 3 * received
+            longest = (alone - constant) // each  # with so many positions the head needs as much, or more
+            assert longest >= LEAST, "the head decides how much the shortest microbatches need"
+            return f"({sequence_length} > {longest} ? {each} * {sequence_length} + {constant} : {alone})"
+
+        graphed = f"{size.head + constant} + {size.backward + size.kept + size.graphed} * {positions}"
+        whole_experts = head_or_backward(0) if sharded else graphed
+        head = f"({expert_parallel} == 1 ? {whole_experts} : {head_or_backward(size.received)})"
         terms = [
             f"{share * (size.parameters - size.expert_parameters) + CONTEXT}",
             f"{size.expert_parameters} / {expert_parallel} * {share}",

@@ -190,6 +190,7 @@ class Shape:
           experts_gpu: a choice's weight in fp32, its place in the sorted order and back in int64, and its
             row after the first product, W
         Sums of residuals, biases, rows that enter or leave the experts and their activations are not kept.
+        With expert parallelism there are received_bytes too.
         """
         heads, groups, width = self.heads, self.kv_heads, self.head_width
         numbers = 4 * self.hidden
@@ -233,6 +234,13 @@ class Shape:
         gradient of the last one's, the rotation's angles in fp32, padding, boundaries of documents."""
         return 2 * 2 * self.hidden + 4 * self.head_width + 1 + 4
 
+    def received_bytes(self) -> int:
+        """Bytes of a position's choices that are exchanged with expert parallelism: rows in bf16, and their
+        order and its inverse at the sender, in int64. A mixture layer keeps them for the backward (_Mixture
+        of experts_gpu reads the received rows, and dispatch the order). The backward holds two more such rows
+        than without: gradients of what the experts returned and of what they received."""
+        return self.experts_per_token * (2 * self.hidden + 2 * 8)
+
     def size(self) -> StudentSize:
         """What the arithmetic of memory needs of the shape."""
         return StudentSize(
@@ -245,6 +253,7 @@ class Shape:
             backward=self.backward_bytes(),
             backward_weights=self.backward_weights(),
             graphed=self.graphed_bytes(),
+            received=self.received_bytes(),
             cached=self.cached_bytes(),
             window=self.window_bytes(),
         )

@@ -82,6 +82,19 @@ def test_cuda_graphs_keep_a_layer_s_backward_beside_the_head() -> None:
         assert with_graphs - without == beside
 
 
+@pytest.mark.parametrize("recomputed", [0, 40, 80])
+def test_expert_parallelism_keeps_the_rows_that_a_rank_receives(recomputed: int) -> None:
+    """8,192 bytes of a position are its four rows in bf16, and 64 their order. Each layer that is not
+    recomputed keeps them, or else the one whose backward runs, which holds two more."""
+    size, positions = STUDENTS["vpmoe-6b"], 262_144
+    row, layers = 4 * 1024 * 2 + 64, max(80 - recomputed, 1)
+    alone, exchanged = (
+        training_memory(each, 8, 2, positions, recomputed, sharded_gradients=True)
+        for each in (replace(size, received=0), size)
+    )
+    assert exchanged.total - alone.total == (layers + 2) * row * positions
+
+
 def test_state_that_was_measured() -> None:
     """101 GiB on one rank (an H200), 67.5 on each of two."""
     for ranks, measured in ((1, 101), (2, 67.5)):

@@ -24,6 +24,7 @@ def random_size(draw: random.Random) -> StudentSize:
         layers=draw.randrange(1, 120),
         hidden=64 * draw.randrange(1, 64),
         kept=draw.randrange(5_000, 100_000),
+        received=draw.randrange(10_000),
         stem=draw.randrange(50_000),
         backward=draw.randrange(100_000),
         backward_weights=draw.randrange(10**9),
