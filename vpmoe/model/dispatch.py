@@ -121,8 +121,10 @@ class Dispatcher(MoETokenDispatcher):  # type: ignore[misc]
 
     def combine_postprocess(self, rows: Tensor) -> Tensor:
         """Each token's sum over its choices, in the shape of dispatch_preprocess's `hidden`."""
+        del self.sorting  # or every layer would hold one until its next forward
         if self.ep_size > 1:
             rows = collect(rows, self.sent.order_C, self.sent.inverse_C, self.sent.choices)
+            del self.sent, self.received_Re
         return rows.view(self.shape)
 
 
