@@ -36,12 +36,8 @@ def grouped_product_with_bias(
     on a GPU add a bias themselves (experts_gpu.py).
     """
     share_nC = pad(share_n.unsqueeze(1).to(rows_nI.dtype), (0, COLUMN - 1))
-    return grouped_product(torch.cat([rows_nI, share_nC], 1), with_bias_columns(weight_EOI, bias), ends_E)
-
-
-def with_bias_columns(weight_EOI: Tensor, bias: Tensor) -> Tensor:
-    """[E, O, I + COLUMN]: the matrices, their bias, then zeros. `bias` is flat, [groups · O]."""
-    return torch.cat([weight_EOI, pad(bias.view(*weight_EOI.shape[:2], 1), (0, COLUMN - 1))], 2)
+    bias_EOC = pad(bias.view(*weight_EOI.shape[:2], 1), (0, COLUMN - 1))
+    return grouped_product(torch.cat([rows_nI, share_nC], 1), torch.cat([weight_EOI, bias_EOC], 2), ends_E)
 
 
 def rows_of(bias: Tensor, ends_E: Tensor, rows: int) -> Tensor:

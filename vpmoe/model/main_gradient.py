@@ -1,6 +1,6 @@
-"""A weight's gradient, added to megatron's fp32 buffer by the product that computes it.
+"""A parameter's gradient, added to megatron's fp32 buffer by the product or kernel that computes it.
 
-Otherwise the product rounds its sum to bf16 and writes it, and megatron's hook reads it back and adds it to
+Otherwise that rounds its sum to bf16 and writes it, and megatron's hook reads it back and adds it to
 the buffer in another pass. Here the sum stays in fp32, and the hook only learns that the gradient is there.
 """
 
