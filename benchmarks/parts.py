@@ -107,6 +107,7 @@ def measure(shape: Shape, device: torch.device, tokens: int, steps: int, graphs:
     peak = torch.cuda.max_memory_allocated() + memory_of_graphs()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         forward_backward()
+    learner.step(3e-4)  # waits for the sums of gradients: see free_students
     kernels: dict[str, tuple[int, float]] = {}
     for event in profiler.events():
         if event.device_type == DeviceType.CUDA:

@@ -152,11 +152,10 @@ def free_students(device: torch.device) -> None:
     """Free the students of earlier measurements, so that a peak is this one's alone. Raises RuntimeError if
     more than LEFT stays allocated.
 
-    A student, its DDP and its hooks refer to each other. One collection only finalises some of them, and the
-    student is freed by a second one, whenever that comes.
+    A student, its DDP and its hooks refer to each other, so a collection has to free them. NCCL refers to
+    gradients until their sum is waited for, or until a later collective: an optimizer step must be last.
     """
-    for _ in range(2):
-        gc.collect()
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         if (held := torch.cuda.memory_allocated(device)) > LEFT:

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import parts
 from benchmarks.step import Case, free_students, measure
+from vpmoe.model import distributed
 from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import SHAPES, Shape
 
@@ -20,21 +21,23 @@ def test_a_measured_student_is_freed_before_the_next_one(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[weakref.ref[Any]] = []
-    build = Learner.build.__func__
+    build = Learner.build
 
-    def keep(cls: type[Learner], *args: Any, **options: Any) -> Learner:
-        it: Learner = build(cls, *args, **options)
+    def keep(*args: Any, **options: Any) -> Learner:
+        it = build(*args, **options)
         built.extend(map(weakref.ref, (it, it.student, it.ddp, it.student.output)))
         return it
 
-    monkeypatch.setattr(Learner, "build", classmethod(keep))
-    gc.disable()  # or a collection during the measurement may be the first of the two
+    monkeypatch.setattr(Learner, "build", keep)
+    gc.disable()  # or a collection that happens to come may free it
     try:
         measure(replace(SHAPES["tiny"], layers=2, vocabulary=512), Case(2, 256, 0), device, 1, 1)
+        assert any(one() is not None for one in built), "or nothing would have to be freed"
         free_students(device)
+        left = [one() is not None for one in built]
     finally:
         gc.enable()
-    assert len(built) == 4 and all(one() is None for one in built)
+    assert left == [False] * 4
 
 
 @pytest.mark.parametrize(
@@ -61,8 +64,8 @@ def test_only_some_rows_are_measured(
 
     for name, stand_in in {"measure": cost, "product_rate": lambda device: 1e12}.items():
         monkeypatch.setattr(parts, name, stand_in)
-    monkeypatch.setattr(parts.distributed, "start", lambda device: None)
-    monkeypatch.setattr(parts.distributed, "stop", lambda: None)
+    monkeypatch.setattr(distributed, "start", lambda device: None)
+    monkeypatch.setattr(distributed, "stop", lambda: None)
     monkeypatch.setattr(sys, "argv", ["parts", "--only", *only])
     parts.main()
     _, *rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
