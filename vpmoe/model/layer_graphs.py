@@ -183,14 +183,21 @@ class LayerGraphs:
     """Runs a student's layers in training, for Student.forward."""
 
     def __init__(
-        self, layers: Sequence[nn.Module], recomputed: int, ready: Callable[[nn.Parameter], None]
+        self,
+        layers: Sequence[nn.Module],
+        recomputed: int,
+        ready: Callable[[nn.Parameter], None],
+        wait: Callable[[nn.Module | None], None],
     ) -> None:
         """`recomputed`: how many of the first layers keep only their input. `ready` is called in the
-        backward for each of the layers' parameters, once its gradient was added to its `main_grad`."""
+        backward for each of the layers' parameters, once its gradient was added to its `main_grad`. `wait` is
+        called before a layer's forward, and with None before a capture: the stream waits for the weights of
+        this layer, or of all."""
         self._layers = list(layers)
         self._parameters = [list(layer.parameters()) for layer in layers]
         self._recomputed = recomputed
         self._ready = ready
+        self._wait = wait
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._shapes: dict[tuple[int, ...], _Shape] = {}
@@ -206,6 +213,7 @@ class LayerGraphs:
         key = tuple(batch.tokens.shape)
         if key not in self._shapes:
             began = time.monotonic()
+            self._wait(None)  # a graph cannot wait for what began before it
             try:
                 self._shapes[key] = self._capture(hidden_SbH, angle_Sb1D, batch)
             except Exception as error:
@@ -245,7 +253,8 @@ class LayerGraphs:
 
     def replay_forward(self, shape: _Shape) -> tuple[Tensor, int]:
         """(what the last layer returns, the number of this forward)."""
-        for graph in shape.forwards:
+        for layer, graph in zip(self._layers, shape.forwards, strict=True):
+            self._wait(layer)
             graph.replay()
         self._forwards += 1
         return shape.chain.hidden.detach(), self._forwards

@@ -16,16 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_updated_expert_bias
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from vpmoe.api.metrics import BySpan, Measures
 from vpmoe.data.spans import SPANS
@@ -34,10 +30,12 @@ from vpmoe.model.batch import Batch
 from vpmoe.model.head import target_logp
 from vpmoe.model.layer_graphs import LayerGraphs, unsupported
 from vpmoe.model.objective import Objective
+from vpmoe.model.parameter_gather import ParameterGather
 from vpmoe.model.router import ExpertLoad, Router, routers
 from vpmoe.model.shapes import Shape
 from vpmoe.model.sharded_gradients import ShardedGradients
 from vpmoe.model.student import Student, build
+from vpmoe.model.weight_update import WeightUpdate
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +86,7 @@ class Learner:
         sharded_gradients: bool = False,
         graphs: bool = True,
     ) -> None:
-        self.student = student
+        self._student = student
         self.device = device
         self.weight_decay = weight_decay
         self.gradient_clip = gradient_clip
@@ -100,13 +98,12 @@ class Learner:
         bf16 = student.config.bf16
         self.ddp = (ShardedGradients if sharded_gradients else DistributedDataParallel)(
             student.config,
-            # Parameters are gathered in the step, not overlapped with the next forward: the overlap saves a
-            # few percent of a step, but a checkpoint taken before that forward would hold stale parameters.
             DistributedDataParallelConfig(
                 use_distributed_optimizer=True, overlap_grad_reduce=True, grad_reduce_in_fp32=True
             ),
             student,
         )
+        self.gather = ParameterGather(self.ddp, student)
         settings = OptimizerConfig(
             optimizer="adam",
             lr=0.0,
@@ -120,9 +117,13 @@ class Learner:
             params_dtype=student.config.params_dtype,
         )
         self.optimizer = get_megatron_optimizer(settings, [self.ddp], use_gloo_process_groups=False)
-        for group in self.optimizer.param_groups:
-            group["fused"] = True  # one pass over memory; torch's default on the CPU makes ten
         state.allocate_moments(self)
+        # Once: gradients keep their addresses in the buffers.
+        if isinstance(self.ddp, ShardedGradients):
+            self.ddp.hand_over(self.optimizer)
+        else:
+            self.optimizer.prepare_grads()
+        self._update = WeightUpdate(self.optimizer, list(state.shards(self)))
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=device))
         self._graphs = self._layer_graphs(sharded_gradients) if graphs else None
 
@@ -175,12 +176,23 @@ class Learner:
             if self.device.type == "cuda":
                 log.info("Layers run without CUDA graphs: %s", reason)
             return None
-        return LayerGraphs(student.decoder.layers, config.recompute_num_layers or 0, self._gradient_ready)
+        return LayerGraphs(
+            student.decoder.layers, config.recompute_num_layers or 0, self._gradient_ready, self.gather.wait
+        )
 
     def _gradient_ready(self, parameter: nn.Parameter) -> None:
         """What megatron's hook does once a parameter's gradient was added to its fp32 buffer."""
         group = self.ddp.param_to_bucket_group[parameter]
         group.register_grad_ready(parameter, self.ddp.force_all_reduce)
+
+    @property
+    def student(self) -> Student:
+        """The student. What the device is given next sees all weights of the latest step.
+
+        A student that was asked for before the step is good for a forward, which waits by itself, but not for
+        reading its weights: ask again."""
+        self.gather.wait()
+        return self._student
 
     @property
     def steps(self) -> int:
@@ -200,7 +212,6 @@ class Learner:
         size.
         """
         self.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
         sums = _Sums(self.device)
         for batch in batches:
             with self.ddp.no_sync() if batch is not batches[-1] else contextlib.nullcontext():
@@ -252,34 +263,43 @@ class Learner:
                 "step. Call forward_backward first."
             )
         positions, self._positions = self._positions, None
-        biases = [router.expert_bias.clone() for router in self._routers.values()]
-        # It also moves the expert biases, by the step's counts, which mean nothing if the step is bad.
-        finalize_model_grads([self.ddp])
-        for router in self._routers.values():
-            router.aux_sum.zero_()
-        if isinstance(self.ddp, ShardedGradients):
-            self.ddp.hand_over(self.optimizer)
-        else:
-            self.optimizer.prepare_grads()
-        parameters = self.optimizer.get_parameters()
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        # Only those of this rank's share, which it uses; finalize_model_grads would divide all.
-        torch._foreach_mul_(gradients, (1.0 / positions.clamp(min=1)).to(self.device))
+        self.ddp.finish_grad_sync()
+        gradients = self._update.gradients
+        # Here and not in DDP: only this rank's share, which it uses, is divided.
+        torch._foreach_mul_(gradients, float(1.0 / positions.clamp(min=1)))
         norm = self._norm(gradients)
         if not (math.isfinite(norm) and math.isfinite(self._loss)):
-            for router, bias in zip(self._routers.values(), biases, strict=True):
-                router.expert_bias.copy_(bias)
+            self._reset_counts()
             found = f"the loss is {self._loss}" if math.isfinite(norm) else f"the gradient's norm is {norm}"
             raise NotFinite(f"step {self.steps + 1}: {found}. No weight was moved.", norm)
-        total = torch.tensor(norm)
-        if self.gradient_clip / (total + 1e-6) < 1:  # torch's factor: it would also multiply by 1
-            clip_grads_with_norm_(parameters, self.gradient_clip, total)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-            # wd_mult is 0 for norms, as megatron's scheduler would set it.
-            group["weight_decay"] = self.weight_decay * group["wd_mult"]
-        self.optimizer.step_with_ready_grads()
+        factor = self.gradient_clip / (torch.tensor(norm) + 1e-6)  # in fp32, as torch.nn.utils computes it
+        if factor < 1:
+            torch._foreach_mul_(gradients, float(factor))
+        self.gather.wait()  # the forward has, if there was one
+        self._update.step(learning_rate, self.weight_decay)
+        self.gather.start()
+        self._move_expert_biases()
+        self._reset_counts()
         return norm
+
+    def _move_expert_biases(self) -> None:
+        """By the step's counts, summed over the ranks, with megatron's rule."""
+        routers = list(self._routers.values())
+        if not routers:
+            return
+        biases = [router.expert_bias for router in routers]
+        moved = get_updated_expert_bias(
+            torch.stack([router.local_tokens_per_expert for router in routers]),
+            torch.stack(biases),
+            self._student.config.moe_router_bias_update_rate,
+        )
+        torch._foreach_copy_(biases, list(moved.unbind()))
+
+    def _reset_counts(self) -> None:
+        """Of the routers, for the next step."""
+        for kind in ("local_tokens_per_expert", "aux_sum"):
+            if counts := [getattr(router, kind) for router in self._routers.values()]:
+                torch._foreach_zero_(counts)
 
     def _norm(self, gradients: list[Tensor]) -> float:
         """The norm over all ranks' gradients. megatron's get_grad_norm reads each parameter's norm from the

@@ -26,7 +26,7 @@ class ShardedGradients(DistributedDataParallel):  # type: ignore[misc]
     """A DDP as Learner uses it. All ranks need the same number of backwards before an optimizer step, and
     every backward gives every parameter a gradient.
 
-    After finish_grad_sync, `hand_over` gives the optimizer its gradients.
+    `hand_over`, called once, gives the optimizer its gradients, which are complete after finish_grad_sync.
     """
 
     def __init__(self, config: Any, ddp_config: DistributedDataParallelConfig, module: nn.Module) -> None:
@@ -70,7 +70,7 @@ class ShardedGradients(DistributedDataParallel):  # type: ignore[misc]
 
     def hand_over(self, optimizer: Any) -> None:
         """Give the optimizer's fp32 parameters their gradients: megatron's `prepare_grads` without a loss
-        scale."""
+        scale, once for all steps."""
         for part in optimizer.chained_optimizers:
             for parameter, main in _optimized(part):
                 held = part._get_model_param_range_map(parameter)["gbuf_local"]

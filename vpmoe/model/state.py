@@ -12,10 +12,10 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
+from vpmoe.model.parameter_gather import ParameterGather
 from vpmoe.model.student import Student
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -30,10 +30,13 @@ ReadTensor = Callable[[str, int, int], Tensor]
 class StatefulLearner(Protocol):
     """The parts of a Learner that hold its state."""
 
-    student: Student
     device: torch.device
-    ddp: DistributedDataParallel
+    gather: ParameterGather
     optimizer: Any
+
+    @property
+    def student(self) -> Student:
+        """With complete weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +143,7 @@ def restore(
         shard.weight.copy_(shard.main)
     for name, bias in _biases(learner):
         _fill(bias, read, f"buffer/{name}", 0)
-    learner.ddp.start_param_sync(force_sync=True)  # each rank has filled only its own shards of the weights
+    learner.gather.start()  # each rank has filled only its own shards of the weights
 
 
 @torch.no_grad()

@@ -65,6 +65,7 @@ class Uncaptured(LayerGraphs):
         self._parameters = [list(layer.parameters()) for layer in self._layers]
         self._recomputed = recomputed
         self._ready = it._gradient_ready
+        self._wait = it.gather.wait
         self._shapes = {}
         self._forwards = 0
 
