@@ -4,14 +4,19 @@ It trains a few steps and writes the results, which the test compares. FOLDER/on
 process after two steps; rank r writes FOLDER/rank-<r>.pt.
 """
 
+from functools import partial
 from pathlib import Path
+from time import sleep
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig
 
 from tests.fakes.students import (
     COMPLETE,
+    SMALL,
     copy_slices,
     documents,
     join_slices,
@@ -154,11 +159,50 @@ def layout(
     }
 
 
+def forward_beside_gather(device: torch.device) -> dict[str, Any]:
+    """A forward that begins while the weights are being gathered in many buckets, and cannot end before rank
+    1 has given its share."""
+    batch = global_batch(0)[0].to(device)
+    buckets = partial(DistributedDataParallelConfig, bucket_size=5000)
+    with patch("vpmoe.model.learner.DistributedDataParallelConfig", buckets):
+        it = learner(device, SMALL)
+    with torch.no_grad():
+        return _forward_beside_gather(it, batch)
+
+
+def _forward_beside_gather(it: Learner, batch: Batch) -> dict[str, Any]:
+    rank = distributed.rank()
+    kept, gather = it.student, it.gather
+    stale = kept(batch)
+    for shard in state.shards(it):
+        shard.weight.add_(0.01)
+    if rank == 1:
+        torch.distributed.barrier()
+        sleep(0.2)
+    gather.start()
+    complete = [work.is_completed() for work in gather._pending]
+    if rank == 0:
+        torch.distributed.barrier()
+    left = []
+    for part in (kept, *kept.decoder.layers, kept.decoder.final_layernorm):
+        part.register_forward_pre_hook(lambda *_: left.append(len(gather._pending)))
+    hidden = kept(batch)
+    given = it.student
+    return {
+        "complete": complete,
+        "left": [*left, len(gather._pending)],
+        "moved": not torch.equal(hidden, stale),
+        "same": torch.equal(hidden, given(batch)),
+        "weights": weights(it),
+    }
+
+
 def main(folder: Path) -> None:
     """Train in both layouts, as the rank that the environment names."""
     device = choose()
     distributed.start(device)
-    results: dict[int | str, dict[str, Any]] = {1: layout(device, folder, 1)}
+    results: dict[int | str, dict[str, Any]] = {"gather": forward_beside_gather(device)}
+    results[1] = layout(device, folder, 1)
     results["sharded"] = layout(device, folder, 1, sharded_gradients=True)
     parallel_state.destroy_model_parallel()
     distributed.set_expert_parallel(2)

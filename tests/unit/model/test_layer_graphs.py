@@ -3,6 +3,7 @@ run here without a capture, beside autograd's own backward through all layers.""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,8 +128,21 @@ def test_a_failed_capture_names_shape_cause_and_remedy(device: torch.device) -> 
     message = (
         f"graphs for microbatches of {rows} × {positions} positions: operation not permitted when stream"
     )
+    graphs, waited = Uncapturable(it, 0), []
+    graphs._wait = waited.append
     with pytest.raises(RuntimeError, match=message + r".*graphs=False"):
-        it.student(batch, Uncapturable(it, 0))
+        it.student(batch, graphs)
+    assert waited == [None], "for all weights, before the capture"
+
+
+def test_a_layer_waits_for_its_weights_before_its_graph(device: torch.device) -> None:
+    graphs = Uncaptured(learner(device, SMALL), 0)
+    events: list[Any] = []
+    graphs._wait = events.append
+    replays: list[Any] = [Step(lambda n=number: events.append(n)) for number in range(SMALL.layers)]  # type: ignore[misc]
+    chain: Any = SimpleNamespace(hidden=torch.zeros(1))
+    graphs.replay_forward(_Shape(chain, replays, []))
+    assert events == [one for number, layer in enumerate(graphs._layers) for one in (layer, number)]
 
 
 def test_a_backward_after_the_next_forward_is_rejected(device: torch.device) -> None:

@@ -19,7 +19,7 @@ from tests.fakes.students import (
 from vpmoe.api.memory import OPTIMIZER
 from vpmoe.model import head, state
 from vpmoe.model.batch import Batch
-from vpmoe.model.learner import Learner, NotFinite
+from vpmoe.model.learner import BETAS, EPSILON, Learner, NotFinite
 from vpmoe.model.main_gradient import main_gradient
 from vpmoe.model.objective import Objective, Weighted
 from vpmoe.model.shapes import Shape
@@ -123,6 +123,24 @@ def test_gradients_that_the_head_adds_in_the_forward_are_the_same(
     it.forward_backward(batches, *objective_of(batches))
     assert it.step(1e-2) == pytest.approx(norm, rel=1e-5)  # fp32 sums in another order
     torch.testing.assert_close(it.student.output, wanted.student.output, rtol=1e-4, atol=1e-6)
+
+
+def test_an_update_has_the_bits_of_torchs_adamw(device: torch.device) -> None:
+    """Two steps of random gradients, as they are after they were divided and clipped."""
+    it = bf16_learner(device, COMPLETE)
+    groups = [
+        {"params": [p.detach().clone() for p in group["params"]], "weight_decay": 0.1 * group["wd_mult"]}
+        for group in it.optimizer.param_groups
+    ]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    wanted = [parameter for group in groups for parameter in group["params"]]
+    reference = torch.optim.AdamW(groups, lr=1e-2, betas=BETAS, eps=EPSILON, fused=True)
+    for _ in range(2):
+        after_one_step(it)
+        for parameter, gradient in zip(wanted, it._update.gradients, strict=True):
+            parameter.grad = gradient.clone()
+        reference.step()
+    assert all(map(torch.equal, it.optimizer.get_parameters(), wanted))
 
 
 def test_weight_decay_applies_to_matrices_and_not_to_norms(device: torch.device) -> None:

@@ -76,6 +76,19 @@ def test_two_ranks_train_like_one_process(
         )
 
 
+def test_a_forward_waits_for_the_weights_of_each_layer_just_before_it(two_ranks: list[Any]) -> None:
+    """Rank 0 begins while rank 1 holds its share back. What is left to wait for falls from part to part;
+    the output matrix is last, and Learner.student waits for it."""
+    first, second = (result["gather"] for result in two_ranks)
+    assert len(first["complete"]) > 8 and not any(first["complete"])
+    for found in (first, second):
+        left = found["left"]
+        assert found["moved"] and found["same"]
+        assert left == sorted(left, reverse=True) and len(set(left)) >= 4
+        assert left[0] < len(found["complete"]) and left[-2] > left[-1] == 0
+    assert model_ranks.equal(first["weights"], second["weights"])
+
+
 def test_sharded_gradients_take_a_rank_s_share_of_the_memory(two_ranks: list[Any]) -> None:
     """Half of all: of the experts too, of which an expert-parallel rank has half the gradients as it is, all
     its own."""
