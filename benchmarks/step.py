@@ -9,7 +9,10 @@ Prints the median time of a Vanilla step, tokens per second, and the ratio to th
 operations per token and active parameter, 2 more in recomputed layers, at the rate measured for a large
 square product. Peak memory of PyTorch stands beside its prediction by vpmoe/api/memory.py, and beside what
 the process has outside PyTorch and what the allocator holds unused. Then prints the time of a Rescored step
-on the same batches; the two alternate.
+on the same batches; the two alternate. A step's time is from the end of a forward and backward to the end
+of the next, as in training: weights are gathered beside the forward. On a GPU a line splits it by events:
+forward and backward; sums over the ranks that did not hide beside it; optimizer; and the gather of the
+weights.
 
 --sweep measures the cases of SWEEP one after the other, each with the shape's first layers, and prints a line
 for each, with the difference of the prediction to the peak in per cent. --sharded divides the sums of
@@ -23,14 +26,19 @@ the loss has no meaning beyond being finite.
 """
 
 import argparse
+import contextlib
 import gc
+import itertools
 import os
 import resource
 import statistics
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 
@@ -45,6 +53,9 @@ from vpmoe.model.shapes import SHAPES, Shape
 from vpmoe.objectives.rescored import rescored
 from vpmoe.objectives.vanilla import vanilla
 from vpmoe.process.launcher import Placement, free_port, launch_workers
+
+if TYPE_CHECKING:
+    from vpmoe.model.learner import Learner
 
 
 def active_parameters(shape: Shape) -> int:
@@ -146,6 +157,61 @@ class Cost:
     """What this process and others have on the GPU beside PyTorch's."""
     losses: list[float]
     tokens: int
+    parts: dict[str, float] = field(default_factory=dict)
+    """Medians of GPU time by part of a step, in milliseconds; empty on the CPU."""
+
+
+class GpuTimes:
+    """When a GPU reaches the parts of a step, by events in its streams. Nothing waits for them."""
+
+    def __init__(self) -> None:
+        self._steps: list[dict[str, torch.cuda.Event]] = []
+        self._beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+    def begin(self) -> None:
+        """A forward and backward follows."""
+        self._steps.append({})
+        self.mark("begin")
+
+    def mark(self, name: str) -> None:
+        event = self._steps[-1][name] = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()  # type: ignore[no-untyped-call]
+
+    @contextlib.contextmanager
+    def inside(self, learner: "Learner") -> Iterator[None]:
+        """Mark the parts of the learner's steps."""
+        finish, start = learner.ddp.finish_grad_sync, learner.gather.start
+
+        def finish_sums(*args: Any, **kwargs: Any) -> None:
+            finish(*args, **kwargs)
+            self.mark("sums")
+
+        def start_gather() -> None:
+            self.mark("optimizer")
+            start()
+            self._beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._beside):
+                for work in learner.gather._pending:
+                    work.wait()
+                self.mark("gather")
+
+        with (
+            patch.object(learner.ddp, "finish_grad_sync", finish_sums),
+            patch.object(learner.gather, "start", start_gather),
+        ):
+            yield
+
+    def medians(self, skipped: int) -> dict[str, float]:
+        """In milliseconds, without the first `skipped` steps. Waits for the GPU."""
+        torch.cuda.synchronize()
+        names = ("begin", "passes", "sums", "optimizer", "gather")
+        return {
+            name: statistics.median(
+                step[before].elapsed_time(step[name])  # type: ignore[no-untyped-call]
+                for step in self._steps[skipped:]
+            )
+            for before, name in itertools.pairwise(names)
+        }
 
 
 def free_students(device: torch.device) -> None:
@@ -207,21 +273,31 @@ def measure(shape: Shape, case: Case, device: torch.device, microbatches: int, s
 
     times: dict[str, list[float]] = {"Vanilla": [], "Rescored": []}
     passes, losses = [], []
-    for number in range(steps + 1):
-        if on_gpu and number < 2:  # building holds weights twice for a moment, and a capture has no head
-            torch.cuda.reset_peak_memory_stats()
-        for kind, seconds in times.items():
-            synchronize(device)
-            start = time.perf_counter()
-            losses.append(learner.forward_backward(batches, objective(kind), positions=tokens).loss)
-            synchronize(device)
-            middle = time.perf_counter()
-            learner.step(3e-4)
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
-            if kind == "Vanilla":
-                passes.append(middle - start)
+    marks = GpuTimes() if on_gpu else None
+    with marks.inside(learner) if marks else contextlib.nullcontext():
+        synchronize(device)
+        ended = time.perf_counter()
+        for number in range(steps + 1):
+            if on_gpu and number < 2:  # building holds weights twice for a moment, and a capture has no head
+                torch.cuda.reset_peak_memory_stats()
+            for kind, seconds in times.items():
+                start = time.perf_counter()
+                if marks:
+                    marks.begin()
+                # it reads its sums, so the backward has ended when it returns
+                losses.append(learner.forward_backward(batches, objective(kind), positions=tokens).loss)
+                if marks:
+                    marks.mark("passes")
+                before_this, ended = ended, time.perf_counter()
+                seconds.append(ended - before_this)
+                if kind == "Vanilla":
+                    passes.append(ended - start)
+                learner.step(3e-4)
+    synchronize(device)
+    parts = marks.medians(2) if marks else {}
     step, rescored_step, passed = (statistics.median(x[1:]) for x in (*times.values(), passes))
+    if marks:
+        passed = parts["passes"] / 1e3
     if not on_gpu:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return Cost(step, rescored_step, passed, peak, 0, 0, losses, tokens)
@@ -236,6 +312,7 @@ def measure(shape: Shape, case: Case, device: torch.device, microbatches: int, s
         total - free - torch.cuda.memory_reserved(),
         losses,
         tokens,
+        parts,
     )
 
 
@@ -341,6 +418,12 @@ def main() -> None:
             f"step {cost.vanilla * 1e3:,.0f} ms, of which forward and backward "
             f"{cost.forward_backward * 1e3:,.0f}; {cost.tokens / cost.vanilla:,.0f} tokens/s"
         )
+        if parts := cost.parts:
+            print(
+                f"on the GPU: forward and backward {parts['passes']:,.1f} ms, then sums over ranks that did "
+                f"not hide beside it {parts['sums']:.1f}, optimizer {parts['optimizer']:.1f}; gather of "
+                f"weights {parts['gather']:.1f}, beside the next forward"
+            )
         expected = memory.total - memory.context
         print(f"peak memory {cost.peak / GIB:.1f} GiB", end="")
         if device.type == "cuda":

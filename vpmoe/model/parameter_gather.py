@@ -82,8 +82,8 @@ class ParameterGather:
 
 
 def _parts(student: Student) -> list[tuple[nn.Module, list[nn.Parameter]]]:
-    """What runs in a forward, in order, with the weights that it reads. The rest is used after it, by the loss
-    head."""
+    """What runs in a forward, in order, with the weights that it reads. The rest is used after it, by the
+    loss head."""
     first = [student.embedding.weight]
     if student.log_frequency is not None:
         first.append(student.log_frequency)

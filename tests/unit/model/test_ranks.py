@@ -80,7 +80,7 @@ def test_a_forward_waits_for_the_weights_of_each_layer_just_before_it(two_ranks:
     """Rank 0 begins while rank 1 holds its share back. What is left to wait for falls from part to part;
     the output matrix is last, and Learner.student waits for it."""
     first, second = (result["gather"] for result in two_ranks)
-    assert len(first["complete"]) > 8 and not any(first["complete"])
+    assert len(first["complete"]) >= 8 and not any(first["complete"])
     for found in (first, second):
         left = found["left"]
         assert found["moved"] and found["same"]
