@@ -21,7 +21,6 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_updated_expert_bias
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn.utils import get_total_norm
 
 from vpmoe.api.metrics import BySpan, Measures
 from vpmoe.data.spans import SPANS
@@ -123,7 +122,7 @@ class Learner:
             self.ddp.hand_over(self.optimizer)
         else:
             self.optimizer.prepare_grads()
-        self._update = WeightUpdate(self.optimizer, list(state.shards(self)))
+        self._update = WeightUpdate(self.optimizer, list(state.shards(self)), device)
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=device))
         self._graphs = self._layer_graphs(sharded_gradients) if graphs else None
 
@@ -264,19 +263,15 @@ class Learner:
             )
         positions, self._positions = self._positions, None
         self.ddp.finish_grad_sync()
-        gradients = self._update.gradients
         # Here and not in DDP: only this rank's share, which it uses, is divided.
-        torch._foreach_mul_(gradients, float(1.0 / positions.clamp(min=1)))
-        norm = self._norm(gradients)
+        norm = self._norm(self._update.divide(positions))
         if not (math.isfinite(norm) and math.isfinite(self._loss)):
             self._reset_counts()
             found = f"the loss is {self._loss}" if math.isfinite(norm) else f"the gradient's norm is {norm}"
             raise NotFinite(f"step {self.steps + 1}: {found}. No weight was moved.", norm)
         factor = self.gradient_clip / (torch.tensor(norm) + 1e-6)  # in fp32, as torch.nn.utils computes it
-        if factor < 1:
-            torch._foreach_mul_(gradients, float(factor))
         self.gather.wait()  # the forward has, if there was one
-        self._update.step(learning_rate, self.weight_decay)
+        self._update.step(learning_rate, self.weight_decay, float(factor))
         self.gather.start()
         self._move_expert_biases()
         self._reset_counts()
@@ -301,10 +296,9 @@ class Learner:
             if counts := [getattr(router, kind) for router in self._routers.values()]:
                 torch._foreach_zero_(counts)
 
-    def _norm(self, gradients: list[Tensor]) -> float:
-        """The norm over all ranks' gradients. megatron's get_grad_norm reads each parameter's norm from the
-        GPU by itself."""
-        square = get_total_norm(gradients) ** 2
+    def _norm(self, square: Tensor) -> float:
+        """The root of a number summed over all ranks. megatron's get_grad_norm reads each parameter's norm
+        from the GPU by itself."""
         dist.all_reduce(square, group=self.optimizer.get_grad_stats_parallel_group())
         norm: float = float(square) ** 0.5
         return norm
