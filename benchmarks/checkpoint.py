@@ -1,7 +1,7 @@
 """What a checkpoint costs training: the copy of the state to host memory. Floor: a plain copy of as many
 bytes.
 
-    python -m benchmarks.checkpoint [--shape tiny] [--sequence 2048] [--sequences 2] [--steps 5]
+    python -m benchmarks.checkpoint [--shape tiny] [--layers N] [--sequence 2048] [--sequences 2] [--steps 5]
 
 The state is one rank's, with its optimizer: on one GPU all of vpmoe-6b (72 GB, and as much host memory), on
 the CPU `tiny` (set CUDA_VISIBLE_DEVICES to be empty). Prints
@@ -20,6 +20,7 @@ import hashlib
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -41,6 +42,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
+    parser.add_argument("--layers", type=int, help="the shape's first layers alone (default: all)")
     parser.add_argument("--sequence", type=int, default=2048, help="positions of a packed sequence")
     parser.add_argument("--sequences", type=int, default=2, help="sequences per step, each a microbatch")
     parser.add_argument(
@@ -48,6 +50,7 @@ def main() -> None:
     )
     given = parser.parse_args()
     shape, device = SHAPES[given.shape], devices.choose()
+    shape = replace(shape, layers=given.layers or shape.layers)
     distributed.start(device)
     from vpmoe.model.learner import Learner
     from vpmoe.trainer.checkpoint.state_copy import StateCopy
@@ -114,7 +117,9 @@ def main() -> None:
 
     reading, hashing = timed(read), timed(lambda: hashlib.sha256(memoryview(memory.numpy())))
     size = copy.nbytes / 1e9
-    print(f"{shape.name} on {device}: {size:.2f} GB, host memory made ready in {pinned:.1f} s, once")
+    print(
+        f"{shape.name}, {shape.layers} layers, on {device}: {size:.2f} GB, host memory made ready in {pinned:.1f} s, once"
+    )
     print(f"step   {plain:8.3f} s without, {with_copy:.3f} s with a copy: pause {with_copy - plain:.3f} s")
     print(f"begin  {statistics.median(begins[1:]):8.3f} s")
     print(f"copy   {alone:8.3f} s, {size / alone:.1f} GB/s; floor {floor:.3f} s: {alone / floor:.2f} ×")
