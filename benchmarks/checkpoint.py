@@ -118,7 +118,8 @@ def main() -> None:
     reading, hashing = timed(read), timed(lambda: hashlib.sha256(memoryview(memory.numpy())))
     size = copy.nbytes / 1e9
     print(
-        f"{shape.name}, {shape.layers} layers, on {device}: {size:.2f} GB, host memory made ready in {pinned:.1f} s, once"
+        f"{shape.name}, {shape.layers} layers, on {device}: {size:.2f} GB, host memory made ready in "
+        f"{pinned:.1f} s, once"
     )
     print(f"step   {plain:8.3f} s without, {with_copy:.3f} s with a copy: pause {with_copy - plain:.3f} s")
     print(f"begin  {statistics.median(begins[1:]):8.3f} s")

@@ -21,17 +21,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType  # type: ignore[attr-defined]  # is not in its __all__
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.step import active_parameters, free_students, memory_of_graphs, product_rate, random_rows
+from benchmarks.gpu_times import Kernels, kernels_of, print_kernels
+from benchmarks.step import (
+    PEAK,
+    active_parameters,
+    free_students,
+    memory_of_graphs,
+    product_rate,
+    random_rows,
+)
 from vpmoe.model import device as devices
 from vpmoe.model import distributed
 from vpmoe.model.shapes import LOCKED_PARTS, PARTS, SHAPES, Shape
 from vpmoe.objectives.vanilla import vanilla
 
-PEAK = 989e12
-"""Floating-point operations of an H100 or H200 in a second in bf16, by their data sheet."""
 GLOBAL = {"global_every": LOCKED_PARTS["global_every"]}
 CASES: dict[str, dict[str, Any]] = {
     "no part": {},
@@ -59,8 +63,8 @@ class Cost:
 
     forward_backward: float
     optimizer: float
-    kernels: dict[str, tuple[int, float]]
-    """Name → launches and time on the GPU, of one forward and backward."""
+    kernels: Kernels
+    """Of one forward and backward."""
     peak: int
     """Bytes that PyTorch had allocated, those of the graphs among them."""
 
@@ -105,14 +109,8 @@ def measure(shape: Shape, device: torch.device, tokens: int, steps: int, graphs:
         torch.cuda.synchronize()
         times.append((1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)))
     peak = torch.cuda.max_memory_allocated() + memory_of_graphs()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        forward_backward()
+    kernels = kernels_of(forward_backward)
     learner.step(3e-4)  # waits for the sums of gradients: see free_students
-    kernels: dict[str, tuple[int, float]] = {}
-    for event in profiler.events():
-        if event.device_type == DeviceType.CUDA:
-            launches, spent = kernels.get(event.name, (0, 0.0))
-            kernels[event.name] = launches + 1, spent + event.device_time / 1e3
     passes, updates = (statistics.median(part) for part in zip(*times[2:], strict=True))
     return Cost(passes, updates, kernels, peak)
 
@@ -156,12 +154,7 @@ def main() -> None:
             f"{cost.peak / 2**30:4.0f}",
             flush=True,
         )
-    launches = sum(count for count, _ in cost.kernels.values())
-    print(f"\n{cost.on_gpu:.1f} ms on the GPU in {launches:,} kernels, {row}:")
-    for name, (launches, spent) in sorted(cost.kernels.items(), key=lambda kernel: -kernel[1][1])[
-        : given.kernels
-    ]:
-        print(f"{spent:8.2f} ms {100 * spent / cost.on_gpu:5.1f} % {launches:6,} × {name[:120]}")
+    print_kernels(cost.kernels, given.kernels, row)
     distributed.stop()
 
 

@@ -10,9 +10,9 @@ operations per token and active parameter, 2 more in recomputed layers, at the r
 square product. Peak memory of PyTorch stands beside its prediction by vpmoe/api/memory.py, and beside what
 the process has outside PyTorch and what the allocator holds unused. Then prints the time of a Rescored step
 on the same batches; the two alternate. A step's time is from the end of a forward and backward to the end
-of the next, as in training: weights are gathered beside the forward. On a GPU a line splits it by events:
-forward and backward; sums over the ranks that did not hide beside it; optimizer; and the gather of the
-weights.
+of the next, as in training: weights are gathered beside the forward. On a GPU also MFU, which counts 6
+operations per token and active parameter as a share of 989 TFLOP/s, and a table of the parts of a step on
+rank 0, by events, beside floors; --kernels 20 adds the kernels that take most time.
 
 --sweep measures the cases of SWEEP one after the other, each with the shape's first layers, and prints a line
 for each, with the difference of the prediction to the peak in per cent. --sharded divides the sums of
@@ -28,20 +28,25 @@ the loss has no meaning beyond being finite.
 import argparse
 import contextlib
 import gc
-import itertools
 import os
 import resource
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
 
+from benchmarks.gpu_times import (
+    UPDATE_BYTES,
+    GpuTimes,
+    Kernels,
+    copy_rate,
+    gather_alone,
+    kernels_of,
+    print_kernels,
+)
 from vpmoe.api.card import GIB
 from vpmoe.api.memory import TrainingMemory, training_memory
 from vpmoe.api.stages import Confidence
@@ -54,8 +59,8 @@ from vpmoe.objectives.rescored import rescored
 from vpmoe.objectives.vanilla import vanilla
 from vpmoe.process.launcher import Placement, free_port, launch_workers
 
-if TYPE_CHECKING:
-    from vpmoe.model.learner import Learner
+PEAK = 989e12
+"""Floating-point operations of an H100 or H200 in a second in bf16, by their data sheet."""
 
 
 def active_parameters(shape: Shape) -> int:
@@ -157,61 +162,14 @@ class Cost:
     """What this process and others have on the GPU beside PyTorch's."""
     losses: list[float]
     tokens: int
+    targets: int = 0
+    """Of all ranks in a step."""
     parts: dict[str, float] = field(default_factory=dict)
     """Medians of GPU time by part of a step, in milliseconds; empty on the CPU."""
-
-
-class GpuTimes:
-    """When a GPU reaches the parts of a step, by events in its streams. Nothing waits for them."""
-
-    def __init__(self) -> None:
-        self._steps: list[dict[str, torch.cuda.Event]] = []
-        self._beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-
-    def begin(self) -> None:
-        """A forward and backward follows."""
-        self._steps.append({})
-        self.mark("begin")
-
-    def mark(self, name: str) -> None:
-        event = self._steps[-1][name] = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()  # type: ignore[no-untyped-call]
-
-    @contextlib.contextmanager
-    def inside(self, learner: "Learner") -> Iterator[None]:
-        """Mark the parts of the learner's steps."""
-        finish, start = learner.ddp.finish_grad_sync, learner.gather.start
-
-        def finish_sums(*args: Any, **kwargs: Any) -> None:
-            finish(*args, **kwargs)
-            self.mark("sums")
-
-        def start_gather() -> None:
-            self.mark("optimizer")
-            start()
-            self._beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._beside):
-                for work in learner.gather._pending:
-                    work.wait()
-                self.mark("gather")
-
-        with (
-            patch.object(learner.ddp, "finish_grad_sync", finish_sums),
-            patch.object(learner.gather, "start", start_gather),
-        ):
-            yield
-
-    def medians(self, skipped: int) -> dict[str, float]:
-        """In milliseconds, without the first `skipped` steps. Waits for the GPU."""
-        torch.cuda.synchronize()
-        names = ("begin", "passes", "sums", "optimizer", "gather")
-        return {
-            name: statistics.median(
-                step[before].elapsed_time(step[name])  # type: ignore[no-untyped-call]
-                for step in self._steps[skipped:]
-            )
-            for before, name in itertools.pairwise(names)
-        }
+    gather: float = 0.0
+    """Milliseconds of gathering the weights, with nothing beside it."""
+    kernels: Kernels = field(default_factory=dict)
+    """Of one step; empty if they were not asked for."""
 
 
 def free_students(device: torch.device) -> None:
@@ -242,8 +200,11 @@ def memory_of_graphs() -> int:
     )
 
 
-def measure(shape: Shape, case: Case, device: torch.device, microbatches: int, steps: int) -> Cost:
-    """Medians of `steps` steps after one that is not counted, in which layers are captured."""
+def measure(
+    shape: Shape, case: Case, device: torch.device, microbatches: int, steps: int, kernels: bool = False
+) -> Cost:
+    """Medians of `steps` steps after one that is not counted, in which layers are captured. `kernels`: then
+    one more step is profiled."""
     from vpmoe.model.learner import Learner
 
     on_gpu = device.type == "cuda"
@@ -284,10 +245,9 @@ def measure(shape: Shape, case: Case, device: torch.device, microbatches: int, s
                 start = time.perf_counter()
                 if marks:
                     marks.begin()
+                weighted = marks.watched(objective(kind)) if marks else objective(kind)
                 # it reads its sums, so the backward has ended when it returns
-                losses.append(learner.forward_backward(batches, objective(kind), positions=tokens).loss)
-                if marks:
-                    marks.mark("passes")
+                losses.append(learner.forward_backward(batches, weighted, positions=tokens).loss)
                 before_this, ended = ended, time.perf_counter()
                 seconds.append(ended - before_this)
                 if kind == "Vanilla":
@@ -296,23 +256,32 @@ def measure(shape: Shape, case: Case, device: torch.device, microbatches: int, s
     synchronize(device)
     parts = marks.medians(2) if marks else {}
     step, rescored_step, passed = (statistics.median(x[1:]) for x in (*times.values(), passes))
-    if marks:
-        passed = parts["passes"] / 1e3
     if not on_gpu:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return Cost(step, rescored_step, passed, peak, 0, 0, losses, tokens)
     free, total = torch.cuda.mem_get_info()
     peak = torch.cuda.max_memory_allocated() + memory_of_graphs()
+    reserved = torch.cuda.max_memory_reserved()
+    outside = total - free - torch.cuda.memory_reserved()
+
+    def one_step() -> None:
+        learner.forward_backward(batches, objective("Vanilla"), positions=tokens)
+        learner.step(3e-4)
+
+    found = kernels_of(one_step) if kernels else {}
     return Cost(
         step,
         rescored_step,
         passed,
         peak,
-        torch.cuda.max_memory_reserved() - peak,
-        total - free - torch.cuda.memory_reserved(),
+        reserved - peak,
+        outside,
         losses,
         tokens,
+        int(counts[1:].sum()),
         parts,
+        gather_alone(learner),
+        found,
     )
 
 
@@ -348,6 +317,28 @@ def describe(case: Case) -> str:
     text = f"{case.layers} layers, {case.tokens:,} positions, {case.recomputed} recomputed"
     text += ", sharded gradients" if case.sharded else ""
     return text + ("" if case.graphs else ", no graphs")
+
+
+def print_parts(shape: Shape, case: Case, cost: Cost, rate: float, device: torch.device) -> None:
+    """A line for each part of a step on this rank's GPU, beside its floor."""
+    ranks = distributed.world_size()
+    inside = (active_parameters(shape) - shape.vocabulary * shape.hidden) * cost.tokens / ranks
+    head = shape.vocabulary * shape.hidden * cost.targets / ranks
+    again = case.recomputed / shape.layers
+    update = shape.parameters() / ranks * UPDATE_BYTES / copy_rate(device)
+    floors = {
+        "forward": ("forward of the layers", 2e3 * inside / rate, "their products"),
+        "head": ("loss head", 6e3 * head / rate, "three products of its targets"),
+        "backward": ("backward of the layers", (4 + 2 * again) * 1e3 * inside / rate, "their products"),
+        "sums": ("sums over ranks, not hidden", 0.0, ""),
+        "optimizer": ("optimizer", 1e3 * update, f"{UPDATE_BYTES} bytes a parameter, as fast as a copy"),
+        "gather": ("weights, beside the forward", cost.gather, "gathered alone"),
+    }
+    print("part of a step                    ms   floor")
+    for name, (text, floor, what) in floors.items():
+        spent = cost.parts.get(name, 0.0)
+        times = f"{spent / floor:6.1f}×  {what}" if floor > 0.1 else ""
+        print(f"{text:28} {spent:8.1f} {floor:7.1f} {times}")
 
 
 def sweep(name: str, device: torch.device, steps: int) -> None:
@@ -387,6 +378,9 @@ def main() -> None:
     )
     parser.add_argument("--gpus", type=int, default=1, help="processes, one a GPU")
     parser.add_argument(
+        "--kernels", type=int, default=0, metavar="N", help="profile a step; its N longest kernels"
+    )
+    parser.add_argument(
         "--card", type=int, metavar="GIB", help="give PyTorch what it would have on a card of so many GiB"
     )
     given = parser.parse_args()
@@ -405,7 +399,8 @@ def main() -> None:
     layers = given.layers or SHAPES[given.shape].layers
     shape = replace(SHAPES[given.shape], layers=layers)
     case = Case(layers, given.tokens, given.recompute, given.sharded, given.graphs)
-    cost, memory = measure(shape, case, device, given.microbatches, given.steps), predicted(shape, case)
+    cost = measure(shape, case, device, given.microbatches, given.steps, given.kernels > 0)
+    memory = predicted(shape, case)
     rate = product_rate(device)
     floor = operations(shape, case) * cost.tokens / rate / distributed.world_size()
     if distributed.rank() == 0:
@@ -416,14 +411,14 @@ def main() -> None:
         )
         print(
             f"step {cost.vanilla * 1e3:,.0f} ms, of which forward and backward "
-            f"{cost.forward_backward * 1e3:,.0f}; {cost.tokens / cost.vanilla:,.0f} tokens/s"
+            f"{cost.forward_backward * 1e3:,.0f}; {cost.tokens / cost.vanilla:,.0f} tokens/s",
+            end="",
         )
-        if parts := cost.parts:
-            print(
-                f"on the GPU: forward and backward {parts['passes']:,.1f} ms, then sums over ranks that did "
-                f"not hide beside it {parts['sums']:.1f}, optimizer {parts['optimizer']:.1f}; gather of "
-                f"weights {parts['gather']:.1f}, beside the next forward"
-            )
+        per_rank = cost.tokens / cost.vanilla / distributed.world_size()
+        mfu = 6 * active_parameters(shape) * per_rank / PEAK
+        print(f", {per_rank:,.0f} a GPU, {100 * mfu:.1f} % MFU" if device.type == "cuda" else "")
+        if cost.parts:
+            print_parts(shape, case, cost, rate, device)
         expected = memory.total - memory.context
         print(f"peak memory {cost.peak / GIB:.1f} GiB", end="")
         if device.type == "cuda":
@@ -442,6 +437,8 @@ def main() -> None:
         )
         beside = cost.rescored / cost.vanilla
         print(f"Rescored step {cost.rescored * 1e3:,.0f} ms: {beside:.3f}× the Vanilla step")
+        if cost.kernels:
+            print_kernels(cost.kernels, given.kernels, "one step of this rank")
     distributed.stop()
 
 
