@@ -69,6 +69,12 @@ def main() -> None:
     began = time.perf_counter()
     copy = StateCopy(learner)
     pinned = time.perf_counter() - began
+    size = copy.nbytes / 1e9
+    print(
+        f"{shape.name}, {shape.layers} layers, on {device}: {size:.2f} GB, host memory made ready in "
+        f"{pinned:.1f} s, once",
+        flush=True,
+    )
 
     def timed(call: Callable[[], object]) -> float:
         synchronize(device)
@@ -97,6 +103,8 @@ def main() -> None:
         for copied, seconds in times.items():
             seconds.append(timed(lambda copied=copied: step(copied)))  # type: ignore[misc]
     plain, with_copy = (statistics.median(seconds[1:]) for seconds in times.values())
+    print(f"step   {plain:8.3f} s without, {with_copy:.3f} s with a copy: pause {with_copy - plain:.3f} s")
+    print(f"begin  {statistics.median(begins[1:]):8.3f} s", flush=True)
     alone = statistics.median(timed(lambda: (copy.take(learner), copy.wait())) for _ in range(3))
 
     piece = torch.empty(min(PIECE, copy.nbytes), dtype=torch.uint8, device=device).fill_(1)
@@ -108,6 +116,10 @@ def main() -> None:
             part.copy_(piece[: len(part)], non_blocking=device.type == "cuda")
 
     floor = statistics.median(timed(plain_copy) for _ in range(3))
+    print(
+        f"copy   {alone:8.3f} s, {size / alone:.1f} GB/s; floor {floor:.3f} s: {alone / floor:.2f} ×",
+        flush=True,
+    )
 
     def read() -> None:
         for file in copy.files.values():
@@ -116,14 +128,6 @@ def main() -> None:
                 hasher.add(block)
 
     reading, hashing = timed(read), timed(lambda: hashlib.sha256(memoryview(memory.numpy())))
-    size = copy.nbytes / 1e9
-    print(
-        f"{shape.name}, {shape.layers} layers, on {device}: {size:.2f} GB, host memory made ready in "
-        f"{pinned:.1f} s, once"
-    )
-    print(f"step   {plain:8.3f} s without, {with_copy:.3f} s with a copy: pause {with_copy - plain:.3f} s")
-    print(f"begin  {statistics.median(begins[1:]):8.3f} s")
-    print(f"copy   {alone:8.3f} s, {size / alone:.1f} GB/s; floor {floor:.3f} s: {alone / floor:.2f} ×")
     ratio = reading / hashing
     print(f"read   {reading:8.3f} s, {size / reading:.2f} GB/s; floor {hashing:.3f} s: {ratio:.2f} ×")
     whole = STUDENTS["vpmoe-6b"].checkpoint / 1e9

@@ -57,6 +57,9 @@ def assert_equal_to_float64(device: torch.device, shift: int, seed: int) -> None
             one.gradient.copy_(torch.randn(one.gradient.shape, generator=generator))
             wanted.grad = one.gradient.double() * FACTOR
         reference.step()
+        squares = sum(float(one.gradient.double().square().sum()) for one in updated)
+        # a thousand fp32 numbers in a row at most, and as many sums
+        assert abs(float(step.squares()) - squares) <= 1e-5 * squares
         step.step(number, FACTOR, RATE, DECAY)
     for one, wanted in zip(updated, exact, strict=True):
         moments = reference.state[wanted]

@@ -40,7 +40,7 @@ def microbatches(step: int) -> list[Batch]:
 def train(device: torch.device, options: dict[str, bool], beside: bool) -> dict[str, Any]:
     """`beside`: weights are gathered beside the next forward, and rank 1's come late. Otherwise everything
     waits for them after each step."""
-    buckets = partial(DistributedDataParallelConfig, bucket_size=200_000)
+    buckets = partial(DistributedDataParallelConfig, bucket_size=50_000)
     with patch("vpmoe.model.learner.DistributedDataParallelConfig", buckets):
         it = Learner.build(
             SHAPE, device, sequence_length=ROW, seed=7, weight_decay=0.1, gradient_clip=1.0, **options

@@ -50,7 +50,7 @@ class WeightUpdate:
         factor = float(1.0 / positions.clamp(min=1))
         if self._kernel:
             self._factor = factor
-            return (get_total_norm(self._gradients) * factor) ** 2
+            return self._kernel.squares() * factor**2
         torch._foreach_mul_(self._gradients, factor)
         return get_total_norm(self._gradients) ** 2
 
