@@ -14,7 +14,6 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -90,9 +89,6 @@ class Learner:
         self.device = device
         self.weight_decay = weight_decay
         self.gradient_clip = gradient_clip
-        self._beside: Any = None
-        if device.type == "cuda":
-            self._beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._routers = routers(student)
         self._positions: Tensor | None = None
         """Of the global batch, without padding."""
@@ -214,33 +210,18 @@ class Learner:
         which megatron weights by positions, become means over positions, and bf16 gradients keep an ordinary
         size.
         """
-        with self._stream_beside():
-            self.ddp.zero_grad_buffer()
+        self.ddp.zero_grad_buffer()
         sums = _Sums(self.device)
         for batch in batches:
             with self.ddp.no_sync() if batch is not batches[-1] else contextlib.nullcontext():
                 here = batch.to(self.device)
-                hidden_TH = self.ddp(here, self._graphs)
-                self._wait_for_stream_beside()
-                loss, logp_T = objective.loss(here, hidden_TH, self.student, positions)
+                loss, logp_T = objective.loss(here, self.ddp(here, self._graphs), self.student, positions)
                 loss.backward()  # type: ignore[no-untyped-call]
             sums.add(here, logp_T, loss.detach() / positions)
         outcome = sums.outcome(positions, self._routers, objective)
         self._positions = torch.tensor(positions)
         self._loss = outcome.loss
         return outcome
-
-    def _stream_beside(self) -> contextlib.AbstractContextManager[None]:
-        """What is given to the GPU here runs beside the next forward, which touches no gradient: 24 GB of
-        zeros take some milliseconds."""
-        if self._beside is None:
-            return contextlib.nullcontext()
-        self._beside.wait_stream(torch.cuda.current_stream())
-        return torch.cuda.stream(self._beside)
-
-    def _wait_for_stream_beside(self) -> None:
-        if self._beside is not None:
-            torch.cuda.current_stream().wait_stream(self._beside)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Outcome:
