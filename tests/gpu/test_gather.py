@@ -30,7 +30,7 @@ def test_a_late_share_changes_no_bit(ranks: list[Any], case: str) -> None:
     assert beside[0]["buckets"] >= 4
     for found, wanted in zip(beside, waited, strict=True):
         assert found["losses"] == wanted["losses"]
-        assert found["losses"][-1] < found["losses"][0]
+        assert len(set(found["losses"])) == gather_ranks.STEPS
         different = [name for name, x in wanted["weights"].items() if not x.equal(found["weights"][name])]
         assert not different
     assert all(x.equal(beside[1]["weights"][name]) for name, x in beside[0]["weights"].items())
