@@ -253,8 +253,8 @@ IMMUTABLE = (
     "only suspend, ttlAfterFinished, deletionPolicy and runtime can."
 )
 FIXED_WHILE_ALIVE = (
-    "cannot change while the run is alive: only runtime.attempts, runtime.interruptions, runtime.onStall and "
-    "runtime.scheduling can. Set spec.suspend to true, wait for "
+    "cannot change while the run is alive: only attempts, interruptions, onStall and scheduling can. "
+    "Set spec.suspend to true, wait for "
     "phase Suspended, change it, and set spec.suspend to false."
 )
 ALWAYS = {
