@@ -104,6 +104,28 @@ def test_a_run_that_is_no_longer_stalled_has_an_event() -> None:
     assert reasons(cluster) == ["StepStarted", "StallCleared"]
 
 
+def test_each_step_that_stalls_a_run_is_an_event_and_further_attempts_of_it_are_none() -> None:
+    cluster = rescoring_run(runtime={"stalledAfter": "10m", "attempts": 9})
+    cluster.set_child_state("Waiting", step="rescore", message="pod x cannot be scheduled: 0/1 nodes")
+    cluster.reconcile()
+    cluster.advance(300)
+    cluster.set_progress(progress("vanilla", done=100))
+    cluster.reconcile()
+    cluster.advance(300)
+    assert reasons(cluster) == ["PodPending"], "rescore"
+    cluster.set_child_state("Failed", Failure("Error", "exit 1"), step="rescore")
+    assert reasons(cluster) == ["StepRetrying"], "it is Stalled for another reason, but not anew"
+    cluster.advance(300)
+    before = cluster.status
+    events = events_between(before, cluster.reconcile().status)
+    stalled = cluster.status.condition("Stalled")
+    assert stalled is not None and stalled.message.startswith("vanilla has made no progress")
+    assert ("Warning", "NoProgress", stalled.message) in [(e.type, e.reason, e.message) for e in events]
+    assert "NoProgress" not in reasons(cluster)
+    cluster.backend_missing = True
+    assert "KubeflowMissing" in reasons(cluster)
+
+
 def test_each_adjustment_of_a_setting_is_an_event() -> None:
     cluster = onpolicy_run()
 
