@@ -216,7 +216,7 @@ def read_status(obj: Json, run: DistillRun | None) -> Status:
     if unknown_kinds := sorted(kinds - CHILD_KINDS.keys()):
         raise ValueError(f"status.steps: this version makes no child of kind {', '.join(unknown_kinds)}")
     if run is not None and status.started is not None and status.phase != "Succeeded":
-        known = run.steps()
+        known = {*run.steps(), *run.optional_steps}  # runtime.report may be false since it started
         if unknown := [step.name for step in status.steps if step.name not in known]:
             raise ValueError(f"status.steps: {', '.join(unknown)} is no step of the run in this version")
     return status

@@ -145,7 +145,7 @@ def _initialize(builder: PlanBuilder, run: DistillRun) -> None:
                 for name in run.steps()
             ),
         )
-    elif status.phase != "Succeeded":  # an older operator may have started it with fewer steps
+    elif status.phase != "Succeeded":  # an older operator or another spec.runtime may have other steps
         builder.update(
             steps=tuple(
                 status.step_status(name) or StepStatus(name=name, tokens_total=_planned_tokens(run, name))

@@ -24,6 +24,13 @@ from vpmoe.api.status import (
     StepStatus,
 )
 
+WITHOUT_REPORT = (
+    "The run's other results do not need it. To go on without reports, set spec.suspend to true, wait for "
+    "phase Suspended, and set spec.runtime.report and spec.suspend to false."
+)
+"""What helps against a report that does not start. It keeps the run from succeeding, as any pod does that
+cannot be scheduled: the cluster may get room for it at any time."""
+
 REPEATED = 2
 """Number of attempts in a row without a new checkpoint, part or window after which only such a one counts as
 progress: the next attempt may do again what these did, and end like them."""
@@ -308,9 +315,10 @@ def check_stalled(context: StepContext, reason: str, message: str) -> None:
         return
     if reason == "NoProgress" and _progress_is_unknown(context):
         return
-    context.set_stalled(
-        reason, f"{step.name} has made no progress since {step.progressed:%Y-%m-%d %H:%M:%S} UTC: {message}"
-    )
+    text = f"{step.name} has made no progress since {step.progressed:%Y-%m-%d %H:%M:%S} UTC: {message}"
+    if context.run.role(step.name) == "report":
+        text = f"{text.rstrip('.')}. {WITHOUT_REPORT}"
+    context.set_stalled(reason, text)
 
 
 def _progress_is_unknown(context: StepContext) -> bool:

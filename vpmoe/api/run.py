@@ -241,6 +241,12 @@ class DistillRun(ApiModel):
         )
 
     @property
+    def optional_steps(self) -> tuple[str, ...]:
+        """Names of the steps that spec.runtime adds or leaves out, also after the run has started: the
+        reports."""
+        return tuple(f"{stage.name}-{REPORT}" for stage in self.spec.stages)
+
+    @property
     def _exports(self) -> tuple[str, ...]:
         stages = self.spec.stages
         return tuple(f"{stage.name}-{EXPORT}" for stage in stages if stage.name in self.spec.export.stages)

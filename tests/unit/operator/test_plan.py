@@ -14,6 +14,7 @@ from distill_operator.actions import (
     KeepBucket,
     SetFinalizer,
 )
+from distill_operator.events import events_between
 from distill_operator.gpu_scheduler import Decision, waits_for_gpus
 from distill_operator.observe import ChildObservation, NameConflict, ObservedChildren, State
 from distill_operator.plan import plan
@@ -41,7 +42,7 @@ from tests.fakes.simulated_cluster import (
     training_run,
     waiting_run,
 )
-from vpmoe.api.status import MESSAGE, Status
+from vpmoe.api.status import MESSAGE, ChildRef, Status
 
 
 def test_a_run_from_its_first_reconcile_to_succeeded() -> None:
@@ -391,6 +392,52 @@ def test_a_report_that_fails_for_good_fails_no_run(failure: Failure) -> None:
     cluster.reconcile()
     cluster.set_child_state("Failed", failure, step="second-report")
     assert cluster.reconcile().status.phase == "Succeeded"
+
+
+NO_ROOM = "pod first-second-report-a1-x7 cannot be scheduled: 0/3 nodes are available: 3 Insufficient cpu."
+
+
+def run_with_only_its_report_left(**runtime: Any) -> SimulatedCluster:
+    """Its pod, the last one of the run, cannot be scheduled."""
+    cluster = trained_run(**{**REPORTED, "runtime": {**REPORTED["runtime"], **runtime}})
+    cluster.reconcile()
+    for step in ("vanilla-report", "second"):
+        cluster.set_child_state("Succeeded", step=step)
+    cluster.reconcile()
+    cluster.set_child_state("Waiting", step="second-report", message=NO_ROOM)
+    cluster.reconcile()
+    return cluster
+
+
+def test_a_last_report_that_cannot_be_scheduled_stalls_the_run_and_says_what_it_waits_for() -> None:
+    """As every pod that cannot be scheduled: Kubernetes fails none, because there may be room at any time."""
+    cluster = run_with_only_its_report_left(stalledAfter="10m")
+    assert NO_ROOM in cluster.status.message and not cluster.status.holds_gpus
+    cluster.advance(600)
+    before = cluster.status
+    decided = cluster.reconcile()
+    assert (decided.status.phase, condition(decided, "Stalled")) == ("Running", ("True", "PodPending"))
+    stalled = decided.status.condition("Stalled")
+    assert stalled is not None and NO_ROOM in stalled.message and "spec.runtime.report" in stalled.message
+    (event,) = events_between(before, decided.status)
+    assert (event.type, event.reason, event.message) == ("Warning", "PodPending", stalled.message)
+    cluster.set_child_state("Succeeded", step="second-report")
+    assert cluster.reconcile().status.phase == "Succeeded"
+
+
+def test_a_started_run_goes_on_without_reports_when_it_is_told_to() -> None:
+    """runtime.report may change while the run is suspended. The status then names steps that it lacks."""
+    cluster = run_with_only_its_report_left()
+    cluster.spec["suspend"] = True
+    assert cluster.reconcile().actions == (
+        DeleteChild(ChildRef(kind="Job", name="first-second-report-a1", uid=cluster.child().uid)),
+    )
+    cluster.remove_children("second-report")
+    assert cluster.reconcile().status.phase == "Suspended"
+    cluster.spec |= {"suspend": False, "runtime": {**REPORTED["runtime"], "report": False}}
+    decided = cluster.reconcile()
+    assert (decided.actions, decided.status.phase) == ((), "Succeeded")
+    assert [step.name for step in decided.status.steps] == ["preprocess", "vanilla", "second"]
 
 
 def test_of_several_exported_stages_the_status_names_the_model_of_the_latest() -> None:
