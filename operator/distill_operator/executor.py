@@ -37,12 +37,13 @@ from distill_operator.kube import (
     Kind,
     Kube,
     KubeError,
+    WriteFenced,
 )
 from distill_operator.observe import ChildObservation, ObservedRun, is_controlled_by
 from distill_operator.settings import Settings
 from distill_operator.watch import Key
 from vpmoe.api import DistillRun, labels
-from vpmoe.api.status import Status
+from vpmoe.api.status import ChildRef, Status
 from vpmoe.clock import now_to_second
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,9 @@ TOLERATED_FAILURES = 2
 REPORT_SECONDS = 60.0
 """Seconds for which a reported rejection keeps its text although later ones differ: each report is a write,
 which reconciles the run again."""
+UNANSWERED_SECONDS = 70.0
+"""How long a request to create a child that had no answer may still be carried out. The API server gives up
+after 60 s (--request-timeout)."""
 STARTING_SECONDS = 5.0
 """Seconds after the creation of a child in which no Events are read about pods that do not run yet: most need
 some time. Less than `pollSeconds`."""
@@ -95,6 +99,9 @@ class ActionExecutor:
     """Runs whose Job was rejected because their namespace is being deleted."""
     _created: dict[Key, dict[str, float]] = field(default_factory=dict)
     """When the latest child of each step was created, in monotonic seconds."""
+    _unanswered: dict[Key, dict[ChildRef, float]] = field(default_factory=dict)
+    """Monotonic time of the last request to create each child that had no answer; -inf if all had one. The
+    children are without their uids."""
 
     def create_errors(self, key: Key) -> dict[str, str]:
         """The API server's rejection of a run's children, by step."""
@@ -106,8 +113,21 @@ class ActionExecutor:
         created = self._created.get(key, {}).get(step, -math.inf)
         return time.monotonic() - created < STARTING_SECONDS
 
+    def may_appear(self, key: Key, child: ChildRef) -> bool:
+        """Whether a child that does not exist may do so yet, because a request to create it had no answer.
+
+        A child that nobody has seen may have been requested by another process, which was killed or has lost
+        the lease: until this process has created it, its request counts as one that was sent just now.
+        """
+        sent = self._unanswered.setdefault(key, {})
+        name, now = _without_uid(child), time.monotonic()
+        if child.uid is None:
+            sent.setdefault(name, now)
+        return now - sent.get(name, -math.inf) < UNANSWERED_SECONDS
+
     def forget(self, key: Key) -> None:
         """Drop what is remembered about a run that no longer exists."""
+        self._unanswered.pop(key, None)
         self._created.pop(key, None)
         self._rejections.pop(key, None)
         self._ending_namespaces.discard(key)
@@ -151,13 +171,18 @@ class ActionExecutor:
         A rejection is kept for the next observation, which reports it in the status.
         """
         namespace, uid = run.metadata.namespace, run.metadata.uid or ""
-        key = namespace, run.metadata.name
+        key, kind = (namespace, run.metadata.name), child_kind(run, attempt.step)
+        sent = self._unanswered.setdefault(key, {})
+        child = ChildRef(kind=kind.name, name=attempt.name)
+        sent.setdefault(child, -math.inf)
         try:
             await self._ensure_config_map(run, attempt.origin)
-            await self._ensure(child_kind(run, attempt.step), build_child(attempt), namespace, uid)
+            await self._ensure(kind, build_child(attempt), namespace, uid)
         except NameTaken:
             raise
         except KubeError as error:
+            if _had_no_answer(error):
+                sent[child] = time.monotonic()
             self._note_rejection(key, attempt.step, error)
             raise
         self._rejections.get(key, {}).pop(attempt.step, None)
@@ -229,6 +254,17 @@ class ActionExecutor:
         level = logging.WARNING if event.type == "Warning" else logging.INFO
         log.log(level, "%s/%s: %s", meta["namespace"], meta["name"], event.message)
         await post_event(self.kube, obj, event, now_to_second())
+
+
+def _without_uid(child: ChildRef) -> ChildRef:
+    return ChildRef(kind=child.kind, name=child.name)
+
+
+def _had_no_answer(error: KubeError) -> bool:
+    """Whether the request may still be carried out: the connection broke, or what answers in the API server's
+    place gave up waiting (502 to 504). After any other answer it does no more about the request.
+    """
+    return not isinstance(error, WriteFenced) and (error.code == 0 or error.code > 500)
 
 
 def _folder(status: Status) -> str:

@@ -147,6 +147,8 @@ class ChildObservation:
     name_conflict: NameConflict | None = None
     create_error: str = ""
     """The API server's last rejection of the child: a quota, an admission webhook, a missing permission."""
+    may_appear: bool = False
+    """It does not exist, but may do so yet: a request to create it had no answer, not long ago."""
     namespace_ends: bool = False
     """It was rejected because the namespace is being deleted: nothing can be created there any more."""
 

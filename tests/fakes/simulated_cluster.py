@@ -176,6 +176,8 @@ class SimulatedCluster:
     """What was reported of the run's folder: the number of objects deleted, or why it was kept."""
     run_deleted: bool = False
     backend_missing: bool = False
+    may_appear: set[str] = field(default_factory=set)
+    """Names of children that may appear, because a request to create them had no answer."""
     created: list[str] = field(default_factory=list)
     """Names of all children that were ever created, in order."""
     requested_gpus: dict[str, int] = field(default_factory=dict)
@@ -197,7 +199,12 @@ class SimulatedCluster:
         observed = observed_run(self.status, self.deleting, finalizers, **self.spec)
         named = {step.name: step.child.name for step in self.status.running if step.child is not None}
         children = ObservedChildren(
-            {step: ChildObservation(self.children.get(name)) for step, name in named.items()},
+            {
+                step: ChildObservation(
+                    self.children.get(name), may_appear=name in self.may_appear - self.children.keys()
+                )
+                for step, name in named.items()
+            },
             self.backend_missing,
             self.clear_job,
         )

@@ -220,6 +220,42 @@ def test_no_child_is_created_while_another_object_has_its_name(ending: bool) -> 
     assert "Job first-preprocess-a1 was not created by the operator" in decided.status.message
 
 
+def test_no_step_ends_or_starts_again_while_its_child_may_appear_yet() -> None:
+    """A request to create it had no answer: its pods would run beside those of the next attempt."""
+    unseen = SimulatedCluster({"suspend": False})
+    unseen.reconcile(crash_after=0)
+    deleted, finished = training_run(), onpolicy_run()
+    unseen.spec["suspend"] = True
+    deleted.remove_children("vanilla")
+    finished.remove_children("onpolicy-sampler")
+    finished.set_child_state("Succeeded", step="onpolicy")
+    for cluster, step, after in (
+        (unseen, "preprocess", "Suspended"),
+        (deleted, "vanilla", "Retrying"),
+        (finished, "onpolicy-sampler", "Succeeded"),
+    ):
+        name = f"first-{step}-a1"
+        cluster.may_appear = {name}
+        decided = cluster.reconcile()
+        assert not any(isinstance(action, CreateChild) for action in decided.actions)
+        assert (cluster.step(step).state, decided.poll) == ("Running", True)
+        assert f"{name} cannot appear any more" in cluster.step(step).message
+        cluster.may_appear = set()
+        cluster.reconcile()
+        assert cluster.step(step).state == after
+
+
+def test_the_bucket_is_not_cleared_while_a_child_may_appear_yet() -> None:
+    cluster = training_run(deletionPolicy="Delete")
+    cluster.remove_children("vanilla")
+    cluster.deleting, cluster.may_appear = True, {"first-vanilla-a1"}
+    decided = cluster.reconcile()
+    assert (decided.actions, decided.poll) == ((), True)
+    assert "a request to create one had no answer" in decided.status.message
+    cluster.may_appear = set()
+    assert cluster.reconcile().actions == (ClearBucket(),)
+
+
 def test_a_child_that_the_api_server_rejects_is_reported_and_retried() -> None:
     cluster = SimulatedCluster()
     cluster.reconcile(crash_after=0)
