@@ -154,7 +154,7 @@ def _condition_events(before: Status, after: Status) -> Iterator[EventSpec]:
             yield EventSpec(
                 "Warning", new.reason if new.type == "Stalled" else new.type, new.message or new.reason
             )
-        elif new.type == "Stalled" and old is not None:
+        elif new.type == "Stalled" and old is not None and after.phase != "Failed":
             yield EventSpec("Normal", "StallCleared", after.message)
 
 

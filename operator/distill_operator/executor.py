@@ -159,9 +159,10 @@ class ActionExecutor:
             case KeepBucket(why):
                 message = f"{_folder(status)} was not deleted from the bucket: {why}"
                 await self._report(obj, EventSpec("Warning", "BucketKept", message))
-            case DeleteRun():
+            case DeleteRun():  # not if somebody has edited it since: ttlAfterFinished may be another one
+                version = obj["metadata"]["resourceVersion"]
                 await self.kube.delete(
-                    DISTILLRUN, observed.namespace, observed.name, observed.uid, "Background"
+                    DISTILLRUN, observed.namespace, observed.name, observed.uid, "Background", version
                 )
         return obj
 

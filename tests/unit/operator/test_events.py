@@ -24,6 +24,7 @@ from tests.fakes.simulated_cluster import (
     onpolicy_run,
     progress,
     rescoring_run,
+    training_run,
     waiting_run,
 )
 from vpmoe.api import labels
@@ -102,6 +103,16 @@ def test_a_run_that_is_no_longer_stalled_has_an_event() -> None:
     cluster.reconcile()
     cluster.backend_missing = False
     assert reasons(cluster) == ["StepStarted", "StallCleared"]
+
+
+def test_a_stalled_run_that_fails_is_not_said_to_be_no_longer_stalled() -> None:
+    cluster = training_run(runtime={"stalledAfter": "10m", "attempts": 1})
+    cluster.advance(600)
+    assert reasons(cluster) == ["NoProgress"]
+    cluster.set_child_state("Failed", Failure("Error", "exit 1"))
+    assert reasons(cluster) == ["StepFailed", "RunFailed"]
+    stalled = cluster.status.condition("Stalled")
+    assert stalled is not None and stalled.status == "False"
 
 
 def test_each_step_that_stalls_a_run_is_an_event_and_further_attempts_of_it_are_none() -> None:
