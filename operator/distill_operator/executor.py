@@ -24,7 +24,7 @@ from distill_operator.actions import (
 from distill_operator.attempt import Attempt, Origin, child_kind, config_map_name
 from distill_operator.children import build_child, build_config_map
 from distill_operator.clear_job import STEP as CLEAR_STEP
-from distill_operator.clear_job import build_clear_job
+from distill_operator.clear_job import build_clear_job, clear_job_name
 from distill_operator.events import EventSpec, post_event
 from distill_operator.kube import (
     CHILD_KINDS,
@@ -132,10 +132,18 @@ class ActionExecutor:
         self._rejections.pop(key, None)
         self._ending_namespaces.discard(key)
 
-    def add_clear_errors(self, key: Key, observation: ChildObservation) -> ChildObservation:
-        """The observation of the Job that deletes the run's folder, with its last rejection."""
+    def add_clear_errors(self, key: Key, run: DistillRun, observation: ChildObservation) -> ChildObservation:
+        """The observation of the Job that deletes the run's folder, with its last rejection, and with whether
+        it may appear.
+        """
         error = self.create_errors(key).get(CLEAR_STEP, "")
-        return replace(observation, create_error=error, namespace_ends=key in self._ending_namespaces)
+        absent = observation.child is None and observation.name_conflict is None
+        return replace(
+            observation,
+            create_error=error,
+            may_appear=absent and self.may_appear(key, _clear_job(run)),
+            namespace_ends=key in self._ending_namespaces,
+        )
 
     async def execute(self, action: Action, observed: ObservedRun, status: Status, obj: Json) -> Json:
         """Execute one action. Returns the DistillRun after it. Raises KubeError."""
@@ -173,23 +181,23 @@ class ActionExecutor:
         """
         namespace, uid = run.metadata.namespace, run.metadata.uid or ""
         key, kind = (namespace, run.metadata.name), child_kind(run, attempt.step)
-        sent = self._unanswered.setdefault(key, {})
         child = ChildRef(kind=kind.name, name=attempt.name)
-        sent.setdefault(child, -math.inf)
+        self._unanswered.setdefault(key, {}).setdefault(child, -math.inf)
         try:
             await self._ensure_config_map(run, attempt.origin)
             await self._ensure(kind, build_child(attempt), namespace, uid)
         except NameTaken:
             raise
         except KubeError as error:
-            if _had_no_answer(error):
-                sent[child] = time.monotonic()
-            self._note_rejection(key, attempt.step, error)
+            self._note_error(key, attempt.step, child, error)
             raise
         self._rejections.get(key, {}).pop(attempt.step, None)
         self._created.setdefault(key, {})[attempt.step] = time.monotonic()
 
-    def _note_rejection(self, key: Key, step: str, error: KubeError) -> None:
+    def _note_error(self, key: Key, step: str, child: ChildRef, error: KubeError) -> None:
+        """Note that a request to create the child has failed."""
+        if _had_no_answer(error):
+            self._unanswered[key][child] = time.monotonic()
         self._rejections.setdefault(key, {}).setdefault(step, Rejections()).add(error)
 
     async def _ensure_config_map(self, run: DistillRun, origin: Origin) -> None:
@@ -236,12 +244,13 @@ class ActionExecutor:
     async def _start_clearing(self, run: DistillRun) -> None:
         """Create the Job that deletes the run's folder. A rejection is kept for the next observation."""
         key = (run.metadata.namespace, run.metadata.name)
+        self._unanswered.setdefault(key, {}).setdefault(_clear_job(run), -math.inf)
         try:
             await self.kube.create(JOB, build_clear_job(run, self.settings))
         except Conflict:  # the next observation says whose it is
             return
         except KubeError as error:
-            self._note_rejection(key, CLEAR_STEP, error)
+            self._note_error(key, CLEAR_STEP, _clear_job(run), error)
             if error.reason == NAMESPACE_ENDS:
                 self._ending_namespaces.add(key)
             raise
@@ -255,6 +264,10 @@ class ActionExecutor:
         level = logging.WARNING if event.type == "Warning" else logging.INFO
         log.log(level, "%s/%s: %s", meta["namespace"], meta["name"], event.message)
         await post_event(self.kube, obj, event, now_to_second())
+
+
+def _clear_job(run: DistillRun) -> ChildRef:
+    return ChildRef(kind=JOB.name, name=clear_job_name(run))
 
 
 def _without_uid(child: ChildRef) -> ChildRef:

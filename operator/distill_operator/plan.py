@@ -305,6 +305,14 @@ def _finalize(builder: PlanBuilder) -> None:
             KeepBucket(f"the run's spec is invalid ({observed.invalid})"),
             SetFinalizer(False),
         ]
+    elif observed.run.spec.deletion_policy == "Retain" and builder.children.clear.may_appear:
+        builder.set_headline(
+            builder.status.phase,
+            "Deleting",
+            "deletionPolicy is Retain now: waiting until the Job that would delete the run's folder cannot "
+            "appear any more, because a request to create it had no answer",
+        )
+        builder.polls = True
     elif observed.run.spec.deletion_policy == "Retain":
         _stop_clearing(builder)
         builder.actions.append(SetFinalizer(False))

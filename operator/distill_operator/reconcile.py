@@ -298,7 +298,7 @@ class Reconciler:
         clears = run.spec.deletion_policy == "Delete" or observed.status.clearing is not None
         if observed.deleting and observed.has_finalizer and clears:
             clear = await observe_clear_job(self.kube, observed, run)
-            clear = self._executor.add_clear_errors(key, clear)
+            clear = self._executor.add_clear_errors(key, run, clear)
         return ObservedChildren(observations, backend_missing, clear), readings
 
     def _progress_of(self, key: Key, attempt: AttemptId, child: ObservedChild | None) -> ProgressReading:
