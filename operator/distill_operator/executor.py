@@ -119,11 +119,15 @@ class ActionExecutor:
         A child that nobody has seen may have been requested by another process, which was killed or has lost
         the lease: until this process has created it, its request counts as one that was sent just now.
         """
-        sent = self._unanswered.setdefault(key, {})
-        name, now = _without_uid(child), time.monotonic()
+        name = _without_uid(child)
         if child.uid is None:
-            sent.setdefault(name, now)
-        return now - sent.get(name, -math.inf) < UNANSWERED_SECONDS
+            self._unanswered.setdefault(key, {}).setdefault(name, time.monotonic())
+        return self._has_request(key, name)
+
+    def _has_request(self, key: Key, name: ChildRef) -> bool:
+        """Whether a request to create the child, without its uid, may still be carried out."""
+        sent = self._unanswered.get(key, {}).get(name, -math.inf)
+        return time.monotonic() - sent < UNANSWERED_SECONDS
 
     def forget(self, key: Key) -> None:
         """Drop what is remembered about a run that no longer exists."""
@@ -226,6 +230,8 @@ class ActionExecutor:
         terminated.
         """
         if uid is None:
+            if self._has_request((observed.namespace, observed.name), ChildRef(kind=kind, name=name)):
+                return  # while it exists, the request cannot make it again
             existing = await self.kube.get(CHILD_KINDS[kind], observed.namespace, name)
             if existing is None or not is_controlled_by(existing, observed.uid):
                 return

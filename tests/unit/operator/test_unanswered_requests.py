@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 
 import pytest
 from distill_operator import executor
+from distill_operator.actions import DeleteChild
 from distill_operator.kube import DISTILLRUN, JOB, NODE, Json, KubeError
 from distill_operator.namespaces import WatchedNamespaces
+from distill_operator.observe import parse_run
 from distill_operator.pod_progress import PodProgress
 from distill_operator.reconcile import Reconciler
 
 from tests.fakes.fake_api import FakeApi, status
 from tests.fakes.simulated_cluster import SETTINGS, manifest
+from vpmoe.api.status import ChildRef
 
 FIRST, SECOND = "first-preprocess-a1", "first-preprocess-a2"
 
@@ -135,3 +138,25 @@ def test_a_request_that_was_answered_delays_nothing() -> None:
     assert world.reconcile(2)["reason"] == "ChildRefused"
     world.suspend()
     assert world.reconcile()["state"] == "Suspended"
+
+
+def test_an_old_child_keeps_its_name_while_a_request_to_create_it_may_be_carried_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Old children are deleted, and nothing waits for one: a late request would make it again."""
+    world = World()
+    world.reconcile()
+    world.silent = False
+    world.reconcile(2)
+    delete = DeleteChild(ChildRef(kind=JOB.name, name=FIRST))
+    acting, run = world.reconciler._executor, world.api.get(DISTILLRUN, "team", "first")
+
+    def execute() -> None:
+        observed = parse_run(run)
+        asyncio.run(acting.execute(delete, observed, observed.status, run))
+
+    execute()
+    assert world.jobs() == [FIRST]
+    monkeypatch.setattr(executor, "UNANSWERED_SECONDS", 0.0)
+    execute()
+    assert world.jobs() == []
