@@ -233,7 +233,7 @@ def register_run(run: DistillRun, bucket: Bucket) -> None:
     ours = run.document()
     if bucket.create(key, json_bytes(ours), {"config": run.config_hash}):
         return
-    stored = DistillRun.parse(bucket.get_json(key), source=bucket.url(key)).document()
+    stored = DistillRun.parse(bucket.get_json(key), source=bucket.url(key), stored=True).document()
     changed = first_difference(stored, ours)
     if changed:
         raise failure.Permanent(

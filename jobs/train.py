@@ -43,14 +43,14 @@ def start(run: DistillRun, context: JobContext) -> int:
     if end := stage_inputs.report_if_finished(run, stage, context.bucket, context.provenance, context.board):
         log.info("Stage %s has already finished: %d steps, %d tokens", stage.name, end.steps, end.tokens)
         return 0
-    validity_known = stage.samples or run.measures_validity(stage)
-    if stage.stop is not None and stage.stop.min_validity > 0 and not validity_known:
+    if stage.min_validity > 0 and not stage.samples and not run.measures_validity(stage):
+        # A run of an earlier version: such a stop is rejected today.
         log.warning(
             "Stage %s: validity is not measured while a TeacherForced stage trains, or if "
             "evaluation.completions is 0, so stop.minValidity %g keeps it from ending early. Set it to 0 to "
             "end by the held-out loss alone",
             stage.name,
-            stage.stop.min_validity,
+            stage.min_validity,
         )
     gate.require_validity(run, stage, context.bucket)
     stage_inputs.load_scores(run, stage, context.bucket, load_training_dataset(run, context.bucket))

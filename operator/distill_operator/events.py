@@ -137,8 +137,8 @@ def _phase_events(before: Status, after: Status) -> Iterator[EventSpec]:
 
 
 def _condition_events(before: Status, after: Status) -> Iterator[EventSpec]:
-    """Events for Stalled, ProgressReadable and conditions of jobs whose status changed, and for new reasons
-    of the latter.
+    """Events for Stalled, ProgressReadable and conditions of jobs whose status changed, and for what else
+    stalls the run since then, and new reasons of conditions of jobs.
     """
     for new in after.conditions:
         old = before.condition(new.type)
@@ -154,18 +154,28 @@ def _condition_events(before: Status, after: Status) -> Iterator[EventSpec]:
             yield EventSpec(
                 "Warning", new.reason if new.type == "Stalled" else new.type, new.message or new.reason
             )
-        elif new.type == "Stalled" and old is not None:
+        elif new.type == "Stalled" and old is not None and after.phase != "Failed":
             yield EventSpec("Normal", "StallCleared", after.message)
 
 
 def _has_news(old: Condition, new: Condition) -> bool:
-    """Whether a condition of a job that still holds needs another Event.
+    """Whether a condition that still holds needs another Event.
 
     Messages may hold figures that change all the time.
     """
-    if new.type in ("Stalled", PROGRESS_READABLE):
+    if new.type == PROGRESS_READABLE:
         return False
+    if new.type == "Stalled":
+        return _what_stalls(old) != _what_stalls(new)
     return old.reason != new.reason or (new.type in REPEATED and old.message != new.message)
+
+
+def _what_stalls(condition: Condition) -> str:
+    """What the condition Stalled is about: its reason, or which step makes no progress, and since when. What
+    such a step does or waits for changes with each of its attempts.
+    """
+    step_makes_none = condition.reason in ("NoProgress", "PodPending")
+    return condition.message.partition(": ")[0] if step_makes_none else condition.reason
 
 
 def event_name(run: Json, event: EventSpec) -> str:

@@ -24,7 +24,7 @@ from distill_operator.actions import (
 from distill_operator.attempt import Attempt, Origin, child_kind, config_map_name
 from distill_operator.children import build_child, build_config_map
 from distill_operator.clear_job import STEP as CLEAR_STEP
-from distill_operator.clear_job import build_clear_job
+from distill_operator.clear_job import build_clear_job, clear_job_name
 from distill_operator.events import EventSpec, post_event
 from distill_operator.kube import (
     CHILD_KINDS,
@@ -37,12 +37,13 @@ from distill_operator.kube import (
     Kind,
     Kube,
     KubeError,
+    WriteFenced,
 )
 from distill_operator.observe import ChildObservation, ObservedRun, is_controlled_by
 from distill_operator.settings import Settings
 from distill_operator.watch import Key
 from vpmoe.api import DistillRun, labels
-from vpmoe.api.status import Status
+from vpmoe.api.status import ChildRef, Status
 from vpmoe.clock import now_to_second
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,9 @@ TOLERATED_FAILURES = 2
 REPORT_SECONDS = 60.0
 """Seconds for which a reported rejection keeps its text although later ones differ: each report is a write,
 which reconciles the run again."""
+UNANSWERED_SECONDS = 70.0
+"""How long a request to create a child that had no answer may still be carried out. The API server gives up
+after 60 s (--request-timeout)."""
 STARTING_SECONDS = 5.0
 """Seconds after the creation of a child in which no Events are read about pods that do not run yet: most need
 some time. Less than `pollSeconds`."""
@@ -95,6 +99,9 @@ class ActionExecutor:
     """Runs whose Job was rejected because their namespace is being deleted."""
     _created: dict[Key, dict[str, float]] = field(default_factory=dict)
     """When the latest child of each step was created, in monotonic seconds."""
+    _unanswered: dict[Key, dict[ChildRef, float]] = field(default_factory=dict)
+    """Monotonic time of the last request to create each child that had no answer; -inf if all had one. The
+    children are without their uids."""
 
     def create_errors(self, key: Key) -> dict[str, str]:
         """The API server's rejection of a run's children, by step."""
@@ -106,16 +113,41 @@ class ActionExecutor:
         created = self._created.get(key, {}).get(step, -math.inf)
         return time.monotonic() - created < STARTING_SECONDS
 
+    def may_appear(self, key: Key, child: ChildRef) -> bool:
+        """Whether a child that does not exist may do so yet, because a request to create it had no answer.
+
+        A child that nobody has seen may have been requested by another process, which was killed or has lost
+        the lease: until this process has created it, its request counts as one that was sent just now.
+        """
+        name = _without_uid(child)
+        if child.uid is None:
+            self._unanswered.setdefault(key, {}).setdefault(name, time.monotonic())
+        return self._has_request(key, name)
+
+    def _has_request(self, key: Key, name: ChildRef) -> bool:
+        """Whether a request to create the child, without its uid, may still be carried out."""
+        sent = self._unanswered.get(key, {}).get(name, -math.inf)
+        return time.monotonic() - sent < UNANSWERED_SECONDS
+
     def forget(self, key: Key) -> None:
         """Drop what is remembered about a run that no longer exists."""
+        self._unanswered.pop(key, None)
         self._created.pop(key, None)
         self._rejections.pop(key, None)
         self._ending_namespaces.discard(key)
 
-    def add_clear_errors(self, key: Key, observation: ChildObservation) -> ChildObservation:
-        """The observation of the Job that deletes the run's folder, with its last rejection."""
+    def add_clear_errors(self, key: Key, run: DistillRun, observation: ChildObservation) -> ChildObservation:
+        """The observation of the Job that deletes the run's folder, with its last rejection, and with whether
+        it may appear.
+        """
         error = self.create_errors(key).get(CLEAR_STEP, "")
-        return replace(observation, create_error=error, namespace_ends=key in self._ending_namespaces)
+        absent = observation.child is None and observation.name_conflict is None
+        return replace(
+            observation,
+            create_error=error,
+            may_appear=absent and self.may_appear(key, _clear_job(run)),
+            namespace_ends=key in self._ending_namespaces,
+        )
 
     async def execute(self, action: Action, observed: ObservedRun, status: Status, obj: Json) -> Json:
         """Execute one action. Returns the DistillRun after it. Raises KubeError."""
@@ -139,9 +171,10 @@ class ActionExecutor:
             case KeepBucket(why):
                 message = f"{_folder(status)} was not deleted from the bucket: {why}"
                 await self._report(obj, EventSpec("Warning", "BucketKept", message))
-            case DeleteRun():
+            case DeleteRun():  # not if somebody has edited it since: ttlAfterFinished may be another one
+                version = obj["metadata"]["resourceVersion"]
                 await self.kube.delete(
-                    DISTILLRUN, observed.namespace, observed.name, observed.uid, "Background"
+                    DISTILLRUN, observed.namespace, observed.name, observed.uid, "Background", version
                 )
         return obj
 
@@ -151,19 +184,24 @@ class ActionExecutor:
         A rejection is kept for the next observation, which reports it in the status.
         """
         namespace, uid = run.metadata.namespace, run.metadata.uid or ""
-        key = namespace, run.metadata.name
+        key, kind = (namespace, run.metadata.name), child_kind(run, attempt.step)
+        child = ChildRef(kind=kind.name, name=attempt.name)
+        self._unanswered.setdefault(key, {}).setdefault(child, -math.inf)
         try:
             await self._ensure_config_map(run, attempt.origin)
-            await self._ensure(child_kind(run, attempt.step), build_child(attempt), namespace, uid)
+            await self._ensure(kind, build_child(attempt), namespace, uid)
         except NameTaken:
             raise
         except KubeError as error:
-            self._note_rejection(key, attempt.step, error)
+            self._note_error(key, attempt.step, child, error)
             raise
         self._rejections.get(key, {}).pop(attempt.step, None)
         self._created.setdefault(key, {})[attempt.step] = time.monotonic()
 
-    def _note_rejection(self, key: Key, step: str, error: KubeError) -> None:
+    def _note_error(self, key: Key, step: str, child: ChildRef, error: KubeError) -> None:
+        """Note that a request to create the child has failed."""
+        if _had_no_answer(error):
+            self._unanswered[key][child] = time.monotonic()
         self._rejections.setdefault(key, {}).setdefault(step, Rejections()).add(error)
 
     async def _ensure_config_map(self, run: DistillRun, origin: Origin) -> None:
@@ -192,6 +230,8 @@ class ActionExecutor:
         terminated.
         """
         if uid is None:
+            if self._has_request((observed.namespace, observed.name), ChildRef(kind=kind, name=name)):
+                return  # while it exists, the request cannot make it again
             existing = await self.kube.get(CHILD_KINDS[kind], observed.namespace, name)
             if existing is None or not is_controlled_by(existing, observed.uid):
                 return
@@ -210,12 +250,13 @@ class ActionExecutor:
     async def _start_clearing(self, run: DistillRun) -> None:
         """Create the Job that deletes the run's folder. A rejection is kept for the next observation."""
         key = (run.metadata.namespace, run.metadata.name)
+        self._unanswered.setdefault(key, {}).setdefault(_clear_job(run), -math.inf)
         try:
             await self.kube.create(JOB, build_clear_job(run, self.settings))
         except Conflict:  # the next observation says whose it is
             return
         except KubeError as error:
-            self._note_rejection(key, CLEAR_STEP, error)
+            self._note_error(key, CLEAR_STEP, _clear_job(run), error)
             if error.reason == NAMESPACE_ENDS:
                 self._ending_namespaces.add(key)
             raise
@@ -229,6 +270,21 @@ class ActionExecutor:
         level = logging.WARNING if event.type == "Warning" else logging.INFO
         log.log(level, "%s/%s: %s", meta["namespace"], meta["name"], event.message)
         await post_event(self.kube, obj, event, now_to_second())
+
+
+def _clear_job(run: DistillRun) -> ChildRef:
+    return ChildRef(kind=JOB.name, name=clear_job_name(run))
+
+
+def _without_uid(child: ChildRef) -> ChildRef:
+    return ChildRef(kind=child.kind, name=child.name)
+
+
+def _had_no_answer(error: KubeError) -> bool:
+    """Whether the request may still be carried out: the connection broke, or what answers in the API server's
+    place gave up waiting (502 to 504). After any other answer it does no more about the request.
+    """
+    return not isinstance(error, WriteFenced) and (error.code == 0 or error.code > 500)
 
 
 def _folder(status: Status) -> str:

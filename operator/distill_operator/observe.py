@@ -147,6 +147,8 @@ class ChildObservation:
     name_conflict: NameConflict | None = None
     create_error: str = ""
     """The API server's last rejection of the child: a quota, an admission webhook, a missing permission."""
+    may_appear: bool = False
+    """It does not exist, but may do so yet: a request to create it had no answer, not long ago."""
     namespace_ends: bool = False
     """It was rejected because the namespace is being deleted: nothing can be created there any more."""
 
@@ -216,7 +218,7 @@ def read_status(obj: Json, run: DistillRun | None) -> Status:
     if unknown_kinds := sorted(kinds - CHILD_KINDS.keys()):
         raise ValueError(f"status.steps: this version makes no child of kind {', '.join(unknown_kinds)}")
     if run is not None and status.started is not None and status.phase != "Succeeded":
-        known = run.steps()
+        known = {*run.steps(), *run.optional_steps}  # runtime.report may be false since it started
         if unknown := [step.name for step in status.steps if step.name not in known]:
             raise ValueError(f"status.steps: {', '.join(unknown)} is no step of the run in this version")
     return status

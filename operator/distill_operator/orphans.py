@@ -1,7 +1,7 @@
 """What the resync does with its lists: finds the active runs, and deletes orphans, which are running children
 that no status names.
 
-Only an operator that continued after it lost its lease can leave an orphan.
+Only a request to create a child that is carried out after UNANSWERED_SECONDS can leave an orphan.
 """
 
 import logging

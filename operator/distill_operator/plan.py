@@ -81,6 +81,7 @@ def plan(
       no child is created before status names it;
       no child with GPUs is created unless the run is admitted;
       no child is created while another object has its name;
+      no step ends or starts again while its child may appear yet;
       when training has succeeded, the steps beside it are stopped and then count as succeeded;
       a run with an invalid spec never starts;
       a failing run is Failed only when none of its children is alive, with the first cause;
@@ -145,7 +146,7 @@ def _initialize(builder: PlanBuilder, run: DistillRun) -> None:
                 for name in run.steps()
             ),
         )
-    elif status.phase != "Succeeded":  # an older operator may have started it with fewer steps
+    elif status.phase != "Succeeded":  # an older operator or another spec.runtime may have other steps
         builder.update(
             steps=tuple(
                 status.step_status(name) or StepStatus(name=name, tokens_total=_planned_tokens(run, name))
@@ -295,6 +296,7 @@ def _finalize(builder: PlanBuilder) -> None:
     """
     observed, observations = builder.observed, builder.children.by_step.values()
     alive = [found.child for found in observations if found.child is not None and found.child.alive]
+    pending = builder.status.clearing is None and any(found.may_appear for found in observations)
     builder.headline = conditions.unchanged(builder.status)
     if not observed.has_finalizer:
         return
@@ -303,6 +305,14 @@ def _finalize(builder: PlanBuilder) -> None:
             KeepBucket(f"the run's spec is invalid ({observed.invalid})"),
             SetFinalizer(False),
         ]
+    elif observed.run.spec.deletion_policy == "Retain" and builder.children.clear.may_appear:
+        builder.set_headline(
+            builder.status.phase,
+            "Deleting",
+            "deletionPolicy is Retain now: waiting until the Job that would delete the run's folder cannot "
+            "appear any more, because a request to create it had no answer",
+        )
+        builder.polls = True
     elif observed.run.spec.deletion_policy == "Retain":
         _stop_clearing(builder)
         builder.actions.append(SetFinalizer(False))
@@ -314,6 +324,14 @@ def _finalize(builder: PlanBuilder) -> None:
             f"Waiting for {names} to terminate before the run's folder is deleted from the bucket",
         )
         builder.actions += [DeleteChild(child.ref) for child in alive if not child.deleting]
+    elif pending:
+        builder.set_headline(
+            builder.status.phase,
+            "Deleting",
+            "Waiting until no further Job can appear before the run's folder is deleted from the bucket: a "
+            "request to create one had no answer",
+        )
+        builder.polls = True
     elif builder.status.started is None:  # no job has run, so there is no folder
         builder.actions.append(SetFinalizer(False))
     else:

@@ -152,6 +152,11 @@ class StepContext:
         return max(own, key=advance, default=None)
 
     @property
+    def may_appear(self) -> bool:
+        """Whether its child does not exist, and may do so yet: then it must neither end nor start again."""
+        return self.observation.may_appear
+
+    @property
     def progress_is_known(self) -> bool:
         """Whether the step's pods have answered, so that no progress means that there is none."""
         return self.reading.attempted and not self.reading.problem

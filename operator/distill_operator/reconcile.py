@@ -285,7 +285,12 @@ class Reconciler:
                     self.kube, observed.namespace, kind, name, config_map_name(run), container
                 )
                 observation = ChildObservation(child=left)
-            observations[step.name] = replace(observation, create_error=create_errors.get(step.name, ""))
+            absent = observation.child is None and observation.name_conflict is None
+            observations[step.name] = replace(
+                observation,
+                create_error=create_errors.get(step.name, ""),
+                may_appear=absent and self._executor.may_appear(key, step.child),
+            )
             if not observed.deleting:
                 attempt = AttemptId(run.identity, step.name, step.attempt)
                 readings[step.name] = self._progress_of(key, attempt, observation.child)
@@ -293,7 +298,7 @@ class Reconciler:
         clears = run.spec.deletion_policy == "Delete" or observed.status.clearing is not None
         if observed.deleting and observed.has_finalizer and clears:
             clear = await observe_clear_job(self.kube, observed, run)
-            clear = self._executor.add_clear_errors(key, clear)
+            clear = self._executor.add_clear_errors(key, run, clear)
         return ObservedChildren(observations, backend_missing, clear), readings
 
     def _progress_of(self, key: Key, attempt: AttemptId, child: ObservedChild | None) -> ProgressReading:

@@ -24,6 +24,13 @@ from vpmoe.api.status import (
     StepStatus,
 )
 
+WITHOUT_REPORT = (
+    "The run's other results do not need it. To go on without reports, set spec.suspend to true, wait for "
+    "phase Suspended, and set spec.runtime.report and spec.suspend to false."
+)
+"""What helps against a report that does not start. It keeps the run from succeeding, as any pod does that
+cannot be scheduled: the cluster may get room for it at any time."""
+
 REPEATED = 2
 """Number of attempts in a row without a new checkpoint, part or window after which only such a one counts as
 progress: the next attempt may do again what these did, and end like them."""
@@ -38,7 +45,7 @@ def record_outcome(context: StepContext) -> None:
     _note_images(context)
     _merge_progress(context)
     step, child, progress = context.step, context.observation.child, context.report
-    if backend_unavailable(context):
+    if backend_unavailable(context) or context.may_appear:
         return
     if step.outcome is not None:
         if child is None:  # its pods are gone
@@ -72,6 +79,8 @@ def monitor(context: StepContext) -> None:
         _remove_pods(context, observation.child, context.step.outcome)
     elif observation.name_conflict is not None:
         _report_name_conflict(context, observation.name_conflict)
+    elif context.may_appear and context.step.child is not None and context.step.child.uid is not None:
+        _await_absence(context, "Ending")
     elif observation.child is None:
         _create_child(context, observation.create_error)
     elif _was_deleted(context, observation.child):
@@ -101,6 +110,8 @@ def stop(context: StepContext) -> None:
     child = context.observation.child
     if backend_unavailable(context):
         report_missing_backend(context, "Running")
+    elif context.may_appear:
+        _await_absence(context, "Stopping")
     elif child is None:
         suspend(context)
     elif context.step.outcome is not None:
@@ -124,6 +135,8 @@ def release(context: StepContext) -> None:
         context.update(message="stopping, because training has succeeded")
         context.summarize("Ending", f"{context.name}: {context.step.message}")
         _delete_child(context, child)
+    elif context.step.state == "Running" and context.may_appear:
+        _await_absence(context, "Ending")
     else:
         context.update(
             state="Succeeded",
@@ -207,6 +220,18 @@ def _create_child(context: StepContext, create_error: str) -> None:
     else:
         context.summarize("Starting", step.message)
         check_stalled(context, "NoProgress", step.message)
+
+
+def _await_absence(context: StepContext, reason: str) -> None:
+    """The child of an attempt that is over does not exist, and may appear yet: the step neither ends nor
+    starts again before it is certain that it does not. Its pods would run beside those of the next attempt.
+    """
+    child = context.step.child
+    name = f"{child.kind} {child.name}" if child is not None else "its child"
+    message = f"waiting until {name} cannot appear any more: a request to create it had no answer"
+    context.update(message=message)
+    context.summarize(reason, f"{context.name}: {message}")
+    context.builder.polls = True
 
 
 def _report_name_conflict(context: StepContext, conflict: NameConflict) -> None:
@@ -308,9 +333,10 @@ def check_stalled(context: StepContext, reason: str, message: str) -> None:
         return
     if reason == "NoProgress" and _progress_is_unknown(context):
         return
-    context.set_stalled(
-        reason, f"{step.name} has made no progress since {step.progressed:%Y-%m-%d %H:%M:%S} UTC: {message}"
-    )
+    text = f"{step.name} has made no progress since {step.progressed:%Y-%m-%d %H:%M:%S} UTC: {message}"
+    if context.run.role(step.name) == "report":
+        text = f"{text.rstrip('.')}. {WITHOUT_REPORT}"
+    context.set_stalled(reason, text)
 
 
 def _progress_is_unknown(context: StepContext) -> bool:

@@ -10,6 +10,7 @@ import re
 import secrets
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 from devcluster.access import Cluster
 from tests.fakes import invalid_specs, valid_specs
+from tests.fakes.waiting import wait_until
 from vpmoe.api import DistillRun, load_run
 from vpmoe.api.crd import crd
 from vpmoe.api.run import GROUP, PLURAL
@@ -217,14 +219,8 @@ STATUS = {
 def twin_crd(cluster: Cluster) -> Iterator[str]:
     """The resource's name of the same CRD in a group that no operator watches. Its object `started` has
     started its first step."""
-    group = f"t{secrets.token_hex(4)}.{GROUP}"
-    resource = f"twins.{group}"
-    body = crd()
-    body["metadata"]["name"] = resource
-    body["spec"] |= {"group": group, "names": {"kind": "Twin", "plural": "twins"}}
-    cluster.kubectl("create", "--filename", "-", input=json.dumps(body))
-    try:
-        cluster.kubectl("wait", "--for=condition=Established", f"crd/{resource}", "--timeout=30s")
+    with created_twin_crd(cluster, twin_definition()) as resource:
+        group = resource.partition(".")[2]
         cluster.kubectl("create", "--filename", "-", input=json.dumps(twin_manifest(group)))
         cluster.kubectl(
             "patch",
@@ -235,6 +231,24 @@ def twin_crd(cluster: Cluster) -> Iterator[str]:
             "--patch",
             json.dumps({"status": STATUS}),
         )
+        yield resource
+
+
+def twin_definition() -> dict[str, Any]:
+    """The same CRD in another group."""
+    group, body = f"t{secrets.token_hex(4)}.{GROUP}", crd()
+    body["metadata"]["name"] = f"twins.{group}"
+    body["spec"] |= {"group": group, "names": {"kind": "Twin", "plural": "twins"}}
+    return body
+
+
+@contextmanager
+def created_twin_crd(cluster: Cluster, definition: dict[str, Any]) -> Iterator[str]:
+    """The resource's name of a CRD that exists until the end of the block."""
+    resource = definition["metadata"]["name"]
+    cluster.kubectl("create", "--filename", "-", input=json.dumps(definition))
+    try:
+        cluster.kubectl("wait", "--for=condition=Established", f"crd/{resource}", "--timeout=30s")
         yield resource
     finally:
         cluster.kubectl("delete", "crd", resource, "--timeout=60s")
@@ -253,8 +267,8 @@ IMMUTABLE = (
     "only suspend, ttlAfterFinished, deletionPolicy and runtime can."
 )
 FIXED_WHILE_ALIVE = (
-    "cannot change while the run is alive: only runtime.attempts, runtime.interruptions, runtime.onStall and "
-    "runtime.scheduling can. Set spec.suspend to true, wait for "
+    "cannot change while the run is alive: only attempts, interruptions, onStall and scheduling can. "
+    "Set spec.suspend to true, wait for "
     "phase Suspended, change it, and set spec.suspend to false."
 )
 ALWAYS = {
@@ -411,6 +425,40 @@ def test_a_run_may_change_until_its_first_step_has_started(cluster: Cluster, twi
         "--patch",
         json.dumps({"spec": {"training": {"seed": 1}}}),
     )
+
+
+LATER_RULES = ("a validity that a TeacherForced stage cannot measure", "a validity that no step measures")
+
+
+def test_a_stored_run_that_breaks_a_later_rule_can_be_suspended(cluster: Cluster) -> None:
+    """It was stored before the CRD had the rule. Only a change of what the rule is about is checked."""
+    definition = twin_definition()
+    earlier = json.loads(json.dumps(definition))
+    spec = earlier["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    for node in (spec, spec["properties"]["stages"]["items"]):
+        rules = node["x-kubernetes-validations"]
+        node["x-kubernetes-validations"] = [rule for rule in rules if "minValidity" not in rule["rule"]]
+        assert len(node["x-kubernetes-validations"]) == len(rules) - 1
+    with created_twin_crd(cluster, earlier) as resource:
+        for i, name in enumerate(LATER_RULES):
+            changes = {**invalid_specs.INVALID[name].changes, "metadata.namespace": "default"}
+            body = valid_specs.manifest(changes, f"stored-{i}")
+            body |= {"apiVersion": f"{resource.partition('.')[2]}/v1alpha1", "kind": "Twin"}
+            cluster.kubectl("create", "--filename", "-", input=json.dumps(body))
+        cluster.kubectl("replace", "--filename", "-", input=json.dumps(definition))
+        for i, name in enumerate(LATER_RULES):
+            stages = json.loads(cluster.kubectl("get", resource, f"stored-{i}", "--output=json"))["spec"][
+                "stages"
+            ]
+            changed = json.dumps({"spec": {"stages": [{**stages[0], "tokens": "7M"}, *stages[1:]]}})
+            patch = ("patch", resource, f"stored-{i}", "--type=merge", "--patch")
+            message = invalid_specs.INVALID[name].message
+            wait_until(
+                lambda: message in kubectl(cluster, *patch, changed, "--dry-run=server")[1],  # noqa: B023
+                f"the API server checks the rule about {name}",
+            )
+            cluster.kubectl(*patch, json.dumps({"spec": {"suspend": True}}))
+            cluster.kubectl(*patch, json.dumps({"status": STATUS}), "--subresource=status")
 
 
 def test_kubectl_get_shows_the_progress_of_a_run(cluster: Cluster, twin_crd: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from distill_operator.connection import Answer, Connection
+from distill_operator.connection import Answer, Connection, ConnectionProblem
 from distill_operator.kube import PYTORCHJOB, Kind, Kube
 
 Json = dict[str, Any]
@@ -62,11 +62,15 @@ class MemoryConnection(Connection):
 
 @dataclass
 class FakeApi:
-    """`fault` is asked before each request: an answer that it returns is the server's."""
+    """`fault` is asked before each request: an answer that it returns is the server's. So is `breaks`: the
+    connection of such a request breaks, and `deliver` carries it out."""
 
     objects: dict[str, Json] = field(default_factory=dict)
     """By path."""
     fault: Callable[[str, str], Answer | None] = lambda method, path: None
+    breaks: Callable[[str, str], bool] = lambda method, path: False
+    held: list[Request] = field(default_factory=list)
+    """Requests whose connections broke."""
     requests: list[tuple[str, str]] = field(default_factory=list)
     """Methods and paths, in order."""
     version: int = 0
@@ -88,10 +92,21 @@ class FakeApi:
         return [one for one in self.requests if one[0] != "GET" and one[1].endswith(ending)]
 
     def _respond(self, request: Request) -> Answer:
-        method, path, body = request.method, request.path, request.body
+        method, path = request.method, request.path
         self.requests.append((method, path))
         if (fault := self.fault(method, path)) is not None:
             return fault
+        if self.breaks(method, path):
+            self.held.append(request)
+            raise ConnectionProblem("connection reset by peer")
+        return self._carry_out(request)
+
+    def deliver(self) -> None:
+        """Carry out the first request whose connection broke. Nobody hears the answer."""
+        self._carry_out(self.held.pop(0))
+
+    def _carry_out(self, request: Request) -> Answer:
+        method, path, body = request.method, request.path, request.body
         subresource = "status" if path.endswith("/status") else ""
         path = path.removesuffix("/status")
         name = path.rpartition("/")[2]

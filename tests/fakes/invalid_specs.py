@@ -520,6 +520,21 @@ INVALID: dict[str, InvalidSpec] = {
         "stop needs the held-out loss, but evaluation.documents is 0. Raise evaluation.documents, or remove "
         "stop.",
     ),
+    "a validity that a TeacherForced stage cannot measure": InvalidSpec(
+        {"spec.stages": [*MINIMAL["spec"]["stages"], {**FORCED, "stop": {"minValidity": 0.5}}]},
+        "spec.stages[1].stop.minValidity",
+        "0.5 is not measured while a TeacherForced stage trains. Set it to 0: then stop looks at the "
+        "held-out loss alone.",
+    ),
+    "a validity that no step measures": InvalidSpec(
+        {
+            "spec.stages": [{**MINIMAL["spec"]["stages"][0], "stop": {"minValidity": 0.95}}],
+            "spec.evaluation.completions": 0,
+        },
+        "spec.stages",
+        "stage first: stop.minValidity 0.95 is not measured if evaluation.completions is 0. Raise "
+        "evaluation.completions, or set stop.minValidity to 0.",
+    ),
     "no teacher where one is needed": InvalidSpec(
         {"spec.teacher.gpus": 0, "spec.stages": [*MINIMAL["spec"]["stages"], RESCORED]},
         "spec.teacher.gpus",

@@ -7,6 +7,7 @@ real API server.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -176,6 +177,12 @@ class SimulatedCluster:
     """What was reported of the run's folder: the number of objects deleted, or why it was kept."""
     run_deleted: bool = False
     backend_missing: bool = False
+    unanswered: Callable[[], bool] = lambda: False
+    """Asked for each request to create a child: whether it has no answer. `deliver` may carry it out."""
+    late: list[tuple[str, CreateChild]] = field(default_factory=list)
+    """Requests without an answer that may still be carried out, with the names of the children."""
+    may_appear: set[str] = field(default_factory=set)
+    """Names of other children that may appear."""
     created: list[str] = field(default_factory=list)
     """Names of all children that were ever created, in order."""
     requested_gpus: dict[str, int] = field(default_factory=dict)
@@ -197,7 +204,12 @@ class SimulatedCluster:
         observed = observed_run(self.status, self.deleting, finalizers, **self.spec)
         named = {step.name: step.child.name for step in self.status.running if step.child is not None}
         children = ObservedChildren(
-            {step: ChildObservation(self.children.get(name)) for step, name in named.items()},
+            {
+                step: ChildObservation(
+                    self.children.get(name), may_appear=name in self._may_appear() - self.children.keys()
+                )
+                for step, name in named.items()
+            },
             self.backend_missing,
             self.clear_job,
         )
@@ -205,6 +217,9 @@ class SimulatedCluster:
         timers = self.timers.observe(observed, children, readings, SETTINGS, self.now)
         decision = self._decision(observed)
         return plan(observed, children, readings, decision, SETTINGS, self.now, timers)
+
+    def _may_appear(self) -> set[str]:
+        return self.may_appear | {name for name, _ in self.late}
 
     def _decision(self, observed: ObservedRun) -> Decision | None:
         """What admission passes to plan(): a run that does not wait yet only hears that it never fits."""
@@ -223,8 +238,19 @@ class SimulatedCluster:
         decided = self.plan()
         self.status = Status.model_validate(decided.status.dump())
         for action in decided.actions[:crash_after]:
-            self._execute(action)
+            if isinstance(action, CreateChild) and self.unanswered():
+                child = self.step(action.step).child
+                assert child is not None
+                self.late.append((child.name, action))
+            else:
+                self._execute(action)
         return decided
+
+    def deliver(self, carried_out: bool) -> None:
+        """Carry out the oldest request without an answer, or see that it cannot be carried out any more."""
+        _, action = self.late.pop(0)
+        if carried_out:
+            self._execute(action)
 
     def reconcile_repeatedly(self, times: int = 5) -> Plan:
         """Reconcile several times, as watch events make the operator do. Returns the last plan."""
@@ -316,6 +342,8 @@ class SimulatedCluster:
             case DeleteChild(ref):
                 if self.clear_job.child is not None and ref.name == self.clear_job.child.name:
                     self.clear_job = ChildObservation()
+                    return
+                if ref.uid is None and ref.name in self._may_appear():
                     return
                 child = self.children.get(ref.name)
                 if child is not None and child.alive and ref.uid in (None, child.uid):

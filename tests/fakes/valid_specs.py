@@ -132,11 +132,18 @@ VALID: dict[str, Changes] = {
         "spec.stages": [ONPOLICY],
     },
     "early stop with its defaults": {"spec.stages.0.stop": {}},
-    "early stop by validity in each kind": {
+    "early stop by validity in each kind that measures it": {
         "spec.stages": [
-            {**stage, "stop": {"minValidity": 0.95}}
-            for stage in (*MINIMAL["spec"]["stages"], RESCORED, FORCED, ONPOLICY)
+            *(
+                {**stage, "stop": {"minValidity": 0.95}}
+                for stage in (*MINIMAL["spec"]["stages"], RESCORED, ONPOLICY)
+            ),
+            {**FORCED, "stop": {"minValidity": 0}},
         ],
+    },
+    "early stop by validity of rollouts without completions": {
+        "spec.stages": [{**ONPOLICY, "stop": {"minValidity": 0.95}}],
+        "spec.evaluation.completions": 0,
     },
     "a part of each object of each kind": {
         "spec.stages": [

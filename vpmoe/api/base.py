@@ -46,7 +46,11 @@ class Rule:
     `item` is the model."""
     at_apply: bool = False
     """Whether a stored run may break it, because the rule is newer than the fields: such a run goes on. The
-    API server does not check it again either, as long as the field stays as it is."""
+    API server does not check it again either, as long as the object with the rule stays as it is."""
+    unchanged: tuple[str, ...] = ()
+    """Fields that the API server compares with what is stored, and checks the rule only if one differs. For
+    `at_apply` rules of spec: a stored run that breaks one could otherwise not be suspended, which changes
+    another field of spec. The fields must be required or have defaults."""
 
     def problems(self, model: BaseModel) -> list[str]:
         """The messages of all violations in `model`."""
@@ -58,17 +62,22 @@ class Rule:
             if terms is not None
         ]
 
-    def validation(self) -> dict[str, str]:
+    def validation(self) -> dict[str, str | bool]:
         """The rule as an entry of x-kubernetes-validations."""
         holds, message = self.cel, cel_format(self.message, self.terms)
         if self.each:
             holds = f"self.{self.each}.all(s, {self.cel})"
             message = f"self.{self.each}.filter(s, !({self.cel})).map(s, {message})[0]"
-        entry = (
+        if self.unchanged:
+            same = " && ".join(f"oldSelf.value().{name} == self.{name}" for name in self.unchanged)
+            holds = f"(oldSelf.hasValue() && {same}) || ({holds})"
+        entry: dict[str, str | bool] = (
             {"rule": holds, "messageExpression": message}
             if self.terms
             else {"rule": holds, "message": self.message}
         )
+        if self.unchanged:
+            entry["optionalOldSelf"] = True  # without it the rule would not be checked of a new run
         return {**entry, "fieldPath": f".{self.path}"} if self.path else entry
 
 

@@ -65,8 +65,7 @@ FIXED = (
     "with another name, or delete this run first."
 )
 SUSPEND_FIRST = (
-    "cannot change while the run is alive: only "
-    f"{_and(f'runtime.{field}' for field in MUTABLE_RUNTIME)} can. "
+    f"cannot change while the run is alive: only {_and(MUTABLE_RUNTIME)} can. "
     "Set spec.suspend to true, wait for phase Suspended, change it, and set spec.suspend to false."
 )
 

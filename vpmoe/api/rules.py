@@ -174,6 +174,14 @@ def _not_measured(spec: SpecFields, stage: StageFields) -> dict[str, object] | N
     )
 
 
+def _no_validity(spec: SpecFields, stage: StageFields) -> dict[str, object] | None:
+    return (
+        {"stage": stage.name, "validity": stage.min_validity}
+        if stage.needs_measured_validity and spec.evaluation.completions == 0
+        else None
+    )
+
+
 def _too_little_memory(spec: SpecFields, stage: StageFields) -> dict[str, object] | None:
     memory, world = spec.runtime.gpu_memory, ranks(spec.student, stage)
     if memory is None or world < 1:
@@ -362,6 +370,18 @@ RULES = (
         broken=_nothing_held_out,
         terms=_STAGE,
         each="stages",
+    ),
+    Rule(
+        "stages",
+        "stage {stage}: stop.minValidity {validity} is not measured if evaluation.completions is 0. Raise "
+        "evaluation.completions, or set stop.minValidity to 0.",
+        cel="s.kind in ['TeacherForced', 'OnPolicy'] || !has(s.stop) || s.stop.minValidity == 0.0 "
+        "|| self.evaluation.completions > 0",
+        broken=_no_validity,
+        terms={**_STAGE, "validity": "s.stop.minValidity"},
+        each="stages",
+        at_apply=True,
+        unchanged=("stages", "evaluation"),
     ),
     Rule(
         "teacher.gpus",

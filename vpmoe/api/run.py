@@ -241,6 +241,12 @@ class DistillRun(ApiModel):
         )
 
     @property
+    def optional_steps(self) -> tuple[str, ...]:
+        """Names of the steps that spec.runtime adds or leaves out, also after the run has started: the
+        reports."""
+        return tuple(f"{stage.name}-{REPORT}" for stage in self.spec.stages)
+
+    @property
     def _exports(self) -> tuple[str, ...]:
         stages = self.spec.stages
         return tuple(f"{stage.name}-{EXPORT}" for stage in stages if stage.name in self.spec.export.stages)
@@ -337,12 +343,22 @@ class DistillRun(ApiModel):
 
 def load_run(path: str | Path) -> DistillRun:
     """The run in a YAML or JSON file. Raises Invalid, which lists every problem, or OSError if the file is
-    unreadable."""
+    unreadable.
+
+    One with a uid comes from a cluster, as the file that the operator gives to jobs: the cluster has accepted
+    it, perhaps by the rules of an earlier version.
+    """
     with Path(path).open("rb") as file:
         content = file.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:
         raise Invalid([f"is larger than {MOST_BYTES} bytes, the most that a cluster stores"], str(path))
     try:
-        return DistillRun.parse(read_yaml(content.decode()), source=str(path))
+        written = read_yaml(content.decode())
+        return DistillRun.parse(written, source=str(path), stored=_has_uid(written))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise Invalid([f"is not YAML: {error}"], str(path)) from None
+
+
+def _has_uid(written: Any) -> bool:
+    metadata = written.get("metadata") if isinstance(written, dict) else None
+    return isinstance(metadata, dict) and metadata.get("uid") is not None

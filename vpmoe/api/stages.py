@@ -69,9 +69,9 @@ class Stop(ApiModel):
     """Share of valid Harmony completions, between 0 and 1, that must be reached before the stage can end
     early. Higher ends the stage later; 0 requires nothing. In OnPolicy it is that of the rollouts since the
     evaluation before. In Vanilla and Rescored it is that of the newest checkpoint that the step
-    <stage>-validity has measured, with evaluation.completions samples, on a GPU of the teacher. It is not
-    measured while a TeacherForced stage trains, or if evaluation.completions is 0: then a stage with a value
-    above 0 never ends early and uses all its tokens."""
+    <stage>-validity has measured, with evaluation.completions samples, on a GPU of the teacher. Where nothing
+    measures it, it must be 0: in TeacherForced, and in any kind but OnPolicy if evaluation.completions
+    is 0."""
 
 
 class StageFields(ApiModel):
@@ -105,11 +105,15 @@ class StageFields(ApiModel):
         return 0
 
     @property
+    def min_validity(self) -> float:
+        """Validity that the stage must have reached before it can end early; 0 without stop."""
+        return self.stop.min_validity if self.stop is not None else 0.0
+
+    @property
     def needs_measured_validity(self) -> bool:
         """Whether its stop needs a validity that only a step beside it can measure, on a GPU of the teacher:
         it does not sample, and the teacher does not run beside it."""
-        required = self.stop is not None and self.stop.min_validity > 0
-        return required and not self.samples and not self.runs_teacher
+        return self.min_validity > 0 and not self.samples and not self.runs_teacher
 
     @property
     def scored_subset(self) -> "Subset | None":
@@ -255,6 +259,19 @@ class TeacherForced(StageFields):
     """As in Vanilla."""
     loss: LossWeights = LossWeights()
     """Weights of the three terms of the loss."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        *StageFields.rules,
+        Rule(
+            "stop.minValidity",
+            "{validity} is not measured while a TeacherForced stage trains. Set it to 0: then stop looks at "
+            "the held-out loss alone.",
+            cel="!has(self.stop) || self.stop.minValidity == 0.0",
+            broken=lambda stage, _: {"validity": stage.min_validity} if stage.min_validity else None,
+            terms={"validity": "self.stop.minValidity"},
+            at_apply=True,
+        ),
+    )
 
 
 class Require(ApiModel):

@@ -27,7 +27,7 @@ from vpmoe.api.card import GIB
 from vpmoe.api.memory import StudentSize
 from vpmoe.data.tokenizer import Ids
 from vpmoe.data.vocabulary import STOP_IDS
-from vpmoe.failure import Permanent
+from vpmoe.failure import Permanent, Retriable
 from vpmoe.inference.engine_pool import Completion, SamplingRequest
 from vpmoe.inference.request_queue import admitted
 from vpmoe.inference.vllm_options import (
@@ -36,8 +36,10 @@ from vpmoe.inference.vllm_options import (
     Device,
     check_attention,
     check_device,
+    cpu_memory_error,
     engine_options,
     gpu_sampling_options,
+    is_about_memory,
     prepare_environment,
     prompt_logp,
     scoring_params,
@@ -282,17 +284,28 @@ class StudentEngine:
         # generator has no offset to rewind. So there a step holds a whole prompt.
         chunked = self.device == "cuda"
         step_tokens = STEP_TOKENS["cuda"] if chunked else max(STEP_TOKENS["cpu"], self.max_length)
-        llm = vllm.LLM(
-            str(folder),
-            **engine_options(dtype, self.max_length)
-            | {
-                "max_num_batched_tokens": step_tokens,
-                "enable_chunked_prefill": chunked,
-                "max_num_seqs": MAX_SEQUENCES[self.device],
-            }
-            | self._device_options(engines)
-            | options,
-        )
+        device_options = self._device_options(engines)
+        try:
+            llm = vllm.LLM(
+                str(folder),
+                **engine_options(dtype, self.max_length)
+                | {
+                    "max_num_batched_tokens": step_tokens,
+                    "enable_chunked_prefill": chunked,
+                    "max_num_seqs": MAX_SEQUENCES[self.device],
+                }
+                | device_options
+                | options,
+            )
+        except ValueError as error:
+            if not is_about_memory(error):
+                raise
+            if self.device == "cpu":
+                raise cpu_memory_error(error, "the student", "training.sequenceLength") from error
+            raise Retriable(
+                f"the student does not fit on this pod's GPU (stages[].sampler.gpus) now: {error} See that "
+                "no other process uses the GPU."
+            ) from error
         check_attention(llm, "the student")
         return llm
 

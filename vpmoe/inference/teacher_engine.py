@@ -22,7 +22,9 @@ from vpmoe.inference.vllm_options import (
     Device,
     check_attention,
     check_device,
+    cpu_memory_error,
     engine_options,
+    is_about_memory,
     prepare_environment,
     token_batches,
 )
@@ -171,7 +173,7 @@ def load_vllm(
     """vLLM with the model in `directory`, which computes a forward of `tokens` tokens to see that it fits.
 
     `register` says as which class vLLM loads GPT-OSS in this process. `options`: of vllm.LLM, in place of the
-    teacher's. Raises Permanent if it does not.
+    teacher's. Raises Permanent if it does not; on the CPU also Retriable (`cpu_memory_error`).
     """
     import torch
     import vllm
@@ -194,8 +196,10 @@ def load_vllm(
             | options,
         )
     except (torch.OutOfMemoryError, ValueError) as error:
-        if isinstance(error, ValueError) and "memory" not in str(error):
-            raise  # vLLM has no error of its own for a cache that does not fit
+        if isinstance(error, ValueError) and not is_about_memory(error):
+            raise
+        if device == "cpu":
+            raise cpu_memory_error(error, "the teacher (teacher.model)", "dataset.maxLength") from error
         raise Permanent(
             f"teacher.model: the model and a forward of {tokens} tokens do not fit on this pod's GPU "
             f"(spec.teacher.gpus): {error} Use GPUs with more memory or a smaller teacher, and see that no "

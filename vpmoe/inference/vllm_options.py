@@ -7,6 +7,7 @@ neither vLLM nor torch before `prepare_environment` has run.
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vpmoe.data.tokenizer import Ids
-from vpmoe.failure import Permanent
+from vpmoe.failure import Permanent, Retriable
 from vpmoe.plan import sampling
 from vpmoe.process.memory import keep_freed_memory
 from vpmoe.storage.scratch import shared_folder
@@ -39,8 +40,10 @@ GRAPH_SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 256, 32), *range(256, sampl
 """Numbers of sequences for which a decoding step is captured as a CUDA graph. A step is padded to the next
 one, by at most a third from 24 on."""
 
+CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
+"""The variable with the size of the key-value cache on the CPU, in GiB."""
 CPU_CACHE_GIB = "1"
-"""Size of the key-value cache on the CPU."""
+"""Its value if it is not set."""
 
 
 def prepare_environment() -> None:
@@ -55,7 +58,7 @@ def prepare_environment() -> None:
         "VLLM_CONFIGURE_LOGGING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_CPU_KVCACHE_SPACE": CPU_CACHE_GIB,
+        CPU_CACHE: CPU_CACHE_GIB,
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CACHE_ROOT": str(shared_folder("vllm")),
         "VLLM_CONFIG_ROOT": str(shared_folder("vllm")),
@@ -81,7 +84,8 @@ def check_device(owner: str, field: str) -> Device:
     "cuda".
 
     `owner` and `field`, for the error: which process needs the GPU, and the field of the run that gives it
-    one. Raises Permanent if vLLM is not installed or not built for CUDA, or if there is no GPU.
+    one. Raises Permanent if vLLM is not installed or not built for CUDA, if there is no GPU, or if
+    VLLM_CPU_KVCACHE_SPACE is no size.
     """
     import torch
 
@@ -93,6 +97,12 @@ def check_device(owner: str, field: str) -> Device:
             "extra inference-cuda or inference-cpu."
         ) from error
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        size = os.environ.get(CPU_CACHE, CPU_CACHE_GIB)
+        if not re.fullmatch(r"[1-9][0-9]{0,8}", size):
+            raise Permanent(
+                f"{CPU_CACHE} is {size!r}, and must be a whole number of GiB, at least 1. Correct it in "
+                f"runtime.env, or remove it: then it is {CPU_CACHE_GIB}."
+            )
         return "cpu"
     if not torch.cuda.device_count():
         raise Permanent(
@@ -145,6 +155,31 @@ def gpu_sampling_options(cache: int) -> dict[str, Any]:
         },
         "hf_overrides": {"head_dtype": "float32"},
     }
+
+
+def is_about_memory(error: ValueError) -> bool:
+    """Whether it is how vLLM says that something does not fit, for which it has no error of its own."""
+    return "memory" in str(error)
+
+
+def cpu_memory_error(error: Exception, owner: str, longest: str) -> Exception:
+    """What to raise for such an error on the CPU, with the field to change.
+
+    `owner`: the model that vLLM was to load; `longest`: the field that bounds its sequences. Permanent if the
+    cache is too small for one sequence; Retriable if the memory is for the cache: as `classify_error` says of
+    every lack of memory, other processes of the node may use it.
+    """
+    cache = f"vLLM's cache on the CPU has {os.environ[CPU_CACHE]} GiB ({CPU_CACHE})"
+    why = str(error).partition(". ")[0]  # after it vLLM names options of its own
+    if "max seq len" in why:
+        return Permanent(
+            f"{cache}, too little for one sequence of {owner}: {why}. Raise {CPU_CACHE} in runtime.env and "
+            f"the memory in runtime.resources of this role, or lower {longest}."
+        )
+    return Retriable(
+        f"out of memory: {cache}, for which there is no room beside {owner}: {why}. Raise the memory in "
+        f"runtime.resources of this role, or lower {CPU_CACHE} in runtime.env."
+    )
 
 
 def check_attention(llm: Any, owner: str) -> None:

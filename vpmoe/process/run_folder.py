@@ -42,7 +42,7 @@ def open_run(url: str, store: StorageSpec | None = None) -> tuple[DistillRun, Bu
     if isinstance(stored, dict) and isinstance(stored.get("metadata"), dict):
         # Of a run that was started by hand, an older version may have computed another hash.
         stored["metadata"].setdefault("uid", found["uid8"])
-    run = DistillRun.parse(stored, source=bucket.url(run_json))
+    run = DistillRun.parse(stored, source=bucket.url(run_json), stored=True)
     if run.folder != found["folder"]:
         raise Permanent(
             f"{bucket.url(run_json)} is of the run {run.identity}. It was copied: use that run's folder."

@@ -27,8 +27,10 @@ SOURCE = Path(__file__).parent / "shifted_clock.c"
 
 def serve() -> None:
     """Fork for each line of stdin. Reports on stdout: `started PID`, and `ended PID STATUS`."""
+    from distill_operator import executor
     from distill_operator.__main__ import main
 
+    executor.UNANSWERED_SECONDS = 3.0  # the proxy carries out no request that much later
     gc.freeze()  # less is copied
     parent = os.getpid()
 

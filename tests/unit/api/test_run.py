@@ -128,7 +128,7 @@ def test_validity_is_measured_on_a_gpu_of_the_teacher_beside_a_stage_that_needs_
             "name": kind.lower(),
             "kind": kind,
             "tokens": 1000,
-            "stop": {"minValidity": 0.5},
+            "stop": {"minValidity": 0 if kind == "TeacherForced" else 0.5},
             **REQUIRED_OF_KIND.get(kind, {}),
         }
         for kind in kinds
@@ -667,13 +667,29 @@ NEW_RULES = {
     name: bad.changes
     for name, bad in invalid_specs.INVALID.items()
     if name
-    in ("HF_TOKEN in plain text", "a proxy with a password", "a resource that is none", "half a device")
+    in (
+        "HF_TOKEN in plain text",
+        "a proxy with a password",
+        "a resource that is none",
+        "half a device",
+        "a validity that a TeacherForced stage cannot measure",
+        "a validity that no step measures",
+    )
 }
 
 
 @pytest.mark.parametrize("name", NEW_RULES)
-def test_a_stored_run_goes_on_that_a_later_rule_would_reject(name: str) -> None:
-    assert DistillRun.parse(valid_specs.manifest(NEW_RULES[name]), stored=True).spec.runtime
+def test_a_stored_run_goes_on_that_a_later_rule_would_reject(name: str, tmp_path: Path) -> None:
+    """Its pods too: their file is the operator's, which has the uid. A file without one is a new run."""
+    written = valid_specs.manifest(NEW_RULES[name])
+    run = DistillRun.parse(written, stored=True)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(written))
+    with pytest.raises(Invalid):
+        load_run(file)
+    written["metadata"]["uid"] = "0a1b2c3d-0000-4000-8000-000000000001"
+    file.write_text(yaml.safe_dump(written))
+    assert load_run(file).spec == run.spec
 
 
 def test_a_stored_run_is_rejected_for_what_every_version_rejects() -> None:

@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +37,10 @@ from vpmoe.checkpoint.safetensors_header import INDEX
 from vpmoe.data.harmony import Renderer, SystemMessage
 from vpmoe.data.tokenizer import Tokenizer
 from vpmoe.data.vocabulary import STOP_IDS
-from vpmoe.failure import Permanent
+from vpmoe.failure import Permanent, Retriable
 from vpmoe.inference import hf_model, weight_reader
 from vpmoe.inference.engine_pool import EnginePool, SamplingRequest
-from vpmoe.inference.vllm_options import check_attention
+from vpmoe.inference.vllm_options import CPU_CACHE, check_attention, check_device, cpu_memory_error
 from vpmoe.model import hf_export, state
 from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
@@ -277,6 +278,45 @@ def save_indexed(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     save_file(tensors, folder / "model-00001-of-00001.safetensors")
     weight_map = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_memory_that_is_too_small_for_vllms_cache_is_no_internal_error(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of 10 TiB stands for a pod's memory limit: vLLM compares the two in the same place."""
+    monkeypatch.setenv(CPU_CACHE, "10240")
+    with EnginePool(1, "tiny", 64) as engines, pytest.raises(Retriable) as caught:
+        engines.load(exported)
+    message = str(caught.value)
+    assert message.startswith("engine 0: out of memory: vLLM's cache on the CPU has 10240 GiB")
+    assert "no room beside the student: Available memory on node " in message
+    assert message.endswith(
+        "Raise the memory in runtime.resources of this role, or lower VLLM_CPU_KVCACHE_SPACE in runtime.env."
+    )
+
+
+def test_a_cache_that_is_too_small_for_a_sequence_names_the_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the words of vLLM's source: a model whose cache of one sequence has over 1 GiB loads too long."""
+    monkeypatch.setenv(CPU_CACHE, "1")
+    words = "To serve at least one request with the model's max seq len "
+    (folder,) = find_spec("vllm").submodule_search_locations  # type: ignore[union-attr, misc]
+    assert words in (Path(folder) / "v1/core/kv_cache_utils.py").read_text()
+    rest = (
+        "(9000), (1.5 GiB KV cache is needed, which is larger than the available KV cache memory (1.0 GiB). "
+    )
+    error = cpu_memory_error(
+        ValueError(f"{words}{rest}Try increasing `gpu_memory_utilization`"), "the student", "a.field"
+    )
+    assert isinstance(error, Permanent) and "gpu_memory_utilization" not in str(error)
+    assert "Raise VLLM_CPU_KVCACHE_SPACE in runtime.env" in str(error) and "lower a.field" in str(error)
+
+
+@pytest.mark.parametrize("size", ["", "0", "1.5", "-1", "1GiB"])
+def test_a_size_of_the_cache_that_is_none_is_rejected(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv(CPU_CACHE, size)
+    with pytest.raises(Permanent, match=f"^VLLM_CPU_KVCACHE_SPACE is '{size}', and must be a whole number"):
+        check_device("the sampler", "stages[].sampler.gpus")
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "misshapen"])

@@ -185,6 +185,19 @@ def test_a_run_that_is_to_keep_its_folder_after_all_stops_the_job() -> None:
     assert cluster.plan().actions == (SetFinalizer(False),)
 
 
+def test_a_run_that_is_to_keep_its_folder_waits_for_a_job_that_may_still_appear() -> None:
+    """Nobody owns the Job: it would delete the folder when the run is gone."""
+    cluster = deleted_run()
+    cluster.reconcile()
+    cluster.spec["deletionPolicy"] = "Retain"
+    cluster.clear_job = ChildObservation(may_appear=True)
+    decided = cluster.plan()
+    assert (decided.actions, decided.poll) == ((), True)
+    assert "deletionPolicy is Retain now" in decided.status.message
+    cluster.clear_job = ChildObservation()
+    assert cluster.plan().actions == (SetFinalizer(False),)
+
+
 def test_a_job_that_is_rejected_is_tried_again_until_its_time_is_over() -> None:
     cluster = deleted_run()
     cluster.clear_job = ChildObservation(create_error="403 exceeded quota: none")
@@ -352,13 +365,20 @@ def test_a_rejection_of_the_job_is_known_to_the_next_reconcile(
     executor = ActionExecutor(api, SETTINGS)
     with pytest.raises(KubeError):
         asyncio.run(executor.execute(ClearBucket(), observed(cluster), cluster.status, manifest()))
-    found = executor.add_clear_errors(("team", "first"), ChildObservation())
-    assert (found.create_error, found.namespace_ends) == (create_error, namespace_ends)
+    run = observed(cluster).run
+    assert run is not None
+    found = executor.add_clear_errors(("team", "first"), run, ChildObservation())
+    assert (found.create_error, found.namespace_ends, found.may_appear) == (
+        create_error,
+        namespace_ends,
+        False,
+    )
     api.error = None
     asyncio.run(executor.execute(ClearBucket(), observed(cluster), cluster.status, manifest()))
-    assert executor.add_clear_errors(("team", "first"), ChildObservation()).create_error == ""
+    assert executor.add_clear_errors(("team", "first"), run, ChildObservation()).create_error == ""
     executor.forget(("team", "first"))
-    assert executor.add_clear_errors(("team", "first"), ChildObservation()) == ChildObservation()
+    found = executor.add_clear_errors(("team", "first"), run, ChildObservation())
+    assert found == ChildObservation(may_appear=True), "another process may have requested it"
 
 
 def test_creating_the_job_may_be_repeated() -> None:

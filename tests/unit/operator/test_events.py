@@ -24,6 +24,7 @@ from tests.fakes.simulated_cluster import (
     onpolicy_run,
     progress,
     rescoring_run,
+    training_run,
     waiting_run,
 )
 from vpmoe.api import labels
@@ -102,6 +103,38 @@ def test_a_run_that_is_no_longer_stalled_has_an_event() -> None:
     cluster.reconcile()
     cluster.backend_missing = False
     assert reasons(cluster) == ["StepStarted", "StallCleared"]
+
+
+def test_a_stalled_run_that_fails_is_not_said_to_be_no_longer_stalled() -> None:
+    cluster = training_run(runtime={"stalledAfter": "10m", "attempts": 1})
+    cluster.advance(600)
+    assert reasons(cluster) == ["NoProgress"]
+    cluster.set_child_state("Failed", Failure("Error", "exit 1"))
+    assert reasons(cluster) == ["StepFailed", "RunFailed"]
+    stalled = cluster.status.condition("Stalled")
+    assert stalled is not None and stalled.status == "False"
+
+
+def test_each_step_that_stalls_a_run_is_an_event_and_further_attempts_of_it_are_none() -> None:
+    cluster = rescoring_run(runtime={"stalledAfter": "10m", "attempts": 9})
+    cluster.set_child_state("Waiting", step="rescore", message="pod x cannot be scheduled: 0/1 nodes")
+    cluster.reconcile()
+    cluster.advance(300)
+    cluster.set_progress(progress("vanilla", done=100))
+    cluster.reconcile()
+    cluster.advance(300)
+    assert reasons(cluster) == ["PodPending"], "rescore"
+    cluster.set_child_state("Failed", Failure("Error", "exit 1"), step="rescore")
+    assert reasons(cluster) == ["StepRetrying"], "it is Stalled for another reason, but not anew"
+    cluster.advance(300)
+    before = cluster.status
+    events = events_between(before, cluster.reconcile().status)
+    stalled = cluster.status.condition("Stalled")
+    assert stalled is not None and stalled.message.startswith("vanilla has made no progress")
+    assert ("Warning", "NoProgress", stalled.message) in [(e.type, e.reason, e.message) for e in events]
+    assert "NoProgress" not in reasons(cluster)
+    cluster.backend_missing = True
+    assert "KubeflowMissing" in reasons(cluster)
 
 
 def test_each_adjustment_of_a_setting_is_an_event() -> None:

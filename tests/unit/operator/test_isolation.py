@@ -357,6 +357,22 @@ def test_a_child_that_has_finished_since_the_list_is_no_orphan() -> None:
     assert world.jobs() == ["quick-x-a1"]
 
 
+@pytest.mark.parametrize("edited", [False, True])
+def test_an_expired_run_is_deleted_unless_somebody_edits_it_at_the_same_time(edited: bool) -> None:
+    world = World()
+    done = {**RUNNING, "phase": "Succeeded", "finished": "2026-01-01T00:00:00Z"}
+    world.add("old", spec=manifest(ttlAfterFinished="1s")["spec"], status=done)
+
+    def edit(method: str, path: str) -> None:
+        if method == "DELETE" and path.endswith("/old") and edited:
+            run = world.run("old")
+            world.api.add(DISTILLRUN, {**run, "spec": {**run["spec"], "ttlAfterFinished": "7d"}})
+
+    world.api.fault = edit
+    world.reconcile("old")
+    assert (DISTILLRUN.path("team", "old") in world.api.objects) == edited
+
+
 # Exceptions of any kind.
 
 EXCEPTIONS: list[BaseException] = [

@@ -390,9 +390,10 @@ def test_a_stage_ends_early_if_its_evaluations_improve_too_little(
     )
 
 
-def test_a_stage_that_does_not_measure_the_required_validity_uses_all_its_tokens(
+def test_a_stage_whose_required_validity_is_never_measured_uses_all_its_tokens(
     make_trainer: MakeTrainer, bucket: Bucket, spec: dict[str, Any]
 ) -> None:
+    spec["spec"]["evaluation"] |= {"completions": 6}
     spec["spec"]["stages"][0]["stop"] = {"evaluations": 1, "minImprovement": 0.9, "minValidity": 0.01}
     trainer = make_trainer(RecordingReporter())
     trainer.run()
