@@ -53,8 +53,8 @@ HOST_MEMORY = 32
 HELD_VERSIONS = 2
 """Policy versions whose weights are kept beside those that waiting windows are sampled from: the one that is
 sampled from and the one that is uploaded."""
-DIVISIONS = 200
-"""Divisions of an OnPolicy stage's GPUs that are looked at, at most: all of up to 21 GPUs. Of more, those
+DIVISIONS = 128
+"""Divisions of an OnPolicy stage's GPUs that are looked at, at most: all of up to 17 GPUs. Of more, those
 whose slowest role is fastest."""
 
 
@@ -499,11 +499,11 @@ class _Planner:
         if times is None:
             return
         now = self._simulated(self.spec, stage, times)
-        volume = "" if times.volume is None else f"on the volume after {times.volume:.1f} s, "
+        volume = "" if times.volume is None else f"on the volume after {times.volume:.3g} s, "
         self._note(
             f"{stage.name}: simulated, because its roles wait for each other. Training waits "
-            f"{times.copy:.1f} s for a policy version, which is {volume}in the bucket after "
-            f"{times.publish:.1f} s and in the sampler's engines {times.load:.1f} s after it is there"
+            f"{times.copy:.3g} s for a policy version, which is {volume}in the bucket after "
+            f"{times.publish:.3g} s and in the sampler's engines {times.load:.3g} s after it is there"
         )
         waits, pressure = 1 - now.shares()["train"], stage.back_pressure
         if waits > pressure.waiting:

@@ -35,8 +35,8 @@ above (data/packing.py)."""
 POLL = 1.0
 """Seconds between two checks of a role for an object in the bucket. Half of it is lost at each, on
 average."""
-WINDOWS = (128, 384)
-"""A stage of many more windows is simulated with as many of its tokens as make the first and the second
+BATCHES = (64, 192)
+"""A stage of many more versions is simulated with as many of its tokens as make the first and the second
 number, and continued by the difference between the two, which has no start in it."""
 REQUESTS = 2048
 """Completions of a batch that are simulated. Of more, every n-th is, in an n-th of the engines' places."""
@@ -223,11 +223,11 @@ def score_parts(
 
 def stage_time(spec: Spec, stage: OnPolicy, lengths: Lengths, times: RoleTimes) -> StageTime:
     """The time of a stage with the GPUs of `spec` and of its sampler. Of a long stage, two shortened ones are
-    simulated (WINDOWS)."""
-    windows = rollout_totals(spec, stage, lengths.prompt, lengths.completion).windows
-    if windows <= 2 * max(WINDOWS):
+    simulated (BATCHES)."""
+    versions = rollout_totals(spec, stage, lengths.prompt, lengths.completion).versions
+    if versions <= 2 * max(BATCHES):
         return simulate(spec, stage, lengths, times, stage.tokens)
-    few, many = (simulate(spec, stage, lengths, times, stage.tokens * each / windows) for each in WINDOWS)
+    few, many = (simulate(spec, stage, lengths, times, stage.tokens * each / versions) for each in BATCHES)
     return many.continued(few, stage.tokens)
 
 
