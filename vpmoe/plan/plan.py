@@ -252,8 +252,8 @@ class _Planner:
         found = {name: self.assumed.completion.get(name, -(-getattr(allowed, name) // 2)) for name in EFFORTS}
         lengths = ", ".join(f"{name} {tokens:,}" for name, tokens in found.items())
         self._note(
-            f"{stage.name}: prompts of {self.assumed.prompt:,} tokens, completions of {lengths}, and one in "
-            f"{1 / RUNAWAY:.0f} as long as it may be, assumed"
+            f"{stage.name}: prompts of {self.assumed.prompt:,} tokens, completions of {lengths} on average, "
+            f"one in {1 / RUNAWAY:.0f} as long as it may be, assumed"
         )
         return Lengths(self.assumed.prompt, found)
 

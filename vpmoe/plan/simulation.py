@@ -51,7 +51,7 @@ class Lengths:
 
     prompt: int
     completion: Mapping[str, int]
-    """Mean of those that end by themselves, by effort."""
+    """Mean by effort, of all."""
     spread: float = SPREAD
     runaway: float = RUNAWAY
 
@@ -134,8 +134,7 @@ class Requests(NamedTuple):
     prompt: int
     """Tokens of each prompt."""
     efforts: tuple[tuple[float, int, int], ...]
-    """Of each effort its share, and of its completions the mean of those that end by themselves and the
-    limit."""
+    """Of each effort its share, and the mean and the limit of its completions."""
     spread: float
     runaway: float
 
@@ -152,12 +151,30 @@ class SampledBatch(NamedTuple):
     after the last one comes with the windows."""
 
 
+def log_center(mean: float, limit: int, spread: float, runaway: float) -> float:
+    """Mean of the logarithm of lengths that, cut at `limit`, have the mean `mean` together with a share of
+    `runaway` that has the limit. Those of a mean that cannot be have one token, or the limit."""
+    low, high = 0.0, math.log(limit) + 6 * spread
+    while high - low > 1e-6:
+        center = (low + high) / 2
+        below = NormalDist(center, spread).cdf(math.log(limit))
+        # E[length; length < limit] of a log-normal distribution.
+        shorter = math.exp(center + spread**2 / 2) * NormalDist(center + spread**2, spread).cdf(
+            math.log(limit)
+        )
+        if runaway * limit + (1 - runaway) * (shorter + (1 - below) * limit) < mean:
+            low = center
+        else:
+            high = center
+    return high
+
+
 @lru_cache(256)
 def completions(requests: Requests) -> tuple[int, ...]:
     """Tokens of each completion, in the order of the sampler's queue: the longest limits first
     (inference/request_queue.py).
 
-    Log-normal around the mean of the effort; a share of `runaway` grows until the limit. Multiples of the
+    Log-normal, but a share of `runaway` and what would be longer grow until the limit. Multiples of the
     golden ratio spread both evenly over any stretch of the queue.
     """
     ends = 1 - requests.runaway
@@ -165,7 +182,7 @@ def completions(requests: Requests) -> tuple[int, ...]:
     reached = 0.0
     for share, mean, limit in sorted(requests.efforts, key=lambda effort: effort[2], reverse=True):
         reached += share
-        lengths = NormalDist(math.log(mean) - requests.spread**2 / 2, requests.spread)
+        lengths = NormalDist(log_center(mean, limit, requests.spread, requests.runaway), requests.spread)
         for index in range(round(reached * requests.number) - len(found)):
             place = (index + 0.5) * GOLDEN % 1
             length = math.exp(lengths.inv_cdf(place / ends)) if place < ends else limit

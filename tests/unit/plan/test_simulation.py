@@ -24,6 +24,7 @@ from vpmoe.plan.simulation import (
     Requests,
     completions,
     levels,
+    log_center,
     sample_batch,
     simulate,
     stage_time,
@@ -185,7 +186,8 @@ MIXED = Requests(4096, 103, ((0.2, 300, 1024), (0.5, 700, 2048), (0.3, 1500, 409
 
 
 def test_completions_have_the_lengths_that_are_assumed_in_the_queue_s_order() -> None:
-    """Mean and standard deviation of the logarithm within 1 % and 2 % of those that end by themselves."""
+    """Means within 1 %, and the standard deviation of the logarithm within 2 % of those that end by
+    themselves."""
     lengths = completions(MIXED)
     limits = [4096] * round(0.3 * 4096) + [2048] * round(0.5 * 4096) + [1024] * round(0.2 * 4096)
     assert len(lengths) == len(limits) == 4096
@@ -195,8 +197,24 @@ def test_completions_have_the_lengths_that_are_assumed_in_the_queue_s_order() ->
         ended = [length for length in of_effort if length < limit]
         assert len(of_effort) == pytest.approx(share * 4096, abs=1)
         assert 1 - len(ended) / len(of_effort) == pytest.approx(0.01, abs=0.003)
-        assert np.mean(ended) == pytest.approx(mean, rel=0.01)
+        assert np.mean(of_effort) == pytest.approx(mean, rel=0.01)
         assert np.std(np.log(ended)) == pytest.approx(0.34, rel=0.02)
+
+
+@pytest.mark.parametrize("mean", [20, 300, 600, 900, 1000, 1024])
+def test_the_mean_is_of_all_completions_whatever_the_limit(mean: int) -> None:
+    """Of a log-normal distribution that is drawn, too: 0.5 % are three standard errors of 200,000 numbers."""
+    center = log_center(mean, 1024, 0.34, 0.01)
+    drawn = np.minimum(np.exp(np.random.default_rng(3).normal(center, 0.34, 200_000)), 1024)
+    assert 0.01 * 1024 + 0.99 * drawn.mean() == pytest.approx(mean, rel=0.005)
+    found = completions(Requests(2000, 0, ((1.0, mean, 1024),), 0.34, 0.01))
+    assert np.mean(found) == pytest.approx(mean, rel=0.02)
+
+
+@pytest.mark.parametrize("mean, length", [(5, 1), (5000, 1024)])
+def test_a_mean_that_cannot_be_is_the_nearest_one(mean: int, length: int) -> None:
+    found = completions(Requests(2000, 0, ((1.0, mean, 1024),), 0.34, 0.01))
+    assert sorted(found)[len(found) // 2] == length
 
 
 def test_seconds_of_a_batch_by_hand() -> None:
