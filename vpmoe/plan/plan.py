@@ -3,7 +3,7 @@ work."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from vpmoe.api.card import GIB
@@ -97,6 +97,8 @@ class StepPlan:
     """Part of `hours` in which training waits for checkpoints."""
     busy: Mapping[str, float] = field(default_factory=dict)
     """Of roles that wait for each other: the share of the hours without pauses in which each has work."""
+    step_to_sampling: float | None = None
+    """Of an OnPolicy stage: seconds from an optimizer step until the sampler can sample from its weights."""
 
 
 @dataclass(frozen=True)
@@ -411,7 +413,8 @@ class _Planner:
             if times is None:
                 return self._trained(stage, gpus, None, {})
             found = self._simulated(self.spec, stage, times)
-            return self._trained(stage, gpus, found.seconds, found.shares())
+            step = self._trained(stage, gpus, found.seconds, found.shares())
+            return replace(step, step_to_sampling=times.step_to_sampling)
         if self.run.measures_validity(stage):
             gpus |= {"evaluate": min(1, self.spec.teacher.gpus)}
         speed = self._speed("train")

@@ -23,7 +23,7 @@ from vpmoe.api.spec import Spec
 from vpmoe.api.stages import OnPolicy
 from vpmoe.plan.onpolicy import EFFORTS, RAMP, rollout_totals
 from vpmoe.plan.sampling import PART_SECONDS, SEQUENCES
-from vpmoe.plan.throughput import RoleTimes
+from vpmoe.plan.throughput import POLL, RoleTimes
 
 SPREAD = 0.34
 """Standard deviation of the logarithm of a completion's length at one effort, as in SYNTH's rows."""
@@ -32,9 +32,6 @@ RUNAWAY = 0.01
 PACKED = 0.98
 """Share of a sequence's positions that hold tokens when windows are packed: 0.975 to 0.985 with the lengths
 above (data/packing.py)."""
-POLL = 1.0
-"""Seconds between two checks of a role for an object in the bucket. Half of it is lost at each, on
-average."""
 BATCHES = (64, 192)
 """A stage of many more versions is simulated with as many of its tokens as make the first and the second
 number, and continued by the difference between the two, which has no start in it."""

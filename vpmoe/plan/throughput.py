@@ -157,6 +157,9 @@ SCRATCH_RATE = 1.2e9
 """Bytes a second of exporting a version to scratch disk, and of loading it into engines from there: an export
 by one thread, 1 × H100. Without a volume a version is exported and uploaded, then downloaded and loaded."""
 
+POLL = 1.0
+"""Seconds between two looks of a role for an object in the bucket. Half of it is lost at each, on average."""
+
 
 @dataclass(frozen=True)
 class RoleTimes:
@@ -185,6 +188,13 @@ class RoleTimes:
     load: float
     """The sampler fetches a version, from the volume if there is one, loads it into all engines and verifies
     it."""
+
+    @property
+    def step_to_sampling(self) -> float:
+        """From an optimizer step until its weights can be sampled from, with half of the time between two
+        looks for them in the bucket."""
+        found = self.publish + POLL / 2 if self.volume is None else self.volume
+        return self.copy + found + self.load
 
 
 def role_times(
