@@ -23,7 +23,8 @@ beside `vpmoe plan` for this run with the lengths that it had:
   MFU            6 operations a token and active parameter, beside the rate of a large product on that device
                  (benchmarks.step), without waits and without an attempt's first step
   between steps  where training waits for a checkpoint, and copies a policy version
-  from step to sampling: from the end of an optimizer step until the sampler samples from its weights
+  from step to sampling: from the end of an optimizer step until the sampler samples from its weights; to
+                 bucket: until the bucket has them
   GPUs           the share of the time in which a kernel ran, and the least free memory, read once a second
 At the end a table for docs/benchmarks.md, in which differences of more than a fifth are bold: measured
 without an attempt's first step, planned for a stage so long that its start does not count.
@@ -155,7 +156,7 @@ def run_recipe(given: argparse.Namespace, scratch: Path) -> int:
         STUDENTS[given.student] = shape.size()  # the plan's, if it has fewer layers
         options = [*plan_options(given, shape), "--gpu", given.card]
         Report(
-            run, bucket, given.placement, runner.spans, gpus, active_parameters(shape), rate, options
+            run, bucket, given.placement, runner.spans, gpus, active_parameters(shape), rate, options, objects
         ).print()
     return 0
 
@@ -171,7 +172,9 @@ def plan_options(given: argparse.Namespace, shape: Shape) -> list[str]:
             found = measured(work, given.student, given.card, ENGINES)
             if found is not None:
                 speeds.setdefault(work, found.tokens_per_second * scale)
-    options = [] if given.teacher == "tiny" else ["--teacher", given.teacher]
+    options = ["--gigabytes-per-second", str(given.gigabytes_per_second)]
+    if given.teacher != "tiny":
+        options += ["--teacher", given.teacher]
     for work, speed in speeds.items():
         options += [f"--{work}-tokens-per-second", str(speed)]
     return options
@@ -405,6 +408,13 @@ def arguments() -> argparse.Namespace:
         metavar="WORK=N",
         help=f"tokens a second of one GPU that the plan computes with, for {', '.join(WORK)} (default: as "
         "measured; with --layers, scaled by the parameters that a token is multiplied with)",
+    )
+    add(
+        "--gigabytes-per-second",
+        type=positive_number,
+        default=1.0,
+        metavar="N",
+        help="speed of the bucket that the plan computes with (default: 1)",
     )
     add("--card", choices=sorted(CARDS), default="h200-141", help="card of the plan (default: h200-141)")
     given = parser.parse_args()

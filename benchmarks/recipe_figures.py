@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.fakes.local_pods import Placement, Span, on_cpu
@@ -227,6 +228,8 @@ class Report:
     """Floating-point operations a second of one GPU in a large product."""
     plan_options: Sequence[str]
     """Of `vpmoe plan`, beside lengths."""
+    objects: Path
+    """Folder of the bucket's objects."""
     lines: dict[str, list[Line]] = field(default_factory=dict)
 
     def print(self) -> None:
@@ -309,8 +312,9 @@ class Report:
             yield Compared("sampler busy, %", _percent(sampler.busy), _percent(busy.get("sampler")))
             yield Compared("teacher busy, %", _percent(teacher.busy), _percent(busy.get("teacher")))
             found = self._step_to_sampling(stage, self.lines[f"{name}-sampler"]).values()
-            median = statistics.median(found) if found else None
-            yield Compared("from step to sampling, s", median, planned["stepToSampling"], 1)
+            yield Compared("from step to sampling, s", _median(found), planned["stepToSampling"], 1)
+            uploaded = self._step_to_bucket(stage).values()
+            yield Compared("from step to bucket, s", _median(uploaded), planned["stepToBucket"], 1)
         yield Compared(
             "between two steps, at most, s", max(trainer.pauses, default=None), checkpoints["pauseSeconds"], 1
         )
@@ -347,6 +351,18 @@ class Report:
             published = policy_version.find_version(self.bucket, self.run, stage.name, line["version"])
             if line["load"] and published and (step := published[1].steps) in ends:
                 found[int(line["version"])] = _time(line) - line["seconds"] - ends[step]
+        return found
+
+    def _step_to_bucket(self, stage: OnPolicy) -> dict[int, float]:
+        """By version: seconds from the end of the optimizer step that it has the weights of, until the bucket
+        had its manifest."""
+        ends = {line["step"]: _time(line) for line in self.lines[stage.name] if line["event"] == "step"}
+        found = {}
+        for version in {int(line["version"]) for line in self.lines[f"{stage.name}-sampler"]}:
+            published = policy_version.find_version(self.bucket, self.run, stage.name, version)
+            if published and (step := published[1].steps) in ends:
+                manifest = paths.manifest(paths.weights(self.run, stage.name, version))
+                found[version] = (self.objects / manifest).stat().st_mtime - ends[step]
         return found
 
     def _mfu(self, speed: float | None, ranks: int) -> float | None:
@@ -423,6 +439,10 @@ def _per_second(planned: Mapping[str, Any]) -> str:
 
 def _share(seconds: float, waited: float) -> str:
     return f"{100 * (1 - waited / seconds):.0f} %" if seconds else UNKNOWN
+
+
+def _median(values: Iterable[float]) -> float | None:
+    return statistics.median(found) if (found := list(values)) else None
 
 
 def _percent(share: float | None) -> float | None:

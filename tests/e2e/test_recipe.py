@@ -87,7 +87,7 @@ def test_a_stage_ends_although_an_engine_is_killed_and_nothing_is_left(recipe: A
     windows = re.findall(r"(sampler|teacher): (\d+) windows", output)
     assert len(windows) == 2 and len({number for _, number in windows}) == 1 and int(windows[0][1]) >= 3
     assert re.search(r"from step to sampling: \d+\.\d s \(version 1\)", output), output
-    for figure in ("onpolicy: tokens/s", "trainer busy, %", "teacher busy, %", "from step to sampling, s"):
+    for figure in ("onpolicy: tokens/s", "trainer busy, %", "teacher busy, %", "from step to bucket, s"):
         assert re.search(rf"^\| {figure} \| [\d.,]+ \| [\d.,]+ \| .*\|$", output, re.MULTILINE), output
     assert not alive(scratch) and not list(scratch.iterdir())
 

@@ -99,6 +99,8 @@ class StepPlan:
     """Of roles that wait for each other: the share of the hours without pauses in which each has work."""
     step_to_sampling: float | None = None
     """Of an OnPolicy stage: seconds from an optimizer step until the sampler can sample from its weights."""
+    step_to_bucket: float | None = None
+    """And until the bucket has them, before which no window that is sampled from them is written."""
 
 
 @dataclass(frozen=True)
@@ -414,7 +416,9 @@ class _Planner:
                 return self._trained(stage, gpus, None, {})
             found = self._simulated(self.spec, stage, times)
             step = self._trained(stage, gpus, found.seconds, found.shares())
-            return replace(step, step_to_sampling=times.step_to_sampling)
+            return replace(
+                step, step_to_sampling=times.step_to_sampling, step_to_bucket=times.copy + times.publish
+            )
         if self.run.measures_validity(stage):
             gpus |= {"evaluate": min(1, self.spec.teacher.gpus)}
         speed = self._speed("train")
