@@ -31,9 +31,10 @@ from vpmoe.api import DistillRun, load_run
 from vpmoe.api.memory import STUDENTS
 from vpmoe.api.quantities import parse_tokens
 from vpmoe.api.stages import OnPolicy
+from vpmoe.plan.memory import trainer_microbatch
 from vpmoe.plan.sampling import ENGINES, SEQUENCES
 from vpmoe.plan.simulation import RUNAWAY, SPREAD, Lengths, StageTime, stage_time
-from vpmoe.plan.throughput import DECODE, RoleTimes, measured, role_times
+from vpmoe.plan.throughput import CARDS, DECODE, RoleTimes, measured, role_times
 from vpmoe.rollout.__main__ import PROMPT_TOKENS, parse_lengths
 
 GPUS = 8
@@ -102,7 +103,8 @@ def splits(
     for sampling in range(1, GPUS - teachers):
         changed, stage = stage_of(run, teachers, sampling, **changes)
         name = f"{teachers} + {sampling} + {GPUS - teachers - sampling}"
-        found.append(Split(name, stage_time(changed.spec, stage, lengths, times)))
+        microbatch = trainer_microbatch(changed.spec, stage, CARDS[CARD].memory, None)
+        found.append(Split(name, stage_time(changed.spec, stage, lengths, times, microbatch)))
     return found
 
 

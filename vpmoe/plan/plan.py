@@ -15,7 +15,7 @@ from vpmoe.api.run import EVALUATE, INIT, PREPROCESS, RESCORE, DistillRun
 from vpmoe.api.saving import BUCKET_SPEED, grace_seconds, host_copies, pod_checkpoint
 from vpmoe.api.spec import Spec
 from vpmoe.api.stages import OnPolicy, Stage
-from vpmoe.plan.memory import RoleMemory, memory_by_role, teacher_problems
+from vpmoe.plan.memory import RoleMemory, memory_by_role, teacher_problems, trainer_microbatch
 from vpmoe.plan.onpolicy import EFFORTS, RolloutTotals, rollout_totals
 from vpmoe.plan.sampling import ENGINES, SEQUENCES, divide_card
 from vpmoe.plan.simulation import RUNAWAY, Lengths, StageTime, stage_time
@@ -477,7 +477,8 @@ class _Planner:
 
     def _simulated(self, spec: Spec, stage: OnPolicy, times: RoleTimes) -> StageTime:
         """The time of an OnPolicy stage with the GPUs of `spec` and of its sampler."""
-        return stage_time(spec, stage, self.lengths[stage.name], times)
+        microbatch = trainer_microbatch(spec, stage, self.assumed.memory, None)
+        return stage_time(spec, stage, self.lengths[stage.name], times, microbatch)
 
     def _note_split(self, stage: Stage, busy: float) -> None:
         """Notes how busy the students of a TeacherForced stage are, and how its GPUs are split best."""

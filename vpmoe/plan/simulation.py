@@ -13,12 +13,13 @@ import heapq
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import count
 from statistics import NormalDist
 from typing import NamedTuple
 
 from vpmoe.api.layout import layout
+from vpmoe.api.microbatch import FIXED, MOST, Microbatch, time_of_stage
 from vpmoe.api.spec import Spec
 from vpmoe.api.stages import OnPolicy
 from vpmoe.plan.onpolicy import EFFORTS, RAMP, rollout_totals
@@ -235,17 +236,28 @@ def score_parts(
     return free, 1 - done / batch.tokens
 
 
-def stage_time(spec: Spec, stage: OnPolicy, lengths: Lengths, times: RoleTimes) -> StageTime:
+def stage_time(
+    spec: Spec, stage: OnPolicy, lengths: Lengths, times: RoleTimes, microbatch: Microbatch
+) -> StageTime:
     """The time of a stage with the GPUs of `spec` and of its sampler. Of a long stage, two shortened ones are
-    simulated (BATCHES)."""
+    simulated (BATCHES). `microbatch`: its trainer's."""
     versions = rollout_totals(spec, stage, lengths.prompt, lengths.completion).versions
     if versions <= 2 * max(BATCHES):
-        return simulate(spec, stage, lengths, times, stage.tokens)
-    few, many = (simulate(spec, stage, lengths, times, stage.tokens * each / versions) for each in BATCHES)
+        return simulate(spec, stage, lengths, times, microbatch, stage.tokens)
+    few, many = (
+        simulate(spec, stage, lengths, times, microbatch, stage.tokens * each / versions) for each in BATCHES
+    )
     return many.continued(few, stage.tokens)
 
 
-def simulate(spec: Spec, stage: OnPolicy, lengths: Lengths, times: RoleTimes, tokens: float) -> StageTime:
+def simulate(
+    spec: Spec,
+    stage: OnPolicy,
+    lengths: Lengths,
+    times: RoleTimes,
+    microbatch: Microbatch,
+    tokens: float,
+) -> StageTime:
     """Simulate a stage that ends after `tokens` tokens; the phases of its curriculum are scaled to them.
 
     Each role starts when it is free and its input exists. The trainer works while it copies weights, the
@@ -259,8 +271,14 @@ def simulate(spec: Spec, stage: OnPolicy, lengths: Lengths, times: RoleTimes, to
     efforts = [
         (lengths.completion[name], min(room, getattr(stage.rollout.max_tokens, name))) for name in EFFORTS
     ]
-    row = training.sequence_length * times.position
-    anchor_seconds = plan.sequences_per_rank * row + times.step
+
+    @cache
+    def step_seconds(sequences: int) -> float:
+        """Of an optimizer step for which each rank has so many sequences."""
+        token = times.position * MOST / (MOST + FIXED)  # times.position is of a microbatch of MOST
+        return token * time_of_stage(microbatch, spec, stage, sequences) + times.step
+
+    anchor_seconds = step_seconds(plan.sequences_per_rank)
     # By version: the time when it is in the bucket, the tokens of the stage when it was published, and the
     # time when the sampler finds it.
     published, seen_at = {0: times.copy + times.publish}, {0: 0.0}
@@ -291,7 +309,7 @@ def simulate(spec: Spec, stage: OnPolicy, lengths: Lengths, times: RoleTimes, to
         window_tokens = batch.tokens / len(windows)
         score_seconds = window_tokens * times.score
         rows = math.ceil(window_tokens / (PACKED * training.sequence_length))
-        train_seconds = math.ceil(rows / plan.ranks) * row + times.step
+        train_seconds = step_seconds(math.ceil(rows / plan.ranks))
         for window in windows:
             teacher = window % teachers
             scored[teacher] = max(scored[teacher], sampled + POLL / 2) + score_seconds * parts[teacher][1]

@@ -55,7 +55,7 @@ class Measured:
 
     @property
     def position_seconds(self) -> float:
-        """Of a token, or of a position in training without its share of an optimizer step."""
+        """Of a token; in training of a position, without its share of an optimizer step."""
         return 1 / self.tokens_per_second - self.step_seconds / self.step_tokens
 
 
@@ -166,7 +166,8 @@ class RoleTimes:
     """Seconds of what the roles of an OnPolicy stage do; each on one GPU, unless noted."""
 
     position: float
-    """The trainer computes a position forward and backward."""
+    """The trainer computes a position forward and backward, in a microbatch of microbatch.MOST positions
+    without recomputed layers."""
     step: float
     """An optimizer step, without its positions, on all GPUs."""
     engines: int

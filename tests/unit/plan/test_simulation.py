@@ -11,6 +11,7 @@ import pytest
 from tests.fakes import valid_specs
 from vpmoe.api import DistillRun, OnPolicy
 from vpmoe.api.layout import layout
+from vpmoe.api.microbatch import FIXED, MOST, Microbatch
 from vpmoe.api.spec import Spec
 from vpmoe.data.packing import pack_sequences
 from vpmoe.inference.request_queue import RequestSize, longest_first
@@ -49,6 +50,7 @@ QUICK = RoleTimes(
 LENGTHS = Lengths(100, {"low": 300, "medium": 300, "high": 300}, spread=1e-9, runaway=0.0)
 """All completions have 300 tokens, so a window of 512 has 204,800."""
 WINDOW = 512 * 400
+FOURS = Microbatch(rows=4)
 CURRICULUM = [{"share": 1.0, "effort": {"low": 1.0}}]
 
 
@@ -74,9 +76,11 @@ def test_roles_that_take_turns_add_up() -> None:
     times = replace(QUICK, position=1e-4, step=2.0, decode=0.05, score=1e-4, copy=3.0, publish=40.0, load=7.0)
     length = spec.training.sequence_length
     rows = math.ceil(math.ceil(WINDOW / (PACKED * length)) / 3)
-    sampling, scoring, training = 300 * 0.05, WINDOW * 1e-4, rows * length * 1e-4 + 2.0
+    assert rows == 9  # of each rank, in microbatches of 4, 4 and 1
+    training = (9 * length + 3 * FIXED) * 1e-4 * MOST / (MOST + FIXED) + 2.0
+    sampling, scoring = 300 * 0.05, WINDOW * 1e-4
     one = 40 + POLL / 2 + 7 + sampling + POLL / 2 + scoring + POLL / 2 + training + 3
-    found = simulate(spec, stage, LENGTHS, times, stage.tokens)
+    found = simulate(spec, stage, LENGTHS, times, FOURS, stage.tokens)
     assert found.seconds == pytest.approx(3 + 10 * one)
     assert (found.windows, found.tokens, found.window_tokens) == (10, 10 * WINDOW, 10 * WINDOW)
     assert found.busy == pytest.approx(
@@ -84,7 +88,7 @@ def test_roles_that_take_turns_add_up() -> None:
     )
     # By a volume, the windows wait for the bucket to have the version, or not, but for nothing else.
     for volume, written in ((5.0, 40.0), (30.0, 30 + 7 + sampling)):
-        by_volume = simulate(spec, stage, LENGTHS, replace(times, volume=volume), stage.tokens)
+        by_volume = simulate(spec, stage, LENGTHS, replace(times, volume=volume), FOURS, stage.tokens)
         earlier = 40 + POLL / 2 + 7 + sampling - written
         assert found.seconds - by_volume.seconds == pytest.approx(10 * earlier)
 
@@ -108,14 +112,31 @@ def test_the_slowest_part_decides_a_long_stage(changes: dict[str, Any], seconds:
     """With staleness and publishEvery 2; the start of the stage, and polls beside the slowest part, are less
     than 2 %."""
     spec, stage = stage_with(400, staleness=2, publishEvery=2)
-    found = simulate(spec, stage, LENGTHS, replace(QUICK, **changes), stage.tokens)
+    found = simulate(spec, stage, LENGTHS, replace(QUICK, **changes), FOURS, stage.tokens)
     assert found.seconds == pytest.approx(400 * seconds, rel=0.02)
+
+
+def test_a_position_takes_its_time_in_long_microbatches() -> None:
+    """As it was measured: anchor steps of 40 sequences a rank, in ten microbatches of 4, beside windows of
+    one sequence. Recomputing all layers takes a third of the arithmetic more."""
+    spec, stage = stage_with(3, anchor=0.75, rollout={"promptsPerWindow": 1})
+    times = replace(QUICK, position=1e-3)
+    plain, again = (
+        simulate(spec, stage, LENGTHS, times, FOURS.model_copy(update={"recomputed_layers": layers}), 10**7)
+        for layers in (0, 80)
+    )
+    anchors = round((plain.tokens - plain.window_tokens) / (120 * 8192))
+    windows = plain.windows * (8192 + FIXED) * 1e-3 * MOST / (MOST + FIXED)
+    assert plain.busy["train"] == pytest.approx(anchors * 40 * 8192 * 1e-3 + windows)
+    assert again.busy["train"] / plain.busy["train"] == pytest.approx(
+        (MOST * 4 / 3 + FIXED) / (MOST + FIXED), rel=0.01
+    )
 
 
 def test_teachers_share_windows_by_turns() -> None:
     slow = replace(QUICK, score=1e-3)
     one, two, three = (
-        simulate(*stage_with(300, teachers, staleness=4, publishEvery=2), LENGTHS, slow, 300 * WINDOW)
+        simulate(*stage_with(300, teachers, staleness=4, publishEvery=2), LENGTHS, slow, FOURS, 300 * WINDOW)
         for teachers in (1, 2, 3)
     )
     assert two.seconds == pytest.approx(one.seconds / 2, rel=0.02)
@@ -123,7 +144,7 @@ def test_teachers_share_windows_by_turns() -> None:
     assert one.shares()["teacher"] == pytest.approx(1, rel=0.01)
     # A batch of one window is scored by one of them.
     alone, both = (
-        simulate(*stage_with(100, teachers, staleness=0, publishEvery=1), LENGTHS, slow, 100 * WINDOW)
+        simulate(*stage_with(100, teachers, staleness=0, publishEvery=1), LENGTHS, slow, FOURS, 100 * WINDOW)
         for teachers in (1, 2)
     )
     assert both.seconds == pytest.approx(alone.seconds)
@@ -136,7 +157,7 @@ def test_a_batch_is_scored_while_it_is_sampled() -> None:
     lengths = replace(LENGTHS, completion={"low": 300, "medium": 1, "high": 3000})
     spec, stage = stage_with(1, staleness=0, publishEvery=1, curriculum=curriculum)
     times = replace(QUICK, decode=0.1, score=1e-4)
-    found = simulate(spec, stage, lengths, times, 1)
+    found = simulate(spec, stage, lengths, times, FOURS, 1)
     late = 384 * 3100
     assert found.window_tokens == late + 128 * 400
     assert found.seconds == pytest.approx(POLL / 2 + 300 + POLL / 2 + late * 1e-4 + POLL / 2)
@@ -147,7 +168,7 @@ def test_anchor_steps_are_trained_while_the_trainer_waits() -> None:
     spec, stage = stage_with(200, staleness=2, publishEvery=2, anchor=0.25)
     step = layout(spec.student, spec.training, stage).tokens_per_step
     times = replace(QUICK, score=1e-3, position=1e-5)
-    found = simulate(spec, stage, LENGTHS, times, 200 * WINDOW)
+    found = simulate(spec, stage, LENGTHS, times, FOURS, 200 * WINDOW)
     assert found.tokens - found.window_tokens == pytest.approx(found.windows / 3 * step, abs=step)
     assert found.seconds == pytest.approx(found.window_tokens * 1e-3, rel=0.05)
 
@@ -284,8 +305,8 @@ def test_a_long_stage_is_continued_from_shortened_ones(change: Callable[[RoleTim
             load=22,
         )
     )
-    whole = simulate(run.spec, found, lengths, times, found.tokens)
-    short = stage_time(run.spec, found, lengths, times)
+    whole = simulate(run.spec, found, lengths, times, FOURS, found.tokens)
+    short = stage_time(run.spec, found, lengths, times, FOURS)
     assert whole.windows / found.publish_every > 2 * max(simulation.BATCHES)
     assert short.tokens == found.tokens
     assert short.tokens_per_second == pytest.approx(whole.tokens_per_second, rel=0.01)
