@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,56 @@ def test_the_slowest_part_decides_a_long_stage(changes: dict[str, Any], seconds:
     spec, stage = stage_with(400, staleness=2, publishEvery=2)
     found = simulate(spec, stage, LENGTHS, replace(QUICK, **changes), FOURS, stage.tokens)
     assert found.seconds == pytest.approx(400 * seconds, rel=0.02)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_stage_ends_when_what_its_last_window_needs_has_ended(seed: int) -> None:
+    """The same end follows from the last window backwards: what each part of the work waits for, with the
+    curriculum's own versions."""
+    random = np.random.default_rng(seed)
+    staleness, every, teachers = (int(random.integers(*span)) for span in ((0, 6), (1, 5), (1, 4)))
+    score, step, copy, publish, load = random.uniform(0, 60, 5).tolist()
+    volume = random.uniform(0, publish) if seed % 2 else None
+    times = replace(
+        QUICK,
+        score=score / WINDOW,
+        step=step,
+        copy=copy,
+        publish=publish,
+        load=load,
+        volume=volume,
+        decode=0.03,
+    )
+    spec, stage = stage_with(30, teachers, staleness=staleness, publishEvery=every)
+    curriculum = Curriculum(stage)
+
+    @cache
+    def copied(version: int) -> float:
+        if version == 0:
+            return copy
+        return max(trained(version - 1), in_bucket(version - every)) + copy
+
+    def in_bucket(version: int) -> float:
+        return copied(version) + publish
+
+    @cache
+    def sampled(version: int) -> float:
+        before = sampled(version - every) if version else 0.0
+        found = in_bucket(version) + POLL / 2 if volume is None else copied(version) + volume
+        return max(max(before, found) + load + 300 * 0.03, in_bucket(version))
+
+    @cache
+    def scored(window: int) -> float:
+        before = scored(window - teachers) if window >= teachers else 0.0
+        return max(before, sampled(curriculum.version_of(window)) + POLL / 2) + score
+
+    @cache
+    def trained(window: int) -> float:
+        before = copied(window) if window % every == 0 else trained(window - 1)
+        return max(before, scored(window) + POLL / 2) + step
+
+    end = copied(30) if 30 % every == 0 else trained(29)
+    assert simulate(spec, stage, LENGTHS, times, FOURS, stage.tokens).seconds == pytest.approx(end)
 
 
 def test_a_position_takes_its_time_in_long_microbatches() -> None:
