@@ -11,8 +11,8 @@ First, with one engine while the others are idle: for each N of --sequences, the
 which N sequences get a token each, with scheduling and sampling, from some 40 tokens of completion on. Floor:
 reading the weights once (of the experts, those that some sequence chose, for uniformly random choices), and
 the keys and values of the mean context once, at --bandwidth. A straight line through the times over N gives
-the cost of a step, and that per sequence: DECODE of benchmarks.pipeline for one engine. `--sequences ""`
-leaves this out.
+the cost of a step, and that per sequence: DECODE of vpmoe/plan/throughput.py for one engine.
+`--sequences ""` leaves this out.
 
 Then, for each number of --steadily and for --seconds, so many sequences grow in each engine, with completions
 of --shortest to --longest tokens, each replaced by another when it ends. At the start each has an age as if

@@ -23,8 +23,11 @@ beside `vpmoe plan` for this run with the lengths that it had:
   MFU            6 operations a token and active parameter, beside the rate of a large product on that device
                  (benchmarks.step), without waits and without an attempt's first step
   between steps  where training waits for a checkpoint, and copies a policy version
-  from step to sampling: from the end of an optimizer step until the sampler samples from its weights
+  from step to sampling: from the end of an optimizer step until the sampler samples from its weights; to
+                 bucket: until the bucket has them
   GPUs           the share of the time in which a kernel ran, and the least free memory, read once a second
+At the end a table for docs/benchmarks.md, in which differences of more than a fifth are bold: measured
+without an attempt's first step, planned for a stage so long that its start does not count.
 
 If a role ends wrongly or --limit seconds pass, the last lines of its log are printed and the exit code is 1.
 At the end, after Ctrl-C too, nothing that was started is alive. Files are below --scratch (checkpoints of
@@ -32,9 +35,10 @@ vpmoe-6b have 72 GB, versions 12), those of the bucket below --bucket; /dev/shm 
 counts as memory. On the CPU, if CUDA_VISIBLE_DEVICES is set and empty: GPUs are only counted then.
 
 Roles that share a GPU need --share: the part of its memory that each plans with (a trainer with few layers
-fits beside the others). --layers makes a student
-with the shape's first layers. Both are no options of the jobs: a sitecustomize.py makes these changes
-(tests/fakes/pod_overrides.py). `vpmoe plan` does not know of them.
+fits beside the others). --layers makes a student with the shape's first layers. Both are no options of the
+jobs: a sitecustomize.py makes these changes (tests/fakes/pod_overrides.py). `vpmoe plan` does not know of
+shared GPUs. Of fewer layers it has the bytes, and speeds that are scaled by the parameters that a token is
+multiplied with, unless --speeds says otherwise; of --teacher-layers nothing.
 """
 
 import argparse
@@ -74,9 +78,12 @@ from tests.fakes.local_pods import (
     parse_placement,
 )
 from vpmoe.api import DistillRun
+from vpmoe.api.memory import STUDENTS
 from vpmoe.api.quantities import parse_tokens
-from vpmoe.model.shapes import SHAPES
-from vpmoe.plan.throughput import CARDS
+from vpmoe.cli.plan import WORK, positive_number
+from vpmoe.model.shapes import SHAPES, Shape
+from vpmoe.plan.sampling import ENGINES
+from vpmoe.plan.throughput import CARDS, measured
 from vpmoe.storage import Bucket
 
 STAGES = ("Vanilla", "Rescored", "TeacherForced", "OnPolicy")
@@ -146,13 +153,31 @@ def run_recipe(given: argparse.Namespace, scratch: Path) -> int:
             runner.stop()
             if settings.weights_volume:
                 shutil.rmtree(settings.weights_volume)
-        options = ["--gpu", given.card]
-        if given.teacher != "tiny":
-            options += ["--teacher", given.teacher]
+        STUDENTS[given.student] = shape.size()  # the plan's, if it has fewer layers
+        options = [*plan_options(given, shape), "--gpu", given.card]
         Report(
-            run, bucket, given.placement, runner.spans, gpus, active_parameters(shape), rate, options, file
+            run, bucket, given.placement, runner.spans, gpus, active_parameters(shape), rate, options, objects
         ).print()
     return 0
+
+
+def plan_options(given: argparse.Namespace, shape: Shape) -> list[str]:
+    """Options of `vpmoe plan`: the teacher, and the speeds that are given. Of a student with fewer layers
+    also those that were measured of the whole, scaled by the parameters that a token is multiplied with."""
+    speeds: dict[str, float] = dict(given.speeds)
+    whole = SHAPES[given.student]
+    if shape != whole:
+        scale = active_parameters(whole) / active_parameters(shape)
+        for work in ("train", "sample"):
+            found = measured(work, given.student, given.card, ENGINES)
+            if found is not None:
+                speeds.setdefault(work, found.tokens_per_second * scale)
+    options = ["--gigabytes-per-second", str(given.gigabytes_per_second)]
+    if given.teacher != "tiny":
+        options += ["--teacher", given.teacher]
+    for work, speed in speeds.items():
+        options += [f"--{work}-tokens-per-second", str(speed)]
+    return options
 
 
 @contextlib.contextmanager
@@ -272,7 +297,10 @@ def document(given: argparse.Namespace, endpoint: str) -> dict[str, Any]:
                 "completions": given.evaluated if "evaluate" in given.after else 0,
             },
             "export": {"stages": [stages[-1]["name"]] if "export" in given.after else []},
-            "runtime": {"report": "report" in given.after},
+            "runtime": {
+                "report": "report" in given.after,
+                "weightsVolume": {"claimName": "weights"} if given.weights_volume else None,
+            },
             "storage": {"endpoint": endpoint, "bucket": BUCKET, "credentialsSecret": None},
         },
     }
@@ -372,6 +400,22 @@ def arguments() -> argparse.Namespace:
         default=1 << 40,
         help="training.checkpoint.everyTokens (default: at the end of a stage only)",
     )
+    add(
+        "--speeds",
+        nargs="+",
+        type=speed,
+        default=[],
+        metavar="WORK=N",
+        help=f"tokens a second of one GPU that the plan computes with, for {', '.join(WORK)} (default: as "
+        "measured; with --layers, scaled by the parameters that a token is multiplied with)",
+    )
+    add(
+        "--gigabytes-per-second",
+        type=positive_number,
+        default=1.0,
+        metavar="N",
+        help="speed of the bucket that the plan computes with (default: 1)",
+    )
     add("--card", choices=sorted(CARDS), default="h200-141", help="card of the plan (default: h200-141)")
     given = parser.parse_args()
     try:
@@ -382,6 +426,14 @@ def arguments() -> argparse.Namespace:
         if path is not None:
             folder(path)
     return given
+
+
+def speed(text: str) -> tuple[str, float]:
+    """A speed of --speeds. Raises ArgumentTypeError."""
+    work, _, number = text.partition("=")
+    if work not in WORK:
+        raise argparse.ArgumentTypeError(f"{text!r}: write WORK=N for {', '.join(WORK)}, such as train=9000")
+    return work, positive_number(number)
 
 
 def kinds(text: str) -> list[str]:

@@ -2,22 +2,23 @@
 of the GPUs, and from `vpmoe plan`.
 """
 
-import json
+import argparse
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tests.fakes.local_pods import ROOT, Placement, Span, on_cpu
+from tests.fakes.local_pods import Placement, Span, on_cpu
 from vpmoe.api import DistillRun
 from vpmoe.api.card import GIB
 from vpmoe.api.progress import Progress
 from vpmoe.api.stages import OnPolicy, Stage
+from vpmoe.cli.plan import add_arguments, assumptions
+from vpmoe.plan.plan import make_plan
+from vpmoe.plan.table import plan_json
 from vpmoe.process.gpu import PERIOD, GpuReading, GpusUnreadable, read_nvml
 from vpmoe.report.run_data import Line, line_time, parse_lines
 from vpmoe.rollout import policy_version
@@ -25,6 +26,12 @@ from vpmoe.rollout.curriculum import EFFORTS
 from vpmoe.storage import Bucket, paths
 
 UNKNOWN = "–"
+LONG = 1000
+"""Of an OnPolicy stage with so many times the tokens, the plan's speed and shares are without its start."""
+TOLERANCE = 0.2
+"""Largest difference from the plan that is not marked."""
+LEAST = 0.1
+"""Least figure of the plan, in seconds, per cent or tokens a second, that a difference is shown from."""
 
 
 class GpuRecorder:
@@ -91,6 +98,11 @@ class TrainerFigures:
     waits for a checkpoint, and copies a policy version."""
     ended: float
     """Time of its last line."""
+    steady: float | None
+    """Tokens a second of all steps but an attempt's first, with waits and what is between steps, without
+    evaluations."""
+    busy: float | None
+    """Share of the time of these steps in which training did not wait."""
 
     @classmethod
     def of(cls, lines: Sequence[Line]) -> "TrainerFigures":
@@ -99,7 +111,7 @@ class TrainerFigures:
         before, speeds, pauses = 0, [], []
         last: Line | None = None
         waits: dict[str, float] = {}
-        evaluated = 0.0
+        evaluated = later = later_waits = later_tokens = 0.0
         for line in lines:
             if line["event"] == "evaluation":
                 evaluated += line["seconds"]
@@ -120,6 +132,9 @@ class TrainerFigures:
                 if last is not None:
                     speeds.append((line["tokens"] - before) / (line["seconds"] - sum(of_step.values())))
                     pauses.append(_time(line) - line["seconds"] - _time(last) - evaluated)
+                    later += _time(line) - _time(last) - evaluated
+                    later_waits += sum(of_step.values())
+                    later_tokens += line["tokens"] - before
                 before, last, evaluated = line["tokens"], line, 0.0
         return cls(
             steps=len(steps),
@@ -129,6 +144,8 @@ class TrainerFigures:
             working=statistics.median(speeds) if speeds else None,
             pauses=pauses,
             ended=max(map(_time, lines)),
+            steady=later_tokens / later if later else None,
+            busy=1 - later_waits / later if later else None,
         )
 
 
@@ -142,6 +159,9 @@ class WorkerFigures:
     seconds: float
     """In which it did so; of several workers together."""
     waits: float
+    busy: float | None
+    """Share of the time from the end of the first batch of windows to that of the last one in which one of
+    them works. None if there are not two."""
 
     @classmethod
     def of_sampler(cls, lines: Sequence[Line]) -> "WorkerFigures":
@@ -152,16 +172,45 @@ class WorkerFigures:
             sum(line["tokensPerSecond"] * line["seconds"] for line in batches),
             sum(line["seconds"] for line in batches),
             sum(line["waitWeights"] for line in lines),
+            later_share([(_time(line), line["seconds"]) for line in batches], 1),
         )
 
     @classmethod
-    def of_teacher(cls, lines: Sequence[Line]) -> "WorkerFigures":
+    def of_teacher(cls, lines: Sequence[Line], workers: int) -> "WorkerFigures":
         return cls(
             len(lines),
             sum(line["tokensPerSecond"] * line["seconds"] for line in lines),
             sum(line["seconds"] for line in lines),
             sum(line.get("waitRollouts") or 0.0 for line in lines),
+            later_share([(_time(line), line["seconds"]) for line in lines], workers),
         )
+
+
+def later_share(ended: Sequence[tuple[float, float]], workers: int) -> float | None:
+    """Share of the time from the first end of work to the last in which one of `workers` works. `ended`:
+    times of these ends, in order, and the seconds of work before each."""
+    if len(ended) < 2 or ended[-1][0] <= ended[0][0]:
+        return None
+    return sum(seconds for _, seconds in ended[1:]) / workers / (ended[-1][0] - ended[0][0])
+
+
+class Compared(NamedTuple):
+    """A figure of a stage beside the plan's."""
+
+    name: str
+    measured: float | None
+    planned: float | None
+    digits: int = 0
+
+    @property
+    def row(self) -> str:
+        """A line of a Markdown table. Marks a difference of more than TOLERANCE; shows none below LEAST."""
+        difference = ""
+        if self.measured is not None and self.planned is not None and self.planned >= LEAST:
+            off = self.measured / self.planned - 1
+            difference = f"**{off:+.0%}**" if abs(off) > TOLERANCE else f"{off:+.0%}"
+        measured, planned = (_number(one, self.digits) for one in (self.measured, self.planned))
+        return f"| {self.name} | {measured} | {planned} | {difference} |"
 
 
 @dataclass
@@ -179,26 +228,35 @@ class Report:
     """Floating-point operations a second of one GPU in a large product."""
     plan_options: Sequence[str]
     """Of `vpmoe plan`, beside lengths."""
-    file: Path
+    objects: Path
+    """Folder of the bucket's objects."""
     lines: dict[str, list[Line]] = field(default_factory=dict)
 
     def print(self) -> None:
         """Print everything."""
         self.lines = {step: self._lines(step) for step in self.run.steps()}
-        plan = self._plan()
+        plan, long = self._plan(), self._plan(LONG)
+        for problem in plan["problems"]:
+            print(f"vpmoe plan: {problem}")
         planned = {step["step"]: step for step in plan["steps"]}
         print(f"\n{'step':20}{'seconds':>9}{'planned':>9}")
         for step, span in self.spans.items():
             hours = planned.get(step, {}).get("hours")
             print(f"{step:20}{span.end - span.start:9.1f}{_number(hours and 3600 * hours, 1):>9}")
         if self.lines.get("rescore"):
-            scored = WorkerFigures.of_teacher(self.lines["rescore"])
+            scored = WorkerFigures.of_teacher(self.lines["rescore"], self.run.spec.rescoring_gpus)
             print(f"\nrescore: {_rate(scored)}; plan {_per_second(planned['rescore'])}")
         for stage in self.run.spec.stages:
             print()
             pauses = next(each for each in plan["checkpoints"] if each["stage"] == stage.name)
             for line in self._stage_lines(stage, planned[stage.name], pauses):
                 print(line)
+        print("\n| | measured | plan | difference |\n|---|---|---|---|")
+        steady = {step["step"]: step for step in long["steps"]}
+        for stage in self.run.spec.stages:
+            pauses = next(each for each in plan["checkpoints"] if each["stage"] == stage.name)
+            for compared in self._compared(stage, steady[stage.name], pauses):
+                print(compared.row)
         print("\nThe plan computes with")
         for source in plan["sources"]:
             print(f"  {source}")
@@ -215,9 +273,10 @@ class Report:
             f"slowest {planned['slowest'] or UNKNOWN}"
         )
         waited = ", ".join(f"{seconds:.1f} s for {name}" for name, seconds in trainer.waits.items())
+        mfu = _number(self._mfu(trainer.working, ranks), 2)
         yield (
-            f"  trainer, {ranks} ranks: {_number(trainer.working)} tokens/s and {self._mfu(trainer, ranks)} "
-            f"MFU without waits; busy {_share(trainer.seconds, sum(trainer.waits.values()))}, plan "
+            f"  trainer, {ranks} ranks: {_number(trainer.working)} tokens/s and {mfu} % MFU without waits; "
+            f"busy {_share(trainer.seconds, sum(trainer.waits.values()))}, plan "
             f"{_planned_share(busy, 'train')}; waited {waited or 'for nothing'}"
         )
         if isinstance(stage, OnPolicy):
@@ -232,10 +291,44 @@ class Report:
         for line in self.gpus.lines(self.spans[stage.name]):
             yield f"  {line}"
 
+    def _compared(
+        self, stage: Stage, planned: Mapping[str, Any], checkpoints: Mapping[str, Any]
+    ) -> Iterable[Compared]:
+        """Figures of a stage, of all steps but an attempt's first, beside the plan's of a stage as long that
+        its start does not count."""
+        name, busy, speed = stage.name, planned["busy"], planned["tokensPerSecond"]
+        trainer = TrainerFigures.of(self.lines[name])
+        ranks = len(self.placement.pods(self.run, name)[0])
+        working = speed / busy.get("train", 1.0) if speed else None
+        yield Compared(f"{name}: tokens/s", trainer.steady, speed)
+        yield Compared("trainer's tokens/s without waits", trainer.working, working)
+        yield Compared(
+            "MFU without waits, %", self._mfu(trainer.working, ranks), self._mfu(working, ranks), 1
+        )
+        if busy:
+            yield Compared("trainer busy, %", _percent(trainer.busy), _percent(busy["train"]))
+        if isinstance(stage, OnPolicy):
+            sampler, teacher = self._workers(name)
+            yield Compared("sampler busy, %", _percent(sampler.busy), _percent(busy.get("sampler")))
+            yield Compared("teacher busy, %", _percent(teacher.busy), _percent(busy.get("teacher")))
+            found = self._step_to_sampling(stage, self.lines[f"{name}-sampler"]).values()
+            yield Compared("from step to sampling, s", _median(found), planned["stepToSampling"], 1)
+            uploaded = self._step_to_bucket(stage).values()
+            yield Compared("from step to bucket, s", _median(uploaded), planned["stepToBucket"], 1)
+        yield Compared(
+            "between two steps, at most, s", max(trainer.pauses, default=None), checkpoints["pauseSeconds"], 1
+        )
+
+    def _workers(self, stage: str) -> tuple[WorkerFigures, WorkerFigures]:
+        """What sampler and teacher of an OnPolicy stage did."""
+        return (
+            WorkerFigures.of_sampler(self.lines[f"{stage}-sampler"]),
+            WorkerFigures.of_teacher(self.lines[f"{stage}-teacher"], self.run.spec.teacher.gpus),
+        )
+
     def _role_lines(self, stage: OnPolicy, busy: Mapping[str, float]) -> Iterable[str]:
         sampler_lines = self.lines[f"{stage.name}-sampler"]
-        sampler = WorkerFigures.of_sampler(sampler_lines)
-        teacher = WorkerFigures.of_teacher(self.lines[f"{stage.name}-teacher"])
+        sampler, teacher = self._workers(stage.name)
         for name, role, waits in (("sampler", sampler, "weights"), ("teacher", teacher, "rollouts")):
             yield (
                 f"  {name}: {role.windows} windows, {_rate(role)} while it worked; busy "
@@ -260,32 +353,40 @@ class Report:
                 found[int(line["version"])] = _time(line) - line["seconds"] - ends[step]
         return found
 
-    def _mfu(self, trainer: TrainerFigures, ranks: int) -> str:
-        """Model FLOPs utilisation: 6 operations a token and active parameter, as a share of a large product's
-        rate on the same device."""
-        if trainer.working is None:
-            return UNKNOWN
-        return f"{100 * 6 * self.active * trainer.working / ranks / self.rate:.2f} %"
+    def _step_to_bucket(self, stage: OnPolicy) -> dict[int, float]:
+        """By version: seconds from the end of the optimizer step that it has the weights of, until the bucket
+        had its manifest."""
+        ends = {line["step"]: _time(line) for line in self.lines[stage.name] if line["event"] == "step"}
+        found = {}
+        for version in {int(line["version"]) for line in self.lines[f"{stage.name}-sampler"]}:
+            published = policy_version.find_version(self.bucket, self.run, stage.name, version)
+            if published and (step := published[1].steps) in ends:
+                manifest = paths.manifest(paths.weights(self.run, stage.name, version))
+                found[version] = (self.objects / manifest).stat().st_mtime - ends[step]
+        return found
 
-    def _plan(self) -> dict[str, Any]:
-        """`vpmoe plan` for this run, with the lengths that it had."""
-        lengths = self._lengths()
+    def _mfu(self, speed: float | None, ranks: int) -> float | None:
+        """Model FLOPs utilisation of `speed` tokens a second, in per cent: 6 operations a token and active
+        parameter, as a share of a large product's rate on the same device."""
+        return None if speed is None else 100 * 6 * self.active * speed / ranks / self.rate
+
+    def _plan(self, factor: int = 1) -> dict[str, Any]:
+        """`vpmoe plan` for this run, with the lengths that it had, and OnPolicy stages of `factor` times the
+        tokens."""
         options = list(self.plan_options)
-        if lengths:
+        if lengths := self._lengths():
             prompt, completions = lengths
             options += ["--prompt", str(prompt), "--completion"]
             options.append(",".join(f"{effort}={length}" for effort, length in completions.items()))
-        planned = subprocess.run(
-            [sys.executable, "-m", "vpmoe", "plan", str(self.file), "--output", "json", *options],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-            check=False,  # a plan that does not fit is printed, too
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        stages = tuple(
+            stage.model_copy(update={"tokens": factor * stage.tokens}) if stage.samples else stage
+            for stage in self.run.spec.stages
         )
-        found: dict[str, Any] = json.loads(planned.stdout)
-        for problem in found["problems"]:
-            print(f"vpmoe plan: {problem}")
-        return found
+        spec = self.run.spec.model_copy(update={"stages": stages})
+        run = self.run.model_copy(update={"spec": spec})
+        return plan_json(make_plan(run, assumptions(run, parser.parse_args(["run.yaml", *options]))))
 
     def _lengths(self) -> tuple[int, dict[str, int]] | None:
         """Mean tokens of a prompt, and of a completion by effort; None without windows."""
@@ -338,6 +439,14 @@ def _per_second(planned: Mapping[str, Any]) -> str:
 
 def _share(seconds: float, waited: float) -> str:
     return f"{100 * (1 - waited / seconds):.0f} %" if seconds else UNKNOWN
+
+
+def _median(values: Iterable[float]) -> float | None:
+    return statistics.median(found) if (found := list(values)) else None
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _planned_share(busy: Mapping[str, float], role: str) -> str:

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from vpmoe.api import DistillRun
 from vpmoe.api.card import parse_card_memory
 from vpmoe.api.status import Status
-from vpmoe.plan.plan import Assumptions, StepPlan, make_plan
+from vpmoe.plan.plan import Assumptions, StepPlan, plan_steps
 from vpmoe.plan.teacher import known_teacher
 from vpmoe.plan.throughput import suggested_card
 
@@ -44,4 +44,4 @@ def _planned_steps(run: DistillRun) -> list[StepPlan]:
     """The steps of the run's plan, in order; rescoring is before the stages, beside which it runs."""
     written = run.spec.runtime.gpu_memory
     card = suggested_card(parse_card_memory(written) if written else None)
-    return make_plan(run, Assumptions(card, card.memory, known_teacher(run.spec.teacher.model))).steps
+    return plan_steps(run, Assumptions(card, card.memory, known_teacher(run.spec.teacher.model)))

@@ -77,7 +77,8 @@ def alive(folder: Path) -> list[str]:
 
 
 def test_a_stage_ends_although_an_engine_is_killed_and_nothing_is_left(recipe: Any, scratch: Path) -> None:
-    code, output = recipe("--limit", "500", "--kill", "sampler")
+    speeds = ("--speeds", "train=1000", "sample=100000", "score=1000")
+    code, output = recipe("--limit", "500", "--kill", "sampler", *speeds)
     assert code == 0, output
     assert re.search(r"onpolicy-sampler: killed process \d+ of attempt 1\n", output), output
     assert "onpolicy-sampler: ended with exit code 75" in output
@@ -86,6 +87,8 @@ def test_a_stage_ends_although_an_engine_is_killed_and_nothing_is_left(recipe: A
     windows = re.findall(r"(sampler|teacher): (\d+) windows", output)
     assert len(windows) == 2 and len({number for _, number in windows}) == 1 and int(windows[0][1]) >= 3
     assert re.search(r"from step to sampling: \d+\.\d s \(version 1\)", output), output
+    for figure in ("onpolicy: tokens/s", "trainer busy, %", "teacher busy, %", "from step to bucket, s"):
+        assert re.search(rf"^\| {figure} \| [\d.,]+ \| [\d.,]+ \| .*\|$", output, re.MULTILINE), output
     assert not alive(scratch) and not list(scratch.iterdir())
 
 

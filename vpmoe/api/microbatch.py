@@ -193,6 +193,13 @@ def least_for_stage(spec: Spec, stage: StageFields) -> Microbatch:
     )
 
 
+def time_of_stage(microbatch: Microbatch, spec: Spec, stage: StageFields, sequences: int) -> float:
+    """Time of a rank's microbatches of a step with `sequences` sequences, by the rule: in tokens."""
+    size = STUDENTS[spec.student.shape]
+    world = ranks(spec.student, stage)
+    return _time(microbatch, size, world, spec.training.sequence_length, sequences) / (3 * size.layers)
+
+
 def _time(one: Microbatch, size: StudentSize, ranks: int, sequence_length: int, sequences: int) -> int:
     """Time of a rank's microbatches of a step, by the rule: in tokens, times 3 · layers."""
     sizes: Sequence[int] = one.sizes(max(1, sequences), sequence_length)

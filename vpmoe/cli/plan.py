@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts = (
         "CPU core that preprocesses",
         "GPU of the trainer",
-        "GPU of the sampler",
+        "GPU of the sampler while its engines are full",
         "GPU of the teacher that scores",
         "GPU of the teacher beside a TeacherForced stage",
     )

@@ -3,7 +3,7 @@ work."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 from vpmoe.api.card import GIB
@@ -15,11 +15,21 @@ from vpmoe.api.run import EVALUATE, INIT, PREPROCESS, RESCORE, DistillRun
 from vpmoe.api.saving import BUCKET_SPEED, grace_seconds, host_copies, pod_checkpoint
 from vpmoe.api.spec import Spec
 from vpmoe.api.stages import OnPolicy, Stage
-from vpmoe.plan.memory import RoleMemory, memory_by_role, teacher_problems
+from vpmoe.plan.memory import RoleMemory, memory_by_role, teacher_problems, trainer_microbatch
 from vpmoe.plan.onpolicy import EFFORTS, RolloutTotals, rollout_totals
 from vpmoe.plan.sampling import ENGINES, SEQUENCES, divide_card
+from vpmoe.plan.simulation import RUNAWAY, Lengths, StageTime, stage_time
 from vpmoe.plan.teacher import TeacherSize
-from vpmoe.plan.throughput import DECODE_SECONDS, TEXT, Card, Measured, Work, measured
+from vpmoe.plan.throughput import (
+    DECODE_SECONDS,
+    TEXT,
+    Card,
+    Measured,
+    RoleTimes,
+    Work,
+    measured,
+    role_times,
+)
 
 CHART_CORES = 1.0
 """CPU cores that the chart's jobResources requests for preprocessing."""
@@ -43,6 +53,9 @@ HOST_MEMORY = 32
 HELD_VERSIONS = 2
 """Policy versions whose weights are kept beside those that waiting windows are sampled from: the one that is
 sampled from and the one that is uploaded."""
+DIVISIONS = 128
+"""Divisions of an OnPolicy stage's GPUs that are looked at, at most: all of up to 17 GPUs. Of more, those
+whose slowest role is fastest."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +90,17 @@ class StepPlan:
     hours: float | None
     """None if no speed is known."""
     tokens_per_second: float | None
-    """Of the slowest role."""
+    """Of the slowest role; of an OnPolicy stage with all waits."""
     slowest: str
-    """The role that decides the hours."""
+    """The role that decides the hours: the one that works most of the time."""
     pause_hours: float = 0.0
     """Part of `hours` in which training waits for checkpoints."""
     busy: Mapping[str, float] = field(default_factory=dict)
     """Of roles that wait for each other: the share of the hours without pauses in which each has work."""
+    step_to_sampling: float | None = None
+    """Of an OnPolicy stage: seconds from an optimizer step until the sampler can sample from its weights."""
+    step_to_bucket: float | None = None
+    """And until the bucket has them, before which no window that is sampled from them is written."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +175,7 @@ def splits(gpus: int, teacher: float, student: float) -> list[tuple[int, int]]:
 
 def divisions(gpus: int, work: dict[str, float]) -> list[dict[str, int]]:
     """GPUs of "teacher", "sampler" and "train", at least one each: the ways to divide them in an OnPolicy
-    stage, that with the least time first. `work`: hours of each on one GPU."""
+    stage, that with the fastest slowest role first. `work`: seconds of each on one GPU."""
     ways = [
         {"teacher": teacher, "sampler": sampler, "train": gpus - teacher - sampler}
         for teacher in range(1, gpus - 1)
@@ -172,15 +189,21 @@ def make_plan(run: DistillRun, assumed: Assumptions) -> Plan:
     return _Planner(run, assumed).plan()
 
 
+def plan_steps(run: DistillRun, assumed: Assumptions) -> list[StepPlan]:
+    """The steps of a run's plan alone, which takes a tenth of the time."""
+    return _Planner(run, assumed).steps()[0]
+
+
 class _Planner:
     def __init__(self, run: DistillRun, assumed: Assumptions) -> None:
         self.run, self.spec, self.assumed = run, run.spec, assumed
         self.size = STUDENTS[run.spec.student.shape]
         self.sources: list[str] = []
+        self.onpolicy = [stage for stage in run.spec.stages if isinstance(stage, OnPolicy)]
+        self.lengths = {stage.name: self._lengths(stage) for stage in self.onpolicy}
         self.rollouts = {
-            stage.name: rollout_totals(run.spec, stage, assumed.prompt, self._completion(stage))
-            for stage in run.spec.stages
-            if isinstance(stage, OnPolicy)
+            stage.name: rollout_totals(run.spec, stage, assumed.prompt, self.lengths[stage.name].completion)
+            for stage in self.onpolicy
         }
         self._note(f"disk and bucket: {assumed.disk_speed / 1e9:g} GB/s a pod, assumed")
         if assumed.disk_speed < BUCKET_SPEED:
@@ -190,10 +213,12 @@ class _Planner:
             )
 
     def plan(self) -> Plan:
-        steps, hours = self._steps()
+        steps, hours = self.steps()
         speeds = {step.step: step.tokens_per_second for step in steps}
         memory = memory_by_role(self.spec, self.assumed.memory, self.assumed.teacher)
         self._note_engines(memory)
+        for stage in self.onpolicy:
+            self._note_roles(stage)
         known = [step.hours for step in steps if step.step != PREPROCESS]
         gpu_hours = sum((step.hours or 0.0) * sum(step.gpus.values()) for step in steps)
         return Plan(
@@ -225,18 +250,24 @@ class _Planner:
                     f"{role.sequences} sequences of {length:,} tokens; it samples up to {SEQUENCES} at a time"
                 )
 
-    def _completion(self, stage: OnPolicy) -> dict[str, int]:
-        """The assumed lengths of completions by effort; notes them."""
+    def _lengths(self, stage: OnPolicy) -> Lengths:
+        """The assumed lengths of prompts and completions; notes them."""
         allowed = stage.rollout.max_tokens
         found = {name: self.assumed.completion.get(name, -(-getattr(allowed, name) // 2)) for name in EFFORTS}
         lengths = ", ".join(f"{name} {tokens:,}" for name, tokens in found.items())
         self._note(
-            f"{stage.name}: prompts of {self.assumed.prompt:,} tokens, completions of {lengths}, assumed"
+            f"{stage.name}: prompts of {self.assumed.prompt:,} tokens, completions of {lengths} on average, "
+            f"one in {1 / RUNAWAY:.0f} as long as it may be, assumed"
         )
-        return found
+        return Lengths(self.assumed.prompt, found)
 
     def _speed(self, work: Work) -> float | None:
         """Tokens a second of one GPU, in preprocessing of one CPU core; notes where it comes from."""
+        found = self._measured(work)
+        return None if found is None else found.tokens_per_second
+
+    def _measured(self, work: Work) -> Measured | None:
+        """The speed that the plan computes with, None if there is none; notes where it comes from."""
         model: str = TEXT if work == "preprocess" else self.spec.student.shape
         unit = "CPU core" if work == "preprocess" else "GPU"
         if work in ("score", "hidden"):
@@ -244,12 +275,12 @@ class _Planner:
         if work in self.assumed.speeds:
             speed = self.assumed.speeds[work]
             self._note(f"{work}: {speed:,.0f} tokens/s a {unit}, given")
-            return speed
+            return Measured(work, model, self.assumed.card.name, speed, "", "given")
         engines = self._engines() if work == "sample" else 1
         found: Measured | None = measured(work, model, self.assumed.card.name, engines)
         if found is None and work == "hidden":
             self._note("hidden: at least as fast as score, which is the same forward and the logits after it")
-            return self._speed("score")
+            return self._measured("score")
         if found is None:
             self._note(f"{work}: {model} was not measured; give --{work}-tokens-per-second")
             return None
@@ -261,7 +292,7 @@ class _Planner:
             f"{work}: {found.tokens_per_second:,.0f} tokens/s a {unit}, {model} "
             f"({found.source}, {found.date}){fewer if found.engines < engines else ''}"
         )
-        return found.tokens_per_second
+        return found
 
     def _engines(self) -> int:
         """Engines of a sampler on each GPU."""
@@ -272,7 +303,7 @@ class _Planner:
         if text not in self.sources:
             self.sources.append(text)
 
-    def _steps(self) -> tuple[list[StepPlan], float | None]:
+    def steps(self) -> tuple[list[StepPlan], float | None]:
         """The steps in order, and the hours until the last one ends."""
         steps = [*self._init(), self._preprocess()]
         scored = 0.0
@@ -375,47 +406,79 @@ class _Planner:
         return found
 
     def _training(self, stage: Stage) -> StepPlan:
-        """The training step, with the sampler and the teacher beside it. The slowest role decides."""
+        """The training step, with the roles beside it."""
         shape = layout(self.spec.student, self.spec.training, stage)
         gpus = {"train": shape.ranks}
-        work: dict[str, tuple[Work, float, int]] = {"train": ("train", float(stage.tokens), shape.ranks)}
-        if (totals := self.rollouts.get(stage.name)) is not None:
+        if isinstance(stage, OnPolicy):
             gpus |= {"sampler": stage.sampler_gpus, "teacher": self.spec.teacher.gpus}
-            work |= {
-                "sampler": ("sample", totals.completions, stage.sampler_gpus),
-                "teacher": ("score", totals.tokens, self.spec.teacher.gpus),
-            }
-        elif self.run.measures_validity(stage):
+            times = self._role_times()
+            if times is None:
+                return self._trained(stage, gpus, None, {})
+            found = self._simulated(self.spec, stage, times)
+            step = self._trained(stage, gpus, found.seconds, found.shares())
+            return replace(
+                step, step_to_sampling=times.step_to_sampling, step_to_bucket=times.copy + times.publish
+            )
+        if self.run.measures_validity(stage):
             gpus |= {"evaluate": min(1, self.spec.teacher.gpus)}
-        elif stage.runs_teacher:
+        speed = self._speed("train")
+        seconds = {"train": stage.tokens / (shape.ranks * speed) if speed else None}
+        if stage.runs_teacher:
             teachers = teacher_processes(self.spec.teacher, self.spec.student, stage)
             gpus |= {"teacher": teachers}
-            work |= {"teacher": ("hidden", float(stage.tokens), teachers)}
-        hours = {}
-        for role, (kind, tokens, number) in work.items():
-            speed = self._speed(kind)
-            hours[role] = tokens / (number * speed) / 3600 if speed else None
-        slowest = max(hours, key=lambda role: hours[role] or 0.0)
-        busy = hours[slowest]
-        if busy is None or None in hours.values():
-            return StepPlan(stage.name, stage.kind, stage.tokens, gpus, None, None, "")
+            speed = self._speed("hidden")
+            seconds["teacher"] = stage.tokens / (teachers * speed) if speed else None
+        known = {role: of_role for role, of_role in seconds.items() if of_role is not None}
+        if len(known) < len(seconds):
+            return self._trained(stage, gpus, None, {})
+        longest = max(known.values())
+        busy = {role: of_role / longest for role, of_role in known.items()}
         if stage.runs_teacher:
-            self._note_split(stage, hours["train"] / busy)  # type: ignore[operator]  # all hours are known
-        if isinstance(stage, OnPolicy):
-            self._note_roles(stage, {role: hours[role] * gpus[role] for role in hours}, busy)  # type: ignore[operator]
-        checkpoints = self._checkpoints(stage, stage.tokens / busy / 3600)
+            self._note_split(stage, busy["train"])
+        return self._trained(stage, gpus, longest, busy)
+
+    def _trained(
+        self, stage: Stage, gpus: Mapping[str, int], seconds: float | None, busy: dict[str, float]
+    ) -> StepPlan:
+        """A training step of `seconds` without checkpoints, None if not known. `busy`: share of them in which
+        each role has work."""
+        if seconds is None:
+            return StepPlan(stage.name, stage.kind, stage.tokens, gpus, None, None, "")
+        speed = stage.tokens / seconds
+        checkpoints = self._checkpoints(stage, speed)
         pauses = checkpoints.number * checkpoints.pause_seconds / 3600
         return StepPlan(
             stage.name,
             stage.kind,
             stage.tokens,
             gpus,
-            busy + pauses,
-            stage.tokens / busy / 3600,
-            slowest,
+            seconds / 3600 + pauses,
+            speed,
+            max(busy, key=lambda role: busy[role]),
             pauses,
-            {role: (of_role or 0.0) / busy for role, of_role in hours.items()} if len(hours) > 1 else {},
+            busy if len(busy) > 1 else {},
         )
+
+    def _role_times(self) -> RoleTimes | None:
+        """Seconds of what the roles of an OnPolicy stage do; None if a speed is not known."""
+        train, sample, score = self._measured("train"), self._measured("sample"), self._measured("score")
+        if train is None or sample is None or score is None:
+            return None
+        return role_times(
+            train,
+            sample,
+            score,
+            self._engines(),
+            SEQUENCES,
+            self.size.weights,
+            self.assumed.disk_speed,
+            self.spec.runtime.weights_volume is not None,
+        )
+
+    def _simulated(self, spec: Spec, stage: OnPolicy, times: RoleTimes) -> StageTime:
+        """The time of an OnPolicy stage with the GPUs of `spec` and of its sampler."""
+        microbatch = trainer_microbatch(spec, stage, self.assumed.memory, None)
+        return stage_time(spec, stage, self.lengths[stage.name], times, microbatch)
 
     def _note_split(self, stage: Stage, busy: float) -> None:
         """Notes how busy the students of a TeacherForced stage are, and how its GPUs are split best."""
@@ -425,7 +488,7 @@ class _Planner:
         teachers = teacher_processes(spec.teacher, spec.student, stage)
         gpus = spec.teacher.gpus + spec.student.gpus
         ways = splits(gpus, teacher, student)
-        split = next((way for way in ways if self._accepted(stage, *way)), None)
+        split = next((way for way in ways if _accepted(self._with_gpus(*way), stage)), None)
         now = min(teachers * teacher, spec.student.gpus * student)
         most = min(split[0] * teacher, split[1] * student) if split else now
         text = f"{stage.name}: the students are busy for {100 * busy:.0f} % of the time"
@@ -437,30 +500,60 @@ class _Planner:
         else:
             self._note(f"{text}; no other split of {gpus} GPUs makes more tokens")
 
-    def _note_roles(self, stage: OnPolicy, work: dict[str, float], busy: float) -> None:
-        """Notes how the GPUs of an OnPolicy stage are divided best. `work`: GPU hours by role; `busy`: hours
-        of the slowest role now."""
-        gpus = self.spec.teacher.gpus + self.spec.student.gpus
-        for roles in divisions(gpus, work):
+    def _note_roles(self, stage: OnPolicy) -> None:
+        """Notes what the simulation of an OnPolicy stage assumes and finds, and how its GPUs are divided
+        best."""
+        times = self._role_times()
+        if times is None:
+            return
+        now = self._simulated(self.spec, stage, times)
+        volume = "" if times.volume is None else f"on the volume after {times.volume:.3g} s, "
+        self._note(
+            f"{stage.name}: simulated, because its roles wait for each other. Training waits "
+            f"{times.copy:.3g} s for a policy version, which is {volume}in the bucket after "
+            f"{times.publish:.3g} s and in the sampler's engines {times.load:.3g} s after it is there"
+        )
+        waits, pressure = 1 - now.shares()["train"], stage.back_pressure
+        if waits > pressure.waiting:
+            self._note(
+                f"{stage.name}: the trainer waits for {100 * waits:.0f} % of the time, more than "
+                f"backPressure.waiting {pressure.waiting:g}: after {pressure.windows:,} windows completions "
+                "are shortened, which is not simulated"
+            )
+        self._note_division(stage, times, now.seconds)
+
+    def _note_division(self, stage: OnPolicy, times: RoleTimes, seconds: float) -> None:
+        """Notes how the GPUs of an OnPolicy stage are divided best. `seconds`: of the stage now."""
+        gpus, totals = self.spec.teacher.gpus + self.spec.student.gpus, self.rollouts[stage.name]
+        full = (times.decode + SEQUENCES * times.decode_token) / (times.engines * SEQUENCES)
+        work = {
+            "teacher": totals.tokens * times.score,
+            "sampler": totals.completions * full,
+            "train": stage.tokens * times.position,
+        }
+        least, best = seconds, None
+        for roles in divisions(gpus, work)[:DIVISIONS]:
+            if max(work[role] / roles[role] for role in work) > least:
+                break  # and so are all that follow, even without waits
             sampler = stage.sampler.model_copy(update={"gpus": roles["sampler"]})
             divided = stage.model_copy(update={"sampler": sampler})
-            if self._accepted(divided, roles["teacher"], gpus - roles["teacher"]):
-                break
-        else:
-            return
-        least = max(work[role] / roles[role] for role in work)
-        if least < 0.995 * busy:
+            spec = self._with_gpus(roles["teacher"], gpus - roles["teacher"])
+            if _accepted(spec, divided):
+                found = self._simulated(spec, divided, times).seconds
+                if found < least:
+                    least, best = found, roles
+        if best is not None and least < 0.995 * seconds:
             self._note(
-                f"{stage.name}: {roles['teacher']} of {gpus} GPUs for the teacher, {roles['sampler']} to "
-                f"sample and {roles['train']} to train take the least time: {least:.1f} hours, not "
-                f"{busy:.1f} (teacher.gpus, student.gpus, stages[].sampler.gpus)"
+                f"{stage.name}: {best['teacher']} of {gpus} GPUs for the teacher, {best['sampler']} to "
+                f"sample and {best['train']} to train take the least time: {least / 3600:.1f} hours, not "
+                f"{seconds / 3600:.1f} (teacher.gpus, student.gpus, stages[].sampler.gpus)"
             )
         else:
             self._note(f"{stage.name}: no other division of {gpus} GPUs takes less time")
 
-    def _accepted(self, stage: Stage, teacher: int, student: int) -> bool:
-        """Whether the API server accepts the stage with these GPUs, of the memory that is assumed."""
-        spec = self.spec.model_copy(
+    def _with_gpus(self, teacher: int, student: int) -> Spec:
+        """The specification with these GPUs, of the memory that is assumed."""
+        return self.spec.model_copy(
             update={
                 "teacher": self.spec.teacher.model_copy(update={"gpus": teacher}),
                 "student": self.spec.student.model_copy(update={"gpus": student}),
@@ -469,7 +562,6 @@ class _Planner:
                 ),
             }
         )
-        return all(rule.broken(spec, stage) is None for rule in RULES if rule.each == "stages")
 
     def _checkpoints(self, stage: Stage, speed: float | None = None) -> CheckpointPlan:
         """The checkpoints of a stage that trains `speed` tokens a second, None if that is not known."""
@@ -520,9 +612,7 @@ class _Planner:
         if self.rollouts:
             found["windows"] = round(sum(map(_window_bytes, self.rollouts.values())))
             found["policy versions"] = self.size.weights * max(
-                HELD_VERSIONS + -(-stage.staleness // stage.publish_every)
-                for stage in self.spec.stages
-                if isinstance(stage, OnPolicy)
+                HELD_VERSIONS + -(-stage.staleness // stage.publish_every) for stage in self.onpolicy
             )
         found["checkpoints"] = sum(
             one.kept * one.size for stage in self.spec.stages for one in [self._checkpoints(stage)]
@@ -562,6 +652,11 @@ class _Planner:
             f"{needed[name] / GIB:.1f} GiB that each pod of stage {name} holds while its state is uploaded. "
             f"Raise it to {-(-needed[name] // GIB) + HOST_MEMORY}Gi or more, or leave it out."
         ]
+
+
+def _accepted(spec: Spec, stage: Stage) -> bool:
+    """Whether the API server accepts the stage."""
+    return all(rule.broken(spec, stage) is None for rule in RULES if rule.each == "stages")
 
 
 def _window_bytes(totals: RolloutTotals) -> float:

@@ -28,6 +28,9 @@ STEP_TOKENS = 4096
 """Tokens of one forward of the student on a GPU: a token of each completion that grows, and the prompts of
 those that start together (request_queue.ADMITTED), in one pass for prompts of up to 112 tokens. Longer
 sequences are computed in chunks."""
+PART_SECONDS = 20.0
+"""Seconds from one part of a sampler's rollouts to the next (vpmoe/sampler/part_log.py). A sampler that is
+killed loses what has finished since the last part, and what still grows."""
 PROMPT_LOGITS = 1024
 """Positions of a scored prompt whose logits vLLM holds at the same time, in float32 (CHUNK_SIZE of its
 prompt_logprob.py). Those of the next are computed before these are dropped."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from vpmoe.api import DistillRun
 from vpmoe.inference.engine_pool import SamplingRequest
+from vpmoe.plan.sampling import PART_SECONDS
 from vpmoe.rollout.part_files import (
     PartHeader,
     RolloutKey,
@@ -25,9 +26,6 @@ from vpmoe.storage import Bucket, paths
 
 log = logging.getLogger(__name__)
 
-PART_SECONDS = 20.0
-"""Seconds from one part to the next. A sampler that is killed loses what has finished since the last part,
-and what still grows."""
 RECORD_SECONDS = 1.0
 """Seconds between two checks whether the bucket has the version, once a part is due."""
 

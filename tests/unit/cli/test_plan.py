@@ -67,7 +67,10 @@ def test_speeds_and_lengths_can_be_given(tmp_path: Path, capsys: pytest.CaptureF
     assert ", after 1.2 hours of preprocessing (10.0 CPU hours); teacher" in out
     assert "preprocess: 1,000,000 tokens/s a CPU core, given" in out
     assert "train: 10,000 tokens/s a GPU, given" in out and "sample: 5,000 tokens/s a GPU, given" in out
-    assert "onpolicy: prompts of 100 tokens, completions of low 300, medium 700, high 1,500, assumed" in out
+    assert (
+        "onpolicy: prompts of 100 tokens, completions of low 300, medium 700, high 1,500 on average, one in "
+        "100 as long as it may be, assumed" in out
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from tests.fakes import valid_specs
 from tests.fakes.chart import VALUES
 from tests.fakes.teacher_configs import GPT_OSS_20B, GPT_OSS_120B
-from vpmoe.api import DistillRun, OnPolicy, load_run
+from vpmoe.api import DistillRun, Invalid, OnPolicy, load_run
 from vpmoe.api.card import GIB
 from vpmoe.api.memory import STUDENTS
 from vpmoe.api.quantities import parse_quantity
@@ -18,7 +19,7 @@ from vpmoe.inference import teacher_hidden
 from vpmoe.plan import memory, onpolicy, throughput
 from vpmoe.plan.memory import MicrobatchPlan
 from vpmoe.plan.onpolicy import rollout_totals
-from vpmoe.plan.plan import CHART_CORES, Assumptions, Plan, make_plan, splits
+from vpmoe.plan.plan import CHART_CORES, Assumptions, Plan, make_plan, plan_steps, splits
 from vpmoe.plan.sampling import ENGINES, SAMPLING_SHARE, divide_card
 from vpmoe.plan.scoring import LEAST_TOKENS, MOST_TOKENS, forward_tokens, needed_to_score, teacher_share
 from vpmoe.plan.table import memory_rows, plan_text
@@ -565,32 +566,66 @@ def test_the_slower_of_teacher_and_students_decides_a_teacherforced_stage() -> N
 
 
 @pytest.mark.parametrize(
-    "speeds, roles",
+    "speeds",
     [
-        pytest.param({"train": 11_000, "sample": 50_000, "score": 60_000}, (1, 1, 6), id="slow-training"),
-        pytest.param({"train": 60_000, "sample": 50_000, "score": 60_000}, (2, 3, 3), id="all-alike"),
-        pytest.param(
-            {"train": 60_000, "sample": 5_000, "score": 60_000}, (1, 5, 2), id="one-gpu-holds-no-training"
-        ),
+        pytest.param({"train": 11_000, "sample": 50_000, "score": 60_000}, id="slow-training"),
+        pytest.param({"train": 60_000, "sample": 50_000, "score": 60_000}, id="all-alike"),
+        pytest.param({"train": 60_000, "sample": 5_000, "score": 60_000}, id="one-gpu-holds-no-training"),
+        pytest.param({"train": 60_000, "sample": 50_000, "score": 6_000}, id="slow-teacher"),
     ],
 )
-def test_an_onpolicy_stage_s_best_division_of_gpus_is_named(
-    speeds: dict[Work, float], roles: tuple[int, int, int]
-) -> None:
-    """The named hours are those of a plan with these GPUs, which then names no other."""
+def test_an_onpolicy_stage_s_best_division_of_gpus_is_named(speeds: dict[Work, float]) -> None:
+    """It has the least hours of all divisions that the API server accepts, each planned by itself, and its
+    plan names no other."""
     stage = valid_specs.ONPOLICY | {"tokens": "1B"}
-    changes: dict[str, Any] = {"spec.stages": [stage], "spec.student.gpus": 7}
-    here = plan_of(changes, speeds=speeds)
+    here = plan_of({"spec.stages": [stage]}, speeds=speeds)
     (note,) = (one for one in here.sources if one.startswith("onpolicy: ") and " GPUs" in one)
-    teacher, sampler, train = roles
-    assert f"{teacher} of 8 GPUs for the teacher, {sampler} to sample and {train} to train take" in note
-    changes["spec.teacher.gpus"], changes["spec.student.gpus"] = teacher, sampler + train
-    changes["spec.stages"] = [stage | {"sampler": {"gpus": sampler}}]
-    best = plan_of(changes, speeds=speeds)
-    assert any(one == "onpolicy: no other division of 8 GPUs takes less time" for one in best.sources)
-    step = next(step for step in best.steps if step.step == "onpolicy")
-    assert step.hours is not None
-    assert f" {step.hours - step.pause_hours:.1f} hours, not " in note
+    plans = {}
+    for teacher, sampler in product(range(1, 7), range(1, 7)):
+        changes = {
+            "spec.teacher.gpus": teacher,
+            "spec.student.gpus": 8 - teacher,
+            "spec.stages": [stage | {"sampler": {"gpus": sampler}}],
+            "spec.runtime.gpuMemory": "79Gi",
+        }
+        try:
+            plans[teacher, sampler] = plan_of(changes, speeds=speeds)
+        except Invalid:
+            continue  # as with less than one GPU to train
+
+    def hours(plan: Plan) -> float:
+        step = next(step for step in plan.steps if step.step == "onpolicy")
+        assert step.hours is not None
+        return step.hours - step.pause_hours
+
+    best = min(plans, key=lambda roles: hours(plans[roles]))
+    teacher, sampler = best
+    assert len(plans) == 15, "two GPUs at least hold the trainer"
+    assert note == (
+        f"onpolicy: {teacher} of 8 GPUs for the teacher, {sampler} to sample and {8 - teacher - sampler} to "
+        f"train take the least time: {hours(plans[best]):.1f} hours, not {hours(here):.1f} (teacher.gpus, "
+        "student.gpus, stages[].sampler.gpus)"
+    )
+    assert "onpolicy: no other division of 8 GPUs takes less time" in plans[best].sources
+
+
+def test_a_trainer_that_waits_too_long_for_back_pressure_is_named() -> None:
+    speeds: dict[Work, float] = {"train": 60_000, "sample": 5_000, "score": 60_000}
+    for waiting, named in ((0.5, True), (1.0, False)):
+        stage = valid_specs.ONPOLICY | {"backPressure": {"waiting": waiting, "windows": 20}}
+        plan = plan_of({"spec.stages": [stage]}, speeds=speeds)
+        busy = next(step.busy["train"] for step in plan.steps if step.step == "onpolicy")
+        text = (
+            f"onpolicy: the trainer waits for {100 * (1 - busy):.0f} % of the time, more than "
+            "backPressure.waiting 0.5: after 20 windows completions are shortened, which is not simulated"
+        )
+        assert busy < 0.5 and (text in plan.sources) == named
+
+
+def test_the_steps_alone_are_those_of_the_plan() -> None:
+    run = DistillRun.parse(valid_specs.manifest({"spec.stages": [valid_specs.ONPOLICY]}))
+    assumed = Assumptions(H100, H100.memory, KNOWN["gpt-oss-20b"])
+    assert plan_steps(run, assumed) == make_plan(run, assumed).steps
 
 
 def test_hidden_states_that_were_not_measured_are_as_fast_as_scores(monkeypatch: pytest.MonkeyPatch) -> None:
