@@ -90,7 +90,7 @@ class Dispatcher(MoETokenDispatcher):  # type: ignore[misc]
             return rows, weight_C
         tokens_E = self.sent.tokens_E
         all_tokens = tokens_E.new_empty(self.ep_size * len(tokens_E))
-        dist.all_gather_single(all_tokens, tokens_E, group=self.ep_group)
+        dist.all_gather_into_tensor(all_tokens, tokens_E, group=self.ep_group)
         self.received_Re = all_tokens.view(self.ep_size, -1).chunk(self.ep_size, dim=1)[self.ep_rank]
         self.sends, self.receives = (
             tokens_E.view(self.ep_size, -1).sum(1).tolist(),
