@@ -97,7 +97,8 @@ def peer_size(config: dict[str, Any]) -> StudentSize:
         backward=0,
         backward_weights=0,
         graphed=0,
-        received=0,
+        shared=0,
+        shared_backward=0,
         cached=layers * 2 * 2 * keys,
         window=0,
     )

@@ -16,9 +16,9 @@ rank 0, by events, beside floors; --kernels 20 adds the kernels that take most t
 
 --sweep measures the cases of SWEEP one after the other, each with the shape's first layers, and prints a line
 for each, with the difference of the prediction to the peak in per cent. --sharded divides the sums of
-gradients over the ranks. --no-graphs runs layers without CUDA graphs, which the trainer uses where it can
-(vpmoe/model/layer_graphs.py). --card gives PyTorch what it would have on a smaller card: the third command is
-what `vpmoe plan` chooses for two of 80 GB.
+gradients over the ranks, --expert-parallel the experts. --no-graphs runs layers without CUDA graphs, which
+the trainer uses where it can (vpmoe/model/layer_graphs.py). --card gives PyTorch what it would have on a
+smaller card: the third command is what `vpmoe plan` chooses for two of 80 GB.
 
 On the CPU if CUDA_VISIBLE_DEVICES is set and empty (shape tiny; its
 memory is not PyTorch's alone and is not compared). Documents (200 to 1,200 tokens) and scores are random, so
@@ -124,6 +124,8 @@ class Case:
     recomputed: int
     sharded: bool = False
     graphs: bool = True
+    expert_parallel: int = 1
+    """Ranks that share one set of experts."""
 
 
 SWEEP = (
@@ -216,6 +218,7 @@ def measure(
         seed=1,
         weight_decay=0.1,
         gradient_clip=1.0,
+        expert_parallel=case.expert_parallel,
         recomputed_layers=case.recomputed,
         sharded_gradients=case.sharded,
         graphs=case.graphs,
@@ -299,7 +302,7 @@ def predicted(shape: Shape, case: Case) -> TrainingMemory:
     return training_memory(
         shape.size(),
         distributed.world_size(),
-        1,
+        case.expert_parallel,
         case.tokens,
         case.recomputed,
         case.sharded,
@@ -316,6 +319,7 @@ def operations(shape: Shape, case: Case) -> float:
 def describe(case: Case) -> str:
     text = f"{case.layers} layers, {case.tokens:,} positions, {case.recomputed} recomputed"
     text += ", sharded gradients" if case.sharded else ""
+    text += f", expert-parallel over {case.expert_parallel}" if case.expert_parallel > 1 else ""
     return text + ("" if case.graphs else ", no graphs")
 
 
@@ -371,6 +375,9 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=2, help="microbatches of a rank in a step")
     parser.add_argument("--recompute", type=int, default=0, help="layers that are recomputed")
     parser.add_argument("--sharded", action="store_true", help="each rank keeps its share of the gradients")
+    parser.add_argument(
+        "--expert-parallel", type=int, default=1, metavar="N", help="ranks that share one set of experts"
+    )
     parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="layers without CUDA graphs")
     parser.add_argument("--sweep", action="store_true", help="measure the cases of SWEEP instead")
     parser.add_argument(
@@ -384,12 +391,14 @@ def main() -> None:
         "--card", type=int, metavar="GIB", help="give PyTorch what it would have on a card of so many GiB"
     )
     given = parser.parse_args()
+    if given.sweep and given.expert_parallel > 1:
+        parser.error("--sweep: its cases have no expert parallelism. Leave out --expert-parallel.")
     if given.gpus > 1 and "RANK" not in os.environ:
         placement = Placement(given.gpus, 0, given.gpus, "127.0.0.1", free_port())
         command = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:]]
         sys.exit(launch_workers(placement, command, [], threading.Event()))
     device = devices.choose()
-    distributed.start(device)
+    distributed.start(device, given.expert_parallel)
     if given.card is not None:
         limit_memory(given.card * GIB, device)
     if given.sweep:
@@ -398,7 +407,7 @@ def main() -> None:
         return
     layers = given.layers or SHAPES[given.shape].layers
     shape = replace(SHAPES[given.shape], layers=layers)
-    case = Case(layers, given.tokens, given.recompute, given.sharded, given.graphs)
+    case = Case(layers, given.tokens, given.recompute, given.sharded, given.graphs, given.expert_parallel)
     cost = measure(shape, case, device, given.microbatches, given.steps, given.kernels > 0)
     memory = predicted(shape, case)
     rate = product_rate(device)

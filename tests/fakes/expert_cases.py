@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
+from torch.distributed import ProcessGroup
 
 from vpmoe.model import experts_gpu
 
@@ -37,7 +39,8 @@ def random_weights(
 
 
 def definition(x: Tensor, share: Tensor, expert_C: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """[N, H] in the inputs' dtype, one expert after the other."""
+    """[N, H] in the inputs' dtype, one expert after the other. Choices of experts without weights add
+    nothing."""
     up, down, *biases = weights
     choices = len(share) // len(x)
     token_C = torch.arange(len(x), device=x.device).repeat_interleave(choices)
@@ -62,15 +65,19 @@ def kernels(
     direction: Tensor,
     choices: int,
     calls: int = 1,
+    group: ProcessGroup | None = None,
 ) -> Outcome:
-    """Output and gradients of the kernels; of a weight with a buffer what is there after `calls` calls."""
+    """Output and gradients of the kernels; of a weight with a buffer what is there after `calls` calls.
+    With a group, of one rank, there may be choices of other ranks' experts, which come after all weights."""
     up, down, *biases = weights
     up_bias, down_bias = biases or (None, None)
     order = expert_C.argsort(stable=True)
-    inverse, tokens = order.argsort(), expert_C.bincount(minlength=len(up))
+    inverse, tokens = order.argsort(), expert_C.bincount(minlength=len(up))[: len(up)]
     leaves = [x, share, *weights]
     for _ in range(calls):
-        out = experts_gpu.mixture(x, share, up, down, up_bias, down_bias, order, inverse, tokens, choices)
+        out = experts_gpu.mixture(
+            x, share, up, down, up_bias, down_bias, order, inverse, tokens, choices, group
+        )
         gradients = torch.autograd.grad(out, leaves, direction)
     found = [getattr(leaf, "main_grad", gradient) for leaf, gradient in zip(leaves, gradients, strict=True)]
     return named(out.detach(), found)
@@ -93,9 +100,10 @@ def mixtures(
     experts: int = 8,
     biased: bool = True,
     buffered: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Outcome:
     """Experts that are not `chosen` get nothing. With `buffered`, gradients are added to fp32 buffers in two
-    calls. Returns what the kernels found."""
+    calls; `group` as in `kernels`. Returns what the kernels found."""
     expert_C = random_choices(chosen, tokens, choices, device)
     x = torch.randn(tokens, hidden, device=device).to(dtype).requires_grad_()
     share = torch.rand(tokens * choices, device=device).requires_grad_()
@@ -110,7 +118,7 @@ def mixtures(
     # what the allocator hands out next for gradients is not zero
     dirty = [torch.full_like(weight, torch.nan) for weight in weights for _ in range(4)]
     del dirty
-    found = kernels(x, share, expert_C, weights, direction, choices, calls)
+    found = kernels(x, share, expert_C, weights, direction, choices, calls, group)
     exact = [leaf.detach().double().requires_grad_() for leaf in (x, share, *weights)]
     out = definition(exact[0], exact[1], expert_C, exact[2:])
     wanted = named(out.detach(), torch.autograd.grad(out, exact, direction.double()))
@@ -131,6 +139,28 @@ def mixtures(
 
 def calls_of(name: str, calls: int) -> int:
     return 1 if name in ("out", "x", "share") else calls
+
+
+def other_ranks_choices(device: torch.device, dtype: torch.dtype, tokens: int) -> None:
+    """Two of four experts are another rank's, and tokens have no, some or all of their choices there. Memory
+    that no kernel has written is NaN. Needs the default group, of one rank."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        for buffered in (False, True):
+            mixtures(
+                device,
+                dtype,
+                tokens,
+                64,
+                16,
+                chosen=[2, 1, 3],
+                experts=2,
+                choices=2,
+                buffered=buffered,
+                group=dist.group.WORLD,
+            )
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def no_rows(device: torch.device, dtype: torch.dtype) -> None:
@@ -171,6 +201,9 @@ def main() -> None:
     mixtures(cpu, torch.float16, 20, 128, 32, choices=2, biased=False)
     mixtures(cpu, torch.float16, 150, 64, 16, choices=1, buffered=True)
     no_rows(cpu, torch.float16)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    other_ranks_choices(cpu, torch.float16, 150)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -36,9 +36,10 @@ WEIGHTS = {"reasoning": 0.7, "final": 1.6}
 
 
 def global_batch(step: int) -> list[Batch]:
-    """Five uneven microbatches; the last is padding alone."""
+    """Five uneven microbatches, the third and fourth with the shapes of the first two; the last is padding
+    alone."""
     generator = torch.Generator().manual_seed(step)
-    return [*ragged_batches(generator, 4), Batch.from_rows(*documents(generator, [], 30))]
+    return [*ragged_batches(generator, 4, shapes=2), Batch.from_rows(*documents(generator, [], 30))]
 
 
 def objective_of(batches: list[Batch]) -> tuple[Objective, int]:
@@ -100,7 +101,8 @@ def layout(
     """
     rank = distributed.rank()
     # Data-parallel ranks may have different numbers of microbatches (rank 1: one of documents, one of
-    # padding). Expert-parallel ranks may not, and neither may those that shard gradients.
+    # padding). Expert-parallel ranks may not, and neither may those that shard gradients. The shapes of
+    # expert-parallel ranks are the same.
     own_batches = slice(0, 3) if rank == 0 else slice(3, 5)
     if expert_parallel > 1 or sharded_gradients:
         own_batches = slice(0, 2) if rank == 0 else slice(2, 4)
@@ -138,6 +140,10 @@ def layout(
     spoiled.remove()
     raised.append(error_message(lambda: trained.step(1e-2)))
     unchanged = equal(before, (copy_slices(trained), weights(trained)))
+    other_shapes = ""
+    if expert_parallel > 1:
+        uneven = batches[slice(0, 2) if rank == 0 else slice(1, 3)]
+        other_shapes = error_message(lambda: trained.forward_backward(uneven, objective, positions))
     steps = restored.steps
     fourth = train(trained, own_batches, range(3, 4)), weights(trained)
     undisturbed = train(restored, own_batches, range(3, 4)), weights(restored)
@@ -155,6 +161,7 @@ def layout(
         "fourth": fourth,
         "undisturbed": undisturbed,
         "raised": raised,
+        "other_shapes": other_shapes,
         "unchanged": unchanged,
     }
 

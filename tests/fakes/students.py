@@ -107,15 +107,22 @@ def documents(
 
 
 def ragged_batches(
-    generator: torch.Generator, microbatches: int, vocabulary: int = SMALL.vocabulary
+    generator: torch.Generator,
+    microbatches: int,
+    vocabulary: int = SMALL.vocabulary,
+    shapes: int | None = None,
 ) -> list[Batch]:
-    """Microbatches of 1 to 3 rows of different lengths, documents and padding."""
-    batches = []
-    for _ in range(microbatches):
-        rows, row = (
-            int(torch.randint(1, 4, (), generator=generator)),
-            int(torch.randint(20, 60, (), generator=generator)),
-        )
+    """Microbatches of 1 to 3 rows of different lengths, documents and padding. After `shapes` of them their
+    shapes repeat."""
+    batches: list[Batch] = []
+    for number in range(microbatches):
+        if shapes is not None and number >= shapes:
+            rows, row = batches[number - shapes].tokens.shape
+        else:
+            rows, row = (
+                int(torch.randint(1, 4, (), generator=generator)),
+                int(torch.randint(20, 60, (), generator=generator)),
+            )
         packed = []
         for _ in range(rows):
             lengths: list[int] = []

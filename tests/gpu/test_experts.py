@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 
-from tests.fakes.expert_cases import mixtures, no_rows, tiles
+from tests.fakes.expert_cases import mixtures, no_rows, other_ranks_choices, tiles
 from tests.fakes.students import new_seed
 from vpmoe.model import experts_gpu
 from vpmoe.model.grouped import grouped_product
@@ -55,7 +55,7 @@ def test_mixtures_equal_float64(
 
 @pytest.mark.parametrize("choices", [1, 4])
 def test_many_experts_equal_float64(gpu: torch.device, choices: int) -> None:
-    """The real widths and numbers; of a row that another rank sent there is one choice."""
+    """The real widths and numbers."""
     torch.manual_seed(new_seed())
     chosen = [expert for expert in range(256) if expert % 7]
     mixtures(gpu, torch.bfloat16, 8192, 1024, 128, choices=choices, chosen=chosen, experts=256)
@@ -64,6 +64,11 @@ def test_many_experts_equal_float64(gpu: torch.device, choices: int) -> None:
 @pytest.mark.parametrize("tokens", [[0, 300, 128, 0, 1, 129], [20_000, 3], [512] * 256], ids=len)
 def test_tiles_have_every_row_once(gpu: torch.device, tokens: list[int]) -> None:
     tiles(gpu, tokens)
+
+
+def test_choices_of_other_ranks_experts_add_nothing(device: torch.device) -> None:
+    torch.manual_seed(new_seed())
+    other_ranks_choices(device, torch.bfloat16, 1000)
 
 
 def test_a_rank_without_rows_has_gradient_zero(gpu: torch.device) -> None:

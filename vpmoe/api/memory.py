@@ -50,13 +50,15 @@ class StudentSize:
     backward: int
     """Bytes of a position that a layer's backward holds beside what was kept."""
     backward_weights: int
-    """Bytes that it holds whatever the positions, without expert parallelism, which divides them."""
+    """Bytes that it holds whatever the positions; expert parallelism divides them."""
     graphed: int
     """Bytes of a position that CUDA graphs of the layers hold beside that: their inputs, at fixed
     addresses."""
-    received: int
-    """Bytes of a position's rows that are exchanged with expert parallelism. A layer then keeps them for the
-    backward too, which holds twice as much beside."""
+    shared: int
+    """Bytes that a layer keeps of a position of each other rank that shares its experts, with expert
+    parallelism."""
+    shared_backward: int
+    """Bytes of such a position that a layer's backward holds beside what was kept."""
     cached: int
     """Bytes of a position's keys and values in a sampler, in the layers that keep those of all positions."""
     window: int
@@ -122,11 +124,12 @@ STUDENTS = {
         17_424,
         134_217_728,
         4613,
-        8256,
+        1104,
+        11_280,
         20_480,
         7_864_320,
     ),
-    "tiny": StudentSize(26_011_264, 134_144, 5, 64, 1983, 550, 904, 65_536, 325, 288, 128, 65_536),
+    "tiny": StudentSize(26_011_264, 134_144, 5, 64, 1983, 550, 904, 65_536, 325, 168, 520, 128, 65_536),
 }
 """Size of each shape of student.shape."""
 
@@ -166,14 +169,14 @@ def training_memory(
     `teacher_width` is that of the hidden states of a teacher beside the students, in a TeacherForced stage:
     such a stage also holds the teacher's output matrix and its hidden states of a microbatch, and trains a
     projection to its width, which has a gradient of the hidden states' size. `graphs`: whether layers are
-    CUDA graphs where they can be, without expert parallelism and with whole gradients
-    (vpmoe/model/layer_graphs.py).
+    CUDA graphs where they can be, with whole gradients (vpmoe/model/layer_graphs.py).
     """
     held = size.parameters - size.expert_parameters + size.expert_parameters // expert_parallel
     kept = size.layers - recomputed_layers
-    received = size.received if expert_parallel > 1 else 0
-    each = size.kept + received
-    backward = (size.backward + 2 * received) * positions + size.backward_weights
+    others = expert_parallel - 1
+    each = size.kept + size.shared * others
+    backward = (size.backward + size.shared_backward * others) * positions
+    backward += size.backward_weights // expert_parallel
     if not kept:
         backward += each * positions
     head = size.head
@@ -181,7 +184,7 @@ def training_memory(
         backward += size.buckets
         head += size.output_gradient
     head = max(head, backward)
-    if graphs and expert_parallel == 1 and not sharded_gradients:
+    if graphs and not sharded_gradients:
         head = size.head + backward + size.graphed * positions
     width = teacher_width or 0
     projection = width * size.hidden if width != size.hidden else 0
@@ -230,30 +233,28 @@ def stage_memory(student: StudentSpec, stage: StageFields, sequence_length: int)
 
 
 def cel_least_memory(shape: str, ranks: str, expert_parallel: str, sequence_length: str) -> str:
-    """CEL for the total of least_memory. All arguments are CEL."""
+    """CEL for the total of least_memory. All arguments are CEL. `p` are the positions of a microbatch."""
     positions = (
         f"({sequence_length} < {LEAST} ? {LEAST} / {sequence_length} * {sequence_length} : {sequence_length})"
     )
 
     def total(size: StudentSize, sharded: bool) -> str:
         share = WEIGHT if sharded else WEIGHT + GRADIENT
-        constant = size.backward_weights + (size.buckets if sharded else 0)
-        alone = size.head + (size.output_gradient if sharded else 0)
-
-        def head_or_backward(received: int) -> str:
-            each = size.backward + size.kept + 3 * received
-            longest = (alone - constant) // each  # with so many positions the head needs as much, or more
-            assert longest >= LEAST, "the head decides how much the shortest microbatches need"
-            return f"({sequence_length} > {longest} ? {each} * {sequence_length} + {constant} : {alone})"
-
-        graphed = f"{size.head + constant} + {size.backward + size.kept + size.graphed} * {positions}"
-        whole_experts = head_or_backward(0) if sharded else graphed
-        head = f"({expert_parallel} == 1 ? {whole_experts} : {head_or_backward(size.received)})"
+        of_other = size.shared + size.shared_backward
+        each = size.kept + size.backward - of_other + (0 if sharded else size.graphed)
+        backward = (
+            f"{size.backward_weights} / {expert_parallel} + {each} * p + {of_other} * p * {expert_parallel}"
+        )
+        if sharded:
+            alone, backward = size.head + size.output_gradient, f"{size.buckets} + {backward}"
+            head = f"({backward} > {alone} ? {backward} : {alone})"
+        else:
+            head = f"{size.head} + {backward}"
         terms = [
             f"{share * (size.parameters - size.expert_parameters) + CONTEXT}",
             f"{size.expert_parameters} / {expert_parallel} * {share}",
             f"{OPTIMIZER * size.parameters} / {ranks}",
-            f"{size.stem + size.input * size.layers} * {positions}",
+            f"{size.stem + size.input * size.layers} * p",
             head,
         ]
         if sharded:
@@ -268,4 +269,4 @@ def cel_least_memory(shape: str, ranks: str, expert_parallel: str, sequence_leng
     text = last
     for name, other in zip(list(STUDENTS)[-2::-1], others, strict=True):
         text = f"{shape} == '{name}' ? {other} : {text}"
-    return f"({text})"
+    return f"[{positions}].map(p, {text})[0]"

@@ -91,7 +91,8 @@ class StudentSpec(ApiModel):
     nodes."""
     expert_parallel: Annotated[int, Field(ge=1, le=256)] = 1
     """Number of ranks that share one set of experts. It must divide the experts of the shape and the ranks of
-    every stage. Higher uses less memory on each GPU and adds all-to-all communication."""
+    every stage. Higher uses less memory for weights and gradients on each GPU; in every layer these ranks
+    gather each other's tokens."""
 
     @field_validator("init", mode="before")
     @classmethod

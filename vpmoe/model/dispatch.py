@@ -1,12 +1,15 @@
-"""Token dispatch: sends tokens to their experts and sums the results, over one rank or several.
+"""Token dispatch: which choices this rank's experts compute, sorted by expert, over one rank or several.
 
 Without Transformer Engine, megatron-core's dispatcher splits its input into one tensor per expert and joins
 them again, four times per layer and again in the backward. At 256 experts that takes two fifths of a training
 step on a GPU. Here every choice (a token and one of its experts) is a row, and one permutation sorts the rows
 by expert. Combining is the inverse permutation and a sum over each token's choices, which is also the
-gradient of dispatching. So neither direction scatters, and both are deterministic. The last permutation, to
-the experts of a rank, is described by a `Sorting` and left to experts.py: a GPU's products read through it.
-The GPU's kernels are in dispatch_gpu.py.
+gradient of dispatching. So neither direction scatters, and both are deterministic. The permutation is
+described by a `Sorting` and left to experts.py: a GPU's products read through it. The GPU's kernels are in
+dispatch_gpu.py.
+
+Ranks that share a set of experts sort the choices of all their tokens. Those of other ranks' experts come
+last, and are not computed (expert_exchange.py).
 """
 
 from dataclasses import dataclass
@@ -14,12 +17,13 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch import distributed as dist
+from torch.distributed import ProcessGroup
+
+from vpmoe.model.expert_exchange import all_gather, gathered
 
 
 class MixtureLayer(MoELayer):  # type: ignore[misc]
@@ -50,107 +54,87 @@ class MixtureLayer(MoELayer):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Sorting:
-    """How the choices that a rank's experts compute are sorted by expert."""
+    """How choices are sorted by the experts of this rank. C are those of N tokens, or with a `group` of all
+    its ranks' tokens, in the order of the ranks."""
 
     order_C: Tensor
-    """The choice of each row; choice c is of token c // choices."""
+    """The choice of each row; choice c is of token c // choices. Choices of other ranks' experts follow, on a
+    GPU; on the CPU they are left out."""
     inverse_C: Tensor
-    """The row of each choice."""
+    """The row of each choice; of one of other ranks' experts a number that no row has."""
     tokens_E: Tensor
     """Number of rows of each expert."""
     choices: int
     """Of a token."""
+    group: ProcessGroup | None = None
+    """The ranks that share a set of experts; None if this rank has all experts."""
 
 
 class Dispatcher(MoETokenDispatcher):  # type: ignore[misc]
     """The steps of a mixture layer's forward, in the order in which megatron calls them.
 
-    N tokens with K choices each make C = N·K rows.
+    N tokens with K choices each make C = N·K rows; with R ranks that share a set of experts, R·N·K.
     """
 
     def dispatch_preprocess(
         self, hidden: Tensor, expert_NK: Tensor, weight_NK: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(tokens [N, H], weights [C]). With several ranks, a row [C, H] and a weight per choice, sorted by
-        expert."""
+        """(tokens [N, H], weights [C])."""
         self.shape = hidden.shape
-        tokens_NH, weight_C = hidden.view(-1, self.shape[-1]), weight_NK.flatten()
-        self.sorting = _by_expert(expert_NK.flatten(), self.config.num_moe_experts, expert_NK.shape[1])
-        if self.ep_size == 1:
-            return tokens_NH, weight_C
-        self.sent = sent = self.sorting
-        return (
-            spread(tokens_NH, sent.order_C, sent.inverse_C, sent.choices),
-            spread(weight_C, sent.order_C, sent.inverse_C, 1),
-        )
-
-    def token_dispatch(self, rows: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows, weights) that all ranks send to this rank's experts, by rank, then by expert."""
-        if self.ep_size == 1:
-            return rows, weight_C
-        tokens_E = self.sent.tokens_E
-        all_tokens = tokens_E.new_empty(self.ep_size * len(tokens_E))
-        dist.all_gather_single(all_tokens, tokens_E, group=self.ep_group)
-        self.received_Re = all_tokens.view(self.ep_size, -1).chunk(self.ep_size, dim=1)[self.ep_rank]
-        self.sends, self.receives = (
-            tokens_E.view(self.ep_size, -1).sum(1).tolist(),
-            self.received_Re.sum(1).tolist(),
-        )
-        exchanged = (all_to_all(self.ep_group, x, self.receives, self.sends) for x in (rows, weight_C))
-        return next(exchanged), next(exchanged)
-
-    def dispatch_postprocess(self, rows: Tensor, weight_C: Tensor) -> tuple[Tensor, Sorting, Tensor]:
-        """(rows, how their choices are sorted by this rank's experts, weights): a received row is a token
-        with one choice."""
+        experts, group = self.config.num_moe_experts, None
         if self.ep_size > 1:
-            expert_e = torch.arange(self.received_Re.shape[1], device=rows.device).repeat(self.ep_size)
-            order, inverse = _sorted(expert_e.repeat_interleave(self.received_Re.flatten()))
-            self.sorting = Sorting(order, inverse, self.received_Re.sum(0), 1)
-        return rows, self.sorting, weight_C
+            group = self.ep_group
+            weight_NK = gathered(weight_NK, group)
+            # counted from the first of this rank's, which so come first
+            expert_NK = (all_gather(expert_NK, group) - experts // self.ep_size * self.ep_rank) % experts
+        self.sorting = _by_expert(expert_NK, experts, experts // self.ep_size, group)
+        return hidden.view(-1, self.shape[-1]), weight_NK.flatten()
 
-    def combine_preprocess(self, rows: Tensor) -> Tensor:
-        """The experts' outputs, which are in the order of their inputs."""
-        return rows
+    def token_dispatch(self, tokens: Tensor, weight_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing: the experts gather the tokens, and only for as long as they read them."""
+        return tokens, weight_C
 
-    def token_combine(self, rows: Tensor) -> Tensor:
-        """The outputs for this rank's tokens, sent back by the ranks of their experts."""
-        sent: Tensor = (
-            rows if self.ep_size == 1 else all_to_all(self.ep_group, rows, self.sends, self.receives)
-        )
-        return sent
+    def dispatch_postprocess(self, tokens: Tensor, weight_C: Tensor) -> tuple[Tensor, Sorting, Tensor]:
+        """(tokens, how their choices are sorted, weights)."""
+        return tokens, self.sorting, weight_C
 
-    def combine_postprocess(self, rows: Tensor) -> Tensor:
-        """Each token's sum over its choices, in the shape of dispatch_preprocess's `hidden`."""
+    def combine_preprocess(self, tokens: Tensor) -> Tensor:
+        """The experts' outputs, summed over each token's choices."""
+        return tokens
+
+    def token_combine(self, tokens: Tensor) -> Tensor:
+        """Nothing: the experts have summed them over the ranks."""
+        return tokens
+
+    def combine_postprocess(self, tokens: Tensor) -> Tensor:
+        """In the shape of dispatch_preprocess's `hidden`."""
         del self.sorting  # or every layer would hold one until its next forward
-        if self.ep_size > 1:
-            rows = collect(rows, self.sent.order_C, self.sent.inverse_C, self.sent.choices)
-            del self.sent, self.received_Re
-        return rows.view(self.shape)
+        return tokens.view(self.shape)
 
 
-def _by_expert(expert_C: Tensor, experts: int, choices: int) -> Sorting:
-    """Choices sorted by expert, in a stable order."""
+def _by_expert(expert_NK: Tensor, experts: int, own: int, group: ProcessGroup | None) -> Sorting:
+    """Choices sorted by expert, in a stable order. This rank has the first `own` of the experts."""
+    expert_C, choices = expert_NK.flatten(), expert_NK.shape[1]
     if expert_C.is_cuda:
         from vpmoe.model import dispatch_gpu  # its kernels are Triton's, which needs a GPU
 
-        return Sorting(*dispatch_gpu.sorted_by_expert(expert_C, experts), choices)
-    return Sorting(*_sorted(expert_C), expert_C.bincount(minlength=experts), choices)
-
-
-def _sorted(key_C: Tensor) -> tuple[Tensor, Tensor]:
-    """(the stable order that sorts the keys, its inverse)."""
-    order = key_C.argsort(stable=True)
-    return order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        order, inverse, tokens_E = dispatch_gpu.sorted_by_expert(expert_C, experts)
+        return Sorting(order, inverse, tokens_E[:own], choices, group)
+    order = expert_C.argsort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    tokens_E = expert_C.bincount(minlength=experts)[:own]
+    return Sorting(order[: int(tokens_E.sum())], inverse, tokens_E, choices, group)
 
 
 def spread(tokens: Tensor, order: Tensor, inverse: Tensor, choices: int) -> Tensor:
-    """`choices` copies of every token, in `order`. Its gradient is `collect`."""
+    """The token of every row, in `order`. Its gradient is `collect`."""
     copies: Tensor = _Spread.apply(tokens, order, inverse, choices)  # type: ignore[no-untyped-call]
     return copies
 
 
 def collect(rows: Tensor, order: Tensor, inverse: Tensor, choices: int) -> Tensor:
-    """The sum of every token's `choices` rows, which are in `order`. Its gradient is `spread`."""
+    """The sum of every token's rows, which are in `order`; choices without a row add nothing. Its gradient is
+    `spread`."""
     sums: Tensor = _Collect.apply(rows, order, inverse, choices)  # type: ignore[no-untyped-call]
     return sums
 
@@ -160,10 +144,8 @@ def _spread(tokens: Tensor, order: Tensor, choices: int) -> Tensor:
 
 
 def _collect(rows: Tensor, inverse: Tensor, choices: int) -> Tensor:
-    if rows.is_cuda and choices > 1:
-        from vpmoe.model import dispatch_gpu
-
-        return dispatch_gpu.sum_of_rows(rows, inverse, choices)
+    if len(rows) < len(inverse):  # one more row for the choices that have none
+        rows, inverse = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])]), inverse.clamp(max=len(rows))
     return rows.index_select(0, inverse).view(-1, choices, *rows.shape[1:]).sum(1)
 
 

@@ -32,14 +32,17 @@ def sorted_by_expert(expert_C: Tensor, experts: int) -> tuple[Tensor, Tensor, Te
     return order, inverse, count_EB.sum(1)
 
 
-def sum_of_rows(rows_CW: Tensor, inverse: Tensor, choices: int) -> Tensor:
+def sum_of_rows(rows_CW: Tensor, inverse: Tensor, choices: int, ends_E: Tensor | None = None) -> Tensor:
     """[tokens, W]: the sum of the `choices` rows of each token, added in fp32; choice c is row
-    `inverse[c]`."""
+    `inverse[c]`. With `ends_E` int32 there are rows up to its last number only; the others add nothing and
+    are not read."""
     rows_CW = rows_CW.contiguous()
     tokens, width = len(inverse) // choices, rows_CW.shape[1]
     out = rows_CW.new_empty(tokens, width)
     block = min(COLUMNS, triton.next_power_of_2(width))
-    _sum[(tokens, triton.cdiv(width, block))](rows_CW, inverse, out, width, choices, block, num_warps=4)
+    experts = 0 if ends_E is None else len(ends_E)
+    grid = (tokens, triton.cdiv(width, block))
+    _sum[grid](rows_CW, inverse, ends_E, out, width, choices, block, experts, num_warps=4)
     return out
 
 
@@ -71,12 +74,19 @@ def _place(expert, count, end, order, inverse, choices, blocks, C: tl.constexpr)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sum(rows, inverse, out, W: tl.constexpr, K: tl.constexpr, B: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum(  # type: ignore[no-untyped-def]
+    rows, inverse, ends, out, W: tl.constexpr, K: tl.constexpr, B: tl.constexpr, E: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * B + tl.arange(0, B)
     inside = column < W
     total = tl.zeros((B,), tl.float32)
+    if ends is not None:
+        end = tl.load(ends + E - 1)
     for k in tl.static_range(K):
         row = tl.load(inverse + token * K + k)
-        total += tl.load(rows + row * W + column, mask=inside, other=0.0).to(tl.float32)
+        read = inside
+        if ends is not None:
+            read = inside & (row < end)
+        total += tl.load(rows + row * W + column, mask=read, other=0.0).to(tl.float32)
     tl.store(out + token * W + column, total.to(out.dtype.element_ty), mask=inside)

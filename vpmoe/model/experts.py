@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from vpmoe.model.dispatch import Sorting, collect, spread
+from vpmoe.model.expert_exchange import gathered, scattered
 from vpmoe.model.grouped import grouped_product, grouped_product_with_bias, rows_of
 
 
@@ -60,7 +61,7 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
 
     def forward(self, input_NH: Tensor, sorting: Sorting, weight_C: Tensor) -> tuple[Tensor, None]:
         """[N, H]: the sum over each token's choices. `sorting` is by expert of this rank; a weight per
-        choice, in their own order."""
+        choice, in their own order. With a group of ranks all of them call it: see Sorting."""
         if input_NH.is_cuda:
             from vpmoe.model import experts_gpu  # its kernels are Triton's, which needs a GPU
 
@@ -75,11 +76,15 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
                 sorting.inverse_C,
                 sorting.tokens_E,
                 sorting.choices,
+                sorting.group,
             ), None
         order_C, inverse_C, choices = sorting.order_C, sorting.inverse_C, sorting.choices
+        if sorting.group is not None:
+            input_NH = gathered(input_NH, sorting.group)
         rows_CH = spread(input_NH, order_C, inverse_C, choices)
         rows_CH = self._of_rows(rows_CH, sorting.tokens_E, spread(weight_C, order_C, inverse_C, 1))
-        return collect(rows_CH, order_C, inverse_C, choices), None
+        sums_NH = collect(rows_CH, order_C, inverse_C, choices)
+        return sums_NH if sorting.group is None else scattered(sums_NH, sorting.group), None
 
     def _of_rows(self, input_CH: Tensor, tokens_E: Tensor, weight_C: Tensor) -> Tensor:
         """[C, H], of rows sorted by expert."""

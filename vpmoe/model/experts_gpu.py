@@ -13,6 +13,11 @@ nothing is read by the host. Products with a side as wide as a token read the to
 No copy of tokens in the experts' order is written, and what stands between two products is done in registers.
 Gradients of weights and biases are added to megatron's fp32 buffers where there are some. Each is one
 program's sum over all rows of its expert: no atomic additions, so results are the same in each call.
+
+With a group of ranks that share a set of experts, tokens and gradients are gathered from all of them before
+these products, and the sums by token are summed over the ranks and scattered (expert_exchange.py). Choices of
+other ranks' experts have no row. What is kept for the backward are this rank's tokens, which the norm keeps
+anyway: the backward gathers them again, beside its first product.
 """
 
 from typing import Any
@@ -22,8 +27,10 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup, Work
 
 from vpmoe.model.dispatch_gpu import sum_of_rows
+from vpmoe.model.expert_exchange import all_gather, reduce_scatter, start_all_gather
 from vpmoe.model.main_gradient import add_to_main_gradient
 
 ROWS = 128
@@ -52,12 +59,18 @@ def mixture(
     inverse_C: Tensor,
     tokens_E: Tensor,
     choices: int,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """[N, H]: Σ over a token's choices of share · (down_e · squared_relu(up_e · x + b₁) + b₂).
 
     C = N · choices; choice c is of token c // choices. `order_C` int64 sorts the choices by expert,
     `inverse_C` is its inverse, `tokens_E` int64 the number of choices of each expert. Shares are fp32. Biases
-    are flat, [experts · W] and [experts · H], both or none. Raises ValueError for widths without a kernel.
+    are flat, [experts · W] and [experts · H], both or none.
+
+    With a `group` of R ranks, which all call it, the choices are those of all their tokens, C = R · N ·
+    choices. The order ends in those that are of no expert here; `tokens_E` does not count them.
+
+    Raises ValueError for widths without a kernel.
     """
     _, width, hidden = up_EWH.shape
     if width not in (16, 32, 64, 128):
@@ -65,7 +78,7 @@ def mixture(
     if hidden % 64:
         raise ValueError(f"the hidden width is {hidden}; the experts on a GPU take multiples of 64.")
     out: Tensor = _Mixture.apply(  # type: ignore[no-untyped-call]
-        x_NH, share_C, up_EWH, down_EHW, up_bias, down_bias, order_C, inverse_C, tokens_E, choices
+        x_NH, share_C, up_EWH, down_EHW, up_bias, down_bias, order_C, inverse_C, tokens_E, choices, group
     )
     return out
 
@@ -84,13 +97,16 @@ class _Mixture(torch.autograd.Function):
         inverse_C: Tensor,
         tokens_E: Tensor,
         choices: int,
+        group: ProcessGroup | None,
     ) -> Tensor:
-        x_NH, share_C = x_NH.contiguous(), share_C.contiguous()
+        own_NH, share_C = x_NH.contiguous(), share_C.contiguous()
         ends_E, tiles = _tiles_of(tokens_E, len(order_C))
-        ctx.choices = choices
+        ctx.choices, ctx.group = choices, group
+        x_NH = own_NH if group is None else all_gather(own_NH, group)
         inner_CW, act_CW = _up(x_NH, share_C, up_EWH, up_bias, order_C, choices, ends_E, tiles)
+        del x_NH
         ctx.save_for_backward(
-            x_NH,
+            own_NH,
             share_C,
             up_EWH,
             down_EHW,
@@ -103,7 +119,11 @@ class _Mixture(torch.autograd.Function):
             inner_CW,
         )
         rows_CH = _rows(act_CW, down_EHW.transpose(1, 2), down_bias, share_C, order_C, ends_E, tiles)
-        return sum_of_rows(rows_CH, inverse_C, choices)
+        if group is None:
+            return sum_of_rows(rows_CH, inverse_C, choices)
+        sums_NH = sum_of_rows(rows_CH, inverse_C, choices, ends_E)
+        del rows_CH, act_CW
+        return reduce_scatter(sums_NH, group)
 
     @staticmethod
     @once_differentiable
@@ -111,17 +131,28 @@ class _Mixture(torch.autograd.Function):
         x_NH, share_C, up, down, up_bias, down_bias, order_C, inverse_C, ends_E, tiles, inner_CW = (
             ctx.saved_tensors
         )
-        grad_NH = grad_NH.contiguous()
+        grad_NH, group = grad_NH.contiguous(), ctx.group
+        gathering: Work | None = None
+        if group is not None:
+            grad_NH = all_gather(grad_NH, group)
+            x_NH, gathering = start_all_gather(x_NH, group)
+        of_choices = (order_C, ctx.choices, ends_E, tiles, inner_CW)
         grad_inner, grad_share, act_CW, side = _down_gradient(
-            grad_NH, share_C, down, down_bias, order_C, ctx.choices, ends_E, tiles, inner_CW
+            grad_NH, share_C, down, down_bias, *of_choices, whole=group is None
         )
+        if gathering is not None:
+            gathering.wait()
         sorted_by = (order_C, ctx.choices, ends_E)
         of_down = _weight_gradient(grad_NH, act_CW, side, *sorted_by, down, down_bias, up=False)
-        del act_CW, side
+        del act_CW, side, grad_NH
         of_up = _weight_gradient(x_NH, grad_inner, None, *sorted_by, up, up_bias, up=True)
+        del x_NH, gathering
         rows_CH = _rows(grad_inner, up, None, share_C, order_C, ends_E, tiles)
-        grad_x = sum_of_rows(rows_CH, inverse_C, ctx.choices)
-        return grad_x, grad_share, of_up[0], of_down[0], of_up[1], of_down[1], None, None, None, None
+        grad_x = sum_of_rows(rows_CH, inverse_C, ctx.choices, None if group is None else ends_E)
+        del rows_CH
+        if group is not None:
+            grad_x = reduce_scatter(grad_x, group)
+        return grad_x, grad_share, of_up[0], of_down[0], of_up[1], of_down[1], *[None] * 5
 
 
 def _options(warps: int, stages: int) -> dict[str, int]:
@@ -193,12 +224,14 @@ def _down_gradient(
     ends_E: Tensor,
     tiles: Tensor,
     inner_CW: Tensor,
+    *,
+    whole: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(gradient of `inner`; of the shares, in the choices' own order; act again; with a bias the sorted
-    shares in bf16 [C, SIDE])."""
+    shares in bf16 [C, SIDE]). `whole`: every choice has a row; the gradient of another's share is 0."""
     experts, hidden, width = down_EHW.shape
     grad_inner, act_CW = torch.empty_like(inner_CW), torch.empty_like(inner_CW)
-    grad_share = torch.empty_like(share_C)
+    grad_share = torch.empty_like(share_C) if whole else torch.zeros_like(share_C)
     by_bias_NE = side = None
     if bias is not None:  # a share's gradient by its bias, of all experts: less than a pass over chosen rows
         by_bias_NE = grad_NH @ bias.view(experts, hidden).T

@@ -10,6 +10,9 @@ gradients are changed in place only, and what differs between microbatches is co
 graphs. The backward adds to the gradients itself and then calls megatron's DDP for each parameter, as its
 hooks would, so that sums over the ranks still run beside the backward. Embedding, last norm and head run
 without graphs, and so does everything that takes no gradient. `unsupported` says where there are none.
+
+With expert parallelism a layer's collectives are in its graphs. Ranks that share a set of experts have
+microbatches of the same shapes, so they capture and replay at the same time.
 """
 
 import logging
@@ -35,14 +38,10 @@ ERRORS = "thread_local"
 pinned memory go on beside it."""
 
 
-def unsupported(
-    shape: Shape, device: torch.device, *, expert_parallel: int = 1, sharded_gradients: bool = False
-) -> str | None:
+def unsupported(shape: Shape, device: torch.device, *, sharded_gradients: bool = False) -> str | None:
     """Why the layers of such a student cannot be graphs; None if they can."""
     if device.type != "cuda":
         return "the device is no GPU"
-    if expert_parallel > 1:
-        return "with expert parallelism, layers read the numbers of exchanged tokens on the host"
     if sharded_gradients:
         return "sharded gradients have no fixed address"
     for layer in range(shape.layers):

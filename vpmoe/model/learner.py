@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_updated_expert_bias
@@ -26,6 +27,7 @@ from vpmoe.api.metrics import BySpan, Measures
 from vpmoe.data.spans import SPANS
 from vpmoe.model import distributed, state
 from vpmoe.model.batch import Batch
+from vpmoe.model.expert_exchange import check_same_shapes
 from vpmoe.model.head import target_logp
 from vpmoe.model.layer_graphs import LayerGraphs, unsupported
 from vpmoe.model.objective import Objective
@@ -165,12 +167,7 @@ class Learner:
 
     def _layer_graphs(self, sharded_gradients: bool) -> LayerGraphs | None:
         student, config = self.student, self.student.config
-        reason = unsupported(
-            student.shape,
-            self.device,
-            expert_parallel=config.expert_model_parallel_size,
-            sharded_gradients=sharded_gradients,
-        )
+        reason = unsupported(student.shape, self.device, sharded_gradients=sharded_gradients)
         if reason is not None:
             if self.device.type == "cuda":
                 log.info("Layers run without CUDA graphs: %s", reason)
@@ -203,13 +200,15 @@ class Learner:
         least one.
 
         `positions` is the number of the global batch's positions that are not padding. No weight changes
-        before `step`. With expert parallelism or sharded gradients all ranks need the same number of batches.
-        Raises ValueError if `positions` is wrong.
+        before `step`. With sharded gradients all ranks need the same number of batches; those that share a
+        set of experts need the same number, of the same shapes. Raises ValueError if they have others, or if
+        `positions` is wrong.
 
         The loss is multiplied by `positions`, and `step` divides all gradients by it. So the balance losses,
         which megatron weights by positions, become means over positions, and bf16 gradients keep an ordinary
         size.
         """
+        self._check_shapes(batches)
         self.ddp.zero_grad_buffer()
         sums = _Sums(self.device)
         for batch in batches:
@@ -227,8 +226,10 @@ class Learner:
     def evaluate(self, batches: Sequence[Batch]) -> Outcome:
         """The cross-entropies of all ranks' batches. Changes no state.
 
-        Ranks may have different numbers of batches, except with expert parallelism.
+        Ranks may have different numbers of batches, except those that share a set of experts: as in
+        forward_backward.
         """
+        self._check_shapes(batches)
         sums = _Sums(self.device)
         for batch in batches:
             here = batch.to(self.device)
@@ -243,6 +244,12 @@ class Learner:
         """
         here = batch.to(self.device)
         return self._logp_of(here).cpu()
+
+    def _check_shapes(self, batches: Sequence[Batch]) -> None:
+        """Of ranks that share a set of experts. Once a step, because layers do not ask each other."""
+        group = parallel_state.get_expert_model_parallel_group()
+        if group.size() > 1:
+            check_same_shapes([tuple(batch.tokens.shape) for batch in batches], group, self.device)
 
     def _logp_of(self, here: Batch) -> Tensor:
         """log p of a batch on the device [T], without gradients; NaN without a target."""

@@ -190,7 +190,7 @@ class Shape:
           experts_gpu: a choice's weight in fp32, its place in the sorted order and back in int64, and its
             row after the first product, W
         Sums of residuals, biases, rows that enter or leave the experts and their activations are not kept.
-        With expert parallelism there are received_bytes too.
+        With expert parallelism there are shared_bytes too.
         """
         heads, groups, width = self.heads, self.kv_heads, self.head_width
         numbers = 4 * self.hidden
@@ -234,12 +234,17 @@ class Shape:
         gradient of the last one's, the rotation's angles in fp32, padding, boundaries of documents."""
         return 2 * 2 * self.hidden + 4 * self.head_width + 1 + 4
 
-    def received_bytes(self) -> int:
-        """Bytes of a position's choices that are exchanged with expert parallelism: rows in bf16, and their
-        order and its inverse at the sender, in int64. A mixture layer keeps them for the backward (_Mixture
-        of experts_gpu reads the received rows, and dispatch the order). The backward holds two more such rows
-        than without: gradients of what the experts returned and of what they received."""
-        return self.experts_per_token * (2 * self.hidden + 2 * 8)
+    def shared_bytes(self) -> int:
+        """Bytes that a mixture layer keeps of a position of another rank that shares its experts: of a choice
+        its weight, its place in the sorted order and back, and its row after the first product (experts_gpu;
+        the row may be any rank's, so there is room for it on all). Gathered tokens are not kept."""
+        return self.experts_per_token * (2 * self.expert_width + 4 + 8 + 8)
+
+    def shared_backward_bytes(self) -> int:
+        """Bytes of such a position that the backward holds beside that: gradients of a choice as in
+        backward_bytes, and of the token."""
+        choice = 2 * (self.hidden + self.expert_width) + 4
+        return self.experts_per_token * choice + 2 * self.hidden
 
     def size(self) -> StudentSize:
         """What the arithmetic of memory needs of the shape."""
@@ -253,7 +258,8 @@ class Shape:
             backward=self.backward_bytes(),
             backward_weights=self.backward_weights(),
             graphed=self.graphed_bytes(),
-            received=self.received_bytes(),
+            shared=self.shared_bytes(),
+            shared_backward=self.shared_backward_bytes(),
             cached=self.cached_bytes(),
             window=self.window_bytes(),
         )

@@ -167,6 +167,9 @@ def worker_environment(placement: Placement, local: int, environment: Mapping[st
         "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", "1"),
         "VPMOE_LAUNCHER": str(os.getpid()),
     }
+    if local < placement.here:
+        # Otherwise NCCL registers the memory of a CUDA graph's collectives, and fails in segments that grow.
+        variables["NCCL_GRAPH_REGISTER"] = environment.get("NCCL_GRAPH_REGISTER", "0")
     if local < placement.here and not {*ALLOCATOR} & {*environment}:
         variables[ALLOCATOR[0]] = "expandable_segments:True"
     if placement.teacher_ports:

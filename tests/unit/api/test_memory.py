@@ -29,7 +29,11 @@ GRID = list(
 
 
 def cel_value(text: str) -> int:
-    """The value of CEL with numbers, strings and conditionals, whose conditions are ranked as here."""
+    """The value of CEL with numbers, strings, conditionals, whose conditions are ranked as here, and a value
+    that has a name."""
+    if found := re.fullmatch(r"\[(.+)\]\.map\((\w), (.+)\)\[0\]", text):
+        value, name, text = found.groups()
+        text = re.sub(rf"\b{name}\b", str(cel_value(value)), f"({text})")
     text = text.replace("/", "//")
     while found := re.search(r"\(([^()?]+) \? ([^()?:]+) : ([^()?:]+)\)", text):
         condition, yes, no = found.groups()
@@ -70,29 +74,37 @@ def test_the_estimate_is_within_2_percent_of_what_pytorch_allocated(
 
 
 def test_cuda_graphs_keep_a_layer_s_backward_beside_the_head() -> None:
-    """Not with expert parallelism or sharded gradients, where there are none."""
+    """Not with sharded gradients, where there are none. Of ranks that share experts, too."""
     size, positions = STUDENTS["vpmoe-6b"], 32_768
     for parallel, sharded in ((1, False), (2, False), (1, True)):
         with_graphs, without = (
             training_memory(size, 4, parallel, positions, 20, sharded, graphs=graphs).total
             for graphs in (True, False)
         )
-        backward = size.backward * positions + size.backward_weights
-        beside = backward + size.graphed * positions if parallel == 1 and not sharded else 0
+        backward = (size.backward + (parallel - 1) * size.shared_backward) * positions
+        backward += size.backward_weights // parallel
+        beside = min(size.head, backward) + size.graphed * positions if not sharded else 0
         assert with_graphs - without == beside
 
 
 @pytest.mark.parametrize("recomputed", [0, 40, 80])
-def test_expert_parallelism_keeps_the_rows_that_a_rank_receives(recomputed: int) -> None:
-    """8,192 bytes of a position are its four rows in bf16, and 64 their order. Each layer that is not
-    recomputed keeps them, or else the one whose backward runs, which holds two more."""
+@pytest.mark.parametrize("parallel", [2, 4, 8])
+def test_expert_parallelism_has_room_for_the_choices_of_other_ranks(recomputed: int, parallel: int) -> None:
+    """Of each of a position's four choices a layer keeps 128 numbers in bf16, a weight in fp32 and two places
+    in int64, if it is not recomputed, or else while its backward runs. That holds as many numbers again,
+    1,024 more of each choice and of the position, and a choice's gradient in fp32. Matrices of experts are
+    divided."""
     size, positions = STUDENTS["vpmoe-6b"], 262_144
-    row, layers = 4 * 1024 * 2 + 64, max(80 - recomputed, 1)
-    alone, exchanged = (
-        training_memory(each, 8, 2, positions, recomputed, sharded_gradients=True)
-        for each in (replace(size, received=0), size)
+    kept = 4 * (128 * 2 + 4 + 2 * 8) * max(80 - recomputed, 1)
+    backward = 4 * (128 * 2 + 1024 * 2 + 4) + 1024 * 2
+    alone, shared = (
+        training_memory(size, 8, each, positions, recomputed, sharded_gradients=True)
+        for each in (1, parallel)
     )
-    assert exchanged.total - alone.total == (layers + 2) * row * positions
+    matrices = 2 * 2 * 256 * 1024 * 128 * (parallel - 1) // parallel
+    weights = 2 * size.expert_parameters * (parallel - 1) // parallel
+    more = (parallel - 1) * (kept + backward) * positions
+    assert shared.total - alone.total == more - matrices - weights
 
 
 def test_state_that_was_measured() -> None:

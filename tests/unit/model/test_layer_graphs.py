@@ -26,7 +26,6 @@ GPU = torch.device("cuda", 0)
     [
         pytest.param("vpmoe-6b", GPU, {}, None, id="supported"),
         pytest.param("vpmoe-6b", torch.device("cpu"), {}, "no GPU", id="cpu"),
-        pytest.param("vpmoe-6b", GPU, {"expert_parallel": 2}, "on the host", id="expert parallel"),
         pytest.param("vpmoe-6b", GPU, {"sharded_gradients": True}, "no fixed address", id="sharded"),
     ],
 )

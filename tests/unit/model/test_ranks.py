@@ -174,6 +174,19 @@ def test_a_loss_or_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_ei
         assert model_ranks.equal(weights, wanted_weights)
 
 
+@pytest.mark.parametrize("layout", [2, "sharded experts"])
+def test_ranks_that_share_experts_refuse_microbatches_of_different_shapes(
+    two_ranks: list[Any], layout: int | str
+) -> None:
+    """On both ranks, before anything is computed: the steps after it are as without."""
+    for rank in range(2):
+        assert re.fullmatch(
+            r"ranks that share experts need as many microbatches of the same shapes, and other ranks' differ "
+            rf"from those of rank {rank}: \d × \d+, \d × \d+\. Fill rows up with padding\.",
+            two_ranks[rank][layout]["other_shapes"],
+        )
+
+
 def test_one_process_continues_with_the_same_bits(one_process: dict[str, Any], device: torch.device) -> None:
     it = learner(device, COMPLETE)
     state.restore(it, read_from(one_process["state"]), steps=2)

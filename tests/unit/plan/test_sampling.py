@@ -42,6 +42,7 @@ def random_sizes(number: int) -> list[tuple[StudentSize, int, int]]:
             0,
             0,
             0,
+            0,
             int(10 ** generator.uniform(2, 6)),
             generator.choice([0, int(10 ** generator.uniform(4, 8))]),
         )

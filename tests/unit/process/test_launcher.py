@@ -80,6 +80,7 @@ def test_the_first_pod_starts_the_teachers_on_the_gpus_after_its_ranks(
     )
     assert not {"VPMOE_PART", "CUDA_VISIBLE_DEVICES"} & set(student)
     assert student["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert student["NCCL_GRAPH_REGISTER"] == "0", "NCCL cannot register memory in such segments"
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         of_user = launcher.worker_environment(placement, 0, environment | {name: "max_split_size_mb:512"})
         assert not {name, "PYTORCH_CUDA_ALLOC_CONF"} & set(of_user), "the user's own stays as it is"
