@@ -27,6 +27,8 @@ M, N, K = 128, 256, 64
 """Tokens, vocabulary and hidden size of a tile: the largest whose fp32 sums fit in registers."""
 STAGES = 4
 """Tiles of hidden states and of the matrix that are loaded or multiplied at the same time."""
+BUFFERS = 2
+"""Quarters of a half tile that are being stored at the same time."""
 BEHIND = 3
 """Tiles by which the second group of warps starts later; less than STAGES, as both read the same ones."""
 REGISTERS = 168
@@ -99,7 +101,7 @@ def _launch(
     _product[(min(tiles, multiprocessors),)](
         left,
         _descriptor(weight_VH, N, K),
-        left if out_tV is None else _descriptor(out_tV, M // 2, N // 2),
+        left if out_tV is None else _descriptor(out_tV, M // 2, N // 4),
         reference_t,
         high_tn,
         sum_tn,
@@ -112,6 +114,7 @@ def _launch(
         N,
         K,
         STAGES,
+        BUFFERS,
         min(BEHIND, triton.cdiv(inner, K) - 1),
         num_warps=4,
         maxnreg=REGISTERS,
@@ -157,6 +160,7 @@ def _product(  # type: ignore[no-untyped-def]
     N: gl.constexpr,
     K: gl.constexpr,
     STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr,
     BEHIND: gl.constexpr,
 ):
     """If STORED, `out` becomes the logits, or if SUMMED their exponentials. If SUMMED, `high` and `total`
@@ -176,23 +180,23 @@ def _product(  # type: ignore[no-untyped-def]
     mbarrier.init(begin.index(0), count=1)
     staging = left
     if STORED:
-        staging = gl.allocate_shared_memory(out.dtype, [2, M // 2, N // 2], out.layout)
-    shared = (left, right, loaded, free, begin)
+        staging = gl.allocate_shared_memory(out.dtype, [2 * BUFFERS, M // 2, N // 4], out.layout)
+    shared = (left, right, loaded, free, begin, staging)
     sums = (reference, high, total)
     gl.warp_specialize(
         [
             (
                 _multiply,
-                (out, staging, shared, sums, rows, width, 0, H, STORED, SUMMED, M, N, K, STAGES, BEHIND),
+                (out, shared, sums, rows, width, 0, H, STORED, SUMMED, M, N, K, STAGES, BUFFERS, BEHIND),
             ),
             (
                 _multiply,
-                (out, staging, shared, sums, rows, width, 1, H, STORED, SUMMED, M, N, K, STAGES, BEHIND),
+                (out, shared, sums, rows, width, 1, H, STORED, SUMMED, M, N, K, STAGES, BUFFERS, BEHIND),
             ),
             (_load, (hidden, weight, shared, rows, width, H, M, N, K, STAGES)),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1],  # warps of the second and the third; the first has the kernel's
+        [240, 24],  # their registers; the first has those that are left
     )
 
 
@@ -209,12 +213,12 @@ def _load(  # type: ignore[no-untyped-def]
     K: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    left, right, loaded, free, _ = shared
-    high = gl.cdiv(rows, M)
+    left, right, loaded, free, _, _ = shared
+    down = gl.cdiv(rows, M)
     step = 0
-    for tile in range(gl.program_id(0), high * gl.cdiv(width, N), gl.num_programs(0)):
-        row = tile % high * M
-        column = tile // high * N
+    for tile in range(gl.program_id(0), down * gl.cdiv(width, N), gl.num_programs(0)):
+        row = tile % down * M
+        column = tile // down * N
         for k in range(0, H, K):
             stage = step % STAGES
             mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
@@ -229,7 +233,6 @@ def _load(  # type: ignore[no-untyped-def]
 @gluon.jit  # type: ignore[untyped-decorator]
 def _multiply(  # type: ignore[no-untyped-def]
     out,
-    staging,
     shared,
     sums,
     rows,
@@ -242,15 +245,23 @@ def _multiply(  # type: ignore[no-untyped-def]
     N: gl.constexpr,
     K: gl.constexpr,
     STAGES: gl.constexpr,
+    BUFFERS: gl.constexpr,
     BEHIND: gl.constexpr,
 ):
-    left, right, loaded, free, begin = shared
+    left, right, loaded, free, begin, staging = shared
+    reference, high, total = sums
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    high = gl.cdiv(rows, M)
+    down = gl.cdiv(rows, M)
+    across = gl.cdiv(width, N)
     step = 0
     if HALF == 1:
         mbarrier.wait(begin.index(0), 0)
-    for tile in range(gl.program_id(0), high * gl.cdiv(width, N), gl.num_programs(0)):
+    for tile in range(gl.program_id(0), down * across, gl.num_programs(0)):
+        first = tile % down * M + HALF * (M // 2)
+        column = tile // down * N
+        row = first + gl.arange(0, M // 2, gl.SliceLayout(1, layout))
+        if SUMMED:  # early, so that it is there after the product
+            low = gl.load(reference + row, mask=row < rows, other=0.0)
         acc = gl.zeros((M // 2, N), gl.float32, layout)
         for k in range(0, H, K):
             stage = step % STAGES
@@ -269,44 +280,42 @@ def _multiply(  # type: ignore[no-untyped-def]
             step += 1
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
-        first = tile % high * M + HALF * (M // 2)
-        _finish_tile(acc, out, staging.index(HALF), sums, first, tile // high, rows, width, STORED, SUMMED)
+        if SUMMED:
+            if column + N > width:
+                beyond = column + gl.arange(0, N, gl.SliceLayout(0, layout)) >= width
+                acc = gl.where(beyond[None, :], float("-inf"), acc)
+            top = gl.max(acc, 1)
+            low += _raised(top, low)
+            found = gl.exp2(acc * LOG2_E - low[:, None])
+            at = row * across + tile // down
+            gl.store(high + at, top, mask=row < rows)
+            gl.store(total + at, gl.sum(found, 1), mask=row < rows)
+        else:
+            found = gl.minimum(gl.maximum(acc, -LARGEST), LARGEST)
+        if STORED:
+            _store(found.to(out.dtype), out, first, column, staging, HALF * BUFFERS, BUFFERS)
     if STORED:
         tma.store_wait(0)
 
 
 @gluon.jit  # type: ignore[untyped-decorator]
-def _finish_tile(  # type: ignore[no-untyped-def]
-    logits, out, staging, sums, first, tile, rows, width, STORED: gl.constexpr, SUMMED: gl.constexpr
-):
-    reference, high, total = sums
-    layout: gl.constexpr = logits.type.layout
-    M: gl.constexpr = logits.shape[0]
-    N: gl.constexpr = logits.shape[1]
-    if SUMMED:
-        row = first + gl.arange(0, M, gl.SliceLayout(1, layout))
-        inside = row < rows
-        x = logits
-        if tile * N + N > width:
-            column = tile * N + gl.arange(0, N, gl.SliceLayout(0, layout))
-            x = gl.where((column < width)[None, :], x, float("-inf"))
-        top = gl.max(x, 1)
-        raised = gl.load(reference + row, mask=inside, other=0.0)
-        raised += _raised(top, raised)
-        found = gl.exp2(x * LOG2_E - raised[:, None])
-        at = row * gl.cdiv(width, N) + tile
-        gl.store(high + at, top, mask=inside)
-        gl.store(total + at, gl.sum(found, 1), mask=inside)
-    else:
-        found = gl.minimum(gl.maximum(logits, -LARGEST), LARGEST)
-    if STORED:
-        halves = gl.split(found.to(out.dtype).reshape((M, 2, N // 2)).permute((0, 2, 1)))
-        half: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N // 2, 16])
-        for i in gl.static_range(2):
-            tma.store_wait(0)  # what was stored before may be in `staging` still
-            staging.store(gl.convert_layout(halves[i], half))
-            fence_async_shared()
-            tma.async_copy_shared_to_global(out, [first, tile * N + i * (N // 2)], staging)
+def _store(found, out, row, column, staging, buffer: gl.constexpr, BUFFERS: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Store `found` in quarters, each through one of the buffers from `buffer` on."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, found.shape[1] // 4, 16])
+    left, right = _halves(found)
+    quarters = _halves(left) + _halves(right)
+    for i in gl.static_range(4):
+        tma.store_wait(BUFFERS - 1)  # this buffer's last content has been read
+        part = staging.index(buffer + i % BUFFERS)
+        part.store(gl.convert_layout(quarters[i], layout))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out, [row, column + i * (found.shape[1] // 4)], part)
+
+
+@gluon.jit
+def _halves(x):  # type: ignore[no-untyped-def]
+    """Columns of the left and of the right half of x."""
+    return gl.split(x.reshape((x.shape[0], 2, x.shape[1] // 2)).permute((0, 2, 1)))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
