@@ -153,7 +153,7 @@ def _product(  # type: ignore[no-untyped-def]
     total,
     rows,
     width,
-    H: gl.constexpr,
+    inner,
     STORED: gl.constexpr,
     SUMMED: gl.constexpr,
     M: gl.constexpr,
@@ -187,13 +187,13 @@ def _product(  # type: ignore[no-untyped-def]
         [
             (
                 _multiply,
-                (out, shared, sums, rows, width, 0, H, STORED, SUMMED, M, N, K, STAGES, BUFFERS, BEHIND),
+                (out, shared, sums, rows, width, inner, 0, STORED, SUMMED, M, N, K, STAGES, BUFFERS, BEHIND),
             ),
             (
                 _multiply,
-                (out, shared, sums, rows, width, 1, H, STORED, SUMMED, M, N, K, STAGES, BUFFERS, BEHIND),
+                (out, shared, sums, rows, width, inner, 1, STORED, SUMMED, M, N, K, STAGES, BUFFERS, BEHIND),
             ),
-            (_load, (hidden, weight, shared, rows, width, H, M, N, K, STAGES)),
+            (_load, (hidden, weight, shared, rows, width, inner, M, N, K, STAGES)),
         ],
         [4, 1],  # warps of the second and the third; the first has the kernel's
         [240, 24],  # their registers; the first has those that are left
@@ -207,7 +207,7 @@ def _load(  # type: ignore[no-untyped-def]
     shared,
     rows,
     width,
-    H: gl.constexpr,
+    inner,
     M: gl.constexpr,
     N: gl.constexpr,
     K: gl.constexpr,
@@ -219,7 +219,7 @@ def _load(  # type: ignore[no-untyped-def]
     for tile in range(gl.program_id(0), down * gl.cdiv(width, N), gl.num_programs(0)):
         row = tile % down * M
         column = tile // down * N
-        for k in range(0, H, K):
+        for k in range(0, inner, K):
             stage = step % STAGES
             mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
             bar = loaded.index(stage)
@@ -237,8 +237,8 @@ def _multiply(  # type: ignore[no-untyped-def]
     sums,
     rows,
     width,
+    inner,
     HALF: gl.constexpr,
-    H: gl.constexpr,
     STORED: gl.constexpr,
     SUMMED: gl.constexpr,
     M: gl.constexpr,
@@ -263,7 +263,7 @@ def _multiply(  # type: ignore[no-untyped-def]
         if SUMMED:  # early, so that it is there after the product
             low = gl.load(reference + row, mask=row < rows, other=0.0)
         acc = gl.zeros((M // 2, N), gl.float32, layout)
-        for k in range(0, H, K):
+        for k in range(0, inner, K):
             stage = step % STAGES
             mbarrier.wait(loaded.index(stage), step // STAGES & 1)
             if HALF == 0:
