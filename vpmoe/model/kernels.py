@@ -1,38 +1,21 @@
-"""Kernels of the loss heads for Hopper GPUs: the logits' product, and what is done to each logit, in one.
+"""Triton kernels of the loss heads: the logits' product, and what is done to each logit, in one.
 
 A pass over a chunk's logits takes a third of the product's time, and starts after it. So the product computes
-exponentials and sums of a tile while the tile is in registers. Of its three groups of warps one loads tiles,
-and two multiply, each half a tile's rows. The second starts later, so that one multiplies while the other
-computes exponentials and stores. This needs Gluon, in which a kernel says what each warp does; the other
-kernels are Triton's. Both are compiled on first use, which needs a C compiler. The formulas, and their
-computation in torch, are in head.py.
+exponentials and sums of a tile while the tile is in registers. A program computes many tiles, loads and
+stores through TMA, and loads the next tile while it finishes one. Triton compiles the kernels on first use
+and needs a C compiler. The formulas, and their computation in torch, are in head.py.
 """
 
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
-from triton.experimental import gluon  # type: ignore[import-untyped]
-from triton.experimental.gluon import language as gl  # type: ignore[import-untyped]
-from triton.experimental.gluon.language.nvidia.hopper import (  # type: ignore[import-untyped]
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor  # type: ignore[import-untyped]
+from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-untyped]
 
 M, N, K = 128, 256, 64
 """Tokens, vocabulary and hidden size of a tile: the largest whose fp32 sums fit in registers."""
-STAGES = 4
-"""Tiles of hidden states and of the matrix that are loaded or multiplied at the same time."""
-BUFFERS = 2
-"""Quarters of a half tile that are being stored at the same time."""
-BEHIND = 3
-"""Tiles by which the second group of warps starts later; less than STAGES, as both read the same ones."""
-REGISTERS = 168
-"""Registers of a thread on average: there are twelve warps, and 65,536 registers."""
+STAGES = 3
+"""Tiles of hidden states and of the matrix that are in shared memory at the same time."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 ROOM = tl.constexpr(64.0)
@@ -97,11 +80,11 @@ def _launch(
     rows, width, inner = len(hidden_tH), len(weight_VH), hidden_tH.shape[1]
     tiles = triton.cdiv(rows, M) * triton.cdiv(width, N)
     multiprocessors = torch.cuda.get_device_properties(hidden_tH.device).multi_processor_count
-    left = _descriptor(hidden_tH, M // 2, K)
+    left = TensorDescriptor.from_tensor(hidden_tH, [M, K])
     _product[(min(tiles, multiprocessors),)](
         left,
-        _descriptor(weight_VH, N, K),
-        left if out_tV is None else _descriptor(out_tV, M // 2, N // 4),
+        TensorDescriptor.from_tensor(weight_VH, [N, K]),
+        left if out_tV is None else TensorDescriptor.from_tensor(out_tV, [M, N]),
         reference_t,
         high_tn,
         sum_tn,
@@ -113,17 +96,9 @@ def _launch(
         M,
         N,
         K,
-        STAGES,
-        BUFFERS,
-        min(BEHIND, triton.cdiv(inner, K) - 1),
-        num_warps=4,
-        maxnreg=REGISTERS,
+        num_warps=8,
+        num_stages=STAGES,
     )
-
-
-def _descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    block = [rows, columns]
-    return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -143,7 +118,7 @@ def _raised(high, reference):  # type: ignore[no-untyped-def]
     return tl.maximum(tl.ceil((high * LOG2_E - reference) / ROOM - 1.0), 0.0) * ROOM
 
 
-@gluon.jit  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
 def _product(  # type: ignore[no-untyped-def]
     hidden,
     weight,
@@ -153,169 +128,42 @@ def _product(  # type: ignore[no-untyped-def]
     total,
     rows,
     width,
-    inner,
-    STORED: gl.constexpr,
-    SUMMED: gl.constexpr,
-    M: gl.constexpr,
-    N: gl.constexpr,
-    K: gl.constexpr,
-    STAGES: gl.constexpr,
-    BUFFERS: gl.constexpr,
-    BEHIND: gl.constexpr,
+    H: tl.constexpr,
+    STORED: tl.constexpr,
+    SUMMED: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
 ):
     """If STORED, `out` becomes the logits, or if SUMMED their exponentials. If SUMMED, `high` and `total`
     become each row's highest logit and sum of exponentials in each tile.
 
     Programs take tiles one after the other, all of a vocabulary tile in succession, so that it is read from
-    memory once. A multiplication is half a tile's rows: [M/2, K] · [K, N].
+    memory once.
     """
-    left = gl.allocate_shared_memory(hidden.dtype, [2 * STAGES, M // 2, K], hidden.layout)
-    right = gl.allocate_shared_memory(weight.dtype, [STAGES, N, K], weight.layout)
-    loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    begin = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(loaded.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
-    mbarrier.init(begin.index(0), count=1)
-    staging = left
-    if STORED:
-        staging = gl.allocate_shared_memory(out.dtype, [2 * BUFFERS, M // 2, N // 4], out.layout)
-    shared = (left, right, loaded, free, begin, staging)
-    sums = (reference, high, total)
-    gl.warp_specialize(
-        [
-            (
-                _multiply,
-                (out, shared, sums, rows, width, inner, 0, STORED, SUMMED, M, N, K, STAGES, BUFFERS, BEHIND),
-            ),
-            (
-                _multiply,
-                (out, shared, sums, rows, width, inner, 1, STORED, SUMMED, M, N, K, STAGES, BUFFERS, BEHIND),
-            ),
-            (_load, (hidden, weight, shared, rows, width, inner, M, N, K, STAGES)),
-        ],
-        [4, 1],  # warps of the second and the third; the first has the kernel's
-        [240, 24],  # their registers; the first has those that are left
-    )
-
-
-@gluon.jit  # type: ignore[untyped-decorator]
-def _load(  # type: ignore[no-untyped-def]
-    hidden,
-    weight,
-    shared,
-    rows,
-    width,
-    inner,
-    M: gl.constexpr,
-    N: gl.constexpr,
-    K: gl.constexpr,
-    STAGES: gl.constexpr,
-):
-    left, right, loaded, free, _, _ = shared
-    down = gl.cdiv(rows, M)
-    step = 0
-    for tile in range(gl.program_id(0), down * gl.cdiv(width, N), gl.num_programs(0)):
-        row = tile % down * M
-        column = tile // down * N
-        for k in range(0, inner, K):
-            stage = step % STAGES
-            mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
-            bar = loaded.index(stage)
-            mbarrier.expect(bar, (M + N) * K * 2)
-            tma.async_copy_global_to_shared(hidden, [row, k], bar, left.index(2 * stage))
-            tma.async_copy_global_to_shared(hidden, [row + M // 2, k], bar, left.index(2 * stage + 1))
-            tma.async_copy_global_to_shared(weight, [column, k], bar, right.index(stage))
-            step += 1
-
-
-@gluon.jit  # type: ignore[untyped-decorator]
-def _multiply(  # type: ignore[no-untyped-def]
-    out,
-    shared,
-    sums,
-    rows,
-    width,
-    inner,
-    HALF: gl.constexpr,
-    STORED: gl.constexpr,
-    SUMMED: gl.constexpr,
-    M: gl.constexpr,
-    N: gl.constexpr,
-    K: gl.constexpr,
-    STAGES: gl.constexpr,
-    BUFFERS: gl.constexpr,
-    BEHIND: gl.constexpr,
-):
-    left, right, loaded, free, begin, staging = shared
-    reference, high, total = sums
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    down = gl.cdiv(rows, M)
-    across = gl.cdiv(width, N)
-    step = 0
-    if HALF == 1:
-        mbarrier.wait(begin.index(0), 0)
-    for tile in range(gl.program_id(0), down * across, gl.num_programs(0)):
-        first = tile % down * M + HALF * (M // 2)
-        column = tile // down * N
-        row = first + gl.arange(0, M // 2, gl.SliceLayout(1, layout))
-        if SUMMED:  # early, so that it is there after the product
-            low = gl.load(reference + row, mask=row < rows, other=0.0)
-        acc = gl.zeros((M // 2, N), gl.float32, layout)
-        for k in range(0, inner, K):
-            stage = step % STAGES
-            mbarrier.wait(loaded.index(stage), step // STAGES & 1)
-            if HALF == 0:
-                mbarrier.arrive(begin.index(0), count=1, pred=step == BEHIND)
-            acc = warpgroup_mma(
-                left.index(2 * stage + HALF),
-                right.index(stage).permute((1, 0)),
-                acc,
-                use_acc=k > 0,
-                is_async=True,
-            )
-            acc = warpgroup_mma_wait(1, deps=(acc,))  # all but this one
-            mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
-            step += 1
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
+    down = tl.cdiv(rows, M)
+    across = tl.cdiv(width, N)
+    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
+        first = tile % down * M
+        n = tile // down
+        logits = tl.zeros((M, N), tl.float32)
+        for k in range(0, H, K):
+            logits = tl.dot(hidden.load([first, k]), weight.load([n * N, k]).T, logits)
         if SUMMED:
-            if column + N > width:
-                beyond = column + gl.arange(0, N, gl.SliceLayout(0, layout)) >= width
-                acc = gl.where(beyond[None, :], float("-inf"), acc)
-            top = gl.max(acc, 1)
+            row = first + tl.arange(0, M)
+            inside = row < rows
+            x = tl.where((n * N + tl.arange(0, N) < width)[None, :], logits, float("-inf"))
+            top = tl.max(x, 1)
+            low = tl.load(reference + row, mask=inside, other=0.0)
             low += _raised(top, low)
-            found = gl.exp2(acc * LOG2_E - low[:, None])
-            at = row * across + tile // down
-            gl.store(high + at, top, mask=row < rows)
-            gl.store(total + at, gl.sum(found, 1), mask=row < rows)
+            found = tl.exp2(x * LOG2_E - low[:, None])
+            at = row * across + n
+            tl.store(high + at, top, mask=inside)
+            tl.store(total + at, tl.sum(found, 1), mask=inside)
         else:
-            found = gl.minimum(gl.maximum(acc, -LARGEST), LARGEST)
+            found = tl.minimum(tl.maximum(logits, -LARGEST), LARGEST)
         if STORED:
-            _store(found.to(out.dtype), out, first, column, staging, HALF * BUFFERS, BUFFERS)
-    if STORED:
-        tma.store_wait(0)
-
-
-@gluon.jit  # type: ignore[untyped-decorator]
-def _store(found, out, row, column, staging, buffer: gl.constexpr, BUFFERS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Store `found` in quarters, each through one of the buffers from `buffer` on."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, found.shape[1] // 4, 16])
-    left, right = _halves(found)
-    quarters = _halves(left) + _halves(right)
-    for i in gl.static_range(4):
-        tma.store_wait(BUFFERS - 1)  # this buffer's last content has been read
-        part = staging.index(buffer + i % BUFFERS)
-        part.store(gl.convert_layout(quarters[i], layout))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(out, [row, column + i * (found.shape[1] // 4)], part)
-
-
-@gluon.jit
-def _halves(x):  # type: ignore[no-untyped-def]
-    """Columns of the left and of the right half of x."""
-    return gl.split(x.reshape((x.shape[0], 2, x.shape[1] // 2)).permute((0, 2, 1)))
+            out.store([first, n * N], found.to(out.dtype))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
