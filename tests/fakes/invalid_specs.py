@@ -566,7 +566,7 @@ INVALID: dict[str, InvalidSpec] = {
     "a card on which one rank does not fit": InvalidSpec(
         {"spec.runtime.gpuMemory": "80Gi", "spec.student.gpus": 1},
         "spec.runtime.gpuMemory",
-        "stage first: training vpmoe-6b on 1 GPUs takes at least 116 GiB of each, more than 80Gi. Give the "
+        "stage first: training vpmoe-6b on 1 GPUs takes at least 114 GiB of each, more than 80Gi. Give the "
         "stage more GPUs (raise student.gpus or lower sampler.gpus), raise student.expertParallel, lower "
         "training.sequenceLength, or use GPUs with more memory and name it here.",
     ),
@@ -577,7 +577,7 @@ INVALID: dict[str, InvalidSpec] = {
             "spec.stages": [{**ONPOLICY, "sampler": {"gpus": 6}}],
         },
         "spec.runtime.gpuMemory",
-        "stage onpolicy: training vpmoe-6b on 1 GPUs takes at least 116 GiB of each, more than 80G.",
+        "stage onpolicy: training vpmoe-6b on 1 GPUs takes at least 114 GiB of each, more than 80G.",
     ),
     "a card that long sequences do not fit on": InvalidSpec(
         {

@@ -53,6 +53,59 @@ def test_head_loss_equals_float64(gpu: torch.device) -> None:
     assert_gradients_near(weight.grad, exact[1].grad)
 
 
+@pytest.mark.parametrize(
+    "tokens, vocabulary, width",
+    [
+        pytest.param(1, 40, 64, id="less-than-a-tile"),
+        pytest.param(129, 1001, 192, id="remainders"),
+        pytest.param(300, 2056, 2880, id="wide"),
+    ],
+)
+def test_targets_of_any_likelihood(gpu: torch.device, tokens: int, vocabulary: int, width: int) -> None:
+    """log p from −1,000 to 0: exponentials of one row have several references. The same bits twice."""
+    torch.manual_seed(new_seed())
+    scale = width**-0.5
+    hidden, weight = random_matrix(gpu, tokens, width, 1), random_matrix(gpu, vocabulary, width, scale)
+    with torch.no_grad():
+        hidden[::3] *= 100
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    logits = exact[0] @ exact[1].T
+    chosen = torch.randint(0, vocabulary, (tokens,), device=gpu)
+    chosen[:100], chosen[100:200] = logits[:100].argmin(1), logits[100:200].argmax(1)
+    coefficients = torch.rand(tokens, device=gpu)
+    expected = logits.log_softmax(1).gather(1, chosen[:, None]).squeeze(1)
+    (-(coefficients.double() * expected).sum()).backward()
+    found = []
+    for _ in range(2):
+        loss, logp = head_loss(hidden, weight, chosen, lambda logp_t, rows_t: coefficients[rows_t])
+        found.append((logp, *torch.autograd.grad(loss, [hidden, weight])))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+    logp, *gradients = found[0]
+    # logits of several hundred are sums in fp32 of numbers that are larger than their sum
+    assert ((logp.double() - expected).abs() <= LOGP + 1e-5 * expected.abs()).all()
+    assert torch.equal(target_logp(hidden.detach(), weight.detach(), chosen), logp)
+    for gradient, wanted in zip(gradients, exact, strict=True):
+        assert_gradients_near(gradient, wanted.grad)
+
+
+def test_head_loss_of_fp32_equals_float64(gpu: torch.device) -> None:
+    """Inputs that the kernels do not take."""
+    torch.manual_seed(new_seed())
+    hidden, weight = (
+        torch.randn(rows, HIDDEN, device=gpu).mul_(scale).requires_grad_()
+        for rows, scale in ((TOKENS, 1), (1000, 0.1))
+    )
+    chosen, coefficients = torch.randint(0, 1000, (TOKENS,), device=gpu), torch.rand(TOKENS, device=gpu)
+    loss, logp = head_loss(hidden, weight, chosen, lambda logp_t, rows_t: coefficients[rows_t])
+    loss.backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    expected = (exact[0] @ exact[1].T).log_softmax(1).gather(1, chosen[:, None]).squeeze(1)
+    (-(coefficients.double() * expected).sum()).backward()
+    assert (logp.double() - expected).abs().max() <= LOGP
+    assert_gradients_near(hidden.grad, exact[0].grad)
+    assert_gradients_near(weight.grad, exact[1].grad)
+
+
 def test_a_final_loss_adds_to_the_fp32_buffer(gpu: torch.device) -> None:
     """Of two microbatches, what two losses that are not final give as a gradient, but without its rounding to
     bf16. Without gradients the buffer stays as it is."""

@@ -16,8 +16,8 @@ VOCABULARY = 201_088
 LEAST = 8192
 """Positions of the shortest microbatch, rounded down to whole sequences; a longer sequence is one of its
 own."""
-HEAD_CHUNK = 2669
-"""Positions whose logits the loss head holds at the same time: 2 GiB in fp32."""
+HEAD_CHUNK = 2502
+"""Positions of which the loss head holds a number for each logit at the same time: 960 MiB in bf16."""
 CONTEXT = 10 * GIB
 """Memory outside PyTorch: the CUDA context, kernels and NCCL's buffers; and what the allocator cannot use.
 8.9 and 1.0 GiB with expandable segments and CUDA graphs, with one rank and with two on H200s."""
@@ -87,8 +87,8 @@ class StudentSize:
 
     @property
     def head(self) -> int:
-        """Bytes of the loss head: logits of a chunk in fp32, their gradient in bf16."""
-        return HEAD_CHUNK * VOCABULARY * 6
+        """Bytes of the loss head: the gradient of a chunk's logits in bf16."""
+        return HEAD_CHUNK * VOCABULARY * 2
 
     @property
     def output_gradient(self) -> int:

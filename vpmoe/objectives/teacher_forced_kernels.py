@@ -14,7 +14,6 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
 from vpmoe.model import kernels
-from vpmoe.model.kernels import product
 
 if TYPE_CHECKING:
     from vpmoe.api.stages import LossWeights
@@ -24,8 +23,6 @@ BLOCK = 2048
 PARTS = 2
 """Pieces of a chunk whose student's logits are in memory one after the other: products with the teacher's
 matrix and with gradients want long chunks."""
-LARGEST = tl.constexpr(65504.0)
-"""The largest fp16 number. Larger logits are clamped to it, so that none becomes infinite."""
 
 
 def compare_(
@@ -43,7 +40,6 @@ def compare_(
     """
     rows, width = teacher_tV.shape
     each = -(-rows // PARTS)
-    logits_uV = torch.empty(each, width, dtype=torch.float16, device=teacher_tV.device)
     sums_4t = torch.empty(4, rows, dtype=torch.float32, device=teacher_tV.device)
     inverse = 1.0 / terms.temperature
     for start in range(0, rows, each):
@@ -53,19 +49,7 @@ def compare_(
             teacher_tV[part],
             sums_4t[:, part],
         )
-        here = len(hidden_uH)
-        _logits[kernels.tiles(here, width)](
-            hidden_uH,
-            output_VH,
-            logits_uV,
-            here,
-            width,
-            hidden_tH.shape[1],
-            *kernels.TILE,
-            kernels.BAND,
-            num_warps=8,
-            num_stages=3,
-        )
+        here, logits_uV = len(hidden_uH), kernels.logits(hidden_uH, output_VH)
         _measure[(here,)](
             logits_uV,
             teacher_uV,
@@ -74,6 +58,7 @@ def compare_(
             soft_teacher_u,
             kl_u,
             width,
+            logits_uV.stride(0),
             inverse,
             BLOCK=BLOCK,
             num_warps=4,
@@ -87,39 +72,21 @@ def compare_(
             soft_teacher_u,
             share_t[part],
             width,
+            logits_uV.stride(0),
             inverse,
             terms.ce,
             terms.kl * terms.temperature,
             BLOCK=BLOCK,
             num_warps=4,
         )
+        del logits_uV  # or it would exist beside the next part's
     return (hidden_tH.float() * output_VH[targets_t].float()).sum(1) - sums_4t[0], sums_4t[3], teacher_tV
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _logits(  # type: ignore[no-untyped-def]
-    hidden,
-    output,
-    logits,
-    rows,
-    width,
-    H: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BAND: tl.constexpr,
+def _measure(  # type: ignore[no-untyped-def]
+    logits, teacher, lse, soft, soft_teacher, kl, width, pitch, inverse, BLOCK: tl.constexpr
 ):
-    x, row, column, _ = product(hidden, output, rows, width, H, M, N, K, BAND)
-    x = tl.minimum(tl.maximum(x, -LARGEST), LARGEST).to(logits.dtype.element_ty)
-    tl.store(
-        logits + row.to(tl.int64)[:, None] * width + column[None, :],
-        x,
-        mask=(row < rows)[:, None] & (column < width)[None, :],
-    )
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _measure(logits, teacher, lse, soft, soft_teacher, kl, width, inverse, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of the student's x and the teacher's y: log Σ exp of x, x/T and y/T, and KL = Σ p·(y − x)/T + log Σ
     exp(x/T) − log Σ exp(y/T)."""
     row = tl.program_id(0).to(tl.int64)
@@ -132,7 +99,7 @@ def _measure(logits, teacher, lse, soft, soft_teacher, kl, width, inverse, BLOCK
     apart = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         inside = start + columns < width
-        x = tl.load(logits + row * width + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits + row * pitch + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
         y = tl.load(teacher + row * width + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
         above_x = tl.maximum(high_x, tl.max(x, 0))
         above_y = tl.maximum(high_y, tl.max(y, 0))
@@ -160,14 +127,26 @@ def _measure(logits, teacher, lse, soft, soft_teacher, kl, width, inverse, BLOCK
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _gradient_(  # type: ignore[no-untyped-def]
-    logits, teacher, targets, lse, soft, soft_teacher, share, width, inverse, ce, kl, BLOCK: tl.constexpr
+    logits,
+    teacher,
+    targets,
+    lse,
+    soft,
+    soft_teacher,
+    share,
+    width,
+    pitch,
+    inverse,
+    ce,
+    kl,
+    BLOCK: tl.constexpr,
 ):
     """share · [ce·(softmax(x) − onehot) + kl·T·(softmax(x/T) − softmax(y/T))], over y; `kl` here is the
     term's weight times T."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    x = tl.load(logits + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(logits + row * pitch + columns, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(teacher + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     onehot = tl.where(columns == tl.load(targets + row), 1.0, 0.0)
     hard = tl.exp(x - tl.load(lse + row)) - onehot

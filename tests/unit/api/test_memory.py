@@ -13,6 +13,7 @@ from vpmoe.api.memory import (
     HEAD_CHUNK,
     STUDENTS,
     VOCABULARY,
+    StudentSize,
     cel_least_memory,
     least_memory,
     training_memory,
@@ -50,7 +51,7 @@ def test_the_api_has_the_numbers_of_the_shapes(name: str) -> None:
 
 
 def test_the_api_has_the_constant_of_the_head() -> None:
-    assert CHUNK_BYTES["cuda"] // (4 * VOCABULARY) == HEAD_CHUNK
+    assert CHUNK_BYTES["cuda"] // (2 * VOCABULARY) == HEAD_CHUNK
 
 
 @pytest.mark.parametrize(
@@ -61,9 +62,17 @@ def test_the_api_has_the_constant_of_the_head() -> None:
     ],
 )
 def test_the_estimate_is_within_2_percent_of_what_pytorch_allocated(
-    layers: int, parts: bool, ranks: int, recomputed: int, graphs: bool, measured: float
+    layers: int,
+    parts: bool,
+    ranks: int,
+    recomputed: int,
+    graphs: bool,
+    measured: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """docs/benchmarks.md, microbatches of 32,768 positions; memory outside PyTorch is not in the figures."""
+    """docs/benchmarks.md, microbatches of 32,768 positions; memory outside PyTorch is not in the figures. The
+    loss head held fp32 logits and bf16 gradients of 2,669 positions then."""
+    monkeypatch.setattr(StudentSize, "head", 6 * 2669 * VOCABULARY)
     shape = replace(SHAPES["vpmoe-6b"], layers=layers)
     if not parts:
         shape = replace(shape, **{name: getattr(Shape, name) for name in PARTS})

@@ -94,9 +94,9 @@ def test_a_run_that_cannot_fit_is_refused_with_the_numbers(
     file = write(tmp_path, **{"spec.student.gpus": 1, "spec.stages": [valid_specs.FORCED]})
     assert main(["plan", file, "--gpu", "h100-80"]) == 65
     out, err = capsys.readouterr()
-    assert "79.0, needs 118" in out, "the table shows what does not fit"
+    assert "79.0, needs 116" in out, "the table shows what does not fit"
     (trainer,) = err.splitlines()
-    assert trainer.startswith(f"{file}: spec.student: the trainer of forced needs 118 GiB on each")
+    assert trainer.startswith(f"{file}: spec.student: the trainer of forced needs 116 GiB on each")
 
 
 def test_a_run_that_the_api_server_rejects_is_rejected(
@@ -104,7 +104,7 @@ def test_a_run_that_the_api_server_rejects_is_rejected(
 ) -> None:
     file = write(tmp_path, **{"spec.runtime.gpuMemory": "80Gi", "spec.student.gpus": 1})
     assert main(["plan", file]) == 65
-    assert "spec.runtime.gpuMemory: stage first: training vpmoe-6b on 1 GPUs takes at least 116 GiB of" in (
+    assert "spec.runtime.gpuMemory: stage first: training vpmoe-6b on 1 GPUs takes at least 114 GiB of" in (
         capsys.readouterr().err
     )
 

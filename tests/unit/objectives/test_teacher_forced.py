@@ -250,12 +250,14 @@ def test_the_gpu_kernels_equal_float64() -> None:
     """The kernels in Triton's interpreter: several tiles and remainders in both directions, extreme logits,
     different shares."""
     code = f"""
+        import types
         import torch
         from vpmoe.api.stages import LossWeights
         from vpmoe.model import kernels
         from vpmoe.objectives import teacher_forced_kernels
         torch.manual_seed({new_seed()})
-        kernels.TILE, kernels.BAND, teacher_forced_kernels.BLOCK = (16, 32, 16), 2, 64
+        torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=4)
+        kernels.M, kernels.N, kernels.K, teacher_forced_kernels.BLOCK = 16, 32, 16, 64
         terms = LossWeights(ce=0.3, kl=0.5, hidden=0.0, temperature=2.5)
         hidden, output = torch.randn(37, 40), 3 * torch.randn(150, 40)
         y, targets, share = torch.randn(37, 150) * 10, torch.randint(0, 150, (37,)), torch.rand(37)
