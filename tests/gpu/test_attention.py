@@ -14,6 +14,7 @@ from tests.fakes.attention_cases import (
     random_lengths,
 )
 from tests.fakes.students import new_seed
+from vpmoe.model.attention_gpu import ORDER_BLOCK, _most_work_first
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
@@ -24,6 +25,7 @@ from tests.fakes.students import new_seed
         pytest.param([1] * 70, id="single-positions"),
         pytest.param([1], id="one-position"),
         pytest.param([1500], id="one-document"),
+        pytest.param([1501, 3000], id="many-tiles"),
         pytest.param(None, id="random"),
     ],
 )
@@ -67,6 +69,23 @@ def test_documents_do_not_see_each_other(gpu: torch.device, kind: Kind) -> None:
         assert not torch.equal(x[second], y[second])
         x[second] = y[second]
         assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("positions", [1, 63, 64, 65, 4097, 32_768])
+def test_tiles_with_most_work_come_first(gpu: torch.device, positions: int) -> None:
+    torch.manual_seed(new_seed())
+    ends = [*(torch.rand(20) * positions).int().unique()[1:].tolist(), positions]
+    boundaries = torch.tensor([0, *ends], device=gpu)
+    lengths = boundaries.diff()
+    spans = torch.stack(
+        [boundaries[:-1].repeat_interleave(lengths), boundaries[1:].repeat_interleave(lengths)]
+    )
+    tiles = -(-positions // 64)
+    order = torch.full((tiles,), -1, dtype=torch.int32, device=gpu)
+    _most_work_first[(triton.cdiv(tiles, ORDER_BLOCK),)](spans.int(), order, positions, 64, ORDER_BLOCK)
+    first = torch.arange(0, positions, 64, device=gpu)
+    work = spans[1, (first + 63).clamp(max=positions - 1)] - first
+    assert torch.equal(order.long(), work.argsort(descending=True, stable=True))
 
 
 @pytest.mark.parametrize("kind", [KINDS["local"], KINDS["global"]], ids=["local", "global"])

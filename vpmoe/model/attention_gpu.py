@@ -4,8 +4,10 @@ FlashAttention's method (arXiv 2307.08691): one pass over tiles of keys with a r
 backward pass that computes the weights again from the stored log of the sum. Memory is linear in positions.
 Tiles cut the packed positions without regard to documents, and a tile reads where the documents of its
 positions begin and end. So neither grid nor compiled code depends on the documents' lengths. A tile's rows
-are positions × the query heads that share a key-value head: each key is loaded once for all of them, and the
-gradient of a key is one sum in registers. No atomic additions, so results are the same in each call.
+are positions × the query heads that share a key-value head: each key is loaded once for all of them. The
+gradients of keys take the queries of these heads one head after the other, and are one sum in registers. No
+atomic additions, so results are the same in each call. What loops load comes by tensor descriptors: Hopper's
+copy engine reads whole tiles, where addresses of single numbers took more instructions than the arithmetic.
 """
 
 from typing import Any
@@ -15,18 +17,23 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-untyped]
 
 TILES = {
-    "forward": ((64, 32, 4, 3), (64, 64, 4, 3)),
-    "queries": ((64, 32, 4, 2), (128, 64, 8, 3)),
-    "keys": ((32, 64, 4, 3), (64, 64, 4, 2)),
+    "forward": ((64, 32, 4, 2, 128), (64, 64, 4, 3, None)),
+    "queries": ((128, 32, 8, 3, 128), (128, 64, 8, 3, None)),
+    "keys": ((64, 64, 4, 2, None), (64, 64, 4, 2, None)),
 }
-"""(rows, keys, warps, stages of loads in flight) of a tile: of the output, of the gradient of queries and of
-those of keys and values, each with a window and without. The fastest of about seven on an H200 with 4 query
-heads of width 128 a key-value head."""
+"""(rows, keys, warps, stages of loads in flight, most registers a thread) of a tile: of the output, of the
+gradient of queries and of those of keys and values, each with a window and without. The fastest of about ten
+on an H200 with 4 query heads of width 128 a key-value head."""
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 SPAN_BLOCK = 1024
 """Positions of one program of `_spans`."""
+ORDER_BLOCK = 64
+"""Tiles of one program of `_most_work_first`."""
+ROW_ALIGNMENT: tl.constexpr = tl.constexpr(4)
+"""fp32 numbers in the 16 bytes at which a tile of them has to begin."""
 
 
 def packed_attention(
@@ -87,84 +94,115 @@ class _PackedAttention(torch.autograd.Function):
             boundaries, spans, positions, runs, runs.bit_length(), SPAN_BLOCK
         )
         out = torch.empty_like(query)
-        log2_sum_nh = torch.empty(positions, heads, dtype=torch.float32, device=query.device)
+        log2_sum_hn = _numbers_of_rows(heads, positions, query.device)
         shape = (heads, groups, width, width**-0.5, window or 0, slopes_h is not None)
-        rows, keys, warps, stages = TILES["forward"][window is None]
+        rows, keys, warps, stages, registers = TILES["forward"][window is None]
+        block = TILES["keys"][window is None][0]
         _forward[_row_tiles(positions, heads, groups, rows)](
             query,
-            key,
-            value,
+            _tiles(key, keys),
+            _tiles(value, keys),
             spans,
             slopes_h,
             offset_h,
             out,
-            log2_sum_nh,
+            log2_sum_hn,
             positions,
             *shape,
             offset_h is not None,
             rows,
             keys,
+            block,
             num_warps=warps,
             num_stages=stages,
+            maxnreg=registers,
         )
-        ctx.save_for_backward(query, key, value, spans, slopes_h, offset_h, out, log2_sum_nh)
+        ctx.save_for_backward(query, key, value, spans, slopes_h, offset_h, out, log2_sum_hn)
         ctx.shape = shape
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out_nhD: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, spans, slopes_h, offset_h, out, log2_sum_nh = ctx.saved_tensors
+        query, key, value, spans, slopes_h, offset_h, out, log2_sum_hn = ctx.saved_tensors
         grad_out = grad_out_nhD.contiguous()
         positions, heads, _ = query.shape
         groups = key.shape[1]
         global_layer = ctx.shape[4] == 0
         grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
-        product_nh = torch.empty_like(log2_sum_nh)
-        grad_offset_nh = None if offset_h is None else torch.empty_like(log2_sum_nh)
-        rows, keys, warps, stages = TILES["queries"][global_layer]
+        product_hn = _numbers_of_rows(heads, positions, query.device)
+        grad_offset_hn = None if offset_h is None else log2_sum_hn.new_empty(heads, positions)
+        block = TILES["keys"][global_layer][0]
+        rows, keys, warps, stages, registers = TILES["queries"][global_layer]
         _gradient_of_queries[_row_tiles(positions, heads, groups, rows)](
             query,
-            key,
-            value,
+            _tiles(key, keys),
+            _tiles(value, keys),
             spans,
             slopes_h,
             offset_h,
             out,
-            log2_sum_nh,
+            log2_sum_hn,
             grad_out,
-            product_nh,
+            product_hn,
             grad_query,
-            grad_offset_nh,
+            grad_offset_hn,
             positions,
             *ctx.shape,
             offset_h is not None,
             rows,
             keys,
+            block,
             num_warps=warps,
             num_stages=stages,
+            maxnreg=registers,
         )
-        rows, keys, warps, stages = TILES["keys"][global_layer]
-        _gradient_of_keys[(triton.cdiv(positions, keys) * groups,)](
-            query,
+        _, keys, warps, stages, registers = TILES["keys"][global_layer]
+        tiles = triton.cdiv(positions, keys)
+        order = None
+        if global_layer:
+            order = torch.empty(tiles, dtype=torch.int32, device=query.device)
+            _most_work_first[(triton.cdiv(tiles, ORDER_BLOCK),)](spans, order, positions, keys, ORDER_BLOCK)
+        _gradient_of_keys[(tiles * groups,)](
+            _tiles(query, block),
             key,
             value,
             spans,
+            order,
             slopes_h,
-            log2_sum_nh,
-            grad_out,
-            product_nh,
+            _number_tiles(log2_sum_hn, block),
+            _tiles(grad_out, block),
+            _number_tiles(product_hn, block),
             grad_key,
             grad_value,
             positions,
             *ctx.shape,
-            rows,
+            block,
             keys,
             num_warps=warps,
             num_stages=stages,
+            maxnreg=registers,
         )
-        grad_offset = None if grad_offset_nh is None else grad_offset_nh.sum(0)
+        grad_offset = None if grad_offset_hn is None else grad_offset_hn.sum(1)
         return grad_query, grad_key, grad_value, grad_offset, None, None, None
+
+
+def _tiles(x_nhD: Tensor, positions: int) -> TensorDescriptor:
+    """Descriptor by which the GPU copies tiles of `positions` of one head, zeros after the last position."""
+    n, heads, width = x_nhD.shape
+    return TensorDescriptor(x_nhD, [n, heads * width], [heads * width, 1], [positions, width])
+
+
+def _numbers_of_rows(heads: int, positions: int, device: torch.device) -> Tensor:
+    """[heads, positions rounded up to ROW_ALIGNMENT] fp32. Padding, which a tile may read, is 0."""
+    padded = -(-positions // ROW_ALIGNMENT.value) * ROW_ALIGNMENT.value
+    make = torch.empty if padded == positions else torch.zeros
+    return make(heads, padded, dtype=torch.float32, device=device)
+
+
+def _number_tiles(x_hn: Tensor, positions: int) -> TensorDescriptor:
+    """Descriptor of one number a position, head after head; a tile may run into the next head."""
+    return TensorDescriptor(x_hn, [x_hn.numel()], [1], [positions])
 
 
 def _row_tiles(positions: int, heads: int, groups: int, rows: int) -> tuple[int]:
@@ -187,6 +225,29 @@ def _spans(boundaries, spans, n, runs, steps, BLOCK: tl.constexpr):  # type: ign
     tl.store(spans + n + i, tl.load(boundaries + low + 1, mask=inside), mask=inside)
 
 
+@triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]
+def _most_work_first(spans, order, n, N: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store the numbers of the tiles of N keys by how many queries come after them in the document of their
+    last key, most first. Otherwise the GPU waits at the end for a long one that began late."""
+    tiles = tl.cdiv(n, N)
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    work = tl.load(spans + n + tl.minimum(tile * N + N, n) - 1, mask=tile < tiles, other=0) - tile * N
+    place = tl.zeros((BLOCK,), tl.int32)
+    for begin in range(0, tiles, BLOCK):
+        other = begin + tl.arange(0, BLOCK)
+        others = tl.load(spans + n + tl.minimum(other * N + N, n) - 1) - other * N
+        ahead = (others[None, :] > work[:, None]) | (
+            (others[None, :] == work[:, None]) & (other[None, :] < tile[:, None])
+        )
+        place += tl.sum((ahead & (other < tiles)[None, :]).to(tl.int32), 1)
+    tl.store(order + place, tile, mask=tile < tiles)
+
+
+@triton.jit
+def _padded(n):  # type: ignore[no-untyped-def]
+    return tl.cdiv(n, ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _rows(  # type: ignore[no-untyped-def]
     spans,
@@ -194,13 +255,12 @@ def _rows(  # type: ignore[no-untyped-def]
     n,
     H: tl.constexpr,
     G: tl.constexpr,
-    SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     ALIBI: tl.constexpr,
     M: tl.constexpr,
 ):
     """A program's rows, positions × query heads of a group: (group, first position of the tile, position of
-    each row, head of each row, its slope in units of q·k, first key that it sees).
+    each row, head of each row, its slope, first key that it sees).
 
     Rows after the last position repeat it. The last positions come first, because they can see most keys.
     """
@@ -213,7 +273,7 @@ def _rows(  # type: ignore[no-untyped-def]
     head = group * SHARE + row % SHARE
     slope = tl.zeros((M,), tl.float32)
     if ALIBI:
-        slope = tl.load(slopes + head) / SCALE
+        slope = tl.load(slopes + head)
     first = tl.load(spans + position)
     if WINDOW > 0:
         first = tl.maximum(first, position - WINDOW + 1)
@@ -221,13 +281,23 @@ def _rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _unmasked(first, anchor, WINDOW: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(first key that any row of a tile sees, first key after the tiles of keys that all rows see whole)."""
-    low = tl.min(first, 0)
-    middle = low
-    if WINDOW == 0:
-        middle = tl.where(tl.max(first, 0) == low, low + (anchor + 1 - low) // N * N, low)
-    return low, middle
+def _visible_keys(  # type: ignore[no-untyped-def]
+    spans, n, anchor, WINDOW: tl.constexpr, P: tl.constexpr, N: tl.constexpr
+):
+    """(first key that a tile of P positions may see, first after the tiles of keys that all see whole, end).
+
+    With a window the first does not depend on the document's beginning, so the first loads need not wait
+    for it; keys before it are masked.
+    """
+    end = tl.minimum(anchor + P, n)
+    if WINDOW > 0:
+        low = tl.maximum(anchor - WINDOW + 1, 0)
+        middle = low
+    else:
+        low = tl.load(spans + anchor)
+        one_run = tl.load(spans + end - 1) == low
+        middle = tl.where(one_run, low + (anchor + 1 - low) // N * N, low)
+    return low, middle, end
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -244,7 +314,7 @@ def _attend(  # type: ignore[no-untyped-def]
     position,
     slope,
     first,
-    GD: tl.constexpr,
+    group,
     D: tl.constexpr,
     SCALE: tl.constexpr,
     ALIBI: tl.constexpr,
@@ -253,20 +323,20 @@ def _attend(  # type: ignore[no-untyped-def]
 ):
     """Add the keys from `begin` to `end` to the rows' Σ P v, Σ P and largest logit (in base 2)."""
     column = tl.arange(0, N)
-    inner = tl.arange(0, D)
-    for start in range(begin, end, N):
-        j = start + column
-        at = (tl.minimum(j, end - 1) if MASK else j).to(tl.int64) * GD
-        t = tl.dot(q, tl.load(key + at[None, :] + inner[:, None]))
-        if ALIBI:  # slope · (j − position) but for a row's constant
-            t += slope[:, None] * (j - anchor).to(tl.float32)[None, :]
+    # two stages if masked: without a window that is few tiles, and with more stages their buffers would not
+    # leave room for two programs on a multiprocessor; with a window two are the fastest
+    for start in tl.range(begin, end, N, num_stages=2 if MASK else None):
+        t = tl.dot(q, key.load([start, group * D]).T)
+        if ALIBI:  # slope · (j − position) but for a row's constant, in units of q·k
+            t += (slope / SCALE)[:, None] * (start - anchor + column).to(tl.float32)[None, :]
         if MASK:
+            j = start + column
             t = tl.where((j[None, :] >= first[:, None]) & (j[None, :] <= position[:, None]), t, float("-inf"))
         above = tl.maximum(high, tl.max(t, 1) * (SCALE * LOG2_E))
         p = tl.exp2(t * (SCALE * LOG2_E) - above[:, None])
         shrink = tl.exp2(high - above)
         total = total * shrink + tl.sum(p, 1)
-        v = tl.load(value + at[:, None] + inner[None, :])
+        v = value.load([start, group * D])
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
         high = above
     return acc, total, high
@@ -292,13 +362,16 @@ def _forward(  # type: ignore[no-untyped-def]
     OFFSET: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    group, anchor, position, head, slope, first = _rows(spans, slopes, n, H, G, SCALE, WINDOW, ALIBI, M)
-    low, middle = _unmasked(first, anchor, WINDOW, N)
-    row = position.to(tl.int64) * H + head
-    inner = tl.arange(0, D)
-    q = tl.load(query + row[:, None] * D + inner[None, :])
-    constant = slope * (position - anchor).to(tl.float32) * (SCALE * LOG2_E)
+    """`log2_sum` [heads, n]: log₂ of a row's sum of weights plus slope · (the row's place in its block of
+    BLOCK positions) · log₂ e, which is what `_gradient_of_keys` needs."""
+    SHARE: tl.constexpr = H // G
+    group, anchor, position, head, slope, first = _rows(spans, slopes, n, H, G, WINDOW, ALIBI, M)
+    low, middle, end = _visible_keys(spans, n, anchor, WINDOW, M // SHARE, N)
+    place = (position.to(tl.int64) * H + head)[:, None] * D + tl.arange(0, D)[None, :]
+    q = tl.load(query + place)
+    constant = slope * (position - anchor).to(tl.float32) * LOG2_E
     acc = tl.zeros((M, D), tl.float32)
     if OFFSET:  # a key that each row sees first, of value 0
         high = tl.load(offset + head) * LOG2_E + constant
@@ -306,8 +379,6 @@ def _forward(  # type: ignore[no-untyped-def]
     else:
         high = tl.full((M,), -1e30, tl.float32)  # finite: a row may see no key of its first tiles
         total = tl.zeros((M,), tl.float32)
-    key += group * D
-    value += group * D
     if WINDOW == 0:
         acc, total, high = _attend(
             acc,
@@ -322,14 +393,13 @@ def _forward(  # type: ignore[no-untyped-def]
             position,
             slope,
             first,
-            G * D,
+            group,
             D,
             SCALE,
             ALIBI,
             False,
             N,
         )
-    end = tl.minimum(anchor + M // (H // G), n)
     acc, total, high = _attend(
         acc,
         total,
@@ -343,20 +413,18 @@ def _forward(  # type: ignore[no-untyped-def]
         position,
         slope,
         first,
-        G * D,
+        group,
         D,
         SCALE,
         ALIBI,
         True,
         N,
     )
-    inside = anchor + tl.arange(0, M) // (H // G) < n
-    tl.store(
-        out + row[:, None] * D + inner[None, :],
-        (acc / total[:, None]).to(out.dtype.element_ty),
-        mask=inside[:, None],
-    )
-    tl.store(log2_sum + row, high + tl.log2(total) - constant, mask=inside)
+    inside = anchor + tl.arange(0, M) // SHARE < n
+    tl.store(out + place, (acc * (1 / total)[:, None]).to(out.dtype.element_ty), mask=inside[:, None])
+    if ALIBI:
+        constant -= slope * (position % BLOCK).to(tl.float32) * LOG2_E
+    tl.store(log2_sum + head * _padded(n) + position, high + tl.log2(total) - constant, mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -374,7 +442,7 @@ def _add_to_queries(  # type: ignore[no-untyped-def]
     position,
     slope,
     first,
-    GD: tl.constexpr,
+    group,
     D: tl.constexpr,
     SCALE: tl.constexpr,
     ALIBI: tl.constexpr,
@@ -386,20 +454,22 @@ def _add_to_queries(  # type: ignore[no-untyped-def]
     `constant`: log₂ of each row's sum of weights, plus the constant of ALiBi that its logits leave out.
     """
     column = tl.arange(0, N)
-    inner = tl.arange(0, D)
     for start in range(begin, end, N):
-        j = start + column
-        at = (tl.minimum(j, end - 1) if MASK else j).to(tl.int64) * GD
-        k_Dk = tl.load(key + at[None, :] + inner[:, None])
-        v_Dk = tl.load(value + at[None, :] + inner[:, None])
-        t = tl.dot(q, k_Dk)
+        k = key.load([start, group * D])
+        v = value.load([start, group * D])
+        t = tl.dot(q, k.T)
+        gradient = tl.dot(go, v.T)
         if ALIBI:
-            t += slope[:, None] * (j - anchor).to(tl.float32)[None, :]
-        p = tl.exp2(t * (SCALE * LOG2_E) - constant[:, None])
+            distance = (start - anchor + column).to(tl.float32)
+            bias = (slope * LOG2_E)[:, None] * distance[None, :] - constant[:, None]
+            p = tl.exp2(t * (SCALE * LOG2_E) + bias)
+        else:
+            p = tl.exp2(t * (SCALE * LOG2_E) - constant[:, None])
         if MASK:
+            j = start + column
             p = tl.where((j[None, :] >= first[:, None]) & (j[None, :] <= position[:, None]), p, 0.0)
-        gradient = p * (tl.dot(go, v_Dk) - product[:, None])
-        acc = tl.dot(gradient.to(k_Dk.dtype), tl.trans(k_Dk), acc)
+        gradient = p * (gradient - product[:, None])
+        acc = tl.dot(gradient.to(k.dtype), k, acc)
     return acc
 
 
@@ -427,25 +497,30 @@ def _gradient_of_queries(  # type: ignore[no-untyped-def]
     OFFSET: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Also stores `product`, Σ_D out · grad_out of each row, which is Σ_j P_ij · (gradient of P_ij)."""
-    group, anchor, position, head, slope, first = _rows(spans, slopes, n, H, G, SCALE, WINDOW, ALIBI, M)
-    low, middle = _unmasked(first, anchor, WINDOW, N)
-    row = position.to(tl.int64) * H + head
-    place = row[:, None] * D + tl.arange(0, D)[None, :]
-    inside = anchor + tl.arange(0, M) // (H // G) < n
+    """Also stores `product` [heads, n], Σ_D out · grad_out of each row, which is Σ_j P_ij · (gradient of
+    P_ij)."""
+    SHARE: tl.constexpr = H // G
+    group, anchor, position, head, slope, first = _rows(spans, slopes, n, H, G, WINDOW, ALIBI, M)
+    low, middle, end = _visible_keys(spans, n, anchor, WINDOW, M // SHARE, N)
+    place = (position.to(tl.int64) * H + head)[:, None] * D + tl.arange(0, D)[None, :]
+    row = head * _padded(n) + position
+    inside = anchor + tl.arange(0, M) // SHARE < n
     q = tl.load(query + place)
     go = tl.load(grad_out + place)
+    log2_sums = tl.load(log2_sum + row)  # before the stores, behind which it would wait
+    if ALIBI:
+        log2_sums -= slope * (position % BLOCK).to(tl.float32) * LOG2_E
+    constant = log2_sums + slope * (position - anchor).to(tl.float32) * LOG2_E
+    offsets = tl.zeros((M,), tl.float32)
+    if OFFSET:
+        offsets = tl.load(offset + head) * LOG2_E
     products = tl.sum(tl.load(out + place).to(tl.float32) * go.to(tl.float32), 1)
     tl.store(product + row, products, mask=inside)
-    log2_sums = tl.load(log2_sum + row)
     if OFFSET:  # a key of value 0: its weight times (0 − product)
-        weight = tl.exp2(tl.load(offset + head) * LOG2_E - log2_sums)
-        tl.store(grad_offset + row, -weight * products, mask=inside)
-    constant = log2_sums + slope * (position - anchor).to(tl.float32) * (SCALE * LOG2_E)
+        tl.store(grad_offset + head * n + position, -tl.exp2(offsets - log2_sums) * products, mask=inside)
     acc = tl.zeros((M, D), tl.float32)
-    key += group * D
-    value += group * D
     if WINDOW == 0:
         acc = _add_to_queries(
             acc,
@@ -461,14 +536,13 @@ def _gradient_of_queries(  # type: ignore[no-untyped-def]
             position,
             slope,
             first,
-            G * D,
+            group,
             D,
             SCALE,
             ALIBI,
             False,
             N,
         )
-    end = tl.minimum(anchor + M // (H // G), n)
     acc = _add_to_queries(
         acc,
         q,
@@ -483,7 +557,7 @@ def _gradient_of_queries(  # type: ignore[no-untyped-def]
         position,
         slope,
         first,
-        G * D,
+        group,
         D,
         SCALE,
         ALIBI,
@@ -501,47 +575,58 @@ def _add_to_keys(  # type: ignore[no-untyped-def]
     v,
     query,
     grad_out,
+    slopes,
     log2_sum,
     product,
-    begin,
-    end,
-    high,
+    steps,
+    diagonal,
+    last_block,
     n,
     anchor,
     j,
     last,
-    slope,
-    head,
-    ahead,
-    H: tl.constexpr,
+    first_head,
+    SHARE: tl.constexpr,
     D: tl.constexpr,
     SCALE: tl.constexpr,
     ALIBI: tl.constexpr,
     MASK: tl.constexpr,
     P: tl.constexpr,
 ):
-    """Add the queries from `begin` to `end`, but none from `high` on, to Σ gradient · q and Σ P · grad_out.
-
-    `ahead`: how many positions after the tile's first each row is.
+    """Add blocks of P positions of one head, SHARE steps a block, to Σ gradient · q and Σ P · grad_out: with
+    MASK the first `diagonal` blocks from the tile's first position on and then `last_block`, otherwise those
+    after the first `diagonal`.
     """
-    inner = tl.arange(0, D)
-    for start in range(begin, end, P):
-        i = start + ahead
-        row = tl.minimum(i, n - 1).to(tl.int64) * H + head
-        q = tl.load(query + row[:, None] * D + inner[None, :])
-        go = tl.load(grad_out + row[:, None] * D + inner[None, :])
-        # a weight of 2^−inf for the queries from `high` on
-        constant = tl.load(log2_sum + row, mask=i < high, other=float("inf"))
-        products = tl.load(product + row)
-        t = tl.dot(k, tl.trans(q))
-        if ALIBI:
-            constant += slope * (i - anchor).to(tl.float32) * (SCALE * LOG2_E)
-            t += slope[None, :] * (j - anchor).to(tl.float32)[:, None]
-        p = tl.exp2(t * (SCALE * LOG2_E) - constant[None, :])
+    row_length = _padded(n)
+    slope = tl.zeros((), tl.float32)
+    if ALIBI:
+        slope = tl.load(slopes + first_head)
+    for step in range(steps):
+        block = step // SHARE
         if MASK:
+            block = tl.where(block < diagonal, block, last_block)
+        else:
+            block += diagonal
+        start = anchor + block * P
+        head = first_head + step % SHARE
+        q = query.load([start, head * D])
+        go = grad_out.load([start, head * D])
+        constant = log2_sum.load([head * row_length + start])
+        t = tl.dot(k, q.T)
+        gradient = tl.dot(v, go.T)
+        if ALIBI:
+            bias = (slope * LOG2_E * (j - start).to(tl.float32))[:, None] - constant[None, :]
+            p = tl.exp2(t * (SCALE * LOG2_E) + bias)
+        else:
+            p = tl.exp2(t * (SCALE * LOG2_E) - constant[None, :])
+        if MASK:
+            i = start + tl.arange(0, P)
             p = tl.where((i[None, :] >= j[:, None]) & (i[None, :] < last[:, None]), p, 0.0)
+        products = product.load([head * row_length + start])
         grad_v = tl.dot(p.to(go.dtype), go, grad_v)
-        gradient = p * (tl.dot(v, tl.trans(go)) - products[None, :])
+        gradient = p * (gradient - products[None, :])
+        if ALIBI:  # of the next step, which would wait for it
+            slope = tl.load(slopes + first_head + (step + 1) % SHARE)
         grad_k = tl.dot(gradient.to(q.dtype), q, grad_k)
     return grad_k, grad_v
 
@@ -552,6 +637,7 @@ def _gradient_of_keys(  # type: ignore[no-untyped-def]
     key,
     value,
     spans,
+    order,
     slopes,
     log2_sum,
     grad_out,
@@ -565,30 +651,35 @@ def _gradient_of_keys(  # type: ignore[no-untyped-def]
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     ALIBI: tl.constexpr,
-    M: tl.constexpr,
+    P: tl.constexpr,
     N: tl.constexpr,
 ):
+    """A tile of N keys and all queries that see them, P positions of one head at a time; P divides N."""
+    tl.static_assert(N % P == 0)
     SHARE: tl.constexpr = H // G
-    P: tl.constexpr = M // SHARE
-    anchor = tl.program_id(0) // G * N
+    tile = tl.program_id(0) // G
+    if WINDOW == 0:
+        tile = tl.load(order + tile)
+    anchor = tile * N
     group = tl.program_id(0) % G
+    first_head = group * SHARE
+    end = tl.minimum(anchor + N, n)
     j = tl.minimum(anchor + tl.arange(0, N), n - 1)
     last = tl.load(spans + n + j)
     if WINDOW > 0:
         last = tl.minimum(last, j + WINDOW)
-    high = tl.max(last, 0)
-    # from `middle` on, a query sees all keys of the tile
-    middle = high
-    if WINDOW == 0:
-        middle = tl.where(tl.min(last, 0) == high, tl.minimum(anchor + tl.cdiv(N - 1, P) * P, high), high)
+        blocks = tl.cdiv(tl.minimum(end - 1 + WINDOW, n) - anchor, P)
+        diagonal = blocks
+        whole = blocks
+    else:  # from `diagonal` to `whole` all queries of a block see all keys of the tile
+        high = tl.load(spans + n + end - 1)
+        blocks = tl.cdiv(high - anchor, P)
+        one_run = tl.load(spans + n + anchor) == high
+        diagonal = tl.where(one_run, tl.minimum(tl.cdiv(N - 1, P), blocks), blocks)
+        whole = tl.maximum((high - anchor) // P, diagonal)
     place = (j.to(tl.int64) * G + group)[:, None] * D + tl.arange(0, D)[None, :]
     k = tl.load(key + place)
     v = tl.load(value + place)
-    row = tl.arange(0, M)
-    head = group * SHARE + row % SHARE
-    slope = tl.zeros((M,), tl.float32)
-    if ALIBI:
-        slope = tl.load(slopes + head) / SCALE
     grad_k = tl.zeros((N, D), tl.float32)
     grad_v = tl.zeros((N, D), tl.float32)
     grad_k, grad_v = _add_to_keys(
@@ -598,19 +689,18 @@ def _gradient_of_keys(  # type: ignore[no-untyped-def]
         v,
         query,
         grad_out,
+        slopes,
         log2_sum,
         product,
-        anchor,
-        middle,
-        high,
+        (diagonal + blocks - whole) * SHARE,
+        diagonal,
+        blocks - 1,
         n,
         anchor,
         j,
         last,
-        slope,
-        head,
-        row // SHARE,
-        H,
+        first_head,
+        SHARE,
         D,
         SCALE,
         ALIBI,
@@ -625,19 +715,18 @@ def _gradient_of_keys(  # type: ignore[no-untyped-def]
             v,
             query,
             grad_out,
+            slopes,
             log2_sum,
             product,
-            middle,
-            high,
-            high,
+            (whole - diagonal) * SHARE,
+            diagonal,
+            blocks - 1,
             n,
             anchor,
             j,
             last,
-            slope,
-            head,
-            row // SHARE,
-            H,
+            first_head,
+            SHARE,
             D,
             SCALE,
             ALIBI,
