@@ -16,7 +16,6 @@ from tests.fakes.projection_cases import (
     mixed_values,
     norm_of_which_only_some_is_read,
     normed,
-    normed_and_rotated,
     normed_projections,
     squared_relus,
     tensor_products,
@@ -25,11 +24,13 @@ from tests.fakes.projection_cases import (
 from tests.fakes.students import new_seed
 
 
-@pytest.mark.parametrize("width, biased", [(16, False), (128, True)])
-@pytest.mark.parametrize("positions", [1, 7, 1000])
-def test_tensor_products_equal_float64(gpu: torch.device, positions: int, width: int, biased: bool) -> None:
+@pytest.mark.parametrize("width, biased, mixes", [(16, False, False), (128, True, True), (128, True, False)])
+@pytest.mark.parametrize("positions", [1, 7, 3000])
+def test_tensor_products_equal_float64(
+    gpu: torch.device, positions: int, width: int, biased: bool, mixes: bool
+) -> None:
     torch.manual_seed(new_seed())
-    tensor_products(gpu, torch.bfloat16, positions, width, biased)
+    tensor_products(gpu, torch.bfloat16, positions, width, biased=biased, mixes=mixes)
 
 
 @pytest.mark.parametrize("apart", [True, False], ids=["apart", "among others"])
@@ -44,16 +45,7 @@ def test_the_gradient_of_mixed_values_share_is_added_to_its_buffer(gpu: torch.de
     gradient_of_mix_in_its_buffer(gpu, torch.bfloat16)
 
 
-@pytest.mark.parametrize("width, rotates", [(16, False), (128, True)])
-@pytest.mark.parametrize("positions", [1, 31, 3000])
-def test_norms_and_rotation_equal_float64(
-    gpu: torch.device, positions: int, width: int, rotates: bool
-) -> None:
-    torch.manual_seed(new_seed())
-    normed_and_rotated(gpu, torch.bfloat16, positions, width, rotates=rotates)
-
-
-@pytest.mark.parametrize("width, rotates", [(16, True), (128, False)])
+@pytest.mark.parametrize("width, rotates", [(16, True), (128, False), (128, True)])
 @pytest.mark.parametrize("positions", [1, 31, 3000])
 def test_norms_and_rotation_of_projections_equal_float64(
     gpu: torch.device, positions: int, width: int, rotates: bool
@@ -111,7 +103,7 @@ def test_other_numbers_of_positions_compile_nothing(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def everything(positions: int) -> None:
-        normed_and_rotated(gpu, torch.bfloat16, positions, 128)
+        tensor_products(gpu, torch.bfloat16, positions, 128, biased=True, mixes=True)
         normed_projections(gpu, torch.bfloat16, positions, 128, rotates=False)
         normed(gpu, torch.bfloat16, positions, 1024)
         normed(gpu, torch.bfloat16, positions, 1024, addends=2, readers=3)
@@ -137,9 +129,8 @@ def test_results_are_the_same_in_each_call(gpu: torch.device) -> None:
         torch.manual_seed(seed)
         runs.append(
             [
-                *tensor_products(gpu, torch.bfloat16, 5000, 128, True),
+                *tensor_products(gpu, torch.bfloat16, 5000, 128, biased=True, mixes=True),
                 *mixed_values(gpu, torch.bfloat16, 5000),
-                *normed_and_rotated(gpu, torch.bfloat16, 5000, 128),
                 *normed_projections(gpu, torch.bfloat16, 5000, 128, rotates=False),
                 *normed(gpu, torch.bfloat16, 5000, 1024, addends=2, readers=3),
                 *totals(gpu, torch.bfloat16, 5000, 1024),
