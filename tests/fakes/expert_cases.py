@@ -62,6 +62,7 @@ def kernels(
     direction: Tensor,
     choices: int,
     calls: int = 1,
+    beside: tuple[Tensor, ...] = (),
 ) -> Outcome:
     """Output and gradients of the kernels; of a weight with a buffer what is there after `calls` calls."""
     up, down, *biases = weights
@@ -70,9 +71,12 @@ def kernels(
     inverse, tokens = order.argsort(), expert_C.bincount(minlength=len(up))
     leaves = [x, share, *weights]
     for _ in range(calls):
-        out = experts_gpu.mixture(x, share, up, down, up_bias, down_bias, order, inverse, tokens, choices)
-        gradients = torch.autograd.grad(out, leaves, direction)
-    found = [getattr(leaf, "main_grad", gradient) for leaf, gradient in zip(leaves, gradients, strict=True)]
+        out = experts_gpu.mixture(
+            x, share, up, down, up_bias, down_bias, order, inverse, tokens, choices, beside
+        )
+        gradients = torch.autograd.grad(out, [*leaves, *beside], direction)
+        assert all(torch.equal(gradient, direction) for gradient in gradients[len(leaves) :])
+    found = [getattr(leaf, "main_grad", gradient) for leaf, gradient in zip(leaves, gradients, strict=False)]
     return named(out.detach(), found)
 
 
@@ -93,9 +97,10 @@ def mixtures(
     experts: int = 8,
     biased: bool = True,
     buffered: bool = False,
+    beside: int = 0,
 ) -> Outcome:
     """Experts that are not `chosen` get nothing. With `buffered`, gradients are added to fp32 buffers in two
-    calls. Returns what the kernels found."""
+    calls. `beside`: number of tensors that are added to the output. Returns what the kernels found."""
     expert_C = random_choices(chosen, tokens, choices, device)
     x = torch.randn(tokens, hidden, device=device).to(dtype).requires_grad_()
     share = torch.rand(tokens * choices, device=device).requires_grad_()
@@ -110,9 +115,11 @@ def mixtures(
     # what the allocator hands out next for gradients is not zero
     dirty = [torch.full_like(weight, torch.nan) for weight in weights for _ in range(4)]
     del dirty
-    found = kernels(x, share, expert_C, weights, direction, choices, calls)
+    others = tuple(torch.randn_like(x).requires_grad_() for _ in range(beside))
+    found = kernels(x, share, expert_C, weights, direction, choices, calls, others)
     exact = [leaf.detach().double().requires_grad_() for leaf in (x, share, *weights)]
     out = definition(exact[0], exact[1], expert_C, exact[2:])
+    out = out + sum(other.detach().double() for other in others)
     wanted = named(out.detach(), torch.autograd.grad(out, exact, direction.double()))
     empty = [expert for expert in range(experts) if not (expert_C == expert).any()]
     for (name, other), buffer in zip(wanted.items(), [None, None, None, *before], strict=True):
@@ -167,7 +174,7 @@ def main() -> None:
     cpu = torch.device("cpu")
     tiles(cpu, [0, 300, 128, 0, 1, 129])
     tiles(cpu, [0, 0, 0])
-    mixtures(cpu, torch.float16, 75, 64, 16)
+    mixtures(cpu, torch.float16, 75, 64, 16, beside=2)
     mixtures(cpu, torch.float16, 20, 128, 32, choices=2, biased=False)
     mixtures(cpu, torch.float16, 150, 64, 16, choices=1, buffered=True)
     no_rows(cpu, torch.float16)

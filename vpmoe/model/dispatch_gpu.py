@@ -32,14 +32,16 @@ def sorted_by_expert(expert_C: Tensor, experts: int) -> tuple[Tensor, Tensor, Te
     return order, inverse, count_EB.sum(1)
 
 
-def sum_of_rows(rows_CW: Tensor, inverse: Tensor, choices: int) -> Tensor:
-    """[tokens, W]: the sum of the `choices` rows of each token, added in fp32; choice c is row
-    `inverse[c]`."""
+def sum_of_rows(rows_CW: Tensor, inverse: Tensor, choices: int, beside: tuple[Tensor, ...] = ()) -> Tensor:
+    """[tokens, W]: the sum of the `choices` rows of each token and of up to two tensors `beside` them
+    [tokens, W], added in fp32; choice c is row `inverse[c]`."""
+    first, second = ([x.contiguous() for x in beside] + [None, None])[:2]
     rows_CW = rows_CW.contiguous()
     tokens, width = len(inverse) // choices, rows_CW.shape[1]
     out = rows_CW.new_empty(tokens, width)
     block = min(COLUMNS, triton.next_power_of_2(width))
-    _sum[(tokens, triton.cdiv(width, block))](rows_CW, inverse, out, width, choices, block, num_warps=4)
+    grid = (tokens, triton.cdiv(width, block))
+    _sum[grid](rows_CW, inverse, first, second, out, width, choices, block, num_warps=4)
     return out
 
 
@@ -71,11 +73,17 @@ def _place(expert, count, end, order, inverse, choices, blocks, C: tl.constexpr)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sum(rows, inverse, out, W: tl.constexpr, K: tl.constexpr, B: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum(  # type: ignore[no-untyped-def]
+    rows, inverse, first, second, out, W: tl.constexpr, K: tl.constexpr, B: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * B + tl.arange(0, B)
     inside = column < W
     total = tl.zeros((B,), tl.float32)
+    if first is not None:
+        total += tl.load(first + token * W + column, mask=inside, other=0.0).to(tl.float32)
+    if second is not None:
+        total += tl.load(second + token * W + column, mask=inside, other=0.0).to(tl.float32)
     for k in tl.static_range(K):
         row = tl.load(inverse + token * K + k)
         total += tl.load(rows + row * W + column, mask=inside, other=0.0).to(tl.float32)

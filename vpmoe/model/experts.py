@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vpmoe.model.dispatch import Sorting, collect, spread
 from vpmoe.model.grouped import grouped_product, grouped_product_with_bias, rows_of
+from vpmoe.model.residual import total_of
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -58,9 +59,11 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
             # megatron's name for "reduced over the ranks that hold the same experts, not over all ranks"
             weight.allreduce = config.expert_model_parallel_size == 1
 
-    def forward(self, input_NH: Tensor, sorting: Sorting, weight_C: Tensor) -> tuple[Tensor, None]:
-        """[N, H]: the sum over each token's choices. `sorting` is by expert of this rank; a weight per
-        choice, in their own order."""
+    def forward(
+        self, input_NH: Tensor, sorting: Sorting, weight_C: Tensor, beside: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, None]:
+        """[N, H]: the sum over each token's choices, plus up to two tensors `beside` it [N, H]. `sorting` is
+        by expert of this rank; a weight per choice, in their own order."""
         if input_NH.is_cuda:
             from vpmoe.model import experts_gpu  # its kernels are Triton's, which needs a GPU
 
@@ -75,11 +78,12 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
                 sorting.inverse_C,
                 sorting.tokens_E,
                 sorting.choices,
+                beside,
             ), None
         order_C, inverse_C, choices = sorting.order_C, sorting.inverse_C, sorting.choices
         rows_CH = spread(input_NH, order_C, inverse_C, choices)
         rows_CH = self._of_rows(rows_CH, sorting.tokens_E, spread(weight_C, order_C, inverse_C, 1))
-        return collect(rows_CH, order_C, inverse_C, choices), None
+        return total_of((collect(rows_CH, order_C, inverse_C, choices), *beside)), None
 
     def _of_rows(self, input_CH: Tensor, tokens_E: Tensor, weight_C: Tensor) -> Tensor:
         """[C, H], of rows sorted by expert."""
@@ -99,9 +103,9 @@ class FeedForward(MLP):  # type: ignore[misc]
     readers = 1
     """Of its input, as in MixtureLayer."""
 
-    def addends(self, hidden: Tensor, *, padding_bS: Tensor) -> tuple[Tensor]:
-        """Its output […, H] alone, bias included; MixtureLayer.addends has more."""
-        return (self.biased(hidden),)
+    def added_to(self, stream: Tensor, hidden: Tensor, *, padding_bS: Tensor) -> Tensor:
+        """Its output […, H] plus the residual stream, as MixtureLayer.added_to."""
+        return total_of((self.biased(hidden), stream))
 
     def biased(self, hidden: Tensor) -> Tensor:
         """Output […, H], its bias included."""

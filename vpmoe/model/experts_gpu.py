@@ -5,7 +5,7 @@ and a table made on the GPU cuts them into tiles, each of one expert. So grids d
 nothing is read by the host. Products with a side as wide as a token read the tokens through the order:
 
     forward   up: inner = x[token] · upᵀ + b₁, act = share · squared_relu(inner)
-              rows = act · downᵀ + share · b₂, summed by token (dispatch_gpu.py)
+              rows = act · downᵀ + share · b₂, summed by token (dispatch_gpu.py), with what is beside them
     backward  act's gradient = grad[token] · down, and from it those of inner and share
               of down: grad[token]ᵀ · act; of up: innerᵀ's gradient · x[token]
               rows = inner's gradient · up, summed by token
@@ -52,8 +52,10 @@ def mixture(
     inverse_C: Tensor,
     tokens_E: Tensor,
     choices: int,
+    beside: tuple[Tensor, ...] = (),
 ) -> Tensor:
-    """[N, H]: Σ over a token's choices of share · (down_e · squared_relu(up_e · x + b₁) + b₂).
+    """[N, H]: Σ over a token's choices of share · (down_e · squared_relu(up_e · x + b₁) + b₂), and up to two
+    tensors `beside` [N, H], with one rounding of the whole sum.
 
     C = N · choices; choice c is of token c // choices. `order_C` int64 sorts the choices by expert,
     `inverse_C` is its inverse, `tokens_E` int64 the number of choices of each expert. Shares are fp32. Biases
@@ -65,7 +67,7 @@ def mixture(
     if hidden % 64:
         raise ValueError(f"the hidden width is {hidden}; the experts on a GPU take multiples of 64.")
     out: Tensor = _Mixture.apply(  # type: ignore[no-untyped-call]
-        x_NH, share_C, up_EWH, down_EHW, up_bias, down_bias, order_C, inverse_C, tokens_E, choices
+        x_NH, share_C, up_EWH, down_EHW, up_bias, down_bias, order_C, inverse_C, tokens_E, choices, *beside
     )
     return out
 
@@ -84,10 +86,11 @@ class _Mixture(torch.autograd.Function):
         inverse_C: Tensor,
         tokens_E: Tensor,
         choices: int,
+        *beside: Tensor,
     ) -> Tensor:
         x_NH, share_C = x_NH.contiguous(), share_C.contiguous()
         ends_E, tiles = _tiles_of(tokens_E, len(order_C))
-        ctx.choices = choices
+        ctx.choices, ctx.beside = choices, len(beside)
         inner_CW, act_CW = _up(x_NH, share_C, up_EWH, up_bias, order_C, choices, ends_E, tiles)
         ctx.save_for_backward(
             x_NH,
@@ -103,7 +106,7 @@ class _Mixture(torch.autograd.Function):
             inner_CW,
         )
         rows_CH = _rows(act_CW, down_EHW.transpose(1, 2), down_bias, share_C, order_C, ends_E, tiles)
-        return sum_of_rows(rows_CH, inverse_C, choices)
+        return sum_of_rows(rows_CH, inverse_C, choices, beside)
 
     @staticmethod
     @once_differentiable
@@ -121,7 +124,8 @@ class _Mixture(torch.autograd.Function):
         of_up = _weight_gradient(x_NH, grad_inner, None, *sorted_by, up, up_bias, up=True)
         rows_CH = _rows(grad_inner, up, None, share_C, order_C, ends_E, tiles)
         grad_x = sum_of_rows(rows_CH, inverse_C, ctx.choices)
-        return grad_x, grad_share, of_up[0], of_down[0], of_up[1], of_down[1], None, None, None, None
+        of_weights = of_up[0], of_down[0], of_up[1], of_down[1]
+        return grad_x, grad_share, *of_weights, None, None, None, None, *[grad_NH] * ctx.beside
 
 
 def _options(warps: int, stages: int) -> dict[str, int]:

@@ -251,7 +251,7 @@ def _chosen_groups(  # type: ignore[no-untyped-def]
     return tl.reshape(ranks, (T, E)) < CHOSEN
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _ordered(x):  # type: ignore[no-untyped-def]
     """Integers in the order of the fp32 numbers: the hardware finds the largest of a warp's in one step."""
     bits = x.to(tl.int32, bitcast=True)

@@ -19,7 +19,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from vpmoe.model.attention import PackedAttention
-from vpmoe.model.residual import total_of
 from vpmoe.model.shapes import Shape
 from vpmoe.model.tensor_product import tensor_product
 
@@ -225,7 +224,6 @@ class Layer(TransformerLayer):  # type: ignore[misc]
         (out, bias), value = self.self_attention(normed, rotary_pos_emb, context, packed_seq_params)
         attended = out if bias is None else out + bias
         stream, *normed = self.pre_mlp_layernorm(stream, attended, readers=self.mlp.readers)
-        addends = self.mlp.addends(*normed, padding_bS=padding_mask)
         if context is None and self.self_attention.shape.value_residual:
             context = value
-        return total_of((*addends, stream)), context
+        return self.mlp.added_to(stream, *normed, padding_bS=padding_mask), context
