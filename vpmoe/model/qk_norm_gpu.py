@@ -15,7 +15,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vpmoe.model.sums_gpu import gradient_of_vector
+from vpmoe.model.sums_gpu import gradients_of_vectors
 
 POSITIONS = 16
 """Positions that a program holds at a time."""
@@ -196,11 +196,8 @@ def _run_backward(
         STEPS,
         num_warps=4,
     )
-    return (
-        gradient_of_vector(query_weight, sums[:, 0]),
-        gradient_of_vector(key_weight, sums[:, 1]),
-        grad_angle,
-    )
+    of_query, of_key = gradients_of_vectors((query_weight, key_weight), sums.view(programs, 2 * width))
+    return of_query, of_key, grad_angle
 
 
 @triton.jit  # type: ignore[untyped-decorator]

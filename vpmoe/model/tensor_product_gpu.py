@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from vpmoe.model.qk_norm_gpu import cos_and_sin
 from vpmoe.model.self_attention_gpu import gradient_of_mix
-from vpmoe.model.sums_gpu import gradient_of_vector
+from vpmoe.model.sums_gpu import gradients_of_vectors
 
 FORWARD = (16, 4)
 """Positions of a program, and its warps."""
@@ -147,11 +147,13 @@ class _Projections(torch.autograd.Function):
             steps,
             num_warps=warps,
         )
+        vectors = (query_weight, key_weight) if bias is None else (bias, query_weight, key_weight)
+        *of_bias, of_query, of_key = gradients_of_vectors(vectors, sums)
         return (
             grad_factors,
-            None if bias is None else gradient_of_vector(bias, sums[:, :biases]),
-            gradient_of_vector(query_weight, sums[:, biases : biases + width]),
-            gradient_of_vector(key_weight, sums[:, biases + width :]),
+            of_bias[0] if of_bias else None,
+            of_query,
+            of_key,
             grad_angle,
             grad_first,
             None if mix_sums is None else gradient_of_mix(value_mix, mix_sums),
