@@ -208,9 +208,17 @@ def totals(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> l
     )
 
 
-def squared_relus(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> list[Tensor]:
-    x = torch.randn(rows, width, device=device, dtype=dtype).requires_grad_()
-    return assert_near(lambda x: (activation_gpu.squared_relu(x),), lambda x: (x.relu().square(),), x)
+def squared_relus(
+    device: torch.device, dtype: torch.dtype, rows: int, width: int, *, biased: bool
+) -> list[Tensor]:
+    x = torch.randn(rows, 2, width, device=device, dtype=dtype).requires_grad_()
+    bias = [torch.randn(width, device=device, dtype=dtype).requires_grad_()] if biased else []
+    return assert_near(
+        lambda x, *bias: (activation_gpu.squared_relu(x, bias[0] if biased else None),),
+        lambda x, *bias: (sum(bias, x).relu().square(),),
+        x,
+        *bias,
+    )
 
 
 def linear_maps(
@@ -338,7 +346,8 @@ def main() -> None:
     normed(cpu, torch.float16, 40, 24, addends=2, readers=3, biased=True)
     norm_of_which_only_some_is_read(cpu, torch.float16)
     totals(cpu, torch.float16, 3, 24)
-    squared_relus(cpu, torch.float16, 3, 24)
+    squared_relus(cpu, torch.float16, 3, 24, biased=False)
+    squared_relus(cpu, torch.float16, 70, 24, biased=True)
     linear_maps(cpu, torch.float16, 150, 8, 24)
     embedded(cpu, torch.float16, 50, 9, 24)
     in_buffers(cpu, torch.float32, 150, 24)  # a CPU has no product of fp16 with an fp32 sum

@@ -75,10 +75,10 @@ def test_totals_equal_float64(gpu: torch.device, rows: int, width: int) -> None:
     totals(gpu, torch.bfloat16, rows, width)
 
 
-@pytest.mark.parametrize("rows, width", [(1, 64), (1001, 512)])
-def test_squared_relus_equal_float64(gpu: torch.device, rows: int, width: int) -> None:
+@pytest.mark.parametrize("rows, width, biased", [(1, 64, True), (1001, 512, True), (1001, 512, False)])
+def test_squared_relus_equal_float64(gpu: torch.device, rows: int, width: int, biased: bool) -> None:
     torch.manual_seed(new_seed())
-    squared_relus(gpu, torch.bfloat16, rows, width)
+    squared_relus(gpu, torch.bfloat16, rows, width, biased=biased)
 
 
 @pytest.mark.parametrize("positions, inputs, outputs", [(1, 64, 64), (3000, 256, 512), (777, 128, 96)])
@@ -108,7 +108,7 @@ def test_other_numbers_of_positions_compile_nothing(
         normed(gpu, torch.bfloat16, positions, 1024)
         normed(gpu, torch.bfloat16, positions, 1024, addends=2, readers=3, biased=True)
         totals(gpu, torch.bfloat16, positions, 1024)
-        squared_relus(gpu, torch.bfloat16, positions, 512)
+        squared_relus(gpu, torch.bfloat16, positions, 512, biased=True)
         linear_maps(gpu, torch.bfloat16, positions, 64, 512)
         in_buffers(gpu, torch.bfloat16, positions, 512)
 
@@ -134,7 +134,7 @@ def test_results_are_the_same_in_each_call(gpu: torch.device) -> None:
                 *normed_projections(gpu, torch.bfloat16, 5000, 128, rotates=False),
                 *normed(gpu, torch.bfloat16, 5000, 1024, addends=2, readers=3, biased=True),
                 *totals(gpu, torch.bfloat16, 5000, 1024),
-                *squared_relus(gpu, torch.bfloat16, 5000, 512),
+                *squared_relus(gpu, torch.bfloat16, 5000, 512, biased=True),
                 *linear_maps(gpu, torch.bfloat16, 5000, 256, 512),
                 *embedded(gpu, torch.bfloat16, 5000, 700, 1024),
                 *in_buffers(gpu, torch.bfloat16, 5000, 512),

@@ -113,7 +113,7 @@ class FeedForward(MLP):  # type: ignore[misc]
             from vpmoe.model import activation_gpu, linear_gpu  # their kernels are Triton's
 
             up, down = self.linear_fc1, self.linear_fc2
-            inner = activation_gpu.squared_relu(linear_gpu.linear(hidden, up.weight, up.bias))
+            inner = activation_gpu.squared_relu(linear_gpu.linear(hidden, up.weight, None), up.bias)
             return linear_gpu.linear(inner, down.weight, down.bias)
         out, bias = super().forward(hidden)
         summed: Tensor = out if bias is None else out + bias
