@@ -98,9 +98,11 @@ def mixtures(
     biased: bool = True,
     buffered: bool = False,
     beside: int = 0,
+    stored: bool = False,
 ) -> Outcome:
     """Experts that are not `chosen` get nothing. With `buffered`, gradients are added to fp32 buffers in two
-    calls. `beside`: number of tensors that are added to the output. Returns what the kernels found."""
+    calls; with `stored` too, those of matrices are stored in the first, in buffers of NaN. `beside`: number
+    of tensors that are added to the output. Returns what the kernels found."""
     expert_C = random_choices(chosen, tokens, choices, device)
     x = torch.randn(tokens, hidden, device=device).to(dtype).requires_grad_()
     share = torch.rand(tokens * choices, device=device).requires_grad_()
@@ -112,11 +114,20 @@ def mixtures(
         if buffer is not None:
             weight.main_grad = buffer.clone()  # type: ignore[attr-defined]
             weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    empty = torch.ones((), dtype=torch.int32, device=device)
+    for weight, buffer in zip(weights[:2], before, strict=False):
+        if stored and buffer is not None:
+            buffer.zero_()
+            weight.main_grad.fill_(torch.nan)  # type: ignore[attr-defined]
+            weight.empty_main_grad = empty  # type: ignore[attr-defined]
     # what the allocator hands out next for gradients is not zero
     dirty = [torch.full_like(weight, torch.nan) for weight in weights for _ in range(4)]
     del dirty
     others = tuple(torch.randn_like(x).requires_grad_() for _ in range(beside))
-    found = kernels(x, share, expert_C, weights, direction, choices, calls, others)
+    if stored:
+        kernels(x, share, expert_C, weights, direction, choices, 1, others)
+        empty.zero_()
+    found = kernels(x, share, expert_C, weights, direction, choices, calls - stored, others)
     exact = [leaf.detach().double().requires_grad_() for leaf in (x, share, *weights)]
     out = definition(exact[0], exact[1], expert_C, exact[2:])
     out = out + sum(other.detach().double() for other in others)
@@ -177,6 +188,7 @@ def main() -> None:
     mixtures(cpu, torch.float16, 75, 64, 16, beside=2)
     mixtures(cpu, torch.float16, 20, 128, 32, choices=2, biased=False)
     mixtures(cpu, torch.float16, 150, 64, 16, choices=1, buffered=True)
+    mixtures(cpu, torch.float16, 40, 64, 16, buffered=True, stored=True)
     no_rows(cpu, torch.float16)
 
 

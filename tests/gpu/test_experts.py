@@ -54,6 +54,11 @@ def test_mixtures_equal_float64(
     mixtures(gpu, torch.bfloat16, tokens, hidden, width, biased=biased, buffered=buffered, beside=beside)
 
 
+def test_gradients_are_stored_in_empty_buffers(gpu: torch.device) -> None:
+    torch.manual_seed(new_seed())
+    mixtures(gpu, torch.bfloat16, 1000, 1024, 128, buffered=True, stored=True)
+
+
 @pytest.mark.parametrize("choices", [1, 4])
 def test_many_experts_equal_float64(gpu: torch.device, choices: int) -> None:
     """The real widths and numbers; of a row that another rank sent there is one choice."""

@@ -294,6 +294,7 @@ def _weight_gradient(
         order_C,
         ends_E,
         target,
+        getattr(weight, "empty_main_grad", None),
         bias_target,
         choices,
         hidden,
@@ -501,6 +502,7 @@ def _sums_over_rows(  # type: ignore[no-untyped-def]
     order,
     ends,
     target,
+    empty,
     bias,
     K: tl.constexpr,
     H: tl.constexpr,
@@ -512,7 +514,7 @@ def _sums_over_rows(  # type: ignore[no-untyped-def]
     ADD_BIAS: tl.constexpr,
 ):
     """B of an expert's H: narrowᵀ · wide [W, H] if UP, else wideᵀ · narrow [H, W], over the expert's rows.
-    ADD: to what is there."""
+    ADD: to what is there, unless `empty` is 1."""
     part = tl.program_id(0)
     expert = tl.program_id(1)
     begin = tl.where(expert > 0, tl.load(ends + tl.maximum(expert - 1, 0)), 0)
@@ -557,7 +559,10 @@ def _sums_over_rows(  # type: ignore[no-untyped-def]
         place = target + row + column[None, :]
         value = halves[half]
         if ADD:
-            value += tl.load(place)
+            if empty is None:
+                value += tl.load(place)
+            else:
+                value += tl.load(place, mask=tl.load(empty) == 0, other=0.0)
         tl.store(place, value.to(target.dtype.element_ty))
     if bias is not None:
         own = part < (1 if UP else H)  # up's is the same in every part

@@ -369,6 +369,8 @@ def _leaves(layer: nn.Module) -> dict[str, Any]:
     for name, parameter in layer.named_parameters():
         leaf: Any = nn.Parameter(parameter.detach())
         leaf.main_grad, leaf.grad_added_to_main_grad = cast(Any, parameter).main_grad, False
+        if hasattr(parameter, "empty_main_grad"):
+            leaf.empty_main_grad = parameter.empty_main_grad
         leaves[name] = leaf
     return leaves
 

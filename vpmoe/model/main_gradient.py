@@ -2,6 +2,10 @@
 
 Otherwise that rounds its sum to bf16 and writes it, and megatron's hook reads it back and adds it to
 the buffer in another pass. Here the sum stays in fp32, and the hook only learns that the gradient is there.
+
+Parameters with an `empty_main_grad`, an int32 scalar on the GPU, do without zeros in their buffer: while it
+is 1, what is there is of another step, and a kernel stores the gradient instead of adding it (experts_gpu.py,
+whose parameters are most of a student's). Learner sets it.
 """
 
 from collections.abc import Callable
