@@ -21,6 +21,7 @@ from vpmoe.model import (
     self_attention_gpu,
     tensor_product_gpu,
 )
+from vpmoe.model.main_gradient import set_gradient_so_far
 from vpmoe.model.self_attention import rotate
 from vpmoe.model.tensor_product import tensor_product
 
@@ -133,6 +134,41 @@ def gradient_of_mix_in_its_buffer(device: torch.device, dtype: torch.dtype) -> N
     mix.main_grad, mix.grad_added_to_main_grad = torch.ones_like(mix), False
     self_attention_gpu.mix_values(value, first, mix).backward(direction)
     assert mix.grad_added_to_main_grad and torch.equal(mix.main_grad, 1 + wanted)
+
+
+def gradients_are_added_to_those_so_far(device: torch.device, dtype: torch.dtype, positions: int) -> None:
+    """Of angles and first values, in place, with the bits of a sum of two tensors."""
+    width = 16
+    heads = tensor_product_gpu.Heads(8, 2, 4, 2, width)
+    factors = torch.randn(positions, 1, 4 * (8 + width) + 2 * 2 * (2 + width), device=device, dtype=dtype)
+    weights = [torch.ones(width, device=device, dtype=dtype) for _ in range(2)]
+    angle = some_angles(device, positions, width)[:, :1].clone().requires_grad_()
+    first = torch.randn(positions, 1, 2, width, device=device, dtype=dtype).requires_grad_()
+    mix = torch.tensor([0.3], device=device)
+
+    def local() -> Tensor:
+        parts = tensor_product_gpu.projections(
+            factors, None, weights[0], weights[1], 1e-6, angle, heads, first, mix
+        )
+        return torch.cat([part.flatten() for part in parts])
+
+    def others() -> Tensor:
+        return self_attention_gpu.mix_values(first.detach().flip(0), first, mix).flatten()
+
+    for layer, leaves in ((local, [angle, first]), (others, [first])):
+        out = layer()
+        direction = torch.randn_like(out)
+        own = torch.autograd.grad(out, leaves, direction)
+        before = [torch.randn_like(x) for x in leaves]
+        if layer is local:
+            before[0][..., width // 2 :] = 0
+        wanted = [x + y for x, y in zip(before, own, strict=True)]
+        for leaf, total in zip(leaves, before, strict=True):
+            set_gradient_so_far(leaf, total)
+        found = torch.autograd.grad(layer(), leaves, direction)
+        for leaf, one, total, other in zip(leaves, found, before, wanted, strict=True):
+            set_gradient_so_far(leaf, None)
+            assert one.data_ptr() == total.data_ptr() and torch.equal(one, other)
 
 
 def normed_projections(
@@ -340,6 +376,7 @@ def main() -> None:
     mixed_values(cpu, torch.float16, 40)
     mixed_values(cpu, torch.float16, 40, apart=False)
     gradient_of_mix_in_its_buffer(cpu, torch.float16)
+    gradients_are_added_to_those_so_far(cpu, torch.float16, 7)
     normed_projections(cpu, torch.float16, 19, 16, rotates=True)
     normed_projections(cpu, torch.float16, 3, 16, rotates=False)
     normed(cpu, torch.float16, 40, 24)

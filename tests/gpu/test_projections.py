@@ -11,6 +11,7 @@ import triton
 from tests.fakes.projection_cases import (
     embedded,
     gradient_of_mix_in_its_buffer,
+    gradients_are_added_to_those_so_far,
     in_buffers,
     linear_maps,
     mixed_values,
@@ -43,6 +44,11 @@ def test_mixed_values_equal_float64(gpu: torch.device, positions: int, apart: bo
 def test_the_gradient_of_mixed_values_share_is_added_to_its_buffer(gpu: torch.device) -> None:
     torch.manual_seed(new_seed())
     gradient_of_mix_in_its_buffer(gpu, torch.bfloat16)
+
+
+def test_gradients_are_added_to_those_of_other_layers(gpu: torch.device) -> None:
+    torch.manual_seed(new_seed())
+    gradients_are_added_to_those_so_far(gpu, torch.bfloat16, 3001)
 
 
 @pytest.mark.parametrize("width, rotates", [(16, True), (128, False), (128, True)])

@@ -14,7 +14,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vpmoe.model.main_gradient import add_to_main_gradient
+from vpmoe.model.main_gradient import add_to_main_gradient, gradient_so_far
 
 NUMBERS = 4096
 """Numbers of a program that mixes values."""
@@ -46,7 +46,8 @@ class _MixValues(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads, first_value, value_mix = ctx.saved_tensors
         programs = triton.cdiv(first_value.numel(), NUMBERS)
-        grad_value, grad_first = torch.empty_like(first_value), torch.empty_like(first_value)
+        grad_value = torch.empty_like(first_value)
+        grad_first, add_first = sum_of_gradients(first_value)
         sums = torch.empty(programs, dtype=torch.float32, device=first_value.device)
         _gradients_of_values[(programs,)](
             gradient.contiguous(),
@@ -59,10 +60,17 @@ class _MixValues(torch.autograd.Function):
             first_value.numel(),
             first_value.shape[-1],
             heads.stride(0),
+            add_first,
             NUMBERS,
             num_warps=8,
         )
         return grad_value, grad_first, gradient_of_mix(value_mix, sums)
+
+
+def sum_of_gradients(x: Tensor) -> tuple[Tensor, bool]:
+    """(tensor for the gradient of x, whether it is added to what is there)."""
+    total = gradient_so_far(x)
+    return (torch.empty_like(x), False) if total is None else (total, True)
 
 
 def gradient_of_mix(value_mix: Tensor, sums: Tensor) -> Tensor:
@@ -78,6 +86,12 @@ def gradient_of_mix(value_mix: Tensor, sums: Tensor) -> Tensor:
     gradient = torch.empty_like(value_mix)
     run(gradient, add=False)
     return gradient
+
+
+@triton.jit
+def plus_rounded(total, own):  # type: ignore[no-untyped-def]
+    """total + own, which is rounded before as a tensor of its own would be."""
+    return total.to(tl.float32) + own.to(total.dtype).to(tl.float32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -105,6 +119,7 @@ def _gradients_of_values(  # type: ignore[no-untyped-def]
     n,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
+    ADD_FIRST: tl.constexpr,
     B: tl.constexpr,
 ):
     """Also stores each program's part of the gradient of λ."""
@@ -115,7 +130,10 @@ def _gradients_of_values(  # type: ignore[no-untyped-def]
     own = tl.load(value + i // D * STRIDE + i % D, mask=inside, other=0.0).to(tl.float32)
     first = tl.load(first_value + i, mask=inside, other=0.0).to(tl.float32)
     tl.store(grad_value + i, (share * g).to(grad_value.dtype.element_ty), mask=inside)
-    tl.store(grad_first + i, ((1 - share) * g).to(grad_first.dtype.element_ty), mask=inside)
+    by_first = (1 - share) * g
+    if ADD_FIRST:
+        by_first = plus_rounded(tl.load(grad_first + i, mask=inside, other=0.0), by_first)
+    tl.store(grad_first + i, by_first.to(grad_first.dtype.element_ty), mask=inside)
     tl.store(sums + tl.program_id(0), tl.sum(g * (own - first), 0))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vpmoe.model.qk_norm_gpu import cos_and_sin
-from vpmoe.model.self_attention_gpu import gradient_of_mix
+from vpmoe.model.self_attention_gpu import gradient_of_mix, plus_rounded, sum_of_gradients
 from vpmoe.model.sums_gpu import gradients_of_vectors
 
 FORWARD = (16, 4)
@@ -116,8 +116,8 @@ class _Projections(torch.autograd.Function):
         block, warps, steps = BACKWARD
         programs = triton.cdiv(positions, block * steps)
         grad_factors = torch.empty_like(factors)
-        grad_first = None if first_value is None else torch.empty_like(first_value)
-        grad_angle = torch.empty_like(angle) if ctx.needs_input_grad[4] else None
+        grad_first, add_first = (None, False) if first_value is None else sum_of_gradients(first_value)
+        grad_angle, add_angle = sum_of_gradients(angle) if ctx.needs_input_grad[4] else (None, False)
         width = heads.width
         biases = 0 if bias is None else len(bias)
         sums = torch.empty(programs, biases + 2 * width, dtype=torch.float32, device=factors.device)
@@ -143,6 +143,8 @@ class _Projections(torch.autograd.Function):
             *heads,
             ctx.epsilon,
             biases,
+            add_first,
+            add_angle,
             block,
             steps,
             num_warps=warps,
@@ -441,11 +443,13 @@ def _backward(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     EPSILON: tl.constexpr,
     BIASES: tl.constexpr,
+    ADD_FIRST: tl.constexpr,
+    ADD_ANGLE: tl.constexpr,
     T: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """`sums` [programs, BIASES + 2 · D]: each program's part of the gradients of the bias, if there is one,
-    and of the queries' and the keys' weight. `mix_sums` [programs]: of λ."""
+    and of the queries' and the keys' weight. `mix_sums` [programs]: of λ. ADD_…: to the gradients there."""
     sums += tl.program_id(0).to(tl.int64) * (BIASES + 2 * D)
     mixed = 0.0
     key_bias = None if bias is None else bias + H * D
@@ -500,7 +504,13 @@ def _backward(  # type: ignore[no-untyped-def]
             STEPS,
         )
         if grad_angle is not None:
-            _store_halves(grad_angle, t.to(tl.int64) * D, inside, turn, tl.zeros_like(turn), D)
+            at = t.to(tl.int64) * D
+            if ADD_ANGLE:  # the other half is 0
+                beside = at[:, None] + tl.arange(0, D // 2)[None, :]
+                turn += tl.load(grad_angle + beside, mask=inside[:, None], other=0.0)
+                tl.store(grad_angle + beside, turn, mask=inside[:, None])
+            else:
+                _store_halves(grad_angle, at, inside, turn, tl.zeros_like(turn), D)
         place += R * (G + D)
         vectors = _vectors(factors, place + G * R, inside, R, D)
         by_vectors = _zeros(R, T, D)
@@ -515,7 +525,13 @@ def _backward(  # type: ignore[no-untyped-def]
                 other_1, other_2 = _halves(first_value, at, inside, D)
                 by_mix = d_1 * (first - other_1.to(tl.float32)) + d_2 * (second - other_2.to(tl.float32))
                 mixed += tl.sum(tl.sum(by_mix, 1), 0)
-                _store_halves(grad_first, at, inside, (1 - share) * d_1, (1 - share) * d_2, D)
+                by_first_1 = (1 - share) * d_1
+                by_first_2 = (1 - share) * d_2
+                if ADD_FIRST:
+                    before_1, before_2 = _halves(grad_first, at, inside, D)
+                    by_first_1 = plus_rounded(before_1, by_first_1)
+                    by_first_2 = plus_rounded(before_2, by_first_2)
+                _store_halves(grad_first, at, inside, by_first_1, by_first_2, D)
                 d_1 *= share
                 d_2 *= share
             if bias is not None:
