@@ -19,7 +19,7 @@ from vpmoe.model.qk_norm_gpu import cos_and_sin
 from vpmoe.model.self_attention_gpu import gradient_of_mix, plus_rounded, sum_of_gradients
 from vpmoe.model.sums_gpu import gradients_of_vectors
 
-FORWARD = (16, 4)
+FORWARD = (8, 4)
 """Positions of a program, and its warps."""
 BACKWARD = (4, 1, 4)
 """Positions that a program of the gradients holds at a time, its warps, and how often it does. Each program
