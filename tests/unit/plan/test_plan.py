@@ -424,8 +424,8 @@ def test_a_speed_of_fewer_engines_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     "gpus, memory, wanted",
     [
         pytest.param(7, 139, MicrobatchPlan(32_768, 4, 0, 80, False), id="everything-kept"),
-        pytest.param(7, 79, MicrobatchPlan(16_384, 2, 17, 80, False), id="half-the-positions"),
-        pytest.param(2, 79, MicrobatchPlan(32_768, 4, 74, 80, True), id="two-ranks-of-80-gb"),
+        pytest.param(7, 79, MicrobatchPlan(16_384, 2, 9, 80, False), id="half-the-positions"),
+        pytest.param(2, 79, MicrobatchPlan(32_768, 4, 73, 80, True), id="two-ranks-of-80-gb"),
         pytest.param(2, 70, MicrobatchPlan(8192, 1, 80, 80, True), id="two-ranks-of-less"),
     ],
 )
