@@ -21,9 +21,9 @@ from vpmoe.model.sums_gpu import gradients_of_vectors
 
 FORWARD = (8, 4)
 """Positions of a program, and its warps."""
-BACKWARD = (4, 1, 4)
-"""Positions that a program of the gradients holds at a time, its warps, and how often it does. Each program
-has a row in the sums of the gradients of vectors."""
+BACKWARD = (1, 1, 16, 128)
+"""Positions that a program of the gradients holds at a time, its warps, how often it does, and the registers
+of a thread. Each program has a row in the sums of the gradients of vectors."""
 
 
 class Heads(NamedTuple):
@@ -113,7 +113,7 @@ class _Projections(torch.autograd.Function):
         factors, bias, query_weight, key_weight, angle, first_value, value_mix = ctx.saved_tensors
         heads: Heads = ctx.heads
         positions = factors.numel() // factors.shape[-1]
-        block, warps, steps = BACKWARD
+        block, warps, steps, registers = BACKWARD
         programs = triton.cdiv(positions, block * steps)
         grad_factors = torch.empty_like(factors)
         grad_first, add_first = (None, False) if first_value is None else sum_of_gradients(first_value)
@@ -148,6 +148,7 @@ class _Projections(torch.autograd.Function):
             block,
             steps,
             num_warps=warps,
+            maxnreg=registers,
         )
         vectors = (query_weight, key_weight) if bias is None else (bias, query_weight, key_weight)
         *of_bias, of_query, of_key = gradients_of_vectors(vectors, sums)
@@ -300,16 +301,18 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _add_to_row(sums, first, second, step, D: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Add the sums over positions to a program's own D numbers, which the first step stores."""
+def _store_sums(sums, parts, H: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sums over positions of the halves of H vectors."""
     place = sums + tl.arange(0, D // 2)
-    first = tl.sum(first, 0)
-    second = tl.sum(second, 0)
-    if STEPS > 1:
-        first += tl.load(place, mask=(step > 0) & (tl.arange(0, D // 2) >= 0), other=0.0)
-        second += tl.load(place + D // 2, mask=(step > 0) & (tl.arange(0, D // 2) >= 0), other=0.0)
-    tl.store(place, first)
-    tl.store(place + D // 2, second)
+    for h in tl.static_range(H):
+        tl.store(place + h * D, tl.sum(parts[2 * h], 0))
+        tl.store(place + h * D + D // 2, tl.sum(parts[2 * h + 1], 0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gradients(gradient, t, inside, H: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The halves of H heads, all loads in flight together."""
+    return _vectors(gradient, t.to(tl.int64) * (H * D), inside, H, D)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -374,26 +377,22 @@ def _gradients_of_heads(  # type: ignore[no-untyped-def]
     cos,
     sin,
     turn,
-    bias_sums,
-    weight_sums,
-    step,
+    of_weight,
+    of_bias,
     H: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
     EPSILON: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
-    """Of queries or keys, as qk_norm_gpu._gradients_of_heads; the gradient of the angles [T, D / 2] is added
-    to `turn` and returned."""
+    """Of queries or keys, as qk_norm_gpu._gradients_of_heads: (gradient of the angles [T, D / 2], halves of
+    that of the weight, of those of the biases of H heads), added to those given."""
+    gradients = _gradients(gradient, t, inside, H, D)
     vectors = _vectors(factors, place + H * R, inside, R, D)
     by_vectors = _zeros(R, place.shape[0], D)
     weight_1, weight_2 = _weight(weight, D)
-    sum_1 = tl.zeros((place.shape[0], D // 2), tl.float32)
-    sum_2 = tl.zeros((place.shape[0], D // 2), tl.float32)
     for h in tl.static_range(H):
-        d_1, d_2 = _halves(gradient, t.to(tl.int64) * (H * D) + h * D, inside, D)
-        d_1 = d_1.to(tl.float32)
-        d_2 = d_2.to(tl.float32)
+        d_1 = gradients[2 * h].to(tl.float32)
+        d_2 = gradients[2 * h + 1].to(tl.float32)
         first, second = _product(factors, place, inside, vectors, bias, h, R, D)
         factor = _factor(first, second, D, EPSILON)
         first *= factor
@@ -402,19 +401,17 @@ def _gradients_of_heads(  # type: ignore[no-untyped-def]
         d_2 = d_2 * cos - d_1 * sin
         d_1 = turned
         turn += first * weight_1 * d_2 - second * weight_2 * d_1
-        sum_1 += d_1 * first
-        sum_2 += d_2 * second
+        of_weight = (of_weight[0] + d_1 * first, of_weight[1] + d_2 * second)
         d_1 *= weight_1
         d_2 *= weight_2
         mean = (tl.sum(d_1 * first + d_2 * second, 1) / D)[:, None]
         d_1 = (d_1 - first * mean) * factor
         d_2 = (d_2 - second * mean) * factor
         if bias is not None:
-            _add_to_row(bias_sums + h * D, d_1, d_2, step, D, STEPS)
+            of_bias = of_bias[2:] + (of_bias[0] + d_1, of_bias[1] + d_2)  # noqa: RUF005
         by_vectors = _to_factors(d_1, d_2, factors, grad_factors, place, inside, vectors, by_vectors, h, R)
     _store_vectors(grad_factors, place + H * R, inside, by_vectors, R, D)
-    _add_to_row(weight_sums, sum_1, sum_2, step, D, STEPS)
-    return turn
+    return turn, of_weight, of_bias
 
 
 @triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]
@@ -451,7 +448,12 @@ def _backward(  # type: ignore[no-untyped-def]
     """`sums` [programs, BIASES + 2 · D]: each program's part of the gradients of the bias, if there is one,
     and of the queries' and the keys' weight. `mix_sums` [programs]: of λ. ADD_…: to the gradients there."""
     sums += tl.program_id(0).to(tl.int64) * (BIASES + 2 * D)
-    mixed = 0.0
+    mixed = tl.zeros((T, D // 2), tl.float32)
+    of_query = _zeros(1, T, D)
+    of_key = _zeros(1, T, D)
+    of_query_bias = _zeros(H, T, D)
+    of_key_bias = _zeros(G, T, D)
+    of_value_bias = _zeros(G, T, D)
     key_bias = None if bias is None else bias + H * D
     value_bias = None if bias is None else bias + (H + G) * D
     for step in range(STEPS):
@@ -460,7 +462,7 @@ def _backward(  # type: ignore[no-untyped-def]
         cos, sin = cos_and_sin(angle, t, inside[:, None], D, True)
         turn = tl.zeros((T, D // 2), tl.float32)
         place = t.to(tl.int64) * F
-        turn = _gradients_of_heads(
+        turn, of_query, of_query_bias = _gradients_of_heads(
             grad_query,
             factors,
             grad_factors,
@@ -472,17 +474,15 @@ def _backward(  # type: ignore[no-untyped-def]
             cos,
             sin,
             turn,
-            sums,
-            sums + BIASES,
-            step,
+            of_query,
+            of_query_bias,
             H,
             QR,
             D,
             EPSILON,
-            STEPS,
         )
         place += QR * (H + D)
-        turn = _gradients_of_heads(
+        turn, of_key, of_key_bias = _gradients_of_heads(
             grad_key,
             factors,
             grad_factors,
@@ -494,14 +494,12 @@ def _backward(  # type: ignore[no-untyped-def]
             cos,
             sin,
             turn,
-            sums + H * D,
-            sums + BIASES + D,
-            step,
+            of_key,
+            of_key_bias,
             G,
             R,
             D,
             EPSILON,
-            STEPS,
         )
         if grad_angle is not None:
             at = t.to(tl.int64) * D
@@ -512,19 +510,18 @@ def _backward(  # type: ignore[no-untyped-def]
             else:
                 _store_halves(grad_angle, at, inside, turn, tl.zeros_like(turn), D)
         place += R * (G + D)
+        gradients = _gradients(grad_value, t, inside, G, D)
         vectors = _vectors(factors, place + G * R, inside, R, D)
         by_vectors = _zeros(R, T, D)
         for h in tl.static_range(G):
             at = t.to(tl.int64) * (G * D) + h * D
-            d_1, d_2 = _halves(grad_value, at, inside, D)
-            d_1 = d_1.to(tl.float32)
-            d_2 = d_2.to(tl.float32)
+            d_1 = gradients[2 * h].to(tl.float32)
+            d_2 = gradients[2 * h + 1].to(tl.float32)
             if first_value is not None:
                 share = tl.sigmoid(tl.load(value_mix))
                 first, second = _product(factors, place, inside, vectors, value_bias, h, R, D)
                 other_1, other_2 = _halves(first_value, at, inside, D)
-                by_mix = d_1 * (first - other_1.to(tl.float32)) + d_2 * (second - other_2.to(tl.float32))
-                mixed += tl.sum(tl.sum(by_mix, 1), 0)
+                mixed += d_1 * (first - other_1.to(tl.float32)) + d_2 * (second - other_2.to(tl.float32))
                 by_first_1 = (1 - share) * d_1
                 by_first_2 = (1 - share) * d_2
                 if ADD_FIRST:
@@ -535,12 +532,16 @@ def _backward(  # type: ignore[no-untyped-def]
                 d_1 *= share
                 d_2 *= share
             if bias is not None:
-                _add_to_row(sums + (H + G + h) * D, d_1, d_2, step, D, STEPS)
+                of_value_bias = of_value_bias[2:] + (of_value_bias[0] + d_1, of_value_bias[1] + d_2)  # noqa: RUF005
             by_vectors = _to_factors(
                 d_1, d_2, factors, grad_factors, place, inside, vectors, by_vectors, h, R
             )
         _store_vectors(grad_factors, place + G * R, inside, by_vectors, R, D)
-        if STEPS > 1:
-            tl.debug_barrier()  # the next step's threads read the sums that other threads of this one stored
+    if bias is not None:
+        _store_sums(sums, of_query_bias, H, D)
+        _store_sums(sums + H * D, of_key_bias, G, D)
+        _store_sums(sums + (H + G) * D, of_value_bias, G, D)
+    _store_sums(sums + BIASES, of_query, 1, D)
+    _store_sums(sums + BIASES + D, of_key, 1, D)
     if mix_sums is not None:
-        tl.store(mix_sums + tl.program_id(0), mixed)
+        tl.store(mix_sums + tl.program_id(0), tl.sum(tl.sum(mixed, 1), 0))
