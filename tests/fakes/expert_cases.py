@@ -66,6 +66,7 @@ def kernels(
     choices: int,
     calls: int = 1,
     group: ProcessGroup | None = None,
+    beside: tuple[Tensor, ...] = (),
 ) -> Outcome:
     """Output and gradients of the kernels; of a weight with a buffer what is there after `calls` calls.
     With a group, of one rank, there may be choices of other ranks' experts, which come after all weights."""
@@ -76,10 +77,11 @@ def kernels(
     leaves = [x, share, *weights]
     for _ in range(calls):
         out = experts_gpu.mixture(
-            x, share, up, down, up_bias, down_bias, order, inverse, tokens, choices, group
+            x, share, up, down, up_bias, down_bias, order, inverse, tokens, choices, group, beside
         )
-        gradients = torch.autograd.grad(out, leaves, direction)
-    found = [getattr(leaf, "main_grad", gradient) for leaf, gradient in zip(leaves, gradients, strict=True)]
+        gradients = torch.autograd.grad(out, [*leaves, *beside], direction)
+        assert all(torch.equal(gradient, direction) for gradient in gradients[len(leaves) :])
+    found = [getattr(leaf, "main_grad", gradient) for leaf, gradient in zip(leaves, gradients, strict=False)]
     return named(out.detach(), found)
 
 
@@ -101,9 +103,12 @@ def mixtures(
     biased: bool = True,
     buffered: bool = False,
     group: ProcessGroup | None = None,
+    beside: int = 0,
+    stored: bool = False,
 ) -> Outcome:
     """Experts that are not `chosen` get nothing. With `buffered`, gradients are added to fp32 buffers in two
-    calls; `group` as in `kernels`. Returns what the kernels found."""
+    calls; with `stored` too, those of matrices are stored in the first, in buffers of NaN. `group` as in
+    `kernels`; `beside`: number of tensors that are added to the output. Returns what the kernels found."""
     expert_C = random_choices(chosen, tokens, choices, device)
     x = torch.randn(tokens, hidden, device=device).to(dtype).requires_grad_()
     share = torch.rand(tokens * choices, device=device).requires_grad_()
@@ -115,12 +120,23 @@ def mixtures(
         if buffer is not None:
             weight.main_grad = buffer.clone()  # type: ignore[attr-defined]
             weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    empty = torch.ones((), dtype=torch.int32, device=device)
+    for weight, buffer in zip(weights[:2], before, strict=False):
+        if stored and buffer is not None:
+            buffer.zero_()
+            weight.main_grad.fill_(torch.nan)  # type: ignore[attr-defined]
+            weight.empty_main_grad = empty  # type: ignore[attr-defined]
     # what the allocator hands out next for gradients is not zero
     dirty = [torch.full_like(weight, torch.nan) for weight in weights for _ in range(4)]
     del dirty
-    found = kernels(x, share, expert_C, weights, direction, choices, calls, group)
+    others = tuple(torch.randn_like(x).requires_grad_() for _ in range(beside))
+    if stored:
+        kernels(x, share, expert_C, weights, direction, choices, 1, group, others)
+        empty.zero_()
+    found = kernels(x, share, expert_C, weights, direction, choices, calls - stored, group, others)
     exact = [leaf.detach().double().requires_grad_() for leaf in (x, share, *weights)]
     out = definition(exact[0], exact[1], expert_C, exact[2:])
+    out = out + sum(other.detach().double() for other in others)
     wanted = named(out.detach(), torch.autograd.grad(out, exact, direction.double()))
     empty = [expert for expert in range(experts) if not (expert_C == expert).any()]
     for (name, other), buffer in zip(wanted.items(), [None, None, None, *before], strict=True):
@@ -197,9 +213,10 @@ def main() -> None:
     cpu = torch.device("cpu")
     tiles(cpu, [0, 300, 128, 0, 1, 129])
     tiles(cpu, [0, 0, 0])
-    mixtures(cpu, torch.float16, 75, 64, 16)
+    mixtures(cpu, torch.float16, 75, 64, 16, beside=2)
     mixtures(cpu, torch.float16, 20, 128, 32, choices=2, biased=False)
     mixtures(cpu, torch.float16, 150, 64, 16, choices=1, buffered=True)
+    mixtures(cpu, torch.float16, 40, 64, 16, buffered=True, stored=True)
     no_rows(cpu, torch.float16)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     other_ranks_choices(cpu, torch.float16, 150)

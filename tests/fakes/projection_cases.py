@@ -1,5 +1,5 @@
-"""The kernels of self_attention_gpu.py, qk_norm_gpu.py, norm_gpu.py, activation_gpu.py, linear_gpu.py and
-embedding_gpu.py beside their definitions in float64.
+"""The kernels of tensor_product_gpu.py, self_attention_gpu.py, qk_norm_gpu.py, norm_gpu.py,
+activation_gpu.py, linear_gpu.py and embedding_gpu.py beside their definitions in float64.
 
     TRITON_INTERPRET=1 python -m tests.fakes.projection_cases
 
@@ -19,7 +19,9 @@ from vpmoe.model import (
     norm_gpu,
     qk_norm_gpu,
     self_attention_gpu,
+    tensor_product_gpu,
 )
+from vpmoe.model.main_gradient import set_gradient_so_far
 from vpmoe.model.self_attention import rotate
 from vpmoe.model.tensor_product import tensor_product
 
@@ -46,25 +48,60 @@ def assert_near(kernel: Function, definition: Function, *inputs: Tensor) -> list
 
 
 def tensor_products(
-    device: torch.device, dtype: torch.dtype, positions: int, width: int, biased: bool
+    device: torch.device, dtype: torch.dtype, positions: int, width: int, *, biased: bool, mixes: bool
 ) -> list[Tensor]:
-    heads, groups, ranks = 8, 2, (4, 2)
+    """Queries, keys and values of a local layer; angles as in a document of 32,768."""
+    heads = tensor_product_gpu.Heads(8, 2, 4, 2, width)
     factors = 4 * (8 + width) + 2 * 2 * (2 + width)
-    inputs = [torch.randn(positions, 2, factors, device=device, dtype=dtype).requires_grad_()]
+    inputs = {"factors": torch.randn(positions, 2, factors, device=device, dtype=dtype)}
+    for name in ("query_weight", "key_weight"):
+        inputs[name] = (1 + 0.3 * torch.randn(width, device=device)).to(dtype)
+    inputs["angle"] = some_angles(device, positions, width)
     if biased:
-        inputs.append(torch.randn(12 * width, device=device, dtype=dtype).requires_grad_())
+        inputs["bias"] = torch.randn(12 * width, device=device, dtype=dtype)
+    if mixes:
+        inputs["first"] = torch.randn(positions, 2, 2, width, device=device, dtype=dtype)
+        inputs["mix"] = torch.tensor([0.3], device=device)
 
-    def kernel(factors: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
-        return self_attention_gpu.tensor_product(factors, bias, heads, groups, width, ranks)
+    def kernel(*leaves: Tensor) -> tuple[Tensor, ...]:
+        x = dict(zip(inputs, leaves, strict=True))
+        weights = x["query_weight"], x["key_weight"]
+        return tensor_product_gpu.projections(
+            x["factors"], x.get("bias"), *weights, 1e-6, x["angle"], heads, x.get("first"), x.get("mix")
+        )
 
-    def definition(factors: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
-        parts = tensor_product(factors, heads, groups, width, ranks)
-        if bias is None:
-            return parts
-        biases = bias.view(12, width).split([heads, groups, groups])
-        return tuple(part + bias for part, bias in zip(parts, biases, strict=True))
+    def definition(*leaves: Tensor) -> tuple[Tensor, ...]:
+        x = dict(zip(inputs, leaves, strict=True))
+        parts = tensor_product(x["factors"], 8, 2, width, (4, 2))
+        if biased:
+            biases = x["bias"].view(12, width).split([8, 2, 2])
+            parts = tuple(part + bias for part, bias in zip(parts, biases, strict=True))  # type: ignore[assignment]
+        query, key = (
+            exactly_normed(part, weight, x["angle"])
+            for part, weight in zip(parts, (x["query_weight"], x["key_weight"]), strict=False)
+        )
+        if not mixes:
+            return query, key, parts[2]
+        share = x["mix"].sigmoid()
+        return query, key, share * parts[2] + (1 - share) * x["first"]
 
-    return assert_near(kernel, definition, *inputs)
+    return assert_near(kernel, definition, *(x.requires_grad_() for x in inputs.values()))
+
+
+def some_angles(device: torch.device, positions: int, width: int) -> Tensor:
+    """Of up to 3e4, as in a long document. fp32 rounds such an angle by 1e-3, so both get the same."""
+    frequency = 10_000 ** -(torch.arange(0, width, 2, device=device) / width)
+    half = torch.randint(0, 32_768, (positions, 2, 1, 1), device=device) * frequency
+    return torch.cat([half, half], 3)
+
+
+def exactly_normed(x: Tensor, weight: Tensor, angle: Tensor | None) -> Tensor:
+    """Heads after their norm and rotation. As in the kernels, an angle's gradient is in the first half."""
+    y = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+    if angle is None:
+        return y
+    angle = torch.cat([angle[..., : x.shape[-1] // 2]] * 2, -1)
+    return rotate(y, angle.cos(), angle.sin())
 
 
 def mixed_values(
@@ -99,35 +136,39 @@ def gradient_of_mix_in_its_buffer(device: torch.device, dtype: torch.dtype) -> N
     assert mix.grad_added_to_main_grad and torch.equal(mix.main_grad, 1 + wanted)
 
 
-def normed_and_rotated(
-    device: torch.device, dtype: torch.dtype, positions: int, width: int, *, rotates: bool = True
-) -> list[Tensor]:
-    """Queries that are a view, as a layer's split of its projections is; angles of up to 3e4, as in a long
-    document. fp32 rounds such an angle by 1e-3, so both get the same one."""
-    mixed = torch.randn(positions, 2, 10, width, device=device, dtype=dtype)
-    query, key = (part.detach().requires_grad_() for part in mixed.split([8, 2], 2))
-    weights = [(1 + 0.3 * torch.randn(width, device=device)).to(dtype).requires_grad_() for _ in range(2)]
-    inputs = [query, key, *weights]
-    if rotates:
-        frequency = 10_000 ** -(torch.arange(0, width, 2, device=device) / width)
-        half = torch.randint(0, 32_768, (positions, 2, 1, 1), device=device) * frequency
-        inputs.append(torch.cat([half, half], 3).requires_grad_())
+def gradients_are_added_to_those_so_far(device: torch.device, dtype: torch.dtype, positions: int) -> None:
+    """Of angles and first values, in place, with the bits of a sum of two tensors."""
+    width = 16
+    heads = tensor_product_gpu.Heads(8, 2, 4, 2, width)
+    factors = torch.randn(positions, 1, 4 * (8 + width) + 2 * 2 * (2 + width), device=device, dtype=dtype)
+    weights = [torch.ones(width, device=device, dtype=dtype) for _ in range(2)]
+    angle = some_angles(device, positions, width)[:, :1].clone().requires_grad_()
+    first = torch.randn(positions, 1, 2, width, device=device, dtype=dtype).requires_grad_()
+    mix = torch.tensor([0.3], device=device)
 
-    def kernel(query: Tensor, key: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        angle = others[2] if rotates else None
-        return qk_norm_gpu.norm_and_rotate(query, key, others[0], others[1], 1e-6, angle)
+    def local() -> Tensor:
+        parts = tensor_product_gpu.projections(
+            factors, None, weights[0], weights[1], 1e-6, angle, heads, first, mix
+        )
+        return torch.cat([part.flatten() for part in parts])
 
-    def definition(query: Tensor, key: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        out = []
-        for x, weight in ((query, others[0]), (key, others[1])):
-            y = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
-            if rotates:  # the kernel's gradient of an angle is in the first half
-                angle = torch.cat([others[2][..., : width // 2]] * 2, -1)
-                y = rotate(y, angle.cos(), angle.sin())
-            out.append(y)
-        return tuple(out)
+    def others() -> Tensor:
+        return self_attention_gpu.mix_values(first.detach().flip(0), first, mix).flatten()
 
-    return assert_near(kernel, definition, *inputs)
+    for layer, leaves in ((local, [angle, first]), (others, [first])):
+        out = layer()
+        direction = torch.randn_like(out)
+        own = torch.autograd.grad(out, leaves, direction)
+        before = [torch.randn_like(x) for x in leaves]
+        if layer is local:
+            before[0][..., width // 2 :] = 0
+        wanted = [x + y for x, y in zip(before, own, strict=True)]
+        for leaf, total in zip(leaves, before, strict=True):
+            set_gradient_so_far(leaf, total)
+        found = torch.autograd.grad(layer(), leaves, direction)
+        for leaf, one, total, other in zip(leaves, found, before, wanted, strict=True):
+            set_gradient_so_far(leaf, None)
+            assert one.data_ptr() == total.data_ptr() and torch.equal(one, other)
 
 
 def normed_projections(
@@ -136,40 +177,47 @@ def normed_projections(
     """Of two groups with four query heads each; the values come out as they are."""
     mixed = torch.randn(positions, 2, 2, 6 * width, device=device, dtype=dtype).requires_grad_()
     weights = [(1 + 0.3 * torch.randn(width, device=device)).to(dtype).requires_grad_() for _ in range(2)]
-    half = torch.rand(positions, 2, 1, width // 2, device=device)
-    angle = torch.cat([half, half], 3) if rotates else None
+    angle = [some_angles(device, positions, width).requires_grad_()] if rotates else []
 
-    def kernel(mixed: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        return qk_norm_gpu.norm_and_rotate_projections(mixed, weights[0], weights[1], 1e-6, angle, 8)
+    def kernel(mixed: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        return qk_norm_gpu.norm_and_rotate_projections(
+            mixed, others[0], others[1], 1e-6, others[2] if rotates else None, 8
+        )
 
-    def definition(mixed: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    def definition(mixed: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         query, key, value = mixed.split([4 * width, width, width], 3)
-        out = []
-        for x, weight in ((query.reshape(positions, 2, 8, width), weights[0]), (key, weights[1])):
-            y = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
-            out.append(y if angle is None else rotate(y, angle.double().cos(), angle.double().sin()))
-        return *out, value
+        angle = others[2] if rotates else None
+        query = exactly_normed(query.reshape(positions, 2, 8, width), others[0], angle)
+        return query, exactly_normed(key, others[1], angle), value
 
-    return assert_near(kernel, definition, mixed, *weights)
+    return assert_near(kernel, definition, mixed, *weights, *angle)
 
 
 def normed(
-    device: torch.device, dtype: torch.dtype, rows: int, width: int, addends: int = 1, readers: int = 1
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    width: int,
+    addends: int = 1,
+    readers: int = 1,
+    *,
+    biased: bool = False,
 ) -> list[Tensor]:
     """A sum of the stream, which is rounded, so that its norm is of another one than in float64."""
     parts = [torch.randn(rows, 2, width, device=device, dtype=dtype).requires_grad_() for _ in range(addends)]
     weight = (1 + 0.3 * torch.randn(width, device=device)).to(dtype).requires_grad_()
 
+    biases = [torch.randn(width, device=device, dtype=dtype).requires_grad_()] if biased else []
+
+    def kernel(weight: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        bias = parts[addends] if biased else None
+        return norm_gpu.sum_and_norm(parts[:addends], weight, 1e-6, readers, bias)
+
     def definition(weight: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-        x = torch.stack(parts).sum(0)
+        x = sum(parts[1:], parts[0])
         return x, *[x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight] * readers
 
-    return assert_near(
-        lambda weight, *parts: norm_gpu.sum_and_norm(parts, weight, 1e-6, readers),
-        definition,
-        weight,
-        *parts,
-    )
+    return assert_near(kernel, definition, weight, *parts, *biases)
 
 
 def norm_of_which_only_some_is_read(device: torch.device, dtype: torch.dtype) -> None:
@@ -196,9 +244,17 @@ def totals(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> l
     )
 
 
-def squared_relus(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> list[Tensor]:
-    x = torch.randn(rows, width, device=device, dtype=dtype).requires_grad_()
-    return assert_near(lambda x: (activation_gpu.squared_relu(x),), lambda x: (x.relu().square(),), x)
+def squared_relus(
+    device: torch.device, dtype: torch.dtype, rows: int, width: int, *, biased: bool
+) -> list[Tensor]:
+    x = torch.randn(rows, 2, width, device=device, dtype=dtype).requires_grad_()
+    bias = [torch.randn(width, device=device, dtype=dtype).requires_grad_()] if biased else []
+    return assert_near(
+        lambda x, *bias: (activation_gpu.squared_relu(x, bias[0] if biased else None),),
+        lambda x, *bias: (sum(bias, x).relu().square(),),
+        x,
+        *bias,
+    )
 
 
 def linear_maps(
@@ -246,22 +302,31 @@ def in_buffers(device: torch.device, dtype: torch.dtype, positions: int, width: 
     tokens = some_tokens(device, positions, 50)
     x = torch.randn(positions, 2, 2 * width, device=device, dtype=dtype)
     factors = torch.randn(positions, 4 * (8 + 16) + 2 * 2 * (2 + 16), device=device, dtype=dtype)
+    angle = some_angles(device, positions, 16)[:, 0]
+    weights = [torch.ones(16, device=device, dtype=dtype) for _ in range(2)]
 
     def products(bias: Tensor) -> tuple[Tensor, ...]:
-        return self_attention_gpu.tensor_product(factors, bias, 8, 2, 16, (4, 2))
+        heads = tensor_product_gpu.Heads(8, 2, 4, 2, 16)
+        return tensor_product_gpu.projections(
+            factors, bias, weights[0], weights[1], 1e-6, angle, heads, None, None
+        )
 
     def exact_products(bias: Tensor) -> tuple[Tensor, ...]:
+        parts = tensor_product(factors.double(), 8, 2, 16, (4, 2))
         biases = bias.view(12, 16).split([8, 2, 2])
-        return tuple(bias.expand(positions, -1, -1) for bias in biases)
+        query, key, value = (part + bias for part, bias in zip(parts, biases, strict=True))
+        normed = (exactly_normed(x, weights[0].double(), angle.double()) for x in (query, key))
+        return *normed, value
 
-    query, key = (torch.randn(positions, 1, heads, 16, device=device, dtype=dtype) for heads in (8, 2))
+    mixed = torch.randn(positions, 1, 2, 6 * 16, device=device, dtype=dtype)
 
     def normed_heads(*weights: Tensor) -> tuple[Tensor, ...]:
-        return qk_norm_gpu.norm_and_rotate(query, key, weights[0], weights[1], 1e-6, None)
+        return qk_norm_gpu.norm_and_rotate_projections(mixed, weights[0], weights[1], 1e-6, None, 8)[:2]
 
     def exact_normed_heads(*weights: Tensor) -> tuple[Tensor, ...]:
-        exact = zip((query.double(), key.double()), weights, strict=True)
-        return tuple(x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight for x, weight in exact)
+        query, key = mixed.double()[..., :80].split([64, 16], 3)
+        parts = (query.reshape(positions, 1, 8, 16), weights[0]), (key, weights[1])
+        return tuple(exactly_normed(x, weight, None) for x, weight in parts)
 
     cases: list[tuple[list[tuple[int, ...]], Function, Function]] = [
         (
@@ -306,19 +371,20 @@ def in_buffers(device: torch.device, dtype: torch.dtype, positions: int, width: 
 def main() -> None:
     torch.manual_seed(1)
     cpu = torch.device("cpu")
-    tensor_products(cpu, torch.float16, 11, 16, biased=True)
+    tensor_products(cpu, torch.float16, 11, 16, biased=True, mixes=True)
+    tensor_products(cpu, torch.float16, 3, 16, biased=False, mixes=False)
     mixed_values(cpu, torch.float16, 40)
     mixed_values(cpu, torch.float16, 40, apart=False)
     gradient_of_mix_in_its_buffer(cpu, torch.float16)
-    normed_and_rotated(cpu, torch.float16, 35, 16)
-    normed_and_rotated(cpu, torch.float16, 3, 16, rotates=False)
+    gradients_are_added_to_those_so_far(cpu, torch.float16, 7)
     normed_projections(cpu, torch.float16, 19, 16, rotates=True)
     normed_projections(cpu, torch.float16, 3, 16, rotates=False)
     normed(cpu, torch.float16, 40, 24)
-    normed(cpu, torch.float16, 40, 24, addends=2, readers=3)
+    normed(cpu, torch.float16, 40, 24, addends=2, readers=3, biased=True)
     norm_of_which_only_some_is_read(cpu, torch.float16)
     totals(cpu, torch.float16, 3, 24)
-    squared_relus(cpu, torch.float16, 3, 24)
+    squared_relus(cpu, torch.float16, 3, 24, biased=False)
+    squared_relus(cpu, torch.float16, 70, 24, biased=True)
     linear_maps(cpu, torch.float16, 150, 8, 24)
     embedded(cpu, torch.float16, 50, 9, 24)
     in_buffers(cpu, torch.float32, 150, 24)  # a CPU has no product of fp16 with an fp32 sum

@@ -92,13 +92,12 @@ def chosen_from_logits(device: torch.device, positions: int, rows: int, rule: Ru
     logits = logits[clear_cases(logits + added, selection_bias, rule)[:tokens]]
     padding = torch.rand(positions, rows, device=device) < 0.2
     load = Load(torch.ones(rule.experts, device=device), torch.ones((), device=device))
-    weight, expert, balance, share = router_gpu.choose(
+    weight, expert, share = router_gpu.choose(
         logits, bias, selection_bias, padding, rule, load, balanced=True
     )
-    assert balance is not None
-    direction, by_balance = torch.randn_like(weight), torch.tensor(0.7, device=device)
+    direction = torch.randn_like(weight)
     halves, grad_bias = router_gpu.gradient_of_logits(
-        logits, bias, padding, expert, direction, share, by_balance, rule
+        logits, bias, padding, expert, direction, share, 0.7, rule
     )
     leaves = [logits.double().requires_grad_()]
     if bias is not None:
@@ -107,7 +106,6 @@ def chosen_from_logits(device: torch.device, positions: int, rows: int, rule: Ru
     assert torch.equal(expert.long(), wanted.expert_NK)
     assert torch.equal(load.tokens_E.double(), 1 + wanted.tokens_E)
     assert_near(weight, wanted.weight_NK)
-    assert_near(balance, wanted.balance)
     assert_near(load.balance, 1 + wanted.balance)
     loss = (wanted.weight_NK * direction.double()).sum() + 0.7 * wanted.balance
     gradient, *by_bias = torch.autograd.grad(loss, leaves)
@@ -117,6 +115,22 @@ def chosen_from_logits(device: torch.device, positions: int, rows: int, rule: Ru
     evaluated = router_gpu.choose(logits, bias, selection_bias, padding, rule, None, balanced=False)
     assert torch.equal(evaluated[0], weight) and torch.equal(evaluated[1], expert)
     assert evaluated[2] is None
+
+
+def first_of_equal_scores(device: torch.device, rule: Rule) -> None:
+    """Of equal groups and experts the first are chosen, as by torch's stable sort, and each expert once."""
+    logits = torch.randint(-1, 2, (200, rule.experts), device=device).float()
+    selection_bias = torch.randint(-1, 2, (rule.experts,), device=device).float()
+    padding = torch.zeros(200, 1, dtype=torch.bool, device=device)
+    _, expert, _ = router_gpu.choose(logits, None, selection_bias, padding, rule, None, balanced=False)
+    key = logits.sigmoid() + selection_bias
+    by_group = key.view(200, rule.groups, -1)
+    group = by_group.sort(descending=True).values[..., : rule.choices // rule.chosen_groups].sum(2)
+    order = group.sort(descending=True, stable=True).indices
+    among = torch.zeros_like(group, dtype=torch.bool).scatter(1, order[:, : rule.chosen_groups], True)
+    masked = by_group.masked_fill(~among[:, :, None], -torch.inf).flatten(1)
+    wanted = masked.sort(descending=True, stable=True).indices[:, : rule.choices]
+    assert torch.equal(expert.long(), wanted)
 
 
 def sorted_choices(device: torch.device, choices: int, experts: int) -> None:
@@ -141,6 +155,7 @@ def main() -> None:
     cpu = torch.device("cpu")
     chosen_from_logits(cpu, 21, 2, TINY, biased=True)
     chosen_from_logits(cpu, 5, 1, TWO_OF_A_GROUP, biased=False)
+    first_of_equal_scores(cpu, TINY)
     sorted_choices(cpu, 300, 10)
     sorted_choices(cpu, 1, 4)
     summed_rows(cpu, torch.float16, 5, 24)

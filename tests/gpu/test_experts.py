@@ -50,7 +50,13 @@ def test_mixtures_equal_float64(
     """Outputs and every gradient; the first of four chosen experts has half of the choices. With buffers,
     those of the weights are added in two calls."""
     torch.manual_seed(new_seed())
-    mixtures(gpu, torch.bfloat16, tokens, hidden, width, biased=biased, buffered=buffered)
+    beside = 2 if biased else int(buffered)
+    mixtures(gpu, torch.bfloat16, tokens, hidden, width, biased=biased, buffered=buffered, beside=beside)
+
+
+def test_gradients_are_stored_in_empty_buffers(gpu: torch.device) -> None:
+    torch.manual_seed(new_seed())
+    mixtures(gpu, torch.bfloat16, 1000, 1024, 128, buffered=True, stored=True)
 
 
 @pytest.mark.parametrize("choices", [1, 4])

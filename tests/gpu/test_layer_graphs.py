@@ -102,6 +102,20 @@ def test_steps_have_the_bits_of_layers_without_graphs(device: torch.device, reco
     assert_same(graphed, plain)
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_gradients_of_a_step_do_not_depend_on_the_step_before(device: torch.device, graphs: bool) -> None:
+    """They have the bits of gradients that are added to zeros, though no one fills the experts' buffers."""
+    it, plain = (build(device, graphs=graphs) for _ in range(2))
+    plain._begin_gradients = plain.ddp.zero_grad_buffer  # type: ignore[method-assign]
+    assert plain._empty is not None
+    plain._empty.fill_ = lambda _: None  # type: ignore[method-assign]
+    steps = [microbatches((1, 1), new_seed()), microbatches((1,), new_seed())]
+    for parameter in it.student.parameters():
+        if hasattr(parameter, "empty_main_grad"):
+            parameter.main_grad.fill_(torch.nan)
+    assert_same(train(it, steps), train(plain, steps))
+
+
 def test_hidden_states_are_those_of_layers_without_graphs(device: torch.device) -> None:
     it = build(device, graphs=True)
     for batch in microbatches((1, 1, 2), new_seed()):

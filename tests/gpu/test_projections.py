@@ -11,12 +11,12 @@ import triton
 from tests.fakes.projection_cases import (
     embedded,
     gradient_of_mix_in_its_buffer,
+    gradients_are_added_to_those_so_far,
     in_buffers,
     linear_maps,
     mixed_values,
     norm_of_which_only_some_is_read,
     normed,
-    normed_and_rotated,
     normed_projections,
     squared_relus,
     tensor_products,
@@ -25,11 +25,13 @@ from tests.fakes.projection_cases import (
 from tests.fakes.students import new_seed
 
 
-@pytest.mark.parametrize("width, biased", [(16, False), (128, True)])
-@pytest.mark.parametrize("positions", [1, 7, 1000])
-def test_tensor_products_equal_float64(gpu: torch.device, positions: int, width: int, biased: bool) -> None:
+@pytest.mark.parametrize("width, biased, mixes", [(16, False, False), (128, True, True), (128, True, False)])
+@pytest.mark.parametrize("positions", [1, 7, 3000])
+def test_tensor_products_equal_float64(
+    gpu: torch.device, positions: int, width: int, biased: bool, mixes: bool
+) -> None:
     torch.manual_seed(new_seed())
-    tensor_products(gpu, torch.bfloat16, positions, width, biased)
+    tensor_products(gpu, torch.bfloat16, positions, width, biased=biased, mixes=mixes)
 
 
 @pytest.mark.parametrize("apart", [True, False], ids=["apart", "among others"])
@@ -44,16 +46,12 @@ def test_the_gradient_of_mixed_values_share_is_added_to_its_buffer(gpu: torch.de
     gradient_of_mix_in_its_buffer(gpu, torch.bfloat16)
 
 
-@pytest.mark.parametrize("width, rotates", [(16, False), (128, True)])
-@pytest.mark.parametrize("positions", [1, 31, 3000])
-def test_norms_and_rotation_equal_float64(
-    gpu: torch.device, positions: int, width: int, rotates: bool
-) -> None:
+def test_gradients_are_added_to_those_of_other_layers(gpu: torch.device) -> None:
     torch.manual_seed(new_seed())
-    normed_and_rotated(gpu, torch.bfloat16, positions, width, rotates=rotates)
+    gradients_are_added_to_those_so_far(gpu, torch.bfloat16, 3001)
 
 
-@pytest.mark.parametrize("width, rotates", [(16, True), (128, False)])
+@pytest.mark.parametrize("width, rotates", [(16, True), (128, False), (128, True)])
 @pytest.mark.parametrize("positions", [1, 31, 3000])
 def test_norms_and_rotation_of_projections_equal_float64(
     gpu: torch.device, positions: int, width: int, rotates: bool
@@ -69,7 +67,7 @@ def test_sums_and_norms_equal_float64(
     gpu: torch.device, rows: int, width: int, addends: int, readers: int
 ) -> None:
     torch.manual_seed(new_seed())
-    normed(gpu, torch.bfloat16, rows, width, addends, readers)
+    normed(gpu, torch.bfloat16, rows, width, addends, readers, biased=addends == 2 and readers == 3)
 
 
 def test_a_norm_of_which_only_some_is_read_has_the_right_gradient(gpu: torch.device) -> None:
@@ -83,10 +81,10 @@ def test_totals_equal_float64(gpu: torch.device, rows: int, width: int) -> None:
     totals(gpu, torch.bfloat16, rows, width)
 
 
-@pytest.mark.parametrize("rows, width", [(1, 64), (1001, 512)])
-def test_squared_relus_equal_float64(gpu: torch.device, rows: int, width: int) -> None:
+@pytest.mark.parametrize("rows, width, biased", [(1, 64, True), (1001, 512, True), (1001, 512, False)])
+def test_squared_relus_equal_float64(gpu: torch.device, rows: int, width: int, biased: bool) -> None:
     torch.manual_seed(new_seed())
-    squared_relus(gpu, torch.bfloat16, rows, width)
+    squared_relus(gpu, torch.bfloat16, rows, width, biased=biased)
 
 
 @pytest.mark.parametrize("positions, inputs, outputs", [(1, 64, 64), (3000, 256, 512), (777, 128, 96)])
@@ -111,12 +109,12 @@ def test_other_numbers_of_positions_compile_nothing(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def everything(positions: int) -> None:
-        normed_and_rotated(gpu, torch.bfloat16, positions, 128)
+        tensor_products(gpu, torch.bfloat16, positions, 128, biased=True, mixes=True)
         normed_projections(gpu, torch.bfloat16, positions, 128, rotates=False)
         normed(gpu, torch.bfloat16, positions, 1024)
-        normed(gpu, torch.bfloat16, positions, 1024, addends=2, readers=3)
+        normed(gpu, torch.bfloat16, positions, 1024, addends=2, readers=3, biased=True)
         totals(gpu, torch.bfloat16, positions, 1024)
-        squared_relus(gpu, torch.bfloat16, positions, 512)
+        squared_relus(gpu, torch.bfloat16, positions, 512, biased=True)
         linear_maps(gpu, torch.bfloat16, positions, 64, 512)
         in_buffers(gpu, torch.bfloat16, positions, 512)
 
@@ -137,13 +135,12 @@ def test_results_are_the_same_in_each_call(gpu: torch.device) -> None:
         torch.manual_seed(seed)
         runs.append(
             [
-                *tensor_products(gpu, torch.bfloat16, 5000, 128, True),
+                *tensor_products(gpu, torch.bfloat16, 5000, 128, biased=True, mixes=True),
                 *mixed_values(gpu, torch.bfloat16, 5000),
-                *normed_and_rotated(gpu, torch.bfloat16, 5000, 128),
                 *normed_projections(gpu, torch.bfloat16, 5000, 128, rotates=False),
-                *normed(gpu, torch.bfloat16, 5000, 1024, addends=2, readers=3),
+                *normed(gpu, torch.bfloat16, 5000, 1024, addends=2, readers=3, biased=True),
                 *totals(gpu, torch.bfloat16, 5000, 1024),
-                *squared_relus(gpu, torch.bfloat16, 5000, 512),
+                *squared_relus(gpu, torch.bfloat16, 5000, 512, biased=True),
                 *linear_maps(gpu, torch.bfloat16, 5000, 256, 512),
                 *embedded(gpu, torch.bfloat16, 5000, 700, 1024),
                 *in_buffers(gpu, torch.bfloat16, 5000, 512),

@@ -18,6 +18,7 @@ from tests.fakes.router_cases import (
     chosen_from_logits,
     clear_cases,
     definition,
+    first_of_equal_scores,
     sorted_choices,
     summed_rows,
 )
@@ -42,6 +43,12 @@ def test_choices_and_gradients_of_logits_equal_float64(
     chosen_from_logits(gpu, positions, rows, rule, biased)
 
 
+@pytest.mark.parametrize("rule", [LARGE, TWO_OF_A_GROUP], ids=["large", "two-of-a-group"])
+def test_of_equal_scores_the_first_are_chosen(gpu: torch.device, rule: Rule) -> None:
+    torch.manual_seed(new_seed())
+    first_of_equal_scores(gpu, rule)
+
+
 def random_inputs(gpu: torch.device, positions: int, rows: int, rule: Rule) -> list[Tensor]:
     """Hidden states, weight, bias, selection bias and padding; the choices do not depend on rounding."""
     hidden = torch.randn(2 * positions * rows, 1024, device=gpu, dtype=torch.bfloat16)
@@ -55,15 +62,13 @@ def random_inputs(gpu: torch.device, positions: int, rows: int, rule: Rule) -> l
 
 
 def run(inputs: list[Tensor], rule: Rule, direction: Tensor) -> list[Tensor]:
-    """Weights, experts, balance loss, tokens of each expert and the gradients of hidden, weight and bias."""
+    """Weights, experts, balance loss, tokens of each expert and the gradients of hidden, weight and bias, of
+    a loss to which 30 times the balance loss is added."""
     load = Load(torch.zeros(rule.experts).to(direction), torch.zeros(()).to(direction))
     hidden, router_weight, bias, selection_bias, padding = inputs
-    weight, expert, balance = route(
-        hidden, router_weight, bias, selection_bias, padding, rule, load, balanced=True
-    )
-    assert balance is not None
-    loss = (weight * direction).sum() + 30 * balance
-    return [weight, expert, balance, load.tokens_E, *torch.autograd.grad(loss, inputs[:3])]
+    weight, expert = route(hidden, router_weight, bias, selection_bias, padding, rule, load, coefficient=30.0)
+    loss = (weight * direction).sum()
+    return [weight, expert, load.balance, load.tokens_E, *torch.autograd.grad(loss, inputs[:3])]
 
 
 @pytest.mark.parametrize("rule", [LARGE, TINY], ids=["large", "tiny"])

@@ -24,13 +24,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from vpmoe.model.expert_exchange import all_gather, gathered
+from vpmoe.model.residual import total_of
 
 
 class MixtureLayer(MoELayer):  # type: ignore[misc]
     """megatron's mixture layer (router, experts, shared expert) with the dispatcher below."""
 
     readers = 3
-    """Of its input: see `addends`."""
+    """Of its input: see `added_to`."""
 
     def __init__(
         self, config: TransformerConfig, *, pg_collection: ProcessGroupCollection, **kwargs: Any
@@ -38,18 +39,30 @@ class MixtureLayer(MoELayer):  # type: ignore[misc]
         super().__init__(config, pg_collection=pg_collection, **kwargs)
         self.token_dispatcher = Dispatcher(config, pg_collection)
 
-    def addends(
-        self, for_shared: Tensor, for_router: Tensor, for_routed: Tensor, *, padding_bS: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(output of the routed experts, of the shared one) [S, b, H]; megatron's forward adds them.
+    def added_to(
+        self,
+        stream: Tensor,
+        for_shared: Tensor,
+        for_router: Tensor,
+        for_routed: Tensor,
+        *,
+        padding_bS: Tensor,
+    ) -> Tensor:
+        """Output of the routed experts, plus that of the shared one, plus the residual stream [S, b, H].
 
-        Its readers of the input get equal tensors, whose gradients come one by one (residual.py)."""
+        Its readers of the input get equal tensors, whose gradients come one by one (residual.py). On one rank
+        the sum over a token's choices also adds the two others; megatron's forward does so afterwards."""
         shared = self.shared_experts_compute(for_shared)
         weight_NK, expert_NK = self.route(for_router, padding_bS.T)
         dispatched, weight_C = self.preprocess(for_routed, weight_NK, expert_NK)
         dispatched, weight_C = self.dispatch(dispatched, weight_C)
-        combined = self.combine(self.routed_experts_compute(dispatched, weight_C)[0])
-        return self.token_dispatcher.combine_postprocess(combined), shared
+        dispatcher = self.token_dispatcher
+        rows, sorting, weight_C = dispatcher.dispatch_postprocess(dispatched, weight_C)
+        if dispatcher.ep_size == 1:
+            beside = tuple(x.reshape(rows.shape) for x in (shared, stream))
+            return dispatcher.combine_postprocess(self.experts(rows, sorting, weight_C, beside)[0])
+        combined = self.combine(self.experts(rows, sorting, weight_C)[0])
+        return total_of((dispatcher.combine_postprocess(combined), shared, stream))
 
 
 @dataclass(frozen=True)

@@ -32,17 +32,24 @@ def sorted_by_expert(expert_C: Tensor, experts: int) -> tuple[Tensor, Tensor, Te
     return order, inverse, count_EB.sum(1)
 
 
-def sum_of_rows(rows_CW: Tensor, inverse: Tensor, choices: int, ends_E: Tensor | None = None) -> Tensor:
-    """[tokens, W]: the sum of the `choices` rows of each token, added in fp32; choice c is row
-    `inverse[c]`. With `ends_E` int32 there are rows up to its last number only; the others add nothing and
-    are not read."""
+def sum_of_rows(
+    rows_CW: Tensor,
+    inverse: Tensor,
+    choices: int,
+    beside: tuple[Tensor, ...] = (),
+    ends_E: Tensor | None = None,
+) -> Tensor:
+    """[tokens, W]: the sum of the `choices` rows of each token and of up to two tensors `beside` them
+    [tokens, W], added in fp32; choice c is row `inverse[c]`. With `ends_E` int32 there are rows up to its
+    last number only; the others add nothing and are not read."""
+    first, second = ([x.contiguous() for x in beside] + [None, None])[:2]
     rows_CW = rows_CW.contiguous()
     tokens, width = len(inverse) // choices, rows_CW.shape[1]
     out = rows_CW.new_empty(tokens, width)
     block = min(COLUMNS, triton.next_power_of_2(width))
     experts = 0 if ends_E is None else len(ends_E)
     grid = (tokens, triton.cdiv(width, block))
-    _sum[grid](rows_CW, inverse, ends_E, out, width, choices, block, experts, num_warps=4)
+    _sum[grid](rows_CW, inverse, ends_E, first, second, out, width, choices, block, experts, num_warps=4)
     return out
 
 
@@ -75,7 +82,16 @@ def _place(expert, count, end, order, inverse, choices, blocks, C: tl.constexpr)
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _sum(  # type: ignore[no-untyped-def]
-    rows, inverse, ends, out, W: tl.constexpr, K: tl.constexpr, B: tl.constexpr, E: tl.constexpr
+    rows,
+    inverse,
+    ends,
+    first,
+    second,
+    out,
+    W: tl.constexpr,
+    K: tl.constexpr,
+    B: tl.constexpr,
+    E: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * B + tl.arange(0, B)
@@ -83,6 +99,10 @@ def _sum(  # type: ignore[no-untyped-def]
     total = tl.zeros((B,), tl.float32)
     if ends is not None:
         end = tl.load(ends + E - 1)
+    if first is not None:
+        total += tl.load(first + token * W + column, mask=inside, other=0.0).to(tl.float32)
+    if second is not None:
+        total += tl.load(second + token * W + column, mask=inside, other=0.0).to(tl.float32)
     for k in tl.static_range(K):
         row = tl.load(inverse + token * K + k)
         read = inside

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vpmoe.model.dispatch import Sorting, collect, spread
 from vpmoe.model.expert_exchange import gathered, scattered
 from vpmoe.model.grouped import grouped_product, grouped_product_with_bias, rows_of
+from vpmoe.model.residual import total_of
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -59,9 +60,12 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
             # megatron's name for "reduced over the ranks that hold the same experts, not over all ranks"
             weight.allreduce = config.expert_model_parallel_size == 1
 
-    def forward(self, input_NH: Tensor, sorting: Sorting, weight_C: Tensor) -> tuple[Tensor, None]:
-        """[N, H]: the sum over each token's choices. `sorting` is by expert of this rank; a weight per
-        choice, in their own order. With a group of ranks all of them call it: see Sorting."""
+    def forward(
+        self, input_NH: Tensor, sorting: Sorting, weight_C: Tensor, beside: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, None]:
+        """[N, H]: the sum over each token's choices, plus up to two tensors `beside` it [N, H]. `sorting` is
+        by expert of this rank; a weight per choice, in their own order. With a group of ranks all of them
+        call it: see Sorting."""
         if input_NH.is_cuda:
             from vpmoe.model import experts_gpu  # its kernels are Triton's, which needs a GPU
 
@@ -77,6 +81,7 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
                 sorting.tokens_E,
                 sorting.choices,
                 sorting.group,
+                beside,
             ), None
         order_C, inverse_C, choices = sorting.order_C, sorting.inverse_C, sorting.choices
         if sorting.group is not None:
@@ -84,7 +89,9 @@ class StackedExperts(MegatronModule):  # type: ignore[misc]
         rows_CH = spread(input_NH, order_C, inverse_C, choices)
         rows_CH = self._of_rows(rows_CH, sorting.tokens_E, spread(weight_C, order_C, inverse_C, 1))
         sums_NH = collect(rows_CH, order_C, inverse_C, choices)
-        return sums_NH if sorting.group is None else scattered(sums_NH, sorting.group), None
+        if sorting.group is not None:
+            sums_NH = scattered(sums_NH, sorting.group)
+        return total_of((sums_NH, *beside)), None
 
     def _of_rows(self, input_CH: Tensor, tokens_E: Tensor, weight_C: Tensor) -> Tensor:
         """[C, H], of rows sorted by expert."""
@@ -104,9 +111,9 @@ class FeedForward(MLP):  # type: ignore[misc]
     readers = 1
     """Of its input, as in MixtureLayer."""
 
-    def addends(self, hidden: Tensor, *, padding_bS: Tensor) -> tuple[Tensor]:
-        """Its output […, H] alone, bias included; MixtureLayer.addends has more."""
-        return (self.biased(hidden),)
+    def added_to(self, stream: Tensor, hidden: Tensor, *, padding_bS: Tensor) -> Tensor:
+        """Its output […, H] plus the residual stream, as MixtureLayer.added_to."""
+        return total_of((self.biased(hidden), stream))
 
     def biased(self, hidden: Tensor) -> Tensor:
         """Output […, H], its bias included."""
@@ -114,7 +121,7 @@ class FeedForward(MLP):  # type: ignore[misc]
             from vpmoe.model import activation_gpu, linear_gpu  # their kernels are Triton's
 
             up, down = self.linear_fc1, self.linear_fc2
-            inner = activation_gpu.squared_relu(linear_gpu.linear(hidden, up.weight, up.bias))
+            inner = activation_gpu.squared_relu(linear_gpu.linear(hidden, up.weight, None), up.bias)
             return linear_gpu.linear(inner, down.weight, down.bias)
         out, bias = super().forward(hidden)
         summed: Tensor = out if bias is None else out + bias

@@ -5,7 +5,7 @@ and a table made on the GPU cuts them into tiles, each of one expert. So grids d
 nothing is read by the host. Products with a side as wide as a token read the tokens through the order:
 
     forward   up: inner = x[token] · upᵀ + b₁, act = share · squared_relu(inner)
-              rows = act · downᵀ + share · b₂, summed by token (dispatch_gpu.py)
+              rows = act · downᵀ + share · b₂, summed by token (dispatch_gpu.py), with what is beside them
     backward  act's gradient = grad[token] · down, and from it those of inner and share
               of down: grad[token]ᵀ · act; of up: innerᵀ's gradient · x[token]
               rows = inner's gradient · up, summed by token
@@ -60,15 +60,18 @@ def mixture(
     tokens_E: Tensor,
     choices: int,
     group: ProcessGroup | None = None,
+    beside: tuple[Tensor, ...] = (),
 ) -> Tensor:
-    """[N, H]: Σ over a token's choices of share · (down_e · squared_relu(up_e · x + b₁) + b₂).
+    """[N, H]: Σ over a token's choices of share · (down_e · squared_relu(up_e · x + b₁) + b₂), and up to two
+    tensors `beside` [N, H], with one rounding of the whole sum.
 
     C = N · choices; choice c is of token c // choices. `order_C` int64 sorts the choices by expert,
     `inverse_C` is its inverse, `tokens_E` int64 the number of choices of each expert. Shares are fp32. Biases
     are flat, [experts · W] and [experts · H], both or none.
 
     With a `group` of R ranks, which all call it, the choices are those of all their tokens, C = R · N ·
-    choices. The order ends in those that are of no expert here; `tokens_E` does not count them.
+    choices. The order ends in those that are of no expert here; `tokens_E` does not count them. Nothing may
+    be `beside` them, as it would be added by each rank.
 
     Raises ValueError for widths without a kernel.
     """
@@ -77,8 +80,20 @@ def mixture(
         raise ValueError(f"the experts' width is {width}; a GPU's kernels take 16, 32, 64 or 128.")
     if hidden % 64:
         raise ValueError(f"the hidden width is {hidden}; the experts on a GPU take multiples of 64.")
+    assert group is None or not beside, "each rank would add what is beside"
     out: Tensor = _Mixture.apply(  # type: ignore[no-untyped-call]
-        x_NH, share_C, up_EWH, down_EHW, up_bias, down_bias, order_C, inverse_C, tokens_E, choices, group
+        x_NH,
+        share_C,
+        up_EWH,
+        down_EHW,
+        up_bias,
+        down_bias,
+        order_C,
+        inverse_C,
+        tokens_E,
+        choices,
+        group,
+        *beside,
     )
     return out
 
@@ -98,10 +113,11 @@ class _Mixture(torch.autograd.Function):
         tokens_E: Tensor,
         choices: int,
         group: ProcessGroup | None,
+        *beside: Tensor,
     ) -> Tensor:
         own_NH, share_C = x_NH.contiguous(), share_C.contiguous()
         ends_E, tiles = _tiles_of(tokens_E, len(order_C))
-        ctx.choices, ctx.group = choices, group
+        ctx.choices, ctx.group, ctx.beside = choices, group, len(beside)
         x_NH = own_NH if group is None else all_gather(own_NH, group)
         inner_CW, act_CW = _up(x_NH, share_C, up_EWH, up_bias, order_C, choices, ends_E, tiles)
         del x_NH
@@ -120,8 +136,8 @@ class _Mixture(torch.autograd.Function):
         )
         rows_CH = _rows(act_CW, down_EHW.transpose(1, 2), down_bias, share_C, order_C, ends_E, tiles)
         if group is None:
-            return sum_of_rows(rows_CH, inverse_C, choices)
-        sums_NH = sum_of_rows(rows_CH, inverse_C, choices, ends_E)
+            return sum_of_rows(rows_CH, inverse_C, choices, beside)
+        sums_NH = sum_of_rows(rows_CH, inverse_C, choices, ends_E=ends_E)
         del rows_CH, act_CW
         return reduce_scatter(sums_NH, group)
 
@@ -131,7 +147,8 @@ class _Mixture(torch.autograd.Function):
         x_NH, share_C, up, down, up_bias, down_bias, order_C, inverse_C, ends_E, tiles, inner_CW = (
             ctx.saved_tensors
         )
-        grad_NH, group = grad_NH.contiguous(), ctx.group
+        grad_out = grad_NH = grad_NH.contiguous()
+        group: ProcessGroup | None = ctx.group
         gathering: Work | None = None
         if group is not None:
             grad_NH = all_gather(grad_NH, group)
@@ -148,11 +165,12 @@ class _Mixture(torch.autograd.Function):
         of_up = _weight_gradient(x_NH, grad_inner, None, *sorted_by, up, up_bias, up=True)
         del x_NH, gathering
         rows_CH = _rows(grad_inner, up, None, share_C, order_C, ends_E, tiles)
-        grad_x = sum_of_rows(rows_CH, inverse_C, ctx.choices, None if group is None else ends_E)
+        grad_x = sum_of_rows(rows_CH, inverse_C, ctx.choices, ends_E=None if group is None else ends_E)
         del rows_CH
         if group is not None:
             grad_x = reduce_scatter(grad_x, group)
-        return grad_x, grad_share, of_up[0], of_down[0], of_up[1], of_down[1], *[None] * 5
+        of_weights = of_up[0], of_down[0], of_up[1], of_down[1]
+        return grad_x, grad_share, *of_weights, *[None] * 5, *[grad_out] * ctx.beside
 
 
 def _options(warps: int, stages: int) -> dict[str, int]:
@@ -323,6 +341,7 @@ def _weight_gradient(
         order_C,
         ends_E,
         target,
+        getattr(weight, "empty_main_grad", None),
         bias_target,
         choices,
         hidden,
@@ -530,6 +549,7 @@ def _sums_over_rows(  # type: ignore[no-untyped-def]
     order,
     ends,
     target,
+    empty,
     bias,
     K: tl.constexpr,
     H: tl.constexpr,
@@ -541,7 +561,7 @@ def _sums_over_rows(  # type: ignore[no-untyped-def]
     ADD_BIAS: tl.constexpr,
 ):
     """B of an expert's H: narrowᵀ · wide [W, H] if UP, else wideᵀ · narrow [H, W], over the expert's rows.
-    ADD: to what is there."""
+    ADD: to what is there, unless `empty` is 1."""
     part = tl.program_id(0)
     expert = tl.program_id(1)
     begin = tl.where(expert > 0, tl.load(ends + tl.maximum(expert - 1, 0)), 0)
@@ -586,7 +606,10 @@ def _sums_over_rows(  # type: ignore[no-untyped-def]
         place = target + row + column[None, :]
         value = halves[half]
         if ADD:
-            value += tl.load(place)
+            if empty is None:
+                value += tl.load(place)
+            else:
+                value += tl.load(place, mask=tl.load(empty) == 0, other=0.0)
         tl.store(place, value.to(target.dtype.element_ty))
     if bias is not None:
         own = part < (1 if UP else H)  # up's is the same in every part

@@ -29,6 +29,7 @@ from torch.func import functional_call
 
 from vpmoe.model.attention import packed_seq_params_for
 from vpmoe.model.batch import Batch
+from vpmoe.model.main_gradient import set_gradient_so_far
 from vpmoe.model.shapes import Shape
 
 log = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ class LayerChain:
         )
 
     def warm_up(self) -> None:
-        """Run each layer's steps once, one layer after the other, so that kernels are compiled and loaded and
+        """Run each layer's steps, one layer after the other, so that kernels are compiled and loaded and
         libraries have their workspaces. Leaves no trace but in `inputs.gradient`."""
         counts = [buffer for layer in self._layers for buffer in layer.buffers()]
         before = [buffer.clone() for buffer in counts]
@@ -157,9 +158,13 @@ class LayerChain:
             if number < self._recomputed:
                 with torch.no_grad():
                     one.run()
-            _, made = one.forward()
-            grad_context = None if made is None else torch.zeros_like(made)
-            one.backward(self.inputs.gradient.zero_(), grad_context, None)
+            grad_context = grad_angle = None
+            for _ in range(2):  # the second time with gradients so far, for which kernels differ
+                _, made = one.forward()
+                if made is not None:
+                    grad_context = torch.zeros_like(made)
+                gradient = self.inputs.gradient.zero_()
+                _, grad_context, grad_angle = one.backward(gradient, grad_context, grad_angle)
             if context is None and made is not None:
                 context = made.detach()
         with torch.no_grad():
@@ -350,6 +355,9 @@ class _Pass:
         if made is not None and grad_context is not None:
             outputs.append(made)
             gradients.append(grad_context)
+        for x, total in ((self._context, grad_context), (self._angle, grad_angle)):
+            if x is not None:
+                set_gradient_so_far(x, total)
         leaves = [self._hidden, *self._weights.values()]
         optional = [x for x in (self._context, self._angle) if x is not None and x.requires_grad]
         found = list(torch.autograd.grad(outputs, leaves + optional, gradients, allow_unused=True))
@@ -360,6 +368,7 @@ class _Pass:
                 grad_context = _sum(grad_context, own)
             else:
                 grad_angle = _sum(grad_angle, own)
+            set_gradient_so_far(x, None)
         for (name, weight), own in zip(self._weights.items(), found[1:], strict=True):
             if own is None:
                 raise RuntimeError(f"the layer's parameter {name} has no gradient")
@@ -377,9 +386,14 @@ def _leaves(layer: nn.Module) -> dict[str, Any]:
     for name, parameter in layer.named_parameters():
         leaf: Any = nn.Parameter(parameter.detach())
         leaf.main_grad, leaf.grad_added_to_main_grad = cast(Any, parameter).main_grad, False
+        if hasattr(parameter, "empty_main_grad"):
+            leaf.empty_main_grad = parameter.empty_main_grad
         leaves[name] = leaf
     return leaves
 
 
 def _sum(total: Tensor | None, more: Tensor | None) -> Tensor | None:
-    return more if total is None else total if more is None else total + more
+    """`more` may be `total`, to which a kernel has added."""
+    if total is None or more is None:
+        return more if total is None else total
+    return total if more.data_ptr() == total.data_ptr() else total + more

@@ -2,9 +2,14 @@
 
 Otherwise that rounds its sum to bf16 and writes it, and megatron's hook reads it back and adds it to
 the buffer in another pass. Here the sum stays in fp32, and the hook only learns that the gradient is there.
+
+Parameters with an `empty_main_grad`, an int32 scalar on the GPU, do without zeros in their buffer: while it
+is 1, what is there is of another step, and a kernel stores the gradient instead of adding it (experts_gpu.py,
+whose parameters are most of a student's). Learner sets it.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +44,18 @@ def in_main_gradient(weight: Tensor) -> Tensor:
     """What a backward returns as a parameter's gradient that is in its buffer already."""
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # read by megatron's hook
     return torch.empty_like(weight)
+
+
+def gradient_so_far(x: Tensor) -> Tensor | None:
+    """The sum of the gradients of a tensor that several layers read, by those whose backward ran before: a
+    kernel adds to it in place, with the bits of a sum of two tensors, and its backward returns it. None if
+    there is none, and the backward returns this layer's gradient alone. layer_graphs.py sets it."""
+    return getattr(x, "gradient_so_far", None)
+
+
+def set_gradient_so_far(x: Tensor, total: Tensor | None) -> None:
+    reader: Any = x
+    reader.gradient_so_far = total
 
 
 def gradient_of_weight(weight_OI: Tensor, gradient_NO: Tensor, x_NI: Tensor) -> Tensor:

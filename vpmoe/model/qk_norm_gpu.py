@@ -1,9 +1,10 @@
-"""Norm and rotation of queries and keys on a GPU, one pass over memory in either direction: Triton kernels.
+"""Norm and rotation of queries and keys of linear projections on a GPU, one pass over memory in either
+direction: Triton kernels.
 
 torch takes some thirty kernels for it, forward and backward, and rounds to bf16 between them. Here everything
 between the inputs and the outputs is fp32, cosines and sines too, which a program computes once for all heads
-of its positions. The definitions, which the CPU computes, are in self_attention.py. No atomic additions, so
-results are the same in each call.
+of its positions. The definitions, which the CPU computes, are in self_attention.py; those of tensor products
+are normed in tensor_product_gpu.py. No atomic additions, so results are the same in each call.
 """
 
 from typing import Any, NamedTuple
@@ -14,32 +15,12 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vpmoe.model.sums_gpu import gradient_of_vector
+from vpmoe.model.sums_gpu import gradients_of_vectors
 
 POSITIONS = 16
 """Positions that a program holds at a time."""
 STEPS = 2
 """Times that a program of the gradients does this. Each has a row in the sums of the gradients of weights."""
-
-
-def norm_and_rotate(
-    query: Tensor,
-    key: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    epsilon: float,
-    angle: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Queries […, heads, D] and keys […, groups, D], each head divided by the root of its mean square and
-    multiplied by its weight [D], then rotated.
-
-    `angle` […, 1, D] in fp32: its first half, twice; only the first half is read, and has the gradient. None:
-    no rotation. D is a power of 2.
-    """
-    normed: tuple[Tensor, Tensor] = _NormAndRotate.apply(  # type: ignore[no-untyped-call]
-        query, key, query_weight, key_weight, angle, epsilon
-    )
-    return normed
 
 
 def norm_and_rotate_projections(
@@ -50,8 +31,12 @@ def norm_and_rotate_projections(
     angle: Tensor | None,
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`norm_and_rotate` of one tensor […, groups, (heads / groups + 2) · D] that has of each group its
-    queries, its key and its value; the last, a view, is returned as it is. Nothing is copied apart.
+    """Queries […, heads, D] and keys […, groups, D], each head divided by the root of its mean square and
+    multiplied by its weight [D], then rotated; and the values […, groups, D], a view, as they are.
+
+    `mixed` […, groups, (heads / groups + 2) · D] has of each group its queries, its key and its value;
+    nothing is copied apart. `angle` […, 1, D] in fp32: its first half, twice; only the first half is read,
+    and has the gradient. None: no rotation. D is a power of 2.
     """
     parts: tuple[Tensor, Tensor, Tensor] = _OfProjections.apply(  # type: ignore[no-untyped-call]
         mixed, query_weight, key_weight, angle, epsilon, heads
@@ -68,50 +53,6 @@ class _Layout(NamedTuple):
     """Numbers from a group to the next."""
     share: int
     """Heads of a group."""
-
-
-class _NormAndRotate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        query_weight: Tensor,
-        key_weight: Tensor,
-        angle: Tensor | None,
-        epsilon: float,
-    ) -> tuple[Tensor, Tensor]:
-        query, key = query.contiguous(), key.contiguous()
-        angle = None if angle is None else angle.contiguous()
-        heads, width = query.shape[-2:]
-        groups = key.shape[-2]
-        ctx.layouts = _Layout(heads * width, 0, heads), _Layout(groups * width, 0, groups)
-        out_query, out_key = torch.empty_like(query), torch.empty_like(key)
-        ctx.epsilon = epsilon
-        _run_forward(query, key, query_weight, key_weight, angle, out_query, out_key, ctx.layouts, epsilon)
-        ctx.save_for_backward(query, key, query_weight, key_weight, angle)
-        return out_query, out_key
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, query_weight, key_weight, angle = ctx.saved_tensors
-        out_query, out_key = torch.empty_like(query), torch.empty_like(key)
-        of_others = _run_backward(
-            grad_query,
-            grad_key,
-            query,
-            key,
-            query_weight,
-            key_weight,
-            angle,
-            out_query,
-            out_key,
-            ctx.layouts,
-            ctx.epsilon,
-            angles=ctx.needs_input_grad[4],
-        )
-        return out_query, out_key, *of_others, None
 
 
 class _OfProjections(torch.autograd.Function):
@@ -255,15 +196,12 @@ def _run_backward(
         STEPS,
         num_warps=4,
     )
-    return (
-        gradient_of_vector(query_weight, sums[:, 0]),
-        gradient_of_vector(key_weight, sums[:, 1]),
-        grad_angle,
-    )
+    of_query, of_key = gradients_of_vectors((query_weight, key_weight), sums.view(programs, 2 * width))
+    return of_query, of_key, grad_angle
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _cos_and_sin(angle, t, inside, D: tl.constexpr, ROTATES: tl.constexpr):  # type: ignore[no-untyped-def]
+def cos_and_sin(angle, t, inside, D: tl.constexpr, ROTATES: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of positions t [T]: [T, D / 2] each; of the angle 0 without rotation.
 
     The instructions for them are accurate between −π and π only, so whole turns are taken off first. The
@@ -346,7 +284,7 @@ def _forward(  # type: ignore[no-untyped-def]
 ):
     t = tl.program_id(0) * T + tl.arange(0, T)
     inside = (t < n)[:, None]
-    cos, sin = _cos_and_sin(angle, t, inside, D, ROTATES)
+    cos, sin = cos_and_sin(angle, t, inside, D, ROTATES)
     _heads(
         query,
         query_weight,
@@ -471,7 +409,7 @@ def _backward(  # type: ignore[no-untyped-def]
     for step in range(STEPS):
         t = (tl.program_id(0) * STEPS + step) * T + tl.arange(0, T)
         inside = (t < n)[:, None]
-        cos, sin = _cos_and_sin(angle, t, inside, D, ROTATES)
+        cos, sin = cos_and_sin(angle, t, inside, D, ROTATES)
         turn = tl.zeros((T, D // 2), tl.float32)
         turn, query_1, query_2 = _gradients_of_heads(
             grad_query,

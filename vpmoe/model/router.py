@@ -64,7 +64,8 @@ class Router(TopKRouter):  # type: ignore[misc]
         coefficient = self.get_aux_loss_coeff("seq_aux_loss")
         # Recomputation runs a forward twice; only the one with gradients counts.
         counted = torch.is_grad_enabled()
-        weight_NK, expert_NK, balance = router_gpu.route(
+        balanced = counted and self.training and coefficient > 0
+        return router_gpu.route(
             input.reshape(-1, input.shape[-1]),
             self.weight,
             self.bias,
@@ -72,11 +73,8 @@ class Router(TopKRouter):  # type: ignore[misc]
             padding_Sb,
             rule,
             router_gpu.Load(self.local_tokens_per_expert, self.aux_sum) if counted else None,
-            balanced=counted and self.training and coefficient > 0,
+            coefficient=coefficient if balanced else None,
         )
-        if balance is not None:
-            weight_NK = MoEAuxLossAutoScaler.apply(weight_NK, coefficient * balance)
-        return weight_NK, expert_NK
 
     def gating(self, input: Tensor) -> Tensor:
         dtype = torch.promote_types(input.dtype, torch.float32)

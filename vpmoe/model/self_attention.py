@@ -3,8 +3,8 @@
 megatron-core's SelfAttention has linear projections only, rotates in every layer, and passes nothing from one
 layer to the next. This one has the same parameters under the same names in the same order where a shape has
 no parts, so that checkpoints and bits are the same. Attention itself is in attention.py; the GPU's kernels
-are in self_attention_gpu.py (tensor products, value residual), qk_norm_gpu.py (norms and rotation) and
-linear_gpu.py (projections).
+are in tensor_product_gpu.py (local layers), qk_norm_gpu.py (norms and rotation of linear projections),
+self_attention_gpu.py (their value residual) and linear_gpu.py (products).
 """
 
 from typing import Any, cast
@@ -19,7 +19,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from vpmoe.model.attention import PackedAttention
-from vpmoe.model.residual import total_of
 from vpmoe.model.shapes import Shape
 from vpmoe.model.tensor_product import tensor_product
 
@@ -86,17 +85,21 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
         `angle_Sb1D`: angles of the rotation. `first_value`: the first layer's values; None in the first layer
         and without value residual.
         """
-        if hidden_SbH.is_cuda and self.shape.ranks(self.layer) is None:
-            query, key, value = self._normed_projections_on_gpu(hidden_SbH, angle_Sb1D)
+        assert first_value is not None or self.value_mix is None, (
+            "the first layer's come with the hidden states"
+        )
+        if hidden_SbH.is_cuda:
+            query, key, value = self._on_gpu(hidden_SbH, angle_Sb1D, first_value)
         else:
             query, key, value = self._projections(hidden_SbH)
             query, key = self._norm_and_rotate(query, key, angle_Sb1D)
-        if self.value_mix is not None:
-            assert first_value is not None, "the first layer's values come with the hidden states"
-            value = mix_values(value, first_value, self.value_mix)
+            if self.value_mix is not None:
+                value = mix_values(value, cast(Tensor, first_value), self.value_mix)
         out = self.core_attention(query, key, value, None, packed_seq_params=packed_seq_params)
         if out.is_cuda:
-            return (_linear_on_gpu(self.linear_proj, out), None), value
+            from vpmoe.model import linear_gpu
+
+            return (linear_gpu.linear(out, self.linear_proj.weight, None), self.linear_proj.bias), value
         return self.linear_proj(out), value
 
     def _projections(self, hidden_SbH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,36 +115,42 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
         )
         return query.reshape(*query.shape[:2], -1, width), key, value
 
-    def _normed_projections_on_gpu(
-        self, hidden_SbH: Tensor, angle_Sb1D: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`_projections` that are linear, after `_norm_and_rotate`, which reads them where the product wrote
-        them."""
-        from vpmoe.model import qk_norm_gpu  # its kernels are Triton's, which needs a GPU
-
-        mixed = _linear_on_gpu(self.linear_qkv, hidden_SbH)
-        return qk_norm_gpu.norm_and_rotate_projections(
-            mixed.unflatten(-1, (self.shape.kv_heads, -1)),  # type: ignore[no-untyped-call]
-            self.q_layernorm.weight,
-            self.k_layernorm.weight,
-            self.shape.norm_epsilon,
-            angle_Sb1D if self.rotates else None,
-            self.shape.heads,
-        )
-
     def _norm_and_rotate(self, query: Tensor, key: Tensor, angle_Sb1D: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's norms of queries and keys, and its rotation if it has one."""
-        if query.is_cuda:
-            from vpmoe.model import qk_norm_gpu  # its kernels are Triton's, which needs a GPU
-
-            weights = self.q_layernorm.weight, self.k_layernorm.weight
-            angle = angle_Sb1D if self.rotates else None
-            return qk_norm_gpu.norm_and_rotate(query, key, *weights, self.shape.norm_epsilon, angle)
         query, key = self.q_layernorm(query), self.k_layernorm(key)
         if self.rotates:
             cos, sin = (part.to(query.dtype) for part in (angle_Sb1D.cos(), angle_Sb1D.sin()))
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         return query, key
+
+    def _on_gpu(
+        self, hidden_SbH: Tensor, angle_Sb1D: Tensor, first_value: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention reads: `_projections`, `_norm_and_rotate` and `mix_values`, in one or two kernels
+        after the product."""
+        # Triton's, which needs a GPU
+        from vpmoe.model import linear_gpu, qk_norm_gpu, self_attention_gpu, tensor_product_gpu
+
+        shape, norms = self.shape, (self.q_layernorm.weight, self.k_layernorm.weight)
+        ranks, mix = shape.ranks(self.layer), self.value_mix
+        if ranks is not None:
+            return tensor_product_gpu.projections(
+                linear_gpu.linear(hidden_SbH, self.tensor_product.weight, None),
+                self.tensor_product.bias,
+                *norms,
+                shape.norm_epsilon,
+                angle_Sb1D,
+                tensor_product_gpu.Heads(shape.heads, shape.kv_heads, *ranks, shape.head_width),
+                None if mix is None else first_value,
+                mix,
+            )
+        mixed = _linear_on_gpu(self.linear_qkv, hidden_SbH).unflatten(-1, (shape.kv_heads, -1))  # type: ignore[no-untyped-call]
+        query, key, value = qk_norm_gpu.norm_and_rotate_projections(
+            mixed, *norms, shape.norm_epsilon, angle_Sb1D if self.rotates else None, shape.heads
+        )
+        if mix is not None and first_value is not None:
+            value = self_attention_gpu.mix_values(value, first_value, mix)
+        return query, key, value
 
 
 def _linear_on_gpu(layer: nn.Module, x: Tensor) -> Tensor:
@@ -173,13 +182,6 @@ class TensorProduct(MegatronModule):  # type: ignore[misc]
         shape = self.shape
         assert shape.tensor_product_ranks is not None, "only such layers have this module"
         heads, groups, width = shape.heads, shape.kv_heads, shape.head_width
-        if hidden.is_cuda:
-            from vpmoe.model import linear_gpu, self_attention_gpu  # their kernels are Triton's
-
-            factors = linear_gpu.linear(hidden, self.weight, None)
-            return self_attention_gpu.tensor_product(
-                factors, self.bias, heads, groups, width, shape.tensor_product_ranks
-            )
         factors = nn.functional.linear(hidden, self.weight)
         parts = tensor_product(factors, heads, groups, width, shape.tensor_product_ranks)
         if self.bias is None:
@@ -197,10 +199,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def mix_values(value: Tensor, first_value: Tensor, value_mix: Tensor) -> Tensor:
     """λ · value + (1 − λ) · first_value, λ = sigmoid(value_mix), in fp32."""
-    if value.is_cuda:
-        from vpmoe.model import self_attention_gpu
-
-        return self_attention_gpu.mix_values(value, first_value, value_mix)
     share = value_mix.sigmoid()
     return (share * value + (1 - share) * first_value).to(value.dtype)
 
@@ -226,9 +224,7 @@ class Layer(TransformerLayer):  # type: ignore[misc]
         """(hidden states [S, b, H], `context` for the next layer). `padding_mask` [b, S]."""
         stream, normed = self.input_layernorm(hidden_states)
         (out, bias), value = self.self_attention(normed, rotary_pos_emb, context, packed_seq_params)
-        attended = out if bias is None else out + bias
-        stream, *normed = self.pre_mlp_layernorm(stream, attended, readers=self.mlp.readers)
-        addends = self.mlp.addends(*normed, padding_bS=padding_mask)
+        stream, *normed = self.pre_mlp_layernorm(stream, out, readers=self.mlp.readers, bias=bias)
         if context is None and self.self_attention.shape.value_residual:
             context = value
-        return total_of((*addends, stream)), context
+        return self.mlp.added_to(stream, *normed, padding_bS=padding_mask), context

@@ -178,11 +178,9 @@ class Shape:
 
         A bf16 number has two bytes. What is kept, and by which autograd function:
           norm_gpu: the residual stream before each of the two parts, 2·H
-          linear_gpu, self_attention, router_gpu: what the two norms return, as input of the products, 2·H
-          self_attention_gpu: the factors of a tensor product, in a local layer; the values before they are
-            mixed with the first layer's
-          qk_norm_gpu: queries and keys before their norms; of linear projections with the values, mixed or
-            not
+          linear_gpu, router_gpu: what the two norms return, as input of the products, 2·H
+          tensor_product_gpu: the factors of a tensor product, in a local layer
+          qk_norm_gpu: linear projections: queries and keys before their norms, values before they are mixed
           attention_gpu: queries, keys, values, output; in four bytes a number where the position's document
             begins and ends, and a head's log of the sum
           a dense layer's and the shared expert's feed-forward (activation_gpu): before and after the square
@@ -192,14 +190,9 @@ class Shape:
         Sums of residuals, biases, rows that enter or leave the experts and their activations are not kept.
         With expert parallelism there are shared_bytes too.
         """
-        heads, groups, width = self.heads, self.kv_heads, self.head_width
-        numbers = 4 * self.hidden
-        numbers += self.factors_width if self.ranks(layer) is not None else 0
-        mixes = self.value_residual and layer > 0
-        numbers += groups * width if mixes or self.ranks(layer) is None else 0
-        numbers += (heads + groups) * width  # before their norms
-        numbers += self.qkv_width + heads * width
-        found = 2 * numbers + 4 * (2 + heads)
+        projected = self.qkv_width if self.ranks(layer) is None else self.factors_width
+        numbers = 4 * self.hidden + projected + self.qkv_width + self.heads * self.head_width
+        found = 2 * numbers + 4 * (2 + self.heads)
         if layer < self.dense_layers:
             return found + 2 * 2 * self.dense_width
         choice = 2 * self.expert_width + 4 + 4 + 8 + 8

@@ -1,9 +1,11 @@
 """Gradients of vectors on a GPU, biases and norms' weights: sums over rows, in two kernels.
 
 Many programs of a first kernel each sum some rows; `column_sums` is one, and the kernels of other modules do
-it beside their own work. The kernel of `gradient_of_vector` adds the programs' sums. Sums are fp32. No atomic
-additions, so results are the same in each call.
+it beside their own work. The kernel of `gradients_of_vectors` adds the programs' sums. Sums are fp32. No
+atomic additions, so results are the same in each call.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton  # type: ignore[import-untyped]
@@ -14,8 +16,11 @@ from vpmoe.model.main_gradient import add_to_main_gradient
 
 ROWS, COLUMNS, STEPS = 32, 128, 8
 """Rows and columns that a program of `column_sums` holds at a time, and how often it does."""
-TOTAL = (128, 8)
-"""Rows and columns that a program of the last sum holds at a time."""
+TOTAL = (1024, 8, 8)
+"""Rows and columns that a program of the last sum holds at a time, and its warps: most sums have no more
+rows, so that all loads are in flight together."""
+VECTORS = 3
+"""Most vectors of a last sum."""
 
 
 def column_sums(x_NW: Tensor) -> Tensor:
@@ -34,19 +39,35 @@ def gradient_of_vector(vector_W: Tensor, sums_PW: Tensor) -> Tensor:
     """What a backward returns as the gradient of a parameter [W]: Σ over the rows of `sums_PW` (fp32,
     at least one row, contiguous in itself). Added to the parameter's fp32 buffer if it has one, as in
     add_to_main_gradient."""
-    added = add_to_main_gradient(vector_W, lambda main_W: _total_of(sums_PW, main_W, add=True))
-    if added is not None:
-        return added
-    total_W = torch.empty_like(vector_W)
-    _total_of(sums_PW, total_W, add=False)
-    return total_W
+    return gradients_of_vectors((vector_W,), sums_PW)[0]
 
 
-def _total_of(sums_PW: Tensor, out_W: Tensor, *, add: bool) -> None:
-    rows, width = sums_PW.shape
-    _total[(triton.cdiv(width, TOTAL[1]),)](
-        sums_PW, out_W, rows, sums_PW.stride(0), width, add, *TOTAL, num_warps=4
+def gradients_of_vectors(vectors: Sequence[Tensor], sums_PW: Tensor) -> list[Tensor]:
+    """`gradient_of_vector` of up to VECTORS parameters of one dtype, whose columns of `sums_PW` follow one
+    another, in one kernel. Either all have buffers, or none."""
+    returned, targets = [], []
+    for vector in vectors:
+        buffers: list[Tensor] = []
+        added = add_to_main_gradient(vector, buffers.append)
+        gradient = torch.empty_like(vector) if added is None else added
+        returned.append(gradient)
+        targets.append(gradient if added is None else buffers[0])
+    rows, columns, warps = TOTAL
+    count, width = sums_PW.shape
+    widths = [len(vector) for vector in vectors] + [0] * (VECTORS - len(vectors))
+    assert sum(widths) == width, "each column belongs to a vector"
+    _total[(sum(triton.cdiv(width, columns) for width in widths),)](
+        sums_PW,
+        *targets + [None] * (VECTORS - len(vectors)),
+        count,
+        sums_PW.stride(0),
+        *widths,
+        targets[0] is not returned[0],
+        rows,
+        columns,
+        num_warps=warps,
     )
+    return returned
 
 
 @triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
@@ -65,10 +86,11 @@ def _column_sums(  # type: ignore[no-untyped-def]
     tl.store(sums + tl.program_id(0).to(tl.int64) * W + column, tl.sum(total, 0), mask=column < W)
 
 
-@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
-def _total(  # type: ignore[no-untyped-def]
+@triton.jit  # type: ignore[untyped-decorator]
+def _total_of_columns(  # type: ignore[no-untyped-def]
     sums,
     out,
+    block,
     rows,
     STRIDE: tl.constexpr,
     W: tl.constexpr,
@@ -76,7 +98,7 @@ def _total(  # type: ignore[no-untyped-def]
     T: tl.constexpr,
     B: tl.constexpr,
 ):
-    column = tl.program_id(0) * B + tl.arange(0, B)
+    column = block * B + tl.arange(0, B)
     total = tl.zeros((T, B), tl.float32)
     for first in range(0, rows, T):
         row = first + tl.arange(0, T)
@@ -86,3 +108,31 @@ def _total(  # type: ignore[no-untyped-def]
     if ADD:
         found += tl.load(out + column, mask=column < W, other=0.0)
     tl.store(out + column, found.to(out.dtype.element_ty), mask=column < W)
+
+
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
+def _total(  # type: ignore[no-untyped-def]
+    sums,
+    out_1,
+    out_2,
+    out_3,
+    rows,
+    STRIDE: tl.constexpr,
+    W_1: tl.constexpr,
+    W_2: tl.constexpr,
+    W_3: tl.constexpr,
+    ADD: tl.constexpr,
+    T: tl.constexpr,
+    B: tl.constexpr,
+):
+    """A program has B columns of one vector."""
+    block = tl.program_id(0)
+    END_1: tl.constexpr = (W_1 + B - 1) // B
+    END_2: tl.constexpr = END_1 + (W_2 + B - 1) // B
+    if block < END_1:
+        _total_of_columns(sums, out_1, block, rows, STRIDE, W_1, ADD, T, B)
+    elif block < END_2:
+        if out_2 is not None:
+            _total_of_columns(sums + W_1, out_2, block - END_1, rows, STRIDE, W_2, ADD, T, B)
+    elif out_3 is not None:
+        _total_of_columns(sums + W_1 + W_2, out_3, block - END_2, rows, STRIDE, W_3, ADD, T, B)

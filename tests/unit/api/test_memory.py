@@ -57,7 +57,8 @@ def test_the_api_has_the_constant_of_the_head() -> None:
 @pytest.mark.parametrize(
     "layers, parts, ranks, recomputed, graphs, measured",
     [
-        pytest.param(80, True, 2, 4, True, 122.8, id="two H200s, 80 layers"),
+        # measured when layers kept queries, keys and values of tensor products before norm and mixture too
+        pytest.param(80, True, 2, 4, True, 122.8 - 76 * 2_297 * 32_768 / GIB, id="two H200s, 80 layers"),
         pytest.param(20, False, 1, 0, False, 46, id="an H200, 20 layers without parts and graphs"),
     ],
 )

@@ -32,5 +32,5 @@ def test_refuses(dtype: torch.dtype, choices: int, message: str) -> None:
     padding = torch.zeros(5, 1, dtype=torch.bool)
     with pytest.raises(ValueError, match=message):
         route(
-            hidden, weight, None, torch.zeros(8), padding, Rule(8, choices, 4, 1, 1.0), None, balanced=False
+            hidden, weight, None, torch.zeros(8), padding, Rule(8, choices, 4, 1, 1.0), None, coefficient=None
         )
