@@ -175,16 +175,20 @@ def test_the_gpu_kernels_equal_float64() -> None:
         targets = torch.randint(0, 150, (37,))
         hidden[::3] *= 30
         exact = hidden.double() @ weight.double().T
-        targets[:6], targets[6:9] = exact[:6].argmin(1), exact[6:9].argmax(1)
+        targets[:6], targets[6::3] = exact[:6].argmin(1), exact[6::3].argmax(1)
         rows = torch.arange(37)
         wanted = exact.log_softmax(1)[rows, targets]
         softmax = exact.softmax(1)
         softmax[rows, targets] -= 1
         g, z, logp = kernels.gradient(hidden, weight, targets)
         assert torch.equal(logp, kernels.logp(hidden, weight, targets))
-        torch.testing.assert_close(logp.double(), wanted, rtol=1e-5, atol=1e-4)
+        # fp32 sums of 24 products, in other orders: some units in the last place of a row's largest logit
+        sums = 1e-5 + 1e-6 * exact.abs().amax(1)
+        assert ((logp.double() - wanted).abs() <= sums).all(), (logp.double() - wanted) / sums
         assert (wanted < -128).any() and (wanted > -1e-3).any(), wanted
-        torch.testing.assert_close(g.double() / z.double()[:, None], softmax, rtol=2**-7 + 1e-3, atol=1e-5)
+        error = (g.double() / z.double()[:, None] - softmax).abs()
+        allowed = (2**-7 + 1e-3) * softmax.abs() + sums[:, None]  # the interpreter cuts bf16 off
+        assert (error <= allowed).all(), (error / allowed).max()
     """
     subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],

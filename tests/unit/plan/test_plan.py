@@ -425,9 +425,9 @@ def test_a_speed_of_fewer_engines_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     "gpus, memory, wanted",
     [
         pytest.param(7, 139, MicrobatchPlan(32_768, 4, 0, 80, False), id="everything-kept"),
-        pytest.param(7, 79, MicrobatchPlan(16_384, 2, 9, 80, False), id="half-the-positions"),
-        pytest.param(2, 79, MicrobatchPlan(32_768, 4, 73, 80, True), id="two-ranks-of-80-gb"),
-        pytest.param(2, 70, MicrobatchPlan(8192, 1, 80, 80, True), id="two-ranks-of-less"),
+        pytest.param(7, 79, MicrobatchPlan(16_384, 2, 2, 80, False), id="half-the-positions"),
+        pytest.param(2, 79, MicrobatchPlan(32_768, 4, 70, 80, True), id="two-ranks-of-80-gb"),
+        pytest.param(2, 70, MicrobatchPlan(8192, 1, 74, 80, True), id="two-ranks-of-less"),
     ],
 )
 def test_the_plan_has_each_trainer_s_microbatch(gpus: int, memory: int, wanted: MicrobatchPlan) -> None:
@@ -453,7 +453,7 @@ def test_the_large_release_fits_beside_a_teacherforced_stage_as_it_is_stored(
         assert problem == (
             f"spec.teacher.model: gpt-oss-120b needs GPUs of 73 GiB, and a GPU has {card}.0 GiB "
             "(spec.runtime.gpuMemory): step forced holds the whole teacher in vLLM beside its students on "
-            "each of its GPUs (59.7 GiB of weights, 4.8 GiB of output matrix and answers). Either use a "
+            "each of its GPUs (59.7 GiB of weights, 2.9 GiB of output matrix and answers). Either use a "
             "smaller teacher, or its release in MXFP4, or raise spec.teacher.gpus, so that each has fewer "
             "students, or use GPUs with more memory."
         )
