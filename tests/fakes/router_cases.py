@@ -119,7 +119,10 @@ def chosen_from_logits(device: torch.device, positions: int, rows: int, rule: Ru
 
 def first_of_equal_scores(device: torch.device, rule: Rule) -> None:
     """Of equal groups and experts the first are chosen, as by torch's stable sort, and each expert once."""
-    logits = torch.randint(-1, 2, (200, rule.experts), device=device).float()
+    # not −1, 0 and 1, whose scores of two experts can be nearly equal sums: s(1) + s(−1) and 2·s(0)
+    logits = torch.tensor([-2.0, 0.0, 1.0], device=device)[
+        torch.randint(3, (200, rule.experts), device=device)
+    ]
     selection_bias = torch.randint(-1, 2, (rule.experts,), device=device).float()
     padding = torch.zeros(200, 1, dtype=torch.bool, device=device)
     _, expert, _ = router_gpu.choose(logits, None, selection_bias, padding, rule, None, balanced=False)
