@@ -103,8 +103,8 @@ def in_float64(case: Case) -> list[Tensor]:
 
 
 ONE_WEIGHT = 8e-3
-"""Allowed error of a number beside that of the norm where all documents have one position: the gradient of the
-logit of a weight near 1 is the difference of two nearly equal products, one with the rounded output."""
+"""Allowed error of a number beside that of the norm where all documents have one position: the gradient of
+the logit of a weight near 1 is the difference of two nearly equal products, one with the rounded output."""
 
 
 def assert_near(found: list[Tensor], expected: list[Tensor], each: float = 1e-6) -> None:

@@ -195,30 +195,22 @@ def normed_projections(
 
 
 def normed(
-    device: torch.device,
-    dtype: torch.dtype,
-    rows: int,
-    width: int,
-    addends: int = 1,
-    readers: int = 1,
-    *,
-    biased: bool = False,
+    device: torch.device, dtype: torch.dtype, rows: int, width: int, addends: int = 1, readers: int = 1
 ) -> list[Tensor]:
     """A sum of the stream, which is rounded, so that its norm is of another one than in float64."""
     parts = [torch.randn(rows, 2, width, device=device, dtype=dtype).requires_grad_() for _ in range(addends)]
     weight = (1 + 0.3 * torch.randn(width, device=device)).to(dtype).requires_grad_()
 
-    biases = [torch.randn(width, device=device, dtype=dtype).requires_grad_()] if biased else []
-
-    def kernel(weight: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-        bias = parts[addends] if biased else None
-        return norm_gpu.sum_and_norm(parts[:addends], weight, 1e-6, readers, bias)
-
     def definition(weight: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
-        x = sum(parts[1:], parts[0])
+        x = torch.stack(parts).sum(0)
         return x, *[x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight] * readers
 
-    return assert_near(kernel, definition, weight, *parts, *biases)
+    return assert_near(
+        lambda weight, *parts: norm_gpu.sum_and_norm(parts, weight, 1e-6, readers),
+        definition,
+        weight,
+        *parts,
+    )
 
 
 def norm_of_which_only_some_is_read(device: torch.device, dtype: torch.dtype) -> None:
@@ -381,7 +373,7 @@ def main() -> None:
     normed_projections(cpu, torch.float16, 19, 16, rotates=True)
     normed_projections(cpu, torch.float16, 3, 16, rotates=False)
     normed(cpu, torch.float16, 40, 24)
-    normed(cpu, torch.float16, 40, 24, addends=2, readers=3, biased=True)
+    normed(cpu, torch.float16, 40, 24, addends=2, readers=3)
     norm_of_which_only_some_is_read(cpu, torch.float16)
     totals(cpu, torch.float16, 3, 24)
     squared_relus(cpu, torch.float16, 3, 24, biased=False)

@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from vpmoe.model.sums_gpu import gradient_of_vector
 
-FORWARD = (8, 256, 4)
+FORWARD = (4, 512, 4)
 """Rows and columns of a program, and its warps."""
-BACKWARD = (8, 256, 4, 8)
+BACKWARD = (4, 512, 4, 16)
 """Rows and columns that a program of the gradients holds at a time, its warps, and how often it does. Each
 program has a row in the sums of the bias's gradient."""
 

@@ -17,7 +17,7 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vpmoe.model.sums_gpu import gradients_of_vectors
+from vpmoe.model.sums_gpu import gradient_of_vector
 
 FORWARD = (4096, 8)
 """Numbers that a program of a norm holds, of whole rows, and its warps."""
@@ -31,27 +31,22 @@ TOTAL = (2048, 4)
 
 
 def sum_and_norm(
-    addends: tuple[Tensor, ...],
-    weight: Tensor,
-    epsilon: float,
-    readers: int,
-    bias: Tensor | None = None,
+    addends: tuple[Tensor, ...], weight: Tensor, epsilon: float, readers: int
 ) -> tuple[Tensor, ...]:
-    """(the sum of one or two addends […, H], and of `bias` [H] if there are two, then `readers` times the sum
-    divided by the root of its mean square and multiplied by `weight` [H]).
+    """(the sum of one or two addends […, H], then `readers` times the sum divided by the root of its mean
+    square and multiplied by `weight` [H]).
 
     The norms are tensors of the same memory: each reader takes one, and its gradient comes apart from the
     others'. Nothing may change them in place. Raises ValueError for more than READERS, or other numbers of
     addends.
     """
-    assert bias is None or len(addends) == 2, "of what is added"
     if len(addends) not in (1, 2) or not 1 <= readers <= READERS:
         raise ValueError(
             f"{len(addends)} addends and {readers} readers of a norm; it takes one or two addends and "
             f"up to {READERS} readers. Add others with total_of; let readers share a tensor."
         )
     x, added = (*addends, None)[:2]
-    found: tuple[Tensor, ...] = _SumAndNorm.apply(x, added, weight, bias, epsilon, readers)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, ...] = _SumAndNorm.apply(x, added, weight, epsilon, readers)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -70,13 +65,7 @@ def _rows(width: int, numbers: int) -> tuple[int, int]:
 class _SumAndNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        added: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        epsilon: float,
-        readers: int,
+        ctx: Any, x: Tensor, added: Tensor | None, weight: Tensor, epsilon: float, readers: int
     ) -> tuple[Tensor, ...]:
         x = x.contiguous()
         added = None if added is None else added.contiguous()
@@ -87,9 +76,9 @@ class _SumAndNorm(torch.autograd.Function):
         count, block = _rows(width, numbers)
         rows = x.numel() // width
         _forward[(triton.cdiv(rows, count),)](
-            x, added, bias, weight, total, out, rows, width, epsilon, count, block, num_warps=warps
+            x, added, weight, total, out, rows, width, epsilon, count, block, num_warps=warps
         )
-        ctx.save_for_backward(total, weight, bias)
+        ctx.save_for_backward(total, weight)
         ctx.epsilon, ctx.addends = epsilon, 1 if added is None else 2
         ctx.set_materialize_grads(False)
         return total, out, *(out.detach() for _ in range(readers - 1))
@@ -97,15 +86,14 @@ class _SumAndNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, along: Tensor | None, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        total, weight, bias = ctx.saved_tensors
+        total, weight = ctx.saved_tensors
         width = total.shape[-1]
         numbers, warps, steps = BACKWARD
         count, block = _rows(width, numbers)
         rows = total.numel() // width
         programs = triton.cdiv(rows, count * steps)
         out = torch.empty_like(total)
-        vectors = (weight,) if bias is None else (weight, bias)
-        sums = torch.empty(programs, len(vectors) * width, dtype=torch.float32, device=total.device)
+        sums = torch.empty(programs, width, dtype=torch.float32, device=total.device)
         found = [x.contiguous() for x in gradients if x is not None]
         _backward[(programs,)](
             None if along is None else along.contiguous(),
@@ -117,15 +105,13 @@ class _SumAndNorm(torch.autograd.Function):
             rows,
             width,
             ctx.epsilon,
-            bias is not None,
             count,
             block,
             steps,
             num_warps=warps,
         )
         grad_added = out if ctx.addends == 2 else None
-        of_weight, *of_bias = gradients_of_vectors(vectors, sums)
-        return out, grad_added, of_weight, of_bias[0] if of_bias else None, None, None
+        return out, grad_added, gradient_of_vector(weight, sums), None, None
 
 
 class _TotalOf(torch.autograd.Function):
@@ -160,7 +146,6 @@ def _normed(value, W: tl.constexpr, EPSILON: tl.constexpr):  # type: ignore[no-u
 def _forward(  # type: ignore[no-untyped-def]
     x,
     added,
-    bias,
     weight,
     total,
     out,
@@ -177,10 +162,7 @@ def _forward(  # type: ignore[no-untyped-def]
     place = row.to(tl.int64)[:, None] * W + column[None, :]
     value = _loaded(x, place, inside)
     if added is not None:
-        value += _loaded(added, place, inside)
-        if bias is not None:
-            value += tl.load(bias + column, mask=column < W, other=0.0).to(tl.float32)[None, :]
-        rounded = value.to(total.dtype.element_ty)
+        rounded = (value + _loaded(added, place, inside)).to(total.dtype.element_ty)
         tl.store(total + place, rounded, mask=inside)
         value = rounded.to(tl.float32)  # what the backward reads
     value, _ = _normed(value, W, EPSILON)
@@ -201,18 +183,15 @@ def _backward(  # type: ignore[no-untyped-def]
     rows,
     W: tl.constexpr,
     EPSILON: tl.constexpr,
-    BIASED: tl.constexpr,
     T: tl.constexpr,
     B: tl.constexpr,
     STEPS: tl.constexpr,
 ):
     """`along`: the gradient of the sum by what comes after it in the stream. It and the readers' may be None.
-    `sums` [programs, 1 or 2, W]: each program's part of the gradients of the weight and, if BIASED, of the
-    bias, which are sums of what is stored."""
+    `sums` [programs, W]: each program's part of the weight's gradient."""
     column = tl.arange(0, B)
     scale = tl.load(weight + column, mask=column < W, other=0.0).to(tl.float32)[None, :]
     of_weight = tl.zeros((T, B), tl.float32)
-    of_bias = tl.zeros((T, B), tl.float32)
     for step in range(STEPS):
         row = (tl.program_id(0) * STEPS + step) * T + tl.arange(0, T)
         inside = (row < rows)[:, None] & (column < W)[None, :]
@@ -231,12 +210,7 @@ def _backward(  # type: ignore[no-untyped-def]
         if along is not None:
             d += _loaded(along, place, inside)
         tl.store(out + place, d.to(out.dtype.element_ty), mask=inside)
-        if BIASED:
-            of_bias += d
-    part = sums + tl.program_id(0).to(tl.int64) * (2 * W if BIASED else W) + column
-    tl.store(part, tl.sum(of_weight, 0), mask=column < W)
-    if BIASED:
-        tl.store(part + W, tl.sum(of_bias, 0), mask=column < W)
+    tl.store(sums + tl.program_id(0).to(tl.int64) * W + column, tl.sum(of_weight, 0), mask=column < W)
 
 
 @triton.jit  # type: ignore[untyped-decorator]  # n is a multiple of 16, so a thread loads 16 bytes at a time

@@ -19,17 +19,13 @@ class RMSNorm(nn.RMSNorm):
             return self.of_sum((x,), 1)[1]
         return super().forward(x)
 
-    def of_sum(
-        self, addends: tuple[Tensor, ...], readers: int, bias: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """(sum of one or two addends, then its norm, once for each reader). `bias` [H]: of the second."""
+    def of_sum(self, addends: tuple[Tensor, ...], readers: int) -> tuple[Tensor, ...]:
+        """(sum of one or two addends, then its norm, once for each reader)."""
         if addends[0].is_cuda:
             from vpmoe.model import norm_gpu  # its kernels are Triton's, which needs a GPU
 
             assert self.eps is not None, "the shape gives it"
-            return norm_gpu.sum_and_norm(addends, self.weight, self.eps, readers, bias)
-        if bias is not None:
-            addends = (addends[0], addends[1] + bias)
+            return norm_gpu.sum_and_norm(addends, self.weight, self.eps, readers)
         total = total_of(addends)
         return total, *[super().forward(total)] * readers
 
@@ -39,12 +35,9 @@ class StreamNorm(RMSNorm):
     each of its readers the norm of the sum as a tensor of its own, so that their gradients come one by one.
     """
 
-    def forward(  # type: ignore[override]
-        self, *addends: Tensor, readers: int = 1, bias: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """(the stream […, H], then its norm `readers` times). One or two addends; `bias` [H] is that of the
-        linear map which made the second."""
-        return self.of_sum(addends, readers, bias)
+    def forward(self, *addends: Tensor, readers: int = 1) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """(the stream […, H], then its norm `readers` times). One or two addends."""
+        return self.of_sum(addends, readers)
 
 
 def total_of(addends: tuple[Tensor, ...]) -> Tensor:

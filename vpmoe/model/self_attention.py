@@ -97,9 +97,7 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
                 value = mix_values(value, cast(Tensor, first_value), self.value_mix)
         out = self.core_attention(query, key, value, None, packed_seq_params=packed_seq_params)
         if out.is_cuda:
-            from vpmoe.model import linear_gpu
-
-            return (linear_gpu.linear(out, self.linear_proj.weight, None), self.linear_proj.bias), value
+            return (_linear_on_gpu(self.linear_proj, out), None), value
         return self.linear_proj(out), value
 
     def _projections(self, hidden_SbH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,7 +222,8 @@ class Layer(TransformerLayer):  # type: ignore[misc]
         """(hidden states [S, b, H], `context` for the next layer). `padding_mask` [b, S]."""
         stream, normed = self.input_layernorm(hidden_states)
         (out, bias), value = self.self_attention(normed, rotary_pos_emb, context, packed_seq_params)
-        stream, *normed = self.pre_mlp_layernorm(stream, out, readers=self.mlp.readers, bias=bias)
+        attended = out if bias is None else out + bias
+        stream, *normed = self.pre_mlp_layernorm(stream, attended, readers=self.mlp.readers)
         if context is None and self.self_attention.shape.value_residual:
             context = value
         return self.mlp.added_to(stream, *normed, padding_bS=padding_mask), context

@@ -21,9 +21,9 @@ from vpmoe.model.sums_gpu import gradients_of_vectors
 
 FORWARD = (8, 4)
 """Positions of a program, and its warps."""
-BACKWARD = (1, 1, 16, 128)
-"""Positions that a program of the gradients holds at a time, its warps, how often it does, and the registers
-of a thread. Each program has a row in the sums of the gradients of vectors."""
+BACKWARD = (2, 1, 16)
+"""Positions that a program of the gradients holds at a time, its warps, and how often it does. Each program
+has a row in the sums of the gradients of vectors."""
 
 
 class Heads(NamedTuple):
@@ -113,7 +113,7 @@ class _Projections(torch.autograd.Function):
         factors, bias, query_weight, key_weight, angle, first_value, value_mix = ctx.saved_tensors
         heads: Heads = ctx.heads
         positions = factors.numel() // factors.shape[-1]
-        block, warps, steps, registers = BACKWARD
+        block, warps, steps = BACKWARD
         programs = triton.cdiv(positions, block * steps)
         grad_factors = torch.empty_like(factors)
         grad_first, add_first = (None, False) if first_value is None else sum_of_gradients(first_value)
@@ -148,7 +148,6 @@ class _Projections(torch.autograd.Function):
             block,
             steps,
             num_warps=warps,
-            maxnreg=registers,
         )
         vectors = (query_weight, key_weight) if bias is None else (bias, query_weight, key_weight)
         *of_bias, of_query, of_key = gradients_of_vectors(vectors, sums)
@@ -301,18 +300,16 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store_sums(sums, parts, H: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sums over positions of the halves of H vectors."""
+def _add_to_row(sums, first, second, step, D: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add the sums over positions to a program's own D numbers, which the first step stores."""
     place = sums + tl.arange(0, D // 2)
-    for h in tl.static_range(H):
-        tl.store(place + h * D, tl.sum(parts[2 * h], 0))
-        tl.store(place + h * D + D // 2, tl.sum(parts[2 * h + 1], 0))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _gradients(gradient, t, inside, H: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The halves of H heads, all loads in flight together."""
-    return _vectors(gradient, t.to(tl.int64) * (H * D), inside, H, D)
+    first = tl.sum(first, 0)
+    second = tl.sum(second, 0)
+    if STEPS > 1:
+        first += tl.load(place, mask=(step > 0) & (tl.arange(0, D // 2) >= 0), other=0.0)
+        second += tl.load(place + D // 2, mask=(step > 0) & (tl.arange(0, D // 2) >= 0), other=0.0)
+    tl.store(place, first)
+    tl.store(place + D // 2, second)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -377,22 +374,26 @@ def _gradients_of_heads(  # type: ignore[no-untyped-def]
     cos,
     sin,
     turn,
-    of_weight,
-    of_bias,
+    bias_sums,
+    weight_sums,
+    step,
     H: tl.constexpr,
     R: tl.constexpr,
     D: tl.constexpr,
     EPSILON: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """Of queries or keys, as qk_norm_gpu._gradients_of_heads: (gradient of the angles [T, D / 2], halves of
-    that of the weight, of those of the biases of H heads), added to those given."""
-    gradients = _gradients(gradient, t, inside, H, D)
+    """Of queries or keys, as qk_norm_gpu._gradients_of_heads; the gradient of the angles [T, D / 2] is added
+    to `turn` and returned."""
     vectors = _vectors(factors, place + H * R, inside, R, D)
     by_vectors = _zeros(R, place.shape[0], D)
     weight_1, weight_2 = _weight(weight, D)
+    sum_1 = tl.zeros((place.shape[0], D // 2), tl.float32)
+    sum_2 = tl.zeros((place.shape[0], D // 2), tl.float32)
     for h in tl.static_range(H):
-        d_1 = gradients[2 * h].to(tl.float32)
-        d_2 = gradients[2 * h + 1].to(tl.float32)
+        d_1, d_2 = _halves(gradient, t.to(tl.int64) * (H * D) + h * D, inside, D)
+        d_1 = d_1.to(tl.float32)
+        d_2 = d_2.to(tl.float32)
         first, second = _product(factors, place, inside, vectors, bias, h, R, D)
         factor = _factor(first, second, D, EPSILON)
         first *= factor
@@ -401,17 +402,19 @@ def _gradients_of_heads(  # type: ignore[no-untyped-def]
         d_2 = d_2 * cos - d_1 * sin
         d_1 = turned
         turn += first * weight_1 * d_2 - second * weight_2 * d_1
-        of_weight = (of_weight[0] + d_1 * first, of_weight[1] + d_2 * second)
+        sum_1 += d_1 * first
+        sum_2 += d_2 * second
         d_1 *= weight_1
         d_2 *= weight_2
         mean = (tl.sum(d_1 * first + d_2 * second, 1) / D)[:, None]
         d_1 = (d_1 - first * mean) * factor
         d_2 = (d_2 - second * mean) * factor
         if bias is not None:
-            of_bias = of_bias[2:] + (of_bias[0] + d_1, of_bias[1] + d_2)  # noqa: RUF005
+            _add_to_row(bias_sums + h * D, d_1, d_2, step, D, STEPS)
         by_vectors = _to_factors(d_1, d_2, factors, grad_factors, place, inside, vectors, by_vectors, h, R)
     _store_vectors(grad_factors, place + H * R, inside, by_vectors, R, D)
-    return turn, of_weight, of_bias
+    _add_to_row(weight_sums, sum_1, sum_2, step, D, STEPS)
+    return turn
 
 
 @triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]
@@ -448,12 +451,7 @@ def _backward(  # type: ignore[no-untyped-def]
     """`sums` [programs, BIASES + 2 · D]: each program's part of the gradients of the bias, if there is one,
     and of the queries' and the keys' weight. `mix_sums` [programs]: of λ. ADD_…: to the gradients there."""
     sums += tl.program_id(0).to(tl.int64) * (BIASES + 2 * D)
-    mixed = tl.zeros((T, D // 2), tl.float32)
-    of_query = _zeros(1, T, D)
-    of_key = _zeros(1, T, D)
-    of_query_bias = _zeros(H, T, D)
-    of_key_bias = _zeros(G, T, D)
-    of_value_bias = _zeros(G, T, D)
+    mixed = 0.0
     key_bias = None if bias is None else bias + H * D
     value_bias = None if bias is None else bias + (H + G) * D
     for step in range(STEPS):
@@ -462,7 +460,7 @@ def _backward(  # type: ignore[no-untyped-def]
         cos, sin = cos_and_sin(angle, t, inside[:, None], D, True)
         turn = tl.zeros((T, D // 2), tl.float32)
         place = t.to(tl.int64) * F
-        turn, of_query, of_query_bias = _gradients_of_heads(
+        turn = _gradients_of_heads(
             grad_query,
             factors,
             grad_factors,
@@ -474,15 +472,17 @@ def _backward(  # type: ignore[no-untyped-def]
             cos,
             sin,
             turn,
-            of_query,
-            of_query_bias,
+            sums,
+            sums + BIASES,
+            step,
             H,
             QR,
             D,
             EPSILON,
+            STEPS,
         )
         place += QR * (H + D)
-        turn, of_key, of_key_bias = _gradients_of_heads(
+        turn = _gradients_of_heads(
             grad_key,
             factors,
             grad_factors,
@@ -494,12 +494,14 @@ def _backward(  # type: ignore[no-untyped-def]
             cos,
             sin,
             turn,
-            of_key,
-            of_key_bias,
+            sums + H * D,
+            sums + BIASES + D,
+            step,
             G,
             R,
             D,
             EPSILON,
+            STEPS,
         )
         if grad_angle is not None:
             at = t.to(tl.int64) * D
@@ -510,18 +512,19 @@ def _backward(  # type: ignore[no-untyped-def]
             else:
                 _store_halves(grad_angle, at, inside, turn, tl.zeros_like(turn), D)
         place += R * (G + D)
-        gradients = _gradients(grad_value, t, inside, G, D)
         vectors = _vectors(factors, place + G * R, inside, R, D)
         by_vectors = _zeros(R, T, D)
         for h in tl.static_range(G):
             at = t.to(tl.int64) * (G * D) + h * D
-            d_1 = gradients[2 * h].to(tl.float32)
-            d_2 = gradients[2 * h + 1].to(tl.float32)
+            d_1, d_2 = _halves(grad_value, at, inside, D)
+            d_1 = d_1.to(tl.float32)
+            d_2 = d_2.to(tl.float32)
             if first_value is not None:
                 share = tl.sigmoid(tl.load(value_mix))
                 first, second = _product(factors, place, inside, vectors, value_bias, h, R, D)
                 other_1, other_2 = _halves(first_value, at, inside, D)
-                mixed += d_1 * (first - other_1.to(tl.float32)) + d_2 * (second - other_2.to(tl.float32))
+                by_mix = d_1 * (first - other_1.to(tl.float32)) + d_2 * (second - other_2.to(tl.float32))
+                mixed += tl.sum(tl.sum(by_mix, 1), 0)
                 by_first_1 = (1 - share) * d_1
                 by_first_2 = (1 - share) * d_2
                 if ADD_FIRST:
@@ -532,16 +535,12 @@ def _backward(  # type: ignore[no-untyped-def]
                 d_1 *= share
                 d_2 *= share
             if bias is not None:
-                of_value_bias = of_value_bias[2:] + (of_value_bias[0] + d_1, of_value_bias[1] + d_2)  # noqa: RUF005
+                _add_to_row(sums + (H + G + h) * D, d_1, d_2, step, D, STEPS)
             by_vectors = _to_factors(
                 d_1, d_2, factors, grad_factors, place, inside, vectors, by_vectors, h, R
             )
         _store_vectors(grad_factors, place + G * R, inside, by_vectors, R, D)
-    if bias is not None:
-        _store_sums(sums, of_query_bias, H, D)
-        _store_sums(sums + H * D, of_key_bias, G, D)
-        _store_sums(sums + (H + G) * D, of_value_bias, G, D)
-    _store_sums(sums + BIASES, of_query, 1, D)
-    _store_sums(sums + BIASES + D, of_key, 1, D)
+        if STEPS > 1:
+            tl.debug_barrier()  # the next step's threads read the sums that other threads of this one stored
     if mix_sums is not None:
-        tl.store(mix_sums + tl.program_id(0), tl.sum(tl.sum(mixed, 1), 0))
+        tl.store(mix_sums + tl.program_id(0), mixed)
