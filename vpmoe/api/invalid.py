@@ -1,6 +1,7 @@
 """Validation errors as text: one line per problem, which names the field, the value and the remedy."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -147,3 +148,21 @@ def _unknown(field: str) -> str:
     if kinds:
         return only_of_kinds(kinds, field)
     return "is given, but there is no such field. Check the spelling and the indentation"
+
+
+def not_utf8(value: object, path: tuple[str | int, ...] = ()) -> Iterator[str]:
+    """A problem for each text in the values of a run that UTF-8 cannot express, so that no file or object can
+    hold it: half of a surrogate pair, which YAML and JSON can write as an escape sequence."""
+    if isinstance(value, str):
+        if half := re.search("[\ud800-\udfff]", value):
+            yield (
+                f"{_dotted(path)}: has \\u{ord(half[0]):04x}, half of a character. Write the character "
+                "itself, or both halves."
+            )
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from not_utf8(key, path)
+            yield from not_utf8(inner, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from not_utf8(inner, (*path, number))

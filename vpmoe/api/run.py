@@ -14,7 +14,7 @@ import yaml
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError
 
 from vpmoe.api.base import STORED, ApiModel, TextPattern
-from vpmoe.api.invalid import Invalid, problems
+from vpmoe.api.invalid import Invalid, not_utf8, problems
 from vpmoe.api.runtime import Role
 from vpmoe.api.spec import MUTABLE, Spec
 from vpmoe.api.stages import Stage
@@ -116,9 +116,13 @@ class DistillRun(ApiModel):
             )
         body = {key: value for key, value in written.items() if key != "status"}
         try:
-            return cls.model_validate(body, context=STORED if stored else None)
+            run = cls.model_validate(body, context=STORED if stored else None)
         except ValidationError as error:
             raise Invalid(problems(error, body), source) from None
+        # of the run and not of `body`, in which aliases may repeat a text without end
+        if found := list(not_utf8(run.model_dump(by_alias=True))):
+            raise Invalid(found, source)
+        return run
 
     @cached_property
     def _config(self) -> dict[str, Any]:

@@ -50,15 +50,16 @@ class MixtureLayer(MoELayer):  # type: ignore[misc]
     ) -> Tensor:
         """Output of the routed experts, plus that of the shared one, plus the residual stream [S, b, H].
 
-        Its readers of the input get equal tensors, whose gradients come one by one (residual.py). On one rank
-        the sum over a token's choices also adds the two others; megatron's forward does so afterwards."""
+        Its readers of the input get equal tensors, whose gradients come one by one (residual.py). On a GPU
+        that has all experts the sum over a token's choices also adds the two others. Elsewhere they are added
+        after it, as by megatron: a CPU's bits depend on the order in which autograd adds gradients."""
         shared = self.shared_experts_compute(for_shared)
         weight_NK, expert_NK = self.route(for_router, padding_bS.T)
         dispatched, weight_C = self.preprocess(for_routed, weight_NK, expert_NK)
         dispatched, weight_C = self.dispatch(dispatched, weight_C)
         dispatcher = self.token_dispatcher
         rows, sorting, weight_C = dispatcher.dispatch_postprocess(dispatched, weight_C)
-        if dispatcher.ep_size == 1:
+        if rows.is_cuda and dispatcher.ep_size == 1:
             beside = tuple(x.reshape(rows.shape) for x in (shared, stream))
             return dispatcher.combine_postprocess(self.experts(rows, sorting, weight_C, beside)[0])
         combined = self.combine(self.experts(rows, sorting, weight_C)[0])

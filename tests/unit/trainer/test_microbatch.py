@@ -103,6 +103,6 @@ def test_a_card_that_cannot_hold_what_the_stage_keeps_is_an_error(context: Stage
 
 def test_a_card_that_holds_no_microbatch_is_an_error(context: StageContext) -> None:
     with pytest.raises(
-        Permanent, match=r"takes at least 39\.1 GiB of each \(microbatches of 8,192 positions"
+        Permanent, match=r"takes at least 37\.1 GiB of each \(microbatches of 8,192 positions"
     ):
         fitting_microbatch(context, None, 36 * GIB, None)
