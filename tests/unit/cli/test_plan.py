@@ -94,9 +94,9 @@ def test_a_run_that_cannot_fit_is_refused_with_the_numbers(
     file = write(tmp_path, **{"spec.student.gpus": 1, "spec.stages": [valid_specs.FORCED]})
     assert main(["plan", file, "--gpu", "h100-80"]) == 65
     out, err = capsys.readouterr()
-    assert "79.0, needs 116" in out, "the table shows what does not fit"
+    assert "79.0, needs 115" in out, "the table shows what does not fit"
     (trainer,) = err.splitlines()
-    assert trainer.startswith(f"{file}: spec.student: the trainer of forced needs 116 GiB on each")
+    assert trainer.startswith(f"{file}: spec.student: the trainer of forced needs 115 GiB on each")
 
 
 def test_a_run_that_the_api_server_rejects_is_rejected(
