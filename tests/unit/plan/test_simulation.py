@@ -320,6 +320,17 @@ def test_a_part_of_a_large_batch_stands_for_all(
     assert some.tokens == pytest.approx(every.tokens, rel=0.01)
 
 
+@pytest.mark.parametrize("number", [10_000, 1_000_000, 3_000_000, 100_000_000])
+def test_many_requests_take_their_share_of_the_engines(number: int) -> None:
+    """Also if an n-th of the engines' places is no whole number. Within 1 %: a last step is not full; 3 % of
+    the fewest, whose last of ten steps is not full."""
+    requests = Requests(number, 0, ((1.0, 100, 200),), 1e-9, 0.0)
+    found = sample_batch(requests, 1, replace(QUICK, decode=0.01))
+    assert found.seconds == pytest.approx(
+        number * 100 / SEQUENCES * 0.01, rel=0.01 if number > 10_000 else 0.03
+    )
+
+
 @pytest.mark.parametrize("length", [4096, 8192])
 def test_rows_of_a_window_are_those_of_the_packing(length: int) -> None:
     tokens = np.array(completions(MIXED._replace(number=2048)), np.int32) + 103
