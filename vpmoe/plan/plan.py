@@ -545,8 +545,9 @@ class _Planner:
         if best is not None and least < 0.995 * seconds:
             self._note(
                 f"{stage.name}: {best['teacher']} of {gpus} GPUs for the teacher, {best['sampler']} to "
-                f"sample and {best['train']} to train take the least time: {least / 3600:.1f} hours, not "
-                f"{seconds / 3600:.1f} (teacher.gpus, student.gpus, stages[].sampler.gpus)"
+                f"sample and {best['train']} to train take the least time: {least / 3600:.1f} hours "
+                f"without pauses, not {seconds / 3600:.1f} (teacher.gpus, student.gpus, "
+                "stages[].sampler.gpus)"
             )
         else:
             self._note(f"{stage.name}: no other division of {gpus} GPUs takes less time")

@@ -603,8 +603,8 @@ def test_an_onpolicy_stage_s_best_division_of_gpus_is_named(speeds: dict[Work, f
     assert len(plans) == 15, "two GPUs at least hold the trainer"
     assert note == (
         f"onpolicy: {teacher} of 8 GPUs for the teacher, {sampler} to sample and {8 - teacher - sampler} to "
-        f"train take the least time: {hours(plans[best]):.1f} hours, not {hours(here):.1f} (teacher.gpus, "
-        "student.gpus, stages[].sampler.gpus)"
+        f"train take the least time: {hours(plans[best]):.1f} hours without pauses, not {hours(here):.1f} "
+        "(teacher.gpus, student.gpus, stages[].sampler.gpus)"
     )
     assert "onpolicy: no other division of 8 GPUs takes less time" in plans[best].sources
 
