@@ -149,6 +149,7 @@ def test_a_prompt_without_room_for_an_answer_is_rejected(
         ["--completion", "loud=3"],
         ["--dataset-tokens", "many"],
         ["--train-tokens-per-second", "0"],
+        ["--sample-tokens-per-second", "1e-300"],
         ["--teacher", "gpt-oss-20b", "--teacher-config", "x"],
     ],
 )
