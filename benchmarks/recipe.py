@@ -20,8 +20,8 @@ operator would wait for some seconds. The stage must end all the same.
 Prints what happens, with the seconds since the start; then, from the run's metrics and records in the bucket,
 beside `vpmoe plan` for this run with the lengths that it had:
   seconds of each step; tokens/s of each role, and the share of the time in which it did not wait
-  MFU            6 operations a token and active parameter as a share of 989 TFLOP/s, as in benchmarks.step, on
-                 the CPU of the rate of a large product; without waits and without an attempt's first step
+  MFU            6 operations a token and active parameter as a share of 989 TFLOP/s (benchmarks.step), on the
+                 CPU of the rate of a large product; without waits and without an attempt's first step
   between steps  where training waits for a checkpoint, and copies a policy version
   from step to sampling: from the end of an optimizer step until the sampler samples from its weights; to
                  bucket: until the bucket has them

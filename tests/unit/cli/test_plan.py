@@ -38,7 +38,7 @@ def test_the_guide_shows_what_the_command_prints(
     assert capsys.readouterr().out == shown[1]
     assert FULL in shown[0]
     (hours,) = re.findall(r"^full: (\S+) hours", shown[1])
-    assert f": {hours} hours by `vpmoe plan`" in (ROOT / "README.md").read_text()
+    assert f": {hours} hours by the plan, which" in (ROOT / "README.md").read_text()
 
 
 def test_as_json_it_has_numbers_and_null_for_what_is_not_known(
