@@ -77,15 +77,17 @@ class StageTime:
         return {role: seconds / self.seconds for role, seconds in self.busy.items()}
 
     def continued(self, before: "StageTime", tokens: float) -> "StageTime":
-        """The stage at `tokens` tokens, if it goes on as between `before` and this one."""
+        """The stage at `tokens` tokens, if it goes on as between `before` and this one. It takes no less time
+        than a role works: the last windows of the two may be in other places of the teachers' turns."""
         factor = (tokens - self.tokens) / (self.tokens - before.tokens)
 
         def at(now: float, then: float) -> float:
             return now + factor * (now - then)
 
+        busy = {role: at(seconds, before.busy[role]) for role, seconds in self.busy.items()}
         return StageTime(
-            at(self.seconds, before.seconds),
-            {role: at(seconds, before.busy[role]) for role, seconds in self.busy.items()},
+            max(at(self.seconds, before.seconds), *busy.values()),
+            busy,
             tokens,
             at(self.window_tokens, before.window_tokens),
             at(self.windows, before.windows),

@@ -376,6 +376,13 @@ def test_a_long_stage_is_continued_from_shortened_ones(change: Callable[[RoleTim
     assert short.shares() == pytest.approx(whole.shares(), rel=0.01)
 
 
+@pytest.mark.parametrize("every, teachers", [(1, 3), (5, 3), (7, 3)])
+def test_no_role_works_for_longer_than_a_long_stage_takes(every: int, teachers: int) -> None:
+    spec, stage = stage_with(5000 * every, teachers, staleness=2, publishEvery=every)
+    found = stage_time(spec, stage, LENGTHS, replace(QUICK, score=1e-3), FOURS)
+    assert found.shares()["teacher"] == pytest.approx(1, rel=0.01) and found.shares()["teacher"] <= 1
+
+
 def test_seconds_of_the_roles_follow_from_the_speeds() -> None:
     train = Measured("train", "m", "c", 50_000, "", "", step_seconds=0.1, step_tokens=10_000)
     sample, score = Measured("sample", "m", "c", 40_000, "", ""), Measured("score", "m", "c", 20_000, "", "")
