@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 
 from vpmoe.api import DistillRun, load_run
 from vpmoe.api.memory import STUDENTS
-from vpmoe.api.quantities import parse_tokens
 from vpmoe.api.stages import OnPolicy
+from vpmoe.cli.plan import positive_number, tokens
 from vpmoe.plan.memory import trainer_microbatch
 from vpmoe.plan.sampling import ENGINES, SEQUENCES
 from vpmoe.plan.simulation import RUNAWAY, SPREAD, Lengths, StageTime, stage_time
@@ -134,14 +134,25 @@ def best(run: DistillRun, teachers: int, lengths: Lengths, times: RoleTimes, **c
     return max(found, key=lambda split: split.time.tokens_per_second)
 
 
+def share(text: str) -> float:
+    """A share of --runaway: from 0 to below 1. Raises ArgumentTypeError."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 to below 1")
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, default=Path("manifests/examples/full.yaml"))
-    parser.add_argument("--tokens", type=parse_tokens, help="tokens of the stage (default: the run's)")
+    parser.add_argument("--tokens", type=tokens, help="tokens of the stage (default: the run's)")
     parser.add_argument(
-        "--prompt", type=int, default=PROMPT_TOKENS, help=f"tokens of a prompt (default: {PROMPT_TOKENS})"
+        "--prompt", type=tokens, default=PROMPT_TOKENS, help=f"tokens of a prompt (default: {PROMPT_TOKENS})"
     )
     parser.add_argument(
         "--completion",
@@ -151,24 +162,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--spread",
-        type=float,
+        type=positive_number,
         default=SPREAD,
         help=f"standard deviation of the logarithm of a completion's length (default: {SPREAD})",
     )
     parser.add_argument(
         "--runaway",
-        type=float,
+        type=share,
         default=RUNAWAY,
         help=f"share of completions that reach their limit (default: {RUNAWAY})",
     )
-    parser.add_argument("--prompts", type=int, help="prompts per window (default: the run's)")
+    parser.add_argument("--prompts", type=tokens, help="prompts per window (default: the run's)")
     parser.add_argument(
         "--weights",
         choices=("bucket", "volume"),
         help="how versions reach the sampler (default: as the run says, runtime.weightsVolume)",
     )
     parser.add_argument(
-        "--gigabytes-per-second", type=float, default=1.0, help="speed of a pod to the bucket (default: 1)"
+        "--gigabytes-per-second",
+        type=positive_number,
+        default=1.0,
+        help="speed of a pod to the bucket (default: 1)",
     )
     parser.add_argument(
         "--engines",
@@ -180,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, what in SECONDS.items():
         parser.add_argument(
             f"--{name.replace('_', '-')}",
-            type=float,
+            type=positive_number,
             metavar="SECONDS",
             help=f"{what} (default: as the plan has it)",
         )
@@ -189,16 +203,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     volume = given.weights == "volume" if given.weights else run.spec.runtime.weights_volume is not None
     if given.volume is not None and not volume:
         parser.error("--volume needs --weights volume")
+    stages = [stage for stage in run.spec.stages if isinstance(stage, OnPolicy)]
+    if len(stages) != 1:
+        parser.error(f"{given.run} has {len(stages)} OnPolicy stages. Give --run a run with one")
+    (stage,) = stages
+    if given.prompt >= run.spec.training.sequence_length:
+        parser.error(
+            f"--prompt {given.prompt} leaves no room for an answer in training.sequenceLength "
+            f"{run.spec.training.sequence_length}. Lower it"
+        )
     replaced = {name: value for name in SECONDS if (value := getattr(given, name)) is not None}
     times = replace(planned_times(given.engines, volume, given.gigabytes_per_second), **replaced)
     lengths = Lengths(given.prompt, given.completion, given.spread, given.runaway)
-    (stage,) = (stage for stage in run.spec.stages if isinstance(stage, OnPolicy))
     rollout = stage.rollout.model_dump(mode="json", by_alias=True)
     each = rollout["promptsPerWindow"] = given.prompts or stage.rollout.prompts_per_window
-    tokens = given.tokens or stage.tokens
+    total = given.tokens or stage.tokens
     mean = ", ".join(f"{effort} {length:,}" for effort, length in given.completion.items())
     print(
-        f"{tokens:,} tokens, {each:,} prompts per window, weights by the {'volume' if volume else 'bucket'}."
+        f"{total:,} tokens, {each:,} prompts per window, weights by the {'volume' if volume else 'bucket'}."
     )
     print(
         f"Prompts of {given.prompt} tokens, mean completion {mean}, spread {given.spread:g}, "
@@ -221,10 +243,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{teachers} teacher(s), best split:\n{header('staleness', 'every')}")
         for staleness, every in PACES:
             pace = {"staleness": staleness, "publishEvery": every}
-            found = best(run, teachers, lengths, times, tokens=tokens, rollout=rollout, **pace)
+            found = best(run, teachers, lengths, times, tokens=total, rollout=rollout, **pace)
             print(row(found, staleness, every), flush=True)
         print(f"\n{teachers} teacher(s), the run's settings, all splits:\n{header()}")
-        for found in splits(run, teachers, lengths, times, tokens=tokens, rollout=rollout):
+        for found in splits(run, teachers, lengths, times, tokens=total, rollout=rollout):
             print(row(found), flush=True)
         print(
             f"\n{teachers} teacher(s), larger windows, best split:\n{header('prompts', 'staleness', 'every')}"
@@ -233,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             size = rollout | {"promptsPerWindow": each * factor}
             for staleness, every in ((1, 1), (2, 1), (2, 2), (4, 4)):
                 pace = {"staleness": staleness, "publishEvery": every}
-                found = best(run, teachers, lengths, times, tokens=tokens, rollout=size, **pace)
+                found = best(run, teachers, lengths, times, tokens=total, rollout=size, **pace)
                 print(row(found, each * factor, staleness, every), flush=True)
 
 

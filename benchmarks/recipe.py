@@ -20,8 +20,8 @@ operator would wait for some seconds. The stage must end all the same.
 Prints what happens, with the seconds since the start; then, from the run's metrics and records in the bucket,
 beside `vpmoe plan` for this run with the lengths that it had:
   seconds of each step; tokens/s of each role, and the share of the time in which it did not wait
-  MFU            6 operations a token and active parameter, beside the rate of a large product on that device
-                 (benchmarks.step), without waits and without an attempt's first step
+  MFU            6 operations a token and active parameter as a share of 989 TFLOP/s (benchmarks.step), on the
+                 CPU of the rate of a large product; without waits and without an attempt's first step
   between steps  where training waits for a checkpoint, and copies a policy version
   from step to sampling: from the end of an optimizer step until the sampler samples from its weights; to
                  bucket: until the bucket has them
@@ -64,7 +64,7 @@ import yaml
 from benchmarks.preprocess import store
 from benchmarks.recipe_figures import GpuRecorder, Report
 from benchmarks.recipe_prepare import TEACHERS
-from benchmarks.step import active_parameters
+from benchmarks.step import PEAK, active_parameters
 from demo import sample
 from tests.fakes.local_pods import (
     ROOT,
@@ -202,7 +202,7 @@ def folder(path: Path) -> Path:
 
 def prepare(given: argparse.Namespace, runner: StepRunner, objects: Path) -> float:
     """Put the teacher into the bucket, and measure a large product on its GPU. Returns the operations a
-    second. Raises RunFailed."""
+    second that MFU is a share of. Raises RunFailed."""
     name = given.teacher if given.teacher_layers is None else f"{given.teacher}-{given.teacher_layers}"
     kept = given.teacher_folder and given.teacher_folder / name
     made = kept if kept and kept.exists() else folder(kept.parent if kept else objects) / f"new-{name}"
@@ -234,7 +234,7 @@ def prepare(given: argparse.Namespace, runner: StepRunner, objects: Path) -> flo
         f"teacher {name}: {size / 1e9:.1f} GB, {found['seconds']:.1f} s to write; a large product at "
         f"{found['rate'] / 1e12:.3g} TFLOP/s"
     )
-    return float(found["rate"])
+    return float(found["rate"]) if on_cpu() else PEAK
 
 
 def place(model: Path, to: Path, move: bool) -> None:

@@ -225,7 +225,7 @@ class Report:
     active: int
     """Parameters that a token is multiplied with."""
     rate: float
-    """Floating-point operations a second of one GPU in a large product."""
+    """Floating-point operations a second of one GPU by its data sheet; on the CPU of a large product."""
     plan_options: Sequence[str]
     """Of `vpmoe plan`, beside lengths."""
     objects: Path
@@ -367,7 +367,7 @@ class Report:
 
     def _mfu(self, speed: float | None, ranks: int) -> float | None:
         """Model FLOPs utilisation of `speed` tokens a second, in per cent: 6 operations a token and active
-        parameter, as a share of a large product's rate on the same device."""
+        parameter, as a share of what one GPU can do."""
         return None if speed is None else 100 * 6 * self.active * speed / ranks / self.rate
 
     def _plan(self, factor: int = 1) -> dict[str, Any]:

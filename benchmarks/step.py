@@ -3,7 +3,7 @@ rate; the memory that `vpmoe plan` predicts.
 
     python -m benchmarks.step [--shape tiny] [--layers N] [--tokens 2048] [--microbatches 2] [--recompute N]
     python -m benchmarks.step --shape vpmoe-6b --sweep [--steps 3]
-    python -m benchmarks.step --shape vpmoe-6b --gpus 2 --card 79 --tokens 32768 --recompute 74 --sharded
+    python -m benchmarks.step --shape vpmoe-6b --gpus 2 --card 79 --tokens 32768 --recompute 70 --sharded
 
 Prints the median time of a Vanilla step, tokens per second, and the ratio to the floor: 6 floating-point
 operations per token and active parameter, 2 more in recomputed layers, at the rate measured for a large

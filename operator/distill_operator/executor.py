@@ -281,10 +281,14 @@ def _without_uid(child: ChildRef) -> ChildRef:
 
 
 def _had_no_answer(error: KubeError) -> bool:
-    """Whether the request may still be carried out: the connection broke, or what answers in the API server's
-    place gave up waiting (502 to 504). After any other answer it does no more about the request.
+    """Whether the request may still be carried out: the connection broke, what answers in the API server's
+    place gave up waiting (502 to 504), or the API server gave up waiting for etcd, which may store the object
+    yet (500, as is the refusal of a webhook). After any other answer it does no more about the request.
     """
-    return not isinstance(error, WriteFenced) and (error.code == 0 or error.code > 500)
+    if isinstance(error, WriteFenced):
+        return False
+    stores = error.reason == "ServerTimeout" or "etcdserver: " in str(error)
+    return error.code == 0 or error.code > 500 or (error.code == 500 and stores)
 
 
 def _folder(status: Status) -> str:

@@ -15,7 +15,6 @@ more arithmetic is worth that only in very short ones: 2 × 16,384 positions wit
 16,384 with it (1.58). Of equals the shorter one is taken, which needs less memory.
 """
 
-from collections.abc import Sequence
 from functools import cache
 
 from vpmoe.api.base import Record
@@ -202,9 +201,11 @@ def time_of_stage(microbatch: Microbatch, spec: Spec, stage: StageFields, sequen
 
 def _time(one: Microbatch, size: StudentSize, ranks: int, sequence_length: int, sequences: int) -> int:
     """Time of a rank's microbatches of a step, by the rule: in tokens, times 3 · layers."""
-    sizes: Sequence[int] = one.sizes(max(1, sequences), sequence_length)
+    whole, left = divmod(max(1, sequences), one.rows)
+    rest = one.sizes(left, sequence_length)
     fixed = FIXED
     if one.sharded_gradients:
         fixed += GRADIENT * size.parameters * (ranks - 1) // ranks // SCATTERED_BYTES
-    positions = sum(sizes) * sequence_length
-    return positions * (3 * size.layers + one.recomputed_layers) + 3 * size.layers * fixed * len(sizes)
+    positions = (whole * one.rows + sum(rest)) * sequence_length
+    microbatches = whole + len(rest)
+    return positions * (3 * size.layers + one.recomputed_layers) + 3 * size.layers * fixed * microbatches

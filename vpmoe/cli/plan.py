@@ -23,6 +23,8 @@ HELP = "hours, GPUs, bytes and memory of a run, before anything is spent"
 EFFORTS = ("low", "medium", "high")
 WORK = ("preprocess", "train", "sample", "score", "hidden")
 CARDS = ("h100-80", "h200-141")
+SPEEDS = (1e-12, 1e15)
+"""Least and largest number of an option. Beyond them hours are no finite numbers."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -171,13 +173,14 @@ def tokens(text: str) -> int:
 
 
 def positive_number(text: str) -> float:
-    """A number above 0. Raises ArgumentTypeError."""
+    """A number of SPEEDS. Raises ArgumentTypeError."""
     try:
         number = float(text)
     except ValueError:
         number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    least, most = SPEEDS
+    if not least <= number <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from {least:g} to {most:g}")
     return number
 
 

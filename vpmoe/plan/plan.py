@@ -507,11 +507,16 @@ class _Planner:
         if times is None:
             return
         now = self._simulated(self.spec, stage, times)
-        volume = "" if times.volume is None else f"on the volume after {times.volume:.3g} s, "
+        bucket, load = (
+            f"in the bucket after {times.publish:.3g} s",
+            f"{times.load:.3g} s later in the engines",
+        )
+        way = f"{bucket} and {load}"
+        if times.volume is not None:
+            way = f"on the volume after {times.volume:.3g} s and {load}; it is {bucket}"
         self._note(
             f"{stage.name}: simulated, because its roles wait for each other. Training waits "
-            f"{times.copy:.3g} s for a policy version, which is {volume}in the bucket after "
-            f"{times.publish:.3g} s and in the sampler's engines {times.load:.3g} s after it is there"
+            f"{times.copy:.3g} s for a policy version, which is {way}"
         )
         waits, pressure = 1 - now.shares()["train"], stage.back_pressure
         if waits > pressure.waiting:
@@ -545,8 +550,9 @@ class _Planner:
         if best is not None and least < 0.995 * seconds:
             self._note(
                 f"{stage.name}: {best['teacher']} of {gpus} GPUs for the teacher, {best['sampler']} to "
-                f"sample and {best['train']} to train take the least time: {least / 3600:.1f} hours, not "
-                f"{seconds / 3600:.1f} (teacher.gpus, student.gpus, stages[].sampler.gpus)"
+                f"sample and {best['train']} to train take the least time: {least / 3600:.1f} hours "
+                f"without pauses, not {seconds / 3600:.1f} (teacher.gpus, student.gpus, "
+                "stages[].sampler.gpus)"
             )
         else:
             self._note(f"{stage.name}: no other division of {gpus} GPUs takes less time")

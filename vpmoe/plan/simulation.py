@@ -11,6 +11,7 @@ start of the pods, and failures.
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -76,15 +77,17 @@ class StageTime:
         return {role: seconds / self.seconds for role, seconds in self.busy.items()}
 
     def continued(self, before: "StageTime", tokens: float) -> "StageTime":
-        """The stage at `tokens` tokens, if it goes on as between `before` and this one."""
+        """The stage at `tokens` tokens, if it goes on as between `before` and this one. It takes no less time
+        than a role works: the last windows of the two may be in other places of the teachers' turns."""
         factor = (tokens - self.tokens) / (self.tokens - before.tokens)
 
         def at(now: float, then: float) -> float:
             return now + factor * (now - then)
 
+        busy = {role: at(seconds, before.busy[role]) for role, seconds in self.busy.items()}
         return StageTime(
-            at(self.seconds, before.seconds),
-            {role: at(seconds, before.busy[role]) for role, seconds in self.busy.items()},
+            max(at(self.seconds, before.seconds), *busy.values()),
+            busy,
             tokens,
             at(self.window_tokens, before.window_tokens),
             at(self.windows, before.windows),
@@ -196,13 +199,14 @@ def sample_batch(requests: Requests, gpus: int, times: RoleTimes) -> SampledBatc
     engines = gpus * times.engines
     lengths = completions(requests._replace(number=requests.number // every))
     places = max(1, engines * SEQUENCES // every)
-    ends = list(lengths)
+    ends, longer = list(lengths), 1.0
     if len(lengths) > places:
         busy = [0] * places  # of each place, the step after which it is free
         ends = [heapq.heapreplace(busy, busy[0] + length) + length for length in lengths]
+        longer = places * every / (engines * SEQUENCES)  # an n-th of the places is rounded
     steps, sampled = max(ends), sum(lengths) * requests.number / len(lengths)
     seconds = (
-        steps * times.decode
+        steps * longer * times.decode
         + sampled / engines * times.decode_token
         + requests.number * requests.prompt / gpus * times.prefill
     )
@@ -228,7 +232,7 @@ def score_parts(
     Returns when it is free again, and the share of its windows' tokens that is left to score.
     """
     done = 0.0
-    for written, tokens in batch.parts if share else ():
+    for written, tokens in batch.parts:
         begin = max(free, began + written + POLL / 2)
         if begin >= began + batch.seconds:
             break
@@ -301,18 +305,17 @@ def simulate(
         began = max(sampled, found[version]) + times.load
         sampled = max(began + batch.seconds, published[version])
         busy["sampler"] += batch.seconds
-        parts = []
-        for teacher, free in enumerate(scored):
-            share = sum(window % teachers == teacher for window in windows) / len(windows)
-            parts.append(score_parts(batch, began, max(free, published[version]), share, times))
-        scored = [free for free, _ in parts]
+        left = {}
+        for teacher, number in Counter(window % teachers for window in windows).items():
+            free, share = max(scored[teacher], published[version]), number / len(windows)
+            scored[teacher], left[teacher] = score_parts(batch, began, free, share, times)
         window_tokens = batch.tokens / len(windows)
         score_seconds = window_tokens * times.score
         rows = math.ceil(window_tokens / (PACKED * training.sequence_length))
         train_seconds = step_seconds(math.ceil(rows / plan.ranks))
         for window in windows:
             teacher = window % teachers
-            scored[teacher] = max(scored[teacher], sampled + POLL / 2) + score_seconds * parts[teacher][1]
+            scored[teacher] = max(scored[teacher], sampled + POLL / 2) + score_seconds * left[teacher]
             trained = max(trained, scored[teacher] + POLL / 2) + train_seconds
             busy["teacher"] += score_seconds / teachers
             busy["train"] += train_seconds

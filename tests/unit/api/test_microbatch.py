@@ -117,6 +117,24 @@ def test_few_shapes_hold_all_rows_and_pad_less_than_another_microbatch_costs(len
         assert sizes[: rows // one.rows] == [one.rows] * (rows // one.rows)
 
 
+def test_the_time_of_a_step_is_that_of_its_microbatches() -> None:
+    """And takes no longer to compute of a step of so many that their sizes are no list any more."""
+    draw = random.Random(new_seed())
+    for _ in range(100):
+        one = Microbatch(
+            rows=draw.randrange(1, 40),
+            recomputed_layers=draw.randrange(LARGE.layers + 1),
+            few_shapes=draw.random() < 0.8,
+        )
+        rows, length = draw.randrange(1, 300), draw.choice([16, 3000, 8192])
+        again = 3 * LARGE.layers + one.recomputed_layers
+        each = [size * length * again + 3 * LARGE.layers * FIXED for size in one.sizes(rows, length)]
+        assert _time(one, LARGE, 1, length, rows) == sum(each)
+        many = rows + 10**12 * one.rows
+        whole = one.rows * length * again + 3 * LARGE.layers * FIXED
+        assert _time(one, LARGE, 1, length, many) == sum(each) + 10**12 * whole
+
+
 @pytest.mark.parametrize("rows, sizes", [(0, []), (3, [3]), (8, [4, 4]), (11, [4, 4, 3])])
 def test_without_few_shapes_the_last_microbatch_has_what_is_left(rows: int, sizes: list[int]) -> None:
     assert Microbatch(rows=4).sizes(rows, 8192) == sizes

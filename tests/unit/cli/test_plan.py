@@ -37,6 +37,8 @@ def test_the_guide_shows_what_the_command_prints(
     assert main(["plan", *shlex.split(shown[0])]) == 0
     assert capsys.readouterr().out == shown[1]
     assert FULL in shown[0]
+    (hours,) = re.findall(r"^full: (\S+) hours", shown[1])
+    assert f": {hours} hours by the plan, which" in (ROOT / "README.md").read_text()
 
 
 def test_as_json_it_has_numbers_and_null_for_what_is_not_known(
@@ -149,6 +151,7 @@ def test_a_prompt_without_room_for_an_answer_is_rejected(
         ["--completion", "loud=3"],
         ["--dataset-tokens", "many"],
         ["--train-tokens-per-second", "0"],
+        ["--sample-tokens-per-second", "1e-300"],
         ["--teacher", "gpt-oss-20b", "--teacher-config", "x"],
     ],
 )

@@ -603,10 +603,32 @@ def test_an_onpolicy_stage_s_best_division_of_gpus_is_named(speeds: dict[Work, f
     assert len(plans) == 15, "two GPUs at least hold the trainer"
     assert note == (
         f"onpolicy: {teacher} of 8 GPUs for the teacher, {sampler} to sample and {8 - teacher - sampler} to "
-        f"train take the least time: {hours(plans[best]):.1f} hours, not {hours(here):.1f} (teacher.gpus, "
-        "student.gpus, stages[].sampler.gpus)"
+        f"train take the least time: {hours(plans[best]):.1f} hours without pauses, not {hours(here):.1f} "
+        "(teacher.gpus, student.gpus, stages[].sampler.gpus)"
     )
     assert "onpolicy: no other division of 8 GPUs takes less time" in plans[best].sources
+
+
+@pytest.mark.parametrize(
+    "volume, way",
+    [
+        (None, "in the bucket after 22.1 s and 22.1 s later in the engines"),
+        (
+            {"claimName": "weights"},
+            "on the volume after 4.95 s and 1.8 s later in the engines; it is in the bucket after 22.1 s",
+        ),
+    ],
+)
+def test_the_way_of_a_policy_version_is_named(volume: dict[str, str] | None, way: str) -> None:
+    """12.06 GB, at the measured and assumed rates of docs/benchmarks.md."""
+    speeds: dict[Work, float] = {"train": 60_000, "sample": 50_000, "score": 60_000}
+    plan = plan_of(
+        {"spec.stages": [valid_specs.ONPOLICY], "spec.runtime.weightsVolume": volume}, speeds=speeds
+    )
+    assert (
+        "onpolicy: simulated, because its roles wait for each other. Training waits 1.15 s for a policy "
+        f"version, which is {way}" in plan.sources
+    )
 
 
 def test_a_trainer_that_waits_too_long_for_back_pressure_is_named() -> None:

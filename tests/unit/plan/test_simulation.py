@@ -320,6 +320,17 @@ def test_a_part_of_a_large_batch_stands_for_all(
     assert some.tokens == pytest.approx(every.tokens, rel=0.01)
 
 
+@pytest.mark.parametrize("number", [10_000, 1_000_000, 3_000_000, 100_000_000])
+def test_many_requests_take_their_share_of_the_engines(number: int) -> None:
+    """Also if an n-th of the engines' places is no whole number. Within 1 %: a last step is not full; 3 % of
+    the fewest, whose last of ten steps is not full."""
+    requests = Requests(number, 0, ((1.0, 100, 200),), 1e-9, 0.0)
+    found = sample_batch(requests, 1, replace(QUICK, decode=0.01))
+    assert found.seconds == pytest.approx(
+        number * 100 / SEQUENCES * 0.01, rel=0.01 if number > 10_000 else 0.03
+    )
+
+
 @pytest.mark.parametrize("length", [4096, 8192])
 def test_rows_of_a_window_are_those_of_the_packing(length: int) -> None:
     tokens = np.array(completions(MIXED._replace(number=2048)), np.int32) + 103
@@ -363,6 +374,13 @@ def test_a_long_stage_is_continued_from_shortened_ones(change: Callable[[RoleTim
     assert short.tokens_per_second == pytest.approx(whole.tokens_per_second, rel=0.01)
     assert short.windows == pytest.approx(whole.windows, rel=0.01)
     assert short.shares() == pytest.approx(whole.shares(), rel=0.01)
+
+
+@pytest.mark.parametrize("every, teachers", [(1, 3), (5, 3), (7, 3)])
+def test_no_role_works_for_longer_than_a_long_stage_takes(every: int, teachers: int) -> None:
+    spec, stage = stage_with(5000 * every, teachers, staleness=2, publishEvery=every)
+    found = stage_time(spec, stage, LENGTHS, replace(QUICK, score=1e-3), FOURS)
+    assert found.shares()["teacher"] == pytest.approx(1, rel=0.01) and found.shares()["teacher"] <= 1
 
 
 def test_seconds_of_the_roles_follow_from_the_speeds() -> None:
