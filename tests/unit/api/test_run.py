@@ -97,7 +97,8 @@ def test_all_problems_are_reported_with_their_fields() -> None:
         ),
         pytest.param(
             {"spec.storage.prefix": "a\ud800"},
-            "spec.storage.prefix: has \\ud800, half of a character. Write the character itself, or both halves.",
+            "spec.storage.prefix: has \\ud800, half of a character. "
+            "Write the character itself, or both halves.",
             id="a text that UTF-8 has not",
         ),
         pytest.param(
