@@ -220,10 +220,10 @@ class Learner:
         self._check_shapes(batches)
         self._begin_gradients()
         sums = _Sums(self.device)
-        for batch in batches:
+        for number, batch in enumerate(batches):
             if self._empty is not None:
-                self._empty.fill_(batch is batches[0])
-            with self.ddp.no_sync() if batch is not batches[-1] else contextlib.nullcontext():
+                self._empty.fill_(number == 0)
+            with self.ddp.no_sync() if number < len(batches) - 1 else contextlib.nullcontext():
                 here = batch.to(self.device)
                 loss, logp_T = objective.loss(here, self.ddp(here, self._graphs), self.student, positions)
                 loss.backward()  # type: ignore[no-untyped-call]
