@@ -76,6 +76,7 @@ class Learner:
     """A student in training, with its DDP and optimizer. Create it with `build`.
 
     A training step: forward_backward, step. A step whose loss or gradient is not finite changes nothing.
+    After the last one: `close`.
     """
 
     def __init__(
@@ -173,6 +174,12 @@ class Learner:
             sharded_gradients=sharded_gradients,
             graphs=graphs,
         )
+
+    def close(self) -> None:
+        """Destroy the layers' CUDA graphs. Without it distributed.stop waits for them for ever if there are
+        collectives in them."""
+        if self._graphs is not None:
+            self._graphs.close()
 
     def _layer_graphs(self, sharded_gradients: bool) -> LayerGraphs | None:
         student, config = self.student, self.student.config
