@@ -272,6 +272,8 @@ def measure(
         learner.step(3e-4)
 
     found = kernels_of(one_step) if kernels else {}
+    gathered = gather_alone(learner)
+    learner.close()
     return Cost(
         step,
         rescored_step,
@@ -283,7 +285,7 @@ def measure(
         tokens,
         int(counts[1:].sum()),
         parts,
-        gather_alone(learner),
+        gathered,
         found,
     )
 

@@ -28,6 +28,8 @@ ONE_MIXTURE = replace(EVERY_LAYER, layers=2)
 """Its only routers read the same bits in both layouts, so they choose the same experts."""
 ROW = 512
 STEPS = 3
+ALIVE: list[Learner] = []
+"""Learners that outlive the process groups, as a trainer's does."""
 
 
 def microbatches(step: int, number: int) -> list[Batch]:
@@ -99,6 +101,7 @@ def train(device: torch.device, graphs: bool) -> dict[str, Any]:
     """Steps of two microbatches with experts divided. Raises RuntimeError if the forward and backward of a
     microbatch waits for the GPU, which both ranks do, or none."""
     it = learner(EVERY_LAYER, device, 2, graphs)
+    ALIVE.append(it)
     losses = []
     for step in range(STEPS):
         batches = microbatches(step, 2)
@@ -110,6 +113,7 @@ def train(device: torch.device, graphs: bool) -> dict[str, Any]:
     with forbidden_waits(device), it.ddp.no_sync():
         loss, _ = objective.loss(here, it.ddp(here, it._graphs), it.student, 1.0)
         loss.backward()  # type: ignore[no-untyped-call]
+    it.close()
     return {"losses": losses, "weights": weights}
 
 

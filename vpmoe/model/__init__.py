@@ -9,6 +9,7 @@
     norm = learner.step(learning_rate)                             changes the weights; the above does not
     outcome = learner.evaluate(batches)
     state.slices(learner), state.sizes(learner), state.restore(learner, read, steps)
+    learner.close()                                                before distributed.stop
 
 shapes.py imports no torch. This package contains nothing about Kubernetes, buckets, schedules or datasets.
 """

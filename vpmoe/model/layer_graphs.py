@@ -12,7 +12,8 @@ hooks would, so that sums over the ranks still run beside the backward. Embeddin
 without graphs, and so does everything that takes no gradient. `unsupported` says where there are none.
 
 With expert parallelism a layer's collectives are in its graphs. Ranks that share a set of experts have
-microbatches of the same shapes, so they capture and replay at the same time.
+microbatches of the same shapes, so they capture and replay at the same time. A communicator of NCCL does not
+end before the graphs that use it, so `close` comes before the process groups' end.
 """
 
 import logging
@@ -236,6 +237,13 @@ class LayerGraphs:
         shape.chain.inputs.fill(hidden_SbH, angle_Sb1D, batch)
         out: Tensor = _Replay.apply(hidden_SbH, angle_Sb1D, self, shape)  # type: ignore[no-untyped-call]
         return out
+
+    def close(self) -> None:
+        """Destroy the graphs."""
+        for shape in self._shapes.values():
+            for graph in shape.forwards + shape.backwards:
+                graph.reset()
+        self._shapes.clear()
 
     def _capture(self, hidden_SbH: Tensor, angle_Sb1D: Tensor, batch: Batch) -> _Shape:
         chain = LayerChain(self._layers, self._recomputed, Inputs.like(hidden_SbH, angle_Sb1D, batch))

@@ -76,6 +76,7 @@ class Learner:
     """A student in training, with its DDP and optimizer. Create it with `build`.
 
     A training step: forward_backward, step. A step whose loss or gradient is not finite changes nothing.
+    After the last one: `close`.
     """
 
     def __init__(
@@ -174,6 +175,12 @@ class Learner:
             graphs=graphs,
         )
 
+    def close(self) -> None:
+        """Destroy the layers' CUDA graphs. Without it distributed.stop waits for them for ever if there are
+        collectives in them."""
+        if self._graphs is not None:
+            self._graphs.close()
+
     def _layer_graphs(self, sharded_gradients: bool) -> LayerGraphs | None:
         student, config = self.student, self.student.config
         reason = unsupported(student.shape, self.device, sharded_gradients=sharded_gradients)
@@ -220,10 +227,10 @@ class Learner:
         self._check_shapes(batches)
         self._begin_gradients()
         sums = _Sums(self.device)
-        for batch in batches:
+        for number, batch in enumerate(batches):
             if self._empty is not None:
-                self._empty.fill_(batch is batches[0])
-            with self.ddp.no_sync() if batch is not batches[-1] else contextlib.nullcontext():
+                self._empty.fill_(number == 0)
+            with self.ddp.no_sync() if number < len(batches) - 1 else contextlib.nullcontext():
                 here = batch.to(self.device)
                 loss, logp_T = objective.loss(here, self.ddp(here, self._graphs), self.student, positions)
                 loss.backward()  # type: ignore[no-untyped-call]

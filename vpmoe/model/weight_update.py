@@ -60,9 +60,9 @@ class WeightUpdate:
         if it is less than 1. `weight_decay` applies to matrices, not to norms (the groups' wd_mult)."""
         factor = min(factor, 1.0)
         if self._kernel:
-            number = int(self._groups[0].steps[0]) + 1
-            torch._foreach_add_([step for group in self._groups for step in group.steps], 1)
-            self._kernel.step(number, self._factor * factor, learning_rate, weight_decay)
+            steps = [step for group in self._groups for step in group.steps]  # some ranks have empty groups
+            torch._foreach_add_(steps, 1)
+            self._kernel.step(int(steps[0]), self._factor * factor, learning_rate, weight_decay)
             return
         if factor < 1 and self._gradients:
             torch._foreach_mul_(self._gradients, factor)

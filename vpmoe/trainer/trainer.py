@@ -81,6 +81,7 @@ def train(context: StageContext) -> None:
             recomputed_layers=stage.microbatch.recomputed_layers,
             sharded_gradients=stage.microbatch.sharded_gradients,
         )
+        opened.enter_context(closing(learner))
         start = load_start(context, stage, learner)
         inputs = [
             context.dataset.inputs["tokenizer"],

@@ -55,6 +55,7 @@ class Step:
     """In the place of a captured graph: its replay runs the step."""
 
     replay: Callable[[], None]
+    reset: Callable[[], None] = lambda: None
 
 
 class Uncaptured(LayerGraphs):
@@ -142,6 +143,23 @@ def test_a_layer_waits_for_its_weights_before_its_graph(device: torch.device) ->
     chain: Any = SimpleNamespace(hidden=torch.zeros(1))
     graphs.replay_forward(_Shape(chain, replays, []))
     assert events == [one for number, layer in enumerate(graphs._layers) for one in (layer, number)]
+
+
+def test_closing_a_learner_destroys_its_graphs(device: torch.device) -> None:
+    """Of all shapes: NCCL would wait for those that are left."""
+    it = learner(device, SMALL)
+    it.close()  # without graphs
+    it._graphs = Uncaptured(it, 0)
+    destroyed: list[int] = []
+    graphs: list[Any] = [Step(lambda: None, lambda n=number: destroyed.append(n)) for number in range(4)]  # type: ignore[misc]
+    it._graphs._shapes = {
+        (1, 8): _Shape(SimpleNamespace(), graphs[:1], graphs[1:2]),  # type: ignore[arg-type]
+        (2, 8): _Shape(SimpleNamespace(), graphs[2:3], graphs[3:]),  # type: ignore[arg-type]
+    }
+    it.close()
+    assert destroyed == [0, 1, 2, 3] and not it._graphs._shapes
+    it.close()
+    assert len(destroyed) == 4
 
 
 def test_a_backward_after_the_next_forward_is_rejected(device: torch.device) -> None:

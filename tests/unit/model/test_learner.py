@@ -2,6 +2,8 @@
 weights that equal their rounded fp32 main parameters."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +64,22 @@ def test_a_second_step_without_new_gradients_is_rejected(device: torch.device, b
     it.step(1e-3)
     with pytest.raises(RuntimeError, match="there was none since the last step"):
         it.step(1e-3)
+
+
+def test_a_microbatch_that_is_given_twice_counts_twice(device: torch.device, batches: list[Batch]) -> None:
+    """As two equal ones do, in two steps. On a GPU only the first of a step stores gradients."""
+    first = batches[0]
+    results = []
+    for given in ([first, first], [first, replace(first)]):
+        it, empty = learner(device), []
+        it._empty = SimpleNamespace(fill_=empty.append)  # type: ignore[assignment]
+        norms = []
+        for _ in range(2):
+            it.forward_backward(given, *objective_of(given))
+            norms.append(it.step(1e-3))
+        assert empty == [True, False] * 2
+        results.append(norms)
+    assert results[0] == results[1]
 
 
 def test_a_wrong_number_of_positions_is_rejected(device: torch.device, batches: list[Batch]) -> None:
