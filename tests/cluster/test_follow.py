@@ -70,7 +70,8 @@ def test_a_run_is_watched_until_it_succeeds_and_its_logs_are_followed(harness: R
     watched = vpmoe(harness, "status", "killed", "--watch").stdout
     assert "Z Succeeded 100%: All 2 steps have succeeded" in watched
     assert re.search(r"step vanilla: Succeeded, 100%, .* of 6k tokens, attempt 2", watched)
-    left = {one["metadata"]["name"] for one in harness.get_object(POD, labelSelector=selector)["items"]}
+    items = harness.get_object(POD, labelSelector=selector)["items"]
+    left = {one["metadata"]["name"] for one in items if "deletionTimestamp" not in one["metadata"]}
     assert "killed-vanilla-a2-master-0" in left, "a worker that still ran at the end is deleted"
     for pod in pods & left:
         number = "0" if "master" in pod else "1"
