@@ -1,14 +1,11 @@
 """Experts divided over two GPUs, beside all experts on each: losses and gradients of the same global batch,
 with and without CUDA graphs. No layer waits for the GPU: expert_parallel_ranks.py tries it."""
 
-import sys
-import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-
-from vpmoe.process.launcher import Placement, free_port, launch_workers
 
 GRADIENT, FLOOR = 5e-2, 1e-3
 """Allowed relative error of a gradient's norm, beside 1e-3 of the largest of all parameters. A token's sum
@@ -20,15 +17,9 @@ such an error, about one choice in a hundred of each layer after the first mixtu
 
 
 @pytest.fixture(scope="module")
-def ranks(gpu: torch.device, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def ranks(on_two_gpus: Callable[[str], list[Any]]) -> list[Any]:
     """What each rank found."""
-    if torch.cuda.device_count() < 2:
-        pytest.fail(f"needs two GPUs; torch finds {torch.cuda.device_count()}")
-    folder = tmp_path_factory.mktemp("ranks")
-    placement = Placement(2, 0, 2, "127.0.0.1", free_port())
-    command = [sys.executable, "-m", "tests.fakes.expert_parallel_ranks", str(folder)]
-    assert launch_workers(placement, command, [], threading.Event()) == 0
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+    return on_two_gpus("tests.fakes.expert_parallel_ranks")
 
 
 def test_divided_experts_have_the_gradients_of_whole_ones(ranks: list[Any]) -> None:

@@ -1,26 +1,17 @@
 """Weights gathered beside the next forward, on two GPUs: the bits of a step that waits for them."""
 
-import sys
-import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from tests.fakes import gather_ranks
-from vpmoe.process.launcher import Placement, free_port, launch_workers
 
 
 @pytest.fixture(scope="module")
-def ranks(gpu: torch.device, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def ranks(on_two_gpus: Callable[[str], list[Any]]) -> list[Any]:
     """What each rank found."""
-    if torch.cuda.device_count() < 2:
-        pytest.fail(f"needs two GPUs; torch finds {torch.cuda.device_count()}")
-    folder = tmp_path_factory.mktemp("ranks")
-    placement = Placement(2, 0, 2, "127.0.0.1", free_port())
-    command = [sys.executable, "-m", "tests.fakes.gather_ranks", str(folder)]
-    assert launch_workers(placement, command, [], threading.Event()) == 0
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+    return on_two_gpus("tests.fakes.gather_ranks")
 
 
 @pytest.mark.parametrize("case", gather_ranks.CASES)
