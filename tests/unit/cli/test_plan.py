@@ -50,7 +50,7 @@ def test_as_json_it_has_numbers_and_null_for_what_is_not_known(
     preprocess, first, evaluate = found["steps"]
     assert preprocess["tokens"] == 2 * 10**9 and evaluate["step"] == "first-evaluate"
     assert preprocess["hours"] == pytest.approx(found["preprocessCpuHours"] / 8), "eight workers of one core"
-    assert first["gpus"] == {"train": 7} and first["tokensPerSecond"] == pytest.approx(7 * 70_200)
+    assert first["gpus"] == {"train": 7} and first["tokensPerSecond"] == pytest.approx(7 * 86_800)
     assert found["bucket"]["dataset"] == 10**10 and found["bucket"]["exported model"] == 12_059_789_854
     assert found["memory"][0]["fits"] is True and found["memory"][0]["items"]["weights"] == 12_059_789_854
     assert found["checkpoints"][0]["size"] == 72_358_739_124
