@@ -25,7 +25,7 @@ from demo.summary import summary
 from demo.teacher import SHARDS, make_teacher
 from devcluster import configuration, install
 from devcluster.access import environment
-from devcluster.cluster import Cluster, up
+from devcluster.cluster import Cluster, choice, up
 
 NAMESPACE = "default"
 RUN = "demo"
@@ -42,6 +42,12 @@ ANSWER_TOKENS = 192
 """Longest answer that is shown: it takes seconds on a CPU."""
 DEADLINE = 900
 """Seconds after which a run that has not ended is reported as stuck."""
+REMOVAL = {
+    "dev": "make down",
+    "kind": "make down CLUSTER=kind",
+    "current": f"kubectl delete distillrun {RUN} --namespace {NAMESPACE}",
+}
+"""Cluster → the command that removes it, or from a user's own cluster the run alone."""
 
 
 def say(text: str = "") -> None:
@@ -153,19 +159,23 @@ def report(cluster: Cluster, store: Any, run: dict[str, Any]) -> None:
     say(f"Checkpoint   {status['checkpoint']['manifest']}")
     say(f"Dataset      {status['provenance']['dataset']['manifest']}")
     say(f"Run          {folder}")
+    say("\nLook around:")
+    for command in look_around(cluster, folder):
+        say(f"  {command}")
+
+
+def look_around(cluster: Cluster, folder: str) -> list[str]:
+    """Commands that show more of the run with this folder, and the one that removes the selected cluster."""
     keys = f"AWS_ACCESS_KEY_ID={cluster.s3.access_key} AWS_SECRET_ACCESS_KEY={cluster.s3.secret_key}"
-    say(
-        f"""
-Look around:
-  export KUBECONFIG={cluster.kubeconfig} PATH={cluster.kubectl_path.parent}:$PATH
-  kubectl describe distillrun {RUN}
-  kubectl get pods --selector vpmoe.dev/run={RUN}
-  kubectl logs --selector vpmoe.dev/run={RUN},vpmoe.dev/step=onpolicy-sampler --tail=20
-  kubectl explain distillrun.spec.stages
-  AWS_ENDPOINT_URL={cluster.s3.endpoint} {keys} \\
-    .venv/bin/python -m vpmoe.storage verify {folder}
-  make down"""
-    )
+    return [
+        f"export KUBECONFIG={cluster.kubeconfig} PATH={cluster.kubectl_path.parent}:$PATH",
+        f"kubectl describe distillrun {RUN}",
+        f"kubectl get pods --selector vpmoe.dev/run={RUN}",
+        f"kubectl logs --selector vpmoe.dev/run={RUN},vpmoe.dev/step=onpolicy-sampler --tail=20",
+        "kubectl explain distillrun.spec.stages",
+        f"AWS_ENDPOINT_URL={cluster.s3.endpoint} {keys} .venv/bin/python -m vpmoe verify {folder}",
+        REMOVAL[choice()],
+    ]
 
 
 def read_metrics(store: Any, folder: str, stages: Iterable[str]) -> dict[str, list[dict[str, Any]]]:

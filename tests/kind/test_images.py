@@ -138,6 +138,17 @@ def test_trainer_and_inference_share_the_layer_with_torch(inspected: dict[str, A
     assert sum(sizes[own:]) > 0.8 * first["Size"], (own, sizes)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_guide_states_the_size_of_an_image(inspected: dict[str, Any], name: str) -> None:
+    guide = (ROOT / "docs/guides/containers.md").read_text()
+    (row,) = re.findall(rf"^\| `{name}` \|.*\| (.+) \|$", guide, re.MULTILINE)
+    sizes = [float(size) for size in re.findall(r"\d+(?:\.\d+)?", row)]
+    stated = sizes[1] if "VARIANT=cpu" in row else sizes[0]
+    unit = 1e9 if " GB" in row else 1e6
+    # Another base image, such as Docker Hub's, is some 10 MB larger or smaller.
+    assert inspected[name]["Size"] == pytest.approx(stated * unit, rel=0.02, abs=12e6)
+
+
 def secrets_of_this_machine() -> set[str]:
     """What must not get into an image: hosts of package indexes, credentials, paths of the checkout."""
     listed = subprocess.run(
