@@ -221,6 +221,7 @@ class _Planner:
             self._note_roles(stage)
         known = [step.hours for step in steps if step.step != PREPROCESS]
         gpu_hours = sum((step.hours or 0.0) * sum(step.gpus.values()) for step in steps)
+        checkpoints = [self._checkpoints(stage, speeds[stage.name]) for stage in self.spec.stages]
         return Plan(
             run=self.run.metadata.name,
             card=self.assumed.card.name,
@@ -231,8 +232,8 @@ class _Planner:
             gpu_hours=None if None in known else gpu_hours,
             preprocess_cpu_hours=self._cpu_hours(next(step for step in steps if step.step == PREPROCESS)),
             steps=steps,
-            checkpoints=[self._checkpoints(stage, speeds[stage.name]) for stage in self.spec.stages],
-            bucket=self._bucket(),
+            checkpoints=checkpoints,
+            bucket=self._bucket(checkpoints),
             memory=memory,
             problems=self._problems(memory),
             sources=self.sources,
@@ -569,7 +570,7 @@ class _Planner:
             }
         )
 
-    def _checkpoints(self, stage: Stage, speed: float | None = None) -> CheckpointPlan:
+    def _checkpoints(self, stage: Stage, speed: float | None) -> CheckpointPlan:
         """The checkpoints of a stage that trains `speed` tokens a second, None if that is not known."""
         student, training = self.spec.student, self.spec.training
         policy = training.checkpoint
@@ -607,7 +608,7 @@ class _Planner:
             StepPlan(f"{stage.name}-{EVALUATE}", "", None, {"evaluate": 1}, seconds / 3600, None, "evaluate")
         ]
 
-    def _bucket(self) -> dict[str, int | None]:
+    def _bucket(self, checkpoints: Sequence[CheckpointPlan]) -> dict[str, int | None]:
         """Bytes at the end of the run by kind."""
         tokens = self.assumed.dataset_tokens
         found: dict[str, int | None] = {"dataset": tokens * TOKEN_BYTES if tokens is not None else None}
@@ -620,9 +621,7 @@ class _Planner:
             found["policy versions"] = self.size.weights * max(
                 HELD_VERSIONS + -(-stage.staleness // stage.publish_every) for stage in self.onpolicy
             )
-        found["checkpoints"] = sum(
-            one.kept * one.size for stage in self.spec.stages for one in [self._checkpoints(stage)]
-        )
+        found["checkpoints"] = sum(one.kept * one.size for one in checkpoints)
         found["exported model"] = self.size.weights
         return found
 

@@ -180,6 +180,13 @@ def test_hours_of_a_run_by_hand() -> None:
         # 7 GPUs, one pod: 72.4 GB. Number, interval, upload, host GB, grace.
         pytest.param({}, 10_000.0, 1e9, (20, 714, 72, 72, 640), id="by-tokens"),
         pytest.param({}, 1000.0, 1e9, (80, 1800, 72, 72, 640), id="by-time"),
+        pytest.param(
+            {"spec.training.checkpoint": {"everyTokens": "1B"}},
+            1000.0,
+            1e9,
+            (80, 1800, 72, 72, 640),
+            id="by-time-alone",
+        ),
         pytest.param({}, 70_000.0, 0.25e9, (8, 289, 289, 72, 640), id="by-the-bucket"),
         pytest.param(
             {"spec.training.checkpoint": {"interval": "0s"}},
@@ -206,6 +213,7 @@ def test_checkpoints_come_by_tokens_or_time_and_as_fast_as_the_bucket_takes_them
         round(found.host_bytes / 1e9),
         found.grace_seconds,
     )
+    assert plan.bucket["checkpoints"] == found.kept * found.size
     shown = plan_text(plan)
     assert f"{found.grace_seconds}" in shown and "host memory for copies" in shown
     slow = [one for one in plan.sources if one.startswith("grace:")]
