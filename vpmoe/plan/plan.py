@@ -630,7 +630,8 @@ class _Planner:
         card = f"{self.assumed.memory / GIB:.1f} GiB"
         problems = [
             f"spec.student: {_WHO[role.role]} of {role.step} needs {-(-role.needed // GIB)} GiB on each of "
-            f"its {role.gpus} GPUs, and a GPU has {card} (spec.runtime.gpuMemory). {_REMEDIES[role.role]}"
+            f"its {role.gpus} GPU{'s' * (role.gpus > 1)}, and a GPU has {card} (spec.runtime.gpuMemory or "
+            f"--gpu). {_REMEDIES[role.role]}"
             for role in memory
             if not role.fits and role.role != "teacher"
         ]

@@ -140,8 +140,12 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Captur
 def test_a_prompt_without_room_for_an_answer_is_rejected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", write(tmp_path), "--prompt", "8192"]) == 65
-    assert "--prompt 8192 leaves no room" in capsys.readouterr().err
+    """Only if a stage samples: others have no prompts, and sequences may be shorter than the default."""
+    sampling = write(tmp_path, **{"spec.stages": [valid_specs.ONPOLICY], "spec.training.sequenceLength": 128})
+    assert main(["plan", sampling]) == 65
+    assert "--prompt 128 leaves no room" in capsys.readouterr().err
+    assert main(["plan", write(tmp_path, **{"spec.training.sequenceLength": 128})]) == 0
+    assert "(h100-80), without preprocessing\n" in capsys.readouterr().out, "no teacher in the head line"
 
 
 @pytest.mark.parametrize(
