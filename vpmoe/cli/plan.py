@@ -113,8 +113,8 @@ def assumptions(planned: DistillRun, arguments: argparse.Namespace) -> "Assumpti
     if arguments.prompt >= length and any(stage.samples for stage in planned.spec.stages):
         raise Invalid(
             [
-                f"--prompt {arguments.prompt} leaves no room for an answer in training.sequenceLength {length}. "
-                "Give the length of your prompts, or raise training.sequenceLength"
+                f"--prompt {arguments.prompt} leaves no room for an answer in training.sequenceLength "
+                f"{length}. Give the length of your prompts, or raise training.sequenceLength"
             ],
             str(arguments.file),
         )

@@ -9,6 +9,7 @@ from itertools import takewhile
 from vpmoe.api.card import GIB
 from vpmoe.api.layout import layout, teacher_processes
 from vpmoe.api.memory import STUDENTS
+from vpmoe.api.microbatch import FIXED, MOST, time_of_stage
 from vpmoe.api.quantities import parse_quantity
 from vpmoe.api.rules import RULES
 from vpmoe.api.run import EVALUATE, INIT, PREPROCESS, RESCORE, DistillRun
@@ -422,7 +423,7 @@ class _Planner:
             )
         if self.run.measures_validity(stage):
             gpus |= {"evaluate": min(1, self.spec.teacher.gpus)}
-        speed = self._speed("train")
+        speed = self._training_speed(stage)
         seconds = {"train": stage.tokens / (shape.ranks * speed) if speed else None}
         if stage.runs_teacher:
             teachers = teacher_processes(self.spec.teacher, self.spec.student, stage)
@@ -437,6 +438,29 @@ class _Planner:
         if stage.runs_teacher:
             self._note_split(stage, busy["train"])
         return self._trained(stage, gpus, longest, busy)
+
+    def _training_speed(self, stage: Stage) -> float | None:
+        """Tokens a second of one GPU that trains on the dataset; notes where it comes from.
+
+        A measured one is of microbatches of MOST positions without recomputed layers; the stage's own may
+        take longer, by their rule. A given one is that of a run, so of its microbatches.
+        """
+        speed = self._speed("train")
+        if speed is None or "train" in self.assumed.speeds:
+            return speed
+        teacher, spec = self.assumed.teacher, self.spec
+        width = teacher.hidden if teacher is not None and stage.runs_teacher else None
+        microbatch = trainer_microbatch(spec, stage, self.assumed.memory, width)
+        sequences = layout(spec.student, spec.training, stage).sequences_per_rank
+        positions = sequences * spec.training.sequence_length
+        longer = time_of_stage(microbatch, spec, stage, sequences) / positions / (1 + FIXED / MOST)
+        if longer < 1.005:
+            return speed
+        self._note(
+            f"{stage.name}: trains {speed / longer:,.0f} tokens/s a GPU, because its microbatches are "
+            "shorter than those that were measured, or have recomputed layers or sharded gradients"
+        )
+        return speed / longer
 
     def _trained(
         self, stage: Stage, gpus: Mapping[str, int], seconds: float | None, busy: dict[str, float]
@@ -484,7 +508,7 @@ class _Planner:
     def _note_split(self, stage: Stage, busy: float) -> None:
         """Notes how busy the students of a TeacherForced stage are, and how its GPUs are split best."""
         spec = self.spec
-        teacher, student = self._speed("hidden"), self._speed("train")
+        teacher, student = self._speed("hidden"), self._training_speed(stage)
         assert teacher is not None and student is not None
         teachers = teacher_processes(spec.teacher, spec.student, stage)
         gpus = spec.teacher.gpus + spec.student.gpus
