@@ -527,7 +527,7 @@ def test_only_iterations_are_checkpoints(context: StageContext, device: torch.de
     for name in names:
         context.bucket.put_bytes(f"{folder}/{name}/manifest.json", b"{}", {})
     assert list_iterations(context.bucket, folder) == [3]
-    prune(context.bucket, folder, 1)
+    prune(context.bucket, folder, 1, latest=3)
     assert all(context.bucket.exists(f"{folder}/{name}/manifest.json") for name in (*names, "3"))
 
 
