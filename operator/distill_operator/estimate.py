@@ -43,5 +43,6 @@ def estimated_end(run: DistillRun, status: Status) -> datetime | None:
 def _planned_steps(run: DistillRun) -> list[StepPlan]:
     """The steps of the run's plan, in order; rescoring is before the stages, beside which it runs."""
     written = run.spec.runtime.gpu_memory
-    card = suggested_card(parse_card_memory(written) if written else None)
-    return plan_steps(run, Assumptions(card, card.memory, known_teacher(run.spec.teacher.model)))
+    memory = parse_card_memory(written) if written else None
+    card = suggested_card(memory)
+    return plan_steps(run, Assumptions(card, memory or card.memory, known_teacher(run.spec.teacher.model)))

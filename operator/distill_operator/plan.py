@@ -43,6 +43,7 @@ from distill_operator.step_logic import (
 )
 from distill_operator.step_timers import CLEARING, StepTimer
 from vpmoe.api import DistillRun
+from vpmoe.api.quantities import as_timedelta
 from vpmoe.api.run import needs_gpus
 from vpmoe.api.status import ChildRef, RunProvenance, StepStatus
 
@@ -282,7 +283,7 @@ def _expire(builder: PlanBuilder, run: DistillRun) -> None:
     ttl, finished = run.spec.ttl_after_finished, builder.status.finished
     if ttl is None or finished is None:
         return
-    end = finished + timedelta(seconds=ttl)
+    end = finished + as_timedelta(ttl)
     if builder.now >= end:
         builder.actions.append(DeleteRun())
     else:

@@ -15,7 +15,7 @@ from distill_operator.plan_builder import StepContext
 from distill_operator.pod_diagnosis import Failure
 from distill_operator.step_images import merge_images
 from distill_operator.step_timers import HELD, retry_pause
-from vpmoe.api.quantities import format_duration
+from vpmoe.api.quantities import as_timedelta, format_duration
 from vpmoe.api.status import (
     INTERRUPTIONS_EXHAUSTED,
     AttemptOutcome,
@@ -265,13 +265,13 @@ def _must_restart(context: StepContext) -> bool:
     if context.run.spec.runtime.on_stall == "Report":
         return False
     if context.timer is not None:
-        left = timedelta(seconds=context.run.spec.runtime.stalled_after) - context.timer.unchanged
+        left = as_timedelta(context.run.spec.runtime.stalled_after) - context.timer.unchanged
         context.requeue_after(left)
     return _hangs(context) and (not context.serves_trainer or _hangs(context.trainer))
 
 
 def _hangs(context: StepContext) -> bool:
-    limit = timedelta(seconds=context.run.spec.runtime.stalled_after)
+    limit = as_timedelta(context.run.spec.runtime.stalled_after)
     if context.step.state != "Running" or context.timer is None or context.timer.unchanged < limit:
         return False
     child = context.observation.child
@@ -325,7 +325,7 @@ def check_stalled(context: StepContext, reason: str, message: str) -> None:
 
     While its progress cannot be read, it is not known whether it makes any.
     """
-    step, limit = context.step, timedelta(seconds=context.run.spec.runtime.stalled_after)
+    step, limit = context.step, as_timedelta(context.run.spec.runtime.stalled_after)
     if step.progressed is None:
         return
     if context.idle < limit:

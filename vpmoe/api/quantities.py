@@ -5,6 +5,7 @@ In Python a field holds a plain int (tokens or seconds). A duration is serialize
 
 import re
 from dataclasses import dataclass
+from datetime import timedelta
 from decimal import Decimal
 from typing import Annotated, Any
 
@@ -33,6 +34,7 @@ _UNITS = {
 }
 """Suffix of a Kubernetes quantity → its factor."""
 _LONGEST = 24
+_CENTURY = 36_525 * 86_400
 _SECONDS = {"d": 86_400, "h": 3_600, "m": 60, "s": 1}
 
 
@@ -83,6 +85,12 @@ def format_duration(seconds: int) -> str:
         if count:
             parts.append(f"{count}{unit}")
     return "".join(parts) or "0s"
+
+
+def as_timedelta(seconds: int) -> timedelta:
+    """A duration for sums with times of today. One above a century, which the API allows, is a century: no
+    datetime is after the year 9999."""
+    return timedelta(seconds=min(seconds, _CENTURY))
 
 
 def parse_quantity(text: str) -> float:

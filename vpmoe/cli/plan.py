@@ -109,12 +109,12 @@ def assumptions(planned: DistillRun, arguments: argparse.Namespace) -> "Assumpti
     written = planned.spec.runtime.gpu_memory
     memory = parse_card_memory(written) if written and not arguments.gpu else None
     card = BY_NAME[arguments.gpu] if arguments.gpu else suggested_card(memory)
-    room = planned.spec.training.sequence_length - arguments.prompt
-    if room < 1:
+    length = planned.spec.training.sequence_length
+    if arguments.prompt >= length and any(stage.samples for stage in planned.spec.stages):
         raise Invalid(
             [
                 f"--prompt {arguments.prompt} leaves no room for an answer in training.sequenceLength "
-                f"{planned.spec.training.sequence_length}. Lower it"
+                f"{length}. Give the length of your prompts, or raise training.sequenceLength"
             ],
             str(arguments.file),
         )

@@ -54,10 +54,12 @@ def plan_text(plan: Plan) -> str:
             f"after {hours(plan.preprocess.hours)} hours of preprocessing "
             f"({hours(plan.preprocess_cpu_hours)} CPU hours)"
         )
+    teacher = ""
+    if any("teacher" in step.gpus for step in plan.steps):
+        teacher = f"; teacher {plan.teacher or 'of unknown size'}"
     head = (
         f"{plan.run}: {hours(plan.hours)} hours and {hours(plan.gpu_hours)} GPU hours on {plan.gpus} GPUs of "
-        f"{plan.card_memory / GIB:.1f} GiB ({plan.card}), {before}; teacher "
-        f"{plan.teacher or 'of unknown size'}"
+        f"{plan.card_memory / GIB:.1f} GiB ({plan.card}), {before}{teacher}"
     )
     sources = "\n".join(f"- {source}" for source in plan.sources)
     tables = (steps, checkpoints, saving, bucket, microbatch_rows(plan.memory), memory_rows(plan.memory))

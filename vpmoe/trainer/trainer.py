@@ -173,6 +173,7 @@ class Trainer:
             if overdue and not agreed.writing:
                 self._save(state)
                 overdue = late = False
+                agreed = agreed._replace(writing=True, overdue=False)  # another now would wait for this one
             elif overdue and not late:
                 self._tell_late(state)
                 late = True

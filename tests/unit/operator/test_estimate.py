@@ -9,6 +9,7 @@ from distill_operator.estimate import estimated_end
 
 from tests.fakes.simulated_cluster import SimulatedCluster, progress, training_run
 from vpmoe.api import load_run
+from vpmoe.api.card import parse_card_memory
 from vpmoe.api.status import Status, StepStatus
 from vpmoe.plan.plan import Assumptions, make_plan
 from vpmoe.plan.teacher import KNOWN
@@ -32,8 +33,8 @@ def training(stage: str, speed: float | None, **step: Any) -> Status:
 def test_later_steps_take_the_plans_time_times_the_factor_of_the_present_stage(
     stage: str, slower: float
 ) -> None:
-    card = CARDS["h200-141"]  # 141G, as the example says
-    plan = make_plan(FULL, Assumptions(card, card.memory, KNOWN["gpt-oss-20b"]))
+    card, memory = CARDS["h200-141"], parse_card_memory("141G")  # as the example says
+    plan = make_plan(FULL, Assumptions(card, memory, KNOWN["gpt-oss-20b"]))
     hours = {row.step: row.hours for row in plan.steps}
     speed = next(row.tokens_per_second for row in plan.steps if row.step == stage) / slower
     total = FULL.stage(stage).tokens

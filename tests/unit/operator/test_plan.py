@@ -1119,6 +1119,19 @@ def test_a_finished_run_is_deleted_after_ttl_after_finished(failed: bool) -> Non
     assert cluster.reconcile().actions == (DeleteRun(),)
 
 
+def test_durations_beyond_the_calendar_are_never_reached() -> None:
+    """The API server accepts them, and no datetime has them."""
+    never = "9" * 23 + "d"
+    cluster = training_run(ttlAfterFinished=never, runtime={"onStall": "Restart", "stalledAfter": never})
+    cluster.advance(3600)
+    assert cluster.reconcile().actions == ()
+    cluster.set_child_state("Succeeded")
+    cluster.set_progress(progress("vanilla", state="Succeeded", iteration=6, done=1000))
+    assert cluster.reconcile().status.phase == "Succeeded"
+    cluster.advance(3600)
+    assert cluster.reconcile().actions == ()
+
+
 def test_children_of_old_attempts_are_deleted() -> None:
     cluster = training_run()
     for attempt in range(1, 6):

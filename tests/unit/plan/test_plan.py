@@ -19,7 +19,16 @@ from vpmoe.inference import teacher_hidden
 from vpmoe.plan import memory, onpolicy, throughput
 from vpmoe.plan.memory import MicrobatchPlan
 from vpmoe.plan.onpolicy import rollout_totals
-from vpmoe.plan.plan import CHART_CORES, Assumptions, Plan, make_plan, plan_steps, splits
+from vpmoe.plan.plan import (
+    CHART_CORES,
+    DIVISIONS,
+    Assumptions,
+    Plan,
+    divisions,
+    make_plan,
+    plan_steps,
+    splits,
+)
 from vpmoe.plan.sampling import ENGINES, SAMPLING_SHARE, divide_card
 from vpmoe.plan.scoring import LEAST_TOKENS, MOST_TOKENS, forward_tokens, needed_to_score, teacher_share
 from vpmoe.plan.table import memory_rows, plan_text
@@ -180,6 +189,13 @@ def test_hours_of_a_run_by_hand() -> None:
         # 7 GPUs, one pod: 72.4 GB. Number, interval, upload, host GB, grace.
         pytest.param({}, 10_000.0, 1e9, (20, 714, 72, 72, 640), id="by-tokens"),
         pytest.param({}, 1000.0, 1e9, (80, 1800, 72, 72, 640), id="by-time"),
+        pytest.param(
+            {"spec.training.checkpoint": {"everyTokens": "1B"}},
+            1000.0,
+            1e9,
+            (80, 1800, 72, 72, 640),
+            id="by-time-alone",
+        ),
         pytest.param({}, 70_000.0, 0.25e9, (8, 289, 289, 72, 640), id="by-the-bucket"),
         pytest.param(
             {"spec.training.checkpoint": {"interval": "0s"}},
@@ -206,6 +222,7 @@ def test_checkpoints_come_by_tokens_or_time_and_as_fast_as_the_bucket_takes_them
         round(found.host_bytes / 1e9),
         found.grace_seconds,
     )
+    assert plan.bucket["checkpoints"] == found.kept * found.size
     shown = plan_text(plan)
     assert f"{found.grace_seconds}" in shown and "host memory for copies" in shown
     slow = [one for one in plan.sources if one.startswith("grace:")]
@@ -667,6 +684,18 @@ def test_a_teacher_too_large_for_vllm_is_refused_in_every_step_that_uses_it() ->
     )
     teacher = [problem for problem in plan.problems if problem.startswith("spec.teacher.model")]
     assert len(teacher) == 2 and "step rescore holds" in teacher[0] and "onpolicy-teacher" in teacher[1]
+
+
+def test_of_many_divisions_the_best_are_held() -> None:
+    """All of the largest run's would take gigabytes."""
+    work = {"teacher": 3.0, "sampler": 5.0, "train": 2.0}
+    found = [max(work[role] / way[role] for role in work) for way in divisions(64, work)]
+    slowest = (
+        max(3 / teacher, 5 / sampler, 2 / (64 - teacher - sampler))
+        for teacher in range(1, 63)
+        for sampler in range(1, 64 - teacher)
+    )
+    assert found == sorted(slowest)[:DIVISIONS]
 
 
 def test_speeds_are_those_of_the_benchmarks_page() -> None:

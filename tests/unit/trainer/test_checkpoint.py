@@ -214,6 +214,20 @@ def test_the_newest_checkpoints_are_kept_and_leftovers_of_a_killed_attempt_are_d
     assert not context.bucket.exists(leftover)
 
 
+def test_a_rejected_checkpoint_does_not_count_as_kept(
+    context: StageContext, device: torch.device, s3: S3
+) -> None:
+    """Four are kept, and the newest four are damaged. What the attempt that passed them over writes stays:
+    the next one resumes there."""
+    good, learner = filled(device, 1.0), filled(device, 2.0)
+    save_checkpoints(context, good, *(state_at(iteration) for iteration in (7, 8, 9, 10)))
+    for iteration in (7, 8, 9, 10):
+        folder = s3.folder / context.bucket.name / paths.checkpoint(context.run, "vanilla", iteration)
+        truncate(folder / rank_file(0))
+    save_checkpoints(context, good, state_at(5), state_at(6))
+    assert start_of(context, learner).state == state_at(6) and equal_states(learner, good)
+
+
 def test_a_checkpoint_of_another_number_of_ranks_is_read_by_its_slices(
     context: StageContext, device: torch.device, tmp_path: Path
 ) -> None:
@@ -513,7 +527,7 @@ def test_only_iterations_are_checkpoints(context: StageContext, device: torch.de
     for name in names:
         context.bucket.put_bytes(f"{folder}/{name}/manifest.json", b"{}", {})
     assert list_iterations(context.bucket, folder) == [3]
-    prune(context.bucket, folder, 1)
+    prune(context.bucket, folder, 1, latest=3)
     assert all(context.bucket.exists(f"{folder}/{name}/manifest.json") for name in (*names, "3"))
 
 

@@ -175,7 +175,7 @@ def train_by_hand(trainer: Trainer, learner: Learner, bad: int) -> int:
 
 
 def test_a_bad_step_is_skipped_and_recorded_and_training_is_as_if_it_had_no_batch(
-    make_trainer: MakeTrainer, spec: dict[str, Any], device: torch.device
+    make_trainer: MakeTrainer, spec: dict[str, Any], device: torch.device, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The reference trains by hand on the other steps. A resumed stage ends with the same bits and state."""
     spec["metadata"]["name"] = "alone"
@@ -233,6 +233,13 @@ def test_a_bad_step_is_skipped_and_recorded_and_training_is_as_if_it_had_no_batc
     resumed.run()
     resumed_end = load_stage_end(resumed.context.bucket, paths.checkpoints(resumed.context.run, "vanilla"))
     assert equal_states(resumed.learner, reference) and resumed_end is not None and resumed_end[1] == end[1]
+
+    # Rank 0 alone says it.
+    assert any("was skipped: loss nan (rank 0)" in message for message in caplog.messages)
+    caplog.clear()
+    resumed.reporter.uploader = None
+    resumed.reporter.log_skipped(end[1], tokens=1, seconds=1.0)
+    assert not caplog.messages
 
 
 class LocalTeacher:

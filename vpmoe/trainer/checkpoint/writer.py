@@ -150,7 +150,7 @@ class CheckpointWriter:
             len(subjects),
             sum(one.size for one in subjects) / 1e6,
         )
-        prune(bucket, paths.checkpoints(run, at.stage), run.spec.training.checkpoint.keep)
+        prune(bucket, paths.checkpoints(run, at.stage), run.spec.training.checkpoint.keep, at.iteration)
 
     def _put(self, key: str, file: FileCopy) -> Stored:
         return self._context.bucket.put_parts(
@@ -169,14 +169,15 @@ class CheckpointWriter:
                 ) from fault
 
 
-def prune(bucket: Bucket, folder: str, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints of a stage, and what killed attempts left before those.
-    The stage's last always stays, and so does what no job writes there."""
-    kept = list_iterations(bucket, folder)[:keep]
+def prune(bucket: Bucket, folder: str, keep: int, latest: int) -> None:
+    """Delete all but the `keep` newest checkpoints of a stage up to `latest`, and what killed attempts left
+    before those. Newer ones were rejected when this attempt began: they stay, and count for nothing. What no
+    job writes there stays too."""
+    kept = [iteration for iteration in list_iterations(bucket, folder) if iteration <= latest][:keep]
     names = {found.key.removeprefix(folder + "/").partition("/")[0] for found in bucket.list(folder + "/")}
     present = {iteration for name in names if (iteration := iteration_of(name)) is not None}
     for iteration in sorted(present - set(kept)):
-        if iteration < kept[0]:
+        if iteration < latest:
             bucket.delete_prefix(f"{folder}/{iteration}")
 
 

@@ -138,8 +138,8 @@ class StageReporter:
         """Add the line of the step that was skipped and led to `state`."""
         self._speed.append((tokens, seconds))
         skipped = state.skipped[-1]
-        log.warning("%s", _why_skipped(skipped))
         if self.uploader:
+            log.warning("%s", _why_skipped(skipped))  # once, and not by every rank
             line = SkippedLine(
                 **self._position(state),
                 number=skipped.number,
