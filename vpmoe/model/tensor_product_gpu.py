@@ -77,6 +77,7 @@ class _Projections(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         factors, angle = factors.contiguous(), angle.contiguous()
         first_value = None if first_value is None else first_value.contiguous()
+        inputs = factors, bias, query_weight, key_weight, angle, first_value, value_mix
         positions = factors.numel() // factors.shape[-1]
         query, key, value = (
             factors.new_empty(*factors.shape[:-1], count, heads.width)
@@ -84,13 +85,7 @@ class _Projections(torch.autograd.Function):
         )
         block, warps = FORWARD
         _forward[(triton.cdiv(positions, block),)](
-            factors,
-            bias,
-            query_weight,
-            key_weight,
-            angle,
-            first_value,
-            value_mix,
+            *inputs,
             query,
             key,
             value,
@@ -101,7 +96,7 @@ class _Projections(torch.autograd.Function):
             block,
             num_warps=warps,
         )
-        ctx.save_for_backward(factors, bias, query_weight, key_weight, angle, first_value, value_mix)
+        ctx.save_for_backward(*inputs)
         ctx.epsilon, ctx.heads = epsilon, heads
         return query, key, value
 
@@ -110,7 +105,7 @@ class _Projections(torch.autograd.Function):
     def backward(
         ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor
     ) -> tuple[Tensor | None, ...]:
-        factors, bias, query_weight, key_weight, angle, first_value, value_mix = ctx.saved_tensors
+        factors, bias, query_weight, key_weight, angle, first_value, value_mix = inputs = ctx.saved_tensors
         heads: Heads = ctx.heads
         positions = factors.numel() // factors.shape[-1]
         block, warps, steps = BACKWARD
@@ -126,13 +121,7 @@ class _Projections(torch.autograd.Function):
             grad_query.contiguous(),
             grad_key.contiguous(),
             grad_value.contiguous(),
-            factors,
-            bias,
-            query_weight,
-            key_weight,
-            angle,
-            first_value,
-            value_mix,
+            *inputs,
             grad_factors,
             grad_first,
             grad_angle,
