@@ -22,6 +22,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 from vpmoe.model.attention_gpu import packed_attention
+from vpmoe.model.batch import runs_of
 
 HEADS, GROUPS, WIDTH, WINDOW = 8, 2, 128, 128
 FLOPS, BYTES = 790e12, 4.8e12
@@ -130,11 +131,9 @@ class Attention:
         self.flex = torch.compile(flex_attention, dynamic=False)
         self.block_mask = torch.compile(create_block_mask, dynamic=False)
 
-    def ours(self, boundaries: Tensor, window: int | None) -> Tensor:
+    def ours(self, runs: Tensor, window: int | None) -> Tensor:
         slopes = self.slopes if window is None else None
-        return packed_attention(
-            *self.inputs[:3], boundaries, window=window, slopes_h=slopes, offset_h=self.offset
-        )
+        return packed_attention(*self.inputs[:3], runs, window=window, slopes_h=slopes, offset_h=self.offset)
 
     def flash(self, boundaries: Tensor, longest: int, window: int | None) -> Tensor:
         return GatedFlash.apply(*self.inputs, boundaries, longest, -1 if window is None else window - 1)
@@ -197,11 +196,12 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     for name, lengths in {"documents": packing(args.tokens, 0), "one document": [args.tokens]}.items():
         boundaries, longest = bounds(lengths), max(lengths)
+        runs = runs_of(boundaries)
         for kind, window in {"local": WINDOW, "global": None}.items():
             floor = floors(lengths, window)
             print(f"{name}, {kind}: floor forward {floor[0]:.3f} ms, with backward {sum(floor):.3f} ms")
             mask = attention.mask(lengths, window)
-            attention.report("ours", floor, lambda w=window, b=boundaries: attention.ours(b, w))
+            attention.report("ours", floor, lambda w=window, r=runs: attention.ours(r, w))
             attention.report("FlexAttention", floor, lambda w=window, m=mask: attention.flexible(m, w))
             if window is not None:
                 attention.report(
@@ -216,7 +216,7 @@ def main() -> None:
     for seed in range(1, args.packings + 1):
         lengths = packing(args.tokens, seed)
         for window in (WINDOW, None):
-            attention.gradients(attention.ours(bounds(lengths), window))
+            attention.gradients(attention.ours(runs_of(bounds(lengths)), window))
     ours = len(compiled)
     for seed in range(1, args.packings + 1):
         for window in (WINDOW, None):

@@ -45,6 +45,11 @@ class GpuTimes:
         event.record()  # type: ignore[no-untyped-call]
         self._steps[-1].append((name, event))
 
+    def _begin_forward(self) -> None:
+        """What ends here is the backward of the microbatch before, if there is one."""
+        latest, _ = self._steps[-1][-1]
+        self.mark("start" if latest == "begin" else "backward")
+
     def watched(self, objective: Objective) -> Objective:
         """The objective, whose loss is marked as a part of its own."""
         loss = objective.loss
@@ -77,7 +82,7 @@ class GpuTimes:
                     work.wait()
                 self.mark("gather")
 
-        hook = learner.ddp.register_forward_pre_hook(lambda *_: self.mark("backward"))
+        hook = learner.ddp.register_forward_pre_hook(lambda *_: self._begin_forward())
         with (
             patch.object(learner.ddp, "finish_grad_sync", finish_sums),
             patch.object(learner.gather, "start", start_gather),

@@ -333,6 +333,7 @@ def print_parts(shape: Shape, case: Case, cost: Cost, rate: float, device: torch
     again = case.recomputed / shape.layers
     update = shape.parameters() / ranks * UPDATE_BYTES / copy_rate(device)
     floors = {
+        "start": ("before the first forward", 0.0, ""),
         "forward": ("forward of the layers", 2e3 * inside / rate, "their products"),
         "head": ("loss head", 6e3 * head / rate, "three products of its targets"),
         "backward": ("backward of the layers", (4 + 2 * again) * 1e3 * inside / rate, "their products"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vpmoe.model.attention_gpu import packed_attention
+from vpmoe.model.batch import runs_of
 
 BF16 = 1e-2
 """Allowed relative error of a norm: weights and their gradients are rounded to bf16 (2⁻⁹) before a product,
@@ -54,7 +55,7 @@ class Case:
             query,
             key,
             value,
-            self.boundaries,
+            runs_of(self.boundaries),
             window=self.kind.window,
             slopes_h=self.slopes,
             offset_h=offset[0] if offset else None,

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from vpmoe.api import DistillRun
 from vpmoe.data.index import index_bytes
+from vpmoe.data.inputs import Inputs, InputShard
 from vpmoe.provenance import Provenance
-from vpmoe.storage import Bucket, manifest
+from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Input, Manifest
 from vpmoe.teacher.scores import training_content
 from vpmoe.trainer.context import StageContext
@@ -70,8 +71,22 @@ def write_dataset(bucket: Bucket, train: Sequence[Documents], valid: Sequence[Do
                     bucket.put_bytes(f"{folder}/{split}/part-{number:05d}.{file}", data, {}).subject(folder)
                 )
         facts[split] = {"documents": sum(len(documents) for documents in parts)}
-    statement = manifest.statement("dataset", subjects, {"id": HEX, "splits": facts}, PROVENANCE, [TOKENIZER])
+    conversation = {"identity": "", "knowledgeCutoff": "", "date": None, "effort": "low"}
+    dataset = {
+        "id": HEX,
+        "parts": len(train),
+        "settings": {"conversation": conversation, "maxLength": 512},
+        "splits": facts,
+    }
+    statement = manifest.statement("dataset", subjects, dataset, PROVENANCE, [TOKENIZER])
     return manifest.write(bucket, f"{folder}/manifest.json", statement)
+
+
+def resolve(run: DistillRun, bucket: Bucket) -> None:
+    """Have the run's jobs find the dataset that write_dataset writes, whatever its source is."""
+    shard = InputShard(f"s3://{bucket.name}/input/0.parquet", 1, "0")
+    inputs = Inputs(run.spec.dataset.source, None, (shard,))
+    bucket.write_json(paths.inputs(run), {"dataset": HEX, "inputs": inputs.as_json()})
 
 
 def write_scores(

@@ -51,9 +51,11 @@ class LocalJobs:
         )
         return path
 
-    def start(self, job: str, file: Path, *arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    def start(
+        self, job: str, file: Path, *arguments: str, package: str = "jobs", **environment: str
+    ) -> "subprocess.Popen[str]":
         process = subprocess.Popen(
-            [sys.executable, "-m", f"jobs.{job}", "--run", str(file), *arguments],
+            [sys.executable, "-m", f"{package}.{job}", "--run", str(file), *arguments],
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
@@ -75,6 +77,12 @@ class LocalJobs:
         _, log = process.communicate(timeout=400)
         assert process.returncode == 0, log
         return log
+
+    def kill(self) -> None:
+        """Kill what still runs, because a test failed."""
+        for process in self.started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager
@@ -114,9 +122,7 @@ def prepared_bucket(
         it.bucket.put_file(f"models/teacher/{path.name}", path, {})
     it.finish("preprocess", file)
     yield it
-    for process in it.started:
-        if process.poll() is None:  # a test failed while it ran
-            os.killpg(process.pid, signal.SIGKILL)
+    it.kill()
     shutil.rmtree(s3.folder / name)  # checkpoints are 300 MB each
 
 

@@ -16,6 +16,7 @@ from tests.fakes.attention_cases import (
 )
 from tests.fakes.students import new_seed
 from vpmoe.model.attention_gpu import ORDER_BLOCK, _most_work_first
+from vpmoe.model.batch import runs_of
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
@@ -76,16 +77,12 @@ def test_documents_do_not_see_each_other(gpu: torch.device, kind: Kind) -> None:
 def test_tiles_with_most_work_come_first(gpu: torch.device, positions: int) -> None:
     torch.manual_seed(new_seed())
     ends = [*(torch.rand(20) * positions).int().unique()[1:].tolist(), positions]
-    boundaries = torch.tensor([0, *ends], device=gpu)
-    lengths = boundaries.diff()
-    spans = torch.stack(
-        [boundaries[:-1].repeat_interleave(lengths), boundaries[1:].repeat_interleave(lengths)]
-    )
+    runs = runs_of(torch.tensor([0, *ends], device=gpu))
     tiles = -(-positions // 64)
     order = torch.full((tiles,), -1, dtype=torch.int32, device=gpu)
-    _most_work_first[(triton.cdiv(tiles, ORDER_BLOCK),)](spans.int(), order, positions, 64, ORDER_BLOCK)
+    _most_work_first[(triton.cdiv(tiles, ORDER_BLOCK),)](runs.int(), order, positions, 64, ORDER_BLOCK)
     first = torch.arange(0, positions, 64, device=gpu)
-    work = spans[1, (first + 63).clamp(max=positions - 1)] - first
+    work = runs[1, (first + 63).clamp(max=positions - 1)] - first
     assert torch.equal(order.long(), work.argsort(descending=True, stable=True))
 
 

@@ -6,6 +6,8 @@ FlashAttention through torch's variable-length interface, or attention_gpu.py's 
 on the CPU, one product per document, or per block of queries.
 """
 
+from dataclasses import dataclass
+
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
@@ -18,14 +20,22 @@ QUERIES = 256
 """Queries of one block on the CPU, which has products with QUERIES + window keys at most."""
 
 
-def packed_seq_params_for(boundaries: Tensor, longest: int) -> PackedSeqParams:
-    """Carry Batch.boundaries and Batch.longest through megatron's layers to `PackedAttention`.
+@dataclass
+class PackedRuns(PackedSeqParams):  # type: ignore[misc]
+    """megatron's description of packed rows, and Batch.runs."""
+
+    runs: Tensor | None = None
+
+
+def packed_seq_params_for(boundaries: Tensor | None, longest: int, runs: Tensor | None = None) -> PackedRuns:
+    """Carry a batch's boundaries, longest and runs through megatron's layers to `PackedAttention`: see
+    `packed_attention` for which of them it needs.
 
     The format is not 'thd', because megatron would then apply RoPE document by document, with one
     synchronisation per document. Here every position has its own rotation, counted from the start of its
     document.
     """
-    return PackedSeqParams(qkv_format="sbhd", cu_seqlens_q=boundaries, max_seqlen_q=longest)
+    return PackedRuns(qkv_format="sbhd", cu_seqlens_q=boundaries, max_seqlen_q=longest, runs=runs)
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]
@@ -56,7 +66,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
         value_SbgD: Tensor,
         _: None,
         *,
-        packed_seq_params: PackedSeqParams,
+        packed_seq_params: PackedRuns,
     ) -> Tensor:
         """[S, b, heads·width] from queries [S, b, heads, width] and keys and values [S, b, groups, width]."""
         positions, rows = query_SbhD.shape[:2]
@@ -67,6 +77,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]
             value,
             packed_seq_params.cu_seqlens_q,
             packed_seq_params.max_seqlen_q,
+            packed_seq_params.runs,
             window=self.window,
             slopes_h=self.slopes_h,
             offset_h=self.offset,
@@ -78,8 +89,9 @@ def packed_attention(
     query_nhD: Tensor,
     key_ngD: Tensor,
     value_ngD: Tensor,
-    boundaries: Tensor,
+    boundaries: Tensor | None,
     longest: int,
+    runs_2n: Tensor | None = None,
     *,
     window: int | None = None,
     slopes_h: Tensor | None = None,
@@ -91,24 +103,27 @@ def packed_attention(
         i − window < j ≤ i
 
     n positions of all runs, one run after the other; `boundaries` [runs + 1] int32, `longest` the length of
-    the longest. Query head h uses the key-value head h // (heads / groups). `window` counts the query's own
-    position. Without `slopes_h` [heads] there is no bias; without `offset_h` [heads] its exp is 0. Both are
-    fp32.
+    the longest, `runs_2n` int32 as batch.runs_of. On a GPU with any of the three parts only the last is read,
+    otherwise only the first two. Query head h uses the key-value head h // (heads / groups). `window` counts
+    the query's own position. Without `slopes_h` [heads] there is no bias; without `offset_h` [heads] its exp
+    is 0. Both are fp32.
     """
     parts = window is not None or slopes_h is not None or offset_h is not None
     if query_nhD.is_cuda:
         if parts:
             from vpmoe.model import attention_gpu  # its kernels are Triton's, which needs a GPU
 
+            assert runs_2n is not None, "a batch has them"
             return attention_gpu.packed_attention(
                 query_nhD,
                 key_ngD,
                 value_ngD,
-                boundaries,
+                runs_2n,
                 window=window,
                 slopes_h=slopes_h,
                 offset_h=offset_h,
             )
+        assert boundaries is not None, "plain attention is in no CUDA graph"
         causal = (-1, 0)
         out = varlen_attn(
             query_nhD,
@@ -123,6 +138,7 @@ def packed_attention(
         )
         assert isinstance(out, Tensor), "no auxiliary results were requested"
         return out
+    assert boundaries is not None, "a batch has them"
     lengths = boundaries.diff().tolist()
     runs = zip(*(torch.split(x, lengths) for x in (query_nhD, key_ngD, value_ngD)), strict=True)
     if parts:

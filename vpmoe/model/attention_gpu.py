@@ -28,8 +28,6 @@ TILES = {
 gradient of queries and of those of keys and values, each with a window and without. The fastest of about ten
 on an H200 with 4 query heads of width 128 a key-value head."""
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
-SPAN_BLOCK = 1024
-"""Positions of one program of `_spans`."""
 ORDER_BLOCK = 64
 """Tiles of one program of `_most_work_first`."""
 ROW_ALIGNMENT: tl.constexpr = tl.constexpr(4)
@@ -40,19 +38,19 @@ def packed_attention(
     query_nhD: Tensor,
     key_ngD: Tensor,
     value_ngD: Tensor,
-    boundaries: Tensor,
+    runs_2n: Tensor,
     *,
     window: int | None,
     slopes_h: Tensor | None,
     offset_h: Tensor | None,
 ) -> Tensor:
-    """[n, heads, width]: Σ_j P_ij v_j inside each run of `boundaries`, with
+    """[n, heads, width]: Σ_j P_ij v_j inside each run, with
 
         P_ij = exp(l_ij) / (exp(offset) + Σ_j exp(l_ij)),  l_ij = q_i·k_j / √width − slope · (i − j),
         i − window < j ≤ i
 
-    bf16 or fp16, sums in fp32. n positions of all runs, one run after the other; `boundaries` [runs + 1]
-    int32 from 0 to n. Query head h uses the key-value head h // (heads / groups). `window` counts the query's
+    bf16 or fp16, sums in fp32. n positions of all runs, one run after the other; `runs_2n` int32 as
+    batch.runs_of. Query head h uses the key-value head h // (heads / groups). `window` counts the query's
     own position. Without `slopes_h` [heads] there is no bias; without `offset_h` [heads] its exp is 0. Both
     are fp32; `slopes_h` has no gradient. Raises ValueError for another dtype, a width that is not 16, 32, 64
     or 128, and a number of query heads a key-value head that is not a power of two up to 32.
@@ -68,7 +66,7 @@ def packed_attention(
         if number not in allowed:
             raise ValueError(f"the {name} is {number}; attention on a GPU takes one of {allowed}.")
     out: Tensor = _PackedAttention.apply(  # type: ignore[no-untyped-call]
-        query_nhD, key_ngD, value_ngD, offset_h, boundaries, window, slopes_h
+        query_nhD, key_ngD, value_ngD, offset_h, runs_2n, window, slopes_h
     )
     return out
 
@@ -81,18 +79,13 @@ class _PackedAttention(torch.autograd.Function):
         key_ngD: Tensor,
         value_ngD: Tensor,
         offset_h: Tensor | None,
-        boundaries: Tensor,
+        runs: Tensor,
         window: int | None,
         slopes_h: Tensor | None,
     ) -> Tensor:
         query, key, value = (x.contiguous() for x in (query_nhD, key_ngD, value_ngD))
         positions, heads, width = query.shape
         groups = key.shape[1]
-        runs = len(boundaries) - 1
-        spans = torch.empty(2, positions, dtype=torch.int32, device=query.device)
-        _spans[(triton.cdiv(positions, SPAN_BLOCK),)](
-            boundaries, spans, positions, runs, runs.bit_length(), SPAN_BLOCK
-        )
         out = torch.empty_like(query)
         log2_sum_hn = _numbers_of_rows(heads, positions, query.device)
         shape = (heads, groups, width, width**-0.5, window or 0, slopes_h is not None)
@@ -102,7 +95,7 @@ class _PackedAttention(torch.autograd.Function):
             query,
             _tiles(key, keys),
             _tiles(value, keys),
-            spans,
+            runs,
             slopes_h,
             offset_h,
             out,
@@ -117,14 +110,14 @@ class _PackedAttention(torch.autograd.Function):
             num_stages=stages,
             maxnreg=registers,
         )
-        ctx.save_for_backward(query, key, value, spans, slopes_h, offset_h, out, log2_sum_hn)
+        ctx.save_for_backward(query, key, value, runs, slopes_h, offset_h, out, log2_sum_hn)
         ctx.shape = shape
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out_nhD: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, spans, slopes_h, offset_h, out, log2_sum_hn = ctx.saved_tensors
+        query, key, value, runs, slopes_h, offset_h, out, log2_sum_hn = ctx.saved_tensors
         grad_out = grad_out_nhD.contiguous()
         positions, heads, _ = query.shape
         groups = key.shape[1]
@@ -138,7 +131,7 @@ class _PackedAttention(torch.autograd.Function):
             query,
             _tiles(key, keys),
             _tiles(value, keys),
-            spans,
+            runs,
             slopes_h,
             offset_h,
             out,
@@ -162,12 +155,12 @@ class _PackedAttention(torch.autograd.Function):
         order = None
         if global_layer:
             order = torch.empty(tiles, dtype=torch.int32, device=query.device)
-            _most_work_first[(triton.cdiv(tiles, ORDER_BLOCK),)](spans, order, positions, keys, ORDER_BLOCK)
+            _most_work_first[(triton.cdiv(tiles, ORDER_BLOCK),)](runs, order, positions, keys, ORDER_BLOCK)
         _gradient_of_keys[(tiles * groups,)](
             _tiles(query, block),
             key,
             value,
-            spans,
+            runs,
             order,
             slopes_h,
             _number_tiles(log2_sum_hn, block),
@@ -207,22 +200,6 @@ def _number_tiles(x_hn: Tensor, positions: int) -> TensorDescriptor:
 
 def _row_tiles(positions: int, heads: int, groups: int, rows: int) -> tuple[int]:
     return (triton.cdiv(positions * (heads // groups), rows) * groups,)
-
-
-@triton.jit(do_not_specialize=["n", "runs", "steps"])  # type: ignore[untyped-decorator]
-def _spans(boundaries, spans, n, runs, steps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store for each position the first position of its run, then for each the first one after its run."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n
-    low = tl.zeros((BLOCK,), tl.int32)
-    high = low + runs
-    for _ in range(steps):  # boundaries[low] ≤ i < boundaries[high]
-        middle = (low + high) // 2
-        right = tl.load(boundaries + middle, mask=inside, other=0) <= i
-        low = tl.where(right, middle, low)
-        high = tl.where(right, high, middle)
-    tl.store(spans + i, tl.load(boundaries + low, mask=inside), mask=inside)
-    tl.store(spans + n + i, tl.load(boundaries + low + 1, mask=inside), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]

@@ -35,6 +35,8 @@ class Batch:
     never crosses a boundary."""
     longest: int
     """Length of the longest run."""
+    runs: Tensor
+    """[2, T] int32, `runs_of` the boundaries"""
     counts: Tensor
     """[3] int64, always on the CPU: positions that are not padding, then targets by span number."""
     teacher_logp: Tensor | None = None
@@ -68,8 +70,8 @@ class Batch:
         starts_bS[:, 1:] = documents[:, 1:] != documents[:, :-1]
         starts = starts_bS.flatten().nonzero().squeeze(1)
         boundaries = torch.cat([starts, torch.tensor([documents.numel()])])
-        lengths = boundaries.diff()
-        position = torch.arange(documents.numel()) - torch.repeat_interleave(starts, lengths)
+        runs = runs_of(boundaries)
+        position = torch.arange(documents.numel()) - runs[0]
         padding = documents < 0
         target, span = spans.targets(tokens, span_of_tokens, documents)
         return cls(
@@ -80,7 +82,8 @@ class Batch:
             span=span,
             target_rows=spans.target_rows(target),
             boundaries=boundaries.int(),
-            longest=int(lengths.max()),
+            longest=int(boundaries.diff().max()),
+            runs=runs.int(),
             counts=torch.stack([(~padding).sum(), *((span == number).sum() for number in SPANS.values())]),
             teacher_logp=None if logp_of_tokens is None else spans.shift_to_targets(logp_of_tokens, target),
             sampler_logp=None
@@ -100,3 +103,8 @@ class Batch:
             if isinstance(value := getattr(self, field.name), Tensor) and field.name != "counts"
         }
         return Batch(**moved, longest=self.longest, counts=self.counts)
+
+
+def runs_of(boundaries: Tensor) -> Tensor:
+    """[2, T]: for each position where its run begins, then for each where it ends. From Batch.boundaries."""
+    return torch.stack([boundaries[:-1], boundaries[1:]]).repeat_interleave(boundaries.diff(), 1)

@@ -63,8 +63,8 @@ class Inputs:
     angle_has_gradient: bool
     padding: Tensor
     """[b, S]"""
-    boundaries: Tensor
-    """[T + 1]: as many as there can be"""
+    runs: Tensor
+    """[2, T]"""
     gradient: Tensor
     """[S, b, H], of what the last layer returns"""
     packed: PackedSeqParams
@@ -72,16 +72,15 @@ class Inputs:
     @classmethod
     def like(cls, hidden_SbH: Tensor, angle_Sb1D: Tensor, batch: Batch) -> "Inputs":
         """Uninitialised, for microbatches of this one's shape."""
-        positions = batch.tokens.numel()
-        boundaries = torch.empty(positions + 1, dtype=torch.int32, device=hidden_SbH.device)
+        runs = torch.empty_like(batch.runs)
         return cls(
             torch.empty_like(hidden_SbH, requires_grad=False),
             torch.empty_like(angle_Sb1D, requires_grad=False),
             angle_Sb1D.requires_grad,
             torch.empty_like(batch.padding),
-            boundaries,
+            runs,
             torch.empty_like(hidden_SbH, requires_grad=False),
-            packed_seq_params_for(boundaries, positions),
+            packed_seq_params_for(None, batch.tokens.numel(), runs),
         )
 
     @torch.no_grad()
@@ -90,13 +89,7 @@ class Inputs:
         self.hidden.copy_(hidden_SbH)
         self.angle.copy_(angle_Sb1D)
         self.padding.copy_(batch.padding)
-        fill_boundaries(self.boundaries, batch.boundaries)
-
-
-def fill_boundaries(into: Tensor, boundaries: Tensor) -> None:
-    """Copy Batch.boundaries into a longer tensor [T + 1]. What is left holds T: empty runs at the end."""
-    into.fill_(len(into) - 1)
-    into[: len(boundaries)] = boundaries
+        self.runs.copy_(batch.runs)
 
 
 class LayerChain:

@@ -7,7 +7,8 @@ of its positions. The definitions, which the CPU computes, are in self_attention
 are normed in tensor_product_gpu.py. No atomic additions, so results are the same in each call.
 """
 
-from typing import Any, NamedTuple
+import math
+from typing import Any
 
 import torch
 import triton  # type: ignore[import-untyped]
@@ -44,17 +45,6 @@ def norm_and_rotate_projections(
     return parts
 
 
-class _Layout(NamedTuple):
-    """Where a position's heads are: groups of consecutive ones."""
-
-    position: int
-    """Numbers from a position to the next."""
-    group: int
-    """Numbers from a group to the next."""
-    share: int
-    """Heads of a group."""
-
-
 class _OfProjections(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -68,25 +58,26 @@ class _OfProjections(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         mixed = mixed.contiguous()
         angle = None if angle is None else angle.contiguous()
-        width, groups = len(query_weight), mixed.shape[-2]
-        share, group = heads // groups, mixed.shape[-1]
-        out_query = mixed.new_empty(*mixed.shape[:-2], heads, width)
-        out_key = mixed.new_empty(*mixed.shape[:-2], groups, width)
-        ctx.layouts = _Layout(groups * group, group, share), _Layout(groups * group, group, 1)
-        ctx.epsilon = epsilon
-        _run_forward(
+        width, (*shape, groups, group) = len(query_weight), mixed.shape
+        query, key = (mixed.new_empty(*shape, count, width) for count in (heads, groups))
+        positions, share = math.prod(shape), heads // groups
+        ctx.save_for_backward(mixed, query_weight, key_weight, angle)
+        # of queries and of keys: numbers from a position to the next, and from a group; heads of a group
+        layouts = groups * group, group, share, groups * group, group, 1
+        ctx.shape = positions, heads, groups, *layouts, width, epsilon, angle is not None
+        _forward[(triton.cdiv(positions, POSITIONS),)](
             mixed,
             mixed[..., share * width :],
             query_weight,
             key_weight,
             angle,
-            out_query,
-            out_key,
-            ctx.layouts,
-            epsilon,
+            query,
+            key,
+            *ctx.shape,
+            POSITIONS,
+            num_warps=4,
         )
-        ctx.save_for_backward(mixed, query_weight, key_weight, angle)
-        return out_query, out_key, mixed.detach()[..., -width:]
+        return query, key, mixed.detach()[..., -width:]
 
     @staticmethod
     @once_differentiable
@@ -94,110 +85,33 @@ class _OfProjections(torch.autograd.Function):
         ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor
     ) -> tuple[Tensor | None, ...]:
         mixed, query_weight, key_weight, angle = ctx.saved_tensors
-        width, share = len(query_weight), ctx.layouts[0].share
-        out = torch.empty_like(mixed)
-        of_others = _run_backward(
-            grad_query,
-            grad_key,
+        positions, heads, groups, *_ = ctx.shape
+        width = len(query_weight)
+        first_key = heads // groups * width
+        programs = triton.cdiv(positions, POSITIONS * STEPS)
+        grad_mixed = torch.empty_like(mixed)
+        sums = torch.empty(programs, 2 * width, dtype=torch.float32, device=mixed.device)
+        grad_angle = torch.empty_like(angle) if ctx.needs_input_grad[3] else None
+        _backward[(programs,)](
+            grad_query.contiguous(),
+            grad_key.contiguous(),
             mixed,
-            mixed[..., share * width :],
+            mixed[..., first_key:],
             query_weight,
             key_weight,
             angle,
-            out,
-            out[..., share * width :],
-            ctx.layouts,
-            ctx.epsilon,
-            angles=ctx.needs_input_grad[3],
+            grad_mixed,
+            grad_mixed[..., first_key:],
+            sums,
+            grad_angle,
+            *ctx.shape,
+            grad_angle is not None,
+            POSITIONS,
+            STEPS,
+            num_warps=4,
         )
-        out[..., -width:].copy_(grad_value)
-        return out, *of_others, None, None
-
-
-def _run_forward(
-    query: Tensor,
-    key: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    angle: Tensor | None,
-    out_query: Tensor,
-    out_key: Tensor,
-    layouts: tuple[_Layout, _Layout],
-    epsilon: float,
-) -> None:
-    """`layouts` of queries and keys that are read; those that are written are contiguous."""
-    heads, width = out_query.shape[-2:]
-    positions = out_query.numel() // (heads * width)
-    _forward[(triton.cdiv(positions, POSITIONS),)](
-        query,
-        key,
-        query_weight,
-        key_weight,
-        angle,
-        out_query,
-        out_key,
-        positions,
-        heads,
-        out_key.shape[-2],
-        *layouts[0],
-        *layouts[1],
-        width,
-        epsilon,
-        angle is not None,
-        POSITIONS,
-        num_warps=4,
-    )
-
-
-def _run_backward(
-    grad_query: Tensor,
-    grad_key: Tensor,
-    query: Tensor,
-    key: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    angle: Tensor | None,
-    out_query: Tensor,
-    out_key: Tensor,
-    layouts: tuple[_Layout, _Layout],
-    epsilon: float,
-    *,
-    angles: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of the two weights and, if `angles`, of the angles. `layouts` of queries and keys, and of
-    their gradients, which are written to `out_query` and `out_key`."""
-    heads, width = grad_query.shape[-2:]
-    positions = grad_query.numel() // (heads * width)
-    programs = triton.cdiv(positions, POSITIONS * STEPS)
-    sums = torch.empty(programs, 2, width, dtype=torch.float32, device=query.device)
-    grad_angle = torch.empty_like(angle) if angles and angle is not None else None
-    _backward[(programs,)](
-        grad_query.contiguous(),
-        grad_key.contiguous(),
-        query,
-        key,
-        query_weight,
-        key_weight,
-        angle,
-        out_query,
-        out_key,
-        sums,
-        grad_angle,
-        positions,
-        heads,
-        grad_key.shape[-2],
-        *layouts[0],
-        *layouts[1],
-        width,
-        epsilon,
-        angle is not None,
-        grad_angle is not None,
-        POSITIONS,
-        STEPS,
-        num_warps=4,
-    )
-    of_query, of_key = gradients_of_vectors((query_weight, key_weight), sums.view(programs, 2 * width))
-    return of_query, of_key, grad_angle
+        grad_mixed[..., -width:].copy_(grad_value)
+        return grad_mixed, *gradients_of_vectors((query_weight, key_weight), sums), grad_angle, None, None
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -181,8 +181,7 @@ class Shape:
           linear_gpu, router_gpu: what the two norms return, as input of the products, 2·H
           tensor_product_gpu: the factors of a tensor product, in a local layer
           qk_norm_gpu: linear projections: queries and keys before their norms, values before they are mixed
-          attention_gpu: queries, keys, values, output; in four bytes a number where the position's document
-            begins and ends, and a head's log of the sum
+          attention_gpu: queries, keys, values, output; in four bytes a head's log of the sum
           a dense layer's and the shared expert's feed-forward (activation_gpu): before and after the square
           router_gpu: logits in fp32, and in four bytes a number each choice's expert
           experts_gpu: a choice's weight in fp32, its place in the sorted order and back in int64, and its
@@ -192,7 +191,7 @@ class Shape:
         """
         projected = self.qkv_width if self.ranks(layer) is None else self.factors_width
         numbers = 4 * self.hidden + projected + self.qkv_width + self.heads * self.head_width
-        found = 2 * numbers + 4 * (2 + self.heads)
+        found = 2 * numbers + 4 * self.heads
         if layer < self.dense_layers:
             return found + 2 * 2 * self.dense_width
         choice = 2 * self.expert_width + 4 + 4 + 8 + 8
@@ -206,7 +205,8 @@ class Shape:
         """Bytes of a position that are kept once, however many layers there are and are recomputed: the first
         layer's values; the rotation's angles in fp32; the input of the last norm, what it returns, and the
         gradient of that, which the loss head computes in the forward; and the batch itself."""
-        batch = 4 * 8 + 1 + 1 + 4  # tokens, positions, targets and their places; span and padding; log p
+        # tokens, positions, targets and their places; where runs begin and end; span and padding; log p
+        batch = 4 * 8 + 2 * 4 + 1 + 1 + 4
         first_values = 2 * self.kv_heads * self.head_width * self.value_residual
         return first_values + 4 * self.head_width + 3 * 2 * self.hidden + batch
 
@@ -224,8 +224,8 @@ class Shape:
 
     def graphed_bytes(self) -> int:
         """Bytes of a position that are inputs of the layers' CUDA graphs: hidden states of the first layer,
-        gradient of the last one's, the rotation's angles in fp32, padding, boundaries of documents."""
-        return 2 * 2 * self.hidden + 4 * self.head_width + 1 + 4
+        gradient of the last one's, the rotation's angles in fp32, padding, begin and end of the run."""
+        return 2 * 2 * self.hidden + 4 * self.head_width + 1 + 2 * 4
 
     def shared_bytes(self) -> int:
         """Bytes that a mixture layer keeps of a position of another rank that shares its experts: of a choice

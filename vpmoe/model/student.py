@@ -106,7 +106,7 @@ class Student(MegatronModule):  # type: ignore[misc]
                 hidden_states=hidden_SbH,
                 attention_mask=None,
                 rotary_pos_emb=angle_Sb1D,
-                packed_seq_params=packed_seq_params_for(batch.boundaries, batch.longest),
+                packed_seq_params=packed_seq_params_for(batch.boundaries, batch.longest, batch.runs),
                 padding_mask=batch.padding,
             )
         return cast(Tensor, hidden_SbH).transpose(0, 1).reshape(rows * positions, -1)

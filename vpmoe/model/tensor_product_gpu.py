@@ -5,6 +5,9 @@ Product, bias, norm, rotation and the mixture with the first layer's values are 
 between them is written, rounded or kept: the backward computes it again from the factors, which are smaller.
 The definitions, which the CPU computes, are in tensor_product.py and self_attention.py. Everything between
 inputs and outputs is fp32. No atomic additions, so results are the same in each call.
+
+Heads are a loop of the kernel, not unrolled: a pass of Triton's (coalescing) takes time with the cube of the
+operations, 11 s for the gradients of eight unrolled heads, and 1 s for the loop, with as many registers.
 """
 
 from typing import Any, NamedTuple
@@ -77,6 +80,7 @@ class _Projections(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         factors, angle = factors.contiguous(), angle.contiguous()
         first_value = None if first_value is None else first_value.contiguous()
+        inputs = factors, bias, query_weight, key_weight, angle, first_value, value_mix
         positions = factors.numel() // factors.shape[-1]
         query, key, value = (
             factors.new_empty(*factors.shape[:-1], count, heads.width)
@@ -84,13 +88,7 @@ class _Projections(torch.autograd.Function):
         )
         block, warps = FORWARD
         _forward[(triton.cdiv(positions, block),)](
-            factors,
-            bias,
-            query_weight,
-            key_weight,
-            angle,
-            first_value,
-            value_mix,
+            *inputs,
             query,
             key,
             value,
@@ -101,7 +99,7 @@ class _Projections(torch.autograd.Function):
             block,
             num_warps=warps,
         )
-        ctx.save_for_backward(factors, bias, query_weight, key_weight, angle, first_value, value_mix)
+        ctx.save_for_backward(*inputs)
         ctx.epsilon, ctx.heads = epsilon, heads
         return query, key, value
 
@@ -110,7 +108,7 @@ class _Projections(torch.autograd.Function):
     def backward(
         ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor
     ) -> tuple[Tensor | None, ...]:
-        factors, bias, query_weight, key_weight, angle, first_value, value_mix = ctx.saved_tensors
+        factors, bias, query_weight, key_weight, angle, first_value, value_mix = inputs = ctx.saved_tensors
         heads: Heads = ctx.heads
         positions = factors.numel() // factors.shape[-1]
         block, warps, steps = BACKWARD
@@ -126,13 +124,7 @@ class _Projections(torch.autograd.Function):
             grad_query.contiguous(),
             grad_key.contiguous(),
             grad_value.contiguous(),
-            factors,
-            bias,
-            query_weight,
-            key_weight,
-            angle,
-            first_value,
-            value_mix,
+            *inputs,
             grad_factors,
             grad_first,
             grad_angle,
@@ -192,21 +184,21 @@ def _vectors(factors, place, inside, R: tl.constexpr, D: tl.constexpr):  # type:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _product(  # type: ignore[no-untyped-def]
-    factors, place, inside, vectors, bias, H: tl.constexpr, R: tl.constexpr, D: tl.constexpr
+    factors, place, inside, vectors, bias, head, R: tl.constexpr, D: tl.constexpr
 ):
-    """The halves of head H of a part whose mixtures begin at `place` [T]. `bias`: of the part."""
+    """The halves of a head of a part whose mixtures begin at `place` [T]. `bias`: of the part."""
     first = tl.zeros((place.shape[0], D // 2), tl.float32)
     second = tl.zeros((place.shape[0], D // 2), tl.float32)
     for r in tl.static_range(R):
-        a = tl.load(factors + place + (H * R + r), mask=inside, other=0.0).to(tl.float32)[:, None]
+        a = tl.load(factors + place + (head * R + r), mask=inside, other=0.0).to(tl.float32)[:, None]
         first += a * vectors[2 * r].to(tl.float32)
         second += a * vectors[2 * r + 1].to(tl.float32)
     first *= 1.0 / R
     second *= 1.0 / R
     if bias is not None:
         half = tl.arange(0, D // 2)
-        first += tl.load(bias + H * D + half).to(tl.float32)[None, :]
-        second += tl.load(bias + H * D + D // 2 + half).to(tl.float32)[None, :]
+        first += tl.load(bias + head * D + half).to(tl.float32)[None, :]
+        second += tl.load(bias + head * D + D // 2 + half).to(tl.float32)[None, :]
     return first, second
 
 
@@ -244,7 +236,7 @@ def _heads(  # type: ignore[no-untyped-def]
     """Stores queries or keys, whose mixtures begin at `place` [T]."""
     vectors = _vectors(factors, place + H * R, inside, R, D)
     weight_1, weight_2 = _weight(weight, D)
-    for h in tl.static_range(H):
+    for h in range(H):
         first, second = _product(factors, place, inside, vectors, bias, h, R, D)
         factor = _factor(first, second, D, EPSILON)
         first = first * factor * weight_1
@@ -288,7 +280,7 @@ def _forward(  # type: ignore[no-untyped-def]
     if bias is not None:
         bias += G * D
     vectors = _vectors(factors, place + G * R, inside, R, D)
-    for h in tl.static_range(G):
+    for h in range(G):
         first, second = _product(factors, place, inside, vectors, bias, h, R, D)
         to = t.to(tl.int64) * (G * D) + h * D
         if first_value is not None:
@@ -322,14 +314,14 @@ def _to_factors(  # type: ignore[no-untyped-def]
     inside,
     vectors,
     by_vectors,
-    H: tl.constexpr,
+    head,
     R: tl.constexpr,
 ):
-    """From the gradient of head H's product stores those of its mixtures; those of the vectors [T, D / 2] are
+    """From the gradient of a head's product stores those of its mixtures; those of the vectors [T, D / 2] are
     added to `by_vectors`, without the division by R."""
     found = by_vectors
     for r in tl.static_range(R):
-        at = place + (H * R + r)
+        at = place + (head * R + r)
         a = tl.load(factors + at, mask=inside, other=0.0).to(tl.float32)[:, None]
         found = found[2:] + (found[0] + a * first, found[1] + a * second)  # noqa: RUF005  # Triton has no *
         by_a = tl.sum(vectors[2 * r].to(tl.float32) * first + vectors[2 * r + 1].to(tl.float32) * second, 1)
@@ -390,7 +382,7 @@ def _gradients_of_heads(  # type: ignore[no-untyped-def]
     weight_1, weight_2 = _weight(weight, D)
     sum_1 = tl.zeros((place.shape[0], D // 2), tl.float32)
     sum_2 = tl.zeros((place.shape[0], D // 2), tl.float32)
-    for h in tl.static_range(H):
+    for h in range(H):
         d_1, d_2 = _halves(gradient, t.to(tl.int64) * (H * D) + h * D, inside, D)
         d_1 = d_1.to(tl.float32)
         d_2 = d_2.to(tl.float32)
@@ -514,7 +506,7 @@ def _backward(  # type: ignore[no-untyped-def]
         place += R * (G + D)
         vectors = _vectors(factors, place + G * R, inside, R, D)
         by_vectors = _zeros(R, T, D)
-        for h in tl.static_range(G):
+        for h in range(G):
             at = t.to(tl.int64) * (G * D) + h * D
             d_1, d_2 = _halves(grad_value, at, inside, D)
             d_1 = d_1.to(tl.float32)

@@ -54,7 +54,7 @@ def test_as_json_it_has_numbers_and_null_for_what_is_not_known(
     # has 17 sequences a step in nine microbatches of at most 16,384, with 2 of 80 layers recomputed.
     longer = (1 + 2 / 3 / 80 + 9 * 4096 / (17 * 8192)) / (1 + 4096 / 32_768)
     assert first["gpus"] == {"train": 7} and first["tokensPerSecond"] == pytest.approx(7 * 86_800 / longer)
-    assert any(source.startswith("first: trains 76,707 tokens/s a GPU") for source in found["sources"])
+    assert any(source.startswith("first: trains 76,706 tokens/s a GPU") for source in found["sources"])
     assert found["bucket"]["dataset"] == 10**10 and found["bucket"]["exported model"] == 12_059_789_854
     assert found["memory"][0]["fits"] is True and found["memory"][0]["items"]["weights"] == 12_059_789_854
     assert found["checkpoints"][0]["size"] == 72_358_739_124

@@ -97,6 +97,6 @@ def test_hopper_multiplies_while_it_computes(kernel: str, window: int, tmp_path:
 )
 def test_refuses(heads: int, width: int, dtype: torch.dtype, message: str) -> None:
     query, key = (torch.zeros(5, count, width, dtype=dtype) for count in (heads, 2))
-    boundaries = torch.tensor([0, 5], dtype=torch.int32)
+    runs = torch.tensor([[0] * 5, [5] * 5], dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
-        packed_attention(query, key, key, boundaries, window=None, slopes_h=None, offset_h=None)
+        packed_attention(query, key, key, runs, window=None, slopes_h=None, offset_h=None)

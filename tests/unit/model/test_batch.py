@@ -51,6 +51,12 @@ def test_positions_boundaries_padding_and_counts_are_derived_from_the_rows(
     assert batch.boundaries.dtype == torch.int32
 
 
+def test_runs_are_where_those_of_each_position_begin_and_end() -> None:
+    batch = batch_of([7, 3, 3, -1], [-1, -1, 5, 5])
+    assert batch.runs.tolist() == [[0, 1, 1, 3, 4, 4, 6, 6], [1, 3, 3, 4, 6, 6, 8, 8]]
+    assert batch.runs.dtype == torch.int32
+
+
 def test_target_rows_are_the_positions_with_a_target() -> None:
     batch = batch_of([0, 0, 1, 1, 1, -1], [-1, -1, -1, -1, -1, -1], [4, 4, 4, 5, 6, 6])
     assert batch.target_rows.tolist() == [0, 2, 3, 12, 13, 16] and batch.target_rows.dtype == torch.int64

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.fakes.students import COMPLETE, SMALL, learner, new_seed, ragged_batches
 from vpmoe.model.attention import packed_seq_params_for
 from vpmoe.model.batch import Batch
-from vpmoe.model.layer_graphs import Inputs, LayerChain, LayerGraphs, _Shape, fill_boundaries, unsupported
+from vpmoe.model.layer_graphs import Inputs, LayerChain, LayerGraphs, _Shape, unsupported
 from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import SHAPES, Shape
 from vpmoe.objectives.vanilla import vanilla
@@ -44,12 +44,6 @@ def test_a_layer_of_plain_attention_is_not_graphed(layer: int, part: dict[str, A
     assert found is not None and found.startswith(f"layer {layer} has plain attention")
 
 
-def test_boundaries_end_in_empty_runs() -> None:
-    into = torch.full((11,), -7, dtype=torch.int32)
-    fill_boundaries(into, torch.tensor([0, 3, 4, 10], dtype=torch.int32))
-    assert into.tolist() == [0, 3, 4, 10, 10, 10, 10, 10, 10, 10, 10]
-
-
 @dataclass
 class Step:
     """In the place of a captured graph: its replay runs the step."""
@@ -72,7 +66,7 @@ class Uncaptured(LayerGraphs):
 
     def __call__(self, hidden_SbH: Tensor, angle_Sb1D: Tensor, batch: Batch) -> Tensor:
         inputs = Inputs.like(hidden_SbH, angle_Sb1D, batch)
-        # attention on the CPU takes no empty runs
+        # attention on the CPU reads what graphs do not have
         inputs.packed = packed_seq_params_for(batch.boundaries, batch.longest)
         chain = LayerChain(self._layers, self._recomputed, inputs)
         inputs.fill(hidden_SbH, angle_Sb1D, batch)

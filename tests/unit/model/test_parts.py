@@ -219,7 +219,8 @@ def test_every_part_changes_the_output(device: torch.device, part: str) -> None:
             if kept is not None and kept.shape == parameter.shape:
                 parameter.copy_(kept)
         batch = Batch.from_rows(*documents(torch.Generator().manual_seed(3), [40, 20], 64))
-        assert (complete(batch) - without(batch)).abs().max() > 1e-2
+        # fp32 rounds by 1e-6; learned frequencies that move no choice of experts change it by 8e-3 at times
+        assert (complete(batch) - without(batch)).abs().max() > 1e-3
 
 
 CLASSES = {
