@@ -186,7 +186,7 @@ def _product(  # type: ignore[no-untyped-def]
             out.store([first, n * N], found.to(out.dtype))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
 def _logits(  # type: ignore[no-untyped-def]
     hidden,
     weight,
@@ -203,8 +203,8 @@ def _logits(  # type: ignore[no-untyped-def]
     N: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Tiles as in _product. `scale` is log₂ e / temperature; SQUARE, that the temperature is 2: an exponential
-    at temperature 1 is then the square of the other, and exponentials take longer than all else here."""
+    """Tiles as in _product. `scale` is log₂ e / temperature. SQUARE: the temperature is 2, and an exponential
+    at temperature 1 is the square of the other, for which there are eight times as many units."""
     down = tl.cdiv(rows, M)
     across = tl.cdiv(width, N)
     for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):

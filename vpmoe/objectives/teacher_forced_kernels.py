@@ -112,7 +112,7 @@ def _parts(rows: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _log_sum(high, total, row, tiles, scale, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """log₂ Σ 2^(scale · logit) of a row from its tiles."""
     n = tl.arange(0, BLOCK)
@@ -180,10 +180,7 @@ def _gradient_(  # type: ignore[no-untyped-def]
     log_p = y * scale - tl.load(soft_teacher + row)
     q = tl.exp2(log_q)
     p = tl.exp2(log_p)
-    if SQUARE:
-        hard = q * q * tl.exp2(2 * low_soft - low)
-    else:
-        hard = tl.exp2(x * LOG2_E - low)
+    hard = q * q * tl.exp2(2 * low_soft - low) if SQUARE else tl.exp2(x * LOG2_E - low)
     hard -= tl.where(columns == tl.load(targets + row), 1.0, 0.0)
     gradient = tl.load(share + row) * (ce * hard + kl * (q - p))
     tl.store(teacher + row * pitch + columns, gradient.to(teacher.dtype.element_ty), mask=inside)

@@ -248,8 +248,8 @@ def test_each_span_has_its_own_mean_over_the_global_batch() -> None:
 
 def test_the_gpu_kernels_equal_float64() -> None:
     """The kernels in Triton's interpreter: several parts of a chunk, several tiles and remainders in both
-    directions, extreme logits, different shares, a length of 0. Hidden states and matrices are whole numbers, so
-    that no logit is rounded."""
+    directions, extreme logits, different shares, a length of 0. Hidden states and matrices are whole numbers,
+    so that no logit is rounded."""
     code = f"""
         import types
         import torch
