@@ -8,9 +8,11 @@ Without --tokens it measures two sizes, both with a teacher of width 2,880: 8,19
 
 KL: forward and backward of cross-entropy, KL and cosine. Floor: the four matrix products that every
 implementation needs (student's logits, teacher's logits, gradient of hidden, gradient of the matrix).
+"in training" adds the matrices' gradients to fp32 buffers in the forward, as a stage does; only on a GPU.
 log p: forward only. Floor: its one product. Peers that cannot be imported are skipped. Memory is what is
 allocated beyond the inputs and the requested gradients: on a GPU the allocator's peak, on a CPU the largest
-single result. On a GPU in bf16; with --device cpu in fp32, where these sizes take minutes (try --tokens 256).
+single result; in training, of the forward, beyond the buffers. On a GPU in bf16; with --device cpu in fp32,
+where these sizes take minutes (try --tokens 256).
 """
 
 import argparse
@@ -65,9 +67,26 @@ def inputs(tokens: int, hidden: int, teacher: int, vocabulary: int, device: torc
     )
 
 
-def ours(given: Inputs) -> Tensor:
+def ours(given: Inputs, *, final: bool = False) -> Tensor:
     share = torch.full((len(given.targets),), 1 / len(given.targets), device=given.targets.device)
-    return forced_loss(*given, share, TERMS).loss  # type: ignore[arg-type]
+    return forced_loss(*given, share, TERMS, final=final).loss  # type: ignore[arg-type]
+
+
+def print_training(given: Inputs, floor: float, repeats: int) -> None:
+    """Measure and print the row "in training"."""
+    matrices = given.leaves()[1:]
+    for matrix in matrices:
+        matrix.main_grad = torch.zeros_like(matrix, dtype=torch.float32)  # type: ignore[attr-defined]
+
+    def step() -> None:
+        torch.autograd.grad(ours(given, final=True), given.leaves())
+
+    def forward() -> None:
+        ours(given, final=True)
+
+    print_row("forced_loss in training", floor, step, given, repeats, given.hidden.nbytes, forward)
+    for matrix in matrices:
+        del matrix.main_grad  # type: ignore[attr-defined]
 
 
 def eager(given: Inputs) -> Tensor:
@@ -120,12 +139,19 @@ def products(given: Inputs, repeats: int) -> tuple[float, float]:
 
 
 def print_row(
-    name: str, floor: float, action: Callable[[], object], given: Inputs, repeats: int, gradients: int = 0
+    name: str,
+    floor: float,
+    action: Callable[[], object],
+    given: Inputs,
+    repeats: int,
+    gradients: int = 0,
+    holds: Callable[[], object] | None = None,
 ) -> None:
-    """Measure an implementation and print its row. `gradients`: bytes of the gradients that it returns."""
+    """Measure an implementation and print its row. `gradients`: bytes of the gradients that it returns.
+    `holds`: what memory is measured of, if not of `action`."""
     device = given.hidden.device
     try:
-        took, memory = milliseconds(action, repeats, device), mebibytes(action, device)
+        took, memory = milliseconds(action, repeats, device), mebibytes(holds or action, device)
     except torch.OutOfMemoryError:
         print(f"  {name:28} does not fit")
         return
@@ -152,6 +178,8 @@ def measure(given: Inputs, repeats: int) -> None:
             torch.autograd.grad(loss(given), given.leaves(), allow_unused=True)
 
         print_row(name, four, step, given, repeats, sum(leaf.nbytes for leaf in given.leaves()))
+        if loss is ours and given.hidden.is_cuda:
+            print_training(given, four, repeats)
     print(f" log p; floor (one product) {one:.1f} ms")
     plain = given._replace(hidden=given.hidden.detach(), output=given.output.detach())
     scores: dict[str, Callable[[], object]] = {

@@ -8,6 +8,7 @@ from tests.fakes.students import new_seed
 from vpmoe.api.stages import LossWeights
 from vpmoe.model.head import head_loss, target_logp
 from vpmoe.model.spans import NO_TARGET
+from vpmoe.objectives import teacher_forced_head, teacher_forced_kernels
 from vpmoe.objectives.teacher_forced_head import Teacher, forced_loss
 
 TOKENS, VOCABULARY, HIDDEN = 300, 201_088, 256
@@ -143,38 +144,70 @@ def gradients_of_head(hidden: Tensor, weight: Tensor, chosen: Tensor, coefficien
     return gradient
 
 
-def test_forced_loss_equals_float64(gpu: torch.device) -> None:
+@pytest.mark.parametrize(
+    "tokens, vocabulary, width, teacher_width, temperature",
+    [
+        pytest.param(1, 40, 64, 64, 2.0, id="less-than-a-tile"),
+        pytest.param(1000, 1001, 192, 320, 2.5, id="remainders"),
+        pytest.param(900, VOCABULARY, 1024, 2880, 2.0, id="projected"),
+        pytest.param(900, VOCABULARY, 2880, 2880, 1.0, id="as-wide"),
+    ],
+)
+def test_forced_loss_equals_float64(
+    gpu: torch.device,
+    tokens: int,
+    vocabulary: int,
+    width: int,
+    teacher_width: int,
+    temperature: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two chunks in several parts, all terms; the teacher's logits are bf16. Final losses have the same
+    bits, and their gradients of matrices are in the fp32 buffers."""
     torch.manual_seed(new_seed())
-    hidden, output, chosen = (
-        random_matrix(gpu, TOKENS, HIDDEN, 1),
-        random_matrix(gpu, VOCABULARY, HIDDEN, 0.1),
-        random_targets(gpu),
+    monkeypatch.setattr(teacher_forced_kernels, "SPARE", 128)
+    monkeypatch.setitem(
+        teacher_forced_head.CHUNK_BYTES, "cuda", 2 * vocabulary * (128 + max(1, tokens * 4 // 9))
     )
-    teacher_hidden, teacher_output = (
-        random_matrix(gpu, TOKENS, HIDDEN, 1).detach(),
-        random_matrix(gpu, VOCABULARY, HIDDEN, 0.1).detach(),
+    hidden, output = (
+        random_matrix(gpu, tokens, width, 1),
+        random_matrix(gpu, vocabulary, width, 1.5 * width**-0.5),
     )
-    share, terms = torch.rand(TOKENS, device=gpu), LossWeights(ce=0.3, kl=0.5, hidden=0.0, temperature=2.5)
-    teacher = Teacher(teacher_hidden, teacher_output)
-    final = output.detach().clone().requires_grad_()
-    final.main_grad = torch.zeros(output.shape, device=gpu)  # type: ignore[attr-defined]
-    forced_loss(hidden, final, None, teacher, chosen, share, terms, final=True).loss.backward()
-    grad_hidden, hidden.grad = hidden.grad, None
-    found = forced_loss(hidden, output, None, teacher, chosen, share, terms)
-    found.loss.backward()
-    assert hidden.grad is not None and grad_hidden is not None and torch.equal(grad_hidden, hidden.grad)
-    exact = [x.detach().double().requires_grad_() for x in (hidden, output)]
+    projection = random_matrix(gpu, teacher_width, width, width**-0.5) if width != teacher_width else None
+    teacher = Teacher(
+        random_matrix(gpu, tokens, teacher_width, 1).detach(),
+        random_matrix(gpu, vocabulary, teacher_width, 1.5 * teacher_width**-0.5).detach(),
+    )
+    chosen = torch.randint(0, vocabulary, (tokens,), device=gpu)
+    chosen[1:][torch.rand(tokens - 1, device=gpu) > 0.8] = NO_TARGET
+    share = torch.rand(tokens, device=gpu)
+    terms = LossWeights(ce=0.3, kl=0.5, hidden=0.7, temperature=temperature)
+    leaves = [leaf for leaf in (hidden, output, projection) if leaf is not None]
+    found = forced_loss(hidden, output, projection, teacher, chosen, share, terms)
+    gradients = torch.autograd.grad(found.loss, leaves)
+    for matrix in leaves[1:]:
+        matrix.main_grad = torch.zeros(matrix.shape, device=gpu)  # type: ignore[attr-defined]
+    final = forced_loss(hidden, output, projection, teacher, chosen, share, terms, final=True)
+    of_hidden, *_ = torch.autograd.grad(final.loss, leaves)
+    for x, y in zip((*found, gradients[0]), (*final, of_hidden), strict=True):
+        assert torch.equal(x.nan_to_num(), y.nan_to_num())
+
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     rows = (chosen != NO_TARGET).nonzero().squeeze(1)
+    of_teacher = teacher.hidden_TG.double()[rows]
     logits = exact[0][rows] @ exact[1].T
-    q, p = (
-        (x / terms.temperature).log_softmax(1)
-        for x in (logits, teacher_hidden.double()[rows] @ teacher_output.double().T)
-    )
+    teacher_logits = (of_teacher @ teacher.output_VG.double().T).to(torch.bfloat16).double()
+    q, p = ((x / temperature).log_softmax(1) for x in (logits, teacher_logits))
     kl = (p.exp() * (p - q)).sum(1)
     logp = logits.log_softmax(1).gather(1, chosen[rows, None]).squeeze(1)
-    (share.double()[rows] * (terms.kl * terms.temperature**2 * kl - terms.ce * logp)).sum().backward()
-    assert (found.logp_T[rows].double() - logp.detach()).abs().max() <= LOGP
-    assert found.kl_T[rows].double().tolist() == pytest.approx(kl.tolist(), abs=LOGP)
-    assert_gradients_near(hidden.grad, exact[0].grad)
-    assert_gradients_near(output.grad, exact[1].grad)
-    assert_gradients_near(final.main_grad, exact[1].grad)  # type: ignore[attr-defined]
+    projected = exact[0][rows] if projection is None else exact[0][rows] @ exact[2].T
+    cosine = torch.nn.functional.cosine_similarity(projected, of_teacher, dim=1)
+    losses = terms.kl * temperature**2 * kl - terms.ce * logp + terms.hidden * (1 - cosine)
+    wanted = torch.autograd.grad((share.double()[rows] * losses).sum(), exact)
+    for got, want in ((found.logp_T, logp), (found.kl_T, kl), (found.cosine_T, cosine)):
+        assert (got[rows].double() - want.detach()).abs().max() <= LOGP
+        assert got.isnan().sum() == tokens - len(rows)
+    for gradient, want in zip(gradients, wanted, strict=True):
+        assert_gradients_near(gradient, want)
+    for matrix, want in zip(leaves[1:], wanted[1:], strict=True):
+        assert_gradients_near(matrix.main_grad, want)  # type: ignore[attr-defined]

@@ -17,7 +17,7 @@ LEAST = 8192
 """Positions of the shortest microbatch, rounded down to whole sequences; a longer sequence is one of its
 own."""
 HEAD_CHUNK = 2502
-"""Positions of which the loss head holds a number for each logit at the same time: 960 MiB in bf16."""
+"""Positions of which a loss head holds a number for each logit at the same time: 960 MiB in 16 bits."""
 CONTEXT = 10 * GIB
 """Memory outside PyTorch: the CUDA context, kernels and NCCL's buffers; and what the allocator cannot use.
 8.9 and 1.0 GiB with expandable segments and CUDA graphs, with one rank and with two on H200s."""
@@ -87,7 +87,8 @@ class StudentSize:
 
     @property
     def head(self) -> int:
-        """Bytes of the loss head: the gradient of a chunk's logits in bf16."""
+        """Bytes of the loss head: the gradient of a chunk's logits in bf16, or beside a teacher both models'
+        logits."""
         return HEAD_CHUNK * VOCABULARY * 2
 
     @property

@@ -30,7 +30,7 @@ BLOCK = 1024
 def gradient(hidden_tH: Tensor, weight_VH: Tensor, targets_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(G [t, V] in bf16, Z [t], log p of the targets [t]) of bf16 inputs, Z and log p in fp32. c/Z·G is the
     gradient of −c·log p with respect to the logits. G is rounded once."""
-    g_tV = _logits_like(hidden_tH, weight_VH, torch.bfloat16)
+    g_tV = logits_like(len(hidden_tH), weight_VH, torch.bfloat16)
     return g_tV, *_softmax(hidden_tH, weight_VH, targets_t, g_tV)
 
 
@@ -39,17 +39,42 @@ def logp(hidden_tH: Tensor, weight_VH: Tensor, targets_t: Tensor) -> Tensor:
     return _softmax(hidden_tH, weight_VH, targets_t, None)[1]
 
 
-def logits(hidden_tH: Tensor, weight_VH: Tensor) -> Tensor:
-    """[t, V] in fp16, of bf16 inputs."""
-    logits_tV = _logits_like(hidden_tH, weight_VH, torch.float16)
-    _launch(hidden_tH, weight_VH, logits_tV, None, None, None)
-    return logits_tV
+def logits(
+    hidden_tH: Tensor, weight_VH: Tensor, out_tV: Tensor, temperature: float, *, plain: bool
+) -> tuple[Tensor, Tensor]:
+    """Writes the logits of bf16 inputs to `out_tV` (of logits_like), rounded to its type, fp16 or bf16.
+
+    Returns, of the rounded logits in each of the n tiles of a row, (the highest [t, n], Σ exp((logit −
+    highest) / temperature) [1, t, n]), in fp32. If `plain`, the sums at temperature 1 follow: [2, t, n].
+    """
+    rows, tiles = len(hidden_tH), triton.cdiv(len(weight_VH), N)
+    high_tn = torch.empty(rows, tiles, dtype=torch.float32, device=hidden_tH.device)
+    sums_ktn = torch.empty(1 + plain, rows, tiles, dtype=torch.float32, device=hidden_tH.device)
+    _logits[_programs(hidden_tH, weight_VH)](
+        TensorDescriptor.from_tensor(hidden_tH, [M, K]),
+        TensorDescriptor.from_tensor(weight_VH, [N, K]),
+        TensorDescriptor.from_tensor(out_tV, [M, N]),
+        high_tn,
+        sums_ktn[0],
+        sums_ktn[1] if plain else None,
+        rows,
+        len(weight_VH),
+        LOG2_E.value / temperature,
+        hidden_tH.shape[1],
+        temperature == 2,
+        M,
+        N,
+        K,
+        num_warps=8,
+        num_stages=STAGES,
+    )
+    return high_tn, sums_ktn
 
 
-def _logits_like(hidden_tH: Tensor, weight_VH: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised [t, V], where a row begins at a multiple of 16 bytes, as TMA wants it."""
+def logits_like(rows: int, weight_VH: Tensor, dtype: torch.dtype) -> Tensor:
+    """Uninitialised [rows, V], where a row begins at a multiple of 16 bytes, as TMA wants it."""
     width = len(weight_VH)
-    return torch.empty(len(hidden_tH), -(-width // 8) * 8, dtype=dtype, device=hidden_tH.device)[:, :width]
+    return torch.empty(rows, -(-width // 8) * 8, dtype=dtype, device=weight_VH.device)[:, :width]
 
 
 def _softmax(
@@ -60,8 +85,25 @@ def _softmax(
     tiles = triton.cdiv(width, N)
     high_tn, sum_tn = torch.empty(2, rows, tiles, dtype=torch.float32, device=hidden_tH.device)
     reference_t, z_t, logp_t = torch.empty(3, rows, dtype=torch.float32, device=hidden_tH.device)
-    _target_logit[(rows,)](hidden_tH, weight_VH, targets_t, reference_t, inner, triton.next_power_of_2(inner))
-    _launch(hidden_tH, weight_VH, g_tV, reference_t, high_tn, sum_tn)
+    target_logits(hidden_tH, weight_VH, targets_t, reference_t)
+    left = TensorDescriptor.from_tensor(hidden_tH, [M, K])
+    _product[_programs(hidden_tH, weight_VH)](
+        left,
+        TensorDescriptor.from_tensor(weight_VH, [N, K]),
+        left if g_tV is None else TensorDescriptor.from_tensor(g_tV, [M, N]),
+        reference_t,
+        high_tn,
+        sum_tn,
+        rows,
+        width,
+        inner,
+        g_tV is not None,
+        M,
+        N,
+        K,
+        num_warps=8,
+        num_stages=STAGES,
+    )
     pitch = 0 if g_tV is None else g_tV.stride(0)
     _combine[(rows,)](
         g_tV, targets_t, reference_t, high_tn, sum_tn, z_t, logp_t, width, pitch, tiles, N, BLOCK
@@ -69,36 +111,18 @@ def _softmax(
     return z_t, logp_t
 
 
-def _launch(
-    hidden_tH: Tensor,
-    weight_VH: Tensor,
-    out_tV: Tensor | None,
-    reference_t: Tensor | None,
-    high_tn: Tensor | None,
-    sum_tn: Tensor | None,
-) -> None:
-    rows, width, inner = len(hidden_tH), len(weight_VH), hidden_tH.shape[1]
-    tiles = triton.cdiv(rows, M) * triton.cdiv(width, N)
-    multiprocessors = torch.cuda.get_device_properties(hidden_tH.device).multi_processor_count
-    left = TensorDescriptor.from_tensor(hidden_tH, [M, K])
-    _product[(min(tiles, multiprocessors),)](
-        left,
-        TensorDescriptor.from_tensor(weight_VH, [N, K]),
-        left if out_tV is None else TensorDescriptor.from_tensor(out_tV, [M, N]),
-        reference_t,
-        high_tn,
-        sum_tn,
-        rows,
-        width,
-        inner,
-        out_tV is not None,
-        reference_t is not None,
-        M,
-        N,
-        K,
-        num_warps=8,
-        num_stages=STAGES,
+def target_logits(hidden_tH: Tensor, weight_VH: Tensor, targets_t: Tensor, found_t: Tensor) -> None:
+    """Writes log₂ e · the targets' logits, not rounded, to `found_t` in fp32."""
+    inner = hidden_tH.shape[1]
+    _target_logit[(len(hidden_tH),)](
+        hidden_tH, weight_VH, targets_t, found_t, inner, triton.next_power_of_2(inner)
     )
+
+
+def _programs(hidden_tH: Tensor, weight_VH: Tensor) -> tuple[int]:
+    """Of a product: one a multiprocessor, each of which takes many tiles."""
+    tiles = triton.cdiv(len(hidden_tH), M) * triton.cdiv(len(weight_VH), N)
+    return (min(tiles, torch.cuda.get_device_properties(hidden_tH.device).multi_processor_count),)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -130,13 +154,12 @@ def _product(  # type: ignore[no-untyped-def]
     width,
     H: tl.constexpr,
     STORED: tl.constexpr,
-    SUMMED: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
 ):
-    """If STORED, `out` becomes the logits, or if SUMMED their exponentials. If SUMMED, `high` and `total`
-    become each row's highest logit and sum of exponentials in each tile.
+    """`high` and `total` become each row's highest logit and sum of exponentials in each tile; if STORED,
+    `out` becomes the exponentials.
 
     Programs take tiles one after the other, all of a vocabulary tile in succession, so that it is read from
     memory once.
@@ -149,21 +172,66 @@ def _product(  # type: ignore[no-untyped-def]
         logits = tl.zeros((M, N), tl.float32)
         for k in range(0, H, K):
             logits = tl.dot(hidden.load([first, k]), weight.load([n * N, k]).T, logits)
-        if SUMMED:
-            row = first + tl.arange(0, M)
-            inside = row < rows
-            x = tl.where((n * N + tl.arange(0, N) < width)[None, :], logits, float("-inf"))
-            top = tl.max(x, 1)
-            low = tl.load(reference + row, mask=inside, other=0.0)
-            low += _raised(top, low)
-            found = tl.exp2(x * LOG2_E - low[:, None])
-            at = row * across + n
-            tl.store(high + at, top, mask=inside)
-            tl.store(total + at, tl.sum(found, 1), mask=inside)
-        else:
-            found = tl.minimum(tl.maximum(logits, -LARGEST), LARGEST)
+        row = first + tl.arange(0, M)
+        inside = row < rows
+        x = tl.where((n * N + tl.arange(0, N) < width)[None, :], logits, float("-inf"))
+        top = tl.max(x, 1)
+        low = tl.load(reference + row, mask=inside, other=0.0)
+        low += _raised(top, low)
+        found = tl.exp2(x * LOG2_E - low[:, None])
+        at = row * across + n
+        tl.store(high + at, top, mask=inside)
+        tl.store(total + at, tl.sum(found, 1), mask=inside)
         if STORED:
             out.store([first, n * N], found.to(out.dtype))
+
+
+@triton.jit(do_not_specialize=["rows"])  # type: ignore[untyped-decorator]
+def _logits(  # type: ignore[no-untyped-def]
+    hidden,
+    weight,
+    out,
+    high,
+    total,
+    plain,
+    rows,
+    width,
+    scale,
+    H: tl.constexpr,
+    SQUARE: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Tiles as in _product. `scale` is log₂ e / temperature. SQUARE: the temperature is 2, and an exponential
+    at temperature 1 is the square of the other, for which there are eight times as many units."""
+    down = tl.cdiv(rows, M)
+    across = tl.cdiv(width, N)
+    for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
+        first = tile % down * M
+        n = tile // down
+        logits = tl.zeros((M, N), tl.float32)
+        for k in range(0, H, K):
+            logits = tl.dot(hidden.load([first, k]), weight.load([n * N, k]).T, logits)
+        if out.dtype == tl.float16:
+            logits = tl.minimum(tl.maximum(logits, -LARGEST), LARGEST)
+        rounded = logits.to(out.dtype)
+        out.store([first, n * N], rounded)
+        row = first + tl.arange(0, M)
+        inside = row < rows
+        within = (n * N + tl.arange(0, N) < width)[None, :]
+        x = tl.where(within, rounded.to(tl.float32), float("-inf"))
+        top = tl.max(x, 1)
+        exps = tl.exp2(x * scale - (top * scale)[:, None])
+        at = row * across + n
+        tl.store(high + at, top, mask=inside)
+        tl.store(total + at, tl.sum(exps, 1), mask=inside)
+        if plain is not None:
+            if SQUARE:
+                exps *= exps
+            else:
+                exps = tl.exp2(x * LOG2_E - (top * LOG2_E)[:, None])
+            tl.store(plain + at, tl.sum(exps, 1), mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -27,9 +27,10 @@ from vpmoe.model.main_gradient import add_product_, in_main_gradient
 if TYPE_CHECKING:
     from vpmoe.api.stages import LossWeights
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 400 << 20}
-"""Bound on the teacher's logits of one chunk; on a GPU the student's are half as much again. Shorter
-chunks would read and write the fp32 sum of the matrix's gradient more often (0.8 GiB at hidden 1,024)."""
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 960 << 20}
+"""Bound on one chunk's logits: on a CPU of the teacher's, in fp32; on a GPU of all that are in memory: at a
+vocabulary of 201,088 those of 2,118 tokens, beside which all else of a chunk is 45 to 60 MiB. Shorter chunks
+would read and write the fp32 sum of the matrix's gradient more often (0.8 GiB at hidden 1,024)."""
 EPSILON = 1e-8
 """Least length of a hidden state in the cosine, as in torch.nn.functional.cosine_similarity."""
 
@@ -121,11 +122,11 @@ class _Head(torch.autograd.Function):
                 targets_T[rows_t],
                 share_T[rows_t].to(loss.dtype),
             )
-            teacher_tG = teacher.hidden_TG[rows_t]
-            cosine_t, grad_tG = _cosine(_project(hidden_tH, projection_GH), teacher_tG)
-            grad_tG = grad_tG.mul_((-terms.hidden * share_t).unsqueeze(1)).to(hidden_TH.dtype)
-            teacher_tV = teacher_tG @ teacher.output_VG.T
-            logp_t, kl_t, grad_tV = _compare_(hidden_tH, output_VH, teacher_tV, targets_t, share_t, terms)
+            of_teacher = Teacher(teacher.hidden_TG[rows_t], teacher.output_VG)
+            cosine_t, grad_tG = _towards(
+                hidden_tH, projection_GH, of_teacher.hidden_TG, -terms.hidden * share_t
+            )
+            logp_t, kl_t, grad_tV = _compare(hidden_tH, output_VH, of_teacher, targets_t, share_t, terms)
             loss += (
                 share_t
                 * (terms.kl * terms.temperature**2 * kl_t - terms.ce * logp_t + terms.hidden * (1 - cosine_t))
@@ -138,7 +139,7 @@ class _Head(torch.autograd.Function):
                 grad_tG if projection_GH is None else grad_tG @ projection_GH
             )
             logp_T[rows_t], kl_T[rows_t], cosine_T[rows_t] = logp_t, kl_t, cosine_t
-            del teacher_tV, grad_tV  # frees the memory for the next chunk
+            del grad_tV  # frees the memory for the next chunk
         ctx.added = main_VH is not None
         if ctx.added:
             ctx.save_for_backward(grad_hidden_TH, output_VH, projection_GH)
@@ -169,13 +170,27 @@ class _Head(torch.autograd.Function):
 
 def _longest(output_VH: Tensor) -> int:
     """Positions whose logits, in the matrix's type, stay inside CHUNK_BYTES."""
-    return max(1, CHUNK_BYTES[output_VH.device.type] // (output_VH.element_size() * len(output_VH)))
+    rows = CHUNK_BYTES[output_VH.device.type] // (output_VH.element_size() * len(output_VH))
+    if output_VH.is_cuda:
+        from vpmoe.objectives import teacher_forced_kernels  # Triton, which only a GPU needs
+
+        rows = teacher_forced_kernels.longest(rows)
+    return max(1, rows)
 
 
-def _project(hidden_tH: Tensor, projection_GH: Tensor | None) -> Tensor:
-    if projection_GH is None:
-        return hidden_tH.to(torch.promote_types(hidden_tH.dtype, torch.float32))
-    return chunk_logits(hidden_tH, projection_GH)
+def _towards(
+    hidden_tH: Tensor, projection_GH: Tensor | None, teacher_tG: Tensor, factor_t: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(Cosine of the projected hidden state and the teacher's [t], gradient of factor · cosine with respect
+    to the projected [t, G], in the type of hidden)."""
+    student_tG = hidden_tH if projection_GH is None else chunk_logits(hidden_tH, projection_GH)
+    if hidden_tH.is_cuda:
+        from vpmoe.objectives import teacher_forced_kernels  # Triton, which only a GPU needs
+
+        return teacher_forced_kernels.cosine(student_tG, teacher_tG, factor_t, EPSILON)
+    student_tG = student_tG.to(torch.promote_types(hidden_tH.dtype, torch.float32))
+    cosine_t, grad_tG = _cosine(student_tG, teacher_tG)
+    return cosine_t, grad_tG.mul_(factor_t.unsqueeze(1)).to(hidden_tH.dtype)
 
 
 def _cosine(student_tG: Tensor, teacher_tG: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,23 +204,21 @@ def _cosine(student_tG: Tensor, teacher_tG: Tensor) -> tuple[Tensor, Tensor]:
     return cosine_t1.squeeze(1), (teacher_tG - cosine_t1 * student_tG) / length_t1
 
 
-def _compare_(
+def _compare(
     hidden_tH: Tensor,
     output_VH: Tensor,
-    teacher_tV: Tensor,
+    teacher: Teacher,
     targets_t: Tensor,
     share_t: Tensor,
     terms: "LossWeights",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log p of the targets [t], KL(teacher‖student) [t], gradient of the loss with respect to the student's
-    logits [t, V]).
-
-    On the GPU the gradient overwrites the teacher's logits.
-    """
+    logits [t, V]). `teacher` has the chunk's hidden states."""
     if hidden_tH.is_cuda:
         from vpmoe.objectives import teacher_forced_kernels  # Triton, which only a GPU needs
 
-        return teacher_forced_kernels.compare_(hidden_tH, output_VH, teacher_tV, targets_t, share_t, terms)
+        return teacher_forced_kernels.compare(hidden_tH, output_VH, *teacher, targets_t, share_t, terms)
+    teacher_tV = teacher.hidden_TG @ teacher.output_VG.T
     logits_tV = chunk_logits(hidden_tH, output_VH)
     rows_t = torch.arange(len(targets_t))
     student_tV, teacher_tV = (

@@ -3,6 +3,7 @@
 import itertools
 import re
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 
@@ -17,8 +18,9 @@ from vpmoe.api.memory import (
     least_memory,
     training_memory,
 )
-from vpmoe.model.head import CHUNK_BYTES
+from vpmoe.model import head
 from vpmoe.model.shapes import SHAPES
+from vpmoe.objectives import teacher_forced_head
 from vpmoe.plan.memory import training_role
 
 GRID = list(
@@ -49,8 +51,9 @@ def test_the_api_has_the_numbers_of_the_shapes(name: str) -> None:
     assert shape.vocabulary == VOCABULARY
 
 
-def test_the_api_has_the_constant_of_the_head() -> None:
-    assert CHUNK_BYTES["cuda"] // (2 * VOCABULARY) == HEAD_CHUNK
+@pytest.mark.parametrize("head", [head, teacher_forced_head], ids=["head", "teacher-forced"])
+def test_the_api_has_the_constant_of_the_heads(head: ModuleType) -> None:
+    assert head.CHUNK_BYTES["cuda"] // (2 * VOCABULARY) == HEAD_CHUNK
 
 
 @pytest.mark.parametrize(
