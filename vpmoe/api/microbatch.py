@@ -16,6 +16,9 @@ more arithmetic is worth that only in very short ones: 2 × 16,384 positions wit
 """
 
 from functools import cache
+from typing import Annotated
+
+from pydantic import Field
 
 from vpmoe.api.base import Record
 from vpmoe.api.layout import layout, ranks
@@ -47,9 +50,9 @@ happens beside the backward is not counted."""
 class Microbatch(Record):
     """How a stage's trainer divides a rank's sequences, and what it recomputes."""
 
-    rows: int
+    rows: Annotated[int, Field(ge=1)]
     """Sequences of a microbatch, except the last ones of a step."""
-    recomputed_layers: int = 0
+    recomputed_layers: Annotated[int, Field(ge=0)] = 0
     """The first layers, whose activations are computed again in the backward."""
     sharded_gradients: bool = False
     """Whether each rank keeps the sums of its share of the gradients only."""

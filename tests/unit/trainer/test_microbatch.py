@@ -84,6 +84,8 @@ def test_data_and_position_do_not_depend_on_the_microbatch(
 def test_a_damaged_manifest_is_passed_over(context: StageContext, device: torch.device) -> None:
     save_checkpoints(context, filled(device, 1.0), state_at(1, microbatch=CHOSEN))
     context.bucket.create(paths.manifest(paths.checkpoint(context.run, "vanilla", 2)), b"{}", {})
+    empty = CHOSEN.model_copy(update={"rows": 0})
+    save_checkpoints(context, filled(device, 1.0), state_at(3, microbatch=empty))
     assert stored_microbatch(context) == CHOSEN
 
 
