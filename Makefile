@@ -6,6 +6,7 @@ SHELL := bash
 lines := sed --unbuffered ''
 chaos := tests/cluster/test_operator_chaos.py
 kueue := tests/cluster/test_kueue.py
+on_cpu := tests/kind/test_images.py::test_a_run_is_preprocessed_trained_and_evaluated_in_containers
 
 # CLUSTER is dev (the default: compiled here), kind (a node in Docker) or current (kubectl's context).
 ifeq ($(CLUSTER),kind)
@@ -13,7 +14,7 @@ export VARIANT := cpu
 cluster: images
 endif
 
-.PHONY: help demo check test test-quick test-local test-engine test-cluster test-kind test-gpu cluster kueue down setup lint
+.PHONY: help demo check test test-quick test-local test-engine test-cluster test-kind test-cuda-images test-gpu cluster kueue down setup lint
 .PHONY: manifests lock images push
 help:      ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -49,6 +50,10 @@ test-kind: export VARIANT := cpu
 test-kind: setup images ## build the images, test them, and run the end-to-end tests on kind; needs Docker
 	@$(python) -m pytest tests/kind
 	@$(python) -m pytest tests/e2e -m cluster
+
+test-cuda-images: export VARIANT := cuda
+test-cuda-images: setup images ## build the images for GPUs, and test what they hold and import; needs Docker, no GPU
+	@$(python) -m pytest tests/kind --deselect $(on_cpu)
 
 test-gpu: setup ## run the GPU tests: needs an NVIDIA GPU with a driver for CUDA 13
 	@$(python) -m pytest tests/gpu -m gpu

@@ -84,6 +84,7 @@ PROOFS: dict[str, RunHere | RunBy | NotRun] = {
     "make check": NotRun("nothing: it runs this test"),
     "make test": NotRun("nothing: it runs this test"),
     "make test-kind": NotRun("Docker, and half an hour"),
+    "make test-cuda-images": NotRun("Docker, and 30 GB of disk"),
     "pip install .": RunBy(
         ("tests/unit/package/test_wheel.py::test_the_wheel_requires_pydantic_and_yaml_only",),
         "the wheel that pip would build, installed by uv without a package index",
