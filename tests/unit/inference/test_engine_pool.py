@@ -8,6 +8,7 @@ import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,13 @@ from tests.fakes.shared_engine import BROKEN
 from tests.fakes.students import new_seed
 from tests.fakes.waiting import wait_until
 from vpmoe.failure import Permanent, Retriable, failure_record
-from vpmoe.inference.engine_pool import EnginePool, SamplingRequest, engine_environment, engine_error
+from vpmoe.inference.engine_pool import (
+    CheckStop,
+    EnginePool,
+    SamplingRequest,
+    engine_environment,
+    engine_error,
+)
 from vpmoe.inference.verify import verify_against_probe
 from vpmoe.rollout.policy_version import Probe
 
@@ -229,9 +236,19 @@ def check_queue(engines: EnginePool, random: np.random.Generator) -> None:
         engines.sample_queue(requests[::-1])
     )  # given up after one completion, its requests have other numbers
     engines.depth = 3
-    found = list(engines.sample_queue(requests))
+    sent: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        send = engines._send
+
+        def record(engine: int, method: str, arguments: tuple[Any, ...], check_stop: CheckStop) -> None:
+            sent.extend(index for index, _ in arguments[0])
+            send(engine, method, arguments, check_stop)
+
+        patch.setattr(engines, "_send", record)
+        found = list(engines.sample_queue(requests))
     assert sorted(index for index, _ in found) == list(range(14))
-    assert lengths[found[-1][0]] < max(lengths), "the longest started first"
+    first = sorted((lengths[index] for index in sent[:6]), reverse=True)
+    assert first == sorted(lengths, reverse=True)[:6], "the longest start first, three on each engine"
     different = 0
     for index, one in found:
         if np.array_equal(one.ids_C, expected[index].ids_C):
