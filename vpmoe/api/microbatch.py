@@ -39,7 +39,7 @@ MOST = 32_768
 eighth of its time, FIXED / MOST, and none was measured."""
 FIXED = 4096
 """Tokens in whose time a GPU does what a microbatch costs however short it is: it reads and writes weights
-and gradients (of vpmoe-6b some 100 GB, 25 to 40 ms where a token takes 15 µs) and waits for launches. An
+and gradients (of vpmoe-6b some 100 GB, 25 to 40 ms where a token takes 11 µs) and waits for launches. An
 estimate; `benchmarks.step --sweep` shows the times that it stands for."""
 SCATTERED_BYTES = 4_000_000
 """Bytes of gradients that a GPU sends in the time of a token: NVLink at 250 GB/s and 16 µs, both assumed.
