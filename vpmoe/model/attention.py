@@ -97,16 +97,16 @@ def packed_attention(
     slopes_h: Tensor | None = None,
     offset_h: Tensor | None = None,
 ) -> Tensor:
-    """[n, heads, width]: Σ_j P_ij v_j inside each run of `boundaries`, with
+    """[n, heads, width]: Σ_j P_ij v_j inside each run, with
 
         P_ij = exp(l_ij) / (exp(offset) + Σ_j exp(l_ij)),  l_ij = q_i·k_j / √width − slope · (i − j),
         i − window < j ≤ i
 
     n positions of all runs, one run after the other; `boundaries` [runs + 1] int32, `longest` the length of
-    the longest, `runs_2n` int32 as batch.runs_of. On a GPU with any of the three parts only the last is read,
-    otherwise only the first two. Query head h uses the key-value head h // (heads / groups). `window` counts
-    the query's own position. Without `slopes_h` [heads] there is no bias; without `offset_h` [heads] its exp
-    is 0. Both are fp32.
+    the longest, `runs_2n` int32 as batch.runs_of. A GPU reads only `runs_2n` if there is a window, a bias or
+    an offset; otherwise, and on the CPU, only `boundaries` and `longest` are read. Query head h uses the
+    key-value head h // (heads / groups). `window` counts the query's own position. Without `slopes_h` [heads]
+    there is no bias; without `offset_h` [heads] its exp is 0. Both are fp32.
     """
     parts = window is not None or slopes_h is not None or offset_h is not None
     if query_nhD.is_cuda:

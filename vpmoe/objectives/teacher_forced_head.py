@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from vpmoe.api.stages import LossWeights
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 960 << 20}
-"""Bound on one chunk's logits: on a CPU of the teacher's, in fp32; on a GPU of all that are in memory: at a
-vocabulary of 201,088 those of 2,118 tokens, beside which all else of a chunk is 45 to 60 MiB. Shorter chunks
-would read and write the fp32 sum of the matrix's gradient more often (0.8 GiB at hidden 1,024)."""
+"""Bound on one chunk's logits: on a CPU of the teacher's, in fp32; on a GPU of both models' that are in
+memory at a time, which is a chunk of 2,118 tokens at a vocabulary of 201,088. All else of it is 45 to 60 MiB
+there. Shorter chunks would read and write the fp32 sum of the matrix's gradient more often (0.8 GiB at hidden
+1,024)."""
 EPSILON = 1e-8
 """Least length of a hidden state in the cosine, as in torch.nn.functional.cosine_similarity."""
 
@@ -169,7 +170,7 @@ class _Head(torch.autograd.Function):
 
 
 def _longest(output_VH: Tensor) -> int:
-    """Positions whose logits, in the matrix's type, stay inside CHUNK_BYTES."""
+    """Positions of a chunk whose logits, in the matrix's type, stay inside CHUNK_BYTES; at least 1."""
     rows = CHUNK_BYTES[output_VH.device.type] // (output_VH.element_size() * len(output_VH))
     if output_VH.is_cuda:
         from vpmoe.objectives import teacher_forced_kernels  # Triton, which only a GPU needs
