@@ -203,16 +203,16 @@ def _row_tiles(positions: int, heads: int, groups: int, rows: int) -> tuple[int]
 
 
 @triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]
-def _most_work_first(spans, order, n, N: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _most_work_first(runs, order, n, N: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Store the numbers of the tiles of N keys by how many queries come after them in the document of their
     last key, most first. Otherwise the GPU waits at the end for a long one that began late."""
     tiles = tl.cdiv(n, N)
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    work = tl.load(spans + n + tl.minimum(tile * N + N, n) - 1, mask=tile < tiles, other=0) - tile * N
+    work = tl.load(runs + n + tl.minimum(tile * N + N, n) - 1, mask=tile < tiles, other=0) - tile * N
     place = tl.zeros((BLOCK,), tl.int32)
     for begin in range(0, tiles, BLOCK):
         other = begin + tl.arange(0, BLOCK)
-        others = tl.load(spans + n + tl.minimum(other * N + N, n) - 1) - other * N
+        others = tl.load(runs + n + tl.minimum(other * N + N, n) - 1) - other * N
         ahead = (others[None, :] > work[:, None]) | (
             (others[None, :] == work[:, None]) & (other[None, :] < tile[:, None])
         )
@@ -227,7 +227,7 @@ def _padded(n):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rows(  # type: ignore[no-untyped-def]
-    spans,
+    runs,
     slopes,
     n,
     H: tl.constexpr,
@@ -251,7 +251,7 @@ def _rows(  # type: ignore[no-untyped-def]
     slope = tl.zeros((M,), tl.float32)
     if ALIBI:
         slope = tl.load(slopes + head)
-    first = tl.load(spans + position)
+    first = tl.load(runs + position)
     if WINDOW > 0:
         first = tl.maximum(first, position - WINDOW + 1)
     return group, anchor, position, head, slope, first
@@ -259,7 +259,7 @@ def _rows(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _visible_keys(  # type: ignore[no-untyped-def]
-    spans, n, anchor, WINDOW: tl.constexpr, P: tl.constexpr, N: tl.constexpr
+    runs, n, anchor, WINDOW: tl.constexpr, P: tl.constexpr, N: tl.constexpr
 ):
     """(first key that a tile of P positions may see, first after the tiles of keys that all see whole, end).
 
@@ -271,8 +271,8 @@ def _visible_keys(  # type: ignore[no-untyped-def]
         low = tl.maximum(anchor - WINDOW + 1, 0)
         middle = low
     else:
-        low = tl.load(spans + anchor)
-        one_run = tl.load(spans + end - 1) == low
+        low = tl.load(runs + anchor)
+        one_run = tl.load(runs + end - 1) == low
         middle = tl.where(one_run, low + (anchor + 1 - low) // N * N, low)
     return low, middle, end
 
@@ -324,7 +324,7 @@ def _forward(  # type: ignore[no-untyped-def]
     query,
     key,
     value,
-    spans,
+    runs,
     slopes,
     offset,
     out,
@@ -344,8 +344,8 @@ def _forward(  # type: ignore[no-untyped-def]
     """`log2_sum` [heads, n]: log₂ of a row's sum of weights plus slope · (the row's place in its block of
     BLOCK positions) · log₂ e, which is what `_gradient_of_keys` needs."""
     SHARE: tl.constexpr = H // G
-    group, anchor, position, head, slope, first = _rows(spans, slopes, n, H, G, WINDOW, ALIBI, M)
-    low, middle, end = _visible_keys(spans, n, anchor, WINDOW, M // SHARE, N)
+    group, anchor, position, head, slope, first = _rows(runs, slopes, n, H, G, WINDOW, ALIBI, M)
+    low, middle, end = _visible_keys(runs, n, anchor, WINDOW, M // SHARE, N)
     place = (position.to(tl.int64) * H + head)[:, None] * D + tl.arange(0, D)[None, :]
     q = tl.load(query + place)
     constant = slope * (position - anchor).to(tl.float32) * LOG2_E
@@ -455,7 +455,7 @@ def _gradient_of_queries(  # type: ignore[no-untyped-def]
     query,
     key,
     value,
-    spans,
+    runs,
     slopes,
     offset,
     out,
@@ -479,8 +479,8 @@ def _gradient_of_queries(  # type: ignore[no-untyped-def]
     """Also stores `product` [heads, n], Σ_D out · grad_out of each row, which is Σ_j P_ij · (gradient of
     P_ij)."""
     SHARE: tl.constexpr = H // G
-    group, anchor, position, head, slope, first = _rows(spans, slopes, n, H, G, WINDOW, ALIBI, M)
-    low, middle, end = _visible_keys(spans, n, anchor, WINDOW, M // SHARE, N)
+    group, anchor, position, head, slope, first = _rows(runs, slopes, n, H, G, WINDOW, ALIBI, M)
+    low, middle, end = _visible_keys(runs, n, anchor, WINDOW, M // SHARE, N)
     place = (position.to(tl.int64) * H + head)[:, None] * D + tl.arange(0, D)[None, :]
     row = head * _padded(n) + position
     inside = anchor + tl.arange(0, M) // SHARE < n
@@ -613,7 +613,7 @@ def _gradient_of_keys(  # type: ignore[no-untyped-def]
     query,
     key,
     value,
-    spans,
+    runs,
     order,
     slopes,
     log2_sum,
@@ -642,16 +642,16 @@ def _gradient_of_keys(  # type: ignore[no-untyped-def]
     first_head = group * SHARE
     end = tl.minimum(anchor + N, n)
     j = tl.minimum(anchor + tl.arange(0, N), n - 1)
-    last = tl.load(spans + n + j)
+    last = tl.load(runs + n + j)
     if WINDOW > 0:
         last = tl.minimum(last, j + WINDOW)
         blocks = tl.cdiv(tl.minimum(end - 1 + WINDOW, n) - anchor, P)
         diagonal = blocks
         whole = blocks
     else:  # from `diagonal` to `whole` all queries of a block see all keys of the tile
-        high = tl.load(spans + n + end - 1)
+        high = tl.load(runs + n + end - 1)
         blocks = tl.cdiv(high - anchor, P)
-        one_run = tl.load(spans + n + anchor) == high
+        one_run = tl.load(runs + n + anchor) == high
         diagonal = tl.where(one_run, tl.minimum(tl.cdiv(N - 1, P), blocks), blocks)
         whole = tl.maximum((high - anchor) // P, diagonal)
     place = (j.to(tl.int64) * G + group)[:, None] * D + tl.arange(0, D)[None, :]

@@ -55,7 +55,7 @@ def test_hopper_multiplies_while_it_computes(kernel: str, window: int, tmp_path:
             signature[argument] = f"tensordesc<fp32[{block}]>"
         else:
             fp32 = {"slopes", "offset", "log2_sum", "product", "grad_offset"}
-            integers = {"spans": "*i32", "order": "*i32", "n": "i32"}
+            integers = {"runs": "*i32", "order": "*i32", "n": "i32"}
             signature[argument] = integers.get(argument, "*fp32" if argument in fp32 else "*bf16")
     used = {key: value for key, value in constants.items() if key in function.arg_names}
     aligned = {
