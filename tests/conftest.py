@@ -211,4 +211,4 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     install.credentials(cluster, name)
     yield name
     cluster.kubectl("delete", "distillruns", "--all", "--namespace", name, "--timeout=120s")
-    cluster.kubectl("delete", "namespace", name, "--timeout=120s")
+    cluster.kubectl("delete", "namespace", name, "--timeout=360s")  # a trainer's grace period is 300 s
