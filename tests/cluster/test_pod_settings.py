@@ -143,6 +143,8 @@ def look(harness: RunHarness, pod: dict[str, Any]) -> dict[str, Any]:
 def test_pods_have_what_the_run_says(harness: RunHarness, backend: str) -> None:
     name = f"settings-{backend.lower()}"
     harness.apply(name, "steps=40 pause=0.5", runtime={**RUNTIME, "backend": backend}, **TEACHER)
+    rescore = look(harness, pod_of(harness, name, "rescore"))["environment"]  # first: it ends first
+    assert (rescore["VPMOE_TEACHER_CACHE"], rescore["HF_TOKEN"]) == ("/var/cache/vpmoe/teacher", "hf_x")
     pod = pod_of(harness, name, "vanilla")
     found, spec = look(harness, pod), pod["spec"]
     environment = found["environment"]
@@ -155,10 +157,6 @@ def test_pods_have_what_the_run_says(harness: RunHarness, backend: str) -> None:
     assert (spec["runtimeClassName"], spec["schedulerName"]) == (CLASS, "default-scheduler")
     resources = spec["containers"][0]["resources"]
     assert resources["limits"][DEVICE] == resources["requests"][DEVICE] == "2"
-    rescore = pod_of(harness, name, "rescore")
-    found = look(harness, rescore)
-    assert found["environment"]["VPMOE_TEACHER_CACHE"] == "/var/cache/vpmoe/teacher"
-    assert found["environment"]["HF_TOKEN"] == "hf_x"
     harness.wait_for_phase(name, "Succeeded")
     harness.kubectl("delete", "distillrun", name)
 
