@@ -143,6 +143,17 @@ def _raised(high, reference):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _tile(  # type: ignore[no-untyped-def]
+    hidden, weight, first, n, H: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+):
+    """Logits of the rows from `first` on, of vocabulary tile `n`."""
+    logits = tl.zeros((M, N), tl.float32)
+    for k in range(0, H, K):
+        logits = tl.dot(hidden.load([first, k]), weight.load([n * N, k]).T, logits)
+    return logits
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _product(  # type: ignore[no-untyped-def]
     hidden,
     weight,
@@ -169,9 +180,7 @@ def _product(  # type: ignore[no-untyped-def]
     for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
         first = tile % down * M
         n = tile // down
-        logits = tl.zeros((M, N), tl.float32)
-        for k in range(0, H, K):
-            logits = tl.dot(hidden.load([first, k]), weight.load([n * N, k]).T, logits)
+        logits = _tile(hidden, weight, first, n, H, M, N, K)
         row = first + tl.arange(0, M)
         inside = row < rows
         x = tl.where((n * N + tl.arange(0, N) < width)[None, :], logits, float("-inf"))
@@ -210,9 +219,7 @@ def _logits(  # type: ignore[no-untyped-def]
     for tile in tl.range(tl.program_id(0), down * across, tl.num_programs(0), flatten=True):
         first = tile % down * M
         n = tile // down
-        logits = tl.zeros((M, N), tl.float32)
-        for k in range(0, H, K):
-            logits = tl.dot(hidden.load([first, k]), weight.load([n * N, k]).T, logits)
+        logits = _tile(hidden, weight, first, n, H, M, N, K)
         if out.dtype == tl.float16:
             logits = tl.minimum(tl.maximum(logits, -LARGEST), LARGEST)
         rounded = logits.to(out.dtype)
