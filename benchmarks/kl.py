@@ -69,7 +69,8 @@ def inputs(tokens: int, hidden: int, teacher: int, vocabulary: int, device: torc
 
 def ours(given: Inputs, *, final: bool = False) -> Tensor:
     share = torch.full((len(given.targets),), 1 / len(given.targets), device=given.targets.device)
-    return forced_loss(*given, share, TERMS, final=final).loss  # type: ignore[arg-type]
+    rows = torch.arange(len(given.targets), device=given.targets.device)
+    return forced_loss(*given, share, TERMS, rows, final=final).loss  # type: ignore[arg-type]
 
 
 def print_training(given: Inputs, floor: float, repeats: int) -> None:
