@@ -31,7 +31,7 @@ from vpmoe.storage.local import written_whole
 
 log = logging.getLogger(__name__)
 
-THREADS = 8
+THREADS = 16
 """Blocks of a file that are read or downloaded at the same time."""
 PAUSE = 1.0
 """Seconds between two looks whether another process has finished its download."""

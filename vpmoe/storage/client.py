@@ -36,8 +36,8 @@ KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 SERVER = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+(?:%25[A-Za-z0-9._~-]+)?\])(?::([0-9]{1,5}))?")
 """Host and port of a URL."""
 
-CONNECTIONS = 16
-"""Connections kept open: several uploads or downloads of four blocks each."""
+CONNECTIONS = 64
+"""Connections kept open: several uploads or downloads of sixteen blocks each."""
 
 
 def connect(spec: "StorageSpec", patience: Patience) -> "S3Client":

@@ -34,7 +34,7 @@ from vpmoe.rollout.policy_version import PolicyVersion, Probe
 from vpmoe.rollout.version_volume import VersionVolume
 from vpmoe.rollout.window_files import MIN_LOGP
 from vpmoe.storage import StorageError, Subject, manifest, paths
-from vpmoe.storage.blocks import hash_files
+from vpmoe.storage.blocks import hash_files, in_order
 from vpmoe.storage.manifest import Input
 from vpmoe.storage.scratch import temporary_folder
 from vpmoe.trainer.background_upload import BackgroundUpload
@@ -48,6 +48,8 @@ PROBE_TOKENS = 64
 """Ids of each of them at most."""
 THREADS = 12
 """Files of a version that are written, and parts of them that are hashed, at the same time."""
+UPLOADS = 2
+"""Files that are uploaded at the same time: while one ends, the next has begun."""
 PATIENCE = timedelta(hours=1)
 """How long the ranks wait for rank 0 to hear from the store whether a version exists."""
 WEIGHT_FILE = re.compile(r"/v(\d+)/(?!manifest\.json$)")
@@ -203,7 +205,8 @@ class Publisher:
     def _upload_files(self, folder: Path, subjects: Sequence[Subject]) -> None:
         """Upload the files of a version. Raises StorageError if one is not what it was when it was hashed."""
         metadata = self._context.provenance.metadata()
-        for subject in subjects:
+
+        def upload(subject: Subject) -> None:
             path = folder / subject.name
             if self._context.bucket.put_file(subject.key, path, metadata).sha256 != subject.sha256:
                 raise StorageError(
@@ -211,6 +214,9 @@ class Publisher:
                     f"{folder.parent}, and check the disk.",
                     "Local",
                 )
+
+        for _ in in_order(upload, subjects, UPLOADS):
+            pass
 
 
 def probe_sequences(documents: DatasetReader) -> list[Ids]:
