@@ -1,5 +1,6 @@
 """Checkpoints of a small student, for tests that save, compare and damage them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,16 @@ def filled(device: torch.device, number: float, shape: Shape = students.SMALL) -
     return learner
 
 
-def save_checkpoints(context: StageContext, learner: Learner, *positions: TrainState) -> NullReporter:
+def save_checkpoints(
+    context: StageContext, learner: Learner, *positions: TrainState, rejected: Iterable[int] = ()
+) -> NullReporter:
+    """Write checkpoints, as an attempt that has rejected these iterations."""
     uploader = NullReporter()
     checkpoints = CheckpointWriter(
         context,
         learner,
         [datasets.TOKENIZER, Input("dataset", "s3://x", {"sha256": datasets.HEX}, {})],
+        rejected,
         uploader,
     )
     for position in positions:

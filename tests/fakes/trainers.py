@@ -43,7 +43,7 @@ def trainer(
     """A trainer at the stage's state according to the bucket, with `held_out` held-out documents."""
     stage = stage_kind(context)
     start = load_start(context, stage, learner)
-    checkpoints = CheckpointWriter(context, learner, INPUTS, uploader)
+    checkpoints = CheckpointWriter(context, learner, INPUTS, start.rejected, uploader)
     documents = None
     if held_out:
         training, cache = context.run.spec.training, BlockCache(context.bucket, context.scratch / "blocks")

@@ -89,7 +89,9 @@ def train(context: StageContext) -> None:
             *start.sources,
             *stage.inputs(),
         ]
-        checkpoints = opened.enter_context(closing(CheckpointWriter(context, learner, inputs, uploader)))
+        checkpoints = opened.enter_context(
+            closing(CheckpointWriter(context, learner, inputs, start.rejected, uploader))
+        )
         held_out = None
         if spec.evaluation.documents:
             valid = opened.enter_context(closing(DatasetReader(context.dataset, "valid", cache)))

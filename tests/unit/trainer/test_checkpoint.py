@@ -25,8 +25,9 @@ from vpmoe.model.learner import Learner
 from vpmoe.model.shapes import PARTS, SHAPES, other_parts
 from vpmoe.storage import Bucket, manifest, paths
 from vpmoe.storage.manifest import Input, Manifest
+from vpmoe.trainer.checkpoint import writer
+from vpmoe.trainer.checkpoint.resume import Start
 from vpmoe.trainer.checkpoint.state_copy import BUFFERS, rank_file
-from vpmoe.trainer.checkpoint.writer import prune
 from vpmoe.trainer.context import StageContext
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -87,8 +88,8 @@ def test_a_damaged_checkpoint_is_logged_and_the_previous_one_is_used(
     learner = filled(device, 2.0)
     started = start_of(context, learner)
     assert equal_states(learner, good) and started.state == state_at(1)
-    (rejected,) = started.rejected
-    assert "/checkpoints/vanilla/2" in rejected and message in rejected
+    ((iteration, rejected),) = started.rejected.items()
+    assert iteration == 2 and "/checkpoints/vanilla/2" in rejected and message in rejected
     assert [record.levelname for record in caplog.records if record.message == f"REJECTED: {rejected}"] == [
         "ERROR"
     ]
@@ -218,14 +219,125 @@ def test_a_rejected_checkpoint_does_not_count_as_kept(
     context: StageContext, device: torch.device, s3: S3
 ) -> None:
     """Four are kept, and the newest four are damaged. What the attempt that passed them over writes stays:
-    the next one resumes there."""
+    the next one resumes there. They stay too until training has passed them."""
     good, learner = filled(device, 1.0), filled(device, 2.0)
-    save_checkpoints(context, good, *(state_at(iteration) for iteration in (7, 8, 9, 10)))
-    for iteration in (7, 8, 9, 10):
+    damaged = (10, 9, 8, 7)
+    save_checkpoints(context, good, *map(state_at, reversed(damaged)))
+    for iteration in damaged:
         folder = s3.folder / context.bucket.name / paths.checkpoint(context.run, "vanilla", iteration)
         truncate(folder / rank_file(0))
-    save_checkpoints(context, good, state_at(5), state_at(6))
-    assert start_of(context, learner).state == state_at(6) and equal_states(learner, good)
+    save_checkpoints(context, good, state_at(5), state_at(6), rejected=damaged)
+    started = start_of(context, learner)
+    assert started.state == state_at(6) and equal_states(learner, good)
+    assert tuple(started.rejected) == damaged
+
+
+@pytest.fixture
+def damaged_newest(context: StageContext, device: torch.device, s3: S3) -> Start:
+    """The start of an attempt that has rejected checkpoint 5, the newest of the four that are kept."""
+    save_checkpoints(context, filled(device, 1.0), *map(state_at, range(2, 6)))
+    alter(s3.folder / context.bucket.name / paths.checkpoint(context.run, "vanilla", 5) / rank_file(0))
+    started = start_of(context, filled(device, 2.0))
+    assert started.state == state_at(4) and set(started.rejected) == {5}
+    return started
+
+
+def iterations(context: StageContext) -> list[int]:
+    return list_iterations(context.bucket, paths.checkpoints(context.run, "vanilla"))
+
+
+def test_a_rejected_checkpoint_that_training_has_passed_is_deleted_not_kept_for_a_usable_one(
+    context: StageContext, device: torch.device, damaged_newest: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_checkpoints(context, filled(device, 1.0), state_at(6), rejected=damaged_newest.rejected)
+    assert iterations(context) == [6, 4, 3, 2]
+    url = context.bucket.url(paths.checkpoint(context.run, "vanilla", 5))
+    deleted = f"Deleted checkpoint {url}, which this attempt has rejected: checkpoint 6 replaces it"
+    assert [record.levelname for record in caplog.records if record.message == deleted] == ["WARNING"]
+
+
+def test_a_checkpoint_that_is_written_in_a_rejected_one_s_place_is_kept(
+    context: StageContext, device: torch.device, damaged_newest: Start
+) -> None:
+    good, learner = filled(device, 1.0), filled(device, 2.0)
+    save_checkpoints(context, good, state_at(5), state_at(6), rejected=damaged_newest.rejected)
+    assert iterations(context) == [6, 5, 4, 3]
+    context.bucket.delete_prefix(paths.checkpoint(context.run, "vanilla", 6))
+    assert start_of(context, learner).state == state_at(5) and equal_states(learner, good)
+
+
+class Killed(Exception):
+    """Stands for a SIGKILL: nothing of the writer runs after it."""
+
+
+def kill_before(owner: object, name: str, key: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """Kill the writer in the first call of a function with an argument that contains `key`."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        function = getattr(owner, name)
+
+        def killed(*arguments: Any) -> Any:
+            if any(key in str(argument) for argument in arguments):
+                raise Killed
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, killed)
+
+    return patch
+
+
+@pytest.mark.parametrize(
+    "kill, left, kept",
+    [
+        pytest.param(
+            kill_before(Bucket, "put_parts", "/6/"), [5, 4, 3, 2], [7, 4, 3, 2], id="before-its-files"
+        ),
+        pytest.param(
+            kill_before(Bucket, "delete", "/5/manifest"), [5, 4, 3, 2], [7, 4, 3, 2], id="before-the-deletion"
+        ),
+        pytest.param(
+            kill_before(Bucket, "delete", "/5/rank"), [4, 3, 2], [7, 4, 3, 2], id="within-the-deletion"
+        ),
+        pytest.param(
+            kill_before(manifest, "write", "/6/"), [4, 3, 2], [7, 4, 3, 2], id="before-the-manifest"
+        ),
+        pytest.param(kill_before(writer, "prune", ""), [6, 4, 3, 2], [7, 6, 4, 3], id="before-pruning"),
+    ],
+)
+def test_an_attempt_that_is_killed_while_it_passes_a_rejected_checkpoint_leaves_none_to_keep(
+    context: StageContext,
+    device: torch.device,
+    damaged_newest: Start,
+    monkeypatch: pytest.MonkeyPatch,
+    kill: Callable[[pytest.MonkeyPatch], None],
+    left: list[int],
+    kept: list[int],
+) -> None:
+    """The next attempt does not know which checkpoints an earlier one has rejected."""
+    good = filled(device, 1.0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill(patch)
+        save_checkpoints(context, good, state_at(6), rejected=damaged_newest.rejected)
+    assert iterations(context) == left
+    started = start_of(context, filled(device, 2.0))
+    assert started.state == state_at(max(set(left) - {5})) and set(started.rejected) == set(left) & {5}
+    save_checkpoints(context, good, state_at(7), rejected=started.rejected)
+    assert iterations(context) == kept
+    folder = paths.checkpoints(context.run, "vanilla") + "/"
+    present = {found.key.removeprefix(folder).partition("/")[0] for found in context.bucket.list(folder)}
+    assert present == set(map(str, kept)), "no files of a deleted one are left"
+
+
+def test_a_stage_that_ends_before_a_rejected_checkpoint_has_its_end_as_the_newest(
+    context: StageContext, device: torch.device, s3: S3, damaged_newest: Start
+) -> None:
+    """As by `stop`, on GPUs, where steps that are repeated need not have the same bits."""
+    alter(s3.folder / context.bucket.name / paths.checkpoint(context.run, "vanilla", 4) / rank_file(0))
+    learner = filled(device, 1.0)
+    started = start_of(context, learner)
+    save_checkpoints(context, learner, state_at(4, finished=True), rejected=started.rejected)
+    assert iterations(context) == [4, 3, 2]
+    assert load_stage_end(context.bucket, paths.checkpoints(context.run, "vanilla")) is not None
 
 
 def test_a_checkpoint_of_another_number_of_ranks_is_read_by_its_slices(
@@ -527,7 +639,7 @@ def test_only_iterations_are_checkpoints(context: StageContext, device: torch.de
     for name in names:
         context.bucket.put_bytes(f"{folder}/{name}/manifest.json", b"{}", {})
     assert list_iterations(context.bucket, folder) == [3]
-    prune(context.bucket, folder, 1, latest=3)
+    writer.prune(context.bucket, folder, 1, latest=3)
     assert all(context.bucket.exists(f"{folder}/{name}/manifest.json") for name in (*names, "3"))
 
 

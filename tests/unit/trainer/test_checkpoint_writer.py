@@ -159,7 +159,9 @@ def test_what_training_does_after_a_save_is_not_in_the_checkpoint(
 ) -> None:
     proxy.faults = [Fault("held", UPLOADS)]
     learner = filled(device, 1.0)
-    writer = CheckpointWriter(replace(context, bucket=behind), learner, trainers.INPUTS, RecordingReporter())
+    writer = CheckpointWriter(
+        replace(context, bucket=behind), learner, trainers.INPUTS, (), RecordingReporter()
+    )
     writer.save(state_at(1))
     for piece in state.slices(learner):
         piece.tensor.fill_(7.0)

@@ -8,7 +8,8 @@ particular checkpoint has no second choice. reader.py loads them.
 
 import hashlib
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -36,8 +37,8 @@ class Start:
     """For people: what it starts from."""
     sources: tuple[Input, ...] = ()
     """The checkpoint that the weights come from, if any."""
-    rejected: tuple[str, ...] = ()
-    """Checkpoints of the stage that could not be used, and why."""
+    rejected: Mapping[int, str] = field(default_factory=dict)
+    """By iteration, newest first, checkpoints of the stage that could not be used, and why."""
     own: Manifest | None = None
     """The stage's own checkpoint that it resumes from."""
 
@@ -52,25 +53,26 @@ def load_start(context: StageContext, stage: StageKind, learner: Learner) -> Sta
     name, bucket = context.stage.name, context.bucket
     reader = CheckpointReader(context.scratch, learner)
     folder = paths.checkpoints(context.run, name)
-    rejected: list[str] = []
+    rejected: dict[int, str] = {}
     for iteration in list_iterations(bucket, folder):
         try:
             found, state = reader.restore(bucket, f"{folder}/{iteration}", moments=True)
         except CheckpointRejected as rejection:
             log.error("REJECTED: %s", rejection)
-            rejected.append(str(rejection))
+            rejected[iteration] = str(rejection)
             continue
         stage.check_resumed(state)
         return Start(
             _with_microbatch(state, stage),
             f"from its checkpoint {iteration}",
             _sources(bucket, found),
-            tuple(rejected),
+            rejected,
             found,
         )
     if rejected:
         raise Permanent(
-            f"stage {name}: none of its {len(rejected)} checkpoints can be used. {' '.join(rejected)} "
+            f"stage {name}: none of its {len(rejected)} checkpoints can be used. "
+            f"{' '.join(rejected.values())} "
             f"Restore their objects, or delete {bucket.url(folder)} to train the stage from its beginning."
         )
     try:

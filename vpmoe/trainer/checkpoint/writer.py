@@ -14,7 +14,7 @@ checkpoint before. reader.py loads checkpoints.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from time import monotonic, time
 from typing import Any, Protocol
@@ -57,14 +57,17 @@ class CheckpointWriter:
         context: StageContext,
         learner: Learner,
         inputs: list[Input],
+        rejected: Iterable[int],
         report: CheckpointReport | None,
     ) -> None:
         """Allocates the memory of a copy of the learner's state. `inputs`: what the stage's weights are made
-        from, for the manifests. Every rank has a writer; `report` is rank 0's alone."""
+        from, for the manifests. `rejected`: iterations of the stage's checkpoints that this attempt has
+        rejected. Every rank has a writer; `report` is rank 0's alone."""
         self._learner = learner
         self._copy = StateCopy(learner)
         self._context = context
         self._inputs = inputs
+        self._rejected = frozenset(rejected)
         self._report = report
         self._group = ObjectGroup(PATIENCE)
         self._upload = BackgroundUpload("checkpoint")
@@ -135,6 +138,7 @@ class CheckpointWriter:
         assert self._report is not None
         bucket, run = self._context.bucket, self._context.run
         self._report.flush_metrics()
+        self._delete_replaced(at)
         subjects = [one.subject(key) for of_rank in stored_by_rank for one in of_rank]
         facts: dict[str, Any] = {"ranks": distributed.world_size(), "position": at.dump()}
         if parts:
@@ -151,6 +155,24 @@ class CheckpointWriter:
             sum(one.size for one in subjects) / 1e6,
         )
         prune(bucket, paths.checkpoints(run, at.stage), run.spec.training.checkpoint.keep, at.iteration)
+
+    def _delete_replaced(self, at: TrainState) -> None:
+        """Delete the rejected checkpoints that the one at `at` replaces.
+
+        Rank 0 calls it before the manifest is written, so a kill leaves no rejected one that is older than a
+        usable one. The next attempt would not read it, and would count it as kept.
+        """
+        bucket, run = self._context.bucket, self._context.run
+        gone = replaced(self._rejected, at)
+        for iteration in sorted(gone - {at.iteration}):  # that folder has this one's files by now
+            key = paths.checkpoint(run, at.stage, iteration)
+            bucket.delete_prefix(key)
+            log.warning(
+                "Deleted checkpoint %s, which this attempt has rejected: checkpoint %d replaces it",
+                bucket.url(key),
+                at.iteration,
+            )
+        self._rejected -= gone
 
     def _put(self, key: str, file: FileCopy) -> Stored:
         return self._context.bucket.put_parts(
@@ -169,10 +191,16 @@ class CheckpointWriter:
                 ) from fault
 
 
+def replaced(rejected: frozenset[int], at: TrainState) -> frozenset[int]:
+    """Which of the rejected checkpoints the one at `at` replaces: those that are not newer, and all if the
+    stage ends with it, because the newest checkpoint of a finished stage is its end."""
+    return frozenset(iteration for iteration in rejected if iteration <= at.iteration or at.finished)
+
+
 def prune(bucket: Bucket, folder: str, keep: int, latest: int) -> None:
     """Delete all but the `keep` newest checkpoints of a stage up to `latest`, and what killed attempts left
-    before those. Newer ones were rejected when this attempt began: they stay, and count for nothing. What no
-    job writes there stays too."""
+    before those. Newer ones were rejected when this attempt began: they count for nothing, and stay until a
+    checkpoint replaces them. What no job writes there stays too."""
     kept = [iteration for iteration in list_iterations(bucket, folder) if iteration <= latest][:keep]
     names = {found.key.removeprefix(folder + "/").partition("/")[0] for found in bucket.list(folder + "/")}
     present = {iteration for name in names if (iteration := iteration_of(name)) is not None}

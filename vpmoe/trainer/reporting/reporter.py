@@ -69,7 +69,7 @@ class StageReporter:
             line = StartLine(
                 **self._position(state),
                 origin=self._start.origin,
-                refused=self._start.rejected,
+                refused=tuple(self._start.rejected.values()),
                 skipped=state.skipped[-1].number if state.skipped else 0,
                 ranks=distributed.world_size(),
                 steps=plan.steps,
@@ -239,7 +239,7 @@ class StageReporter:
         that of the latest skipped step."""
         rejected = [
             ProgressCondition(type="CheckpointRefused", status="True", reason="Altered", message=message)
-            for message in self._start.rejected[:3]
+            for message in list(self._start.rejected.values())[:3]
         ]
         skipped = [
             ProgressCondition(
