@@ -4,7 +4,6 @@ work."""
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from heapq import nsmallest
 from itertools import takewhile
 
 from vpmoe.api.card import GIB
@@ -58,6 +57,9 @@ sampled from and the one that is uploaded."""
 DIVISIONS = 128
 """Divisions of an OnPolicy stage's GPUs that are looked at, at most: all of up to 17 GPUs. Of more, those
 whose slowest role is fastest."""
+SIMULATED = 2**21
+"""Windows that are simulated to compare the divisions of all OnPolicy stages, at most: 128 of one long stage
+with publishEvery 64. Of more, fewer divisions are looked at."""
 
 
 @dataclass(frozen=True)
@@ -177,13 +179,27 @@ def splits(gpus: int, teacher: float, student: float) -> list[tuple[int, int]]:
 
 def divisions(gpus: int, work: dict[str, float]) -> list[dict[str, int]]:
     """GPUs of "teacher", "sampler" and "train", at least one each: of the ways to divide them in an OnPolicy
-    stage DIVISIONS, that with the fastest slowest role first. `work`: seconds of each on one GPU."""
-    ways = (  # 5,120 GPUs have 13 million
+    stage DIVISIONS, that with the fastest slowest role first; of equals, that with the fewest teachers, then
+    samplers. `work`: seconds of each on one GPU.
+
+    5,120 GPUs have 13 million ways, so only those near the best are made. If a few GPUs are left when each
+    was given to the slowest role, the ways to add these are the best: in any other, a role has fewer GPUs
+    than when it was the slowest.
+    """
+    left = math.isqrt(2 * DIVISIONS)  # which can be added in (left + 1)(left + 2) / 2 ways
+    least = dict.fromkeys(work, 1)
+    for _ in range(gpus - len(work) - left):
+        least[max(work, key=lambda role: work[role] / least[role])] += 1
+    most = max(work[role] / least[role] for role in work)
+    for role in work:  # ways that are as fast as the slowest of these may be before it
+        while least[role] > 1 and work[role] / (least[role] - 1) <= most:
+            least[role] -= 1
+    ways = [
         {"teacher": teacher, "sampler": sampler, "train": gpus - teacher - sampler}
-        for teacher in range(1, gpus - 1)
-        for sampler in range(1, gpus - teacher)
-    )
-    return nsmallest(DIVISIONS, ways, key=lambda way: max(work[role] / way[role] for role in work))
+        for teacher in range(least["teacher"], gpus - least["sampler"] - least["train"] + 1)
+        for sampler in range(least["sampler"], gpus - teacher - least["train"] + 1)
+    ]
+    return sorted(ways, key=lambda way: max(work[role] / way[role] for role in work))[:DIVISIONS]
 
 
 def make_plan(run: DistillRun, assumed: Assumptions) -> Plan:
@@ -551,19 +567,21 @@ class _Planner:
                 f"backPressure.waiting {pressure.waiting:g}: after {pressure.windows:,} windows completions "
                 "are shortened, which is not simulated"
             )
-        self._note_division(stage, times, now.seconds)
+        self._note_division(stage, times, now)
 
-    def _note_division(self, stage: OnPolicy, times: RoleTimes, seconds: float) -> None:
-        """Notes how the GPUs of an OnPolicy stage are divided best. `seconds`: of the stage now."""
-        gpus, totals = self.spec.teacher.gpus + self.spec.student.gpus, self.rollouts[stage.name]
+    def _note_division(self, stage: OnPolicy, times: RoleTimes, now: StageTime) -> None:
+        """Notes how the GPUs of an OnPolicy stage are divided best. `now`: its time as they are."""
+        seconds, totals = now.seconds, self.rollouts[stage.name]
+        gpus = self.spec.teacher.gpus + self.spec.student.gpus
         full = (times.decode + SEQUENCES * times.decode_token) / (times.engines * SEQUENCES)
         work = {
             "teacher": totals.tokens * times.score,
             "sampler": totals.completions * full,
             "train": stage.tokens * times.position,
         }
+        most = math.ceil(SIMULATED / len(self.onpolicy) / now.simulated)
         least, best = seconds, None
-        for roles in divisions(gpus, work):
+        for roles in divisions(gpus, work)[:most]:
             if max(work[role] / roles[role] for role in work) > least:
                 break  # and so are all that follow, even without waits
             sampler = stage.sampler.model_copy(update={"gpus": roles["sampler"]})

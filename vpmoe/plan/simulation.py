@@ -11,11 +11,11 @@ start of the pods, and failures.
 
 import heapq
 import math
-from collections import Counter
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import count
+from itertools import accumulate, count
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -37,6 +37,8 @@ above (data/packing.py)."""
 BATCHES = (64, 192)
 """A stage of many more versions is simulated with as many of its tokens as make the first and the second
 number, and continued by the difference between the two, which has no start in it."""
+DIVIDED = 16
+"""Versions between two parts of anchor steps that are divided. More would skip phases of the curriculum."""
 REQUESTS = 2048
 """Completions of a batch that are simulated. Of more, every n-th is, in an n-th of the engines' places."""
 RAMP_LEVELS = 4
@@ -67,6 +69,8 @@ class StageTime:
     window_tokens: float
     """Of these, the windows'."""
     windows: float
+    simulated: int
+    """Windows that were simulated for it."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -91,6 +95,18 @@ class StageTime:
             tokens,
             at(self.window_tokens, before.window_tokens),
             at(self.windows, before.windows),
+            self.simulated + before.simulated,
+        )
+
+    def plus(self, other: "StageTime", factor: float) -> "StageTime":
+        """This stage, and after it `factor` times another one."""
+        return StageTime(
+            self.seconds + factor * other.seconds,
+            {role: seconds + factor * other.busy[role] for role, seconds in self.busy.items()},
+            self.tokens + factor * other.tokens,
+            self.window_tokens + factor * other.window_tokens,
+            self.windows + factor * other.windows,
+            self.simulated + other.simulated,
         )
 
 
@@ -223,35 +239,128 @@ def sample_batch(requests: Requests, gpus: int, times: RoleTimes) -> SampledBatc
     )
 
 
-def score_parts(
-    batch: SampledBatch, began: float, free: float, share: float, times: RoleTimes
-) -> tuple[float, float]:
-    """What a teacher scores of a batch, whose sampling `began`, while the batch is sampled.
+class PartScores(NamedTuple):
+    """How a teacher scores its windows' share of a batch while the batch is sampled; it scores nothing else
+    of it. In seconds since sampling began, each by the number of parts before."""
 
-    `free`: when the teacher is. `share`: that of its own windows in the batch; it scores nothing else.
-    Returns when it is free again, and the share of its windows' tokens that is left to score.
-    """
-    done = 0.0
-    for written, tokens in batch.parts:
-        begin = max(free, began + written + POLL / 2)
-        if begin >= began + batch.seconds:
-            break
-        free, done = begin + tokens * share * times.score, done + tokens
-    return free, 1 - done / batch.tokens
+    sampled: float
+    """When the batch has been sampled. No part is begun from then on."""
+    scoring: tuple[float, ...]
+    """Seconds that scoring the parts before takes."""
+    begun: tuple[float, ...]
+    """When the next part is begun by a teacher that has been free for long, less `scoring`."""
+    left: tuple[float, ...]
+    """Share of the windows' tokens that is left to score."""
+
+    def score(self, began: float, free: float) -> tuple[float, float]:
+        """When a teacher that is free at `free` is free again, and the share of its windows' tokens that is
+        left to score. `began`: when sampling did."""
+        if not self.begun:
+            return free, 1.0
+        since = free - began
+        number = bisect_left(
+            range(len(self.begun)), self.sampled, key=lambda n: self.scoring[n] + max(since, self.begun[n])
+        )
+        if number == 0:
+            return free, 1.0
+        return began + self.scoring[number] + max(since, self.begun[number - 1]), self.left[number]
+
+
+@lru_cache(256)
+def part_scores(requests: Requests, gpus: int, times: RoleTimes, share: float) -> PartScores:
+    """`share`: that of the teacher's own windows in the batch."""
+    batch = sample_batch(requests, gpus, times)
+    done = [0.0, *accumulate(tokens for _, tokens in batch.parts)]
+    scoring = [share * tokens * times.score for tokens in done]
+    begun = (written + POLL / 2 - before for (written, _), before in zip(batch.parts, scoring, strict=False))
+    left = (1 - tokens / batch.tokens for tokens in done)
+    return PartScores(batch.seconds, tuple(scoring), tuple(accumulate(begun, max)), tuple(left))
+
+
+def requests_of(spec: Spec, stage: OnPolicy, lengths: Lengths, level: Level, windows: int) -> Requests:
+    """The completions of a batch of so many windows."""
+    room = spec.training.sequence_length - lengths.prompt
+    efforts = [
+        (lengths.completion[name], min(room, getattr(stage.rollout.max_tokens, name))) for name in EFFORTS
+    ]
+    return Requests(
+        windows * int(stage.rollout.prompts_per_window * level.rollouts),
+        lengths.prompt,
+        tuple((share, *effort) for share, effort in zip(level.effort, efforts, strict=True)),
+        lengths.spread,
+        lengths.runaway,
+    )
 
 
 def stage_time(
     spec: Spec, stage: OnPolicy, lengths: Lengths, times: RoleTimes, microbatch: Microbatch
 ) -> StageTime:
     """The time of a stage with the GPUs of `spec` and of its sampler. Of a long stage, two shortened ones are
-    simulated (BATCHES). `microbatch`: its trainer's."""
+    simulated (BATCHES). `microbatch`: its trainer's.
+
+    Three kinds of stages are shortened in another way. If anchor steps are rarer than the windows of a
+    shortened stage, and have more tokens than all windows between two, each is divided into several. If
+    batches are too small to have all efforts, the number of versions is that of their tokens. If a shortened
+    stage would be less than one batch of some phase, the phases are simulated one by one.
+    """
+    tokens, every, anchors = float(stage.tokens), stage.publish_every, stage.anchor / (1 - stage.anchor)
+    step, part = layout(spec.student, spec.training, stage).tokens_per_step, 1.0
+
+    @cache
+    def window_tokens(level: Level) -> float:
+        requests = requests_of(spec, stage, lengths, level, every)
+        return sample_batch(requests, stage.sampler.gpus, times).tokens / every
+
+    def windows(stage: OnPolicy, tokens: float, of_anchors: float) -> float:
+        """Windows in so many tokens. `of_anchors`: tokens of anchor steps for each window."""
+        ends = levels(stage, tokens)
+        starts = [0.0, *(level.end for level in ends)]
+        return sum(
+            (level.end - start) / (window_tokens(level) + of_anchors)
+            for level, start in zip(ends, starts, strict=False)
+        )
+
+    def shortened(stage: OnPolicy, tokens: float, versions: float) -> StageTime:
+        if versions <= 2 * max(BATCHES):
+            return simulate(spec, stage, lengths, times, microbatch, tokens, part)
+        few, many = (
+            simulate(spec, stage, lengths, times, microbatch, tokens * each / versions, part)
+            for each in BATCHES
+        )
+        return many.continued(few, tokens)
+
     versions = rollout_totals(spec, stage, lengths.prompt, lengths.completion).versions
-    if versions <= 2 * max(BATCHES):
-        return simulate(spec, stage, lengths, times, microbatch, stage.tokens)
-    few, many = (
-        simulate(spec, stage, lengths, times, microbatch, stage.tokens * each / versions) for each in BATCHES
-    )
-    return many.continued(few, stage.tokens)
+    counted, without = windows(stage, tokens, anchors * step), windows(stage, tokens, 0.0)
+    if anchors * max(BATCHES) * every < 1 and counted < without / 2:
+        if without * anchors <= 1:
+            versions, step, stage = without / every, 0, stage.model_copy(update={"anchor": 0.0})
+        else:
+            whole = _with_whole_anchors(tokens, tokens / without, 1 / anchors, step)
+            versions, tokens = counted / every * whole / tokens, whole
+            part = anchors * DIVIDED * every
+            stage = stage.model_copy(update={"anchor": 1 / (1 + DIVIDED * every)})
+    elif counted / every > 2 * versions:
+        versions = counted / every
+    largest = max(map(window_tokens, levels(stage, tokens))) * every
+    if versions <= 2 * max(BATCHES) or largest <= tokens * min(BATCHES) / versions:
+        return shortened(stage, tokens, versions)
+    found = StageTime(0.0, dict.fromkeys(("train", "sampler", "teacher"), 0.0), 0.0, 0.0, 0.0, 0)
+    for phase in stage.curriculum:
+        alone = stage.model_copy(update={"curriculum": (phase,)})
+        of_phase = tokens * phase.share / sum(each.share for each in stage.curriculum)
+        one = shortened(alone, of_phase, windows(alone, of_phase, anchors * step) / every)
+        found = found.plus(one, of_phase / one.tokens)
+    return found
+
+
+def _with_whole_anchors(tokens: float, window: float, between: float, anchor: float) -> float:
+    """The tokens of a stage of `tokens`, if it ends in an anchor step with the whole of it, and in windows
+    with what they have of one. `window`, `anchor`: tokens of each; there are `between` windows between two
+    anchor steps."""
+    whole, rest = divmod(tokens, between * window + anchor)
+    if rest >= between * window:
+        return (whole + 1) * (between * window + anchor)
+    return whole * (between * window + anchor) + rest * (1 + anchor / between / window)
 
 
 def simulate(
@@ -261,8 +370,10 @@ def simulate(
     times: RoleTimes,
     microbatch: Microbatch,
     tokens: float,
+    anchor_part: float = 1.0,
 ) -> StageTime:
     """Simulate a stage that ends after `tokens` tokens; the phases of its curriculum are scaled to them.
+    `anchor_part`: of an anchor step, what each is of it.
 
     Each role starts when it is free and its input exists. The trainer works while it copies weights, the
     sampler does not while it loads them. The sampler takes all windows of a version as one batch, and writes
@@ -271,10 +382,6 @@ def simulate(
     """
     training, every, teachers = spec.training, stage.publish_every, spec.teacher.gpus
     plan, curriculum = layout(spec.student, training, stage), levels(stage, tokens)
-    room = training.sequence_length - lengths.prompt
-    efforts = [
-        (lengths.completion[name], min(room, getattr(stage.rollout.max_tokens, name))) for name in EFFORTS
-    ]
 
     @cache
     def step_seconds(sequences: int) -> float:
@@ -282,7 +389,13 @@ def simulate(
         token = times.position * MOST / (MOST + FIXED)  # times.position is of a microbatch of MOST
         return token * time_of_stage(microbatch, spec, stage, sequences) + times.step
 
-    anchor_seconds = step_seconds(plan.sequences_per_rank)
+    @cache
+    def sampled_batch(level: Level, windows: int) -> tuple[Requests, SampledBatch]:
+        requests = requests_of(spec, stage, lengths, level, windows)
+        return requests, sample_batch(requests, stage.sampler.gpus, times)
+
+    anchor_seconds = step_seconds(plan.sequences_per_rank) * anchor_part
+    anchor_tokens = plan.tokens_per_step * anchor_part
     # By version: the time when it is in the bucket, the tokens of the stage when it was published, and the
     # time when the sampler finds it.
     published, seen_at = {0: times.copy + times.publish}, {0: 0.0}
@@ -290,48 +403,54 @@ def simulate(
     trained, uploaded, sampled, scored = times.copy, published[0], 0.0, [0.0] * teachers
     busy = {"train": times.copy, "sampler": 0.0, "teacher": 0.0}
     seen = rolled = 0.0
-    trained_windows = 0
+    anchors, windows_share = 0, 1 - stage.anchor
     for version in count(0, every):
         level = next((each for each in curriculum if seen_at[version] < each.end), curriculum[-1])
         windows = windows_of(version, stage.staleness, every)
-        requests = Requests(
-            len(windows) * int(stage.rollout.prompts_per_window * level.rollouts),
-            lengths.prompt,
-            tuple((share, *effort) for share, effort in zip(level.effort, efforts, strict=True)),
-            lengths.spread,
-            lengths.runaway,
-        )
-        batch = sample_batch(requests, stage.sampler.gpus, times)
+        requests, batch = sampled_batch(level, len(windows))
         began = max(sampled, found[version]) + times.load
         sampled = max(began + batch.seconds, published[version])
         busy["sampler"] += batch.seconds
-        left = {}
-        for teacher, number in Counter(window % teachers for window in windows).items():
-            free, share = max(scored[teacher], published[version]), number / len(windows)
-            scored[teacher], left[teacher] = score_parts(batch, began, free, share, times)
         window_tokens = batch.tokens / len(windows)
         score_seconds = window_tokens * times.score
         rows = math.ceil(window_tokens / (PACKED * training.sequence_length))
         train_seconds = step_seconds(math.ceil(rows / plan.ranks))
-        for window in windows:
+        score_left = {}  # of each teacher that has windows of the batch: the seconds that each takes
+        fewest, more = divmod(len(windows), teachers)
+        for place, window in enumerate(windows[:teachers]):
+            if place in (0, more):
+                share = (fewest + (place < more)) / len(windows)
+                parts = part_scores(requests, stage.sampler.gpus, times, share)
+                waits = began + parts.begun[0] if parts.begun else 0.0  # for the first part, if free by then
+                waiting = parts.score(began, waits)
             teacher = window % teachers
-            scored[teacher] = max(scored[teacher], sampled + POLL / 2) + score_seconds * left[teacher]
-            trained = max(trained, scored[teacher] + POLL / 2) + train_seconds
-            busy["teacher"] += score_seconds / teachers
-            busy["train"] += train_seconds
-            seen, rolled, trained_windows = seen + window_tokens, rolled + window_tokens, window + 1
-            if trained_windows % every == 0:
+            free = max(scored[teacher], published[version])
+            free, left = waiting if free <= waits else parts.score(began, free)
+            scored[teacher], score_left[teacher] = max(free, sampled + POLL / 2), score_seconds * left
+        anchors_before = anchors
+        for window in windows:  # the longest stages have millions: no more than is needed is done here
+            teacher = window % teachers
+            scored[teacher] = ready = scored[teacher] + score_left[teacher]
+            ready += POLL / 2
+            trained = (ready if ready > trained else trained) + train_seconds
+            seen += window_tokens
+            window += 1
+            if window % every == 0:
                 trained = max(trained, uploaded) + times.copy  # one upload runs at a time
                 busy["train"] += times.copy
-                published[trained_windows] = uploaded = trained + times.publish
-                found[trained_windows] = (
-                    trained + times.volume if times.volume is not None else uploaded + POLL / 2
-                )
-                seen_at[trained_windows] = seen
-            anchors = int(trained_windows / (1 - stage.anchor)) - int(window / (1 - stage.anchor)) - 1
-            trained += anchors * anchor_seconds
-            busy["train"] += anchors * anchor_seconds
-            seen += anchors * plan.tokens_per_step
+                published[window] = uploaded = trained + times.publish
+                found[window] = trained + times.volume if times.volume is not None else uploaded + POLL / 2
+                seen_at[window] = seen
+            if (before := int(window / windows_share) - window) > anchors:
+                trained += (before - anchors) * anchor_seconds
+                seen += (before - anchors) * anchor_tokens
+                anchors = before
             if seen >= tokens:
-                return StageTime(trained, busy, seen, rolled, trained_windows)
+                break
+        number = window - windows.start
+        rolled += number * window_tokens
+        busy["teacher"] += number * score_seconds / teachers
+        busy["train"] += number * train_seconds + (anchors - anchors_before) * anchor_seconds
+        if seen >= tokens:
+            return StageTime(trained, busy, seen, rolled, window, window)
     raise AssertionError("every window has tokens")

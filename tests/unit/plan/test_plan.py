@@ -15,6 +15,7 @@ from vpmoe.api import DistillRun, Invalid, OnPolicy, load_run
 from vpmoe.api.card import GIB
 from vpmoe.api.memory import STUDENTS
 from vpmoe.api.quantities import parse_quantity
+from vpmoe.api.spec import Spec
 from vpmoe.inference import teacher_hidden
 from vpmoe.plan import memory, onpolicy, throughput
 from vpmoe.plan.memory import MicrobatchPlan
@@ -31,6 +32,7 @@ from vpmoe.plan.plan import (
 )
 from vpmoe.plan.sampling import ENGINES, SAMPLING_SHARE, divide_card
 from vpmoe.plan.scoring import LEAST_TOKENS, MOST_TOKENS, forward_tokens, needed_to_score, teacher_share
+from vpmoe.plan.simulation import BATCHES, StageTime, stage_time
 from vpmoe.plan.table import memory_rows, plan_text
 from vpmoe.plan.teacher import KNOWN, TeacherSize, known_teacher
 from vpmoe.plan.throughput import CARDS, MEASURED, Measured, Work
@@ -686,16 +688,51 @@ def test_a_teacher_too_large_for_vllm_is_refused_in_every_step_that_uses_it() ->
     assert len(teacher) == 2 and "step rescore holds" in teacher[0] and "onpolicy-teacher" in teacher[1]
 
 
-def test_of_many_divisions_the_best_are_held() -> None:
-    """All of the largest run's would take gigabytes."""
-    work = {"teacher": 3.0, "sampler": 5.0, "train": 2.0}
-    found = [max(work[role] / way[role] for role in work) for way in divisions(64, work)]
-    slowest = (
-        max(3 / teacher, 5 / sampler, 2 / (64 - teacher - sampler))
-        for teacher in range(1, 63)
-        for sampler in range(1, 64 - teacher)
-    )
-    assert found == sorted(slowest)[:DIVISIONS]
+@pytest.mark.parametrize("gpus", [3, 4, 17, 18, 64, 90])
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        pytest.param((3.0, 5.0, 2.0), id="some"),
+        pytest.param((1.0, 1.0, 1.0), id="equal"),
+        pytest.param((4.0, 8.0, 2.0), id="ties"),
+        pytest.param((1e-9, 1e3, 1e-9), id="one-alone"),
+        pytest.param((0.17, 0.01, 33.3), id="unlike"),
+    ],
+)
+def test_of_many_divisions_the_best_are_made(gpus: int, seconds: tuple[float, float, float]) -> None:
+    """The same, in the same order, as if all were sorted; those of the largest run are 13 million."""
+    work = dict(zip(("teacher", "sampler", "train"), seconds, strict=True))
+    ways = [
+        {"teacher": teacher, "sampler": sampler, "train": gpus - teacher - sampler}
+        for teacher in range(1, gpus - 1)
+        for sampler in range(1, gpus - teacher)
+    ]
+    slowest = sorted(ways, key=lambda way: max(work[role] / way[role] for role in work))
+    assert divisions(gpus, work) == slowest[:DIVISIONS]
+    assert len(divisions(5120, work)) == DIVISIONS
+
+
+def test_the_divisions_of_all_stages_share_the_windows_that_are_simulated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """120 of a run of 17 GPUs, or fewer."""
+    simulated: list[str] = []
+
+    def counted(spec: Spec, stage: OnPolicy, *others: Any) -> StageTime:
+        simulated.append(stage.name)
+        return stage_time(spec, stage, *others)
+
+    monkeypatch.setattr("vpmoe.plan.plan.stage_time", counted)
+    stages = [valid_specs.ONPOLICY | {"name": name, "tokens": 10**15} for name in ("one", "two")]
+    changes = {"spec.stages": stages, "spec.student.gpus": 16, "spec.training.globalBatchTokens": "1M"}
+    speeds: dict[Work, float] = {"train": 1e9, "sample": 1e9, "score": 1e9}  # only waits take time
+    plan_of(changes, speeds=speeds)
+    assert simulated.count("one") > 100
+    simulated.clear()
+    windows = sum(BATCHES) * 2
+    monkeypatch.setattr("vpmoe.plan.plan.SIMULATED", 2 * 10 * windows)
+    plan_of(changes, speeds=speeds)
+    assert simulated.count("one") == simulated.count("two") <= 2 + 10
 
 
 def test_speeds_are_those_of_the_benchmarks_page() -> None:

@@ -26,6 +26,7 @@ from vpmoe.plan.simulation import (
     completions,
     levels,
     log_center,
+    part_scores,
     sample_batch,
     simulate,
     stage_time,
@@ -374,6 +375,77 @@ def test_a_long_stage_is_continued_from_shortened_ones(change: Callable[[RoleTim
     assert short.tokens_per_second == pytest.approx(whole.tokens_per_second, rel=0.01)
     assert short.windows == pytest.approx(whole.windows, rel=0.01)
     assert short.shares() == pytest.approx(whole.shares(), rel=0.01)
+
+
+def test_a_stage_of_few_prompts_is_shortened_by_its_own_batches() -> None:
+    """A batch of one prompt has low effort alone: a fifth of the closed form's tokens. 1 %."""
+    curriculum = [{"share": 1.0, "effort": {"low": 0.51, "high": 0.49}}]
+    lengths = replace(LENGTHS, completion={"low": 300, "medium": 1, "high": 4000})
+    spec, stage = stage_with(
+        1, publishEvery=1, staleness=0, tokens="8M", curriculum=curriculum, rollout={"promptsPerWindow": 1}
+    )
+    _compare_to_the_whole(spec, stage, lengths, 0.01)
+
+
+@pytest.mark.parametrize("score", [1e-6, 1e-3])
+@pytest.mark.parametrize(
+    "tokens, tolerance",
+    [
+        pytest.param("90M", 0.01, id="none"),
+        pytest.param("110M", 0.03, id="ends-in-its-first"),
+        pytest.param("11B", 0.04, id="36"),
+    ],
+)
+def test_large_anchor_steps_that_are_rare_are_divided(tokens: str, tolerance: float, score: float) -> None:
+    """One of 200 M tokens after 499 windows, which together have half as many."""
+    spec, stage = stage_with(1, publishEvery=1, staleness=1, tokens=tokens, anchor=0.002)
+    training = spec.training.model_copy(update={"global_batch_tokens": 200_000_000})
+    _compare_to_the_whole(spec.model_copy(update={"training": training}), stage, LENGTHS, tolerance, score)
+
+
+def test_phases_with_much_larger_windows_than_others_are_simulated_one_by_one() -> None:
+    """The shortened stage would end in its first window. 5 %: those that are sampled when a phase ends belong
+    to it, here 4 of 150."""
+    curriculum = [
+        {"share": 0.5, "effort": {"high": 1.0}, "rolloutsPerPrompt": 64},
+        {"share": 0.5, "effort": {"low": 1.0}},
+    ]
+    lengths = replace(LENGTHS, completion={"low": 1, "medium": 1, "high": 4000})
+    spec, stage = stage_with(1, tokens="40B", curriculum=curriculum, anchor=0.15)
+    training = spec.training.model_copy(update={"global_batch_tokens": 50_000})
+    _compare_to_the_whole(spec.model_copy(update={"training": training}), stage, lengths, 0.05)
+
+
+def _compare_to_the_whole(
+    spec: Spec, stage: OnPolicy, lengths: Lengths, tolerance: float, score: float = 1e-5
+) -> None:
+    times = replace(QUICK, position=1e-6, step=0.1, decode=0.01, score=score, copy=1, publish=5, load=2)
+    whole = simulate(spec, stage, lengths, times, FOURS, stage.tokens)
+    found = stage_time(spec, stage, lengths, times, FOURS)
+    print(whole, found)
+    assert found.simulated <= 4 * sum(simulation.BATCHES) * stage.publish_every
+    assert found.tokens_per_second == pytest.approx(whole.tokens_per_second, rel=tolerance)
+    assert found.windows == pytest.approx(whole.windows, rel=tolerance)
+    assert found.shares() == pytest.approx(whole.shares(), rel=tolerance)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_teacher_scores_part_after_part_until_the_batch_is_sampled(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    times = replace(QUICK, decode=0.02 * 10 ** random.uniform(0, 1), score=10 ** random.uniform(-6, -2))
+    share = random.uniform()
+    batch = sample_batch(MIXED, 1, times)
+    began = random.uniform(0, 1000)
+    assert len(batch.parts) > 2
+    for free in (0.0, *(began + random.uniform(-1, 1.1, 20) * batch.seconds)):
+        end, done = free, 0.0
+        for written, tokens in batch.parts:
+            begin = max(end, began + written + POLL / 2)
+            if begin >= began + batch.seconds:
+                break
+            end, done = begin + tokens * share * times.score, done + tokens
+        found = part_scores(MIXED, 1, times, share).score(began, free)
+        assert found == pytest.approx((end, 1 - done / batch.tokens), rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("every, teachers", [(1, 3), (5, 3), (7, 3)])
