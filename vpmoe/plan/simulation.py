@@ -67,6 +67,15 @@ class StageTime:
     window_tokens: float
     """Of these, the windows'."""
     windows: float
+    copying: float
+    """Part of busy["train"] in which policy versions are copied."""
+    uploading: float
+    """Seconds in which training waits for the upload of the version before."""
+
+    @property
+    def train_tokens_per_second(self) -> float:
+        """Of the optimizer steps alone, without waits and copies."""
+        return self.tokens / (self.busy["train"] - self.copying)
 
     @property
     def tokens_per_second(self) -> float:
@@ -91,6 +100,8 @@ class StageTime:
             tokens,
             at(self.window_tokens, before.window_tokens),
             at(self.windows, before.windows),
+            at(self.copying, before.copying),
+            at(self.uploading, before.uploading),
         )
 
 
@@ -289,6 +300,7 @@ def simulate(
     found = {0: times.copy + times.volume if times.volume is not None else published[0] + POLL / 2}
     trained, uploaded, sampled, scored = times.copy, published[0], 0.0, [0.0] * teachers
     busy = {"train": times.copy, "sampler": 0.0, "teacher": 0.0}
+    copying, uploading = times.copy, 0.0
     seen = rolled = 0.0
     trained_windows = 0
     for version in count(0, every):
@@ -321,8 +333,10 @@ def simulate(
             busy["train"] += train_seconds
             seen, rolled, trained_windows = seen + window_tokens, rolled + window_tokens, window + 1
             if trained_windows % every == 0:
+                uploading += max(0.0, uploaded - trained)
                 trained = max(trained, uploaded) + times.copy  # one upload runs at a time
                 busy["train"] += times.copy
+                copying += times.copy
                 published[trained_windows] = uploaded = trained + times.publish
                 found[trained_windows] = (
                     trained + times.volume if times.volume is not None else uploaded + POLL / 2
@@ -333,5 +347,5 @@ def simulate(
             busy["train"] += anchors * anchor_seconds
             seen += anchors * plan.tokens_per_step
             if seen >= tokens:
-                return StageTime(trained, busy, seen, rolled, trained_windows)
+                return StageTime(trained, busy, seen, rolled, trained_windows, copying, uploading)
     raise AssertionError("every window has tokens")
