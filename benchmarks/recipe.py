@@ -17,19 +17,23 @@ download it.
 after the first version that training has published. The step's next attempt starts at once, where the
 operator would wait for some seconds. The stage must end all the same.
 
-Prints what happens, with the seconds since the start; then, from the run's metrics and records in the bucket,
-beside `vpmoe plan` for this run with the lengths that it had:
+Prints what happens, with the seconds since the start, first the speed of one object to and from the bucket;
+then, from the run's metrics and records in the bucket, beside `vpmoe plan` for this run with the lengths that
+it had and the slower of the two speeds:
   seconds of each step; tokens/s of each role, and the share of the time in which it did not wait
+  waits          for rollouts, scores, weights, the teacher, and uploads of versions
   MFU            6 operations a token and active parameter as a share of 989 TFLOP/s (benchmarks.step), on the
                  CPU of the rate of a large product; without waits and without an attempt's first step
-  between steps  where training waits for a checkpoint, and copies a policy version
-  from step to sampling: from the end of an optimizer step until the sampler samples from its weights; to
-                 bucket: until the bucket has them
+  between steps  where training waits for a checkpoint, and copies a policy version; without uploads
+  from step to sampling: from the end of an optimizer step, and of the upload before, until the sampler
+                 samples from its weights (in the table: if it waited for them); to bucket: until the bucket
+                 has them
   GPUs           the share of the time in which a kernel ran, and the least free memory, read once a second
 At the end a table for docs/benchmarks.md, in which differences of more than a fifth are bold: measured
 without an attempt's first step, planned for a stage so long that its start does not count.
 
-If a role ends wrongly or --limit seconds pass, the last lines of its log are printed and the exit code is 1.
+If a role ends wrongly or --limit seconds pass, the figures are of the steps that have succeeded, the last
+lines of its log are printed after them, and the exit code is 1.
 At the end, after Ctrl-C too, nothing that was started is alive. Files are below --scratch (checkpoints of
 vpmoe-6b have 72 GB, versions 12), those of the bucket below --bucket; /dev/shm is faster than most disks, and
 counts as memory. On the CPU, if CUDA_VISIBLE_DEVICES is set and empty: GPUs are only counted then.
@@ -94,6 +98,9 @@ EFFORTS = {"low": (0.4, 4), "medium": (0.3, 2), "high": (0.3, 1)}
 """Share of each effort, and what --completion is divided by for its longest completion."""
 BUCKET = "benchmark"
 TEACHER = "models/teacher"
+OBJECT, CPU_OBJECT, PIECE = 1 << 30, 1 << 26, 1 << 24
+"""Bytes of the object that the bucket's speed is measured with, on GPUs and on the CPU, and of its repeated
+content."""
 STORED = ("--default-etag", "placed")
 """For files that are placed in the store's folder, as the teacher's are: the store has no ETag of these."""
 
@@ -138,32 +145,63 @@ def run_recipe(given: argparse.Namespace, scratch: Path) -> int:
             given.layers,
         )
         runner = StepRunner(settings, bucket, deadline, list(given.kill))
+        gpus = GpuRecorder(given.placement.all)
+        failed: RunFailed | None = None
         try:
+            measured_speed = measure_bucket(runner, scratch)
             rate = prepare(given, runner, objects)
             for number, table in enumerate(tables(given)):
                 path = scratch / f"{number:03d}.parquet"
                 pq.write_table(table, path)
                 bucket.put_file(f"input/{path.name}", path, {})
-            with GpuRecorder(given.placement.all) as gpus:
+            with gpus:
                 runner.run_all()
         except RunFailed as error:
-            print(f"\n{error}", file=sys.stderr)
-            return 1
+            failed = error
         finally:
             runner.stop()
             if settings.weights_volume:
                 shutil.rmtree(settings.weights_volume)
-        STUDENTS[given.student] = shape.size()  # the plan's, if it has fewer layers
-        options = [*plan_options(given, shape), "--gpu", given.card]
-        Report(
-            run, bucket, given.placement, runner.spans, gpus, active_parameters(shape), rate, options, objects
-        ).print()
-    return 0
+        try:
+            if runner.spans:
+                STUDENTS[given.student] = shape.size()  # the plan's, if it has fewer layers
+                options = [*plan_options(given, shape, measured_speed), "--gpu", given.card]
+                active = active_parameters(shape)
+                Report(
+                    run, bucket, given.placement, runner.spans, gpus, active, rate, options, objects
+                ).print()
+        finally:
+            sys.stdout.flush()  # the error comes last
+            if failed:
+                print(f"\n{failed}", file=sys.stderr)
+    return 1 if failed else 0
 
 
-def plan_options(given: argparse.Namespace, shape: Shape) -> list[str]:
+def measure_bucket(runner: StepRunner, scratch: Path) -> float:
+    """Write one object and read it again as jobs do. Returns the slower of the two speeds, in GB/s."""
+    size, key = (CPU_OBJECT if on_cpu() else OBJECT), "speed"
+    source, copy = scratch / key, scratch / f"{key}-read"
+    with source.open("wb") as file:
+        piece = os.urandom(PIECE)
+        for _ in range(size // PIECE):
+            file.write(piece)
+    began = time.monotonic()
+    stored = runner.bucket.put_file(key, source, {})
+    written = time.monotonic()
+    runner.bucket.download(stored, copy)
+    read = time.monotonic()
+    runner.bucket.delete(key)
+    for path in (source, copy):
+        path.unlink()
+    to, back = (size / 1e9 / seconds for seconds in (written - began, read - written))
+    runner.say(f"bucket: {to:.2f} GB/s in, {back:.2f} GB/s out")
+    return min(to, back)
+
+
+def plan_options(given: argparse.Namespace, shape: Shape, measured_speed: float) -> list[str]:
     """Options of `vpmoe plan`: the teacher, and the speeds that are given. Of a student with fewer layers
-    also those that were measured of the whole, scaled by the parameters that a token is multiplied with."""
+    also those that were measured of the whole, scaled by the parameters that a token is multiplied with.
+    `measured_speed`: of the bucket, in GB/s."""
     speeds: dict[str, float] = dict(given.speeds)
     whole = SHAPES[given.student]
     if shape != whole:
@@ -172,7 +210,7 @@ def plan_options(given: argparse.Namespace, shape: Shape) -> list[str]:
             found = measured(work, given.student, given.card, ENGINES)
             if found is not None:
                 speeds.setdefault(work, found.tokens_per_second * scale)
-    options = ["--gigabytes-per-second", str(given.gigabytes_per_second)]
+    options = ["--gigabytes-per-second", f"{given.gigabytes_per_second or measured_speed:.3g}"]
     if given.teacher != "tiny":
         options += ["--teacher", given.teacher]
     for work, speed in speeds.items():
@@ -412,9 +450,8 @@ def arguments() -> argparse.Namespace:
     add(
         "--gigabytes-per-second",
         type=positive_number,
-        default=1.0,
         metavar="N",
-        help="speed of the bucket that the plan computes with (default: 1)",
+        help="speed of the bucket that the plan computes with (default: as measured at the start)",
     )
     add("--card", choices=sorted(CARDS), default="h200-141", help="card of the plan (default: h200-141)")
     given = parser.parse_args()

@@ -23,6 +23,7 @@ from vpmoe.process.gpu import PERIOD, GpuReading, GpusUnreadable, read_nvml
 from vpmoe.report.run_data import Line, line_time, parse_lines
 from vpmoe.rollout import policy_version
 from vpmoe.rollout.curriculum import EFFORTS
+from vpmoe.sampler.sampler import VOLUME_SECONDS
 from vpmoe.storage import Bucket, paths
 
 UNKNOWN = "–"
@@ -32,6 +33,12 @@ TOLERANCE = 0.2
 """Largest difference from the plan that is not marked."""
 LEAST = 0.1
 """Least figure of the plan, in seconds, per cent or tokens a second, that a difference is shown from."""
+
+
+IN_STEP = (("rollouts", "waitRollouts"), ("scores", "waitScores"), ("teacher", "teacherWaitSeconds"))
+"""What a step waits for, and the field with the seconds, which are part of the step's."""
+AFTER_STEP = ("uploads", "waitUpload")
+"""And what training waits for after a step."""
 
 
 class GpuRecorder:
@@ -87,64 +94,68 @@ class TrainerFigures:
     steps: int
     tokens: int
     seconds: float
-    """Of all steps, waits included."""
+    """Of all steps, with waits and what is between steps of an attempt, without evaluations."""
     waits: Mapping[str, float]
-    """Seconds that steps waited, by what for."""
+    """Seconds of waiting, by what for: in steps for rollouts, scores and the teacher, after steps for
+    uploads."""
     working: float | None
     """Tokens a second without waits: the median of all steps but an attempt's first. None if there is no
     other."""
-    pauses: list[float]
-    """Seconds between the end of a step and the begin of the next one, evaluations left out: there training
-    waits for a checkpoint, and copies a policy version."""
+    pauses: dict[int, float]
+    """By step: seconds between its end and the begin of the next one, without evaluations and waits for
+    uploads: there training waits for a checkpoint, and copies a policy version."""
     ended: float
     """Time of its last line."""
     steady: float | None
     """Tokens a second of all steps but an attempt's first, with waits and what is between steps, without
     evaluations."""
+    uploads: float | None
+    """Share of the time of these steps in which training waited for uploads."""
     busy: float | None
-    """Share of the time of these steps in which training did not wait."""
+    """Share of the time of these steps in which training did not wait. It works while it copies a version, as
+    in the plan, and while it saves a checkpoint, which the plan's share leaves out."""
 
     @classmethod
     def of(cls, lines: Sequence[Line]) -> "TrainerFigures":
         """From the lines in the order of time, which have a step at least."""
         steps = [line for line in lines if line["event"] == "step"]
-        before, speeds, pauses = 0, [], []
+        before, speeds = 0, []
+        pauses: dict[int, float] = {}
         last: Line | None = None
         waits: dict[str, float] = {}
-        evaluated = later = later_waits = later_tokens = 0.0
+        evaluated = later = later_waits = later_uploads = later_tokens = 0.0
         for line in lines:
             if line["event"] == "evaluation":
                 evaluated += line["seconds"]
             elif line["event"] != "step":
                 last, evaluated = None, 0.0  # another attempt
             else:
-                of_step = {
-                    name: line[key]
-                    for name, key in (
-                        ("rollouts", "waitRollouts"),
-                        ("scores", "waitScores"),
-                        ("teacher", "teacherWaitSeconds"),
-                    )
-                    if line.get(key) is not None
-                }
-                for name, seconds in of_step.items():
-                    waits[name] = waits.get(name, 0.0) + seconds
+                for name, key in (*IN_STEP, AFTER_STEP):
+                    if line.get(key) is not None:
+                        waits[name] = waits.get(name, 0.0) + line[key]
                 if last is not None:
-                    speeds.append((line["tokens"] - before) / (line["seconds"] - sum(of_step.values())))
-                    pauses.append(_time(line) - line["seconds"] - _time(last) - evaluated)
-                    later += _time(line) - _time(last) - evaluated
-                    later_waits += sum(of_step.values())
+                    in_step = sum(line.get(key) or 0.0 for _, key in IN_STEP)
+                    uploads = last.get(AFTER_STEP[1]) or 0.0
+                    speeds.append((line["tokens"] - before) / (line["seconds"] - in_step))
+                    taken = _time(line) - _time(last) - evaluated
+                    pauses[last["step"]] = taken - line["seconds"] - uploads
+                    later += taken
+                    later_waits += in_step + uploads
+                    later_uploads += uploads
                     later_tokens += line["tokens"] - before
                 before, last, evaluated = line["tokens"], line, 0.0
         return cls(
             steps=len(steps),
             tokens=steps[-1]["tokens"],
-            seconds=sum(line["seconds"] for line in steps),
+            seconds=sum(line["seconds"] for line in steps)
+            + waits.get(AFTER_STEP[0], 0.0)
+            + sum(pauses.values()),
             waits=waits,
             working=statistics.median(speeds) if speeds else None,
             pauses=pauses,
             ended=max(map(_time, lines)),
             steady=later_tokens / later if later else None,
+            uploads=later_uploads / later if later else None,
             busy=1 - later_waits / later if later else None,
         )
 
@@ -158,21 +169,27 @@ class WorkerFigures:
     """Sampled, or scored."""
     seconds: float
     """In which it did so; of several workers together."""
-    waits: float
+    waits: Mapping[str, float]
+    """Seconds in which it did not, by what for."""
     busy: float | None
     """Share of the time from the end of the first batch of windows to that of the last one in which one of
     them works. None if there are not two."""
 
     @classmethod
     def of_sampler(cls, lines: Sequence[Line]) -> "WorkerFigures":
-        """A batch of windows has the same seconds and speed in each of its lines."""
-        batches = {(line["attempt"], line["version"]): line for line in lines}.values()
+        """A batch of windows has the same seconds and speed in each of its lines, and its waits in the
+        first."""
+        batches = [line for line in lines if line["load"]]
         return cls(
             len(lines),
             sum(line["tokensPerSecond"] * line["seconds"] for line in batches),
             sum(line["seconds"] for line in batches),
-            sum(line["waitWeights"] for line in lines),
-            later_share([(_time(line), line["seconds"]) for line in batches], 1),
+            {
+                "weights": sum(line["waitWeights"] for line in batches),
+                "loading them": sum(line["load"]["seconds"] for line in batches),
+                "uploads": sum(line["waitUpload"] for line in batches),
+            },
+            later_share([(_time(line) - line["waitUpload"], line["seconds"]) for line in batches], 1),
         )
 
     @classmethod
@@ -181,7 +198,7 @@ class WorkerFigures:
             len(lines),
             sum(line["tokensPerSecond"] * line["seconds"] for line in lines),
             sum(line["seconds"] for line in lines),
-            sum(line.get("waitRollouts") or 0.0 for line in lines),
+            {"rollouts": sum(line["waitRollouts"] for line in lines)},
             later_share([(_time(line), line["seconds"]) for line in lines], workers),
         )
 
@@ -192,6 +209,24 @@ def later_share(ended: Sequence[tuple[float, float]], workers: int) -> float | N
     if len(ended) < 2 or ended[-1][0] <= ended[0][0]:
         return None
     return sum(seconds for _, seconds in ended[1:]) / workers / (ended[-1][0] - ended[0][0])
+
+
+def step_to_sampling(
+    copied: Mapping[int, float], sampled: Sequence[Line], waited: bool = False
+) -> dict[int, float]:
+    """By version: seconds from when training began to copy it until the sampler began to sample from it.
+
+    `copied`: these times. `sampled`: the sampler's lines, which are written when the bucket has the version.
+    `waited`: only of versions that the sampler looked for more than once, so that had no other work; the
+    plan's figure is theirs.
+    """
+    return {
+        int(line["version"]): _time(line) - line["waitUpload"] - line["seconds"] - copied[line["version"]]
+        for line in sampled
+        if line["load"]
+        and line["version"] in copied
+        and (not waited or line["waitWeights"] >= VOLUME_SECONDS)
+    }
 
 
 class Compared(NamedTuple):
@@ -215,12 +250,13 @@ class Compared(NamedTuple):
 
 @dataclass
 class Report:
-    """Prints what a run did, stage by stage."""
+    """Prints what a run did, stage by stage, of the steps that have succeeded."""
 
     run: DistillRun
     bucket: Bucket
     placement: Placement
     spans: Mapping[str, Span]
+    """Of these steps."""
     gpus: GpuRecorder
     active: int
     """Parameters that a token is multiplied with."""
@@ -243,17 +279,18 @@ class Report:
         for step, span in self.spans.items():
             hours = planned.get(step, {}).get("hours")
             print(f"{step:20}{span.end - span.start:9.1f}{_number(hours and 3600 * hours, 1):>9}")
-        if self.lines.get("rescore"):
+        stages = [stage for stage in self.run.spec.stages if stage.name in self.spans]
+        if "rescore" in self.spans:
             scored = WorkerFigures.of_teacher(self.lines["rescore"], self.run.spec.rescoring_gpus)
             print(f"\nrescore: {_rate(scored)}; plan {_per_second(planned['rescore'])}")
-        for stage in self.run.spec.stages:
+        for stage in stages:
             print()
             pauses = next(each for each in plan["checkpoints"] if each["stage"] == stage.name)
             for line in self._stage_lines(stage, planned[stage.name], pauses):
                 print(line)
         print("\n| | measured | plan | difference |\n|---|---|---|---|")
         steady = {step["step"]: step for step in long["steps"]}
-        for stage in self.run.spec.stages:
+        for stage in stages:
             pauses = next(each for each in plan["checkpoints"] if each["stage"] == stage.name)
             for compared in self._compared(stage, steady[stage.name], pauses):
                 print(compared.row)
@@ -269,21 +306,21 @@ class Report:
         busy = planned["busy"]
         yield (
             f"{stage.name} ({stage.kind}): {trainer.steps} steps, {trainer.tokens:,} tokens, "
-            f"{trainer.tokens / trainer.seconds:,.0f} tokens/s over all steps; plan {_per_second(planned)}, "
+            f"{trainer.tokens / trainer.seconds:,.0f} tokens/s with waits; plan {_per_second(planned)}, "
             f"slowest {planned['slowest'] or UNKNOWN}"
         )
-        waited = ", ".join(f"{seconds:.1f} s for {name}" for name, seconds in trainer.waits.items())
         mfu = _number(self._mfu(trainer.working, ranks), 2)
         yield (
             f"  trainer, {ranks} ranks: {_number(trainer.working)} tokens/s and {mfu} % MFU without waits; "
             f"busy {_share(trainer.seconds, sum(trainer.waits.values()))}, plan "
-            f"{_planned_share(busy, 'train')}; waited {waited or 'for nothing'}"
+            f"{_planned_share(busy, 'train')}; waited "
+            f"{_listed(trainer.waits)}"
         )
         if isinstance(stage, OnPolicy):
             yield from self._role_lines(stage, busy)
-        pauses = trainer.pauses
+        pauses = trainer.pauses.values()
         yield (
-            f"  between steps, without evaluations: {_number(sum(pauses), 1)} s, at most "
+            f"  between steps, without evaluations and uploads: {_number(sum(pauses), 1)} s, at most "
             f"{_number(max(pauses, default=None), 1)}; from the last step to the end "
             f"{self._updated(stage.name) - trainer.ended:.1f} s; plan: {checkpoints['number']} checkpoints, "
             f"pause {checkpoints['pauseSeconds']:.1f} s, upload {checkpoints['uploadSeconds']:.1f} s"
@@ -299,7 +336,11 @@ class Report:
         name, busy, speed = stage.name, planned["busy"], planned["tokensPerSecond"]
         trainer = TrainerFigures.of(self.lines[name])
         ranks = len(self.placement.pods(self.run, name)[0])
-        working = speed / busy.get("train", 1.0) if speed else None
+        working = planned[
+            "trainTokensPerSecond"
+        ]  # of steps alone; without versions, training does nothing else
+        if working is None and speed:
+            working = speed / busy.get("train", 1.0)
         yield Compared(f"{name}: tokens/s", trainer.steady, speed)
         yield Compared("trainer's tokens/s without waits", trainer.working, working)
         yield Compared(
@@ -311,13 +352,20 @@ class Report:
             sampler, teacher = self._workers(name)
             yield Compared("sampler busy, %", _percent(sampler.busy), _percent(busy.get("sampler")))
             yield Compared("teacher busy, %", _percent(teacher.busy), _percent(busy.get("teacher")))
-            found = self._step_to_sampling(stage, self.lines[f"{name}-sampler"]).values()
+            uploads = _percent(planned["uploadShare"])
+            yield Compared("trainer waits for uploads, %", _percent(trainer.uploads), uploads)
+            steps = self._steps_of_versions(stage)
+            copied = self._copied(stage, steps)
+            found = step_to_sampling(copied, self.lines[f"{name}-sampler"], waited=True).values()
             yield Compared("from step to sampling, s", _median(found), planned["stepToSampling"], 1)
-            uploaded = self._step_to_bucket(stage).values()
+            uploaded = self._step_to_bucket(stage, copied).values()
             yield Compared("from step to bucket, s", _median(uploaded), planned["stepToBucket"], 1)
-        yield Compared(
-            "between two steps, at most, s", max(trainer.pauses, default=None), checkpoints["pauseSeconds"], 1
-        )
+            after = [trainer.pauses[step] for step in steps.values() if step in trainer.pauses]
+            yield Compared("between steps, with a version, s", _median(after), planned["copySeconds"], 1)
+        else:
+            most = max(trainer.pauses.values(), default=None)
+            pause = checkpoints["pauseSeconds"] if checkpoints["number"] > 1 else 0.0
+            yield Compared("between two steps, at most, s", most, pause, 1)
 
     def _workers(self, stage: str) -> tuple[WorkerFigures, WorkerFigures]:
         """What sampler and teacher of an OnPolicy stage did."""
@@ -329,41 +377,45 @@ class Report:
     def _role_lines(self, stage: OnPolicy, busy: Mapping[str, float]) -> Iterable[str]:
         sampler_lines = self.lines[f"{stage.name}-sampler"]
         sampler, teacher = self._workers(stage.name)
-        for name, role, waits in (("sampler", sampler, "weights"), ("teacher", teacher, "rollouts")):
+        for name, role in (("sampler", sampler), ("teacher", teacher)):
+            waited = sum(role.waits.values())
             yield (
                 f"  {name}: {role.windows} windows, {_rate(role)} while it worked; busy "
-                f"{_share(role.seconds + role.waits, role.waits)}, plan {_planned_share(busy, name)}; waited "
-                f"{role.waits:.1f} s for {waits}"
+                f"{_share(role.seconds + waited, waited)}, plan {_planned_share(busy, name)}; waited "
+                f"{_listed(role.waits)}"
             )
         loads = [line["load"] for line in sampler_lines if line["load"]]
         by_source = ", ".join(f"{load['seconds']:.1f} s from the {load['source']}" for load in loads)
         yield f"  versions loaded: {by_source}"
-        found = self._step_to_sampling(stage, sampler_lines)
+        copied = self._copied(stage, self._steps_of_versions(stage))
+        found = step_to_sampling(copied, sampler_lines)
         listed = ", ".join(f"{seconds:.1f} s (version {version})" for version, seconds in found.items())
         yield f"  from step to sampling: {listed or UNKNOWN}"
 
-    def _step_to_sampling(self, stage: OnPolicy, sampled: Sequence[Line]) -> dict[int, float]:
-        """By version: seconds from the end of the optimizer step that it has the weights of, until the
-        sampler began to sample from it."""
-        ends = {line["step"]: _time(line) for line in self.lines[stage.name] if line["event"] == "step"}
-        found = {}
-        for line in sampled:
-            published = policy_version.find_version(self.bucket, self.run, stage.name, line["version"])
-            if line["load"] and published and (step := published[1].steps) in ends:
-                found[int(line["version"])] = _time(line) - line["seconds"] - ends[step]
-        return found
+    def _steps_of_versions(self, stage: OnPolicy) -> dict[int, int]:
+        """By version that was sampled from: the optimizer step that it has the weights of."""
+        versions = sorted({int(line["version"]) for line in self.lines[f"{stage.name}-sampler"]})
+        published = (
+            policy_version.find_version(self.bucket, self.run, stage.name, version) for version in versions
+        )
+        return {found[1].version: found[1].steps for found in published if found}
 
-    def _step_to_bucket(self, stage: OnPolicy) -> dict[int, float]:
-        """By version: seconds from the end of the optimizer step that it has the weights of, until the bucket
-        had its manifest."""
-        ends = {line["step"]: _time(line) for line in self.lines[stage.name] if line["event"] == "step"}
-        found = {}
-        for version in {int(line["version"]) for line in self.lines[f"{stage.name}-sampler"]}:
-            published = policy_version.find_version(self.bucket, self.run, stage.name, version)
-            if published and (step := published[1].steps) in ends:
-                manifest = paths.manifest(paths.weights(self.run, stage.name, version))
-                found[version] = (self.objects / manifest).stat().st_mtime - ends[step]
-        return found
+    def _copied(self, stage: OnPolicy, steps: Mapping[int, int]) -> dict[int, float]:
+        """By version: when training began to copy it, after its step and the upload of the version before.
+        `steps`: by version."""
+        ends = {
+            line["step"]: _time(line) + (line.get(AFTER_STEP[1]) or 0.0)
+            for line in self.lines[stage.name]
+            if line["event"] == "step"
+        }
+        return {version: ends[step] for version, step in steps.items() if step in ends}
+
+    def _step_to_bucket(self, stage: OnPolicy, copied: Mapping[int, float]) -> dict[int, float]:
+        """By version: seconds from when training began to copy it until the bucket had its manifest."""
+        manifests = {each: paths.manifest(paths.weights(self.run, stage.name, each)) for each in copied}
+        return {
+            each: (self.objects / manifests[each]).stat().st_mtime - began for each, began in copied.items()
+        }
 
     def _mfu(self, speed: float | None, ranks: int) -> float | None:
         """Model FLOPs utilisation of `speed` tokens a second, in per cent: 6 operations a token and active
@@ -427,6 +479,10 @@ class Report:
 
 def _time(line: Line) -> float:
     return line_time(line).timestamp()
+
+
+def _listed(waits: Mapping[str, float]) -> str:
+    return ", ".join(f"{seconds:.1f} s for {name}" for name, seconds in waits.items()) or "for nothing"
 
 
 def _rate(role: WorkerFigures) -> str:

@@ -86,8 +86,16 @@ def test_a_stage_ends_although_an_engine_is_killed_and_nothing_is_left(recipe: A
         assert f"{step}: succeeded" in output
     windows = re.findall(r"(sampler|teacher): (\d+) windows", output)
     assert len(windows) == 2 and len({number for _, number in windows}) == 1 and int(windows[0][1]) >= 3
+    assert re.search(r"bucket: \d+\.\d\d GB/s in, \d+\.\d\d GB/s out\n", output), output
     assert re.search(r"from step to sampling: \d+\.\d s \(version 1\)", output), output
-    for figure in ("onpolicy: tokens/s", "trainer busy, %", "teacher busy, %", "from step to bucket, s"):
+    for figure in (
+        "onpolicy: tokens/s",
+        "trainer busy, %",
+        "teacher busy, %",
+        "trainer waits for uploads, %",
+        "from step to bucket, s",
+        "between steps, with a version, s",
+    ):
         assert re.search(rf"^\| {figure} \| [\d.,]+ \| [\d.,]+ \| .*\|$", output, re.MULTILINE), output
     assert not alive(scratch) and not list(scratch.iterdir())
 

@@ -37,7 +37,7 @@ TOKENS = Metric(
 WAIT_SECONDS = Metric(
     "vpmoe_wait_seconds",
     "counter",
-    "Seconds that the process has waited for what another role makes.",
+    "Seconds that the process has waited for what another role makes, or for an upload.",
     ("reason",),
 )
 GPU_UTILISATION = Metric(

@@ -105,6 +105,13 @@ class StepPlan:
     """Of an OnPolicy stage: seconds from an optimizer step until the sampler can sample from its weights."""
     step_to_bucket: float | None = None
     """And until the bucket has them, before which no window that is sampled from them is written."""
+    copy_seconds: float | None = None
+    """Of an OnPolicy stage: for which training stops while a policy version is copied; a part of its busy
+    time."""
+    upload_share: float | None = None
+    """Of an OnPolicy stage: the share of the hours without pauses in which training waits for an upload."""
+    train_tokens_per_second: float | None = None
+    """Of an OnPolicy stage: of the optimizer steps alone, without waits and copies."""
 
 
 @dataclass(frozen=True)
@@ -434,9 +441,13 @@ class _Planner:
             if times is None:
                 return self._trained(stage, gpus, None, {})
             found = self._simulated(self.spec, stage, times)
-            step = self._trained(stage, gpus, found.seconds, found.shares())
             return replace(
-                step, step_to_sampling=times.step_to_sampling, step_to_bucket=times.copy + times.publish
+                self._trained(stage, gpus, found.seconds, found.shares()),
+                step_to_sampling=times.step_to_sampling,
+                step_to_bucket=times.copy + times.publish,
+                copy_seconds=times.copy,
+                upload_share=found.uploading / found.seconds,
+                train_tokens_per_second=found.train_tokens_per_second,
             )
         if self.run.measures_validity(stage):
             gpus |= {"evaluate": min(1, self.spec.teacher.gpus)}
@@ -560,12 +571,19 @@ class _Planner:
             f"{stage.name}: simulated, because its roles wait for each other. Training waits "
             f"{times.copy:.3g} s for a policy version, which is {way}"
         )
-        waits, pressure = 1 - now.shares()["train"], stage.back_pressure
+        uploads = now.uploading / now.seconds
+        waits, pressure = 1 - now.shares()["train"] - uploads, stage.back_pressure
         if waits > pressure.waiting:
             self._note(
-                f"{stage.name}: the trainer waits for {100 * waits:.0f} % of the time, more than "
+                f"{stage.name}: the trainer waits for windows for {100 * waits:.0f} % of the time, more than "
                 f"backPressure.waiting {pressure.waiting:g}: after {pressure.windows:,} windows completions "
                 "are shortened, which is not simulated"
+            )
+        if uploads >= 0.05:
+            self._note(
+                f"{stage.name}: the trainer waits for {100 * uploads:.0f} % of the time until the bucket has "
+                "the version before; a faster bucket, larger windows (rollout.promptsPerWindow) or a larger "
+                "publishEvery make that shorter"
             )
         self._note_division(stage, times, now)
 

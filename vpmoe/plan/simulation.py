@@ -69,8 +69,17 @@ class StageTime:
     window_tokens: float
     """Of these, the windows'."""
     windows: float
+    copying: float
+    """Part of busy["train"] in which policy versions are copied."""
+    uploading: float
+    """Seconds in which training waits for the upload of the version before."""
     simulated: int
     """Windows that were simulated for it."""
+
+    @property
+    def train_tokens_per_second(self) -> float:
+        """Of the optimizer steps alone, without waits and copies."""
+        return self.tokens / (self.busy["train"] - self.copying)
 
     @property
     def tokens_per_second(self) -> float:
@@ -95,6 +104,8 @@ class StageTime:
             tokens,
             at(self.window_tokens, before.window_tokens),
             at(self.windows, before.windows),
+            at(self.copying, before.copying),
+            at(self.uploading, before.uploading),
             self.simulated + before.simulated,
         )
 
@@ -106,6 +117,8 @@ class StageTime:
             self.tokens + factor * other.tokens,
             self.window_tokens + factor * other.window_tokens,
             self.windows + factor * other.windows,
+            self.copying + factor * other.copying,
+            self.uploading + factor * other.uploading,
             self.simulated + other.simulated,
         )
 
@@ -344,7 +357,7 @@ def stage_time(
     largest = max(map(window_tokens, levels(stage, tokens))) * every
     if versions <= 2 * max(BATCHES) or largest <= tokens * min(BATCHES) / versions:
         return shortened(stage, tokens, versions)
-    found = StageTime(0.0, dict.fromkeys(("train", "sampler", "teacher"), 0.0), 0.0, 0.0, 0.0, 0)
+    found = StageTime(0.0, dict.fromkeys(("train", "sampler", "teacher"), 0.0), 0.0, 0.0, 0.0, 0.0, 0.0, 0)
     for phase in stage.curriculum:
         alone = stage.model_copy(update={"curriculum": (phase,)})
         of_phase = tokens * phase.share / sum(each.share for each in stage.curriculum)
@@ -401,7 +414,8 @@ def simulate(
     published, seen_at = {0: times.copy + times.publish}, {0: 0.0}
     found = {0: times.copy + times.volume if times.volume is not None else published[0] + POLL / 2}
     trained, uploaded, sampled, scored = times.copy, published[0], 0.0, [0.0] * teachers
-    busy = {"train": times.copy, "sampler": 0.0, "teacher": 0.0}
+    busy = {"train": 0.0, "sampler": 0.0, "teacher": 0.0}
+    working, copying, uploading = 0.0, times.copy, 0.0
     seen = rolled = 0.0
     anchors, windows_share = 0, 1 - stage.anchor
     for version in count(0, every):
@@ -436,8 +450,9 @@ def simulate(
             seen += window_tokens
             window += 1
             if window % every == 0:
+                uploading += max(0.0, uploaded - trained)
                 trained = max(trained, uploaded) + times.copy  # one upload runs at a time
-                busy["train"] += times.copy
+                copying += times.copy
                 published[window] = uploaded = trained + times.publish
                 found[window] = trained + times.volume if times.volume is not None else uploaded + POLL / 2
                 seen_at[window] = seen
@@ -450,7 +465,8 @@ def simulate(
         number = window - windows.start
         rolled += number * window_tokens
         busy["teacher"] += number * score_seconds / teachers
-        busy["train"] += number * train_seconds + (anchors - anchors_before) * anchor_seconds
+        working += number * train_seconds + (anchors - anchors_before) * anchor_seconds
         if seen >= tokens:
-            return StageTime(trained, busy, seen, rolled, window, window)
+            busy["train"] = working + copying
+            return StageTime(trained, busy, seen, rolled, window, copying, uploading, window)
     raise AssertionError("every window has tokens")

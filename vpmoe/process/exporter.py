@@ -61,7 +61,7 @@ class MetricsExporter:
 
     @contextmanager
     def waiting(self, reason: str) -> Iterator[None]:
-        """Count the block's time as waiting for what another role makes: `reason`."""
+        """Count the block's time as waiting for `reason`: what another role makes, or an upload."""
         began = time.monotonic()
         try:
             yield

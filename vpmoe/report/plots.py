@@ -59,7 +59,7 @@ ROLE_NAMES = {
     "init": "initial weights",
     "export": "export",
 }
-WORK, WAIT = "#2f81f7", ("#d9730d", "#a371f7", "#c69026")
+WORK, WAIT = "#2f81f7", ("#d9730d", "#a371f7", "#c69026", "#db61a2")
 PURPLE = "#a371f7"
 UNNAMED: Json = {"showlegend": False, "margin": {"l": 8, "r": 8, "t": 8, "b": 8}}
 """Layout of a figure whose traces need no legend."""
@@ -613,7 +613,13 @@ def utilisation(data: RunData) -> Plot:
 
 def waits(data: RunData) -> Plot:
     """How each role of the OnPolicy stages spent its time."""
-    parts = ("working", "waiting for rollouts", "waiting for scores", "waiting for weights")
+    parts = (
+        "working",
+        "waiting for rollouts",
+        "waiting for scores",
+        "waiting for weights",
+        "waiting for uploads",
+    )
     spent = {
         step.name: dict(zip(parts, seconds, strict=True))
         for step in data.steps
@@ -642,7 +648,8 @@ def waits(data: RunData) -> Plot:
         "waits",
         "Who waited for whom",
         "Which of sampler, teacher and trainer holds the other two up?",
-        "Shares of each one's time. The one that never waits is the bottleneck: give it more GPUs.",
+        "Shares of each one's time. The one that never waits is the bottleneck: give it more GPUs. If "
+        "trainer and sampler wait for uploads, it is the bucket.",
         traces,
         {
             "barmode": "stack",
@@ -654,22 +661,25 @@ def waits(data: RunData) -> Plot:
     )
 
 
-def _time_spent(step: StepRecord) -> tuple[float, float, float, float] | None:
-    """Seconds of work, and of waiting for rollouts, scores and weights; None for other roles."""
+def _time_spent(step: StepRecord) -> tuple[float, float, float, float, float] | None:
+    """Seconds of work, and of waiting for rollouts, scores, weights and uploads; None for other roles."""
     if step.role == "train":
         lines = step.events("step")
         rollouts = sum(line.get("waitRollouts", 0.0) for line in lines)
         scores = sum(line.get("waitScores", 0.0) for line in lines)
-        return sum(line["seconds"] for line in lines) - rollouts - scores, rollouts, scores, 0.0
+        uploads = sum(line.get("waitUpload", 0.0) for line in lines)  # after a step, so not in its seconds
+        return sum(line["seconds"] for line in lines) - rollouts - scores, rollouts, scores, 0.0, uploads
     if step.role == "sampler":
         # Each line of windows that were sampled together has the time of all of them; only the first loads.
         first = [line for line in step.lines if line["load"] is not None]
         work = sum(line["seconds"] + line["load"]["seconds"] for line in first)
-        return work, 0.0, 0.0, sum(line["waitWeights"] for line in first)
+        weights = sum(line["waitWeights"] for line in first)
+        return work, 0.0, 0.0, weights, sum(line.get("waitUpload", 0.0) for line in first)
     if step.role == "teacher":
         return (
             sum(line["seconds"] for line in step.lines),
             sum(line["waitRollouts"] for line in step.lines),
+            0.0,
             0.0,
             0.0,
         )

@@ -343,9 +343,11 @@ def line_seconds(line: Line) -> float:
     """The time that a line of metrics is about: its work and the waits before it, in seconds."""
     seconds = line.get("seconds") or 0.0
     work = sum(seconds.values()) if isinstance(seconds, Mapping) else float(seconds)
-    # The trainer's seconds include what it waited for; those of sampler and teacher do not.
-    trained = line["event"] == "step"
-    return work + (0.0 if trained else (line.get("waitWeights") or 0.0) + (line.get("waitRollouts") or 0.0))
+    # The trainer's seconds include what it waited for before its line, and it waits for an upload after that;
+    # those of sampler and teacher do not.
+    if line["event"] == "step":
+        return work
+    return work + sum(line.get(wait) or 0.0 for wait in ("waitWeights", "waitUpload", "waitRollouts"))
 
 
 def _activities(

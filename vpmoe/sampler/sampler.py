@@ -82,6 +82,15 @@ class Lengths(Record):
     max: int
 
 
+class Waits(NamedTuple):
+    """Seconds that the sampler waited for a version."""
+
+    weights: float
+    """Until it could be loaded."""
+    upload: float
+    """With the sampled windows, until the bucket had it."""
+
+
 class WindowLine(MetricsLine):
     """The sampler's line of metrics for a window."""
 
@@ -94,6 +103,9 @@ class WindowLine(MetricsLine):
     """Time to sample the batch."""
     wait_weights: float
     """Seconds that the sampler waited for the version; 0 except for the first window of a batch."""
+    wait_upload: float
+    """Seconds that the sampled windows waited until the bucket had the version; 0 except for the first window
+    of a batch."""
     tokens: int
     """Tokens of the window: prompts and completions."""
     tokens_per_second: float
@@ -247,7 +259,8 @@ def sample_stage(
             if found_on:
                 found_on.reject(published)
             continue
-        before = write_windows(job, source, published, version, batch, before, waited, loading, read_gpus())
+        waits, used = Waits(waited, record.waited), read_gpus()
+        before = write_windows(job, source, published, version, batch, before, waits, loading, used)
     done = before.window + 1 if before else 0
     job.report_success(
         "Complete" if before and before.last else "The stage has ended", done, dataset_facts(bucket, made)
@@ -262,10 +275,15 @@ def report_part(
 
 
 def wait_for_version(
-    job: SamplerWorker, number: int, before: RolloutHeader | None, volume: VersionVolume | None = None
+    job: SamplerWorker,
+    number: int,
+    before: RolloutHeader | None,
+    volume: VersionVolume | None = None,
+    reason: str = "weights",
 ) -> FoundVersion | None:
-    """Wait until a version is on the volume, if one is given, or published. Returns None if the stage ends
-    first. Raises Retriable if an engine ends: the next attempt then loads while this version is awaited."""
+    """Wait until a version is on the volume, if one is given, or published. `reason`: of the wait, in the
+    metrics. Returns None if the stage ends first. Raises Retriable if an engine ends: the next attempt then
+    loads while this version is awaited."""
     reported = -REPORT_SECONDS
     while not job.stage_finished():
         if volume and (found := volume.find(number)):
@@ -275,7 +293,7 @@ def wait_for_version(
         if time.monotonic() - reported > REPORT_SECONDS:
             reported = time.monotonic()
             job.report_windows(f"Waiting for version {number}", before)
-        with job.board.metrics.waiting("weights"):
+        with job.board.metrics.waiting(reason):
             wait_for_poll(job, number, volume)
         job.check_stop()
         job.engines.check_engines(job.check_stop)
@@ -304,6 +322,8 @@ class VersionRecord:
         self._job, self._found, self._adjustments = job, found, adjustments
         self._same: bool | None = None if found.volume else True
         """None: the bucket has no such version yet."""
+        self.waited = 0.0
+        """Seconds in `wait`."""
 
     def is_there(self) -> bool:
         """Whether the bucket has this version now."""
@@ -318,7 +338,9 @@ class VersionRecord:
         """Wait until the bucket has the version. False if it then is another one, or if the stage ends
         first."""
         if self._same is None:
-            recorded = wait_for_version(self._job, self._found.facts.version, before)
+            began = time.monotonic()
+            recorded = wait_for_version(self._job, self._found.facts.version, before, reason="upload")
+            self.waited = time.monotonic() - began
             self._same = recorded is not None and self._equals(recorded.published, recorded.facts)
         return self._same
 
@@ -341,7 +363,7 @@ def write_windows(
     version: PolicyVersion,
     batch: SampledVersion,
     before: RolloutHeader | None,
-    waited: float,
+    waits: Waits,
     loading: LoadStats,
     gpu: GpuUse,
 ) -> RolloutHeader:
@@ -378,7 +400,8 @@ def write_windows(
             version=version.version,
             together=len(batch.windows),
             seconds=batch.seconds,
-            wait_weights=0.0 if place else waited,
+            wait_weights=0.0 if place else waits.weights,
+            wait_upload=0.0 if place else waits.upload,
             tokens=tokens,
             tokens_per_second=batch.speed,
             rollouts=len(rollouts),

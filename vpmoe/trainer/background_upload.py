@@ -1,7 +1,7 @@
 """Uploads that go on while training does, one at a time: of checkpoints, and of policy versions."""
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 
 class BackgroundUpload:
@@ -22,6 +22,11 @@ class BackgroundUpload:
         if self._upload:
             upload, self._upload = self._upload, None
             upload.result()
+
+    def join(self, seconds: float) -> None:
+        """Return once the latest upload, if any, has ended, or after `seconds`. Raises nothing of it."""
+        if self._upload:
+            wait([self._upload], seconds)
 
     def check(self) -> None:
         """Raise the error of the latest upload if it has failed; does not wait."""

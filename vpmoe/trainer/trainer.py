@@ -15,7 +15,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from vpmoe.api.metrics import Sample
+from vpmoe.api.metrics import Sample, line_time
 from vpmoe.api.pod_metrics import CHECKPOINT_SAVE_SECONDS
 from vpmoe.api.progress import Progress
 from vpmoe.checkpoint.train_state import SKIPPED_KEPT, SkippedStep, TrainState, figure
@@ -185,9 +185,10 @@ class Trainer:
             rate = self._learning_rate(before + tokens)
             state, norm = self._move_weights(state, outcome, rate, tokens)
             state = self._advance(state, tokens)
-            seconds = time.monotonic() - began
+            seconds, ended = time.monotonic() - began, line_time()
+            self.stage.after_step(self.learner, state, seconds)  # the line says how long it waited
             if norm is None:
-                self.reporter.log_skipped(state, tokens=tokens, seconds=seconds)
+                self.reporter.log_skipped(state, tokens=tokens, seconds=seconds, ended=ended)
             else:
                 self.reporter.log_step(
                     state,
@@ -197,9 +198,9 @@ class Trainer:
                     gpus=agreed.gpus,
                     tokens=tokens,
                     seconds=seconds,
+                    ended=ended,
                 )
                 collapsed = self._watch_routers(outcome)  # the loads of a skipped step mean nothing
-            self.stage.after_step(self.learner, state, seconds)
             spent = state.tokens >= self.context.stage.tokens
             if spent or due(before, state.tokens, spec.evaluation.every_tokens):
                 state = self._evaluate(state)

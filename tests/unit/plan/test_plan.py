@@ -657,10 +657,26 @@ def test_a_trainer_that_waits_too_long_for_back_pressure_is_named() -> None:
         plan = plan_of({"spec.stages": [stage]}, speeds=speeds)
         busy = next(step.busy["train"] for step in plan.steps if step.step == "onpolicy")
         text = (
-            f"onpolicy: the trainer waits for {100 * (1 - busy):.0f} % of the time, more than "
+            f"onpolicy: the trainer waits for windows for {100 * (1 - busy):.0f} % of the time, more than "
             "backPressure.waiting 0.5: after 20 windows completions are shortened, which is not simulated"
         )
         assert busy < 0.5 and (text in plan.sources) == named
+
+
+def test_a_trainer_that_waits_for_uploads_is_named() -> None:
+    """For an upload and for nothing else, as other roles are fast: that is no reason for back-pressure."""
+    stage = valid_specs.ONPOLICY | {"backPressure": {"waiting": 0.1}, "staleness": 4, "publishEvery": 1}
+    for disk_speed, train, named in ((1e8, 10**6, True), (1e11, 20_000, False)):
+        speeds: dict[Work, float] = {"train": train, "sample": 10**7, "score": 10**7}
+        plan = plan_of({"spec.stages": [stage]}, speeds=speeds, disk_speed=disk_speed)
+        (step,) = [step for step in plan.steps if step.step == "onpolicy"]
+        assert step.upload_share is not None and (step.upload_share > 0.5) == named
+        text = f"onpolicy: the trainer waits for {100 * step.upload_share:.0f} % of the time until the bucket"
+        assert any(source.startswith(text) for source in plan.sources) == named
+        assert not any("waits for windows" in source for source in plan.sources)
+        assert step.copy_seconds == pytest.approx(1.15, rel=1e-3)
+        assert step.tokens_per_second is not None and step.train_tokens_per_second is not None
+        assert step.train_tokens_per_second > step.tokens_per_second / step.busy["train"]
 
 
 def test_the_steps_alone_are_those_of_the_plan() -> None:

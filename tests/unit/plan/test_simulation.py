@@ -88,6 +88,8 @@ def test_roles_that_take_turns_add_up() -> None:
     assert found.busy == pytest.approx(
         {"train": 3 + 10 * (training + 3), "sampler": 10 * sampling, "teacher": 10 * scoring}
     )
+    assert (found.copying, found.uploading) == (pytest.approx(3 + 10 * 3), 0)
+    assert found.train_tokens_per_second == pytest.approx(WINDOW / training)
     # By a volume, the windows wait for the bucket to have the version, or not, but for nothing else.
     for volume, written in ((5.0, 40.0), (30.0, 30 + 7 + sampling)):
         by_volume = simulate(spec, stage, LENGTHS, replace(times, volume=volume), FOURS, stage.tokens)
@@ -116,6 +118,10 @@ def test_the_slowest_part_decides_a_long_stage(changes: dict[str, Any], seconds:
     spec, stage = stage_with(400, staleness=2, publishEvery=2)
     found = simulate(spec, stage, LENGTHS, replace(QUICK, **changes), FOURS, stage.tokens)
     assert found.seconds == pytest.approx(400 * seconds, rel=0.02)
+    uploads = found.busy["train"] + found.uploading
+    assert (uploads == pytest.approx(found.seconds, rel=0.02)) == (
+        "copy" in changes or changes == {"step": 100.0}
+    )
 
 
 @pytest.mark.parametrize("seed", range(40))

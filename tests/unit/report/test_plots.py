@@ -120,6 +120,34 @@ def test_waits_are_shares_of_each_roles_time(recorded_data: RunData) -> None:
     )
 
 
+def test_waits_for_uploads_have_a_share_of_their_own(recorded_data: RunData) -> None:
+    """The trainer's are after its step, so not in the step's seconds; the recorded lines have none yet."""
+    added: dict[str, float] = {"onpolicy": 2.0, "onpolicy-sampler": 3.0}
+    steps = [
+        dataclasses.replace(step, lines=tuple(line | {"waitUpload": added[step.name]} for line in step.lines))
+        if step.name in added
+        else step
+        for step in recorded_data.steps
+    ]
+    later = dataclasses.replace(recorded_data, steps=steps)
+    before, after = (
+        {trace["name"]: dict(zip(trace["y"], trace["x"], strict=True)) for trace in plot.traces}
+        for plot in (drawn(data)["waits"] for data in (recorded_data, later))
+    )
+    trained = lines("onpolicy", "step")
+    seconds, waited = sum(line["seconds"] for line in trained), 2.0 * len(trained)
+    share = waited / (seconds + waited)
+    assert after["waiting for uploads"]["onpolicy"] == pytest.approx(100 * share, rel=1e-5)
+    working = before["working"]["onpolicy"] * (1 - share)
+    assert after["working"]["onpolicy"] == pytest.approx(working, rel=1e-5)
+    loads = sum(line["load"] is not None for line in lines("onpolicy-sampler"))
+    first = [line for line in lines("onpolicy-sampler") if line["load"]]
+    taken = sum(line["seconds"] + line["load"]["seconds"] + line["waitWeights"] for line in first)
+    expected = 100 * 3 * loads / (taken + 3 * loads)
+    assert after["waiting for uploads"]["onpolicy-sampler"] == pytest.approx(expected, rel=1e-5)
+    assert after["waiting for uploads"]["onpolicy-teacher"] == 0 and "waiting for uploads" not in before
+
+
 def test_validity_and_lengths_are_by_effort(recorded_data: RunData) -> None:
     found = drawn(recorded_data)
     windows = [line for line in lines("onpolicy", "step") if line["kind"] == "OnPolicy"]

@@ -15,7 +15,14 @@ from tests.fakes.recorded_run import DOCUMENTS, RUN, keep_only, lines
 from tests.fakes.store import S3
 from vpmoe.failure import Permanent
 from vpmoe.process.run_folder import open_run
-from vpmoe.report.run_data import COMPLETION_TOKENS, LOGP_BINS, LOWEST_LOGP, RunData, read_run_data
+from vpmoe.report.run_data import (
+    COMPLETION_TOKENS,
+    LOGP_BINS,
+    LOWEST_LOGP,
+    RunData,
+    line_seconds,
+    read_run_data,
+)
 from vpmoe.storage.bucket import Bucket, Object
 
 FOLDER = f"tiny/{RUN}"
@@ -41,6 +48,12 @@ def test_activities_are_from_the_start_of_the_first_work_to_the_last_record(reco
     first = lines("onpolicy-sampler")[0]
     seconds = (datetime.fromisoformat(str(first["time"])) - sampler.start).total_seconds()
     assert seconds == pytest.approx(first["seconds"] + first["waitWeights"], abs=1e-5)  # type: ignore[operator]
+
+
+def test_a_wait_for_an_upload_is_before_a_samplers_line_and_after_a_trainers() -> None:
+    (first, *_), (step, *_) = lines("onpolicy-sampler"), lines("onpolicy", "step")
+    assert line_seconds(first | {"waitUpload": 2.0}) == pytest.approx(line_seconds(first) + 2.0)
+    assert line_seconds(step | {"waitUpload": 2.0}) == line_seconds(step) == step["seconds"]
 
 
 def test_the_histograms_count_each_scored_token_once(recorded_data: RunData) -> None:

@@ -4,6 +4,7 @@ after failures."""
 import dataclasses
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -133,9 +134,10 @@ class SamplerRun:
         stopping: threading.Event | None = None,
         engines: Any = None,
         volume: VersionVolume | None = None,
-    ) -> None:
-        """Run the sampler with the shared engine, as if the engine had loaded no weights."""
-        self.engines.loaded = False
+    ) -> ProgressBoard:
+        """Run the sampler with the shared engine, as if the engine had loaded no weights. Returns its
+        board."""
+        self.engines.loaded, board = False, ProgressBoard()
         step_provenance = provenance(self.run, "onpolicy-sampler")
         sampler.sample_stage(
             self.run,
@@ -143,11 +145,12 @@ class SamplerRun:
             self.bucket,
             step_provenance,
             stopping or threading.Event(),
-            ProgressBoard(),
+            board,
             engines or self.engines,
             self.scratch,
             volume=volume,
         )
+        return board
 
     def key(self, number: int) -> str:
         return paths.window(self.run, "onpolicy", number, "rollouts")
@@ -852,17 +855,46 @@ def test_a_version_on_the_volume_is_sampled_from_before_it_is_in_the_bucket(
 
     sampler_run.sample(engines=HookedEngines(sampler_run.engines, after=after), volume=sampler_run.volume)
     assert sampler_run.windows() == [0] and load_of(sampler_run, 0)["source"] == "volume"
+    assert line_of(sampler_run, 0)["waitUpload"] > 0
     by_volume = sampler_run.bucket.get(sampler_run.key(0))
     sampler_run.bucket.delete(sampler_run.key(0))
     sampler_run.sample()
     assert sampler_run.bucket.get(sampler_run.key(0)) == by_volume
-    assert load_of(sampler_run, 0)["source"] == "bucket"
+    assert load_of(sampler_run, 0)["source"] == "bucket" and line_of(sampler_run, 0)["waitUpload"] == 0
+
+
+def test_the_wait_for_a_versions_upload_is_no_wait_for_weights(
+    sampler_run: SamplerRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer publishes the version once the sampler waits for it, with its sampled windows."""
+    monkeypatch.setattr(sampler, "POLL_SECONDS", 0.1)
+    sampler_run.run = with_stage_fields(sampler_run.run, tokens=10)
+    sampler_run.write_to_volume(0, index=0)
+    find, looks = policy_version.find_version, []
+
+    def found(*given: Any) -> Any:
+        looks.append(given)
+        if len(looks) == 3:
+            sampler_run.publish(0, index=0)
+        return find(*given)
+
+    monkeypatch.setattr(policy_version, "find_version", found)
+    prometheus = sampler_run.sample(volume=sampler_run.volume).metrics.render(None).decode()
+    line = line_of(sampler_run, 0)
+    counted = re.search(r'vpmoe_wait_seconds_total{.*reason="upload".*} (.*)', prometheus)
+    assert counted and 0 < float(counted[1]) <= line["waitUpload"]
+
+
+def line_of(sampler_run: SamplerRun, window: int) -> dict[str, Any]:
+    """A window's line of the sampler's metrics."""
+    key = paths.metrics(sampler_run.run, "onpolicy-sampler", f"{window:06d}")
+    line: dict[str, Any] = json.loads(sampler_run.bucket.get(key))
+    return line
 
 
 def load_of(sampler_run: SamplerRun, window: int) -> dict[str, Any]:
     """How the version of a window was loaded, by the sampler's metrics."""
-    key = paths.metrics(sampler_run.run, "onpolicy-sampler", f"{window:06d}")
-    load: dict[str, Any] = json.loads(sampler_run.bucket.get(key))["load"]
+    load: dict[str, Any] = line_of(sampler_run, window)["load"]
     return load
 
 

@@ -24,6 +24,7 @@ from tests.fakes.fake_onpolicy_peers import FakePeers
 from tests.fakes.onpolicy_ranks import PeerReporter
 from tests.fakes.ranks import run_ranks
 from tests.fakes.students import new_seed
+from vpmoe.api.metrics import line_time
 from vpmoe.checkpoint.train_state import TrainState, WindowStats, list_iterations, load_stage_end
 from vpmoe.data import canary
 from vpmoe.data.mixture import interleave
@@ -246,9 +247,33 @@ def test_the_line_of_a_window_has_its_metrics(make_trainer: MakeTrainer) -> None
         'train_window_valid_ratio{effort="',
     ):
         assert f"\nvpmoe_{series}" in prometheus
-    waits = [line["waitRollouts"] + line["waitScores"] for line in metrics_lines(trainer) if "window" in line]
+    waits = [
+        line["waitRollouts"] + line["waitScores"] + line["waitUpload"]
+        for line in metrics_lines(trainer)
+        if "window" in line
+    ]
     counted = re.findall(r"vpmoe_wait_seconds_total{.*} (.*)", prometheus)
     assert sum(map(float, counted)) == pytest.approx(sum(waits))
+
+
+def test_a_window_has_the_wait_for_the_upload_before_beside_its_seconds(make_trainer: MakeTrainer) -> None:
+    """Its line is as old as its step, before the wait."""
+    trainer = make_trainer()
+    assert isinstance(trainer.stage, OnPolicyStage) and trainer.stage.publisher is not None
+    publish, began = trainer.stage.publisher.publish, {}
+
+    def after_a_wait(learner: Learner, at: TrainState, oldest: int) -> float:
+        began[at.steps] = line_time()
+        return publish(learner, at, oldest) + 1000.0
+
+    trainer.stage.publisher.publish = after_a_wait  # type: ignore[method-assign]
+    trainer.run()
+    lines = metrics_lines(trainer)
+    windows = [line for line in lines if "window" in line]
+    due = [(line["window"] + 1) % EVERY == 0 for line in windows]
+    assert [line["waitUpload"] >= 1000 for line in windows[:-1]] == due[:-1]
+    assert {line["waitUpload"] for line, published in zip(windows, due, strict=True) if not published} == {0}
+    assert all(line["seconds"] < 1000 and line["time"] <= began.get(line["step"], "9") for line in lines)
 
 
 class Killed(BaseException):

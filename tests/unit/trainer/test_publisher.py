@@ -1,7 +1,8 @@
 """Policy versions on a real store, also by a volume: transformers loads the student, old weights are pruned,
 failures are raised."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 
 from tests.fakes import datasets, students
 from tests.fakes.students import SMALL, new_seed
+from vpmoe.api.metrics import Sample
+from vpmoe.api.pod_metrics import WAIT_SECONDS
 from vpmoe.checkpoint.train_state import TrainState, WindowStream, initial_state
 from vpmoe.data.reader import BlockCache, DatasetReader
 from vpmoe.inference import hf_model
@@ -21,6 +24,7 @@ from vpmoe.rollout.version_volume import MANIFEST, VersionVolume
 from vpmoe.storage import Bucket, StorageError, manifest, paths
 from vpmoe.storage.manifest import Input
 from vpmoe.trainer.context import StageContext
+from vpmoe.trainer.onpolicy import publisher as publisher_module
 from vpmoe.trainer.onpolicy.publisher import Publisher, probe_sequences
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -105,6 +109,34 @@ def test_a_version_is_the_student_at_the_call_of_publish(
         assert expected.std() > 0.3 or len(logp) < 8, (
             "log-probabilities differ between tokens: else agreement would show nothing"
         )
+
+
+def test_the_wait_for_the_upload_before_is_counted_and_returned(
+    context: StageContext, publisher: Publisher, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it goes on: the upload ends here only when some of it was counted."""
+    counted, ends = [], threading.Event()
+    upload = publisher._upload_files
+
+    def uploading(*given: Any) -> None:
+        assert ends.wait(60)
+        upload(*given)
+
+    def record(samples: Sequence[Sample]) -> None:
+        counted.extend(samples)
+        if len(counted) == 2:
+            ends.set()
+
+    monkeypatch.setattr(publisher_module, "POLL", 0.01)
+    monkeypatch.setattr(publisher, "_upload_files", uploading)
+    monkeypatch.setattr(context.board.metrics, "record", record)
+    learner = random_learner(device)
+    assert publisher.publish(learner, state_at(2)) == 0.0 and not counted
+    waited = publisher.publish(learner, state_at(4))
+    assert publisher.exists(2) and len(counted) >= 2 and waited > 0
+    assert {(one.metric, one.labels["reason"]) for one in counted} == {(WAIT_SECONDS, "upload")}
+    assert sum(one.value or 0.0 for one in counted) == pytest.approx(waited)
+    publisher.wait()
 
 
 def test_equal_weights_have_equal_digests(

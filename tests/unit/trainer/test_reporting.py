@@ -254,6 +254,7 @@ WINDOW = WindowMetrics(
     lengths={"low": Lengths(mean=2.0, max=3)},
     wait_rollouts=0.1,
     wait_scores=0.2,
+    wait_upload=0.3,
     buffer=WindowBuffer(sampled=1, scored=0),
 )
 WINDOW_KEYS = {
@@ -268,6 +269,7 @@ WINDOW_KEYS = {
     "lengths",
     "waitRollouts",
     "waitScores",
+    "waitUpload",
     "buffer",
     "buffer.sampled",
     "buffer.scored",

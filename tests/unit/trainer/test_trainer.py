@@ -12,6 +12,7 @@ from tests.fakes import datasets, students, trainers
 from tests.fakes.checkpoints import equal_states
 from tests.fakes.reporters import RecordingReporter, stop_after
 from tests.fakes.students import copy_slices
+from vpmoe.api.metrics import line_time
 from vpmoe.api.termination import TerminationRecord
 from vpmoe.checkpoint.train_state import list_iterations, load_stage_end
 from vpmoe.data.packing import PackedDocument
@@ -238,7 +239,7 @@ def test_a_bad_step_is_skipped_and_recorded_and_training_is_as_if_it_had_no_batc
     assert any("was skipped: loss nan (rank 0)" in message for message in caplog.messages)
     caplog.clear()
     resumed.reporter.uploader = None
-    resumed.reporter.log_skipped(end[1], tokens=1, seconds=1.0)
+    resumed.reporter.log_skipped(end[1], tokens=1, seconds=1.0, ended=line_time())
     assert not caplog.messages
 
 

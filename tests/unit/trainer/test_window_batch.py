@@ -265,11 +265,11 @@ def test_a_window_is_read_with_its_scores(context: StageContext) -> None:
         context.bucket.get(paths.window(context.run, "vanilla", 3, kind)) for kind in ("rollouts", "scores")
     ]  # type: ignore[arg-type]
     assert found.sha256 == tuple(hashlib.sha256(data).hexdigest() for data in files)
-    metrics = window_metrics(found, Waits(1.0, 2.0), WindowBuffer(sampled=2, scored=1)).dump()
+    metrics = window_metrics(found, Waits(1.0, 2.0), 3.0, WindowBuffer(sampled=2, scored=1)).dump()
     assert (metrics["version"], metrics["staleness"], metrics["rollouts"]) == (2, 1, {"high": 2, "low": 2})
     assert metrics["validity"] == {"high": {"truncated": 0.5, "valid": 0.5}, "low": {"valid": 1.0}}
     assert metrics["lengths"]["low"]["max"] == max(len(rollouts[0].logp_C), len(rollouts[2].logp_C))
-    assert (metrics["waitRollouts"], metrics["waitScores"]) == (1.0, 2.0)
+    assert (metrics["waitRollouts"], metrics["waitScores"], metrics["waitUpload"]) == (1.0, 2.0, 3.0)
 
 
 @pytest.mark.parametrize("kind", ["rollouts", "scores"])

@@ -88,6 +88,8 @@ class OnPolicyCoordinator:
         self._window: ScoredWindow | None = None
         """The window of the step at hand; None in an anchor step."""
         self._waits = Waits(0.0, 0.0)
+        self._wait_upload = 0.0
+        """Seconds that training waited after its step for the upload of the version before."""
 
     def kind(self, step: int) -> str:
         """See StepPlan."""
@@ -100,7 +102,7 @@ class OnPolicyCoordinator:
         Returns False if any rank was asked to stop first. `waiting` is called about once a second with
         what is missing. Raises Permanent if the window in the bucket is not the one that is due.
         """
-        self._window, self._waits = None, Waits(0.0, 0.0)
+        self._window, self._waits, self._wait_upload = None, Waits(0.0, 0.0), 0.0
         if not self.curriculum.is_window(state.steps):
             return True
         number = _stream_of(state).trained
@@ -189,7 +191,7 @@ class OnPolicyCoordinator:
         due = version % every == 0 and state.steps == self.curriculum.steps_trained(version)
         if due and self._window_follows(state) and not self._publisher.exists(version):
             self._adjust(version + staleness)
-            self._publisher.publish(learner, state, oldest)
+            self._wait_upload = self._publisher.publish(learner, state, oldest)
         self._publisher.prune(oldest)
 
     def evaluate(self, state: TrainState, weights: Mapping[str, float]) -> TrainState:
@@ -203,7 +205,7 @@ class OnPolicyCoordinator:
             return None
         most = self._stage.staleness + self._stage.publish_every
         ahead = self._wait.buffer(self._window.sampled.header.window + 1, most)
-        return window_metrics(self._window, self._waits, ahead)
+        return window_metrics(self._window, self._waits, self._wait_upload, ahead)
 
     def conditions(self) -> list[ProgressCondition]:
         """Conditions for the run's status: the latest adjustment."""

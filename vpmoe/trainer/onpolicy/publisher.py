@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vpmoe.api.metrics import Sample
+from vpmoe.api.pod_metrics import WAIT_SECONDS
 from vpmoe.checkpoint.train_state import TrainState
 from vpmoe.data.packing import PackedDocument
 from vpmoe.data.reader import DatasetReader
@@ -52,6 +54,8 @@ UPLOADS = 2
 """Files that are uploaded at the same time: while one ends, the next has begun."""
 PATIENCE = timedelta(hours=1)
 """How long the ranks wait for rank 0 to hear from the store whether a version exists."""
+POLL = 1.0
+"""Seconds between two counts of the time that an upload is waited for."""
 WEIGHT_FILE = re.compile(r"/v(\d+)/(?!manifest\.json$)")
 
 
@@ -102,13 +106,16 @@ class Publisher:
             self._latest_content = (version, policy_version.weights_digest(found[0]))
         return self._latest_content[1]
 
-    def publish(self, learner: Learner, at: TrainState, oldest: int = 0) -> None:
+    def publish(self, learner: Learner, at: TrainState, oldest: int = 0) -> float:
         """Copy the weights and begin to upload them as the version of the state `at`. Every rank calls it.
+
+        Returns the seconds that it has waited before, until the upload of the version before had ended: 0 but
+        on rank 0, for which the others wait in the copy.
 
         `oldest`: oldest version that a window may still need. Older ones leave the volume before this one is
         written to it, so that it never holds more than it must.
         """
-        self.wait()
+        waited = self._wait_counted()
         assert at.windows is not None
         student = learner.student
         read, sizes = state.copy_weights(learner, self._copy), state.sizes(learner)
@@ -132,6 +139,7 @@ class Publisher:
                 student.sequence_length,
                 student.config.params_dtype,
             )
+        return waited
 
     def prune(self, below: int) -> None:
         """Delete the weights of all versions below `below`, which no window that is still to be sampled can
@@ -156,6 +164,17 @@ class Publisher:
         """Return once the version that is being uploaded, if any, exists. Raises on rank 0 what prevented
         it."""
         self._upload.wait()
+
+    def _wait_counted(self) -> float:
+        """Wait as `wait` does, and count the time while it passes. Returns its seconds."""
+        waited, looked = 0.0, time.monotonic()
+        while self._upload.running:
+            self._upload.join(POLL)
+            seconds = (now := time.monotonic()) - looked
+            waited, looked = waited + seconds, now
+            self._context.board.metrics.record([Sample(WAIT_SECONDS, seconds, {"reason": "upload"})])
+        self.wait()
+        return waited
 
     def check(self) -> None:
         """Raise the error of an upload that has failed; does not wait."""

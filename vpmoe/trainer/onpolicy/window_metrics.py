@@ -41,6 +41,9 @@ class WindowMetrics(Measures):
     """Seconds of waiting for its rollouts."""
     wait_scores: float
     """Seconds of waiting for its scores after that."""
+    wait_upload: float
+    """Seconds of waiting after its step, until the version before was in the bucket. Not part of the step's
+    seconds; 0 if no version was due."""
     buffer: WindowBuffer
 
     def samples(self) -> Iterable[Sample]:
@@ -64,8 +67,10 @@ class FirstWindow(Measures):
     """Prompts that the stages before have used."""
 
 
-def window_metrics(window: ScoredWindow, waits: Waits, buffer: WindowBuffer) -> WindowMetrics:
-    """The metrics of a window that was waited for."""
+def window_metrics(
+    window: ScoredWindow, waits: Waits, wait_upload: float, buffer: WindowBuffer
+) -> WindowMetrics:
+    """The metrics of a window that was waited for, and after whose step an upload was."""
     header, rollouts = window.sampled.header, window.rollouts
     by_effort = {
         effort: [one for one in rollouts if one.effort == effort]
@@ -83,6 +88,7 @@ def window_metrics(window: ScoredWindow, waits: Waits, buffer: WindowBuffer) -> 
         lengths={effort: _lengths([len(one.logp_C) for one in of]) for effort, of in by_effort.items()},
         wait_rollouts=waits.rollouts,
         wait_scores=waits.scores,
+        wait_upload=wait_upload,
         buffer=buffer,
     )
 

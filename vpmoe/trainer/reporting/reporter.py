@@ -109,14 +109,17 @@ class StageReporter:
         gpus: Tensor,
         tokens: int,
         seconds: float,
+        ended: str,
     ) -> None:
-        """Add the line of the step that led to `state`. `gpus` is the ranks' sum of gpu.as_vector."""
+        """Add the line of the step that led to `state` and ended at `ended` (line_time). `gpus` is the ranks'
+        sum of gpu.as_vector."""
         self._speed.append((tokens, seconds))
         if self.uploader:
             assert outcome.load is not None
             step = state.steps - 1
             line = StepLine(
                 **self._position(state),
+                time=ended,
                 kind=self._stage.plan.kind(step),
                 loss=outcome.loss,
                 loss_by_span=outcome.cross_entropy,
@@ -134,14 +137,15 @@ class StageReporter:
             self._lines.append(line)
             self._context.board.metrics.record([Sample(pod_metrics.TOKENS, tokens)])
 
-    def log_skipped(self, state: TrainState, *, tokens: int, seconds: float) -> None:
-        """Add the line of the step that was skipped and led to `state`."""
+    def log_skipped(self, state: TrainState, *, tokens: int, seconds: float, ended: str) -> None:
+        """Add the line of the step that was skipped and led to `state`, and ended at `ended`."""
         self._speed.append((tokens, seconds))
         skipped = state.skipped[-1]
         if self.uploader:
             log.warning("%s", _why_skipped(skipped))  # once, and not by every rank
             line = SkippedLine(
                 **self._position(state),
+                time=ended,
                 number=skipped.number,
                 kind=skipped.kind,
                 batch_tokens=skipped.tokens,

@@ -95,13 +95,13 @@ class OnPolicyStage(StageKind):
         assert isinstance(outcome.measures, OnPolicyMeasures)
         return StepLoss("reverse KL", weighted_sum(outcome.measures.reverse_kl, self.span_weights))
 
-    def step_metrics(self) -> Measures | None:
-        return self.coordinator.metrics()
-
     def after_step(self, learner: Learner, state: TrainState, seconds: float) -> None:
         """Publishes the version that is due, before an anchor step moves the weights."""
         self.coordinator.add_seconds(seconds)
         self.coordinator.publish_due(learner, state)
+
+    def step_metrics(self) -> Measures | None:
+        return self.coordinator.metrics()
 
     def evaluate(self, learner: Learner, state: TrainState) -> StageEvaluation:
         """Measures the canary, which shows what a student loses that learns from its own samples alone, and

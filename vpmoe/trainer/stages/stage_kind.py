@@ -117,13 +117,13 @@ class StageKind(ABC):
         one."""
         return StepLoss("loss", weighted_sum(outcome.cross_entropy, self.span_weights))
 
-    def step_metrics(self) -> Measures | None:
-        """What only this kind has in the line of a step. Rank 0 calls it."""
-        return None
-
     def after_step(self, learner: Learner, state: TrainState, seconds: float) -> None:
         """Called when the stage is at `state`, after a step that took `seconds`, waiting included. The step
         has moved the weights, unless it was skipped."""
+
+    def step_metrics(self) -> Measures | None:
+        """What only this kind has in the line of a step. Rank 0 calls it, after `after_step`."""
+        return None
 
     def evaluate(self, learner: Learner, state: TrainState) -> StageEvaluation | None:
         """What an evaluation measures beside the held-out loss; None if that is nothing. Every rank calls it.
