@@ -64,6 +64,14 @@ def format_tokens(count: int) -> str:
     return str(count)
 
 
+def format_count(value: float) -> str:
+    """A count with three digits, for people: 1234567 is "1.23M", 10^15 is "1,000T"."""
+    rounded = Decimal(f"{value:.3g}")
+    if 0 < rounded < 1:
+        return "<1"
+    return f"{rounded.scaleb(-12):,.0f}T" if rounded >= 10**15 else format_tokens(int(rounded))
+
+
 def parse_duration(value: object) -> int:
     """Seconds in a text such as "1h30m", with d, h, m, s in this order. Raises ValueError, which says what to
     write."""

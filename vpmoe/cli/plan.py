@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gpu",
         choices=CARDS,
-        help="the card: its memory, and the speeds that were measured on it (default: the memory is "
-        "runtime.gpuMemory, and the speeds are of the card that it suggests; without it h100-80)",
+        help="the card: its memory, and the speeds that were measured on it, or else on the other one "
+        "(default: the memory is runtime.gpuMemory, and the speeds are of the card that it suggests; without "
+        "it h100-80)",
     )
     teacher = parser.add_mutually_exclusive_group()
     teacher.add_argument(

@@ -16,6 +16,7 @@ from vpmoe.api.run import EVALUATE, INIT, PREPROCESS, RESCORE, DistillRun
 from vpmoe.api.saving import BUCKET_SPEED, grace_seconds, host_copies, pod_checkpoint
 from vpmoe.api.spec import Spec
 from vpmoe.api.stages import OnPolicy, Stage
+from vpmoe.plan import units
 from vpmoe.plan.memory import RoleMemory, memory_by_role, teacher_problems, trainer_microbatch
 from vpmoe.plan.onpolicy import EFFORTS, RolloutTotals, rollout_totals
 from vpmoe.plan.sampling import ENGINES, SEQUENCES, divide_card
@@ -55,11 +56,11 @@ HELD_VERSIONS = 2
 """Policy versions whose weights are kept beside those that waiting windows are sampled from: the one that is
 sampled from and the one that is uploaded."""
 DIVISIONS = 128
-"""Divisions of an OnPolicy stage's GPUs that are looked at, at most: all of up to 17 GPUs. Of more, those
+"""Divisions of an OnPolicy stage's GPUs that are compared, at most: all of up to 17 GPUs. Of more, those
 whose slowest role is fastest."""
 SIMULATED = 2**21
 """Windows that are simulated to compare the divisions of all OnPolicy stages, at most: 128 of one long stage
-with publishEvery 64. Of more, fewer divisions are looked at."""
+with publishEvery 64. Of more, fewer divisions are compared."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class StepPlan:
     tokens_per_second: float | None
     """Of the slowest role; of an OnPolicy stage with all waits."""
     slowest: str
-    """The role that decides the hours: the one that works most of the time."""
+    """The role that works longest, in the table the busiest. Where `busy` has it far below 1, waits decide
+    the hours too."""
     pause_hours: float = 0.0
     """Part of `hours` in which training waits for checkpoints."""
     busy: Mapping[str, float] = field(default_factory=dict)
@@ -273,7 +275,8 @@ class _Planner:
                 self._note(
                     f"{role.step}: {role.engines} engine{some} on each GPU{each} with "
                     f"{role.items['cache'] / role.engines / GIB:.1f} GiB of keys and values, which are "
-                    f"{role.sequences} sequences of {length:,} tokens; it samples up to {SEQUENCES} at a time"
+                    f"{role.sequences:,} sequences of {length:,} tokens; it samples up to {SEQUENCES:,} at a "
+                    "time"
                 )
 
     def _lengths(self, stage: OnPolicy) -> Lengths:
@@ -300,7 +303,7 @@ class _Planner:
             model = self.assumed.teacher.name if self.assumed.teacher else "teacher.model"
         if work in self.assumed.speeds:
             speed = self.assumed.speeds[work]
-            self._note(f"{work}: {speed:,.0f} tokens/s a {unit}, given")
+            self._note(f"{work}: {speed:,.15g} tokens/s a {unit}, given")
             return Measured(work, model, self.assumed.card.name, speed, "", "given")
         engines = self._engines() if work == "sample" else 1
         found: Measured | None = measured(work, model, self.assumed.card.name, engines)
@@ -362,27 +365,29 @@ class _Planner:
             return
         trained = sum(one for one in hours if one is not None)
         gpus, every = self.spec.rescoring_gpus, self.spec.teacher.gpus + self.spec.student.gpus
-        taken = f"rescore: {rescore.hours:.1f} hours on {gpus} GPU{'s' * (gpus > 1)} (rescore.gpus)"
+        taken = f"rescore: {units.hours(rescore.hours)} hours on {units.gpus(gpus)} (rescore.gpus)"
         if self.spec.rescores_first:
             few = self.spec.teacher.gpus
             alone = rescore.hours * gpus / few
             advice = (
-                f"; on {few} GPU{'s' * (few > 1)} it would take {alone:.1f} hours beside them"
+                f"; on {units.gpus(few)} it would take {units.hours(alone)} hours beside them"
                 if max(alone, trained) < rescore.hours + trained
                 else ""
             )
-            self._note(f"{taken}, then {trained:.1f} hours of stages that do not need the teacher{advice}")
+            self._note(
+                f"{taken}, then {units.hours(trained)} hours of stages that do not need the teacher{advice}"
+            )
             return
         waits = max(0.0, rescore.hours - trained)
         together = rescore.hours * gpus / every
         advice = (
-            f"; on {every} GPUs it would take {together:.1f} hours before them"
+            f"; on {units.gpus(every)} it would take {units.hours(together)} hours before them"
             if together + trained < max(rescore.hours, trained)
             else ""
         )
         self._note(
-            f"{taken} beside {trained:.1f} hours of stages that do not need the teacher: the student's GPUs "
-            f"wait {waits:.1f} hours for scores{advice}"
+            f"{taken} beside {units.hours(trained)} hours of stages that do not need the teacher: the "
+            f"student's GPUs wait {units.hours(waits)} hours for scores{advice}"
         )
 
     def _init(self) -> list[StepPlan]:
@@ -403,7 +408,10 @@ class _Planner:
         together = workers * cores * speed if speed else None
         hours = tokens / together / 3600 if tokens is not None and together else None
         hint = "" if tokens is not None else "; give --dataset-tokens for its hours"
-        self._note(f"preprocess: {workers} workers (dataset.workers) that use {cores:g} CPU each{hint}")
+        pods = f"{workers:,} workers (dataset.workers) that use {cores:g} CPU each"
+        if workers == 1:
+            pods = f"1 worker (dataset.workers) that uses {cores:g} CPU"
+        self._note(f"preprocess: {pods}{hint}")
         return StepPlan(PREPROCESS, "", tokens, {}, hours, together, "" if hours is None else PREPROCESS)
 
     def _cpu_hours(self, preprocess: StepPlan) -> float | None:
@@ -547,11 +555,12 @@ class _Planner:
         text = f"{stage.name}: the students are busy for {100 * busy:.0f} % of the time"
         if split and most > 1.005 * now:
             self._note(
-                f"{text}. Of {gpus} GPUs, {split[0]} for the teacher and {split[1]} for the student make the "
-                f"most tokens: {most:,.0f} a second, not {now:,.0f} (teacher.gpus, student.gpus)"
+                f"{text}. Of {units.gpus(gpus)}, {split[0]:,} for the teacher and {split[1]:,} for the "
+                f"student make the most tokens: {most:,.0f} a second, not {now:,.0f} (teacher.gpus, "
+                "student.gpus)"
             )
         else:
-            self._note(f"{text}; no other split of {gpus} GPUs makes more tokens")
+            self._note(f"{text}; no other split of {units.gpus(gpus)} makes more tokens")
 
     def _note_roles(self, stage: OnPolicy) -> None:
         """Notes what the simulation of an OnPolicy stage assumes and finds, and how its GPUs are divided
@@ -561,15 +570,15 @@ class _Planner:
             return
         now = self._simulated(self.spec, stage, times)
         bucket, load = (
-            f"in the bucket after {times.publish:.3g} s",
-            f"{times.load:.3g} s later in the engines",
+            f"in the bucket after {units.three_digits(times.publish)} s",
+            f"{units.three_digits(times.load)} s later in the engines",
         )
         way = f"{bucket} and {load}"
         if times.volume is not None:
-            way = f"on the volume after {times.volume:.3g} s and {load}; it is {bucket}"
+            way = f"on the volume after {units.three_digits(times.volume)} s and {load}; it is {bucket}"
         self._note(
             f"{stage.name}: simulated, because its roles wait for each other. Training waits "
-            f"{times.copy:.3g} s for a policy version, which is {way}"
+            f"{units.three_digits(times.copy)} s for a policy version, which is {way}"
         )
         uploads = now.uploading / now.seconds
         waits, pressure = 1 - now.shares()["train"] - uploads, stage.back_pressure
@@ -588,7 +597,8 @@ class _Planner:
         self._note_division(stage, times, now)
 
     def _note_division(self, stage: OnPolicy, times: RoleTimes, now: StageTime) -> None:
-        """Notes how the GPUs of an OnPolicy stage are divided best. `now`: its time as they are."""
+        """Notes how the GPUs of an OnPolicy stage are divided best, and how many other divisions were
+        compared if one that was not may take less time. `now`: its time as they are."""
         seconds, totals = now.seconds, self.rollouts[stage.name]
         gpus = self.spec.teacher.gpus + self.spec.student.gpus
         full = (times.decode + SEQUENCES * times.decode_token) / (times.engines * SEQUENCES)
@@ -598,26 +608,36 @@ class _Planner:
             "train": stage.tokens * times.position,
         }
         most = math.ceil(SIMULATED / len(self.onpolicy) / now.simulated)
+        ways = divisions(gpus, work)[:most]
+        complete, others = len(ways) == math.comb(gpus - 1, 2), 0
+        here = (self.spec.teacher.gpus, stage.sampler_gpus)
         least, best = seconds, None
-        for roles in divisions(gpus, work)[:most]:
+        for roles in ways:
             if max(work[role] / roles[role] for role in work) > least:
-                break  # and so are all that follow, even without waits
+                complete = True  # all that follow take longer, even without waits
+                break
+            if (roles["teacher"], roles["sampler"]) == here:
+                continue
             sampler = stage.sampler.model_copy(update={"gpus": roles["sampler"]})
             divided = stage.model_copy(update={"sampler": sampler})
             spec = self._with_gpus(roles["teacher"], gpus - roles["teacher"])
             if _accepted(spec, divided):
+                others += 1
                 found = self._simulated(spec, divided, times).seconds
                 if found < least:
                     least, best = found, roles
+        compared = "" if complete else f", of {others:,} compared"
         if best is not None and least < 0.995 * seconds:
             self._note(
-                f"{stage.name}: {best['teacher']} of {gpus} GPUs for the teacher, {best['sampler']} to "
-                f"sample and {best['train']} to train take the least time: {least / 3600:.1f} hours "
-                f"without pauses, not {seconds / 3600:.1f} (teacher.gpus, student.gpus, "
-                "stages[].sampler.gpus)"
+                f"{stage.name}: {best['teacher']:,} of {units.gpus(gpus)} for the teacher, "
+                f"{best['sampler']:,} to sample and {best['train']:,} to train take the least time"
+                f"{compared}: {units.hours(least / 3600)} hours without pauses, not "
+                f"{units.hours(seconds / 3600)} (teacher.gpus, student.gpus, stages[].sampler.gpus)"
             )
+        elif complete or others:
+            self._note(f"{stage.name}: no other division of {units.gpus(gpus)} takes less time{compared}")
         else:
-            self._note(f"{stage.name}: no other division of {gpus} GPUs takes less time")
+            self._note(f"{stage.name}: no other division of {units.gpus(gpus)} was compared")
 
     def _with_gpus(self, teacher: int, student: int) -> Spec:
         """The specification with these GPUs, of the memory that is assumed."""
@@ -691,7 +711,7 @@ class _Planner:
         card = f"{self.assumed.memory / GIB:.1f} GiB"
         problems = [
             f"spec.student: {_WHO[role.role]} of {role.step} needs {-(-role.needed // GIB)} GiB on each of "
-            f"its {role.gpus} GPU{'s' * (role.gpus > 1)}, and a GPU has {card} (spec.runtime.gpuMemory or "
+            f"its {units.gpus(role.gpus)}, and a GPU has {card} (spec.runtime.gpuMemory or "
             f"--gpu). {_REMEDIES[role.role]}"
             for role in memory
             if not role.fits and role.role != "teacher"

@@ -5,23 +5,21 @@ from dataclasses import asdict
 from typing import Any
 
 from vpmoe.api.card import GIB
-from vpmoe.api.quantities import format_tokens
 from vpmoe.plan.memory import RoleMemory
 from vpmoe.plan.plan import Plan
-
-UNKNOWN = "–"
+from vpmoe.plan.units import UNKNOWN, count, gigabytes, gpus, hours
 
 
 def plan_text(plan: Plan) -> str:
     """The plan as tables. Numbers are rounded to three digits."""
-    steps = [("step", "tokens", "GPUs", "tokens/s", "slowest", "hours", "pauses, hours", "busy")]
+    steps = [("step", "tokens", "GPUs", "tokens/s", "busiest", "hours", "pauses, hours", "busy")]
     for step in plan.steps:
-        gpus = " + ".join(f"{number} {role}" for role, number in step.gpus.items()) or "none"
+        roles = " + ".join(f"{number:,} {role}" for role, number in step.gpus.items()) or "none"
         steps.append(
             (
                 step.step,
-                UNKNOWN if step.tokens is None else format_tokens(step.tokens),
-                gpus,
+                count(step.tokens),
+                roles,
                 count(step.tokens_per_second),
                 step.slowest or UNKNOWN,
                 hours(step.hours),
@@ -37,7 +35,7 @@ def plan_text(plan: Plan) -> str:
             (
                 one.stage,
                 f"{one.number:,}",
-                str(one.kept),
+                f"{one.kept:,}",
                 gigabytes(one.size),
                 f"{one.pause_seconds:,.1f}",
                 f"{one.upload_seconds:,.0f}",
@@ -47,7 +45,8 @@ def plan_text(plan: Plan) -> str:
         saving.append((one.stage, gigabytes(one.host_bytes), f"{one.grace_seconds:,}"))
     bucket = [("in the bucket", "GB")]
     bucket += [(kind, UNKNOWN if size is None else gigabytes(size)) for kind, size in plan.bucket.items()]
-    bucket.append(("all", gigabytes(sum(size or 0 for size in plan.bucket.values()))))
+    everything = "all known" if None in plan.bucket.values() else "all"
+    bucket.append((everything, gigabytes(sum(size or 0 for size in plan.bucket.values()))))
     before = "without preprocessing"
     if plan.preprocess_cpu_hours is not None:
         before = (
@@ -57,8 +56,11 @@ def plan_text(plan: Plan) -> str:
     teacher = ""
     if any("teacher" in step.gpus for step in plan.steps):
         teacher = f"; teacher {plan.teacher or 'of unknown size'}"
+    taken = "hours not known,"
+    if plan.hours is not None:
+        taken = f"{hours(plan.hours)} hours and {hours(plan.gpu_hours)} GPU hours"
     head = (
-        f"{plan.run}: {hours(plan.hours)} hours and {hours(plan.gpu_hours)} GPU hours on {plan.gpus} GPUs of "
+        f"{plan.run}: {taken} on {gpus(plan.gpus)} of "
         f"{plan.card_memory / GIB:.1f} GiB ({plan.card}), {before}{teacher}"
     )
     sources = "\n".join(f"- {source}" for source in plan.sources)
@@ -73,7 +75,7 @@ def microbatch_rows(memory: Sequence[RoleMemory]) -> list[tuple[str, ...]]:
         if (one := role.microbatch) is not None:
             gradients = "sharded" if one.sharded_gradients else "whole"
             recomputed = f"{one.recomputed_layers} of {one.layers}"
-            rows.append((role.step, f"{one.positions:,}", str(one.sequences), recomputed, gradients))
+            rows.append((role.step, f"{one.positions:,}", f"{one.sequences:,}", recomputed, gradients))
     return rows
 
 
@@ -86,7 +88,7 @@ def memory_rows(memory: Sequence[RoleMemory]) -> list[tuple[str, ...]]:
         verdict = f"{role.card / GIB:.1f}" + ("" if role.fits else f", needs {-(-role.needed // GIB)}")
         engines = "" if role.sequences is None else str(role.engines)
         rows.append(
-            (role.step, role.role, str(role.gpus), engines, *items, f"{role.total / GIB:.1f}", verdict)
+            (role.step, role.role, f"{role.gpus:,}", engines, *items, f"{role.total / GIB:.1f}", verdict)
         )
     return rows
 
@@ -119,21 +121,3 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
     return "\n".join("  ".join(cells).rstrip() for cells in aligned)
-
-
-def count(value: float | None) -> str:
-    """A count with three digits: 1234567 is 1.23M."""
-    return UNKNOWN if value is None else format_tokens(int(float(f"{value:.3g}")))
-
-
-def hours(value: float | None) -> str:
-    """Hours with one decimal."""
-    if value is None:
-        return UNKNOWN
-    return "<0.1" if 0 < value < 0.05 else f"{value:,.1f}"
-
-
-def gigabytes(size: int) -> str:
-    """Bytes as GB (10^9) with three digits."""
-    number = float(f"{size / 1e9:.3g}")
-    return f"{number:,.0f}" if number >= 100 else f"{number:g}"

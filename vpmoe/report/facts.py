@@ -13,9 +13,9 @@ from vpmoe.api.run import SAMPLER, TEACHER, VALIDITY
 from vpmoe.api.stages import Stage
 from vpmoe.data.spans import SPANS
 from vpmoe.plan.plan import Assumptions, Plan, make_plan
-from vpmoe.plan.table import count
 from vpmoe.plan.teacher import known_teacher
 from vpmoe.plan.throughput import suggested_card
+from vpmoe.plan.units import count
 from vpmoe.report.run_data import Activity, Line, RunData, StepRecord
 from vpmoe.rollout.task_record import TaskEvaluation
 from vpmoe.storage.manifest import Manifest

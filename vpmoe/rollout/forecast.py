@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vpmoe.api.layout import layout
-from vpmoe.api.quantities import format_tokens
+from vpmoe.api.quantities import format_count
 from vpmoe.api.spec import Spec
 from vpmoe.api.stages import OnPolicy
 from vpmoe.rollout.curriculum import EFFORTS, Curriculum
@@ -135,8 +135,3 @@ def _row(name: str, of: Forecast) -> tuple[str, ...]:
         format_count(of.rollouts),
     )
     return (name, f"{of.windows:,}", *counts, *shares, f"{of.longest:,}", f"{len(of.versions):,}")
-
-
-def format_count(count: int) -> str:
-    """A count with three digits: 1234567 is 1.23M."""
-    return format_tokens(int(float(f"{count:.3g}")))

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from vpmoe.api.quantities import (
     MOST_TOKENS,
+    format_count,
     format_duration,
     format_tokens,
     parse_duration,
@@ -80,6 +81,26 @@ def test_a_round_token_count_is_formatted_with_a_suffix(count: int, suffix: str)
 )
 def test_a_token_count_is_formatted(count: int, formatted: str) -> None:
     assert format_tokens(count) == formatted
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [
+        (0, "0"),
+        (0.4, "<1"),
+        (22.7, "22"),
+        (999, "999"),
+        (999.6, "1k"),
+        (1234, "1.23k"),
+        (1_234_567, "1.23M"),
+        (8_000_000_000, "8B"),
+        (8_295_610_452_459, "8.3T"),
+        (MOST_TOKENS - 1, "1,000T"),
+        (5.119e18, "5,120,000T"),
+    ],
+)
+def test_a_count_is_printed_with_three_digits(count: float, text: str) -> None:
+    assert format_count(count) == text
 
 
 @pytest.mark.parametrize(

@@ -751,6 +751,98 @@ def test_the_divisions_of_all_stages_share_the_windows_that_are_simulated(
     assert simulated.count("one") == simulated.count("two") <= 2 + 10
 
 
+@pytest.mark.parametrize(
+    "gpus, speed, changes, note",
+    [
+        pytest.param(17, 1e9, {}, "no other division of 17 GPUs takes less time", id="all"),
+        pytest.param(20, 1e9, {}, "no other division of 20 GPUs takes less time, of 128 compared", id="some"),
+        pytest.param(
+            20,
+            1e5,
+            {},
+            "2 of 20 GPUs for the teacher, 6 to sample and 12 to train take the least time, of 128 "
+            "compared: ",
+            id="the-best-of-some",
+        ),
+        pytest.param(
+            18,
+            1e4,
+            {},
+            "3 of 18 GPUs for the teacher, 9 to sample and 6 to train take the least time: ",
+            id="the-others-take-longer",
+        ),
+        pytest.param(
+            73,
+            1e4,
+            {
+                "spec.student.expertParallel": 64,
+                "spec.stages": [valid_specs.ONPOLICY | {"sampler": {"gpus": 8}}],
+            },
+            "no other division of 73 GPUs was compared",
+            id="none",
+        ),
+    ],
+)
+def test_a_plan_says_how_many_divisions_were_compared(
+    gpus: int, speed: float, changes: dict[str, Any], note: str
+) -> None:
+    """Unless they are all, or those that are left take longer even without waits."""
+    changes = {"spec.stages": [valid_specs.ONPOLICY], "spec.student.gpus": gpus - 1} | changes
+    speeds: dict[Work, float] = {"train": speed, "sample": speed, "score": speed}
+    found = plan_of(changes, speeds=speeds).sources[-1].removeprefix("onpolicy: ")
+    assert found.startswith(note) if note.endswith(": ") else found == note
+
+
+def test_numbers_of_the_largest_runs_have_three_digits_or_separators() -> None:
+    plan = plan_of(
+        {
+            "spec.teacher.gpus": 1024,
+            "spec.student.gpus": 2048,
+            "spec.training.globalBatchTokens": "64M",
+            "spec.stages": [
+                valid_specs.RESCORED | {"tokens": 829_561_045_245_900},
+                valid_specs.FORCED | {"tokens": 10**15},
+            ],
+        },
+        speeds={"train": 5.0, "score": 0.4, "hidden": 50_000},
+        dataset_tokens=1_234_567_891_234,
+        disk_speed=1e7,
+    )
+    shown = [" ".join(line.split()) for line in plan_text(plan).splitlines()]
+    assert " hours and " in shown[0] and " GPU hours on 3,072 GPUs of " in shown[0]
+    for row in (
+        "preprocess 1.23T none 37.6M preprocess",
+        "rescored 830T 2,048 train 10.2k train",
+        "forced 1,000T 2,048 train + 1,024 teacher 10.2k train",
+        "forced train 2,048",
+        "- score: 0.4 tokens/s a GPU, given",
+    ):
+        assert any(line.startswith(row) for line in shown), row
+    assert not re.search(r"[0-9]{4}(?!-[0-9]{2}-)", plan_text(plan)), "a number without separators"
+
+
+def test_what_is_not_known_is_said_to_be() -> None:
+    plan = plan_of({"spec.student.shape": "tiny", "spec.student.gpus": 1, "spec.teacher.gpus": 0})
+    shown = plan_text(plan)
+    assert shown.startswith("minimal: hours not known, on 1 GPU of 79.0 GiB") and "\nall known  " in shown
+    plan = plan_of({"spec.dataset.workers": 1}, dataset_tokens=10**4)
+    assert "\ndataset         <0.001" in plan_text(plan) and "\nall  " in plan_text(plan)
+    assert "preprocess: 1 worker (dataset.workers) that uses 1 CPU" in plan.sources
+
+
+@pytest.mark.parametrize(
+    "speed, way",
+    [
+        (1e9, "in the bucket after 22.1 s and 22.1 s later in the engines"),
+        (1e7, "in the bucket after 1,220 s and 1,220 s later in the engines"),
+    ],
+)
+def test_seconds_are_printed_with_three_digits(speed: float, way: str) -> None:
+    speeds: dict[Work, float] = {"train": 60_000, "sample": 50_000, "score": 60_000}
+    plan = plan_of({"spec.stages": [valid_specs.ONPOLICY]}, speeds=speeds, disk_speed=speed)
+    assert any(one.endswith(way) for one in plan.sources)
+
+
 def test_speeds_are_those_of_the_benchmarks_page() -> None:
     """Each figure, with its unit, is on the page that describes how it was measured."""
     page = (ROOT / "docs" / "benchmarks.md").read_text()

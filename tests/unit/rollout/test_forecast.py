@@ -13,7 +13,7 @@ from vpmoe.api.text import write_yaml
 from vpmoe.data.mixture import interleave
 from vpmoe.rollout.__main__ import main
 from vpmoe.rollout.curriculum import EFFORTS, Curriculum
-from vpmoe.rollout.forecast import Assumptions, Forecast, forecast_phases, format_count
+from vpmoe.rollout.forecast import Assumptions, Forecast, forecast_phases
 
 ASSUMPTIONS = Assumptions(prompt=100, completion={"low": 300, "medium": 700, "high": 9999})
 
@@ -139,10 +139,3 @@ def test_invalid_lengths_are_rejected(text: str, capsys: pytest.CaptureFixture[s
         "is not an effort and a number of tokens, such as low=300,medium=700,high=2000"
         in capsys.readouterr().err
     )
-
-
-@pytest.mark.parametrize(
-    "count, text", [(0, "0"), (999, "999"), (1234, "1.23k"), (1_234_567, "1.23M"), (8_000_000_000, "8B")]
-)
-def test_counts_are_printed_with_three_digits(count: int, text: str) -> None:
-    assert format_count(count) == text
