@@ -249,16 +249,18 @@ def test_each_span_has_its_own_mean_over_the_global_batch() -> None:
 def test_the_gpu_kernels_equal_float64() -> None:
     """The kernels in Triton's interpreter: several parts of a chunk, several tiles and remainders in both
     directions, extreme logits, different shares, a length of 0. Hidden states and matrices are whole numbers,
-    so that no logit is rounded."""
+    so that no logit is rounded. The interpreter has no inline assembly, so `_rounded` is another one here."""
     code = f"""
         import types
         import torch
+        import triton.language as tl
         from vpmoe.api.stages import LossWeights
         from vpmoe.model import kernels
         from vpmoe.objectives import teacher_forced_head, teacher_forced_kernels as kernels_of_forced
         torch.manual_seed({new_seed()})
         torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=4)
         kernels.M, kernels.N, kernels.K = 16, 32, 16
+        kernels._rounded = lambda x, dtype: (x.to(dtype), x.to(dtype).to(tl.float32))
         kernels_of_forced.BLOCK, kernels_of_forced.SPARE = 64, 20
         rows = torch.arange(75)
         assert [*kernels_of_forced._parts(75)] == [(0, 32), (32, 48), (48, 64), (64, 75)]
