@@ -581,12 +581,12 @@ class _Planner:
             f"{units.three_digits(times.copy)} s for a policy version, which is {way}"
         )
         uploads = now.uploading / now.seconds
-        waits, pressure = 1 - now.shares()["train"] - uploads, stage.back_pressure
-        if waits > pressure.waiting:
+        pressure = stage.back_pressure
+        if now.waiting > pressure.waiting:
             self._note(
-                f"{stage.name}: the trainer waits for windows for {100 * waits:.0f} % of the time, more than "
-                f"backPressure.waiting {pressure.waiting:g}: after {pressure.windows:,} windows completions "
-                "are shortened, which is not simulated"
+                f"{stage.name}: the trainer waits for windows for {100 * now.waiting:.0f} % of its steps' "
+                f"time, more than backPressure.waiting {pressure.waiting:g}: after {pressure.windows:,} "
+                "windows completions are shortened, which is not simulated"
             )
         if uploads >= 0.05:
             self._note(

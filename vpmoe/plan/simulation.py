@@ -85,6 +85,13 @@ class StageTime:
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
 
+    @property
+    def waiting(self) -> float:
+        """Share of the time of its steps in which training waits for windows, as back-pressure has it: copies
+        and uploads are between steps."""
+        steps = self.seconds - self.copying - self.uploading
+        return 1 - (self.busy["train"] - self.copying) / steps
+
     def shares(self) -> dict[str, float]:
         """The share of the time in which each role works."""
         return {role: seconds / self.seconds for role, seconds in self.busy.items()}
@@ -435,11 +442,11 @@ def simulate(
             if place in (0, more):
                 share = (fewest + (place < more)) / len(windows)
                 parts = part_scores(requests, stage.sampler.gpus, times, share)
-                waits = began + parts.begun[0] if parts.begun else 0.0  # for the first part, if free by then
-                waiting = parts.score(began, waits)
+                first = began + parts.begun[0] if parts.begun else 0.0  # all that are free by then are alike
+                from_first = parts.score(began, first)
             teacher = window % teachers
             free = max(scored[teacher], published[version])
-            free, left = waiting if free <= waits else parts.score(began, free)
+            free, left = from_first if free <= first else parts.score(began, free)
             scored[teacher], score_left[teacher] = max(free, sampled + POLL / 2), score_seconds * left
         anchors_before = anchors
         for window in windows:  # the longest stages have millions: no more than is needed is done here

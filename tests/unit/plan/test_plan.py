@@ -655,12 +655,16 @@ def test_a_trainer_that_waits_too_long_for_back_pressure_is_named() -> None:
     for waiting, named in ((0.5, True), (1.0, False)):
         stage = valid_specs.ONPOLICY | {"backPressure": {"waiting": waiting, "windows": 20}}
         plan = plan_of({"spec.stages": [stage]}, speeds=speeds)
-        busy = next(step.busy["train"] for step in plan.steps if step.step == "onpolicy")
+        (step,) = [step for step in plan.steps if step.step == "onpolicy"]
+        assert step.tokens_per_second and step.train_tokens_per_second and step.upload_share is not None
+        steps = step.tokens_per_second / step.train_tokens_per_second
+        copies = step.busy["train"] - steps
+        waits = 1 - steps / (1 - copies - step.upload_share)
         text = (
-            f"onpolicy: the trainer waits for windows for {100 * (1 - busy):.0f} % of the time, more than "
+            f"onpolicy: the trainer waits for windows for {100 * waits:.0f} % of its steps' time, more than "
             "backPressure.waiting 0.5: after 20 windows completions are shortened, which is not simulated"
         )
-        assert busy < 0.5 and (text in plan.sources) == named
+        assert waits > 0.5 and (text in plan.sources) == named
 
 
 def test_a_trainer_that_waits_for_uploads_is_named() -> None:

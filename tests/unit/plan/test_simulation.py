@@ -23,6 +23,7 @@ from vpmoe.plan.simulation import (
     REQUESTS,
     Lengths,
     Requests,
+    StageTime,
     completions,
     levels,
     log_center,
@@ -433,6 +434,22 @@ def _compare_to_the_whole(
     assert found.tokens_per_second == pytest.approx(whole.tokens_per_second, rel=tolerance)
     assert found.windows == pytest.approx(whole.windows, rel=tolerance)
     assert found.shares() == pytest.approx(whole.shares(), rel=tolerance)
+
+
+def test_waits_for_windows_are_a_share_of_steps_alone() -> None:
+    """As back-pressure has it: of 50 s of steps 30, beside 10 s of copies and 40 s of uploads."""
+    busy = {"train": 30.0, "sampler": 0.0, "teacher": 0.0}
+    found = StageTime(
+        seconds=100.0,
+        busy=busy,
+        tokens=1.0,
+        window_tokens=1.0,
+        windows=1.0,
+        copying=10.0,
+        uploading=40.0,
+        simulated=1,
+    )
+    assert found.waiting == pytest.approx(30 / 50)
 
 
 @pytest.mark.parametrize("seed", range(20))
