@@ -16,6 +16,7 @@ from tests.fakes.fault_proxy import faulty
 from tests.fakes.store import S3
 from vpmoe.api.storage import StorageSpec
 from vpmoe.storage import BLOCK, Bucket, Patience, StorageError, Stored
+from vpmoe.storage.bucket import THREADS
 
 MIB = 2**20
 SHORT_PATIENCE = Patience(attempts=3, connect=2, read=1, first_pause=0.01, longest_pause=0.02)
@@ -286,6 +287,20 @@ def test_a_file_too_large_for_one_object_is_rejected_before_it_is_read(
         StorageError, match=r"huge: 83886080001 bytes do not fit into one object. Write it as several files."
     ):
         bucket.put_file("huge", tmp_path / "huge", {})
+
+
+def test_content_that_cannot_be_read_to_its_end_leaves_neither_object_nor_parts(bucket: Bucket) -> None:
+    """More blocks than are in flight at a time are sent before."""
+
+    def parts() -> Iterator[bytes]:
+        for _ in range(THREADS + 2):
+            yield bytes(BLOCK)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        bucket.put_parts("f", (THREADS + 3) * BLOCK, parts(), {})
+    assert not bucket.exists("f")
+    assert not bucket._client.list_multipart_uploads(Bucket=bucket.name).get("Uploads")
 
 
 def open_bucket(s3: S3, bucket: Bucket, spec: dict[str, str]) -> Bucket:
