@@ -18,6 +18,7 @@ from pathlib import Path
 
 import boto3
 from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
 
 from benchmarks.preprocess import store
 from vpmoe.api.storage import StorageSpec
@@ -78,7 +79,8 @@ def measure(folder: Path, size: int, threads: list[int]) -> None:
             print_row(
                 f"read, {number} blocks", lambda stored=stored: ours.download(stored[0], back), size, server
             )
-        client = boto3.client("s3", endpoint_url=endpoint)
+        # By default it keeps ten connections, and opens one for each request beyond them.
+        client = boto3.client("s3", endpoint_url=endpoint, config=Config(max_pool_connections=max(threads)))
         for number in threads:
             config = TransferConfig(max_concurrency=number, multipart_chunksize=blocks.BLOCK)
             print_row(

@@ -336,10 +336,8 @@ class Report:
         name, busy, speed = stage.name, planned["busy"], planned["tokensPerSecond"]
         trainer = TrainerFigures.of(self.lines[name])
         ranks = len(self.placement.pods(self.run, name)[0])
-        working = planned[
-            "trainTokensPerSecond"
-        ]  # of steps alone; without versions, training does nothing else
-        if working is None and speed:
+        working = planned["trainTokensPerSecond"]
+        if working is None and speed:  # of a stage without versions, in which training does nothing else
             working = speed / busy.get("train", 1.0)
         yield Compared(f"{name}: tokens/s", trainer.steady, speed)
         yield Compared("trainer's tokens/s without waits", trainer.working, working)
