@@ -34,7 +34,7 @@ ARCHITECTURE = "VpmoeForCausalLM"
 
 FILE_BYTES = 512 << 20
 """Largest size of a file in bytes, unless one tensor is larger. A thread writes a file, and one computes its
-sha256, so a policy version is as fast as its largest file: vpmoe-6b has 24."""
+sha256, so a policy version is as fast as its largest file: vpmoe-6b has 24 files."""
 
 ONLY_IN_TRAINING = ("main/projection",)
 """Parameters of the state that are not exported: the projection of TeacherForced."""

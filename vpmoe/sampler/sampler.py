@@ -82,7 +82,7 @@ class Lengths(Record):
     max: int
 
 
-class Waits(NamedTuple):
+class VersionWaits(NamedTuple):
     """Seconds that the sampler waited for a version."""
 
     weights: float
@@ -259,7 +259,7 @@ def sample_stage(
             if found_on:
                 found_on.reject(published)
             continue
-        waits, used = Waits(waited, record.waited), read_gpus()
+        waits, used = VersionWaits(waited, record.waited), read_gpus()
         before = write_windows(job, source, published, version, batch, before, waits, loading, used)
     done = before.window + 1 if before else 0
     job.report_success(
@@ -363,7 +363,7 @@ def write_windows(
     version: PolicyVersion,
     batch: SampledVersion,
     before: RolloutHeader | None,
-    waits: Waits,
+    waits: VersionWaits,
     loading: LoadStats,
     gpu: GpuUse,
 ) -> RolloutHeader:
