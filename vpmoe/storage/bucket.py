@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 THREADS = 16
-"""Blocks in flight for one upload or download, each on a connection of its own and in memory. A connection of
-S3 carries some 85 MB/s, one of a versitygw 100 (benchmarks.bucket)."""
+"""Blocks in flight for one upload or download, each on a connection of its own and in memory. AWS's guide
+counts 85 MB/s for a connection of S3; four to a versitygw carried 0.39 GB/s (docs/benchmarks.md)."""
 
 MAX_PARTS = 10_000
 """Limit of S3 on the parts of one upload; with one block a part, 78 GiB an object."""
