@@ -21,17 +21,11 @@ from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
 from benchmarks.preprocess import store
+from tests.fakes.control_plane import cpu_seconds
 from vpmoe.api.storage import StorageSpec
 from vpmoe.storage import Bucket, blocks, bucket
 
 BUCKET = "benchmark"
-TICKS = os.sysconf("SC_CLK_TCK")
-
-
-def cpu_seconds(process: int) -> float:
-    """CPU seconds of a process so far."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 def print_row(name: str, action: Callable[[], object], size: int, server: int) -> None:
@@ -49,9 +43,11 @@ def print_row(name: str, action: Callable[[], object], size: int, server: int) -
 
 
 def write_random(path: Path, size: int) -> None:
+    """Write a file of `size` bytes, whole blocks of the same random content."""
+    block = os.urandom(blocks.BLOCK)
     with path.open("wb") as file:
         for _ in range(size // blocks.BLOCK):
-            file.write(os.urandom(blocks.BLOCK))
+            file.write(block)
 
 
 def hash_whole(path: Path) -> None:

@@ -65,6 +65,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from benchmarks.bucket import write_random
 from benchmarks.preprocess import store
 from benchmarks.recipe_figures import GpuRecorder, Report
 from benchmarks.recipe_prepare import TEACHERS
@@ -98,9 +99,8 @@ EFFORTS = {"low": (0.4, 4), "medium": (0.3, 2), "high": (0.3, 1)}
 """Share of each effort, and what --completion is divided by for its longest completion."""
 BUCKET = "benchmark"
 TEACHER = "models/teacher"
-OBJECT, CPU_OBJECT, PIECE = 1 << 30, 1 << 26, 1 << 24
-"""Bytes of the object that the bucket's speed is measured with, on GPUs and on the CPU, and of its repeated
-content."""
+OBJECT, CPU_OBJECT = 1 << 30, 1 << 26
+"""Bytes of the object that the bucket's speed is measured with, on GPUs and on the CPU."""
 STORED = ("--default-etag", "placed")
 """For files that are placed in the store's folder, as the teacher's are: the store has no ETag of these."""
 
@@ -181,10 +181,7 @@ def measure_bucket(runner: StepRunner, scratch: Path) -> float:
     """Write one object and read it again as jobs do. Returns the slower of the two speeds, in GB/s."""
     size, key = (CPU_OBJECT if on_cpu() else OBJECT), "speed"
     source, copy = scratch / key, scratch / f"{key}-read"
-    with source.open("wb") as file:
-        piece = os.urandom(PIECE)
-        for _ in range(size // PIECE):
-            file.write(piece)
+    write_random(source, size)
     began = time.monotonic()
     stored = runner.bucket.put_file(key, source, {})
     written = time.monotonic()
