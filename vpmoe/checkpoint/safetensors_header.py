@@ -83,7 +83,7 @@ def write_header(tensors: Iterable[TensorEntry]) -> bytes:
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def header_length(first: bytes, size: int, file: str) -> int:
+def header_length(first: bytes | bytearray, size: int, file: str) -> int:
     """Length of the header in bytes, from the file's first LENGTH_BYTES and its size.
 
     Raises InvalidCheckpoint if the file cannot be a safetensors file of that size.
@@ -97,7 +97,7 @@ def header_length(first: bytes, size: int, file: str) -> int:
     return length
 
 
-def parse_header(header: bytes, data_bytes: int, file: str) -> dict[str, StoredTensor]:
+def parse_header(header: bytes | bytearray, data_bytes: int, file: str) -> dict[str, StoredTensor]:
     """The tensors of a file by name. `data_bytes`: bytes that follow the header.
 
     Raises InvalidCheckpoint unless the tensors fill those bytes without gap or overlap.
@@ -215,7 +215,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return found
 
 
-def _json_object(content: bytes, where: str) -> dict[str, Any]:
+def _json_object(content: bytes | bytearray, where: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):

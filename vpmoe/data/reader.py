@@ -70,7 +70,7 @@ class BlockCache:
             return path
         with self._lock(path.name):
             if not path.exists():
-                data = self._bucket.read(stored, index * BLOCK, min((index + 1) * BLOCK, stored.size))
+                data = self._bucket.block(stored, index)
                 unfinished = self._folder / f".{path.name}{UNFINISHED}"
                 unfinished.write_bytes(data)
                 unfinished.replace(path)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vpmoe.checkpoint.format import Weights
+from vpmoe.checkpoint.format import READ_TOGETHER, Weights
 from vpmoe.data.tokenizer import Ids
 from vpmoe.evaluation.job import EvaluationWorker
 from vpmoe.failure import Retriable
@@ -75,8 +75,8 @@ def export_student(job: EvaluationWorker, checkpoint: Weights, folder: Path) -> 
     try:
         if (free := shutil.disk_usage(folder.parent).free) < needed:
             raise OSError(f"{free} bytes are free")
-        # one more position than in training, because scoring generates a token
-        hf_export.export_student(folder, shape, training.sequence_length + 1, checkpoint.sizes, read, dtype)
+        positions = training.sequence_length + 1  # scoring generates a token
+        hf_export.export_student(folder, shape, positions, checkpoint.sizes, read, dtype, READ_TOGETHER)
     except OSError as error:
         raise Retriable(
             f"{tempfile.gettempdir()}: {error}. The exported student needs {needed} bytes there; point "

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from vpmoe.checkpoint.format import READ_TOGETHER
 from vpmoe.data.harmony import SystemMessage
 from vpmoe.data.vocabulary import PADDING, STOP_IDS
 from vpmoe.export.chat_template import chat_template
@@ -63,11 +64,11 @@ def write_model_folder(
 ) -> None:
     """Write weights, configuration, modeling code, tokenizer and chat template into the new folder `folder`.
 
-    `sizes` and `read`: the weights, such as those of `vpmoe.checkpoint.format.open_weights`. They are read in
-    the order of the files, one tensor at a time is in memory, and `read` may raise to stop. `dtype` is
-    bfloat16 or float32. `positions`: the longest sequence that the student was trained on
-    (training.sequenceLength). `system`: the run's system message (spec.dataset.conversation),
-    which the chat template writes when a conversation does not override it.
+    `sizes` and `read`: the weights, such as those of `vpmoe.checkpoint.format.open_weights`. READ_TOGETHER
+    files are written at the same time, with a tensor of each in memory, and `read` may raise to stop. `dtype`
+    is bfloat16 or float32. `positions`: the longest sequence that the student was trained on
+    (training.sequenceLength). `system`: the run's system message (spec.dataset.conversation), which the chat
+    template writes when a conversation does not override it.
 
     The folder appears under its name when all files are written and synced. A process that is killed leaves
     a temporary folder beside it (`vpmoe_*`), which the next call for a folder of the same parent removes.
@@ -85,7 +86,7 @@ def write_model_folder(
             raise OSError(f"{free} bytes are free")
         temporary, lock = lock_new_folder(folder.parent)
         try:
-            hf_export.write_weights(temporary, shape, sizes, read, dtype)
+            hf_export.write_weights(temporary, shape, sizes, read, dtype, READ_TOGETHER)
             for name, content in _other_files(shape, dtype, positions, system).items():
                 (temporary / name).write_bytes(content)
             for path in sorted(temporary.iterdir()):

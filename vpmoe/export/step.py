@@ -84,11 +84,13 @@ def export_stage(
 
 
 class ReportingReader:
-    """Reads the checkpoint's tensors for the export, reports how many it has read, and stops on request."""
+    """Reads the checkpoint's tensors for the export, reports how many it has read, and stops on request.
+    Threads may share it."""
 
     def __init__(self, job: ExportWorker, model: StageModel) -> None:
         self._job = job
         self._read = model.checkpoint.read
+        self._lock = threading.Lock()
         self._bytes = 4 * sum(model.checkpoint.sizes.values())
         self._done = 0
         self._reported = 0.0
@@ -96,11 +98,12 @@ class ReportingReader:
     def __call__(self, name: str, start: int, stop: int) -> Tensor:
         """As Weights.read. Raises Terminated if the process was asked to stop."""
         self._job.check_stop()
-        if time.monotonic() - self._reported > REPORT_SECONDS:
-            self._reported = time.monotonic()
-            read, total = self._done / 1e6, self._bytes / 1e6
-            self._job.publish_progress(f"Writing the model: {read:,.0f} of {total:,.0f} MB read")
-        self._done += 4 * (stop - start)
+        with self._lock:
+            if time.monotonic() - self._reported > REPORT_SECONDS:
+                self._reported = time.monotonic()
+                read, total = self._done / 1e6, self._bytes / 1e6
+                self._job.publish_progress(f"Writing the model: {read:,.0f} of {total:,.0f} MB read")
+            self._done += 4 * (stop - start)
         return self._read(name, start, stop)
 
 

@@ -153,6 +153,18 @@ def block_range(size: int, index: int) -> tuple[int, int]:
     return index * BLOCK, min((index + 1) * BLOCK, size)
 
 
+def read_range(block: Callable[[int], bytes], start: int, stop: int, threads: int) -> bytearray:
+    """Bytes [start, stop) of an object, start < stop. `block` returns a block by its index, and is called in
+    `threads` threads."""
+    data = bytearray(stop - start)
+    indices = range(start // BLOCK, -(-stop // BLOCK))
+    for index, found in zip(indices, in_order(block, indices, threads), strict=True):
+        begin = max(start, index * BLOCK)
+        part = memoryview(found)[begin - index * BLOCK : stop - index * BLOCK]
+        data[begin - start : begin - start + len(part)] = part
+    return data
+
+
 def in_order[A, B](function: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
     """Results of `function` in the order of `items`, computed in `threads` threads. Holds at most that many
     results."""

@@ -28,6 +28,7 @@ from vpmoe.storage.blocks import (
     in_order,
     join_blocks,
     read_blocks,
+    read_range,
 )
 from vpmoe.storage.client import connect
 from vpmoe.storage.errors import Incomplete, Request, StorageError, explain, shown, status_and_code
@@ -355,21 +356,31 @@ class Bucket:
             for block in self.blocks(stored):
                 file.write(block)
 
-    def read(self, stored: Stored, start: int, stop: int) -> bytes:
+    def read(self, stored: Stored, start: int, stop: int) -> bytearray:
         """Bytes [start, stop) of an object. Their blocks are fetched whole and verified."""
-        self._check_range(stored.key, start, stop, stored.size)
+        self.check_range(stored.key, start, stop, stored.size)
         if start == stop:
-            return b""
-        first, last = start // BLOCK, (stop - 1) // BLOCK
-        data = b"".join(in_order(lambda index: self._block(stored, index), range(first, last + 1), THREADS))
-        return data[start - first * BLOCK : stop - first * BLOCK]
+            return bytearray()
+        return read_range(lambda index: self.block(stored, index), start, stop, THREADS)
 
     def blocks(self, stored: Stored) -> Iterator[bytes]:
         """All blocks of an object in order, each verified. An empty object is checked to exist and be
         empty."""
         if stored.size == 0:
             self._prove(stored.key, lambda: (b"", size_fault(self.head(stored.key).size, 0)), FOLDER)
-        return in_order(lambda index: self._block(stored, index), range(len(stored.blocks)), THREADS)
+        return in_order(lambda index: self.block(stored, index), range(len(stored.blocks)), THREADS)
+
+    def block(self, stored: Stored, index: int) -> bytes:
+        """Block `index` of an object, verified."""
+
+        def proved() -> tuple[bytes, str | None]:
+            data, size, _ = self._range(stored.key, *block_range(stored.size, index))
+            found, stated = hashlib.sha256(data).hexdigest(), stored.blocks[index]
+            return data, size_fault(size, stored.size) or (
+                None if found == stated else f"sha256 of block {index} is {found}, its manifest says {stated}"
+            )
+
+        return self._prove(stored.key, proved, FOLDER)
 
     def head(self, key: str) -> Object:
         """Size and ETag of an object. Raises StorageError (Missing) if it does not exist."""
@@ -411,7 +422,7 @@ class Bucket:
         Raises StorageError (Altered) if the answer's size or ETag is not the expected one, ValueError if the
         range is not in the object.
         """
-        self._check_range(wanted.key, start, stop, wanted.size)
+        self.check_range(wanted.key, start, stop, wanted.size)
         if start == stop:
             return b""
         data, size, etag = self._range(wanted.key, start, stop)
@@ -426,19 +437,10 @@ class Bucket:
             )
         return data
 
-    def _check_range(self, key: str, start: int, stop: int, size: int) -> None:
+    def check_range(self, key: str, start: int, stop: int, size: int) -> None:
+        """Raise ValueError unless [start, stop) is a range of an object of `size` bytes."""
         if not 0 <= start <= stop <= size:
             raise ValueError(f"{self.url(key)}: [{start}, {stop}) is not a range of its {size} bytes")
-
-    def _block(self, stored: Stored, index: int) -> bytes:
-        def proved() -> tuple[bytes, str | None]:
-            data, size, _ = self._range(stored.key, *block_range(stored.size, index))
-            found, stated = hashlib.sha256(data).hexdigest(), stored.blocks[index]
-            return data, size_fault(size, stored.size) or (
-                None if found == stated else f"sha256 of block {index} is {found}, its manifest says {stated}"
-            )
-
-        return self._prove(stored.key, proved, FOLDER)
 
     def _range(self, key: str, start: int, stop: int) -> tuple[bytes, int, str]:
         """The bytes in [start, stop) that exist, the size of the whole object, and its ETag."""
