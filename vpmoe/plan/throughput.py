@@ -147,12 +147,12 @@ DECODE = {1: DecodingStep(0.0071, 2.1e-5), 2: DecodingStep(0.0099, 3.2e-5)}
 that benchmarks.decode measures while completions grow and are replaced, so with the prompts' steps."""
 PREFILL = 1.6
 """Time of a prompt's token relative to that of a sampled one of full engines. An assumption."""
-COPY_RATE = 12.06e9 / 1.15
+COPY_RATE = 12.06e9 / 0.92
 """Bytes of a policy version by the seconds for which training waits while it is copied and probed:
-benchmarks.publication --shape vpmoe-6b, 1 × H200."""
-VOLUME_RATE, VOLUME_LOAD_RATE = 12.06e9 / 4.95, 12.06e9 / 1.8
-"""By the seconds from then until it is on a volume, and by those in which the sampler loads it from there and
-verifies it: same source, where it can be sampled 7.9 s after the optimizer step."""
+benchmarks.publication --shape vpmoe-6b, 1 × H200, 2026-11-30."""
+VOLUME_RATE, VOLUME_LOAD_RATE = 12.06e9 / 2.74, 12.06e9 / 2.67
+"""By the seconds from then until it is on a volume, and by those in which the sampler verifies it and loads
+it into two engines from there: same source, where it can be sampled 6.33 s after the optimizer step."""
 SCRATCH_RATE = 1.2e9
 """Bytes a second of exporting a version to scratch disk, and of loading it into engines from there: an export
 by one thread, 1 × H100. Without a volume a version is exported and uploaded, then downloaded and loaded."""

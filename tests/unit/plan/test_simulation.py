@@ -487,10 +487,10 @@ def test_seconds_of_the_roles_follow_from_the_speeds() -> None:
     assert times.decode / times.decode_token == pytest.approx(DECODE[2].decode / DECODE[2].token)
     assert (times.score, times.volume) == (1 / 20_000, None)
     assert times.publish == times.load == pytest.approx(12 / 2 + 12 / 1.2)
-    assert times.step_to_sampling == pytest.approx(1.15 * 12 / 12.06 + 16 + POLL / 2 + 16)
+    assert times.step_to_sampling == pytest.approx(0.92 * 12 / 12.06 + 16 + POLL / 2 + 16)
     shared = role_times(train, sample, score, 2, 512, 12 * 10**9, 2e9, volume=True)
-    # 7.9 s are measured, of 12.06 GB.
-    assert shared.step_to_sampling == pytest.approx(7.9 * 12 / 12.06, rel=1e-6)
+    # 6.33 s are measured, of 12.06 GB.
+    assert shared.step_to_sampling == pytest.approx(6.33 * 12 / 12.06, rel=1e-6)
     assert shared.publish == times.publish
     more = role_times(train, sample, score, 5, 512, 1, 1.0, volume=False)
     assert 5 * 512 / (more.decode + 512 * more.decode_token) == pytest.approx(40_000)
