@@ -39,10 +39,11 @@ vpmoe-6b have 72 GB, versions 12), those of the bucket below --bucket; /dev/shm 
 counts as memory. On the CPU, if CUDA_VISIBLE_DEVICES is set and empty: GPUs are only counted then.
 
 Roles that share a GPU need --share: the part of its memory that each plans with (a trainer with few layers
-fits beside the others). --layers makes a student with the shape's first layers. Both are no options of the
-jobs: a sitecustomize.py makes these changes (tests/fakes/pod_overrides.py). `vpmoe plan` does not know of
-shared GPUs. Of fewer layers it has the bytes, and speeds that are scaled by the parameters that a token is
-multiplied with, unless --speeds says otherwise; of --teacher-layers nothing.
+fits beside the others; beside the sampler only in OnPolicy stages, because others train on both roles' GPUs).
+--layers makes a student with the shape's first layers. Both are no options of the jobs: a sitecustomize.py
+makes these changes (tests/fakes/pod_overrides.py). `vpmoe plan` does not know of shared GPUs. Of fewer layers
+it has the bytes, and speeds that are scaled by the parameters that a token is multiplied with, unless
+--speeds says otherwise; of --teacher-layers nothing.
 """
 
 import argparse
@@ -56,7 +57,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -74,6 +76,7 @@ from demo import sample
 from tests.fakes.local_pods import (
     ROOT,
     VICTIMS,
+    Placement,
     RunFailed,
     Settings,
     StepRunner,
@@ -93,6 +96,8 @@ from vpmoe.storage import Bucket
 
 STAGES = ("Vanilla", "Rescored", "TeacherForced", "OnPolicy")
 AFTER = ("evaluate", "export", "report")
+TRAIN_ON = {"OnPolicy": ("trainer",), "TeacherForced": ("trainer", "sampler", "teacher")}
+"""The roles on whose GPUs stages train. All others: on those of trainer and sampler."""
 PROMPT = 90
 """Tokens of a prompt, about: of the repository's sample with its system message."""
 EFFORTS = {"low": (0.4, 4), "medium": (0.3, 2), "high": (0.3, 1)}
@@ -454,12 +459,28 @@ def arguments() -> argparse.Namespace:
     given = parser.parse_args()
     try:
         given.placement = parse_placement(given.gpus, given.share)
+        if not on_cpu():
+            check_stages(given.placement, given.stages)
     except ValueError as error:
         parser.error(str(error))
     for path in (given.scratch, given.bucket):
         if path is not None:
             folder(path)
     return given
+
+
+def check_stages(placement: Placement, stages: Sequence[str]) -> None:
+    """Raise ValueError if a stage would have two ranks on a GPU: one that does not sample trains on the
+    sampler's GPUs too, a TeacherForced stage also on the teacher's."""
+    for kind in stages:
+        roles = TRAIN_ON.get(kind, ("trainer", "sampler"))
+        ranks = Counter(gpu for role in roles for gpu in placement.gpus[role])
+        if shared := [gpu for gpu, count in ranks.items() if count > 1]:
+            raise ValueError(
+                f"--gpus: {kind} trains on the GPUs of {' and '.join(roles)}, a rank on each, and GPU "
+                f"{shared[0]} is there twice. Give these roles GPUs of their own, or leave {kind} out of "
+                "--stages"
+            )
 
 
 def speed(text: str) -> tuple[str, float]:

@@ -82,3 +82,38 @@ def test_the_plan_computes_with_the_slower_way_of_the_bucket(
     assert recipe.plan_options(given(monkeypatch), shape, 0.387)[:2] == ["--gigabytes-per-second", "0.387"]
     options = recipe.plan_options(given(monkeypatch, "--gigabytes-per-second", "2"), shape, 0.387)
     assert options[:2] == ["--gigabytes-per-second", "2"]
+
+
+@pytest.mark.parametrize(
+    "gpus, stages, message",
+    [
+        (["teacher=0", "sampler=0", "trainer=0"], "OnPolicy", None),
+        (["teacher=0", "sampler=0", "trainer=1"], "Vanilla,OnPolicy", None),
+        (["teacher=0", "sampler=1", "trainer=2"], "TeacherForced", None),
+        (
+            ["teacher=1", "sampler=0", "trainer=1,0"],
+            "OnPolicy,Vanilla",
+            "Vanilla trains on the GPUs of trainer and sampler, a rank on each, and GPU 0 is there twice",
+        ),
+        (
+            ["teacher=0", "sampler=0", "trainer=1"],
+            "Vanilla,TeacherForced",
+            "TeacherForced trains on the GPUs of trainer and sampler and teacher, a rank on each, and GPU 0",
+        ),
+    ],
+)
+def test_two_ranks_of_a_stage_on_one_gpu_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    gpus: list[str],
+    stages: str,
+    message: str | None,
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    options = ["--gpus", *gpus, "--share", "teacher=0.3", "sampler=0.3", "trainer=0.3", "--stages", stages]
+    if message is None:
+        assert given(monkeypatch, *options).stages == stages.split(",")
+        return
+    with pytest.raises(SystemExit):
+        given(monkeypatch, *options)
+    assert message in capsys.readouterr().err
