@@ -226,16 +226,18 @@ for source in sys.argv[1:]:
     try:
         inputs = resolve_source(source, None)
         print(inputs.commit, [(shard.url, shard.size) for shard in inputs.shards])
-        reader = rows.ShardReader(inputs.shards[0], None, rows.METADATA)
-        decoded = (decode_columns(batch.columns, ["synth_id"]) for batch in reader.batches(10))
-        print([name for rows_ in decoded for name in rows_.columns["synth_id"]])
+        for shard in inputs.shards:
+            reader = rows.ShardReader(shard, None, rows.METADATA)
+            decoded = (decode_columns(batch.columns, ["synth_id"]) for batch in reader.batches(10))
+            print([name for rows_ in decoded for name in rows_.columns["synth_id"]])
     except Exception as error:
         print(type(error).__name__, error)
 """
 
 
 def resolve_on_hub(endpoint: str, *sources: str) -> list[str]:
-    """Shards and ids, or the error, of each source. Runs in another process, because the hub's client reads
+    """Of each source its shards, then the ids of each of them, up to the first error, which follows. Runs in
+    another process, because the hub's client reads
     its endpoint when it is imported."""
     done = subprocess.run(
         [sys.executable, "-c", RESOLVE_ON_HUB, *sources],
@@ -258,7 +260,7 @@ def test_a_dataset_of_the_hub_is_read_at_the_commit_of_its_revision(
         "synth_001.parquet": sample_parquet[0].read_bytes(),
     }
     with fake_hub.serve("PleIAs/SYNTH", files) as (endpoint, requested):
-        listed, ids, newest, _, revision, name = resolve_on_hub(
+        listed, ids, damaged, newest, _, _, revision, name = resolve_on_hub(
             endpoint,
             "hf://PleIAs/SYNTH@main",
             "hf://PleIAs/SYNTH",
@@ -281,22 +283,27 @@ def test_a_dataset_of_the_hub_is_read_at_the_commit_of_its_revision(
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+def test_a_file_of_the_hub_is_read_by_its_exact_name(sample_parquet: list[Path], tmp_path: Path) -> None:
+    """Each has rows of its own: as a pattern or a part of a URL, some names are those of other files."""
+    names = (
         "data/[1].parquet",
+        "data/1.parquet",
         "data/a@b c.parquet",
         "data/x::y.parquet",
         "data/w?x#y%20.parquet",
+        "data/w",
         "data/*.parquet",
         "data/é🪨+{}.parquet",
-    ],
-)
-def test_a_file_of_the_hub_is_read_by_its_exact_name(sample_parquet: list[Path], name: str) -> None:
-    files = {name: sample_parquet[0].read_bytes(), "data/1.parquet.old": b"", "README.md": b"#"}
+    )
+    table = pq.read_table(sample_parquet[0])
+    files = {"data/1.parquet.old": b"", "README.md": b"#"}
+    for number, name in enumerate(names):
+        pq.write_table(table.slice(number, 1), tmp_path / "shard")
+        files[name] = (tmp_path / "shard").read_bytes()
     with fake_hub.serve("owner/name", files) as (endpoint, _):
-        _, ids = resolve_on_hub(endpoint, "hf://owner/name")
-    assert ids == str([row["synth_id"] for row in pq.read_table(sample_parquet[0]).to_pylist()])
+        _, *ids = resolve_on_hub(endpoint, "hf://owner/name")
+    expected = {name: [table["synth_id"][number].as_py()] for number, name in enumerate(names)}
+    assert ids == [str(expected[name]) for name in sorted(names) if name.endswith(".parquet")]
 
 
 def test_an_unreachable_hub_is_reported_with_the_remedy() -> None:
