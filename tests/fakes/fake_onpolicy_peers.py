@@ -29,7 +29,7 @@ from vpmoe.rollout.window_files import (
     rollouts_bytes,
     scores_bytes,
 )
-from vpmoe.rollout.windows import PromptPlan, WindowSchedule, completion_limit
+from vpmoe.rollout.windows import PromptPlan, WindowPlan, WindowSchedule, completion_limit
 from vpmoe.storage import paths
 from vpmoe.storage.manifest import Manifest
 from vpmoe.trainer.context import StageContext
@@ -104,18 +104,7 @@ class FakePeers:
         window_plan = windows.window(
             number, facts.tokens, back_pressure.read_adjustments(bucket, run, stage.name)
         )
-        rollouts = [
-            self.rollout(
-                model,
-                prompt,
-                rollout,
-                completion_limit(
-                    self.prompt_length(prompt), prompt.effort, window_plan.max_tokens, self.length
-                ),
-            )
-            for prompt in window_plan.prompts
-            for rollout in range(len(prompt.seeds))
-        ]
+        rollouts = self.rollouts(model, window_plan)
         tokens = sum(len(one.ids_T) for one in rollouts)
         header = RolloutHeader(
             run=self.context.provenance.run,
@@ -137,19 +126,39 @@ class FakePeers:
     def prompt_length(self, prompt: PromptPlan) -> int:
         return int((self.documents[prompt.document][1] == 0).sum())
 
-    def rollout(self, model: PreTrainedModel, prompt: PromptPlan, number: int, limit: int) -> Rollout:
-        """One completion, sampled at temperature 1 from the request's seed. It ends at an id that is 3 modulo
-        100."""
-        generator = torch.Generator().manual_seed(prompt.seeds[number])
-        ids = self.documents[prompt.document][0][: self.prompt_length(prompt)].tolist()
-        logp = []
-        for _ in range(limit):
+    def rollouts(self, model: PreTrainedModel, plan: WindowPlan) -> list[Rollout]:
+        """The completions of a window, drawn together at temperature 1, each from its request's seed. An id
+        that is 3 modulo 100 ends a completion."""
+        requests = [(prompt, number) for prompt in plan.prompts for number in range(len(prompt.seeds))]
+        generators = [torch.Generator().manual_seed(prompt.seeds[number]) for prompt, number in requests]
+        lengths = [self.prompt_length(prompt) for prompt, _ in requests]
+        limits = [
+            length + completion_limit(length, prompt.effort, plan.max_tokens, self.length)
+            for length, (prompt, _) in zip(lengths, requests, strict=True)
+        ]
+        ids = [
+            self.documents[prompt.document][0][:length].tolist()
+            for length, (prompt, _) in zip(lengths, requests, strict=True)
+        ]
+        logp: list[list[float]] = [[] for _ in requests]
+        while unfinished := [
+            n for n, one in enumerate(ids) if len(one) < limits[n] and not (logp[n] and one[-1] % 100 == 3)
+        ]:
+            longest = max(len(ids[n]) for n in unfinished)
+            # no position reads the padding after it
+            padded_BT = torch.tensor([ids[n] + [0] * (longest - len(ids[n])) for n in unfinished])
             with torch.no_grad():
-                logp_V = model(torch.tensor([ids])).logits[0, -1].float().log_softmax(0)
-            ids.append(int(torch.multinomial(logp_V.exp(), 1, generator=generator)))
-            logp.append(float(logp_V[ids[-1]]))
-            if ids[-1] % 100 == 3:
-                break
+                logits_BTV = model(padded_BT).logits.float()
+            for n, logits_TV in zip(unfinished, logits_BTV, strict=True):
+                logp_V = logits_TV[len(ids[n]) - 1].log_softmax(0)
+                ids[n].append(int(torch.multinomial(logp_V.exp(), 1, generator=generators[n])))
+                logp[n].append(float(logp_V[ids[n][-1]]))
+        return [
+            self.rollout(*request, *sampled) for request, *sampled in zip(requests, ids, logp, strict=True)
+        ]
+
+    def rollout(self, prompt: PromptPlan, number: int, ids: list[int], logp: list[float]) -> Rollout:
+        """Of the ids of prompt and completion, and the log-probabilities of the completion's."""
         sampled = np.asarray(ids, np.int32)
         span = 1 + (np.arange(len(logp)) >= len(logp) // 2).astype(np.uint8)
         validity = "valid" if ids[-1] % 100 == 3 else "truncated"
