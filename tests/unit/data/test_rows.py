@@ -260,7 +260,7 @@ def test_a_dataset_of_the_hub_is_read_at_the_commit_of_its_revision(
         "synth_001.parquet": sample_parquet[0].read_bytes(),
     }
     with fake_hub.serve("PleIAs/SYNTH", files) as (endpoint, requested):
-        listed, ids, damaged, newest, _, _, revision, name = resolve_on_hub(
+        listed, ids, _, newest, _, _, revision, name = resolve_on_hub(
             endpoint,
             "hf://PleIAs/SYNTH@main",
             "hf://PleIAs/SYNTH",
