@@ -53,8 +53,17 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> None:
     SCRATCH = tmp_path_factory.mktemp("scratch")
 
 
+@pytest.fixture(scope="module")
+def encoders() -> Iterator[EncoderPool]:
+    """An encoding process for all tests of this module: it loads the vocabulary."""
+    with EncoderPool(1) as pool:
+        yield pool
+
+
 @pytest.fixture
-def spec(run_spec: dict[str, Any], sample_parquet: list[Path], stored_teacher: str) -> dict[str, Any]:
+def spec(
+    run_spec: dict[str, Any], sample_parquet: list[Path], stored_teacher: str, encoders: EncoderPool
+) -> dict[str, Any]:
     """A run with a Rescored stage, whose dataset is built from the sample."""
     run_spec["spec"]["teacher"]["model"] = stored_teacher
     run_spec["spec"]["dataset"] |= {
@@ -69,10 +78,7 @@ def spec(run_spec: dict[str, Any], sample_parquet: list[Path], stored_teacher: s
     bucket = Bucket.open(run.spec.storage)
     for path in sample_parquet:
         bucket.put_file(f"input/{path.name}", path, {})
-    with EncoderPool(1) as encoders:
-        preprocess(
-            run, bucket, provenance(run, "rescore"), threading.Event(), ProgressBoard(), None, encoders
-        )
+    preprocess(run, bucket, provenance(run, "rescore"), threading.Event(), ProgressBoard(), None, encoders)
     return run_spec
 
 
@@ -248,14 +254,16 @@ def test_finished_scores_are_reused_without_a_teacher(
     ],
 )
 def test_the_id_of_scores_depends_on_what_changes_them(
-    spec: dict[str, Any], bucket: Bucket, change: Callable[[dict[str, Any]], None]
+    spec: dict[str, Any],
+    bucket: Bucket,
+    encoders: EncoderPool,
+    change: Callable[[dict[str, Any]], None],
 ) -> None:
     def resolved() -> str:
         run = DistillRun.parse(spec)
-        with EncoderPool(1) as encoders:
-            preprocess(
-                run, bucket, provenance(run, "rescore"), threading.Event(), ProgressBoard(), None, encoders
-            )
+        preprocess(
+            run, bucket, provenance(run, "rescore"), threading.Event(), ProgressBoard(), None, encoders
+        )
         (stage,) = (stage for stage in run.spec.stages if isinstance(stage, Rescored))
         return scores.resolve_scores(run, stage, bucket, dataset.load_dataset(run, bucket)).id
 
@@ -446,7 +454,7 @@ class SureTeacher:
 
 
 def test_a_part_without_training_documents_has_no_files_and_megatron_reads_all_others(
-    spec: dict[str, Any], bucket: Bucket, tmp_path: Path
+    spec: dict[str, Any], bucket: Bucket, encoders: EncoderPool, tmp_path: Path
 ) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -457,10 +465,7 @@ def test_a_part_without_training_documents_has_no_files_and_megatron_reads_all_o
     spec["metadata"]["name"] = "sparse"
     spec["spec"]["stages"][1]["subset"] = {"fraction": 1.0, "prefer": "none"}
     run = DistillRun.parse(spec)
-    with EncoderPool(1) as encoders:
-        preprocess(
-            run, bucket, provenance(run, "preprocess"), threading.Event(), ProgressBoard(), None, encoders
-        )
+    preprocess(run, bucket, provenance(run, "preprocess"), threading.Event(), ProgressBoard(), None, encoders)
     written = run_for_manifest(spec, cast(Remote, SureTeacher()))
     assert written.facts["parts"] == 5
     stems = {name.partition(".")[0] for name in written.subjects}
