@@ -6,6 +6,7 @@ those.
 """
 
 import contextlib
+import gc
 import os
 import secrets
 import subprocess
@@ -53,6 +54,17 @@ LANES = {
 }
 """Fixture → the marker of every test that uses it, directly or through other fixtures."""
 DESELECTED_GPU_TESTS = pytest.StashKey[int]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collect no garbage among what test modules import, neither while they do nor later: it stays."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
