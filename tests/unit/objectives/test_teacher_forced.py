@@ -284,8 +284,8 @@ def test_the_gpu_kernels_equal_float64() -> None:
             torch.testing.assert_close(logp.double(), want.detach(), rtol=1e-6, atol=1e-5)
             torch.testing.assert_close(kl.double(), want_kl.detach(), rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(grad.double(), x.grad, rtol=2**-7, atol=1e-6)
-            again = kernels_of_forced.compare(hidden, output, teacher, teacher_output, targets, share, terms)
-            assert all(torch.equal(x, y) for x, y in zip((logp, kl, grad), again, strict=True))
+        again = kernels_of_forced.compare(hidden, output, teacher, teacher_output, targets, share, terms)
+        assert all(torch.equal(x, y) for x, y in zip((logp, kl, grad), again, strict=True))
         u = torch.randn(75, 24)
         u[0], teacher[1], share[2] = 0, 0, 0
         exact = u.double().requires_grad_()
