@@ -10,6 +10,7 @@ from jobs.entrypoint import entrypoint
 from vpmoe.inference.vllm_options import prepare_environment
 from vpmoe.process import launcher
 from vpmoe.process.environment import STARTED_BY_LAUNCHER, read_number, teacher_ports
+from vpmoe.process.memory import no_collection
 from vpmoe.teacher.folder import teacher_folder
 
 
@@ -20,7 +21,8 @@ def main() -> None:
     ports = teacher_ports()
     teacher = read_number("VPMOE_TEACHER", 0, len(ports) - 1, STARTED_BY_LAUNCHER)
     prepare_environment()  # before torch is imported
-    from vpmoe.trainer.teacher_forced.server import serve
+    with no_collection():
+        from vpmoe.trainer.teacher_forced.server import serve
 
     serve(
         run,

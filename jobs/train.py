@@ -14,7 +14,7 @@ from vpmoe.api import DistillRun
 from vpmoe.api.layout import layout, teacher_processes
 from vpmoe.data.dataset import load_training_dataset
 from vpmoe.process import launcher
-from vpmoe.process.memory import keep_freed_memory
+from vpmoe.process.memory import keep_freed_memory, no_collection
 from vpmoe.rollout import gate
 from vpmoe.rollout.version_volume import mounted_volume
 from vpmoe.trainer import stage_inputs
@@ -69,14 +69,15 @@ def start(run: DistillRun, context: JobContext) -> int:
 
 def work(run: DistillRun, context: JobContext) -> None:
     """Train, as one rank."""
-    import torch  # takes some seconds with megatron-core, which the launcher does not need
+    with no_collection():
+        import torch  # takes some seconds with megatron-core, which the launcher does not need
 
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        # megatron-core, when imported, would load a compiler for functions that nothing calls
-        torch.compiler.set_default_backend("eager")
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+            # megatron-core, when imported, would load a compiler for functions that nothing calls
+            torch.compiler.set_default_backend("eager")
 
-    from vpmoe.trainer.context import StageContext
-    from vpmoe.trainer.trainer import train
+        from vpmoe.trainer.context import StageContext
+        from vpmoe.trainer.trainer import train
 
     logging.getLogger().setLevel(logging.INFO if os.environ["RANK"] == "0" else logging.WARNING)
     stage = stage_inputs.training_stage(run, context.step)

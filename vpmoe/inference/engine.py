@@ -48,6 +48,7 @@ from vpmoe.inference.vllm_options import (
 from vpmoe.model.shapes import SHAPES, Shape
 from vpmoe.plan.sampling import SEQUENCES, EngineMemory, divide_card, needed_to_sample, share_card
 from vpmoe.process.launcher import set_parent_death_signal
+from vpmoe.process.memory import no_collection
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -102,11 +103,12 @@ class StudentEngine:
         Raises Permanent if there is no GPU for it.
         """
         prepare_environment()
-        from vpmoe.inference.weight_reader import WeightReader  # imports torch
+        with no_collection():
+            from vpmoe.inference.weight_reader import WeightReader  # imports torch
 
+            self.device = check_device("the sampler", "stages[].sampler.gpus")
         self.shape, self.max_length = shape, max_length
         self.size = shape.size()
-        self.device = check_device("the sampler", "stages[].sampler.gpus")
         self.sequences = MAX_SEQUENCES[self.device]
         """Completions that are sampled at the same time, at most, by `step`."""
         self.waiting: deque[tuple[int, SamplingRequest]] = deque()
@@ -273,9 +275,10 @@ class StudentEngine:
     def _start(self, folder: Path, engines: int, **options: Any) -> Any:
         """vLLM with the weights in `folder`, as one of `engines` on its GPU. `options`: of vllm.LLM, in place
         of this engine's."""
-        import vllm
+        with no_collection():
+            from vllm import LLM
 
-        from vpmoe.inference import vllm_model
+            from vpmoe.inference import vllm_model
 
         vllm_model.register()
         dtype = json.loads((folder / "config.json").read_text())["dtype"]  # "auto" would downcast float32
@@ -286,7 +289,7 @@ class StudentEngine:
         step_tokens = STEP_TOKENS["cuda"] if chunked else max(STEP_TOKENS["cpu"], self.max_length)
         device_options = self._device_options(engines)
         try:
-            llm = vllm.LLM(
+            llm = LLM(
                 str(folder),
                 **engine_options(dtype, self.max_length)
                 | {

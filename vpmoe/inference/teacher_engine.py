@@ -30,6 +30,7 @@ from vpmoe.inference.vllm_options import (
 )
 from vpmoe.plan.scoring import TEACHER_SHARE, forward_tokens, needed_to_score
 from vpmoe.plan.teacher import TeacherSize
+from vpmoe.process.memory import no_collection
 from vpmoe.teacher import model
 from vpmoe.teacher.weights import HEAD, check_weights, has_output_matrix, is_mxfp4
 
@@ -62,7 +63,8 @@ class TeacherEngine:
         device = check_loadable(directory, max_length)
         self.max_length = max_length
         self.forward_tokens = STEP_TOKENS["cpu"] if device == "cpu" else tokens_on_gpu(directory, max_length)
-        from vpmoe.inference import teacher_model
+        with no_collection():
+            from vpmoe.inference import teacher_model
 
         self._llm = load_vllm(directory, device, max_length, self.forward_tokens, teacher_model.register)
         check_attention(self._llm, "the teacher")
@@ -119,8 +121,9 @@ def check_loadable(directory: Path, max_length: int) -> Device:
             f"{max_length} tokens. Lower dataset.maxLength, or use a model with a longer context."
         )
     prepare_environment()
-    check_config(directory)
-    device = check_device("the teacher", "spec.teacher.gpus")
+    with no_collection():  # imports transformers and torch
+        check_config(directory)
+        device = check_device("the teacher", "spec.teacher.gpus")
     check_kernels(directory, device)
     return device
 
@@ -175,15 +178,16 @@ def load_vllm(
     `register` says as which class vLLM loads GPT-OSS in this process. `options`: of vllm.LLM, in place of the
     teacher's. Raises Permanent if it does not; on the CPU also Retriable (`cpu_memory_error`).
     """
-    import torch
-    import vllm
+    with no_collection():
+        import torch
+        from vllm import LLM
 
     register()
     share, whole = TEACHER_SHARE
     dtype = model.checkpoint_dtype(directory)
     log.info("Loading the teacher in %s", dtype)
     try:
-        return vllm.LLM(
+        return LLM(
             str(directory),
             **engine_options(dtype, max_length)
             | {

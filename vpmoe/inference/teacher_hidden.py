@@ -16,6 +16,7 @@ from torch import Tensor
 from vpmoe.data.tokenizer import Ids
 from vpmoe.inference.teacher_engine import check_loadable, load_vllm
 from vpmoe.inference.vllm_options import Device, check_attention, check_device, prepare_environment
+from vpmoe.process.memory import no_collection
 from vpmoe.teacher import model
 from vpmoe.teacher.weights import check_weights
 
@@ -38,8 +39,9 @@ class HiddenStateEngine:
 
     def _load(self, directory: Path, max_length: int, **options: Any) -> None:
         """`options`: of vllm.LLM, in place of this engine's."""
-        from vpmoe.inference import teacher_hidden_model
-        from vpmoe.inference.teacher_model import TASK
+        with no_collection():
+            from vpmoe.inference import teacher_hidden_model
+            from vpmoe.inference.teacher_model import TASK
 
         self.max_length = max_length
         self.device = teacher_device()
