@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,18 @@ if TYPE_CHECKING:
 
     from tests.fakes.tiny_teacher import Remote
     from vpmoe.inference.engine_pool import EnginePool
+
+
+@pytest.hookimpl(trylast=True)  # of those that are selected
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run modules whose tests share an engine after all others, first those of the student's, then those of
+    the teacher's: each engine is started once, and has ended when the other starts."""
+    turn_of: dict[Path, int] = {}
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        turn = 2 if "teacher_address" in fixtures else 1 if "engines" in fixtures else 0
+        turn_of[item.path] = max(turn, turn_of.get(item.path, 0))
+    items.sort(key=lambda item: turn_of[item.path])
 
 
 @pytest.fixture(scope="session")
@@ -60,12 +73,20 @@ def stored_teacher(teacher: Path, s3: S3, store: Bucket) -> str:
     return bucket.url("tiny")
 
 
-# An engine needs 5 GB, so it is stopped after each module. With session scope, several would run at once.
-@pytest.fixture(scope="module")
-def teacher_address(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@pytest.fixture(scope="session")
+def shared_engine() -> Iterator[ExitStack]:
+    """The engine that tests share now. An engine needs 5 GB, so the next one is started after this has been
+    closed."""
+    with ExitStack() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def teacher_address(shared_engine: ExitStack, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The socket of a process that has loaded that teacher with vpmoe.inference.teacher_engine."""
-    with engine_process("tests.fakes.tiny_teacher", teacher, tmp_path_factory.mktemp("scorer")) as address:
-        yield address
+    shared_engine.close()
+    scratch = tmp_path_factory.mktemp("scorer")
+    return shared_engine.enter_context(engine_process("tests.fakes.tiny_teacher", teacher, scratch))
 
 
 @pytest.fixture
@@ -77,11 +98,11 @@ def scorer(teacher_address: str) -> Iterator["Remote"]:
         yield remote
 
 
-@pytest.fixture(scope="module")
-def engines(device: "torch.device") -> "Iterator[EnginePool]":
+@pytest.fixture(scope="session")
+def engines(shared_engine: ExitStack, device: "torch.device") -> "EnginePool":
     """The sampler's engine for the shape `tiny`. The first test that loads weights starts it."""
     from tests.fakes.tiny_teacher import LONGEST
     from vpmoe.inference.engine_pool import EnginePool
 
-    with EnginePool(1, "tiny", LONGEST) as started:
-        yield started
+    shared_engine.close()
+    return shared_engine.enter_context(EnginePool(1, "tiny", LONGEST))
