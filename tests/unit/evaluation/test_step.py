@@ -287,12 +287,17 @@ class RecordingEngines(UnusedEngines):
         return self._engines.score(sequences, check_stop)
 
 
-def logp_of(model: Any, ids: Sequence[int]) -> NDArray[np.float64]:
-    """[T − 1] log-probability of each id but the first, by transformers."""
+def logp_of(model: Any, ids: Sequence[int], first: int = 1) -> NDArray[np.float64]:
+    """[T − first] log-probability of each id from number `first` on, by transformers. In small pieces: in
+    double precision the logits of all take gigabytes."""
     at_T = torch.tensor(ids)
     with torch.no_grad():
-        logits_TV = model(at_T[None]).logits[0, :-1].double()
-    found: NDArray[np.float64] = logits_TV.log_softmax(1).gather(1, at_T[1:, None])[:, 0].numpy()
+        logits_TV = model(at_T[None], logits_to_keep=len(ids) - first + 1).logits[0, :-1]
+    pieces = [
+        logits_PV.double().log_softmax(1).gather(1, targets[:, None])[:, 0]
+        for logits_PV, targets in zip(logits_TV.split(16), at_T[first:].split(16), strict=True)
+    ]
+    found: NDArray[np.float64] = torch.cat(pieces).numpy()
     return found
 
 
@@ -352,7 +357,7 @@ def test_the_figures_equal_those_of_the_trainer_and_transformers(
     )
     for request, completion in recorder.sampled[:4]:
         sequence = [*request.ids_P.tolist(), *completion.ids_C.tolist()]
-        assert np.abs(logp_of(model, sequence)[len(request.ids_P) - 1 :] - completion.logp_C).max() <= 1e-3
+        assert np.abs(logp_of(model, sequence, len(request.ids_P)) - completion.logp_C).max() <= 1e-3
 
     assert load_evaluation(stage.run, "vanilla", stage.bucket) == found and evaluation_object(
         stage

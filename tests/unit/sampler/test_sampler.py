@@ -332,9 +332,10 @@ def check_window(
     for sample, logp_of_trainer in zip(sampled.rollouts, trainer_logp, strict=True):
         ids = torch.from_numpy(sample.ids_T.astype(np.int64))
         with torch.no_grad():
-            logits_TV = model(ids[None]).logits[0]
-        logp = logits_TV[:-1].double().log_softmax(1).gather(1, ids[1:, None])[:, 0].numpy()
-        assert np.abs(sample.logp_C - logp[sample.prompt_length - 1 :]).max() <= TOLERANCE
+            logits_CV = model(ids[None], logits_to_keep=len(sample.logp_C) + 1).logits[0, :-1]
+        targets_C = ids[sample.prompt_length :, None]
+        logp_C = logits_CV.double().log_softmax(1).gather(1, targets_C)[:, 0].numpy()
+        assert np.abs(sample.logp_C - logp_C).max() <= TOLERANCE
         assert np.abs(sample.logp_C - logp_of_trainer[sample.prompt_length - 1 :]).max() <= TOLERANCE
     return tokens_after
 
