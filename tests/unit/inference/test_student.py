@@ -5,10 +5,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
-import tomllib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -46,7 +42,6 @@ from vpmoe.model.batch import Batch
 from vpmoe.model.learner import Learner
 from vpmoe.objectives.vanilla import vanilla
 
-ROOT = Path(__file__).parents[3]
 TOLERANCE = 1e-4
 """Nats. All compute in float32 with different orders of summation, over up to 600 positions and 201,088
 logits."""
@@ -251,26 +246,6 @@ def test_vllm_loads_other_weights_into_the_running_engine(
             parameter.copy_(original[name])
     for got, expected, before_load in zip(found, after, before, strict=True):
         assert np.abs(got - expected).max() <= TOLERANCE and np.abs(expected - before_load).max() > 0.1
-
-
-@pytest.mark.engine
-def test_vllm_finds_the_student_through_the_entry_point() -> None:
-    """Only an installed package has the entry point. In a checkout, engines call register() themselves."""
-    (value,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
-        "vllm.general_plugins"
-    ].values()
-    code = f"""
-        from importlib.metadata import EntryPoint
-        EntryPoint("vpmoe", {value!r}, "vllm.general_plugins").load()()
-        from vllm import ModelRegistry
-        assert "VpmoeForCausalLM" in ModelRegistry.get_supported_archs()
-    """
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        check=True,
-    )
 
 
 def save_indexed(tensors: dict[str, torch.Tensor], folder: Path) -> None:
