@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
@@ -18,6 +19,7 @@ from vpmoe.model import hf_export, state
 from vpmoe.model.batch import Batch
 from vpmoe.model.head import target_logp
 from vpmoe.model.learner import Learner
+from vpmoe.model.router import Router
 from vpmoe.model.shapes import SHAPES, Shape
 from vpmoe.model.student import Student
 from vpmoe.provenance import Provenance
@@ -84,6 +86,22 @@ def student_logp(student: Student, sequences: Sequence[Ids]) -> list[NDArray[np.
     batch = batch.to(student.output.device)
     logp = target_logp(student(batch), student.output, batch.target)
     return [part[:-1].cpu().numpy() for part in logp.split(lengths)]
+
+
+def is_a_tie(learner: Learner, ids_T: Ids, tolerance: float) -> bool:
+    """Whether two experts are as good as equal at a position, so that another order of sums may choose the
+    other: changes of 10⁻⁵ in the routers' logits move a log-probability by more than `tolerance` nats."""
+    expected = trainer_logp(learner, [ids_T])[0]
+    gating = Router.gating
+    generator = torch.Generator().manual_seed(0)  # on the CPU, as the students of tests without a GPU
+
+    def shaken(router: Router, input: torch.Tensor) -> torch.Tensor:
+        logits = gating(router, input)
+        return logits + 1e-5 * torch.randn(logits.shape, generator=generator)
+
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(Router, "gating", shaken)
+        return any(np.abs(trainer_logp(learner, [ids_T])[0] - expected).max() > tolerance for _ in range(12))
 
 
 def end_early(learner: Learner) -> Learner:

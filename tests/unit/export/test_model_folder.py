@@ -24,7 +24,7 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 
 from tests.fakes.conversations import SYSTEM
 from tests.fakes.model_folders import SIZES, random_weights, write_small
-from tests.fakes.policy_versions import TINY, trainer_logp
+from tests.fakes.policy_versions import TINY, is_a_tie, trainer_logp
 from tests.fakes.students import COMPLETE, SMALL, new_seed
 from vpmoe.checkpoint.safetensors_header import INDEX, read_folder
 from vpmoe.data.harmony import Renderer
@@ -114,9 +114,14 @@ def test_transformers_computes_the_student_without_this_package(
     )
     found = json.loads(done.stdout)
     assert not {"vpmoe", "megatron", "tiktoken", "openai_harmony", "gigatoken"} & set(found["modules"])
-    for got, expected in zip(found["logp"], trainer_logp(student, sequences), strict=True):
-        assert np.abs(np.array(got) - expected).max() <= TOLERANCE
+    equal = 0
+    for ids_T, got, expected in zip(sequences, found["logp"], trainer_logp(student, sequences), strict=True):
         assert expected.std() > 0.5
+        if np.abs(np.array(got) - expected).max() <= TOLERANCE:
+            equal += 1
+        else:  # once in some ten thousand positions two experts are equal to the last bits
+            assert is_a_tie(student, ids_T, TOLERANCE)
+    assert equal >= 3
     assert found["eos"] == [RETURN, CALL] and found["top_k"] == 0
     length = len(found["prompt"])
     assert found["greedy"][:length] == found["sampled"][:length] == found["prompt"]
