@@ -84,6 +84,7 @@ from tests.fakes.local_pods import (
     kill_descendants,
     on_cpu,
     parse_placement,
+    training_roles,
 )
 from vpmoe.api import DistillRun
 from vpmoe.api.memory import STUDENTS
@@ -96,8 +97,6 @@ from vpmoe.storage import Bucket
 
 STAGES = ("Vanilla", "Rescored", "TeacherForced", "OnPolicy")
 AFTER = ("evaluate", "export", "report")
-TRAIN_ON = {"OnPolicy": ("trainer",), "TeacherForced": ("trainer", "sampler", "teacher")}
-"""The roles on whose GPUs stages train. All others: on those of trainer and sampler."""
 PROMPT = 90
 """Tokens of a prompt, about: of the repository's sample with its system message."""
 EFFORTS = {"low": (0.4, 4), "medium": (0.3, 2), "high": (0.3, 1)}
@@ -470,10 +469,9 @@ def arguments() -> argparse.Namespace:
 
 
 def check_stages(placement: Placement, stages: Sequence[str]) -> None:
-    """Raise ValueError if a stage would have two ranks on a GPU: one that does not sample trains on the
-    sampler's GPUs too, a TeacherForced stage also on the teacher's."""
+    """Raise ValueError if a stage would have two ranks on a GPU."""
     for kind in stages:
-        roles = TRAIN_ON.get(kind, ("trainer", "sampler"))
+        roles = training_roles(samples=kind == "OnPolicy", runs_teacher=kind == "TeacherForced")
         ranks = Counter(gpu for role in roles for gpu in placement.gpus[role])
         if shared := [gpu for gpu, count in ranks.items() if count > 1]:
             raise ValueError(

@@ -6,7 +6,6 @@ those.
 """
 
 import contextlib
-import gc
 import os
 import secrets
 import subprocess
@@ -28,6 +27,7 @@ from tests.fakes.store import S3, small_run
 from tests.fakes.waiting import answers, wait_until
 from vpmoe.api.storage import StorageSpec
 from vpmoe.process.launcher import free_port
+from vpmoe.process.memory import no_collection
 from vpmoe.storage import Bucket
 
 if TYPE_CHECKING:
@@ -59,12 +59,8 @@ DESELECTED_GPU_TESTS = pytest.StashKey[int]()
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
     """Collect no garbage among what test modules import, neither while they do nor later: it stays."""
-    gc.disable()
-    try:
+    with no_collection():
         return (yield)
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker

@@ -72,9 +72,8 @@ class Placement:
         if role == "sampler":
             return [sampler]
         if role == "train" and stage is not None:
-            if stage.samples:
-                return [trainer]
-            return [(*trainer, *sampler, *(teacher if stage.runs_teacher else ()))]
+            roles = training_roles(stage.samples, stage.runs_teacher)
+            return [tuple(gpu for name in roles for gpu in self.gpus[name])]
         if role == "evaluate":
             return [teacher[:1] if run.serves_trainer(step) else trainer[:1]]
         return [()] * (run.spec.dataset.workers if role == "preprocess" else 1)
@@ -83,6 +82,13 @@ class Placement:
         """The part of its GPUs' memory that a pod of this role uses."""
         named = {"rescore": "teacher", "train": "trainer", "evaluate": "trainer"}
         return self.shares.get(named.get(role, role), 1.0)
+
+
+def training_roles(samples: bool, runs_teacher: bool) -> list[str]:
+    """The roles on whose GPUs a stage trains, a rank on each, in the order of the ranks."""
+    if samples:
+        return ["trainer"]
+    return ["trainer", "sampler", "teacher"] if runs_teacher else ["trainer", "sampler"]
 
 
 def parse_placement(gpus: list[str], shares: list[str]) -> Placement:

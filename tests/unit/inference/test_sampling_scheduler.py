@@ -8,20 +8,18 @@ import pytest
 from tests.fakes.students import new_seed
 
 CHECK = """
-import gc
 import random
 from types import SimpleNamespace
 
-gc.disable()  # takes a fifth of the imports' time
-import torch
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor, SlidingWindowSpec
-)
-from vllm.v1.request import RequestStatus
-from vpmoe.inference.sampling_scheduler import BlocksOnDemand
-gc.freeze()
-gc.enable()
+from vpmoe.process.memory import no_collection
+with no_collection():
+    import torch
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.kv_cache_interface import (
+        FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor, SlidingWindowSpec
+    )
+    from vllm.v1.request import RequestStatus
+    from vpmoe.inference.sampling_scheduler import BlocksOnDemand
 
 SEED = int(__import__("sys").argv[1])
 WINDOW, BLOCK, LONGEST = 40, 16, 400
